@@ -1,0 +1,76 @@
+# Every target sets up what it needs on a bare machine and is quick the second time.
+#
+#   make test PYTHON=python3.12     build the environment from another interpreter
+#   make test PY=/my/env/bin/python use an environment you prepared yourself; nothing is installed
+#   make test TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'   the small CPU build
+#
+# torch is installed first and alone: the plain name would fetch the newest CUDA build, several gigabytes.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV ?= .venv
+VENV_COMPAT ?= .venv-compat
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.0
+TRANSFORMERS_COMPAT ?= transformers==4.57.6
+JOBS ?= 2
+ARGS ?=
+
+ifeq ($(origin PY),undefined)
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+ifeq ($(origin PY_COMPAT),undefined)
+PY_COMPAT := $(VENV_COMPAT)/bin/python
+READY_COMPAT := $(VENV_COMPAT)/.ready
+endif
+
+# one torch thread in each test worker: workers share the cores
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+PYTEST := -m pytest -q -p no:cacheprovider -n $(JOBS) --durations=10
+
+.PHONY: help setup demo test test-compat test-gpu lint format types bench clean
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
+
+setup: $(READY)  ## build .venv with everything the targets below need
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q $(TORCH)
+	$(VENV)/bin/python -m pip install -q '$(TRANSFORMERS)' -e '.[dev]'
+	touch $@
+
+$(VENV_COMPAT)/.ready: pyproject.toml
+	test -x $(VENV_COMPAT)/bin/python || $(PYTHON) -m venv $(VENV_COMPAT)
+	$(VENV_COMPAT)/bin/python -m pip install -q $(TORCH)
+	$(VENV_COMPAT)/bin/python -m pip install -q '$(TRANSFORMERS_COMPAT)' -e '.[test]'
+	touch $@
+
+demo: $(READY)  ## optimise a model end to end and print the report and the certificate
+	$(PY) examples/quickstart.py
+
+test: $(READY)  ## the whole suite, without a GPU
+	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu' $(ARGS)
+
+test-compat: $(READY_COMPAT)  ## what depends on transformers, on the oldest version promised
+	$(ONE_THREAD) $(PY_COMPAT) $(PYTEST) -m 'not gpu' $(wildcard tests/compat tests/families tests/zoo) $(ARGS)
+
+test-gpu: $(READY)  ## the tests that need a CUDA GPU
+	$(PY) -m pytest -q -p no:cacheprovider -m gpu $(ARGS)
+
+lint: $(READY)  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY)  ## rewrite the files the way `make lint` wants them
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(READY)  ## mypy
+	$(PY) -m mypy
+
+bench: $(READY)  ## the measured tables of the README
+	$(PY) -m benchmarks $(ARGS)
+
+clean:  ## remove the environments and caches
+	rm -rf $(VENV) $(VENV_COMPAT) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,174 @@
+"""Everything a user may choose, in one frozen value; the only place that reads MOEOPT_* variables.
+
+A field that is not given takes its environment variable where it has one, and its default otherwise:
+
+    MOEOPT_VERIFY            verify             strict, fast or off
+    MOEOPT_SEED              seed               an integer
+    MOEOPT_DISABLE_ADAPTERS  adapters           1 turns the library adapters off
+    MOEOPT_SKIP_PASSES       skip_passes        names of passes, separated by commas
+    MOEOPT_FUEL              fuel               at most so many rewrites, for bisecting
+    MOEOPT_DUMP              dump               a directory for the graph after each pass
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from moeopt.errors import UsageError
+
+Verify = Literal["strict", "fast", "off"]
+Dense = Literal["leave", "split"]
+_CHOICES: dict[str, tuple[str, ...]] = {"verify": ("strict", "fast", "off"), "dense": ("leave", "split")}
+_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def _env(name: str, default: Any, convert: Callable[[str], Any], wanted: str) -> Any:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        return convert(text)
+    except (ValueError, KeyError):
+        raise UsageError(f"the environment variable {name} is {text!r}; it must be {wanted}, or unset") from None
+
+
+def _env_adapters() -> bool:
+    return not _env("MOEOPT_DISABLE_ADAPTERS", False, lambda text: _WORDS[text.lower()], "0 or 1")
+
+
+def _env_skip_passes() -> tuple[str, ...]:
+    return _env(
+        "MOEOPT_SKIP_PASSES", (), lambda text: tuple(p.strip() for p in text.split(",") if p.strip()), "names of passes"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The choices of one ``moeopt.optimize``; raises ``UsageError`` for a value it cannot take.
+
+    Args:
+        device: where the optimised model runs; None means where the model is. A string is converted.
+        dtype: the dtype that the model's floating-point parameters are cast to first; None leaves them.
+        verify: ``strict`` runs every case, ``fast`` fewer, ``off`` none (the certificate says so).
+        tune: measure the lowerings on this machine instead of estimating their cost.
+        dense: what happens to a dense FFN: ``leave`` it, or ``split`` its neurons into ``experts`` groups.
+        experts: how many groups ``dense="split"`` makes.
+        target: the device an engine is built for when it is not this machine's, as the backend names it.
+        inplace: rewrite the model that was given instead of a copy that shares its weights.
+        hints: name pattern -> ``ExpertsSpec`` or callable, for blocks that recognition declines.
+        progress: called with one line of text as each long step begins.
+        seed: of every random input that moeopt makes.
+        adapters: use the optional adapters for known libraries where they speed up capture.
+        skip_passes: names of passes that do not run.
+        fuel: stop rewriting after so many rewrites; None means no limit.
+        dump: a directory that gets the graph after each pass; None means none.
+    """
+
+    device: torch.device | str | None = None
+    dtype: torch.dtype | str | None = None
+    verify: Verify = field(default_factory=lambda: _env("MOEOPT_VERIFY", "strict", str, "a level"))
+    tune: bool = False
+    dense: Dense = "leave"
+    experts: int | None = None
+    target: str | None = None
+    inplace: bool = False
+    hints: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    progress: Callable[[str], None] | None = None
+    seed: int = field(default_factory=lambda: _env("MOEOPT_SEED", 0, int, "an integer"))
+    adapters: bool = field(default_factory=_env_adapters)
+    skip_passes: tuple[str, ...] = field(default_factory=_env_skip_passes)
+    fuel: int | None = field(default_factory=lambda: _env("MOEOPT_FUEL", None, int, "an integer"))
+    dump: str | None = field(default_factory=lambda: _env("MOEOPT_DUMP", None, str, "a directory"))
+
+    def __new__(cls, **given: Any) -> Options:
+        """Remember which fields were given, so that ``from_fields`` can tell one that is given twice."""
+        self = object.__new__(cls)
+        object.__setattr__(self, "_given", frozenset(given))
+        return self
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{name}={getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+        for name in ("tune", "inplace", "adapters"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name}={getattr(self, name)!r}: it must be True or False")
+        for name, least in (("experts", 1), ("seed", 0), ("fuel", 0)):
+            value = getattr(self, name)
+            if value is None and name != "seed":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{name}={value!r}: it must be a whole number, {least} or more")
+        if self.dense == "split" and self.experts is None:
+            raise UsageError("dense='split' needs experts=N: into how many groups a dense FFN is split")
+        if self.dense == "leave" and self.experts is not None:
+            raise UsageError(f"experts={self.experts} says how to split a dense FFN: give dense='split' as well")
+        if not isinstance(self.hints, Mapping):
+            raise UsageError(f"hints={self.hints!r}: it must map name patterns to an ExpertsSpec or a callable")
+        if self.progress is not None and not callable(self.progress):
+            raise UsageError(f"progress={self.progress!r}: it must be a callable that takes one line of text")
+        if isinstance(self.skip_passes, str):
+            raise UsageError(f"skip_passes={self.skip_passes!r}: it must be a tuple of names, not one string")
+        object.__setattr__(self, "skip_passes", tuple(self.skip_passes))
+        object.__setattr__(self, "hints", dict(self.hints))
+        object.__setattr__(self, "device", _as_device(self.device))
+        object.__setattr__(self, "dtype", _as_dtype(self.dtype))
+
+    @classmethod
+    def from_fields(cls, options: Options | None, fields: Mapping[str, Any]) -> Options:
+        """``options`` with ``fields`` on top; ``UsageError`` for an unknown field or one given twice."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+                meant = f"did you mean {' or '.join(close)}?" if close else f"the fields are {', '.join(known)}"
+                raise UsageError(f"there is no option {name!r}: {meant}")
+        if options is None:
+            return cls(**fields)
+        if not isinstance(options, Options):
+            raise UsageError(f"options={options!r}: it must be a moeopt.Options")
+        twice = sorted(options.given & set(fields))
+        if twice:
+            raise UsageError(f"{twice[0]} is given twice, in options and as a keyword: give it once")
+        return cls(**{name: getattr(options, name) for name in options.given} | dict(fields))
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The fields that were given by name when this value was made.
+
+        ``dataclasses.replace`` and a copy that gives every field count as giving those that are not the default.
+        """
+        names: frozenset[str] = getattr(self, "_given", frozenset())
+        if len(names) < len(dataclasses.fields(self)):
+            return names
+        default = Options()
+        return frozenset(n for n in names if getattr(self, n) != getattr(default, n))
+
+    def say(self, line: str) -> None:
+        """Pass one line to ``progress``, if there is one."""
+        if self.progress is not None:
+            self.progress(line)
+
+
+def _as_device(value: Any) -> torch.device | None:
+    if value is None or isinstance(value, torch.device):
+        return value
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as err:
+        raise UsageError(f"device={value!r} is not a device: give one like 'cpu' or 'cuda:0'") from err
+
+
+def _as_dtype(value: Any) -> torch.dtype | None:
+    if isinstance(value, str):
+        value = getattr(torch, value.removeprefix("torch."), value)
+    if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
+        return value
+    raise UsageError(f"dtype={value!r} is not a floating-point dtype: give one like torch.bfloat16 or 'bfloat16'")

@@ -1,0 +1,99 @@
+"""The building stands: a module imports only from floors below its own, and `import moeopt` is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "moeopt"
+FLOORS = [
+    {"errors"},
+    {"options"},
+    {"ir"},
+    {"ops"},
+    {"rewrite"},
+    {"passes", "backends"},  # siblings: neither knows the other
+    {"compare", "report"},
+    {"engine"},
+    {"pipeline"},
+    {"api"},
+    {"cli", "pytest_plugin", "__main__"},  # what people call
+]
+FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}
+OPTIONAL = {"onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "transformers"}
+LAZY = {"rich", "typer", "safetensors", "click"}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_names(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+
+
+def upward_imports(source: str, here: str):
+    for line, name in imported_names(ast.parse(source)):
+        parts = name.split(".")
+        if parts[0] != "moeopt" or len(parts) < 2 or parts[1] not in FLOOR:
+            continue
+        there = parts[1]
+        if there != here and FLOOR[there] >= FLOOR[here]:
+            yield f"line {line}: {here} (floor {FLOOR[here]}) imports {there} (floor {FLOOR[there]})"
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    if room(path) == "__init__":
+        return
+    assert room(path) in FLOOR, f"{path.relative_to(ROOT)} stands on no floor: add it to FLOORS"
+    assert not list(upward_imports(path.read_text(), room(path)))
+
+
+@pytest.mark.parametrize(
+    ("source", "here"),
+    [
+        ("from moeopt.backends import eager", "passes"),
+        ("import moeopt.api", "ir"),
+        ("from moeopt import engine", "ops"),
+        ("def f():\n    from moeopt.pipeline import SIMPLIFY", "compare"),
+    ],
+)
+def test_an_upward_import_would_be_caught(source, here):
+    assert len(list(upward_imports(source, here))) == 1
+
+
+def loaded(statement: str, names: set[str]) -> str:
+    code = f"{statement}; import sys; print(sorted({names!r} & set(sys.modules)))"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize("statement", ["import moeopt", "import moeopt.report, moeopt.engine, moeopt.options"])
+def test_import_is_light(statement):
+    assert loaded(statement, OPTIONAL | LAZY) == "[]"
+
+
+def test_importing_every_module_loads_no_optional_package():
+    modules = [
+        ".".join(p.relative_to(ROOT.parent).with_suffix("").parts)
+        for p in FILES
+        if p.stem not in ("__main__", "__init__", "pytest_plugin")
+    ]
+    assert loaded("import " + ", ".join(modules), OPTIONAL) == "[]"
+
+
+def test_the_environment_is_read_in_options_only():
+    for path in FILES:
+        if "MOEOPT_" in path.read_text():
+            assert room(path) == "options", f"{path.relative_to(ROOT)} names a MOEOPT_* variable: read it in options.py"
