@@ -1,0 +1,46 @@
+"""Every error that moeopt raises on purpose, so that a caller can tell them from bugs."""
+
+
+class MoeoptError(Exception):
+    """Base class: an expected failure whose message says what, where and the way out."""
+
+
+class UsageError(MoeoptError, ValueError):
+    """moeopt was called wrongly; nothing was changed."""
+
+
+class Declined(MoeoptError):
+    """A block cannot be rewritten.
+
+    ``reason`` is a sentence for the model's owner: what stands in the way, and the way round it.
+    ``where`` is the user's source line or a module path, when one is known.
+    """
+
+    def __init__(self, reason: str, where: str | None = None) -> None:
+        self.reason = reason
+        self.where = where
+        super().__init__(f"{reason} (at {where})" if where else reason)
+
+
+class CaptureError(Declined):
+    """A module could not be run or recorded by the witness trace."""
+
+
+class NotEquivalentError(MoeoptError):
+    """Verification found a difference that rounding does not explain."""
+
+
+class BundleError(MoeoptError):
+    """An engine bundle is damaged, partial, hostile or from another version."""
+
+
+class NotSaveableError(BundleError):
+    """A model cannot be written as a bundle; the message names the op in the way."""
+
+
+class EngineNotExecutableError(MoeoptError):
+    """The engine was built, but this machine cannot run it."""
+
+
+class StaleModelWarning(UserWarning):
+    """A rewritten block met a change it was not verified for, and ran the original code."""

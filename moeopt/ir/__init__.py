@@ -1,0 +1,1 @@
+"""Capture and graph language: what the passes read and write."""

@@ -1,0 +1,69 @@
+"""What an ATen call does to rows: moves them, works on each element, or neither."""
+
+from __future__ import annotations
+
+import operator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+_MOVES = {
+    "view", "reshape", "_unsafe_view", "_reshape_alias", "t", "transpose", "permute", "select", "slice", "unsqueeze",
+    "squeeze", "expand", "split", "split_with_sizes", "unbind", "clone", "_to_copy", "detach", "alias", "contiguous",
+    "cat", "stack", "index", "index_select", "gather", "slice_scatter", "select_scatter", "as_strided", "repeat",
+    "masked_select", "constant_pad_nd", "flip", "roll", "copy", "lift_fresh", "lift_fresh_copy", "index_put", "view_as",
+    "as_strided_scatter", "movedim", "swapaxes", "narrow", "chunk", "expand_as", "repeat_interleave", "scatter",
+    "index_copy", "unfold", "masked_scatter", "take", "take_along_dim", "diagonal", "tile",
+}  # fmt: skip
+_POINTWISE = {"clamp", "gelu", "silu", "mish", "softplus", "hardtanh", "glu", "elu", "leaky_relu", "celu", "selu",
+              "where", "dropout", "masked_fill", "native_dropout"}  # fmt: skip
+_MATMULS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm_fallback", "convolution", "linear", "mv",
+            "addmv", "_scaled_grouped_mm", "matmul"}  # fmt: skip
+_FACTORIES = {"zeros", "ones", "full", "empty", "arange", "eye", "zeros_like", "ones_like", "empty_like", "full_like",
+              "new_zeros", "new_empty", "new_full", "new_ones", "scalar_tensor", "linspace"}  # fmt: skip
+
+
+@cache
+def _name(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    return schema.name.split("::")[1] if schema is not None else getattr(target, "__name__", str(target))
+
+
+def op_name(node: fx.Node) -> str:
+    """``mm`` for ``aten.mm.default``; ``getitem``; the op kind for placeholders."""
+    return _name(node.target) if node.op == "call_function" else node.op
+
+
+def moves_rows(node: fx.Node) -> bool:
+    """True for pure data movement: every output element is a copy of an input element (or a fill)."""
+    return node.target is operator.getitem or (node.op == "call_function" and op_name(node) in _MOVES)
+
+
+@cache
+def _pointwise(target: Any) -> bool:
+    tags = getattr(target, "tags", ())
+    return torch.Tag.pointwise in tags or _name(target) in _POINTWISE
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """True where output element i depends only on element i of each (broadcast) operand."""
+    return node.op == "call_function" and node.target is not operator.getitem and _pointwise(node.target)
+
+
+def is_matmul(node: fx.Node) -> bool:
+    """True for the matrix products that an expert can be written with."""
+    return node.op == "call_function" and op_name(node) in _MATMULS
+
+
+def is_factory(node: fx.Node) -> bool:
+    """True for calls that make a tensor from sizes and scalars alone."""
+    return node.op == "call_function" and op_name(node) in _FACTORIES
+
+
+def is_view_of(node: fx.Node) -> fx.Node | None:
+    """The tensor operand of a one-input movement, else None."""
+    return node.all_input_nodes[0] if moves_rows(node) and node.all_input_nodes else None

@@ -1,0 +1,229 @@
+"""Where a weight comes from: a matrix on the tape, traced element by element to its Parameter.
+
+A matrix that reaches a matmul may be a slice of a stacked Parameter, a transposed view, a row of a
+gather ``W[ids]``, part of a run-time ``stack`` of E Parameters, a cast copy. Every one of those ops
+moves elements without changing them, so following four corners backwards is enough to tell the
+Parameter, the expert's index, the orientation and the rows: no names, no shapes guessed at.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from moeopt.ir.kinds import op_name
+from moeopt.ir.tape import Tape
+
+aten = torch.ops.aten
+Index = tuple[int, ...]
+
+
+def element_source(tape: Tape, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """The leaf (Parameter, buffer, input or computed tensor) and place that ``node[index]`` is a copy of."""
+    while True:
+        step = _step_back(tape, node, index)
+        if step is None:
+            return node, index
+        node, index = step
+
+
+def _unravel(flat: int, shape: Index) -> Index:
+    out = []
+    for size in reversed(shape):
+        out.append(flat % size)
+        flat //= size
+    return tuple(reversed(out))
+
+
+def _ravel(index: Index, shape: Index) -> int:
+    flat = 0
+    for i, size in zip(index, shape, strict=True):
+        flat = flat * size + i
+    return flat
+
+
+def _step_back(tape: Tape, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    if node.op != "call_function":
+        return None
+    name = op_name(node)
+    args = node.args
+    if node.target is operator.getitem:
+        return _from_getitem(node, index)
+    if not args or not isinstance(args[0], fx.Node):
+        return _from_list(tape, node, index, name)
+    base: fx.Node = args[0]
+    shape: Index = base.meta.get("shape", ())
+    rank = len(shape)
+    if name in ("clone", "_to_copy", "detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy"):
+        return base, index
+    if name in ("t", "transpose"):
+        d0, d1 = (0, 1) if name == "t" else (int(args[1]) % rank, int(args[2]) % rank)  # type: ignore[call-overload]
+        if rank < 2:
+            return base, index
+        out = list(index)
+        out[d0], out[d1] = out[d1], out[d0]
+        return base, tuple(out)
+    if name == "permute":
+        out = [0] * rank
+        for i, d in enumerate(args[1]):  # type: ignore[arg-type, var-annotated]
+            out[d % rank] = index[i]
+        return base, tuple(out)
+    if name in ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "_reshape_alias"):
+        return base, _unravel(_ravel(index, node.meta["shape"]), shape)
+    if name == "select":
+        dim, at = int(args[1]) % rank, int(args[2])  # type: ignore[call-overload]
+        return base, (*index[:dim], at % shape[dim], *index[dim:])
+    if name == "slice":
+        dim = int(args[1]) % rank if len(args) > 1 else 0  # type: ignore[call-overload]
+        start = args[2] if len(args) > 2 and args[2] is not None else 0
+        step = args[4] if len(args) > 4 else 1
+        size = shape[dim]
+        begin = min(max(start + size if start < 0 else start, 0), size)  # type: ignore[operator]
+        return base, (*index[:dim], begin + index[dim] * step, *index[dim + 1 :])  # type: ignore[operator]
+    if name == "expand":
+        pad = len(index) - rank
+        return base, tuple(0 if size == 1 else i for i, size in zip(index[pad:], shape, strict=True))
+    if name == "index_select":
+        dim = int(args[1]) % rank  # type: ignore[call-overload]
+        ids = tape.value(args[2])  # type: ignore[arg-type]
+        return base, (*index[:dim], int(ids.reshape(-1)[index[dim]]), *index[dim + 1 :])
+    if name == "index":
+        return _from_index(tape, base, args[1], index, shape)  # type: ignore[arg-type]
+    if name == "as_strided":
+        size, stride = args[1], args[2]
+        offset = args[3] if len(args) > 3 and args[3] is not None else 0
+        if not isinstance(size, (list, tuple)) or not _contiguous(tape, base):
+            return None
+        flat = offset + sum(i * s for i, s in zip(index, stride, strict=True))  # type: ignore[arg-type, operator, misc]
+        return base, _unravel(flat, shape)
+    return None
+
+
+def _contiguous(tape: Tape, node: fx.Node) -> bool:
+    value = tape.value(node)
+    return bool(value.is_contiguous() and value.storage_offset() == 0)
+
+
+def _from_getitem(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    source, item = node.args
+    assert isinstance(source, fx.Node) and isinstance(item, int)
+    name, args = op_name(source), source.args
+    base = args[0] if args else None
+    if not isinstance(base, fx.Node):
+        return None
+    rank = len(base.meta["shape"])
+    if name == "unbind":
+        dim = int(args[1]) % rank if len(args) > 1 else 0  # type: ignore[call-overload]
+        return base, (*index[:dim], item, *index[dim:])
+    if name in ("split", "split_with_sizes", "chunk"):
+        dim = int(args[2]) % rank if len(args) > 2 else 0  # type: ignore[call-overload]
+        sizes = args[1]
+        start = sum(sizes[:item]) if isinstance(sizes, (list, tuple)) else item * sizes  # type: ignore[arg-type, operator]
+        return base, (*index[:dim], index[dim] + start, *index[dim + 1 :])  # type: ignore[operator]
+    return None
+
+
+def _from_list(tape: Tape, node: fx.Node, index: Index, name: str) -> tuple[fx.Node, Index] | None:
+    del tape
+    if name not in ("cat", "stack") or not node.args or not isinstance(node.args[0], (list, tuple)):
+        return None
+    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    dim = int(node.args[1]) % len(node.meta["shape"]) if len(node.args) > 1 else 0  # type: ignore[call-overload]
+    if name == "stack":
+        return parts[index[dim]], (*index[:dim], *index[dim + 1 :])
+    at = index[dim]
+    for part in parts:
+        size = part.meta["shape"][dim] if len(part.meta["shape"]) > dim else 0
+        if at < size:
+            return part, (*index[:dim], at, *index[dim + 1 :])
+        at -= size
+    return None
+
+
+def _from_index(
+    tape: Tape, base: fx.Node, ids: list[fx.Node | None], index: Index, shape: Index
+) -> tuple[fx.Node, Index] | None:
+    used = [(d, i) for d, i in enumerate(ids) if i is not None]
+    if len(used) != 1:
+        return None
+    dim, picks = used[0]
+    value = tape.value(picks)
+    if value.dtype == torch.bool:
+        return None
+    rank = value.dim()
+    at = int(value[index[dim : dim + rank]])
+    return base, (*index[:dim], at % shape[dim], *index[dim + rank :])
+
+
+@dataclass(frozen=True)
+class MatrixRef:
+    """A (K, M) matrix inside a Parameter: K the contracted axis, M the output axis.
+
+    Element (k, m) is ``parameter[origin + k*dk + m*dm]``.
+    """
+
+    path: str
+    origin: Index
+    dk: Index
+    dm: Index
+    k: int
+    m: int
+
+    def offset_and_strides(self, stride: Index) -> tuple[int, int, int]:
+        """Storage offset of the origin and element strides along K and M, for a parameter's ``stride``."""
+
+        def dot(a: Index) -> int:
+            return sum(x * y for x, y in zip(a, stride, strict=True))
+
+        return dot(self.origin), dot(self.dk), dot(self.dm)
+
+
+def _sub(a: Index, b: Index) -> Index:
+    return tuple(x - y for x, y in zip(a, b, strict=True))
+
+
+def matrix_ref(tape: Tape, node: fx.Node, prefix: Index, k: int, m: int, swap: bool) -> MatrixRef | None:
+    """The Parameter region behind ``node[prefix]``, a (k, m) matrix, or (m, k) where ``swap``; None if none."""
+
+    def at(i: int, j: int) -> tuple[fx.Node, Index] | None:
+        return element_source(tape, node, (*prefix, j, i) if swap else (*prefix, i, j))
+
+    corners = [at(0, 0), at(min(1, k - 1), 0), at(0, min(1, m - 1)), at(k - 1, m - 1)]
+    first = corners[0]
+    if first is None or any(c is None or c[0] is not first[0] for c in corners):
+        return None
+    leaf, origin = first
+    if leaf.op != "get_attr" or "constant" in leaf.meta:
+        return None
+    dk, dm = _sub(corners[1][1], origin), _sub(corners[2][1], origin)  # type: ignore[index]
+    last = tuple(o + (k - 1) * a + (m - 1) * b for o, a, b in zip(origin, dk, dm, strict=True))
+    if last != corners[3][1]:  # type: ignore[index]
+        return None
+    return MatrixRef(str(leaf.target), origin, dk, dm, k, m)
+
+
+@dataclass(frozen=True)
+class VectorRef:
+    """An (M,) bias inside a Parameter: element m is ``parameter[origin + m*dm]``."""
+
+    path: str
+    origin: Index
+    dm: Index
+    m: int
+
+
+def vector_ref(tape: Tape, node: fx.Node, prefix: Index, m: int) -> VectorRef | None:
+    """The Parameter region behind the vector ``node[prefix]`` of length ``m``; None if there is none."""
+    ends = [element_source(tape, node, (*prefix, j)) for j in (0, min(1, m - 1), m - 1)]
+    if any(e is None or e[0] is not ends[0][0] for e in ends):  # type: ignore[index]
+        return None
+    leaf, origin = ends[0]  # type: ignore[misc]
+    if leaf.op != "get_attr" or "constant" in leaf.meta:
+        return None
+    dm = _sub(ends[1][1], origin)  # type: ignore[index]
+    if tuple(o + (m - 1) * d for o, d in zip(origin, dm, strict=True)) != ends[2][1]:  # type: ignore[index]
+        return None
+    return VectorRef(str(leaf.target), origin, dm, m)
