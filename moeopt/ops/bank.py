@@ -1,0 +1,148 @@
+"""Where the weights of E experts live: a bank is looked up one expert at a time, and never copies.
+
+Shape legend: E experts, O rows of W (2I when gated, I when plain), H hidden, I intermediate.
+``oi`` weights are (O, H) and (H, I); ``io`` weights are (H, O) and (I, H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from moeopt.errors import UsageError
+
+Biases = Sequence[Tensor | None]
+
+
+class Bank(Protocol):
+    """The weights of ``num_experts`` experts, live: a lookup returns the tensor as it is now."""
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts the bank holds."""
+
+    def w_in(self, e: int) -> tuple[Tensor, ...]:
+        """One 2-D tensor, or two (gate, up) when ``spec.rows == "separate"``."""
+
+    def b_in(self, e: int) -> tuple[Tensor | None, ...]:
+        """The 1-D biases of :meth:`w_in`, one each; None where there is none."""
+
+    def w_out(self, e: int) -> Tensor:
+        """The 2-D output weight."""
+
+    def b_out(self, e: int) -> Tensor | None:
+        """The 1-D output bias, or None."""
+
+    def norm(self, e: int) -> Tensor | None:
+        """The 1-D RMSNorm weight after W_out, or None (a norm without a weight, or no norm)."""
+
+    def stacked(self) -> StackedBank | None:
+        """The same weights as whole stacked tensors if they are stored so, else None."""
+
+
+class StackedBank:
+    """A bank of tensors whose first dimension is the expert.
+
+    Args:
+        w_in: one tensor (E, O, H) or two (gate, up); the last two dimensions follow ``spec.w_in_layout``.
+        w_out: (E, H, I) or (E, I, H), following ``spec.w_out_layout``.
+        b_in: None, or one (E, O) tensor or None for each of ``w_in``.
+        b_out: (E, H) or None.
+        norm: (E, H) or None.
+
+    Raises:
+        UsageError: the tensors disagree on E.
+    """
+
+    def __init__(
+        self,
+        w_in: Sequence[Tensor],
+        w_out: Tensor,
+        b_in: Biases | None = None,
+        b_out: Tensor | None = None,
+        norm: Tensor | None = None,
+    ) -> None:
+        self.w_in_s = tuple(w_in)
+        self.w_out_s = w_out
+        self.b_in_s: tuple[Tensor | None, ...] = tuple(b_in) if b_in else (None,) * len(self.w_in_s)
+        self.b_out_s = b_out
+        self.norm_s = norm
+        self.num_experts: int = w_out.shape[0]
+        _same_length("StackedBank", self.num_experts, [*self.w_in_s, *self.b_in_s, b_out, norm])
+
+    def w_in(self, e: int) -> tuple[Tensor, ...]:
+        return tuple([w[e] for w in self.w_in_s])
+
+    def b_in(self, e: int) -> tuple[Tensor | None, ...]:
+        return tuple([None if b is None else b[e] for b in self.b_in_s])
+
+    def w_out(self, e: int) -> Tensor:
+        return self.w_out_s[e]
+
+    def b_out(self, e: int) -> Tensor | None:
+        return None if self.b_out_s is None else self.b_out_s[e]
+
+    def norm(self, e: int) -> Tensor | None:
+        return None if self.norm_s is None else self.norm_s[e]
+
+    def stacked(self) -> StackedBank:
+        return self
+
+
+class ListBank:
+    """A bank of E separate tensors for each weight, as most users' models store them.
+
+    Args:
+        w_in: one list of E tensors, or two (all gates, all ups).
+        w_out: E tensors.
+        b_in: None, or for each of ``w_in`` a list of E tensors (None inside: that expert has no bias) or None.
+        b_out, norm: E tensors (None inside: absent there), or None.
+
+    Raises:
+        UsageError: the lists differ in length.
+    """
+
+    def __init__(
+        self,
+        w_in: Sequence[Sequence[Tensor]],
+        w_out: Sequence[Tensor],
+        b_in: Sequence[Biases | None] | None = None,
+        b_out: Biases | None = None,
+        norm: Biases | None = None,
+    ) -> None:
+        self.w_in_l = tuple(w_in)
+        self.w_out_l = w_out
+        self.b_in_l: tuple[Biases | None, ...] = tuple(b_in) if b_in else (None,) * len(self.w_in_l)
+        self.b_out_l = b_out
+        self.norm_l = norm
+        self.num_experts: int = len(w_out)
+        _same_length("ListBank", self.num_experts, [*self.w_in_l, *self.b_in_l, b_out, norm])
+
+    def w_in(self, e: int) -> tuple[Tensor, ...]:
+        return tuple([ws[e] for ws in self.w_in_l])
+
+    def b_in(self, e: int) -> tuple[Tensor | None, ...]:
+        return tuple([None if bs is None else bs[e] for bs in self.b_in_l])
+
+    def w_out(self, e: int) -> Tensor:
+        return self.w_out_l[e]
+
+    def b_out(self, e: int) -> Tensor | None:
+        return None if self.b_out_l is None else self.b_out_l[e]
+
+    def norm(self, e: int) -> Tensor | None:
+        return None if self.norm_l is None else self.norm_l[e]
+
+    def stacked(self) -> None:
+        return None
+
+
+def _same_length(what: str, num_experts: int, parts: Sequence[Tensor | Biases | None]) -> None:
+    for part in parts:
+        if part is not None and len(part) != num_experts:
+            raise UsageError(
+                f"{what}: W_out holds {num_experts} experts and another weight {len(part)}; "
+                "give every weight one entry per expert"
+            )

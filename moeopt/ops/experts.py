@@ -1,0 +1,209 @@
+"""``moeopt::experts``: the grouped-expert op, as a Python entry for eager code and one node for tracers.
+
+Shape legend: T tokens, E experts, K chosen per token, H hidden.
+
+A custom op takes no bank and no dataclass, so the op's schema holds lists and a string. Each list of
+weights is one stacked tensor (3-D weights, 2-D vectors), or E tensors; ``rows == "separate"`` doubles
+``w_in`` and ``b_in``: gate then up, or E gates then E ups. An empty list is an absent weight; a tensor
+of no elements is an absent one among present ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.bank import Bank, ListBank, StackedBank
+from moeopt.ops.kernels.cpu import experts_cpu
+from moeopt.ops.kernels.cuda import experts_cuda
+from moeopt.ops.reference import experts_reference
+
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+"""w_in, w_out, b_in, b_out, norm."""
+
+_KERNELS = {"cpu": experts_cpu, "cuda": experts_cuda}
+
+decode = functools.lru_cache(ExpertsSpec.decode)
+
+
+@torch.compiler.assume_constant_result
+def encode(spec: ExpertsSpec) -> str:
+    """``spec.encode()``, a constant to torch.compile, which cannot trace ``json``."""
+    return spec.encode()
+
+
+def experts(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+    """Run the experts that ``ids_TK`` names on each token and sum their weighted outputs.
+
+    Eagerly, and with no gradient needed, the device's kernel reads the bank directly. Under
+    ``torch.compile``, ``torch.export``, fx tracing, fake tensors or a dispatch mode, and where a gradient
+    is needed, the call is one ``torch.ops.moeopt.experts``. Autocast has no say: ``spec`` names the dtypes.
+
+    Args:
+        x_TH: tokens (T, H), any float dtype; T may be 0.
+        ids_TK: chosen experts (T, K), integers; < 0 adds nothing, >= E is ``spec.out_of_range``.
+        weights_TK: routing weights (T, K), any float dtype.
+        bank: the E experts' weights.
+        spec: the function, with the dtypes and the order of the sum.
+
+    Returns:
+        (T, H_out), a new tensor, in ``spec.out_dtype`` or the dtype of x.
+
+    Raises:
+        UsageError: shapes or dtypes that have no meaning here; the message names them.
+    """
+    if _traced(x_TH) or _needs_grad(x_TH, weights_TK, bank):
+        return torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *flatten(bank, spec), encode(spec))
+    return _run(x_TH, ids_TK, weights_TK, bank, spec)
+
+
+def flatten(bank: Bank, spec: ExpertsSpec) -> Lists:
+    """The bank as the op's five lists: stacked tensors if the bank is stored so, else E tensors each."""
+    pairs = 2 if spec.rows == "separate" else 1
+    stacked = bank.stacked()
+    if stacked is not None:
+        b_out = [] if stacked.b_out_s is None else [stacked.b_out_s]
+        norm = [] if stacked.norm_s is None else [stacked.norm_s]
+        return list(stacked.w_in_s), [stacked.w_out_s], _present(stacked.b_in_s), b_out, norm
+    all_e = range(bank.num_experts)
+    return (
+        [bank.w_in(e)[i] for i in range(pairs) for e in all_e],
+        [bank.w_out(e) for e in all_e],
+        _present([bank.b_in(e)[i] for i in range(pairs) for e in all_e]),
+        _present([bank.b_out(e) for e in all_e]),
+        _present([bank.norm(e) for e in all_e]),
+    )
+
+
+def unflatten(lists: Sequence[Sequence[Tensor]], spec: ExpertsSpec) -> Bank:
+    """The inverse of :func:`flatten`, on the same tensors."""
+    w_in, w_out, b_in, b_out, norm = ([t if t.dim() > 1 or t.numel() else None for t in part] for part in lists)
+    if lists[1][0].dim() == 3:
+        return StackedBank(lists[0], lists[1][0], b_in, b_out[0] if b_out else None, norm[0] if norm else None)
+    E, pairs = len(w_out), 2 if spec.rows == "separate" else 1
+    ins = [lists[0][i * E : (i + 1) * E] for i in range(pairs)]
+    ins_b = [b_in[i * E : (i + 1) * E] for i in range(pairs)] if b_in else None
+    return ListBank(ins, list(lists[1]), ins_b, b_out or None, norm or None)
+
+
+def _present(parts: Sequence[Tensor | None]) -> list[Tensor]:
+    some = next((p for p in parts if p is not None), None)
+    return [] if some is None else [some.new_empty(0) if p is None else p for p in parts]
+
+
+def _traced(x: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or x.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _needs_grad(x: Tensor, weights: Tensor, bank: Bank) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad or weights.requires_grad:
+        return True
+    stacked = bank.stacked()
+    if stacked is not None:
+        held = (*stacked.w_in_s, stacked.w_out_s, *stacked.b_in_s, stacked.b_out_s, stacked.norm_s)
+        return any(t is not None and t.requires_grad for t in held)
+    for e in range(bank.num_experts):
+        held = (*bank.w_in(e), bank.w_out(e), *bank.b_in(e), bank.b_out(e), bank.norm(e))
+        if any(t is not None and t.requires_grad for t in held):
+            return True
+    return False
+
+
+def _run(x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+    kernel = _KERNELS.get(x.device.type, experts_reference)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return kernel(x, ids, weights, bank, spec)
+    return kernel(x, ids, weights, bank, spec)
+
+
+_WEIGHTS = "Tensor[] w_in, Tensor[] w_out, Tensor[] b_in, Tensor[] b_out, Tensor[] norm"
+_ARGS = f"Tensor x, Tensor ids, Tensor weights, {_WEIGHTS}"
+_LIB = torch.library.Library("moeopt", "FRAGMENT")
+_LIB.define(f"experts({_ARGS}, str spec) -> Tensor")
+_LIB.define(f"experts_backward(Tensor grad, {_ARGS}, str spec, int[] needs) -> Tensor[]")
+
+
+def _experts(x, ids, weights, w_in, w_out, b_in, b_out, norm, spec):
+    known = decode(spec)
+    with torch.no_grad():
+        return _run(x, ids, weights, unflatten((w_in, w_out, b_in, b_out, norm), known), known)
+
+
+def _experts_fake(x, ids, weights, w_in, w_out, b_in, b_out, norm, spec):
+    known = decode(spec)
+    dtype = getattr(torch, known.out_dtype) if known.out_dtype else x.dtype
+    return x.new_empty(x.shape[0], w_out[0].shape[-2 if known.w_out_layout == "oi" else -1], dtype=dtype)
+
+
+def _backward(grad, x, ids, weights, w_in, w_out, b_in, b_out, norm, spec, needs):
+    """Gradients of those of [x, weights, *w_in, *w_out, *b_in, *b_out, *norm] that ``needs`` indexes.
+
+    Recomputes the reference with gradients on. Stacked weights are taken apart into leaves first: the
+    gradient of ``w[e]`` with respect to a whole stack would be E stacks.
+    """
+    known, E = decode(spec), w_out[0].shape[0] if w_out[0].dim() == 3 else 0
+    lists = [w_in, w_out, b_in, b_out, norm]
+    whole = [x, weights, *(t for part in lists for t in part)]
+    leaves = [[x.detach()], [weights.detach()]]
+    leaves += [list(t.detach().unbind(0)) if E and t.numel() else [t.detach()] * max(E, 1) for t in whole[2:]]
+    wanted = [leaf.requires_grad_() for i in needs for leaf in leaves[i]]
+    rest = iter(leaves[2:])
+    bank = unflatten([[leaf for _ in part for leaf in next(rest)] for part in lists], known)
+    with torch.enable_grad():
+        y = experts_reference(leaves[0][0], ids, leaves[1][0], bank, known)
+    totals = [torch.zeros_like(whole[i], memory_format=torch.contiguous_format) for i in needs]
+    if not y.requires_grad:  # no expert was hit
+        return totals
+    found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
+    for i, total in zip(needs, totals, strict=True):
+        for piece in total.unbind(0) if E and i > 1 else [total]:
+            grad_of_piece = next(found)
+            if grad_of_piece is not None:
+                piece.copy_(grad_of_piece)
+    return totals
+
+
+def _backward_fake(grad, x, ids, weights, w_in, w_out, b_in, b_out, norm, spec, needs):
+    whole = [x, weights, *w_in, *w_out, *b_in, *b_out, *norm]
+    return [torch.empty_like(whole[i], memory_format=torch.contiguous_format) for i in needs]
+
+
+def _setup_context(ctx, inputs, output):
+    x, ids, weights, *lists, spec = inputs
+    ctx.save_for_backward(x, ids, weights, *(t for part in lists for t in part))
+    ctx.sizes = [len(part) for part in lists]
+    ctx.spec = spec
+
+
+def _gradients(ctx, grad):
+    x, ids, weights, *flat = ctx.saved_tensors
+    wants_x, _, wants_weights, *wants_lists, _ = ctx.needs_input_grad
+    wants = [wants_x, wants_weights, *(w for part in wants_lists for w in part)]
+    needs = [i for i, wanted in enumerate(wants) if wanted]
+    rest = iter(flat)
+    lists = [[next(rest) for _ in range(size)] for size in ctx.sizes]
+    found = iter(torch.ops.moeopt.experts_backward(grad, x, ids, weights, *lists, ctx.spec, needs))
+    grads = iter([next(found) if wanted else None for wanted in wants])
+    grad_x, grad_weights = next(grads), next(grads)
+    return grad_x, None, grad_weights, *([next(grads) for _ in range(size)] for size in ctx.sizes), None
+
+
+for _key in ("CPU", "CUDA"):
+    _LIB.impl("experts", _experts, _key)
+    _LIB.impl("experts_backward", _backward, _key)
+torch.library.register_fake("moeopt::experts", _experts_fake, lib=_LIB)
+torch.library.register_fake("moeopt::experts_backward", _backward_fake, lib=_LIB)
+torch.library.register_autograd("moeopt::experts", _gradients, setup_context=_setup_context, lib=_LIB)

@@ -1,0 +1,1 @@
+"""Fast kernels of the ops, one file per device."""
