@@ -1,0 +1,314 @@
+"""Is a rewritten block the same function? The original's own float64 run is the judge.
+
+For each case: the original runs at its own dtype and its choices are recorded; its code runs again in
+float64 with those choices; the rewritten runs. Routing is compared first (``routing``), then numbers:
+
+    d_opt[t] <= FACTOR * max(d_orig[t], typical) + EPS_ALLOWANCE * eps        for every token t
+
+where ``d`` is the relative L2 distance from the oracle (``distance``), eps is of the output's dtype
+and ``typical`` is the root mean square of d_orig over the case's tokens. Why ``typical``: d_orig[t] is
+one draw of rounding noise; a token on which the original happened to be exact would otherwise make the
+bound arbitrarily tight, above all where H is tiny. Why it is capped at 4 medians: one token whose sum
+cancels must not loosen the bound of all others.
+
+The judge must be fit to judge: an original that itself lies further than ``MISTRUST`` from its oracle
+(median over tokens) means that the oracle ran another function, and the block fails for that reason.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from moeopt.compare.distance import finiteness, token_distance
+from moeopt.compare.oracle import record_selections, run_oracle, run_pinned
+from moeopt.compare.routing import compare_routing
+from moeopt.compare.selections import Event, OracleError, Selections
+
+FACTOR = 4.0
+EPS_ALLOWANCE = 8.0
+MISTRUST = 0.125
+"""FACTOR times this is half of an output's norm: no bound at all."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a block: ``original(*args, **kwargs)``."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CaseResult:
+    """What one case showed. Distances are the largest over tokens; ``tokens`` is how many were judged."""
+
+    name: str
+    status: Literal["passed", "failed", "skipped"] = "passed"
+    reason: str = ""
+    tokens: int = 0
+    distance_original: float = 0.0
+    distance_rewritten: float = 0.0
+    required: float = 0.0
+    ids_compared: int = 0
+    ties: int = 0
+    flips: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class BlockCheck:
+    """The verdict on one block.
+
+    ``required`` is the factor that would have been needed in place of FACTOR (0: eps alone covers it).
+    ``passed`` is None when nothing was checked (verify="off").
+    """
+
+    name: str
+    passed: bool | None
+    cases: list[CaseResult] = field(default_factory=list)
+    reason: str = ""
+    dtype: str = ""
+    seconds: float = 0.0
+
+    @property
+    def required(self) -> float:
+        return max((case.required for case in self.cases), default=0.0)
+
+    @property
+    def distance_original(self) -> float:
+        return max((case.distance_original for case in self.cases), default=0.0)
+
+    @property
+    def distance_rewritten(self) -> float:
+        return max((case.distance_rewritten for case in self.cases), default=0.0)
+
+    @property
+    def ids_compared(self) -> int:
+        return sum(case.ids_compared for case in self.cases)
+
+    @property
+    def ties(self) -> int:
+        return sum(case.ties for case in self.cases)
+
+    @property
+    def flips(self) -> int:
+        return sum(case.flips for case in self.cases)
+
+
+class _Fail(Exception):
+    """A case failed; the text says why."""
+
+
+def verify_block(
+    name: str,
+    original: Callable[..., Any],
+    rewritten: Callable[..., Any],
+    cases: Sequence[Case],
+    level: Literal["strict", "fast", "off"] = "strict",
+    ids_of: Callable[[Selections], list[Event]] | None = None,
+) -> BlockCheck:
+    """Run every case on both and judge (see the module's docstring).
+
+    Args:
+        name: the block's path, for the certificate.
+        original, rewritten: callables of the same signature; neither they nor the cases are changed.
+        cases: the inputs. A case on which the original itself raises is skipped, with the reason.
+        level: "strict" runs all cases; "fast" stops at the first failure; "off" runs nothing.
+        ids_of: which recorded choices are routing; by default every top-k, sort, argmax, ...
+    """
+    if level == "off":
+        return BlockCheck(name, None, reason="not verified: verify='off'")
+    started = time.perf_counter()
+    check = BlockCheck(name, True)
+    for case in cases:
+        result = CaseResult(case.name)
+        check.cases.append(result)
+        try:
+            _run_case(case, original, rewritten, result, check, ids_of)
+        except _Fail as failure:
+            result.status, result.reason = "failed", str(failure)
+            if check.passed:
+                check.passed, check.reason = False, f"case {case.name!r}: {failure}"
+            if level == "fast":
+                break
+    if check.passed and not any(case.status == "passed" and case.tokens for case in check.cases):
+        check.passed = False
+        skipped = next((case.reason for case in check.cases if case.reason), "no finite output in any case")
+        check.reason = f"no case could be judged: {skipped}" if check.cases else "no case was given"
+    check.seconds = time.perf_counter() - started
+    return check
+
+
+def _run_case(
+    case: Case,
+    original: Callable[..., Any],
+    rewritten: Callable[..., Any],
+    result: CaseResult,
+    check: BlockCheck,
+    ids_of: Callable[[Selections], list[Event]] | None,
+) -> None:
+    try:
+        y_orig, chosen = record_selections(original, case.args, case.kwargs)
+    except Exception as err:
+        result.status, result.reason = "skipped", f"the original raises {_text(err)}"
+        return
+    try:
+        y_new, chosen_new = record_selections(rewritten, case.args, case.kwargs)
+    except Exception as err:
+        raise _Fail(f"the rewritten block raises {_text(err)}, the original does not") from err
+    _same_form(y_orig, y_new)
+    _same_writes(chosen, chosen_new)
+    eps = max((torch.finfo(t.dtype).eps for t in _floats((case.args, case.kwargs, y_orig))), default=0.0)
+    routing = compare_routing(chosen, chosen_new, eps, ids_of)
+    result.ids_compared, result.ties, result.flips = routing.ids_compared, routing.ties, routing.flips
+    if routing.flips:
+        raise _Fail(f"routing differs: {routing.reason}")
+    try:
+        if routing.as_rewritten is not None:
+            chosen = routing.as_rewritten
+            y_orig = run_pinned(original, case.args, case.kwargs, chosen)
+        y_64 = run_oracle(original, case.args, case.kwargs, chosen)
+    except OracleError as err:
+        raise _Fail(str(err)) from err
+    leaves = [pytree.tree_leaves(y) for y in (y_orig, y_new, y_64)]
+    if len(leaves[0]) != len(leaves[2]):
+        raise _Fail("the float64 oracle returned another structure than the original")
+    for number, (a, b, o) in enumerate(zip(*leaves, strict=True)):
+        where = "the output" if len(leaves[0]) == 1 else f"output {number}"
+        if isinstance(a, Tensor):
+            check.dtype = check.dtype or str(a.dtype).removeprefix("torch.")
+            _judge(a, b, o, where, result, bool(routing.ties))
+        elif a != b and not (a != a and b != b):
+            raise _Fail(f"{where} is {b!r} instead of {a!r}")
+
+
+def _judge(a: Tensor, b: Tensor, o: Tensor, where: str, result: CaseResult, tied: bool) -> None:
+    """Compare one output tensor: original ``a``, rewritten ``b``, oracle ``o``; fill ``result``."""
+    if not (a.dtype.is_floating_point or a.dtype.is_complex):
+        if not torch.equal(a, b) and not tied:
+            wrong = int((a != b).sum())
+            raise _Fail(f"{where} ({a.dtype}) differs in {wrong} of {a.numel()} elements; integers must be equal")
+        return
+    if not a.numel():
+        return
+    if o.shape != a.shape:
+        raise _Fail(f"the float64 oracle gave {where} shape {tuple(o.shape)}, the original {tuple(a.shape)}")
+    pattern = finiteness(a, b)
+    if pattern.leaked:
+        raise _Fail(
+            f"{where} of token {pattern.leaked[0]} is not finite, and is finite in the original "
+            f"({len(pattern.leaked)} such tokens): NaN or Inf leaked"
+        )
+    eps = torch.finfo(a.dtype).eps
+    d_orig, d_new = token_distance(a, o, eps=eps), token_distance(b, o, eps=eps)
+    judged = pattern.both
+    if d_orig[judged].isnan().any():
+        t = int((judged & d_orig.isnan()).nonzero()[0])
+        raise _Fail(f"the float64 oracle is not finite for {where} of token {t}, where the original is")
+    if judged.any():
+        _bound(d_orig, d_new, judged, eps, where, result)
+    _healed(pattern.healed_nan, pattern.healed_inf, d_orig, d_new, judged, eps, where, result)
+
+
+def _bound(
+    d_orig: Tensor, d_new: Tensor, judged: Tensor, eps: float, where: str, result: CaseResult
+) -> None:
+    mine, theirs = d_orig[judged], d_new[judged]
+    median = float(mine.median())
+    if median > MISTRUST:
+        raise _Fail(
+            f"the float64 oracle does not compute what the original does: they lie {median:.3g} apart at {where} "
+            f"(median over tokens, at most {MISTRUST:g} can be judged)"
+        )
+    floor = mine.clamp_min(typical(mine))
+    excess = (theirs - EPS_ALLOWANCE * eps).clamp_min(0.0)
+    factor = torch.where(excess > 0, excess / floor, 0.0)
+    worst = int(factor.argmax())
+    result.tokens += len(mine)
+    result.distance_original = max(result.distance_original, float(mine.max()))
+    result.distance_rewritten = max(result.distance_rewritten, float(theirs.max()))
+    result.required = max(result.required, float(factor[worst]))
+    if float(factor[worst]) > FACTOR:
+        token = int(judged.nonzero().flatten()[worst])
+        raise _Fail(
+            f"{where} of token {token} lies {float(theirs[worst]):.3g} from the float64 oracle, the original "
+            f"{float(mine[worst]):.3g} (typical {float(floor[worst]):.3g}): a factor {float(factor[worst]):.3g} "
+            f"would be needed, {FACTOR:g} is allowed; {int((factor > FACTOR).sum())} of {len(mine)} tokens are too far"
+        )
+
+
+def typical(d: Tensor) -> float:
+    """Root mean square of the distances of a case's tokens, at most 4 medians of those above zero."""
+    above = d[(d > 0) & d.isfinite()]
+    if not len(above):
+        return 0.0
+    rms = math.sqrt(float(d[d.isfinite()].square().mean()))
+    return min(rms, 4 * float(above.median()))
+
+
+def _healed(
+    nan: list[int], inf: list[int], d_orig: Tensor, d_new: Tensor, judged: Tensor, eps: float, where: str, result: CaseResult
+) -> None:
+    """Rows finite in the rewritten only: right after a NaN, and after an Inf if the oracle agrees."""
+    allowed = FACTOR * (typical(d_orig[judged]) if judged.any() else 0.0) + EPS_ALLOWANCE * eps
+    for t in inf:
+        if not float(d_new[t]) <= allowed:
+            raise _Fail(f"{where} of token {t} is infinite in the original and finite, but wrong, in the rewritten block")
+    for rows, what in ((nan, "NaN"), (inf, "infinite")):
+        if rows:
+            result.notes.append(f"{len(rows)} tokens are {what} in the original and finite in the rewritten block")
+
+
+def _same_form(a: Any, b: Any) -> None:
+    """Structure, shapes, dtypes and devices of two outputs are equal, or the case fails."""
+    (leaves_a, spec_a), (leaves_b, spec_b) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    if spec_a != spec_b:
+        raise _Fail(f"the rewritten block returns {_form(b)}, the original returns {_form(a)}")
+    for x, y in zip(leaves_a, leaves_b, strict=True):
+        if isinstance(x, Tensor) != isinstance(y, Tensor):
+            raise _Fail(f"the rewritten block returns {_form(b)}, the original returns {_form(a)}")
+        if isinstance(x, Tensor) and (x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device):
+            raise _Fail(f"the rewritten block returns {_form(y)} where the original returns {_form(x)}")
+
+
+def _same_writes(a: Selections, b: Selections) -> None:
+    """What the original writes besides its outputs, the rewritten writes too: arguments and buffers."""
+    for number in sorted(a.inputs.keys() ^ b.inputs.keys()):
+        who = ("original writes", "rewritten block does not") if number in a.inputs else ("rewritten block writes", "original does not")
+        raise _Fail(f"the {who[0]} argument {number} in place, the {who[1]}")
+    theirs = {(name.rpartition(".")[2], tuple(value.shape)): value for name, value in b.state.items()}
+    for name, value in a.state.items():
+        twin = theirs.get((name.rpartition(".")[2], tuple(value.shape)))
+        if twin is None:
+            raise _Fail(f"the original updates its own {name!r}, the rewritten block does not")
+        exact = not value.dtype.is_floating_point
+        if exact and not torch.equal(value, twin) or not exact and not torch.allclose(
+            value, twin, rtol=EPS_ALLOWANCE * torch.finfo(value.dtype).eps, atol=0, equal_nan=True
+        ):
+            raise _Fail(f"the rewritten block leaves {name!r} with another value than the original")
+
+
+def _floats(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.dtype.is_floating_point]
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__}({', '.join(map(_form, value))})"
+    return type(value).__name__
+
+
+def _text(err: Exception) -> str:
+    first = str(err).strip().splitlines()
+    return f"{type(err).__name__}: {first[0]}" if first else type(err).__name__

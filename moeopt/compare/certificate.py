@@ -1,0 +1,167 @@
+"""The certificate: what was verified, where, against what, and the verdict; prints and travels as JSON.
+
+``passed`` is True, False, or None when nothing was verified (verify="off"). ``executed`` is False when
+the engine itself did not run and ``passed`` speaks of a replay of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moeopt.compare.block import EPS_ALLOWANCE, FACTOR, BlockCheck, CaseResult
+from moeopt.compare.model import EndToEnd
+from moeopt.errors import BundleError
+
+WIDTH = 80
+SCHEMA = 1
+
+
+def current_versions() -> dict[str, str]:
+    """Versions of python, torch and moeopt, as they run here."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("moeopt")
+    except PackageNotFoundError:
+        own = "source tree"
+    return {"python": platform.python_version(), "torch": torch.__version__, "moeopt": own}
+
+
+@dataclass
+class Certificate:
+    """See the module's docstring. ``notes`` are sentences for the reader, ``level`` the Options.verify value."""
+
+    blocks: list[BlockCheck] = field(default_factory=list)
+    end_to_end: EndToEnd | None = None
+    level: str = "strict"
+    executed: bool = True
+    device: str = "cpu"
+    dtype: str = ""
+    versions: dict[str, str] = field(default_factory=current_versions)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool | None:
+        """False if anything failed; None if nothing was verified; else True."""
+        verdicts = [block.passed for block in self.blocks]
+        if self.end_to_end is not None:
+            verdicts.append(self.end_to_end.passed)
+        if False in verdicts:
+            return False
+        if self.level == "off" or None in verdicts:
+            return None
+        return True
+
+    @property
+    def verdict(self) -> str:
+        """One line: the verdict in words."""
+        if self.level == "off":
+            return "NOT VERIFIED: verify='off'"
+        if self.passed is None:
+            return "NOT VERIFIED: something was left out"
+        if not self.blocks and self.end_to_end is None:
+            return "PASSED: nothing was rewritten, so there was nothing to verify"
+        return "PASSED" if self.passed else "FAILED"
+
+    def to_json(self) -> str:
+        """The certificate as JSON text; :meth:`from_json` is the inverse."""
+        body = dataclasses.asdict(self)
+        return json.dumps({"schema": SCHEMA, "passed": self.passed, **_plain(body)}, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Certificate:
+        """Read what :meth:`to_json` wrote; ``BundleError`` if it is damaged or newer than this moeopt."""
+        try:
+            body = json.loads(text)
+            if body.pop("schema") != SCHEMA:
+                raise BundleError("the certificate has another schema version: written by another moeopt")
+            stated = body.pop("passed")
+            blocks = [
+                BlockCheck(**{**block, "cases": [_revive(CaseResult, case) for case in block["cases"]]})
+                for block in body.pop("blocks")
+            ]
+            end = body.pop("end_to_end")
+            certificate = cls(blocks=blocks, end_to_end=None if end is None else _revive(EndToEnd, end), **body)
+        except (ValueError, KeyError, TypeError, AttributeError) as err:
+            raise BundleError(f"the certificate cannot be read: {err}") from err
+        if certificate.passed is not stated:
+            raise BundleError(f"the certificate contradicts itself: it says passed={stated}, its parts {certificate.passed}")
+        return certificate
+
+    def __str__(self) -> str:
+        return "\n".join(line[:WIDTH] for line in self._lines())
+
+    def _lines(self) -> list[str]:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        lines = [f"moeopt certificate: {self.verdict}"]
+        if not self.executed:
+            lines.append("engine: not executed; the verdict is that of a replay")
+        lines += _wrap(versions, "  ") + [f"  device {self.device}, dtype {self.dtype or '-'}, verify {self.level}"]
+        if self.blocks:
+            lines += ["", f"{'block':<28} {'verdict':<8} {'orig':>8} {'new':>8} {'factor':>7} {'ids':>7} {'tie':>4} {'flip':>4}"]
+            lines += [_row(block) for block in self.blocks]
+            lines += _wrap(
+                "orig, new: worst distance per token from the float64 oracle, relative L2; factor: needed, beyond "
+                f"{EPS_ALLOWANCE:g} eps ({FACTOR:g} is allowed); ids: expert choices compared",
+                "  ",
+            )
+            lines += self._reasons()
+        if self.end_to_end is not None:
+            lines += ["", *(part for line in self.end_to_end.lines() for part in _wrap(line, ""))]
+        for note in self.notes:
+            lines += _wrap(f"note: {note}", "")
+        return lines
+
+    def _reasons(self) -> list[str]:
+        lines: list[str] = []
+        for block in self.blocks:
+            if block.reason:
+                lines += _wrap(f"{block.name}: {block.reason}", "  ")
+        skipped: dict[str, list[str]] = {}
+        for block in self.blocks:
+            for case in block.cases:
+                for text in [case.reason] * (case.status == "skipped") + case.notes:
+                    skipped.setdefault(f"{case.name} {case.status}: {text}", []).append(block.name)
+        for text, names in skipped.items():
+            where = names[0] if len(names) == 1 else f"{len(names)} blocks"
+            lines += _wrap(f"case {text} ({where})", "  ")
+        return lines
+
+
+def _row(block: BlockCheck) -> str:
+    name = block.name if len(block.name) <= 28 else "..." + block.name[-25:]
+    verdict = {True: "passed", False: "FAILED", None: "not run"}[block.passed]
+    return (
+        f"{name:<28} {verdict:<8} {block.distance_original:>8.1e} {block.distance_rewritten:>8.1e} "
+        f"{block.required:>7.3g} {block.ids_compared:>7} {block.ties:>4} {block.flips:>4}"
+    )
+
+
+def _wrap(text: str, indent: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ") or [indent]
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with infinities and NaN as text, which strict JSON lacks."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _revive(cls: Any, body: dict[str, Any]) -> Any:
+    """A dataclass from its plain form; its float fields may be "inf" or "nan"."""
+    floats = {f.name for f in dataclasses.fields(cls) if "float" in str(f.type)}
+    return cls(**{name: float(v) if name in floats and isinstance(v, str) else v for name, v in body.items()})

@@ -1,0 +1,175 @@
+"""End to end: the optimised model against the original, in the model's own dtype.
+
+No oracle runs here: a whole model in float64 is too large. The budget is the original's own *rounding
+sensitivity*: the original is run again with each rewritten block's output multiplied by 1 + eps * n,
+n normal, and the outputs move by s (largest of ``DRAWS`` draws). A correct rewrite moves its outputs
+by an amount of that kind, so
+
+    d(optimised, original) <= FACTOR * s + EPS_ALLOWANCE * eps
+
+must hold, d the relative L2 distance per token, once for the largest token and once for the root mean
+square over tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from moeopt.compare.block import EPS_ALLOWANCE, FACTOR
+from moeopt.compare.distance import finiteness, token_distance
+from moeopt.compare.state import Guard, clone_inputs
+
+DRAWS = 3
+
+
+@dataclass
+class EndToEnd:
+    """The verdict on a whole model. ``distance`` is the largest over tokens, ``budget`` what it may be."""
+
+    passed: bool | None
+    reason: str = ""
+    outputs: int = 0
+    tokens: int = 0
+    distance: float = 0.0
+    budget: float = 0.0
+    distance_rms: float = 0.0
+    budget_rms: float = 0.0
+    language: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The verdict in plain lines."""
+        verdict = {True: "passed", False: "FAILED", None: "not run"}[self.passed]
+        lines = [
+            f"end to end: {verdict}; {self.tokens} tokens, distance at most {self.distance:.2e} (budget {self.budget:.2e}), "
+            f"rms {self.distance_rms:.2e} (budget {self.budget_rms:.2e})"
+        ]
+        if self.reason:
+            lines.append(f"  {self.reason}")
+        lines += [f"  {name}: {value:.6g}" for name, value in self.language.items()]
+        return lines + [f"  note: {note}" for note in self.notes]
+
+
+def run_plain(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Outputs of ``fn`` on cloned inputs, with no gradient and no trace left on ``fn``."""
+    with torch.inference_mode(False), torch.no_grad(), Guard(fn):
+        return fn(*clone_inputs(tuple(args)), **clone_inputs(dict(kwargs)))
+
+
+def end_to_end(
+    original: nn.Module,
+    optimized: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    noise_blocks: Sequence[str] = (),
+    seed: int = 0,
+) -> EndToEnd:
+    """Compare ``optimized(*args, **kwargs)`` with ``original(*args, **kwargs)``.
+
+    Args:
+        noise_blocks: names of the submodules of ``original`` that were rewritten; the budget comes of
+            perturbing their outputs by one eps. None given: only EPS_ALLOWANCE * eps is allowed.
+        seed: of the noise.
+
+    Floating outputs are compared per token on the last dim; integers and other leaves must be equal.
+    """
+    kwargs = dict(kwargs or {})
+    want = run_plain(original, args, kwargs)
+    try:
+        got = run_plain(optimized, args, kwargs)
+    except Exception as err:
+        return EndToEnd(False, f"the optimised model raises {type(err).__name__}: {err}")
+    noisy = []
+    for draw in range(DRAWS if noise_blocks else 0):
+        with _Noise(original, noise_blocks, seed + draw):
+            noisy.append(run_plain(original, args, kwargs))
+    return compare_outputs(want, got, noisy)
+
+
+def compare_outputs(want: Any, got: Any, noisy: Sequence[Any]) -> EndToEnd:
+    """Judge outputs ``got`` against ``want``; ``noisy`` are outputs of the original under rounding noise."""
+    (wants, spec), (gots, spec_got) = pytree.tree_flatten(want), pytree.tree_flatten(got)
+    if spec != spec_got:
+        return EndToEnd(False, "the optimised model returns another structure than the original")
+    result = EndToEnd(True, outputs=len(wants))
+    others = [pytree.tree_leaves(tree) for tree in noisy]
+    for number, (a, b) in enumerate(zip(wants, gots, strict=True)):
+        reason = _leaf(a, b, [leaves[number] for leaves in others if len(leaves) == len(wants)], result)
+        if reason:
+            result.passed = False
+            result.reason = result.reason or f"output {number} {reason}"
+    return result
+
+
+def _leaf(a: Any, b: Any, noisy: list[Any], result: EndToEnd) -> str:
+    """Judge one leaf into ``result``; the reason why it fails, or ""."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return "" if type(a) is type(b) and (a is b or a == b or not _comparable(a)) else f"is {b!r} instead of {a!r}"
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return f"is {b.dtype} {tuple(b.shape)} instead of {a.dtype} {tuple(a.shape)}"
+    if not a.dtype.is_floating_point:
+        return "" if torch.equal(a, b) else f"({a.dtype}) differs in {int((a != b).sum())} elements"
+    if not a.numel():
+        return ""
+    pattern = finiteness(a, b)
+    if pattern.leaked:
+        return f"is not finite at token {pattern.leaked[0]}, where the original is"
+    eps = torch.finfo(a.dtype).eps
+    d = token_distance(b, a)[pattern.both]
+    if not len(d):
+        return ""
+    moved = [m[~m.isnan()] for m in (token_distance(n, a) for n in noisy if n.shape == a.shape)]
+    budget = FACTOR * max((float(m.max()) for m in moved if len(m)), default=0.0) + EPS_ALLOWANCE * eps
+    budget_rms = FACTOR * max((_rms(m) for m in moved if len(m)), default=0.0) + EPS_ALLOWANCE * eps
+    result.tokens += len(d)
+    if float(d.max()) - budget > result.distance - result.budget or not result.budget:
+        result.distance, result.budget = float(d.max()), budget
+    if _rms(d) - budget_rms > result.distance_rms - result.budget_rms or not result.budget_rms:
+        result.distance_rms, result.budget_rms = _rms(d), budget_rms
+    if float(d.max()) > budget:
+        return f"moves by {float(d.max()):.3g} at its worst token; the original's rounding explains {budget:.3g}"
+    if _rms(d) > budget_rms:
+        return f"moves by {_rms(d):.3g} (rms over tokens); the original's rounding explains {budget_rms:.3g}"
+    return ""
+
+
+def _rms(d: Tensor) -> float:
+    return float(d.square().mean().sqrt())
+
+
+def _comparable(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | bytes | type(None))
+
+
+class _Noise:
+    """Forward hooks that multiply the named submodules' floating outputs by 1 + eps * normal."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
+        self._modules = [model.get_submodule(name) for name in names]
+        self._seed = seed
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        generator = torch.Generator().manual_seed(self._seed)
+
+        def shake(t: Tensor) -> Tensor:
+            if not t.dtype.is_floating_point:
+                return t
+            noise = torch.randn(t.shape, generator=generator).to(t.device)
+            return (t.float() * (1 + torch.finfo(t.dtype).eps * noise)).to(t.dtype)
+
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            return pytree.tree_map_only(Tensor, shake, output)
+
+        self._handles = [module.register_forward_hook(hook) for module in self._modules]
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()

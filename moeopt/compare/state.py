@@ -1,0 +1,145 @@
+"""Run a model's own code without leaving a trace: inputs, parameters, buffers, attributes, RNG.
+
+A verification run is many runs of somebody's code, some of them in another precision. Inputs are
+cloned before each run. What a forward keeps on itself (a counter buffer, ``self.last_logits = ...``,
+a classifier swapped for its cast copy) is put back after each run, and so is the RNG state, so that
+every run of a case starts from the same place.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module, type)
+
+
+def clone_inputs(tree: Any) -> Any:
+    """``tree`` with every tensor cloned; dataclasses and other containers are copied, modules are not."""
+    return pytree.tree_map(_clone_leaf, tree)
+
+
+def _clone_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone()
+    if isinstance(leaf, _PLAIN) or callable(leaf):
+        return leaf
+    if dataclasses.is_dataclass(leaf):
+        twin = copy.copy(leaf)
+        for field in dataclasses.fields(leaf):
+            object.__setattr__(twin, field.name, clone_inputs(getattr(leaf, field.name)))
+        return twin
+    return copy.deepcopy(leaf)
+
+
+def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
+    """The modules a callable can reach at once: itself, its ``self``, bound arguments, closure."""
+    if isinstance(fn, nn.Module):
+        return [fn]
+    found: list[Any] = []
+    if isinstance(fn, functools.partial):
+        found += [fn.func, *fn.args, *fn.keywords.values()]
+    elif isinstance(fn, types.MethodType):
+        found += [fn.__self__, fn.__func__]
+    elif isinstance(fn, types.FunctionType):
+        for cell in fn.__closure__ or ():
+            try:
+                found.append(cell.cell_contents)
+            except ValueError:  # the cell is still empty: nothing to reach
+                continue
+    else:
+        found += list(getattr(fn, "__dict__", {}).values())
+    modules: list[nn.Module] = []
+    for thing in found:
+        if isinstance(thing, nn.Module):
+            modules.append(thing)
+        elif isinstance(thing, functools.partial | types.MethodType):
+            modules += modules_of(thing)
+    return modules
+
+
+class Guard:
+    """Context manager: snapshot of what ``fn`` may change on itself, restored on exit.
+
+    Tensors are saved lazily: a dispatch mode calls :meth:`before_write` with each tensor that an op
+    is about to write, and only a storage that belongs to the model is cloned. ``written`` names them.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._roots = modules_of(fn)
+        self._saved: dict[int, Tensor] = {}
+        self.written: list[str] = []
+
+    def __enter__(self) -> Guard:
+        self._modules = list(_unique_modules(self._roots))
+        self._attributes = [
+            (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for _, m in self._modules
+        ]
+        self._owners: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
+        for path, module in self._modules:
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None and type(tensor.data) is Tensor and tensor.device.type != "meta":
+                        entry = (f"{path}.{name}" if path else name, tensor, tensor.data)
+                        self._owners.setdefault(tensor.untyped_storage().data_ptr(), []).append(entry)
+        self._rng = torch.get_rng_state()
+        self._cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        return self
+
+    def before_write(self, tensor: Tensor) -> None:
+        """Save the model's tensors that share ``tensor``'s storage, once."""
+        key = tensor.untyped_storage().data_ptr()
+        if key and key in self._owners and key not in self._saved:
+            self._saved[key] = tensor
+            for index, (name, owner, data) in enumerate(self._owners[key]):
+                self._owners[key][index] = (name, owner, data.clone())
+                self.written.append(name)
+
+    def after(self) -> dict[str, Tensor]:
+        """Name -> value now, of every parameter or buffer that the run has written."""
+        entries = (entry for key in self._saved for entry in self._owners[key])
+        return {name: owner.detach().clone() for name, owner, _ in entries}
+
+    def __exit__(self, *exc: object) -> None:
+        for module, attributes, parameters, buffers, children in self._attributes:
+            for table, before in (
+                (module._parameters, parameters),
+                (module._buffers, buffers),
+                (module._modules, children),
+            ):
+                if table != before if table is module._modules else not _same(table, before):
+                    table.clear()
+                    table.update(before)  # type: ignore[arg-type]
+            if not _same(module.__dict__, attributes):
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+        for key, entries in self._owners.items():
+            for _, owner, data in entries:
+                if key in self._saved:
+                    owner.data.copy_(data)
+                elif owner.data_ptr() != data.data_ptr() or owner.dtype != data.dtype:
+                    owner.data = data
+        torch.set_rng_state(self._rng)
+        if self._cuda_rng is not None:
+            torch.cuda.set_rng_state_all(self._cuda_rng)
+
+
+def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    return now.keys() == before.keys() and all(now[name] is before[name] for name in before)
+
+
+def _unique_modules(roots: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[int] = set()
+    for root in roots:
+        for path, module in root.named_modules(remove_duplicate=True):
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield path, module
