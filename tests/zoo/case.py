@@ -20,7 +20,7 @@ class ZooCase:
         fresh: ``fresh(i)`` gives the i-th call (args, kwargs), seeded; sizes differ with i.
         expect: "rewritten", "declined", or "either" (never wrong is all that is asked).
         moe: number of ``kind == "moe"`` entries a report should have; None where a reader would argue.
-        experts: routed experts of each block.
+        experts: routed experts of each block; a tuple where blocks differ.
         reason: regex that a decline's reason should match.
         check_state: buffers that forward changes, compared after every call.
     """
@@ -30,7 +30,7 @@ class ZooCase:
     fresh: Callable[[int], Call]
     expect: str
     moe: int | None
-    experts: int
+    experts: int | tuple[int, ...]
     reason: str
     check_state: tuple[str, ...]
 
@@ -44,7 +44,7 @@ CASES: dict[str, ZooCase] = {}
 
 def case(
     fresh: Callable[[int], Call],
-    experts: int,
+    experts: int | tuple[int, ...],
     *,
     expect: str = "rewritten",
     moe: int | None = 1,

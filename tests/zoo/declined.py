@@ -245,7 +245,7 @@ def plain_attention_only():
     return nn.Sequential(AttentionExpert(), nn.LayerNorm(16), AttentionExpert())
 
 
-@case(seq(16), experts=0, expect="either", moe=0)
+@case(seq(16), experts=3, expect="either", moe=None)
 def plain_parallel_heads():
     """Same-shaped children added up, with no router: an ensemble, not a mixture."""
 

@@ -155,7 +155,7 @@ class TwoInOneForward(nn.Module):
         return (flat + z).view_as(x)
 
 
-@case(seq(16), experts=5, moe=2)
+@case(seq(16), experts=(3, 5), moe=2)
 def whole_two_in_one_forward():
     return TwoInOneForward()
 

@@ -1,0 +1,70 @@
+"""Shared by the tests: seeded calls, strict comparison of whole outputs, and a spy on the experts kernels."""
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+import moeopt.ops  # noqa: F401  (puts moeopt.ops.experts, the module, into sys.modules)
+
+# Relative L2 per output, in eps of its dtype. A rewrite adds the same products in another order: each GEMM and
+# each sum over experts may move by a few roundings, and a model stacks up to ten of them. In 16 bits one rounding
+# of the output already hides that, so there the budget is a handful.
+BUDGET = {torch.float64: 32, torch.float32: 32, torch.bfloat16: 4, torch.float16: 4}
+
+
+def run(model: Any, call: tuple[tuple, dict], seed: int = 0) -> Any:
+    """One call on copies of the inputs, without gradients, under a fixed seed."""
+    args, kwargs = copy.deepcopy(call)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        return model(*args, **kwargs)
+
+
+def assert_same(got: Any, want: Any, *, exact: bool = False) -> None:
+    """Same types, structure, shapes, dtypes and plain values; float tensors within ``BUDGET``, or bitwise."""
+    assert type(got) is type(want), f"{type(got)} is not {type(want)}"
+    if not isinstance(want, dict) and hasattr(want, "__dataclass_fields__"):
+        got, want = vars(got), vars(want)
+    got_leaves, got_tree = pytree.tree_flatten(got)
+    want_leaves, want_tree = pytree.tree_flatten(want)
+    assert got_tree == want_tree, f"{got_tree} is not {want_tree}"
+    for i, (a, b) in enumerate(zip(got_leaves, want_leaves, strict=True)):
+        if isinstance(b, torch.Tensor):
+            assert_same_tensor(a, b, f"output {i}", exact)
+        else:
+            assert type(a) is type(b) and a == b, f"output {i} is {a!r}, not {b!r}"
+
+
+def assert_same_tensor(a: torch.Tensor, b: torch.Tensor, name: str, exact: bool) -> None:
+    assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device), (
+        f"{name}: {a.dtype} {a.shape} against {b.dtype} {b.shape}"
+    )
+    if exact or not b.is_floating_point():
+        assert torch.equal(a, b), f"{name} differs in {(a != b).sum().item()} of {b.numel()} values"
+        return
+    a64, b64 = a.double(), b.double()
+    far, size = (a64 - b64).norm().item(), b64.norm().item()
+    budget = BUDGET[b.dtype] * torch.finfo(b.dtype).eps * size
+    assert far <= budget, f"{name}: {far:.3g} apart, {budget:.3g} allowed (norm {size:.3g}, {b.dtype})"
+
+
+@contextmanager
+def count_expert_calls() -> Iterator[list[Any]]:
+    """Yields a list that gets the spec of each run of a ``moeopt::experts`` kernel, eager or through the op."""
+    module, seen = sys.modules["moeopt.ops.experts"], []
+    kernel = module._run
+
+    def spy(x, ids, weights, bank, spec):
+        seen.append(spec)
+        return kernel(x, ids, weights, bank, spec)
+
+    module._run = spy
+    try:
+        yield seen
+    finally:
+        module._run = kernel

@@ -1,0 +1,84 @@
+"""The zoo goes through ``moeopt.optimize``: rewritten where it should be, declined with a reason, never wrong."""
+
+import inspect
+import re
+
+import pytest
+import torch
+
+import moeopt
+from tests.helpers import assert_same, count_expert_calls, run
+from tests.zoo import CASES
+
+CALLS = 5
+
+
+def example(case, model):
+    """``optimize`` takes positional or keyword arguments; a call that mixes both is given by keyword."""
+    args, kwargs = case.inputs()
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if kwargs else args
+
+
+def state(model):
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def is_meta(model):
+    return any(p.is_meta for p in model.parameters())
+
+
+def check_report(case, blocks):
+    if case.moe is not None:
+        assert len(blocks) == case.moe, [str(b) for b in blocks]
+    if case.expect != "either":
+        assert {b.status for b in blocks} <= {case.expect}, [(b.name, b.status, b.reason) for b in blocks]
+    for i, b in enumerate(blocks):
+        if b.status == "rewritten":
+            assert b.experts == (case.experts[i] if isinstance(case.experts, tuple) else case.experts)
+        elif case.expect == "declined":
+            assert re.search(case.reason, b.reason), f"{b.reason!r} does not say {case.reason!r}"
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_zoo(name):
+    case = CASES[name]
+    original, given = case.build(), case.build()
+    before = state(given)
+    opt = moeopt.optimize(given, example(case, given), backend="torch")
+
+    after = given.state_dict()
+    assert list(after) == list(before) == list(opt.model.state_dict())
+    for key, t in before.items():
+        assert t.is_meta or torch.equal(after[key], t), f"optimize changed {key} of the model it was given"
+    assert type(opt.model) is type(given) and opt.model.training == given.training
+
+    blocks = [b for b in opt.report.blocks if b.kind == "moe"]
+    check_report(case, blocks)
+    if is_meta(given):
+        return
+
+    rewritten = [b for b in blocks if b.status == "rewritten"]
+    for i in range(CALLS):
+        call = case.fresh(i)
+        with count_expert_calls() as seen:
+            got = run(opt, call)
+        if case.expect == "rewritten":
+            assert len(seen) >= len(rewritten), f"{len(seen)} expert kernels ran for {len(rewritten)} rewritten blocks"
+        assert_same(got, run(original, call), exact=not any(b.status == "rewritten" for b in opt.report.blocks))
+        for key in case.check_state:
+            assert torch.equal(opt.model.get_buffer(key), original.get_buffer(key)), f"buffer {key} went another way"
+    if not case.check_state:
+        assert_same(run(given, case.inputs()), run(case.build(), case.inputs()), exact=True)
+
+
+@pytest.mark.parametrize("name", sorted(n for n, c in CASES.items() if c.expect == "rewritten"))
+def test_rewritten_zoo_is_certified(name):
+    """The certificate of a rewritten model passes, and the experts follow their weights after the rewrite."""
+    case = CASES[name]
+    original, given = case.build(), case.build()
+    opt = moeopt.optimize(given, example(case, given), backend="torch", verify="fast")
+    assert opt.certificate.passed is True, str(opt.certificate)
+    changed = {k: t * 0.75 if t.is_floating_point() else t for k, t in original.state_dict().items()}
+    original.load_state_dict(changed)
+    opt.model.load_state_dict(changed)
+    assert_same(run(opt, case.fresh(3)), run(original, case.fresh(3)))
