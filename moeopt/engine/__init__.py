@@ -1,0 +1,19 @@
+"""The bundle: a directory that holds an optimised model, what it was checked for, and the means to check again."""
+
+from moeopt.engine.fingerprint import fingerprint
+from moeopt.engine.golden import GoldenCheck
+from moeopt.engine.manifest import Manifest, is_bundle, read_manifest, write_bundle
+from moeopt.engine.torch_bundle import LoadedEngine, load_torch_bundle, save_torch_bundle, verify_torch_bundle
+
+__all__ = [
+    "GoldenCheck",
+    "LoadedEngine",
+    "Manifest",
+    "fingerprint",
+    "is_bundle",
+    "load_torch_bundle",
+    "read_manifest",
+    "save_torch_bundle",
+    "verify_torch_bundle",
+    "write_bundle",
+]

@@ -1,0 +1,25 @@
+"""Which model a bundle came from: its class and a sha256 over names, shapes, dtypes and values of its state."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def fingerprint(model: torch.nn.Module) -> dict[str, str]:
+    """``{"class": ..., "sha256": ...}``; two models agree when their class and every parameter and buffer do."""
+    digest = hashlib.sha256()
+    seen: dict[tuple[int, int, torch.Size, tuple[int, ...]], bytes] = {}
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+        if tensor.is_meta or tensor.layout != torch.strided:
+            continue
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if key not in seen:  # tied tensors are read once
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            seen[key] = hashlib.sha256(memoryview(flat.numpy())).digest()
+        digest.update(seen[key])
+    return {"class": f"{type(model).__module__}.{type(model).__qualname__}", "sha256": digest.hexdigest()}

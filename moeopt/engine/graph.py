@@ -1,0 +1,137 @@
+"""An ``ExportedProgram`` as JSON: inputs, weights, one line per op, results, and what is written back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+
+from moeopt.engine import allow, sizes
+from moeopt.engine.tree import encode_tree
+from moeopt.engine.values import encode
+from moeopt.errors import BundleError, NotSaveableError
+
+SCHEMA = 1
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+def write_graph(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """``(graph, tensors)``: JSON types only, and the weights that it reads by name.
+
+    ``NotSaveableError`` names the op, the weight or the input structure in the way.
+    """
+    program = program.run_decompositions({})  # functional: no op writes to its arguments
+    inputs, weights, tensors = _inputs(program)
+    graph: dict[str, Any] = {
+        "schema": SCHEMA,
+        "parameters": list(program.module_call_graph[0].signature.forward_arg_names or []),
+        "in_tree": _tree(program.call_spec.in_spec, "the inputs hold"),
+        "out_tree": _tree(program.call_spec.out_spec, "the result holds"),
+        "inputs": inputs,
+        "weights": weights,
+        "nodes": [_node(n) for n in program.graph.nodes if n.op not in ("placeholder", "output")],
+    }
+    graph["outputs"], graph["write_back"] = _outputs(program)
+    symbols = {d for i in inputs for d in i.get("shape", []) if isinstance(d, str)}
+    graph["sizes"] = sizes.encode_ranges(program.range_constraints, symbols)
+    return graph, tensors
+
+
+def _tree(spec: Any, what: str) -> Any:
+    try:
+        return encode_tree(spec)
+    except TypeError as err:
+        raise NotSaveableError(f"{what} {err}: a bundle cannot rebuild it; wrap the model to pass plain ones") from None
+
+
+def _inputs(program: Any) -> tuple[list[dict[str, Any]], dict[str, str], dict[str, torch.Tensor]]:
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    inputs: list[dict[str, Any]] = []
+    weights: dict[str, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    written = {s.target for s in program.graph_signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION}
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.kind == InputKind.USER_INPUT:
+            inputs.append(_input(node))
+        elif spec.kind in _WEIGHTS:
+            if node.users or spec.target in written:
+                weights[node.name] = spec.target
+                tensors[spec.target] = _weight(program, spec.target)
+        elif node.users:
+            raise NotSaveableError(f"the graph reads {spec.target!r}, a {spec.kind.name.lower()}: not a tensor")
+    return inputs, weights, tensors
+
+
+def _weight(program: Any, name: str) -> torch.Tensor:
+    source: Mapping[str, Any] = program.state_dict if name in program.state_dict else program.constants
+    tensor = source.get(name)
+    if not isinstance(tensor, torch.Tensor):
+        raise NotSaveableError(f"the weight {name!r} is a {type(tensor).__name__}, not a tensor")
+    return tensor
+
+
+def _input(node: torch.fx.Node) -> dict[str, Any]:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return {
+            "name": node.name,
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "device": str(value.device),
+            "shape": [sizes.encode_dim(d) for d in value.shape],
+        }
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return {"name": node.name, "number": type(value).__name__.removeprefix("Sym").lower()}
+    try:
+        return {"name": node.name, "constant": encode(value)}
+    except TypeError as err:
+        raise NotSaveableError(f"the input {node.name!r} is {err}") from None
+
+
+def _node(node: torch.fx.Node) -> dict[str, Any]:
+    if node.op == "get_attr":
+        user = next(iter(node.users), None)
+        what = f"the op {user.target}" if user is not None else f"the attribute {node.target}"
+        raise NotSaveableError(f"{what} runs a sub-graph ({node.target}){_source(node)}: a bundle holds one flat graph")
+    try:
+        out = {
+            "op": allow.name_of(node.target),
+            "args": encode(node.args, lambda n: n.name),
+            "out": node.name,
+        }
+        if node.kwargs:
+            out["kwargs"] = {k: encode(v, lambda n: n.name) for k, v in node.kwargs.items()}
+    except (BundleError, TypeError) as err:
+        raise NotSaveableError(f"the op {node.target} ({node.name}) cannot be saved{_source(node)}: {err}") from None
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        out["is"] = f"{str(value.dtype).removeprefix('torch.')}[{', '.join(str(d) for d in value.shape)}]"
+    return out
+
+
+def _source(node: torch.fx.Node) -> str:
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
+    return f" ({lines[-1]})" if lines else ""
+
+
+def _outputs(program: Any) -> tuple[list[Any], list[dict[str, str]]]:
+    (node,) = (n for n in program.graph.nodes if n.op == "output")
+    outputs: list[Any] = []
+    write_back: list[dict[str, str]] = []
+    names = {s.target: n for n, s in _named_specs(program)}
+    for value, spec in zip(node.args[0], program.graph_signature.output_specs, strict=True):
+        if spec.kind == OutputKind.USER_OUTPUT:
+            outputs.append(encode(value, lambda n: n.name))
+        elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+            into = names.get(spec.target, spec.target)
+            write_back.append({"from": value.name, "into": into})
+        elif isinstance(spec.arg, TensorArgument):
+            raise NotSaveableError(f"the graph's result {spec.arg.name!r} is a {spec.kind.name.lower()}")
+    return outputs, write_back
+
+
+def _named_specs(program: Any) -> list[tuple[str, Any]]:
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    pairs = zip(placeholders, program.graph_signature.input_specs, strict=True)
+    return [(n.name, s) for n, s in pairs if s.kind in _WEIGHTS]

@@ -1,0 +1,199 @@
+"""The bundle as a directory: a manifest that knows every file's size and sha256, written aside and moved into place.
+
+moeopt.json            format, schema, backend, versions, source, signature, blocks, files
+<the runtime's files>  graph.json + weights.safetensors; or model.onnx + its data; or engine.plan
+certificate.json       what was verified, where, and how it came out
+golden.safetensors     inputs and results to check again where it is deployed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeopt.errors import BundleError, UsageError
+
+NAME = "moeopt.json"
+FORMAT = "moeopt-bundle"
+SCHEMA = 1
+BACKENDS = ("torch", "onnxruntime", "tensorrt")
+MAX_JSON = 1 << 30
+"""Bytes of JSON that are read into memory: a 1000-layer graph is a few hundred MiB."""
+
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A bundle's directory and what its ``moeopt.json`` says; made by :func:`read_manifest`."""
+
+    directory: Path
+    data: Mapping[str, Any]
+
+    @property
+    def backend(self) -> str:
+        return self.data["backend"]
+
+    def path(self, name: str) -> Path:
+        """The path of a file that the manifest lists and that was checked; ``BundleError`` for any other."""
+        if name not in self.data["files"]:
+            raise BundleError(f"{self.directory}: the bundle has no {name}: it is not complete, save it again")
+        return self.directory / name
+
+    def read_json(self, name: str) -> Any:
+        """A listed JSON file; ``BundleError`` when it is none."""
+        return _load_json(self.path(name))
+
+
+def write_bundle(
+    directory: str | os.PathLike[str],
+    backend: str,
+    write_files: Callable[[Path], None],
+    fields: Mapping[str, Any],
+) -> Path:
+    """Let ``write_files`` fill a new directory, add the manifest, and move it to ``directory`` in one step.
+
+    ``fields`` are the manifest's own keys beside format, schema, backend, versions and files. ``UsageError`` when
+    ``directory`` exists and is no bundle; nothing is left behind when ``write_files`` raises.
+    """
+    target = Path(directory)
+    _check_target(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        write_files(aside)
+        files = {}
+        for path in sorted(aside.iterdir()):
+            _check_name(path.name, target)
+            files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        manifest = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "backend": backend,
+            "versions": {"moeopt": _version(), "torch": torch.__version__, "python": sys.version.split()[0]},
+            **fields,
+            "files": files,
+        }
+        (aside / NAME).write_text(json.dumps(manifest, indent=1, allow_nan=False))
+        os.chmod(aside, 0o755)
+        _move_into_place(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
+    """Read and check a bundle: its manifest, then the presence, size and sha256 of every file it lists."""
+    root = Path(directory)
+    if not (root / NAME).is_file():
+        what = "has no moeopt.json" if root.is_dir() else "is no directory"
+        raise BundleError(f"{root} {what}: it is not a bundle, or writing it was cut off")
+    data = _load_json(root / NAME)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise BundleError(f"{root / NAME}: this is not a moeopt manifest")
+    schema = data.get("schema")
+    if not isinstance(schema, int) or schema < 1:
+        raise BundleError(f"{root / NAME}: the schema is {schema!r}, not a version number")
+    if schema > SCHEMA:
+        wrote = data.get("versions", {}).get("moeopt", "a newer one")
+        raise BundleError(
+            f"{root / NAME}: the bundle has schema {schema} (moeopt {wrote}), and this moeopt reads up to {SCHEMA}: "
+            "upgrade moeopt"
+        )
+    if data.get("backend") not in BACKENDS:
+        raise BundleError(f"{root / NAME}: the backend is {data.get('backend')!r}, not one of {', '.join(BACKENDS)}")
+    if not isinstance(data.get("files"), dict):
+        raise BundleError(f"{root / NAME}: it lists no files")
+    for name, entry in data["files"].items():
+        _check_file(root, name, entry)
+    return Manifest(root, data)
+
+
+def is_bundle(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory claims to be a bundle; says nothing about its health."""
+    try:
+        data = json.loads((Path(directory) / NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("format") == FORMAT
+
+
+def _check_file(root: Path, name: str, entry: Any) -> None:
+    _check_name(name, root)
+    path = root / name
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+        raise BundleError(f"{root / NAME}: the entry of {name} is {str(entry)[:60]!r}, not a size and a sha256")
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(
+            f"{path}: the file is {'a symlink' if path.is_symlink() else 'missing'}: copy the bundle again"
+        )
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise BundleError(f"{path}: it has {size} bytes, and the manifest says {entry['bytes']}: copy the bundle again")
+    if _sha256(path) != entry.get("sha256"):
+        raise BundleError(f"{path}: its sha256 is not the one in the manifest: it was damaged or swapped")
+
+
+def _check_name(name: Any, root: Path) -> None:
+    if not isinstance(name, str) or not _FILE.fullmatch(name) or name == NAME:
+        raise BundleError(f"{root}: a file is named {name!r}: files lie in the bundle itself, under plain names")
+
+
+def _check_target(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UsageError(f"{target} exists and is not a directory: give a new path")
+    if target.is_dir() and any(target.iterdir()) and not is_bundle(target):
+        raise UsageError(f"{target} exists and is not a moeopt bundle: it is left alone, give a new path")
+
+
+def _move_into_place(aside: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(aside, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    try:
+        os.rename(target, old / "bundle")
+        try:
+            os.rename(aside, target)
+        except OSError:
+            os.rename(old / "bundle", target)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _load_json(path: Path) -> Any:
+    if path.stat().st_size > MAX_JSON:
+        raise BundleError(f"{path}: it has {path.stat().st_size} bytes, more than any bundle's")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as err:
+        raise BundleError(f"{path}: it is not JSON ({str(err)[:80]}): it was damaged or cut off") from None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("moeopt")
+    return "unknown"
