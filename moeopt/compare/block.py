@@ -13,6 +13,11 @@ cancels must not loosen the bound of all others.
 
 The judge must be fit to judge: an original that itself lies further than ``MISTRUST`` from its oracle
 (median over tokens) means that the oracle ran another function, and the block fails for that reason.
+
+Rounding can hide damage: in bfloat16, 8 eps are 6 %. So the rewritten code too runs in float64, with its
+own choices, and must agree with the oracle within ``EXACT_EPS`` eps of the output's dtype: two runs of
+one function in float64 agree in ten digits and more, whatever the dtype. Two eps remain because code
+may read ``torch.finfo(x.dtype).eps``, which is a constant in the rewritten and follows x in the oracle.
 """
 
 from __future__ import annotations
@@ -27,13 +32,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from moeopt.compare.distance import finiteness, token_distance
-from moeopt.compare.oracle import record_selections, run_oracle, run_pinned
-from moeopt.compare.routing import compare_routing
+from moeopt.compare.distance import Finiteness, as_rows, finite_rows, finiteness, token_distance
+from moeopt.compare.oracle import oracle_run, record_selections, run_pinned
+from moeopt.compare.routing import compare_routing, ids_seen
 from moeopt.compare.selections import Event, OracleError, Selections
 
 FACTOR = 4.0
 EPS_ALLOWANCE = 8.0
+EXACT_EPS = 2.0
 MISTRUST = 0.125
 """FACTOR times this is half of an output's norm: no bound at all."""
 
@@ -49,7 +55,11 @@ class Case:
 
 @dataclass
 class CaseResult:
-    """What one case showed. Distances are the largest over tokens; ``tokens`` is how many were judged."""
+    """What one case showed. Distances are the largest over tokens; ``tokens`` is how many were judged.
+
+    ``distance_exact`` is that of the rewritten code run in float64; None where it could not run so.
+    ``ids_seen``: the different expert ids chosen, by the last of the routing choices over the most experts.
+    """
 
     name: str
     status: Literal["passed", "failed", "skipped"] = "passed"
@@ -57,10 +67,12 @@ class CaseResult:
     tokens: int = 0
     distance_original: float = 0.0
     distance_rewritten: float = 0.0
+    distance_exact: float | None = None
     required: float = 0.0
     ids_compared: int = 0
     ties: int = 0
     flips: int = 0
+    ids_seen: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -92,8 +104,17 @@ class BlockCheck:
         return max((case.distance_rewritten for case in self.cases), default=0.0)
 
     @property
+    def distance_exact(self) -> float | None:
+        return max((case.distance_exact for case in self.cases if case.distance_exact is not None), default=None)
+
+    @property
     def ids_compared(self) -> int:
         return sum(case.ids_compared for case in self.cases)
+
+    @property
+    def experts_seen(self) -> int:
+        """How many different experts the cases reached, as far as recorded choices tell (0: they do not)."""
+        return len(set().union(*(case.ids_seen for case in self.cases)))
 
     @property
     def ties(self) -> int:
@@ -169,6 +190,7 @@ def _run_case(
     _same_writes(chosen, chosen_new)
     eps = max((torch.finfo(t.dtype).eps for t in _floats((case.args, case.kwargs, y_orig))), default=0.0)
     routing = compare_routing(chosen, chosen_new, eps, ids_of)
+    result.ids_seen = ids_seen(chosen, ids_of)
     result.ids_compared, result.ties, result.flips = routing.ids_compared, routing.ties, routing.flips
     if routing.flips:
         raise _Fail(f"routing differs: {routing.reason}")
@@ -176,7 +198,7 @@ def _run_case(
         if routing.as_rewritten is not None:
             chosen = routing.as_rewritten
             y_orig = run_pinned(original, case.args, case.kwargs, chosen)
-        y_64 = run_oracle(original, case.args, case.kwargs, chosen)
+        y_64, is_exact = oracle_run(original, case.args, case.kwargs, chosen)
     except OracleError as err:
         raise _Fail(str(err)) from err
     leaves = [pytree.tree_leaves(y) for y in (y_orig, y_new, y_64)]
@@ -189,6 +211,34 @@ def _run_case(
             _judge(a, b, o, where, result, bool(routing.ties))
         elif a != b and not (a != a and b != b):
             raise _Fail(f"{where} is {b!r} instead of {a!r}")
+    if is_exact:
+        _exact(case, rewritten, chosen_new, leaves[0], leaves[2], result)
+
+
+def _exact(
+    case: Case, rewritten: Callable[..., Any], chosen: Selections, y: list[Any], y_64: list[Any], result: CaseResult
+) -> None:
+    """Run the rewritten in float64 and demand that it is the oracle's function; note where it cannot run."""
+    try:
+        y_new, is_exact = oracle_run(rewritten, case.args, case.kwargs, chosen)
+    except OracleError as err:
+        result.notes.append(f"the rewritten block was not run in float64: {err.reason}")
+        return
+    leaves = pytree.tree_leaves(y_new)
+    if not is_exact or len(leaves) != len(y_64):
+        return
+    for number, (a, b, o) in enumerate(zip(y, leaves, y_64, strict=True)):
+        if isinstance(a, Tensor) and a.dtype.is_floating_point and a.numel() and b.shape == o.shape:
+            eps = torch.finfo(a.dtype).eps
+            d = token_distance(b, o, eps=eps)
+            far = d[~d.isnan() & finite_rows(as_rows(a))]
+            worst = float(far.max()) if len(far) else 0.0
+            result.distance_exact = max(result.distance_exact or 0.0, worst)
+            if worst > EXACT_EPS * eps:
+                raise _Fail(
+                    f"run in float64, output {number} of the rewritten block lies {worst:.3g} from the original's "
+                    f"(at most {EXACT_EPS * eps:.3g}): it is another function, and rounding hides it"
+                )
 
 
 def _judge(a: Tensor, b: Tensor, o: Tensor, where: str, result: CaseResult, tied: bool) -> None:
@@ -216,12 +266,11 @@ def _judge(a: Tensor, b: Tensor, o: Tensor, where: str, result: CaseResult, tied
         raise _Fail(f"the float64 oracle is not finite for {where} of token {t}, where the original is")
     if judged.any():
         _bound(d_orig, d_new, judged, eps, where, result)
-    _healed(pattern.healed_nan, pattern.healed_inf, d_orig, d_new, judged, eps, where, result)
+    allowed = FACTOR * typical(d_orig[judged]) + EPS_ALLOWANCE * eps
+    _healed(pattern, d_new, allowed, where, result)
 
 
-def _bound(
-    d_orig: Tensor, d_new: Tensor, judged: Tensor, eps: float, where: str, result: CaseResult
-) -> None:
+def _bound(d_orig: Tensor, d_new: Tensor, judged: Tensor, eps: float, where: str, result: CaseResult) -> None:
     mine, theirs = d_orig[judged], d_new[judged]
     median = float(mine.median())
     if median > MISTRUST:
@@ -255,15 +304,14 @@ def typical(d: Tensor) -> float:
     return min(rms, 4 * float(above.median()))
 
 
-def _healed(
-    nan: list[int], inf: list[int], d_orig: Tensor, d_new: Tensor, judged: Tensor, eps: float, where: str, result: CaseResult
-) -> None:
+def _healed(pattern: Finiteness, d_new: Tensor, allowed: float, where: str, result: CaseResult) -> None:
     """Rows finite in the rewritten only: right after a NaN, and after an Inf if the oracle agrees."""
-    allowed = FACTOR * (typical(d_orig[judged]) if judged.any() else 0.0) + EPS_ALLOWANCE * eps
-    for t in inf:
+    for t in pattern.healed_inf:
         if not float(d_new[t]) <= allowed:
-            raise _Fail(f"{where} of token {t} is infinite in the original and finite, but wrong, in the rewritten block")
-    for rows, what in ((nan, "NaN"), (inf, "infinite")):
+            raise _Fail(
+                f"{where} of token {t} is infinite in the original, and finite but wrong in the rewritten block"
+            )
+    for rows, what in ((pattern.healed_nan, "NaN"), (pattern.healed_inf, "infinite")):
         if rows:
             result.notes.append(f"{len(rows)} tokens are {what} in the original and finite in the rewritten block")
 
@@ -283,16 +331,21 @@ def _same_form(a: Any, b: Any) -> None:
 def _same_writes(a: Selections, b: Selections) -> None:
     """What the original writes besides its outputs, the rewritten writes too: arguments and buffers."""
     for number in sorted(a.inputs.keys() ^ b.inputs.keys()):
-        who = ("original writes", "rewritten block does not") if number in a.inputs else ("rewritten block writes", "original does not")
-        raise _Fail(f"the {who[0]} argument {number} in place, the {who[1]}")
+        one, other = ("original", "rewritten block") if number in a.inputs else ("rewritten block", "original")
+        raise _Fail(f"the {one} writes argument {number} in place, the {other} does not")
     theirs = {(name.rpartition(".")[2], tuple(value.shape)): value for name, value in b.state.items()}
     for name, value in a.state.items():
         twin = theirs.get((name.rpartition(".")[2], tuple(value.shape)))
         if twin is None:
             raise _Fail(f"the original updates its own {name!r}, the rewritten block does not")
         exact = not value.dtype.is_floating_point
-        if exact and not torch.equal(value, twin) or not exact and not torch.allclose(
-            value, twin, rtol=EPS_ALLOWANCE * torch.finfo(value.dtype).eps, atol=0, equal_nan=True
+        if (
+            exact
+            and not torch.equal(value, twin)
+            or not exact
+            and not torch.allclose(
+                value, twin, rtol=EPS_ALLOWANCE * torch.finfo(value.dtype).eps, atol=0, equal_nan=True
+            )
         ):
             raise _Fail(f"the rewritten block leaves {name!r} with another value than the original")
 

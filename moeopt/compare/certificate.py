@@ -10,7 +10,9 @@ import dataclasses
 import json
 import math
 import platform
+import textwrap
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -25,8 +27,6 @@ SCHEMA = 1
 
 def current_versions() -> dict[str, str]:
     """Versions of python, torch and moeopt, as they run here."""
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         own = version("moeopt")
     except PackageNotFoundError:
@@ -92,7 +92,7 @@ class Certificate:
         except (ValueError, KeyError, TypeError, AttributeError) as err:
             raise BundleError(f"the certificate cannot be read: {err}") from err
         if certificate.passed is not stated:
-            raise BundleError(f"the certificate contradicts itself: it says passed={stated}, its parts {certificate.passed}")
+            raise BundleError(f"the certificate says passed={stated}, and its parts say passed={certificate.passed}")
         return certificate
 
     def __str__(self) -> str:
@@ -105,11 +105,12 @@ class Certificate:
             lines.append("engine: not executed; the verdict is that of a replay")
         lines += _wrap(versions, "  ") + [f"  device {self.device}, dtype {self.dtype or '-'}, verify {self.level}"]
         if self.blocks:
-            lines += ["", f"{'block':<28} {'verdict':<8} {'orig':>8} {'new':>8} {'factor':>7} {'ids':>7} {'tie':>4} {'flip':>4}"]
+            lines += ["", _HEADER]
             lines += [_row(block) for block in self.blocks]
             lines += _wrap(
-                "orig, new: worst distance per token from the float64 oracle, relative L2; factor: needed, beyond "
-                f"{EPS_ALLOWANCE:g} eps ({FACTOR:g} is allowed); ids: expert choices compared",
+                "orig, new: worst distance per token from the float64 oracle, relative L2; f64: that of the "
+                f"rewritten code run in float64; factor: needed beyond {EPS_ALLOWANCE:g} eps ({FACTOR:g} is "
+                "allowed); ids: expert choices compared",
                 "  ",
             )
             lines += self._reasons()
@@ -135,18 +136,22 @@ class Certificate:
         return lines
 
 
+_HEADER = (
+    f"{'block':<22} {'verdict':<7} {'orig':>7} {'new':>7} {'f64':>7} {'factor':>6} {'ids':>7} {'tie':>3} {'flip':>4}"
+)
+
+
 def _row(block: BlockCheck) -> str:
-    name = block.name if len(block.name) <= 28 else "..." + block.name[-25:]
+    name = block.name if len(block.name) <= 22 else "..." + block.name[-19:]
     verdict = {True: "passed", False: "FAILED", None: "not run"}[block.passed]
+    exact = "-" if block.distance_exact is None else f"{block.distance_exact:.1e}"
     return (
-        f"{name:<28} {verdict:<8} {block.distance_original:>8.1e} {block.distance_rewritten:>8.1e} "
-        f"{block.required:>7.3g} {block.ids_compared:>7} {block.ties:>4} {block.flips:>4}"
+        f"{name:<22} {verdict:<7} {block.distance_original:>7.1e} {block.distance_rewritten:>7.1e} {exact:>7} "
+        f"{block.required:>6.2g} {block.ids_compared:>7} {block.ties:>3} {block.flips:>4}"
     )
 
 
 def _wrap(text: str, indent: str) -> list[str]:
-    import textwrap
-
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ") or [indent]
 
 

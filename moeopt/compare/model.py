@@ -46,10 +46,9 @@ class EndToEnd:
     def lines(self) -> list[str]:
         """The verdict in plain lines."""
         verdict = {True: "passed", False: "FAILED", None: "not run"}[self.passed]
-        lines = [
-            f"end to end: {verdict}; {self.tokens} tokens, distance at most {self.distance:.2e} (budget {self.budget:.2e}), "
-            f"rms {self.distance_rms:.2e} (budget {self.budget_rms:.2e})"
-        ]
+        far = f"distance at most {self.distance:.2e} (budget {self.budget:.2e})"
+        rms = f"rms {self.distance_rms:.2e} (budget {self.budget_rms:.2e})"
+        lines = [f"end to end: {verdict}; {self.tokens} tokens, {far}, {rms}"]
         if self.reason:
             lines.append(f"  {self.reason}")
         lines += [f"  {name}: {value:.6g}" for name, value in self.language.items()]

@@ -3,12 +3,8 @@
 ``record_selections`` runs a callable as it is and writes down its choices (see ``selections``).
 ``run_oracle`` runs the same Python code under a dispatch mode that computes each ATen op in float64:
 
-    view ops          run on the tensor as it is: ``W[e]`` of a stacked bank does not copy the bank
-    moves, factories  run as they are, then the result is widened
-    random ops        draw at their own dtype (the same stream), then widened
-    in-place, out=    computed in float64; a target of lower precision is copied back to
-    choices           not computed: the recorded integers, and values gathered from the float64 input
-    all others        floating arguments widened, floating dtype arguments become float64
+    choices     are not computed: the recorded integers, and values gathered from the float64 input
+    other ops   in float64, as ``plans`` has it
 
 Python code that looks at ``x.dtype`` may see float64 and branch on it; a branch that makes other
 choices is an ``OracleError``. Values parked in the model's own low-precision buffers are rounded there.
@@ -22,48 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeopt.compare.plans import PLANS, Plan, chooses, plan_of, widen
 from moeopt.compare.selections import (
     Event,
     OracleError,
     Selections,
-    argument,
     chosen,
     floats_and_shapes,
     fresh,
     make_event,
     regather,
 )
-from moeopt.compare.standins import STAND_INS
 from moeopt.compare.state import Guard, clone_inputs
 
-F64 = torch.float64
-LOW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
-_MOVES = frozenset(
-    f"aten::{name}"
-    for name in (
-        "index index_select gather embedding clone _unsafe_view cat stack repeat repeat_interleave flip roll "
-        "constant_pad_nd take take_along_dim masked_select contiguous unfold_copy tril triu diag_embed "
-        "zeros_like ones_like empty_like new_zeros new_ones new_empty new_empty_strided zeros ones empty "
-        "empty_strided full arange eye linspace logspace scalar_tensor lift_fresh_copy _pin_memory"
-    ).split()
-)
-"""Ops that move values or make constants: run as they are, the result is then exact when widened."""
-
-_LIKES = frozenset(
-    f"aten::{name}"
-    for name in "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_empty_strided new_full".split()
-)
-"""Ops that read only the shape of a floating tensor: their integer results are not choices."""
-
-_REWIRES = frozenset({"aten::set_", "aten::resize_", "aten::resize_as_", "aten::_resize_output_"})
-
-
-def record_selections(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Selections]:
+def record_selections(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Selections]:
     """Run ``fn(*args, **kwargs)`` at its own dtype; return its outputs and the choices it made.
 
     Inputs, parameters, buffers, attributes and the RNG are as before afterwards. Whatever ``fn``
@@ -75,27 +47,32 @@ def record_selections(
         with mode:
             outputs = fn(*own_args, **own_kwargs)
         mode.selections.state = guard.after()
-        leaves = torch.utils._pytree.tree_leaves((own_args, own_kwargs))
+        leaves = pytree.tree_leaves((own_args, own_kwargs))
         mode.selections.inputs = {
             n: leaf.clone() for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf._version
         }
         return outputs, mode.selections
 
 
-def run_oracle(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selections: Selections
-) -> Any:
+def run_oracle(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selections: Selections) -> Any:
     """Run ``fn(*args, **kwargs)`` in float64 with its choices pinned to ``selections``.
 
     Returns the outputs of ``fn``; floating tensors in them are float64.
     Raises ``OracleError``, naming the op, when the run is impossible or parts ways with the recording.
     """
-    return _pinned(fn, args, kwargs, _Oracle(selections))
+    return oracle_run(fn, args, kwargs, selections)[0]
 
 
-def run_pinned(
+def oracle_run(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selections: Selections
-) -> Any:
+) -> tuple[Any, bool]:
+    """:func:`run_oracle`, and whether all of it ran in float64 (no value parked in a low-precision tensor)."""
+    mode = _Oracle(selections)
+    outputs = _pinned(fn, args, kwargs, mode)
+    return outputs, not mode.rounded
+
+
+def run_pinned(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selections: Selections) -> Any:
     """Run ``fn(*args, **kwargs)`` at its own dtype with its choices pinned to ``selections``."""
     return _pinned(fn, args, kwargs, _Pinned(selections))
 
@@ -125,7 +102,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        plan = _PLANS.get(func) or _plan(func)
+        plan = PLANS.get(func) or plan_of(func)
         if plan.written:
             for tensor in plan.targets(args, kwargs):
                 self.guard.before_write(tensor)
@@ -143,26 +120,27 @@ class _Pinned(TorchDispatchMode):
     def __init__(self, selections: Selections) -> None:
         super().__init__()
         self.guard: Guard
+        self.rounded = False  # some result was written to a tensor of lower precision
         self._events = selections.events
         self._cursor = 0
         self._ops = {event.op for event in selections.events}
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        plan = _PLANS.get(func) or _plan(func)
-        if plan.may_choose and func in self._ops and _chooses(func, args, kwargs):
+        plan = PLANS.get(func) or plan_of(func)
+        if plan.may_choose and func in self._ops and chooses(func, args, kwargs):
             floating, shapes = floats_and_shapes(args, kwargs)
             if floating:
                 return self.choose(plan, func, args, kwargs, shapes)
         return self.compute(plan, func, args, kwargs)
 
-    def compute(self, plan: _Plan, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def compute(self, plan: Plan, func: OpOverload, args: Any, kwargs: Any) -> Any:
         if plan.written:
             for tensor in plan.targets(args, kwargs):
                 self.guard.before_write(tensor)
         return func(*args, **kwargs)
 
-    def choose(self, plan: _Plan, func: OpOverload, args: Any, kwargs: Any, shapes: Any) -> Any:
+    def choose(self, plan: Plan, func: OpOverload, args: Any, kwargs: Any, shapes: Any) -> Any:
         event = self._next(func, shapes)
         pinned = regather(func, args, kwargs, event.outputs)
         if plan.written:
@@ -212,7 +190,7 @@ class _Pinned(TorchDispatchMode):
 class _Oracle(_Pinned):
     """Runs ops in float64, choices pinned."""
 
-    def compute(self, plan: _Plan, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def compute(self, plan: Plan, func: OpOverload, args: Any, kwargs: Any) -> Any:
         try:
             return plan.run(self, func, args, kwargs)
         except OracleError:
@@ -221,142 +199,7 @@ class _Oracle(_Pinned):
             raise OracleError(f"the float64 oracle cannot run {func}: {_short(err)}") from err
 
     def widened(self, outputs: Any) -> Any:
-        return torch.utils._pytree.tree_map_only(Tensor, _widen, outputs)
-
-
-class _Plan:
-    """How one op is run, decided once per OpOverload."""
-
-    def __init__(self, func: OpOverload) -> None:
-        schema = func._schema
-        name = schema.name
-        arguments = schema.arguments
-        self.written = [
-            (position, arg.name, arg.kwarg_only)
-            for position, arg in enumerate(arguments)
-            if arg.alias_info is not None and arg.alias_info.is_write
-        ]
-        self.stand_in = STAND_INS.get(name)
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        self.may_choose = not func.is_view and name not in _LIKES and not random
-        self.run: Callable[..., Any]
-        if func.is_view:
-            self.run = self._view
-        elif self.written and not (random or name in _REWIRES):
-            self.run = self._write
-        elif self.written:
-            self.run = self._as_it_is
-        elif random:
-            self.run = self._random
-        elif name in _MOVES or name in _LIKES:
-            self.run = self._move
-        elif self.stand_in is not None:
-            self.run = self._stand_in
-        else:
-            self.run = self._compute
-
-    def targets(self, args: Any, kwargs: Any) -> list[Tensor]:
-        """The tensors that the call writes."""
-        found: list[Tensor] = []
-        for position, name, kwarg_only in self.written:
-            value = kwargs.get(name) if kwarg_only or position >= len(args) else args[position]
-            found += value if isinstance(value, list | tuple) else [value] if isinstance(value, Tensor) else []
-        return found
-
-    def _view(self, mode: _Oracle, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        if func is torch.ops.aten.view.dtype and args[0].dtype.is_floating_point:
-            raise OracleError("the float64 oracle cannot reinterpret the bits of a floating tensor (Tensor.view(dtype))")
-        return func(*args, **kwargs)
-
-    def _as_it_is(self, mode: _Oracle, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        for tensor in self.targets(args, kwargs):
-            mode.guard.before_write(tensor)
-        return func(*args, **kwargs)
-
-    def _random(self, mode: _Oracle, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        return _widen_tree(func(*args, **kwargs))
-
-    def _move(self, mode: _Oracle, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        if "dtype" in kwargs:
-            kwargs = {**kwargs, "dtype": _up(kwargs["dtype"])}
-        return _widen_tree(func(*args, **kwargs))
-
-    def _stand_in(self, mode: _Oracle, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        assert self.stand_in is not None
-        return self.stand_in(*args, **kwargs)
-
-    def _compute(self, mode: _Oracle, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        out = func(*map(_up, args), **{name: _up(value) for name, value in kwargs.items()})
-        if type(out) is Tensor:
-            if out.dtype is F64:
-                return out
-            if not out.dtype.is_floating_point and _chooses(func, args, kwargs) and floats_and_shapes(args, kwargs)[0]:
-                raise OracleError(
-                    f"the float64 oracle parted ways with the original run: {func} chose here and not there; "
-                    "does the code branch on a dtype?"
-                )
-        return _widen_tree(out)
-
-    def _write(self, mode: _Oracle, func: OpOverload, args: Any, kwargs: Any) -> Any:
-        targets = self.targets(args, kwargs)
-        for tensor in targets:
-            mode.guard.before_write(tensor)
-        twins = {id(t): t.to(F64) for t in targets if t.dtype in LOW}
-        if not twins:
-            return func(*map(_up, args), **{name: _up(value) for name, value in kwargs.items()})
-
-        def twin(value: Any) -> Any:
-            if isinstance(value, list | tuple):
-                return [twin(item) for item in value]
-            return twins[id(value)] if id(value) in twins else _up(value)
-
-        out = func(*map(twin, args), **{name: twin(value) for name, value in kwargs.items()})
-        for tensor in targets:
-            if id(tensor) in twins:
-                if tensor.shape != twins[id(tensor)].shape:  # out= resizes its target
-                    tensor.resize_(twins[id(tensor)].shape)
-                tensor.copy_(twins[id(tensor)])
-        back = {id(t): target for target in targets if (t := twins.get(id(target))) is not None}
-        if isinstance(out, list | tuple):
-            return type(out)(back.get(id(o), o) for o in out)
-        return back.get(id(out), out)
-
-
-_PLANS: dict[OpOverload, _Plan] = {}
-
-
-def _plan(func: OpOverload) -> _Plan:
-    return _PLANS.setdefault(func, _Plan(func))
-
-
-def _chooses(func: OpOverload, args: Any, kwargs: Any) -> bool:
-    """Whether a call of an op that may return integers does: a floating dtype argument says no."""
-    dtype = kwargs["dtype"] if "dtype" in kwargs else argument(func, "dtype", args, kwargs)
-    if dtype is None:
-        return func is not torch.ops.aten._to_copy.default or not args[0].dtype.is_floating_point
-    return not dtype.is_floating_point
-
-
-def _up(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(F64) if value.dtype in LOW else value
-    if isinstance(value, list | tuple):
-        return [_up(item) for item in value]
-    if isinstance(value, torch.dtype):
-        return F64 if value.is_floating_point else value
-    return value
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.to(F64) if tensor.dtype in LOW else tensor
-
-
-def _widen_tree(out: Any) -> Any:
-    if isinstance(out, Tensor):
-        return _widen(out)
-    if isinstance(out, list | tuple):
-        return type(out)(_widen_tree(item) for item in out) if type(out) in (list, tuple) else tuple(map(_widen_tree, out))
-    return out
+        return pytree.tree_map_only(Tensor, widen, outputs)
 
 
 def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:

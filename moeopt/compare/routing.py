@@ -59,6 +59,16 @@ def compare_routing(
     return check
 
 
+def ids_seen(chosen: Selections, ids_of: Callable[[Selections], list[Event]] | None = None) -> list[int]:
+    """The different ids of the last routing event among those that compare the most scores."""
+    events = [e for e in (ids_of or Selections.routing)(chosen) if e.scores is not None and e.scores.dim()]
+    if not events:
+        return []
+    most = max(e.scores.shape[-1] for e in events)  # type: ignore[union-attr]
+    last = [e for e in events if e.scores.shape[-1] == most][-1]  # type: ignore[union-attr]
+    return last.ids.unique().tolist()
+
+
 def _take_twin(event: Event, candidates: list[Event]) -> Event | None:
     """The first candidate with the same op and (T, K), else with the same (T, K); it is removed."""
     wanted = _flat(event.ids).shape

@@ -11,7 +11,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-
 from torch import Tensor
 from torch._ops import OpOverload
 
@@ -22,12 +21,13 @@ class OracleError(Declined):
     """The float64 oracle cannot run a block, or its run parted ways with the recorded one."""
 
 
-GATHERED = frozenset(
-    f"aten::{name}" for name in "topk sort max min kthvalue mode median nanmedian cummax cummin".split()
-)
+_GATHERED = "topk sort max min kthvalue mode median nanmedian cummax cummin"
+_REDUCED = {"aten::argmax", "aten::argmin", "aten::argsort", "moeopt::route"}
+
+GATHERED = frozenset(f"aten::{name}" for name in _GATHERED.split())
 """Ops that return (values, indices) along a dim."""
 
-ROUTING = GATHERED - {"aten::cummax", "aten::cummin"} | {"aten::argmax", "aten::argmin", "aten::argsort", "moeopt::route"}
+ROUTING = GATHERED - {"aten::cummax", "aten::cummin"} | _REDUCED
 """Ops whose integers may be expert ids."""
 
 
@@ -129,9 +129,7 @@ def make_event(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if not floating:
         return None
     outs = out if isinstance(out, list | tuple) else (out,)
-    kept = tuple(
-        None if not chosen(o) else o.clone() if isinstance(o, Tensor) else o for o in outs
-    )
+    kept = tuple(None if not chosen(o) else o.clone() if isinstance(o, Tensor) else o for o in outs)
     name = func._schema.name
     if name not in ROUTING or not args or not isinstance(args[0], Tensor):
         return Event(func, shapes, kept)
@@ -158,5 +156,3 @@ def regather(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], pi
 def fresh(value: Any) -> Any:
     """A copy that the caller's code may write to."""
     return value.clone() if isinstance(value, Tensor) else value
-
-

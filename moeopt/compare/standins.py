@@ -9,12 +9,16 @@ Shape legend: M rows, G groups (experts), K contracted, N columns.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moeopt.ops.experts import decode, unflatten
+from moeopt.ops.reference import experts_reference
 
 F64 = torch.float64
 
@@ -64,7 +68,9 @@ _POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def linear_pointwise(x: Tensor, w: Tensor, b: Tensor | None, attr: str = "none", scalars: Any = (), algorithm: Any = None):
+def linear_pointwise(
+    x: Tensor, w: Tensor, b: Tensor | None, attr: str = "none", scalars: Any = (), algorithm: Any = None
+) -> Tensor:
     """``mkldnn::_linear_pointwise``: x W^T + b, then a pointwise function."""
     if w.is_mkldnn:
         w = w.to_dense()
@@ -105,7 +111,16 @@ def efficient_cuda(q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_cau
     return (attention(q, k, v, attn_bias, is_causal, scale), None, None, None)
 
 
+def experts(x, ids, weights, w_in, w_out, b_in, b_out, norm, spec):  # type: ignore[no-untyped-def]
+    """``moeopt::experts``: its definition with every dtype float64; a weight is widened when it is used."""
+    wide = dataclasses.replace(
+        decode(spec), compute_dtype="float64", act_dtype=None, accum_dtype="float64", out_dtype="float64"
+    )
+    return experts_reference(x.to(F64), ids, weights.to(F64), unflatten((w_in, w_out, b_in, b_out, norm), wide), wide)
+
+
 STAND_INS: dict[str, Callable[..., Any]] = {
+    "moeopt::experts": experts,
     "aten::_grouped_mm": grouped_mm,
     "transformers::grouped_mm_fallback": grouped_mm,
     "aten::_softmax": softmax,

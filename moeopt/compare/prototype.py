@@ -1,0 +1,97 @@
+"""Which tensors of a call carry tokens, and how to make the same call with other tokens.
+
+A prototype is one real call of a block with a role for each flattened leaf of ``(args, kwargs)``:
+
+    tokens    floating activations, one row per token
+    ids       integer expert ids, (tokens, K)
+    weights   floating routing weights, (tokens, K) or (tokens, E)
+    static    anything else; with ``lead`` > 0 its rows go with the tokens (a mask, input ids)
+
+``lead`` counts the token dims in front: 2 for (B, S, H), 1 for (T, H). A map (N, C, H, W) has its
+features on axis 1 (``feature_axis=1``) and lead 3. The *grid* is the token dims of the first leaf that
+has the most of them; a leaf with a lead of 1 beside a longer grid is flat: its rows are all the tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from moeopt.errors import UsageError
+
+Role = Literal["tokens", "ids", "weights", "static"]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What one flattened argument is; see the module's docstring."""
+
+    role: Role = "static"
+    lead: int = 0
+    feature_axis: int = -1
+
+
+@dataclass
+class Prototype:
+    """A call ``block(*args, **kwargs)`` and its leaves in ``pytree.tree_flatten((args, kwargs))`` order."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: tuple[Leaf, ...]
+
+    def __post_init__(self) -> None:
+        self._values, self._spec = pytree.tree_flatten((tuple(self.args), dict(self.kwargs)))
+        if len(self._values) != len(self.leaves):
+            raise UsageError(f"the call has {len(self._values)} leaves, {len(self.leaves)} roles were given")
+        self._moving = [n for n, leaf in enumerate(self.leaves) if leaf.lead]
+        if not self._moving:
+            raise UsageError("no argument has token dims: give the activations a lead of 1 or more")
+        widest = max(self._moving, key=lambda n: self.leaves[n].lead)
+        self.grid: tuple[int, ...] = tuple(self._tokens_first(widest).shape[: self.leaves[widest].lead])
+        self._flat: dict[int, bool] = {}
+        for n in self._moving:
+            dims = tuple(self._tokens_first(n).shape[: self.leaves[n].lead])
+            if dims != self.grid and dims != (math.prod(self.grid),):
+                raise UsageError(f"argument {n} has token dims {dims}, which do not fit the grid {self.grid}")
+            self._flat[n] = dims != self.grid
+
+    def indices(self, role: Role) -> list[int]:
+        """Leaf numbers of a role, those with token dims."""
+        return [n for n in self._moving if self.leaves[n].role == role]
+
+    def rows(self, n: int) -> Tensor:
+        """Leaf ``n`` as (tokens, ...features)."""
+        moved = self._tokens_first(n)
+        return moved.reshape(math.prod(moved.shape[: self.leaves[n].lead]), *moved.shape[self.leaves[n].lead :])
+
+    def with_tokens(
+        self, grid: tuple[int, ...], rows: Mapping[int, Tensor] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of the same call with token dims ``grid``.
+
+        ``rows`` gives (tokens, ...features) per leaf number; a leaf left out repeats its own rows.
+        """
+        if len(grid) != len(self.grid):
+            raise UsageError(f"the call has {len(self.grid)} token dims, {grid} has {len(grid)}")
+        count = math.prod(grid)
+        values = list(self._values)
+        for n in self._moving:
+            own = self.rows(n)
+            new = rows[n] if rows is not None and n in rows else own[torch.arange(count) % max(len(own), 1)]
+            if len(new) != count:
+                raise UsageError(f"argument {n} is given {len(new)} rows for {count} tokens")
+            shaped = new.reshape(*((count,) if self._flat[n] else grid), *own.shape[1:])
+            axis = self.leaves[n].feature_axis
+            values[n] = shaped if axis == -1 else shaped.movedim(-1, axis).contiguous()
+        args, kwargs = pytree.tree_unflatten(values, self._spec)
+        return args, kwargs
+
+    def _tokens_first(self, n: int) -> Tensor:
+        value, axis = self._values[n], self.leaves[n].feature_axis
+        return value.detach() if axis == -1 else value.detach().movedim(axis, -1)
