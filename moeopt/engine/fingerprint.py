@@ -10,7 +10,7 @@ import torch
 def fingerprint(model: torch.nn.Module) -> dict[str, str]:
     """``{"class": ..., "sha256": ...}``; two models agree when their class and every parameter and buffer do."""
     digest = hashlib.sha256()
-    seen: dict[tuple[int, int, torch.Size, tuple[int, ...]], bytes] = {}
+    seen: dict[tuple[object, ...], bytes] = {}
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if not isinstance(tensor, torch.Tensor):
             continue
@@ -20,6 +20,6 @@ def fingerprint(model: torch.nn.Module) -> dict[str, str]:
         key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if key not in seen:  # tied tensors are read once
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            seen[key] = hashlib.sha256(memoryview(flat.numpy())).digest()
+            seen[key] = hashlib.sha256(flat.numpy().data).digest()
         digest.update(seen[key])
     return {"class": f"{type(model).__module__}.{type(model).__qualname__}", "sha256": digest.hexdigest()}

@@ -55,7 +55,9 @@ def check_sizes(
 
 def check_ranges(ranges: Any) -> None:
     """``BundleError`` unless ``ranges`` is what :func:`encode_ranges` writes."""
-    for symbol, bounds in ranges.items() if isinstance(ranges, dict) else [("", None)]:
+    if not isinstance(ranges, dict):
+        raise BundleError(f"the ranges of sizes are {str(ranges)[:60]!r}, not an object")
+    for symbol, bounds in ranges.items():
         good = isinstance(bounds, list) and len(bounds) == 2 and isinstance(bounds[0], int)
         if not good or not (bounds[1] is None or isinstance(bounds[1], int)):
             raise BundleError(f"the range of the size {symbol!r} is {bounds!r}, not [least, most]")

@@ -93,9 +93,9 @@ class LoadedEngine:
 
     def run_flat(self, leaves: Sequence[Any]) -> Any:
         """Call it with the leaves of ``(args, kwargs)``, as golden runs store them."""
-        if len(leaves) != len(self._runner.inputs):
-            raise UsageError(f"the bundle takes {len(self._runner.inputs)} values, not {len(leaves)}")
-        args, kwargs = build(self._runner.in_tree, iter(leaves))
+        if len(leaves) != len(self._runner.binding.inputs):
+            raise UsageError(f"the bundle takes {len(self._runner.binding.inputs)} values, not {len(leaves)}")
+        args, kwargs = build(self._runner.binding.tree, iter(leaves))
         return self._runner(*args, **kwargs)
 
     @property

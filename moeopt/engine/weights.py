@@ -86,8 +86,9 @@ def _extent(name: str, tensor: torch.Tensor) -> Extent:
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     size = tensor.element_size()
-    start = tensor.storage_offset() * size
-    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else -1
+    start = int(tensor.storage_offset()) * size
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = int(sum((n - 1) * s for n, s in steps)) if tensor.numel() else -1
     return Extent(name, tensor, start, start + (reach + 1) * size)
 
 
