@@ -1,0 +1,25 @@
+"""The ``moeopt`` command: optimize, explain, verify, info.
+
+Exit code 0: good. 1: not equivalent, damaged, or not to be had. 2: used wrongly. An expected failure is one message on
+stderr and no traceback; a traceback is a bug in moeopt.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from moeopt.errors import MoeoptError, UsageError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    from moeopt.cli.commands import app
+
+    try:
+        app(args=argv, prog_name="moeopt")
+    except MoeoptError as err:
+        print(f"moeopt: {err}", file=sys.stderr)
+        sys.exit(2 if isinstance(err, UsageError) else 1)
+    except KeyboardInterrupt:
+        print("moeopt: interrupted", file=sys.stderr)
+        sys.exit(130)

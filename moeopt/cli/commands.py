@@ -1,0 +1,147 @@
+"""The commands themselves: read the words, call ``moeopt.api``, print, and set the exit code."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeopt.cli.about import bundle_facts, machine_facts, print_facts
+from moeopt.cli.target import FORMS, load_target
+
+app = typer.Typer(
+    help="Find the MoE blocks of a model, rewrite them into grouped-expert ops, and verify the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Target = Annotated[str, typer.Argument(help=FORMS)]
+Bundle = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
+Trust = Annotated[bool, typer.Option(help="run the Python code that a Hugging Face directory brings")]
+Seed = Annotated[int, typer.Option(help="of every random input, and of random weights")]
+
+
+@app.command()
+def optimize(
+    target: Target,
+    backend: Annotated[str, typer.Option(help="torch, onnxruntime or tensorrt")] = "torch",
+    out: Annotated[Path | None, typer.Option(help="write a bundle to this directory")] = None,
+    verify: Annotated[str | None, typer.Option(help="strict, fast or off")] = None,
+    device: Annotated[str | None, typer.Option(help="where it shall run, like cpu or cuda:0")] = None,
+    dtype: Annotated[str | None, typer.Option(help="cast the model first, like bfloat16")] = None,
+    tune: Annotated[bool, typer.Option(help="measure the lowerings on this machine")] = False,
+    seed: Seed = 0,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite a model's MoE blocks, verify them, and save the result with --out."""
+    model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
+    given = {"verify": verify, "device": device, "dtype": dtype}
+    fields = {name: value for name, value in given.items() if value is not None}
+    optimized = _api().optimize(
+        model, inputs, backend=backend, tune=tune, seed=seed, progress=_progress(quiet), **fields
+    )
+    saved = None if out is None else str(out)
+    if out is not None:
+        optimized.save(out)
+    if as_json:
+        certificate = json.loads(optimized.certificate.to_json())
+        _print_json({"report": optimized.report.to_dict(), "certificate": certificate, "saved": saved})
+    else:
+        _show(optimized.report)
+        print()
+        _show(optimized.certificate)
+        if saved:
+            print(f"\nsaved: {saved}")
+    _exit(optimized.certificate.passed)
+
+
+@app.command()
+def explain(
+    target: Target, seed: Seed = 0, trust_remote_code: Trust = False, quiet: Quiet = False, as_json: AsJson = False
+) -> None:
+    """Say which blocks would be rewritten, and why the others would not; changes nothing."""
+    model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
+    _say_unless(quiet, f"explain: {target}")
+    report = _api().explain(model, inputs)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _show(report)
+
+
+@app.command()
+def verify(
+    bundle: Bundle,
+    original: Annotated[str | None, typer.Option(help="compare with this model too: " + FORMS)] = None,
+    provider: Annotated[str | None, typer.Option(help="the runtime's execution provider")] = None,
+    seed: Seed = 0,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a bundle again on this machine, without the original model or with it."""
+    fields: dict[str, Any] = {}
+    if original is not None:
+        fields["original"], fields["inputs"] = load_target(original, trust_remote_code=trust_remote_code, seed=seed)
+    _say_unless(quiet, f"verify: {bundle}")
+    certificate = _api().verify(bundle, provider=provider, **fields)
+    if as_json:
+        _print_json(json.loads(certificate.to_json()))
+    else:
+        _show(certificate)
+    _exit(certificate.passed)
+
+
+@app.command()
+def info(
+    bundle: Annotated[Path | None, typer.Argument(help="a bundle; without one, this machine")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What this machine can run, or what a bundle holds."""
+    facts = machine_facts() if bundle is None else bundle_facts(bundle)
+    if as_json:
+        _print_json(facts)
+    else:
+        print_facts(facts)
+
+
+def _api() -> Any:
+    return importlib.import_module("moeopt.api")
+
+
+def _progress(quiet: bool) -> Any:
+    return None if quiet else lambda line: print(line, file=sys.stderr, flush=True)
+
+
+def _say_unless(quiet: bool, line: str) -> None:
+    if not quiet:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _show(thing: Any) -> None:
+    """With colours on a terminal, as plain text elsewhere."""
+    if sys.stdout.isatty() and hasattr(thing, "__rich__"):
+        from rich.console import Console
+
+        Console().print(thing)
+    else:
+        print(thing)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, allow_nan=False))
+
+
+def _exit(passed: bool | None) -> None:
+    if passed is False:
+        print("moeopt: not equivalent", file=sys.stderr)
+        raise typer.Exit(1)
