@@ -36,6 +36,7 @@ from moeopt.compare.distance import Finiteness, as_rows, finite_rows, finiteness
 from moeopt.compare.oracle import oracle_run, record_selections, run_pinned
 from moeopt.compare.routing import compare_routing, ids_seen
 from moeopt.compare.selections import Event, OracleError, Selections
+from moeopt.compare.trees import describe, equal_leaves, flatten
 
 FACTOR = 4.0
 EPS_ALLOWANCE = 8.0
@@ -186,7 +187,7 @@ def _run_case(
         y_new, chosen_new = record_selections(rewritten, case.args, case.kwargs)
     except Exception as err:
         raise _Fail(f"the rewritten block raises {_text(err)}, the original does not") from err
-    _same_form(y_orig, y_new)
+    _samedescribe(y_orig, y_new)
     _same_writes(chosen, chosen_new)
     eps = max((torch.finfo(t.dtype).eps for t in _floats((case.args, case.kwargs, y_orig))), default=0.0)
     routing = compare_routing(chosen, chosen_new, eps, ids_of)
@@ -201,15 +202,18 @@ def _run_case(
         y_64, is_exact = oracle_run(original, case.args, case.kwargs, chosen)
     except OracleError as err:
         raise _Fail(str(err)) from err
-    leaves = [pytree.tree_leaves(y) for y in (y_orig, y_new, y_64)]
+    leaves = [flatten(y)[0] for y in (y_orig, y_new, y_64)]
     if len(leaves[0]) != len(leaves[2]):
         raise _Fail("the float64 oracle returned another structure than the original")
     for number, (a, b, o) in enumerate(zip(*leaves, strict=True)):
         where = "the output" if len(leaves[0]) == 1 else f"output {number}"
         if isinstance(a, Tensor):
             check.dtype = check.dtype or str(a.dtype).removeprefix("torch.")
-            _judge(a, b, o, where, result, bool(routing.ties))
-        elif a != b and not (a != a and b != b):
+            _judge(a, b, o, torch.finfo(a.dtype).eps if a.is_floating_point() else eps, where, result, routing.ties > 0)
+        elif isinstance(a, float):
+            x, y, z = (torch.tensor(value, dtype=torch.float64) for value in (a, b, o))
+            _judge(x, y, z, eps, where, result, routing.ties > 0)
+        elif not equal_leaves(a, b):
             raise _Fail(f"{where} is {b!r} instead of {a!r}")
     if is_exact:
         _exact(case, rewritten, chosen_new, leaves[0], leaves[2], result)
@@ -224,7 +228,7 @@ def _exact(
     except OracleError as err:
         result.notes.append(f"the rewritten block was not run in float64: {err.reason}")
         return
-    leaves = pytree.tree_leaves(y_new)
+    leaves = flatten(y_new)[0]
     if not is_exact or len(leaves) != len(y_64):
         return
     for number, (a, b, o) in enumerate(zip(y, leaves, y_64, strict=True)):
@@ -241,7 +245,7 @@ def _exact(
                 )
 
 
-def _judge(a: Tensor, b: Tensor, o: Tensor, where: str, result: CaseResult, tied: bool) -> None:
+def _judge(a: Tensor, b: Tensor, o: Tensor, eps: float, where: str, result: CaseResult, tied: bool) -> None:
     """Compare one output tensor: original ``a``, rewritten ``b``, oracle ``o``; fill ``result``."""
     if not (a.dtype.is_floating_point or a.dtype.is_complex):
         if not torch.equal(a, b) and not tied:
@@ -258,7 +262,6 @@ def _judge(a: Tensor, b: Tensor, o: Tensor, where: str, result: CaseResult, tied
             f"{where} of token {pattern.leaked[0]} is not finite, and is finite in the original "
             f"({len(pattern.leaked)} such tokens): NaN or Inf leaked"
         )
-    eps = torch.finfo(a.dtype).eps
     d_orig, d_new = token_distance(a, o, eps=eps), token_distance(b, o, eps=eps)
     judged = pattern.both
     if d_orig[judged].isnan().any():
@@ -316,16 +319,16 @@ def _healed(pattern: Finiteness, d_new: Tensor, allowed: float, where: str, resu
             result.notes.append(f"{len(rows)} tokens are {what} in the original and finite in the rewritten block")
 
 
-def _same_form(a: Any, b: Any) -> None:
+def _samedescribe(a: Any, b: Any) -> None:
     """Structure, shapes, dtypes and devices of two outputs are equal, or the case fails."""
-    (leaves_a, spec_a), (leaves_b, spec_b) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    (leaves_a, spec_a), (leaves_b, spec_b) = flatten(a), flatten(b)
     if spec_a != spec_b:
-        raise _Fail(f"the rewritten block returns {_form(b)}, the original returns {_form(a)}")
+        raise _Fail(f"the rewritten block returns {describe(b)}, the original returns {describe(a)}")
     for x, y in zip(leaves_a, leaves_b, strict=True):
-        if isinstance(x, Tensor) != isinstance(y, Tensor):
-            raise _Fail(f"the rewritten block returns {_form(b)}, the original returns {_form(a)}")
+        if isinstance(x, Tensor) != isinstance(y, Tensor) or isinstance(x, float) != isinstance(y, float):
+            raise _Fail(f"the rewritten block returns {describe(b)}, the original returns {describe(a)}")
         if isinstance(x, Tensor) and (x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device):
-            raise _Fail(f"the rewritten block returns {_form(y)} where the original returns {_form(x)}")
+            raise _Fail(f"the rewritten block returns {describe(y)} where the original returns {describe(x)}")
 
 
 def _same_writes(a: Selections, b: Selections) -> None:
@@ -352,14 +355,6 @@ def _same_writes(a: Selections, b: Selections) -> None:
 
 def _floats(tree: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.dtype.is_floating_point]
-
-
-def _form(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__}({', '.join(map(_form, value))})"
-    return type(value).__name__
 
 
 def _text(err: Exception) -> str:

@@ -23,7 +23,9 @@ from torch.utils import _pytree as pytree
 
 from moeopt.compare.block import EPS_ALLOWANCE, FACTOR
 from moeopt.compare.distance import finiteness, token_distance
+from moeopt.compare.language import find_ids, find_logits, greedy_agreement, language_metrics
 from moeopt.compare.state import Guard, clone_inputs
+from moeopt.compare.trees import describe, equal_leaves, flatten
 
 DRAWS = 3
 
@@ -69,6 +71,7 @@ def end_to_end(
     *,
     noise_blocks: Sequence[str] = (),
     seed: int = 0,
+    greedy_steps: int = 8,
 ) -> EndToEnd:
     """Compare ``optimized(*args, **kwargs)`` with ``original(*args, **kwargs)``.
 
@@ -76,6 +79,7 @@ def end_to_end(
         noise_blocks: names of the submodules of ``original`` that were rewritten; the budget comes of
             perturbing their outputs by one eps. None given: only EPS_ALLOWANCE * eps is allowed.
         seed: of the noise.
+        greedy_steps: tokens to generate where both models have ``generate`` and the call has token ids.
 
     Floating outputs are compared per token on the last dim; integers and other leaves must be equal.
     """
@@ -89,16 +93,27 @@ def end_to_end(
     for draw in range(DRAWS if noise_blocks else 0):
         with _Noise(original, noise_blocks, seed + draw):
             noisy.append(run_plain(original, args, kwargs))
-    return compare_outputs(want, got, noisy)
+    result = compare_outputs(want, got, noisy)
+    ids = find_ids(args, kwargs)
+    logits, logits_new = (None, None) if ids is None else (find_logits(want, ids), find_logits(got, ids))
+    if ids is not None and logits is not None and logits_new is not None and logits.shape == logits_new.shape:
+        result.language = language_metrics(logits, logits_new, ids)
+        if greedy_steps and hasattr(original, "generate") and hasattr(optimized, "generate"):
+            try:
+                result.language["greedy tokens equal"] = greedy_agreement(original, optimized, ids, greedy_steps)
+            except Exception as err:
+                result.notes.append(f"generate was not compared: {type(err).__name__}: {err}")
+    return result
 
 
 def compare_outputs(want: Any, got: Any, noisy: Sequence[Any]) -> EndToEnd:
     """Judge outputs ``got`` against ``want``; ``noisy`` are outputs of the original under rounding noise."""
-    (wants, spec), (gots, spec_got) = pytree.tree_flatten(want), pytree.tree_flatten(got)
+    (wants, spec), (gots, spec_got) = flatten(want), flatten(got)
     if spec != spec_got:
-        return EndToEnd(False, "the optimised model returns another structure than the original")
+        forms = f"{describe(got)} instead of {describe(want)}"
+        return EndToEnd(False, f"the optimised model returns another structure than the original: {forms}")
     result = EndToEnd(True, outputs=len(wants))
-    others = [pytree.tree_leaves(tree) for tree in noisy]
+    others = [flatten(tree)[0] for tree in noisy]
     for number, (a, b) in enumerate(zip(wants, gots, strict=True)):
         reason = _leaf(a, b, [leaves[number] for leaves in others if len(leaves) == len(wants)], result)
         if reason:
@@ -109,8 +124,10 @@ def compare_outputs(want: Any, got: Any, noisy: Sequence[Any]) -> EndToEnd:
 
 def _leaf(a: Any, b: Any, noisy: list[Any], result: EndToEnd) -> str:
     """Judge one leaf into ``result``; the reason why it fails, or ""."""
+    if isinstance(a, float) and isinstance(b, float):
+        a, b, *noisy = (torch.tensor(value) for value in (a, b, *noisy))
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return "" if type(a) is type(b) and (a is b or a == b or not _comparable(a)) else f"is {b!r} instead of {a!r}"
+        return "" if equal_leaves(a, b) else f"is {b!r} instead of {a!r}"
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return f"is {b.dtype} {tuple(b.shape)} instead of {a.dtype} {tuple(a.shape)}"
     if not a.dtype.is_floating_point:
@@ -141,10 +158,6 @@ def _leaf(a: Any, b: Any, noisy: list[Any], result: EndToEnd) -> str:
 
 def _rms(d: Tensor) -> float:
     return float(d.square().mean().sqrt())
-
-
-def _comparable(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str | bytes | type(None))
 
 
 class _Noise:

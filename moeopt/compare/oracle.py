@@ -13,6 +13,7 @@ choices is an ``OracleError``. Values parked in the model's own low-precision bu
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeopt.compare.plans import PLANS, Plan, chooses, plan_of, widen
+from moeopt.compare.plans import PLANS, Plan, Widener, chooses, plan_of, widen
 from moeopt.compare.selections import (
     Event,
     OracleError,
@@ -82,7 +83,7 @@ def _pinned(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         own_args, own_kwargs = clone_inputs(args), clone_inputs(dict(kwargs))
         mode.guard = guard
         try:
-            with mode:
+            with mode, mode.around():
                 outputs = fn(*own_args, **own_kwargs)
         except OracleError:
             raise
@@ -183,6 +184,9 @@ class _Pinned(TorchDispatchMode):
                 f"{_shapes(left[0].shapes)} was recorded and never met; does the code branch on a dtype?"
             )
 
+    def around(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def widened(self, outputs: Any) -> Any:
         return outputs
 
@@ -197,6 +201,9 @@ class _Oracle(_Pinned):
             raise
         except Exception as err:
             raise OracleError(f"the float64 oracle cannot run {func}: {_short(err)}") from err
+
+    def around(self) -> AbstractContextManager[Any]:
+        return Widener()
 
     def widened(self, outputs: Any) -> Any:
         return pytree.tree_map_only(Tensor, widen, outputs)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 
-from moeopt.compare.selections import OracleError, argument, floats_and_shapes
+from moeopt.compare.selections import OracleError, argument, chosen, floats_and_shapes
 from moeopt.compare.standins import STAND_INS
 
 F64 = torch.float64
@@ -103,7 +104,7 @@ class Plan:
         if type(out) is Tensor:
             if out.dtype is F64:
                 return out
-            if not out.dtype.is_floating_point and chooses(func, args, kwargs) and floats_and_shapes(args, kwargs)[0]:
+            if chosen(out) and chooses(func, args, kwargs) and floats_and_shapes(args, kwargs)[0]:
                 raise OracleError(
                     f"the float64 oracle parted ways with the original run: {func} chose here and not there; "
                     "does the code branch on a dtype?"
@@ -136,22 +137,38 @@ class Plan:
         return back.get(id(out), out)
 
 
+class Widener(TorchFunctionMode):
+    """Widens the arguments of functions that refuse mixed dtypes before any op is dispatched."""
+
+    _picky = frozenset(
+        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d prelu lstm gru rnn_tanh rnn_relu "
+        "batch_norm instance_norm bilinear lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split()
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self._picky:
+            return func(*map(up, args), **{name: up(value) for name, value in (kwargs or {}).items()})
+        return func(*args, **(kwargs or {}))
+
+
 PLANS: dict[OpOverload, Plan] = {}
 
 
 def plan_of(func: OpOverload) -> Plan:
+    """The plan of an op, made on first use."""
     return PLANS.setdefault(func, Plan(func))
 
 
 def chooses(func: OpOverload, args: Any, kwargs: Any) -> bool:
-    """Whether a call of an op that may return integers does: a floating dtype argument says no."""
-    dtype = kwargs["dtype"] if "dtype" in kwargs else argument(func, "dtype", args, kwargs)
-    if dtype is None:
-        return func is not torch.ops.aten._to_copy.default or not args[0].dtype.is_floating_point
-    return not dtype.is_floating_point
+    """Whether a call of an op that may return integers does: an op with a dtype argument does if it asks for them."""
+    if not any(arg.name == "dtype" for arg in func._schema.arguments):
+        return True
+    dtype = argument(func, "dtype", args, kwargs)
+    return dtype is not None and not dtype.is_floating_point and not dtype.is_complex
 
 
 def up(value: Any) -> Any:
+    """An argument with its floating tensors and dtypes in float64."""
     if isinstance(value, Tensor):
         return value.to(F64) if value.dtype in LOW else value
     if isinstance(value, list | tuple):

@@ -74,7 +74,7 @@ def _take_twin(event: Event, candidates: list[Event]) -> Event | None:
     wanted = _flat(event.ids).shape
     same_shape = [c for c in candidates if _flat(c.ids).shape == wanted]
     same_op = [c for c in same_shape if c.op is event.op]
-    twin = (same_op or same_shape or [None])[0]
+    twin = next(iter(same_op or same_shape), None)
     if twin is not None:
         candidates[:] = [c for c in candidates if c is not twin]
     return twin

@@ -1,0 +1,68 @@
+"""Outputs as trees: tuples, dicts, dataclasses, caches - whatever holds the tensors.
+
+``pytree`` opens the containers it knows; a dataclass or a plain object is opened by its attributes, so
+that a loss in a dataclass or a key in a cache is compared like any other output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_SCALAR: tuple[type, ...] = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    nn.Module,
+    type,
+)
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """(leaves, form): tensors and plain values in order, and a structure that compares equal or not."""
+    return pytree.tree_flatten(_opened(tree, frozenset()))
+
+
+def _opened(tree: Any, above: frozenset[int]) -> Any:
+    return pytree.tree_map(lambda leaf: _open_leaf(leaf, above), tree)
+
+
+def _open_leaf(leaf: Any, above: frozenset[int]) -> Any:
+    if isinstance(leaf, (Tensor, *_SCALAR)) or callable(leaf) or id(leaf) in above:
+        return leaf
+    if dataclasses.is_dataclass(leaf):
+        inside = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+    elif hasattr(leaf, "__dict__"):
+        inside = vars(leaf)
+    else:
+        return leaf
+    return type(leaf).__qualname__, _opened(dict(inside), above | {id(leaf)})
+
+
+def describe(value: Any) -> str:
+    """A tensor's dtype and shape, a container's contents, any other value's type: for messages."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__}({', '.join(map(describe, value))})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {describe(item)}" for name, item in value.items()) + "}"
+    return type(value).__name__
+
+
+def equal_leaves(a: Any, b: Any) -> bool:
+    """Whether two leaves that are not tensors are the same value; objects without one: the same type."""
+    if not isinstance(a, _SCALAR) or isinstance(a, nn.Module):
+        return type(a) is type(b)
+    return type(a) is type(b) and (a == b or (a != a and b != b))
