@@ -53,7 +53,7 @@ test: $(READY)  ## the whole suite, without a GPU
 	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu' $(ARGS)
 
 test-compat: $(READY_COMPAT)  ## what depends on transformers, on the oldest version promised
-	$(ONE_THREAD) $(PY_COMPAT) $(PYTEST) -m 'not gpu' $(wildcard tests/compat tests/families tests/zoo) $(ARGS)
+	$(ONE_THREAD) $(PY_COMPAT) $(PYTEST) -m 'not gpu' $(wildcard tests/compat tests/families tests/test_families.py tests/zoo) $(ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA GPU
 	$(PY) -m pytest -q -p no:cacheprovider -m gpu $(ARGS)
@@ -70,7 +70,7 @@ types: $(READY)  ## mypy
 	$(PY) -m mypy
 
 bench: $(READY)  ## the measured tables of the README
-	$(PY) -m benchmarks $(ARGS)
+	$(PY) benchmarks/blocks.py $(ARGS)
 
 clean:  ## remove the environments and caches
 	rm -rf $(VENV) $(VENV_COMPAT) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
