@@ -3,8 +3,8 @@
 Shape legend: T tokens, K chosen per token, R = T*K rows, M rows of one expert, H hidden, I intermediate.
 
     order_R   rows sorted by expert (stable: a token's slots stay in order)
-    o_RH      expert outputs in that sorted order
-    where_TK  which row of o_RH holds token t's k-th term, in the order of the sum
+    term_RH   weighted expert outputs in that sorted order, in the accumulator's dtype
+    where_TK  which row of term_RH holds token t's k-th term, in the order of the sum
 
 Weights are never copied or laid out anew (only cast, where their dtype is not the compute dtype).
 """
@@ -24,6 +24,8 @@ from moeopt.ops.reference import check, dtypes, out_features, rms_norm
 def experts_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
     """``experts_reference``, fast; the same arguments and result, but not differentiable."""
     check(x_TH, ids_TK, weights_TK, bank, spec)
+    if not ids_TK.numel():
+        return x_TH.new_zeros(x_TH.shape[0], out_features(bank, spec), dtype=dtypes(x_TH, spec)[2])
     if x_TH.shape[0] == 1:
         return _one_token(x_TH, ids_TK, weights_TK, bank, spec)
     return _many_tokens(x_TH, ids_TK, weights_TK, bank, spec)
@@ -71,25 +73,23 @@ def _many_tokens(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, s
     found, counts = torch.unique_consecutive(ids_R[order_R], return_counts=True)
     token_R = order_R if K == 1 else order_R.div(K, rounding_mode="floor")
     w_R1 = weights_TK.reshape(-1)[order_R].unsqueeze(1)
-    o_RH = x_TH.new_empty(T * K, out_features(bank, spec), dtype=compute)
-    outside: list[tuple[int, int, int]] = []
+    term_RH = x_TH.new_empty(T * K, out_features(bank, spec), dtype=accum)
     start = 0
     for e, rows in zip(found.tolist(), counts.tolist(), strict=True):
         begin, start = start, start + rows
-        if not 0 <= e < bank.num_experts:
-            outside.append((e, begin, start))
+        term_MH, w_M1 = term_RH[begin:start], w_R1[begin:start]
+        if e < 0 or (e >= bank.num_experts and spec.out_of_range == "nothing"):
+            term_MH.zero_()
             continue
         x_MH = x_TH.index_select(0, token_R[begin:start])
-        if spec.weight_on == "input":
-            x_MH = x_MH * w_R1[begin:start]
-        a_MI = apply_gate(_project_in(x_MH.to(compute), bank, e, spec), spec)
-        o_RH[begin:start] = _project_out(a_MI, bank, e, spec)
-    term_RH = (o_RH if spec.weight_on == "input" else o_RH * w_R1).to(accum)
-    for e, begin, end in outside:
-        if e >= bank.num_experts and spec.out_of_range == "identity":
-            term_RH[begin:end] = (x_TH[token_R[begin:end]] * w_R1[begin:end]).to(accum)
+        if e >= bank.num_experts:
+            torch.mul(x_MH, w_M1, out=term_MH)
+        elif spec.weight_on == "input":
+            a_MI = apply_gate(_project_in((x_MH * w_M1).to(compute), bank, e, spec), spec)
+            term_MH.copy_(_project_out(a_MI, bank, e, spec))
         else:
-            term_RH[begin:end] = 0
+            a_MI = apply_gate(_project_in(x_MH.to(compute), bank, e, spec), spec)
+            torch.mul(_project_out(a_MI, bank, e, spec), w_M1, out=term_MH)
     return _combine(term_RH, order_R, K, spec).to(out)
 
 

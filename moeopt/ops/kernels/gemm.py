@@ -36,9 +36,7 @@ def choose_gemm(rows: int, dtype: torch.dtype, row_major: bool) -> Gemm:
     if dtype == torch.float32 and row_major:
         if rows == 1:
             return "mv"
-        if rows <= 3 or rows > 48:
-            return "linear"
-        return "onednn" if rows <= 8 else "mm_t"
+        return "mm_t" if 4 <= rows <= 48 else "linear"
     return "linear"
 
 

@@ -1,0 +1,1 @@
+"""The torch backend: PyTorch itself runs the rewritten model."""
