@@ -32,7 +32,10 @@ DRAWS = 3
 
 @dataclass
 class EndToEnd:
-    """The verdict on a whole model. ``distance`` is the largest over tokens, ``budget`` what it may be."""
+    """The verdict on a whole model. ``distance`` is the largest over tokens, ``budget`` what it may be.
+
+    Of several outputs, the one that uses most of its budget is shown.
+    """
 
     passed: bool | None
     reason: str = ""
@@ -145,9 +148,9 @@ def _leaf(a: Any, b: Any, noisy: list[Any], result: EndToEnd) -> str:
     budget = FACTOR * max((float(m.max()) for m in moved if len(m)), default=0.0) + EPS_ALLOWANCE * eps
     budget_rms = FACTOR * max((_rms(m) for m in moved if len(m)), default=0.0) + EPS_ALLOWANCE * eps
     result.tokens += len(d)
-    if float(d.max()) - budget > result.distance - result.budget or not result.budget:
+    if float(d.max()) * result.budget >= result.distance * budget:
         result.distance, result.budget = float(d.max()), budget
-    if _rms(d) - budget_rms > result.distance_rms - result.budget_rms or not result.budget_rms:
+    if _rms(d) * result.budget_rms >= result.distance_rms * budget_rms:
         result.distance_rms, result.budget_rms = _rms(d), budget_rms
     if float(d.max()) > budget:
         return f"moves by {float(d.max()):.3g} at its worst token; the original's rounding explains {budget:.3g}"

@@ -101,14 +101,13 @@ class Plan:
 
     def _compute(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
         out = func(*map(up, args), **{name: up(value) for name, value in kwargs.items()})
-        if type(out) is Tensor:
-            if out.dtype is F64:
-                return out
-            if chosen(out) and chooses(func, args, kwargs) and floats_and_shapes(args, kwargs)[0]:
-                raise OracleError(
-                    f"the float64 oracle parted ways with the original run: {func} chose here and not there; "
-                    "does the code branch on a dtype?"
-                )
+        if type(out) is Tensor and out.dtype is F64:
+            return out
+        if chosen(out) and chooses(func, args, kwargs) and floats_and_shapes(args, kwargs)[0]:
+            raise OracleError(
+                f"the float64 oracle parted ways with the original run: {func} chose here and not there; "
+                "does the code branch on a dtype?"
+            )
         return widen(out)
 
     def _write(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
