@@ -19,17 +19,31 @@ BUDGET = {torch.float64: 32, torch.float32: 32, torch.bfloat16: 4, torch.float16
 
 def run(model: Any, call: tuple[tuple, dict], seed: int = 0) -> Any:
     """One call on copies of the inputs, without gradients, under a fixed seed."""
-    args, kwargs = copy.deepcopy(call)
+    return run_in_place(model, copy.deepcopy(call), seed)
+
+
+def run_in_place(model: Any, call: tuple[tuple, dict], seed: int = 0) -> Any:
+    """The same on the inputs themselves, which the model may write to."""
+    args, kwargs = call
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         return model(*args, **kwargs)
 
 
+def plain(out: Any) -> Any:
+    """A dataclass as a dict of its fields; anything else as it is."""
+    return vars(out) if not isinstance(out, dict) and hasattr(out, "__dataclass_fields__") else out
+
+
+def tensors(out: Any) -> list[torch.Tensor]:
+    """All tensors of an output, in a fixed order."""
+    return [leaf for leaf in pytree.tree_leaves(plain(out)) if isinstance(leaf, torch.Tensor)]
+
+
 def assert_same(got: Any, want: Any, *, exact: bool = False) -> None:
     """Same types, structure, shapes, dtypes and plain values; float tensors within ``BUDGET``, or bitwise."""
     assert type(got) is type(want), f"{type(got)} is not {type(want)}"
-    if not isinstance(want, dict) and hasattr(want, "__dataclass_fields__"):
-        got, want = vars(got), vars(want)
+    got, want = plain(got), plain(want)
     got_leaves, got_tree = pytree.tree_flatten(got)
     want_leaves, want_tree = pytree.tree_flatten(want)
     assert got_tree == want_tree, f"{got_tree} is not {want_tree}"

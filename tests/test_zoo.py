@@ -1,5 +1,6 @@
 """The zoo goes through ``moeopt.optimize``: rewritten where it should be, declined with a reason, never wrong."""
 
+import copy
 import inspect
 import re
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import moeopt
-from tests.helpers import assert_same, count_expert_calls, run
+from tests.helpers import assert_same, count_expert_calls, run, run_in_place, tensors
 from tests.zoo import CASES
 
 CALLS = 5
@@ -21,6 +22,12 @@ def example(case, model):
 
 def state(model):
     return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def hidden_states(case):
+    """Whether the first argument is a contiguous float tensor of tokens."""
+    args, _ = case.fresh(3)
+    return bool(args) and args[0].is_floating_point() and args[0].dim() in (2, 3) and args[0].is_contiguous()
 
 
 def is_meta(model):
@@ -60,11 +67,15 @@ def test_zoo(name):
     rewritten = [b for b in blocks if b.status == "rewritten"]
     for i in range(CALLS):
         call = case.fresh(i)
+        got_call, want_call = copy.deepcopy(call), copy.deepcopy(call)
         with count_expert_calls() as seen:
-            got = run(opt, call)
+            got = run_in_place(opt, got_call)
+        want = run_in_place(original, want_call)
         if case.expect == "rewritten":
             assert len(seen) >= len(rewritten), f"{len(seen)} expert kernels ran for {len(rewritten)} rewritten blocks"
-        assert_same(got, run(original, call), exact=not any(b.status == "rewritten" for b in opt.report.blocks))
+        exact = not any(b.status == "rewritten" for b in opt.report.blocks)
+        assert_same(got, want, exact=exact)
+        assert_same(got_call, want_call, exact=exact)  # a model may write to its inputs; then so must the rewrite
         for key in case.check_state:
             assert torch.equal(opt.model.get_buffer(key), original.get_buffer(key)), f"buffer {key} went another way"
     if not case.check_state:
@@ -73,12 +84,31 @@ def test_zoo(name):
 
 @pytest.mark.parametrize("name", sorted(n for n, c in CASES.items() if c.expect == "rewritten"))
 def test_rewritten_zoo_is_certified(name):
-    """The certificate of a rewritten model passes, and the experts follow their weights after the rewrite."""
+    """The certificate passes, a call with gradients on agrees, and the experts follow their weights afterwards."""
     case = CASES[name]
     original, given = case.build(), case.build()
     opt = moeopt.optimize(given, example(case, given), backend="torch", verify="fast")
     assert opt.certificate.passed is True, str(opt.certificate)
+    args, kwargs = case.fresh(2)
+    assert_same(opt(*args, **kwargs), original(*args, **kwargs))
     changed = {k: t * 0.75 if t.is_floating_point() else t for k, t in original.state_dict().items()}
     original.load_state_dict(changed)
     opt.model.load_state_dict(changed)
     assert_same(run(opt, case.fresh(3)), run(original, case.fresh(3)))
+
+
+@pytest.mark.parametrize("name", sorted(n for n, c in CASES.items() if c.expect == "rewritten" and hidden_states(c)))
+def test_nan_in_one_token_stays_where_it_was(name):
+    """Values that the original keeps finite stay so, and stay right, when the first token is not a number."""
+    case = CASES[name]
+    original, given = case.build(), case.build()
+    opt = moeopt.optimize(given, example(case, given), backend="torch", verify="fast")
+    args, kwargs = copy.deepcopy(case.fresh(3))
+    args[0].view(-1, args[0].shape[-1])[0] = float("nan")
+    try:
+        want = run(original, (args, kwargs))
+    except RuntimeError as err:
+        pytest.skip(f"the original itself refuses a NaN: {err}")
+    for a, b in zip(tensors(run(opt, (args, kwargs))), tensors(want), strict=True):
+        finite = b.isfinite()
+        assert_same(a[finite], b[finite])

@@ -1,28 +1,12 @@
 """Every zoo model runs on its own calls and gives the same answer twice."""
 
-import copy
-
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
+from tests.helpers import run, tensors
 from tests.zoo import CASES
 
 FRESH = 4
-
-
-def run(model, call, seed=0):
-    args, kwargs = copy.deepcopy(call)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        return model(*args, **kwargs)
-
-
-def tensors(out):
-    """All tensors of an output, dataclasses included, in a fixed order."""
-    if hasattr(out, "__dataclass_fields__") and not isinstance(out, dict):
-        out = {name: getattr(out, name) for name in out.__dataclass_fields__}
-    return [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
