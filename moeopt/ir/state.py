@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
-_HOOKS = tuple(k for k in nn.Module().__dict__ if k.endswith("_hooks") or "_hooks_" in k)
 
 
 def _shallow(value: Any) -> Any:

@@ -12,18 +12,18 @@ from __future__ import annotations
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.errors import CaptureError
 from moeopt.ir.functional import functional_twin, inverse_view, mutated_args
 from moeopt.ir.state import ModuleState
+from moeopt.ir.tree import tree_map
 
 aten = torch.ops.aten
 
@@ -88,6 +88,10 @@ class Tape:
             index = self.calls[index].parent
         return chain[::-1]
 
+    def write_origin(self, node: fx.Node) -> fx.Node | None:
+        """For the result of an in-place call: the node that first owned the memory it wrote to."""
+        return node.meta.get("origin")
+
     def random_nodes(self) -> list[fx.Node]:
         """Nodes that drew random numbers."""
         return [n for n in self.nodes if n.meta.get("random")]
@@ -96,7 +100,7 @@ class Tape:
 @dataclass
 class _Storage:
     owner: fx.Node
-    geometry: tuple[Any, ...]
+    origin: fx.Node
     version: int = 0
 
 
@@ -107,10 +111,6 @@ class _Entry:
     version: int
     parent: torch.Tensor | None = None
     view: tuple[Any, tuple[Any, ...], dict[str, Any], int | None] | None = None
-
-
-def _geometry(t: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(t.size()), tuple(t.stride()), t.storage_offset(), t.dtype
 
 
 def _storage_key(t: torch.Tensor) -> int:
@@ -158,7 +158,7 @@ class _Recorder(TorchDispatchMode):
     def _enter(self, t: torch.Tensor, node: fx.Node, **extra: Any) -> fx.Node:
         key = _storage_key(t)
         if extra.get("view") is None:
-            storage = self._storages[key] = _Storage(node, _geometry(t))
+            storage = self._storages[key] = _Storage(node, node)
         else:
             storage = self._storages[key]
         ref: Callable[[], torch.Tensor | None] = weakref.ref(t)
@@ -299,7 +299,7 @@ class _Recorder(TorchDispatchMode):
         for step_func, step_args in twin.after(old, node):
             node = self._finish(self.graph.call_function(step_func, step_args), target)
             self.values.pop(node, None)
-        node.meta.update(shape=tuple(target.shape), dtype=target.dtype)
+        node.meta.update(shape=tuple(target.shape), dtype=target.dtype, origin=storage.origin)
         self._write_back(target, node, storage)
         return out
 
@@ -345,8 +345,8 @@ class _Recorder(TorchDispatchMode):
         """A submodule's call begins."""
         path = self._paths.get(id(module), f"<{type(module).__name__}>")
         call = Call(len(self.calls), path, module, self.current, len(self.nodes))
-        call.args = pytree.tree_map_only(torch.Tensor, self.node_of, tuple(args))
-        call.kwargs = pytree.tree_map_only(torch.Tensor, self.node_of, dict(kwargs))
+        call.args = tree_map(torch.Tensor, self.node_of, tuple(args))
+        call.kwargs = tree_map(torch.Tensor, self.node_of, dict(kwargs))
         call.first = len(self.nodes)
         self.calls.append(call)
         self.current = call.index
@@ -354,7 +354,7 @@ class _Recorder(TorchDispatchMode):
 
     def leave_call(self, call: Call, output: Any) -> None:
         """A submodule's call ended."""
-        call.output = pytree.tree_map_only(torch.Tensor, self.node_of, output)
+        call.output = tree_map(torch.Tensor, self.node_of, output)
         call.last = len(self.nodes)
         self.current = call.parent
 
@@ -401,7 +401,6 @@ def record(
     kwargs: dict[str, Any] | None = None,
     *,
     keep_values: bool = True,
-    only_inputs: Iterable[str] | None = None,
 ) -> Tape:
     """Run ``module(*args, **kwargs)`` once and return its :class:`Tape`.
 
@@ -413,7 +412,6 @@ def record(
     Raises:
         CaptureError: the module raised, or did something that the trace cannot carry.
     """
-    del only_inputs
     state = ModuleState(module)
     recorder = _Recorder(module, state, keep_values)
     args, kwargs = clone_inputs((tuple(args), dict(kwargs or {})))
@@ -421,7 +419,7 @@ def record(
     try:
         with torch.no_grad():
             counter = iter(range(10**9))
-            node_args, node_kwargs = pytree.tree_map_only(
+            node_args, node_kwargs = tree_map(
                 torch.Tensor, lambda t: recorder.add_input(t, f"input_{next(counter)}"), (args, kwargs)
             )
             with _patched_call(recorder), recorder:
@@ -435,7 +433,7 @@ def record(
                         "check that it runs on these inputs in eager mode"
                     ) from err
                 attributes = {
-                    key: pytree.tree_map_only(torch.Tensor, recorder.node_of, value)
+                    key: tree_map(torch.Tensor, recorder.node_of, value)
                     for key, value in state.changed_attributes().items()
                 }
             root = recorder.calls[0]
@@ -459,4 +457,4 @@ def record(
 
 def clone_inputs(tree: Any) -> Any:
     """The same structure with every tensor cloned (shared memory stays shared is not promised)."""
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), tree)
+    return tree_map(torch.Tensor, lambda t: t.detach().clone(), tree)

@@ -1,0 +1,221 @@
+"""One block, from a real call to a verified program: probe, recognise, plan, generalise, verify."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeopt.compare.block import BlockCheck, Case, verify_block
+from moeopt.compare.cases import adversarial_cases
+from moeopt.compare.prototype import Prototype
+from moeopt.drive.obstacles import check_experts, check_module, random_reason
+from moeopt.drive.witness import aimed_rows, prototypes, witness
+from moeopt.errors import CaptureError, Declined
+from moeopt.ir.tape import Tape, record
+from moeopt.ir.tree import tree_leaves
+from moeopt.options import Options
+from moeopt.passes.recognize_experts import Recognition, Uncovered, recognize
+from moeopt.passes.replace_experts import replacement
+from moeopt.rewrite.generalize import generalize
+from moeopt.rewrite.plan import Plan, make_plan
+from moeopt.rewrite.program import OPAQUE, TENSOR, Guard, Program, RewrittenForward, bind
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Rewrite:
+    """A verified (or, with verify="off", unverified) rewrite of one module."""
+
+    program: Program
+    found: list[Recognition]
+    check: BlockCheck
+    seconds: float
+
+
+def rewrite_block(name: str, module: nn.Module, call: Call, options: Options) -> Rewrite:
+    """Rewrite ``module`` as ``call`` uses it, without changing it.
+
+    Raises:
+        Declined: with the reason; nothing was changed.
+    """
+    started = time.perf_counter()
+    check_module(module)
+    last: Declined | None = None
+    for proto in prototypes(*call):
+        try:
+            program, found = _program(module, proto, options)
+        except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
+            last = last if last is not None and not isinstance(last, CaptureError) else err
+            continue
+        check = _verify(name, module, program, proto, found, call, options)
+        if check.passed is False:
+            raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
+        return Rewrite(program, found, check, time.perf_counter() - started)
+    raise last or Declined("its arguments could not be read as rows of tokens")
+
+
+def _program(module: nn.Module, proto: Prototype, options: Options) -> tuple[Program, list[Recognition]]:
+    tapes, founds, calls = [], [], []
+    call, tape, found = _covering(module, proto, options.seed)
+    for t, f, c in ((tape, found, call),):
+        tapes.append(t)
+        founds.append(f)
+        calls.append(c)
+    for tokens, seed in ((14, 1), (10, 2)):
+        call = witness(proto, tokens, options.seed + seed, experts=len(found[0].experts))
+        tape = record(module, *call)
+        tapes.append(tape)
+        founds.append(recognize(tape, known=found))
+        calls.append(call)
+    for tape, found_there in zip(tapes, founds, strict=True):
+        _same_experts(founds[0], found_there)
+        reason = random_reason(tape, module.training)
+        if reason:
+            raise Declined(reason)
+    check_experts(module, tapes[0], founds[0])
+    plans = [_plan(t, f) for t, f in zip(tapes, founds, strict=True)]
+    signature = inspect.signature(_original(module))
+    bounds = [bind(signature, *c) for c in calls]
+    shapes = [[tuple(t.shape) for t in _tensors(c)] for c in calls]
+    plan = _in_signature_order(generalize(plans, shapes), calls[0], bounds[0].tensors())
+    training = None if _same_in_other_mode(module, calls[1], plans[1], founds[0]) else module.training
+    guard = Guard(
+        [_template(leaf) for leaf in tree_leaves(list(bounds[0].values))],
+        _fixed([[tuple(t.shape) for t in b.tensors()] for b in bounds]),
+        [t.dtype for t in bounds[0].tensors()],
+        training,
+        False,
+    )
+    banks = [(f.experts, f.spec) for f in founds[0]]
+    return Program(plan, banks, signature, guard), founds[0]
+
+
+def _original(module: nn.Module) -> Callable[..., Any]:
+    inner = module.__dict__.get("_old_forward") or module.__dict__.get("forward")
+    return inner if inner is not None else type(module).forward.__get__(module)
+
+
+def _covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
+    """A witness that reaches every expert, with its tape and reading; more tokens each time one is missed."""
+    first = proto.rows(proto.indices("tokens")[0]) if proto.indices("tokens") else None
+    aimed = aimed_rows(module, first.shape[-1]) if first is not None and first.dim() == 2 else None
+    experts = _likely_experts(module, proto)
+    last: Uncovered | None = None
+    for tokens, aim in ((48, None), (256, aimed), (1536, aimed)):
+        ids = proto.indices("ids")
+        if ids and experts:
+            tokens = max(tokens, 2 * math.ceil(experts / proto.rows(ids[0]).shape[-1]))
+        call = witness(proto, tokens, seed, experts=experts, aimed=aim)
+        tape = record(module, *call)
+        try:
+            return call, tape, recognize(tape)
+        except Uncovered as err:
+            last = err
+    assert last is not None
+    raise last
+
+
+def _likely_experts(module: nn.Module, proto: Prototype) -> int:
+    """How many experts ids given as arguments may name: the number of stacked weights or of alike children."""
+    ids = [proto.rows(n) for n in proto.indices("ids")]
+    if not ids or not ids[0].numel():
+        return 0
+    least = int(ids[0].max()) + 1
+    sizes = [p.shape[0] for p in module.parameters() if p.dim() >= 3]
+    sizes += [len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.ParameterList))]
+    children = [len(m._modules) for m in module.modules() if len(m._modules) >= least]
+    return min((s for s in (*sizes, *children) if s >= least), default=least)
+
+
+def _plan(tape: Tape, found: list[Recognition]) -> Plan:
+    return make_plan(tape, [replacement(f, i) for i, f in enumerate(found)])
+
+
+def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
+    if len(first) != len(other) or any(
+        a.experts != b.experts or a.spec != b.spec for a, b in zip(first, other, strict=False)
+    ):
+        raise Declined("two probes with different tokens read its experts differently; its dispatch depends on the data")
+
+
+def _same_in_other_mode(module: nn.Module, call: Call, plan: Plan, found: list[Recognition]) -> bool:
+    """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
+    flags = [(m, m.training) for m in module.modules()]
+    try:
+        module.train(not module.training)
+        tape = record(module, *call)
+        if tape.random_nodes():
+            return False
+        other = _plan(tape, recognize(tape, known=found))
+        generalize([plan, other], [[tuple(t.shape) for t in _tensors(call)]] * 2)
+        return True
+    except Declined:
+        return False
+    finally:
+        for m, flag in flags:
+            m.training = flag
+
+
+def _tensors(call: Call) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(list(call)) if isinstance(leaf, torch.Tensor)]
+
+
+def _in_signature_order(plan: Plan, call: Call, ordered: list[torch.Tensor]) -> Plan:
+    """Input steps were recorded in call order; the program takes tensors in signature order."""
+    at = {id(t): i for i, t in enumerate(ordered)}
+    if [at[id(t)] for t in _tensors(call)] != list(range(len(ordered))):
+        raise Declined("its tensor arguments are passed in another order than its signature names them")
+    return plan
+
+
+def _template(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return TENSOR
+    return leaf if isinstance(leaf, (int, float, str, bool, type(None), torch.dtype, torch.device)) else OPAQUE
+
+
+def _fixed(shapes: list[list[tuple[int, ...]]]) -> list[tuple[int | None, ...]]:
+    """Each input's sizes, None where they varied between the witnesses."""
+    return [
+        tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*versions, strict=True))
+        for versions in zip(*shapes, strict=True)
+    ]
+
+
+def _verify(
+    name: str, module: nn.Module, program: Program, proto: Prototype, found: list[Recognition], call: Call,
+    options: Options,
+) -> BlockCheck:  # fmt: skip
+    original = _Original(module)
+    rewritten = RewrittenForward(module, program, _original(module))
+    experts = max(len(f.experts) for f in found)
+    rows = [proto.rows(n) for n in proto.indices("tokens")]
+    aimed = None
+    if rows and rows[0].dim() == 2 and not proto.indices("ids"):
+        covering = witness(proto, 48, options.seed + 7)
+        aimed = Prototype(covering[0], covering[1], proto.leaves).rows(proto.indices("tokens")[0])
+    cases = adversarial_cases(proto, experts, level=options.verify, seed=options.seed, router_rows=aimed)
+    if options.verify != "off":
+        cases.append(Case("the given inputs", *call))
+    check = verify_block(name, original, rewritten, cases, level=options.verify)
+    if rewritten.fallbacks and check.passed:
+        check.passed, check.reason = False, f"the rewritten code refused a verification case: {rewritten.last_refusal}"
+    return check
+
+
+class _Original:
+    """The block's own forward, also when a rewritten one is installed on the instance."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _original(self.module)(*args, **kwargs)

@@ -1,0 +1,97 @@
+"""What stands in the way of rewriting a block although it computes the right thing, said before trying."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from moeopt.errors import Declined
+from moeopt.ir.replay import ancestors
+from moeopt.ir.tape import Tape
+from moeopt.ir.tree import leaves_of
+from moeopt.passes.recognize_experts import Recognition
+from moeopt.rewrite.bank import expert_paths
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def check_module(module: nn.Module) -> None:
+    """Parameters that cannot be probed at all.
+
+    Raises:
+        Declined: meta tensors, DTensors or other tensor subclasses, a scripted module.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise Declined("it is a TorchScript module, whose code cannot be traced; pass the Python module")
+    for path, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.device.type == "meta":
+            raise Declined(f"{path} is on the meta device and has no values; load the weights first")
+        if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+            raise Declined(
+                f"{path} is a {type(tensor).__name__}, which the op cannot read; convert it to a plain tensor "
+                "(for example dequantize() or full_tensor()) and optimise again"
+            )
+
+
+def check_experts(module: nn.Module, tape: Tape, found: list[Recognition]) -> None:
+    """Hooks, parametrizations and patches on modules whose calls the rewrite leaves out.
+
+    Raises:
+        Declined: such a module has one, so that leaving out its call would change what happens.
+    """
+    for recognition in found:
+        for path in sorted(expert_paths(recognition.experts)):
+            tensor = _tensor(module, path)
+            if tensor.dtype not in _FLOATS:
+                raise Declined(f"{path} is {tensor.dtype}; only float32, float64, bfloat16 and float16 are carried")
+        skipped = {n.meta["call"] for n in recognition.interior if n.meta["index"] < recognition.combine.node.meta["index"]}
+        for index in sorted(skipped):
+            call = tape.calls[index]
+            holds_sum = any(
+                call.first <= r.combine.node.meta["index"] < call.last or index == 0 for r in found
+            )
+            if not holds_sum:
+                _check_skipped(call.path, call.module)
+    for path, child in module.named_modules():
+        if parametrize.is_parametrized(child) and any(
+            p.startswith(f"{path}.parametrizations") for r in found for p in expert_paths(r.experts)
+        ):
+            raise Declined(f"{path} is parametrised; remove it with torch.nn.utils.parametrize.remove_parametrizations")
+
+
+def _check_skipped(path: str, module: nn.Module) -> None:
+    for kind in _HOOKS:
+        if getattr(module, kind, None):
+            raise Declined(
+                f"{path} has a forward or backward hook, which would no longer fire for each expert; "
+                "remove the hook or leave this block as it is"
+            )
+    if "forward" in module.__dict__:
+        raise Declined(f"forward was replaced on the instance {path}; undo the patch and optimise again")
+
+
+def _tensor(module: nn.Module, path: str) -> torch.Tensor:
+    owner, _, name = path.rpartition(".")
+    tensor: torch.Tensor = getattr(module.get_submodule(owner), name)
+    return tensor
+
+
+def random_reason(tape: Tape, training: bool) -> str:
+    """Why a forward that draws random numbers cannot be rewritten; "" when it draws none that matter."""
+    drawn = tape.random_nodes()
+    if not drawn:
+        return ""
+    wanted = ancestors([*leaves_of(torch.fx.Node, tape.output), *tape.mutations.values()])
+    used = [n for n in drawn if n in wanted]
+    if not used:
+        return ""
+    op = str(used[0].target).removeprefix("aten.").split(".")[0]
+    line = used[0].meta.get("source", "")
+    if training:
+        return f"its forward is random in training mode ({op} at {line}): call model.eval() before optimising"
+    return (
+        f"its forward is random at inference ({op} at {line}), so no two runs agree; "
+        "switch the noise off for inference and optimise again"
+    )

@@ -1,0 +1,135 @@
+"""Inputs for a block's witness traces: one that reaches every expert, two of other shapes.
+
+Rows are random at the scale of the real ones, so that every row is distinct and every size is one
+that the user's example did not have. Where rows at random miss an expert, rows of the block's own
+small matrices are mixed in: a router row is the direction that its expert likes best.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from moeopt.compare.prototype import Leaf, Prototype
+from moeopt.errors import Declined, UsageError
+
+
+def prototypes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Prototype]:
+    """Readings of a real call, likeliest first: features on the last axis, on axis 1, only the batch varies."""
+    leaves, _ = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    first = next((t for t in leaves if _float(t) and t.dim() >= 2), None)
+    if first is None:
+        raise Declined("it is called without a floating-point tensor of token rows, so it cannot be probed")
+    readings = [(-1, first.dim() - 1)]
+    if first.dim() >= 3:
+        readings.append((1, first.dim() - 1))
+    if first.dim() > 2:
+        readings.append((-1, 1))
+    for axis, lead in readings:
+        grid = tuple(first.movedim(axis, -1).shape[:lead])
+        roles = tuple(_leaf(t, first, grid, axis, lead) for t in leaves)
+        try:
+            yield Prototype(tuple(args), dict(kwargs), roles)
+        except UsageError:  # the arguments' sizes do not fit this reading
+            continue
+
+
+def _float(t: Any) -> bool:
+    return isinstance(t, torch.Tensor) and t.is_floating_point()
+
+
+def _leaf(t: Any, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: int) -> Leaf:
+    if not isinstance(t, torch.Tensor) or t.dim() == 0:
+        return Leaf()
+    if _float(t) and t.dim() == first.dim() and tuple(t.movedim(axis, -1).shape[:lead]) == grid:
+        same = t.shape[axis] == first.shape[axis]
+        return Leaf("tokens" if same else "weights", lead, axis)
+    total = math.prod(grid)
+    for count in (len(grid), 1):
+        dims = tuple(t.shape[:count])
+        if t.dim() >= count and (dims == grid if count == len(grid) else dims == (total,)):
+            if _float(t):
+                return Leaf("tokens" if t.dim() > count and t.shape[-1] == first.shape[axis] else "weights", count)
+            looks_like_ids = t.dtype in (torch.int64, torch.int32) and t.dim() == count + 1
+            return Leaf("ids" if looks_like_ids else "static", count)
+    return Leaf()
+
+
+def witness(
+    proto: Prototype, tokens: int, seed: int, *, experts: int = 0, aimed: torch.Tensor | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) with about ``tokens`` tokens in a shape that no example is likely to have.
+
+    Args:
+        experts: when known and ids are arguments, ids cover ``range(experts)``.
+        aimed: (R, H) directions to mix in, each at the scale of the real rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    grid = _grid(len(proto.grid), tokens)
+    count = math.prod(grid)
+    rows: dict[int, torch.Tensor] = {}
+    order = torch.randint(1 << 30, (count,), generator=generator)
+    for n, leaf in enumerate(proto.leaves):
+        if not leaf.lead:
+            continue
+        own = proto.rows(n)
+        picked = own[order.to(own.device) % max(len(own), 1)] if len(own) else own.new_zeros(count, *own.shape[1:])
+        if leaf.role == "tokens":
+            rows[n] = _tokens(own, count, generator, aimed)
+        elif leaf.role == "weights" and _float(own):
+            rows[n] = (picked.float() * (0.5 + torch.rand(picked.shape, generator=generator)).to(own.device)).to(own)
+        elif leaf.role == "ids" and experts:
+            rows[n] = _ids(count, own.shape[-1], experts, generator).to(own)
+        else:
+            rows[n] = picked.clone()
+    return proto.with_tokens(grid, rows)
+
+
+def _grid(rank: int, tokens: int) -> tuple[int, ...]:
+    if rank == 1:
+        return (tokens,)
+    head = {2: (3,), 3: (2, 3), 4: (2, 1, 3)}.get(rank, (1,) * (rank - 1)) if tokens > 20 else (2,) + (1,) * (rank - 2)
+    if rank == 3 and tokens <= 20:
+        head = (1, 2)
+    return (*head, max(-(-tokens // math.prod(head)), 1))
+
+
+def _tokens(
+    own: torch.Tensor, count: int, generator: torch.Generator, aimed: torch.Tensor | None
+) -> torch.Tensor:
+    finite = own[own.isfinite()].float()
+    scale = float(finite.square().mean().sqrt()) if finite.numel() else 0.0
+    scale = scale if scale > 0 else 1.0
+    rows = torch.randn((count, *own.shape[1:]), generator=generator) * scale
+    if aimed is not None and aimed.shape[-1] == own.shape[-1] and own.dim() == 2 and count > 4:
+        take = min(len(aimed), count - count // 4)
+        unit = aimed[:take] / aimed[:take].norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        rows[:take] = unit * scale * math.sqrt(own.shape[-1]) * 2 + 0.05 * rows[:take]
+    return rows.to(own)
+
+
+def _ids(count: int, slots: int, experts: int, generator: torch.Generator) -> torch.Tensor:
+    """(count, slots) ids: all experts in turn, distinct in a row where there are enough."""
+    order = torch.cat([torch.randperm(experts, generator=generator) for _ in range(-(-count * slots // experts) + 1)])
+    ids = order[: count * slots].reshape(count, slots)
+    for t in range(count):
+        if slots <= experts and len(set(ids[t].tolist())) < slots:
+            ids[t] = torch.randperm(experts, generator=generator)[:slots]
+    return ids
+
+
+def aimed_rows(module: nn.Module, width: int, limit: int = 4096) -> torch.Tensor | None:
+    """Rows of the block's small matrices with ``width`` columns: likely router rows."""
+    found = []
+    for parameter in module.parameters():
+        if parameter.dim() == 2 and parameter.is_floating_point() and parameter.device.type != "meta":
+            rows = parameter if parameter.shape[1] == width else parameter.t() if parameter.shape[0] == width else None
+            if rows is not None and rows.shape[0] <= limit:
+                found.append(rows.detach().float().cpu())
+    found.sort(key=len)
+    return torch.cat(found)[:limit] if found else None

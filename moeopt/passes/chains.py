@@ -1,0 +1,214 @@
+"""Chains: a product into the intermediate size, something element-wise, a product out of it.
+
+    rows -> W_in (one or two sites) -> element-wise function -> W_out -> rows
+
+An expert is a chain; so is a dense FFN. Attention is not one: between its projections rows of
+different tokens mix. A residual stream with its norms is not one either: it adds rows that no
+product made, or divides by a statistic of the whole row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from moeopt.ir.kinds import is_factory, is_pointwise, moves_rows, op_name
+from moeopt.ir.sites import Site, is_weight
+from moeopt.ir.tape import Tape
+
+_NONLINEAR = ("silu", "gelu", "relu", "sigmoid", "tanh", "pow", "mish", "softplus", "elu", "leaky_relu", "clamp",
+              "hardtanh", "mul", "exp", "erf", "maximum", "where", "square", "clamp_min", "hardswish", "hardsigmoid",
+              "threshold", "abs", "minimum", "clamp_max", "celu", "selu", "log_sigmoid", "glu", "rsqrt")  # fmt: skip
+_VALUE_ARGS = {"index": (0,), "index_select": (0,), "gather": (0,), "index_put": (0, 2), "masked_select": (0,)}
+
+
+@dataclass(eq=False)
+class Chain:
+    """One out-site with the in-sites that feed it and the nodes between them, in order."""
+
+    ins: list[Site]
+    out: Site
+    mid: list[fx.Node]
+    signature: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What parallel experts have in common: the sizes of their matrices."""
+        return tuple((s.matrices[0].k, s.matrices[0].m) for s in (*self.ins, self.out))
+
+    @property
+    def merged(self) -> bool:
+        """True where one chain serves several experts at once (bmm, grouped, gathered weights)."""
+        return any(len(s.matrices) > 1 for s in (*self.ins, self.out))
+
+    @property
+    def nonlinear(self) -> bool:
+        """True where something other than copying and scaling stands between the products."""
+        return any(op_name(n) in _NONLINEAR for n in self.mid)
+
+
+def find_chains(tape: Tape, sites: list[Site], *, loose: bool = False) -> list[Chain]:
+    """Every chain among ``sites``, in the order of their out-sites.
+
+    ``loose`` also takes a first product that serves several experts side by side (m a multiple of k).
+    """
+    at = {s.node: s for s in sites if s.matrices}
+    products = {s.product: s for s in sites if s.matrices}
+    memo: dict[fx.Node, bool] = {}
+    chains = []
+    for site in sites:
+        if not site.matrices:
+            continue
+        found = _walk_back(site.operand, at, products, memo)
+        if found is None:
+            continue
+        ins, mid = found
+        if 1 <= len(ins) <= 2 and all(_feeds(i, site, loose) for i in ins):
+            ins.sort(key=lambda s: s.node.meta["index"])
+            chains.append(Chain(ins, site, mid, _signature(mid, ins)))
+        elif len(ins) > 2 and not site.blocks > 1:
+            chains.append(Chain(sorted(ins, key=lambda s: s.node.meta["index"]), site, mid, ()))
+    return chains
+
+
+def _feeds(a: Site, b: Site, loose: bool) -> bool:
+    m, k = a.matrices[0].m, b.matrices[0].k
+    return m in (k, 2 * k) or (loose and m % k == 0)
+
+
+def _walk_back(
+    start: fx.Node, at: dict[fx.Node, Site], products: dict[fx.Node, Site], memo: dict[fx.Node, bool]
+) -> tuple[list[Site], list[fx.Node]] | None:
+    ins: dict[Site, None] = {}
+    seen: set[fx.Node] = set()
+    mid: list[fx.Node] = []
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in at:
+            ins[at[node]] = None
+        elif node in products or node.op == "placeholder":
+            return None
+        elif node.op == "get_attr" or is_factory(node) or is_weight(node, memo):
+            continue
+        elif is_pointwise(node) or moves_rows(node):
+            mid.append(node)
+            stack.extend(_value_inputs(node))
+        elif not _small(node, start):
+            return None
+        elif _reduces(node, at):
+            return None
+    mid.sort(key=lambda n: n.meta["index"])
+    return (list(ins), mid) if ins else None
+
+
+def _value_inputs(node: fx.Node) -> list[fx.Node]:
+    name = op_name(node)
+    if name in _VALUE_ARGS:
+        picks = [node.args[i] for i in _VALUE_ARGS[name] if i < len(node.args)]
+        return [p for p in picks if isinstance(p, fx.Node)]
+    dtype_of = [a for a in node.all_input_nodes if a.meta.get("dtype") is None or a.meta["dtype"].is_floating_point]
+    return dtype_of
+
+
+def _small(node: fx.Node, start: fx.Node) -> bool:
+    """At most one value per row: a weight or a mask, not a stream of rows."""
+    size = 1
+    for s in node.meta.get("shape", ()):
+        size *= s
+    total = 1
+    for s in start.meta["shape"]:
+        total *= s
+    longest = max(start.meta["shape"] or (1,))
+    return size * longest <= total or size == 1
+
+
+def _reduces(node: fx.Node, at: dict[fx.Node, Site], limit: int = 64) -> bool:
+    """True where ``node`` is a statistic of some site's output within a few steps: a norm."""
+    stack, seen = [node], set()
+    while stack and len(seen) < limit:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current in at:
+            return True
+        stack.extend(current.all_input_nodes)
+    return False
+
+
+_SIZES_VARY = {"view", "reshape", "_unsafe_view", "expand", "slice", "select", "as_strided", "repeat", "getitem",
+               "split_with_sizes", "index_put", "slice_scatter", "select_scatter", "empty", "zeros", "new_zeros",
+               "full", "new_empty", "constant_pad_nd"}  # fmt: skip
+
+
+def _signature(mid: list[fx.Node], ins: list[Site]) -> tuple[Any, ...]:
+    """The chain's function written down without its row counts, to see that two chains compute the same."""
+    number: dict[fx.Node, Any] = {s.node: ("in", i) for i, s in enumerate(ins)}
+    lines = []
+    for i, node in enumerate(mid):
+        number[node] = i
+
+        def word(a: Any) -> Any:
+            if isinstance(a, fx.Node):
+                return number.get(a, ("other", a.op))
+            if isinstance(a, (list, tuple)):
+                return tuple(word(x) for x in a)
+            return repr(a)
+
+        scalars = node.args if op_name(node) not in _SIZES_VARY else node.all_input_nodes
+        lines.append((str(node.target), tuple(word(a) for a in scalars), repr(sorted(node.kwargs.items(), key=str))))
+    return tuple(lines)
+
+
+def group_chains(chains: list[Chain]) -> list[list[Chain]]:
+    """Sets of chains that may be the experts of one block, likeliest first.
+
+    A merged chain is a set of its own; the others are set together when their matrices have the same
+    sizes, none reads another's output, and their in-sites are not one and the same.
+    """
+    groups: list[list[Chain]] = [[c] for c in chains if c.merged and len(c.ins) <= 2]
+    by_shape: dict[Any, list[Chain]] = {}
+    for chain in chains:
+        if not chain.merged:
+            by_shape.setdefault(chain.shape, []).append(chain)
+    for members in by_shape.values():
+        groups.extend(_parallel(members))
+    return sorted(groups, key=lambda g: (-(len(g) + 10**6 * g[0].merged), g[0].out.node.meta["index"]))
+
+
+def _parallel(members: list[Chain]) -> list[list[Chain]]:
+    """Split chains that depend on one another (layers) into runs that do not."""
+    out_of = {c.out.node: i for i, c in enumerate(members)}
+    level: dict[fx.Node, int] = {}
+    depth = []
+    nodes = [c.out.node for c in members]
+    graph_order = sorted(nodes, key=lambda n: n.meta["index"])
+    if len(graph_order) == 1:
+        return [members]
+    for node in _subgraph(graph_order[-1], graph_order[0]):
+        here = max((level.get(a, 0) for a in node.all_input_nodes), default=0)
+        if node in out_of:
+            depth.append((out_of[node], here))
+            here += 1
+        if here:
+            level[node] = here
+    runs: dict[int, list[Chain]] = {}
+    known = dict(depth)
+    for i, chain in enumerate(members):
+        runs.setdefault(known.get(i, 0), []).append(chain)
+    return list(runs.values())
+
+
+def _subgraph(last: fx.Node, first: fx.Node) -> list[fx.Node]:
+    nodes, node = [], first
+    while True:
+        nodes.append(node)
+        if node is last:
+            return nodes
+        node = node.next

@@ -1,0 +1,388 @@
+"""The routing frontier: the tensors in the model that say which experts, and by how much.
+
+The witness yields triples (token, expert, weight). Any tensor computed before the experts whose
+entries equal them is the router's answer; everything after it is dispatch and is dropped, everything
+before it is the router and is kept. In order of preference:
+
+    ids (T, K) integers           a permutation-free list of experts per token
+    weights (T, K)                the weight of each id, bit for bit
+    scores (T, E)                 a table that holds the weights at the chosen places (gathered by id)
+    dense (T, E) or (T, E, C)     zero where an expert is not chosen (summed over capacity slots C)
+    mask (T, K, E)                one-hot choices; an all-zero row is a dropped token
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeopt.errors import Declined
+from moeopt.ir.tape import Tape
+
+Steps = list[tuple[Any, tuple[Any, ...]]]
+aten = torch.ops.aten
+
+
+@dataclass
+class Frontier:
+    """How to build ids (T, K) and weights (T, K) from nodes of the tape.
+
+    ``ids`` and ``weights`` are recipes: (source node, steps), each step a call whose first argument is
+    the value so far (``"@ids"`` stands for the built ids). ``ids`` is None where the weights are a
+    dense table: then ``table_to_ids`` makes them. ``experts[v]`` is the chain that id ``v`` names.
+    """
+
+    top_k: int
+    ids: Recipe | None
+    weights: Recipe
+    experts: list[int]
+    kind: str
+
+
+@dataclass
+class Recipe:
+    """``source`` put through ``steps``: [(op, rest of the arguments)]; source None means "made from ids"."""
+
+    source: fx.Node | None
+    steps: Steps = field(default_factory=list)
+
+    def run(self, tape: Tape, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The recipe on the witness's own values."""
+        value = tape.value(self.source) if self.source is not None else ids
+        for op, rest in self.steps:
+            args = [ids if a == "@ids" else a for a in rest]
+            value = op(value, *args)  # type: ignore[operator]
+        assert value is not None
+        return value
+
+
+def find_frontier(
+    tape: Tape,
+    before: list[fx.Node],
+    visits: torch.Tensor,
+    weights: torch.Tensor,
+    natural: list[int],
+    weight_dtype: torch.dtype | None,
+) -> Frontier:
+    """Find ids and weights among ``before``, nodes that depend on no expert.
+
+    Args:
+        visits: (T, C) how often expert c saw token t. weights: (T, C) the weight it entered with.
+        natural: chains in the order of their Parameters; the numbering that is tried first.
+        weight_dtype: dtype of the weights where they multiply, to prefer among equal tensors.
+
+    Raises:
+        Declined: no tensor holds the choice or the weights.
+    """
+    chosen = (visits > 0) & (weights != 0)
+    table = _Table(weights, visits, chosen, natural)
+    found = [f for f in (_by_ids(tape, before, table, weight_dtype), _by_mask(tape, before, table)) if f]
+    if found:
+        return found[0]
+    dense = _by_dense(tape, before, table)
+    if dense is not None:
+        return dense
+    ids = next(_id_recipes(tape, before, table), None)
+    if ids is None:
+        raise Declined(
+            "no tensor before the experts holds the expert ids of each token (as integers, a one-hot mask or a "
+            "dense table of weights); pass hints= or return the router's top-k as tensors"
+        )
+    raise Declined(
+        f"the expert ids were found at {ids[0].source}, but no tensor holds the routing weights that the experts "
+        "are multiplied by; compute the weights of all tokens in one tensor before the loop"
+    )
+
+
+@dataclass
+class _Table:
+    weights: torch.Tensor
+    visits: torch.Tensor
+    chosen: torch.Tensor
+    natural: list[int]
+
+    def equal(self, dense: torch.Tensor) -> bool:
+        """(T, C) equal to the weights, in the coarser of the two dtypes."""
+        return _same(dense, self.weights)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype:
+        coarse = min(a.dtype, b.dtype, key=lambda d: torch.finfo(d).bits if d.is_floating_point else 64)
+        if not coarse.is_floating_point:
+            coarse = b.dtype
+        a, b = a.to(coarse), b.to(coarse)
+    if torch.equal(a, b):
+        return True
+    slack = 4 * torch.finfo(b.dtype).eps if b.dtype.is_floating_point else 0
+    return bool(((a.double() - b.double()).abs() <= slack * b.double().abs()).all())
+
+
+def _id_recipes(
+    tape: Tape, before: list[fx.Node], table: _Table
+) -> Iterator[tuple[Recipe, torch.Tensor, list[int]]]:
+    """(recipe, ids (T, K), chain of each id) for every integer tensor that names the chosen experts."""
+    tokens = table.visits.shape[0]
+    for node in _candidates(before, floating=False):
+        numel = math.prod(node.meta["shape"])
+        if not tokens or numel % tokens or not numel:
+            continue
+        k = numel // tokens
+        if k > max(table.visits.shape[1], 64):
+            continue
+        value = tape.value(node)
+        for steps in _orders(node.meta["shape"], tokens, k):
+            recipe = Recipe(node, steps)
+            ids = recipe.run(tape).long()
+            if int(ids.min()) < 0:
+                continue
+            mapping = _mapping(ids, table)
+            if mapping is not None:
+                if value.dtype != torch.int64:
+                    recipe.steps.append((aten.to.dtype, (torch.int64,)))
+                yield recipe, ids, mapping
+
+
+def _orders(shape: tuple[int, ...], tokens: int, k: int) -> list[Steps]:
+    """Ways to read T*K entries as (T, K): token-major, then slot-major."""
+    straight: Steps = [(aten.reshape.default, ([-1, k],))]
+    if tuple(shape) == (tokens, k):
+        straight = []
+    slots_first: Steps = [
+        (aten.reshape.default, ([k, -1],)),
+        (aten.t.default, ()),
+    ]
+    return [straight] if k == 1 else [straight, slots_first]
+
+
+def _candidates(before: list[fx.Node], *, floating: bool) -> Iterator[fx.Node]:
+    for node in before:
+        dtype = node.meta.get("dtype")
+        if dtype is None or not node.meta["shape"] or node.op == "get_attr":
+            continue
+        if (dtype.is_floating_point if floating else dtype in _INTEGERS) and not dtype.is_complex:
+            yield node
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def _mapping(ids: torch.Tensor, table: _Table) -> list[int] | None:
+    """chain of each id value, such that every visit is named by an id, and every id in range is a visit."""
+    experts = table.visits.shape[1]
+    seen = table.visits > 0
+    values = torch.unique(ids)
+    named = torch.zeros(ids.shape[0], max(int(values.max()) + 1, experts), dtype=torch.bool)
+    named.scatter_(1, ids, True)
+    if named.shape[1] > 4 * experts + 64:
+        return None
+    natural = torch.tensor(table.natural)
+    if torch.equal(named[:, :experts], seen[:, natural]) or _covers(named[:, :experts], seen[:, natural], table, natural):
+        return table.natural
+    sets = {seen[:, c].numpy().tobytes(): c for c in range(experts)}
+    if len(sets) != experts:
+        return None
+    learnt = [sets.get(named[:, v].numpy().tobytes(), -1) for v in range(experts)]
+    return learnt if sorted(learnt) == list(range(experts)) else None
+
+
+def _covers(named: torch.Tensor, seen: torch.Tensor, table: _Table, natural: torch.Tensor) -> bool:
+    """Dense forms let every expert see every token: there the chosen ones (weight not 0) must be named.
+
+    Capacity drops: a named expert may not have seen the token; then nothing else may have.
+    """
+    chosen = table.chosen[:, natural]
+    if bool(seen.all()):
+        return torch.equal(named & chosen, chosen) and int(named.sum(1).max()) < seen.shape[1]
+    extra = named & ~seen
+    return bool((~(seen & ~named)).all()) and bool(seen.any()) and int(extra.sum()) * 2 < int(named.sum())
+
+
+def _rebuilt(ids: torch.Tensor, weights: torch.Tensor, mapping: list[int], chains: int) -> torch.Tensor:
+    """The (T, C) table that ids and weights stand for; ids beyond the experts name nothing."""
+    out = torch.zeros(ids.shape[0], chains, dtype=torch.float64)
+    chain = torch.tensor([*mapping, -1])[ids.clamp(max=len(mapping))]
+    for k in range(ids.shape[1]):
+        keep = chain[:, k] >= 0
+        rows = torch.arange(ids.shape[0])[keep]
+        out.index_put_((rows, chain[keep, k]), weights[keep, k].double(), True)
+    return out
+
+
+def _by_ids(
+    tape: Tape, before: list[fx.Node], table: _Table, dtype: torch.dtype | None
+) -> Frontier | None:
+    tokens, chains = table.visits.shape
+    for recipe, ids, mapping in _id_recipes(tape, before, table):
+        k = ids.shape[1]
+        best: list[tuple[tuple[bool, bool, bool, int], Recipe]] = []
+        for node in _candidates(before, floating=True):
+            numel = math.prod(node.meta["shape"])
+            preferred = dtype is None or node.meta["dtype"] == dtype
+            if numel == tokens * k:
+                for steps in _orders(node.meta["shape"], tokens, k):
+                    weights = Recipe(node, steps)
+                    rebuilt = _rebuilt(ids, weights.run(tape), mapping, chains)
+                    if _fits(rebuilt, table):
+                        best.append(((preferred, True, _exact(rebuilt, table), -node.meta["index"]), weights))
+                        break
+            if numel == tokens * chains and int(ids.max()) < chains:
+                for steps, _ in _tables(node.meta["shape"], tokens, chains):
+                    weights = Recipe(node, [*steps, (aten.gather.default, (1, "@ids"))])
+                    rebuilt = _rebuilt(ids, weights.run(tape, ids), mapping, chains)
+                    if _fits(rebuilt, table):
+                        best.append(((preferred, False, _exact(rebuilt, table), -node.meta["index"]), weights))
+                        break
+            elif numel == tokens and k > 1:
+                weights = Recipe(node, [(aten.reshape.default, ([-1, 1],)), (aten.expand.default, ([-1, k],))])
+                rebuilt = _rebuilt(ids, weights.run(tape), mapping, chains)
+                if _fits(rebuilt, table):
+                    best.append(((preferred, False, _exact(rebuilt, table), -node.meta["index"]), weights))
+        if best:
+            return Frontier(k, recipe, max(best, key=lambda b: b[0])[1], mapping, "ids and weights")
+        constant = _constant(ids, mapping, table)
+        if constant is not None:
+            return Frontier(k, recipe, _constant_weights(constant, table), mapping, "ids, constant weight")
+    return None
+
+
+def _exact(rebuilt: torch.Tensor, table: _Table) -> bool:
+    return torch.equal(rebuilt.to(table.weights.dtype), table.weights)
+
+
+def _constant_weights(value: float, table: _Table) -> Recipe:
+    return Recipe(None, [(aten.to.dtype, (table.weights.dtype,)), (aten.full_like.default, (value,))])
+
+
+def _fits(rebuilt: torch.Tensor, table: _Table) -> bool:
+    return _same(rebuilt.to(table.weights.dtype), table.weights)
+
+
+def _constant(ids: torch.Tensor, mapping: list[int], table: _Table) -> float | None:
+    """The one weight that every visit has (hard routing, or weights applied later), or None."""
+    values = table.weights[table.visits > 0]
+    if not values.numel() or not bool((values == values[0]).all()):
+        return None
+    value = float(values[0])
+    full = torch.full(ids.shape, value, dtype=torch.float64)
+    return value if _fits(_rebuilt(ids, full, mapping, table.visits.shape[1]), table) else None
+
+
+def _tables(
+    shape: tuple[int, ...], tokens: int, experts: int
+) -> Iterator[tuple[Steps, int]]:
+    """Ways to read T*E entries as (T, E): each axis of size E may be the expert axis, the last first."""
+    for axis in sorted((d for d, s in enumerate(shape) if s == experts), reverse=True):
+        steps: Steps = []
+        if axis != len(shape) - 1:
+            steps.append((aten.movedim.int, (axis, -1)))
+        if len(shape) != 2:
+            steps.append((aten.reshape.default, ([-1, experts],)))
+        yield steps, axis
+    if experts not in shape or len(shape) == 1:
+        yield [(aten.reshape.default, ([-1, experts],))], -1
+
+
+def _by_dense(tape: Tape, before: list[fx.Node], table: _Table) -> Frontier | None:
+    """A (T, E) table, or (T, E, C) summed over C, that is the weights themselves."""
+    tokens, chains = table.visits.shape
+    natural = torch.tensor(table.natural)
+    want = table.weights[:, natural]
+    for node in sorted(_candidates(before, floating=True), key=lambda n: -n.meta["index"]):
+        shape = node.meta["shape"]
+        numel = math.prod(shape)
+        if numel == tokens * chains:
+            for steps, _ in _tables(shape, tokens, chains):
+                if _same(Recipe(node, steps).run(tape), want):
+                    return _dense(node, steps, table)
+        elif chains in shape and numel % (tokens * chains) == 0 and numel and len(shape) >= 3:
+            for axis in (d for d, s in enumerate(shape) if s == chains):
+                for slots in _slot_axes(len(shape), axis):
+                    steps = [(aten.sum.dim_IntList, (slots,)), *_after_sum(shape, axis, slots, chains)]
+                    if _same(Recipe(node, steps).run(tape), want):
+                        return _dense(node, steps, table)
+    return None
+
+
+def _slot_axes(rank: int, axis: int) -> list[list[int]]:
+    """The axes that capacity slots may lie on: any one that is not the expert axis, the last first."""
+    return [[d] for d in reversed(range(rank)) if d != axis]
+
+
+def _after_sum(shape: tuple[int, ...], axis: int, slots: list[int], chains: int) -> Steps:
+    left = [d for d in range(len(shape)) if d not in slots]
+    at = left.index(axis)
+    steps: Steps = []
+    if at != len(left) - 1:
+        steps.append((aten.movedim.int, (at, -1)))
+    if len(left) != 2:
+        steps.append((aten.reshape.default, ([-1, chains],)))
+    return steps
+
+
+def _dense(node: fx.Node, steps: Steps, table: _Table) -> Frontier:
+    """Every expert of a token whose weight is not zero; the others are named E, which adds nothing."""
+    chains = table.visits.shape[1]
+    full = bool(table.chosen.all())
+    return Frontier(chains, None, Recipe(node, steps), table.natural, "dense" if full else "table")
+
+
+def _by_mask(tape: Tape, before: list[fx.Node], table: _Table) -> Frontier | None:
+    """One-hot choices (T, K, E) with weights (T, K); an all-zero row names the id E, which adds nothing."""
+    tokens, chains = table.visits.shape
+    for node in before:
+        dtype, shape = node.meta.get("dtype"), node.meta.get("shape")
+        if dtype is None or node.op == "get_attr" or not shape or chains not in shape:
+            continue
+        if dtype.is_floating_point and dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            continue
+        numel = math.prod(shape)
+        if not tokens or numel % (tokens * chains) or not numel or numel // (tokens * chains) > chains:
+            continue
+        value = tape.value(node)
+        if not bool(((value == 0) | (value == 1)).all()):
+            continue
+        k = numel // (tokens * chains)
+        for axis in (d for d, s in enumerate(shape) if s == chains):
+            steps: Steps = []
+            if axis != len(shape) - 1:
+                steps.append((aten.movedim.int, (axis, -1)))
+            steps.append((aten.reshape.default, ([-1, k, chains],)))
+            onehot = Recipe(node, steps).run(tape)
+            if bool((onehot.sum(-1) > 1).any()):
+                continue
+            ids_steps: Steps = [*steps, (mask_to_ids, ())]
+            ids = mask_to_ids(onehot)
+            named = torch.zeros(tokens, chains + 1, dtype=torch.bool).scatter_(1, ids, True)[:, :chains]
+            if not torch.equal(named, (table.visits > 0)[:, torch.tensor(table.natural)]):
+                continue
+            recipe = Recipe(node, ids_steps)
+            for w in sorted(_candidates(before, floating=True), key=lambda n: -n.meta["index"]):
+                if math.prod(w.meta["shape"]) != tokens * k:
+                    continue
+                for order in _orders(w.meta["shape"], tokens, k):
+                    weights = Recipe(w, order)
+                    if _fits(_rebuilt(ids, weights.run(tape), table.natural, chains), table):
+                        return Frontier(k, recipe, weights, table.natural, "one-hot mask")
+            constant = _constant(ids, table.natural, table)
+            if constant is not None:
+                weights = _constant_weights(constant, table)
+                return Frontier(k, recipe, weights, table.natural, "one-hot mask, constant weight")
+    return None
+
+
+def mask_to_ids(onehot_TKE: torch.Tensor) -> torch.Tensor:
+    """(T, K) index of the one in each row; E where a row has none."""
+    hit = onehot_TKE != 0
+    return torch.where(hit.any(-1), hit.to(torch.uint8).argmax(-1), hit.shape[-1])
+
+
+def table_to_ids(table_TE: torch.Tensor) -> torch.Tensor:
+    """(T, E) expert e in column e where its weight is not zero, E (which adds nothing) elsewhere."""
+    experts = table_TE.shape[-1]
+    return torch.where(table_TE != 0, torch.arange(experts, device=table_TE.device), experts)

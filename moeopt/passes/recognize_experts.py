@@ -1,0 +1,376 @@
+"""From a witness tape to one grouped-expert op: all of a block's experts, or a reason.
+
+    x[T,H] --dispatch--> W_in[e] -> f -> W_out[e] --combine--> y[T,H]
+    ==  experts(x, ids[T,K], weights[T,K], W_in, W_out, spec)
+
+Four questions, each answered from values and dataflow: which tokens did each expert see (``rows``),
+what function is between its products (``fit_function``), by what does it enter the sum (``combine``),
+and where in the model do those choices and weights stand (``frontier``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from moeopt.errors import Declined
+from moeopt.ir.kinds import moves_rows, op_name
+from moeopt.ir.provenance import MatrixRef
+from moeopt.ir.replay import descendants, row_labels
+from moeopt.ir.sites import Site, find_sites
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.tape import Tape
+from moeopt.passes.chains import Chain, find_chains, group_chains
+from moeopt.passes.combine import Combine, Labels, read_combine
+from moeopt.passes.fit_function import fit_function
+from moeopt.passes.frontier import Frontier, find_frontier
+from moeopt.passes.rows import Tokens, match_tokens
+from moeopt.rewrite.bank import ExpertRef
+
+
+@dataclass
+class Recognition:
+    """Everything needed to replace ``combine.node`` by the op; ``experts[v]`` is what id v runs."""
+
+    tokens: Tokens
+    frontier: Frontier
+    combine: Combine
+    base: fx.Node | None
+    experts: list[ExpertRef]
+    spec: ExpertsSpec
+    interior: set[fx.Node]
+    source: str
+
+
+class Uncovered(Declined):
+    """Some experts were never chosen on this witness: try another before deciding."""
+
+
+def recognize(tape: Tape, known: list[Recognition] | None = None) -> list[Recognition]:
+    """Every group of experts in the block, each as one op, in execution order.
+
+    Args:
+        known: what an earlier witness with every expert showed; then some may be missing on this one.
+
+    Raises:
+        Declined: no group was recognised; the reason is that of the attempt that came furthest
+            (its ``progress`` counts the questions answered).
+    """
+    chains = find_chains(tape, find_sites(tape))
+    found: list[Recognition] = []
+    best = Declined("no product, element-wise function, product chain was found in it")
+    best_progress = -1
+    for group in group_chains(chains):
+        if any(c.out.node in r.interior or c.out.product in r.interior for c in group for r in found):
+            continue
+        subsets = _subsets(tape, group)
+        while (members := next(subsets, None)) is not None:
+            progress = [0]
+            try:
+                found.append(_recognize_group(tape, members, known, progress))
+                break
+            except Uncovered as reason:
+                if len(members) > 1 or members[0].merged:
+                    best, best_progress = reason, 10
+                break
+            except Declined as reason:
+                if progress[0] > best_progress and (len(members) > 1 or members[0].merged):
+                    best, best_progress = reason, progress[0]
+                if progress[0] == 0:
+                    break
+    if not found or isinstance(best, Uncovered):
+        best.progress = best_progress  # type: ignore[attr-defined]
+        raise best
+    return sorted(found, key=lambda r: r.combine.node.meta["index"])
+
+
+def _subsets(tape: Tape, group: list[Chain]) -> Iterator[list[Chain]]:
+    """The group, and the group without chains that see every token while others do not (shared experts)."""
+    yield group
+    if len(group) > 1 and not any(len(c.ins) > 2 for c in group):
+        tokens = match_tokens(tape, list(dict.fromkeys(s for c in group for s in c.ins)))
+        routed = [c for c in group if tokens.token[c.ins[0]].unique().numel() < tokens.count]
+        if 1 < len(routed) < len(group):
+            yield routed
+
+
+def _recognize_group(
+    tape: Tape, group: list[Chain], known: list[Recognition] | None, progress: list[int]
+) -> Recognition:
+    if any(len(c.ins) > 2 for c in group):
+        raise Declined("an expert's second matmul reads more than two earlier products", _line(group[0]))
+    ins = list(dict.fromkeys(s for c in group for s in c.ins))
+    tokens = match_tokens(tape, ins)
+    progress[0] = 1
+    keys: dict[tuple[object, ...], int] = {}
+    experts: list[ExpertRef] = []
+    labels = Labels({}, {}, tokens.count, 0)
+    specs: dict[object, tuple[ExpertsSpec, bool]] = {}
+    for recognition in known or []:
+        _seed(recognition, group, keys, experts)
+    for chain in group:
+        _label_chain(tape, chain, tokens, labels, keys, experts, specs)
+    labels.chains = len(experts)
+    progress[0] = 2
+    if known is None:
+        _covered(tape, experts, group)
+    spec = _one_function(specs, group)
+    combine = read_combine(tape, labels)
+    progress[0] = 3
+    return _with_frontier(tape, group, tokens, labels, experts, spec, combine, known is not None, progress)
+
+
+def _label_chain(
+    tape: Tape, chain: Chain, tokens: Tokens, labels: Labels, keys: dict[tuple[object, ...], int],
+    experts: list[ExpertRef], specs: dict[object, tuple[ExpertsSpec, bool]],
+) -> None:  # fmt: skip
+    """Follow the chain's rows from its in-sites to its out-site and enter what each is into ``labels``."""
+    first = chain.ins[0]
+    token = tokens.token[first]
+    for site in chain.ins[1:]:
+        if not torch.equal(tokens.token[site], token):
+            raise Declined("an expert's gate and up products see different tokens", _line(chain))
+    given = {}
+    for site in chain.ins:
+        like = tape.value(site.node)
+        ids = torch.arange(token.numel())[:, None].expand(-1, site.matrices[0].m)
+        given[site.node] = site.from_rows(ids, like)
+    out = row_labels(tape, chain.mid, given).get(chain.out.operand, given.get(chain.out.operand))
+    if out is None:
+        raise Declined(
+            "between an expert's products rows are mixed or normalised, which the op does not carry", _line(chain)
+        )
+    rows = chain.out.rows_in(out)
+    label = rows[:, 0]
+    if bool((rows != label[:, None]).any()) or bool((label == -2).any()):
+        raise Declined("between an expert's products features of different rows are mixed", _line(chain))
+    if chain.signature not in specs:
+        specs[chain.signature] = fit_function(tape, chain, torch.arange(token.numel()), label)
+    flip = specs[chain.signature][1]
+    ins = chain.ins[::-1] if flip else chain.ins
+    safe = label.clamp_min(0)
+    row_token = torch.where(label >= 0, token[safe], -1)
+    row_chain = torch.full_like(label, -1)
+    for r in range(label.numel()):
+        if row_token[r] < 0:
+            continue
+        at = int(label[r])
+        ref = _expert(ins, at, chain.out, int(chain.out.matrix[r]))
+        if ref is None:
+            row_token[r] = -1
+            continue
+        key = (ref.w_in, ref.w_out)
+        if key not in keys:
+            keys[key] = len(experts)
+            experts.append(ref)
+        row_chain[r] = keys[key]
+    labels.token[chain.out], labels.chain[chain.out] = row_token, row_chain
+
+
+def _seed(
+    known: Recognition, group: list[Chain], keys: dict[tuple[object, ...], int], experts: list[ExpertRef]
+) -> None:
+    """Number the experts as an earlier witness did, if this group is the same one."""
+    paths = {m.path for c in group for m in c.out.matrices}
+    if paths & {e.w_out.path for e in known.experts}:
+        for ref in known.experts:
+            keys[ref.w_in, ref.w_out] = len(experts)
+            experts.append(ref)
+
+
+def _covered(tape: Tape, experts: list[ExpertRef], group: list[Chain]) -> None:
+    """Raise ``Uncovered`` if Parameters that are like the experts' own were not used by any of them."""
+    named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
+    for part in (lambda e: e.w_in[0], lambda e: e.w_out):
+        refs = [part(e) for e in experts]
+        used = {r.path for r in refs}
+        shapes = {named[p].shape for p in used}
+        missing = sorted(
+            name
+            for name in _siblings(used, named)
+            if name not in used and named[name].shape in shapes and not _called(tape, name)
+        )
+        for path in used:
+            whole = named[path]
+            here = {r.origin[0] for r in refs if r.path == path}
+            if whole.dim() > 2 and len(here) < whole.shape[0] and all(r.dk[0] == r.dm[0] == 0 for r in refs):
+                missing += [f"{path}[{i}]" for i in range(whole.shape[0]) if i not in here]
+        if missing:
+            some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise Uncovered(
+                f"no probe token reached the expert weights {some}, so what they compute could not be checked; "
+                "pass example inputs that reach every expert",
+                _line(group[0]),
+            )
+
+
+def _siblings(used: set[str], named: dict[str, torch.Tensor]) -> set[str]:
+    """Names that differ from a used one in just the number that the used ones differ in (or any, for one)."""
+    patterns = {}
+    for path in used:
+        parts = path.split(".")
+        for i, part in enumerate(parts):
+            if re.search(r"\d", part):
+                patterns.setdefault((i, tuple(parts[:i]), re.sub(r"\d+", "#", part), tuple(parts[i + 1 :])), []).append(path)
+    if not patterns:
+        return set()
+    (i, head, middle, tail), members = max(patterns.items(), key=lambda p: (len(p[1]), p[0][0]))
+    del members
+    return {
+        name
+        for name in named
+        if len(parts := name.split(".")) == len(head) + 1 + len(tail)
+        and tuple(parts[:i]) == head
+        and re.sub(r"\d+", "#", parts[i]) == middle
+        and tuple(parts[i + 1 :]) == tail
+    }
+
+
+def _called(tape: Tape, name: str) -> bool:
+    """True where the module that owns a Parameter did run: it is something else than an idle expert."""
+    owner = name.rpartition(".")[0]
+    return any(c.path == owner for c in tape.calls) and owner != ""
+
+
+def _expert(ins: list[Site], row: int, out: Site, out_matrix: int) -> ExpertRef | None:
+    picks = [int(s.matrix[row]) for s in ins]
+    if out_matrix < 0 or any(p < 0 for p in picks):
+        return None
+    return ExpertRef(
+        tuple(s.matrices[p] for s, p in zip(ins, picks, strict=True)),
+        tuple(s.biases[p] if s.biases else None for s, p in zip(ins, picks, strict=True)),
+        out.matrices[out_matrix],
+        out.biases[out_matrix] if out.biases else None,
+    )
+
+
+def _one_function(specs: dict[object, tuple[ExpertsSpec, bool]], group: list[Chain]) -> ExpertsSpec:
+    found = {spec for spec, _ in specs.values()}
+    if len(found) > 1:
+        words = " and ".join(sorted(str(s).split(";")[0] for s in found))
+        raise Declined(
+            f"its experts do not all compute the same function ({words}); only alike experts can be grouped",
+            _line(group[0]),
+        )
+    return next(iter(found))
+
+
+def _natural(experts: list[ExpertRef]) -> list[int]:
+    def key(i: int) -> tuple[object, ...]:
+        ref = experts[i].w_in[0]
+        path = [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", ref.path)]
+        return ([(isinstance(p, str), p) for p in path], ref.origin)
+
+    return sorted(range(len(experts)), key=key)  # type: ignore[arg-type]
+
+
+def _with_frontier(
+    tape: Tape, group: list[Chain], tokens: Tokens, labels: Labels, experts: list[ExpertRef],
+    spec: ExpertsSpec, combine: Combine, known: bool, progress: list[int],
+) -> Recognition:  # fmt: skip
+    ins = list(dict.fromkeys(s for c in group for s in c.ins))
+    inside = set(descendants(tape, [s.product for s in ins])) | {s.product for s in ins}
+    last = max(s.node.meta["index"] for s in labels.token)
+    before = [n for n in tape.nodes[: last + 1] if n not in inside and n.meta.get("shape") is not None]
+    weights, visits = combine.weights, labels.visits()
+    if tokens.weighted:
+        weights = _input_weights(group, tokens, labels, combine)
+    natural = list(range(len(experts))) if known else _natural(experts)
+    frontier = find_frontier(tape, before, visits, weights, natural, _weight_dtype(tape, group))
+    progress[0] = 4
+    base = _base(tape, combine, before)
+    ordered = [experts[c] for c in frontier.experts]
+    _same_layout(ordered, group)
+    spec = dataclasses.replace(
+        spec,
+        weight_on="input" if tokens.weighted else "output",
+        w_in_layout=_layout(tape, ordered[0].w_in[0]),
+        w_out_layout=_layout(tape, ordered[0].w_out),
+        **_accumulation(combine),
+    )
+    return Recognition(
+        tokens, frontier, combine, base, ordered, spec, inside, min(_line(c) or "~" for c in group)
+    )
+
+
+def _input_weights(group: list[Chain], tokens: Tokens, labels: Labels, combine: Combine) -> torch.Tensor:
+    """(T, C) factor on each expert's input row; the outputs must then be summed as they are."""
+    visits = labels.visits()
+    if not bool((combine.weights[visits > 0] == 1).all()):
+        raise Declined("routing weights act on both the experts' inputs and their outputs", _line(group[0]))
+    weights = torch.zeros(visits.shape, dtype=torch.float64)
+    for chain in group:
+        scale, token = tokens.scale[chain.ins[0]], tokens.token[chain.ins[0]]
+        out_token, out_chain = labels.token[chain.out], labels.chain[chain.out]
+        if out_token.shape == token.shape and torch.equal(out_token, token):
+            keep = token >= 0
+            weights[token[keep], out_chain[keep]] = scale[keep]
+        else:
+            raise Declined("weighted input rows are reordered inside the experts", _line(group[0]))
+    return weights.to(chain.ins[0].operand.meta["dtype"])
+
+
+def _weight_dtype(tape: Tape, group: list[Chain]) -> torch.dtype | None:
+    """dtype of whatever first multiplies an expert's output on its way to the sum."""
+    node, steps = group[0].out.node, 0
+    while steps < 8:
+        users = [u for u in node.users if "index" in u.meta]
+        if not users:
+            return None
+        node, steps = users[0], steps + 1
+        if op_name(node) == "mul":
+            others = [a for a in node.all_input_nodes if a is not node.args[0]] or node.all_input_nodes
+            return others[-1].meta.get("dtype")
+        if not moves_rows(node):
+            return None
+    return None
+
+
+def _base(tape: Tape, combine: Combine, before: list[fx.Node]) -> fx.Node | None:
+    """The tensor that the experts' sum is added onto, when there is one."""
+    if combine.base is None:
+        return None
+    want = combine.base
+    for node in reversed(before):
+        shape = node.meta["shape"]
+        if node.op != "get_attr" and node.meta["dtype"] == want.dtype and shape == combine.node.meta["shape"]:
+            value = tape.value(node).movedim(combine.axis, -1).reshape(want.shape)
+            if torch.equal(value, want):
+                return node
+    raise Declined(
+        "tokens that no expert serves keep another value (a pass-through of dropped tokens, or a sum that starts "
+        "from something computed on the way), which the op does not carry",
+        combine.node.meta.get("source"),
+    )
+
+
+def _layout(tape: Tape, ref: MatrixRef) -> str:
+    param = dict(tape.root.named_parameters()).get(ref.path)
+    if param is None:
+        param = dict(tape.root.named_buffers())[ref.path]
+    _, along_k, along_m = ref.offset_and_strides(tuple(param.stride()))
+    return "oi" if along_k <= along_m else "io"
+
+
+def _same_layout(experts: list[ExpertRef], group: list[Chain]) -> None:
+    sizes = {tuple((w.k, w.m) for w in (*e.w_in, e.w_out)) for e in experts}
+    if len(sizes) > 1:
+        raise Declined(f"its experts have different shapes ({sorted(sizes)})", _line(group[0]))
+
+
+def _accumulation(combine: Combine) -> dict[str, str | None]:
+    """dtype and order of the sum, from the op that makes it."""
+    name = op_name(combine.node)
+    short = str(combine.node.meta["dtype"]).removeprefix("torch.")
+    one_by_one = name in ("index_add", "add", "index_put", "index_copy", "copy", "slice_scatter", "scatter_add")
+    accum = short if one_by_one or short in ("float32", "float64") else "float32"
+    return {"accum_dtype": accum, "out_dtype": short, "combine": "expert" if one_by_one else "slot"}
+
+
+def _line(chain: Chain) -> str:
+    return str(chain.ins[0].product.meta.get("source") or "")

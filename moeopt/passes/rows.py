@@ -1,0 +1,125 @@
+"""Which token each expert saw: matched by value, so that no dispatch code has to be understood.
+
+A witness has distinct random rows. Whatever moved them (index, sort, one-hot einsum, pad, a Python
+loop over ``.tolist()``), a row that reaches an expert's product is bit for bit a row of the tensor
+``x`` that was dispatched, or that row times its routing weight.
+
+Legend: T tokens, H hidden, R rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from moeopt.errors import Declined
+from moeopt.ir.sites import Site
+from moeopt.ir.tape import Tape
+
+
+@dataclass
+class Tokens:
+    """The dispatched tensor ``node`` (feature axis ``axis``), T rows, and what each site's rows are.
+
+    ``token[site]``: (R,) index of the token that each row is, -1 for an all-zero row.
+    ``scale[site]``: (R,) factor on the row (1 for an exact copy), in float64.
+    """
+
+    node: fx.Node
+    axis: int
+    count: int
+    token: dict[Site, torch.Tensor]
+    scale: dict[Site, torch.Tensor]
+
+    @property
+    def weighted(self) -> bool:
+        """True where rows are multiplied before the experts see them."""
+        return any(bool(((s != 1) & (self.token[k] >= 0)).any()) for k, s in self.scale.items())
+
+
+def rows_of(value: torch.Tensor, axis: int) -> torch.Tensor:
+    """``value`` as (T, H) rows with ``axis`` as the feature axis."""
+    return value.movedim(axis, -1).reshape(-1, value.shape[axis])
+
+
+def match_tokens(tape: Tape, sites: list[Site]) -> Tokens:
+    """Find the tensor whose rows the ``sites`` multiply.
+
+    Raises:
+        Declined: no tensor before the experts holds their rows.
+    """
+    first = min(s.product.meta["index"] for s in sites)
+    wanted = {s: s.rows_in(tape.value(s.operand)) for s in sites}
+    k = sites[0].matrices[0].k
+    weighted: Tokens | None = None
+    for node in tape.nodes[:first]:
+        shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
+        if shape is None or dtype is None or not dtype.is_floating_point or k not in shape or len(shape) < 2:
+            continue
+        if node.op == "get_attr":
+            continue
+        for axis in sorted((d for d, s in enumerate(shape) if s == k), reverse=True):
+            rows = rows_of(tape.value(node), axis)
+            exact = _exact(node, axis, rows, wanted)
+            if exact is not None:
+                return exact
+            if weighted is None:
+                weighted = _scaled(node, axis, rows, wanted)
+    if weighted is not None:
+        return weighted
+    raise Declined(
+        "the experts' input rows are not rows of any one tensor (slots that mix tokens, or a transformation "
+        "per expert before its first matmul); only whole tokens can be dispatched",
+        sites[0].product.meta.get("source"),
+    )
+
+
+def _keys(rows: torch.Tensor) -> list[bytes]:
+    data = rows.detach().contiguous().view(torch.uint8).reshape(rows.shape[0], -1).numpy()
+    return [r.tobytes() for r in data]
+
+
+def _exact(node: fx.Node, axis: int, rows: torch.Tensor, wanted: dict[Site, torch.Tensor]) -> Tokens | None:
+    if any(w.dtype != rows.dtype for w in wanted.values()):
+        return None
+    where: dict[bytes, int] = {}
+    for t, key in enumerate(_keys(rows)):
+        if where.setdefault(key, t) != t:
+            return None  # a row that stands twice: a dispatched copy, not the tokens themselves
+    token, scale = {}, {}
+    for site, operand in wanted.items():
+        zero = ~operand.bool().any(-1)
+        found = torch.tensor([where.get(key, -2) for key in _keys(operand)], dtype=torch.long)
+        found[zero & (found == -2)] = -1
+        if (found == -2).any():
+            return None
+        token[site] = found
+        scale[site] = torch.ones(found.shape, dtype=torch.float64)
+    return Tokens(node, axis, rows.shape[0], token, scale)
+
+
+def _scaled(node: fx.Node, axis: int, rows: torch.Tensor, wanted: dict[Site, torch.Tensor]) -> Tokens | None:
+    """Rows that are tokens times a factor: the same direction, within the dtype's rounding."""
+    x = rows.double()
+    norm = x.norm(dim=-1)
+    if x.shape[-1] < 3 or x.shape[0] < 2 or not bool((norm > 0).all()):
+        return None
+    unit = x / norm[:, None]
+    if bool(((unit @ unit.T).abs() - torch.eye(x.shape[0], dtype=x.dtype)).max() > 1 - 1e-6):
+        return None
+    token, scale = {}, {}
+    for site, operand in wanted.items():
+        a = operand.double()
+        size = a.norm(dim=-1)
+        cosine = (a @ unit.T) / size.clamp_min(1e-300)[:, None]
+        best = cosine.abs().max(-1)
+        tolerance = 64 * torch.finfo(operand.dtype).eps ** 2 + 1e-12
+        zero = size == 0
+        if not bool(((1 - best.values**2 <= tolerance) | zero).all()):
+            return None
+        token[site] = torch.where(zero, -1, best.indices)
+        dot = (a * x[best.indices]).sum(-1) / (norm[best.indices] ** 2)
+        scale[site] = torch.where(zero, 0.0, dot)
+    return Tokens(node, axis, rows.shape[0], token, scale)
