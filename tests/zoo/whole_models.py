@@ -1,10 +1,10 @@
-"""Whole small models: language models, vision, encoder-decoder, and MoE code with no module of its own."""
+"""Whole small models: language models, encoder-decoder, and MoE code with no module of its own."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.zoo.case import case, image, made_by, seq, token_ids
+from tests.zoo.case import case, made_by, seq, token_ids
 
 
 class Attention(nn.Module):
@@ -158,63 +158,6 @@ class TwoInOneForward(nn.Module):
 @case(seq(16), experts=(3, 5), moe=2)
 def whole_two_in_one_forward():
     return TwoInOneForward()
-
-
-class ViT(nn.Module):
-    """V-MoE: patches, class token, an MoE in the last block, GELU experts with biases."""
-
-    def __init__(self, d=24, patch=2):
-        super().__init__()
-        self.patch = nn.Conv2d(3, d, patch, patch)
-        self.cls = nn.Parameter(torch.randn(1, 1, d))
-        self.blocks = nn.ModuleList([Block(d, MLP(d)), Block(d, MoEFeedForward(d, n=6))])
-        self.head = nn.Linear(d, 10)
-
-    def forward(self, pixels):
-        x = self.patch(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1)
-        for b in self.blocks:
-            x = b(x)
-        return self.head(x[:, 0])
-
-
-def pixels(i):
-    shape = [(2, 3, 4, 4), (1, 3, 2, 2), (3, 3, 6, 4), (1, 3, 8, 8)][i % 4]
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(i)),), {}
-
-
-@case(pixels, experts=6)
-def whole_vision_transformer():
-    return ViT()
-
-
-class ConvExperts(nn.Module):
-    """1x1 convolutions as experts on NCHW; a per-pixel gate map weights them."""
-
-    def __init__(self, c=12, f=16, n=4, k=None):
-        super().__init__()
-        self.k = k
-        self.gate = nn.Conv2d(c, n, 1)
-        self.experts = nn.ModuleList(
-            [nn.Sequential(nn.Conv2d(c, f, 1), nn.ReLU(), nn.Conv2d(f, c, 1)) for _ in range(n)]
-        )
-
-    def forward(self, x):
-        g = self.gate(x).softmax(1)
-        if self.k:
-            top, idx = g.topk(self.k, dim=1)
-            g = torch.zeros_like(g).scatter(1, idx, top)
-        return x + sum(g[:, i : i + 1] * e(x) for i, e in enumerate(self.experts))
-
-
-@case(image(12), experts=4)
-def whole_conv_experts_top2():
-    return ConvExperts(k=2)
-
-
-@case(image(12), experts=3)
-def whole_conv_experts_dense():
-    return ConvExperts(n=3)
 
 
 class EncoderDecoder(nn.Module):

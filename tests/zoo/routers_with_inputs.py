@@ -1,0 +1,124 @@
+"""Routers that read more than the token: its id, another tensor, the caller's choice, the layer before."""
+
+import torch
+from torch import nn
+
+from tests.zoo.case import case, made_by, seq
+from tests.zoo.routers import D, E, K, Routed
+
+
+class HashRouted(Routed):
+    """Hash layers: the expert is a fixed function of the token id, given beside x."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randint(E, (50, K)))
+
+    def forward(self, x, input_ids):
+        ids = self.table[input_ids].reshape(-1, K)
+        flat_x = x.reshape(-1, D)
+        w = self.gate(flat_x).sigmoid().gather(1, ids)
+        return self.dispatch(flat_x, ids, w).view_as(x)
+
+
+@case(made_by(lambda s, g: ((torch.randn(*s, D, generator=g), torch.randint(50, s, generator=g)), {})), experts=E)
+def router_hash_of_token_id():
+    return HashRouted()
+
+
+class ModuloRouted(Routed):
+    """Top-1 by ``input_ids % E`` with weight one."""
+
+    def forward(self, x, input_ids):
+        out = torch.zeros_like(x)
+        for e in range(E):
+            mine = input_ids % E == e
+            out[mine] = self.ffs[e](x[mine])
+        return out
+
+
+@case(
+    made_by(lambda s, g: ((torch.randn(*s, D, generator=g),), {"input_ids": torch.randint(99, s, generator=g)})),
+    experts=E,
+)
+def router_modulo_of_token_id():
+    return ModuloRouted()
+
+
+class GivenIds(Routed):
+    """The caller routed already."""
+
+    def forward(self, x, topk_ids, topk_weights):
+        return self.dispatch(x, topk_ids, topk_weights)
+
+
+def _given(s, g):
+    t = s[0] * s[1]
+    ids = torch.rand(t, E, generator=g).topk(K).indices
+    return (torch.randn(t, D, generator=g), ids), {"topk_weights": torch.rand(t, K, generator=g)}
+
+
+@case(made_by(_given), experts=E)
+def router_outside():
+    return GivenIds()
+
+
+class OtherTensor(Routed):
+    """The router reads another tensor than the experts do."""
+
+    def forward(self, x, context):
+        w, ids = self.gate(context.reshape(-1, D)).softmax(-1).topk(K)
+        return self.dispatch(x.reshape(-1, D), ids, w).view_as(x)
+
+
+@case(made_by(lambda s, g: ((torch.randn(*s, D, generator=g), torch.randn(*s, D, generator=g)), {})), experts=E)
+def router_reads_another_tensor():
+    return OtherTensor()
+
+
+class Sequence(Routed):
+    """The whole sequence goes to the experts that its mean asks for."""
+
+    def forward(self, x):
+        w, ids = self.gate(x.mean(1)).softmax(-1).topk(K)
+        n = x.shape[1]
+        ids, w = ids.repeat_interleave(n, 0), w.repeat_interleave(n, 0)
+        return self.dispatch(x.reshape(-1, D), ids, w).view_as(x)
+
+
+@case(seq(D), experts=E)
+def router_per_sequence():
+    return Sequence()
+
+
+class WithState(Routed):
+    """The router mixes its hidden state with that of the layer before."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.Linear(D, 12)
+        self.gate = nn.Linear(12, E)
+
+    def forward(self, x, state=None):
+        s = self.cell(x)
+        s = s if state is None else s + 0.5 * state
+        w, ids = self.gate(s.flatten(0, 1)).softmax(-1).topk(K)
+        return self.dispatch(x.flatten(0, 1), ids, w).view_as(x), s
+
+
+class TwoLayersWithState(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([WithState(), WithState(), WithState()])
+
+    def forward(self, x):
+        state = None
+        for layer in self.layers:
+            y, state = layer(x, state)
+            x = x + y
+        return x
+
+
+@case(seq(D), experts=E, moe=3)
+def router_state_of_previous_layer():
+    return TwoLayersWithState()
