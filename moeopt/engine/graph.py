@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
-from moeopt.engine import allow, sizes
+from moeopt.engine import allow, sizes, tidy
 from moeopt.engine.tree import encode_tree
 from moeopt.engine.values import encode
 from moeopt.errors import BundleError, NotSaveableError
@@ -31,9 +31,10 @@ def write_graph(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], 
         "out_tree": _tree(program.call_spec.out_spec, "the result holds"),
         "inputs": inputs,
         "weights": weights,
-        "nodes": [_node(n) for n in program.graph.nodes if n.op not in ("placeholder", "output")],
     }
-    graph["outputs"], graph["write_back"] = _outputs(program)
+    names = {n.name: n.name for n in program.graph.nodes if n.op == "placeholder"}
+    graph["nodes"] = list(_nodes(program, names))
+    graph["outputs"], graph["write_back"] = _outputs(program, names)
     symbols = {d for i in inputs for d in i.get("shape", []) if isinstance(d, str)}
     graph["sizes"] = sizes.encode_ranges(program.range_constraints, symbols)
     return graph, tensors
@@ -89,7 +90,18 @@ def _input(node: torch.fx.Node) -> dict[str, Any]:
         raise NotSaveableError(f"the input {node.name!r} is {err}") from None
 
 
-def _node(node: torch.fx.Node) -> dict[str, Any]:
+def _nodes(program: Any, names: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """One entry for each node that computes something; ``names`` gets the name under which each value is found."""
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "output") or tidy.computes_nothing(node):
+            continue
+        source = tidy.same_as(node)
+        names[node.name] = node.name if source is None else names[source.name]
+        if source is None:
+            yield _node(node, names)
+
+
+def _node(node: torch.fx.Node, names: dict[str, str]) -> dict[str, Any]:
     if node.op == "get_attr":
         user = next(iter(node.users), None)
         what = f"the op {user.target}" if user is not None else f"the attribute {node.target}"
@@ -97,11 +109,11 @@ def _node(node: torch.fx.Node) -> dict[str, Any]:
     try:
         out = {
             "op": allow.name_of(node.target),
-            "args": encode(node.args, lambda n: n.name),
+            "args": encode(node.args, lambda n: names[n.name]),
             "out": node.name,
         }
         if node.kwargs:
-            out["kwargs"] = {k: encode(v, lambda n: n.name) for k, v in node.kwargs.items()}
+            out["kwargs"] = {k: encode(v, lambda n: names[n.name]) for k, v in node.kwargs.items()}
     except (BundleError, TypeError) as err:
         raise NotSaveableError(f"the op {node.target} ({node.name}) cannot be saved{_source(node)}: {err}") from None
     value = node.meta.get("val")
@@ -115,17 +127,17 @@ def _source(node: torch.fx.Node) -> str:
     return f" ({lines[-1]})" if lines else ""
 
 
-def _outputs(program: Any) -> tuple[list[Any], list[dict[str, str]]]:
+def _outputs(program: Any, names: dict[str, str]) -> tuple[list[Any], list[dict[str, str]]]:
     (node,) = (n for n in program.graph.nodes if n.op == "output")
     outputs: list[Any] = []
     write_back: list[dict[str, str]] = []
-    names = {s.target: n for n, s in _named_specs(program)}
+    weights = {s.target: n for n, s in _named_specs(program)}
     for value, spec in zip(node.args[0], program.graph_signature.output_specs, strict=True):
         if spec.kind == OutputKind.USER_OUTPUT:
-            outputs.append(encode(value, lambda n: n.name))
+            outputs.append(encode(value, lambda n: names[n.name]))
         elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
-            into = names.get(spec.target, spec.target)
-            write_back.append({"from": value.name, "into": into})
+            into = weights.get(spec.target, spec.target)
+            write_back.append({"from": names[value.name], "into": into})
         elif isinstance(spec.arg, TensorArgument):
             raise NotSaveableError(f"the graph's result {spec.arg.name!r} is a {spec.kind.name.lower()}")
     return outputs, write_back

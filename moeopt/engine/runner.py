@@ -27,11 +27,12 @@ class Ref:
 class Step:
     """One call: what to call, with what, where the result goes, and what is not needed after it."""
 
-    __slots__ = ("function", "args", "kwargs", "out", "drop")
+    __slots__ = ("function", "args", "kwargs", "out", "drop", "fixed")
 
     def __init__(self, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], out: str) -> None:
         self.function, self.args, self.kwargs, self.out = function, args, kwargs, out
         self.drop: tuple[str, ...] = ()
+        self.fixed = not _refs(kwargs)
 
 
 class Runner:
@@ -100,7 +101,11 @@ class Runner:
         env.update(self.binding.bind(args, kwargs))
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             for step in self.steps:
-                env[step.out] = step.function(*_fill(step.args, env), **_fill(step.kwargs, env))
+                args_now = [
+                    env[a.name] if type(a) is Ref else _fill(a, env) if type(a) is list else a for a in step.args
+                ]
+                kwargs_now = step.kwargs if step.fixed else _fill(step.kwargs, env)
+                env[step.out] = step.function(*args_now, **kwargs_now)
                 for name in step.drop:
                     del env[name]
             for source, into in self.write_back:

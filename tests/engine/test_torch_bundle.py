@@ -234,6 +234,33 @@ def test_numbers_computed_from_sizes(tmp_path):
         assert torch.equal(engine(rows(count)), model(rows(count)))
 
 
+def test_what_computes_nothing_is_left_out(tmp_path):
+    class Idle(nn.Module):
+        def forward(self, x):
+            y = torch.nn.functional.dropout(x[:, :] * 2, 0.5, self.training)
+            return (y[1:].detach() + 1, y)
+
+    model = Idle().eval()
+    directory = save(tmp_path / "b", model, golden_inputs=(), golden_outputs=())
+    ops = [n["op"] for n in json.loads((directory / "graph.json").read_text())["nodes"]]
+    assert ops == ["aten.mul.Tensor", "aten.slice.Tensor", "aten.add.Tensor"]
+    same(load_torch_bundle(directory)(rows(4)), model(rows(4)))
+
+
+def test_a_copy_of_a_weight_stays_a_copy(tmp_path):
+    class Copy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(H))
+
+        def forward(self, x):
+            return self.w.clone(), x + self.w
+
+    engine = load_torch_bundle(save(tmp_path / "b", Copy().eval(), golden_inputs=(), golden_outputs=()))
+    engine(rows())[0].zero_()
+    assert torch.equal(engine(rows())[0], torch.ones(H))
+
+
 def test_replacing_a_bundle(tmp_path):
     save(tmp_path / "b", nn.Linear(H, H, bias=False).eval())
     model = nn.Linear(H, H).eval()
