@@ -67,7 +67,7 @@ class Certificate:
         if self.passed is None:
             return "NOT VERIFIED: something was left out"
         if not self.blocks and self.end_to_end is None:
-            return "PASSED: nothing was rewritten, so there was nothing to verify"
+            return "PASSED: nothing was rewritten, nothing to verify"
         return "PASSED" if self.passed else "FAILED"
 
     def to_json(self) -> str:

@@ -52,7 +52,7 @@ class Plan:
         ]
         self.stand_in = STAND_INS.get(name)
         random = torch.Tag.nondeterministic_seeded in func.tags
-        self.may_choose = not func.is_view and name not in LIKES and not random
+        self.may_choose = not func.is_view and name not in LIKES
         self.run: Callable[..., Any]
         if func.is_view:
             self.run = self._view
@@ -60,12 +60,12 @@ class Plan:
             self.run = self._write
         elif self.written:
             self.run = self._as_it_is
+        elif self.stand_in is not None:
+            self.run = self._stand_in
         elif random:
             self.run = self._random
         elif name in MOVES:
             self.run = self._move
-        elif self.stand_in is not None:
-            self.run = self._stand_in
         else:
             self.run = self._compute
 

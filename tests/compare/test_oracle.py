@@ -158,7 +158,6 @@ def test_layers_that_refuse_mixed_dtypes():
 
 
 def test_attention_forms():
-    """By the formula: the double kernel of PyTorch's CPU attention takes a fast exp and is off by 4e-7."""
     q, lower = seeded(2, 2, 5, 8), torch.ones(5, 5).tril().bool()
     for kwargs in ({}, {"is_causal": True}, {"attn_mask": lower}, {"scale": 0.3}):
         y, y_64, _ = oracle(lambda q, kw=kwargs: F.scaled_dot_product_attention(q, q, q, **kw), q)

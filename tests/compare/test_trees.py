@@ -1,0 +1,39 @@
+"""Outputs of any form are opened, described and compared."""
+
+import dataclasses
+
+import torch
+
+from moeopt.compare.trees import describe, equal_leaves, flatten
+
+
+@dataclasses.dataclass
+class Out:
+    y: torch.Tensor
+    loss: float
+
+
+class Cache:
+    def __init__(self, key):
+        self.keys, self.me = [key], self
+
+
+def test_dataclasses_and_objects_are_opened():
+    x = torch.ones(2)
+    leaves, form = flatten((Out(x, 0.5), {"cache": Cache(x)}))
+    assert [leaf is x for leaf in leaves].count(True) == 2 and 0.5 in leaves
+    assert form == flatten((Out(x + 1, 0.7), {"cache": Cache(x)}))[1]
+    assert form != flatten((Out(x, 0.5), {"cache": None}))[1]
+
+
+def test_describe():
+    assert (
+        describe((torch.ones(2, 3, dtype=torch.half), [1], {"a": None}))
+        == "tuple(float16(2, 3), list(int), {a: NoneType})"
+    )
+
+
+def test_equal_leaves():
+    nan = float("nan")
+    assert equal_leaves("a", "a") and equal_leaves(nan, nan) and equal_leaves(object(), object())
+    assert not equal_leaves(1, True) and not equal_leaves("a", "b") and not equal_leaves(None, 0)
