@@ -25,7 +25,7 @@ from torch import Tensor
 from moeopt.compare.block import Case
 from moeopt.compare.prototype import Prototype
 
-MAX_TOKENS = 512
+MAX_TOKENS = 1024
 """Of the case that reaches every expert; it asks for 4 tokens per expert and slot below that."""
 
 

@@ -41,29 +41,34 @@ def _clone_leaf(leaf: Any) -> Any:
 
 
 def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
-    """The modules a callable can reach at once: itself, its ``self``, bound arguments, closure."""
-    if isinstance(fn, nn.Module):
-        return [fn]
-    found: list[Any] = []
-    if isinstance(fn, functools.partial):
-        found += [fn.func, *fn.args, *fn.keywords.values()]
-    elif isinstance(fn, types.MethodType):
-        found += [fn.__self__, fn.__func__]
-    elif isinstance(fn, types.FunctionType):
-        for cell in fn.__closure__ or ():
-            try:
-                found.append(cell.cell_contents)
-            except ValueError:  # the cell is still empty: nothing to reach
-                continue
-    else:
-        found += list(getattr(fn, "__dict__", {}).values())
+    """The modules a callable can reach: itself, its ``self``, bound arguments, closure, attributes."""
     modules: list[nn.Module] = []
-    for thing in found:
+    seen: set[int] = set()
+    pending: list[Any] = [fn]
+    while pending:
+        thing = pending.pop(0)
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
         if isinstance(thing, nn.Module):
             modules.append(thing)
-        elif isinstance(thing, functools.partial | types.MethodType):
-            modules += modules_of(thing)
+        elif isinstance(thing, functools.partial):
+            pending += [thing.func, *thing.args, *thing.keywords.values()]
+        elif isinstance(thing, types.MethodType):
+            pending += [thing.__self__, thing.__func__]
+        elif isinstance(thing, types.FunctionType):
+            pending += [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+        elif thing is fn:
+            pending += list(getattr(thing, "__dict__", {}).values())
     return modules
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 class Guard:
@@ -115,7 +120,7 @@ class Guard:
                 (module._buffers, buffers),
                 (module._modules, children),
             ):
-                if table != before if table is module._modules else not _same(table, before):
+                if not _same(table, before):
                     table.clear()
                     table.update(before)  # type: ignore[arg-type]
             if not _same(module.__dict__, attributes):
