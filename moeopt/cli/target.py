@@ -25,7 +25,7 @@ TOKENS = 16
 
 
 def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) -> tuple[Any, Any]:
-    """``(model, example_inputs)``; the inputs are None when the factory gives none.
+    """``(model, example_inputs)``, the model in eval mode; the inputs are None when the factory gives none.
 
     ``UsageError`` says what is wrong with the target, the file and line in the user's code included.
     """
@@ -46,7 +46,7 @@ def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) 
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
         raise UsageError(f"{target} returned a {type(model).__name__}, not a model: {FORMS}")
-    return model, inputs
+    return (model.eval() if isinstance(model, torch.nn.Module) else model), inputs
 
 
 def _factory(where: str, name: str, target: str) -> Callable[[], Any]:

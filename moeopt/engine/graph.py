@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,9 @@ def write_graph(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], 
 
     ``NotSaveableError`` names the op, the weight or the input structure in the way.
     """
-    program = program.run_decompositions({})  # functional: no op writes to its arguments
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec", FutureWarning)  # torch's own use of it
+        program = program.run_decompositions({})  # functional: no op writes to its arguments
     inputs, weights, tensors = _inputs(program)
     graph: dict[str, Any] = {
         "schema": SCHEMA,

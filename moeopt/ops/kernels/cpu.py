@@ -6,7 +6,9 @@ Shape legend: T tokens, K chosen per token, R = T*K rows, M rows of one expert, 
     term_RH   weighted expert outputs in that sorted order, in the accumulator's dtype
     where_TK  which row of term_RH holds token t's k-th term, in the order of the sum
 
-Weights are never copied or laid out anew (only cast, where their dtype is not the compute dtype).
+Weights are never copied or laid out anew (only cast, where their dtype is not the compute dtype). Few rows
+per expert: the two GEMMs of all experts with one activation between, since the calls cost more than the
+memory traffic. Many rows: one expert after the other, while its rows are in cache.
 """
 
 from __future__ import annotations
@@ -17,80 +19,111 @@ from torch import Tensor
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.bank import Bank
-from moeopt.ops.kernels.gemm import linear
+from moeopt.ops.kernels.gemm import linear, linear_into
 from moeopt.ops.reference import check, dtypes, out_features, rms_norm
+
+Group = tuple[int, int, int]
+"""An expert, and the first and last-plus-one of its rows."""
+
+FEW_ROWS = 12
+"""Mean rows per active expert up to which one activation for all experts is the faster way."""
 
 
 def experts_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
     """``experts_reference``, fast; the same arguments and result, but not differentiable."""
     check(x_TH, ids_TK, weights_TK, bank, spec)
-    if not ids_TK.numel():
-        return x_TH.new_zeros(x_TH.shape[0], out_features(bank, spec), dtype=dtypes(x_TH, spec)[2])
-    if x_TH.shape[0] == 1:
+    T, K = ids_TK.shape
+    if not T * K:
+        return x_TH.new_zeros(T, out_features(bank, spec), dtype=dtypes(x_TH, spec)[2])
+    if T == 1:
         return _one_token(x_TH, ids_TK, weights_TK, bank, spec)
-    return _many_tokens(x_TH, ids_TK, weights_TK, bank, spec)
+    ids_R = ids_TK.reshape(-1)
+    sorted_R, order_R = ids_R.sort(stable=True)
+    found, counts = torch.unique_consecutive(sorted_R, return_counts=True)
+    groups, start = [], 0
+    for e, rows in zip(found.tolist(), counts.tolist(), strict=True):
+        groups.append((e, start, start + rows))
+        start += rows
+    if K == 1 and len(groups) == 1:
+        return _terms(x_TH, weights_TK, groups, bank, spec).to(dtypes(x_TH, spec)[2])
+    x_RH = x_TH.index_select(0, order_R if K == 1 else order_R.div(K, rounding_mode="floor"))
+    w_R1 = weights_TK.reshape(-1).index_select(0, order_R).unsqueeze(1)
+    term_RH = _terms(x_RH, w_R1, groups, bank, spec)
+    return _combine(term_RH, order_R, K, spec).to(dtypes(x_TH, spec)[2])
 
 
 def _one_token(x_1H: Tensor, ids_1K: Tensor, weights_1K: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
-    """Decode: K matrix-vector products, one activation for all K, no sort and no gather."""
-    compute, accum, out = dtypes(x_1H, spec)
-    ids = ids_1K[0].tolist()
-    if spec.combine == "expert":
+    """Decode: no sort and no gather; the rows are in the order of the sum from the start."""
+    ids, w_K1 = ids_1K[0].tolist(), weights_1K.t()
+    if spec.combine == "expert" and sorted(ids) != ids:
         slots = sorted(range(len(ids)), key=ids.__getitem__)
-    else:
-        slots = list(range(len(ids)))
-    inside = [k for k in slots if 0 <= ids[k] < bank.num_experts]
-    weights = weights_1K[0].unbind()
-    hs = []
-    r_1H = x_1H.to(compute)
-    for k in inside:
-        if spec.weight_on == "input":
-            r_1H = (x_1H * weights_1K[:, k, None]).to(compute)
-        hs.append(_project_in(r_1H, bank, ids[k], spec))
-    terms: dict[int, Tensor] = {}
+        ids, w_K1 = [ids[k] for k in slots], w_K1[slots]
+    groups = [(e, i, i + 1) for i, e in enumerate(ids)]
+    terms = _terms(x_1H.expand(len(ids), -1), w_K1, groups, bank, spec).split(1)
+    y_1H = terms[0]
+    for term_1H in terms[1:]:
+        y_1H += term_1H
+    return y_1H.to(dtypes(x_1H, spec)[2], copy=True)
+
+
+def _terms(x_RH: Tensor, w_R1: Tensor, groups: list[Group], bank: Bank, spec: ExpertsSpec) -> Tensor:
+    """The weighted output of every row, in the accumulator's dtype."""
+    compute, accum, _ = dtypes(x_RH, spec)
+    inside = [group for group in groups if 0 <= group[0] < bank.num_experts]
+    term_RH = x_RH.new_empty(x_RH.shape[0], out_features(bank, spec), dtype=accum)
+    r_RH = (x_RH * w_R1 if spec.weight_on == "input" else x_RH).to(compute)
     if inside:
-        stacked = tuple([torch.cat(part) for part in zip(*hs, strict=True)]) if len(hs) > 1 else hs[0]
-        a_KI = apply_gate(stacked, spec)
-        for k, a_1I in zip(inside, a_KI.split(1), strict=True):
-            o_1H = _project_out(a_1I, bank, ids[k], spec)
-            terms[k] = o_1H if spec.weight_on == "input" else o_1H * weights_1K[:, k, None]
-    if spec.out_of_range == "identity":
-        for k in slots:
-            if ids[k] >= bank.num_experts:
-                terms[k] = x_1H * weights[k].unsqueeze(0)
-    y_1H = x_1H.new_zeros(1, out_features(bank, spec), dtype=accum)
-    for k in slots:
-        if k in terms:
-            y_1H += terms[k].to(accum)
-    return y_1H.to(out)
+        kernel = _together if x_RH.shape[0] <= FEW_ROWS * len(inside) else _one_by_one
+        kernel(r_RH, None if spec.weight_on == "input" else w_R1, inside, bank, spec, term_RH)
+    if len(inside) < len(groups):
+        for e, begin, end in groups:
+            if e >= bank.num_experts and spec.out_of_range == "identity":
+                torch.mul(x_RH[begin:end], w_R1[begin:end], out=term_RH[begin:end])
+            elif not 0 <= e < bank.num_experts:
+                term_RH[begin:end] = 0
+    return term_RH
 
 
-def _many_tokens(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
-    compute, accum, out = dtypes(x_TH, spec)
-    T, K = ids_TK.shape
-    ids_R = ids_TK.reshape(-1)
-    order_R = ids_R.argsort(stable=True)
-    found, counts = torch.unique_consecutive(ids_R[order_R], return_counts=True)
-    token_R = order_R if K == 1 else order_R.div(K, rounding_mode="floor")
-    w_R1 = weights_TK.reshape(-1)[order_R].unsqueeze(1)
-    term_RH = x_TH.new_empty(T * K, out_features(bank, spec), dtype=accum)
-    start = 0
-    for e, rows in zip(found.tolist(), counts.tolist(), strict=True):
-        begin, start = start, start + rows
-        term_MH, w_M1 = term_RH[begin:start], w_R1[begin:start]
-        if e < 0 or (e >= bank.num_experts and spec.out_of_range == "nothing"):
-            term_MH.zero_()
-            continue
-        x_MH = x_TH.index_select(0, token_R[begin:start])
-        if e >= bank.num_experts:
-            torch.mul(x_MH, w_M1, out=term_MH)
-        elif spec.weight_on == "input":
-            a_MI = apply_gate(_project_in((x_MH * w_M1).to(compute), bank, e, spec), spec)
-            term_MH.copy_(_project_out(a_MI, bank, e, spec))
-        else:
-            a_MI = apply_gate(_project_in(x_MH.to(compute), bank, e, spec), spec)
-            torch.mul(_project_out(a_MI, bank, e, spec), w_M1, out=term_MH)
-    return _combine(term_RH, order_R, K, spec).to(out)
+def _together(
+    r_RH: Tensor, w_R1: Tensor | None, groups: list[Group], bank: Bank, spec: ExpertsSpec, term_RH: Tensor
+) -> None:
+    """All first GEMMs, one activation, all second GEMMs."""
+    R, wide = r_RH.shape[0], 0 if spec.w_in_layout == "oi" else 1
+    h = tuple([r_RH.new_empty(R, w.shape[wide]) for w in bank.w_in(groups[0][0])])
+    for e, begin, end in groups:
+        r_MH = r_RH[begin:end]
+        for h_RO, w, b in zip(h, bank.w_in(e), bank.b_in(e), strict=True):
+            linear_into(h_RO[begin:end], r_MH, *_operands(w, b, r_RH.dtype, spec.w_in_layout))
+    a_RI = apply_gate(h, spec)
+    o_RH = r_RH.new_empty(R, term_RH.shape[1])
+    for e, begin, end in groups:
+        o_MH = o_RH[begin:end]
+        linear_into(o_MH, a_RI[begin:end], *_operands(bank.w_out(e), bank.b_out(e), r_RH.dtype, spec.w_out_layout))
+        if spec.out_norm_eps is not None:
+            o_MH.copy_(rms_norm(o_MH, bank.norm(e), spec))
+    _weigh(o_RH, w_R1, term_RH)
+
+
+def _one_by_one(
+    r_RH: Tensor, w_R1: Tensor | None, groups: list[Group], bank: Bank, spec: ExpertsSpec, term_RH: Tensor
+) -> None:
+    """Each expert from its rows to its terms; a GEMM may leave its result transposed, and the next takes it so."""
+    dtype = r_RH.dtype
+    for e, begin, end in groups:
+        r_MH, pairs = r_RH[begin:end], zip(bank.w_in(e), bank.b_in(e), strict=True)
+        h = tuple([linear(r_MH, *_operands(w, b, dtype, spec.w_in_layout)) for w, b in pairs])
+        o_MH = linear(apply_gate(h, spec), *_operands(bank.w_out(e), bank.b_out(e), dtype, spec.w_out_layout))
+        if spec.out_norm_eps is not None:
+            o_MH = rms_norm(o_MH.contiguous(), bank.norm(e), spec)
+        _weigh(o_MH, None if w_R1 is None else w_R1[begin:end], term_RH[begin:end])
+
+
+def _weigh(o_MH: Tensor, w_M1: Tensor | None, term_MH: Tensor) -> None:
+    """o * w, rounded once in their promoted dtype and once to the accumulator's."""
+    if w_M1 is None:
+        term_MH.copy_(o_MH)
+    else:
+        torch.mul(o_MH, w_M1, out=term_MH)
 
 
 def _combine(term_RH: Tensor, order_R: Tensor, K: int, spec: ExpertsSpec) -> Tensor:
@@ -107,19 +140,9 @@ def _combine(term_RH: Tensor, order_R: Tensor, K: int, spec: ExpertsSpec) -> Ten
     return y_TH
 
 
-def _project_in(r_MH: Tensor, bank: Bank, e: int, spec: ExpertsSpec) -> tuple[Tensor, ...]:
-    pairs = zip(bank.w_in(e), bank.b_in(e), strict=True)
-    return tuple([_linear(r_MH, w, b, spec.w_in_layout) for w, b in pairs])
-
-
-def _project_out(a_MI: Tensor, bank: Bank, e: int, spec: ExpertsSpec) -> Tensor:
-    o_MH = _linear(a_MI, bank.w_out(e), bank.b_out(e), spec.w_out_layout)
-    return o_MH if spec.out_norm_eps is None else rms_norm(o_MH.contiguous(), bank.norm(e), spec)
-
-
-def _linear(x: Tensor, w: Tensor, b: Tensor | None, layout: str) -> Tensor:
-    if w.dtype != x.dtype:
-        w = w.to(x.dtype)
-    if b is not None and b.dtype != x.dtype:
-        b = b.to(x.dtype)
-    return linear(x, w if layout == "oi" else w.t(), b)
+def _operands(w: Tensor, b: Tensor | None, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor | None]:
+    if w.dtype != dtype:
+        w = w.to(dtype)
+    if b is not None and b.dtype != dtype:
+        b = b.to(dtype)
+    return w if layout == "oi" else w.t(), b

@@ -43,17 +43,28 @@ def choose_gemm(rows: int, dtype: torch.dtype, row_major: bool) -> Gemm:
 def linear(x_MI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
     """``F.linear``, spelled the fast way; any strides of ``w_OI``; the result may be a transposed view."""
     kind = choose_gemm(x_MI.shape[0], w_OI.dtype, w_OI.stride(1) == 1)
-    if kind == "onednn" and not onednn_linear_works(w_OI.dtype):
-        kind = "linear"
-    if kind == "linear":
-        return F.linear(x_MI, w_OI, b_O)
-    if kind == "onednn":
-        return torch.ops.mkldnn._linear_pointwise(x_MI, w_OI, b_O, "none", [], "")
+    if kind == "mm_t":
+        x_IM = x_MI.t()
+        return (torch.mm(w_OI, x_IM) if b_O is None else torch.addmm(b_O.unsqueeze(1), w_OI, x_IM)).t()
     if kind == "mv":
         x_I = x_MI[0]
         return (torch.mv(w_OI, x_I) if b_O is None else torch.addmv(b_O, w_OI, x_I)).unsqueeze(0)
-    x_IM = x_MI.t()
-    return (torch.mm(w_OI, x_IM) if b_O is None else torch.addmm(b_O.unsqueeze(1), w_OI, x_IM)).t()
+    if kind == "onednn" and onednn_linear_works(w_OI.dtype):
+        return torch.ops.mkldnn._linear_pointwise(x_MI, w_OI, b_O, "none", [], "")
+    return F.linear(x_MI, w_OI, b_O)
+
+
+def linear_into(y_MO: Tensor, x_MI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> None:
+    """:func:`linear`, written to the rows ``y_MO``."""
+    kind = choose_gemm(x_MI.shape[0], w_OI.dtype, w_OI.stride(1) == 1)
+    if kind == "mv" and b_O is None:
+        torch.mv(w_OI, x_MI[0], out=y_MO[0])
+    elif kind == "linear" and b_O is None:
+        torch.mm(x_MI, w_OI.t(), out=y_MO)
+    elif kind == "linear":
+        torch.addmm(b_O, x_MI, w_OI.t(), out=y_MO)
+    else:
+        y_MO.copy_(linear(x_MI, w_OI, b_O))
 
 
 @functools.cache

@@ -1,0 +1,276 @@
+"""What people call: ``optimize``, ``explain``, ``load``, ``verify`` and the ``Optimized`` they get."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeopt import pipeline
+from moeopt.compare.block import BlockCheck
+from moeopt.compare.certificate import Certificate
+from moeopt.compare.model import EndToEnd, end_to_end
+from moeopt.drive.inputs import Call, as_call, made_up
+from moeopt.drive.share import shared_copy
+from moeopt.engine import fingerprint, load_torch_bundle, read_manifest, save_torch_bundle, verify_torch_bundle
+from moeopt.errors import CaptureError, MoeoptError, NotSaveableError, UsageError
+from moeopt.options import Options
+from moeopt.report import Report
+from moeopt.rewrite.program import install, uninstall
+
+BACKENDS = ("torch",)
+
+
+class Optimized:
+    """A model and what was done to it. Call it as the model was called.
+
+    Attributes:
+        model: the optimised model. For backend "torch" it is of the user's own class, with the same
+            ``state_dict`` keys, and shares its weights with the model that was given.
+        report: what was found, rewritten and declined, and why.
+        certificate: how equal it is.
+
+    Any other attribute is the model's own.
+    """
+
+    def __init__(self, model: nn.Module, report: Report, certificate: Certificate, call: Call) -> None:
+        self.model, self.report, self.certificate = model, report, certificate
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "model" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __repr__(self) -> str:
+        done, all_ = len(self.report.rewritten), len(self.report.blocks)
+        return f"<moeopt.Optimized {type(self.model).__name__}: {done} of {all_} blocks rewritten>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
+        return Optimized(copy.deepcopy(self.model, memo), self.report, self.certificate, self._call)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write an engine bundle that runs and re-verifies itself without this model's code.
+
+        Raises:
+            NotSaveableError: the model cannot be exported; the message names the op in the way.
+        """
+        args, kwargs = self._call
+        program = _export(self.model, args, kwargs)
+        with torch.no_grad():
+            golden = self.model(*args, **kwargs)
+        return save_torch_bundle(
+            program,
+            directory,
+            report=self.report,
+            certificate=self.certificate,
+            golden_inputs=[(args, kwargs)],
+            golden_outputs=[golden],
+            source=fingerprint(self.model),
+        )
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The model as one graph, every size of a tensor input free unless the model fixes it."""
+
+    def dynamic(leaf: Any) -> Any:
+        return {d: torch.export.Dim.AUTO for d in range(leaf.dim())} if isinstance(leaf, torch.Tensor) else None
+
+    shapes = torch.utils._pytree.tree_map(dynamic, (tuple(args), dict(kwargs)))
+    bound = {**dict(zip(_names(model), shapes[0], strict=False)), **shapes[1]}
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
+    except MoeoptError:
+        raise
+    except Exception as err:
+        text = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        raise NotSaveableError(
+            f"{type(model).__name__} cannot be saved: torch.export stops at: {text}. Blocks that moeopt declined keep "
+            "their data-dependent Python; save the rewritten blocks on their own, or remove what it names"
+        ) from err
+
+
+def _names(model: nn.Module) -> list[str]:
+    import inspect
+
+    return list(inspect.signature(model.forward).parameters)
+
+
+def _as_model(model: Any) -> nn.Module:
+    if isinstance(model, Optimized):
+        raise UsageError("this model is optimised already; pass the original, or its .model after a change")
+    if isinstance(model, torch.export.ExportedProgram):
+        return model.module()
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"model is a {type(model).__name__}; give an nn.Module, an fx.GraphModule or an ExportedProgram"
+        )
+    return model
+
+
+def optimize(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    backend: str = "torch",
+    options: Options | None = None,
+    **fields: Any,
+) -> Optimized:
+    """Find every MoE block of ``model``, rewrite it into grouped-expert ops, and verify it.
+
+    Args:
+        model: an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It keeps working, unchanged.
+        example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments;
+            None where they can be inferred (a Hugging Face model, a block with one argument).
+        backend: "torch".
+        options: a frozen :class:`moeopt.Options`; any of its fields may be a keyword here instead.
+
+    Returns:
+        :class:`Optimized`. A block that was not rewritten is in its report with the reason.
+
+    Raises:
+        UsageError: an unknown backend or option, a model or inputs of the wrong kind.
+        CaptureError: the model does not run on the inputs.
+    """
+    chosen = Options.from_fields(options, fields)
+    if backend not in BACKENDS:
+        raise UsageError(f"backend {backend!r} is not available; use {' or '.join(map(repr, BACKENDS))}")
+    source = _as_model(model)
+    call = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
+    twin = shared_copy(source)
+    if chosen.device is not None or chosen.dtype is not None:
+        source = twin = copy.deepcopy(source).to(device=chosen.device, dtype=chosen.dtype)
+        call = _moved(call, chosen)
+        twin = shared_copy(source)
+    outcome = pipeline.run(twin, call, chosen)
+    certificate = _certify(source, twin, call, outcome, chosen)
+    if certificate.passed is False:
+        _revert(twin, outcome, certificate)
+    elif chosen.inplace:
+        for path, rewrite in outcome.rewrites.items():
+            install(source.get_submodule(path), rewrite.program)
+        twin = source
+    report = Report(tuple(outcome.blocks), type(source).__name__, backend, outcome.seconds)
+    return Optimized(twin, report, certificate, call)
+
+
+def _moved(call: Call, options: Options) -> Call:
+    def move(t: torch.Tensor) -> torch.Tensor:
+        return t.to(device=options.device, dtype=options.dtype if t.is_floating_point() else None)
+
+    moved: Call = torch.utils._pytree.tree_map_only(torch.Tensor, move, call)
+    return moved
+
+
+def _certify(source: nn.Module, twin: nn.Module, call: Call, outcome: Any, options: Options) -> Certificate:
+    end: EndToEnd | None = None
+    if options.verify != "off" and outcome.rewrites:
+        (options.progress or (lambda line: None))("comparing the whole model end to end")
+        end = end_to_end(source, twin, *call, noise_blocks=list(outcome.rewrites), seed=options.seed)
+    first = next(source.parameters(), None)
+    return Certificate(
+        blocks=outcome.checks,
+        end_to_end=end,
+        level=options.verify,
+        device=str(first.device) if first is not None else "cpu",
+        dtype=str(first.dtype).removeprefix("torch.") if first is not None else "",
+    )
+
+
+def _revert(twin: nn.Module, outcome: Any, certificate: Certificate) -> None:
+    """A model that fails end to end goes back to its own code, block by block, with the reason."""
+    import dataclasses
+
+    why = certificate.end_to_end.reason if certificate.end_to_end else "a block failed"
+    for path in outcome.rewrites:
+        uninstall(twin.get_submodule(path))
+    outcome.blocks = [
+        b
+        if b.status == "declined"
+        else dataclasses.replace(b, status="declined", reason=f"reverted: the whole model was not equivalent: {why}")
+        for b in outcome.blocks
+    ]
+
+
+def explain(model: Any, example_inputs: Any = None, *, options: Options | None = None, **fields: Any) -> Report:
+    """A dry run of :func:`optimize`: what would be rewritten, what not, and why. Nothing is kept."""
+    return optimize(model, example_inputs, options=options, **fields).report
+
+
+def load(directory: str | os.PathLike[str], device: Any = None) -> Any:
+    """An engine from a bundle; call it as the model was called. ``BundleError`` when it is damaged."""
+    return load_torch_bundle(directory, device)
+
+
+def verify(
+    subject: Optimized | str | os.PathLike[str],
+    *,
+    original: nn.Module | None = None,
+    inputs: Any = None,
+    provider: str | None = None,
+) -> Certificate:
+    """Check again that an optimised model or a bundle computes what it should.
+
+    Args:
+        subject: what :func:`optimize` returned, or a bundle's directory.
+        original: the model to compare with; a bundle without one is compared with its golden outputs.
+        inputs: other inputs to compare on, in the forms of ``optimize``.
+        provider: a device of this machine to run on.
+
+    Raises:
+        UsageError: an Optimized without ``original``; an absent provider.
+        BundleError: the bundle is damaged.
+    """
+    if isinstance(subject, Optimized):
+        if original is None:
+            raise UsageError("verify(optimized) needs original=, the model to compare with")
+        call = subject._call if inputs is None else as_call(inputs)
+        names = [b.name for b in subject.report.rewritten]
+        known = {n for n, _ in original.named_modules()}
+        end = end_to_end(original, subject.model, *call, noise_blocks=[n if n in known else "" for n in names])
+        return Certificate(end_to_end=end, dtype=subject.certificate.dtype, device=subject.certificate.device)
+    return _verify_bundle(Path(subject), original, inputs, provider)
+
+
+def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider: str | None) -> Certificate:
+    manifest = read_manifest(path)
+    device = None if provider is None else _provider_device(provider)
+    saved = Certificate.from_json((path / "certificate.json").read_text())
+    if original is not None:
+        engine = load_torch_bundle(path, device)
+        if inputs is None:
+            raise UsageError("verify(bundle, original=...) needs inputs= to run both on")
+        end = end_to_end(original, engine, *as_call(inputs), noise_blocks=[b["name"] for b in manifest.data["blocks"]])
+        return Certificate(end_to_end=end, device=str(engine.device), dtype=saved.dtype)
+    check = verify_torch_bundle(path, device)
+    end = EndToEnd(bool(check.passed), check.reason, outputs=check.runs)
+    note = f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}"
+    blocks: list[BlockCheck] = saved.blocks
+    return Certificate(blocks=blocks, end_to_end=end, device=saved.device, dtype=saved.dtype, notes=[note])
+
+
+def _provider_device(provider: str) -> str:
+    name = provider.lower().removesuffix("executionprovider")
+    usable: dict[str, Callable[[], bool]] = {"cpu": lambda: True, "cuda": torch.cuda.is_available}
+    if name not in usable or not usable[name]():
+        there = ", ".join(n for n, ok in usable.items() if ok())
+        raise UsageError(f"provider {provider!r} is not on this machine; it has: {there}")
+    return name
+
+
+__all__ = ["CaptureError", "Optimized", "explain", "load", "optimize", "verify"]

@@ -1,0 +1,229 @@
+"""Places worth a look in a whole model: which module calls hold parallel experts, which a dense FFN.
+
+The model runs once on the tape without values. Chains (product, element-wise function, product) that
+stand side by side on the same rows are experts; one whose weight is a slice of a stack, or has idle
+twins, is an expert whose siblings were not hit; a lone one is a dense FFN. A place is only a hint:
+what a block computes is decided by its own witness.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moeopt.ir.kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name
+from moeopt.ir.provenance import MatrixRef
+from moeopt.ir.sites import Site, is_weight, weight_and_operand
+from moeopt.ir.tape import Call, Tape, record
+from moeopt.passes.chains import Chain, find_chains, group_chains
+
+
+@dataclass
+class Place:
+    """One module call that holds a block. ``levels`` are the call and its ancestors, innermost first."""
+
+    kind: str
+    call: Call
+    levels: list[Call]
+    order: int
+    source: str
+    chains: list[Chain] = field(default_factory=list)
+    experts: int | None = None
+    weights: set[str] = field(default_factory=set)
+
+
+def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Place]:
+    """Every MoE candidate and dense FFN of one run, in execution order.
+
+    Raises:
+        CaptureError: the model does not run on these inputs.
+    """
+    tape = record(model, args, kwargs, keep_values=False)
+    sites, leaves = _light_sites(tape)
+    chains = find_chains(tape, sites, loose=True)
+    return _Finder(tape, chains, leaves).run()
+
+
+def _light_sites(tape: Tape) -> tuple[list[Site], dict[Site, tuple[str, bool]]]:
+    """Sites by shape alone; with each, (Parameter path, whether the weight is one slice of a stack)."""
+    memo: dict[fx.Node, bool] = {}
+    sites, leaves = [], {}
+    for node in tape.nodes:
+        if not is_matmul(node):
+            continue
+        found = weight_and_operand(node, memo)
+        if found is None:
+            continue
+        weight, operand, left = found
+        shape = weight.meta["shape"]
+        if op_name(node) == "convolution":
+            if any(s != 1 for s in shape[2:]):
+                continue
+            m, k, count = shape[0], shape[1], 1
+        elif op_name(node) == "linear":
+            m, k, count = shape[0], shape[1], 1
+        else:
+            k, m = (shape[-1], shape[-2]) if left else (shape[-2], shape[-1])
+            count = shape[0] if len(shape) == 3 else 1
+        if not k or not m:
+            continue
+        path, leaf = _leaf(tape, weight)
+        matrices = [MatrixRef(path, (i,), (), (), k, m) for i in range(min(count, 2))]
+        site = Site(_biased(node, memo), node, operand, 0, 0, matrices, torch.zeros(0, dtype=torch.long))
+        sites.append(site)
+        sliced = leaf is not None and leaf.dim() >= 3 and op_name(node) != "convolution"
+        leaves[site] = (path, sliced and len(shape) == 2)
+    return sites, leaves
+
+
+def _leaf(tape: Tape, node: fx.Node) -> tuple[str, torch.Tensor | None]:
+    while node.op == "call_function" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    if node.op != "get_attr" or "constant" in node.meta:
+        return "", None
+    path = str(node.target)
+    owner, _, name = path.rpartition(".")
+    return path, getattr(tape.root.get_submodule(owner), name)
+
+
+def _biased(node: fx.Node, memo: dict[fx.Node, bool]) -> fx.Node:
+    """The ``add`` of a bias that alone reads the product, else the product."""
+    current = node
+    for _ in range(3):
+        users = [u for u in current.users if "index" in u.meta]
+        if len(users) != 1:
+            return node
+        user = users[0]
+        if op_name(user) == "add":
+            others = [a for a in user.args if a is not current]
+            return user if len(others) == 1 and isinstance(others[0], fx.Node) and is_weight(others[0], memo) else node
+        if op_name(user) not in ("view", "_unsafe_view", "squeeze", "unsqueeze", "reshape"):
+            return node
+        current = user
+    return node
+
+
+class _Finder:
+    def __init__(self, tape: Tape, chains: list[Chain], leaves: dict[Site, tuple[str, bool]]) -> None:
+        self.tape, self.chains, self.leaves = tape, chains, leaves
+        self.home = {c: self._common([c.out, *c.ins]) for c in chains}
+        self.named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
+        self.used = {path for path, _ in leaves.values()}
+
+    def _common(self, sites: list[Site]) -> int:
+        stacks = [self.tape.stack(s.product.meta["call"]) for s in sites]
+        common = 0
+        for level in zip(*stacks, strict=False):
+            if len(set(level)) > 1:
+                break
+            common = level[0]
+        return common
+
+    def run(self) -> list[Place]:
+        places: list[Place] = []
+        claimed: set[Chain] = set()
+        by_depth = sorted(self.tape.calls, key=lambda c: -len(self.tape.stack(c.index)))
+        inside: dict[int, list[Chain]] = {}
+        for chain in self.chains:
+            for index in self.tape.stack(self.home[chain]):
+                inside.setdefault(index, []).append(chain)
+        for call in by_depth:
+            free = [c for c in inside.get(call.index, []) if c not in claimed]
+            if not free:
+                continue
+            for group in self._expert_groups(call, free):
+                claimed.update(group)
+                places.append(self._place("moe", call, group))
+        for chain in self.chains:
+            if chain not in claimed and self._dense(chain):
+                places.append(self._place("dense_ffn", self.tape.calls[self.home[chain]], [chain]))
+        return sorted(places, key=lambda p: p.order)
+
+    def _place(self, kind: str, call: Call, group: list[Chain]) -> Place:
+        levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
+        first = group[0].ins[0].product
+        weights = {self.leaves[s][0] for c in group for s in (*c.ins, c.out)}
+        return Place(kind, call, levels, first.meta["index"], first.meta.get("source", ""), group, len(group), weights)
+
+    def _expert_groups(self, call: Call, free: list[Chain]) -> list[list[Chain]]:
+        found = []
+        taken: set[Chain] = set()
+        for group in group_chains(free):
+            members = [c for c in group if c not in taken]
+            if not members:
+                continue
+            merged = members[0].merged or any(self.leaves[s][1] for c in members for s in (*c.ins, c.out))
+            alone = len({self.leaves[c.out][0] for c in members}) < 2
+            if not merged and alone and not self._idle_twins(call, members[0]):
+                continue
+            if not merged and len(members) > 1 and not self._same_rows(members):
+                continue
+            if not self._enough(members):
+                continue
+            found.append(members)
+            taken.update(members)
+        return found
+
+    def _enough(self, members: list[Chain]) -> bool:
+        """Shared in-sites are a layer before the experts, not experts of their own."""
+        firsts = {c.ins[0] for c in members}
+        return len(firsts) == len(members)
+
+    def _idle_twins(self, call: Call, chain: Chain) -> bool:
+        """Parameters of the call's module, named like the chain's but for a number, that nothing used."""
+        path = self.leaves[chain.out][0]
+        if not path or (call.path and not path.startswith(call.path + ".")):
+            return False
+        start = len(call.path.split(".")) if call.path else 0
+        parts = path.split(".")
+        for i in range(start, len(parts)):
+            if not re.search(r"\d", parts[i]):
+                continue
+            for name, tensor in self.named.items():
+                other = name.split(".")
+                if name in self.used or len(other) != len(parts) or tensor.shape != self.named[path].shape:
+                    continue
+                same = [a == b for a, b in zip(other, parts, strict=True)]
+                if sum(not s for s in same) == 1 and not same[i] and re.sub(r"\d+", "#", other[i]) == re.sub(
+                    r"\d+", "#", parts[i]
+                ):
+                    return True
+        return False
+
+    def _same_rows(self, members: list[Chain]) -> bool:
+        """Their operands lead back to one tensor within a few steps: branches of one place, not of two towers."""
+        common: set[fx.Node] | None = None
+        for chain in members:
+            sources = _row_sources(chain.ins[0].operand)
+            common = sources if common is None else common & sources
+            if not common:
+                return False
+        return True
+
+    def _dense(self, chain: Chain) -> bool:
+        inner = chain.ins[0].matrices[0]
+        outer = chain.out.matrices[0]
+        return chain.nonlinear and len(chain.ins) <= 2 and inner.k == outer.m and not chain.merged
+
+
+def _row_sources(start: fx.Node, steps: int = 40) -> set[fx.Node]:
+    """Tensors that the rows of ``start`` were moved from, through movement and a few other ops."""
+    seen: set[fx.Node] = set()
+    stack = [(start, 3)]
+    while stack and len(seen) < steps:
+        node, budget = stack.pop()
+        if node in seen or node.op == "get_attr" or is_factory(node):
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            continue
+        spent = 0 if moves_rows(node) else 1
+        if budget - spent < 0:
+            continue
+        inputs = node.all_input_nodes if is_pointwise(node) or spent else node.all_input_nodes[:1]
+        stack.extend((a, budget - spent) for a in inputs)
+    return seen

@@ -1,0 +1,35 @@
+"""``hints={name pattern: ExpertsSpec or callable}``: the expert user's word on what an expert computes.
+
+A hint replaces the fitting of the function between an expert's products; everything else (rows,
+weights, frontier) is still read off the witness, and the block is verified like any other, so a wrong
+hint is declined and never believed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moeopt.errors import UsageError
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.passes import fit_function
+
+
+@contextlib.contextmanager
+def hinted(hints: Mapping[str, Any], path: str) -> Iterator[None]:
+    """Use the first hint whose pattern matches ``path`` while the block is rewritten.
+
+    Raises:
+        UsageError: a hint is neither an ExpertsSpec nor a callable that returns one.
+    """
+    for pattern, hint in hints.items():
+        if fnmatch.fnmatch(path, pattern):
+            spec = hint(path) if callable(hint) else hint
+            if not isinstance(spec, ExpertsSpec):
+                raise UsageError(f"hints[{pattern!r}] gave {spec!r} for {path}; it must be an ExpertsSpec")
+            with fit_function.assume(spec):
+                yield
+            return
+    yield

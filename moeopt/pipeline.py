@@ -1,0 +1,198 @@
+"""THE order: what happens to a model, top to bottom.
+
+    discover        places that may hold experts or a dense FFN         (drive/discover)
+    for each place, innermost module first:
+        probe       witness traces of the block                         (ir/tape, drive/witness)
+        recognise   rows, function, combine, frontier                   (passes/recognize_experts)
+        plan        what stays; one op where the experts' sum stood     (rewrite/plan, generalize)
+        verify      against a float64 oracle on adversarial routing     (compare/block)
+        install     the block runs the program                          (rewrite/program)
+    verify the model end to end                                         (compare/model)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeopt.compare.block import BlockCheck
+from moeopt.drive.block import Call, Rewrite, rewrite_block
+from moeopt.drive.describe import dense_reason, describe_router
+from moeopt.drive.discover import Place, discover
+from moeopt.drive.hints import hinted
+from moeopt.errors import CaptureError, Declined
+from moeopt.ir.tape import clone_inputs
+from moeopt.options import Options
+from moeopt.report import BlockReport
+from moeopt.rewrite.bank import expert_paths
+from moeopt.rewrite.program import install
+
+LEVELS = 4
+"""How far up from the innermost module a block is looked for: the router and the sum may be outside it."""
+
+
+@dataclass
+class Outcome:
+    """What became of a model's blocks; ``rewrites`` maps module paths to what was installed."""
+
+    blocks: list[BlockReport]
+    checks: list[BlockCheck]
+    rewrites: dict[str, Rewrite]
+    calls: dict[str, Call]
+    seconds: float = 0.0
+
+
+@dataclass
+class _Attempt:
+    rewrite: Rewrite | None = None
+    path: str = ""
+    reason: str = ""
+    where: str = ""
+    nearest: str = ""
+    seconds: float = 0.0
+    covered: set[str] = field(default_factory=set)
+
+
+def run(model: nn.Module, call: Call, options: Options) -> Outcome:
+    """Rewrite every block of ``model`` that can be, in place, and say what became of each.
+
+    Raises:
+        CaptureError: the model does not run on the example inputs.
+    """
+    started = time.perf_counter()
+    say = options.progress or (lambda line: None)
+    say("looking for feed-forward and mixture-of-experts blocks")
+    places = discover(model, *call)
+    moe = [p for p in places if p.kind == "moe"]
+    calls = _inputs(model, call, {c.path for p in moe for c in p.levels[:LEVELS]})
+    outcome = Outcome([], [], {}, calls)
+    attempts: list[tuple[Place, _Attempt]] = []
+    for number, place in enumerate(moe):
+        say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
+        attempts.append((place, _attempt(model, place, outcome, calls, options)))
+    outcome.blocks = list(_report(model, places, attempts, outcome))
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+def _attempt(
+    model: nn.Module, place: Place, outcome: Outcome, calls: dict[str, Call], options: Options
+) -> _Attempt:
+    best = _Attempt()
+    best_progress = -1
+    fuel = options.fuel
+    for level in _levels(place):
+        done = outcome.rewrites.get(level.path)
+        if done is not None:
+            covered = _covered(done)
+            if covered & place.weights:
+                return _Attempt(done, level.path, covered=covered)
+            continue
+        if fuel is not None and len(outcome.rewrites) >= fuel:
+            return _Attempt(reason=f"MOEOPT_FUEL={fuel}: no more blocks are rewritten", path=level.path)
+        started = time.perf_counter()
+        module = model.get_submodule(level.path)
+        try:
+            with hinted(options.hints, level.path):
+                rewrite = rewrite_block(level.path or type(model).__name__, module, calls[level.path], options)
+            if not _covered(rewrite) & place.weights:
+                raise Declined("other experts of this module were recognised, these were not")
+            install(module, rewrite.program)
+        except Declined as err:
+            progress = getattr(err, "progress", 0)
+            if progress > best_progress:
+                best_progress = progress
+                best = _Attempt(None, level.path, err.reason, err.where or place.source)
+            best.seconds += time.perf_counter() - started
+            continue
+        outcome.rewrites[level.path] = rewrite
+        outcome.checks.append(rewrite.check)
+        return _Attempt(rewrite, level.path, covered=_covered(rewrite), seconds=rewrite.seconds)
+    return best
+
+
+def _levels(place: Place) -> Iterator[Any]:
+    seen: set[str] = set()
+    for level in place.levels:
+        if level.path not in seen and not level.path.startswith("<"):
+            seen.add(level.path)
+            yield level
+        if len(seen) == LEVELS:
+            return
+
+
+def _covered(rewrite: Rewrite) -> set[str]:
+    """Parameter paths, relative to the rewritten module, of every expert it holds."""
+    return {p for f in rewrite.found for p in expert_paths(f.experts)} | {
+        f"{rewrite.check.name}.{p}" for f in rewrite.found for p in expert_paths(f.experts)
+    }
+
+
+def _inputs(model: nn.Module, call: Call, paths: set[str]) -> dict[str, Call]:
+    """The first real call of each module in ``paths``."""
+    found: dict[str, Call] = {}
+    handles = []
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if path not in found:
+                found[path] = clone_inputs((tuple(args), dict(kwargs)))
+
+        return hook
+
+    for path in paths:
+        if not path.startswith("<"):
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(keep(path), with_kwargs=True))
+    rng = torch.get_rng_state()
+    try:
+        args, kwargs = clone_inputs(call)
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as err:
+        raise CaptureError(f"{type(model).__name__} raised {type(err).__name__}: {err}") from err
+    finally:
+        for handle in handles:
+            handle.remove()
+        torch.set_rng_state(rng)
+    return found
+
+
+def _report(
+    model: nn.Module, places: list[Place], attempts: list[tuple[Place, _Attempt]], outcome: Outcome
+) -> Iterator[BlockReport]:
+    by_place = {id(p): a for p, a in attempts}
+    for place in places:
+        attempt = by_place.get(id(place))
+        path = place.call.path
+        if attempt is None:
+            yield BlockReport(path or type(model).__name__, "dense_ffn", "declined", dense_reason(place), source=place.source)
+            continue
+        name = attempt.path or path or type(model).__name__
+        if attempt.rewrite is None:
+            yield BlockReport(
+                name, "moe", "declined", attempt.reason or "no module around it could be probed", place.experts or None,
+                source=attempt.where or place.source, seconds=attempt.seconds,
+            )  # fmt: skip
+            continue
+        found = next(f for f in attempt.rewrite.found if _paths(attempt, f) & place.weights)
+        exact = attempt.rewrite.check.distance_exact
+        del exact
+        yield BlockReport(
+            name, "moe", "rewritten", "", len(found.experts),
+            describe_router(model, attempt.path, found, attempt.rewrite),
+            "moeopt::experts (grouped, one op)",
+            attempt.rewrite.check.distance_rewritten if attempt.rewrite.check.passed is not None else None,
+            found.source, seconds=attempt.seconds,
+            top_k=found.frontier.top_k if found.frontier.ids is not None else None, spec=str(found.spec),
+        )  # fmt: skip
+
+
+def _paths(attempt: _Attempt, found: Any) -> set[str]:
+    prefix = f"{attempt.path}." if attempt.path else ""
+    return {prefix + p for p in expert_paths(found.experts)}
