@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,3 +256,25 @@ def test_info_of_a_damaged_bundle(capsys, tmp_path):
 def test_python_dash_m():
     out = subprocess.run([sys.executable, "-m", "moeopt", "info", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(out.stdout)["torch"] == torch.__version__
+
+
+def test_end_to_end_with_the_real_api(capsys, tmp_path):
+    quickstart = str(Path(__file__).parents[1] / "examples" / "quickstart.py")
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import runpy, torch\n"
+        f"made = runpy.run_path({quickstart!r})\n"
+        "def model():\n    return made['TwoOfEight'](16, 32, 4), torch.randn(2, 5, 16)\n"
+    )
+    code, out, err = run(capsys, "optimize", f"{mine}:model", "--verify", "fast", "--out", tmp_path / "b", "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    assert [b["status"] for b in data["report"]["blocks"]] == ["rewritten"] and data["certificate"]["passed"] is True
+    code, out, err = run(capsys, "verify", tmp_path / "b")
+    assert code == 0 and "PASSED" in out, out + err
+    code, out, _ = run(capsys, "info", tmp_path / "b")
+    assert code == 0 and "rewritten" in out
+    weights = tmp_path / "b" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    code, out, err = run(capsys, "verify", tmp_path / "b", "--quiet")
+    assert code == 1 and out == "" and err.startswith("moeopt: ") and "weights.safetensors" in err
