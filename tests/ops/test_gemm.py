@@ -60,7 +60,12 @@ def test_every_spelling(kind, dtype, bias, monkeypatch):
     ],
 )
 def test_the_choice(rows, dtype, row_major, kind):
-    assert gemm.choose_gemm(rows, dtype, row_major) == kind
+    assert gemm.choose_gemm(rows, dtype, row_major, elements=7168 * 1024) == kind
+
+
+def test_a_small_float32_weight_is_left_to_linear():
+    assert gemm.choose_gemm(8, torch.float32, True, elements=768 * 512) == "linear"
+    assert gemm.choose_gemm(8, torch.bfloat16, True, elements=768 * 512) == "mm_t"
 
 
 @pytest.fixture

@@ -26,9 +26,12 @@ from torch import Tensor
 
 Gemm = Literal["mv", "linear", "mm_t", "onednn"]
 
+LARGE = 1 << 20
+"""Elements (4 MB of float32) from which W streams from memory; a smaller W stays in cache, where F.linear is ahead."""
 
-def choose_gemm(rows: int, dtype: torch.dtype, row_major: bool) -> Gemm:
-    """The fastest spelling for ``rows`` rows; ``row_major``: W (O, I) lies with I contiguous."""
+
+def choose_gemm(rows: int, dtype: torch.dtype, row_major: bool, elements: int) -> Gemm:
+    """The fastest spelling for ``rows`` rows and a W (O, I) of ``elements``; ``row_major``: I is contiguous."""
     if dtype == torch.bfloat16:
         if row_major:
             return "mv" if rows == 1 else "mm_t"
@@ -36,13 +39,13 @@ def choose_gemm(rows: int, dtype: torch.dtype, row_major: bool) -> Gemm:
     if dtype == torch.float32 and row_major:
         if rows == 1:
             return "mv"
-        return "mm_t" if 4 <= rows <= 48 else "linear"
+        return "mm_t" if 4 <= rows <= 48 and elements >= LARGE else "linear"
     return "linear"
 
 
 def linear(x_MI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
     """``F.linear``, spelled the fast way; any strides of ``w_OI``; the result may be a transposed view."""
-    kind = choose_gemm(x_MI.shape[0], w_OI.dtype, w_OI.stride(1) == 1)
+    kind = choose_gemm(x_MI.shape[0], w_OI.dtype, w_OI.stride(1) == 1, w_OI.numel())
     if kind == "mm_t":
         x_IM = x_MI.t()
         return (torch.mm(w_OI, x_IM) if b_O is None else torch.addmm(b_O.unsqueeze(1), w_OI, x_IM)).t()
@@ -56,7 +59,7 @@ def linear(x_MI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
 
 def linear_into(y_MO: Tensor, x_MI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> None:
     """:func:`linear`, written to the rows ``y_MO``."""
-    kind = choose_gemm(x_MI.shape[0], w_OI.dtype, w_OI.stride(1) == 1)
+    kind = choose_gemm(x_MI.shape[0], w_OI.dtype, w_OI.stride(1) == 1, w_OI.numel())
     if kind == "mv" and b_O is None:
         torch.mv(w_OI, x_MI[0], out=y_MO[0])
     elif kind == "linear" and b_O is None:
