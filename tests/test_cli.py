@@ -217,7 +217,7 @@ def test_hugging_face_config_and_directory(capsys, api, tmp_path):
     assert run(capsys, "explain", tmp_path / "config.json")[0] == 0
     (_, (model, inputs), _) = api.calls[-1]
     assert type(model).__name__ == "MixtralForCausalLM" and not model.training
-    assert inputs["input_ids"].shape == (1, 16) and int(inputs["input_ids"].max()) < 64
+    assert inputs["input_ids"].shape == (2, 16) and int(inputs["input_ids"].max()) < 64
     model.save_pretrained(tmp_path / "saved")
     assert run(capsys, "explain", tmp_path / "saved", "--seed", 5)[0] == 0
     (_, (again, _), _) = api.calls[-1]

@@ -21,7 +21,7 @@ FORMS = (
     "(a factory returns the model, or the model and its example inputs)"
 )
 TOKENS = 16
-"""How many made-up token ids a Hugging Face model is tried on."""
+"""How many made-up token ids each of two sequences has: export takes a batch of one for a fixed size."""
 
 
 def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) -> tuple[Any, Any]:
@@ -103,5 +103,5 @@ def _hugging_face(path: Path, weights: bool, trust_remote_code: bool, seed: int)
         hint = "" if trust_remote_code or "trust_remote_code" not in str(err) else ": add --trust-remote-code"
         raise UsageError(f"{path}: transformers cannot load it{hint} ({type(err).__name__}: {str(err)[:300]})") from err
     vocabulary = getattr(config.get_text_config(), "vocab_size", 2)
-    ids = torch.randint(0, vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(0, vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(seed))
     return model.eval(), {"input_ids": ids, "use_cache": False}

@@ -35,12 +35,46 @@ def write_graph(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], 
         "inputs": inputs,
         "weights": weights,
     }
-    names = {n.name: n.name for n in program.graph.nodes if n.op == "placeholder"}
+    names = _Names(program, weights, tensors)
     graph["nodes"] = list(_nodes(program, names))
     graph["outputs"], graph["write_back"] = _outputs(program, names)
     symbols = {d for i in inputs for d in i.get("shape", []) if isinstance(d, str)}
     graph["sizes"] = sizes.encode_ranges(program.range_constraints, symbols)
+    names.forget_unread(graph)
     return graph, tensors
+
+
+class _Names:
+    """The name under which each node's value is found in the JSON, and which weights are read by name."""
+
+    def __init__(self, program: Any, weights: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+        placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+        written = {s.target for s in program.graph_signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION}
+        self.weights, self.tensors = weights, tensors
+        self.fixed = {placeholders[n]: tensors[t] for n, t in weights.items() if t not in written}
+        self.read: set[str] = set()
+        self._names = {name: name for name in placeholders}
+
+    def __call__(self, node: torch.fx.Node) -> str:
+        self.read.add(self._names[node.name])
+        return self._names[node.name]
+
+    def same(self, node: torch.fx.Node, source: torch.fx.Node) -> None:
+        self._names[node.name] = self._names[source.name]
+        if source in self.fixed:
+            self.fixed[node] = self.fixed[source]
+
+    def add(self, node: torch.fx.Node, view: torch.Tensor | None = None) -> None:
+        self._names[node.name] = node.name
+        if view is not None:
+            key = f"{self.weights[self._names[node.all_input_nodes[0].name]]}|{node.name}"
+            self.weights[node.name], self.tensors[key], self.fixed[node] = key, view, view
+
+    def forget_unread(self, graph: dict[str, Any]) -> None:
+        """Drop the weights that are read through views only."""
+        kept = self.read | {w["into"] for w in graph["write_back"]}
+        for name in [n for n in self.weights if n not in kept]:
+            self.tensors.pop(self.weights.pop(name))
 
 
 def _tree(spec: Any, what: str) -> Any:
@@ -93,30 +127,39 @@ def _input(node: torch.fx.Node) -> dict[str, Any]:
         raise NotSaveableError(f"the input {node.name!r} is {err}") from None
 
 
-def _nodes(program: Any, names: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """One entry for each node that computes something; ``names`` gets the name under which each value is found."""
+def _nodes(program: Any, names: _Names) -> Iterator[dict[str, Any]]:
+    """One entry for each node that computes something."""
     for node in program.graph.nodes:
         if node.op in ("placeholder", "output") or tidy.computes_nothing(node):
             continue
-        source = tidy.same_as(node)
-        names[node.name] = node.name if source is None else names[source.name]
-        if source is None:
+        source, view = tidy.same_as(node), tidy.view_of_weight(node, names.fixed)
+        if source is not None:
+            names.same(node, source)
+            continue
+        names.add(node, view)
+        if view is None:
             yield _node(node, names)
 
 
-def _node(node: torch.fx.Node, names: dict[str, str]) -> dict[str, Any]:
+def _node(node: torch.fx.Node, names: _Names) -> dict[str, Any]:
     if node.op == "get_attr":
         user = next(iter(node.users), None)
         what = f"the op {user.target}" if user is not None else f"the attribute {node.target}"
         raise NotSaveableError(f"{what} runs a sub-graph ({node.target}){_source(node)}: a bundle holds one flat graph")
+    source = node.args[0] if node.target is torch.ops.aten.as_strided.default else None
+    if isinstance(source, torch.fx.Node) and source.name in names.weights:
+        raise NotSaveableError(
+            f"the op {node.target} reads the storage of {names.weights[source.name]!r} at sizes known at run time "
+            f"only{_source(node)}: a bundle's storages are not the model's"
+        )
     try:
         out = {
             "op": allow.name_of(node.target),
-            "args": encode(node.args, lambda n: names[n.name]),
+            "args": encode(node.args, names),
             "out": node.name,
         }
         if node.kwargs:
-            out["kwargs"] = {k: encode(v, lambda n: names[n.name]) for k, v in node.kwargs.items()}
+            out["kwargs"] = {k: encode(v, names) for k, v in node.kwargs.items()}
     except (BundleError, TypeError) as err:
         raise NotSaveableError(f"the op {node.target} ({node.name}) cannot be saved{_source(node)}: {err}") from None
     value = node.meta.get("val")
@@ -130,17 +173,17 @@ def _source(node: torch.fx.Node) -> str:
     return f" ({lines[-1]})" if lines else ""
 
 
-def _outputs(program: Any, names: dict[str, str]) -> tuple[list[Any], list[dict[str, str]]]:
+def _outputs(program: Any, names: _Names) -> tuple[list[Any], list[dict[str, str]]]:
     (node,) = (n for n in program.graph.nodes if n.op == "output")
     outputs: list[Any] = []
     write_back: list[dict[str, str]] = []
     weights = {s.target: n for n, s in _named_specs(program)}
     for value, spec in zip(node.args[0], program.graph_signature.output_specs, strict=True):
         if spec.kind == OutputKind.USER_OUTPUT:
-            outputs.append(encode(value, lambda n: names[n.name]))
+            outputs.append(encode(value, names))
         elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
             into = weights.get(spec.target, spec.target)
-            write_back.append({"from": names[value.name], "into": into})
+            write_back.append({"from": names(value), "into": into})
         elif isinstance(spec.arg, TensorArgument):
             raise NotSaveableError(f"the graph's result {spec.arg.name!r} is a {spec.kind.name.lower()}")
     return outputs, write_back

@@ -196,4 +196,4 @@ def _version() -> str:
 
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version("moeopt")
-    return "unknown"
+    return "source tree"

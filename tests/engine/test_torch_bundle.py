@@ -243,8 +243,32 @@ def test_what_computes_nothing_is_left_out(tmp_path):
     model = Idle().eval()
     directory = save(tmp_path / "b", model, golden_inputs=(), golden_outputs=())
     ops = [n["op"] for n in json.loads((directory / "graph.json").read_text())["nodes"]]
-    assert ops == ["aten.mul.Tensor", "aten.slice.Tensor", "aten.add.Tensor"]
+    assert ops == ["aten.mul.Tensor", "aten.clone.default", "aten.slice.Tensor", "aten.add.Tensor"]
     same(load_torch_bundle(directory)(rows(4)), model(rows(4)))
+
+
+class Restacked(nn.Module):
+    """Experts re-pointed into one stack with a gap before it; the graph sees the stack through the first of them."""
+
+    def __init__(self):
+        super().__init__()
+        store = torch.randn(3 + E * H * H)
+        self.parts = nn.ParameterList([nn.Parameter(store[3 + e * H * H :][: H * H].view(H, H)) for e in range(E)])
+
+    def forward(self, x):
+        first = self.parts[0]
+        stack = first.as_strided((E, H, H), (H * H, H, 1), first.storage_offset())
+        return torch.einsum("th,ehk->tk", x, stack) + x @ self.parts[2].t()[:, 1:].unsqueeze(0)[0].repeat(1, 8)[:, :H]
+
+
+def test_a_stack_seen_through_one_expert(tmp_path):
+    model = build(Restacked)
+    directory = save(tmp_path / "b", model)
+    graph = json.loads((directory / "graph.json").read_text())
+    assert not [n for n in graph["nodes"] if n["op"] == "aten.as_strided.default"]
+    assert (directory / "weights.safetensors").stat().st_size < 4 * E * H * H + 1000
+    with torch.no_grad():
+        assert torch.equal(load_torch_bundle(directory)(rows(3)), model(rows(3)))
 
 
 def test_a_copy_of_a_weight_stays_a_copy(tmp_path):
@@ -311,9 +335,19 @@ class Secret(nn.Module):
         return torch.ops.moeopt_tests.secret(x)
 
 
+class Striding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(99, H))
+
+    def forward(self, x):
+        return x + self.w.as_strided((x.shape[0], H), (H, 1), 0)
+
+
 @pytest.mark.parametrize(
     ("model", "text"),
     [
+        (Striding(), "aten.as_strided.default reads the storage of 'w' at sizes known at run time only"),
         (Branching(), "the op cond runs a sub-graph"),
         (Secret(), "the op moeopt_tests.secret.default (secret) cannot be saved"),
         (Secret(), "its namespace is moeopt_tests"),
