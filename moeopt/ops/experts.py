@@ -162,12 +162,12 @@ def _backward(grad, x, ids, weights, w_in, w_out, b_in, b_out, norm, spec, needs
     wanted = [leaf.requires_grad_() for i in needs for leaf in leaves[i]]
     rest = iter(leaves[2:])
     bank = unflatten([[leaf for _ in part for leaf in next(rest)] for part in lists], known)
-    with torch.enable_grad():
-        y = experts_reference(leaves[0][0], ids, leaves[1][0], bank, known)
     totals = [torch.zeros_like(whole[i], memory_format=torch.contiguous_format) for i in needs]
-    if not y.requires_grad:  # no expert was hit
-        return totals
-    found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        y = experts_reference(leaves[0][0], ids, leaves[1][0], bank, known)
+        if not y.requires_grad:  # no expert was hit
+            return totals
+        found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
     for i, total in zip(needs, totals, strict=True):
         for piece in total.unbind(0) if E and i > 1 else [total]:
             grad_of_piece = next(found)

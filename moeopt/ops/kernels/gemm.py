@@ -62,12 +62,12 @@ def linear_into(y_MO: Tensor, x_MI: Tensor, w_OI: Tensor, b_O: Tensor | None) ->
     kind = choose_gemm(x_MI.shape[0], w_OI.dtype, w_OI.stride(1) == 1, w_OI.numel())
     if kind == "mv" and b_O is None:
         torch.mv(w_OI, x_MI[0], out=y_MO[0])
-    elif kind == "linear" and b_O is None:
-        torch.mm(x_MI, w_OI.t(), out=y_MO)
-    elif kind == "linear":
-        torch.addmm(b_O, x_MI, w_OI.t(), out=y_MO)
-    else:
+    elif kind != "linear":
         y_MO.copy_(linear(x_MI, w_OI, b_O))
+    elif b_O is None:
+        torch.mm(x_MI, w_OI.t(), out=y_MO)
+    else:
+        torch.addmm(b_O, x_MI, w_OI.t(), out=y_MO)
 
 
 @functools.cache
