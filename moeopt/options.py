@@ -54,8 +54,9 @@ class Options:
     """The choices of one ``moeopt.optimize``; raises ``UsageError`` for a value it cannot take.
 
     Args:
-        device: where the optimised model runs; None means where the model is. A string is converted.
-        dtype: the dtype that the model's floating-point parameters are cast to first; None leaves them.
+        device: where the optimised model runs; None means where the model is. A string becomes a ``torch.device``.
+        dtype: the dtype that the model's floating-point parameters are cast to first; None leaves them. A string
+            becomes a ``torch.dtype``.
         verify: ``strict`` runs every case, ``fast`` fewer, ``off`` none (the certificate says so).
         tune: measure the lowerings on this machine instead of estimating their cost.
         dense: what happens to a dense FFN: ``leave`` it, or ``split`` its neurons into ``experts`` groups.
@@ -71,8 +72,8 @@ class Options:
         dump: a directory that gets the graph after each pass; None means none.
     """
 
-    device: torch.device | str | None = None
-    dtype: torch.dtype | str | None = None
+    device: Any = None
+    dtype: Any = None
     verify: Verify = field(default_factory=lambda: _env("MOEOPT_VERIFY", "strict", str, "a level"))
     tune: bool = False
     dense: Dense = "leave"
