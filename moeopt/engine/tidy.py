@@ -6,7 +6,7 @@
     a view of a weight                      taken when the graph is saved; the file holds the weight's bytes once
 
 The last is more than tidiness: ``as_strided`` names an offset into a storage, and loading makes new storages.
-In a Mixtral of 4 small layers (batched_mm) that is 54 of 435 nodes. A call costs a few microseconds whatever it computes.
+In a Mixtral of 4 small layers (batched_mm) that is 54 of 435 nodes; a call costs microseconds whatever it computes.
 """
 
 from __future__ import annotations
