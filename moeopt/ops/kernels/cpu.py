@@ -110,12 +110,26 @@ def _one_by_one(
     """Each expert from its rows to its terms; a GEMM may leave its result transposed, and the next takes it so."""
     dtype = r_RH.dtype
     for e, begin, end in groups:
-        r_MH, pairs = r_RH[begin:end], zip(bank.w_in(e), bank.b_in(e), strict=True)
+        low, high = _window(begin, end, r_RH)
+        r_MH, pairs = r_RH[low:high], zip(bank.w_in(e), bank.b_in(e), strict=True)
         h = tuple([linear(r_MH, *_operands(w, b, dtype, spec.w_in_layout)) for w, b in pairs])
         o_MH = linear(apply_gate(h, spec), *_operands(bank.w_out(e), bank.b_out(e), dtype, spec.w_out_layout))
         if spec.out_norm_eps is not None:
             o_MH = rms_norm(o_MH.contiguous(), bank.norm(e), spec)
-        _weigh(o_MH, None if w_R1 is None else w_R1[begin:end], term_RH[begin:end])
+        _weigh(o_MH[begin - low : end - low], None if w_R1 is None else w_R1[begin:end], term_RH[begin:end])
+
+
+def _window(begin: int, end: int, r_RH: Tensor) -> tuple[int, int]:
+    """Rows to multiply so that rows begin..end are among them: whole sixteens, for the 16-bit dtypes.
+
+    oneDNN compiles a kernel for each new row count (about 2 ms a GEMM), and AMX works in tiles of 16
+    anyway; neighbouring experts' rows fill the last tile, and their results are dropped.
+    """
+    if r_RH.dtype.itemsize != 2 or end - begin <= 16:
+        return begin, end
+    rows = min(-(-(end - begin) // 16) * 16, r_RH.shape[0])
+    low = min(begin, r_RH.shape[0] - rows)
+    return low, low + rows
 
 
 def _weigh(o_MH: Tensor, w_M1: Tensor | None, term_MH: Tensor) -> None:
