@@ -84,7 +84,7 @@ def _attempt(
     model: nn.Module, place: Place, outcome: Outcome, calls: dict[str, Call], options: Options
 ) -> _Attempt:
     best = _Attempt()
-    best_progress = -1
+    best_progress = -2
     fuel = options.fuel
     for level in _levels(place):
         done = outcome.rewrites.get(level.path)

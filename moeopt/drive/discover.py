@@ -110,7 +110,7 @@ def _biased(node: fx.Node, memo: dict[fx.Node, bool]) -> fx.Node:
 class _Finder:
     def __init__(self, tape: Tape, chains: list[Chain], leaves: dict[Site, tuple[str, bool]]) -> None:
         self.tape, self.chains, self.leaves = tape, chains, leaves
-        self.home = {c: self._common([c.out, *c.ins]) for c in chains}
+        self.home = {c: self._common([*c.outs, *c.ins]) for c in chains}
         self.named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
         self.used = {path for path, _ in leaves.values()}
 
@@ -146,7 +146,7 @@ class _Finder:
     def _place(self, kind: str, call: Call, group: list[Chain]) -> Place:
         levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
         first = group[0].ins[0].product
-        weights = {self.leaves[s][0] for c in group for s in (*c.ins, c.out)}
+        weights = {self.leaves[s][0] for c in group for s in (*c.ins, *c.outs)}
         return Place(kind, call, levels, first.meta["index"], first.meta.get("source", ""), group, len(group), weights)
 
     def _expert_groups(self, call: Call, free: list[Chain]) -> list[list[Chain]]:

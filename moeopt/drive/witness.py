@@ -8,6 +8,7 @@ small matrices are mixed in: a router row is the direction that its expert likes
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -126,8 +127,9 @@ def _ids(count: int, slots: int, experts: int, generator: torch.Generator) -> to
 def aimed_rows(module: nn.Module, width: int, limit: int = 4096) -> torch.Tensor | None:
     """Rows of the block's small matrices with ``width`` columns: likely router rows."""
     found = []
+    alike = Counter(p.shape for p in module.parameters())  # experts come in numbers, a router is alone
     for parameter in module.parameters():
-        if parameter.dim() == 2 and parameter.is_floating_point() and parameter.device.type != "meta":
+        if alike[parameter.shape] <= 2 and parameter.dim() == 2 and parameter.is_floating_point() and parameter.device.type != "meta":
             rows = parameter if parameter.shape[1] == width else parameter.t() if parameter.shape[0] == width else None
             if rows is not None and rows.shape[0] <= limit:
                 found.append(rows.detach().float().cpu())

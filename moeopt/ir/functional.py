@@ -65,6 +65,8 @@ def functional_twin(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ta
             if not _written(candidate):
                 return Twin(candidate, args, rest, _cast_to(target, candidate, args, rest))
         raise CaptureError(f"{func} has no functional form that the trace can record; avoid out= there")
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return Twin(func, args, kwargs, lambda old, new: [])
     functional = packet_name.removesuffix("_")
     packet = getattr(namespace, functional, None)
     if not packet_name.endswith("_") or packet is None or not hasattr(packet, overload or "default"):

@@ -137,12 +137,15 @@ def _site(tape: Tape, node: fx.Node, memo: dict[fx.Node, bool]) -> Site | None:
     return site
 
 
-def _blocks(tape: Tape, weight: fx.Node, prefix: tuple[int, ...], k: int, m: int, swap: bool) -> list[MatrixRef]:
-    """The matrix as one ref, or as equal column blocks that each lie in a Parameter."""
-    whole = matrix_ref(tape, weight, prefix, k, m, swap)
-    if whole is not None:
-        return [whole]
-    for blocks in range(2, m + 1):
+def _blocks(
+    tape: Tape, weight: fx.Node, prefix: tuple[int, ...], k: int, m: int, swap: bool, count: int = 0
+) -> list[MatrixRef]:
+    """The matrix as one ref, or as equal column blocks (``count`` of them, if known) that each lie in a Parameter."""
+    if count in (0, 1):
+        whole = matrix_ref(tape, weight, prefix, k, m, swap)
+        if whole is not None:
+            return [whole]
+    for blocks in [count] if count else range(2, m + 1):
         if m % blocks:
             continue
         refs = [_block(tape, weight, prefix, k, m // blocks, swap, i) for i in range(blocks)]
@@ -208,13 +211,16 @@ def _batched(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left:
             node, node, operand, axis, axis, refs, torch.arange(len(refs)).repeat(rows), blocks=len(refs)
         )
     known: dict[MatrixRef, int] = {}
-    matrix = torch.empty(b, dtype=torch.long)
+    picks = []
+    blocks = 0
     for i in range(b):
-        ref = matrix_ref(tape, weight, (i,), k, m, swap=left)
-        if ref is None:
+        refs = _blocks(tape, weight, (i,), k, m, swap=left, count=blocks)
+        if not refs:
             return None
-        matrix[i] = known.setdefault(ref, len(known))
-    return Site(node, node, operand, axis, axis, list(known), matrix.repeat_interleave(rows))
+        blocks = len(refs)
+        picks.append([known.setdefault(ref, len(known)) for ref in refs])
+    matrix = torch.tensor(picks).repeat_interleave(rows, 0).flatten()
+    return Site(node, node, operand, axis, axis, list(known), matrix, blocks=blocks)
 
 
 def _grouped(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: bool) -> Site | None:

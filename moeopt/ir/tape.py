@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moeopt.errors import CaptureError
 from moeopt.ir.functional import functional_twin, inverse_view, mutated_args
 from moeopt.ir.state import ModuleState
-from moeopt.ir.tree import tree_map
+from moeopt.ir.tree import leaves_of, tree_map
 
 aten = torch.ops.aten
 
@@ -88,6 +88,10 @@ class Tape:
             index = self.calls[index].parent
         return chain[::-1]
 
+    def results(self) -> list[fx.Node]:
+        """Every node that outlives the call: outputs, writes to inputs and buffers, stored attributes."""
+        return leaves_of(fx.Node, [self.output, list(self.mutations.values()), list(self.attributes.values())])
+
     def write_origin(self, node: fx.Node) -> fx.Node | None:
         """For the result of an in-place call: the node that first owned the memory it wrote to."""
         return node.meta.get("origin")
@@ -111,6 +115,9 @@ class _Entry:
     version: int
     parent: torch.Tensor | None = None
     view: tuple[Any, tuple[Any, ...], dict[str, Any], int | None] | None = None
+
+
+_WRAPPED = object()
 
 
 def _storage_key(t: torch.Tensor) -> int:
@@ -345,16 +352,20 @@ class _Recorder(TorchDispatchMode):
         """A submodule's call begins."""
         path = self._paths.get(id(module), f"<{type(module).__name__}>")
         call = Call(len(self.calls), path, module, self.current, len(self.nodes))
-        call.args = tree_map(torch.Tensor, self.node_of, tuple(args))
-        call.kwargs = tree_map(torch.Tensor, self.node_of, dict(kwargs))
+        call.args = tree_map(torch.Tensor, self._boundary, tuple(args))
+        call.kwargs = tree_map(torch.Tensor, self._boundary, dict(kwargs))
         call.first = len(self.nodes)
         self.calls.append(call)
         self.current = call.index
         return call
 
+    def _boundary(self, t: torch.Tensor) -> Any:
+        """The node of a tensor that crosses a module's boundary; tensors inside vmap or grad have none."""
+        return _WRAPPED if torch._C._functorch.is_functorch_wrapped_tensor(t) else self.node_of(t)
+
     def leave_call(self, call: Call, output: Any) -> None:
         """A submodule's call ended."""
-        call.output = tree_map(torch.Tensor, self.node_of, output)
+        call.output = tree_map(torch.Tensor, self._boundary, output)
         call.last = len(self.nodes)
         self.current = call.parent
 

@@ -26,22 +26,47 @@ _VALUE_ARGS = {"index": (0,), "index_select": (0,), "gather": (0,), "index_put":
 
 @dataclass(eq=False)
 class Chain:
-    """One out-site with the in-sites that feed it and the nodes between them, in order."""
+    """Out-sites with the in-sites that feed them and the nodes between, in order.
+
+    Usually one out-site fed by one in-site (two when gate and up are separate). Where all experts' rows
+    are concatenated for the activation and split again, all of them are one chain.
+    """
 
     ins: list[Site]
-    out: Site
+    outs: list[Site]
     mid: list[fx.Node]
     signature: tuple[Any, ...]
 
     @property
+    def out(self) -> Site:
+        """The first out-site."""
+        return self.outs[0]
+
+    def roles(self) -> list[list[Site]]:
+        """In-sites by role: [[packed or plain]] or [[gate...], [up...]] (in either order), alike in length.
+
+        In-sites of one expert read the same operand.
+        """
+        if len(self.outs) == 1 and len(self.ins) <= 2:
+            return [[s] for s in self.ins]
+        groups: dict[fx.Node, list[Site]] = {}
+        for site in self.ins:
+            groups.setdefault(site.operand, []).append(site)
+        sizes = {len(g) for g in groups.values()}
+        if len(sizes) != 1 or max(sizes) > 2:
+            return []
+        return [[g[r] for g in groups.values()] for r in range(max(sizes))]
+
+    @property
     def shape(self) -> tuple[Any, ...]:
         """What parallel experts have in common: the sizes of their matrices."""
-        return tuple((s.matrices[0].k, s.matrices[0].m) for s in (*self.ins, self.out))
+        ends = (self.ins[0].matrices[0], self.out.matrices[0])
+        return (len(self.ins) if len(self.outs) == 1 else len(self.roles()), *((r.k, r.m) for r in ends))
 
     @property
     def merged(self) -> bool:
         """True where one chain serves several experts at once (bmm, grouped, gathered weights)."""
-        return any(len(s.matrices) > 1 for s in (*self.ins, self.out))
+        return len(self.outs) > 1 or any(len(s.matrices) > 1 for s in (*self.ins, self.out))
 
     @property
     def nonlinear(self) -> bool:
@@ -58,6 +83,7 @@ def find_chains(tape: Tape, sites: list[Site], *, loose: bool = False) -> list[C
     products = {s.product: s for s in sites if s.matrices}
     memo: dict[fx.Node, bool] = {}
     chains = []
+    wide: dict[tuple[Site, ...], list[tuple[Site, list[fx.Node]]]] = {}
     for site in sites:
         if not site.matrices:
             continue
@@ -67,9 +93,13 @@ def find_chains(tape: Tape, sites: list[Site], *, loose: bool = False) -> list[C
         ins, mid = found
         if 1 <= len(ins) <= 2 and all(_feeds(i, site, loose) for i in ins):
             ins.sort(key=lambda s: s.node.meta["index"])
-            chains.append(Chain(ins, site, mid, _signature(mid, ins)))
-        elif len(ins) > 2 and not site.blocks > 1:
-            chains.append(Chain(sorted(ins, key=lambda s: s.node.meta["index"]), site, mid, ()))
+            chains.append(Chain(ins, [site], mid, _signature(mid, ins)))
+        elif len(ins) > 2 and all(_feeds(i, site, loose) for i in ins):
+            ins.sort(key=lambda s: s.node.meta["index"])
+            wide.setdefault(tuple(ins), []).append((site, mid))
+    for ins_key, members in wide.items():
+        nodes = sorted({n for _, mid in members for n in mid}, key=lambda n: n.meta["index"])
+        chains.append(Chain(list(ins_key), [s for s, _ in members], nodes, ("wide", _signature(nodes, list(ins_key)))))
     return chains
 
 
@@ -172,13 +202,20 @@ def group_chains(chains: list[Chain]) -> list[list[Chain]]:
     A merged chain is a set of its own; the others are set together when their matrices have the same
     sizes, none reads another's output, and their in-sites are not one and the same.
     """
-    groups: list[list[Chain]] = [[c] for c in chains if c.merged and len(c.ins) <= 2]
+    groups: list[list[Chain]] = [[c] for c in chains if c.merged]
     by_shape: dict[Any, list[Chain]] = {}
     for chain in chains:
         if not chain.merged:
             by_shape.setdefault(chain.shape, []).append(chain)
     for members in by_shape.values():
         groups.extend(_parallel(members))
+    if all(len(g) == 1 for g in groups):  # experts of different sizes: found, so that they can be declined
+        alike: dict[Any, list[Chain]] = {}
+        for chain in chains:
+            if not chain.merged:
+                alike.setdefault((len(chain.ins), chain.ins[0].matrices[0].k, chain.out.matrices[0].m), []).append(chain)
+        for members in alike.values():
+            groups.extend(g for g in _parallel(members) if len(g) > 1)
     return sorted(groups, key=lambda g: (-(len(g) + 10**6 * g[0].merged), g[0].out.node.meta["index"]))
 
 

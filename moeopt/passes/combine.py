@@ -63,6 +63,9 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
     nodes = descendants(tape, [s.node for s in sites])
     nearest = "their outputs never meet in one tensor with a row per token"
     for target in _meeting_points(sites, nodes):
+        if _leaks(tape, target, sites):
+            nearest = f"something beside {target} reads the result of single experts"
+            continue
         if out not in target.meta["shape"] or math.prod(target.meta["shape"]) != labels.tokens * out:
             continue
         index = nodes.index(target)
@@ -87,6 +90,21 @@ def _meeting_points(sites: list[Site], nodes: list[fx.Node]) -> Iterator[fx.Node
         dtype = node.meta.get("dtype")
         if reach == full and dtype is not None and dtype.is_floating_point:
             yield node
+
+
+def _leaks(tape: Tape, target: fx.Node, sites: list[Site]) -> bool:
+    """True where an output still depends on an expert's result by another way than through ``target``."""
+    products = {s.node for s in sites}
+    seen = {target}
+    stack = tape.results()
+    while stack:
+        node = stack.pop()
+        if node in products:
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return False
 
 
 def _read(tape: Tape, labels: Labels, nodes: list[fx.Node], target: fx.Node, axis: int) -> Combine | str:

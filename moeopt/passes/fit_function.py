@@ -19,6 +19,7 @@ from torch import fx
 from moeopt.errors import Declined
 from moeopt.ir.kinds import op_name
 from moeopt.ir.replay import replay
+from moeopt.ir.sites import Site
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
 from moeopt.ir.tape import Tape
 from moeopt.ops.activations import apply_gate
@@ -45,22 +46,24 @@ _PARAMETRIC = ("swish", "softcap", "leaky_relu", "elu")
 
 
 def fit_function(
-    tape: Tape, chain: Chain, labels_in: torch.Tensor, labels_out: torch.Tensor
+    tape: Tape, chain: Chain, out: Site, labels_out: torch.Tensor
 ) -> tuple[ExpertsSpec, bool]:
     """The spec (rows, activation, clamps, offset, dtypes) of the function between the chain's sites.
 
     Also says whether, of two in-sites, the second is the gate.
 
     Args:
-        labels_in: (R,) row label of each in-site row; labels_out: (R',) of each out-site operand row.
+        out: one of the chain's out-sites, with rows on this witness.
+        labels_out: (R,) for each of its operand's rows, the row of the in-sites that it comes from
+            (the rows of all in-sites of one role, end to end), or -1.
 
     Raises:
         Declined: no member of the family computes it; the text names the ops that were seen.
     """
     if _ASSUMED:
         return dataclasses.replace(_ASSUMED[-1], **_dtypes(chain)), False
-    samples = _observe(tape, chain, labels_in, labels_out)
-    for flip in (False, True) if len(chain.ins) == 2 else (False,):
+    samples = _observe(tape, chain, out, labels_out)
+    for flip in (False, True) if len(chain.roles()) == 2 else (False,):
         seen = [(h[::-1] if flip else h, mid) for h, mid in samples]
         for spec in _candidates(tape, chain):
             if all(_agrees(spec, h, mid) for h, mid in seen):
@@ -75,25 +78,25 @@ def fit_function(
 
 
 def _observe(
-    tape: Tape, chain: Chain, labels_in: torch.Tensor, labels_out: torch.Tensor
+    tape: Tape, chain: Chain, out: Site, labels_out: torch.Tensor
 ) -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
-    """[(pre-activation rows of each in-site, resulting rows)] at three magnitudes, matched by row label."""
+    """[(pre-activation rows of each role, resulting rows)] at three magnitudes, matched by row label."""
     generator = torch.Generator().manual_seed(0)
-    order = {int(label): i for i, label in enumerate(labels_in.tolist())}
-    keep = [i for i, label in enumerate(labels_out.tolist()) if label in order][:32]
-    pick = torch.tensor([order[int(labels_out[i])] for i in keep])
+    keep = (labels_out >= 0).nonzero().flatten()[:32]
     samples = []
     for scale in (0.5, 3.0, 30.0):
         given: dict[fx.Node, Any] = {}
         rows = []
-        for site in chain.ins:
-            like = tape.value(site.node)
-            h = torch.randn(labels_in.numel(), site.matrices[0].m, generator=generator, dtype=torch.float64) * scale
-            given[site.node] = site.from_rows(h, like)
-            rows.append(h[pick])
+        for role in chain.roles():
+            pieces = []
+            for site in role:
+                h = torch.randn(site.matrix.numel(), site.matrices[0].m, generator=generator, dtype=torch.float64)
+                pieces.append(h * scale)
+                given[site.node] = site.from_rows(pieces[-1], tape.value(site.node))
+            rows.append(torch.cat(pieces)[labels_out[keep]])
         env = replay(tape, chain.mid, given, torch.float64)
-        operand = env[chain.out.operand] if chain.out.operand in env else given[chain.out.operand]
-        samples.append((tuple(rows), chain.out.rows_in(operand)[torch.tensor(keep)]))
+        operand = env[out.operand] if out.operand in env else given[out.operand]
+        samples.append((tuple(rows), out.rows_in(operand)[keep]))
     return samples
 
 
@@ -152,7 +155,7 @@ def _clamps(tape: Tape, chain: Chain) -> list[tuple[float | None, float | None]]
 
 def _candidates(tape: Tape, chain: Chain) -> Iterator[ExpertsSpec]:
     m, k = chain.ins[0].matrices[0].m, chain.out.matrices[0].k
-    if len(chain.ins) == 2:
+    if len(chain.roles()) == 2:
         layouts = ["separate"]
     elif m == k:
         layouts = ["plain"]

@@ -112,6 +112,8 @@ class _Table:
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
     if a.dtype != b.dtype:
         coarse = min(a.dtype, b.dtype, key=lambda d: torch.finfo(d).bits if d.is_floating_point else 64)
         if not coarse.is_floating_point:

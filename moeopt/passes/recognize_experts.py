@@ -21,7 +21,7 @@ from torch import fx
 from moeopt.errors import Declined
 from moeopt.ir.kinds import moves_rows, op_name
 from moeopt.ir.provenance import MatrixRef
-from moeopt.ir.replay import descendants, row_labels
+from moeopt.ir.replay import CONFLICT, descendants, row_labels
 from moeopt.ir.sites import Site, find_sites
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.tape import Tape
@@ -29,7 +29,7 @@ from moeopt.passes.chains import Chain, find_chains, group_chains
 from moeopt.passes.combine import Combine, Labels, read_combine
 from moeopt.passes.fit_function import fit_function
 from moeopt.passes.frontier import Frontier, find_frontier
-from moeopt.passes.rows import Tokens, match_tokens
+from moeopt.passes.rows import Tokens, match_tokens, token_readings
 from moeopt.rewrite.bank import ExpertRef
 
 
@@ -45,6 +45,7 @@ class Recognition:
     spec: ExpertsSpec
     interior: set[fx.Node]
     source: str
+    functions: dict[object, tuple[ExpertsSpec, bool]]
 
 
 class Uncovered(Declined):
@@ -92,7 +93,7 @@ def recognize(tape: Tape, known: list[Recognition] | None = None) -> list[Recogn
 def _subsets(tape: Tape, group: list[Chain]) -> Iterator[list[Chain]]:
     """The group, and the group without chains that see every token while others do not (shared experts)."""
     yield group
-    if len(group) > 1 and not any(len(c.ins) > 2 for c in group):
+    if len(group) > 1:
         tokens = match_tokens(tape, list(dict.fromkeys(s for c in group for s in c.ins)))
         routed = [c for c in group if tokens.token[c.ins[0]].unique().numel() < tokens.count]
         if 1 < len(routed) < len(group):
@@ -102,16 +103,30 @@ def _subsets(tape: Tape, group: list[Chain]) -> Iterator[list[Chain]]:
 def _recognize_group(
     tape: Tape, group: list[Chain], known: list[Recognition] | None, progress: list[int]
 ) -> Recognition:
-    if any(len(c.ins) > 2 for c in group):
-        raise Declined("an expert's second matmul reads more than two earlier products", _line(group[0]))
-    ins = list(dict.fromkeys(s for c in group for s in c.ins))
-    tokens = match_tokens(tape, ins)
-    progress[0] = 1
+    nearest: Declined | None = None
+    for tokens in token_readings(tape, list(dict.fromkeys(s for c in group for s in c.ins))):
+        here = [1]
+        try:
+            return _recognize_rows(tape, group, tokens, known, here)
+        except Uncovered:
+            raise
+        except Declined as err:
+            if nearest is None or here[0] > progress[0]:
+                nearest, progress[0] = err, here[0]
+    assert nearest is not None
+    raise nearest
+
+
+def _recognize_rows(
+    tape: Tape, group: list[Chain], tokens: Tokens, known: list[Recognition] | None, progress: list[int]
+) -> Recognition:
+    """As :func:`_recognize_group`, with the tensor of tokens chosen."""
     keys: dict[tuple[object, ...], int] = {}
     experts: list[ExpertRef] = []
     labels = Labels({}, {}, tokens.count, 0)
     specs: dict[object, tuple[ExpertsSpec, bool]] = {}
     for recognition in known or []:
+        specs.update(recognition.functions)
         _seed(recognition, group, keys, experts)
     for chain in group:
         _label_chain(tape, chain, tokens, labels, keys, experts, specs)
@@ -122,54 +137,83 @@ def _recognize_group(
     spec = _one_function(specs, group)
     combine = read_combine(tape, labels)
     progress[0] = 3
-    return _with_frontier(tape, group, tokens, labels, experts, spec, combine, known is not None, progress)
+    return _with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known is not None, progress)
 
 
 def _label_chain(
     tape: Tape, chain: Chain, tokens: Tokens, labels: Labels, keys: dict[tuple[object, ...], int],
     experts: list[ExpertRef], specs: dict[object, tuple[ExpertsSpec, bool]],
 ) -> None:  # fmt: skip
-    """Follow the chain's rows from its in-sites to its out-site and enter what each is into ``labels``."""
-    first = chain.ins[0]
-    token = tokens.token[first]
-    for site in chain.ins[1:]:
-        if not torch.equal(tokens.token[site], token):
-            raise Declined("an expert's gate and up products see different tokens", _line(chain))
+    """Follow the chain's rows from its in-sites to its out-sites and enter what each is into ``labels``."""
+    roles = chain.roles()
+    if not roles:
+        raise Declined("an expert's second matmul reads more than two earlier products", _line(chain))
+    token, given = _start_rows(tape, roles, tokens, chain)
+    moved = row_labels(tape, chain.mid, given)
+    for out in chain.outs:
+        rows = moved.get(out.operand, given.get(out.operand))
+        if rows is None:
+            raise Declined(
+                "between an expert's products rows are mixed or normalised, which the op does not carry", _line(chain)
+            )
+        rows = out.rows_in(rows)
+        label = rows[:, 0]
+        if bool((rows != label[:, None]).any()) or bool((label == CONFLICT).any()):
+            raise Declined("between an expert's products features of different rows are mixed", _line(chain))
+        if not bool((label >= 0).any()):
+            labels.token[out] = labels.chain[out] = torch.full_like(label, -1)
+            continue
+        if chain.signature not in specs:
+            specs[chain.signature] = fit_function(tape, chain, out, label)
+        ordered = roles[::-1] if specs[chain.signature][1] else roles
+        _enter_rows(ordered, out, label, token, labels, keys, experts)
+
+
+def _start_rows(
+    tape: Tape, roles: list[list[Site]], tokens: Tokens, chain: Chain
+) -> tuple[torch.Tensor, dict[fx.Node, torch.Tensor]]:
+    """The token of each in-row, and the row's number as a label on every element of the in-sites' outputs."""
+    token = torch.cat([tokens.token[s] for s in roles[0]])
     given = {}
-    for site in chain.ins:
-        like = tape.value(site.node)
-        ids = torch.arange(token.numel())[:, None].expand(-1, site.matrices[0].m)
-        given[site.node] = site.from_rows(ids, like)
-    out = row_labels(tape, chain.mid, given).get(chain.out.operand, given.get(chain.out.operand))
-    if out is None:
-        raise Declined(
-            "between an expert's products rows are mixed or normalised, which the op does not carry", _line(chain)
-        )
-    rows = chain.out.rows_in(out)
-    label = rows[:, 0]
-    if bool((rows != label[:, None]).any()) or bool((label == -2).any()):
-        raise Declined("between an expert's products features of different rows are mixed", _line(chain))
-    if chain.signature not in specs:
-        specs[chain.signature] = fit_function(tape, chain, torch.arange(token.numel()), label)
-    flip = specs[chain.signature][1]
-    ins = chain.ins[::-1] if flip else chain.ins
-    safe = label.clamp_min(0)
-    row_token = torch.where(label >= 0, token[safe], -1)
+    for role in roles:
+        if not torch.equal(torch.cat([tokens.token[s] for s in role]), token):
+            raise Declined("an expert's gate and up products see different tokens", _line(chain))
+        start = 0
+        for site in role:
+            count = site.matrix.numel()
+            ids = torch.arange(start, start + count)[:, None].expand(-1, site.matrices[0].m)
+            given[site.node] = site.from_rows(ids, tape.value(site.node))
+            start += count
+    return token, given
+
+
+def _enter_rows(
+    roles: list[list[Site]], out: Site, label: torch.Tensor, token: torch.Tensor, labels: Labels,
+    keys: dict[tuple[object, ...], int], experts: list[ExpertRef],
+) -> None:  # fmt: skip
+    """Enter the token and the expert of each row of ``out``; new experts are numbered as they appear."""
+    where = [[(s, r) for s in role for r in range(s.matrix.numel())] for role in roles]
+    row_token = torch.where(label >= 0, token[label.clamp_min(0)], -1)
     row_chain = torch.full_like(label, -1)
-    for r in range(label.numel()):
+    known: dict[tuple[int, ...], int] = {}
+    for r, at in enumerate(label.tolist()):
         if row_token[r] < 0:
             continue
-        at = int(label[r])
-        ref = _expert(ins, at, chain.out, int(chain.out.matrix[r]))
-        if ref is None:
-            row_token[r] = -1
-            continue
-        key = (ref.w_in, ref.w_out)
-        if key not in keys:
-            keys[key] = len(experts)
-            experts.append(ref)
-        row_chain[r] = keys[key]
-    labels.token[chain.out], labels.chain[chain.out] = row_token, row_chain
+        picks = [role[at] for role in where]
+        which = (*(id(s) for s, _ in picks), *(int(s.matrix[i]) for s, i in picks), int(out.matrix[r]))
+        if which not in known:
+            ref = _expert([s for s, _ in picks], [i for _, i in picks], out, int(out.matrix[r]))
+            if ref is None:
+                known[which] = -1
+            else:
+                key = (ref.w_in, ref.w_out)
+                if key not in keys:
+                    keys[key] = len(experts)
+                    experts.append(ref)
+                known[which] = keys[key]
+        row_chain[r] = known[which]
+    row_token[row_chain < 0] = -1
+    labels.token[out], labels.chain[out] = row_token, row_chain
 
 
 def _seed(
@@ -189,11 +233,12 @@ def _covered(tape: Tape, experts: list[ExpertRef], group: list[Chain]) -> None:
     for part in (lambda e: e.w_in[0], lambda e: e.w_out):
         refs = [part(e) for e in experts]
         used = {r.path for r in refs}
-        shapes = {named[p].shape for p in used}
+        names = set() if len(used) == 1 and len(experts) > 1 else _siblings(used, named)
+        shapes, held = {named[p].shape for p in used}, {id(named[p]) for p in used}
         missing = sorted(
             name
-            for name in _siblings(used, named)
-            if name not in used and named[name].shape in shapes and not _called(tape, name)
+            for name in names
+            if id(named[name]) not in held and named[name].shape in shapes and not _called(tape, name)
         )
         for path in used:
             whole = named[path]
@@ -237,8 +282,8 @@ def _called(tape: Tape, name: str) -> bool:
     return any(c.path == owner for c in tape.calls) and owner != ""
 
 
-def _expert(ins: list[Site], row: int, out: Site, out_matrix: int) -> ExpertRef | None:
-    picks = [int(s.matrix[row]) for s in ins]
+def _expert(ins: list[Site], rows: list[int], out: Site, out_matrix: int) -> ExpertRef | None:
+    picks = [int(s.matrix[row]) for s, row in zip(ins, rows, strict=True)]
     if out_matrix < 0 or any(p < 0 for p in picks):
         return None
     return ExpertRef(
@@ -251,6 +296,8 @@ def _expert(ins: list[Site], row: int, out: Site, out_matrix: int) -> ExpertRef 
 
 def _one_function(specs: dict[object, tuple[ExpertsSpec, bool]], group: list[Chain]) -> ExpertsSpec:
     found = {spec for spec, _ in specs.values()}
+    if not found:
+        raise Declined("no token reached any of its experts", _line(group[0]))
     if len(found) > 1:
         words = " and ".join(sorted(str(s).split(";")[0] for s in found))
         raise Declined(
@@ -271,7 +318,8 @@ def _natural(experts: list[ExpertRef]) -> list[int]:
 
 def _with_frontier(
     tape: Tape, group: list[Chain], tokens: Tokens, labels: Labels, experts: list[ExpertRef],
-    spec: ExpertsSpec, combine: Combine, known: bool, progress: list[int],
+    spec: ExpertsSpec, combine: Combine,
+    functions: dict[object, tuple[ExpertsSpec, bool]], known: bool, progress: list[int],
 ) -> Recognition:  # fmt: skip
     ins = list(dict.fromkeys(s for c in group for s in c.ins))
     inside = set(descendants(tape, [s.product for s in ins])) | {s.product for s in ins}
@@ -294,7 +342,7 @@ def _with_frontier(
         **_accumulation(combine),
     )
     return Recognition(
-        tokens, frontier, combine, base, ordered, spec, inside, min(_line(c) or "~" for c in group)
+        tokens, frontier, combine, base, ordered, spec, inside, min(_line(c) or "~" for c in group), functions
     )
 
 

@@ -9,6 +9,7 @@ Legend: T tokens, H hidden, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,12 @@ def rows_of(value: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def match_tokens(tape: Tape, sites: list[Site]) -> Tokens:
-    """Find the tensor whose rows the ``sites`` multiply.
+    """The first of :func:`token_readings`."""
+    return next(token_readings(tape, sites))
+
+
+def token_readings(tape: Tape, sites: list[Site]) -> Iterator[Tokens]:
+    """Tensors whose rows the ``sites`` multiply, earliest first, one for each order of rows.
 
     Raises:
         Declined: no tensor before the experts holds their rows.
@@ -54,6 +60,9 @@ def match_tokens(tape: Tape, sites: list[Site]) -> Tokens:
     wanted = {s: s.rows_in(tape.value(s.operand)) for s in sites}
     k = sites[0].matrices[0].k
     weighted: Tokens | None = None
+    orders: list[list[bytes]] = []
+    if len({w.shape[-1] for w in wanted.values()}) > 1:
+        raise Declined("the experts' first matmuls take rows of different widths", sites[0].product.meta.get("source"))
     for node in tape.nodes[:first]:
         shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
         if shape is None or dtype is None or not dtype.is_floating_point or k not in shape or len(shape) < 2:
@@ -63,12 +72,19 @@ def match_tokens(tape: Tape, sites: list[Site]) -> Tokens:
         for axis in sorted((d for d, s in enumerate(shape) if s == k), reverse=True):
             rows = rows_of(tape.value(node), axis)
             exact = _exact(node, axis, rows, wanted)
-            if exact is not None:
-                return exact
+            if exact is not None and (weighted is None or exact.count <= weighted.count):
+                keys = _keys(rows)
+                if keys not in orders:
+                    orders.append(keys)
+                    yield exact
+            if orders:
+                continue
             if weighted is None:
                 weighted = _scaled(node, axis, rows, wanted)
-    if weighted is not None:
-        return weighted
+    if weighted is not None and not orders:
+        yield weighted
+    if orders or weighted is not None:
+        return
     raise Declined(
         "the experts' input rows are not rows of any one tensor (slots that mix tokens, or a transformation "
         "per expert before its first matmul); only whole tokens can be dispatched",
@@ -77,27 +93,43 @@ def match_tokens(tape: Tape, sites: list[Site]) -> Tokens:
 
 
 def _keys(rows: torch.Tensor) -> list[bytes]:
-    data = rows.detach().contiguous().view(torch.uint8).reshape(rows.shape[0], -1).numpy()
+    if not rows.numel():
+        return []
+    data = rows.detach().cpu().contiguous().view(torch.uint8).numpy()
     return [r.tobytes() for r in data]
 
 
 def _exact(node: fx.Node, axis: int, rows: torch.Tensor, wanted: dict[Site, torch.Tensor]) -> Tokens | None:
-    if any(w.dtype != rows.dtype for w in wanted.values()):
-        return None
-    where: dict[bytes, int] = {}
-    for t, key in enumerate(_keys(rows)):
-        if where.setdefault(key, t) != t:
-            return None  # a row that stands twice: a dispatched copy, not the tokens themselves
+    where: dict[torch.dtype, dict[bytes, list[int]]] = {}
     token, scale = {}, {}
     for site, operand in wanted.items():
+        if operand.dtype not in where:
+            table = where[operand.dtype] = {}
+            for t, key in enumerate(_keys(rows.to(operand.dtype))):
+                table.setdefault(key, []).append(t)
         zero = ~operand.bool().any(-1)
-        found = torch.tensor([where.get(key, -2) for key in _keys(operand)], dtype=torch.long)
+        found = _places(_keys(operand), site.matrix, where[operand.dtype])
         found[zero & (found == -2)] = -1
         if (found == -2).any():
             return None
         token[site] = found
         scale[site] = torch.ones(found.shape, dtype=torch.float64)
     return Tokens(node, axis, rows.shape[0], token, scale)
+
+
+def _places(keys: list[bytes], matrix: torch.Tensor, where: dict[bytes, list[int]]) -> torch.Tensor:
+    """Token of each row, -2 for none. Of tokens that are equal, an expert sees each once, in order."""
+    found = torch.full((len(keys),), -2, dtype=torch.long)
+    seen: dict[tuple[bytes, int], int] = {}
+    for r, key in enumerate(keys):
+        tokens = where.get(key)
+        if tokens is not None:
+            turn = 0
+            if len(tokens) > 1:
+                which = (key, int(matrix[r]))
+                turn = seen[which] = seen.get(which, -1) + 1
+            found[r] = tokens[turn % len(tokens)]
+    return found
 
 
 def _scaled(node: fx.Node, axis: int, rows: torch.Tensor, wanted: dict[Site, torch.Tensor]) -> Tokens | None:

@@ -85,6 +85,7 @@ class LiveBank:
                 if part is not None and part.path not in self._places:
                     self._places[part.path] = _Place(root, part.path)
         self._steps = _steps(experts)
+        self._backwards = any(s < 0 for part in self._steps or () for step in _flat(part) for s in step)
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
         """Expert e's first matrices."""
@@ -123,7 +124,7 @@ class LiveBank:
 
     def stacked(self) -> StackedBank | None:
         """The weights as stacked tensors where every part is a regular slice of one Parameter."""
-        if self._steps is None:
+        if self._steps is None or self._backwards:
             return None
         first, count = self._experts[0], self.num_experts
         w_in_step, b_in_step, w_out_step, b_out_step = self._steps
@@ -143,6 +144,10 @@ class LiveBank:
             [stack(r, s, "") for r, s in zip(first.b_in, b_in_step, strict=True)],
             stack(first.b_out, b_out_step, ""),
         )
+
+
+def _flat(part: Any) -> list[tuple[int, ...]]:
+    return [p for p in (part if isinstance(part, list) else [part]) if p is not None]
 
 
 def _steps(experts: list[ExpertRef]) -> tuple[Any, Any, Any, Any] | None:

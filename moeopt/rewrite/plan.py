@@ -21,6 +21,10 @@ from moeopt.ir.tape import Call, Tape
 from moeopt.ir.tree import leaves_of, tree_leaves, tree_map
 
 
+aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+
+
 @dataclass(frozen=True)
 class Ref:
     """The result of an earlier step."""
@@ -254,7 +258,8 @@ class _Planner:
             refs[unit] = plan._add(Step(kind, unit.target if constant is None else constant))
         else:
             source = unit.meta.get("source", "")
-            step = Step("call", unit.target, _tree(unit.args, refs), _tree(dict(unit.kwargs), refs), source)
+            target = aten.reshape.default if unit.target in _VIEWS else unit.target  # inputs may be strided
+            step = Step("call", target, _tree(unit.args, refs), _tree(dict(unit.kwargs), refs), source)
             refs[unit] = plan._add(step)
 
     def _unpack(self, plan: Plan, ref: Ref, output: Any, refs: dict[fx.Node, Ref]) -> None:
