@@ -58,7 +58,7 @@ def test_both_ways_through_the_experts(few, spec, monkeypatch):
         agree(make(spec, T=30, E=3, K=2, dtype=dtype, strange_ids=True, seed=2))
 
 
-@pytest.mark.parametrize("T", (33, 60))
+@pytest.mark.parametrize("T", (9, 33, 60))
 def test_rows_that_fill_a_tile_do_not_leak(T):
     case = make(ExpertsSpec(), T=T, E=2, K=1, dtype=torch.bfloat16)
     case.ids[:] = (torch.arange(T) >= T // 2 + 3)[:, None]

@@ -91,15 +91,15 @@ def _together(
     R, wide = r_RH.shape[0], 0 if spec.w_in_layout == "oi" else 1
     h = tuple([r_RH.new_empty(R, w.shape[wide]) for w in bank.w_in(groups[0][0])])
     for e, begin, end in groups:
-        r_MH = r_RH[begin:end]
         for h_RO, w, b in zip(h, bank.w_in(e), bank.b_in(e), strict=True):
-            linear_into(h_RO[begin:end], r_MH, *_operands(w, b, r_RH.dtype, spec.w_in_layout))
+            _multiply(h_RO, r_RH, begin, end, *_operands(w, b, r_RH.dtype, spec.w_in_layout))
     a_RI = apply_gate(h, spec)
     o_RH = r_RH.new_empty(R, term_RH.shape[1])
     for e, begin, end in groups:
-        o_MH = o_RH[begin:end]
-        linear_into(o_MH, a_RI[begin:end], *_operands(bank.w_out(e), bank.b_out(e), r_RH.dtype, spec.w_out_layout))
+        w, b = _operands(bank.w_out(e), bank.b_out(e), r_RH.dtype, spec.w_out_layout)
+        _multiply(o_RH, a_RI, begin, end, w, b)
         if spec.out_norm_eps is not None:
+            o_MH = o_RH[begin:end]
             o_MH.copy_(rms_norm(o_MH, bank.norm(e), spec))
     _weigh(o_RH, w_R1, term_RH)
 
@@ -119,17 +119,27 @@ def _one_by_one(
         _weigh(o_MH[begin - low : end - low], None if w_R1 is None else w_R1[begin:end], term_RH[begin:end])
 
 
-def _window(begin: int, end: int, r_RH: Tensor) -> tuple[int, int]:
-    """Rows to multiply so that rows begin..end are among them: whole sixteens, for the 16-bit dtypes.
+def _multiply(y_RO: Tensor, x_RI: Tensor, begin: int, end: int, w_OI: Tensor, b_O: Tensor | None) -> None:
+    low, high = _window(begin, end, x_RI)
+    if high - low == end - begin:
+        linear_into(y_RO[begin:end], x_RI[begin:end], w_OI, b_O)
+    else:
+        y_RO[begin:end] = linear(x_RI[low:high], w_OI, b_O)[begin - low : end - low]
+
+
+def _window(begin: int, end: int, x_RI: Tensor) -> tuple[int, int]:
+    """Rows to multiply so that rows begin..end are among them: 2, 4, 8 or whole sixteens, for the 16-bit dtypes.
 
     oneDNN compiles a kernel for each new row count (about 2 ms a GEMM), and AMX works in tiles of 16
     anyway; neighbouring experts' rows fill the last tile, and their results are dropped.
     """
-    if r_RH.dtype.itemsize != 2 or end - begin <= 16:
+    rows = end - begin
+    if x_RI.dtype.itemsize != 2 or rows == 1:
         return begin, end
-    rows = min(-(-(end - begin) // 16) * 16, r_RH.shape[0])
-    low = min(begin, r_RH.shape[0] - rows)
-    return low, low + rows
+    whole = 1 << (rows - 1).bit_length() if rows <= 16 else -(-rows // 16) * 16
+    whole = min(whole, x_RI.shape[0])
+    low = min(begin, x_RI.shape[0] - whole)
+    return low, low + whole
 
 
 def _weigh(o_MH: Tensor, w_M1: Tensor | None, term_MH: Tensor) -> None:

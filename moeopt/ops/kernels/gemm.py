@@ -9,7 +9,6 @@ Shape legend: M rows of x, I in, O out.  y_MO = x_MI @ w_OI.t() + b_O
     float32   F.linear  0.62  0.62  1.14  1.48  1.39  1.68  2.45
               mm(W,xT)  0.51  0.94  0.88  0.89  0.98  1.37  2.35
               oneDNN    0.57  0.78  0.77  0.91  1.09  1.72  2.18
-              mv        0.44
     bfloat16  F.linear  0.61  0.54  0.57  0.53  0.55  0.76  1.17
               mm(W,xT)  0.52  0.36  0.34  0.33  0.36  0.58  0.69
               mv        0.31
@@ -36,10 +35,8 @@ def choose_gemm(rows: int, dtype: torch.dtype, row_major: bool, elements: int) -
         if row_major:
             return "mv" if rows == 1 else "mm_t"
         return "onednn" if rows <= 64 else "linear"
-    if dtype == torch.float32 and row_major:
-        if rows == 1:
-            return "mv"
-        return "mm_t" if 4 <= rows <= 48 and elements >= LARGE else "linear"
+    if dtype == torch.float32 and row_major and 4 <= rows <= 48 and elements >= LARGE:
+        return "mm_t"
     return "linear"
 
 
