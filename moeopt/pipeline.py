@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from moeopt.compare.block import BlockCheck
+from moeopt.compare.state import Guard
 from moeopt.drive.block import Call, Rewrite, rewrite_block
 from moeopt.drive.describe import dense_reason, describe_router
 from moeopt.drive.discover import Place, discover
@@ -152,7 +153,7 @@ def _inputs(model: nn.Module, call: Call, paths: set[str]) -> dict[str, Call]:
     rng = torch.get_rng_state()
     try:
         args, kwargs = clone_inputs(call)
-        with torch.no_grad():
+        with torch.no_grad(), Guard(model):
             model(*args, **kwargs)
     except Exception as err:
         raise CaptureError(f"{type(model).__name__} raised {type(err).__name__}: {err}") from err

@@ -18,6 +18,7 @@ from moeopt.compare.prototype import Prototype
 from moeopt.drive.obstacles import check_experts, check_module, random_reason
 from moeopt.drive.witness import aimed_rows, prototypes, witness
 from moeopt.errors import CaptureError, Declined
+from moeopt.ir.steer import EveryExpert
 from moeopt.ir.tape import Tape, record
 from moeopt.ir.tree import tree_leaves
 from moeopt.options import Options
@@ -109,18 +110,36 @@ def _covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tap
     aimed = aimed_rows(module, first.shape[-1]) if first is not None and first.dim() == 2 else None
     experts = _likely_experts(module, proto)
     last: Uncovered | None = None
-    for tokens, aim in ((48, None), (256, aimed), (1536, aimed)):
+    for tokens, aim, forced, flat in _ATTEMPTS:
         ids = proto.indices("ids")
+        if forced and (last is None or not last.universe):
+            continue
+        if forced:
+            tokens = max(tokens, min(2 * last.universe, 4096))  # type: ignore[union-attr]
         if ids and experts:
             tokens = max(tokens, 2 * math.ceil(experts / proto.rows(ids[0]).shape[-1]))
-        call = witness(proto, tokens, seed, experts=experts, aimed=aim)
-        tape = record(module, *call)
+        call = witness(proto, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
+        steer = EveryExpert(last.universe, seed) if forced and last is not None else None
+        tape = record(module, *call, steer=steer)
         try:
             return call, tape, recognize(tape)
         except Uncovered as err:
             last = err
+        except Declined:
+            if last is None:
+                raise
     assert last is not None
     raise last
+
+
+_ATTEMPTS = (
+    # tokens, aimed at router rows, choices steered, many short sequences
+    (48, False, False, False),
+    (48, False, True, False),
+    (256, True, False, False),
+    (256, True, False, True),
+    (1536, True, False, False),
+)
 
 
 def _likely_experts(module: nn.Module, proto: Prototype) -> int:

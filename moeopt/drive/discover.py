@@ -157,7 +157,7 @@ class _Finder:
             if not members:
                 continue
             merged = members[0].merged or any(self.leaves[s][1] for c in members for s in (*c.ins, c.out))
-            alone = len({self.leaves[c.out][0] for c in members}) < 2
+            alone = len({_identity(c.out.product) for c in members}) < 2
             if not merged and alone and not self._idle_twins(call, members[0]):
                 continue
             if not merged and len(members) > 1 and not self._same_rows(members):
@@ -208,6 +208,17 @@ class _Finder:
         inner = chain.ins[0].matrices[0]
         outer = chain.out.matrices[0]
         return chain.nonlinear and len(chain.ins) <= 2 and inner.k == outer.m and not chain.merged
+
+
+def _identity(product: fx.Node) -> tuple[Any, ...]:
+    """Which part of which Parameter a product multiplies by: its name and the slicing that leads to it."""
+    found = weight_and_operand(product, {})
+    steps: list[Any] = []
+    node = found[0] if found is not None else product
+    while node.op == "call_function" and node.all_input_nodes:
+        steps.append((str(node.target), repr([a for a in node.args if not isinstance(a, fx.Node)])))
+        node = node.all_input_nodes[0]
+    return (str(node.target), *steps)
 
 
 def _row_sources(start: fx.Node, steps: int = 40) -> set[fx.Node]:

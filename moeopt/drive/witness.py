@@ -62,16 +62,19 @@ def _leaf(t: Any, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: i
 
 
 def witness(
-    proto: Prototype, tokens: int, seed: int, *, experts: int = 0, aimed: torch.Tensor | None = None
+    proto: Prototype, tokens: int, seed: int, *, experts: int = 0, aimed: torch.Tensor | None = None, flat: bool = False
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) with about ``tokens`` tokens in a shape that no example is likely to have.
 
     Args:
         experts: when known and ids are arguments, ids cover ``range(experts)``.
         aimed: (R, H) directions to mix in, each at the scale of the real rows.
+        flat: many sequences of two tokens instead of a few long ones.
     """
     generator = torch.Generator().manual_seed(seed)
     grid = _grid(len(proto.grid), tokens)
+    if flat and len(grid) > 1:
+        grid = (tokens // 2, *grid[1:-1], 2)
     count = math.prod(grid)
     rows: dict[int, torch.Tensor] = {}
     order = torch.randint(1 << 30, (count,), generator=generator)

@@ -20,7 +20,7 @@ _MOVES = {
     "index_copy", "unfold", "masked_scatter", "take", "take_along_dim", "diagonal", "tile",
 }  # fmt: skip
 _POINTWISE = {"clamp", "gelu", "silu", "mish", "softplus", "hardtanh", "glu", "elu", "leaky_relu", "celu", "selu",
-              "where", "dropout", "masked_fill", "native_dropout"}  # fmt: skip
+              "where", "_prelu_kernel", "prelu", "dropout", "masked_fill", "native_dropout"}  # fmt: skip
 _MATMULS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm_fallback", "convolution", "linear", "mv",
             "addmv", "_scaled_grouped_mm", "matmul"}  # fmt: skip
 _FACTORIES = {"zeros", "ones", "full", "empty", "arange", "eye", "zeros_like", "ones_like", "empty_like", "full_like",

@@ -26,6 +26,7 @@ from moeopt.ir.state import ModuleState
 from moeopt.ir.tree import leaves_of, tree_map
 
 aten = torch.ops.aten
+Steer = Callable[[Any, tuple[Any, ...], Any], Any]
 
 
 @dataclass
@@ -127,8 +128,9 @@ def _storage_key(t: torch.Tensor) -> int:
 class _Recorder(TorchDispatchMode):
     """Writes each ATen call into ``graph``; see :func:`record`."""
 
-    def __init__(self, root: nn.Module, state: ModuleState, keep_values: bool) -> None:
+    def __init__(self, root: nn.Module, state: ModuleState, keep_values: bool, steer: Steer | None) -> None:
         super().__init__()
+        self.steer = steer
         self.root, self.state, self.keep_values = root, state, keep_values
         self.graph = fx.Graph()
         self.nodes: list[fx.Node] = []
@@ -243,6 +245,8 @@ class _Recorder(TorchDispatchMode):
         node_args = tuple(as_nodes(a) for a in args)
         node_kwargs = {k: as_nodes(v) for k, v in kwargs.items()}
         out = func(*args, **kwargs)
+        if self.steer is not None:
+            out = self.steer(func, args, out)
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["source"] = _user_line()
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -412,6 +416,7 @@ def record(
     kwargs: dict[str, Any] | None = None,
     *,
     keep_values: bool = True,
+    steer: Steer | None = None,
 ) -> Tape:
     """Run ``module(*args, **kwargs)`` once and return its :class:`Tape`.
 
@@ -419,12 +424,13 @@ def record(
         module: any module; run in the mode it is in. Its state is restored afterwards.
         args, kwargs: inputs; tensors in them are cloned first, so the caller's are never written to.
         keep_values: keep every node's value (a block), or only the graph (a whole model).
+        steer: may answer another output than the one an op computed; see ``moeopt.ir.steer``.
 
     Raises:
         CaptureError: the module raised, or did something that the trace cannot carry.
     """
     state = ModuleState(module)
-    recorder = _Recorder(module, state, keep_values)
+    recorder = _Recorder(module, state, keep_values, steer)
     args, kwargs = clone_inputs((tuple(args), dict(kwargs or {})))
     rng = torch.get_rng_state()
     try:

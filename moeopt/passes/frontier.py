@@ -42,6 +42,7 @@ class Frontier:
     weights: Recipe
     experts: list[int]
     kind: str
+    keys: tuple[Key, ...] = ()
 
 
 @dataclass
@@ -61,32 +62,44 @@ class Recipe:
         return value
 
 
+@dataclass
+class Table:
+    """What the witness showed, (T, C): ``visits``, how often expert c saw token t; ``weights``, how it entered.
+
+    ``natural``: chains in the order of their Parameters, the numbering that is tried first.
+    ``universe``: how many experts the model names, those that share Parameters counted apart.
+    """
+
+    weights: torch.Tensor
+    visits: torch.Tensor
+    natural: list[int]
+    universe: int
+
+    @property
+    def chosen(self) -> torch.Tensor:
+        """(T, C) seen with a weight that is not zero."""
+        return (self.visits > 0) & (self.weights != 0)
+
+
 def find_frontier(
-    tape: Tape,
-    before: list[fx.Node],
-    visits: torch.Tensor,
-    weights: torch.Tensor,
-    natural: list[int],
-    weight_dtype: torch.dtype | None,
+    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None, prior: Frontier | None = None
 ) -> Frontier:
     """Find ids and weights among ``before``, nodes that depend on no expert.
 
     Args:
-        visits: (T, C) how often expert c saw token t. weights: (T, C) the weight it entered with.
-        natural: chains in the order of their Parameters; the numbering that is tried first.
-        weight_dtype: dtype of the weights where they multiply, to prefer among equal tensors.
+        dtype: of the weights where they multiply, to prefer among equal tensors.
+        prior: what another witness showed; the same tensors are taken where they still hold.
 
     Raises:
         Declined: no tensor holds the choice or the weights.
     """
-    chosen = (visits > 0) & (weights != 0)
-    table = _Table(weights, visits, chosen, natural)
-    found = [f for f in (_by_ids(tape, before, table, weight_dtype), _by_mask(tape, before, table)) if f]
-    if found:
-        return found[0]
-    dense = _by_dense(tape, before, table)
-    if dense is not None:
-        return dense
+    searches = [_by_ids, _by_mask, _by_dense, _by_choice]
+    found = _again(tape, before, table, prior) if prior is not None else None
+    while found is None and searches:
+        found = searches.pop(0)(tape, before, table, dtype)
+    if found is not None:
+        found.keys = tuple(_key(before, r.source) for r in (found.ids, found.weights) if r is not None)
+        return found
     ids = next(_id_recipes(tape, before, table), None)
     if ids is None:
         raise Declined(
@@ -99,16 +112,61 @@ def find_frontier(
     )
 
 
-@dataclass
-class _Table:
-    weights: torch.Tensor
-    visits: torch.Tensor
-    chosen: torch.Tensor
-    natural: list[int]
+Key = tuple[int, int] | None
 
-    def equal(self, dense: torch.Tensor) -> bool:
-        """(T, C) equal to the weights, in the coarser of the two dtypes."""
-        return _same(dense, self.weights)
+
+def _fingerprints(before: list[fx.Node]) -> dict[fx.Node, int]:
+    """A hash of how each node is computed, sizes left out: equal for the same line of two witnesses."""
+    prints: dict[fx.Node, int] = {}
+
+    def word(a: Any) -> Any:
+        if isinstance(a, fx.Node):
+            return prints.get(a, hash(a.op))
+        if isinstance(a, (list, tuple)):
+            return tuple(word(x) for x in a)
+        return None if isinstance(a, int) and not isinstance(a, bool) else repr(a)
+
+    for node in before:
+        name = str(node.target) if node.op != "get_attr" or "constant" not in node.meta else "constant"
+        prints[node] = hash((node.op, name, tuple(word(a) for a in node.args)))
+    return prints
+
+
+def _key(before: list[fx.Node], node: fx.Node | None) -> Key:
+    if node is None:
+        return None
+    prints = _fingerprints(before)
+    alike = [n for n in before if prints[n] == prints[node]]
+    return prints[node], alike.index(node)
+
+
+def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Frontier) -> Frontier | None:
+    """``prior``'s recipes on the same lines of this tape, if they give what this witness showed."""
+    prints = _fingerprints(before)
+    by_print: dict[int, list[fx.Node]] = {}
+    for node in before:
+        by_print.setdefault(prints[node], []).append(node)
+
+    def here(recipe: Recipe, key: Key) -> Recipe | None:
+        if key is None:
+            return Recipe(None, recipe.steps)
+        alike = by_print.get(key[0], [])
+        return Recipe(alike[key[1]], recipe.steps) if key[1] < len(alike) else None
+
+    keys = list(prior.keys)
+    ids_recipe = here(prior.ids, keys.pop(0)) if prior.ids is not None else None
+    weights_recipe = here(prior.weights, keys.pop(0))
+    if weights_recipe is None or (prior.ids is not None and ids_recipe is None):
+        return None
+    mapping = list(range(len(prior.experts)))
+    try:
+        ids = ids_recipe.run(tape).long() if ids_recipe is not None else table_to_ids(weights_recipe.run(tape))
+        weights = weights_recipe.run(tape, ids)
+        same_form = weights.shape == ids.shape and ids.shape[0] == table.visits.shape[0]
+        fits = same_form and _fits(_rebuilt(ids, weights, mapping, table.visits.shape[1]), table)
+    except (RuntimeError, IndexError):  # the recipe does not apply to what stands on those lines here
+        return None
+    return Frontier(prior.top_k, ids_recipe, weights_recipe, mapping, prior.kind) if fits else None
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -126,7 +184,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _id_recipes(
-    tape: Tape, before: list[fx.Node], table: _Table
+    tape: Tape, before: list[fx.Node], table: Table
 ) -> Iterator[tuple[Recipe, torch.Tensor, list[int]]]:
     """(recipe, ids (T, K), chain of each id) for every integer tensor that names the chosen experts."""
     tokens = table.visits.shape[0]
@@ -174,7 +232,7 @@ def _candidates(before: list[fx.Node], *, floating: bool) -> Iterator[fx.Node]:
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
-def _mapping(ids: torch.Tensor, table: _Table) -> list[int] | None:
+def _mapping(ids: torch.Tensor, table: Table) -> list[int] | None:
     """chain of each id value, such that every visit is named by an id, and every id in range is a visit."""
     experts = table.visits.shape[1]
     seen = table.visits > 0
@@ -186,14 +244,28 @@ def _mapping(ids: torch.Tensor, table: _Table) -> list[int] | None:
     natural = torch.tensor(table.natural)
     if torch.equal(named[:, :experts], seen[:, natural]) or _covers(named[:, :experts], seen[:, natural], table, natural):
         return table.natural
-    sets = {seen[:, c].numpy().tobytes(): c for c in range(experts)}
-    if len(sets) != experts:
+    return _learnt(named, seen, table)
+
+
+def _learnt(named: torch.Tensor, seen: torch.Tensor, table: Table) -> list[int] | None:
+    """The chain whose tokens include those of each id; every id must have one, every visit an id."""
+    mapping = []
+    for v in range(named.shape[1]):
+        fits = (~(named[:, v, None] & ~seen)).all(0) & named[:, v].any()
+        exact = (named[:, v, None] == seen).all(0) & named[:, v].any()
+        choice = exact if int(exact.sum()) == 1 else fits
+        if int(choice.sum()) != 1:
+            return None
+        mapping.append(int(choice.nonzero()))
+    if len(mapping) != max(table.universe, seen.shape[1]) or set(mapping) != set(range(seen.shape[1])):
         return None
-    learnt = [sets.get(named[:, v].numpy().tobytes(), -1) for v in range(experts)]
-    return learnt if sorted(learnt) == list(range(experts)) else None
+    union = torch.zeros_like(seen)
+    for v, c in enumerate(mapping):
+        union[:, c] |= named[:, v]
+    return mapping if torch.equal(union, seen) else None
 
 
-def _covers(named: torch.Tensor, seen: torch.Tensor, table: _Table, natural: torch.Tensor) -> bool:
+def _covers(named: torch.Tensor, seen: torch.Tensor, table: Table, natural: torch.Tensor) -> bool:
     """Dense forms let every expert see every token: there the chosen ones (weight not 0) must be named.
 
     Capacity drops: a named expert may not have seen the token; then nothing else may have.
@@ -217,7 +289,7 @@ def _rebuilt(ids: torch.Tensor, weights: torch.Tensor, mapping: list[int], chain
 
 
 def _by_ids(
-    tape: Tape, before: list[fx.Node], table: _Table, dtype: torch.dtype | None
+    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None
 ) -> Frontier | None:
     tokens, chains = table.visits.shape
     for recipe, ids, mapping in _id_recipes(tape, before, table):
@@ -253,19 +325,19 @@ def _by_ids(
     return None
 
 
-def _exact(rebuilt: torch.Tensor, table: _Table) -> bool:
+def _exact(rebuilt: torch.Tensor, table: Table) -> bool:
     return torch.equal(rebuilt.to(table.weights.dtype), table.weights)
 
 
-def _constant_weights(value: float, table: _Table) -> Recipe:
+def _constant_weights(value: float, table: Table) -> Recipe:
     return Recipe(None, [(aten.to.dtype, (table.weights.dtype,)), (aten.full_like.default, (value,))])
 
 
-def _fits(rebuilt: torch.Tensor, table: _Table) -> bool:
+def _fits(rebuilt: torch.Tensor, table: Table) -> bool:
     return _same(rebuilt.to(table.weights.dtype), table.weights)
 
 
-def _constant(ids: torch.Tensor, mapping: list[int], table: _Table) -> float | None:
+def _constant(ids: torch.Tensor, mapping: list[int], table: Table) -> float | None:
     """The one weight that every visit has (hard routing, or weights applied later), or None."""
     values = table.weights[table.visits > 0]
     if not values.numel() or not bool((values == values[0]).all()):
@@ -290,7 +362,9 @@ def _tables(
         yield [(aten.reshape.default, ([-1, experts],))], -1
 
 
-def _by_dense(tape: Tape, before: list[fx.Node], table: _Table) -> Frontier | None:
+def _by_dense(
+    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None
+) -> Frontier | None:
     """A (T, E) table, or (T, E, C) summed over C, that is the weights themselves."""
     tokens, chains = table.visits.shape
     natural = torch.tensor(table.natural)
@@ -327,14 +401,16 @@ def _after_sum(shape: tuple[int, ...], axis: int, slots: list[int], chains: int)
     return steps
 
 
-def _dense(node: fx.Node, steps: Steps, table: _Table) -> Frontier:
+def _dense(node: fx.Node, steps: Steps, table: Table) -> Frontier:
     """Every expert of a token whose weight is not zero; the others are named E, which adds nothing."""
     chains = table.visits.shape[1]
     full = bool(table.chosen.all())
     return Frontier(chains, None, Recipe(node, steps), table.natural, "dense" if full else "table")
 
 
-def _by_mask(tape: Tape, before: list[fx.Node], table: _Table) -> Frontier | None:
+def _by_mask(
+    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None
+) -> Frontier | None:
     """One-hot choices (T, K, E) with weights (T, K); an all-zero row names the id E, which adds nothing."""
     tokens, chains = table.visits.shape
     for node in before:
@@ -376,6 +452,33 @@ def _by_mask(tape: Tape, before: list[fx.Node], table: _Table) -> Frontier | Non
                 weights = _constant_weights(constant, table)
                 return Frontier(k, recipe, weights, table.natural, "one-hot mask, constant weight")
     return None
+
+
+def _by_choice(
+    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None
+) -> Frontier | None:
+    """A (T, E) table of zeros and ones that says who is chosen, and one that holds their weights."""
+    tokens, chains = table.visits.shape
+    natural = torch.tensor(table.natural)
+    chosen = table.visits[:, natural]
+    want = table.weights[:, natural].double()
+    if bool((chosen > 1).any()):
+        return None
+    ids: Recipe | None = None
+    weights: Recipe | None = None
+    for node in before:
+        kind, shape = node.meta.get("dtype"), node.meta.get("shape")
+        if kind is None or node.op == "get_attr" or not shape or math.prod(shape) != tokens * chains:
+            continue
+        for steps, _ in _tables(shape, tokens, chains):
+            value = Recipe(node, steps).run(tape)
+            if value.shape != chosen.shape:
+                continue
+            if torch.equal(value.double(), chosen.double()):
+                ids = ids or Recipe(node, [*steps, (table_to_ids, ())])
+            elif kind.is_floating_point and _same(torch.where(chosen > 0, value.double(), 0.0), want):
+                weights = weights or Recipe(node, steps)
+    return Frontier(chains, ids, weights, table.natural, "table") if ids and weights else None
 
 
 def mask_to_ids(onehot_TKE: torch.Tensor) -> torch.Tensor:

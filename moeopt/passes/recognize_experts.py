@@ -28,7 +28,7 @@ from moeopt.ir.tape import Tape
 from moeopt.passes.chains import Chain, find_chains, group_chains
 from moeopt.passes.combine import Combine, Labels, read_combine
 from moeopt.passes.fit_function import fit_function
-from moeopt.passes.frontier import Frontier, find_frontier
+from moeopt.passes.frontier import Frontier, Table, find_frontier
 from moeopt.passes.rows import Tokens, match_tokens, token_readings
 from moeopt.rewrite.bank import ExpertRef
 
@@ -49,7 +49,12 @@ class Recognition:
 
 
 class Uncovered(Declined):
-    """Some experts were never chosen on this witness: try another before deciding."""
+    """Some experts were never chosen on this witness: try another before deciding.
+
+    ``universe`` is how many experts there seem to be.
+    """
+
+    universe = 0
 
 
 def recognize(tape: Tape, known: list[Recognition] | None = None) -> list[Recognition]:
@@ -126,8 +131,7 @@ def _recognize_rows(
     labels = Labels({}, {}, tokens.count, 0)
     specs: dict[object, tuple[ExpertsSpec, bool]] = {}
     for recognition in known or []:
-        specs.update(recognition.functions)
-        _seed(recognition, group, keys, experts)
+        _seed(recognition, group, keys, experts, specs)
     for chain in group:
         _label_chain(tape, chain, tokens, labels, keys, experts, specs)
     labels.chains = len(experts)
@@ -137,7 +141,7 @@ def _recognize_rows(
     spec = _one_function(specs, group)
     combine = read_combine(tape, labels)
     progress[0] = 3
-    return _with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known is not None, progress)
+    return _with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known, progress)
 
 
 def _label_chain(
@@ -217,11 +221,13 @@ def _enter_rows(
 
 
 def _seed(
-    known: Recognition, group: list[Chain], keys: dict[tuple[object, ...], int], experts: list[ExpertRef]
-) -> None:
+    known: Recognition, group: list[Chain], keys: dict[tuple[object, ...], int], experts: list[ExpertRef],
+    specs: dict[object, tuple[ExpertsSpec, bool]],
+) -> None:  # fmt: skip
     """Number the experts as an earlier witness did, if this group is the same one."""
     paths = {m.path for c in group for m in c.out.matrices}
     if paths & {e.w_out.path for e in known.experts}:
+        specs.update(known.functions)
         for ref in known.experts:
             keys[ref.w_in, ref.w_out] = len(experts)
             experts.append(ref)
@@ -247,11 +253,20 @@ def _covered(tape: Tape, experts: list[ExpertRef], group: list[Chain]) -> None:
                 missing += [f"{path}[{i}]" for i in range(whole.shape[0]) if i not in here]
         if missing:
             some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise Uncovered(
+            error = Uncovered(
                 f"no probe token reached the expert weights {some}, so what they compute could not be checked; "
                 "pass example inputs that reach every expert",
                 _line(group[0]),
             )
+            error.universe = len(experts) + len(missing)
+            raise error
+
+
+def _universe(tape: Tape, experts: list[ExpertRef]) -> int:
+    """How many experts the module's names count, those that share Parameters with another included."""
+    named = dict(tape.root.named_parameters(remove_duplicate=False))
+    used = {e.w_in[0].path for e in experts}
+    return len(_siblings(used, named)) if len(used) > 1 else len(experts)
 
 
 def _siblings(used: set[str], named: dict[str, torch.Tensor]) -> set[str]:
@@ -319,7 +334,7 @@ def _natural(experts: list[ExpertRef]) -> list[int]:
 def _with_frontier(
     tape: Tape, group: list[Chain], tokens: Tokens, labels: Labels, experts: list[ExpertRef],
     spec: ExpertsSpec, combine: Combine,
-    functions: dict[object, tuple[ExpertsSpec, bool]], known: bool, progress: list[int],
+    functions: dict[object, tuple[ExpertsSpec, bool]], known: list[Recognition] | None, progress: list[int],
 ) -> Recognition:  # fmt: skip
     ins = list(dict.fromkeys(s for c in group for s in c.ins))
     inside = set(descendants(tape, [s.product for s in ins])) | {s.product for s in ins}
@@ -329,7 +344,9 @@ def _with_frontier(
     if tokens.weighted:
         weights = _input_weights(group, tokens, labels, combine)
     natural = list(range(len(experts))) if known else _natural(experts)
-    frontier = find_frontier(tape, before, visits, weights, natural, _weight_dtype(tape, group))
+    table = Table(weights, visits, natural, _universe(tape, experts))
+    prior = next((k.frontier for k in known or [] if k.experts == experts), None)
+    frontier = find_frontier(tape, before, table, _weight_dtype(tape, group), prior)
     progress[0] = 4
     base = _base(tape, combine, before)
     ordered = [experts[c] for c in frontier.experts]

@@ -231,6 +231,11 @@ class RewrittenForward:
                 refusal = str(stale)
         return self._fall_back(refusal, args, kwargs)
 
+    @property
+    def __code__(self) -> Any:
+        """The original forward's code: torch.export reads argument names off it."""
+        return type(self.module).forward.__code__
+
     def _forward(self, bound: Bound) -> Any:
         leaves = self._run(self.module, self, *bound.tensors())
         self.calls += 1
