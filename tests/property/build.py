@@ -1,0 +1,128 @@
+"""From a ``Program`` to a seeded ``nn.Module`` in eval mode and calls for it.
+
+Shape legend: T tokens, E experts, K chosen per token, H hidden.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.property import experts, forms, outside, routers
+from tests.property.spec import Program
+
+SHAPES = [(2, 7), (1, 1), (3, 5), (1, 19), (4, 2), (1, 64), (1, 0)]
+"""(batch, length) of the calls; the first is the example that optimize is given."""
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(hidden))
+
+    def forward(self, x):
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class Dense(nn.Module):
+    """A shared expert of a shape of its own."""
+
+    def __init__(self, hidden: int, inner: int):
+        super().__init__()
+        self.gate, self.up = nn.Linear(hidden, inner, bias=False), nn.Linear(hidden, inner, bias=False)
+        self.down = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Norm, router, experts, shared expert, scale, residual, aux outputs."""
+
+    def __init__(self, p: Program):
+        super().__init__()
+        self.p, a = p, p.around
+        if a.norm:
+            self.norm = RMSNorm(p.hidden) if a.norm == "rms" else nn.LayerNorm(p.hidden)
+        self.router = routers.Route(p)
+        self.experts = experts.KINDS[p.layout.kind](p)
+        if a.shared == "twin":
+            self.shared = experts.FFN(p)
+        elif a.shared:
+            self.shared = Dense(p.hidden, p.inner + 3)
+        if a.shared == "gated":
+            self.shared_gate = nn.Linear(p.hidden, 1, bias=False)
+
+    def forward(self, hidden_states, *given):
+        a = self.p.around
+        h = self.norm(hidden_states) if a.norm else hidden_states
+        x = h.reshape(-1, h.shape[-1]) if a.flatten else h
+        ids, weights, logits = self.router(x, *given)
+        y = self.mixture(x, ids, weights)
+        if a.out_scale != 1.0:
+            y = y * a.out_scale
+        if a.shared:
+            s = self.shared(x)
+            y = y + (torch.sigmoid(self.shared_gate(x)) * s if a.shared == "gated" else s)
+        y = y.reshape(h.shape)
+        if a.residual:
+            y = hidden_states + y
+        return self.outputs(y, ids, logits)
+
+    def mixture(self, x, ids, weights):
+        p = self.p
+        if ids is not None and p.form in forms.SPARSE:
+            return forms.SPARSE[p.form](self.experts, x, ids, weights, p.experts, p.weight_on)
+        if ids is not None:
+            weights = torch.zeros(*ids.shape[:-1], p.experts, dtype=weights.dtype).scatter(-1, ids, weights)
+        return forms.DENSE[p.form](self.experts, x, weights, p.experts, p.weight_on)
+
+    def outputs(self, y, ids, logits):
+        if not self.p.around.aux:
+            return y
+        if logits is None:
+            return y, torch.bincount(ids.reshape(-1), minlength=self.p.experts)
+        if self.p.around.aux == "tuple":
+            return y, logits
+        load = F.one_hot(logits.argmax(-1), self.p.experts).float().flatten(0, -2).sum(0)
+        return {"hidden_states": y, "load": load, "router_logits": logits}
+
+
+class Layers(nn.Module):
+    """Several blocks, each added to the stream after a norm."""
+
+    def __init__(self, p: Program):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(p) for _ in range(p.around.layers)])
+        self.norms = nn.ModuleList([nn.LayerNorm(p.hidden) for _ in range(p.around.layers)])
+
+    def forward(self, x):
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            x = x + block(norm(x))
+        return x
+
+
+def build(p: Program) -> nn.Module:
+    """The model: the same one each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(p.seed)
+        if p.outside:
+            model: nn.Module = outside.KINDS[p.outside](p)
+        else:
+            model = Layers(p) if p.around.layers > 1 else Block(p)
+    return model.to(getattr(torch, p.dtype)).eval()
+
+
+def inputs(p: Program, call: int) -> tuple[torch.Tensor, ...]:
+    """Positional arguments of the given call; call 0 is the example."""
+    grid = SHAPES[call % len(SHAPES)]
+    grid = grid if p.around.rank == 3 else (grid[0] * grid[1],)
+    generator = torch.Generator().manual_seed(1000 * p.seed + call)
+    dtype = getattr(torch, p.dtype)
+    x = (torch.randn(*grid, p.hidden, generator=generator) * (1.0 + call % 3)).to(dtype)
+    if p.router.kind == "given" and not p.outside:
+        ids = torch.rand(*grid, p.experts, generator=generator).argsort(-1)[..., : p.top_k].contiguous()
+        return x, ids, torch.rand(*grid, p.top_k, generator=generator).add(0.1).to(dtype)
+    if p.router.kind == "hash" and not p.outside:
+        return x, torch.randint(routers.VOCABULARY, grid, generator=generator)
+    return (x,)

@@ -1,0 +1,108 @@
+"""Random MoE programs go through ``moeopt.optimize``: those inside the two ops are rewritten and equal, the others
+are left alone with a reason and equal bit for bit. Never wrong in any case.
+
+A failure prints a ``Program(...)``; ``check(Program(...))`` runs it again.
+``MOEOPT_NIGHTLY=1`` runs over a thousand programs instead of a hundred.
+"""
+
+import copy
+import os
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+import moeopt
+from tests.helpers import assert_same, run
+from tests.property import outside
+from tests.property.build import SHAPES, build, inputs
+from tests.property.programs import FORMS, inside_programs, outside_programs
+from tests.property.spec import Program
+
+NIGHTLY = os.environ.get("MOEOPT_NIGHTLY") == "1"
+INSIDE_EACH, OUTSIDE_EACH = (45, 12) if NIGHTLY else (4, 2)
+
+# Fixed seeds, so that a run can be repeated; optimising takes as long as it takes; nothing is stored.
+# Nightly shrinks what fails, which is slow; otherwise the failing program is printed as it was drawn.
+PROFILE = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate, Phase.shrink] if NIGHTLY else [Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    print_blob=False,
+)
+
+
+def calls(p: Program, original: torch.nn.Module) -> list[tuple]:
+    """All calls; that without tokens only where the original takes it."""
+    made = [inputs(p, i) for i in range(len(SHAPES))]
+    try:
+        run(copy.deepcopy(original), (made[-1], {}))
+    except (RuntimeError, IndexError, ValueError):
+        made.pop()
+    return made
+
+
+def check(p: Program) -> None:
+    """The law, on one program."""
+    original, model = build(p), build(p)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt = moeopt.optimize(model, inputs(p, 0), backend="torch", verify="fast")
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name]), f"optimize changed {name} of the model it was given"
+
+    blocks = [b for b in opt.report.blocks if b.kind == "moe"]
+    told = [(b.name, b.status, b.reason) for b in blocks]
+    rewritten = any(b.status == "rewritten" for b in opt.report.blocks)
+    for i, call in enumerate(calls(p, original)):
+        want, got = run(original, (call, {}), seed=i), run(opt, (call, {}), seed=i)
+        assert_same(got, want, exact=not rewritten)
+    if p.inside:
+        assert len(blocks) == p.around.layers and all(b.status == "rewritten" for b in blocks), told
+        assert all(b.experts == p.experts for b in blocks), [b.experts for b in blocks]
+    elif p.outside not in outside.OPEN:
+        assert all(b.status == "declined" for b in blocks), told
+    assert all(b.reason for b in opt.report.blocks if b.status == "declined"), told
+
+
+def run_all(strategy, at_least: int) -> int:
+    """Checks programs drawn from ``strategy``; returns how many, after asserting that it was enough."""
+    seen = []
+
+    @settings(PROFILE, max_examples=at_least)
+    @given(strategy)
+    def each(p: Program) -> None:
+        seen.append(p)
+        check(p)
+
+    each()
+    assert len(seen) >= at_least, f"{len(seen)} programs were drawn, not {at_least}"
+    return len(seen)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inside(form, record_property):
+    record_property("inside programs", run_all(inside_programs(form), INSIDE_EACH))
+
+
+@pytest.mark.parametrize("kind", outside.KINDS)
+def test_outside(kind, record_property):
+    record_property("outside programs", run_all(outside_programs(kind), OUTSIDE_EACH))
+
+
+def test_counts(capsys):
+    """How many programs the tests above check; each of them asserts its own share."""
+    inside_count, outside_count = INSIDE_EACH * len(FORMS), OUTSIDE_EACH * len(outside.KINDS)
+    with capsys.disabled():
+        print(f"\nrandom programs: {inside_count} inside, {outside_count} outside")
+    assert inside_count + outside_count >= (1000 if NIGHTLY else 100)
+
+
+def test_a_program_prints_as_it_is_built():
+    p = Program(form="split", top_k=2)
+    assert repr(p) == "Program(form='split', top_k=2)"
+    assert eval(repr(p), {"Program": Program}) == p
