@@ -97,6 +97,7 @@ def surroundings(draw: st.DrawFn, any_rank: bool, stackable: bool) -> Around:
     return around
 
 
+SIZES = ((8, 12), (8, 8), (16, 8), (8, 16), (6, 20), (24, 10), (4, 4))
 FORMS = (*forms.SPARSE, *forms.DENSE)
 
 
@@ -114,7 +115,9 @@ def inside_programs(draw: st.DrawFn, form: str) -> Program:
         router = Router(one_of(draw, *routers.DENSE), bias=maybe(draw, 3), float32=dtype != "float32")
     else:
         router = draw(routings(num_experts, top_k, dtype))
-    hidden, inner = one_of(draw, (8, 12), (8, 8), (16, 8), (8, 16), (6, 20), (24, 10), (4, 4))
+    # With more experts than features, some logit may be the largest nowhere: nobody could reach that expert.
+    sizes = [(h, i) for h, i in SIZES if h >= num_experts or router.kind in ("given", "hash")]
+    hidden, inner = one_of(draw, *sizes)
     given_more = router.kind in ("given", "hash")
     return Program(
         form=form,

@@ -7,6 +7,7 @@ A failure prints a ``Program(...)``; ``check(Program(...))`` runs it again.
 
 import copy
 import os
+import types
 import warnings
 
 import pytest
@@ -106,3 +107,41 @@ def test_a_program_prints_as_it_is_built():
     p = Program(form="split", top_k=2)
     assert repr(p) == "Program(form='split', top_k=2)"
     assert eval(repr(p), {"Program": Program}) == p
+
+
+class Claims:
+    """Stands for what optimize returns: a model, and a report that says what it is told to."""
+
+    def __init__(self, model, status, reason=""):
+        self.model = model
+        block = types.SimpleNamespace(name="Block", kind="moe", status=status, reason=reason, experts=4)
+        self.report = types.SimpleNamespace(blocks=(block,))
+
+    def __call__(self, *args):
+        return self.model(*args)
+
+
+def off_by_little(p):
+    """The program's model, with one expert's weight 1 % larger."""
+    model = build(p)
+    if not p.outside:
+        with torch.no_grad():
+            model.experts[3].down.weight *= 1.01
+    return model
+
+
+@pytest.mark.parametrize(
+    ("program", "claims", "complaint"),
+    [
+        (Program(), lambda p: Claims(off_by_little(p), "rewritten"), "apart"),
+        (Program(), lambda p: Claims(lambda x: build(p)(x).double(), "rewritten"), "float64"),
+        (Program(), lambda p: Claims(build(p), "declined", "not today"), "not today"),
+        (Program(outside="expert choice"), lambda p: Claims(build(p), "rewritten"), "rewritten"),
+        (Program(outside="expert choice"), lambda p: Claims(build(p), "declined"), "declined"),
+    ],
+    ids=["wrong numbers", "other dtype", "declined inside", "rewritten outside", "no reason"],
+)
+def test_the_check_can_fail(monkeypatch, program, claims, complaint):
+    monkeypatch.setattr(moeopt, "optimize", lambda model, *args, **kwargs: claims(program))
+    with pytest.raises(AssertionError, match=complaint):
+        check(program)
