@@ -21,13 +21,12 @@ import torch
 from torch import nn
 
 from moeopt.compare.block import BlockCheck
-from moeopt.compare.state import Guard
 from moeopt.drive.block import Call, Rewrite, rewrite_block
 from moeopt.drive.describe import dense_reason, describe_router
 from moeopt.drive.discover import Place, discover
 from moeopt.drive.hints import hinted
-from moeopt.errors import CaptureError, Declined
-from moeopt.ir.tape import clone_inputs
+from moeopt.errors import Declined
+from moeopt.ir.tape import clone_inputs, record
 from moeopt.options import Options
 from moeopt.report import BlockReport
 from moeopt.rewrite.bank import expert_paths
@@ -150,17 +149,11 @@ def _inputs(model: nn.Module, call: Call, paths: set[str]) -> dict[str, Call]:
         if not path.startswith("<"):
             module = model.get_submodule(path)
             handles.append(module.register_forward_pre_hook(keep(path), with_kwargs=True))
-    rng = torch.get_rng_state()
     try:
-        args, kwargs = clone_inputs(call)
-        with torch.no_grad(), Guard(model):
-            model(*args, **kwargs)
-    except Exception as err:
-        raise CaptureError(f"{type(model).__name__} raised {type(err).__name__}: {err}") from err
+        record(model, *call, keep_values=False)  # it restores whatever the run changes
     finally:
         for handle in handles:
             handle.remove()
-        torch.set_rng_state(rng)
     return found
 
 

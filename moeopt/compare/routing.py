@@ -116,4 +116,4 @@ def _compare(event: Event, twin: Event, eps: float, check: RoutingCheck) -> Tens
 
 
 def _flat(ids: Tensor) -> Tensor:
-    return ids.reshape(-1, ids.shape[-1])
+    return ids.reshape(ids.shape[:-1].numel(), ids.shape[-1])

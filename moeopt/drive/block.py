@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import time
@@ -19,7 +20,8 @@ from moeopt.drive.obstacles import check_experts, check_module, random_reason
 from moeopt.drive.witness import aimed_rows, prototypes, witness
 from moeopt.errors import CaptureError, Declined
 from moeopt.ir.steer import EveryExpert
-from moeopt.ir.tape import Tape, record
+from moeopt.ir.state import ModuleState
+from moeopt.ir.tape import Tape, clone_inputs, record
 from moeopt.ir.tree import tree_leaves
 from moeopt.options import Options
 from moeopt.passes.recognize_experts import Recognition, Uncovered, recognize
@@ -64,15 +66,11 @@ def rewrite_block(name: str, module: nn.Module, call: Call, options: Options) ->
 
 
 def _program(module: nn.Module, proto: Prototype, options: Options) -> tuple[Program, list[Recognition]]:
-    tapes, founds, calls = [], [], []
     call, tape, found = _covering(module, proto, options.seed)
-    for t, f, c in ((tape, found, call),):
-        tapes.append(t)
-        founds.append(f)
-        calls.append(c)
+    tapes, founds, calls = [tape], [found], [call]
     for tokens, seed in ((14, 1), (10, 2)):
         call = witness(proto, tokens, options.seed + seed, experts=len(found[0].experts))
-        tape = record(module, *call)
+        tape = _later_call(module, call) if tapes[0].attributes and seed == 2 else record(module, *call)
         tapes.append(tape)
         founds.append(recognize(tape, known=found))
         calls.append(call)
@@ -97,6 +95,18 @@ def _program(module: nn.Module, proto: Prototype, options: Options) -> tuple[Pro
     )
     banks = [(f.experts, f.spec) for f in founds[0]]
     return Program(plan, banks, signature, guard), founds[0]
+
+
+def _later_call(module: nn.Module, call: Call) -> Tape:
+    """The tape of a second call, after a first one has stored its attributes: they must not matter."""
+    state = ModuleState(module)
+    try:
+        with torch.no_grad():
+            args, kwargs = clone_inputs(call)
+            module(*args, **kwargs)
+        return record(module, *call)
+    finally:
+        state.restore()
 
 
 def _original(module: nn.Module) -> Callable[..., Any]:
@@ -125,6 +135,9 @@ def _covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tap
             return call, tape, recognize(tape)
         except Uncovered as err:
             last = err
+            if steer is not None or ids:  # every id was named: what still was not reached may be no expert
+                with contextlib.suppress(Declined):
+                    return call, tape, recognize(tape, idle=True)
         except Declined:
             if last is None:
                 raise

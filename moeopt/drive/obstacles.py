@@ -11,7 +11,7 @@ from moeopt.ir.replay import ancestors
 from moeopt.ir.tape import Tape
 from moeopt.ir.tree import leaves_of
 from moeopt.passes.recognize_experts import Recognition
-from moeopt.rewrite.bank import expert_paths
+from moeopt.rewrite.bank import expert_paths, tensor_at
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -43,7 +43,7 @@ def check_experts(module: nn.Module, tape: Tape, found: list[Recognition]) -> No
     """
     for recognition in found:
         for path in sorted(expert_paths(recognition.experts)):
-            tensor = _tensor(module, path)
+            tensor = tensor_at(module, path)
             if tensor.dtype not in _FLOATS:
                 raise Declined(f"{path} is {tensor.dtype}; only float32, float64, bfloat16 and float16 are carried")
         skipped = {n.meta["call"] for n in recognition.interior if n.meta["index"] < recognition.combine.node.meta["index"]}
@@ -70,12 +70,6 @@ def _check_skipped(path: str, module: nn.Module) -> None:
             )
     if "forward" in module.__dict__:
         raise Declined(f"forward was replaced on the instance {path}; undo the patch and optimise again")
-
-
-def _tensor(module: nn.Module, path: str) -> torch.Tensor:
-    owner, _, name = path.rpartition(".")
-    tensor: torch.Tensor = getattr(module.get_submodule(owner), name)
-    return tensor
 
 
 def random_reason(tape: Tape, training: bool) -> str:

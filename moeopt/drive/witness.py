@@ -25,7 +25,8 @@ def prototypes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Protot
     leaves, _ = pytree.tree_flatten((tuple(args), dict(kwargs)))
     first = next((t for t in leaves if _float(t) and t.dim() >= 2), None)
     if first is None:
-        raise Declined("it is called without a floating-point tensor of token rows, so it cannot be probed")
+        yield from _integer_prototypes(args, kwargs, leaves)
+        return
     readings = [(-1, first.dim() - 1)]
     if first.dim() >= 3:
         readings.append((1, first.dim() - 1))
@@ -38,6 +39,20 @@ def prototypes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Protot
             yield Prototype(tuple(args), dict(kwargs), roles)
         except UsageError:  # the arguments' sizes do not fit this reading
             continue
+
+
+def _integer_prototypes(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> Iterator[Prototype]:
+    """A call with token ids alone: every axis of the first integer tensor counts tokens."""
+    first = next((t for t in leaves if isinstance(t, torch.Tensor) and not _float(t) and t.dim() >= 1), None)
+    if first is None:
+        raise Declined("it is called without a tensor of tokens, so it cannot be probed")
+    grid = tuple(first.shape)
+    for lead in dict.fromkeys((len(grid), 1)):
+        roles = tuple(
+            Leaf("static", lead) if isinstance(t, torch.Tensor) and tuple(t.shape[:lead]) == grid[:lead] else Leaf()
+            for t in leaves
+        )
+        yield Prototype(tuple(args), dict(kwargs), roles)
 
 
 def _float(t: Any) -> bool:
@@ -89,6 +104,8 @@ def witness(
             rows[n] = (picked.float() * (0.5 + torch.rand(picked.shape, generator=generator)).to(own.device)).to(own)
         elif leaf.role == "ids" and experts:
             rows[n] = _ids(count, own.shape[-1], experts, generator).to(own)
+        elif own.dtype in (torch.int64, torch.int32) and own.numel():
+            rows[n] = _integers(own, count, generator)
         else:
             rows[n] = picked.clone()
     return proto.with_tokens(grid, rows)
@@ -115,6 +132,16 @@ def _tokens(
         unit = aimed[:take] / aimed[:take].norm(dim=-1, keepdim=True).clamp_min(1e-12)
         rows[:take] = unit * scale * math.sqrt(own.shape[-1]) * 2 + 0.05 * rows[:take]
     return rows.to(own)
+
+
+def _integers(own: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Integers within the range seen, all of them in turn, so that token ids are distinct where they can be."""
+    low, high = int(own.min()), int(own.max()) + 1
+    shape = (count, *own.shape[1:])
+    turns = -(-math.prod(shape) // (high - low)) + 1
+    values = torch.cat([torch.randperm(high - low, generator=generator) for _ in range(min(turns, 4096))])
+    values = values.repeat(-(-math.prod(shape) // len(values)))
+    return (values[: math.prod(shape)] + low).reshape(shape).to(own)
 
 
 def _ids(count: int, slots: int, experts: int, generator: torch.Generator) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.errors import CaptureError
@@ -57,6 +58,7 @@ class Tape:
     concrete_output: Any
     mutations: dict[fx.Node, fx.Node]
     attributes: dict[tuple[str, str], Any]
+    reads: list[tuple[fx.Node, str]]
     nodes: list[fx.Node]
     _values: dict[fx.Node, Any]
 
@@ -138,6 +140,7 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self.current: int | None = None
         self.mutations: dict[fx.Node, fx.Node] = {}
+        self.reads: list[tuple[fx.Node, str]] = []
         self._entries: dict[int, _Entry] = {}
         self._storages: dict[int, _Storage] = {}
         self._alive: list[torch.Tensor] = []
@@ -145,6 +148,10 @@ class _Recorder(TorchDispatchMode):
         self._attributes: dict[int, str] = {}
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             self._attributes.setdefault(id(tensor), name)
+        for path, module in root.named_modules():
+            for name, value in module.__dict__.items():
+                if isinstance(value, torch.Tensor):
+                    self._attributes.setdefault(id(value), f"{path}.{name}" if path else name)
         self._by_storage: dict[int, torch.Tensor] = {}
         for tensor in (*root.parameters(), *root.buffers()):
             if tensor.layout == torch.strided and tensor.device.type != "meta":
@@ -252,8 +259,15 @@ class _Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             node.meta["random"] = True
         self._finish(node, out)
+        if func is aten._local_scalar_dense.default:
+            self.reads.append((node_args[0], node.meta["source"]))
         self._outputs(func, args, kwargs, node, out)
         return out
+
+    def left_the_tape(self, t: torch.Tensor) -> None:
+        """``t`` was turned into Python numbers or a NumPy array, which no ATen call shows."""
+        if not self._pause and not torch._C._functorch.is_functorch_wrapped_tensor(t):
+            self.reads.append((self.node_of(t), _user_line()))
 
     def _as_nodes(self, arg: Any) -> Any:
         if isinstance(arg, torch.Tensor):
@@ -388,6 +402,22 @@ def _user_line() -> str:
     return ""
 
 
+class _WatchReads(TorchFunctionMode):
+    """Notices ``.tolist()``, ``.numpy()`` and ``np.asarray``, which leave no trace on the tape."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LEAVES_TAPE:
+            self.recorder.left_the_tape(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_LEAVES_TAPE = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+
+
 class _patched_call:
     """Routes every ``nn.Module`` call through the recorder while the trace runs."""
 
@@ -439,7 +469,7 @@ def record(
             node_args, node_kwargs = tree_map(
                 torch.Tensor, lambda t: recorder.add_input(t, f"input_{next(counter)}"), (args, kwargs)
             )
-            with _patched_call(recorder), recorder:
+            with _patched_call(recorder), _WatchReads(recorder), recorder:
                 try:
                     output = module(*args, **kwargs)
                 except CaptureError:
@@ -467,6 +497,7 @@ def record(
         concrete_output=output,
         mutations=recorder.mutations,
         attributes=attributes,
+        reads=recorder.reads,
         nodes=recorder.nodes,
         _values=recorder.values,
     )

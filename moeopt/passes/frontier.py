@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from moeopt.errors import Declined
+from moeopt.ir.kinds import moves_rows
 from moeopt.ir.tape import Tape
 
 Steps = list[tuple[Any, tuple[Any, ...]]]
@@ -68,12 +69,15 @@ class Table:
 
     ``natural``: chains in the order of their Parameters, the numbering that is tried first.
     ``universe``: how many experts the model names, those that share Parameters counted apart.
+    ``weighed``: a float computed from the input reaches the sum beside the experts, so weights that are
+    constant on this witness may not be constant elsewhere.
     """
 
     weights: torch.Tensor
     visits: torch.Tensor
     natural: list[int]
     universe: int
+    weighed: bool
 
     @property
     def chosen(self) -> torch.Tensor:
@@ -82,19 +86,24 @@ class Table:
 
 
 def find_frontier(
-    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None, prior: Frontier | None = None
+    tape: Tape,
+    before: list[fx.Node],
+    table: Table,
+    dtype: torch.dtype | None,
+    prior: tuple[Frontier, list[int]] | None = None,
 ) -> Frontier:
     """Find ids and weights among ``before``, nodes that depend on no expert.
 
     Args:
         dtype: of the weights where they multiply, to prefer among equal tensors.
-        prior: what another witness showed; the same tensors are taken where they still hold.
+        prior: what another witness showed, and the chain of each id on this one; the same tensors are
+            taken where they still hold.
 
     Raises:
         Declined: no tensor holds the choice or the weights.
     """
     searches = [_by_ids, _by_mask, _by_dense, _by_choice]
-    found = _again(tape, before, table, prior) if prior is not None else None
+    found = _again(tape, before, table, *prior) if prior is not None else None
     while found is None and searches:
         found = searches.pop(0)(tape, before, table, dtype)
     if found is not None:
@@ -140,7 +149,9 @@ def _key(before: list[fx.Node], node: fx.Node | None) -> Key:
     return prints[node], alike.index(node)
 
 
-def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Frontier) -> Frontier | None:
+def _again(
+    tape: Tape, before: list[fx.Node], table: Table, prior: Frontier, mapping: list[int]
+) -> Frontier | None:
     """``prior``'s recipes on the same lines of this tape, if they give what this witness showed."""
     prints = _fingerprints(before)
     by_print: dict[int, list[fx.Node]] = {}
@@ -158,7 +169,6 @@ def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Frontier) -> 
     weights_recipe = here(prior.weights, keys.pop(0))
     if weights_recipe is None or (prior.ids is not None and ids_recipe is None):
         return None
-    mapping = list(range(len(prior.experts)))
     try:
         ids = ids_recipe.run(tape).long() if ids_recipe is not None else table_to_ids(weights_recipe.run(tape))
         weights = weights_recipe.run(tape, ids)
@@ -188,7 +198,7 @@ def _id_recipes(
 ) -> Iterator[tuple[Recipe, torch.Tensor, list[int]]]:
     """(recipe, ids (T, K), chain of each id) for every integer tensor that names the chosen experts."""
     tokens = table.visits.shape[0]
-    for node in _candidates(before, floating=False):
+    for node in reversed(list(_candidates(before, floating=False))):
         numel = math.prod(node.meta["shape"])
         if not tokens or numel % tokens or not numel:
             continue
@@ -303,26 +313,51 @@ def _by_ids(
                     weights = Recipe(node, steps)
                     rebuilt = _rebuilt(ids, weights.run(tape), mapping, chains)
                     if _fits(rebuilt, table):
-                        best.append(((preferred, True, _exact(rebuilt, table), -node.meta["index"]), weights))
+                        best.append(((preferred, True, _exact(rebuilt, table), node.meta["index"]), weights))
                         break
             if numel == tokens * chains and int(ids.max()) < chains:
                 for steps, _ in _tables(node.meta["shape"], tokens, chains):
                     weights = Recipe(node, [*steps, (aten.gather.default, (1, "@ids"))])
                     rebuilt = _rebuilt(ids, weights.run(tape, ids), mapping, chains)
                     if _fits(rebuilt, table):
-                        best.append(((preferred, False, _exact(rebuilt, table), -node.meta["index"]), weights))
+                        best.append(((preferred, False, _exact(rebuilt, table), node.meta["index"]), weights))
                         break
             elif numel == tokens and k > 1:
                 weights = Recipe(node, [(aten.reshape.default, ([-1, 1],)), (aten.expand.default, ([-1, k],))])
                 rebuilt = _rebuilt(ids, weights.run(tape), mapping, chains)
                 if _fits(rebuilt, table):
-                    best.append(((preferred, False, _exact(rebuilt, table), -node.meta["index"]), weights))
+                    best.append(((preferred, False, _exact(rebuilt, table), node.meta["index"]), weights))
         if best:
-            return Frontier(k, recipe, max(best, key=lambda b: b[0])[1], mapping, "ids and weights")
+            weights = _rooted(tape, max(best, key=lambda b: b[0])[1], lambda w: _rebuilt(ids, w, mapping, chains), table)
+            return Frontier(k, recipe, weights, mapping, "ids and weights")
         constant = _constant(ids, mapping, table)
-        if constant is not None:
+        if constant is not None and not table.weighed:
             return Frontier(k, recipe, _constant_weights(constant, table), mapping, "ids, constant weight")
     return None
+
+
+def _rooted(tape: Tape, recipe: Recipe, rebuilt: Any, table: Table) -> Recipe:
+    """The same weights where they are first written down: copies and reshapes of them are dispatch.
+
+    Only pure movement is undone: an earlier tensor that merely is equal on this witness may not be on
+    another.
+    """
+    node, best = recipe.source, recipe
+    while node is not None and moves_rows(node) and len(node.all_input_nodes) == 1:
+        parent = node.all_input_nodes[0]
+        same = parent.meta.get("dtype") == node.meta.get("dtype") and parent.op != "get_attr"
+        if not same or math.prod(parent.meta.get("shape") or (0,)) != math.prod(node.meta["shape"]):
+            break
+        node = parent
+        if any(s[0] is aten.gather.default for s in recipe.steps):
+            continue
+        tokens = table.visits.shape[0]
+        for steps in _orders(node.meta["shape"], tokens, math.prod(node.meta["shape"]) // max(tokens, 1)):
+            candidate = Recipe(node, steps)
+            if _exact(rebuilt(candidate.run(tape)), table) or not _exact(rebuilt(best.run(tape)), table):
+                best = candidate
+                break
+    return best
 
 
 def _exact(rebuilt: torch.Tensor, table: Table) -> bool:
@@ -448,7 +483,7 @@ def _by_mask(
                     if _fits(_rebuilt(ids, weights.run(tape), table.natural, chains), table):
                         return Frontier(k, recipe, weights, table.natural, "one-hot mask")
             constant = _constant(ids, table.natural, table)
-            if constant is not None:
+            if constant is not None and not table.weighed:
                 weights = _constant_weights(constant, table)
                 return Frontier(k, recipe, weights, table.natural, "one-hot mask, constant weight")
     return None

@@ -10,7 +10,9 @@ and where in the model do those choices and weights stand (``frontier``).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +21,9 @@ import torch
 from torch import fx
 
 from moeopt.errors import Declined
-from moeopt.ir.kinds import moves_rows, op_name
+from moeopt.ir.kinds import is_factory, moves_rows, op_name
 from moeopt.ir.provenance import MatrixRef
-from moeopt.ir.replay import CONFLICT, descendants, row_labels
+from moeopt.ir.replay import CONFLICT, ancestors, descendants, row_labels
 from moeopt.ir.sites import Site, find_sites
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.tape import Tape
@@ -29,8 +31,8 @@ from moeopt.passes.chains import Chain, find_chains, group_chains
 from moeopt.passes.combine import Combine, Labels, read_combine
 from moeopt.passes.fit_function import fit_function
 from moeopt.passes.frontier import Frontier, Table, find_frontier
-from moeopt.passes.rows import Tokens, match_tokens, token_readings
-from moeopt.rewrite.bank import ExpertRef
+from moeopt.passes.rows import Tokens, match_tokens, rows_of, token_readings
+from moeopt.rewrite.bank import ExpertRef, tensor_at
 
 
 @dataclass
@@ -57,11 +59,12 @@ class Uncovered(Declined):
     universe = 0
 
 
-def recognize(tape: Tape, known: list[Recognition] | None = None) -> list[Recognition]:
+def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool = False) -> list[Recognition]:
     """Every group of experts in the block, each as one op, in execution order.
 
     Args:
         known: what an earlier witness with every expert showed; then some may be missing on this one.
+        idle: accept weights that no token reached, if ids did name them: they are no experts.
 
     Raises:
         Declined: no group was recognised; the reason is that of the attempt that came furthest
@@ -78,7 +81,7 @@ def recognize(tape: Tape, known: list[Recognition] | None = None) -> list[Recogn
         while (members := next(subsets, None)) is not None:
             progress = [0]
             try:
-                found.append(_recognize_group(tape, members, known, progress))
+                found.append(_recognize_group(tape, members, known, idle, progress))
                 break
             except Uncovered as reason:
                 if len(members) > 1 or members[0].merged:
@@ -87,8 +90,6 @@ def recognize(tape: Tape, known: list[Recognition] | None = None) -> list[Recogn
             except Declined as reason:
                 if progress[0] > best_progress and (len(members) > 1 or members[0].merged):
                     best, best_progress = reason, progress[0]
-                if progress[0] == 0:
-                    break
     if not found or isinstance(best, Uncovered):
         best.progress = best_progress  # type: ignore[attr-defined]
         raise best
@@ -96,23 +97,37 @@ def recognize(tape: Tape, known: list[Recognition] | None = None) -> list[Recogn
 
 
 def _subsets(tape: Tape, group: list[Chain]) -> Iterator[list[Chain]]:
-    """The group, and the group without chains that see every token while others do not (shared experts)."""
+    """The group; then without chains that see every token while others do not (shared experts); then,
+    where they do not all read the same tensor, those that do."""
     yield group
-    if len(group) > 1:
-        tokens = match_tokens(tape, list(dict.fromkeys(s for c in group for s in c.ins)))
-        routed = [c for c in group if tokens.token[c.ins[0]].unique().numel() < tokens.count]
-        if 1 < len(routed) < len(group):
-            yield routed
+    if len(group) < 2:
+        return
+    try:
+        tokens = match_tokens(tape, _ins(group))
+    except Declined:
+        by_source: dict[fx.Node, list[Chain]] = {}
+        for chain in group:
+            with contextlib.suppress(Declined):
+                by_source.setdefault(match_tokens(tape, chain.ins).node, []).append(chain)
+        yield from (m for m in by_source.values() if 1 < len(m) < len(group))
+        return
+    routed = [c for c in group if tokens.token[c.ins[0]].unique().numel() < tokens.count]
+    if 1 < len(routed) < len(group):
+        yield routed
+
+
+def _ins(group: list[Chain]) -> list[Site]:
+    return list(dict.fromkeys(s for c in group for s in c.ins))
 
 
 def _recognize_group(
-    tape: Tape, group: list[Chain], known: list[Recognition] | None, progress: list[int]
+    tape: Tape, group: list[Chain], known: list[Recognition] | None, idle: bool, progress: list[int]
 ) -> Recognition:
     nearest: Declined | None = None
-    for tokens in token_readings(tape, list(dict.fromkeys(s for c in group for s in c.ins))):
+    for tokens in token_readings(tape, _ins(group)):
         here = [1]
         try:
-            return _recognize_rows(tape, group, tokens, known, here)
+            return _recognize_rows(tape, group, tokens, known, idle, here)
         except Uncovered:
             raise
         except Declined as err:
@@ -123,7 +138,7 @@ def _recognize_group(
 
 
 def _recognize_rows(
-    tape: Tape, group: list[Chain], tokens: Tokens, known: list[Recognition] | None, progress: list[int]
+    tape: Tape, group: list[Chain], tokens: Tokens, known: list[Recognition] | None, idle: bool, progress: list[int]
 ) -> Recognition:
     """As :func:`_recognize_group`, with the tensor of tokens chosen."""
     keys: dict[tuple[object, ...], int] = {}
@@ -136,12 +151,18 @@ def _recognize_rows(
         _label_chain(tape, chain, tokens, labels, keys, experts, specs)
     labels.chains = len(experts)
     progress[0] = 2
+    missing = 0
     if known is None:
-        _covered(tape, experts, group)
+        try:
+            _covered(tape, experts, group)
+        except Uncovered as err:
+            if not idle:
+                raise
+            missing = err.universe - len(experts)
     spec = _one_function(specs, group)
     combine = read_combine(tape, labels)
     progress[0] = 3
-    return _with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known, progress)
+    return _with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known, missing, progress)
 
 
 def _label_chain(
@@ -228,26 +249,31 @@ def _seed(
     paths = {m.path for c in group for m in c.out.matrices}
     if paths & {e.w_out.path for e in known.experts}:
         specs.update(known.functions)
-        for ref in known.experts:
+        for ref in dict.fromkeys(known.experts):
             keys[ref.w_in, ref.w_out] = len(experts)
             experts.append(ref)
 
 
 def _covered(tape: Tape, experts: list[ExpertRef], group: list[Chain]) -> None:
-    """Raise ``Uncovered`` if Parameters that are like the experts' own were not used by any of them."""
+    """Raise ``Uncovered`` if Parameters that are like the experts' own were not used by any of them.
+
+    One that multiplied rows elsewhere is something else than an idle expert.
+    """
+    active = {m.path for s in find_sites(tape) if s.matrix.numel() for m in s.matrices}
     named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
     for part in (lambda e: e.w_in[0], lambda e: e.w_out):
         refs = [part(e) for e in experts]
         used = {r.path for r in refs}
         names = set() if len(used) == 1 and len(experts) > 1 else _siblings(used, named)
-        shapes, held = {named[p].shape for p in used}, {id(named[p]) for p in used}
+        held = {id(tensor_at(tape.root, p)) for p in used}
+        shapes = {tensor_at(tape.root, p).shape for p in used}
         missing = sorted(
             name
             for name in names
-            if id(named[name]) not in held and named[name].shape in shapes and not _called(tape, name)
+            if id(named[name]) not in held and named[name].shape in shapes and name not in active
         )
         for path in used:
-            whole = named[path]
+            whole = tensor_at(tape.root, path)
             here = {r.origin[0] for r in refs if r.path == path}
             if whole.dim() > 2 and len(here) < whole.shape[0] and all(r.dk[0] == r.dm[0] == 0 for r in refs):
                 missing += [f"{path}[{i}]" for i in range(whole.shape[0]) if i not in here]
@@ -291,12 +317,6 @@ def _siblings(used: set[str], named: dict[str, torch.Tensor]) -> set[str]:
     }
 
 
-def _called(tape: Tape, name: str) -> bool:
-    """True where the module that owns a Parameter did run: it is something else than an idle expert."""
-    owner = name.rpartition(".")[0]
-    return any(c.path == owner for c in tape.calls) and owner != ""
-
-
 def _expert(ins: list[Site], rows: list[int], out: Site, out_matrix: int) -> ExpertRef | None:
     picks = [int(s.matrix[row]) for s, row in zip(ins, rows, strict=True)]
     if out_matrix < 0 or any(p < 0 for p in picks):
@@ -334,26 +354,36 @@ def _natural(experts: list[ExpertRef]) -> list[int]:
 def _with_frontier(
     tape: Tape, group: list[Chain], tokens: Tokens, labels: Labels, experts: list[ExpertRef],
     spec: ExpertsSpec, combine: Combine,
-    functions: dict[object, tuple[ExpertsSpec, bool]], known: list[Recognition] | None, progress: list[int],
+    functions: dict[object, tuple[ExpertsSpec, bool]], known: list[Recognition] | None, missing: int,
+    progress: list[int],
 ) -> Recognition:  # fmt: skip
-    ins = list(dict.fromkeys(s for c in group for s in c.ins))
+    ins = _ins(group)
     inside = set(descendants(tape, [s.product for s in ins])) | {s.product for s in ins}
     last = max(s.node.meta["index"] for s in labels.token)
     before = [n for n in tape.nodes[: last + 1] if n not in inside and n.meta.get("shape") is not None]
+    flow = _flow(tape, combine, ins, inside)
     weights, visits = combine.weights, labels.visits()
     if tokens.weighted:
         weights = _input_weights(group, tokens, labels, combine)
     natural = list(range(len(experts))) if known else _natural(experts)
-    table = Table(weights, visits, natural, _universe(tape, experts))
-    prior = next((k.frontier for k in known or [] if k.experts == experts), None)
-    frontier = find_frontier(tape, before, table, _weight_dtype(tape, group), prior)
+    table = Table(weights, visits, natural, _universe(tape, experts), _weighed(combine, list(labels.token)))
+    prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
+    again = None if prior is None else (prior.frontier, [experts.index(e) for e in prior.experts])
+    frontier = find_frontier(tape, [n for n in tape.nodes if n in flow and n.meta.get("shape") is not None], table,
+                             _weight_dtype(tape, group), again)  # fmt: skip
+    _only_the_router_steers(tape, frontier)
     progress[0] = 4
-    base = _base(tape, combine, before)
+    ids = frontier.ids.run(tape) if frontier.ids is not None else None
+    if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):
+        raise Uncovered("some of the weights that look like experts were never reached by a probe", _line(group[0]))
+    identity = _is_identity(tape, combine, tokens, frontier, ids, len(experts))
+    base = None if identity else _base(tape, combine, before)
     ordered = [experts[c] for c in frontier.experts]
     _same_layout(ordered, group)
     spec = dataclasses.replace(
         spec,
         weight_on="input" if tokens.weighted else "output",
+        out_of_range="identity" if identity else "nothing",
         w_in_layout=_layout(tape, ordered[0].w_in[0]),
         w_out_layout=_layout(tape, ordered[0].w_out),
         **_accumulation(combine),
@@ -361,6 +391,38 @@ def _with_frontier(
     return Recognition(
         tokens, frontier, combine, base, ordered, spec, inside, min(_line(c) or "~" for c in group), functions
     )
+
+
+_CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
+
+
+def _only_the_router_steers(tape: Tape, frontier: Frontier) -> None:
+    """Values that Python reads may depend on the input through the routing alone.
+
+    Raises:
+        Declined: the forward turns another value into a Python number, so it may branch on it.
+    """
+    cut = {r.source for r in (frontier.ids, frontier.weights) if r is not None and r.source is not None}
+    steered: dict[fx.Node, bool] = {}
+    for node in tape.nodes:
+        chosen = op_name(node) in _CHOICES or (node.target is operator.getitem and op_name(node.args[0]) in _CHOICES)  # type: ignore[arg-type]
+        integer = not getattr(node.meta.get("dtype"), "is_floating_point", True)
+        if node in cut or (chosen and integer):
+            steered[node] = False
+        else:
+            steered[node] = node.op == "placeholder" or any(steered.get(a, False) for a in node.all_input_nodes)
+    for node, line in tape.reads:
+        dtype = node.meta.get("dtype")
+        if steered.get(node, False) or (dtype is not None and dtype.is_floating_point and _varies(tape, node)):
+            raise Declined(
+                f"its forward turns a value computed from the input into a Python number ({op_name(node)}) and may "
+                "branch on it, which a graph cannot repeat; keep it in a tensor (torch.where)",
+                line or None,
+            )
+
+
+def _varies(tape: Tape, node: fx.Node) -> bool:
+    return any(n.op == "placeholder" for n in ancestors([node]))
 
 
 def _input_weights(group: list[Chain], tokens: Tokens, labels: Labels, combine: Combine) -> torch.Tensor:
@@ -396,6 +458,49 @@ def _weight_dtype(tape: Tape, group: list[Chain]) -> torch.dtype | None:
     return None
 
 
+def _is_identity(
+    tape: Tape, combine: Combine, tokens: Tokens, frontier: Frontier, ids: torch.Tensor | None, experts: int
+) -> bool:
+    """True where the sum starts from each token times its weights for ids beyond the experts (LongCat)."""
+    if combine.base is None or ids is None or not bool((ids >= experts).any()):
+        return False
+    weights = torch.where(ids >= experts, frontier.weights.run(tape, ids).double(), 0.0).sum(-1, keepdim=True)
+    x = rows_of(tape.value(tokens.node), tokens.axis).double()
+    want, eps = weights * x, torch.finfo(combine.base.dtype).eps
+    return want.shape == combine.base.shape and bool(
+        ((combine.base.double() - want).abs() <= 8 * eps * want.abs().amax(-1, keepdim=True)).all()
+    )
+
+
+def _flow(tape: Tape, combine: Combine, ins: list[Site], inside: set[fx.Node]) -> set[fx.Node]:
+    """What dispatch and combine read: ancestors of the sum and of the experts' inputs, and what left the tape."""
+    stack = [combine.node, *(s.operand for s in ins), *(n for n, _ in tape.reads)]
+    seen: set[fx.Node] = set()
+    products = {s.product for s in ins}
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            if node not in products:
+                stack.extend(node.all_input_nodes)
+    return seen - inside
+
+
+def _weighed(combine: Combine, outs: list[Site]) -> bool:
+    """True where a float that depends on the input enters the sum by another way than the experts."""
+    stack, seen = [combine.node], {s.node for s in outs}
+    while stack:
+        node = stack.pop()
+        dtype = node.meta.get("dtype")
+        if node in seen or is_factory(node) or (dtype is not None and not dtype.is_floating_point):
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
+
+
 def _base(tape: Tape, combine: Combine, before: list[fx.Node]) -> fx.Node | None:
     """The tensor that the experts' sum is added onto, when there is one."""
     if combine.base is None:
@@ -415,10 +520,7 @@ def _base(tape: Tape, combine: Combine, before: list[fx.Node]) -> fx.Node | None
 
 
 def _layout(tape: Tape, ref: MatrixRef) -> str:
-    param = dict(tape.root.named_parameters()).get(ref.path)
-    if param is None:
-        param = dict(tape.root.named_buffers())[ref.path]
-    _, along_k, along_m = ref.offset_and_strides(tuple(param.stride()))
+    _, along_k, along_m = ref.offset_and_strides(tuple(tensor_at(tape.root, ref.path).stride()))
     return "oi" if along_k <= along_m else "io"
 
 

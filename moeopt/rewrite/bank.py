@@ -47,7 +47,8 @@ class _Place:
             self.links.append((module._modules, name, child))
             module = child
         self.owner = module
-        self.registry: dict[str, Any] = module._parameters if self.key in module._parameters else module._buffers
+        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        self.registry = next(r for r in registries if self.key in r)
         tensor = self.registry[self.key]
         self.dtype, self.shape = tensor.dtype, tensor.shape
 
@@ -173,6 +174,13 @@ def _steps(experts: list[ExpertRef]) -> tuple[Any, Any, Any, Any] | None:
     if any(s is False for s in (*w_in, *b_in, w_out, b_out)):
         return None
     return w_in, b_in, w_out, b_out
+
+
+def tensor_at(root: nn.Module, path: str) -> Tensor:
+    """The Parameter, buffer or plain tensor attribute at a dotted ``path``."""
+    owner, _, name = path.rpartition(".")
+    tensor: Tensor = getattr(root.get_submodule(owner), name)
+    return tensor
 
 
 def expert_paths(experts: list[ExpertRef]) -> set[str]:
