@@ -10,7 +10,8 @@ from torch import nn
 
 from tests.property.spec import Program
 
-VOCABULARY = 50
+VOCABULARY = range(50)
+"""Token ids of hash routers; the first choice of id v is expert v mod E."""
 
 
 class Route(nn.Module):
@@ -26,8 +27,11 @@ class Route(nn.Module):
         if r.per_expert_scale:
             self.expert_scale = nn.Parameter(0.5 + torch.rand(p.experts))
         if r.kind == "hash":
-            table = torch.stack([torch.randperm(p.experts)[: self.k] for _ in range(VOCABULARY)])
-            self.register_buffer("table", table)
+            others = [
+                torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(p.experts - 1)]) for _ in VOCABULARY
+            ]
+            table = torch.stack([(v + row) % p.experts for v, row in zip(VOCABULARY, others, strict=True)])
+            self.register_buffer("table", table[:, : self.k].contiguous())
 
     def logits(self, x):
         if self.p.router.float32:
