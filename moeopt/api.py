@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from moeopt import pipeline
 from moeopt.compare.block import BlockCheck
 from moeopt.compare.certificate import Certificate
+from moeopt.compare.gradients import gradients_differ
 from moeopt.compare.model import EndToEnd, end_to_end
 from moeopt.drive.inputs import Call, as_call, made_up
 from moeopt.drive.share import shared_copy
@@ -21,7 +23,7 @@ from moeopt.engine import fingerprint, load_torch_bundle, read_manifest, save_to
 from moeopt.errors import CaptureError, MoeoptError, NotSaveableError, UsageError
 from moeopt.options import Options
 from moeopt.report import Report
-from moeopt.rewrite.program import install, uninstall
+from moeopt.rewrite.program import install, rewritten_forward, uninstall
 
 BACKENDS = ("torch",)
 
@@ -123,6 +125,16 @@ def _as_model(model: Any) -> nn.Module:
     return model
 
 
+def _without_rewrites(model: nn.Module, inplace: bool) -> nn.Module:
+    """``model`` if it was not optimised before; else itself or a copy on the same weights, with its original code."""
+    if not any(rewritten_forward(m) is not None for m in model.modules()):
+        return model
+    twin = model if inplace else shared_copy(model)
+    for module in twin.modules():
+        uninstall(module)
+    return twin
+
+
 def optimize(
     model: Any,
     example_inputs: Any = None,
@@ -150,14 +162,16 @@ def optimize(
     chosen = Options.from_fields(options, fields)
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is not available; use {' or '.join(map(repr, BACKENDS))}")
-    source = _as_model(model)
+    source = _without_rewrites(_as_model(model), chosen.inplace)
     call = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
-    twin = shared_copy(source)
     if chosen.device is not None or chosen.dtype is not None:
-        source = twin = copy.deepcopy(source).to(device=chosen.device, dtype=chosen.dtype)
+        source = source if chosen.inplace else copy.deepcopy(source)
+        source = source.to(device=chosen.device, dtype=chosen.dtype)
         call = _moved(call, chosen)
-        twin = shared_copy(source)
+    twin = shared_copy(source)
     outcome = pipeline.run(twin, call, chosen)
+    if chosen.verify != "off":
+        _check_gradients(twin, outcome)
     certificate = _certify(source, twin, call, outcome, chosen)
     if certificate.passed is False:
         _revert(twin, outcome, certificate)
@@ -167,6 +181,19 @@ def optimize(
         twin = source
     report = Report(tuple(outcome.blocks), type(source).__name__, backend, outcome.seconds)
     return Optimized(twin, report, certificate, call)
+
+
+def _check_gradients(twin: nn.Module, outcome: pipeline.Outcome) -> None:
+    """A block whose gradients differ keeps its rewrite, and runs its original code where one is asked for."""
+    for path, rewrite in outcome.rewrites.items():
+        if rewrite.program.plan.mutations:
+            continue  # such a block is never differentiated in rewritten form
+        module = twin.get_submodule(path)
+        forward = rewritten_forward(module)
+        assert forward is not None
+        original = forward.original or type(module).forward.__get__(module)
+        args, kwargs = outcome.calls[path]
+        rewrite.program.guard.gradients = gradients_differ(module, original, forward, args, kwargs)
 
 
 def _moved(call: Call, options: Options) -> Call:
@@ -194,8 +221,6 @@ def _certify(source: nn.Module, twin: nn.Module, call: Call, outcome: Any, optio
 
 def _revert(twin: nn.Module, outcome: Any, certificate: Certificate) -> None:
     """A model that fails end to end goes back to its own code, block by block, with the reason."""
-    import dataclasses
-
     why = certificate.end_to_end.reason if certificate.end_to_end else "a block failed"
     for path in outcome.rewrites:
         uninstall(twin.get_submodule(path))
@@ -209,7 +234,8 @@ def _revert(twin: nn.Module, outcome: Any, certificate: Certificate) -> None:
 
 def explain(model: Any, example_inputs: Any = None, *, options: Options | None = None, **fields: Any) -> Report:
     """A dry run of :func:`optimize`: what would be rewritten, what not, and why. Nothing is kept."""
-    return optimize(model, example_inputs, options=options, **fields).report
+    chosen = dataclasses.replace(Options.from_fields(options, fields), inplace=False)
+    return optimize(model, example_inputs, options=chosen).report
 
 
 def load(directory: str | os.PathLike[str], device: Any = None) -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from moeopt.compare.cases import adversarial_cases
 from moeopt.compare.prototype import Prototype
 from moeopt.drive.obstacles import check_experts, check_module, random_reason
 from moeopt.drive.witness import aimed_rows, prototypes, witness
-from moeopt.errors import CaptureError, Declined
+from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.steer import EveryExpert
 from moeopt.ir.state import ModuleState
 from moeopt.ir.tape import Tape, clone_inputs, record
@@ -49,6 +50,19 @@ def rewrite_block(name: str, module: nn.Module, call: Call, options: Options) ->
     Raises:
         Declined: with the reason; nothing was changed.
     """
+    try:
+        return _rewrite(name, module, call, options)
+    except (Declined, UsageError):
+        raise
+    except Exception as err:
+        where = traceback.extract_tb(err.__traceback__)[-1]
+        raise Declined(
+            f"moeopt itself failed on it ({type(err).__name__}: {str(err)[:200]} in {where.name}); the block is left as "
+            "it was; please report this with the block's code"
+        ) from err
+
+
+def _rewrite(name: str, module: nn.Module, call: Call, options: Options) -> Rewrite:
     started = time.perf_counter()
     check_module(module)
     last: Declined | None = None
@@ -68,8 +82,8 @@ def rewrite_block(name: str, module: nn.Module, call: Call, options: Options) ->
 def _program(module: nn.Module, proto: Prototype, options: Options) -> tuple[Program, list[Recognition]]:
     call, tape, found = _covering(module, proto, options.seed)
     tapes, founds, calls = [tape], [found], [call]
-    for tokens, seed in ((14, 1), (10, 2)):
-        call = witness(proto, tokens, options.seed + seed, experts=len(found[0].experts))
+    for tokens, seed in ((14, 1), (20, 2)):
+        call = witness(proto, tokens, options.seed + seed, experts=len(found[0].experts), variant=seed)
         tape = _later_call(module, call) if tapes[0].attributes and seed == 2 else record(module, *call)
         tapes.append(tape)
         founds.append(recognize(tape, known=found))
@@ -85,7 +99,8 @@ def _program(module: nn.Module, proto: Prototype, options: Options) -> tuple[Pro
     bounds = [bind(signature, *c) for c in calls]
     shapes = [[tuple(t.shape) for t in _tensors(c)] for c in calls]
     plan = _in_signature_order(generalize(plans, shapes), calls[0], bounds[0].tensors())
-    training = None if _same_in_other_mode(module, calls[1], plans[1], founds[0]) else module.training
+    targets = [n.target for n in tapes[1].nodes]
+    training = None if _same_in_other_mode(module, calls[1], targets, plans[1], founds[0]) else module.training
     guard = Guard(
         [_template(leaf) for leaf in tree_leaves(list(bounds[0].values))],
         _fixed([[tuple(t.shape) for t in b.tensors()] for b in bounds]),
@@ -120,8 +135,12 @@ def _covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tap
     aimed = aimed_rows(module, first.shape[-1]) if first is not None and first.dim() == 2 else None
     experts = _likely_experts(module, proto)
     last: Uncovered | None = None
+    likely = max((len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))), default=0)
+    likely = max([likely, *(p.shape[0] for p in module.parameters() if p.dim() == 3)])
     for tokens, aim, forced, flat in _ATTEMPTS:
         ids = proto.indices("ids")
+        if not forced and last is None and likely > 128 and not ids:  # so many are never all hit by chance
+            tokens = 8
         if forced and (last is None or not last.universe):
             continue
         if forced:
@@ -178,11 +197,16 @@ def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
         raise Declined("two probes with different tokens read its experts differently; its dispatch depends on the data")
 
 
-def _same_in_other_mode(module: nn.Module, call: Call, plan: Plan, found: list[Recognition]) -> bool:
+def _same_in_other_mode(
+    module: nn.Module, call: Call, targets: list[Any], plan: Plan, found: list[Recognition]
+) -> bool:
     """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
     flags = [(m, m.training) for m in module.modules()]
     try:
         module.train(not module.training)
+        light = record(module, *call, keep_values=False)
+        if [n.target for n in light.nodes] == targets and not light.random_nodes():
+            return True
         tape = record(module, *call)
         if tape.random_nodes():
             return False

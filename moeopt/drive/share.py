@@ -27,7 +27,8 @@ def shared_copy(model: M) -> M:
         twin = copy.deepcopy(model, memo)
     except Exception as err:
         raise UsageError(
-            f"{type(model).__name__} cannot be copied ({type(err).__name__}: {err}); optimise it with inplace=True"
+            f"{type(model).__name__} cannot be copied ({type(err).__name__}: {err}), and moeopt works on a copy that "
+            "shares the weights; take out what copy.deepcopy cannot copy, or optimise the submodule that holds the experts"
         ) from err
     own = {id(m) for m in model.modules()}
     for path, module in twin.named_modules():
@@ -35,7 +36,7 @@ def shared_copy(model: M) -> M:
             if _refers(module.__dict__.get(name), own, 4):
                 raise UsageError(
                     f"{name} of {path or type(model).__name__} was replaced by a function that holds on to the original "
-                    "module, so a copy would silently run the original's children; use inplace=True, or undo the patch"
+                    "module, so a copy would silently run the original's children; undo the patch, optimise, and patch again"
                 )
     return twin
 

@@ -77,17 +77,19 @@ def _leaf(t: Any, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: i
 
 
 def witness(
-    proto: Prototype, tokens: int, seed: int, *, experts: int = 0, aimed: torch.Tensor | None = None, flat: bool = False
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    proto: Prototype, tokens: int, seed: int, *, experts: int = 0, aimed: torch.Tensor | None = None, flat: bool = False,
+    variant: int = 0,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     """(args, kwargs) with about ``tokens`` tokens in a shape that no example is likely to have.
 
     Args:
         experts: when known and ids are arguments, ids cover ``range(experts)``.
         aimed: (R, H) directions to mix in, each at the scale of the real rows.
+        variant: 0, 1 or 2: which shape; the token dims of the three differ everywhere.
         flat: many sequences of two tokens instead of a few long ones.
     """
     generator = torch.Generator().manual_seed(seed)
-    grid = _grid(len(proto.grid), tokens)
+    grid = _grid(len(proto.grid), tokens, variant)
     if flat and len(grid) > 1:
         grid = (tokens // 2, *grid[1:-1], 2)
     count = math.prod(grid)
@@ -111,12 +113,16 @@ def witness(
     return proto.with_tokens(grid, rows)
 
 
-def _grid(rank: int, tokens: int) -> tuple[int, ...]:
-    if rank == 1:
-        return (tokens,)
-    head = {2: (3,), 3: (2, 3), 4: (2, 1, 3)}.get(rank, (1,) * (rank - 1)) if tokens > 20 else (2,) + (1,) * (rank - 2)
-    if rank == 3 and tokens <= 20:
-        head = (1, 2)
+_HEADS = (
+    {2: (3,), 3: (2, 3), 4: (2, 2, 3)},
+    {2: (2,), 3: (3, 2), 4: (3, 1, 2)},
+    {2: (5,), 3: (1, 4), 4: (1, 3, 1)},
+)
+"""Leading token dims of the three witnesses, by rank: no size is the same in all of them."""
+
+
+def _grid(rank: int, tokens: int, variant: int) -> tuple[int, ...]:
+    head = () if rank == 1 else _HEADS[variant].get(rank, (1,) * (rank - 2) + (variant + 1,))
     return (*head, max(-(-tokens // math.prod(head)), 1))
 
 

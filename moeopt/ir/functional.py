@@ -55,10 +55,10 @@ def functional_twin(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ta
     """
     packet_name, overload = func._schema.name.split("::")[1], func._overloadname
     namespace = getattr(torch.ops, func.namespace)
-    if any(a.name == "out" and a.is_out for a in func._schema.arguments):
+    if any(a.is_out for a in func._schema.arguments):
         rest = {k: v for k, v in kwargs.items() if k != "out"}
         packet = getattr(namespace, packet_name)
-        names = [overload.removesuffix("_out"), "default"] if overload != "out" else ["default", "Tensor", "Scalar"]
+        names = [overload.removesuffix("_out"), "default"] if overload != "out" else ["Tensor", "default", "Scalar"]
         names = [n for n in names if hasattr(packet, n)]
         for name in names:
             candidate = getattr(packet, name)
@@ -157,7 +157,6 @@ def inverse_view(
         sizes = args[0] if isinstance(args[0], (list, tuple)) else None
         start = sum(sizes[:item]) if sizes is not None else item * args[0]
         return aten.slice_scatter.default, (base, new, dim, start, start + view.shape[dim])
-    return (
-        aten.as_strided_scatter.default,
-        (base, new, list(view.shape), list(view.stride()), view.storage_offset()),
-    )
+    if func is aten.diagonal.default:
+        return aten.diagonal_scatter.default, (base, new, *args)
+    raise CaptureError(f"a write through {func} cannot be followed to the tensor it views; write to that tensor itself")

@@ -202,7 +202,36 @@ def matrix_ref(tape: Tape, node: fx.Node, prefix: Index, k: int, m: int, swap: b
     last = tuple(o + (k - 1) * a + (m - 1) * b for o, a, b in zip(origin, dk, dm, strict=True))
     if last != corners[3][1]:  # type: ignore[index]
         return None
-    return MatrixRef(str(leaf.target), origin, dk, dm, k, m)
+    ref = MatrixRef(str(leaf.target), origin, dk, dm, k, m)
+    return ref if _holds(tape, node, prefix, swap, leaf, ref) else None
+
+
+def _holds(tape: Tape, node: fx.Node, prefix: Index, swap: bool, leaf: fx.Node, ref: MatrixRef) -> bool:
+    """Whether the region is the matrix in between the corners too: where an index picked rows, it may not be."""
+    if not _picked(node):
+        return True
+    whole = tape.value(leaf)
+    offset, dk, dm = ref.offset_and_strides(tuple(whole.stride()))
+    if dk < 0 or dm < 0:
+        return True
+    region = whole.as_strided((ref.k, ref.m), (dk, dm), whole.storage_offset() + offset)
+    matrix = tape.value(node)[prefix]
+    return torch.equal((matrix.t() if swap else matrix).to(region.dtype), region)
+
+
+def _picked(node: fx.Node) -> bool:
+    """True where an index by tensor along a row or column axis may lie on the way."""
+    for _ in range(12):
+        if node.op != "call_function" or not node.all_input_nodes:
+            return False
+        if op_name(node) in ("index", "index_select"):
+            base = node.args[0]
+            rank = len(base.meta["shape"])  # type: ignore[union-attr]
+            used = node.args[1] if op_name(node) == "index_select" else [i is not None for i in node.args[1]].index(True)  # type: ignore[union-attr, arg-type]
+            if rank < 3 or used != 0:
+                return True
+        node = node.all_input_nodes[0]
+    return False
 
 
 @dataclass(frozen=True)

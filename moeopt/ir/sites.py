@@ -27,7 +27,8 @@ class Site:
 
     ``rows_of(value)`` turns an operand or output tensor into (R, features): ``axis_in`` / ``axis_out``
     name the feature axis. ``matrix`` gives each row's index into ``matrices``. ``blocks`` > 1 means
-    that one product serves several experts side by side: output row r holds ``blocks`` rows.
+    that one product serves several experts side by side: output row r holds ``blocks`` rows. ``order``:
+    where the output was permuted before its bias, the row that stands at each place of it.
     """
 
     node: fx.Node
@@ -39,6 +40,7 @@ class Site:
     matrix: torch.Tensor
     biases: list[VectorRef | None] = field(default_factory=list)
     blocks: int = 1
+    order: torch.Tensor | None = None
 
     def rows_in(self, value: torch.Tensor) -> torch.Tensor:
         """The activation operand as (R, K) rows; each stands ``blocks`` times."""
@@ -48,11 +50,13 @@ class Site:
 
     def rows_out(self, value: torch.Tensor) -> torch.Tensor:
         """The output as (R, M) rows."""
-        return value.movedim(self.axis_out, -1).reshape(-1, self.matrices[0].m)
+        rows = value.movedim(self.axis_out, -1).reshape(-1, self.matrices[0].m)
+        return rows if self.order is None else rows[torch.argsort(self.order)]
 
     def from_rows(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`rows_out`: rows laid out in the shape of the output ``like``."""
         shape = like.movedim(self.axis_out, -1).shape
+        rows = rows if self.order is None else rows[self.order]
         return rows.reshape(shape).movedim(-1, self.axis_out).contiguous()
 
 
@@ -273,12 +277,14 @@ def _attach_bias(tape: Tape, site: Site, memo: dict[fx.Node, bool]) -> None:
     if name in ("addmm", "baddbmm", "addmv") or (name == "linear" and len(node.args) > 2):
         bias = node.args[0] if name != "linear" else node.args[2]
         if isinstance(bias, fx.Node) and is_weight(bias, memo):
-            site.biases = _biases(tape, site, bias, node)
+            rows = torch.arange(site.matrix.numel())
+            site.biases = _biases(tape, site, bias, node.meta["shape"], site.axis_out, rows, site.blocks)
         elif isinstance(bias, fx.Node) and not _is_zero(tape, bias):
             site.matrices = []
         return
     if site.biases:
         return
+    path: list[fx.Node] = []
     current = node
     while True:
         users = [u for u in current.users if "index" in u.meta]
@@ -288,62 +294,68 @@ def _attach_bias(tape: Tape, site: Site, memo: dict[fx.Node, bool]) -> None:
         if op_name(user) == "add" and user.kwargs.get("alpha", 1) == 1:
             other = [a for a in user.args if a is not current]
             if len(other) == 1 and isinstance(other[0], fx.Node) and is_weight(other[0], memo):
-                biases = _biases(tape, site, other[0], user)
-                if biases:
-                    site.biases = biases
-                    _move_output(site, user)
+                _take_added(tape, site, other[0], user, path)
             return
-        if not moves_rows(user) or op_name(user) not in ("view", "_unsafe_view", "squeeze", "unsqueeze", "reshape"):
+        if op_name(user) not in _RESHAPES:
             return
+        path.append(user)
         current = user
+
+
+_RESHAPES = ("view", "_unsafe_view", "squeeze", "unsqueeze", "reshape", "permute", "transpose", "t", "clone")
 
 
 def _is_zero(tape: Tape, node: fx.Node) -> bool:
     return bool((tape.value(node) == 0).all())
 
 
-def _move_output(site: Site, node: fx.Node) -> None:
-    """The site's output is now ``node``: find its feature axis by size."""
-    m, shape = site.matrices[0].m, node.meta["shape"]
-    site.node = node
-    site.axis_out = len(shape) - 1 if shape[-1] in (m, m * site.blocks) else shape.index(m)
+def _take_added(tape: Tape, site: Site, bias: fx.Node, add: fx.Node, path: list[fx.Node]) -> None:
+    """Fold ``add(product, bias)`` into the site; ``path`` is how the product was reshaped on the way to it."""
+    labels = torch.arange(site.matrix.numel())[:, None].expand(-1, site.matrices[0].m)
+    moved = site.from_rows(labels, tape.value(site.product))
+    for step in path:
+        moved = step.target(moved, *step.args[1:])  # type: ignore[operator]
+    shape, m = add.meta["shape"], site.matrices[0].m
+    if tuple(moved.shape) != tuple(shape) or not moved.numel():
+        return
+    for axis in reversed(range(len(shape))):
+        first = moved.narrow(axis, 0, 1)
+        if shape[axis] == m and bool((moved == first).all()):
+            order, per_row = first.flatten(), 1
+            break
+        if shape[axis] == m * site.blocks and axis == len(shape) - 1:
+            order, per_row = moved.reshape(-1, m)[:, 0], site.blocks
+            break
+    else:
+        return
+    biases = _biases(tape, site, bias, tuple(shape), axis, order, per_row)
+    if biases:
+        site.biases, site.node, site.axis_out = biases, add, axis
+        site.order = None if torch.equal(order, torch.arange(len(order))) else order
 
 
-def _biases(tape: Tape, site: Site, bias: fx.Node, at: fx.Node) -> list[VectorRef | None]:
+def _biases(
+    tape: Tape, site: Site, bias: fx.Node, shape: tuple[int, ...], axis: int, order: torch.Tensor, per_row: int
+) -> list[VectorRef | None]:
     """One bias per matrix, read where each row's output adds it; [] if it is not a plain bias."""
-    shape = at.meta["shape"]
     m = site.matrices[0].m
     found: list[VectorRef | None] = [None] * len(site.matrices)
     bias_shape = bias.meta["shape"]
     pad = len(shape) - len(bias_shape)
-    if pad < 0:
+    if pad < 0 or axis < pad or (bias_shape[axis - pad] == 1 and m != 1):
         return []
-    axis = len(shape) - 1 if shape[-1] in (m, m * site.blocks) else site.axis_out
     lead = [d for d in range(len(shape)) if d != axis]
-    counts = [shape[d] for d in lead]
-    total = 1
-    for c in counts:
-        total *= c
-    if total == 0:
-        return found
-    per_row = site.blocks if shape[axis] == m * site.blocks else 1
-    for row in range(total):
-        rest, index = row, [0] * len(shape)
-        for d, c in zip(reversed(lead), reversed(counts), strict=True):
-            index[d] = rest % c
-            rest //= c
-        for block in range(per_row):
-            which = int(site.matrix[row * per_row + block])
-            if which < 0:
-                continue
-            if found[which] is not None:
-                continue
-            if bias_shape[axis - pad] == 1 and m != 1:
-                return []
-            ref = _vector_along(tape, bias, index, axis, pad, bias_shape, m, block)
-            if ref is None:
-                return []
-            found[which] = ref
+    which = site.matrix[order].tolist()
+    for at, matrix in enumerate(which):
+        if matrix < 0 or found[matrix] is not None:
+            continue
+        row, block = divmod(at, per_row)
+        index = [0] * len(shape)
+        for d in reversed(lead):
+            row, index[d] = divmod(row, shape[d])
+        found[matrix] = _vector_along(tape, bias, index, axis, pad, bias_shape, m, block)
+        if found[matrix] is None:
+            return []
     return found
 
 

@@ -143,6 +143,7 @@ class _Recorder(TorchDispatchMode):
         self.reads: list[tuple[fx.Node, str]] = []
         self._entries: dict[int, _Entry] = {}
         self._storages: dict[int, _Storage] = {}
+        self._views: dict[int, list[_Entry]] = {}
         self._alive: list[torch.Tensor] = []
         self._paths = {id(m): name for name, m in root.named_modules(remove_duplicate=True)}
         self._attributes: dict[int, str] = {}
@@ -178,7 +179,11 @@ class _Recorder(TorchDispatchMode):
         else:
             storage = self._storages[key]
         ref: Callable[[], torch.Tensor | None] = weakref.ref(t)
-        self._entries[id(t)] = _Entry(ref, node, storage.version, **extra)
+        entry = self._entries[id(t)] = _Entry(ref, node, storage.version, **extra)
+        if extra.get("view") is None:
+            self._views[key] = [entry]
+        else:
+            self._views[key].append(entry)
         if self.keep_values:
             self._alive.append(t)
         return node
@@ -232,7 +237,8 @@ class _Recorder(TorchDispatchMode):
         self._finish(node, t)
         known = self._storages.get(_storage_key(t))
         if known is not None:  # an unseen alias of a recorded tensor: only its value is known
-            self._entries[id(t)] = _Entry(weakref.ref(t), node, known.version)
+            entry = self._entries[id(t)] = _Entry(weakref.ref(t), node, known.version)
+            self._views[_storage_key(t)].append(entry)
             self._alive.append(t)
             return node
         return self._enter(t, node)
@@ -245,6 +251,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._pause:
             return func(*args, **kwargs)
+        if torch.Tag.inplace_view in func.tags:
+            raise CaptureError(f"{func} changes a tensor's shape in place; use its out-of-place form", _user_line())
         mutated = mutated_args(func, args, kwargs)
         if mutated:
             return self._record_mutation(func, args, kwargs, mutated)
@@ -256,7 +264,7 @@ class _Recorder(TorchDispatchMode):
             out = self.steer(func, args, out)
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["source"] = _user_line()
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if draws_random(func, args, kwargs):
             node.meta["random"] = True
         self._finish(node, out)
         if func is aten._local_scalar_dense.default:
@@ -317,7 +325,7 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         node = self.graph.call_function(twin.func, node_args, node_kwargs)
         node.meta["source"] = _user_line()
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if draws_random(func, args, kwargs):
             node.meta["random"] = True
         node = self._finish(node, target)
         self.values.pop(node, None)
@@ -332,15 +340,18 @@ class _Recorder(TorchDispatchMode):
         """Before a write: keep the old value of the storage's owner; views are recomputed from it."""
         if not self.keep_values:
             return
-        for entry in self._entries.values():
+        self._views[key] = [e for e in self._views[key] if e.ref() is not None]
+        for entry in self._views[key]:
             t = entry.ref()
-            if t is not None and t.layout == torch.strided and _storage_key(t) == key:
+            if t is not None:
                 if entry.node is storage.owner and entry.view is None and entry.version == storage.version:
                     self._pause += 1
                     self.values[entry.node] = t.detach().clone(memory_format=torch.preserve_format)
                     self._pause -= 1
                 else:
                     self.values.pop(entry.node, None)
+                    if entry.node.target is operator.getitem:  # its tuple holds live views as well
+                        self.values.pop(entry.node.args[0], None)  # type: ignore[arg-type]
 
     def _write_back(self, target: torch.Tensor, node: fx.Node, storage: _Storage) -> None:
         entry = self._entries[id(target)]
@@ -386,6 +397,17 @@ class _Recorder(TorchDispatchMode):
         call.output = tree_map(torch.Tensor, self._boundary, output)
         call.last = len(self.nodes)
         self.current = call.parent
+
+
+def draws_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True where a call depends on the random state: dropout with a rate of zero does not."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for i, arg in enumerate(func._schema.arguments):
+        if arg.name in ("dropout_p", "p") and str(arg.type) == "float":
+            rate = kwargs.get(arg.name, args[i] if i < len(args) else arg.default_value)
+            return rate is None or rate != 0.0
+    return True
 
 
 _TORCH_DIRS = (torch.__path__[0], str(__file__).rsplit("/", 1)[0])

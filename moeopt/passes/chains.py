@@ -87,7 +87,7 @@ def find_chains(tape: Tape, sites: list[Site], *, loose: bool = False) -> list[C
     for site in sites:
         if not site.matrices:
             continue
-        found = _walk_back(site.operand, at, products, memo)
+        found = _walk_back(site.operand, at, products, memo, loose)
         if found is None:
             continue
         ins, mid = found
@@ -109,7 +109,7 @@ def _feeds(a: Site, b: Site, loose: bool) -> bool:
 
 
 def _walk_back(
-    start: fx.Node, at: dict[fx.Node, Site], products: dict[fx.Node, Site], memo: dict[fx.Node, bool]
+    start: fx.Node, at: dict[fx.Node, Site], products: dict[fx.Node, Site], memo: dict[fx.Node, bool], loose: bool
 ) -> tuple[list[Site], list[fx.Node]] | None:
     ins: dict[Site, None] = {}
     seen: set[fx.Node] = set()
@@ -129,7 +129,7 @@ def _walk_back(
         elif is_pointwise(node) or moves_rows(node):
             mid.append(node)
             stack.extend(_value_inputs(node))
-        elif not _small(node, start):
+        elif not _small(node, start, loose):
             return None
         elif _reduces(node, at):
             return None
@@ -146,8 +146,8 @@ def _value_inputs(node: fx.Node) -> list[fx.Node]:
     return dtype_of
 
 
-def _small(node: fx.Node, start: fx.Node) -> bool:
-    """At most one value per row: a weight or a mask, not a stream of rows."""
+def _small(node: fx.Node, start: fx.Node, loose: bool) -> bool:
+    """At most one value per row: a weight or a mask, not a stream of rows (``loose``: clearly fewer values)."""
     size = 1
     for s in node.meta.get("shape", ()):
         size *= s
@@ -155,7 +155,7 @@ def _small(node: fx.Node, start: fx.Node) -> bool:
     for s in start.meta["shape"]:
         total *= s
     longest = max(start.meta["shape"] or (1,))
-    return size * longest <= total or size == 1
+    return size * longest <= total or size == 1 or (loose and size * 4 <= total)
 
 
 def _reduces(node: fx.Node, at: dict[fx.Node, Site], limit: int = 64) -> bool:

@@ -61,6 +61,7 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
     sites = list(labels.token)
     out = sites[0].matrices[0].m
     nodes = descendants(tape, [s.node for s in sites])
+    position = {n: i for i, n in enumerate(nodes)}
     nearest = "their outputs never meet in one tensor with a row per token"
     for target in _meeting_points(sites, nodes):
         if _leaks(tape, target, sites):
@@ -68,7 +69,7 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
             continue
         if out not in target.meta["shape"] or math.prod(target.meta["shape"]) != labels.tokens * out:
             continue
-        index = nodes.index(target)
+        index = position[target]
         for axis in sorted((d for d, s in enumerate(target.meta["shape"]) if s == out), reverse=True):
             found = _read(tape, labels, nodes[: index + 1], target, axis)
             if isinstance(found, Combine):

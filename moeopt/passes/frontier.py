@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 
 from moeopt.errors import Declined
-from moeopt.ir.kinds import moves_rows
+from moeopt.ir.kinds import moves_rows, op_name
 from moeopt.ir.tape import Tape
 
 Steps = list[tuple[Any, tuple[Any, ...]]]
@@ -79,10 +80,15 @@ class Table:
     universe: int
     weighed: bool
 
-    @property
+    @cached_property
     def chosen(self) -> torch.Tensor:
         """(T, C) seen with a weight that is not zero."""
         return (self.visits > 0) & (self.weights != 0)
+
+    @cached_property
+    def reached(self) -> int:
+        """How many experts some token chose."""
+        return int(self.chosen.any(0).sum())
 
 
 def find_frontier(
@@ -205,7 +211,6 @@ def _id_recipes(
         k = numel // tokens
         if k > max(table.visits.shape[1], 64):
             continue
-        value = tape.value(node)
         for steps in _orders(node.meta["shape"], tokens, k):
             recipe = Recipe(node, steps)
             ids = recipe.run(tape).long()
@@ -213,7 +218,8 @@ def _id_recipes(
                 continue
             mapping = _mapping(ids, table)
             if mapping is not None:
-                if value.dtype != torch.int64:
+                recipe = _rooted_ids(tape, recipe, ids)
+                if recipe.source is not None and recipe.source.meta["dtype"] != torch.int64:
                     recipe.steps.append((aten.to.dtype, (torch.int64,)))
                 yield recipe, ids, mapping
 
@@ -233,12 +239,13 @@ def _orders(shape: tuple[int, ...], tokens: int, k: int) -> list[Steps]:
 def _candidates(before: list[fx.Node], *, floating: bool) -> Iterator[fx.Node]:
     for node in before:
         dtype = node.meta.get("dtype")
-        if dtype is None or not node.meta["shape"] or node.op == "get_attr":
+        if dtype is None or not node.meta["shape"] or node.op == "get_attr" or op_name(node) in _UNWRITTEN:
             continue
         if (dtype.is_floating_point if floating else dtype in _INTEGERS) and not dtype.is_complex:
             yield node
 
 
+_UNWRITTEN = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -247,10 +254,10 @@ def _mapping(ids: torch.Tensor, table: Table) -> list[int] | None:
     experts = table.visits.shape[1]
     seen = table.visits > 0
     values = torch.unique(ids)
+    if int(values.max()) >= 4 * experts + 64 or values.numel() < table.reached:
+        return None
     named = torch.zeros(ids.shape[0], max(int(values.max()) + 1, experts), dtype=torch.bool)
     named.scatter_(1, ids, True)
-    if named.shape[1] > 4 * experts + 64:
-        return None
     natural = torch.tensor(table.natural)
     if torch.equal(named[:, :experts], seen[:, natural]) or _covers(named[:, :experts], seen[:, natural], table, natural):
         return table.natural
@@ -259,14 +266,14 @@ def _mapping(ids: torch.Tensor, table: Table) -> list[int] | None:
 
 def _learnt(named: torch.Tensor, seen: torch.Tensor, table: Table) -> list[int] | None:
     """The chain whose tokens include those of each id; every id must have one, every visit an id."""
-    mapping = []
-    for v in range(named.shape[1]):
-        fits = (~(named[:, v, None] & ~seen)).all(0) & named[:, v].any()
-        exact = (named[:, v, None] == seen).all(0) & named[:, v].any()
-        choice = exact if int(exact.sum()) == 1 else fits
-        if int(choice.sum()) != 1:
-            return None
-        mapping.append(int(choice.nonzero()))
+    both = named.t().float() @ seen.float()
+    size = named.sum(0).float()[:, None]
+    fits = (both == size) & (size > 0)
+    exact = fits & (both == seen.sum(0).float())
+    choice = torch.where(exact.sum(1, keepdim=True) == 1, exact, fits)
+    if not bool((choice.sum(1) == 1).all()):
+        return None
+    mapping: list[int] = choice.to(torch.uint8).argmax(1).tolist()
     if len(mapping) != max(table.universe, seen.shape[1]) or set(mapping) != set(range(seen.shape[1])):
         return None
     union = torch.zeros_like(seen)
@@ -336,6 +343,24 @@ def _by_ids(
     return None
 
 
+def _rooted_ids(tape: Tape, recipe: Recipe, ids: torch.Tensor) -> Recipe:
+    """The same ids where they are first written down; see :func:`_rooted`."""
+    node = recipe.source
+    while node is not None and moves_rows(node) and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+        shape = node.meta.get("shape")
+        if shape is None:
+            continue
+        if math.prod(shape) != ids.numel() or node.op == "get_attr" or node.meta["dtype"] not in _INTEGERS:
+            break
+        for steps in _orders(shape, *ids.shape):
+            candidate = Recipe(node, steps)
+            if torch.equal(candidate.run(tape).long(), ids):
+                recipe = candidate
+                break
+    return recipe
+
+
 def _rooted(tape: Tape, recipe: Recipe, rebuilt: Any, table: Table) -> Recipe:
     """The same weights where they are first written down: copies and reshapes of them are dispatch.
 
@@ -374,7 +399,7 @@ def _fits(rebuilt: torch.Tensor, table: Table) -> bool:
 
 def _constant(ids: torch.Tensor, mapping: list[int], table: Table) -> float | None:
     """The one weight that every visit has (hard routing, or weights applied later), or None."""
-    values = table.weights[table.visits > 0]
+    values = table.weights[table.chosen if bool((table.visits > 0).all()) else table.visits > 0]
     if not values.numel() or not bool((values == values[0]).all()):
         return None
     value = float(values[0])

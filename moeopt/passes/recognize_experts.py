@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import operator
 import re
 from collections.abc import Iterator
@@ -217,17 +218,17 @@ def _enter_rows(
     keys: dict[tuple[object, ...], int], experts: list[ExpertRef],
 ) -> None:  # fmt: skip
     """Enter the token and the expert of each row of ``out``; new experts are numbered as they appear."""
-    where = [[(s, r) for s in role for r in range(s.matrix.numel())] for role in roles]
+    where = [[(s, m) for s in role for m in s.matrix.tolist()] for role in roles]
     row_token = torch.where(label >= 0, token[label.clamp_min(0)], -1)
-    row_chain = torch.full_like(label, -1)
+    chains = [-1] * label.numel()
     known: dict[tuple[int, ...], int] = {}
-    for r, at in enumerate(label.tolist()):
-        if row_token[r] < 0:
+    for r, (at, seen, last) in enumerate(zip(label.tolist(), row_token.tolist(), out.matrix.tolist(), strict=True)):
+        if seen < 0:
             continue
         picks = [role[at] for role in where]
-        which = (*(id(s) for s, _ in picks), *(int(s.matrix[i]) for s, i in picks), int(out.matrix[r]))
+        which = (*(id(s) for s, _ in picks), *(m for _, m in picks), last)
         if which not in known:
-            ref = _expert([s for s, _ in picks], [i for _, i in picks], out, int(out.matrix[r]))
+            ref = _expert([s for s, _ in picks], [m for _, m in picks], out, last)
             if ref is None:
                 known[which] = -1
             else:
@@ -236,7 +237,8 @@ def _enter_rows(
                     keys[key] = len(experts)
                     experts.append(ref)
                 known[which] = keys[key]
-        row_chain[r] = known[which]
+        chains[r] = known[which]
+    row_chain = torch.tensor(chains, dtype=torch.long)
     row_token[row_chain < 0] = -1
     labels.token[out], labels.chain[out] = row_token, row_chain
 
@@ -317,8 +319,7 @@ def _siblings(used: set[str], named: dict[str, torch.Tensor]) -> set[str]:
     }
 
 
-def _expert(ins: list[Site], rows: list[int], out: Site, out_matrix: int) -> ExpertRef | None:
-    picks = [int(s.matrix[row]) for s, row in zip(ins, rows, strict=True)]
+def _expert(ins: list[Site], picks: list[int], out: Site, out_matrix: int) -> ExpertRef | None:
     if out_matrix < 0 or any(p < 0 for p in picks):
         return None
     return ExpertRef(
@@ -361,6 +362,8 @@ def _with_frontier(
     inside = set(descendants(tape, [s.product for s in ins])) | {s.product for s in ins}
     last = max(s.node.meta["index"] for s in labels.token)
     before = [n for n in tape.nodes[: last + 1] if n not in inside and n.meta.get("shape") is not None]
+    if len(experts) == 1:
+        raise Declined("only one of its experts could be read; all of a block's experts or none are rewritten", _line(group[0]))
     flow = _flow(tape, combine, ins, inside)
     weights, visits = combine.weights, labels.visits()
     if tokens.weighted:
@@ -369,15 +372,15 @@ def _with_frontier(
     table = Table(weights, visits, natural, _universe(tape, experts), _weighed(combine, list(labels.token)))
     prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
     again = None if prior is None else (prior.frontier, [experts.index(e) for e in prior.experts])
-    frontier = find_frontier(tape, [n for n in tape.nodes if n in flow and n.meta.get("shape") is not None], table,
+    frontier = find_frontier(tape, [n for n in tape.nodes[: combine.node.meta["index"]] if n in flow and n.meta.get("shape") is not None], table,
                              _weight_dtype(tape, group), again)  # fmt: skip
-    _only_the_router_steers(tape, frontier)
+    _only_the_router_steers(tape, frontier, _routing_tables(tape, flow, table))
     progress[0] = 4
     ids = frontier.ids.run(tape) if frontier.ids is not None else None
     if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):
         raise Uncovered("some of the weights that look like experts were never reached by a probe", _line(group[0]))
     identity = _is_identity(tape, combine, tokens, frontier, ids, len(experts))
-    base = None if identity else _base(tape, combine, before)
+    base = None if identity else _base(tape, combine, before, experts)
     ordered = [experts[c] for c in frontier.experts]
     _same_layout(ordered, group)
     spec = dataclasses.replace(
@@ -396,13 +399,26 @@ def _with_frontier(
 _CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
 
 
-def _only_the_router_steers(tape: Tape, frontier: Frontier) -> None:
+def _routing_tables(tape: Tape, flow: set[fx.Node], table: Table) -> set[fx.Node]:
+    """Dense (T, E) forms of the routing among the nodes that dispatch reads."""
+    want = table.weights[:, torch.tensor(table.natural)].double()
+    found = set()
+    for node in flow:
+        shape = node.meta.get("shape") or ()
+        if math.prod(shape) == want.numel() and shape[-1:] == want.shape[-1:] and node.op == "call_function":
+            value = tape.value(node).reshape(want.shape).double()
+            if torch.equal(value, want) or torch.equal(value, (want != 0).double()):
+                found.add(node)
+    return found
+
+
+def _only_the_router_steers(tape: Tape, frontier: Frontier, tables: set[fx.Node]) -> None:
     """Values that Python reads may depend on the input through the routing alone.
 
     Raises:
         Declined: the forward turns another value into a Python number, so it may branch on it.
     """
-    cut = {r.source for r in (frontier.ids, frontier.weights) if r is not None and r.source is not None}
+    cut = {r.source for r in (frontier.ids, frontier.weights) if r is not None and r.source is not None} | tables
     steered: dict[fx.Node, bool] = {}
     for node in tape.nodes:
         chosen = op_name(node) in _CHOICES or (node.target is operator.getitem and op_name(node.args[0]) in _CHOICES)  # type: ignore[arg-type]
@@ -501,16 +517,24 @@ def _weighed(combine: Combine, outs: list[Site]) -> bool:
     return False
 
 
-def _base(tape: Tape, combine: Combine, before: list[fx.Node]) -> fx.Node | None:
+def _base(tape: Tape, combine: Combine, before: list[fx.Node], experts: list[ExpertRef]) -> fx.Node | None:
     """The tensor that the experts' sum is added onto, when there is one."""
     if combine.base is None:
         return None
     want = combine.base
+    names = dict(tape.root.named_parameters(remove_duplicate=False))
+    others = _siblings({e.w_in[0].path for e in experts}, names) | _siblings({e.w_out.path for e in experts}, names)
     for node in reversed(before):
         shape = node.meta["shape"]
         if node.op != "get_attr" and node.meta["dtype"] == want.dtype and shape == combine.node.meta["shape"]:
             value = tape.value(node).movedim(combine.axis, -1).reshape(want.shape)
             if torch.equal(value, want):
+                if others & {str(a.target) for a in ancestors([node]) if a.op == "get_attr"}:
+                    raise Declined(
+                        "other experts of the same block are computed in another way and added to these; all of a "
+                        "block's experts or none are rewritten",
+                        combine.node.meta.get("source"),
+                    )
                 return node
     raise Declined(
         "tokens that no expert serves keep another value (a pass-through of dropped tokens, or a sum that starts "

@@ -121,12 +121,13 @@ def _places(keys: list[bytes], matrix: torch.Tensor, where: dict[bytes, list[int
     """Token of each row, -2 for none. Of tokens that are equal, an expert sees each once, in order."""
     found = torch.full((len(keys),), -2, dtype=torch.long)
     seen: dict[tuple[bytes, int], int] = {}
+    which_matrix = matrix.tolist()
     for r, key in enumerate(keys):
         tokens = where.get(key)
         if tokens is not None:
             turn = 0
             if len(tokens) > 1:
-                which = (key, int(matrix[r]))
+                which = (key, which_matrix[r])
                 turn = seen[which] = seen.get(which, -1) + 1
             found[r] = tokens[turn % len(tokens)]
     return found

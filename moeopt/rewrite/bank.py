@@ -8,9 +8,11 @@ hooked or parametrised, a dtype changed) the lookup raises :class:`Stale`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moeopt.ir.provenance import MatrixRef, VectorRef
@@ -42,14 +44,17 @@ class _Place:
         self.links: list[tuple[dict[str, Any], str, nn.Module]] = []
         module = root
         for name in parents:
-            child = module._modules[name]
-            assert child is not None
+            child = module._modules.get(name)
+            if child is None:
+                raise Stale(f"the module that held {path} was removed")
             self.links.append((module._modules, name, child))
             module = child
         self.owner = module
         registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
-        self.registry = next(r for r in registries if self.key in r)
-        tensor = self.registry[self.key]
+        self.registry = next((r for r in registries if self.key in r), module._parameters)
+        tensor = self.registry.get(self.key)
+        if not isinstance(tensor, Tensor):
+            raise Stale(f"{path} is no longer a plain Parameter (quantised, parametrised or removed)")
         self.dtype, self.shape = tensor.dtype, tensor.shape
 
     def read(self) -> Tensor:
@@ -59,6 +64,8 @@ class _Place:
         tensor = self.registry.get(self.key)
         if tensor is None:
             raise Stale(f"{self.path} is no longer a plain Parameter (parametrised or removed)")
+        if tensor.is_meta:
+            raise Stale(f"{self.path} is on the meta device (offloaded?) and has no values")
         if tensor.dtype is not self.dtype or tensor.shape != self.shape:
             raise Stale(f"{self.path} changed from {self.dtype} {tuple(self.shape)} "
                         f"to {tensor.dtype} {tuple(tensor.shape)}")  # fmt: skip
@@ -75,21 +82,31 @@ class LiveBank:
         root: the block.
         experts: where each expert's matrices are, in the order of their ids.
         layouts: (W_in, W_out), each ``oi`` or ``io``: how the 2-D tensors are handed out.
+        check: called with the number of each expert that is read; may raise :class:`Stale`.
     """
 
-    def __init__(self, root: nn.Module, experts: list[ExpertRef], layouts: tuple[str, str]) -> None:
-        self.num_experts = len(experts)
+    def __init__(
+        self,
+        root: nn.Module,
+        experts: list[ExpertRef],
+        layouts: tuple[str, str],
+        check: Callable[[int], None] = lambda e: None,
+    ) -> None:
+        self.num_experts, self._check = len(experts), check
         self._experts, self._layouts = experts, layouts
         self._places: dict[str, _Place] = {}
         for ref in experts:
             for part in (*ref.w_in, *ref.b_in, ref.w_out, ref.b_out):
                 if part is not None and part.path not in self._places:
                     self._places[part.path] = _Place(root, part.path)
+        self._regions: dict[tuple[int, str], Any] = {}
         self._steps = _steps(experts)
         self._backwards = any(s < 0 for part in self._steps or () for step in _flat(part) for s in step)
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
         """Expert e's first matrices."""
+        if not torch.compiler.is_compiling():
+            self._check(e)
         return tuple([self._matrix(ref, self._layouts[0]) for ref in self._experts[e].w_in])
 
     def b_in(self, e: int) -> tuple[Tensor | None, ...]:
@@ -112,12 +129,20 @@ class LiveBank:
 
     def _matrix(self, ref: MatrixRef, layout: str) -> Tensor:
         tensor = self._places[ref.path].read()
+        index = self._regions.get((id(ref), layout))
+        if index is None:
+            index = self._regions[id(ref), layout] = _region(ref, layout, tensor.shape)
+        if index is not _IRREGULAR:
+            part = tensor if index.whole else tensor[index.at]
+            return part.t() if index.transposed else part
         offset, dk, dm = ref.offset_and_strides(tensor.stride())
         shape, stride = ((ref.m, ref.k), (dm, dk)) if layout == "oi" else ((ref.k, ref.m), (dk, dm))
         return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
 
     def _vector(self, ref: VectorRef) -> Tensor:
         tensor = self._places[ref.path].read()
+        if len(ref.origin) == 1 and ref.dm == (1,):
+            return tensor if ref.m == tensor.shape[0] else tensor[ref.origin[0] : ref.origin[0] + ref.m]
         stride = tensor.stride()
         offset = sum(o * s for o, s in zip(ref.origin, stride, strict=True))
         step = sum(o * s for o, s in zip(ref.dm, stride, strict=True))
@@ -145,6 +170,35 @@ class LiveBank:
             [stack(r, s, "") for r, s in zip(first.b_in, b_in_step, strict=True)],
             stack(first.b_out, b_out_step, ""),
         )
+
+
+@dataclass(frozen=True)
+class _Region:
+    """A matrix as a basic index of its Parameter, which tracers follow better than ``as_strided``."""
+
+    at: tuple[Any, ...]
+    whole: bool
+    transposed: bool
+
+
+_IRREGULAR = object()
+
+
+def _region(ref: MatrixRef, layout: str, shape: tuple[int, ...]) -> Any:
+    """``ref`` as a :class:`_Region`; ``_IRREGULAR`` where K or M does not run along one axis."""
+    along_k = [(d, s) for d, s in enumerate(ref.dk) if s]
+    along_m = [(d, s) for d, s in enumerate(ref.dm) if s]
+    if len(along_k) != 1 or len(along_m) != 1 or along_k[0][0] == along_m[0][0]:
+        return _IRREGULAR
+    (k_axis, k_step), (m_axis, m_step) = along_k[0], along_m[0]
+    if k_step < 0 or m_step < 0:
+        return _IRREGULAR
+    at: list[Any] = list(ref.origin)
+    for axis, step, count in ((k_axis, k_step, ref.k), (m_axis, m_step, ref.m)):
+        first = ref.origin[axis]
+        at[axis] = slice(first, first + (count - 1) * step + 1, step)
+    whole = len(shape) == 2 and all(a == slice(0, n, 1) for a, n in zip(at, shape, strict=True))
+    return _Region(tuple(at), whole, (m_axis > k_axis) == (layout == "oi"))
 
 
 def _flat(part: Any) -> list[tuple[int, ...]]:

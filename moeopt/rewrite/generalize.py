@@ -32,6 +32,15 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """A float that is ``factor`` times or over a product of sizes (a mean written by hand)."""
+
+    dims: tuple[tuple[int, int], ...]
+    factor: float
+    inverse: bool
+
+
+@dataclass(frozen=True)
 class DeviceOf:
     """The device of the first input, wherever the witness named its own device."""
 
@@ -69,6 +78,18 @@ class Sizes:
                 divisors = {s // v for v, s in zip(values, sizes, strict=True)}
                 if len(divisors) == 1:
                     return Size(dims, divisor=divisors.pop())
+        return None
+
+
+    def ratio(self, values: tuple[float, ...]) -> Ratio | None:
+        """``values`` as a :class:`Ratio` that gives them back bit for bit; None when none does."""
+        for dims, sizes in self._products:
+            for inverse in (True, False):
+                factor = values[0] * sizes[0] if inverse else values[0] / sizes[0]
+                factor = float(round(factor)) if abs(factor - round(factor)) < 1e-9 else factor
+                again = tuple(factor / s if inverse else factor * s for s in sizes)
+                if again == values:
+                    return Ratio(dims, factor, inverse)
         return None
 
 
@@ -151,6 +172,10 @@ def _merge(versions: list[Any], sizes: Sizes, where: str | None) -> Any:
                 where,
             )
         return size
+    if isinstance(first, float) and any(v != first for v in versions):
+        ratio = sizes.ratio(tuple(versions))
+        if ratio is not None:
+            return ratio
     if isinstance(first, torch.device):
         return DeviceOf() if first.type == "cpu" or first.type == "cuda" else first
     if type(first) in (list, tuple):

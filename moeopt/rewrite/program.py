@@ -10,6 +10,8 @@ flag, autocast). If not, or if the module was changed since, the original forwar
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import inspect
 import operator
 import warnings
@@ -22,88 +24,19 @@ from torch import fx, nn
 
 from moeopt.errors import Declined, StaleModelWarning
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.tree import tree_leaves, tree_map
+from moeopt.ir.tree import tree_map
 from moeopt.ops.experts import experts
-from moeopt.rewrite.bank import ExpertRef, LiveBank, Stale
-from moeopt.rewrite.generalize import DeviceOf, Size
+from moeopt.rewrite.bank import ExpertRef, LiveBank, Stale, expert_paths
+from moeopt.rewrite.generalize import DeviceOf, Ratio, Size
+from moeopt.rewrite.guard import OPAQUE, TENSOR, Bound, Guard, bind, overlap
 from moeopt.rewrite.plan import Plan, Ref
+from moeopt.rewrite.watch import Fact, Watch, take_facts
+
+__all__ = ["OPAQUE", "TENSOR", "Guard", "Program", "RewrittenForward", "bind", "install", "uninstall"]
 
 aten = torch.ops.aten
 
-
-@dataclass(frozen=True)
-class Bound:
-    """A block's inputs in the order of its signature: parameter names and their trees of leaves."""
-
-    names: tuple[str, ...]
-    values: tuple[Any, ...]
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The tensor leaves, in order."""
-        return [leaf for leaf in tree_leaves(list(self.values)) if isinstance(leaf, torch.Tensor)]
-
-
-def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
-    """Positional, keyword and defaulted arguments in one canonical order."""
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return Bound(tuple(bound.arguments), tuple(bound.arguments.values()))
-
-
-@dataclass
-class Guard:
-    """What a call must look like for the program to hold."""
-
-    template: list[Any]
-    shapes: list[tuple[int | None, ...]]
-    dtypes: list[torch.dtype]
-    training: bool | None
-    autocast: bool
-
-    def refuses(self, module: nn.Module, bound: Bound) -> str:
-        """Why this call is unlike the verified ones; "" when it is like them."""
-        if self.training is not None and module.training != self.training:
-            mode = "training" if module.training else "evaluation"
-            return f"the block is in {mode} mode, in which it computes something else"
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            return "autocast is on, which changes the dtypes that were verified"
-        index = 0
-        leaves = list(tree_leaves(list(bound.values)))
-        if len(leaves) != len(self.template):
-            return "it was called with another structure of arguments than the verified one"
-        for leaf, known in zip(leaves, self.template, strict=True):
-            if known is TENSOR:
-                if not isinstance(leaf, torch.Tensor):
-                    return "it was called with a non-tensor where a tensor was verified"
-                shape = self.shapes[index]
-                if leaf.dtype is not self.dtypes[index]:
-                    return f"it was called with {leaf.dtype} where {self.dtypes[index]} was verified"
-                if len(leaf.shape) != len(shape):
-                    return f"it was called with a {len(leaf.shape)}-dimensional tensor, verified with {len(shape)}"
-                for size, fixed in zip(leaf.shape, shape, strict=True):
-                    if fixed is not None and size != fixed:
-                        return f"it was called with size {size} where only {fixed} was verified"
-                index += 1
-            elif known is not OPAQUE and (isinstance(leaf, torch.Tensor) or leaf != known):
-                return f"it was called with {leaf!r} where {known!r} was verified"
-        return ""
-
-
-class _Mark:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __repr__(self) -> str:
-        return self.name
-
-    def __reduce__(self) -> str:
-        return self.name
-
-    def __deepcopy__(self, memo: Any) -> _Mark:
-        return self
-
-
-TENSOR, OPAQUE = _Mark("TENSOR"), _Mark("OPAQUE")
+_KINDS = (Ref, Size, Ratio, DeviceOf)
 
 
 @dataclass
@@ -114,10 +47,58 @@ class Program:
     banks: list[tuple[list[ExpertRef], ExpertsSpec]]
     signature: inspect.Signature
     guard: Guard
+    facts: list[Fact] | None = None
+
+    def watch(self, module: nn.Module) -> Watch:
+        """What was verified of ``module``'s own code, bound to it; the first module to ask is the verified one."""
+        plan = self.plan
+        if self.facts is None:
+            self.facts = take_facts(module, plan.kept_modules, plan.attributes, self.guard.training is not None)
+        return Watch(
+            module,
+            self.facts,
+            {(b, e): expert_paths([ref]) for b, (refs, _) in enumerate(self.banks) for e, ref in enumerate(refs)},
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ops by name, and the signature without annotations: neither can be pickled as it is."""
+        plain = [p.replace(annotation=inspect.Parameter.empty) for p in self.signature.parameters.values()]
+        steps = [dataclasses.replace(s, target=_OpName.of(s.target)) for s in self.plan.steps]
+        return self.__dict__ | {
+            "signature": inspect.Signature(plain),
+            "plan": dataclasses.replace(self.plan, steps=steps),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for step in self.plan.steps:
+            if isinstance(step.target, _OpName):
+                step.target = step.target.op()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self
 
     def graph(self) -> fx.Graph:
         """The plan as an fx graph: placeholders are the tensor inputs, ``self`` is the block."""
         return _build(self)
+
+
+@dataclass(frozen=True)
+class _OpName:
+    """An OpOverload by name."""
+
+    name: str
+    overload: str
+
+    @staticmethod
+    def of(target: Any) -> Any:
+        if not isinstance(target, torch._ops.OpOverload):
+            return target
+        return _OpName(target._schema.name, target._overloadname)
+
+    def op(self) -> Any:
+        space, _, name = self.name.partition("::")
+        return getattr(getattr(getattr(torch.ops, space), name), self.overload)
 
 
 def _build(program: Program) -> fx.Graph:
@@ -144,13 +125,16 @@ def _build(program: Program) -> fx.Graph:
     def word(a: Any) -> Any:
         if isinstance(a, Ref):
             return refs[a.step]
+        if isinstance(a, Ratio):
+            total = size(Size(a.dims))
+            return graph.call_function(operator.truediv if a.inverse else operator.mul, (a.factor, total))
         return size(a) if isinstance(a, Size) else device()
 
     def device() -> Any:
         return graph.call_function(getattr, (inputs[0], "device"))
 
     def words(tree: Any) -> Any:
-        return tree_map((Ref, Size, DeviceOf), word, tree)
+        return tree_map(_KINDS, word, tree)
 
     engine = graph.placeholder("engine")
     constants = 0
@@ -176,7 +160,7 @@ def _build(program: Program) -> fx.Graph:
         leaves.append(word(a))
         return len(leaves) - 1
 
-    tree_map((Ref, Size, DeviceOf), place, outputs)
+    tree_map(_KINDS, place, outputs)
     graph.output(tuple(leaves))
     return graph
 
@@ -193,27 +177,41 @@ def _run_experts(
     return experts(x, ids, weights, bank, spec)
 
 
+@torch.compiler.assume_constant_result
+def _changed(engine: RewrittenForward) -> str:
+    """What of the block's own code is not as it was verified; all of it is looked at once something was not."""
+    return engine.watch.everything() if engine._stale else engine.watch.shared()
+
+
+def _check(watch: Watch, bank: int, expert: int) -> None:
+    reason = watch.expert((bank, expert))
+    if reason:
+        raise Stale(reason)
+
+
 class RewrittenForward:
     """Callable that stands in for ``module.forward``; see the module's docstring."""
 
     def __init__(self, module: nn.Module, program: Program, original: Callable[..., Any] | None = None) -> None:
         self.module, self.program, self.original = module, program, original
-        self.calls, self.fallbacks, self.last_refusal = 0, 0, ""
+        self.calls, self.fallbacks, self.last_refusal, self._stale = 0, 0, "", False
         self.__signature__ = program.signature
         self._prepare()
 
     def _prepare(self) -> None:
         program = self.program
+        self.watch = watch = program.watch(self.module)
+        if watch.gone:
+            raise Stale(watch.gone)
         self.banks = [
-            (LiveBank(self.module, refs, (spec.w_in_layout, spec.w_out_layout)), spec)
-            for refs, spec in program.banks
+            (LiveBank(self.module, refs, (s.w_in_layout, s.w_out_layout), functools.partial(_check, watch, b)), s)
+            for b, (refs, s) in enumerate(program.banks)
         ]
         self.constants = [s.target for s in program.plan.steps if s.kind == "constant"]
         counter = iter(range(10**9))
-        kinds = (Ref, Size, DeviceOf)
         plan = program.plan
         self._output, self._mutations, self._values = tree_map(
-            kinds, lambda _: _Slot(next(counter)), (plan.output, plan.mutations, list(plan.attributes.values()))
+            _KINDS, lambda _: _Slot(next(counter)), (plan.output, plan.mutations, list(plan.attributes.values()))
         )
         self._plain = isinstance(self._output, _Slot) and not plan.mutations and not plan.attributes
         code = _build(program).python_code("self")
@@ -223,13 +221,30 @@ class RewrittenForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = bind(self.program.signature, args, kwargs)
-        refusal = self.program.guard.refuses(self.module, bound)
+        refusal = self.program.guard.refuses(self.module, bound) or self._effects(bound)
         if not refusal:
             try:
-                return self._forward(bound)
+                refusal = _changed(self)
+                if not refusal:
+                    return self._forward(bound)
             except Stale as stale:
-                refusal = str(stale)
+                self._stale, refusal = True, str(stale)
         return self._fall_back(refusal, args, kwargs)
+
+    def _effects(self, bound: Bound) -> str:
+        """Why gradients or writes to its arguments forbid the rewritten code on this call; "" when they do not."""
+        program = self.program
+        if program.guard.gradients and torch.is_grad_enabled():
+            if any(t.requires_grad for t in (*bound.tensors(), *self.module.parameters())):
+                return program.guard.gradients
+        if not program.plan.mutations:
+            return ""
+        tensors = bound.tensors()
+        if overlap(tensors):
+            return "it writes to its arguments, and two of them share memory"
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return "it writes to tensors in place, which the rewritten code does not differentiate"
+        return ""
 
     @property
     def __code__(self) -> Any:
@@ -270,17 +285,17 @@ class RewrittenForward:
         module = memo.get(id(self.module))
         if module is None:
             module = copy.deepcopy(self.module, memo)
-            return module.forward  # type: ignore[no-any-return]
+            return module.forward  # type: ignore[no-any-return,return-value]
         new = RewrittenForward.__new__(RewrittenForward)
         memo[id(self)] = new
         new.module, new.program, new.original = module, self.program, copy.deepcopy(self.original, memo)
-        new.calls, new.fallbacks, new.last_refusal = 0, 0, ""
+        new.calls, new.fallbacks, new.last_refusal, new._stale = 0, 0, "", False
         new.__signature__ = self.__signature__
         return new
 
     def __getattr__(self, name: str) -> Any:
         # A copy is made before its module has its children: it prepares itself at first use.
-        if name in ("banks", "constants", "_output", "_mutations", "_values", "_plain", "_run"):
+        if name in ("watch", "banks", "constants", "_output", "_mutations", "_values", "_plain", "_run"):
             if "program" in self.__dict__:
                 self._prepare()
                 return self.__dict__[name]
@@ -288,7 +303,7 @@ class RewrittenForward:
 
     def __getstate__(self) -> dict[str, Any]:
         keep = ("module", "program", "original", "__signature__")
-        return {k: self.__dict__[k] for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": ""}
+        return {k: self.__dict__[k] for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
 
 
 @dataclass(frozen=True)
@@ -316,6 +331,12 @@ def install(module: nn.Module, program: Program) -> RewrittenForward:
     raise Declined(
         f"forward was replaced on this instance of {type(module).__name__}; undo the patch, optimise, and patch again"
     )
+
+
+def rewritten_forward(module: nn.Module) -> RewrittenForward | None:
+    """What :func:`install` put on ``module`` itself, if it did."""
+    held = (module.__dict__.get(key) for key in ("forward", "_old_forward"))
+    return next((h for h in held if isinstance(h, RewrittenForward)), None)
 
 
 def uninstall(module: nn.Module) -> None:

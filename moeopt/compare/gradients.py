@@ -1,0 +1,84 @@
+"""Does a rewritten block have the original's gradients? A trace without gradients cannot tell.
+
+``torch.no_grad()``, ``detach()`` and ``.data`` inside a block leave no mark on its values, so a rewrite
+may be right in every output and let a gradient through that the original stops. Both are
+differentiated once, on a real call, against the same random cotangent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeopt.ir.state import ModuleState
+from moeopt.ir.tape import clone_inputs
+from moeopt.ir.tree import leaves_of
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""Relative L2 per gradient: sums of many rounded terms in two orders. A stopped gradient is off by 1."""
+
+LARGE = 20_000_000
+"""Elements of one block's Parameters above which only the small ones (a router's, biases) are compared."""
+
+
+def gradients_differ(
+    module: nn.Module, original: Callable[..., Any], rewritten: Callable[..., Any], args: Any, kwargs: Any
+) -> str:
+    """Why the gradients of the two are not the same; "" when they are, or where the original has none.
+
+    Args:
+        module: the block; its Parameters are differentiated too, whether they ask for it or not.
+        original, rewritten: its two forwards.
+        args, kwargs: one real call.
+    """
+    named = [(n, p) for n, p in module.named_parameters() if p.is_floating_point()]
+    if sum(p.numel() for _, p in named) > LARGE:
+        named = [(n, p) for n, p in named if p.numel() <= LARGE // 64]
+    flags = [(p, p.requires_grad) for _, p in named]
+    state = ModuleState(module)
+    try:
+        for _, parameter in named:
+            parameter.requires_grad_(True)
+        want = _gradients(original, args, kwargs, [p for _, p in named], state)
+        if want is None:
+            return ""
+        try:
+            got = _gradients(rewritten, args, kwargs, [p for _, p in named], state)
+        except Exception as err:
+            return f"its gradient raises {type(err).__name__}: {err}"
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    if got is None:
+        return "no gradient flows through the rewritten code, and one does through the original"
+    names = [f"input {i}" for i in range(len(want) - len(named))] + [n for n, _ in named]
+    for name, a, b in zip(names, want, got, strict=True):
+        far, size = float((a.double() - b.double()).norm()), float(a.double().norm())
+        if not far <= TOLERANCE.get(a.dtype, 0.2) * size + 1e-12 and size == size:
+            return f"the gradient of {name} is not the original's (no_grad, detach or .data in its forward?)"
+    return ""
+
+
+def _gradients(
+    fn: Callable[..., Any], args: Any, kwargs: Any, parameters: list[Tensor], state: ModuleState
+) -> list[Tensor] | None:
+    """Gradients of the float inputs, then of ``parameters``, zeros where there is none; None if nothing has one."""
+    call = clone_inputs((args, kwargs))
+    leaves = [t for t in leaves_of(Tensor, call) if t.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_(True)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            out = fn(*call[0], **call[1])
+            outs = [t for t in leaves_of(Tensor, out) if t.is_floating_point() and t.requires_grad]
+            if not outs:
+                return None
+            generator = torch.Generator().manual_seed(0)
+            total = [torch.randn(t.shape, generator=generator).to(t) for t in outs]
+            found = torch.autograd.grad(outs, [*leaves, *parameters], total, allow_unused=True)
+    finally:
+        state.restore()
+    return [torch.zeros_like(t) if g is None else g for t, g in zip([*leaves, *parameters], found, strict=True)]
