@@ -47,7 +47,8 @@ $(VENV_COMPAT)/.ready: pyproject.toml
 	touch $@
 
 demo: $(READY)  ## optimise a model end to end and print the report and the certificate
-	$(PY) examples/quickstart.py
+	PYTHONPATH=. $(PY) examples/quickstart.py
+	PYTHONPATH=. $(PY) examples/demo.py
 
 test: $(READY)  ## the whole suite, without a GPU
 	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu' $(ARGS)

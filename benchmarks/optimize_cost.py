@@ -1,0 +1,249 @@
+"""What ``moeopt.optimize`` itself costs: seconds by layers and by experts, and the peak memory of the process.
+
+    python benchmarks/optimize_cost.py                 every table
+    python benchmarks/optimize_cost.py layers          one table: layers, experts or memory
+    python benchmarks/optimize_cost.py --check         exit code 1 when a limit below is missed
+
+Each point is a fresh process. Seconds are CPU time of one torch thread, which leaves out the turns of a
+machine's other tenants; memory is what the operating system saw (``ru_maxrss``), in units of one layer's weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+LAYERS, EXPERTS = (6, 12, 24), (16, 64, 256, 512)
+LIMITS = {
+    "a model of 24 layers and 64 experts, strict": 60.0,  # seconds
+    "a block of 512 experts, strict": 20.0,  # seconds
+    "the rewrite's memory beside the model": 1.0,  # layers
+    "strict verification's memory beside the model": 5.0,  # layers in float32
+}
+
+
+def loop_block(E: int, K: int, H: int, I: int) -> Any:
+    """Separate experts and a loop over those that were hit, as transformers 4.57 writes it."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = (nn.Linear(a, b, bias=False) for a, b in ((H, I), (H, I), (I, H)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(H, E, bias=False)
+            self.experts = nn.ModuleList(Expert() for _ in range(E))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = x.reshape(-1, H)
+            weights, ids = self.router(rows).softmax(-1, dtype=torch.float).topk(K)
+            weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+            y, mask = torch.zeros_like(rows), F.one_hot(ids, E).permute(2, 1, 0)
+            for e in (mask.sum((-1, -2)) > 0).nonzero():
+                slot, token = torch.where(mask[e].squeeze(0))
+                y.index_add_(0, token, self.experts[e](rows[token]) * weights[token, slot, None])
+            return y.view_as(x)
+
+    return Loop()
+
+
+def stacked_block(E: int, K: int, H: int, I: int) -> Any:
+    """Stacked experts, every one on every token, as a batched matmul."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(H, E, bias=False)
+            self.w_in = nn.Parameter(torch.randn(E, H, 2 * I) * H**-0.5)
+            self.w_out = nn.Parameter(torch.randn(E, I, H) * I**-0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = x.reshape(-1, H)
+            weights, ids = self.router(rows).topk(K)
+            dense = torch.zeros(len(rows), E, dtype=x.dtype).scatter(1, ids, weights.softmax(-1))
+            gate, up = (rows.expand(E, -1, -1) @ self.w_in).chunk(2, -1)
+            return (F.silu(gate) * up @ self.w_out * dense.t()[..., None]).sum(0).view_as(x)
+
+    return Stacked()
+
+
+def stack_of(blocks: list[Any], H: int) -> Any:
+    """A residual tower with an attention before each block."""
+    import torch
+    from torch import nn
+
+    class Layer(nn.Module):
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.LayerNorm(H) for _ in range(2))
+            self.attention, self.mlp = nn.MultiheadAttention(H, 4, batch_first=True), mlp
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.norms[0](x)
+            x = x + self.attention(h, h, h, need_weights=False)[0]
+            return x + self.mlp(self.norms[1](x))
+
+    return nn.Sequential(*(Layer(block) for block in blocks))
+
+
+def library_model(layers: int, E: int, K: int, H: int, I: int) -> Any:
+    """Qwen3-MoE from transformers, in the experts implementation that it defaults to."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=128, hidden_size=H, intermediate_size=I, moe_intermediate_size=I, head_dim=8,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, num_experts=E,
+        num_experts_per_tok=K, max_position_embeddings=64,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+def build(point: dict[str, Any]) -> tuple[Any, Any]:
+    """The model of a point, seeded, and its inputs."""
+    import torch
+
+    torch.manual_seed(0)
+    E, K, H, I, layers = (point[name] for name in "E K H I layers".split())
+    if point["style"] == "library":
+        return library_model(layers, E, K, H, I), {"input_ids": torch.randint(0, 128, (2, 12))}
+    block = {"loop": loop_block, "stacked": stacked_block}[point["style"]]
+    x = torch.randn(2, 12, H)
+    if layers == 1:
+        return block(E, K, H, I), x
+    return stack_of([block(E, K, H, I) for _ in range(layers)], H), x
+
+
+def measure(point: dict[str, Any]) -> dict[str, Any]:
+    """Optimise one model in this process."""
+    import torch
+
+    import moeopt
+
+    torch.set_num_threads(1)
+    model, inputs = build(point)
+    model.eval()
+    with torch.no_grad():
+        model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    opt = moeopt.optimize(model, inputs, verify=point["verify"])
+    seconds = time.process_time() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    blocks = [b for b in opt.report.blocks if b.kind == "moe"]
+    return {
+        "seconds": seconds,
+        "extra_bytes": (peak - before) * 1024,
+        "layer_bytes": point["E"] * 3 * point["H"] * point["I"] * 4,
+        "rewritten": sum(b.status == "rewritten" for b in blocks),
+        "passed": opt.certificate.passed,
+        "reasons": sorted({b.reason for b in blocks if b.reason}),
+    }
+
+
+def run(
+    style: str, layers: int, E: int, *, K: int = 4, H: int = 32, I: int = 16, verify: str = "strict"
+) -> dict[str, Any]:
+    """``measure`` in a fresh process; the parent stays light, since a child's ``ru_maxrss`` starts at its parent's."""
+    point = {"style": style, "layers": layers, "E": E, "K": K, "H": H, "I": I, "verify": verify}
+    command = [sys.executable, __file__, "--point", json.dumps(point)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    out = subprocess.run(command, capture_output=True, text=True, env=env)
+    if out.returncode:
+        raise SystemExit(f"{point} failed:\n{out.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
+    if result["rewritten"] != layers:
+        why = "; ".join(result["reasons"])
+        print(f"  {style}, {layers} layers, {E} experts: {result['rewritten']} rewritten: {why}")
+    return result
+
+
+def table(rows: list[tuple[Any, ...]]) -> None:
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    for first, *others in rows:
+        cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        print("  " + "  ".join([f"{first:<{widths[0]}}", *cells]))
+    print(flush=True)
+
+
+def by_layers() -> dict[str, float]:
+    print("Seconds by layers: 64 experts, top 4, hidden 32, strict verification")
+    rows: list[tuple[Any, ...]] = [("layers", *LAYERS, "per layer, first to last")]
+    worst = 0.0
+    for style, name in (("library", "Qwen3-MoE (transformers)"), ("loop", "home-made loop")):
+        spent = [run(style, n, 64)["seconds"] for n in LAYERS]
+        worst = max(worst, spent[-1])
+        rows.append((name, *(f"{s:.1f}" for s in spent), f"{spent[0] / LAYERS[0]:.2f} to {spent[-1] / LAYERS[-1]:.2f}"))
+    table(rows)
+    return {"a model of 24 layers and 64 experts, strict": worst}
+
+
+def by_experts() -> dict[str, float]:
+    print("Seconds by experts: one block, top 4, hidden 32")
+    rows: list[tuple[Any, ...]] = [("experts", *EXPERTS, "ms per expert, first to last")]
+    worst = 0.0
+    for style in ("loop", "stacked"):
+        for verify in ("strict", "off"):
+            spent = [run(style, 1, n, verify=verify)["seconds"] for n in EXPERTS]
+            worst = max(worst, spent[-1])
+            slope = f"{1e3 * spent[0] / EXPERTS[0]:.0f} to {1e3 * spent[-1] / EXPERTS[-1]:.0f}"
+            rows.append((f"{style}, verify={verify}", *(f"{s:.1f}" for s in spent), slope))
+    table(rows)
+    return {"a block of 512 experts, strict": worst}
+
+
+def by_memory() -> dict[str, float]:
+    print(
+        "Peak memory beside the model of 4 layers, in layers: 16 experts, top 4, hidden 512, intermediate 1024, float32"
+    )
+    rows: list[tuple[Any, ...]] = [("verify", "off", "fast", "strict", "one layer")]
+    off = strict = 0.0
+    for style in ("loop", "stacked"):
+        results = [run(style, 4, 16, H=512, I=1024, verify=v) for v in ("off", "fast", "strict")]
+        layers = [r["extra_bytes"] / r["layer_bytes"] for r in results]
+        off, strict = max(off, layers[0]), max(strict, layers[2])
+        rows.append((style, *(f"{n:.2f}" for n in layers), f"{results[0]['layer_bytes'] / 2**20:.0f} MiB"))
+    table(rows)
+    return {"the rewrite's memory beside the model": off, "strict verification's memory beside the model": strict}
+
+
+TABLES = {"layers": by_layers, "experts": by_experts, "memory": by_memory}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="what moeopt.optimize itself costs")
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)}; all when none is named")
+    parser.add_argument("--check", action="store_true", help="exit code 1 when a limit is missed")
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.point:
+        print(json.dumps(measure(json.loads(args.point))))
+        return 0
+    measured: dict[str, float] = {}
+    for name in args.tables or TABLES:
+        measured |= TABLES[name]()
+    for name, value in measured.items():
+        verdict = "within" if value <= LIMITS[name] else "OVER"
+        print(f"{name}: {value:.1f}, {verdict} the limit of {LIMITS[name]:.0f}")
+    return int(args.check and any(value > LIMITS[name] for name, value in measured.items()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
