@@ -308,7 +308,7 @@ class SoftSlots(MoE):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (Nothing, "no product, element-wise function, product chain was found in it"),
+        (Nothing, "something that is not element-wise on each token's row"),
         (DifferentFunctions, "its experts do not all compute the same function (plain "),
         (DifferentWidths, "its experts have different shapes ([((8, 8), (8, 8)), ((8, 12), (12, 8))"),
         (lambda: MoE(CubeExpert), "the function between the expert's two matmuls (pow) is none that the op carries"),
