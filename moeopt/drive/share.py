@@ -28,15 +28,16 @@ def shared_copy(model: M) -> M:
     except Exception as err:
         raise UsageError(
             f"{type(model).__name__} cannot be copied ({type(err).__name__}: {err}), and moeopt works on a copy that "
-            "shares the weights; take out what copy.deepcopy cannot copy, or optimise the submodule that holds the experts"
+            "shares the weights; take out what copy.deepcopy cannot copy, or optimise the submodule with the experts"
         ) from err
     own = {id(m) for m in model.modules()}
     for path, module in twin.named_modules():
         for name in ("forward", "_old_forward"):
             if _refers(module.__dict__.get(name), own, 4):
                 raise UsageError(
-                    f"{name} of {path or type(model).__name__} was replaced by a function that holds on to the original "
-                    "module, so a copy would silently run the original's children; undo the patch, optimise, and patch again"
+                    f"{name} of {path or type(model).__name__} was replaced by a function that holds on to the "
+                    "original module, so a copy would silently run the original's children; undo the patch, optimise, "
+                    "and patch again"
                 )
     return twin
 
