@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from moeopt.compare.block import EPS_ALLOWANCE, FACTOR
 from moeopt.compare.distance import finiteness, token_distance
 from moeopt.compare.language import find_ids, find_logits, greedy_agreement, language_metrics
-from moeopt.compare.state import Guard, clone_inputs
+from moeopt.compare.state import Guard, clone_inputs, modules_of
 from moeopt.compare.trees import describe, equal_leaves, flatten
 
 DRAWS = 3
@@ -62,8 +62,14 @@ class EndToEnd:
 
 def run_plain(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Outputs of ``fn`` on cloned inputs, with no gradient and no trace left on ``fn``."""
+    buffers = [(b, b.detach().clone()) for module in modules_of(fn) for b in module.buffers()]
     with torch.inference_mode(False), torch.no_grad(), Guard(fn):
-        return fn(*clone_inputs(tuple(args)), **clone_inputs(dict(kwargs)))
+        try:
+            return fn(*clone_inputs(tuple(args)), **clone_inputs(dict(kwargs)))
+        finally:
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def end_to_end(
