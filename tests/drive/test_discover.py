@@ -129,5 +129,7 @@ def test_the_model_is_left_as_it_was_and_must_run():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     places(model)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    with pytest.raises(CaptureError, match="Model raised RuntimeError: .*; check that it runs on these inputs in eager mode"):
+    with pytest.raises(
+        CaptureError, match="Model raised RuntimeError: .*; check that it runs on these inputs in eager mode"
+    ):
         places(model, rand(3, H + 1))

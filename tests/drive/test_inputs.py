@@ -19,7 +19,9 @@ def test_every_form_of_call():
     assert as_call({"x": X}) == ((), {"x": X})
     assert as_call(((X,), {"mask": None})) == ((X,), {"mask": None})
     assert as_call((X, {"mask": None})) == ((X, {"mask": None}), {})  # two positional arguments, one of them a dict
-    with pytest.raises(UsageError, match="example_inputs is a str; give a tensor, a tuple of positional arguments, or a dict"):
+    with pytest.raises(
+        UsageError, match="example_inputs is a str; give a tensor, a tuple of positional arguments, or a dict"
+    ):
         as_call("hello")
 
 
@@ -45,7 +47,9 @@ class AnyWidth(nn.Module):
 
 @pytest.mark.parametrize("model", [TwoInputs(3, 3), AnyWidth(), nn.ReLU()], ids=lambda m: type(m).__name__)
 def test_what_cannot_be_inferred_must_be_given(model):
-    with pytest.raises(UsageError, match=f"{type(model).__name__} was given without example_inputs, and what it takes could"):
+    with pytest.raises(
+        UsageError, match=f"{type(model).__name__} was given without example_inputs, and what it takes could"
+    ):
         made_up(model, 0)
 
 

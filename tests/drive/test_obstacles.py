@@ -24,7 +24,7 @@ def test_a_plain_module_passes():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: torch.jit.trace(ffn(), rand(2, H)), "it is a TorchScript module, whose code cannot be traced; pass the Python"),
+        (lambda: torch.jit.trace(ffn(), rand(2, H)), "it is a TorchScript module, whose code cannot be traced; pass the Python"),  # noqa: E501
         (lambda: MoE().to("meta"), "router.weight is on the meta device and has no values; load the weights first"),
         (lambda: _with_buffer(rand(2).as_subclass(Subclass)),
          "table is a Subclass, which the op cannot read; convert it to a plain tensor"),
@@ -61,12 +61,12 @@ def checked(prepare):
 @pytest.mark.parametrize(
     ("prepare", "text"),
     [
-        (lambda m: m.experts[1][1].register_forward_hook(lambda *a: None), "experts.1.1 has a forward or backward hook, which "
+        (lambda m: m.experts[1][1].register_forward_hook(lambda *a: None), "experts.1.1 has a forward or backward hook, which "  # noqa: E501
          "would no longer fire for each expert; remove the hook or leave this block as it is"),
-        pytest.param(lambda m: m.experts[1].register_forward_hook(lambda *a: None), "experts.1 has a forward or backward hook",
+        pytest.param(lambda m: m.experts[1].register_forward_hook(lambda *a: None), "experts.1 has a forward or backward hook",  # noqa: E501
                      marks=CONTAINER),
-        (lambda m: m.experts[1][0].register_forward_pre_hook(lambda *a: None), "experts.1.0 has a forward or backward hook"),
-        (lambda m: m.experts[3][2].register_full_backward_hook(lambda *a: None), "experts.3.2 has a forward or backward hook"),
+        (lambda m: m.experts[1][0].register_forward_pre_hook(lambda *a: None), "experts.1.0 has a forward or backward hook"),  # noqa: E501
+        (lambda m: m.experts[3][2].register_full_backward_hook(lambda *a: None), "experts.3.2 has a forward or backward hook"),  # noqa: E501
         (lambda m: setattr(m.experts[2][0], "forward", m.experts[2][0].forward),
          "forward was replaced on the instance experts.2.0; undo the patch and optimise again"),
         pytest.param(lambda m: setattr(m.experts[2], "forward", m.experts[2].forward),
@@ -107,7 +107,9 @@ def test_weights_in_an_odd_dtype_are_named():
     tape = record(module, (rand(24, H, seed=7),))
     found = recognize(tape)
     module.experts[0][0].weight = nn.Parameter(torch.zeros(I, H, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(Declined, match="experts.0.0.weight is torch.int8; only float32, float64, bfloat16 and float16 are"):
+    with pytest.raises(
+        Declined, match="experts.0.0.weight is torch.int8; only float32, float64, bfloat16 and float16 are"
+    ):
         check_experts(module, tape, found)
 
 
@@ -129,6 +131,8 @@ def test_random_numbers_are_told_with_their_line():
     assert text.startswith("its forward is random at inference (randn at ") and "test_obstacles.py:" in text
     assert text.endswith("so no two runs agree; switch the noise off for inference and optimise again")
     text = random_reason(record(seeded(Noisy).train(), (x,)), training=True)
-    assert text.startswith("its forward is random in training mode (randn at ") and text.endswith("model.eval() before optimising")
+    assert text.startswith("its forward is random in training mode (randn at ") and text.endswith(
+        "model.eval() before optimising"
+    )
     assert random_reason(record(seeded(UnusedNoise), (x,)), training=False) == ""
     assert random_reason(record(seeded(MoE), (x,)), training=False) == ""

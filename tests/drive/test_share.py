@@ -34,7 +34,9 @@ class Locked(nn.Linear):
 
 
 def test_what_cannot_be_copied():
-    with pytest.raises(UsageError, match=r"Locked cannot be copied \(TypeError: holds a file\), and moeopt works on a copy that"):
+    with pytest.raises(
+        UsageError, match=r"Locked cannot be copied \(TypeError: holds a file\), and moeopt works on a copy that"
+    ):
         shared_copy(Locked(2, 2))
 
 
@@ -53,14 +55,16 @@ def closure(model):
 def test_a_patch_that_holds_on_to_the_original(patch):
     model = seeded(MoE)
     model.experts[1].forward = patch(model)
-    text = "forward of experts.1 was replaced by a function that holds on to the original module, so a copy would silently run"
+    text = "forward of experts.1 was replaced by a function that holds on to the original module, so a copy would silently run"  # noqa: E501
     with pytest.raises(UsageError, match=text):
         shared_copy(model)
 
 
 def test_a_bound_method_is_copied_with_its_module():
     model = seeded(MoE)
-    model.experts[1].forward = types.MethodType(lambda self, x: self[0](x).relu() @ self[2].weight.t(), model.experts[1])
+    model.experts[1].forward = types.MethodType(
+        lambda self, x: self[0](x).relu() @ self[2].weight.t(), model.experts[1]
+    )
     twin = shared_copy(model)
     assert twin.experts[1].forward.__self__ is twin.experts[1]
     bound = seeded(MoE)

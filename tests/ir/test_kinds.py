@@ -20,12 +20,24 @@ def node(target, *args):
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [
-        (moves_rows, "view.default slice.Tensor index.Tensor gather.default cat.default permute.default index_put.default"),
+        (
+            moves_rows,
+            "view.default slice.Tensor index.Tensor gather.default cat.default permute.default index_put.default",
+        ),
         (moves_rows, "_to_copy.default constant_pad_nd.default split.Tensor repeat_interleave.self_Tensor"),
-        (is_pointwise, "add.Tensor mul.Scalar silu.default gelu.default where.self clamp.default sigmoid.default exp.default"),
-        (is_matmul, "mm.default addmm.default bmm.default baddbmm.default convolution.default linear.default mv.default"),
+        (
+            is_pointwise,
+            "add.Tensor mul.Scalar silu.default gelu.default where.self clamp.default sigmoid.default exp.default",
+        ),
+        (
+            is_matmul,
+            "mm.default addmm.default bmm.default baddbmm.default convolution.default linear.default mv.default",
+        ),
         (is_factory, "zeros.default arange.start new_zeros.default full_like.default"),
-        (None, "sum.dim_IntList topk.default softmax.int _softmax.default index_add.default native_layer_norm.default sort.default"),
+        (
+            None,
+            "sum.dim_IntList topk.default softmax.int _softmax.default index_add.default native_layer_norm.default sort.default",  # noqa: E501
+        ),
     ],
 )
 def test_each_op_is_of_one_kind(kind, targets):

@@ -107,7 +107,6 @@ def test_what_is_no_region_is_none():
     assert ref(lambda m, x: rand(4, 4).t() + x, w=w) is None  # a constant
 
 
-@pytest.mark.xfail(reason="only the corners of a matrix are followed")
 def test_a_region_that_agrees_at_its_corners_alone_is_not_claimed():
     """Rows 0, 1, 3, 2, 4 look regular at the first two and the last."""
     w = rand(5, 4)

@@ -15,7 +15,9 @@ def test_who_depends_on_whom():
     tape = recorded(lambda _, x: (x.exp().sum() + x.sin().sum(), x.cos()), rand(3))
     x, exp, sin, add = tape.args[0], named(tape, "exp"), named(tape, "sin"), named(tape, "add")
     assert ancestors([exp]) == {x, exp}
-    assert descendants(tape, [exp]) == [exp.next, add] and descendants(tape, [exp], exp.next.meta["index"]) == [exp.next]
+    assert descendants(tape, [exp]) == [exp.next, add] and descendants(tape, [exp], exp.next.meta["index"]) == [
+        exp.next
+    ]
     assert named(tape, "cos") not in between(tape, [x], add) and between(tape, [sin], add) == [sin.next, add]
 
 
@@ -73,7 +75,14 @@ def test_element_wise_calls_keep_labels_that_agree():
     assert labelled(lambda _, x: x * torch.ones(4))[:, 2].tolist() == list(range(6))
     mixed = labelled(lambda _, x: x + x.flip(0))
     assert mixed.eq(CONFLICT).all()
-    assert labelled(lambda _, x: x + x[torch.tensor([0, 1, 2, 3, 5, 4])])[:, 0].tolist() == [0, 1, 2, 3, CONFLICT, CONFLICT]
+    assert labelled(lambda _, x: x + x[torch.tensor([0, 1, 2, 3, 5, 4])])[:, 0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        CONFLICT,
+        CONFLICT,
+    ]
 
 
 def test_norms_are_row_wise_and_sums_lose_the_labels():

@@ -89,7 +89,9 @@ def test_a_product_is_its_rows_times_its_matrices(name):
 def test_rows_beyond_the_last_group_belong_to_nobody():
     fn, _ = CASES["grouped"]
     (site,) = find_sites(recorded(fn, rand(R, 8, seed=1), w=rand(E, 8, 8), b=rand(E, M)))
-    assert site.matrix.tolist() == [0, 0, 2, 2, 2, -1] and [m.origin for m in site.matrices] == [(i, 0, 0) for i in range(E)]
+    assert site.matrix.tolist() == [0, 0, 2, 2, 2, -1] and [m.origin for m in site.matrices] == [
+        (i, 0, 0) for i in range(E)
+    ]
 
 
 def test_a_pointwise_convolution_is_a_product():
@@ -125,7 +127,9 @@ def test_other_convolutions_mix_rows(options):
 
 
 def test_an_embedding_row_is_the_activation_of_two_weights():
-    tape = recorded(lambda m, ids: F.linear(m.table[ids], m.w), torch.tensor([1, 0, 2]), table=rand(4, K), w=rand(M, K, seed=1))
+    tape = recorded(
+        lambda m, ids: F.linear(m.table[ids], m.w), torch.tensor([1, 0, 2]), table=rand(4, K), w=rand(M, K, seed=1)
+    )
     (site,) = find_sites(tape)
     assert site.matrices[0].path == "w" and site.operand.target is torch.ops.aten.index.Tensor
 

@@ -43,7 +43,9 @@ def test_text_that_is_no_spec_is_refused():
 def test_a_spec_in_words():
     words = str(ExpertsSpec(rows="plain", activation="swish", alpha=1.702, gate_max=7.0, weight_on="input"))
     assert words.startswith("plain swish(1.702); W_in ") and "gate_max 7" in words and words.endswith("weight on input")
-    gated = str(ExpertsSpec(rows="gate|up", activation="silu", up_offset=1.0, out_of_range="identity", accum_dtype="float32"))
+    gated = str(
+        ExpertsSpec(rows="gate|up", activation="silu", up_offset=1.0, out_of_range="identity", accum_dtype="float32")
+    )
     assert "silu GLU, rows gate|up" in gated and "up+1" in gated
     assert "identity beyond E" in gated and "accum in float32" in gated
     assert ExpertsSpec(rows="separate").gated and not ExpertsSpec(rows="plain").gated and "silu" in ACTIVATIONS

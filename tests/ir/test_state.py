@@ -47,7 +47,9 @@ def test_every_change_is_reported_and_undone():
         ("", "count"), ("", "seen"), ("", "last"), ("", "names"), ("", "aux"), ("", "odd"), ("", "load"),
         ("inner", "scale"), ("inner", "weight"),
     }  # fmt: skip
-    assert changed["", "count"] == 1 and changed["", "seen"] == [1, 2] and torch.equal(changed["", "aux"], torch.ones(2))
+    assert (
+        changed["", "count"] == 1 and changed["", "seen"] == [1, 2] and torch.equal(changed["", "aux"], torch.ones(2))
+    )
     state.restore()
     assert (model.count, model.seen, model.last, model.names) == (0, [1], {"a": (1, 2)}, {"x"})
     assert not hasattr(model, "aux") and not hasattr(model.inner, "scale") and model.odd is odd

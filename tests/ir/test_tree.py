@@ -66,7 +66,9 @@ def test_a_model_output_changes_by_key_and_by_attribute():
             super().__setitem__(name, value)
             super().__setattr__(name, value)
 
-    made = dataclasses.make_dataclass("MoeOutput", [("hidden", object, None), ("ids", object, None)], bases=(ModelOutput,), eq=False)
+    made = dataclasses.make_dataclass(
+        "MoeOutput", [("hidden", object, None), ("ids", object, None)], bases=(ModelOutput,), eq=False
+    )
     out = made(hidden=1, ids=(2, 3))
     new = plus_one(out)
     assert type(new) is made and new.hidden == new["hidden"] == 2 and new["ids"] == new.ids == (3, 4)

@@ -8,8 +8,7 @@ from moeopt.errors import Declined
 from moeopt.passes.frontier import Table, find_frontier, mask_to_ids, table_to_ids
 from moeopt.passes.recognize_experts import recognize
 from tests.ir.tiny import rand, recorded
-from tests.passes.tiny import E, T, MoE, tape_of
-
+from tests.passes.tiny import E, MoE, T, tape_of
 
 ONE_FOR_ALL = pytest.mark.xfail(reason="a weight per token is not spread over its slots", raises=IndexError)
 
@@ -198,7 +197,9 @@ def test_weights_that_are_one_are_not_taken_for_a_constant_if_the_input_weighs()
 
 def test_without_ids_there_is_no_frontier():
     tape = recorded(lambda _, x: x.sum(), rand(3, 3))
-    with pytest.raises(Declined, match=r"no tensor before the experts holds the expert ids of each token .*pass hints="):
+    with pytest.raises(
+        Declined, match=r"no tensor before the experts holds the expert ids of each token .*pass hints="
+    ):
         find_frontier(tape, [n for n in tape.nodes if n.meta.get("shape") is not None], table(torch.eye(3)), None)
 
 

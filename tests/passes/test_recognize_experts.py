@@ -337,8 +337,8 @@ def test_experts_that_no_token_reached_are_named():
             w, ids = super().route(x)
             return w, ids % 2
 
-    with pytest.raises(Uncovered, match="no probe token reached the expert weights experts.2.0.weight, experts.3.0.weight, "
-                       "so what they compute could not be checked; pass example inputs that reach every expert") as e:  # fmt: skip
+    with pytest.raises(Uncovered, match="no probe token reached the expert weights experts.2.0.weight, experts.3.0.weight, "  # noqa: E501
+                       "so what they compute could not be checked; pass example inputs that reach every expert") as e:  # fmt: skip  # noqa: E501
         recognize(tape_of(Lopsided))
     assert e.value.universe == 4
 

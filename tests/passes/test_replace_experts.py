@@ -6,8 +6,8 @@ import torch
 from moeopt.passes.recognize_experts import recognize
 from moeopt.passes.replace_experts import replacement
 from moeopt.rewrite.plan import Plan, Ref
-from tests.passes.tiny import H, MoE, ffn, tape_of
 from tests.ir.tiny import rand
+from tests.passes.tiny import H, MoE, ffn, tape_of
 
 
 class Sequence(MoE):
@@ -65,5 +65,7 @@ def test_the_op_and_what_it_needs_around_it(make, shape, ops):
     (op,) = [s for s in steps if s.kind == "experts"]
     assert op.target == 3 and all(isinstance(a, Ref) for a in op.args) and op.source == found.source
     names = [s.target.__name__.split(".")[0] for s in steps if s.kind == "call"]
-    assert [n for n in names if n in ("movedim", "add", "table_to_ids") or make is Map and n == "reshape"][: len(ops)] == ops
+    assert [n for n in names if n in ("movedim", "add", "table_to_ids") or make is Map and n == "reshape"][
+        : len(ops)
+    ] == ops
     assert result == Ref(len(plan.steps) - 1)

@@ -120,7 +120,7 @@ def parametrise(root):
     [
         (lambda r: r.experts.__setitem__(0, nn.Sequential(nn.Linear(H, I), nn.ReLU(), nn.Linear(I, H))),
          "the module that holds experts.0.0.weight was replaced"),
-        (lambda r: r.experts[0].__setitem__(0, nn.Linear(H, I)), "the module that holds experts.0.0.weight was replaced"),
+        (lambda r: r.experts[0].__setitem__(0, nn.Linear(H, I)), "the module that holds experts.0.0.weight was replaced"),  # noqa: E501
         (lambda r: delattr(r.experts[0], "0"), "the module that holds experts.0.0.weight was replaced"),
         (parametrise, "experts.0.0.weight is no longer a plain Parameter (parametrised or removed)"),
         (lambda r: delattr(r.experts[0][0], "weight"), "experts.0.0.weight is no longer a plain Parameter"),

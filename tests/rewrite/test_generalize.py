@@ -53,7 +53,9 @@ def test_an_expression_holds_on_its_witnesses(factor, dims, other):
 
 
 def plan(*steps, output=None, mutations=(), attributes=None):
-    return Plan([Step("input", "x"), *steps], Ref(1) if output is None else output, list(mutations), attributes or {}, [])
+    return Plan(
+        [Step("input", "x"), *steps], Ref(1) if output is None else output, list(mutations), attributes or {}, []
+    )
 
 
 def merged(*args, **kwargs):
@@ -67,7 +69,9 @@ def test_what_changes_with_the_sizes():
     assert merged([48, 8], [14, 8], [10, 8]) == [Size((B, S)), 8]
     assert merged((3, None), (2, None), (5, None)) == (Size((B,)), None)
     assert merged({"a": 3}, {"a": 2}, {"a": 5}) == {"a": Size((B,))}
-    assert merged(*[torch.device("cpu")] * 3) == DeviceOf() and merged(*[torch.device("meta")] * 3) == torch.device("meta")
+    assert merged(*[torch.device("cpu")] * 3) == DeviceOf() and merged(*[torch.device("meta")] * 3) == torch.device(
+        "meta"
+    )
     assert merged(1.5, 1.5, 1.5) == 1.5 and merged(*[float("-inf")] * 3) == float("-inf")
     assert merged(*[slice(0, 2)] * 3) == slice(0, 2) and merged(*[True] * 3) is True
 
@@ -86,9 +90,9 @@ def test_a_nan_is_a_constant_like_any_other():
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        ((7, 9, 1), "the integer 7 or 9 or 1 in its forward changes with the input and is no simple function of the input's "
+        ((7, 9, 1), "the integer 7 or 9 or 1 in its forward changes with the input and is no simple function of the input's "  # noqa: E501
          "shape (was it read from a tensor with .item()?)"),
-        ((0.5, 0.5, 0.25), "the value 0.5 in its forward changes with the input (read from a tensor?); keep it in a tensor"),
+        ((0.5, 0.5, 0.25), "the value 0.5 in its forward changes with the input (read from a tensor?); keep it in a tensor"),  # noqa: E501
         (("mean", "sum", "sum"), "the value 'mean' in its forward changes with the input"),
         ((True, False, True), "the value True in its forward changes with the input"),
         ((torch.float32, torch.float16, torch.float32), "the value torch.float32 in its forward changes"),
@@ -123,13 +127,18 @@ def test_a_constant_must_be_the_same_tensor():
     same = [plan(Step("constant", torch.arange(3.0))) for _ in range(2)]
     assert torch.equal(generalize(same, SHAPES[:2]).steps[1].target, torch.arange(3.0))
     other = [plan(Step("constant", torch.full((2,), v), source="model.py:9")) for v in (1.0, 2.0)]
-    with pytest.raises(Declined, match="a tensor that its forward makes outside PyTorch .* changes with the input") as e:
+    with pytest.raises(
+        Declined, match="a tensor that its forward makes outside PyTorch .* changes with the input"
+    ) as e:
         generalize(other, SHAPES[:2])
     assert e.value.where == "model.py:9"
 
 
 def test_outputs_mutations_and_attributes_are_merged():
-    plans = [plan(output={"y": Ref(0), "n": n}, mutations=[(Ref(0), Ref(0))], attributes={("", "a"): Ref(0)}) for n in (3, 2, 5)]
+    plans = [
+        plan(output={"y": Ref(0), "n": n}, mutations=[(Ref(0), Ref(0))], attributes={("", "a"): Ref(0)})
+        for n in (3, 2, 5)
+    ]
     whole = generalize(plans, SHAPES)
     assert whole.output == {"y": Ref(0), "n": Size((B,))} and whole.mutations == [(Ref(0), Ref(0))]
     assert whole.attributes == {("", "a"): Ref(0)}

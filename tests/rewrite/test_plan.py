@@ -130,8 +130,10 @@ def test_an_output_from_inside_is_declined():
     tape = record(Leaks(), (rand(3, H),))
     add, mul = (next(n for n in tape.nodes if op_name(n) == name) for name in ("add", "mul"))
     product = mul.args[0]
-    change = Replacement(add, [tape.args[0]], {product, add, mul}, lambda plan, ref: plan.call(aten.neg.default, ref(tape.args[0])))
-    with pytest.raises(Declined, match=r"a result of single experts \(mul\) is used outside the experts' sum; return it "
+    change = Replacement(
+        add, [tape.args[0]], {product, add, mul}, lambda plan, ref: plan.call(aten.neg.default, ref(tape.args[0]))
+    )
+    with pytest.raises(Declined, match=r"a result of single experts \(mul\) is used outside the experts' sum; return it "  # noqa: E501
                        "from the experts only if you need it") as caught:  # fmt: skip
         make_plan(tape, [change])
     assert "test_plan.py:" in caught.value.where
@@ -153,7 +155,9 @@ class PythonCounterInside(Block):
 
 @pytest.mark.parametrize(("make", "name"), [(PythonCounter, "seen"), (PythonCounterInside, "history")])
 def test_a_python_attribute_that_changes_is_declined(make, name):
-    with pytest.raises(Declined, match=f"its forward changes the Python attribute {name}, which a graph cannot repeat; store"):
+    with pytest.raises(
+        Declined, match=f"its forward changes the Python attribute {name}, which a graph cannot repeat; store"
+    ):
         planned(make())
 
 
@@ -180,5 +184,7 @@ class SkippedWrite(Block):
 
 
 def test_a_write_in_a_call_that_would_be_skipped_is_declined():
-    with pytest.raises(Declined, match="its forward writes to stats.seen in stats, which the rewrite would skip; write it"):
+    with pytest.raises(
+        Declined, match="its forward writes to stats.seen in stats, which the rewrite would skip; write it"
+    ):
         planned(SkippedWrite())

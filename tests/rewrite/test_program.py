@@ -70,7 +70,7 @@ MASK = torch.linspace(0, 1, 6)
     [
         (None, lambda b: b(rand(6, H), MASK), "it was called with tensor(["),
         (None, lambda b: b(rand(6, H), scale=2.0), "it was called with 2.0 where 1.0 was verified"),
-        (lambda b: b.double(), lambda b: b(rand(6, H).double()), "it was called with torch.float64 where torch.float32 was"),
+        (lambda b: b.double(), lambda b: b(rand(6, H).double()), "it was called with torch.float64 where torch.float32 was"),  # noqa: E501
         (lambda b: setattr(b.experts[1][0], "weight", nn.Parameter(torch.ones(2, 2))), None,
          "experts.1.0.weight changed from torch.float32 (12, 8) to torch.float32 (2, 2)"),
         (lambda b: b.experts.__setitem__(2, ffn()), lambda b: b(rand(6, H)),
@@ -96,7 +96,10 @@ def test_other_calls_run_the_original_code(block, prepare, call, reason):
         want = call(original)
         assert all(torch.equal(got[k], want[k]) for k in want)
         text = str(caught[0].message)
-        assert text.startswith("Block runs its original code: ") and "Run moeopt.optimize again on the changed model" in text
+        assert (
+            text.startswith("Block runs its original code: ")
+            and "Run moeopt.optimize again on the changed model" in text
+        )
         assert caught[0].filename == __file__ or "torch" in caught[0].filename
     assert block.forward.fallbacks == 1 and block.forward.calls == 0
     assert reason in block.forward.last_refusal
@@ -174,7 +177,9 @@ def test_uninstall_gives_the_original_back(block):
 def test_a_forward_that_was_patched_already_is_left_alone(program):
     block = seeded(Block)
     block.forward = types.MethodType(lambda self, x: x, block)
-    with pytest.raises(Declined, match="forward was replaced on this instance of Block; undo the patch, optimise, and patch"):
+    with pytest.raises(
+        Declined, match="forward was replaced on this instance of Block; undo the patch, optimise, and patch"
+    ):
         install(block, program)
 
 

@@ -39,9 +39,17 @@ def test_nothing_changed():
         (lambda m: m.experts.__setitem__(3, ffn()), None, "a module in experts was replaced"),
         (lambda m: m.experts[2].__setitem__(1, nn.GELU()), 2, "a module in experts.2 was replaced"),
         (lambda m: setattr(m.experts[2][0], "forward", len), 2, "forward was replaced on experts.2.0"),
-        (lambda m: m.experts[0].register_forward_hook(len), 0, "a hook was registered on experts.0, which is no longer"),
+        (
+            lambda m: m.experts[0].register_forward_hook(len),
+            0,
+            "a hook was registered on experts.0, which is no longer",
+        ),
         (lambda m: m.experts[0][2].register_full_backward_pre_hook(len), 0, "a hook was registered on experts.0.2"),
-        (lambda m: setattr(m.experts[1][1], "__class__", nn.GELU), 1, "the class of experts.1.1, or its forward, is not the"),
+        (
+            lambda m: setattr(m.experts[1][1], "__class__", nn.GELU),
+            1,
+            "the class of experts.1.1, or its forward, is not the",
+        ),
     ],
 )
 def test_a_change_is_told_by_those_who_run_it(change, expert, text):
