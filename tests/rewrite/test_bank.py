@@ -141,3 +141,26 @@ def test_a_changed_place_is_stale(change, text):
     with pytest.raises(Stale) as caught:
         bank.w_in(0)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda r: delattr(r.experts, "1"), "the module that held experts.1.0.weight was removed"),
+        (lambda r: delattr(r.experts[1][0], "weight"), "experts.1.0.weight is no longer a plain Parameter (quantised,"),
+    ],
+)
+def test_a_bank_is_not_built_on_what_is_gone(change, text):
+    root, refs = listed()
+    change(root)
+    with pytest.raises(Stale) as caught:
+        LiveBank(root, refs, ("oi", "oi"))
+    assert text in str(caught.value)
+
+
+def test_weights_that_were_offloaded_are_stale():
+    root, refs = listed()
+    bank = LiveBank(root, refs, ("oi", "oi"))
+    root.to("meta")
+    with pytest.raises(Stale, match=r"experts.0.0.weight is on the meta device \(offloaded\?\) and has no values"):
+        bank.w_in(0)
