@@ -23,7 +23,7 @@ from torch import nn
 from moeopt.compare.block import BlockCheck
 from moeopt.drive.block import Call, Rewrite, rewrite_block
 from moeopt.drive.describe import dense_reason, describe_router
-from moeopt.drive.discover import Place, discover
+from moeopt.drive.discover import Place, discover, feed_forward_lists
 from moeopt.drive.hints import hinted
 from moeopt.errors import Declined
 from moeopt.ir.tape import clone_inputs, record
@@ -67,6 +67,9 @@ def run(model: nn.Module, call: Call, options: Options) -> Outcome:
     started = time.perf_counter()
     say = options.progress or (lambda line: None)
     say("looking for feed-forward and mixture-of-experts blocks")
+    absent = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if absent is not None:
+        return Outcome(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
     places = discover(model, *call)
     moe = [p for p in places if p.kind == "moe"]
     calls = _inputs(model, call, {c.path for p in moe for c in p.levels[:LEVELS]})
@@ -78,6 +81,18 @@ def run(model: nn.Module, call: Call, options: Options) -> Outcome:
     outcome.blocks = list(_report(model, places, attempts, outcome))
     outcome.seconds = time.perf_counter() - started
     return outcome
+
+
+def _without_values(model: nn.Module, absent: str) -> Iterator[BlockReport]:
+    """A declined entry for each module that holds experts, by structure alone: a meta model cannot run."""
+    for path, module in model.named_modules():
+        stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+        if len(stacked) >= 2 or feed_forward_lists(module):
+            yield BlockReport(
+                path or type(model).__name__, "moe", "declined",
+                f"{absent} is on the meta device and has no values to check against; load the weights first",
+                stacked[0].shape[0] if len(stacked) >= 2 else len(feed_forward_lists(module)),
+            )  # fmt: skip
 
 
 def _attempt(

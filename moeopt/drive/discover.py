@@ -18,7 +18,9 @@ from torch import fx, nn
 from moeopt.ir.kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name
 from moeopt.ir.provenance import MatrixRef
 from moeopt.ir.sites import Site, is_weight, weight_and_operand
+from moeopt.ir.replay import ancestors
 from moeopt.ir.tape import Call, Tape, record
+from moeopt.ir.tree import leaves_of
 from moeopt.passes.chains import Chain, find_chains, group_chains
 
 
@@ -46,6 +48,18 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     sites, leaves = _light_sites(tape)
     chains = find_chains(tape, sites, loose=True)
     return _Finder(tape, chains, leaves).run()
+
+
+def feed_forward_lists(module: nn.Module) -> set[nn.Module]:
+    """Children of the module's lists that look alike and hold a pair of matrices (a, b) and (b, a)."""
+    found: set[nn.Module] = set()
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1:
+            shapes = [sorted(tuple(p.shape) for p in m.parameters() if p.dim() == 2) for m in child.children()]
+            pair = shapes and any(s[::-1] in shapes[0] for s in shapes[0])
+            if pair and 2 <= len(shapes[0]) <= 3 and all(s == shapes[0] for s in shapes):
+                found.update(child.children())
+    return found
 
 
 def _light_sites(tape: Tape) -> tuple[list[Site], dict[Site, tuple[str, bool]]]:
@@ -76,7 +90,7 @@ def _light_sites(tape: Tape) -> tuple[list[Site], dict[Site, tuple[str, bool]]]:
         site = Site(_biased(node, memo), node, operand, 0, 0, matrices, torch.zeros(0, dtype=torch.long))
         sites.append(site)
         sliced = leaf is not None and leaf.dim() >= 3 and op_name(node) != "convolution"
-        leaves[site] = (path, sliced and len(shape) == 2)
+        leaves[site] = (path, sliced and (len(shape) == 2 or shape[0] == 1))
     return sites, leaves
 
 
@@ -141,7 +155,27 @@ class _Finder:
         for chain in self.chains:
             if chain not in claimed and self._dense(chain):
                 places.append(self._place("dense_ffn", self.tape.calls[self.home[chain]], [chain]))
+        places += self._by_structure(places)
         return sorted(places, key=lambda p: p.order)
+
+    def _by_structure(self, places: list[Place]) -> list[Place]:
+        """Calls that run alike feed-forward children side by side where no chain was readable inside any."""
+        found = []
+        for call in self.tape.calls:
+            ran = [c for c in self.tape.calls if c.parent == call.index and c.module in feed_forward_lists(call.module)]
+            if len(ran) < 2 or any(call in p.levels for p in places if p.kind == "moe") or self._sequential(ran):
+                continue
+            levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
+            source = next((n.meta["source"] for n in self.tape.nodes[ran[0].first :] if n.meta.get("source")), "")
+            weights = {f"{c.path}.{n}" for c in ran for n, _ in c.module.named_parameters()}
+            found.append(Place("moe", call, levels, ran[0].first, source, [], len({id(c.module) for c in ran}), weights))
+        return found
+
+    def _sequential(self, ran: list[Call]) -> bool:
+        """True where one of the calls reads, by any way, what an earlier one returned."""
+        first = set(leaves_of(fx.Node, ran[0].output))
+        wanted = set(leaves_of(fx.Node, [ran[-1].args, ran[-1].kwargs]))
+        return bool(first & ancestors(wanted))
 
     def _place(self, kind: str, call: Call, group: list[Chain]) -> Place:
         levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]

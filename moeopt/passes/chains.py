@@ -114,6 +114,7 @@ def _walk_back(
     ins: dict[Site, None] = {}
     seen: set[fx.Node] = set()
     mid: list[fx.Node] = []
+    statistics: list[fx.Node] = []
     stack = [start]
     while stack:
         node = stack.pop()
@@ -131,8 +132,10 @@ def _walk_back(
             stack.extend(_value_inputs(node))
         elif not _small(node, start, loose):
             return None
-        elif _reduces(node, at):
-            return None
+        else:
+            statistics.append(node)
+    if any(_reduces(node, {s.node for s in ins}) for node in statistics):
+        return None
     mid.sort(key=lambda n: n.meta["index"])
     return (list(ins), mid) if ins else None
 
@@ -158,8 +161,8 @@ def _small(node: fx.Node, start: fx.Node, loose: bool) -> bool:
     return size * longest <= total or size == 1 or (loose and size * 4 <= total)
 
 
-def _reduces(node: fx.Node, at: dict[fx.Node, Site], limit: int = 64) -> bool:
-    """True where ``node`` is a statistic of some site's output within a few steps: a norm."""
+def _reduces(node: fx.Node, at: set[fx.Node], limit: int = 64) -> bool:
+    """True where ``node`` is a statistic of one of the products ``at`` within a few steps: a norm."""
     stack, seen = [node], set()
     while stack and len(seen) < limit:
         current = stack.pop()

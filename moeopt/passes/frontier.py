@@ -13,8 +13,9 @@ before it is the router and is kept. In order of preference:
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -97,6 +98,7 @@ def find_frontier(
     table: Table,
     dtype: torch.dtype | None,
     prior: tuple[Frontier, list[int]] | None = None,
+    accept: Callable[[Frontier], None] = lambda frontier: None,
 ) -> Frontier:
     """Find ids and weights among ``before``, nodes that depend on no expert.
 
@@ -104,17 +106,24 @@ def find_frontier(
         dtype: of the weights where they multiply, to prefer among equal tensors.
         prior: what another witness showed, and the chain of each id on this one; the same tensors are
             taken where they still hold.
+        accept: raises ``Declined`` for a reading that cannot be the router's answer; the next is tried.
 
     Raises:
         Declined: no tensor holds the choice or the weights.
     """
-    searches = [_by_ids, _by_mask, _by_dense, _by_choice]
-    found = _again(tape, before, table, *prior) if prior is not None else None
-    while found is None and searches:
-        found = searches.pop(0)(tape, before, table, dtype)
-    if found is not None:
+    refused: Declined | None = None
+    again = _again(tape, before, table, *prior) if prior is not None else None
+    searches = (search(tape, before, table, dtype) for search in (_by_ids, _by_mask, _by_dense, _by_choice))
+    for found in itertools.chain([again] if again is not None else [], itertools.chain.from_iterable(searches)):
+        try:
+            accept(found)
+        except Declined as err:
+            refused = refused or err
+            continue
         found.keys = tuple(_key(before, r.source) for r in (found.ids, found.weights) if r is not None)
         return found
+    if refused is not None:
+        raise refused
     ids = next(_id_recipes(tape, before, table), None)
     if ids is None:
         raise Declined(
@@ -307,7 +316,7 @@ def _rebuilt(ids: torch.Tensor, weights: torch.Tensor, mapping: list[int], chain
 
 def _by_ids(
     tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None
-) -> Frontier | None:
+) -> Iterator[Frontier]:
     tokens, chains = table.visits.shape
     for recipe, ids, mapping in _id_recipes(tape, before, table):
         k = ids.shape[1]
@@ -336,11 +345,10 @@ def _by_ids(
                     best.append(((preferred, False, _exact(rebuilt, table), node.meta["index"]), weights))
         if best:
             weights = _rooted(tape, max(best, key=lambda b: b[0])[1], lambda w: _rebuilt(ids, w, mapping, chains), table)
-            return Frontier(k, recipe, weights, mapping, "ids and weights")
+            yield Frontier(k, recipe, weights, mapping, "ids and weights")
         constant = _constant(ids, mapping, table)
         if constant is not None and not table.weighed:
-            return Frontier(k, recipe, _constant_weights(constant, table), mapping, "ids, constant weight")
-    return None
+            yield Frontier(k, recipe, _constant_weights(constant, table), mapping, "ids, constant weight")
 
 
 def _rooted_ids(tape: Tape, recipe: Recipe, ids: torch.Tensor) -> Recipe:
@@ -424,7 +432,7 @@ def _tables(
 
 def _by_dense(
     tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None
-) -> Frontier | None:
+) -> Iterator[Frontier]:
     """A (T, E) table, or (T, E, C) summed over C, that is the weights themselves."""
     tokens, chains = table.visits.shape
     natural = torch.tensor(table.natural)
@@ -435,14 +443,13 @@ def _by_dense(
         if numel == tokens * chains:
             for steps, _ in _tables(shape, tokens, chains):
                 if _same(Recipe(node, steps).run(tape), want):
-                    return _dense(node, steps, table)
+                    yield _dense(node, steps, table)
         elif chains in shape and numel % (tokens * chains) == 0 and numel and len(shape) >= 3:
             for axis in (d for d, s in enumerate(shape) if s == chains):
                 for slots in _slot_axes(len(shape), axis):
                     steps = [(aten.sum.dim_IntList, (slots,)), *_after_sum(shape, axis, slots, chains)]
                     if _same(Recipe(node, steps).run(tape), want):
-                        return _dense(node, steps, table)
-    return None
+                        yield _dense(node, steps, table)
 
 
 def _slot_axes(rank: int, axis: int) -> list[list[int]]:
@@ -470,7 +477,7 @@ def _dense(node: fx.Node, steps: Steps, table: Table) -> Frontier:
 
 def _by_mask(
     tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None
-) -> Frontier | None:
+) -> Iterator[Frontier]:
     """One-hot choices (T, K, E) with weights (T, K); an all-zero row names the id E, which adds nothing."""
     tokens, chains = table.visits.shape
     for node in before:
@@ -506,24 +513,23 @@ def _by_mask(
                 for order in _orders(w.meta["shape"], tokens, k):
                     weights = Recipe(w, order)
                     if _fits(_rebuilt(ids, weights.run(tape), table.natural, chains), table):
-                        return Frontier(k, recipe, weights, table.natural, "one-hot mask")
+                        yield Frontier(k, recipe, weights, table.natural, "one-hot mask")
             constant = _constant(ids, table.natural, table)
             if constant is not None and not table.weighed:
                 weights = _constant_weights(constant, table)
-                return Frontier(k, recipe, weights, table.natural, "one-hot mask, constant weight")
-    return None
+                yield Frontier(k, recipe, weights, table.natural, "one-hot mask, constant weight")
 
 
 def _by_choice(
     tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None
-) -> Frontier | None:
+) -> Iterator[Frontier]:
     """A (T, E) table of zeros and ones that says who is chosen, and one that holds their weights."""
     tokens, chains = table.visits.shape
     natural = torch.tensor(table.natural)
     chosen = table.visits[:, natural]
     want = table.weights[:, natural].double()
     if bool((chosen > 1).any()):
-        return None
+        return
     ids: Recipe | None = None
     weights: Recipe | None = None
     for node in before:
@@ -538,13 +544,19 @@ def _by_choice(
                 ids = ids or Recipe(node, [*steps, (table_to_ids, ())])
             elif kind.is_floating_point and _same(torch.where(chosen > 0, value.double(), 0.0), want):
                 weights = weights or Recipe(node, steps)
-    return Frontier(chains, ids, weights, table.natural, "table") if ids and weights else None
+    if ids and weights:
+        yield Frontier(chains, ids, weights, table.natural, "table")
 
 
 def mask_to_ids(onehot_TKE: torch.Tensor) -> torch.Tensor:
     """(T, K) index of the one in each row; E where a row has none."""
     hit = onehot_TKE != 0
     return torch.where(hit.any(-1), hit.to(torch.uint8).argmax(-1), hit.shape[-1])
+
+
+def one_beyond(weights_TK: torch.Tensor, ids_TK: torch.Tensor, experts: int) -> torch.Tensor:
+    """The weights, with one for an id that names no expert: a dropped token passes through as it is."""
+    return torch.where(ids_TK >= experts, 1.0, weights_TK)
 
 
 def table_to_ids(table_TE: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ from moeopt.ir.tape import Tape
 from moeopt.passes.chains import Chain, find_chains, group_chains
 from moeopt.passes.combine import Combine, Labels, read_combine
 from moeopt.passes.fit_function import fit_function
-from moeopt.passes.frontier import Frontier, Table, find_frontier
+from moeopt.passes.frontier import Frontier, Table, find_frontier, one_beyond
 from moeopt.passes.rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.rewrite.bank import ExpertRef, tensor_at
 
@@ -73,7 +73,10 @@ def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool 
     """
     chains = find_chains(tape, find_sites(tape))
     found: list[Recognition] = []
-    best = Declined("no product, element-wise function, product chain was found in it")
+    best = Declined(
+        "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "
+        "depends on the whole batch, or weighs the hidden neurons), which the op does not carry"
+    )
     best_progress = -1
     for group in group_chains(chains):
         if any(c.out.node in r.interior or c.out.product in r.interior for c in group for r in found):
@@ -106,6 +109,8 @@ def _subsets(tape: Tape, group: list[Chain]) -> Iterator[list[Chain]]:
     try:
         tokens = match_tokens(tape, _ins(group))
     except Declined:
+        if len(group) > 256:
+            return
         by_source: dict[fx.Node, list[Chain]] = {}
         for chain in group:
             with contextlib.suppress(Declined):
@@ -370,16 +375,21 @@ def _with_frontier(
         weights = _input_weights(group, tokens, labels, combine)
     natural = list(range(len(experts))) if known else _natural(experts)
     table = Table(weights, visits, natural, _universe(tape, experts), _weighed(combine, list(labels.token)))
+    tables = _routing_tables(tape, flow, table)
     prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
     again = None if prior is None else (prior.frontier, [experts.index(e) for e in prior.experts])
     frontier = find_frontier(tape, [n for n in tape.nodes[: combine.node.meta["index"]] if n in flow and n.meta.get("shape") is not None], table,
-                             _weight_dtype(tape, group), again)  # fmt: skip
-    _only_the_router_steers(tape, frontier, _routing_tables(tape, flow, table))
+                             _weight_dtype(tape, group), again,
+                             lambda f: _only_the_router_steers(tape, f, tables, flow, tokens.node))  # fmt: skip
     progress[0] = 4
     ids = frontier.ids.run(tape) if frontier.ids is not None else None
     if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):
         raise Uncovered("some of the weights that look like experts were never reached by a probe", _line(group[0]))
+    if _passes_through(tape, combine, tokens, frontier, ids, len(experts)):
+        frontier.weights.steps = [*frontier.weights.steps, (one_beyond, ("@ids", len(experts)))]
     identity = _is_identity(tape, combine, tokens, frontier, ids, len(experts))
+    if prior is not None and (ids is None or not bool((ids >= len(experts)).any())):
+        identity = prior.spec.out_of_range == "identity"  # no such id on this witness: nothing speaks against it
     base = None if identity else _base(tape, combine, before, experts)
     ordered = [experts[c] for c in frontier.experts]
     _same_layout(ordered, group)
@@ -412,8 +422,10 @@ def _routing_tables(tape: Tape, flow: set[fx.Node], table: Table) -> set[fx.Node
     return found
 
 
-def _only_the_router_steers(tape: Tape, frontier: Frontier, tables: set[fx.Node]) -> None:
-    """Values that Python reads may depend on the input through the routing alone.
+def _only_the_router_steers(
+    tape: Tape, frontier: Frontier, tables: set[fx.Node], flow: set[fx.Node], tokens: fx.Node
+) -> None:
+    """Values that Python reads, and which rows dispatch picks, may depend on the input through the routing alone.
 
     Raises:
         Declined: the forward turns another value into a Python number, so it may branch on it.
@@ -434,6 +446,15 @@ def _only_the_router_steers(tape: Tape, frontier: Frontier, tables: set[fx.Node]
                 f"its forward turns a value computed from the input into a Python number ({op_name(node)}) and may "
                 "branch on it, which a graph cannot repeat; keep it in a tensor (torch.where)",
                 line or None,
+            )
+
+
+    before = ancestors([tokens, *cut])
+    for node in flow - before:
+        if op_name(node) in ("nonzero", "masked_select", "unique_consecutive", "_unique2") and steered.get(node, False):
+            raise Declined(
+                f"which rows its experts see depends on more than the tensors that hold the routing ({op_name(node)})",
+                node.meta.get("source"),
             )
 
 
@@ -472,6 +493,17 @@ def _weight_dtype(tape: Tape, group: list[Chain]) -> torch.dtype | None:
         if not moves_rows(node):
             return None
     return None
+
+
+def _passes_through(
+    tape: Tape, combine: Combine, tokens: Tokens, frontier: Frontier, ids: torch.Tensor | None, experts: int
+) -> bool:
+    """True where a token that no expert serves (capacity) keeps its own value, unweighted."""
+    if combine.base is None or ids is None or ids.shape[1] != 1 or not bool((ids >= experts).any()):
+        return False
+    x = rows_of(tape.value(tokens.node), tokens.axis)
+    known = any(op is one_beyond for op, _ in frontier.weights.steps)
+    return not known and torch.equal(torch.where(ids >= experts, x, 0.0).to(combine.base.dtype), combine.base)
 
 
 def _is_identity(

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from moeopt.errors import Declined
+from moeopt.ir.replay import ancestors
 from moeopt.ir.sites import Site
 from moeopt.ir.tape import Tape
 
@@ -45,6 +46,10 @@ def rows_of(value: torch.Tensor, axis: int) -> torch.Tensor:
     return value.movedim(axis, -1).reshape(-1, value.shape[axis])
 
 
+_MOST_SCALED = 2048
+"""Rows among which directions are compared, all pairs: more are never probed on purpose."""
+
+
 def match_tokens(tape: Tape, sites: list[Site]) -> Tokens:
     """The first of :func:`token_readings`."""
     return next(token_readings(tape, sites))
@@ -63,7 +68,12 @@ def token_readings(tape: Tape, sites: list[Site]) -> Iterator[Tokens]:
     orders: list[list[bytes]] = []
     if len({w.shape[-1] for w in wanted.values()}) > 1:
         raise Declined("the experts' first matmuls take rows of different widths", sites[0].product.meta.get("source"))
-    for node in tape.nodes[:first]:
+    sources = ancestors([sites[0].operand])
+    filled = [w for w in wanted.values() if w.bool().any()]
+    if not filled:
+        raise Declined("no token reached its experts", sites[0].product.meta.get("source"))
+    probe = filled[0][filled[0].bool().any(-1)][0]
+    for node in (n for n in tape.nodes[:first] if n in sources):
         shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
         if shape is None or dtype is None or not dtype.is_floating_point or k not in shape or len(shape) < 2:
             continue
@@ -71,7 +81,10 @@ def token_readings(tape: Tape, sites: list[Site]) -> Iterator[Tokens]:
             continue
         for axis in sorted((d for d, s in enumerate(shape) if s == k), reverse=True):
             rows = rows_of(tape.value(node), axis)
-            exact = _exact(node, axis, rows, wanted)
+            near = _near(rows, probe)
+            if near == "no":
+                continue
+            exact = _exact(node, axis, rows, wanted) if near == "row" else None
             if exact is not None and (weighted is None or exact.count <= weighted.count):
                 keys = _keys(rows)
                 if keys not in orders:
@@ -79,7 +92,7 @@ def token_readings(tape: Tape, sites: list[Site]) -> Iterator[Tokens]:
                     yield exact
             if orders:
                 continue
-            if weighted is None:
+            if weighted is None and len(rows) <= _MOST_SCALED:
                 weighted = _scaled(node, axis, rows, wanted)
     if weighted is not None and not orders:
         yield weighted
@@ -90,6 +103,15 @@ def token_readings(tape: Tape, sites: list[Site]) -> Iterator[Tokens]:
         "per expert before its first matmul); only whole tokens can be dispatched",
         sites[0].product.meta.get("source"),
     )
+
+
+def _near(rows: torch.Tensor, probe: torch.Tensor) -> str:
+    """How one operand row stands in ``rows``: as a "row", as a "direction" (scaled), or "no"."""
+    if bool((rows.to(probe.dtype) == probe).all(-1).any()):
+        return "row"
+    dot = rows.double() @ probe.double()
+    size = rows.double().norm(dim=-1) * probe.double().norm()
+    return "direction" if bool((dot.abs() >= size * (1 - 1e-3)).logical_and(size > 0).any()) else "no"
 
 
 def _keys(rows: torch.Tensor) -> list[bytes]:
