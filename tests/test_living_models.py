@@ -409,6 +409,22 @@ def test_functional_gradients():
         torch.testing.assert_close(got[name], want)
 
 
+@pytest.mark.xfail(strict=False, reason="moeopt::experts_backward is not differentiable and does not say so")
+@pytest.mark.filterwarnings("ignore")
+def test_second_gradients_are_right_or_refused():
+    model, got = build(), []
+    opt = optimized(model)
+    for fn in (model, opt):
+        x = X.clone().requires_grad_()
+        (g,) = torch.autograd.grad(fn(x).square().sum(), x, create_graph=True)
+        try:
+            g.square().sum().backward()
+        except RuntimeError:
+            return
+        got.append(x.grad)
+    torch.testing.assert_close(got[1], got[0], rtol=1e-4, atol=1e-6)
+
+
 def test_inference_mode():
     model = build()
     opt = optimized(model)
@@ -434,9 +450,9 @@ def test_other_dtypes_and_ranks_fall_back():
     opt = optimized(model)
     with pytest.warns(StaleModelWarning, match="called with a 2-dimensional tensor, verified with 3"):
         close(opt(X[0]), model(X[0]))
-    with pytest.warns(StaleModelWarning, match="called with torch.float64 where torch.float32 was verified"):
-        with pytest.raises(RuntimeError):
-            opt(X.double())
+    stale = pytest.warns(StaleModelWarning, match="called with torch.float64 where torch.float32 was verified")
+    with stale, pytest.raises(RuntimeError):
+        opt(X.double())
     with pytest.raises(TypeError):
         opt(X, X)
     with pytest.warns(StaleModelWarning, match="called with size 3 where only 16 was verified"):
@@ -542,6 +558,28 @@ def test_threads_call_one_model():
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     [t.start() for t in threads], [t.join() for t in threads]
     assert not errors
+
+
+@pytest.mark.xfail(strict=False, reason="a trace patches nn.Module.__call__ for every thread")
+def test_another_thread_may_call_models_while_one_is_optimised():
+    other, stop, errors = build(), [], []
+
+    def serve():
+        try:
+            while not stop:
+                other(X)
+        except BaseException as err:
+            errors.append(err)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        reports = [moeopt.optimize(build(), X, verify="off").report for _ in range(3)]
+    finally:
+        stop.append(1)
+        thread.join()
+    assert not errors and [len(r.blocks) for r in reports] == [1, 1, 1]
+    assert all(r.rewritten for r in reports)
 
 
 # -- compilers ------------------------------------------------------------------------------------
