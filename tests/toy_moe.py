@@ -93,7 +93,8 @@ def mixtral(**changes: Any) -> nn.Module:
     torch.manual_seed(0)
     config = MixtralConfig(
         **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-           "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 4, "pad_token_id": 0, "bos_token_id": 1,
+           "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+           "num_local_experts": 4, "pad_token_id": 0, "bos_token_id": 1,
            "eos_token_id": 2} | changes
     )  # fmt: skip
     return MixtralForCausalLM(config).eval()

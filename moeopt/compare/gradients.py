@@ -34,12 +34,14 @@ def gradients_differ(
         original, rewritten: its two forwards.
         args, kwargs: one real call.
     """
-    named = [(n, p) for n, p in module.named_parameters() if p.is_floating_point()]
+    named = every = [(n, p) for n, p in module.named_parameters() if p.is_floating_point()]
     if sum(p.numel() for _, p in named) > LARGE:
         named = [(n, p) for n, p in named if p.numel() <= LARGE // 64]
-    flags = [(p, p.requires_grad) for _, p in named]
+    flags = [(p, p.requires_grad) for _, p in every]
     state = ModuleState(module)
     try:
+        for _, parameter in every:
+            parameter.requires_grad_(False)  # no gradient of a large one is ever held
         for _, parameter in named:
             parameter.requires_grad_(True)
         want = _gradients(original, args, kwargs, [p for _, p in named], state)
