@@ -107,6 +107,9 @@ def _attempt(
             covered = _covered(done)
             if covered & place.weights:
                 return _Attempt(done, level.path, covered=covered)
+            missed = next((f.missed for f in done.found if f.missed), "")
+            if missed and best_progress < 0:
+                best = _Attempt(None, level.path, missed, place.source)
             continue
         if fuel is not None and len(outcome.rewrites) >= fuel:
             return _Attempt(reason=f"MOEOPT_FUEL={fuel}: no more blocks are rewritten", path=level.path)

@@ -139,8 +139,8 @@ def _covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tap
     likely = max([likely, *(p.shape[0] for p in module.parameters() if p.dim() == 3)])
     for tokens, aim, forced, flat in _ATTEMPTS:
         ids = proto.indices("ids")
-        if not forced and last is None and likely > 128 and not ids:  # so many are never all hit by chance
-            tokens = 8
+        if last is None and not forced and not ids:  # many are never all hit by chance: the next attempt steers
+            tokens = 8 if likely > 128 else max(tokens, 2 * likely)
         if forced and (last is None or not last.universe):
             continue
         if forced:
@@ -182,8 +182,7 @@ def _likely_experts(module: nn.Module, proto: Prototype) -> int:
     least = int(ids[0].max()) + 1
     sizes = [p.shape[0] for p in module.parameters() if p.dim() >= 3]
     sizes += [len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.ParameterList))]
-    children = [len(m._modules) for m in module.modules() if len(m._modules) >= least]
-    return min((s for s in (*sizes, *children) if s >= least), default=least)
+    return min((s for s in sizes if s >= max(least, 2)), default=least)
 
 
 def _plan(tape: Tape, found: list[Recognition]) -> Plan:

@@ -46,7 +46,9 @@ def check_experts(module: nn.Module, tape: Tape, found: list[Recognition]) -> No
             tensor = tensor_at(module, path)
             if tensor.dtype not in _FLOATS:
                 raise Declined(f"{path} is {tensor.dtype}; only float32, float64, bfloat16 and float16 are carried")
-        skipped = {n.meta["call"] for n in recognition.interior if n.meta["index"] < recognition.combine.node.meta["index"]}
+        end = recognition.combine.node.meta["index"]
+        inner = {n.meta["call"] for n in recognition.interior if n.meta["index"] < end}
+        skipped = {index for call in inner for index in tape.stack(call)}
         for index in sorted(skipped):
             call = tape.calls[index]
             holds_sum = any(

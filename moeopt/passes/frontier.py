@@ -376,14 +376,14 @@ def _rooted(tape: Tape, recipe: Recipe, rebuilt: Any, table: Table) -> Recipe:
     another.
     """
     node, best = recipe.source, recipe
+    if any(op in (aten.gather.default, aten.expand.default) for op, _ in recipe.steps):
+        return recipe
     while node is not None and moves_rows(node) and len(node.all_input_nodes) == 1:
         parent = node.all_input_nodes[0]
         same = parent.meta.get("dtype") == node.meta.get("dtype") and parent.op != "get_attr"
         if not same or math.prod(parent.meta.get("shape") or (0,)) != math.prod(node.meta["shape"]):
             break
         node = parent
-        if any(s[0] is aten.gather.default for s in recipe.steps):
-            continue
         tokens = table.visits.shape[0]
         for steps in _orders(node.meta["shape"], tokens, math.prod(node.meta["shape"]) // max(tokens, 1)):
             candidate = Recipe(node, steps)

@@ -49,6 +49,7 @@ class Recognition:
     interior: set[fx.Node]
     source: str
     functions: dict[object, tuple[ExpertsSpec, bool]]
+    missed: str = ""
 
 
 class Uncovered(Declined):
@@ -94,6 +95,8 @@ def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool 
             except Declined as reason:
                 if progress[0] > best_progress and (len(members) > 1 or members[0].merged):
                     best, best_progress = reason, progress[0]
+    for recognition in found:
+        recognition.missed = best.reason if best_progress >= 0 else ""
     if not found or isinstance(best, Uncovered):
         best.progress = best_progress  # type: ignore[attr-defined]
         raise best

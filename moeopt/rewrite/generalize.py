@@ -83,7 +83,7 @@ class Sizes:
 
     def ratio(self, values: tuple[float, ...]) -> Ratio | None:
         """``values`` as a :class:`Ratio` that gives them back bit for bit; None when none does."""
-        for dims, sizes in self._products:
+        for dims, sizes in self._products if all(map(math.isfinite, values)) else ():
             for inverse in (True, False):
                 factor = values[0] * sizes[0] if inverse else values[0] / sizes[0]
                 factor = float(round(factor)) if abs(factor - round(factor)) < 1e-9 else factor
