@@ -1,23 +1,23 @@
 """THE order: what happens to a model, top to bottom.
 
-    discover        places that may hold experts or a dense FFN         (drive/discover)
-    for each place, innermost module first:
-        probe       witness traces of the block                         (ir/tape, drive/witness)
-        recognise   rows, function, combine, frontier                   (passes/recognize_experts)
-        plan        what stays; one op where the experts' sum stood     (rewrite/plan, generalize)
-        verify      against a float64 oracle on adversarial routing     (compare/block)
-        install     the block runs the program                          (rewrite/program)
-    verify the model end to end                                         (compare/model)
+discover        places that may hold experts or a dense FFN         (drive/discover)
+for each place, innermost module first:
+    probe       witness traces of the block                         (ir/tape, drive/witness)
+    recognise   rows, function, combine, frontier                   (passes/recognize_experts)
+    plan        what stays; one op where the experts' sum stood     (rewrite/plan, generalize)
+    verify      against a float64 oracle on adversarial routing     (compare/block)
+    install     the block runs the program                          (rewrite/program)
+verify the model end to end                                         (compare/model)
 """
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from moeopt.compare.block import BlockCheck
@@ -25,11 +25,12 @@ from moeopt.drive.block import Call, Rewrite, rewrite_block
 from moeopt.drive.describe import dense_reason, describe_router
 from moeopt.drive.discover import Place, discover, feed_forward_lists
 from moeopt.drive.hints import hinted
-from moeopt.errors import Declined
+from moeopt.errors import Declined, UsageError
 from moeopt.ir.tape import clone_inputs, record
 from moeopt.options import Options
+from moeopt.passes.recognize_experts import Recognition
 from moeopt.report import BlockReport
-from moeopt.rewrite.bank import expert_paths
+from moeopt.rewrite.bank import expert_paths, tensor_at
 from moeopt.rewrite.program import install
 
 LEVELS = 4
@@ -55,7 +56,6 @@ class _Attempt:
     where: str = ""
     nearest: str = ""
     seconds: float = 0.0
-    covered: set[str] = field(default_factory=set)
 
 
 def run(model: nn.Module, call: Call, options: Options) -> Outcome:
@@ -63,6 +63,7 @@ def run(model: nn.Module, call: Call, options: Options) -> Outcome:
 
     Raises:
         CaptureError: the model does not run on the example inputs.
+        UsageError: a hint that matches no block.
     """
     started = time.perf_counter()
     say = options.progress or (lambda line: None)
@@ -78,6 +79,13 @@ def run(model: nn.Module, call: Call, options: Options) -> Outcome:
     for number, place in enumerate(moe):
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
         attempts.append((place, _attempt(model, place, outcome, calls, options)))
+    tried = {c.path for p in moe for c in _levels(p)}
+    unused = [p for p in options.hints if not any(fnmatch.fnmatch(path, p) for path in tried)]
+    if unused:
+        raise UsageError(
+            f"hints[{unused[0]!r}] matches no block; the places that were looked at are "
+            f"{', '.join(sorted(repr(path) for path in tried)) or 'none'}"
+        )
     outcome.blocks = list(_report(model, places, attempts, outcome))
     outcome.seconds = time.perf_counter() - started
     return outcome
@@ -95,18 +103,15 @@ def _without_values(model: nn.Module, absent: str) -> Iterator[BlockReport]:
             )  # fmt: skip
 
 
-def _attempt(
-    model: nn.Module, place: Place, outcome: Outcome, calls: dict[str, Call], options: Options
-) -> _Attempt:
+def _attempt(model: nn.Module, place: Place, outcome: Outcome, calls: dict[str, Call], options: Options) -> _Attempt:
     best = _Attempt()
     best_progress = -2
     fuel = options.fuel
     for level in _levels(place):
         done = outcome.rewrites.get(level.path)
         if done is not None:
-            covered = _covered(done)
-            if covered & place.weights:
-                return _Attempt(done, level.path, covered=covered)
+            if _covered(model, level.path, done.found) & place.weights:
+                return _Attempt(done, level.path)
             missed = next((f.missed for f in done.found if f.missed), "")
             if missed and best_progress < 0:
                 best = _Attempt(None, level.path, missed, place.source)
@@ -118,7 +123,7 @@ def _attempt(
         try:
             with hinted(options.hints, level.path):
                 rewrite = rewrite_block(level.path or type(model).__name__, module, calls[level.path], options)
-            if not _covered(rewrite) & place.weights:
+            if not _covered(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not")
             install(module, rewrite.program)
         except Declined as err:
@@ -130,7 +135,7 @@ def _attempt(
             continue
         outcome.rewrites[level.path] = rewrite
         outcome.checks.append(rewrite.check)
-        return _Attempt(rewrite, level.path, covered=_covered(rewrite), seconds=rewrite.seconds)
+        return _Attempt(rewrite, level.path, seconds=rewrite.seconds)
     return best
 
 
@@ -144,11 +149,10 @@ def _levels(place: Place) -> Iterator[Any]:
             return
 
 
-def _covered(rewrite: Rewrite) -> set[str]:
-    """Parameter paths, relative to the rewritten module, of every expert it holds."""
-    return {p for f in rewrite.found for p in expert_paths(f.experts)} | {
-        f"{rewrite.check.name}.{p}" for f in rewrite.found for p in expert_paths(f.experts)
-    }
+def _covered(model: nn.Module, path: str, found: list[Recognition]) -> set[int]:
+    """Identities of the Parameters that the experts of a rewritten module read."""
+    module = model.get_submodule(path)
+    return {id(tensor_at(module, p)) for f in found for p in expert_paths(f.experts)}
 
 
 def _inputs(model: nn.Module, call: Call, paths: set[str]) -> dict[str, Call]:
@@ -183,7 +187,9 @@ def _report(
         attempt = by_place.get(id(place))
         path = place.call.path
         if attempt is None:
-            yield BlockReport(path or type(model).__name__, "dense_ffn", "declined", dense_reason(place), source=place.source)
+            yield BlockReport(
+                path or type(model).__name__, "dense_ffn", "declined", dense_reason(place), source=place.source
+            )
             continue
         name = attempt.path or path or type(model).__name__
         if attempt.rewrite is None:
@@ -192,9 +198,7 @@ def _report(
                 source=attempt.where or place.source, seconds=attempt.seconds,
             )  # fmt: skip
             continue
-        found = next(f for f in attempt.rewrite.found if _paths(attempt, f) & place.weights)
-        exact = attempt.rewrite.check.distance_exact
-        del exact
+        found = next(f for f in attempt.rewrite.found if _covered(model, attempt.path, [f]) & place.weights)
         yield BlockReport(
             name, "moe", "rewritten", "", len(found.experts),
             describe_router(model, attempt.path, found, attempt.rewrite),
@@ -203,8 +207,3 @@ def _report(
             found.source, seconds=attempt.seconds,
             top_k=found.frontier.top_k if found.frontier.ids is not None else None, spec=str(found.spec),
         )  # fmt: skip
-
-
-def _paths(attempt: _Attempt, found: Any) -> set[str]:
-    prefix = f"{attempt.path}." if attempt.path else ""
-    return {prefix + p for p in expert_paths(found.experts)}

@@ -20,8 +20,8 @@ from moeopt.compare.prototype import Prototype
 from moeopt.drive.obstacles import check_experts, check_module, random_reason
 from moeopt.drive.witness import aimed_rows, prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
-from moeopt.ir.steer import EveryExpert
 from moeopt.ir.state import ModuleState
+from moeopt.ir.steer import EveryExpert
 from moeopt.ir.tape import Tape, clone_inputs, record
 from moeopt.ir.tree import tree_leaves
 from moeopt.options import Options
@@ -57,8 +57,8 @@ def rewrite_block(name: str, module: nn.Module, call: Call, options: Options) ->
     except Exception as err:
         where = traceback.extract_tb(err.__traceback__)[-1]
         raise Declined(
-            f"moeopt itself failed on it ({type(err).__name__}: {str(err)[:200]} in {where.name}); the block is left as "
-            "it was; please report this with the block's code"
+            f"moeopt itself failed on it ({type(err).__name__}: {str(err)[:200]} in {where.name}); the block is left "
+            "as it was; please report this with the block's code"
         ) from err
 
 
@@ -116,6 +116,8 @@ def _later_call(module: nn.Module, call: Call) -> Tape:
     """The tape of a second call, after a first one has stored its attributes: they must not matter."""
     state = ModuleState(module)
     try:
+        for buffer in module.buffers():
+            state.about_to_write(buffer)
         with torch.no_grad():
             args, kwargs = clone_inputs(call)
             module(*args, **kwargs)
@@ -193,7 +195,9 @@ def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
     if len(first) != len(other) or any(
         a.experts != b.experts or a.spec != b.spec for a, b in zip(first, other, strict=False)
     ):
-        raise Declined("two probes with different tokens read its experts differently; its dispatch depends on the data")
+        raise Declined(
+            "two probes with different tokens read its experts differently; its dispatch depends on the data"
+        )
 
 
 def _same_in_other_mode(

@@ -17,8 +17,8 @@ from torch import fx, nn
 
 from moeopt.ir.kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name
 from moeopt.ir.provenance import MatrixRef
-from moeopt.ir.sites import Site, is_weight, weight_and_operand
 from moeopt.ir.replay import ancestors
+from moeopt.ir.sites import Site, is_weight, weight_and_operand
 from moeopt.ir.tape import Call, Tape, record
 from moeopt.ir.tree import leaves_of
 from moeopt.passes.chains import Chain, find_chains, group_chains
@@ -35,7 +35,7 @@ class Place:
     source: str
     chains: list[Chain] = field(default_factory=list)
     experts: int | None = None
-    weights: set[str] = field(default_factory=set)
+    weights: set[int] = field(default_factory=set)
 
 
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Place]:
@@ -167,8 +167,10 @@ class _Finder:
                 continue
             levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
             source = next((n.meta["source"] for n in self.tape.nodes[ran[0].first :] if n.meta.get("source")), "")
-            weights = {f"{c.path}.{n}" for c in ran for n, _ in c.module.named_parameters()}
-            found.append(Place("moe", call, levels, ran[0].first, source, [], len({id(c.module) for c in ran}), weights))
+            weights = {id(p) for c in ran for p in c.module.parameters()}
+            found.append(
+                Place("moe", call, levels, ran[0].first, source, [], len({id(c.module) for c in ran}), weights)
+            )
         return found
 
     def _sequential(self, ran: list[Call]) -> bool:
@@ -180,7 +182,8 @@ class _Finder:
     def _place(self, kind: str, call: Call, group: list[Chain]) -> Place:
         levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
         first = group[0].ins[0].product
-        weights = {self.leaves[s][0] for c in group for s in (*c.ins, *c.outs)}
+        paths = {self.leaves[s][0] for c in group for s in (*c.ins, *c.outs)}
+        weights = {id(self.named[p]) for p in paths if p in self.named}
         return Place(kind, call, levels, first.meta["index"], first.meta.get("source", ""), group, len(group), weights)
 
     def _expert_groups(self, call: Call, free: list[Chain]) -> list[list[Chain]]:
@@ -192,7 +195,7 @@ class _Finder:
                 continue
             merged = members[0].merged or any(self.leaves[s][1] for c in members for s in (*c.ins, c.out))
             alone = len({_identity(c.out.product) for c in members}) < 2
-            if not merged and alone and not self._idle_twins(call, members[0]):
+            if not merged and alone and not (self._dense(members[0]) and self._idle_twins(call, members[0])):
                 continue
             if not merged and len(members) > 1 and not self._same_rows(members):
                 continue
@@ -222,8 +225,10 @@ class _Finder:
                 if name in self.used or len(other) != len(parts) or tensor.shape != self.named[path].shape:
                     continue
                 same = [a == b for a, b in zip(other, parts, strict=True)]
-                if sum(not s for s in same) == 1 and not same[i] and re.sub(r"\d+", "#", other[i]) == re.sub(
-                    r"\d+", "#", parts[i]
+                if (
+                    sum(not s for s in same) == 1
+                    and not same[i]
+                    and re.sub(r"\d+", "#", other[i]) == re.sub(r"\d+", "#", parts[i])
                 ):
                     return True
         return False

@@ -51,9 +51,7 @@ def check_experts(module: nn.Module, tape: Tape, found: list[Recognition]) -> No
         skipped = {index for call in inner for index in tape.stack(call)}
         for index in sorted(skipped):
             call = tape.calls[index]
-            holds_sum = any(
-                call.first <= r.combine.node.meta["index"] < call.last or index == 0 for r in found
-            )
+            holds_sum = any(call.first <= r.combine.node.meta["index"] < call.last or index == 0 for r in found)
             if not holds_sum:
                 _check_skipped(call.path, call.module)
     for path, child in module.named_modules():

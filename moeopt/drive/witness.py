@@ -77,9 +77,15 @@ def _leaf(t: Any, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: i
 
 
 def witness(
-    proto: Prototype, tokens: int, seed: int, *, experts: int = 0, aimed: torch.Tensor | None = None, flat: bool = False,
+    proto: Prototype,
+    tokens: int,
+    seed: int,
+    *,
+    experts: int = 0,
+    aimed: torch.Tensor | None = None,
+    flat: bool = False,
     variant: int = 0,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) with about ``tokens`` tokens in a shape that no example is likely to have.
 
     Args:
@@ -126,9 +132,7 @@ def _grid(rank: int, tokens: int, variant: int) -> tuple[int, ...]:
     return (*head, max(-(-tokens // math.prod(head)), 1))
 
 
-def _tokens(
-    own: torch.Tensor, count: int, generator: torch.Generator, aimed: torch.Tensor | None
-) -> torch.Tensor:
+def _tokens(own: torch.Tensor, count: int, generator: torch.Generator, aimed: torch.Tensor | None) -> torch.Tensor:
     finite = own[own.isfinite()].float()
     scale = float(finite.square().mean().sqrt()) if finite.numel() else 0.0
     scale = scale if scale > 0 else 1.0
@@ -165,7 +169,12 @@ def aimed_rows(module: nn.Module, width: int, limit: int = 4096) -> torch.Tensor
     found = []
     alike = Counter(p.shape for p in module.parameters())  # experts come in numbers, a router is alone
     for parameter in module.parameters():
-        if alike[parameter.shape] <= 2 and parameter.dim() == 2 and parameter.is_floating_point() and parameter.device.type != "meta":
+        if (
+            alike[parameter.shape] <= 2
+            and parameter.dim() == 2
+            and parameter.is_floating_point()
+            and parameter.device.type != "meta"
+        ):
             rows = parameter if parameter.shape[1] == width else parameter.t() if parameter.shape[0] == width else None
             if rows is not None and rows.shape[0] <= limit:
                 found.append(rows.detach().float().cpu())

@@ -1,7 +1,7 @@
 """Functional twins of in-place ATen calls, and the way back through a view.
 
-    y.index_add_(0, i, v)      ->  y' = index_add(y, 0, i, v)
-    torch.mm(a, b, out=y[3:5]) ->  v  = mm(a, b);  y' = slice_scatter(y, v, 0, 3, 5)
+y.index_add_(0, i, v)      ->  y' = index_add(y, 0, i, v)
+torch.mm(a, b, out=y[3:5]) ->  v  = mm(a, b);  y' = slice_scatter(y, v, 0, 3, 5)
 """
 
 from __future__ import annotations

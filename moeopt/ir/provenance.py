@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -49,7 +50,7 @@ def _step_back(tape: Tape, node: fx.Node, index: Index) -> tuple[fx.Node, Index]
     if node.op != "call_function":
         return None
     name = op_name(node)
-    args = node.args
+    args: tuple[Any, ...] = node.args
     if node.target is operator.getitem:
         return _from_getitem(node, index)
     if not args or not isinstance(args[0], fx.Node):
@@ -60,7 +61,7 @@ def _step_back(tape: Tape, node: fx.Node, index: Index) -> tuple[fx.Node, Index]
     if name in ("clone", "_to_copy", "detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy"):
         return base, index
     if name in ("t", "transpose"):
-        d0, d1 = (0, 1) if name == "t" else (int(args[1]) % rank, int(args[2]) % rank)  # type: ignore[call-overload]
+        d0, d1 = (0, 1) if name == "t" else (int(args[1]) % rank, int(args[2]) % rank)
         if rank < 2:
             return base, index
         out = list(index)
@@ -68,36 +69,36 @@ def _step_back(tape: Tape, node: fx.Node, index: Index) -> tuple[fx.Node, Index]
         return base, tuple(out)
     if name == "permute":
         out = [0] * rank
-        for i, d in enumerate(args[1]):  # type: ignore[arg-type, var-annotated]
+        for i, d in enumerate(args[1]):
             out[d % rank] = index[i]
         return base, tuple(out)
     if name in ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "_reshape_alias"):
         return base, _unravel(_ravel(index, node.meta["shape"]), shape)
     if name == "select":
-        dim, at = int(args[1]) % rank, int(args[2])  # type: ignore[call-overload]
+        dim, at = int(args[1]) % rank, int(args[2])
         return base, (*index[:dim], at % shape[dim], *index[dim:])
     if name == "slice":
-        dim = int(args[1]) % rank if len(args) > 1 else 0  # type: ignore[call-overload]
+        dim = int(args[1]) % rank if len(args) > 1 else 0
         start = args[2] if len(args) > 2 and args[2] is not None else 0
         step = args[4] if len(args) > 4 else 1
         size = shape[dim]
-        begin = min(max(start + size if start < 0 else start, 0), size)  # type: ignore[operator]
-        return base, (*index[:dim], begin + index[dim] * step, *index[dim + 1 :])  # type: ignore[operator]
+        begin = min(max(start + size if start < 0 else start, 0), size)
+        return base, (*index[:dim], begin + index[dim] * step, *index[dim + 1 :])
     if name == "expand":
         pad = len(index) - rank
         return base, tuple(0 if size == 1 else i for i, size in zip(index[pad:], shape, strict=True))
     if name == "index_select":
-        dim = int(args[1]) % rank  # type: ignore[call-overload]
-        ids = tape.value(args[2])  # type: ignore[arg-type]
+        dim = int(args[1]) % rank
+        ids = tape.value(args[2])
         return base, (*index[:dim], int(ids.reshape(-1)[index[dim]]), *index[dim + 1 :])
     if name == "index":
-        return _from_index(tape, base, args[1], index, shape)  # type: ignore[arg-type]
+        return _from_index(tape, base, args[1], index, shape)
     if name == "as_strided":
         size, stride = args[1], args[2]
         offset = args[3] if len(args) > 3 and args[3] is not None else 0
         if not isinstance(size, (list, tuple)) or not _contiguous(tape, base):
             return None
-        flat = offset + sum(i * s for i, s in zip(index, stride, strict=True))  # type: ignore[arg-type, operator, misc]
+        flat = offset + sum(i * s for i, s in zip(index, stride, strict=True))
         return base, _unravel(flat, shape)
     return None
 
@@ -108,21 +109,21 @@ def _contiguous(tape: Tape, node: fx.Node) -> bool:
 
 
 def _from_getitem(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
-    source, item = node.args
-    assert isinstance(source, fx.Node) and isinstance(item, int)
+    source: Any = node.args[0]
+    item: Any = node.args[1]
     name, args = op_name(source), source.args
     base = args[0] if args else None
     if not isinstance(base, fx.Node):
         return None
     rank = len(base.meta["shape"])
     if name == "unbind":
-        dim = int(args[1]) % rank if len(args) > 1 else 0  # type: ignore[call-overload]
+        dim = int(args[1]) % rank if len(args) > 1 else 0
         return base, (*index[:dim], item, *index[dim:])
     if name in ("split", "split_with_sizes", "chunk"):
-        dim = int(args[2]) % rank if len(args) > 2 else 0  # type: ignore[call-overload]
+        dim = int(args[2]) % rank if len(args) > 2 else 0
         sizes = args[1]
-        start = sum(sizes[:item]) if isinstance(sizes, (list, tuple)) else item * sizes  # type: ignore[arg-type, operator]
-        return base, (*index[:dim], index[dim] + start, *index[dim + 1 :])  # type: ignore[operator]
+        start = sum(sizes[:item]) if isinstance(sizes, (list, tuple)) else item * sizes
+        return base, (*index[:dim], index[dim] + start, *index[dim + 1 :])
     return None
 
 
@@ -130,8 +131,9 @@ def _from_list(tape: Tape, node: fx.Node, index: Index, name: str) -> tuple[fx.N
     del tape
     if name not in ("cat", "stack") or not node.args or not isinstance(node.args[0], (list, tuple)):
         return None
-    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
-    dim = int(node.args[1]) % len(node.meta["shape"]) if len(node.args) > 1 else 0  # type: ignore[call-overload]
+    args: tuple[Any, ...] = node.args
+    parts: list[fx.Node] = list(args[0])
+    dim = int(args[1]) % len(node.meta["shape"]) if len(args) > 1 else 0
     if name == "stack":
         return parts[index[dim]], (*index[:dim], *index[dim + 1 :])
     at = index[dim]
@@ -191,16 +193,16 @@ def matrix_ref(tape: Tape, node: fx.Node, prefix: Index, k: int, m: int, swap: b
     def at(i: int, j: int) -> tuple[fx.Node, Index] | None:
         return element_source(tape, node, (*prefix, j, i) if swap else (*prefix, i, j))
 
-    corners = [at(0, 0), at(min(1, k - 1), 0), at(0, min(1, m - 1)), at(k - 1, m - 1)]
+    corners: list[Any] = [at(0, 0), at(min(1, k - 1), 0), at(0, min(1, m - 1)), at(k - 1, m - 1)]
     first = corners[0]
     if first is None or any(c is None or c[0] is not first[0] for c in corners):
         return None
     leaf, origin = first
     if leaf.op != "get_attr" or "constant" in leaf.meta:
         return None
-    dk, dm = _sub(corners[1][1], origin), _sub(corners[2][1], origin)  # type: ignore[index]
+    dk, dm = _sub(corners[1][1], origin), _sub(corners[2][1], origin)
     last = tuple(o + (k - 1) * a + (m - 1) * b for o, a, b in zip(origin, dk, dm, strict=True))
-    if last != corners[3][1]:  # type: ignore[index]
+    if last != corners[3][1]:
         return None
     ref = MatrixRef(str(leaf.target), origin, dk, dm, k, m)
     return ref if _holds(tape, node, prefix, swap, leaf, ref) else None
@@ -225,9 +227,9 @@ def _picked(node: fx.Node) -> bool:
         if node.op != "call_function" or not node.all_input_nodes:
             return False
         if op_name(node) in ("index", "index_select"):
-            base = node.args[0]
-            rank = len(base.meta["shape"])  # type: ignore[union-attr]
-            used = node.args[1] if op_name(node) == "index_select" else [i is not None for i in node.args[1]].index(True)  # type: ignore[union-attr, arg-type]
+            args: tuple[Any, ...] = node.args
+            rank = len(args[0].meta["shape"])
+            used = args[1] if op_name(node) == "index_select" else [i is not None for i in args[1]].index(True)
             if rank < 3 or used != 0:
                 return True
         node = node.all_input_nodes[0]
@@ -246,13 +248,13 @@ class VectorRef:
 
 def vector_ref(tape: Tape, node: fx.Node, prefix: Index, m: int) -> VectorRef | None:
     """The Parameter region behind the vector ``node[prefix]`` of length ``m``; None if there is none."""
-    ends = [element_source(tape, node, (*prefix, j)) for j in (0, min(1, m - 1), m - 1)]
-    if any(e is None or e[0] is not ends[0][0] for e in ends):  # type: ignore[index]
+    ends: list[Any] = [element_source(tape, node, (*prefix, j)) for j in (0, min(1, m - 1), m - 1)]
+    if any(e is None or e[0] is not ends[0][0] for e in ends):
         return None
-    leaf, origin = ends[0]  # type: ignore[misc]
+    leaf, origin = ends[0]
     if leaf.op != "get_attr" or "constant" in leaf.meta:
         return None
-    dm = _sub(ends[1][1], origin)  # type: ignore[index]
-    if tuple(o + (m - 1) * d for o, d in zip(origin, dm, strict=True)) != ends[2][1]:  # type: ignore[index]
+    dm = _sub(ends[1][1], origin)
+    if tuple(o + (m - 1) * d for o, d in zip(origin, dm, strict=True)) != ends[2][1]:
         return None
     return VectorRef(str(leaf.target), origin, dm, m)

@@ -73,7 +73,8 @@ def replay(
         for node in nodes:
             if node in given:
                 continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), look)
+            looked: Any = fx.map_arg((node.args, node.kwargs), look)
+            args, kwargs = looked
             if dtype is not None:
                 kwargs = {k: _wide(v, dtype) if k == "dtype" else v for k, v in kwargs.items()}
             env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -138,7 +139,8 @@ def _move(tape: Tape, node: fx.Node, labels: dict[fx.Node, torch.Tensor]) -> Any
             return value
         return torch.full(value.shape, UNTRACKED, dtype=torch.long)
 
-    args, kwargs = fx.map_arg((node.args, node.kwargs), look)
+    looked: Any = fx.map_arg((node.args, node.kwargs), look)
+    args, kwargs = looked
     name = op_name(node)
     if node.target is operator.getitem:
         return args[0][args[1]]

@@ -211,9 +211,7 @@ def _batched(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left:
         refs = _blocks(tape, weight, (0,), k, m, swap=left)
         if not refs:
             return None
-        return Site(
-            node, node, operand, axis, axis, refs, torch.arange(len(refs)).repeat(rows), blocks=len(refs)
-        )
+        return Site(node, node, operand, axis, axis, refs, torch.arange(len(refs)).repeat(rows), blocks=len(refs))
     known: dict[MatrixRef, int] = {}
     picks = []
     blocks = 0
@@ -365,9 +363,7 @@ def _vector_along(
     def at(j: int) -> Any:
         place = list(index)
         place[axis] = block * m + j
-        return element_source(
-            tape, bias, tuple(0 if s == 1 else place[d + pad] for d, s in enumerate(shape))
-        )
+        return element_source(tape, bias, tuple(0 if s == 1 else place[d + pad] for d, s in enumerate(shape)))
 
     ends = [at(0), at(min(1, m - 1)), at(m - 1)]
     leaf, origin = ends[0]

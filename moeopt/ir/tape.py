@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -440,17 +441,24 @@ class _WatchReads(TorchFunctionMode):
 _LEAVES_TAPE = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""``nn.Module.__call__`` belongs to the process: two traces at once would record each other's calls."""
+
+
 class _patched_call:
-    """Routes every ``nn.Module`` call through the recorder while the trace runs."""
+    """Routes every ``nn.Module`` call of this thread through the recorder while the trace runs."""
 
     def __init__(self, recorder: _Recorder) -> None:
         self.recorder = recorder
 
     def __enter__(self) -> None:
+        _ONE_AT_A_TIME.acquire()
         self.original = nn.Module.__call__
-        original, recorder = self.original, self.recorder
+        original, recorder, thread = self.original, self.recorder, threading.get_ident()
 
         def recorded_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(module, *args, **kwargs)
             call = recorder.enter_call(module, args, kwargs)
             output = original(module, *args, **kwargs)
             recorder.leave_call(call, output)
@@ -460,6 +468,7 @@ class _patched_call:
 
     def __exit__(self, *exc: Any) -> None:
         nn.Module.__call__ = self.original  # type: ignore[method-assign]
+        _ONE_AT_A_TIME.release()
 
 
 def record(

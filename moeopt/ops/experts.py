@@ -189,6 +189,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grad):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "moeopt::experts has no second derivative (create_graph=True); take it of the original model instead"
+        )
     x, ids, weights, *flat = ctx.saved_tensors
     wants_x, _, wants_weights, *wants_lists, _ = ctx.needs_input_grad
     wants = [wants_x, wants_weights, *(w for part in wants_lists for w in part)]

@@ -99,8 +99,21 @@ def find_chains(tape: Tape, sites: list[Site], *, loose: bool = False) -> list[C
             wide.setdefault(tuple(ins), []).append((site, mid))
     for ins_key, members in wide.items():
         nodes = sorted({n for _, mid in members for n in mid}, key=lambda n: n.meta["index"])
+        if _adds_experts(nodes, ins_key):
+            continue
         chains.append(Chain(list(ins_key), [s for s, _ in members], nodes, ("wide", _signature(nodes, list(ins_key)))))
     return chains
+
+
+def _adds_experts(mid: list[fx.Node], ins: tuple[Site, ...]) -> bool:
+    """True where rows of different products meet element by element: a sum of experts, not rows side by side."""
+    of: dict[fx.Node, frozenset[fx.Node]] = {s.node: frozenset([s.operand]) for s in ins}
+    for node in mid:
+        parts = [of[a] for a in node.all_input_nodes if of.get(a)]
+        if is_pointwise(node) and len(set(parts)) > 1:
+            return True
+        of[node] = frozenset().union(*parts)
+    return False
 
 
 def _feeds(a: Site, b: Site, loose: bool) -> bool:
@@ -145,8 +158,9 @@ def _value_inputs(node: fx.Node) -> list[fx.Node]:
     if name in _VALUE_ARGS:
         picks = [node.args[i] for i in _VALUE_ARGS[name] if i < len(node.args)]
         return [p for p in picks if isinstance(p, fx.Node)]
-    dtype_of = [a for a in node.all_input_nodes if a.meta.get("dtype") is None or a.meta["dtype"].is_floating_point]
-    return dtype_of
+    if is_pointwise(node):
+        return node.all_input_nodes  # a comparison of the rows, too, is part of the function (relu by torch.where)
+    return [a for a in node.all_input_nodes if a.meta.get("dtype") is None or a.meta["dtype"].is_floating_point]
 
 
 def _small(node: fx.Node, start: fx.Node, loose: bool) -> bool:
@@ -163,7 +177,8 @@ def _small(node: fx.Node, start: fx.Node, loose: bool) -> bool:
 
 def _reduces(node: fx.Node, at: set[fx.Node], limit: int = 64) -> bool:
     """True where ``node`` is a statistic of one of the products ``at`` within a few steps: a norm."""
-    stack, seen = [node], set()
+    stack: list[fx.Node] = [node]
+    seen: set[fx.Node] = set()
     while stack and len(seen) < limit:
         current = stack.pop()
         if current in seen:
@@ -216,7 +231,9 @@ def group_chains(chains: list[Chain]) -> list[list[Chain]]:
         alike: dict[Any, list[Chain]] = {}
         for chain in chains:
             if not chain.merged:
-                alike.setdefault((len(chain.ins), chain.ins[0].matrices[0].k, chain.out.matrices[0].m), []).append(chain)
+                alike.setdefault((len(chain.ins), chain.ins[0].matrices[0].k, chain.out.matrices[0].m), []).append(
+                    chain
+                )
         for members in alike.values():
             groups.extend(g for g in _parallel(members) if len(g) > 1)
     return sorted(groups, key=lambda g: (-(len(g) + 10**6 * g[0].merged), g[0].out.node.meta["index"]))

@@ -45,9 +45,7 @@ def assume(spec: ExpertsSpec) -> Iterator[None]:
 _PARAMETRIC = ("swish", "softcap", "leaky_relu", "elu")
 
 
-def fit_function(
-    tape: Tape, chain: Chain, out: Site, labels_out: torch.Tensor
-) -> tuple[ExpertsSpec, bool]:
+def fit_function(tape: Tape, chain: Chain, out: Site, labels_out: torch.Tensor) -> tuple[ExpertsSpec, bool]:
     """The spec (rows, activation, clamps, offset, dtypes) of the function between the chain's sites.
 
     Also says whether, of two in-sites, the second is the gate.

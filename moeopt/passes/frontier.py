@@ -164,9 +164,7 @@ def _key(before: list[fx.Node], node: fx.Node | None) -> Key:
     return prints[node], alike.index(node)
 
 
-def _again(
-    tape: Tape, before: list[fx.Node], table: Table, prior: Frontier, mapping: list[int]
-) -> Frontier | None:
+def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Frontier, mapping: list[int]) -> Frontier | None:
     """``prior``'s recipes on the same lines of this tape, if they give what this witness showed."""
     prints = _fingerprints(before)
     by_print: dict[int, list[fx.Node]] = {}
@@ -208,9 +206,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a.double() - b.double()).abs() <= slack * b.double().abs()).all())
 
 
-def _id_recipes(
-    tape: Tape, before: list[fx.Node], table: Table
-) -> Iterator[tuple[Recipe, torch.Tensor, list[int]]]:
+def _id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tuple[Recipe, torch.Tensor, list[int]]]:
     """(recipe, ids (T, K), chain of each id) for every integer tensor that names the chosen experts."""
     tokens = table.visits.shape[0]
     for node in reversed(list(_candidates(before, floating=False))):
@@ -268,7 +264,9 @@ def _mapping(ids: torch.Tensor, table: Table) -> list[int] | None:
     named = torch.zeros(ids.shape[0], max(int(values.max()) + 1, experts), dtype=torch.bool)
     named.scatter_(1, ids, True)
     natural = torch.tensor(table.natural)
-    if torch.equal(named[:, :experts], seen[:, natural]) or _covers(named[:, :experts], seen[:, natural], table, natural):
+    if torch.equal(named[:, :experts], seen[:, natural]) or _covers(
+        named[:, :experts], seen[:, natural], table, natural
+    ):
         return table.natural
     return _learnt(named, seen, table)
 
@@ -314,9 +312,7 @@ def _rebuilt(ids: torch.Tensor, weights: torch.Tensor, mapping: list[int], chain
     return out
 
 
-def _by_ids(
-    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None
-) -> Iterator[Frontier]:
+def _by_ids(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Frontier]:
     tokens, chains = table.visits.shape
     for recipe, ids, mapping in _id_recipes(tape, before, table):
         k = ids.shape[1]
@@ -344,7 +340,7 @@ def _by_ids(
                 if _fits(rebuilt, table):
                     best.append(((preferred, False, _exact(rebuilt, table), node.meta["index"]), weights))
         if best:
-            weights = _rooted(tape, max(best, key=lambda b: b[0])[1], lambda w: _rebuilt(ids, w, mapping, chains), table)
+            weights = _rooted(tape, max(best, key=lambda b: b[0])[1], ids, mapping, table)
             yield Frontier(k, recipe, weights, mapping, "ids and weights")
         constant = _constant(ids, mapping, table)
         if constant is not None and not table.weighed:
@@ -369,13 +365,17 @@ def _rooted_ids(tape: Tape, recipe: Recipe, ids: torch.Tensor) -> Recipe:
     return recipe
 
 
-def _rooted(tape: Tape, recipe: Recipe, rebuilt: Any, table: Table) -> Recipe:
+def _rooted(tape: Tape, recipe: Recipe, ids: torch.Tensor, mapping: list[int], table: Table) -> Recipe:
     """The same weights where they are first written down: copies and reshapes of them are dispatch.
 
     Only pure movement is undone: an earlier tensor that merely is equal on this witness may not be on
     another.
     """
     node, best = recipe.source, recipe
+
+    def exact(weights: Recipe) -> bool:
+        return _exact(_rebuilt(ids, weights.run(tape), mapping, table.visits.shape[1]), table)
+
     if any(op in (aten.gather.default, aten.expand.default) for op, _ in recipe.steps):
         return recipe
     while node is not None and moves_rows(node) and len(node.all_input_nodes) == 1:
@@ -387,7 +387,7 @@ def _rooted(tape: Tape, recipe: Recipe, rebuilt: Any, table: Table) -> Recipe:
         tokens = table.visits.shape[0]
         for steps in _orders(node.meta["shape"], tokens, math.prod(node.meta["shape"]) // max(tokens, 1)):
             candidate = Recipe(node, steps)
-            if _exact(rebuilt(candidate.run(tape)), table) or not _exact(rebuilt(best.run(tape)), table):
+            if exact(candidate) or not exact(best):
                 best = candidate
                 break
     return best
@@ -415,9 +415,7 @@ def _constant(ids: torch.Tensor, mapping: list[int], table: Table) -> float | No
     return value if _fits(_rebuilt(ids, full, mapping, table.visits.shape[1]), table) else None
 
 
-def _tables(
-    shape: tuple[int, ...], tokens: int, experts: int
-) -> Iterator[tuple[Steps, int]]:
+def _tables(shape: tuple[int, ...], tokens: int, experts: int) -> Iterator[tuple[Steps, int]]:
     """Ways to read T*E entries as (T, E): each axis of size E may be the expert axis, the last first."""
     for axis in sorted((d for d, s in enumerate(shape) if s == experts), reverse=True):
         steps: Steps = []
@@ -430,9 +428,7 @@ def _tables(
         yield [(aten.reshape.default, ([-1, experts],))], -1
 
 
-def _by_dense(
-    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None
-) -> Iterator[Frontier]:
+def _by_dense(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Frontier]:
     """A (T, E) table, or (T, E, C) summed over C, that is the weights themselves."""
     tokens, chains = table.visits.shape
     natural = torch.tensor(table.natural)
@@ -475,9 +471,7 @@ def _dense(node: fx.Node, steps: Steps, table: Table) -> Frontier:
     return Frontier(chains, None, Recipe(node, steps), table.natural, "dense" if full else "table")
 
 
-def _by_mask(
-    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None
-) -> Iterator[Frontier]:
+def _by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Frontier]:
     """One-hot choices (T, K, E) with weights (T, K); an all-zero row names the id E, which adds nothing."""
     tokens, chains = table.visits.shape
     for node in before:
@@ -520,9 +514,7 @@ def _by_mask(
                 yield Frontier(k, recipe, weights, table.natural, "one-hot mask, constant weight")
 
 
-def _by_choice(
-    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None
-) -> Iterator[Frontier]:
+def _by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Frontier]:
     """A (T, E) table of zeros and ones that says who is chosen, and one that holds their weights."""
     tokens, chains = table.visits.shape
     natural = torch.tensor(table.natural)

@@ -15,8 +15,9 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -278,9 +279,7 @@ def _covered(tape: Tape, experts: list[ExpertRef], group: list[Chain]) -> None:
         held = {id(tensor_at(tape.root, p)) for p in used}
         shapes = {tensor_at(tape.root, p).shape for p in used}
         missing = sorted(
-            name
-            for name in names
-            if id(named[name]) not in held and named[name].shape in shapes and name not in active
+            name for name in names if id(named[name]) not in held and named[name].shape in shapes and name not in active
         )
         for path in used:
             whole = tensor_at(tape.root, path)
@@ -305,14 +304,16 @@ def _universe(tape: Tape, experts: list[ExpertRef]) -> int:
     return len(_siblings(used, named)) if len(used) > 1 else len(experts)
 
 
-def _siblings(used: set[str], named: dict[str, torch.Tensor]) -> set[str]:
+def _siblings(used: set[str], named: Mapping[str, torch.Tensor]) -> set[str]:
     """Names that differ from a used one in just the number that the used ones differ in (or any, for one)."""
-    patterns = {}
+    patterns: dict[Any, list[str]] = {}
     for path in used:
         parts = path.split(".")
         for i, part in enumerate(parts):
             if re.search(r"\d", part):
-                patterns.setdefault((i, tuple(parts[:i]), re.sub(r"\d+", "#", part), tuple(parts[i + 1 :])), []).append(path)
+                patterns.setdefault((i, tuple(parts[:i]), re.sub(r"\d+", "#", part), tuple(parts[i + 1 :])), []).append(
+                    path
+                )
     if not patterns:
         return set()
     (i, head, middle, tail), members = max(patterns.items(), key=lambda p: (len(p[1]), p[0][0]))
@@ -371,7 +372,9 @@ def _with_frontier(
     last = max(s.node.meta["index"] for s in labels.token)
     before = [n for n in tape.nodes[: last + 1] if n not in inside and n.meta.get("shape") is not None]
     if len(experts) == 1:
-        raise Declined("only one of its experts could be read; all of a block's experts or none are rewritten", _line(group[0]))
+        raise Declined(
+            "only one of its experts could be read; all of a block's experts or none are rewritten", _line(group[0])
+        )
     flow = _flow(tape, combine, ins, inside)
     weights, visits = combine.weights, labels.visits()
     if tokens.weighted:
@@ -381,9 +384,12 @@ def _with_frontier(
     tables = _routing_tables(tape, flow, table)
     prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
     again = None if prior is None else (prior.frontier, [experts.index(e) for e in prior.experts])
-    frontier = find_frontier(tape, [n for n in tape.nodes[: combine.node.meta["index"]] if n in flow and n.meta.get("shape") is not None], table,
-                             _weight_dtype(tape, group), again,
-                             lambda f: _only_the_router_steers(tape, f, tables, flow, tokens.node))  # fmt: skip
+    dispatch = [n for n in tape.nodes[: combine.node.meta["index"]] if n in flow and n.meta.get("shape") is not None]
+
+    def accept(reading: Frontier) -> None:
+        _only_the_router_steers(tape, reading, tables, flow, tokens.node)
+
+    frontier = find_frontier(tape, dispatch, table, _weight_dtype(tape, group), again, accept)
     progress[0] = 4
     ids = frontier.ids.run(tape) if frontier.ids is not None else None
     if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):
@@ -450,7 +456,6 @@ def _only_the_router_steers(
                 "branch on it, which a graph cannot repeat; keep it in a tensor (torch.where)",
                 line or None,
             )
-
 
     before = ancestors([tokens, *cut])
     for node in flow - before:
@@ -578,7 +583,7 @@ def _base(tape: Tape, combine: Combine, before: list[fx.Node], experts: list[Exp
     )
 
 
-def _layout(tape: Tape, ref: MatrixRef) -> str:
+def _layout(tape: Tape, ref: MatrixRef) -> Literal["oi", "io"]:
     _, along_k, along_m = ref.offset_and_strides(tuple(tensor_at(tape.root, ref.path).stride()))
     return "oi" if along_k <= along_m else "io"
 
@@ -589,7 +594,7 @@ def _same_layout(experts: list[ExpertRef], group: list[Chain]) -> None:
         raise Declined(f"its experts have different shapes ({sorted(sizes)})", _line(group[0]))
 
 
-def _accumulation(combine: Combine) -> dict[str, str | None]:
+def _accumulation(combine: Combine) -> dict[str, Any]:
     """dtype and order of the sum, from the op that makes it."""
     name = op_name(combine.node)
     short = str(combine.node.meta["dtype"]).removeprefix("torch.")

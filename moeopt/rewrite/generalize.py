@@ -80,7 +80,6 @@ class Sizes:
                     return Size(dims, divisor=divisors.pop())
         return None
 
-
     def ratio(self, values: tuple[float, ...]) -> Ratio | None:
         """``values`` as a :class:`Ratio` that gives them back bit for bit; None when none does."""
         for dims, sizes in self._products if all(map(math.isfinite, values)) else ():

@@ -20,7 +20,6 @@ from moeopt.ir.kinds import op_name
 from moeopt.ir.tape import Call, Tape
 from moeopt.ir.tree import leaves_of, tree_leaves, tree_map
 
-
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
@@ -222,7 +221,9 @@ class _Planner:
 
     def _call_sets(self, path: str) -> bool:
         return any(
-            not self.inside[c.index] and c.index not in self.opened and (path == c.path or path.startswith(c.path + "."))
+            not self.inside[c.index]
+            and c.index not in self.opened
+            and (path == c.path or path.startswith(c.path + "."))
             for c in self.tape.calls
             if c.path
         )
