@@ -20,10 +20,12 @@ from tests.helpers import assert_same, run
 from tests.property import outside
 from tests.property.build import SHAPES, build, inputs
 from tests.property.programs import FORMS, inside_programs, outside_programs
-from tests.property.spec import Program
+from tests.property.routers import Route
+from tests.property.spec import Around, Program
 
 NIGHTLY = os.environ.get("MOEOPT_NIGHTLY") == "1"
 INSIDE_EACH, OUTSIDE_EACH = (45, 12) if NIGHTLY else (4, 2)
+UNREACHED = "no probe token reached the expert weights"
 
 # Fixed seeds, so that a run can be repeated; optimising takes as long as it takes; nothing is stored.
 # Nightly shrinks what fails, which is slow; otherwise the failing program is printed as it was drawn.
@@ -47,6 +49,16 @@ def calls(p: Program, original: torch.nn.Module) -> list[tuple]:
     return made
 
 
+def misses_an_expert(p: Program) -> bool:
+    """Whether the example that optimize is given leaves some expert of some block without a token."""
+    model, chosen = build(p), []
+    for module in model.modules():
+        if isinstance(module, Route):
+            module.register_forward_hook(lambda module, args, out: chosen.append(out[0]))
+    run(model, (inputs(p, 0), {}))
+    return any(ids is not None and len(ids.unique()) < p.experts for ids in chosen)
+
+
 def check(p: Program) -> None:
     """The law, on one program."""
     original, model = build(p), build(p)
@@ -63,7 +75,9 @@ def check(p: Program) -> None:
     for i, call in enumerate(calls(p, original)):
         want, got = run(original, (call, {}), seed=i), run(opt, (call, {}), seed=i)
         assert_same(got, want, exact=not rewritten)
-    if p.inside:
+    if p.inside and any(b.reason.startswith(UNREACHED) for b in blocks):  # honest, if the example does not help
+        assert misses_an_expert(p), told
+    elif p.inside:
         assert len(blocks) == p.around.layers and all(b.status == "rewritten" for b in blocks), told
         assert all(b.experts == p.experts for b in blocks), [b.experts for b in blocks]
     elif p.outside not in outside.OPEN:
@@ -95,6 +109,30 @@ def test_inside(form, record_property):
 @pytest.mark.parametrize("kind", outside.KINDS)
 def test_outside(kind, record_property):
     record_property("outside programs", run_all(outside_programs(kind), OUTSIDE_EACH, kind))
+
+
+TWIN = Around(shared="twin")
+AMBIGUOUS = [
+    (Program(form="hit_loop", experts=3, top_k=3, around=TWIN), "no tensor before the experts holds the expert ids"),
+    (Program(form="dense_loop", top_k=2, around=TWIN), "no tensor before the experts holds the expert ids"),
+    (Program(form="slot_where", top_k=2, around=TWIN), "no tensor before the experts holds the expert ids"),
+    (Program(experts=5, top_k=4, around=TWIN), "no tensor before the experts holds the expert ids"),
+    (Program(form="slot_where", top_k=2, weight_on="input"), "is not linear in the experts' outputs"),
+    (Program(form="slot_where", experts=2, top_k=2, weight_on="input"), "is not linear in the experts' outputs"),
+]
+"""Left out of ``inside_programs``: a shared expert that sees what some routed expert sees, and one sum per slot."""
+
+
+@pytest.mark.parametrize(("program", "reason"), AMBIGUOUS, ids=lambda p: repr(p) if isinstance(p, Program) else "")
+def test_what_cannot_be_told_is_declined_and_right(program, reason):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt = moeopt.optimize(build(program), inputs(program, 0), backend="torch", verify="fast")
+    assert [b.status for b in opt.report.blocks if b.kind == "moe"] == ["declined"]
+    assert all(reason in b.reason for b in opt.report.blocks if b.kind == "moe")
+    original = build(program)
+    for i, call in enumerate(calls(program, original)):
+        assert_same(run(opt, (call, {}), seed=i), run(original, (call, {}), seed=i), exact=True)
 
 
 def test_counts(capsys):
@@ -138,10 +176,11 @@ def off_by_little(p):
         (Program(), lambda p: Claims(off_by_little(p), "rewritten"), "apart"),
         (Program(), lambda p: Claims(lambda x: build(p)(x).double(), "rewritten"), "float64"),
         (Program(), lambda p: Claims(build(p), "declined", "not today"), "not today"),
+        (Program(top_k=4), lambda p: Claims(build(p), "declined", UNREACHED), UNREACHED),
         (Program(outside="expert choice"), lambda p: Claims(build(p), "rewritten"), "rewritten"),
         (Program(outside="expert choice"), lambda p: Claims(build(p), "declined"), "declined"),
     ],
-    ids=["wrong numbers", "other dtype", "declined inside", "rewritten outside", "no reason"],
+    ids=["wrong numbers", "other dtype", "declined inside", "reached after all", "rewritten outside", "no reason"],
 )
 def test_the_check_can_fail(monkeypatch, program, claims, complaint):
     monkeypatch.setattr(moeopt, "optimize", lambda model, *args, **kwargs: claims(program))

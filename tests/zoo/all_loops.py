@@ -240,7 +240,8 @@ class SwitchFFN(nn.Module):
         return final_output.view(seq_len, batch_size, d_model), counts, route_prob.sum(0)
 
 
-@case(seq(16), experts=6)
+# The counts it returns are a tensor made from Python lengths, which a graph would freeze.
+@case(seq(16), experts=6, expect="declined", reason="a tensor that its forward makes outside PyTorch .*changes with")
 def all_labml_switch():
     return SwitchFFN()
 

@@ -88,7 +88,8 @@ def capacity_nano_moe_ample():
     return NanoMoE()
 
 
-@case(seq(16), experts=4)
+# Its capacity is a rounded function of the token count, baked into shapes: no one graph holds for all counts.
+@case(seq(16), experts=4, expect="declined", reason="the integer 12 or .*no simple function of the input's shape")
 def capacity_nano_moe_drops():
     return NanoMoE(capacity_factor=0.5, min_capacity=2)
 

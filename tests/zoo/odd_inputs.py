@@ -17,7 +17,8 @@ class PaddedToEight(Moe):
         return self.loop(h, *self.route(h))[:n].view_as(x)
 
 
-@case(seq(20), experts=4)
+# How much it pads depends on the number of tokens modulo eight, which is no formula of the shape.
+@case(seq(20), experts=4, expect="declined", reason="outside the experts changes with .*the number of tokens")
 def branch_padded_to_eight():
     return PaddedToEight()
 
