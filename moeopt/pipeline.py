@@ -25,7 +25,7 @@ from moeopt.drive.block import Call, Rewrite, rewrite_block
 from moeopt.drive.describe import dense_reason, describe_router
 from moeopt.drive.discover import Place, discover, feed_forward_lists
 from moeopt.drive.hints import hinted
-from moeopt.errors import Declined, UsageError
+from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.tape import clone_inputs, record
 from moeopt.options import Options
 from moeopt.passes.recognize_experts import Recognition
@@ -127,7 +127,7 @@ def _attempt(model: nn.Module, place: Place, outcome: Outcome, calls: dict[str, 
                 raise Declined("other experts of this module were recognised, these were not")
             install(module, rewrite.program)
         except Declined as err:
-            progress = getattr(err, "progress", 0)
+            progress = getattr(err, "progress", -1 if isinstance(err, CaptureError) else 0)
             if progress > best_progress:
                 best_progress = progress
                 best = _Attempt(None, level.path, err.reason, err.where or place.source)

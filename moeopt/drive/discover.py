@@ -9,6 +9,7 @@ what a block computes is decided by its own witness.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,11 +153,34 @@ class _Finder:
             for group in self._expert_groups(call, free):
                 claimed.update(group)
                 places.append(self._place("moe", call, group))
+        for group in self._picked(c for c in self.chains if c not in claimed):
+            claimed.update(group)
+            index = self._common([s for c in group for s in (*c.ins, *c.outs)])
+            places.append(self._place("moe", self.tape.calls[index], group))
         for chain in self.chains:
             if chain not in claimed and self._dense(chain):
                 places.append(self._place("dense_ffn", self.tape.calls[self.home[chain]], [chain]))
         places += self._by_structure(places)
         return sorted(places, key=lambda p: p.order)
+
+    def _picked(self, free: Iterable[Chain]) -> list[list[Chain]]:
+        """Chains that read rows picked by an index, and whose Parameters are named alike but for a number:
+        experts that look like layers because each writes into the buffer that the next one reads from."""
+        groups: dict[Any, list[Chain]] = {}
+        for chain in free:
+            path = self.leaves[chain.ins[0]][0]
+            parts = path.split(".")
+            for i in (i for i, p in enumerate(parts) if re.search(r"\d", p) and _picks_rows(chain.ins[0].operand)):
+                alike = (i, *parts[:i], re.sub(r"\d+", "#", parts[i]), *parts[i + 1 :])
+                groups.setdefault((alike, chain.shape), []).append(chain)
+        found: list[list[Chain]] = []
+        taken: set[Chain] = set()
+        for key in sorted(groups, key=lambda k: -k[0][0]):  # the innermost number counts experts, not layers
+            members = [c for c in groups[key] if c not in taken]
+            if len(members) > 1:
+                found.append(members)
+                taken.update(members)
+        return found
 
     def _by_structure(self, places: list[Place]) -> list[Place]:
         """Calls that run alike feed-forward children side by side where no chain was readable inside any."""
@@ -247,6 +271,16 @@ class _Finder:
         inner = chain.ins[0].matrices[0]
         outer = chain.out.matrices[0]
         return chain.nonlinear and len(chain.ins) <= 2 and inner.k == outer.m and not chain.merged
+
+
+def _picks_rows(node: fx.Node) -> bool:
+    for _ in range(8):
+        if op_name(node) in ("index", "index_select", "masked_select"):
+            return True
+        if not moves_rows(node) or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return False
 
 
 def _identity(product: fx.Node) -> tuple[Any, ...]:
