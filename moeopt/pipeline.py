@@ -79,8 +79,8 @@ def run(model: nn.Module, call: Call, options: Options) -> Outcome:
     for number, place in enumerate(moe):
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
         attempts.append((place, _attempt(model, place, outcome, calls, options)))
-    tried = {c.path for p in moe for c in _levels(p)}
-    unused = [p for p in options.hints if not any(fnmatch.fnmatch(path, p) for path in tried)]
+    tried = {c.path or type(model).__name__ for p in moe for c in _levels(p)}
+    unused = [p for p in options.hints if p and not any(fnmatch.fnmatch(path, p) for path in tried)]
     if unused:
         raise UsageError(
             f"hints[{unused[0]!r}] matches no block; the places that were looked at are "
@@ -121,7 +121,7 @@ def _attempt(model: nn.Module, place: Place, outcome: Outcome, calls: dict[str, 
         started = time.perf_counter()
         module = model.get_submodule(level.path)
         try:
-            with hinted(options.hints, level.path):
+            with hinted(options.hints, level.path or type(model).__name__):
                 rewrite = rewrite_block(level.path or type(model).__name__, module, calls[level.path], options)
             if not _covered(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not")

@@ -98,6 +98,7 @@ def _program(module: nn.Module, proto: Prototype, options: Options) -> tuple[Pro
     signature = inspect.signature(_original(module))
     bounds = [bind(signature, *c) for c in calls]
     shapes = [[tuple(t.shape) for t in _tensors(c)] for c in calls]
+    _stateless(tapes[0], plans, shapes)
     plan = _in_signature_order(generalize(plans, shapes), calls[0], bounds[0].tensors())
     targets = [n.target for n in tapes[1].nodes]
     training = None if _same_in_other_mode(module, calls[1], targets, plans[1], founds[0]) else module.training
@@ -110,6 +111,20 @@ def _program(module: nn.Module, proto: Prototype, options: Options) -> tuple[Pro
     )
     banks = [(f.experts, f.spec) for f in founds[0]]
     return Program(plan, banks, signature, guard), founds[0]
+
+
+def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> None:
+    """The last plan is that of a second call: attributes that the first one stored must not have changed it."""
+    if tape.attributes:
+        generalize(plans[:-1], shapes[:-1])
+        try:
+            generalize(plans, shapes)
+        except Declined as err:
+            names = ", ".join(".".join(filter(None, key)) for key in tape.attributes)
+            raise Declined(
+                f"it behaves differently on a second call, because its forward reads what an earlier call stored "
+                f"({names}); pass that state as an argument"
+            ) from err
 
 
 def _later_call(module: nn.Module, call: Call) -> Tape:
@@ -152,6 +167,8 @@ def _covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tap
         call = witness(proto, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
         steer = EveryExpert(last.universe, seed) if forced and last is not None else None
         tape = record(module, *call, steer=steer)
+        if reason := random_reason(tape, module.training):
+            raise Declined(reason)
         try:
             return call, tape, recognize(tape)
         except Uncovered as err:

@@ -51,6 +51,19 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return _Finder(tape, chains, leaves).run()
 
 
+def alike_children(module: nn.Module) -> set[nn.Module]:
+    """Children of the module's lists that hold matrices of the same shapes."""
+    found: set[nn.Module] = set()
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1:
+            shapes = [
+                sorted(str(t.shape) for t in (*m.parameters(), *m.buffers()) if t.dim() > 1) for m in child.children()
+            ]
+            if shapes[0] and all(s == shapes[0] for s in shapes):
+                found.update(child.children())
+    return found
+
+
 def feed_forward_lists(module: nn.Module) -> set[nn.Module]:
     """Children of the module's lists that look alike and hold a pair of matrices (a, b) and (b, a)."""
     found: set[nn.Module] = set()
@@ -160,7 +173,9 @@ class _Finder:
         for chain in self.chains:
             if chain not in claimed and self._dense(chain):
                 places.append(self._place("dense_ffn", self.tape.calls[self.home[chain]], [chain]))
+        places = [p for p in places if not self._holds_a_deeper_one(p, places)]
         places += self._by_structure(places)
+        places = [p for i, p in enumerate(places) if not any(_same_experts(p, q) for q in places[:i])]
         return sorted(places, key=lambda p: p.order)
 
     def _picked(self, free: Iterable[Chain]) -> list[list[Chain]]:
@@ -182,11 +197,21 @@ class _Finder:
                 taken.update(members)
         return found
 
+    def _holds_a_deeper_one(self, place: Place, places: list[Place]) -> bool:
+        """True where the same experts were found closer, in a call inside this one."""
+        return place.kind == "moe" and any(
+            other is not place and other.kind == "moe" and other.call is not place.call and place.call in other.levels
+            and other.weights & place.weights
+            for other in places
+        )  # fmt: skip
+
     def _by_structure(self, places: list[Place]) -> list[Place]:
         """Calls that run alike feed-forward children side by side where no chain was readable inside any."""
         found = []
         for call in self.tape.calls:
-            ran = [c for c in self.tape.calls if c.parent == call.index and c.module in feed_forward_lists(call.module)]
+            ran = [c for c in self.tape.calls if c.parent == call.index and c.module in alike_children(call.module)]
+            routed = sum(any(_picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran) > 1
+            ran = [c for c in ran if routed or c.module in feed_forward_lists(call.module)]
             if len(ran) < 2 or any(call in p.levels for p in places if p.kind == "moe") or self._sequential(ran):
                 continue
             levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
@@ -271,6 +296,11 @@ class _Finder:
         inner = chain.ins[0].matrices[0]
         outer = chain.out.matrices[0]
         return chain.nonlinear and len(chain.ins) <= 2 and inner.k == outer.m and not chain.merged
+
+
+def _same_experts(a: Place, b: Place) -> bool:
+    """True for two readings of one call that share weights (three products in a row are two chains)."""
+    return a.kind == b.kind == "moe" and a.call is b.call and bool(a.weights & b.weights)
 
 
 def _picks_rows(node: fx.Node) -> bool:

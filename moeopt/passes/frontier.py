@@ -126,6 +126,18 @@ def find_frontier(
         raise refused
     ids = next(_id_recipes(tape, before, table), None)
     if ids is None:
+        seen, taken = table.visits.sum(1), table.visits.sum(0)
+        if bool((taken == taken[0]).all()) and bool((seen != seen[0]).any()):
+            raise Declined(
+                "each of its experts takes the same number of tokens while tokens get different numbers of experts: "
+                "that is expert choice routing, where a token's experts depend on the other tokens; the op routes each "
+                "token by itself"
+            )
+        if bool((seen == 1).all()) and bool((taken == taken[0]).all()):
+            raise Declined(
+                "every expert reads its own fixed share of rows: they are slots that mix tokens (soft MoE), not tokens "
+                "that are routed; the op dispatches whole tokens"
+            )
         raise Declined(
             "no tensor before the experts holds the expert ids of each token (as integers, a one-hot mask or a "
             "dense table of weights); pass hints= or return the router's top-k as tensors"

@@ -55,7 +55,7 @@ def mixture_hierarchical():
     return Hierarchical()
 
 
-@case(seq(H), experts=2, expect="either", moe=None)
+@case(seq(H), experts=3, expect="either", moe=None)  # the inner mixtures are rewritten, each of 3 experts
 def mixture_of_mixtures():
     return TopK([TopK([net() for _ in range(3)]) for _ in range(2)], k=1)
 
