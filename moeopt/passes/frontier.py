@@ -133,14 +133,16 @@ def find_frontier(
                 "that is expert choice routing, where a token's experts depend on the other tokens; the op routes each "
                 "token by itself"
             )
-        if bool((seen == 1).all()) and bool((taken == taken[0]).all()):
+        in_blocks = bool((table.visits[:, table.natural].argmax(1).diff() >= 0).all())
+        if in_blocks and bool((seen == 1).all()) and bool((taken == taken[0]).all()):
             raise Declined(
-                "every expert reads its own fixed share of rows: they are slots that mix tokens (soft MoE), not tokens "
-                "that are routed; the op dispatches whole tokens"
+                "every expert reads its own fixed share of the rows (slots that mix tokens, as in soft MoE, or a slice of "
+                "the batch), so no tensor before the experts holds the expert ids of each token: the op dispatches whole "
+                "tokens by id"
             )
         raise Declined(
             "no tensor before the experts holds the expert ids of each token (as integers, a one-hot mask or a "
-            "dense table of weights); pass hints= or return the router's top-k as tensors"
+            "dense table of weights); return the router's top-k as tensors that the dispatch reads"
         )
     raise Declined(
         f"the expert ids were found at {ids[0].source}, but no tensor holds the routing weights that the experts "

@@ -115,7 +115,6 @@ def test_each_end_has_its_reason(make, text):
     assert caught.value.reason.startswith(text), caught.value.reason
 
 
-@pytest.mark.xfail(reason="what recognition says comes before the random numbers")
 def test_training_with_dropout_says_what_to_call():
     module = seeded(Dropout).train()
     with pytest.raises(

@@ -195,9 +195,7 @@ def test_weights_that_are_one_are_not_taken_for_a_constant_if_the_input_weighs()
 
 def test_without_ids_there_is_no_frontier():
     tape = recorded(lambda _, x: x.sum(), rand(3, 3))
-    with pytest.raises(
-        Declined, match=r"no tensor before the experts holds the expert ids of each token .*pass hints="
-    ):
+    with pytest.raises(Declined, match=r"no tensor before the experts holds the expert ids of each token"):
         find_frontier(tape, [n for n in tape.nodes if n.meta.get("shape") is not None], table(torch.eye(3)), None)
 
 
