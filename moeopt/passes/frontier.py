@@ -136,9 +136,9 @@ def find_frontier(
         in_blocks = bool((table.visits[:, table.natural].argmax(1).diff() >= 0).all())
         if in_blocks and bool((seen == 1).all()) and bool((taken == taken[0]).all()):
             raise Declined(
-                "every expert reads its own fixed share of the rows (slots that mix tokens, as in soft MoE, or a slice of "
-                "the batch), so no tensor before the experts holds the expert ids of each token: the op dispatches whole "
-                "tokens by id"
+                "every expert reads its own fixed share of the rows (slots that mix tokens, as in soft MoE, or a "
+                "slice of the batch), so no tensor before the experts holds the expert ids of each token: the op "
+                "dispatches whole tokens by id"
             )
         raise Declined(
             "no tensor before the experts holds the expert ids of each token (as integers, a one-hot mask or a "
