@@ -65,7 +65,7 @@ class _Builder:
         slots = min((self.proto.rows(n).shape[-1] for n in self.proto.indices("ids")), default=1)
         aimed = 0 if self.router_rows is None else len(self.router_rows)
         count = aimed + 16 if aimed else math.ceil(4 * self.experts / (slots if self.proto.indices("ids") else 2))
-        count = max(min(count, MAX_TOKENS), 96)
+        count = max(min(count, MAX_TOKENS), 64)
         rows = self.draw(count + count % 2)
         for n in self.tokens if aimed else []:
             given = self.router_rows
