@@ -38,7 +38,7 @@ def test_arrangements_of_a_batch():
     cases = by_name(batch())
     x = {name: case.args[0] for name, case in cases.items()}
     assert all(case.args[1] == "eager" and case.kwargs == {"flag": True} for case in cases.values())
-    assert x["every expert"].shape == (2, 48, H)
+    assert x["every expert"].shape == (2, 32, H)
     assert x["one token"].shape == (1, 1, H)
     assert (x["one expert"] == x["one expert"][:, :1]).all() and x["one expert"].shape[1] > 1
     assert x["few experts, ragged"].shape == (3, 5, H)
