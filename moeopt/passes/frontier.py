@@ -133,7 +133,9 @@ def find_frontier(
                 "that is expert choice routing, where a token's experts depend on the other tokens; the op routes each "
                 "token by itself"
             )
-        in_blocks = bool((table.visits[:, table.natural].argmax(1).diff() >= 0).all())
+        order = table.visits[:, table.natural].argmax(1)
+        turns = int((order.diff() < 0).sum()) + 1  # once through the experts for each sequence of the batch
+        in_blocks = len(order) % turns == 0 and bool((order.view(turns, -1) == order.view(turns, -1)[0]).all())
         if in_blocks and bool((seen == 1).all()) and bool((taken == taken[0]).all()):
             raise Declined(
                 "every expert reads its own fixed share of the rows (slots that mix tokens, as in soft MoE, or a "
