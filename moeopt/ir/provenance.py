@@ -187,11 +187,16 @@ def _sub(a: Index, b: Index) -> Index:
     return tuple(x - y for x, y in zip(a, b, strict=True))
 
 
-def matrix_ref(tape: Tape, node: fx.Node, prefix: Index, k: int, m: int, swap: bool) -> MatrixRef | None:
-    """The Parameter region behind ``node[prefix]``, a (k, m) matrix, or (m, k) where ``swap``; None if none."""
+def matrix_ref(
+    tape: Tape, node: fx.Node, prefix: Index, k: int, m: int, swap: bool, start: int = 0
+) -> MatrixRef | None:
+    """The Parameter region behind ``node[prefix]``, a (k, m) matrix, or (m, k) where ``swap``; None if none.
+
+    ``start`` is the first of its m outputs where the node holds more of them side by side.
+    """
 
     def at(i: int, j: int) -> tuple[fx.Node, Index] | None:
-        return element_source(tape, node, (*prefix, j, i) if swap else (*prefix, i, j))
+        return element_source(tape, node, (*prefix, start + j, i) if swap else (*prefix, i, start + j))
 
     corners: list[Any] = [at(0, 0), at(min(1, k - 1), 0), at(0, min(1, m - 1)), at(k - 1, m - 1)]
     first = corners[0]
@@ -205,10 +210,10 @@ def matrix_ref(tape: Tape, node: fx.Node, prefix: Index, k: int, m: int, swap: b
     if last != corners[3][1]:
         return None
     ref = MatrixRef(str(leaf.target), origin, dk, dm, k, m)
-    return ref if _holds(tape, node, prefix, swap, leaf, ref) else None
+    return ref if _holds(tape, node, prefix, swap, start, leaf, ref) else None
 
 
-def _holds(tape: Tape, node: fx.Node, prefix: Index, swap: bool, leaf: fx.Node, ref: MatrixRef) -> bool:
+def _holds(tape: Tape, node: fx.Node, prefix: Index, swap: bool, start: int, leaf: fx.Node, ref: MatrixRef) -> bool:
     """Whether the region is the matrix in between the corners too: where an index picked rows, it may not be."""
     if not _picked(node):
         return True
@@ -218,7 +223,8 @@ def _holds(tape: Tape, node: fx.Node, prefix: Index, swap: bool, leaf: fx.Node, 
         return True
     region = whole.as_strided((ref.k, ref.m), (dk, dm), whole.storage_offset() + offset)
     matrix = tape.value(node)[prefix]
-    return torch.equal((matrix.t() if swap else matrix).to(region.dtype), region)
+    matrix = (matrix.t() if swap else matrix)[:, start : start + ref.m]
+    return torch.equal(matrix.to(region.dtype), region)
 
 
 def _picked(node: fx.Node) -> bool:

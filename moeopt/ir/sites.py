@@ -152,26 +152,10 @@ def _blocks(
     for blocks in [count] if count else range(2, m + 1):
         if m % blocks:
             continue
-        refs = [_block(tape, weight, prefix, k, m // blocks, swap, i) for i in range(blocks)]
+        refs = [matrix_ref(tape, weight, prefix, k, m // blocks, swap, i * (m // blocks)) for i in range(blocks)]
         if all(r is not None for r in refs):
             return [r for r in refs if r is not None]
     return []
-
-
-def _block(
-    tape: Tape, weight: fx.Node, prefix: tuple[int, ...], k: int, m: int, swap: bool, i: int
-) -> MatrixRef | None:
-    def at(a: int, b: int) -> Any:
-        return element_source(tape, weight, (*prefix, i * m + b, a) if swap else (*prefix, a, i * m + b))
-
-    corners = [at(0, 0), at(min(1, k - 1), 0), at(0, min(1, m - 1)), at(k - 1, m - 1)]
-    leaf, origin = corners[0]
-    if leaf.op != "get_attr" or "constant" in leaf.meta or any(c[0] is not leaf for c in corners):
-        return None
-    dk = tuple(x - y for x, y in zip(corners[1][1], origin, strict=True))
-    dm = tuple(x - y for x, y in zip(corners[2][1], origin, strict=True))
-    last = tuple(o + (k - 1) * p + (m - 1) * q for o, p, q in zip(origin, dk, dm, strict=True))
-    return MatrixRef(str(leaf.target), origin, dk, dm, k, m) if last == corners[3][1] else None
 
 
 def _plain(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: bool) -> Site | None:
