@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Iterator
+from operator import is_
 from typing import Any
 
 import torch
@@ -85,16 +86,19 @@ class Guard:
 
     def __enter__(self) -> Guard:
         self._modules = list(_unique_modules(self._roots))
-        self._attributes = [
-            (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for _, m in self._modules
+        self._attributes = [(m, dict(m.__dict__)) for _, m in self._modules]
+        self._tables = [
+            (table, dict(table))
+            for m, attributes in self._attributes
+            for table in (attributes["_parameters"], attributes["_buffers"], attributes["_modules"])
         ]
         self._owners: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
         for path, module in self._modules:
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
-                    if tensor is not None and type(tensor.data) is Tensor and tensor.device.type != "meta":
-                        entry = (f"{path}.{name}" if path else name, tensor, tensor.data)
-                        self._owners.setdefault(tensor.untyped_storage().data_ptr(), []).append(entry)
+                    if tensor is not None and tensor.device.type != "meta" and type(data := tensor.data) is Tensor:
+                        entry = (f"{path}.{name}" if path else name, tensor, data)
+                        self._owners.setdefault(data.untyped_storage().data_ptr(), []).append(entry)
         self._rng = torch.get_rng_state()
         self._cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         return self
@@ -114,15 +118,11 @@ class Guard:
         return {name: owner.detach().clone() for name, owner, _ in entries}
 
     def __exit__(self, *exc: object) -> None:
-        for module, attributes, parameters, buffers, children in self._attributes:
-            for table, before in (
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-                (module._modules, children),
-            ):
-                if not _same(table, before):
-                    table.clear()
-                    table.update(before)  # type: ignore[arg-type]
+        for table, before in self._tables:
+            if not _same(table, before):
+                table.clear()
+                table.update(before)
+        for module, attributes in self._attributes:
             if not _same(module.__dict__, attributes):
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
@@ -138,7 +138,8 @@ class Guard:
 
 
 def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    return now.keys() == before.keys() and all(now[name] is before[name] for name in before)
+    """The same names, in the same order, for the same objects."""
+    return len(now) == len(before) and list(now) == list(before) and all(map(is_, now.values(), before.values()))
 
 
 def _unique_modules(roots: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

@@ -20,12 +20,14 @@ from moeopt.compare.prototype import Prototype
 from moeopt.drive.obstacles import check_experts, check_module, random_reason
 from moeopt.drive.witness import aimed_rows, prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
+from moeopt.ir.alike import same_computation
 from moeopt.ir.state import ModuleState
 from moeopt.ir.steer import EveryExpert
 from moeopt.ir.tape import Tape, clone_inputs, record
 from moeopt.ir.tree import tree_leaves
 from moeopt.options import Options
 from moeopt.passes.recognize_experts import Recognition, Uncovered, recognize
+from moeopt.passes.recognize_router import RouterReading, recognize_router, same_reading
 from moeopt.passes.replace_experts import replacement
 from moeopt.rewrite.generalize import generalize
 from moeopt.rewrite.plan import Plan, make_plan
@@ -41,6 +43,7 @@ class Rewrite:
     program: Program
     found: list[Recognition]
     check: BlockCheck
+    routers: list[RouterReading]
     seconds: float
 
 
@@ -68,18 +71,20 @@ def _rewrite(name: str, module: nn.Module, call: Call, options: Options) -> Rewr
     last: Declined | None = None
     for proto in prototypes(*call):
         try:
-            program, found = _program(module, proto, options)
+            program, found, routers = _program(module, proto, options)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
             last = last if last is not None and not isinstance(last, CaptureError) else err
             continue
         check = _verify(name, module, program, proto, found, call, options)
         if check.passed is False:
             raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
-        return Rewrite(program, found, check, time.perf_counter() - started)
+        return Rewrite(program, found, check, routers, time.perf_counter() - started)
     raise last or Declined("its arguments could not be read as rows of tokens")
 
 
-def _program(module: nn.Module, proto: Prototype, options: Options) -> tuple[Program, list[Recognition]]:
+def _program(
+    module: nn.Module, proto: Prototype, options: Options
+) -> tuple[Program, list[Recognition], list[RouterReading]]:
     call, tape, found = _covering(module, proto, options.seed)
     tapes, founds, calls = [tape], [found], [call]
     for tokens, seed in ((14, 1), (20, 2)):
@@ -100,8 +105,7 @@ def _program(module: nn.Module, proto: Prototype, options: Options) -> tuple[Pro
     shapes = [[tuple(t.shape) for t in _tensors(c)] for c in calls]
     _stateless(tapes[0], plans, shapes)
     plan = _in_signature_order(generalize(plans, shapes), calls[0], bounds[0].tensors())
-    targets = [n.target for n in tapes[1].nodes]
-    training = None if _same_in_other_mode(module, calls[1], targets, plans[1], founds[0]) else module.training
+    training = None if _same_in_other_mode(module, calls[1], tapes[1], plans[1], founds[0]) else module.training
     guard = Guard(
         [_template(leaf) for leaf in tree_leaves(list(bounds[0].values))],
         _fixed([[tuple(t.shape) for t in b.tensors()] for b in bounds]),
@@ -110,7 +114,9 @@ def _program(module: nn.Module, proto: Prototype, options: Options) -> tuple[Pro
         False,
     )
     banks = [(f.experts, f.spec) for f in founds[0]]
-    return Program(plan, banks, signature, guard), founds[0]
+    readings = [[recognize_router(t, f) for f in fs] for t, fs in zip(tapes[1:], founds[1:], strict=True)]
+    routers = [same_reading([r[i] for r in readings], f) for i, f in enumerate(founds[0])]
+    return Program(plan, banks, signature, guard), founds[0], routers
 
 
 def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> None:
@@ -218,18 +224,18 @@ def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
 
 
 def _same_in_other_mode(
-    module: nn.Module, call: Call, targets: list[Any], plan: Plan, found: list[Recognition]
+    module: nn.Module, call: Call, here: Tape, plan: Plan, found: list[Recognition]
 ) -> bool:
     """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
     flags = [(m, m.training) for m in module.modules()]
     try:
         module.train(not module.training)
         light = record(module, *call, keep_values=False)
-        if [n.target for n in light.nodes] == targets and not light.random_nodes():
+        if light.random_nodes():
+            return False
+        if same_computation(here, light):
             return True
         tape = record(module, *call)
-        if tape.random_nodes():
-            return False
         other = _plan(tape, recognize(tape, known=found))
         generalize([plan, other], [[tuple(t.shape) for t in _tensors(call)]] * 2)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -10,8 +11,24 @@ from torch import nn
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
-def _shallow(value: Any) -> Any:
-    return value.copy() if type(value) in (list, dict, set) else value
+_CONTAINERS = (list, dict, set)
+
+
+def _tensors(modules: list[tuple[str, nn.Module]], table: str) -> list[tuple[str, torch.Tensor]]:
+    """(path, tensor) of every Parameter or buffer, each once."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for path, module in modules:
+        for name, tensor in getattr(module, table).items():
+            if tensor is not None:
+                found.setdefault(id(tensor), (f"{path}.{name}" if path else name, tensor))
+    return list(found.values())
+
+
+def _identical(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """The same names in the same order for the same objects."""
+    return len(now) == len(before) and all(map(operator.is_, now, before)) and all(
+        map(operator.is_, now.values(), before.values())
+    )  # fmt: skip
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -34,15 +51,19 @@ class ModuleState:
 
     Tensors are copied only when the recorder announces a write to them (``about_to_write``), so a
     snapshot of a model costs no memory for its weights.
+
+    Attributes:
+        modules, parameters, buffers: of the root, each once, with their paths.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._modules = list(root.named_modules())
-        self._before: list[dict[str, Any]] = [
-            {k: _shallow(v) for k, v in module.__dict__.items()} for _, module in self._modules
-        ]
+        self.modules = list(root.named_modules())
+        self.parameters = _tensors(self.modules, "_parameters")
+        self.buffers = _tensors(self.modules, "_buffers")
+        self._before = [dict(module.__dict__) for _, module in self.modules]
+        self._contents = [{k: v.copy() for k, v in d.items() if type(v) in _CONTAINERS} for d in self._before]
         self._own: dict[int, torch.Tensor] = {}
-        for tensor in (*root.parameters(), *root.buffers()):
+        for _, tensor in (*self.parameters, *self.buffers):
             if tensor.layout == torch.strided:
                 self._own.setdefault(tensor.untyped_storage()._cdata, tensor)
         self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -58,30 +79,30 @@ class ModuleState:
     def changed_attributes(self) -> dict[tuple[str, str], Any]:
         """(module path, attribute) -> new value, for each plain attribute that the run replaced."""
         changed: dict[tuple[str, str], Any] = {}
-        for (path, module), before in zip(self._modules, self._before, strict=True):
-            for name, value in module.__dict__.items():
-                if name in _REGISTRIES:
-                    for key, item in value.items():
-                        if before[name].get(key) is not item:
-                            changed[path, key] = item
-                elif name not in before or not _same(before[name], value):
+        for (path, module), before, contents in zip(self.modules, self._before, self._contents, strict=True):
+            for name, held in contents.items():
+                value = module.__dict__.get(name)
+                if name in _REGISTRIES and value is not None:
+                    changed |= {(path, k): v for k, v in value.items() if held.get(k) is not v}
+                elif name in module.__dict__ and not _same(held, value):
                     changed[path, name] = value
+            if not _identical(module.__dict__, before):
+                for name, value in module.__dict__.items():
+                    if name not in contents and (name not in before or not _same(before[name], value)):
+                        changed[path, name] = value
         return changed
 
     def restore(self) -> None:
         """Put every attribute and every written parameter or buffer back."""
-        for (_, module), before in zip(self._modules, self._before, strict=True):
-            now = module.__dict__
-            for name in [n for n in now if n not in before]:
-                del now[name]
-            for name, value in before.items():
-                current = now.get(name)
-                if type(value) in (list, dict, set) and type(current) is type(value):
-                    if not _same(current, value):
-                        current.clear()
-                        current.extend(value) if type(value) is list else current.update(value)
-                elif name not in now or current is not value:
-                    now[name] = value
+        for (_, module), before, contents in zip(self.modules, self._before, self._contents, strict=True):
+            if not _identical(module.__dict__, before):
+                module.__dict__.clear()
+                module.__dict__.update(before)
+            for name, held in contents.items():
+                live = before[name]
+                if not _same(live, held):
+                    live.clear()
+                    live.extend(held) if type(live) is list else live.update(held)
         with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
             for own, value in self._saved.values():
                 own.copy_(value)

@@ -1,7 +1,7 @@
 """A witness trace: run a module once on real tensors and keep every ATen call as an fx graph.
 
 ``record(module, args, kwargs)`` runs the module as it is, loops and ``.tolist()`` included, under
-``torch.no_grad()``, and returns a :class:`Tape`: a functional (SSA) ``fx.Graph`` of ATen calls, the
+``torch.no_grad()``, and returns a :class:`Tape`: ATen calls as fx nodes in functional (SSA) form, the
 concrete value of every node, the module calls that the nodes belong to, and the user's source lines.
 In-place calls are recorded as their functional twins; a later read of any alias sees the new value.
 The module is left exactly as it was: buffers, attributes, hooks, RNG and the training flag.
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.errors import CaptureError
 from moeopt.ir.functional import functional_twin, inverse_view, mutated_args
+from moeopt.ir.nodes import NodeFactory
 from moeopt.ir.state import ModuleState
 from moeopt.ir.tree import leaves_of, tree_map
 
@@ -51,7 +52,6 @@ class Tape:
     """The record of one run. ``args``/``output`` hold fx nodes where the run had tensors."""
 
     root: nn.Module
-    graph: fx.Graph
     calls: list[Call]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -129,13 +129,13 @@ def _storage_key(t: torch.Tensor) -> int:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes each ATen call into ``graph``; see :func:`record`."""
+    """Writes each ATen call down as a node; see :func:`record`."""
 
     def __init__(self, root: nn.Module, state: ModuleState, keep_values: bool, steer: Steer | None) -> None:
         super().__init__()
         self.steer = steer
         self.root, self.state, self.keep_values = root, state, keep_values
-        self.graph = fx.Graph()
+        self.make = NodeFactory()
         self.nodes: list[fx.Node] = []
         self.values: dict[fx.Node, Any] = {}
         self.calls: list[Call] = []
@@ -146,16 +146,16 @@ class _Recorder(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}
         self._views: dict[int, list[_Entry]] = {}
         self._alive: list[torch.Tensor] = []
-        self._paths = {id(m): name for name, m in root.named_modules(remove_duplicate=True)}
+        self._paths = {id(m): name for name, m in state.modules}
         self._attributes: dict[int, str] = {}
-        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+        for name, tensor in (*state.parameters, *state.buffers):
             self._attributes.setdefault(id(tensor), name)
-        for path, module in root.named_modules():
+        for path, module in state.modules:
             for name, value in module.__dict__.items():
                 if isinstance(value, torch.Tensor):
                     self._attributes.setdefault(id(value), f"{path}.{name}" if path else name)
         self._by_storage: dict[int, torch.Tensor] = {}
-        for tensor in (*root.parameters(), *root.buffers()):
+        for _, tensor in (*state.parameters, *state.buffers):
             if tensor.layout == torch.strided and tensor.device.type != "meta":
                 self._by_storage.setdefault(_storage_key(tensor), tensor)
         self._pause = 0
@@ -191,7 +191,7 @@ class _Recorder(TorchDispatchMode):
 
     def add_input(self, t: torch.Tensor, name: str) -> fx.Node:
         """A placeholder for a tensor that the caller passed in."""
-        node = self.graph.placeholder(name)
+        node = self.make.placeholder(name)
         known = self._storages.get(_storage_key(t))
         self._finish(node, t)
         if known is not None:
@@ -212,10 +212,10 @@ class _Recorder(TorchDispatchMode):
             func, args, kwargs, item = entry.view
             assert entry.parent is not None
             base = self.node_of(entry.parent)
-            node = self._finish(self.graph.call_function(func, (base, *args), kwargs), None)
+            node = self._finish(self.make.call(func, (base, *args), kwargs), None)
             self.values.pop(node, None)
             if item is not None:
-                node = self._finish(self.graph.call_function(operator.getitem, (node, item)), None)
+                node = self._finish(self.make.call(operator.getitem, (node, item)), None)
                 self.values.pop(node, None)
             node.meta.update(shape=tuple(t.shape), dtype=t.dtype)
             entry.node = node
@@ -225,15 +225,15 @@ class _Recorder(TorchDispatchMode):
     def _new_leaf(self, t: torch.Tensor) -> fx.Node:
         name = self._attributes.get(id(t))
         if name is not None:
-            node = self.graph.create_node("get_attr", name)
+            node = self.make.attribute(name)
             return self._enter(t, self._finish(node, t))
         base = self._by_storage.get(_storage_key(t)) if t.layout == torch.strided else None
         if base is not None and base is not t:  # a .data or detached alias of a parameter
             parent = self.node_of(base)
             geometry = (list(t.shape), list(t.stride()), t.storage_offset())
-            node = self._finish(self.graph.call_function(aten.as_strided.default, (parent, *geometry)), t)
+            node = self._finish(self.make.call(aten.as_strided.default, (parent, *geometry)), t)
             return self._enter(t, node, parent=base, view=(aten.as_strided.default, geometry, {}, None))
-        node = self.graph.create_node("get_attr", f"_constant_{len(self.nodes)}")
+        node = self.make.attribute(f"_constant_{len(self.nodes)}")
         node.meta["constant"] = t.detach().clone()
         self._finish(node, t)
         known = self._storages.get(_storage_key(t))
@@ -263,7 +263,7 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if self.steer is not None:
             out = self.steer(func, args, out)
-        node = self.graph.call_function(func, node_args, node_kwargs)
+        node = self.make.call(func, node_args, node_kwargs)
         node.meta["source"] = _user_line()
         if draws_random(func, args, kwargs):
             node.meta["random"] = True
@@ -291,7 +291,7 @@ class _Recorder(TorchDispatchMode):
         elif isinstance(out, (list, tuple)):
             for i, item in enumerate(out):
                 if isinstance(item, torch.Tensor):
-                    child = self._finish(self.graph.call_function(operator.getitem, (node, i)), item)
+                    child = self._finish(self.make.call(operator.getitem, (node, i)), item)
                     child.meta["source"] = node.meta["source"]
                     self._output(func, args, kwargs, child, item, i)
 
@@ -324,14 +324,14 @@ class _Recorder(TorchDispatchMode):
         self._preserve(key, storage)
         self.state.about_to_write(target)
         out = func(*args, **kwargs)
-        node = self.graph.call_function(twin.func, node_args, node_kwargs)
+        node = self.make.call(twin.func, node_args, node_kwargs)
         node.meta["source"] = _user_line()
         if draws_random(func, args, kwargs):
             node.meta["random"] = True
         node = self._finish(node, target)
         self.values.pop(node, None)
         for step_func, step_args in twin.after(old, node):
-            node = self._finish(self.graph.call_function(step_func, step_args), target)
+            node = self._finish(self.make.call(step_func, step_args), target)
             self.values.pop(node, None)
         node.meta.update(shape=tuple(target.shape), dtype=target.dtype, origin=storage.origin)
         self._write_back(target, node, storage)
@@ -364,7 +364,7 @@ class _Recorder(TorchDispatchMode):
             base = self.node_of(parent)
             func, args, kwargs, item = current_entry.view
             inverse, inverse_args = inverse_view(func, args, kwargs, item, base, owner, parent, current)
-            owner = self._finish(self.graph.call_function(inverse, inverse_args), None)
+            owner = self._finish(self.make.call(inverse, inverse_args), None)
             self.values.pop(owner, None)
             owner.meta.update(shape=tuple(parent.shape), dtype=parent.dtype)
             current, current_entry = parent, self._entries[id(parent)]
@@ -520,7 +520,6 @@ def record(
         torch.set_rng_state(rng)
     return Tape(
         root=module,
-        graph=recorder.graph,
         calls=recorder.calls,
         args=node_args,
         kwargs=node_kwargs,

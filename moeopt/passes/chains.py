@@ -214,7 +214,7 @@ def _signature(mid: list[fx.Node], ins: list[Site]) -> tuple[Any, ...]:
     return tuple(lines)
 
 
-def group_chains(chains: list[Chain]) -> list[list[Chain]]:
+def group_chains(tape: Tape, chains: list[Chain]) -> list[list[Chain]]:
     """Sets of chains that may be the experts of one block, likeliest first.
 
     A merged chain is a set of its own; the others are set together when their matrices have the same
@@ -226,7 +226,7 @@ def group_chains(chains: list[Chain]) -> list[list[Chain]]:
         if not chain.merged:
             by_shape.setdefault(chain.shape, []).append(chain)
     for members in by_shape.values():
-        groups.extend(_parallel(members))
+        groups.extend(_parallel(tape, members))
     if all(len(g) == 1 for g in groups):  # experts of different sizes: found, so that they can be declined
         alike: dict[Any, list[Chain]] = {}
         for chain in chains:
@@ -235,11 +235,11 @@ def group_chains(chains: list[Chain]) -> list[list[Chain]]:
                     chain
                 )
         for members in alike.values():
-            groups.extend(g for g in _parallel(members) if len(g) > 1)
+            groups.extend(g for g in _parallel(tape, members) if len(g) > 1)
     return sorted(groups, key=lambda g: (-(len(g) + 10**6 * g[0].merged), g[0].out.node.meta["index"]))
 
 
-def _parallel(members: list[Chain]) -> list[list[Chain]]:
+def _parallel(tape: Tape, members: list[Chain]) -> list[list[Chain]]:
     """Split chains that depend on one another (layers) into runs that do not."""
     out_of = {c.out.node: i for i, c in enumerate(members)}
     level: dict[fx.Node, int] = {}
@@ -248,7 +248,7 @@ def _parallel(members: list[Chain]) -> list[list[Chain]]:
     graph_order = sorted(nodes, key=lambda n: n.meta["index"])
     if len(graph_order) == 1:
         return [members]
-    for node in _subgraph(graph_order[-1], graph_order[0]):
+    for node in tape.nodes[graph_order[0].meta["index"] : graph_order[-1].meta["index"] + 1]:
         here = max((level.get(a, 0) for a in node.all_input_nodes), default=0)
         if node in out_of:
             depth.append((out_of[node], here))
@@ -261,11 +261,3 @@ def _parallel(members: list[Chain]) -> list[list[Chain]]:
         runs.setdefault(known.get(i, 0), []).append(chain)
     return list(runs.values())
 
-
-def _subgraph(last: fx.Node, first: fx.Node) -> list[fx.Node]:
-    nodes, node = [], first
-    while True:
-        nodes.append(node)
-        if node is last:
-            return nodes
-        node = node.next

@@ -90,7 +90,7 @@ def test_sizes_must_fit_unless_loose():
 
 def test_experts_of_one_block_are_a_group():
     tape = tape_of(MoE)
-    groups = group_chains(chains(tape))
+    groups = group_chains(tape, chains(tape))
     assert len(groups[0]) == 4
     assert [paths(c)[0] for c in groups[0]] == [f"experts.{e}.0.weight" for e in range(4)]
     assert len({c.signature for c in groups[0]}) == 1
@@ -111,7 +111,8 @@ def test_layers_are_groups_of_their_own():
         def forward(self, x):
             return self.b(x + self.a(x))
 
-    groups = group_chains(chains(tape_of(Two, tokens=48)))
+    tape = tape_of(Two, tokens=48)
+    groups = group_chains(tape, chains(tape))
     assert sorted(len(g) for g in groups) == [4, 4]
     assert all(len({paths(c)[0].split(".")[0] for c in g}) == 1 for g in groups)
 
@@ -121,7 +122,7 @@ def test_all_experts_at_once_are_one_merged_chain():
         return torch.bmm(F.gelu(torch.bmm(x.expand(4, 6, H), m.a)), m.b).sum(0)
 
     found = chains(recorded(fn, rand(6, H), a=rand(4, H, I), b=rand(4, I, H)))
-    assert len(found) == 1 and found[0].merged and group_chains(found) == [found]
+    assert len(found) == 1 and found[0].merged and group_chains(tape, found) == [found]
 
 
 def test_one_activation_for_the_rows_of_all_experts_is_one_wide_chain():
@@ -138,5 +139,6 @@ def test_one_activation_for_the_rows_of_all_experts_is_one_wide_chain():
 
 def test_experts_of_different_sizes_are_grouped_to_be_declined():
     sizes = iter([8, 12, 16, 20])
-    groups = group_chains(chains(tape_of(lambda: MoE(lambda: ffn(inner=next(sizes))))))
+    tape = tape_of(lambda: MoE(lambda: ffn(inner=next(sizes))))
+    groups = group_chains(tape, chains(tape))
     assert max(len(g) for g in groups) == 4
