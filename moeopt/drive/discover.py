@@ -238,7 +238,7 @@ class _Finder:
     def _expert_groups(self, call: Call, free: list[Chain]) -> list[list[Chain]]:
         found = []
         taken: set[Chain] = set()
-        for group in group_chains(free):
+        for group in group_chains(self.tape, free):
             members = [c for c in group if c not in taken]
             if not members:
                 continue

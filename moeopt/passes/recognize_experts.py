@@ -80,7 +80,7 @@ def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool 
         "depends on the whole batch, or weighs the hidden neurons), which the op does not carry"
     )
     best_progress = -1
-    for group in group_chains(chains):
+    for group in group_chains(tape, chains):
         if any(c.out.node in r.interior or c.out.product in r.interior for c in group for r in found):
             continue
         subsets = _subsets(tape, group)
