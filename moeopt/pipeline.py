@@ -22,7 +22,7 @@ from torch import nn
 
 from moeopt.compare.block import BlockCheck
 from moeopt.drive.block import Call, Rewrite, rewrite_block
-from moeopt.drive.describe import dense_reason, describe_router
+from moeopt.drive.describe import dense_reason, describe_router, read_router
 from moeopt.drive.discover import Place, discover, feed_forward_lists
 from moeopt.drive.hints import hinted
 from moeopt.errors import CaptureError, Declined, UsageError
@@ -199,11 +199,13 @@ def _report(
             )  # fmt: skip
             continue
         found = next(f for f in attempt.rewrite.found if _covered(model, attempt.path, [f]) & place.weights)
+        inside = next(r for f, r in zip(attempt.rewrite.found, attempt.rewrite.routers, strict=True) if f is found)
+        router = read_router(model, attempt.path, outcome.calls, found, inside)
         yield BlockReport(
-            name, "moe", "rewritten", "", len(found.experts),
-            describe_router(model, attempt.path, found, attempt.rewrite),
+            name, "moe", "rewritten", "", len(found.experts), describe_router(found, router),
             "moeopt::experts (grouped, one op)",
             attempt.rewrite.check.distance_rewritten if attempt.rewrite.check.passed is not None else None,
             found.source, seconds=attempt.seconds,
             top_k=found.frontier.top_k if found.frontier.ids is not None else None, spec=str(found.spec),
+            router_spec=router.encode(),
         )  # fmt: skip

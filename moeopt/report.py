@@ -40,6 +40,7 @@ class BlockReport:
         seconds: time spent on it.
         top_k: experts chosen per token; None when unknown or not fixed.
         spec: the experts' function in words.
+        router_spec: a recognised router's ``RouterSpec`` as JSON; "" where it stays an opaque graph.
     """
 
     name: str
@@ -55,6 +56,7 @@ class BlockReport:
     seconds: float = 0.0
     top_k: int | None = None
     spec: str = ""
+    router_spec: str = ""
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", KINDS), ("status", STATUSES)):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from moeopt.drive.discover import Place
+from moeopt.drive.witness import prototypes, witness
+from moeopt.ir.tape import record
 from moeopt.passes.recognize_experts import Recognition
+from moeopt.passes.recognize_router import RouterReading, recognize_outer_router
+
+LEVELS_UP = 2
+"""How far above the rewritten module its router is looked for, where ids and weights are arguments."""
 
 
 def dense_reason(place: Place) -> str:
@@ -19,16 +27,33 @@ def dense_reason(place: Place) -> str:
     )
 
 
-def describe_router(model: nn.Module, path: str, found: Recognition, rewrite: Any) -> str:
-    """How the tokens are routed, as far as the frontier says."""
-    del model, path, rewrite
-    experts, k = len(found.experts), found.frontier.top_k
-    words = {
-        "ids and weights": f"top-{k} of {experts}",
-        "ids, constant weight": f"top-{k} of {experts}, equal weights",
-        "one-hot mask": f"one-hot, {k} of {experts}",
-        "one-hot mask, constant weight": f"one-hot, {k} of {experts}, equal weights",
-        "dense": f"all {experts} experts, weighted",
-        "table": f"sparse table over {experts} experts",
-    }[found.frontier.kind]
-    return words + (", weight on input" if found.spec.weight_on == "input" else "")
+def read_router(
+    model: nn.Module, path: str, calls: Mapping[str, Any], found: Recognition, inside: RouterReading
+) -> RouterReading:
+    """The router of rewritten experts: read ``inside`` the module at ``path``, else on a short run of one around it.
+
+    Args:
+        calls: real calls of the modules around, by path; a call of a few made-up tokens is made from one.
+    """
+    if not inside.outside:
+        return inside
+    module, around = model.get_submodule(path), path
+    for _ in range(LEVELS_UP):
+        if not around:
+            break
+        around = around.rpartition(".")[0]
+        if around not in calls:
+            continue
+        try:
+            call = witness(next(prototypes(*calls[around])), 22, seed=11, variant=1)
+            reading = recognize_outer_router(record(model.get_submodule(around), *call), module, found)
+        except Exception as err:  # the report's words must not fail a model that was rewritten
+            return dataclasses.replace(inside, reason=f"{around or 'the model'} does not run alone ({err})"[:300])
+        if not reading.outside:
+            return reading
+    return inside
+
+
+def describe_router(found: Recognition, reading: RouterReading) -> str:
+    """How the tokens are routed, in one line."""
+    return reading.text + (", weight on input" if found.spec.weight_on == "input" else "")
