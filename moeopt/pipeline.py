@@ -26,7 +26,8 @@ from moeopt.drive.describe import dense_reason, describe_router, read_router
 from moeopt.drive.discover import Place, discover, feed_forward_lists
 from moeopt.drive.hints import hinted
 from moeopt.errors import CaptureError, Declined, UsageError
-from moeopt.ir.tape import clone_inputs, record
+from moeopt.ir.quiet import run_quietly
+from moeopt.ir.tape import clone_inputs
 from moeopt.options import Options
 from moeopt.passes.recognize_experts import Recognition
 from moeopt.report import BlockReport
@@ -172,7 +173,7 @@ def _inputs(model: nn.Module, call: Call, paths: set[str]) -> dict[str, Call]:
             module = model.get_submodule(path)
             handles.append(module.register_forward_pre_hook(keep(path), with_kwargs=True))
     try:
-        record(model, *call, keep_values=False)  # it restores whatever the run changes
+        run_quietly(model, *call)
     finally:
         for handle in handles:
             handle.remove()

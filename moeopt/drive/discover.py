@@ -208,11 +208,20 @@ class _Finder:
     def _by_structure(self, places: list[Place]) -> list[Place]:
         """Calls that run alike feed-forward children side by side where no chain was readable inside any."""
         found = []
+        children: dict[int, list[Call]] = {}
         for call in self.tape.calls:
-            ran = [c for c in self.tape.calls if c.parent == call.index and c.module in alike_children(call.module)]
+            if call.parent is not None:
+                children.setdefault(call.parent, []).append(call)
+        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
+        for call in self.tape.calls:
+            ran = children.get(call.index, [])
+            if len(ran) < 2 or call.index in taken:
+                continue
+            alike, pairs = alike_children(call.module), feed_forward_lists(call.module)
+            ran = [c for c in ran if c.module in alike]
             routed = sum(any(_picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran) > 1
-            ran = [c for c in ran if routed or c.module in feed_forward_lists(call.module)]
-            if len(ran) < 2 or any(call in p.levels for p in places if p.kind == "moe") or self._sequential(ran):
+            ran = [c for c in ran if routed or c.module in pairs]
+            if len(ran) < 2 or self._sequential(ran):
                 continue
             levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
             source = next((n.meta["source"] for n in self.tape.nodes[ran[0].first :] if n.meta.get("source")), "")

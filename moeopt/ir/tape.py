@@ -32,7 +32,7 @@ aten = torch.ops.aten
 Steer = Callable[[Any, tuple[Any, ...], Any], Any]
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call of a submodule: which nodes it recorded, and what went in and came out."""
 

@@ -1,0 +1,52 @@
+"""Run a module once and leave it as it was, without a tape.
+
+What :func:`moeopt.ir.tape.record` costs is the tape. Where only the run itself matters (hooks that collect
+what modules are called with, a first call before a second) the writes alone are watched and undone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moeopt.errors import CaptureError
+from moeopt.ir.functional import mutated_args
+from moeopt.ir.state import ModuleState
+from moeopt.ir.tape import clone_inputs
+
+
+class _Writes(TorchDispatchMode):
+    """Announces each write to ``state``."""
+
+    def __init__(self, state: ModuleState) -> None:
+        super().__init__()
+        self.state = state
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in mutated_args(func, args, kwargs or {}):
+            self.state.about_to_write(tensor)
+        return func(*args, **(kwargs or {}))
+
+
+def run_quietly(module: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    """What ``module(*args, **kwargs)`` returns, under ``no_grad``; its state and the random stream are put back.
+
+    Raises:
+        CaptureError: the module raised.
+    """
+    state = ModuleState(module)
+    args, kwargs = clone_inputs((tuple(args), dict(kwargs or {})))
+    rng = torch.get_rng_state()
+    try:
+        with torch.no_grad(), _Writes(state):
+            return module(*args, **kwargs)
+    except Exception as err:
+        raise CaptureError(
+            f"{type(module).__name__} raised {type(err).__name__}: {err}; check that it runs on these inputs in eager mode"
+        ) from err
+    finally:
+        state.restore()
+        torch.set_rng_state(rng)
