@@ -121,7 +121,8 @@ def test_all_experts_at_once_are_one_merged_chain():
     def fn(m, x):
         return torch.bmm(F.gelu(torch.bmm(x.expand(4, 6, H), m.a)), m.b).sum(0)
 
-    found = chains(recorded(fn, rand(6, H), a=rand(4, H, I), b=rand(4, I, H)))
+    tape = recorded(fn, rand(6, H), a=rand(4, H, I), b=rand(4, I, H))
+    found = chains(tape)
     assert len(found) == 1 and found[0].merged and group_chains(tape, found) == [found]
 
 
