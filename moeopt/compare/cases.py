@@ -22,8 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moeopt.compare.block import Case
 from moeopt.compare.prototype import Prototype
+from moeopt.compare.results import Case
 
 MAX_TOKENS = 1024
 """Of the case that reaches every expert; it asks for 4 tokens per expert and slot below that."""

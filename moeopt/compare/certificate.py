@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from moeopt.compare.block import EPS_ALLOWANCE, FACTOR, BlockCheck, CaseResult
+from moeopt.compare.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.compare.model import EndToEnd
+from moeopt.compare.results import BlockCheck, CaseResult
 from moeopt.errors import BundleError
 
 WIDTH = 80

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moeopt.compare.block import EPS_ALLOWANCE, FACTOR
 from moeopt.compare.distance import finiteness, token_distance
+from moeopt.compare.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.compare.language import find_ids, find_logits, greedy_agreement, language_metrics
 from moeopt.compare.state import Guard, clone_inputs, modules_of
 from moeopt.compare.trees import describe, equal_leaves, flatten

@@ -69,16 +69,17 @@ def oracle_run(
 ) -> tuple[Any, bool]:
     """:func:`run_oracle`, and whether all of it ran in float64 (no value parked in a low-precision tensor)."""
     mode = _Oracle(selections)
-    outputs = _pinned(fn, args, kwargs, mode)
+    outputs = run_in(fn, args, kwargs, mode)
     return outputs, not mode.rounded
 
 
 def run_pinned(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selections: Selections) -> Any:
     """Run ``fn(*args, **kwargs)`` at its own dtype with its choices pinned to ``selections``."""
-    return _pinned(fn, args, kwargs, _Pinned(selections))
+    return run_in(fn, args, kwargs, Pinned(selections))
 
 
-def _pinned(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: _Pinned) -> Any:
+def run_in(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Pinned) -> Any:
+    """Run ``fn(*args, **kwargs)`` under ``mode``, leaving no trace; ``OracleError`` if it stops."""
     with torch.inference_mode(False), torch.no_grad(), Guard(fn) as guard:
         own_args, own_kwargs = clone_inputs(args), clone_inputs(dict(kwargs))
         mode.guard = guard
@@ -115,7 +116,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
-class _Pinned(TorchDispatchMode):
+class Pinned(TorchDispatchMode):
     """Runs ops as they are, but for the choices, which are taken from a recording in order."""
 
     def __init__(self, selections: Selections) -> None:
@@ -191,7 +192,7 @@ class _Pinned(TorchDispatchMode):
         return outputs
 
 
-class _Oracle(_Pinned):
+class _Oracle(Pinned):
     """Runs ops in float64, choices pinned."""
 
     def compute(self, plan: Plan, func: OpOverload, args: Any, kwargs: Any) -> Any:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from moeopt.compare.block import Case, typical, verify_block
+from moeopt.compare.block import verify_block
 from moeopt.compare.cases import adversarial_cases
+from moeopt.compare.judge import typical
 from moeopt.compare.prototype import Leaf, Prototype
+from moeopt.compare.results import Case
 from tests.compare.tiny import DAMAGES, E, H, K, TinyMoE, Twin, seeded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from moeopt.compare.block import BlockCheck, Case, CaseResult, verify_block
+from moeopt.compare.block import verify_block
 from moeopt.compare.certificate import Certificate
 from moeopt.compare.model import EndToEnd
+from moeopt.compare.results import BlockCheck, Case, CaseResult
 from moeopt.errors import BundleError
 from tests.compare.tiny import TinyMoE, Twin, seeded
 
