@@ -64,7 +64,7 @@ class RouterReading:
 
 def recognize_router(tape: Tape, found: Recognition) -> RouterReading:
     """Read the router of recognised experts on a tape whose choices were not steered. Never raises."""
-    return _read(tape, found.frontier.ids, found.frontier.weights, found, vetted=True)
+    return _read(tape, found.frontier.ids, found.frontier.weights, found)
 
 
 def recognize_outer_router(tape: Tape, module: nn.Module, found: Recognition) -> RouterReading:
@@ -78,9 +78,9 @@ def recognize_outer_router(tape: Tape, module: nn.Module, found: Recognition) ->
         return Recipe(given[int(number)], recipe.steps) if recipe is not None and known else None
 
     ids, weights = outside(found.frontier.ids), outside(found.frontier.weights)
-    if weights is None or (ids is None) != (found.frontier.ids is None):
+    if call is None or weights is None or (ids is None) != (found.frontier.ids is None):
         return _given(found)
-    return _read(tape, ids, weights, found, vetted=False)
+    return _read(tape, ids, weights, found, call.first)
 
 
 def _given(found: Recognition) -> RouterReading:
@@ -109,12 +109,14 @@ def _plain_words(found: Recognition) -> str:
     }[found.frontier.kind]
 
 
-def _read(tape: Tape, ids: Recipe | None, weights: Recipe, found: Recognition, *, vetted: bool) -> RouterReading:
+def _read(
+    tape: Tape, ids: Recipe | None, weights: Recipe, found: Recognition, unvetted: int | None = None
+) -> RouterReading:
     sources = [r.source for r in (ids, weights) if r is not None]
     if all(s is not None and s.op == "placeholder" for s in sources):
         return _given(found)
     try:
-        return _Routing(tape, ids, weights, len(found.experts), vetted).read(_plain_words(found))
+        return _Routing(tape, ids, weights, len(found.experts), unvetted).read(_plain_words(found))
     except Declined as err:
         return RouterReading(_plain_words(found), None, err.reason)
     except Exception as err:  # a router that cannot be read must not stop its block from being rewritten
@@ -133,14 +135,15 @@ _ROW_OPS = (*_EXPONENTIALS, *_SELECTIONS, "amax", "sum", "logsumexp", "one_hot",
 class _Routing:
     """ids and weights of one tape, to be seen as a function of some logits on it.
 
-    ``vetted``: recognition has judged what Python read on this tape; then only reads of the logits count.
+    ``unvetted``: up to which node Python must have read nothing; None where recognition has judged what it read,
+    and only reads of the logits before ids and weights stand count.
     """
 
     tape: Tape
     ids: Recipe | None
     weights: Recipe
     experts: int
-    vetted: bool
+    unvetted: int | None
 
     @cached_property
     def sources(self) -> list[fx.Node]:
@@ -174,7 +177,7 @@ class _Routing:
 
     def read_by_python(self) -> list[fx.Node]:
         """What Python turned into numbers before ids and weights stood."""
-        end = max(n.meta["index"] for n in self.sources)
+        end = max(n.meta["index"] for n in self.sources) if self.unvetted is None else self.unvetted
         return [n for n, _ in self.tape.reads if n.meta["index"] < end]
 
     def _views(self, ids: Tensor) -> Iterator[_View]:
@@ -319,9 +322,9 @@ class _View:
         yield "softmax_topk", False, first
 
     def _refuse_python(self) -> None:
-        origin = (lambda n: n is self.logits) if self.routing.vetted else (lambda n: n.op == "placeholder")
+        vetted = self.routing.unvetted is None
         for node in self.routing.read_by_python():
-            if any(map(origin, ancestors([node]))):
+            if any(n is self.logits if vetted else n.op == "placeholder" for n in ancestors([node])):
                 raise Declined("Python reads a value before the routing is decided and may branch on it")
 
     def _refuse_ops(self) -> None:
@@ -347,6 +350,8 @@ class _View:
             self._refuse_python()
         except Declined:
             return ""
+        if self._constant():
+            return f"top-{self.top_k} of {self.width}, equal weights"
         for name, score in _SCORES:
             for renormalize in (False, True):
                 scale = self._scale(score, renormalize)
@@ -354,10 +359,14 @@ class _View:
                     return self._words(name, score, renormalize, scale)
         return ""
 
+    def _constant(self) -> bool:
+        weights = torch.cat([self.replayed(logits_TE)[2] for logits_TE in self.fresh[1:]])
+        return bool((weights == weights[0, 0]).all())
+
     def _scale(self, score: Callable[[Tensor], Tensor], renormalize: bool) -> float | None:
         """By what the score at the chosen places has to be multiplied to give the weights, if by one number."""
         factors = []
-        for logits_TE in self.fresh[1:3]:
+        for logits_TE in (*self.fresh[1:3], self.fresh[_FAVOURITE]):
             _, ids, weights = self.replayed(logits_TE)
             if int(ids.max()) >= self.width:
                 return None
@@ -390,6 +399,10 @@ _SCORES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
     ("sqrt softplus", lambda l_TE: torch.nn.functional.softplus(l_TE).sqrt()),
     ("tanh", torch.tanh),
 )
+
+
+_FAVOURITE = 7
+"""Which of the fresh logits have one expert that every token prefers."""
 
 
 def _floating(node: fx.Node) -> bool:
