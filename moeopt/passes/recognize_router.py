@@ -262,10 +262,15 @@ class _View:
         return max((torch.finfo(d).eps for d in dtypes if d.is_floating_point), default=0.0)
 
     def replayed(self, logits_TE: Tensor) -> tuple[dict[fx.Node, Any], Tensor, Tensor]:
-        """The nodes' values over other logits, and ids and weights (T, K)."""
+        """The nodes' values over other logits, and ids and weights (T, K); in float64 for float64 logits."""
         like = self.routing.tape.value(self.logits)
         moved = logits_TE.reshape(like.movedim(self.axis, -1).shape).movedim(-1, self.axis)
-        env = replay(self.routing.tape, self.nodes, {self.logits: torch.empty_like(like).copy_(moved)})
+        env = {self.logits: torch.empty_like(like, dtype=logits_TE.dtype).copy_(moved)}
+        exact = torch.float64 if logits_TE.dtype == torch.float64 else None
+        for node in self.nodes:
+            env |= replay(self.routing.tape, [node], env, exact) if exact is None or not _widens(node) else {
+                node: torch.softmax(env[node.args[0]], node.args[1])  # type: ignore[index, arg-type]
+            }  # fmt: skip
         return env, *self.routing.answer(env)
 
     @cached_property
@@ -335,13 +340,20 @@ class _View:
                 raise Declined(f"{op_name(node)} may mix tokens")
 
     def _agrees(self, spec: RouterSpec) -> bool:
+        """Whether it gives ids and weights to rounding, and without rounding by less than rounding can hide."""
         same = rows = 0
         for logits_TE in self.fresh:
             _, ids, weights = self.replayed(logits_TE)
-            exact, tied = _compare((ids, weights), route(logits_TE, spec), logits_TE.double(), self.eps)
+            exact, tied = _compare((ids, weights), route(logits_TE, spec), logits_TE.double(), self.eps, 8)
             if not bool((exact | tied).all()):
                 return False
             same, rows = same + int(exact.sum()), rows + len(exact)
+        pure = dataclasses.replace(spec, dtype=None)
+        for wide_TE in (t.double() for t in self.fresh[1:]):
+            _, ids, weights = self.replayed(wide_TE)
+            exact, tied = _compare((ids, weights), route(wide_TE, pure), wide_TE, max(self.eps, _EPS64), 0.05)
+            if not bool((exact | tied).all()):
+                return False
         return 2 * same > rows
 
     def words(self) -> str:
@@ -367,24 +379,24 @@ class _View:
         """By what the score at the chosen places has to be multiplied to give the weights, if by one number."""
         factors = []
         for logits_TE in (*self.fresh[1:3], self.fresh[_FAVOURITE]):
-            _, ids, weights = self.replayed(logits_TE)
+            _, ids, weights = self.replayed(logits_TE.double())
             if int(ids.max()) >= self.width:
                 return None
             base = score(logits_TE.double()).gather(1, ids)
             factors.append(weights / (base / base.sum(1, keepdim=True) if renormalize else base))
         ratio = torch.cat(factors)
         scale = float(ratio.median())
-        near = max(8 * self.eps, 1e-5)
-        return scale if scale > 0 and bool(((ratio / scale - 1).abs() <= near).all()) else None
+        return scale if scale > 0 and bool(((ratio / scale - 1).abs() <= 1e-5).all()) else None
 
     def _words(self, name: str, score: Callable[[Tensor], Tensor], renormalize: bool, scale: float) -> str:
-        logits_TE, _, ids, _ = self.plain
+        logits_TE = self.fresh[1].double()
+        _, ids, _ = self.replayed(logits_TE)
         dense = self.top_k == self.width and not any(op_name(n) in _SELECTIONS for n in self.nodes)
         words = [f"dense {name} over {self.width}"] if dense else [name, f"top-{self.top_k} of {self.width}"]
-        key = score(logits_TE.double()).topk(self.top_k).indices
+        key = score(logits_TE).topk(self.top_k).indices
         if renormalize and (not dense or name != "softmax"):
             words.append("renormalised")
-        if abs(scale - 1) > max(8 * self.eps, 1e-4):
+        if abs(scale - 1) > 1e-4:
             words.append(f"scaled by {scale:.4g}")
         if not torch.equal(key.sort(1).values, ids.sort(1).values):
             words.append("chosen by another key")
@@ -401,8 +413,14 @@ _SCORES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
 )
 
 
+_EPS64 = torch.finfo(torch.float64).eps
 _FAVOURITE = 7
 """Which of the fresh logits have one expert that every token prefers."""
+
+
+def _widens(node: fx.Node) -> bool:
+    """A softmax that takes 16-bit logits and gives float32 (CUDA's), which refuses float64."""
+    return op_name(node) == "_softmax" and len(node.args) > 2 and node.args[2] is True
 
 
 def _floating(node: fx.Node) -> bool:
@@ -451,23 +469,23 @@ def _table(ids: Tensor, weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _compare(
-    got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], logits_TE: Tensor, eps: float
+    got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], logits_TE: Tensor, eps: float, budget: float
 ) -> tuple[Tensor, Tensor]:
     """(T,) which tokens are routed the same, and which differ by a tie alone.
 
-    Each weight may be off by the rounding of itself and of its logarithm (log_softmax and exp); a choice by
+    Each weight may be off by ``budget`` roundings of itself and of its logarithm (log_softmax and exp); a choice by
     experts whose logits the softmax rounds to one probability.
     """
     table, chosen = _table(*got, logits_TE.shape[1])
     ref, picked = _table(want[0], want[1].double(), logits_TE.shape[1])
-    slack = 4 * eps * (1 - ref.clamp(min=1e-300).log()) * ref + 2 * eps * 1.2e-38
+    slack = max(budget * eps, 64 * _EPS64) * (1 - ref.clamp(min=1e-300).log()) * ref + 2 * eps * 1.2e-38
     if eps == torch.finfo(torch.float16).eps:
         slack = slack + 2 * eps * torch.finfo(torch.float16).tiny
     near = (table - ref).abs() <= slack
     worst = torch.where(picked, logits_TE, torch.inf).amin(1, keepdim=True)
     margin = 4 * eps * (1 + logits_TE.abs())
     swapped = chosen ^ picked
-    rest = (near | swapped).all(1) & ((logits_TE - worst).abs() <= margin)[:].logical_or(~swapped).all(1)
+    rest = (near | swapped).all(1) & (((logits_TE - worst).abs() <= margin) | ~swapped).all(1)
     sums = (table.sum(1) - ref.sum(1)).abs() <= 8 * eps * ref.sum(1).abs()
     exact = near.all(1)
     return exact, ~exact & rest & sums

@@ -310,6 +310,15 @@ def test_twins_are_not_claimed(make, text, reason):
     assert reading.text == text
 
 
+def test_a_scale_below_the_rounding_of_bfloat16_weights_is_seen():
+    class Off(Softmax):
+        def after(self, w):
+            return w * 1.01
+
+    reading, _, _ = read(Off, torch.bfloat16)
+    assert reading.spec is None and reading.text == "softmax, top-2 of 4, scaled by 1.01"
+
+
 def test_noise_is_not_claimed():
     class Noisy(Softmax):
         def before(self, l):
