@@ -88,7 +88,7 @@ class Guard:
         self._modules = list(_unique_modules(self._roots))
         self._attributes = [(m, dict(m.__dict__)) for _, m in self._modules]
         self._tables = [
-            (table, dict(table))
+            (table, dict(table) if table else _EMPTY)
             for m, attributes in self._attributes
             for table in (attributes["_parameters"], attributes["_buffers"], attributes["_modules"])
         ]
@@ -119,7 +119,7 @@ class Guard:
 
     def __exit__(self, *exc: object) -> None:
         for table, before in self._tables:
-            if not _same(table, before):
+            if (table or before) and not _same(table, before):
                 table.clear()
                 table.update(before)
         for module, attributes in self._attributes:
@@ -135,6 +135,9 @@ class Guard:
         torch.set_rng_state(self._rng)
         if self._cuda_rng is not None:
             torch.cuda.set_rng_state_all(self._cuda_rng)
+
+
+_EMPTY: dict[str, Any] = {}
 
 
 def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:

@@ -54,15 +54,21 @@ def between(tape: Tape, sources: Iterable[fx.Node], target: fx.Node) -> list[fx.
 
 
 def replay(
-    tape: Tape, nodes: list[fx.Node], given: dict[fx.Node, Any], dtype: torch.dtype | None = None
+    tape: Tape,
+    nodes: list[fx.Node],
+    given: dict[fx.Node, Any],
+    dtype: torch.dtype | None = None,
+    only: fx.Node | None = None,
 ) -> dict[fx.Node, Any]:
     """Execute ``nodes`` in order over ``given``; other operands come from the tape.
 
     Args:
+        only: keep this value alone; the others are let go after their last use, out of ``given`` too.
         dtype: when set (float64), every floating operand is cast to it and casts to other floating
             dtypes on the way are ignored, so that the result has no rounding of the model's dtype.
     """
-    env = dict(given)
+    env = given if only is not None else dict(given)
+    last: dict[fx.Node, fx.Node] = {a: n for n in nodes if only is not None for a in n.all_input_nodes}
 
     def look(node: fx.Node) -> Any:
         if node in env:
@@ -78,6 +84,10 @@ def replay(
             if dtype is not None:
                 kwargs = {k: _wide(v, dtype) if k == "dtype" else v for k, v in kwargs.items()}
             env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            for operand in node.all_input_nodes if only is not None else ():
+                if last[operand] is node and operand is not only:
+                    env.pop(operand, None)
+            del looked, args, kwargs
     return env
 
 

@@ -121,9 +121,12 @@ def _read(tape: Tape, labels: Labels, nodes: list[fx.Node], target: fx.Node, axi
     for start in range(0, labels.chains, out):
         codes = {}
         for site, chain in labels.chain.items():
+            hot = (chain >= start) & (chain < start + out) & (labels.token[site] >= 0)
+            if not bool(hot.any()):
+                codes[site.node] = zero[site.node]
+                continue
             like = tape.value(site.node)
             rows = torch.zeros(chain.numel(), out, dtype=like.dtype)
-            hot = (chain >= start) & (chain < start + out) & (labels.token[site] >= 0)
             rows[hot, chain[hot] - start] = 1
             codes[site.node] = site.from_rows(rows, like)
         width = min(out, labels.chains - start)

@@ -84,18 +84,28 @@ def _observe(
     samples = []
     for scale in (0.5, 3.0, 30.0):
         given: dict[fx.Node, Any] = {}
-        rows = []
-        for role in chain.roles():
-            pieces = []
-            for site in role:
-                h = torch.randn(site.matrix.numel(), site.matrices[0].m, generator=generator, dtype=torch.float64)
-                pieces.append(h * scale)
-                given[site.node] = site.from_rows(pieces[-1], tape.value(site.node))
-            rows.append(torch.cat(pieces)[labels_out[keep]])
-        env = replay(tape, chain.mid, given, torch.float64)
-        operand = env[out.operand] if out.operand in env else given[out.operand]
-        samples.append((tuple(rows), out.rows_in(operand)[keep]))
+        rows = tuple(_probe(tape, role, labels_out[keep], scale, generator, given) for role in chain.roles())
+        operand = replay(tape, chain.mid, given, torch.float64, only=out.operand)[out.operand]
+        samples.append((rows, out.rows_in(operand)[keep]))
+        del operand
     return samples
+
+
+def _probe(
+    tape: Tape, role: list[Site], labels: torch.Tensor, scale: float, generator: torch.Generator,
+    given: dict[fx.Node, Any],
+) -> torch.Tensor:  # fmt: skip
+    """Put random pre-activations of a role's sites into ``given``; the rows of them that ``labels`` name."""
+    rows = torch.empty(len(labels), role[0].matrices[0].m, dtype=torch.float64)
+    start = 0
+    for site in role:
+        h = torch.randn(site.matrix.numel(), site.matrices[0].m, generator=generator, dtype=torch.float64)
+        h *= scale
+        here = (labels >= start) & (labels < start + len(h))
+        rows[here] = h[labels[here] - start]
+        start += len(h)
+        given[site.node] = site.from_rows(h, tape.value(site.node))
+    return rows
 
 
 def _agrees(spec: ExpertsSpec, rows: tuple[torch.Tensor, ...], want: torch.Tensor) -> bool:

@@ -224,19 +224,22 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tuple[Recipe, torch.Tensor, list[int]]]:
     """(recipe, ids (T, K), chain of each id) for every integer tensor that names the chosen experts."""
-    tokens = table.visits.shape[0]
-    for node in reversed(list(_candidates(before, floating=False))):
+    tokens, chains = table.visits.shape
+    candidates = list(_candidates(before, floating=False))
+    reread = _reread(candidates)
+    for node in reversed(candidates):
         numel = math.prod(node.meta["shape"])
-        if not tokens or numel % tokens or not numel:
+        if node in reread or not tokens or numel % tokens or not numel:
             continue
         k = numel // tokens
-        if k > max(table.visits.shape[1], 64):
+        if k > max(chains, 64):
+            continue
+        low, high = (int(v) for v in torch.aminmax(tape.value(node)))
+        if low < 0 or not table.reached - 1 <= high < 4 * chains + 64:  # too few values to name every expert, or noise
             continue
         for steps in _orders(node.meta["shape"], tokens, k):
             recipe = Recipe(node, steps)
             ids = recipe.run(tape).long()
-            if int(ids.min()) < 0:
-                continue
             mapping = _mapping(ids, table)
             if mapping is not None:
                 recipe = _rooted_ids(tape, recipe, ids)
@@ -266,6 +269,21 @@ def _candidates(before: list[fx.Node], *, floating: bool) -> Iterator[fx.Node]:
             yield node
 
 
+def _reread(candidates: list[fx.Node]) -> set[fx.Node]:
+    """Candidates whose entries another one before them holds in the same order: read as (T, K) they say the same."""
+    shown = set(candidates)
+    return {
+        n
+        for n in candidates
+        if op_name(n) in _KEEP_ORDER
+        and (source := n.args[0]) in shown
+        and source.meta["dtype"] == n.meta["dtype"]  # type: ignore[union-attr]
+        and math.prod(source.meta["shape"]) == math.prod(n.meta["shape"])  # type: ignore[union-attr]
+    }
+
+
+_KEEP_ORDER = ("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "detach", "alias", "clone",
+               "contiguous")  # fmt: skip
 _UNWRITTEN = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -275,7 +293,7 @@ def _mapping(ids: torch.Tensor, table: Table) -> list[int] | None:
     experts = table.visits.shape[1]
     seen = table.visits > 0
     values = torch.unique(ids)
-    if int(values.max()) >= 4 * experts + 64 or values.numel() < table.reached:
+    if values.numel() < table.reached:
         return None
     named = torch.zeros(ids.shape[0], max(int(values.max()) + 1, experts), dtype=torch.bool)
     named.scatter_(1, ids, True)
@@ -330,13 +348,15 @@ def _rebuilt(ids: torch.Tensor, weights: torch.Tensor, mapping: list[int], chain
 
 def _by_ids(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Frontier]:
     tokens, chains = table.visits.shape
+    candidates = list(_candidates(before, floating=True))
+    reread = _reread(candidates)
     for recipe, ids, mapping in _id_recipes(tape, before, table):
         k = ids.shape[1]
         best: list[tuple[tuple[bool, bool, bool, int], Recipe]] = []
-        for node in _candidates(before, floating=True):
+        for node in candidates:
             numel = math.prod(node.meta["shape"])
             preferred = dtype is None or node.meta["dtype"] == dtype
-            if numel == tokens * k:
+            if numel == tokens * k and node not in reread:
                 for steps in _orders(node.meta["shape"], tokens, k):
                     weights = Recipe(node, steps)
                     rebuilt = _rebuilt(ids, weights.run(tape), mapping, chains)
