@@ -14,11 +14,13 @@ from torch import nn
 
 from moeopt import pipeline
 from moeopt.compare.block import BlockCheck
+from moeopt.compare.cases import adversarial_cases
 from moeopt.compare.certificate import Certificate
-from moeopt.compare.gradients import gradients_differ
+from moeopt.compare.gradients import gradients_differ, skips_idle
 from moeopt.compare.model import EndToEnd, end_to_end
 from moeopt.drive.inputs import Call, as_call, made_up
 from moeopt.drive.share import shared_copy
+from moeopt.drive.witness import prototypes
 from moeopt.engine import fingerprint, load_torch_bundle, read_manifest, save_torch_bundle, verify_torch_bundle
 from moeopt.errors import CaptureError, MoeoptError, NotSaveableError, UsageError
 from moeopt.options import Options
@@ -193,7 +195,28 @@ def _check_gradients(twin: nn.Module, outcome: pipeline.Outcome) -> None:
         assert forward is not None
         original = forward.original or type(module).forward.__get__(module)
         args, kwargs = outcome.calls[path]
-        rewrite.program.guard.gradients = gradients_differ(module, original, forward, args, kwargs)
+        guard = rewrite.program.guard
+        guard.gradients = gradients_differ(module, original, forward, args, kwargs)
+        experts = max(len(found.experts) for found in rewrite.found)
+        if guard.gradients or experts == 1 or all(bank.stacked() is not None for bank, _ in forward.banks):
+            continue
+
+        def rewritten(skip: bool, forward: Any = forward, guard: Any = guard) -> Any:
+            guard.skip_idle = skip
+            return forward
+
+        skips = skips_idle(module, original, rewritten, _idle_calls(args, kwargs, experts))
+        guard.skip_idle = skips is True
+        if skips is None:
+            guard.gradients = (
+                "which of its experts have no gradient, and which have one of zeros, is not as in the rewritten code"
+            )
+
+
+def _idle_calls(args: Any, kwargs: Any, experts: int) -> list[Call]:
+    """Calls that leave most experts idle: one token, and copies of one token."""
+    proto = next(prototypes(args, kwargs), None)
+    return [(c.args, c.kwargs) for c in adversarial_cases(proto, experts, level="fast")[1:]] if proto else []
 
 
 def _moved(call: Call, options: Options) -> Call:

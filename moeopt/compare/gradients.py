@@ -3,11 +3,14 @@
 ``torch.no_grad()``, ``detach()`` and ``.data`` inside a block leave no mark on its values, so a rewrite
 may be right in every output and let a gradient through that the original stops. Both are
 differentiated once, on a real call, against the same random cotangent.
+
+No gradient and a gradient of zeros are two things: weight decay moves a Parameter that has the second. A
+loop over the experts that are hit leaves the others without; a loop over all gives them zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -84,3 +87,63 @@ def _gradients(
     finally:
         state.restore()
     return [torch.zeros_like(t) if g is None else g for t, g in zip([*leaves, *parameters], found, strict=True)]
+
+
+def skips_idle(
+    module: nn.Module,
+    original: Callable[..., Any],
+    rewritten: Callable[[bool], Callable[..., Any]],
+    calls: Iterable[tuple[Any, Any]],
+) -> bool | None:
+    """Whether the original leaves experts that no token reaches without a gradient.
+
+    Nothing is differentiated: a Parameter has a gradient if the outputs' autograd graph reaches it.
+
+    Args:
+        module: the block.
+        original: its forward. rewritten: its forward that skips idle experts (True), or gives them zeros (False).
+        calls: (args, kwargs) that leave experts idle; one that the original does not take tells nothing.
+
+    Returns:
+        True or False as ``rewritten`` takes it; False too where it makes no difference; None where the original
+        does neither, so that its own code is needed where it is trained.
+    """
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    state, fits = ModuleState(module), {False: True, True: True}
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+        for args, kwargs in calls:
+            try:
+                want = _reached(original, args, kwargs, state)
+            except Exception:  # noqa: S112 - verification has told that the original refuses this call
+                continue
+            for skip in fits:
+                fits[skip] &= _reached(rewritten(skip), args, kwargs, state) == want
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    return next((skip for skip, fit in fits.items() if fit), None)
+
+
+def _reached(fn: Callable[..., Any], args: Any, kwargs: Any, state: ModuleState) -> set[int]:
+    """Ids of the leaves that the autograd graph of ``fn``'s outputs ends in."""
+    call = clone_inputs((args, kwargs))
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            out = fn(*call[0], **call[1])
+    finally:
+        state.restore()
+    found: set[int] = set()
+    pending = [t.grad_fn for t in leaves_of(Tensor, out) if t.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return found

@@ -36,7 +36,9 @@ def encode(spec: ExpertsSpec) -> str:
     return spec.encode()
 
 
-def experts(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+def experts(
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec, skip_idle: bool = False
+) -> Tensor:
     """Run the experts that ``ids_TK`` names on each token and sum their weighted outputs.
 
     Eagerly, and with no gradient needed, the device's kernel reads the bank directly. Under
@@ -49,6 +51,9 @@ def experts(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: 
         weights_TK: routing weights (T, K), any float dtype.
         bank: the E experts' weights.
         spec: the function, with the dtypes and the order of the sum.
+        skip_idle: whether separate weights of experts that no token reaches get no gradient (``grad`` stays None,
+            and optimizers leave them alone), as in a loop over the experts that are hit; else it is zeros, as in a
+            loop over all. Tracers cannot look at ids: there it is zeros.
 
     Returns:
         (T, H_out), a new tensor, in ``spec.out_dtype`` or the dtype of x.
@@ -56,8 +61,12 @@ def experts(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: 
     Raises:
         UsageError: shapes or dtypes that have no meaning here; the message names them.
     """
-    if _traced(x_TH) or _needs_grad(x_TH, weights_TK, bank):
-        return torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *flatten(bank, spec), encode(spec))
+    traced = _traced(x_TH)
+    if traced or _needs_grad(x_TH, weights_TK, bank):
+        lists = flatten(bank, spec)
+        if skip_idle and not traced:
+            lists = _without_idle(lists, ids_TK, weights_TK)
+        return torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *lists, encode(spec))
     return _run(x_TH, ids_TK, weights_TK, bank, spec)
 
 
@@ -88,6 +97,14 @@ def unflatten(lists: Sequence[Sequence[Tensor]], spec: ExpertsSpec) -> Bank:
     ins = [lists[0][i * E : (i + 1) * E] for i in range(pairs)]
     ins_b = [b_in[i * E : (i + 1) * E] for i in range(pairs)] if b_in else None
     return ListBank(ins, list(lists[1]), ins_b, b_out or None, norm or None)
+
+
+def _without_idle(lists: Lists, ids: Tensor, weights: Tensor) -> Lists:
+    """The lists, with separate weights of experts that no token reaches detached from their gradients."""
+    if lists[1][0].dim() == 3:
+        return lists
+    E, hit = len(lists[1]), set(ids[weights.detach() != 0].unique().tolist())
+    return tuple([t if i % E in hit else t.detach() for i, t in enumerate(part)] for part in lists)  # type: ignore[return-value]
 
 
 def _present(parts: Sequence[Tensor | None]) -> list[Tensor]:

@@ -92,6 +92,7 @@ class Guard:
         training: the mode it was verified in; None where both modes compute the same.
         autocast: always False: nothing is verified under autocast.
         gradients: why the original runs where a gradient is needed; "" where gradients were found equal.
+        skip_idle: whether experts that no token reaches get no gradient, as in the original, or zeros.
     """
 
     template: list[Any]
@@ -100,6 +101,7 @@ class Guard:
     training: bool | None
     autocast: bool
     gradients: str = ""
+    skip_idle: bool = False
 
     def refuses(self, module: torch.nn.Module, bound: Bound) -> str:
         """Why this call is unlike the verified ones; "" when it is like them."""

@@ -174,7 +174,7 @@ def _run_experts(
     engine: RewrittenForward, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     bank, spec = engine.banks[index]
-    return experts(x, ids, weights, bank, spec)
+    return experts(x, ids, weights, bank, spec, engine.program.guard.skip_idle)
 
 
 @torch.compiler.assume_constant_result
