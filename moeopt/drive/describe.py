@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,16 @@ from torch import nn
 
 from moeopt.drive.discover import Place
 from moeopt.drive.witness import prototypes, witness
-from moeopt.ir.tape import record
+from moeopt.errors import CaptureError
+from moeopt.ir.tape import Tape, record
 from moeopt.passes.recognize_experts import Recognition
 from moeopt.passes.recognize_router import RouterReading, recognize_outer_router
 
 LEVELS_UP = 2
 """How far above the rewritten module its router is looked for, where ids and weights are arguments."""
+
+SHORT = 256
+"""Tokens of a real call that may be run again for it."""
 
 
 def dense_reason(place: Place) -> str:
@@ -45,13 +50,23 @@ def read_router(
         if around not in calls:
             continue
         try:
-            call = witness(next(prototypes(*calls[around])), 22, seed=11, variant=1)
-            reading = recognize_outer_router(record(model.get_submodule(around), *call), module, found)
+            reading = recognize_outer_router(_short_tape(model.get_submodule(around), calls[around]), module, found)
         except Exception as err:  # the report's words must not fail a model that was rewritten
             return dataclasses.replace(inside, reason=f"{around or 'the model'} does not run alone ({err})"[:300])
         if not reading.outside:
             return reading
     return inside
+
+
+def _short_tape(module: nn.Module, call: Any) -> Tape:
+    """A run of a few made-up tokens, or the call itself where it is short and fits no other number of them."""
+    proto = next(prototypes(*call))
+    try:
+        return record(module, *witness(proto, 22, seed=11, variant=1))
+    except CaptureError:
+        if math.prod(proto.grid) > SHORT:
+            raise
+        return record(module, *call)
 
 
 def describe_router(found: Recognition, reading: RouterReading) -> str:

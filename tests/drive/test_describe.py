@@ -1,7 +1,10 @@
 """A block in the words of a report."""
 
 import pytest
+import torch
 
+import moeopt
+from moeopt.drive import describe
 from moeopt.drive.describe import dense_reason, describe_router
 from moeopt.drive.discover import discover
 from moeopt.passes.recognize_experts import recognize
@@ -9,6 +12,7 @@ from moeopt.passes.recognize_router import recognize_router
 from tests.ir.tiny import rand
 from tests.passes.test_frontier import EveryOne, Mask, MaskAlone, Sparse
 from tests.passes.test_recognize_experts import Hard, OnInput
+from tests.passes.test_recognize_router import Around
 from tests.passes.tiny import H, MoE, ffn, seeded, tape_of
 
 
@@ -33,3 +37,24 @@ def test_each_kind_of_routing_has_its_words(make, words):
 def test_a_dense_ffn_is_left_with_a_reason():
     (place,) = discover(seeded(ffn), (rand(5, H),), {})
     assert dense_reason(place).startswith("one expert that sees every token")
+
+
+class OneLength(Around):
+    """Runs on nine tokens only, as a decoder layer with its positions given does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("positions", torch.randn(9, H))
+
+    def forward(self, x):
+        return super().forward(x + self.positions)
+
+
+@pytest.mark.parametrize(
+    ("short", "words"), [(256, "softmax, top-2 of 4"), (8, "ids and weights given from outside, top-2 of 4")]
+)
+def test_a_module_that_takes_no_other_tokens_is_read_on_its_own_when_they_are_few(monkeypatch, short, words):
+    monkeypatch.setattr(describe, "SHORT", short)
+    (block,) = moeopt.optimize(seeded(OneLength), rand(9, H), verify="off").report.blocks
+    assert block.status == "rewritten" and block.router == words
+    assert bool(block.router_spec) == words.startswith("softmax")
