@@ -22,6 +22,7 @@ from torch import nn
 
 from moeopt.compare.block import BlockCheck
 from moeopt.drive.block import Call, Rewrite, rewrite_block
+from moeopt.drive.collector import fewer_collections
 from moeopt.drive.describe import dense_reason, describe_router, read_router
 from moeopt.drive.discover import Place, discover, feed_forward_lists
 from moeopt.drive.hints import hinted
@@ -59,6 +60,7 @@ class _Attempt:
     seconds: float = 0.0
 
 
+@fewer_collections()
 def run(model: nn.Module, call: Call, options: Options) -> Outcome:
     """Rewrite every block of ``model`` that can be, in place, and say what became of each.
 

@@ -368,7 +368,7 @@ def _with_frontier(
     progress: list[int],
 ) -> Recognition:  # fmt: skip
     ins = _ins(group)
-    inside = set(descendants(tape, [s.product for s in ins])) | {s.product for s in ins}
+    inside = _inside(tape, ins, combine)
     last = max(s.node.meta["index"] for s in labels.token)
     before = [n for n in tape.nodes[: last + 1] if n not in inside and n.meta.get("shape") is not None]
     if len(experts) == 1:
@@ -387,7 +387,7 @@ def _with_frontier(
     dispatch = [n for n in tape.nodes[: combine.node.meta["index"]] if n in flow and n.meta.get("shape") is not None]
 
     def accept(reading: Frontier) -> None:
-        _only_the_router_steers(tape, reading, tables, flow, tokens.node)
+        _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
 
     frontier = find_frontier(tape, dispatch, table, _weight_dtype(tape, group), again, accept)
     progress[0] = 4
@@ -415,6 +415,18 @@ def _with_frontier(
     )
 
 
+def _inside(tape: Tape, ins: list[Site], combine: Combine) -> set[fx.Node]:
+    """What depends on single experts, but not on their sum alone: that is what the rewrite leaves out."""
+    inside = {s.product for s in ins}
+    passed_on = set(inside)
+    for node in tape.nodes[min(n.meta["index"] for n in inside) :]:
+        if any(a in passed_on for a in node.all_input_nodes):
+            inside.add(node)
+            if node is not combine.node:
+                passed_on.add(node)
+    return inside
+
+
 _CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
 
 
@@ -432,7 +444,7 @@ def _routing_tables(tape: Tape, flow: set[fx.Node], table: Table) -> set[fx.Node
 
 
 def _only_the_router_steers(
-    tape: Tape, frontier: Frontier, tables: set[fx.Node], flow: set[fx.Node], tokens: fx.Node
+    tape: Tape, frontier: Frontier, tables: set[fx.Node], dispatch: set[fx.Node], tokens: fx.Node
 ) -> None:
     """Values that Python reads, and which rows dispatch picks, may depend on the input through the routing alone.
 
@@ -458,7 +470,7 @@ def _only_the_router_steers(
             )
 
     before = ancestors([tokens, *cut])
-    for node in flow - before:
+    for node in dispatch - before:
         if op_name(node) in ("nonzero", "masked_select", "unique_consecutive", "_unique2") and steered.get(node, False):
             raise Declined(
                 f"which rows its experts see depends on more than the tensors that hold the routing ({op_name(node)})",

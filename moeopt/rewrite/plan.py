@@ -88,15 +88,15 @@ class _Planner:
         self.inside = [c.index == 0 or self._contains(c) for c in tape.calls]
         self.units: dict[Any, list[fx.Node]] = {}
         self.opened: set[int] = set()
-        self._after = self._dependants()
+        self._after = {node: self._dependants(node) for node in self.replaced}
 
     def _contains(self, call: Call) -> bool:
         return any(call.first <= n.meta["index"] < call.last for n in self.replaced)
 
-    def _dependants(self) -> set[fx.Node]:
-        """Nodes that depend on a replaced node: allowed although they depend on the experts."""
-        after: set[fx.Node] = set(self.replaced)
-        for node in self.tape.nodes:
+    def _dependants(self, replaced: fx.Node) -> set[fx.Node]:
+        """Nodes that depend on a replaced node: allowed although they depend on its experts."""
+        after = {replaced}
+        for node in self.tape.nodes[replaced.meta["index"] :]:
             if any(a in after for a in node.all_input_nodes):
                 after.add(node)
         return after
@@ -180,10 +180,8 @@ class _Planner:
         return [self.tape.calls[k] if isinstance(k, int) else k for k in seen]
 
     def _check(self, node: fx.Node) -> None:
-        if node in self._after:
-            return
         for r in self.replaced.values():
-            if node in r.interior:
+            if node in r.interior and node not in self._after[r.node]:
                 raise Declined(
                     f"a result of single experts ({op_name(node)}) is used outside the experts' sum; "
                     "return it from the experts only if you need it",

@@ -161,7 +161,6 @@ def test_two_mixtures_side_by_side_are_two_ops_in_order():
         assert_is_the_sum(tape, f)
 
 
-@pytest.mark.xfail(reason="whatever follows one mixture counts as its inside")
 def test_two_mixtures_one_after_the_other_are_two_ops():
     class Two(nn.Module):
         def __init__(self):
