@@ -26,6 +26,7 @@ from moeopt.drive.collector import fewer_collections
 from moeopt.drive.describe import dense_reason, describe_router, read_router
 from moeopt.drive.discover import Place, discover, feed_forward_lists
 from moeopt.drive.hints import hinted
+from moeopt.drive.obstacles import absent_reason
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.quiet import run_quietly
 from moeopt.ir.tape import clone_inputs
@@ -71,8 +72,8 @@ def run(model: nn.Module, call: Call, options: Options) -> Outcome:
     started = time.perf_counter()
     say = options.progress or (lambda line: None)
     say("looking for feed-forward and mixture-of-experts blocks")
-    absent = next((n for n, p in model.named_parameters() if p.is_meta), None)
-    if absent is not None:
+    absent = absent_reason(model)
+    if absent:
         return Outcome(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
     places = discover(model, *call)
     moe = [p for p in places if p.kind == "moe"]
@@ -94,14 +95,13 @@ def run(model: nn.Module, call: Call, options: Options) -> Outcome:
     return outcome
 
 
-def _without_values(model: nn.Module, absent: str) -> Iterator[BlockReport]:
+def _without_values(model: nn.Module, reason: str) -> Iterator[BlockReport]:
     """A declined entry for each module that holds experts, by structure alone: a meta model cannot run."""
     for path, module in model.named_modules():
         stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
         if len(stacked) >= 2 or feed_forward_lists(module):
             yield BlockReport(
-                path or type(model).__name__, "moe", "declined",
-                f"{absent} is on the meta device and has no values to check against; load the weights first",
+                path or type(model).__name__, "moe", "declined", reason,
                 stacked[0].shape[0] if len(stacked) >= 2 else len(feed_forward_lists(module)),
             )  # fmt: skip
 

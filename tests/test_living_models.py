@@ -599,6 +599,34 @@ def test_torch_compile(backend):
         close(compiled(X), model(X))
 
 
+class TwoInARow(nn.Module):
+    """Two mixtures in one forward; the second routes what the first computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates = nn.ModuleList(nn.Linear(H, 4, bias=False) for _ in range(2))
+        self.first, self.second = (nn.ModuleList(Expert() for _ in range(4)) for _ in range(2))
+
+    def forward(self, x):
+        rows = x.reshape(-1, H)
+        for gate, experts in zip(self.gates, (self.first, self.second), strict=True):
+            w, ids = gate(rows).softmax(-1).topk(2)
+            y = torch.zeros_like(rows)
+            for e, expert in enumerate(experts):
+                token, slot = torch.where(ids == e)
+                y.index_add_(0, token, expert(rows[token]) * w[token, slot, None])
+            rows = rows + y
+        return rows.view(x.shape)
+
+
+def test_two_mixtures_in_a_row_are_both_rewritten():
+    model = build(TwoInARow)
+    opt = optimized(model, verify="strict")
+    assert [b.source for b in opt.report.blocks] == sorted(b.source for b in opt.report.blocks)
+    assert len(opt.report.blocks) == 2 and opt.certificate.passed
+    close(opt(Y), model(Y), eps=64)  # two blocks
+
+
 def test_torch_export_at_other_sizes():
     model = build()
     opt = optimized(model)
@@ -653,6 +681,23 @@ def test_accelerate_cpu_offload_after():
     accelerate.cpu_offload(opt.model, execution_device="cpu")
     with pytest.warns(StaleModelWarning, match="experts.0"):
         close(opt(X), ref(X))
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_accelerate_offload_before(where, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, ref = build(), build()
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    opt = moeopt.optimize(model, X)
+    (block,) = opt.report.blocks
+    assert (block.kind, block.status, block.experts) == ("moe", "declined", 4)
+    assert "its weights are offloaded by accelerate (gate.weight has no values until its module is called)" in block.reason
+    assert block.reason.endswith("load the model without offloading, optimise, then dispatch")
+    with torch.no_grad():
+        assert torch.equal(opt(X), ref(X)) and torch.equal(model(X), ref(X))
 
 
 def test_accelerate_dispatch_before():

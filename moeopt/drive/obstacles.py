@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -33,6 +35,23 @@ def check_module(module: nn.Module) -> None:
                 f"{path} is a {type(tensor).__name__}, which the op cannot read; convert it to a plain tensor "
                 "(for example dequantize() or full_tensor()) and optimise again"
             )
+
+
+def absent_reason(model: nn.Module) -> str:
+    """Why a model without all of its values is left alone, and the way out; "" when every Parameter has its values."""
+    absent = next((n for n, p in model.named_parameters() if p.is_meta), "")
+    if not absent:
+        return ""
+    if any(_offloads(m.__dict__.get("_hf_hook")) for m in model.modules()):
+        return (
+            f"its weights are offloaded by accelerate ({absent} has no values until its module is called), so there "
+            "is nothing to check against; load the model without offloading, optimise, then dispatch"
+        )
+    return f"{absent} is on the meta device and has no values to check against; load the weights first"
+
+
+def _offloads(hook: Any) -> bool:
+    return bool(getattr(hook, "offload", False)) or any(_offloads(h) for h in getattr(hook, "hooks", ()))
 
 
 def check_experts(module: nn.Module, tape: Tape, found: list[Recognition]) -> None:
