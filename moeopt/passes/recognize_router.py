@@ -287,8 +287,8 @@ class _View:
 
     @cached_property
     def top_k(self) -> int:
-        logits_TE, _, ids, weights = self.plain
-        return int((_table(ids, weights, self.width)[1]).sum(1).max()) if self.routing.ids is None else ids.shape[1]
+        _, _, ids, weights = self.plain
+        return int(_table(ids, weights, self.width)[1].sum(1).max())
 
     @cached_property
     def softmaxes(self) -> list[fx.Node]:
@@ -341,20 +341,33 @@ class _View:
 
     def _agrees(self, spec: RouterSpec) -> bool:
         """Whether it gives ids and weights to rounding, and without rounding by less than rounding can hide."""
-        same = rows = 0
-        for logits_TE in self.fresh:
-            _, ids, weights = self.replayed(logits_TE)
-            exact, tied = _compare((ids, weights), route(logits_TE, spec), logits_TE.double(), self.eps, 8)
-            if not bool((exact | tied).all()):
-                return False
-            same, rows = same + int(exact.sum()), rows + len(exact)
-        pure = dataclasses.replace(spec, dtype=None)
-        for wide_TE in (t.double() for t in self.fresh[1:]):
-            _, ids, weights = self.replayed(wide_TE)
-            exact, tied = _compare((ids, weights), route(wide_TE, pure), wide_TE, max(self.eps, _EPS64), 0.05)
-            if not bool((exact | tied).all()):
-                return False
-        return 2 * same > rows
+        logits_TE, _, ids, weights = self.plain
+        if not bool(torch.stack(_compare((logits_TE, ids, weights), spec, self.eps, 8)).any(0).all()):
+            return False  # most guesses end here
+        exact, tied = _compare(self.rounded, spec, self.eps, 8)
+        if not bool((exact | tied).all()) or 2 * int(exact.sum()) <= len(exact):
+            return False
+        exact, tied = _compare(self.pure, dataclasses.replace(spec, dtype=None), max(self.eps, _EPS64), 0.05)
+        return bool((exact | tied).all())
+
+    @cached_property
+    def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits, ids, weights) of all fresh logits together."""
+        return self._together(self.fresh)
+
+    @cached_property
+    def pure(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same in float64."""
+        return self._together([t.double() for t in self.fresh[1:]])
+
+    @cached_property
+    def ordinary(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for those at which a description is read off."""
+        return self._together([self.fresh[i].double() for i in (1, 2, _FAVOURITE)])
+
+    def _together(self, fresh: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        answers = [self.replayed(logits_TE)[1:] for logits_TE in fresh]
+        return torch.cat(fresh), torch.cat([ids for ids, _ in answers]), torch.cat([w for _, w in answers])
 
     def words(self) -> str:
         """The router in words, where a known score of these logits gives the weights; "" where not."""
@@ -372,37 +385,34 @@ class _View:
         return ""
 
     def _constant(self) -> bool:
-        weights = torch.cat([self.replayed(logits_TE)[2] for logits_TE in self.fresh[1:]])
+        weights = self.ordinary[2]
         return bool((weights == weights[0, 0]).all())
 
     def _scale(self, score: Callable[[Tensor], Tensor], renormalize: bool) -> float | None:
         """By what the score at the chosen places has to be multiplied to give the weights, if by one number."""
-        factors = []
-        for logits_TE in (*self.fresh[1:3], self.fresh[_FAVOURITE]):
-            _, ids, weights = self.replayed(logits_TE.double())
-            if int(ids.max()) >= self.width:
-                return None
-            base = score(logits_TE.double()).gather(1, ids)
-            factors.append(weights / (base / base.sum(1, keepdim=True) if renormalize else base))
-        ratio = torch.cat(factors)
+        logits_TE, ids, weights = self.ordinary
+        if int(ids.max()) >= self.width:
+            return None
+        base = score(logits_TE).gather(1, ids)
+        ratio = weights / (base / base.sum(1, keepdim=True) if renormalize else base)
         scale = float(ratio.median())
         return scale if scale > 0 and bool(((ratio / scale - 1).abs() <= 1e-5).all()) else None
 
     def _words(self, name: str, score: Callable[[Tensor], Tensor], renormalize: bool, scale: float) -> str:
-        logits_TE = self.fresh[1].double()
-        _, ids, _ = self.replayed(logits_TE)
+        logits_TE, ids, _ = self.ordinary
         dense = self.top_k == self.width and not any(op_name(n) in _SELECTIONS for n in self.nodes)
         words = [f"dense {name} over {self.width}"] if dense else [name, f"top-{self.top_k} of {self.width}"]
         key = score(logits_TE).topk(self.top_k).indices
         if renormalize and (not dense or name != "softmax"):
             words.append("renormalised")
-        if abs(scale - 1) > 1e-4:
-            words.append(f"scaled by {scale:.4g}")
+        if abs(scale - 1) > 1e-5:
+            words.append(f"scaled by {scale:.6g}")
         if not torch.equal(key.sort(1).values, ids.sort(1).values):
             words.append("chosen by another key")
         if self.beside:
             words.append("with parameters of its own")
-        return ", ".join(words)
+        claimable = name == "softmax" and not dense and words[2:] in ([], ["renormalised"])
+        return ("nearly " if claimable else "") + ", ".join(words)  # it was not claimed: extreme logits, an epsilon
 
 
 _SCORES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
@@ -468,24 +478,27 @@ def _table(ids: Tensor, weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return table[:, :width], count[:, :width] > 0
 
 
-def _compare(
-    got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], logits_TE: Tensor, eps: float, budget: float
-) -> tuple[Tensor, Tensor]:
-    """(T,) which tokens are routed the same, and which differ by a tie alone.
+def _compare(got: tuple[Tensor, Tensor, Tensor], spec: RouterSpec, eps: float, budget: float) -> tuple[Tensor, Tensor]:
+    """(T,) which tokens the spec routes as (logits, ids, weights) say, and which differ by a tie alone.
 
     Each weight may be off by ``budget`` roundings of itself and of its logarithm (log_softmax and exp); a choice by
     experts whose logits the softmax rounds to one probability.
     """
-    table, chosen = _table(*got, logits_TE.shape[1])
-    ref, picked = _table(want[0], want[1].double(), logits_TE.shape[1])
-    slack = max(budget * eps, 64 * _EPS64) * (1 - ref.clamp(min=1e-300).log()) * ref + 2 * eps * 1.2e-38
-    if eps == torch.finfo(torch.float16).eps:
-        slack = slack + 2 * eps * torch.finfo(torch.float16).tiny
+    logits_TE, ids, weights = got
+    table, chosen = _table(ids, weights, spec.num_experts)
+    want_ids, want = route(logits_TE, spec)
+    ref, picked = _table(want_ids, want.double(), spec.num_experts)
+    wide_TE = logits_TE.double()
+    slack = max(budget * eps, 64 * _EPS64) * (1 - ref.clamp(min=1e-300).log()) * ref + 2 * eps * _least(eps)
     near = (table - ref).abs() <= slack
-    worst = torch.where(picked, logits_TE, torch.inf).amin(1, keepdim=True)
-    margin = 4 * eps * (1 + logits_TE.abs())
+    worst = torch.where(picked, wide_TE, torch.inf).amin(1, keepdim=True)
+    alike = (wide_TE - worst).abs() <= 4 * eps * (1 + wide_TE.abs())
     swapped = chosen ^ picked
-    rest = (near | swapped).all(1) & (((logits_TE - worst).abs() <= margin) | ~swapped).all(1)
     sums = (table.sum(1) - ref.sum(1)).abs() <= 8 * eps * ref.sum(1).abs()
     exact = near.all(1)
-    return exact, ~exact & rest & sums
+    return exact, ~exact & torch.where(swapped, alike, near).all(1) & sums
+
+
+def _least(eps: float) -> float:
+    """The smallest normal number of the dtype with this epsilon; float16 is the one that has few."""
+    return torch.finfo(torch.float16 if eps == torch.finfo(torch.float16).eps else torch.float32).tiny
