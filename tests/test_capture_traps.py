@@ -232,12 +232,7 @@ def snapshot(model):
     )  # fmt: skip
 
 
-_LATER = pytest.mark.xfail(strict=False, reason="the second call of a block that stores attributes keeps its buffers")
-
-
-@pytest.mark.parametrize(
-    "cls", [Block, Counts, *(pytest.param(c, marks=_LATER) for c in (Busy, Remembers))], ids=lambda c: c.__name__
-)
+@pytest.mark.parametrize("cls", [Block, Counts, Busy, Remembers], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("what", ["optimize", "explain"])
 def test_the_given_model_is_left_as_it_was(cls, what):
     model, x = build(cls), X.clone()

@@ -21,7 +21,7 @@ from moeopt.drive.obstacles import check_experts, check_module, random_reason
 from moeopt.drive.witness import aimed_rows, prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.alike import same_computation
-from moeopt.ir.state import ModuleState
+from moeopt.ir.quiet import undone
 from moeopt.ir.steer import EveryExpert
 from moeopt.ir.tape import Tape, clone_inputs, record
 from moeopt.ir.tree import tree_leaves
@@ -135,16 +135,11 @@ def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]
 
 def _later_call(module: nn.Module, call: Call) -> Tape:
     """The tape of a second call, after a first one has stored its attributes: they must not matter."""
-    state = ModuleState(module)
-    try:
-        for buffer in module.buffers():
-            state.about_to_write(buffer)
-        with torch.no_grad():
+    with undone(module) as watched:
+        with watched:
             args, kwargs = clone_inputs(call)
             module(*args, **kwargs)
         return record(module, *call)
-    finally:
-        state.restore()
 
 
 def _original(module: nn.Module) -> Callable[..., Any]:

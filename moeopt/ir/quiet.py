@@ -6,6 +6,8 @@ what modules are called with, a first call before a second) the writes alone are
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,22 +33,34 @@ class _Writes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextlib.contextmanager
+def undone(module: nn.Module) -> Iterator[TorchDispatchMode]:
+    """Under ``no_grad``; afterwards the module and the random stream are as before.
+
+    Gives the mode under which the module must be called, so that writes to its tensors are seen.
+    """
+    state, rng = ModuleState(module), torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            yield _Writes(state)
+    finally:
+        state.restore()
+        torch.set_rng_state(rng)
+
+
 def run_quietly(module: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-    """What ``module(*args, **kwargs)`` returns, under ``no_grad``; its state and the random stream are put back.
+    """What ``module(*args, **kwargs)`` returns; see :func:`undone`.
 
     Raises:
         CaptureError: the module raised.
     """
-    state = ModuleState(module)
     args, kwargs = clone_inputs((tuple(args), dict(kwargs or {})))
-    rng = torch.get_rng_state()
-    try:
-        with torch.no_grad(), _Writes(state):
-            return module(*args, **kwargs)
-    except Exception as err:
-        raise CaptureError(
-            f"{type(module).__name__} raised {type(err).__name__}: {err}; check that it runs on these inputs in eager mode"
-        ) from err
-    finally:
-        state.restore()
-        torch.set_rng_state(rng)
+    with undone(module) as watched:
+        try:
+            with watched:
+                return module(*args, **kwargs)
+        except Exception as err:
+            raise CaptureError(
+                f"{type(module).__name__} raised {type(err).__name__}: {err}; "
+                "check that it runs on these inputs in eager mode"
+            ) from err
