@@ -290,6 +290,11 @@ class _View:
         _, _, ids, weights = self.plain
         return int(_table(ids, weights, self.width)[1].sum(1).max())
 
+    @property
+    def dense(self) -> bool:
+        """Every expert has its weight, and none was selected."""
+        return self.top_k == self.width and not any(op_name(n) in _SELECTIONS for n in self.nodes)
+
     @cached_property
     def softmaxes(self) -> list[fx.Node]:
         """Nodes on the way to the weights that hold the softmax over all experts."""
@@ -309,7 +314,7 @@ class _View:
         self._refuse_ops()
         if not any(op_name(n) in _EXPONENTIALS for n in self.path):
             raise Declined("no softmax leads to the weights")
-        if not any(op_name(n) in _SELECTIONS for n in self.nodes):
+        if self.dense:
             raise Declined("it has no top-k")
         for score, renormalize, node in self._guesses():
             dtype = None if node.meta["dtype"] == self.logits.meta["dtype"] else str(node.meta["dtype"])[6:]
@@ -400,7 +405,7 @@ class _View:
 
     def _words(self, name: str, score: Callable[[Tensor], Tensor], renormalize: bool, scale: float) -> str:
         logits_TE, ids, _ = self.ordinary
-        dense = self.top_k == self.width and not any(op_name(n) in _SELECTIONS for n in self.nodes)
+        dense = self.dense
         words = [f"dense {name} over {self.width}"] if dense else [name, f"top-{self.top_k} of {self.width}"]
         key = score(logits_TE).topk(self.top_k).indices
         if renormalize and (not dense or name != "softmax"):
