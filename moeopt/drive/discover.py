@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moeopt.ir.kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name
+from moeopt.ir.kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name, picks_rows
 from moeopt.ir.provenance import MatrixRef
 from moeopt.ir.replay import ancestors
 from moeopt.ir.sites import Site, is_weight, weight_and_operand
@@ -170,8 +170,9 @@ class _Finder:
             claimed.update(group)
             index = self._common([s for c in group for s in (*c.ins, *c.outs)])
             places.append(self._place("moe", self.tape.calls[index], group))
+        experts = {s for c in claimed for s in (*c.ins, *c.outs)}
         for chain in self.chains:
-            if chain not in claimed and self._dense(chain):
+            if experts.isdisjoint((*chain.ins, *chain.outs)) and self._dense(chain):
                 places.append(self._place("dense_ffn", self.tape.calls[self.home[chain]], [chain]))
         places = [p for p in places if not self._holds_a_deeper_one(p, places)]
         places += self._by_structure(places)
@@ -185,7 +186,7 @@ class _Finder:
         for chain in free:
             path = self.leaves[chain.ins[0]][0]
             parts = path.split(".")
-            for i in (i for i, p in enumerate(parts) if re.search(r"\d", p) and _picks_rows(chain.ins[0].operand)):
+            for i in (i for i, p in enumerate(parts) if re.search(r"\d", p) and picks_rows(chain.ins[0].operand)):
                 alike = (i, *parts[:i], re.sub(r"\d+", "#", parts[i]), *parts[i + 1 :])
                 groups.setdefault((alike, chain.shape), []).append(chain)
         found: list[list[Chain]] = []
@@ -219,7 +220,7 @@ class _Finder:
                 continue
             alike, pairs = alike_children(call.module), feed_forward_lists(call.module)
             ran = [c for c in ran if c.module in alike]
-            routed = sum(any(_picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran) > 1
+            routed = sum(any(picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran) > 1
             ran = [c for c in ran if routed or c.module in pairs]
             if len(ran) < 2 or self._sequential(ran):
                 continue
@@ -310,16 +311,6 @@ class _Finder:
 def _same_experts(a: Place, b: Place) -> bool:
     """True for two readings of one call that share weights (three products in a row are two chains)."""
     return a.kind == b.kind == "moe" and a.call is b.call and bool(a.weights & b.weights)
-
-
-def _picks_rows(node: fx.Node) -> bool:
-    for _ in range(8):
-        if op_name(node) in ("index", "index_select", "masked_select"):
-            return True
-        if not moves_rows(node) or not node.all_input_nodes:
-            return False
-        node = node.all_input_nodes[0]
-    return False
 
 
 def _identity(product: fx.Node) -> tuple[Any, ...]:

@@ -59,6 +59,12 @@ def is_matmul(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node) in _MATMULS
 
 
+def is_times_one(node: fx.Node) -> bool:
+    """True for ``x * 1``, a copy."""
+    one = node.args[1] if op_name(node) == "mul" else None
+    return isinstance(one, (int, float)) and one == 1 and isinstance(node.args[0], fx.Node)
+
+
 def is_factory(node: fx.Node) -> bool:
     """True for calls that make a tensor from sizes and scalars alone."""
     return node.op == "call_function" and op_name(node) in _FACTORIES
@@ -67,3 +73,14 @@ def is_factory(node: fx.Node) -> bool:
 def is_view_of(node: fx.Node) -> fx.Node | None:
     """The tensor operand of a one-input movement, else None."""
     return node.all_input_nodes[0] if moves_rows(node) and node.all_input_nodes else None
+
+
+def picks_rows(node: fx.Node) -> bool:
+    """True where ``node`` holds rows that an index picked, moved since or not."""
+    for _ in range(8):
+        if op_name(node) in ("index", "index_select", "masked_select"):
+            return True
+        if not moves_rows(node) or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return False

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from moeopt.errors import Declined
-from moeopt.ir.kinds import is_factory, moves_rows, op_name
+from moeopt.ir.kinds import is_factory, moves_rows, op_name, picks_rows
 from moeopt.ir.provenance import MatrixRef
 from moeopt.ir.replay import CONFLICT, ancestors, descendants, row_labels
 from moeopt.ir.sites import Site, find_sites
@@ -75,10 +75,7 @@ def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool 
     """
     chains = find_chains(tape, find_sites(tape))
     found: list[Recognition] = []
-    best = Declined(
-        "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "
-        "depends on the whole batch, or weighs the hidden neurons), which the op does not carry"
-    )
+    best = _no_group(tape, chains)
     best_progress = -1
     for group in group_chains(tape, chains):
         if any(c.out.node in r.interior or c.out.product in r.interior for c in group for r in found):
@@ -102,6 +99,26 @@ def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool 
         best.progress = best_progress  # type: ignore[attr-defined]
         raise best
     return sorted(found, key=lambda r: r.combine.node.meta["index"])
+
+
+def _no_group(tape: Tape, chains: list[Chain]) -> Declined:
+    """Why there are no experts side by side at all."""
+    alike: dict[object, list[Chain]] = {}
+    for chain in chains:
+        if not chain.merged and picks_rows(chain.ins[0].operand):
+            paths = [re.sub(r"\d+", "#", s.matrices[0].path) for s in (*chain.ins, *chain.outs)]
+            alike.setdefault((chain.shape, *paths), []).append(chain)
+    for first, *others in alike.values():
+        if others and others[0].ins[0].operand in set(descendants(tape, [first.out.node])):
+            return Declined(
+                "each of its experts writes into the tensor that the next one reads its rows from, so they run one after "
+                "another, where the op's experts all read the same tokens; sum their results in a tensor of its own",
+                _line(first),
+            )
+    return Declined(
+        "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "
+        "depends on the whole batch, or weighs the hidden neurons), which the op does not carry"
+    )
 
 
 def _subsets(tape: Tape, group: list[Chain]) -> Iterator[list[Chain]]:
@@ -380,7 +397,8 @@ def _with_frontier(
     if tokens.weighted:
         weights = _input_weights(group, tokens, labels, combine)
     natural = list(range(len(experts))) if known else _natural(experts)
-    table = Table(weights, visits, natural, _universe(tape, experts), _weighed(combine, list(labels.token)))
+    table = Table(weights, visits, natural, _universe(tape, experts), _weighed(combine, list(labels.token)),
+                  _factors(tape, combine, list(labels.token)))  # fmt: skip
     tables = _routing_tables(tape, flow, table)
     prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
     again = None if prior is None else (prior.frontier, [experts.index(e) for e in prior.experts])
@@ -552,6 +570,17 @@ def _flow(tape: Tape, combine: Combine, ins: list[Site], inside: set[fx.Node]) -
             if node not in products:
                 stack.extend(node.all_input_nodes)
     return seen - inside
+
+
+def _factors(tape: Tape, combine: Combine, sites: list[Site]) -> tuple[float, ...]:
+    """Constants by which the experts' outputs are multiplied on the way to their sum, and their product."""
+    between = set(descendants(tape, [s.node for s in sites])) & ancestors([combine.node])
+    found: dict[float, None] = {}
+    for node in between:
+        scalar = node.args[1] if op_name(node) in ("mul", "div") and len(node.args) > 1 else None
+        if isinstance(scalar, (int, float)) and scalar not in (0, 1) and math.isfinite(scalar):
+            found[float(scalar) if op_name(node) == "mul" else 1 / scalar] = None
+    return tuple(dict.fromkeys([*sorted(found), *([math.prod(found)] if len(found) > 1 else [])]))
 
 
 def _weighed(combine: Combine, outs: list[Site]) -> bool:

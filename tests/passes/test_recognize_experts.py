@@ -296,6 +296,17 @@ class Branch(MoE):
         return super().mix(x, w * (2.0 if x.abs().mean().item() > 0.1 else 1.0), ids)
 
 
+class InTurn(MoE):
+    """Each expert replaces its rows in the buffer that the next one reads from."""
+
+    def mix(self, x, w, ids):
+        y = x.clone()
+        for e, expert in enumerate(self.experts):
+            hit = (ids == e).any(-1)
+            y[hit] = expert(y[hit])
+        return y
+
+
 class SoftSlots(MoE):
     """Experts take mixtures of tokens."""
 
@@ -320,6 +331,7 @@ class SoftSlots(MoE):
         (OneByOne, "but no tensor holds the routing weights that the experts are multiplied by"),
         (NoIds, "no tensor before the experts holds the expert ids of each token"),
         (Branch, "its forward turns a value computed from the input into a Python number (mean) and may branch on it"),
+        (InTurn, "each of its experts writes into the tensor that the next one reads its rows from"),
         (SoftSlots, "the experts' input rows are not rows of any one tensor (slots that mix tokens"),
     ],
     ids=lambda v: getattr(v, "__name__", None) if not isinstance(v, str) else "",
