@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeopt.ir.kinds import op_name
+from moeopt.ir.kinds import is_times_one, op_name
 from moeopt.ir.tape import Tape
 
 aten = torch.ops.aten
@@ -91,6 +91,10 @@ def _step_back(tape: Tape, node: fx.Node, index: Index) -> tuple[fx.Node, Index]
         dim = int(args[1]) % rank
         ids = tape.value(args[2])
         return base, (*index[:dim], int(ids.reshape(-1)[index[dim]]), *index[dim + 1 :])
+    if name == "embedding":
+        return base, (int(tape.value(args[1])[index[:-1]]), index[-1])
+    if is_times_one(node):
+        return base, index
     if name == "index":
         return _from_index(tape, base, args[1], index, shape)
     if name == "as_strided":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeopt.ir.kinds import is_matmul, moves_rows, op_name
+from moeopt.ir.kinds import is_matmul, is_times_one, moves_rows, op_name
 from moeopt.ir.provenance import MatrixRef, VectorRef, element_source, matrix_ref, vector_ref
 from moeopt.ir.tape import Tape
 
@@ -67,6 +67,10 @@ def is_weight(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
         return known
     if node.op == "get_attr":
         answer = "constant" not in node.meta
+    elif op_name(node) == "embedding":  # picked by a choice, a matrix per token; by token ids, the tokens themselves
+        answer = _is_choice(node.args[1]) and is_weight(node.args[0], memo)  # type: ignore[arg-type]
+    elif is_times_one(node):  # how vmap writes a bias
+        answer = is_weight(node.args[0], memo)  # type: ignore[arg-type]
     elif node.op != "call_function" or not (moves_rows(node)):
         answer = False
     else:
@@ -80,6 +84,15 @@ def is_weight(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
             answer = isinstance(first, fx.Node) and is_weight(first, memo)
     memo[node] = answer
     return answer
+
+
+def _is_choice(node: Any) -> bool:
+    """True where integers are picked by comparing floats (top-k, argmax, sort), not given."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if op_name(node) in ("topk", "argmax", "argmin", "max", "min", "sort", "argsort"):
+            return True
+        node = node.args[0] if node.args and moves_rows(node) else None
+    return False
 
 
 def find_sites(tape: Tape) -> list[Site]:
@@ -116,7 +129,7 @@ def weight_and_operand(node: fx.Node, memo: dict[fx.Node, bool]) -> tuple[fx.Nod
 
 def _gathered(node: fx.Node) -> bool:
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-        if op_name(node) in ("index", "index_select", "gather"):
+        if op_name(node) in ("index", "index_select", "gather", "embedding"):
             return True
         node = node.args[0]
     return False

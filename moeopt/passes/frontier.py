@@ -13,6 +13,7 @@ before it is the router and is kept. In order of preference:
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ class Table:
 
     ``natural``: chains in the order of their Parameters, the numbering that is tried first.
     ``universe``: how many experts the model names, those that share Parameters counted apart.
+    ``factors``: constants that stand between the experts and their sum, by which weights may be multiplied.
     ``weighed``: a float computed from the input reaches the sum beside the experts, so weights that are
     constant on this witness may not be constant elsewhere.
     """
@@ -80,6 +82,7 @@ class Table:
     natural: list[int]
     universe: int
     weighed: bool
+    factors: tuple[float, ...] = ()
 
     @cached_property
     def chosen(self) -> torch.Tensor:
@@ -113,8 +116,10 @@ def find_frontier(
     """
     refused: Declined | None = None
     again = _again(tape, before, table, *prior) if prior is not None else None
-    searches = (search(tape, before, table, dtype) for search in (_by_ids, _by_mask, _by_dense, _by_choice))
-    for found in itertools.chain([again] if again is not None else [], itertools.chain.from_iterable(searches)):
+    searches = itertools.chain.from_iterable(
+        _search(tape, before, table, dtype, factor) for factor in (1.0, *table.factors)
+    )
+    for found in itertools.chain([again] if again is not None else [], searches):
         try:
             accept(found)
         except Declined as err:
@@ -150,6 +155,19 @@ def find_frontier(
         f"the expert ids were found at {ids[0].source}, but no tensor holds the routing weights that the experts "
         "are multiplied by; compute the weights of all tokens in one tensor before the loop"
     )
+
+
+def _search(
+    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None, factor: float
+) -> Iterator[Frontier]:
+    """Every reading of ``before`` by which ``factor`` times the weights found are those of ``table``."""
+    if factor != 1.0:
+        table = dataclasses.replace(table, weights=(table.weights.double() / factor).to(table.weights.dtype))
+    for search in (_by_ids, _by_mask, _by_dense, _by_choice):
+        for found in search(tape, before, table, dtype):
+            if factor != 1.0:
+                found.weights = Recipe(found.weights.source, [*found.weights.steps, (aten.mul.Scalar, (factor,))])
+            yield found
 
 
 Key = tuple[int, int] | None
