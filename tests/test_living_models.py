@@ -411,7 +411,9 @@ def test_functional_gradients():
 
 def test_second_gradients_are_refused():
     opt, x = optimized(build()), X.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match=r"no second derivative \(create_graph=True\); take it of the original model"):
+    with pytest.raises(
+        RuntimeError, match=r"no second derivative \(create_graph=True\); take it of the original model"
+    ):
         torch.autograd.grad(opt(x).square().sum(), x, create_graph=True)
 
 
@@ -683,7 +685,9 @@ def test_accelerate_offload_before(where, tmp_path):
     opt = moeopt.optimize(model, X)
     (block,) = opt.report.blocks
     assert (block.kind, block.status, block.experts) == ("moe", "declined", 4)
-    assert "its weights are offloaded by accelerate (gate.weight has no values until its module is called)" in block.reason
+    assert (
+        "its weights are offloaded by accelerate (gate.weight has no values until its module is called)" in block.reason
+    )
     assert block.reason.endswith("load the model without offloading, optimise, then dispatch")
     with torch.no_grad():
         assert torch.equal(opt(X), ref(X)) and torch.equal(model(X), ref(X))

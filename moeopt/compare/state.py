@@ -87,11 +87,14 @@ class Guard:
     def __enter__(self) -> Guard:
         self._modules = list(_unique_modules(self._roots))
         self._attributes = [(m, dict(m.__dict__)) for _, m in self._modules]
-        self._tables = [
-            (table, dict(table) if table else _EMPTY)
-            for m, attributes in self._attributes
-            for table in (attributes["_parameters"], attributes["_buffers"], attributes["_modules"])
-        ]
+        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._bare: list[dict[str, Any]] = []
+        for _, attributes in self._attributes:
+            for table in (attributes["_parameters"], attributes["_buffers"], attributes["_modules"]):
+                if table:
+                    self._tables.append((table, dict(table)))
+                else:
+                    self._bare.append(table)
         self._owners: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
         for path, module in self._modules:
             for table in (module._parameters, module._buffers):
@@ -119,9 +122,11 @@ class Guard:
 
     def __exit__(self, *exc: object) -> None:
         for table, before in self._tables:
-            if (table or before) and not _same(table, before):
+            if not _same(table, before):
                 table.clear()
                 table.update(before)
+        for table in filter(None, self._bare):
+            table.clear()
         for module, attributes in self._attributes:
             if not _same(module.__dict__, attributes):
                 module.__dict__.clear()
@@ -135,9 +140,6 @@ class Guard:
         torch.set_rng_state(self._rng)
         if self._cuda_rng is not None:
             torch.cuda.set_rng_state_all(self._cuda_rng)
-
-
-_EMPTY: dict[str, Any] = {}
 
 
 def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:

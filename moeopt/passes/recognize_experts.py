@@ -111,8 +111,8 @@ def _no_group(tape: Tape, chains: list[Chain]) -> Declined:
     for first, *others in alike.values():
         if others and others[0].ins[0].operand in set(descendants(tape, [first.out.node])):
             return Declined(
-                "each of its experts writes into the tensor that the next one reads its rows from, so they run one after "
-                "another, where the op's experts all read the same tokens; sum their results in a tensor of its own",
+                "each of its experts writes into the tensor that the next one reads its rows from, so they run one "
+                "after another, where the op's experts all read the same tokens; sum their results in a tensor of its own",
                 _line(first),
             )
     return Declined(

@@ -56,3 +56,12 @@ def test_inputs_are_cloned_and_modules_are_not():
     x, lin = torch.ones(2, requires_grad=True), nn.Linear(1, 1)
     copy = clone_inputs({"x": (x, lin, "s", None)})
     assert copy["x"][0] is not x and not copy["x"][0].requires_grad and copy["x"][1] is lin
+
+
+def test_what_a_run_registers_on_a_bare_module_goes_away():
+    act = torch.nn.ReLU()
+    with Guard(act):
+        act.register_buffer("seen", torch.ones(2))
+        act.register_parameter("scale", torch.nn.Parameter(torch.ones(2)))
+        act.add_module("inner", torch.nn.Identity())
+    assert not (act._buffers or act._parameters or act._modules)
