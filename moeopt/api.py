@@ -197,6 +197,11 @@ def _check_gradients(twin: nn.Module, outcome: pipeline.Outcome) -> None:
         args, kwargs = outcome.calls[path]
         guard = rewrite.program.guard
         guard.gradients = gradients_differ(module, original, forward, args, kwargs)
+        if (reason := guard.gradients) and (before := forward.let_gradients_through()):
+            guard.gradients = ""  # so that the rewritten code runs
+            if gradients_differ(module, original, forward, args, kwargs):  # then they were the author's own
+                forward.set_steps(before)
+                guard.gradients = reason
         experts = max(len(found.experts) for found in rewrite.found)
         if guard.gradients or experts == 1 or all(bank.stacked() is not None for bank, _ in forward.banks):
             continue

@@ -9,7 +9,7 @@ what a block computes is decided by its own witness.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,6 +243,10 @@ class _Finder:
         first = group[0].ins[0].product
         paths = {self.leaves[s][0] for c in group for s in (*c.ins, *c.outs)}
         weights = {id(self.named[p]) for p in paths if p in self.named}
+        if kind == "moe":  # a helper that is handed its weights is called once per expert: the block is their owner
+            owners = [i for i, c in enumerate(levels) if weights & {id(t) for t in _tensors(c.module)}]
+            levels = levels[owners[0] :] if owners else levels
+            call = levels[0]
         return Place(kind, call, levels, first.meta["index"], first.meta.get("source", ""), group, len(group), weights)
 
     def _expert_groups(self, call: Call, free: list[Chain]) -> list[list[Chain]]:
@@ -306,6 +310,11 @@ class _Finder:
         inner = chain.ins[0].matrices[0]
         outer = chain.out.matrices[0]
         return chain.nonlinear and len(chain.ins) <= 2 and inner.k == outer.m and not chain.merged
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def _same_experts(a: Place, b: Place) -> bool:

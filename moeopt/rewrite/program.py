@@ -29,7 +29,7 @@ from moeopt.ops.experts import experts
 from moeopt.rewrite.bank import ExpertRef, LiveBank, Stale, expert_paths
 from moeopt.rewrite.generalize import DeviceOf, Ratio, Size
 from moeopt.rewrite.guard import OPAQUE, TENSOR, Bound, Guard, bind, overlap
-from moeopt.rewrite.plan import Plan, Ref
+from moeopt.rewrite.plan import Plan, Ref, Step
 from moeopt.rewrite.watch import Fact, Watch, take_facts
 
 __all__ = ["OPAQUE", "TENSOR", "Guard", "Program", "RewrittenForward", "bind", "install", "uninstall"]
@@ -218,6 +218,27 @@ class RewrittenForward:
         scope = dict(code.globals)
         exec(compile(code.src, "<moeopt rewritten forward>", "exec"), scope)
         self._run = scope["forward"]
+
+    def let_gradients_through(self) -> list[Step]:
+        """Make every detach of the program an alias; the steps as they were, [] where it has none.
+
+        A trace without gradients holds detaches that nobody wrote: in-place ops and factories leave them.
+        """
+        before = self.program.plan.steps
+        if not any(s.target is aten.detach.default for s in before):
+            return []
+        self.set_steps(
+            [
+                dataclasses.replace(s, target=aten.alias.default) if s.target is aten.detach.default else s
+                for s in before
+            ]
+        )
+        return before
+
+    def set_steps(self, steps: list[Step]) -> None:
+        """Run ``steps``, which compute what the program's own compute, from now on."""
+        self.program.plan.steps = steps
+        self._prepare()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = bind(self.program.signature, args, kwargs)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.helpers import count_expert_calls
-from tests.toy_moe import Block, E, H, K, build, optimized, seeded
+from tests.toy_moe import Block, E, H, K, build, close, optimized, seeded
 
 ONE = seeded(1, 1, H, seed=9)
 
@@ -107,3 +107,50 @@ def test_what_is_neither_runs_its_original_code_where_it_is_trained():
         opt(x).sum().backward()
     original(x).sum().backward()
     assert without_gradient(opt.model) == without_gradient(original)
+
+
+class WritesInPlace(Block):
+    """In-place writes leave detaches in a trace without gradients, which nobody wrote."""
+
+    def route(self, x):
+        logits = self.gate(x)
+        best, ids = logits.topk(K, -1)
+        p = torch.full_like(logits, float("-inf")).scatter_(-1, ids, best).softmax(-1)
+        return ids, p.gather(1, ids)
+
+    def loop(self, x, ids, w):
+        y = torch.zeros_like(x)
+        rows = y.view(-1, H)
+        for e, expert in enumerate(self.experts):
+            mine = (ids == e).any(-1)
+            if mine.any():
+                rows[mine] += expert(x[mine]) * (w * (ids == e)).sum(-1)[mine, None]
+        return y
+
+
+class Detached(WritesInPlace):
+    def route(self, x):
+        ids, w = super().route(x)
+        return ids, w.detach()
+
+
+@pytest.mark.parametrize("block", [WritesInPlace, Detached])
+def test_a_detach_is_kept_where_it_was_written(block):
+    original = build(block)
+    opt = optimized(copy.deepcopy(original))
+    x, other = (seeded(2, 8, H).requires_grad_() for _ in range(2))
+    original(x).pow(2).sum().backward()
+    opt(other).pow(2).sum().backward()
+    close(other.grad, x.grad, eps=64)
+    assert without_gradient(opt.model) == without_gradient(original)
+    for got, want in zip(opt.model.parameters(), original.parameters(), strict=True):
+        if want.grad is not None:
+            close(got.grad, want.grad, eps=64)
+
+
+def test_in_place_writes_do_not_send_training_to_the_original_code(recwarn):
+    opt = optimized(build(WritesInPlace))
+    assert "aten.alias" in str(opt.model.forward.program.plan.steps)  # what was a detach
+    with count_expert_calls() as seen:
+        opt(seeded(2, 8, H)).sum().backward()
+    assert len(seen) == 1 and not [w for w in recwarn if "original code" in str(w.message)]
