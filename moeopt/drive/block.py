@@ -73,13 +73,16 @@ def _rewrite(name: str, module: nn.Module, call: Call, options: Options) -> Rewr
         try:
             program, found, routers = _program(module, proto, options)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
-            last = last if last is not None and not isinstance(last, CaptureError) else err
+            last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
         check = _verify(name, module, program, proto, found, call, options)
         if check.passed is False:
             raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
         return Rewrite(program, found, check, routers, time.perf_counter() - started)
-    raise last or Declined("its arguments could not be read as rows of tokens")
+    try:
+        raise last or Declined("its arguments could not be read as rows of tokens")
+    finally:
+        del last
 
 
 def _program(
@@ -173,7 +176,7 @@ def _covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tap
         try:
             return call, tape, recognize(tape)
         except Uncovered as err:
-            last = err
+            last = err.with_traceback(None)
             if steer is not None or ids:  # every id was named: what still was not reached may be no expert
                 with contextlib.suppress(Declined):
                     return call, tape, recognize(tape, idle=True)
@@ -181,7 +184,10 @@ def _covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tap
             if last is None:
                 raise
     assert last is not None
-    raise last
+    try:
+        raise last
+    finally:
+        del last
 
 
 _ATTEMPTS = (
@@ -218,9 +224,7 @@ def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
         )
 
 
-def _same_in_other_mode(
-    module: nn.Module, call: Call, here: Tape, plan: Plan, found: list[Recognition]
-) -> bool:
+def _same_in_other_mode(module: nn.Module, call: Call, here: Tape, plan: Plan, found: list[Recognition]) -> bool:
     """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
     flags = [(m, m.training) for m in module.modules()]
     try:

@@ -22,6 +22,7 @@ from moeopt.ir.replay import replay
 from moeopt.ir.sites import Site
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
 from moeopt.ir.tape import Tape
+from moeopt.ir.tree import tree_leaves
 from moeopt.ops.activations import apply_gate
 from moeopt.passes.chains import Chain
 
@@ -119,23 +120,12 @@ def _agrees(spec: ExpertsSpec, rows: tuple[torch.Tensor, ...], want: torch.Tenso
 def _constants(tape: Tape, chain: Chain) -> list[float]:
     """Python scalars and one-element tensors among the operands of the nodes between."""
     found: dict[float, None] = {}
-
-    def visit(a: Any) -> None:
-        if isinstance(a, bool) or a is None:
-            return
-        if isinstance(a, (int, float)):
+    for a in tree_leaves([[node.args, node.kwargs] for node in chain.mid]):
+        if isinstance(a, fx.Node):
+            if a not in chain.mid and a.meta.get("shape") in ((), (1,)) and tape.value(a).is_floating_point():
+                found[float(tape.value(a))] = None
+        elif isinstance(a, (int, float)) and not isinstance(a, bool):
             found[float(a)] = None
-        elif isinstance(a, (list, tuple)):
-            for x in a:
-                visit(x)
-        elif isinstance(a, fx.Node) and a not in chain.mid and a.meta.get("shape") in ((), (1,)):
-            value = tape.value(a)
-            if value.is_floating_point():
-                found[float(value)] = None
-
-    for node in chain.mid:
-        visit(list(node.args))
-        visit(list(node.kwargs.values()))
     return list(found)
 
 

@@ -123,12 +123,15 @@ def find_frontier(
         try:
             accept(found)
         except Declined as err:
-            refused = refused or err
+            refused = refused or err.with_traceback(None)
             continue
         found.keys = tuple(_key(before, r.source) for r in (found.ids, found.weights) if r is not None)
         return found
     if refused is not None:
-        raise refused
+        try:
+            raise refused
+        finally:
+            del refused
     ids = next(_id_recipes(tape, before, table), None)
     if ids is None:
         seen, taken = table.visits.sum(1), table.visits.sum(0)

@@ -88,16 +88,19 @@ def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool 
                 break
             except Uncovered as reason:
                 if len(members) > 1 or members[0].merged:
-                    best, best_progress = reason, 10
+                    best, best_progress = reason.with_traceback(None), 10
                 break
             except Declined as reason:
                 if progress[0] > best_progress and (len(members) > 1 or members[0].merged):
-                    best, best_progress = reason, progress[0]
+                    best, best_progress = reason.with_traceback(None), progress[0]
     for recognition in found:
         recognition.missed = best.reason if best_progress >= 0 else ""
     if not found or isinstance(best, Uncovered):
         best.progress = best_progress  # type: ignore[attr-defined]
-        raise best
+        try:
+            raise best
+        finally:
+            del best  # an error that its own frame holds would keep the tape until the next collection
     return sorted(found, key=lambda r: r.combine.node.meta["index"])
 
 
@@ -112,7 +115,7 @@ def _no_group(tape: Tape, chains: list[Chain]) -> Declined:
         if others and others[0].ins[0].operand in set(descendants(tape, [first.out.node])):
             return Declined(
                 "each of its experts writes into the tensor that the next one reads its rows from, so they run one "
-                "after another, where the op's experts all read the same tokens; sum their results in a tensor of its own",
+                "after another, where the op's experts all read the same tokens; sum their results in another tensor",
                 _line(first),
             )
     return Declined(
@@ -159,9 +162,12 @@ def _recognize_group(
             raise
         except Declined as err:
             if nearest is None or here[0] > progress[0]:
-                nearest, progress[0] = err, here[0]
+                nearest, progress[0] = err.with_traceback(None), here[0]
     assert nearest is not None
-    raise nearest
+    try:
+        raise nearest
+    finally:
+        del nearest
 
 
 def _recognize_rows(

@@ -1,5 +1,9 @@
 """One op for all of a block's experts: what is recognised, and one twin for each reason not to."""
 
+import contextlib
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -377,3 +381,19 @@ def test_idle_weights_that_ids_never_name_stay_uncovered():
 def test_without_a_single_token_there_is_nothing_to_see():
     with pytest.raises(Declined):
         recognize(tape_of(MoE, rand(0, H)))
+
+
+@pytest.mark.parametrize("make", [MoE, Dense, Gathered, BothSides, NoIds])
+def test_a_tape_dies_with_its_last_reference(make):
+    """Its values are the memory of a probe: they must not wait for Python's collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        tape = tape_of(make)
+        last = weakref.ref(tape)
+        with contextlib.suppress(Declined):
+            recognize(tape)
+        del tape
+        assert last() is None
+    finally:
+        gc.enable()
