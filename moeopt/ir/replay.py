@@ -9,7 +9,7 @@ where (int64 row labels), and by what does each expert's row enter the sum (one-
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -101,30 +101,42 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     return value
 
 
-def row_labels(tape: Tape, nodes: list[fx.Node], given: dict[fx.Node, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
+def row_labels(
+    tape: Tape, nodes: list[fx.Node], given: dict[fx.Node, torch.Tensor], only: Collection[fx.Node] | None = None
+) -> dict[fx.Node, torch.Tensor]:
     """Carry int64 row labels through ``nodes``.
 
     Data movement moves labels; element-wise ops keep a label where all tracked operands agree
     (``CONFLICT`` where they do not); anything else loses them (absent from the result).
+
+    Args:
+        only: keep the labels of these nodes alone; the others are let go after their last use, out of ``given`` too.
     """
-    labels = dict(given)
+    labels = dict(given) if only is None else given
+    last: dict[fx.Node, fx.Node] = {a: n for n in nodes if only is not None for a in n.all_input_nodes}
     for node in nodes:
-        if node in labels:
-            continue
-        tracked = [a for a in node.all_input_nodes if a in labels]
-        if not tracked:
-            continue
-        if moves_rows(node):
-            moved = _move(tape, node, labels)
-            if moved is not None:
-                labels[node] = moved
-        elif is_pointwise(node):
-            labels[node] = _merge([labels[a] for a in tracked], node.meta["shape"])
-        elif op_name(node) in _ROW_WISE:
-            source = labels[tracked[0]]
-            if source.shape == node.meta.get("shape", None):
-                labels[node] = source
+        if node not in labels:
+            found = _labels_of(tape, node, labels)
+            if found is not None:
+                labels[node] = found
+        for operand in node.all_input_nodes:
+            if last.get(operand) is node and operand not in only:  # type: ignore[operator]
+                labels.pop(operand, None)
     return labels
+
+
+def _labels_of(tape: Tape, node: fx.Node, labels: dict[fx.Node, torch.Tensor]) -> torch.Tensor | None:
+    tracked = [a for a in node.all_input_nodes if a in labels]
+    if not tracked:
+        return None
+    if moves_rows(node):
+        moved: torch.Tensor | None = _move(tape, node, labels)
+        return moved
+    if is_pointwise(node):
+        return _merge([labels[a] for a in tracked], node.meta["shape"])
+    if op_name(node) in _ROW_WISE and labels[tracked[0]].shape == node.meta.get("shape", None):
+        return labels[tracked[0]]
+    return None
 
 
 _ROW_WISE = {"native_layer_norm", "rms_norm", "_fused_rms_norm", "softmax", "_softmax", "layer_norm"}

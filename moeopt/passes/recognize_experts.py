@@ -207,9 +207,9 @@ def _label_chain(
     if not roles:
         raise Declined("an expert's second matmul reads more than two earlier products", _line(chain))
     token, given = _start_rows(tape, roles, tokens, chain)
-    moved = row_labels(tape, chain.mid, given)
+    moved = row_labels(tape, chain.mid, given, only={out.operand for out in chain.outs})
     for out in chain.outs:
-        rows = moved.get(out.operand, given.get(out.operand))
+        rows = moved.get(out.operand)
         if rows is None:
             raise Declined(
                 "between an expert's products rows are mixed or normalised, which the op does not carry", _line(chain)
