@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops import intercept
 from moeopt.ops.bank import Bank, ListBank, StackedBank
 from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.kernels.cuda import experts_cuda
