@@ -1,1 +1,16 @@
-"""Lowerings of the grouped-expert op: one file each, all with the shape of :class:`~.base.Lowering`."""
+"""Lowerings: each replaces the grouped-expert op by nodes that ONNX Runtime runs; the order here breaks ties."""
+
+from moeopt.backends.onnxrt.lower.base import Lowering
+from moeopt.backends.onnxrt.lower.unrolled import Unrolled
+from moeopt.errors import UsageError
+
+LOWERINGS: tuple[Lowering, ...] = (Unrolled(),)
+
+
+def by_name(name: str) -> Lowering:
+    """The lowering called ``name``; a ``UsageError`` that lists the names if there is none."""
+    for lowering in LOWERINGS:
+        if lowering.name == name:
+            return lowering
+    names = ", ".join(lowering.name for lowering in LOWERINGS)
+    raise UsageError(f"no lowering is called {name!r}; the lowerings are {names}")
