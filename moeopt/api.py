@@ -21,13 +21,23 @@ from moeopt.compare.model import EndToEnd, end_to_end
 from moeopt.drive.inputs import Call, as_call, made_up
 from moeopt.drive.share import shared_copy
 from moeopt.drive.witness import prototypes
-from moeopt.engine import fingerprint, load_torch_bundle, read_manifest, save_torch_bundle, verify_torch_bundle
-from moeopt.errors import CaptureError, MoeoptError, NotSaveableError, UsageError
+from moeopt.engine import (
+    OnnxEngine,
+    fingerprint,
+    load_torch_bundle,
+    read_manifest,
+    save_onnx_bundle,
+    save_torch_bundle,
+    verify_torch_bundle,
+)
+from moeopt.engine.onnx_build import Built, build_onnx, onnx_plan
+from moeopt.engine.program import export_program
+from moeopt.errors import CaptureError, NotEquivalentError, UsageError
 from moeopt.options import Options
 from moeopt.report import Report
 from moeopt.rewrite.program import install, rewritten_forward, uninstall
 
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "onnxruntime")
 
 
 class Optimized:
@@ -35,16 +45,25 @@ class Optimized:
 
     Attributes:
         model: the optimised model. For backend "torch" it is of the user's own class, with the same
-            ``state_dict`` keys, and shares its weights with the model that was given.
+            ``state_dict`` keys, and shares its weights with the model that was given. For "onnxruntime" it is
+            the engine, which holds its own weights.
         report: what was found, rewritten and declined, and why.
         certificate: how equal it is.
 
     Any other attribute is the model's own.
     """
 
-    def __init__(self, model: nn.Module, report: Report, certificate: Certificate, call: Call) -> None:
+    def __init__(
+        self,
+        model: Any,
+        report: Report,
+        certificate: Certificate,
+        call: Call,
+        source: dict[str, str] | None = None,
+        built: Built | None = None,
+    ) -> None:
         self.model, self.report, self.certificate = model, report, certificate
-        self._call = call
+        self._call, self._source, self._built = call, source, built
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -59,7 +78,8 @@ class Optimized:
         return f"<moeopt.Optimized {type(self.model).__name__}: {done} of {all_} blocks rewritten>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
-        return Optimized(copy.deepcopy(self.model, memo), self.report, self.certificate, self._call)
+        model = self.model if self._built is not None else copy.deepcopy(self.model, memo)  # an engine has no state
+        return Optimized(model, self.report, self.certificate, self._call, self._source, self._built)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__
@@ -74,7 +94,11 @@ class Optimized:
             NotSaveableError: the model cannot be exported; the message names the op in the way.
         """
         args, kwargs = self._call
-        program = _export(self.model, args, kwargs)
+        if self._built is not None:
+            return save_onnx_bundle(
+                self.model, self._built, directory, self.report, self.certificate, self._call, self._source
+            )
+        program = export_program(self.model, args, kwargs)
         with torch.no_grad():
             golden = self.model(*args, **kwargs)
         return save_torch_bundle(
@@ -86,33 +110,6 @@ class Optimized:
             golden_outputs=[golden],
             source=fingerprint(self.model),
         )
-
-
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """The model as one graph, every size of a tensor input free unless the model fixes it."""
-
-    def dynamic(leaf: Any) -> Any:
-        return {d: torch.export.Dim.AUTO for d in range(leaf.dim())} if isinstance(leaf, torch.Tensor) else None
-
-    shapes = torch.utils._pytree.tree_map(dynamic, (tuple(args), dict(kwargs)))
-    bound = {**dict(zip(_names(model), shapes[0], strict=False)), **shapes[1]}
-    try:
-        with torch.no_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
-    except MoeoptError:
-        raise
-    except Exception as err:
-        text = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        raise NotSaveableError(
-            f"{type(model).__name__} cannot be saved: torch.export stops at: {text}. Blocks that moeopt declined keep "
-            "their data-dependent Python; save the rewritten blocks on their own, or remove what it names"
-        ) from err
-
-
-def _names(model: nn.Module) -> list[str]:
-    import inspect
-
-    return list(inspect.signature(model.forward).parameters)
 
 
 def _as_model(model: Any) -> nn.Module:
@@ -151,7 +148,7 @@ def optimize(
         model: an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It keeps working, unchanged.
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments;
             None where they can be inferred (a Hugging Face model, a block with one argument).
-        backend: "torch".
+        backend: "torch" or "onnxruntime".
         options: a frozen :class:`moeopt.Options`; any of its fields may be a keyword here instead.
 
     Returns:
@@ -171,6 +168,8 @@ def optimize(
         source = source.to(device=chosen.device, dtype=chosen.dtype)
         call = _moved(call, chosen)
     twin = shared_copy(source)
+    if backend == "onnxruntime":
+        return _onnx_engine(source, twin, call, chosen)
     outcome = pipeline.run(twin, call, chosen)
     if chosen.verify != "off":
         _check_gradients(twin, outcome)
@@ -183,6 +182,39 @@ def optimize(
         twin = source
     report = Report(tuple(outcome.blocks), type(source).__name__, backend, outcome.seconds)
     return Optimized(twin, report, certificate, call)
+
+
+def _onnx_engine(source: nn.Module, twin: nn.Module, call: Call, options: Options) -> Optimized:
+    """An ONNX Runtime engine of ``twin``, each block verified as its lowering computes it, then the whole."""
+    plan = onnx_plan(options)
+    outcome = pipeline.run(twin, call, options, plan)
+    built = build_onnx(twin, *call, plan, options.say)
+    engine = OnnxEngine(built.directory, built.signature, plan.provider, keep=built.folder)
+    end: EndToEnd | None = None
+    if options.verify != "off":
+        options.say("comparing the engine end to end")
+        parts = [n for n, m in source.named_modules() if next(m.parameters(recurse=False), None) is not None]
+        end = end_to_end(source, engine, *call, noise_blocks=[*parts, *outcome.rewrites], seed=options.seed)
+        if not end.passed:
+            raise NotEquivalentError(
+                f"the ONNX Runtime engine of {type(source).__name__} is not equivalent and was not kept: {end.reason}; "
+                "use backend='torch', or report this with the model's code"
+            )
+    first = next(source.parameters(), None)
+    certificate = Certificate(
+        blocks=outcome.checks,
+        end_to_end=end,
+        level=options.verify,
+        device=f"onnxruntime {engine.provider}",
+        dtype=str(first.dtype).removeprefix("torch.") if first is not None else "",
+        notes=list(plan.notes),
+    )
+    blocks = [
+        dataclasses.replace(b, lowering=built.lowerings.get(b.name, b.lowering)) if b.status == "rewritten" else b
+        for b in outcome.blocks
+    ]
+    report = Report(tuple(blocks), type(source).__name__, "onnxruntime", outcome.seconds)
+    return Optimized(engine, report, certificate, call, fingerprint(source), built)
 
 
 def _check_gradients(twin: nn.Module, outcome: pipeline.Outcome) -> None:

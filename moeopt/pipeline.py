@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from moeopt.compare.block import BlockCheck
-from moeopt.drive.block import Call, Rewrite, rewrite_block
+from moeopt.drive.block import Call, Rewrite, Runtime, rewrite_block
 from moeopt.drive.collector import fewer_collections
 from moeopt.drive.describe import dense_reason, describe_router, read_router
 from moeopt.drive.discover import Place, discover, feed_forward_lists
@@ -62,7 +62,7 @@ class _Attempt:
 
 
 @fewer_collections()
-def run(model: nn.Module, call: Call, options: Options) -> Outcome:
+def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None = None) -> Outcome:
     """Rewrite every block of ``model`` that can be, in place, and say what became of each.
 
     Raises:
@@ -82,7 +82,7 @@ def run(model: nn.Module, call: Call, options: Options) -> Outcome:
     attempts: list[tuple[Place, _Attempt]] = []
     for number, place in enumerate(moe):
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
-        attempts.append((place, _attempt(model, place, outcome, calls, options)))
+        attempts.append((place, _attempt(model, place, outcome, calls, options, runtime)))
     tried = {c.path or type(model).__name__ for p in moe for c in _levels(p)}
     unused = [p for p in options.hints if p and not any(fnmatch.fnmatch(path, p) for path in tried)]
     if unused:
@@ -106,7 +106,9 @@ def _without_values(model: nn.Module, reason: str) -> Iterator[BlockReport]:
             )  # fmt: skip
 
 
-def _attempt(model: nn.Module, place: Place, outcome: Outcome, calls: dict[str, Call], options: Options) -> _Attempt:
+def _attempt(
+    model: nn.Module, place: Place, outcome: Outcome, calls: dict[str, Call], options: Options, runtime: Runtime | None
+) -> _Attempt:
     best = _Attempt()
     best_progress = -2
     fuel = options.fuel
@@ -125,7 +127,7 @@ def _attempt(model: nn.Module, place: Place, outcome: Outcome, calls: dict[str, 
         module = model.get_submodule(level.path)
         try:
             with hinted(options.hints, level.path or type(model).__name__):
-                rewrite = rewrite_block(level.path or type(model).__name__, module, calls[level.path], options)
+                rewrite = rewrite_block(level.path or type(model).__name__, module, calls[level.path], options, runtime)
             if not _covered(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not")
             install(module, rewrite.program)

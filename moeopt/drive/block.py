@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -36,6 +36,18 @@ from moeopt.rewrite.program import OPAQUE, TENSOR, Guard, Program, RewrittenForw
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class Runtime(Protocol):
+    """What will run the rewritten blocks in the end, when it is not PyTorch."""
+
+    def answering(self) -> contextlib.AbstractContextManager[None]:
+        """While open, rewritten blocks compute as that runtime will."""
+        ...
+
+    def demote(self, reason: str) -> bool:
+        """Give up the form that ran last, which failed for ``reason``; False when there was none."""
+        ...
+
+
 @dataclass
 class Rewrite:
     """A verified (or, with verify="off", unverified) rewrite of one module."""
@@ -47,14 +59,16 @@ class Rewrite:
     seconds: float
 
 
-def rewrite_block(name: str, module: nn.Module, call: Call, options: Options) -> Rewrite:
-    """Rewrite ``module`` as ``call`` uses it, without changing it.
+def rewrite_block(
+    name: str, module: nn.Module, call: Call, options: Options, runtime: Runtime | None = None
+) -> Rewrite:
+    """Rewrite ``module`` as ``call`` uses it, without changing it; verify it as ``runtime`` computes it.
 
     Raises:
         Declined: with the reason; nothing was changed.
     """
     try:
-        return _rewrite(name, module, call, options)
+        return _rewrite(name, module, call, options, runtime)
     except (Declined, UsageError):
         raise
     except Exception as err:
@@ -65,7 +79,7 @@ def rewrite_block(name: str, module: nn.Module, call: Call, options: Options) ->
         ) from err
 
 
-def _rewrite(name: str, module: nn.Module, call: Call, options: Options) -> Rewrite:
+def _rewrite(name: str, module: nn.Module, call: Call, options: Options, runtime: Runtime | None) -> Rewrite:
     started = time.perf_counter()
     check_module(module)
     last: Declined | None = None
@@ -75,7 +89,7 @@ def _rewrite(name: str, module: nn.Module, call: Call, options: Options) -> Rewr
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
             last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
-        check = _verify(name, module, program, proto, found, call, options)
+        check = _verify(name, module, program, proto, found, call, options, runtime)
         if check.passed is False:
             raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
         return Rewrite(program, found, check, routers, time.perf_counter() - started)
@@ -273,7 +287,7 @@ def _fixed(shapes: list[list[tuple[int, ...]]]) -> list[tuple[int | None, ...]]:
 
 def _verify(
     name: str, module: nn.Module, program: Program, proto: Prototype, found: list[Recognition], call: Call,
-    options: Options,
+    options: Options, runtime: Runtime | None,
 ) -> BlockCheck:  # fmt: skip
     original = _Original(module)
     rewritten = RewrittenForward(module, program, _original(module))
@@ -286,7 +300,11 @@ def _verify(
     cases = adversarial_cases(proto, experts, level=options.verify, seed=options.seed, router_rows=aimed)
     if options.verify != "off":
         cases.append(Case("the given inputs", *call))
-    check = verify_block(name, original, rewritten, cases, level=options.verify)
+    while True:
+        with runtime.answering() if runtime is not None else contextlib.nullcontext():
+            check = verify_block(name, original, rewritten, cases, level=options.verify)
+        if check.passed is not False or runtime is None or not runtime.demote(check.reason):
+            break
     if rewritten.fallbacks and check.passed:
         check.passed, check.reason = False, f"the rewritten code refused a verification case: {rewritten.last_refusal}"
     return check

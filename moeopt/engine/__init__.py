@@ -3,16 +3,20 @@
 from moeopt.engine.fingerprint import fingerprint
 from moeopt.engine.golden import GoldenCheck
 from moeopt.engine.manifest import Manifest, is_bundle, read_manifest, write_bundle
+from moeopt.engine.onnx_bundle import save_onnx_bundle
+from moeopt.engine.onnx_engine import OnnxEngine
 from moeopt.engine.torch_bundle import LoadedEngine, load_torch_bundle, save_torch_bundle, verify_torch_bundle
 
 __all__ = [
     "GoldenCheck",
     "LoadedEngine",
     "Manifest",
+    "OnnxEngine",
     "fingerprint",
     "is_bundle",
     "load_torch_bundle",
     "read_manifest",
+    "save_onnx_bundle",
     "save_torch_bundle",
     "verify_torch_bundle",
     "write_bundle",

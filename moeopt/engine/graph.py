@@ -30,8 +30,8 @@ def write_graph(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], 
     graph: dict[str, Any] = {
         "schema": SCHEMA,
         "parameters": list(program.module_call_graph[0].signature.forward_arg_names or []),
-        "in_tree": _tree(program.call_spec.in_spec, "the inputs hold"),
-        "out_tree": _tree(program.call_spec.out_spec, "the result holds"),
+        "in_tree": tree_of(program.call_spec.in_spec, "the inputs hold"),
+        "out_tree": tree_of(program.call_spec.out_spec, "the result holds"),
         "inputs": inputs,
         "weights": weights,
     }
@@ -77,7 +77,8 @@ class _Names:
             self.tensors.pop(self.weights.pop(name))
 
 
-def _tree(spec: Any, what: str) -> Any:
+def tree_of(spec: Any, what: str) -> Any:
+    """A structure as JSON; ``NotSaveableError`` begins with ``what`` when a bundle could not rebuild it."""
     try:
         return encode_tree(spec)
     except TypeError as err:
@@ -92,7 +93,7 @@ def _inputs(program: Any) -> tuple[list[dict[str, Any]], dict[str, str], dict[st
     written = {s.target for s in program.graph_signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION}
     for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
         if spec.kind == InputKind.USER_INPUT:
-            inputs.append(_input(node))
+            inputs.append(input_entry(node))
         elif spec.kind in _WEIGHTS:
             if node.users or spec.target in written:
                 weights[node.name] = spec.target
@@ -110,7 +111,8 @@ def _weight(program: Any, name: str) -> torch.Tensor:
     return tensor
 
 
-def _input(node: torch.fx.Node) -> dict[str, Any]:
+def input_entry(node: torch.fx.Node) -> dict[str, Any]:
+    """One leaf of the arguments: a tensor's dtype, device and sizes, a number's type, or a constant."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         return {

@@ -260,4 +260,3 @@ def _parallel(tape: Tape, members: list[Chain]) -> list[list[Chain]]:
     for i, chain in enumerate(members):
         runs.setdefault(known.get(i, 0), []).append(chain)
     return list(runs.values())
-

@@ -1,0 +1,118 @@
+"""Which lowering each kind of block gets, and a way to run a block through it while it is verified.
+
+A block is checked as its engine will compute it: while :meth:`Plan.answering` is open, each ``experts``
+call of a rewritten block runs a session of that op alone, so the certificate speaks of ONNX Runtime's
+numbers. A lowering that fails is demoted for its kind of block and the next one is tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeopt.backends.onnxrt.assemble import one_op
+from moeopt.backends.onnxrt.lower.base import Lowering
+from moeopt.backends.onnxrt.select import Choice, ranked
+from moeopt.backends.onnxrt.session import Session
+from moeopt.backends.onnxrt.site import Site
+from moeopt.backends.onnxrt.widen import NARROW, widen_site
+from moeopt.errors import Declined
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.bank import Bank
+from moeopt.ops.intercept import intercepted
+from moeopt.ops.reference import dtypes
+
+Kind = tuple[Any, ...]
+
+
+class Plan:
+    """The lowerings of one engine.
+
+    Args:
+        provider: what the engine runs on.
+        tokens: the token counts that it will see, for the cost model; None means a decode and a prefill.
+    """
+
+    def __init__(self, provider: str, tokens: tuple[int, ...] | None = None) -> None:
+        self.provider, self.tokens = provider, tokens
+        self.notes: list[str] = []
+        self._demoted: dict[Kind, set[str]] = {}
+        self._last: tuple[Kind, str] | None = None
+        self._sessions: dict[Any, tuple[Session, Site, Bank]] = {}
+
+    def choice(self, site: Site) -> Choice:
+        """The best lowering for ``site`` that was not demoted; ``Declined`` when there is none."""
+        wide = self.legal(site)
+        demoted = self._demoted.get(kind(wide), set())
+        choices = ranked(wide, self.provider, self.tokens)
+        for choice in choices:
+            if choice.lowering is not None and choice.lowering.name not in demoted:
+                return choice
+        why = "; ".join(f"{c.name}: {'differs from the original' if c.name in demoted else c.reason}" for c in choices)
+        raise Declined(f"no ONNX Runtime form carries its experts on {self.provider} ({why})")
+
+    def legal(self, site: Site) -> Site:
+        """``site`` in the dtypes that the provider computes in."""
+        return widen_site(site) if self.provider == "cpu" else site
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Rewritten blocks run through their lowering inside; the sessions are let go at the end."""
+        try:
+            with intercepted(self._answer):
+                yield
+        finally:
+            self._sessions.clear()
+
+    def demote(self, reason: str) -> bool:
+        """Give up the lowering that ran last, for its kind of block; False when none ran."""
+        if self._last is None:
+            return False
+        known, name = self._last
+        self._demoted.setdefault(known, set()).add(name)
+        self.notes.append(f"lowering {name} was given up: {reason}")
+        self._last = None
+        return True
+
+    def _answer(self, x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor | None:
+        if x.dtype == torch.float64 or weights.dtype == torch.float64 or type(x) is not Tensor:
+            return None  # the float64 oracle of the rewritten code: the op's own definition answers
+        key = (id(bank), x.dtype, weights.dtype, ids.shape[1])
+        if key not in self._sessions:
+            site = self.legal(Site("experts", bank, spec, x.dtype, int(ids.shape[1]), weights.dtype))
+            lowering: Lowering = self.choice(site).lowering  # type: ignore[assignment]
+            self._sessions[key] = (session_of(site, lowering), site, bank)
+            self._last = kind(site), lowering.name
+        session, site, _ = self._sessions[key]
+        feeds = {"x": x.to(site.dtype), "ids": ids.to(torch.int64), "weights": weights.to(site.weights_dtype)}
+        return session.run(feeds)[0].to(dtypes(x, spec)[2])
+
+
+def session_of(site: Site, lowering: Lowering) -> Session:
+    """A CPU session of one op, its weights in the model's own bytes or, past 1 GiB, in a file that is gone at once."""
+    import tempfile
+
+    import onnx_ir as ir
+
+    model = one_op(site, lowering)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    if size < 1 << 30:
+        return Session(ir.to_proto(model).SerializeToString())
+    with tempfile.TemporaryDirectory(prefix="moeopt-") as folder:
+        ir.save(model, f"{folder}/model.onnx", external_data="model.onnx.data")
+        return Session(f"{folder}/model.onnx")
+
+
+def kind(site: Site) -> Kind:
+    """What a lowering's fitness depends on: the function, the sizes and the dtypes, and not the weights."""
+    bank = site.bank
+    shapes = tuple(tuple(w.shape) for w in (*bank.w_in(0), bank.w_out(0)))
+    return (dataclasses.astuple(site.spec), bank.num_experts, site.top_k, shapes, site.dtype, site.weights_dtype)
+
+
+__all__ = ["NARROW", "Choice", "Plan", "kind", "session_of"]

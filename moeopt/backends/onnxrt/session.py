@@ -1,0 +1,153 @@
+"""An ``InferenceSession`` that takes and gives torch tensors without copies, on the provider that was asked for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moeopt.errors import UsageError
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "nv_tensorrt_rtx": "NvTensorRTRTXExecutionProvider",
+}
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+EXTERNAL_DATA = "model.onnx.data"
+GRAPH = "model.onnx"
+
+
+def runtime() -> Any:
+    """The ``onnxruntime`` module.
+
+    Raises:
+        UsageError: none is installed, or two that overwrite each other's files.
+    """
+    found = [name for name in _PACKAGES if _installed(name)]
+    if len(found) > 1:
+        raise UsageError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            "pip uninstall both, then install one of moeopt[onnxruntime] or moeopt[onnxruntime-gpu]"
+        )
+    try:
+        import onnx_ir  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as err:
+        raise UsageError(
+            f"backend 'onnxruntime' needs {err.name}: pip install 'moeopt[onnxruntime]' (CPU) "
+            "or 'moeopt[onnxruntime-gpu]'"
+        ) from None
+    return onnxruntime
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def provider_named(name: str | None) -> str:
+    """``cpu``, ``cuda``, ... from any spelling (``CUDAExecutionProvider`` too); ``UsageError`` for an unknown one."""
+    if name is None:
+        return "cpu"
+    short = str(name).split(":")[0].lower().removesuffix("executionprovider").replace("-", "_")
+    short = {"nvtensorrtrtx": "nv_tensorrt_rtx", "trt": "tensorrt", "tensorrt_rtx": "nv_tensorrt_rtx"}.get(short, short)
+    if short not in PROVIDERS:
+        raise UsageError(f"provider {name!r} is unknown; the providers are {', '.join(PROVIDERS)}")
+    return short
+
+
+def available() -> list[str]:
+    """The providers that can run on this machine: a GPU build lists its providers with no GPU there, too."""
+    built = runtime().get_available_providers()
+    gpu = torch.cuda.is_available()
+    return [short for short, name in PROVIDERS.items() if name in built and (short == "cpu" or gpu)]
+
+
+class Session:
+    """One graph, loaded; :meth:`run` takes named tensors.
+
+    Args:
+        model: the path of a ``.onnx`` file, or its bytes.
+        provider: as :func:`provider_named` spells it. With one other than ``cpu``, a node that only the CPU could
+            run is an error, not a silent fallback.
+        session_options: an ``onnxruntime.SessionOptions`` of the user's own; None means the default.
+        threads: intra-op threads; None means as many as torch uses here.
+
+    Attributes:
+        provider: what really runs it, as the session says.
+        session: the ``onnxruntime.InferenceSession``.
+
+    Raises:
+        UsageError: the provider is not on this machine.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | bytes,
+        provider: str = "cpu",
+        session_options: Any = None,
+        threads: int | None = None,
+    ) -> None:
+        ort = runtime()
+        there = available()
+        if provider not in there:
+            raise UsageError(f"provider {provider!r} is not on this machine; it has: {', '.join(there)}")
+        options = session_options
+        if options is None:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            options.intra_op_num_threads = threads or torch.get_num_threads()
+        if provider != "cpu":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        source = model if isinstance(model, bytes) else os.fspath(model)
+        self.session = ort.InferenceSession(source, options, providers=[PROVIDERS[provider]])
+        real = self.session.get_providers()[0]
+        self.provider = next((short for short, name in PROVIDERS.items() if name == real), real)
+        self.device = torch.device("cpu" if self.provider == "cpu" else "cuda")
+        self.inputs = [spec.name for spec in self.session.get_inputs()]
+        self.outputs = [spec.name for spec in self.session.get_outputs()]
+        self._is_bool = [spec.type == "tensor(bool)" for spec in self.session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The outputs in the graph's order, on memory that ONNX Runtime made for them. Inputs are read in place."""
+        binding = self.session.io_binding()
+        held = []
+        for name in self.inputs:
+            tensor = inputs[name].detach()
+            tensor = tensor.to(self.device).contiguous() if tensor.is_floating_point() else tensor.cpu().contiguous()
+            tensor = tensor.resolve_conj().resolve_neg()
+            buffer = tensor if tensor.numel() else torch.empty(1, dtype=tensor.dtype, device=tensor.device)
+            held.append(buffer)  # ONNX Runtime refuses the null pointer of an empty tensor
+            binding.bind_input(
+                name,
+                tensor.device.type,
+                tensor.device.index or 0,
+                _element_type(tensor.dtype),
+                list(tensor.shape),
+                buffer.data_ptr(),
+            )
+        for name in self.outputs:
+            binding.bind_output(name, self.device.type, self.device.index or 0)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        self.session.run_with_iobinding(binding)
+        if self.device.type == "cuda":
+            binding.synchronize_outputs()
+        del held
+        values = [torch.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
+        return [v.view(torch.bool) if b else v for v, b in zip(values, self._is_bool, strict=True)]
+
+
+def _element_type(dtype: torch.dtype) -> int:
+    from onnx_ir.tensor_adapters import from_torch_dtype
+
+    return int(from_torch_dtype(dtype))

@@ -1,0 +1,88 @@
+"""A model as an ONNX Runtime session that is called as the model was called."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeopt.backends.onnxrt.session import GRAPH, Session
+from moeopt.engine import values
+from moeopt.engine.binding import Binding
+from moeopt.engine.tree import build, check_tree
+from moeopt.errors import BundleError, UsageError
+
+
+class OnnxEngine:
+    """Call it as the model was called; it returns what the model returned.
+
+    Attributes:
+        directory: where ``model.onnx`` and its weights lie.
+        signature: what :func:`moeopt.engine.signature.describe_call` said.
+        session: the :class:`~moeopt.backends.onnxrt.session.Session`; its ``session`` is ONNX Runtime's own.
+        provider: what really runs it.
+        device: where its results are.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        signature: Mapping[str, Any],
+        provider: str = "cpu",
+        session_options: Any = None,
+        keep: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:
+        self.directory, self.signature, self._keep = Path(directory), signature, keep
+        try:
+            self._binding = Binding(signature, lambda name: torch.device("cpu"))
+            self._outputs = [
+                o["tensor"] if "tensor" in o else _Constant(values.decode(o["constant"], _no_node, torch.device))
+                for o in signature["outputs"]
+            ]
+            fits = check_tree(signature["out_tree"]) == len(self._outputs)
+        except (KeyError, TypeError, AttributeError) as err:
+            raise BundleError(f"the signature lacks or mistypes a part ({type(err).__name__}: {err})") from None
+        self.session = Session(self.directory / GRAPH, provider, session_options)
+        count = len(self.session.outputs)
+        if not fits or any(not isinstance(o, _Constant) and o not in range(count) for o in self._outputs):
+            raise BundleError("the structure of the result does not fit the graph")
+        self._names = [f"input_{n}" for n, entry in enumerate(self._binding.inputs) if "dtype" in entry]
+
+    @property
+    def provider(self) -> str:
+        return self.session.provider
+
+    @property
+    def device(self) -> torch.device:
+        return self.session.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._binding.bind(tuple(args), dict(kwargs))
+        feeds = {f"input_{n}": bound[entry["name"]] for n, entry in enumerate(self._binding.inputs) if "dtype" in entry}
+        results = self.session.run(feeds)
+        return build(
+            self.signature["out_tree"],
+            iter([o.value if isinstance(o, _Constant) else results[o] for o in self._outputs]),
+        )
+
+    def run_flat(self, leaves: Sequence[Any]) -> Any:
+        """Call it with the leaves of ``(args, kwargs)``, as golden runs store them."""
+        if len(leaves) != len(self._binding.inputs):
+            raise UsageError(f"the bundle takes {len(self._binding.inputs)} values, not {len(leaves)}")
+        args, kwargs = build(self._binding.tree, iter(leaves))
+        return self(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<moeopt engine {self.directory} on {self.provider}>"
+
+
+class _Constant:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _no_node(name: str) -> Any:
+    raise BundleError(f"{name!r} is read where only a constant can be")
