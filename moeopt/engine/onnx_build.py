@@ -77,7 +77,7 @@ def write_graph(
     say(f"lowering {len(sites)} expert blocks")
     if plan.provider == "cpu":
         widen_graph(model)
-    names = replace_sites(model, [plan.legal(s) for s in sites], lambda s: plan.choice(s).lowering)
+    names = replace_sites(model, [plan.legal(s) for s in sites], plan.lowering)
     own_outputs(model.graph)
     _deduplicate(model.graph)
     folder = tempfile.TemporaryDirectory(prefix="moeopt-")

@@ -67,13 +67,14 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
     """
     with quiet():
         try:
-            model = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False).model
+            exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False)
         except Exception as err:
             raise NotSaveableError(f"the graph has no ONNX form: {_first_line(err)}") from err
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    RemoveUnusedNodesPass()(model)
-    return model
+    assert exported is not None  # torch gives None only where it wrote a file itself
+    RemoveUnusedNodesPass()(exported.model)
+    return exported.model
 
 
 def own_outputs(graph: Any) -> None:

@@ -56,6 +56,12 @@ class Plan:
         why = "; ".join(f"{c.name}: {'differs from the original' if c.name in demoted else c.reason}" for c in choices)
         raise Declined(f"no ONNX Runtime form carries its experts on {self.provider} ({why})")
 
+    def lowering(self, site: Site) -> Lowering:
+        """The lowering of :meth:`choice`."""
+        lowering = self.choice(site).lowering
+        assert lowering is not None
+        return lowering
+
     def legal(self, site: Site) -> Site:
         """``site`` in the dtypes that the provider computes in."""
         return widen_site(site) if self.provider == "cpu" else site
@@ -85,7 +91,7 @@ class Plan:
         key = (id(bank), x.dtype, weights.dtype, ids.shape[1])
         if key not in self._sessions:
             site = self.legal(Site("experts", bank, spec, x.dtype, int(ids.shape[1]), weights.dtype))
-            lowering: Lowering = self.choice(site).lowering  # type: ignore[assignment]
+            lowering = self.lowering(site)
             self._sessions[key] = (session_of(site, lowering), site, bank)
             self._last = kind(site), lowering.name
         session, site, _ = self._sessions[key]

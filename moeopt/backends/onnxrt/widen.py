@@ -51,7 +51,7 @@ def widen_site(site: Site) -> Site:
     """``site`` with every 16-bit dtype as float32; itself when it has none."""
     spec = site.spec
     fields = ("compute_dtype", "act_dtype", "accum_dtype", "out_dtype")
-    narrow = {f: "float32" for f in fields if getattr(spec, f) in NARROW.values()}
+    narrow: dict[str, Any] = {f: "float32" for f in fields if getattr(spec, f) in NARROW.values()}
     bank_dtype = site.bank.w_out(0).dtype
     if not narrow and site.dtype not in NARROW and site.weights_dtype not in NARROW and bank_dtype not in NARROW:
         return site
