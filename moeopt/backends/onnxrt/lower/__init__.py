@@ -1,10 +1,12 @@
 """Lowerings: each replaces the grouped-expert op by nodes that ONNX Runtime runs; the order here breaks ties."""
 
 from moeopt.backends.onnxrt.lower.base import Lowering
+from moeopt.backends.onnxrt.lower.dense import Dense
+from moeopt.backends.onnxrt.lower.moe_kernel import Expand, MaskedLog
 from moeopt.backends.onnxrt.lower.unrolled import Unrolled
 from moeopt.errors import UsageError
 
-LOWERINGS: tuple[Lowering, ...] = (Unrolled(),)
+LOWERINGS: tuple[Lowering, ...] = (Unrolled(), MaskedLog(), Expand(), Dense())
 
 
 def by_name(name: str) -> Lowering:

@@ -1,0 +1,217 @@
+"""What each provider's MoE operators honour, ignore without a word, and refuse: facts about versions, with evidence.
+
+``refuses`` of the kernel lowerings reads this table, and :func:`check_graph` holds every emitted graph to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+DOMAIN = "com.microsoft"
+_NON_NEGATIVE = ("Softmax", "Sigmoid", "Relu", "Abs", "Exp", "Softplus", "Sqrt")
+_NO_BFLOAT16_ON_CPU = ("MatMul", "Gemm", "Mul", "Add", "Sub", "Div", "ReduceSum", "Where", "Sigmoid", "Tanh")
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One operator on one provider.
+
+    Args:
+        provider: "cpu", "cuda", "tensorrt", "nv_tensorrt_rtx".
+        op: "MoE" or "QMoE", of domain com.microsoft.
+        evidence: how this is known: "run on 1.31.1", or "source" (read, not run).
+        dtypes: of the tokens that the kernel computes in; () when the provider has no such operator.
+        activations: values of ``activation_type`` that are right.
+        wrong: values of ``activation_type`` that run and give something else, with what they give.
+        fusions: values of ``swiglu_fusion`` that work with swiglu.
+        separate_up: whether fc3 (a separate up weight) works.
+        ignored: attributes that do nothing, each with the one value at which doing nothing is right.
+        required: attributes that must be given, with the value that means what moeopt emits.
+        router_weights: whether QMoE reads input 14, and if it does whether it drops negative ones.
+    """
+
+    provider: str
+    op: str
+    evidence: str
+    dtypes: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ("gelu", "silu", "swiglu", "identity")
+    wrong: Mapping[str, str] = field(default_factory=dict)
+    fusions: tuple[int, ...] = (1,)
+    separate_up: bool = False
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    required: Mapping[str, int] = field(default_factory=dict)
+    router_weights: str = "none"
+
+
+CAPABILITIES = (
+    Capability(
+        "cpu",
+        "MoE",
+        "run on 1.31.1",
+        dtypes=("FLOAT", "FLOAT16"),
+        wrong={"relu": "relu of NaN is 0 in this kernel, so a broken token looks sound"},
+        ignored={"use_sparse_mixer": 0},
+    ),
+    Capability(
+        "cpu",
+        "QMoE",
+        "run on 1.31.1",
+        dtypes=("FLOAT", "FLOAT16"),
+        wrong={"relu": "relu of NaN is 0 in this kernel, so a broken token looks sound"},
+        ignored={"use_sparse_mixer": 0, "normalize_routing_weights": 1},
+        router_weights="drops negative ones",
+    ),
+    Capability(
+        "cuda",
+        "MoE",
+        "source",
+        dtypes=("FLOAT", "FLOAT16", "BFLOAT16"),
+        activations=("relu", "gelu", "silu", "swiglu", "identity"),
+        separate_up=True,
+    ),
+    Capability(
+        "cuda",
+        "QMoE",
+        "source",
+        dtypes=("FLOAT16", "BFLOAT16"),
+        activations=("relu", "gelu", "silu", "swiglu", "identity"),
+        required={"weights_prepacked": 0},
+        router_weights="ignored",
+    ),
+    Capability("tensorrt", "MoE", "source: the parser refuses it"),
+    Capability("tensorrt", "QMoE", "source: the parser refuses it"),
+    Capability("nv_tensorrt_rtx", "MoE", "source: the parser refuses it"),
+    Capability(
+        "nv_tensorrt_rtx",
+        "QMoE",
+        "source",
+        dtypes=("FLOAT16", "BFLOAT16"),
+        activations=("swiglu",),
+        required={"weights_prepacked": 0, "block_size": 128, "expert_weight_bits": 4},
+        router_weights="ignored",
+    ),
+)
+
+
+def capability(provider: str, op: str) -> Capability | None:
+    """The row for ``op`` on ``provider``; None when nothing is known, which counts as "cannot"."""
+    return next((row for row in CAPABILITIES if (row.provider, row.op) == (provider, op)), None)
+
+
+def check_graph(model: Any, provider: str) -> list[str]:
+    """What ``provider`` would ignore, refuse or compute otherwise in an ``onnx_ir`` model; [] when nothing.
+
+    Every ``com.microsoft::MoE`` and ``QMoE`` node is held to :data:`CAPABILITIES`, subgraphs included; on CPU,
+    bfloat16 arithmetic is reported too. Each line names the node and the fact.
+    """
+    problems = []
+    for node in model.graph.all_nodes():
+        found: list[str] = []
+        if node.domain == DOMAIN and node.op_type in ("MoE", "QMoE"):
+            found = _moe_problems(node, provider)
+        elif provider == "cpu" and node.domain == "" and node.op_type in _NO_BFLOAT16_ON_CPU:
+            if any(_dtype(value) == "BFLOAT16" for value in node.inputs):
+                found = [f"the CPU provider has no bfloat16 {node.op_type} (NOT_IMPLEMENTED)"]
+        problems += [f"{node.name or node.op_type}: {problem}" for problem in found]
+    return problems
+
+
+def _moe_problems(node: Any, provider: str) -> list[str]:
+    row = capability(provider, node.op_type)
+    if row is None or not row.dtypes:
+        return [f"{provider} has no com.microsoft::{node.op_type}" + (f" ({row.evidence})" if row else "")]
+    values = {name: attribute.value for name, attribute in node.attributes.items()}
+    problems = _attribute_problems(row, values) + _activation_problems(row, values)
+    dtype = _dtype(node.inputs[0])
+    if dtype is not None and dtype not in row.dtypes:
+        problems.append(f"no kernel for {dtype}; there are {', '.join(row.dtypes)}")
+    third = 6 if node.op_type == "MoE" else 8
+    if _given(node, third) and not row.separate_up:
+        problems.append("a separate up weight (fc3) is NOT_IMPLEMENTED; interleave gate and up in fc1")
+    if node.op_type == "MoE":
+        problems += _layout_problems(node, values)
+    else:
+        problems += _router_weight_problems(node, row)
+    return problems
+
+
+def _attribute_problems(row: Capability, values: Mapping[str, Any]) -> list[str]:
+    default = {"use_sparse_mixer": 0, "normalize_routing_weights": 0}
+    problems = []
+    for name, neutral in row.ignored.items():
+        if values.get(name, default[name]) != neutral:
+            problems.append(f"{name}={values.get(name, default[name])} is silently ignored ({row.evidence})")
+    for name, value in row.required.items():
+        if values.get(name) != value:
+            problems.append(f"{name} must be {value}, not {values.get(name, 'left out')} ({row.evidence})")
+    return problems
+
+
+def _activation_problems(row: Capability, values: Mapping[str, Any]) -> list[str]:
+    name = values.get("activation_type", "relu")
+    name = name.decode() if isinstance(name, bytes) else name
+    problems = []
+    if name in row.wrong:
+        problems.append(f"activation_type {name}: {row.wrong[name]} ({row.evidence})")
+    elif name not in row.activations:
+        problems.append(f"activation_type {name} is refused; there are {', '.join(row.activations)}")
+    if name == "swiglu":
+        if values.get("swiglu_fusion", 0) not in row.fusions:
+            problems.append(f"swiglu_fusion={values.get('swiglu_fusion', 0)} is refused: only interleaved (1) works")
+        problems += [f"{key} must be given with swiglu" for key in _SWIGLU_NEEDS if key not in values]
+    else:
+        for key in ("activation_alpha", "activation_beta", "swiglu_limit", "swiglu_fusion"):
+            if key in values:
+                problems.append(f"{key} is silently ignored with activation_type {name}")
+    return problems
+
+
+_SWIGLU_NEEDS = ("activation_alpha", "activation_beta")
+
+
+def _layout_problems(node: Any, values: Mapping[str, Any]) -> list[str]:
+    """fc1 must be (E, O, H) and fc2 (E, H, I), with O = 2I for swiglu: other shapes can be read as a legacy layout."""
+    fc1, fc2 = _shape(node.inputs[2]), _shape(node.inputs[4])
+    if fc1 is None or fc2 is None:
+        return ["the shapes of fc1 and fc2 are not known, so their layout cannot be checked"]
+    activation = values.get("activation_type", "relu")
+    factor = 2 if activation in ("swiglu", b"swiglu") else 1
+    if len(fc1) != 3 or len(fc2) != 3:
+        return [f"fc1 {fc1} and fc2 {fc2} must have rank 3"]
+    problems = []
+    (E, O, H), (E2, H2, I) = fc1, fc2
+    if E != E2 or H != H2 or factor * I != O:
+        problems.append(f"fc1 {fc1} and fc2 {fc2} are not (E, {factor}I, H) and (E, H, I)")
+    if values.get("k", 1) > E:
+        problems.append(f"k={values.get('k', 1)} exceeds the {E} experts")
+    return problems
+
+
+def _router_weight_problems(node: Any, row: Capability) -> list[str]:
+    if not _given(node, 14):
+        return []
+    if row.router_weights == "ignored":
+        return [f"router_weights (input 14) is silently ignored ({row.evidence})"]
+    value = node.inputs[14]
+    producer = value.producer()
+    if value.const_value is not None:
+        positive = bool((value.const_value.numpy() >= 0).all())
+    else:
+        positive = producer is not None and producer.op_type in _NON_NEGATIVE
+    return [] if positive else [f"negative router_weights are silently dropped ({row.evidence}); prove them >= 0"]
+
+
+def _given(node: Any, index: int) -> bool:
+    return len(node.inputs) > index and node.inputs[index] is not None
+
+
+def _dtype(value: Any) -> str | None:
+    return None if value is None or value.dtype is None else value.dtype.name
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    if value is None or value.shape is None or not all(isinstance(n, int) for n in value.shape):
+        return None
+    return tuple(value.shape)
