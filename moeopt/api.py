@@ -34,7 +34,7 @@ from moeopt.engine.onnx_build import Built, build_onnx, onnx_plan
 from moeopt.engine.program import export_program
 from moeopt.errors import CaptureError, NotEquivalentError, UsageError
 from moeopt.options import Options
-from moeopt.report import Report
+from moeopt.report import BlockReport, Report
 from moeopt.rewrite.program import install, rewritten_forward, uninstall
 
 BACKENDS = ("torch", "onnxruntime")
@@ -210,11 +210,16 @@ def _onnx_engine(source: nn.Module, twin: nn.Module, call: Call, options: Option
         notes=list(plan.notes),
     )
     blocks = [
-        dataclasses.replace(b, lowering=built.lowerings.get(b.name, b.lowering)) if b.status == "rewritten" else b
-        for b in outcome.blocks
+        dataclasses.replace(b, lowering=_lowering(b, built)) if b.status == "rewritten" else b for b in outcome.blocks
     ]
     report = Report(tuple(blocks), type(source).__name__, "onnxruntime", outcome.seconds)
     return Optimized(engine, report, certificate, call, fingerprint(source), built)
+
+
+def _lowering(block: BlockReport, built: Built) -> str:
+    """What runs a block in the engine; a module that is called twice has a site for each call."""
+    reasons = {r for n, r in built.reasons.items() if n.split("#")[0] in (block.name, "experts")}
+    return "onnxruntime " + "; ".join(sorted(reasons)) if reasons else block.lowering
 
 
 def _check_gradients(twin: nn.Module, outcome: pipeline.Outcome) -> None:

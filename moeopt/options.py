@@ -59,6 +59,8 @@ class Options:
             becomes a ``torch.dtype``.
         verify: ``strict`` runs every case, ``fast`` fewer, ``off`` none (the certificate says so).
         tune: measure the lowerings on this machine instead of estimating their cost.
+        tokens: the token counts that an engine will see in one call, to choose its lowerings for; None means a
+            decode, small batches and a prompt.
         dense: what happens to a dense FFN: ``leave`` it, or ``split`` its neurons into ``experts`` groups.
         experts: how many groups ``dense="split"`` makes.
         target: the device an engine is built for when it is not this machine's, as the backend names it.
@@ -76,6 +78,7 @@ class Options:
     dtype: Any = None
     verify: Verify = field(default_factory=lambda: _env("MOEOPT_VERIFY", "strict", str, "a level"))
     tune: bool = False
+    tokens: tuple[int, ...] | None = None
     dense: Dense = "leave"
     experts: int | None = None
     target: str | None = None
@@ -107,6 +110,11 @@ class Options:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name}={value!r}: it must be a whole number, {least} or more")
+        if self.tokens is not None:
+            counts = (self.tokens,) if isinstance(self.tokens, int) else tuple(self.tokens)
+            if not counts or any(isinstance(t, bool) or not isinstance(t, int) or t < 1 for t in counts):
+                raise UsageError(f"tokens={self.tokens!r}: it must be whole numbers of 1 or more, like (1, 128)")
+            object.__setattr__(self, "tokens", counts)
         if self.dense == "split" and self.experts is None:
             raise UsageError("dense='split' needs experts=N: into how many groups a dense FFN is split")
         if self.dense == "leave" and self.experts is not None:

@@ -36,10 +36,12 @@ class Plan:
     Args:
         provider: what the engine runs on.
         tokens: the token counts that it will see, for the cost model; None means a decode and a prefill.
+        tune: measure the lowerings on this machine, on the first block of each kind, instead of estimating.
     """
 
-    def __init__(self, provider: str, tokens: tuple[int, ...] | None = None) -> None:
-        self.provider, self.tokens = provider, tokens
+    def __init__(self, provider: str, tokens: tuple[int, ...] | None = None, tune: bool = False) -> None:
+        self.provider, self.tokens, self.tune = provider, tokens, tune
+        self._ranked: dict[Kind, list[Choice]] = {}
         self.notes: list[str] = []
         self._demoted: dict[Kind, set[str]] = {}
         self._last: tuple[Kind, str] | None = None
@@ -48,8 +50,11 @@ class Plan:
     def choice(self, site: Site) -> Choice:
         """The best lowering for ``site`` that was not demoted; ``Declined`` when there is none."""
         wide = self.legal(site)
-        demoted = self._demoted.get(kind(wide), set())
-        choices = ranked(wide, self.provider, self.tokens)
+        known = kind(wide)
+        demoted = self._demoted.get(known, set())
+        if known not in self._ranked:
+            self._ranked[known] = ranked(wide, self.provider, self.tokens, session_of if self.tune else None)
+        choices = self._ranked[known]
         for choice in choices:
             if choice.lowering is not None and choice.lowering.name not in demoted:
                 return choice
@@ -61,6 +66,13 @@ class Plan:
         lowering = self.choice(site).lowering
         assert lowering is not None
         return lowering
+
+    def why(self, site: Site) -> str:
+        """The choice for ``site`` and the runners-up, in a line for reports and manifests."""
+        best = self.choice(site)
+        others = [c for c in self._ranked[kind(self.legal(site))] if c.lowering is not None and c.name != best.name]
+        rest = "; ".join(f"{c.name}: {c.reason}" for c in others)
+        return f"{best.name}: {best.reason}" + (f" ({rest})" if rest else "")
 
     def legal(self, site: Site) -> Site:
         """``site`` in the dtypes that the provider computes in."""

@@ -1,34 +1,133 @@
-"""Which lowering is quickest for a site: an estimate from bytes, FLOPs and nodes.
+"""Which lowering is quickest for a site: an estimate from bytes, FLOPs and nodes, or a measurement.
 
-For T tokens the experts that are hit number E * (1 - (1 - K/E)^T) at most; their weights are read once each,
-2 * T * K multiply-adds are done for each weight element, and every node costs a fixed time to start.
+For T tokens, E * (1 - (1 - K/E)^T) experts are expected to be hit. Their weights are read once; each of the T*K
+rows costs 2 FLOPs a weight; each node costs a fixed time to start, and a time to load that is spread over
+``CALLS`` calls. A lowering's time is
+
+    max(bytes / READ, FLOPs / GEMM) * slowdown + nodes * NODE + nodes * LOAD / CALLS
+
+summed over the token counts that the engine is expected to see. The constants are of ONNX Runtime 1.31 on a
+2-core x86 machine (``benchmarks/onnx_blocks.py``); only their ratios matter here, and ``tune=True`` measures instead.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from moeopt.backends.onnxrt.lower import LOWERINGS
 from moeopt.backends.onnxrt.lower.base import Lowering
+from moeopt.backends.onnxrt.session import Session
 from moeopt.backends.onnxrt.site import Site
 
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""
 
+READ = 20e9
+"""Bytes a second."""
+GEMM = 100e9
+"""FLOPs a second, float32."""
+NODE = 2e-6
+"""Seconds to start a node."""
+LOAD = 2e-3
+"""Seconds to load a node."""
+CALLS = 1000
+REPEATS = 5
+
 
 @dataclass(frozen=True)
 class Choice:
-    """A lowering with its estimate (milliseconds over ``tokens``), or why it cannot be taken."""
+    """A lowering with the time of a call in seconds, summed over the token counts; or why it cannot be taken.
+
+    ``reason`` says where the time comes from ("estimated", "measured"), or what stands in the way.
+    """
 
     name: str
     lowering: Lowering | None
     reason: str
+    seconds: float = float("inf")
 
 
-def ranked(site: Site, provider: str, tokens: tuple[int, ...] | None = None) -> list[Choice]:
-    """Every lowering: those that fit first, the quickest ahead."""
+def ranked(
+    site: Site,
+    provider: str,
+    tokens: tuple[int, ...] | None = None,
+    open_session: Callable[[Site, Lowering], Session] | None = None,
+) -> list[Choice]:
+    """Every lowering: those that fit first, the quickest ahead.
+
+    Args:
+        tokens: the token counts that the engine will see; None means ``TOKENS``.
+        open_session: given, each lowering is measured in a session that it opens, load time included.
+    """
+    counts = tokens or TOKENS
     choices = []
     for lowering in LOWERINGS:
         refusal = lowering.refuses(site, provider)
-        choices.append(Choice(lowering.name, None if refusal else lowering, refusal))
-    return sorted(choices, key=lambda c: c.lowering is None)
+        if refusal:
+            choices.append(Choice(lowering.name, None, refusal))
+        elif open_session is None:
+            seconds = sum(estimate(site, lowering.name, T) for T in counts)
+            choices.append(
+                Choice(lowering.name, lowering, f"estimated {_ms(seconds)} for T = {_list(counts)}", seconds)
+            )
+        else:
+            seconds = measure(site, lowering, counts, open_session)
+            choices.append(Choice(lowering.name, lowering, f"measured {_ms(seconds)} for T = {_list(counts)}", seconds))
+    return sorted(choices, key=lambda c: (c.lowering is None, c.seconds))
+
+
+def estimate(site: Site, name: str, tokens: int) -> float:
+    """Seconds of one call with ``tokens`` tokens; see the module's docstring."""
+    bank, E, K = site.bank, site.bank.num_experts, site.top_k
+    elements = sum(w.numel() for w in (*bank.w_in(0), bank.w_out(0)))
+    hit = E * (1 - (1 - min(K / E, 1.0)) ** tokens)
+    rows, slowdown, nodes = float(tokens * K), 1.0, 30
+    if name == "unrolled":
+        nodes += 2 * E
+    elif name == "dense":
+        hit, rows = float(E), float(tokens * E)
+    elif rows > hit:
+        slowdown = 1.5  # the kernel lays weights out anew at each call, once an expert has more than one row
+    work = max(4 * elements * hit / READ, 2 * elements * rows / GEMM)
+    return work * slowdown + nodes * (NODE + LOAD / CALLS)
+
+
+def measure(
+    site: Site, lowering: Lowering, counts: tuple[int, ...], open_session: Callable[[Site, Lowering], Session]
+) -> float:
+    """Seconds of one call for each of ``counts``, summed, and the load time spread over ``CALLS`` calls."""
+    started = time.perf_counter()
+    session = open_session(site, lowering)
+    total = (time.perf_counter() - started) / CALLS
+    E, generator = site.bank.num_experts, torch.Generator().manual_seed(0)
+    H = site.bank.w_in(0)[0].shape[1 if site.spec.w_in_layout == "oi" else 0]
+    for T in counts:
+        scores = torch.rand(T, E, generator=generator)
+        weights, ids = scores.topk(min(site.top_k, E))
+        feeds = {"x": torch.randn(T, H, generator=generator).to(site.dtype), "ids": _wide(ids, site.top_k)}
+        feeds["weights"] = _wide(weights, site.top_k).to(site.weights_dtype)
+        times = []
+        for _ in range(REPEATS + 1):
+            started = time.perf_counter()
+            session.run(feeds)
+            times.append(time.perf_counter() - started)
+        total += statistics.median(times[1:])  # the first call warms up
+    return total
+
+
+def _wide(table: torch.Tensor, columns: int) -> torch.Tensor:
+    """``table`` with its columns repeated up to ``columns``: a block may name an expert twice."""
+    return table[:, torch.arange(columns) % table.shape[1]].contiguous()
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def _list(counts: tuple[int, ...]) -> str:
+    return ", ".join(map(str, counts))
