@@ -3,9 +3,8 @@
     h_ETO = x_1TH @ W_in_EHO + b;  a = gate(h);  o_ETD = a @ W_out_EID + b;  y_TD = sum_e where(chosen, o w, 0)
 
 Where, not a product with zero: an expert that overflows on a token that did not choose it must not leak.
-With weights on the input, a token that names an expert twice would need that expert twice, so K slots are
-computed apart. Shape legend: T tokens, K chosen per token, E experts, H hidden, O columns of W_in,
-I intermediate, D output width.
+With weights on the input each slot has its own rows, so K must be 1. Shape legend: T tokens, K chosen per
+token, E experts, H hidden, O columns of W_in, I intermediate, D output width.
 
     Costs      E / K times the multiply-adds; no sort, no Split, no control flow
     Numerics   the sum runs over e in the accumulator's dtype
@@ -29,7 +28,7 @@ MOST_EXPERTS = 16
 
 
 class Dense:
-    """The lowering ``"dense"``: all of at most 16 experts, for weights on the output."""
+    """The lowering ``"dense"``: all of at most 16 experts."""
 
     name = "dense"
 
@@ -104,7 +103,7 @@ def _all_experts(graph: Builder, site: Site, x_TH: Any) -> Any:
     if any(bank.norm(e) is not None for e in range(size.E)):
         ones = torch.ones(size.D, dtype=compute)
         norm = stacked("norm.weight", lambda e: _or(bank.norm(e), ones).to(compute), 1, size.D, dtype=wide(compute))
-    return middle.rms_norm(graph, site, o_ETD, norm)
+    return middle.rms_norm(graph, site, o_ETD, norm, axis=2)
 
 
 def _or(given: Tensor | None, otherwise: Tensor) -> Tensor:

@@ -45,14 +45,16 @@ def activation(graph: Builder, g: Any, name: str, alpha: float | None, dtype: to
     return cast(graph, value, inner, dtype)
 
 
-def rms_norm(graph: Builder, site: Site, o: Any, weight: Any) -> Any:
-    """RMSNorm over the last dimension of ``o``; ``weight`` broadcasts against it (in ``wide(compute)``) or is None."""
+def rms_norm(graph: Builder, site: Site, o: Any, weight: Any, *, axis: int) -> Any:
+    """RMSNorm over the last dimension of ``o``, which is ``axis``: over no rows, ONNX Runtime ignores an axis of -1.
+
+    ``weight`` broadcasts against ``o`` and is in ``wide(compute)``; None means no weight.
+    """
     compute = types_of(site).compute
     inner = wide(compute)
     assert site.spec.out_norm_eps is not None
     o = cast(graph, o, compute, inner)
-    last = graph.const([-1], "int64")
-    mean = graph.op("ReduceMean", [graph.op("Mul", [o, o]), last], keepdims=1)
+    mean = graph.op("ReduceMean", [graph.op("Mul", [o, o]), graph.const([axis], "int64")], keepdims=1)
     root = graph.op("Sqrt", [graph.op("Add", [mean, scalar(graph, site.spec.out_norm_eps, inner)])])
     o = graph.op("Mul", [o, graph.op("Reciprocal", [root])])
     if weight is not None:

@@ -42,9 +42,7 @@ class MaskedLog:
     def refuses(self, site: Site, provider: str) -> str:
         spec, types = site.spec, types_of(site)
         if site.router is None:
-            return (
-                "the weights are not known to be >= 0 (no softmax router was recognised); moe-expand takes any weight"
-            )
+            return "no softmax router was recognised, so weights may be negative; moe-expand carries those"
         if spec.weight_on == "input":
             return "weights multiply the input, and the kernel multiplies the output; moe-expand carries this"
         if spec.out_of_range == "identity":
@@ -69,12 +67,16 @@ class MaskedLog:
         # a NaN weight stays out of the logits (it would scramble the top-k) and comes back through the sum
         log_TE = graph.op("Log", [part_TE])
         log_TE = graph.op("Where", [graph.op("Greater", [log_TE, floor]), log_TE, floor])
+        nobody = scalar(graph, NOT_CHOSEN, inner)
         any_TE = table.any_slot_TE(graph, chosen)
-        logits_TE = graph.op("Where", [any_TE, log_TE, scalar(graph, NOT_CHOSEN, inner)], name="masked_log")
+        logits_TE = graph.op("Where", [any_TE, log_TE, nobody], name="masked_log")
         y_TH = kernel(graph, site, cast(graph, x, types.x, types.compute), cast(graph, logits_TE, inner, types.compute))
         y_TH = cast(graph, y_TH, types.compute, inner)
         y_TH = graph.op("Mul", [y_TH, graph.op("ReduceSum", [part_TE, experts], keepdims=1)])
-        return cast(graph, graph.op("Mul", [y_TH, size_T1]), inner, types.out)
+        y_TH = graph.op("Mul", [y_TH, size_T1])
+        # a token that names no expert gets K arbitrary ones from the kernel, which may overflow
+        names_T1 = graph.op("Greater", [graph.op("ReduceMax", [logits_TE, experts], keepdims=1), nobody])
+        return cast(graph, graph.op("Where", [names_T1, y_TH, zero], name="expert_or_none"), inner, types.out)
 
 
 class Expand:
@@ -115,7 +117,7 @@ class Expand:
         if spec.out_norm_eps is not None:
             norm = banks.norm_table(graph, site, wide(types.compute))
             row = None if norm is None else graph.op("Gather", [norm, _row_of(graph, site, ids)], axis=0)
-            o_TKH = middle.rms_norm(graph, site, o_TKH, row)
+            o_TKH = middle.rms_norm(graph, site, o_TKH, row, axis=2)
         if spec.weight_on == "output":
             w_term = cast(graph, w_TK1, types.weights, types.term)
             o_TKH = graph.op("Mul", [cast(graph, o_TKH, types.compute, types.term), w_term], name="weighted")

@@ -109,7 +109,7 @@ def _experts(graph: Builder, site: Site, rows: _Rows, x_NH: Any) -> Any:
         return o_ND
     table = weights.norm_table(graph, site, wide(compute))
     gathered = None if table is None else graph.op("Gather", [table, rows.key_N], axis=0)
-    return middle.rms_norm(graph, site, o_ND, gathered)
+    return middle.rms_norm(graph, site, o_ND, gathered, axis=1)
 
 
 def _combine(graph: Builder, site: Site, rows: _Rows, o_ND: Any, x: Any, weights_TK: Any) -> Any:

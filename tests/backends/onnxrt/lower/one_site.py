@@ -44,6 +44,11 @@ def make_site(
     return Site("layers.0.mlp", ListBank(w_in, w_out, b_in, b_out, norm), spec, dtype, K, dtype, router)
 
 
+def renamed(spec: dict) -> str:
+    """A spec's changes as a test id."""
+    return ",".join(f"{key}={value}" for key, value in spec.items()) or "defaults"
+
+
 def tokens(site: Site, T: int, *, seed=1, beyond=0.0, negative=0.0):
     """Random x (T, H), ids and weights (T, K); ``beyond`` and ``negative`` are shares of ids outside 0..E-1."""
     rng = torch.Generator().manual_seed(seed)

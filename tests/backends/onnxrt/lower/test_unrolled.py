@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.backends.onnxrt.lower.one_site import eps_off, exact, make_site, model_of, run, session_of, tokens
+from tests.backends.onnxrt.lower.one_site import eps_off, exact, make_site, model_of, renamed, run, session_of, tokens
 
 BUDGET = 16  # eps of the row's largest entry: sums of 12 + 6 + 2 terms round about 4 times over; 3.5 measured
 
@@ -25,7 +25,7 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize("kw", SPECS, ids=str)
+@pytest.mark.parametrize("kw", SPECS, ids=renamed)
 def test_agrees_with_the_reference(kw):
     site = make_site(**kw)
     session = session_of(model_of(site, "unrolled"))
