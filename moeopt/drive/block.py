@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from moeopt.drive.witness import aimed_rows, prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.alike import same_computation
 from moeopt.ir.quiet import undone
+from moeopt.ir.specs import RouterSpec
 from moeopt.ir.steer import EveryExpert
 from moeopt.ir.tape import Tape, clone_inputs, record
 from moeopt.ir.tree import tree_leaves
@@ -39,8 +40,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Runtime(Protocol):
     """What will run the rewritten blocks in the end, when it is not PyTorch."""
 
-    def answering(self) -> contextlib.AbstractContextManager[None]:
-        """While open, rewritten blocks compute as that runtime will."""
+    def answering(self, routers: Mapping[int, RouterSpec]) -> contextlib.AbstractContextManager[None]:
+        """While open, rewritten blocks compute as that runtime will; ``routers`` by the id of the bank they feed."""
         ...
 
     def demote(self, reason: str) -> bool:
@@ -133,7 +134,7 @@ def _program(
     banks = [(f.experts, f.spec) for f in founds[0]]
     readings = [[recognize_router(t, f) for f in fs] for t, fs in zip(tapes[1:], founds[1:], strict=True)]
     routers = [same_reading([r[i] for r in readings], f) for i, f in enumerate(founds[0])]
-    return Program(plan, banks, signature, guard), founds[0], routers
+    return Program(plan, banks, signature, guard, [r.spec for r in routers]), founds[0], routers
 
 
 def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> None:
@@ -300,8 +301,10 @@ def _verify(
     cases = adversarial_cases(proto, experts, level=options.verify, seed=options.seed, router_rows=aimed)
     if options.verify != "off":
         cases.append(Case("the given inputs", *call))
+    routed = zip(rewritten.banks, program.routers, strict=True)
+    known = {id(bank): router for (bank, _), router in routed if router is not None}
     while True:
-        with runtime.answering() if runtime is not None else contextlib.nullcontext():
+        with runtime.answering(known) if runtime is not None else contextlib.nullcontext():
             check = verify_block(name, original, rewritten, cases, level=options.verify)
         if check.passed is not False or runtime is None or not runtime.demote(check.reason):
             break

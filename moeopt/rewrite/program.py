@@ -23,7 +23,7 @@ import torch
 from torch import fx, nn
 
 from moeopt.errors import Declined, StaleModelWarning
-from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.ir.tree import tree_map
 from moeopt.ops.experts import experts
 from moeopt.rewrite.bank import ExpertRef, LiveBank, Stale, expert_paths
@@ -41,12 +41,16 @@ _KINDS = (Ref, Size, Ratio, DeviceOf)
 
 @dataclass
 class Program:
-    """What was verified: the plan, the experts of each op, the call's signature and its guard."""
+    """What was verified: the plan, the experts of each op, the call's signature and its guard.
+
+    ``routers`` has the router of each op where it was recognised, for runtimes that want to know its weights' signs.
+    """
 
     plan: Plan
     banks: list[tuple[list[ExpertRef], ExpertsSpec]]
     signature: inspect.Signature
     guard: Guard
+    routers: list[RouterSpec | None]
     facts: list[Fact] | None = None
 
     def watch(self, module: nn.Module) -> Watch:

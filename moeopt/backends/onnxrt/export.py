@@ -30,21 +30,21 @@ OPSET = 20
 @contextlib.contextmanager
 def emitting(model: nn.Module) -> Iterator[list[Site]]:
     """While open, ``experts`` calls of ``model``'s rewritten blocks trace as nodes; the list collects their sites."""
-    names = {
-        id(bank): path
+    known = {
+        id(bank): (path, router)
         for path, module in model.named_modules()
         if (forward := rewritten_forward(module)) is not None
-        for bank, _ in forward.banks
+        for (bank, _), router in zip(forward.banks, forward.program.routers, strict=True)
     }
     sites: list[Site] = []
 
     def emit(x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor | None:
-        path = names.get(id(bank))
-        if path is None:
+        if id(bank) not in known:
             return None
+        path, router = known[id(bank)]
         taken = sum(site.name.split("#")[0] == path for site in sites)
         name = f"{path or 'experts'}#{taken + 1}" if taken else path or "experts"
-        sites.append(Site(name, bank, spec, x.dtype, int(ids.shape[1]), weights.dtype))
+        sites.append(Site(name, bank, spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
         y: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{OP}",
             (x, ids.to(torch.int64), weights),

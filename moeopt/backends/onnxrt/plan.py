@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from moeopt.backends.onnxrt.session import Session
 from moeopt.backends.onnxrt.site import Site
 from moeopt.backends.onnxrt.widen import NARROW, widen_site
 from moeopt.errors import Declined
-from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.ops.bank import Bank
 from moeopt.ops.intercept import intercepted
 from moeopt.ops.reference import dtypes
@@ -45,6 +45,7 @@ class Plan:
         self.notes: list[str] = []
         self._demoted: dict[Kind, set[str]] = {}
         self._last: tuple[Kind, str] | None = None
+        self._routers: Mapping[int, RouterSpec] = {}
         self._sessions: dict[Any, tuple[Session, Site, Bank]] = {}
 
     def choice(self, site: Site) -> Choice:
@@ -68,19 +69,19 @@ class Plan:
         return lowering
 
     def why(self, site: Site) -> str:
-        """The choice for ``site`` and the runners-up, in a line for reports and manifests."""
+        """The choice for ``site`` and the runner-up, in a line for reports and manifests."""
         best = self.choice(site)
-        others = [c for c in self._ranked[kind(self.legal(site))] if c.lowering is not None and c.name != best.name]
-        rest = "; ".join(f"{c.name}: {c.reason}" for c in others)
-        return f"{best.name}: {best.reason}" + (f" ({rest})" if rest else "")
+        rest = [c for c in self._ranked[kind(self.legal(site))] if c.lowering is not None and c.name != best.name]
+        return f"{best.name}, {best.reason}" + (f"; next {rest[0].name}, {rest[0].reason}" if rest else "")
 
     def legal(self, site: Site) -> Site:
         """``site`` in the dtypes that the provider computes in."""
         return widen_site(site) if self.provider == "cpu" else site
 
     @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
+    def answering(self, routers: Mapping[int, RouterSpec] | None = None) -> Iterator[None]:
         """Rewritten blocks run through their lowering inside; the sessions are let go at the end."""
+        self._routers = routers or {}
         try:
             with intercepted(self._answer):
                 yield
@@ -102,7 +103,8 @@ class Plan:
             return None  # the float64 oracle of the rewritten code: the op's own definition answers
         key = (id(bank), x.dtype, weights.dtype, ids.shape[1])
         if key not in self._sessions:
-            site = self.legal(Site("experts", bank, spec, x.dtype, int(ids.shape[1]), weights.dtype))
+            site = Site("experts", bank, spec, x.dtype, int(ids.shape[1]), weights.dtype, self._routers.get(id(bank)))
+            site = self.legal(site)
             lowering = self.lowering(site)
             self._sessions[key] = (session_of(site, lowering), site, bank)
             self._last = kind(site), lowering.name
@@ -130,7 +132,15 @@ def kind(site: Site) -> Kind:
     """What a lowering's fitness depends on: the function, the sizes and the dtypes, and not the weights."""
     bank = site.bank
     shapes = tuple(tuple(w.shape) for w in (*bank.w_in(0), bank.w_out(0)))
-    return (dataclasses.astuple(site.spec), bank.num_experts, site.top_k, shapes, site.dtype, site.weights_dtype)
+    return (
+        dataclasses.astuple(site.spec),
+        bank.num_experts,
+        site.top_k,
+        shapes,
+        site.dtype,
+        site.weights_dtype,
+        site.router,
+    )
 
 
 __all__ = ["NARROW", "Choice", "Plan", "kind", "session_of"]

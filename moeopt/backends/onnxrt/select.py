@@ -72,12 +72,10 @@ def ranked(
             choices.append(Choice(lowering.name, None, refusal))
         elif open_session is None:
             seconds = sum(estimate(site, lowering.name, T) for T in counts)
-            choices.append(
-                Choice(lowering.name, lowering, f"estimated {_ms(seconds)} for T = {_list(counts)}", seconds)
-            )
+            choices.append(Choice(lowering.name, lowering, f"estimated {_ms(seconds)}", seconds))
         else:
             seconds = measure(site, lowering, counts, open_session)
-            choices.append(Choice(lowering.name, lowering, f"measured {_ms(seconds)} for T = {_list(counts)}", seconds))
+            choices.append(Choice(lowering.name, lowering, f"measured {_ms(seconds)}", seconds))
     return sorted(choices, key=lambda c: (c.lowering is None, c.seconds))
 
 
@@ -127,7 +125,3 @@ def _wide(table: torch.Tensor, columns: int) -> torch.Tensor:
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
-
-
-def _list(counts: tuple[int, ...]) -> str:
-    return ", ".join(map(str, counts))
