@@ -123,7 +123,8 @@ def _moe_problems(node: Any, provider: str) -> list[str]:
     if row is None or not row.dtypes:
         return [f"{provider} has no com.microsoft::{node.op_type}" + (f" ({row.evidence})" if row else "")]
     values = {name: attribute.value for name, attribute in node.attributes.items()}
-    problems = _attribute_problems(row, values) + _activation_problems(row, values)
+    given_weights = node.op_type == "QMoE" and _given(node, 14) and row.router_weights != "ignored"
+    problems = _attribute_problems(row, values, given_weights) + _activation_problems(row, values)
     dtype = _dtype(node.inputs[0])
     if dtype is not None and dtype not in row.dtypes:
         problems.append(f"no kernel for {dtype}; there are {', '.join(row.dtypes)}")
@@ -137,10 +138,13 @@ def _moe_problems(node: Any, provider: str) -> list[str]:
     return problems
 
 
-def _attribute_problems(row: Capability, values: Mapping[str, Any]) -> list[str]:
+def _attribute_problems(row: Capability, values: Mapping[str, Any], given_weights: bool) -> list[str]:
+    """With router weights given, ``normalize_routing_weights`` is honoured: it divides them by their sum."""
     default = {"use_sparse_mixer": 0, "normalize_routing_weights": 0}
     problems = []
     for name, neutral in row.ignored.items():
+        if name == "normalize_routing_weights" and given_weights:
+            continue
         if values.get(name, default[name]) != neutral:
             problems.append(f"{name}={values.get(name, default[name])} is silently ignored ({row.evidence})")
     for name, value in row.required.items():
