@@ -1,0 +1,69 @@
+"""``generate`` of an engine: the model's own class without any of its modules, whose forward is the engine.
+
+``transformers`` decides everything about generation from the class, the config and the signature of
+``forward``; weights are never asked for, and here there are none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moeopt.errors import UsageError
+
+
+def shell(engine: Any) -> Any:
+    """A ``PreTrainedModel`` with no parameters that generates by calling ``engine``.
+
+    Raises:
+        UsageError: transformers is not installed.
+    """
+    try:
+        import transformers
+        from transformers import CONFIG_MAPPING, GenerationConfig, GenerationMixin, PreTrainedModel
+    except ImportError:
+        raise UsageError("generate needs transformers: pip install 'moeopt[transformers]'") from None
+    signature = engine.signature
+    kind = signature["model_type"]
+    config_class = CONFIG_MAPPING.get(kind, transformers.PretrainedConfig)
+    config = config_class.from_dict(signature["config"])
+    own = getattr(transformers, signature["architecture"], None)
+    known = isinstance(own, type) and issubclass(own, PreTrainedModel) and issubclass(own, GenerationMixin)
+    bases: tuple[Any, ...] = (own,) if known else (PreTrainedModel, GenerationMixin)
+
+    def init(self: Any) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.generation_config = GenerationConfig.from_dict(signature["generation_config"])
+        self.eval()
+
+    def forward(
+        self: Any,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: Any = 0,
+        **kwargs: Any,
+    ) -> Any:
+        return engine(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    body = {
+        "__init__": init,
+        "forward": forward,
+        "__module__": __name__,
+        "device": property(lambda self: engine.device),
+        "dtype": property(lambda self: engine.dtype),
+    }
+    return type(signature["architecture"], bases, body)()

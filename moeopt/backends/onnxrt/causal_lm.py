@@ -1,0 +1,248 @@
+"""A causal language model as one ONNX graph with its key/value cache as inputs and outputs.
+
+One graph serves prompts and single tokens: sequence and past lengths are free, and a first call has a past
+of length 0. ``transformers``' own exporter traces it; experts stay ``moeopt::Experts`` nodes.
+
+Shape legend: B rows, S new tokens, P cached tokens, N positions whose logits are wanted, V vocabulary,
+G key/value heads, D head size::
+
+    input_ids (B, S), attention_mask (B, P+S), position_ids (B, S), logits_to_keep (N),
+    keys and values of each layer (B, G, P, D)  ->  logits (B, N, V), keys and values (B, G, P+S, D)
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeopt.backends.onnxrt.export import emitting, quiet
+from moeopt.backends.onnxrt.site import Site
+from moeopt.errors import Declined
+
+CACHE = "past_key_values.layers"
+B, S, P, N = 2, 3, 5, 2
+"""Sizes of the traced sample: no two that are free are equal, and none is 1, which a trace would hold to be fixed."""
+
+
+@dataclass
+class CausalLMExport:
+    """What :func:`export_causal_lm` gives.
+
+    Attributes:
+        model: ``onnx_ir.Model`` with one ``moeopt::Experts`` node for each of ``sites``.
+        sites: the experts, in the order of the nodes' numbers.
+        signature: a dict of JSON values; all that :class:`~.causal_runner.CausalLM` needs beside a session.
+    """
+
+    model: Any
+    sites: list[Site]
+    signature: dict[str, Any]
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether ``model`` is a ``transformers`` decoder that can ``generate`` from token ids with a cache."""
+    if "transformers" not in sys.modules:  # then no model is one of its classes
+        return False
+    from transformers import GenerationMixin, PreTrainedModel
+
+    if not (isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)):
+        return False
+    takes = inspect.signature(type(model).forward).parameters
+    return not model.config.is_encoder_decoder and {"input_ids", "past_key_values", "attention_mask"} <= set(takes)
+
+
+def export_causal_lm(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    say: Callable[[str], None],
+    provider: str = "cpu",
+) -> CausalLMExport:
+    """Export ``model``, for which :func:`is_causal_lm` holds and whose blocks were rewritten.
+
+    Args:
+        args, kwargs: the user's example call; it says only which arguments are used.
+        say: told what is being done.
+        provider: "cpu" and "cuda" fuse norms and rotary embeddings into that provider's own ops.
+
+    Raises:
+        Declined: the model's cache, arguments or results do not fit this form, or the exporter fails on it.
+    """
+    _check_call(model, args, kwargs)
+    exporter = _exporter()
+    say("tracing the model with its cache")
+    sample, shapes = _sample(model)
+    with emitting(model) as sites, _hushed(), _sdpa_or_eager(model):
+        try:
+            graph, _ = exporter.OnnxExporter().export_program(
+                model,
+                sample,
+                exporter.OnnxConfig(
+                    dynamic=True,
+                    dynamic_shapes=shapes,
+                    ort_fusions=provider if provider in ("cpu", "cuda") else None,
+                ),
+            )
+        except Exception as err:
+            raise Declined(
+                f"transformers' exporter stops at {_first_line(err)}; the engine is built without a cache"
+            ) from err
+    return CausalLMExport(graph, sites, _signature(model, graph))
+
+
+def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = {**dict(zip(inspect.signature(type(model).forward).parameters, (None, *args), strict=False)), **kwargs}
+    known = {"self", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "return_dict"}
+    if extra := sorted(name for name, value in given.items() if name not in known and value not in (None, False)):
+        raise Declined(f"the example call gives {', '.join(extra)}, which an engine with a cache does not take")
+
+
+def _exporter() -> Any:
+    try:
+        from transformers.exporters import exporter_onnx
+    except ImportError as err:
+        raise Declined(
+            "this version of transformers has no ONNX exporter; for an engine with a cache: "
+            "pip install 'transformers>=5.23'"
+        ) from err
+    return exporter_onnx
+
+
+def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A call with a past and with padding, and which of its sizes are free."""
+    from torch.export import Dim
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+    from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+    takes = inspect.signature(type(model).forward).parameters
+    device = model.device
+    ids = torch.arange(B * S, device=device).reshape(B, S) % model.config.get_text_config().vocab_size
+    try:
+        with torch.no_grad():
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+    except Exception as err:
+        raise Declined(f"the model does not run with a cache: {_first_line(err)}") from err
+    if not isinstance(cache, DynamicCache):
+        raise Declined(f"its cache is a {type(cache).__name__}; an engine carries a DynamicCache of keys and values")
+    past = DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.keys.dim() != 4:
+            raise Declined(
+                f"layer {number} keeps a {type(layer).__name__}; an engine carries keys and values of attention only"
+            )
+        fresh = DynamicLayer()
+        fresh.update(*[torch.randn(B, t.shape[1], P, t.shape[3]).to(t) for t in (layer.keys, layer.values)])
+        past.layers.append(fresh)
+    register_cache_pytrees_for_model(model)
+
+    mask = torch.ones(B, P + S, dtype=torch.int64, device=device)
+    mask[1, :2] = 0  # an exporter drops a mask that is all ones
+    position = (mask.cumsum(-1) - 1).clamp(min=0)[:, P:]
+    call = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+    free: dict[str, Any] = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in call}
+    call["logits_to_keep"] = torch.arange(S - N, S, device=device)
+    free["logits_to_keep"] = {0: Dim.AUTO}
+    call = {name: value for name, value in call.items() if name in takes}
+    free = {name: value for name, value in free.items() if name in takes}
+    free["past_key_values"] = [{0: Dim.AUTO, 2: Dim.AUTO}] * (2 * len(past.layers))
+    return {**call, "past_key_values": past, "use_cache": True, "return_dict": True}, free
+
+
+def _signature(model: Any, graph: Any) -> dict[str, Any]:
+    """What calls of the graph need to know; ``Declined`` where the graph is not of the module's form."""
+    ends_in = {value.name.removeprefix("input."): value for value in graph.graph.inputs}
+    ends_out = {value.name.removeprefix("output."): value for value in graph.graph.outputs}
+    layers = sum(name.startswith(CACHE) for name in ends_in) // 2
+    cache = [{part: f"{CACHE}.{n}.{part}" for part in ("keys", "values")} for n in range(layers)]
+    leaves = {name for layer in cache for name in layer.values()}
+    if missing := sorted(leaves - ends_out.keys()) + ["logits"] * ("logits" not in ends_out):
+        raise Declined(f"the traced model does not return {missing[0]}")
+    if extra := sorted(ends_out.keys() - leaves - {"logits"}):
+        raise Declined(
+            f"it returns {extra[0]} beside logits and cache; set config.output_router_logits, output_hidden_states "
+            "and output_attentions to False for an engine with a cache"
+        )
+    mask = ends_in.get("attention_mask")
+    if mask is None or not mask.uses():
+        raise Declined("it does not read attention_mask, so padded rows would go wrong in an engine with a cache")
+    for value in (*graph.graph.inputs, *graph.graph.outputs):
+        if value.dtype is None or value.shape is None:
+            raise Declined(f"{value.name} has no known dtype and shape in the graph")
+
+    def described(layer: dict[str, str], part: str) -> dict[str, Any]:
+        value, out = ends_in[layer[part]], ends_out[layer[part]]
+        sizes = [int(str(value.shape[axis])) for axis in (1, 3)]
+        return {"input": value.name, "output": out.name, "heads": sizes[0], "size": sizes[1], "dtype": _dtype(value)}
+
+    config = model.config
+    result = type(_last_result(model))
+    return {
+        "kind": "causal_lm",
+        "architecture": type(model).__name__,
+        "model_type": config.model_type,
+        "config": json.loads(config.to_json_string(use_diff=False)),
+        "generation_config": json.loads(model.generation_config.to_json_string(use_diff=False)),
+        "parameters": [name for name in inspect.signature(type(model).forward).parameters if name != "self"],
+        "inputs": {name: {"input": v.name, "dtype": _dtype(v)} for name, v in ends_in.items() if name not in leaves},
+        "logits": {"output": ends_out["logits"].name, "dtype": _dtype(ends_out["logits"])},
+        "cache": [{part: described(layer, part) for part in ("keys", "values")} for layer in cache],
+        "output_class": [result.__module__, result.__qualname__],
+        "use_cache": bool(getattr(config.get_text_config(), "use_cache", True)),
+        "vocab_size": config.get_text_config().vocab_size,
+    }
+
+
+def _last_result(model: Any) -> Any:
+    with torch.no_grad():
+        return model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), return_dict=True)
+
+
+def _dtype(value: Any) -> str:
+    from onnx_ir.tensor_adapters import to_torch_dtype
+
+    return str(to_torch_dtype(value.dtype)).removeprefix("torch.")
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """The exporter's notes on versions and dynamic axes are for its developers."""
+    import logging
+
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with quiet():
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _sdpa_or_eager(model: Any) -> Iterator[None]:
+    """Attention in a form that traces: flash and flex kernels have no ONNX form, sdpa or eager is the same function."""
+    before = model.config._attn_implementation
+    if before in ("sdpa", "eager"):
+        yield
+        return
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _first_line(err: BaseException) -> str:
+    while err.__cause__ is not None:
+        err = err.__cause__
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    return f"{type(err).__name__}: {lines[0]}" if lines else type(err).__name__
