@@ -22,10 +22,14 @@ from moeopt.drive.inputs import Call, as_call, made_up
 from moeopt.drive.share import shared_copy
 from moeopt.drive.witness import prototypes
 from moeopt.engine import (
+    Manifest,
     OnnxEngine,
     fingerprint,
+    load_onnx_bundle,
     load_torch_bundle,
+    read_backend,
     read_manifest,
+    replay_golden,
     save_onnx_bundle,
     save_torch_bundle,
     verify_torch_bundle,
@@ -82,6 +86,11 @@ class Optimized:
         return Optimized(model, self.report, self.certificate, self._call, self._source, self._built)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._built is not None:
+            raise UsageError(
+                "an optimised model with an engine cannot be pickled: save it with .save(directory), and pickle what "
+                "moeopt.load(directory) returns, or the directory's name"
+            )
         return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -304,7 +313,25 @@ def explain(model: Any, example_inputs: Any = None, *, options: Options | None =
 
 
 def load(directory: str | os.PathLike[str], device: Any = None) -> Any:
-    """An engine from a bundle; call it as the model was called. ``BundleError`` when it is damaged."""
+    """An engine from a bundle; call it as the model was called.
+
+    Args:
+        directory: what :meth:`Optimized.save` wrote.
+        device: where it shall run, like ``"cuda"``, or a provider's name for an ONNX Runtime bundle; None means
+            where it was saved.
+
+    An ONNX Runtime bundle tests itself when a process first loads it: each kind of block on a question with a
+    known answer, then the golden inputs. A block that answers wrongly here is lowered otherwise, with an
+    ``EngineFallbackWarning``.
+
+    Raises:
+        BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason.
+        UsageError: this machine lacks the device or provider.
+        EngineNotExecutableError: this machine's runtime cannot run it rightly.
+        NotEquivalentError: its golden inputs come back otherwise than they were verified to.
+    """
+    if read_backend(directory) == "onnxruntime":
+        return load_onnx_bundle(directory, device)
     return load_torch_bundle(directory, device)
 
 
@@ -321,7 +348,8 @@ def verify(
         subject: what :func:`optimize` returned, or a bundle's directory.
         original: the model to compare with; a bundle without one is compared with its golden outputs.
         inputs: other inputs to compare on, in the forms of ``optimize``.
-        provider: a device of this machine to run on.
+        provider: what to run a bundle on, "cpu", "cuda", ...; None means where it was saved, or, for an ONNX
+            Runtime bundle, "cpu".
 
     Raises:
         UsageError: an Optimized without ``original``; an absent provider.
@@ -340,19 +368,37 @@ def verify(
 
 def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider: str | None) -> Certificate:
     manifest = read_manifest(path)
-    device = None if provider is None else _provider_device(provider)
     saved = Certificate.from_json((path / "certificate.json").read_text())
+    if original is not None and inputs is None:
+        raise UsageError("verify(bundle, original=...) needs inputs= to run both on")
+    engine: Any
+    if manifest.backend == "onnxruntime":
+        engine = load_onnx_bundle(path, provider or "cpu", replay=False)
+        device, notes = f"onnxruntime {engine.provider}", list(engine.notes)
+    else:
+        engine = load_torch_bundle(path, None if provider is None else _provider_device(provider))
+        device, notes = str(engine.device), []
     if original is not None:
-        engine = load_torch_bundle(path, device)
-        if inputs is None:
-            raise UsageError("verify(bundle, original=...) needs inputs= to run both on")
-        end = end_to_end(original, engine, *as_call(inputs), noise_blocks=[b["name"] for b in manifest.data["blocks"]])
-        return Certificate(end_to_end=end, device=str(engine.device), dtype=saved.dtype)
-    check = verify_torch_bundle(path, device)
-    end = EndToEnd(bool(check.passed), check.reason, outputs=check.runs)
-    note = f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}"
+        end = end_to_end(original, engine, *as_call(inputs), noise_blocks=_noisy(original, manifest))
+        return Certificate(end_to_end=end, device=device, dtype=saved.dtype, notes=notes)
+    if manifest.backend == "onnxruntime":
+        check = replay_golden(engine)
+    else:
+        check = verify_torch_bundle(path, str(engine.device))
+    end = EndToEnd(
+        check.passed, check.reason, outputs=check.runs, distance=float(check.required), budget=float(check.budget)
+    )
+    notes.append(f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}")
     blocks: list[BlockCheck] = saved.blocks
-    return Certificate(blocks=blocks, end_to_end=end, device=saved.device, dtype=saved.dtype, notes=[note])
+    return Certificate(blocks=blocks, end_to_end=end, device=device, dtype=saved.dtype, notes=notes)
+
+
+def _noisy(original: nn.Module, manifest: Manifest) -> list[str]:
+    """Whose rounding explains a difference: the rewritten blocks; for an engine, every module that has weights."""
+    if manifest.backend == "onnxruntime":
+        return [n for n, m in original.named_modules() if next(m.parameters(recurse=False), None) is not None]
+    known = {n for n, _ in original.named_modules()}
+    return [b["name"] if b["name"] in known else "" for b in manifest.data["blocks"]]
 
 
 def _provider_device(provider: str) -> str:

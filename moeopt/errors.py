@@ -44,3 +44,7 @@ class EngineNotExecutableError(MoeoptError):
 
 class StaleModelWarning(UserWarning):
     """A rewritten block met a change it was not verified for, and ran the original code."""
+
+
+class EngineFallbackWarning(UserWarning):
+    """A loaded engine computed something else than it was verified to on this machine, and was lowered otherwise."""

@@ -2,8 +2,8 @@
 
 from moeopt.engine.fingerprint import fingerprint
 from moeopt.engine.golden import GoldenCheck
-from moeopt.engine.manifest import Manifest, is_bundle, read_manifest, write_bundle
-from moeopt.engine.onnx_bundle import save_onnx_bundle
+from moeopt.engine.manifest import Manifest, is_bundle, read_backend, read_manifest, write_bundle
+from moeopt.engine.onnx_bundle import load_onnx_bundle, replay_golden, save_onnx_bundle
 from moeopt.engine.onnx_engine import OnnxEngine
 from moeopt.engine.torch_bundle import LoadedEngine, load_torch_bundle, save_torch_bundle, verify_torch_bundle
 
@@ -14,8 +14,11 @@ __all__ = [
     "OnnxEngine",
     "fingerprint",
     "is_bundle",
+    "load_onnx_bundle",
     "load_torch_bundle",
+    "read_backend",
     "read_manifest",
+    "replay_golden",
     "save_onnx_bundle",
     "save_torch_bundle",
     "verify_torch_bundle",

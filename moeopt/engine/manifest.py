@@ -77,12 +77,13 @@ def write_bundle(
         files = {}
         for path in sorted(aside.iterdir()):
             _check_name(path.name, target)
+            os.chmod(path, 0o644)  # some writers leave files that only their owner reads
             files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         manifest = {
             "format": FORMAT,
             "schema": SCHEMA,
             "backend": backend,
-            "versions": {"moeopt": _version(), "torch": torch.__version__, "python": sys.version.split()[0]},
+            "versions": {"moeopt": version(), "torch": torch.__version__, "python": sys.version.split()[0]},
             **fields,
             "files": files,
         }
@@ -97,6 +98,16 @@ def write_bundle(
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """Read and check a bundle: its manifest, then the presence, size and sha256 of every file it lists."""
     root = Path(directory)
+    data = _read_header(root)
+    if not isinstance(data.get("files"), dict):
+        raise BundleError(f"{root / NAME}: it lists no files")
+    for name, entry in data["files"].items():
+        _check_file(root, name, entry)
+    return Manifest(root, data)
+
+
+def _read_header(root: Path) -> dict[str, Any]:
+    """What ``moeopt.json`` says, its format, schema and backend checked."""
     if not (root / NAME).is_file():
         what = "has no moeopt.json" if root.is_dir() else "is no directory"
         raise BundleError(f"{root} {what}: it is not a bundle, or writing it was cut off")
@@ -114,11 +125,12 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         )
     if data.get("backend") not in BACKENDS:
         raise BundleError(f"{root / NAME}: the backend is {data.get('backend')!r}, not one of {', '.join(BACKENDS)}")
-    if not isinstance(data.get("files"), dict):
-        raise BundleError(f"{root / NAME}: it lists no files")
-    for name, entry in data["files"].items():
-        _check_file(root, name, entry)
-    return Manifest(root, data)
+    return data
+
+
+def read_backend(directory: str | os.PathLike[str]) -> str:
+    """Which backend a bundle claims to be for, its files unchecked; ``BundleError`` when it claims nothing."""
+    return _read_header(Path(directory))["backend"]
 
 
 def is_bundle(directory: str | os.PathLike[str]) -> bool:
@@ -191,7 +203,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _version() -> str:
+def version() -> str:
+    """The version of moeopt that runs here."""
     from importlib import metadata
 
     with contextlib.suppress(metadata.PackageNotFoundError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,14 @@ from torch import nn
 
 from moeopt.backends.onnxrt.assemble import replace_sites
 from moeopt.backends.onnxrt.export import emitting, own_outputs, quiet, to_onnx
-from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.plan import Plan, kind
 from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, available, provider_named, runtime
+from moeopt.backends.onnxrt.site import DOMAIN, OP
 from moeopt.backends.onnxrt.widen import widen_graph
+from moeopt.engine.manifest import version
+from moeopt.engine.onnx_names import name_ends
+from moeopt.engine.onnx_probe import BLOCK, make_probe
+from moeopt.engine.onnx_sites import ENDS, describe
 from moeopt.engine.program import export_program, roomier
 from moeopt.engine.signature import describe_call, functional
 from moeopt.errors import UsageError
@@ -25,12 +30,19 @@ from moeopt.options import Options
 
 @dataclass
 class Built:
-    """A written graph: its folder, how it is called, and what was chosen for each site."""
+    """A written graph: its folder, how it is called, and what was chosen for each site.
+
+    ``sites`` are records of :mod:`moeopt.engine.onnx_sites`, ``probes`` one of :mod:`moeopt.engine.onnx_probe` for
+    each kind of them.
+    """
 
     folder: tempfile.TemporaryDirectory[str]
     signature: dict[str, Any]
     lowerings: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    probes: list[tuple[dict[str, torch.Tensor], float]] = field(default_factory=list)
 
     @property
     def directory(self) -> Path:
@@ -44,7 +56,7 @@ def onnx_plan(options: Options) -> Plan:
     provider = provider_named(wanted)
     if provider not in available():
         raise UsageError(f"provider {provider!r} is not on this machine; it has: {', '.join(available())}")
-    return Plan(provider)
+    return Plan(provider, options.tokens, options.tune)
 
 
 def build_onnx(
@@ -64,7 +76,6 @@ def build_onnx(
     signature = describe_call(program)
     say("converting it to ONNX")
     graph = to_onnx(program)
-    _name_ends(graph.graph, signature)
     return write_graph(graph, sites, signature, plan, say, started)
 
 
@@ -77,13 +88,24 @@ def write_graph(
     say(f"lowering {len(sites)} expert blocks")
     if plan.provider == "cpu":
         widen_graph(model)
-    names = replace_sites(model, [plan.legal(s) for s in sites], plan.lowering)
+    legal = [plan.legal(site) for site in sites]
+    calls = {
+        n.attributes["site"].as_int(): (*n.inputs, n.outputs[0])
+        for n in model.graph
+        if (n.domain, n.op_type) == (DOMAIN, OP)
+    }
+    names = replace_sites(model, legal, plan.lowering)
     own_outputs(model.graph)
     _deduplicate(model.graph)
+    name_ends(model.graph, signature)
+    made = label_nodes(model, [site.name for site in legal])
+    records, probes = _describe(legal, names, plan, calls, made)
     folder = tempfile.TemporaryDirectory(prefix="moeopt-")
     say("writing the engine")
     ir.save(model, f"{folder.name}/{GRAPH}", external_data=EXTERNAL_DATA)
     built = Built(folder, signature, dict(zip([s.name for s in sites], names, strict=True)))
+    built.sites, built.probes = records, probes
+    built.reasons = {site.name: plan.why(site) for site in sites}
     size = sum(p.stat().st_size for p in built.directory.iterdir())
     built.facts = {
         "nodes": float(len(model.graph)),
@@ -93,15 +115,64 @@ def write_graph(
     return built
 
 
-def _name_ends(graph: Any, signature: dict[str, Any]) -> None:
-    """``input_n`` is the n-th leaf of the arguments; ``output_n`` the n-th tensor of the result."""
-    by_name = {value.name: value for value in graph.inputs}
-    for number, entry in enumerate(signature["inputs"]):
-        if "dtype" in entry and entry["name"] in by_name:
-            by_name[entry["name"]].name = f"input_{number}"
-    own_outputs(graph)
-    for number, value in enumerate(graph.outputs):
-        value.name = f"output_{number}"
+def label_nodes(model: Any, blocks: Sequence[str]) -> dict[str, list[Any]]:
+    """Say in each node's metadata which block it belongs to, and what wrote the graph; the nodes of each block.
+
+    What the exporter left there, source paths of the machine that it ran on among it, is dropped.
+    """
+    inside: dict[str, list[Any]] = {block: [] for block in blocks}
+    taken: set[str] = set()
+    for number, node in enumerate(model.graph.all_nodes()):
+        name = node.name or f"{node.op_type}_{number}"
+        node.name = name if name not in taken else f"{name}/{number}"
+        taken.add(node.name)
+        for key in [k for k in node.metadata_props if k.startswith("pkg.")]:
+            del node.metadata_props[key]
+        block = node.metadata_props.get(BLOCK) or node.name.rpartition("/")[0]
+        while block and block not in inside:
+            block = block.rpartition("/")[0]
+        if block:
+            node.metadata_props[BLOCK] = block
+            inside[block].append(node)
+    model.metadata_props["moeopt.version"] = version()
+    model.producer_name, model.producer_version = "moeopt", version()
+    return inside
+
+
+def _describe(
+    sites: list[Any], names: list[str], plan: Plan, calls: dict[int, tuple[Any, ...]], made: dict[str, list[Any]]
+) -> tuple[list[dict[str, Any]], list[tuple[dict[str, torch.Tensor], float]]]:
+    """The records of the sites that the graph holds, and a probe for each kind of them.
+
+    ``calls``: what each site's node read and gave before a lowering took its place.
+    """
+    results = {number: _result(made[sites[number].name]) for number in calls}
+    now = {id(calls[number][-1]): value for number, value in results.items()}
+    records: list[dict[str, Any]] = []
+    probes: list[tuple[dict[str, torch.Tensor], float]] = []
+    kinds: dict[Any, int] = {}
+    for number, call in calls.items():
+        site, name, result = sites[number], names[number], results[number]
+        record = describe(site, name, plan.choice(site).reason)
+        if record is None or result is None:
+            continue
+        key = (kind(site), name)
+        if key not in kinds:
+            kinds[key] = len(probes)
+            probes.append(make_probe(site))
+        values = [*(now.get(id(value), value) for value in call[:-1]), result]
+        names_of_ends = {end: value.name for end, value in zip(ENDS, values, strict=True)}
+        records.append(record | names_of_ends | {"probe": kinds[key], "nodes": len(made[site.name])})
+    return records, probes
+
+
+def _result(nodes: list[Any]) -> Any:
+    """The one value that a block's nodes make for others; None where nothing reads it."""
+    inside = {id(node) for node in nodes}
+    for value in (v for node in nodes for v in node.outputs):
+        if value.is_graph_output() or any(id(user) not in inside for user, _ in value.uses()):
+            return value
+    return None
 
 
 def _deduplicate(graph: Any) -> None:

@@ -1,4 +1,10 @@
-"""The bundle of the ONNX Runtime backend: ``model.onnx``, its weights beside it, and what re-checks them."""
+"""The bundle of the ONNX Runtime backend: ``model.onnx``, its weights beside it, and what re-checks them.
+
+model.onnx, model.onnx.data   plain ONNX Runtime runs them; inputs are named as the model's arguments
+signature.json                how it is called, and which names those are
+probes.safetensors            one question, with its answer in float64, for each kind of lowered block
+certificate.json, golden.safetensors, moeopt.json   as in every bundle
+"""
 
 from __future__ import annotations
 
@@ -9,13 +15,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, available, provider_named, runtime
 from moeopt.engine import golden as goldens
-from moeopt.engine.manifest import write_bundle
+from moeopt.engine import onnx_probe as probes
+from moeopt.engine.manifest import Manifest, read_manifest, write_bundle
 from moeopt.engine.onnx_build import Built
+from moeopt.engine.onnx_check import check_graph
 from moeopt.engine.onnx_engine import OnnxEngine
+from moeopt.engine.onnx_golden import budget_of, golden_runs, other_sizes
+from moeopt.engine.onnx_selftest import Outcome, load_probes, self_test
+from moeopt.errors import BundleError, EngineNotExecutableError, NotEquivalentError, UsageError
 from moeopt.report import Report
 
 SIGNATURE, CERTIFICATE = "signature.json", "certificate.json"
+_PASSED: set[tuple[str, ...]] = set()
+"""Bundles that this process tested: sha256 of graph and weights, version of ONNX Runtime, provider."""
 
 
 def save_onnx_bundle(
@@ -28,22 +44,148 @@ def save_onnx_bundle(
     source: Mapping[str, str] | None,
 ) -> Path:
     """Write an engine as a bundle; returns its directory. Errors are those of ``save_torch_bundle``."""
-    args, kwargs = call
-    runs = [goldens.golden_run(args, kwargs, engine(*args, **kwargs))]
+    if not (built.directory / GRAPH).is_file():
+        raise UsageError(f"the engine's files in {built.directory} are gone: optimise the model again, then save it")
+    given = (tuple(call[0]), dict(call[1]))
+    distance, why = budget_of(certificate)
+    runs = golden_runs(engine, [given, *other_sizes(built.signature, given)], distance)
     fields = {
         "source": dict(source or {}),
         "provider": engine.provider,
+        "runtimes": _runtimes(),
+        "signature": {k: built.signature[k] for k in ("parameters", "in_tree", "out_tree", "inputs")},
+        "dynamic": built.signature["sizes"],
         "blocks": report.to_dict()["blocks"],
         "lowerings": built.lowerings,
+        "sites": built.sites,
+        "probes": [{"budget": budget} for _, budget in built.probes],
         "facts": built.facts,
-        "golden": {"runs": len(runs), "distance": None},
+        "golden": {"runs": len(runs), "distance": distance, "why": why},
     }
 
     def write(aside: Path) -> None:
-        for path in engine.directory.iterdir():
-            shutil.copyfile(path, aside / path.name)
+        from safetensors.torch import save_file
+
+        for name in (GRAPH, EXTERNAL_DATA):
+            if (built.directory / name).exists():
+                shutil.copyfile(built.directory / name, aside / name)
         (aside / SIGNATURE).write_text(json.dumps(built.signature, allow_nan=False))
         (aside / CERTIFICATE).write_text(certificate.to_json())
+        tensors = {
+            f"{n}.{part}": t.contiguous() for n, (probe, _) in enumerate(built.probes) for part, t in probe.items()
+        }
+        save_file(tensors, aside / probes.FILE)
         goldens.save_golden(runs, aside / goldens.FILE)
 
     return write_bundle(directory, "onnxruntime", write, fields)
+
+
+def load_onnx_bundle(
+    directory: str | os.PathLike[str], device: Any = None, *, replay: bool = True, session_options: Any = None
+) -> OnnxEngine:
+    """Check a bundle, test it on this machine, and load it.
+
+    Args:
+        directory: the bundle.
+        device: where it shall run, like ``"cuda"`` or a provider's name; None means where it was verified.
+        replay: run the golden inputs too; :func:`verify_onnx_bundle` does so itself.
+        session_options: an ``onnxruntime.SessionOptions``.
+
+    Raises:
+        BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason.
+        UsageError: the provider is not on this machine.
+        EngineNotExecutableError: a block computes something else here, and no other lowering takes its place.
+        NotEquivalentError: the golden runs come back otherwise than the engine was verified to give them.
+    """
+    manifest = read_manifest(directory)
+    if manifest.backend != "onnxruntime":
+        raise BundleError(f"{manifest.directory}: it is a bundle for {manifest.backend}: use moeopt.load")
+    provider = _provider(manifest, device)
+    signature = manifest.read_json(SIGNATURE)
+    if not isinstance(signature, dict):
+        raise BundleError(f"{manifest.path(SIGNATURE)}: it describes no call")
+    data = manifest.data["files"].get(EXTERNAL_DATA, {"bytes": 0})["bytes"]
+    proto = check_graph(manifest.path(GRAPH), signature, data)
+    key = (*(str(manifest.data["files"].get(f)) for f in (GRAPH, EXTERNAL_DATA)), runtime().__version__, provider)
+    outcome = Outcome(manifest.directory)
+    if key not in _PASSED:
+        outcome = self_test(manifest.directory, proto, *_probes(manifest), provider)
+    engine = _open(manifest, outcome, signature, provider, session_options)
+    if replay and key not in _PASSED:
+        check = replay_golden(engine)
+        if check.passed is False:
+            raise NotEquivalentError(
+                f"{manifest.directory}: on {provider} the engine does not give what it was verified to give: "
+                f"{check.reason}. Save the bundle again on this machine, or run it where it was verified"
+            )
+        if not outcome.notes:
+            _PASSED.add(key)
+    return engine
+
+
+def replay_golden(engine: OnnxEngine) -> goldens.GoldenCheck:
+    """Run the golden inputs of a loaded engine again and compare with what its manifest allows."""
+    manifest = engine.manifest
+    assert manifest is not None, "only a loaded engine has golden runs"
+    path = manifest.path(goldens.FILE)
+    runs = goldens.load_golden(path, torch.device("cpu"))
+    stated = manifest.data.get("golden")
+    if not isinstance(stated, dict) or stated.get("runs") != len(runs):
+        raise BundleError(f"{path}: it holds {len(runs)} golden runs, and the manifest says otherwise")
+    distance = stated.get("distance")
+    if distance is not None and not (isinstance(distance, float) and 0 <= distance < 1):
+        raise BundleError(f"{manifest.directory}: golden runs may be {distance!r} away, which allows anything")
+
+    def run(leaves: Any) -> Any:
+        result = engine.run_flat(leaves)
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cpu(), result)
+
+    return goldens.check_golden(run, runs, distance)
+
+
+def _open(
+    manifest: Manifest, outcome: Outcome, signature: Mapping[str, Any], provider: str, session_options: Any
+) -> OnnxEngine:
+    try:
+        return OnnxEngine(
+            outcome.directory, signature, provider, session_options, outcome.folder, manifest, outcome.notes
+        )
+    except BundleError as err:
+        raise BundleError(f"{manifest.path(SIGNATURE)}: {err}") from None
+    except UsageError:
+        raise
+    except Exception as err:  # ONNX Runtime's own, of many classes
+        lines = str(err).strip().splitlines()
+        reason = f"ONNX Runtime does not load it on {provider}: {lines[0][:300] if lines else type(err).__name__}"
+        if provider == manifest.data.get("provider"):
+            raise BundleError(f"{manifest.path(GRAPH)}: {reason}") from None
+        raise EngineNotExecutableError(
+            f"{manifest.path(GRAPH)}: {reason}. It was verified on {manifest.data.get('provider')}: run it there, or "
+            f"optimise the model again for {provider}"
+        ) from None
+
+
+def _provider(manifest: Manifest, device: Any) -> str:
+    there = available()
+    saved = manifest.data.get("provider")
+    if not isinstance(saved, str):
+        raise BundleError(f"{manifest.directory}: the manifest names no provider")
+    wanted = provider_named(saved if device is None else str(device))
+    if wanted not in there:
+        hint = "" if device is not None else "; it was saved there: name another, like device='cpu'"
+        raise UsageError(f"provider {wanted!r} is not on this machine; it has: {', '.join(there)}{hint}")
+    return wanted
+
+
+def _probes(manifest: Manifest) -> tuple[list[Any], list[Any]]:
+    records, budgets = manifest.data.get("sites"), manifest.data.get("probes")
+    if not isinstance(records, list) or not isinstance(budgets, list) or not all(isinstance(r, dict) for r in records):
+        raise BundleError(f"{manifest.directory}: the manifest has no records of the lowered blocks")
+    return records, load_probes(manifest.path(probes.FILE), budgets)
+
+
+def _runtimes() -> dict[str, str]:
+    from importlib import metadata
+
+    names = ("onnx", "onnx_ir", "onnxscript")
+    return {"onnxruntime": runtime().__version__, **{name: metadata.version(name) for name in names}}

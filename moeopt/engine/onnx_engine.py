@@ -12,6 +12,7 @@ import torch
 from moeopt.backends.onnxrt.session import GRAPH, Session
 from moeopt.engine import values
 from moeopt.engine.binding import Binding
+from moeopt.engine.manifest import Manifest
 from moeopt.engine.tree import build, check_tree
 from moeopt.errors import BundleError, UsageError
 
@@ -25,6 +26,11 @@ class OnnxEngine:
         session: the :class:`~moeopt.backends.onnxrt.session.Session`; its ``session`` is ONNX Runtime's own.
         provider: what really runs it.
         device: where its results are.
+        manifest: of the bundle that it was loaded from, or None.
+        notes: what was replaced when it was loaded, in sentences.
+
+    It has no state, so a copy is the engine itself. Pickled, it is the path of its bundle, opened and checked again
+    where it is unpickled; an engine that was not loaded from a bundle has none, and says so.
     """
 
     def __init__(
@@ -34,8 +40,11 @@ class OnnxEngine:
         provider: str = "cpu",
         session_options: Any = None,
         keep: tempfile.TemporaryDirectory[str] | None = None,
+        manifest: Manifest | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.directory, self.signature, self._keep = Path(directory), signature, keep
+        self.manifest, self.notes = manifest, list(notes)
         try:
             self._binding = Binding(signature, lambda name: torch.device("cpu"))
             self._outputs = [
@@ -49,7 +58,10 @@ class OnnxEngine:
         count = len(self.session.outputs)
         if not fits or any(not isinstance(o, _Constant) and o not in range(count) for o in self._outputs):
             raise BundleError("the structure of the result does not fit the graph")
-        self._names = [f"input_{n}" for n, entry in enumerate(self._binding.inputs) if "dtype" in entry]
+        pairs = zip(signature["inputs"], self._binding.inputs, strict=True)
+        self._feeds = {raw["onnx"]: entry["name"] for raw, entry in pairs if "onnx" in raw}
+        if set(self.session.inputs) - set(self._feeds):
+            raise BundleError(f"the graph takes {self.session.inputs}, and the signature gives {list(self._feeds)}")
 
     @property
     def provider(self) -> str:
@@ -61,8 +73,7 @@ class OnnxEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._binding.bind(tuple(args), dict(kwargs))
-        feeds = {f"input_{n}": bound[entry["name"]] for n, entry in enumerate(self._binding.inputs) if "dtype" in entry}
-        results = self.session.run(feeds)
+        results = self.session.run({name: bound[leaf] for name, leaf in self._feeds.items()})
         return build(
             self.signature["out_tree"],
             iter([o.value if isinstance(o, _Constant) else results[o] for o in self._outputs]),
@@ -75,8 +86,34 @@ class OnnxEngine:
         args, kwargs = build(self._binding.tree, iter(leaves))
         return self(*args, **kwargs)
 
+    @property
+    def certificate(self) -> Any:
+        """The certificate that was saved, as JSON types; None for an engine that was not loaded from a bundle."""
+        return None if self.manifest is None else self.manifest.read_json("certificate.json")
+
+    def __copy__(self) -> OnnxEngine:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnnxEngine:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.manifest is None:
+            raise UsageError(
+                "this engine lies in a temporary folder and cannot be pickled: save it with .save(directory), and "
+                "pickle what moeopt.load(directory) returns, or the directory's name"
+            )
+        return _reopen, (str(self.manifest.directory.resolve()), self.provider)
+
     def __repr__(self) -> str:
-        return f"<moeopt engine {self.directory} on {self.provider}>"
+        where = self.directory if self.manifest is None else self.manifest.directory
+        return f"<moeopt engine {where} on {self.provider}>"
+
+
+def _reopen(directory: str, provider: str) -> OnnxEngine:
+    from moeopt.engine.onnx_bundle import load_onnx_bundle
+
+    return load_onnx_bundle(directory, provider)
 
 
 class _Constant:
