@@ -34,6 +34,10 @@ class BundleError(MoeoptError):
     """An engine bundle is damaged, partial, hostile or from another version."""
 
 
+class CheckpointError(MoeoptError):
+    """A file of a model's checkpoint is damaged; the message names it."""
+
+
 class NotSaveableError(BundleError):
     """A model cannot be written as a bundle; the message names the op in the way."""
 
