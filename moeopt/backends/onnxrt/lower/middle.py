@@ -97,7 +97,8 @@ def _activation(graph: Builder, g: Any, name: str, alpha: float | None, dtype: t
     if name == "softcap":
         return mul(graph.op("Tanh", [graph.op("Div", [g, const(_given(alpha))])]), const(_given(alpha)))
     if name == "softplus":
-        return _softplus(graph, g, const)
+        linear = graph.op("Greater", [g, const(20)])  # F.softplus's threshold
+        return graph.op("Where", [linear, g, _softplus(graph, g, const)])
     if name == "mish":
         return mul(g, graph.op("Tanh", [_softplus(graph, g, const)]))
     positive = graph.op("Greater", [g, const(0)])

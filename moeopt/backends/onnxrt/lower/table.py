@@ -23,9 +23,9 @@ def any_slot_TE(graph: Builder, chosen: Any) -> Any:
     """True where some slot of token t names expert e."""
     import onnx_ir as ir
 
-    counted = graph.op("Cast", [chosen], to=int(ir.DataType.INT32))
+    counted = graph.op("Cast", [chosen], to=int(ir.DataType.FLOAT))  # its integer sums are several times slower
     times_TE = graph.op("ReduceSum", [counted, graph.const([1], "int64")], keepdims=0)
-    return graph.op("Greater", [times_TE, graph.const(0, "int32")], name="chosen_by_any_slot")
+    return graph.op("Greater", [times_TE, graph.const(0, "float32")], name="chosen_by_any_slot")
 
 
 def weights_TE(graph: Builder, site: Site, chosen: Any, w_TK: Any) -> Any:
