@@ -79,7 +79,7 @@ def export_causal_lm(
     _check_call(model, args, kwargs)
     exporter = _exporter()
     say("tracing the model with its cache")
-    sample, shapes = _sample(model)
+    sample, shapes, result = _sample(model)
     with emitting(model) as sites, _hushed(), _sdpa_or_eager(model):
         try:
             graph, _ = exporter.OnnxExporter().export_program(
@@ -95,13 +95,13 @@ def export_causal_lm(
             raise Declined(
                 f"transformers' exporter stops at {_first_line(err)}; the engine is built without a cache"
             ) from err
-    return CausalLMExport(graph, sites, _signature(model, graph))
+    return CausalLMExport(graph, sites, _signature(model, graph, result))
 
 
 def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = {**dict(zip(inspect.signature(type(model).forward).parameters, (None, *args), strict=False)), **kwargs}
     known = {"self", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "return_dict"}
-    if extra := sorted(name for name, value in given.items() if name not in known and value not in (None, False)):
+    if extra := sorted(n for n, value in given.items() if n not in known and value is not None and value is not False):
         raise Declined(f"the example call gives {', '.join(extra)}, which an engine with a cache does not take")
 
 
@@ -116,8 +116,8 @@ def _exporter() -> Any:
     return exporter_onnx
 
 
-def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A call with a past and with padding, and which of its sizes are free."""
+def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any], type]:
+    """A call with a past and with padding, which of its sizes are free, and the class of what the model returns."""
     from torch.export import Dim
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -128,9 +128,15 @@ def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     ids = torch.arange(B * S, device=device).reshape(B, S) % model.config.get_text_config().vocab_size
     try:
         with torch.no_grad():
-            cache = model(input_ids=ids, use_cache=True).past_key_values
+            result = model(input_ids=ids, use_cache=True, return_dict=True)
+        cache = result.past_key_values
     except Exception as err:
         raise Declined(f"the model does not run with a cache: {_first_line(err)}") from err
+    if extra := sorted(name for name in result.keys() - {"logits", "past_key_values"} if result[name] is not None):
+        raise Declined(
+            f"it returns {extra[0]} beside logits and cache; set config.output_router_logits, output_hidden_states "
+            "and output_attentions to False for an engine with a cache"
+        )
     if not isinstance(cache, DynamicCache):
         raise Declined(f"its cache is a {type(cache).__name__}; an engine carries a DynamicCache of keys and values")
     past = DynamicCache()
@@ -154,10 +160,10 @@ def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     call = {name: value for name, value in call.items() if name in takes}
     free = {name: value for name, value in free.items() if name in takes}
     free["past_key_values"] = [{0: Dim.AUTO, 2: Dim.AUTO}] * (2 * len(past.layers))
-    return {**call, "past_key_values": past, "use_cache": True, "return_dict": True}, free
+    return {**call, "past_key_values": past, "use_cache": True, "return_dict": True}, free, type(result)
 
 
-def _signature(model: Any, graph: Any) -> dict[str, Any]:
+def _signature(model: Any, graph: Any, result: type) -> dict[str, Any]:
     """What calls of the graph need to know; ``Declined`` where the graph is not of the module's form."""
     ends_in = {value.name.removeprefix("input."): value for value in graph.graph.inputs}
     ends_out = {value.name.removeprefix("output."): value for value in graph.graph.outputs}
@@ -166,11 +172,6 @@ def _signature(model: Any, graph: Any) -> dict[str, Any]:
     leaves = {name for layer in cache for name in layer.values()}
     if missing := sorted(leaves - ends_out.keys()) + ["logits"] * ("logits" not in ends_out):
         raise Declined(f"the traced model does not return {missing[0]}")
-    if extra := sorted(ends_out.keys() - leaves - {"logits"}):
-        raise Declined(
-            f"it returns {extra[0]} beside logits and cache; set config.output_router_logits, output_hidden_states "
-            "and output_attentions to False for an engine with a cache"
-        )
     mask = ends_in.get("attention_mask")
     if mask is None or not mask.uses():
         raise Declined("it does not read attention_mask, so padded rows would go wrong in an engine with a cache")
@@ -184,7 +185,6 @@ def _signature(model: Any, graph: Any) -> dict[str, Any]:
         return {"input": value.name, "output": out.name, "heads": sizes[0], "size": sizes[1], "dtype": _dtype(value)}
 
     config = model.config
-    result = type(_last_result(model))
     return {
         "kind": "causal_lm",
         "architecture": type(model).__name__,
@@ -199,11 +199,6 @@ def _signature(model: Any, graph: Any) -> dict[str, Any]:
         "use_cache": bool(getattr(config.get_text_config(), "use_cache", True)),
         "vocab_size": config.get_text_config().vocab_size,
     }
-
-
-def _last_result(model: Any) -> Any:
-    with torch.no_grad():
-        return model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), return_dict=True)
 
 
 def _dtype(value: Any) -> str:

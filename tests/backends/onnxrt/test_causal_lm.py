@@ -1,0 +1,275 @@
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("transformers.exporters")
+
+import moeopt
+from moeopt.backends.onnxrt.assemble import replace_sites
+from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm
+from moeopt.backends.onnxrt.causal_runner import CausalLM
+from moeopt.backends.onnxrt.export import own_outputs
+from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.session import Session
+from moeopt.errors import Declined, UsageError
+from tests.families.build import FAMILIES
+
+GREEDY = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False, no_repeat_ngram_size=2)
+ROUNDING = 2e-5
+"""Logits of these models are below 10 and go through two layers of float32 products in another order."""
+
+
+def exported(name, folder):
+    """The original, and an engine made of a twin whose own weights are NaN by the time it runs."""
+    import onnx_ir
+
+    family = FAMILIES[name]
+    original = family.build()
+    twin = copy.deepcopy(original)
+    optimized = moeopt.optimize(twin, family.inputs(), verify="off").model
+    export = export_causal_lm(optimized, (), family.inputs(), lambda line: None)
+    plan = Plan("cpu")
+    replace_sites(export.model, [plan.legal(s) for s in export.sites], plan.lowering)
+    own_outputs(export.model.graph)
+    onnx_ir.save(export.model, folder / "model.onnx", external_data="model.onnx.data")
+    (folder / "signature.json").write_text(json.dumps(export.signature))
+    with torch.no_grad():
+        for model in (twin, optimized):
+            for t in (*model.parameters(), *model.buffers()):
+                t.fill_(float("nan")) if t.is_floating_point() else None
+    return original, CausalLM(Session(folder / "model.onnx"), json.loads((folder / "signature.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    return exported("qwen3_moe", folder)
+
+
+def prompt(rows, length, padded=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 63, (rows, length), generator=g)
+    mask = torch.ones_like(ids)
+    if padded:
+        for row in range(1, rows):
+            mask[row, : min(length - 1, 2 * row)] = 0
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+def followed(first, tokens):
+    """The call after ``first`` with ``tokens`` more."""
+    mask = torch.cat([first["attention_mask"], torch.ones(len(first["input_ids"]), tokens, dtype=torch.int64)], 1)
+    new = prompt(len(mask), tokens, seed=1)["input_ids"]
+    return {
+        "input_ids": new,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:],
+    }
+
+
+@torch.no_grad()
+def apart(original, engine, call, more):
+    """How far the logits are apart at tokens that are not padding, in a first call and one that goes on from it."""
+    want, got = original(**call, use_cache=True), engine(**call)
+    assert type(got) is type(want)
+    real = call["attention_mask"].bool()
+    first = (got.logits - want.logits)[real].abs().max()
+    second = engine(**more, past_key_values=got.past_key_values).logits
+    want = original(**more, past_key_values=want.past_key_values).logits
+    return max(first, (second - want).abs().max())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 100])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_any_batch_any_length_and_a_past(pair, rows, length, padded):
+    call = prompt(rows, length, padded)
+    for tokens in (1, 3):
+        assert apart(*pair, call, followed(call, tokens)) < ROUNDING
+
+
+def test_padding_would_show_if_the_mask_were_not_read(pair):
+    _, engine = pair
+    call = prompt(3, 9, padded=True)
+    unmasked = engine(**{**call, "attention_mask": torch.ones_like(call["input_ids"])}).logits
+    real = call["attention_mask"].bool()
+    assert (engine(**call).logits - unmasked)[2][real[2]].abs().max() > 100 * ROUNDING
+
+
+def test_mask_and_positions_default_as_the_models_do(pair):
+    original, engine = pair
+    ids = prompt(2, 6)["input_ids"]
+    with torch.no_grad():
+        want = original(ids)
+    got = engine(ids)
+    assert (got.logits - want.logits).abs().max() < ROUNDING
+    assert got.past_key_values.get_seq_length() == 6
+    assert engine(ids, use_cache=False).past_key_values is None
+    logits, cache = engine(ids, return_dict=False)
+    assert torch.equal(logits, got.logits) and cache.get_seq_length() == 6
+
+
+def test_logits_of_some_positions_only(pair):
+    _, engine = pair
+    ids = prompt(2, 6)["input_ids"]
+    whole = engine(ids).logits
+    torch.testing.assert_close(engine(ids, logits_to_keep=2).logits, whole[:, -2:], rtol=0, atol=ROUNDING)
+    picked = torch.tensor([1, -1])
+    torch.testing.assert_close(engine(ids, logits_to_keep=picked).logits, whole[:, picked], rtol=0, atol=ROUNDING)
+
+
+def test_the_cache_that_was_passed_grows(pair):
+    _, engine = pair
+    call = prompt(2, 5)
+    cache = engine(**call).past_key_values
+    more = followed(call, 2)
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    listed = engine(**more, past_key_values=pairs)
+    grown = engine(**more, past_key_values=cache)
+    assert grown.past_key_values is cache and cache.get_seq_length() == 7
+    assert isinstance(listed.past_key_values, list) and torch.equal(listed.logits, grown.logits)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 8}], ids=["greedy", "beams", "sample"]
+)
+def test_generates_the_same_tokens(pair, rows, how):
+    original, engine = pair
+    call = prompt(rows, 9, padded=True)
+    del call["position_ids"]
+    tokens = []
+    for model in (original, engine):
+        torch.manual_seed(0)
+        tokens.append(model.generate(**call, **{**GREEDY, **how}))
+    assert torch.equal(*tokens)
+
+
+def test_streams_and_stops(pair):
+    from transformers import StoppingCriteria
+    from transformers.generation.streamers import BaseStreamer
+
+    class Heard(BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    class Short(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 12)
+
+    heard = Heard()
+    out = pair[1].generate(prompt(1, 9)["input_ids"], streamer=heard, stopping_criteria=[Short()], **GREEDY)
+    assert out.shape == (1, 12) and heard.tokens == [*out[0].tolist(), "end"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        ({"labels": torch.zeros(2, 5, dtype=torch.int64)}, "labels: the engine computes no loss; take logits from it"),
+        ({"inputs_embeds": torch.zeros(2, 5, 32)}, "inputs_embeds: the engine starts from token ids; pass input_ids"),
+        ({"output_hidden_states": True}, "no hidden states; run the original model for them"),
+        ({"output_attentions": True}, "no attention weights; run the original model for them"),
+        ({"output_router_logits": True}, "no router logits; run the original model for them"),
+        ({"token_type_ids": torch.zeros(2, 5)}, "token_type_ids: the engine was exported without it"),
+        ({"attention_mask": torch.ones(2, 4)}, r"attention_mask must be \(2, 5\): one entry for each cached and each"),
+        ({"attention_mask": {"full": None}}, r"must be \(2, 5\).* not dict"),
+        ({"position_ids": torch.zeros(2, 4)}, r"position_ids must be \(2, 5\), not \(2, 4\)"),
+        ({"input_ids": None}, r"input_ids must be a tensor \(rows, tokens\)"),
+        ({"past_key_values": object()}, "past_key_values is a object; the engine takes a DynamicCache"),
+        ({"past_key_values": [(torch.zeros(2, 2, 3, 8),) * 2]}, "past_key_values has 1 layers; the model has 2"),
+        ({"past_key_values": [(torch.zeros(1, 2, 3, 8),) * 2] * 2}, "pass the cache that the engine returned"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_refuses_with_the_way_out(pair, extra, text):
+    call = {"input_ids": prompt(2, 5)["input_ids"], **extra}
+    with pytest.raises(UsageError, match=text):
+        pair[1](**call)
+
+
+def test_refuses_arguments_by_position(pair):
+    ids = prompt(2, 5)["input_ids"]
+    with pytest.raises(UsageError, match="input_ids was given twice, by position and by name"):
+        pair[1](ids, input_ids=ids)
+    with pytest.raises(UsageError, match="arguments by position, not 99"):
+        pair[1](*[ids] * 99)
+
+
+def test_runs_without_transformers(pair, folder):
+    code = f"""
+import sys, json
+sys.modules["transformers"] = None
+import torch
+from moeopt.backends.onnxrt.causal_runner import CausalLM
+from moeopt.backends.onnxrt.session import Session
+from moeopt.errors import UsageError
+engine = CausalLM(Session({str(folder / "model.onnx")!r}), json.load(open({str(folder / "signature.json")!r})))
+first = engine(torch.tensor([[5, 6, 7]]))
+print(engine(torch.tensor([[8]]), past_key_values=first.past_key_values).logits.argmax().item())
+try:
+    engine.generate(torch.tensor([[5, 6, 7]]))
+except UsageError as err:
+    print(err)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    with torch.no_grad():
+        want = pair[0](torch.tensor([[5, 6, 7, 8]])).logits[0, -1].argmax().item()
+    assert out == [str(want), "generate needs transformers: pip install 'moeopt[transformers]'"]
+
+
+def test_what_is_a_causal_language_model():
+    assert is_causal_lm(FAMILIES["mixtral"].build())
+    assert not is_causal_lm(FAMILIES["switch_transformers"].build())
+    assert not is_causal_lm(FAMILIES["mixtral"].build().model)
+    assert not is_causal_lm(torch.nn.Linear(2, 2))
+
+
+def with_router_logits(model):
+    model.config.output_router_logits = True
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "call", "text"),
+    [
+        ("jamba", None, {}, "layer 0 keeps a Linear.*; an engine carries keys and values of attention only"),
+        (
+            "olmoe",
+            with_router_logits,
+            {},
+            "returns (aux_loss|router_logits) beside logits and cache; set config.output_router_logits",
+        ),
+        ("olmoe", None, {"labels": torch.zeros(2, 9)}, "the example call gives labels, which an engine with a cache"),
+    ],
+)
+def test_declines_with_a_reason(name, change, call, text):
+    model = FAMILIES[name].build()
+    if change:
+        change(model)
+    with pytest.raises(Declined, match=text):
+        export_causal_lm(model, (), {**FAMILIES[name].inputs(), **call}, lambda line: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
+def test_windows_sinks_and_latent_attention(name, tmp_path):
+    pair = exported(name, tmp_path)
+    call = prompt(3, 30, padded=True)
+    assert apart(*pair, call, followed(call, 2)) < ROUNDING
+    del call["position_ids"]
+    assert torch.equal(*[model.generate(**call, **GREEDY) for model in pair])
