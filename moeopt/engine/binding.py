@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moeopt.engine import sizes, values
+from moeopt.engine.conditions import check_conditions, read_conditions
 from moeopt.engine.tree import check_tree, flatten
 from moeopt.errors import BundleError, UsageError
 
@@ -24,6 +25,7 @@ class Binding:
         self.inputs = [_read_input(i, device) for i in graph["inputs"]]
         if check_tree(self.tree) != len(self.inputs):
             raise BundleError("the structure of the inputs does not fit the graph")
+        self.conditions = read_conditions(graph.get("conditions", []))
         self._positional, self._keywords = self.tree["items"]
         if self._positional["type"] != "tuple" or self._keywords["type"] != "dict":
             raise BundleError("the inputs are not a tuple of arguments and a dict of keywords")
@@ -36,6 +38,8 @@ class Binding:
         for entry, (path, value) in zip(self.inputs, paths, strict=True):
             self._check_input(entry, path, value, seen)
             env[entry["name"]] = value
+        if self.conditions:
+            check_conditions(self.conditions, lambda n: paths[n][1].shape, lambda n: self.inputs[n]["name"])
         return env
 
     def _as_exported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,18 +13,20 @@ import torch
 from torch import nn
 
 from moeopt.backends.onnxrt.assemble import replace_sites
+from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm
 from moeopt.backends.onnxrt.export import emitting, own_outputs, quiet, to_onnx
 from moeopt.backends.onnxrt.plan import Plan, kind
 from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, available, provider_named, runtime
 from moeopt.backends.onnxrt.site import DOMAIN, OP
 from moeopt.backends.onnxrt.widen import widen_graph
 from moeopt.engine.manifest import version
+from moeopt.engine.onnx_causal import flat_signature
 from moeopt.engine.onnx_names import name_ends
 from moeopt.engine.onnx_probe import BLOCK, make_probe
 from moeopt.engine.onnx_sites import ENDS, describe
 from moeopt.engine.program import export_program, roomier
 from moeopt.engine.signature import describe_call, functional
-from moeopt.errors import UsageError
+from moeopt.errors import Declined, UsageError
 from moeopt.options import Options
 
 
@@ -68,6 +70,14 @@ def build_onnx(
         NotSaveableError: torch.export or ONNX cannot hold the model; the message names what is in the way.
     """
     started = time.perf_counter()
+    if is_causal_lm(model):
+        try:
+            found = export_causal_lm(model, args, kwargs, say, plan.provider)
+        except Declined as err:
+            plan.remarks.append(f"the engine has no key/value cache: {err.reason}")
+        else:
+            signature = flat_signature(found.model.graph, found.signature)
+            return write_graph(found.model, found.sites, signature, plan, say, started)
     say("tracing the whole model")
     args, kwargs = roomier(model, args, kwargs)
     with emitting(model) as sites, quiet():

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, available, provider_named, runtime
+from moeopt.compare.language import find_ids
 from moeopt.engine import golden as goldens
 from moeopt.engine import onnx_probe as probes
 from moeopt.engine.manifest import Manifest, read_manifest, write_bundle
 from moeopt.engine.onnx_build import Built
+from moeopt.engine.onnx_causal import flat_calls
 from moeopt.engine.onnx_check import check_graph
 from moeopt.engine.onnx_engine import OnnxEngine
 from moeopt.engine.onnx_golden import budget_of, golden_runs, other_sizes
@@ -46,9 +48,8 @@ def save_onnx_bundle(
     """Write an engine as a bundle; returns its directory. Errors are those of ``save_torch_bundle``."""
     if not (built.directory / GRAPH).is_file():
         raise UsageError(f"the engine's files in {built.directory} are gone: optimise the model again, then save it")
-    given = (tuple(call[0]), dict(call[1]))
     distance, why = budget_of(certificate)
-    runs = golden_runs(engine, [given, *other_sizes(built.signature, given)], distance)
+    runs = golden_runs(engine, _golden_calls(engine, call), distance)
     fields = {
         "source": dict(source or {}),
         "provider": engine.provider,
@@ -121,6 +122,16 @@ def load_onnx_bundle(
         if not outcome.notes:
             _PASSED.add(key)
     return engine
+
+
+def _golden_calls(engine: OnnxEngine, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Any]:
+    """(args, kwargs) of the graph for the given call and for the same in other sizes."""
+    args, kwargs = tuple(call[0]), dict(call[1])
+    if engine.causal_lm is None:
+        return [(args, kwargs), *other_sizes(engine.signature, (args, kwargs))]
+    ids = find_ids(args, kwargs)
+    assert ids is not None, "a causal language model was called with token ids"
+    return [((), feeds) for feeds in flat_calls(engine.causal_lm, ids)]
 
 
 def replay_golden(engine: OnnxEngine) -> goldens.GoldenCheck:

@@ -21,8 +21,13 @@ from moeopt.errors import BundleError
 
 MAX_GRAPH = 1 << 31
 """Bytes: no protobuf message is longer."""
-MICROSOFT = ("MoE", "QMoE")
-"""Operators of com.microsoft that a lowering writes."""
+MICROSOFT = (
+    *("MoE", "QMoE"),
+    *("Attention", "MultiHeadAttention", "GroupQueryAttention", "RotaryEmbedding"),
+    *("SkipLayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "GroupNorm"),
+    *("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "FusedMatMul", "BiasSplitGelu"),
+)
+"""Operators of com.microsoft that a lowering, or a fusion of transformers' exporter, writes."""
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 _KEYS = {"location", "offset", "length"}
 

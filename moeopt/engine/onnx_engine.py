@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from moeopt.backends.onnxrt.causal_runner import CausalLM
 from moeopt.backends.onnxrt.session import GRAPH, Session
 from moeopt.engine import values
 from moeopt.engine.binding import Binding
 from moeopt.engine.manifest import Manifest
+from moeopt.engine.onnx_causal import KEY
 from moeopt.engine.tree import build, check_tree
 from moeopt.errors import BundleError, UsageError
 
@@ -28,6 +30,7 @@ class OnnxEngine:
         device: where its results are.
         manifest: of the bundle that it was loaded from, or None.
         notes: what was replaced when it was loaded, in sentences.
+        causal_lm: what calls and generates as a causal language model does, or None for any other model.
 
     It has no state, so a copy is the engine itself. Pickled, it is the path of its bundle, opened and checked again
     where it is unpickled; an engine that was not loaded from a bundle has none, and says so.
@@ -62,6 +65,7 @@ class OnnxEngine:
         self._feeds = {raw["onnx"]: entry["name"] for raw, entry in pairs if "onnx" in raw}
         if set(self.session.inputs) - set(self._feeds):
             raise BundleError(f"the graph takes {self.session.inputs}, and the signature gives {list(self._feeds)}")
+        self.causal_lm = CausalLM(self.session, signature[KEY]) if KEY in signature else None
 
     @property
     def provider(self) -> str:
@@ -72,6 +76,18 @@ class OnnxEngine:
         return self.session.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.run_graph if self.causal_lm is None else self.causal_lm
+        return call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """``generate``, ``config`` and the rest of a causal language model."""
+        caller = self.__dict__.get("causal_lm")
+        if caller is None or name.startswith("_"):
+            raise AttributeError(f"the engine has no attribute {name!r}")
+        return getattr(caller, name)
+
+    def run_graph(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the graph itself: for a causal language model, its tensors by name instead of the model's arguments."""
         bound = self._binding.bind(tuple(args), dict(kwargs))
         results = self.session.run({name: bound[leaf] for name, leaf in self._feeds.items()})
         return build(
@@ -84,7 +100,7 @@ class OnnxEngine:
         if len(leaves) != len(self._binding.inputs):
             raise UsageError(f"the bundle takes {len(self._binding.inputs)} values, not {len(leaves)}")
         args, kwargs = build(self._binding.tree, iter(leaves))
-        return self(*args, **kwargs)
+        return self.run_graph(*args, **kwargs)
 
     @property
     def certificate(self) -> Any:

@@ -55,7 +55,7 @@ def golden_runs(engine: OnnxEngine, calls: Sequence[Call], distance: float | Non
     runs, steady = [], []
     for number, (args, kwargs) in enumerate(calls):
         try:
-            run = golden_run(args, kwargs, engine(*args, **kwargs))
+            run = golden_run(args, kwargs, engine.run_graph(*args, **kwargs))
         except Exception:
             if number == 0:
                 raise

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as shape_config
 from torch.utils import _pytree as pytree
 
 from moeopt.compare.model import run_plain

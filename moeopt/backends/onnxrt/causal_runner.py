@@ -80,12 +80,8 @@ class CausalLM:
             UsageError: an argument that the engine has no form for; the message says what to do.
         """
         given = self._bound(args, kwargs)
-        ids = given["input_ids"]
-        cache = given.get("past_key_values")
-        past = read_cache(cache, self.signature["cache"], ids.shape[0], self.device)
-        feeds = self._feeds(given, int(past[0][0].shape[2]) if past else 0)
-        for layer, pair in zip(self.signature["cache"], past, strict=True):
-            feeds[layer["keys"]["input"]], feeds[layer["values"]["input"]] = pair
+        ids, cache = given["input_ids"], given.get("past_key_values")
+        feeds = self.feeds(**given)
         found = dict(zip(self.session.outputs, self.session.run(feeds), strict=True))
         logits = found[self.signature["logits"]["output"]]
         if "logits_to_keep" not in self.signature["inputs"]:
@@ -95,6 +91,14 @@ class CausalLM:
             grown = [(found[at["keys"]["output"]], found[at["values"]["output"]]) for at in self.signature["cache"]]
             return self._result(logits, write_cache(cache, grown), given.get("return_dict"))
         return self._result(logits, None, given.get("return_dict"))
+
+    def feeds(self, **given: Any) -> dict[str, Tensor]:
+        """The graph's inputs by name for a call of the model by keywords."""
+        past = read_cache(given.get("past_key_values"), self.signature["cache"], len(given["input_ids"]), self.device)
+        feeds = self._feeds(given, int(past[0][0].shape[2]) if past else 0)
+        for layer, pair in zip(self.signature["cache"], past, strict=True):
+            feeds[layer["keys"]["input"]], feeds[layer["values"]["input"]] = pair
+        return feeds
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``GenerationMixin.generate``: greedy, sampling, beams, streamers, stopping criteria and the rest.

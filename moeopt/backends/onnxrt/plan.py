@@ -42,8 +42,8 @@ class Plan:
     def __init__(self, provider: str, tokens: tuple[int, ...] | None = None, tune: bool = False) -> None:
         self.provider, self.tokens, self.tune = provider, tokens, tune
         self._ranked: dict[Kind, list[Choice]] = {}
-        self.notes: list[str] = []
-        self._demoted: dict[Kind, set[str]] = {}
+        self.remarks: list[str] = []
+        self._demoted: dict[Kind, dict[str, str]] = {}
         self._last: tuple[Kind, str] | None = None
         self._routers: Mapping[int, RouterSpec] = {}
         self._sessions: dict[Any, tuple[Session, Site, Bank]] = {}
@@ -52,7 +52,7 @@ class Plan:
         """The best lowering for ``site`` that was not demoted; ``Declined`` when there is none."""
         wide = self.legal(site)
         known = kind(wide)
-        demoted = self._demoted.get(known, set())
+        demoted = self._demoted.get(known, {})
         if known not in self._ranked:
             self._ranked[known] = ranked(wide, self.provider, self.tokens, session_of if self.tune else None)
         choices = self._ranked[known]
@@ -92,11 +92,19 @@ class Plan:
         """Give up the lowering that ran last, for its kind of block; False when none ran."""
         if self._last is None:
             return False
-        known, name = self._last
-        self._demoted.setdefault(known, set()).add(name)
-        self.notes.append(f"lowering {name} was given up: {reason}")
-        self._last = None
-        return True
+        (known, name), self._last = self._last, None
+        demoted = self._demoted.setdefault(known, {})
+        demoted[name] = reason
+        if any(c.lowering is not None and c.name not in demoted for c in self._ranked[known]):
+            return True
+        del self._demoted[known]  # they all fail alike: what is wrong is not the lowering
+        return False
+
+    @property
+    def notes(self) -> list[str]:
+        """What was given up, in sentences for the certificate."""
+        given_up = {n: why for demoted in self._demoted.values() for n, why in demoted.items()}
+        return [*self.remarks, *(f"lowering {n} was given up: {why}" for n, why in given_up.items())]
 
     def _answer(self, x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor | None:
         if x.dtype == torch.float64 or weights.dtype == torch.float64 or type(x) is not Tensor:
