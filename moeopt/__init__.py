@@ -1,7 +1,16 @@
 """moeopt: find the mixture-of-experts blocks of any PyTorch model, rewrite them into grouped-expert ops, prove it."""
 
 from moeopt.api import Optimized, explain, load, optimize, verify
-from moeopt.errors import BundleError, CaptureError, Declined, MoeoptError, NotSaveableError, UsageError
+from moeopt.errors import (
+    BundleError,
+    CaptureError,
+    CheckpointError,
+    Declined,
+    MoeoptError,
+    NotSaveableError,
+    UsageError,
+)
+from moeopt.inspection import Inspection, inspect
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.options import Options
 
@@ -10,8 +19,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BundleError",
     "CaptureError",
+    "CheckpointError",
     "Declined",
     "ExpertsSpec",
+    "Inspection",
     "MoeoptError",
     "NotSaveableError",
     "Optimized",
@@ -20,6 +31,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "explain",
+    "inspect",
     "load",
     "optimize",
     "verify",

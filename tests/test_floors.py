@@ -17,7 +17,7 @@ FLOORS = [
     {"passes", "backends"},  # siblings: neither knows the other
     {"compare", "report"},
     {"engine", "drive"},  # a saved model; one model driven through the stages
-    {"pipeline"},
+    {"pipeline", "inspection"},
     {"api"},
     {"cli", "pytest_plugin"},  # what people call
     {"__main__"},

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from moeopt.cli.about import bundle_facts, machine_facts, print_facts
+from moeopt.cli.inspect_command import inspect_command
 from moeopt.cli.target import FORMS, load_target
 
 app = typer.Typer(
@@ -19,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.command("inspect")(inspect_command)
 
 Target = Annotated[str, typer.Argument(help=FORMS)]
 Bundle = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]

@@ -1,0 +1,33 @@
+"""``moeopt inspect``: what is in a model, before anything is done to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeopt.cli.target import load_target
+from moeopt.inspection import inspect
+
+FORMS = "a Hugging Face directory, a config.json, module:factory or file.py:factory"
+
+
+def inspect_command(
+    target: Annotated[str, typer.Argument(help=FORMS)],
+    batch: Annotated[int, typer.Option(help="sequences that run together")] = 1,
+    prompt: Annotated[int, typer.Option(help="tokens of each sequence at prefill")] = 512,
+    bits: Annotated[int, typer.Option(help="width of a weight for FLOPs and bytes: 32, 16, 8 or 4")] = 16,
+    device: Annotated[str | None, typer.Option(help="a GPU by name, like H100; without it, this CPU, measured")] = None,
+    top_k: Annotated[int | None, typer.Option(help="experts per token, where the model does not show it")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="run the Python code that a directory brings")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
+) -> None:
+    """Count a model's experts and parameters, and say what it needs; reads no weight."""
+    subject: Any = target
+    if ":" in target and not Path(target).exists():
+        subject, _ = load_target(target)
+    found = inspect(
+        subject, batch=batch, prompt=prompt, bits=bits, device=device, top_k=top_k, trust_remote_code=trust_remote_code
+    )
+    print(found.to_json() if as_json else found)

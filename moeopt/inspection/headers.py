@@ -1,0 +1,91 @@
+"""What a checkpoint's files say of themselves: the JSON header of each safetensors file, and no weight.
+
+A safetensors file is 8 bytes (length of the header, little-endian), the header (a JSON object: tensor name ->
+dtype, shape, data_offsets), and the data. https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeopt.errors import CheckpointError
+
+LARGEST_HEADER = 100_000_000
+"""The limit of the safetensors library itself."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The weights of a directory as they are stored: bytes of data, and how many elements of each dtype."""
+
+    files: int
+    tensors: int
+    bytes: int
+    elements: dict[str, int]
+
+
+def stored_weights(directory: Path) -> Stored | None:
+    """Headers of the ``*.safetensors`` files in a directory; None where there are none.
+
+    Raises:
+        CheckpointError: a header is damaged, or a file is shorter than its header says.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        return None
+    elements: Counter[str] = Counter()
+    tensors = total = 0
+    for path in files:
+        for name, entry in _header(path).items():
+            if name == "__metadata__":
+                continue
+            dtype, shape, size = _entry(path, name, entry)
+            elements[dtype] += math.prod(shape)
+            total += size
+            tensors += 1
+    return Stored(len(files), tensors, total, dict(elements))
+
+
+def _header(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, LARGEST_HEADER):
+            raise _damaged(path, f"its header should have {length} bytes, and the whole file has {size}")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except ValueError as err:
+        raise _damaged(path, f"its header is not JSON ({err})") from err
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a table of tensors")
+    ends = [e["data_offsets"][1] for e in header.values() if isinstance(e, dict) and _offsets(e)]
+    if ends and 8 + length + max(ends) > size:
+        raise _damaged(path, f"the data should end at byte {8 + length + max(ends)}, and the file has {size}")
+    return header
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, list[int], int]:
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    if not isinstance(shape, list) or not all(isinstance(s, int) and s >= 0 for s in shape):
+        raise _damaged(path, f"the entry of tensor {name!r} has no shape")
+    if not isinstance(entry.get("dtype"), str) or not _offsets(entry):
+        raise _damaged(path, f"the entry of tensor {name!r} lacks a dtype or data_offsets")
+    begin, end = entry["data_offsets"]
+    return entry["dtype"], shape, end - begin
+
+
+def _offsets(entry: dict[str, Any]) -> bool:
+    pair = entry.get("data_offsets")
+    return (
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, int) for p in pair) and 0 <= pair[0] <= pair[1]
+    )
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {why}; fetch the file again, or inspect its config.json alone")

@@ -1,0 +1,156 @@
+"""An inspection as a table of at most 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from moeopt.inspection.counting import CONVENTIONS, PARTS
+from moeopt.inspection.result import Inspection, Kind
+from moeopt.inspection.roofline import Bound, Pass
+
+WIDTH = 80
+_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def amount(value: float, unit: str = "") -> str:
+    """Four figures and a prefix: 14.3 GB, 989 TFLOP."""
+    for size, prefix in _UNITS:
+        if value >= size * 0.9995:
+            return f"{_figures(value / size)} {prefix}{unit}"
+    return f"{_figures(value)} {unit}".rstrip()
+
+
+def _figures(value: float) -> str:
+    return (
+        f"{value:.0f}" if value >= 100 or value == round(value) else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    )
+
+
+def billions(count: int | None) -> str:
+    """Parameters: 46.703 B, or 1 234 567 plain where they are few."""
+    if count is None:
+        return "?"
+    return f"{count / 1e9:.3f} B" if count >= 10_000_000 else f"{count:,}"
+
+
+def table(found: Inspection) -> str:
+    """The whole report."""
+    sections = [_structure(found), _parameters(found), _memory(found), _work(found), _notes(found)]
+    return "\n\n".join("\n".join(lines) for lines in map(list, sections) if lines)
+
+
+def _structure(found: Inspection) -> Iterator[str]:
+    yield from _wrapped(f"{found.name} (from {_article(found.source)})", "")
+    if not found.kinds:
+        yield f"{_many(found.layers, 'layer')}, no mixture of experts found: a dense model"
+        return
+    yield f"{_many(found.layers, 'layer')}, {found.moe_layers} with experts"
+    for kind in found.kinds:
+        yield from _wrapped(_kind(kind, len(found.kinds) > 1), "  ")
+        yield from _wrapped(f"router: {kind.router}", "  ")
+
+
+def _kind(kind: Kind, count: bool) -> str:
+    where = f"{_many(kind.layers, 'layer')} of " if count else ""
+    chosen = "an unknown number of them" if kind.top_k is None else f"top-{kind.top_k}"
+    shared = f", {_many(kind.shared, 'shared expert')}" if kind.shared else ""
+    form = "gated" if kind.gated else "plain"
+    return f"{where}{kind.experts} experts, {chosen}{shared}; each {kind.hidden} x {kind.inner}, {form}"
+
+
+def _parameters(found: Inspection) -> Iterator[str]:
+    counts = found.counts
+    two = bool(found.kinds)
+    yield f"{'parameters':<50}{'total':>14}" + (f"{'per token':>14}" if two else "")
+    for part, total in counts.total.items():
+        used = billions((counts.active or {}).get(part, 0)) if counts.active else "?"
+        yield f"  {PARTS[part]:<48}{billions(total):>14}" + (f"{used:>14}" if two else "")
+    for name, words in CONVENTIONS.items():
+        whole = billions(counts.all) if name == "all" else ""
+        used = billions(counts.by_convention()[name])
+        label = "all" if name == "all" else words
+        yield f"  {label:<48}" + (f"{whole:>14}{used:>14}" if two else f"{whole or used:>14}")
+
+
+def _memory(found: Inspection) -> Iterator[str]:
+    yield f"memory for the weights, on {found.device.name} ({amount(found.device.memory, 'B')})"
+    for fit in found.memory:
+        verdict = (
+            f"fits, {amount(-fit.short_by, 'B')} free"
+            if fit.fits
+            else f"does not fit: {amount(fit.short_by, 'B')} short; {fit.devices} devices would hold it"
+        )
+        yield f"  {fit.bits:>2} bits {amount(fit.bytes, 'B'):>10}   {verdict}"
+    also = "every expert must be resident, chosen or not; " if found.kinds else ""
+    yield from _wrapped(f"{also}KV cache, activations and the scales of 8 and 4 bits come on top", "  ")
+
+
+def _work(found: Inspection) -> Iterator[str]:
+    device, prefill, decode = found.device, found.prefill, found.decode
+    rates = f"{amount(device.bandwidth, 'B/s')}, {amount(device.flops, 'FLOP/s')}"
+    on = f"{device.name} ({rates}{', measured' if device.measured else ''})"
+    yield from _wrapped(f"work per token at {found.bits} bits, batch {found.batch}, on {on}", "")
+    many, one = f"prefill of {prefill.tokens}", f"decode of {decode.tokens}"
+    yield f"{'':<35}{many:>18}{one:>17}{'compute':>10}"
+    yield f"{'':<26}{'FLOP':>9}{'bytes':>9}{'bound':>9}{'bytes':>8}{'bound':>9}{'from T ≥':>10}"
+    for first, then in zip(prefill.parts, decode.parts, strict=True):
+        yield _row(PARTS[first.name], first, then, prefill.tokens, decode.tokens)
+    yield from _sums(prefill, decode)
+    if prefill.hit is not None and decode.hit is not None and (main := found.main):
+        yield from _wrapped(
+            f"distinct experts that a layer's tokens reach, if routing is uniform, E(1-(1-K/E)^T): "
+            f"{prefill.hit:.1f} of {main.experts} at T = {prefill.tokens}, {decode.hit:.1f} at T = {decode.tokens}",
+            "  ",
+        )
+    yield from _wrapped("weights, and rows in and out of each product; attention scores and KV cache not counted", "  ")
+
+
+def _row(name: str, many: Bound, one: Bound, prefill: int, decode: int) -> str:
+    turns = "never" if many.turns_at is None else f"{many.turns_at}"
+    return (
+        f"  {name:<24}{amount(one.flops / decode):>9}{amount(many.bytes / prefill):>9}{_by(many):>9}"
+        f"{amount(one.bytes / decode):>8}{_by(one):>9}{turns:>10}"
+    )
+
+
+def _sums(prefill: Pass, decode: Pass) -> Iterator[str]:
+    many, one = prefill.to_dict(), decode.to_dict()
+    yield (f"  {'all':<24}{amount(one['flops']):>9}{amount(many['bytes']):>9}{'':>9}{amount(one['bytes']):>8}").rstrip()
+    yield from _wrapped(
+        f"at best {_time(prefill.seconds)} for the prefill and {_time(decode.seconds)} for a decoding step, "
+        f"{decode.tokens / decode.seconds:.3g} tokens/s, were all weights in this device's memory",
+        "  ",
+    )
+
+
+def _by(part: Bound) -> str:
+    return "compute" if part.by == "compute" else "memory"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _notes(found: Inspection) -> Iterator[str]:
+    if found.stored:
+        dtypes = ", ".join(f"{amount(n)} {d}" for d, n in sorted(found.stored.elements.items()))
+        files = _many(found.stored.files, "file")
+        yield from _wrapped(f"stored: {amount(found.stored.bytes, 'B')} in {files}, elements: {dtypes}", "")
+    for note in found.notes:
+        yield from _wrapped(f"note: {note}", "")
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_long_words=True,
+        break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _many(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
+
+
+def _article(source: str) -> str:
+    return f"a {source}"

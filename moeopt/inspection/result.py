@@ -1,0 +1,107 @@
+"""What ``inspect`` found: one value that prints as a table and turns into JSON with fixed keys."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from moeopt.inspection.counting import CONVENTIONS, Counts
+from moeopt.inspection.devices import Device
+from moeopt.inspection.headers import Stored
+from moeopt.inspection.memory import Fit
+from moeopt.inspection.roofline import Pass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """MoE blocks that are alike.
+
+    Attributes:
+        layers: how many there are.
+        experts, top_k: E and K; K is None where it is not fixed or was not seen.
+        shared: networks that every token of the layer passes, in widths of an expert where that is a whole number.
+        hidden, inner, gated: the sizes and the form of one expert.
+        router: how it chooses, in words.
+    """
+
+    layers: int
+    experts: int
+    top_k: int | None
+    shared: int
+    hidden: int
+    inner: int
+    gated: bool
+    router: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Structure, parameters, memory and work of a model. ``kinds`` is empty for a dense model."""
+
+    name: str
+    source: str
+    layers: int
+    kinds: list[Kind]
+    counts: Counts
+    device: Device
+    memory: list[Fit]
+    bits: int
+    batch: int
+    prefill: Pass
+    decode: Pass
+    stored: Stored | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def main(self) -> Kind | None:
+        """The kind of most blocks."""
+        return max(self.kinds, key=lambda k: k.layers, default=None)
+
+    @property
+    def moe_layers(self) -> int:
+        return sum(k.layers for k in self.kinds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values. Fixed keys: layers, experts, top_k, shared_experts, router, params.total,
+        params.active.{all, no_input_embedding, no_embeddings}, memory, per_token.
+
+        A dense model has 0 experts and the router None; ``top_k`` is None where K is not known.
+        """
+        main = self.main
+        device = {"name": self.device.name, "memory_bytes": self.device.memory, "bandwidth": self.device.bandwidth,
+                  "flops": self.device.flops, "source": self.device.source}  # fmt: skip
+        return {
+            "model": self.name,
+            "source": self.source,
+            "layers": self.layers,
+            "moe_layers": self.moe_layers,
+            "experts": main.experts if main else 0,
+            "top_k": main.top_k if main else 0,
+            "shared_experts": main.shared if main else 0,
+            "router": main.router if main else None,
+            "kinds": [asdict(k) for k in self.kinds],
+            "params": {
+                "total": self.counts.all,
+                "active": self.counts.by_convention(),
+                "by_part": {"total": self.counts.total, "active": self.counts.active},
+                "conventions": CONVENTIONS,
+            },
+            "memory": {"device": device, "bits": {str(f.bits): f.to_dict() for f in self.memory}},
+            "per_token": {
+                "bits": self.bits,
+                "batch": self.batch,
+                "prefill": self.prefill.to_dict(),
+                "decode": self.decode.to_dict(),
+            },
+            "stored": asdict(self.stored) if self.stored else None,
+            "notes": self.notes,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def __str__(self) -> str:
+        from moeopt.inspection.render import table
+
+        return table(self)

@@ -1,0 +1,136 @@
+"""``inspect``: what is in a model, will it fit, what bounds it. No weight is read and nothing is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeopt.errors import UsageError
+from moeopt.inspection.counting import count
+from moeopt.inspection.devices import find_device
+from moeopt.inspection.load import load
+from moeopt.inspection.memory import BITS, fits
+from moeopt.inspection.probe import Selection, selection
+from moeopt.inspection.result import Inspection, Kind
+from moeopt.inspection.roles import Roles, assign
+from moeopt.inspection.roofline import Pass, bound, expected_hit, parts_of
+from moeopt.inspection.structure import Block, find_blocks
+from moeopt.inspection.tree import Tree
+
+
+def inspect(
+    model_or_config_or_dir: Any,
+    *,
+    batch: int = 1,
+    prompt: int = 512,
+    bits: int = 16,
+    device: str | None = None,
+    top_k: int | None = None,
+    trust_remote_code: bool = False,
+) -> Inspection:
+    """Experts, parameters, memory and work of a model, before anything is done to it.
+
+    Args:
+        model_or_config_or_dir: an ``nn.Module``; or a Hugging Face config, a path of a config.json, a directory with
+            one (weights are not read, only the headers of safetensors files), or a dict of its fields.
+        batch: sequences that run together; a decoding step has one token of each.
+        prompt: tokens of each sequence at prefill.
+        bits: width of a weight for FLOPs and bytes: 32, 16, 8 or 4.
+        device: a GPU by name, such as "H100-SXM"; None or "cpu" measures this machine, in about a second.
+        top_k: experts per token, where the model does not show it.
+        trust_remote_code: run the Python code that a directory brings, where its model needs that.
+
+    Returns:
+        :class:`Inspection`; ``print`` it, or take ``to_dict()``. A model without experts is no error.
+
+    Raises:
+        UsageError: no model can be made of what was given, or an argument is wrong; the message says the way out.
+        CheckpointError: a safetensors header is damaged.
+    """
+    for name, value in (("batch", batch), ("prompt", prompt), ("top_k", top_k)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UsageError(f"{name}={value!r} must be a whole number from 1 on")
+    if bits not in BITS:
+        raise UsageError(f"bits={bits!r} must be one of {', '.join(map(str, BITS))}")
+    loaded = load(model_or_config_or_dir, trust_remote_code)
+    tree = Tree(loaded.model)
+    if not tree.tensors:
+        raise UsageError(f"{loaded.name} has no parameters, so there is nothing to inspect")
+    chosen, notes = _choose(tree, find_blocks(tree), top_k)
+    blocks, roles = list(chosen), assign(tree, list(chosen))
+    ks = {b.path: s.top_k for b, s in chosen.items()}
+    counts = count(tree, blocks, roles, ks)
+    on = find_device(device)
+    parts = parts_of(tree, blocks, roles, ks)
+    kinds = _kinds(chosen, roles)
+    main = max(kinds, key=lambda k: k.layers, default=None)
+
+    def run(tokens: int) -> Pass:
+        hit = expected_hit(main.experts, main.top_k, tokens) if main and main.top_k else None
+        return Pass(tokens, [bound(p, tokens, bits / 8, on) for p in parts], hit)
+
+    return Inspection(
+        loaded.name, loaded.source, len(roles.layers), kinds, counts, on, fits(counts.all, on), bits, batch,
+        run(batch * prompt), run(batch), loaded.stored, loaded.notes + notes,
+    )  # fmt: skip
+
+
+def _choose(tree: Tree, blocks: list[Block], top_k: int | None) -> tuple[dict[Block, Selection], list[str]]:
+    """How each block chooses, blocks alike asked once; lists of networks that nothing chooses from are no experts."""
+    chosen: dict[Block, Selection] = {}
+    asked: dict[Any, Selection | None] = {}
+    notes = []
+    for block in blocks:
+        if top_k is not None and top_k > block.bank.experts:
+            raise UsageError(
+                f"top_k={top_k} is more than the {block.bank.experts} experts of {block.path or 'the model'}"
+            )
+        like = _likeness(tree, block)
+        if like not in asked:
+            asked[like] = selection(tree, block, top_k)
+        found = asked[like]
+        if found is None and not block.bank.stacked:
+            notes.append(
+                f"{block.bank.owner or 'the model'} holds {block.bank.experts} networks alike, and nothing was seen to "
+                "choose among them: counted as used by every token; if they are experts, give top_k"
+            )
+            continue
+        chosen[block] = found or Selection(None, "not recognised", False)
+        if chosen[block].top_k is None:
+            notes.append(
+                f"how many experts a token uses at {block.path or 'the top'} was not seen, so active parameters are "
+                "not counted and experts are left out of the work: give top_k"
+            )
+    return chosen, _few(notes)
+
+
+def _likeness(tree: Tree, block: Block) -> Any:
+    """Equal for blocks of one class with the same sizes and integer settings."""
+    modules = [tree.modules[p] for p in (block.path, block.router_path)]
+    settings = [
+        (name, value)
+        for module in modules
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, int) and not name.startswith("_") and name not in ("layer_idx", "layer_id", "layer_number")
+    ]
+    bank = block.bank
+    return (*map(type, modules), bank.experts, bank.ffn, block.width, tuple(settings))
+
+
+def _kinds(chosen: dict[Block, Selection], roles: Roles) -> list[Kind]:
+    groups: dict[tuple[Any, ...], int] = {}
+    for block, how in chosen.items():
+        ffn = block.bank.ffn
+        shared = sum(_in_experts(s.inner, ffn.inner) for s in roles.shared.get(block.path, ()))
+        key = (block.bank.experts, how.top_k, shared, ffn.hidden, ffn.inner, ffn.gated, how.router)
+        groups[key] = groups.get(key, 0) + 1
+    return [Kind(layers, *key) for key, layers in groups.items()]
+
+
+def _in_experts(width: int, expert: int) -> int:
+    """DeepSeek and Qwen count a shared network as so many experts of its width; one of another width counts as one."""
+    return width // expert if width % expert == 0 else 1
+
+
+def _few(notes: list[str], most: int = 3) -> list[str]:
+    more = len(notes) - most
+    return notes if more < 1 else [*notes[:most], f"and {more} more of this kind"]

@@ -1,0 +1,187 @@
+"""Where the experts of a model are, told from its parameters: no names, and nothing is run.
+
+    experts   E tensors along a leading axis, E children alike, or E slices of one flat matrix, that make a
+              feed-forward network each (see shapes.py)
+    router    a matrix with one side E, in the same module or up to three modules above; without one there is no MoE
+    shared    a feed-forward network of its own in the same layer: every token passes it
+
+Shapes: E experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from moeopt.inspection.shapes import FFN, ffn_of
+from moeopt.inspection.tree import Tree, parent, within
+
+REACH = 3
+"""Modules above the experts in which their router is looked for."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """E experts side by side. ``stacked`` ones are whole tensors with E along the first axis."""
+
+    owner: str
+    experts: int
+    ffn: FFN
+    names: frozenset[str]
+    stacked: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """One MoE: ``path`` is the innermost module that holds both router and experts."""
+
+    path: str
+    bank: Bank
+    router_path: str
+    router: frozenset[str]
+    width: int
+    """What one row of the router's input holds; H unless the router has layers of its own."""
+
+
+def find_blocks(tree: Tree) -> list[Block]:
+    """Every MoE block, in the order of the parameters."""
+    banks = [*_stacked(tree), *_listed(tree)]
+    blocks = [b for bank in banks if (b := _with_router(tree, bank)) is not None]
+    taken = {n for b in blocks for n in b.bank.names}
+    for bank in _flat(tree, taken):
+        if (block := _with_router(tree, bank)) is not None:
+            blocks.append(block)
+    order = {name: i for i, name in enumerate(tree.tensors)}
+    return sorted(blocks, key=lambda b: min(order[n] for n in b.bank.names))
+
+
+def _stacked(tree: Tree) -> Iterator[Bank]:
+    """3-D parameters with one leading size, in one module or in sister modules."""
+    loose = [
+        n for n, t in tree.tensors.items() if t.dim() == 3 and not isinstance(tree.modules[parent(n)], _ConvNd)
+    ]  # fmt: skip
+    for level in (1, 2):
+        groups: dict[tuple[str, int], list[str]] = {}
+        for name in loose:
+            owner = parent(name) if level == 1 else parent(parent(name))
+            groups.setdefault((owner, tree.shape(name)[0]), []).append(name)
+        taken: set[str] = set()
+        for (owner, experts), names in groups.items():
+            ffn = ffn_of(tree.shape(n)[1:] for n in names)
+            if experts > 1 and ffn is not None:
+                taken.update(names)
+                yield Bank(owner, experts, ffn, frozenset(names), True)
+        loose = [n for n in loose if n not in taken]
+
+
+def _listed(tree: Tree) -> Iterator[Bank]:
+    """Children alike: each is a feed-forward network, or one matrix of it, its other matrices in lists beside."""
+    inside: list[str] = []
+    for path in tree.modules:
+        if inside and within(path, inside[-1]):
+            continue
+        for family in _alike_families(tree, path):
+            ffn = ffn_of(tree.matrices(family[0]))
+            if ffn is not None:
+                inside.append(parent(family[0]))
+                yield Bank(parent(family[0]), len(family), ffn, _names(tree, family), False)
+        yield from _assembled(tree, path)
+
+
+def _assembled(tree: Tree, path: str) -> Iterator[Bank]:
+    """Lists of single matrices that hang side by side in one module: ``w1[e]``, ``w2[e]``, ``w3[e]``."""
+    parts: dict[int, list[list[str]]] = {}
+    for child in tree.children(path):
+        if child not in tree.modules:
+            continue
+        for family in _alike_families(tree, child):
+            if len(tree.matrices(family[0])) == 1:
+                parts.setdefault(len(family), []).append(family)
+    for experts, families in parts.items():
+        ffn = ffn_of(tree.matrices(f[0])[0] for f in families)
+        if ffn is not None:
+            yield Bank(path, experts, ffn, _names(tree, [n for f in families for n in f]), False)
+
+
+def _alike_families(tree: Tree, path: str) -> Iterator[list[str]]:
+    for family in tree.families(path):
+        shapes = [sorted(tree.matrices(c)) for c in family]
+        if shapes[0] and all(s == shapes[0] for s in shapes):
+            yield family
+
+
+def _flat(tree: Tree, taken: set[str]) -> Iterator[Bank]:
+    """Bare (E * I, H) matrices of one shape; E is the router's, so each matrix with H columns near by is tried."""
+    for path, module in tree.modules.items():
+        names = [n for n in tree.children(path) if n in tree.tensors and tree.tensors[n].dim() == 2]
+        shapes = {tree.shape(n) for n in names}
+        if isinstance(module, nn.Linear) or len(names) not in (2, 3) or len(shapes) > 1 or set(names) & taken:
+            continue
+        rows, hidden = shapes.pop()
+        for above in _above(path):
+            found = [
+                tree.shape(n)[0]
+                for n in tree.below.get(above, [])
+                if n not in names and tree.tensors[n].dim() == 2 and tree.shape(n)[1] == hidden
+            ]
+            fits = [e for e in found if 1 < e < rows and rows % e == 0]
+            if fits:
+                yield Bank(path, min(fits), FFN(hidden, rows // min(fits), len(names) == 3), frozenset(names), True)
+                break
+
+
+def _names(tree: Tree, children: list[str]) -> frozenset[str]:
+    return frozenset(n for c in children for n in ([c] if c in tree.tensors else tree.below.get(c, [])))
+
+
+def _above(path: str) -> Iterator[str]:
+    """A module and up to ``REACH`` above it, not beyond an element of a list."""
+    for _ in range(REACH + 1):
+        yield path
+        if not path or path.rpartition(".")[2].isdigit():
+            return
+        path = parent(path)
+
+
+def _with_router(tree: Tree, bank: Bank) -> Block | None:
+    beside = {
+        n
+        for home in {parent(n) for n in bank.names if bank.stacked}
+        for n in tree.children(home)
+        if n in tree.tensors and n not in bank.names and len(tree.shape(n)) > 1 and tree.shape(n)[0] == bank.experts
+    }  # biases (E, .), or the router itself where it is a bare parameter
+    for maybe_bias in (False, True):
+        for above in _above(bank.owner):
+            found = [
+                n
+                for n in tree.below.get(above, [])
+                if n not in bank.names
+                and (n in beside) == maybe_bias
+                and tree.tensors[n].dim() == 2
+                and bank.experts in tree.shape(n)
+                and not isinstance(tree.modules[parent(n)], nn.Embedding)
+            ]
+            if found:
+                best = min(found, key=lambda n: (_other(tree, n, bank) not in bank.ffn.sizes, tree.tensors[n].numel()))
+                return _block(tree, bank, above, best, beside - {best})
+    return None
+
+
+def _other(tree: Tree, name: str, bank: Bank) -> int:
+    a, b = tree.shape(name)
+    return b if a == bank.experts else a
+
+
+def _block(tree: Tree, bank: Bank, path: str, matrix: str, biases: set[str]) -> Block:
+    """The router is the largest module that holds its matrix and no expert."""
+    top = matrix
+    while parent(top) != path and not any(within(n, parent(top)) for n in bank.names):
+        top = parent(top)
+    names = frozenset(tree.below[top] if top in tree.modules else [matrix])
+    width = _other(tree, matrix, bank)
+    ffn = bank.ffn.facing(width)
+    whole = Bank(bank.owner, bank.experts, ffn, bank.names | biases, bank.stacked)
+    return Block(path, whole, top if top in tree.modules else path, names, width)
