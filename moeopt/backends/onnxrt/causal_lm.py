@@ -12,6 +12,7 @@ G key/value heads, D head size::
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import sys
@@ -83,7 +84,7 @@ def export_causal_lm(
     with emitting(model) as sites, _hushed(), _sdpa_or_eager(model):
         try:
             graph, _ = exporter.OnnxExporter().export_program(
-                model,
+                copy.copy(model),  # the exporter leaves a forward on the instance it is given
                 sample,
                 exporter.OnnxConfig(
                     dynamic=True,

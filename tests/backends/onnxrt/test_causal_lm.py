@@ -34,6 +34,7 @@ def exported(name, folder):
     twin = copy.deepcopy(original)
     optimized = moeopt.optimize(twin, family.inputs(), verify="off").model
     export = export_causal_lm(optimized, (), family.inputs(), lambda line: None)
+    assert "forward" not in vars(optimized)
     plan = Plan("cpu")
     replace_sites(export.model, [plan.legal(s) for s in export.sites], plan.lowering)
     own_outputs(export.model.graph)
