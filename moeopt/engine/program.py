@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
+import traceback
 from typing import Any
 
 import torch
@@ -52,14 +55,101 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
     shapes = pytree.tree_map(dynamic, (tuple(args), dict(kwargs)))
     bound = {**dict(zip(inspect.signature(model.forward).parameters, shapes[0], strict=False)), **shapes[1]}
+    before = _python_state(model)
     try:
-        with torch.no_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
+        with torch.no_grad(), shape_config.patch(backed_size_oblivious=True):  # a size of 1 is as good as any other
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
     except MoeoptError:
         raise
     except Exception as err:
-        text = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        raise NotSaveableError(f"{type(model).__name__} cannot be saved: {_obstacle(err)}") from err
+    finally:
+        counted = _restore(model, before)
+    if counted:
         raise NotSaveableError(
-            f"{type(model).__name__} cannot be saved: torch.export stops at: {text}. Blocks that moeopt declined keep "
-            "their data-dependent Python; save the rewritten blocks on their own, or remove what it names"
-        ) from err
+            f"{type(model).__name__} cannot be saved: {counted} changes at each call, and an engine keeps no state: "
+            "make it an argument, or use backend='torch'"
+        )
+    for node in program.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _idle(node):
+            raise NotSaveableError(
+                f"{type(model).__name__} cannot be saved: it draws random numbers ({node.target}{line_of(node)}): "
+                "call eval() first, or make the draws an argument"
+            )
+    return program
+
+
+def line_of(node: torch.fx.Node) -> str:
+    """``, File "...", line n, in f`` of the model's code that a node comes from, or ""."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
+    return f", {lines[-1]}" if lines else ""
+
+
+def _idle(node: torch.fx.Node) -> bool:
+    """Whether a random op draws nothing: dropout outside training, attention without dropout."""
+    named = {a.name: i for i, a in enumerate(node.target._schema.arguments)}  # type: ignore[union-attr]
+
+    def value(name: str) -> Any:
+        if name in node.kwargs:
+            return node.kwargs[name]
+        at = named.get(name)
+        return None if at is None else node.args[at] if at < len(node.args) else 0
+
+    if value("train") is False or value("training") is False:
+        return True
+    return any(name in named and value(name) == 0 for name in ("p", "dropout_p"))
+
+
+def _obstacle(err: Exception) -> str:
+    """Where ``torch.export`` stopped, and the way out."""
+    text = str(err).strip()
+    head = text.splitlines()[0] if text else type(err).__name__
+    if unknown := re.match(r"Found (<class '[^']*'>) in output", head):
+        return (
+            f"its result holds a {unknown[1]}, which torch.export does not know: call "
+            "torch.export.register_dataclass on it, or return a tuple or a dict"
+        )
+    if "ata-dependent" not in head:
+        return f"torch.export stops at: {head}. Remove what it names, or save the rewritten blocks on their own"
+    lines = [
+        line.strip() for line in text.splitlines() if line.strip().startswith("File ") and "site-packages" not in line
+    ]
+    frames = [f for f in traceback.extract_tb(err.__traceback__) if not _is_library(f.filename)]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else f" ({lines[-1]})" if lines else ""
+    return (
+        f"torch.export stops at: {head}{where}. A block that moeopt declined keeps its data-dependent Python: the "
+        "report of backend='torch' says why; save the rewritten blocks on their own, or remove what it names"
+    )
+
+
+def _is_library(path: str) -> bool:
+    return "site-packages" in path or path.startswith("<") or f"{os.sep}moeopt{os.sep}" in path
+
+
+def _python_state(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """The plain Python values that modules hold in their own attributes."""
+    return {
+        (path, name): value
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+        if type(value) in (int, float, bool, str) and name != "training"
+    }
+
+
+def _restore(model: nn.Module, before: dict[tuple[str, str], Any]) -> str:
+    """Put ``before`` back; the name of a number that a call has changed, or ""."""
+    counted = ""
+    for (path, name), value in before.items():
+        module = model.get_submodule(path)
+        now = module.__dict__.get(name, value)
+        if now is value or now == value:
+            continue
+        module.__dict__[name] = value
+        if type(now) in (int, float):
+            counted = counted or f"self.{name} of {path or type(model).__name__}"
+    for path, module in model.named_modules():
+        for name in [n for n, v in module.__dict__.items() if type(v) in (int, float) and (path, n) not in before]:
+            if type(getattr(type(module), name, None)) in (int, float):  # self.calls += 1 hid the class's own value
+                del module.__dict__[name]
+                counted = counted or f"self.{name} of {path or type(model).__name__}"
+    return counted

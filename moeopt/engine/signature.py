@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
 
 from moeopt.engine import sizes
-from moeopt.engine.conditions import encode_conditions
+from moeopt.engine.conditions import encode_conditions, only_asked
 from moeopt.engine.graph import input_entry, tree_of
 from moeopt.engine.values import encode
 from moeopt.errors import NotSaveableError
+
+_OWN = str(Path(__file__).parents[1])
+"""The rewritten blocks' own checks: what they ask of sizes was verified, and holds for all of them."""
 
 
 def describe_call(program: torch.export.ExportedProgram) -> dict[str, Any]:
@@ -35,10 +42,61 @@ def describe_call(program: torch.export.ExportedProgram) -> dict[str, Any]:
         "in_tree": tree_of(program.call_spec.in_spec, "the inputs hold"),
         "out_tree": tree_of(program.call_spec.out_spec, "the result holds"),
         "inputs": inputs,
-        "sizes": dict.fromkeys(sorted(symbols), [1, None]) | {s: [max(1, low or 0), high] for s, (low, high) in ranges.items()},
-        "conditions": encode_conditions(program._guards_code, _numbered(program)),
+        "sizes": dict.fromkeys(sorted(symbols), [1, None])
+        | {s: [max(1, low or 0), high] for s, (low, high) in ranges.items()},
+        "conditions": _conditions(program),
         "outputs": _outputs(program),
     }
+
+
+def _conditions(program: torch.export.ExportedProgram) -> list[Any]:
+    """The conditions on sizes of the trace, less those that only torch's own code asked for."""
+    leaves = _numbered(program)
+    conditions = encode_conditions(program._guards_code, leaves)
+    env = next(
+        (v.fake_mode.shape_env for n in program.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None
+    )
+    if not conditions or env is None:
+        return conditions
+    names = _symbols(program)
+    inside = str(Path(torch.__file__).parent)
+    asked: list[Any] = []
+    for guard in env.guards:
+        frame = guard.sloc.framework_loc
+        if isinstance(frame, traceback.FrameSummary) and not frame.filename.startswith((inside, _OWN)):
+            text = PythonPrinter().doprint(guard.expr)
+            for symbol, source in names.items():
+                text = re.sub(rf"\b{symbol}\b", source, text)
+            asked += encode_conditions([text], leaves)
+    return only_asked(conditions, asked)
+
+
+def _symbols(program: torch.export.ExportedProgram) -> dict[str, str]:
+    """Each symbol of the arguments' sizes, as the text that export's conditions write for it."""
+    spec = program.call_spec.in_spec
+    leaves: dict[int, str] = {}
+
+    def walk(value: Any, text: str) -> None:
+        if isinstance(value, int):
+            leaves[value] = text
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                walk(part, f"{text}[{key!r}]")
+        elif isinstance(value, (tuple, list)):
+            for number, part in enumerate(value):
+                walk(part, f"{text}[{number}]")
+
+    walk(_numbered(program), "L")
+    users = [s.arg.name for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    found: dict[str, str] = {}
+    for number in range(spec.num_leaves):
+        value = nodes[users[number]].meta.get("val")
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            name = sizes.encode_dim(size)
+            if isinstance(name, str) and number in leaves:
+                found.setdefault(name, f"{leaves[number]}.size()[{dim}]")
+    return found
 
 
 def _numbered(program: torch.export.ExportedProgram) -> dict[str, Any]:
@@ -54,6 +112,8 @@ def _outputs(program: torch.export.ExportedProgram) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     tensors = 0
     for value, spec in zip(node.args[0], program.graph_signature.output_specs, strict=True):
+        if spec.kind == OutputKind.BUFFER_MUTATION and spec.target not in read_buffers(program):
+            continue
         if spec.kind != OutputKind.USER_OUTPUT:
             what = {OutputKind.BUFFER_MUTATION: "its buffer", OutputKind.USER_INPUT_MUTATION: "its argument"}
             raise NotSaveableError(
@@ -68,6 +128,34 @@ def _outputs(program: torch.export.ExportedProgram) -> list[dict[str, Any]]:
         else:
             found.append({"constant": encode(value)})
     return found
+
+
+def read_buffers(program: torch.export.ExportedProgram) -> set[str]:
+    """The buffers whose value at the start of a call reaches a result; a counter that is only counted up does not."""
+    (node,) = (n for n in program.graph.nodes if n.op == "output")
+    signature = program.graph_signature
+    todo = [
+        value
+        for value, spec in zip(node.args[0], signature.output_specs, strict=True)
+        if spec.kind != OutputKind.BUFFER_MUTATION and isinstance(value, torch.fx.Node)
+    ]
+    seen: set[torch.fx.Node] = set()
+    while todo:
+        value = todo.pop()
+        if value not in seen:
+            seen.add(value)
+            todo += value.all_input_nodes
+    reached = {n.name for n in seen}
+    return {
+        s.target for s in signature.input_specs if s.kind == InputKind.BUFFER and s.arg.name in reached and s.target
+    }
+
+
+def unwritten(program: torch.export.ExportedProgram) -> list[str]:
+    """Buffers that the model writes and an engine leaves alone: its results do not depend on them."""
+    read = read_buffers(program)
+    specs = program.graph_signature.output_specs
+    return [s.target for s in specs if s.kind == OutputKind.BUFFER_MUTATION and s.target and s.target not in read]
 
 
 def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

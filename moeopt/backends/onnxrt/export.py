@@ -7,14 +7,19 @@ the model when a lowering is written. So exporting costs no copy of them, and no
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import OutputKind
+from torch.utils import _pytree as pytree
 
 from moeopt.backends.onnxrt.site import DOMAIN, OP, Site
 from moeopt.errors import NotSaveableError
@@ -42,8 +47,9 @@ def emitting(model: nn.Module) -> Iterator[list[Site]]:
         if id(bank) not in known:
             return None
         path, router = known[id(bank)]
-        taken = sum(site.name.split("#")[0] == path for site in sites)
-        name = f"{path or 'experts'}#{taken + 1}" if taken else path or "experts"
+        label = path or "experts"
+        taken = sum(site.name.split("#")[0] == label for site in sites)
+        name = f"{label}#{taken + 1}" if taken else label
         sites.append(Site(name, bank, spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
         y: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{OP}",
@@ -65,16 +71,97 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
     Raises:
         NotSaveableError: an op that ONNX has no form for; the message names it.
     """
-    with quiet():
-        try:
-            exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False)
-        except Exception as err:
-            raise NotSaveableError(f"the graph has no ONNX form: {_first_line(err)}") from err
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+    from moeopt.backends.onnxrt.translate import table
+
+    program = _tensors_only(program)
+    with quiet():
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=True,
+                verbose=False,
+                custom_translation_table=table(),
+            )
+        except Exception as err:
+            raise NotSaveableError(
+                f"the graph has no ONNX form: {_first_line(err)}{_where(program, err)}; use backend='torch', or write "
+                "that line with other ops"
+            ) from err
     assert exported is not None  # torch gives None only where it wrote a file itself
     RemoveUnusedNodesPass()(exported.model)
+    _cast_before_transpose(exported.model.graph)
     return exported.model
+
+
+def _tensors_only(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without results that are plain values, and without writes to buffers: neither is ONNX."""
+    (node,) = (n for n in program.graph.nodes if n.op == "output")
+    specs = program.graph_signature.output_specs
+    kept = [
+        (value, spec)
+        for value, spec in zip(node.args[0], specs, strict=True)
+        if isinstance(value, torch.fx.Node) and spec.kind == OutputKind.USER_OUTPUT
+    ]
+    if len(kept) == len(specs):
+        return program
+    program = copy.copy(program)
+    module = torch.fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+    by_name = {n.name: n for n in module.graph.nodes}
+    (end,) = (n for n in module.graph.nodes if n.op == "output")
+    end.args = (tuple(by_name[value.name] for value, _ in kept),)
+    entry = program.module_call_graph[0]
+    assert entry.signature is not None
+    flat = pytree.tree_structure(tuple(range(len(kept))))
+    signature = dataclasses.replace(entry.signature, outputs=[spec.arg for _, spec in kept], out_spec=flat)
+    program._module_call_graph = [dataclasses.replace(entry, signature=signature), *program.module_call_graph[1:]]
+    program._graph_module = module
+    program._graph_signature = dataclasses.replace(program.graph_signature, output_specs=[spec for _, spec in kept])
+    return program
+
+
+def _cast_before_transpose(graph: Any) -> None:
+    """MatMul(Cast(Transpose(x))) becomes MatMul(Transpose(Cast(x))).
+
+    ONNX Runtime 1.31 fuses the first form (MatmulTransposeFusion) and reads a null pointer where x is boolean.
+    """
+    import onnx_ir as ir
+
+    for node in list(graph):
+        turn = node.inputs[0].producer() if node.op_type == "Cast" and node.inputs[0] is not None else None
+        if turn is None or turn.op_type != "Transpose" or node.domain or node.outputs[0].is_graph_output():
+            continue
+        if not any(user.op_type == "MatMul" for user, _ in node.outputs[0].uses()):
+            continue
+        old, source = node.outputs[0], turn.inputs[0]
+        cast = ir.node("Cast", [source], {"to": node.attributes["to"].as_int()})
+        turned = ir.node("Transpose", [cast.outputs[0]], {"perm": list(turn.attributes["perm"].as_ints())})
+        cast.outputs[0].type, cast.outputs[0].shape = old.type, source.shape
+        turned.outputs[0].type, turned.outputs[0].shape, name = old.type, old.shape, old.name
+        graph.insert_before(node, [cast, turned])
+        ir.convenience.replace_all_uses_with(old, turned.outputs[0])
+        graph.remove(node, safe=True)
+        turned.outputs[0].name = name
+
+
+def _where(program: torch.export.ExportedProgram, err: BaseException) -> str:
+    """The op and the model's line that an exporter's error speaks of."""
+    named = re.findall(r"translating node %(\w+)|%(\w+) :", "\n".join(str(e) for e in _chain(err)))
+    names = {part for match in named for part in match if part}
+    for node in program.graph.nodes:
+        if node.name in names and node.op == "call_function":
+            lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
+            return f" ({node.target}{', ' + lines[-1] if lines else ''})"
+    return ""
+
+
+def _chain(err: BaseException | None) -> Iterator[BaseException]:
+    while err is not None:
+        yield err
+        err = err.__cause__
 
 
 def own_outputs(graph: Any) -> None:
@@ -109,8 +196,6 @@ def quiet() -> Iterator[None]:
 
 
 def _first_line(err: BaseException) -> str:
-    root: BaseException = err
-    while root.__cause__ is not None:
-        root = root.__cause__
+    *_, root = _chain(err)
     lines = [line for line in str(root).splitlines() if line.strip()]
     return f"{type(root).__name__}: {lines[0].strip()}" if lines else type(root).__name__

@@ -1,0 +1,182 @@
+"""What a trace took for granted about the sizes of a call, as JSON that is checked at every call.
+
+``torch.export`` follows one call. Where the model asked ``if x.shape[1] > 1`` or made a size an int, the graph is
+right only for calls that answer alike. Export knows these questions as Python text; here they become a tree of
+lists (``["==", ["max", 2, ["size", 0, 1]], 3]``: leaf 0, dimension 1), so that a bundle holds no code.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moeopt.errors import BundleError, NotSaveableError, UsageError
+
+_BINARY: dict[type, str] = {
+    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**",
+    ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.And: "and", ast.Or: "or",
+}  # fmt: skip
+_CALLS = {
+    "max": "max", "min": "min", "math.floor": "floor", "math.ceil": "ceil", "math.trunc": "trunc", "math.sqrt": "sqrt",
+    "torch.sym_float": "float", "torch.sym_int": "trunc", "torch.sym_max": "max", "torch.sym_min": "min",
+    "float": "float", "int": "trunc", "round": "round", "abs": "abs", "torch.sym_not": "not",
+}  # fmt: skip
+_MEANING: dict[str, Callable[..., Any]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "//": operator.floordiv,
+    "%": operator.mod, "**": operator.pow, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+    ">": operator.gt, ">=": operator.ge, "and": lambda *a: all(a), "or": lambda *a: any(a), "not": operator.not_,
+    "max": max, "min": min, "floor": math.floor, "ceil": math.ceil, "trunc": math.trunc, "sqrt": math.sqrt,
+    "float": float, "round": round, "abs": abs, "neg": operator.neg,
+}  # fmt: skip
+
+
+def encode_conditions(guards: Sequence[str], leaves: Any) -> list[Any]:
+    """The conditions among ``guards`` that speak of sizes.
+
+    Args:
+        guards: Python expressions over ``L[name]``, as ``ExportedProgram`` holds them.
+        leaves: the arguments by name, each leaf replaced by its number.
+
+    Raises:
+        NotSaveableError: a condition in a form that is not known here.
+    """
+    found: list[Any] = []
+    for text in guards:
+        try:
+            condition = _encode(ast.parse(text, mode="eval").body, leaves)
+        except (_Other, SyntaxError, KeyError, TypeError, AttributeError, IndexError):
+            raise NotSaveableError(
+                f"the trace holds only where {text.strip()!r}, which cannot be checked at a call: make the model ask "
+                "for sizes of its tensors only, or use backend='torch'"
+            ) from None
+        if condition is not None and _sizes(condition) and condition not in found:
+            found.append(condition)
+    return found
+
+
+def only_asked(conditions: Sequence[Any], asked: Sequence[Any]) -> list[Any]:
+    """``conditions`` without those by which torch only told a size from 0 and 1 for its own strides and broadcasts.
+
+    Ops of a graph do both at run time. ``asked`` are the conditions that the model's own code raised.
+    """
+    kept = []
+    for condition in conditions:
+        name, *rest = condition
+        special = (name in ("!=", ">") and rest[1] in (0, 1)) or (name == ">=" and rest[1] in (1, 2))
+        if not special or condition in asked:
+            kept.append(condition)
+    return kept
+
+
+def check_conditions(
+    conditions: Sequence[Any], shapes: Callable[[int], Sequence[int]], name: Callable[[int], str]
+) -> None:
+    """``UsageError`` names the condition that sizes do not meet; ``shapes(leaf)`` is a leaf's shape."""
+    for condition in conditions:
+        try:
+            holds = _value(condition, shapes)
+        except (ArithmeticError, ValueError):
+            holds = False
+        if not holds:
+            raise UsageError(
+                f"this engine holds for calls where {_text(condition, name)}, as in the call it was exported with: "
+                "optimise again with example inputs of these sizes, or use backend='torch'"
+            )
+
+
+def read_conditions(conditions: Any) -> list[Any]:
+    """Conditions from a file; ``BundleError`` for what :func:`encode_conditions` would not have written."""
+
+    def good(node: Any, depth: int = 0) -> bool:
+        if isinstance(node, (int, float)):
+            return True
+        if not isinstance(node, list) or not node or depth > 64:
+            return False
+        if node[0] == "size":
+            return len(node) == 3 and all(isinstance(n, int) and n >= 0 for n in node[1:])
+        return node[0] in _MEANING and len(node) > 1 and all(good(child, depth + 1) for child in node[1:])
+
+    if not isinstance(conditions, list) or not all(good(c) for c in conditions):
+        raise BundleError(f"{str(conditions)[:80]!r} are not conditions that moeopt writes")
+    return conditions
+
+
+class _Other(Exception):
+    pass
+
+
+def _encode(node: ast.expr, leaves: Any) -> Any:
+    """A tree of lists, or None for a question that is not about sizes."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        return node.value
+    if isinstance(node, ast.BinOp):
+        return [_BINARY[type(node.op)], _encode(node.left, leaves), _encode(node.right, leaves)]
+    if isinstance(node, ast.UnaryOp):
+        name = {ast.USub: "neg", ast.Not: "not"}[type(node.op)]
+        return [name, _encode(node.operand, leaves)]
+    if isinstance(node, ast.BoolOp):
+        return [_BINARY[type(node.op)], *(_encode(v, leaves) for v in node.values)]
+    if isinstance(node, ast.Compare):
+        return _encode_compare(node, leaves)
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Call):
+        inner = node.value.func
+        if isinstance(inner, ast.Attribute) and inner.attr == "size" and isinstance(node.slice, ast.Constant):
+            return ["size", _leaf(inner.value, leaves), node.slice.value]
+    if isinstance(node, ast.Call) and (name := _CALLS.get(ast.unparse(node.func))):
+        return [name, *(_encode(a, leaves) for a in node.args)]
+    raise _Other
+
+
+def _encode_compare(node: ast.Compare, leaves: Any) -> Any:
+    values = [node.left, *node.comparators]
+    try:
+        parts = [_encode(v, leaves) for v in values]
+    except _Other:
+        for value in values:  # the value of an argument that is no tensor is checked as a constant of the call
+            if isinstance(value, ast.Subscript):
+                _leaf(value, leaves)
+                return None
+        raise
+    pairs = [[_BINARY[type(op)], parts[i], parts[i + 1]] for i, op in enumerate(node.ops)]
+    return pairs[0] if len(pairs) == 1 else ["and", *pairs]
+
+
+def _leaf(node: ast.expr, leaves: Any) -> int:
+    """The number of the leaf that ``L['x'][0]`` names."""
+    if isinstance(node, ast.Name) and node.id == "L":
+        return leaves
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        return _leaf(node.value, leaves)[node.slice.value]  # type: ignore[index]
+    if isinstance(node, ast.Attribute):
+        return getattr(_leaf(node.value, leaves), node.attr)
+    raise _Other
+
+
+def _sizes(node: Any) -> bool:
+    return isinstance(node, list) and (node[0] == "size" or any(_sizes(child) for child in node[1:]))
+
+
+def _value(node: Any, shapes: Callable[[int], Sequence[int]]) -> Any:
+    if not isinstance(node, list):
+        return node
+    if node[0] == "size":
+        return shapes(node[1])[node[2]]
+    return _MEANING[node[0]](*[_value(child, shapes) for child in node[1:]])
+
+
+def _text(node: Any, name: Callable[[int], str]) -> str:
+    if not isinstance(node, list):
+        return f"{node:g}" if isinstance(node, float) else str(node)
+    if node[0] == "size":
+        return f"{name(node[1])}.shape[{node[2]}]"
+    parts = [_text(child, name) for child in node[1:]]
+    if node[0] in _BINARY.values():
+        inner = [
+            f"({p})" if isinstance(c, list) and c[0] in _BINARY.values() else p
+            for p, c in zip(parts, node[1:], strict=True)
+        ]
+        return f" {node[0]} ".join(inner)
+    return f"{node[0]}({', '.join(parts)})"
