@@ -1,6 +1,6 @@
 """How many parameters there are, and how many one token uses.
 
-    active = total - experts * (E - K) / E
+    active = total - experts * (E - K) / E        choices without weights (identity experts) count in E
 
 There is no one convention for "active", so there are three, and all are reported:
 
@@ -72,5 +72,5 @@ def count(tree: Tree, blocks: list[Block], roles: Roles, top_k: dict[str, int | 
     for block in blocks:
         size = sum(tree.tensors[n].numel() for n in block.bank.names)
         chosen = top_k[block.path] or 0
-        active["experts"] -= size * (block.bank.experts - chosen) // block.bank.experts
+        active["experts"] -= size * (block.bank.choices - chosen) // block.bank.choices
     return Counts(total, active)

@@ -54,6 +54,7 @@ class _Watch(TorchDispatchMode):
         self.then: list[str] = []
         self.groups = 0
         self.sorted = False
+        self.maxima: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -79,8 +80,10 @@ class _Watch(TorchDispatchMode):
             (self.then if self.top_k else self.before).append(_SCORES[name])
         elif name == "topk":
             self.top_k = int(args[1])
-        elif name in ("argmax", "max") and scores.is_floating_point() and not self.top_k:
-            self.top_k = 1
+        elif name in ("argmax", "max") and scores.is_floating_point():
+            if not any(scores is m for m in self.maxima):  # each further maximum is over other (masked) scores
+                self.maxima.append(scores)
+                self.top_k = len(self.maxima)
         elif name in ("sort", "argsort") and scores.is_floating_point():
             self.sorted = True
 
@@ -109,13 +112,13 @@ def selection(tree: Tree, block: Block, top_k: int | None = None) -> Selection |
         if seen is not None:
             break
     if top_k is not None:
-        return Selection(top_k, seen.router if seen else f"top-{top_k} of {block.bank.experts} (given)", True)
+        return Selection(top_k, seen.router if seen else f"top-{top_k} of {block.bank.choices} (given)", True)
     if seen is not None and seen.top_k is not None:
         return seen
     found = _attribute(tree, block)
     if found is not None:
         name, value = found
-        return Selection(value, f"top-{value} of {block.bank.experts} (read from {name})", False)
+        return Selection(value, f"top-{value} of {block.bank.choices} (read from {name})", False)
     return seen
 
 
@@ -135,7 +138,7 @@ def _run(module: nn.Module, block: Block) -> Selection | None:
         return None
     for width in dict.fromkeys((block.bank.ffn.hidden, block.width, block.bank.ffn.inner)):
         for shape in ((1, TOKENS, width), (TOKENS, width)):
-            watch, complete = _Watch(block.bank.experts), False
+            watch, complete = _Watch(block.bank.choices), False
             try:
                 with _no_complaints(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
                     state = {n: _stand_in(t) for n, t in (*twin.named_parameters(), *twin.named_buffers())}
@@ -174,7 +177,7 @@ def _attribute(tree: Tree, block: Block) -> tuple[str, int] | None:
     owners += [(p and p + ".config", getattr(tree.modules[p], "config", None)) for p in (*paths, "")]
     for path, owner in owners:
         for name, value in vars(owner).items() if owner is not None and hasattr(owner, "__dict__") else ():
-            right = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= block.bank.experts
+            right = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= block.bank.choices
             if right and _TOP_K.fullmatch(name.lower()):
                 return (f"{path}.{name}" if path else name), value
     return None

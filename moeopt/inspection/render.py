@@ -52,7 +52,7 @@ def _structure(found: Inspection) -> Iterator[str]:
 
 
 def _kind(kind: Kind, count: bool) -> str:
-    where = f"{_many(kind.layers, 'layer')} of " if count else ""
+    where = f"{_many(kind.blocks, 'block')} of " if count else ""
     chosen = "an unknown number of them" if kind.top_k is None else f"top-{kind.top_k}"
     shared = f", {_many(kind.shared, 'shared expert')}" if kind.shared else ""
     form = "gated" if kind.gated else "plain"

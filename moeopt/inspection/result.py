@@ -18,14 +18,14 @@ class Kind:
     """MoE blocks that are alike.
 
     Attributes:
-        layers: how many there are.
+        blocks: how many there are.
         experts, top_k: E and K; K is None where it is not fixed or was not seen.
         shared: networks that every token of the layer passes, in widths of an expert where that is a whole number.
         hidden, inner, gated: the sizes and the form of one expert.
         router: how it chooses, in words.
     """
 
-    layers: int
+    blocks: int
     experts: int
     top_k: int | None
     shared: int
@@ -42,6 +42,7 @@ class Inspection:
     name: str
     source: str
     layers: int
+    moe_layers: int
     kinds: list[Kind]
     counts: Counts
     device: Device
@@ -56,11 +57,7 @@ class Inspection:
     @property
     def main(self) -> Kind | None:
         """The kind of most blocks."""
-        return max(self.kinds, key=lambda k: k.layers, default=None)
-
-    @property
-    def moe_layers(self) -> int:
-        return sum(k.layers for k in self.kinds)
+        return max(self.kinds, key=lambda k: k.blocks, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values. Fixed keys: layers, experts, top_k, shared_experts, router, params.total,

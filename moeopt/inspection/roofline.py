@@ -88,7 +88,7 @@ def parts_of(tree: Tree, blocks: list[Block], roles: Roles, top_k: dict[str, int
         row = chosen * (2 * ffn.hidden + (3 if ffn.gated else 2) * ffn.inner)
         part = found.setdefault("experts", Part("experts", banks=[]))
         assert part.banks is not None
-        part.banks.append((size, block.bank.experts, chosen, row))
+        part.banks.append((size, block.bank.choices, chosen, row))
     return [found[name] for name in PARTS if name in found]
 
 

@@ -13,7 +13,7 @@ from moeopt.inspection.probe import Selection, selection
 from moeopt.inspection.result import Inspection, Kind
 from moeopt.inspection.roles import Roles, assign
 from moeopt.inspection.roofline import Pass, bound, expected_hit, parts_of
-from moeopt.inspection.structure import Block, find_blocks
+from moeopt.inspection.structure import Bank, Block, find_blocks
 from moeopt.inspection.tree import Tree
 
 
@@ -55,22 +55,27 @@ def inspect(
     tree = Tree(loaded.model)
     if not tree.tensors:
         raise UsageError(f"{loaded.name} has no parameters, so there is nothing to inspect")
-    chosen, notes = _choose(tree, find_blocks(tree), top_k)
+    found, lone = find_blocks(tree)
+    chosen, notes = _choose(tree, found, top_k)
+    lone = [b for b in lone if b.stacked]
+    if top_k is None and lone:
+        notes.append(_unrouted(lone[0]))
+    chosen |= {_without_router(b): Selection(top_k, "not recognised", False) for b in lone if top_k is not None}
     blocks, roles = list(chosen), assign(tree, list(chosen))
     ks = {b.path: s.top_k for b, s in chosen.items()}
     counts = count(tree, blocks, roles, ks)
     on = find_device(device)
     parts = parts_of(tree, blocks, roles, ks)
     kinds = _kinds(chosen, roles)
-    main = max(kinds, key=lambda k: k.layers, default=None)
+    main = max(kinds, key=lambda k: k.blocks, default=None)
 
     def run(tokens: int) -> Pass:
         hit = expected_hit(main.experts, main.top_k, tokens) if main and main.top_k else None
         return Pass(tokens, [bound(p, tokens, bits / 8, on) for p in parts], hit)
 
     return Inspection(
-        loaded.name, loaded.source, len(roles.layers), kinds, counts, on, fits(counts.all, on), bits, batch,
-        run(batch * prompt), run(batch), loaded.stored, loaded.notes + notes,
+        loaded.name, loaded.source, len(roles.layers), _layers(tree, blocks), kinds, counts, on, fits(counts.all, on),
+        bits, batch, run(batch * prompt), run(batch), loaded.stored, loaded.notes + notes,
     )  # fmt: skip
 
 
@@ -80,7 +85,7 @@ def _choose(tree: Tree, blocks: list[Block], top_k: int | None) -> tuple[dict[Bl
     asked: dict[Any, Selection | None] = {}
     notes = []
     for block in blocks:
-        if top_k is not None and top_k > block.bank.experts:
+        if top_k is not None and top_k > block.bank.choices:
             raise UsageError(
                 f"top_k={top_k} is more than the {block.bank.experts} experts of {block.path or 'the model'}"
             )
@@ -89,10 +94,7 @@ def _choose(tree: Tree, blocks: list[Block], top_k: int | None) -> tuple[dict[Bl
             asked[like] = selection(tree, block, top_k)
         found = asked[like]
         if found is None and not block.bank.stacked:
-            notes.append(
-                f"{block.bank.owner or 'the model'} holds {block.bank.experts} networks alike, and nothing was seen to "
-                "choose among them: counted as used by every token; if they are experts, give top_k"
-            )
+            notes.append(_unrouted(block.bank))
             continue
         chosen[block] = found or Selection(None, "not recognised", False)
         if chosen[block].top_k is None:
@@ -101,6 +103,17 @@ def _choose(tree: Tree, blocks: list[Block], top_k: int | None) -> tuple[dict[Bl
                 "not counted and experts are left out of the work: give top_k"
             )
     return chosen, _few(notes)
+
+
+def _unrouted(bank: Bank) -> str:
+    return (
+        f"{bank.owner or 'the model'} holds {bank.experts} networks alike, and nothing was seen to choose among them: "
+        "counted as used by every token; if they are experts, give top_k"
+    )
+
+
+def _without_router(bank: Bank) -> Block:
+    return Block(bank.owner, bank, bank.owner, frozenset(), bank.ffn.hidden)
 
 
 def _likeness(tree: Tree, block: Block) -> Any:
@@ -123,7 +136,12 @@ def _kinds(chosen: dict[Block, Selection], roles: Roles) -> list[Kind]:
         shared = sum(_in_experts(s.inner, ffn.inner) for s in roles.shared.get(block.path, ()))
         key = (block.bank.experts, how.top_k, shared, ffn.hidden, ffn.inner, ffn.gated, how.router)
         groups[key] = groups.get(key, 0) + 1
-    return [Kind(layers, *key) for key, layers in groups.items()]
+    return [Kind(blocks, *key) for key, blocks in groups.items()]
+
+
+def _layers(tree: Tree, blocks: list[Block]) -> int:
+    """Layers that hold a block."""
+    return len({tree.numbered_ancestor(b.path, outermost=True) or b.path for b in blocks})
 
 
 def _in_experts(width: int, expert: int) -> int:

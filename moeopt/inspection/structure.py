@@ -10,6 +10,7 @@ Shapes: E experts, H hidden, I intermediate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,13 +26,21 @@ REACH = 3
 
 @dataclass(frozen=True)
 class Bank:
-    """E experts side by side. ``stacked`` ones are whole tensors with E along the first axis."""
+    """E experts side by side. ``stacked`` ones are whole tensors with E along the first axis.
+
+    ``idle`` further choices of the router have no weights: they hand the token on, or do nothing.
+    """
 
     owner: str
     experts: int
     ffn: FFN
     names: frozenset[str]
     stacked: bool
+    idle: int = 0
+
+    @property
+    def choices(self) -> int:
+        return self.experts + self.idle
 
 
 @dataclass(frozen=True)
@@ -46,23 +55,27 @@ class Block:
     """What one row of the router's input holds; H unless the router has layers of its own."""
 
 
-def find_blocks(tree: Tree) -> list[Block]:
-    """Every MoE block, in the order of the parameters."""
+def find_blocks(tree: Tree) -> tuple[list[Block], list[Bank]]:
+    """Every MoE block, in the order of the parameters; and banks of networks that have no router near them."""
     banks = [*_stacked(tree), *_listed(tree)]
-    blocks = [b for bank in banks if (b := _with_router(tree, bank)) is not None]
-    taken = {n for b in blocks for n in b.bank.names}
-    for bank in _flat(tree, taken):
-        if (block := _with_router(tree, bank)) is not None:
+    blocks, lone = [], []
+    for bank in [*banks, *_flat(tree, {n for b in banks for n in b.names})]:
+        block = _with_router(tree, bank)
+        if block is None:
+            lone.append(bank)
+        else:
             blocks.append(block)
     order = {name: i for i, name in enumerate(tree.tensors)}
-    return sorted(blocks, key=lambda b: min(order[n] for n in b.bank.names))
+    return sorted(blocks, key=lambda b: min(order[n] for n in b.bank.names)), lone
 
 
 def _stacked(tree: Tree) -> Iterator[Bank]:
     """3-D parameters with one leading size, in one module or in sister modules."""
     loose = [
-        n for n, t in tree.tensors.items() if t.dim() == 3 and not isinstance(tree.modules[parent(n)], _ConvNd)
-    ]  # fmt: skip
+        n
+        for n, t in tree.tensors.items()
+        if t.dim() == 3 and min(t.shape) > 1 and not isinstance(tree.modules[parent(n)], _ConvNd)
+    ]
     for level in (1, 2):
         groups: dict[tuple[str, int], list[str]] = {}
         for name in loose:
@@ -83,11 +96,12 @@ def _listed(tree: Tree) -> Iterator[Bank]:
     for path in tree.modules:
         if inside and within(path, inside[-1]):
             continue
-        for family in _alike_families(tree, path):
+        for family, idle in _alike_families(tree, path):
             ffn = ffn_of(tree.matrices(family[0]))
             if ffn is not None:
-                inside.append(parent(family[0]))
-                yield Bank(parent(family[0]), len(family), ffn, _names(tree, family), False)
+                inside.append(path)
+                yield Bank(path, len(family), ffn, _names(tree, family), False, idle)
+                break
         yield from _assembled(tree, path)
 
 
@@ -97,7 +111,7 @@ def _assembled(tree: Tree, path: str) -> Iterator[Bank]:
     for child in tree.children(path):
         if child not in tree.modules:
             continue
-        for family in _alike_families(tree, child):
+        for family, _ in _alike_families(tree, child):
             if len(tree.matrices(family[0])) == 1:
                 parts.setdefault(len(family), []).append(family)
     for experts, families in parts.items():
@@ -106,27 +120,28 @@ def _assembled(tree: Tree, path: str) -> Iterator[Bank]:
             yield Bank(path, experts, ffn, _names(tree, [n for f in families for n in f]), False)
 
 
-def _alike_families(tree: Tree, path: str) -> Iterator[list[str]]:
+def _alike_families(tree: Tree, path: str) -> Iterator[tuple[list[str], int]]:
+    """Children with matrices of the same shapes, and how many of their siblings have no parameters at all."""
     for family in tree.families(path):
-        shapes = [sorted(tree.matrices(c)) for c in family]
-        if shapes[0] and all(s == shapes[0] for s in shapes):
-            yield family
+        full = [c for c in family if c in tree.tensors or tree.below.get(c)]
+        shapes = [sorted(tree.matrices(c)) for c in full]
+        if len(full) > 1 and shapes[0] and all(s == shapes[0] for s in shapes):
+            yield full, len(family) - len(full)
 
 
 def _flat(tree: Tree, taken: set[str]) -> Iterator[Bank]:
     """Bare (E * I, H) matrices of one shape; E is the router's, so each matrix with H columns near by is tried."""
     for path, module in tree.modules.items():
-        names = [n for n in tree.children(path) if n in tree.tensors and tree.tensors[n].dim() == 2]
-        shapes = {tree.shape(n) for n in names}
-        if isinstance(module, nn.Linear) or len(names) not in (2, 3) or len(shapes) > 1 or set(names) & taken:
+        own = [n for n in tree.children(path) if n in tree.tensors and tree.tensors[n].dim() == 2 and n not in taken]
+        if len(own) < 2 or isinstance(module, (nn.Linear, nn.ParameterList)):
             continue
-        rows, hidden = shapes.pop()
+        rows, hidden = max((tree.shape(n) for n in own), key=math.prod)
+        names = [n for n in own if tree.shape(n) == (rows, hidden)]
+        if len(names) not in (2, 3):
+            continue
         for above in _above(path):
-            found = [
-                tree.shape(n)[0]
-                for n in tree.below.get(above, [])
-                if n not in names and tree.tensors[n].dim() == 2 and tree.shape(n)[1] == hidden
-            ]
+            near = [tree.shape(n) for n in tree.below.get(above, []) if n not in names and tree.tensors[n].dim() == 2]
+            found = [a if b == hidden else b for a, b in near if hidden in (a, b)]
             fits = [e for e in found if 1 < e < rows and rows % e == 0]
             if fits:
                 yield Bank(path, min(fits), FFN(hidden, rows // min(fits), len(names) == 3), frozenset(names), True)
@@ -161,7 +176,7 @@ def _with_router(tree: Tree, bank: Bank) -> Block | None:
                 if n not in bank.names
                 and (n in beside) == maybe_bias
                 and tree.tensors[n].dim() == 2
-                and bank.experts in tree.shape(n)
+                and bank.choices in tree.shape(n)
                 and not isinstance(tree.modules[parent(n)], nn.Embedding)
             ]
             if found:
@@ -172,7 +187,7 @@ def _with_router(tree: Tree, bank: Bank) -> Block | None:
 
 def _other(tree: Tree, name: str, bank: Bank) -> int:
     a, b = tree.shape(name)
-    return b if a == bank.experts else a
+    return b if a == bank.choices else a
 
 
 def _block(tree: Tree, bank: Bank, path: str, matrix: str, biases: set[str]) -> Block:
@@ -183,5 +198,5 @@ def _block(tree: Tree, bank: Bank, path: str, matrix: str, biases: set[str]) -> 
     names = frozenset(tree.below[top] if top in tree.modules else [matrix])
     width = _other(tree, matrix, bank)
     ffn = bank.ffn.facing(width)
-    whole = Bank(bank.owner, bank.experts, ffn, bank.names | biases, bank.stacked)
+    whole = Bank(bank.owner, bank.experts, ffn, bank.names | biases, bank.stacked, bank.idle)
     return Block(path, whole, top if top in tree.modules else path, names, width)

@@ -66,13 +66,16 @@ class Tree:
         return [prefix + n for n in names if prefix + n in self.modules or prefix + n in self.tensors]
 
     def families(self, path: str) -> Iterator[list[str]]:
-        """Children that are named alike but for a number: lists, dicts of ``expert_3``, attributes ``fc3``."""
+        """Children of one list or dict, and attributes that are named alike but for a number (``fc1``, ``fc2``)."""
+        module = self.modules[path]
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+            yield self.children(path)
         groups: dict[str, list[str]] = {}
         for child in self.children(path):
             name = child.rpartition(".")[2]
             if re.search(r"\d", name):
                 groups.setdefault(re.sub(r"\d+", "#", name), []).append(child)
-        yield from (g for g in groups.values() if len(g) > 1)
+        yield from groups.values()
 
     def numbered_ancestor(self, path: str, outermost: bool = False) -> str | None:
         """The element of a list (its name is a number) that holds ``path``: the innermost, or the outermost."""
