@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -17,7 +18,7 @@ from moeopt.compare.block import BlockCheck
 from moeopt.compare.cases import adversarial_cases
 from moeopt.compare.certificate import Certificate
 from moeopt.compare.gradients import gradients_differ, skips_idle
-from moeopt.compare.model import EndToEnd, end_to_end
+from moeopt.compare.model import EndToEnd, end_to_end, run_plain
 from moeopt.drive.inputs import Call, as_call, made_up
 from moeopt.drive.share import shared_copy
 from moeopt.drive.witness import prototypes
@@ -35,6 +36,7 @@ from moeopt.engine import (
     verify_torch_bundle,
 )
 from moeopt.engine.onnx_build import Built, build_onnx, onnx_plan
+from moeopt.engine.onnx_golden import other_sizes
 from moeopt.engine.program import export_program
 from moeopt.errors import CaptureError, NotEquivalentError, UsageError
 from moeopt.options import Options
@@ -80,6 +82,9 @@ class Optimized:
     def __repr__(self) -> str:
         done, all_ = len(self.report.rewritten), len(self.report.blocks)
         return f"<moeopt.Optimized {type(self.model).__name__}: {done} of {all_} blocks rewritten>"
+
+    def __copy__(self) -> Optimized:
+        return Optimized(self.model, self.report, self.certificate, self._call, self._source, self._built)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
         model = self.model if self._built is not None else copy.deepcopy(self.model, memo)  # an engine has no state
@@ -199,16 +204,7 @@ def _onnx_engine(source: nn.Module, twin: nn.Module, call: Call, options: Option
     outcome = pipeline.run(twin, call, options, plan)
     built = build_onnx(twin, *call, plan, options.say)
     engine = OnnxEngine(built.directory, built.signature, plan.provider, keep=built.folder)
-    end: EndToEnd | None = None
-    if options.verify != "off":
-        options.say("comparing the engine end to end")
-        parts = [n for n, m in source.named_modules() if next(m.parameters(recurse=False), None) is not None]
-        end = end_to_end(source, engine, *call, noise_blocks=[*parts, *outcome.rewrites], seed=options.seed)
-        if not end.passed:
-            raise NotEquivalentError(
-                f"the ONNX Runtime engine of {type(source).__name__} is not equivalent and was not kept: {end.reason}; "
-                "use backend='torch', or report this with the model's code"
-            )
+    end = _compare_engine(source, engine, call, outcome, options)
     first = next(source.parameters(), None)
     certificate = Certificate(
         blocks=outcome.checks,
@@ -223,6 +219,45 @@ def _onnx_engine(source: nn.Module, twin: nn.Module, call: Call, options: Option
     ]
     report = Report(tuple(blocks), type(source).__name__, "onnxruntime", outcome.seconds)
     return Optimized(engine, report, certificate, call, fingerprint(source), built)
+
+
+def _compare_engine(
+    source: nn.Module, engine: OnnxEngine, call: Call, outcome: pipeline.Outcome, options: Options
+) -> EndToEnd | None:
+    """The verdict on the given call; in strict mode the call in other sizes must agree too.
+
+    Those other sizes are judged in float32 and wider only: a 16-bit router ties often, and each runtime breaks ties
+    its own way. The blocks were verified in other sizes whatever the dtype is.
+    """
+    if options.verify == "off":
+        return None
+    options.say("comparing the engine end to end")
+    args, kwargs = call
+    if engine.causal_lm is not None:
+        kwargs = {**kwargs, "use_cache": False}  # what comes of the cache is compared through generate
+    parts = [n for n, m in source.named_modules() if next(m.parameters(recurse=False), None) is not None]
+    noise = [*parts, *outcome.rewrites]  # ONNX Runtime computes every op anew, so each may round otherwise
+    calls = [(args, kwargs)]
+    narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in source.parameters())
+    if options.verify == "strict" and engine.causal_lm is None and not narrow:
+        calls += other_sizes(engine.signature, call)
+    verdicts = []
+    for number, one in enumerate(calls):
+        with contextlib.suppress(Exception) if number else contextlib.nullcontext():
+            run_plain(source, *one)  # a size that the model itself cannot take is left out
+            verdicts.append((one, end_to_end(source, engine, *one, noise_blocks=noise, seed=options.seed)))
+    for one, verdict in verdicts:
+        if not verdict.passed:
+            sizes = [tuple(t.shape) for t in torch.utils._pytree.tree_leaves(one) if isinstance(t, torch.Tensor)]
+            raise NotEquivalentError(
+                f"the ONNX Runtime engine of {type(source).__name__} is not equivalent and was not kept: "
+                f"{verdict.reason} (inputs of sizes {', '.join(map(str, sizes))}); use backend='torch', or report "
+                "this with the model's code"
+            )
+    first = verdicts[0][1]
+    if len(verdicts) > 1:
+        first.notes.append(f"equal in {len(verdicts) - 1} other sizes too")
+    return first
 
 
 def _lowering(block: BlockReport, built: Built) -> str:

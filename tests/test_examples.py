@@ -1,0 +1,53 @@
+"""The examples run as their docstrings say, each in a process of its own or as its user would call it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("onnxruntime", reason="the engine examples need onnxruntime")
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_an_engine_is_served(tmp_path):
+    from examples.serve_engine import TwoOfEight, make, server
+
+    make(tmp_path / "bundle")
+    http = server(tmp_path / "bundle", port=0)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    try:
+        x = torch.randn(3, 5, 64)
+        url = f"http://127.0.0.1:{http.server_port}"
+        with urllib.request.urlopen(urllib.request.Request(url, data=json.dumps(x.tolist()).encode())) as answer:
+            got = torch.tensor(json.loads(answer.read()))
+    finally:
+        http.shutdown()
+        http.server_close()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        want = TwoOfEight().eval()(x)
+    # 1e-6: float32 sums of 256 terms in another order, on outputs of size 0.1 to 1
+    assert (got - want).abs().max() < 1e-6
+
+
+def test_a_transformers_script_gives_the_same_tokens():
+    pytest.importorskip("transformers.exporters", reason="the engine with a cache needs transformers 5.23")
+    assert "tokens: the same" in run("examples/transformers_engine.py")
+
+
+def test_the_equivalence_test_passes():
+    assert "3 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/test_engine.py")
