@@ -117,6 +117,8 @@ class Options:
             object.__setattr__(self, "tokens", counts)
         if self.dense == "split" and self.experts is None:
             raise UsageError("dense='split' needs experts=N: into how many groups a dense FFN is split")
+        if self.dense == "split" and self.experts == 1:
+            raise UsageError("experts=1 leaves each dense FFN whole: give 2 or more, or dense='leave'")
         if self.dense == "leave" and self.experts is not None:
             raise UsageError(f"experts={self.experts} says how to split a dense FFN: give dense='split' as well")
         if not isinstance(self.hints, Mapping):

@@ -7,6 +7,7 @@ for each place, innermost module first:
     plan        what stays; one op where the experts' sum stood     (rewrite/plan, generalize)
     verify      against a float64 oracle on adversarial routing     (compare/block)
     install     the block runs the program                          (rewrite/program)
+for each dense FFN, where dense="split": the same, its neurons in groups (passes/recognize_dense, split_dense)
 verify the model end to end                                         (compare/model)
 """
 
@@ -23,6 +24,7 @@ from torch import nn
 from moeopt.compare.block import BlockCheck
 from moeopt.drive.block import Call, Rewrite, Runtime, rewrite_block
 from moeopt.drive.collector import fewer_collections
+from moeopt.drive.dense import Split, function_of, split_all, too_many
 from moeopt.drive.describe import dense_reason, describe_router, read_router
 from moeopt.drive.discover import Place, discover, feed_forward_lists
 from moeopt.drive.hints import hinted
@@ -77,7 +79,11 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
         return Outcome(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
     places = discover(model, *call)
     moe = [p for p in places if p.kind == "moe"]
-    calls = _inputs(model, call, {c.path for p in moe for c in p.levels[:LEVELS]})
+    dense = [p for p in places if p.kind == "dense_ffn"]
+    if options.dense == "split":
+        too_many(dense, options.experts or 1)
+    wanted = {c.path for p in moe for c in p.levels[:LEVELS]}
+    calls = _inputs(model, call, wanted | {p.call.path for p in dense})
     outcome = Outcome([], [], {}, calls)
     attempts: list[tuple[Place, _Attempt]] = []
     for number, place in enumerate(moe):
@@ -90,7 +96,12 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
             f"hints[{unused[0]!r}] matches no block; the places that were looked at are "
             f"{', '.join(sorted(repr(path) for path in tried)) or 'none'}"
         )
-    outcome.blocks = list(_report(model, places, attempts, outcome))
+    splits: dict[int, Split] = {}
+    if options.dense == "split":
+        found = split_all(model, dense, calls, options, runtime, outcome.rewrites, say)
+        splits = {id(p): s for p, s in zip(dense, found, strict=True)}
+        outcome.checks += list({s.path: s.rewrite.check for s in found if s.rewrite is not None}.values())
+    outcome.blocks = list(_report(model, places, attempts, splits, outcome, options.seed))
     outcome.seconds = time.perf_counter() - started
     return outcome
 
@@ -185,16 +196,19 @@ def _inputs(model: nn.Module, call: Call, paths: set[str]) -> dict[str, Call]:
 
 
 def _report(
-    model: nn.Module, places: list[Place], attempts: list[tuple[Place, _Attempt]], outcome: Outcome
+    model: nn.Module,
+    places: list[Place],
+    attempts: list[tuple[Place, _Attempt]],
+    splits: dict[int, Split],
+    outcome: Outcome,
+    seed: int,
 ) -> Iterator[BlockReport]:
     by_place = {id(p): a for p, a in attempts}
     for place in places:
         attempt = by_place.get(id(place))
         path = place.call.path
         if attempt is None:
-            yield BlockReport(
-                path or type(model).__name__, "dense_ffn", "declined", dense_reason(place), source=place.source
-            )
+            yield _report_dense(model, place, splits.get(id(place)), outcome.calls.get(path), seed)
             continue
         name = attempt.path or path or type(model).__name__
         if attempt.rewrite is None:
@@ -214,3 +228,17 @@ def _report(
             top_k=found.frontier.top_k if found.frontier.ids is not None else None, spec=str(found.spec),
             router_spec=router.encode(),
         )  # fmt: skip
+
+
+def _report_dense(model: nn.Module, place: Place, done: Split | None, call: Call | None, seed: int) -> BlockReport:
+    name = place.call.path or type(model).__name__
+    if done is None or done.rewrite is None:
+        spec = "" if call is None else function_of(model.get_submodule(place.call.path), call, place, seed)
+        reason, where = (dense_reason(place), "") if done is None else (done.reason, done.where)
+        return BlockReport(name, "dense_ffn", "declined", reason, source=where or place.source, spec=spec)
+    found = next(f for f in done.rewrite.found if _covered(model, done.path, [f]) >= place.weights)
+    return BlockReport(
+        name, "dense_ffn", "rewritten", "", len(found.experts), "", "moeopt::experts (split, every group active)",
+        done.rewrite.check.distance_rewritten if done.rewrite.check.passed is not None else None,
+        found.source, seconds=done.seconds, top_k=len(found.experts), spec=str(found.spec),
+    )  # fmt: skip

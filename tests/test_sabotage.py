@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
-from moeopt.drive import block as drive_block
+from moeopt.drive import mixture
 from tests.toy_moe import Block, E, H, X, build, close, seeded
 
 
@@ -165,7 +165,7 @@ def test_undamaged_is_rewritten(family):
 @pytest.mark.parametrize("level", ["fast", "strict"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_damaged_recognition_is_caught(family, level, monkeypatch):
-    recognize = drive_block.recognize
+    recognize = mixture.recognize
     missed, done = [], 0
     for name, damage in RECOGNITION.items():
         if (family, name) in NOT_A_DAMAGE:
@@ -176,7 +176,7 @@ def test_damaged_recognition_is_caught(family, level, monkeypatch):
             damaged.honest = found if known is None else damaged.honest
             return [damage(f) for f in found]
 
-        monkeypatch.setattr(drive_block, "recognize", damaged)
+        monkeypatch.setattr(mixture, "recognize", damaged)
         done += 1
         if not caught(*optimise(family, level)):
             missed.append(name)

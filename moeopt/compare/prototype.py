@@ -6,6 +6,7 @@ A prototype is one real call of a block with a role for each flattened leaf of `
     ids       integer expert ids, (tokens, K)
     weights   floating routing weights, (tokens, K) or (tokens, E)
     static    anything else; with ``lead`` > 0 its rows go with the tokens (a mask, input ids)
+    pairs     (B or 1, heads or 1, S or 1, S) beside (B, S, H): what attention adds to, or allows, for pairs of tokens
 
 ``lead`` counts the token dims in front: 2 for (B, S, H), 1 for (T, H). A map (N, C, H, W) has its
 features on axis 1 (``feature_axis=1``) and lead 3. The *grid* is the token dims of the first leaf that
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.errors import UsageError
 
-Role = Literal["tokens", "ids", "weights", "static"]
+Role = Literal["tokens", "ids", "weights", "static", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Leaf:
     role: Role = "static"
     lead: int = 0
     feature_axis: int = -1
+    dims: tuple[int | None, ...] = ()
+    """Of ``pairs``: which token dim each dim follows, None where it stays."""
 
 
 @dataclass
@@ -89,6 +92,11 @@ class Prototype:
             shaped = new.reshape(*((count,) if self._flat[n] else grid), *own.shape[1:])
             axis = self.leaves[n].feature_axis
             values[n] = shaped if axis == -1 else shaped.movedim(-1, axis).contiguous()
+        for n, leaf in enumerate(self.leaves):
+            for d, follows in enumerate(leaf.dims):
+                if follows is not None:  # repeated from its start: a token still sees itself
+                    size = values[n].shape[d]
+                    values[n] = values[n].index_select(d, torch.arange(grid[follows], device=values[n].device) % size)
         args, kwargs = pytree.tree_unflatten(values, self._spec)
         return args, kwargs
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -17,24 +16,22 @@ from torch import nn
 from moeopt.compare.block import BlockCheck, Case, verify_block
 from moeopt.compare.cases import adversarial_cases
 from moeopt.compare.prototype import Prototype
+from moeopt.drive.mixture import Call, Mixture, Reader
 from moeopt.drive.obstacles import check_experts, check_module, random_reason
-from moeopt.drive.witness import aimed_rows, prototypes, witness
+from moeopt.drive.witness import prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.alike import same_computation
 from moeopt.ir.quiet import undone
 from moeopt.ir.specs import RouterSpec
-from moeopt.ir.steer import EveryExpert
 from moeopt.ir.tape import Tape, clone_inputs, record
 from moeopt.ir.tree import tree_leaves
 from moeopt.options import Options
-from moeopt.passes.recognize_experts import Recognition, Uncovered, recognize
-from moeopt.passes.recognize_router import RouterReading, recognize_router, same_reading
+from moeopt.passes.recognize_experts import Recognition
+from moeopt.passes.recognize_router import RouterReading
 from moeopt.passes.replace_experts import replacement
 from moeopt.rewrite.generalize import generalize
 from moeopt.rewrite.plan import Plan, make_plan
 from moeopt.rewrite.program import OPAQUE, TENSOR, Guard, Program, RewrittenForward, bind
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Runtime(Protocol):
@@ -61,15 +58,23 @@ class Rewrite:
 
 
 def rewrite_block(
-    name: str, module: nn.Module, call: Call, options: Options, runtime: Runtime | None = None
+    name: str,
+    module: nn.Module,
+    call: Call,
+    options: Options,
+    runtime: Runtime | None = None,
+    reader: Reader | None = None,
 ) -> Rewrite:
     """Rewrite ``module`` as ``call`` uses it, without changing it; verify it as ``runtime`` computes it.
+
+    Args:
+        reader: what in the block becomes an op; None means its mixtures of experts.
 
     Raises:
         Declined: with the reason; nothing was changed.
     """
     try:
-        return _rewrite(name, module, call, options, runtime)
+        return _rewrite(name, module, call, options, runtime, reader or Mixture())
     except (Declined, UsageError):
         raise
     except Exception as err:
@@ -80,13 +85,15 @@ def rewrite_block(
         ) from err
 
 
-def _rewrite(name: str, module: nn.Module, call: Call, options: Options, runtime: Runtime | None) -> Rewrite:
+def _rewrite(
+    name: str, module: nn.Module, call: Call, options: Options, runtime: Runtime | None, reader: Reader
+) -> Rewrite:
     started = time.perf_counter()
     check_module(module)
     last: Declined | None = None
     for proto in prototypes(*call):
         try:
-            program, found, routers = _program(module, proto, options)
+            program, found, routers = _program(module, proto, options, reader)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
             last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
@@ -101,15 +108,15 @@ def _rewrite(name: str, module: nn.Module, call: Call, options: Options, runtime
 
 
 def _program(
-    module: nn.Module, proto: Prototype, options: Options
+    module: nn.Module, proto: Prototype, options: Options, reader: Reader
 ) -> tuple[Program, list[Recognition], list[RouterReading]]:
-    call, tape, found = _covering(module, proto, options.seed)
+    call, tape, found = reader.first(module, proto, options.seed)
     tapes, founds, calls = [tape], [found], [call]
     for tokens, seed in ((14, 1), (20, 2)):
         call = witness(proto, tokens, options.seed + seed, experts=len(found[0].experts), variant=seed)
         tape = _later_call(module, call) if tapes[0].attributes and seed == 2 else record(module, *call)
         tapes.append(tape)
-        founds.append(recognize(tape, known=found))
+        founds.append(reader.again(tape, found))
         calls.append(call)
     for tape, found_there in zip(tapes, founds, strict=True):
         _same_experts(founds[0], found_there)
@@ -123,7 +130,7 @@ def _program(
     shapes = [[tuple(t.shape) for t in _tensors(c)] for c in calls]
     _stateless(tapes[0], plans, shapes)
     plan = _in_signature_order(generalize(plans, shapes), calls[0], bounds[0].tensors())
-    training = None if _same_in_other_mode(module, calls[1], tapes[1], plans[1], founds[0]) else module.training
+    training = None if _same_in_other_mode(module, calls[1], tapes[1], plans[1], founds[0], reader) else module.training
     guard = Guard(
         [_template(leaf) for leaf in tree_leaves(list(bounds[0].values))],
         _fixed([[tuple(t.shape) for t in b.tensors()] for b in bounds]),
@@ -132,8 +139,7 @@ def _program(
         False,
     )
     banks = [(f.experts, f.spec) for f in founds[0]]
-    readings = [[recognize_router(t, f) for f in fs] for t, fs in zip(tapes[1:], founds[1:], strict=True)]
-    routers = [same_reading([r[i] for r in readings], f) for i, f in enumerate(founds[0])]
+    routers = reader.routers(tapes[1:], founds[1:], founds[0])
     return Program(plan, banks, signature, guard, [r.spec for r in routers]), founds[0], routers
 
 
@@ -165,67 +171,6 @@ def _original(module: nn.Module) -> Callable[..., Any]:
     return inner if inner is not None else type(module).forward.__get__(module)
 
 
-def _covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
-    """A witness that reaches every expert, with its tape and reading; more tokens each time one is missed."""
-    first = proto.rows(proto.indices("tokens")[0]) if proto.indices("tokens") else None
-    aimed = aimed_rows(module, first.shape[-1]) if first is not None and first.dim() == 2 else None
-    experts = _likely_experts(module, proto)
-    last: Uncovered | None = None
-    likely = max((len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))), default=0)
-    likely = max([likely, *(p.shape[0] for p in module.parameters() if p.dim() == 3)])
-    for tokens, aim, forced, flat in _ATTEMPTS:
-        ids = proto.indices("ids")
-        if last is None and not forced and not ids:  # many are never all hit by chance: the next attempt steers
-            tokens = 8 if likely > 128 else max(tokens, 2 * likely)
-        if forced and (last is None or not last.universe):
-            continue
-        if forced:
-            tokens = max(tokens, min(2 * last.universe, 4096))  # type: ignore[union-attr]
-        if ids and experts:
-            tokens = max(tokens, 2 * math.ceil(experts / proto.rows(ids[0]).shape[-1]))
-        call = witness(proto, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
-        steer = EveryExpert(last.universe, seed) if forced and last is not None else None
-        tape = record(module, *call, steer=steer)
-        if reason := random_reason(tape, module.training):
-            raise Declined(reason)
-        try:
-            return call, tape, recognize(tape)
-        except Uncovered as err:
-            last = err.with_traceback(None)
-            if steer is not None or ids:  # every id was named: what still was not reached may be no expert
-                with contextlib.suppress(Declined):
-                    return call, tape, recognize(tape, idle=True)
-        except Declined:
-            if last is None:
-                raise
-    assert last is not None
-    try:
-        raise last
-    finally:
-        del last
-
-
-_ATTEMPTS = (
-    # tokens, aimed at router rows, choices steered, many short sequences
-    (48, False, False, False),
-    (48, False, True, False),
-    (256, True, False, False),
-    (256, True, False, True),
-    (1536, True, False, False),
-)
-
-
-def _likely_experts(module: nn.Module, proto: Prototype) -> int:
-    """How many experts ids given as arguments may name: the number of stacked weights or of alike children."""
-    ids = [proto.rows(n) for n in proto.indices("ids")]
-    if not ids or not ids[0].numel():
-        return 0
-    least = int(ids[0].max()) + 1
-    sizes = [p.shape[0] for p in module.parameters() if p.dim() >= 3]
-    sizes += [len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.ParameterList))]
-    return min((s for s in sizes if s >= max(least, 2)), default=least)
-
-
 def _plan(tape: Tape, found: list[Recognition]) -> Plan:
     return make_plan(tape, [replacement(f, i) for i, f in enumerate(found)])
 
@@ -239,7 +184,9 @@ def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
         )
 
 
-def _same_in_other_mode(module: nn.Module, call: Call, here: Tape, plan: Plan, found: list[Recognition]) -> bool:
+def _same_in_other_mode(
+    module: nn.Module, call: Call, here: Tape, plan: Plan, found: list[Recognition], reader: Reader
+) -> bool:
     """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
     flags = [(m, m.training) for m in module.modules()]
     try:
@@ -250,7 +197,7 @@ def _same_in_other_mode(module: nn.Module, call: Call, here: Tape, plan: Plan, f
         if same_computation(here, light):
             return True
         tape = record(module, *call)
-        other = _plan(tape, recognize(tape, known=found))
+        other = _plan(tape, reader.again(tape, found))
         generalize([plan, other], [[tuple(t.shape) for t in _tensors(call)]] * 2)
         return True
     except Declined:

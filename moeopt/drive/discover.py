@@ -171,8 +171,9 @@ class _Finder:
             index = self._common([s for c in group for s in (*c.ins, *c.outs)])
             places.append(self._place("moe", self.tape.calls[index], group))
         experts = {s for c in claimed for s in (*c.ins, *c.outs)}
+        blocks = [p.call.index for p in places]
         for chain in self.chains:
-            if experts.isdisjoint((*chain.ins, *chain.outs)) and self._dense(chain):
+            if experts.isdisjoint((*chain.ins, *chain.outs)) and self._feed_forward(chain, blocks):
                 places.append(self._place("dense_ffn", self.tape.calls[self.home[chain]], [chain]))
         places = [p for p in places if not self._holds_a_deeper_one(p, places)]
         places += self._by_structure(places)
@@ -310,6 +311,16 @@ class _Finder:
         inner = chain.ins[0].matrices[0]
         outer = chain.out.matrices[0]
         return chain.nonlinear and len(chain.ins) <= 2 and inner.k == outer.m and not chain.merged
+
+    def _feed_forward(self, chain: Chain, blocks: list[int]) -> bool:
+        """A dense FFN, and not a tied autoencoder (one weight, twice), nor a bottleneck (an adapter, squeeze-excite):
+        plain and narrower inside than outside. Beside routed experts, in one of ``blocks``, narrow is usual."""
+        inner, outer = chain.ins[0].matrices[0], chain.out.matrices[0]
+        if not self._dense(chain) or {m.path for s in chain.ins for m in s.matrices} & {outer.path} - {""}:
+            return False
+        gated = len(chain.ins) == 2 or inner.m == 2 * outer.k
+        shared = any(index in self.tape.stack(self.home[chain]) for index in blocks)
+        return gated or shared or outer.k >= inner.k
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

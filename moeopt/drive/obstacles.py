@@ -72,7 +72,7 @@ def check_experts(module: nn.Module, tape: Tape, found: list[Recognition]) -> No
             call = tape.calls[index]
             holds_sum = any(call.first <= r.combine.node.meta["index"] < call.last or index == 0 for r in found)
             if not holds_sum:
-                _check_skipped(call.path, call.module)
+                check_skipped(call.path, call.module)
     for path, child in module.named_modules():
         if parametrize.is_parametrized(child) and any(
             p.startswith(f"{path}.parametrizations") for r in found for p in expert_paths(r.experts)
@@ -80,7 +80,12 @@ def check_experts(module: nn.Module, tape: Tape, found: list[Recognition]) -> No
             raise Declined(f"{path} is parametrised; remove it with torch.nn.utils.parametrize.remove_parametrizations")
 
 
-def _check_skipped(path: str, module: nn.Module) -> None:
+def check_skipped(path: str, module: nn.Module) -> None:
+    """Hooks and patches of a module whose code the rewrite leaves out.
+
+    Raises:
+        Declined: it has one.
+    """
     for kind in _HOOKS:
         if getattr(module, kind, None):
             raise Declined(

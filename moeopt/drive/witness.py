@@ -65,6 +65,9 @@ def _leaf(t: Any, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: i
     if _float(t) and t.dim() == first.dim() and tuple(t.movedim(axis, -1).shape[:lead]) == grid:
         same = t.shape[axis] == first.shape[axis]
         return Leaf("tokens" if same else "weights", lead, axis)
+    if len(grid) == 2 == lead and t.dim() == 4 and t.shape[0] in (1, grid[0]) and t.shape[-1] == grid[1] > 1:
+        batch = 0 if t.shape[0] == grid[0] else None
+        return Leaf("pairs", dims=(batch, None, 1 if t.shape[2] == grid[1] else None, 1))
     total = math.prod(grid)
     for count in (len(grid), 1):
         dims = tuple(t.shape[:count])

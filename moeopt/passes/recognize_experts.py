@@ -430,8 +430,8 @@ def _with_frontier(
         spec,
         weight_on="input" if tokens.weighted else "output",
         out_of_range="identity" if identity else "nothing",
-        w_in_layout=_layout(tape, ordered[0].w_in[0]),
-        w_out_layout=_layout(tape, ordered[0].w_out),
+        w_in_layout=layout_of(tape, ordered[0].w_in[0]),
+        w_out_layout=layout_of(tape, ordered[0].w_out),
         **_accumulation(combine),
     )
     return Recognition(
@@ -630,7 +630,8 @@ def _base(tape: Tape, combine: Combine, before: list[fx.Node], experts: list[Exp
     )
 
 
-def _layout(tape: Tape, ref: MatrixRef) -> Literal["oi", "io"]:
+def layout_of(tape: Tape, ref: MatrixRef) -> Literal["oi", "io"]:
+    """Whether a matrix lies in its Parameter as (out, in) or as (in, out)."""
     _, along_k, along_m = ref.offset_and_strides(tuple(tensor_at(tape.root, ref.path).stride()))
     return "oi" if along_k <= along_m else "io"
 

@@ -154,7 +154,7 @@ def test_a_failure_of_our_own_is_a_decline_that_asks_for_a_report(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("inside")
 
-    monkeypatch.setattr("moeopt.drive.block.recognize", fail)
+    monkeypatch.setattr("moeopt.drive.mixture.recognize", fail)
     with pytest.raises(Declined) as caught:
         rewritten(MoE)
     assert caught.value.reason.startswith(

@@ -13,7 +13,7 @@ from tests.ir.tiny import rand
 from tests.passes.test_frontier import EveryOne, Mask, MaskAlone, Sparse
 from tests.passes.test_recognize_experts import Hard, OnInput
 from tests.passes.test_recognize_router import Around
-from tests.passes.tiny import H, MoE, ffn, seeded, tape_of
+from tests.passes.tiny import GLU, H, MoE, ffn, seeded, tape_of
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,11 @@ def test_each_kind_of_routing_has_its_words(make, words):
 
 def test_a_dense_ffn_is_left_with_a_reason():
     (place,) = discover(seeded(ffn), (rand(5, H),), {})
-    assert dense_reason(place).startswith("one expert that sees every token")
+    assert dense_reason(place) == (
+        "left as it is: fusing would not pay: it is 2 matrix products over all tokens, and so is the op"
+    )
+    (place,) = discover(seeded(GLU), (rand(5, H),), {})
+    assert dense_reason(place).endswith("to make one of gate and up would need a second copy of their weights")
 
 
 class OneLength(Around):
