@@ -70,34 +70,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             f"{type(model).__name__} cannot be saved: {counted} changes at each call, and an engine keeps no state: "
             "make it an argument, or use backend='torch'"
         )
-    for node in program.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _idle(node):
-            raise NotSaveableError(
-                f"{type(model).__name__} cannot be saved: it draws random numbers ({node.target}{line_of(node)}): "
-                "call eval() first, or make the draws an argument"
-            )
     return program
-
-
-def line_of(node: torch.fx.Node) -> str:
-    """``, File "...", line n, in f`` of the model's code that a node comes from, or ""."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
-    return f", {lines[-1]}" if lines else ""
-
-
-def _idle(node: torch.fx.Node) -> bool:
-    """Whether a random op draws nothing: dropout outside training, attention without dropout."""
-    named = {a.name: i for i, a in enumerate(node.target._schema.arguments)}  # type: ignore[union-attr]
-
-    def value(name: str) -> Any:
-        if name in node.kwargs:
-            return node.kwargs[name]
-        at = named.get(name)
-        return None if at is None else node.args[at] if at < len(node.args) else 0
-
-    if value("train") is False or value("training") is False:
-        return True
-    return any(name in named and value(name) == 0 for name in ("p", "dropout_p"))
 
 
 def _obstacle(err: Exception) -> str:

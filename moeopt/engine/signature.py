@@ -159,7 +159,38 @@ def unwritten(program: torch.export.ExportedProgram) -> list[str]:
 
 
 def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program with no op that writes to its arguments."""
+    """The program with no op that writes to its arguments.
+
+    Raises:
+        NotSaveableError: it draws random numbers, which another runtime draws otherwise.
+    """
+    for node in program.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _idle(node):
+            raise NotSaveableError(
+                f"the model draws random numbers ({node.target}{_line_of(node)}), and an engine would draw others: "
+                "call eval() first, or make the draws an argument"
+            )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec", FutureWarning)  # torch's own use of it
         return program.run_decompositions({})
+
+
+def _line_of(node: torch.fx.Node) -> str:
+    """``, File "...", line n, in f`` of the model's code that a node comes from, or ""."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
+    return f", {lines[-1]}" if lines else ""
+
+
+def _idle(node: torch.fx.Node) -> bool:
+    """Whether a random op draws nothing: dropout outside training, attention without dropout."""
+    named = {a.name: i for i, a in enumerate(node.target._schema.arguments)}  # type: ignore[union-attr]
+
+    def value(name: str) -> Any:
+        if name in node.kwargs:
+            return node.kwargs[name]
+        at = named.get(name)
+        return None if at is None else node.args[at] if at < len(node.args) else 0
+
+    if value("train") is False or value("training") is False:
+        return True
+    return any(name in named and value(name) == 0 for name in ("p", "dropout_p"))
