@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from moeopt.backends.onnxrt.plan import Plan, kind
 from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, available, provider_named, runtime
 from moeopt.backends.onnxrt.site import DOMAIN, OP
 from moeopt.backends.onnxrt.widen import widen_graph
+from moeopt.engine.folder import TemporaryFolder
 from moeopt.engine.manifest import version
 from moeopt.engine.onnx_causal import flat_signature
 from moeopt.engine.onnx_names import name_ends
@@ -38,7 +38,7 @@ class Built:
     each kind of them.
     """
 
-    folder: tempfile.TemporaryDirectory[str]
+    folder: TemporaryFolder
     signature: dict[str, Any]
     lowerings: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -110,7 +110,7 @@ def write_graph(
     name_ends(model.graph, signature)
     made = label_nodes(model, [site.name for site in legal])
     records, probes = _describe(legal, names, plan, calls, made)
-    folder = tempfile.TemporaryDirectory(prefix="moeopt-")
+    folder = TemporaryFolder()
     say("writing the engine")
     ir.save(model, f"{folder.name}/{GRAPH}", external_data=EXTERNAL_DATA)
     built = Built(folder, signature, dict(zip([s.name for s in sites], names, strict=True)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from moeopt.backends.onnxrt.causal_runner import CausalLM
 from moeopt.backends.onnxrt.session import GRAPH, Session
 from moeopt.engine import values
 from moeopt.engine.binding import Binding
+from moeopt.engine.folder import TemporaryFolder
 from moeopt.engine.manifest import Manifest
 from moeopt.engine.onnx_causal import KEY
 from moeopt.engine.tree import build, check_tree
@@ -42,7 +42,7 @@ class OnnxEngine:
         signature: Mapping[str, Any],
         provider: str = "cpu",
         session_options: Any = None,
-        keep: tempfile.TemporaryDirectory[str] | None = None,
+        keep: TemporaryFolder | None = None,
         manifest: Manifest | None = None,
         notes: Sequence[str] = (),
     ) -> None:

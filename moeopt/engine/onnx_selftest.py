@@ -26,6 +26,7 @@ from moeopt.backends.onnxrt.lower.base import Lowering
 from moeopt.backends.onnxrt.select import ranked
 from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, Session
 from moeopt.backends.onnxrt.site import Site
+from moeopt.engine.folder import TemporaryFolder
 from moeopt.engine.onnx_probe import BLOCK, ask, cut_out, session_of
 from moeopt.engine.onnx_sites import ENDS, read_back, tensor_of
 from moeopt.errors import BundleError, Declined, EngineFallbackWarning, EngineNotExecutableError, UsageError
@@ -39,7 +40,7 @@ class Outcome:
 
     directory: Path
     notes: list[str] = field(default_factory=list)
-    folder: tempfile.TemporaryDirectory[str] | None = None
+    folder: TemporaryFolder | None = None
 
 
 def self_test(
@@ -67,7 +68,7 @@ def self_test(
     for number, reason in wrong.items():
         same = [r for r in records if r.get("probe") == number]
         _replace(model, same, probes[number], provider, reason, outcome)
-    outcome.folder = tempfile.TemporaryDirectory(prefix="moeopt-")
+    outcome.folder = TemporaryFolder()
     outcome.directory = Path(outcome.folder.name)
     ir.save(model, outcome.directory / GRAPH, external_data=EXTERNAL_DATA)
     for note in outcome.notes:
