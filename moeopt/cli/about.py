@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from moeopt.engine import read_manifest
 
 RUNTIMES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
+_LISTS = ("inputs", "lowerings", "blocks")
+"""Facts that take a line each."""
 
 
 def machine_facts() -> dict[str, Any]:
@@ -31,13 +34,18 @@ def bundle_facts(directory: Path) -> dict[str, Any]:
     """A bundle's manifest in the order a reader asks; every file is checked on the way."""
     data = read_manifest(directory).data
     blocks = [f"{b['name']}: {b['status']}, {b['lowering'] or b['reason']}" for b in data.get("blocks", [])]
+    where = {"device": data.get("device", "unknown")} if data["backend"] == "torch" else _engine_facts(data)
+    signature = data.get("signature", {})
     return {
         "bundle": str(directory),
         "backend": data["backend"],
         "source": data.get("source", {}).get("class", "unknown"),
-        "device": data.get("device", "unknown"),
-        "written by": ", ".join(f"{k} {v}" for k, v in data.get("versions", {}).items()),
-        "takes": data.get("signature", {}).get("parameters", []),
+        **where,
+        "written by": ", ".join(
+            f"{k} {v}" for k, v in {**data.get("versions", {}), **data.get("runtimes", {})}.items()
+        ),
+        "takes": signature.get("parameters", []),
+        "inputs": [_told(entry) for entry in signature.get("inputs", [])],
         "sizes": data.get("dynamic", {}),
         "blocks": blocks,
         "golden runs": data.get("golden", {}).get("runs", 0),
@@ -45,10 +53,29 @@ def bundle_facts(directory: Path) -> dict[str, Any]:
     }
 
 
+def _engine_facts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What only an engine has: its provider, its graph, and how each block is lowered and why."""
+    return {
+        "provider": data.get("provider", "unknown"),
+        "nodes": int(data.get("facts", {}).get("nodes", 0)),
+        "lowerings": [
+            f"{s['name']}: {s['lowering']} ({s['why'] or 'the first that fits'})" for s in data.get("sites", [])
+        ],
+    }
+
+
+def _told(entry: Mapping[str, Any]) -> str:
+    """An input of the graph in words: its name, dtype and shape, or the value that it always has."""
+    name = entry.get("onnx", entry.get("name"))
+    if "dtype" not in entry:
+        return f"{name} = {entry.get('constant', 'a number')!r}"
+    return f"{name} {entry['dtype']} ({', '.join('?' if d is None else str(d) for d in entry.get('shape', []))})"
+
+
 def print_facts(facts: dict[str, Any]) -> None:
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
-        lines = value if isinstance(value, list) and name == "blocks" else [_words(value)]
+        lines = value if isinstance(value, list) and name in _LISTS else [_words(value)]
         for i, line in enumerate(lines or ["none"]):
             print(f"{name if i == 0 else '':{width}}{line}")
 
