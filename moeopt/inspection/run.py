@@ -93,7 +93,7 @@ def _choose(tree: Tree, blocks: list[Block], top_k: int | None) -> tuple[dict[Bl
         if like not in asked:
             asked[like] = selection(tree, block, top_k)
         found = asked[like]
-        if found is None and not block.bank.stacked:
+        if found is None and (not block.bank.stacked or block.bank.idle):
             notes.append(_unrouted(block.bank))
             continue
         chosen[block] = found or Selection(None, "not recognised", False)

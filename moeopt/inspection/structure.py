@@ -2,7 +2,8 @@
 
     experts   E tensors along a leading axis, E children alike, or E slices of one flat matrix, that make a
               feed-forward network each (see shapes.py)
-    router    a matrix with one side E, in the same module or up to three modules above; without one there is no MoE
+    router    a matrix with one side E, in the same module or up to three modules above; without one there is no MoE.
+              One side of up to 2 E: the further choices have no weights (identity experts), if it is seen to choose
     shared    a feed-forward network of its own in the same layer: every token passes it
 
 Shapes: E experts, H hidden, I intermediate.
@@ -168,7 +169,7 @@ def _with_router(tree: Tree, bank: Bank) -> Block | None:
         for n in tree.children(home)
         if n in tree.tensors and n not in bank.names and len(tree.shape(n)) > 1 and tree.shape(n)[0] == bank.experts
     }  # biases (E, .), or the router itself where it is a bare parameter
-    for maybe_bias in (False, True):
+    for maybe_bias, wider in ((False, False), (True, False), (False, True)):
         for above in _above(bank.owner):
             found = [
                 n
@@ -176,12 +177,14 @@ def _with_router(tree: Tree, bank: Bank) -> Block | None:
                 if n not in bank.names
                 and (n in beside) == maybe_bias
                 and tree.tensors[n].dim() == 2
-                and bank.choices in tree.shape(n)
+                and any(bank.choices < s <= 2 * bank.choices if wider else s == bank.choices for s in tree.shape(n))
                 and not isinstance(tree.modules[parent(n)], nn.Embedding)
             ]
             if found:
                 best = min(found, key=lambda n: (_other(tree, n, bank) not in bank.ffn.sizes, tree.tensors[n].numel()))
-                return _block(tree, bank, above, best, beside - {best})
+                if wider and not bank.ffn.sizes & set(tree.shape(best)):
+                    continue
+                return _block(tree, bank, above, best, beside - {best}, wider)
     return None
 
 
@@ -190,13 +193,16 @@ def _other(tree: Tree, name: str, bank: Bank) -> int:
     return b if a == bank.choices else a
 
 
-def _block(tree: Tree, bank: Bank, path: str, matrix: str, biases: set[str]) -> Block:
+def _block(tree: Tree, bank: Bank, path: str, matrix: str, biases: set[str], wider: bool) -> Block:
     """The router is the largest module that holds its matrix and no expert."""
     top = matrix
     while parent(top) != path and not any(within(n, parent(top)) for n in bank.names):
         top = parent(top)
     names = frozenset(tree.below[top] if top in tree.modules else [matrix])
-    width = _other(tree, matrix, bank)
+    width, idle = _other(tree, matrix, bank), bank.idle
+    if wider:  # the router has choices without weights
+        width = next(s for s in tree.shape(matrix)[::-1] if s in bank.ffn.sizes)
+        idle = sum(tree.shape(matrix)) - width - bank.experts
     ffn = bank.ffn.facing(width)
-    whole = Bank(bank.owner, bank.experts, ffn, bank.names | biases, bank.stacked, bank.idle)
+    whole = Bank(bank.owner, bank.experts, ffn, bank.names | biases, bank.stacked, idle)
     return Block(path, whole, top if top in tree.modules else path, names, width)

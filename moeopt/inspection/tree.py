@@ -67,14 +67,15 @@ class Tree:
 
     def families(self, path: str) -> Iterator[list[str]]:
         """Children of one list or dict, and attributes that are named alike but for a number (``fc1``, ``fc2``)."""
-        module = self.modules[path]
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
-            yield self.children(path)
+        everyone = self.children(path)
         groups: dict[str, list[str]] = {}
-        for child in self.children(path):
+        for child in everyone:
             name = child.rpartition(".")[2]
             if re.search(r"\d", name):
                 groups.setdefault(re.sub(r"\d+", "#", name), []).append(child)
+        lists = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+        if isinstance(self.modules[path], lists) and everyone not in groups.values():
+            yield everyone
         yield from groups.values()
 
     def numbered_ancestor(self, path: str, outermost: bool = False) -> str | None:
