@@ -58,14 +58,14 @@ def encode_conditions(guards: Sequence[str], leaves: Any) -> list[Any]:
 
 
 def only_asked(conditions: Sequence[Any], asked: Sequence[Any]) -> list[Any]:
-    """``conditions`` without those by which torch only told a size from 0 and 1 for its own strides and broadcasts.
+    """``conditions`` without those by which torch only told sizes from 0, 1 or each other for strides and broadcasts.
 
     Ops of a graph do both at run time. ``asked`` are the conditions that the model's own code raised.
     """
     kept = []
     for condition in conditions:
         name, *rest = condition
-        special = (name in ("!=", ">") and rest[1] in (0, 1)) or (name == ">=" and rest[1] in (1, 2))
+        special = name == "!=" or (name == ">" and rest[1] in (0, 1)) or (name == ">=" and rest[1] in (1, 2))
         if not special or condition in asked:
             kept.append(condition)
     return kept

@@ -7,6 +7,7 @@ by one rounding error has an expert choice on the edge; it would say nothing of 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from moeopt.engine.conditions import check_conditions
 from moeopt.engine.golden import SLACK, Golden, compare, golden_run
 from moeopt.engine.onnx_engine import OnnxEngine
+from moeopt.errors import UsageError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 NUDGES = 2
@@ -46,7 +49,9 @@ def other_sizes(signature: Mapping[str, Any], call: Call) -> list[Call]:
         sizes = {dim: _within(change(n), signature["sizes"].get(dim, [0, None])) for dim, n in have.items()}
         if sizes != have:
             made = [_resized(leaf, entry, sizes) for leaf, entry in zip(leaves, entries, strict=True)]
-            calls.append(pytree.tree_unflatten(made, spec))
+            with contextlib.suppress(UsageError):  # sizes that the engine itself says it does not hold for
+                check_conditions(signature.get("conditions", []), lambda n, made=made: made[n].shape, str)
+                calls.append(pytree.tree_unflatten(made, spec))
     return calls
 
 
