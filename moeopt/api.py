@@ -14,15 +14,19 @@ import torch
 from torch import nn
 
 from moeopt import pipeline
+from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.replay import ReplayPlan
 from moeopt.compare.block import BlockCheck
 from moeopt.compare.cases import adversarial_cases
 from moeopt.compare.certificate import Certificate
 from moeopt.compare.gradients import gradients_differ, skips_idle
 from moeopt.compare.model import EndToEnd, end_to_end, run_plain
+from moeopt.drive.collector import fewer_collections
 from moeopt.drive.inputs import Call, as_call, made_up
 from moeopt.drive.share import shared_copy
 from moeopt.drive.witness import prototypes
 from moeopt.engine import (
+    AbsentEngine,
     Manifest,
     OnnxEngine,
     fingerprint,
@@ -34,9 +38,11 @@ from moeopt.engine import (
     save_onnx_bundle,
     save_torch_bundle,
     verify_torch_bundle,
+    was_replayed,
 )
 from moeopt.engine.onnx_build import Built, build_onnx, onnx_plan
 from moeopt.engine.onnx_golden import other_sizes
+from moeopt.engine.onnx_target import built_for
 from moeopt.engine.program import export_program
 from moeopt.errors import CaptureError, NotEquivalentError, UsageError
 from moeopt.options import Options
@@ -175,6 +181,11 @@ def optimize(
     chosen = Options.from_fields(options, fields)
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is not available; use {' or '.join(map(repr, BACKENDS))}")
+    plan: Plan | None = None
+    if backend == "onnxruntime":
+        plan = onnx_plan(chosen)
+        if plan.provider != "cpu" and chosen.device is None:  # the original is compared where the engine runs
+            chosen = dataclasses.replace(chosen, device=torch.device("cuda"))
     source = _without_rewrites(_as_model(model), chosen.inplace)
     call = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
     if chosen.device is not None or chosen.dtype is not None:
@@ -182,8 +193,8 @@ def optimize(
         source = source.to(device=chosen.device, dtype=chosen.dtype)
         call = _moved(call, chosen)
     twin = shared_copy(source)
-    if backend == "onnxruntime":
-        return _onnx_engine(source, twin, call, chosen)
+    if plan is not None:
+        return _onnx_engine(source, twin, call, chosen, plan)
     outcome = pipeline.run(twin, call, chosen)
     if chosen.verify != "off":
         _check_gradients(twin, outcome)
@@ -198,19 +209,29 @@ def optimize(
     return Optimized(twin, report, certificate, call)
 
 
-def _onnx_engine(source: nn.Module, twin: nn.Module, call: Call, options: Options) -> Optimized:
-    """An ONNX Runtime engine of ``twin``, each block verified as its lowering computes it, then the whole."""
-    plan = onnx_plan(options)
+def _onnx_engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, plan: Plan) -> Optimized:
+    """An ONNX Runtime engine of ``twin``, each block verified as its lowering computes it, then the whole.
+
+    Where the engine cannot run here, both verdicts are those of its portable form.
+    """
     outcome = pipeline.run(twin, call, options, plan)
-    built = build_onnx(twin, *call, plan, options.say)
-    engine = OnnxEngine(built.directory, built.signature, plan.provider, keep=built.folder)
-    end = _compare_engine(source, engine, call, outcome, options)
+    with fewer_collections():
+        built = build_onnx(twin, *call, plan, options.say)
+    engine: OnnxEngine | AbsentEngine
+    if isinstance(plan, ReplayPlan):
+        engine = AbsentEngine(built.directory, built.signature, plan.target.provider, built.folder)
+        runner, device = engine.replay(), built_for(engine.provider)
+    else:
+        engine = runner = OnnxEngine(built.directory, built.signature, plan.provider, keep=built.folder)
+        device = f"onnxruntime {engine.provider}"
+    end = _compare_engine(source, runner, call, outcome, options)
     first = next(source.parameters(), None)
     certificate = Certificate(
         blocks=outcome.checks,
         end_to_end=end,
         level=options.verify,
-        device=f"onnxruntime {engine.provider}",
+        executed=runner is engine,
+        device=device,
         dtype=str(first.dtype).removeprefix("torch.") if first is not None else "",
         notes=list(plan.notes),
     )
@@ -355,6 +376,9 @@ def load(directory: str | os.PathLike[str], device: Any = None) -> Any:
         device: where it shall run, like ``"cuda"``, or a provider's name for an ONNX Runtime bundle; None means
             where it was saved.
 
+    An ONNX Runtime bundle that was built for a provider which this machine lacks (``target=``) loads, and raises
+    ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its portable form.
+
     An ONNX Runtime bundle tests itself when a process first loads it: each kind of block on a question with a
     known answer, then the golden inputs. A block that answers wrongly here is lowered otherwise, with an
     ``EngineFallbackWarning``.
@@ -384,7 +408,8 @@ def verify(
         original: the model to compare with; a bundle without one is compared with its golden outputs.
         inputs: other inputs to compare on, in the forms of ``optimize``.
         provider: what to run a bundle on, "cpu", "cuda", ...; None means where it was saved, or, for an ONNX
-            Runtime bundle, "cpu".
+            Runtime bundle, "cpu". One that was built for another provider and not executed runs there where that
+            provider is, and else is replayed on CPU: the certificate's ``executed`` is then False.
 
     Raises:
         UsageError: an Optimized without ``original``; an absent provider.
@@ -396,8 +421,11 @@ def verify(
         call = subject._call if inputs is None else as_call(inputs)
         names = [b.name for b in subject.report.rewritten]
         known = {n for n, _ in original.named_modules()}
-        end = end_to_end(original, subject.model, *call, noise_blocks=[n if n in known else "" for n in names])
-        return Certificate(end_to_end=end, dtype=subject.certificate.dtype, device=subject.certificate.device)
+        absent = isinstance(subject.model, AbsentEngine)
+        runner = subject.model.replay() if absent else subject.model
+        end = end_to_end(original, runner, *call, noise_blocks=[n if n in known else "" for n in names])
+        device = subject.certificate.device
+        return Certificate(end_to_end=end, executed=not absent, dtype=subject.certificate.dtype, device=device)
     return _verify_bundle(Path(subject), original, inputs, provider)
 
 
@@ -407,15 +435,23 @@ def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider
     if original is not None and inputs is None:
         raise UsageError("verify(bundle, original=...) needs inputs= to run both on")
     engine: Any
+    executed = True
     if manifest.backend == "onnxruntime":
-        engine = load_onnx_bundle(path, provider or "cpu", replay=False)
-        device, notes = f"onnxruntime {engine.provider}", list(engine.notes)
+        engine = load_onnx_bundle(path, provider or (None if was_replayed(manifest) else "cpu"), replay=False)
+        if isinstance(engine, AbsentEngine):
+            engine = load_onnx_bundle(path, "cpu", replay=False)
+        executed = engine.provider != "cpu" or not was_replayed(manifest)
+        device = f"onnxruntime {engine.provider}" if executed else built_for(str(manifest.data["provider"]))
+        notes = list(engine.notes)
     else:
         engine = load_torch_bundle(path, None if provider is None else _provider_device(provider))
         device, notes = str(engine.device), []
     if original is not None:
-        end = end_to_end(original, engine, *as_call(inputs), noise_blocks=_noisy(original, manifest))
-        return Certificate(end_to_end=end, device=device, dtype=saved.dtype, notes=notes)
+        args, kwargs = as_call(inputs)
+        if getattr(engine, "causal_lm", None) is not None:
+            kwargs = {**kwargs, "use_cache": False}  # what comes of the cache is compared through generate
+        end = end_to_end(original, engine, args, kwargs, noise_blocks=_noisy(original, manifest))
+        return Certificate(end_to_end=end, executed=executed, device=device, dtype=saved.dtype, notes=notes)
     if manifest.backend == "onnxruntime":
         check = replay_golden(engine)
     else:
@@ -425,7 +461,7 @@ def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider
     )
     notes.append(f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}")
     blocks: list[BlockCheck] = saved.blocks
-    return Certificate(blocks=blocks, end_to_end=end, device=device, dtype=saved.dtype, notes=notes)
+    return Certificate(blocks, end, executed=executed, device=device, dtype=saved.dtype, notes=notes)
 
 
 def _noisy(original: nn.Module, manifest: Manifest) -> list[str]:
