@@ -22,9 +22,8 @@ def amount(value: float, unit: str = "") -> str:
 
 
 def _figures(value: float) -> str:
-    return (
-        f"{value:.0f}" if value >= 100 or value == round(value) else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-    )
+    digits = 0 if value >= 99.95 or abs(value - round(value)) < 5e-4 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f}"
 
 
 def billions(count: int | None) -> str:
@@ -91,7 +90,7 @@ def _work(found: Inspection) -> Iterator[str]:
     rates = f"{amount(device.bandwidth, 'B/s')}, {amount(device.flops, 'FLOP/s')}"
     on = f"{device.name} ({rates}{', measured' if device.measured else ''})"
     yield from _wrapped(f"work per token at {found.bits} bits, batch {found.batch}, on {on}", "")
-    many, one = f"prefill of {prefill.tokens}", f"decode of {decode.tokens}"
+    many, one = f"prefill, T={_short(prefill.tokens)}", f"decode, T={_short(decode.tokens)}"
     yield f"{'':<35}{many:>18}{one:>17}{'compute':>10}"
     yield f"{'':<26}{'FLOP':>9}{'bytes':>9}{'bound':>9}{'bytes':>8}{'bound':>9}{'from T ≥':>10}"
     for first, then in zip(prefill.parts, decode.parts, strict=True):
@@ -104,6 +103,10 @@ def _work(found: Inspection) -> Iterator[str]:
             "  ",
         )
     yield from _wrapped("weights, and rows in and out of each product; attention scores and KV cache not counted", "  ")
+
+
+def _short(tokens: int) -> str:
+    return str(tokens) if tokens < 100_000 else amount(tokens)
 
 
 def _row(name: str, many: Bound, one: Bound, prefill: int, decode: int) -> str:

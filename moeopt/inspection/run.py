@@ -13,7 +13,7 @@ from moeopt.inspection.probe import Selection, selection
 from moeopt.inspection.result import Inspection, Kind
 from moeopt.inspection.roles import Roles, assign
 from moeopt.inspection.roofline import Pass, bound, expected_hit, parts_of
-from moeopt.inspection.structure import Bank, Block, find_blocks
+from moeopt.inspection.structure import Bank, Block, find_blocks, stacks
 from moeopt.inspection.tree import Tree
 
 
@@ -60,6 +60,7 @@ def inspect(
     lone = [b for b in lone if b.stacked]
     if top_k is None and lone:
         notes.append(_unrouted(lone[0]))
+    notes += _loose_stacks(tree, [*(b.bank for b in chosen), *lone])
     chosen |= {_without_router(b): Selection(top_k, "not recognised", False) for b in lone if top_k is not None}
     blocks, roles = list(chosen), assign(tree, list(chosen))
     ks = {b.path: s.top_k for b, s in chosen.items()}
@@ -110,6 +111,19 @@ def _unrouted(bank: Bank) -> str:
         f"{bank.owner or 'the model'} holds {bank.experts} networks alike, and nothing was seen to choose among them: "
         "counted as used by every token; if they are experts, give top_k"
     )
+
+
+def _loose_stacks(tree: Tree, banks: list[Bank]) -> list[str]:
+    """Stacked matrices that belong to nothing that was recognised may be experts of a form that is not known here."""
+    known = {n for b in banks for n in b.names}
+    loose = [n for n in stacks(tree) if n not in known]
+    if not loose:
+        return []
+    size = sum(tree.tensors[n].numel() for n in loose)
+    return [
+        f"{size:,} parameters in stacked matrices such as {loose[0]} belong to no experts that were recognised; "
+        "counted as used by every token"
+    ]
 
 
 def _without_router(bank: Bank) -> Block:

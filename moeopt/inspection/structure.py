@@ -70,13 +70,18 @@ def find_blocks(tree: Tree) -> tuple[list[Block], list[Bank]]:
     return sorted(blocks, key=lambda b: min(order[n] for n in b.bank.names)), lone
 
 
-def _stacked(tree: Tree) -> Iterator[Bank]:
-    """3-D parameters with one leading size, in one module or in sister modules."""
-    loose = [
+def stacks(tree: Tree) -> list[str]:
+    """Parameters that may be stacked matrices: 3-D, and no kernel of a convolution."""
+    return [
         n
         for n, t in tree.tensors.items()
         if t.dim() == 3 and min(t.shape) > 1 and not isinstance(tree.modules[parent(n)], _ConvNd)
     ]
+
+
+def _stacked(tree: Tree) -> Iterator[Bank]:
+    """3-D parameters with one leading size, in one module or in sister modules."""
+    loose = stacks(tree)
     for level in (1, 2):
         groups: dict[tuple[str, int], list[str]] = {}
         for name in loose:

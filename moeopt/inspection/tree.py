@@ -74,9 +74,9 @@ class Tree:
             if re.search(r"\d", name):
                 groups.setdefault(re.sub(r"\d+", "#", name), []).append(child)
         lists = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+        yield from groups.values()
         if isinstance(self.modules[path], lists) and everyone not in groups.values():
             yield everyone
-        yield from groups.values()
 
     def numbered_ancestor(self, path: str, outermost: bool = False) -> str | None:
         """The element of a list (its name is a number) that holds ``path``: the innermost, or the outermost."""
