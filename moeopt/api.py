@@ -256,8 +256,7 @@ def _compare_engine(
     args, kwargs = call
     if engine.causal_lm is not None:
         kwargs = {**kwargs, "use_cache": False}  # what comes of the cache is compared through generate
-    parts = [n for n, m in source.named_modules() if next(m.parameters(recurse=False), None) is not None]
-    noise = [*parts, *outcome.rewrites]  # ONNX Runtime computes every op anew, so each may round otherwise
+    noise = [*_weighted(source), *outcome.rewrites]  # ONNX Runtime computes every op anew, so each may round otherwise
     calls = [(args, kwargs)]
     narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in source.parameters())
     if options.verify == "strict" and engine.causal_lm is None and not narrow:
@@ -421,9 +420,14 @@ def verify(
         call = subject._call if inputs is None else as_call(inputs)
         names = [b.name for b in subject.report.rewritten]
         known = {n for n, _ in original.named_modules()}
+        noise = [n if n in known else "" for n in names]
         absent = isinstance(subject.model, AbsentEngine)
         runner = subject.model.replay() if absent else subject.model
-        end = end_to_end(original, runner, *call, noise_blocks=[n if n in known else "" for n in names])
+        if isinstance(runner, OnnxEngine):
+            noise += _weighted(original)
+            if runner.causal_lm is not None:
+                call = call[0], {**call[1], "use_cache": False}
+        end = end_to_end(original, runner, *call, noise_blocks=noise)
         device = subject.certificate.device
         return Certificate(end_to_end=end, executed=not absent, dtype=subject.certificate.dtype, device=device)
     return _verify_bundle(Path(subject), original, inputs, provider)
@@ -464,10 +468,15 @@ def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider
     return Certificate(blocks, end, executed=executed, device=device, dtype=saved.dtype, notes=notes)
 
 
+def _weighted(model: nn.Module) -> list[str]:
+    """The modules that hold weights themselves."""
+    return [n for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
+
+
 def _noisy(original: nn.Module, manifest: Manifest) -> list[str]:
     """Whose rounding explains a difference: the rewritten blocks; for an engine, every module that has weights."""
     if manifest.backend == "onnxruntime":
-        return [n for n, m in original.named_modules() if next(m.parameters(recurse=False), None) is not None]
+        return _weighted(original)
     known = {n for n, _ in original.named_modules()}
     return [b["name"] if b["name"] in known else "" for b in manifest.data["blocks"]]
 
