@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from moeopt.inspection.counting import CONVENTIONS, PARTS
 from moeopt.inspection.result import Inspection, Kind
-from moeopt.inspection.roofline import Bound, Pass
+from moeopt.inspection.roofline import Bound
 
 WIDTH = 80
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -95,7 +95,7 @@ def _work(found: Inspection) -> Iterator[str]:
     yield f"{'':<26}{'FLOP':>9}{'bytes':>9}{'bound':>9}{'bytes':>8}{'bound':>9}{'from T ≥':>10}"
     for first, then in zip(prefill.parts, decode.parts, strict=True):
         yield _row(PARTS[first.name], first, then, prefill.tokens, decode.tokens)
-    yield from _sums(prefill, decode)
+    yield from _sums(found)
     if prefill.hit is not None and decode.hit is not None and (main := found.main):
         yield from _wrapped(
             f"distinct experts that a layer's tokens reach, if routing is uniform, E(1-(1-K/E)^T): "
@@ -117,12 +117,16 @@ def _row(name: str, many: Bound, one: Bound, prefill: int, decode: int) -> str:
     )
 
 
-def _sums(prefill: Pass, decode: Pass) -> Iterator[str]:
+def _sums(found: Inspection) -> Iterator[str]:
+    prefill, decode = found.prefill, found.decode
     many, one = prefill.to_dict(), decode.to_dict()
     yield (f"  {'all':<24}{amount(one['flops']):>9}{amount(many['bytes']):>9}{'':>9}{amount(one['bytes']):>8}").rstrip()
+    rate = decode.tokens / decode.seconds
+    fits = next(f.fits for f in found.memory if f.bits == found.bits)
     yield from _wrapped(
         f"at best {_time(prefill.seconds)} for the prefill and {_time(decode.seconds)} for a decoding step, "
-        f"{decode.tokens / decode.seconds:.3g} tokens/s, were all weights in this device's memory",
+        f"{f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}'} tokens/s"
+        f"{'' if fits else ', were all weights in the memory of this device'}",
         "  ",
     )
 
