@@ -22,6 +22,9 @@ from moeopt.errors import NotSaveableError
 _OWN = str(Path(__file__).parents[1])
 """The rewritten blocks' own checks: what they ask of sizes was verified, and holds for all of them."""
 
+_TRANSFORMERS = str(Path(torch.__file__).parents[1] / "transformers")
+"""Transformers tells one row from many only to build smaller masks; engines are compared at size 1 anyway."""
+
 
 def describe_call(program: torch.export.ExportedProgram) -> dict[str, Any]:
     """What :class:`moeopt.engine.binding.Binding` reads, and ``outputs``: one entry per leaf of the result.
@@ -63,7 +66,7 @@ def _conditions(program: torch.export.ExportedProgram) -> list[Any]:
     asked: list[Any] = []
     for guard in env.guards:
         frame = guard.sloc.framework_loc
-        if isinstance(frame, traceback.FrameSummary) and not frame.filename.startswith((inside, _OWN)):
+        if isinstance(frame, traceback.FrameSummary) and not frame.filename.startswith((inside, _OWN, _TRANSFORMERS)):
             text = PythonPrinter().doprint(guard.expr)
             for symbol, source in names.items():
                 text = re.sub(rf"\b{symbol}\b", source, text)
