@@ -66,6 +66,7 @@ def only_asked(conditions: Sequence[Any], asked: Sequence[Any]) -> list[Any]:
     for condition in conditions:
         name, *rest = condition
         special = name == "!=" or (name == ">" and rest[1] in (0, 1)) or (name == ">=" and rest[1] in (1, 2))
+        special = special or (name in ("<", ">") and all(_sizes(side) for side in rest))  # strides put in order
         if not special or condition in asked:
             kept.append(condition)
     return kept
