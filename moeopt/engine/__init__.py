@@ -3,11 +3,13 @@
 from moeopt.engine.fingerprint import fingerprint
 from moeopt.engine.golden import GoldenCheck
 from moeopt.engine.manifest import Manifest, is_bundle, read_backend, read_manifest, write_bundle
-from moeopt.engine.onnx_bundle import load_onnx_bundle, replay_golden, save_onnx_bundle
+from moeopt.engine.onnx_bundle import load_onnx_bundle, replay_golden, save_onnx_bundle, was_replayed
 from moeopt.engine.onnx_engine import OnnxEngine
+from moeopt.engine.onnx_target import AbsentEngine
 from moeopt.engine.torch_bundle import LoadedEngine, load_torch_bundle, save_torch_bundle, verify_torch_bundle
 
 __all__ = [
+    "AbsentEngine",
     "GoldenCheck",
     "LoadedEngine",
     "Manifest",
@@ -22,5 +24,6 @@ __all__ = [
     "save_onnx_bundle",
     "save_torch_bundle",
     "verify_torch_bundle",
+    "was_replayed",
     "write_bundle",
 ]

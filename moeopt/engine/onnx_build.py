@@ -15,7 +15,8 @@ from moeopt.backends.onnxrt.assemble import replace_sites
 from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm
 from moeopt.backends.onnxrt.export import emitting, own_outputs, quiet, to_onnx
 from moeopt.backends.onnxrt.plan import Plan, kind
-from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, available, provider_named, runtime
+from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
+from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
 from moeopt.backends.onnxrt.site import DOMAIN, OP
 from moeopt.backends.onnxrt.widen import widen_graph
 from moeopt.engine.folder import TemporaryFolder
@@ -35,7 +36,7 @@ class Built:
     """A written graph: its folder, how it is called, and what was chosen for each site.
 
     ``sites`` are records of :mod:`moeopt.engine.onnx_sites`, ``probes`` one of :mod:`moeopt.engine.onnx_probe` for
-    each kind of them.
+    each kind of them. ``portable`` is the same graph lowered for CPU where the graph itself cannot run here.
     """
 
     folder: TemporaryFolder
@@ -45,6 +46,7 @@ class Built:
     facts: dict[str, float] = field(default_factory=dict)
     sites: list[dict[str, Any]] = field(default_factory=list)
     probes: list[tuple[dict[str, torch.Tensor], float]] = field(default_factory=list)
+    portable: Built | None = None
 
     @property
     def directory(self) -> Path:
@@ -52,13 +54,27 @@ class Built:
 
 
 def onnx_plan(options: Options) -> Plan:
-    """The plan that ``options.target``, else ``options.device``, asks for; ``UsageError`` where it cannot run."""
+    """The plan that ``options.target``, else ``options.device``, asks for.
+
+    Raises:
+        UsageError: a device that is not here; ``tune`` for a target that is not here.
+    """
     runtime()
-    wanted = options.target or (None if options.device is None else options.device.type)
-    provider = provider_named(wanted)
-    if provider not in available():
-        raise UsageError(f"provider {provider!r} is not on this machine; it has: {', '.join(available())}")
-    return Plan(provider, options.tokens, options.tune)
+    device = None if options.device is None else options.device.type
+    provider = provider_named(options.target or device)
+    there = ", ".join(available())
+    if device is not None and provider_named(device) not in available():
+        raise UsageError(
+            f"provider {provider_named(device)!r} is not on this machine; it has: {there}. "
+            f"target={provider!r} instead of device builds the engine here, to be run where the provider is"
+        )
+    if provider in available():
+        return Plan(provider, options.tokens, options.tune)
+    if options.tune:
+        raise UsageError(
+            f"tune=True measures on this machine, which has: {there}; build for target={provider!r} without it"
+        )
+    return ReplayPlan(Plan(provider, options.tokens))
 
 
 def build_onnx(
@@ -73,11 +89,18 @@ def build_onnx(
     if is_causal_lm(model):
         try:
             found = export_causal_lm(model, args, kwargs, say, plan.provider)
+            target = None
+            if isinstance(plan, ReplayPlan):  # fused for its own provider
+                target = export_causal_lm(model, args, kwargs, say, plan.target.provider)
         except Declined as err:
             plan.remarks.append(f"the engine has no key/value cache: {err.reason}")
         else:
-            signature = flat_signature(found.model.graph, found.signature)
-            return write_graph(found.model, found.sites, signature, plan, say, started)
+            if target is None or not isinstance(plan, ReplayPlan):
+                signature = flat_signature(found.model.graph, found.signature)
+                return write_graph(found.model, found.sites, signature, plan, say, started)
+            signature = flat_signature(target.model.graph, target.signature)
+            built = write_graph(target.model, target.sites, signature, plan.target, say, started)
+            return _with_portable(built, target.model, found.model, found.sites, plan, say)
     say("tracing the whole model")
     args, kwargs = roomier(model, args, kwargs)
     with emitting(model) as sites, quiet():
@@ -86,13 +109,36 @@ def build_onnx(
     signature = describe_call(program)
     say("converting it to ONNX")
     graph = to_onnx(program)
-    return write_graph(graph, sites, signature, plan, say, started)
+    if not isinstance(plan, ReplayPlan):
+        return write_graph(graph, sites, signature, plan, say, started)
+    portable = graph.clone()
+    built = write_graph(graph, sites, signature, plan.target, say, started)
+    return _with_portable(built, graph, portable, sites, plan, say)
+
+
+def _with_portable(
+    built: Built, written: Any, portable: Any, sites: list[Any], plan: ReplayPlan, say: Callable[[str], None]
+) -> Built:
+    """``built`` with its portable form, which has the same ends, once the graph itself was checked."""
+    check_emitted(written, str(built.directory / GRAPH), plan.target.provider)
+    say("writing its portable form")
+    built.portable = write_graph(portable, sites, built.signature, plan, say, time.perf_counter(), built.folder)
+    return built
 
 
 def write_graph(
-    model: Any, sites: list[Any], signature: dict[str, Any], plan: Plan, say: Callable[[str], None], started: float
+    model: Any,
+    sites: list[Any],
+    signature: dict[str, Any],
+    plan: Plan,
+    say: Callable[[str], None],
+    started: float,
+    beside: TemporaryFolder | None = None,
 ) -> Built:
-    """Lower the sites of an ``onnx_ir.Model`` and write it with its weights beside it."""
+    """Lower the sites of an ``onnx_ir.Model`` and write it with its weights beside it.
+
+    ``beside``: the folder of the graph whose portable form this is; it then has that form's name.
+    """
     import onnx_ir as ir
 
     say(f"lowering {len(sites)} expert blocks")
@@ -110,13 +156,13 @@ def write_graph(
     name_ends(model.graph, signature)
     made = label_nodes(model, [site.name for site in legal])
     records, probes = _describe(legal, names, plan, calls, made)
-    folder = TemporaryFolder()
+    folder, graph = (TemporaryFolder(), GRAPH) if beside is None else (beside, PORTABLE)
     say("writing the engine")
-    ir.save(model, f"{folder.name}/{GRAPH}", external_data=EXTERNAL_DATA)
+    ir.save(model, f"{folder.name}/{graph}", external_data=data_of(graph))
     built = Built(folder, signature, dict(zip([s.name for s in sites], names, strict=True)))
     built.sites, built.probes = records, probes
     built.reasons = {site.name: plan.why(site) for site in sites}
-    size = sum(p.stat().st_size for p in built.directory.iterdir())
+    size = sum(p.stat().st_size for p in built.directory.glob(f"{graph}*"))
     built.facts = {
         "nodes": float(len(model.graph)),
         "bytes": float(size),
@@ -191,6 +237,8 @@ def _deduplicate(graph: Any) -> None:
 
     first: dict[tuple[Any, ...], Any] = {}
     for name, value in list(graph.initializers.items()):
+        if isinstance(value.const_value, ir.LazyTensor):  # an expert's weight: looking at it would make it
+            continue
         raw = getattr(value.const_value, "raw", None)
         if not isinstance(raw, torch.Tensor) or raw.numel() < 1024:
             continue

@@ -3,6 +3,8 @@
 model.onnx, model.onnx.data   plain ONNX Runtime runs them; inputs are named as the model's arguments
 signature.json                how it is called, and which names those are
 probes.safetensors            one question, with its answer in float64, for each kind of lowered block
+portable.onnx, portable.onnx.data, portable.probes.safetensors   the same engine lowered for CPU, where it was built
+                              for a provider that was not there: what was verified, and what is replayed elsewhere
 certificate.json, golden.safetensors, moeopt.json   as in every bundle
 """
 
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, available, provider_named, runtime
+from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
 from moeopt.compare.language import find_ids
 from moeopt.engine import golden as goldens
 from moeopt.engine import onnx_probe as probes
@@ -28,6 +30,7 @@ from moeopt.engine.onnx_check import check_graph
 from moeopt.engine.onnx_engine import OnnxEngine
 from moeopt.engine.onnx_golden import budget_of, golden_runs, other_sizes
 from moeopt.engine.onnx_selftest import Outcome, load_probes, self_test
+from moeopt.engine.onnx_target import AbsentEngine
 from moeopt.errors import BundleError, EngineNotExecutableError, NotEquivalentError, UsageError
 from moeopt.report import Report
 
@@ -37,7 +40,7 @@ _PASSED: set[tuple[str, ...]] = set()
 
 
 def save_onnx_bundle(
-    engine: OnnxEngine,
+    engine: OnnxEngine | AbsentEngine,
     built: Built,
     directory: str | os.PathLike[str],
     report: Report,
@@ -49,7 +52,8 @@ def save_onnx_bundle(
     if not (built.directory / GRAPH).is_file():
         raise UsageError(f"the engine's files in {built.directory} are gone: optimise the model again, then save it")
     distance, why = budget_of(certificate)
-    runs = golden_runs(engine, _golden_calls(engine, call), distance)
+    runner = engine.replay() if isinstance(engine, AbsentEngine) else engine
+    runs = golden_runs(runner, _golden_calls(runner, call), distance)
     fields = {
         "source": dict(source or {}),
         "provider": engine.provider,
@@ -57,38 +61,57 @@ def save_onnx_bundle(
         "signature": {k: built.signature[k] for k in ("parameters", "in_tree", "out_tree", "inputs")},
         "dynamic": built.signature["sizes"],
         "blocks": report.to_dict()["blocks"],
-        "lowerings": built.lowerings,
-        "sites": built.sites,
-        "probes": [{"budget": budget} for _, budget in built.probes],
-        "facts": built.facts,
+        **_form(built),
         "golden": {"runs": len(runs), "distance": distance, "why": why},
     }
+    if built.portable is not None:
+        fields["portable"] = _form(built.portable)
 
     def write(aside: Path) -> None:
-        from safetensors.torch import save_file
-
-        for name in (GRAPH, EXTERNAL_DATA):
-            if (built.directory / name).exists():
-                shutil.copyfile(built.directory / name, aside / name)
+        _write_form(built, GRAPH, aside)
+        if built.portable is not None:
+            _write_form(built.portable, PORTABLE, aside)
         (aside / SIGNATURE).write_text(json.dumps(built.signature, allow_nan=False))
         (aside / CERTIFICATE).write_text(certificate.to_json())
-        tensors = {
-            f"{n}.{part}": t.contiguous() for n, (probe, _) in enumerate(built.probes) for part, t in probe.items()
-        }
-        save_file(tensors, aside / probes.FILE)
         goldens.save_golden(runs, aside / goldens.FILE)
 
     return write_bundle(directory, "onnxruntime", write, fields)
 
 
+def _form(built: Built) -> dict[str, Any]:
+    """What a manifest says of one lowered graph."""
+    return {
+        "lowerings": built.lowerings,
+        "sites": built.sites,
+        "probes": [{"budget": budget} for _, budget in built.probes],
+        "facts": built.facts,
+    }
+
+
+def _write_form(built: Built, graph: str, aside: Path) -> None:
+    from safetensors.torch import save_file
+
+    for name in (graph, data_of(graph)):
+        if (built.directory / name).exists():
+            shutil.copyfile(built.directory / name, aside / name)
+    tensors = {f"{n}.{part}": t.contiguous() for n, (probe, _) in enumerate(built.probes) for part, t in probe.items()}
+    save_file(tensors, aside / _probes_of(graph))
+
+
+def _probes_of(graph: str) -> str:
+    return probes.FILE if graph == GRAPH else f"{graph.removesuffix('.onnx')}.{probes.FILE}"
+
+
 def load_onnx_bundle(
     directory: str | os.PathLike[str], device: Any = None, *, replay: bool = True, session_options: Any = None
-) -> OnnxEngine:
+) -> OnnxEngine | AbsentEngine:
     """Check a bundle, test it on this machine, and load it.
 
     Args:
         directory: the bundle.
-        device: where it shall run, like ``"cuda"`` or a provider's name; None means where it was verified.
+        device: where it shall run, like ``"cuda"`` or a provider's name; None means what it was built for. A bundle
+            that was built and not executed runs its portable form on ``"cpu"``; where what it was built for is not
+            there, None gives an engine that says so when it is called.
         replay: run the golden inputs too; :func:`verify_onnx_bundle` does so itself.
         session_options: an ``onnxruntime.SessionOptions``.
 
@@ -105,12 +128,15 @@ def load_onnx_bundle(
     signature = manifest.read_json(SIGNATURE)
     if not isinstance(signature, dict):
         raise BundleError(f"{manifest.path(SIGNATURE)}: it describes no call")
-    data = manifest.data["files"].get(EXTERNAL_DATA, {"bytes": 0})["bytes"]
-    proto = check_graph(manifest.path(GRAPH), signature, data)
-    key = (*(str(manifest.data["files"].get(f)) for f in (GRAPH, EXTERNAL_DATA)), runtime().__version__, provider)
-    outcome = Outcome(manifest.directory)
+    graph = PORTABLE if was_replayed(manifest) and provider == "cpu" else GRAPH
+    proto = _checked(manifest, graph, signature)
+    if provider not in available():
+        _checked(manifest, PORTABLE, signature)
+        return AbsentEngine(manifest.directory, signature, provider, manifest=manifest)
+    key = (*(str(manifest.data["files"].get(f)) for f in (graph, data_of(graph))), runtime().__version__, provider)
+    outcome = Outcome(manifest.directory, graph)
     if key not in _PASSED:
-        outcome = self_test(manifest.directory, proto, *_probes(manifest), provider)
+        outcome = self_test(manifest.directory, proto, *_probes(manifest, graph), provider, graph)
     engine = _open(manifest, outcome, signature, provider, session_options)
     if replay and key not in _PASSED:
         check = replay_golden(engine)
@@ -122,6 +148,18 @@ def load_onnx_bundle(
         if not outcome.notes:
             _PASSED.add(key)
     return engine
+
+
+def was_replayed(manifest: Manifest) -> bool:
+    """Whether the bundle was built on a machine without its provider, and its certificate speaks of a replay."""
+    return "portable" in manifest.data
+
+
+def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> Any:
+    if graph == PORTABLE and not isinstance(manifest.data["portable"], dict):
+        raise BundleError(f"{manifest.directory}: the manifest does not describe {graph}")
+    size = manifest.data["files"].get(data_of(graph), {"bytes": 0})["bytes"]
+    return check_graph(manifest.path(graph), signature, size)
 
 
 def _golden_calls(engine: OnnxEngine, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Any]:
@@ -159,20 +197,21 @@ def _open(
 ) -> OnnxEngine:
     try:
         return OnnxEngine(
-            outcome.directory, signature, provider, session_options, outcome.folder, manifest, outcome.notes
-        )
+            outcome.directory, signature, provider, session_options, outcome.folder, manifest, outcome.notes,
+            outcome.graph,
+        )  # fmt: skip
     except BundleError as err:
         raise BundleError(f"{manifest.path(SIGNATURE)}: {err}") from None
-    except UsageError:
+    except (UsageError, EngineNotExecutableError):
         raise
     except Exception as err:  # ONNX Runtime's own, of many classes
         lines = str(err).strip().splitlines()
         reason = f"ONNX Runtime does not load it on {provider}: {lines[0][:300] if lines else type(err).__name__}"
         if provider == manifest.data.get("provider"):
-            raise BundleError(f"{manifest.path(GRAPH)}: {reason}") from None
+            raise BundleError(f"{manifest.path(outcome.graph)}: {reason}") from None
         raise EngineNotExecutableError(
-            f"{manifest.path(GRAPH)}: {reason}. It was verified on {manifest.data.get('provider')}: run it there, or "
-            f"optimise the model again for {provider}"
+            f"{manifest.path(outcome.graph)}: {reason}. It was verified on {manifest.data.get('provider')}: run it "
+            f"there, or optimise the model again for {provider}"
         ) from None
 
 
@@ -182,17 +221,18 @@ def _provider(manifest: Manifest, device: Any) -> str:
     if not isinstance(saved, str):
         raise BundleError(f"{manifest.directory}: the manifest names no provider")
     wanted = provider_named(saved if device is None else str(device))
-    if wanted not in there:
+    if wanted not in there and not (device is None and was_replayed(manifest)):
         hint = "" if device is not None else "; it was saved there: name another, like device='cpu'"
         raise UsageError(f"provider {wanted!r} is not on this machine; it has: {', '.join(there)}{hint}")
     return wanted
 
 
-def _probes(manifest: Manifest) -> tuple[list[Any], list[Any]]:
-    records, budgets = manifest.data.get("sites"), manifest.data.get("probes")
+def _probes(manifest: Manifest, graph: str) -> tuple[list[Any], list[Any]]:
+    form = manifest.data if graph == GRAPH else manifest.data["portable"]
+    records, budgets = form.get("sites"), form.get("probes")
     if not isinstance(records, list) or not isinstance(budgets, list) or not all(isinstance(r, dict) for r in records):
         raise BundleError(f"{manifest.directory}: the manifest has no records of the lowered blocks")
-    return records, load_probes(manifest.path(probes.FILE), budgets)
+    return records, load_probes(manifest.path(_probes_of(graph)), budgets)
 
 
 def _runtimes() -> dict[str, str]:

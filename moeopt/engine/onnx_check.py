@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moeopt.backends.onnxrt.session import EXTERNAL_DATA
+from moeopt.backends.onnxrt.session import data_of
 from moeopt.engine.values import DTYPES, MAX_NUMEL
 from moeopt.errors import BundleError
 
@@ -115,15 +115,14 @@ def _check_tensor(path: Path, tensor: Any, size: int) -> None:
         return
     entries = {e.key: e.value for e in tensor.external_data}
     where = entries.get("location")
-    if where != EXTERNAL_DATA:
-        raise BundleError(f"{path}: the weight {tensor.name!r} lies in {where!r}; weights lie in {EXTERNAL_DATA} only")
+    data = data_of(path.name)
+    if where != data:
+        raise BundleError(f"{path}: the weight {tensor.name!r} lies in {where!r}; weights lie in {data} only")
     offset, length = (_number(entries.get(key)) for key in ("offset", "length"))
     if set(entries) != _KEYS or len(tensor.external_data) != 3 or offset is None or length is None:
         raise BundleError(f"{path}: the weight {tensor.name!r} does not say where it begins and ends")
     if offset + length > size:
-        raise BundleError(
-            f"{path}: the weight {tensor.name!r} ends at byte {offset + length}, and {EXTERNAL_DATA} has {size}"
-        )
+        raise BundleError(f"{path}: the weight {tensor.name!r} ends at byte {offset + length}, and {data} has {size}")
     import onnx_ir as ir
 
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 from moeopt.backends.onnxrt.causal_runner import CausalLM
 from moeopt.backends.onnxrt.session import GRAPH, Session
@@ -45,11 +46,12 @@ class OnnxEngine:
         keep: TemporaryFolder | None = None,
         manifest: Manifest | None = None,
         notes: Sequence[str] = (),
+        graph: str = GRAPH,
     ) -> None:
         self.directory, self.signature, self._keep = Path(directory), signature, keep
         self.manifest, self.notes = manifest, list(notes)
         try:
-            self._binding = Binding(signature, lambda name: torch.device("cpu"))
+            self._binding = Binding(signature, lambda name: torch.device("cpu" if provider == "cpu" else "cuda"))
             self._outputs = [
                 o["tensor"] if "tensor" in o else _Constant(values.decode(o["constant"], _no_node, torch.device))
                 for o in signature["outputs"]
@@ -57,7 +59,7 @@ class OnnxEngine:
             fits = check_tree(signature["out_tree"]) == len(self._outputs)
         except (KeyError, TypeError, AttributeError) as err:
             raise BundleError(f"the signature lacks or mistypes a part ({type(err).__name__}: {err})") from None
-        self.session = Session(self.directory / GRAPH, provider, session_options)
+        self.session = Session(self.directory / graph, provider, session_options)
         count = len(self.session.outputs)
         if not fits or any(not isinstance(o, _Constant) and o not in range(count) for o in self._outputs):
             raise BundleError("the structure of the result does not fit the graph")
@@ -88,6 +90,8 @@ class OnnxEngine:
 
     def run_graph(self, *args: Any, **kwargs: Any) -> Any:
         """Call the graph itself: for a causal language model, its tensors by name instead of the model's arguments."""
+        if self.device.type != "cpu":
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.device), (tuple(args), dict(kwargs)))
         bound = self._binding.bind(tuple(args), dict(kwargs))
         results = self.session.run({name: bound[leaf] for name, leaf in self._feeds.items()})
         return build(
@@ -126,7 +130,7 @@ class OnnxEngine:
         return f"<moeopt engine {where} on {self.provider}>"
 
 
-def _reopen(directory: str, provider: str) -> OnnxEngine:
+def _reopen(directory: str, provider: str) -> Any:
     from moeopt.engine.onnx_bundle import load_onnx_bundle
 
     return load_onnx_bundle(directory, provider)

@@ -46,9 +46,10 @@ def make_probe(site: Site, seed: int = 0) -> tuple[dict[str, Tensor], float]:
     weights_TK = (torch.rand(TOKENS, K, generator=generator) + 0.1).to(site.weights_dtype)
     if site.router is not None:
         weights_TK = (weights_TK.double() / weights_TK.double().sum(-1, keepdim=True)).to(site.weights_dtype)
+    x, ids, weights = (t.to(site.bank.w_out(0).device) for t in (x_TH, ids_TK, weights_TK))
     with torch.no_grad():
-        own = experts_reference(x_TH, ids_TK, weights_TK, site.bank, site.spec)
-        y_TH = experts_reference(x_TH.double(), ids_TK, weights_TK.double(), site.bank, _exact(site.spec))
+        own = experts_reference(x, ids, weights, site.bank, site.spec).cpu()
+        y_TH = experts_reference(x.double(), ids, weights.double(), site.bank, _exact(site.spec)).cpu()
     eps = torch.finfo(own.dtype).eps
     budget = FACTOR * float(token_distance(own, y_TH).nan_to_num().max()) + EPS_ALLOWANCE * eps
     return {"x": x_TH, "ids": ids_TK, "weights": weights_TK, "y": y_TH}, budget

@@ -39,14 +39,20 @@ class Outcome:
     """Where the graph to run lies, and what was replaced; ``folder`` is None where the bundle's own graph is good."""
 
     directory: Path
+    graph: str = GRAPH
     notes: list[str] = field(default_factory=list)
     folder: TemporaryFolder | None = None
 
 
 def self_test(
-    directory: Path, proto: Any, records: Sequence[Mapping[str, Any]], probes: Sequence[Probe], provider: str
+    directory: Path,
+    proto: Any,
+    records: Sequence[Mapping[str, Any]],
+    probes: Sequence[Probe],
+    provider: str,
+    graph: str = GRAPH,
 ) -> Outcome:
-    """Ask every kind of block its probe; replace those that answer wrongly.
+    """Ask every kind of block of the graph in the file ``graph`` its probe; replace those that answer wrongly.
 
     Raises:
         EngineNotExecutableError: no lowering of a block answers rightly here; the message has each one's reason.
@@ -59,17 +65,17 @@ def self_test(
         reason = _answer(directory, proto, record, probe, provider)
         if reason:
             wrong[number] = reason
-    outcome = Outcome(directory)
+    outcome = Outcome(directory, graph)
     if not wrong:
         return outcome
     import onnx_ir as ir
 
-    model = ir.load(directory / GRAPH)
+    model = ir.load(directory / graph)
     for number, reason in wrong.items():
         same = [r for r in records if r.get("probe") == number]
         _replace(model, same, probes[number], provider, reason, outcome)
     outcome.folder = TemporaryFolder()
-    outcome.directory = Path(outcome.folder.name)
+    outcome.directory, outcome.graph = Path(outcome.folder.name), GRAPH
     ir.save(model, outcome.directory / GRAPH, external_data=EXTERNAL_DATA)
     for note in outcome.notes:
         warnings.warn(note, EngineFallbackWarning, stacklevel=4)

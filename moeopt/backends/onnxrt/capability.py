@@ -30,6 +30,7 @@ class Capability:
         ignored: attributes that do nothing, each with the one value at which doing nothing is right.
         required: attributes that must be given, with the value that means what moeopt emits.
         router_weights: whether QMoE reads input 14, and if it does whether it drops negative ones.
+        least, aligned: the least H and I, and the bits that a row of H or of I must fill in whole steps.
     """
 
     provider: str
@@ -43,6 +44,19 @@ class Capability:
     ignored: Mapping[str, int] = field(default_factory=dict)
     required: Mapping[str, int] = field(default_factory=dict)
     router_weights: str = "none"
+    least: int = 1
+    aligned: int = 0
+
+    def refuses_width(self, width: int, dtype: str) -> str:
+        """Why rows of ``width`` elements do not fit, or ""."""
+        step = max(1, self.aligned // _BITS.get(dtype, 32))
+        if width >= self.least and width % step == 0:
+            return ""
+        takes = f"{self.least} or more, in steps of {step}"
+        return f"{width} is not a width that {self.provider}'s {self.op} takes: {takes}"
+
+
+_BITS = {"FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16}
 
 
 CAPABILITIES = (
@@ -66,10 +80,13 @@ CAPABILITIES = (
     Capability(
         "cuda",
         "MoE",
-        "source",
+        # a build without microsoft/onnxruntime#32659 reads bfloat16 logits as float32: a bundle's self-test tells
+        "source; kernels for the three dtypes are in the library of 1.31.1",
         dtypes=("FLOAT", "FLOAT16", "BFLOAT16"),
         activations=("relu", "gelu", "silu", "swiglu", "identity"),
         separate_up=True,
+        least=16,
+        aligned=128,
     ),
     Capability(
         "cuda",
@@ -132,7 +149,7 @@ def _moe_problems(node: Any, provider: str) -> list[str]:
     if _given(node, third) and not row.separate_up:
         problems.append("a separate up weight (fc3) is NOT_IMPLEMENTED; interleave gate and up in fc1")
     if node.op_type == "MoE":
-        problems += _layout_problems(node, values)
+        problems += _layout_problems(node, values, row) + _dtype_problems(node)
     else:
         problems += _router_weight_problems(node, row)
     return problems
@@ -175,7 +192,13 @@ def _activation_problems(row: Capability, values: Mapping[str, Any]) -> list[str
 _SWIGLU_NEEDS = ("activation_alpha", "activation_beta")
 
 
-def _layout_problems(node: Any, values: Mapping[str, Any]) -> list[str]:
+def _dtype_problems(node: Any) -> list[str]:
+    """Tokens, logits, weights and biases are of one type T."""
+    found = {name for value in node.inputs if (name := _dtype(value)) is not None}
+    return [f"its inputs are {' and '.join(sorted(found))}, and MoE takes one dtype"] if len(found) > 1 else []
+
+
+def _layout_problems(node: Any, values: Mapping[str, Any], row: Capability) -> list[str]:
     """fc1 must be (E, O, H) and fc2 (E, H, I), with O = 2I for swiglu: other shapes can be read as a legacy layout."""
     fc1, fc2 = _shape(node.inputs[2]), _shape(node.inputs[4])
     if fc1 is None or fc2 is None:
@@ -190,6 +213,8 @@ def _layout_problems(node: Any, values: Mapping[str, Any]) -> list[str]:
         problems.append(f"fc1 {fc1} and fc2 {fc2} are not (E, {factor}I, H) and (E, H, I)")
     if values.get("k", 1) > E:
         problems.append(f"k={values.get('k', 1)} exceeds the {E} experts")
+    dtype = _dtype(node.inputs[2]) or "FLOAT"
+    problems += [why for width in (H, I) if (why := row.refuses_width(width, dtype))]
     return problems
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -54,7 +55,8 @@ class Plan:
         known = kind(wide)
         demoted = self._demoted.get(known, {})
         if known not in self._ranked:
-            self._ranked[known] = ranked(wide, self.provider, self.tokens, session_of if self.tune else None)
+            measured = functools.partial(session_of, provider=self.provider) if self.tune else None
+            self._ranked[known] = ranked(wide, self.provider, self.tokens, measured)
         choices = self._ranked[known]
         for choice in choices:
             if choice.lowering is not None and choice.lowering.name not in demoted:
@@ -73,6 +75,9 @@ class Plan:
         best = self.choice(site)
         rest = [c for c in self._ranked[kind(self.legal(site))] if c.lowering is not None and c.name != best.name]
         return f"{best.name}, {best.reason}" + (f"; next {rest[0].name}, {rest[0].reason}" if rest else "")
+
+    def check(self, site: Site) -> None:
+        """``Declined`` where the engine that this plan is for cannot carry ``site``."""
 
     def legal(self, site: Site) -> Site:
         """``site`` in the dtypes that the provider computes in."""
@@ -112,17 +117,18 @@ class Plan:
         key = (id(bank), x.dtype, weights.dtype, ids.shape[1])
         if key not in self._sessions:
             site = Site("experts", bank, spec, x.dtype, int(ids.shape[1]), weights.dtype, self._routers.get(id(bank)))
+            self.check(site)
             site = self.legal(site)
             lowering = self.lowering(site)
-            self._sessions[key] = (session_of(site, lowering), site, bank)
+            self._sessions[key] = (session_of(site, lowering, self.provider), site, bank)
             self._last = kind(site), lowering.name
         session, site, _ = self._sessions[key]
         feeds = {"x": x.to(site.dtype), "ids": ids.to(torch.int64), "weights": weights.to(site.weights_dtype)}
-        return session.run(feeds)[0].to(dtypes(x, spec)[2])
+        return session.run(feeds)[0].to(x.device, dtypes(x, spec)[2])
 
 
-def session_of(site: Site, lowering: Lowering) -> Session:
-    """A CPU session of one op, its weights in the model's own bytes or, past 1 GiB, in a file that is gone at once."""
+def session_of(site: Site, lowering: Lowering, provider: str = "cpu") -> Session:
+    """A session of one op, its weights in the model's own bytes or, past 1 GiB, in a file that is gone at once."""
     import tempfile
 
     import onnx_ir as ir
@@ -130,10 +136,10 @@ def session_of(site: Site, lowering: Lowering) -> Session:
     model = one_op(site, lowering)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if size < 1 << 30:
-        return Session(ir.to_proto(model).SerializeToString())
+        return Session(ir.to_proto(model).SerializeToString(), provider)
     with tempfile.TemporaryDirectory(prefix="moeopt-") as folder:
         ir.save(model, f"{folder}/model.onnx", external_data="model.onnx.data")
-        return Session(f"{folder}/model.onnx")
+        return Session(f"{folder}/model.onnx", provider)
 
 
 def kind(site: Site) -> Kind:

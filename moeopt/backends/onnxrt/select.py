@@ -4,10 +4,11 @@ For T tokens, E * (1 - (1 - K/E)^T) experts are expected to be hit. Their weight
 rows costs 2 FLOPs a weight; each node costs a fixed time to start, and a time to load that is spread over
 ``CALLS`` calls. A lowering's time is
 
-    max(bytes / READ, FLOPs / GEMM) * slowdown + nodes * NODE + nodes * LOAD / CALLS
+    max(bytes / read, FLOPs / gemm) * slowdown + nodes * node + waiting + nodes * LOAD / CALLS
 
-summed over the token counts that the engine is expected to see. The constants are of ONNX Runtime 1.31 on a
-2-core x86 machine (``benchmarks/onnx_blocks.py``); only their ratios matter here, and ``tune=True`` measures instead.
+summed over the token counts that the engine is expected to see. The constants for CPU are of ONNX Runtime 1.31 on a
+2-core x86 machine (``benchmarks/onnx_blocks.py``); those for GPU providers are round figures of data sheets, and were
+not measured. Only their ratios matter here, and ``tune=True`` measures instead.
 """
 
 from __future__ import annotations
@@ -27,12 +28,25 @@ from moeopt.backends.onnxrt.site import Site
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""
 
-READ = 20e9
-"""Bytes a second."""
-GEMM = 100e9
-"""FLOPs a second, float32."""
-NODE = 2e-6
-"""Seconds to start a node."""
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one kind of machine.
+
+    Args:
+        read: bytes a second.
+        gemm: FLOPs a second.
+        node: seconds to start a node.
+        sync: seconds to wait for sizes that the host must know.
+    """
+
+    read: float
+    gemm: float
+    node: float
+    sync: float = 0.0
+
+
+CPU, GPU = Speed(20e9, 100e9, 2e-6), Speed(1e12, 3e13, 5e-6, 2e-5)
 LOAD = 2e-3
 """Seconds to load a node."""
 CALLS = 1000
@@ -71,7 +85,7 @@ def ranked(
         if refusal:
             choices.append(Choice(lowering.name, None, refusal))
         elif open_session is None:
-            seconds = sum(estimate(site, lowering.name, T) for T in counts)
+            seconds = sum(estimate(site, lowering.name, T, provider) for T in counts)
             choices.append(Choice(lowering.name, lowering, f"estimated {_ms(seconds)}", seconds))
         else:
             seconds = measure(site, lowering, counts, open_session)
@@ -79,20 +93,22 @@ def ranked(
     return sorted(choices, key=lambda c: (c.lowering is None, c.seconds))
 
 
-def estimate(site: Site, name: str, tokens: int) -> float:
+def estimate(site: Site, name: str, tokens: int, provider: str = "cpu") -> float:
     """Seconds of one call with ``tokens`` tokens; see the module's docstring."""
     bank, E, K = site.bank, site.bank.num_experts, site.top_k
     elements = sum(w.numel() for w in (*bank.w_in(0), bank.w_out(0)))
     hit = E * (1 - (1 - min(K / E, 1.0)) ** tokens)
-    rows, slowdown, nodes = float(tokens * K), 1.0, 30
+    rows, slowdown, nodes, wait = float(tokens * K), 1.0, 30, 0.0
+    speed = CPU if provider == "cpu" else GPU
     if name == "unrolled":
         nodes += 2 * E
+        wait = 2 * speed.sync  # each Split
     elif name == "dense":
         hit, rows = float(E), float(tokens * E)
-    elif rows > hit:
+    elif rows > hit and provider == "cpu":
         slowdown = 1.5  # the kernel lays weights out anew at each call, once an expert has more than one row
-    work = max(4 * elements * hit / READ, 2 * elements * rows / GEMM)
-    return work * slowdown + nodes * (NODE + LOAD / CALLS)
+    work = max(4 * elements * hit / speed.read, 2 * elements * rows / speed.gemm)
+    return work * slowdown + nodes * (speed.node + LOAD / CALLS) + wait
 
 
 def measure(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moeopt.errors import UsageError
+from moeopt.errors import EngineNotExecutableError, UsageError
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -18,8 +18,23 @@ PROVIDERS = {
     "nv_tensorrt_rtx": "NvTensorRTRTXExecutionProvider",
 }
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+_OPTIONS = {"cuda": {"use_tf32": "0"}}
+"""ONNX Runtime rounds float32 products to 10 bits of mantissa on CUDA unless told not to; PyTorch does not."""
+_ON_CPU = frozenset(
+    ("Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Range", "Reshape", "Identity", "Constant")
+    + ("ConstantOfShape", "Expand", "Cast", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Min", "Max", "ReduceProd")
+    + ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "And", "Or", "Not")
+)
+"""What ONNX Runtime places on the CPU by choice: sizes and positions. CUDA has each of these for floats."""
 EXTERNAL_DATA = "model.onnx.data"
 GRAPH = "model.onnx"
+PORTABLE = "portable.onnx"
+"""The same engine lowered for CPU, where ``GRAPH`` is for a provider that was not there when it was built."""
+
+
+def data_of(graph: str) -> str:
+    """The name of the file with a graph's weights."""
+    return f"{graph}.data"
 
 
 def runtime() -> Any:
@@ -78,7 +93,8 @@ class Session:
     Args:
         model: the path of a ``.onnx`` file, or its bytes.
         provider: as :func:`provider_named` spells it. With one other than ``cpu``, a node that only the CPU could
-            run is an error, not a silent fallback.
+            run is an error, not a silent fallback; arithmetic on sizes may stay there. (The runtime's own
+            ``session.disable_cpu_ep_fallback`` would refuse that too, and so nearly every graph with free sizes.)
         session_options: an ``onnxruntime.SessionOptions`` of the user's own; None means the default.
         threads: intra-op threads; None means as many as torch uses here.
 
@@ -88,6 +104,7 @@ class Session:
 
     Raises:
         UsageError: the provider is not on this machine.
+        EngineNotExecutableError: it is, and does not start, or leaves nodes to the CPU.
     """
 
     def __init__(
@@ -107,11 +124,14 @@ class Session:
             options.log_severity_level = 3
             options.intra_op_num_threads = threads or torch.get_num_threads()
         if provider != "cpu":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         source = model if isinstance(model, bytes) else os.fspath(model)
-        self.session = ort.InferenceSession(source, options, providers=[PROVIDERS[provider]])
+        wanted = (PROVIDERS[provider], _OPTIONS.get(provider, {}))
+        self.session = ort.InferenceSession(source, options, providers=[wanted])
         real = self.session.get_providers()[0]
         self.provider = next((short for short, name in PROVIDERS.items() if name == real), real)
+        if provider != "cpu":
+            check_placement(self.session, provider)
         self.device = torch.device("cpu" if self.provider == "cpu" else "cuda")
         self.inputs = [spec.name for spec in self.session.get_inputs()]
         self.outputs = [spec.name for spec in self.session.get_outputs()]
@@ -145,6 +165,28 @@ class Session:
         del held
         values = [torch.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
         return [v.view(torch.bool) if b else v for v, b in zip(values, self._is_bool, strict=True)]
+
+
+def check_placement(session: Any, provider: str) -> None:
+    """``EngineNotExecutableError`` unless ``provider`` runs all of a session but arithmetic on sizes."""
+    if session.get_providers()[0] != PROVIDERS[provider]:
+        raise EngineNotExecutableError(
+            f"{PROVIDERS[provider]} does not start on this machine, and ONNX Runtime took "
+            f"{session.get_providers()[0]} instead: install the CUDA and cuDNN versions that this onnxruntime-gpu needs"
+        )
+    left = [
+        f"{node.name} ({node.domain or 'ai.onnx'}.{node.op_type})"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == PROVIDERS["cpu"]
+        for node in part.get_nodes()
+        if node.domain not in ("", "ai.onnx") or node.op_type not in _ON_CPU
+    ]
+    if left:
+        raise EngineNotExecutableError(
+            f"{PROVIDERS[provider]} has no kernel for {left[0]}"
+            + (f" and {len(left) - 1} more nodes" if left[1:] else "")
+            + ", and the CPU would run it: use device='cpu', or another version of onnxruntime-gpu"
+        )
 
 
 def _element_type(dtype: torch.dtype) -> int:

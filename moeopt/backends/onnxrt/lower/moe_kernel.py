@@ -191,6 +191,9 @@ def refuses_kernel(site: Site, provider: str) -> str:
     size = banks.sizes_of(site)
     if size.D != size.H:
         return f"the MoE kernel's output is as wide as its input; here {size.H} becomes {size.D}"
+    for width in (size.H, size.I):
+        if why := row.refuses_width(width, kind):
+            return why
     if site.top_k > size.E:
         return f"the MoE kernel picks k <= E experts; here k is {site.top_k} of {size.E}"
     return refuses_types(site, provider)

@@ -58,8 +58,18 @@ def test_masked_log_refuses_what_expand_carries(changes, reason):
 
 
 def test_cuda_carries_bfloat16_and_relu():
-    site = make_site(router=ROUTER, dtype=torch.bfloat16, rows="plain", activation="relu")
+    site = make_site(router=ROUTER, dtype=torch.bfloat16, rows="plain", activation="relu", H=16, I=24)
     assert by_name("moe-masked-log").refuses(site, "cuda") == ""
+
+
+def test_cuda_takes_whole_steps_of_128_bits():
+    def why(**changes):
+        return by_name("moe-masked-log").refuses(make_site(router=ROUTER, **{"H": 16, "I": 16, **changes}), "cuda")
+
+    assert why(I=20) == "" and why(dtype=torch.bfloat16) == ""
+    assert why(I=20, dtype=torch.float16) == "20 is not a width that cuda's MoE takes: 16 or more, in steps of 8"
+    assert why(H=12) == "12 is not a width that cuda's MoE takes: 16 or more, in steps of 4"
+    assert why(I=18) == "18 is not a width that cuda's MoE takes: 16 or more, in steps of 4"
 
 
 def test_the_attributes_say_the_activation():

@@ -1,0 +1,99 @@
+"""An engine for a provider that this machine lacks: it can be saved and replayed, and calling it says where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from moeopt.backends.onnxrt.session import PORTABLE, PROVIDERS, available, runtime
+from moeopt.engine.folder import TemporaryFolder
+from moeopt.engine.manifest import Manifest
+from moeopt.engine.onnx_causal import KEY
+from moeopt.engine.onnx_engine import OnnxEngine
+from moeopt.errors import EngineNotExecutableError, UsageError
+
+
+def built_for(provider: str) -> str:
+    """The ``device`` of a certificate whose verdict is that of a replay."""
+    return f"onnxruntime {provider} (built, not executed; replayed on cpu)"
+
+
+class AbsentEngine:
+    """Stands for a graph that was built and checked for ``provider``, and not run.
+
+    Attributes:
+        directory: where ``model.onnx`` and ``portable.onnx`` lie.
+        signature: how it is called.
+        provider: what it was built for.
+        device: where its results would be.
+        manifest: of the bundle that it was loaded from, or None.
+
+    Raises:
+        EngineNotExecutableError: whenever it is called.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        signature: Mapping[str, Any],
+        provider: str,
+        keep: TemporaryFolder | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
+        self.directory, self.signature, self.provider = Path(directory), signature, provider
+        self.manifest, self._keep = manifest, keep
+        self.device = torch.device("cpu" if provider == "cpu" else "cuda")
+        self.notes: list[str] = []
+
+    def replay(self) -> OnnxEngine:
+        """The portable form of it, on CPU."""
+        return OnnxEngine(self.directory, self.signature, keep=self._keep, graph=PORTABLE)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        lacks = "" if PROVIDERS[self.provider] in runtime().get_available_providers() else " and needs onnxruntime-gpu"
+        if self.manifest is None:
+            way = "save it with .save(directory), and there call moeopt.load(directory)"
+        else:
+            way = f"copy {self.manifest.directory} there and call moeopt.load"
+        raise EngineNotExecutableError(
+            f"the engine was built for {self.provider}{lacks}, and this machine has: {', '.join(available())}. To run "
+            f"it, {way}; moeopt.verify of the directory replays its portable form here, and "
+            "moeopt.load(directory, device='cpu') runs that form"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "generate" and KEY in self.__dict__.get("signature", {}):
+            return self.__call__
+        raise AttributeError(f"the engine has no attribute {name!r}")
+
+    @property
+    def certificate(self) -> Any:
+        """The certificate that was saved, as JSON types; None for an engine that was not loaded from a bundle."""
+        return None if self.manifest is None else self.manifest.read_json("certificate.json")
+
+    def __copy__(self) -> AbsentEngine:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AbsentEngine:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.manifest is None:
+            raise UsageError(
+                "this engine lies in a temporary folder and cannot be pickled: save it with .save(directory), and "
+                "pickle what moeopt.load(directory) returns, or the directory's name"
+            )
+        return _reopen, (str(self.manifest.directory.resolve()),)
+
+    def __repr__(self) -> str:
+        where = self.directory if self.manifest is None else self.manifest.directory
+        return f"<moeopt engine {where} for {self.provider}, not on this machine>"
+
+
+def _reopen(directory: str) -> Any:
+    from moeopt.engine.onnx_bundle import load_onnx_bundle
+
+    return load_onnx_bundle(directory)
