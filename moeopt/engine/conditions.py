@@ -126,8 +126,8 @@ def _encode(node: ast.expr, leaves: Any) -> Any:
         inner = node.value.func
         if isinstance(inner, ast.Attribute) and inner.attr == "size" and isinstance(node.slice, ast.Constant):
             return ["size", _leaf(inner.value, leaves), node.slice.value]
-    if isinstance(node, ast.Call) and (name := _CALLS.get(ast.unparse(node.func))):
-        return [name, *(_encode(a, leaves) for a in node.args)]
+    if isinstance(node, ast.Call) and (known := _CALLS.get(ast.unparse(node.func))):
+        return [known, *(_encode(a, leaves) for a in node.args)]
     raise _Other
 
 

@@ -50,7 +50,7 @@ def other_sizes(signature: Mapping[str, Any], call: Call) -> list[Call]:
         if sizes != have:
             made = [_resized(leaf, entry, sizes) for leaf, entry in zip(leaves, entries, strict=True)]
             with contextlib.suppress(UsageError):  # sizes that the engine itself says it does not hold for
-                check_conditions(signature.get("conditions", []), lambda n, made=made: made[n].shape, str)
+                check_conditions(signature.get("conditions", []), lambda n, made=made: made[n].shape, str)  # type: ignore[misc]
                 calls.append(pytree.tree_unflatten(made, spec))
     return calls
 

@@ -57,7 +57,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     bound = {**dict(zip(inspect.signature(model.forward).parameters, shapes[0], strict=False)), **shapes[1]}
     before = _python_state(model)
     try:
-        with torch.no_grad(), shape_config.patch(backed_size_oblivious=True):  # a size of 1 is as good as any other
+        with torch.no_grad(), shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             program = torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
     except MoeoptError:
         raise
