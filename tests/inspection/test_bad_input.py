@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 
 import pytest
 import torch
@@ -53,6 +54,44 @@ def test_remote_code_is_not_run_without_the_flag(tmp_path):
     with pytest.raises(UsageError, match="defined by Python code of its own"):
         look(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+MINE = """
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+class Config(PretrainedConfig):
+    model_type = "mine"
+
+class Model(PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.up, self.down = nn.Linear(4, 8, bias=False), nn.Linear(8, 4, bias=False)
+        self.post_init()
+"""
+
+
+def test_remote_code_runs_with_the_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    home = tmp_path / "mine_of_a_test"
+    home.mkdir()
+    write(home / "config.json", {"model_type": "mine", "auto_map": {
+        "AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}})  # fmt: skip
+    (home / "mine.py").write_text(MINE)
+    assert look(home, trust_remote_code=True).counts.all == 64
+
+
+def test_remote_code_that_fails_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    home = tmp_path / "broken_of_a_test"
+    home.mkdir()
+    write(home / "config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "gone.Config"}})
+    with pytest.raises(UsageError, match="the model's own code failed"):
+        look(home, trust_remote_code=True)
 
 
 def test_paths(tmp_path):
