@@ -79,8 +79,9 @@ def _networks(tree: Tree, home: str, blocks: list[Block]) -> Iterator[tuple[str,
 def _dense_layers(tree: Tree, moe: dict[str, list[Block]]) -> Iterator[list[str]]:
     """Parameter names of the dense feed-forward networks: whole modules, or two transposed linears of one layer."""
     done: list[str] = []
+    above = {p for m in moe for p in _prefixes(m)}
     for path, module in tree.modules.items():
-        if any(within(path, d) for d in done[-1:]) or any(within(m, path) or within(path, m) for m in moe):
+        if any(within(path, d) for d in done[-1:]) or path in above or any(p in moe for p in _prefixes(path)):
             continue
         if not path or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             continue
@@ -94,6 +95,14 @@ def _dense_layers(tree: Tree, moe: dict[str, list[Block]]) -> Iterator[list[str]
             if pair:
                 done.append(path)
                 yield pair
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """The path and every module above it."""
+    yield path
+    while path:
+        path = parent(path)
+        yield path
 
 
 def _all_linear(tree: Tree, path: str) -> bool:
