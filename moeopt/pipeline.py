@@ -81,9 +81,9 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
     moe = [p for p in places if p.kind == "moe"]
     dense = [p for p in places if p.kind == "dense_ffn"]
     if options.dense == "split":
-        too_many(dense, options.experts or 1)
+        too_many([*dense, *(a for p in moe for a in p.alone)], options.experts or 1)
     wanted = {c.path for p in moe for c in p.levels[:LEVELS]}
-    calls = _inputs(model, call, wanted | {p.call.path for p in dense})
+    calls = _inputs(model, call, wanted | {p.call.path for q in (*dense, *moe) for p in (q, *q.alone)})
     outcome = Outcome([], [], {}, calls)
     attempts: list[tuple[Place, _Attempt]] = []
     for number, place in enumerate(moe):
@@ -96,6 +96,8 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
             f"hints[{unused[0]!r}] matches no block; the places that were looked at are "
             f"{', '.join(sorted(repr(path) for path in tried)) or 'none'}"
         )
+    places = sorted([*places, *_shared(model, attempts)], key=lambda p: p.order)
+    dense = [p for p in places if p.kind == "dense_ffn"]
     splits: dict[int, Split] = {}
     if options.dense == "split":
         found = split_all(model, dense, calls, options, runtime, outcome.rewrites, say)
@@ -153,6 +155,14 @@ def _attempt(
         outcome.checks.append(rewrite.check)
         return _Attempt(rewrite, level.path, seconds=rewrite.seconds)
     return best
+
+
+def _shared(model: nn.Module, attempts: list[tuple[Place, _Attempt]]) -> Iterator[Place]:
+    """What looked like one more expert of a rewritten block and is not: a shared expert."""
+    for place, attempt in attempts:
+        if attempt.rewrite is not None:
+            experts = _covered(model, attempt.path, attempt.rewrite.found)
+            yield from (p for p in place.alone if not p.weights & experts)
 
 
 def _levels(place: Place) -> Iterator[Any]:

@@ -27,7 +27,11 @@ from moeopt.passes.chains import Chain, find_chains, group_chains
 
 @dataclass
 class Place:
-    """One module call that holds a block. ``levels`` are the call and its ancestors, innermost first."""
+    """One module call that holds a block. ``levels`` are the call and its ancestors, innermost first.
+
+    ``alone`` has each chain of an MoE candidate that is a dense FFN where it turns out to be no expert: a shared
+    expert of the experts' own size.
+    """
 
     kind: str
     call: Call
@@ -37,6 +41,7 @@ class Place:
     chains: list[Chain] = field(default_factory=list)
     experts: int | None = None
     weights: set[int] = field(default_factory=set)
+    alone: list[Place] = field(default_factory=list)
 
 
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Place]:
@@ -175,6 +180,13 @@ class _Finder:
         for chain in self.chains:
             if experts.isdisjoint((*chain.ins, *chain.outs)) and self._feed_forward(chain, blocks):
                 places.append(self._place("dense_ffn", self.tape.calls[self.home[chain]], [chain]))
+        for place in places:
+            if place.kind == "moe" and len(place.chains) > 1:
+                place.alone = [
+                    self._place("dense_ffn", self.tape.calls[self.home[c]], [c])
+                    for c in place.chains
+                    if self._feed_forward(c, blocks)
+                ]
         places = [p for p in places if not self._holds_a_deeper_one(p, places)]
         places += self._by_structure(places)
         places = [p for i, p in enumerate(places) if not any(_same_experts(p, q) for q in places[:i])]

@@ -67,6 +67,12 @@ def recognize_dense(tape: Tape, chain: Chain) -> DenseFFN:
     """
     out, source = chain.out, str(chain.ins[0].product.meta.get("source") or "")
     first, *others = chain.ins
+    if any(s.matrices[0].k != first.matrices[0].k for s in others):
+        raise Declined(
+            "its first product is a sum of two (an adapter such as LoRA beside a Linear); merge the adapter into the "
+            "weights, then optimise",
+            source,
+        )
     rows = first.rows_in(tape.value(first.operand))
     for site in others:
         if not torch.equal(site.rows_in(tape.value(site.operand)), rows):

@@ -17,7 +17,7 @@ Numerics   ROUNDING: E partial sums instead of one, added in float32
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,14 +35,20 @@ from moeopt.rewrite.bank import ExpertRef
 
 def every_group(x: Tensor, axis: int, groups: int) -> Tensor:
     """ids (T, E): every token goes to each of the groups; ``axis`` is the feature axis of ``x``."""
-    tokens = math.prod(size for d, size in enumerate(x.shape) if d != axis)
-    return torch.arange(groups, device=x.device).expand(tokens, groups)
+    return torch.arange(groups, device=x.device).expand(_tokens(x.shape, axis), groups)
 
 
 def weight_one(x: Tensor, axis: int, groups: int) -> Tensor:
     """weights (T, E), all 1, in the dtype of ``x``."""
-    tokens = math.prod(size for d, size in enumerate(x.shape) if d != axis)
-    return x.new_ones(tokens, groups)
+    return x.new_ones(_tokens(x.shape, axis), groups)
+
+
+def _tokens(shape: Sequence[int], axis: int) -> int:
+    count = 1
+    for d, size in enumerate(shape):
+        if d != axis:
+            count = count * size
+    return count
 
 
 def split(ffn: DenseFFN, groups: int) -> Recognition:
@@ -52,7 +58,7 @@ def split(ffn: DenseFFN, groups: int) -> Recognition:
         Declined: its neurons do not come apart into so many equal groups; the text names the nearest numbers that do.
     """
     experts, spec = split_weights(ffn, groups)
-    tokens = math.prod(size for d, size in enumerate(ffn.x.meta["shape"]) if d != ffn.axis_in)
+    tokens = _tokens(ffn.x.meta["shape"], ffn.axis_in)
     everyone = Frontier(
         groups,
         Recipe(ffn.x, [(every_group, (ffn.axis_in, groups))]),
