@@ -104,7 +104,8 @@ class Certificate:
         lines = [f"moeopt certificate: {self.verdict}"]
         if not self.executed:
             lines.append("engine: not executed; the verdict is that of a replay")
-        lines += _wrap(versions, "  ") + [f"  device {self.device}, dtype {self.dtype or '-'}, verify {self.level}"]
+        lines += _wrap(versions, "  ")
+        lines += _wrap(f"device {self.device}, dtype {self.dtype or '-'}, verify {self.level}", "  ")
         if self.blocks:
             lines += ["", _HEADER]
             lines += [_row(block) for block in self.blocks]

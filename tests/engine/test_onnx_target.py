@@ -221,6 +221,9 @@ def test_where_nodes_may_run():
         sessions.check_placement(FakeSession(FakeNode("MatMul"), FakeNode("TopK")), "cuda")
     with pytest.raises(EngineNotExecutableError, match="does not start on this machine, and ONNX Runtime took CPUExec"):
         sessions.check_placement(FakeSession(provider="CPUExecutionProvider"), "cuda")
+    old = type("Old", (), dict(get_providers=lambda self: ["CUDAExecutionProvider"]))()
+    with pytest.raises(EngineNotExecutableError, match="does not tell which provider runs a node: upgrade onnxruntime"):
+        sessions.check_placement(old, "cuda")
 
 
 def test_two_runtimes_at_once(monkeypatch):

@@ -174,6 +174,10 @@ def check_placement(session: Any, provider: str) -> None:
             f"{PROVIDERS[provider]} does not start on this machine, and ONNX Runtime took "
             f"{session.get_providers()[0]} instead: install the CUDA and cuDNN versions that this onnxruntime-gpu needs"
         )
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise EngineNotExecutableError(
+            f"onnxruntime {runtime().__version__} does not tell which provider runs a node: upgrade onnxruntime-gpu"
+        )
     left = [
         f"{node.name} ({node.domain or 'ai.onnx'}.{node.op_type})"
         for part in session.get_provider_graph_assignment_info()
