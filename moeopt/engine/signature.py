@@ -47,12 +47,12 @@ def describe_call(program: torch.export.ExportedProgram) -> dict[str, Any]:
         "inputs": inputs,
         "sizes": dict.fromkeys(sorted(symbols), [1, None])
         | {s: [max(1, low or 0), high] for s, (low, high) in ranges.items()},
-        "conditions": _conditions(program),
+        "conditions": size_conditions(program),
         "outputs": _outputs(program),
     }
 
 
-def _conditions(program: torch.export.ExportedProgram) -> list[Any]:
+def size_conditions(program: torch.export.ExportedProgram) -> list[Any]:
     """The conditions on sizes of the trace, less those that only torch's own code asked for."""
     leaves = _numbered(program)
     conditions = encode_conditions(program._guards_code, leaves)

@@ -15,6 +15,7 @@ from moeopt.engine import golden as goldens
 from moeopt.engine.graph import write_graph
 from moeopt.engine.manifest import Manifest, read_manifest, write_bundle
 from moeopt.engine.runner import Runner
+from moeopt.engine.signature import size_conditions
 from moeopt.engine.tree import build
 from moeopt.engine.weights import pack, unpack
 from moeopt.errors import BundleError, NotSaveableError, UsageError
@@ -53,6 +54,7 @@ def save_torch_bundle(
     if len(golden_inputs) != len(golden_outputs):
         raise UsageError(f"{len(golden_inputs)} golden inputs and {len(golden_outputs)} outputs: give one for each")
     graph, tensors = write_graph(program)
+    graph["conditions"] = size_conditions(program)
     blocks, graph["views"] = pack(tensors)
     runs = [
         goldens.golden_run(args, kwargs, out) for (args, kwargs), out in zip(golden_inputs, golden_outputs, strict=True)
