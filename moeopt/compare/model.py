@@ -173,7 +173,8 @@ class _Noise:
     """Forward hooks that multiply the named submodules' floating outputs by 1 + eps * normal."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
-        self._modules = [model.get_submodule(name) for name in names]
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self._modules = [modules[name] for name in names]
         self._seed = seed
         self._handles: list[Any] = []
 

@@ -62,7 +62,9 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     except MoeoptError:
         raise
     except Exception as err:
-        raise NotSaveableError(f"{type(model).__name__} cannot be saved: {_obstacle(err)}") from err
+        raise NotSaveableError(
+            f"{type(model).__name__} cannot be saved: {_hidden_child(model, err) or _obstacle(err)}"
+        ) from err
     finally:
         counted = _restore(model, before)
     if counted:
@@ -71,6 +73,21 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             "make it an argument, or use backend='torch'"
         )
     return program
+
+
+def _hidden_child(model: nn.Module, err: Exception) -> str:
+    """In words, the submodule that stopped ``torch.export`` because its owner has a method of that name; or ""."""
+    if "is not an instance of torch.nn.Module" not in str(err):
+        return ""
+    for path, module in model.named_modules():
+        for name, child in module.named_children():
+            if hasattr(type(module), name):  # Python looks there first
+                return (
+                    f"the submodule {f'{path}.{name}'.lstrip('.')} ({type(child).__name__}) has the name of an "
+                    f"attribute of the class {type(module).__name__}, which self.{name} gives in its place, and "
+                    "torch.export stops at it: give it another name, or use backend='torch'"
+                )
+    return ""
 
 
 def _obstacle(err: Exception) -> str:
@@ -112,15 +129,16 @@ def _python_state(model: nn.Module) -> dict[tuple[str, str], Any]:
 def _restore(model: nn.Module, before: dict[tuple[str, str], Any]) -> str:
     """Put ``before`` back; the name of a number that a call has changed, or ""."""
     counted = ""
+    modules = dict(model.named_modules())
     for (path, name), value in before.items():
-        module = model.get_submodule(path)
+        module = modules[path]
         now = module.__dict__.get(name, value)
         if now is value or now == value:
             continue
         module.__dict__[name] = value
         if type(now) in (int, float):
             counted = counted or f"self.{name} of {path or type(model).__name__}"
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         for name in [n for n, v in module.__dict__.items() if type(v) in (int, float) and (path, n) not in before]:
             if type(getattr(type(module), name, None)) in (int, float):  # self.calls += 1 hid the class's own value
                 del module.__dict__[name]
