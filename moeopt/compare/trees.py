@@ -1,7 +1,8 @@
 """Outputs as trees: tuples, dicts, dataclasses, caches - whatever holds the tensors.
 
 ``pytree`` opens the containers it knows; a dataclass or a plain object is opened by its attributes, so
-that a loss in a dataclass or a key in a cache is compared like any other output.
+that a loss in a dataclass or a key in a cache is compared like any other output. Two named tuples have one
+structure where their class names and fields are equal: an engine may know no more of the class than these.
 """
 
 from __future__ import annotations
@@ -35,12 +36,19 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 
 def _opened(tree: Any, above: frozenset[int]) -> Any:
-    return pytree.tree_map(lambda leaf: _open_leaf(leaf, above), tree)
+    return pytree.tree_map(lambda leaf: _open_leaf(leaf, above), tree, is_leaf=_is_named)
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, tuple) and pytree.is_namedtuple_class(type(value))
 
 
 def _open_leaf(leaf: Any, above: frozenset[int]) -> Any:
     if isinstance(leaf, (Tensor, *_SCALAR)) or callable(leaf) or id(leaf) in above:
         return leaf
+    if _is_named(leaf):
+        fields = {name: _opened(part, above) for name, part in zip(leaf._fields, leaf, strict=True)}
+        return {f"{type(leaf).__name__} by name": fields}
     if dataclasses.is_dataclass(leaf):
         inside = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
     elif hasattr(leaf, "__dict__"):

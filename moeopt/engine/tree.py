@@ -2,15 +2,18 @@
 
 Rebuilding a class means importing it, and a bundle is data from elsewhere. So builtin containers are rebuilt as they
 were, a Hugging Face ``ModelOutput`` as its own class where transformers is installed, and any other class with named
-fields as ``Fields``: a dict whose keys are attributes too.
+fields as ``Fields``: a dict whose keys are attributes too. A named tuple is of its own class in the process that saw
+it, and elsewhere of a new class with the same name and fields.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import importlib
 import keyword
 import re
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +24,10 @@ from moeopt.errors import BundleError, UsageError
 
 LEAF = "*"
 _MODEL_OUTPUT = re.compile(r"transformers\.(modeling_outputs|models\.\w+\.modeling_\w+):\w+")
+
+
+_met: dict[tuple[str, tuple[str, ...]], weakref.WeakSet[Any]] = {}
+"""The named tuple classes of results that were encoded in this process, by name and fields."""
 
 
 class Fields(dict[str, Any]):
@@ -44,6 +51,7 @@ def encode_tree(spec: pytree.TreeSpec) -> Any:
         return {"type": kind.__name__, "keys": _names(list(spec.context), kind), "items": items}
     if kind is collections.namedtuple or pytree.is_namedtuple_class(kind):
         cls = spec.context if kind is collections.namedtuple else kind
+        _met.setdefault((cls.__name__, cls._fields), weakref.WeakSet()).add(cls)
         return {"type": "namedtuple", "name": cls.__name__, "keys": list(cls._fields), "items": items}
     fields = _fields_of(kind, spec.context, len(items))
     if fields is None:
@@ -64,7 +72,7 @@ def build(tree: Any, leaves: Iterator[Any]) -> Any:
     if kind in ("dict", "OrderedDict"):
         return pairs if kind == "dict" else collections.OrderedDict(pairs)
     if kind == "namedtuple":
-        return collections.namedtuple(tree["name"], tree["keys"])(*items)
+        return _named_tuple(tree["name"], tuple(tree["keys"]))._make(items)
     cls = _model_output(tree["name"])
     return Fields(pairs) if cls is None else cls(**pairs)
 
@@ -105,7 +113,7 @@ def check_tree(tree: Any, depth: int = 0) -> int:
         if kind in ("namedtuple", "fields"):
             good = good and all(isinstance(k, str) and _is_field(k) for k in keys) and isinstance(tree.get("name"), str)
         if good and kind == "namedtuple":
-            good = _is_field(tree["name"])
+            good = tree["name"].isidentifier() and not keyword.iskeyword(tree["name"])
     elif kind not in ("tuple", "list"):
         good = False
     if not good:
@@ -131,6 +139,17 @@ def _fields_of(kind: Any, context: Any, count: int) -> list[str] | None:
         if isinstance(names, (tuple, list)) and len(names) == count and all(isinstance(n, str) for n in names):
             return list(names)
     return None
+
+
+def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+    """The class of this name and these fields that was met; a new one where there is none, or more than one."""
+    known = list(_met.get((name, fields), ()))
+    return known[0] if len(known) == 1 else _new_named_tuple(name, fields)
+
+
+@functools.lru_cache(maxsize=256)
+def _new_named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+    return collections.namedtuple(name, fields)
 
 
 def _model_output(name: str) -> Any:

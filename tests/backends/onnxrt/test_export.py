@@ -1,6 +1,8 @@
 """Programs through torch.onnx, by number: what the exporter or the runtime would get wrong, and what is refused."""
 
+import collections
 import copy
+import json
 import math
 
 import pytest
@@ -12,6 +14,7 @@ from moeopt.backends.onnxrt.session import Session, runtime
 from moeopt.engine.binding import Binding
 from moeopt.engine.program import export_program
 from moeopt.engine.signature import describe_call, functional
+from moeopt.engine.tree import build
 from moeopt.errors import NotSaveableError, UsageError
 
 try:
@@ -194,3 +197,68 @@ def test_an_op_without_onnx_form_names_its_line():
 def test_data_dependent_python_is_refused_with_its_line():
     with pytest.raises(NotSaveableError, match=r"torch.export stops at: .*ata-dependent.*test_export.py:\d+"):
         export_program(Fn(lambda x: x * 2 if x.sum() > 0 else x), (floats(),), {})
+
+
+def test_a_submodule_behind_a_method_of_its_name_is_refused():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    layer._ff_block = nn.Linear(8, 8)
+    layer.eval()
+    with pytest.raises(
+        NotSaveableError,
+        match=r"the submodule 1._ff_block \(Linear\) has the name of an attribute of the class "
+        "TransformerEncoderLayer.*give it another name, or use backend='torch'",
+    ):
+        export_program(nn.Sequential(nn.Identity(), layer), (torch.randn(2, 3, 8),), {})
+
+
+Pair = collections.namedtuple("Pair", ["y", "rest"])
+
+
+def test_a_named_tuple_comes_back_as_its_class_and_elsewhere_by_name():
+    tree = describe_call(program_of(Fn(lambda x: Pair(x + 1, [x])), floats()))["out_tree"]
+    assert type(build(tree, iter([1, 2]))) is Pair
+    one, two = (build(json.loads(json.dumps(tree).replace("Pair", "_Unmet")), iter([1, 2])) for _ in range(2))
+    assert type(one) is type(two) is not Pair and type(one).__name__ == "_Unmet"
+    assert (one.y, one.rest) == (1, [2]) and one._fields == Pair._fields
+    collections.namedtuple("Pair", ["y"])  # other fields, another class
+    again = collections.namedtuple("Pair", ["y", "rest"])
+    describe_call(program_of(Fn(lambda x: again(x + 1, [x])), floats()))
+    assert type(build(tree, iter([1, 2]))) not in (Pair, again)  # two were met: neither is guessed
+
+
+class ProductKeys(nn.Module):
+    """The best of all sums of two scores, by a top-k of each and a top-k of their sums; three experts of one row."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(16, 16)
+        self.keys = nn.Parameter(torch.randn(2, 6, 8))
+        self.down, self.up = nn.Embedding(36, 16), nn.Embedding(36, 16)
+
+    def forward(self, x):
+        score = torch.einsum("tpd,pnd->tpn", self.query(x).view(-1, 2, 8), self.keys)
+        (sa, sb), (ia, ib) = (t.unbind(1) for t in score.topk(3, -1))
+        best, at = (sa[:, :, None] + sb[:, None]).flatten(1).topk(3, -1)
+        ids = (ia[:, :, None] * 6 + ib[:, None]).flatten(1).gather(-1, at)
+        h = F.gelu(torch.einsum("td,tkd->tk", x, self.down(ids))) * best.softmax(-1)
+        return torch.einsum("tk,tkd->td", h, self.up(ids)), ids
+
+
+def test_product_keys_choose_the_same_and_are_as_near_to_float64():
+    """Where GELU saturates, 1 + erf(z) has lost its digits: such a token is far off in relative terms on each side.
+
+    So both are judged by their distance to float64: ONNX Runtime's may be four times PyTorch's, token by token, and
+    eight roundings of a token of the usual size more.
+    """
+    torch.manual_seed(0)
+    model = ProductKeys().eval()
+    x = torch.randn(513, 16)
+    y, ids = session_of(model, x[:11]).run({"x": x})
+    with torch.no_grad():
+        y_torch, ids_torch = model(x)
+        y64, ids64 = copy.deepcopy(model).double()(x.double())
+    assert torch.equal(ids, ids_torch) and torch.equal(ids, ids64)
+    far, far_torch = ((t - y64).norm(dim=-1) for t in (y, y_torch))
+    usual = y64.norm(dim=-1).square().mean().sqrt()
+    assert (far <= 4 * far_torch + 8 * torch.finfo(torch.float32).eps * usual).all()
+    assert (far_torch / y64.norm(dim=-1)).max() > 1e-4  # PyTorch itself: some token's output is all but cancelled
