@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,10 +56,10 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return {d: torch.export.Dim.AUTO for d in range(leaf.dim())} if isinstance(leaf, torch.Tensor) else None
 
     shapes = pytree.tree_map(dynamic, (tuple(args), dict(kwargs)))
-    bound = {**dict(zip(inspect.signature(model.forward).parameters, shapes[0], strict=False)), **shapes[1]}
+    bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)  # **kwargs as one dict
     before = _python_state(model)
     try:
-        with torch.no_grad(), shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        with torch.no_grad(), _idle_moves(), shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             program = torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
     except MoeoptError:
         raise
@@ -73,6 +75,24 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             "make it an argument, or use backend='torch'"
         )
     return program
+
+
+@contextlib.contextmanager
+def _idle_moves() -> Iterator[None]:
+    """``module.to(dtype)`` inside a forward, where the module has that dtype already: export cannot trace it."""
+    original = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
+        held = [*self.parameters(), *self.buffers()]
+        same = all(device in (None, t.device) and (dtype in (None, t.dtype) or not t.is_floating_point()) for t in held)
+        return self if same and form is None else original(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = original  # type: ignore[method-assign]
 
 
 def _hidden_child(model: nn.Module, err: Exception) -> str:
