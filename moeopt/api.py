@@ -222,7 +222,9 @@ def _onnx_engine(source: nn.Module, twin: nn.Module, call: Call, options: Option
         engine = AbsentEngine(built.directory, built.signature, plan.target.provider, built.folder)
         runner, device = engine.replay(), built_for(engine.provider)
     else:
-        engine = runner = OnnxEngine(built.directory, built.signature, plan.provider, keep=built.folder)
+        engine = runner = OnnxEngine(
+            built.directory, built.signature, plan.provider, options.session_options, keep=built.folder
+        )
         device = f"onnxruntime {engine.provider}"
     end = _compare_engine(source, runner, call, outcome, options)
     first = next(source.parameters(), None)
@@ -367,13 +369,14 @@ def explain(model: Any, example_inputs: Any = None, *, options: Options | None =
     return optimize(model, example_inputs, options=chosen).report
 
 
-def load(directory: str | os.PathLike[str], device: Any = None) -> Any:
+def load(directory: str | os.PathLike[str], device: Any = None, *, session_options: Any = None) -> Any:
     """An engine from a bundle; call it as the model was called.
 
     Args:
         directory: what :meth:`Optimized.save` wrote.
         device: where it shall run, like ``"cuda"``, or a provider's name for an ONNX Runtime bundle; None means
             where it was saved.
+        session_options: an ``onnxruntime.SessionOptions`` (threads, arenas, profiling) for an ONNX Runtime bundle.
 
     An ONNX Runtime bundle that was built for a provider which this machine lacks (``target=``) loads, and raises
     ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its portable form.
@@ -389,7 +392,9 @@ def load(directory: str | os.PathLike[str], device: Any = None) -> Any:
         NotEquivalentError: its golden inputs come back otherwise than they were verified to.
     """
     if read_backend(directory) == "onnxruntime":
-        return load_onnx_bundle(directory, device)
+        return load_onnx_bundle(directory, device, session_options=session_options)
+    if session_options is not None:
+        raise UsageError(f"session_options are ONNX Runtime's, and {directory} is a bundle for PyTorch: leave them out")
     return load_torch_bundle(directory, device)
 
 

@@ -64,6 +64,7 @@ class Options:
         dense: what happens to a dense FFN: ``leave`` it, or ``split`` its neurons into ``experts`` groups.
         experts: how many groups ``dense="split"`` makes.
         target: the device an engine is built for when it is not this machine's, as the backend names it.
+        session_options: an ``onnxruntime.SessionOptions`` for the engine's session: threads, arenas, profiling.
         inplace: rewrite the model that was given instead of a copy that shares its weights.
         hints: name pattern -> ``ExpertsSpec`` or callable, for blocks that recognition declines.
         progress: called with one line of text as each long step begins.
@@ -82,6 +83,7 @@ class Options:
     dense: Dense = "leave"
     experts: int | None = None
     target: str | None = None
+    session_options: Any = field(default=None, hash=False)
     inplace: bool = False
     hints: Mapping[str, Any] = field(default_factory=dict, hash=False)
     progress: Callable[[str], None] | None = None

@@ -1,0 +1,37 @@
+"""ONNX Runtime's own options reach the session, when an engine is made and when a bundle is loaded."""
+
+import pytest
+import torch
+
+import moeopt
+from examples.quickstart import TwoOfEight
+from moeopt.errors import UsageError
+
+ort = pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return TwoOfEight(16, 32, 4).eval()
+
+
+def two_threads():
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2
+    return options
+
+
+def test_options_reach_the_session(model, tmp_path):
+    x = torch.randn(2, 5, 16)
+    opt = moeopt.optimize(model, x, backend="onnxruntime", verify="fast", session_options=two_threads())
+    assert opt.model.session.session.get_session_options().intra_op_num_threads == 2
+    loaded = moeopt.load(opt.save(tmp_path / "bundle"), session_options=two_threads())
+    assert loaded.session.session.get_session_options().intra_op_num_threads == 2
+    assert torch.equal(loaded(x), opt(x))
+
+
+def test_a_torch_bundle_has_no_session(model, tmp_path):
+    opt = moeopt.optimize(model, torch.randn(2, 5, 16), verify="fast")
+    with pytest.raises(UsageError, match="session_options are ONNX Runtime's, and .* is a bundle for PyTorch"):
+        moeopt.load(opt.save(tmp_path / "bundle"), session_options=two_threads())
