@@ -125,6 +125,8 @@ def load_onnx_bundle(
     if manifest.backend != "onnxruntime":
         raise BundleError(f"{manifest.directory}: it is a bundle for {manifest.backend}: use moeopt.load")
     provider = _provider(manifest, device)
+    for name in (GRAPH, probes.FILE, goldens.FILE):  # also where this process tested the same graph before
+        manifest.path(name)
     signature = manifest.read_json(SIGNATURE)
     if not isinstance(signature, dict):
         raise BundleError(f"{manifest.path(SIGNATURE)}: it describes no call")
