@@ -24,8 +24,8 @@ from benchmarks.blocks import BLOCKS, RESULTS, TOKENS, clock, gemm_rate, read_ra
 from moeopt.backends.onnxrt.lower import LOWERINGS
 from moeopt.backends.onnxrt.plan import session_of
 from moeopt.backends.onnxrt.session import runtime
-from moeopt.backends.onnxrt.site import Site
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.onnxgraph.site import Site
 from moeopt.ops import StackedBank
 
 

@@ -14,6 +14,7 @@ FLOORS = [
     {"ir"},
     {"ops"},
     {"rewrite"},
+    {"onnxgraph"},  # a rewritten model as an ONNX graph, before a runtime is chosen
     {"passes", "backends"},  # siblings: neither knows the other
     {"compare", "report"},
     {"engine", "drive"},  # a saved model; one model driven through the stages

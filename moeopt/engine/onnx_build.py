@@ -11,14 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeopt.backends.onnxrt.assemble import replace_sites
 from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm
-from moeopt.backends.onnxrt.export import emitting, own_outputs, quiet, to_onnx
-from moeopt.backends.onnxrt.plan import Plan, kind
+from moeopt.backends.onnxrt.plan import Plan
 from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
-from moeopt.backends.onnxrt.site import DOMAIN, OP
-from moeopt.backends.onnxrt.widen import widen_graph
 from moeopt.engine.folder import TemporaryFolder
 from moeopt.engine.manifest import version
 from moeopt.engine.onnx_causal import flat_signature
@@ -28,6 +24,11 @@ from moeopt.engine.onnx_sites import ENDS, describe
 from moeopt.engine.program import export_program, roomier
 from moeopt.engine.signature import describe_call, functional
 from moeopt.errors import Declined, UsageError
+from moeopt.onnxgraph.assemble import replace_sites
+from moeopt.onnxgraph.export import emitting, own_outputs, quiet, to_onnx
+from moeopt.onnxgraph.plan import kind
+from moeopt.onnxgraph.site import DOMAIN, OP
+from moeopt.onnxgraph.widen import widen_graph
 from moeopt.options import Options
 
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from moeopt.backends.onnxrt.session import Session, runtime
-from moeopt.backends.onnxrt.site import Site
 from moeopt.compare.distance import finiteness, token_distance
 from moeopt.compare.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.engine.onnx_sites import ENDS, blank_site, input_width
 from moeopt.engine.values import DTYPES
 from moeopt.errors import BundleError
+from moeopt.onnxgraph.site import Site
 from moeopt.ops.reference import dtypes, experts_reference
 
 FILE = "probes.safetensors"

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.assemble import one_op
-from moeopt.backends.onnxrt.build import Builder
 from moeopt.backends.onnxrt.lower import LOWERINGS
-from moeopt.backends.onnxrt.lower.base import Lowering
 from moeopt.backends.onnxrt.select import ranked
 from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, Session
-from moeopt.backends.onnxrt.site import Site
 from moeopt.engine.folder import TemporaryFolder
 from moeopt.engine.onnx_probe import BLOCK, ask, cut_out, session_of
 from moeopt.engine.onnx_sites import ENDS, read_back, tensor_of
 from moeopt.errors import BundleError, Declined, EngineFallbackWarning, EngineNotExecutableError, UsageError
+from moeopt.onnxgraph.assemble import one_op
+from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.forms.base import Lowering
+from moeopt.onnxgraph.site import Site
 
 Probe = tuple[Mapping[str, Tensor], float]
 

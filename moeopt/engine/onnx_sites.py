@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.build import Builder
-from moeopt.backends.onnxrt.lower.base import Lowering
-from moeopt.backends.onnxrt.site import Site
 from moeopt.engine.values import DTYPES
 from moeopt.errors import BundleError, Declined
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
+from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.forms.base import Lowering
+from moeopt.onnxgraph.site import Site
 from moeopt.ops.bank import ListBank
 from moeopt.ops.reference import out_features
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeopt.backends.onnxrt.export import emitting, quiet
-from moeopt.backends.onnxrt.site import Site
 from moeopt.errors import Declined
+from moeopt.onnxgraph.export import emitting, quiet
+from moeopt.onnxgraph.site import Site
 
 CACHE = "past_key_values.layers"
 B, S, P, N = 2, 3, 5, 2

@@ -11,8 +11,8 @@ from typing import Any
 
 from moeopt.backends.onnxrt.capability import DOMAIN, check_graph
 from moeopt.backends.onnxrt.plan import Plan
-from moeopt.backends.onnxrt.site import Site
 from moeopt.errors import NotSaveableError
+from moeopt.onnxgraph.site import Site
 
 
 class ReplayPlan(Plan):

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 
 from moeopt.backends.onnxrt.lower import LOWERINGS
-from moeopt.backends.onnxrt.lower.base import Lowering
 from moeopt.backends.onnxrt.session import Session
-from moeopt.backends.onnxrt.site import Site
+from moeopt.onnxgraph.forms.base import Lowering
+from moeopt.onnxgraph.plan import Choice
+from moeopt.onnxgraph.site import Site
 
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""
@@ -51,19 +52,6 @@ LOAD = 2e-3
 """Seconds to load a node."""
 CALLS = 1000
 REPEATS = 5
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A lowering with the time of a call in seconds, summed over the token counts; or why it cannot be taken.
-
-    ``reason`` says where the time comes from ("estimated", "measured"), or what stands in the way.
-    """
-
-    name: str
-    lowering: Lowering | None
-    reason: str
-    seconds: float = float("inf")
 
 
 def ranked(

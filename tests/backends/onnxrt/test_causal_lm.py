@@ -11,13 +11,13 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("transformers.exporters")
 
 import moeopt
-from moeopt.backends.onnxrt.assemble import replace_sites
 from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm
 from moeopt.backends.onnxrt.causal_runner import CausalLM
-from moeopt.backends.onnxrt.export import own_outputs
 from moeopt.backends.onnxrt.plan import Plan
 from moeopt.backends.onnxrt.session import Session
 from moeopt.errors import Declined, UsageError
+from moeopt.onnxgraph.assemble import replace_sites
+from moeopt.onnxgraph.export import own_outputs
 from tests.families.build import FAMILIES
 
 GREEDY = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False, no_repeat_ngram_size=2)

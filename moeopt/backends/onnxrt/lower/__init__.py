@@ -1,10 +1,10 @@
 """Lowerings: each replaces the grouped-expert op by nodes that ONNX Runtime runs; the order here breaks ties."""
 
-from moeopt.backends.onnxrt.lower.base import Lowering
-from moeopt.backends.onnxrt.lower.dense import Dense
 from moeopt.backends.onnxrt.lower.moe_kernel import Expand, MaskedLog
 from moeopt.backends.onnxrt.lower.unrolled import Unrolled
 from moeopt.errors import UsageError
+from moeopt.onnxgraph.forms.base import Lowering
+from moeopt.onnxgraph.forms.dense import Dense
 
 LOWERINGS: tuple[Lowering, ...] = (Unrolled(), MaskedLog(), Expand(), Dense())
 

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.build import Builder
 from moeopt.backends.onnxrt.capability import DOMAIN, capability
-from moeopt.backends.onnxrt.lower import middle, table
-from moeopt.backends.onnxrt.lower import weights as banks
-from moeopt.backends.onnxrt.lower.types import cast, refuses_types, scalar, types_of, wide
-from moeopt.backends.onnxrt.site import Site
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.forms import middle, table
+from moeopt.onnxgraph.forms import weights as banks
+from moeopt.onnxgraph.forms.types import cast, refuses_types, scalar, types_of, wide
+from moeopt.onnxgraph.site import Site
 
 NOT_CHOSEN, FAINTEST = -1000.0, -200.0
 """Logits of experts that are not chosen, and the lowest of chosen ones: both give a softmax of exactly 0."""

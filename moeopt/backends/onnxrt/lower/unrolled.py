@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeopt.backends.onnxrt.build import Builder
-from moeopt.backends.onnxrt.lower import middle, weights
-from moeopt.backends.onnxrt.lower.types import cast, refuses_types, scalar, types_of, wide
-from moeopt.backends.onnxrt.site import Site
+from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.forms import middle, weights
+from moeopt.onnxgraph.forms.types import cast, refuses_types, scalar, types_of, wide
+from moeopt.onnxgraph.site import Site
 
 
 class Unrolled:

@@ -14,10 +14,10 @@ import onnxruntime as ort
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 
-from moeopt.backends.onnxrt.build import Builder
 from moeopt.backends.onnxrt.lower import by_name
-from moeopt.backends.onnxrt.site import Site
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.site import Site
 from moeopt.ops.bank import Bank, ListBank
 from moeopt.ops.reference import experts_reference, out_features
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from moeopt.backends.onnxrt.build import Builder
-from moeopt.backends.onnxrt.lower.types import cast, scalar, types_of, wide
-from moeopt.backends.onnxrt.site import Site
+from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.forms.types import cast, scalar, types_of, wide
+from moeopt.onnxgraph.site import Site
 
 _ONE_KERNEL = ("silu", "gelu", "gelu_tanh", "mish", "softplus", "elu", "leaky_relu")
 

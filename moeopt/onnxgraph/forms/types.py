@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from moeopt.backends.onnxrt.build import Builder
-from moeopt.backends.onnxrt.site import Site
+from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.site import Site
 
 _HALF = (torch.float16, torch.bfloat16)
 _NO_FLOAT64 = ("gelu",)

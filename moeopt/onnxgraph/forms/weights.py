@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.build import Builder
-from moeopt.backends.onnxrt.lower.types import types_of
-from moeopt.backends.onnxrt.site import Site
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.forms.types import types_of
+from moeopt.onnxgraph.site import Site
 from moeopt.ops.activations import split_rows
 from moeopt.ops.bank import Bank
 

@@ -24,7 +24,7 @@ except UsageError as err:
 
 import onnx_ir as ir
 
-from moeopt.backends.onnxrt.export import own_outputs, to_onnx
+from moeopt.onnxgraph.export import own_outputs, to_onnx
 
 
 class Fn(nn.Module):

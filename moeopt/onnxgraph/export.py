@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
-from moeopt.backends.onnxrt.site import DOMAIN, OP, Site
 from moeopt.errors import NotSaveableError
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.onnxgraph.site import DOMAIN, OP, Site
 from moeopt.ops.bank import Bank
 from moeopt.ops.intercept import intercepted
 from moeopt.ops.reference import dtypes, out_features
@@ -73,7 +73,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    from moeopt.backends.onnxrt.translate import table
+    from moeopt.onnxgraph.translate import table
 
     program = _tensors_only(program)
     with quiet():

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeopt.backends.onnxrt.build import Builder
-from moeopt.backends.onnxrt.lower.types import scalar, types_of
-from moeopt.backends.onnxrt.site import Site
+from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.forms.types import scalar, types_of
+from moeopt.onnxgraph.site import Site
 
 
 def chosen_TKE(graph: Builder, site: Site, ids_TK: Any) -> Any:

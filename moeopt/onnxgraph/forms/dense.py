@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.build import Builder
-from moeopt.backends.onnxrt.lower import middle, table
-from moeopt.backends.onnxrt.lower import weights as banks
-from moeopt.backends.onnxrt.lower.types import cast, refuses_types, scalar, types_of, wide
-from moeopt.backends.onnxrt.site import Site
+from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.forms import middle, table
+from moeopt.onnxgraph.forms import weights as banks
+from moeopt.onnxgraph.forms.types import cast, refuses_types, scalar, types_of, wide
+from moeopt.onnxgraph.site import Site
 
 MOST_EXPERTS = 16
 """Beyond this many, computing all of them is never the choice."""

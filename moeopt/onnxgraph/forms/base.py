@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from moeopt.backends.onnxrt.site import Site
+from moeopt.onnxgraph.site import Site
 
 
 class Lowering(Protocol):

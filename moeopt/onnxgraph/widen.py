@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.site import Site
+from moeopt.onnxgraph.site import Site
 from moeopt.ops.bank import Bank, StackedBank
 
 NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}

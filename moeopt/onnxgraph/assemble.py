@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moeopt.backends.onnxrt.build import Builder
-from moeopt.backends.onnxrt.lower.base import Lowering
-from moeopt.backends.onnxrt.site import DOMAIN, OP, Site
 from moeopt.errors import NotSaveableError
+from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.forms.base import Lowering
+from moeopt.onnxgraph.site import DOMAIN, OP, Site
 
 
 def replace_sites(model: Any, sites: Sequence[Site], choose: Callable[[Site], Lowering]) -> list[str]:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 
-from moeopt.backends.onnxrt.build import Builder
-from moeopt.backends.onnxrt.lower.middle import activation
 from moeopt.ir.specs import ACTIVATIONS
+from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.forms.middle import activation
 from moeopt.ops.activations import activate
 from tests.backends.onnxrt.lower.one_site import session_of
 

@@ -1,0 +1,1 @@
+"""A rewritten model as an ONNX graph, before a runtime is chosen: export, sites, and what lowerings are made of."""
