@@ -1,20 +1,40 @@
-"""moeopt: find the mixture-of-experts blocks of any PyTorch model, rewrite them into grouped-expert ops, prove it."""
+"""moeopt: find the mixture-of-experts blocks of any PyTorch model, rewrite them into grouped-expert ops, prove it.
 
-from moeopt.api import Optimized, explain, load, optimize, verify
-from moeopt.errors import (
-    BundleError,
-    CaptureError,
-    CheckpointError,
-    Declined,
-    MoeoptError,
-    NotSaveableError,
-    UsageError,
-)
-from moeopt.inspection import Inspection, inspect
-from moeopt.ir.specs import ExpertsSpec, RouterSpec
-from moeopt.options import Options
+The names below are imported when they are first used. pytest loads ``moeopt.pytest_plugin`` in every run of an
+environment that has moeopt, and a run that never uses it shall not wait for torch.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeopt.api import Optimized, explain, load, optimize, verify
+    from moeopt.errors import (
+        BundleError,
+        CaptureError,
+        CheckpointError,
+        Declined,
+        MoeoptError,
+        NotSaveableError,
+        UsageError,
+    )
+    from moeopt.inspection import Inspection, inspect
+    from moeopt.ir.specs import ExpertsSpec, RouterSpec
+    from moeopt.options import Options
+    from moeopt.profiling import LoadProfile, profile
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "moeopt.api": "Optimized explain load optimize verify",
+    "moeopt.errors": "BundleError CaptureError CheckpointError Declined MoeoptError NotSaveableError UsageError",
+    "moeopt.inspection": "Inspection inspect",
+    "moeopt.ir.specs": "ExpertsSpec RouterSpec",
+    "moeopt.options": "Options",
+    "moeopt.profiling": "LoadProfile profile",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "BundleError",
@@ -23,6 +43,7 @@ __all__ = [
     "Declined",
     "ExpertsSpec",
     "Inspection",
+    "LoadProfile",
     "MoeoptError",
     "NotSaveableError",
     "Optimized",
@@ -34,5 +55,21 @@ __all__ = [
     "inspect",
     "load",
     "optimize",
+    "profile",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"moeopt.{name}") is not None:
+        value = importlib.import_module(f"moeopt.{name}")  # a submodule: moeopt.errors, moeopt.ops
+    else:
+        raise AttributeError(f"module 'moeopt' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

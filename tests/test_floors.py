@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
     {"errors"},
-    {"options"},
+    {"options", "html"},  # html draws plain values
     {"ir"},
     {"ops"},
     {"rewrite"},
@@ -20,11 +20,13 @@ FLOORS = [
     {"engine", "drive"},  # a saved model; one model driven through the stages
     {"pipeline", "inspection"},
     {"api"},
+    {"profiling"},
+    {"testing"},
     {"cli", "pytest_plugin"},  # what people call
     {"__main__"},
 ]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}
-OPTIONAL = {"onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "transformers"}
+OPTIONAL = {"onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "transformers", "matplotlib"}
 LAZY = {"rich", "typer", "safetensors", "click"}
 
 

@@ -13,6 +13,8 @@ import typer
 from moeopt.cli.about import bundle_facts, machine_facts, print_facts
 from moeopt.cli.inspect_command import inspect_command
 from moeopt.cli.target import FORMS, load_target
+from moeopt.cli.verify_against import verify_against
+from moeopt.errors import UsageError
 
 app = typer.Typer(
     help="Find the MoE blocks of a model, rewrite them into grouped-expert ops, and verify the result.",
@@ -86,12 +88,19 @@ def verify(
     bundle: Bundle,
     original: Annotated[str | None, typer.Option(help="compare with this model too: " + FORMS)] = None,
     provider: Annotated[str | None, typer.Option(help="the runtime's execution provider")] = None,
+    against: Annotated[Path | None, typer.Option(help="a stored certificate that it must not be worse than")] = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a bundle again on this machine, without the original model or with it."""
+    if against is not None:
+        if original is not None:
+            raise UsageError("--against compares a bundle with its past, --original with a model: give one of them")
+        _say_unless(quiet, f"verify: {bundle} against {against}")
+        _exit(verify_against(bundle, provider, against, as_json), f"not equivalent, or worse than {against}")
+        return
     fields: dict[str, Any] = {}
     if original is not None:
         fields["original"], fields["inputs"] = load_target(original, trust_remote_code=trust_remote_code, seed=seed)
@@ -144,7 +153,7 @@ def _print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, allow_nan=False))
 
 
-def _exit(passed: bool | None) -> None:
+def _exit(passed: bool | None, why: str = "not equivalent") -> None:
     if passed is False:
-        print("moeopt: not equivalent", file=sys.stderr)
+        print(f"moeopt: {why}", file=sys.stderr)
         raise typer.Exit(1)

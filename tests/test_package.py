@@ -1,0 +1,28 @@
+"""``import moeopt`` is light, and every public name is there when it is asked for."""
+
+import subprocess
+import sys
+
+import pytest
+
+import moeopt
+
+
+def test_every_public_name_is_there():
+    assert set(moeopt.__all__) <= set(dir(moeopt))
+    for name in moeopt.__all__:
+        assert getattr(moeopt, name) is not None
+    assert set(moeopt.__all__) == {*moeopt._HOME, "__version__"}
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'moeopt' has no attribute 'optimise'"):
+        moeopt.optimise  # noqa: B018
+
+
+def test_importing_it_does_not_load_torch_and_its_submodules_are_found():
+    code = (
+        "import sys, moeopt; assert 'torch' not in sys.modules; moeopt.errors.UsageError; "
+        "assert 'torch' not in sys.modules; moeopt.Options; moeopt.ops; import torch; torch.ops.moeopt.experts"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
