@@ -46,6 +46,18 @@ class EngineNotExecutableError(MoeoptError):
     """The engine was built, but this machine cannot run it."""
 
 
+class EngineBuildError(MoeoptError):
+    """A runtime's builder refused the graph, crashed, hung or took too much memory; nothing of the engine is left.
+
+    ``block`` is the module path of the block that it stopped at, "" where that is not known; ``log`` the builder's
+    own words.
+    """
+
+    def __init__(self, message: str, block: str = "", log: str = "") -> None:
+        self.block, self.log = block, log
+        super().__init__(message)
+
+
 class StaleModelWarning(UserWarning):
     """A rewritten block met a change it was not verified for, and ran the original code."""
 
