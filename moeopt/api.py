@@ -22,6 +22,7 @@ from moeopt.compare.gradients import gradients_differ, skips_idle
 from moeopt.compare.model import EndToEnd, end_to_end, run_plain
 from moeopt.drive.collector import fewer_collections
 from moeopt.drive.inputs import Call, as_call, made_up
+from moeopt.drive.picture import picture
 from moeopt.drive.share import shared_copy
 from moeopt.drive.witness import prototypes
 from moeopt.engine import (
@@ -204,8 +205,21 @@ def optimize(
         for path, rewrite in outcome.rewrites.items():
             install(source.get_submodule(path), rewrite.program)
         twin = source
-    report = Report(tuple(outcome.blocks), type(source).__name__, backend, outcome.seconds)
+    report = _report(source, outcome.blocks, backend, outcome, certificate)
     return Optimized(twin, report, certificate, call)
+
+
+def _report(
+    source: nn.Module, blocks: list[BlockReport], backend: str, outcome: pipeline.Outcome, certificate: Certificate
+) -> Report:
+    """The report, with a picture of the first MoE block that was rewritten and stayed so."""
+    kept = {b.name for b in blocks if b.status == "rewritten" and b.kind == "moe"}
+    named = ((path or type(source).__name__, path) for path in outcome.rewrites)
+    shown = next((n for n in named if n[0] in kept), None)
+    graph = shown and picture(shown[0], outcome.rewrites[shown[1]], source.get_submodule(shown[1]))
+    return Report(
+        tuple(blocks), type(source).__name__, backend, outcome.seconds, graph=graph, certificate=certificate
+    )
 
 
 def _onnx_engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, plan: Plan) -> Optimized:
@@ -239,7 +253,7 @@ def _onnx_engine(source: nn.Module, twin: nn.Module, call: Call, options: Option
     blocks = [
         dataclasses.replace(b, lowering=_lowering(b, built)) if b.status == "rewritten" else b for b in outcome.blocks
     ]
-    report = Report(tuple(blocks), type(source).__name__, "onnxruntime", outcome.seconds)
+    report = _report(source, blocks, "onnxruntime", outcome, certificate)
     return Optimized(engine, report, certificate, call, fingerprint(source), built)
 
 
@@ -475,7 +489,7 @@ def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider
     )
     notes.append(f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}")
     blocks: list[BlockCheck] = saved.blocks
-    return Certificate(blocks, end, executed=executed, device=device, dtype=saved.dtype, notes=notes)
+    return Certificate(blocks, end, saved.level, executed, device, saved.dtype, notes=notes)
 
 
 def _weighted(model: nn.Module) -> list[str]:
