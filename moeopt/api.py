@@ -214,12 +214,16 @@ def _report(
 ) -> Report:
     """The report, with a picture of the first MoE block that was rewritten and stayed so."""
     kept = {b.name for b in blocks if b.status == "rewritten" and b.kind == "moe"}
-    named = ((path or type(source).__name__, path) for path in outcome.rewrites)
-    shown = next((n for n in named if n[0] in kept), None)
-    graph = shown and picture(shown[0], outcome.rewrites[shown[1]], source.get_submodule(shown[1]))
-    return Report(
-        tuple(blocks), type(source).__name__, backend, outcome.seconds, graph=graph, certificate=certificate
-    )
+    graph, notes = None, []
+    for path, rewrite in outcome.rewrites.items():
+        name = path or type(source).__name__
+        if name in kept:
+            try:
+                graph = picture(name, rewrite, source.get_submodule(path))
+            except Exception as err:  # a picture must not fail a model that was rewritten
+                notes.append(f"{name} could not be drawn ({type(err).__name__}: {err})")
+            break
+    return Report(tuple(blocks), type(source).__name__, backend, outcome.seconds, tuple(notes), graph, certificate)
 
 
 def _onnx_engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, plan: Plan) -> Optimized:

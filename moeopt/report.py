@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moeopt.errors import UsageError
@@ -102,6 +104,8 @@ class Report:
         backend: torch, onnxruntime or tensorrt; "" for a dry run.
         seconds: time the whole run took.
         notes: what the reader should know besides, a sentence each.
+        graph: one rewritten block before and after, in names and counts (``moeopt.drive.picture``).
+        certificate: that of the same run, for :meth:`to_html`; it has a JSON of its own and is not in this one.
     """
 
     blocks: tuple[BlockReport, ...] = ()
@@ -109,6 +113,8 @@ class Report:
     backend: str = ""
     seconds: float = 0.0
     notes: tuple[str, ...] = field(default=())
+    graph: dict[str, Any] | None = None
+    certificate: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
@@ -134,7 +140,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only; a non-finite error is written as text."""
-        out = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        out = {"schema": SCHEMA, **dataclasses.asdict(dataclasses.replace(self, certificate=None))}
+        del out["certificate"]
         for block in out["blocks"]:
             if block["error"] is not None and not math.isfinite(block["error"]):
                 block["error"] = str(block["error"])
@@ -143,6 +150,47 @@ class Report:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        profile: Any = None,
+        inspection: Any = None,
+        timings: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Write one self-contained HTML file: this report, its certificate, and what else is given.
+
+        Args:
+            profile: a :class:`moeopt.LoadProfile`: adds the heat map and what imbalance costs.
+            inspection: a :class:`moeopt.Inspection`: adds the memory for the weights.
+            timings: seconds of one call by name, like ``{"original": 0.1, "moeopt": 0.05}``, as you measured them.
+
+        Returns:
+            the file.
+
+        Raises:
+            UsageError: jinja2 is not installed; the folder does not exist.
+        """
+        from moeopt.html import write_page
+
+        alike = [
+            (name, block.summary(), block) for part in (self.rewritten, self.declined) for name, block in _alike(part)
+        ]
+        return write_page(
+            path,
+            report=self.to_dict(),
+            groups=[(name, summary, dataclasses.asdict(block)) for name, summary, block in alike],
+            certificate=None if self.certificate is None else self.certificate.to_dict(),
+            profile=None if profile is None else profile.to_dict(),
+            inspection=None if inspection is None else inspection.to_dict(),
+            timings=timings,
+        )
+
+    def _repr_html_(self) -> str:
+        from moeopt.html import report_table
+
+        return report_table(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:

@@ -76,6 +76,16 @@ class Certificate:
         body = dataclasses.asdict(self)
         return json.dumps({"schema": SCHEMA, "passed": self.passed, **_plain(body)}, indent=1, allow_nan=False)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a reader: :meth:`to_json`'s, the verdict in words, and what a block may need."""
+        limits = {"verdict": self.verdict, "factor": FACTOR, "eps_allowance": EPS_ALLOWANCE}
+        return {**json.loads(self.to_json()), **limits}
+
+    def _repr_html_(self) -> str:
+        from moeopt.html import certificate_table
+
+        return certificate_table(self.blocks, self.verdict)
+
     @classmethod
     def from_json(cls, text: str) -> Certificate:
         """Read what :meth:`to_json` wrote; ``BundleError`` if it is damaged or newer than this moeopt."""

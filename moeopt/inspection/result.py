@@ -102,3 +102,8 @@ class Inspection:
         from moeopt.inspection.render import table
 
         return table(self)
+
+    def _repr_html_(self) -> str:
+        from moeopt.html import inspection_table
+
+        return inspection_table(self.to_dict())

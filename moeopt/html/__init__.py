@@ -1,0 +1,9 @@
+"""Reports to look at: one self-contained page, and small tables for notebooks.
+
+Everything here takes plain values (what ``to_dict`` returns), so that any floor above may use it.
+"""
+
+from moeopt.html.page import write_page
+from moeopt.html.tables import certificate_table, inspection_table, load_table, report_table
+
+__all__ = ["certificate_table", "inspection_table", "load_table", "report_table", "write_page"]

@@ -1,0 +1,26 @@
+"""Bars side by side, each with its name and its figure written out."""
+
+from __future__ import annotations
+
+from moeopt.html import svg
+
+NAME, ROOM, FIGURE, ROW = 190.0, 330.0, 130.0, 26.0
+
+
+def bars(rows: list[tuple[str, float, str]], title: str, mark: tuple[float, str] | None = None) -> str:
+    """Horizontal bars from zero: (name, value, its words); ``mark`` draws a line at a value, with its words."""
+    most = max([value for _, value, _ in rows] + ([mark[0]] if mark else [])) or 1.0
+    parts = []
+    for i, (name, value, words) in enumerate(rows):
+        top = i * ROW
+        long = ROOM * value / most
+        parts.append(svg.label(NAME - 8, top + 17, name, NAME - 8, "end"))
+        over = " over" if mark is not None and value > mark[0] else ""
+        parts.append(svg.tag("rect", x=NAME, y=top + 5, width=max(long, 1.0), height=ROW - 10, cls="bar" + over, rx=2))
+        parts.append(svg.label(NAME + long + 6, top + 17, words, FIGURE))
+    height = len(rows) * ROW
+    if mark is not None:
+        at = NAME + ROOM * mark[0] / most
+        parts.append(svg.tag("path", d=f"M{at:.1f} 0V{height + 4:g}", cls="mark"))
+        parts.append(svg.label(at, height + 17, mark[1], anchor="middle", cls="small"))
+    return svg.picture(NAME + ROOM + FIGURE, height + (24 if mark else 2), title, parts, "bars")

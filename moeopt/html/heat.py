@@ -1,0 +1,85 @@
+"""The load of every expert of every layer as a heat map, on a scale of the mean: below it blue, above it orange.
+
+A layer is one row; neighbours of one colour are one stroke, so 60 layers of 512 experts are a few hundred kilobytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from moeopt.html import svg
+
+LEVELS = ((0.25, "under 0.25"), (0.5, "under 0.5"), (0.8, "under 0.8"), (1.25, "0.8 to 1.25"), (2, "under 2"),
+          (4, "under 4"), (float("inf"), "4 and more"))  # fmt: skip
+"""Load over the mean load: the upper end of each colour, and its words."""
+WIDE = 660.0
+GUTTER = 150.0
+
+
+def heat_map(layers: list[dict[str, Any]]) -> str:
+    """``layers`` as in the JSON of a load profile; "" when no layer has any load."""
+    rows = [layer for layer in layers if any(layer["fired"])]
+    if not rows:
+        return ""
+    most = max(len(layer["fired"]) for layer in rows)
+    cell = min(max(WIDE / most, 1.3), 26.0)
+    height = 20.0 if len(rows) <= 24 else 13.0
+    names = short_names([layer["name"] for layer in rows])
+    parts = []
+    for i, (layer, name) in enumerate(zip(rows, names, strict=True)):
+        top = 18 + i * height
+        at = layer["imbalance"]
+        told = f"{layer['name']}: busiest {at['max_over_mean']:.2f} x the mean, {len(at['dead'])} dead"
+        text = svg.label(GUTTER - 8, top + height / 2 + 4, name, GUTTER - 12, "end", "small" if height < 15 else "")
+        parts.append(svg.group([text, *_row(layer["fired"], top, cell, height)], told))
+    bottom = 18 + len(rows) * height
+    parts += [svg.tag("rect", x=GUTTER, y=18, width=cell * most, height=bottom - 18, cls="frame")]
+    parts += list(_axis(most, cell))
+    title = (
+        f"Heat map: load of {most} experts (columns) in {len(rows)} layer{'s' * (len(rows) != 1)} (rows), as a "
+        "multiple of the layer's mean; the same figures are in the table"
+    )
+    return svg.picture(GUTTER + cell * most + 12, bottom + 8, title, parts, "heat")
+
+
+def levels() -> list[tuple[str, str]]:
+    """(class, words) of each colour, for the legend."""
+    return [("dead", "never fired"), *((f"l{i}", words) for i, (_, words) in enumerate(LEVELS))]
+
+
+def _row(fired: list[int], top: float, cell: float, height: float) -> Iterator[str]:
+    mean = sum(fired) / len(fired)
+    strokes: dict[str, list[str]] = {}
+    start = 0
+    for e in range(1, len(fired) + 1):
+        here = _level(fired[start], mean)
+        if e < len(fired) and _level(fired[e], mean) == here:
+            continue
+        strokes.setdefault(here, []).append(f"M{GUTTER + start * cell:.1f} {top:g}h{(e - start) * cell:.1f}v{height:g}"
+                                            f"h{-(e - start) * cell:.1f}z")  # fmt: skip
+        start = e
+    yield from (svg.tag("path", d="".join(d), cls=name) for name, d in strokes.items())
+
+
+def _level(count: int, mean: float) -> str:
+    return "dead" if not count else f"l{next(i for i, (end, _) in enumerate(LEVELS) if count < end * mean)}"
+
+
+def _axis(most: int, cell: float) -> Iterator[str]:
+    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1 << 20) if s * cell >= 26)
+    for e in range(0, most, step):
+        yield svg.label(GUTTER + (e + 0.5) * cell, 13, str(e), anchor="middle", cls="small")
+    yield svg.label(GUTTER - 8, 13, "expert", anchor="end", cls="small")
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Module paths without the parts that all of them begin and end with."""
+    parts = [name.split(".") for name in names]
+    if len(names) < 2:
+        return names
+    head = len(os.path.commonprefix(parts))  # works on any sequences
+    tail = len(os.path.commonprefix([p[: head - 1 if head else None : -1] for p in parts]))
+    short = [".".join(p[max(head - 1, 0) : len(p) - tail]) for p in parts]
+    return short if all(short) and len(set(short)) == len(set(names)) else names

@@ -1,0 +1,63 @@
+"""Speed, memory and load as the page shows them; what was not measured or counted is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeopt.errors import UsageError
+from moeopt.html.bars import bars
+
+SHOWN = 24
+"""Layers whose cost of imbalance is drawn: those where it is largest, or smallest below 1."""
+GB = 1e9
+
+
+def speed_view(timings: Mapping[str, float] | None, profile: Mapping[str, Any] | None) -> dict[str, str]:
+    """Pictures: ``calls`` of given timings, ``balance`` of the op as routed against balanced; "" where unknown."""
+    calls = ""
+    if timings:
+        for name, seconds in timings.items():
+            if not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
+                raise UsageError(f"timings[{name!r}] is {seconds!r}: give the seconds of one call")
+        calls = bars([(str(n), float(s), _time(s)) for n, s in timings.items()], "Time of one call, as it was measured")
+    timed = [x for x in (profile["layers"] if profile else []) if x["cost"]]
+    far = sorted(timed, key=lambda x: -abs(x["cost"]["ratio"] - 1))[:SHOWN]
+    rows = [
+        (x["name"], x["cost"]["ratio"], f"{x['cost']['ratio']:.2f}x ({_time(x['cost']['observed_seconds'])})")
+        for x in timed
+        if x in far
+    ]
+    title = "Time of the experts as routed, over the time with balanced routing; 1 is the same"
+    return {"calls": calls, "balance": bars(rows, title, (1.0, "balanced")) if rows else ""}
+
+
+def memory_view(inspection: Mapping[str, Any] | None) -> str:
+    """The weights at each width against the device's memory; "" without an inspection."""
+    if inspection is None:
+        return ""
+    memory = inspection["memory"]
+    rows = [
+        (f"weights at {bits} bits", float(fit["bytes"]), f"{fit['bytes'] / GB:.3g} GB")
+        for bits, fit in memory["bits"].items()
+    ]
+    device = memory["device"]
+    mark = (float(device["memory_bytes"]), f"{device['name']}: {device['memory_bytes'] / GB:.3g} GB")
+    if mark[0] > 3 * max(value for _, value, _ in rows):  # so far away that the bars would vanish
+        return bars(rows, f"Memory for the weights; {mark[1]} is more than three times the widest")
+    return bars(rows, f"Memory for the weights against {mark[1]}", mark)
+
+
+def load_views(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A layer's figures in words, for the table."""
+    return [{**layer, "busiest": _busiest(layer["fired"])} for layer in layers]
+
+
+def _busiest(fired: list[int], most: int = 3) -> str:
+    total = sum(fired)
+    top = sorted(range(len(fired)), key=lambda e: -fired[e])[:most]
+    return ", ".join(f"{e}: {100 * fired[e] / total:.1f} %" for e in top if fired[e]) if total else ""
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -1,0 +1,130 @@
+"""One self-contained HTML page: text, tables and inline SVG; no script, no network, written in one move.
+
+A strict content policy in the page's head forbids the browser to fetch anything, and every text that comes from a
+model (names, reasons, source lines) is escaped by jinja2 or by ``svg``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moeopt.errors import UsageError
+from moeopt.html import graph, heat
+from moeopt.html.certificate import certificate_view
+from moeopt.html.numbers import load_views, memory_view, speed_view
+
+_HERE = Path(__file__).parent
+
+
+def write_page(
+    path: str | os.PathLike[str],
+    *,
+    report: Mapping[str, Any] | None = None,
+    groups: list[tuple[str, str, dict[str, Any]]] | None = None,
+    certificate: Mapping[str, Any] | None = None,
+    profile: Mapping[str, Any] | None = None,
+    inspection: Mapping[str, Any] | None = None,
+    timings: Mapping[str, float] | None = None,
+) -> Path:
+    """Write the page, whole or not at all; a part that is not given is left out.
+
+    Args:
+        report: ``Report.to_dict()``.
+        groups: its blocks, alike ones folded: (name, summary, block).
+        certificate: ``Certificate.to_json()`` as values, with ``verdict``, ``factor`` and ``eps_allowance``.
+        profile: ``LoadProfile.to_dict()``.
+        inspection: ``Inspection.to_dict()``.
+        timings: seconds of one call by name, as their owner measured them.
+
+    Raises:
+        UsageError: jinja2 is not installed, the folder does not exist, or ``timings`` are no positive numbers.
+    """
+    target = Path(path)
+    text = page(report, groups or [], certificate, profile, inspection, timings)
+    if not target.parent.is_dir():
+        raise UsageError(f"{target} cannot be written: there is no folder {target.parent}")
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder: give the name of a file, like {target / 'report.html'}")
+    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        os.chmod(draft, 0o644)
+        os.replace(draft, target)
+    except BaseException:
+        os.unlink(draft)
+        raise
+    return target
+
+
+def page(
+    report: Mapping[str, Any] | None,
+    groups: list[tuple[str, str, dict[str, Any]]],
+    certificate: Mapping[str, Any] | None,
+    profile: Mapping[str, Any] | None,
+    inspection: Mapping[str, Any] | None,
+    timings: Mapping[str, float] | None,
+) -> str:
+    """The page as text; see :func:`write_page`."""
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError:
+        raise UsageError("the HTML report needs jinja2: pip install 'moeopt[report]'") from None
+    subject = report or profile or {}
+    facts = {"report": report, "certificate": certificate, "profile": profile, "inspection": inspection,
+             "timings": dict(timings) if timings else None}  # fmt: skip
+    shown = report.get("graph") if report else None
+    loads = profile["layers"] if profile else []
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["svg"] = Markup
+    environment.filters["distance"] = distance
+    return environment.from_string((_HERE / "page.html.j2").read_text()).render(
+        css=Markup((_HERE / "page.css").read_text()),
+        json=Markup(json.dumps(facts, allow_nan=False).translate(_HARMLESS)),
+        model=subject.get("model") or "model",
+        report=report,
+        groups=groups,
+        headline=headline(report, certificate, profile),
+        graph=shown,
+        captured=graph.captured(shown) if shown else "",
+        rewritten=graph.rewritten(shown) if shown else "",
+        certificate=certificate_view(certificate) if certificate else None,
+        speed=speed_view(timings, profile),
+        memory=memory_view(inspection),
+        profile=profile,
+        loads=load_views(loads),
+        heat=heat.heat_map(loads),
+        levels=heat.levels(),
+        inspection=inspection,
+    )
+
+
+_HARMLESS = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
+"""So that no text in the JSON can end the element that holds it."""
+
+
+def headline(
+    report: Mapping[str, Any] | None, certificate: Mapping[str, Any] | None, profile: Mapping[str, Any] | None
+) -> tuple[str, str]:
+    """(class, sentence): the verdict before everything else."""
+    if report is None:
+        layers = len(profile["layers"]) if profile else 0
+        return "plain", f"Expert load of {layers} block{'' if layers == 1 else 's'}"
+    blocks = report["blocks"]
+    done = sum(b["status"] == "rewritten" for b in blocks)
+    words = f"{done} of {len(blocks)} block{'' if len(blocks) == 1 else 's'} rewritten"
+    if certificate is None:
+        return "plain", words
+    kind = {True: "good", False: "bad", None: "warn"}[certificate["passed"]]
+    return kind, f"{words}. {certificate['verdict']}"
+
+
+def distance(value: Any) -> str:
+    """A relative distance in two figures; a dash where there is none."""
+    return "–" if value is None else f"{float(value):.1e}"

@@ -1,0 +1,38 @@
+"""The data that is profiled: one call's inputs, or any iterable of such."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from moeopt.drive.inputs import Call, as_call
+from moeopt.errors import UsageError
+
+
+def batches(data: Any) -> Iterator[Call]:
+    """Calls, one after the other; nothing is read ahead.
+
+    A tensor, a tuple and a mapping are one call, as ``optimize`` takes them. Anything else that can be iterated (a
+    list, a generator, a DataLoader) yields calls in these forms; there a list is one call's positional arguments.
+
+    Raises:
+        UsageError: ``data`` is none of these, an item is no call, or there is none.
+    """
+    if isinstance(data, (torch.Tensor, tuple, Mapping)):
+        yield as_call(data)
+        return
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise UsageError(
+            f"data is a {type(data).__name__}; give one call's inputs (a tensor, a tuple of positional arguments, a "
+            "dict of keyword arguments) or an iterable of such"
+        )
+    number = -1
+    for number, item in enumerate(data):
+        try:
+            yield as_call(item)
+        except UsageError as err:
+            raise UsageError(f"batch {number} of the data: {err}") from None
+    if number < 0:
+        raise UsageError("data yields no batch: there is nothing to profile")

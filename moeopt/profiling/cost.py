@@ -1,0 +1,88 @@
+"""What imbalance costs: the op timed on a call's own routing and on a balanced one, in turns, on this machine.
+
+The balanced routing has the same tokens, slots and weights; each slot that names an expert names the next one in
+turn, so every expert gets the same number of rows, give or take one. Few tokens that crowd on few experts read
+fewer weights, so "balanced" can be the slower one: then the ratio is below 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.bank import Bank
+from moeopt.ops.experts import experts
+from moeopt.ops.intercept import left_alone
+
+REPEATS = 5
+CALLS = 3
+"""Calls of a block that are timed, at most."""
+SECONDS = 0.25
+"""Once a block's timings took as long, no further call is timed."""
+
+
+class Cost:
+    """Sums over the timed calls: ``observed`` and ``balanced`` in seconds, ``tokens``, experts hit by each routing."""
+
+    def __init__(self) -> None:
+        self.calls = self.tokens = self.hit_observed = self.hit_balanced = 0
+        self.observed = self.balanced = self._spent = 0.0
+
+    def wants(self, ids_TK: Tensor) -> bool:
+        """Whether this call shall be timed."""
+        return ids_TK.numel() > 0 and self.calls < CALLS and self._spent < SECONDS
+
+    def measure(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> None:
+        """Time the op on this call's tokens: once each to warm up, then ``REPEATS`` times in turns; medians count."""
+        began = time.perf_counter()
+        even_TK = balanced(ids_TK, bank.num_experts)
+        times: tuple[list[float], list[float]] = ([], [])
+        with torch.no_grad(), left_alone():
+            for _ in range(REPEATS + 1):
+                for ids, kept in zip((ids_TK, even_TK), times, strict=True):
+                    _wait(x_TH)
+                    started = time.perf_counter()
+                    experts(x_TH, ids, weights_TK, bank, spec)
+                    _wait(x_TH)
+                    kept.append(time.perf_counter() - started)
+        self.calls += 1
+        self.tokens += ids_TK.shape[0]
+        self.observed += statistics.median(times[0][1:])
+        self.balanced += statistics.median(times[1][1:])
+        self.hit_observed += _hit(ids_TK, bank.num_experts)
+        self.hit_balanced += _hit(even_TK, bank.num_experts)
+        self._spent += time.perf_counter() - began
+
+    def summary(self) -> dict[str, float] | None:
+        """Means per timed call, and observed over balanced; None where nothing was timed."""
+        if not self.calls or not self.balanced:
+            return None
+        return {
+            "calls": self.calls,
+            "tokens": self.tokens / self.calls,
+            "observed_seconds": self.observed / self.calls,
+            "balanced_seconds": self.balanced / self.calls,
+            "ratio": self.observed / self.balanced,
+            "experts_hit_observed": self.hit_observed / self.calls,
+            "experts_hit_balanced": self.hit_balanced / self.calls,
+        }
+
+
+def balanced(ids_TK: Tensor, experts: int) -> Tensor:
+    """The same slots, those that name an expert dealt out in turn; distinct within a token while K <= E."""
+    inside = (ids_TK >= 0) & (ids_TK < experts)
+    turn = inside.reshape(-1).cumsum(0).view_as(inside) - 1
+    return torch.where(inside, (turn % experts).to(ids_TK.dtype), ids_TK)
+
+
+def _hit(ids: Tensor, experts: int) -> int:
+    return int(ids[(ids >= 0) & (ids < experts)].unique().numel())
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)

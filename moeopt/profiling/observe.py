@@ -1,0 +1,70 @@
+"""Run an optimised model on data, and count what reaches each of its rewritten MoE blocks.
+
+A rewritten block keeps its own router and calls ``experts`` with what that chose. ``intercepted`` hands each such call
+to us first; we count it and leave it as it is. Who called is told from the bank of weights, which is the block's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeopt.drive.inputs import Call
+from moeopt.errors import CaptureError
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.tape import clone_inputs
+from moeopt.ops.bank import Bank
+from moeopt.ops.intercept import intercepted
+from moeopt.profiling.tally import Tally
+from moeopt.rewrite.program import RewrittenForward, rewritten_forward
+
+
+def observe(
+    model: nn.Module, calls: Iterable[Call], wanted: set[str], measure: bool, say: Any
+) -> tuple[list[Tally], int]:
+    """A tally for each op of the rewritten modules whose name is in ``wanted``, and how many calls were made.
+
+    The model runs under ``no_grad`` on copies of the inputs. ``measure``: also time a few calls of each block.
+
+    Raises:
+        CaptureError: the model raised on one of the calls; the message numbers it.
+    """
+    tallies: dict[int, Tally] = {}
+    owners: list[tuple[RewrittenForward, list[Tally], int]] = []
+    for path, module in model.named_modules():
+        forward, name = rewritten_forward(module), path or type(model).__name__
+        if forward is None or name not in wanted:
+            continue
+        own = []
+        for i, (bank, _) in enumerate(forward.banks):
+            own.append(Tally(name if len(forward.banks) == 1 else f"{name}[{i}]", bank.num_experts))
+            tallies[id(bank)] = own[-1]
+        owners.append((forward, own, forward.fallbacks))
+
+    def count(x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> None:
+        tally = tallies.get(id(bank))
+        if tally is not None:
+            tally.add(ids, weights)
+            if measure and tally.cost.wants(ids):
+                tally.cost.measure(x, ids, weights, bank, spec)
+
+    number = 0
+    with torch.no_grad(), intercepted(count):
+        for number, call in enumerate(calls, 1):
+            say(f"batch {number}")
+            args, kwargs = clone_inputs(call)
+            try:
+                model(*args, **kwargs)
+            except Exception as err:
+                raise CaptureError(
+                    f"{type(model).__name__} raised {type(err).__name__} on batch {number - 1} of the data: {err}; "
+                    "check that it runs on it in eager mode"
+                ) from err
+    for forward, own, before in owners:
+        for tally in own:
+            tally.unseen = forward.fallbacks - before
+            tally.why_unseen = forward.last_refusal if tally.unseen else ""
+    return list(tallies.values()), number

@@ -1,0 +1,103 @@
+"""``moeopt.profile``: rewrite the blocks if that is not done, run the data, and sum up."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from moeopt.api import Optimized, optimize
+from moeopt.drive.inputs import Call
+from moeopt.engine import AbsentEngine, LoadedEngine, OnnxEngine
+from moeopt.errors import UsageError
+from moeopt.options import Options
+from moeopt.profiling.batches import batches
+from moeopt.profiling.observe import observe
+from moeopt.profiling.result import LoadProfile, Unread, layer_load
+from moeopt.report import Report
+
+
+def profile(
+    model: Any,
+    data: Any = None,
+    *,
+    measure: bool = True,
+    seed: int = 0,
+    hints: Any = None,
+    progress: Callable[[str], None] | None = None,
+) -> LoadProfile:
+    """How often each expert of each layer fires on ``data``, how uneven that is, and what it costs.
+
+    A plain model is first rewritten, on copies of its modules that share its weights, without verification; an
+    :class:`moeopt.Optimized` of the torch backend is taken as it is. The model then runs on each batch as its owner
+    would call it, under ``no_grad``. Only counts are kept.
+
+    Args:
+        model: an ``nn.Module`` (or what else ``optimize`` takes), or what ``optimize`` returned.
+        data: one call's inputs as ``optimize`` takes them (a tensor, a tuple, a mapping), or an iterable of such (a
+            list, a generator, a DataLoader); batches may differ in size. None: made-up inputs, where the model
+            says what it takes; their routing is that of random tokens.
+        measure: also time the op of each block on a few calls, as routed and balanced.
+        seed: of made-up inputs.
+        hints: as in :class:`moeopt.Options`, for a plain model.
+        progress: is told in a line what is being done.
+
+    Returns:
+        :class:`LoadProfile`; MoE blocks whose routing could not be read are in its ``unread``, with the reason.
+
+    Raises:
+        UsageError: the model has no MoE block, or is an engine; the data are of no known form, or empty.
+        CaptureError: the model does not run on a batch.
+    """
+    _refuse_engines(model)
+    started = time.perf_counter()
+    say = progress or (lambda line: None)
+    calls: Iterator[Call] = iter(()) if data is None else batches(data)
+    notes = []
+    if isinstance(model, Optimized):
+        optimized = model
+        if data is None:
+            calls = iter([model._call])
+            notes.append("the inputs are those that the model was optimised with")
+    else:
+        first = next(calls, None)
+        options = Options(verify="off", seed=seed, progress=progress, hints=hints or {})
+        optimized = optimize(model, first, options=options)
+        calls = iter([optimized._call]) if first is None else itertools.chain([first], calls)
+        if first is None:
+            notes.append("the inputs are made up: the routing is that of random tokens")
+    report = optimized.report
+    moe = [b for b in report.blocks if b.kind == "moe"]
+    if not moe:
+        raise UsageError(_no_moe(report))
+    wanted = {b.name for b in moe if b.status == "rewritten"}
+    tallies, number = observe(optimized.model, calls, wanted, measure, say) if wanted else ([], 0)
+    unread = dict.fromkeys((b.name, b.reason, b.source) for b in moe if b.status == "declined")
+    return LoadProfile(
+        model=report.model,
+        batches=number,
+        layers=tuple(layer_load(t) for t in tallies),
+        unread=tuple(Unread(*u) for u in unread),
+        seconds=time.perf_counter() - started,
+        notes=tuple(notes),
+    )
+
+
+def _refuse_engines(model: Any) -> None:
+    inner = model.model if isinstance(model, Optimized) else model
+    bundle = isinstance(model, (str, os.PathLike))
+    if bundle or isinstance(inner, (OnnxEngine, AbsentEngine, LoadedEngine)):
+        what = f"{os.fspath(model)!r} is a path" if bundle else "this is an engine"
+        raise UsageError(
+            f"{what}: routing happens inside an engine's graph and cannot be counted there; profile the original "
+            "model, moeopt.profile(model, data), whose router makes the same choices"
+        )
+
+
+def _no_moe(report: Report) -> str:
+    found = f"{len(report.blocks)} dense feed-forward block{'s' * (len(report.blocks) != 1)}" if report.blocks else ""
+    return (
+        f"{report.model} has no mixture-of-experts block ({found or 'nothing'} was found), so there is no expert load"
+    )
