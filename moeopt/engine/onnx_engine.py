@@ -1,8 +1,8 @@
-"""A model as an ONNX Runtime session that is called as the model was called."""
+"""A model as a graph in a session that is called as the model was called."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from moeopt.backends.onnxrt.causal_runner import CausalLM
 from moeopt.backends.onnxrt.session import GRAPH, Session
 from moeopt.engine import values
 from moeopt.engine.binding import Binding
+from moeopt.engine.bundled import BundledEngine
 from moeopt.engine.folder import TemporaryFolder
 from moeopt.engine.manifest import Manifest
 from moeopt.engine.onnx_causal import KEY
@@ -20,38 +21,28 @@ from moeopt.engine.tree import build, check_tree
 from moeopt.errors import BundleError, UsageError
 
 
-class OnnxEngine:
-    """Call it as the model was called; it returns what the model returned.
+class GraphEngine(BundledEngine):
+    """A graph with a session that runs it. Call it as the model was called; it returns what the model returned.
 
     Attributes:
-        directory: where ``model.onnx`` and its weights lie.
-        signature: what :func:`moeopt.engine.signature.describe_call` said.
-        session: the :class:`~moeopt.backends.onnxrt.session.Session`; its ``session`` is ONNX Runtime's own.
+        session: takes and gives named tensors: its ``inputs``, ``outputs``, ``provider``, ``device`` and ``run``.
         provider: what really runs it.
         device: where its results are.
-        manifest: of the bundle that it was loaded from, or None.
-        notes: what was replaced when it was loaded, in sentences.
         causal_lm: what calls and generates as a causal language model does, or None for any other model.
-
-    It has no state, so a copy is the engine itself. Pickled, it is the path of its bundle, opened and checked again
-    where it is unpickled; an engine that was not loaded from a bundle has none, and says so.
     """
 
     def __init__(
         self,
         directory: Path,
         signature: Mapping[str, Any],
-        provider: str = "cpu",
-        session_options: Any = None,
+        open_session: Callable[[], Any],
+        device: str,
         keep: TemporaryFolder | None = None,
         manifest: Manifest | None = None,
-        notes: Sequence[str] = (),
-        graph: str = GRAPH,
     ) -> None:
-        self.directory, self.signature, self._keep = Path(directory), signature, keep
-        self.manifest, self.notes = manifest, list(notes)
+        super().__init__(directory, signature, keep, manifest)
         try:
-            self._binding = Binding(signature, lambda name: torch.device("cpu" if provider == "cpu" else "cuda"))
+            self._binding = Binding(signature, lambda name: torch.device(device))
             self._outputs = [
                 o["tensor"] if "tensor" in o else _Constant(values.decode(o["constant"], _no_node, torch.device))
                 for o in signature["outputs"]
@@ -59,7 +50,7 @@ class OnnxEngine:
             fits = check_tree(signature["out_tree"]) == len(self._outputs)
         except (KeyError, TypeError, AttributeError) as err:
             raise BundleError(f"the signature lacks or mistypes a part ({type(err).__name__}: {err})") from None
-        self.session = Session(self.directory / graph, provider, session_options)
+        self.session = open_session()
         count = len(self.session.outputs)
         if not fits or any(not isinstance(o, _Constant) and o not in range(count) for o in self._outputs):
             raise BundleError("the structure of the result does not fit the graph")
@@ -106,28 +97,34 @@ class OnnxEngine:
         args, kwargs = build(self._binding.tree, iter(leaves))
         return self.run_graph(*args, **kwargs)
 
-    @property
-    def certificate(self) -> Any:
-        """The certificate that was saved, as JSON types; None for an engine that was not loaded from a bundle."""
-        return None if self.manifest is None else self.manifest.read_json("certificate.json")
-
-    def __copy__(self) -> OnnxEngine:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OnnxEngine:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.manifest is None:
-            raise UsageError(
-                "this engine lies in a temporary folder and cannot be pickled: save it with .save(directory), and "
-                "pickle what moeopt.load(directory) returns, or the directory's name"
-            )
-        return _reopen, (str(self.manifest.directory.resolve()), self.provider)
-
     def __repr__(self) -> str:
-        where = self.directory if self.manifest is None else self.manifest.directory
-        return f"<moeopt engine {where} on {self.provider}>"
+        return f"<moeopt engine {self.where} on {self.provider}>"
+
+
+class OnnxEngine(GraphEngine):
+    """An engine of ONNX Runtime; ``session.session`` is its own ``InferenceSession``."""
+
+    def __init__(
+        self,
+        directory: Path,
+        signature: Mapping[str, Any],
+        provider: str = "cpu",
+        session_options: Any = None,
+        keep: TemporaryFolder | None = None,
+        manifest: Manifest | None = None,
+        notes: Sequence[str] = (),
+        graph: str = GRAPH,
+    ) -> None:
+        device = "cpu" if provider == "cpu" else "cuda"
+
+        def open_session() -> Session:
+            return Session(Path(directory) / graph, provider, session_options)
+
+        super().__init__(directory, signature, open_session, device, keep, manifest)
+        self.notes = list(notes)
+
+    def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _reopen, (self.provider,)
 
 
 def _reopen(directory: str, provider: str) -> Any:

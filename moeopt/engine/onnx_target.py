@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from moeopt.backends.onnxrt.session import PORTABLE, PROVIDERS, available, runtime
+from moeopt.engine.bundled import BundledEngine
 from moeopt.engine.folder import TemporaryFolder
 from moeopt.engine.manifest import Manifest
 from moeopt.engine.onnx_causal import KEY
 from moeopt.engine.onnx_engine import OnnxEngine
-from moeopt.errors import EngineNotExecutableError, UsageError
+from moeopt.errors import EngineNotExecutableError
 
 
 def built_for(provider: str) -> str:
@@ -21,15 +22,12 @@ def built_for(provider: str) -> str:
     return f"onnxruntime {provider} (built, not executed; replayed on cpu)"
 
 
-class AbsentEngine:
+class AbsentEngine(BundledEngine):
     """Stands for a graph that was built and checked for ``provider``, and not run.
 
     Attributes:
-        directory: where ``model.onnx`` and ``portable.onnx`` lie.
-        signature: how it is called.
         provider: what it was built for.
         device: where its results would be.
-        manifest: of the bundle that it was loaded from, or None.
 
     Raises:
         EngineNotExecutableError: whenever it is called.
@@ -43,10 +41,9 @@ class AbsentEngine:
         keep: TemporaryFolder | None = None,
         manifest: Manifest | None = None,
     ) -> None:
-        self.directory, self.signature, self.provider = Path(directory), signature, provider
-        self.manifest, self._keep = manifest, keep
+        super().__init__(directory, signature, keep, manifest)
+        self.provider = provider
         self.device = torch.device("cpu" if provider == "cpu" else "cuda")
-        self.notes: list[str] = []
 
     def replay(self) -> OnnxEngine:
         """The portable form of it, on CPU."""
@@ -69,28 +66,11 @@ class AbsentEngine:
             return self.__call__
         raise AttributeError(f"the engine has no attribute {name!r}")
 
-    @property
-    def certificate(self) -> Any:
-        """The certificate that was saved, as JSON types; None for an engine that was not loaded from a bundle."""
-        return None if self.manifest is None else self.manifest.read_json("certificate.json")
-
-    def __copy__(self) -> AbsentEngine:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AbsentEngine:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.manifest is None:
-            raise UsageError(
-                "this engine lies in a temporary folder and cannot be pickled: save it with .save(directory), and "
-                "pickle what moeopt.load(directory) returns, or the directory's name"
-            )
-        return _reopen, (str(self.manifest.directory.resolve()),)
+    def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _reopen, ()
 
     def __repr__(self) -> str:
-        where = self.directory if self.manifest is None else self.manifest.directory
-        return f"<moeopt engine {where} for {self.provider}, not on this machine>"
+        return f"<moeopt engine {self.where} for {self.provider}, not on this machine>"
 
 
 def _reopen(directory: str) -> Any:

@@ -7,6 +7,8 @@ TensorRT (``tensorrt``) builds for the GPU of the machine that it runs on.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +27,13 @@ class Product:
         name: "tensorrt_rtx" or "tensorrt", as it is imported.
         version: as the package states it, like "1.7.1.116".
         module: the imported package.
+        cuda: the CUDA version that its libraries are for, 13 for "tensorrt-rtx-cu13"; None where it is not told.
     """
 
     name: str
     version: str
     module: Any
+    cuda: int | None = None
 
     @property
     def label(self) -> str:
@@ -51,7 +55,16 @@ def product(name: str) -> Product:
         missing = isinstance(err, ModuleNotFoundError) and err.name == name
         what = "which is not installed" if missing else f"which does not start ({str(err)[:200]})"
         raise UsageError(f"backend 'tensorrt' needs {LABELS[name]}, {what}: {_INSTALL[name]}") from None
-    return Product(name, str(module.__version__), module)
+    return Product(name, str(module.__version__), module, _cuda_of(name))
+
+
+def _cuda_of(name: str) -> int | None:
+    """From the name of the installed distribution, "tensorrt-rtx-cu13"."""
+    for distribution in importlib.metadata.distributions():
+        found = re.fullmatch(rf"{name}_cu(\d+)", (distribution.name or "").replace("-", "_").lower())
+        if found:
+            return int(found.group(1))
+    return None
 
 
 def exporter_packages() -> None:

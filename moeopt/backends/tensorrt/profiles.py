@@ -129,7 +129,7 @@ def _read(ends: Ends, one: Any) -> dict[str, tuple[tuple[int, ...], ...]]:
     """A user's profile, held to the inputs' names, ranks and fixed sizes."""
     if not isinstance(one, Mapping):
         raise UsageError(f"profile={one!r}: it must map an input's name to its least, best and largest shape")
-    out = {}
+    out: dict[str, tuple[tuple[int, ...], ...]] = {}
     for name, shapes in one.items():
         if name not in ends:
             close = difflib.get_close_matches(str(name), list(ends), n=1)
