@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ import torch
 from moeopt.errors import UsageError
 
 Verify = Literal["strict", "fast", "off"]
-Dense = Literal["leave", "split"]
-_CHOICES: dict[str, tuple[str, ...]] = {"verify": ("strict", "fast", "off"), "dense": ("leave", "split")}
+Dense = Literal["leave", "fuse", "split"]
+_CHOICES: dict[str, tuple[str, ...]] = {"verify": ("strict", "fast", "off"), "dense": ("leave", "fuse", "split")}
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -61,8 +62,13 @@ class Options:
         tune: measure the lowerings on this machine instead of estimating their cost.
         tokens: the token counts that an engine will see in one call, to choose its lowerings for; None means a
             decode, small batches and a prompt.
-        dense: what happens to a dense FFN: ``leave`` it, or ``split`` its neurons into ``experts`` groups.
+        dense: what happens to a dense FFN: ``leave`` it; ``fuse`` it into the op where that is measured to be quicker
+            for ``tokens``; or ``split`` its neurons into ``experts`` groups.
         experts: how many groups ``dense="split"`` makes.
+        groups: which neurons ``dense="split"`` puts together. None: neighbours, no copy. ``"coactivation"``: those that
+            are active on the same tokens of the example inputs. A mapping of module name pattern -> ``experts`` lists
+            of neuron numbers, for the FFNs of the modules that match; the others get neighbours. Groups that are not
+            of neighbours are picked from the weights at each call, which takes time and, while it runs, memory.
         target: the device an engine is built for when it is not this machine's, as the backend names it.
         session_options: an ``onnxruntime.SessionOptions`` for the engine's session: threads, arenas, profiling.
         inplace: rewrite the model that was given instead of a copy that shares its weights.
@@ -82,6 +88,7 @@ class Options:
     tokens: tuple[int, ...] | None = None
     dense: Dense = "leave"
     experts: int | None = None
+    groups: Any = field(default=None, hash=False)
     target: str | None = None
     session_options: Any = field(default=None, hash=False)
     inplace: bool = False
@@ -121,8 +128,9 @@ class Options:
             raise UsageError("dense='split' needs experts=N: into how many groups a dense FFN is split")
         if self.dense == "split" and self.experts == 1:
             raise UsageError("experts=1 leaves each dense FFN whole: give 2 or more, or dense='leave'")
-        if self.dense == "leave" and self.experts is not None:
+        if self.dense != "split" and self.experts is not None:
             raise UsageError(f"experts={self.experts} says how to split a dense FFN: give dense='split' as well")
+        object.__setattr__(self, "groups", _as_groups(self.groups, self.dense, self.experts))
         if not isinstance(self.hints, Mapping):
             raise UsageError(f"hints={self.hints!r}: it must map name patterns to an ExpertsSpec or a callable")
         if self.progress is not None and not callable(self.progress):
@@ -168,6 +176,34 @@ class Options:
         """Pass one line to ``progress``, if there is one."""
         if self.progress is not None:
             self.progress(line)
+
+
+def _as_groups(value: Any, dense: str, experts: int | None) -> Any:
+    if value is None:
+        return None
+    if dense != "split":
+        raise UsageError("groups says how to split a dense FFN: give dense='split' and experts=N as well")
+    if value == "coactivation":
+        return value
+    if not isinstance(value, Mapping):
+        raise UsageError(
+            f"groups={value!r}: it must be 'coactivation', or map name patterns to lists of neuron numbers"
+        )
+    checked: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for pattern, given in value.items():
+        try:
+            lists = tuple(tuple(operator.index(n) for n in group) for group in given)
+        except TypeError as err:
+            raise UsageError(f"groups[{pattern!r}] must be lists of whole numbers, one list a group") from err
+        if len(lists) != experts or not all(lists):
+            raise UsageError(f"groups[{pattern!r}] has {len(lists)} lists: give experts={experts} lists, none empty")
+        seen: set[int] = set()
+        for n in (n for group in lists for n in group):
+            if n in seen:
+                raise UsageError(f"groups[{pattern!r}] has neuron {n} twice: each neuron belongs to one group")
+            seen.add(n)
+        checked[pattern] = lists
+    return checked
 
 
 def _as_device(value: Any) -> torch.device | None:

@@ -7,7 +7,7 @@ for each place, innermost module first:
     plan        what stays; one op where the experts' sum stood     (rewrite/plan, generalize)
     verify      against a float64 oracle on adversarial routing     (compare/block)
     install     the block runs the program                          (rewrite/program)
-for each dense FFN, where dense="split": the same, its neurons in groups (passes/recognize_dense, split_dense)
+for each dense FFN, where asked for: the same, split or fused       (passes/split_dense, fuse_dense)
 verify the model end to end                                         (compare/model)
 """
 
@@ -24,7 +24,8 @@ from torch import nn
 from moeopt.compare.block import BlockCheck
 from moeopt.drive.block import Call, Rewrite, Runtime, rewrite_block
 from moeopt.drive.collector import fewer_collections
-from moeopt.drive.dense import Split, function_of, split_all, too_many
+from moeopt.drive.dense import Outcome as DenseOutcome
+from moeopt.drive.dense import check_groups, function_of, rewrite_all
 from moeopt.drive.describe import dense_reason, describe_router, read_router
 from moeopt.drive.discover import Place, discover, feed_forward_lists
 from moeopt.drive.hints import hinted
@@ -81,7 +82,7 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
     moe = [p for p in places if p.kind == "moe"]
     dense = [p for p in places if p.kind == "dense_ffn"]
     if options.dense == "split":
-        too_many([*dense, *(a for p in moe for a in p.alone)], options.experts or 1)
+        check_groups([*dense, *(a for p in moe for a in p.alone)], options)
     wanted = {c.path for p in moe for c in p.levels[:LEVELS]}
     calls = _inputs(model, call, wanted | {p.call.path for q in (*dense, *moe) for p in (q, *q.alone)})
     outcome = Outcome([], [], {}, calls)
@@ -98,12 +99,12 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
         )
     places = sorted([*places, *_shared(model, attempts)], key=lambda p: p.order)
     dense = [p for p in places if p.kind == "dense_ffn"]
-    splits: dict[int, Split] = {}
-    if options.dense == "split":
-        found = split_all(model, dense, calls, options, runtime, outcome.rewrites, say)
-        splits = {id(p): s for p, s in zip(dense, found, strict=True)}
+    denses: dict[int, DenseOutcome] = {}
+    if options.dense != "leave":
+        found = rewrite_all(model, dense, calls, options, runtime, outcome.rewrites, say)
+        denses = {id(p): s for p, s in zip(dense, found, strict=True)}
         outcome.checks += list({s.path: s.rewrite.check for s in found if s.rewrite is not None}.values())
-    outcome.blocks = list(_report(model, places, attempts, splits, outcome, options.seed))
+    outcome.blocks = list(_report(model, places, attempts, denses, outcome, options.seed))
     outcome.seconds = time.perf_counter() - started
     return outcome
 
@@ -209,7 +210,7 @@ def _report(
     model: nn.Module,
     places: list[Place],
     attempts: list[tuple[Place, _Attempt]],
-    splits: dict[int, Split],
+    denses: dict[int, DenseOutcome],
     outcome: Outcome,
     seed: int,
 ) -> Iterator[BlockReport]:
@@ -218,7 +219,7 @@ def _report(
         attempt = by_place.get(id(place))
         path = place.call.path
         if attempt is None:
-            yield _report_dense(model, place, splits.get(id(place)), outcome.calls.get(path), seed)
+            yield _report_dense(model, place, denses.get(id(place)), outcome.calls.get(path), seed)
             continue
         name = attempt.path or path or type(model).__name__
         if attempt.rewrite is None:
@@ -240,7 +241,9 @@ def _report(
         )  # fmt: skip
 
 
-def _report_dense(model: nn.Module, place: Place, done: Split | None, call: Call | None, seed: int) -> BlockReport:
+def _report_dense(
+    model: nn.Module, place: Place, done: DenseOutcome | None, call: Call | None, seed: int
+) -> BlockReport:
     name = place.call.path or type(model).__name__
     if done is None or done.rewrite is None:
         spec = "" if call is None else function_of(model.get_submodule(place.call.path), call, place, seed)
@@ -248,7 +251,7 @@ def _report_dense(model: nn.Module, place: Place, done: Split | None, call: Call
         return BlockReport(name, "dense_ffn", "declined", reason, source=where or place.source, spec=spec)
     found = next(f for f in done.rewrite.found if _covered(model, done.path, [f]) >= place.weights)
     return BlockReport(
-        name, "dense_ffn", "rewritten", "", len(found.experts), "", "moeopt::experts (split, every group active)",
+        name, "dense_ffn", "rewritten", "", len(found.experts), "", done.lowering,
         done.rewrite.check.distance_rewritten if done.rewrite.check.passed is not None else None,
         found.source, seconds=done.seconds, top_k=len(found.experts), spec=str(found.spec),
     )  # fmt: skip

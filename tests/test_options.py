@@ -11,6 +11,9 @@ from moeopt.errors import UsageError
 from moeopt.options import Options
 
 
+SPLIT = {"dense": "split", "experts": 2}
+
+
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
     for name in ("VERIFY", "SEED", "DISABLE_ADAPTERS", "SKIP_PASSES", "FUEL", "DUMP"):
@@ -26,6 +29,11 @@ def test_defaults():
 def test_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options().seed = 1
+
+
+def test_groups_become_tuples():
+    numbers = torch.tensor([[2, 0], [1, 3]])
+    assert Options(groups={"mlp": numbers}, **SPLIT).groups == {"mlp": ((2, 0), (1, 3))}
 
 
 def test_device_and_dtype_are_converted():
@@ -72,7 +80,7 @@ def test_hash_ignores_hints():
         ({"verfy": "off"}, "there is no option 'verfy': did you mean verify"),
         ({"zzzzz": 1}, "there is no option 'zzzzz': the fields are device, dtype, verify"),
         ({"verify": "loose"}, "verify='loose': it must be one of strict, fast, off"),
-        ({"dense": "drop"}, "dense='drop': it must be one of leave, split"),
+        ({"dense": "drop"}, "dense='drop': it must be one of leave, fuse, split"),
         ({"tune": 1}, "tune=1: it must be True or False"),
         ({"seed": -1}, "seed=-1: it must be a whole number, 0 or more"),
         ({"seed": None}, "seed=None: it must be a whole number"),
@@ -80,6 +88,13 @@ def test_hash_ignores_hints():
         ({"experts": 0, "dense": "split"}, "experts=0: it must be a whole number, 1 or more"),
         ({"dense": "split"}, "dense='split' needs experts=N"),
         ({"experts": 4}, "give dense='split' as well"),
+        ({"experts": 4, "dense": "fuse"}, "give dense='split' as well"),
+        ({"groups": "coactivation"}, "groups says how to split a dense FFN: give dense='split' and experts=N as well"),
+        ({"groups": "kmeans"} | SPLIT, "groups='kmeans': it must be 'coactivation', or map name patterns"),
+        ({"groups": {"*": [[0], ["a"]]}} | SPLIT, "groups['*'] must be lists of whole numbers, one list a group"),
+        ({"groups": {"*": [[0, 1]]}} | SPLIT, "groups['*'] has 1 lists: give experts=2 lists, none empty"),
+        ({"groups": {"*": [[0, 1], []]}} | SPLIT, "groups['*'] has 2 lists: give experts=2 lists, none empty"),
+        ({"groups": {"*": [[0, 1], [1]]}} | SPLIT, "groups['*'] has neuron 1 twice: each neuron belongs to one group"),
         ({"hints": [1]}, "hints=[1]: it must map name patterns"),
         ({"progress": 3}, "progress=3: it must be a callable"),
         ({"skip_passes": "cse"}, "skip_passes='cse': it must be a tuple of names"),

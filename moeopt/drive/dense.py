@@ -1,92 +1,68 @@
-"""Dense FFNs of a model: read for the report, or split into groups, one home module after the other.
+"""Dense FFNs of a model: read for the report, split into groups, or fused where it pays; one home module at a time.
 
 A home is the innermost module whose forward holds both products: a Llama MLP, a BERT layer. All FFNs of
-one home are split together, or none is.
+one home are rewritten together, or none is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from moeopt.compare.prototype import Prototype
 from moeopt.drive.block import Rewrite, Runtime, rewrite_block
+from moeopt.drive.dense_forms import DenseReader, Measured, groups_of, in_words, measured, read_dense
 from moeopt.drive.discover import Place
+from moeopt.drive.measure import pays
 from moeopt.drive.mixture import Call
-from moeopt.drive.obstacles import check_skipped
 from moeopt.drive.witness import prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
-from moeopt.ir.tape import Tape, record
+from moeopt.ir.tape import record
 from moeopt.options import Options
-from moeopt.passes.recognize_dense import DenseFFN, find_dense, recognize_dense
-from moeopt.passes.recognize_experts import Recognition
-from moeopt.passes.recognize_router import RouterReading
+from moeopt.passes.fuse_dense import fuse
 from moeopt.passes.split_dense import split
 from moeopt.rewrite.program import install
 
-EVERYONE = "every token goes to every group, with weight 1"
+ENGINE = (
+    "left as it is: an engine has weights of its own and packs them itself; on ONNX Runtime's CPU provider one product "
+    "for gate and up took 0.97 to 1.07 times as long as two (benchmarks/dense.py)"
+)
 
 
 @dataclass
-class Split:
-    """What became of one dense FFN: its rewritten module's path and rewrite, or the reason it was left."""
+class Outcome:
+    """What became of one dense FFN: its rewritten module's path and rewrite, or the reason it was left.
+
+    ``lowering`` is how it runs now, in words.
+    """
 
     path: str
     rewrite: Rewrite | None = None
     reason: str = ""
     where: str = ""
     seconds: float = 0.0
+    lowering: str = ""
 
 
-@dataclass
-class DenseSplit:
-    """The :class:`moeopt.drive.mixture.Reader` that splits the FFNs with these weights into ``groups``."""
-
-    weights: list[frozenset[int]]
-    groups: int
-
-    def first(self, module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
-        call = witness(proto, 24, seed)
-        tape = record(module, *call)
-        found = self.again(tape, [])
-        for recognition in found:
-            inner = {index for n in recognition.interior for index in tape.stack(n.meta["call"])[1:]}
-            for index in sorted(inner):
-                check_skipped(tape.calls[index].path, tape.calls[index].module)
-        return call, tape, found
-
-    def again(self, tape: Tape, known: list[Recognition]) -> list[Recognition]:
-        del known
-        return [split(ffn, self.groups) for ffn in read_dense(tape, self.weights)]
-
-    def routers(
-        self, tapes: list[Tape], founds: list[list[Recognition]], known: list[Recognition]
-    ) -> list[RouterReading]:
-        del tapes, founds
-        return [RouterReading(EVERYONE) for _ in known]
-
-
-def read_dense(tape: Tape, weights: list[frozenset[int]]) -> list[DenseFFN]:
-    """The FFNs of ``tape`` with these weights, all of them.
-
-    Raises:
-        Declined: one of them cannot be read.
-    """
-    chains = find_dense(tape, weights)
-    if not chains:
-        raise Declined("its weights are not plain matrices in Parameters or buffers, or a run on other tokens skips it")
-    return [recognize_dense(tape, chain) for chain in chains]
-
-
-def too_many(places: list[Place], groups: int) -> None:
-    """Raise a ``UsageError`` where no FFN has as many neurons as ``groups``."""
-    most = max((p.chains[0].out.matrices[0].k for p in places), default=groups)
+def check_groups(places: list[Place], options: Options) -> None:
+    """Raise a ``UsageError`` where ``options`` asks for groups that no FFN has, before anything is rewritten."""
+    groups, inner = options.experts or 1, {p.call.path: p.chains[0].out.matrices[0].k for p in places}
+    most = max(inner.values(), default=groups)
     if groups > most:
-        raise UsageError(
-            f"experts={groups}: the widest dense FFN of the model has {most} neurons; give a number that divides it"
-        )
+        raise UsageError(f"experts={groups}: the widest dense FFN of the model has {most} neurons; give at most that")
+    for pattern, lists in options.groups.items() if isinstance(options.groups, Mapping) else ():
+        meant = {path: size for path, size in inner.items() if fnmatch.fnmatch(path, pattern)}
+        if not meant:
+            raise UsageError(
+                f"groups[{pattern!r}] matches no dense FFN; they are in {', '.join(sorted(map(repr, inner))) or 'none'}"
+            )
+        for path, size in meant.items():
+            if {n for group in lists for n in group} != set(range(size)):
+                raise UsageError(
+                    f"groups[{pattern!r}]: {path or 'the model'} has neurons 0 to {size - 1}; each must be in one group"
+                )
 
 
 def function_of(module: nn.Module, call: Call, place: Place, seed: int) -> str:
@@ -100,7 +76,7 @@ def function_of(module: nn.Module, call: Call, place: Place, seed: int) -> str:
     return ""
 
 
-def split_all(
+def rewrite_all(
     model: nn.Module,
     places: list[Place],
     calls: dict[str, Call],
@@ -108,8 +84,8 @@ def split_all(
     runtime: Runtime | None,
     others: dict[str, Rewrite],
     say: Callable[[str], None],
-) -> list[Split]:
-    """Split every FFN of ``places`` (dense ones), installing what was verified; one answer for each place.
+) -> list[Outcome]:
+    """Split or fuse every FFN of ``places`` (dense ones), installing what was verified; one answer for each place.
 
     Args:
         calls: a real call of each home.
@@ -118,38 +94,59 @@ def split_all(
     homes: dict[str, list[Place]] = {}
     for place in places:
         homes.setdefault(place.call.path, []).append(place)
-    done: dict[str, Split] = {}
+    done: dict[str, Outcome] = {}
+    known: Measured = {}
     for path in sorted(homes, key=lambda p: -len(p.split("."))):  # inner modules first
         name = path or type(model).__name__
-        say(f"splitting the dense FFN of {name} into {options.experts}")
-        done[path] = _split_home(model, path, homes[path], calls, options, runtime, others)
+        say(f"dense FFN of {name}: {options.dense}")
+        done[path] = _left(path, options, runtime, others)
+        if not done[path].reason:
+            done[path] = _rewrite_home(model, path, homes[path], calls[path], options, runtime, known)
         if (rewrite := done[path].rewrite) is not None:
             others[path] = rewrite
     return [done[p.call.path] for p in places]
 
 
-def _split_home(
+def _left(path: str, options: Options, runtime: Runtime | None, others: dict[str, Rewrite]) -> Outcome:
+    """The reason, if there is one, for which the home at ``path`` is not looked at."""
+    if options.fuel is not None and len(others) >= options.fuel:
+        return Outcome(path, None, f"MOEOPT_FUEL={options.fuel}: no more blocks are rewritten")
+    holder = next((o for o in others if _runs_inside(path, o, others[o])), None)
+    if holder is not None:
+        return Outcome(
+            path, None, f"it is computed in the code of {holder or 'the model'}, which was rewritten already"
+        )
+    return Outcome(path, None, ENGINE if options.dense == "fuse" and runtime is not None else "")
+
+
+def _rewrite_home(
     model: nn.Module,
     path: str,
     places: list[Place],
-    calls: dict[str, Call],
+    call: Call,
     options: Options,
     runtime: Runtime | None,
-    others: dict[str, Rewrite],
-) -> Split:
-    if options.fuel is not None and len(others) >= options.fuel:
-        return Split(path, None, f"MOEOPT_FUEL={options.fuel}: no more blocks are rewritten")
-    holder = next((o for o in others if _runs_inside(path, o, others[o])), None)
-    if holder is not None:
-        return Split(path, None, f"it is computed in the code of {holder or 'the model'}, which was rewritten already")
-    module = model.get_submodule(path)
-    reader = DenseSplit([frozenset(p.weights) for p in places], options.experts or 1)
+    known: Measured,
+) -> Outcome:
+    name, module = path or type(model).__name__, model.get_submodule(path)
+    weights = [frozenset(p.weights) for p in places]
     try:
-        rewrite = rewrite_block(path or type(model).__name__, module, calls[path], options, runtime, reader)
+        if options.dense == "fuse":
+            reader = DenseReader(weights, fuse)
+            where, timings = measured(model, path, call, options, reader, known)
+            figures = "; ".join(map(str, timings))
+            if not pays(timings):
+                there = f" (measured on {where})" if where != name else ""
+                raise Declined(f"left as it is: fused {figures}{there}")
+        else:
+            groups = groups_of(path, module, call, weights, options)
+            reader = DenseReader(weights, lambda ffn: split(ffn, groups(ffn)))
+        rewrite = rewrite_block(name, module, call, options, runtime, reader)
         install(module, rewrite.program)
     except Declined as err:
-        return Split(path, None, err.reason, err.where or "")
-    return Split(path, rewrite, seconds=rewrite.seconds)
+        return Outcome(path, None, err.reason, err.where or "")
+    how = f"fused: {figures}" if options.dense == "fuse" else in_words(module, rewrite.found)
+    return Outcome(path, rewrite, seconds=rewrite.seconds, lowering=f"moeopt::experts ({how})")
 
 
 def _runs_inside(path: str, outer: str, rewrite: Rewrite) -> bool:

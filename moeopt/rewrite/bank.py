@@ -25,12 +25,17 @@ class Stale(Exception):
 
 @dataclass(frozen=True)
 class ExpertRef:
-    """One expert's weights, as regions of Parameters."""
+    """One expert's weights, as regions of Parameters.
+
+    ``neurons``: which of the regions' neurons the expert has; None means all of them. Those are picked at each
+    read, a copy that lives as long as the call, so that later changes of the weights show.
+    """
 
     w_in: tuple[MatrixRef, ...]
     b_in: tuple[VectorRef | None, ...]
     w_out: MatrixRef
     b_out: VectorRef | None
+    neurons: tuple[int, ...] | None = None
 
 
 class _Place:
@@ -100,6 +105,7 @@ class LiveBank:
                 if part is not None and part.path not in self._places:
                     self._places[part.path] = _Place(root, part.path)
         self._regions: dict[tuple[int, str], Any] = {}
+        self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
         self._steps = _steps(experts)
         self._backwards = any(s < 0 for part in self._steps or () for step in _flat(part) for s in step)
 
@@ -107,15 +113,16 @@ class LiveBank:
         """Expert e's first matrices."""
         if not torch.compiler.is_compiling():
             self._check(e)
-        return tuple([self._matrix(ref, self._layouts[0]) for ref in self._experts[e].w_in])
+        axis = 0 if self._layouts[0] == "oi" else 1
+        return tuple([self._pick(e, self._matrix(ref, self._layouts[0]), axis) for ref in self._experts[e].w_in])
 
     def b_in(self, e: int) -> tuple[Tensor | None, ...]:
         """Expert e's first biases."""
-        return tuple([None if ref is None else self._vector(ref) for ref in self._experts[e].b_in])
+        return tuple([None if ref is None else self._pick(e, self._vector(ref), 0) for ref in self._experts[e].b_in])
 
     def w_out(self, e: int) -> Tensor:
         """Expert e's second matrix."""
-        return self._matrix(self._experts[e].w_out, self._layouts[1])
+        return self._pick(e, self._matrix(self._experts[e].w_out, self._layouts[1]), int(self._layouts[1] == "oi"))
 
     def b_out(self, e: int) -> Tensor | None:
         """Expert e's second bias."""
@@ -126,6 +133,11 @@ class LiveBank:
         """No norm is recognised after W_out."""
         del e
         return None
+
+    def _pick(self, e: int, part: Tensor, axis: int) -> Tensor:
+        """Expert ``e``'s neurons of ``part``, which lie along ``axis``."""
+        index = self._picks[e]
+        return part if index is None else part.index_select(axis, index.to(part.device))
 
     def _matrix(self, ref: MatrixRef, layout: str) -> Tensor:
         tensor = self._places[ref.path].read()
@@ -207,6 +219,8 @@ def _flat(part: Any) -> list[tuple[int, ...]]:
 
 def _steps(experts: list[ExpertRef]) -> tuple[Any, Any, Any, Any] | None:
     """The constant distance between expert e and e+1 in each part, or None where there is none."""
+    if any(x.neurons is not None for x in experts) or len({x.w_out.k for x in experts}) > 1:
+        return None
 
     def regular(parts: list[Any]) -> tuple[int, ...] | None | bool:
         first = parts[0]

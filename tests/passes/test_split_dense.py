@@ -6,24 +6,24 @@ import torch
 from moeopt.errors import Declined
 from moeopt.ops.reference import experts_reference
 from moeopt.passes.recognize_dense import recognize_dense
-from moeopt.passes.split_dense import every_group, split, weight_one
+from moeopt.passes.split_dense import every_group, neighbours, split, weight_one
 from moeopt.rewrite.bank import LiveBank, expert_paths
 from tests.ir.tiny import rand
 from tests.passes.test_recognize_dense import FORMS, Convolutions, Packed, find_chains, find_sites, read, record
 from tests.passes.tiny import GLU, H, I, ffn, seeded
 
 
-@pytest.mark.parametrize("groups", [2, 3, I])
+@pytest.mark.parametrize("groups", [2, 3, 5, I])
 @pytest.mark.parametrize("make", [form[0] for form in FORMS])
 def test_groups_add_up(make, groups):
     module, x = seeded(make).double(), rand(5, H).double()
     tape = record(module, (x,))
     (chain,) = find_chains(tape, find_sites(tape))
     whole = recognize_dense(tape, chain)
-    found = split(whole, groups)
+    found = split(whole, neighbours(I, groups))
     assert len(found.experts) == groups and found.frontier.top_k == groups
     assert expert_paths(found.experts) == expert_paths([whole.weights])
-    assert {e.w_out.k for e in found.experts} == {I // groups}
+    assert [e.w_out.k for e in found.experts] == [len(g) for g in neighbours(I, groups)]
     assert [e.b_out is not None for e in found.experts][1:] == [False] * (groups - 1)
     bank = LiveBank(module, found.experts, (found.spec.w_in_layout, found.spec.w_out_layout))
     y = experts_reference(x, every_group(x, 1, groups), weight_one(x, 1, groups), bank, found.spec)
@@ -34,7 +34,7 @@ def test_groups_are_views_of_the_users_parameters():
     module = seeded(lambda: Packed(bias=True))
     tape = record(module, (rand(5, H),))
     (chain,) = find_chains(tape, find_sites(tape))
-    found = split(recognize_dense(tape, chain), 3)
+    found = split(recognize_dense(tape, chain), neighbours(I, 3))
     bank = LiveBank(module, found.experts, ("oi", "oi"))
     assert found.spec.rows == "separate"
     for e in range(3):
@@ -52,7 +52,7 @@ def test_groups_of_one_parameter_without_biases_are_one_stack():
     module = seeded(GLU)
     tape = record(module, (rand(5, H),))
     (chain,) = find_chains(tape, find_sites(tape))
-    stacked = LiveBank(module, split(recognize_dense(tape, chain), 3).experts, ("oi", "oi")).stacked()
+    stacked = LiveBank(module, split(recognize_dense(tape, chain), neighbours(I, 3)).experts, ("oi", "oi")).stacked()
     assert stacked is not None and stacked.w_out_s.shape == (3, H, 4)
     assert stacked.w_out_s.data_ptr() == module.down.weight.data_ptr()
 
@@ -63,14 +63,12 @@ def test_ids_and_weights_count_tokens_whatever_the_feature_axis():
     ones = weight_one(x, 1, 5)
     assert ones.shape == (24, 5) and ones.dtype == torch.bfloat16 and bool((ones == 1).all())
     assert every_group(x[:0], 1, 5).shape == (0, 5)
-    assert split(read(Convolutions, rand(2, H, 3, 4)), 2).tokens.count == 24
+    assert split(read(Convolutions, rand(2, H, 3, 4)), neighbours(I, 2)).tokens.count == 24
 
 
-@pytest.mark.parametrize(
-    ("groups", "near"), [(5, "give experts=4 or experts=6"), (8, "give experts=6 or experts=12"), (99, "experts=12")]
-)
-def test_a_number_that_does_not_divide_is_declined_with_the_nearest(groups, near):
+def test_neighbours():
+    assert neighbours(12, 3) == [range(0, 4), range(4, 8), range(8, 12)]
+    assert [len(g) for g in neighbours(11, 4)] == [3, 3, 3, 2] and neighbours(11, 4)[-1] == range(9, 11)
     with pytest.raises(Declined) as caught:
-        split(read(ffn), groups)
-    assert f"its {I} neurons do not come apart into {groups} equal groups" in caught.value.reason
-    assert near in caught.value.reason
+        neighbours(3, 4)
+    assert caught.value.reason == "it has 3 neurons, too few for 4 groups; give experts=3 or less"

@@ -35,6 +35,8 @@ def experts_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, sp
     T, K = ids_TK.shape
     if not T * K:
         return x_TH.new_zeros(T, out_features(bank, spec), dtype=dtypes(x_TH, spec)[2])
+    if bank.num_experts == K == 1 and (T == 1 or ids_TK.stride(0) == 0) and not ids_TK[0, 0]:
+        return _one_for_all(x_TH, weights_TK, bank, spec)
     if T == 1:
         return _one_token(x_TH, ids_TK, weights_TK, bank, spec)
     ids_R = ids_TK.reshape(-1)
@@ -50,6 +52,20 @@ def experts_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, sp
     w_R1 = weights_TK.reshape(-1).index_select(0, order_R).unsqueeze(1)
     term_RH = _terms(x_RH, w_R1, groups, bank, spec)
     return _combine(term_RH, order_R, K, spec).to(dtypes(x_TH, spec)[2])
+
+
+def _one_for_all(x_TH: Tensor, w_T1: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+    """A dense FFN: the only expert on every token; no sort, no gather, no scatter."""
+    compute, accum, out = dtypes(x_TH, spec)
+    r_TH = (x_TH * w_T1 if spec.weight_on == "input" else x_TH).to(compute)
+    pairs = zip(bank.w_in(0), bank.b_in(0), strict=True)
+    h = tuple([linear(r_TH, *_operands(w, b, compute, spec.w_in_layout)) for w, b in pairs])
+    o_TH = linear(apply_gate(h, spec), *_operands(bank.w_out(0), bank.b_out(0), compute, spec.w_out_layout))
+    if spec.out_norm_eps is not None:
+        o_TH = rms_norm(o_TH.contiguous(), bank.norm(0), spec)
+    if spec.weight_on == "output" and not (w_T1.stride(0) == 0 and w_T1[0, 0] == 1):
+        o_TH = (o_TH * w_T1).to(accum)
+    return o_TH.to(out).contiguous()
 
 
 def _one_token(x_1H: Tensor, ids_1K: Tensor, weights_1K: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
@@ -87,11 +103,15 @@ def _terms(x_RH: Tensor, w_R1: Tensor, groups: list[Group], bank: Bank, spec: Ex
 def _together(
     r_RH: Tensor, w_R1: Tensor | None, groups: list[Group], bank: Bank, spec: ExpertsSpec, term_RH: Tensor
 ) -> None:
-    """All first GEMMs, one activation, all second GEMMs."""
+    """All first GEMMs, one activation, all second GEMMs; experts of several sizes go one by one."""
     R, wide = r_RH.shape[0], 0 if spec.w_in_layout == "oi" else 1
-    h = tuple([r_RH.new_empty(R, w.shape[wide]) for w in bank.w_in(groups[0][0])])
-    for e, begin, end in groups:
-        for h_RO, w, b in zip(h, bank.w_in(e), bank.b_in(e), strict=True):
+    w_in = [bank.w_in(e) for e, _, _ in groups]
+    if len({w[0].shape[wide] for w in w_in}) > 1:
+        _one_by_one(r_RH, w_R1, groups, bank, spec, term_RH)
+        return
+    h = tuple([r_RH.new_empty(R, w.shape[wide]) for w in w_in[0]])
+    for (e, begin, end), ws in zip(groups, w_in, strict=True):
+        for h_RO, w, b in zip(h, ws, bank.b_in(e), strict=True):
             _multiply(h_RO, r_RH, begin, end, *_operands(w, b, r_RH.dtype, spec.w_in_layout))
     a_RI = apply_gate(h, spec)
     o_RH = r_RH.new_empty(R, term_RH.shape[1])
