@@ -214,7 +214,7 @@ class Report:
         return cls.from_dict(data)
 
     def _lines(self) -> Iterator[tuple[str, str]]:
-        """The report as (line, style): at most WIDTH columns, unless one word is longer than that."""
+        """The report as (line, style): at most WIDTH columns; a longer word is broken."""
         title = " on ".join(word for word in (self.model or "model", self.backend) if word)
         yield from _wrap(f"moeopt: {title}", "", "bold")
         count = f"{len(self.blocks)} block{'s' if len(self.blocks) != 1 else ''} found"
@@ -241,9 +241,7 @@ def _number(value: Any) -> float | None:
 
 def _wrap(text: str, indent: str, style: str, label: str = "") -> Iterator[tuple[str, str]]:
     first, rest = indent + label, indent + " " * (len(label) or 2)
-    lines = textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
-    )
+    lines = textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
     return ((line, style) for line in lines)
 
 

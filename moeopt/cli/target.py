@@ -49,6 +49,17 @@ def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) 
     return (model.eval() if isinstance(model, torch.nn.Module) else model), inputs
 
 
+def load_data(target: str) -> Any:
+    """What the function of ``module:function`` or ``file.py:function`` returns: batches, or one call's inputs.
+
+    ``UsageError`` says what is wrong with the target, the file and line in the user's code included.
+    """
+    where, colon, name = target.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise UsageError(f"--data {target}: give module:function or file.py:function")
+    return _call(_factory(where, name, target), target)
+
+
 def _factory(where: str, name: str, target: str) -> Callable[[], Any]:
     try:
         if where.endswith(".py"):

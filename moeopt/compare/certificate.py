@@ -107,7 +107,7 @@ class Certificate:
         return certificate
 
     def __str__(self) -> str:
-        return "\n".join(line[:WIDTH] for line in self._lines())
+        return "\n".join(self._lines())
 
     def _lines(self) -> list[str]:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
@@ -118,7 +118,7 @@ class Certificate:
         lines += _wrap(f"device {self.device}, dtype {self.dtype or '-'}, verify {self.level}", "  ")
         if self.blocks:
             lines += ["", _HEADER]
-            lines += [_row(block) for block in self.blocks]
+            lines += [line for block in self.blocks for line in _row(block)]
             lines += _wrap(
                 "orig, new: worst distance per token from the float64 oracle, relative L2; f64: that of the "
                 f"rewritten code run in float64; factor: needed beyond {EPS_ALLOWANCE:g} eps ({FACTOR:g} is "
@@ -153,14 +153,16 @@ _HEADER = (
 )
 
 
-def _row(block: BlockCheck) -> str:
-    name = block.name if len(block.name) <= 22 else "..." + block.name[-19:]
+def _row(block: BlockCheck) -> list[str]:
+    """The block's figures; a name that is too long for its column has lines of its own above them."""
+    above, name = ([], block.name) if len(block.name) <= 22 else (_wrap(block.name, ""), "")
     verdict = {True: "passed", False: "FAILED", None: "not run"}[block.passed]
     exact = "-" if block.distance_exact is None else f"{block.distance_exact:.1e}"
-    return (
+    return [
+        *above,
         f"{name:<22} {verdict:<7} {block.distance_original:>7.1e} {block.distance_rewritten:>7.1e} {exact:>7} "
-        f"{block.required:>6.2g} {block.ids_compared:>7} {block.ties:>3} {block.flips:>4}"
-    )
+        f"{block.required:>6.2g} {block.ids_compared:>7} {block.ties:>3} {block.flips:>4}",
+    ]
 
 
 def _wrap(text: str, indent: str) -> list[str]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from moeopt.html import svg
+from moeopt.html.names import short_names
 
-NAME, ROOM, FIGURE, ROW = 190.0, 330.0, 130.0, 26.0
+NAME, ROOM, FIGURE, ROW = 160.0, 190.0, 120.0, 26.0
 
 
 def bars(rows: list[tuple[str, float, str]], title: str, mark: tuple[float, str] | None = None) -> str:
     """Horizontal bars from zero: (name, value, its words); ``mark`` draws a line at a value, with its words."""
     most = max([value for _, value, _ in rows] + ([mark[0]] if mark else [])) or 1.0
     parts = []
-    for i, (name, value, words) in enumerate(rows):
+    names = short_names([name for name, *_ in rows])
+    for i, (name, (_, value, words)) in enumerate(zip(names, rows, strict=True)):
         top = i * ROW
         long = ROOM * value / most
         parts.append(svg.label(NAME - 8, top + 17, name, NAME - 8, "end"))
         over = " over" if mark is not None and value > mark[0] else ""
         parts.append(svg.tag("rect", x=NAME, y=top + 5, width=max(long, 1.0), height=ROW - 10, cls="bar" + over, rx=2))
-        parts.append(svg.label(NAME + long + 6, top + 17, words, FIGURE))
+        end = ROOM * mark[0] / most if mark is not None and 0 <= mark[0] - value < FIGURE / ROOM * most else long
+        parts.append(svg.label(NAME + end + 6, top + 17, words, FIGURE))
     height = len(rows) * ROW
     if mark is not None:
         at = NAME + ROOM * mark[0] / most

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from moeopt.html import svg
+from moeopt.html.names import short_names
 
-NAME, ROOM, ROW, RIGHT = 190.0, 440.0, 20.0, 30.0
+NAME, ROOM, ROW, RIGHT = 160.0, 400.0, 20.0, 30.0
 BINS = 8
 """Columns in a decade."""
 SHOWN = 40
@@ -26,7 +27,7 @@ def distances(blocks: list[dict[str, Any]]) -> str:
     shown = [b for b in blocks if b in shown]
     axis = _Axis([b[k] for b in shown for k in ("original", "rewritten", "budget")])
     parts = list(axis.draw(18, 18 + len(shown) * ROW))
-    for i, b in enumerate(shown):
+    for i, (b, name) in enumerate(zip(shown, short_names([b["name"] for b in shown]), strict=True)):
         y = 18 + i * ROW + ROW / 2
         told = (
             f"{b['name']}: original {_words(b['original'])}, rewritten {_words(b['rewritten'])}, budget "
@@ -36,7 +37,7 @@ def distances(blocks: list[dict[str, Any]]) -> str:
         parts.append(
             svg.group(
                 [
-                    svg.label(NAME - 10, y + 4, b["name"], NAME - 14, "end"),
+                    svg.label(NAME - 10, y + 4, name, NAME - 14, "end"),
                     svg.tag("path", d=f"M{min(x0, x1):.1f} {y:g}H{x2:.1f}", cls="thread"),
                     svg.tag("path", d=f"M{x2:.1f} {y - 7:g}V{y + 7:g}", cls="budget"),
                     svg.tag("circle", cx=round(x0, 1), cy=y, r=5, cls="original"),

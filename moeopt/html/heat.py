@@ -5,11 +5,11 @@ A layer is one row; neighbours of one colour are one stroke, so 60 layers of 512
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 from moeopt.html import svg
+from moeopt.html.names import short_names
 
 LEVELS = ((0.25, "under 0.25"), (0.5, "under 0.5"), (0.8, "under 0.8"), (1.25, "0.8 to 1.25"), (2, "under 2"),
           (4, "under 4"), (float("inf"), "4 and more"))  # fmt: skip
@@ -72,14 +72,3 @@ def _axis(most: int, cell: float) -> Iterator[str]:
     for e in range(0, most, step):
         yield svg.label(GUTTER + (e + 0.5) * cell, 13, str(e), anchor="middle", cls="small")
     yield svg.label(GUTTER - 8, 13, "expert", anchor="end", cls="small")
-
-
-def short_names(names: list[str]) -> list[str]:
-    """Module paths without the parts that all of them begin and end with."""
-    parts = [name.split(".") for name in names]
-    if len(names) < 2:
-        return names
-    head = len(os.path.commonprefix(parts))  # works on any sequences
-    tail = len(os.path.commonprefix([p[: head - 1 if head else None : -1] for p in parts]))
-    short = [".".join(p[max(head - 1, 0) : len(p) - tail]) for p in parts]
-    return short if all(short) and len(set(short)) == len(set(names)) else names

@@ -6,6 +6,7 @@ model (names, reasons, source lines) is escaped by jinja2 or by ``svg``.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -44,12 +45,8 @@ def write_page(
     Raises:
         UsageError: jinja2 is not installed, the folder does not exist, or ``timings`` are no positive numbers.
     """
-    target = Path(path)
+    target = check_target(path)
     text = page(report, groups or [], certificate, profile, inspection, timings)
-    if not target.parent.is_dir():
-        raise UsageError(f"{target} cannot be written: there is no folder {target.parent}")
-    if target.is_dir():
-        raise UsageError(f"{target} is a folder: give the name of a file, like {target / 'report.html'}")
     handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -62,6 +59,18 @@ def write_page(
     return target
 
 
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The path, where a page can be written to it; ``UsageError`` where not, or where jinja2 is missing."""
+    target = Path(path)
+    if importlib.util.find_spec("jinja2") is None:
+        raise UsageError("the HTML report needs jinja2: pip install 'moeopt[report]'")
+    if not target.parent.is_dir():
+        raise UsageError(f"{target} cannot be written: there is no folder {target.parent}")
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder: give the name of a file, like {target / 'report.html'}")
+    return target
+
+
 def page(
     report: Mapping[str, Any] | None,
     groups: list[tuple[str, str, dict[str, Any]]],
@@ -71,11 +80,9 @@ def page(
     timings: Mapping[str, float] | None,
 ) -> str:
     """The page as text; see :func:`write_page`."""
-    try:
-        import jinja2
-        from markupsafe import Markup
-    except ImportError:
-        raise UsageError("the HTML report needs jinja2: pip install 'moeopt[report]'") from None
+    import jinja2
+    from markupsafe import Markup
+
     subject = report or profile or {}
     facts = {"report": report, "certificate": certificate, "profile": profile, "inspection": inspection,
              "timings": dict(timings) if timings else None}  # fmt: skip

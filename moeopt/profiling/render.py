@@ -105,7 +105,9 @@ def facts(layer: LayerLoad, at: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "pairs", ", ".join(f"{p['experts'][0]}+{p['experts'][1]}: {p['over_mean']:.1f}x the mean" for p in pairs)
     for label, text in (("mass", "sum of a token's weights"), ("margin", "its first expert over its second")):
         if (seen := layer.confidence[label]) is not None:
-            yield label, f"{seen['mean']:.2f} (p10 {seen['p10']:.2f}, p90 {seen['p90']:.2f}), {text}"
+            same = seen["max"] - seen["min"] < 1e-6 * seen["max"]  # float32 weights that are renormalised
+            spread = "always" if same else f"p10 {seen['p10']:.2f}, p90 {seen['p90']:.2f}"
+            yield label, f"{seen['mean']:.2f} ({spread}), {text}"
     if layer.cost:
         c = layer.cost
         yield (

@@ -1,0 +1,42 @@
+"""``moeopt profile``: how the user's own data load a model's experts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeopt.cli.target import FORMS, load_data, load_target
+from moeopt.html import check_target
+from moeopt.profiling import profile
+
+DATA = "module:function or file.py:function that returns batches (an iterable of inputs), or one call's inputs"
+
+
+def profile_command(
+    target: Annotated[str, typer.Argument(help=FORMS)],
+    data: Annotated[str | None, typer.Option(help=DATA + "; without it, the inputs that come with the model")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page with the heat map to this file")] = None,
+    measure: Annotated[bool, typer.Option(help="time the experts as routed and balanced")] = True,
+    seed: Annotated[int, typer.Option(help="of every random input, and of random weights")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option(help="run the Python code that a directory brings")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
+) -> None:
+    """Count how often each expert fires on data, how uneven that is, and what it costs."""
+    if html is not None:
+        check_target(html)
+    model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
+    given: Any = inputs if data is None else load_data(data)
+    say = None if quiet else lambda line: print(line, file=sys.stderr, flush=True)
+    found = profile(model, given, measure=measure, seed=seed, progress=say)
+    if html is not None:
+        found.to_html(html)
+    print(found.to_json() if as_json else found)
+    if html is not None and not as_json:
+        print(f"\nhtml: {html}")
+    if not found.layers:
+        print("moeopt: no block could be profiled", file=sys.stderr)
+        raise typer.Exit(1)
