@@ -70,6 +70,12 @@ class Options:
             of neuron numbers, for the FFNs of the modules that match; the others get neighbours. Groups that are not
             of neighbours are picked from the weights at each call, which takes time and, while it runs, memory.
         target: the device an engine is built for when it is not this machine's, as the backend names it.
+        profile: the sizes that a TensorRT engine is built for: a mapping of an input's name to its least, best and
+            largest shape, or several such mappings; None means from 1 to four times the example's.
+        tf32: let a TensorRT engine round the inputs of float32 products to TF32.
+        timing_cache: a file in which TensorRT keeps what it measured, for the next build.
+        build_seconds: after which a TensorRT builder is stopped.
+        build_gigabytes: of memory after which it is stopped; None means what is free on this machine.
         session_options: an ``onnxruntime.SessionOptions`` for the engine's session: threads, arenas, profiling.
         inplace: rewrite the model that was given instead of a copy that shares its weights.
         hints: name pattern -> ``ExpertsSpec`` or callable, for blocks that recognition declines.
@@ -90,6 +96,11 @@ class Options:
     experts: int | None = None
     groups: Any = field(default=None, hash=False)
     target: str | None = None
+    profile: Any = field(default=None, hash=False)
+    tf32: bool = False
+    timing_cache: str | None = None
+    build_seconds: float = 3600.0
+    build_gigabytes: float | None = None
     session_options: Any = field(default=None, hash=False)
     inplace: bool = False
     hints: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -110,7 +121,7 @@ class Options:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name}={getattr(self, name)!r}: it must be one of {', '.join(choices)}")
-        for name in ("tune", "inplace", "adapters"):
+        for name in ("tune", "inplace", "adapters", "tf32"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name}={getattr(self, name)!r}: it must be True or False")
         for name, least in (("experts", 1), ("seed", 0), ("fuel", 0)):
@@ -119,6 +130,10 @@ class Options:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name}={value!r}: it must be a whole number, {least} or more")
+        for name in ("build_seconds", "build_gigabytes"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+                raise UsageError(f"{name}={value!r}: it must be a number above 0")
         if self.tokens is not None:
             counts = (self.tokens,) if isinstance(self.tokens, int) else tuple(self.tokens)
             if not counts or any(isinstance(t, bool) or not isinstance(t, int) or t < 1 for t in counts):
