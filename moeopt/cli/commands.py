@@ -12,9 +12,11 @@ import typer
 
 from moeopt.cli.about import bundle_facts, machine_facts, print_facts
 from moeopt.cli.inspect_command import inspect_command
+from moeopt.cli.profile_command import profile_command
 from moeopt.cli.target import FORMS, load_target
 from moeopt.cli.verify_against import verify_against
 from moeopt.errors import UsageError
+from moeopt.html import check_target
 
 app = typer.Typer(
     help="Find the MoE blocks of a model, rewrite them into grouped-expert ops, and verify the result.",
@@ -24,12 +26,14 @@ app = typer.Typer(
 )
 
 app.command("inspect")(inspect_command)
+app.command("profile")(profile_command)
 
 Target = Annotated[str, typer.Argument(help=FORMS)]
 Bundle = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
 Trust = Annotated[bool, typer.Option(help="run the Python code that a Hugging Face directory brings")]
+Html = Annotated[Path | None, typer.Option(help="write the report to this file as one HTML page")]
 Seed = Annotated[int, typer.Option(help="of every random input, and of random weights")]
 
 
@@ -42,12 +46,15 @@ def optimize(
     device: Annotated[str | None, typer.Option(help="where it shall run, like cpu or cuda:0")] = None,
     dtype: Annotated[str | None, typer.Option(help="cast the model first, like bfloat16")] = None,
     tune: Annotated[bool, typer.Option(help="measure the lowerings on this machine")] = False,
+    html: Html = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Rewrite a model's MoE blocks, verify them, and save the result with --out."""
+    if html is not None:
+        check_target(html)
     model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
     given = {"verify": verify, "device": device, "dtype": dtype}
     fields = {name: value for name, value in given.items() if value is not None}
@@ -57,6 +64,8 @@ def optimize(
     saved = None if out is None else str(out)
     if out is not None:
         optimized.save(out)
+    if html is not None:
+        optimized.report.to_html(html)
     if as_json:
         certificate = json.loads(optimized.certificate.to_json())
         _print_json({"report": optimized.report.to_dict(), "certificate": certificate, "saved": saved})
@@ -66,21 +75,34 @@ def optimize(
         _show(optimized.certificate)
         if saved:
             print(f"\nsaved: {saved}")
+        if html is not None:
+            print(f"\nhtml: {html}")
     _exit(optimized.certificate.passed)
 
 
 @app.command()
 def explain(
-    target: Target, seed: Seed = 0, trust_remote_code: Trust = False, quiet: Quiet = False, as_json: AsJson = False
+    target: Target,
+    html: Html = None,
+    seed: Seed = 0,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say which blocks would be rewritten, and why the others would not; changes nothing."""
+    if html is not None:
+        check_target(html)
     model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
     _say_unless(quiet, f"explain: {target}")
     report = _api().explain(model, inputs)
+    if html is not None:
+        report.to_html(html)
     if as_json:
         _print_json(report.to_dict())
     else:
         _show(report)
+        if html is not None:
+            print(f"\nhtml: {html}")
 
 
 @app.command()
