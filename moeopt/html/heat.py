@@ -1,6 +1,7 @@
 """The load of every expert of every layer as a heat map, on a scale of the mean: below it blue, above it orange.
 
-A layer is one row; neighbours of one colour are one stroke, so 60 layers of 512 experts are a few hundred kilobytes.
+A layer is one row. Neighbours of one colour are one stroke, so 60 layers of 512 experts stay small. Above ``BY_NUMBER``
+experts a row is sorted by load: a cell is too small to be looked up, and expert 7 of two layers have nothing in common.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from moeopt.html.names import short_names
 LEVELS = ((0.25, "under 0.25"), (0.5, "under 0.5"), (0.8, "under 0.8"), (1.25, "0.8 to 1.25"), (2, "under 2"),
           (4, "under 4"), (float("inf"), "4 and more"))  # fmt: skip
 """Load over the mean load: the upper end of each colour, and its words."""
+BY_NUMBER = 64
 WIDE = 660.0
 GUTTER = 150.0
 
@@ -33,12 +35,14 @@ def heat_map(layers: list[dict[str, Any]]) -> str:
         at = layer["imbalance"]
         told = f"{layer['name']}: busiest {at['max_over_mean']:.2f} x the mean, {len(at['dead'])} dead"
         text = svg.label(GUTTER - 8, top + height / 2 + 4, name, GUTTER - 12, "end", "small" if height < 15 else "")
-        parts.append(svg.group([text, *_row(layer["fired"], top, cell, height)], told))
+        fired = layer["fired"] if most <= BY_NUMBER else sorted(layer["fired"], reverse=True)
+        parts.append(svg.group([text, *_row(fired, top, cell, height)], told))
     bottom = 18 + len(rows) * height
     parts += [svg.tag("rect", x=GUTTER, y=18, width=cell * most, height=bottom - 18, cls="frame")]
-    parts += list(_axis(most, cell))
+    parts += list(_axis(most, cell, "expert" if most <= BY_NUMBER else "rank"))
+    order = "" if most <= BY_NUMBER else ", each row sorted by load"
     title = (
-        f"Heat map: load of {most} experts (columns) in {len(rows)} layer{'s' * (len(rows) != 1)} (rows), as a "
+        f"Heat map: load of {most} experts (columns{order}) in {len(rows)} layer{'s' * (len(rows) != 1)} (rows), as a "
         "multiple of the layer's mean; the same figures are in the table"
     )
     return svg.picture(GUTTER + cell * most + 12, bottom + 8, title, parts, "heat")
@@ -67,8 +71,8 @@ def _level(count: int, mean: float) -> str:
     return "dead" if not count else f"l{next(i for i, (end, _) in enumerate(LEVELS) if count < end * mean)}"
 
 
-def _axis(most: int, cell: float) -> Iterator[str]:
+def _axis(most: int, cell: float, word: str) -> Iterator[str]:
     step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1 << 20) if s * cell >= 26)
     for e in range(0, most, step):
         yield svg.label(GUTTER + (e + 0.5) * cell, 13, str(e), anchor="middle", cls="small")
-    yield svg.label(GUTTER - 8, 13, "expert", anchor="end", cls="small")
+    yield svg.label(GUTTER - 8, 13, word, anchor="end", cls="small")

@@ -107,6 +107,7 @@ def page(
         profile=profile,
         loads=load_views(loads),
         heat=heat.heat_map(loads),
+        sorted=max((len(x["fired"]) for x in loads), default=0) > heat.BY_NUMBER,
         levels=heat.levels(),
         inspection=inspection,
     )
