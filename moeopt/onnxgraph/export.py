@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.errors import NotSaveableError
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.onnxgraph.even import even
 from moeopt.onnxgraph.site import DOMAIN, OP, Site
 from moeopt.ops.bank import Bank
 from moeopt.ops.intercept import intercepted
@@ -50,7 +51,7 @@ def emitting(model: nn.Module) -> Iterator[list[Site]]:
         label = path or "experts"
         taken = sum(site.name.split("#")[0] == label for site in sites)
         name = f"{label}#{taken + 1}" if taken else label
-        sites.append(Site(name, bank, spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
+        sites.append(Site(name, even(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
         y: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{OP}",
             (x, ids.to(torch.int64), weights),

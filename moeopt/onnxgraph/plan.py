@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
+from moeopt.onnxgraph.even import even
 from moeopt.onnxgraph.forms.base import Lowering
 from moeopt.onnxgraph.site import Site
 from moeopt.ops.bank import Bank
@@ -147,7 +148,8 @@ class BlockPlan(abc.ABC):
             return None  # the float64 oracle of the rewritten code: the op's own definition answers
         key = (id(bank), x.dtype, weights.dtype, ids.shape[1])
         if key not in self._sessions:
-            site = Site("experts", bank, spec, x.dtype, int(ids.shape[1]), weights.dtype, self._routers.get(id(bank)))
+            router = self._routers.get(id(bank))
+            site = Site("experts", even(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router)
             self.check(site)
             site = self.legal(site)
             lowering = self.lowering(site)

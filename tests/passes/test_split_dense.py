@@ -10,7 +10,7 @@ from moeopt.passes.split_dense import every_group, neighbours, split, weight_one
 from moeopt.rewrite.bank import LiveBank, expert_paths
 from tests.ir.tiny import rand
 from tests.passes.test_recognize_dense import FORMS, Convolutions, Packed, find_chains, find_sites, read, record
-from tests.passes.tiny import GLU, H, I, ffn, seeded
+from tests.passes.tiny import GLU, H, I, seeded
 
 
 @pytest.mark.parametrize("groups", [2, 3, 5, I])

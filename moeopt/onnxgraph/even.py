@@ -1,0 +1,61 @@
+"""Experts of unequal size as experts of one size: neurons of zeros fill the smaller ones.
+
+    W_in rows 0, b_in 0, W_out columns 0:  such a neuron is act(0) * 0 in the sum, which is 0
+
+An engine writes its own weights, so this costs no second copy of the model's, only the zeros: fewer than E
+neurons where a dense FFN of I neurons is split into E groups. Shape legend: E experts, I intermediate.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.bank import Bank
+
+
+class EvenBank:
+    """``bank`` with every expert of ``inner`` neurons, whose rows of W_in are those of one neuron after the other."""
+
+    def __init__(self, bank: Bank, spec: ExpertsSpec, inner: int) -> None:
+        self._bank, self._inner = bank, inner
+        self._in_axis, self._out_axis = int(spec.w_in_layout == "io"), int(spec.w_out_layout == "oi")
+        self._rows = 2 * inner if spec.rows.startswith("interleaved") else inner
+        self.num_experts = bank.num_experts
+
+    def w_in(self, e: int) -> tuple[Tensor, ...]:
+        return tuple([_fill(w, self._in_axis, self._rows) for w in self._bank.w_in(e)])
+
+    def b_in(self, e: int) -> tuple[Tensor | None, ...]:
+        return tuple([None if b is None else _fill(b, 0, self._rows) for b in self._bank.b_in(e)])
+
+    def w_out(self, e: int) -> Tensor:
+        return _fill(self._bank.w_out(e), self._out_axis, self._inner)
+
+    def b_out(self, e: int) -> Tensor | None:
+        return self._bank.b_out(e)
+
+    def norm(self, e: int) -> Tensor | None:
+        return self._bank.norm(e)
+
+    def stacked(self) -> None:
+        return None
+
+
+def even(bank: Bank, spec: ExpertsSpec) -> Bank:
+    """``bank``, filled up where its experts differ in size.
+
+    Experts that pack all gates before all ups stay as they are: their zeros would stand between the two.
+    """
+    if spec.rows in ("gate|up", "up|gate") or bank.stacked() is not None:
+        return bank
+    axis = int(spec.w_out_layout == "oi")
+    sizes = {bank.w_out(e).shape[axis] for e in range(bank.num_experts)}
+    return EvenBank(bank, spec, max(sizes)) if len(sizes) > 1 else bank
+
+
+def _fill(part: Tensor, axis: int, size: int) -> Tensor:
+    """``part`` with zeros up to ``size`` along ``axis``."""
+    more = size - part.shape[axis]
+    return F.pad(part, (0, 0) * (part.dim() - 1 - axis) + (0, more)) if more else part
