@@ -1,0 +1,130 @@
+"""Which form each kind of block gets on a TensorRT target: the quickest whose planned activations fit a bound.
+
+    sort: 20.8 MB of activations for 512 tokens, 1.9x the routed FLOPs, estimated 0.61 ms; next dense, 108.9 MB ...
+
+Blocks are verified through ONNX Runtime on the CPU in float32: the form itself where it is one of standard operators,
+else the next best that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from moeopt.backends.tensorrt.capability import refuses, refuses_dtypes
+from moeopt.backends.tensorrt.cost import DEVICES, seconds, work
+from moeopt.backends.tensorrt.forms import FORMS, PORTABLE
+from moeopt.backends.tensorrt.target import Target
+from moeopt.errors import Declined
+from moeopt.onnxgraph.forms.base import Lowering
+from moeopt.onnxgraph.forms.types import types_of
+from moeopt.onnxgraph.plan import BlockPlan, Choice, Runnable
+from moeopt.onnxgraph.site import Site
+from moeopt.onnxgraph.widen import widen_site
+
+TOKENS = (1, 4, 16, 128)
+"""Token counts that count alike when the user names none: decode, small batches, a prompt."""
+SHARE = 8
+"""A block's activations may take one part in so many of the device's memory, unless the user gives a bound."""
+
+
+class TensorRTPlan(BlockPlan):
+    """The forms of one engine.
+
+    Args:
+        target: what the engine is built for.
+        tokens: the token counts that the engine will see, for the time; None means ``TOKENS``.
+        open_session: opens an ONNX Runtime session of one op on the CPU.
+        most: the largest token count of the optimization profile, for the memory; None means the largest of ``tokens``.
+        memory: bytes that one block's activations may take; None means an eighth of the target's device.
+    """
+
+    runtime = "TensorRT"
+
+    def __init__(
+        self,
+        target: Target,
+        tokens: tuple[int, ...] | None = None,
+        *,
+        open_session: Callable[[Site, Lowering], Runnable],
+        most: int | None = None,
+        memory: int | None = None,
+    ) -> None:
+        super().__init__(target.name, tokens)
+        self.target, self._open = target, open_session
+        self.most = most or max(tokens or TOKENS)
+        self.device = DEVICES[target.sm]
+        self.memory = memory or int(self.device.memory / SHARE)
+        of_device = f"an eighth of the {self.device.memory / 1e9:g} GB of {self.device.name}"
+        self.bound = f"{size(self.memory)} ({'as given' if memory else of_device})"
+
+    def check(self, site: Site) -> None:
+        """``Declined`` where the target has not the dtypes that ``site`` computes in."""
+        types = types_of(site)
+        others = {types.x, types.act, types.weights, types.term, types.accum, types.out}
+        if why := refuses_dtypes(self.target, {types.compute}, others):
+            raise Declined(f"no TensorRT form carries its experts: {why}")
+
+    def rank(self, site: Site) -> list[Choice]:
+        self.check(site)
+        fit, rest = [], []
+        for form in FORMS:
+            if why := refuses(self.target, "form", form.name) or form.refuses(site, self.target.name):
+                rest.append(Choice(form.name, None, why))
+            else:
+                fit.append((self._choice(site, form), work(form.name, site, self.most).memory))
+        within = [choice for choice, memory in fit if memory <= self.memory]
+        if fit and not within:  # one that is too large may still run, and none at all would not
+            least = min(fit, key=lambda pair: pair[1])[0]
+            within = [
+                replace(least, reason=f"{least.reason}; more than the bound of {self.bound}, and the least there is")
+            ]
+        chosen = {choice.name for choice in within}
+        over = [choice for choice, _ in fit if choice.name not in chosen]
+        rest += [replace(c, lowering=None, reason=f"{c.reason}; more than the bound of {self.bound}") for c in over]
+        return [*sorted(within, key=lambda c: c.seconds), *rest]
+
+    def portable(self, site: Site) -> Lowering:
+        """The form that ONNX Runtime runs in the place of :meth:`choice`, in float32; itself where it can."""
+        best = self.lowering(site)
+        if best in PORTABLE:
+            return best
+        portable = [c.lowering for c in self.rank(site) if c.lowering in PORTABLE]
+        if portable and portable[0] is not None:
+            return portable[0]
+        raise Declined(f"no form of standard operators carries its experts, so {best.name} cannot be replayed")
+
+    def open_session(self, site: Site, lowering: Lowering) -> Runnable:
+        wide = widen_site(site)
+        return _Widened(self._open(wide, lowering if lowering in PORTABLE else self.portable(site)), wide)
+
+    def _choice(self, site: Site, form: Lowering) -> Choice:
+        counts, dtype = self.tokens or TOKENS, types_of(site).compute
+        time = sum(seconds(work(form.name, site, T), self.device, dtype) for T in counts)
+        most = work(form.name, site, self.most)
+        routed = work("gather", site, self.most).flops
+        return Choice(
+            form.name,
+            form,
+            f"{size(most.memory)} of activations for {self.most} tokens, {most.flops / routed:.3g}x the routed FLOPs, "
+            f"estimated {1e3 * time:.3g} ms",
+            time,
+        )
+
+
+class _Widened:
+    """A session of the widened op, fed in the op's own dtypes."""
+
+    def __init__(self, session: Runnable, wide: Site) -> None:
+        self._session, self._wide = session, wide
+
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        kinds = {"x": self._wide.dtype, "weights": self._wide.weights_dtype}
+        return self._session.run({name: t.to(kinds.get(name, t.dtype)) for name, t in inputs.items()})
+
+
+def size(count: float) -> str:
+    """Bytes in words: "20.8 MB", "3.2 GB"."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
