@@ -28,7 +28,7 @@ endif
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := -m pytest -q -p no:cacheprovider -n $(JOBS) --durations=10
 
-.PHONY: help setup demo test test-compat test-gpu lint format types bench clean
+.PHONY: help setup demo test test-compat test-gpu test-wheel lint format types docs bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -51,7 +51,10 @@ demo: $(READY)  ## optimise a model end to end and print the report and the cert
 	PYTHONPATH=. $(PY) examples/demo.py
 
 test: $(READY)  ## the whole suite, without a GPU
-	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu' $(ARGS)
+	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu and not wheel' $(ARGS)
+
+test-wheel: $(READY)  ## the wheel in a clean environment, and the example workflow's own steps
+	$(ONE_THREAD) $(PY) -m pytest -q -p no:cacheprovider -m wheel tests/wheel $(ARGS)
 
 test-compat: $(READY_COMPAT)  ## what depends on transformers, on the oldest version promised
 	$(ONE_THREAD) $(PY_COMPAT) $(PYTEST) -m 'not gpu' $(wildcard tests/compat tests/families tests/test_families.py tests/zoo) $(ARGS)
@@ -69,6 +72,9 @@ format: $(READY)  ## rewrite the files the way `make lint` wants them
 
 types: $(READY)  ## mypy
 	$(PY) -m mypy
+
+docs: $(READY)  ## the documentation as a site in build/docs; needs no network
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q
 
 bench: $(READY)  ## the measured tables of the README
 	$(PY) benchmarks/blocks.py $(ARGS)

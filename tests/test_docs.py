@@ -1,12 +1,16 @@
 """The documents do not lie: their links lead somewhere, their code runs, their commands and fields exist."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.doc_snippets import KINDS, fences, run_page, run_python
+
 ROOT = Path(__file__).parents[1]
+SITE = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -26,12 +30,43 @@ def test_every_design_note_is_listed():
 def test_readme_code_runs(tmp_path, monkeypatch):
     from examples.quickstart import TwoOfEight
 
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOEOPT_VERIFY", "fast")
     torch.manual_seed(0)
-    exec(code, {"model": TwoOfEight(16, 32, 4).eval(), "x": torch.randn(2, 5, 16)})
+    names = {"model": TwoOfEight(16, 32, 4).eval(), "x": torch.randn(2, 5, 16)}
+    for language, _, text in fences(ROOT / "README.md"):
+        if language == "python":
+            run_python(text, names, "README.md")
     assert (tmp_path / "bundle" / "moeopt.json").is_file()
+
+
+@pytest.mark.parametrize("page", SITE, ids=lambda p: p.name)
+def test_every_snippet_of_a_page_runs(page, tmp_path, monkeypatch):
+    blocks = fences(page)
+    assert {language for language, _, _ in blocks} <= KINDS
+    if not {"python", "console"} & {language for language, _, _ in blocks}:
+        return
+    if "onnxruntime" in page.read_text() and page.name == "backends.md":
+        pytest.importorskip("onnxruntime", reason="the page makes an ONNX Runtime engine")
+    model = next(text for _, title, text in fences(ROOT / "docs" / "start.md") if title == "my_model.py")
+    (tmp_path / "my_model.py").write_text(model)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if page.name == "ci.md":
+        if torch.cuda.is_available():
+            pytest.skip("the page shows what is printed without a GPU")
+        import moeopt
+
+        sys.modules.pop("my_model", None)
+        from my_model import build
+
+        made, x = build()
+        moeopt.optimize(made, x, verify="fast").save("bundle")
+    try:
+        assert run_page(page, tmp_path) > 0
+    finally:
+        for name in ("my_model", "test_model", "test_bundle"):
+            sys.modules.pop(name, None)
 
 
 def test_readme_commands_exist():
@@ -48,3 +83,16 @@ def test_every_environment_variable_in_the_docs_is_read():
     read = set(re.findall(r"MOEOPT_\w+", (ROOT / "moeopt" / "options.py").read_text()))
     for page in PAGES:
         assert set(re.findall(r"MOEOPT_\w+", page.read_text())) - {"MOEOPT_"} <= read, page.name
+    table = set(re.findall(r"^\| `(MOEOPT_\w+)` \|", (ROOT / "docs" / "debugging.md").read_text(), re.M))
+    assert table == read - {"MOEOPT_"}
+
+
+def test_the_example_project_has_the_model_of_the_documentation():
+    model = next(text for _, title, text in fences(ROOT / "docs" / "start.md") if title == "my_model.py")
+    assert (ROOT / "examples" / "ci" / "my_model.py").read_text() == model
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert re.search(rf"[ :]{page.relative_to(ROOT / 'docs')}$", nav, re.M), page

@@ -1,0 +1,98 @@
+"""As a user would: the wheel in a clean environment, and the example workflow's own steps in a project of its own.
+
+`make test-wheel` runs it; it needs hatchling and no network. The clean environment reuses the packages that are
+installed here (torch alone is a gigabyte), all but moeopt: a .pth file names a folder of links to them. pip sees
+them and finds the workflow's requirements satisfied; moeopt itself can only come from the wheel.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.wheel
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "ci"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheels")
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
+    subprocess.run(build, check=True)
+    (made,) = folder.glob("moeopt-*.whl")
+    return made
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """What a shell has after `. venv/bin/activate`."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    others = folder / "others"
+    others.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if "moeopt" not in entry.name and entry.suffix != ".pth":
+            (others / entry.name).symlink_to(entry)
+    (packages,) = (folder / "venv").glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(f"{others}\n")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST", "MOEOPT", "VIRTUAL_ENV"))}
+    return kept | {"PATH": f"{folder / 'venv' / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def project(wheel, environment, tmp_path_factory):
+    """The example project with the wheel where its workflow looks for it, after the workflow has run."""
+    folder = shutil.copytree(EXAMPLE, tmp_path_factory.mktemp("project") / "project")
+    (folder / "wheels").mkdir()
+    shutil.copy(wheel, folder / "wheels")
+    return folder
+
+
+def shell(script, project, environment, **variables):
+    """Run a script as GitHub does, which stops at the first command that fails."""
+    return subprocess.run(
+        ["bash", "-e", "-o", "pipefail", "-c", script],
+        cwd=project, env=environment | variables, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names} == {"moeopt", "moeopt-0.1.0.dist-info"}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "moeopt").rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    assert {n for n in names if n.startswith("moeopt/")} == sources
+    entry = zipfile.ZipFile(wheel).read("moeopt-0.1.0.dist-info/entry_points.txt").decode()
+    assert "[pytest11]\nmoeopt.pytest_plugin = moeopt.pytest_plugin" in entry
+
+
+def test_the_workflow_runs_as_it_is_written(project, environment):
+    import yaml
+
+    workflow = yaml.safe_load((project / "equivalence.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    actions = [step["uses"].split("@") for step in job["steps"] if "uses" in step]
+    assert all(version.startswith("v") and version.count(".") == 2 for _, version in actions), "pin each action"
+    steps = [step for step in job["steps"] if "run" in step]
+    assert len(steps) == 3
+    for step in steps:
+        done = shell(step["run"], project, environment, **workflow["env"])
+        assert done.returncode == 0, f"{step['name']}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    assert "4 passed, 1 skipped" in done.stdout, done.stdout
+    assert "moeopt.tolerance_required" in (project / "build" / "report.xml").read_text()
+    where = shell("cd / && python -c 'import moeopt; print(moeopt.__file__)'", project, environment).stdout
+    assert "/venv/lib/" in where, "moeopt came from the wheel"
+
+
+def test_the_hook_runs_as_it_is_written(project, environment):
+    import yaml
+
+    (repository,) = yaml.safe_load((project / "pre-commit-config.yaml").read_text())["repos"]
+    (hook,) = repository["hooks"]
+    done = shell(hook["entry"], project, environment)
+    assert done.returncode == 0 and "nothing is worse" in done.stdout, done.stdout + done.stderr
