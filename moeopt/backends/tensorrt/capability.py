@@ -73,6 +73,15 @@ def _from(first: int) -> tuple[int, ...]:
     return tuple(n for n in _ALL if n >= first)
 
 
+_NO_IMPORTER = """
+    AffineGrid Bernoulli BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor CenterCropPad Col2Im Compress
+    ConcatFromSequence ConvInteger CumProd DFT DeformConv Det DynamicQuantizeLinear ImageDecoder MatMulInteger
+    MaxRoiPool MaxUnpool MelWeightMatrix Multinomial NegativeLogLikelihoodLoss Optional OptionalGetElement
+    OptionalHasElement QLinearConv QLinearMatMul RegexFullMatch SequenceAt SequenceConstruct SequenceEmpty
+    SequenceErase SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss SplitToSequence StringConcat
+    StringNormalizer StringSplit TfIdfVectorizer Unique
+"""
+
 CAPABILITIES: tuple[Capability, ...] = (
     *_rows(_ALL, "dtype", "FLOAT FLOAT16", True, f"built on {V}"),
     *_rows(_from(80), "dtype", "BFLOAT16", True, f"built on {V}"),
@@ -136,14 +145,8 @@ CAPABILITIES: tuple[Capability, ...] = (
         "it needs NVIDIA's plugin library", "a mask with torch.where(mask, value, 0)",
     ),
     *_rows(
-        _ALL, "op",
-        "AffineGrid Bernoulli BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor CenterCropPad Col2Im "
-        "Compress ConcatFromSequence ConvInteger CumProd DFT DeformConv Det DynamicQuantizeLinear ImageDecoder "
-        "MatMulInteger MaxRoiPool MaxUnpool MelWeightMatrix Multinomial NegativeLogLikelihoodLoss Optional "
-        "OptionalGetElement OptionalHasElement QLinearConv QLinearMatMul RegexFullMatch SequenceAt SequenceConstruct SequenceEmpty "
-        "SequenceErase SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss SplitToSequence StringConcat "
-        "StringNormalizer StringSplit TfIdfVectorizer Unique",
-        False, _PARSER, "the parser has no importer for it", "other ops on that line of the model",
+        _ALL, "op", _NO_IMPORTER, False, _PARSER,
+        "the parser has no importer for it", "other ops on that line of the model",
     ),
 )  # fmt: skip
 
