@@ -1,7 +1,7 @@
 """moeopt: find the mixture-of-experts blocks of any PyTorch model, rewrite them into grouped-expert ops, prove it.
 
-The names below are imported when they are first used. pytest loads ``moeopt.pytest_plugin`` in every run of an
-environment that has moeopt, and a run that never uses it shall not wait for torch.
+The names below are imported when they are first used. pytest loads ``moeopt.pytest_plugin`` in every run wherever
+moeopt is installed, and a run that never uses it shall not wait for torch.
 """
 
 import importlib

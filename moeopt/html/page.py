@@ -83,6 +83,7 @@ def page(
     import jinja2
     from markupsafe import Markup
 
+    speed = speed_view(timings, profile)
     subject = report or profile or {}
     facts = {"report": report, "certificate": certificate, "profile": profile, "inspection": inspection,
              "timings": dict(timings) if timings else None}  # fmt: skip
@@ -102,7 +103,7 @@ def page(
         captured=graph.captured(shown) if shown else "",
         rewritten=graph.rewritten(shown) if shown else "",
         certificate=certificate_view(certificate) if certificate else None,
-        speed=speed_view(timings, profile),
+        speed=speed,
         memory=memory_view(inspection),
         profile=profile,
         loads=load_views(loads),

@@ -97,7 +97,6 @@ def _refuse_engines(model: Any) -> None:
 
 
 def _no_moe(report: Report) -> str:
-    found = f"{len(report.blocks)} dense feed-forward block{'s' * (len(report.blocks) != 1)}" if report.blocks else ""
-    return (
-        f"{report.model} has no mixture-of-experts block ({found or 'nothing'} was found), so there is no expert load"
-    )
+    n = len(report.blocks)
+    found = f"{n} dense feed-forward block{' was' if n == 1 else 's were'} found" if n else "nothing was found"
+    return f"{report.model} has no mixture-of-experts block ({found}), so there is no expert load"

@@ -58,7 +58,7 @@ def test_prints_within_80_columns():
     assert max(map(len, text.splitlines())) <= 80
     for words in (
         "engine: not executed",
-        "model.layers.17.block_sparse_moe",
+        "model.decoder.layers.17.block_sparse_moe",
         "FAILED",
         "layers.1: case 'a': the output of token",
         "case refused skipped: the original raises",
