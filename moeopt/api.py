@@ -14,7 +14,8 @@ from torch import nn
 
 from moeopt import pipeline
 from moeopt.backends.onnxrt.plan import Plan
-from moeopt.backends.onnxrt.replay import ReplayPlan
+from moeopt.backends.tensorrt.plan import TensorRTPlan
+from moeopt.backends.tensorrt.target import local_target
 from moeopt.compare.block import BlockCheck
 from moeopt.compare.cases import adversarial_cases
 from moeopt.compare.certificate import Certificate
@@ -28,28 +29,30 @@ from moeopt.drive.witness import prototypes
 from moeopt.engine import (
     AbsentEngine,
     Manifest,
-    OnnxEngine,
     fingerprint,
     load_onnx_bundle,
     load_torch_bundle,
+    load_trt_bundle,
     read_backend,
     read_manifest,
     replay_golden,
     save_onnx_bundle,
     save_torch_bundle,
+    save_trt_bundle,
     verify_torch_bundle,
-    was_replayed,
 )
 from moeopt.engine.onnx_build import Built, build_onnx, onnx_plan
+from moeopt.engine.onnx_engine import GraphEngine
 from moeopt.engine.onnx_golden import other_sizes
-from moeopt.engine.onnx_target import built_for
+from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
 from moeopt.engine.program import export_program
+from moeopt.engine.trt_build import TrtBuilt, build_trt, trt_plan
 from moeopt.errors import CaptureError, NotEquivalentError, UsageError
 from moeopt.options import Options
 from moeopt.report import BlockReport, Report
 from moeopt.rewrite.program import install, rewritten_forward, uninstall
 
-BACKENDS = ("torch", "onnxruntime")
+BACKENDS = ("torch", "onnxruntime", "tensorrt")
 
 
 class Optimized:
@@ -57,8 +60,8 @@ class Optimized:
 
     Attributes:
         model: the optimised model. For backend "torch" it is of the user's own class, with the same
-            ``state_dict`` keys, and shares its weights with the model that was given. For "onnxruntime" it is
-            the engine, which holds its own weights.
+            ``state_dict`` keys, and shares its weights with the model that was given. For the others it is the
+            engine, which holds its own weights.
         report: what was found, rewritten and declined, and why.
         certificate: how equal it is.
 
@@ -72,7 +75,7 @@ class Optimized:
         certificate: Certificate,
         call: Call,
         source: dict[str, str] | None = None,
-        built: Built | None = None,
+        built: Built | TrtBuilt | None = None,
     ) -> None:
         self.model, self.report, self.certificate = model, report, certificate
         self._call, self._source, self._built = call, source, built
@@ -115,9 +118,8 @@ class Optimized:
         """
         args, kwargs = self._call
         if self._built is not None:
-            return save_onnx_bundle(
-                self.model, self._built, directory, self.report, self.certificate, self._call, self._source
-            )
+            save: Any = save_trt_bundle if isinstance(self._built, TrtBuilt) else save_onnx_bundle
+            return save(self.model, self._built, directory, self.report, self.certificate, self._call, self._source)
         program = export_program(self.model, args, kwargs)
         with torch.no_grad():
             golden = self.model(*args, **kwargs)
@@ -168,7 +170,7 @@ def optimize(
         model: an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It keeps working, unchanged.
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments;
             None where they can be inferred (a Hugging Face model, a block with one argument).
-        backend: "torch" or "onnxruntime".
+        backend: "torch", "onnxruntime" or "tensorrt". The last builds for ``target``, like "sm_89", on any machine.
         options: a frozen :class:`moeopt.Options`; any of its fields may be a keyword here instead.
 
     Returns:
@@ -177,14 +179,16 @@ def optimize(
     Raises:
         UsageError: an unknown backend or option, a model or inputs of the wrong kind.
         CaptureError: the model does not run on the inputs.
+        NotSaveableError: the model has no form as an engine of that backend; the message names what is in the way.
+        EngineBuildError: TensorRT's builder refused the graph, crashed, hung or took too much memory.
     """
     chosen = Options.from_fields(options, fields)
     if backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r} is not available; use {' or '.join(map(repr, BACKENDS))}")
-    plan: Plan | None = None
-    if backend == "onnxruntime":
-        plan = onnx_plan(chosen)
-        if plan.provider != "cpu" and chosen.device is None:  # the original is compared where the engine runs
+        raise UsageError(f"backend {backend!r} is not available; use one of {', '.join(map(repr, BACKENDS))}")
+    plan: Plan | TensorRTPlan | None = None
+    if backend != "torch":
+        plan = onnx_plan(chosen) if backend == "onnxruntime" else trt_plan(chosen)
+        if chosen.device is None and _runs_on_gpu(plan):  # the original is compared where the engine runs
             chosen = dataclasses.replace(chosen, device=torch.device("cuda"))
     source = _without_rewrites(_as_model(model), chosen.inplace)
     call = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
@@ -194,7 +198,7 @@ def optimize(
         call = _moved(call, chosen)
     twin = shared_copy(source)
     if plan is not None:
-        return _onnx_engine(source, twin, call, chosen, plan)
+        return _engine(source, twin, call, chosen, plan)
     outcome = pipeline.run(twin, call, chosen)
     if chosen.verify != "off":
         _check_gradients(twin, outcome)
@@ -226,23 +230,28 @@ def _report(
     return Report(tuple(blocks), type(source).__name__, backend, outcome.seconds, tuple(notes), graph, certificate)
 
 
-def _onnx_engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, plan: Plan) -> Optimized:
-    """An ONNX Runtime engine of ``twin``, each block verified as its lowering computes it, then the whole.
+def _runs_on_gpu(plan: Plan | TensorRTPlan) -> bool:
+    return plan.target == local_target() if isinstance(plan, TensorRTPlan) else plan.provider != "cpu"
+
+
+def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, plan: Plan | TensorRTPlan) -> Optimized:
+    """An engine of ``twin``, each block verified as its lowering computes it, then the whole.
 
     Where the engine cannot run here, both verdicts are those of its portable form.
     """
     outcome = pipeline.run(twin, call, options, plan)
+    engine: GraphEngine | AbsentEngine
+    built: Built | TrtBuilt
+    notes: list[str] = []
     with fewer_collections():
-        built = build_onnx(twin, *call, plan, options.say)
-    engine: OnnxEngine | AbsentEngine
-    if isinstance(plan, ReplayPlan):
-        engine = AbsentEngine(built.directory, built.signature, plan.target.provider, built.folder)
-        runner, device = engine.replay(), built_for(engine.provider)
-    else:
-        engine = runner = OnnxEngine(
-            built.directory, built.signature, plan.provider, options.session_options, keep=built.folder
-        )
-        device = f"onnxruntime {engine.provider}"
+        if isinstance(plan, TensorRTPlan):
+            built = build_trt(twin, *call, plan, options)
+            engine, notes = built.opened(), [built.summary()]
+        else:
+            built = build_onnx(twin, *call, plan, options.say)
+            engine = open_onnx(built, plan, options.session_options)
+    runner: GraphEngine = engine.replay() if isinstance(engine, AbsentEngine) else engine
+    device = engine.built_for if isinstance(engine, AbsentEngine) else engine.described
     end = _compare_engine(source, runner, call, outcome, options)
     first = next(source.parameters(), None)
     certificate = Certificate(
@@ -257,12 +266,14 @@ def _onnx_engine(source: nn.Module, twin: nn.Module, call: Call, options: Option
     blocks = [
         dataclasses.replace(b, lowering=_lowering(b, built)) if b.status == "rewritten" else b for b in outcome.blocks
     ]
-    report = _report(source, blocks, "onnxruntime", outcome, certificate)
+    backend = "tensorrt" if isinstance(plan, TensorRTPlan) else "onnxruntime"
+    report = _report(source, blocks, backend, outcome, certificate)
+    report = dataclasses.replace(report, notes=(*report.notes, *notes))
     return Optimized(engine, report, certificate, call, fingerprint(source), built)
 
 
 def _compare_engine(
-    source: nn.Module, engine: OnnxEngine, call: Call, outcome: pipeline.Outcome, options: Options
+    source: nn.Module, engine: GraphEngine, call: Call, outcome: pipeline.Outcome, options: Options
 ) -> EndToEnd | None:
     """The verdict on the given call; in strict mode the call in other sizes must agree too.
 
@@ -275,11 +286,11 @@ def _compare_engine(
     args, kwargs = call
     if engine.causal_lm is not None:
         kwargs = {**kwargs, "use_cache": False}  # what comes of the cache is compared through generate
-    noise = [*_weighted(source), *outcome.rewrites]  # ONNX Runtime computes every op anew, so each may round otherwise
+    noise = [*_weighted(source), *outcome.rewrites]  # the runtime computes every op anew, so each may round
     calls = [(args, kwargs)]
     narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in source.parameters())
     if options.verify == "strict" and engine.causal_lm is None and not narrow:
-        calls += other_sizes(engine.signature, call)
+        calls += [other for other in other_sizes(engine.signature, call) if engine.holds(other)]
     verdicts = []
     for number, one in enumerate(calls):
         try:
@@ -293,7 +304,7 @@ def _compare_engine(
         if not verdict.passed:
             sizes = [tuple(t.shape) for t in torch.utils._pytree.tree_leaves(one) if isinstance(t, torch.Tensor)]
             raise NotEquivalentError(
-                f"the ONNX Runtime engine of {type(source).__name__} is not equivalent and was not kept: "
+                f"the {engine.runtime} engine of {type(source).__name__} is not equivalent and was not kept: "
                 f"{verdict.reason} (inputs of sizes {', '.join(map(str, sizes))}); use backend='torch', or report "
                 "this with the model's code"
             )
@@ -303,12 +314,15 @@ def _compare_engine(
     return first
 
 
-def _lowering(block: BlockReport, built: Built) -> str:
+def _lowering(block: BlockReport, built: Built | TrtBuilt) -> str:
     """What runs a block in the engine; a module that is called twice has a site for each call."""
-    sites = {name: name.split("#")[0] for name in built.reasons}
+    reasons = built.reasons if isinstance(built, Built) else built.graph.reasons
+    sites = {name: name.split("#")[0] for name in reasons}
     own = block.name if block.name in sites.values() else "experts"  # the root module's sites have no path
-    reasons = {built.reasons[name] for name, path in sites.items() if path == own}
-    return "onnxruntime " + "; ".join(sorted(reasons)) if reasons else block.lowering
+    if isinstance(built, TrtBuilt):
+        return built.lowering_of(own) or block.lowering
+    found = {reasons[name] for name, path in sites.items() if path == own}
+    return "onnxruntime " + "; ".join(sorted(found)) if found else block.lowering
 
 
 def _check_gradients(twin: nn.Module, outcome: pipeline.Outcome) -> None:
@@ -402,7 +416,9 @@ def load(directory: str | os.PathLike[str], device: Any = None, *, session_optio
         session_options: an ``onnxruntime.SessionOptions`` (threads, arenas, profiling) for an ONNX Runtime bundle.
 
     An ONNX Runtime bundle that was built for a provider which this machine lacks (``target=``) loads, and raises
-    ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its portable form.
+    ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its portable form. A TensorRT bundle does so
+    where there is no such GPU, or another version of TensorRT; "nv_tensorrt_rtx" or "tensorrt" as ``device`` run its
+    ONNX form through that provider of ONNX Runtime.
 
     An ONNX Runtime bundle tests itself when a process first loads it: each kind of block on a question with a
     known answer, then the golden inputs. A block that answers wrongly here is lowered otherwise, with an
@@ -414,8 +430,10 @@ def load(directory: str | os.PathLike[str], device: Any = None, *, session_optio
         EngineNotExecutableError: this machine's runtime cannot run it rightly.
         NotEquivalentError: its golden inputs come back otherwise than they were verified to.
     """
-    if read_backend(directory) == "onnxruntime":
-        return load_onnx_bundle(directory, device, session_options=session_options)
+    backend = read_backend(directory)
+    if backend != "torch":
+        loads: Any = load_trt_bundle if backend == "tensorrt" else load_onnx_bundle
+        return loads(directory, device, session_options=session_options)
     if session_options is not None:
         raise UsageError(f"session_options are ONNX Runtime's, and {directory} is a bundle for PyTorch: leave them out")
     return load_torch_bundle(directory, device)
@@ -451,7 +469,7 @@ def verify(
         noise = [n if n in known else "" for n in names]
         absent = isinstance(subject.model, AbsentEngine)
         runner = subject.model.replay() if absent else subject.model
-        if isinstance(runner, OnnxEngine):
+        if isinstance(runner, GraphEngine):
             noise += _weighted(original)
             if runner.causal_lm is not None:
                 call = call[0], {**call[1], "use_cache": False}
@@ -468,12 +486,9 @@ def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider
         raise UsageError("verify(bundle, original=...) needs inputs= to run both on")
     engine: Any
     executed = True
-    if manifest.backend == "onnxruntime":
-        engine = load_onnx_bundle(path, provider or (None if was_replayed(manifest) else "cpu"), replay=False)
-        if isinstance(engine, AbsentEngine):
-            engine = load_onnx_bundle(path, "cpu", replay=False)
-        executed = engine.provider != "cpu" or not was_replayed(manifest)
-        device = f"onnxruntime {engine.provider}" if executed else built_for(str(manifest.data["provider"]))
+    if manifest.backend != "torch":
+        ask = trt_to_verify if manifest.backend == "tensorrt" else onnx_to_verify
+        engine, executed, device = ask(path, provider)
         notes = list(engine.notes)
     else:
         engine = load_torch_bundle(path, None if provider is None else _provider_device(provider))
@@ -484,7 +499,7 @@ def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider
             kwargs = {**kwargs, "use_cache": False}  # what comes of the cache is compared through generate
         end = end_to_end(original, engine, args, kwargs, noise_blocks=_noisy(original, manifest))
         return Certificate(end_to_end=end, executed=executed, device=device, dtype=saved.dtype, notes=notes)
-    if manifest.backend == "onnxruntime":
+    if manifest.backend != "torch":
         check = replay_golden(engine)
     else:
         check = verify_torch_bundle(path, str(engine.device))
@@ -503,7 +518,7 @@ def _weighted(model: nn.Module) -> list[str]:
 
 def _noisy(original: nn.Module, manifest: Manifest) -> list[str]:
     """Whose rounding explains a difference: the rewritten blocks; for an engine, every module that has weights."""
-    if manifest.backend == "onnxruntime":
+    if manifest.backend != "torch":
         return _weighted(original)
     known = {n for n, _ in original.named_modules()}
     return [b["name"] if b["name"] in known else "" for b in manifest.data["blocks"]]

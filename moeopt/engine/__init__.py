@@ -7,6 +7,7 @@ from moeopt.engine.onnx_bundle import load_onnx_bundle, replay_golden, save_onnx
 from moeopt.engine.onnx_engine import OnnxEngine
 from moeopt.engine.onnx_target import AbsentEngine
 from moeopt.engine.torch_bundle import LoadedEngine, load_torch_bundle, save_torch_bundle, verify_torch_bundle
+from moeopt.engine.trt_bundle import load_trt_bundle, save_trt_bundle
 
 __all__ = [
     "AbsentEngine",
@@ -18,11 +19,13 @@ __all__ = [
     "is_bundle",
     "load_onnx_bundle",
     "load_torch_bundle",
+    "load_trt_bundle",
     "read_backend",
     "read_manifest",
     "replay_golden",
     "save_onnx_bundle",
     "save_torch_bundle",
+    "save_trt_bundle",
     "verify_torch_bundle",
     "was_replayed",
     "write_bundle",

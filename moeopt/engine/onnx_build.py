@@ -26,7 +26,7 @@ from moeopt.engine.signature import describe_call, functional
 from moeopt.errors import Declined, UsageError
 from moeopt.onnxgraph.assemble import replace_sites
 from moeopt.onnxgraph.export import emitting, own_outputs, quiet, to_onnx
-from moeopt.onnxgraph.plan import kind
+from moeopt.onnxgraph.plan import BlockPlan, kind
 from moeopt.onnxgraph.site import DOMAIN, OP
 from moeopt.onnxgraph.widen import widen_graph
 from moeopt.options import Options
@@ -131,7 +131,7 @@ def write_graph(
     model: Any,
     sites: list[Any],
     signature: dict[str, Any],
-    plan: Plan,
+    plan: BlockPlan,
     say: Callable[[str], None],
     started: float,
     beside: TemporaryFolder | None = None,
@@ -197,7 +197,7 @@ def label_nodes(model: Any, blocks: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _describe(
-    sites: list[Any], names: list[str], plan: Plan, calls: dict[int, tuple[Any, ...]], made: dict[str, list[Any]]
+    sites: list[Any], names: list[str], plan: BlockPlan, calls: dict[int, tuple[Any, ...]], made: dict[str, list[Any]]
 ) -> tuple[list[dict[str, Any]], list[tuple[dict[str, torch.Tensor], float]]]:
     """The records of the sites that the graph holds, and a probe for each kind of them.
 

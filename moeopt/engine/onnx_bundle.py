@@ -27,7 +27,7 @@ from moeopt.engine.manifest import Manifest, read_manifest, write_bundle
 from moeopt.engine.onnx_build import Built
 from moeopt.engine.onnx_causal import flat_calls
 from moeopt.engine.onnx_check import check_graph
-from moeopt.engine.onnx_engine import OnnxEngine
+from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_golden import budget_of, golden_runs, other_sizes
 from moeopt.engine.onnx_selftest import Outcome, load_probes, self_test
 from moeopt.engine.onnx_target import AbsentEngine
@@ -53,7 +53,7 @@ def save_onnx_bundle(
         raise UsageError(f"the engine's files in {built.directory} are gone: optimise the model again, then save it")
     distance, why = budget_of(certificate)
     runner = engine.replay() if isinstance(engine, AbsentEngine) else engine
-    runs = golden_runs(runner, _golden_calls(runner, call), distance)
+    runs = golden_runs(runner, golden_calls(runner, call), distance)
     fields = {
         "source": dict(source or {}),
         "provider": engine.provider,
@@ -164,7 +164,7 @@ def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> An
     return check_graph(manifest.path(graph), signature, size)
 
 
-def _golden_calls(engine: OnnxEngine, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Any]:
+def golden_calls(engine: GraphEngine, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Any]:
     """(args, kwargs) of the graph for the given call and for the same in other sizes."""
     args, kwargs = tuple(call[0]), dict(call[1])
     if engine.causal_lm is None:
@@ -174,7 +174,7 @@ def _golden_calls(engine: OnnxEngine, call: tuple[tuple[Any, ...], Mapping[str, 
     return [((), feeds) for feeds in flat_calls(engine.causal_lm, ids)]
 
 
-def replay_golden(engine: OnnxEngine) -> goldens.GoldenCheck:
+def replay_golden(engine: GraphEngine) -> goldens.GoldenCheck:
     """Run the golden inputs of a loaded engine again and compare with what its manifest allows."""
     manifest = engine.manifest
     assert manifest is not None, "only a loaded engine has golden runs"

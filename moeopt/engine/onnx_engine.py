@@ -60,6 +60,17 @@ class GraphEngine(BundledEngine):
             raise BundleError(f"the graph takes {self.session.inputs}, and the signature gives {list(self._feeds)}")
         self.causal_lm = CausalLM(self.session, signature[KEY]) if KEY in signature else None
 
+    runtime = "ONNX Runtime"
+
+    @property
+    def described(self) -> str:
+        """The ``device`` of a certificate."""
+        return f"onnxruntime {self.provider}"
+
+    def holds(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+        """Whether the engine was built for the sizes of a call."""
+        return True
+
     @property
     def provider(self) -> str:
         return self.session.provider

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeopt.engine.conditions import check_conditions
 from moeopt.engine.golden import SLACK, Golden, compare, golden_run
-from moeopt.engine.onnx_engine import OnnxEngine
+from moeopt.engine.onnx_engine import GraphEngine
 from moeopt.errors import UsageError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -55,7 +55,7 @@ def other_sizes(signature: Mapping[str, Any], call: Call) -> list[Call]:
     return calls
 
 
-def golden_runs(engine: OnnxEngine, calls: Sequence[Call], distance: float | None) -> list[Golden]:
+def golden_runs(engine: GraphEngine, calls: Sequence[Call], distance: float | None) -> list[Golden]:
     """What ``engine`` makes of each call, those without a margin left out unless none is left."""
     runs, steady = [], []
     for number, (args, kwargs) in enumerate(calls):
@@ -71,7 +71,7 @@ def golden_runs(engine: OnnxEngine, calls: Sequence[Call], distance: float | Non
     return steady or runs[:1]
 
 
-def _has_margin(engine: OnnxEngine, run: Golden, distance: float | None) -> bool:
+def _has_margin(engine: GraphEngine, run: Golden, distance: float | None) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def nudged(value: Any) -> Any:

@@ -45,6 +45,11 @@ class AbsentEngine(BundledEngine):
         self.provider = provider
         self.device = torch.device("cpu" if provider == "cpu" else "cuda")
 
+    @property
+    def built_for(self) -> str:
+        """The ``device`` of a certificate whose verdict is that of :meth:`replay`."""
+        return built_for(self.provider)
+
     def replay(self) -> OnnxEngine:
         """The portable form of it, on CPU."""
         return OnnxEngine(self.directory, self.signature, keep=self._keep, graph=PORTABLE)

@@ -65,7 +65,7 @@ def lacking(needs: Needs, here: Machine) -> str:
     """Why a plan does not run on a machine, with the way out; "" where it does."""
     label = LABELS[needs.product]
     if here.sm is None:
-        return f"it needs a GPU of compute capability {needs.sm / 10:g}, and this machine has none"
+        return f"it needs a GPU of compute capability {needs.sm // 10}.{needs.sm % 10}, and this machine has none"
     if here.sm != needs.sm:
         return (
             f"it was built for sm_{needs.sm}, and this machine's GPU is sm_{here.sm}: optimise the model again with "

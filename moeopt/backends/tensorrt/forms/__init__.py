@@ -9,7 +9,7 @@ from moeopt.errors import UsageError
 from moeopt.onnxgraph.forms.base import Lowering
 
 FORMS: tuple[Lowering, ...] = (TrtMoE(), Dense(), Sort(), Gather(), Loop())
-PORTABLE: tuple[Lowering, ...] = (Sort(), Dense(), Loop(), Gather())
+PORTABLE: tuple[Lowering, ...] = FORMS[1:]
 """The forms of standard operators, which ONNX Runtime runs too."""
 
 

@@ -1,0 +1,47 @@
+"""Which engine answers for what was built or saved, and whether it is the engine itself or a replay of it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.replay import ReplayPlan
+from moeopt.engine.manifest import read_manifest
+from moeopt.engine.onnx_build import Built
+from moeopt.engine.onnx_bundle import load_onnx_bundle, was_replayed
+from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
+from moeopt.engine.onnx_target import AbsentEngine, built_for
+from moeopt.engine.trt_bundle import load_trt_bundle, needs_of
+from moeopt.engine.trt_engine import TensorRTEngine, built_not_executed
+
+Answers = tuple[GraphEngine, bool, str]
+"""An engine that runs here, whether it is the one that was built, and the certificate's ``device``."""
+
+
+def open_onnx(built: Built, plan: Plan, session_options: Any) -> OnnxEngine | AbsentEngine:
+    """What ``build_onnx`` wrote, as an engine of this machine, or of one that has the plan's provider."""
+    if isinstance(plan, ReplayPlan):
+        return AbsentEngine(built.directory, built.signature, plan.target.provider, built.folder)
+    return OnnxEngine(built.directory, built.signature, plan.provider, session_options, keep=built.folder)
+
+
+def onnx_to_verify(directory: str | os.PathLike[str], provider: str | None) -> Answers:
+    """For a bundle of ONNX Runtime: on ``provider``, else where it was built for, else replayed on the CPU."""
+    manifest = read_manifest(directory)
+    engine = load_onnx_bundle(directory, provider or (None if was_replayed(manifest) else "cpu"), replay=False)
+    if isinstance(engine, AbsentEngine):
+        engine = load_onnx_bundle(directory, "cpu", replay=False)
+    assert isinstance(engine, OnnxEngine)
+    executed = engine.provider != "cpu" or not was_replayed(manifest)
+    return engine, executed, engine.described if executed else built_for(str(manifest.data["provider"]))
+
+
+def trt_to_verify(directory: str | os.PathLike[str], provider: str | None) -> Answers:
+    """For a bundle of TensorRT: the plan where it runs, else its ONNX form on the CPU."""
+    engine = load_trt_bundle(directory, provider, replay=False)
+    if isinstance(engine, AbsentEngine):
+        engine = load_trt_bundle(directory, "cpu", replay=False)
+    assert isinstance(engine, GraphEngine)
+    executed = isinstance(engine, TensorRTEngine) or engine.provider != "cpu"
+    return engine, executed, engine.described if executed else built_not_executed(needs_of(read_manifest(directory)))
