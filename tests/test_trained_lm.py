@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import moeopt
+from moeopt.drive import dense as drive_dense
 from tests.helpers import count_expert_calls
 from tests.trained_lm import KINDS, decode, encode, load, perplexity, text
 
@@ -58,6 +59,15 @@ def test_torch(kind):
         assert abs(perplexity(opt) / perplexity(model) - 1) < 1e-6
     assert len(calls) == 2
     assert torch.equal(greedy(opt), greedy(model))
+
+
+def test_torch_with_fused_ffns(monkeypatch):
+    monkeypatch.setattr(drive_dense, "pays", lambda timings: True)  # whatever the clock says
+    model = load("dense")
+    opt = moeopt.optimize(model, {"input_ids": text(4)}, verify="fast", dense="fuse", tokens=(1,))
+    assert [(b.status, b.experts) for b in opt.report.blocks] == [("rewritten", 1)] * 2
+    check_figures(opt.certificate)
+    assert abs(perplexity(opt) / perplexity(model) - 1) < 1e-6 and torch.equal(greedy(opt), greedy(model))
 
 
 def test_onnx_runtime_with_experts(tmp_path):
