@@ -5,7 +5,7 @@
     --moeopt-bundle DIR                 such tests without any test file
     --moeopt-certificate FILE           what --moeopt-bundle's check must not be worse than
 
-pytest loads this file in every run of an environment that has moeopt, so it imports nothing of moeopt or torch
+pytest loads this file in every run wherever moeopt is installed, so it imports nothing of moeopt or torch
 before one of these is used. ``-p no:moeopt.pytest_plugin`` leaves it out.
 """
 

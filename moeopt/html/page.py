@@ -89,10 +89,10 @@ def page(
              "timings": dict(timings) if timings else None}  # fmt: skip
     shown = report.get("graph") if report else None
     loads = profile["layers"] if profile else []
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["svg"] = Markup
-    environment.filters["distance"] = distance
-    return environment.from_string((_HERE / "page.html.j2").read_text()).render(
+    pages = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["svg"] = Markup
+    pages.filters["distance"] = distance
+    return pages.from_string((_HERE / "page.html.j2").read_text()).render(
         css=Markup((_HERE / "page.css").read_text()),
         json=Markup(json.dumps(facts, allow_nan=False).translate(_HARMLESS)),
         model=subject.get("model") or "model",
