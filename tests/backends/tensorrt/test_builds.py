@@ -1,0 +1,78 @@
+"""The real builder takes every form, and plans the memory that the cost model says; nothing here is run.
+
+The default run builds each form once; ``MOEOPT_NIGHTLY=1`` the matrix of targets, dtypes and experts, in minutes.
+"""
+
+import os
+
+import pytest
+import torch
+
+from moeopt.backends.tensorrt.cost import work
+from moeopt.backends.tensorrt.forms import PORTABLE, by_name
+from moeopt.backends.tensorrt.layers import in_block
+from moeopt.backends.tensorrt.target import RTX_BUILDS
+from tests.backends.onnxrt.lower.one_site import make_site, renamed
+from tests.backends.tensorrt.built import build_site
+
+pytest.importorskip("tensorrt_rtx")
+NIGHTLY = os.environ.get("MOEOPT_NIGHTLY") == "1"
+NAMES = [form.name for form in PORTABLE]
+
+GPT_OSS = dict(activation="swish", alpha=1.702, gate_max=7.0, up_min=-7.0, up_max=7.0, up_offset=1.0)
+ODD = dict(rows="plain", activation="mish", out_of_range="identity", out_norm_eps=1e-5)
+KINDS = [
+    dict(E=16, H=512, I=1024, bias=False),
+    dict(E=8, H=256, I=128, **GPT_OSS),
+    dict(E=8, H=256, I=512, K=1, weight_on="input", bias=False),
+    dict(E=12, H=256, I=512, accum_dtype="float32", act_dtype="float32"),
+    dict(E=6, H=128, I=320, K=3, **ODD),
+    dict(E=64, H=512, I=256, K=8, bias=False, compute_dtype="float32"),
+    dict(E=1, H=256, I=256, K=1, activation="gelu_tanh"),
+]
+NEAR = (0.9, 1.25)
+"""Planned memory as the model says it, over the builder's: 0.91 (sm_75 keeps the gate once more) to 1.19 was seen."""
+
+
+def can(sm, dtype, kind):
+    """sm_75 multiplies in float16 only: test_capability.py has the refusals."""
+    return sm != 75 or (dtype == torch.float16 and "compute_dtype" not in kind)
+
+
+MATRIX = [
+    pytest.param(name, sm, dtype, kind, id=f"{name}-sm_{sm}-{dtype}-{renamed(kind)}")
+    for name in NAMES
+    for sm in RTX_BUILDS
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    for kind in KINDS
+    if can(sm, dtype, kind)
+]
+
+
+def taken(site, form, target, most=64):
+    built = build_site(site, form, target, (1, min(8, most), most))
+    assert [end["shape"] for end in built.outputs] == [[-1, site.bank.w_out(0).shape[0]]]
+    assert in_block(built.layers, site.name), "no layer says that it computes the block"
+    return built
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_builder_takes_it_and_plans_what_the_model_says(name):
+    site = make_site(E=8, H=256, I=512, bias=True)
+    built = taken(site, by_name(name), "sm_89")
+    low, high = NEAR
+    assert low <= work(name, site, 64).memory / built.activation_bytes <= high
+
+
+@pytest.mark.parametrize(("name", "sm", "dtype", "kind"), MATRIX if NIGHTLY else [])
+def test_matrix(name, sm, dtype, kind):
+    site = make_site(dtype=dtype, **kind)
+    most = 32 if name == "gather" else 512
+    planned = taken(site, by_name(name), f"sm_{sm}", most).activation_bytes
+    low, high = NEAR
+    assert low <= work(name, site, most).memory / planned <= high
+
+
+@pytest.mark.parametrize("name", NAMES if NIGHTLY else [])
+def test_no_tokens_build_too(name):
+    build_site(make_site(H=64, I=32), by_name(name), "sm_89", (0, 8, 64))
