@@ -33,7 +33,7 @@ f16, f32, bf16, f64 = torch.float16, torch.float32, torch.bfloat16, torch.float6
             "sm_89",
             "op",
             "ScatterND(add)",
-            "sm_89 does not take ScatterND with a reduction: the parser scatters without",
+            "does not take ScatterND with a reduction: the parser scatters without",
         ),
         ("sm_89", "op", "NonZero", "does not take NonZero: it needs NVIDIA's plugin library; here: a mask with"),
         ("sm_89", "op", "TopK(more)", "does not take TopK of more than 3840 values"),

@@ -17,7 +17,8 @@ FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 def graph_of(op, *, domain="", dtype=FLOAT, others=(), outputs=1, name="model.layer/it", **attributes):
     x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(["T", 4]))
-    consts = [ir.Value(name=f"c{n}", const_value=ir.tensor(a), type=ir.TensorType(ir.tensor(a).dtype)) for n, a in enumerate(others)]  # fmt: skip
+    arrays = [ir.tensor(array) for array in others]
+    consts = [ir.Value(name=f"c{n}", const_value=a, type=ir.TensorType(a.dtype)) for n, a in enumerate(arrays)]
     node = ir.node(op, [x, *consts], attributes, domain=domain, num_outputs=outputs, name=name)
     graph = ir.Graph([x], list(node.outputs), nodes=[node], initializers=consts, opset_imports={"": 20})
     return ir.Model(graph, ir_version=10)
