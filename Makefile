@@ -49,6 +49,7 @@ $(VENV_COMPAT)/.ready: pyproject.toml
 demo: $(READY)  ## optimise a model end to end and print the report and the certificate
 	PYTHONPATH=. $(PY) examples/quickstart.py
 	PYTHONPATH=. $(PY) examples/demo.py
+	PYTHONPATH=. $(PY) examples/dense_split.py
 
 test: $(READY)  ## the whole suite, without a GPU
 	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu and not wheel' $(ARGS)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import math
 import os
 import sysconfig
 import time
@@ -90,17 +91,15 @@ def loss_on(model: Any, text_N: Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
 
 
-def train(kind: str, steps: int, say: bool = True) -> Any:
-    """A trained model in evaluation mode."""
+def train(kind: str, text_N: Tensor, steps: int, say: bool = True) -> Any:
+    """A model trained on ``steps`` batches of windows of ``text_N``, in evaluation mode."""
     torch.manual_seed(0)
     model = make(kind).train()
-    text_N = encode("\n\n".join(docstrings(held_out=False)))
-    held_out = encode("\n\n".join(docstrings(held_out=True)))[: 128 * LENGTH]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05, betas=(0.9, 0.98))
     began = time.process_time()
     for step in range(steps):
         for group in optimizer.param_groups:  # a short warm-up, then down to a tenth
-            group["lr"] = 4e-3 * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / steps)
+            group["lr"] = 4e-3 * min(1.0, (step + 1) / min(50, steps / 4)) * (1 - 0.9 * step / steps)
         starts = torch.randint(len(text_N) - LENGTH, (BATCH,))
         rows = torch.stack([text_N[s : s + LENGTH] for s in starts])
         loss = model(rows, labels=rows, use_cache=False).loss
@@ -111,10 +110,6 @@ def train(kind: str, steps: int, say: bool = True) -> Any:
         if say and (step % 100 == 99 or step == steps - 1):
             print(f"{kind} step {step + 1}: loss {loss:.3f}, {time.process_time() - began:.0f} s CPU", flush=True)
     model.eval().config.output_router_logits = False
-    if say:
-        reached = torch.tensor(loss_on(model, held_out)).exp()
-        count = sum(p.numel() for p in model.parameters())
-        print(f"{kind}: {count} parameters, perplexity {reached:.2f} per character on modules it has not seen")
     return model
 
 
@@ -123,8 +118,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save", type=Path, help="write dense/ and moe/ there, in float16")
     given = parser.parse_args()
+    text_N = encode("\n\n".join(docstrings(held_out=False)))
+    unseen_N = encode("\n\n".join(docstrings(held_out=True)))[: 128 * LENGTH]
     for kind in ("dense", "moe"):
-        model = train(kind, given.steps)
+        model = train(kind, text_N, given.steps)
+        reached, count = math.exp(loss_on(model, unseen_N)), sum(p.numel() for p in model.parameters())
+        print(f"{kind}: {count} parameters, perplexity {reached:.2f} per character on modules it has not seen")
         prompt = encode("Return the ")[None]
         print(decode(model.generate(prompt, max_new_tokens=60, do_sample=False)[0]), "\n")
         if given.save:

@@ -49,5 +49,14 @@ def test_a_transformers_script_gives_the_same_tokens():
     assert "tokens: the same" in run("examples/transformers_engine.py")
 
 
+def test_a_tiny_language_model_learns():
+    pytest.importorskip("transformers")
+    from examples.train_tiny_lm import docstrings, encode, loss_on, make, train
+
+    text = encode("\n".join(docstrings(held_out=True)))
+    before, after = (loss_on(model.eval(), text[:960]) for model in (make("moe"), train("moe", text, 8, say=False)))
+    assert after < before - 0.5  # nats per character
+
+
 def test_the_equivalence_test_passes():
     assert "3 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/test_engine.py")
