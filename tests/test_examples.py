@@ -58,5 +58,14 @@ def test_a_tiny_language_model_learns():
     assert after < before - 0.5  # nats per character
 
 
+def test_expert_load_is_counted_and_shown(tmp_path, capsys):
+    from examples.expert_load import main
+
+    main(str(tmp_path / "load.html"))
+    told = capsys.readouterr().out
+    assert "4 batches, 224 tokens; 1 block profiled, 0 not" in told and "is the busiest" in told
+    assert "Expert load" in (tmp_path / "load.html").read_text()
+
+
 def test_the_equivalence_test_passes():
     assert "3 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/test_engine.py")

@@ -53,7 +53,7 @@ def load_views(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**layer, "busiest": _busiest(layer["fired"])} for layer in layers]
 
 
-def _busiest(fired: list[int], most: int = 3) -> str:
+def _busiest(fired: list[int], most: int = 2) -> str:
     total = sum(fired)
     top = sorted(range(len(fired)), key=lambda e: -fired[e])[:most]
     return ", ".join(f"{e}: {100 * fired[e] / total:.1f} %" for e in top if fired[e]) if total else ""
