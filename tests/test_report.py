@@ -49,6 +49,16 @@ def test_long_reasons_wrap_under_their_label():
     assert lines[start + 1].startswith(" " * 12) and lines[start + 1].strip()
 
 
+def test_long_words_are_broken_and_nothing_is_cut():
+    name, path = "model." + "decoder_of_the_second_stage." * 6 + "mlp", "/site-packages" * 8 + "/model.py:12"
+    block = dataclasses.replace(DECLINED, name=name, source=path, reason="x" * 200)
+    lines = str(Report((block,), model="M" * 100)).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    whole = "".join(line.strip() for line in lines)
+    for text in (name, path, "x" * 200, "M" * 100):
+        assert text in whole
+
+
 def test_blocks_that_differ_in_their_number_only_fold():
     blocks = tuple(
         dataclasses.replace(REWRITTEN, name=f"model.layers.{i}.mlp", error=i * 1e-7, seconds=i) for i in range(4)
