@@ -85,7 +85,33 @@ class TrtBuilt:
         )
 
 
-def trt_plan(options: Options) -> TensorRTPlan:
+class EnginePlan(TensorRTPlan):
+    """A plan that remembers why it refused blocks: an engine cannot keep such a block's own Python.
+
+    Attributes:
+        refusals: the reasons, in order.
+    """
+
+    def __init__(self, target: Target, tokens: tuple[int, ...] | None) -> None:
+        super().__init__(target, tokens, open_session=session_of)
+        self.refusals: list[str] = []
+
+    def choice(self, site: Site) -> Choice:
+        try:
+            return super().choice(site)
+        except Declined as err:
+            self.refusals.append(err.reason)
+            raise
+
+    def check(self, site: Site) -> None:
+        try:
+            super().check(site)
+        except Declined as err:
+            self.refusals.append(err.reason)
+            raise
+
+
+def trt_plan(options: Options) -> EnginePlan:
     """The plan for ``options.target``, else for the GPU of this machine.
 
     Raises:
@@ -104,7 +130,7 @@ def trt_plan(options: Options) -> TensorRTPlan:
         raise UsageError("session_options are ONNX Runtime's, and the backend is 'tensorrt': leave them out")
     if options.device is not None and options.device.type != "cuda":
         raise UsageError(f"device={str(options.device)!r}: an engine of TensorRT runs on CUDA; leave device out")
-    return TensorRTPlan(target, options.tokens, open_session=session_of)
+    return EnginePlan(target, options.tokens)
 
 
 def build_trt(
@@ -119,7 +145,10 @@ def build_trt(
     started = time.perf_counter()
     graph, sites, signature = _exported(model, args, kwargs, plan, options)
     portable, narrow = graph.clone(), widen_graph(graph.clone())
-    built = onnx_build.write_graph(graph, sites, signature, plan, options.say, started)
+    try:
+        built = onnx_build.write_graph(graph, sites, signature, plan, options.say, started)
+    except Declined as err:
+        raise UsageError(err.reason) from None
     differs = any(widen_site(s) is not s or plan.portable(s).name != plan.lowering(s).name for s in sites)
     if narrow or differs:
         options.say("writing its portable form")

@@ -130,12 +130,12 @@ def build_plan(job: Job, say: Callable[[str], None] = lambda line: None) -> Buil
 def stopped_at(log: str, blocks: Sequence[str]) -> str:
     """The block that the last telling line of a log names; "" where none does.
 
-    A line about a region that spans blocks tells nothing.
+    A line about a region, "{ForeignNode[first...last]}", or about more blocks than one tells nothing.
     """
     lines = log.split("\n")
     for line in [x for x in reversed(lines) if x.startswith("E:")] + lines[:-40:-1]:
         named = {b for b in blocks if re.search(rf"(?<![\w.]){re.escape(b)}/", line)}
-        if len(named) == 1:
+        if len(named) == 1 and "..." not in line:
             return named.pop()
     return ""
 

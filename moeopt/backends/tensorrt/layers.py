@@ -44,10 +44,6 @@ class LogFacts:
     activation_bytes: int | None = None
     weights_bytes: int | None = None
 
-    def summary(self) -> str:
-        """ "9 layers (gemm 5, kgen 4), 11.5 MB of activations"."""
-        return f"{len(self.layers)} layers ({told(counted(self.layers))}), {size(self.activation_bytes)} of activations"
-
 
 def read_log(text: str) -> LogFacts:
     """The layers and sizes in a build log."""

@@ -176,9 +176,7 @@ class Runner:
         """The result, and what its address is taken from: TensorRT refuses the null address of an empty tensor."""
         shape = tuple(self._context.get_tensor_shape(name))
         if any(size < 0 for size in shape):
-            raise EngineNotExecutableError(
-                f"the size of the output {name} depends on values: {shape}; run its ONNX form"
-            )
+            raise EngineNotExecutableError(f"the sizes {shape} of {name} depend on values: run the engine's ONNX form")
         there = torch.device("cpu") if name in self._on_host else self.device
         result = torch.empty(shape, dtype=self._dtypes[name], device=there)
         buffer = result if result.numel() else torch.empty(1, dtype=result.dtype, device=there)
