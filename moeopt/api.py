@@ -14,7 +14,6 @@ from torch import nn
 
 from moeopt import pipeline
 from moeopt.backends.onnxrt.plan import Plan
-from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.target import local_target
 from moeopt.compare.block import BlockCheck
 from moeopt.compare.cases import adversarial_cases
@@ -46,7 +45,7 @@ from moeopt.engine.onnx_engine import GraphEngine
 from moeopt.engine.onnx_golden import other_sizes
 from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
 from moeopt.engine.program import export_program
-from moeopt.engine.trt_build import TrtBuilt, build_trt, trt_plan
+from moeopt.engine.trt_build import EnginePlan, TrtBuilt, build_trt, trt_plan
 from moeopt.errors import CaptureError, NotEquivalentError, UsageError
 from moeopt.options import Options
 from moeopt.report import BlockReport, Report
@@ -185,7 +184,7 @@ def optimize(
     chosen = Options.from_fields(options, fields)
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is not available; use one of {', '.join(map(repr, BACKENDS))}")
-    plan: Plan | TensorRTPlan | None = None
+    plan: Plan | EnginePlan | None = None
     if backend != "torch":
         plan = onnx_plan(chosen) if backend == "onnxruntime" else trt_plan(chosen)
         if chosen.device is None and _runs_on_gpu(plan):  # the original is compared where the engine runs
@@ -230,21 +229,25 @@ def _report(
     return Report(tuple(blocks), type(source).__name__, backend, outcome.seconds, tuple(notes), graph, certificate)
 
 
-def _runs_on_gpu(plan: Plan | TensorRTPlan) -> bool:
-    return plan.target == local_target() if isinstance(plan, TensorRTPlan) else plan.provider != "cpu"
+def _runs_on_gpu(plan: Plan | EnginePlan) -> bool:
+    return plan.target == local_target() if isinstance(plan, EnginePlan) else plan.provider != "cpu"
 
 
-def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, plan: Plan | TensorRTPlan) -> Optimized:
+def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, plan: Plan | EnginePlan) -> Optimized:
     """An engine of ``twin``, each block verified as its lowering computes it, then the whole.
 
     Where the engine cannot run here, both verdicts are those of its portable form.
     """
     outcome = pipeline.run(twin, call, options, plan)
+    if isinstance(plan, EnginePlan) and plan.refusals:
+        refused = next((b.name for b in outcome.blocks if b.kind == "moe" and b.status == "declined"), None)
+        if refused is not None:
+            raise UsageError(f"{refused}: {plan.refusals[0]}")
     engine: GraphEngine | AbsentEngine
     built: Built | TrtBuilt
     notes: list[str] = []
     with fewer_collections():
-        if isinstance(plan, TensorRTPlan):
+        if isinstance(plan, EnginePlan):
             built = build_trt(twin, *call, plan, options)
             engine, notes = built.opened(), [built.summary()]
         else:
@@ -266,7 +269,7 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
     blocks = [
         dataclasses.replace(b, lowering=_lowering(b, built)) if b.status == "rewritten" else b for b in outcome.blocks
     ]
-    backend = "tensorrt" if isinstance(plan, TensorRTPlan) else "onnxruntime"
+    backend = "tensorrt" if isinstance(plan, EnginePlan) else "onnxruntime"
     report = _report(source, blocks, backend, outcome, certificate)
     report = dataclasses.replace(report, notes=(*report.notes, *notes))
     return Optimized(engine, report, certificate, call, fingerprint(source), built)
