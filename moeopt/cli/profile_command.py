@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,8 @@ def profile_command(
     given: Any = inputs if data is None else load_data(data)
     say = None if quiet else lambda line: print(line, file=sys.stderr, flush=True)
     found = profile(model, given, measure=measure, seed=seed, progress=say)
+    if data is None and Path(target).exists():  # a directory or a config brings no inputs of its own
+        found = replace(found, notes=(*found.notes, "the inputs are random tokens: --data names your own"))
     if html is not None:
         found.to_html(html)
     print(found.to_json() if as_json else found)

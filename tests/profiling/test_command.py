@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from moeopt.cli import main
+from tests.toy_moe import build, seeded
 
 FACTORY = """
 import torch
@@ -56,6 +57,13 @@ def test_profile_of_given_data_as_json(capsys, models):
     )
     (layer,) = json.loads(out)["layers"]
     assert (code, err, layer["calls"], layer["tokens"], layer["cost"]) == (0, "", 2, 8, None)
+
+
+def test_random_tokens_are_said_to_be_random(capsys, monkeypatch, tmp_path):
+    given = build(), seeded(2, 8, 16)
+    monkeypatch.setattr("moeopt.cli.profile_command.load_target", lambda *args, **fields: given)
+    code, out, _ = run(capsys, "profile", tmp_path, "-q", "--no-measure")
+    assert code == 0 and out.endswith("note: the inputs are random tokens: --data names your own\n")
 
 
 def test_a_model_whose_blocks_are_all_declined_is_exit_code_1(capsys, models):
