@@ -12,6 +12,7 @@ import typer
 
 from moeopt.cli.about import bundle_facts, machine_facts, print_facts
 from moeopt.cli.inspect_command import inspect_command
+from moeopt.cli.measured import figures
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.target import FORMS, load_target
 from moeopt.cli.verify_against import verify_against
@@ -50,6 +51,7 @@ def optimize(
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
+    measure: Annotated[bool, typer.Option("--measure", help="with --html: time a call before and after")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Rewrite a model's MoE blocks, verify them, and save the result with --out."""
@@ -58,6 +60,8 @@ def optimize(
     model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
     given = {"verify": verify, "device": device, "dtype": dtype}
     fields = {name: value for name, value in given.items() if value is not None}
+    if measure and (html is None or device is not None or dtype is not None):
+        raise UsageError("--measure adds to the page of --html, and compares like with like: without --device, --dtype")
     optimized = _api().optimize(
         model, inputs, backend=backend, tune=tune, seed=seed, progress=_progress(quiet), **fields
     )
@@ -65,7 +69,7 @@ def optimize(
     if out is not None:
         optimized.save(out)
     if html is not None:
-        optimized.report.to_html(html)
+        optimized.report.to_html(html, **(figures(model, optimized) if measure else {}))
     if as_json:
         certificate = json.loads(optimized.certificate.to_json())
         _print_json({"report": optimized.report.to_dict(), "certificate": certificate, "saved": saved})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,17 @@ SHOWN = 24
 GB = 1e9
 
 
-def speed_view(timings: Mapping[str, float] | None, profile: Mapping[str, Any] | None) -> dict[str, str]:
-    """Pictures: ``calls`` of given timings, ``balance`` of the op as routed against balanced; "" where unknown."""
+_MEASURED = re.compile(r"([\w-]+), measured ([\d.e+-]+) ms")
+
+
+def speed_view(
+    timings: Mapping[str, float] | None, profile: Mapping[str, Any] | None, report: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """Pictures, "" where nothing was measured.
+
+    ``calls``: given timings. ``lowerings``: those that an engine chose from by measuring, as its blocks' reports say.
+    ``balance``: the op as routed against balanced.
+    """
     calls = ""
     if timings:
         for name, seconds in timings.items():
@@ -29,7 +39,13 @@ def speed_view(timings: Mapping[str, float] | None, profile: Mapping[str, Any] |
         if x in far
     ]
     title = "Time of the experts as routed, over the time with balanced routing; 1 is the same"
-    return {"calls": calls, "balance": bars(rows, title, (1.0, "balanced")) if rows else ""}
+    chosen = [
+        (f"{block['name']}: {name}", float(ms), f"{ms} ms")
+        for block in (report["blocks"] if report else [])
+        for name, ms in _MEASURED.findall(block["lowering"])
+    ][:SHOWN]
+    lowerings = bars(chosen, "Time of the lowerings that were measured for each block") if chosen else ""
+    return {"calls": calls, "lowerings": lowerings, "balance": bars(rows, title, (1.0, "balanced")) if rows else ""}
 
 
 def memory_view(inspection: Mapping[str, Any] | None) -> str:

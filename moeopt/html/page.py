@@ -83,7 +83,7 @@ def page(
     import jinja2
     from markupsafe import Markup
 
-    speed = speed_view(timings, profile)
+    speed = speed_view(timings, profile, report)
     subject = report or profile or {}
     facts = {"report": report, "certificate": certificate, "profile": profile, "inspection": inspection,
              "timings": dict(timings) if timings else None}  # fmt: skip

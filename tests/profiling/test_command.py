@@ -83,6 +83,11 @@ def test_a_model_whose_blocks_are_all_declined_is_exit_code_1(capsys, models):
         (["profile", "{file}:model", "--data", "{file}:absent"], 2, "has no function 'absent'"),
         (["profile", "{file}:model", "--html", "{dir}/no/a.html"], 2, "a.html cannot be written: there is no folder"),
         (["explain", "{file}:model", "--html", "{dir}"], 2, "is a folder: give the name of a file"),
+        (
+            ["optimize", "{file}:model", "--measure"],
+            2,
+            "--measure adds to the page of --html, and compares like with like",
+        ),
         (["optimize", "{file}:model", "--html", "{dir}/no/a.html"], 2, "a.html cannot be written: there is no folder"),
     ],
 )
@@ -94,11 +99,16 @@ def test_wrong_words(capsys, models, argv, code, text):
 
 @pytest.mark.parametrize("command", ["optimize", "explain"])
 def test_the_report_of_a_command_as_a_page(capsys, models, tmp_path, command):
-    page = tmp_path / "report.html"
-    code, out, _ = run(capsys, command, f"{models}:model", "--html", page, "-q")
+    page, measure = tmp_path / "report.html", ["--measure"] if command == "optimize" else []
+    code, out, _ = run(capsys, command, f"{models}:model", "--html", page, "-q", *measure)
     text = page.read_text()
     assert code == 0 and out.endswith(f"html: {page}\n")
     assert "1 of 1 block rewritten. PASSED" in text and "as captured: " in text and "moeopt::experts (4 experts" in text
     facts = json.loads(text.split('id="facts">')[1].split("</script>")[0])
     assert facts["report"]["graph"]["captured"]["branches"] == 4
     assert facts["certificate"]["passed"] is True
+    if measure:
+        assert list(facts["timings"]) == ["original", "moeopt on torch"] and min(facts["timings"].values()) > 0
+        assert "weights at 16 bits" in text and facts["inspection"]["experts"] == 4
+    else:
+        assert facts["timings"] is None and facts["inspection"] is None
