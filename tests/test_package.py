@@ -20,9 +20,7 @@ def test_an_unknown_name_is_an_attribute_error():
         moeopt.optimise  # noqa: B018
 
 
-def test_importing_it_does_not_load_torch_and_its_submodules_are_found():
-    code = (
-        "import sys, moeopt; assert 'torch' not in sys.modules; moeopt.errors.UsageError; "
-        "assert 'torch' not in sys.modules; moeopt.Options; moeopt.ops; import torch; torch.ops.moeopt.experts"
-    )
+def test_importing_it_does_not_load_torch():
+    code = "import sys, moeopt; moeopt.errors.UsageError; assert not {'torch', 'moeopt.api'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+    assert moeopt.ops.__name__ == "moeopt.ops", "submodules are found"

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from moeopt.testing import check_bundle
-from tests.toy_moe import build, optimized
 
 pytest_plugins = ["pytester"]
 PLUGIN = ("-p", "moeopt.pytest_plugin", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:hypothesispytest")
@@ -18,10 +17,9 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the te
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    made = optimized(build()).save(tmp_path_factory.mktemp("plugin") / "bundle")
-    check_bundle(made)  # imports what it needs: pytester drops what is imported inside it
-    return made
+def bundle(toy_bundle):
+    check_bundle(toy_bundle)  # imports what it needs: pytester drops what is imported inside it
+    return toy_bundle
 
 
 @pytest.fixture
@@ -120,7 +118,9 @@ def test_the_fixture_records_what_a_failure_required(pytester, run, bundle):
     )
     result = run("--junitxml=report.xml")
     result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["not equivalent", "  *another result: experts.1.w1 *", "  tolerance required: 0.0114 *"])
+    result.stdout.fnmatch_lines(
+        ["not equivalent", "  *another result: experts.1.w1 *", "  tolerance required: 0.0114 *"]
+    )
     found = properties("report.xml")
     assert 0.01 < float(found["test_other"]["moeopt.tolerance_required"]) < 0.02
     assert float(found["test_same"]["moeopt.tolerance_required"]) == 0.0

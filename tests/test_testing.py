@@ -24,11 +24,6 @@ def fast(model):
     return optimized(model)
 
 
-@pytest.fixture(scope="module")
-def bundle(fast, tmp_path_factory):
-    return fast.save(tmp_path_factory.mktemp("testing") / "bundle")
-
-
 def wrong():
     """The same classes, one weight of one expert 1 % off."""
     model = build()
@@ -72,8 +67,8 @@ def test_an_optimized_model_whose_weights_changed(fast):
         assert words in text
 
 
-def test_a_bundle_and_a_loaded_engine(model, bundle):
-    for engine in (bundle, str(bundle), moeopt.load(bundle)):
+def test_a_bundle_and_a_loaded_engine(model, toy_bundle):
+    for engine in (toy_bundle, str(toy_bundle), moeopt.load(toy_bundle)):
         assert assert_equivalent(model, engine, X).passed
         with pytest.raises(AssertionError, match="tolerance required: 0.011"):
             assert_equivalent(wrong(), engine, X)
@@ -137,17 +132,17 @@ def test_wrong_use(model, fast):
         assert_equivalent(model, fast, X, blocks=["nowhere"])
 
 
-def test_checking_a_bundle(bundle, tmp_path):
-    check = check_bundle(bundle, "cpu", bundle / "certificate.json")
+def test_checking_a_bundle(toy_bundle, tmp_path):
+    check = check_bundle(toy_bundle, "cpu", toy_bundle / "certificate.json")
     assert check.failure() == "" and check.certificate.passed
     assert facts(check.certificate)["tolerance_required"] == "0.000e+00"
     assert facts(check.certificate)["version.torch"] == torch.__version__
-    assert providers(bundle)["cpu"] == ""
+    assert providers(toy_bundle)["cpu"] == ""
     stored = tmp_path / "stored.json"
-    text = (bundle / "certificate.json").read_text()
+    text = (toy_bundle / "certificate.json").read_text()
     assert '"name": "Block"' in text
     stored.write_text(text.replace('"name": "Block"', '"name": "layers.7"'))
-    assert check_bundle(bundle, against=stored).failure() == (
+    assert check_bundle(toy_bundle, against=stored).failure() == (
         "worse than the stored certificate:\n"
         "  layers.7: the block: was rewritten and verified, is not in the certificate"
     )

@@ -5,19 +5,13 @@ import json
 import pytest
 
 from moeopt.cli import main
-from tests.toy_moe import build, optimized
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return optimized(build()).save(tmp_path_factory.mktemp("against") / "bundle")
 
 
 @pytest.fixture
-def stored(bundle, tmp_path):
+def stored(toy_bundle, tmp_path):
     """The bundle's own certificate, with one block more than there is now."""
     file = tmp_path / "stored.json"
-    body = json.loads((bundle / "certificate.json").read_text())
+    body = json.loads((toy_bundle / "certificate.json").read_text())
     body["blocks"].append({**body["blocks"][0], "name": "layers.7"})
     file.write_text(json.dumps(body))
     return file
@@ -30,30 +24,30 @@ def run(capsys, *argv):
     return stop.value.code or 0, out.out, out.err
 
 
-def test_nothing_is_worse(capsys, bundle):
-    code, out, _ = run(capsys, bundle, "--against", bundle / "certificate.json")
+def test_nothing_is_worse(capsys, toy_bundle):
+    code, out, _ = run(capsys, toy_bundle, "--against", toy_bundle / "certificate.json")
     assert code == 0 and out.endswith("nothing is worse\n") and "moeopt certificate: PASSED" in out
 
 
-def test_a_regression_is_exit_code_1(capsys, bundle, stored):
-    code, out, err = run(capsys, bundle, "--against", stored, "--quiet")
+def test_a_regression_is_exit_code_1(capsys, toy_bundle, stored):
+    code, out, err = run(capsys, toy_bundle, "--against", stored, "--quiet")
     assert code == 1 and err == f"moeopt: not equivalent, or worse than {stored}\n"
     assert out.endswith(
         "1 figure worse\n  layers.7: the block: was rewritten and verified, is not in the certificate\n"
     )
 
 
-def test_json(capsys, bundle, stored):
-    code, out, _ = run(capsys, bundle, "--against", stored, "--json")
+def test_json(capsys, toy_bundle, stored):
+    code, out, _ = run(capsys, toy_bundle, "--against", stored, "--json")
     body = json.loads(out)
     assert code == 1 and body["certificate"]["passed"] is True and body["against"] == str(stored)
     assert [r["where"] for r in body["regressions"]] == ["layers.7"]
     stored.write_text(out)  # what it printed is a stored certificate too
-    assert run(capsys, bundle, "--against", stored, "--json")[0] == 0
+    assert run(capsys, toy_bundle, "--against", stored, "--json")[0] == 0
 
 
-def test_wrong_use(capsys, bundle, stored):
-    code, _, err = run(capsys, bundle, "--against", stored, "--original", "x.py:f")
+def test_wrong_use(capsys, toy_bundle, stored):
+    code, _, err = run(capsys, toy_bundle, "--against", stored, "--original", "x.py:f")
     assert code == 2 and "--against compares a bundle with its past, --original with a model" in err
-    code, _, err = run(capsys, bundle, "--against", stored.parent / "none.json", "--quiet")
+    code, _, err = run(capsys, toy_bundle, "--against", stored.parent / "none.json", "--quiet")
     assert code == 2 and "there is no such certificate" in err

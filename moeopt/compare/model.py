@@ -51,9 +51,10 @@ class EndToEnd:
     def lines(self) -> list[str]:
         """The verdict in plain lines."""
         verdict = {True: "passed", False: "FAILED", None: "not run"}[self.passed]
-        far = f"distance at most {self.distance:.2e} (budget {self.budget:.2e})"
-        rms = f"rms {self.distance_rms:.2e} (budget {self.budget_rms:.2e})"
-        lines = [f"end to end: {verdict}; {self.tokens} tokens, {far}, {rms}"]
+        told = [f"distance at most {self.distance:.2e} (budget {self.budget:.2e})"]
+        if self.tokens:  # golden runs count none, and have no rms
+            told = [f"{self.tokens} tokens", *told, f"rms {self.distance_rms:.2e} (budget {self.budget_rms:.2e})"]
+        lines = [f"end to end: {verdict}; {', '.join(told)}"]
         if self.reason:
             lines.append(f"  {self.reason}")
         lines += [f"  {name}: {value:.6g}" for name, value in self.language.items()]
