@@ -75,14 +75,20 @@ def exporter_engine(model: torch.nn.Module) -> Peer:
     runner = exported.runners["decode"]
     takes = set(runner.metadata.kwargs)
 
+    c = model.config
+    nothing = torch.zeros(1, c.num_key_value_heads, 0, c.hidden_size // c.num_attention_heads)
+
     def call(ids: torch.Tensor) -> object:
         from transformers import DynamicCache
 
+        cache = DynamicCache()
+        for layer in range(c.num_hidden_layers):
+            cache.update(nothing, nothing, layer)
         given = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "position_ids": torch.arange(ids.shape[1])[None],
-            "past_key_values": DynamicCache(config=model.config),
+            "past_key_values": cache,
             "use_cache": True,
         }
         return runner(**{k: v for k, v in given.items() if k in takes})

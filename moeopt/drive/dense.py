@@ -27,7 +27,7 @@ from moeopt.rewrite.program import install
 
 ENGINE = (
     "left as it is: an engine has weights of its own and packs them itself; on ONNX Runtime's CPU provider one product "
-    "for gate and up took 0.97 to 1.07 times as long as two (benchmarks/dense.py)"
+    "for gate and up took 0.97 to 1.04 times as long as two (benchmarks/dense.py)"
 )
 
 

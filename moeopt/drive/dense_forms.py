@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from moeopt.compare.prototype import Prototype
+from moeopt.compare.state import Guard
 from moeopt.drive.block import rewrite_block
 from moeopt.drive.measure import TOKENS, Timing, in_turn
 from moeopt.drive.mixture import Call
@@ -135,7 +137,7 @@ def measured(
         fused, timings = RewrittenForward(module, program), []
         others = [p for p in model.parameters() if not any(p is own for own in module.parameters())]
         flush = sum(p.numel() * p.element_size() for p in others)
-        with warnings.catch_warnings():
+        with Guard(module), _buffers_kept(module), warnings.catch_warnings():
             warnings.simplefilter("ignore", StaleModelWarning)
             for tokens, one in _sized(call, options.tokens or TOKENS):
                 before = fused.fallbacks
@@ -149,6 +151,18 @@ def measured(
             raise Declined(f"its fused form runs with none of {options.tokens or TOKENS} tokens, so it is not measured")
         known[kind] = name, timings
     return known[kind]
+
+
+@contextlib.contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """A module may count its calls in a buffer: those of a measurement do not count."""
+    saved = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
 
 
 def _sized(call: Call, counts: tuple[int, ...]) -> list[tuple[int, Call]]:
