@@ -6,6 +6,7 @@ from moeopt.html import svg
 from moeopt.html.names import short_names
 
 NAME, ROOM, FIGURE, ROW = 160.0, 190.0, 120.0, 26.0
+CROSSED = 60.0
 
 
 def bars(rows: list[tuple[str, float, str]], title: str, mark: tuple[float, str] | None = None) -> str:
@@ -19,7 +20,8 @@ def bars(rows: list[tuple[str, float, str]], title: str, mark: tuple[float, str]
         parts.append(svg.label(NAME - 8, top + 17, name, NAME - 8, "end"))
         over = " over" if mark is not None and value > mark[0] else ""
         parts.append(svg.tag("rect", x=NAME, y=top + 5, width=max(long, 1.0), height=ROW - 10, cls="bar" + over, rx=2))
-        end = ROOM * mark[0] / most if mark is not None and 0 <= mark[0] - value < FIGURE / ROOM * most else long
+        gap = ROOM * mark[0] / most - long if mark is not None else -1.0
+        end = long + gap if 0 <= gap < CROSSED else long  # past the mark, where it would cross the words
         parts.append(svg.label(NAME + end + 6, top + 17, words, FIGURE))
     height = len(rows) * ROW
     if mark is not None:

@@ -11,7 +11,6 @@ from moeopt.html.bars import bars
 
 SHOWN = 24
 """Layers whose cost of imbalance is drawn: those where it is largest, or smallest below 1."""
-GB = 1e9
 
 
 _MEASURED = re.compile(r"([\w-]+), measured ([\d.e+-]+) ms")
@@ -48,20 +47,24 @@ def speed_view(
     return {"calls": calls, "lowerings": lowerings, "balance": bars(rows, title, (1.0, "balanced")) if rows else ""}
 
 
-def memory_view(inspection: Mapping[str, Any] | None) -> str:
-    """The weights at each width against the device's memory; "" without an inspection."""
+def memory_view(inspection: Mapping[str, Any] | None) -> tuple[str, str] | None:
+    """The weights at each width against the device's memory: a picture, and the memory in words; None without."""
     if inspection is None:
-        return ""
+        return None
     memory = inspection["memory"]
     rows = [
-        (f"weights at {bits} bits", float(fit["bytes"]), f"{fit['bytes'] / GB:.3g} GB")
-        for bits, fit in memory["bits"].items()
+        (f"weights at {bits} bits", float(fit["bytes"]), size(fit["bytes"])) for bits, fit in memory["bits"].items()
     ]
     device = memory["device"]
-    mark = (float(device["memory_bytes"]), f"{device['name']}: {device['memory_bytes'] / GB:.3g} GB")
-    if mark[0] > 3 * max(value for _, value, _ in rows):  # so far away that the bars would vanish
-        return bars(rows, f"Memory for the weights; {mark[1]} is more than three times the widest")
-    return bars(rows, f"Memory for the weights against {mark[1]}", mark)
+    mark, words = float(device["memory_bytes"]), f"{device['name']} has {size(device['memory_bytes'])}"
+    near = mark < 3 * rows[0][1]  # further away, the bars would vanish
+    return bars(rows, f"Memory for the weights; {words}", (mark, device["name"]) if near else None), words
+
+
+def size(count: float) -> str:
+    """Bytes in three figures: 14.3 GB."""
+    unit, word = next(((u, w) for u, w in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= u), (1.0, "B"))
+    return f"{count / unit:.3g} {word}"
 
 
 def load_views(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:

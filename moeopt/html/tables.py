@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from moeopt.html.numbers import size
+
 SHOWN = 40
 """Rows that a notebook shows; the text and the JSON have all."""
 
@@ -72,7 +74,7 @@ def inspection_table(found: Mapping[str, Any]) -> str:
     rows += [
         (f"active, {name.replace('_', ' ')}", "?" if n is None else f"{n:,}") for name, n in params["active"].items()
     ]
-    rows += [(f"weights at {bits} bits", f"{params['total'] * int(bits) / 8 / 1e9:.3g} GB") for bits in memory["bits"]]
+    rows += [(f"weights at {bits} bits", size(fit["bytes"])) for bits, fit in memory["bits"].items()]
     return table(f"moeopt inspect: {found['model']}", ("", ""), rows)
 
 

@@ -178,7 +178,11 @@ def test_memory_bars_come_from_an_inspection(tmp_path):
 
     found = moeopt.inspect(torch.nn.Linear(4, 4), device="H100-SXM")
     page = Page(pages.report().to_html(tmp_path / "a.html", inspection=found).read_text())
-    assert "weights at 4 bits" in page.text and json.loads(page.facts)["inspection"] == found.to_dict()
+    assert (
+        "weights at 4 bits" in page.text
+        and "H100-SXM has 80 GB" in page.text
+        and json.loads(page.facts)["inspection"] == found.to_dict()
+    )
 
 
 @pytest.mark.parametrize(
