@@ -12,8 +12,8 @@ import torch
 
 from moeopt.engine import read_manifest
 
-RUNTIMES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
-_LISTS = ("inputs", "lowerings", "blocks")
+RUNTIMES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13")
+_LISTS = ("inputs", "lowerings", "blocks", "profiles")
 """Facts that take a line each."""
 
 
@@ -57,9 +57,28 @@ def _engine_facts(data: Mapping[str, Any]) -> dict[str, Any]:
     """What only an engine has: its provider, its graph, and how each block is lowered and why."""
     return {
         "provider": data.get("provider", "unknown"),
+        **(_plan_facts(data["tensorrt"], data["files"]) if "tensorrt" in data else {}),
         "nodes": int(data.get("facts", {}).get("nodes", 0)),
         "lowerings": [
             f"{s['name']}: {s['lowering']} ({s['why'] or 'the first that fits'})" for s in data.get("sites", [])
+        ],
+    }
+
+
+def _plan_facts(plan: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
+    """What only a plan of TensorRT has: what it runs on, its layers and memory, and the sizes that it was built for."""
+    layers = plan["layers"]
+    return {
+        "runs on": f"sm_{plan['sm']}, {plan['product']} {plan['version']}"
+        + (f", a driver for CUDA {plan['cuda']}" if plan["cuda"] else ""),
+        "plan": f"{files['engine.plan']['bytes']} bytes, sha256 {plan['sha256']}",
+        "flags": ", ".join(plan["flags"]) or "none (no TF32)",
+        "layers": f"{sum(layers.values())} ({', '.join(f'{kind} {count}' for kind, count in layers.items())})",
+        "activations": f"{plan['activation_bytes']} bytes at the largest sizes",
+        "profiles": [
+            f"{name} {', '.join('x'.join(map(str, shape)) for shape in shapes)}"
+            for profile in plan["profiles"]
+            for name, shapes in profile.items()
         ],
     }
 

@@ -45,23 +45,26 @@ def optimize(
     out: Annotated[Path | None, typer.Option(help="write a bundle to this directory")] = None,
     verify: Annotated[str | None, typer.Option(help="strict, fast or off")] = None,
     device: Annotated[str | None, typer.Option(help="where it shall run, like cpu or cuda:0")] = None,
+    built_for: Annotated[
+        str | None, typer.Option("--target", help="what an engine is built for: a provider, or sm_89 for tensorrt")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="cast the model first, like bfloat16")] = None,
     tune: Annotated[bool, typer.Option(help="measure the lowerings on this machine")] = False,
     html: Html = None,
+    measure: Annotated[bool, typer.Option("--measure", help="with --html: time a call before and after")] = False,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
-    measure: Annotated[bool, typer.Option("--measure", help="with --html: time a call before and after")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Rewrite a model's MoE blocks, verify them, and save the result with --out."""
     if html is not None:
         check_target(html)
-    model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
-    given = {"verify": verify, "device": device, "dtype": dtype}
-    fields = {name: value for name, value in given.items() if value is not None}
     if measure and (html is None or device is not None or dtype is not None):
         raise UsageError("--measure adds to the page of --html, and compares like with like: without --device, --dtype")
+    model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
+    given = {"verify": verify, "device": device, "target": built_for, "dtype": dtype}
+    fields = {name: value for name, value in given.items() if value is not None}
     optimized = _api().optimize(
         model, inputs, backend=backend, tune=tune, seed=seed, progress=_progress(quiet), **fields
     )

@@ -20,6 +20,7 @@ from moeopt.engine.onnx_target import AbsentEngine
 from moeopt.errors import EngineNotExecutableError
 
 PLAN = "engine.plan"
+DEVICE = "cuda"
 
 
 def provider_of(needs: Needs) -> str:
@@ -63,7 +64,7 @@ class TensorRTEngine(GraphEngine):
         def open_session() -> Runner:
             return Runner(Path(directory) / PLAN, product(needs.product), provider_of(needs), profiles)
 
-        super().__init__(directory, signature, open_session, "cuda", keep, manifest)
+        super().__init__(directory, signature, open_session, DEVICE, keep, manifest)
         self.needs = needs
 
     runtime = "TensorRT"
@@ -95,7 +96,7 @@ class AbsentTensorRTEngine(AbsentEngine):
         manifest: Manifest | None = None,
     ) -> None:
         super().__init__(directory, signature, provider_of(needs), keep, manifest)
-        self.needs, self.device = needs, torch.device("cuda")
+        self.needs, self.device = needs, torch.device(DEVICE)
 
     @property
     def built_for(self) -> str:

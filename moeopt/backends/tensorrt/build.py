@@ -128,12 +128,13 @@ def build_plan(job: Job, say: Callable[[str], None] = lambda line: None) -> Buil
 
 
 def stopped_at(log: str, blocks: Sequence[str]) -> str:
-    """The block that the last telling line of a log names; "" where none does.
+    """The block that the errors of a log name, or its last lines where it has no errors; "" where none is named.
 
     A line about a region, "{ForeignNode[first...last]}", or about more blocks than one tells nothing.
     """
     lines = log.split("\n")
-    for line in [x for x in reversed(lines) if x.startswith("E:")] + lines[:-40:-1]:
+    errors = [line for line in reversed(lines) if line.startswith("E:")]
+    for line in errors or lines[:-40:-1]:
         named = {b for b in blocks if re.search(rf"(?<![\w.]){re.escape(b)}/", line)}
         if len(named) == 1 and "..." not in line:
             return named.pop()

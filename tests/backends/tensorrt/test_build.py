@@ -114,6 +114,7 @@ def test_whom_a_log_names():
     log = "V: one a.experts/up\nV: both a.experts/up b.experts/up\nV: another xa.experts/up\n"
     assert stopped_at(log, BLOCKS) == "a.experts"
     assert stopped_at(log + "E: at b.experts/down\nV: later a.experts/up\n", BLOCKS) == "b.experts"
+    assert stopped_at("V: a.experts/up\nE: Cannot compile operation 'node_linear'\n", BLOCKS) == ""
     assert stopped_at("V: a.expertsX/up\nV: {ForeignNode[a.experts/up...n]}\n", BLOCKS) == ""
 
 
