@@ -50,7 +50,8 @@ def assert_equivalent(
         inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
         blocks: names of submodules that are compared one by one with a float64 oracle, on these inputs and on
             adversarial routing. None means those that moeopt rewrote, and of plain modules the outermost ones
-            whose class differs; ``()`` leaves the end-to-end comparison only. An engine is one graph and has none.
+            whose class differs and the first that hold other weights; ``()`` leaves the end-to-end comparison only.
+            An engine is one graph and has none.
         verify: ``strict`` runs all cases, ``fast`` three and the given inputs.
         seed: of the random cases.
 

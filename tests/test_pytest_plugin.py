@@ -118,9 +118,7 @@ def test_the_fixture_records_what_a_failure_required(pytester, run, bundle):
     )
     result = run("--junitxml=report.xml")
     result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(
-        ["not equivalent", "  *another result: experts.1.w1 *", "  tolerance required: 0.0114 *"]
-    )
+    result.stdout.fnmatch_lines(["not equivalent", "  block experts.1.w1: *", "  tolerance required: 0.0114 *"])
     found = properties("report.xml")
     assert 0.01 < float(found["test_other"]["moeopt.tolerance_required"]) < 0.02
     assert float(found["test_same"]["moeopt.tolerance_required"]) == 0.0

@@ -24,11 +24,11 @@ def fast(model):
     return optimized(model)
 
 
-def wrong():
+def wrong(factor=1.01):
     """The same classes, one weight of one expert 1 % off."""
     model = build()
     with torch.no_grad():
-        model.experts[1].w1.weight.mul_(1.01)
+        model.experts[1].w1.weight.mul_(factor)
     return model
 
 
@@ -89,12 +89,23 @@ def test_damage_below_the_end_to_end_budget_is_found_in_its_block():
     assert "it is another function, and rounding hides it" in certificate.blocks[0].reason
 
 
-def test_of_one_class_the_first_submodule_that_parts_is_named(model):
-    certificate = compare(model, wrong(), X)
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.01), (torch.bfloat16, 1.05)])
+def test_of_one_class_the_modules_with_other_weights_are_compared(model, dtype, factor):
+    """In bfloat16, 5 % of one weight are within the budget end to end: its block's float64 run shows them."""
+    certificate = compare(copy.deepcopy(model).to(dtype), wrong(factor).to(dtype), X.to(dtype))
+    (block,) = certificate.blocks
+    assert block.name == "experts.1.w1" and block.passed is False
+    assert certificate.end_to_end.passed is (dtype is torch.bfloat16)
+    assert compare(model, build(), X).passed
+
+
+def test_of_one_class_and_one_set_of_weights_the_first_submodule_that_parts_is_named():
+    one, other = layered(), layered()
+    other.mlp.route = Twin(other.mlp, "drop renormalise").route
+    certificate = compare(one, other, seeded(2, 5, 16))
     assert certificate.blocks == [] and certificate.passed is False
     (note,) = certificate.notes
-    assert "gives another result: experts.1.w1 (0.01 apart" in note
-    assert compare(model, build(), X).passed
+    assert "the first submodule that gets the same and gives another result: mlp (" in note
 
 
 def test_a_block_that_is_never_called_is_not_verified():

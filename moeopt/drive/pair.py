@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from moeopt.compare.block import BlockCheck, Case, verify_block
@@ -18,20 +19,39 @@ from moeopt.rewrite.program import RewrittenForward, rewritten_forward
 
 EXPERTS = 16
 """How many a plain module is taken to have: it sets how many tokens the case has that shall reach each of them."""
+MOST = 4
+"""So many modules with other weights are compared one by one: if all weights differ, these tell enough."""
 
 
 def differing_blocks(original: nn.Module, model: nn.Module) -> list[str]:
-    """What moeopt rewrote in ``model``; if nothing, the outermost modules of one name and two classes."""
+    """Names of the submodules to compare: what moeopt rewrote in ``model``.
+
+    If it rewrote nothing, the outermost modules of one name and two classes, and of the others the first ``MOST``
+    that hold weights of other values: 16 bits hide much of those end to end.
+    """
     known = dict(original.named_modules())
     rewritten = [name for name, m in model.named_modules() if name in known and rewritten_forward(m) is not None]
     if rewritten:
         return rewritten
     found: list[str] = []
+    weights: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
-        if name in known and type(module) is not type(known[name]) and not inside:
+        if name not in known or any(name.startswith(f"{outer}.") or not outer for outer in found):
+            continue
+        if type(module) is not type(known[name]):
             found.append(name)
-    return found
+        elif len(weights) < MOST and not _same_tensors(module, known[name]):
+            weights.append(name)
+    return found + weights
+
+
+def _same_tensors(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules' own parameters and buffers, not their children's, are equal bit for bit."""
+    mine, theirs = ({**dict(m.named_parameters(recurse=False)), **dict(m.named_buffers(recurse=False))} for m in (a, b))
+    return mine.keys() == theirs.keys() and all(
+        t is theirs[n] or (t.dtype, t.device) == (theirs[n].dtype, theirs[n].device) and torch.equal(t, theirs[n])
+        for n, t in mine.items()
+    )
 
 
 def check_blocks(
