@@ -36,7 +36,7 @@ class Cost:
         return ids_TK.numel() > 0 and self.calls < CALLS and self._spent < SECONDS
 
     def measure(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> None:
-        """Time the op on this call's tokens: once each to warm up, then ``REPEATS`` times in turns; the quickest counts."""
+        """Time the op on this call's tokens: once to warm up, then ``REPEATS`` times in turns; the quickest counts."""
         began = time.perf_counter()
         even_TK = balanced(ids_TK, bank.num_experts)
         times: tuple[list[float], list[float]] = ([], [])

@@ -6,6 +6,7 @@ to us first; we count it and leave it as it is. Who called is told from the bank
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,9 @@ from moeopt.ops.intercept import intercepted
 from moeopt.profiling.tally import Tally
 from moeopt.rewrite.program import RewrittenForward, rewritten_forward
 
+SAY_EVERY = 2.0
+"""Seconds between two lines of progress."""
+
 
 def observe(
     model: nn.Module, calls: Iterable[Call], wanted: set[str], measure: bool, say: Any
@@ -34,13 +38,15 @@ def observe(
     """
     tallies: dict[int, Tally] = {}
     owners: list[tuple[RewrittenForward, list[Tally], int]] = []
-    for path, module in model.named_modules():
+    seen: set[int] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
         forward, name = rewritten_forward(module), path or type(model).__name__
-        if forward is None or name not in wanted:
+        if forward is None or name not in wanted or id(module) in seen:
             continue
+        seen.add(id(module))
         own = []
         for i, (bank, _) in enumerate(forward.banks):
-            own.append(Tally(name if len(forward.banks) == 1 else f"{name}[{i}]", bank.num_experts))
+            own.append(Tally(name, bank.num_experts, i if len(forward.banks) > 1 else None))
             tallies[id(bank)] = own[-1]
         owners.append((forward, own, forward.fallbacks))
 
@@ -51,10 +57,12 @@ def observe(
             if measure and tally.cost.wants(ids):
                 tally.cost.measure(x, ids, weights, bank, spec)
 
-    number = 0
+    number, said = 0, float("-inf")
     with torch.no_grad(), intercepted(count):
         for number, call in enumerate(calls, 1):
-            say(f"batch {number}")
+            if time.perf_counter() - said > SAY_EVERY:
+                said = time.perf_counter()
+                say(f"batch {number}")
             args, kwargs = clone_inputs(call)
             try:
                 model(*args, **kwargs)

@@ -75,6 +75,8 @@ def profile(
     wanted = {b.name for b in moe if b.status == "rewritten"}
     tallies, number = observe(optimized.model, calls, wanted, measure, say) if wanted else ([], 0)
     unread = dict.fromkeys((b.name, b.reason, b.source) for b in moe if b.status == "declined")
+    counted = {t.module for t in tallies}
+    unread |= dict.fromkeys((b.name, _GONE, b.source) for b in moe if b.name in wanted - counted)
     return LoadProfile(
         model=report.model,
         batches=number,
@@ -83,6 +85,9 @@ def profile(
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
     )
+
+
+_GONE = "the model no longer has this module in rewritten form; optimize it again"
 
 
 def _refuse_engines(model: Any) -> None:

@@ -23,6 +23,9 @@ CHUNK = 1024
 class Tally:
     """See the module's docstring.
 
+    Args:
+        module: its path; with ``group``, where a module holds several groups of experts.
+
     Attributes:
         fired: (E,) int64, how many slots fired each expert.
         together: (E, E) int64; [a, b] is the number of tokens that fired both, [a, a] of those that fired a.
@@ -33,8 +36,9 @@ class Tally:
         unseen: calls that ran the block's original code, and so were not counted; ``why_unseen`` says why.
     """
 
-    def __init__(self, name: str, experts: int) -> None:
-        self.name, self.experts = name, experts
+    def __init__(self, module: str, experts: int, group: int | None = None) -> None:
+        self.module, self.experts = module, experts
+        self.name = module if group is None else f"{module}[{group}]"
         self.calls = self.tokens = self.slots = self.negative = self.beyond = self.zero_weight = self.without = 0
         self.widest = 0
         self.fired = torch.zeros(experts, dtype=torch.int64)

@@ -159,6 +159,44 @@ def test_calls_that_run_the_original_code_are_said_to_be_missing():
     assert found.layers[0].why_unseen in " ".join(str(found).split())
 
 
+def test_a_block_that_is_no_longer_rewritten_is_not_silently_absent():
+    from moeopt.rewrite.program import uninstall
+
+    opt = optimized(build())
+    uninstall(opt.model)
+    (unread,) = moeopt.profile(opt).unread
+    assert unread.name == "Block" and "no longer has this module in rewritten form; optimize it again" in unread.reason
+
+
+def test_two_groups_of_experts_in_one_module_and_one_module_of_two_names():
+    class Pair(Block):
+        def __init__(self):
+            super().__init__()
+            self.second = nn.ModuleList(Expert() for _ in range(4))
+
+        def forward(self, x):
+            rows = x.reshape(-1, H)
+            ids, w = self.route(rows)
+            first, y = self.loop(rows, ids, w), torch.zeros_like(rows)
+            for e, expert in enumerate(self.second):
+                token, slot = torch.where(ids == e)
+                y.index_add_(0, token, expert(first[token]) * w[token, slot, None])
+            return y.view(x.shape)
+
+    class Names(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = self.other = Pair()
+
+        def forward(self, x):
+            return self.other(x)
+
+    found = moeopt.profile(build(Names), BATCHES[0], measure=False)
+    first, second = found.layers
+    assert {first.name[-3:], second.name[-3:]} == {"[0]", "[1]"} and not found.unread
+    assert first.fired == second.fired and sum(first.fired) == K * 16
+
+
 def test_no_call_keeps_an_activation():
     import weakref
 
