@@ -1,8 +1,8 @@
 """As a user would: the wheel in a clean environment, and the example workflow's own steps in a project of its own.
 
 `make test-wheel` runs it; it needs hatchling and no network. The clean environment reuses the packages that are
-installed here (torch alone is a gigabyte), all but moeopt: a .pth file names a folder of links to them. pip sees
-them and finds the workflow's requirements satisfied; moeopt itself can only come from the wheel.
+installed here (torch alone is a gigabyte), all but moeopt: a .pth file names a folder of links to them. pip is one of
+them, sees the others, and finds the workflow's requirements satisfied; moeopt itself can only come from the wheel.
 """
 
 import os
@@ -33,7 +33,7 @@ def wheel(tmp_path_factory):
 def environment(tmp_path_factory):
     """What a shell has after `. venv/bin/activate`."""
     folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     others = folder / "others"
     others.mkdir()
     for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
