@@ -135,10 +135,12 @@ def write_graph(
     say: Callable[[str], None],
     started: float,
     beside: TemporaryFolder | None = None,
+    adapt: Callable[[Any], Any] = lambda model: None,
 ) -> Built:
     """Lower the sites of an ``onnx_ir.Model`` and write it with its weights beside it.
 
     ``beside``: the folder of the graph whose portable form this is; it then has that form's name.
+    ``adapt``: changes the lowered model before it is written.
     """
     import onnx_ir as ir
 
@@ -157,6 +159,7 @@ def write_graph(
     name_ends(model.graph, signature)
     made = label_nodes(model, [site.name for site in legal])
     records, probes = _describe(legal, names, plan, calls, made)
+    adapt(model)
     folder, graph = (TemporaryFolder(), GRAPH) if beside is None else (beside, PORTABLE)
     say("writing the engine")
     ir.save(model, f"{folder.name}/{graph}", external_data=data_of(graph))

@@ -22,12 +22,14 @@ from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm
 from moeopt.backends.onnxrt.plan import session_of
 from moeopt.backends.onnxrt.session import GRAPH, Session
 from moeopt.backends.tensorrt import build as builder
+from moeopt.backends.tensorrt.capability import refuses_dtypes
 from moeopt.backends.tensorrt.graph_check import check_graph
 from moeopt.backends.tensorrt.layers import counted, in_block, size, told
 from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.product import exporter_packages, product
 from moeopt.backends.tensorrt.profiles import Profile, default_sizes, profiles_for
 from moeopt.backends.tensorrt.runtime import Needs
+from moeopt.backends.tensorrt.sums import products_as_sums, sums_for
 from moeopt.backends.tensorrt.target import Target, check_buildable, wanted_target
 from moeopt.compare.language import find_ids
 from moeopt.engine import onnx_build
@@ -40,6 +42,7 @@ from moeopt.errors import Declined, EngineBuildError, NotSaveableError, UsageErr
 from moeopt.onnxgraph.assemble import one_op
 from moeopt.onnxgraph.export import emitting, quiet, to_onnx
 from moeopt.onnxgraph.forms.base import Lowering
+from moeopt.onnxgraph.forms.types import types_of
 from moeopt.onnxgraph.plan import BlockPlan, Choice, kind
 from moeopt.onnxgraph.site import Site
 from moeopt.onnxgraph.widen import widen_graph, widen_site
@@ -104,11 +107,12 @@ class EnginePlan(TensorRTPlan):
             raise
 
     def check(self, site: Site) -> None:
-        try:
-            super().check(site)
-        except Declined as err:
-            self.refusals.append(err.reason)
-            raise
+        types = types_of(site)
+        every = {types.x, types.act, types.weights, types.term, types.accum, types.out, types.compute}
+        products = set() if sums_for(self.target) else {types.compute}  # products are written as sums there
+        if why := refuses_dtypes(self.target, products, every):
+            self.refusals.append(why)
+            raise Declined(f"no TensorRT form carries its experts: {why}")
 
 
 def trt_plan(options: Options) -> EnginePlan:
@@ -144,13 +148,18 @@ def build_trt(
     """
     started = time.perf_counter()
     graph, sites, signature = _exported(model, args, kwargs, plan, options)
-    portable, narrow = graph.clone(), widen_graph(graph.clone())
+    portable, differs, sums = graph.clone(), widen_graph(graph.clone()), 0
+
+    def adapt(model: Any) -> None:
+        nonlocal sums
+        sums = products_as_sums(model) if sums_for(plan.target) else 0
+
     try:
-        built = onnx_build.write_graph(graph, sites, signature, plan, options.say, started)
+        built = onnx_build.write_graph(graph, sites, signature, plan, options.say, started, adapt=adapt)
     except Declined as err:
         raise UsageError(err.reason) from None
-    differs = any(widen_site(s) is not s or plan.portable(s).name != plan.lowering(s).name for s in sites)
-    if narrow or differs:
+    differs |= sums > 0 or any(widen_site(s) is not s or plan.portable(s).name != plan.lowering(s).name for s in sites)
+    if differs:
         options.say("writing its portable form")
         form = PortableForm(plan)
         built.portable = onnx_build.write_graph(

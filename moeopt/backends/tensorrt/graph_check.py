@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from moeopt.backends.tensorrt.capability import MOST_OF_TOPK, refuses
@@ -21,18 +22,29 @@ def check_graph(model: Any, target: Target) -> list[str]:
 
     Subgraphs and functions are checked too. Dtypes that the graph does not state are worked out from those it does.
     """
-    kinds: dict[int, str] = {}
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        _state(kinds, value, "")
+    kinds = dtypes_in(model)
     own = {(function.domain, function.name) for function in model.functions.values()}
     problems = []
-    graphs = [model.graph, *(function.graph for function in model.functions.values())]
-    for node in (node for graph in graphs for node in graph.all_nodes()):
-        _work_out(kinds, node)
+    for node in _nodes(model):
         if (node.domain, node.op_type) in own:
             continue
         problems += [f"{_where(node)}: {why}" for why in _problems(node, target, kinds)]
     return problems
+
+
+def dtypes_in(model: Any) -> dict[int, str]:
+    """The dtype of each value, by its identity: as stated, else as its node makes it; "" where neither tells."""
+    kinds: dict[int, str] = {}
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        _state(kinds, value, "")
+    for node in _nodes(model):
+        _work_out(kinds, node)
+    return kinds
+
+
+def _nodes(model: Any) -> Iterator[Any]:
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        yield from graph.all_nodes()
 
 
 def _problems(node: Any, target: Target, kinds: dict[int, str]) -> list[str]:
