@@ -18,7 +18,7 @@ from tests.helpers import assert_same, count_expert_calls, run
 from tests.ir.tiny import rand
 from tests.passes.test_recognize_dense import Packed
 from tests.passes.tiny import GLU, H, I, MoE, ffn, seeded
-from tests.test_dense import Around, forwards
+from tests.test_dense import Around, Glu, forwards, some_forms
 
 X = rand(3, 7, H)
 
@@ -69,6 +69,18 @@ def test_no_weight_is_copied_and_packed_ones_stay_one_product(monkeypatch):
     with torch.no_grad():
         model.block.w13.weight.mul_(2)
     assert_same(run(opt, ((X,), {})), run(model, ((X,), {})))
+
+
+@pytest.mark.parametrize(("order", "act", "bias", "inner", "groups"), list(some_forms(8, seed=1)))
+def test_forms(order, act, bias, inner, groups, monkeypatch):
+    del groups
+    timed(monkeypatch, 2, 1)
+    make = (lambda: ffn(act, bias, inner)) if order == "plain" else (lambda: Glu(order, act, bias, inner))
+    model = seeded(lambda: Around(make()))
+    opt = fuse(model, verify="fast")
+    assert [(b.status, b.experts) for b in opt.report.blocks] == [("rewritten", 1)], str(opt.report)
+    for x in (X, X[:1, :1]):
+        assert_same(run(opt, ((x,), {})), run(model, ((x,), {})))
 
 
 @pytest.mark.parametrize(
