@@ -1,4 +1,4 @@
-"""Speed, memory and load as the page shows them; what was not measured or counted is not there."""
+"""Speed and memory as the page shows them; what was not measured is not there."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ def speed_view(
         for name, seconds in timings.items():
             if not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
                 raise UsageError(f"timings[{name!r}] is {seconds!r}: give the seconds of one call")
-        calls = bars([(str(n), float(s), _time(s)) for n, s in timings.items()], "Time of one call, as it was measured")
+        calls = bars(
+            [(str(n), float(s), duration(s)) for n, s in timings.items()], "Time of one call, as it was measured"
+        )
     timed = [x for x in (profile["layers"] if profile else []) if x["cost"]]
     far = sorted(timed, key=lambda x: -abs(x["cost"]["ratio"] - 1))[:SHOWN]
     rows = [
-        (x["name"], x["cost"]["ratio"], f"{x['cost']['ratio']:.2f}x ({_time(x['cost']['observed_seconds'])})")
+        (x["name"], x["cost"]["ratio"], f"{ratio(x['cost'])} ({duration(x['cost']['observed_seconds'])})")
         for x in timed
         if x in far
     ]
@@ -67,16 +69,11 @@ def size(count: float) -> str:
     return f"{count / unit:.3g} {word}"
 
 
-def load_views(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A layer's figures in words, for the table."""
-    return [{**layer, "busiest": _busiest(layer["fired"])} for layer in layers]
+def ratio(cost: Mapping[str, Any]) -> str:
+    """Time as routed over balanced; "~1" where equal timings differ by as much."""
+    return "~1" if abs(cost["ratio"] - 1) <= cost["noise"] else f"{cost['ratio']:.2f}x"
 
 
-def _busiest(fired: list[int], most: int = 2) -> str:
-    total = sum(fired)
-    top = sorted(range(len(fired)), key=lambda e: -fired[e])[:most]
-    return ", ".join(f"{e}: {100 * fired[e] / total:.1f} %" for e in top if fired[e]) if total else ""
-
-
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in three figures: 14.3 ms."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -17,7 +17,8 @@ from typing import Any
 from moeopt.errors import UsageError
 from moeopt.html import graph, heat
 from moeopt.html.certificate import certificate_view
-from moeopt.html.numbers import load_views, memory_view, speed_view
+from moeopt.html.load import load_views
+from moeopt.html.numbers import memory_view, ratio, speed_view
 
 _HERE = Path(__file__).parent
 
@@ -92,6 +93,7 @@ def page(
     pages = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pages.filters["svg"] = Markup
     pages.filters["distance"] = distance
+    pages.filters["ratio"] = ratio
     return pages.from_string((_HERE / "page.html.j2").read_text()).render(
         css=Markup((_HERE / "page.css").read_text()),
         json=Markup(json.dumps(facts, allow_nan=False).translate(_HARMLESS)),

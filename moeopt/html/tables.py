@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from moeopt.html.numbers import size
+from moeopt.html.numbers import ratio, size
 
 SHOWN = 40
 """Rows that a notebook shows; the text and the JSON have all."""
@@ -56,7 +56,7 @@ def load_table(profile: Mapping[str, Any]) -> str:
             if at
             else ("", "", "", "", "")
         )
-        rows.append((x["name"], x["experts"], x["tokens"], *figures, f"{cost['ratio']:.2f}x" if cost else ""))
+        rows.append((x["name"], x["experts"], x["tokens"], *figures, ratio(cost) if cost else ""))
     rows += [(u["name"], "", f"not profiled: {u['reason']}", *[""] * 6) for u in profile["unread"]]
     heads = ("block", "experts", "tokens", "max/mean", "cv", "entropy", "dead", "hot", "cost")
     return table(f"moeopt profile: {profile['model']}, {profile['batches']} batches", heads, rows)

@@ -17,7 +17,8 @@ from moeopt.ops.bank import Bank
 from moeopt.ops.experts import experts
 from moeopt.ops.intercept import left_alone
 
-REPEATS = 7
+REPEATS = 8
+"""Even: the noise is told from the odd ones against the even ones."""
 CALLS = 3
 """Calls of a block that are timed, at most."""
 SECONDS = 0.25
@@ -25,11 +26,14 @@ SECONDS = 0.25
 
 
 class Cost:
-    """Sums over the timed calls: ``observed`` and ``balanced`` in seconds, ``tokens``, experts hit by each routing."""
+    """Sums over the timed calls: ``observed`` and ``balanced`` in seconds, ``tokens``, experts hit by each routing.
+
+    ``noise`` is by how much equal timings differed at worst: a ratio that is no further from 1 says nothing.
+    """
 
     def __init__(self) -> None:
         self.calls = self.tokens = self.hit_observed = self.hit_balanced = 0
-        self.observed = self.balanced = self._spent = 0.0
+        self.observed = self.balanced = self.noise = self._spent = 0.0
 
     def wants(self, ids_TK: Tensor) -> bool:
         """Whether this call shall be timed."""
@@ -54,13 +58,14 @@ class Cost:
         self.tokens += ids_TK.shape[0]
         self.observed += min(times[0][1:])
         self.balanced += min(times[1][1:])
+        self.noise = max(self.noise, *(_noise(kept[1:]) for kept in times))
         self.hit_observed += _hit(ids_TK, bank.num_experts)
         self.hit_balanced += _hit(even_TK, bank.num_experts)
         self._spent += time.perf_counter() - began
 
     def summary(self) -> dict[str, float] | None:
-        """Means per timed call, and observed over balanced; None where nothing was timed."""
-        if not self.calls or not self.balanced:
+        """Means per timed call, observed over balanced, and the noise of that; None where nothing could be timed."""
+        if not self.calls or not self.balanced or self.noise == float("inf"):
             return None
         return {
             "calls": self.calls,
@@ -68,6 +73,7 @@ class Cost:
             "observed_seconds": self.observed / self.calls,
             "balanced_seconds": self.balanced / self.calls,
             "ratio": self.observed / self.balanced,
+            "noise": self.noise,
             "experts_hit_observed": self.hit_observed / self.calls,
             "experts_hit_balanced": self.hit_balanced / self.calls,
         }
@@ -78,6 +84,12 @@ def balanced(ids_TK: Tensor, experts: int) -> Tensor:
     inside = (ids_TK >= 0) & (ids_TK < experts)
     turn = inside.reshape(-1).cumsum(0).view_as(inside) - 1
     return torch.where(inside, (turn % experts).to(ids_TK.dtype), ids_TK)
+
+
+def _noise(seconds: list[float]) -> float:
+    """How far the quickest of every other timing is from the quickest of the rest, as a part of it."""
+    odd, even = min(seconds[::2]), min(seconds[1::2])
+    return max(odd, even) / min(odd, even) - 1 if min(odd, even) > 0 else float("inf")
 
 
 def _hit(ids: Tensor, experts: int) -> int:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from moeopt.html import ratio
 from moeopt.profiling.statistics import HOT
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ HEADER = f"{'block':<{NAME}} experts  tokens max/mean    cv entropy dead  hot  c
 LEGEND = (
     "max/mean: load of the busiest expert over the mean; cv: standard deviation over mean; entropy: 1 is balance, 0 "
     f"one expert for all; dead: experts that never fired; hot: above {HOT:g} times the mean; cost: time of the op as "
-    "routed over that with balanced routing, measured here"
+    "routed over that with balanced routing, measured here; ~1: no difference beyond the noise"
 )
 
 
@@ -69,7 +70,7 @@ def _row(layer: LayerLoad) -> Iterator[str]:
     if at is None:
         yield f"{start}  no expert fired"
         return
-    cost = f"{layer.cost['ratio']:.2f}x" if layer.cost else "-"
+    cost = ratio(layer.cost) if layer.cost else "-"
     yield (
         f"{start} {at['max_over_mean']:>8.2f} {at['cv']:>5.2f} {at['entropy']:>7.3f} {len(at['dead']):>4} "
         f"{len(at['hot']):>4} {cost:>5}"
@@ -113,7 +114,8 @@ def facts(layer: LayerLoad, at: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield (
             "cost",
             f"{1e3 * c['observed_seconds']:.3g} ms for {c['tokens']:.0f} tokens on {c['experts_hit_observed']:.0f} "
-            f"experts; balanced {1e3 * c['balanced_seconds']:.3g} ms on {c['experts_hit_balanced']:.0f}",
+            f"experts; balanced {1e3 * c['balanced_seconds']:.3g} ms on {c['experts_hit_balanced']:.0f}; "
+            f"equal timings differ by {100 * c['noise']:.0f} %",
         )
 
 

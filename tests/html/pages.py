@@ -62,7 +62,7 @@ def load(layers=2, experts=8, tokens=64):
     tallies.append(Tally("idle", experts))
     tallies[-1].unseen, tallies[-1].why_unseen = 2, REASON
     cost = tallies[0].cost
-    cost.calls, cost.tokens, cost.observed, cost.balanced = 1, tokens, 0.003, 0.002
+    cost.calls, cost.tokens, cost.observed, cost.balanced, cost.noise = 1, tokens, 0.003, 0.002, 0.1
     return LoadProfile(
         "Toy<i>", 3, tuple(map(layer_load, tallies)), (Unread("odd", REASON, "x.py:1"),), notes=(REASON,)
     )

@@ -85,6 +85,8 @@ def test_what_is_seen_has_every_block_reason_and_figure(page):
         "no expert fired",
         "Not profiled: odd.",
         "1.50x",
+        "beyond the experts",
+        "x the mean pair",
     ):
         assert text in page.text, text
 

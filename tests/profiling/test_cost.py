@@ -2,9 +2,10 @@
 
 import torch
 
+from moeopt.html import ratio
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.bank import StackedBank
-from moeopt.profiling.cost import CALLS, Cost, balanced
+from moeopt.profiling.cost import CALLS, Cost, _noise, balanced
 
 SPEC = ExpertsSpec(rows="plain", activation="relu")
 
@@ -33,5 +34,18 @@ def test_a_timing_reports_means_and_experts_hit():
     assert (found["calls"], found["tokens"]) == (2, 6) and found["observed_seconds"] > 0
     assert (found["experts_hit_observed"], found["experts_hit_balanced"]) == (1, 4)
     assert found["ratio"] == found["observed_seconds"] / found["balanced_seconds"]
+    assert found["noise"] >= 0
     cost.calls = CALLS
     assert not cost.wants(ids)
+
+
+def test_noise_is_how_far_equal_timings_are_apart():
+    assert _noise([3.0, 2.0, 4.0, 9.0]) == 0.5  # 3 against 2: every other one
+    assert _noise([1.0, 1.0]) == 0 and _noise([0.0, 1.0]) == float("inf")
+    cost = Cost()
+    cost.calls, cost.tokens, cost.observed, cost.balanced, cost.noise = 1, 4, 1.2, 1.0, 0.25
+    assert ratio(cost.summary()) == "~1"
+    cost.noise = 0.15
+    assert ratio(cost.summary()) == "1.20x"
+    cost.noise = float("inf")
+    assert cost.summary() is None
