@@ -21,7 +21,6 @@ NIGHTLY = os.environ.get("MOEOPT_NIGHTLY") == "1"
 EACH_IMPLEMENTATION = ("mixtral", "gpt_oss", "deepseek_v3")
 MAY_DECLINE = {
     "nllb-moe": "its router feeds a one-hot mask where ids are expected, and its capacity follows the token count",
-    "switch_transformers": "its capacity counts tokens within each sequence",
 }
 if importlib.util.find_spec("transformers") and importlib.metadata.version("transformers").startswith("4."):
     MAY_DECLINE["longcat_flash"] = (

@@ -62,9 +62,9 @@ class _Builder:
         self.tokens = proto.indices("tokens")
 
     def every_expert(self) -> Case:
-        slots = min((self.proto.rows(n).shape[-1] for n in self.proto.indices("ids")), default=1)
+        slots = min((self.proto.slots(n) for n in self.proto.routed()), default=1)
         aimed = 0 if self.router_rows is None else len(self.router_rows)
-        count = aimed + 16 if aimed else math.ceil(4 * self.experts / (slots if self.proto.indices("ids") else 2))
+        count = aimed + 16 if aimed else math.ceil(4 * self.experts / (slots if self.proto.routed() else 2))
         count = max(min(count, MAX_TOKENS), 64)
         rows = self.draw(count + count % 2)
         for n in self.tokens if aimed else []:
@@ -147,22 +147,24 @@ class _Builder:
     def pick(self, count: int) -> list[int]:
         return torch.randperm(self.experts, generator=self.generator)[:count].tolist()
 
-    def ids(self, like: Tensor, count: int, experts: list[int], same: bool) -> Tensor:
+    def ids(self, slots: int, count: int, experts: list[int], same: bool) -> Tensor:
         """(count, K) ids, distinct in a row where there are enough experts, covering ``experts`` first."""
-        slots = like.shape[-1]
         others = [e for e in self.pick(self.experts) if e not in experts]
         order = (experts + others) if len(experts) < slots else experts
         width = slots if len(experts) < slots else len(order)
         start = torch.zeros(count, dtype=torch.long) if same else torch.arange(count) * slots
         ids = (start[:, None] + torch.arange(slots)[None]) % max(width, 1)
-        return torch.tensor(order)[ids % len(order)].to(like)
+        return torch.tensor(order)[ids % len(order)]
 
     def case(
         self, name: str, grid: tuple[int, ...], rows: dict[int, Tensor], experts: range | list[int], same: bool = False
     ) -> Case:
-        for n in self.proto.indices("ids"):
+        for n in self.proto.routed():
             order = self.pick(self.experts) if isinstance(experts, range) else list(experts)
-            rows[n] = self.ids(rows[n], len(rows[n]), order, same).reshape(rows[n].shape)
+            dropped = rows[n].flatten(1).any(1) if self.proto.leaves[n].role == "choices" else None
+            rows[n] = self.proto.naming(n, self.ids(self.proto.slots(n), len(rows[n]), order, same))
+            if dropped is not None:  # a token that the given mask drops stays dropped
+                rows[n][~dropped] = 0
         args, kwargs = self.proto.with_tokens(grid, rows)
         return Case(name, args, kwargs)
 

@@ -4,6 +4,7 @@ A prototype is one real call of a block with a role for each flattened leaf of `
 
     tokens    floating activations, one row per token
     ids       integer expert ids, (tokens, K)
+    choices   the same as a mask of zeros and ones, (tokens, E) or (tokens, K, E)
     weights   floating routing weights, (tokens, K) or (tokens, E)
     static    anything else; with ``lead`` > 0 its rows go with the tokens (a mask, input ids)
     pairs     (B or 1, heads or 1, S or 1, S) beside (B, S, H): what attention adds to, or allows, for pairs of tokens
@@ -26,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.errors import UsageError
 
-Role = Literal["tokens", "ids", "weights", "static", "pairs"]
+Role = Literal["tokens", "ids", "choices", "weights", "static", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,26 @@ class Prototype:
     def indices(self, role: Role) -> list[int]:
         """Leaf numbers of a role, those with token dims."""
         return [n for n in self._moving if self.leaves[n].role == role]
+
+    def routed(self) -> list[int]:
+        """Leaf numbers of arguments that name experts."""
+        return [*self.indices("ids"), *self.indices("choices")]
+
+    def slots(self, n: int) -> int:
+        """K of such an argument; one more for a mask, in whose rows any number of experts may be named."""
+        own = self.rows(n)
+        if self.leaves[n].role == "ids":
+            return own.shape[-1]
+        return 1 + (own.shape[-2] if own.dim() > 2 else 1)
+
+    def naming(self, n: int, ids: Tensor) -> Tensor:
+        """Rows of such an argument that name ``ids`` (tokens, K)."""
+        own = self.rows(n)
+        if self.leaves[n].role == "ids":
+            return ids.reshape(len(ids), *own.shape[1:]).to(own)
+        hot = torch.nn.functional.one_hot(ids.long(), own.shape[-1])
+        hot[::3, 0] |= hot[::3, -1]
+        return hot[:, :-1].reshape(len(ids), *own.shape[1:]).to(own)
 
     def rows(self, n: int) -> Tensor:
         """Leaf ``n`` as (tokens, ...features)."""

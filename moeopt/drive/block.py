@@ -26,7 +26,7 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.ir.tape import Tape, clone_inputs, record
 from moeopt.ir.tree import tree_leaves
 from moeopt.options import Options
-from moeopt.passes.recognize_experts import Recognition
+from moeopt.passes.recognize_experts import Recognition, Uncovered
 from moeopt.passes.recognize_router import RouterReading
 from moeopt.passes.replace_experts import replacement
 from moeopt.rewrite.generalize import generalize
@@ -97,6 +97,11 @@ def _rewrite(
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
             last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
+        except Uncovered as err:  # what was read as a mask may be ids
+            if not proto.indices("choices"):
+                raise
+            last = err.with_traceback(None)
+            continue
         check = _verify(name, module, program, proto, found, call, options, runtime)
         if check.passed is False:
             raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
@@ -146,6 +151,9 @@ def _program(
 def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> None:
     """The last plan is that of a second call: attributes that the first one stored must not have changed it."""
     if tape.attributes:
+        for key, value in plans[0].attributes.items():  # self.dtype = x.dtype: a second call finds it there already
+            if all(isinstance(v, torch.dtype) for v in tree_leaves(value)):
+                plans[-1].attributes.setdefault(key, value)
         generalize(plans[:-1], shapes[:-1])
         try:
             generalize(plans, shapes)
@@ -242,7 +250,7 @@ def _verify(
     experts = max(len(f.experts) for f in found)
     rows = [proto.rows(n) for n in proto.indices("tokens")]
     aimed = None
-    if rows and rows[0].dim() == 2 and not proto.indices("ids"):
+    if rows and rows[0].dim() == 2 and not proto.routed():
         covering = witness(proto, 48, options.seed + 7)
         aimed = Prototype(covering[0], covering[1], proto.leaves).rows(proto.indices("tokens")[0])
     cases = adversarial_cases(proto, experts, level=options.verify, seed=options.seed, router_rows=aimed)

@@ -63,7 +63,7 @@ def covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape
     likely = max((len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))), default=0)
     likely = max([likely, *(p.shape[0] for p in module.parameters() if p.dim() == 3)])
     for tokens, aim, forced, flat in _ATTEMPTS:
-        ids = proto.indices("ids")
+        ids = proto.routed()
         if last is None and not forced and not ids:  # many are never all hit by chance: the next attempt steers
             tokens = 8 if likely > 128 else max(tokens, 2 * likely)
         if forced and (last is None or not last.universe):
@@ -71,7 +71,7 @@ def covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape
         if forced:
             tokens = max(tokens, min(2 * last.universe, 4096))  # type: ignore[union-attr]
         if ids and experts:
-            tokens = max(tokens, 2 * math.ceil(experts / proto.rows(ids[0]).shape[-1]))
+            tokens = max(tokens, 2 * math.ceil(experts / proto.slots(ids[0])))
         call = witness(proto, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
         steer = EveryExpert(last.universe, seed) if forced and last is not None else None
         tape = record(module, *call, steer=steer)
@@ -106,6 +106,8 @@ _ATTEMPTS = (
 
 def _likely_experts(module: nn.Module, proto: Prototype) -> int:
     """How many experts ids given as arguments may name: the number of stacked weights or of alike children."""
+    if choices := proto.indices("choices"):
+        return proto.rows(choices[0]).shape[-1]
     ids = [proto.rows(n) for n in proto.indices("ids")]
     if not ids or not ids[0].numel():
         return 0

@@ -35,10 +35,11 @@ def prototypes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Protot
     for axis, lead in readings:
         grid = tuple(first.movedim(axis, -1).shape[:lead])
         roles = tuple(_leaf(t, first, grid, axis, lead) for t in leaves)
-        try:
-            yield Prototype(tuple(args), dict(kwargs), roles)
-        except UsageError:  # the arguments' sizes do not fit this reading
-            continue
+        for reading in _readings(roles, leaves):
+            try:
+                yield Prototype(tuple(args), dict(kwargs), reading)
+            except UsageError:  # the arguments' sizes do not fit this reading
+                continue
 
 
 def _integer_prototypes(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> Iterator[Prototype]:
@@ -74,9 +75,31 @@ def _leaf(t: Any, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: i
         if t.dim() >= count and (dims == grid if count == len(grid) else dims == (total,)):
             if _float(t):
                 return Leaf("tokens" if t.dim() > count and t.shape[-1] == first.shape[axis] else "weights", count)
+            if _one_hot(t, count):
+                return Leaf("choices", count)
             looks_like_ids = t.dtype in (torch.int64, torch.int32) and t.dim() == count + 1
             return Leaf("ids" if looks_like_ids else "static", count)
     return Leaf()
+
+
+def _readings(roles: tuple[Leaf, ...], leaves: list[Any]) -> Iterator[tuple[Leaf, ...]]:
+    """``roles``, and the other reading of integers (T, 2): a mask over two experts, or two ids of which one is 0."""
+    yield roles
+    other = tuple(
+        Leaf("ids", leaf.lead)
+        if leaf.role == "choices" and t.dim() == leaf.lead + 1 and t.dtype in (torch.int64, torch.int32)
+        else leaf
+        for leaf, t in zip(roles, leaves, strict=True)
+    )
+    if other != roles:
+        yield other
+
+
+def _one_hot(t: torch.Tensor, lead: int) -> bool:
+    """True for a mask over experts: zeros and ones, at most a single one along the last axis."""
+    if t.dim() not in (lead + 1, lead + 2) or t.shape[-1] < 2 or t.is_complex() or not t.numel():
+        return False
+    return bool(((t == 0) | (t == 1)).all()) and bool((t != 0).sum(-1).max() == 1)
 
 
 def witness(
@@ -115,6 +138,8 @@ def witness(
             rows[n] = (picked.float() * (0.5 + torch.rand(picked.shape, generator=generator)).to(own.device)).to(own)
         elif leaf.role == "ids" and experts:
             rows[n] = _ids(count, own.shape[-1], experts, generator).to(own)
+        elif leaf.role == "choices":
+            rows[n] = proto.naming(n, _ids(count, proto.slots(n), own.shape[-1], generator))
         elif own.dtype in (torch.int64, torch.int32) and own.numel():
             rows[n] = _integers(own, count, generator)
         else:

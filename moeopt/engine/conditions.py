@@ -19,6 +19,7 @@ _BINARY: dict[type, str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**",
     ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.And: "and", ast.Or: "or",
 }  # fmt: skip
+_TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "==": "==", "!=": "!="}
 _CALLS = {
     "max": "max", "min": "min", "math.floor": "floor", "math.ceil": "ceil", "math.trunc": "trunc", "math.sqrt": "sqrt",
     "torch.sym_float": "float", "torch.sym_int": "trunc", "torch.sym_max": "max", "torch.sym_min": "min",
@@ -62,14 +63,39 @@ def only_asked(conditions: Sequence[Any], asked: Sequence[Any]) -> list[Any]:
 
     Ops of a graph do both at run time. ``asked`` are the conditions that the model's own code raised.
     """
-    kept = []
-    for condition in conditions:
-        name, *rest = condition
-        special = name == "!=" or (name == ">" and rest[1] in (0, 1)) or (name == ">=" and rest[1] in (1, 2))
-        special = special or (name in ("<", ">") and all(_sizes(side) for side in rest))  # strides put in order
-        if not special or condition in asked:
-            kept.append(condition)
-    return kept
+    meant = [_upright(condition) for condition in asked]
+    return [c for c in conditions if not _special(_upright(c)) or _upright(c) in meant]
+
+
+def _special(condition: Any) -> bool:
+    name, *rest = condition
+    if name in ("<", ">", "<=", ">=") and all(_sizes(side) for side in rest):  # strides put in order
+        return True
+    return name == "!=" or (name == ">" and rest[1] in (0, 1)) or (name == ">=" and rest[1] in (1, 2))
+
+
+def _upright(condition: Any) -> Any:
+    """The sizes on the left, and without a factor that both sides have: ``4 < 4 * a`` is ``a > 1``."""
+    name, *rest = condition
+    if name not in _TURNED or len(rest) != 2:
+        return condition
+    if not _sizes(rest[0]):
+        name, rest = _TURNED[name], rest[::-1]
+    factor, product = _factor(rest[0])
+    if factor > 1 and isinstance(rest[1], int) and rest[1] % factor == 0:
+        rest = [product, rest[1] // factor]
+    return [name, *rest]
+
+
+def _factor(node: Any) -> tuple[int, Any]:
+    """The first whole number of a product, and the rest of it."""
+    if not isinstance(node, list) or node[0] != "*":
+        return 1, node
+    for number, other in ((node[1], node[2]), (node[2], node[1])):
+        if isinstance(number, int):
+            return number, other
+    left, rest = _factor(node[1])
+    return left, ["*", rest, node[2]]
 
 
 def check_conditions(

@@ -16,6 +16,7 @@ from torch.fx.experimental import _config as shape_config
 from torch.utils import _pytree as pytree
 
 from moeopt.compare.model import run_plain
+from moeopt.engine.asked import noting_questions
 from moeopt.errors import MoeoptError, NotSaveableError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -56,10 +57,16 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return {d: torch.export.Dim.AUTO for d in range(leaf.dim())} if isinstance(leaf, torch.Tensor) else None
 
     shapes = pytree.tree_map(dynamic, (tuple(args), dict(kwargs)))
-    bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)  # **kwargs as one dict
     before = _python_state(model)
     try:
-        with torch.no_grad(), _idle_moves(), shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        with (
+            torch.no_grad(),
+            _idle_moves(),
+            shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+            noting_questions(),
+            _named(model, kwargs),
+        ):
+            bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)
             program = torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
     except MoeoptError:
         raise
@@ -75,6 +82,33 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             "make it an argument, or use backend='torch'"
         )
     return program
+
+
+@contextlib.contextmanager
+def _named(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Keywords that ``forward`` takes as ``**kwargs`` are parameters of their own: torch.export counts them twice."""
+    signature = inspect.signature(model.forward)
+    known = signature.parameters
+    extra = [name for name in kwargs if name not in known]
+    if not extra or not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        yield
+        return
+    own = [p for p in known.values() if p.kind is not p.VAR_KEYWORD]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    held, forward = model.__dict__.get("forward"), model.forward
+
+    def spelled_out(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    spelled_out.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+    model.__dict__["forward"] = spelled_out
+    try:
+        yield
+    finally:
+        if held is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = held
 
 
 @contextlib.contextmanager
@@ -120,6 +154,8 @@ def _obstacle(err: Exception) -> str:
             "torch.export.register_dataclass on it, or return a tuple or a dict"
         )
     if "ata-dependent" not in head:
+        if own := _raised_by_the_model(err):
+            return own
         return f"torch.export stops at: {head}. Remove what it names, or save the rewritten blocks on their own"
     lines = [
         line.strip() for line in text.splitlines() if line.strip().startswith("File ") and "site-packages" not in line
@@ -129,6 +165,19 @@ def _obstacle(err: Exception) -> str:
     return (
         f"torch.export stops at: {head}{where}. A block that moeopt declined keeps its data-dependent Python: the "
         "report of backend='torch' says why; save the rewritten blocks on their own, or remove what it names"
+    )
+
+
+def _raised_by_the_model(err: Exception) -> str:
+    """In words, an error of the model's own code, which runs otherwise and not while it is traced; or ""."""
+    frames = traceback.extract_tb(err.__traceback__)
+    last = frames[-1] if frames else None
+    if last is None or f"{os.sep}torch{os.sep}" in last.filename or f"{os.sep}moeopt{os.sep}" in last.filename:
+        return ""
+    return (
+        f"while torch.export traced it, its own code raised {type(err).__name__}: {err} "
+        f"({last.filename}:{last.lineno}: {last.line}). Code may ask whether it is traced and take another way: give "
+        "the arguments that this line reads, a mask for one, as example inputs, or use backend='torch'"
     )
 
 

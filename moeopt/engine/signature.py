@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import traceback
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +12,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from moeopt.engine import sizes
+from moeopt.engine.asked import questions
 from moeopt.engine.conditions import encode_conditions, only_asked
 from moeopt.engine.graph import input_entry, tree_of
 from moeopt.engine.values import encode
 from moeopt.errors import NotSaveableError
-
-_OWN = str(Path(__file__).parents[1])
-"""The rewritten blocks' own checks: what they ask of sizes was verified, and holds for all of them."""
-
-_TRANSFORMERS = str(Path(torch.__file__).parents[1] / "transformers")
-"""Transformers tells one row from many only to build smaller masks; engines are compared at size 1 anyway."""
 
 
 def describe_call(program: torch.export.ExportedProgram) -> dict[str, Any]:
@@ -56,21 +49,15 @@ def size_conditions(program: torch.export.ExportedProgram) -> list[Any]:
     """The conditions on sizes of the trace, less those that only torch's own code asked for."""
     leaves = _numbered(program)
     conditions = encode_conditions(program._guards_code, leaves)
-    env = next(
-        (v.fake_mode.shape_env for n in program.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None
-    )
-    if not conditions or env is None:
+    if not conditions:
         return conditions
     names = _symbols(program)
-    inside = str(Path(torch.__file__).parent)
     asked: list[Any] = []
-    for guard in env.guards:
-        frame = guard.sloc.framework_loc
-        if isinstance(frame, traceback.FrameSummary) and not frame.filename.startswith((inside, _OWN, _TRANSFORMERS)):
-            text = PythonPrinter().doprint(guard.expr)
-            for symbol, source in names.items():
-                text = re.sub(rf"\b{symbol}\b", source, text)
-            asked += encode_conditions([text], leaves)
+    for expr in questions(program):
+        text = PythonPrinter().doprint(expr)
+        for symbol, source in names.items():
+            text = re.sub(rf"\b{symbol}\b", source, text)
+        asked += encode_conditions([text], leaves)
     return only_asked(conditions, asked)
 
 

@@ -77,6 +77,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
     from moeopt.onnxgraph.translate import table
 
     program = _tensors_only(program)
+    _settle_layouts(program.graph)
     with quiet():
         try:
             exported = torch.onnx.export(
@@ -96,6 +97,19 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
     RemoveUnusedNodesPass()(exported.model)
     _cast_before_transpose(exported.model.graph)
     return exported.model
+
+
+def _settle_layouts(graph: torch.fx.Graph) -> None:
+    """Attention's result in one layout: the exporter's stages give it several, and a view of one fails in another."""
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        if node.target is aten.scaled_dot_product_attention.default:
+            with graph.inserting_after(node):
+                copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+            copy.meta = dict(node.meta)
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
 
 
 def _tensors_only(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

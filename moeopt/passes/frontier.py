@@ -8,7 +8,8 @@ before it is the router and is kept. In order of preference:
     weights (T, K)                the weight of each id, bit for bit
     scores (T, E)                 a table that holds the weights at the chosen places (gathered by id)
     dense (T, E) or (T, E, C)     zero where an expert is not chosen (summed over capacity slots C)
-    mask (T, K, E)                one-hot choices; an all-zero row is a dropped token
+    mask (T, K, E)                one-hot choices; an all-zero row is a dropped token. In a mask that is an
+                                  argument any number of experts may be named: each entry gets a slot of its own
 """
 
 from __future__ import annotations
@@ -550,10 +551,13 @@ def _by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
                 steps.append((aten.movedim.int, (axis, -1)))
             steps.append((aten.reshape.default, ([-1, k, chains],)))
             onehot = Recipe(node, steps).run(tape)
-            if bool((onehot.sum(-1) > 1).any()):
+            given = _is_argument(node)
+            if not given and bool((onehot.sum(-1) > 1).any()):
                 continue
-            ids_steps: Steps = [*steps, (mask_to_ids, ())]
-            ids = mask_to_ids(onehot)
+            read = mask_to_slots if given else mask_to_ids
+            spread: Steps = [(for_each_slot, (chains,))] if given else []
+            ids_steps: Steps = [*steps, (read, ())]
+            ids = read(onehot)
             named = torch.zeros(tokens, chains + 1, dtype=torch.bool).scatter_(1, ids, True)[:, :chains]
             if not torch.equal(named, (table.visits > 0)[:, torch.tensor(table.natural)]):
                 continue
@@ -562,13 +566,25 @@ def _by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
                 if math.prod(w.meta["shape"]) != tokens * k:
                     continue
                 for order in _orders(w.meta["shape"], tokens, k):
-                    weights = Recipe(w, order)
+                    weights = Recipe(w, [*order, *spread])
                     if _fits(_rebuilt(ids, weights.run(tape), table.natural, chains), table):
-                        yield Frontier(k, recipe, weights, table.natural, "one-hot mask")
+                        yield Frontier(ids.shape[1], recipe, weights, table.natural, "one-hot mask")
             constant = _constant(ids, table.natural, table)
             if constant is not None and not table.weighed:
                 weights = _constant_weights(constant, table)
-                yield Frontier(k, recipe, weights, table.natural, "one-hot mask, constant weight")
+                yield Frontier(ids.shape[1], recipe, weights, table.natural, "one-hot mask, constant weight")
+
+
+def _is_argument(node: fx.Node) -> bool:
+    """True for an argument of the block, seen through casts and movement."""
+    while (
+        node.op == "call_function" and len(node.all_input_nodes) == 1 and (moves_rows(node) or op_name(node) in _CASTS)
+    ):
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
+
+
+_CASTS = ("_to_copy", "to", "type_as")
 
 
 def _by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Frontier]:
@@ -601,6 +617,17 @@ def mask_to_ids(onehot_TKE: torch.Tensor) -> torch.Tensor:
     """(T, K) index of the one in each row; E where a row has none."""
     hit = onehot_TKE != 0
     return torch.where(hit.any(-1), hit.to(torch.uint8).argmax(-1), hit.shape[-1])
+
+
+def mask_to_slots(mask_TKE: torch.Tensor) -> torch.Tensor:
+    """(T, K * E) the expert of each entry that is set, E where it is not: right for any number of them."""
+    experts = mask_TKE.shape[-1]
+    return torch.where(mask_TKE != 0, torch.arange(experts, device=mask_TKE.device), experts).flatten(1)
+
+
+def for_each_slot(weights_TK: torch.Tensor, experts: int) -> torch.Tensor:
+    """(T, K * E) the weight of each entry that :func:`mask_to_slots` made."""
+    return weights_TK.unsqueeze(-1).expand(-1, -1, experts).flatten(1)
 
 
 def one_beyond(weights_TK: torch.Tensor, ids_TK: torch.Tensor, experts: int) -> torch.Tensor:

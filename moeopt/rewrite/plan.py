@@ -232,7 +232,7 @@ class _Planner:
             if self._call_sets(path):
                 continue
             leaves = list(tree_leaves(value))
-            if not leaves or not all(isinstance(v, fx.Node) for v in leaves):
+            if not leaves or not all(isinstance(v, (fx.Node, torch.dtype)) for v in leaves):
                 where = f"{path}.{name}" if path else name
                 raise Declined(
                     f"its forward changes the Python attribute {where}, which a graph cannot repeat; "

@@ -96,3 +96,22 @@ def test_maps_keep_their_features_on_axis_one():
     proto = list(prototypes((rand(2, H, 3, 4),), {}))[1]
     (x,), _ = witness(proto, 30, 0)
     assert x.shape[1] == H and x.dim() == 4 and x.is_contiguous()
+
+
+def test_masks_over_experts_are_choices():
+    mask = torch.nn.functional.one_hot(torch.tensor([1, 3, 0, 2]), 5)
+    x, weights = rand(4, H), rand(4, 1)
+    for given in (mask, mask.bool(), mask[:, None].int()):
+        proto = first(x, given, weights)
+        assert [leaf.role for leaf in proto.leaves] == ["tokens", "choices", "weights"]
+        assert proto.slots(1) == 2  # one, and one more: a mask may name any number
+        _, rows, _ = witness(proto, 30, 0)[0]
+        assert rows.dtype == given.dtype and rows.shape[1:] == given.shape[1:]
+        named = rows.reshape(len(rows), 5).long()
+        assert named.any(0).all() and named.sum(1).min() == 1 and named.sum(1).max() == 2
+    assert first(x, torch.ones(4, 5).long(), weights).leaves[1].role == "ids"  # five of five: no choice
+
+
+def test_two_columns_of_zeros_and_ones_may_be_a_mask_or_ids():
+    readings = list(prototypes((rand(3, H), torch.tensor([[0, 1], [1, 0], [0, 1]])), {}))
+    assert [p.leaves[1].role for p in readings[:2]] == ["choices", "ids"]

@@ -122,3 +122,71 @@ class TwoLayersWithState(nn.Module):
 @case(seq(D), experts=E, moe=3)
 def router_state_of_previous_layer():
     return TwoLayersWithState()
+
+
+class GivenMask(Routed):
+    """The caller routed already and gives a mask over the experts, as integers or booleans."""
+
+    def forward(self, x, mask, weights):
+        out = torch.zeros_like(x)
+        for e in range(E):
+            (rows,) = torch.where(mask[:, e] != 0)
+            out.index_add_(0, rows, self.ffs[e](x[rows]) * weights[rows])
+        return out
+
+
+class GivenSlots(Routed):
+    """A mask for each of a token's slots, and a weight for each slot: the experts of Switch."""
+
+    def forward(self, x, mask, weights):
+        out = torch.zeros_like(x)
+        for e in mask.sum((0, 1)).nonzero():
+            rows, slot = torch.where(mask[:, :, e[0]] != 0)
+            out.index_add_(0, rows, self.ffs[e[0]](x[rows]) * weights[rows, slot, None])
+        return out
+
+
+def _masks(dtype, *slots):
+    """The example names one expert for each token or slot, or none; the later calls any number of them."""
+
+    def make(i):
+        g = torch.Generator().manual_seed(4000 + i)
+        t = (6, 1, 9, 14)[i % 4]
+        mask = torch.nn.functional.one_hot(torch.randint(E, (t, *slots), generator=g), E)
+        mask[t // 2] = 0
+        if i:
+            mask |= torch.rand(mask.shape, generator=g) > 0.6
+        weights = torch.rand(t, *(slots or (1,)), generator=g)
+        return (torch.randn(t, D, generator=g), mask.to(dtype), weights), {}
+
+    return make
+
+
+@case(_masks(torch.int64), experts=E)
+def router_outside_gives_a_mask():
+    return GivenMask()
+
+
+@case(_masks(torch.bool), experts=E)
+def router_outside_gives_a_boolean_mask():
+    return GivenMask()
+
+
+@case(_masks(torch.int64, 2), experts=E)
+def router_outside_gives_a_mask_for_each_slot():
+    return GivenSlots()
+
+
+class RemembersItsDtype(Routed):
+    """Switch's router notes the dtype that it was called with, for a cast at the end."""
+
+    def forward(self, x):
+        self.input_dtype = x.dtype
+        h = x.reshape(-1, D).float()
+        w, ids = self.gate(h).softmax(-1).topk(K)
+        return self.dispatch(h, ids, w).to(self.input_dtype).view_as(x)
+
+
+@case(seq(D), experts=E)
+def router_remembers_its_dtype():
+    return RemembersItsDtype()

@@ -43,9 +43,6 @@ REFUSED = {
 """Models that cannot be an engine, and what the refusal says."""
 
 
-ONE_ROW_REFUSED = {"branch_sequence_first", "strange_product_keys"}
-"""Export asks whether a transposed input has one row, as if the model had; the engine then refuses one row."""
-
 FLOAT32_INSIDE = {"dtype_float64"}
 """A float64 model whose router casts to float32: its own rounding is that of float32, and float64's bound is unfair."""
 
@@ -89,7 +86,7 @@ def test_zoo_engine(name):
         try:
             got = run(opt, copy.deepcopy(call))
         except UsageError as err:  # an engine says which calls it holds for
-            assert case.expect != "rewritten" or name in ONE_ROW_REFUSED, str(err)
+            assert case.expect != "rewritten" or "has size 0" in str(err), str(err)
             continue
         compared += 1
         leaves = [t for t in torch.utils._pytree.tree_leaves(want) if isinstance(t, torch.Tensor)]
