@@ -363,7 +363,8 @@ def _check_gradients(twin: nn.Module, outcome: pipeline.Outcome) -> None:
 
 def _idle_calls(args: Any, kwargs: Any, experts: int) -> list[Call]:
     """Calls that leave most experts idle: one token, and copies of one token."""
-    proto = next(prototypes(args, kwargs), None)
+    fitting = (p for p in prototypes(args, kwargs) if all(p.rows(n).shape[-1] == experts for n in p.indices("choices")))
+    proto = next(fitting, None)
     return [(c.args, c.kwargs) for c in adversarial_cases(proto, experts, level="fast")[1:]] if proto else []
 
 
