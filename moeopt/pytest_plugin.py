@@ -120,10 +120,10 @@ class GoldenCheck(pytest.Item):
 
 def _provider_names(directory: Path) -> list[str]:
     from moeopt.errors import MoeoptError
-    from moeopt.testing import providers
+    from moeopt.testing import provider_names
 
     try:
-        return list(providers(directory))
+        return list(provider_names(directory))
     except MoeoptError:
         return [DEFAULT]
 

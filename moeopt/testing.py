@@ -27,7 +27,8 @@ from moeopt.compare.model import end_to_end
 from moeopt.compare.regression import Regression, current, read_certificate, regressions
 from moeopt.drive.inputs import as_call
 from moeopt.drive.pair import check_blocks, differing_blocks
-from moeopt.engine import read_backend
+from moeopt.engine import AbsentEngine, OnnxEngine
+from moeopt.engine.providers import provider_names, providers
 from moeopt.errors import UsageError
 from moeopt.rewrite.program import rewritten_forward
 
@@ -148,27 +149,6 @@ def check_bundle(
     return BundleCheck(checked, regressions(stored, current(saved, checked, stored)))
 
 
-def providers(directory: str | os.PathLike[str]) -> dict[str, str]:
-    """What could run a bundle: each provider, and why it is not on this machine ("" where it is).
-
-    Raises:
-        BundleError: the directory is no bundle.
-        UsageError: the bundle's runtime is not installed, so nothing can run it.
-    """
-    backend = read_backend(directory)
-    if backend == "torch":
-        return {"cpu": "", "cuda": "" if torch.cuda.is_available() else "PyTorch sees no CUDA GPU on this machine"}
-    if backend == "onnxruntime":
-        from moeopt.backends.onnxrt.session import PROVIDERS, available
-
-        there = available()
-        return {
-            name: "" if name in there else f"ONNX Runtime has no {full} on this machine, or no GPU for it"
-            for name, full in PROVIDERS.items()
-        }
-    return {"default": ""}
-
-
 def facts(certificate: Certificate) -> dict[str, str]:
     """A certificate's figures as text, for a test report: what was required, what was allowed, where, with what."""
     end = certificate.end_to_end
@@ -204,11 +184,19 @@ def failure_text(certificate: Certificate) -> str:
 
 
 def _runs_on(engine: Any) -> str | None:
-    """The provider that a loaded engine runs on, as ``moeopt.verify`` takes it."""
-    provider = getattr(engine, "provider", None)
-    return provider if provider is not None else engine.device.type
+    """The provider that a loaded engine runs on, as ``moeopt.verify`` takes it; None for one that does not run here."""
+    if isinstance(engine, AbsentEngine):
+        return None
+    return engine.provider if isinstance(engine, OnnxEngine) else engine.device.type
 
 
 __all__ = [
-    "BundleCheck", "assert_equivalent", "check_bundle", "compare", "facts", "failure_text", "providers",
-]  # fmt: skip
+    "BundleCheck",
+    "assert_equivalent",
+    "check_bundle",
+    "compare",
+    "facts",
+    "failure_text",
+    "provider_names",
+    "providers",
+]

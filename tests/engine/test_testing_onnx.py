@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moeopt
+from moeopt.errors import UsageError
 from moeopt.testing import assert_equivalent, check_bundle, providers
 from tests.engine import onnx_toys
 
@@ -28,3 +29,12 @@ def test_each_provider_is_there_or_has_a_reason(onnx_pristine):
     if not torch.cuda.is_available():
         assert "no TensorrtExecutionProvider on this machine, or no GPU for it" in found["tensorrt"]
     assert check_bundle(onnx_pristine, "cpu", onnx_pristine / "certificate.json").failure() == ""
+
+
+def test_a_runtime_that_is_not_installed_is_an_error_and_not_a_skip(onnx_pristine, monkeypatch):
+    def missing():
+        raise UsageError("backend 'onnxruntime' needs onnxruntime")
+
+    monkeypatch.setattr("moeopt.engine.providers.available", missing)
+    with pytest.raises(UsageError, match="needs onnxruntime"):
+        providers(onnx_pristine)

@@ -26,6 +26,7 @@ from moeopt.errors import (
     NotSaveableError,
     UsageError,
 )
+from moeopt.testing import assert_equivalent, check_bundle, providers
 from tests.engine.onnx_toys import edit, reseal
 from tests.toy_moe import Block, build, close, seeded
 
@@ -113,6 +114,16 @@ def test_verify_replays(pristine):
     wrong = build()
     torch.nn.init.normal_(wrong.experts[0].w2.weight)
     assert moeopt.verify(pristine, original=wrong, inputs=inputs).passed is False
+
+
+def test_what_could_run_it_and_what_does(pristine):
+    found = providers(pristine)
+    assert list(found) == ["cuda", "cpu", "nv_tensorrt_rtx", "tensorrt"]
+    assert found["cpu"] == "" and found["cuda"].startswith(GONE)
+    check = check_bundle(pristine, "cpu", pristine / "certificate.json")
+    assert check.failure() == "" and not check.certificate.executed
+    certificate = assert_equivalent(build(), moeopt.load(pristine), seeded(2, 5, H, seed=9))
+    assert not certificate.executed and certificate.device == DEVICE
 
 
 def test_verify_of_what_optimize_returned(built):
