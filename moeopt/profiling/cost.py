@@ -17,8 +17,8 @@ from moeopt.ops.bank import Bank
 from moeopt.ops.experts import experts
 from moeopt.ops.intercept import left_alone
 
-REPEATS = 8
-"""Even: the noise is told from the odd ones against the even ones."""
+REPEATS, MOST, ENOUGH = 8, 64, 0.06
+"""Pairs of timings of one call: at least, at most, and after how many seconds there are enough."""
 CALLS = 3
 """Calls of a block that are timed, at most."""
 SECONDS = 0.25
@@ -40,14 +40,14 @@ class Cost:
         return ids_TK.numel() > 0 and self.calls < CALLS and self._spent < SECONDS
 
     def measure(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> None:
-        """Time the op on this call's tokens: once to warm up, then ``REPEATS`` times in turns; the quickest counts."""
+        """Time the op on this call's tokens: once to warm up, then in turns; the quickest counts."""
         began = time.perf_counter()
         even_TK = balanced(ids_TK, bank.num_experts)
         times: tuple[list[float], list[float]] = ([], [])
         # one thread's own time leaves out the turns of a machine's other tenants
         clock = time.thread_time if x_TH.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
         with torch.no_grad(), left_alone():
-            for _ in range(REPEATS + 1):
+            while len(times[0]) <= REPEATS or (len(times[0]) <= MOST and time.perf_counter() - began < ENOUGH):
                 for ids, kept in zip((ids_TK, even_TK), times, strict=True):
                     _wait(x_TH)
                     started = clock()
