@@ -159,7 +159,8 @@ def facts(certificate: Certificate) -> dict[str, str]:
         worst = max(certificate.blocks, key=lambda block: block.required)
         found |= {"factor_required": f"{worst.required:.3g}", "factor_allowed": f"{FACTOR:g}"}
         found["worst_block"] = worst.name
-    return found | {f"version.{name}": version for name, version in certificate.versions.items()}
+    # plain text: torch.__version__ is of a class that pytest-xdist cannot send from its workers
+    return found | {f"version.{name}": str(version) for name, version in certificate.versions.items()}
 
 
 def failure_text(certificate: Certificate) -> str:

@@ -148,6 +148,7 @@ def test_checking_a_bundle(toy_bundle, tmp_path):
     assert check.failure() == "" and check.certificate.passed
     assert facts(check.certificate)["tolerance_required"] == "0.000e+00"
     assert facts(check.certificate)["version.torch"] == torch.__version__
+    assert {type(value) for value in facts(check.certificate).values()} == {str}, "pytest-xdist sends no other class"
     assert providers(toy_bundle)["cpu"] == ""
     stored = tmp_path / "stored.json"
     text = (toy_bundle / "certificate.json").read_text()
