@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from moeopt.cli.target import FORMS, load_data, load_target
+from moeopt.engine import is_bundle
+from moeopt.errors import UsageError
 from moeopt.html import check_target
 from moeopt.profiling import profile
 
@@ -27,6 +29,8 @@ def profile_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
 ) -> None:
     """Count how often each expert fires on data, how uneven that is, and what it costs."""
+    if is_bundle(Path(target)):
+        raise UsageError(f"{target} is a bundle, whose graph hides its routing: profile the model that it was made of")
     if html is not None:
         check_target(html)
     model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)

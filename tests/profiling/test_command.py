@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from moeopt.cli import main
+from tests.engine.toys import save
 from tests.toy_moe import build, seeded
 
 FACTORY = """
@@ -64,6 +65,12 @@ def test_random_tokens_are_said_to_be_random(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("moeopt.cli.profile_command.load_target", lambda *args, **fields: given)
     code, out, _ = run(capsys, "profile", tmp_path, "-q", "--no-measure")
     assert code == 0 and out.endswith("note: the inputs are random tokens: --data names your own\n")
+
+
+def test_a_bundle_is_refused_with_the_way_out(capsys, tmp_path):
+    save(tmp_path / "bundle")
+    code, _, err = run(capsys, "profile", tmp_path / "bundle")
+    assert code == 2 and "is a bundle, whose graph hides its routing: profile the model that it was made of" in err
 
 
 def test_a_model_whose_blocks_are_all_declined_is_exit_code_1(capsys, models):
