@@ -70,11 +70,10 @@ def test_torch_with_fused_ffns(monkeypatch):
     assert abs(perplexity(opt) / perplexity(model) - 1) < 1e-6 and torch.equal(greedy(opt), greedy(model))
 
 
-def test_onnx_runtime_with_experts(tmp_path):
+def test_onnx_runtime_with_experts():
     pytest.importorskip("onnxruntime")
     model, opt = optimised("moe", backend="onnxruntime")
     assert [(b.status, b.top_k) for b in opt.report.blocks] == [("rewritten", 2)] * 2
     assert all(b.router == "softmax, top-2 of 8, renormalised" for b in opt.report.blocks)
     check_figures(opt.certificate)
-    loaded = moeopt.load(opt.save(tmp_path / "bundle"))
-    assert torch.equal(greedy(opt), greedy(model)) and torch.equal(greedy(loaded), greedy(model))
+    assert torch.equal(greedy(opt), greedy(model))

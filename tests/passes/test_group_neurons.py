@@ -15,7 +15,7 @@ from tests.passes.tiny import H, I, seeded
 
 
 @given(st.integers(1, 24), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_every_neuron_is_in_one_group_and_sizes_are_even(inner, data):
     groups = data.draw(st.integers(1, inner))
     seen = torch.rand(9, inner, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
