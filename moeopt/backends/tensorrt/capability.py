@@ -98,6 +98,10 @@ CAPABILITIES: tuple[Capability, ...] = (
         "TensorRT for RTX has no float32 matrix products for Turing", "dtype=torch.float16",
     ),
     *_rows(
+        _ALL, "product of", "INT64 INT32", False, f"refused by {V}: Found unsupported input type of INT64",
+        "the parser multiplies matrices of floats only", "a product in float32, exact up to 2**24",
+    ),
+    *_rows(
         _ALL, "dtype", "DOUBLE", False, f"seen on {V}: the network has FLOAT for it, with no warning",
         "the parser reads float64 as float32 and does not say so", "dtype=torch.float32",
     ),

@@ -82,7 +82,6 @@ class _Order:
 
     def __init__(self, graph: Builder, site: Site, named_TK: Any, ids_TK: Any) -> None:
         self.graph, E = graph, site.bank.num_experts
-        self.E = E
         zero, int64 = graph.const(0, "int64"), self._int64
         named_N = graph.op("Reshape", [named_TK, int64([-1])])
         id_N1 = graph.op("Reshape", [ids_TK, int64([-1, 1])])
