@@ -14,6 +14,7 @@ from torch import nn
 
 from moeopt import pipeline
 from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
 from moeopt.backends.tensorrt.target import local_target
 from moeopt.compare.block import BlockCheck
 from moeopt.compare.cases import adversarial_cases
@@ -41,8 +42,9 @@ from moeopt.engine import (
     verify_torch_bundle,
 )
 from moeopt.engine.onnx_build import Built, build_onnx, onnx_plan
-from moeopt.engine.onnx_engine import GraphEngine
+from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_golden import other_sizes
+from moeopt.engine.onnx_routing import count_ids
 from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
 from moeopt.engine.program import export_program
 from moeopt.engine.trt_build import EnginePlan, TrtBuilt, build_trt, trt_plan
@@ -255,7 +257,8 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
             engine = open_onnx(built, plan, options.session_options)
     runner: GraphEngine = engine.replay() if isinstance(engine, AbsentEngine) else engine
     device = engine.built_for if isinstance(engine, AbsentEngine) else engine.described
-    end = _compare_engine(source, runner, call, outcome, options)
+    form = built.graph if isinstance(built, TrtBuilt) else built
+    end = _compare_engine(source, twin, runner, form, call, outcome, options)
     first = next(source.parameters(), None)
     certificate = Certificate(
         blocks=outcome.checks,
@@ -276,9 +279,10 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
 
 
 def _compare_engine(
-    source: nn.Module, engine: GraphEngine, call: Call, outcome: pipeline.Outcome, options: Options
-) -> EndToEnd | None:
-    """The verdict on the given call; in strict mode the call in other sizes must agree too.
+    source: nn.Module, twin: nn.Module, engine: GraphEngine, built: Built, call: Call, outcome: pipeline.Outcome,
+    options: Options,
+) -> EndToEnd | None:  # fmt: skip
+    """The verdict on the given call, expert ids counted; in strict mode the call in other sizes must agree too.
 
     Those other sizes are judged in float32 and wider only: a 16-bit router ties often, and each runtime breaks ties
     its own way. The blocks were verified in other sizes whatever the dtype is.
@@ -306,15 +310,28 @@ def _compare_engine(
     for one, verdict in verdicts:
         if not verdict.passed:
             sizes = [tuple(t.shape) for t in torch.utils._pytree.tree_leaves(one) if isinstance(t, torch.Tensor)]
+            first_of = _ids(twin, engine, built, one)[2]
             raise NotEquivalentError(
                 f"the {engine.runtime} engine of {type(source).__name__} is not equivalent and was not kept: "
-                f"{verdict.reason} (inputs of sizes {', '.join(map(str, sizes))}); use backend='torch', or report "
-                "this with the model's code"
+                f"{verdict.reason} (inputs of sizes {', '.join(map(str, sizes))}"
+                f"{f'; the first other choice of experts: {first_of}' if first_of else ''}); use backend='torch', or "
+                "report this with the model's code"
             )
     first = verdicts[0][1]
+    first.ids, first.ids_differ, first_of = _ids(twin, engine, built, verdicts[0][0])
+    if first_of:
+        first.notes.append(f"the result stays within its budget although some experts differ; the first is {first_of}")
     if len(verdicts) > 1:
         first.notes.append(f"equal in {len(verdicts) - 1} other sizes too")
     return first
+
+
+def _ids(twin: nn.Module, engine: GraphEngine, built: Built, call: Call) -> tuple[int, int, str]:
+    """Expert ids inside an engine that ONNX Runtime runs: compared, different, and where."""
+    if not isinstance(engine, OnnxEngine):
+        return 0, 0, ""
+    graph, form = (GRAPH, built) if built.portable is None else (PORTABLE, built.portable)
+    return count_ids(twin, engine, graph, form.sites, call)
 
 
 def _lowering(block: BlockReport, built: Built | TrtBuilt) -> str:

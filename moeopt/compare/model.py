@@ -45,6 +45,9 @@ class EndToEnd:
     budget: float = 0.0
     distance_rms: float = 0.0
     budget_rms: float = 0.0
+    ids: int = 0
+    ids_differ: int = 0
+    """Expert choices inside an engine that were compared with the model's, and those that are not the same."""
     language: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -57,6 +60,8 @@ class EndToEnd:
         lines = [f"end to end: {verdict}; {', '.join(told)}"]
         if self.reason:
             lines.append(f"  {self.reason}")
+        if self.ids:
+            lines.append(f"  expert ids chosen inside the engine: {self.ids} compared, {self.ids_differ} differ")
         lines += [f"  {name}: {value:.6g}" for name, value in self.language.items()]
         return lines + [f"  note: {note}" for note in self.notes]
 

@@ -13,7 +13,8 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,21 +37,20 @@ OPSET = 20
 @contextlib.contextmanager
 def emitting(model: nn.Module) -> Iterator[list[Site]]:
     """While open, ``experts`` calls of ``model``'s rewritten blocks trace as nodes; the list collects their sites."""
-    known = {
-        id(bank): (path, router)
-        for path, module in model.named_modules()
+    routers = {
+        id(bank): router
+        for module in model.modules()
         if (forward := rewritten_forward(module)) is not None
         for (bank, _), router in zip(forward.banks, forward.program.routers, strict=True)
     }
+    name_of = site_names(model)
     sites: list[Site] = []
 
     def emit(x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor | None:
-        if id(bank) not in known:
+        name = name_of(bank)
+        if name is None:
             return None
-        path, router = known[id(bank)]
-        label = path or "experts"
-        taken = sum(site.name.split("#")[0] == label for site in sites)
-        name = f"{label}#{taken + 1}" if taken else label
+        router = routers[id(bank)]
         sites.append(Site(name, even(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
         y: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{OP}",
@@ -64,6 +64,26 @@ def emitting(model: nn.Module) -> Iterator[list[Site]]:
 
     with intercepted(emit):
         yield sites
+
+
+def site_names(model: nn.Module) -> Callable[[Bank], str | None]:
+    """What names the next call of each bank of ``model``'s rewritten blocks: its path, ``path#2`` at a second call."""
+    paths = {
+        id(bank): path or "experts"
+        for path, module in model.named_modules()
+        if (forward := rewritten_forward(module)) is not None
+        for bank, _ in forward.banks
+    }
+    taken: Counter[str] = Counter()
+
+    def name_of(bank: Bank) -> str | None:
+        path = paths.get(id(bank))
+        if path is None:
+            return None
+        taken[path] += 1
+        return path if taken[path] == 1 else f"{path}#{taken[path]}"
+
+    return name_of
 
 
 def to_onnx(program: torch.export.ExportedProgram) -> Any:
