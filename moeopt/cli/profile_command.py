@@ -13,7 +13,6 @@ from moeopt.cli.target import FORMS, load_data, load_target
 from moeopt.engine import is_bundle
 from moeopt.errors import UsageError
 from moeopt.html import check_target
-from moeopt.profiling import profile
 
 DATA = "module:function or file.py:function that returns batches (an iterable of inputs), or one call's inputs"
 
@@ -29,6 +28,8 @@ def profile_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
 ) -> None:
     """Count how often each expert fires on data, how uneven that is, and what it costs."""
+    from moeopt.profiling import profile  # as in the other commands, the api is loaded by the one that needs it
+
     if is_bundle(Path(target)):
         raise UsageError(f"{target} is a bundle, whose graph hides its routing: profile the model that it was made of")
     if html is not None:
