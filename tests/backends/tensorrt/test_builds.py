@@ -56,12 +56,22 @@ def taken(site, form, target, most=64):
     return built
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_builder_takes_it_and_plans_what_the_model_says(name):
-    site = make_site(E=8, H=256, I=512, bias=True)
-    built = taken(site, by_name(name), "sm_89")
+ONE_EACH = [
+    ("dense", 75, torch.float16),
+    ("loop", 89, torch.float32),
+    ("gather", 120, torch.bfloat16),
+    ("sort", 86, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("name", "sm", "dtype"), ONE_EACH, ids=[name for name, *_ in ONE_EACH])
+def test_the_builder_takes_it_and_plans_what_the_model_says(name, sm, dtype):
+    site = make_site(E=9, H=256, I=512, dtype=dtype, bias=True)
+    built = taken(site, by_name(name), f"sm_{sm}")
     low, high = NEAR
     assert low <= work(name, site, 64).memory / built.activation_bytes <= high
+    products = [layer for layer in built.layers if layer.type in ("gemm", "runtime_fusion")]
+    assert len(products) == 2, "a loop has one turn in the engine, and not eight beside each other"
 
 
 @pytest.mark.parametrize(("name", "sm", "dtype", "kind"), MATRIX if NIGHTLY else [])

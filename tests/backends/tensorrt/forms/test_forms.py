@@ -135,6 +135,14 @@ def test_dtypes_of_x_weights_and_result_may_differ(name, x_dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_in_float16_throughout(name):
+    """Every cast between the half and the wide dtypes is there: ONNX Runtime refuses a graph that mixes them."""
+    site = make_site(dtype=torch.float16, out_norm_eps=1e-5, out_of_range="identity", act_dtype="float32")
+    args = tokens(site, 33, beyond=0.1)
+    assert eps_off(run(lowered(site, name), *args), exact(site, *args)) <= BUDGET
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_nodes_do_not_grow_with_the_experts(name):
     few, many = (len(list(model_of(make_site(E=E), by_name(name)).graph.all_nodes())) for E in (2, 200))
     assert few == many <= 90

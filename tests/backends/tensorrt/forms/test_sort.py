@@ -47,3 +47,14 @@ def test_blocks_of_more_than_one_step(T):
     x, ids, w = tokens(site, T, beyond=0.1, negative=0.1)
     for routing in (ids, torch.zeros_like(ids), torch.full_like(ids, 2), torch.arange(2 * T).reshape(T, 2) % 3):
         assert eps_off(run(session, x, routing, w), exact(site, x, routing, w)) <= BUDGET
+
+
+def test_routing_of_any_skew():
+    site = make_site(E=7, K=2)
+    session = session_of(model_of(site, Sort()))
+    for seed in range(12):
+        rng = torch.Generator().manual_seed(seed)
+        x, ids, w = tokens(site, 1 + 41 * seed, seed=seed)
+        skewed = torch.rand(7, generator=rng) ** (seed + 1)
+        ids = torch.multinomial(skewed, ids.numel(), replacement=True, generator=rng).reshape(ids.shape) - seed % 3
+        assert eps_off(run(session, x, ids, w), exact(site, x, ids, w)) <= BUDGET, seed
