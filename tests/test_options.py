@@ -10,7 +10,6 @@ import torch
 from moeopt.errors import UsageError
 from moeopt.options import Options
 
-
 SPLIT = {"dense": "split", "experts": 2}
 
 
