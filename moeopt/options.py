@@ -40,6 +40,11 @@ def _env(name: str, default: Any, convert: Callable[[str], Any], wanted: str) ->
         raise UsageError(f"the environment variable {name} is {text!r}; it must be {wanted}, or unset") from None
 
 
+def inherited(*names: str) -> dict[str, str]:
+    """Those of the named environment variables that are set, for a process that shall have no others."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def _env_adapters() -> bool:
     return not _env("MOEOPT_DISABLE_ADAPTERS", False, lambda text: _WORDS[text.lower()], "0 or 1")
 

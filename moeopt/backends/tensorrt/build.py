@@ -23,10 +23,22 @@ from moeopt.backends.tensorrt.layers import Layer, read_log
 from moeopt.backends.tensorrt.product import REGULAR
 from moeopt.backends.tensorrt.target import Target
 from moeopt.errors import EngineBuildError
+from moeopt.options import inherited
 
 WORKER = Path(__file__).with_name("worker.py")
 Profile = Mapping[str, Sequence[Sequence[int]]]
 """The least, the best and the largest shape of each input with free sizes."""
+_INHERITED = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "HOME",
+    "TMPDIR",
+    "SYSTEMROOT",
+)
+"""No others: what stands in the environment moves the addresses that the order of a plan's numbers hangs on."""
 _KEPT = 400
 """Lines of the log that an error carries."""
 
@@ -146,8 +158,9 @@ def _run(folder: Path, job: Job) -> tuple[str, int]:
     limit = job.bytes if job.bytes is not None else _free_bytes()
     with open(folder / "output", "wb") as output:
         child = subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder / "job.json")],
+            [sys.executable, str(WORKER), "job.json"],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder, start_new_session=True,
+            env={**inherited(*_INHERITED), "PYTHONHASHSEED": "0"},
         )  # fmt: skip
         started, peak, pause = time.monotonic(), 0, 0.01
         try:

@@ -6,12 +6,16 @@ It is a file of its own that imports nothing of moeopt: the builder may crash, h
 would cost it seconds. Every message of the builder goes to the log at once, so the last one is there after a crash.
 """
 
+import ctypes
 import importlib
 import json
+import os
 import sys
 import time
 from typing import Any
 
+NO_RANDOM_ADDRESSES = 0x0040000
+"""``ADDR_NO_RANDOMIZE`` of personality(2)."""
 LETTERS = {"INTERNAL_ERROR": "E", "ERROR": "E", "WARNING": "W", "INFO": "I", "VERBOSE": "V"}
 
 
@@ -110,6 +114,20 @@ def read(path: str) -> bytes:
         return b""
 
 
+def fix_addresses() -> None:
+    """Start this process again where its memory always lies at the same addresses, if the system allows it.
+
+    The builder numbers the sizes of a graph in the order of pointers: with random addresses, two plans of a language
+    model with a cache differ in a few of those numbers.
+    """
+    if sys.platform != "linux" or "--fixed" in sys.argv:
+        return
+    system = ctypes.CDLL(None)
+    if system.personality(system.personality(0xFFFFFFFF) | NO_RANDOM_ADDRESSES) != -1:
+        os.execv(sys.executable, [sys.executable, *sys.argv, "--fixed"])
+
+
 if __name__ == "__main__":
+    fix_addresses()
     del sys.path[0]  # the files beside this one are no modules of the builder's
     main(sys.argv[1])

@@ -12,6 +12,9 @@ NAMES = ["a.experts/up", "b.experts/up"]
 VERBOSE, ERROR = SimpleNamespace(name="VERBOSE"), SimpleNamespace(name="ERROR")
 
 
+assert "SECRET" not in os.environ, "the builder inherits what it needs and no more"
+
+
 class ILogger:
     pass
 
