@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.errors import NotSaveableError
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.onnxgraph.complex import through_real_views
 from moeopt.onnxgraph.even import even
 from moeopt.onnxgraph.site import DOMAIN, OP, Site
 from moeopt.ops.bank import Bank
@@ -96,7 +97,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
 
     from moeopt.onnxgraph.translate import table
 
-    program = _tensors_only(program)
+    program = through_real_views(_tensors_only(program))
     _settle_layouts(program.graph)
     with quiet():
         try:
