@@ -16,7 +16,7 @@ from moeopt.backends.tensorrt.target import GPU_BUILDS, RTX_BUILDS, Target
 
 V = "1.7.1.116"
 """The version of TensorRT for RTX that "built" and "refused" speak of."""
-_GUIDE = "source: NVIDIA's TensorRT guide, IMoELayer"
+_GUIDE = "source: docs.nvidia.com/deeplearning/tensorrt, inference-library/transformers-moe"
 _PARSER = "source: the parser's own list of operators, " + V
 
 

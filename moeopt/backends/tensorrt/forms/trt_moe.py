@@ -50,7 +50,7 @@ class TrtMoE:
         clamped = [name for name in limits if getattr(spec, name) is not None]
         if clamped or spec.up_offset:
             what = ", ".join([*clamped, *(["up_offset"] if spec.up_offset else [])])
-            return f"the experts have {what}; NVIDIA's guide says of IMoELayer's swiglu parameters: not supported yet"
+            return f"the experts have {what}; NVIDIA's page on MoE says its swiglu parameters are not supported yet"
         if types.compute not in _DTYPES:
             return f"IMoELayer computes in float32, float16 or bfloat16, not {types.compute}"
         if types.act not in (types.compute, wide(types.compute)):
