@@ -38,7 +38,7 @@ _INHERITED = (
     "TMPDIR",
     "SYSTEMROOT",
 )
-"""No others: what stands in the environment moves the addresses that the order of a plan's numbers hangs on."""
+"""No others: each variable moves the addresses that the order of a plan's numbers hangs on."""
 _KEPT = 400
 """Lines of the log that an error carries."""
 
