@@ -169,11 +169,10 @@ def test_sixteen_bits_have_a_portable_form(tmp_path):
 @pytest.mark.parametrize(
     ("target", "options", "words"),
     [
-        ("sm_75", {}, "Block: no TensorRT form carries its experts: sm_75 does not take matrix products in float32"),
         (
             "sm_75",
             {"dtype": "bfloat16"},
-            "sm_75 does not take bfloat16: Turing has no bfloat16; the nearest target",
+            "Block: sm_75 does not take bfloat16: Turing has no bfloat16; the nearest target that takes it is sm_80",
         ),
         ("sm_99", {}, "target 'sm_99' is not a compute capability that TensorRT builds for"),
         ("sm_100", {}, "TensorRT builds engines for sm_100 on a GPU of that capability only"),
