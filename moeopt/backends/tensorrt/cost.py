@@ -98,9 +98,11 @@ def work(name: str, site: Site, tokens: int) -> Work:
         return Work(memory + GEMM_ROOM, _COPIED * N * expert + 2 * N * row, 2.0 * weights * N, 12)
     if name == "sort":
         L, B = blocks_of(N, E)
-        memory = expert + b * (L * B * size.D + (R + 1) * size.H + B * (size.H + size.O + size.I)) + 16 * N * E
+        # the pairs' rows by token are fused away where the profile is made for more than 8 tokens: a third less then
+        memory = expert + b * (L * B * size.D + (R + 1) * size.H + B * (size.H + size.O + size.I))
+        memory += max(b * N * size.D, 16 * N * E)
         moved = _COPIED * L * expert + 2 * L * B * row + 32 * N * E
-        return Work(memory + GEMM_ROOM + input_rows, moved, 2.0 * weights * L * B, 20 + 6 * L)
+        return Work(memory + GEMM_ROOM, moved, 2.0 * weights * L * B, 20 + 6 * L)
     assert name == "trt-moe", name
     hit = E * (1 - (1 - min(K / E, 1.0)) ** T)
     return Work(N * row + GEMM_ROOM, hit * expert + 2 * N * row, 2.0 * weights * N, 6)

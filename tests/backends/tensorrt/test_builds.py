@@ -29,13 +29,18 @@ KINDS = [
     dict(E=6, H=128, I=320, K=3, **ODD),
     dict(E=64, H=512, I=256, K=8, bias=False, compute_dtype="float32"),
     dict(E=1, H=256, I=256, K=1, activation="gelu_tanh"),
+    dict(E=8, H=1024, I=256, K=4, weight_on="input", bias=False),
+    dict(E=64, H=1024, I=128, K=8, bias=False),
 ]
-NEAR = (0.9, 1.25)
-"""Planned memory as the model says it, over the builder's: 0.91 (sm_75 keeps the gate once more) to 1.19 was seen."""
+NEAR = (0.9, 1.35)
+"""Planned memory as the model says it, over the builder's; test_matrix has the ends: dense on sm_75, which keeps the
+gate once more, and sort where its combine is fused."""
 
 
-def can(sm, dtype, kind):
-    """sm_75 multiplies in float16 only: test_capability.py has the refusals."""
+def can(name, sm, dtype, kind):
+    """sm_75 multiplies in float16 only, and dense has no weights on the input for K > 1: other tests have the words."""
+    if by_name(name).refuses(make_site(**kind), f"sm_{sm}"):
+        return False
     return sm != 75 or (dtype == torch.float16 and "compute_dtype" not in kind)
 
 
@@ -45,7 +50,7 @@ MATRIX = [
     for sm in RTX_BUILDS
     for dtype in (torch.float32, torch.float16, torch.bfloat16)
     for kind in KINDS
-    if can(sm, dtype, kind)
+    if NIGHTLY and can(name, sm, dtype, kind)
 ]
 
 
@@ -74,10 +79,10 @@ def test_the_builder_takes_it_and_plans_what_the_model_says(name, sm, dtype):
     assert len(products) == 2, "a loop has one turn in the engine, and not eight beside each other"
 
 
-@pytest.mark.parametrize(("name", "sm", "dtype", "kind"), MATRIX if NIGHTLY else [])
+@pytest.mark.parametrize(("name", "sm", "dtype", "kind"), MATRIX)
 def test_matrix(name, sm, dtype, kind):
     site = make_site(dtype=dtype, **kind)
-    most = 32 if name == "gather" else 512
+    most = 32 if name == "gather" else 2048
     planned = taken(site, by_name(name), f"sm_{sm}", most).activation_bytes
     low, high = NEAR
     assert low <= work(name, site, most).memory / planned <= high
