@@ -1,7 +1,7 @@
 """What a bundle's ``model.onnx`` may hold, checked on its bytes before ONNX Runtime opens it.
 
 weights     in the bundle's one data file, each between its ends, as long as its shape says
-operators   ONNX's own, and the few of com.microsoft that moeopt writes: EPContext, say, opens files by name
+operators   ONNX's own, and the few of other domains that moeopt writes: EPContext, say, opens files by name
 functions   none; moeopt writes none
 ends        named, typed and shaped as signature.json says
 """
@@ -28,7 +28,9 @@ MICROSOFT = (
     *("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "FusedMatMul", "BiasSplitGelu"),
 )
 """Operators of com.microsoft that a lowering, or a fusion of transformers' exporter, writes."""
-_DOMAINS = ("", "ai.onnx", "com.microsoft")
+_OWN = {"com.microsoft": MICROSOFT, "trt": ("TRT_MoE",)}
+"""Operators by domain; TensorRT's parser takes the second, which no other runtime knows."""
+_DOMAINS = ("", "ai.onnx", *_OWN)
 _KEYS = {"location", "offset", "length"}
 
 
@@ -97,7 +99,7 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 def _check_node(path: Path, node: Any) -> None:
-    if node.domain not in _DOMAINS or (node.domain == "com.microsoft" and node.op_type not in MICROSOFT):
+    if node.domain not in _DOMAINS or node.op_type not in _OWN.get(node.domain, (node.op_type,)):
         raise BundleError(
             f"{path}: node {node.name!r} is {node.domain or 'ai.onnx'}.{node.op_type}, which moeopt does not write"
         )
