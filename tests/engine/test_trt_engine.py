@@ -7,6 +7,7 @@ import copy
 import json
 import pickle
 import shutil
+import sys
 
 import pytest
 import torch
@@ -186,6 +187,12 @@ def test_what_is_refused_before_the_build(target, options, words):
     with pytest.raises(UsageError) as err:
         engine_for(target, **options)
     assert words in str(err.value)
+
+
+def test_the_package_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(UsageError, match="needs TensorRT for RTX, which is not installed: pip install"):
+        engine_for()
 
 
 def test_an_op_that_the_parser_lacks():

@@ -27,14 +27,15 @@ def build(tmp_path, monkeypatch):
     package, scratch = tmp_path / "package", tmp_path / "scratch"
     package.mkdir()
     scratch.mkdir()
-    shutil.copy(Path(__file__).with_name("fake_product.py"), package / "tensorrt_rtx.py")
+    for name in ("tensorrt", "tensorrt_rtx"):
+        shutil.copy(Path(__file__).with_name("fake_product.py"), package / f"{name}.py")
     monkeypatch.syspath_prepend(package)
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     (tmp_path / "model.onnx").write_bytes(b"")
 
-    def run(mode, say=lambda line: None, **fields):
+    def run(mode, say=lambda line: None, target="sm_89", **fields):
         (package / "mode").write_text(mode)
-        job = Job(tmp_path / "model.onnx", tmp_path / "engine.plan", parse_target("sm_89"), [PROFILE], BLOCKS, **fields)
+        job = Job(tmp_path / "model.onnx", tmp_path / "engine.plan", parse_target(target), [PROFILE], BLOCKS, **fields)
         try:
             return build_plan(job, say)
         finally:
@@ -59,6 +60,15 @@ def test_a_build(build, monkeypatch):
     lines = []
     build("build", say=lines.append)
     assert lines == ["building the engine for sm_89 with tensorrt_rtx"]
+
+
+def test_a_timing_cache_is_read_and_written_where_it_says_something(build, tmp_path):
+    cache = tmp_path / "timing.cache"
+    for want in (b"+", b"++"):
+        build("build", target="sm_90", timing_cache=cache)
+        assert cache.read_bytes() == want
+    build("build", timing_cache=tmp_path / "other")
+    assert not (tmp_path / "other").exists(), "TensorRT for RTX times nothing"
 
 
 @pytest.mark.parametrize(
