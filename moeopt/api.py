@@ -144,6 +144,12 @@ def _as_model(model: Any) -> nn.Module:
         raise UsageError(
             f"model is a {type(model).__name__}; give an nn.Module, an fx.GraphModule or an ExportedProgram"
         )
+    scripted = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:  # no hook can be set on it, and a copy of it has weights of its own
+        raise UsageError(
+            f"{scripted or 'model'} is a TorchScript module, which can be neither watched nor copied with shared "
+            "weights; give the Python modules, or optimise the submodule with the experts"
+        )
     return model
 
 

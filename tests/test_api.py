@@ -39,10 +39,17 @@ def patched():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: moeopt.optimize(build(), X, backend="tvm"), "backend 'tvm' is not available; use 'torch'"),
+        (
+            lambda: moeopt.optimize(build(), X, backend="tvm"),
+            "backend .tvm. is not available; use one of .torch., .on",
+        ),
         (
             lambda: moeopt.optimize("model", X),
             "model is a str; give an nn.Module, an fx.GraphModule or an ExportedProgram",
+        ),
+        (
+            lambda: moeopt.optimize(nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2))), X),
+            "1 is a TorchScript module, which can be neither watched nor copied with shared weights; give the Python",
         ),
         (lambda: moeopt.optimize(optimized(build()), X), "optimised already; pass the original, or its .model"),
         (lambda: moeopt.optimize(build(), "x"), "example_inputs is a str; give a tensor, a tuple of positional"),

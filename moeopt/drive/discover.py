@@ -19,7 +19,7 @@ from torch import fx, nn
 from moeopt.ir.kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name, picks_rows
 from moeopt.ir.provenance import MatrixRef
 from moeopt.ir.replay import ancestors
-from moeopt.ir.sites import Site, is_weight, weight_and_operand
+from moeopt.ir.sites import Site, is_computed_weight, is_weight, weight_and_operand
 from moeopt.ir.tape import Call, Tape, record
 from moeopt.ir.tree import leaves_of
 from moeopt.passes.chains import Chain, find_chains, group_chains
@@ -86,6 +86,8 @@ def _light_sites(tape: Tape) -> tuple[list[Site], dict[Site, tuple[str, bool]]]:
     memo: dict[fx.Node, bool] = {}
     sites, leaves = [], {}
     for node in tape.nodes:
+        if is_computed_weight(node, memo):
+            memo[node] = True
         if not is_matmul(node):
             continue
         found = weight_and_operand(node, memo)

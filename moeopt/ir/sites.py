@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeopt.ir.kinds import is_matmul, is_times_one, moves_rows, op_name
+from moeopt.ir.kinds import is_matmul, is_pointwise, is_times_one, moves_rows, op_name
 from moeopt.ir.provenance import MatrixRef, VectorRef, element_source, matrix_ref, vector_ref
 from moeopt.ir.tape import Tape
 
@@ -84,6 +84,14 @@ def is_weight(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
             answer = isinstance(first, fx.Node) and is_weight(first, memo)
     memo[node] = answer
     return answer
+
+
+def is_computed_weight(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
+    """True for what is computed from Parameters and buffers alone: dequantised or low-rank weights."""
+    if node.op != "call_function" or is_weight(node, memo) or not (is_pointwise(node) or is_matmul(node)):
+        return False
+    inputs = node.all_input_nodes
+    return len(node.meta["shape"]) > 1 and bool(inputs) and all(is_weight(n, memo) for n in inputs)
 
 
 def _is_choice(node: Any) -> bool:

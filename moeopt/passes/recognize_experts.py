@@ -23,10 +23,10 @@ import torch
 from torch import fx
 
 from moeopt.errors import Declined
-from moeopt.ir.kinds import is_factory, moves_rows, op_name, picks_rows
+from moeopt.ir.kinds import is_factory, is_matmul, moves_rows, op_name, picks_rows
 from moeopt.ir.provenance import MatrixRef
 from moeopt.ir.replay import CONFLICT, ancestors, descendants, row_labels
-from moeopt.ir.sites import Site, find_sites
+from moeopt.ir.sites import Site, find_sites, is_computed_weight, weight_and_operand
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.tape import Tape
 from moeopt.passes.chains import Chain, find_chains, group_chains
@@ -118,6 +118,17 @@ def _no_group(tape: Tape, chains: list[Chain]) -> Declined:
                 "after another, where the op's experts all read the same tokens; sum their results in another tensor",
                 _line(first),
             )
+    memo: dict[fx.Node, bool] = {}
+    for node in tape.nodes:
+        if is_computed_weight(node, memo):
+            memo[node] = True
+        elif is_matmul(node) and (read := weight_and_operand(node, memo)) is not None and picks_rows(read[1]):
+            if weight_and_operand(node, {}) is None:
+                return Declined(
+                    "its experts' weights are computed at each call (from integers and scales, or from low-rank "
+                    "factors), and the op reads weights as they are stored; compute them once, and keep the results",
+                    node.meta.get("source", ""),
+                )
     return Declined(
         "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "
         "depends on the whole batch, or weighs the hidden neurons), which the op does not carry"
