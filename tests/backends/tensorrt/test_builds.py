@@ -32,9 +32,9 @@ KINDS = [
     dict(E=8, H=1024, I=256, K=4, weight_on="input", bias=False),
     dict(E=64, H=1024, I=128, K=8, bias=False),
 ]
-NEAR = (0.9, 1.35)
-"""Planned memory as the model says it, over the builder's; test_matrix has the ends: dense on sm_75, which keeps the
-gate once more, and sort where its combine is fused."""
+NEAR, NEAR_ON_TURING = (0.9, 1.35), (0.8, 1.35)
+"""Planned memory as the model says it, over the builder's. The lowest is dense on sm_75, which keeps the gate once
+more; the highest is sort where its combine is fused."""
 
 
 def can(name, sm, dtype, kind):
@@ -73,7 +73,7 @@ ONE_EACH = [
 def test_the_builder_takes_it_and_plans_what_the_model_says(name, sm, dtype):
     site = make_site(E=9, H=256, I=512, dtype=dtype, bias=True)
     built = taken(site, by_name(name), f"sm_{sm}")
-    low, high = NEAR
+    low, high = NEAR_ON_TURING if sm == 75 else NEAR
     assert low <= work(name, site, 64).memory / built.activation_bytes <= high
     products = [layer for layer in built.layers if layer.type in ("gemm", "runtime_fusion")]
     assert len(products) == 2, "a loop has one turn in the engine, and not eight beside each other"
@@ -84,7 +84,7 @@ def test_matrix(name, sm, dtype, kind):
     site = make_site(dtype=dtype, **kind)
     most = 32 if name == "gather" else 2048
     planned = taken(site, by_name(name), f"sm_{sm}", most).activation_bytes
-    low, high = NEAR
+    low, high = NEAR_ON_TURING if sm == 75 else NEAR
     assert low <= work(name, site, most).memory / planned <= high
 
 
