@@ -23,7 +23,7 @@ from moeopt.engine.onnx_probe import BLOCK, make_probe
 from moeopt.engine.onnx_sites import ENDS, describe
 from moeopt.engine.program import export_program, roomier
 from moeopt.engine.signature import describe_call, functional
-from moeopt.errors import Declined, UsageError
+from moeopt.errors import Declined, NotSaveableError, UsageError
 from moeopt.onnxgraph.assemble import replace_sites
 from moeopt.onnxgraph.export import emitting, own_outputs, quiet, to_onnx
 from moeopt.onnxgraph.plan import BlockPlan, kind
@@ -94,7 +94,7 @@ def build_onnx(
             if isinstance(plan, ReplayPlan):  # fused for its own provider
                 target = export_causal_lm(model, args, kwargs, say, plan.target.provider)
         except Declined as err:
-            plan.remarks.append(f"the engine has no key/value cache: {err.reason}")
+            plan.remarks.append(without_cache(model, kwargs, err.reason))
         else:
             if target is None or not isinstance(plan, ReplayPlan):
                 signature = flat_signature(found.model.graph, found.signature)
@@ -115,6 +115,22 @@ def build_onnx(
     portable = graph.clone()
     built = write_graph(graph, sites, signature, plan.target, say, started)
     return _with_portable(built, graph, portable, sites, plan, say)
+
+
+def without_cache(model: nn.Module, kwargs: dict[str, Any], reason: str) -> str:
+    """A remark on an engine of a causal language model that has no cache.
+
+    Raises:
+        NotSaveableError: the example call would return a cache, which such an engine cannot give.
+    """
+    config = getattr(model, "config", None)
+    asked = kwargs.get("use_cache")
+    if asked or (asked is None and getattr(config, "use_cache", False)):
+        raise NotSaveableError(
+            f"an engine of {type(model).__name__} has no key/value cache ({reason}), and this call returns one: add "
+            "use_cache=False to the example inputs, and to the calls of the engine"
+        )
+    return f"the engine has no key/value cache: {reason}"
 
 
 def _with_portable(

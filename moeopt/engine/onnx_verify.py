@@ -7,6 +7,7 @@ from typing import Any
 
 from moeopt.backends.onnxrt.plan import Plan
 from moeopt.backends.onnxrt.replay import ReplayPlan
+from moeopt.backends.onnxrt.session import runtime
 from moeopt.engine.manifest import read_manifest
 from moeopt.engine.onnx_build import Built
 from moeopt.engine.onnx_bundle import load_onnx_bundle, was_replayed
@@ -14,6 +15,7 @@ from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_target import AbsentEngine, built_for
 from moeopt.engine.trt_bundle import load_trt_bundle, needs_of
 from moeopt.engine.trt_engine import TensorRTEngine, built_not_executed
+from moeopt.errors import MoeoptError, NotSaveableError
 
 Answers = tuple[GraphEngine, bool, str]
 """An engine that runs here, whether it is the one that was built, and the certificate's ``device``."""
@@ -23,7 +25,15 @@ def open_onnx(built: Built, plan: Plan, session_options: Any) -> OnnxEngine | Ab
     """What ``build_onnx`` wrote, as an engine of this machine, or of one that has the plan's provider."""
     if isinstance(plan, ReplayPlan):
         return AbsentEngine(built.directory, built.signature, plan.target.provider, built.folder)
-    return OnnxEngine(built.directory, built.signature, plan.provider, session_options, keep=built.folder)
+    try:
+        return OnnxEngine(built.directory, built.signature, plan.provider, session_options, keep=built.folder)
+    except MoeoptError:
+        raise
+    except Exception as err:  # ONNX Runtime's own, of many classes
+        raise NotSaveableError(
+            f"ONNX Runtime {runtime().__version__} does not load the graph that was written for {plan.provider}: "
+            f"{str(err).strip().splitlines()[0][:300]}; use backend='torch', or report this with the model's code"
+        ) from err
 
 
 def onnx_to_verify(directory: str | os.PathLike[str], provider: str | None) -> Answers:

@@ -221,7 +221,7 @@ def _exported(
         try:
             found = export_causal_lm(model, args, kwargs, options.say, "tensorrt")
         except Declined as err:
-            plan.remarks.append(f"the engine has no key/value cache: {err.reason}")
+            plan.remarks.append(onnx_build.without_cache(model, kwargs, err.reason))
         else:
             return found.model, found.sites, flat_signature(found.model.graph, found.signature)
     options.say("tracing the whole model")

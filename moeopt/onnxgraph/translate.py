@@ -5,6 +5,7 @@
                              +inf, and values are gathered from the originals, so a NaN stays one.
     sort.stable              TopK of all values; it keeps the order of equal ones
     cummax, cummin           no form: a call names the op and the line that wrote it
+    squeeze                  of a size that is not 1 does nothing in PyTorch; ONNX refuses the graph
 
 Each function builds nodes with onnxscript's ``opset20``; names end in what they stand for.
 """
@@ -105,7 +106,16 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
         return over
 
+    def squeeze(self: Any, dim: Any = None) -> Any:
+        rank = len(self.shape)
+        named = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
+        axes = [d % rank for d in named if rank and self.shape[d] == 1]
+        return op.Squeeze(self, op.Constant(value_ints=axes)) if axes else op.Identity(self)
+
     return {
+        aten.squeeze.default: squeeze,
+        aten.squeeze.dim: squeeze,
+        aten.squeeze.dims: squeeze,
         aten.topk.default: topk,
         aten.sort.default: sort,
         aten.sort.stable: sort_stable,

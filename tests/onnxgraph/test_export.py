@@ -262,3 +262,13 @@ def test_product_keys_choose_the_same_and_are_as_near_to_float64():
     usual = y64.norm(dim=-1).square().mean().sqrt()
     assert (far <= 4 * far_torch + 8 * torch.finfo(torch.float32).eps * usual).all()
     assert (far_torch / y64.norm(dim=-1)).max() > 1e-4  # PyTorch itself: some token's output is all but cancelled
+
+
+def test_squeezing_what_is_not_one_does_nothing():
+    def f(x):
+        return x.squeeze(1) + x.squeeze(-1).squeeze((0, 1)), x[:, None].squeeze(1), x[None, :, None].squeeze()
+
+    session = session_of(Fn(f), floats())
+    for x in (floats(4), floats(9)):
+        for a, b in zip(session.run({"x": x}), f(x), strict=True):
+            assert torch.equal(a, b)

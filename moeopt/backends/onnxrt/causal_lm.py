@@ -96,7 +96,24 @@ def export_causal_lm(
             raise Declined(
                 f"transformers' exporter stops at {_first_line(err)}; the engine is built without a cache"
             ) from err
+    _drop_idle_squeezes(graph.graph)
     return CausalLMExport(graph, sites, _signature(model, graph, result))
+
+
+def _drop_idle_squeezes(graph: Any) -> None:
+    """``squeeze(dim)`` of a size that is not 1 does nothing in PyTorch, and ONNX refuses it."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type != "Squeeze" or node.domain or len(node.inputs) < 2:
+            continue
+        x, axes = node.inputs[0], ir.convenience.get_const_tensor(node.inputs[1])
+        if x.shape is None or axes is None:
+            continue
+        sizes = [x.shape[int(axis)] for axis in axes.numpy().reshape(-1)]
+        if all(isinstance(size, int) and size != 1 for size in sizes) and not node.outputs[0].is_graph_output():
+            ir.convenience.replace_all_uses_with(node.outputs[0], x)
+            graph.remove(node, safe=True)
 
 
 def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
