@@ -59,7 +59,7 @@ def test_a_whole_model(name, dtype, tmp_path):
     family = FAMILIES[name]
     skip_old(family)
     inputs = family.inputs()
-    targets = TARGETS if NIGHTLY else ("sm_86", "sm_120")
+    targets = TARGETS if NIGHTLY else ("sm_120",)
     shared = {}
     for target in targets:
         if target == "sm_75" and dtype == "bfloat16":
