@@ -26,7 +26,7 @@ def shell(engine: Any) -> Any:
         raise UsageError("generate needs transformers: pip install 'moeopt[transformers]'") from None
     signature = engine.signature
     kind = signature["model_type"]
-    config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else transformers.PretrainedConfig  # noqa: SIM401: its get finds nothing
+    config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else transformers.PretrainedConfig  # noqa: SIM401 - its get finds nothing
     config = config_class.from_dict(signature["config"])
     own = getattr(transformers, signature["architecture"], None)
     known = isinstance(own, type) and issubclass(own, PreTrainedModel) and issubclass(own, GenerationMixin)
