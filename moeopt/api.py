@@ -47,7 +47,8 @@ from moeopt.engine.onnx_golden import other_sizes
 from moeopt.engine.onnx_routing import count_ids
 from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
 from moeopt.engine.program import export_program
-from moeopt.engine.trt_build import EnginePlan, TrtBuilt, build_trt, trt_plan
+from moeopt.engine.trt_build import TrtBuilt, build_trt
+from moeopt.engine.trt_plan import EnginePlan, trt_plan
 from moeopt.errors import CaptureError, NotEquivalentError, UsageError
 from moeopt.options import Options
 from moeopt.report import BlockReport, Report

@@ -19,18 +19,16 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm
-from moeopt.backends.onnxrt.plan import session_of
-from moeopt.backends.onnxrt.session import GRAPH, Session
+from moeopt.backends.onnxrt.session import GRAPH
 from moeopt.backends.tensorrt import build as builder
-from moeopt.backends.tensorrt.capability import refuses_dtypes
 from moeopt.backends.tensorrt.graph_check import check_graph
 from moeopt.backends.tensorrt.layers import counted, in_block, size, told
 from moeopt.backends.tensorrt.plan import TensorRTPlan
-from moeopt.backends.tensorrt.product import exporter_packages, product
+from moeopt.backends.tensorrt.product import product
 from moeopt.backends.tensorrt.profiles import Profile, default_sizes, profiles_for
 from moeopt.backends.tensorrt.runtime import Needs
 from moeopt.backends.tensorrt.sums import products_as_sums, sums_for
-from moeopt.backends.tensorrt.target import Target, check_buildable, wanted_target
+from moeopt.backends.tensorrt.target import Target
 from moeopt.compare.language import find_ids
 from moeopt.engine import onnx_build
 from moeopt.engine.onnx_causal import KEY, flat_signature
@@ -38,12 +36,11 @@ from moeopt.engine.program import export_program, roomier
 from moeopt.engine.signature import describe_call, functional
 from moeopt.engine.trt_causal import causal_sizes
 from moeopt.engine.trt_engine import PLAN, AbsentTensorRTEngine, TensorRTEngine, open_built, provider_of
+from moeopt.engine.trt_plan import PortableForm
 from moeopt.errors import Declined, EngineBuildError, NotSaveableError, UsageError
 from moeopt.onnxgraph.assemble import one_op
 from moeopt.onnxgraph.export import emitting, quiet, to_onnx
-from moeopt.onnxgraph.forms.base import Lowering
-from moeopt.onnxgraph.forms.types import types_of
-from moeopt.onnxgraph.plan import BlockPlan, Choice, kind
+from moeopt.onnxgraph.plan import kind
 from moeopt.onnxgraph.site import Site
 from moeopt.onnxgraph.widen import widen_graph, widen_site
 from moeopt.options import Options
@@ -86,55 +83,6 @@ class TrtBuilt:
             f"{PLAN} for {self.target} by {made_by}: {plan.bytes / 1e6:.1f} MB, {len(plan.layers)} layers "
             f"({told(counted(plan.layers))}), {size(plan.activation_bytes)} of activations at most"
         )
-
-
-class EnginePlan(TensorRTPlan):
-    """A plan that remembers why it refused blocks: an engine cannot keep such a block's own Python.
-
-    Attributes:
-        refusals: the reasons, in order.
-    """
-
-    def __init__(self, target: Target, tokens: tuple[int, ...] | None) -> None:
-        super().__init__(target, tokens, open_session=session_of)
-        self.refusals: list[str] = []
-
-    def choice(self, site: Site) -> Choice:
-        try:
-            return super().choice(site)
-        except Declined as err:
-            self.refusals.append(err.reason)
-            raise
-
-    def check(self, site: Site) -> None:
-        types = types_of(site)
-        every = {types.x, types.act, types.weights, types.term, types.accum, types.out, types.compute}
-        products = set() if sums_for(self.target) else {types.compute}  # products are written as sums there
-        if why := refuses_dtypes(self.target, products, every):
-            self.refusals.append(why)
-            raise Declined(f"no TensorRT form carries its experts: {why}")
-
-
-def trt_plan(options: Options) -> EnginePlan:
-    """The plan for ``options.target``, else for the GPU of this machine.
-
-    Raises:
-        UsageError: no target, one that is unknown or cannot be built here, a package that is not installed, an
-            option that this backend does not have.
-    """
-    target = wanted_target(options.target)
-    exporter_packages()
-    check_buildable(target)
-    product(target.product)
-    if options.tune:
-        raise UsageError(
-            "tune=True measures ONNX Runtime's lowerings; backend 'tensorrt' computes its choice: leave it"
-        )
-    if options.session_options is not None:
-        raise UsageError("session_options are ONNX Runtime's, and the backend is 'tensorrt': leave them out")
-    if options.device is not None and options.device.type != "cuda":
-        raise UsageError(f"device={str(options.device)!r}: an engine of TensorRT runs on CUDA; leave device out")
-    return EnginePlan(target, options.tokens)
 
 
 def build_trt(
@@ -189,28 +137,6 @@ def build_trt(
     made_by = product(plan.target.product)
     needs = Needs(made_by.name, done.version, plan.target.sm, made_by.cuda)
     return TrtBuilt(built, done, plan.target, needs)
-
-
-class PortableForm(BlockPlan):
-    """The choices of ``plan``, written so that ONNX Runtime's CPU runs them."""
-
-    def __init__(self, plan: TensorRTPlan) -> None:
-        super().__init__("cpu", plan.tokens)
-        self._plan = plan
-        self._own: dict[int, tuple[Site, Site]] = {}
-
-    def legal(self, site: Site) -> Site:
-        wide = widen_site(site)
-        self._own.setdefault(id(wide), (wide, site))
-        return wide
-
-    def rank(self, site: Site) -> list[Choice]:
-        own = self._own[id(site)][1]
-        lowering = self._plan.portable(own)
-        return [Choice(lowering.name, lowering, self._plan.choice(own).reason)]
-
-    def open_session(self, site: Site, lowering: Lowering) -> Session:
-        return session_of(site, lowering)
 
 
 def _exported(

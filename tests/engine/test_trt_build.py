@@ -11,8 +11,8 @@ pytest.importorskip("onnxscript")
 from moeopt.backends.tensorrt.build import Job
 from moeopt.backends.tensorrt.target import parse_target
 from moeopt.engine import trt_build
-from moeopt.engine.trt_build import EnginePlan
 from moeopt.engine.trt_causal import causal_sizes
+from moeopt.engine.trt_plan import EnginePlan
 from moeopt.errors import Declined, EngineBuildError
 from tests.backends.onnxrt.lower.one_site import make_site
 
