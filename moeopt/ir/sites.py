@@ -91,7 +91,7 @@ def is_computed_weight(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
     if node.op != "call_function" or is_weight(node, memo) or not (is_pointwise(node) or is_matmul(node)):
         return False
     inputs = node.all_input_nodes
-    return len(node.meta["shape"]) > 1 and bool(inputs) and all(is_weight(n, memo) for n in inputs)
+    return len(node.meta.get("shape") or ()) > 1 and bool(inputs) and all(is_weight(n, memo) for n in inputs)
 
 
 def _is_choice(node: Any) -> bool:
