@@ -48,7 +48,7 @@ from moeopt.engine.onnx_routing import count_ids
 from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
 from moeopt.engine.program import export_program
 from moeopt.engine.trt_build import TrtBuilt, build_trt
-from moeopt.engine.trt_plan import EnginePlan, trt_plan
+from moeopt.engine.trt_plan import EnginePlan, most_tokens, trt_plan
 from moeopt.errors import CaptureError, NotEquivalentError, UsageError
 from moeopt.options import Options
 from moeopt.report import BlockReport, Report
@@ -247,6 +247,8 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
 
     Where the engine cannot run here, both verdicts are those of its portable form.
     """
+    if isinstance(plan, EnginePlan):
+        plan.most = most_tokens(call, options)
     outcome = pipeline.run(twin, call, options, plan)
     if isinstance(plan, EnginePlan) and plan.refusals:
         refused = next((b.name for b in outcome.blocks if b.kind == "moe" and b.status == "declined"), None)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
 from moeopt.backends.onnxrt.plan import session_of
 from moeopt.backends.onnxrt.session import Session
 from moeopt.backends.tensorrt.capability import refuses_dtypes
-from moeopt.backends.tensorrt.plan import TensorRTPlan
+from moeopt.backends.tensorrt.plan import TOKENS, TensorRTPlan
 from moeopt.backends.tensorrt.product import exporter_packages, product
+from moeopt.backends.tensorrt.profiles import MULTIPLE
 from moeopt.backends.tensorrt.sums import sums_for
 from moeopt.backends.tensorrt.target import Target, check_buildable, wanted_target
+from moeopt.compare.language import find_ids
 from moeopt.errors import Declined, UsageError
 from moeopt.onnxgraph.forms.base import Lowering
 from moeopt.onnxgraph.forms.types import types_of
@@ -16,6 +25,8 @@ from moeopt.onnxgraph.plan import BlockPlan, Choice
 from moeopt.onnxgraph.site import Site
 from moeopt.onnxgraph.widen import widen_site
 from moeopt.options import Options
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class EnginePlan(TensorRTPlan):
@@ -65,6 +76,29 @@ def trt_plan(options: Options) -> EnginePlan:
     if options.device is not None and options.device.type != "cuda":
         raise UsageError(f"device={str(options.device)!r}: an engine of TensorRT runs on CUDA; leave device out")
     return EnginePlan(target, options.tokens)
+
+
+def most_tokens(call: Call, options: Options) -> int:
+    """The most tokens that a block may see in the sizes that the engine is built for: rows of ids, or of features."""
+    leaves = [t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor) and t.dim()]
+    ids = find_ids(*call)
+    first = ids if ids is not None else next((t for t in leaves if t.is_floating_point()), None)
+    if first is None:
+        return max(options.tokens or TOKENS)
+    width = 1 if ids is not None else first.shape[-1]
+    every = options.profile or ()
+    given = [
+        math.prod(shapes[2]) // width
+        for one in ([every] if isinstance(every, Mapping) else every)
+        for shapes in one.values()
+        if len(shapes) == 3 and len(shapes[2]) == first.dim()
+    ]
+    if given:
+        return max(given)
+    sizes = sorted(first.shape if ids is not None else first.shape[:-1])
+    largest = [MULTIPLE * size for size in sizes] or [1]
+    largest[-1] = max(largest[-1], *(options.tokens or (0,)))
+    return math.prod(largest)
 
 
 class PortableForm(BlockPlan):
