@@ -236,7 +236,7 @@ def _report(
             "moeopt::experts (grouped, one op)",
             attempt.rewrite.check.distance_rewritten if attempt.rewrite.check.passed is not None else None,
             found.source, seconds=attempt.seconds,
-            top_k=found.frontier.top_k if found.frontier.ids is not None else None, spec=str(found.spec),
+            top_k=found.frontier.per_token, spec=str(found.spec),
             router_spec=router.encode(),
         )  # fmt: skip
 

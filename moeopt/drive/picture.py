@@ -27,7 +27,7 @@ def picture(name: str, rewrite: Rewrite, module: nn.Module) -> dict[str, Any]:
     return {
         "block": name,
         "experts": len(found.experts),
-        "top_k": found.frontier.top_k if found.frontier.ids is not None else None,
+        "top_k": found.frontier.per_token,
         "function": str(found.spec),
         "captured": _captured(found),
         "rewritten": _steps(rewrite, module),

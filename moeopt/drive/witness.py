@@ -77,17 +77,17 @@ def _leaf(t: Any, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: i
                 return Leaf("tokens" if t.dim() > count and t.shape[-1] == first.shape[axis] else "weights", count)
             if _one_hot(t, count):
                 return Leaf("choices", count)
-            looks_like_ids = t.dtype in (torch.int64, torch.int32) and t.dim() == count + 1
+            looks_like_ids = t.dtype in (torch.int64, torch.int32) and t.dim() == count + 1 and not _multi_hot(t)
             return Leaf("ids" if looks_like_ids else "static", count)
     return Leaf()
 
 
 def _readings(roles: tuple[Leaf, ...], leaves: list[Any]) -> Iterator[tuple[Leaf, ...]]:
-    """``roles``, and the other reading of integers (T, 2): a mask over two experts, or two ids of which one is 0."""
+    """``roles``, and the other reading of integers of which all are 0 or 1: a mask over experts, or ids."""
     yield roles
     other = tuple(
         Leaf("ids", leaf.lead)
-        if leaf.role == "choices" and t.dim() == leaf.lead + 1 and t.dtype in (torch.int64, torch.int32)
+        if leaf.role in ("choices", "static") and t.dim() == leaf.lead + 1 and t.dtype in (torch.int64, torch.int32)
         else leaf
         for leaf, t in zip(roles, leaves, strict=True)
     )
@@ -100,6 +100,11 @@ def _one_hot(t: torch.Tensor, lead: int) -> bool:
     if t.dim() not in (lead + 1, lead + 2) or t.shape[-1] < 2 or t.is_complex() or not t.numel():
         return False
     return bool(((t == 0) | (t == 1)).all()) and bool((t != 0).sum(-1).max() == 1)
+
+
+def _multi_hot(t: torch.Tensor) -> bool:
+    """True for a mask that names any number of experts: as ids, a row of zeros and ones would repeat itself."""
+    return t.shape[-1] > 2 and bool(((t == 0) | (t == 1)).all()) and bool((t == 0).any()) and bool((t == 1).any())
 
 
 def witness(

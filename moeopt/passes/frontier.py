@@ -49,6 +49,12 @@ class Frontier:
     kind: str
     keys: tuple[Key, ...] = ()
 
+    @property
+    def per_token(self) -> int | None:
+        """How many experts each token has; None where that differs from token to token."""
+        varies = self.ids is None or self.kind == "table" or self.kind.startswith("given mask")
+        return None if varies else self.top_k
+
 
 @dataclass
 class Recipe:
@@ -555,6 +561,7 @@ def _by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
             if not given and bool((onehot.sum(-1) > 1).any()):
                 continue
             read = mask_to_slots if given else mask_to_ids
+            kind = "given mask" if given else "one-hot mask"
             spread: Steps = [(for_each_slot, (chains,))] if given else []
             ids_steps: Steps = [*steps, (read, ())]
             ids = read(onehot)
@@ -563,16 +570,20 @@ def _by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
                 continue
             recipe = Recipe(node, ids_steps)
             for w in sorted(_candidates(before, floating=True), key=lambda n: -n.meta["index"]):
-                if math.prod(w.meta["shape"]) != tokens * k:
-                    continue
-                for order in _orders(w.meta["shape"], tokens, k):
+                orders = _orders(w.meta["shape"], tokens, k) if math.prod(w.meta["shape"]) == tokens * k else ()
+                for order in orders:
                     weights = Recipe(w, [*order, *spread])
                     if _fits(_rebuilt(ids, weights.run(tape), table.natural, chains), table):
-                        yield Frontier(ids.shape[1], recipe, weights, table.natural, "one-hot mask")
+                        yield Frontier(ids.shape[1], recipe, weights, table.natural, kind)
+                if given and k > 1 and math.prod(w.meta["shape"]) == tokens * chains:
+                    for score, _ in _tables(w.meta["shape"], tokens, chains):
+                        weights = Recipe(w, [*score, (aten.repeat.default, ([1, k],))])
+                        if _fits(_rebuilt(ids, weights.run(tape), table.natural, chains), table):
+                            yield Frontier(ids.shape[1], recipe, weights, table.natural, kind)
             constant = _constant(ids, table.natural, table)
             if constant is not None and not table.weighed:
                 weights = _constant_weights(constant, table)
-                yield Frontier(ids.shape[1], recipe, weights, table.natural, "one-hot mask, constant weight")
+                yield Frontier(ids.shape[1], recipe, weights, table.natural, f"{kind}, constant weight")
 
 
 def _is_argument(node: fx.Node) -> bool:

@@ -84,6 +84,8 @@ def recognize_outer_router(tape: Tape, module: nn.Module, found: Recognition) ->
 
 
 def _given(found: Recognition) -> RouterReading:
+    if found.frontier.kind.startswith("given mask"):
+        return RouterReading(_plain_words(found), None, "the mask is an argument of the module", outside=True)
     words = f"ids and weights given from outside, top-{found.frontier.top_k} of {len(found.experts)}"
     return RouterReading(words, None, "ids and weights are arguments of the module", outside=True)
 
@@ -104,6 +106,8 @@ def _plain_words(found: Recognition) -> str:
         "ids, constant weight": f"top-{k} of {experts}, equal weights",
         "one-hot mask": f"one-hot, {k} of {experts}",
         "one-hot mask, constant weight": f"one-hot, {k} of {experts}, equal weights",
+        "given mask": f"a mask over {experts} experts, given from outside",
+        "given mask, constant weight": f"a mask over {experts} experts, given from outside, equal weights",
         "dense": f"all {experts} experts, weighted",
         "table": f"sparse table over {experts} experts",
     }[found.frontier.kind]

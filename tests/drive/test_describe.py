@@ -14,6 +14,7 @@ from tests.passes.test_frontier import EveryOne, Mask, MaskAlone, Sparse
 from tests.passes.test_recognize_experts import Hard, OnInput
 from tests.passes.test_recognize_router import Around
 from tests.passes.tiny import GLU, H, MoE, ffn, seeded, tape_of
+from tests.zoo import CASES
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,10 @@ def test_a_module_that_takes_no_other_tokens_is_read_on_its_own_when_they_are_fe
     (block,) = moeopt.optimize(seeded(OneLength), rand(9, H), verify="off").report.blocks
     assert block.status == "rewritten" and block.router == words
     assert bool(block.router_spec) == words.startswith("softmax")
+
+
+def test_a_mask_from_outside_names_any_number_of_experts():
+    found = CASES["router_outside_gives_a_mask_for_each_slot"]
+    args, _ = found.inputs()
+    (block,) = moeopt.explain(found.build(), args).blocks
+    assert block.router == "a mask over 8 experts, given from outside" and block.top_k is None

@@ -190,3 +190,47 @@ class RemembersItsDtype(Routed):
 @case(seq(D), experts=E)
 def router_remembers_its_dtype():
     return RemembersItsDtype()
+
+
+class AnyNumber(Routed):
+    """A mask of zeros and ones: which experts a token may use, any number of them; the router weighs those."""
+
+    def forward(self, x, mask):
+        weights = self.gate(x).softmax(-1) * mask
+        out = torch.zeros_like(x)
+        for e in range(E):
+            rows = mask[:, e].nonzero().flatten()
+            out.index_add_(0, rows, self.ffs[e](x[rows]) * weights[rows, e, None])
+        return out
+
+
+class SlotsWeighedByExpert(Routed):
+    """A mask for each slot, and the weight is the expert's, whatever the slot."""
+
+    def forward(self, x, mask):
+        weights = self.gate(x).softmax(-1)
+        out = torch.zeros_like(x)
+        for e, hit in enumerate(mask.permute(2, 1, 0)):
+            _, rows = torch.where(hit)
+            out.index_add_(0, rows, self.ffs[e](x[rows]) * weights[rows, e, None])
+        return out
+
+
+def _without_weights(*slots, density=0.0):
+    def make(i):
+        g = torch.Generator().manual_seed(5000 + i)
+        t = (9, 1, 6, 14)[i % 4]
+        mask = torch.nn.functional.one_hot(torch.randint(E, (t, *slots), generator=g), E)
+        return (torch.randn(t, D, generator=g), mask | (torch.rand(mask.shape, generator=g) < density).long()), {}
+
+    return make
+
+
+@case(_without_weights(density=0.4), experts=E)
+def router_weighs_what_a_mask_allows():
+    return AnyNumber()
+
+
+@case(_without_weights(2), experts=E)
+def router_weighs_the_slots_of_a_mask():
+    return SlotsWeighedByExpert()
