@@ -11,6 +11,7 @@ process while the engine is made, in multiples of the weights, as the operating 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import resource
@@ -82,6 +83,18 @@ def peer_engine(model: torch.nn.Module) -> Callable[..., object]:
     return call
 
 
+def eager_twin(model: torch.nn.Module) -> torch.nn.Module:
+    """The same weights through transformers' loop over experts."""
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    twin.set_experts_implementation("eager")
+    return twin
+
+
+def compiled(model: torch.nn.Module) -> Callable[..., object]:
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    return torch.compile(twin, dynamic=True)
+
+
 def step(call: Callable[..., object], batch: int, new: int, cache: object, past: int, vocab: int) -> object:
     ids = torch.randint(0, vocab, (batch, new))
     return call(
@@ -132,6 +145,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no-exporter", action="store_true", help="leave out transformers' exporter (slow to export)")
+    parser.add_argument("--more-peers", action="store_true", help="transformers' eager experts and torch.compile too")
     parser.add_argument("--cost-only", action="store_true", help="export, load and memory only")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
     options = parser.parse_args()
@@ -154,6 +168,8 @@ def main() -> None:
     table = {}
     if not options.cost_only:
         peers: dict[str, Callable[..., object]] = {"transformers": model, "moeopt": opt}
+        if options.more_peers:
+            peers |= {"eager": eager_twin(model), "torch.compile": compiled(model)}
         if not options.no_exporter:
             began = time.perf_counter()
             peers["transformers' exporter"] = peer_engine(model)
