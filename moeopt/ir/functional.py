@@ -123,6 +123,14 @@ _KEEPS_SELF = {
 }
 
 
+_SPLITS = {  # the unsafe ones are what recurrent cells write through
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
+}
+
+
 def inverse_view(
     func: Any,
     args: tuple[Any, ...],
@@ -152,7 +160,7 @@ def inverse_view(
         return aten.reshape.default, (new, list(parent.shape))
     if func is aten.unbind.int and item is not None:
         return aten.select_scatter.default, (base, new, args[0] if args else 0, item)
-    if func in (aten.split.Tensor, aten.split_with_sizes.default) and item is not None:
+    if func in _SPLITS and item is not None:
         dim = args[1] if len(args) > 1 else 0
         sizes = args[0] if isinstance(args[0], (list, tuple)) else None
         start = sum(sizes[:item]) if sizes is not None else item * args[0]

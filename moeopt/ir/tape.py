@@ -253,7 +253,7 @@ class _Recorder(TorchDispatchMode):
         if self._pause:
             return func(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:
-            raise CaptureError(f"{func} changes a tensor's shape in place; use its out-of-place form", _user_line())
+            return self._record_inplace_view(func, args, kwargs)
         mutated = mutated_args(func, args, kwargs)
         if mutated:
             return self._record_mutation(func, args, kwargs, mutated)
@@ -335,6 +335,25 @@ class _Recorder(TorchDispatchMode):
             self.values.pop(node, None)
         node.meta.update(shape=tuple(target.shape), dtype=target.dtype, origin=storage.origin)
         self._write_back(target, node, storage)
+        return out
+
+    def _record_inplace_view(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A new shape for a tensor that nothing else views (the last step of a recurrent layer) is a new tensor."""
+        target = args[0]
+        old = self.node_of(target)
+        entry = self._entries[id(target)]
+        alone = [e for e in self._views[_storage_key(target)] if e.ref() is not None] == [entry]
+        inner = old.op == "call_function" and entry.view is None and alone
+        if func is not aten.transpose_.default or not inner or old in self.mutations.values():
+            raise CaptureError(f"{func} changes a tensor's shape in place; use its out-of-place form", _user_line())
+        if self.keep_values:
+            self._pause += 1
+            self.values[old] = target.detach().clone()
+            self._pause -= 1
+        out = func(*args, **kwargs)
+        node = self.make.call(aten.transpose.int, (old, *args[1:]))
+        node.meta["source"] = _user_line()
+        self._enter(target, self._finish(node, target))
         return out
 
     def _preserve(self, key: int, storage: _Storage) -> None:

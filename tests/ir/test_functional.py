@@ -72,6 +72,8 @@ def _filled(view):
         lambda x: x.split(2)[1],
         lambda x: x.split(4, dim=1)[1],
         lambda x: x.split([1, 3])[1],
+        lambda x: torch.unsafe_split(x, 2)[1],
+        lambda x: torch.unsafe_split_with_sizes(x, [1, 3])[1],
         lambda x: x.split([1, 3, 2], -1)[2],
         lambda x: x.chunk(3, dim=-1)[1],
         lambda x: x.narrow(1, 2, 3),
@@ -263,6 +265,35 @@ def test_a_change_of_shape_in_place_is_followed_or_refused(name):
         check(fn, (4, 6))
     except CaptureError as err:
         assert "changes a tensor's shape in place; use its out-of-place form" in str(err)
+
+
+def _turned(y):
+    y.transpose_(0, 1)
+    return y
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda _, x: _turned(x.clone()).add_(1) * 2,
+        lambda _, x: _turned(x * 2)[1:].mul_(3) + 1,
+        lambda _, x: _turned(_turned(x.clone().add_(1))).mul_(2),
+        lambda _, x: (lambda y: (y * 3) @ _turned(y))(x + 1),
+    ],
+)
+def test_a_tensor_of_its_own_may_be_transposed_in_place(fn):
+    check(fn, (4, 6))
+
+
+def test_a_tensor_that_others_view_may_not_be_transposed_in_place():
+    def fn(_, x):
+        y = x.clone()
+        row = y[1]
+        y.transpose_(0, 1)
+        return y + row.add_(1).sum()
+
+    with pytest.raises(CaptureError, match="changes a tensor's shape in place; use its out-of-place form"):
+        recorded(fn, rand(4, 6))
 
 
 @pytest.mark.parametrize(

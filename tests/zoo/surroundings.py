@@ -166,3 +166,21 @@ class CollectsLosses(nn.Module):
 @case(seq(20), experts=4, moe=2)
 def around_aux_loss_attribute():
     return CollectsLosses()
+
+
+class AfterRecurrence(nn.Module):
+    """A GRU and one step of its cell before the block: torch writes through unsafe_split and transposes in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(20, 20, batch_first=True)
+        self.cell = nn.GRUCell(20, 20)
+        self.moe = MoE()
+
+    def forward(self, x):
+        return self.moe((self.gru(x)[0] + self.cell(x[:, 0]).unsqueeze(1)).contiguous())
+
+
+@case(seq(20), experts=4)
+def around_recurrent_layers():
+    return AfterRecurrence()
