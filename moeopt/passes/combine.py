@@ -65,16 +65,18 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
     nearest = "their outputs never meet in one tensor with a row per token"
     for target in _meeting_points(sites, nodes):
         if _leaks(tape, target, sites):
-            nearest = f"something beside {target} reads the result of single experts"
+            nearest = "beside their sum something else (another gate, another layer) reads the result of single experts"
             continue
         if out not in target.meta["shape"] or math.prod(target.meta["shape"]) != labels.tokens * out:
             continue
         index = position[target]
-        for axis in sorted((d for d, s in enumerate(target.meta["shape"]) if s == out), reverse=True):
+        axes = sorted((d for d, s in enumerate(target.meta["shape"]) if s == out), reverse=True)
+        for axis in axes:
             found = _read(tape, labels, nodes[: index + 1], target, axis)
             if isinstance(found, Combine):
                 return found
-            nearest = found
+            if axis == axes[0]:  # the others are sizes that happen to be the same
+                nearest = found
     source = nodes[-1].meta.get("source") if nodes else sites[0].node.meta.get("source")
     raise Declined(f"the experts' outputs are not combined by a weighted sum per token: {nearest}", source)
 
@@ -134,7 +136,7 @@ def _read(tape: Tape, labels: Labels, nodes: list[fx.Node], target: fx.Node, axi
     visits = labels.visits()
     stray = (weights != 0) & (visits == 0)
     if bool(stray.any()):
-        return f"row {int(stray.any(1).nonzero()[0])} of {target} holds an expert that did not see that token"
+        return f"row {int(stray.any(1).nonzero()[0])} of their sum holds an expert that did not see that token"
     total = base.double().clone()
     scale = base.double().abs()
     for site, chain in labels.chain.items():
@@ -148,7 +150,7 @@ def _read(tape: Tape, labels: Labels, nodes: list[fx.Node], target: fx.Node, axi
     actual = rows_of(tape.value(target), axis).double()
     slack = 64 * max(torch.finfo(base.dtype).eps, torch.finfo(target.meta["dtype"]).eps)
     if not bool(((actual - total).abs() <= slack * scale.amax(-1, keepdim=True) + 1e-30).all()):
-        return f"{target} is not linear in the experts' outputs"
+        return "their sum is not linear in the experts' outputs, with one weight for each token and expert"
     return Combine(target, axis, weights, base if bool(base.any()) else None)
 
 
