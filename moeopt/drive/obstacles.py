@@ -92,6 +92,8 @@ def check_skipped(path: str, module: nn.Module) -> None:
                 f"{path} has a forward or backward hook, which would no longer fire for each expert; "
                 "remove the hook or leave this block as it is"
             )
+    if "_orig_mod" in module._modules:  # without the import of torch._dynamo, which takes seconds
+        raise Declined(f"{path} is compiled by torch.compile, one expert alone; optimise first and compile the result")
     if "forward" in module.__dict__:
         raise Declined(f"forward was replaced on the instance {path}; undo the patch and optimise again")
 

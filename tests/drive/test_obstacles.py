@@ -67,6 +67,8 @@ def checked(prepare):
          "forward was replaced on the instance experts.2.0; undo the patch and optimise again"),
         (lambda m: setattr(m.experts[2], "forward", m.experts[2].forward),
          "forward was replaced on the instance experts.2; undo the patch"),
+        (lambda m: m.experts.__setitem__(2, torch.compile(m.experts[2], backend="eager")),
+         "experts.2 is compiled by torch.compile, one expert alone; optimise first and compile the result"),
     ],
 )  # fmt: skip
 def test_what_would_be_skipped_is_declined(prepare, text):
