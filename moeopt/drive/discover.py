@@ -262,7 +262,8 @@ class _Finder:
             owners = [i for i, c in enumerate(levels) if weights & {id(t) for t in _tensors(c.module)}]
             levels = levels[owners[0] :] if owners else levels
             call = levels[0]
-        return Place(kind, call, levels, first.meta["index"], first.meta.get("source", ""), group, len(group), weights)
+        experts = len({_identity(c.out.product) for c in group})  # a loop over the batch visits each several times
+        return Place(kind, call, levels, first.meta["index"], first.meta.get("source", ""), group, experts, weights)
 
     def _expert_groups(self, call: Call, free: list[Chain]) -> list[list[Chain]]:
         found = []

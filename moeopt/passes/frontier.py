@@ -33,6 +33,10 @@ Steps = list[tuple[Any, tuple[Any, ...]]]
 aten = torch.ops.aten
 
 
+class NoIds(Declined):
+    """No tensor says which experts a token has."""
+
+
 @dataclass
 class Frontier:
     """How to build ids (T, K) and weights (T, K) from nodes of the tape.
@@ -157,13 +161,15 @@ def find_frontier(
                 "slice of the batch), so no tensor before the experts holds the expert ids of each token: the op "
                 "dispatches whole tokens by id"
             )
-        raise Declined(
+        raise NoIds(
             "no tensor before the experts holds the expert ids of each token (as integers, a one-hot mask or a "
             "dense table of weights); return the router's top-k as tensors that the dispatch reads"
         )
     raise Declined(
-        f"the expert ids were found at {ids[0].source}, but no tensor holds the routing weights that the experts "
-        "are multiplied by; compute the weights of all tokens in one tensor before the loop"
+        "the expert ids were found, but no tensor holds the routing weights that the experts are multiplied by "
+        "(a later expert may replace the result of an earlier one); compute the weights of all tokens in one tensor "
+        "before the loop, and add up the results",
+        "" if ids[0].source is None else ids[0].source.meta.get("source", ""),
     )
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from moeopt.ir.tape import Tape
 from moeopt.passes.chains import Chain, find_chains, group_chains
 from moeopt.passes.combine import Combine, Labels, read_combine
 from moeopt.passes.fit_function import fit_function
-from moeopt.passes.frontier import Frontier, Table, find_frontier, one_beyond
+from moeopt.passes.frontier import Frontier, NoIds, Table, find_frontier, one_beyond
 from moeopt.passes.rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.rewrite.bank import ExpertRef, tensor_at
 
@@ -92,7 +93,7 @@ def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool 
                 break
             except Declined as reason:
                 if progress[0] > best_progress and (len(members) > 1 or members[0].merged):
-                    best, best_progress = reason.with_traceback(None), progress[0]
+                    best, best_progress = _several_times(reason, members, chains).with_traceback(None), progress[0]
     for recognition in found:
         recognition.missed = best.reason if best_progress >= 0 else ""
     if not found or isinstance(best, Uncovered):
@@ -102,6 +103,19 @@ def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool 
         finally:
             del best  # an error that its own frame holds would keep the tape until the next collection
     return sorted(found, key=lambda r: r.combine.node.meta["index"])
+
+
+def _several_times(reason: Declined, members: list[Chain], chains: list[Chain]) -> Declined:
+    """``reason``, or why there is no table of ids where the same experts are called again and again."""
+    runs = Counter((m.path, m.origin) for c in chains for m in c.out.matrices)
+    if not isinstance(reason, NoIds) or all(runs[m.path, m.origin] < 2 for c in members for m in c.out.matrices):
+        return reason
+    return Declined(
+        "its experts run several times in one forward (for each sequence or chunk in a Python loop, in several rounds, "
+        "or in two blocks that share them), and the op runs them once on all tokens; route all tokens at once, or give "
+        "each round a module of its own",
+        _line(members[0]),
+    )
 
 
 def _no_group(tape: Tape, chains: list[Chain]) -> Declined:

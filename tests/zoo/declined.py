@@ -224,3 +224,15 @@ class DataDependentScale(Top2):
 @case(flat(16), experts=4, expect="either", moe=None, reason="(?i)item|python|data|value|tape|constant")
 def declined_python_branch_in_router():
     return DataDependentScale([ffn() for _ in range(4)])
+
+
+class SequenceBySequence(Top2):
+    """A Python loop over the batch: each expert runs once for each sequence."""
+
+    def forward(self, x):
+        return torch.stack([super(SequenceBySequence, self).forward(row[None])[0] for row in x])
+
+
+@case(seq(16), experts=4, expect="declined", reason="run several times in one forward .* route all tokens at once")
+def declined_loop_over_the_batch():
+    return SequenceBySequence([ffn() for _ in range(4)])
