@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -316,10 +317,12 @@ def _compare_engine(
                 raise
             continue  # a size that the model itself cannot take
         verdicts.append((one, end_to_end(source, engine, *one, noise_blocks=noise, seed=options.seed)))
+    first_of = ""
     for one, verdict in verdicts:
         if not verdict.passed:
             sizes = [tuple(t.shape) for t in torch.utils._pytree.tree_leaves(one) if isinstance(t, torch.Tensor)]
-            first_of = _ids(twin, engine, built, one)[2]
+            with contextlib.suppress(Exception):
+                first_of = _ids(twin, engine, built, one)[2]
             raise NotEquivalentError(
                 f"the {engine.runtime} engine of {type(source).__name__} is not equivalent and was not kept: "
                 f"{verdict.reason} (inputs of sizes {', '.join(map(str, sizes))}"
@@ -327,7 +330,11 @@ def _compare_engine(
                 "report this with the model's code"
             )
     first = verdicts[0][1]
-    first.ids, first.ids_differ, first_of = _ids(twin, engine, built, verdicts[0][0])
+    try:
+        first.ids, first.ids_differ, first_of = _ids(twin, engine, built, verdicts[0][0])
+    except Exception as err:  # ONNX Runtime's own: the count must not fail an engine that is right
+        first_of = ""
+        first.notes.append(f"expert ids were not compared: {type(err).__name__}: {err}")
     if first_of:
         first.notes.append(f"the result stays within its budget although some experts differ; the first is {first_of}")
     if len(verdicts) > 1:

@@ -70,8 +70,10 @@ def _of_engine(engine: GraphEngine, graph: str, records: Records, call: Call) ->
     import onnx
 
     feeds = _feeds(engine, call)
-    proto = onnx.load(os.fspath(engine.directory / graph), load_external_data=False)
     names = [str(record["ids"]) for record in records]
+    if all(name in feeds for name in names):  # the caller routes
+        return [feeds[name].cpu() for name in names]
+    proto = onnx.load(os.fspath(engine.directory / graph), load_external_data=False)
     del proto.graph.output[:]
     ends = dict.fromkeys(n for n in names if n not in {i.name for i in proto.graph.input})
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT64, None) for n in ends)

@@ -508,7 +508,8 @@ def _by_dense(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtyp
         numel = math.prod(shape)
         if numel == tokens * chains:
             for steps, _ in _tables(shape, tokens, chains):
-                if _same(Recipe(node, steps).run(tape), want):
+                value = Recipe(node, steps).run(tape)
+                if _same(value, want) or (_asked_positive(node) and _same(value.clamp(min=0), want)):
                     yield _dense(node, steps, table)
         elif chains in shape and numel % (tokens * chains) == 0 and numel and len(shape) >= 3:
             for axis in (d for d, s in enumerate(shape) if s == chains):
@@ -537,6 +538,9 @@ def _after_sum(shape: tuple[int, ...], axis: int, slots: list[int], chains: int)
 def _dense(node: fx.Node, steps: Steps, table: Table) -> Frontier:
     """Every expert of a token whose weight is not zero; the others are named E, which adds nothing."""
     chains = table.visits.shape[1]
+    if _asked_positive(node):
+        ids = Recipe(node, [*steps, (positive_to_ids, ())])
+        return Frontier(chains, ids, Recipe(node, steps), table.natural, "table")
     full = bool(table.chosen.all())
     return Frontier(chains, None, Recipe(node, steps), table.natural, "dense" if full else "table")
 
@@ -650,6 +654,22 @@ def for_each_slot(weights_TK: torch.Tensor, experts: int) -> torch.Tensor:
 def one_beyond(weights_TK: torch.Tensor, ids_TK: torch.Tensor, experts: int) -> torch.Tensor:
     """The weights, with one for an id that names no expert: a dropped token passes through as it is."""
     return torch.where(ids_TK >= experts, 1.0, weights_TK)
+
+
+def _asked_positive(node: fx.Node, depth: int = 6) -> bool:
+    """True where the dispatch asks a table, or parts of it, ``> 0``: unlike ``!= 0``, that is false for a NaN."""
+    for user in node.users:
+        if op_name(user) == "gt" and user.args[0] is node and user.args[1] == 0:
+            return True
+        if depth and user.op == "call_function" and moves_rows(user) and _asked_positive(user, depth - 1):
+            return True
+    return False
+
+
+def positive_to_ids(table_TE: torch.Tensor) -> torch.Tensor:
+    """(T, E) expert e in column e where its weight is above zero, E (which adds nothing) elsewhere."""
+    experts = table_TE.shape[-1]
+    return torch.where(table_TE > 0, torch.arange(experts, device=table_TE.device), experts)
 
 
 def table_to_ids(table_TE: torch.Tensor) -> torch.Tensor:

@@ -225,3 +225,38 @@ for _cls in (
     NegativeWeights,
 ):
     register(_cls)
+
+
+class AboveZero(Routed):
+    """Weights under a threshold are zero, and the loop asks ``> 0``: a row of NaN goes to no expert."""
+
+    def table(self, h):
+        p = self.gate(h).softmax(-1)
+        return torch.where(p > 0.2, p, torch.zeros_like(p))
+
+    def forward(self, x):
+        h = x.reshape(-1, D)
+        w = self.table(h)
+        out = torch.zeros_like(h)
+        for e, ff in enumerate(self.ffs):
+            mine = w[:, e] > 0
+            if mine.any():
+                out[mine] += w[mine, e].unsqueeze(-1) * ff(h[mine])
+        return out.view_as(x)
+
+
+class ScoresAboveZero(AboveZero):
+    """Raw scores, of which only the positive ones count."""
+
+    def table(self, h):
+        return self.gate(h)
+
+
+@case(seq(D), experts=E)
+def router_weights_above_zero():
+    return AboveZero()
+
+
+@case(seq(D), experts=E)
+def router_scores_above_zero():
+    return ScoresAboveZero()
