@@ -64,6 +64,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             _idle_moves(),
             shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
             noting_questions(),
+            _no_dump(),
             _named(model, kwargs),
         ):
             bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)
@@ -109,6 +110,18 @@ def _named(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
             del model.__dict__["forward"]
         else:
             model.__dict__["forward"] = held
+
+
+@contextlib.contextmanager
+def _no_dump() -> Iterator[None]:
+    """Where export fails, torch prints the whole graph so far; the error says in a sentence what stood in the way."""
+    from torch.export import _trace
+
+    _trace.__dict__["print"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del _trace.__dict__["print"]
 
 
 @contextlib.contextmanager

@@ -49,3 +49,15 @@ def test_an_error_of_the_models_own_code_is_told_with_its_line():
     assert "while torch.export traced it, its own code raised TypeError: 'NoneType' object is not subscriptable" in text
     assert "test_program.py" in text and "mask[:, None]" in text
     assert "give the arguments that this line reads" in text and "backend='torch'" in text
+
+
+class AsksForAValue(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+
+def test_a_failed_trace_prints_no_graph(capfd):
+    with pytest.raises(NotSaveableError, match="data-dependent"):
+        export_program(AsksForAValue(), (torch.randn(3, 4),), {})
+    printed = capfd.readouterr()
+    assert "def forward" not in printed.err and "def forward" not in printed.out
