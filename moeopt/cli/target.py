@@ -40,12 +40,14 @@ def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) 
     where, colon, name = target.rpartition(":")
     if not colon or not name.isidentifier():
         what = "a directory without config.json" if path.is_dir() else "neither a file nor module:factory"
+        if path.suffix == ".py" and path.is_file():
+            what = f"a file of code without the name of a factory in it, as in {target}:build"
         raise UsageError(f"{target} is {what}: {FORMS}")
     torch.manual_seed(seed)
     made = _call(_factory(where, name, target), target)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
-        raise UsageError(f"{target} returned a {type(model).__name__}, not a model: {FORMS}")
+        raise UsageError(f"{target} returned {type(model).__name__}, not a model: {FORMS}")
     return (model.eval() if isinstance(model, torch.nn.Module) else model), inputs
 
 
