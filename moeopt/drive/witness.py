@@ -86,13 +86,17 @@ def _readings(roles: tuple[Leaf, ...], leaves: list[Any]) -> Iterator[tuple[Leaf
     """``roles``, and the other reading of integers of which all are 0 or 1: a mask over experts, or ids."""
     yield roles
     other = tuple(
-        Leaf("ids", leaf.lead)
-        if leaf.role in ("choices", "static") and t.dim() == leaf.lead + 1 and t.dtype in (torch.int64, torch.int32)
-        else leaf
-        for leaf, t in zip(roles, leaves, strict=True)
+        Leaf("ids", leaf.lead) if _may_be_ids(leaf, t) else leaf for leaf, t in zip(roles, leaves, strict=True)
     )
     if other != roles:
         yield other
+
+
+def _may_be_ids(leaf: Leaf, t: Any) -> bool:
+    """True for integers (tokens, K) that were not read as ids."""
+    if not isinstance(t, torch.Tensor) or not leaf.lead or leaf.role not in ("choices", "static"):
+        return False
+    return t.dim() == leaf.lead + 1 and t.dtype in (torch.int64, torch.int32)
 
 
 def _one_hot(t: torch.Tensor, lead: int) -> bool:

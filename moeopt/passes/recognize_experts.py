@@ -106,14 +106,14 @@ def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool 
 
 
 def _several_times(reason: Declined, members: list[Chain], chains: list[Chain]) -> Declined:
-    """``reason``, or why there is no table of ids where the same experts are called again and again."""
+    """``reason``, and what may be behind it where the same experts are called again and again."""
     runs = Counter((m.path, m.origin) for c in chains for m in c.out.matrices)
     if not isinstance(reason, NoIds) or all(runs[m.path, m.origin] < 2 for c in members for m in c.out.matrices):
         return reason
     return Declined(
-        "its experts run several times in one forward (for each sequence or chunk in a Python loop, in several rounds, "
-        "or in two blocks that share them), and the op runs them once on all tokens; route all tokens at once, or give "
-        "each round a module of its own",
+        f"{reason.reason}; its experts run several times in one forward (for each slot, sequence or chunk in a Python "
+        "loop, in several rounds, or in two blocks that share them), and the op runs them once on all tokens: route "
+        "all tokens at once, or give each round a module of its own",
         _line(members[0]),
     )
 

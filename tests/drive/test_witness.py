@@ -115,3 +115,9 @@ def test_masks_over_experts_are_choices():
 def test_two_columns_of_zeros_and_ones_may_be_a_mask_or_ids():
     readings = list(prototypes((rand(3, H), torch.tensor([[0, 1], [1, 0], [0, 1]])), {}))
     assert [p.leaves[1].role for p in readings[:2]] == ["choices", "ids"]
+
+
+def test_arguments_that_are_no_tensors_have_one_reading():
+    mask = torch.nn.functional.one_hot(torch.tensor([1, 0, 2]), 4)
+    for proto in prototypes((rand(3, H), mask), {"cache": None, "flag": True, "n": torch.tensor([1, 2])}):
+        assert [leaf.role for leaf in proto.leaves[2:]] == ["static"] * 3
