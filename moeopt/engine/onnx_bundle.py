@@ -55,13 +55,10 @@ def save_onnx_bundle(
     runner = engine.replay() if isinstance(engine, AbsentEngine) else engine
     runs = golden_runs(runner, golden_calls(runner, call), distance)
     fields = {
-        "source": dict(source or {}),
         "provider": engine.provider,
         "runtimes": _runtimes(),
-        "signature": {k: built.signature[k] for k in ("parameters", "in_tree", "out_tree", "inputs")},
-        "dynamic": built.signature["sizes"],
-        "blocks": report.to_dict()["blocks"],
         **_form(built),
+        **stated(built.signature, report, source),
         "golden": {"runs": len(runs), "distance": distance, "why": why},
     }
     if built.portable is not None:
@@ -71,11 +68,26 @@ def save_onnx_bundle(
         _write_form(built, GRAPH, aside)
         if built.portable is not None:
             _write_form(built.portable, PORTABLE, aside)
-        (aside / SIGNATURE).write_text(json.dumps(built.signature, allow_nan=False))
-        (aside / CERTIFICATE).write_text(certificate.to_json())
-        goldens.save_golden(runs, aside / goldens.FILE)
+        write_evidence(aside, built.signature, certificate, runs)
 
     return write_bundle(directory, "onnxruntime", write, fields)
+
+
+def stated(signature: Mapping[str, Any], report: Report, source: Mapping[str, str] | None) -> dict[str, Any]:
+    """What the manifest of every engine says of its model, its call and its blocks."""
+    return {
+        "source": dict(source or {}),
+        "signature": {k: signature[k] for k in ("parameters", "in_tree", "out_tree", "inputs")},
+        "dynamic": signature["sizes"],
+        "blocks": report.to_dict()["blocks"],
+    }
+
+
+def write_evidence(aside: Path, signature: Mapping[str, Any], certificate: Any, runs: Any) -> None:
+    """The files that every engine's bundle has beside its graphs."""
+    (aside / SIGNATURE).write_text(json.dumps(signature, allow_nan=False))
+    (aside / CERTIFICATE).write_text(certificate.to_json())
+    goldens.save_golden(runs, aside / goldens.FILE)
 
 
 def _form(built: Built) -> dict[str, Any]:

@@ -54,15 +54,18 @@ class AbsentEngine(BundledEngine):
         """The portable form of it, on CPU."""
         return OnnxEngine(self.directory, self.signature, keep=self._keep, graph=PORTABLE)
 
+    @property
+    def way_there(self) -> str:
+        """How to get it to a machine that runs it."""
+        if self.manifest is None:
+            return "save it with .save(directory), and there call moeopt.load(directory)"
+        return f"copy {self.manifest.directory} there and call moeopt.load"
+
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         lacks = "" if PROVIDERS[self.provider] in runtime().get_available_providers() else " and needs onnxruntime-gpu"
-        if self.manifest is None:
-            way = "save it with .save(directory), and there call moeopt.load(directory)"
-        else:
-            way = f"copy {self.manifest.directory} there and call moeopt.load"
         raise EngineNotExecutableError(
             f"the engine was built for {self.provider}{lacks}, and this machine has: {', '.join(available())}. To run "
-            f"it, {way}; moeopt.verify of the directory replays its portable form here, and "
+            f"it, {self.way_there}; moeopt.verify of the directory replays its portable form here, and "
             "moeopt.load(directory, device='cpu') runs that form"
         )
 

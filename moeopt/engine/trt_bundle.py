@@ -23,7 +23,7 @@ from moeopt.backends.tensorrt.product import LABELS
 from moeopt.backends.tensorrt.runtime import Needs, lacking
 from moeopt.engine import golden as goldens
 from moeopt.engine.manifest import Manifest, read_manifest, write_bundle
-from moeopt.engine.onnx_bundle import SIGNATURE, golden_calls, replay_golden
+from moeopt.engine.onnx_bundle import SIGNATURE, golden_calls, replay_golden, stated, write_evidence
 from moeopt.engine.onnx_check import check_graph
 from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_golden import budget_of, golden_runs
@@ -40,7 +40,7 @@ from moeopt.engine.trt_engine import (
 from moeopt.errors import BundleError, EngineNotExecutableError, NotEquivalentError, UsageError
 from moeopt.report import Report
 
-CERTIFICATE, LAYERS = "certificate.json", "layers.json"
+LAYERS = "layers.json"
 THROUGH_ONNX = ("nv_tensorrt_rtx", "tensorrt")
 """Providers of ONNX Runtime that run ``model.onnx`` itself."""
 _PASSED: set[tuple[str, ...]] = set()
@@ -65,12 +65,9 @@ def save_trt_bundle(
     runs = golden_runs(runner, calls, distance)
     signature = built.graph.signature
     fields = {
-        "source": dict(source or {}),
         "provider": provider_of(built.needs),
         "runtimes": {built.needs.product: built.needs.version, "onnxruntime": runtime().__version__},
-        "signature": {k: signature[k] for k in ("parameters", "in_tree", "out_tree", "inputs")},
-        "dynamic": signature["sizes"],
-        "blocks": report.to_dict()["blocks"],
+        **stated(signature, report, source),
         "lowerings": built.graph.lowerings,
         "sites": built.graph.sites,
         "facts": built.graph.facts,
@@ -83,9 +80,7 @@ def save_trt_bundle(
             if (built.directory / name).exists():
                 shutil.copyfile(built.directory / name, aside / name)
         (aside / LAYERS).write_text(json.dumps([dataclasses.asdict(layer) for layer in built.plan.layers]))
-        (aside / SIGNATURE).write_text(json.dumps(signature, allow_nan=False))
-        (aside / CERTIFICATE).write_text(certificate.to_json())
-        goldens.save_golden(runs, aside / goldens.FILE)
+        write_evidence(aside, signature, certificate, runs)
 
     return write_bundle(directory, "tensorrt", write, fields)
 

@@ -107,14 +107,10 @@ class AbsentTensorRTEngine(AbsentEngine):
         return OnnxEngine(self.directory, self.signature, keep=self._keep, graph=onnx_form(self.directory))
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        if self.manifest is None:
-            way = "save it with .save(directory), and there call moeopt.load(directory)"
-        else:
-            way = f"copy {self.manifest.directory} there and call moeopt.load"
         raise EngineNotExecutableError(
             f"the engine was built for {self.provider} and does not run here: {lacking(self.needs, here(self.needs))}. "
-            f"To run it on such a machine, {way}; moeopt.verify of the directory replays its ONNX form here, and "
-            "moeopt.load(directory, device='cpu') runs that form"
+            f"To run it on such a machine, {self.way_there}; moeopt.verify of the directory replays its ONNX form "
+            "here, and moeopt.load(directory, device='cpu') runs that form"
         )
 
     def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
