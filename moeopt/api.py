@@ -213,7 +213,9 @@ def optimize(
         _check_gradients(twin, outcome)
     certificate = _certify(source, twin, call, outcome, chosen)
     if certificate.passed is False:
-        _revert(twin, outcome, certificate)
+        why = _revert(twin, outcome, certificate)
+        certificate = _certify(source, twin, call, outcome, chosen)
+        certificate.notes.append(why)
     elif chosen.inplace:
         for path, rewrite in outcome.rewrites.items():
             install(source.get_submodule(path), rewrite.program)
@@ -424,17 +426,20 @@ def _certify(source: nn.Module, twin: nn.Module, call: Call, outcome: Any, optio
     )
 
 
-def _revert(twin: nn.Module, outcome: Any, certificate: Certificate) -> None:
-    """A model that fails end to end goes back to its own code, block by block, with the reason."""
+def _revert(twin: nn.Module, outcome: pipeline.Outcome, certificate: Certificate) -> str:
+    """A model that fails end to end goes back to its own code, block by block, with the reason; a note on it."""
     why = certificate.end_to_end.reason if certificate.end_to_end else "a block failed"
     for path in outcome.rewrites:
         uninstall(twin.get_submodule(path))
+    reverted = [b.name for b in outcome.blocks if b.status == "rewritten"]
     outcome.blocks = [
         b
         if b.status == "declined"
         else dataclasses.replace(b, status="declined", reason=f"reverted: the whole model was not equivalent: {why}")
         for b in outcome.blocks
     ]
+    outcome.checks, outcome.rewrites = [], {}
+    return f"{', '.join(reverted)} was rewritten and reverted, for the whole model was not equivalent: {why}"
 
 
 def explain(model: Any, example_inputs: Any = None, *, options: Options | None = None, **fields: Any) -> Report:

@@ -241,5 +241,8 @@ def test_a_damage_past_the_blocks_is_caught_end_to_end(monkeypatch):
     opt = moeopt.optimize(model, X)
     (block,) = opt.report.blocks
     assert block.status == "declined" and block.reason.startswith("reverted: the whole model was not equivalent")
+    assert opt.certificate.passed and not opt.certificate.blocks, "what is left is the model as it was"
+    (note,) = opt.certificate.notes
+    assert f"{block.name} was rewritten and reverted, for the whole model was not equivalent: " in note
     with torch.no_grad():
         assert torch.equal(opt(X), model(X))

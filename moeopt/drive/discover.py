@@ -222,7 +222,8 @@ class _Finder:
         )  # fmt: skip
 
     def _by_structure(self, places: list[Place]) -> list[Place]:
-        """Calls that run alike feed-forward children side by side where no chain was readable inside any."""
+        """Calls that run alike feed-forward children side by side where no chain was readable inside any; or that ran
+        some of them, on rows picked for them, and others not at all."""
         found = []
         children: dict[int, list[Call]] = {}
         for call in self.tape.calls:
@@ -231,20 +232,21 @@ class _Finder:
         taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
         for call in self.tape.calls:
             ran = children.get(call.index, [])
-            if len(ran) < 2 or call.index in taken:
+            if not ran or call.index in taken:
                 continue
             alike, pairs = alike_children(call.module), feed_forward_lists(call.module)
             ran = [c for c in ran if c.module in alike]
-            routed = sum(any(picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran) > 1
+            idle = len(alike) - len({id(c.module) for c in ran})
+            picked = sum(any(picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran)
+            routed = picked > 1 or (picked == 1 and idle > 0)
             ran = [c for c in ran if routed or c.module in pairs]
-            if len(ran) < 2 or self._sequential(ran):
+            if not ran or (len(ran) < 2 and not routed) or (len(ran) > 1 and self._sequential(ran)):
                 continue
             levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
             source = next((n.meta["source"] for n in self.tape.nodes[ran[0].first :] if n.meta.get("source")), "")
             weights = {id(p) for c in ran for p in c.module.parameters()}
-            found.append(
-                Place("moe", call, levels, ran[0].first, source, [], len({id(c.module) for c in ran}), weights)
-            )
+            experts = len({id(c.module) for c in ran}) + (idle if routed else 0)
+            found.append(Place("moe", call, levels, ran[0].first, source, [], experts, weights))
         return found
 
     def _sequential(self, ran: list[Call]) -> bool:

@@ -260,3 +260,8 @@ def _parallel(tape: Tape, members: list[Chain]) -> list[list[Chain]]:
     for i, chain in enumerate(members):
         runs.setdefault(known.get(i, 0), []).append(chain)
     return list(runs.values())
+
+
+def source_of(chain: Chain) -> str:
+    """The user's line of the first product."""
+    return str(chain.ins[0].product.meta.get("source") or "")

@@ -24,16 +24,17 @@ import torch
 from torch import fx
 
 from moeopt.errors import Declined
-from moeopt.ir.kinds import is_factory, is_matmul, moves_rows, op_name, picks_rows
+from moeopt.ir.kinds import is_factory, moves_rows, op_name
 from moeopt.ir.provenance import MatrixRef
 from moeopt.ir.replay import CONFLICT, ancestors, descendants, row_labels
-from moeopt.ir.sites import Site, find_sites, is_computed_weight, weight_and_operand
+from moeopt.ir.sites import Site, find_sites
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.tape import Tape
-from moeopt.passes.chains import Chain, find_chains, group_chains
+from moeopt.passes.chains import Chain, find_chains, group_chains, source_of
 from moeopt.passes.combine import Combine, Labels, read_combine
 from moeopt.passes.fit_function import fit_function
 from moeopt.passes.frontier import Frontier, NoIds, Table, find_frontier, one_beyond
+from moeopt.passes.no_experts import no_experts
 from moeopt.passes.rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.rewrite.bank import ExpertRef, tensor_at
 
@@ -76,7 +77,7 @@ def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool 
     """
     chains = find_chains(tape, find_sites(tape))
     found: list[Recognition] = []
-    best = _no_group(tape, chains)
+    best = no_experts(tape, chains)
     best_progress = -1
     for group in group_chains(tape, chains):
         if any(c.out.node in r.interior or c.out.product in r.interior for c in group for r in found):
@@ -114,38 +115,7 @@ def _several_times(reason: Declined, members: list[Chain], chains: list[Chain]) 
         f"{reason.reason}; its experts run several times in one forward (for each slot, sequence or chunk in a Python "
         "loop, in several rounds, or in two blocks that share them), and the op runs them once on all tokens: route "
         "all tokens at once, or give each round a module of its own",
-        _line(members[0]),
-    )
-
-
-def _no_group(tape: Tape, chains: list[Chain]) -> Declined:
-    """Why there are no experts side by side at all."""
-    alike: dict[object, list[Chain]] = {}
-    for chain in chains:
-        if not chain.merged and picks_rows(chain.ins[0].operand):
-            paths = [re.sub(r"\d+", "#", s.matrices[0].path) for s in (*chain.ins, *chain.outs)]
-            alike.setdefault((chain.shape, *paths), []).append(chain)
-    for first, *others in alike.values():
-        if others and others[0].ins[0].operand in set(descendants(tape, [first.out.node])):
-            return Declined(
-                "each of its experts writes into the tensor that the next one reads its rows from, so they run one "
-                "after another, where the op's experts all read the same tokens; sum their results in another tensor",
-                _line(first),
-            )
-    memo: dict[fx.Node, bool] = {}
-    for node in tape.nodes:
-        if is_computed_weight(node, memo):
-            memo[node] = True
-        elif is_matmul(node) and (read := weight_and_operand(node, memo)) is not None and picks_rows(read[1]):
-            if weight_and_operand(node, {}) is None:
-                return Declined(
-                    "its experts' weights are computed at each call (from integers and scales, or from low-rank "
-                    "factors), and the op reads weights as they are stored; compute them once, and keep the results",
-                    node.meta.get("source", ""),
-                )
-    return Declined(
-        "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "
-        "depends on the whole batch, or weighs the hidden neurons), which the op does not carry"
+        source_of(members[0]),
     )
 
 
@@ -230,19 +200,20 @@ def _label_chain(
     """Follow the chain's rows from its in-sites to its out-sites and enter what each is into ``labels``."""
     roles = chain.roles()
     if not roles:
-        raise Declined("an expert's second matmul reads more than two earlier products", _line(chain))
+        raise Declined("an expert's second matmul reads more than two earlier products", source_of(chain))
     token, given = _start_rows(tape, roles, tokens, chain)
     moved = row_labels(tape, chain.mid, given, only={out.operand for out in chain.outs})
     for out in chain.outs:
         rows = moved.get(out.operand)
         if rows is None:
             raise Declined(
-                "between an expert's products rows are mixed or normalised, which the op does not carry", _line(chain)
+                "between an expert's products rows are mixed or normalised, which the op does not carry",
+                source_of(chain),
             )
         rows = out.rows_in(rows)
         label = rows[:, 0]
         if bool((rows != label[:, None]).any()) or bool((label == CONFLICT).any()):
-            raise Declined("between an expert's products features of different rows are mixed", _line(chain))
+            raise Declined("between an expert's products features of different rows are mixed", source_of(chain))
         if not bool((label >= 0).any()):
             labels.token[out] = labels.chain[out] = torch.full_like(label, -1)
             continue
@@ -260,7 +231,7 @@ def _start_rows(
     given = {}
     for role in roles:
         if not torch.equal(torch.cat([tokens.token[s] for s in role]), token):
-            raise Declined("an expert's gate and up products see different tokens", _line(chain))
+            raise Declined("an expert's gate and up products see different tokens", source_of(chain))
         start = 0
         for site in role:
             count = site.matrix.numel()
@@ -339,7 +310,7 @@ def _covered(tape: Tape, experts: list[ExpertRef], group: list[Chain]) -> None:
             error = Uncovered(
                 f"no probe token reached the expert weights {some}, so what they compute could not be checked; "
                 "pass example inputs that reach every expert",
-                _line(group[0]),
+                source_of(group[0]),
             )
             error.universe = len(experts) + len(missing)
             raise error
@@ -390,12 +361,12 @@ def _expert(ins: list[Site], picks: list[int], out: Site, out_matrix: int) -> Ex
 def _one_function(specs: dict[object, tuple[ExpertsSpec, bool]], group: list[Chain]) -> ExpertsSpec:
     found = {spec for spec, _ in specs.values()}
     if not found:
-        raise Declined("no token reached any of its experts", _line(group[0]))
+        raise Declined("no token reached any of its experts", source_of(group[0]))
     if len(found) > 1:
         words = " and ".join(sorted(str(s).split(";")[0] for s in found))
         raise Declined(
             f"its experts do not all compute the same function ({words}); only alike experts can be grouped",
-            _line(group[0]),
+            source_of(group[0]),
         )
     return next(iter(found))
 
@@ -421,7 +392,7 @@ def _with_frontier(
     before = [n for n in tape.nodes[: last + 1] if n not in inside and n.meta.get("shape") is not None]
     if len(experts) == 1:
         raise Declined(
-            "only one of its experts could be read; all of a block's experts or none are rewritten", _line(group[0])
+            "only one of its experts could be read; all of a block's experts or none are rewritten", source_of(group[0])
         )
     flow = _flow(tape, combine, ins, inside)
     weights, visits = combine.weights, labels.visits()
@@ -442,7 +413,7 @@ def _with_frontier(
     progress[0] = 4
     ids = frontier.ids.run(tape) if frontier.ids is not None else None
     if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):
-        raise Uncovered("some of the weights that look like experts were never reached by a probe", _line(group[0]))
+        raise Uncovered("some of the weights that look like experts were never reached by a probe", source_of(group[0]))
     if _passes_through(tape, combine, tokens, frontier, ids, len(experts)):
         frontier.weights.steps = [*frontier.weights.steps, (one_beyond, ("@ids", len(experts)))]
     identity = _is_identity(tape, combine, tokens, frontier, ids, len(experts))
@@ -460,7 +431,7 @@ def _with_frontier(
         **_accumulation(combine),
     )
     return Recognition(
-        tokens, frontier, combine, base, ordered, spec, inside, min(_line(c) or "~" for c in group), functions
+        tokens, frontier, combine, base, ordered, spec, inside, min(source_of(c) or "~" for c in group), functions
     )
 
 
@@ -535,7 +506,7 @@ def _input_weights(group: list[Chain], tokens: Tokens, labels: Labels, combine: 
     """(T, C) factor on each expert's input row; the outputs must then be summed as they are."""
     visits = labels.visits()
     if not bool((combine.weights[visits > 0] == 1).all()):
-        raise Declined("routing weights act on both the experts' inputs and their outputs", _line(group[0]))
+        raise Declined("routing weights act on both the experts' inputs and their outputs", source_of(group[0]))
     weights = torch.zeros(visits.shape, dtype=torch.float64)
     for chain in group:
         scale, token = tokens.scale[chain.ins[0]], tokens.token[chain.ins[0]]
@@ -544,7 +515,7 @@ def _input_weights(group: list[Chain], tokens: Tokens, labels: Labels, combine: 
             keep = token >= 0
             weights[token[keep], out_chain[keep]] = scale[keep]
         else:
-            raise Declined("weighted input rows are reordered inside the experts", _line(group[0]))
+            raise Declined("weighted input rows are reordered inside the experts", source_of(group[0]))
     return weights.to(chain.ins[0].operand.meta["dtype"])
 
 
@@ -664,7 +635,7 @@ def layout_of(tape: Tape, ref: MatrixRef) -> Literal["oi", "io"]:
 def _same_layout(experts: list[ExpertRef], group: list[Chain]) -> None:
     sizes = {tuple((w.k, w.m) for w in (*e.w_in, e.w_out)) for e in experts}
     if len(sizes) > 1:
-        raise Declined(f"its experts have different shapes ({sorted(sizes)})", _line(group[0]))
+        raise Declined(f"its experts have different shapes ({sorted(sizes)})", source_of(group[0]))
 
 
 def _accumulation(combine: Combine) -> dict[str, Any]:
@@ -674,7 +645,3 @@ def _accumulation(combine: Combine) -> dict[str, Any]:
     one_by_one = name in ("index_add", "add", "index_put", "index_copy", "copy", "slice_scatter", "scatter_add")
     accum = short if one_by_one or short in ("float32", "float64") else "float32"
     return {"accum_dtype": accum, "out_dtype": short, "combine": "expert" if one_by_one else "slot"}
-
-
-def _line(chain: Chain) -> str:
-    return str(chain.ins[0].product.meta.get("source") or "")

@@ -62,3 +62,31 @@ def whole_conv_experts_top2():
 @case(image(12), experts=3)
 def whole_conv_experts_dense():
     return ConvExperts(n=3)
+
+
+class ImageRoutedConvs(nn.Module):
+    """3x3 convolutions as experts, one for each image: a call of few images leaves most of them idle."""
+
+    def __init__(self, c=8, n=3):
+        super().__init__()
+        self.gate = nn.Linear(c, n)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 1)) for _ in range(n)
+        )
+
+    def forward(self, x):
+        w, best = self.gate(x.mean((2, 3))).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = best == e
+            if mine.any():
+                y[mine] = expert(x[mine]) * w[mine, None, None, None]
+        return y
+
+
+@case(
+    lambda i: (((torch.ones(1, 8, 5, 4) * (i + 1)),), {}), experts=3, expect="declined",
+    reason="(?i)convolution|conv2d|3 ?x ?3|3, 3",
+)  # fmt: skip
+def whole_image_routed_convolutions():
+    return ImageRoutedConvs()

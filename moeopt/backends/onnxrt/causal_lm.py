@@ -12,20 +12,23 @@ G key/value heads, D head size::
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from moeopt.backends.onnxrt.causal_attention import cache_left_in_place
 from moeopt.errors import Declined
+from moeopt.onnxgraph.complex import through_real_views
 from moeopt.onnxgraph.export import emitting, quiet
+from moeopt.onnxgraph.quick_match import rules_by_their_last_op
 from moeopt.onnxgraph.site import Site
 
 CACHE = "past_key_values.layers"
@@ -81,9 +84,10 @@ def export_causal_lm(
     exporter = _exporter()
     say("tracing the model with its cache")
     sample, shapes, result = _sample(model)
-    with emitting(model) as sites, _hushed(), _sdpa_or_eager(model):
+    in_place = cache_left_in_place() if provider == "cpu" else contextlib.nullcontext()
+    with emitting(model) as sites, _hushed(), _sdpa_or_eager(model), rules_by_their_last_op(), in_place:
         try:
-            graph, _ = exporter.OnnxExporter().export_program(
+            graph, _ = _real_views(exporter)().export_program(
                 copy.copy(model),  # the exporter leaves a forward on the instance it is given
                 sample,
                 exporter.OnnxConfig(
@@ -132,6 +136,21 @@ def _exporter() -> Any:
             "pip install 'transformers>=5.23'"
         ) from err
     return exporter_onnx
+
+
+def _real_views(exporter: Any) -> Any:
+    """transformers' ONNX exporter, with complex numbers (Llama 4's rotary) in the form that it can translate."""
+    from transformers.exporters.exporter_dynamo import DynamoExporter
+
+    class Traced(DynamoExporter):  # type: ignore[misc,valid-type]
+        def export_program(self, *args: Any, **kwargs: Any) -> Any:
+            program, metadata = super().export_program(*args, **kwargs)
+            return through_real_views(program), metadata
+
+    class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc,name-defined]
+        """Its ``super().export_program`` is the one above."""
+
+    return Exporter
 
 
 def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any], type]:
@@ -225,7 +244,7 @@ def _dtype(value: Any) -> str:
     return str(to_torch_dtype(value.dtype)).removeprefix("torch.")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _hushed() -> Iterator[None]:
     """The exporter's notes on versions and dynamic axes are for its developers."""
     import logging
@@ -240,7 +259,7 @@ def _hushed() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _sdpa_or_eager(model: Any) -> Iterator[None]:
     """Attention in a form that traces: flash and flex kernels have no ONNX form, sdpa or eager is the same function."""
     before = model.config._attn_implementation
