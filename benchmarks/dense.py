@@ -1,7 +1,7 @@
 """Dense FFNs on a CPU: a decoder with its FFNs fused, beside the dense original, torch.compile and ONNX Runtime.
 
-    python benchmarks/dense.py --dtype bfloat16 --threads 1 --save
-    python benchmarks/dense.py --products                  # why an engine's FFN is left alone
+    python -m benchmarks.dense --dtype bfloat16 --threads 1 --save
+    python -m benchmarks.dense --products                  # why an engine's FFN is left alone
 
 A Llama of random weights, one call without a cache for each number of tokens; peers take turns within one run on the
 same ids, and an array as large as the caches is written before each call. Cells are ratios to the dense original in
@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 
 import moeopt
+from benchmarks.model_peers import exporter
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = {
@@ -59,39 +60,19 @@ def fused(model: torch.nn.Module, ids: torch.Tensor, tokens: tuple[int, ...], al
 
 
 def exporter_engine(model: torch.nn.Module) -> Peer:
-    """transformers' own ONNX exporter with its fusions, in ONNX Runtime."""
-    import onnxruntime
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    """transformers' own ONNX exporter with its fusions, in ONNX Runtime: a prompt on an empty cache."""
+    from transformers import DynamicCache
 
-    exported = OnnxExporter().export_for_generation(
-        model,
-        {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])},
-        OnnxConfig(dynamic=True, ort_fusions="cpu"),
-        multi_token_decode=True,
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    exported.to(session_options=options)
-    runner = exported.runners["decode"]
-    takes = set(runner.metadata.kwargs)
-
-    c = model.config
-    nothing = torch.zeros(1, c.num_key_value_heads, 0, c.hidden_size // c.num_attention_heads)
+    step = exporter(model, {})
 
     def call(ids: torch.Tensor) -> object:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for layer in range(c.num_hidden_layers):
-            cache.update(nothing, nothing, layer)
-        given = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "position_ids": torch.arange(ids.shape[1])[None],
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        return runner(**{k: v for k, v in given.items() if k in takes})
+        return step(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.arange(ids.shape[1])[None],
+            past_key_values=DynamicCache(config=model.config),
+            use_cache=True,
+        )
 
     return call
 

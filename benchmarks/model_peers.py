@@ -71,7 +71,7 @@ def moeopt(model: torch.nn.Module, facts: Facts) -> Step:
     opt = moeopt.optimize(model, {"input_ids": example(model)}, backend="onnxruntime", verify="off")
     facts["export and load, s"] = time.perf_counter() - began
     facts["peak beside the model, in weights"] = (peak_bytes() - before) / weights
-    print(f"  lowering: {opt.report.blocks[0].lowering}", flush=True)
+    print(f"lowering: {opt.report.blocks[0].lowering}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         opt.save(folder + "/engine")
         del opt
@@ -138,10 +138,10 @@ def openvino(model: torch.nn.Module, facts: Facts) -> Step:
 PEERS = {
     "transformers": transformers,
     "moeopt": moeopt,
-    "eager": eager,
-    "torch.compile": compiled,
     "exporter": exporter,
     "openvino": openvino,
+    "eager": eager,
+    "torch.compile": compiled,
 }
 
 

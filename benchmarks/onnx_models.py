@@ -4,10 +4,11 @@
 
 Prompts of 128 and 512 tokens (batch 1), one decode step after 128 cached tokens at batch 1, 4 and 16, and one after
 2048, called as ``generate`` calls the model (logits of the last token). Each peer has a process of its own
-(``model_peers.py``); they take turns on the same ids, one call at a time. Cells are medians in milliseconds, and in
-brackets how many times faster than transformers' default (median of paired calls). ``estimate`` reads each weight and
-cached number that the step needs once, or multiplies, whichever takes longer, at the fastest rates of probes of the
-same run. Memory is the peak of the process while the engine is made, in multiples of the weights.
+(``model_peers.py``) and takes turns with transformers' default on the same ids, one call at a time, the others gone.
+Cells are medians in milliseconds, and in brackets how many times faster than transformers' default (median of paired
+calls). ``estimate`` reads each weight and cached number that the step needs once, or multiplies, whichever takes
+longer, at the fastest rates of probes of the same run. Memory is the peak of the process while the engine is made, in
+multiples of the weights.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from benchmarks.blocks import RESULTS, gemm_rate, read_rate
 from benchmarks.model_peers import MODELS, PEERS, peer
 from benchmarks.processes import PAUSE, Peer
 
-CASES = {"prefill 128": (1, 128, 0), "prefill 512": (1, 512, 0)} | {
-    f"decode batch {b}": (b, 1, 128) for b in (1, 4, 16)
-}
+CASES = {"prefill 128": (1, 128, 0), "prefill 512": (1, 512, 0)}
+CASES |= {f"decode batch {batch}": (batch, 1, 128) for batch in (1, 4, 16)} | {"decode after 2048": (1, 1, 2048)}
 
 
 def estimate(name: str, rates: tuple[float, float]) -> dict[str, float]:
@@ -46,74 +46,85 @@ def estimate(name: str, rates: tuple[float, float]) -> dict[str, float]:
     return found
 
 
-def start(name: str, model: str, threads: int) -> Peer | None:
-    try:
-        one = Peer(threads, peer, name, model)
-    except RuntimeError as err:
-        print(f"  {name}: left out, {err}", flush=True)
-        return None
-    print(f"  {name}: " + (", ".join(f"{k} {v:.1f}" for k, v in one.facts.items()) or "ready"), flush=True)
-    return one
-
-
-def measure(peers: dict[str, Peer], repeats: int, warm: int = 3) -> dict[str, dict[str, dict[str, float]]]:
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for label, (batch, new, past) in CASES.items():
-        times: dict[str, list[float]] = {name: [] for name in peers}
-        worst = dict.fromkeys(peers, 0.0)
+def compare(base: Peer, other: Peer, cases: list[str], repeats: int, warm: int = 3) -> dict[str, dict[str, float]]:
+    """The cells of one peer, in turns with ``base``."""
+    cells = {}
+    for label in cases:
+        batch, new, past = CASES[label]
+        times: dict[Peer, list[float]] = {base: [], other: []}
+        worst = 0.0
         for turn in range(repeats + warm):
-            names, logits = list(peers), {}
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                took, logits[name] = peers[name].ask(batch, new, past, turn)
+            logits = {}
+            for one in (base, other) if turn % 2 else (other, base):
+                took, logits[one] = one.ask(batch, new, past, turn)
                 if turn >= warm:
-                    times[name].append(took)
+                    times[one].append(took)
                 time.sleep(PAUSE)
-            want = logits["transformers"]
-            for name, found in logits.items():
-                worst[name] = max(worst[name], float((found - want).norm() / want.norm()))
-        base = times["transformers"]
-        table[label] = {
-            name: {
-                "ms": 1e3 * statistics.median(ts),
-                "fastest_ms": 1e3 * min(ts),
-                "ratio": statistics.median(b / t for b, t in zip(base, ts, strict=True)),
-                "relative_difference": worst[name],
-            }
-            for name, ts in times.items()
+            worst = max(worst, float((logits[other] - logits[base]).norm() / logits[base].norm()))
+        cells[label] = {
+            "ms": 1e3 * statistics.median(times[other]),
+            "fastest_ms": 1e3 * min(times[other]),
+            "default_ms": 1e3 * statistics.median(times[base]),
+            "ratio": statistics.median(b / o for b, o in zip(times[base], times[other], strict=True)),
+            "relative_difference": worst,
         }
-        cells = "   ".join(f"{name} {cell['ms']:.1f} ({cell['ratio']:.2f}x)" for name, cell in table[label].items())
-        print(f"  {label:<16}{cells}", flush=True)
-    return table
+    return cells
+
+
+def run(name: str, base: Peer | None, options: argparse.Namespace) -> tuple[dict, dict] | None:
+    """Facts and cells of one peer, which is gone at the end; None for one that does not run."""
+    try:
+        one = Peer(options.threads, peer, name, options.model)
+        print(f"{name}: " + (", ".join(f"{k} {v:.1f}" for k, v in one.facts.items()) or "ready"), flush=True)
+        cells = {} if base is None else compare(base, one, options.cases, options.repeats)
+        one.close()
+    except RuntimeError as err:
+        print(f"{name}: left out, {err}", flush=True)
+        return None
+    for label, cell in cells.items():
+        print(f"  {label:<18}{cell['ms']:8.1f} ms, transformers {cell['default_ms']:8.1f} ({cell['ratio']:.2f}x)"
+              f"   at best {cell['fastest_ms']:.1f}", flush=True)  # fmt: skip
+    return one.facts, cells
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="qwen3-like")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="beside transformers' default")
+    others = [name for name in PEERS if name != "transformers"]
+    parser.add_argument("--peers", nargs="*", choices=others, default=others, help="beside transformers' default")
     parser.add_argument("--cost-only", action="store_true", help="moeopt's export, load and memory only")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{options.model}, float32, {options.threads} threads", flush=True)
-    peers = ["moeopt"] if options.cost_only else list(dict.fromkeys(["transformers", *options.peers]))
-    started = {name: found for name in peers if (found := start(name, options.model, options.threads))}
-    result: dict[str, object] = {"facts": {name: one.facts for name, one in started.items()}}
-    if not options.cost_only:
+    result: dict[str, object] = {}
+    if options.cost_only:
+        found = {"moeopt": run("moeopt", None, options)}
+    else:
         flush = torch.ones(200 << 20, dtype=torch.uint8)
-        rates = read_rate(flush), gemm_rate(torch.float32)
-        result["table"] = measure(started, options.repeats)
-        again = read_rate(flush), gemm_rate(torch.float32)
-        rates = max(rates[0], again[0]), max(rates[1], again[1])
-        result |= {"read_gb_s": rates[0] / 1e9, "gemm_gflop_s": rates[1] / 1e9}
-        result["estimate"] = estimate(options.model, rates)
+        rates = [(read_rate(flush), gemm_rate(torch.float32))]
+        base = Peer(options.threads, peer, "transformers", options.model)
+        found = {}
+        for name in options.peers:
+            found[name] = run(name, base, options)
+            rates.append((read_rate(flush), gemm_rate(torch.float32)))
+        base.close()
+        read, gemm = (max(column) for column in zip(*rates, strict=True))
+        result = {
+            "read_gb_s": read / 1e9,
+            "gemm_gflop_s": gemm / 1e9,
+            "estimate": estimate(options.model, (read, gemm)),
+        }
         cells = ", ".join(f"{label} {ms:.1f}" for label, ms in result["estimate"].items())
-        print(f"  estimate, ms ({rates[0] / 1e9:.1f} GB/s, {rates[1] / 1e9:.0f} GFLOP/s): {cells}")
-    for one in started.values():
-        one.close()
+        print(f"estimate, ms ({read / 1e9:.1f} GB/s, {gemm / 1e9:.0f} GFLOP/s): {cells}")
+    result["facts"] = {name: one[0] for name, one in found.items() if one}
+    result["peers"] = {name: one[1] for name, one in found.items() if one}
     if options.save:
-        path = RESULTS / f"onnx-model-{options.model}-{options.threads}t.json"
+        part = "" if len(options.cases) == len(CASES) else "-" + "-".join(options.cases).replace(" ", "-")
+        path = RESULTS / f"onnx-model-{options.model}-{options.threads}t{part}.json"
         meta = {"torch": torch.__version__, "machine": platform.machine(), "command": " ".join(sys.argv)}
         path.write_text(json.dumps({**result, **meta}, indent=1) + "\n")
 

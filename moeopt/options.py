@@ -2,12 +2,10 @@
 
 A field that is not given takes its environment variable where it has one, and its default otherwise:
 
-    MOEOPT_VERIFY            verify             strict, fast or off
-    MOEOPT_SEED              seed               an integer
-    MOEOPT_DISABLE_ADAPTERS  adapters           1 turns the library adapters off
-    MOEOPT_SKIP_PASSES       skip_passes        names of passes, separated by commas
-    MOEOPT_FUEL              fuel               at most so many rewrites, for bisecting
-    MOEOPT_DUMP              dump               a directory for the graph after each pass
+    MOEOPT_VERIFY  verify  strict, fast or off
+    MOEOPT_SEED    seed    an integer
+    MOEOPT_FUEL    fuel    at most so many rewrites, for bisecting
+    MOEOPT_DUMP    dump    a folder for each block's graph, reading and program
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from moeopt.errors import UsageError
 Verify = Literal["strict", "fast", "off"]
 Dense = Literal["leave", "fuse", "split"]
 _CHOICES: dict[str, tuple[str, ...]] = {"verify": ("strict", "fast", "off"), "dense": ("leave", "fuse", "split")}
-_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 def _env(name: str, default: Any, convert: Callable[[str], Any], wanted: str) -> Any:
@@ -43,16 +40,6 @@ def _env(name: str, default: Any, convert: Callable[[str], Any], wanted: str) ->
 def inherited(*names: str) -> dict[str, str]:
     """Those of the named environment variables that are set, for a process that shall have no others."""
     return {name: os.environ[name] for name in names if name in os.environ}
-
-
-def _env_adapters() -> bool:
-    return not _env("MOEOPT_DISABLE_ADAPTERS", False, lambda text: _WORDS[text.lower()], "0 or 1")
-
-
-def _env_skip_passes() -> tuple[str, ...]:
-    return _env(
-        "MOEOPT_SKIP_PASSES", (), lambda text: tuple(p.strip() for p in text.split(",") if p.strip()), "names of passes"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +73,8 @@ class Options:
         hints: name pattern -> ``ExpertsSpec`` or callable, for blocks that recognition declines.
         progress: called with one line of text as each long step begins.
         seed: of every random input that moeopt makes.
-        adapters: use the optional adapters for known libraries where they speed up capture.
-        skip_passes: names of passes that do not run.
         fuel: stop rewriting after so many rewrites; None means no limit.
-        dump: a directory that gets the graph after each pass; None means none.
+        dump: a folder that gets a text file of each block's graph, reading and program; None means none.
     """
 
     device: Any = None
@@ -111,10 +96,8 @@ class Options:
     hints: Mapping[str, Any] = field(default_factory=dict, hash=False)
     progress: Callable[[str], None] | None = None
     seed: int = field(default_factory=lambda: _env("MOEOPT_SEED", 0, int, "an integer"))
-    adapters: bool = field(default_factory=_env_adapters)
-    skip_passes: tuple[str, ...] = field(default_factory=_env_skip_passes)
     fuel: int | None = field(default_factory=lambda: _env("MOEOPT_FUEL", None, int, "an integer"))
-    dump: str | None = field(default_factory=lambda: _env("MOEOPT_DUMP", None, str, "a directory"))
+    dump: str | os.PathLike[str] | None = field(default_factory=lambda: _env("MOEOPT_DUMP", None, str, "a directory"))
 
     def __new__(cls, **given: Any) -> Options:
         """Remember which fields were given, so that ``from_fields`` can tell one that is given twice."""
@@ -126,7 +109,7 @@ class Options:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name}={getattr(self, name)!r}: it must be one of {', '.join(choices)}")
-        for name in ("tune", "inplace", "adapters", "tf32"):
+        for name in ("tune", "inplace", "tf32"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name}={getattr(self, name)!r}: it must be True or False")
         for name, least in (("experts", 1), ("seed", 0), ("fuel", 0)):
@@ -155,9 +138,8 @@ class Options:
             raise UsageError(f"hints={self.hints!r}: it must map name patterns to an ExpertsSpec or a callable")
         if self.progress is not None and not callable(self.progress):
             raise UsageError(f"progress={self.progress!r}: it must be a callable that takes one line of text")
-        if isinstance(self.skip_passes, str):
-            raise UsageError(f"skip_passes={self.skip_passes!r}: it must be a tuple of names, not one string")
-        object.__setattr__(self, "skip_passes", tuple(self.skip_passes))
+        if self.dump is not None and not isinstance(self.dump, (str, os.PathLike)):
+            raise UsageError(f"dump={self.dump!r}: it must be the path of a folder")
         object.__setattr__(self, "hints", dict(self.hints))
         object.__setattr__(self, "device", _as_device(self.device))
         object.__setattr__(self, "dtype", _as_dtype(self.dtype))

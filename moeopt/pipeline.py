@@ -28,6 +28,7 @@ from moeopt.drive.dense import Outcome as DenseOutcome
 from moeopt.drive.dense import check_groups, function_of, rewrite_all
 from moeopt.drive.describe import dense_reason, describe_router, read_router
 from moeopt.drive.discover import Place, discover, feed_forward_lists
+from moeopt.drive.dump import Dump
 from moeopt.drive.hints import hinted
 from moeopt.drive.obstacles import absent_reason
 from moeopt.errors import CaptureError, Declined, UsageError
@@ -75,6 +76,7 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
     started = time.perf_counter()
     say = options.progress or (lambda line: None)
     say("looking for feed-forward and mixture-of-experts blocks")
+    dump = Dump(options.dump) if options.dump is not None else None
     absent = absent_reason(model)
     if absent:
         return Outcome(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
@@ -90,6 +92,11 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
     for number, place in enumerate(moe):
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
         attempts.append((place, _attempt(model, place, outcome, calls, options, runtime)))
+        if dump is not None:
+            tried = attempts[-1][1]
+            path = tried.path or place.call.path
+            name, block = path or type(model).__name__, model.get_submodule(path)
+            dump.block(name, block, calls.get(path), tried.rewrite, tried.reason)
     tried = {c.path or type(model).__name__ for p in moe for c in _levels(p)}
     unused = [p for p in options.hints if p and not any(fnmatch.fnmatch(path, p) for path in tried)]
     if unused:

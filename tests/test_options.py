@@ -21,8 +21,8 @@ def no_environment(monkeypatch):
 
 def test_defaults():
     options = Options()
-    assert (options.verify, options.dense, options.seed, options.adapters) == ("strict", "leave", 0, True)
-    assert options.skip_passes == () and options.fuel is None and options.dump is None and options.hints == {}
+    assert (options.verify, options.dense, options.seed) == ("strict", "leave", 0)
+    assert options.fuel is None and options.dump is None and options.hints == {}
 
 
 def test_is_frozen():
@@ -96,7 +96,7 @@ def test_hash_ignores_hints():
         ({"groups": {"*": [[0, 1], [1]]}} | SPLIT, "groups['*'] has neuron 1 twice: each neuron belongs to one group"),
         ({"hints": [1]}, "hints=[1]: it must map name patterns"),
         ({"progress": 3}, "progress=3: it must be a callable"),
-        ({"skip_passes": "cse"}, "skip_passes='cse': it must be a tuple of names"),
+        ({"dump": True}, "dump=True: it must be the path of a folder"),
         ({"device": "toaster"}, "device='toaster' is not a device"),
         ({"dtype": "float99"}, "dtype='float99' is not a floating-point dtype"),
         ({"dtype": torch.int8}, "dtype=torch.int8 is not a floating-point dtype"),
@@ -116,13 +116,10 @@ def test_options_must_be_options():
 def test_environment_fills_fields_that_are_not_given(monkeypatch):
     monkeypatch.setenv("MOEOPT_VERIFY", "fast")
     monkeypatch.setenv("MOEOPT_SEED", "11")
-    monkeypatch.setenv("MOEOPT_DISABLE_ADAPTERS", "1")
-    monkeypatch.setenv("MOEOPT_SKIP_PASSES", "cse, shrink_router_softmax")
     monkeypatch.setenv("MOEOPT_FUEL", "2")
     monkeypatch.setenv("MOEOPT_DUMP", "graphs")
     options = Options.from_fields(None, {"seed": 4})
-    assert options.verify == "fast" and options.seed == 4 and not options.adapters and options.fuel == 2
-    assert options.skip_passes == ("cse", "shrink_router_softmax") and options.dump == "graphs"
+    assert (options.verify, options.seed, options.fuel, options.dump) == ("fast", 4, 2, "graphs")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +127,6 @@ def test_environment_fills_fields_that_are_not_given(monkeypatch):
     [
         ("MOEOPT_SEED", "many", "MOEOPT_SEED is 'many'; it must be an integer, or unset"),
         ("MOEOPT_FUEL", "1.5", "MOEOPT_FUEL is '1.5'; it must be an integer, or unset"),
-        ("MOEOPT_DISABLE_ADAPTERS", "maybe", "MOEOPT_DISABLE_ADAPTERS is 'maybe'; it must be 0 or 1"),
         ("MOEOPT_VERIFY", "loose", "verify='loose': it must be one of strict, fast, off"),
     ],
 )

@@ -83,7 +83,7 @@ def test_a_whole_model(name, dtype, tmp_path):
 
 
 @pytest.mark.skipif(not NIGHTLY, reason="MOEOPT_NIGHTLY=1 runs it: two profiles take minutes")
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "llama4_text"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_language_model_with_its_cache(name, tmp_path):
     family = FAMILIES[name]
     skip_old(family)

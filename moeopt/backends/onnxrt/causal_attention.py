@@ -23,7 +23,7 @@ def grouped_attention(
     """``softmax(q k^T * scaling, where the mask allows) v``; a row that may look at nothing gives zeros, as sdpa does.
 
     Args:
-        query: (B, H, S, D), float32.
+        query: (B, H, S, D), float32; in 16 bits too, for a graph that will compute in float32.
         key, value: (B, G, T, D); a value's D may differ.
         attention_mask: bool (B, 1 or H, S, T); True where a token may look.
 
@@ -37,7 +37,7 @@ def grouped_attention(
     scores_BGNT = torch.matmul(q_BGND, key.transpose(-1, -2))
     scores_BHST = scores_BGNT.reshape(query.shape[0], heads, -1, key.shape[2])
     lowest = torch.finfo(query.dtype).min
-    bias = torch.where(attention_mask, 0.0, lowest)
+    bias = torch.where(attention_mask, 0.0, lowest).to(query.dtype)
     p_BHST = torch.softmax(scores_BHST + bias, dim=-1)
     p_BGNT = p_BHST.reshape(query.shape[0], groups, -1, key.shape[2])
     y_BHSD = torch.matmul(p_BGNT, value).reshape(query.shape[0], heads, -1, value.shape[-1])
@@ -74,8 +74,8 @@ _SAME_WITHOUT = ("position_bias", "cache", "softcap", "s_aux")
 
 
 def _plain(query: Tensor, key: Tensor, mask: Tensor, options: dict[str, Any]) -> bool:
-    if mask.dtype != torch.bool or mask.dim() != 4 or query.dtype != torch.float32:
+    if mask.dtype != torch.bool or mask.dim() != 4 or query.dim() != 4:
         return False
-    if query.dim() != 4 or query.shape[1] % key.shape[1] or options.get("dropout"):
+    if query.shape[1] % key.shape[1] or options.get("dropout"):
         return False
     return all(options.get(name) is None for name in _SAME_WITHOUT)

@@ -267,8 +267,8 @@ def test_declines_with_a_reason(name, change, call, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
-def test_windows_sinks_and_latent_attention(name, tmp_path):
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "llama4_text"])
+def test_windows_sinks_latent_attention_and_complex_rotary(name, tmp_path):
     pair = exported(name, tmp_path)
     call = prompt(3, 30, padded=True)
     assert apart(*pair, call, followed(call, 2)) < ROUNDING
