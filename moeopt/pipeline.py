@@ -93,10 +93,10 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
         attempts.append((place, _attempt(model, place, outcome, calls, options, runtime)))
         if dump is not None:
-            tried = attempts[-1][1]
-            path = tried.path or place.call.path
+            done = attempts[-1][1]
+            path = done.path or place.call.path
             name, block = path or type(model).__name__, model.get_submodule(path)
-            dump.block(name, block, calls.get(path), tried.rewrite, tried.reason)
+            dump.block(name, block, calls.get(path), done.rewrite, done.reason)
     tried = {c.path or type(model).__name__ for p in moe for c in _levels(p)}
     unused = [p for p in options.hints if p and not any(fnmatch.fnmatch(path, p) for path in tried)]
     if unused:

@@ -22,6 +22,7 @@ from moeopt.errors import CaptureError, UsageError
 from moeopt.ir.kinds import op_name
 from moeopt.ir.tape import Tape, record
 from moeopt.rewrite.plan import Plan, Ref
+from moeopt.rewrite.program import install, uninstall
 
 
 class Dump:
@@ -42,10 +43,15 @@ class Dump:
         """One block; ``call`` is None for a module that did not run."""
         files = {"reading.txt": f"declined: {reason}\n" if rewrite is None else _reading(rewrite)}
         if call is not None:
+            if rewrite is not None:
+                uninstall(module)
             try:
                 files["witness.txt"] = "\n".join(_tape_lines(record(module, *call, keep_values=False))) + "\n"
             except CaptureError as err:
                 files["witness.txt"] = f"it does not run alone: {err}\n"
+            finally:
+                if rewrite is not None:
+                    install(module, rewrite.program)
         if rewrite is not None:
             files["program.txt"] = "\n".join(_plan_lines(rewrite.program.plan)) + "\n"
         safe = re.sub(r"[^\w.-]", "_", name)[:100]
@@ -66,8 +72,8 @@ def _tape_lines(tape: Tape) -> Iterator[str]:
         if call != path:
             path = call
             yield f"# in {path or 'the block'}"
-        if node.meta.get("source", "") != source:
-            source = node.meta.get("source", "")
+        if node.meta.get("source", source) != source:
+            source = node.meta["source"]
             yield f"# {source}"
         shape = node.meta.get("shape")
         what = "" if shape is None else f": {str(node.meta.get('dtype', '')).removeprefix('torch.')}{list(shape)}"

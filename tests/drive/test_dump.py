@@ -40,7 +40,7 @@ def test_a_rewritten_and_a_declined_block(tmp_path):
     assert f"function  {rewritten.spec}" in files["00-first/reading.txt"]
     assert files["01-second/reading.txt"] == f"declined: {declined.reason}\n"
     witness = files["00-first/witness.txt"]
-    assert "# in gate" in witness and "topk(" in witness and "tiny.py:" in witness and f"float32[6, {H}]" in witness
+    assert "# in router" in witness and "topk(" in witness and "tiny.py:" in witness and f"float32[6, {H}]" in witness
     program = files["00-first/program.txt"].splitlines()
     assert sum(" = experts " in line for line in program) == 1 and len(program) < len(witness.splitlines()) / 2
     assert program[-1].startswith("return %")
