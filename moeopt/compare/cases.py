@@ -12,6 +12,7 @@ an arrangement can only ask (equal rows go to one expert); where expert ids are 
     exact ties              zero rows: all scores equal, all outputs the bias
     extreme magnitudes      clamps, epsilons, overflow
     nan and inf rows        leaks from one token into others
+    argument N turned       a mask or mark that does nothing at the values given: all ones, no padding
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from moeopt.compare.prototype import Prototype
 from moeopt.compare.results import Case
@@ -47,7 +48,7 @@ def adversarial_cases(
     if level == "off":
         return []
     build = _Builder(proto, num_experts, seed, router_rows)
-    chosen = [build.every_expert(), build.one_token(), build.one_expert()]
+    chosen = [build.every_expert(), build.one_token(), build.one_expert(), *build.turned()]
     if level == "strict":
         chosen += [build.few_experts(), build.exact_ties(), build.extreme_magnitudes(), build.non_finite()]
     return chosen
@@ -112,6 +113,16 @@ class _Builder:
             rows[n][2], rows[n][6] = math.nan, math.inf
         return self.case("nan and inf rows", self.flat(9), rows, range(self.experts))
 
+    def turned(self) -> list[Case]:
+        """The given call, with other values in one of the arguments that may switch something on or off."""
+        cases = []
+        for n, leaf in enumerate(self.proto.leaves):
+            if leaf.role in ("static", "weights", "pairs"):
+                call = self.proto.replaced(n, lambda own: _turned(own, self.generator))
+                if call is not None:
+                    cases.append(Case(f"argument {n} turned", *call))
+        return cases
+
     def draw(self, count: int) -> dict[int, Tensor]:
         """``count`` rows of each leaf: half the prototype's (in one order for all leaves), half new ones."""
         source = int(torch.randint(1 << 30, (), generator=self.generator))
@@ -175,3 +186,15 @@ class _Builder:
         if len(self.proto.grid) == 1:
             return (count,)
         return (2,) + (1,) * (len(self.proto.grid) - 2) + (count // 2,)
+
+
+def _turned(own: Tensor, generator: Generator) -> Tensor | None:
+    """Flags of both values, integers with zeros among them, floats with zeros among them; None for anything else."""
+    if own.dim() == 0 or own.numel() < 2 or own.is_complex():
+        return None
+    other = torch.rand(own.shape, generator=generator).to(own.device) < 0.4
+    if own.dtype == torch.bool:
+        return own ^ other
+    if not own.is_floating_point() and bool(((own == 0) | (own == 1)).all()):
+        return torch.where(other, 1 - own, own)
+    return torch.where(other, torch.zeros_like(own), own)

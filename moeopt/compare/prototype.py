@@ -17,7 +17,7 @@ has the most of them; a leaf with a lead of 1 beside a longer grid is flat: its 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ class Prototype:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaves: tuple[Leaf, ...]
+    turned: bool = False
+    """Whether witnesses give marks that are all alike here (a mask of ones) other values too."""
 
     def __post_init__(self) -> None:
         self._values, self._spec = pytree.tree_flatten((tuple(self.args), dict(self.kwargs)))
@@ -94,6 +96,23 @@ class Prototype:
         moved = self._tokens_first(n)
         return moved.reshape(math.prod(moved.shape[: self.leaves[n].lead]), *moved.shape[self.leaves[n].lead :])
 
+    def alike_marks(self) -> list[int]:
+        """Leaf numbers of flags, and of zeros or ones, that are the same for all tokens of this call."""
+        return [n for n in self._moving if self.leaves[n].role in ("static", "weights") and _alike(self.rows(n))]
+
+    def replaced(
+        self, n: int, change: Callable[[Tensor], Tensor | None]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """(args, kwargs) of the same call with leaf ``n`` changed; None if it is no tensor or ``change`` gives None."""
+        own = self._values[n]
+        new = change(own) if isinstance(own, Tensor) else None
+        if new is None:
+            return None
+        values = [v.clone() if isinstance(v, Tensor) else v for v in self._values]
+        values[n] = new
+        args, kwargs = pytree.tree_unflatten(values, self._spec)
+        return tuple(args), dict(kwargs)
+
     def with_tokens(
         self, grid: tuple[int, ...], rows: Mapping[int, Tensor] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -124,3 +143,8 @@ class Prototype:
     def _tokens_first(self, n: int) -> Tensor:
         value, axis = self._values[n], self.leaves[n].feature_axis
         return value.detach() if axis == -1 else value.detach().movedim(axis, -1)
+
+
+def _alike(own: Tensor) -> bool:
+    first = own.reshape(-1)[:1]
+    return bool(first.numel()) and bool((own == first).all()) and bool((first == 0) | (first == 1))

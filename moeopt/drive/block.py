@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from moeopt.compare.block import BlockCheck, Case, verify_block
 from moeopt.compare.cases import adversarial_cases
 from moeopt.compare.prototype import Prototype
 from moeopt.drive.mixture import Call, Mixture, Reader
-from moeopt.drive.obstacles import check_experts, check_module, random_reason
+from moeopt.drive.obstacles import check_experts, check_module, check_neutral, random_reason
 from moeopt.drive.witness import prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.alike import same_computation
@@ -91,25 +92,40 @@ def _rewrite(
     started = time.perf_counter()
     check_module(module)
     last: Declined | None = None
-    for proto in prototypes(*call):
+    for proto in _versions(call):
         try:
             program, found, routers = _program(module, proto, options, reader)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
             last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
         except Uncovered as err:  # what was read as a mask may be ids
-            if not proto.indices("choices"):
+            if not proto.indices("choices") and not proto.turned:
                 raise
             last = err.with_traceback(None)
             continue
+        except Declined:
+            if proto.turned:
+                continue
+            raise
         check = _verify(name, module, program, proto, found, call, options, runtime)
-        if check.passed is False:
+        if check.passed is False and not proto.turned:
             raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
+        if check.passed is False:
+            continue
         return Rewrite(program, found, check, routers, time.perf_counter() - started)
     try:
         raise last or Declined("its arguments could not be read as rows of tokens")
     finally:
         del last
+
+
+def _versions(call: Call) -> Iterator[Prototype]:
+    """Readings of the call; those with marks that are all alike first with both values in them: what a mask of ones
+    does shows only where it is not one. As they are they come second, for code that takes no other values."""
+    for proto in prototypes(*call):
+        if proto.alike_marks():
+            yield dataclasses.replace(proto, turned=True)
+        yield proto
 
 
 def _program(
@@ -130,6 +146,7 @@ def _program(
             raise Declined(reason)
     check_experts(module, tapes[0], founds[0])
     plans = [_plan(t, f) for t, f in zip(tapes, founds, strict=True)]
+    check_neutral(module, tapes[0], founds[0], plans[0])
     signature = inspect.signature(_original(module))
     bounds = [bind(signature, *c) for c in calls]
     shapes = [[tuple(t.shape) for t in _tensors(c)] for c in calls]

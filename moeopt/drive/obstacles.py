@@ -14,6 +14,7 @@ from moeopt.ir.tape import Tape
 from moeopt.ir.tree import leaves_of
 from moeopt.passes.recognize_experts import Recognition
 from moeopt.rewrite.bank import expert_paths, tensor_at
+from moeopt.rewrite.plan import Plan
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -115,3 +116,37 @@ def random_reason(tape: Tape, training: bool) -> str:
         f"its forward is random at inference ({op} at {line}), so no two runs agree; "
         "switch the noise off for inference and optimise again"
     )
+
+
+def check_neutral(module: nn.Module, tape: Tape, found: list[Recognition], plan: Plan) -> None:
+    """Parameters that the block's result is computed from and the rewritten code does not read.
+
+    What they do cannot be seen at their present values (a scale of ones, an adapter of zeros), and the rewritten code
+    would miss it when they change.
+
+    Raises:
+        Declined: there is one; the message names it.
+    """
+    read = {str(step.target) for step in plan.steps if step.kind == "attr"}
+    for recognition in found:
+        read |= expert_paths(recognition.experts)
+    held = {id(tensor_at(module, path)) for path in read}
+    for kept in plan.kept_modules:
+        owner = module.get_submodule(kept)
+        held |= {id(t) for t in (*owner.parameters(), *owner.buffers())}
+    for node in ancestors(tape.results()):
+        if node.op != "get_attr" or "constant" in node.meta:
+            continue
+        tensor = tensor_at(module, str(node.target))
+        if tensor.is_floating_point() and id(tensor) not in held:
+            raise Declined(
+                f"{node.target} is part of what it computes and changes nothing at its present values "
+                f"({_values(tensor)}), so the op would miss it when they change; give it the values that it will have, "
+                "or remove it"
+            )
+
+
+def _values(tensor: torch.Tensor) -> str:
+    first = tensor.reshape(-1)[:1]
+    alike = bool(first.numel()) and bool((tensor == first).all())
+    return f"all {first.item():g}" if alike else f"{tensor.numel()} numbers"

@@ -153,6 +153,9 @@ def witness(
             rows[n] = _integers(own, count, generator)
         else:
             rows[n] = picked.clone()
+    for n in proto.alike_marks() if proto.turned else ():
+        other = (torch.rand(rows[n].shape, generator=generator) < 0.3).to(rows[n].device)
+        rows[n] = torch.where(other, (proto.rows(n).reshape(-1)[0] == 0).to(rows[n]), rows[n])
     return proto.with_tokens(grid, rows)
 
 
