@@ -51,6 +51,7 @@ from moeopt.engine.program import export_program
 from moeopt.engine.trt_build import TrtBuilt, build_trt
 from moeopt.engine.trt_plan import EnginePlan, most_tokens, trt_plan
 from moeopt.errors import CaptureError, NotEquivalentError, UsageError
+from moeopt.ir.tape import clone_inputs
 from moeopt.options import Options
 from moeopt.report import BlockReport, Report
 from moeopt.rewrite.program import install, rewritten_forward, uninstall
@@ -124,8 +125,9 @@ class Optimized:
             save: Any = save_trt_bundle if isinstance(self._built, TrtBuilt) else save_onnx_bundle
             return save(self.model, self._built, directory, self.report, self.certificate, self._call, self._source)
         program = export_program(self.model, args, kwargs)
+        copied = clone_inputs(self._call)  # a forward may write into its arguments
         with torch.no_grad():
-            golden = self.model(*args, **kwargs)
+            golden = self.model(*copied[0], **copied[1])
         return save_torch_bundle(
             program,
             directory,

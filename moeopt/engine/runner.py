@@ -83,6 +83,8 @@ class Runner:
     @staticmethod
     def _step(node: Any, ref: Any, device: Any) -> Step:
         function = allow.function_named(node["op"])
+        if function is torch.ops.aten.view.default:  # a caller's tensor may be laid out otherwise than the traced one
+            function = torch.ops.aten.reshape.default
         args = values.decode(node["args"], ref, device)
         kwargs = {str(k): values.decode(v, ref, device) for k, v in node.get("kwargs", {}).items()}
         if node["op"] == "moeopt.experts.default":

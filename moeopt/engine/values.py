@@ -54,7 +54,7 @@ def decode(data: Any, node: Callable[[str], Any], device: Callable[[str], torch.
     if data is None or isinstance(data, (bool, str, float)):
         return data
     if isinstance(data, int):
-        if abs(data) > (1 << 63):
+        if abs(data) > (1 << 64):  # bounds of sizes reach beyond 63 bits
             raise BundleError(f"the integer {data} does not fit 64 bits")
         return data
     if isinstance(data, list):

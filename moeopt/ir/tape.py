@@ -257,6 +257,8 @@ class _Recorder(TorchDispatchMode):
         mutated = mutated_args(func, args, kwargs)
         if mutated:
             return self._record_mutation(func, args, kwargs, mutated)
+        if func is aten.glu.default:
+            return self._record_glu(types, *args, **kwargs)
         as_nodes = self._as_nodes
         node_args = tuple(as_nodes(a) for a in args)
         node_kwargs = {k: as_nodes(v) for k, v in kwargs.items()}
@@ -272,6 +274,15 @@ class _Recorder(TorchDispatchMode):
             self.reads.append((node_args[0], node.meta["source"]))
         self._outputs(func, args, kwargs, node, out)
         return out
+
+    def _record_glu(self, types: Any, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """``glu`` as what it stands for: the only activation that halves its operand would need rules of its own."""
+        half = x.shape[dim] // 2
+        value = self.__torch_dispatch__(aten.slice.Tensor, types, (x, dim, 0, half))
+        gate = self.__torch_dispatch__(aten.slice.Tensor, types, (x, dim, half, 2 * half))
+        gate = self.__torch_dispatch__(aten.sigmoid.default, types, (gate,))
+        product: torch.Tensor = self.__torch_dispatch__(aten.mul.Tensor, types, (value, gate))
+        return product
 
     def left_the_tape(self, t: torch.Tensor) -> None:
         """``t`` was turned into Python numbers or a NumPy array, which no ATen call shows."""

@@ -54,6 +54,19 @@ def test_same_structure_and_same_bits_at_row_counts_export_never_saw(toy, count)
         same(load_torch_bundle(directory)(x, mask=mask, scale=3.0), model(x, mask=mask, scale=3.0))
 
 
+def test_a_transposed_argument(tmp_path):
+    class Flat(nn.Module):
+        def forward(self, x):
+            return x.reshape(-1, x.shape[-1]) * 2
+
+    engine = load_torch_bundle(
+        save_torch_bundle(export(Flat(), (torch.randn(2, 3, 4),), {}, ({0: DYNAMIC},)), tmp_path / "b", report=REPORT,
+                          certificate=Certificate())
+    )  # fmt: skip
+    x = torch.randn(3, 2, 4).transpose(0, 1)
+    assert torch.equal(engine(x), Flat()(x))
+
+
 def test_keywords_and_positions_may_be_exchanged_and_constants_left_out(toy):
     model, directory = toy
     engine, x, mask = load_torch_bundle(directory), rows(), torch.zeros(5, H, dtype=torch.bool)

@@ -136,6 +136,11 @@ class CausalLM:
         ids = given["input_ids"]
         rows, new = ids.shape
         mask, position = given.get("attention_mask"), given.get("position_ids")
+        if mask is None and position is not None and self._packed(given, position):
+            raise UsageError(
+                "position_ids start anew within a row: without attention_mask and cache the model reads that as "
+                "several sequences in one row, which the engine does not; give each sequence a row of its own"
+            )
         if mask is None:
             mask = torch.ones(rows, past + new, dtype=torch.int64)
         elif not isinstance(mask, Tensor) or tuple(mask.shape) != (rows, past + new):
@@ -156,6 +161,12 @@ class CausalLM:
         }
         wanted = self.signature["inputs"]
         return {at["input"]: values[name].to(getattr(torch, at["dtype"])) for name, at in wanted.items()}
+
+    def _packed(self, given: dict[str, Any], position: Tensor) -> bool:
+        """Whether the model would see several sequences in a row: it looks for them only where there is no cache."""
+        use = given.get("use_cache")
+        cached = given.get("past_key_values") is not None or (self.signature["use_cache"] if use is None else use)
+        return not cached and position.dim() == 2 and bool((position.diff(dim=-1) != 1).any())
 
     def _result(self, logits: Tensor, cache: Any, return_dict: bool | None) -> Any:
         if return_dict is False:

@@ -120,6 +120,16 @@ def test_mask_and_positions_default_as_the_models_do(pair):
     assert torch.equal(logits, got.logits) and cache.get_seq_length() == 6
 
 
+def test_packed_sequences_are_refused_where_the_model_would_see_them(pair):
+    original, engine = pair
+    call = {"input_ids": prompt(1, 6)["input_ids"], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    with pytest.raises(UsageError, match="position_ids start anew within a row: .* give each sequence a row of"):
+        engine(**call, use_cache=False)
+    with torch.no_grad():  # with a cache the model reads them as positions only
+        want = original(**call, use_cache=True)
+    assert (engine(**call, use_cache=True).logits - want.logits).abs().max() < ROUNDING
+
+
 def test_logits_of_some_positions_only(pair):
     _, engine = pair
     ids = prompt(2, 6)["input_ids"]
