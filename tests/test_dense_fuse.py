@@ -195,7 +195,8 @@ def test_damage_is_caught(damage, dtype, monkeypatch):
     monkeypatch.setattr(drive_dense, "fuse", lambda ffn: damage(honest(ffn)))
     model = seeded(lambda: Around(Packed(bias=True))).to(dtype)
     (block,) = fuse(model, X.to(dtype), verify="fast").report.blocks
-    assert block.status == "declined" and block.reason.startswith("it was rewritten, verified and reverted"), block
+    caught = "w2.bias is part of what it computes" if damage is drop_bias else "it was rewritten, verified and reverted"
+    assert block.status == "declined" and block.reason.startswith(caught), block  # a bias is missed before it is timed
 
 
 def test_gradients(monkeypatch):

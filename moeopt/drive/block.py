@@ -18,7 +18,7 @@ from moeopt.compare.block import BlockCheck, Case, verify_block
 from moeopt.compare.cases import adversarial_cases
 from moeopt.compare.prototype import Prototype
 from moeopt.drive.mixture import Call, Mixture, Reader
-from moeopt.drive.obstacles import check_experts, check_module, check_neutral, random_reason
+from moeopt.drive.obstacles import check_experts, check_module, neutral_reason, random_reason
 from moeopt.drive.witness import prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.alike import same_computation
@@ -94,7 +94,7 @@ def _rewrite(
     last: Declined | None = None
     for proto in _versions(call):
         try:
-            program, found, routers = _program(module, proto, options, reader)
+            program, found, routers, neutral = _program(module, proto, options, reader)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
             last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
@@ -112,6 +112,8 @@ def _rewrite(
             raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
         if check.passed is False:
             continue
+        if neutral:
+            raise Declined(neutral)
         return Rewrite(program, found, check, routers, time.perf_counter() - started)
     try:
         raise last or Declined("its arguments could not be read as rows of tokens")
@@ -130,7 +132,8 @@ def _versions(call: Call) -> Iterator[Prototype]:
 
 def _program(
     module: nn.Module, proto: Prototype, options: Options, reader: Reader
-) -> tuple[Program, list[Recognition], list[RouterReading]]:
+) -> tuple[Program, list[Recognition], list[RouterReading], str]:
+    """The program, what it was read from, and the Parameter that it would miss, if there is one."""
     call, tape, found = reader.first(module, proto, options.seed)
     tapes, founds, calls = [tape], [found], [call]
     for tokens, seed in ((14, 1), (20, 2)):
@@ -146,7 +149,7 @@ def _program(
             raise Declined(reason)
     check_experts(module, tapes[0], founds[0])
     plans = [_plan(t, f) for t, f in zip(tapes, founds, strict=True)]
-    check_neutral(module, tapes[0], founds[0], plans[0])
+    neutral = neutral_reason(module, tapes[0], founds[0], plans[0])
     signature = inspect.signature(_original(module))
     bounds = [bind(signature, *c) for c in calls]
     shapes = [[tuple(t.shape) for t in _tensors(c)] for c in calls]
@@ -162,7 +165,7 @@ def _program(
     )
     banks = [(f.experts, f.spec) for f in founds[0]]
     routers = reader.routers(tapes[1:], founds[1:], founds[0])
-    return Program(plan, banks, signature, guard, [r.spec for r in routers]), founds[0], routers
+    return Program(plan, banks, signature, guard, [r.spec for r in routers]), founds[0], routers, neutral
 
 
 def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> None:

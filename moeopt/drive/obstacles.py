@@ -118,14 +118,11 @@ def random_reason(tape: Tape, training: bool) -> str:
     )
 
 
-def check_neutral(module: nn.Module, tape: Tape, found: list[Recognition], plan: Plan) -> None:
-    """Parameters that the block's result is computed from and the rewritten code does not read.
+def neutral_reason(module: nn.Module, tape: Tape, found: list[Recognition], plan: Plan) -> str:
+    """A Parameter that the block's result is computed from and the rewritten code does not read; "" if there is none.
 
-    What they do cannot be seen at their present values (a scale of ones, an adapter of zeros), and the rewritten code
+    What it does cannot be seen at its present values (a scale of ones, an adapter of zeros), and the rewritten code
     would miss it when they change.
-
-    Raises:
-        Declined: there is one; the message names it.
     """
     read = {str(step.target) for step in plan.steps if step.kind == "attr"}
     for recognition in found:
@@ -139,11 +136,12 @@ def check_neutral(module: nn.Module, tape: Tape, found: list[Recognition], plan:
             continue
         tensor = tensor_at(module, str(node.target))
         if tensor.is_floating_point() and id(tensor) not in held:
-            raise Declined(
+            return (
                 f"{node.target} is part of what it computes and changes nothing at its present values "
                 f"({_values(tensor)}), so the op would miss it when they change; give it the values that it will have, "
                 "or remove it"
             )
+    return ""
 
 
 def _values(tensor: torch.Tensor) -> str:
