@@ -94,7 +94,7 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
         attempts.append((place, _attempt(model, place, outcome, calls, options, runtime)))
         if dump is not None:
             done = attempts[-1][1]
-            path = done.path or place.call.path
+            path = done.path or next((level.path for level in _levels(place)), "")
             name, block = path or type(model).__name__, model.get_submodule(path)
             dump.block(name, block, calls.get(path), done.rewrite, done.reason)
     tried = {c.path or type(model).__name__ for p in moe for c in _levels(p)}

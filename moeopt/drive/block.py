@@ -108,10 +108,10 @@ def _rewrite(
                 continue
             raise
         check = _verify(name, module, program, proto, found, call, options, runtime)
-        if check.passed is False and not proto.turned:
-            raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
         if check.passed is False:
-            continue
+            if proto.turned:
+                continue
+            raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
         if neutral:
             raise Declined(neutral)
         return Rewrite(program, found, check, routers, time.perf_counter() - started)
