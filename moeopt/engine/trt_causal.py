@@ -43,8 +43,8 @@ def _sizes(
     named = {"input_ids": (b, s), _MASK: (b, both), _POSITIONS: (b, s), _KEPT: (n,)}
     axes = {caller["inputs"][name]["input"]: sizes for name, sizes in named.items() if name in caller["inputs"]}
     for layer in caller["cache"]:
-        for part in ("keys", "values"):
-            axes[layer[part]["input"]] = (b, b, p, p)  # the second and the fourth size are fixed
+        for part, at in layer.items():  # what has no name there is fixed
+            axes[at["input"]] = (b, b, p, p) if part in ("keys", "values") else (b,) * len(ends[at["input"]])
     return {
         dim: size
         for name, sizes in axes.items()

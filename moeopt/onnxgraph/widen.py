@@ -75,7 +75,10 @@ def widen_graph(model: Any) -> bool:
     touched = bool(ends)
     for node in graph.all_nodes():
         touched |= _widen_attributes(node, narrow)
-        for value in node.outputs:
+        inner = [
+            value for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH for value in a.value.inputs
+        ]
+        for value in (*node.outputs, *inner):
             if value.dtype in narrow:
                 value.type, touched = ir.TensorType(ir.DataType.FLOAT), True
     for value in graph.initializers.values():

@@ -1,7 +1,7 @@
-"""Caches in and out of an engine: a transformers ``DynamicCache``, or a list of (keys, values) without it.
+"""Caches in and out of an engine: a transformers ``DynamicCache``, or a list of tuples of tensors without it.
 
-Shape legend: B rows, G key/value heads, P cached tokens, D head size; keys and values are (B, G, P, D).
-An engine keeps every token of every layer: attention windows are in its graph's masks.
+Shape legend: B rows, G key/value heads, P cached tokens, D head size; keys and values are (B, G, P, D), the states of
+:mod:`~.causal_layers` (B, ...). An engine keeps every token of every layer: attention windows are in its graph's masks.
 """
 
 from __future__ import annotations
@@ -12,67 +12,91 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeopt.backends.onnxrt.causal_layers import fill_layer, make_layer, parts_of
 from moeopt.errors import UsageError
 
-Pair = tuple[Tensor, Tensor]
+Parts = dict[str, Tensor]
+"""What a layer carries, by name."""
 
 
-def read_cache(cache: Any, layers: Sequence[Mapping[str, Any]], rows: int, device: torch.device) -> list[Pair]:
-    """Keys and values of each layer; tensors with no tokens for a cache that is None or new.
+def read_cache(cache: Any, layers: Sequence[Mapping[str, Any]], rows: int, device: torch.device) -> list[Parts]:
+    """What each layer carries; no tokens and states of zero for a cache that is None or new.
+
+    Args:
+        layers: the parts of each layer as the signature describes them.
 
     Raises:
         UsageError: the cache is of another kind, another model, another batch, or was cut to a window.
     """
-    found = _pairs(cache)
-    if not found:
-        return [(_empty(layer["keys"], rows, device), _empty(layer["values"], rows, device)) for layer in layers]
+    found = _parts(cache, layers)
+    if not any(found):
+        return [{name: _empty(part, rows, device) for name, part in layer.items()} for layer in layers]
     if len(found) != len(layers):
         raise UsageError(f"past_key_values has {len(found)} layers; the model has {len(layers)}")
-    length = max(keys.shape[2] for keys, _ in found)
-    for number, (pair, layer) in enumerate(zip(found, layers, strict=True)):
-        for tensor, at in zip(pair, (layer["keys"], layer["values"]), strict=True):
-            wanted = (rows, at["heads"], length, at["size"])
-            if tuple(tensor.shape) != wanted:
+    length = past_length(found)
+    for number, (parts, layer) in enumerate(zip(found, layers, strict=True)):
+        for name, at in layer.items():
+            wanted = tuple(_shape(at, rows, length))
+            given = tuple(parts[name].shape) if name in parts else "nothing"
+            if given != wanted:
                 raise UsageError(
-                    f"past_key_values: layer {number} has shape {tuple(tensor.shape)} where {wanted} is needed; "
+                    f"past_key_values: layer {number} has {name} of {given} where {wanted} is needed; "
                     "pass the cache that the engine returned"
                 )
     return found
 
 
-def write_cache(cache: Any, grown: Sequence[Pair]) -> Any:
-    """``cache`` with new keys and values, changed in place as the model would; a new one for None."""
+def past_length(cache: Sequence[Parts]) -> int:
+    """P: how many tokens the attention layers keep."""
+    return max([int(parts["keys"].shape[2]) for parts in cache if "keys" in parts], default=0)
+
+
+def write_cache(cache: Any, grown: Sequence[Parts]) -> Any:
+    """``cache`` with new keys, values and states, changed in place as the model would; a new one for None.
+
+    Raises:
+        UsageError: the installed transformers has no cache for such states.
+    """
     try:
         from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
     except ImportError:
-        return list(grown)
-    if isinstance(cache, (list, tuple)):
-        return list(grown)
+        return [tuple(parts.values()) for parts in grown]
+    if isinstance(cache, list | tuple):
+        return [tuple(parts.values()) for parts in grown]
     cache = DynamicCache() if cache is None else cache
-    if len(cache.layers) != len(grown) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        cache.layers = [DynamicLayer() for _ in grown]  # a window is the graph's business
-    for layer, (keys, values) in zip(cache.layers, grown, strict=True):
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
+    try:
+        wanted = [make_layer(parts) for parts in grown]
+    except ImportError as err:
+        raise UsageError(
+            "this version of transformers has no cache with recurrent states, which the engine carries: "
+            "pip install 'transformers>=5.23'"
+        ) from err
+    if [type(layer) for layer in cache.layers] != [type(layer) for layer in wanted]:
+        cache.layers = wanted  # a window is the graph's business
+    for layer, parts in zip(cache.layers, grown, strict=True):
+        fill_layer(layer, parts)
     return cache
 
 
-def _pairs(cache: Any) -> list[Pair]:
+def _parts(cache: Any, layers: Sequence[Mapping[str, Any]]) -> list[Parts]:
     if cache is None:
         return []
-    if isinstance(cache, (list, tuple)):
-        return [(keys, values) for keys, values in cache]
-    layers = getattr(cache, "layers", None)
+    if isinstance(cache, list | tuple):
+        if len(cache) != len(layers):
+            raise UsageError(f"past_key_values has {len(cache)} layers; the model has {len(layers)}")
+        return [dict(zip(layer, tensors, strict=False)) for layer, tensors in zip(layers, cache, strict=True)]
+    found = getattr(cache, "layers", None)
     name = type(cache).__name__
-    if layers is None or name != "DynamicCache":
+    if found is None or name != "DynamicCache":
         raise UsageError(f"past_key_values is a {name}; the engine takes a DynamicCache, or none to begin with")
-    full = [layer for layer in layers if getattr(layer, "is_initialized", False) and layer.keys.numel()]
-    if not full:
-        return []
-    return [(layer.keys, layer.values) for layer in layers if layer.keys is not None]
+    if any(getattr(layer, "record_past", False) for layer in found):
+        raise UsageError("past_key_values records its past states to be cropped; the engine keeps the last ones only")
+    return [parts_of(layer) for layer in found]
+
+
+def _shape(at: Mapping[str, Any], rows: int, length: int) -> list[int]:
+    return [rows, *at["shape"]] if "shape" in at else [rows, at["heads"], length, at["size"]]
 
 
 def _empty(at: Mapping[str, Any], rows: int, device: torch.device) -> Tensor:
-    return torch.empty(rows, at["heads"], 0, at["size"], dtype=getattr(torch, at["dtype"]), device=device)
+    return torch.zeros(_shape(at, rows, 0), dtype=getattr(torch, at["dtype"]), device=device)

@@ -27,14 +27,14 @@ def shell(engine: Any) -> Any:
     signature = engine.signature
     kind = signature["model_type"]
     config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else transformers.PretrainedConfig  # noqa: SIM401 - its get finds nothing
-    config = config_class.from_dict(signature["config"])
+    config = config_class.from_dict(_decoded(signature["config"]))
     own = getattr(transformers, signature["architecture"], None)
     known = isinstance(own, type) and issubclass(own, PreTrainedModel) and issubclass(own, GenerationMixin)
     bases: tuple[Any, ...] = (own,) if known else (PreTrainedModel, GenerationMixin)
 
     def init(self: Any) -> None:
         PreTrainedModel.__init__(self, config)
-        self.generation_config = GenerationConfig.from_dict(signature["generation_config"])
+        self.generation_config = GenerationConfig.from_dict(_decoded(signature["generation_config"]))
         self.eval()
 
     def forward(
@@ -67,3 +67,12 @@ def shell(engine: Any) -> Any:
         "dtype": property(lambda self: engine.dtype),
     }
     return type(signature["architecture"], bases, body)()
+
+
+def _decoded(value: Any) -> Any:
+    """A config's JSON with the numbers that JSON has not: transformers writes ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value

@@ -8,6 +8,8 @@ G key/value heads, D head size::
 
     input_ids (B, S), attention_mask (B, P+S), position_ids (B, S), logits_to_keep (N),
     keys and values of each layer (B, G, P, D)  ->  logits (B, N, V), keys and values (B, G, P+S, D)
+
+and the states of layers that have others (:mod:`~.causal_layers`), which begin at zero.
 """
 
 from __future__ import annotations
@@ -23,15 +25,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from moeopt.backends.onnxrt.causal_attention import cache_left_in_place
+from moeopt.backends.onnxrt.causal_layers import ATTENTION, parts_of, sample_cache
+from moeopt.backends.onnxrt.causal_mixers import find_mixers, stepping
+from moeopt.backends.onnxrt.causal_steps import replace_mixers
 from moeopt.errors import Declined
 from moeopt.onnxgraph.complex import through_real_views
 from moeopt.onnxgraph.export import emitting, quiet
 from moeopt.onnxgraph.quick_match import rules_by_their_last_op
 from moeopt.onnxgraph.site import Site
 
-CACHE = "past_key_values.layers"
+PAST = "past_key_values"
+CACHE = f"{PAST}.layers"
 B, S, P, N = 2, 3, 5, 2
 """Sizes of the traced sample: no two that are free are equal, and none is 1, which a trace would hold to be fixed."""
 
@@ -85,7 +92,20 @@ def export_causal_lm(
     say("tracing the model with its cache")
     sample, shapes, result = _sample(model)
     in_place = cache_left_in_place() if provider == "cpu" else contextlib.nullcontext()
-    with emitting(model) as sites, _hushed(), _sdpa_or_eager(model), rules_by_their_last_op(), in_place:
+    mixers = []
+    if any(name.startswith("recurrent") for layer in sample[PAST].layers for name in parts_of(layer)):
+        with _hushed(), _sdpa_or_eager(model):
+            mixers = find_mixers(model, lambda cache: model(**{**sample, PAST: cache}), sample[PAST], (B, S))
+    if mixers and provider == "tensorrt":
+        raise Declined(f"{mixers[0].name} keeps a recurrent state, for which a TensorRT engine has no form here")
+    with (
+        emitting(model) as sites,
+        _hushed(),
+        _sdpa_or_eager(model),
+        rules_by_their_last_op(),
+        in_place,
+        stepping(mixers),
+    ):
         try:
             graph, _ = _real_views(exporter)().export_program(
                 copy.copy(model),  # the exporter leaves a forward on the instance it is given
@@ -100,8 +120,10 @@ def export_causal_lm(
             raise Declined(
                 f"transformers' exporter stops at {_first_line(err)}; the engine is built without a cache"
             ) from err
+    goes_on = replace_mixers(graph, mixers)
     _drop_idle_squeezes(graph.graph)
-    return CausalLMExport(graph, sites, _signature(model, graph, result))
+    signature = _signature(model, graph, sample[PAST], result)
+    return CausalLMExport(graph, sites, signature if goes_on else signature | {"one_at_a_time": True})
 
 
 def _drop_idle_squeezes(graph: Any) -> None:
@@ -156,8 +178,6 @@ def _real_views(exporter: Any) -> Any:
 def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any], type]:
     """A call with a past and with padding, which of its sizes are free, and the class of what the model returns."""
     from torch.export import Dim
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
     from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
     takes = inspect.signature(type(model).forward).parameters
@@ -174,17 +194,7 @@ def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any], type]:
             f"it returns {extra[0]} beside logits and cache; set config.output_router_logits, output_hidden_states "
             "and output_attentions to False for an engine with a cache"
         )
-    if not isinstance(cache, DynamicCache):
-        raise Declined(f"its cache is a {type(cache).__name__}; an engine carries a DynamicCache of keys and values")
-    past = DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.keys.dim() != 4:
-            raise Declined(
-                f"layer {number} keeps a {type(layer).__name__}; an engine carries keys and values of attention only"
-            )
-        fresh = DynamicLayer()
-        fresh.update(*[torch.randn(B, t.shape[1], P, t.shape[3]).to(t) for t in (layer.keys, layer.values)])
-        past.layers.append(fresh)
+    past = sample_cache(cache, B, P)
     register_cache_pytrees_for_model(model)
 
     mask = torch.ones(B, P + S, dtype=torch.int64, device=device)
@@ -196,17 +206,19 @@ def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any], type]:
     free["logits_to_keep"] = {0: Dim.AUTO}
     call = {name: value for name, value in call.items() if name in takes}
     free = {name: value for name, value in free.items() if name in takes}
-    free["past_key_values"] = [{0: Dim.AUTO, 2: Dim.AUTO}] * (2 * len(past.layers))
-    return {**call, "past_key_values": past, "use_cache": True, "return_dict": True}, free, type(result)
+    grows = {id(parts_of(layer).get(name)) for layer in past.layers for name in ATTENTION}
+    free[PAST] = [{0: Dim.AUTO, 2: Dim.AUTO} if id(t) in grows else {0: Dim.AUTO} for t in tree_leaves(past)]
+    return {**call, PAST: past, "use_cache": True, "return_dict": True}, free, type(result)
 
 
-def _signature(model: Any, graph: Any, result: type) -> dict[str, Any]:
+def _signature(model: Any, graph: Any, past: Any, result: type) -> dict[str, Any]:
     """What calls of the graph need to know; ``Declined`` where the graph is not of the module's form."""
     ends_in = {value.name.removeprefix("input."): value for value in graph.graph.inputs}
     ends_out = {value.name.removeprefix("output."): value for value in graph.graph.outputs}
-    layers = sum(name.startswith(CACHE) for name in ends_in) // 2
-    cache = [{part: f"{CACHE}.{n}.{part}" for part in ("keys", "values")} for n in range(layers)]
+    cache = [{part: f"{CACHE}.{n}.{part}" for part in parts_of(layer)} for n, layer in enumerate(past.layers)]
     leaves = {name for layer in cache for name in layer.values()}
+    if unread := sorted(leaves - ends_in.keys()):
+        raise Declined(f"the traced model does not read {unread[0]}")
     if missing := sorted(leaves - ends_out.keys()) + ["logits"] * ("logits" not in ends_out):
         raise Declined(f"the traced model does not return {missing[0]}")
     mask = ends_in.get("attention_mask")
@@ -218,8 +230,9 @@ def _signature(model: Any, graph: Any, result: type) -> dict[str, Any]:
 
     def described(layer: dict[str, str], part: str) -> dict[str, Any]:
         value, out = ends_in[layer[part]], ends_out[layer[part]]
-        sizes = [int(str(value.shape[axis])) for axis in (1, 3)]
-        return {"input": value.name, "output": out.name, "heads": sizes[0], "size": sizes[1], "dtype": _dtype(value)}
+        about = {"input": value.name, "output": out.name, "dtype": _dtype(value)}
+        sizes = [int(str(size)) for at, size in enumerate(value.shape) if at and not (part in ATTENTION and at == 2)]
+        return about | ({"heads": sizes[0], "size": sizes[1]} if part in ATTENTION else {"shape": sizes})
 
     config = model.config
     return {
@@ -231,7 +244,7 @@ def _signature(model: Any, graph: Any, result: type) -> dict[str, Any]:
         "parameters": [name for name in inspect.signature(type(model).forward).parameters if name != "self"],
         "inputs": {name: {"input": v.name, "dtype": _dtype(v)} for name, v in ends_in.items() if name not in leaves},
         "logits": {"output": ends_out["logits"].name, "dtype": _dtype(ends_out["logits"])},
-        "cache": [{part: described(layer, part) for part in ("keys", "values")} for layer in cache],
+        "cache": [{part: described(layer, part) for part in layer} for layer in cache],
         "output_class": [result.__module__, result.__qualname__],
         "use_cache": bool(getattr(config.get_text_config(), "use_cache", True)),
         "vocab_size": config.get_text_config().vocab_size,

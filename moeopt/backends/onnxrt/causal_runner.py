@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.causal_cache import read_cache, write_cache
+from moeopt.backends.onnxrt.causal_cache import past_length, read_cache, write_cache
 from moeopt.backends.onnxrt.session import Session
 from moeopt.errors import UsageError
 
@@ -73,8 +73,8 @@ class CausalLM:
 
         Returns:
             the model's own output class with ``logits`` (B, N, V) and, unless ``use_cache`` is False,
-            ``past_key_values``: a ``DynamicCache`` (the one that was passed, grown by S), or a list of
-            (keys, values) where transformers is not installed.
+            ``past_key_values``: a ``DynamicCache`` (the one that was passed, grown by S), or a list of each
+            layer's tensors, (keys, values) for attention, where transformers is not installed.
 
         Raises:
             UsageError: an argument that the engine has no form for; the message says what to do.
@@ -88,16 +88,23 @@ class CausalLM:
             logits = logits[:, _kept(given.get("logits_to_keep"), ids.shape[1])]
         use = given.get("use_cache")
         if use or (use is None and self.signature["use_cache"]):
-            grown = [(found[at["keys"]["output"]], found[at["values"]["output"]]) for at in self.signature["cache"]]
+            cached = self.signature["cache"]
+            grown = [{part: found[at["output"]] for part, at in layer.items()} for layer in cached]
             return self._result(logits, write_cache(cache, grown), given.get("return_dict"))
         return self._result(logits, None, given.get("return_dict"))
 
     def feeds(self, **given: Any) -> dict[str, Tensor]:
         """The graph's inputs by name for a call of the model by keywords."""
         past = read_cache(given.get("past_key_values"), self.signature["cache"], len(given["input_ids"]), self.device)
-        feeds = self._feeds(given, int(past[0][0].shape[2]) if past else 0)
-        for layer, pair in zip(self.signature["cache"], past, strict=True):
-            feeds[layer["keys"]["input"]], feeds[layer["values"]["input"]] = pair
+        cached = past_length(past)
+        if cached and given["input_ids"].shape[1] > 1 and self.signature.get("one_at_a_time"):
+            raise UsageError(
+                f"{self.signature['architecture']} starts its recurrent states anew where several tokens follow a "
+                "cache, the engine would not: pass one token at a time, or the whole sequence without a cache"
+            )
+        feeds = self._feeds(given, cached)
+        for layer, parts in zip(self.signature["cache"], past, strict=True):
+            feeds |= {at["input"]: parts[part] for part, at in layer.items()}
         return feeds
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

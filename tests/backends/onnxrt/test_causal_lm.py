@@ -258,7 +258,7 @@ def with_router_logits(model):
 @pytest.mark.parametrize(
     ("name", "change", "call", "text"),
     [
-        ("jamba", None, {}, "layer 0 keeps a Linear.*; an engine carries keys and values of attention only"),
+        ("minimax", None, {}, "its cache is a MiniMaxCache; an engine carries a DynamicCache of attention, convolution"),
         (
             "olmoe",
             with_router_logits,
