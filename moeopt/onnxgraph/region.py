@@ -92,6 +92,7 @@ class Outside(Region):
     def __init__(self, name: str, stages: Stages, tokens: Sequence[Any], given: Sequence[Any], state: Any) -> None:
         super().__init__(name, stages, (ROWS, -1))
         self.scanned: dict[int, Any] = {}
+        self.first = tokens[0]
         sizes = [self.op("Shape", [state], start=0, end=1), self.op("Shape", [given[0]], start=1, end=2)]
         self._size = self.op("Concat", sizes, axis=0)
         for token, value in zip(tokens, given, strict=True):
@@ -152,6 +153,8 @@ class Loop(Region):
         import onnx_ir as ir
 
         ends = [self.op("Identity", [self.here(value)], value, value.shape) for value in (*nexts, *away)]
+        if not self._doors:
+            self.here(self._outside.first)  # a Scan goes on for as long as it is given something
         body = ir.Graph([*self._held, *(door for door, _ in self._doors)], ends, nodes=self.nodes, name=self.name)
         scan = ir.node(
             "Scan",

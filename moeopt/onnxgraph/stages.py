@@ -48,7 +48,7 @@ def plan_stages(graph: Any, tokens: Sequence[Any], states: Sequence[Any], result
     for _ in states:
         closure = [_union(c, closure) for c in closure]
     loops: list[list[int]] = []
-    for n in sorted(range(len(states)), key=lambda n: closure[n].bit_count()):
+    for n in sorted(range(len(states)), key=lambda n: (closure[n].bit_count(), closure[n])):
         if loops and closure[loops[-1][0]] == closure[n]:
             loops[-1].append(n)
         else:
