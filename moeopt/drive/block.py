@@ -18,7 +18,7 @@ from moeopt.compare.block import BlockCheck, Case, verify_block
 from moeopt.compare.cases import adversarial_cases
 from moeopt.compare.prototype import Prototype
 from moeopt.drive.mixture import Call, Mixture, Reader
-from moeopt.drive.obstacles import check_experts, check_module, neutral_reason, random_reason
+from moeopt.drive.obstacles import check_experts, check_module, frozen_values, neutral_reason, random_reason
 from moeopt.drive.witness import prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.alike import same_computation
@@ -150,6 +150,7 @@ def _program(
     check_experts(module, tapes[0], founds[0])
     plans = [_plan(t, f) for t, f in zip(tapes, founds, strict=True)]
     neutral = neutral_reason(module, tapes[0], founds[0], plans[0])
+    frozen = frozen_values(module, tapes[0], founds[0], plans[0])
     signature = inspect.signature(_original(module))
     bounds = [bind(signature, *c) for c in calls]
     shapes = [[tuple(t.shape) for t in _tensors(c)] for c in calls]
@@ -165,7 +166,8 @@ def _program(
     )
     banks = [(f.experts, f.spec) for f in founds[0]]
     routers = reader.routers(tapes[1:], founds[1:], founds[0])
-    return Program(plan, banks, signature, guard, [r.spec for r in routers]), founds[0], routers, neutral
+    program = Program(plan, banks, signature, guard, [r.spec for r in routers], frozen)
+    return program, founds[0], routers, neutral
 
 
 def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from moeopt.rewrite.bank import expert_paths, tensor_at
 from moeopt.rewrite.plan import Plan
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MOST_FROZEN = 1 << 20
+"""Elements of a tensor that is copied and compared because the rewritten code holds what it decided."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -124,6 +127,63 @@ def neutral_reason(module: nn.Module, tape: Tape, found: list[Recognition], plan
     What it does cannot be seen at its present values (a scale of ones, an adapter of zeros), and the rewritten code
     would miss it when they change.
     """
+    held = _held(module, found, plan)
+    for path in _attributes(ancestors(tape.results())):
+        tensor = tensor_at(module, path)
+        if tensor.is_floating_point() and id(tensor) not in held:
+            return (
+                f"{path} is part of what it computes and changes nothing at its present values "
+                f"({_values(tensor)}), so the op would miss it when they change; give it the values that it will have, "
+                "or remove it"
+            )
+    return ""
+
+
+def frozen_values(module: nn.Module, tape: Tape, found: list[Recognition], plan: Plan) -> dict[str, torch.Tensor]:
+    """Tensors of the block that the rewritten code does not read and that decided what it is, as they are now.
+
+    They are integers or flags that the result is computed from (a mask over neurons, a placement of experts), and
+    whatever Python turned into numbers outside the kept modules (a scale read with ``.item()``, a flag of an ``if``).
+
+    Returns:
+        Paths in the block, each with a copy of the tensor.
+
+    Raises:
+        Declined: such a tensor is too large to be compared at each call, or the forward writes to it.
+    """
+    held = _held(module, found, plan)
+    paths = {p: None for p in _attributes(ancestors(tape.results())) if _decides(tensor_at(module, p), held)}
+    kept = set(plan.kept_modules)
+    for read in tape.reads:
+        if any(tape.calls[index].path in kept for index in tape.stack(read.call)[1:]):
+            continue
+        before = ancestors([read.node])
+        varies = any(n.op == "placeholder" for n in before)
+        paths |= {p: None for p in _attributes(before) if not varies or _decides(tensor_at(module, p), held)}
+    written = {id(tensor_at(module, p)) for p in _attributes(tape.mutations)}
+    for path in paths:
+        tensor = tensor_at(module, path)
+        if id(tensor) in written:
+            raise Declined(f"{path} decides what it computes, and its forward writes to it; pass it as an argument")
+        if tensor.numel() > MOST_FROZEN:
+            raise Declined(
+                f"{path} decides what it computes without being read by the op, and has {tensor.numel()} elements, too "
+                "many to watch for changes; multiply it into the weights, or leave it out"
+            )
+    return {path: tensor_at(module, path).detach().clone() for path in paths}
+
+
+def _decides(tensor: torch.Tensor, held: set[int]) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex()) and id(tensor) not in held
+
+
+def _attributes(nodes: Iterable[torch.fx.Node]) -> list[str]:
+    """Paths of the Parameters, buffers and tensor attributes among ``nodes``, sorted."""
+    return sorted({str(n.target) for n in nodes if n.op == "get_attr" and "constant" not in n.meta})
+
+
+def _held(module: nn.Module, found: list[Recognition], plan: Plan) -> set[int]:
+    """Ids of the tensors that the rewritten code reads where they live."""
     read = {str(step.target) for step in plan.steps if step.kind == "attr"}
     for recognition in found:
         read |= expert_paths(recognition.experts)
@@ -131,17 +191,7 @@ def neutral_reason(module: nn.Module, tape: Tape, found: list[Recognition], plan
     for kept in plan.kept_modules:
         owner = module.get_submodule(kept)
         held |= {id(t) for t in (*owner.parameters(), *owner.buffers())}
-    for node in ancestors(tape.results()):
-        if node.op != "get_attr" or "constant" in node.meta:
-            continue
-        tensor = tensor_at(module, str(node.target))
-        if tensor.is_floating_point() and id(tensor) not in held:
-            return (
-                f"{node.target} is part of what it computes and changes nothing at its present values "
-                f"({_values(tensor)}), so the op would miss it when they change; give it the values that it will have, "
-                "or remove it"
-            )
-    return ""
+    return held
 
 
 def _values(tensor: torch.Tensor) -> str:

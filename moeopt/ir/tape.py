@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -47,6 +47,14 @@ class Call:
     output: Any = None
 
 
+class Read(NamedTuple):
+    """A value that left the tape as a Python number or an array: its node, the user's line, the call it was in."""
+
+    node: fx.Node
+    line: str
+    call: int
+
+
 @dataclass
 class Tape:
     """The record of one run. ``args``/``output`` hold fx nodes where the run had tensors."""
@@ -59,7 +67,7 @@ class Tape:
     concrete_output: Any
     mutations: dict[fx.Node, fx.Node]
     attributes: dict[tuple[str, str], Any]
-    reads: list[tuple[fx.Node, str]]
+    reads: list[Read]
     nodes: list[fx.Node]
     _values: dict[fx.Node, Any]
 
@@ -141,7 +149,7 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self.current: int | None = None
         self.mutations: dict[fx.Node, fx.Node] = {}
-        self.reads: list[tuple[fx.Node, str]] = []
+        self.reads: list[Read] = []
         self._entries: dict[int, _Entry] = {}
         self._storages: dict[int, _Storage] = {}
         self._views: dict[int, list[_Entry]] = {}
@@ -271,7 +279,7 @@ class _Recorder(TorchDispatchMode):
             node.meta["random"] = True
         self._finish(node, out)
         if func is aten._local_scalar_dense.default:
-            self.reads.append((node_args[0], node.meta["source"]))
+            self.reads.append(Read(node_args[0], node.meta["source"], node.meta["call"]))
         self._outputs(func, args, kwargs, node, out)
         return out
 
@@ -287,7 +295,7 @@ class _Recorder(TorchDispatchMode):
     def left_the_tape(self, t: torch.Tensor) -> None:
         """``t`` was turned into Python numbers or a NumPy array, which no ATen call shows."""
         if not self._pause and not torch._C._functorch.is_functorch_wrapped_tensor(t):
-            self.reads.append((self.node_of(t), _user_line()))
+            self.reads.append(Read(self.node_of(t), _user_line(), self.current or 0))
 
     def _as_nodes(self, arg: Any) -> Any:
         if isinstance(arg, torch.Tensor):

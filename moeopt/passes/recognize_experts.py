@@ -480,7 +480,7 @@ def _only_the_router_steers(
             steered[node] = False
         else:
             steered[node] = node.op == "placeholder" or any(steered.get(a, False) for a in node.all_input_nodes)
-    for node, line in tape.reads:
+    for node, line, _ in tape.reads:
         dtype = node.meta.get("dtype")
         if steered.get(node, False) or (dtype is not None and dtype.is_floating_point and _varies(tape, node)):
             raise Declined(
@@ -562,7 +562,7 @@ def _is_identity(
 
 def _flow(tape: Tape, combine: Combine, ins: list[Site], inside: set[fx.Node]) -> set[fx.Node]:
     """What dispatch and combine read: ancestors of the sum and of the experts' inputs, and what left the tape."""
-    stack = [combine.node, *(s.operand for s in ins), *(n for n, _ in tape.reads)]
+    stack = [combine.node, *(s.operand for s in ins), *(r.node for r in tape.reads)]
     seen: set[fx.Node] = set()
     products = {s.product for s in ins}
     while stack:

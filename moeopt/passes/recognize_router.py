@@ -182,7 +182,7 @@ class _Routing:
     def read_by_python(self) -> list[fx.Node]:
         """What Python turned into numbers before ids and weights stood."""
         end = max(n.meta["index"] for n in self.sources) if self.unvetted is None else self.unvetted
-        return [n for n, _ in self.tape.reads if n.meta["index"] < end]
+        return [r.node for r in self.tape.reads if r.node.meta["index"] < end]
 
     def _views(self, ids: Tensor) -> Iterator[_View]:
         """Every tensor that could be the logits, the earliest first."""

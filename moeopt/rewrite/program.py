@@ -16,7 +16,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Program:
     """What was verified: the plan, the experts of each op, the call's signature and its guard.
 
     ``routers`` has the router of each op where it was recognised, for runtimes that want to know its weights' signs.
+    ``frozen`` has, by path in the block, the values of tensors that decided what the plan is and that it does not read.
     """
 
     plan: Plan
@@ -51,6 +52,7 @@ class Program:
     signature: inspect.Signature
     guard: Guard
     routers: list[RouterSpec | None]
+    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: list[Fact] | None = None
 
     def watch(self, module: nn.Module) -> Watch:
@@ -62,6 +64,7 @@ class Program:
             module,
             self.facts,
             {(b, e): expert_paths([ref]) for b, (refs, _) in enumerate(self.banks) for e, ref in enumerate(refs)},
+            self.frozen,
         )
 
     def __getstate__(self) -> dict[str, Any]:

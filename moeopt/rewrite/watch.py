@@ -3,7 +3,8 @@
 A rewritten block reads its weights live and calls its router live. What it no longer runs is the
 Python of the experts and of the block itself, so what that Python would have read is remembered:
 classes, plain attributes (``top_k``, an activation function), children, absent biases, hooks, patched
-forwards. Modules that belong to one expert are looked at only when that expert runs.
+forwards. Modules that belong to one expert are looked at only when that expert runs. Tensors whose values
+that Python turned into the rewritten code are compared with what they were.
 
 Not seen: attributes that are objects (a config), globals, and, in code compiled by ``torch.compile``,
 anything changed after it was compiled.
@@ -13,11 +14,14 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from moeopt.rewrite.frozen import Frozen
 
 _BOOKKEEPING = frozenset(nn.Module().__dict__)
 _PLAIN = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType, type)
@@ -142,9 +146,17 @@ class Watch:
         root: the block.
         facts: what ``take_facts`` took.
         experts: for each expert of each op, the paths of its weights.
+        frozen: by path, the values of tensors that decided what the rewritten code is.
     """
 
-    def __init__(self, root: nn.Module, facts: list[Fact], experts: dict[Any, set[str]]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        facts: list[Fact],
+        experts: dict[Any, set[str]],
+        frozen: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        self._frozen = [Frozen(root, path, value) for path, value in frozen.items()]
         modules = dict(root.named_modules(remove_duplicate=False))
         self.gone = next((f"{f.path} was removed" for f in facts if f.path not in modules), "")
         self._shared: list[_Watched] = []
@@ -168,7 +180,7 @@ class Watch:
 
     def shared(self) -> str:
         """What changed in the modules that every call of the original would run."""
-        return self.gone or _first(self._shared)
+        return self.gone or _first(self._shared) or _first(self._frozen)
 
     def expert(self, key: Any) -> str:
         """What changed in the modules of one expert."""
@@ -179,7 +191,7 @@ class Watch:
         return self.shared() or next((r for r in map(self.expert, self._of) if r), "")
 
 
-def _first(watched: list[_Watched]) -> str:
+def _first(watched: Sequence[_Watched | Frozen]) -> str:
     for one in watched:
         reason = one.changed()
         if reason:
