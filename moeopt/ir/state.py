@@ -92,6 +92,15 @@ class ModuleState:
                         changed[path, name] = value
         return changed
 
+    def changed_in_place(self) -> set[tuple[str, str]]:
+        """(module path, attribute) of each list, dict or set that the run wrote into."""
+        return {
+            (path, name)
+            for (path, _), before, contents in zip(self.modules, self._before, self._contents, strict=True)
+            for name, held in contents.items()
+            if name not in _REGISTRIES and not _same(held, before[name])
+        }
+
     def restore(self) -> None:
         """Put every attribute and every written parameter or buffer back."""
         for (_, module), before, contents in zip(self.modules, self._before, self._contents, strict=True):

@@ -67,6 +67,7 @@ class Tape:
     concrete_output: Any
     mutations: dict[fx.Node, fx.Node]
     attributes: dict[tuple[str, str], Any]
+    in_place: set[tuple[str, str]]
     reads: list[Read]
     nodes: list[fx.Node]
     _values: dict[fx.Node, Any]
@@ -552,6 +553,7 @@ def record(
                     key: tree_map(torch.Tensor, recorder.node_of, value)
                     for key, value in state.changed_attributes().items()
                 }
+            in_place = state.changed_in_place()
             root = recorder.calls[0]
     finally:
         state.restore()
@@ -565,6 +567,7 @@ def record(
         concrete_output=output,
         mutations=recorder.mutations,
         attributes=attributes,
+        in_place=in_place,
         reads=recorder.reads,
         nodes=recorder.nodes,
         _values=recorder.values,

@@ -88,6 +88,7 @@ class _Planner:
         self.inside = [c.index == 0 or self._contains(c) for c in tape.calls]
         self.units: dict[Any, list[fx.Node]] = {}
         self.opened: set[int] = set()
+        self.missed: set[tuple[str, str]] = set()
         self._after = {node: self._dependants(node) for node in self.replaced}
 
     def _contains(self, call: Call) -> bool:
@@ -136,18 +137,20 @@ class _Planner:
     def run(self) -> Plan:
         tape = self.tape
         while True:
-            opened = len(self.opened)
+            known = len(self.opened), len(self.missed)
             units = self._collect()
-            if len(self.opened) == opened:
+            self._note_missed(units)
+            if (len(self.opened), len(self.missed)) == known:
                 break
         order = sorted(units, key=self._position)
+        attributes = self._attributes()
         plan = Plan([], None, [], {}, sorted({u.path for u in order if isinstance(u, Call)}))
         refs: dict[fx.Node, Ref] = {}
         for unit in order:
             self._emit(plan, unit, refs)
         plan.output = _tree(tape.output, refs)
         plan.mutations = [(refs[a], refs[b]) for a, b in self._mutations(order)]
-        plan.attributes = {k: _tree(v, refs) for k, v in self._attributes(order).items()}
+        plan.attributes = {k: _tree(v, refs) for k, v in attributes.items()}
         return plan
 
     def _position(self, unit: fx.Node | Call) -> tuple[int, int]:
@@ -164,8 +167,14 @@ class _Planner:
         stack = list(roots)
         for source, final in self.tape.mutations.items():
             stack += [source, final] if not self._done_by_call(final) else []
-        for (path, _), value in self.tape.attributes.items():
-            stack += [] if self._call_sets(path) else _nodes(value)
+        for key, value in self.tape.attributes.items():
+            if not self._call_sets(key):
+                stack += _nodes(value)
+                if any(self._of_single_experts(n) for n in _nodes(value)):
+                    raise Declined(
+                        f"its forward stores {_dotted(key)}, a result of single experts, which the rewritten code does "
+                        "not compute; do not store it, or return it from the block"
+                    )
         while stack:
             node = stack.pop()
             unit = self.unit(node)
@@ -180,13 +189,12 @@ class _Planner:
         return [self.tape.calls[k] if isinstance(k, int) else k for k in seen]
 
     def _check(self, node: fx.Node) -> None:
-        for r in self.replaced.values():
-            if node in r.interior and node not in self._after[r.node]:
-                raise Declined(
-                    f"a result of single experts ({op_name(node)}) is used outside the experts' sum; "
-                    "return it from the experts only if you need it",
-                    node.meta.get("source"),
-                )
+        if self._of_single_experts(node):
+            raise Declined(
+                f"a result of single experts ({op_name(node)}) is used outside the experts' sum; "
+                "return it from the experts only if you need it",
+                node.meta.get("source"),
+            )
 
     # -- effects ---------------------------------------------------------------------------------
 
@@ -217,29 +225,44 @@ class _Planner:
             out.append((source, final))
         return out
 
-    def _call_sets(self, path: str) -> bool:
-        return any(
-            not self.inside[c.index]
-            and c.index not in self.opened
-            and (path == c.path or path.startswith(c.path + "."))
-            for c in self.tape.calls
-            if c.path
+    def _call_sets(self, key: tuple[str, str]) -> bool:
+        """Whether a call that can be kept whole sets the attribute; not, once none of those calls was needed."""
+        return key not in self.missed and any(
+            not self.inside[c.index] and c.index not in self.opened for c in self._calls_around(key[0])
         )
 
-    def _attributes(self, order: list[fx.Node | Call]) -> dict[tuple[str, str], Any]:
+    def _calls_around(self, path: str) -> list[Call]:
+        return [c for c in self.tape.calls if c.path and (path == c.path or path.startswith(c.path + "."))]
+
+    def _note_missed(self, units: list[fx.Node | Call]) -> None:
+        """Attributes that calls set which nothing else needs: they are computed for themselves."""
+        kept = {u.index for u in units if isinstance(u, Call)}
+        for key in self.tape.attributes:
+            if self._call_sets(key) and not any(c.index in kept for c in self._calls_around(key[0])):
+                self.missed.add(key)
+
+    def _attributes(self) -> dict[tuple[str, str], Any]:
         out = {}
         for (path, name), value in self.tape.attributes.items():
-            if self._call_sets(path):
+            if self._call_sets((path, name)):
                 continue
+            where = _dotted((path, name))
+            if (path, name) in self.tape.in_place:
+                raise Declined(
+                    f"its forward changes the contents of the Python attribute {where} in place, which other modules "
+                    "may hold as well; assign a new container, or return the value instead"
+                )
             leaves = list(tree_leaves(value))
             if not leaves or not all(isinstance(v, (fx.Node, torch.dtype)) for v in leaves):
-                where = f"{path}.{name}" if path else name
                 raise Declined(
                     f"its forward changes the Python attribute {where}, which a graph cannot repeat; "
                     "store a tensor or return the value instead"
                 )
             out[path, name] = value
         return out
+
+    def _of_single_experts(self, node: fx.Node) -> bool:
+        return any(node in r.interior and node not in self._after[r.node] for r in self.replaced.values())
 
     # -- writing down ----------------------------------------------------------------------------
 
@@ -277,6 +300,10 @@ def tensor_leaf(tree: Any, index: int) -> torch.Tensor:
         return tree[index]
     found: torch.Tensor = leaves_of(torch.Tensor, tree)[index]
     return found
+
+
+def _dotted(key: tuple[str, str]) -> str:
+    return ".".join(filter(None, key))
 
 
 def _nodes(tree: Any) -> list[fx.Node]:

@@ -26,7 +26,8 @@ def test_nothing_changed_is_nothing_to_report():
     model = Model()
     state = ModuleState(model)
     model.last = {"a": (1, 2)}  # another dict with the same content
-    assert state.changed_attributes() == {}
+    model.seen = [1, 2]  # another list with other content
+    assert state.changed_attributes() == {("", "seen"): [1, 2]} and state.changed_in_place() == set()
 
 
 def test_every_change_is_reported_and_undone():
@@ -50,6 +51,7 @@ def test_every_change_is_reported_and_undone():
     assert (
         changed["", "count"] == 1 and changed["", "seen"] == [1, 2] and torch.equal(changed["", "aux"], torch.ones(2))
     )
+    assert state.changed_in_place() == {("", "seen"), ("", "last"), ("", "names")}
     state.restore()
     assert (model.count, model.seen, model.last, model.names) == (0, [1], {"a": (1, 2)}, {"x"})
     assert not hasattr(model, "aux") and not hasattr(model.inner, "scale") and model.odd is odd

@@ -188,3 +188,81 @@ def test_a_write_in_a_call_that_would_be_skipped_is_declined():
         Declined, match="its forward writes to stats.seen in stats, which the rewrite would skip; write it"
     ):
         planned(SkippedWrite())
+
+
+class Noting(Statistics):
+    def forward(self, x):
+        self.last, self.kind = x * 2, x.dtype
+        return x * 3
+
+
+class NotedAside(SkippedWrite):
+    """A submodule whose result nobody needs stores something."""
+
+    def __init__(self):
+        super().__init__()
+        self.stats = Noting()
+
+
+def test_what_a_skipped_call_stores_is_stored_all_the_same():
+    plan = planned(NotedAside())
+    assert set(plan.attributes) == {("stats", "last"), ("stats", "kind")} and plan.kept_modules == []
+    step = plan.steps[plan.attributes["stats", "last"].step]
+    assert step.target is aten.mul.Tensor and step.args[1] == 2
+    assert plan.attributes["stats", "kind"] is torch.float32
+
+
+class NotedOnTheWay(NotedAside):
+    def forward(self, x):
+        return self.inner(x) + self.stats(x)
+
+
+def test_what_a_kept_call_stores_is_left_to_it():
+    plan = planned(NotedOnTheWay())
+    assert plan.attributes == {} and plan.kept_modules == ["stats"]
+
+
+class NotedExperts(Block):
+    def forward(self, x):
+        self.inner.last = self.inner(x)
+        return self.inner.last.sum(0)
+
+
+def test_what_the_experts_store_is_declined():
+    with pytest.raises(
+        Declined,
+        match="its forward stores inner.last, a result of single experts, which the rewritten code does not compute",
+    ):
+        tape = record(NotedExperts(), (rand(3, H),))
+        node = next(n for n in tape.nodes if op_name(n) in ("mm", "linear"))
+        total = next(n for n in tape.nodes if op_name(n) == "sum")
+        change = Replacement(total, [tape.args[0]], {node, total}, lambda plan, ref: ref(tape.args[0]))
+        make_plan(tape, [change])
+
+
+class Handed(Block):
+    """Leaves something for a later layer in a dict that both hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag = {}
+
+    def forward(self, x):
+        self.bag["gate"] = self.gate(x)
+        return self.inner(x)
+
+
+class Fresh(Handed):
+    def forward(self, x):
+        self.bag = {"gate": self.gate(x)}
+        return self.inner(x)
+
+
+def test_a_container_that_is_written_into_is_declined_and_a_new_one_is_stored():
+    with pytest.raises(
+        Declined,
+        match="its forward changes the contents of the Python attribute bag in place, which other modules may hold as "
+        "well; assign a new container, or return the value instead",
+    ):
+        planned(Handed())
+    assert set(planned(Fresh()).attributes) == {("", "bag")}
