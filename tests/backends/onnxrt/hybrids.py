@@ -1,0 +1,64 @@
+"""What tests of mixers share: those of a tiny model, and small modules that keep states of their own."""
+
+import functools
+
+import torch
+from torch import nn
+
+from moeopt.backends.onnxrt.causal_lm import PAST, B, S, _hushed, _sample
+from moeopt.backends.onnxrt.causal_mixers import find_mixers
+from tests.families.build import FAMILIES, Family
+
+
+def found(model):
+    """Its mixers, as an export finds them."""
+    with _hushed():
+        sample, _, _ = _sample(model)
+        return find_mixers(model, lambda cache: model(**{**sample, PAST: cache}), sample[PAST], (B, S))
+
+
+@functools.cache
+def mixer_of(name):
+    """The only mixer of a family's model."""
+    (mixer,) = found(FAMILIES[name].build())
+    return mixer
+
+
+def two_layers():
+    """The mixers of a Jamba with two of them."""
+    config = {**FAMILIES["jamba"].config, "num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 2}
+    return found(Family("jamba", config, 1, 4).build())
+
+
+class Sums(nn.Module):
+    """Running sums in the recurrent state of layer 0."""
+
+    layer = 0
+
+    def forward(self, x, cache):
+        layer = cache.layers[self.layer]
+        total = layer.recurrent_states[0][:, None] + x.cumsum(1)
+        layer.update_recurrent_state(total[:, -1])
+        return total
+
+
+class Around(nn.Module):
+    """A model with one mixer in it, which ``call`` runs."""
+
+    def __init__(self, mixer, call=lambda mixer, x, cache: mixer(x, cache)):
+        super().__init__()
+        self.mixer, self.call = mixer, call
+
+    def forward(self, x, cache):
+        return self.call(self.mixer, x, cache)
+
+
+def summing_cache(layers=1):
+    """A cache with sums (2, 4) of each layer."""
+    from transformers import DynamicCache
+
+    from moeopt.backends.onnxrt.causal_layers import make_layer
+
+    cache = DynamicCache()
+    cache.layers = [make_layer({"recurrent_states.0": torch.ones(2, 4) * n}) for n in range(1, layers + 1)]
+    return cache
