@@ -18,15 +18,14 @@ from moeopt.backends.onnxrt.plan import Plan
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
 from moeopt.backends.tensorrt.target import local_target
 from moeopt.compare.block import BlockCheck
-from moeopt.compare.cases import adversarial_cases
 from moeopt.compare.certificate import Certificate
-from moeopt.compare.gradients import gradients_differ, skips_idle
+from moeopt.compare.language import find_ids
 from moeopt.compare.model import EndToEnd, end_to_end, run_plain
 from moeopt.drive.collector import fewer_collections
+from moeopt.drive.gradients import check_gradients
 from moeopt.drive.inputs import Call, as_call, made_up
 from moeopt.drive.picture import picture
 from moeopt.drive.share import shared_copy
-from moeopt.drive.witness import prototypes
 from moeopt.engine import (
     AbsentEngine,
     Manifest,
@@ -45,6 +44,7 @@ from moeopt.engine import (
 from moeopt.engine.onnx_build import Built, build_onnx, onnx_plan
 from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_golden import other_sizes
+from moeopt.engine.onnx_pieces import causal_calls
 from moeopt.engine.onnx_routing import count_ids
 from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
 from moeopt.engine.program import export_program
@@ -212,7 +212,7 @@ def optimize(
         return _engine(source, twin, call, chosen, plan)
     outcome = pipeline.run(twin, call, chosen)
     if chosen.verify != "off":
-        _check_gradients(twin, outcome)
+        check_gradients(twin, outcome.rewrites, outcome.calls)
     certificate = _certify(source, twin, call, outcome, chosen)
     if certificate.passed is False:
         why = _revert(twin, outcome, certificate)
@@ -306,23 +306,29 @@ def _compare_engine(
     options.say("comparing the engine end to end")
     args, kwargs = call
     if engine.causal_lm is not None:
-        kwargs = {**kwargs, "use_cache": False}  # what comes of the cache is compared through generate
+        kwargs = {**kwargs, "use_cache": False}  # the cache is compared by what comes of it
     noise = [*_weighted(source), *outcome.rewrites]  # the runtime computes every op anew, so each may round
-    calls = [(args, kwargs)]
     narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in source.parameters())
-    if options.verify == "strict" and engine.causal_lm is None and not narrow:
-        calls += [other for other in other_sizes(engine.signature, call) if engine.holds(other)]
+    runs: list[tuple[str, Call, Callable[..., Any]]] = [("", (args, kwargs), engine)]
+    if options.verify == "strict" and not narrow:
+        ids = find_ids(args, kwargs)
+        if engine.causal_lm is None:
+            runs += [("another size", one, engine) for one in other_sizes(engine.signature, call) if engine.holds(one)]
+        elif ids is not None:
+            runs += [(what, ((), one), form) for what, one, form in causal_calls(engine.causal_lm, kwargs, ids)]
     verdicts = []
-    for number, one in enumerate(calls):
+    for what, one, form in runs:
         try:
             run_plain(source, *one)
         except Exception:
-            if number == 0:
+            if not what:
                 raise
             continue  # a size that the model itself cannot take
-        verdicts.append((one, end_to_end(source, engine, *one, noise_blocks=noise, seed=options.seed)))
+        steps = 0 if what else 8
+        verdict = end_to_end(source, form, *one, noise_blocks=noise, seed=options.seed, greedy_steps=steps)
+        verdicts.append((what, one, verdict))
     first_of = ""
-    for one, verdict in verdicts:
+    for what, one, verdict in verdicts:
         if not verdict.passed:
             sizes = [tuple(t.shape) for t in torch.utils._pytree.tree_leaves(one) if isinstance(t, torch.Tensor)]
             with contextlib.suppress(Exception):
@@ -330,19 +336,23 @@ def _compare_engine(
             raise NotEquivalentError(
                 f"the {engine.runtime} engine of {type(source).__name__} is not equivalent and was not kept: "
                 f"{verdict.reason} (inputs of sizes {', '.join(map(str, sizes))}"
+                f"{', ' + what if what.startswith('through') else ''}"
                 f"{f'; the first other choice of experts: {first_of}' if first_of else ''}); use backend='torch', or "
                 "report this with the model's code"
             )
-    first = verdicts[0][1]
+    first = verdicts[0][2]
     try:
-        first.ids, first.ids_differ, first_of = _ids(twin, engine, built, verdicts[0][0])
+        first.ids, first.ids_differ, first_of = _ids(twin, engine, built, verdicts[0][1])
     except Exception as err:  # ONNX Runtime's own: the count must not fail an engine that is right
         first_of = ""
         first.notes.append(f"expert ids were not compared: {type(err).__name__}: {err}")
     if first_of:
         first.notes.append(f"the result stays within its budget although some experts differ; the first is {first_of}")
-    if len(verdicts) > 1:
-        first.notes.append(f"equal in {len(verdicts) - 1} other sizes too")
+    also = [what for what, *_ in verdicts[1:]]
+    if also and engine.causal_lm is None:
+        first.notes.append(f"equal in {len(also)} other sizes too")
+    elif also:
+        first.notes.append(f"equal with {', '.join(also)} too")
     return first
 
 
@@ -363,46 +373,6 @@ def _lowering(block: BlockReport, built: Built | TrtBuilt) -> str:
         return built.lowering_of(own) or block.lowering
     found = {reasons[name] for name, path in sites.items() if path == own}
     return "onnxruntime " + "; ".join(sorted(found)) if found else block.lowering
-
-
-def _check_gradients(twin: nn.Module, outcome: pipeline.Outcome) -> None:
-    """A block whose gradients differ keeps its rewrite, and runs its original code where one is asked for."""
-    for path, rewrite in outcome.rewrites.items():
-        if rewrite.program.plan.mutations:
-            continue  # such a block is never differentiated in rewritten form
-        module = twin.get_submodule(path)
-        forward = rewritten_forward(module)
-        assert forward is not None
-        original = forward.original or type(module).forward.__get__(module)
-        args, kwargs = outcome.calls[path]
-        guard = rewrite.program.guard
-        guard.gradients = gradients_differ(module, original, forward, args, kwargs)
-        if (reason := guard.gradients) and (before := forward.let_gradients_through()):
-            guard.gradients = ""  # so that the rewritten code runs
-            if gradients_differ(module, original, forward, args, kwargs):  # then they were the author's own
-                forward.set_steps(before)
-                guard.gradients = reason
-        experts = max(len(found.experts) for found in rewrite.found)
-        if guard.gradients or experts == 1 or all(bank.stacked() is not None for bank, _ in forward.banks):
-            continue
-
-        def rewritten(skip: bool, forward: Any = forward, guard: Any = guard) -> Any:
-            guard.skip_idle = skip
-            return forward
-
-        skips = skips_idle(module, original, rewritten, _idle_calls(args, kwargs, experts))
-        guard.skip_idle = skips is True
-        if skips is None:
-            guard.gradients = (
-                "which of its experts have no gradient, and which have one of zeros, is not as in the rewritten code"
-            )
-
-
-def _idle_calls(args: Any, kwargs: Any, experts: int) -> list[Call]:
-    """Calls that leave most experts idle: one token, and copies of one token."""
-    fitting = (p for p in prototypes(args, kwargs) if all(p.rows(n).shape[-1] == experts for n in p.indices("choices")))
-    proto = next(fitting, None)
-    return [(c.args, c.kwargs) for c in adversarial_cases(proto, experts, level="fast")[1:]] if proto else []
 
 
 def _moved(call: Call, options: Options) -> Call:
@@ -540,7 +510,7 @@ def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider
     if original is not None:
         args, kwargs = as_call(inputs)
         if getattr(engine, "causal_lm", None) is not None:
-            kwargs = {**kwargs, "use_cache": False}  # what comes of the cache is compared through generate
+            kwargs = {**kwargs, "use_cache": False}  # the cache is compared by what comes of it
         end = end_to_end(original, engine, args, kwargs, noise_blocks=_noisy(original, manifest))
         return Certificate(end_to_end=end, executed=executed, device=device, dtype=saved.dtype, notes=notes)
     if manifest.backend != "torch":

@@ -99,19 +99,24 @@ def _factor(node: Any) -> tuple[int, Any]:
 
 
 def check_conditions(
-    conditions: Sequence[Any], shapes: Callable[[int], Sequence[int]], name: Callable[[int], str]
+    conditions: Sequence[Any],
+    shapes: Callable[[int], Sequence[int]],
+    name: Callable[[int], str],
+    way_out: str = "as in the call it was exported with: optimise again with example inputs of these sizes, or use "
+    "backend='torch'",
 ) -> None:
-    """``UsageError`` names the condition that sizes do not meet; ``shapes(leaf)`` is a leaf's shape."""
+    """``UsageError`` names the condition that sizes do not meet, and the way out; ``shapes(leaf)`` is a leaf's shape."""
     for condition in conditions:
-        try:
-            holds = _value(condition, shapes)
-        except (ArithmeticError, ValueError):
-            holds = False
-        if not holds:
-            raise UsageError(
-                f"this engine holds for calls where {_text(condition, name)}, as in the call it was exported with: "
-                "optimise again with example inputs of these sizes, or use backend='torch'"
-            )
+        if not holds([condition], shapes):
+            raise UsageError(f"this engine holds for calls where {text_of(condition, name)}, {way_out}")
+
+
+def holds(conditions: Sequence[Any], shapes: Callable[[int], Sequence[int]]) -> bool:
+    """Whether sizes meet all ``conditions``."""
+    try:
+        return all(_value(condition, shapes) for condition in conditions)
+    except (ArithmeticError, ValueError):
+        return False
 
 
 def read_conditions(conditions: Any) -> list[Any]:
@@ -194,12 +199,13 @@ def _value(node: Any, shapes: Callable[[int], Sequence[int]]) -> Any:
     return _MEANING[node[0]](*[_value(child, shapes) for child in node[1:]])
 
 
-def _text(node: Any, name: Callable[[int], str]) -> str:
+def text_of(node: Any, name: Callable[[int], str]) -> str:
+    """A condition in words; ``name(leaf)`` is what a leaf is called."""
     if not isinstance(node, list):
         return f"{node:g}" if isinstance(node, float) else str(node)
     if node[0] == "size":
         return f"{name(node[1])}.shape[{node[2]}]"
-    parts = [_text(child, name) for child in node[1:]]
+    parts = [text_of(child, name) for child in node[1:]]
     if node[0] in _BINARY.values():
         inner = [
             f"({p})" if isinstance(c, list) and c[0] in _BINARY.values() else p

@@ -97,7 +97,7 @@ def write_bundle(
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """Read and check a bundle: its manifest, then the presence, size and sha256 of every file it lists."""
-    root = Path(directory)
+    root = Path(directory).resolve()  # the engine outlives a change of the working directory
     data = _read_header(root)
     if not isinstance(data.get("files"), dict):
         raise BundleError(f"{root / NAME}: it lists no files")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.backends.onnxrt.causal_attention import cache_left_in_place
 from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm
 from moeopt.backends.onnxrt.plan import Plan
 from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
 from moeopt.engine.folder import TemporaryFolder
 from moeopt.engine.manifest import version
-from moeopt.engine.onnx_causal import flat_signature
+from moeopt.engine.onnx_causal import add_conditions, flat_signature
 from moeopt.engine.onnx_names import name_ends
 from moeopt.engine.onnx_probe import BLOCK, make_probe
 from moeopt.engine.onnx_sites import ENDS, describe
@@ -90,9 +93,11 @@ def build_onnx(
     if is_causal_lm(model):
         try:
             found = export_causal_lm(model, args, kwargs, say, plan.provider)
+            add_conditions(found.program, found.signature)
             target = None
             if isinstance(plan, ReplayPlan):  # fused for its own provider
                 target = export_causal_lm(model, args, kwargs, say, plan.target.provider)
+                add_conditions(target.program, target.signature)
         except Declined as err:
             plan.remarks.append(without_cache(model, kwargs, err.reason))
         else:
@@ -104,7 +109,7 @@ def build_onnx(
             return _with_portable(built, target.model, found.model, found.sites, plan, say)
     say("tracing the whole model")
     args, kwargs = roomier(model, args, kwargs)
-    with emitting(model) as sites, quiet():
+    with emitting(model) as sites, quiet(), _attention(plan):
         program = export_program(model, args, kwargs)
     program = functional(program)
     signature = describe_call(program)
@@ -115,6 +120,12 @@ def build_onnx(
     portable = graph.clone()
     built = write_graph(graph, sites, signature, plan.target, say, started)
     return _with_portable(built, graph, portable, sites, plan, say)
+
+
+def _attention(plan: Plan) -> contextlib.AbstractContextManager[None]:
+    """transformers' attention in a form whose padded rows are zeros in ONNX too, where a CPU runs it."""
+    here = plan.provider == "cpu" and "transformers.modeling_utils" in sys.modules
+    return cache_left_in_place() if here else contextlib.nullcontext()
 
 
 def without_cache(model: nn.Module, kwargs: dict[str, Any], reason: str) -> str:

@@ -6,14 +6,33 @@ and plain ONNX Runtime take the graph's own inputs by name; this file describes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from moeopt.engine.conditions import check_conditions, holds, read_conditions, text_of
+from moeopt.engine.signature import numbered, size_conditions
 from moeopt.engine.tree import LEAF
+from moeopt.errors import Declined
 
+SAMPLES = [
+    (1, 0),
+    (1, 1),
+    (1, 7),
+    (1, 5000),
+    (2, 0),
+    (3, 5),
+    (40, 0),
+    (40, 40),
+    (700, 0),
+    (700, 9),
+    (5000, 0),
+    (5000, 5000),
+]
+"""Numbers of new and of cached tokens at which a condition of the trace is asked for."""
 KEY = "causal_lm"
 """Where a bundle's signature keeps the caller's own."""
 
@@ -48,6 +67,61 @@ def flat_signature(graph: Any, caller: Mapping[str, Any]) -> dict[str, Any]:
         "outputs": [{"tensor": number, "onnx": name} for number, name in enumerate(names)],
         KEY: dict(caller),
     }
+
+
+def add_conditions(program: Any, caller: dict[str, Any]) -> None:
+    """Write into ``caller`` what the trace took for granted of sizes and some call would not meet.
+
+    Raises:
+        Declined: no prompt, or no single token after others, would meet it.
+    """
+    leaves = numbered(program)
+    names = {leaves[name]: at["input"] for name, at in caller["inputs"].items()}
+    cached = [at for layer in caller["cache"] for at in layer.values()]
+    names |= {leaf: at["input"] for leaf, at in zip(tree_leaves(leaves["past_key_values"]), cached, strict=True)}
+    kinds = {at["input"]: name for name, at in caller["inputs"].items()}
+    kept, held = [], set(SAMPLES)
+    for condition in size_conditions(program):
+        broken = {
+            (new, past)
+            for new, past in SAMPLES
+            for rows in (1, 2, 7)
+            if not holds([condition], lambda leaf, r=rows, s=new, p=past: _shape(names[leaf], kinds, cached, r, s, p))  # type: ignore[misc]
+        }
+        if broken:
+            kept.append(condition)
+            held -= broken
+    if not {(n, p) for n, p in held if not p} or not {(n, p) for n, p in held if n == 1 and p}:
+        asked = "; ".join(text_of(c, lambda leaf: names[leaf]) for c in kept)
+        raise Declined(f"its trace holds only where {asked}, which excludes every prompt, or every token after one")
+    if kept:
+        caller["conditions"] = kept
+        caller["condition_leaves"] = {str(leaf): name for leaf, name in names.items()}
+
+
+def checker(caller: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], None]:
+    """What refuses feeds of the graph that do not meet the conditions in a caller's signature.
+
+    Raises:
+        BundleError: conditions that :func:`add_conditions` would not have written.
+    """
+    conditions = read_conditions(caller.get("conditions", []))
+    names = {int(leaf): str(name) for leaf, name in caller.get("condition_leaves", {}).items()}
+
+    def check(feeds: Mapping[str, Tensor]) -> None:
+        if conditions:
+            way_out = "because the model's code branches on it: run longer or other ones with the original model"
+            check_conditions(conditions, lambda leaf: feeds[names[leaf]].shape, lambda leaf: names[leaf], way_out)
+
+    return check
+
+
+def _shape(name: str, kinds: dict[str, str], cached: list[dict[str, Any]], rows: int, new: int, past: int) -> list[int]:
+    kind = kinds.get(name)
+    if kind is not None:
+        return {"attention_mask": [rows, past + new], "logits_to_keep": [1]}.get(kind, [rows, new])
+    (at,) = (at for at in cached if at["input"] == name)
+    return [rows, *at["shape"]] if "shape" in at else [rows, at["heads"], past, at["size"]]
 
 
 def flat_calls(caller: Any, ids_BS: Tensor) -> list[dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from moeopt.engine.binding import Binding
 from moeopt.engine.bundled import BundledEngine
 from moeopt.engine.folder import TemporaryFolder
 from moeopt.engine.manifest import Manifest
-from moeopt.engine.onnx_causal import KEY
+from moeopt.engine.onnx_causal import KEY, checker
 from moeopt.engine.tree import build, check_tree
 from moeopt.errors import BundleError, UsageError
 
@@ -58,7 +58,8 @@ class GraphEngine(BundledEngine):
         self._feeds = {raw["onnx"]: entry["name"] for raw, entry in pairs if "onnx" in raw}
         if set(self.session.inputs) - set(self._feeds):
             raise BundleError(f"the graph takes {self.session.inputs}, and the signature gives {list(self._feeds)}")
-        self.causal_lm = CausalLM(self.session, signature[KEY]) if KEY in signature else None
+        caller = signature.get(KEY)
+        self.causal_lm = None if caller is None else CausalLM(self.session, caller, checker(caller))
 
     runtime = "ONNX Runtime"
 
@@ -89,6 +90,12 @@ class GraphEngine(BundledEngine):
         if caller is None or name.startswith("_"):
             raise AttributeError(f"the engine has no attribute {name!r}")
         return getattr(caller, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "generation_config" and self.__dict__.get("causal_lm") is not None:
+            self.causal_lm.generation_config = value  # type: ignore[union-attr]
+        else:
+            super().__setattr__(name, value)
 
     def run_graph(self, *args: Any, **kwargs: Any) -> Any:
         """Call the graph itself: for a causal language model, its tensors by name instead of the model's arguments."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from typing import Any
@@ -47,8 +48,9 @@ def describe_call(program: torch.export.ExportedProgram) -> dict[str, Any]:
 
 def size_conditions(program: torch.export.ExportedProgram) -> list[Any]:
     """The conditions on sizes of the trace, less those that only torch's own code asked for."""
-    leaves = _numbered(program)
-    conditions = encode_conditions(program._guards_code, leaves)
+    leaves = numbered(program)
+    guards = [text for text in program._guards_code if ".stride()" not in text]  # a graph's tensors have no strides
+    conditions = encode_conditions(guards, leaves)
     if not conditions:
         return conditions
     names = _symbols(program)
@@ -76,7 +78,7 @@ def _symbols(program: torch.export.ExportedProgram) -> dict[str, str]:
             for number, part in enumerate(value):
                 walk(part, f"{text}[{number}]")
 
-    walk(_numbered(program), "L")
+    walk(numbered(program), "L")
     users = [s.arg.name for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     found: dict[str, str] = {}
@@ -89,10 +91,19 @@ def _symbols(program: torch.export.ExportedProgram) -> dict[str, str]:
     return found
 
 
-def _numbered(program: torch.export.ExportedProgram) -> dict[str, Any]:
-    """The arguments by name, each leaf its number."""
-    spec = program.call_spec.in_spec
-    args, kwargs = pytree.tree_unflatten(range(spec.num_leaves), spec)
+def numbered(program: torch.export.ExportedProgram) -> dict[str, Any]:
+    """The arguments by name, each leaf its number; an object (a cache) is the list of its leaves."""
+    count = itertools.count()
+
+    def walk(spec: pytree.TreeSpec) -> Any:
+        if spec.is_leaf():
+            return next(count)
+        parts = [walk(child) for child in spec.children()]
+        if spec.type is dict:
+            return dict(zip(spec.context, parts, strict=True))
+        return tuple(parts) if spec.type is tuple else parts
+
+    args, kwargs = walk(program.call_spec.in_spec)
     names = program.module_call_graph[0].signature.forward_arg_names or []
     return dict(zip(names, args, strict=False)) | kwargs
 

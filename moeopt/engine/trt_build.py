@@ -31,7 +31,7 @@ from moeopt.backends.tensorrt.sums import products_as_sums, sums_for
 from moeopt.backends.tensorrt.target import Target
 from moeopt.compare.language import find_ids
 from moeopt.engine import onnx_build
-from moeopt.engine.onnx_causal import KEY, flat_signature
+from moeopt.engine.onnx_causal import KEY, add_conditions, flat_signature
 from moeopt.engine.program import export_program, roomier
 from moeopt.engine.signature import describe_call, functional
 from moeopt.engine.trt_causal import causal_sizes
@@ -146,6 +146,7 @@ def _exported(
     if is_causal_lm(model):
         try:
             found = export_causal_lm(model, args, kwargs, options.say, "tensorrt")
+            add_conditions(found.program, found.signature)
         except Declined as err:
             plan.remarks.append(onnx_build.without_cache(model, kwargs, err.reason))
         else:

@@ -37,7 +37,13 @@ def read_cache(cache: Any, layers: Sequence[Mapping[str, Any]], rows: int, devic
     for number, (parts, layer) in enumerate(zip(found, layers, strict=True)):
         for name, at in layer.items():
             wanted = tuple(_shape(at, rows, length))
-            given = tuple(parts[name].shape) if name in parts else "nothing"
+            part = parts.get(name)
+            given: Any = tuple(part.shape) if isinstance(part, Tensor) else "nothing"
+            if isinstance(part, Tensor) and str(part.dtype) != f"torch.{at['dtype']}":
+                raise UsageError(
+                    f"past_key_values: layer {number} has {name} in {str(part.dtype).removeprefix('torch.')}, and the "
+                    f"engine's cache is {at['dtype']}"
+                )
             if given != wanted:
                 raise UsageError(
                     f"past_key_values: layer {number} has {name} of {given} where {wanted} is needed; "
@@ -48,7 +54,8 @@ def read_cache(cache: Any, layers: Sequence[Mapping[str, Any]], rows: int, devic
 
 def past_length(cache: Sequence[Parts]) -> int:
     """P: how many tokens the attention layers keep."""
-    return max([int(parts["keys"].shape[2]) for parts in cache if "keys" in parts], default=0)
+    found = [parts.get("keys") for parts in cache]
+    return max([int(keys.shape[2]) for keys in found if isinstance(keys, Tensor) and keys.dim() == 4], default=0)
 
 
 def write_cache(cache: Any, grown: Sequence[Parts]) -> Any:
@@ -91,6 +98,13 @@ def _parts(cache: Any, layers: Sequence[Mapping[str, Any]]) -> list[Parts]:
         raise UsageError(f"past_key_values is a {name}; the engine takes a DynamicCache, or none to begin with")
     if any(getattr(layer, "record_past", False) for layer in found):
         raise UsageError("past_key_values records its past states to be cropped; the engine keeps the last ones only")
+    for number, layer in enumerate(found):
+        parts = parts_of(layer)
+        if "keys" in parts and layer.get_seq_length() != parts["keys"].shape[2]:
+            raise UsageError(
+                f"past_key_values: layer {number} has seen {layer.get_seq_length()} tokens and keeps "
+                f"{parts['keys'].shape[2]}, cut to its window; the engine keeps all: begin with the engine's own cache"
+            )
     return [parts_of(layer) for layer in found]
 
 

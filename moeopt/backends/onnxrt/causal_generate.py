@@ -28,7 +28,13 @@ def shell(engine: Any) -> Any:
     kind = signature["model_type"]
     config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else transformers.PretrainedConfig  # noqa: SIM401 - its get finds nothing
     config = config_class.from_dict(_decoded(signature["config"]))
-    own = getattr(transformers, signature["architecture"], None)
+    if signature.get("own_generation"):
+        raise UsageError(
+            f"the class {signature['architecture']} defines {', '.join(signature['own_generation'])}, which the engine "
+            "does not carry, so generate could give other tokens: call the engine in a loop of your own, or generate "
+            "with the original model"
+        )
+    own = None if signature.get("own_class") else getattr(transformers, signature["architecture"], None)
     known = isinstance(own, type) and issubclass(own, PreTrainedModel) and issubclass(own, GenerationMixin)
     bases: tuple[Any, ...] = (own,) if known else (PreTrainedModel, GenerationMixin)
 

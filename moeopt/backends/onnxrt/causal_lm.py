@@ -51,11 +51,13 @@ class CausalLMExport:
         model: ``onnx_ir.Model`` with one ``moeopt::Experts`` node for each of ``sites``.
         sites: the experts, in the order of the nodes' numbers.
         signature: a dict of JSON values; all that :class:`~.causal_runner.CausalLM` needs beside a session.
+        program: the ``ExportedProgram`` that ``model`` was made of; it knows what the trace took for granted.
     """
 
     model: Any
     sites: list[Site]
     signature: dict[str, Any]
+    program: Any
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -107,7 +109,8 @@ def export_causal_lm(
         stepping(mixers),
     ):
         try:
-            graph, _ = _real_views(exporter)().export_program(
+            traced = _real_views(exporter)()
+            graph, _ = traced.export_program(
                 copy.copy(model),  # the exporter leaves a forward on the instance it is given
                 sample,
                 exporter.OnnxConfig(
@@ -122,8 +125,11 @@ def export_causal_lm(
             ) from err
     goes_on = replace_mixers(graph, mixers)
     _drop_idle_squeezes(graph.graph)
+    _turn_batches_back(graph.graph)
     signature = _signature(model, graph, sample[PAST], result)
-    return CausalLMExport(graph, sites, signature if goes_on else signature | {"one_at_a_time": True})
+    if not goes_on:
+        signature["one_at_a_time"] = True
+    return CausalLMExport(graph, sites, signature, traced.program)
 
 
 def _drop_idle_squeezes(graph: Any) -> None:
@@ -140,6 +146,28 @@ def _drop_idle_squeezes(graph: Any) -> None:
         if all(isinstance(size, int) and size != 1 for size in sizes) and not node.outputs[0].is_graph_output():
             ir.convenience.replace_all_uses_with(node.outputs[0], x)
             graph.remove(node, safe=True)
+
+
+def _turn_batches_back(graph: Any) -> None:
+    """``FusedMatMul`` that turns the batch of one factor only: onnxscript writes it for a factor without a batch too
+    (scaled logits), and ONNX Runtime refuses that."""
+    import onnx_ir as ir
+
+    for node in [n for n in graph if n.op_type == "FusedMatMul"]:
+        for at, name in enumerate(("transBatchA", "transBatchB")):
+            x, other = node.inputs[at], node.inputs[1 - at]
+            if not (name in node.attributes and node.attributes[name].as_int()):
+                continue
+            if x.shape is None or other.shape is None or len(x.shape) == len(other.shape):
+                continue
+            rank = len(x.shape)
+            order = [*range(1, rank - 1), 0, rank - 1]
+            turn = ir.node("Transpose", [x], {"perm": order}, name=f"{node.name}/{name}")
+            turn.outputs[0].name, turn.outputs[0].type = turn.name, x.type
+            turn.outputs[0].shape = ir.Shape([x.shape[axis] for axis in order])
+            graph.insert_before(node, [turn])
+            node.replace_input_with(at, turn.outputs[0])
+            node.attributes[name] = ir.AttrInt64(name, 0)
 
 
 def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -166,8 +194,8 @@ def _real_views(exporter: Any) -> Any:
 
     class Traced(DynamoExporter):  # type: ignore[misc,valid-type]
         def export_program(self, *args: Any, **kwargs: Any) -> Any:
-            program, metadata = super().export_program(*args, **kwargs)
-            return through_real_views(program), metadata
+            self.program, metadata = super().export_program(*args, **kwargs)
+            return through_real_views(self.program), metadata
 
     class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc,name-defined]
         """Its ``super().export_program`` is the one above."""
@@ -246,9 +274,20 @@ def _signature(model: Any, graph: Any, past: Any, result: type) -> dict[str, Any
         "logits": {"output": ends_out["logits"].name, "dtype": _dtype(ends_out["logits"])},
         "cache": [{part: described(layer, part) for part in layer} for layer in cache],
         "output_class": [result.__module__, result.__qualname__],
+        "own_class": not type(model).__module__.startswith("transformers."),
+        "own_generation": own_generation(type(model)),
         "use_cache": bool(getattr(config.get_text_config(), "use_cache", True)),
         "vocab_size": config.get_text_config().vocab_size,
     }
+
+
+def own_generation(cls: type) -> list[str]:
+    """What of ``generate`` the model's own class defines, beside what transformers' class defines that it builds on."""
+    from transformers import GenerationMixin
+
+    theirs = {name for name in dir(GenerationMixin) if not name.startswith("__")} - set(dir(nn.Module))
+    own = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("transformers", "torch", "builtins")]
+    return sorted({name for c in own for name in vars(c) if name in theirs})
 
 
 def _dtype(value: Any) -> str:
@@ -274,9 +313,12 @@ def _hushed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sdpa_or_eager(model: Any) -> Iterator[None]:
-    """Attention in a form that traces: flash and flex kernels have no ONNX form, sdpa or eager is the same function."""
-    before = model.config._attn_implementation
-    if before in ("sdpa", "eager"):
+    """Attention in a form that traces: flash and flex kernels have no ONNX form, sdpa or eager is the same function.
+
+    A function that the user registered is another one, and stays.
+    """
+    before = model.config._attn_implementation or ""
+    if not before.startswith(("flash_attention", "flex_attention", "paged|", "kernels-community/")):
         yield
         return
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")

@@ -6,7 +6,7 @@ Shape legend: B rows, S new tokens, P cached tokens, N positions whose logits ar
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,13 +18,13 @@ from moeopt.backends.onnxrt.session import Session
 from moeopt.errors import UsageError
 
 TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
-_ORIGINAL = "run the original model for them"
+_ORIGINAL = "run the original model"
 REFUSED = {
     "labels": "the engine computes no loss; take logits from it and compute the loss with torch",
     "inputs_embeds": "the engine starts from token ids; pass input_ids",
-    "output_hidden_states": f"the engine returns logits and the cache, no hidden states; {_ORIGINAL}",
-    "output_attentions": f"the engine returns logits and the cache, no attention weights; {_ORIGINAL}",
-    "output_router_logits": f"the engine returns logits and the cache, no router logits; {_ORIGINAL}",
+    "output_hidden_states": f"the engine returns logits and the cache, no hidden states; {_ORIGINAL} for them",
+    "output_attentions": f"the engine returns logits and the cache, no attention weights; {_ORIGINAL} for them",
+    "output_router_logits": f"the engine returns logits and the cache, no router logits; {_ORIGINAL} for them",
 }
 _IGNORED = {"cache_position"}  # what generate passed in transformers before 5: position_ids says the same
 
@@ -35,10 +35,16 @@ class CausalLM:
     Args:
         session: the graph, loaded; its weights are all that is ever read.
         signature: what :func:`~.causal_lm.export_causal_lm` said.
+        check: raises ``UsageError`` for feeds of sizes that the graph does not hold for.
     """
 
-    def __init__(self, session: Session, signature: Mapping[str, Any]) -> None:
-        self.session, self.signature = session, signature
+    def __init__(
+        self,
+        session: Session,
+        signature: Mapping[str, Any],
+        check: Callable[[Mapping[str, Tensor]], None] = lambda feeds: None,
+    ) -> None:
+        self.session, self.signature, self._check = session, signature, check
         self._shell: Any = None
 
     @property
@@ -64,8 +70,12 @@ class CausalLM:
 
     @property
     def generation_config(self) -> Any:
-        """The defaults of :meth:`generate`; assign its fields to change them."""
+        """The defaults of :meth:`generate`; assign it or its fields to change them."""
         return self._generator().generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self._generator().generation_config = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward takes: ``input_ids`` (B, S), and optionally ``attention_mask`` (B, P+S),
@@ -105,6 +115,7 @@ class CausalLM:
         feeds = self._feeds(given, cached)
         for layer, parts in zip(self.signature["cache"], past, strict=True):
             feeds |= {at["input"]: parts[part] for part, at in layer.items()}
+        self._check(feeds)
         return feeds
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,17 +144,23 @@ class CausalLM:
         for name, value in given.items():
             if value is None or value is False or name in TAKEN or name in _IGNORED:
                 continue
-            raise UsageError(f"{name}: {REFUSED.get(name, f'the engine was exported without it; {_ORIGINAL[:-5]}')}")
+            raise UsageError(f"{name}: {REFUSED.get(name, f'the engine was exported without it; {_ORIGINAL}')}")
         ids = given.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
             raise UsageError("input_ids must be a tensor (rows, tokens) with at least one token")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise UsageError(f"input_ids must be int64 or int32, not {str(ids.dtype).removeprefix('torch.')}")
+        least, most = int(ids.min()), int(ids.max())
+        if least < 0 or most >= self.signature["vocab_size"]:
+            wrong = least if least < 0 else most
+            raise UsageError(f"input_ids holds {wrong}, and the vocabulary has 0 to {self.signature['vocab_size'] - 1}")
         return given
 
     def _feeds(self, given: dict[str, Any], past: int) -> dict[str, Tensor]:
         ids = given["input_ids"]
         rows, new = ids.shape
         mask, position = given.get("attention_mask"), given.get("position_ids")
-        if mask is None and position is not None and self._packed(given, position):
+        if mask is None and isinstance(position, Tensor) and self._packed(given, position):
             raise UsageError(
                 "position_ids start anew within a row: without attention_mask and cache the model reads that as "
                 "several sequences in one row, which the engine does not; give each sequence a row of its own"
@@ -156,8 +173,13 @@ class CausalLM:
                 f"attention_mask must be ({rows}, {past + new}): one entry for each cached and each new token, "
                 f"not {was}"
             )
+        elif bool(((mask != 0) & (mask != 1)).any()):
+            raise UsageError("attention_mask must hold zeros and ones: other weights of tokens are not in the engine")
         if position is None:
             position = torch.arange(past, past + new).expand(rows, new)
+        elif not isinstance(position, Tensor) or position.is_floating_point():
+            was = str(position.dtype) if isinstance(position, Tensor) else type(position).__name__
+            raise UsageError(f"position_ids must be a tensor of whole numbers, not {was.removeprefix('torch.')}")
         elif position.dim() != 2 or position.shape[-1] != new or position.shape[0] not in (1, rows):
             raise UsageError(f"position_ids must be ({rows}, {new}), not {tuple(position.shape)}")
         values = {
@@ -175,6 +197,10 @@ class CausalLM:
         cached = given.get("past_key_values") is not None or (self.signature["use_cache"] if use is None else use)
         return not cached and position.dim() == 2 and bool((position.diff(dim=-1) != 1).any())
 
+    def result(self, logits: Tensor, return_dict: bool | None = None) -> Any:
+        """``logits`` (B, N, V) as a call without a cache returns them."""
+        return self._result(logits, None, return_dict)
+
     def _result(self, logits: Tensor, cache: Any, return_dict: bool | None) -> Any:
         if return_dict is False:
             return (logits,) if cache is None else (logits, cache)
@@ -186,11 +212,21 @@ class CausalLM:
 
 
 def _kept(wanted: Any, new: int) -> Tensor:
-    """Positions of ``logits_to_keep``, which counts from the end, or lists them; 0 and None keep all."""
-    if isinstance(wanted, Tensor):
-        kept = wanted.to(torch.int64)
-        return torch.where(kept < 0, kept + new, kept)
-    return torch.arange(max(new - (wanted or new), 0), new)
+    """Positions of ``logits_to_keep``, read as the model reads it: a number counts from the end (0 and None keep all),
+    and anything else is an index of the positions.
+
+    Raises:
+        UsageError: it is no index of ``new`` positions.
+    """
+    if wanted is None or isinstance(wanted, int):
+        wanted = slice(-(wanted or 0), None)
+    try:
+        kept = torch.arange(new)[wanted if isinstance(wanted, slice) else torch.as_tensor(wanted).cpu()]
+    except (IndexError, TypeError, ValueError, RuntimeError):
+        kept = torch.empty(0)
+    if kept.dim() != 1 or not kept.numel():
+        raise UsageError(f"logits_to_keep = {wanted!r:.80} picks no list of positions among {new} tokens")
+    return kept
 
 
 def _output_class(module: str, name: str) -> Any:

@@ -11,11 +11,11 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("transformers.exporters")
 
 import moeopt
-from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm
+from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm, own_generation
 from moeopt.backends.onnxrt.causal_runner import CausalLM
 from moeopt.backends.onnxrt.plan import Plan
 from moeopt.backends.onnxrt.session import Session
-from moeopt.errors import Declined, UsageError
+from moeopt.errors import Declined, NotEquivalentError, UsageError
 from moeopt.onnxgraph.assemble import replace_sites
 from moeopt.onnxgraph.export import own_outputs
 from tests.families.build import FAMILIES
@@ -135,6 +135,11 @@ def test_logits_of_some_positions_only(pair):
     ids = prompt(2, 6)["input_ids"]
     whole = engine(ids).logits
     torch.testing.assert_close(engine(ids, logits_to_keep=2).logits, whole[:, -2:], rtol=0, atol=ROUNDING)
+    for keep in (-4, slice(1, 4), torch.tensor([False, True, False, False, True, False])):
+        want = (
+            whole[:, slice(4, None) if keep == -4 else keep] if not isinstance(keep, torch.Tensor) else whole[:, keep]
+        )
+        torch.testing.assert_close(engine(ids, logits_to_keep=keep).logits, want, rtol=0, atol=ROUNDING)
     picked = torch.tensor([1, -1])
     torch.testing.assert_close(engine(ids, logits_to_keep=picked).logits, whole[:, picked], rtol=0, atol=ROUNDING)
 
@@ -200,8 +205,21 @@ def test_streams_and_stops(pair):
         ({"token_type_ids": torch.zeros(2, 5)}, "token_type_ids: the engine was exported without it"),
         ({"attention_mask": torch.ones(2, 4)}, r"attention_mask must be \(2, 5\): one entry for each cached and each"),
         ({"attention_mask": {"full": None}}, r"must be \(2, 5\).* not dict"),
-        ({"position_ids": torch.zeros(2, 4)}, r"position_ids must be \(2, 5\), not \(2, 4\)"),
+        ({"attention_mask": torch.full((2, 5), 0.5)}, "attention_mask must hold zeros and ones"),
+        ({"position_ids": torch.zeros(2, 4, dtype=torch.int64)}, r"position_ids must be \(2, 5\), not \(2, 4\)"),
+        ({"position_ids": torch.zeros(2, 5)}, "position_ids must be a tensor of whole numbers, not float32"),
+        ({"position_ids": [0, 1, 2, 3, 4]}, "position_ids must be a tensor of whole numbers, not list"),
         ({"input_ids": None}, r"input_ids must be a tensor \(rows, tokens\)"),
+        ({"input_ids": torch.ones(2, 5)}, "input_ids must be int64 or int32, not float32"),
+        ({"input_ids": torch.full((2, 5), -1)}, "input_ids holds -1, and the vocabulary has 0 to 63"),
+        ({"input_ids": torch.full((2, 5), 64)}, "input_ids holds 64, and the vocabulary has 0 to 63"),
+        ({"logits_to_keep": torch.tensor([-6])}, "logits_to_keep = .* picks no list of positions among 5 tokens"),
+        ({"logits_to_keep": "last"}, "logits_to_keep = 'last' picks no list of positions"),
+        ({"past_key_values": [(None, None)] * 2}, "layer 0 has keys of nothing where"),
+        (
+            {"past_key_values": [(torch.zeros(2, 2, 3, 8).half(),) * 2] * 2},
+            "keys in float16, and the engine's cache is",
+        ),
         ({"past_key_values": object()}, "past_key_values is a object; the engine takes a DynamicCache"),
         ({"past_key_values": [(torch.zeros(2, 2, 3, 8),) * 2]}, "past_key_values has 1 layers; the model has 2"),
         ({"past_key_values": [(torch.zeros(1, 2, 3, 8),) * 2] * 2}, "pass the cache that the engine returned"),
@@ -258,7 +276,12 @@ def with_router_logits(model):
 @pytest.mark.parametrize(
     ("name", "change", "call", "text"),
     [
-        ("minimax", None, {}, "its cache is a MiniMaxCache; an engine carries a DynamicCache of attention, convolution"),
+        (
+            "minimax",
+            None,
+            {},
+            "its cache is a MiniMaxCache; an engine carries a DynamicCache of attention, convolution",
+        ),
         (
             "olmoe",
             with_router_logits,
@@ -284,3 +307,148 @@ def test_windows_sinks_latent_attention_and_complex_rotary(name, tmp_path):
     assert apart(*pair, call, followed(call, 2)) < ROUNDING
     del call["position_ids"]
     assert torch.equal(*[model.generate(**call, **GREEDY) for model in pair])
+
+
+def optimized(model, **options):
+    """The engine of ``model``, which is left as it is."""
+    ids = prompt(2, 9)["input_ids"]
+    return moeopt.optimize(copy.deepcopy(model), {"input_ids": ids}, backend="onnxruntime", **options)
+
+
+def grown(name, **fields):
+    from dataclasses import replace
+
+    return replace(FAMILIES[name], config=FAMILIES[name].config | fields).build()
+
+
+class LongAttention(torch.nn.Module):
+    """Multiplies by a factor that code chooses by the number of tokens in sight, as log-n scaling does."""
+
+    def __init__(self, attention, limit):
+        super().__init__()
+        self.attention, self.limit = attention, limit
+
+    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
+        seen = hidden_states.shape[1] + (0 if past_key_values is None else past_key_values.get_seq_length())
+        y, weights = self.attention(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+        return (y * 3 if seen > self.limit else y), weights
+
+
+def test_a_branch_on_the_length_is_kept_as_a_condition():
+    model = grown("qwen3_moe", num_hidden_layers=1)
+    model.model.layers[0].self_attn = LongAttention(model.model.layers[0].self_attn, 16)
+    engine = optimized(model, verify="fast")
+    ids = prompt(1, 30)["input_ids"]
+    with torch.no_grad():
+        assert (engine(ids[:, :16]).logits - model(ids[:, :16]).logits).abs().max() < ROUNDING
+    with pytest.raises(UsageError, match=r"holds for calls where .*shape.* <= 16, because the model's code branches"):
+        engine(ids)
+    first = engine(ids[:, :16])
+    with pytest.raises(UsageError, match="<= 16"):
+        engine(ids[:, 16:17], past_key_values=first.past_key_values)
+
+
+class OneTokenDiffers(torch.nn.Module):
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        y = self.mlp(x)
+        return y * 2 if x.shape[1] == 1 else y
+
+
+def test_a_program_of_its_own_for_one_token_is_seen():
+    model = grown("qwen3_moe", num_hidden_layers=1)
+    model.model.layers[0].mlp = OneTokenDiffers(model.model.layers[0].mlp)
+    with pytest.raises(NotEquivalentError, match=r"moves by .* \(inputs of sizes \(2, 1\)\)"):
+        optimized(model)
+
+
+@pytest.fixture(scope="module")
+def windowed():
+    """A model of one layer with a window of 8 tokens, and its engine."""
+    model = grown("mixtral", num_hidden_layers=1, sliding_window=8)
+    return model, optimized(model)
+
+
+def test_the_certificate_says_what_else_was_compared(windowed):
+    end = windowed[1].certificate.end_to_end
+    assert "equal with 1 token a row, 36 tokens a row, through its cache too" in end.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("granitemoe", {"logits_scaling": 6.0}), ("gemma4_text", {"final_logit_softcapping": 30.0})],
+)
+def test_scaled_and_capped_logits(name, fields):
+    model = grown(name, **fields)
+    engine = optimized(model, verify="fast")
+    call = prompt(3, 11, padded=True)
+    assert apart(model, engine, call, followed(call, 1)) < ROUNDING
+
+
+def test_a_users_own_attention_function_stays():
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def narrow(module, query, key, value, attention_mask, **options):
+        near = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool, device=key.device).triu(-3)
+        mask = near.tril()[-query.shape[2] :] & (True if attention_mask is None else attention_mask)
+        return sdpa_attention_forward(module, query, key, value, mask.expand(query.shape[0], 1, -1, -1), **options)
+
+    AttentionInterface.register("narrow", narrow)
+    AttentionMaskInterface.register("narrow", sdpa_mask)
+    model = grown("mixtral", num_hidden_layers=1)
+    ids = prompt(1, 30)["input_ids"]
+    with torch.no_grad():
+        far = model(ids).logits
+        model.config._attn_implementation = "narrow"
+        want = model(ids).logits
+    assert (far - want).abs().max() > 100 * ROUNDING
+    assert (optimized(model, verify="fast")(ids).logits - want).abs().max() < ROUNDING
+
+
+def test_a_cache_cut_to_its_window_is_refused(windowed):
+    model, engine = windowed
+    ids = prompt(1, 20)["input_ids"]
+    with torch.no_grad():
+        cut = model(ids).past_key_values
+    with pytest.raises(UsageError, match="layer 0 has seen 20 tokens and keeps 7, cut to its window"):
+        engine(ids[:, :1], past_key_values=cut)
+
+
+def test_generation_config_is_assigned_to_what_generates(windowed):
+    from transformers import GenerationConfig
+
+    engine = windowed[1].model
+    engine.generation_config = GenerationConfig(max_new_tokens=4, do_sample=False)
+    assert engine.generate(prompt(1, 5)["input_ids"]).shape == (1, 9)
+
+
+def test_generation_code_of_the_models_own_class_is_not_dropped_silently(pair):
+    from transformers import MixtralForCausalLM
+
+    class Careful(MixtralForCausalLM):
+        def _get_logits_processor(self, *args, **kwargs):
+            return super()._get_logits_processor(*args, **kwargs)
+
+    assert own_generation(Careful) == ["_get_logits_processor"] and own_generation(MixtralForCausalLM) == []
+    signature = pair[1].signature | {"own_generation": own_generation(Careful), "architecture": "Careful"}
+    with pytest.raises(UsageError, match="class Careful defines _get_logits_processor, which the engine does not"):
+        CausalLM(pair[1].session, signature).generate(prompt(1, 5)["input_ids"])
+
+
+def test_padded_rows_are_zeros_without_a_cache_too():
+    model = grown("mixtral", num_hidden_layers=1)
+    ids = prompt(2, 9)["input_ids"]
+    mask = torch.ones_like(ids)
+    call = {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
+    engine = moeopt.optimize(copy.deepcopy(model), call, backend="onnxruntime", verify="fast")
+    padded = mask.clone()
+    padded[0, :3] = 0
+    with torch.no_grad():
+        want = model(**call | {"attention_mask": padded})
+    got = engine(**call | {"attention_mask": padded})
+    assert (got.logits - want.logits).abs().max() < ROUNDING and abs(got.loss - want.loss) < ROUNDING
