@@ -24,10 +24,9 @@ def mixer_of(name):
     return mixer
 
 
-def two_layers():
-    """The mixers of a Jamba with two of them."""
-    config = {**FAMILIES["jamba"].config, "num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 2}
-    return found(Family("jamba", config, 1, 4).build())
+THREE_LAYERS = {**FAMILIES["jamba"].config, "num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 2}
+TWICE = Family("jamba", THREE_LAYERS, 1, 4)
+"""Jamba with two mixers, which share a graph."""
 
 
 class Sums(nn.Module):

@@ -13,7 +13,7 @@ from moeopt.backends.onnxrt.causal_layers import parts_of
 from moeopt.backends.onnxrt.causal_lm import PAST, B, S, _sample
 from moeopt.backends.onnxrt.causal_mixers import find_mixers, stepping
 from moeopt.errors import Declined
-from tests.backends.onnxrt.hybrids import Around, Sums, found, mixer_of, summing_cache, two_layers
+from tests.backends.onnxrt.hybrids import TWICE, Around, Sums, found, mixer_of, summing_cache
 from tests.families.build import FAMILIES
 
 
@@ -35,7 +35,10 @@ def test_finds_the_mixer(name, path):
 
 
 def test_finds_each_of_several_in_order():
-    assert [(m.name, m.layer) for m in two_layers()] == [("model.layers.0.mamba", 0), ("model.layers.1.mamba", 1)]
+    assert [(m.name, m.layer) for m in found(TWICE.build())] == [
+        ("model.layers.0.mamba", 0),
+        ("model.layers.1.mamba", 1),
+    ]
 
 
 @pytest.mark.parametrize("name", ["lfm2_moe", "mixtral"])

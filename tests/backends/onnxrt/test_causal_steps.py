@@ -12,7 +12,7 @@ pytest.importorskip("transformers.exporters")
 
 from moeopt.backends.onnxrt.causal_program import operations
 from moeopt.backends.onnxrt.causal_steps import SIZES, Kind
-from tests.backends.onnxrt.hybrids import mixer_of, two_layers
+from tests.backends.onnxrt.hybrids import TWICE, found, mixer_of
 
 
 def kind_of(mixer):
@@ -29,7 +29,7 @@ def twin(mixer):
 
 
 def test_two_layers_with_other_weights_share():
-    one, two = two_layers()
+    one, two = found(TWICE.build())
     assert not torch.equal(one.module.in_proj.weight, two.module.in_proj.weight)
     assert one.module.layer_idx != two.module.layer_idx
     assert kind_of(one).holds(two) and kind_of(two).holds(one)

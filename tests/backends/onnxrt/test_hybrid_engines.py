@@ -20,6 +20,7 @@ from moeopt.backends.onnxrt.causal_layers import parts_of
 from moeopt.backends.onnxrt.causal_runner import CausalLM
 from moeopt.backends.onnxrt.session import Session
 from moeopt.errors import UsageError
+from tests.backends.onnxrt.hybrids import TWICE
 from tests.backends.onnxrt.test_causal_lm import GREEDY, apart, exported, followed, prompt
 from tests.families.build import FAMILIES
 
@@ -28,6 +29,7 @@ FACTOR = 4
 the luck of the greatest of some thousand logits."""
 SLOW = pytest.mark.slow
 MODELS = ["jamba", "qwen3_next", pytest.param("nemotron_h", marks=SLOW), pytest.param("lfm2_moe", marks=SLOW)]
+FAMILIES_HERE = {"jamba": TWICE}
 ANEW = {"jamba"}  # several tokens after a cache start its states anew
 
 
@@ -45,7 +47,10 @@ class Engines:
         if name not in self.made:
             folder = self.root / name
             folder.mkdir()
-            self.made[name] = (*exported(name, folder), FAMILIES[name].build("eager").double())
+            family = FAMILIES_HERE.get(name) or FAMILIES[name]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(FAMILIES, name, family)
+                self.made[name] = (*exported(name, folder), family.build("eager").double())
         return self.made[name]
 
 
@@ -246,13 +251,13 @@ def _forgetful(scan):
 
 @pytest.mark.parametrize("name", ["jamba", "qwen3_next"])
 @pytest.mark.parametrize("harm", [_backwards, _forgetful])
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, -1])
 def test_the_comparison_sees_a_loop_gone_wrong(engines, tmp_path, name, harm, number):
     original, _, exact = engines(name)
     folder = engines.root / name
     model = ir.load(folder / "model.onnx")
     scans = [node for node in model.graph if node.op_type == "Scan"]
-    assert len(scans) == 2
+    assert len(scans) == {"jamba": 4, "qwen3_next": 2}[name]
     harm(scans[number])
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
     engine = CausalLM(Session(tmp_path / "model.onnx"), json.loads((folder / "signature.json").read_text()))
