@@ -105,7 +105,7 @@ def check_conditions(
     way_out: str = "as in the call it was exported with: optimise again with example inputs of these sizes, or use "
     "backend='torch'",
 ) -> None:
-    """``UsageError`` names the condition that sizes do not meet, and the way out; ``shapes(leaf)`` is a leaf's shape."""
+    """``UsageError`` names the condition that is not met, and the way out; ``shapes(leaf)`` is a leaf's shape."""
     for condition in conditions:
         if not holds([condition], shapes):
             raise UsageError(f"this engine holds for calls where {text_of(condition, name)}, {way_out}")
