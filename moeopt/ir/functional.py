@@ -37,6 +37,14 @@ def mutated_args(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
     return found
 
 
+_BATCH_NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default)
+
+
+def unsaid_writes(func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors that ``func`` writes to against its schema: the running mean and variance of a batch norm."""
+    return [t for t in args[3:5] if isinstance(t, torch.Tensor)] if func in _BATCH_NORMS else []
+
+
 @dataclass
 class Twin:
     """``func(*args, **kwargs)`` computes what the in-place call writes; ``after`` shapes it to fit."""

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.errors import CaptureError
-from moeopt.ir.functional import mutated_args
+from moeopt.ir.functional import mutated_args, unsaid_writes
 from moeopt.ir.state import ModuleState
 from moeopt.ir.tape import clone_inputs
 
@@ -28,7 +28,7 @@ class _Writes(TorchDispatchMode):
         self.state = state
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in mutated_args(func, args, kwargs or {}):
+        for tensor in (*mutated_args(func, args, kwargs or {}), *unsaid_writes(func, args)):
             self.state.about_to_write(tensor)
         return func(*args, **(kwargs or {}))
 

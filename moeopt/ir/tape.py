@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.errors import CaptureError
-from moeopt.ir.functional import functional_twin, inverse_view, mutated_args
+from moeopt.ir.functional import functional_twin, inverse_view, mutated_args, unsaid_writes
 from moeopt.ir.nodes import NodeFactory
 from moeopt.ir.state import ModuleState
 from moeopt.ir.tree import leaves_of, tree_map
@@ -266,6 +266,8 @@ class _Recorder(TorchDispatchMode):
         mutated = mutated_args(func, args, kwargs)
         if mutated:
             return self._record_mutation(func, args, kwargs, mutated)
+        for statistic in unsaid_writes(func, args):
+            self.state.about_to_write(statistic)
         if func is aten.glu.default:
             return self._record_glu(types, *args, **kwargs)
         as_nodes = self._as_nodes

@@ -92,6 +92,7 @@ class Guard:
         training: the mode it was verified in; None where both modes compute the same.
         autocast: always False: nothing is verified under autocast.
         gradients: why the original runs where a gradient is needed; "" where gradients were found equal.
+        no_grad: whether it runs without gradients, as the original lets none through in any mode.
         skip_idle: whether experts that no token reaches get no gradient, as in the original, or zeros.
     """
 
@@ -102,6 +103,7 @@ class Guard:
     autocast: bool
     gradients: str = ""
     skip_idle: bool = False
+    no_grad: bool = False
 
     def refuses(self, module: torch.nn.Module, bound: Bound) -> str:
         """Why this call is unlike the verified ones; "" when it is like them."""

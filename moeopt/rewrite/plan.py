@@ -167,13 +167,13 @@ class _Planner:
         stack = list(roots)
         for source, final in self.tape.mutations.items():
             stack += [source, final] if not self._done_by_call(final) else []
-        for key, value in self.tape.attributes.items():
-            if not self._call_sets(key):
+        for name, value in self.tape.attributes.items():
+            if not self._call_sets(name):
                 stack += _nodes(value)
                 if any(self._of_single_experts(n) for n in _nodes(value)):
                     raise Declined(
-                        f"its forward stores {_dotted(key)}, a result of single experts, which the rewritten code does "
-                        "not compute; do not store it, or return it from the block"
+                        f"its forward stores {_dotted(name)}, a result of single experts, which the rewritten code "
+                        "does not compute; do not store it, or return it from the block"
                     )
         while stack:
             node = stack.pop()

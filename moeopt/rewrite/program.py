@@ -280,7 +280,11 @@ class RewrittenForward:
         return type(self.module).forward.__code__
 
     def _forward(self, bound: Bound) -> Any:
-        leaves = self._run(self.module, self, *bound.tensors())
+        if self.program.guard.no_grad and torch.is_grad_enabled():
+            with torch.no_grad():
+                leaves = self._run(self.module, self, *bound.tensors())
+        else:
+            leaves = self._run(self.module, self, *bound.tensors())
         self.calls += 1
         if self._plain:
             return leaves[0]
