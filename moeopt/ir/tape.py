@@ -131,6 +131,14 @@ class _Entry:
 
 
 _WRAPPED = object()
+_VIEW_TWINS = {
+    aten.transpose_.default: aten.transpose.int,
+    aten.t_.default: aten.t.default,
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+    aten.squeeze_.default: aten.squeeze.default,
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.squeeze_.dims: aten.squeeze.dims,
+}
 
 
 def _storage_key(t: torch.Tensor) -> int:
@@ -360,20 +368,21 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def _record_inplace_view(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A new shape for a tensor that nothing else views (the last step of a recurrent layer) is a new tensor."""
+        """A new shape for a tensor that nothing else views (a bias-free layer on a vector ends so) is a new tensor."""
         target = args[0]
         old = self.node_of(target)
         entry = self._entries[id(target)]
         alone = [e for e in self._views[_storage_key(target)] if e.ref() is not None] == [entry]
         inner = old.op == "call_function" and entry.view is None and alone
-        if func is not aten.transpose_.default or not inner or old in self.mutations.values():
+        twin = _VIEW_TWINS.get(func)
+        if twin is None or not inner or old in self.mutations.values():
             raise CaptureError(f"{func} changes a tensor's shape in place; use its out-of-place form", _user_line())
         if self.keep_values:
             self._pause += 1
             self.values[old] = target.detach().clone()
             self._pause -= 1
         out = func(*args, **kwargs)
-        node = self.make.call(aten.transpose.int, (old, *args[1:]))
+        node = self.make.call(twin, (old, *args[1:]), kwargs)
         node.meta["source"] = _user_line()
         self._enter(target, self._finish(node, target))
         return out

@@ -285,6 +285,21 @@ def test_a_tensor_of_its_own_may_be_transposed_in_place(fn):
     check(fn, (4, 6))
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda _, x: x.clone().t_().add_(1) * 2,
+        lambda _, x: x.clone().unsqueeze_(1)[:, 0].mul_(3) + 1,
+        lambda _, x: (x + 1).sum(0, keepdim=True).squeeze_() * 2,
+        lambda _, x: (x + 1).sum(0, keepdim=True).squeeze_(0) * 2,
+        lambda _, x: torch.ops.aten.squeeze_.dims((x + 1).sum((0, 1), keepdim=True), [0, 1]) * 2,
+        lambda _, x: torch.nn.functional.linear(x[0], x),  # without a bias, on a vector: ends in squeeze_
+    ],
+)
+def test_a_tensor_of_its_own_may_lose_or_get_a_dimension_in_place(fn):
+    check(fn, (4, 6))
+
+
 def test_a_tensor_that_others_view_may_not_be_transposed_in_place():
     def fn(_, x):
         y = x.clone()
