@@ -188,8 +188,8 @@ class _Noise:
         generator = torch.Generator().manual_seed(self._seed)
 
         def shake(t: Tensor) -> Tensor:
-            if not t.dtype.is_floating_point:
-                return t
+            if not t.dtype.is_floating_point or torch._C._functorch.is_functorch_wrapped_tensor(t):
+                return t  # under vmap nothing may be drawn
             noise = torch.randn(t.shape, generator=generator).to(t.device)
             return (t.float() * (1 + torch.finfo(t.dtype).eps * noise)).to(t.dtype)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.errors import UsageError
+
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -63,7 +65,11 @@ class ModuleState:
         self._before = [dict(module.__dict__) for _, module in self.modules]
         self._contents = [{k: v.copy() for k, v in d.items() if type(v) in _CONTAINERS} for d in self._before]
         self._own: dict[int, torch.Tensor] = {}
-        for _, tensor in (*self.parameters, *self.buffers):
+        for name, tensor in (*self.parameters, *self.buffers):
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                raise UsageError(
+                    f"{name} has no shape yet (a lazy module); run the model once on these inputs, then optimise it"
+                )
             if tensor.layout == torch.strided:
                 self._own.setdefault(tensor.untyped_storage()._cdata, tensor)
         self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

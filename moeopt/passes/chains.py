@@ -9,6 +9,7 @@ product made, or divides by a statistic of the whole row.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,13 +166,10 @@ def _value_inputs(node: fx.Node) -> list[fx.Node]:
 
 def _small(node: fx.Node, start: fx.Node, loose: bool) -> bool:
     """At most one value per row: a weight or a mask, not a stream of rows (``loose``: clearly fewer values)."""
-    size = 1
-    for s in node.meta.get("shape", ()):
-        size *= s
-    total = 1
-    for s in start.meta["shape"]:
-        total *= s
-    longest = max(start.meta["shape"] or (1,))
+    shape, of = node.meta.get("shape", ()), start.meta["shape"]
+    if any(type(s) is not int for s in (*shape, *of)):  # a nested tensor: rows of unequal length
+        return False
+    size, total, longest = math.prod(shape), math.prod(of), max(of or (1,))
     return size * longest <= total or size == 1 or (loose and size * 4 <= total)
 
 

@@ -138,3 +138,17 @@ def test_greedy_agreement_stops_at_the_first_difference():
             return torch.cat([ids, self.tokens], -1)
 
     assert greedy_agreement(Says(1, 2, 3, 4), Says(1, 2, 9, 4), IDS[:1], 4) == 0.5
+
+
+def test_blocks_inside_vmap_are_not_shaken():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.func.vmap(self.inner)(x)
+
+    model = Mapped()
+    result = end_to_end(model, copy.deepcopy(model), (torch.ones(3, 4),), noise_blocks=["inner"])
+    assert result.passed and result.tokens == 3

@@ -135,3 +135,21 @@ def test_the_model_is_left_as_it_was_and_must_run():
         CaptureError, match="Model raised RuntimeError: .*; check that it runs on these inputs in eager mode"
     ):
         places(model, rand(3, H + 1))
+
+
+class NestedRows(StackLoop):
+    """Each expert's rows are one part of a nested tensor, whose sizes are no plain numbers."""
+
+    def mix(self, x, w, ids):
+        places = [torch.where(ids == e) for e in range(4)]
+        rows = torch.nested.nested_tensor([x[t] for t, _ in places], layout=torch.jagged)
+        y = torch.zeros_like(x)
+        for e, part in enumerate(rows.unbind()):
+            t, k = places[e]
+            y.index_add_(0, t, F.relu(part @ self.w1[e]) @ self.w2[e] * w[t, k, None])
+        return y
+
+
+def test_nested_tensors_do_not_stop_the_search():
+    (place,) = discover(seeded(NestedRows), (rand(24, H, seed=7),), {})
+    assert place.kind == "moe" and place.experts == 4

@@ -1,8 +1,10 @@
 """Whatever a forward changes in its module is seen, and undone."""
 
+import pytest
 import torch
 from torch import nn
 
+from moeopt.errors import UsageError
 from moeopt.ir.state import ModuleState
 
 
@@ -79,3 +81,11 @@ def test_a_write_that_was_announced_is_undone():
     state.about_to_write(torch.zeros(3))  # memory of nobody's
     state.restore()
     assert torch.equal(model.inner.weight, before)
+
+
+def test_a_lazy_module_must_have_run_once():
+    with pytest.raises(
+        UsageError,
+        match=r"0.weight has no shape yet \(a lazy module\); run the model once on these inputs, then optimise",
+    ):
+        ModuleState(nn.Sequential(nn.LazyLinear(3)))
