@@ -333,12 +333,14 @@ def _compare_engine(
             sizes = [tuple(t.shape) for t in torch.utils._pytree.tree_leaves(one) if isinstance(t, torch.Tensor)]
             with contextlib.suppress(Exception):
                 first_of = _ids(twin, engine, built, one)[2]
+            way_out = "use backend='torch', or report this with the model's code"
+            if source.training:
+                way_out = "the model is in training mode, and may be random there: call model.eval() and optimise again"
             raise NotEquivalentError(
                 f"the {engine.runtime} engine of {type(source).__name__} is not equivalent and was not kept: "
                 f"{verdict.reason} (inputs of sizes {', '.join(map(str, sizes))}"
                 f"{', ' + what if what.startswith('through') else ''}"
-                f"{f'; the first other choice of experts: {first_of}' if first_of else ''}); use backend='torch', or "
-                "report this with the model's code"
+                f"{f'; the first other choice of experts: {first_of}' if first_of else ''}); {way_out}"
             )
     first = verdicts[0][2]
     try:

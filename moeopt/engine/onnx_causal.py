@@ -63,7 +63,7 @@ def flat_signature(graph: Any, caller: Mapping[str, Any]) -> dict[str, Any]:
         },
         "out_tree": {"type": "dict", "keys": names, "items": [LEAF] * len(names)},
         "inputs": inputs,
-        "sizes": {},
+        "sizes": {"rows": [1, None], "tokens": [1, None], "cached tokens": [0, None]},
         "outputs": [{"tensor": number, "onnx": name} for number, name in enumerate(names)],
         KEY: dict(caller),
     }

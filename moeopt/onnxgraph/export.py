@@ -27,6 +27,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.onnxgraph.complex import through_real_views
 from moeopt.onnxgraph.even import even
 from moeopt.onnxgraph.quick_match import rules_by_their_last_op
+from moeopt.onnxgraph.quick_registry import one_registry
 from moeopt.onnxgraph.site import DOMAIN, OP, Site
 from moeopt.ops.bank import Bank
 from moeopt.ops.intercept import intercepted
@@ -100,7 +101,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
 
     program = through_real_views(_tensors_only(program))
     _settle_layouts(program.graph)
-    with quiet(), rules_by_their_last_op():
+    with quiet(), rules_by_their_last_op(), one_registry():
         try:
             exported = torch.onnx.export(
                 program,

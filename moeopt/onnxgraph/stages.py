@@ -92,7 +92,8 @@ class _Doors:
     def __init__(self, graph: Any, rows: Any, tokens: Sequence[Any], results: Sequence[Any]) -> None:
         self.rows = str(rows)
         products = [node.outputs[0] for node in graph if node.op_type in ("MatMul", "Gemm")]
-        self.widest = WIDEST * max(width(value) for value in (*tokens, *results, *products) if self.sized(value))
+        sized = [width(value) for value in (*tokens, *results, *products) if self.sized(value)]
+        self.widest = WIDEST * max(sized, default=0)
 
     def sized(self, value: Any) -> bool:
         if value.shape is None or not len(value.shape) or value.dtype is None:

@@ -35,6 +35,7 @@ from moeopt.errors import Declined
 from moeopt.onnxgraph.complex import through_real_views
 from moeopt.onnxgraph.export import emitting, quiet
 from moeopt.onnxgraph.quick_match import rules_by_their_last_op
+from moeopt.onnxgraph.quick_registry import one_registry
 from moeopt.onnxgraph.site import Site
 
 PAST = "past_key_values"
@@ -105,6 +106,7 @@ def export_causal_lm(
         _hushed(),
         _sdpa_or_eager(model),
         rules_by_their_last_op(),
+        one_registry(),
         in_place,
         stepping(mixers),
     ):
@@ -174,7 +176,15 @@ def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     given = {**dict(zip(inspect.signature(type(model).forward).parameters, (None, *args), strict=False)), **kwargs}
     known = {"self", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "return_dict"}
     if extra := sorted(n for n, value in given.items() if n not in known and value is not None and value is not False):
-        raise Declined(f"the example call gives {', '.join(extra)}, which an engine with a cache does not take")
+        raise Declined(
+            f"the example call gives {', '.join(extra)}, which an engine with a cache does not take; leave it out "
+            "for one"
+        )
+    mask = given.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() != 2:
+        raise Declined(
+            f"the example's attention_mask has {mask.dim()} sizes; an engine with a cache takes one of (rows, tokens)"
+        )
 
 
 def _exporter() -> Any:
@@ -194,13 +204,27 @@ def _real_views(exporter: Any) -> Any:
 
     class Traced(DynamoExporter):  # type: ignore[misc,valid-type]
         def export_program(self, *args: Any, **kwargs: Any) -> Any:
-            self.program, metadata = super().export_program(*args, **kwargs)
+            with _own_dtypes():
+                self.program, metadata = super().export_program(*args, **kwargs)
             return through_real_views(self.program), metadata
 
     class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc,name-defined]
         """Its ``super().export_program`` is the one above."""
 
     return Exporter
+
+
+@contextlib.contextmanager
+def _own_dtypes() -> Iterator[None]:
+    """The sample as it is: the exporter casts every tensor to the model's dtype, and a model may keep states wider."""
+    from transformers.exporters import utils
+
+    theirs = utils.cast_leaf_tensors
+    utils.cast_leaf_tensors = lambda sample, dtype, device: sample
+    try:
+        yield
+    finally:
+        utils.cast_leaf_tensors = theirs
 
 
 def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any], type]:

@@ -8,6 +8,7 @@ from torch import nn
 from moeopt.backends.onnxrt.causal_lm import PAST, B, S, _hushed, _sample
 from moeopt.backends.onnxrt.causal_mixers import find_mixers
 from tests.families.build import FAMILIES, Family
+from tests.families.configs import SMALL, V5
 
 
 def found(model):
@@ -27,6 +28,20 @@ def mixer_of(name):
 THREE_LAYERS = {**FAMILIES["jamba"].config, "num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 2}
 TWICE = Family("jamba", THREE_LAYERS, 1, 4)
 """Jamba with two mixers, which share a graph."""
+
+_GRANITE = {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "shared_intermediate_size": 24,
+    "layer_types": ["mamba", "attention"],
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 8,
+}
+GRANITE = Family("granitemoehybrid", {**SMALL, **_GRANITE}, 2, 6, min_version=V5)
+"""Granite 4's hybrid: Mamba 2 and attention."""
 
 
 class Sums(nn.Module):

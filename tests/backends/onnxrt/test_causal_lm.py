@@ -365,6 +365,14 @@ def test_a_program_of_its_own_for_one_token_is_seen():
         optimized(model)
 
 
+def test_a_model_left_in_training_mode_is_told_so():
+    model = grown("mixtral", num_hidden_layers=1, attention_dropout=0.5).train()
+    with pytest.raises(
+        NotEquivalentError, match=r"the model is in training mode, .* call model.eval"
+    ):
+        optimized(model, verify="fast")
+
+
 @pytest.fixture(scope="module")
 def windowed():
     """A model of one layer with a window of 8 tokens, and its engine."""

@@ -20,7 +20,7 @@ from moeopt.backends.onnxrt.causal_layers import parts_of
 from moeopt.backends.onnxrt.causal_runner import CausalLM
 from moeopt.backends.onnxrt.session import Session
 from moeopt.errors import UsageError
-from tests.backends.onnxrt.hybrids import TWICE
+from tests.backends.onnxrt.hybrids import GRANITE, TWICE
 from tests.backends.onnxrt.test_causal_lm import GREEDY, apart, exported, followed, prompt
 from tests.families.build import FAMILIES
 
@@ -29,7 +29,8 @@ FACTOR = 4
 the luck of the greatest of some thousand logits."""
 SLOW = pytest.mark.slow
 MODELS = ["jamba", "qwen3_next", pytest.param("nemotron_h", marks=SLOW), pytest.param("lfm2_moe", marks=SLOW)]
-FAMILIES_HERE = {"jamba": TWICE}
+MODELS.append(pytest.param("granitemoehybrid", marks=SLOW))
+FAMILIES_HERE = {"jamba": TWICE, "granitemoehybrid": GRANITE}
 ANEW = {"jamba"}  # several tokens after a cache start its states anew
 
 
@@ -237,6 +238,10 @@ def test_a_16_bit_model_computes_in_float32_between_calls():
         assert (first[2] - first[0]).abs().max() <= 2**-8 * first[0].abs().max()
         # states were rounded once more between the calls: far less than what the model rounds at every op
         assert (second[2] - second[0]).abs().max() < (second[1] - second[0]).abs().max() / 2
+    mine, theirs = engine(**call).past_key_values, original(**call).past_key_values
+    for name, state in parts_of(theirs.layers[0]).items():  # recurrent ones stay float32, as the model keeps them
+        assert parts_of(mine.layers[0])[name].dtype == state.dtype
+    assert engine(**more, past_key_values=theirs).logits.isfinite().all()
 
 
 def _backwards(scan):
