@@ -66,7 +66,7 @@ class ModuleState:
         self._contents = [{k: v.copy() for k, v in d.items() if type(v) in _CONTAINERS} for d in self._before]
         self._own: dict[int, torch.Tensor] = {}
         for name, tensor in (*self.parameters, *self.buffers):
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if nn.parameter.is_lazy(tensor):
                 raise UsageError(
                     f"{name} has no shape yet (a lazy module); run the model once on these inputs, then optimise it"
                 )
