@@ -12,6 +12,7 @@ an arrangement can only ask (equal rows go to one expert); where expert ids are 
     exact ties              zero rows: all scores equal, all outputs the bias
     extreme magnitudes      clamps, epsilons, overflow
     nan and inf rows        leaks from one token into others
+    many tokens             a capacity, a window or a branch that no smaller case reaches
     argument N turned       a mask or mark that does nothing at the values given: all ones, no padding
 """
 
@@ -29,6 +30,9 @@ from moeopt.compare.results import Case
 MAX_TOKENS = 1024
 """Of the case that reaches every expert; it asks for 4 tokens per expert and slot below that."""
 
+MANY, FEWEST = 521, 128
+"""Tokens of the case of many, which is left out where a large block can only afford fewer than the second."""
+
 
 def adversarial_cases(
     proto: Prototype,
@@ -37,6 +41,7 @@ def adversarial_cases(
     level: Literal["strict", "fast", "off"] = "strict",
     seed: int = 0,
     router_rows: Tensor | None = None,
+    most: int = MANY,
 ) -> list[Case]:
     """Cases for a block of ``num_experts`` experts (1 for a dense FFN).
 
@@ -44,6 +49,7 @@ def adversarial_cases(
         proto: a real call and the roles of its arguments.
         level: "strict" gives all of the table above, "fast" the first three, "off" none.
         router_rows: (R, H) rows likely to reach each expert, put into "every expert".
+        most: tokens that the case of many may have; below ``FEWEST`` it is left out.
     """
     if level == "off":
         return []
@@ -51,6 +57,8 @@ def adversarial_cases(
     chosen = [build.every_expert(), build.one_token(), build.one_expert(), *build.turned()]
     if level == "strict":
         chosen += [build.few_experts(), build.exact_ties(), build.extreme_magnitudes(), build.non_finite()]
+        if min(most, MANY) >= FEWEST:
+            chosen.append(build.many_tokens(min(most, MANY)))
     return chosen
 
 
@@ -113,6 +121,15 @@ class _Builder:
             rows[n][2], rows[n][6] = math.nan, math.inf
         return self.case("nan and inf rows", self.flat(9), rows, range(self.experts))
 
+    def many_tokens(self, count: int) -> Case:
+        """Half of the tokens are one and the same, so that its experts get them all; the others are drawn."""
+        rows = self.draw(count)
+        alike = torch.randperm(count, generator=self.generator) < count // 2
+        for n in self.tokens:
+            here = alike.to(rows[n].device)
+            rows[n][here] = rows[n][:1].clone()
+        return self.case("many tokens", self.flat(count), rows, range(self.experts), alike=alike)
+
     def turned(self) -> list[Case]:
         """The given call, with other values in one of the arguments that may switch something on or off."""
         cases = []
@@ -168,12 +185,21 @@ class _Builder:
         return torch.tensor(order)[ids % len(order)]
 
     def case(
-        self, name: str, grid: tuple[int, ...], rows: dict[int, Tensor], experts: range | list[int], same: bool = False
+        self,
+        name: str,
+        grid: tuple[int, ...],
+        rows: dict[int, Tensor],
+        experts: range | list[int],
+        same: bool = False,
+        alike: Tensor | None = None,
     ) -> Case:
         for n in self.proto.routed():
             order = self.pick(self.experts) if isinstance(experts, range) else list(experts)
             dropped = rows[n].flatten(1).any(1) if self.proto.leaves[n].role == "choices" else None
-            rows[n] = self.proto.naming(n, self.ids(self.proto.slots(n), len(rows[n]), order, same))
+            ids = self.ids(self.proto.slots(n), len(rows[n]), order, same)
+            if alike is not None:
+                ids[alike] = ids[:1].clone()
+            rows[n] = self.proto.naming(n, ids)
             if dropped is not None:  # a token that the given mask drops stays dropped
                 rows[n][~dropped] = 0
         args, kwargs = self.proto.with_tokens(grid, rows)

@@ -34,6 +34,9 @@ from moeopt.rewrite.generalize import generalize
 from moeopt.rewrite.plan import Plan, make_plan
 from moeopt.rewrite.program import OPAQUE, TENSOR, Guard, Program, RewrittenForward, bind
 
+MOST_FLOPS = 4e10
+"""Of one run of a block in its largest verification case."""
+
 
 class Runtime(Protocol):
     """What will run the rewritten blocks in the end, when it is not PyTorch."""
@@ -275,7 +278,8 @@ def _verify(
     if rows and rows[0].dim() == 2 and not proto.routed():
         covering = witness(proto, 48, options.seed + 7)
         aimed = Prototype(covering[0], covering[1], proto.leaves).rows(proto.indices("tokens")[0])
-    cases = adversarial_cases(proto, experts, level=options.verify, seed=options.seed, router_rows=aimed)
+    most = _affordable(module, found)
+    cases = adversarial_cases(proto, experts, level=options.verify, seed=options.seed, router_rows=aimed, most=most)
     if options.verify != "off":
         cases.append(Case("the given inputs", *call))
     routed = zip(rewritten.banks, program.routers, strict=True)
@@ -288,6 +292,12 @@ def _verify(
     if rewritten.fallbacks and check.passed:
         check.passed, check.reason = False, f"the rewritten code refused a verification case: {rewritten.last_refusal}"
     return check
+
+
+def _affordable(module: nn.Module, found: list[Recognition]) -> int:
+    """Tokens that the largest case may have: their products should not take more than a second or a few."""
+    share = max(min(1.0, (f.frontier.per_token or len(f.experts)) / len(f.experts)) for f in found)
+    return int(MOST_FLOPS / max(1.0, 2 * share * sum(p.numel() for p in module.parameters())))
 
 
 class _Original:

@@ -17,6 +17,7 @@ NAMES = [
     "exact ties",
     "extreme magnitudes",
     "nan and inf rows",
+    "many tokens",
 ]
 
 
@@ -46,6 +47,15 @@ def test_arrangements_of_a_batch():
     assert (x["exact ties"] == 0).all(-1).sum() == 3
     assert x["nan and inf rows"].isnan().any(-1).sum() == 1 and x["nan and inf rows"].isinf().any(-1).sum() == 1
     assert x["extreme magnitudes"].abs().amax() > 100
+
+
+def test_half_of_many_tokens_go_to_one_choice_of_experts():
+    x = by_name(batch())["many tokens"].args[0]
+    assert x.shape == (1, 521, H)
+    _, counts = x[0].unique(dim=0, return_counts=True)
+    assert counts.max() >= 260 and len(counts) > 128
+    assert list(by_name(batch(), most=200)) == NAMES and list(by_name(batch(), most=127)) == NAMES[:-1]
+    assert by_name(batch(), most=200)["many tokens"].args[0].shape == (1, 200, H)
 
 
 def test_the_prototype_is_not_written():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from moeopt.drive import block
 from moeopt.drive.block import rewrite_block
 from moeopt.errors import Declined
 from moeopt.options import Options
@@ -160,3 +161,30 @@ def test_a_failure_of_our_own_is_a_decline_that_asks_for_a_report(monkeypatch):
     assert caught.value.reason.startswith(
         "moeopt itself failed on it (RuntimeError: inside in fail); the block is left as it"
     )
+
+
+class ManyTokens(MoE):
+    def forward(self, x):
+        return super().forward(x / max(1.0, len(x) / 200))
+
+
+class Capacity(MoE):
+    """No expert takes more than its share of the tokens, which is at least 64."""
+
+    def route(self, x):
+        w, ids = super().route(x)
+        hot = nn.functional.one_hot(ids, 4)
+        place = ((hot.view(-1, 4).cumsum(0) - 1).view_as(hot) * hot).sum(-1)
+        return w * (place < max(64, len(x) // 4)), ids
+
+
+@pytest.mark.parametrize("make", [ManyTokens, Capacity])
+def test_a_threshold_above_the_small_cases_is_met(make):
+    with pytest.raises(Declined, match="it was rewritten, verified and reverted: case 'many tokens': "):
+        rewrite_block("moe", seeded(make), ((rand(24, H, seed=7),), {}), Options())
+
+
+def test_a_large_block_is_not_asked_for_many_tokens(monkeypatch):
+    monkeypatch.setattr(block, "MOST_FLOPS", 1e5)
+    names = [c.name for c in rewrite_block("moe", seeded(MoE), ((rand(24, H, seed=7),), {}), Options()).check.cases]
+    assert "every expert" in names and "many tokens" not in names
