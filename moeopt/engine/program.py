@@ -173,11 +173,13 @@ def _obstacle(err: Exception) -> str:
     lines = [
         line.strip() for line in text.splitlines() if line.strip().startswith("File ") and "site-packages" not in line
     ]
-    frames = [f for f in traceback.extract_tb(err.__traceback__) if not _is_library(f.filename)]
+    every = traceback.extract_tb(err.__traceback__)
+    frames = [f for f in every if not _is_library(f.filename)] or [f for f in every if _is_models(f.filename)]
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else f" ({lines[-1]})" if lines else ""
     return (
-        f"torch.export stops at: {head}{where}. A block that moeopt declined keeps its data-dependent Python: the "
-        "report of backend='torch' says why; save the rewritten blocks on their own, or remove what it names"
+        f"torch.export stops at: {head}{where}. Its Python there depends on the values of tensors, which no graph "
+        "repeats. In a block that moeopt declined, the report of backend='torch' says why; elsewhere (rotary "
+        "embeddings that grow with the positions) set the model to another form, or save the rewritten blocks alone"
     )
 
 
@@ -192,6 +194,11 @@ def _raised_by_the_model(err: Exception) -> str:
         f"({last.filename}:{last.lineno}: {last.line}). Code may ask whether it is traced and take another way: give "
         "the arguments that this line reads, a mask for one, as example inputs, or use backend='torch'"
     )
+
+
+def _is_models(path: str) -> bool:
+    """Of a library of models: neither torch's nor ours."""
+    return not any(f"{os.sep}{name}{os.sep}" in path for name in ("torch", "moeopt")) and not path.startswith("<")
 
 
 def _is_library(path: str) -> bool:

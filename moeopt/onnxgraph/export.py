@@ -35,6 +35,15 @@ from moeopt.ops.reference import dtypes, out_features
 from moeopt.rewrite.program import rewritten_forward
 
 OPSET = 20
+_LOUD = (
+    "torch.onnx",
+    "torch.onnx._internal.exporter",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.fx.experimental.proxy_tensor",
+    "torch.export",
+    "onnxscript",
+    "onnx_ir",
+)
 
 
 @contextlib.contextmanager
@@ -220,7 +229,7 @@ def own_outputs(graph: Any) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Exporters print progress, log what is not installed and warn about their own code; none of it is the user's."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.onnx._internal.exporter", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in _LOUD]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

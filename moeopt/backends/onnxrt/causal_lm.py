@@ -122,9 +122,7 @@ def export_causal_lm(
                 ),
             )
         except Exception as err:
-            raise Declined(
-                f"transformers' exporter stops at {_first_line(err)}; the engine is built without a cache"
-            ) from err
+            raise Declined(f"transformers' exporter stops at {_first_line(err)}") from err
     goes_on = replace_mixers(graph, mixers)
     _drop_idle_squeezes(graph.graph)
     _turn_batches_back(graph.graph)
