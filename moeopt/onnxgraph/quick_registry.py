@@ -1,7 +1,7 @@
 """torch's table of ONNX translations, made once in a process instead of for every export.
 
 Making it reads the signatures of some thousand functions, which takes about a second; each export gets a copy, because
-an export adds its own translations to it.
+an export adds its own translations to it. Ops that were registered meanwhile make it anew: only known ones are in it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 _NAME = "from_torchlib"
 _made: dict[Any, Any] = {}
@@ -30,7 +32,8 @@ def one_registry() -> Iterator[None]:
         return
 
     def from_torchlib(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        key = (cls, args, tuple(sorted(kwargs.items())))
+        known = len(torch._C._dispatch_get_all_op_names())
+        key = (cls, args, tuple(sorted(kwargs.items())), known)
         if key not in _made:
             _made[key] = theirs.__func__(cls, *args, **kwargs)
         table = copy.copy(_made[key])

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 pytest.importorskip("onnxscript")
 
@@ -21,6 +22,17 @@ def test_each_export_has_a_table_of_its_own_with_what_torch_puts_into_it():
         first.functions["mine"] = []
         assert names(ONNXRegistry.from_torchlib(opset_version=20)) == want
         assert names(ONNXRegistry.from_torchlib(opset_version=18)) != {}
+
+
+def test_ops_registered_later_are_in_the_next_table():
+    with one_registry():
+        first = ONNXRegistry.from_torchlib(opset_version=20)
+        again = ONNXRegistry.from_torchlib(opset_version=20)
+        with torch.library._scoped_library("moeopt_later", "DEF") as library:
+            library.define("op(Tensor x) -> Tensor")
+            later = ONNXRegistry.from_torchlib(opset_version=20)
+    metas = [next(iter(table.functions.values()))[0] for table in (first, again, later)]
+    assert metas[0] is metas[1] and metas[0] is not metas[2]
 
 
 def test_torchs_own_is_back_afterwards():

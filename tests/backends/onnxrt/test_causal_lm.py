@@ -367,9 +367,7 @@ def test_a_program_of_its_own_for_one_token_is_seen():
 
 def test_a_model_left_in_training_mode_is_told_so():
     model = grown("mixtral", num_hidden_layers=1, attention_dropout=0.5).train()
-    with pytest.raises(
-        NotEquivalentError, match=r"the model is in training mode, .* call model.eval"
-    ):
+    with pytest.raises(NotEquivalentError, match=r"the model is in training mode, .* call model.eval"):
         optimized(model, verify="fast")
 
 
