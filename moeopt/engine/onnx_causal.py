@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from moeopt.engine.conditions import check_conditions, holds, read_conditions, text_of
 from moeopt.engine.signature import numbered, size_conditions
 from moeopt.engine.tree import LEAF
-from moeopt.errors import Declined
+from moeopt.errors import Declined, NotSaveableError
 
 SAMPLES = [
     (1, 0),
@@ -76,24 +76,29 @@ def add_conditions(program: Any, caller: dict[str, Any]) -> None:
         Declined: no prompt, or no single token after others, would meet it.
     """
     leaves = numbered(program)
-    names = {leaves[name]: at["input"] for name, at in caller["inputs"].items()}
+    asked = [name for name in ("input_ids", "attention_mask", "position_ids", "logits_to_keep") if name in leaves]
+    kinds = {caller["inputs"].get(name, {"input": name})["input"]: name for name in asked}
+    names = dict(zip([leaves[name] for name in asked], kinds, strict=True))
     cached = [at for layer in caller["cache"] for at in layer.values()]
     names |= {leaf: at["input"] for leaf, at in zip(tree_leaves(leaves["past_key_values"]), cached, strict=True)}
-    kinds = {at["input"]: name for name, at in caller["inputs"].items()}
     kept, held = [], set(SAMPLES)
-    for condition in size_conditions(program):
-        broken = {
-            (new, past)
-            for new, past in SAMPLES
-            for rows in (1, 2, 7)
-            if not holds([condition], lambda leaf, r=rows, s=new, p=past: _shape(names[leaf], kinds, cached, r, s, p))  # type: ignore[misc]
-        }
+    try:
+        conditions = size_conditions(program)
+    except NotSaveableError as err:
+        raise Declined(str(err)) from err
+    for condition in conditions:
+        broken = set()
+        for new, past in SAMPLES:
+            for rows in (1, 2, 7):
+                shapes = {leaf: _shape(name, kinds, cached, rows, new, past) for leaf, name in names.items()}
+                if not holds([condition], shapes.__getitem__):
+                    broken.add((new, past))
         if broken:
             kept.append(condition)
             held -= broken
     if not {(n, p) for n, p in held if not p} or not {(n, p) for n, p in held if n == 1 and p}:
-        asked = "; ".join(text_of(c, lambda leaf: names[leaf]) for c in kept)
-        raise Declined(f"its trace holds only where {asked}, which excludes every prompt, or every token after one")
+        all_kept = "; ".join(text_of(c, lambda leaf: names[leaf]) for c in kept)
+        raise Declined(f"its trace holds only where {all_kept}, which excludes every prompt, or every token after one")
     if kept:
         caller["conditions"] = kept
         caller["condition_leaves"] = {str(leaf): name for leaf, name in names.items()}
@@ -111,7 +116,10 @@ def checker(caller: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], None]
     def check(feeds: Mapping[str, Tensor]) -> None:
         if conditions:
             way_out = "because the model's code branches on it: run longer or other ones with the original model"
-            check_conditions(conditions, lambda leaf: feeds[names[leaf]].shape, lambda leaf: names[leaf], way_out)
+            ids = feeds[caller["inputs"]["input_ids"]["input"]]  # what the graph does not read has their sizes
+            check_conditions(
+                conditions, lambda leaf: feeds.get(names[leaf], ids).shape, lambda leaf: names[leaf], way_out
+            )
 
     return check
 
