@@ -77,11 +77,12 @@ def add_conditions(program: Any, caller: dict[str, Any]) -> None:
     """
     leaves = numbered(program)
     asked = [name for name in ("input_ids", "attention_mask", "position_ids", "logits_to_keep") if name in leaves]
-    kinds = {caller["inputs"].get(name, {"input": name})["input"]: name for name in asked}
+    kinds: dict[str, str] = {caller["inputs"].get(name, {"input": name})["input"]: name for name in asked}
     names = dict(zip([leaves[name] for name in asked], kinds, strict=True))
     cached = [at for layer in caller["cache"] for at in layer.values()]
     names |= {leaf: at["input"] for leaf, at in zip(tree_leaves(leaves["past_key_values"]), cached, strict=True)}
-    kept, held = [], set(SAMPLES)
+    kept: list[Any] = []
+    held = set(SAMPLES)
     try:
         conditions = size_conditions(program)
     except NotSaveableError as err:
@@ -124,7 +125,9 @@ def checker(caller: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], None]
     return check
 
 
-def _shape(name: str, kinds: dict[str, str], cached: list[dict[str, Any]], rows: int, new: int, past: int) -> list[int]:
+def _shape(
+    name: str, kinds: Mapping[str, str], cached: list[dict[str, Any]], rows: int, new: int, past: int
+) -> list[int]:
     kind = kinds.get(name)
     if kind is not None:
         return {"attention_mask": [rows, past + new], "logits_to_keep": [1]}.get(kind, [rows, new])
