@@ -191,6 +191,7 @@ class _Finder:
                 ]
         places = [p for p in places if not self._holds_a_deeper_one(p, places)]
         places += self._by_structure(places)
+        places += self._by_stacks(places)
         places = [p for i, p in enumerate(places) if not any(_same_experts(p, q) for q in places[:i])]
         return sorted(places, key=lambda p: p.order)
 
@@ -247,6 +248,30 @@ class _Finder:
             weights = {id(p) for c in ran for p in c.module.parameters()}
             experts = len({id(c.module) for c in ran}) + (idle if routed else 0)
             found.append(Place("moe", call, levels, ran[0].first, source, [], experts, weights))
+        return found
+
+    def _by_stacks(self, places: list[Place]) -> list[Place]:
+        """Calls of modules that own stacks of experts, and a router's weight beside them, where no chain was readable.
+
+        A router's weight has the number of experts and a size of theirs; stacks of an attention's heads have none.
+        """
+        found: list[Place] = []
+        known = {i for p in places for i in p.weights}
+        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
+        for call in self.tape.calls:
+            stacks = [p for p in call.module._parameters.values() if p is not None and p.dim() == 3 and len(p) > 1]
+            stacks = [p for p in stacks if id(p) not in known and len(p) == len(stacks[0])]
+            if len(stacks) < 2 or call.index in taken:
+                continue
+            experts, sizes = len(stacks[0]), set(stacks[0].shape[1:]) & set(stacks[1].shape[1:])
+            near = call.module if call.parent is None else self.tape.calls[call.parent].module
+            routers = {frozenset((experts, size)) for size in sizes}
+            if not any(p.dim() == 2 and set(p.shape) in routers for p in near.parameters()):
+                continue
+            known |= set(map(id, stacks))
+            levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
+            source = next((n.meta["source"] for n in self.tape.nodes[call.first :] if n.meta.get("source")), "")
+            found.append(Place("moe", call, levels, call.first, source, [], experts, set(map(id, stacks))))
         return found
 
     def _sequential(self, ran: list[Call]) -> bool:

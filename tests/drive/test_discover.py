@@ -55,6 +55,30 @@ class Bmm(StackLoop):
         return torch.einsum("te,eth->th", full, outs)
 
 
+class NormedStacks(StackLoop):
+    """No chain is readable: a norm stands between the products of each expert."""
+
+    def mix(self, x, w, ids):
+        y = torch.zeros_like(x)
+        for e in range(4):
+            t, k = torch.where(ids == e)
+            y = y.index_add(0, t, F.layer_norm(x[t] @ self.w1[e], (I,)).relu() @ self.w2[e] * w[t, k, None])
+        return y
+
+
+class StackedHeads(nn.Module):
+    """Attention whose heads are stacks, as ports from JAX have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(rand(4, H, 6, seed=n)) for n in range(3))
+        self.o = nn.Parameter(rand(4, 6, H, seed=3))
+
+    def forward(self, x):
+        q, k, v = (torch.einsum("th,nhd->ntd", x, w) for w in (self.q, self.k, self.v))
+        return torch.einsum("ntd,ndh->th", (q @ k.mT).softmax(-1) @ v, self.o)
+
+
 class OneHit(MoE):
     """On these inputs a single expert is called; its twins idle."""
 
@@ -112,6 +136,12 @@ def test_plain_models_hold_no_experts():
     for model in (Attention(), nn.Linear(H, H), nn.Sequential(nn.Linear(H, I), nn.Linear(I, H)), nn.LayerNorm(H)):
         assert [p for p in places(model) if p.kind == "moe"] == [], type(model).__name__
     assert [p.kind for p in places(seeded(lambda: Model(ffn(), ffn(), ffn())))] == ["dense_ffn"] * 3
+
+
+def test_stacks_without_a_readable_chain_are_a_place_where_a_router_stands_beside_them():
+    (place,) = [p for p in places(seeded(lambda: Model(NormedStacks()))) if p.kind == "moe"]
+    assert (place.call.path, place.experts) == ("layers.0.ff", 4)
+    assert [p.kind for p in places(seeded(StackedHeads)) if p.kind == "moe"] == []
 
 
 def test_two_towers_are_not_experts():
