@@ -285,13 +285,27 @@ def _verify(
     routed = zip(rewritten.banks, program.routers, strict=True)
     known = {id(bank): router for (bank, _), router in routed if router is not None}
     while True:
-        with runtime.answering(known) if runtime is not None else contextlib.nullcontext():
+        with runtime.answering(known) if runtime is not None else contextlib.nullcontext(), _statistics_kept(module):
             check = verify_block(name, original, rewritten, cases, level=options.verify)
         if check.passed is not False or runtime is None or not runtime.demote(check.reason):
             break
     if rewritten.fallbacks and check.passed:
         check.passed, check.reason = False, f"the rewritten code refused a verification case: {rewritten.last_refusal}"
     return check
+
+
+@contextlib.contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """In training mode a batch norm writes its running statistics, and verification cases hold NaN and infinity."""
+    training = any(child.training for child in module.modules())
+    small = [b for b in module.buffers() if training and b.numel() <= 1 << 16 and not b.is_inference()]
+    before = [buffer.clone() for buffer in small]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(small, before, strict=True):
+                buffer.copy_(value)
 
 
 def _affordable(module: nn.Module, found: list[Recognition]) -> int:

@@ -27,6 +27,21 @@ def test_a_block_is_rewritten_and_verified_without_being_changed():
     assert rewrite.program.guard.training is None and rewrite.program.guard.shapes == [(None, H)]
 
 
+def test_running_statistics_are_as_they_were_in_training_mode_too():
+    class Normed(MoE):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(H)
+
+        def forward(self, x):
+            return super().forward(self.norm(x))
+
+    module = seeded(Normed).train()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    assert rewrite_block("block", module, ((rand(6, H),), {}), Options()).check.passed is True
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
 def test_unverified_is_said_so():
     assert rewritten(MoE).check.passed is None
 
