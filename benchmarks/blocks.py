@@ -177,7 +177,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     about = {
-        "command": "python " + " ".join(sys.argv),
+        "command": " ".join(["python -m benchmarks.blocks", *sys.argv[1:]]),
         "machine": _cpu_name(),
         "threads": args.threads,
         "clock": "CPU time of the one thread" if args.threads == 1 else "wall time",

@@ -205,7 +205,11 @@ def main() -> None:
         print(f"  {count} tokens: {words}")
     if given.save:
         path = RESULTS / f"dense-{name}-{given.threads}t.json"
-        meta = {"torch": torch.__version__, "machine": platform.machine(), "command": " ".join(sys.argv)}
+        meta = {
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "command": " ".join(["python -m benchmarks.dense", *sys.argv[1:]]),
+        }
         path.write_text(json.dumps({"table": table, "decided": decided, **meta}, indent=1) + "\n")
 
 

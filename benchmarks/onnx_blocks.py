@@ -101,7 +101,12 @@ def main() -> None:
         found = {"estimate": estimate, "peers": table, "read_gb_s": read / 1e9, "gemm_gflop_s": gemm / 1e9}
         about = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "machine": platform.machine()}
         path = RESULTS / f"onnx-{options.block}-float32-{options.threads}t.json"
-        path.write_text(json.dumps({**found, **about, "command": " ".join(sys.argv)}, indent=1) + "\n")
+        path.write_text(
+            json.dumps(
+                {**found, **about, "command": " ".join(["python -m benchmarks.onnx_blocks", *sys.argv[1:]])}, indent=1
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

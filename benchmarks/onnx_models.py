@@ -125,7 +125,11 @@ def main() -> None:
     if options.save:
         part = "" if len(options.cases) == len(CASES) else "-" + "-".join(options.cases).replace(" ", "-")
         path = RESULTS / f"onnx-model-{options.model}-{options.threads}t{part}.json"
-        meta = {"torch": torch.__version__, "machine": platform.machine(), "command": " ".join(sys.argv)}
+        meta = {
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "command": " ".join(["python -m benchmarks.onnx_models", *sys.argv[1:]]),
+        }
         path.write_text(json.dumps({**result, **meta}, indent=1) + "\n")
 
 
