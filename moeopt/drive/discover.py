@@ -243,11 +243,9 @@ class _Finder:
             ran = [c for c in ran if routed or c.module in pairs]
             if not ran or (len(ran) < 2 and not routed) or (len(ran) > 1 and self._sequential(ran)):
                 continue
-            levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
-            source = next((n.meta["source"] for n in self.tape.nodes[ran[0].first :] if n.meta.get("source")), "")
             weights = {id(p) for c in ran for p in c.module.parameters()}
             experts = len({id(c.module) for c in ran}) + (idle if routed else 0)
-            found.append(Place("moe", call, levels, ran[0].first, source, [], experts, weights))
+            found.append(self._unread(call, ran[0].first, experts, weights))
         return found
 
     def _by_stacks(self, places: list[Place]) -> list[Place]:
@@ -269,10 +267,14 @@ class _Finder:
             if not any(p.dim() == 2 and set(p.shape) in routers for p in near.parameters()):
                 continue
             known |= set(map(id, stacks))
-            levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
-            source = next((n.meta["source"] for n in self.tape.nodes[call.first :] if n.meta.get("source")), "")
-            found.append(Place("moe", call, levels, call.first, source, [], experts, set(map(id, stacks))))
+            found.append(self._unread(call, call.first, experts, set(map(id, stacks))))
         return found
+
+    def _unread(self, call: Call, first: int, experts: int, weights: set[int]) -> Place:
+        """A place without chains, whose experts run from node ``first`` on."""
+        levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
+        source = next((n.meta["source"] for n in self.tape.nodes[first:] if n.meta.get("source")), "")
+        return Place("moe", call, levels, first, source, [], experts, weights)
 
     def _sequential(self, ran: list[Call]) -> bool:
         """True where one of the calls reads, by any way, what an earlier one returned."""

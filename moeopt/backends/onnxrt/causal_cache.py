@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.causal_layers import fill_layer, make_layer, parts_of
+from moeopt.backends.onnxrt.causal_layers import fill_layer, layer_class, make_layer, parts_of
 from moeopt.errors import UsageError
 
 Parts = dict[str, Tensor]
@@ -64,22 +64,24 @@ def write_cache(cache: Any, grown: Sequence[Parts]) -> Any:
     Raises:
         UsageError: the installed transformers has no cache for such states.
     """
+    plain = [tuple(parts.values()) for parts in grown]
     try:
         from transformers import DynamicCache
     except ImportError:
-        return [tuple(parts.values()) for parts in grown]
+        return plain
     if isinstance(cache, list | tuple):
-        return [tuple(parts.values()) for parts in grown]
+        return plain
     cache = DynamicCache() if cache is None else cache
     try:
-        wanted = [make_layer(parts) for parts in grown]
+        wanted = [layer_class(parts) for parts in grown]
     except ImportError as err:
         raise UsageError(
             "this version of transformers has no cache with recurrent states, which the engine carries: "
             "pip install 'transformers>=5.23'"
         ) from err
-    if [type(layer) for layer in cache.layers] != [type(layer) for layer in wanted]:
-        cache.layers = wanted  # a window is the graph's business
+    if [type(layer) for layer in cache.layers] != wanted:
+        cache.layers = [make_layer(parts) for parts in grown]  # a window is the graph's business
+        return cache
     for layer, parts in zip(cache.layers, grown, strict=True):
         fill_layer(layer, parts)
     return cache
@@ -98,14 +100,14 @@ def _parts(cache: Any, layers: Sequence[Mapping[str, Any]]) -> list[Parts]:
         raise UsageError(f"past_key_values is a {name}; the engine takes a DynamicCache, or none to begin with")
     if any(getattr(layer, "record_past", False) for layer in found):
         raise UsageError("past_key_values records its past states to be cropped; the engine keeps the last ones only")
-    for number, layer in enumerate(found):
-        parts = parts_of(layer)
+    held = [parts_of(layer) for layer in found]
+    for number, (layer, parts) in enumerate(zip(found, held, strict=True)):
         if "keys" in parts and layer.get_seq_length() != parts["keys"].shape[2]:
             raise UsageError(
                 f"past_key_values: layer {number} has seen {layer.get_seq_length()} tokens and keeps "
                 f"{parts['keys'].shape[2]}, cut to its window; the engine keeps all: begin with the engine's own cache"
             )
-    return [parts_of(layer) for layer in found]
+    return held
 
 
 def _shape(at: Mapping[str, Any], rows: int, length: int) -> list[int]:

@@ -11,6 +11,7 @@ and a layer that has neither (a feed-forward one of a hybrid model) carries noth
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -43,26 +44,33 @@ def parts_of(layer: Any) -> dict[str, Tensor]:
     return found
 
 
+def layer_class(parts: Collection[str]) -> Any:
+    """transformers' own class for a layer that holds parts of these names.
+
+    Raises:
+        ImportError: this version of transformers has no such layers.
+    """
+    states = sum(name not in ATTENTION for name in parts)
+    if not parts:
+        from transformers.cache_utils import DummyLayer as Found
+    elif not states:
+        from transformers.cache_utils import DynamicLayer as Found
+    elif states == len(parts):
+        from transformers.cache_utils import LinearAttentionLayer as Found
+    else:
+        from transformers.cache_utils import LinearAttentionAndFullAttentionLayer as Found
+    return Found
+
+
 def make_layer(parts: dict[str, Tensor]) -> Any:
     """A layer of transformers' own that holds ``parts``.
 
     Raises:
-        ImportError: this version of transformers has no layers with states.
+        ImportError: as :func:`layer_class`.
     """
-    from transformers.cache_utils import DynamicLayer
-
-    states = {name: tensor for name, tensor in parts.items() if name not in ATTENTION}
-    if not parts:
-        from transformers.cache_utils import DummyLayer
-
-        return DummyLayer()
-    if not states:
-        layer = DynamicLayer()
-    else:
-        from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
-
-        kind = LinearAttentionLayer if len(states) == len(parts) else LinearAttentionAndFullAttentionLayer
-        layer = kind(number_of_states=1 + max(int(name.rpartition(".")[2]) for name in states))
+    numbers = [int(name.rpartition(".")[2]) for name in parts if name not in ATTENTION]
+    many = {"number_of_states": 1 + max(numbers)} if numbers else {}
+    layer = layer_class(parts)(**many)
     fill_layer(layer, parts)
     return layer
 
