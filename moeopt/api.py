@@ -21,7 +21,6 @@ from moeopt.compare.block import BlockCheck
 from moeopt.compare.certificate import Certificate
 from moeopt.compare.language import find_ids
 from moeopt.compare.model import EndToEnd, end_to_end, run_plain
-from moeopt.drive.collector import fewer_collections
 from moeopt.drive.gradients import check_gradients
 from moeopt.drive.inputs import Call, as_call, made_up
 from moeopt.drive.picture import picture
@@ -53,6 +52,7 @@ from moeopt.engine.trt_plan import EnginePlan, most_tokens, trt_plan
 from moeopt.errors import CaptureError, NotEquivalentError, UsageError
 from moeopt.ir.tape import clone_inputs
 from moeopt.options import Options
+from moeopt.patches import fewer_collections
 from moeopt.report import BlockReport, Report
 from moeopt.rewrite.program import install, rewritten_forward, uninstall
 

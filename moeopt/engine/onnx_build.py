@@ -28,11 +28,12 @@ from moeopt.engine.program import export_program, roomier
 from moeopt.engine.signature import describe_call, functional
 from moeopt.errors import Declined, NotSaveableError, UsageError
 from moeopt.onnxgraph.assemble import replace_sites
-from moeopt.onnxgraph.export import emitting, own_outputs, quiet, to_onnx
+from moeopt.onnxgraph.export import emitting, own_outputs, to_onnx
 from moeopt.onnxgraph.plan import BlockPlan, kind
 from moeopt.onnxgraph.site import DOMAIN, OP
 from moeopt.onnxgraph.widen import widen_graph
 from moeopt.options import Options
+from moeopt.patches import quiet
 
 
 @dataclass

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from moeopt.compare.model import run_plain
 from moeopt.engine.asked import noting_questions
 from moeopt.errors import MoeoptError, NotSaveableError
+from moeopt.patches import idle_moves, no_export_dump, one_trace
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -60,11 +61,12 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     before = _python_state(model)
     try:
         with (
+            one_trace,
             torch.no_grad(),
-            _idle_moves(),
+            idle_moves(),
             shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
             noting_questions(),
-            _no_dump(),
+            no_export_dump(),
             _named(model, kwargs),
         ):
             bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)
@@ -110,36 +112,6 @@ def _named(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
             del model.__dict__["forward"]
         else:
             model.__dict__["forward"] = held
-
-
-@contextlib.contextmanager
-def _no_dump() -> Iterator[None]:
-    """Where export fails, torch prints the whole graph so far; the error says in a sentence what stood in the way."""
-    from torch.export import _trace
-
-    _trace.__dict__["print"] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        del _trace.__dict__["print"]
-
-
-@contextlib.contextmanager
-def _idle_moves() -> Iterator[None]:
-    """``module.to(dtype)`` inside a forward, where the module has that dtype already: export cannot trace it."""
-    original = nn.Module.to
-
-    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        device, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
-        held = [*self.parameters(), *self.buffers()]
-        same = all(device in (None, t.device) and (dtype in (None, t.dtype) or not t.is_floating_point()) for t in held)
-        return self if same and form is None else original(self, *args, **kwargs)
-
-    nn.Module.to = to  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.to = original  # type: ignore[method-assign]
 
 
 def _hidden_child(model: nn.Module, err: Exception) -> str:

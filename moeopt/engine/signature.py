@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import warnings
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from moeopt.engine.conditions import encode_conditions, only_asked
 from moeopt.engine.graph import input_entry, tree_of
 from moeopt.engine.values import encode
 from moeopt.errors import NotSaveableError
+from moeopt.patches import one_trace, quiet
 
 
 def describe_call(program: torch.export.ExportedProgram) -> dict[str, Any]:
@@ -171,8 +171,7 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
                 f"the model draws random numbers ({node.target}{_line_of(node)}), and an engine would draw others: "
                 "call eval() first, or make the draws an argument"
             )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec", FutureWarning)  # torch's own use of it
+    with one_trace, quiet():  # torch warns about its own use of tree specs
         return program.run_decompositions({})
 
 

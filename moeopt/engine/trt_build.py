@@ -39,11 +39,12 @@ from moeopt.engine.trt_engine import PLAN, AbsentTensorRTEngine, TensorRTEngine,
 from moeopt.engine.trt_plan import PortableForm
 from moeopt.errors import Declined, EngineBuildError, NotSaveableError, UsageError
 from moeopt.onnxgraph.assemble import one_op
-from moeopt.onnxgraph.export import emitting, quiet, to_onnx
+from moeopt.onnxgraph.export import emitting, to_onnx
 from moeopt.onnxgraph.plan import kind
 from moeopt.onnxgraph.site import Site
 from moeopt.onnxgraph.widen import widen_graph, widen_site
 from moeopt.options import Options
+from moeopt.patches import quiet
 
 
 @dataclass

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import operator
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from moeopt.ir.functional import functional_twin, inverse_view, mutated_args, un
 from moeopt.ir.nodes import NodeFactory
 from moeopt.ir.state import ModuleState
 from moeopt.ir.tree import leaves_of, tree_map
+from moeopt.patches import module_calls
 
 aten = torch.ops.aten
 Steer = Callable[[Any, tuple[Any, ...], Any], Any]
@@ -443,6 +443,13 @@ class _Recorder(TorchDispatchMode):
         """The node of a tensor that crosses a module's boundary; tensors inside vmap or grad have none."""
         return _WRAPPED if torch._C._functorch.is_functorch_wrapped_tensor(t) else self.node_of(t)
 
+    def through_call(self, run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """``run(module, *args, **kwargs)`` as a call on the tape."""
+        call = self.enter_call(module, args, kwargs)
+        output = run(module, *args, **kwargs)
+        self.leave_call(call, output)
+        return output
+
     def leave_call(self, call: Call, output: Any) -> None:
         """A submodule's call ended."""
         call.output = tree_map(torch.Tensor, self._boundary, output)
@@ -491,36 +498,6 @@ class _WatchReads(TorchFunctionMode):
 _LEAVES_TAPE = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 
 
-_ONE_AT_A_TIME = threading.RLock()
-"""``nn.Module.__call__`` belongs to the process: two traces at once would record each other's calls."""
-
-
-class _patched_call:
-    """Routes every ``nn.Module`` call of this thread through the recorder while the trace runs."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        self.recorder = recorder
-
-    def __enter__(self) -> None:
-        _ONE_AT_A_TIME.acquire()
-        self.original = nn.Module.__call__
-        original, recorder, thread = self.original, self.recorder, threading.get_ident()
-
-        def recorded_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return original(module, *args, **kwargs)
-            call = recorder.enter_call(module, args, kwargs)
-            output = original(module, *args, **kwargs)
-            recorder.leave_call(call, output)
-            return output
-
-        nn.Module.__call__ = recorded_call  # type: ignore[method-assign]
-
-    def __exit__(self, *exc: Any) -> None:
-        nn.Module.__call__ = self.original  # type: ignore[method-assign]
-        _ONE_AT_A_TIME.release()
-
-
 def record(
     module: nn.Module,
     args: tuple[Any, ...] = (),
@@ -550,7 +527,7 @@ def record(
             node_args, node_kwargs = tree_map(
                 torch.Tensor, lambda t: recorder.add_input(t, f"input_{next(counter)}"), (args, kwargs)
             )
-            with _patched_call(recorder), _WatchReads(recorder), recorder:
+            with module_calls(recorder.through_call), _WatchReads(recorder), recorder:
                 try:
                     output = module(*args, **kwargs)
                 except CaptureError:

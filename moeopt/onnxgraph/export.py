@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import io
-import logging
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,24 +23,14 @@ from moeopt.errors import NotSaveableError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.onnxgraph.complex import through_real_views
 from moeopt.onnxgraph.even import even
-from moeopt.onnxgraph.quick_match import rules_by_their_last_op
-from moeopt.onnxgraph.quick_registry import one_registry
 from moeopt.onnxgraph.site import DOMAIN, OP, Site
 from moeopt.ops.bank import Bank
 from moeopt.ops.intercept import intercepted
 from moeopt.ops.reference import dtypes, out_features
+from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.rewrite.program import rewritten_forward
 
 OPSET = 20
-_LOUD = (
-    "torch.onnx",
-    "torch.onnx._internal.exporter",
-    "torch.fx.experimental.symbolic_shapes",
-    "torch.fx.experimental.proxy_tensor",
-    "torch.export",
-    "onnxscript",
-    "onnx_ir",
-)
 
 
 @contextlib.contextmanager
@@ -110,7 +97,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
 
     program = through_real_views(_tensors_only(program))
     _settle_layouts(program.graph)
-    with quiet(), rules_by_their_last_op(), one_registry():
+    with one_trace, quiet(), rules_by_their_last_op(), one_registry():
         try:
             exported = torch.onnx.export(
                 program,
@@ -224,22 +211,6 @@ def own_outputs(graph: Any) -> None:
             graph.append(node)
             graph.outputs[number] = copy
         seen.add(id(graph.outputs[number]))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Exporters print progress, log what is not installed and warn about their own code; none of it is the user's."""
-    loggers = [logging.getLogger(name) for name in _LOUD]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _first_line(err: BaseException) -> str:

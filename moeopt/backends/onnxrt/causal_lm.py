@@ -33,10 +33,9 @@ from moeopt.backends.onnxrt.causal_mixers import find_mixers, stepping
 from moeopt.backends.onnxrt.causal_steps import replace_mixers
 from moeopt.errors import Declined
 from moeopt.onnxgraph.complex import through_real_views
-from moeopt.onnxgraph.export import emitting, quiet
-from moeopt.onnxgraph.quick_match import rules_by_their_last_op
-from moeopt.onnxgraph.quick_registry import one_registry
+from moeopt.onnxgraph.export import emitting
 from moeopt.onnxgraph.site import Site
+from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 
 PAST = "past_key_values"
 CACHE = f"{PAST}.layers"
@@ -97,13 +96,14 @@ def export_causal_lm(
     in_place = cache_left_in_place() if provider == "cpu" else contextlib.nullcontext()
     mixers = []
     if any(name.startswith("recurrent") for layer in sample[PAST].layers for name in parts_of(layer)):
-        with _hushed(), _sdpa_or_eager(model):
+        with quiet(), _sdpa_or_eager(model):
             mixers = find_mixers(model, lambda cache: model(**{**sample, PAST: cache}), sample[PAST], (B, S))
     if mixers and provider == "tensorrt":
         raise Declined(f"{mixers[0].name} keeps a recurrent state, for which a TensorRT engine has no form here")
     with (
+        one_trace,
         emitting(model) as sites,
-        _hushed(),
+        quiet(),
         _sdpa_or_eager(model),
         rules_by_their_last_op(),
         one_registry(),
@@ -316,21 +316,6 @@ def _dtype(value: Any) -> str:
     from onnx_ir.tensor_adapters import to_torch_dtype
 
     return str(to_torch_dtype(value.dtype)).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """The exporter's notes on versions and dynamic axes are for its developers."""
-    import logging
-
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with quiet():
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextlib.contextmanager

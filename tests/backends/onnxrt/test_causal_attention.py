@@ -58,12 +58,14 @@ def calls(monkeypatch):
     taken = []
     monkeypatch.setattr(causal_attention, "grouped_attention", lambda *args: taken.append("grouped") or (None, None))
     with cache_left_in_place():
-        ours = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
     def call(query, key, value, mask, **options):
         taken.clear()
-        result, _ = ours(Module(query.shape[1] // key.shape[1]), query, key, value, mask, **options)
+        with cache_left_in_place():
+            ours = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            result, _ = ours(Module(query.shape[1] // key.shape[1]), query, key, value, mask, **options)
         return "grouped" if taken else result
 
     return call
