@@ -1,4 +1,8 @@
-"""The commands themselves: read the words, call ``moeopt.api``, print, and set the exit code."""
+"""The commands themselves: read the words, call ``moeopt.api``, print, and set the exit code.
+
+What needs torch is imported by the command that needs it, after the words were checked: help, the version and a
+mistyped path shall not wait for seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,35 @@ from typing import Annotated, Any
 
 import typer
 
-from moeopt.cli.about import bundle_facts, machine_facts, print_facts
+import moeopt
 from moeopt.cli.inspect_command import inspect_command
-from moeopt.cli.measured import figures
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.target import FORMS, load_target
-from moeopt.cli.verify_against import verify_against
 from moeopt.errors import UsageError
 from moeopt.html import check_target
 
 app = typer.Typer(
-    help="Find the MoE blocks of a model, rewrite them into grouped-expert ops, and verify the result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moeopt {moeopt.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", help="print the version and stop", callback=_print_version, is_eager=True)
+]
+
+
+@app.callback()
+def every_command(version: Version = False) -> None:
+    """Find the MoE blocks of a model, rewrite them into grouped-expert ops, and verify the result."""
+
 
 app.command("inspect")(inspect_command)
 app.command("profile")(profile_command)
@@ -72,6 +90,8 @@ def optimize(
     if out is not None:
         optimized.save(out)
     if html is not None:
+        from moeopt.cli.measured import figures
+
         optimized.report.to_html(html, **(figures(model, optimized) if measure else {}))
     if as_json:
         certificate = json.loads(optimized.certificate.to_json())
@@ -127,6 +147,8 @@ def verify(
     if against is not None:
         if original is not None:
             raise UsageError("--against compares a bundle with its past, --original with a model: give one of them")
+        from moeopt.cli.verify_against import verify_against
+
         _say_unless(quiet, f"verify: {bundle} against {against}")
         _exit(verify_against(bundle, provider, against, as_json), f"not equivalent, or worse than {against}")
         return
@@ -148,6 +170,8 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """What this machine can run, or what a bundle holds."""
+    from moeopt.cli.about import bundle_facts, machine_facts, print_facts
+
     facts = machine_facts() if bundle is None else bundle_facts(bundle)
     if as_json:
         _print_json(facts)
