@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -468,7 +469,7 @@ def draws_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     return True
 
 
-_TORCH_DIRS = (torch.__path__[0], str(__file__).rsplit("/", 1)[0])
+_NOT_THE_USERS = (torch.__path__[0], str(Path(__file__).parents[1]))
 
 
 def _user_line() -> str:
@@ -476,7 +477,7 @@ def _user_line() -> str:
     frame: Any = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_TORCH_DIRS) and not name.startswith("<"):
+        if not name.startswith(_NOT_THE_USERS) and not name.startswith("<"):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
