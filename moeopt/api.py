@@ -23,7 +23,7 @@ from moeopt.compare.language import find_ids
 from moeopt.compare.model import EndToEnd, end_to_end, run_plain
 from moeopt.drive.collector import fewer_collections
 from moeopt.drive.gradients import check_gradients
-from moeopt.drive.inputs import Call, as_call, made_up
+from moeopt.drive.inputs import Call, as_call, in_order, made_up
 from moeopt.drive.picture import picture
 from moeopt.drive.share import shared_copy
 from moeopt.engine import (
@@ -47,16 +47,19 @@ from moeopt.engine.onnx_golden import other_sizes
 from moeopt.engine.onnx_pieces import causal_calls
 from moeopt.engine.onnx_routing import count_ids
 from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
+from moeopt.engine.plain import open_dataclasses
 from moeopt.engine.program import export_program
 from moeopt.engine.trt_build import TrtBuilt, build_trt
 from moeopt.engine.trt_plan import EnginePlan, most_tokens, trt_plan
-from moeopt.errors import CaptureError, NotEquivalentError, UsageError
+from moeopt.errors import CaptureError, NotEquivalentError, NotSaveableError, UsageError
+from moeopt.ir.surprise import surprises
 from moeopt.ir.tape import clone_inputs
 from moeopt.options import Options
 from moeopt.report import BlockReport, Report
 from moeopt.rewrite.program import install, rewritten_forward, uninstall
 
 BACKENDS = ("torch", "onnxruntime", "tensorrt")
+_REPORT = "keep the live model of backend='torch', or report this with the model's code"
 
 
 class Optimized:
@@ -120,10 +123,15 @@ class Optimized:
         Raises:
             NotSaveableError: the model cannot be exported; the message names the op in the way.
         """
-        args, kwargs = self._call
         if self._built is not None:
             save: Any = save_trt_bundle if isinstance(self._built, TrtBuilt) else save_onnx_bundle
-            return save(self.model, self._built, directory, self.report, self.certificate, self._call, self._source)
+            with open_dataclasses(self._call), surprises("saving the engine", _REPORT, NotSaveableError):
+                return save(self.model, self._built, directory, self.report, self.certificate, self._call, self._source)
+        with open_dataclasses(self._call), surprises("saving the model", _REPORT, NotSaveableError):
+            return self._save_program(directory)
+
+    def _save_program(self, directory: str | os.PathLike[str]) -> Path:
+        args, kwargs = self._call
         program = export_program(self.model, args, kwargs)
         copied = clone_inputs(self._call)  # a forward may write into its arguments
         with torch.no_grad():
@@ -202,14 +210,15 @@ def optimize(
         if chosen.device is None and _runs_on_gpu(plan):  # the original is compared where the engine runs
             chosen = dataclasses.replace(chosen, device=torch.device("cuda"))
     source = _without_rewrites(_as_model(model), chosen.inplace)
-    call = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
+    call = made_up(source, chosen.seed) if example_inputs is None else in_order(source, as_call(example_inputs))
     if chosen.device is not None or chosen.dtype is not None:
         source = source if chosen.inplace else copy.deepcopy(source)
         source = source.to(device=chosen.device, dtype=chosen.dtype)
         call = _moved(call, chosen)
     twin = shared_copy(source)
     if plan is not None:
-        return _engine(source, twin, call, chosen, plan)
+        with open_dataclasses(call):
+            return _engine(source, twin, call, chosen, plan)
     outcome = pipeline.run(twin, call, chosen)
     if chosen.verify != "off":
         check_gradients(twin, outcome.rewrites, outcome.calls)

@@ -27,12 +27,16 @@ from moeopt.engine.onnx_sites import ENDS, describe
 from moeopt.engine.program import export_program, roomier
 from moeopt.engine.signature import describe_call, functional
 from moeopt.errors import Declined, NotSaveableError, UsageError
+from moeopt.ir.surprise import surprises
 from moeopt.onnxgraph.assemble import replace_sites
 from moeopt.onnxgraph.export import emitting, own_outputs, quiet, to_onnx
 from moeopt.onnxgraph.plan import BlockPlan, kind
 from moeopt.onnxgraph.site import DOMAIN, OP
 from moeopt.onnxgraph.widen import widen_graph
 from moeopt.options import Options
+
+
+INSTEAD = "write that line of the model with other ops, use backend='torch', or report this with the model's code"
 
 
 @dataclass
@@ -89,6 +93,13 @@ def build_onnx(
     Raises:
         NotSaveableError: torch.export or ONNX cannot hold the model; the message names what is in the way.
     """
+    with surprises(f"writing {type(model).__name__} as an ONNX graph", INSTEAD, NotSaveableError):
+        return _build(model, args, kwargs, plan, say)
+
+
+def _build(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, say: Callable[[str], None]
+) -> Built:
     started = time.perf_counter()
     if is_causal_lm(model):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import re
 import warnings
@@ -16,6 +17,7 @@ from moeopt.engine import sizes
 from moeopt.engine.asked import questions
 from moeopt.engine.conditions import encode_conditions, only_asked
 from moeopt.engine.graph import input_entry, tree_of
+from moeopt.engine.tree import field_names
 from moeopt.engine.values import encode
 from moeopt.errors import NotSaveableError
 
@@ -92,20 +94,31 @@ def _symbols(program: torch.export.ExportedProgram) -> dict[str, str]:
 
 
 def numbered(program: torch.export.ExportedProgram) -> dict[str, Any]:
-    """The arguments by name, each leaf its number; an object (a cache) is the list of its leaves."""
+    """The arguments by name, each leaf its number; an object with no named fields (a cache) is the list of its leaves.
+
+    Of ``*xs``, which export names ``xs_0``, ``xs_1``, the parts are found as ``xs`` too.
+    """
     count = itertools.count()
 
     def walk(spec: pytree.TreeSpec) -> Any:
         if spec.is_leaf():
             return next(count)
         parts = [walk(child) for child in spec.children()]
-        if spec.type is dict:
+        if spec.type in (dict, collections.OrderedDict):
             return dict(zip(spec.context, parts, strict=True))
+        if spec.type is collections.defaultdict:  # its context is the factory and the keys
+            return dict(zip(spec.context[1], parts, strict=True))
+        if (names := field_names(spec)) is not None:
+            return collections.namedtuple("Leaves", names, rename=True)(*parts)
         return tuple(parts) if spec.type is tuple else parts
 
     args, kwargs = walk(program.call_spec.in_spec)
     names = program.module_call_graph[0].signature.forward_arg_names or []
-    return dict(zip(names, args, strict=False)) | kwargs
+    starred: dict[str, Any] = {}
+    for name, part in zip(names, args, strict=False):
+        if of_star := re.fullmatch(r"(\w+)_(\d+)", name):
+            starred.setdefault(of_star[1], {})[int(of_star[2])] = part
+    return starred | dict(zip(names, args, strict=False)) | kwargs
 
 
 def _outputs(program: torch.export.ExportedProgram) -> list[dict[str, Any]]:
