@@ -21,6 +21,7 @@ from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, 
 from moeopt.engine.folder import TemporaryFolder
 from moeopt.engine.manifest import version
 from moeopt.engine.onnx_causal import add_conditions, flat_signature
+from moeopt.engine.onnx_guards import guard_sizes
 from moeopt.engine.onnx_names import name_ends
 from moeopt.engine.onnx_probe import BLOCK, make_probe
 from moeopt.engine.onnx_sites import ENDS, describe
@@ -34,7 +35,6 @@ from moeopt.onnxgraph.plan import BlockPlan, kind
 from moeopt.onnxgraph.site import DOMAIN, OP
 from moeopt.onnxgraph.widen import widen_graph
 from moeopt.options import Options
-
 
 INSTEAD = "write that line of the model with other ops, use backend='torch', or report this with the model's code"
 
@@ -185,6 +185,7 @@ def write_graph(
     say(f"lowering {len(sites)} expert blocks")
     if plan.provider == "cpu":
         widen_graph(model)
+    guard_sizes(model, signature, doubles="tensorrt" not in plan.provider)
     legal = [plan.legal(site) for site in sites]
     calls = {
         n.attributes["site"].as_int(): (*n.inputs, n.outputs[0])

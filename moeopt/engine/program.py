@@ -176,10 +176,10 @@ def _odd_argument(bound: dict[str, Any], err: Exception) -> str:
         return ""
     for path, leaf in pytree.tree_flatten_with_path(bound)[0]:
         if not isinstance(leaf, (torch.Tensor, bool, int, float, complex, str, type(None))):
-            name = f"{path[0].key}{pytree.keystr(path[1:])}"
+            name = pytree.keystr(path).replace("'", "").lstrip("[").replace("]", "", 1)
             return (
-                f"its argument {name} is a {type(leaf).__qualname__} ({leaf!r:.60}), and a graph takes tensors, numbers "
-                "and text: leave it out so that its default is used, set it in the model, or use backend='torch'"
+                f"its argument {name} is a {type(leaf).__qualname__} ({leaf!r:.60}), and a graph takes tensors, "
+                "numbers and text: leave it out so that its default is used, set it in the model, or use backend='torch'"
             )
     return ""
 

@@ -126,9 +126,8 @@ def check_tree(tree: Any, depth: int = 0) -> int:
         good = isinstance(keys, list) and len(keys) == len(tree["items"]) == len(set(map(str, keys)))
         good = good and all(isinstance(k, (str, int)) for k in keys)
         if kind in ("namedtuple", "fields"):
-            named = [*keys, *tree["none"]] if isinstance(tree.get("none"), list) else keys
-            good = good and all(isinstance(k, str) and _is_field(k) for k in named) and isinstance(tree.get("name"), str)
-            good = good and isinstance(tree.get("none", []), list)
+            good = good and isinstance(tree.get("name"), str) and isinstance(tree.get("none", []), list)
+            good = good and all(isinstance(k, str) and _is_field(k) for k in [*keys, *tree.get("none", [])])
         if good and kind == "namedtuple":
             good = tree["name"].isidentifier() and not keyword.iskeyword(tree["name"])
     elif kind not in ("tuple", "list"):
