@@ -11,18 +11,22 @@ from moeopt.engine.onnx_names import input_names
 
 
 def stated(signature: Mapping[str, Any]) -> tuple[list[Any], Callable[[int], str]]:
-    """The conditions of a signature that say more than its inputs' shapes, and what their leaves are called."""
+    """The conditions of a signature that say more than its inputs' shapes, and what their leaves are called.
+
+    A size that is a number there, and two sizes of one name, are declared.
+    """
     if KEY in signature:
         caller = signature[KEY]
         leaves = caller.get("condition_leaves", {})
         return list(caller.get("conditions", [])), lambda leaf: str(leaves[str(leaf)])
     entries, names = signature["inputs"], input_names(signature)
 
-    def declared(leaf: int, dim: int) -> bool:
-        return isinstance(entries[leaf]["shape"][dim], int)
+    def declared(condition: Any) -> bool:
+        dims = [entries[leaf]["shape"][dim] for leaf, dim in sizes_in(condition)]
+        alike = condition[0] == "==" and all(isinstance(s, list) and s[0] == "size" for s in condition[1:])
+        return all(isinstance(d, int) for d in dims) or (alike and isinstance(dims[0], str) and dims[0] == dims[1])
 
-    conditions = signature.get("conditions", [])
-    return [c for c in conditions if not all(declared(*at) for at in sizes_in(c))], lambda leaf: names[leaf]
+    return [c for c in signature.get("conditions", []) if not declared(c)], lambda leaf: names[leaf]
 
 
 def sentences(signature: Mapping[str, Any]) -> list[str]:

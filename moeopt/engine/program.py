@@ -179,7 +179,7 @@ def _odd_argument(bound: dict[str, Any], err: Exception) -> str:
             name = pytree.keystr(path).replace("'", "").lstrip("[").replace("]", "", 1)
             return (
                 f"its argument {name} is a {type(leaf).__qualname__} ({leaf!r:.60}), and a graph takes tensors, "
-                "numbers and text: leave it out so that its default is used, set it in the model, or use backend='torch'"
+                "numbers and text: leave it out so that its default holds, set it in the model, or use backend='torch'"
             )
     return ""
 

@@ -175,3 +175,4 @@ def test_what_every_call_must_meet_is_no_news():
 def test_a_fixed_size_is_said_by_the_inputs_already():
     stated = signature([["==", A, 4]], names=(4, "s1"))
     assert sentences(stated) == []
+    assert sentences(signature([["==", A, B]], names=("s0", "s0"))) == []

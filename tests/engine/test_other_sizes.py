@@ -46,7 +46,7 @@ def test_sizes_that_an_engine_does_not_hold_for_are_told_and_near_ones_tried():
 
 
 class PerToken(nn.Module):
-    """The second input is an id for each token; the model's own loop also runs with fewer ids, and leaves tokens out."""
+    """The second input is an id for each token; the model's own loop runs with fewer too, and leaves tokens out."""
 
     def __init__(self):
         super().__init__()
