@@ -64,7 +64,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
         raise NotSaveableError(
             f"{type(model).__name__} cannot be saved: "
-            f"{_hidden_child(model, err) or _odd_argument(bound, err) or _obstacle(err)}"
+            f"{_hidden_child(model, err) or _made_for_inference(model) or _odd_argument(bound, err) or _obstacle(err)}"
         ) from err
     finally:
         counted = _restore(model, before)
@@ -168,6 +168,17 @@ def _hidden_child(model: nn.Module, err: Exception) -> str:
                     "torch.export stops at it: give it another name, or use backend='torch'"
                 )
     return ""
+
+
+def _made_for_inference(model: nn.Module) -> str:
+    """In words, the weight that torch cannot trace outside inference mode, for it was made inside; or ""."""
+    name = next((name for name, weight in model.named_parameters() if weight.is_inference()), None)
+    if name is None or torch.is_inference_mode_enabled():
+        return ""
+    return (
+        f"{name} was made under torch.inference_mode(), and torch traces such weights there only: make the model "
+        "outside it, or call moeopt inside it too"
+    )
 
 
 def _odd_argument(bound: dict[str, Any], err: Exception) -> str:

@@ -176,6 +176,20 @@ def test_an_argument_that_no_graph_takes_is_named(backend, tmp_path):
         moeopt.optimize(Model(with_dtype).eval(), call, backend=backend, verify="fast").save(tmp_path / "bundle")
 
 
+def test_weights_that_were_made_in_inference_mode():
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        model, x = Model(optional).eval(), torch.randn(B, T, D)
+        engine = moeopt.optimize(model, x, backend="onnxruntime", verify="fast")
+    with torch.no_grad():
+        assert_equal(moeopt.optimize(model, x, verify="fast")(x), model(x))
+        assert_equal(engine(x), model(x))
+    with pytest.raises(
+        NotSaveableError, match="block.router.weight was made under torch.inference_mode.*inside it too"
+    ):
+        moeopt.optimize(model, x, backend="onnxruntime", verify="fast")
+
+
 @pytest.mark.parametrize(
     ("backend", "where"),
     [

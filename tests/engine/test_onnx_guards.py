@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
+from moeopt.cli.about import bundle_facts
 from moeopt.engine.conditions import holds
 from moeopt.engine.holds import notes_on_sizes, sentences
 from moeopt.engine.onnx_guards import HOLDS, guard_sizes
@@ -136,6 +137,7 @@ def test_report_certificate_and_bundle_say_which_sizes_an_engine_holds_for(froze
         assert any(f"the engine holds for calls where {SAID}, as in the example call" in note for note in notes)
     assert moeopt.load(path).manifest.data["holds"] == [SAID]
     assert ir.load(path / "model.onnx").metadata_props[HOLDS] == SAID
+    assert bundle_facts(path)["holds where"] == [SAID]
     left_out = f"not compared in the sizes (5, 11, 8) and (1, 1, 8): the engine holds only where {SAID}"
     assert left_out in engine.certificate.end_to_end.notes
 
