@@ -22,7 +22,7 @@ from moeopt.compare.certificate import Certificate
 from moeopt.compare.language import find_ids
 from moeopt.compare.model import EndToEnd, end_to_end, run_plain
 from moeopt.drive.gradients import check_gradients
-from moeopt.drive.inputs import Call, as_call, made_up
+from moeopt.drive.inputs import Call, as_call, in_order, made_up
 from moeopt.drive.picture import picture
 from moeopt.drive.share import shared_copy
 from moeopt.engine import (
@@ -40,16 +40,19 @@ from moeopt.engine import (
     save_trt_bundle,
     verify_torch_bundle,
 )
+from moeopt.engine.holds import notes_on_sizes
 from moeopt.engine.onnx_build import Built, build_onnx, onnx_plan
 from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
-from moeopt.engine.onnx_golden import other_sizes
 from moeopt.engine.onnx_pieces import causal_calls
 from moeopt.engine.onnx_routing import count_ids
 from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
+from moeopt.engine.other_sizes import sizes_to_try
+from moeopt.engine.plain import open_dataclasses
 from moeopt.engine.program import export_program
 from moeopt.engine.trt_build import TrtBuilt, build_trt
 from moeopt.engine.trt_plan import EnginePlan, most_tokens, trt_plan
-from moeopt.errors import CaptureError, NotEquivalentError, UsageError
+from moeopt.errors import CaptureError, NotEquivalentError, NotSaveableError, UsageError
+from moeopt.ir.surprise import surprises, told
 from moeopt.ir.tape import clone_inputs
 from moeopt.options import Options
 from moeopt.patches import fewer_collections
@@ -57,6 +60,7 @@ from moeopt.report import BlockReport, Report
 from moeopt.rewrite.program import install, rewritten_forward, uninstall
 
 BACKENDS = ("torch", "onnxruntime", "tensorrt")
+_REPORT = "keep the live model of backend='torch', or report this with the model's code"
 
 
 class Optimized:
@@ -120,10 +124,15 @@ class Optimized:
         Raises:
             NotSaveableError: the model cannot be exported; the message names the op in the way.
         """
-        args, kwargs = self._call
         if self._built is not None:
             save: Any = save_trt_bundle if isinstance(self._built, TrtBuilt) else save_onnx_bundle
-            return save(self.model, self._built, directory, self.report, self.certificate, self._call, self._source)
+            with open_dataclasses(self._call), surprises("saving the engine", _REPORT, NotSaveableError):
+                return save(self.model, self._built, directory, self.report, self.certificate, self._call, self._source)
+        with open_dataclasses(self._call), surprises("saving the model", _REPORT, NotSaveableError):
+            return self._save_program(directory)
+
+    def _save_program(self, directory: str | os.PathLike[str]) -> Path:
+        args, kwargs = self._call
         program = export_program(self.model, args, kwargs)
         copied = clone_inputs(self._call)  # a forward may write into its arguments
         with torch.no_grad():
@@ -202,14 +211,15 @@ def optimize(
         if chosen.device is None and _runs_on_gpu(plan):  # the original is compared where the engine runs
             chosen = dataclasses.replace(chosen, device=torch.device("cuda"))
     source = _without_rewrites(_as_model(model), chosen.inplace)
-    call = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
+    call = made_up(source, chosen.seed) if example_inputs is None else in_order(source, as_call(example_inputs))
     if chosen.device is not None or chosen.dtype is not None:
         source = source if chosen.inplace else copy.deepcopy(source)
         source = source.to(device=chosen.device, dtype=chosen.dtype)
         call = _moved(call, chosen)
     twin = shared_copy(source)
     if plan is not None:
-        return _engine(source, twin, call, chosen, plan)
+        with open_dataclasses(call):
+            return _engine(source, twin, call, chosen, plan)
     outcome = pipeline.run(twin, call, chosen)
     if chosen.verify != "off":
         check_gradients(twin, outcome.rewrites, outcome.calls)
@@ -281,14 +291,14 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
         executed=runner is engine,
         device=device,
         dtype=str(first.dtype).removeprefix("torch.") if first is not None else "",
-        notes=list(plan.notes),
+        notes=[*plan.notes, *notes_on_sizes(form.signature)],
     )
     blocks = [
         dataclasses.replace(b, lowering=_lowering(b, built)) if b.status == "rewritten" else b for b in outcome.blocks
     ]
     backend = "tensorrt" if isinstance(plan, EnginePlan) else "onnxruntime"
     report = _report(source, blocks, backend, outcome, certificate)
-    report = dataclasses.replace(report, notes=(*report.notes, *notes))
+    report = dataclasses.replace(report, notes=(*report.notes, *notes, *notes_on_sizes(form.signature)))
     return Optimized(engine, report, certificate, call, fingerprint(source), built)
 
 
@@ -310,27 +320,32 @@ def _compare_engine(
     noise = [*_weighted(source), *outcome.rewrites]  # the runtime computes every op anew, so each may round
     narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in source.parameters())
     runs: list[tuple[str, Call, Callable[..., Any]]] = [("", (args, kwargs), engine)]
+    left_out: list[str] = []
     if options.verify == "strict" and not narrow:
         ids = find_ids(args, kwargs)
         if engine.causal_lm is None:
-            runs += [("another size", one, engine) for one in other_sizes(engine.signature, call) if engine.holds(one)]
+            others, left_out = sizes_to_try(engine.signature, call)
+            runs += [("another size", one, engine) for one in others if engine.holds(one)]
+            left_out += [
+                f"{_shapes(one)}: no profile of the engine holds them" for one in others if not engine.holds(one)
+            ]
         elif ids is not None:
             runs += [(what, ((), one), form) for what, one, form in causal_calls(engine.causal_lm, kwargs, ids)]
     verdicts = []
     for what, one, form in runs:
         try:
             run_plain(source, *one)
-        except Exception:
+        except Exception as err:
             if not what:
                 raise
-            continue  # a size that the model itself cannot take
+            left_out.append(f"{_shapes(one)}: the model itself does not take them ({told(err)})")
+            continue
         steps = 0 if what else 8
         verdict = end_to_end(source, form, *one, noise_blocks=noise, seed=options.seed, greedy_steps=steps)
         verdicts.append((what, one, verdict))
     first_of = ""
     for what, one, verdict in verdicts:
         if not verdict.passed:
-            sizes = [tuple(t.shape) for t in torch.utils._pytree.tree_leaves(one) if isinstance(t, torch.Tensor)]
             with contextlib.suppress(Exception):
                 first_of = _ids(twin, engine, built, one)[2]
             way_out = "use backend='torch', or report this with the model's code"
@@ -338,7 +353,7 @@ def _compare_engine(
                 way_out = "the model is in training mode, and may be random there: call model.eval() and optimise again"
             raise NotEquivalentError(
                 f"the {engine.runtime} engine of {type(source).__name__} is not equivalent and was not kept: "
-                f"{verdict.reason} (inputs of sizes {', '.join(map(str, sizes))}"
+                f"{verdict.reason} (inputs of sizes {_shapes(one)}"
                 f"{', ' + what if what.startswith('through') else ''}"
                 f"{f'; the first other choice of experts: {first_of}' if first_of else ''}); {way_out}"
             )
@@ -355,7 +370,17 @@ def _compare_engine(
         first.notes.append(f"equal in {len(also)} other sizes too")
     elif also:
         first.notes.append(f"equal with {', '.join(also)} too")
+    first.notes += [f"not compared in the sizes {line}" for line in left_out]
+    if narrow and options.verify == "strict":
+        first.notes.append(
+            "compared end to end in no other size: 16-bit routers tie often; blocks were, each by itself"
+        )
     return first
+
+
+def _shapes(call: Call) -> str:
+    leaves = torch.utils._pytree.tree_leaves(call)
+    return ", ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def _ids(twin: nn.Module, engine: GraphEngine, built: Built, call: Call) -> tuple[int, int, str]:

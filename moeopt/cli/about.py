@@ -13,7 +13,7 @@ import torch
 from moeopt.engine import read_manifest
 
 RUNTIMES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13")
-_LISTS = ("inputs", "lowerings", "blocks", "profiles")
+_LISTS = ("inputs", "holds where", "lowerings", "blocks", "profiles")
 """Facts that take a line each."""
 
 
@@ -47,6 +47,7 @@ def bundle_facts(directory: Path) -> dict[str, Any]:
         "takes": signature.get("parameters", []),
         "inputs": [_told(entry) for entry in signature.get("inputs", [])],
         "sizes": data.get("dynamic", {}),
+        **({"holds where": data["holds"]} if data.get("holds") else {}),
         "blocks": blocks,
         "golden runs": data.get("golden", {}).get("runs", 0),
         "bytes": sum(entry["bytes"] for entry in data["files"].values()),

@@ -114,7 +114,7 @@ def check_conditions(
 def holds(conditions: Sequence[Any], shapes: Callable[[int], Sequence[int]]) -> bool:
     """Whether sizes meet all ``conditions``."""
     try:
-        return all(_value(condition, shapes) for condition in conditions)
+        return all(value_of(condition, shapes) for condition in conditions)
     except (ArithmeticError, ValueError):
         return False
 
@@ -191,12 +191,13 @@ def _sizes(node: Any) -> bool:
     return isinstance(node, list) and (node[0] == "size" or any(_sizes(child) for child in node[1:]))
 
 
-def _value(node: Any, shapes: Callable[[int], Sequence[int]]) -> Any:
+def value_of(node: Any, shapes: Callable[[int], Sequence[int]]) -> Any:
+    """A number or a truth: what an expression over sizes is for a call whose leaf ``n`` has ``shapes(n)``."""
     if not isinstance(node, list):
         return node
     if node[0] == "size":
         return shapes(node[1])[node[2]]
-    return _MEANING[node[0]](*[_value(child, shapes) for child in node[1:]])
+    return _MEANING[node[0]](*[value_of(child, shapes) for child in node[1:]])
 
 
 def text_of(node: Any, name: Callable[[int], str]) -> str:
@@ -206,6 +207,10 @@ def text_of(node: Any, name: Callable[[int], str]) -> str:
     if node[0] == "size":
         return f"{name(node[1])}.shape[{node[2]}]"
     parts = [text_of(child, name) for child in node[1:]]
+    if node[0] == "and" and len(node) == 3 and [c[0] for c in node[1:] if isinstance(c, list)] == [">=", "<="]:
+        (_, what, low), (_, same, high) = node[1:]  # an interval, as its owner would say it
+        if what == same and not isinstance(low, list) and not isinstance(high, list):
+            return f"{text_of(what, name)} is {low} to {high}"
     if node[0] in _BINARY.values():
         inner = [
             f"({p})" if isinstance(c, list) and c[0] in _BINARY.values() else p

@@ -21,12 +21,14 @@ from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, 
 from moeopt.engine.folder import TemporaryFolder
 from moeopt.engine.manifest import version
 from moeopt.engine.onnx_causal import add_conditions, flat_signature
+from moeopt.engine.onnx_guards import guard_sizes
 from moeopt.engine.onnx_names import name_ends
 from moeopt.engine.onnx_probe import BLOCK, make_probe
 from moeopt.engine.onnx_sites import ENDS, describe
 from moeopt.engine.program import export_program, roomier
 from moeopt.engine.signature import describe_call, functional
 from moeopt.errors import Declined, NotSaveableError, UsageError
+from moeopt.ir.surprise import surprises
 from moeopt.onnxgraph.assemble import replace_sites
 from moeopt.onnxgraph.export import emitting, own_outputs, to_onnx
 from moeopt.onnxgraph.plan import BlockPlan, kind
@@ -34,6 +36,8 @@ from moeopt.onnxgraph.site import DOMAIN, OP
 from moeopt.onnxgraph.widen import widen_graph
 from moeopt.options import Options
 from moeopt.patches import quiet
+
+INSTEAD = "write that line of the model with other ops, use backend='torch', or report this with the model's code"
 
 
 @dataclass
@@ -90,6 +94,13 @@ def build_onnx(
     Raises:
         NotSaveableError: torch.export or ONNX cannot hold the model; the message names what is in the way.
     """
+    with surprises(f"writing {type(model).__name__} as an ONNX graph", INSTEAD, NotSaveableError):
+        return _build(model, args, kwargs, plan, say)
+
+
+def _build(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, say: Callable[[str], None]
+) -> Built:
     started = time.perf_counter()
     if is_causal_lm(model):
         try:
@@ -175,6 +186,7 @@ def write_graph(
     say(f"lowering {len(sites)} expert blocks")
     if plan.provider == "cpu":
         widen_graph(model)
+    guard_sizes(model, signature, doubles="tensorrt" not in plan.provider)
     legal = [plan.legal(site) for site in sites]
     calls = {
         n.attributes["site"].as_int(): (*n.inputs, n.outputs[0])

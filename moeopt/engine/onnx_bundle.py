@@ -23,14 +23,16 @@ from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, 
 from moeopt.compare.language import find_ids
 from moeopt.engine import golden as goldens
 from moeopt.engine import onnx_probe as probes
+from moeopt.engine.holds import sentences
 from moeopt.engine.manifest import Manifest, read_manifest, write_bundle
 from moeopt.engine.onnx_build import Built
 from moeopt.engine.onnx_causal import flat_calls
 from moeopt.engine.onnx_check import check_graph
 from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
-from moeopt.engine.onnx_golden import budget_of, golden_runs, other_sizes
+from moeopt.engine.onnx_golden import budget_of, golden_runs
 from moeopt.engine.onnx_selftest import Outcome, load_probes, self_test
 from moeopt.engine.onnx_target import AbsentEngine
+from moeopt.engine.other_sizes import other_sizes
 from moeopt.errors import BundleError, EngineNotExecutableError, NotEquivalentError, UsageError
 from moeopt.report import Report
 
@@ -79,6 +81,7 @@ def stated(signature: Mapping[str, Any], report: Report, source: Mapping[str, st
         "source": dict(source or {}),
         "signature": {k: signature[k] for k in ("parameters", "in_tree", "out_tree", "inputs")},
         "dynamic": signature["sizes"],
+        "holds": sentences(signature),
         "blocks": report.to_dict()["blocks"],
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 
 import moeopt.ops  # noqa: F401  registers moeopt::experts and moeopt::route, which graphs call
+from moeopt.compare.certificate import Certificate
 from moeopt.engine import golden as goldens
 from moeopt.engine.graph import write_graph
+from moeopt.engine.holds import notes_on_sizes, sentences
 from moeopt.engine.manifest import Manifest, read_manifest, write_bundle
 from moeopt.engine.runner import Runner
 from moeopt.engine.signature import size_conditions
@@ -55,6 +58,8 @@ def save_torch_bundle(
         raise UsageError(f"{len(golden_inputs)} golden inputs and {len(golden_outputs)} outputs: give one for each")
     graph, tensors = write_graph(program)
     graph["conditions"] = size_conditions(program)
+    if isinstance(certificate, Certificate):
+        certificate = dataclasses.replace(certificate, notes=[*certificate.notes, *notes_on_sizes(graph)])
     blocks, graph["views"] = pack(tensors)
     runs = [
         goldens.golden_run(args, kwargs, out) for (args, kwargs), out in zip(golden_inputs, golden_outputs, strict=True)
@@ -64,6 +69,7 @@ def save_torch_bundle(
         "device": _device_of(tensors, graph),
         "signature": {k: graph[k] for k in ("parameters", "in_tree", "out_tree", "inputs")},
         "dynamic": graph["sizes"],
+        "holds": sentences(graph),
         "blocks": report.to_dict()["blocks"],
         "golden": {"runs": len(runs), "distance": golden_distance},
     }

@@ -49,6 +49,7 @@ def emitting(model: nn.Module) -> Iterator[list[Site]]:
         name = name_of(bank)
         if name is None:
             return None
+        torch._check(ids.shape[0] == x.shape[0])  # a runtime would broadcast the choices of a single row
         router = routers[id(bank)]
         sites.append(Site(name, even(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
         y: Tensor = torch.onnx.ops.symbolic(

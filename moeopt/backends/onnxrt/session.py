@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,21 @@ _OPTIONS = {"cuda": {"use_tf32": "0"}}
 _ON_CPU = frozenset(
     ("Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Range", "Reshape", "Identity", "Constant")
     + ("ConstantOfShape", "Expand", "Cast", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Min", "Max", "ReduceProd")
-    + ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "And", "Or", "Not")
+    + (
+        "Floor",
+        "Ceil",
+        "Round",
+        "Sqrt",
+        "Equal",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+        "Where",
+        "And",
+        "Or",
+        "Not",
+    )
 )
 """What ONNX Runtime places on the CPU by choice: sizes and positions. CUDA has each of these for floats."""
 EXTERNAL_DATA = "model.onnx.data"
@@ -138,7 +153,11 @@ class Session:
         self._is_bool = [spec.type == "tensor(bool)" for spec in self.session.get_outputs()]
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The outputs in the graph's order, on memory that ONNX Runtime made for them. Inputs are read in place."""
+        """The outputs in the graph's order, on memory that ONNX Runtime made for them. Inputs are read in place.
+
+        Raises:
+            UsageError: ONNX Runtime stops in the graph; the message names the node.
+        """
         binding = self.session.io_binding()
         held = []
         for name in self.inputs:
@@ -159,12 +178,30 @@ class Session:
             binding.bind_output(name, self.device.type, self.device.index or 0)
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as err:  # ONNX Runtime's own, of many classes
+            given = ", ".join(f"{name} {tuple(inputs[name].shape)}" for name in self.inputs[:8])
+            raise UsageError(
+                f"ONNX Runtime stops {_where(err)}, with {given}: sizes or values that the graph does not take. "
+                "Compare with the example inputs, or run the original model on this call"
+            ) from err
         if self.device.type == "cuda":
             binding.synchronize_outputs()
         del held
         values = [torch.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
         return [v.view(torch.bool) if b else v for v, b in zip(values, self._is_bool, strict=True)]
+
+
+def _where(err: Exception) -> str:
+    """The node that a run stopped at, and what its kernel said."""
+    text = str(err)
+    node = re.search(r"running (\w+) node\. Name:'([^']*)'", text)
+    said = text.partition("Status Message:")[2] or text
+    said = re.sub(r"^.*?\.(?:h|cc|cpp):\d+ \S+(?: \S+\([^)]*\)| .*?\) )?", "", said.strip()).strip()
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    told = lines[0][:300] if lines else type(err).__name__
+    return f"at the node {node[2]!r} ({node[1]}): {told}" if node else f"({told})"
 
 
 def check_placement(session: Any, provider: str) -> None:

@@ -346,6 +346,11 @@ def test_a_branch_on_the_length_is_kept_as_a_condition():
     first = engine(ids[:, :16])
     with pytest.raises(UsageError, match="<= 16"):
         engine(ids[:, 16:17], past_key_values=first.past_key_values)
+    assert any("the engine holds for calls where" in n and "<= 16" in n for n in engine.certificate.notes)
+    unchecked = engine.model.causal_lm
+    unchecked._check = lambda feeds: None  # as a user of plain ONNX Runtime calls it
+    with pytest.raises(UsageError, match="at the node 'this engine holds only where .*<= 16' .Reshape."):
+        unchecked(ids)
 
 
 class OneTokenDiffers(torch.nn.Module):
