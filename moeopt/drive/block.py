@@ -173,7 +173,8 @@ def _program(
     routers = reader.routers(tapes[1:], founds[1:], founds[0])
     runs = [functools.partial(run_quietly, module, *c) for c in (calls[0], calls[2], calls[1])]
     reads = observe(module, plan.kept_modules, plan.attributes, runs)
-    program = Program(plan, banks, signature, guard, [r.spec for r in routers], frozen, reads=reads)
+    chosen = [f.frontier.per_token for f in founds[0]]
+    program = Program(plan, banks, signature, guard, [r.spec for r in routers], frozen, reads=reads, per_token=chosen)
     return program, founds[0], routers, neutral
 
 

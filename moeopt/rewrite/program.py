@@ -47,7 +47,8 @@ class Program:
 
     ``routers`` has the router of each op where it was recognised, for runtimes that want to know its weights' signs.
     ``frozen`` has, by path in the block, the values of tensors that decided what the plan is and that it does not read;
-    ``reads`` what the block's code read outside its modules.
+    ``reads`` what the block's code read outside its modules; ``per_token`` how many experts a token has in each op,
+    None where that differs: the code between the ops may have turned that number into constants.
     """
 
     plan: Plan
@@ -58,6 +59,7 @@ class Program:
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: list[Fact] | None = None
     reads: Reads | None = None
+    per_token: list[int | None] = field(default_factory=list)
 
     def watch(self, module: nn.Module) -> Watch:
         """What was verified of ``module``'s own code, bound to it; the first module to ask is the verified one."""
@@ -186,6 +188,9 @@ def _run_experts(
     engine: RewrittenForward, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     bank, spec = engine.banks[index]
+    known = engine.program.per_token[index] if engine.program.per_token else None
+    if known is not None and ids.shape[-1] != known and not torch.compiler.is_compiling():
+        raise Stale(f"its router chose {ids.shape[-1]} experts for a token, and {known} when it was verified")
     return experts(x, ids, weights, bank, spec, engine.program.guard.skip_idle)
 
 
@@ -409,6 +414,6 @@ def watch_source(model: nn.Module, twin: nn.Module, values: bool) -> None:
     forwards = {p: f for p, m in twin.named_modules() if (f := rewritten_forward(m)) is not None}
     blocks = {path: f.program.reads for path, f in forwards.items() if f.program.reads is not None}
     if forwards:
-        source = Source(model, blocks, values)
+        source = Source(model, twin, blocks, values)
         for forward in forwards.values():
             forward.source = source

@@ -29,11 +29,12 @@ class _Module:
     """The structure of one module of the source: children, Parameters, buffers, hooks.
 
     Args:
+        twin: the same module of the twin; a change that both have is none.
         values: whether writes to its tensors count too, because the twin has copies of them.
     """
 
-    def __init__(self, path: str, module: nn.Module, values: bool) -> None:
-        self.path, self.values, self._module = path, values, weakref.ref(module)
+    def __init__(self, path: str, module: nn.Module, twin: nn.Module, values: bool) -> None:
+        self.path, self.twin, self.values, self._module = path, twin, values, weakref.ref(module)
         self._before = dict(self._facts())
 
     def _registries(self, module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
@@ -45,7 +46,7 @@ class _Module:
         module = self._module()
         if module is None:
             return
-        yield "the number of hooks", hook_count(module)
+        yield "the number of hooks", hook_count(module)  # a model's own code may set hooks at its first call
         for _, name, value in self._registries(module):
             yield name, value
             if self.values and name not in module._modules and value is not None and not value.is_inference():
@@ -65,9 +66,11 @@ class _Module:
         """What is another than it was; from now on that is how it should be."""
         now, before = dict(self._facts()), self._before
         self._before = now
+        also: dict[str, Any] = {name: value for _, name, value in self._registries(self.twin)}
+        also["the number of hooks"] = hook_count(self.twin)
         for what in (*before, *(w for w in now if w not in before)):
-            a, b = before.get(what, self), now.get(what, self)
-            if a is not b and not (type(a) is int and a == b):
+            a, b, c = before.get(what, self), now.get(what, self), also.get(what)
+            if a is not b and not (type(a) is int and b in (a, c)) and b is not c:
                 return f"{what} of {self.path or 'the model itself'}"
         return ""
 
@@ -163,15 +166,17 @@ class Source:
 
     Args:
         model: the source.
+        twin: its optimised copy.
         blocks: by path, what the code of each rewritten block reads.
         values: whether the twin has copies of the source's tensors.
     """
 
-    def __init__(self, model: nn.Module, blocks: Mapping[str, Reads], values: bool) -> None:
+    def __init__(self, model: nn.Module, twin: nn.Module, blocks: Mapping[str, Reads], values: bool) -> None:
         modules = list(model.named_modules())
+        others = dict(twin.named_modules())
         things: list[_Thing] = [_Block(path, model.get_submodule(path), reads) for path, reads in blocks.items()]
         self._turns: tuple[_Turns, ...] = (
-            _Turns([*things, *(_Module(path, module, values) for path, module in modules)], _TERMS),
+            _Turns([*things, *(_Module(path, module, others[path], values) for path, module in modules)], _TERMS),
             _Turns([_Code(path, module) for path, module in modules], _CODE_TERMS),
         )
         self._name, self._told, self._hooks = type(model).__name__, set[str](), RemovableHandle.next_id

@@ -14,7 +14,6 @@ import enum
 import functools
 import hashlib
 import importlib.util
-import os
 import sys
 import types
 import weakref
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from moeopt.options import variables
 from moeopt.rewrite.code import digest, filled, fingerprint, foreign, words
 from moeopt.rewrite.probe import Probe
 from moeopt.rewrite.ran import Ran
@@ -197,8 +197,8 @@ class Walk:
             self._note(place, "module", value.__name__)
             if not foreign(value.__name__):
                 self._named(place, value.__dict__)
-            elif value is os and self.names & {"environ", "getenv"}:
-                self._environment()
+            elif value.__name__ == "os":
+                self._variables()
         elif isinstance(value, weakref.ref):
             self._note(place, "reference", "")
             self.visit(f"{place}()", value())
@@ -309,13 +309,12 @@ class Walk:
         if type(value) not in (list, tuple):
             self._instance(place, value, note=False)
 
-    def _environment(self) -> None:
-        table = getattr(os.environ, "_data", {})  # what os.environ decodes at each access
-        self.probe.keys(table)
-        for name in sorted(self.names):
-            key = name.encode() if os.name != "nt" else name.upper()
-            if key in table:
-                self._link(self.probe, table, key, table[key], f"os.environ[{name!r}]")
+    def _variables(self) -> None:
+        table, keys = variables(self.names)
+        if table:
+            self.probe.keys(table)
+        for name, key in keys.items():
+            self._link(self.probe, table, key, table[key], f"the variable {name}")
 
     def _set(self, place: str, value: Any) -> None:
         short = len(value) <= _LONG or isinstance(value, bytearray)

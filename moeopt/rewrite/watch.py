@@ -217,8 +217,8 @@ class Watch:
         for key, watched in self._of.items():
             for one in watched:
                 one.compare(own[key])
-        different = "" if self._reads is None else self._compare(self._reads, shared, own)
-        self._reason = _first(self._shared) or different
+        self._read = "" if self._reads is None else self._compare(self._reads, shared, own)
+        self._reason = _first(self._shared)
         self._reasons = {key: _first(watched) for key, watched in self._of.items()}
         self._same, self._sames = shared.compiled(), {key: probe.compiled() for key, probe in own.items()}
 
@@ -239,17 +239,22 @@ class Watch:
             return self.gone
         if not holds(self._same):
             self._look()
-        return self._reason or (_first(self._frozen) if self._frozen else "")
+        if self._reason or self._read:
+            return self._reason or next(filter(None, self._reasons.values()), "") or self._read
+        return _first(self._frozen) if self._frozen else ""
 
     def expert(self, key: Any) -> str:
         """What changed in the modules of one expert."""
         if not holds(self._sames[key]):
             self._look()
-        return self._reasons[key] or self._reason
+        return self._reasons[key] or self._reason or self._read
 
     def everything(self) -> str:
-        """What changed anywhere."""
-        return self.shared() or next((r for r in map(self.expert, self._of) if r), "")
+        """What changed anywhere, in the modules first: what they are decides what their code reads."""
+        shared = self.shared()
+        for key in self._of:
+            self.expert(key)
+        return self._reason or next(filter(None, self._reasons.values()), "") or self._read or shared
 
 
 def _first(watched: Sequence[_Watched | Frozen]) -> str:
