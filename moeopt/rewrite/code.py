@@ -49,7 +49,9 @@ def words(code: types.CodeType) -> Words:
 
 
 def _read(code: types.CodeType) -> Words:
-    reads, imports, level, open_ = {}, [], 0, bool(_OPEN & {*code.co_names})
+    reads: dict[str, None] = {}
+    imports: list[tuple[int, str]] = []
+    level, open_ = 0, bool(_OPEN & {*code.co_names})
     asked, constant, computed = False, False, False
     for step in dis.get_instructions(code):
         name = step.opname

@@ -74,7 +74,7 @@ class Probe:
         self.add("{0} == {1}", value, copy)
 
     def tensor(self, tensor: torch.Tensor, small: bool) -> None:
-        """Nothing was written to ``tensor``; a small one is compared by value, as a write to ``.data`` is not counted."""
+        """Nothing was written to ``tensor``; a small one by value too, as a write to ``.data`` is not counted."""
         if not tensor.is_inference():
             self.add(f"{{0}}._version == {tensor._version}", tensor)
         if small:

@@ -60,7 +60,9 @@ class Reads:
             code: whether to follow classes and globals too.
         """
         walk = Walk(root, self, probe, called=frozenset(called))
-        modules = [(p, m) for p, m in root.named_modules() if not any(p == k or p.startswith(f"{k}.") for k in self.kept)]
+        modules = [
+            (p, m) for p, m in root.named_modules() if not any(p == k or p.startswith(f"{k}.") for k in self.kept)
+        ]
         for _, module in modules if code else ():
             walk.klass(type(module))
         for path, module in modules:
@@ -76,11 +78,17 @@ class Reads:
             if now is None:
                 return f"{place}, which its code reads, was removed"
             if now != (kind, text):
-                if kind in ("function", "class", "same", "own", "tensor", "array", "object") or now[0] != kind and not text:
+                if (
+                    kind in ("function", "class", "same", "own", "tensor", "array", "object")
+                    or now[0] != kind
+                    and not text
+                ):
                     return f"{place}, which its code reads, is not what was verified"
                 return f"{place}, which its code reads, is {_short(now)} and was {_short((kind, text))}"
         added = next((place for place in walk.entries if place not in self.entries), None)
-        return "" if added is None else f"{added}, which its code reads, is {_short(walk.entries[added])} and was absent"
+        return (
+            "" if added is None else f"{added}, which its code reads, is {_short(walk.entries[added])} and was absent"
+        )
 
 
 def _short(spelled: Spelled) -> str:
@@ -116,8 +124,8 @@ def observe(
     reads.whole = frozenset(walk.whole)
     if len(walk.entries) > MOST:
         raise Declined(
-            f"its code reads more than {MOST} values outside its modules (the last is {list(walk.entries)[-1]}), too many "
-            "to watch for changes; give it a table of its own, or a tensor"
+            f"its code reads more than {MOST} values outside its modules (the last is {list(walk.entries)[-1]}), too "
+            "many to watch for changes; give it a table of its own, or a tensor"
         )
     for run in runs[1:]:
         run()

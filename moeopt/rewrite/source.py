@@ -2,8 +2,9 @@
 
 The twin shares the source's Parameters, so values written to them show in both. What is done to the source's structure
 (another Parameter, ``load_state_dict(assign=True)``, hooks, parametrisations, replaced modules, another configuration)
-does not show in the twin. Each call of a rewritten block compares a part of the source with what it was, all of it within
-a few calls, and a :class:`StaleModelWarning` says once what changed. The source is held weakly: when it is gone, so is this.
+does not show in the twin. Each call of a rewritten block compares a part of the source with what it was, all of it in a
+few calls, and a :class:`StaleModelWarning` says once what changed. The source is held weakly: when it is gone, so is
+this.
 """
 
 from __future__ import annotations
@@ -25,6 +26,16 @@ _TERMS, _CODE_TERMS = 64, 6
 """Comparisons at one call, of structure and of code: together two microseconds."""
 
 
+def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._modules, module._parameters, module._buffers
+
+
+def _items(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    for registry in _registries(module):
+        for name, value in registry.items():
+            yield registry, name, value
+
+
 class _Module:
     """The structure of one module of the source: children, Parameters, buffers, hooks.
 
@@ -37,17 +48,12 @@ class _Module:
         self.path, self.twin, self.values, self._module = path, twin, values, weakref.ref(module)
         self._before = dict(self._facts())
 
-    def _registries(self, module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
-        for registry in (module._modules, module._parameters, module._buffers):
-            for name, value in registry.items():  # type: ignore[attr-defined]
-                yield registry, name, value  # type: ignore[misc]
-
     def _facts(self) -> Iterator[tuple[str, Any]]:
         module = self._module()
         if module is None:
             return
         yield "the number of hooks", hook_count(module)  # a model's own code may set hooks at its first call
-        for _, name, value in self._registries(module):
+        for _, name, value in _items(module):
             yield name, value
             if self.values and name not in module._modules and value is not None and not value.is_inference():
                 yield f"the values of {name}", value._version
@@ -57,7 +63,7 @@ class _Module:
         module = self._module()
         if module is None:
             return
-        for registry, name, value in self._registries(module):
+        for registry, name, value in _items(module):
             probe.item(registry, name, value)
             if self.values and name not in module._modules and value is not None:
                 probe.tensor(value, False)
@@ -66,7 +72,7 @@ class _Module:
         """What is another than it was; from now on that is how it should be."""
         now, before = dict(self._facts()), self._before
         self._before = now
-        also: dict[str, Any] = {name: value for _, name, value in self._registries(self.twin)}
+        also: dict[str, Any] = {name: value for _, name, value in _items(self.twin)}
         also["the number of hooks"] = hook_count(self.twin)
         for what in (*before, *(w for w in now if w not in before)):
             a, b, c = before.get(what, self), now.get(what, self), also.get(what)
@@ -76,15 +82,17 @@ class _Module:
 
 
 class _Code:
-    """The class of one module of the source, and whether it has a forward of its own."""
+    """The class of one module of the source, a forward of its own, and how many modules and tensors it holds."""
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path, self._module = path, weakref.ref(module)
         self._before = self._facts()
 
-    def _facts(self) -> tuple[type, int]:
+    def _facts(self) -> tuple[Any, ...]:
         module = self._module()
-        return type(module), id(None if module is None else module.__dict__.get("forward"))
+        if module is None:
+            return ()
+        return type(module), id(module.__dict__.get("forward")), *map(len, _registries(module))
 
     def arm(self, probe: Probe) -> None:
         """A term each; none that would hold the root."""
@@ -95,11 +103,13 @@ class _Code:
             probe.attribute(module, "__class__", type(module))
         if "forward" not in module.__dict__:
             probe.lacks(module.__dict__, "forward")
+        for registry in _registries(module):
+            probe.add(f"{{0}}({{1}}) == {len(registry)}" if registry else "not {1}", len, registry)
 
     def changed(self) -> str:
         """As that of ``_Module``."""
         before, self._before = self._before, self._facts()
-        return f"the code of {self.path or 'the model itself'}" if self._before != before else ""
+        return f"the code or the contents of {self.path or 'the model itself'}" if self._before != before else ""
 
 
 class _Block:
@@ -201,8 +211,8 @@ class Source:
         if reasons:
             more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
             warnings.warn(
-                f"the {self._name} that was optimised has changed since ({reasons[0]}{more}), and this optimised copy of "
-                "it has not: make the change on the optimised model's .model, or run moeopt.optimize again.",
+                f"the {self._name} that was optimised has changed since ({reasons[0]}{more}), and this optimised copy "
+                "of it has not: make the change on the optimised model's .model, or run moeopt.optimize again.",
                 StaleModelWarning,
                 stacklevel=5,
             )

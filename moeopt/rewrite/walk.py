@@ -46,7 +46,12 @@ _LEAVES = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), ra
 _TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 _BY_TEXT = ("decimal", "fractions", "datetime", "re", "pathlib", "uuid", "numpy")
 _MODULE = frozenset(nn.Module().__dict__)
-_BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType)
+_BUILTIN = (
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.GetSetDescriptorType,
+)
 
 
 def plain(value: Any) -> Spelled | None:
@@ -109,7 +114,7 @@ class Walk:
     # -- where it starts -----------------------------------------------------------------------------
 
     def module(self, path: str, module: nn.Module, written: set[str], probe: Probe) -> None:
-        """The attributes that a module of the block holds and that are not ``written``; ``probe`` gets the links to them."""
+        """The attributes of a module of the block but those ``written`` by it; ``probe`` gets the links to them."""
         held = module.__dict__
         for name in self._mentioned(held):
             if name not in written and name not in _MODULE and name not in ("forward", "_old_forward", "_hf_hook"):
@@ -178,7 +183,7 @@ class Walk:
         elif isinstance(value, types.FunctionType):
             self._function(place, value)
         elif isinstance(value, _BUILTIN):
-            self._note(place, "function", fingerprint(value))
+            self._note(place, "function", fingerprint(value))  # type: ignore[arg-type]
         elif isinstance(value, types.MethodType):
             self._note(place, "method", value.__func__.__qualname__)
             self.visit(place, value.__func__)
@@ -257,7 +262,7 @@ class Walk:
         self._globals(value.__globals__, words(value.__code__).globals)
 
     def klass(self, cls: type) -> None:
-        """The attributes of a class and its bases that the code names; those of Python's and PyTorch's stay as they are."""
+        """The attributes of a class and its bases that the code names; Python's and PyTorch's stay as they are."""
         for owner in cls.__mro__:
             place = owner.__qualname__
             while self._classes.get(place, owner) is not owner:  # two classes of one name

@@ -6,7 +6,6 @@ import enum
 import functools
 import os
 import types
-import weakref
 
 import numpy as np
 import torch
@@ -129,7 +128,9 @@ class Reader(Base):
         super().__init__()
         self.router = nn.Linear(H, 4)
         self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, H), nn.GELU(), nn.Linear(H, H)) for _ in range(4))
-        self.cfg = types.SimpleNamespace(top_k=2, moe=types.SimpleNamespace(scale=1.5, dtype=torch.float32), use_cache=True)
+        self.cfg = types.SimpleNamespace(
+            top_k=2, moe=types.SimpleNamespace(scale=1.5, dtype=torch.float32), use_cache=True
+        )
         self.data, self.slots, self.derived, self.policy = Data(), Slots(), Derived(), Policy()
         self.nested = {"moe": {"norm": Norm.SUM, "scales": [1.0, 0.5]}, "name": "moe"}
         self.ordered = collections.OrderedDict(a=1.0, b=2.0)

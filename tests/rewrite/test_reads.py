@@ -6,13 +6,10 @@ import pickle
 import sys
 import types
 import warnings
-import weakref
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn.utils import parametrize
 
 import moeopt
 from moeopt.errors import StaleModelWarning
@@ -102,7 +99,10 @@ INSIDE = {
     "partial replaced": attribute("act", functools.partial(torch.mul, other=3.0)),
     "keywords of a partial": lambda m, patch: patch.setitem(m.act.keywords, "other", 4.0),
     "key of a table": attribute("kind", "sharp"),
-    "name of an attribute": lambda m, patch: (element("names", 0, "size")(m, patch), patch.setattr(m.data, "size", 2.0)),
+    "name of an attribute": lambda m, patch: (
+        element("names", 0, "size")(m, patch),
+        patch.setattr(m.data, "size", 2.0),
+    ),
     "object in a tuple": lambda m, patch: patch.setattr(m.pair[1], "scale", 3.0),
     "NumPy number": attribute("number", np.float32(3.0)),
     "method on the instance": attribute("weigh", lambda: flat),
@@ -127,7 +127,9 @@ OUTSIDE = {
     "global object replaced": elsewhere(readers, "SHARED", types.SimpleNamespace(scale=3.0, step=0)),
     "function table": elsewhere(readers.TABLE, "plain", flat),
     "global function": elsewhere(readers, "scaled", lambda w: w),
-    "code of a function": elsewhere(readers.scaled, "__code__", (lambda w, by=1.5, *, more=0.75, parts=0: w * 9).__code__),
+    "code of a function": elsewhere(
+        readers.scaled, "__code__", (lambda w, by=1.5, *, more=0.75, parts=0: w * 9).__code__
+    ),
     "below a decorator": elsewhere(readers.wrapped.__wrapped__, "__code__", (lambda w: w * 9).__code__),
     "decorated function": elsewhere(readers, "wrapped", readers.decorated(lambda w: w * 3)),
     "default": elsewhere(readers.scaled, "__defaults__", (9.0,)),
