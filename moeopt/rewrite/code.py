@@ -128,6 +128,11 @@ def filled(cell: Any) -> bool:
     return True
 
 
+def installed(code: types.CodeType) -> bool:
+    """Whether a function is an installed package's: it may be replaced, but nobody writes into it."""
+    return "site-packages" in code.co_filename
+
+
 def foreign(name: str) -> bool:
     """Whether a module is Python's, PyTorch's or ours: what it holds is not the user's to change."""
     top = name.partition(".")[0]

@@ -414,6 +414,6 @@ def watch_source(model: nn.Module, twin: nn.Module, values: bool) -> None:
     forwards = {p: f for p, m in twin.named_modules() if (f := rewritten_forward(m)) is not None}
     blocks = {path: f.program.reads for path, f in forwards.items() if f.program.reads is not None}
     if forwards:
-        source = Source(model, twin, blocks, values)
+        source = Source(model, twin, blocks, values, max(f.watch.cost for f in forwards.values()))
         for forward in forwards.values():
             forward.source = source

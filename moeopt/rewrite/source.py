@@ -22,8 +22,8 @@ from moeopt.rewrite.probe import Probe, holds
 from moeopt.rewrite.reads import Reads
 from moeopt.rewrite.watch import hook_count
 
-_TERMS, _CODE_TERMS = 64, 6
-"""Comparisons at one call, of structure and of code: together two microseconds."""
+_CALL, _LEAST, _CODE = 2000, 300, 60
+"""Nanoseconds that all comparisons of one call may take, those of the source's structure at least, and of its code."""
 
 
 def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
@@ -63,8 +63,10 @@ class _Module:
         module = self._module()
         if module is None:
             return
+        probe.entries(module._modules)  # type: ignore[arg-type]
         for registry, name, value in _items(module):
-            probe.item(registry, name, value)
+            if registry is not module._modules:
+                probe.item(registry, name, value)
             if self.values and name not in module._modules and value is not None:
                 probe.tensor(value, False)
 
@@ -141,7 +143,7 @@ _Thing = _Module | _Code | _Block
 
 
 class _Turns:
-    """Things to compare, in parts of about ``most`` terms, one part at a call."""
+    """Things to compare, in parts of about ``most`` nanoseconds, one part at a call."""
 
     def __init__(self, things: list[_Thing], most: int) -> None:
         self.parts: list[list[_Thing]] = []
@@ -151,7 +153,7 @@ class _Turns:
         for index, thing in enumerate(things):
             some.append(thing)
             probe = _armed(some)
-            if len(probe) >= most or index + 1 == len(things):
+            if probe.cost >= most or index + 1 == len(things):
                 self.parts.append(some)
                 self.sames.append(probe.compiled())
                 some = []
@@ -179,15 +181,17 @@ class Source:
         twin: its optimised copy.
         blocks: by path, what the code of each rewritten block reads.
         values: whether the twin has copies of the source's tensors.
+        cost: nanoseconds that a block's comparisons of itself take.
     """
 
-    def __init__(self, model: nn.Module, twin: nn.Module, blocks: Mapping[str, Reads], values: bool) -> None:
+    def __init__(self, model: nn.Module, twin: nn.Module, blocks: Mapping[str, Reads], values: bool, cost: int) -> None:
+        most = max(_LEAST, _CALL - cost * 5 // 4)
         modules = list(model.named_modules())
         others = dict(twin.named_modules())
         things: list[_Thing] = [_Block(path, model.get_submodule(path), reads) for path, reads in blocks.items()]
         self._turns: tuple[_Turns, ...] = (
-            _Turns([*things, *(_Module(path, module, others[path], values) for path, module in modules)], _TERMS),
-            _Turns([_Code(path, module) for path, module in modules], _CODE_TERMS),
+            _Turns([*things, *(_Module(path, module, others[path], values) for path, module in modules)], most),
+            _Turns([_Code(path, module) for path, module in modules], _CODE),
         )
         self._name, self._told, self._hooks = type(model).__name__, set[str](), RemovableHandle.next_id
         self._alive = weakref.ref(model, self._gone)

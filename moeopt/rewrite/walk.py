@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moeopt.options import variables
-from moeopt.rewrite.code import digest, filled, fingerprint, foreign, words
+from moeopt.rewrite.code import digest, filled, fingerprint, foreign, installed, words
 from moeopt.rewrite.probe import Probe
 from moeopt.rewrite.ran import Ran
 
@@ -45,6 +45,8 @@ _HASHED = 1 << 22
 _LEAVES = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice)
 _TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 _BY_TEXT = ("decimal", "fractions", "datetime", "re", "pathlib", "uuid", "numpy")
+_INERT = ("logging", "functools", "threading", "_thread", "contextlib", "abc")
+"""Modules whose objects hold nothing that decides a number."""
 _MODULE = frozenset(nn.Module().__dict__)
 _BUILTIN = (
     types.BuiltinFunctionType,
@@ -135,7 +137,7 @@ class Walk:
             if held is not None:
                 self.visit(with_dots, held)
 
-    def _globals(self, table: dict[str, Any], names: tuple[str, ...]) -> None:
+    def _globals(self, table: dict[str, Any], names: tuple[str, ...], builtin: bool = False) -> None:
         module = str(table.get("__name__"))
         self.tables.setdefault(module, table)
         if foreign(module):
@@ -143,7 +145,7 @@ class Walk:
         for name in names:
             if name in table:
                 self._link(self.probe, table, name, table[name], f"{module}.{name}")
-            elif hasattr(builtins, name):
+            elif builtin and hasattr(builtins, name):
                 self.probe.lacks(table, name)
 
     # -- one value -----------------------------------------------------------------------------------
@@ -244,22 +246,25 @@ class Walk:
 
     def _function(self, place: str, value: types.FunctionType) -> None:
         self._note(place, "function", fingerprint(value))
-        self.probe.attribute(value, "__code__", value.__code__)
-        if digest(value.__code__) not in self.ran.codes:
+        code, writable = value.__code__, not installed(value.__code__)
+        if writable:
+            self.probe.attribute(value, "__code__", code)
+        if digest(code) not in self.ran.codes:
             return
         where = f"of {value.__qualname__}"
-        self.probe.attribute(value, "__defaults__", value.__defaults__)
-        first = value.__code__.co_argcount - len(value.__defaults__ or ())
-        for name, default in zip(value.__code__.co_varnames[first:], value.__defaults__ or (), strict=False):
+        if writable:
+            self.probe.attribute(value, "__defaults__", value.__defaults__)
+        first = code.co_argcount - len(value.__defaults__ or ())
+        for name, default in zip(code.co_varnames[first:], value.__defaults__ or (), strict=False):
             self.visit(f"the default {name} {where}", default)
         if value.__kwdefaults__:
             self.visit(f"the defaults {where}", value.__kwdefaults__)
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+        for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=False):
             spot = f"{name} in the closure {where}"
             if filled(cell) and spot not in self.ignored:
                 self.probe.attribute(cell, "cell_contents", cell.cell_contents)
                 self.visit(spot, cell.cell_contents)
-        self._globals(value.__globals__, words(value.__code__).globals)
+        self._globals(value.__globals__, words(code).globals, writable)
 
     def klass(self, cls: type) -> None:
         """The attributes of a class and its bases that the code names; Python's and PyTorch's stay as they are."""
@@ -271,7 +276,8 @@ class Walk:
                 continue
             self._classes[place] = owner
             self._named(place, owner.__dict__)
-            self.probe.add(f"{{0}}({{1}}) == {len(owner.__dict__)}", len, owner.__dict__)
+            if "site-packages" not in str(getattr(sys.modules.get(owner.__module__), "__file__", "")):
+                self.probe.add(f"{{0}}({{1}}) == {len(owner.__dict__)}", len, owner.__dict__)  # a base may get hidden
 
     def _named(self, place: str, table: Any, every: bool = False) -> None:
         """The entries of a namespace that the code names."""
@@ -284,8 +290,9 @@ class Walk:
 
     def _dict(self, place: str, value: Any) -> None:
         whole = len(value) <= _WHOLE
-        keys = list(value) if whole else [k for k in value if k in self.names or not isinstance(k, str)][:_LONG]
-        registry = bool(value) and all(callable(v) for v in value.values())
+        named = [k for k in value if k in self.names or not isinstance(k, str)][:_LONG]
+        registry = bool(named) and all(callable(v) for v in value.values())
+        keys = list(value) if whole and not registry else named
         self._note(place, "dict", "" if registry or not whole else ", ".join(map(_key, keys)))
         if type(value) is not types.MappingProxyType:
             self.probe.keys(value)
@@ -348,7 +355,7 @@ class Walk:
         if isinstance(value, nn.Module) and (id(value) in self._called or place in self.whole):
             self.whole.add(place)
             self._outside(place, value)
-        elif isinstance(held, dict):
+        elif isinstance(held, dict) and cls.__module__ not in _INERT:
             if cls.__getattribute__ is object.__getattribute__:
                 self.probe.attribute(value, "__dict__", held)
             else:
