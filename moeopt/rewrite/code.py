@@ -128,9 +128,9 @@ def filled(cell: Any) -> bool:
     return True
 
 
-def installed(code: types.CodeType) -> bool:
-    """Whether a function is an installed package's: it may be replaced, but nobody writes into it."""
-    return "site-packages" in code.co_filename
+def installed(filename: object) -> bool:
+    """Whether a file is an installed package's: its functions may be replaced, but nobody writes into them."""
+    return "site-packages" in str(filename)
 
 
 def foreign(name: str) -> bool:

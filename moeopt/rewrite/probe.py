@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-
 _MANY = 8
 """Entries from which on they are compared as one list."""
 

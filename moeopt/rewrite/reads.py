@@ -16,7 +16,8 @@ from torch import nn
 from moeopt.errors import Declined
 from moeopt.rewrite.probe import Probe
 from moeopt.rewrite.ran import Ran, observing
-from moeopt.rewrite.walk import MOST, Spelled, Walk
+from moeopt.rewrite.spell import Spelled
+from moeopt.rewrite.walk import MOST, Walk
 
 _SHOWN = 60
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import builtins
 import collections
-import enum
 import functools
-import hashlib
 import importlib.util
 import sys
 import types
@@ -27,8 +25,7 @@ from moeopt.options import variables
 from moeopt.rewrite.code import digest, filled, fingerprint, foreign, installed, words
 from moeopt.rewrite.probe import Probe
 from moeopt.rewrite.ran import Ran
-
-Spelled = tuple[str, str]
+from moeopt.rewrite.spell import INERT, Spelled, array_text, inert, is_array, key_text, plain, readable, tensor_text
 
 MOST = 4096
 """Places that one block may read; more would make each call slow."""
@@ -40,13 +37,8 @@ _SMALL = 64
 """Elements up to which a tensor on the CPU is compared by value at each call."""
 _BYTES = 4096
 """Size up to which a NumPy array is compared by value at each call."""
-_HASHED = 1 << 22
 
-_LEAVES = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice)
-_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
-_BY_TEXT = ("decimal", "fractions", "datetime", "re", "pathlib", "uuid", "numpy")
-_INERT = ("logging", "functools", "threading", "_thread", "contextlib", "abc")
-"""Modules whose objects hold nothing that decides a number."""
+
 _MODULE = frozenset(nn.Module().__dict__)
 _BUILTIN = (
     types.BuiltinFunctionType,
@@ -54,22 +46,6 @@ _BUILTIN = (
     types.WrapperDescriptorType,
     types.GetSetDescriptorType,
 )
-
-
-def plain(value: Any) -> Spelled | None:
-    """A value that has no parts, as (type, text); None for anything else."""
-    cls = type(value)
-    if isinstance(value, enum.Enum):
-        return cls.__qualname__, f"{cls.__qualname__}.{value.name}"
-    if cls in _LEAVES or isinstance(value, _TORCH):
-        return cls.__name__, repr(value)
-    if cls.__module__.partition(".")[0] in _BY_TEXT and not hasattr(value, "__dict__") and not _is_array(value):
-        return cls.__name__, repr(value)
-    return None
-
-
-def _is_array(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
 
 
 class Bounds(Protocol):
@@ -137,15 +113,15 @@ class Walk:
             if held is not None:
                 self.visit(with_dots, held)
 
-    def _globals(self, table: dict[str, Any], names: tuple[str, ...], builtin: bool = False) -> None:
-        module = str(table.get("__name__"))
+    def _globals(self, table: dict[str, Any], names: tuple[str, ...]) -> None:
+        module, writable = str(table.get("__name__")), not installed(table.get("__file__"))
         self.tables.setdefault(module, table)
         if foreign(module):
             return
         for name in names:
-            if name in table:
+            if name in table and (writable or not inert(table[name])):
                 self._link(self.probe, table, name, table[name], f"{module}.{name}")
-            elif builtin and hasattr(builtins, name):
+            elif writable and name not in table and hasattr(builtins, name):
                 self.probe.lacks(table, name)
 
     # -- one value -----------------------------------------------------------------------------------
@@ -180,7 +156,7 @@ class Walk:
     def _parts(self, place: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
             self._tensor(place, value)
-        elif _is_array(value):
+        elif is_array(value):
             self._array(place, value)
         elif isinstance(value, types.FunctionType):
             self._function(place, value)
@@ -221,32 +197,23 @@ class Walk:
     # -- kinds ---------------------------------------------------------------------------------------
 
     def _tensor(self, place: str, value: torch.Tensor) -> None:
-        real = type(value) in (torch.Tensor, nn.Parameter, nn.Buffer) and not value.is_meta
-        about = f"{value.dtype} {tuple(value.shape)}"
-        if not real:
+        self._note(place, "tensor", tensor_text(value))
+        if not readable(value):
             self.opaque[place] = value
-        elif value.numel() * value.element_size() <= _HASHED and value.layout is torch.strided:
+        if type(value) in (torch.Tensor, nn.Parameter, nn.Buffer) and not value.is_meta:
             with _disable_current_modes(), torch.no_grad():
-                about += _hash(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
                 self.probe.tensor(value, value.numel() <= _SMALL and value.device.type == "cpu")
-        else:
-            self.opaque[place] = value
-            self.probe.tensor(value, False)
-        self._note(place, "tensor", about)
 
     def _array(self, place: str, value: Any) -> None:
-        about = f"{value.dtype} {value.shape}"
-        if value.nbytes <= _HASHED and not value.dtype.hasobject:
-            about += _hash(value.tobytes())
+        self._note(place, "array", array_text(value))
         if value.nbytes <= _BYTES and not value.dtype.hasobject:
             self.probe.add("{0}.tobytes() == {1}", value, value.tobytes())
         else:
             self.opaque[place] = value
-        self._note(place, "array", about)
 
     def _function(self, place: str, value: types.FunctionType) -> None:
         self._note(place, "function", fingerprint(value))
-        code, writable = value.__code__, not installed(value.__code__)
+        code, writable = value.__code__, not installed(value.__code__.co_filename)
         if writable:
             self.probe.attribute(value, "__code__", code)
         if digest(code) not in self.ran.codes:
@@ -261,10 +228,10 @@ class Walk:
             self.visit(f"the defaults {where}", value.__kwdefaults__)
         for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=False):
             spot = f"{name} in the closure {where}"
-            if filled(cell) and spot not in self.ignored:
+            if name != "__class__" and filled(cell) and spot not in self.ignored:
                 self.probe.attribute(cell, "cell_contents", cell.cell_contents)
                 self.visit(spot, cell.cell_contents)
-        self._globals(value.__globals__, words(code).globals, writable)
+        self._globals(value.__globals__, words(code).globals)
 
     def klass(self, cls: type) -> None:
         """The attributes of a class and its bases that the code names; Python's and PyTorch's stay as they are."""
@@ -276,7 +243,7 @@ class Walk:
                 continue
             self._classes[place] = owner
             self._named(place, owner.__dict__)
-            if "site-packages" not in str(getattr(sys.modules.get(owner.__module__), "__file__", "")):
+            if not installed(getattr(sys.modules.get(owner.__module__), "__file__", "")):
                 self.probe.add(f"{{0}}({{1}}) == {len(owner.__dict__)}", len, owner.__dict__)  # a base may get hidden
 
     def _named(self, place: str, table: Any, every: bool = False) -> None:
@@ -293,12 +260,12 @@ class Walk:
         named = [k for k in value if k in self.names or not isinstance(k, str)][:_LONG]
         registry = bool(named) and all(callable(v) for v in value.values())
         keys = list(value) if whole and not registry else named
-        self._note(place, "dict", "" if registry or not whole else ", ".join(map(_key, keys)))
+        self._note(place, "dict", "" if registry or not whole else ", ".join(map(key_text, keys)))
         if type(value) is not types.MappingProxyType:
             self.probe.keys(value)
         for key in keys:
             self._link(self.probe, value, key, dict.__getitem__(value, key) if isinstance(value, dict) else value[key],
-                       f"{place}[{_key(key)}]")  # fmt: skip
+                       f"{place}[{key_text(key)}]")  # fmt: skip
         if type(value) is not dict:
             self._instance(place, value, note=False)
 
@@ -330,14 +297,13 @@ class Walk:
 
     def _set(self, place: str, value: Any) -> None:
         short = len(value) <= _LONG or isinstance(value, bytearray)
-        spelled = str(sorted(map(_key, value))) if short else str(len(value))
+        spelled = str(sorted(map(key_text, value))) if short else str(len(value))
         self._note(place, type(value).__name__, spelled)
         if short and not isinstance(value, frozenset):
             self.probe.equal(value, value.copy())
 
     def _object(self, place: str, value: Any, parts: dict[str, Any], alone: bool = False) -> None:
-        for name, part in parts.items():
-            self.probe.attribute(value, name, part)
+        for name, part in parts.items():  # none of them can be assigned to
             self.visit(f"{place}.{name}" if not alone else place, part)
 
     def _instance(self, place: str, value: Any, note: bool = True) -> None:
@@ -355,7 +321,7 @@ class Walk:
         if isinstance(value, nn.Module) and (id(value) in self._called or place in self.whole):
             self.whole.add(place)
             self._outside(place, value)
-        elif isinstance(held, dict) and cls.__module__ not in _INERT:
+        elif isinstance(held, dict) and cls.__module__ not in INERT:
             if cls.__getattribute__ is object.__getattribute__:
                 self.probe.attribute(value, "__dict__", held)
             else:
@@ -388,16 +354,3 @@ class Walk:
                 if isinstance(value, nn.Module):
                     self.whole.add(f"{place}.{name}")
                 self._link(self.probe, registry, name, value, f"{place}.{name}")
-
-
-def _key(key: Any) -> str:
-    leaf = plain(key)
-    if leaf is not None:
-        return leaf[1]
-    if isinstance(key, tuple):
-        return f"({', '.join(map(_key, key))})"
-    return fingerprint(key) if callable(key) else type(key).__qualname__
-
-
-def _hash(data: bytes) -> str:
-    return f" {hashlib.sha256(data).hexdigest()[:16]}"
