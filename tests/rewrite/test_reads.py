@@ -1,8 +1,11 @@
 """State that a block's Python reads: a change of it is followed, or told and answered with the original's numbers."""
 
+import contextvars
 import copy
+import cProfile
 import functools
 import pickle
+import pstats
 import sys
 import types
 import warnings
@@ -10,11 +13,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import moeopt
 from moeopt.errors import StaleModelWarning
 from tests.rewrite import readers
 from tests.rewrite.readers import Data, Norm, Reader, Softer
+from tests.toy_moe import Block, build, close, optimized, seeded
 
 X = torch.randn(2, 6, readers.H, generator=torch.Generator().manual_seed(1))
 
@@ -62,6 +67,13 @@ def in_place(path, call, undo):
 def elsewhere(owner, name, value):
     """A change outside the model: it is one for all copies."""
     return lambda m, patch: patch.once(owner, name, value)
+
+
+def defined_again(function):
+    """What running its cell of a notebook a second time makes."""
+    again = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    again.__kwdefaults__ = function.__kwdefaults__
+    return again
 
 
 def flat(w):
@@ -221,3 +233,209 @@ def test_a_change_is_told_and_the_original_answers(both, patch, name, where):
     again, told = warned(lambda: twin(X))
     torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-6)
     assert not told and twin.forward.fallbacks == fallbacks + 1, "with the old values the rewritten code runs again"
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_pickle_is_loaded_into_changed_surroundings(both, patch, name):
+    """A pickle may meet another version of the class, its globals or the environment."""
+    model, opt = both
+    stored = pickle.dumps(opt.model)
+    ref = copy.deepcopy(model)
+    OUTSIDE[name](ref, patch)
+    want, _ = warned(lambda: ref(X))
+    twin = pickle.loads(stored)
+    got, told = warned(lambda: twin(X))
+    assert torch.equal(got, want) and twin.forward.fallbacks == 1
+    assert len(told) == 1 and "runs its original code: " in told[0], told
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        attribute("cfg.top_k", int("2")),
+        attribute("cfg.moe.scale", float("1.5")),
+        attribute("cfg.moe", types.SimpleNamespace(scale=1.5, dtype=torch.float32)),
+        attribute("data", Data()),
+        attribute("act", functools.partial(torch.mul, other=1.25)),
+        elsewhere(readers, "FACTOR", float("1.125")),
+        elsewhere(readers.TABLE, "new", flat),
+        elsewhere(readers, "UNREAD", 5),
+        elsewhere(readers.SHARED, "step", 100),
+        elsewhere(readers, "scaled", defined_again(readers.scaled)),
+        lambda m, patch: patch.setenv("READER_OTHER", "9"),
+    ],
+    ids=["int", "float", "object", "dataclass", "partial", "global", "table grows", "unread global",
+         "what the forward counts", "function defined again", "environment"],
+)  # fmt: skip
+def test_equal_values_and_unread_ones_are_no_change(both, patch, change):
+    _, opt = both
+    before, _ = warned(lambda: opt(X))
+    fallbacks = opt.model.forward.fallbacks
+    change(opt.model, patch)
+    again, told = warned(lambda: opt(X))
+    assert not told and opt.model.forward.fallbacks == fallbacks and torch.equal(before, again)
+
+
+def test_the_message_names_the_field_and_both_values(both, patch):
+    _, opt = both
+    patch.setattr(opt.model.cfg, "top_k", 1)
+    _, told = warned(lambda: opt(X))
+    assert told == [
+        "Reader runs its original code: cfg.top_k, which its code reads, is 1 and was 2. "
+        "Run moeopt.optimize again on the changed model to get the fast path back."
+    ]
+
+
+def test_a_configuration_of_transformers_under_another_name():
+    transformers = pytest.importorskip("transformers")
+
+    class Config(transformers.PretrainedConfig):
+        attribute_map = {"top_k": "num_experts_per_tok"}  # noqa: RUF012
+
+    class Mapped(Block):
+        def __init__(self):
+            super().__init__()
+            self.config = Config(num_experts_per_tok=2)
+
+        def route(self, x):
+            w, ids = torch.topk(self.gate(x).softmax(-1), self.config.top_k, -1)
+            return ids, w
+
+    model = build(Mapped)
+    opt = optimized(model)
+    opt.model.config.use_cache = False  # nobody reads this here
+    x = seeded(2, 8, 16)
+    _, told = warned(lambda: opt(x))
+    assert not told
+    for name in ("num_experts_per_tok", "top_k"):
+        for m, value in ((model, 1 if name == "top_k" else 3), (opt.model, 1 if name == "top_k" else 3)):
+            setattr(m.config, name, value)
+        want, _ = warned(lambda: model(x))
+        got, told = warned(lambda: opt(x))
+        assert torch.equal(got, want) and "config.num_experts_per_tok, which its code reads, is" in told[0]
+
+
+def test_a_router_that_chooses_another_number_of_experts():
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.top_k = nn.Linear(16, 4), 2
+
+        def forward(self, x):
+            w, ids = self.linear(x).softmax(-1).topk(self.top_k, -1)
+            return ids, w
+
+    class Mean(Block):
+        def __init__(self):
+            super().__init__()
+            self.router = Router()
+
+        def forward(self, x):
+            rows = x.reshape(-1, 16)
+            ids, w = self.router(rows)
+            return self.loop(rows, ids, w).view(x.shape) / ids.shape[1]
+
+    model = build(Mean)
+    opt = optimized(model)
+    x = seeded(2, 8, 16)
+    model.router.top_k = opt.model.router.top_k = 3
+    want, _ = warned(lambda: model(x))
+    got, told = warned(lambda: opt(x))
+    assert torch.equal(got, want)
+    assert "its router chose 3 experts for a token, and 2 when it was verified" in told[0]
+
+
+def test_a_block_that_reads_too_much_is_declined():
+    class Hoard(Block):
+        def __init__(self):
+            super().__init__()
+            self.tables = [[float(i + j) for j in range(500)] for i in range(10)]
+
+        def loop(self, x, ids, w):
+            return super().loop(x, ids, w * self.tables[1][2])
+
+    report = moeopt.optimize(build(Hoard), seeded(2, 8, 16), verify="fast").report
+    (block,) = [b for b in report.blocks if b.kind == "moe"]
+    assert block.status == "declined" and "its code reads more than 4096 values outside its modules" in block.reason
+
+
+def test_it_compiles_with_its_configuration():
+    class Scaled(Block):
+        def __init__(self):
+            super().__init__()
+            self.cfg = types.SimpleNamespace(moe={"scale": 1.5})
+
+        def loop(self, x, ids, w):
+            return super().loop(x, ids, w * self.cfg.moe["scale"])
+
+    torch._dynamo.reset()
+    model = build(Scaled)
+    opt = optimized(model)
+    compiled = torch.compile(opt.model, backend="eager", fullgraph=True)
+    x = seeded(2, 8, 16)
+    with torch.no_grad():
+        close(compiled(x), model(x))
+        program = torch.export.export(opt.model, (x,))
+        close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["function", "cProfile"])
+def test_a_profiler_goes_on(kind):
+    seen = []
+    profiler = cProfile.Profile()
+    if kind == "function":
+        sys.setprofile(lambda frame, event, arg: seen.append(frame.f_code.co_name))
+    else:
+        profiler.enable()
+    try:
+        optimized(build(), verify="off")
+        flat(torch.ones(1))
+    finally:
+        sys.setprofile(None)
+        profiler.disable()
+    names = seen if kind == "function" else [code[2] for code in pstats.Stats(profiler).stats]
+    assert "flat" in names
+
+
+# -- limits.md: not seen ------------------------------------------------------------------------------
+
+
+class Far(Block):
+    """Reads what is not followed."""
+
+    def __init__(self):
+        super().__init__()
+        self.cfg = types.SimpleNamespace(long=[1.5] * 2000)
+        self.array = np.ones(1000)
+        self.large = {f"key {i}": float(i) for i in range(100)}
+        self.chosen = 7
+
+    def loop(self, x, ids, w):
+        w = w * self.cfg.long[1500] * float(self.array[500]) * self.large[f"key {self.chosen}"]
+        return super().loop(x, ids, w * torch.sigmoid(torch.tensor(1.0)) * NOISE.get())
+
+
+NOISE = contextvars.ContextVar("NOISE", default=1.0)
+UNSEEN = {
+    "element of a list of more than 1024": lambda m: m.cfg.long.__setitem__(1500, 3.0),
+    "write into a large array": lambda m: m.array.__setitem__(500, 3.0),
+    "computed key of a large dict": lambda m: m.large.__setitem__("key 7", 3.0),
+    "PyTorch's own function": lambda m: setattr(torch, "sigmoid", torch.tanh),
+    "context variable": lambda m: NOISE.set(3.0),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_limits_say_is_not_seen(name, monkeypatch):
+    model = build(Far)
+    opt = optimized(model)
+    x = seeded(2, 8, 16)
+    before, _ = warned(lambda: opt(x))
+    monkeypatch.setattr(torch, "sigmoid", torch.sigmoid)
+
+    def changed():
+        UNSEEN[name](model), UNSEEN[name](opt.model)
+        return warned(lambda: (model(x), opt(x)))
+
+    (want, got), told = contextvars.copy_context().run(changed)
+    assert not torch.allclose(want, before) and torch.equal(got, before) and not told
