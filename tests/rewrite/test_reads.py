@@ -4,6 +4,7 @@ import contextvars
 import copy
 import cProfile
 import functools
+import math
 import pickle
 import pstats
 import sys
@@ -411,12 +412,23 @@ class Far(Block):
         self.chosen = 7
 
     def loop(self, x, ids, w):
-        w = w * self.cfg.long[1500] * float(self.array[500]) * self.large[f"key {self.chosen}"]
+        w = (
+            w
+            * math.sqrt(2.0)
+            * library(self.cfg.long[1500])
+            * float(self.array[500])
+            * self.large[f"key {self.chosen}"]
+        )
         return super().loop(x, ids, w * torch.sigmoid(torch.tensor(1.0)) * NOISE.get())
 
 
 NOISE = contextvars.ContextVar("NOISE", default=1.0)
+LIBRARY = {}
+exec(compile("def library(v):\n    return v", "/lib/site-packages/library.py", "exec"), LIBRARY)
+library = LIBRARY["library"]
 UNSEEN = {
+    "Python's own function": lambda m: setattr(math, "sqrt", lambda v: 9.0),
+    "code of an installed package's function": lambda m: setattr(library, "__code__", (lambda v: 9.0).__code__),
     "element of a list of more than 1024": lambda m: m.cfg.long.__setitem__(1500, 3.0),
     "write into a large array": lambda m: m.array.__setitem__(500, 3.0),
     "computed key of a large dict": lambda m: m.large.__setitem__("key 7", 3.0),
@@ -431,11 +443,14 @@ def test_what_limits_say_is_not_seen(name, monkeypatch):
     opt = optimized(model)
     x = seeded(2, 8, 16)
     before, _ = warned(lambda: opt(x))
-    monkeypatch.setattr(torch, "sigmoid", torch.sigmoid)
+    for owner, taken in ((torch, "sigmoid"), (math, "sqrt")):
+        monkeypatch.setattr(owner, taken, getattr(owner, taken))
+    code = library.__code__
 
     def changed():
         UNSEEN[name](model), UNSEEN[name](opt.model)
         return warned(lambda: (model(x), opt(x)))
 
     (want, got), told = contextvars.copy_context().run(changed)
+    library.__code__ = code
     assert not torch.allclose(want, before) and torch.equal(got, before) and not told
