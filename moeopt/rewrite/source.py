@@ -22,7 +22,7 @@ from moeopt.rewrite.probe import Probe, holds
 from moeopt.rewrite.reads import Reads
 from moeopt.rewrite.watch import hook_count
 
-_CALL, _LEAST, _CODE = 2000, 300, 60
+_CALL, _LEAST, _CODE = 2400, 300, 60
 """Nanoseconds that all comparisons of one call may take, those of the source's structure at least, and of its code."""
 
 
@@ -57,6 +57,11 @@ class _Module:
             yield name, value
             if self.values and name not in module._modules and value is not None and not value.is_inference():
                 yield f"the values of {name}", value._version
+
+    def hooked(self) -> bool:
+        """Whether the number of hooks is another than it was."""
+        module = self._module()
+        return module is not None and hook_count(module) != self._before.get("the number of hooks")
 
     def arm(self, probe: Probe) -> None:
         """Terms for all of it but hooks, which PyTorch counts."""
@@ -148,7 +153,7 @@ class _Turns:
     def __init__(self, things: list[_Thing], most: int) -> None:
         self.parts: list[list[_Thing]] = []
         self.sames: list[Callable[[], bool]] = []
-        self.turn = self.unsure = 0
+        self.turn = 0
         some: list[_Thing] = []
         for index, thing in enumerate(things):
             some.append(thing)
@@ -160,7 +165,6 @@ class _Turns:
 
     def differing(self, turn: int) -> list[str]:
         """What is another than before in a part; from now on that is how it should be."""
-        self.unsure = max(0, self.unsure - 1)
         found = [reason for thing in self.parts[turn] if (reason := thing.changed())]
         self.sames[turn] = _armed(self.parts[turn]).compiled()
         return found
@@ -204,10 +208,12 @@ class Source:
         if self._hooks != RemovableHandle.next_id:  # somewhere in this process a hook was registered
             self._hooks = RemovableHandle.next_id
             for one in self._turns[:1]:
-                one.unsure = len(one.parts)
+                for turn, things in enumerate(one.parts):
+                    if any(isinstance(thing, _Module) and thing.hooked() for thing in things):
+                        self._tell([reason for reason in one.differing(turn) if reason not in self._told])
         for one in self._turns:
             turn = one.turn = (one.turn + 1) % len(one.sames)
-            if one.unsure or not holds(one.sames[turn]):
+            if not holds(one.sames[turn]):
                 self._tell([reason for reason in one.differing(turn) if reason not in self._told])
 
     def _tell(self, reasons: list[str]) -> None:
