@@ -57,7 +57,7 @@ from moeopt.ir.tape import clone_inputs
 from moeopt.options import Options
 from moeopt.patches import fewer_collections
 from moeopt.report import BlockReport, Report
-from moeopt.rewrite.program import install, rewritten_forward, uninstall
+from moeopt.rewrite.program import install, rewritten_forward, uninstall, watch_source
 
 BACKENDS = ("torch", "onnxruntime", "tensorrt")
 _REPORT = "keep the live model of backend='torch', or report this with the model's code"
@@ -210,7 +210,8 @@ def optimize(
         plan = onnx_plan(chosen) if backend == "onnxruntime" else trt_plan(chosen)
         if chosen.device is None and _runs_on_gpu(plan):  # the original is compared where the engine runs
             chosen = dataclasses.replace(chosen, device=torch.device("cuda"))
-    source = _without_rewrites(_as_model(model), chosen.inplace)
+    given = _as_model(model)
+    source = _without_rewrites(given, chosen.inplace)
     call = made_up(source, chosen.seed) if example_inputs is None else in_order(source, as_call(example_inputs))
     if chosen.device is not None or chosen.dtype is not None:
         source = source if chosen.inplace else copy.deepcopy(source)
@@ -232,6 +233,8 @@ def optimize(
         for path, rewrite in outcome.rewrites.items():
             install(source.get_submodule(path), rewrite.program)
         twin = source
+    if twin is not given:
+        watch_source(given, twin, values=source is not given and (chosen.device, chosen.dtype) != (None, None))
     report = _report(source, outcome.blocks, backend, outcome, certificate)
     return Optimized(twin, report, certificate, call)
 

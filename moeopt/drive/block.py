@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import time
 import traceback
@@ -22,7 +23,7 @@ from moeopt.drive.obstacles import check_experts, check_module, frozen_values, n
 from moeopt.drive.witness import prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.alike import same_computation
-from moeopt.ir.quiet import undone
+from moeopt.ir.quiet import run_quietly, undone
 from moeopt.ir.specs import RouterSpec
 from moeopt.ir.tape import Tape, clone_inputs, record
 from moeopt.ir.tree import tree_leaves
@@ -33,6 +34,7 @@ from moeopt.passes.replace_experts import replacement
 from moeopt.rewrite.generalize import generalize
 from moeopt.rewrite.plan import Plan, make_plan
 from moeopt.rewrite.program import OPAQUE, TENSOR, Guard, Program, RewrittenForward, bind
+from moeopt.rewrite.reads import observe
 
 MOST_FLOPS = 4e10
 """Of one run of a block in its largest verification case."""
@@ -169,7 +171,10 @@ def _program(
     )
     banks = [(f.experts, f.spec) for f in founds[0]]
     routers = reader.routers(tapes[1:], founds[1:], founds[0])
-    program = Program(plan, banks, signature, guard, [r.spec for r in routers], frozen)
+    runs = [functools.partial(run_quietly, module, *c) for c in (calls[0], calls[2], calls[1])]
+    reads = observe(module, plan.kept_modules, plan.attributes, runs)
+    chosen = [f.frontier.per_token for f in founds[0]]
+    program = Program(plan, banks, signature, guard, [r.spec for r in routers], frozen, reads=reads, per_token=chosen)
     return program, founds[0], routers, neutral
 
 

@@ -30,6 +30,8 @@ from moeopt.rewrite.bank import ExpertRef, LiveBank, Stale, expert_paths
 from moeopt.rewrite.generalize import DeviceOf, Ratio, Size
 from moeopt.rewrite.guard import OPAQUE, TENSOR, Bound, Guard, bind, overlap
 from moeopt.rewrite.plan import Plan, Ref, Step
+from moeopt.rewrite.reads import Reads
+from moeopt.rewrite.source import Source
 from moeopt.rewrite.watch import Fact, Watch, take_facts
 
 __all__ = ["OPAQUE", "TENSOR", "Guard", "Program", "RewrittenForward", "bind", "install", "uninstall"]
@@ -44,7 +46,9 @@ class Program:
     """What was verified: the plan, the experts of each op, the call's signature and its guard.
 
     ``routers`` has the router of each op where it was recognised, for runtimes that want to know its weights' signs.
-    ``frozen`` has, by path in the block, the values of tensors that decided what the plan is and that it does not read.
+    ``frozen`` has, by path in the block, the values of tensors that decided what the plan is and that it does not read;
+    ``reads`` what the block's code read outside its modules; ``per_token`` how many experts a token has in each op,
+    None where that differs: the code between the ops may have turned that number into constants.
     """
 
     plan: Plan
@@ -54,6 +58,8 @@ class Program:
     routers: list[RouterSpec | None]
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: list[Fact] | None = None
+    reads: Reads | None = None
+    per_token: list[int | None] = field(default_factory=list)
 
     def watch(self, module: nn.Module) -> Watch:
         """What was verified of ``module``'s own code, bound to it; the first module to ask is the verified one."""
@@ -65,6 +71,7 @@ class Program:
             self.facts,
             {(b, e): expert_paths([ref]) for b, (refs, _) in enumerate(self.banks) for e, ref in enumerate(refs)},
             self.frozen,
+            self.reads,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -181,13 +188,19 @@ def _run_experts(
     engine: RewrittenForward, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     bank, spec = engine.banks[index]
+    known = engine.program.per_token[index] if engine.program.per_token else None
+    if known is not None and ids.shape[-1] != known and not torch.compiler.is_compiling():
+        raise Stale(f"its router chose {ids.shape[-1]} experts for a token, and {known} when it was verified")
     return experts(x, ids, weights, bank, spec, engine.program.guard.skip_idle)
 
 
 @torch.compiler.assume_constant_result
 def _changed(engine: RewrittenForward) -> str:
     """What of the block's own code is not as it was verified; all of it is looked at once something was not."""
-    return engine.watch.everything() if engine._stale else engine.watch.shared()
+    reason = engine.watch.everything() if engine._stale else engine.watch.shared()
+    if engine.source is not None and not reason:
+        engine.source.look()
+    return reason
 
 
 def _check(watch: Watch, bank: int, expert: int) -> None:
@@ -197,7 +210,14 @@ def _check(watch: Watch, bank: int, expert: int) -> None:
 
 
 class RewrittenForward:
-    """Callable that stands in for ``module.forward``; see the module's docstring."""
+    """Callable that stands in for ``module.forward``; see the module's docstring.
+
+    Attributes:
+        source: the model that was optimised, where ``module`` is in a twin of it. Copies and pickles have none.
+    """
+
+    source: Source | None = None
+    _changed = False
 
     def __init__(self, module: nn.Module, program: Program, original: Callable[..., Any] | None = None) -> None:
         self.module, self.program, self.original = module, program, original
@@ -254,7 +274,10 @@ class RewrittenForward:
             try:
                 refusal = _changed(self)
                 if not refusal:
+                    if self._changed:  # it is as it was again: the next change is told again
+                        self._changed, self.last_refusal = False, ""
                     return self._forward(bound)
+                self._changed = True
             except Stale as stale:
                 self._stale, refusal = True, str(stale)
         return self._fall_back(refusal, args, kwargs)
@@ -380,3 +403,17 @@ def uninstall(module: nn.Module) -> None:
                 del module.__dict__[key]
             else:
                 module.__dict__[key] = held.original or type(module).forward.__get__(module)
+
+
+def watch_source(model: nn.Module, twin: nn.Module, values: bool) -> None:
+    """Let the rewritten blocks of ``twin`` tell what changes in ``model``, of which it is a copy.
+
+    Args:
+        values: whether the twin has tensors of its own, so that writes to the model's do not show in it.
+    """
+    forwards = {p: f for p, m in twin.named_modules() if (f := rewritten_forward(m)) is not None}
+    blocks = {path: f.program.reads for path, f in forwards.items() if f.program.reads is not None}
+    if forwards:
+        source = Source(model, twin, blocks, values, max(f.watch.cost for f in forwards.values()))
+        for forward in forwards.values():
+            forward.source = source
