@@ -24,10 +24,11 @@ def bundle_toy(directory, model):
     return save_torch_bundle(program, directory, report=REPORT, certificate=Certificate())
 
 
-@pytest.fixture
-def toy(tmp_path):
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A model and its bundle, which no test writes to."""
     model = build()
-    return model, bundle_toy(tmp_path / "b", model)
+    return model, bundle_toy(tmp_path_factory.mktemp("toy") / "b", model)
 
 
 def same(got, want):
