@@ -18,6 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from moeopt.compare.distance import token_distance
+from moeopt.engine.aligned import aligned
 from moeopt.engine.values import decode, encode
 from moeopt.errors import BundleError, UsageError
 
@@ -79,7 +80,7 @@ def load_golden(path: Path, device: torch.device) -> list[Golden]:
             names = set(file.keys())
 
             def leaf(name: str, value: Any) -> Any:
-                return file.get_tensor(name) if name in names else decode(value, _no_node, torch.device)
+                return aligned(file.get_tensor(name)) if name in names else decode(value, _no_node, torch.device)
 
             return [
                 Golden(

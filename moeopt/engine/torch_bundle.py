@@ -14,6 +14,7 @@ import torch
 import moeopt.ops  # noqa: F401  registers moeopt::experts and moeopt::route, which graphs call
 from moeopt.compare.certificate import Certificate
 from moeopt.engine import golden as goldens
+from moeopt.engine.aligned import aligned
 from moeopt.engine.graph import write_graph
 from moeopt.engine.holds import notes_on_sizes, sentences
 from moeopt.engine.manifest import Manifest, read_manifest, write_bundle
@@ -170,7 +171,7 @@ class _opened:
         if name not in self._names:
             raise BundleError(f"{self.path.name} has no block {name!r}")
         if name not in self._read:
-            self._read[name] = self._file.get_tensor(name)
+            self._read[name] = aligned(self._file.get_tensor(name))
         return self._read[name]
 
 
