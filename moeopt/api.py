@@ -21,6 +21,7 @@ from moeopt.compare.block import BlockCheck
 from moeopt.compare.certificate import Certificate
 from moeopt.compare.language import find_ids
 from moeopt.compare.model import EndToEnd, end_to_end, run_plain
+from moeopt.drive.block import OwnForward
 from moeopt.drive.collector import fewer_collections
 from moeopt.drive.gradients import check_gradients
 from moeopt.drive.inputs import Call, as_call, made_up
@@ -45,6 +46,7 @@ from moeopt.engine.onnx_build import Built, build_onnx, onnx_plan
 from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_golden import other_sizes
 from moeopt.engine.onnx_pieces import causal_calls
+from moeopt.engine.onnx_router import Routed, check_blocks
 from moeopt.engine.onnx_routing import count_ids
 from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
 from moeopt.engine.program import export_program
@@ -272,6 +274,7 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
     runner: GraphEngine = engine.replay() if isinstance(engine, AbsentEngine) else engine
     device = engine.built_for if isinstance(engine, AbsentEngine) else engine.described
     form = built.graph if isinstance(built, TrtBuilt) else built
+    notes += _check_routers(source, twin, runner, form, outcome, plan, options)
     end = _compare_engine(source, twin, runner, form, call, outcome, options)
     first = next(source.parameters(), None)
     certificate = Certificate(
@@ -290,6 +293,28 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
     report = _report(source, blocks, backend, outcome, certificate)
     report = dataclasses.replace(report, notes=(*report.notes, *notes))
     return Optimized(engine, report, certificate, call, fingerprint(source), built)
+
+
+def _check_routers(
+    source: nn.Module, twin: nn.Module, engine: GraphEngine, built: Built, outcome: pipeline.Outcome,
+    plan: Plan | EnginePlan, options: Options,
+) -> list[str]:  # fmt: skip
+    """Each kind of block on ONNX Runtime with its router, in strict mode; notes for the report and the certificate."""
+    if options.verify != "strict" or not isinstance(engine, OnnxEngine) or not isinstance(plan, Plan):
+        return []
+    options.say("running the blocks' routers on the runtime")
+    blocks = [
+        Routed(
+            path,
+            path or type(source).__name__,
+            outcome.calls[path],
+            rewrite.proto,
+            max(len(found.experts) for found in rewrite.found),
+            rewrite.check,
+        )
+        for path, rewrite in outcome.rewrites.items()
+    ]
+    return check_blocks(lambda p: OwnForward(source.get_submodule(p)), twin, blocks, built, plan, options.seed)
 
 
 def _compare_engine(

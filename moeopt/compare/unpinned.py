@@ -1,0 +1,305 @@
+"""A whole block, router included, as a runtime computes it: nothing pinned, on rows that no example has.
+
+The cases of ``cases`` fix what the experts are given, and with it the routing that PyTorch computed. Here the runtime
+routes. Its expert ids are compared with those of the rewritten block in PyTorch, token by token: what rounding
+decides is a tie, and counted (``ties``); anything else is a failure. Then the numbers, of tokens that went to the
+same experts. Each token of each kind of rows has a budget of its own:
+
+    d_new[t] <= FACTOR * max(d_orig[t], typical, s[t]) + EPS_ALLOWANCE * eps
+
+d is the relative L2 distance from the original's code in float64, ``typical`` is of the rows of the same kind, and
+s[t] is what the original's own result moves by when its inputs move by one rounding error. Rows on which the
+original has no digits itself (the budget would be half of the norm) are not judged.
+
+A block in which tokens depend on each other (a capacity) may send others elsewhere once a tie is broken otherwise: a
+case that fails with ties is run once more with ordinary rows in the place of the tied ones.
+
+Shape legend: R rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeopt.compare.distance import as_rows, finiteness, token_distance
+from moeopt.compare.judge import EPS_ALLOWANCE, FACTOR, typical
+from moeopt.compare.model import CEILING, run_plain
+from moeopt.compare.oracle import record_selections, run_oracle, run_pinned
+from moeopt.compare.prototype import Prototype
+from moeopt.compare.results import CaseResult, Fail
+from moeopt.compare.selections import OracleError, Selections
+from moeopt.compare.steering import ORDINARY, Rows, steered_rows
+from moeopt.compare.ties import Choice, choices_of, differing, tied_tokens
+from moeopt.compare.trees import flatten
+from moeopt.rewrite.program import rewritten_forward
+
+DRAWS = 2
+MOST = 128
+"""Rows that one call may have."""
+OFTEN = 0.4
+"""Of ordinary rows: where more of them are ties that the runtime breaks otherwise, its results are another model's."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Run = Callable[..., tuple[Any, dict[str, Tensor]]]
+"""A block on a runtime: ``(outputs, expert ids (T, K) by site)``."""
+
+
+@dataclass
+class Unpinned:
+    """One block in its three forms: the original's code, rewritten in PyTorch, and on the runtime.
+
+    ``proto`` is a real call of it; ``experts`` how many it has.
+    """
+
+    name: str
+    original: Callable[..., Any]
+    rewritten: nn.Module
+    run: Run
+    proto: Prototype
+    experts: int
+
+
+def check_unpinned(block: Unpinned, seed: int = 0) -> list[CaseResult]:
+    """One result for each call of ``steering``, up to the first that failed; none where no argument holds rows."""
+    leaf = next((n for n in block.proto.indices("tokens") if block.proto.rows(n).dim() == 2), None)
+    if leaf is None or not len(block.proto.rows(leaf)):
+        return []
+    calls = _Calls(block, leaf, seed)
+    results: list[CaseResult] = []
+    for rows in steered_rows(calls.ordinary, calls.probe, block.experts, calls.generator):
+        result = CaseResult(rows.name)
+        results.append(result)
+        try:
+            for part in calls.parts(rows):
+                _run_case(block, calls, part, result)
+        except Fail as failure:
+            result.status, result.reason = "failed", str(failure)
+            break
+    return results
+
+
+class _Calls:
+    """Calls of one block with other rows: all rows in one, or as many as its own call has where it takes no other.
+
+    Attributes:
+        ordinary: (R, H), gaussian at the scale of the call's own rows.
+    """
+
+    def __init__(self, block: Unpinned, leaf: int, seed: int) -> None:
+        self.block, self.proto, self.leaf = block, block.proto, leaf
+        self.generator = torch.Generator().manual_seed(seed)
+        self.free = True
+        self.ordinary = self._drawn(ORDINARY)
+        if not all(self._held(count) for count in (ORDINARY, MOST)):
+            self.free = False
+            self.ordinary = self._drawn(math.prod(self.proto.grid))
+
+    def probe(self, rows: Tensor) -> Any:
+        args, kwargs = self.call(rows)
+        return choices_of(self.block.rewritten, args, kwargs)
+
+    def call(self, rows: Tensor) -> Call:
+        grid = (1,) * (len(self.proto.grid) - 1) + (len(rows),) if self.free else self.proto.grid
+        return self.proto.with_tokens(grid, {self.leaf: rows})
+
+    def shaken(self, rows: Tensor, draw: int) -> Call:
+        """The call on rows that are moved by one rounding error, those of zeros by one of ordinary rows."""
+        generator = torch.Generator().manual_seed(draw)
+        noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
+        scale = self.ordinary.double().square().mean().sqrt()
+        wide = rows.double()
+        size = torch.where((rows == 0).all(-1, keepdim=True), scale, wide)
+        return self.call((wide + torch.finfo(rows.dtype).eps * noise * size).to(rows.dtype))
+
+    def parts(self, rows: Rows) -> Iterator[Rows]:
+        """``rows`` in as many calls as they take; the last one is filled with ordinary rows."""
+        size = len(rows.values) if self.free else len(self.ordinary)
+        for start in range(0, len(rows.values), size):
+            values, kinds = rows.values[start : start + size], rows.kinds[start : start + size]
+            more = size - len(values)
+            yield Rows(rows.name, torch.cat([values, self.ordinary[:more]]), [*kinds, *["an ordinary row"] * more])
+
+    def _drawn(self, count: int) -> Tensor:
+        own = self.proto.rows(self.leaf)
+        finite = own[own.isfinite()].float()
+        scale = float(finite.square().mean().sqrt()) if finite.numel() else 0.0
+        return (torch.randn(count, own.shape[1], generator=self.generator) * (scale or 1.0)).to(own)
+
+    def _held(self, count: int) -> bool:
+        """Whether all three forms of the block take a call of ``count`` rows."""
+        args, kwargs = self.call(self._drawn(count))
+        before = _fallbacks(self.block.rewritten)
+        try:
+            run_plain(self.block.original, args, kwargs)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                choices_of(self.block.rewritten, args, kwargs)
+            self.block.run(*args, **kwargs)
+        except Exception:  # sizes that one of them was not made for
+            return False
+        return _fallbacks(self.block.rewritten) == before
+
+
+def _fallbacks(module: nn.Module) -> int:
+    forward = rewritten_forward(module)
+    return 0 if forward is None else forward.fallbacks
+
+
+def _run_case(block: Unpinned, calls: _Calls, rows: Rows, result: CaseResult, again: bool = False) -> None:
+    args, kwargs = calls.call(rows.values)
+    try:
+        y_orig, chosen = record_selections(block.original, args, kwargs)
+    except Exception as err:
+        result.status, result.reason = "skipped", f"the original raises {type(err).__name__}: {err}"
+        return
+    choices = choices_of(block.rewritten, args, kwargs)[1]
+    try:
+        y_new, ids = block.run(*args, **kwargs)
+    except Exception as err:
+        raise Fail(f"the runtime raises {type(err).__name__}: {str(err)[:200]}, the original does not") from err
+    leaves = [flatten(y)[0] for y in (y_orig, y_new)]
+    if len(leaves[0]) != len(leaves[1]):
+        raise Fail(f"the runtime returns {len(leaves[1])} values, the original {len(leaves[0])}")
+    eps = max((torch.finfo(t.dtype).eps for t in leaves[0] if _floating(t)), default=torch.finfo(rows.values.dtype).eps)
+    _finite(rows, *leaves)
+    noisy = [choices_of(block.rewritten, *calls.shaken(rows.values, draw))[1] for draw in range(DRAWS)]
+    tied, elsewhere = torch.zeros(2, len(rows.values), dtype=torch.bool)
+    try:
+        for choice in choices:
+            if choice.name in ids and ids[choice.name].shape == choice.ids.shape:
+                others = [n for draw in noisy for n in draw if n.name == choice.name]
+                here, moved = _routing(choice, ids[choice.name], eps, others, rows, result)
+                if len(here) == len(tied):
+                    tied, elsewhere = tied | here, elsewhere | moved
+        own = _ordinary_rows(rows)
+        often = int(elsewhere[own].sum())
+        if often > OFTEN * len(own) and len(own) > 4 and not again:
+            raise Fail(
+                f"its router gives equal scores to several experts on {often} of {len(own)} ordinary rows (two rows of "
+                "its weight may be equal), and the runtime takes others of them than PyTorch does: its results would "
+                "be another model's. Make the scores differ, with a bias for instance"
+            )
+        _numbers(block, calls, rows, (args, kwargs, chosen), leaves, elsewhere, _faint(choices, len(tied)), result)
+    except Fail:
+        sound = [i for i in _ordinary_rows(rows) if not tied[i]]
+        if again or not elsewhere.any() or not sound:
+            raise
+        values, kinds = rows.values.clone(), list(rows.kinds)
+        for i in tied.nonzero().flatten().tolist():
+            values[i], kinds[i] = rows.values[sound[i % len(sound)]], "an ordinary row"
+        _run_case(block, calls, Rows(rows.name, values, kinds), result, again=True)
+
+
+def _ordinary_rows(rows: Rows) -> list[int]:
+    return [i for i, kind in enumerate(rows.kinds) if kind == "an ordinary row"]
+
+
+def _routing(
+    choice: Choice, ids: Tensor, eps: float, noisy: list[Choice], rows: Rows, result: CaseResult
+) -> tuple[Tensor, Tensor]:
+    """(T,) bool, twice: which tokens are tied, and which of them the runtime sends elsewhere. ``Fail`` for a flip."""
+    ids = ids.cpu()
+    moved = differing(choice, ids).cpu()
+    tied = tied_tokens(choice, eps, noisy)[0]
+    result.ids_compared += ids.numel()
+    result.ties += int((moved & tied).sum())
+    wrong = (moved & ~tied).nonzero().flatten().tolist()
+    result.flips += len(wrong)
+    if wrong:
+        t = wrong[0]
+        kind = rows.kinds[t] if len(tied) == len(rows.kinds) else "a row"
+        raise Fail(
+            f"its router sends {kind} (token {t}) to experts {ids[t].tolist()} instead of {choice.ids[t].tolist()}, "
+            f"and rounding does not explain it ({len(wrong)} of {len(tied)} tokens go elsewhere)"
+        )
+    return tied, moved & tied
+
+
+def _finite(rows: Rows, ours: list[Any], theirs: list[Any]) -> None:
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if not _floating(a) or not a.numel():
+            continue
+        if a.shape != b.shape:
+            raise Fail(f"output {number} is {tuple(b.shape)} instead of {tuple(a.shape)}")
+        leaked = finiteness(a, b).leaked
+        if leaked:
+            kind = rows.kinds[leaked[0]] if len(as_rows(a)) == len(rows.kinds) else "these rows"
+            raise Fail(
+                f"output {number} is not finite for {kind} (token {leaked[0]}), where the original is "
+                f"({len(leaked)} such tokens)"
+            )
+
+
+def _numbers(
+    block: Unpinned, calls: _Calls, rows: Rows, pinned: tuple[Any, Any, Selections], leaves: list[list[Any]],
+    elsewhere: Tensor, faint: Tensor, result: CaseResult,
+) -> None:  # fmt: skip
+    """Judge the floating outputs, one kind of rows after the other."""
+    args, kwargs, chosen = pinned
+    try:
+        exact = flatten(run_oracle(block.original, args, kwargs, chosen))[0]
+        shaken = [
+            flatten(run_pinned(block.original, *calls.shaken(rows.values, draw), chosen))[0] for draw in range(DRAWS)
+        ]
+    except OracleError as err:
+        result.notes.append(f"not compared with the original in float64: {err.reason}")
+        return
+    for number, (a, b, o) in enumerate(zip(*leaves, exact, strict=True)):
+        if not _floating(a) or not a.numel() or o.shape != a.shape:
+            continue
+        y, new, true, *noisy = (as_rows(t) for t in (a, b, o, *(s[number] for s in shaken)))
+        kinds, left_out = rows.kinds, elsewhere | faint
+        if len(y) != len(kinds):
+            if elsewhere.any():
+                continue  # made of all tokens, those that went elsewhere among them
+            kinds, left_out = ["these rows"] * len(y), torch.zeros(len(y), dtype=torch.bool)
+        judged = finiteness(a, b).both.cpu() & ~left_out & true.isfinite().all(-1).cpu()
+        eps = torch.finfo(a.dtype).eps
+        for kind in dict.fromkeys(kinds):
+            at = judged & torch.tensor([k == kind for k in kinds])
+            if at.any():
+                at = at.to(y.device)
+                near = [token_distance(y[at], true[at], eps=eps), token_distance(new[at], true[at], eps=eps)]
+                moved = [token_distance(n[at], y[at], eps=eps).nan_to_num(0.0) for n in noisy]
+                _bound(f"output {number} of {kind}", *near, moved, eps, result)
+
+
+def _bound(where: str, mine: Tensor, theirs: Tensor, moved: list[Tensor], eps: float, result: CaseResult) -> None:
+    floor = torch.stack([mine.clamp_min(typical(mine)), *moved]).amax(0)
+    sound = FACTOR * floor <= CEILING
+    if not sound.any():
+        return
+    mine, theirs, floor = mine[sound], theirs[sound], floor[sound]
+    excess = (theirs - EPS_ALLOWANCE * eps).clamp_min(0.0)
+    factor = torch.where(excess > 0, excess / floor, 0.0)
+    result.tokens += len(mine)
+    result.distance_original = max(result.distance_original, float(mine.max()))
+    result.distance_rewritten = max(result.distance_rewritten, float(theirs.max()))
+    result.required = max(result.required, float(factor.max()))
+    if (factor > FACTOR).any():
+        t = int(factor.argmax())
+        raise Fail(
+            f"{where} lies {float(theirs[t]):.3g} from the original's code in float64, the original itself "
+            f"{float(mine[t]):.3g}, and rounding explains {FACTOR * float(floor[t]) + EPS_ALLOWANCE * eps:.3g}"
+        )
+
+
+def _faint(choices: Sequence[Choice], tokens: int) -> Tensor:
+    """(T,) bool: tokens whose largest score is below the smallest normal number, and so has lost its digits."""
+    found = torch.zeros(tokens, dtype=torch.bool)
+    for scores in (e.scores for choice in choices for e in choice.events if e.scores is not None):
+        largest = scores.reshape(-1, scores.shape[-1]).abs().amax(-1).cpu()
+        if len(largest) == tokens:
+            found |= (largest > 0) & (largest < torch.finfo(scores.dtype).tiny)
+    return found
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
