@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,9 @@ from moeopt.compare.block import BlockCheck
 from moeopt.compare.certificate import Certificate
 from moeopt.compare.language import find_ids
 from moeopt.compare.model import EndToEnd, end_to_end, run_plain
+from moeopt.compare.pins import RoutingLog
+from moeopt.compare.ties import exactly_tied
+from moeopt.compare.unusual import unusual_calls
 from moeopt.drive.block import OwnForward
 from moeopt.drive.collector import fewer_collections
 from moeopt.drive.gradients import check_gradients
@@ -48,6 +52,7 @@ from moeopt.engine.onnx_golden import other_sizes
 from moeopt.engine.onnx_pieces import causal_calls
 from moeopt.engine.onnx_router import Routed, check_blocks
 from moeopt.engine.onnx_routing import count_ids
+from moeopt.engine.onnx_ties import Ties, tie_note
 from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
 from moeopt.engine.program import export_program
 from moeopt.engine.trt_build import TrtBuilt, build_trt
@@ -274,8 +279,11 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
     runner: GraphEngine = engine.replay() if isinstance(engine, AbsentEngine) else engine
     device = engine.built_for if isinstance(engine, AbsentEngine) else engine.described
     form = built.graph if isinstance(built, TrtBuilt) else built
-    notes += _check_routers(source, twin, runner, form, outcome, plan, options)
+    alone = _check_routers(source, twin, runner, form, outcome, plan, options)
     end = _compare_engine(source, twin, runner, form, call, outcome, options)
+    moved = sum(case.ties for check in outcome.checks for case in check.cases if case.name.endswith(runner.runtime))
+    ties = tie_note(twin, call, runner.runtime, None if end is None else moved, 0 if end is None else end.ties)
+    told = [*alone, ties] if ties else alone
     first = next(source.parameters(), None)
     certificate = Certificate(
         blocks=outcome.checks,
@@ -284,14 +292,14 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
         executed=runner is engine,
         device=device,
         dtype=str(first.dtype).removeprefix("torch.") if first is not None else "",
-        notes=list(plan.notes),
+        notes=[*plan.notes, *told],
     )
     blocks = [
         dataclasses.replace(b, lowering=_lowering(b, built)) if b.status == "rewritten" else b for b in outcome.blocks
     ]
     backend = "tensorrt" if isinstance(plan, EnginePlan) else "onnxruntime"
     report = _report(source, blocks, backend, outcome, certificate)
-    report = dataclasses.replace(report, notes=(*report.notes, *notes))
+    report = dataclasses.replace(report, notes=(*report.notes, *notes, *told))
     return Optimized(engine, report, certificate, call, fingerprint(source), built)
 
 
@@ -341,6 +349,11 @@ def _compare_engine(
             runs += [("another size", one, engine) for one in other_sizes(engine.signature, call) if engine.holds(one)]
         elif ids is not None:
             runs += [(what, ((), one), form) for what, one, form in causal_calls(engine.causal_lm, kwargs, ids)]
+    unusual = unusual_calls((args, kwargs)) if options.verify == "strict" else []
+    runs += [(what, one, engine) for what, one in unusual if engine.holds(one)]
+    ties = _ties(twin, engine, built, noise, options.seed)
+    declined = any(b.kind == "moe" and b.status == "declined" for b in outcome.blocks)
+    also_tied: list[str] = []
     verdicts = []
     for what, one, form in runs:
         try:
@@ -350,7 +363,18 @@ def _compare_engine(
                 raise
             continue  # a size that the model itself cannot take
         steps = 0 if what else 8
-        verdict = end_to_end(source, form, *one, noise_blocks=noise, seed=options.seed, greedy_steps=steps)
+        whole = ties is not None and form in (engine, engine.causal_lm)
+        otherwise = functools.partial(ties.compare, one) if whole and ties is not None else None
+        verdict = end_to_end(
+            source, form, *one, noise_blocks=noise, seed=options.seed, greedy_steps=steps, otherwise=otherwise
+        )
+        if not verdict.passed and what in dict(unusual) and declined:
+            log = RoutingLog()
+            with log:
+                run_plain(source, *one)
+            if exactly_tied(log.events):
+                also_tied.append(what)
+                continue
         verdicts.append((what, one, verdict))
     first_of = ""
     for what, one, verdict in verdicts:
@@ -364,7 +388,7 @@ def _compare_engine(
             raise NotEquivalentError(
                 f"the {engine.runtime} engine of {type(source).__name__} is not equivalent and was not kept: "
                 f"{verdict.reason} (inputs of sizes {', '.join(map(str, sizes))}"
-                f"{', ' + what if what.startswith('through') else ''}"
+                f"{', ' + what if what.startswith('through') or what in dict(unusual) else ''}"
                 f"{f'; the first other choice of experts: {first_of}' if first_of else ''}); {way_out}"
             )
     first = verdicts[0][2]
@@ -373,14 +397,26 @@ def _compare_engine(
     except Exception as err:  # ONNX Runtime's own: the count must not fail an engine that is right
         first_of = ""
         first.notes.append(f"expert ids were not compared: {type(err).__name__}: {err}")
-    if first_of:
+    if first_of and not first.ties:
         first.notes.append(f"the result stays within its budget although some experts differ; the first is {first_of}")
-    also = [what for what, *_ in verdicts[1:]]
-    if also and engine.causal_lm is None:
-        first.notes.append(f"equal in {len(also)} other sizes too")
-    elif also:
+    sizes = sum(what == "another size" for what, *_ in verdicts)
+    if sizes:
+        first.notes.append(f"equal in {sizes} other sizes too")
+    also = [what for what, *_ in verdicts[1:] if what != "another size"]
+    if also:
         first.notes.append(f"equal with {', '.join(also)} too")
+    for what in also_tied:
+        first.notes.append(f"with {what} nothing can be told: a block that was declined chooses between equal scores")
+    first.notes += [note for _, _, verdict in verdicts[1:] for note in verdict.notes if "not judged" in note]
     return first
+
+
+def _ties(twin: nn.Module, engine: GraphEngine, built: Built, noise: list[str], seed: int) -> Ties | None:
+    """What compares once more where ``engine`` broke ties otherwise; only ONNX Runtime tells its expert ids."""
+    if not isinstance(engine, OnnxEngine):
+        return None
+    graph, form = (GRAPH, built) if built.portable is None else (PORTABLE, built.portable)
+    return Ties(twin, engine, graph, form.sites, noise, seed)
 
 
 def _ids(twin: nn.Module, engine: GraphEngine, built: Built, call: Call) -> tuple[int, int, str]:

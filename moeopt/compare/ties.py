@@ -148,9 +148,20 @@ def _gap(scores_TE: Tensor, ids: Tensor, choice: Choice) -> tuple[Tensor, Tensor
 
 
 def _counts(weights: Tensor) -> Tensor:
-    """Which routing weights are more than nothing; NaN is."""
-    return ~(weights.abs() <= torch.finfo(weights.dtype).tiny)
+    """Which routing weights are more than nothing; of a token whose weights are NaN, none: it chooses nothing."""
+    return weights.abs() > torch.finfo(weights.dtype).tiny
 
 
 def _effective(choice: Choice) -> Tensor:
     return torch.where(_counts(choice.weights), choice.ids, -1).sort(-1).values
+
+
+def exactly_tied(events: Sequence[Event]) -> bool:
+    """Whether any of these choices was made between equal scores."""
+    for event in events:
+        assert event.scores is not None
+        scores = event.scores.reshape(-1, event.scores.shape[-1]).double().cpu()
+        ids = event.ids.reshape(len(scores), -1).cpu()
+        if scores.shape[-1] > 1 and bool(_gap(scores, ids, Choice("", ids, torch.ones(ids.shape), []))[1].any()):
+            return True
+    return False

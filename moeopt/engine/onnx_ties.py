@@ -1,0 +1,97 @@
+"""A comparison end to end in which the engine broke ties its own way: the rest is compared with its choices.
+
+Rows of zeros, a gate of zeros: all scores of a token are equal, and the engine may take other experts than PyTorch
+does. That is told and counted. The model with its blocks rewritten then runs once more with the engine's expert ids,
+and what the engine gives must be what that run gives, within the same budget. It is done only where each choice that
+differs is a tie; a single one that is not, and the engine is not the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from moeopt.compare.model import DRAWS, EndToEnd, Noise, OriginalRuns, compare_outputs
+from moeopt.compare.ties import choices_of, differing, tied_tokens
+from moeopt.engine.onnx_engine import GraphEngine
+from moeopt.engine.onnx_routing import Records, ids_of_engine
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Ties:
+    """Compares an engine once more where it broke ties otherwise, and counts.
+
+    Args:
+        twin: the model with its blocks rewritten, on the weights that the engine was made of.
+        graph, records: the file of ``engine`` in its directory, and its sites.
+        noise: names of the submodules whose rounding moves the router's scores.
+    """
+
+    def __init__(
+        self, twin: nn.Module, engine: GraphEngine, graph: str, records: Records, noise: Sequence[str], seed: int = 0
+    ) -> None:
+        self.twin, self.engine, self.graph, self.records = twin, engine, graph, records
+        self.noise, self.seed = noise, seed
+
+    def compare(self, call: Call, runs: OriginalRuns, got: Any) -> EndToEnd | None:
+        """The verdict with the engine's expert ids; None where ties do not explain what differs."""
+        args, kwargs = call
+        ids = ids_of_engine(self.engine, self.graph, self.records, call)
+        want, choices = choices_of(self.twin, args, kwargs, ids)
+        noisy = []
+        for draw in range(DRAWS):
+            with Noise(self.twin, self.noise, self.seed + draw):
+                noisy.append(choices_of(self.twin, args, kwargs, ids)[1])
+        eps = coarsest(self.twin, want)
+        broken = 0
+        for choice in choices:
+            other = ids.get(choice.name)
+            if other is None or other.shape != choice.ids.shape:
+                continue
+            moved = differing(choice, other).cpu()
+            tied = tied_tokens(choice, eps, [n for run in noisy for n in run if n.name == choice.name])[0]
+            if bool((moved & ~tied).any()):
+                return None
+            broken += int(moved.sum())
+        if not broken:
+            return None
+        result = compare_outputs(want, got, runs.noisy, runs.want)
+        if result.passed:
+            result.ties = broken
+            result.notes.append(
+                f"{broken} choices of experts are ties that the engine broke otherwise; the rest was compared with its "
+                "choices"
+            )
+        return result
+
+
+def tie_note(twin: nn.Module, call: Call, runtime: str, moved: int | None, own: int = 0) -> str:
+    """What a user must know of ties, and how many the example inputs have; "" for a model that chooses no experts.
+
+    Args:
+        moved: tied rows that the engine sent to other experts when its blocks were verified; None where nothing was
+            run. own: those of the example inputs.
+    """
+    choices = [choice for choice in choices_of(twin, *call)[1] if choice.events]
+    if not choices:
+        return ""
+    exact = sum(int(tied_tokens(choice, 0.0)[1].sum()) for choice in choices)
+    total = sum(len(choice.ids) for choice in choices)
+    seen = "" if moved is None else f" ({moved} of the rows that blocks were verified with did)"
+    went = "" if moved is None else f", of which {own} went to other experts"
+    return (
+        f"tied rows, whose router scores are exactly equal (rows of zeros, a gate of zeros), may go to other experts on "
+        f"{runtime} than in PyTorch{seen}, and have other results then; of the {total} choices of experts that the "
+        f"example inputs make, {exact} are such ties{went}"
+    )
+
+
+def coarsest(model: nn.Module, outputs: Any) -> float:
+    """The largest eps of the dtypes of a model's parameters and outputs."""
+    tensors = [*model.parameters(), *(t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor))]
+    return max((torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()), default=0.0)
