@@ -21,7 +21,7 @@ from moeopt.backends.tensorrt.target import local_target
 from moeopt.compare.block import BlockCheck
 from moeopt.compare.certificate import Certificate
 from moeopt.compare.language import find_ids
-from moeopt.compare.model import EndToEnd, end_to_end, run_plain
+from moeopt.compare.model import EndToEnd, OriginalRuns, end_to_end, run_plain
 from moeopt.compare.pins import RoutingLog
 from moeopt.compare.ties import exactly_tied
 from moeopt.compare.unusual import unusual_calls
@@ -399,9 +399,9 @@ def _compare_engine(
         first.notes.append(f"expert ids were not compared: {type(err).__name__}: {err}")
     if first_of and not first.ties:
         first.notes.append(f"the result stays within its budget although some experts differ; the first is {first_of}")
-    sizes = sum(what == "another size" for what, *_ in verdicts)
-    if sizes:
-        first.notes.append(f"equal in {sizes} other sizes too")
+    others = sum(what == "another size" for what, *_ in verdicts)
+    if others:
+        first.notes.append(f"equal in {others} other sizes too")
     also = [what for what, *_ in verdicts[1:] if what != "another size"]
     if also:
         first.notes.append(f"equal with {', '.join(also)} too")
@@ -550,7 +550,11 @@ def verify(
             noise += _weighted(original)
             if runner.causal_lm is not None:
                 call = call[0], {**call[1], "use_cache": False}
-        end = end_to_end(original, runner, *call, noise_blocks=noise)
+        otherwise = None
+        if isinstance(runner, OnnxEngine) and isinstance(subject._built, Built):
+            built = subject._built
+            otherwise = _told_from_ties(original, call, lambda twin: _ties(twin, runner, built, noise, 0))
+        end = end_to_end(original, runner, *call, noise_blocks=noise, otherwise=otherwise)
         device = subject.certificate.device
         return Certificate(end_to_end=end, executed=not absent, dtype=subject.certificate.dtype, device=device)
     return _verify_bundle(Path(subject), original, inputs, provider)
@@ -574,7 +578,10 @@ def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider
         args, kwargs = as_call(inputs)
         if getattr(engine, "causal_lm", None) is not None:
             kwargs = {**kwargs, "use_cache": False}  # the cache is compared by what comes of it
-        end = end_to_end(original, engine, args, kwargs, noise_blocks=_noisy(original, manifest))
+        noise, otherwise = _noisy(original, manifest), None
+        if isinstance(engine, OnnxEngine):
+            otherwise = _told_from_ties(original, (args, kwargs), lambda twin: Ties.of_bundle(twin, engine, noise))
+        end = end_to_end(original, engine, args, kwargs, noise_blocks=noise, otherwise=otherwise)
         return Certificate(end_to_end=end, executed=executed, device=device, dtype=saved.dtype, notes=notes)
     if manifest.backend != "torch":
         check = replay_golden(engine)
@@ -586,6 +593,20 @@ def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider
     notes.append(f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}")
     blocks: list[BlockCheck] = saved.blocks
     return Certificate(blocks, end, saved.level, executed, device, saved.dtype, notes=notes)
+
+
+def _told_from_ties(
+    original: nn.Module, call: Call, ties_of: Callable[[nn.Module], Ties | None]
+) -> Callable[[OriginalRuns, Any], EndToEnd | None]:
+    """What ``end_to_end`` asks where it fails: the blocks of ``original`` are rewritten only then."""
+
+    def otherwise(runs: OriginalRuns, got: Any) -> EndToEnd | None:
+        twin = shared_copy(original)
+        pipeline.run(twin, call, Options(verify="off"))
+        ties = ties_of(twin)
+        return None if ties is None else ties.compare(call, runs, got)
+
+    return otherwise
 
 
 def _weighted(model: nn.Module) -> list[str]:

@@ -198,7 +198,9 @@ def _leaf(a: Any, b: Any, shaken: list[tuple[Any, Any]], result: EndToEnd) -> st
     d = token_distance(b, a)[pattern.both]
     if not len(d):
         return ""
-    moved = [token_distance(noisy, quiet).nan_to_num(0.0)[pattern.both] for noisy, quiet in shaken if noisy.shape == a.shape]
+    moved = [
+        token_distance(noisy, quiet).nan_to_num(0.0)[pattern.both] for noisy, quiet in shaken if noisy.shape == a.shape
+    ]
     sound = torch.stack(moved).amax(0) * FACTOR <= CEILING if moved else torch.ones_like(d, dtype=torch.bool)
     if not sound.any():
         return (

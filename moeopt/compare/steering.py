@@ -99,7 +99,9 @@ def steered_rows(
             if bounded:
                 size = math.copysign(float(base.square().mean().sqrt()) / float(along.square().mean().sqrt()), level)
                 share = abs(level) / LEVELS[-1]
-                add(share * size * along + (1 - share) * 0.5 * base[rows], f"a row that steers {what} all {_way(level)}")
+                add(
+                    share * size * along + (1 - share) * 0.5 * base[rows], f"a row that steers {what} all {_way(level)}"
+                )
             else:
                 add(level * along + base[rows], f"a row with all of {what} near {level}")
         for level in (-12, -1, 1, 12):
@@ -141,7 +143,3 @@ def _distinct(products: list[_Product]) -> list[_Product]:
         if not any(p.matrix.shape == product.matrix.shape and torch.equal(p.matrix, product.matrix) for p in kept):
             kept.append(product)
     return kept
-
-
-def _way(level: int) -> str:
-    return "down" if level < 0 else "up"

@@ -266,9 +266,9 @@ def _numbers(
             at = judged & torch.tensor([k == kind for k in kinds])
             if at.any():
                 at = at.to(y.device)
-                near = [token_distance(y[at], true[at], eps=eps), token_distance(new[at], true[at], eps=eps)]
+                mine, theirs = (token_distance(t[at], true[at], eps=eps) for t in (y, new))
                 moved = [token_distance(n[at], y[at], eps=eps).nan_to_num(0.0) for n in noisy]
-                _bound(f"output {number} of {kind}", *near, moved, eps, result)
+                _bound(f"output {number} of {kind}", mine, theirs, moved, eps, result)
 
 
 def _bound(where: str, mine: Tensor, theirs: Tensor, moved: list[Tensor], eps: float, result: CaseResult) -> None:

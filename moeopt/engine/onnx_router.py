@@ -50,7 +50,7 @@ def block_kind(module: nn.Module) -> str | None:
         elif isinstance(told, Tensor):
             told = _told(told)
         steps.append((step.kind, str(told), str(step.args), str(step.kwargs)))
-    banks = [([_told(t) for t in (bank.w_out(0), *bank.w_in(0))], bank.num_experts, spec) for bank, spec in forward.banks]
+    banks = [(bank.num_experts, *map(_told, (bank.w_out(0), *bank.w_in(0))), spec) for bank, spec in forward.banks]
     return str((steps, banks, program.routers, program.guard.shapes))
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeopt.backends.onnxrt.session import PORTABLE
 from moeopt.compare.model import DRAWS, EndToEnd, Noise, OriginalRuns, compare_outputs
 from moeopt.compare.ties import choices_of, differing, tied_tokens
-from moeopt.engine.onnx_engine import GraphEngine
+from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_routing import Records, ids_of_engine
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -37,6 +38,14 @@ class Ties:
     ) -> None:
         self.twin, self.engine, self.graph, self.records = twin, engine, graph, records
         self.noise, self.seed = noise, seed
+
+    @classmethod
+    def of_bundle(cls, twin: nn.Module, engine: OnnxEngine, noise: Sequence[str]) -> Ties | None:
+        """Those of a loaded engine; None where its manifest has no records of its blocks."""
+        data = {} if engine.manifest is None else engine.manifest.data
+        form = data.get("portable") if engine.graph == PORTABLE else data
+        records = form.get("sites") if isinstance(form, dict) else None
+        return cls(twin, engine, engine.graph, records, noise) if records else None
 
     def compare(self, call: Call, runs: OriginalRuns, got: Any) -> EndToEnd | None:
         """The verdict with the engine's expert ids; None where ties do not explain what differs."""
@@ -85,8 +94,8 @@ def tie_note(twin: nn.Module, call: Call, runtime: str, moved: int | None, own: 
     seen = "" if moved is None else f" ({moved} of the rows that blocks were verified with did)"
     went = "" if moved is None else f", of which {own} went to other experts"
     return (
-        f"tied rows, whose router scores are exactly equal (rows of zeros, a gate of zeros), may go to other experts on "
-        f"{runtime} than in PyTorch{seen}, and have other results then; of the {total} choices of experts that the "
+        f"tied rows, whose router scores are exactly equal (rows of zeros, a gate of zeros), may go to other experts "
+        f"on {runtime} than in PyTorch{seen}, and have other results then; of the {total} choices of experts that the "
         f"example inputs make, {exact} are such ties{went}"
     )
 
