@@ -97,11 +97,10 @@ def steered_rows(
         picked = torch.randint(len(base), (len(LEVELS), 2), generator=generator).to(base.device)
         for level, rows in zip(LEVELS, picked, strict=True):
             if bounded:
-                size = math.copysign(float(base.square().mean().sqrt()) / float(along.square().mean().sqrt()), level)
+                reach = math.copysign(float(base.norm(dim=-1).mean() / along.norm()), level)
                 share = abs(level) / LEVELS[-1]
-                add(
-                    share * size * along + (1 - share) * 0.5 * base[rows], f"a row that steers {what} all {_way(level)}"
-                )
+                way = "down" if level < 0 else "up"
+                add(share * reach * along + (1 - share) * 0.5 * base[rows], f"a row that steers all of {what} {way}")
             else:
                 add(level * along + base[rows], f"a row with all of {what} near {level}")
         for level in (-12, -1, 1, 12):
