@@ -27,6 +27,7 @@ from moeopt.compare.ties import exactly_tied
 from moeopt.compare.unusual import unusual_calls
 from moeopt.drive.block import OwnForward
 from moeopt.drive.collector import fewer_collections
+from moeopt.drive.enclosing import with_router
 from moeopt.drive.gradients import check_gradients
 from moeopt.drive.inputs import Call, as_call, made_up
 from moeopt.drive.picture import picture
@@ -311,17 +312,12 @@ def _check_routers(
     if options.verify != "strict" or not isinstance(engine, OnnxEngine) or not isinstance(plan, Plan):
         return []
     options.say("running the blocks' routers on the runtime")
-    blocks = [
-        Routed(
-            path,
-            path or type(source).__name__,
-            outcome.calls[path],
-            rewrite.proto,
-            max(len(found.experts) for found in rewrite.found),
-            rewrite.check,
-        )
-        for path, rewrite in outcome.rewrites.items()
-    ]
+    blocks = []
+    for path, rewrite in outcome.rewrites.items():
+        around = with_router(path, outcome.calls)
+        if around is not None and (around[0] or engine.causal_lm is None):
+            experts = max(len(found.experts) for found in rewrite.found)
+            blocks.append(Routed(around[0], outcome.calls[around[0]], around[1], experts, rewrite.check))
     return check_blocks(lambda p: OwnForward(source.get_submodule(p)), twin, blocks, built, plan, options.seed)
 
 

@@ -5,10 +5,10 @@ routes. Its expert ids are compared with those of the rewritten block in PyTorch
 decides is a tie, and counted (``ties``); anything else is a failure. Then the numbers, of tokens that went to the
 same experts. Each token of each kind of rows has a budget of its own:
 
-    d_new[t] <= FACTOR * max(d_orig[t], typical, s[t]) + EPS_ALLOWANCE * eps
+    d_new[t] <= FACTOR * max(d_orig[t], typical, s) + EPS_ALLOWANCE * eps
 
-d is the relative L2 distance from the original's code in float64, ``typical`` is of the rows of the same kind, and
-s[t] is what the original's own result moves by when its inputs move by one rounding error. Rows on which the
+d is the relative L2 distance from the original's code in float64; ``typical`` and s are of the rows of the same kind:
+s is the most that the original's own result moves by when its inputs move by one rounding error. Rows on which the
 original has no digits itself (the budget would be half of the norm) are not judged.
 
 A block in which tokens depend on each other (a capacity) may send others elsewhere once a tie is broken otherwise: a
@@ -40,7 +40,7 @@ from moeopt.compare.ties import Choice, choices_of, differing, tied_tokens
 from moeopt.compare.trees import flatten
 from moeopt.rewrite.program import rewritten_forward
 
-DRAWS = 2
+DRAWS = 3
 MOST = 128
 """Rows that one call may have."""
 OFTEN = 0.4
@@ -109,13 +109,13 @@ class _Calls:
         grid = (1,) * (len(self.proto.grid) - 1) + (len(rows),) if self.free else self.proto.grid
         return self.proto.with_tokens(grid, {self.leaf: rows})
 
-    def shaken(self, rows: Tensor, draw: int) -> Call:
-        """The call on rows that are moved by one rounding error, those of zeros by one of ordinary rows."""
+    def shaken(self, rows: Tensor, draw: int, zeros: bool = False) -> Call:
+        """The call on rows that are moved by one rounding error; with ``zeros``, rows of zeros by one of others."""
         generator = torch.Generator().manual_seed(draw)
         noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
         scale = self.ordinary.double().square().mean().sqrt()
         wide = rows.double()
-        size = torch.where((rows == 0).all(-1, keepdim=True), scale, wide)
+        size = torch.where((rows == 0).all(-1, keepdim=True) & zeros, scale, wide)
         return self.call((wide + torch.finfo(rows.dtype).eps * noise * size).to(rows.dtype))
 
     def parts(self, rows: Rows) -> Iterator[Rows]:
@@ -148,8 +148,8 @@ class _Calls:
 
 
 def _fallbacks(module: nn.Module) -> int:
-    forward = rewritten_forward(module)
-    return 0 if forward is None else forward.fallbacks
+    forwards = [rewritten_forward(child) for child in module.modules()]
+    return sum(forward.fallbacks for forward in forwards if forward is not None)
 
 
 def _run_case(block: Unpinned, calls: _Calls, rows: Rows, result: CaseResult, again: bool = False) -> None:
@@ -169,7 +169,7 @@ def _run_case(block: Unpinned, calls: _Calls, rows: Rows, result: CaseResult, ag
         raise Fail(f"the runtime returns {len(leaves[1])} values, the original {len(leaves[0])}")
     eps = max((torch.finfo(t.dtype).eps for t in leaves[0] if _floating(t)), default=torch.finfo(rows.values.dtype).eps)
     _finite(rows, *leaves)
-    noisy = [choices_of(block.rewritten, *calls.shaken(rows.values, draw))[1] for draw in range(DRAWS)]
+    noisy = [choices_of(block.rewritten, *calls.shaken(rows.values, draw, zeros=True))[1] for draw in range(DRAWS)]
     tied, elsewhere = torch.zeros(2, len(rows.values), dtype=torch.bool)
     try:
         for choice in choices:
@@ -272,7 +272,8 @@ def _numbers(
 
 
 def _bound(where: str, mine: Tensor, theirs: Tensor, moved: list[Tensor], eps: float, result: CaseResult) -> None:
-    floor = torch.stack([mine.clamp_min(typical(mine)), *moved]).amax(0)
+    most = max((float(m.max()) for m in moved), default=0.0)
+    floor = mine.clamp_min(max(typical(mine), most))
     sound = FACTOR * floor <= CEILING
     if not sound.any():
         return

@@ -59,7 +59,6 @@ class Rewrite:
     check: BlockCheck
     routers: list[RouterReading]
     seconds: float
-    proto: Prototype
 
 
 def rewrite_block(
@@ -118,7 +117,7 @@ def _rewrite(
             raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
         if neutral:
             raise Declined(neutral)
-        return Rewrite(program, found, check, routers, time.perf_counter() - started, proto)
+        return Rewrite(program, found, check, routers, time.perf_counter() - started)
     try:
         raise last or Declined("its arguments could not be read as rows of tokens")
     finally:

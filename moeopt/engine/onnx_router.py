@@ -30,28 +30,15 @@ from moeopt.errors import NotEquivalentError
 from moeopt.rewrite.program import rewritten_forward
 
 Records = Sequence[Mapping[str, Any]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 ROUTED = ".routed"
 FEW = 16
 """Elements of a tensor that counts as a constant: its values may decide what an exporter makes of the graph."""
 
 
-def block_kind(module: nn.Module) -> str | None:
-    """What the graph of a rewritten block depends on beside the values of its weights; None if it is not rewritten."""
-    forward = rewritten_forward(module)
-    if forward is None:
-        return None
-    program, steps = forward.program, []
-    for step in program.plan.steps:
-        told: Any = step.target
-        if step.kind == "attr":
-            told = _told(operator.attrgetter(step.target)(module))
-        elif step.kind == "module":
-            told = [_inside(child) for child in module.get_submodule(step.target).modules()]
-        elif isinstance(told, Tensor):
-            told = _told(told)
-        steps.append((step.kind, str(told), str(step.args), str(step.kwargs)))
-    banks = [(bank.num_experts, *map(_told, (bank.w_out(0), *bank.w_in(0))), spec) for bank, spec in forward.banks]
-    return str((steps, banks, program.routers, program.guard.shapes))
+def block_kind(module: nn.Module) -> str:
+    """What the graph of a module with rewritten blocks depends on beside the values of its weights."""
+    return str([_rewritten(child) or _inside(child) for child in module.modules()])
 
 
 class RoutedBlock:
@@ -111,24 +98,23 @@ def itself(built: Built, plan: Plan) -> RoutedBlock:
 
 @dataclass
 class Routed:
-    """A rewritten block: its path, a real call and what its arguments are, how many experts, its check so far."""
+    """A module with its router inside: a real call and what its arguments are, how many experts, its check so far."""
 
     path: str
-    name: str
-    call: tuple[tuple[Any, ...], dict[str, Any]]
+    call: Call
     proto: Prototype
     experts: int
     check: BlockCheck
 
 
 def check_blocks(
-    originals: Callable[[str], Callable[..., Any]], twin: nn.Module, blocks: Sequence[Routed], built: Built, plan: Plan,
-    seed: int,
+    original_of: Callable[[str], Callable[..., Any]], twin: nn.Module, blocks: Sequence[Routed], built: Built,
+    plan: Plan, seed: int,
 ) -> list[str]:  # fmt: skip
     """Run each kind of block on the engine's runtime, unpinned; its cases join its check. Notes for the certificate.
 
     Args:
-        originals: the original's own forward, by the path of its block.
+        original_of: the original's own forward, by the path of its module.
         twin: the model with its blocks rewritten, as ``built`` was made of it.
 
     Raises:
@@ -137,30 +123,45 @@ def check_blocks(
     seen: set[str] = set()
     notes: list[str] = []
     for block in blocks:
-        module = twin.get_submodule(block.path)
+        module, name = twin.get_submodule(block.path), block.path or type(twin).__name__
         kind = block_kind(module)
-        if kind is None or kind in seen:
+        if kind in seen:
             continue
         seen.add(kind)
         try:
             run, _keep = (itself(built, plan), built) if not block.path else alone(module, *block.call, plan)
         except Exception as err:  # the whole was exported, and is compared; this block has no graph of its own
-            notes.append(f"{block.name} was not run alone on {plan.runtime}: {type(err).__name__}: {str(err)[:200]}")
+            notes.append(f"{name} was not run alone on {plan.runtime}: {type(err).__name__}: {str(err)[:200]}")
             continue
-        found = check_unpinned(
-            Unpinned(block.name, originals(block.path), module, run, block.proto, block.experts), seed
-        )
+        unpinned = Unpinned(name, original_of(block.path), module, run, block.proto, block.experts)
+        found = check_unpinned(unpinned, seed)
         for case in found:
             case.name = f"{case.name}, on {plan.runtime}"
         block.check.cases += found
         failed = next((case for case in found if case.status == "failed"), None)
         if failed is not None:
             raise NotEquivalentError(
-                f"the {plan.runtime} engine of {type(twin).__name__} is not equivalent and was not kept: in "
-                f"{block.name}, run whole and with its router not pinned, {failed.reason}; use backend='torch', or "
-                "report this with the model's code"
+                f"the {plan.runtime} engine of {type(twin).__name__} is not equivalent and was not kept: in {name}, "
+                f"run whole and with its router not pinned, {failed.reason}; use backend='torch', or report this with "
+                "the model's code"
             )
     return notes
+
+
+def _rewritten(module: nn.Module) -> Any:
+    forward = rewritten_forward(module)
+    if forward is None:
+        return None
+    program, steps = forward.program, []
+    for step in program.plan.steps:
+        told: Any = step.target
+        if step.kind == "attr":
+            told = _told(operator.attrgetter(step.target)(module))
+        elif isinstance(told, Tensor):
+            told = _told(told)
+        steps.append((step.kind, str(told), str(step.args), str(step.kwargs)))
+    banks = [(bank.num_experts, *map(_told, (bank.w_out(0), *bank.w_in(0))), spec) for bank, spec in forward.banks]
+    return steps, banks, program.routers, program.guard.shapes
 
 
 def _inside(module: nn.Module) -> Any:
