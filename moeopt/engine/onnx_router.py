@@ -32,7 +32,7 @@ from moeopt.rewrite.program import rewritten_forward
 Records = Sequence[Mapping[str, Any]]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 ROUTED = ".routed"
-FEW = 16
+FEW = 1
 """Elements of a tensor that counts as a constant: its values may decide what an exporter makes of the graph."""
 
 
