@@ -5,6 +5,7 @@ follows the direction in which all of them grow alike, so a row can be made whos
 is asked for; behind a norm, rows along that direction come as near as the norm lets them.
 
     ordinary        gaussian, at the scale of the given rows; every other kind is made from these
+    up, down        of a router that is no product: along a linear fit of its scores, at several lengths
     level L         all logits of one product lie near L: the tails of sigmoid, softplus, exp, log
     equal           all logits alike but for rounding, and nearly alike
     zeros, copies   padding; equal tokens
@@ -17,7 +18,7 @@ Shape legend: R rows, H hidden, n columns of a product.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,27 +63,29 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if name in ("aten::mm", "aten::addmm"):
+        if name in ("aten::mm", "aten::addmm", "aten::bmm"):
             a, b = args[-2:]
-            if a.shape[0] == self.rows and b.shape[1] <= self.columns:
+            if name == "aten::bmm" and len(a) == 1:
+                a, b = a[0], b[0]
+            if a.dim() == 2 and a.shape[0] == self.rows and b.shape[1] <= self.columns:
                 self.found.append(_Product(a.detach().double(), b.detach().double()))
         return out
 
 
 def steered_rows(
-    ordinary: Tensor, run: Callable[[Tensor], Any], experts: int, generator: torch.Generator
+    ordinary: Tensor, run: Callable[[Tensor], Iterable[Tensor]], experts: int, generator: torch.Generator
 ) -> list[Rows]:
     """The rows of the module's table, as one call each.
 
     Args:
         ordinary: (R, H), at least ``ORDINARY`` rows of the block's own scale.
-        run: the block on R rows, in PyTorch, its experts as one op.
+        run: the block on R rows, in PyTorch, its experts as one op; what its choices compared, (..., E) each.
         experts: how many columns a router's matrix has.
     """
     base = ordinary[:ORDINARY].double()
     products = _Products(len(ordinary), max(experts, 1))
     with products:
-        run(ordinary)
+        scores = list(run(ordinary))
     values, kinds = [base], ["an ordinary row"] * len(base)
 
     def add(rows: Tensor, kind: str) -> None:
@@ -106,6 +109,11 @@ def steered_rows(
         for level in (-12, -1, 1, 12):
             add(level * along, f"a row with all of {what} equal")
             add(level * along + 1e-3 * base[:1], f"a row with all of {what} nearly equal")
+    if not any(p.matrix.shape[1] == experts for p in products.found):
+        for along in _fitted(ordinary.double(), scores, experts):
+            for times in (1, 3, 10, 30, 100):
+                add(times * along, "a row that steers its router's scores up")
+                add(-times * along, "a row that steers its router's scores down")
     steered = Rows("steered router", torch.cat(values), kinds)
     values, kinds = [base], ["an ordinary row"] * len(base)
     add(torch.zeros_like(base[:3]), "a row of zeros")
@@ -134,6 +142,17 @@ def _direction(product: _Product, ordinary: Tensor) -> tuple[Tensor | None, bool
     gain = (ratio / ratio.abs().mean(-1, keepdim=True).clamp_min(1e-30)).median(0).values
     along = torch.where(gain.abs() > 1e-3, up / torch.where(gain.abs() > 1e-3, gain, 1.0), 0.0)
     return (along, True) if bool(along.any()) and bool(along.isfinite().all()) else (None, False)
+
+
+def _fitted(ordinary: Tensor, scores: list[Tensor], experts: int) -> Iterator[Tensor]:
+    """(H,), as long as an ordinary row: along which the scores of a router that is no product grow, by a linear fit."""
+    for found in scores:
+        if found.numel() == len(ordinary) * experts and bool(found.isfinite().all()):
+            mean = found.double().reshape(len(ordinary), experts).to(ordinary).mean(-1)
+            along = torch.linalg.pinv(ordinary) @ (mean - mean.mean())
+            if bool(along.isfinite().all()) and float(along.norm()) > 0:
+                yield along / along.norm() * ordinary.norm(dim=-1).mean()
+            return
 
 
 def _distinct(products: list[_Product]) -> list[_Product]:

@@ -8,7 +8,7 @@ same experts. Each token of each kind of rows has a budget of its own:
     d_new[t] <= FACTOR * max(d_orig[t], typical, s) + EPS_ALLOWANCE * eps
 
 d is the relative L2 distance from the original's code in float64; ``typical`` and s are of the rows of the same kind:
-s is the most that the original's own result moves by when its inputs move by one rounding error. Rows on which the
+s is the most that the original's own result moves by when its inputs move by ``SHAKE`` eps. Rows on which the
 original has no digits itself (the budget would be half of the norm) are not judged.
 
 A block in which tokens depend on each other (a capacity) may send others elsewhere once a tie is broken otherwise: a
@@ -41,6 +41,8 @@ from moeopt.compare.trees import flatten
 from moeopt.rewrite.program import rewritten_forward
 
 DRAWS = 3
+SHAKE = 2.0
+"""Eps: a product of two rows rounds each term and each sum."""
 MOST = 128
 """Rows that one call may have."""
 OFTEN = 0.4
@@ -101,22 +103,24 @@ class _Calls:
             self.free = False
             self.ordinary = self._drawn(math.prod(self.proto.grid))
 
-    def probe(self, rows: Tensor) -> Any:
+    def probe(self, rows: Tensor) -> list[Tensor]:
+        """What the block's choices of experts compare, on these rows."""
         args, kwargs = self.call(rows)
-        return choices_of(self.block.rewritten, args, kwargs)
+        choices = choices_of(self.block.rewritten, args, kwargs)[1]
+        return [event.scores for choice in choices for event in choice.events if event.scores is not None]
 
     def call(self, rows: Tensor) -> Call:
         grid = (1,) * (len(self.proto.grid) - 1) + (len(rows),) if self.free else self.proto.grid
         return self.proto.with_tokens(grid, {self.leaf: rows})
 
     def shaken(self, rows: Tensor, draw: int, zeros: bool = False) -> Call:
-        """The call on rows that are moved by one rounding error; with ``zeros``, rows of zeros by one of others."""
+        """The call on rows that are moved by ``SHAKE`` eps; with ``zeros``, rows of zeros by as much of the others."""
         generator = torch.Generator().manual_seed(draw)
         noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
         scale = self.ordinary.double().square().mean().sqrt()
         wide = rows.double()
         size = torch.where((rows == 0).all(-1, keepdim=True) & zeros, scale, wide)
-        return self.call((wide + torch.finfo(rows.dtype).eps * noise * size).to(rows.dtype))
+        return self.call((wide + SHAKE * torch.finfo(rows.dtype).eps * noise * size).to(rows.dtype))
 
     def parts(self, rows: Rows) -> Iterator[Rows]:
         """``rows`` in as many calls as they take; the last one is filled with ordinary rows."""

@@ -63,3 +63,16 @@ def test_zero_tiny_huge_and_broken_rows_stay_in_the_range_of_their_dtype():
         assert [k for k, zero in zip(sized.kinds, zeros.tolist(), strict=True) if zero] == ["a row of zeros"] * 3
         assert {"a row 10^-2 times the ordinary", "a row 10^1 times the ordinary"} <= set(sized.kinds)
         assert broken.values.isnan().all(-1).tolist() == [k == "a row of NaN" for k in broken.kinds]
+
+
+def test_a_router_that_is_no_product_is_steered_along_a_fit_of_its_scores():
+    torch.manual_seed(0)
+    weight, generator = torch.randn(E, H), torch.Generator().manual_seed(0)
+
+    def run(x):
+        return [(x[:, None] * weight).sum(-1).sigmoid()]
+
+    rows, *_ = steered_rows(torch.randn(ORDINARY, H, generator=generator), run, E, generator)
+    down, up = (rows_of(rows, f"a row that steers its router's scores {way}") for way in ("down", "up"))
+    assert len(down) == len(up) == 5
+    assert run(down[-1:])[0].mean() < run(rows_of(rows, "an ordinary row"))[0].mean() < run(up[-1:])[0].mean()

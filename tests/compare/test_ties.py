@@ -50,7 +50,9 @@ def test_a_choice_that_noise_changes_is_a_tie_whatever_made_it():
 
 
 def test_experts_of_no_weight_do_not_differ_and_broken_tokens_choose_nothing():
-    found = Choice("site", torch.tensor([[0, 1], [0, 1], [0, 1]]), torch.tensor([[1.0, 0], [0.6, 0.4], [torch.nan] * 2]), [])
+    found = Choice(
+        "site", torch.tensor([[0, 1], [0, 1], [0, 1]]), torch.tensor([[1.0, 0], [0.6, 0.4], [torch.nan] * 2]), []
+    )
     assert differing(found, torch.tensor([[0, 3], [0, 3], [2, 3]])).tolist() == [False, True, False]
 
 

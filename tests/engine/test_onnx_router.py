@@ -219,7 +219,9 @@ def test_another_order_of_ties_is_told_and_not_refused(sabotage):
     for notes in (done.report.notes, done.certificate.notes):
         (note,) = [n for n in notes if n.startswith("tied rows")]
         assert "may go to other experts on ONNX Runtime than in PyTorch" in note
-        assert re.search(r"of the 18 choices of experts that the example inputs make, 4 are such ties, of which 4", note)
+        assert re.search(
+            r"of the 18 choices of experts that the example inputs make, 4 are such ties, of which 4", note
+        )
     with torch.no_grad():
         assert torch.allclose(done(x)[1], layer(x)[1], atol=1e-5)
 
