@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.compare.selections import ROUTING, Event, make_event, regather
 
 
 class RoutingLog(TorchDispatchMode):
-    """Keeps each top-k, sort, argmax ... over floating scores that runs while it is open."""
+    """Keeps each top-k, sort, argmax ... over floating scores that runs while it is open, as it chooses by itself.
 
-    def __init__(self) -> None:
+    ``other``: by the number of a choice, from its own integers (..., K) to those that the run goes on with.
+    """
+
+    def __init__(self, other: Mapping[int, Callable[[Tensor], Tensor]] | None = None) -> None:
         super().__init__()
         self.events: list[Event] = []
+        self._other = other or {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._schema.name in ROUTING:
-            event = make_event(func, args, kwargs or {}, out)
-            if event is not None and event.scores is not None:
-                self.events.append(event)
-        return out
+        if func._schema.name not in ROUTING:
+            return out
+        event = make_event(func, args, kwargs or {}, out)
+        if event is None or event.scores is None:
+            return out
+        self.events.append(event)
+        change = self._other.get(len(self.events) - 1)
+        if change is None:
+            return out
+        return _as_chosen(func, args, kwargs or {}, event.with_ids(change(event.ids)).outputs, out)
 
 
 class RoutingPins(TorchDispatchMode):
@@ -45,7 +55,12 @@ class RoutingPins(TorchDispatchMode):
             self._left = []  # another way through the code: nothing more can be pinned
             return out
         self._left.pop(0)
-        again = regather(func, args, kwargs or {}, pinned.outputs)
-        if again is not None:
-            return again
-        return pinned.outputs[0].clone() if len(pinned.outputs) == 1 and pinned.outputs[0] is not None else out
+        return _as_chosen(func, args, kwargs or {}, pinned.outputs, out)
+
+
+def _as_chosen(func: Any, args: Any, kwargs: Any, pinned: tuple[Any, ...], out: Any) -> Any:
+    """What an op gives that chooses as ``pinned`` says; ``out``, what it gave, where it has no such form."""
+    again = regather(func, args, kwargs, pinned)
+    if again is not None:
+        return again
+    return pinned[0].clone() if len(pinned) == 1 and pinned[0] is not None else out

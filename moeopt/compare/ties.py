@@ -10,7 +10,8 @@ Shape legend: T tokens, K chosen per token, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +49,42 @@ def choices_of(
     """Outputs of a model whose blocks were rewritten, and each site's choice.
 
     Args:
-        pinned: expert ids (T, K) by site: the experts run with these, and with the router's own weights, those of
-            an expert that is named instead of another on that one's place.
+        pinned: expert ids (T, K) by site: the model runs with these, each choice still told as the router makes it.
+            Where a site's ids are not those of one top-k, only its experts run with them, an expert that is named
+            instead of another with the weight of that one.
     """
+    if pinned:
+        return _run(model, args, kwargs, pinned, _pins(_run(model, args, kwargs, {}, {})[1], pinned))
+    return _run(model, args, kwargs, {}, {})
+
+
+def _pins(choices: Sequence[Choice], pinned: Mapping[str, Tensor]) -> dict[int, Callable[[Tensor], Tensor]]:
+    """For the log: the choice that gave each site its ids, so that all that reads it sees the pinned ones."""
+    found: dict[int, Callable[[Tensor], Tensor]] = {}
+    number = 0
+    for choice in choices:
+        ids = pinned.get(choice.name)
+        for event in choice.events:
+            own = event.ids
+            if (
+                ids is not None
+                and own.numel() == ids.numel()
+                and torch.equal(own.reshape(choice.ids.shape), choice.ids)
+            ):
+                found[number] = functools.partial(_pinned, ids)
+            number += 1
+    return found
+
+
+def _pinned(ids_TK: Tensor, own: Tensor) -> Tensor:
+    return in_place_of(own.reshape(ids_TK.shape), ids_TK.to(own)).reshape(own.shape)
+
+
+def _run(
+    model: nn.Module, args: Any, kwargs: Any, pinned: Mapping[str, Tensor], pins: dict[int, Callable[[Tensor], Tensor]]
+) -> tuple[Any, list[Choice]]:
     name_of = site_names(model)
-    log = RoutingLog()
+    log = RoutingLog(pins)
     found: list[Choice] = []
     before = 0
 
@@ -62,9 +94,11 @@ def choices_of(
         if name is None:
             return None
         own = ids.detach().long().clone()
-        found.append(Choice(name, own, weights.detach().clone(), log.events[before:]))
+        events = log.events[before:]
+        by_itself = [e.ids.reshape(own.shape) for n, e in enumerate(events, before) if n in pins]
+        found.append(Choice(name, by_itself[-1] if by_itself else own, weights.detach().clone(), events))
         before = len(log.events)
-        other = (pinned or {}).get(name)
+        other = pinned.get(name)
         if other is None or other.shape != ids.shape:
             return None
         with left_alone():

@@ -174,7 +174,7 @@ def _run_case(block: Unpinned, calls: _Calls, rows: Rows, result: CaseResult, ag
     eps = max((torch.finfo(t.dtype).eps for t in leaves[0] if _floating(t)), default=torch.finfo(rows.values.dtype).eps)
     _finite(rows, *leaves)
     noisy = [choices_of(block.rewritten, *calls.shaken(rows.values, draw, zeros=True))[1] for draw in range(DRAWS)]
-    tied, elsewhere = torch.zeros(2, len(rows.values), dtype=torch.bool)
+    tied, elsewhere, named = torch.zeros(3, len(rows.values), dtype=torch.bool)
     try:
         for choice in choices:
             if choice.name in ids and ids[choice.name].shape == choice.ids.shape:
@@ -182,6 +182,7 @@ def _run_case(block: Unpinned, calls: _Calls, rows: Rows, result: CaseResult, ag
                 here, moved = _routing(choice, ids[choice.name], eps, others, rows, result)
                 if len(here) == len(tied):
                     tied, elsewhere = tied | here, elsewhere | moved
+                    named |= (ids[choice.name].cpu().sort(-1).values != choice.ids.cpu().sort(-1).values).any(-1)
         own = _ordinary_rows(rows)
         often = int(elsewhere[own].sum())
         if often > OFTEN * len(own) and len(own) > 4 and not again:
@@ -190,7 +191,8 @@ def _run_case(block: Unpinned, calls: _Calls, rows: Rows, result: CaseResult, ag
                 "its weight may be equal), and the runtime takes others of them than PyTorch does: its results would "
                 "be another model's. Make the scores differ, with a bias for instance"
             )
-        _numbers(block, calls, rows, (args, kwargs, chosen), leaves, elsewhere, _faint(choices, len(tied)), result)
+        left_out = elsewhere | _faint(choices, len(tied))
+        _numbers(block, calls, rows, (args, kwargs, chosen), leaves, left_out, named | left_out, result)
     except Fail:
         sound = [i for i in _ordinary_rows(rows) if not tied[i]]
         if again or not elsewhere.any() or not sound:
@@ -243,9 +245,14 @@ def _finite(rows: Rows, ours: list[Any], theirs: list[Any]) -> None:
 
 def _numbers(
     block: Unpinned, calls: _Calls, rows: Rows, pinned: tuple[Any, Any, Selections], leaves: list[list[Any]],
-    elsewhere: Tensor, faint: Tensor, result: CaseResult,
+    elsewhere: Tensor, named: Tensor, result: CaseResult,
 ) -> None:  # fmt: skip
-    """Judge the floating outputs, one kind of rows after the other."""
+    """Judge the floating outputs, one kind of rows after the other.
+
+    Args:
+        elsewhere: (R,) bool, rows that are left out. named: these, and rows for which an expert of weight zero is
+            another one: what counts names (a loss for balance, a mask over experts) shows it.
+    """
     args, kwargs, chosen = pinned
     try:
         exact = flatten(run_oracle(block.original, args, kwargs, chosen))[0]
@@ -259,9 +266,9 @@ def _numbers(
         if not _floating(a) or not a.numel() or o.shape != a.shape:
             continue
         y, new, true, *noisy = (as_rows(t) for t in (a, b, o, *(s[number] for s in shaken)))
-        kinds, left_out = rows.kinds, elsewhere | faint
+        kinds, left_out = rows.kinds, named if y.shape[-1] == block.experts else elsewhere
         if len(y) != len(kinds):
-            if elsewhere.any():
+            if named.any():
                 continue  # made of all tokens, those that went elsewhere among them
             kinds, left_out = ["these rows"] * len(y), torch.zeros(len(y), dtype=torch.bool)
         judged = finiteness(a, b).both.cpu() & ~left_out & true.isfinite().all(-1).cpu()

@@ -57,7 +57,7 @@ class Ties:
             with Noise(self.twin, self.noise, self.seed + draw):
                 noisy.append(choices_of(self.twin, args, kwargs, ids)[1])
         eps = coarsest(self.twin, want)
-        broken = 0
+        broken, named = 0, False
         for choice in choices:
             other = ids.get(choice.name)
             if other is None or other.shape != choice.ids.shape:
@@ -67,10 +67,11 @@ class Ties:
             if bool((moved & ~tied).any()):
                 return None
             broken += int(moved.sum())
-        if not broken:
+            named |= not torch.equal(choice.ids.cpu().sort(-1).values, other.cpu().sort(-1).values)
+        if not named:
             return None
         result = compare_outputs(want, got, runs.noisy, runs.want)
-        if result.passed:
+        if result.passed and broken:
             result.ties = broken
             result.notes.append(
                 f"{broken} choices of experts are ties that the engine broke otherwise; the rest was compared with its "
@@ -92,7 +93,7 @@ def tie_note(twin: nn.Module, call: Call, runtime: str, moved: int | None, own: 
     exact = sum(int(tied_tokens(choice, 0.0)[1].sum()) for choice in choices)
     total = sum(len(choice.ids) for choice in choices)
     seen = "" if moved is None else f" ({moved} of the rows that blocks were verified with did)"
-    went = "" if moved is None else f", of which {own} went to other experts"
+    went = f", of which {own} went to other experts" if own else ""
     return (
         f"tied rows, whose router scores are exactly equal (rows of zeros, a gate of zeros), may go to other experts "
         f"on {runtime} than in PyTorch{seen}, and have other results then; of the {total} choices of experts that the "

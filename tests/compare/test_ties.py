@@ -116,3 +116,13 @@ def test_a_budget_that_allows_anything_is_no_verdict():
     wrong = want.clone()
     wrong[3] *= 1.1
     assert "moves by 0.1 at its worst token" in compare_outputs(want, wrong, [wild]).reason
+
+
+def test_a_run_goes_on_with_other_choices_and_tells_its_own():
+    scores = torch.tensor([[0.1, 0.3, 0.2], [0.3, 0.1, 0.2]])
+    log = RoutingLog({0: lambda own: own.new_tensor([[2], [1]])})
+    with log:
+        values, ids = scores.topk(1)
+        rest = scores.argmax(-1)
+    assert ids.flatten().tolist() == [2, 1] and values.flatten().tolist() == pytest.approx([0.2, 0.1])
+    assert log.events[0].ids.flatten().tolist() == [1, 0] and rest.tolist() == [1, 0]

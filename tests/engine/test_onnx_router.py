@@ -287,6 +287,25 @@ def test_a_bundle_with_ties_loads_and_verifies_again(tmp_path):
     assert "are ties that the engine broke otherwise" in str(again)
 
 
+class Counted(Softmax):
+    """Its second result counts tokens by expert, whatever weight they have."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        _, ids = torch.topk(self.score(self.gate(x.reshape(-1, H))), K)
+        return super().forward(x), nn.functional.one_hot(ids, E).float().mean((0, 1))
+
+
+def test_what_is_counted_from_the_choice_follows_the_engines_ties():
+    x = given()
+    x[0, :4] = 0
+    layer = model(Counted)
+    with torch.no_grad():
+        layer.gate.bias.zero_()
+    done = moeopt.optimize(layer, x, backend="onnxruntime")
+    assert done.certificate.passed and not torch.equal(done(x)[1], layer(x)[1])
+    assert done.certificate.end_to_end.ties == 4
+
+
 def test_layers_of_one_program_share_a_graph_and_other_constants_do_not():
     layers = [Layer(), Layer(), Layer(scale=2.0)]
     done = moeopt.optimize(Deep(*layers).eval(), given(), verify="off")
