@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.compare.selections import ROUTING, Event, make_event, regather
+
+
+@functools.cache
+def _chooses(func: OpOverload) -> bool:
+    return func._schema.name in ROUTING
 
 
 class RoutingLog(TorchDispatchMode):
@@ -24,7 +31,7 @@ class RoutingLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._schema.name not in ROUTING:
+        if not _chooses(func):
             return out
         event = make_event(func, args, kwargs or {}, out)
         if event is None or event.scores is None:
@@ -45,7 +52,7 @@ class RoutingPins(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._schema.name not in ROUTING or not self._left:
+        if not self._left or not _chooses(func):
             return out
         met = make_event(func, args, kwargs or {}, out)
         if met is None or met.scores is None:
