@@ -20,6 +20,7 @@ from moeopt.compare.model import DRAWS, EndToEnd, Noise, OriginalRuns, compare_o
 from moeopt.compare.ties import choices_of, differing, tied_tokens
 from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_routing import Records, ids_of_engine
+from moeopt.rewrite.program import rewritten_forward
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -37,7 +38,10 @@ class Ties:
         self, twin: nn.Module, engine: GraphEngine, graph: str, records: Records, noise: Sequence[str], seed: int = 0
     ) -> None:
         self.twin, self.engine, self.graph, self.records = twin, engine, graph, records
-        self.noise, self.seed = noise, seed
+        self.seed = seed
+        done = [path for path, module in twin.named_modules() if rewritten_forward(module) is not None]
+        inside = tuple(f"{path}." if path else "" for path in done)  # a hook there would bring the original code back
+        self.noise = [name for name in noise if name in done or not name.startswith(inside)]
 
     @classmethod
     def of_bundle(cls, twin: nn.Module, engine: OnnxEngine, noise: Sequence[str]) -> Ties | None:
