@@ -19,53 +19,26 @@ Shape legend: R rows, T tokens.
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeopt.compare.distance import as_rows, finiteness, token_distance
 from moeopt.compare.judge import EPS_ALLOWANCE, FACTOR, typical
-from moeopt.compare.model import CEILING, run_plain
+from moeopt.compare.model import CEILING
 from moeopt.compare.oracle import record_selections, run_oracle, run_pinned
-from moeopt.compare.prototype import Prototype
 from moeopt.compare.results import CaseResult, Fail
+from moeopt.compare.row_calls import RowCalls, Unpinned
 from moeopt.compare.selections import OracleError, Selections
-from moeopt.compare.steering import ORDINARY, Rows, steered_rows
+from moeopt.compare.steering import Rows, steered_rows
 from moeopt.compare.ties import Choice, choices_of, differing, tied_tokens
 from moeopt.compare.trees import flatten
-from moeopt.rewrite.program import rewritten_forward
 
 DRAWS = 3
-SHAKE = 2.0
-"""Eps: a product of two rows rounds each term and each sum."""
-MOST = 128
-"""Rows that one call may have."""
 OFTEN = 0.4
 """Of ordinary rows: where more of them are ties that the runtime breaks otherwise, its results are another model's."""
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-Run = Callable[..., tuple[Any, dict[str, Tensor]]]
-"""A block on a runtime: ``(outputs, expert ids (T, K) by site)``."""
-
-
-@dataclass
-class Unpinned:
-    """One block in its three forms: the original's code, rewritten in PyTorch, and on the runtime.
-
-    ``proto`` is a real call of it; ``experts`` how many it has.
-    """
-
-    name: str
-    original: Callable[..., Any]
-    rewritten: nn.Module
-    run: Run
-    proto: Prototype
-    experts: int
 
 
 def check_unpinned(block: Unpinned, seed: int = 0) -> list[CaseResult]:
@@ -73,7 +46,7 @@ def check_unpinned(block: Unpinned, seed: int = 0) -> list[CaseResult]:
     leaf = next((n for n in block.proto.indices("tokens") if block.proto.rows(n).dim() == 2), None)
     if leaf is None or not len(block.proto.rows(leaf)):
         return []
-    calls = _Calls(block, leaf, seed)
+    calls = RowCalls(block, leaf, seed)
     results: list[CaseResult] = []
     for rows in steered_rows(calls.ordinary, calls.probe, block.experts, calls.generator):
         result = CaseResult(rows.name)
@@ -87,76 +60,7 @@ def check_unpinned(block: Unpinned, seed: int = 0) -> list[CaseResult]:
     return results
 
 
-class _Calls:
-    """Calls of one block with other rows: all rows in one, or as many as its own call has where it takes no other.
-
-    Attributes:
-        ordinary: (R, H), gaussian at the scale of the call's own rows.
-    """
-
-    def __init__(self, block: Unpinned, leaf: int, seed: int) -> None:
-        self.block, self.proto, self.leaf = block, block.proto, leaf
-        self.generator = torch.Generator().manual_seed(seed)
-        self.free = True
-        self.ordinary = self._drawn(ORDINARY)
-        if not all(self._held(count) for count in (ORDINARY, MOST)):
-            self.free = False
-            self.ordinary = self._drawn(math.prod(self.proto.grid))
-
-    def probe(self, rows: Tensor) -> list[Tensor]:
-        """What the block's choices of experts compare, on these rows."""
-        args, kwargs = self.call(rows)
-        choices = choices_of(self.block.rewritten, args, kwargs)[1]
-        return [event.scores for choice in choices for event in choice.events if event.scores is not None]
-
-    def call(self, rows: Tensor) -> Call:
-        grid = (1,) * (len(self.proto.grid) - 1) + (len(rows),) if self.free else self.proto.grid
-        return self.proto.with_tokens(grid, {self.leaf: rows})
-
-    def shaken(self, rows: Tensor, draw: int, zeros: bool = False) -> Call:
-        """The call on rows that are moved by ``SHAKE`` eps; with ``zeros``, rows of zeros by as much of the others."""
-        generator = torch.Generator().manual_seed(draw)
-        noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
-        scale = self.ordinary.double().square().mean().sqrt()
-        wide = rows.double()
-        size = torch.where((rows == 0).all(-1, keepdim=True) & zeros, scale, wide)
-        return self.call((wide + SHAKE * torch.finfo(rows.dtype).eps * noise * size).to(rows.dtype))
-
-    def parts(self, rows: Rows) -> Iterator[Rows]:
-        """``rows`` in as many calls as they take; the last one is filled with ordinary rows."""
-        size = len(rows.values) if self.free else len(self.ordinary)
-        for start in range(0, len(rows.values), size):
-            values, kinds = rows.values[start : start + size], rows.kinds[start : start + size]
-            more = size - len(values)
-            yield Rows(rows.name, torch.cat([values, self.ordinary[:more]]), [*kinds, *["an ordinary row"] * more])
-
-    def _drawn(self, count: int) -> Tensor:
-        own = self.proto.rows(self.leaf)
-        finite = own[own.isfinite()].float()
-        scale = float(finite.square().mean().sqrt()) if finite.numel() else 0.0
-        return (torch.randn(count, own.shape[1], generator=self.generator) * (scale or 1.0)).to(own)
-
-    def _held(self, count: int) -> bool:
-        """Whether all three forms of the block take a call of ``count`` rows."""
-        args, kwargs = self.call(self._drawn(count))
-        before = _fallbacks(self.block.rewritten)
-        try:
-            run_plain(self.block.original, args, kwargs)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                choices_of(self.block.rewritten, args, kwargs)
-            self.block.run(*args, **kwargs)
-        except Exception:  # sizes that one of them was not made for
-            return False
-        return _fallbacks(self.block.rewritten) == before
-
-
-def _fallbacks(module: nn.Module) -> int:
-    forwards = [rewritten_forward(child) for child in module.modules()]
-    return sum(forward.fallbacks for forward in forwards if forward is not None)
-
-
-def _run_case(block: Unpinned, calls: _Calls, rows: Rows, result: CaseResult, again: bool = False) -> None:
+def _run_case(block: Unpinned, calls: RowCalls, rows: Rows, result: CaseResult, again: bool = False) -> None:
     args, kwargs = calls.call(rows.values)
     try:
         y_orig, chosen = record_selections(block.original, args, kwargs)
@@ -244,7 +148,7 @@ def _finite(rows: Rows, ours: list[Any], theirs: list[Any]) -> None:
 
 
 def _numbers(
-    block: Unpinned, calls: _Calls, rows: Rows, pinned: tuple[Any, Any, Selections], leaves: list[list[Any]],
+    block: Unpinned, calls: RowCalls, rows: Rows, pinned: tuple[Any, Any, Selections], leaves: list[list[Any]],
     elsewhere: Tensor, named: Tensor, result: CaseResult,
 ) -> None:  # fmt: skip
     """Judge the floating outputs, one kind of rows after the other.

@@ -23,7 +23,8 @@ from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
 from moeopt.compare.model import run_plain
 from moeopt.compare.prototype import Prototype
 from moeopt.compare.results import BlockCheck
-from moeopt.compare.unpinned import Unpinned, check_unpinned
+from moeopt.compare.row_calls import Unpinned
+from moeopt.compare.unpinned import check_unpinned
 from moeopt.engine.onnx_build import Built, trace, write_graph
 from moeopt.engine.onnx_engine import OnnxEngine
 from moeopt.errors import NotEquivalentError
