@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,12 @@ from moeopt.backends.tensorrt.target import local_target
 from moeopt.compare.block import BlockCheck
 from moeopt.compare.certificate import Certificate
 from moeopt.compare.language import find_ids
-from moeopt.compare.model import EndToEnd, end_to_end, run_plain
+from moeopt.compare.model import EndToEnd, OriginalRuns, end_to_end, run_plain
+from moeopt.compare.pins import RoutingLog
+from moeopt.compare.ties import exactly_tied
+from moeopt.compare.unusual import unusual_calls
+from moeopt.drive.block import OwnForward
+from moeopt.drive.enclosing import with_router
 from moeopt.drive.gradients import check_gradients
 from moeopt.drive.inputs import Call, as_call, in_order, made_up
 from moeopt.drive.picture import picture
@@ -44,7 +50,9 @@ from moeopt.engine.holds import notes_on_sizes
 from moeopt.engine.onnx_build import Built, build_onnx, onnx_plan
 from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_pieces import causal_calls
+from moeopt.engine.onnx_router import Routed, check_blocks
 from moeopt.engine.onnx_routing import count_ids
+from moeopt.engine.onnx_ties import Ties, tie_note
 from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
 from moeopt.engine.other_sizes import sizes_to_try
 from moeopt.engine.plain import open_dataclasses
@@ -285,7 +293,11 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
     runner: GraphEngine = engine.replay() if isinstance(engine, AbsentEngine) else engine
     device = engine.built_for if isinstance(engine, AbsentEngine) else engine.described
     form = built.graph if isinstance(built, TrtBuilt) else built
+    alone = _check_routers(source, twin, runner, form, outcome, plan, options)
     end = _compare_engine(source, twin, runner, form, call, outcome, options)
+    moved = sum(case.ties for check in outcome.checks for case in check.cases if case.name.endswith(runner.runtime))
+    ties = tie_note(twin, call, runner.runtime, None if end is None else moved, 0 if end is None else end.ties)
+    on_routing = [*alone, ties] if ties else alone
     first = next(source.parameters(), None)
     certificate = Certificate(
         blocks=outcome.checks,
@@ -294,15 +306,32 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
         executed=runner is engine,
         device=device,
         dtype=str(first.dtype).removeprefix("torch.") if first is not None else "",
-        notes=[*plan.notes, *notes_on_sizes(form.signature)],
+        notes=[*plan.notes, *notes_on_sizes(form.signature), *on_routing],
     )
     blocks = [
         dataclasses.replace(b, lowering=_lowering(b, built)) if b.status == "rewritten" else b for b in outcome.blocks
     ]
     backend = "tensorrt" if isinstance(plan, EnginePlan) else "onnxruntime"
     report = _report(source, blocks, backend, outcome, certificate)
-    report = dataclasses.replace(report, notes=(*report.notes, *notes, *notes_on_sizes(form.signature)))
+    report = dataclasses.replace(report, notes=(*report.notes, *notes, *notes_on_sizes(form.signature), *on_routing))
     return Optimized(engine, report, certificate, call, fingerprint(source), built)
+
+
+def _check_routers(
+    source: nn.Module, twin: nn.Module, engine: GraphEngine, built: Built, outcome: pipeline.Outcome,
+    plan: Plan | EnginePlan, options: Options,
+) -> list[str]:  # fmt: skip
+    """Each kind of block on ONNX Runtime with its router, in strict mode; notes for the report and the certificate."""
+    if options.verify != "strict" or not isinstance(engine, OnnxEngine) or not isinstance(plan, Plan):
+        return []
+    options.say("running the blocks' routers on the runtime")
+    blocks = []
+    for path, rewrite in outcome.rewrites.items():
+        around = with_router(path, outcome.calls)
+        if around is not None and (around[0] or engine.causal_lm is None):
+            experts = max(len(found.experts) for found in rewrite.found)
+            blocks.append(Routed(around[0], outcome.calls[around[0]], around[1], experts, rewrite.check))
+    return check_blocks(lambda p: OwnForward(source.get_submodule(p)), twin, blocks, built, plan, options.seed)
 
 
 def _compare_engine(
@@ -334,6 +363,11 @@ def _compare_engine(
             ]
         elif ids is not None:
             runs += [(what, ((), one), form) for what, one, form in causal_calls(engine.causal_lm, kwargs, ids)]
+    unusual = unusual_calls((args, kwargs)) if options.verify == "strict" else []
+    runs += [(what, one, engine) for what, one in unusual if engine.holds(one)]
+    ties = _ties(twin, engine, built, noise, options.seed)
+    declined = any(b.kind == "moe" and b.status == "declined" for b in outcome.blocks)
+    also_tied: list[str] = []
     verdicts = []
     for what, one, form in runs:
         try:
@@ -344,7 +378,18 @@ def _compare_engine(
             left_out.append(f"{_shapes(one)}: the model itself does not take them ({told(err)})")
             continue
         steps = 0 if what else 8
-        verdict = end_to_end(source, form, *one, noise_blocks=noise, seed=options.seed, greedy_steps=steps)
+        whole = ties is not None and form in (engine, engine.causal_lm)
+        otherwise = functools.partial(ties.compare, one) if whole and ties is not None else None
+        verdict = end_to_end(
+            source, form, *one, noise_blocks=noise, seed=options.seed, greedy_steps=steps, otherwise=otherwise
+        )
+        if not verdict.passed and what in dict(unusual) and declined:
+            log = RoutingLog()
+            with log:
+                run_plain(source, *one)
+            if exactly_tied(log.events):
+                also_tied.append(what)
+                continue
         verdicts.append((what, one, verdict))
     first_of = ""
     for what, one, verdict in verdicts:
@@ -357,7 +402,7 @@ def _compare_engine(
             raise NotEquivalentError(
                 f"the {engine.runtime} engine of {type(source).__name__} is not equivalent and was not kept: "
                 f"{verdict.reason} (inputs of sizes {_shapes(one)}"
-                f"{', ' + what if what.startswith('through') else ''}"
+                f"{', ' + what if what.startswith('through') or what in dict(unusual) else ''}"
                 f"{f'; the first other choice of experts: {first_of}' if first_of else ''}); {way_out}"
             )
     first = verdicts[0][2]
@@ -366,24 +411,36 @@ def _compare_engine(
     except Exception as err:  # ONNX Runtime's own: the count must not fail an engine that is right
         first_of = ""
         first.notes.append(f"expert ids were not compared: {type(err).__name__}: {err}")
-    if first_of:
+    if first_of and not first.ties:
         first.notes.append(f"the result stays within its budget although some experts differ; the first is {first_of}")
-    also = [what for what, *_ in verdicts[1:]]
-    if also and engine.causal_lm is None:
-        first.notes.append(f"equal in {len(also)} other sizes too")
-    elif also:
+    equal = sum(what == "another size" for what, *_ in verdicts)
+    if equal:
+        first.notes.append(f"equal in {equal} other sizes too")
+    also = [what for what, *_ in verdicts[1:] if what != "another size"]
+    if also:
         first.notes.append(f"equal with {', '.join(also)} too")
     first.notes += [f"not compared in the sizes {line}" for line in left_out]
     if narrow and options.verify == "strict":
         first.notes.append(
             "compared end to end in no other size: 16-bit routers tie often; blocks were, each by itself"
         )
+    for what in also_tied:
+        first.notes.append(f"with {what} nothing can be told: a block that was declined chooses between equal scores")
+    first.notes += [note for _, _, verdict in verdicts[1:] for note in verdict.notes if "not judged" in note]
     return first
 
 
 def _shapes(call: Call) -> str:
     leaves = torch.utils._pytree.tree_leaves(call)
     return ", ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def _ties(twin: nn.Module, engine: GraphEngine, built: Built, noise: list[str], seed: int) -> Ties | None:
+    """What compares once more where ``engine`` broke ties otherwise; only ONNX Runtime tells its expert ids."""
+    if not isinstance(engine, OnnxEngine):
+        return None
+    graph, form = (GRAPH, built) if built.portable is None else (PORTABLE, built.portable)
+    return Ties(twin, engine, graph, form.sites, noise, seed)
 
 
 def _ids(twin: nn.Module, engine: GraphEngine, built: Built, call: Call) -> tuple[int, int, str]:
@@ -517,7 +574,11 @@ def verify(
             noise += _weighted(original)
             if runner.causal_lm is not None:
                 call = call[0], {**call[1], "use_cache": False}
-        end = end_to_end(original, runner, *call, noise_blocks=noise)
+        otherwise = None
+        if isinstance(runner, OnnxEngine) and isinstance(subject._built, Built):
+            built = subject._built
+            otherwise = _told_from_ties(original, call, lambda twin: _ties(twin, runner, built, noise, 0))
+        end = end_to_end(original, runner, *call, noise_blocks=noise, otherwise=otherwise)
         device = subject.certificate.device
         return Certificate(end_to_end=end, executed=not absent, dtype=subject.certificate.dtype, device=device)
     return _verify_bundle(Path(subject), original, inputs, provider)
@@ -541,7 +602,10 @@ def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider
         args, kwargs = as_call(inputs)
         if getattr(engine, "causal_lm", None) is not None:
             kwargs = {**kwargs, "use_cache": False}  # the cache is compared by what comes of it
-        end = end_to_end(original, engine, args, kwargs, noise_blocks=_noisy(original, manifest))
+        noise, otherwise = _noisy(original, manifest), None
+        if isinstance(engine, OnnxEngine):
+            otherwise = _told_from_ties(original, (args, kwargs), lambda twin: Ties.of_bundle(twin, engine, noise))
+        end = end_to_end(original, engine, args, kwargs, noise_blocks=noise, otherwise=otherwise)
         return Certificate(end_to_end=end, executed=executed, device=device, dtype=saved.dtype, notes=notes)
     if manifest.backend != "torch":
         check = replay_golden(engine)
@@ -553,6 +617,20 @@ def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider
     notes.append(f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}")
     blocks: list[BlockCheck] = saved.blocks
     return Certificate(blocks, end, saved.level, executed, device, saved.dtype, notes=notes)
+
+
+def _told_from_ties(
+    original: nn.Module, call: Call, ties_of: Callable[[nn.Module], Ties | None]
+) -> Callable[[OriginalRuns, Any], EndToEnd | None]:
+    """What ``end_to_end`` asks where it fails: the blocks of ``original`` are rewritten only then."""
+
+    def otherwise(runs: OriginalRuns, got: Any) -> EndToEnd | None:
+        twin = shared_copy(original)
+        pipeline.run(twin, call, Options(verify="off"))
+        ties = ties_of(twin)
+        return None if ties is None else ties.compare(call, runs, got)
+
+    return otherwise
 
 
 def _weighted(model: nn.Module) -> list[str]:

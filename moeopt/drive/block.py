@@ -275,7 +275,7 @@ def _verify(
     name: str, module: nn.Module, program: Program, proto: Prototype, found: list[Recognition], call: Call,
     options: Options, runtime: Runtime | None,
 ) -> BlockCheck:  # fmt: skip
-    original = _Original(module)
+    original = OwnForward(module)
     rewritten = RewrittenForward(module, program, _original(module))
     experts = max(len(f.experts) for f in found)
     rows = [proto.rows(n) for n in proto.indices("tokens")]
@@ -319,7 +319,7 @@ def _affordable(module: nn.Module, found: list[Recognition]) -> int:
     return int(MOST_FLOPS / max(1.0, 2 * share * sum(p.numel() for p in module.parameters())))
 
 
-class _Original:
+class OwnForward:
     """The block's own forward, also when a rewritten one is installed on the instance."""
 
     def __init__(self, module: nn.Module) -> None:

@@ -119,6 +119,18 @@ def _build(
             signature = flat_signature(target.model.graph, target.signature)
             built = write_graph(target.model, target.sites, signature, plan.target, say, started)
             return _with_portable(built, target.model, found.model, found.sites, plan, say)
+    graph, sites, signature = trace(model, args, kwargs, plan, say)
+    if not isinstance(plan, ReplayPlan):
+        return write_graph(graph, sites, signature, plan, say, started)
+    portable = graph.clone()
+    built = write_graph(graph, sites, signature, plan.target, say, started)
+    return _with_portable(built, graph, portable, sites, plan, say)
+
+
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, say: Callable[[str], None]
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """A model, or one rewritten block, as ``(onnx_ir.Model, sites, signature)``, its experts not lowered yet."""
     say("tracing the whole model")
     args, kwargs = roomier(model, args, kwargs)
     with emitting(model) as sites, quiet(), _attention(plan):
@@ -126,12 +138,7 @@ def _build(
     program = functional(program)
     signature = describe_call(program)
     say("converting it to ONNX")
-    graph = to_onnx(program)
-    if not isinstance(plan, ReplayPlan):
-        return write_graph(graph, sites, signature, plan, say, started)
-    portable = graph.clone()
-    built = write_graph(graph, sites, signature, plan.target, say, started)
-    return _with_portable(built, graph, portable, sites, plan, say)
+    return to_onnx(program), sites, signature
 
 
 def _attention(plan: Plan) -> contextlib.AbstractContextManager[None]:

@@ -120,7 +120,7 @@ class GraphEngine(BundledEngine):
 
 
 class OnnxEngine(GraphEngine):
-    """An engine of ONNX Runtime; ``session.session`` is its own ``InferenceSession``."""
+    """An engine of ONNX Runtime; ``session.session`` is its own ``InferenceSession``, ``graph`` the file it runs."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class OnnxEngine(GraphEngine):
             return Session(Path(directory) / graph, provider, session_options)
 
         super().__init__(directory, signature, open_session, device, keep, manifest)
-        self.notes = list(notes)
+        self.notes, self.graph = list(notes), graph
 
     def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _reopen, (self.provider,)
