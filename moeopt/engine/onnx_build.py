@@ -27,6 +27,7 @@ from moeopt.engine.onnx_sites import ENDS, describe
 from moeopt.engine.program import export_program, roomier
 from moeopt.engine.signature import describe_call, functional
 from moeopt.errors import Declined, NotSaveableError, UsageError
+from moeopt.onnxgraph.accurate import accurate_graph
 from moeopt.onnxgraph.assemble import replace_sites
 from moeopt.onnxgraph.export import emitting, own_outputs, quiet, to_onnx
 from moeopt.onnxgraph.plan import BlockPlan, kind
@@ -174,6 +175,7 @@ def write_graph(
     say(f"lowering {len(sites)} expert blocks")
     if plan.provider == "cpu":
         widen_graph(model)
+    accurate_graph(model)
     legal = [plan.legal(site) for site in sites]
     calls = {
         n.attributes["site"].as_int(): (*n.inputs, n.outputs[0])

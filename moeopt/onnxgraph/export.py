@@ -26,6 +26,7 @@ from moeopt.errors import NotSaveableError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.onnxgraph.complex import through_real_views
 from moeopt.onnxgraph.even import even
+from moeopt.onnxgraph.exact import exact_rules
 from moeopt.onnxgraph.quick_match import rules_by_their_last_op
 from moeopt.onnxgraph.quick_registry import one_registry
 from moeopt.onnxgraph.site import DOMAIN, OP, Site
@@ -110,13 +111,13 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
 
     program = through_real_views(_tensors_only(program))
     _settle_layouts(program.graph)
-    with quiet(), rules_by_their_last_op(), one_registry():
+    with quiet(), rules_by_their_last_op(), exact_rules() as exact, one_registry():
         try:
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=OPSET,
-                optimize=True,
+                optimize=exact,
                 verbose=False,
                 custom_translation_table=table(),
             )

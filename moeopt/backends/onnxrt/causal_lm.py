@@ -31,8 +31,10 @@ from moeopt.backends.onnxrt.causal_attention import cache_left_in_place
 from moeopt.backends.onnxrt.causal_layers import ATTENTION, parts_of, sample_cache
 from moeopt.backends.onnxrt.causal_mixers import find_mixers, stepping
 from moeopt.backends.onnxrt.causal_steps import replace_mixers
+from moeopt.backends.onnxrt.causal_translations import own_translations
 from moeopt.errors import Declined
 from moeopt.onnxgraph.complex import through_real_views
+from moeopt.onnxgraph.exact import exact_rules
 from moeopt.onnxgraph.export import emitting, quiet
 from moeopt.onnxgraph.quick_match import rules_by_their_last_op
 from moeopt.onnxgraph.quick_registry import one_registry
@@ -106,7 +108,9 @@ def export_causal_lm(
         _hushed(),
         _sdpa_or_eager(model),
         rules_by_their_last_op(),
+        exact_rules() as exact,
         one_registry(),
+        own_translations(exporter),
         in_place,
         stepping(mixers),
     ):
@@ -118,7 +122,8 @@ def export_causal_lm(
                 exporter.OnnxConfig(
                     dynamic=True,
                     dynamic_shapes=shapes,
-                    ort_fusions=provider if provider in ("cpu", "cuda") else None,
+                    optimize=exact,
+                    ort_fusions=provider if exact and provider in ("cpu", "cuda") else None,
                 ),
             )
         except Exception as err:
