@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.backends.onnxrt.accuracy import coarse
 from moeopt.backends.onnxrt.causal_attention import cache_left_in_place
 from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm
 from moeopt.backends.onnxrt.plan import Plan
@@ -176,6 +177,11 @@ def write_graph(
     if plan.provider == "cpu":
         widen_graph(model)
     accurate_graph(model)
+    if lost := coarse(model, plan.provider):
+        raise NotSaveableError(
+            f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
+            "with exp and log"
+        )
     legal = [plan.legal(site) for site in sites]
     calls = {
         n.attributes["site"].as_int(): (*n.inputs, n.outputs[0])

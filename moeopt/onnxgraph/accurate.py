@@ -54,7 +54,8 @@ class _Writer:
         """``form`` of ``inputs`` in the place of ``node``; 16-bit values are float32 inside."""
         import onnx_ir as ir
 
-        old, nodes = node.outputs[0], []
+        old = node.outputs[0]
+        nodes: list[Any] = []
         half = _dtype(inputs[0]) in _HALVES
         dtype = ir.DataType.FLOAT if half else inputs[0].dtype
 
@@ -90,7 +91,8 @@ class _Writer:
 
 def _products(node: Any) -> list[tuple[Any, Form]]:
     """Each product of an activation with ``node``, its sigmoid, and the quotient that it is."""
-    t, found = node.inputs[0], []
+    t = node.inputs[0]
+    found: list[tuple[Any, Form]] = []
     scaled = t.producer()
     bases = [t]
     if scaled is not None and scaled.op_type == "Mul" and any(v.const_value is not None for v in scaled.inputs):

@@ -64,7 +64,7 @@ def exact_rules() -> Iterator[bool]:
 
 
 def _equal(wanted: Any, found: np.ndarray, node: Any) -> bool:
-    """Whether ``found`` is ``wanted`` rounded to its dtype; of a zero in a float Add or Sub, whether it adds nothing."""
+    """Whether ``found`` is ``wanted`` rounded to its dtype; a zero of a float Add or Sub must add nothing, too."""
     same = bool(np.all(found == np.asarray(wanted).astype(found.dtype)))
     if wanted == 0 and node is not None and found.dtype.kind not in "iub":
         negative = bool(np.signbit(found.astype(np.float64)))

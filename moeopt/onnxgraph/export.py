@@ -29,6 +29,7 @@ from moeopt.onnxgraph.even import even
 from moeopt.onnxgraph.exact import exact_rules
 from moeopt.onnxgraph.quick_match import rules_by_their_last_op
 from moeopt.onnxgraph.quick_registry import one_registry
+from moeopt.onnxgraph.scalars import numbers_as_read
 from moeopt.onnxgraph.site import DOMAIN, OP, Site
 from moeopt.ops.bank import Bank
 from moeopt.ops.intercept import intercepted
@@ -109,7 +110,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
 
     from moeopt.onnxgraph.translate import table
 
-    program = through_real_views(_tensors_only(program))
+    program = numbers_as_read(through_real_views(_tensors_only(program)))
     _settle_layouts(program.graph)
     with quiet(), rules_by_their_last_op(), exact_rules() as exact, one_registry():
         try:

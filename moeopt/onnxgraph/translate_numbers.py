@@ -1,11 +1,11 @@
-"""ATen ops of arithmetic whose usual ONNX form loses digits, is wrong past some size, or takes NaN or infinity for another.
+"""ATen ops of arithmetic whose usual ONNX form loses digits, is wrong past some size, or mistakes NaN or infinity.
 
     log1p, expm1, log_sigmoid     written as log(1 + u), exp(x) - 1 and log(sigmoid(x)) by torch's exporter
     logaddexp                     log(exp(a) + exp(b)) overflows from 89 on
     div(rounding_mode=)           integers go through float32, wrong from 2^24 on
     remainder, floor division     of floats: a - b floor(a / b) has no digits left where a is large
     sum of int64                  ONNX Runtime adds in float64, wrong from 2^53 on: two halves, each exact
-    clamp                         bounds are rounded to float32 for float64; one bound alone takes infinity for a number
+    clamp, Python numbers         rounded to float32 beside float64
     pow(x, 0.5), pow(x, -0.5)     a square root in PyTorch: NaN and not infinity for -infinity
     pow(x, -2)                    1 / (x x) in PyTorch: 0 where x x overflows
     std                           squares of rows beyond 1e19 overflow; the row is scaled first
@@ -171,6 +171,16 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
 
         return through(form, self)
 
+    def power_of(self: Any, exponent: Any) -> Any:
+        if is_float(exponent):
+            return opset20.Pow(constant(float(self), code(exponent)), exponent)
+        if isinstance(self, int):
+            return opset20.Pow(constant(self, _INT64), opset20.Cast(exponent, to=_INT64))
+        return opset20.Pow(constant(self, _FLOAT), opset20.Cast(exponent, to=_FLOAT))
+
+    def scalar_tensor(number: Any, *, dtype: int | None = None, **options: Any) -> Any:
+        return constant(number, _FLOAT if dtype in (None, -1) else dtype)
+
     def refuse(name: str, why: str) -> Callable[..., Any]:
         def refused(*args: Any, **kwargs: Any) -> Any:
             raise NotImplementedError(f"{name} {why}")
@@ -211,7 +221,9 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.clamp_min.default: clamp_min,
         aten.clamp_max.default: clamp_max,
         aten.pow.Tensor_Scalar: power,
+        aten.scalar_tensor.default: scalar_tensor,
         aten.std.correction: deviation,
+        aten.pow.Scalar: power_of,
         aten.prod.dim_int: product,
         aten.erfc.default: refuse("erfc", tail),
         aten.special_erfc.default: refuse("erfc", tail),

@@ -38,6 +38,7 @@ from moeopt.onnxgraph.exact import exact_rules
 from moeopt.onnxgraph.export import emitting, quiet
 from moeopt.onnxgraph.quick_match import rules_by_their_last_op
 from moeopt.onnxgraph.quick_registry import one_registry
+from moeopt.onnxgraph.scalars import numbers_as_read
 from moeopt.onnxgraph.site import Site
 
 PAST = "past_key_values"
@@ -209,7 +210,7 @@ def _real_views(exporter: Any) -> Any:
         def export_program(self, *args: Any, **kwargs: Any) -> Any:
             with _own_dtypes():
                 self.program, metadata = super().export_program(*args, **kwargs)
-            return through_real_views(self.program), metadata
+            return numbers_as_read(through_real_views(self.program)), metadata
 
     class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc,name-defined]
         """Its ``super().export_program`` is the one above."""

@@ -1,4 +1,4 @@
-"""Functions whose runtime kernel, or whose usual graph, loses the digits of small results; here written so that they stay.
+"""Functions whose kernel, or whose usual graph, loses the digits of small results, written so that the digits stay.
 
     sigmoid(x)     1 / (1 + exp(-x))                           what PyTorch computes; ONNX Runtime's is 0 below -18
     log1p(u)       u log(w) / (w - 1),  w = 1 + u              the error of w cancels; u where w is 1
