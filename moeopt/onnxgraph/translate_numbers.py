@@ -48,7 +48,7 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     def like(value: Any, x: Any) -> Any:
         """``value``, a number or a tensor, in the dtype of ``x``."""
-        return constant(value, code(x)) if isinstance(value, bool | int | float) else value
+        return constant(value, code(x)) if isinstance(value, int | float) else value
 
     def is_float(x: Any) -> bool:
         return x.dtype is None or x.dtype.is_floating_point()
@@ -76,7 +76,7 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         return through(form, self, other)
 
     def divided(self: Any, other: Any, rounding_mode: str | None = None) -> Any:
-        other = like(other, self)
+        self, other = like(self, other), like(other, self)
         if rounding_mode is None:
             return opset20.Div(self, other)
         if rounding_mode == "floor":
@@ -91,7 +91,7 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         return through(truncated, self, other)
 
     def floor_divided(self: Any, other: Any) -> Any:
-        other = like(other, self)
+        self, other = like(self, other), like(other, self)
         if is_float(self):
             return through(stable.floor_div, self, other)
         quotient = opset20.Div(self, other)
@@ -103,7 +103,7 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         return opset20.Sub(quotient, opset20.Cast(opset20.And(apart, rest), to=code(self)))
 
     def remainder(self: Any, other: Any) -> Any:
-        other = like(other, self)
+        self, other = like(self, other), like(other, self)
         return through(stable.floor_mod, self, other) if is_float(self) else opset20.Mod(self, other)
 
     def total(self: Any, dim: Any = None, keepdim: bool = False, dtype: int | None = None) -> Any:
@@ -131,10 +131,11 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         return total(self, dtype=dtype)
 
     def clamp(self: Any, min: Any = None, max: Any = None) -> Any:
+        found = opset20.Identity(self) if min is None and max is None else self
         for name, bound in (("Max", min), ("Min", max)):
             if bound is not None:
-                self = op(name, self, like(bound, self))
-        return opset20.Identity(self) if min is None and max is None else self
+                found = op(name, found, like(bound, self))
+        return found
 
     def clamp_min(self: Any, min: Any) -> Any:
         return clamp(self, min=min)
@@ -195,7 +196,8 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
             return opset20.ReduceProd(x, axis, keepdims=int(keepdim))
         size = self.shape[dim]
         if not isinstance(size, int) or not 0 < size <= _FACTORS:
-            raise NotImplementedError(f"a product of {size} integers has no form in ONNX that is exact from 2**53 on")
+            many = size if isinstance(size, int) else "an unknown number of"
+            raise NotImplementedError(f"a product of {many} integers has no form in ONNX that is exact from 2**53 on")
         whole, *rest = [opset20.Gather(x, constant([n], _INT64), axis=dim) for n in range(size)]
         for part in rest:
             whole = opset20.Mul(whole, part)

@@ -39,6 +39,7 @@ def arithmetic(c):
         lambda x: (c if c > 0 else 2.0) ** x.clamp(-10, 10),
         lambda x: x.clamp(min=c),
         lambda x: x.clamp(max=c),
+        lambda x: x.clamp(c, abs(c) + 1),
     ]
 
 

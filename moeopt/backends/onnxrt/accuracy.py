@@ -35,7 +35,6 @@ REPLACED = {
     "ReduceMin": "alike",
     "ArgMax": "of values whose NaN are +inf, in moeopt.onnxgraph.translate",
     "ArgMin": "alike",
-    "TopK": "alike",
     "ReduceSum(int64)": "two halves, in moeopt.onnxgraph.translate_numbers",
     "ReduceProd(int64)": "written out, in moeopt.onnxgraph.translate_numbers",
     "Pow": "square roots, in moeopt.onnxgraph.translate_numbers",

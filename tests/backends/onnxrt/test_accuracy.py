@@ -56,9 +56,9 @@ def test_a_coarse_node_is_named_with_its_range():
 def test_an_engine_with_a_coarse_node_is_refused(monkeypatch):
     import torch
 
-    from moeopt.errors import NotSaveableError
-    from moeopt.engine import onnx_build
     from moeopt.backends.onnxrt.plan import Plan
+    from moeopt.engine import onnx_build
+    from moeopt.errors import NotSaveableError
     from tests.onnxgraph.emitted import graph_of
 
     model = graph_of(torch.sigmoid, torch.randn(3), accurate=False)
