@@ -27,6 +27,8 @@ from moeopt.onnxgraph.forms import stable
 aten = torch.ops.aten
 _FLOAT, _INT64, _BOOL = 1, 7, 9
 _HALF = (10, 16)
+_COMPLEX = {14: 1, 15: 11}
+"""Complex dtypes, as pairs of float32 and float64."""
 _HIGH = 2**32
 _FACTORS = 64
 """Integers of which a product is written out."""
@@ -180,7 +182,12 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         return opset20.Pow(constant(self, _FLOAT), opset20.Cast(exponent, to=_FLOAT))
 
     def scalar_tensor(number: Any, *, dtype: int | None = None, **options: Any) -> Any:
-        return constant(number, _FLOAT if dtype in (None, -1) else dtype)
+        wanted = _FLOAT if dtype in (None, -1) else dtype
+        if not isinstance(number, int | float | complex):  # a size
+            return opset20.Cast(number, to=wanted)
+        if wanted in _COMPLEX:
+            return constant([complex(number).real, complex(number).imag], _COMPLEX[wanted])
+        return constant(number, wanted)
 
     def refuse(name: str, why: str) -> Callable[..., Any]:
         def refused(*args: Any, **kwargs: Any) -> Any:
