@@ -16,6 +16,9 @@ thread-local mark, so that a thread that serves an engine meanwhile sees the lib
     no_fake_tensor_errors    the logger of fake tensors, all threads
     quiet                    standard output and warnings, the caller's thread; loggers, all threads
 
+Two more are built on :class:`Patch` beside the reasons for them: ``lower``'s exact rules of onnxscript, and the
+translations that transformers' exporter is given.
+
 Here a reader sees which private names of torch, onnxscript and transformers moeopt leans on.
 """
 
@@ -84,18 +87,18 @@ def _nothing() -> None:
     pass
 
 
-class _InForce:
+class InForce:
     """Whether a replacement is in force: one that another library still calls on to does nothing any more."""
 
     yes = True
 
 
-def _replace(owner: Any, name: str, make: Callable[[Any, _InForce], Any]) -> Undo:
+def replace(owner: Any, name: str, make: Callable[[Any, InForce], Any]) -> Undo:
     """Put ``make(present attribute, whether it is in force)`` in the place of an attribute of a class or module.
 
     What another library put there meanwhile stays, and calls on to ours.
     """
-    held, in_force = vars(owner)[name], _InForce()
+    held, in_force = vars(owner)[name], InForce()
     ours = make(held, in_force)
     setattr(owner, name, ours)
 
@@ -146,14 +149,14 @@ random state, so that two at once would undo each other's."""
 def _route_calls() -> Undo:
     from torch import nn
 
-    def make(call: Any, in_force: _InForce) -> Any:
+    def make(call: Any, in_force: InForce) -> Any:
         def routed_call(module: Any, *args: Any, **kwargs: Any) -> Any:
             route = _routes.top if in_force.yes else None
             return call(module, *args, **kwargs) if route is None else route(call, module, args, kwargs)
 
         return routed_call
 
-    return _replace(nn.Module, "__call__", make)
+    return replace(nn.Module, "__call__", make)
 
 
 _routed = Patch(_route_calls)
@@ -172,7 +175,7 @@ _notes = Mine()
 def _note_questions() -> Undo:
     from torch.fx.experimental.sym_node import SymNode
 
-    def make(original: Any, in_force: _InForce) -> Any:
+    def make(original: Any, in_force: InForce) -> Any:
         def bool_(self: Any) -> bool:
             answer: bool = original(self)
             if in_force.yes and _notes.top is not None:
@@ -181,7 +184,7 @@ def _note_questions() -> Undo:
 
         return bool_
 
-    return _replace(SymNode, "bool_", make)
+    return replace(SymNode, "bool_", make)
 
 
 _noted = Patch(_note_questions)
@@ -201,7 +204,7 @@ def _keep_idle_moves() -> Undo:
     import torch
     from torch import nn
 
-    def make(original: Any, in_force: _InForce) -> Any:
+    def make(original: Any, in_force: InForce) -> Any:
         def to(self: Any, *args: Any, **kwargs: Any) -> Any:
             if _idle.top is None or not in_force.yes:
                 return original(self, *args, **kwargs)
@@ -214,7 +217,7 @@ def _keep_idle_moves() -> Undo:
 
         return to
 
-    return _replace(nn.Module, "to", make)
+    return replace(nn.Module, "to", make)
 
 
 _kept = Patch(_keep_idle_moves)
@@ -248,7 +251,7 @@ def _match_last_op_first() -> Undo:
     except ImportError:  # private names of another version: slower, with the same result
         return _nothing
 
-    def make(slow: Any, in_force: _InForce) -> Any:
+    def make(slow: Any, in_force: InForce) -> Any:
         def match(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
             last = self.pattern.output_nodes[0]
             named = last.op.matches(node.op_type) and last.domain.matches(node.domain)
@@ -258,7 +261,7 @@ def _match_last_op_first() -> Undo:
 
         return match
 
-    return _replace(SimplePatternMatcher, "match", make)
+    return replace(SimplePatternMatcher, "match", make)
 
 
 rules_by_their_last_op = Patch(_match_last_op_first)
@@ -283,7 +286,7 @@ def _copy_one_table() -> Undo:
     if not fits:
         return _nothing
 
-    def make(theirs: Any, in_force: _InForce) -> Any:
+    def make(theirs: Any, in_force: InForce) -> Any:
         def from_torchlib(cls: Any, *args: Any, **kwargs: Any) -> Any:
             import torch
 
@@ -299,7 +302,7 @@ def _copy_one_table() -> Undo:
 
         return classmethod(from_torchlib)
 
-    return _replace(ONNXRegistry, "from_torchlib", make)
+    return replace(ONNXRegistry, "from_torchlib", make)
 
 
 one_registry = Patch(_copy_one_table)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.backends.onnxrt.accuracy import coarse
 from moeopt.backends.onnxrt.causal_attention import cache_left_in_place
 from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm
 from moeopt.backends.onnxrt.plan import Plan
@@ -29,6 +30,7 @@ from moeopt.engine.program import export_program, roomier
 from moeopt.engine.signature import describe_call, functional
 from moeopt.errors import Declined, NotSaveableError, UsageError
 from moeopt.ir.surprise import surprises
+from moeopt.onnxgraph.accurate import accurate_graph
 from moeopt.onnxgraph.assemble import replace_sites
 from moeopt.onnxgraph.export import emitting, own_outputs, to_onnx
 from moeopt.onnxgraph.plan import BlockPlan, kind
@@ -193,6 +195,12 @@ def write_graph(
     say(f"lowering {len(sites)} expert blocks")
     if plan.provider == "cpu":
         widen_graph(model)
+    accurate_graph(model)
+    if lost := coarse(model, plan.provider):
+        raise NotSaveableError(
+            f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
+            "with exp and log"
+        )
     guard_sizes(model, signature, doubles="tensorrt" not in plan.provider)
     legal = [plan.legal(site) for site in sites]
     calls = {

@@ -23,6 +23,8 @@ from moeopt.errors import NotSaveableError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.onnxgraph.complex import through_real_views
 from moeopt.onnxgraph.even import even
+from moeopt.onnxgraph.exact import exact_rules
+from moeopt.onnxgraph.scalars import numbers_as_read
 from moeopt.onnxgraph.site import DOMAIN, OP, Site
 from moeopt.ops.bank import Bank
 from moeopt.ops.intercept import intercepted
@@ -96,15 +98,15 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
 
     from moeopt.onnxgraph.translate import table
 
-    program = through_real_views(_tensors_only(program))
+    program = numbers_as_read(through_real_views(_tensors_only(program)))
     _settle_layouts(program.graph)
-    with one_trace, quiet(), rules_by_their_last_op(), one_registry():
+    with one_trace, quiet(), rules_by_their_last_op(), exact_rules() as exact, one_registry():
         try:
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=OPSET,
-                optimize=True,
+                optimize=exact,
                 verbose=False,
                 custom_translation_table=table(),
             )

@@ -31,9 +31,12 @@ from moeopt.backends.onnxrt.causal_attention import cache_left_in_place
 from moeopt.backends.onnxrt.causal_layers import ATTENTION, parts_of, sample_cache
 from moeopt.backends.onnxrt.causal_mixers import find_mixers, stepping
 from moeopt.backends.onnxrt.causal_steps import replace_mixers
+from moeopt.backends.onnxrt.causal_translations import own_translations
 from moeopt.errors import Declined
 from moeopt.onnxgraph.complex import through_real_views
+from moeopt.onnxgraph.exact import exact_rules
 from moeopt.onnxgraph.export import emitting
+from moeopt.onnxgraph.scalars import numbers_as_read
 from moeopt.onnxgraph.site import Site
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 
@@ -106,7 +109,9 @@ def export_causal_lm(
         quiet(),
         _sdpa_or_eager(model),
         rules_by_their_last_op(),
+        exact_rules() as exact,
         one_registry(),
+        own_translations(exporter),
         in_place,
         stepping(mixers),
     ):
@@ -118,7 +123,8 @@ def export_causal_lm(
                 exporter.OnnxConfig(
                     dynamic=True,
                     dynamic_shapes=shapes,
-                    ort_fusions=provider if provider in ("cpu", "cuda") else None,
+                    optimize=exact,
+                    ort_fusions=provider if exact and provider in ("cpu", "cuda") else None,
                 ),
             )
         except Exception as err:
@@ -204,7 +210,7 @@ def _real_views(exporter: Any) -> Any:
         def export_program(self, *args: Any, **kwargs: Any) -> Any:
             with _own_dtypes():
                 self.program, metadata = super().export_program(*args, **kwargs)
-            return through_real_views(self.program), metadata
+            return numbers_as_read(through_real_views(self.program)), metadata
 
     class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc,name-defined]
         """Its ``super().export_program`` is the one above."""
