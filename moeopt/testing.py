@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,7 +26,7 @@ from moeopt.compare.model import end_to_end
 from moeopt.compare.regression import Regression, current, read_certificate, regressions
 from moeopt.drive.inputs import as_call
 from moeopt.drive.pair import check_blocks, differing_blocks
-from moeopt.engine import AbsentEngine, OnnxEngine
+from moeopt.engine import AbsentEngine, OnnxEngine, read_manifest
 from moeopt.engine.providers import provider_names, providers
 from moeopt.errors import UsageError
 from moeopt.rewrite.program import rewritten_forward
@@ -145,7 +144,7 @@ def check_bundle(
     checked = api.verify(directory, provider=provider)
     if stored is None:
         return BundleCheck(checked)
-    saved = read_certificate(Path(directory) / "certificate.json")
+    saved = Certificate.from_json(read_manifest(directory).read_text("certificate.json"))
     return BundleCheck(checked, regressions(stored, current(saved, checked, stored)))
 
 

@@ -26,13 +26,17 @@ from moeopt.engine import onnx_probe as probes
 from moeopt.engine.manifest import Manifest, read_manifest, write_bundle
 from moeopt.engine.onnx_build import Built
 from moeopt.engine.onnx_causal import flat_calls
-from moeopt.engine.onnx_check import check_graph
+from moeopt.engine.onnx_check import check_graph, parsed
 from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_golden import budget_of, golden_runs, other_sizes
 from moeopt.engine.onnx_selftest import Outcome, load_probes, self_test
 from moeopt.engine.onnx_target import AbsentEngine
-from moeopt.errors import BundleError, EngineNotExecutableError, NotEquivalentError, UsageError
+from moeopt.engine.onnx_trial import check_calls
+from moeopt.engine.schemas import SignatureFile
+from moeopt.errors import BundleError, EngineNotExecutableError, MoeoptError, NotEquivalentError, UsageError
+from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.report import Report
+from moeopt.untrusted import checked
 
 SIGNATURE, CERTIFICATE = "signature.json", "certificate.json"
 _PASSED: set[tuple[str, ...]] = set()
@@ -115,7 +119,12 @@ def _probes_of(graph: str) -> str:
 
 
 def load_onnx_bundle(
-    directory: str | os.PathLike[str], device: Any = None, *, replay: bool = True, session_options: Any = None
+    directory: str | os.PathLike[str],
+    device: Any = None,
+    *,
+    replay: bool = True,
+    session_options: Any = None,
+    limits: LoadLimits = DEFAULT,
 ) -> OnnxEngine | AbsentEngine:
     """Check a bundle, test it on this machine, and load it.
 
@@ -126,9 +135,11 @@ def load_onnx_bundle(
             there, None gives an engine that says so when it is called.
         replay: run the golden inputs too; :func:`verify_onnx_bundle` does so itself.
         session_options: an ``onnxruntime.SessionOptions``.
+        limits: what the self-test and the golden runs may take.
 
     Raises:
-        BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason.
+        BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason. A
+            ``LimitError`` where it takes more than ``limits``.
         UsageError: the provider is not on this machine.
         EngineNotExecutableError: a block computes something else here, and no other lowering takes its place.
         NotEquivalentError: the golden runs come back otherwise than the engine was verified to give them.
@@ -137,11 +148,9 @@ def load_onnx_bundle(
     if manifest.backend != "onnxruntime":
         raise BundleError(f"{manifest.directory}: it is a bundle for {manifest.backend}: use moeopt.load")
     provider = _provider(manifest, device)
-    for name in (GRAPH, probes.FILE, goldens.FILE):  # also where this process tested the same graph before
+    for name in (GRAPH, probes.FILE, goldens.FILE, CERTIFICATE):  # also where this process tested the same graph before
         manifest.path(name)
-    signature = manifest.read_json(SIGNATURE)
-    if not isinstance(signature, dict):
-        raise BundleError(f"{manifest.path(SIGNATURE)}: it describes no call")
+    signature = read_signature(manifest)
     graph = PORTABLE if was_replayed(manifest) and provider == "cpu" else GRAPH
     proto = _checked(manifest, graph, signature)
     if provider not in available():
@@ -150,18 +159,48 @@ def load_onnx_bundle(
     key = (*(str(manifest.data["files"].get(f)) for f in (graph, data_of(graph))), runtime().__version__, provider)
     outcome = Outcome(manifest.directory, graph)
     if key not in _PASSED:
-        outcome = self_test(manifest.directory, proto, *_probes(manifest, graph), provider, graph)
+        within_limits(manifest, proto, graph, signature, limits)
+
+        def check(part: bytes, feeds: Mapping[str, torch.Tensor]) -> None:
+            where = f"{manifest.path(graph)}, a block"
+            check_calls(parsed(part), part, manifest.directory, [feeds], limits, manifest.bytes, where)
+
+        seconds = limits.seconds_for(manifest.bytes)
+        records = _probes(manifest, graph)
+        outcome = self_test(manifest.directory, proto, *records, provider, graph, check, seconds)
     engine = _open(manifest, outcome, signature, provider, session_options)
     if replay and key not in _PASSED:
-        check = replay_golden(engine)
-        if check.passed is False:
+        came_back = replay_golden(engine, limits)
+        if came_back.passed is False:
             raise NotEquivalentError(
                 f"{manifest.directory}: on {provider} the engine does not give what it was verified to give: "
-                f"{check.reason}. Save the bundle again on this machine, or run it where it was verified"
+                f"{came_back.reason}. Save the bundle again on this machine, or run it where it was verified"
             )
         if not outcome.notes:
             _PASSED.add(key)
     return engine
+
+
+def read_signature(manifest: Manifest) -> dict[str, Any]:
+    """How the graph of a bundle is called."""
+    signature, where = manifest.read_json(SIGNATURE), manifest.path(SIGNATURE)
+    if not isinstance(signature, dict):
+        raise BundleError(f"{where}: it describes no call")
+    if isinstance(signature.get("inputs"), list):  # else the check of the graph's ends says it
+        checked(signature, SignatureFile, str(where))
+    return signature
+
+
+def within_limits(manifest: Manifest, proto: Any, graph: str, signature: Mapping[str, Any], limits: LoadLimits) -> None:
+    """``LimitError`` where the golden runs of a graph take more than they may."""
+    runs = goldens.load_golden(manifest.path(goldens.FILE), torch.device("cpu"))
+    names = [entry.get("onnx") for entry in signature["inputs"]]
+    calls = [
+        {n: v for n, v in zip(names, run.inputs, strict=False) if n is not None and isinstance(v, torch.Tensor)}
+        for run in runs
+    ]
+    path = manifest.path(graph)
+    check_calls(proto, path, manifest.directory, calls, limits, manifest.bytes, str(path))
 
 
 def was_replayed(manifest: Manifest) -> bool:
@@ -186,24 +225,28 @@ def golden_calls(engine: GraphEngine, call: tuple[tuple[Any, ...], Mapping[str, 
     return [((), feeds) for feeds in flat_calls(engine.causal_lm, ids)]
 
 
-def replay_golden(engine: GraphEngine) -> goldens.GoldenCheck:
-    """Run the golden inputs of a loaded engine again and compare with what its manifest allows."""
+def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.GoldenCheck:
+    """Run the golden inputs of a loaded engine again and compare with what its manifest allows.
+
+    ``LimitError`` where they take longer than ``limits`` say.
+    """
     manifest = engine.manifest
     assert manifest is not None, "only a loaded engine has golden runs"
     path = manifest.path(goldens.FILE)
     runs = goldens.load_golden(path, torch.device("cpu"))
-    stated = manifest.data.get("golden")
-    if not isinstance(stated, dict) or stated.get("runs") != len(runs):
-        raise BundleError(f"{path}: it holds {len(runs)} golden runs, and the manifest says otherwise")
-    distance = stated.get("distance")
-    if distance is not None and not (isinstance(distance, float) and 0 <= distance < 1):
-        raise BundleError(f"{manifest.directory}: golden runs may be {distance!r} away, which allows anything")
+    distance = goldens.read_stated(manifest.data.get("golden"), len(runs), str(manifest.directory))
 
     def run(leaves: Any) -> Any:
-        result = engine.run_flat(leaves)
+        try:
+            result = engine.run_flat(leaves)
+        except MoeoptError:
+            raise
+        except Exception as err:  # the runtime's own, of many classes
+            raise RuntimeError(str(err).strip().partition("\n")[0][:300]) from None
         return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cpu(), result)
 
-    return goldens.check_golden(run, runs, distance)
+    with engine.within(limits.seconds_for(manifest.bytes)):
+        return goldens.check_golden(run, runs, distance)
 
 
 def _open(
