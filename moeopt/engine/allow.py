@@ -111,7 +111,8 @@ class _Number:
             if len(args) != 2 or not isinstance(args[0], (list, tuple)) or type(args[1]) is not int:
                 raise BundleError("operator.getitem takes an item of a list by its number")
             return args[0][args[1]]
-        flat = [v for a in args for v in (a if isinstance(a, (list, tuple)) else [a])]
+        several = self._function is torch.sym_sum
+        flat = [v for a in args for v in (a if several and isinstance(a, (list, tuple)) else [a])]
         if not all(isinstance(v, (int, float)) for v in flat):
             raise BundleError(f"{self.__name__} takes numbers, not {', '.join(type(v).__name__ for v in flat)}")
         result = self._function(*args)

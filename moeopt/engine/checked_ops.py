@@ -35,7 +35,8 @@ def _before(*names: str) -> Callable[[Any], Any]:
                 check(_op, *args, **kwargs)
                 return _op(*args, **kwargs)
 
-            CHECKED[str(op)] = functools.wraps(check)(call)
+            call.check = functools.partial(check, op)  # type: ignore[attr-defined]
+            CHECKED[str(op)] = call
         return check
 
     return register
@@ -167,6 +168,27 @@ def _grouped(op: Any, x: Tensor, w: Tensor, offs: Any = None, *rest: Any, **name
     steps = torch.diff(offs, prepend=offs.new_zeros(1))
     if bool((steps < 0).any()) or int(offs[-1]) > rows:
         _refuse(op, f"ends of groups that fall, or lie beyond {rows} rows")
+
+
+@_before("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
+def _recurrent(
+    op: Any, x: Tensor, hx: Any, params: Sequence[Tensor], biases: bool, layers: int, dropout: float, train: bool,
+    both: bool, first: bool,
+) -> None:  # fmt: skip
+    """States and weights of every layer and direction, each of the size that the states say."""
+    states = [hx] if isinstance(hx, Tensor) else list(hx)
+    gates, ways = {"lstm": 4, "gru": 3}.get(op._schema.name.split("::")[1], 1), 1 + bool(both)
+    if x.dim() != 3 or 0 in x.shape or not 1 <= layers <= 1 << 10 or len(states) != (2 if gates == 4 else 1):
+        _refuse(op, f"an input of shape {tuple(x.shape)} for {layers} layers")
+    rows, width = x.shape[0 if first else 1], states[0].shape[-1] if states[0].dim() == 3 else 0
+    if not width or any(s.shape != (layers * ways, rows, width) for s in states):
+        _refuse(op, f"states of shapes {[tuple(s.shape) for s in states]}")
+    want: list[tuple[int, ...]] = []
+    for layer in range(layers):
+        taken = x.shape[-1] if layer == 0 else width * ways
+        want += ([(gates * width, taken), (gates * width, width)] + [(gates * width,)] * 2 * bool(biases)) * ways
+    if [tuple(p.shape) for p in params] != want or any(t.dtype != x.dtype for t in [*params, *states]):
+        _refuse(op, f"{len(params)} weights that do not fit its states")
 
 
 @_before("_weight_norm")

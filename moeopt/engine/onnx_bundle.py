@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
+from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, PROVIDERS, available, data_of, provider_named, runtime
 from moeopt.compare.language import find_ids
 from moeopt.engine import golden as goldens
 from moeopt.engine import onnx_probe as probes
@@ -277,11 +277,17 @@ def _provider(manifest: Manifest, device: Any) -> str:
     saved = manifest.data.get("provider")
     if not isinstance(saved, str):
         raise BundleError(f"{manifest.directory}: the manifest names no provider")
+    if saved not in PROVIDERS:
+        raise BundleError(f"{manifest.directory}: it was built for {saved!r:.60}, and providers are {_listed(PROVIDERS)}")
     wanted = provider_named(saved if device is None else str(device))
     if wanted not in there and not (device is None and was_replayed(manifest)):
         hint = "" if device is not None else "; it was saved there: name another, like device='cpu'"
         raise UsageError(f"provider {wanted!r} is not on this machine; it has: {', '.join(there)}{hint}")
     return wanted
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
 
 
 def _probes(manifest: Manifest, graph: str) -> tuple[list[Any], list[Any]]:

@@ -158,6 +158,8 @@ class Runner:
             if time.monotonic() > self.deadline:
                 raise LimitError(f"it takes longer than {self.limits.seconds_for(self.files):g} s: {_LONGER}")
             if step.op is not None:
+                if (check := getattr(step.function, "check", None)) is not None:
+                    check(*args, **kwargs)  # asking an op for its sizes calls it too
                 meter.check(step.op, args, kwargs)
         env[step.out] = result = step.function(*args, **kwargs)
         if meter is not None:

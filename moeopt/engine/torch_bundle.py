@@ -137,6 +137,10 @@ def load_torch_bundle(
     saved = manifest.data.get("device")
     if not isinstance(saved, str) or not isinstance(graph, dict) or not isinstance(graph.get("views"), dict):
         raise BundleError(f"{manifest.path(GRAPH)}: it lacks a device, or the table of its weights")
+    try:
+        torch.device(saved)
+    except (RuntimeError, ValueError):
+        raise BundleError(f"{manifest.directory}: it was saved on {saved!r:.60}, which is no device") from None
     where = _target_device(saved, device)
     try:
         with _opened(manifest.path(WEIGHTS), where) as blocks:

@@ -302,6 +302,8 @@ def bundle_door(name: str) -> Any:
 
     def call(args: list[Any], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad():
+            if (check := getattr(function, "check", None)) is not None:
+                check(*args, **kwargs)
             check_call(op, args, kwargs, BUDGET)
             return function(*args, **kwargs)
 
