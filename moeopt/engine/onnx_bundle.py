@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -278,16 +278,12 @@ def _provider(manifest: Manifest, device: Any) -> str:
     if not isinstance(saved, str):
         raise BundleError(f"{manifest.directory}: the manifest names no provider")
     if saved not in PROVIDERS:
-        raise BundleError(f"{manifest.directory}: it was built for {saved!r:.60}, and providers are {_listed(PROVIDERS)}")
+        raise BundleError(f"{manifest.directory}: it was built for {saved!r:.60}, not one of {', '.join(PROVIDERS)}")
     wanted = provider_named(saved if device is None else str(device))
     if wanted not in there and not (device is None and was_replayed(manifest)):
         hint = "" if device is not None else "; it was saved there: name another, like device='cpu'"
         raise UsageError(f"provider {wanted!r} is not on this machine; it has: {', '.join(there)}{hint}")
     return wanted
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
 
 
 def _probes(manifest: Manifest, graph: str) -> tuple[list[Any], list[Any]]:

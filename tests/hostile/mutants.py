@@ -25,7 +25,7 @@ import moeopt
 import moeopt.api
 from moeopt.cli.about import bundle_facts, print_facts
 from moeopt.errors import MoeoptError
-from tests.hostile.made import GOOD, reseal
+from tests.hostile.edits import GOOD, reseal
 
 WRONG: tuple[Any, ...] = (
     None, True, -1, 0, 1 << 62, 1 << 90, 1.5, 1e308, "", "\u001b[2Jx\u0000", "x" * 5000, [], {}, [[[]]],

@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 import moeopt
-from tests.hostile.made import GOOD, Made, made
+from tests.hostile.edits import GOOD, Made
+from tests.hostile.made import made
 from tests.hostile.mutants import mutants
 
 ROOT = Path(__file__).parents[2]
