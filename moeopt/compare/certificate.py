@@ -91,16 +91,19 @@ class Certificate:
     @classmethod
     def from_json(cls, text: str) -> Certificate:
         """Read what :meth:`to_json` wrote; ``BundleError`` if it is damaged or newer than this moeopt."""
-        body = cleaned(parse_json(text, "the certificate"))
-        if not isinstance(body, dict) or body.get("schema") != SCHEMA:
+        body = cleaned(parse_json(text, "the certificate cannot be read"))
+        if not isinstance(body, dict) or "schema" not in body:
+            raise BundleError("the certificate cannot be read: it is no JSON object with a schema version")
+        if body.pop("schema") != SCHEMA:
             raise BundleError("the certificate has another schema version: written by another moeopt")
         stated, end = body.pop("passed", UNSET), body.get("end_to_end")
         if isinstance(end, dict):
             body["end_to_end"] = _revived(EndToEnd, end)
         for block in body["blocks"] if isinstance(body.get("blocks"), list) else ():
+            _known(BlockCheck, block)
             if isinstance(block, dict) and isinstance(block.get("cases"), list):
                 block["cases"] = [_revived(CaseResult, case) for case in block["cases"]]
-        certificate = checked(body, cls, "the certificate cannot be read")
+        certificate = checked(_known(cls, body), cls, "the certificate cannot be read")
         if certificate.passed is not stated:
             said = "nothing of passed" if stated is UNSET else f"passed={shown(stated, 40)}"
             raise BundleError(f"the certificate says {said}, and its parts say passed={certificate.passed}")
@@ -185,8 +188,17 @@ def _revived(cls: Any, body: Any) -> Any:
     """The plain form of a dataclass with its float fields as numbers: strict JSON has "inf" and "nan" as text."""
     if not isinstance(body, dict):
         return body
+    _known(cls, body)
     floats = {f.name for f in dataclasses.fields(cls) if str(f.type).startswith("float")}
     return {k: float(v) if k in floats and v in ("inf", "-inf", "nan") else v for k, v in body.items()}
+
+
+def _known(cls: Any, body: Any) -> Any:
+    """``body``; ``BundleError`` where it has a field that this moeopt would drop in silence."""
+    unknown = sorted(set(body) - {f.name for f in dataclasses.fields(cls)}) if isinstance(body, dict) else []
+    if unknown:
+        raise BundleError(f"the certificate cannot be read: a {cls.__name__} has no field {unknown[0]!r:.60}")
+    return body
 
 
 def _check_budget(end: EndToEnd | None) -> None:

@@ -32,7 +32,7 @@ from moeopt.engine.onnx_golden import budget_of, golden_runs, other_sizes
 from moeopt.engine.onnx_selftest import Outcome, load_probes, self_test
 from moeopt.engine.onnx_target import AbsentEngine
 from moeopt.engine.onnx_trial import check_calls
-from moeopt.engine.schemas import SignatureFile
+from moeopt.engine.schemas import Form, SignatureFile
 from moeopt.errors import BundleError, EngineNotExecutableError, MoeoptError, NotEquivalentError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.report import Report
@@ -211,6 +211,8 @@ def was_replayed(manifest: Manifest) -> bool:
 def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> Any:
     if graph == PORTABLE and not isinstance(manifest.data["portable"], dict):
         raise BundleError(f"{manifest.directory}: the manifest does not describe {graph}")
+    if graph == PORTABLE:
+        checked(manifest.data["portable"], Form, f"{manifest.directory}: what the manifest says of {graph}")
     size = manifest.data["files"].get(data_of(graph), {"bytes": 0})["bytes"]
     return check_graph(manifest.path(graph), signature, size)
 

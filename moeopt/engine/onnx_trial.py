@@ -80,6 +80,7 @@ def _in_a_child(
             "model": str(path),
             "folder": str(folder.resolve()),
             "bytes": int(min(budget + files, 1 << 62)),
+            "threads": torch.get_num_threads(),
             "calls": [_written(feeds, Path(aside), n) for n, feeds in enumerate(calls)],
         }
         (Path(aside) / "calls.json").write_text(json.dumps(said))
@@ -90,7 +91,7 @@ def _in_a_child(
                 timeout=min(seconds + STARTING, threading.TIMEOUT_MAX),
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise LimitError(f"{where}: its calls take longer than {seconds:g} s: {_more('seconds')}") from None
+            raise LimitError(f"{where}: its calls take longer than {seconds:.3g} s: {_more('seconds')}") from None
     if done.returncode < 0:
         raise BundleError(f"{where}: the graph ends the process that runs it (signal {-done.returncode})")
     verdict = done.stdout.split()[-1:]

@@ -21,7 +21,7 @@ def main() -> None:
     limit_memory(said["bytes"])
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads = said["threads"]
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", said["folder"])
     try:
         session = ort.InferenceSession(said["model"], options, providers=["CPUExecutionProvider"])

@@ -156,7 +156,7 @@ class Runner:
         kwargs = step.kwargs if step.fixed else _fill(step.kwargs, env)
         if meter is not None:
             if time.monotonic() > self.deadline:
-                raise LimitError(f"it takes longer than {self.limits.seconds_for(self.files):g} s: {_LONGER}")
+                raise LimitError(f"it takes longer than {self.limits.seconds_for(self.files):.3g} s: {_LONGER}")
             if step.op is not None:
                 if (check := getattr(step.function, "check", None)) is not None:
                     check(*args, **kwargs)  # asking an op for its sizes calls it too

@@ -119,7 +119,7 @@ class Golden(Struct):
 
 
 class ManifestFile(Form):
-    """``moeopt.json``; format, schema, backend, files and device are checked before, with messages of their own."""
+    """``moeopt.json``; format, schema, backend, files and device are checked before, ``portable`` where it is used."""
 
     versions: dict[str, Name] = {}
     source: dict[str, Name | None] = {}
@@ -129,7 +129,7 @@ class ManifestFile(Form):
     dynamic: dict[str, Annotated[list[int | None], Meta(min_length=2, max_length=2)]] = {}
     blocks: list[Block] = []
     golden: Golden | None = None
-    portable: Form | UnsetType = UNSET
+    portable: Any = None
     tensorrt: Plan | UnsetType = UNSET
 
 
