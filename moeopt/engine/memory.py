@@ -32,6 +32,11 @@ _PRODUCTS = {
     "aten.linear.default": lambda a: [*a[0].shape[:-1], a[1].shape[0] if a[1].dim() > 1 else 1],
 }
 """The shape of a product's result."""
+_NO_LARGER = frozenset(
+    "softmax _softmax log_softmax _log_softmax sum mean amax amin clone contiguous reshape cumsum zeros_like ones_like"
+    " full_like empty_like to _to_copy layer_norm rms_norm topk sort".split()
+)
+"""Ops whose results have no more elements than their first argument; the last two give indices too."""
 _ATTENTION = ("aten.scaled_dot_product_attention.default", "aten._scaled_dot_product_flash_attention_for_cpu.default")
 
 
@@ -122,6 +127,8 @@ def needed(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     if _is_view(op):
         _check_parts(op, args)
         return 0
+    if op._schema.name.split("::")[1] in _NO_LARGER and isinstance(args[0], torch.Tensor):
+        return args[0].numel() * (max(args[0].element_size(), 8) + 8 * (len(op._schema.returns) - 1))
     if torch.Tag.pointwise in op.tags and given:
         return _broadcast(given) * max(4, max(t.element_size() for t in given))
     return _on_meta(op, args, kwargs)
