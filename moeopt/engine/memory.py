@@ -37,6 +37,11 @@ _NO_LARGER = frozenset(
     " full_like empty_like to _to_copy layer_norm rms_norm topk sort".split()
 )
 """Ops whose results have no more elements than their first argument; the last two give indices too."""
+_FILLED = {
+    **dict.fromkeys(("zeros", "ones", "full", "empty"), 0),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 1),
+}
+"""Ops that are told their result's shape, and in which argument."""
 _ATTENTION = ("aten.scaled_dot_product_attention.default", "aten._scaled_dot_product_flash_attention_for_cpu.default")
 
 
@@ -127,8 +132,15 @@ def needed(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     if _is_view(op):
         _check_parts(op, args)
         return 0
-    if op._schema.name.split("::")[1] in _NO_LARGER and isinstance(args[0], torch.Tensor):
-        return args[0].numel() * (max(args[0].element_size(), 8) + 8 * (len(op._schema.returns) - 1))
+    base, returns = op._schema.name.split("::")[1], op._schema.returns
+    if not any("Tensor" in str(r.type) for r in returns):  # sizes and other numbers
+        return 0
+    if base in _FILLED and len(args) > _FILLED[base] and isinstance(args[_FILLED[base]], list):
+        kind = kwargs.get("dtype")
+        width = kind.itemsize if isinstance(kind, torch.dtype) else max((t.element_size() for t in given), default=8)
+        return math.prod(args[_FILLED[base]]) * width
+    if base in _NO_LARGER and isinstance(args[0], torch.Tensor):
+        return args[0].numel() * (max(args[0].element_size(), 8) + 8 * (len(returns) - 1))
     if torch.Tag.pointwise in op.tags and given:
         return _broadcast(given) * max(4, max(t.element_size() for t in given))
     return _on_meta(op, args, kwargs)

@@ -31,7 +31,7 @@ from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_golden import budget_of, golden_runs, other_sizes
 from moeopt.engine.onnx_selftest import Outcome, load_probes, self_test
 from moeopt.engine.onnx_target import AbsentEngine
-from moeopt.engine.onnx_trial import check_calls
+from moeopt.engine.onnx_trial import check_calls, within_limits
 from moeopt.engine.schemas import Form, SignatureFile
 from moeopt.errors import BundleError, EngineNotExecutableError, MoeoptError, NotEquivalentError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
@@ -189,18 +189,6 @@ def read_signature(manifest: Manifest) -> dict[str, Any]:
     if isinstance(signature.get("inputs"), list):  # else the check of the graph's ends says it
         checked(signature, SignatureFile, str(where))
     return signature
-
-
-def within_limits(manifest: Manifest, proto: Any, graph: str, signature: Mapping[str, Any], limits: LoadLimits) -> None:
-    """``LimitError`` where the golden runs of a graph take more than they may."""
-    runs = goldens.load_golden(manifest.path(goldens.FILE), torch.device("cpu"))
-    names = [entry.get("onnx") for entry in signature["inputs"]]
-    calls = [
-        {n: v for n, v in zip(names, run.inputs, strict=False) if n is not None and isinstance(v, torch.Tensor)}
-        for run in runs
-    ]
-    path = manifest.path(graph)
-    check_calls(proto, path, manifest.directory, calls, limits, manifest.bytes, str(path))
 
 
 def was_replayed(manifest: Manifest) -> bool:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from moeopt.engine import golden as goldens
+from moeopt.engine.manifest import Manifest
 from moeopt.engine.onnx_budget import cost_of
 from moeopt.errors import BundleError, LimitError
 from moeopt.limits import LoadLimits
@@ -64,6 +66,18 @@ def check_calls(
             unknown.append(feeds)
     if unknown:
         _in_a_child(model, folder, unknown, limits, files, where)
+
+
+def within_limits(manifest: Manifest, proto: Any, graph: str, signature: Mapping[str, Any], limits: LoadLimits) -> None:
+    """``LimitError`` where the golden runs of a graph take more than they may."""
+    runs = goldens.load_golden(manifest.path(goldens.FILE), torch.device("cpu"))
+    names = [entry.get("onnx") for entry in signature["inputs"]]
+    calls = [
+        {n: v for n, v in zip(names, run.inputs, strict=False) if n is not None and isinstance(v, torch.Tensor)}
+        for run in runs
+    ]
+    path = manifest.path(graph)
+    check_calls(proto, path, manifest.directory, calls, limits, manifest.bytes, str(path))
 
 
 def _in_a_child(

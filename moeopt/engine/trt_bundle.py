@@ -30,12 +30,12 @@ from moeopt.engine.onnx_bundle import (
     read_signature,
     replay_golden,
     stated,
-    within_limits,
     write_evidence,
 )
 from moeopt.engine.onnx_check import check_graph
 from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_golden import budget_of, golden_runs
+from moeopt.engine.onnx_trial import within_limits
 from moeopt.engine.trt_build import TrtBuilt
 from moeopt.engine.trt_engine import (
     PLAN,
