@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from moeopt.engine import read_manifest
-from moeopt.untrusted import cleaned, shown_line
+from moeopt.engine.schemas import Plan
+from moeopt.untrusted import checked, cleaned, shown_line
 
 RUNTIMES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13")
 _LISTS = ("inputs", "lowerings", "blocks", "profiles")
@@ -69,6 +70,7 @@ def _engine_facts(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plan_facts(plan: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
     """What only a plan of TensorRT has: what it runs on, its layers and memory, and the sizes that it was built for."""
+    checked(plan, Plan, "the manifest's account of the plan")
     layers = plan.get("layers", {})
     return {
         "runs on": f"sm_{plan['sm']}, {plan['product']} {plan['version']}"

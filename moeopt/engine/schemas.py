@@ -103,8 +103,8 @@ class Plan(Struct):
     cuda: Count | None = None
     flags: list[Name] = []
     profiles: list[dict[str, list[list[Count]]]] = []
-    inputs: list[Name] = []
-    outputs: list[Name] = []
+    inputs: Any = None
+    outputs: Any = None
     layers: dict[str, Count] = {}
     activation_bytes: Count = 0
     weights_bytes: Count = 0
@@ -119,7 +119,7 @@ class Golden(Struct):
 
 
 class ManifestFile(Form):
-    """``moeopt.json``; format, schema, backend, files and device are checked before, ``portable`` where it is used."""
+    """``moeopt.json``. What is checked elsewhere, with a message of its own, is ``Any`` or not named."""
 
     versions: dict[str, Name] = {}
     source: dict[str, Name | None] = {}
@@ -130,7 +130,7 @@ class ManifestFile(Form):
     blocks: list[Block] = []
     golden: Golden | None = None
     portable: Any = None
-    tensorrt: Plan | UnsetType = UNSET
+    tensorrt: Any = None
 
 
 class GraphNode(Struct):

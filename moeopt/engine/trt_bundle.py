@@ -210,7 +210,7 @@ def _read_needs(manifest: Manifest) -> tuple[Needs, list[dict[str, Any]]]:
         good = False
     if not good:
         raise BundleError(f"{manifest.directory}: the manifest does not say what {PLAN} runs on")
-    if said["sha256"] != manifest.data["files"].get(PLAN, {}).get("sha256"):  # type: ignore[index]
+    if said.get("sha256") != manifest.data["files"].get(PLAN, {}).get("sha256"):  # type: ignore[union-attr]
         raise BundleError(f"{manifest.directory}: {PLAN} is not the one that the manifest describes")
     return needs, profiles
 
