@@ -59,9 +59,10 @@ from moeopt.engine.plain import open_dataclasses
 from moeopt.engine.program import export_program
 from moeopt.engine.trt_build import TrtBuilt, build_trt
 from moeopt.engine.trt_plan import EnginePlan, most_tokens, trt_plan
-from moeopt.errors import CaptureError, NotEquivalentError, NotSaveableError, UsageError
+from moeopt.errors import BundleError, CaptureError, NotEquivalentError, NotSaveableError, UsageError
 from moeopt.ir.surprise import surprises, told
 from moeopt.ir.tape import clone_inputs
+from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.options import Options
 from moeopt.patches import fewer_collections
 from moeopt.report import BlockReport, Report
@@ -507,7 +508,13 @@ def explain(model: Any, example_inputs: Any = None, *, options: Options | None =
     return optimize(model, example_inputs, options=chosen).report
 
 
-def load(directory: str | os.PathLike[str], device: Any = None, *, session_options: Any = None) -> Any:
+def load(
+    directory: str | os.PathLike[str],
+    device: Any = None,
+    *,
+    session_options: Any = None,
+    limits: LoadLimits | None = None,
+) -> Any:
     """An engine from a bundle; call it as the model was called.
 
     Args:
@@ -515,6 +522,8 @@ def load(directory: str | os.PathLike[str], device: Any = None, *, session_optio
         device: where it shall run, like ``"cuda"``, or a provider's name for an ONNX Runtime bundle; None means
             where it was saved.
         session_options: an ``onnxruntime.SessionOptions`` (threads, arenas, profiling) for an ONNX Runtime bundle.
+        limits: the time and memory that a bundle may take; None means ``LoadLimits()``, whose defaults grow with the
+            bundle's files.
 
     An ONNX Runtime bundle that was built for a provider which this machine lacks (``target=``) loads, and raises
     ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its portable form. A TensorRT bundle does so
@@ -526,18 +535,20 @@ def load(directory: str | os.PathLike[str], device: Any = None, *, session_optio
     ``EngineFallbackWarning``.
 
     Raises:
-        BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason.
+        BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason. A
+            ``LimitError`` where it takes more than ``limits``.
         UsageError: this machine lacks the device or provider.
         EngineNotExecutableError: this machine's runtime cannot run it rightly.
         NotEquivalentError: its golden inputs come back otherwise than they were verified to.
     """
+    limits = limits or DEFAULT
     backend = read_backend(directory)
     if backend != "torch":
         loads: Any = load_trt_bundle if backend == "tensorrt" else load_onnx_bundle
-        return loads(directory, device, session_options=session_options)
+        return loads(directory, device, session_options=session_options, limits=limits)
     if session_options is not None:
         raise UsageError(f"session_options are ONNX Runtime's, and {directory} is a bundle for PyTorch: leave them out")
-    return load_torch_bundle(directory, device)
+    return load_torch_bundle(directory, device, limits)
 
 
 def verify(
@@ -546,6 +557,7 @@ def verify(
     original: nn.Module | None = None,
     inputs: Any = None,
     provider: str | None = None,
+    limits: LoadLimits | None = None,
 ) -> Certificate:
     """Check again that an optimised model or a bundle computes what it should.
 
@@ -556,6 +568,7 @@ def verify(
         provider: what to run a bundle on, "cpu", "cuda", ...; None means where it was saved, or, for an ONNX
             Runtime bundle, "cpu". One that was built for another provider and not executed runs there where that
             provider is, and else is replayed on CPU: the certificate's ``executed`` is then False.
+        limits: the time and memory that a bundle may take, as in :func:`load`.
 
     Raises:
         UsageError: an Optimized without ``original``; an absent provider.
@@ -581,22 +594,27 @@ def verify(
         end = end_to_end(original, runner, *call, noise_blocks=noise, otherwise=otherwise)
         device = subject.certificate.device
         return Certificate(end_to_end=end, executed=not absent, dtype=subject.certificate.dtype, device=device)
-    return _verify_bundle(Path(subject), original, inputs, provider)
+    return _verify_bundle(Path(subject), original, inputs, provider, limits or DEFAULT)
 
 
-def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider: str | None) -> Certificate:
+def _verify_bundle(
+    path: Path, original: nn.Module | None, inputs: Any, provider: str | None, limits: LoadLimits
+) -> Certificate:
     manifest = read_manifest(path)
-    saved = Certificate.from_json((path / "certificate.json").read_text())
+    try:
+        saved = Certificate.from_json(manifest.read_text("certificate.json"))
+    except BundleError as err:
+        raise BundleError(f"{path}: {err}") from None
     if original is not None and inputs is None:
         raise UsageError("verify(bundle, original=...) needs inputs= to run both on")
     engine: Any
     executed = True
     if manifest.backend != "torch":
         ask = trt_to_verify if manifest.backend == "tensorrt" else onnx_to_verify
-        engine, executed, device = ask(path, provider)
+        engine, executed, device = ask(path, provider, limits)
         notes = list(engine.notes)
     else:
-        engine = load_torch_bundle(path, None if provider is None else _provider_device(provider))
+        engine = load_torch_bundle(path, None if provider is None else _provider_device(provider), limits)
         device, notes = str(engine.device), []
     if original is not None:
         args, kwargs = as_call(inputs)
@@ -608,9 +626,9 @@ def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider
         end = end_to_end(original, engine, args, kwargs, noise_blocks=noise, otherwise=otherwise)
         return Certificate(end_to_end=end, executed=executed, device=device, dtype=saved.dtype, notes=notes)
     if manifest.backend != "torch":
-        check = replay_golden(engine)
+        check = replay_golden(engine, limits)
     else:
-        check = verify_torch_bundle(path, str(engine.device))
+        check = verify_torch_bundle(path, str(engine.device), limits)
     end = EndToEnd(
         check.passed, check.reason, outputs=check.runs, distance=float(check.required), budget=float(check.budget)
     )

@@ -20,6 +20,7 @@ from moeopt.cli.profile_command import profile_command
 from moeopt.cli.target import FORMS, load_target
 from moeopt.errors import UsageError
 from moeopt.html import check_target
+from moeopt.limits import LoadLimits
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -138,25 +139,28 @@ def verify(
     original: Annotated[str | None, typer.Option(help="compare with this model too: " + FORMS)] = None,
     provider: Annotated[str | None, typer.Option(help="the runtime's execution provider")] = None,
     against: Annotated[Path | None, typer.Option(help="a stored certificate that it must not be worse than")] = None,
+    seconds: Annotated[float | None, typer.Option(help="how long the bundle's runs may take")] = None,
+    most_bytes: Annotated[float | None, typer.Option("--bytes", help="memory that the bundle's runs may take")] = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a bundle again on this machine, without the original model or with it."""
+    limits = LoadLimits(seconds, most_bytes)
     if against is not None:
         if original is not None:
             raise UsageError("--against compares a bundle with its past, --original with a model: give one of them")
         from moeopt.cli.verify_against import verify_against
 
         _say_unless(quiet, f"verify: {bundle} against {against}")
-        _exit(verify_against(bundle, provider, against, as_json), f"not equivalent, or worse than {against}")
+        _exit(verify_against(bundle, provider, against, as_json, limits), f"not equivalent, or worse than {against}")
         return
     fields: dict[str, Any] = {}
     if original is not None:
         fields["original"], fields["inputs"] = load_target(original, trust_remote_code=trust_remote_code, seed=seed)
     _say_unless(quiet, f"verify: {bundle}")
-    certificate = _api().verify(bundle, provider=provider, **fields)
+    certificate = _api().verify(bundle, provider=provider, limits=limits, **fields)
     if as_json:
         _print_json(json.loads(certificate.to_json()))
     else:

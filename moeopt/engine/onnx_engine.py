@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ class GraphEngine(BundledEngine):
     def described(self) -> str:
         """The ``device`` of a certificate."""
         return f"onnxruntime {self.provider}"
+
+    def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """While open, a run that is not done after ``seconds`` is a ``LimitError``, where the runtime can be ended."""
+        return contextlib.nullcontext()
 
     def holds(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
         """Whether the engine was built for the sizes of a call."""
@@ -140,6 +145,9 @@ class OnnxEngine(GraphEngine):
 
         super().__init__(directory, signature, open_session, device, keep, manifest)
         self.notes, self.graph = list(notes), graph
+
+    def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        return self.session.within(seconds)
 
     def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _reopen, (self.provider,)

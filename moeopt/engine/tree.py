@@ -120,6 +120,7 @@ def check_tree(tree: Any, depth: int = 0) -> int:
     if tree == LEAF:
         return 1
     good = isinstance(tree, dict) and isinstance(tree.get("items"), list) and depth < 64
+    good = good and isinstance(tree.get("type"), str)
     kind = tree.get("type") if good else None
     if kind in ("dict", "OrderedDict", "namedtuple", "fields"):
         keys = tree.get("keys")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from moeopt.errors import EngineNotExecutableError, UsageError
+from moeopt.errors import EngineNotExecutableError, LimitError, UsageError
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -151,6 +154,16 @@ class Session:
         self.inputs = [spec.name for spec in self.session.get_inputs()]
         self.outputs = [spec.name for spec in self.session.get_outputs()]
         self._is_bool = [spec.type == "tensor(bool)" for spec in self.session.get_outputs()]
+        self._until: float | None = None
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """End a run that is not done ``seconds`` after this was entered: ``LimitError``. For one thread only."""
+        self._until = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._until = None
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The outputs in the graph's order, on memory that ONNX Runtime made for them. Inputs are read in place.
@@ -179,7 +192,12 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         try:
-            self.session.run_with_iobinding(binding)
+            if self._until is None:
+                self.session.run_with_iobinding(binding)
+            else:
+                self._run_until(binding, self._until)
+        except LimitError:
+            raise
         except Exception as err:  # ONNX Runtime's own, of many classes
             given = ", ".join(f"{name} {tuple(inputs[name].shape)}" for name in self.inputs[:8])
             raise UsageError(
@@ -191,6 +209,25 @@ class Session:
         del held
         values = [torch.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
         return [v.view(torch.bool) if b else v for v, b in zip(values, self._is_bool, strict=True)]
+
+    def _run_until(self, binding: Any, until: float) -> None:
+        options = runtime().RunOptions()
+        options.log_severity_level = 4
+        left = until - time.monotonic()
+        watch = threading.Timer(min(max(left, 0.0), threading.TIMEOUT_MAX), setattr, (options, "terminate", True))
+        watch.daemon = True
+        watch.start()
+        try:
+            self.session.run_with_iobinding(binding, options)
+        except Exception:  # ONNX Runtime's own, of many classes
+            if options.terminate:
+                raise LimitError(
+                    "its runs take longer than they may: if you trust the bundle, give it longer: "
+                    "moeopt.load(directory, limits=moeopt.LoadLimits(seconds=...))"
+                ) from None
+            raise
+        finally:
+            watch.cancel()
 
 
 def _where(err: Exception) -> str:
