@@ -159,6 +159,18 @@ def tied_tokens(choice: Choice, eps: float, noisy: Sequence[Choice] = ()) -> tup
     return tied, exact
 
 
+def says_nothing(choice: Choice) -> Tensor:
+    """(T,) bool: rows on which the router gives every expert the same score, as a gate of zeros does."""
+    T = len(choice.ids)
+    found = torch.zeros(T, dtype=torch.bool)
+    for event in choice.events:
+        assert event.scores is not None
+        scores = event.scores.reshape(-1, event.scores.shape[-1]).cpu()
+        if len(scores) == T and scores.shape[-1] > 1:
+            found |= (scores == scores[:, :1]).all(-1)
+    return found
+
+
 def _gap(scores_TE: Tensor, ids: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     """How near the nearest chosen and not chosen scores of each token are, and whether two are equal, in effect."""
     T, E = scores_TE.shape

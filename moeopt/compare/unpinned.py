@@ -19,6 +19,7 @@ Shape legend: R rows, T tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,12 +34,16 @@ from moeopt.compare.results import CaseResult, Fail
 from moeopt.compare.row_calls import RowCalls, Unpinned
 from moeopt.compare.selections import OracleError, Selections
 from moeopt.compare.steering import Rows, steered_rows
-from moeopt.compare.ties import Choice, choices_of, differing, tied_tokens
+from moeopt.compare.ties import Choice, choices_of, differing, says_nothing, tied_tokens
 from moeopt.compare.trees import flatten
 
 DRAWS = 3
 OFTEN = 0.4
-"""Of ordinary rows: where more of them are ties that the runtime breaks otherwise, its results are another model's."""
+"""Of ordinary rows: where more of them are ties that the runtime breaks otherwise, its results are another model's.
+
+A router that gives every expert the same score (a gate of zeros, before training) prefers none of them: its ties are
+counted and told, and refuse nothing.
+"""
 
 
 def check_unpinned(block: Unpinned, seed: int = 0) -> list[CaseResult]:
@@ -88,7 +93,8 @@ def _run_case(block: Unpinned, calls: RowCalls, rows: Rows, result: CaseResult, 
                     tied, elsewhere = tied | here, elsewhere | moved
                     named |= (ids[choice.name].cpu().sort(-1).values != choice.ids.cpu().sort(-1).values).any(-1)
         own = _ordinary_rows(rows)
-        often = int(elsewhere[own].sum())
+        informed = ~functools.reduce(torch.logical_or, map(says_nothing, choices), torch.zeros_like(tied))
+        often = int((elsewhere & informed)[own].sum())
         if often > OFTEN * len(own) and len(own) > 4 and not again:
             raise Fail(
                 f"its router gives equal scores to several experts on {often} of {len(own)} ordinary rows (two rows of "

@@ -269,6 +269,19 @@ def test_a_router_whose_scores_tie_on_ordinary_rows_has_no_engine():
         moeopt.optimize(layer, given(), backend="onnxruntime")
 
 
+def test_a_gate_of_zeros_prefers_no_expert_and_is_told(tmp_path):
+    """As many models begin: every score is equal on every row, and what a tie decides is counted, not refused."""
+    layer = Softmax().eval()
+    nn.init.zeros_(layer.gate.weight)
+    nn.init.zeros_(layer.gate.bias)
+    engine = moeopt.optimize(layer, given(), backend="onnxruntime")
+    assert engine.certificate.passed is True
+    (note,) = [n for n in engine.report.notes if n.startswith("tied rows")]
+    assert re.search(r"of the 18 choices of experts that the example inputs make, 18 are such ties", note), note
+    assert note in engine.certificate.notes
+    assert moeopt.load(engine.save(tmp_path / "b"))(given()).shape == given().shape
+
+
 def test_a_bundle_with_ties_loads_and_verifies_again(tmp_path):
     x = given()
     x[0, :4] = 0
