@@ -21,6 +21,7 @@ from moeopt.compare.block import BlockCheck
 from moeopt.compare.certificate import Certificate
 from moeopt.compare.language import find_ids
 from moeopt.compare.model import EndToEnd, end_to_end, run_plain
+from moeopt.drive.block import pass_manager
 from moeopt.drive.collector import fewer_collections
 from moeopt.drive.gradients import check_gradients
 from moeopt.drive.inputs import Call, as_call, made_up
@@ -194,6 +195,7 @@ def optimize(
         EngineBuildError: TensorRT's builder refused the graph, crashed, hung or took too much memory.
     """
     chosen = Options.from_fields(options, fields)
+    pass_manager(chosen, None)  # raises where a pass is named that is none
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is not available; use one of {', '.join(map(repr, BACKENDS))}")
     plan: Plan | EnginePlan | None = None
@@ -222,13 +224,14 @@ def optimize(
         for path, rewrite in outcome.rewrites.items():
             install(source.get_submodule(path), rewrite.program)
         twin = source
-    report = _report(source, outcome.blocks, backend, outcome, certificate)
+    report = _report(source, outcome.blocks, backend, outcome, certificate, chosen)
     return Optimized(twin, report, certificate, call)
 
 
 def _report(
-    source: nn.Module, blocks: list[BlockReport], backend: str, outcome: pipeline.Outcome, certificate: Certificate
-) -> Report:
+    source: nn.Module, blocks: list[BlockReport], backend: str, outcome: pipeline.Outcome, certificate: Certificate,
+    options: Options,
+) -> Report:  # fmt: skip
     """The report, with a picture of the first MoE block that was rewritten and stayed so."""
     kept = {b.name for b in blocks if b.status == "rewritten" and b.kind == "moe"}
     graph, notes = None, []
@@ -240,7 +243,10 @@ def _report(
             except Exception as err:  # a picture must not fail a model that was rewritten
                 notes.append(f"{name} could not be drawn ({type(err).__name__}: {err})")
             break
-    return Report(tuple(blocks), type(source).__name__, backend, outcome.seconds, tuple(notes), graph, certificate)
+    return Report(
+        tuple(blocks), type(source).__name__, backend, outcome.seconds, tuple(notes), graph, certificate,
+        tuple(outcome.passes), options.print_passes,
+    )  # fmt: skip
 
 
 def _runs_on_gpu(plan: Plan | EnginePlan) -> bool:
@@ -287,7 +293,7 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
         dataclasses.replace(b, lowering=_lowering(b, built)) if b.status == "rewritten" else b for b in outcome.blocks
     ]
     backend = "tensorrt" if isinstance(plan, EnginePlan) else "onnxruntime"
-    report = _report(source, blocks, backend, outcome, certificate)
+    report = _report(source, blocks, backend, outcome, certificate, options)
     report = dataclasses.replace(report, notes=(*report.notes, *notes))
     return Optimized(engine, report, certificate, call, fingerprint(source), built)
 
@@ -411,6 +417,9 @@ def _revert(twin: nn.Module, outcome: pipeline.Outcome, certificate: Certificate
         if b.status == "declined"
         else dataclasses.replace(b, status="declined", reason=f"reverted: the whole model was not equivalent: {why}")
         for b in outcome.blocks
+    ]
+    outcome.passes = [
+        r.reverted(f"the whole model was not equivalent: {why}") if r.fired else r for r in outcome.passes
     ]
     outcome.checks, outcome.rewrites = [], {}
     return f"{', '.join(reverted)} was rewritten and reverted, for the whole model was not equivalent: {why}"

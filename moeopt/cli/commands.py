@@ -13,6 +13,7 @@ import typer
 from moeopt.cli.about import bundle_facts, machine_facts, print_facts
 from moeopt.cli.inspect_command import inspect_command
 from moeopt.cli.measured import figures
+from moeopt.cli.passes_command import passes_command
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.target import FORMS, load_target
 from moeopt.cli.verify_against import verify_against
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 app.command("inspect")(inspect_command)
 app.command("profile")(profile_command)
+app.command("passes")(passes_command)
 
 Target = Annotated[str, typer.Argument(help=FORMS)]
 Bundle = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]

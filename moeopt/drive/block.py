@@ -1,13 +1,14 @@
-"""One block, from a real call to a verified program: probe, recognise, plan, generalise, verify."""
+"""One block, from a real call to a verified program: record, recognise, run the passes, verify."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,9 +28,13 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.ir.tape import Tape, clone_inputs, record
 from moeopt.ir.tree import tree_leaves
 from moeopt.options import Options
+from moeopt.passes.base import Pass
+from moeopt.passes.manager import PassManager, Result
+from moeopt.passes.pipeline import PIPELINE
 from moeopt.passes.recognize_experts import Recognition, Uncovered
 from moeopt.passes.recognize_router import RouterReading
 from moeopt.passes.replace_experts import replacement
+from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeights
 from moeopt.rewrite.generalize import generalize
 from moeopt.rewrite.plan import Plan, make_plan
 from moeopt.rewrite.program import OPAQUE, TENSOR, Guard, Program, RewrittenForward, bind
@@ -59,6 +64,7 @@ class Rewrite:
     check: BlockCheck
     routers: list[RouterReading]
     seconds: float
+    passes: Result
 
 
 def rewrite_block(
@@ -68,17 +74,20 @@ def rewrite_block(
     options: Options,
     runtime: Runtime | None = None,
     reader: Reader | None = None,
+    manager: PassManager | None = None,
 ) -> Rewrite:
     """Rewrite ``module`` as ``call`` uses it, without changing it; verify it as ``runtime`` computes it.
 
     Args:
         reader: what in the block becomes an op; None means its mixtures of experts.
+        manager: what runs the passes; None means one of the block's own, as ``options`` ask for.
 
     Raises:
         Declined: with the reason; nothing was changed.
     """
     try:
-        return _rewrite(name, module, call, options, runtime, reader or Mixture())
+        manager = manager or pass_manager(options, runtime)
+        return _rewrite(name, module, call, options, runtime, reader or Mixture(), manager)
     except (Declined, UsageError):
         raise
     except Exception as err:
@@ -89,15 +98,34 @@ def rewrite_block(
         ) from err
 
 
+def pass_manager(options: Options, runtime: Runtime | None, passes: Sequence[Pass] = PIPELINE) -> PassManager:
+    """The manager that ``options`` ask for.
+
+    Raises:
+        UsageError: they name a pass that ``passes`` has not.
+    """
+    return PassManager(
+        passes, options.skip_passes, options.only_passes, options.fuel, runtime is not None, options.dump is not None
+    )
+
+
 def _rewrite(
-    name: str, module: nn.Module, call: Call, options: Options, runtime: Runtime | None, reader: Reader
+    name: str,
+    module: nn.Module,
+    call: Call,
+    options: Options,
+    runtime: Runtime | None,
+    reader: Reader,
+    manager: PassManager,
 ) -> Rewrite:
     started = time.perf_counter()
     check_module(module)
     last: Declined | None = None
     for proto in _versions(call):
         try:
-            program, found, routers, neutral = _program(module, proto, options, reader)
+            capture = _Capture(name, module, proto, options, reader)
+            judge = functools.partial(_verify, capture, call, options, runtime)
+            result = manager.run(capture.block(), judge, capture.differ)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
             last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
@@ -110,14 +138,16 @@ def _rewrite(
             if proto.turned:
                 continue
             raise
-        check = _verify(name, module, program, proto, found, call, options, runtime)
+        check: BlockCheck = result.verdict  # type: ignore[assignment]
         if check.passed is False:
             if proto.turned:
                 continue
             raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
-        if neutral:
-            raise Declined(neutral)
-        return Rewrite(program, found, check, routers, time.perf_counter() - started)
+        if capture.neutral:
+            raise Declined(capture.neutral)
+        result.block.root = None  # a program is bound to a module when it is installed
+        program = Program(result.block, capture.signature)
+        return Rewrite(program, capture.found, check, capture.routers, time.perf_counter() - started, result)
     try:
         raise last or Declined("its arguments could not be read as rows of tokens")
     finally:
@@ -133,44 +163,79 @@ def _versions(call: Call) -> Iterator[Prototype]:
         yield proto
 
 
-def _program(
-    module: nn.Module, proto: Prototype, options: Options, reader: Reader
-) -> tuple[Program, list[Recognition], list[RouterReading], str]:
-    """The program, what it was read from, and the Parameter that it would miss, if there is one."""
-    call, tape, found = reader.first(module, proto, options.seed)
-    tapes, founds, calls = [tape], [found], [call]
-    for tokens, seed in ((14, 1), (20, 2)):
-        call = witness(proto, tokens, options.seed + seed, experts=len(found[0].experts), variant=seed)
-        tape = _later_call(module, call) if tapes[0].attributes and seed == 2 else record(module, *call)
-        tapes.append(tape)
-        founds.append(reader.again(tape, found))
-        calls.append(call)
-    for tape, found_there in zip(tapes, founds, strict=True):
-        _same_experts(founds[0], found_there)
-        reason = random_reason(tape, module.training)
-        if reason:
-            raise Declined(reason)
-    check_experts(module, tapes[0], founds[0])
-    plans = [_plan(t, f) for t, f in zip(tapes, founds, strict=True)]
-    neutral = neutral_reason(module, tapes[0], founds[0], plans[0])
-    frozen = frozen_values(module, tapes[0], founds[0], plans[0])
-    signature = inspect.signature(_original(module))
-    bounds = [bind(signature, *c) for c in calls]
-    shapes = [[tuple(t.shape) for t in _tensors(c)] for c in calls]
-    _stateless(tapes[0], plans, shapes)
-    plan = _in_signature_order(generalize(plans, shapes), calls[0], bounds[0].tensors())
-    training = None if _same_in_other_mode(module, calls[1], tapes[1], plans[1], founds[0], reader) else module.training
-    guard = Guard(
-        [_template(leaf) for leaf in tree_leaves(list(bounds[0].values))],
-        _fixed([[tuple(t.shape) for t in b.tensors()] for b in bounds]),
-        [t.dtype for t in bounds[0].tensors()],
-        training,
-        False,
-    )
-    banks = [(f.experts, f.spec) for f in founds[0]]
-    routers = reader.routers(tapes[1:], founds[1:], founds[0])
-    program = Program(plan, banks, signature, guard, [r.spec for r in routers], frozen)
-    return program, founds[0], routers, neutral
+class _Capture:
+    """What one block does in three calls of different sizes, and what was read from them; recorded once.
+
+    Attributes:
+        found: what becomes an op, as the first call showed it.
+        neutral: the Parameter that a rewrite would miss, in a sentence; "" if there is none.
+        routers: how tokens reach each of the ``found``, once a pass has asked for the guard.
+    """
+
+    def __init__(self, name: str, module: nn.Module, proto: Prototype, options: Options, reader: Reader) -> None:
+        self.name, self.module, self.proto, self.reader = name, module, proto, reader
+        call, tape, self.found = reader.first(module, proto, options.seed)
+        self.tapes, self.founds, self.calls = [tape], [self.found], [call]
+        for tokens, seed in ((14, 1), (20, 2)):
+            call = witness(proto, tokens, options.seed + seed, experts=len(self.found[0].experts), variant=seed)
+            again = self.tapes[0].attributes and seed == 2
+            self.tapes.append(_later_call(module, call) if again else record(module, *call))
+            self.founds.append(reader.again(self.tapes[-1], self.found))
+            self.calls.append(call)
+        for tape, found_there in zip(self.tapes, self.founds, strict=True):
+            _same_experts(self.found, found_there)
+            if reason := random_reason(tape, module.training):
+                raise Declined(reason)
+        check_experts(module, self.tapes[0], self.found)
+        self.plans = [_plan(t, f) for t, f in zip(self.tapes, self.founds, strict=True)]
+        self.neutral = neutral_reason(module, self.tapes[0], self.found, self.plans[0])
+        self.frozen = frozen_values(module, self.tapes[0], self.found, self.plans[0])
+        self.signature = inspect.signature(_original(module))
+        self.bounds = [bind(self.signature, *c) for c in self.calls]
+        self.shapes = [[tuple(t.shape) for t in _tensors(c)] for c in self.calls]
+        self.routers: list[RouterReading] = []
+        _stateless(self.tapes[0], self.plans, self.shapes)
+
+    def block(self) -> BlockGraph:
+        """The block's own code, for the passes."""
+        weights = [ExpertWeights(f.experts, f.spec) for f in self.found]
+        captured = Captured(
+            self.reader.kind, self.tapes[0], self.plans, self.shapes, weights, self.frozen, self._finish
+        )
+        return BlockGraph(self.name, captured=captured, root=self.module)
+
+    def _finish(self) -> tuple[Guard, list[RouterSpec | None]]:
+        bound = self.bounds[0]
+        _check_order(self.calls[0], bound.tensors())
+        both = _same_in_other_mode(
+            self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader
+        )
+        guard = Guard(
+            [_template(leaf) for leaf in tree_leaves(list(bound.values))],
+            _fixed([[tuple(t.shape) for t in b.tensors()] for b in self.bounds]),
+            [t.dtype for t in bound.tensors()],
+            None if both else self.module.training,
+            False,
+        )
+        self.routers = self.reader.routers(self.tapes[1:], self.founds[1:], self.founds[0])
+        self.tapes, self.plans, self.founds = [], [], []  # the values of three calls are no longer needed
+        return guard, [r.spec for r in self.routers]
+
+    def differ(self, before: BlockGraph, after: BlockGraph) -> str:
+        """How two graphs of the block differ in bits on one of the recorded calls; "" where they do not."""
+        if before.captured is not None:
+            return ""
+        results = []
+        for block in (before, after):
+            with _statistics_kept(self.module), torch.no_grad():
+                args, kwargs = clone_inputs(self.calls[1])
+                forward = RewrittenForward(self.module, Program(block, self.signature), _original(self.module))
+                with undone(self.module) as watched, watched:
+                    results.append(_tensors((args, {"result": forward(*args, **kwargs)})))
+        for number, (a, b) in enumerate(zip(*results, strict=True)):
+            if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()):
+                return f"tensor {number} of its results has other bits on a call with {len(a)} rows"
+        return ""
 
 
 def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> None:
@@ -244,12 +309,11 @@ def _tensors(call: Call) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(list(call)) if isinstance(leaf, torch.Tensor)]
 
 
-def _in_signature_order(plan: Plan, call: Call, ordered: list[torch.Tensor]) -> Plan:
+def _check_order(call: Call, ordered: list[torch.Tensor]) -> None:
     """Input steps were recorded in call order; the program takes tensors in signature order."""
     at = {id(t): i for i, t in enumerate(ordered)}
     if [at[id(t)] for t in _tensors(call)] != list(range(len(ordered))):
         raise Declined("its tensor arguments are passed in another order than its signature names them")
-    return plan
 
 
 def _template(leaf: Any) -> Any:
@@ -266,10 +330,9 @@ def _fixed(shapes: list[list[tuple[int, ...]]]) -> list[tuple[int | None, ...]]:
     ]
 
 
-def _verify(
-    name: str, module: nn.Module, program: Program, proto: Prototype, found: list[Recognition], call: Call,
-    options: Options, runtime: Runtime | None,
-) -> BlockCheck:  # fmt: skip
+def _verify(capture: _Capture, call: Call, options: Options, runtime: Runtime | None, block: BlockGraph) -> BlockCheck:
+    name, module, proto, found = capture.name, capture.module, capture.proto, capture.found
+    program = Program(block, capture.signature)
     original = _Original(module)
     rewritten = RewrittenForward(module, program, _original(module))
     experts = max(len(f.experts) for f in found)

@@ -14,6 +14,7 @@ from moeopt.drive.witness import aimed_rows, witness
 from moeopt.errors import Declined
 from moeopt.ir.steer import EveryExpert
 from moeopt.ir.tape import Tape, record
+from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.recognize_experts import Recognition, Uncovered, recognize
 from moeopt.passes.recognize_router import RouterReading, recognize_router, same_reading
 
@@ -21,7 +22,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Reader(Protocol):
-    """What in a block becomes an op. Each method raises ``Declined`` where there is no such thing."""
+    """What in a block becomes an op. Each method raises ``Declined`` where there is no such thing.
+
+    ``kind`` tells the passes which of them is for it, see ``moeopt.rewrite.block_graph.Captured``.
+    """
+
+    kind: str
 
     def first(self, module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
         """A witness that shows everything, its tape and its reading."""
@@ -40,6 +46,8 @@ class Reader(Protocol):
 
 class Mixture:
     """The :class:`Reader` of mixtures of experts."""
+
+    kind = GroupExperts.kind
 
     def first(self, module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
         return covering(module, proto, seed)
