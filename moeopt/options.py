@@ -78,6 +78,8 @@ class Options:
         fuel: keep at most so many applications of passes over all blocks; None means no limit. A block takes one to be
             rewritten at all, and one for each further pass that changes it.
         dump: a folder that gets a text file of each block's graph, reading and program; None means none.
+        passes: the passes that run, in order: values with ``name``, ``level`` and ``apply``; None means
+            ``moeopt.passes.PIPELINE``.
         skip_passes: names of passes that do not run (``moeopt passes`` lists them); one name or several.
         only_passes: names of the only passes that run; () means all that are on. Naming a pass that is off turns it on.
         print_passes: print a line on stderr for each pass that ran on a block, and a list of them in the report.
@@ -104,6 +106,7 @@ class Options:
     seed: int = field(default_factory=lambda: _env("MOEOPT_SEED", 0, int, "an integer"))
     fuel: int | None = field(default_factory=lambda: _env("MOEOPT_FUEL", None, int, "an integer"))
     dump: str | os.PathLike[str] | None = field(default_factory=lambda: _env("MOEOPT_DUMP", None, str, "a directory"))
+    passes: tuple[Any, ...] | None = field(default=None, hash=False)
     skip_passes: tuple[str, ...] = field(
         default_factory=lambda: _env("MOEOPT_SKIP_PASSES", (), _names, "names of passes with commas between")
     )
@@ -120,6 +123,8 @@ class Options:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name}={getattr(self, name)!r}: it must be one of {', '.join(choices)}")
+        if self.passes is not None:
+            object.__setattr__(self, "passes", _as_passes(self.passes))
         for name in ("skip_passes", "only_passes"):
             object.__setattr__(self, name, _as_names(name, getattr(self, name)))
         for name in ("tune", "inplace", "tf32", "print_passes"):
@@ -199,6 +204,21 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _flag(text: str) -> bool:
     return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+
+
+def _as_passes(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise UsageError(f"passes={value!r}: it must be a tuple of passes, like (*moeopt.passes.PIPELINE, MyPass())")
+    seen: set[str] = set()
+    for one in value:
+        missing = [part for part in ("name", "level", "apply") if not hasattr(one, part)]
+        if missing or isinstance(one, type):
+            what = f"has no {missing[0]}" if missing else "is a class: give an instance"
+            raise UsageError(f"passes: {one!r} is no pass, for it {what}; see docs/add-a-pass.md")
+        if one.name in seen:
+            raise UsageError(f"passes: two passes are named {one.name!r}: give each a name of its own")
+        seen.add(one.name)
+    return tuple(value)
 
 
 def _as_names(option: str, value: Any) -> tuple[str, ...]:

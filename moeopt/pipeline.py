@@ -36,10 +36,9 @@ from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.quiet import run_quietly
 from moeopt.ir.tape import clone_inputs
 from moeopt.options import Options
-from moeopt.passes.base import Pass, PassRecord
+from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.manager import PassManager
-from moeopt.passes.pipeline import PIPELINE
 from moeopt.passes.recognize_experts import Recognition
 from moeopt.report import BlockReport
 from moeopt.rewrite.bank import expert_paths, tensor_at
@@ -75,13 +74,7 @@ class _Attempt:
 
 
 @fewer_collections()
-def run(
-    model: nn.Module,
-    call: Call,
-    options: Options,
-    runtime: Runtime | None = None,
-    passes: Sequence[Pass] = PIPELINE,
-) -> Outcome:
+def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None = None) -> Outcome:
     """Rewrite every block of ``model`` that can be, in place, and say what became of each.
 
     Raises:
@@ -89,7 +82,7 @@ def run(
         UsageError: a hint that matches no block, a pass that is none.
     """
     started = time.perf_counter()
-    manager = pass_manager(options, runtime, passes)
+    manager = pass_manager(options, runtime)
     say = options.progress or (lambda line: None)
     say("looking for feed-forward and mixture-of-experts blocks")
     dump = Dump(options.dump) if options.dump is not None else None

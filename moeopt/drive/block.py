@@ -8,7 +8,7 @@ import functools
 import inspect
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,7 +28,6 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.ir.tape import Tape, clone_inputs, record
 from moeopt.ir.tree import tree_leaves
 from moeopt.options import Options
-from moeopt.passes.base import Pass
 from moeopt.passes.manager import PassManager, Result
 from moeopt.passes.pipeline import PIPELINE
 from moeopt.passes.recognize_experts import Recognition, Uncovered
@@ -98,12 +97,13 @@ def rewrite_block(
         ) from err
 
 
-def pass_manager(options: Options, runtime: Runtime | None, passes: Sequence[Pass] = PIPELINE) -> PassManager:
+def pass_manager(options: Options, runtime: Runtime | None) -> PassManager:
     """The manager that ``options`` ask for.
 
     Raises:
-        UsageError: they name a pass that ``passes`` has not.
+        UsageError: they name a pass that is not there.
     """
+    passes = PIPELINE if options.passes is None else options.passes
     return PassManager(
         passes, options.skip_passes, options.only_passes, options.fuel, runtime is not None, options.dump is not None
     )

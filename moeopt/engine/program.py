@@ -56,6 +56,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     def dynamic(leaf: Any) -> Any:
         return {d: torch.export.Dim.AUTO for d in range(leaf.dim())} if isinstance(leaf, torch.Tensor) else None
 
+    model = _by_its_forward(model)
     shapes = pytree.tree_map(dynamic, (tuple(args), dict(kwargs)))
     before = _python_state(model)
     try:
@@ -83,6 +84,18 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             "make it an argument, or use backend='torch'"
         )
     return program
+
+
+def _by_its_forward(model: nn.Module) -> nn.Module:
+    """``model``, or a plain module around the same parts where torch.export would read a graph that does not run.
+
+    Of a GraphModule it reads the graph, and calls no ``forward`` that was put on the instance.
+    """
+    if not isinstance(model, torch.fx.GraphModule) or "forward" not in model.__dict__:
+        return model
+    plain = type("GraphModule", (nn.Module,), {})()  # so that messages name it so
+    plain.__dict__.update(model.__dict__)
+    return plain
 
 
 @contextlib.contextmanager
