@@ -28,7 +28,7 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.ir.tape import Tape, clone_inputs, record
 from moeopt.ir.tree import tree_leaves
 from moeopt.options import Options
-from moeopt.passes.manager import PassManager, Result
+from moeopt.passes.manager import PassManager, Result, check_names
 from moeopt.passes.pipeline import PIPELINE
 from moeopt.passes.recognize_experts import Recognition, Uncovered
 from moeopt.passes.recognize_router import RouterReading
@@ -104,8 +104,15 @@ def pass_manager(options: Options, runtime: Runtime | None) -> PassManager:
         UsageError: they name a pass that is not there.
     """
     passes = PIPELINE if options.passes is None else options.passes
+    check_names(options.skip_passes, (*passes, *PIPELINE), "skip_passes")
+    here = {one.name for one in passes}
     return PassManager(
-        passes, options.skip_passes, options.only_passes, options.fuel, runtime is not None, options.dump is not None
+        passes,
+        [name for name in options.skip_passes if name in here],  # MOEOPT_SKIP_PASSES holds for every run
+        options.only_passes,
+        options.fuel,
+        runtime is not None,
+        options.dump is not None,
     )
 
 
@@ -330,7 +337,9 @@ def _fixed(shapes: list[list[tuple[int, ...]]]) -> list[tuple[int | None, ...]]:
     ]
 
 
-def _verify(capture: _Capture, call: Call, options: Options, runtime: Runtime | None, block: BlockGraph) -> BlockCheck:
+def _verify(
+    capture: _Capture, call: Call, options: Options, runtime: Runtime | None, block: BlockGraph, settle: bool
+) -> BlockCheck:
     name, module, proto, found = capture.name, capture.module, capture.proto, capture.found
     program = Program(block, capture.signature)
     original = _Original(module)
@@ -350,7 +359,7 @@ def _verify(capture: _Capture, call: Call, options: Options, runtime: Runtime | 
     while True:
         with runtime.answering(known) if runtime is not None else contextlib.nullcontext(), _statistics_kept(module):
             check = verify_block(name, original, rewritten, cases, level=options.verify)
-        if check.passed is not False or runtime is None or not runtime.demote(check.reason):
+        if check.passed is not False or runtime is None or not settle or not runtime.demote(check.reason):
             break
     if rewritten.fallbacks and check.passed:
         check.passed, check.reason = False, f"the rewritten code refused a verification case: {rewritten.last_refusal}"

@@ -27,7 +27,8 @@ class Verdict(Protocol):
     reason: str
 
 
-Verify = Callable[[BlockGraph], Verdict]
+Verify = Callable[[BlockGraph, bool], Verdict]
+"""Judges a block; True allows to give up a lowering that fails, which must not be done for a wrong pass."""
 Differ = Callable[[BlockGraph, BlockGraph], str]
 """How two blocks differ in bits on a real call, in words; "" where they do not."""
 
@@ -108,13 +109,12 @@ class PassManager:
         while True:
             if last.captured is not None:
                 raise Declined(next((r.reason for r in records if r.reason), "no pass makes a graph of it"))
-            verdict = verify(last)
-            if verdict.passed is not False:
+            guilty, verdict = _judge(last, fired, verify)
+            if guilty is None:
                 for one in fired:
                     records[one.record] = dataclasses.replace(records[one.record], verified=verdict.passed is True)
                 graphs = {name: words for one in fired for name, words in one.graphs.items()}
                 return Result(last, verdict, records, graphs=graphs)
-            guilty, verdict = _guilty(fired, verify, verdict)
             at = fired[guilty].record
             if guilty == 0:
                 return Result(last, verdict, records, records[at].name)
@@ -190,14 +190,14 @@ class PassManager:
 
 def check_names(names: Iterable[str], passes: Sequence[Pass], option: str) -> None:
     """Raise a ``UsageError`` for a name that no pass has."""
-    known = [p.name for p in passes]
+    known = list(dict.fromkeys(p.name for p in passes))
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             meant = f"did you mean {close[0]!r}? " if close else ""
+            variable = " (or MOEOPT_SKIP_PASSES)" if option == "skip_passes" else ""
             raise UsageError(
-                f"{option} (or MOEOPT_{option.upper()}) names {name!r}, which is no pass: {meant}the passes are "
-                f"{', '.join(known)}"
+                f"{option}{variable} names {name!r}, which is no pass: {meant}the passes are {', '.join(known)}"
             )
 
 
@@ -220,10 +220,18 @@ def _why_not(err: Exception) -> str:
     return f"reverted: it failed itself ({type(err).__name__}: {str(err)[:200]})"
 
 
-def _guilty(fired: list[_Fired], verify: Verify, verdict: Verdict) -> tuple[int, Verdict]:
-    """Which is the first with which the block fails, and that verdict; ``verdict`` is the one with all of them."""
-    for number, one in enumerate(fired[:-1]):
-        alone = verify(one.after)
-        if alone.passed is False:
-            return number, alone
-    return len(fired) - 1, verdict
+def _judge(last: BlockGraph, fired: list[_Fired], verify: Verify) -> tuple[int | None, Verdict]:
+    """The first pass, by its number among ``fired``, with which the block fails, and that verdict; None where it holds.
+
+    ``last`` is the block with all of them.
+    """
+    verdict = verify(last, len(fired) <= 1)
+    if verdict.passed is not False:
+        return None, verdict
+    for number, one in enumerate(fired if len(fired) > 1 else ()):
+        verdict = verify(one.after, number == 0)
+        if verdict.passed is False:
+            return number, verdict
+    if len(fired) <= 1:
+        return 0, verdict
+    return None, verdict  # another lowering was taken meanwhile, and every pass holds with it

@@ -1,5 +1,7 @@
 """The manager runs passes in order, keeps what stands, and reverts by name what does not."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from torch import nn
 import moeopt
 from moeopt.drive.block import rewrite_block
 from moeopt.errors import Declined, UsageError
+from moeopt.ops.intercept import intercepted
+from moeopt.ops.reference import experts_reference
 from moeopt.options import Options
 from moeopt.passes.base import Level, PassRecord
 from moeopt.passes.group_experts import GroupExperts
@@ -229,8 +233,9 @@ def test_an_unknown_name_is_refused_before_anything_runs(option):
     with pytest.raises(UsageError) as caught:
         moeopt.optimize(nn.Linear(2, 2), object(), **{option: ("grup_experts",)})
     names = ", ".join(p.name for p in PIPELINE)
+    variable = " (or MOEOPT_SKIP_PASSES)" if option == "skip_passes" else ""
     assert str(caught.value) == (
-        f"{option} (or MOEOPT_{option.upper()}) names 'grup_experts', which is no pass: did you mean 'group_experts'? "
+        f"{option}{variable} names 'grup_experts', which is no pass: did you mean 'group_experts'? "
         f"the passes are {names}"
     )
 
@@ -241,6 +246,45 @@ def test_the_environment_skips_and_prints(monkeypatch, capsys):
     report = moeopt.optimize(seeded(MoE), X).report
     assert report.blocks[0].status == "declined"
     assert "moeopt: group_experts (rounding) on MoE: left it" in capsys.readouterr().err
+
+
+def test_a_variable_that_skips_a_pass_holds_for_runs_without_that_pass(monkeypatch):
+    monkeypatch.setenv("MOEOPT_SKIP_PASSES", "drop_copies")
+    report = moeopt.optimize(seeded(MoE), X, passes=(GroupExperts(),), verify="off").report
+    assert [r.name for r in report.passes if r.fired] == ["group_experts"]
+
+
+class Lowerings:
+    """A runtime whose first ``bad`` lowerings are wrong; it counts those that were given up."""
+
+    def __init__(self, bad):
+        self.bad, self.given_up = bad, 0
+
+    def answering(self, routers):
+        if self.given_up >= self.bad:
+            return contextlib.nullcontext()
+        return intercepted(lambda x, ids, w, bank, spec: experts_reference(x, ids, w * 1.5, bank, spec))
+
+    def demote(self, reason):
+        self.given_up += 1
+        return self.given_up < 5
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_wrong_pass_costs_no_lowering_and_a_wrong_lowering_no_pass(bad):
+    runtime, module = Lowerings(bad), seeded(Scaled)
+    manager = PassManager((GroupExperts(), Times(1.0, "right"), Times(1.01, "wrong")), engine=True)
+    rewrite = rewrite_block("block", module, ((X,), {}), Options(verify="fast"), runtime, manager=manager)
+    assert {r.name: r.fired for r in rewrite.passes.records} == {"group_experts": 1, "right": 1, "wrong": 0}
+    assert runtime.given_up == bad and rewrite.check.passed is True
+
+
+def test_a_wrong_lowering_alone_is_given_up_and_every_pass_stays():
+    runtime, module = Lowerings(1), seeded(Scaled)
+    manager = PassManager((GroupExperts(), Times(1.0)), engine=True)
+    rewrite = rewrite_block("block", module, ((X,), {}), Options(verify="fast"), runtime, manager=manager)
+    assert [r.fired for r in rewrite.passes.records] == [1, 1] and runtime.given_up == 1
+    assert all(r.verified for r in rewrite.passes.records)
 
 
 # -- the record ------------------------------------------------------------------------------------
