@@ -67,7 +67,9 @@ def renormalised(graph: fx.Graph) -> Iterator[Renormalised]:
         if op_name(weights) != "div" or len(weights.args) != 2 or weights.kwargs:
             continue
         kept, total = weights.args
-        if not _is(total, "sum") or total.args[0] is not kept or list(total.args[1]) not in ([-1], [1]):
+        if not _is(total, "sum") or total.args[0] is not kept:
+            continue
+        if list(total.args[1:]) not in ([[-1], True], [[1], True]):  # over the kept experts, as a column
             continue
         if not _is(kept, "getitem") or kept.target is not operator.getitem or kept.args[1] != 0:
             continue

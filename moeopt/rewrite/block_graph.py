@@ -29,7 +29,6 @@ from moeopt.ir.kinds import op_name
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.ir.tape import Tape
 from moeopt.ir.tree import leaves_of
-from moeopt.ops.experts import experts
 from moeopt.rewrite.bank import ExpertRef
 from moeopt.rewrite.graph_words import graph_from_words, graph_to_words
 from moeopt.rewrite.guard import Guard
@@ -174,8 +173,8 @@ def _read_constant(block: Any, index: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _run_experts(block: Any, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    bank, spec = block.banks[index]
-    return experts(x, ids, weights, bank, spec, block.program.guard.skip_idle)
+    result: torch.Tensor = block.experts(index, x, ids, weights)
+    return result
 
 
 EXPERTS = _run_experts

@@ -23,6 +23,7 @@ from torch import fx, nn
 from moeopt.errors import Declined, StaleModelWarning
 from moeopt.ir.specs import RouterSpec
 from moeopt.ir.tree import tree_map
+from moeopt.ops.experts import experts
 from moeopt.rewrite.bank import LiveBank, Stale, expert_paths
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.guard import OPAQUE, TENSOR, Bound, Guard, bind, overlap
@@ -120,6 +121,11 @@ class RewrittenForward:
         self.constants = block.constants
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
         self._run = compiled(block.graph)
+
+    def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The op on the live weights number ``index``: what a ``moeopt::experts`` node of the graph calls."""
+        bank, spec = self.banks[index]
+        return experts(x, ids, weights, bank, spec, self.program.guard.skip_idle)
 
     def let_gradients_through(self) -> fx.Graph | None:
         """Make every detach of the graph an alias; the graph as it was, None where it has no detach.

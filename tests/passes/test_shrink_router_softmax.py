@@ -54,6 +54,22 @@ class OtherSum(MoE):
         return w / p.sum(-1, keepdim=True), ids
 
 
+class OverAllTokens(MoE):
+    """Divides by one number."""
+
+    def route(self, x):
+        w, ids = self.router(x).softmax(-1).topk(self.top_k)
+        return w / w.sum(), ids
+
+
+class AcrossSlots(MoE):
+    """Divides each slot by its sum over the tokens."""
+
+    def route(self, x):
+        w, ids = self.router(x).softmax(-1).topk(self.top_k)
+        return w / w.sum(0, keepdim=True), ids
+
+
 class AuxLoss(MoE):
     def forward(self, x):
         p = self.router(x).softmax(-1)
@@ -92,6 +108,8 @@ class WithEpsilon(MoE):
         (OtherSum, ""),
         (Smallest, ""),
         (WithEpsilon, ""),
+        (OverAllTokens, ""),
+        (AcrossSlots, ""),
         (AuxLoss, "the router's softmax is also read by mean (at "),
         (KeepsTheWeights, "the router's top-k is also read by amax (at "),
         (Narrow, "the router softmax runs in torch.bfloat16; only float32 keeps ties rare (at "),
