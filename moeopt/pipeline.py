@@ -121,6 +121,9 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
         found = rewrite_all(model, dense, calls, options, runtime, outcome.rewrites, say, manager)
         for one in {s.path: s for s in found}.values():
             _keep(outcome, one.records, options)
+            if dump is not None and one.rewrite is not None:
+                name, home = one.path or type(model).__name__, model.get_submodule(one.path)
+                dump.block(name, home, calls.get(one.path), one.rewrite, one.reason)
         denses = {id(p): s for p, s in zip(dense, found, strict=True)}
         outcome.checks += list({s.path: s.rewrite.check for s in found if s.rewrite is not None}.values())
     outcome.blocks = list(_report(model, places, attempts, denses, outcome, options.seed))
