@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,14 @@ from moeopt.backends.tensorrt.target import local_target
 from moeopt.compare.block import BlockCheck
 from moeopt.compare.certificate import Certificate
 from moeopt.compare.language import find_ids
-from moeopt.compare.model import EndToEnd, end_to_end, run_plain
-from moeopt.drive.block import pass_manager
-from moeopt.drive.collector import fewer_collections
+from moeopt.compare.model import EndToEnd, OriginalRuns, end_to_end, run_plain
+from moeopt.compare.pins import RoutingLog
+from moeopt.compare.ties import exactly_tied
+from moeopt.compare.unusual import unusual_calls
+from moeopt.drive.block import OwnForward, pass_manager
+from moeopt.drive.enclosing import with_router
 from moeopt.drive.gradients import check_gradients
-from moeopt.drive.inputs import Call, as_call, made_up
+from moeopt.drive.inputs import Call, as_call, in_order, made_up
 from moeopt.drive.picture import picture
 from moeopt.drive.share import shared_copy
 from moeopt.engine import (
@@ -42,22 +46,30 @@ from moeopt.engine import (
     save_trt_bundle,
     verify_torch_bundle,
 )
+from moeopt.engine.holds import notes_on_sizes
 from moeopt.engine.onnx_build import Built, build_onnx, onnx_plan
 from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
-from moeopt.engine.onnx_golden import other_sizes
 from moeopt.engine.onnx_pieces import causal_calls
+from moeopt.engine.onnx_router import Routed, check_blocks
 from moeopt.engine.onnx_routing import count_ids
+from moeopt.engine.onnx_ties import Ties, tie_note
 from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
+from moeopt.engine.other_sizes import sizes_to_try
+from moeopt.engine.plain import open_dataclasses
 from moeopt.engine.program import export_program
 from moeopt.engine.trt_build import TrtBuilt, build_trt
 from moeopt.engine.trt_plan import EnginePlan, most_tokens, trt_plan
-from moeopt.errors import CaptureError, NotEquivalentError, UsageError
+from moeopt.errors import BundleError, CaptureError, NotEquivalentError, NotSaveableError, UsageError
+from moeopt.ir.surprise import surprises, told
 from moeopt.ir.tape import clone_inputs
+from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.options import Options
+from moeopt.patches import fewer_collections
 from moeopt.report import BlockReport, Report
-from moeopt.rewrite.program import install, rewritten_forward, uninstall
+from moeopt.rewrite.program import install, rewritten_forward, uninstall, watch_source
 
 BACKENDS = ("torch", "onnxruntime", "tensorrt")
+_REPORT = "keep the live model of backend='torch', or report this with the model's code"
 
 
 class Optimized:
@@ -121,10 +133,15 @@ class Optimized:
         Raises:
             NotSaveableError: the model cannot be exported; the message names the op in the way.
         """
-        args, kwargs = self._call
         if self._built is not None:
             save: Any = save_trt_bundle if isinstance(self._built, TrtBuilt) else save_onnx_bundle
-            return save(self.model, self._built, directory, self.report, self.certificate, self._call, self._source)
+            with open_dataclasses(self._call), surprises("saving the engine", _REPORT, NotSaveableError):
+                return save(self.model, self._built, directory, self.report, self.certificate, self._call, self._source)
+        with open_dataclasses(self._call), surprises("saving the model", _REPORT, NotSaveableError):
+            return self._save_program(directory)
+
+    def _save_program(self, directory: str | os.PathLike[str]) -> Path:
+        args, kwargs = self._call
         program = export_program(self.model, args, kwargs)
         copied = clone_inputs(self._call)  # a forward may write into its arguments
         with torch.no_grad():
@@ -203,15 +220,17 @@ def optimize(
         plan = onnx_plan(chosen) if backend == "onnxruntime" else trt_plan(chosen)
         if chosen.device is None and _runs_on_gpu(plan):  # the original is compared where the engine runs
             chosen = dataclasses.replace(chosen, device=torch.device("cuda"))
-    source = _without_rewrites(_as_model(model), chosen.inplace)
-    call = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
+    given = _as_model(model)
+    source = _without_rewrites(given, chosen.inplace)
+    call = made_up(source, chosen.seed) if example_inputs is None else in_order(source, as_call(example_inputs))
     if chosen.device is not None or chosen.dtype is not None:
         source = source if chosen.inplace else copy.deepcopy(source)
         source = source.to(device=chosen.device, dtype=chosen.dtype)
         call = _moved(call, chosen)
     twin = shared_copy(source)
     if plan is not None:
-        return _engine(source, twin, call, chosen, plan)
+        with open_dataclasses(call):
+            return _engine(source, twin, call, chosen, plan)
     outcome = pipeline.run(twin, call, chosen)
     if chosen.verify != "off":
         check_gradients(twin, outcome.rewrites, outcome.calls)
@@ -224,6 +243,8 @@ def optimize(
         for path, rewrite in outcome.rewrites.items():
             install(source.get_submodule(path), rewrite.program)
         twin = source
+    if twin is not given:
+        watch_source(given, twin, values=source is not given and (chosen.device, chosen.dtype) != (None, None))
     report = _report(source, outcome.blocks, backend, outcome, certificate, chosen)
     return Optimized(twin, report, certificate, call)
 
@@ -278,7 +299,11 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
     runner: GraphEngine = engine.replay() if isinstance(engine, AbsentEngine) else engine
     device = engine.built_for if isinstance(engine, AbsentEngine) else engine.described
     form = built.graph if isinstance(built, TrtBuilt) else built
+    alone = _check_routers(source, twin, runner, form, outcome, plan, options)
     end = _compare_engine(source, twin, runner, form, call, outcome, options)
+    moved = sum(case.ties for check in outcome.checks for case in check.cases if case.name.endswith(runner.runtime))
+    ties = tie_note(twin, call, runner.runtime, None if end is None else moved, 0 if end is None else end.ties)
+    on_routing = [*alone, ties] if ties else alone
     first = next(source.parameters(), None)
     certificate = Certificate(
         blocks=outcome.checks,
@@ -287,15 +312,32 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
         executed=runner is engine,
         device=device,
         dtype=str(first.dtype).removeprefix("torch.") if first is not None else "",
-        notes=list(plan.notes),
+        notes=[*plan.notes, *notes_on_sizes(form.signature), *on_routing],
     )
     blocks = [
         dataclasses.replace(b, lowering=_lowering(b, built)) if b.status == "rewritten" else b for b in outcome.blocks
     ]
     backend = "tensorrt" if isinstance(plan, EnginePlan) else "onnxruntime"
     report = _report(source, blocks, backend, outcome, certificate, options)
-    report = dataclasses.replace(report, notes=(*report.notes, *notes))
+    report = dataclasses.replace(report, notes=(*report.notes, *notes, *notes_on_sizes(form.signature), *on_routing))
     return Optimized(engine, report, certificate, call, fingerprint(source), built)
+
+
+def _check_routers(
+    source: nn.Module, twin: nn.Module, engine: GraphEngine, built: Built, outcome: pipeline.Outcome,
+    plan: Plan | EnginePlan, options: Options,
+) -> list[str]:  # fmt: skip
+    """Each kind of block on ONNX Runtime with its router, in strict mode; notes for the report and the certificate."""
+    if options.verify != "strict" or not isinstance(engine, OnnxEngine) or not isinstance(plan, Plan):
+        return []
+    options.say("running the blocks' routers on the runtime")
+    blocks = []
+    for path, rewrite in outcome.rewrites.items():
+        around = with_router(path, outcome.calls)
+        if around is not None and (around[0] or engine.causal_lm is None):
+            experts = max(len(found.experts) for found in rewrite.found)
+            blocks.append(Routed(around[0], outcome.calls[around[0]], around[1], experts, rewrite.check))
+    return check_blocks(lambda p: OwnForward(source.get_submodule(p)), twin, blocks, built, plan, options.seed)
 
 
 def _compare_engine(
@@ -316,27 +358,48 @@ def _compare_engine(
     noise = [*_weighted(source), *outcome.rewrites]  # the runtime computes every op anew, so each may round
     narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in source.parameters())
     runs: list[tuple[str, Call, Callable[..., Any]]] = [("", (args, kwargs), engine)]
+    left_out: list[str] = []
     if options.verify == "strict" and not narrow:
         ids = find_ids(args, kwargs)
         if engine.causal_lm is None:
-            runs += [("another size", one, engine) for one in other_sizes(engine.signature, call) if engine.holds(one)]
+            others, left_out = sizes_to_try(engine.signature, call)
+            runs += [("another size", one, engine) for one in others if engine.holds(one)]
+            left_out += [
+                f"{_shapes(one)}: no profile of the engine holds them" for one in others if not engine.holds(one)
+            ]
         elif ids is not None:
             runs += [(what, ((), one), form) for what, one, form in causal_calls(engine.causal_lm, kwargs, ids)]
+    unusual = unusual_calls((args, kwargs)) if options.verify == "strict" else []
+    runs += [(what, one, engine) for what, one in unusual if engine.holds(one)]
+    ties = _ties(twin, engine, built, noise, options.seed)
+    declined = any(b.kind == "moe" and b.status == "declined" for b in outcome.blocks)
+    also_tied: list[str] = []
     verdicts = []
     for what, one, form in runs:
         try:
             run_plain(source, *one)
-        except Exception:
+        except Exception as err:
             if not what:
                 raise
-            continue  # a size that the model itself cannot take
+            left_out.append(f"{_shapes(one)}: the model itself does not take them ({told(err)})")
+            continue
         steps = 0 if what else 8
-        verdict = end_to_end(source, form, *one, noise_blocks=noise, seed=options.seed, greedy_steps=steps)
+        whole = ties is not None and form in (engine, engine.causal_lm)
+        otherwise = functools.partial(ties.compare, one) if whole and ties is not None else None
+        verdict = end_to_end(
+            source, form, *one, noise_blocks=noise, seed=options.seed, greedy_steps=steps, otherwise=otherwise
+        )
+        if not verdict.passed and what in dict(unusual) and declined:
+            log = RoutingLog()
+            with log:
+                run_plain(source, *one)
+            if exactly_tied(log.events):
+                also_tied.append(what)
+                continue
         verdicts.append((what, one, verdict))
     first_of = ""
     for what, one, verdict in verdicts:
         if not verdict.passed:
-            sizes = [tuple(t.shape) for t in torch.utils._pytree.tree_leaves(one) if isinstance(t, torch.Tensor)]
             with contextlib.suppress(Exception):
                 first_of = _ids(twin, engine, built, one)[2]
             way_out = "use backend='torch', or report this with the model's code"
@@ -344,8 +407,8 @@ def _compare_engine(
                 way_out = "the model is in training mode, and may be random there: call model.eval() and optimise again"
             raise NotEquivalentError(
                 f"the {engine.runtime} engine of {type(source).__name__} is not equivalent and was not kept: "
-                f"{verdict.reason} (inputs of sizes {', '.join(map(str, sizes))}"
-                f"{', ' + what if what.startswith('through') else ''}"
+                f"{verdict.reason} (inputs of sizes {_shapes(one)}"
+                f"{', ' + what if what.startswith('through') or what in dict(unusual) else ''}"
                 f"{f'; the first other choice of experts: {first_of}' if first_of else ''}); {way_out}"
             )
     first = verdicts[0][2]
@@ -354,14 +417,36 @@ def _compare_engine(
     except Exception as err:  # ONNX Runtime's own: the count must not fail an engine that is right
         first_of = ""
         first.notes.append(f"expert ids were not compared: {type(err).__name__}: {err}")
-    if first_of:
+    if first_of and not first.ties:
         first.notes.append(f"the result stays within its budget although some experts differ; the first is {first_of}")
-    also = [what for what, *_ in verdicts[1:]]
-    if also and engine.causal_lm is None:
-        first.notes.append(f"equal in {len(also)} other sizes too")
-    elif also:
+    equal = sum(what == "another size" for what, *_ in verdicts)
+    if equal:
+        first.notes.append(f"equal in {equal} other sizes too")
+    also = [what for what, *_ in verdicts[1:] if what != "another size"]
+    if also:
         first.notes.append(f"equal with {', '.join(also)} too")
+    first.notes += [f"not compared in the sizes {line}" for line in left_out]
+    if narrow and options.verify == "strict":
+        first.notes.append(
+            "compared end to end in no other size: 16-bit routers tie often; blocks were, each by itself"
+        )
+    for what in also_tied:
+        first.notes.append(f"with {what} nothing can be told: a block that was declined chooses between equal scores")
+    first.notes += [note for _, _, verdict in verdicts[1:] for note in verdict.notes if "not judged" in note]
     return first
+
+
+def _shapes(call: Call) -> str:
+    leaves = torch.utils._pytree.tree_leaves(call)
+    return ", ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def _ties(twin: nn.Module, engine: GraphEngine, built: Built, noise: list[str], seed: int) -> Ties | None:
+    """What compares once more where ``engine`` broke ties otherwise; only ONNX Runtime tells its expert ids."""
+    if not isinstance(engine, OnnxEngine):
+        return None
+    graph, form = (GRAPH, built) if built.portable is None else (PORTABLE, built.portable)
+    return Ties(twin, engine, graph, form.sites, noise, seed)
 
 
 def _ids(twin: nn.Module, engine: GraphEngine, built: Built, call: Call) -> tuple[int, int, str]:
@@ -431,7 +516,13 @@ def explain(model: Any, example_inputs: Any = None, *, options: Options | None =
     return optimize(model, example_inputs, options=chosen).report
 
 
-def load(directory: str | os.PathLike[str], device: Any = None, *, session_options: Any = None) -> Any:
+def load(
+    directory: str | os.PathLike[str],
+    device: Any = None,
+    *,
+    session_options: Any = None,
+    limits: LoadLimits | None = None,
+) -> Any:
     """An engine from a bundle; call it as the model was called.
 
     Args:
@@ -439,6 +530,8 @@ def load(directory: str | os.PathLike[str], device: Any = None, *, session_optio
         device: where it shall run, like ``"cuda"``, or a provider's name for an ONNX Runtime bundle; None means
             where it was saved.
         session_options: an ``onnxruntime.SessionOptions`` (threads, arenas, profiling) for an ONNX Runtime bundle.
+        limits: the time and memory that a bundle may take; None means ``LoadLimits()``, whose defaults grow with the
+            bundle's files.
 
     An ONNX Runtime bundle that was built for a provider which this machine lacks (``target=``) loads, and raises
     ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its portable form. A TensorRT bundle does so
@@ -450,18 +543,20 @@ def load(directory: str | os.PathLike[str], device: Any = None, *, session_optio
     ``EngineFallbackWarning``.
 
     Raises:
-        BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason.
+        BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason. A
+            ``LimitError`` where it takes more than ``limits``.
         UsageError: this machine lacks the device or provider.
         EngineNotExecutableError: this machine's runtime cannot run it rightly.
         NotEquivalentError: its golden inputs come back otherwise than they were verified to.
     """
+    limits = limits or DEFAULT
     backend = read_backend(directory)
     if backend != "torch":
         loads: Any = load_trt_bundle if backend == "tensorrt" else load_onnx_bundle
-        return loads(directory, device, session_options=session_options)
+        return loads(directory, device, session_options=session_options, limits=limits)
     if session_options is not None:
         raise UsageError(f"session_options are ONNX Runtime's, and {directory} is a bundle for PyTorch: leave them out")
-    return load_torch_bundle(directory, device)
+    return load_torch_bundle(directory, device, limits)
 
 
 def verify(
@@ -470,6 +565,7 @@ def verify(
     original: nn.Module | None = None,
     inputs: Any = None,
     provider: str | None = None,
+    limits: LoadLimits | None = None,
 ) -> Certificate:
     """Check again that an optimised model or a bundle computes what it should.
 
@@ -480,6 +576,7 @@ def verify(
         provider: what to run a bundle on, "cpu", "cuda", ...; None means where it was saved, or, for an ONNX
             Runtime bundle, "cpu". One that was built for another provider and not executed runs there where that
             provider is, and else is replayed on CPU: the certificate's ``executed`` is then False.
+        limits: the time and memory that a bundle may take, as in :func:`load`.
 
     Raises:
         UsageError: an Optimized without ``original``; an absent provider.
@@ -498,42 +595,68 @@ def verify(
             noise += _weighted(original)
             if runner.causal_lm is not None:
                 call = call[0], {**call[1], "use_cache": False}
-        end = end_to_end(original, runner, *call, noise_blocks=noise)
+        otherwise = None
+        if isinstance(runner, OnnxEngine) and isinstance(subject._built, Built):
+            built = subject._built
+            otherwise = _told_from_ties(original, call, lambda twin: _ties(twin, runner, built, noise, 0))
+        end = end_to_end(original, runner, *call, noise_blocks=noise, otherwise=otherwise)
         device = subject.certificate.device
         return Certificate(end_to_end=end, executed=not absent, dtype=subject.certificate.dtype, device=device)
-    return _verify_bundle(Path(subject), original, inputs, provider)
+    return _verify_bundle(Path(subject), original, inputs, provider, limits or DEFAULT)
 
 
-def _verify_bundle(path: Path, original: nn.Module | None, inputs: Any, provider: str | None) -> Certificate:
+def _verify_bundle(
+    path: Path, original: nn.Module | None, inputs: Any, provider: str | None, limits: LoadLimits
+) -> Certificate:
     manifest = read_manifest(path)
-    saved = Certificate.from_json((path / "certificate.json").read_text())
+    try:
+        saved = Certificate.from_json(manifest.read_text("certificate.json"))
+    except BundleError as err:
+        raise BundleError(f"{path}: {err}") from None
     if original is not None and inputs is None:
         raise UsageError("verify(bundle, original=...) needs inputs= to run both on")
     engine: Any
     executed = True
     if manifest.backend != "torch":
         ask = trt_to_verify if manifest.backend == "tensorrt" else onnx_to_verify
-        engine, executed, device = ask(path, provider)
+        engine, executed, device = ask(path, provider, limits)
         notes = list(engine.notes)
     else:
-        engine = load_torch_bundle(path, None if provider is None else _provider_device(provider))
+        engine = load_torch_bundle(path, None if provider is None else _provider_device(provider), limits)
         device, notes = str(engine.device), []
     if original is not None:
         args, kwargs = as_call(inputs)
         if getattr(engine, "causal_lm", None) is not None:
             kwargs = {**kwargs, "use_cache": False}  # the cache is compared by what comes of it
-        end = end_to_end(original, engine, args, kwargs, noise_blocks=_noisy(original, manifest))
+        noise, otherwise = _noisy(original, manifest), None
+        if isinstance(engine, OnnxEngine):
+            otherwise = _told_from_ties(original, (args, kwargs), lambda twin: Ties.of_bundle(twin, engine, noise))
+        end = end_to_end(original, engine, args, kwargs, noise_blocks=noise, otherwise=otherwise)
         return Certificate(end_to_end=end, executed=executed, device=device, dtype=saved.dtype, notes=notes)
     if manifest.backend != "torch":
-        check = replay_golden(engine)
+        check = replay_golden(engine, limits)
     else:
-        check = verify_torch_bundle(path, str(engine.device))
+        check = verify_torch_bundle(path, str(engine.device), limits)
     end = EndToEnd(
         check.passed, check.reason, outputs=check.runs, distance=float(check.required), budget=float(check.budget)
     )
     notes.append(f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}")
     blocks: list[BlockCheck] = saved.blocks
     return Certificate(blocks, end, saved.level, executed, device, saved.dtype, notes=notes)
+
+
+def _told_from_ties(
+    original: nn.Module, call: Call, ties_of: Callable[[nn.Module], Ties | None]
+) -> Callable[[OriginalRuns, Any], EndToEnd | None]:
+    """What ``end_to_end`` asks where it fails: the blocks of ``original`` are rewritten only then."""
+
+    def otherwise(runs: OriginalRuns, got: Any) -> EndToEnd | None:
+        twin = shared_copy(original)
+        pipeline.run(twin, call, Options(verify="off"))
+        ties = ties_of(twin)
+        return None if ties is None else ties.compare(call, runs, got)
+
+    return otherwise
 
 
 def _weighted(model: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ import dataclasses
 import difflib
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,6 +42,18 @@ def _env(name: str, default: Any, convert: Callable[[str], Any], wanted: str) ->
 def inherited(*names: str) -> dict[str, str]:
     """Those of the named environment variables that are set, for a process that shall have no others."""
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def variables(names: Collection[str]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """For code that uses ``names``: the process's table of variables, and the keys of those that it may read.
+
+    Both are empty where it reads none.
+    """
+    if not {"environ", "getenv"}.intersection(names):
+        return {}, {}
+    table: dict[Any, Any] = getattr(os.environ, "_data", {})  # encoded; os.environ decodes at each access
+    keys = {name: os.environ.encodekey(name) for name in sorted(names)}  # type: ignore[attr-defined]
+    return table, {name: key for name, key in keys.items() if key in table}
 
 
 @dataclass(frozen=True, kw_only=True)

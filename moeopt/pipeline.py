@@ -24,13 +24,13 @@ from torch import nn
 
 from moeopt.compare.block import BlockCheck
 from moeopt.drive.block import Call, Rewrite, Runtime, pass_manager, rewrite_block
-from moeopt.drive.collector import fewer_collections
 from moeopt.drive.dense import Outcome as DenseOutcome
 from moeopt.drive.dense import check_groups, function_of, rewrite_all
 from moeopt.drive.describe import dense_reason, describe_router, read_router
 from moeopt.drive.discover import Place, discover, feed_forward_lists
 from moeopt.drive.dump import Dump
-from moeopt.drive.hints import hinted
+from moeopt.drive.hints import hint_for
+from moeopt.drive.mixture import Mixture
 from moeopt.drive.obstacles import absent_reason
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.quiet import run_quietly
@@ -40,6 +40,7 @@ from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.manager import PassManager
 from moeopt.passes.recognize_experts import Recognition
+from moeopt.patches import fewer_collections
 from moeopt.report import BlockReport
 from moeopt.rewrite.bank import expert_paths, tensor_at
 from moeopt.rewrite.program import install
@@ -170,9 +171,9 @@ def _attempt(
         started = time.perf_counter()
         module = model.get_submodule(level.path)
         try:
-            with hinted(options.hints, level.path or type(model).__name__):
-                name = level.path or type(model).__name__
-                rewrite = rewrite_block(name, module, calls[level.path], options, runtime, manager=manager)
+            name = level.path or type(model).__name__
+            reader = Mixture(assume=hint_for(options.hints, name))
+            rewrite = rewrite_block(name, module, calls[level.path], options, runtime, reader, manager)
             if not _covered(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not")
             install(module, rewrite.program)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,9 +26,10 @@ from moeopt.compare.model import end_to_end
 from moeopt.compare.regression import Regression, current, read_certificate, regressions
 from moeopt.drive.inputs import as_call
 from moeopt.drive.pair import check_blocks, differing_blocks
-from moeopt.engine import AbsentEngine, OnnxEngine
+from moeopt.engine import AbsentEngine, OnnxEngine, read_manifest
 from moeopt.engine.providers import provider_names, providers
 from moeopt.errors import UsageError
+from moeopt.limits import LoadLimits
 from moeopt.rewrite.program import rewritten_forward
 
 
@@ -132,7 +132,10 @@ class BundleCheck:
 
 
 def check_bundle(
-    directory: str | os.PathLike[str], provider: str | None = None, against: str | os.PathLike[str] | None = None
+    directory: str | os.PathLike[str],
+    provider: str | None = None,
+    against: str | os.PathLike[str] | None = None,
+    limits: LoadLimits | None = None,
 ) -> BundleCheck:
     """Run a bundle's golden check, and compare it with a stored certificate.
 
@@ -140,12 +143,13 @@ def check_bundle(
         directory: what ``Optimized.save`` wrote.
         provider: as in :func:`moeopt.verify`.
         against: a certificate file; the bundle's blocks, as they were verified, and this check must not be worse.
+        limits: the time and memory that the bundle may take, as in :func:`moeopt.load`.
     """
     stored = None if against is None else read_certificate(against)
-    checked = api.verify(directory, provider=provider)
+    checked = api.verify(directory, provider=provider, limits=limits)
     if stored is None:
         return BundleCheck(checked)
-    saved = read_certificate(Path(directory) / "certificate.json")
+    saved = Certificate.from_json(read_manifest(directory).read_text("certificate.json"))
     return BundleCheck(checked, regressions(stored, current(saved, checked, stored)))
 
 

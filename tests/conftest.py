@@ -1,5 +1,6 @@
 """One thread: the machines that run the suite are small, and sums are then in one order."""
 
+import functools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +10,16 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def this_machine_is_measured_once():
+    """``inspect`` takes a second to measure this machine where no device is named, and the suite asks often."""
+    from moeopt.inspection import devices
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "this_machine", functools.cache(devices.this_machine))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
     {"errors"},
-    {"options", "html"},  # html draws plain values
+    {"options", "limits", "untrusted", "patches", "html"},  # html draws plain values
     {"ir"},
     {"ops"},
     {"rewrite"},
@@ -78,7 +78,7 @@ def test_an_upward_import_would_be_caught(source, here):
 
 
 def loaded(statement: str, names: set[str]) -> str:
-    code = f"{statement}; import sys; print(sorted({names!r} & set(sys.modules)))"
+    code = f"{statement}\nimport sys; print(sorted({names!r} & set(sys.modules)))"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
     ).stdout.strip()
@@ -87,6 +87,12 @@ def loaded(statement: str, names: set[str]) -> str:
 @pytest.mark.parametrize("statement", ["import moeopt", "import moeopt.report, moeopt.engine, moeopt.options"])
 def test_import_is_light(statement):
     assert loaded(statement, OPTIONAL | LAZY) == "[]"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["optimize", "--help"], ["optimize", "nowhere"], ["no"]])
+def test_the_command_answers_without_torch(words):
+    run = f"import contextlib, moeopt.cli\nwith contextlib.suppress(SystemExit): moeopt.cli.main({words!r})\nprint()"
+    assert loaded(run, {"torch"}).splitlines()[-1] == "[]"
 
 
 def test_importing_every_module_loads_no_optional_package():

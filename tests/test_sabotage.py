@@ -162,8 +162,15 @@ def test_undamaged_is_rewritten(family):
         close(opt(X), model(X))
 
 
-@pytest.mark.parametrize("level", ["fast", "strict"])
-@pytest.mark.parametrize("family", FAMILIES)
+STRICT = ("loop",)
+"""Strict verification does all that the fast one does, and more: one family of it is enough on every day."""
+
+
+@pytest.mark.parametrize(
+    ("family", "level"),
+    [(f, "fast") for f in FAMILIES]
+    + [pytest.param(f, "strict", marks=() if f in STRICT else pytest.mark.nightly) for f in FAMILIES],
+)
 def test_damaged_recognition_is_caught(family, level, monkeypatch):
     recognize = mixture.recognize
     missed, done = [], 0

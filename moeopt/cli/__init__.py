@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from moeopt.errors import MoeoptError, UsageError
+from moeopt.untrusted import shown
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(args=argv, prog_name="moeopt")
     except MoeoptError as err:
-        print(f"moeopt: {err}", file=sys.stderr)
+        print(f"moeopt: {shown(err)}", file=sys.stderr)
         sys.exit(2 if isinstance(err, UsageError) else 1)
     except KeyboardInterrupt:
         print("moeopt: interrupted", file=sys.stderr)

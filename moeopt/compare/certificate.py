@@ -16,11 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from msgspec import UNSET
 
 from moeopt.compare.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.compare.model import EndToEnd
 from moeopt.compare.results import BlockCheck, CaseResult
 from moeopt.errors import BundleError
+from moeopt.untrusted import checked, cleaned, parse_json, shown
 
 WIDTH = 80
 SCHEMA = 1
@@ -89,21 +91,23 @@ class Certificate:
     @classmethod
     def from_json(cls, text: str) -> Certificate:
         """Read what :meth:`to_json` wrote; ``BundleError`` if it is damaged or newer than this moeopt."""
-        try:
-            body = json.loads(text)
-            if body.pop("schema") != SCHEMA:
-                raise BundleError("the certificate has another schema version: written by another moeopt")
-            stated = body.pop("passed")
-            blocks = [
-                BlockCheck(**{**block, "cases": [_revive(CaseResult, case) for case in block["cases"]]})
-                for block in body.pop("blocks")
-            ]
-            end = body.pop("end_to_end")
-            certificate = cls(blocks=blocks, end_to_end=None if end is None else _revive(EndToEnd, end), **body)
-        except (ValueError, KeyError, TypeError, AttributeError) as err:
-            raise BundleError(f"the certificate cannot be read: {err}") from err
+        body = cleaned(parse_json(text, "the certificate cannot be read"))
+        if not isinstance(body, dict) or "schema" not in body:
+            raise BundleError("the certificate cannot be read: it is no JSON object with a schema version")
+        if body.pop("schema") != SCHEMA:
+            raise BundleError("the certificate has another schema version: written by another moeopt")
+        stated, end = body.pop("passed", UNSET), body.get("end_to_end")
+        if isinstance(end, dict):
+            body["end_to_end"] = _revived(EndToEnd, end)
+        for block in body["blocks"] if isinstance(body.get("blocks"), list) else ():
+            _known(BlockCheck, block)
+            if isinstance(block, dict) and isinstance(block.get("cases"), list):
+                block["cases"] = [_revived(CaseResult, case) for case in block["cases"]]
+        certificate = checked(_known(cls, body), cls, "the certificate cannot be read")
         if certificate.passed is not stated:
-            raise BundleError(f"the certificate says passed={stated}, and its parts say passed={certificate.passed}")
+            said = "nothing of passed" if stated is UNSET else f"passed={shown(stated, 40)}"
+            raise BundleError(f"the certificate says {said}, and its parts say passed={certificate.passed}")
+        _check_budget(certificate.end_to_end)
         return certificate
 
     def __str__(self) -> str:
@@ -180,7 +184,30 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _revive(cls: Any, body: dict[str, Any]) -> Any:
-    """A dataclass from its plain form; its float fields may be "inf" or "nan"."""
-    floats = {f.name for f in dataclasses.fields(cls) if "float" in str(f.type)}
-    return cls(**{name: float(v) if name in floats and isinstance(v, str) else v for name, v in body.items()})
+def _revived(cls: Any, body: Any) -> Any:
+    """The plain form of a dataclass with its float fields as numbers: strict JSON has "inf" and "nan" as text."""
+    if not isinstance(body, dict):
+        return body
+    _known(cls, body)
+    floats = {f.name for f in dataclasses.fields(cls) if str(f.type).startswith("float")}
+    return {k: float(v) if k in floats and v in ("inf", "-inf", "nan") else v for k, v in body.items()}
+
+
+def _known(cls: Any, body: Any) -> Any:
+    """``body``; ``BundleError`` where it has a field that this moeopt would drop in silence."""
+    unknown = sorted(set(body) - {f.name for f in dataclasses.fields(cls)}) if isinstance(body, dict) else []
+    if unknown:
+        raise BundleError(f"the certificate cannot be read: a {cls.__name__} has no field {unknown[0]!r:.60}")
+    return body
+
+
+def _check_budget(end: EndToEnd | None) -> None:
+    """A verdict that passed rests on a finite budget, and keeps to it."""
+    if end is None or end.passed is not True:
+        return
+    for distance, budget in ((end.distance, end.budget), (end.distance_rms, end.budget_rms)):
+        if not (math.isfinite(budget) and 0 <= distance <= budget):
+            raise BundleError(
+                f"the certificate passed end to end at a distance of {distance:g} with a budget of {budget:g}, "
+                "which allows anything or less than was seen: it was edited"
+            )

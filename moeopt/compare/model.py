@@ -9,6 +9,11 @@ by an amount of that kind, so
 
 must hold, d the relative L2 distance per token, once for the largest token and once for the root mean
 square over tokens.
+
+Noise must not choose experts: where two scores tie, it would send tokens elsewhere, move the outputs by
+all of their norm, and allow anything. So noisy runs choose as the quiet run did (``pins``), and a token
+that moves by more than ``CEILING`` even so is not judged: it is counted and told, and where only such
+tokens are left there is no verdict but a failure.
 """
 
 from __future__ import annotations
@@ -22,12 +27,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moeopt.compare.distance import finiteness, token_distance
-from moeopt.compare.judge import EPS_ALLOWANCE, FACTOR
+from moeopt.compare.judge import EPS_ALLOWANCE, FACTOR, MISTRUST
 from moeopt.compare.language import find_ids, find_logits, greedy_agreement, language_metrics
+from moeopt.compare.pins import RoutingLog, RoutingPins
 from moeopt.compare.state import Guard, clone_inputs, modules_of
 from moeopt.compare.trees import describe, equal_leaves, flatten
 
 DRAWS = 3
+CEILING = FACTOR * MISTRUST
+"""No token is judged by a budget of more than half of its norm: that allows anything."""
 
 
 @dataclass
@@ -48,6 +56,8 @@ class EndToEnd:
     ids: int = 0
     ids_differ: int = 0
     """Expert choices inside an engine that were compared with the model's, and those that are not the same."""
+    ties: int = 0
+    """Expert choices inside an engine that were ties, and that it made otherwise than the model."""
     language: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -87,6 +97,7 @@ def end_to_end(
     noise_blocks: Sequence[str] = (),
     seed: int = 0,
     greedy_steps: int = 8,
+    otherwise: Callable[[OriginalRuns, Any], EndToEnd | None] | None = None,
 ) -> EndToEnd:
     """Compare ``optimized(*args, **kwargs)`` with ``original(*args, **kwargs)``.
 
@@ -95,20 +106,21 @@ def end_to_end(
             perturbing their outputs by one eps. None given: only EPS_ALLOWANCE * eps is allowed.
         seed: of the noise.
         greedy_steps: tokens to generate where both models have ``generate`` and the call has token ids.
+        otherwise: asked for another verdict on a comparison that failed, with the original's runs and what
+            ``optimized`` gave; None from it leaves the verdict as it is.
 
     Floating outputs are compared per token on the last dim; integers and other leaves must be equal.
     """
     kwargs = dict(kwargs or {})
-    want = run_plain(original, args, kwargs)
+    runs = OriginalRuns.of(original, args, kwargs, noise_blocks, seed)
     try:
         got = run_plain(optimized, args, kwargs)
     except Exception as err:
         return EndToEnd(False, f"the optimised model raises {type(err).__name__}: {err}")
-    noisy = []
-    for draw in range(DRAWS if noise_blocks else 0):
-        with _Noise(original, noise_blocks, seed + draw):
-            noisy.append(run_plain(original, args, kwargs))
-    result = compare_outputs(want, got, noisy)
+    want = runs.want
+    result = compare_outputs(want, got, runs.noisy)
+    if not result.passed and otherwise is not None:
+        result = otherwise(runs, got) or result
     ids = find_ids(args, kwargs)
     logits, logits_new = (None, None) if ids is None else (find_logits(want, ids), find_logits(got, ids))
     if ids is not None and logits is not None and logits_new is not None and logits.shape == logits_new.shape:
@@ -121,26 +133,60 @@ def end_to_end(
     return result
 
 
-def compare_outputs(want: Any, got: Any, noisy: Sequence[Any]) -> EndToEnd:
-    """Judge outputs ``got`` against ``want``; ``noisy`` are outputs of the original under rounding noise."""
+@dataclass
+class OriginalRuns:
+    """Outputs of the original: as it is, and under rounding noise with the same choices of experts."""
+
+    want: Any
+    noisy: list[Any]
+
+    @classmethod
+    def of(
+        cls, original: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], noise_blocks: Sequence[str], seed: int
+    ) -> OriginalRuns:
+        """Run ``original`` 1 + ``DRAWS`` times; once where there is no block to shake."""
+        log = RoutingLog()
+        try:
+            with log:
+                want = run_plain(original, args, kwargs)
+        except Exception:  # of the model itself, or an operator that no mode can look at: then nothing is pinned
+            log = RoutingLog()
+            want = run_plain(original, args, kwargs)
+        noisy = []
+        for draw in range(DRAWS if noise_blocks else 0):
+            with Noise(original, noise_blocks, seed + draw), RoutingPins(log.events):
+                noisy.append(run_plain(original, args, kwargs))
+        return cls(want, noisy)
+
+
+def compare_outputs(want: Any, got: Any, noisy: Sequence[Any], quiet: Any = None) -> EndToEnd:
+    """Judge outputs ``got`` against ``want``.
+
+    Args:
+        noisy: outputs of the original under rounding noise.
+        quiet: the outputs that these are the noise of, where it is not ``want``.
+    """
     (wants, spec), (gots, spec_got) = flatten(want), flatten(got)
     if spec != spec_got:
         forms = f"{describe(got)} instead of {describe(want)}"
         return EndToEnd(False, f"the optimised model returns another structure than the original: {forms}")
     result = EndToEnd(True, outputs=len(wants))
     others = [flatten(tree)[0] for tree in noisy]
+    still = wants if quiet is None else flatten(quiet)[0]
     for number, (a, b) in enumerate(zip(wants, gots, strict=True)):
-        reason = _leaf(a, b, [leaves[number] for leaves in others if len(leaves) == len(wants)], result)
+        shaken = [(leaves[number], still[number]) for leaves in others if len(leaves) == len(wants) == len(still)]
+        reason = _leaf(a, b, shaken, result)
         if reason:
             result.passed = False
             result.reason = result.reason or f"output {number} {reason}"
     return result
 
 
-def _leaf(a: Any, b: Any, noisy: list[Any], result: EndToEnd) -> str:
-    """Judge one leaf into ``result``; the reason why it fails, or ""."""
+def _leaf(a: Any, b: Any, shaken: list[tuple[Any, Any]], result: EndToEnd) -> str:
+    """Judge one leaf into ``result``; ``shaken``: noisy and quiet of each draw. The reason why it fails, or ""."""
     if isinstance(a, float) and isinstance(b, float):
-        a, b, *noisy = (torch.tensor(value) for value in (a, b, *noisy))
+        a, b = torch.tensor(a), torch.tensor(b)
+        shaken = [(torch.tensor(noisy), torch.tensor(quiet)) for noisy, quiet in shaken]
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return "" if equal_leaves(a, b) else f"is {b!r} instead of {a!r}"
     if (a.shape, a.dtype) != (b.shape, b.dtype):
@@ -156,9 +202,23 @@ def _leaf(a: Any, b: Any, noisy: list[Any], result: EndToEnd) -> str:
     d = token_distance(b, a)[pattern.both]
     if not len(d):
         return ""
-    moved = [m[~m.isnan()] for m in (token_distance(n, a) for n in noisy if n.shape == a.shape)]
-    budget = FACTOR * max((float(m.max()) for m in moved if len(m)), default=0.0) + EPS_ALLOWANCE * eps
-    budget_rms = FACTOR * max((_rms(m) for m in moved if len(m)), default=0.0) + EPS_ALLOWANCE * eps
+    moved = [
+        token_distance(noisy, quiet).nan_to_num(0.0)[pattern.both] for noisy, quiet in shaken if noisy.shape == a.shape
+    ]
+    sound = torch.stack(moved).amax(0) * FACTOR <= CEILING if moved else torch.ones_like(d, dtype=torch.bool)
+    if not sound.any():
+        return (
+            f"cannot be judged: one rounding error in each block moves every one of its {len(d)} tokens by more than "
+            f"{CEILING / FACTOR:g} of its norm, and any result would be within such a budget"
+        )
+    if not sound.all():
+        result.notes.append(
+            f"{int((~sound).sum())} of {len(d)} tokens were not judged: one rounding error in each block moves the "
+            f"original's own result by more than {CEILING / FACTOR:g} of its norm there"
+        )
+    d, moved = d[sound], [m[sound] for m in moved]
+    budget = FACTOR * max((float(m.max()) for m in moved), default=0.0) + EPS_ALLOWANCE * eps
+    budget_rms = FACTOR * max((_rms(m) for m in moved), default=0.0) + EPS_ALLOWANCE * eps
     result.tokens += len(d)
     if float(d.max()) * result.budget >= result.distance * budget:
         result.distance, result.budget = float(d.max()), budget
@@ -175,7 +235,7 @@ def _rms(d: Tensor) -> float:
     return float(d.square().mean().sqrt())
 
 
-class _Noise:
+class Noise:
     """Forward hooks that multiply the named submodules' floating outputs by 1 + eps * normal."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], seed: int) -> None:

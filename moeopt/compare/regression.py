@@ -31,6 +31,7 @@ from moeopt.compare.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.compare.model import EndToEnd
 from moeopt.compare.results import BlockCheck
 from moeopt.errors import BundleError, UsageError
+from moeopt.untrusted import parse_json
 
 EXACT_FLOOR = 1e-10
 """Relative L2 distance per token between two float64 runs: ten digits."""
@@ -124,7 +125,7 @@ def read_certificate(path: str | os.PathLike[str]) -> Certificate:
         raise UsageError(f"{file}: there is no such certificate: copy a bundle's certificate.json there")
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
-        body = json.loads(text)
+        body = parse_json(text, "it")
         inner = json.dumps(body["certificate"]) if isinstance(body, dict) and "certificate" in body else text
         return Certificate.from_json(inner)
     except (ValueError, BundleError) as err:

@@ -145,7 +145,7 @@ def _rewrite(
         if capture.neutral:
             raise Declined(capture.neutral)
         result.block.root = None  # a program is bound to a module when it is installed
-        program = Program(result.block, capture.signature)
+        program = capture.program(result.block)
         return Rewrite(program, capture.found, check, capture.routers, time.perf_counter() - started, result)
     try:
         raise last or Declined("its arguments could not be read as rows of tokens")
@@ -167,8 +167,8 @@ def _verify(
 ) -> BlockCheck:
     """The verdict on ``block``; with ``settle``, ``runtime`` gives up the lowerings with which it fails."""
     name, module, proto, found = capture.name, capture.module, capture.proto, capture.found
-    program = Program(block, capture.signature)
-    original = _Original(module)
+    program = capture.program(block)
+    original = OwnForward(module)
     rewritten = RewrittenForward(module, program, original_forward(module))
     experts = max(len(f.experts) for f in found)
     rows = [proto.rows(n) for n in proto.indices("tokens")]
@@ -198,7 +198,7 @@ def _affordable(module: nn.Module, found: list[Recognition]) -> int:
     return int(MOST_FLOPS / max(1.0, 2 * share * sum(p.numel() for p in module.parameters())))
 
 
-class _Original:
+class OwnForward:
     """The block's own forward, also when a rewritten one is installed on the instance."""
 
     def __init__(self, module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from moeopt.drive.obstacles import check_experts, frozen_values, neutral_reason,
 from moeopt.drive.witness import witness
 from moeopt.errors import Declined
 from moeopt.ir.alike import same_computation
-from moeopt.ir.quiet import undone
+from moeopt.ir.quiet import run_quietly, undone
 from moeopt.ir.specs import RouterSpec
 from moeopt.ir.tape import Tape, clone_inputs, record
 from moeopt.ir.tree import tree_leaves
@@ -28,6 +29,7 @@ from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeights
 from moeopt.rewrite.generalize import generalize
 from moeopt.rewrite.plan import Plan, make_plan
 from moeopt.rewrite.program import OPAQUE, TENSOR, Guard, Program, RewrittenForward, bind
+from moeopt.rewrite.reads import Reads, observe
 
 
 class Capture:
@@ -61,15 +63,26 @@ class Capture:
         self.bounds = [bind(self.signature, *c) for c in self.calls]
         self.shapes = [[tuple(t.shape) for t in _tensors(c)] for c in self.calls]
         self.routers: list[RouterReading] = []
+        self._reads: dict[Any, Reads] = {}
         _stateless(self.tapes[0], self.plans, self.shapes)
 
     def block(self) -> BlockGraph:
         """The block's own code, for the passes."""
         weights = [ExpertWeights(f.experts, f.spec) for f in self.found]
+        per_token = [f.frontier.per_token for f in self.found]
         captured = Captured(
-            self.reader.kind, self.tapes[0], self.plans, self.shapes, weights, self.frozen, self._finish
+            self.reader.kind, self.tapes[0], self.plans, self.shapes, weights, self.frozen, per_token, self._finish
         )
         return BlockGraph(self.name, captured=captured, root=self.module)
+
+    def program(self, block: BlockGraph) -> Program:
+        """``block`` as it is installed, with what the block's code read outside its modules."""
+        written = tuple(block.attributes)
+        key = (*block.kept_modules, *written)
+        if key not in self._reads:
+            runs = [functools.partial(run_quietly, self.module, *self.calls[i]) for i in (0, 2, 1)]
+            self._reads[key] = observe(self.module, block.kept_modules, written, runs)
+        return Program(block, self.signature, reads=self._reads[key])
 
     def _finish(self) -> tuple[Guard, list[RouterSpec | None]]:
         bound = self.bounds[0]
@@ -96,7 +109,7 @@ class Capture:
         for block in (before, after):
             with statistics_kept(self.module), torch.no_grad():
                 args, kwargs = clone_inputs(self.calls[1])
-                forward = RewrittenForward(self.module, Program(block, self.signature), original_forward(self.module))
+                forward = RewrittenForward(self.module, self.program(block), original_forward(self.module))
                 with undone(self.module) as watched, watched:
                     results.append(_tensors((args, {"result": forward(*args, **kwargs)})))
         for number, (a, b) in enumerate(zip(*results, strict=True)):

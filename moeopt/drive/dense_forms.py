@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from moeopt.drive.measure import TOKENS, Timing, in_turn
 from moeopt.drive.mixture import Call
 from moeopt.drive.obstacles import check_skipped
 from moeopt.drive.witness import prototypes, witness
-from moeopt.errors import Declined, StaleModelWarning
+from moeopt.errors import Declined
 from moeopt.ir.tape import Tape, record
 from moeopt.options import Options
 from moeopt.passes.group_neurons import activity, coactive
@@ -28,6 +27,7 @@ from moeopt.passes.recognize_dense import DenseFFN, find_dense, recognize_dense
 from moeopt.passes.recognize_experts import Recognition
 from moeopt.passes.recognize_router import RouterReading
 from moeopt.passes.split_dense import Groups, neighbours
+from moeopt.patches import quiet
 from moeopt.rewrite.bank import ExpertRef, LiveBank, tensor_at
 from moeopt.rewrite.program import RewrittenForward
 
@@ -138,8 +138,7 @@ def measured(
         fused, timings = RewrittenForward(module, program), []
         others = [p for p in model.parameters() if not any(p is own for own in module.parameters())]
         flush = sum(p.numel() * p.element_size() for p in others)
-        with Guard(module), _buffers_kept(module), warnings.catch_warnings():
-            warnings.simplefilter("ignore", StaleModelWarning)
+        with Guard(module), _buffers_kept(module), quiet():  # a refused size is timed elsewhere, not warned of
             for tokens, one in _sized(call, options.tokens or TOKENS):
                 before = fused.fallbacks
                 try:

@@ -26,6 +26,8 @@ def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Map
         if rewrite.program.block.mutations:
             continue  # such a block is never differentiated in rewritten form
         module = twin.get_submodule(path)
+        if any(p.is_inference() for p in module.parameters()):
+            continue  # torch never differentiates weights that were made in inference mode
         forward = rewritten_forward(module)
         assert forward is not None
         original = forward.original or type(module).forward.__get__(module)

@@ -7,19 +7,16 @@ hint is declined and never believed.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.passes import fit_function
 
 
-@contextlib.contextmanager
-def hinted(hints: Mapping[str, Any], path: str) -> Iterator[None]:
-    """Use the first hint whose pattern matches ``path`` while the block is rewritten.
+def hint_for(hints: Mapping[str, Any], path: str) -> ExpertsSpec | None:
+    """The spec of the first hint whose pattern matches the module path ``path``; None where none does.
 
     Raises:
         UsageError: a hint is neither an ExpertsSpec nor a callable that returns one.
@@ -29,7 +26,5 @@ def hinted(hints: Mapping[str, Any], path: str) -> Iterator[None]:
             spec = hint(path) if callable(hint) else hint
             if not isinstance(spec, ExpertsSpec):
                 raise UsageError(f"hints[{pattern!r}] gave {spec!r} for {path}; it must be an ExpertsSpec")
-            with fit_function.assume(spec):
-                yield
-            return
-    yield
+            return spec
+    return None

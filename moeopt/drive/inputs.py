@@ -32,6 +32,13 @@ def as_call(example_inputs: Any) -> Call:
     )
 
 
+def in_order(model: nn.Module, call: Call) -> Call:
+    """The call with its keywords as ``forward`` orders them: the order that they are given in says nothing."""
+    args, kwargs = call
+    known = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
+    return args, {name: kwargs[name] for name in [*known, *(n for n in kwargs if n not in known)]}
+
+
 def made_up(model: nn.Module, seed: int) -> Call:
     """Inputs for a model that was given without any.
 

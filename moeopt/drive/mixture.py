@@ -12,6 +12,7 @@ from moeopt.compare.prototype import Prototype
 from moeopt.drive.obstacles import random_reason
 from moeopt.drive.witness import aimed_rows, witness
 from moeopt.errors import Declined
+from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.steer import EveryExpert
 from moeopt.ir.tape import Tape, record
 from moeopt.passes.group_experts import GroupExperts
@@ -45,15 +46,18 @@ class Reader(Protocol):
 
 
 class Mixture:
-    """The :class:`Reader` of mixtures of experts."""
+    """The :class:`Reader` of mixtures of experts; ``assume`` is a user's hint on what each expert computes."""
+
+    def __init__(self, assume: ExpertsSpec | None = None) -> None:
+        self.assume = assume
 
     kind = GroupExperts.kind
 
     def first(self, module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
-        return covering(module, proto, seed)
+        return covering(module, proto, seed, self.assume)
 
     def again(self, tape: Tape, known: list[Recognition]) -> list[Recognition]:
-        return recognize(tape, known=known)
+        return recognize(tape, known=known, assume=self.assume)
 
     def routers(
         self, tapes: list[Tape], founds: list[list[Recognition]], known: list[Recognition]
@@ -62,7 +66,9 @@ class Mixture:
         return [same_reading([r[i] for r in readings], f) for i, f in enumerate(known)]
 
 
-def covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
+def covering(
+    module: nn.Module, proto: Prototype, seed: int, assume: ExpertsSpec | None = None
+) -> tuple[Call, Tape, list[Recognition]]:
     """A witness that reaches every expert, with its tape and reading; more tokens each time one is missed."""
     first = proto.rows(proto.indices("tokens")[0]) if proto.indices("tokens") else None
     aimed = aimed_rows(module, first.shape[-1]) if first is not None and first.dim() == 2 else None
@@ -86,12 +92,12 @@ def covering(module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape
         if reason := random_reason(tape, module.training):
             raise Declined(reason)
         try:
-            return call, tape, recognize(tape)
+            return call, tape, recognize(tape, assume=assume)
         except Uncovered as err:
             last = err.with_traceback(None)
             if steer is not None or ids:  # every id was named: what still was not reached may be no expert
                 with contextlib.suppress(Declined):
-                    return call, tape, recognize(tape, idle=True)
+                    return call, tape, recognize(tape, idle=True, assume=assume)
         except Declined:
             if last is None:
                 raise

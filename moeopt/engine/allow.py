@@ -1,20 +1,21 @@
-"""Which functions a bundle's graph may name: pure ATen ops, moeopt's own two, and integer arithmetic.
+"""Which functions a bundle's graph may name: the ATen ops of a list, moeopt's own two, and arithmetic on numbers.
 
-A graph is data that came from elsewhere, so the question is not what it is likely to say but what it could say.
-An op is allowed when it is registered with the dispatcher, changes none of its arguments, takes only plain values,
-and belongs to no family that touches files, storages or unchecked packed formats.
+A graph is data that came from elsewhere, so the question is not what it is likely to say but what it could say. The
+list, ``torch_ops.txt``, holds ops that change none of their arguments, take plain values only, and refuse sizes,
+strides, dtypes and values that do not fit: an op that believes what it is told reads memory that is not its own.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from moeopt.engine.checked_ops import CHECKED
 from moeopt.errors import BundleError
 
 OWN_OPS = ("moeopt.experts.default", "moeopt.route.default")
@@ -49,24 +50,10 @@ SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
 """``operator.pow`` and the shifts are absent: one small graph could ask for an integer of any length."""
 
 _NAMES = {function: name for name, function in SCALAR_FUNCTIONS.items()}
-_ARGUMENTS = re.compile(
-    r"(Optional\[|List\[)*(Tensor|int|bool|float|number|str|Device|Generator)\]*",
-)
-_UNSAFE = re.compile(
-    r"from_file|fbgemm|quantize|^q_|mkldnn|miopen|cudnn|mps|sparse|nested|backward|resize|^set$|pin_memory"
-    r"|^(int_repr|data|chain_matmul|(un)?flatten_dense_tensors|requires_grad|quantized_.*)$"
-)
-_PRIVATE = frozenset(
-    """__and__ __or__ __xor__ __lshift__ __rshift__ _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_async
-    _assert_scalar _assert_tensor_metadata _conj _conj_copy _conj_physical _convolution _euclidean_dist _cdist_forward
-    _fft_c2c _fft_c2r _fft_r2c _functional_assert_async _functional_assert_scalar _functional_sym_constrain_range
-    _functional_sym_constrain_range_for_size _fused_rms_norm _grouped_mm _int_mm _is_all_true _is_any_true
-    _local_scalar_dense _log_softmax _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
-    _neg_view _prelu_kernel _reshape_alias _reshape_copy _safe_softmax _scaled_dot_product_attention_math
-    _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention
-    _scaled_dot_product_flash_attention_for_cpu _scaled_mm _shape_as_tensor _softmax _to_copy _trilinear _unique2
-    _unsafe_index _unsafe_index_put _unsafe_view _weight_norm""".split()
-)
+_WIDEST = 1 << 64
+OPS = frozenset((Path(__file__).parent / "torch_ops.txt").read_text(encoding="utf-8").split())
+"""The ATen ops that a graph may call. Each was attacked with wrong sizes, strides, dtypes and extremes, and either
+checks its bounds itself or has a check before it in ``checked_ops``; the nightly tests attack them all again."""
 
 
 def name_of(target: Any) -> str:
@@ -99,23 +86,55 @@ def function_named(name: Any) -> Callable[..., Any]:
     return target
 
 
+def op_named(name: Any) -> Any:
+    """The op under a name that a graph may call; None for arithmetic on numbers."""
+    target = function_named(name)
+    return target if isinstance(target, torch._ops.OpOverload) else None
+
+
+def guarded(name: Any) -> Callable[..., Any]:
+    """What is called where a graph names ``name``: the function itself, or one that checks its arguments first."""
+    target = function_named(name)
+    if isinstance(target, torch._ops.OpOverload):
+        return CHECKED.get(name, target)
+    return _Number(name, target)
+
+
+class _Number:
+    """Arithmetic on numbers of at most 64 bits, and taking an item of a list: of tensors and words it is another."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.__name__, self._function, self._item = name, function, function is operator.getitem
+
+    def __call__(self, *args: Any) -> Any:
+        if self._item:
+            if len(args) != 2 or not isinstance(args[0], (list, tuple)) or type(args[1]) is not int:
+                raise BundleError("operator.getitem takes an item of a list by its number")
+            return args[0][args[1]]
+        several = self._function is torch.sym_sum
+        flat = [v for a in args for v in (a if several and isinstance(a, (list, tuple)) else [a])]
+        if not all(isinstance(v, (int, float)) for v in flat):
+            raise BundleError(f"{self.__name__} takes numbers, not {', '.join(type(v).__name__ for v in flat)}")
+        result = self._function(*args)
+        if isinstance(result, int) and abs(result) > _WIDEST:
+            raise BundleError(f"{self.__name__} gives a number that does not fit 64 bits")
+        return result
+
+
 def _check(name: str, target: torch._ops.OpOverload) -> None:
     if target.namespace == "moeopt" and name in OWN_OPS:
         return
-    why = ""
-    base = name.split(".")[1]
+    if name in OPS:
+        return
     if target.namespace != "aten":
         why = f"its namespace is {target.namespace}"
     elif target._schema.is_mutable:
         why = "it changes its arguments"
     elif not torch._C._dispatch_has_kernel(target.name()):
         why = "it is not a dispatcher op"
-    elif _UNSAFE.search(base) or (base.startswith("_") and base not in _PRIVATE):
+    else:
         why = "its family is not one that can be run on untrusted data"
-    elif any(not _ARGUMENTS.fullmatch(str(a.type)) for a in target._schema.arguments):
-        why = "it takes more than tensors, numbers and words"
-    if why:
-        raise BundleError(f"the op {name!r} is not one that a bundle may call: {why}")
+    raise BundleError(f"the op {name!r} is not one that a bundle may call: {why}")
 
 
 def _describe(target: Any) -> str:

@@ -8,14 +8,16 @@ model's code stays chosen, and so does a ``squeeze`` that found nothing to drop.
 from __future__ import annotations
 
 import contextlib
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch.fx.experimental.sym_node import SymNode
+
+from moeopt.patches import size_questions
 
 _OWN = str(Path(__file__).parents[1])
 """The rewritten blocks' own checks: what they ask of sizes was verified, and holds for all of them."""
@@ -29,27 +31,20 @@ _ASKED: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 @contextlib.contextmanager
 def noting_questions() -> Iterator[None]:
     """Note, while open, each question about sizes that Python code outside the libraries asks."""
-    original = SymNode.bool_
 
-    def bool_(self: SymNode) -> bool:
-        answer = original(self)
-        if self.shape_env is not None and not _asker().startswith((_OWN, *_LIBRARIES)):
+    def note(node: SymNode, answer: bool, asking: FrameType) -> None:
+        if node.shape_env is not None and not _asker(asking).startswith((_OWN, *_LIBRARIES)):
             import sympy
 
-            expr = self.expr if answer else sympy.Not(self.expr)
-            _ASKED.setdefault(self.shape_env, []).append(expr)
-        return answer
+            expr = node.expr if answer else sympy.Not(node.expr)
+            _ASKED.setdefault(node.shape_env, []).append(expr)
 
-    SymNode.bool_ = bool_  # type: ignore[method-assign]
-    try:
+    with size_questions(note):
         yield
-    finally:
-        SymNode.bool_ = original  # type: ignore[method-assign]
 
 
-def _asker() -> str:
+def _asker(frame: FrameType) -> str:
     """The file whose line asked: the frame below ``SymBool.__bool__`` and ``SymInt.__bool__``."""
-    frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_name == "__bool__":
         frame = frame.f_back
     return frame.f_code.co_filename

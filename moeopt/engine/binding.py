@@ -23,12 +23,16 @@ class Binding:
         self.tree, self.ranges = graph["in_tree"], graph["sizes"]
         sizes.check_ranges(self.ranges)
         self.inputs = [_read_input(i, device) for i in graph["inputs"]]
-        if check_tree(self.tree) != len(self.inputs):
+        if check_tree(self.tree) != len(self.inputs) or len({i["name"] for i in self.inputs}) != len(self.inputs):
             raise BundleError("the structure of the inputs does not fit the graph")
-        self.conditions = read_conditions(graph.get("conditions", []))
-        self._positional, self._keywords = self.tree["items"]
-        if self._positional["type"] != "tuple" or self._keywords["type"] != "dict":
+        self.conditions = read_conditions(graph.get("conditions", []), self._rank)
+        kinds = [isinstance(t, dict) and t["type"] for t in self.tree["items"]] if isinstance(self.tree, dict) else []
+        if kinds != ["tuple", "dict"]:
             raise BundleError("the inputs are not a tuple of arguments and a dict of keywords")
+        self._positional, self._keywords = self.tree["items"]
+
+    def _rank(self, leaf: int) -> int:
+        return len(self.inputs[leaf].get("shape", ())) if leaf < len(self.inputs) else 0
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         args, kwargs = self._as_exported(args, kwargs)
@@ -100,8 +104,10 @@ def _read_input(entry: Any, device: Callable[[str], torch.device]) -> dict[str, 
     out = {"name": str(entry["name"])}
     if "dtype" in entry:
         shape = entry["shape"]
-        if not all(d is None or isinstance(d, (int, str)) for d in shape):
-            raise BundleError(f"the input {out['name']!r} has the shape {shape!r}")
+        if not isinstance(shape, list) or not all(d is None or type(d) in (int, str) for d in shape):
+            raise BundleError(f"the input {out['name']!r} has the shape {shape!r:.80}")
+        if not isinstance(entry["dtype"], str) or not isinstance(entry["device"], str):
+            raise BundleError(f"the input {out['name']!r} has a dtype or a device that is no word")
         return out | {"dtype": values.DTYPES[entry["dtype"]], "device": device(entry["device"]), "shape": shape}
     if "number" in entry:
         return out | {"number": NUMBERS[entry["number"]]}

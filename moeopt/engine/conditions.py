@@ -16,7 +16,7 @@ from typing import Any
 from moeopt.errors import BundleError, NotSaveableError, UsageError
 
 _BINARY: dict[type, str] = {
-    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**",
+    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%",
     ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.And: "and", ast.Or: "or",
 }  # fmt: skip
 _TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "==": "==", "!=": "!="}
@@ -27,11 +27,20 @@ _CALLS = {
 }  # fmt: skip
 _MEANING: dict[str, Callable[..., Any]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "//": operator.floordiv,
-    "%": operator.mod, "**": operator.pow, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+    "%": operator.mod, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
     ">": operator.gt, ">=": operator.ge, "and": lambda *a: all(a), "or": lambda *a: any(a), "not": operator.not_,
     "max": max, "min": min, "floor": math.floor, "ceil": math.ceil, "trunc": math.trunc, "sqrt": math.sqrt,
     "float": float, "round": round, "abs": abs, "neg": operator.neg,
 }  # fmt: skip
+_ARITY = {
+    **dict.fromkeys(("not", "floor", "ceil", "trunc", "sqrt", "float", "abs", "neg"), (1, 1)),
+    **dict.fromkeys(("and", "or"), (1, 1 << 16)),
+    **dict.fromkeys(("max", "min"), (2, 1 << 16)),
+    "round": (1, 2),
+}
+"""The least and the most operands; two where none are given."""
+MAX_POWER, MAX_DEPTH, MAX_NODES = 8, 64, 1 << 16
+"""Powers are written as products of at most eight factors: a power of sizes could be an integer of any length."""
 
 
 def encode_conditions(guards: Sequence[str], leaves: Any) -> list[Any]:
@@ -48,7 +57,7 @@ def encode_conditions(guards: Sequence[str], leaves: Any) -> list[Any]:
     for text in guards:
         try:
             condition = _encode(ast.parse(text, mode="eval").body, leaves)
-        except (_Other, SyntaxError, KeyError, TypeError, AttributeError, IndexError):
+        except (_Other, SyntaxError, KeyError, TypeError, AttributeError, IndexError, ValueError):
             raise NotSaveableError(
                 f"the trace holds only where {text.strip()!r}, which cannot be checked at a call: make the model ask "
                 "for sizes of its tensors only, or use backend='torch'"
@@ -114,26 +123,59 @@ def check_conditions(
 def holds(conditions: Sequence[Any], shapes: Callable[[int], Sequence[int]]) -> bool:
     """Whether sizes meet all ``conditions``."""
     try:
-        return all(_value(condition, shapes) for condition in conditions)
+        return all(value_of(condition, shapes) for condition in conditions)
     except (ArithmeticError, ValueError):
         return False
 
 
-def read_conditions(conditions: Any) -> list[Any]:
-    """Conditions from a file; ``BundleError`` for what :func:`encode_conditions` would not have written."""
+def read_conditions(conditions: Any, rank: Callable[[int], int] | None = None) -> list[Any]:
+    """Conditions from a file; ``BundleError`` for what :func:`encode_conditions` would not have written.
 
-    def good(node: Any, depth: int = 0) -> bool:
-        if isinstance(node, (int, float)):
-            return True
-        if not isinstance(node, list) or not node or depth > 64:
-            return False
-        if node[0] == "size":
-            return len(node) == 3 and all(isinstance(n, int) and n >= 0 for n in node[1:])
-        return node[0] in _MEANING and len(node) > 1 and all(good(child, depth + 1) for child in node[1:])
+    ``rank(leaf)`` is how many dimensions a leaf has, 0 for one that is no tensor; None where that is not known.
+    """
+    left = MAX_NODES
 
-    if not isinstance(conditions, list) or not all(good(c) for c in conditions):
-        raise BundleError(f"{str(conditions)[:80]!r} are not conditions that moeopt writes")
+    def read(node: Any, depth: int = 0) -> Any:
+        nonlocal left
+        left -= 1
+        if isinstance(node, (int, float)) and abs(node) <= 1 << 64:
+            return node
+        if not isinstance(node, list) or not node or depth > MAX_DEPTH or left < 0 or not isinstance(node[0], str):
+            raise ValueError
+        name, *parts = node
+        if name == "size":
+            good = len(parts) == 2 and all(type(n) is int and 0 <= n < 1 << 32 for n in parts)
+            if not good or (rank is not None and parts[1] >= rank(parts[0])):
+                raise ValueError
+            return node
+        if name == "**":  # older bundles hold it
+            return _power(*(read(child, depth + 1) for child in parts))
+        least, most = _ARITY.get(name, (2, 2))
+        if name not in _MEANING or not least <= len(parts) <= most:
+            raise ValueError
+        return [name, *(read(child, depth + 1) for child in parts)]
+
+    try:
+        return [read(condition) for condition in _listed(conditions)]
+    except (ValueError, TypeError):
+        raise BundleError(f"{str(conditions)[:80]!r} are not conditions that moeopt writes") from None
+
+
+def _listed(conditions: Any) -> list[Any]:
+    if not isinstance(conditions, list):
+        raise ValueError
     return conditions
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    """A power of a size or a number as a product; ``ValueError`` for one that is no small whole number."""
+    leaf = not isinstance(base, list) or base[0] == "size"
+    if type(exponent) is not int or not 1 <= exponent <= MAX_POWER or not leaf:
+        raise ValueError
+    product = base
+    for _ in range(exponent - 1):
+        product = ["*", product, base]
+    return product
 
 
 class _Other(Exception):
@@ -144,6 +186,8 @@ def _encode(node: ast.expr, leaves: Any) -> Any:
     """A tree of lists, or None for a question that is not about sizes."""
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         return node.value
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        return _power(_encode(node.left, leaves), _encode(node.right, leaves))
     if isinstance(node, ast.BinOp):
         return [_BINARY[type(node.op)], _encode(node.left, leaves), _encode(node.right, leaves)]
     if isinstance(node, ast.UnaryOp):
@@ -191,12 +235,13 @@ def _sizes(node: Any) -> bool:
     return isinstance(node, list) and (node[0] == "size" or any(_sizes(child) for child in node[1:]))
 
 
-def _value(node: Any, shapes: Callable[[int], Sequence[int]]) -> Any:
+def value_of(node: Any, shapes: Callable[[int], Sequence[int]]) -> Any:
+    """A number or a truth: what an expression over sizes is for a call whose leaf ``n`` has ``shapes(n)``."""
     if not isinstance(node, list):
         return node
     if node[0] == "size":
         return shapes(node[1])[node[2]]
-    return _MEANING[node[0]](*[_value(child, shapes) for child in node[1:]])
+    return _MEANING[node[0]](*[value_of(child, shapes) for child in node[1:]])
 
 
 def text_of(node: Any, name: Callable[[int], str]) -> str:
@@ -206,6 +251,10 @@ def text_of(node: Any, name: Callable[[int], str]) -> str:
     if node[0] == "size":
         return f"{name(node[1])}.shape[{node[2]}]"
     parts = [text_of(child, name) for child in node[1:]]
+    if node[0] == "and" and len(node) == 3 and [c[0] for c in node[1:] if isinstance(c, list)] == [">=", "<="]:
+        (_, what, low), (_, same, high) = node[1:]  # an interval, as its owner would say it
+        if what == same and not isinstance(low, list) and not isinstance(high, list):
+            return f"{text_of(what, name)} is {low} to {high}"
     if node[0] in _BINARY.values():
         inner = [
             f"({p})" if isinstance(c, list) and c[0] in _BINARY.values() else p

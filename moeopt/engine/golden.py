@@ -18,8 +18,10 @@ import torch
 import torch.utils._pytree as pytree
 
 from moeopt.compare.distance import token_distance
+from moeopt.engine.aligned import aligned
 from moeopt.engine.values import decode, encode
-from moeopt.errors import BundleError, UsageError
+from moeopt.errors import BundleError, LimitError, MoeoptError
+from moeopt.untrusted import checked, parse_json, shown
 
 FILE = "golden.safetensors"
 SLACK = 8.0
@@ -75,11 +77,13 @@ def load_golden(path: Path, device: torch.device) -> list[Golden]:
 
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            plain = json.loads((file.metadata() or {})["runs"])
+            said = (file.metadata() or {})["runs"]
+            table = parse_json(said, f"{path}: the table of runs")
+            plain = checked(table, list[tuple[list[Any], list[Any]]], str(path))
             names = set(file.keys())
 
             def leaf(name: str, value: Any) -> Any:
-                return file.get_tensor(name) if name in names else decode(value, _no_node, torch.device)
+                return aligned(file.get_tensor(name)) if name in names else decode(value, _no_node, _device_named)
 
             return [
                 Golden(
@@ -90,8 +94,19 @@ def load_golden(path: Path, device: torch.device) -> list[Golden]:
                 )
                 for i, run in enumerate(plain)
             ]
-    except (SafetensorError, KeyError, ValueError, TypeError) as err:
-        raise BundleError(f"{path}: it holds no golden runs ({str(err)[:80]})") from None
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError) as err:
+        raise BundleError(f"{path}: it holds no golden runs ({shown(err, 80)})") from None
+
+
+def read_stated(manifest_golden: Any, found: int, where: str) -> float | None:
+    """The distance that a manifest allows its golden runs; ``BundleError`` where it speaks of others, or of any."""
+    stated = manifest_golden if isinstance(manifest_golden, dict) else {}
+    if stated.get("runs") != found or type(stated.get("runs")) is not int:
+        raise BundleError(f"{where}: the manifest says {stated.get('runs')!r:.40} golden runs, and there are {found}")
+    distance = stated.get("distance")
+    if distance is not None and not (type(distance) in (int, float) and 0 <= distance < 1):
+        raise BundleError(f"{where}: golden runs may be {distance!r:.40} away, which allows anything")
+    return None if distance is None else float(distance)
 
 
 def check_golden(
@@ -105,7 +120,9 @@ def check_golden(
     for i, run in enumerate(runs):
         try:
             outputs = pytree.tree_leaves(run_flat(run.inputs))
-        except (UsageError, RuntimeError) as err:
+        except LimitError:
+            raise
+        except (MoeoptError, RuntimeError) as err:
             return GoldenCheck(False, len(runs), math.inf, allowed, f"golden run {i} stopped: {err}")
         if len(outputs) != len(run.outputs):
             reason = f"golden run {i} returned {len(outputs)} values, not {len(run.outputs)}"
@@ -158,4 +175,11 @@ def _keep(value: Any) -> Any:
 
 
 def _no_node(name: str) -> Any:
-    raise BundleError(f"a golden value refers to {name!r}")
+    raise BundleError(f"a golden value refers to {name!r:.60}")
+
+
+def _device_named(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, ValueError):
+        raise BundleError(f"a golden value is the device {name!r:.60}, which torch does not know") from None

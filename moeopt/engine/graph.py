@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from moeopt.engine import allow, sizes, tidy
 from moeopt.engine.tree import encode_tree
 from moeopt.engine.values import encode
 from moeopt.errors import BundleError, NotSaveableError
+from moeopt.patches import one_trace, quiet
 
 SCHEMA = 1
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -23,8 +23,7 @@ def write_graph(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], 
 
     ``NotSaveableError`` names the op, the weight or the input structure in the way.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec", FutureWarning)  # torch's own use of it
+    with one_trace, quiet():  # torch warns about its own use of tree specs
         program = program.run_decompositions({})  # functional: no op writes to its arguments
     inputs, weights, tensors = _inputs(program)
     graph: dict[str, Any] = {

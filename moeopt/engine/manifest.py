@@ -13,9 +13,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +21,17 @@ from typing import Any
 
 import torch
 
+from moeopt.engine import aside
+from moeopt.engine.schemas import ManifestFile
 from moeopt.errors import BundleError, UsageError
+from moeopt.untrusted import checked, open_regular, read_bytes, read_json, shown
 
 NAME = "moeopt.json"
 FORMAT = "moeopt-bundle"
 SCHEMA = 1
 BACKENDS = ("torch", "onnxruntime", "tensorrt")
-MAX_JSON = 1 << 30
-"""Bytes of JSON that are read into memory: a 1000-layer graph is a few hundred MiB."""
+MAX_CERTIFICATE = 64 << 20
+"""Bytes: one of a thousand blocks has about two million."""
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
@@ -52,9 +53,24 @@ class Manifest:
             raise BundleError(f"{self.directory}: the bundle has no {name}: it is not complete, save it again")
         return self.directory / name
 
+    @property
+    def bytes(self) -> int:
+        """The bytes of all files."""
+        return sum(entry["bytes"] for entry in self.data["files"].values())
+
     def read_json(self, name: str) -> Any:
         """A listed JSON file; ``BundleError`` when it is none."""
-        return _load_json(self.path(name))
+        return read_json(self.path(name))
+
+    def read_text(self, name: str, most: int = MAX_CERTIFICATE) -> str:
+        """A listed text file of at most ``most`` bytes, as it was when the manifest was written."""
+        blob = read_bytes(self.path(name), most)
+        if hashlib.sha256(blob).hexdigest() != self.data["files"][name]["sha256"]:
+            raise BundleError(f"{self.directory / name}: it changed while the bundle was read: load the bundle again")
+        try:
+            return blob.decode("utf-8")
+        except UnicodeDecodeError as err:
+            raise BundleError(f"{self.directory / name}: it is not text ({err}): it was damaged") from None
 
 
 def write_bundle(
@@ -71,11 +87,11 @@ def write_bundle(
     target = Path(directory)
     _check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        write_files(aside)
+    aside.clear_abandoned(target)
+    with aside.folder(target) as folder:
+        write_files(folder)
         files = {}
-        for path in sorted(aside.iterdir()):
+        for path in sorted(folder.iterdir()):
             _check_name(path.name, target)
             os.chmod(path, 0o644)  # some writers leave files that only their owner reads
             files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
@@ -87,11 +103,9 @@ def write_bundle(
             **fields,
             "files": files,
         }
-        (aside / NAME).write_text(json.dumps(manifest, indent=1, allow_nan=False))
-        os.chmod(aside, 0o755)
-        _move_into_place(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        (folder / NAME).write_text(json.dumps(manifest, indent=1, allow_nan=False))
+        os.chmod(folder, 0o755)
+        _move_into_place(folder, target)
     return target
 
 
@@ -103,28 +117,32 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         raise BundleError(f"{root / NAME}: it lists no files")
     for name, entry in data["files"].items():
         _check_file(root, name, entry)
+    checked(data, ManifestFile, str(root / NAME))
     return Manifest(root, data)
 
 
 def _read_header(root: Path) -> dict[str, Any]:
     """What ``moeopt.json`` says, its format, schema and backend checked."""
-    if not (root / NAME).is_file():
+    if not os.path.lexists(root / NAME):
         what = "has no moeopt.json" if root.is_dir() else "is no directory"
         raise BundleError(f"{root} {what}: it is not a bundle, or writing it was cut off")
-    data = _load_json(root / NAME)
+    data = read_json(root / NAME)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise BundleError(f"{root / NAME}: this is not a moeopt manifest")
     schema = data.get("schema")
-    if not isinstance(schema, int) or schema < 1:
-        raise BundleError(f"{root / NAME}: the schema is {schema!r}, not a version number")
+    if type(schema) is not int or schema < 1:
+        raise BundleError(f"{root / NAME}: the schema is {schema!r:.60}, not a version number")
     if schema > SCHEMA:
-        wrote = data.get("versions", {}).get("moeopt", "a newer one")
+        versions = data.get("versions")
+        wrote = shown(versions.get("moeopt", "a newer one") if isinstance(versions, dict) else "a newer one", 40)
         raise BundleError(
             f"{root / NAME}: the bundle has schema {schema} (moeopt {wrote}), and this moeopt reads up to {SCHEMA}: "
             "upgrade moeopt"
         )
     if data.get("backend") not in BACKENDS:
-        raise BundleError(f"{root / NAME}: the backend is {data.get('backend')!r}, not one of {', '.join(BACKENDS)}")
+        raise BundleError(
+            f"{root / NAME}: the backend is {data.get('backend')!r:.60}, not one of {', '.join(BACKENDS)}"
+        )
     return data
 
 
@@ -136,8 +154,8 @@ def read_backend(directory: str | os.PathLike[str]) -> str:
 def is_bundle(directory: str | os.PathLike[str]) -> bool:
     """Whether a directory claims to be a bundle; says nothing about its health."""
     try:
-        data = json.loads((Path(directory) / NAME).read_text())
-    except (OSError, ValueError):
+        data = read_json(Path(directory) / NAME)
+    except BundleError:
         return False
     return isinstance(data, dict) and data.get("format") == FORMAT
 
@@ -145,16 +163,17 @@ def is_bundle(directory: str | os.PathLike[str]) -> bool:
 def _check_file(root: Path, name: str, entry: Any) -> None:
     _check_name(name, root)
     path = root / name
-    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+    good = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+    if not good:
         raise BundleError(f"{root / NAME}: the entry of {name} is {str(entry)[:60]!r}, not a size and a sha256")
-    if path.is_symlink() or not path.is_file():
-        raise BundleError(
-            f"{path}: the file is {'a symlink' if path.is_symlink() else 'missing'}: copy the bundle again"
-        )
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise BundleError(f"{path}: it has {size} bytes, and the manifest says {entry['bytes']}: copy the bundle again")
-    if _sha256(path) != entry.get("sha256"):
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry["bytes"]:
+            raise BundleError(
+                f"{path}: it has {size} bytes, and the manifest says {entry['bytes']}: copy the bundle again"
+            )
+        found = _digest(file)
+    if found != entry["sha256"]:
         raise BundleError(f"{path}: its sha256 is not the one in the manifest: it was damaged or swapped")
 
 
@@ -170,36 +189,28 @@ def _check_target(target: Path) -> None:
         raise UsageError(f"{target} exists and is not a moeopt bundle: it is left alone, give a new path")
 
 
-def _move_into_place(aside: Path, target: Path) -> None:
+def _move_into_place(new: Path, target: Path) -> None:
     if not target.exists():
-        os.rename(aside, target)
+        os.rename(new, target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    try:
+    with aside.folder(target, "old.") as old:
         os.rename(target, old / "bundle")
         try:
-            os.rename(aside, target)
+            os.rename(new, target)
         except OSError:
             os.rename(old / "bundle", target)
             raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _load_json(path: Path) -> Any:
-    if path.stat().st_size > MAX_JSON:
-        raise BundleError(f"{path}: it has {path.stat().st_size} bytes, more than any bundle's")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as err:
-        raise BundleError(f"{path}: it is not JSON ({str(err)[:80]}): it was damaged or cut off") from None
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
+        return _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 22):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

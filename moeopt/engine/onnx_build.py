@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.backends.onnxrt.accuracy import coarse
 from moeopt.backends.onnxrt.causal_attention import cache_left_in_place
 from moeopt.backends.onnxrt.causal_lm import export_causal_lm, is_causal_lm
 from moeopt.backends.onnxrt.plan import Plan
@@ -21,18 +22,24 @@ from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, 
 from moeopt.engine.folder import TemporaryFolder
 from moeopt.engine.manifest import version
 from moeopt.engine.onnx_causal import add_conditions, flat_signature
+from moeopt.engine.onnx_guards import guard_sizes
 from moeopt.engine.onnx_names import name_ends
 from moeopt.engine.onnx_probe import BLOCK, make_probe
 from moeopt.engine.onnx_sites import ENDS, describe
 from moeopt.engine.program import export_program, roomier
 from moeopt.engine.signature import describe_call, functional
 from moeopt.errors import Declined, NotSaveableError, UsageError
+from moeopt.ir.surprise import surprises
+from moeopt.onnxgraph.accurate import accurate_graph
 from moeopt.onnxgraph.assemble import replace_sites
-from moeopt.onnxgraph.export import emitting, own_outputs, quiet, to_onnx
+from moeopt.onnxgraph.export import emitting, own_outputs, to_onnx
 from moeopt.onnxgraph.plan import BlockPlan, kind
 from moeopt.onnxgraph.site import DOMAIN, OP
 from moeopt.onnxgraph.widen import widen_graph
 from moeopt.options import Options
+from moeopt.patches import quiet
+
+INSTEAD = "write that line of the model with other ops, use backend='torch', or report this with the model's code"
 
 
 @dataclass
@@ -89,6 +96,13 @@ def build_onnx(
     Raises:
         NotSaveableError: torch.export or ONNX cannot hold the model; the message names what is in the way.
     """
+    with surprises(f"writing {type(model).__name__} as an ONNX graph", INSTEAD, NotSaveableError):
+        return _build(model, args, kwargs, plan, say)
+
+
+def _build(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, say: Callable[[str], None]
+) -> Built:
     started = time.perf_counter()
     if is_causal_lm(model):
         try:
@@ -107,6 +121,18 @@ def build_onnx(
             signature = flat_signature(target.model.graph, target.signature)
             built = write_graph(target.model, target.sites, signature, plan.target, say, started)
             return _with_portable(built, target.model, found.model, found.sites, plan, say)
+    graph, sites, signature = trace(model, args, kwargs, plan, say)
+    if not isinstance(plan, ReplayPlan):
+        return write_graph(graph, sites, signature, plan, say, started)
+    portable = graph.clone()
+    built = write_graph(graph, sites, signature, plan.target, say, started)
+    return _with_portable(built, graph, portable, sites, plan, say)
+
+
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, say: Callable[[str], None]
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """A model, or one rewritten block, as ``(onnx_ir.Model, sites, signature)``, its experts not lowered yet."""
     say("tracing the whole model")
     args, kwargs = roomier(model, args, kwargs)
     with emitting(model) as sites, quiet(), _attention(plan):
@@ -114,12 +140,7 @@ def build_onnx(
     program = functional(program)
     signature = describe_call(program)
     say("converting it to ONNX")
-    graph = to_onnx(program)
-    if not isinstance(plan, ReplayPlan):
-        return write_graph(graph, sites, signature, plan, say, started)
-    portable = graph.clone()
-    built = write_graph(graph, sites, signature, plan.target, say, started)
-    return _with_portable(built, graph, portable, sites, plan, say)
+    return to_onnx(program), sites, signature
 
 
 def _attention(plan: Plan) -> contextlib.AbstractContextManager[None]:
@@ -174,6 +195,13 @@ def write_graph(
     say(f"lowering {len(sites)} expert blocks")
     if plan.provider == "cpu":
         widen_graph(model)
+    accurate_graph(model)
+    if lost := coarse(model, plan.provider):
+        raise NotSaveableError(
+            f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
+            "with exp and log"
+        )
+    guard_sizes(model, signature, doubles="tensorrt" not in plan.provider)
     legal = [plan.legal(site) for site in sites]
     calls = {
         n.attributes["site"].as_int(): (*n.inputs, n.outputs[0])

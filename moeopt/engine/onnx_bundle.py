@@ -19,20 +19,26 @@ from typing import Any
 
 import torch
 
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
+from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, PROVIDERS, available, data_of, provider_named, runtime
 from moeopt.compare.language import find_ids
 from moeopt.engine import golden as goldens
 from moeopt.engine import onnx_probe as probes
+from moeopt.engine.holds import sentences
 from moeopt.engine.manifest import Manifest, read_manifest, write_bundle
 from moeopt.engine.onnx_build import Built
 from moeopt.engine.onnx_causal import flat_calls
-from moeopt.engine.onnx_check import check_graph
+from moeopt.engine.onnx_check import check_graph, parsed
 from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
-from moeopt.engine.onnx_golden import budget_of, golden_runs, other_sizes
+from moeopt.engine.onnx_golden import budget_of, golden_runs
 from moeopt.engine.onnx_selftest import Outcome, load_probes, self_test
 from moeopt.engine.onnx_target import AbsentEngine
-from moeopt.errors import BundleError, EngineNotExecutableError, NotEquivalentError, UsageError
+from moeopt.engine.onnx_trial import check_calls, within_limits
+from moeopt.engine.other_sizes import other_sizes
+from moeopt.engine.schemas import Form, SignatureFile
+from moeopt.errors import BundleError, EngineNotExecutableError, MoeoptError, NotEquivalentError, UsageError
+from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.report import Report
+from moeopt.untrusted import checked
 
 SIGNATURE, CERTIFICATE = "signature.json", "certificate.json"
 _PASSED: set[tuple[str, ...]] = set()
@@ -79,6 +85,7 @@ def stated(signature: Mapping[str, Any], report: Report, source: Mapping[str, st
         "source": dict(source or {}),
         "signature": {k: signature[k] for k in ("parameters", "in_tree", "out_tree", "inputs")},
         "dynamic": signature["sizes"],
+        "holds": sentences(signature),
         "blocks": report.to_dict()["blocks"],
     }
 
@@ -115,7 +122,12 @@ def _probes_of(graph: str) -> str:
 
 
 def load_onnx_bundle(
-    directory: str | os.PathLike[str], device: Any = None, *, replay: bool = True, session_options: Any = None
+    directory: str | os.PathLike[str],
+    device: Any = None,
+    *,
+    replay: bool = True,
+    session_options: Any = None,
+    limits: LoadLimits = DEFAULT,
 ) -> OnnxEngine | AbsentEngine:
     """Check a bundle, test it on this machine, and load it.
 
@@ -126,9 +138,11 @@ def load_onnx_bundle(
             there, None gives an engine that says so when it is called.
         replay: run the golden inputs too; :func:`verify_onnx_bundle` does so itself.
         session_options: an ``onnxruntime.SessionOptions``.
+        limits: what the self-test and the golden runs may take.
 
     Raises:
-        BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason.
+        BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason. A
+            ``LimitError`` where it takes more than ``limits``.
         UsageError: the provider is not on this machine.
         EngineNotExecutableError: a block computes something else here, and no other lowering takes its place.
         NotEquivalentError: the golden runs come back otherwise than the engine was verified to give them.
@@ -137,11 +151,9 @@ def load_onnx_bundle(
     if manifest.backend != "onnxruntime":
         raise BundleError(f"{manifest.directory}: it is a bundle for {manifest.backend}: use moeopt.load")
     provider = _provider(manifest, device)
-    for name in (GRAPH, probes.FILE, goldens.FILE):  # also where this process tested the same graph before
+    for name in (GRAPH, probes.FILE, goldens.FILE, CERTIFICATE):  # also where this process tested the same graph before
         manifest.path(name)
-    signature = manifest.read_json(SIGNATURE)
-    if not isinstance(signature, dict):
-        raise BundleError(f"{manifest.path(SIGNATURE)}: it describes no call")
+    signature = read_signature(manifest)
     graph = PORTABLE if was_replayed(manifest) and provider == "cpu" else GRAPH
     proto = _checked(manifest, graph, signature)
     if provider not in available():
@@ -150,18 +162,36 @@ def load_onnx_bundle(
     key = (*(str(manifest.data["files"].get(f)) for f in (graph, data_of(graph))), runtime().__version__, provider)
     outcome = Outcome(manifest.directory, graph)
     if key not in _PASSED:
-        outcome = self_test(manifest.directory, proto, *_probes(manifest, graph), provider, graph)
+        within_limits(manifest, proto, graph, signature, limits)
+
+        def check(part: bytes, feeds: Mapping[str, torch.Tensor]) -> None:
+            where = f"{manifest.path(graph)}, a block"
+            check_calls(parsed(part), part, manifest.directory, [feeds], limits, manifest.bytes, where)
+
+        seconds = limits.seconds_for(manifest.bytes)
+        records = _probes(manifest, graph)
+        outcome = self_test(manifest.directory, proto, *records, provider, graph, check, seconds)
     engine = _open(manifest, outcome, signature, provider, session_options)
     if replay and key not in _PASSED:
-        check = replay_golden(engine)
-        if check.passed is False:
+        came_back = replay_golden(engine, limits)
+        if came_back.passed is False:
             raise NotEquivalentError(
                 f"{manifest.directory}: on {provider} the engine does not give what it was verified to give: "
-                f"{check.reason}. Save the bundle again on this machine, or run it where it was verified"
+                f"{came_back.reason}. Save the bundle again on this machine, or run it where it was verified"
             )
         if not outcome.notes:
             _PASSED.add(key)
     return engine
+
+
+def read_signature(manifest: Manifest) -> dict[str, Any]:
+    """How the graph of a bundle is called."""
+    signature, where = manifest.read_json(SIGNATURE), manifest.path(SIGNATURE)
+    if not isinstance(signature, dict):
+        raise BundleError(f"{where}: it describes no call")
+    if isinstance(signature.get("inputs"), list):  # else the check of the graph's ends says it
+        checked(signature, SignatureFile, str(where))
+    return signature
 
 
 def was_replayed(manifest: Manifest) -> bool:
@@ -172,6 +202,8 @@ def was_replayed(manifest: Manifest) -> bool:
 def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> Any:
     if graph == PORTABLE and not isinstance(manifest.data["portable"], dict):
         raise BundleError(f"{manifest.directory}: the manifest does not describe {graph}")
+    if graph == PORTABLE:
+        checked(manifest.data["portable"], Form, f"{manifest.directory}: what the manifest says of {graph}")
     size = manifest.data["files"].get(data_of(graph), {"bytes": 0})["bytes"]
     return check_graph(manifest.path(graph), signature, size)
 
@@ -186,24 +218,28 @@ def golden_calls(engine: GraphEngine, call: tuple[tuple[Any, ...], Mapping[str, 
     return [((), feeds) for feeds in flat_calls(engine.causal_lm, ids)]
 
 
-def replay_golden(engine: GraphEngine) -> goldens.GoldenCheck:
-    """Run the golden inputs of a loaded engine again and compare with what its manifest allows."""
+def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.GoldenCheck:
+    """Run the golden inputs of a loaded engine again and compare with what its manifest allows.
+
+    ``LimitError`` where they take longer than ``limits`` say.
+    """
     manifest = engine.manifest
     assert manifest is not None, "only a loaded engine has golden runs"
     path = manifest.path(goldens.FILE)
     runs = goldens.load_golden(path, torch.device("cpu"))
-    stated = manifest.data.get("golden")
-    if not isinstance(stated, dict) or stated.get("runs") != len(runs):
-        raise BundleError(f"{path}: it holds {len(runs)} golden runs, and the manifest says otherwise")
-    distance = stated.get("distance")
-    if distance is not None and not (isinstance(distance, float) and 0 <= distance < 1):
-        raise BundleError(f"{manifest.directory}: golden runs may be {distance!r} away, which allows anything")
+    distance = goldens.read_stated(manifest.data.get("golden"), len(runs), str(manifest.directory))
 
     def run(leaves: Any) -> Any:
-        result = engine.run_flat(leaves)
+        try:
+            result = engine.run_flat(leaves)
+        except MoeoptError:
+            raise
+        except Exception as err:  # the runtime's own, of many classes
+            raise RuntimeError(str(err).strip().partition("\n")[0][:300]) from None
         return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cpu(), result)
 
-    return goldens.check_golden(run, runs, distance)
+    with engine.within(limits.seconds_for(manifest.bytes)):
+        return goldens.check_golden(run, runs, distance)
 
 
 def _open(
@@ -234,6 +270,8 @@ def _provider(manifest: Manifest, device: Any) -> str:
     saved = manifest.data.get("provider")
     if not isinstance(saved, str):
         raise BundleError(f"{manifest.directory}: the manifest names no provider")
+    if saved not in PROVIDERS:
+        raise BundleError(f"{manifest.directory}: it was built for {saved!r:.60}, not one of {', '.join(PROVIDERS)}")
     wanted = provider_named(saved if device is None else str(device))
     if wanted not in there and not (device is None and was_replayed(manifest)):
         hint = "" if device is not None else "; it was saved there: name another, like device='cpu'"

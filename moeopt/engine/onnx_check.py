@@ -59,6 +59,13 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> Any:
     return proto
 
 
+def parsed(model: bytes) -> Any:
+    """The protobuf of a graph that this process wrote."""
+    import onnx
+
+    return onnx.load_from_string(model)
+
+
 def parse(path: Path) -> Any:
     """The protobuf of a ``.onnx`` file; external weights are not read."""
     import onnx

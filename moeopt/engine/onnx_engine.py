@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ class GraphEngine(BundledEngine):
         """The ``device`` of a certificate."""
         return f"onnxruntime {self.provider}"
 
+    def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """While open, a run that is not done after ``seconds`` is a ``LimitError``, where the runtime can be ended."""
+        return contextlib.nullcontext()
+
     def holds(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
         """Whether the engine was built for the sizes of a call."""
         return True
@@ -120,7 +125,7 @@ class GraphEngine(BundledEngine):
 
 
 class OnnxEngine(GraphEngine):
-    """An engine of ONNX Runtime; ``session.session`` is its own ``InferenceSession``."""
+    """An engine of ONNX Runtime; ``session.session`` is its own ``InferenceSession``, ``graph`` the file it runs."""
 
     def __init__(
         self,
@@ -139,7 +144,10 @@ class OnnxEngine(GraphEngine):
             return Session(Path(directory) / graph, provider, session_options)
 
         super().__init__(directory, signature, open_session, device, keep, manifest)
-        self.notes = list(notes)
+        self.notes, self.graph = list(notes), graph
+
+    def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        return self.session.within(seconds)
 
     def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _reopen, (self.provider,)

@@ -38,7 +38,7 @@ def name_ends(graph: Any, signature: dict[str, Any]) -> None:
     """
     for value in (*graph.inputs, *graph.outputs, *_inner_values(graph)):
         _settle(value)
-    by_name = {value.name: value for value in graph.inputs}
+    by_name = inputs_of(graph, signature)
     ins, inner = input_names(signature), _inner_values(graph)
     for entry, name in zip(signature["inputs"], ins, strict=True):
         if "dtype" in entry:
@@ -62,6 +62,15 @@ def name_ends(graph: Any, signature: dict[str, Any]) -> None:
             by_name[entry["name"]].name = entry["onnx"]
     for number, name in tensors:
         graph.outputs[number].name = name
+
+
+def inputs_of(graph: Any, signature: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of an ``onnx_ir`` graph by the name of their entry in ``signature``.
+
+    torch's exporter calls an input that is returned as it came ``x_orig``, and the output ``x``.
+    """
+    known = {entry["name"] for entry in signature["inputs"]}
+    return {v.name if v.name in known else v.name.removesuffix("_orig"): v for v in graph.inputs}
 
 
 def _settle(value: Any) -> None:

@@ -11,6 +11,7 @@ not. Shape legend: T tokens, K chosen per token, E experts, H hidden.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,9 +96,15 @@ def session_of(model: bytes, folder: Path, provider: str) -> Session:
     return Session(model, provider, options)
 
 
-def ask(session: Session, probe: Mapping[str, Tensor], names: Sequence[str], budget: float) -> str:
-    """What is wrong with a block's answer, in words; "" when it is right. ``names``: of x, ids and weights."""
-    got = session.run(dict(zip(names, (probe["x"], probe["ids"], probe["weights"]), strict=True)))[0].cpu()
+def ask(
+    session: Session, probe: Mapping[str, Tensor], names: Sequence[str], budget: float, seconds: float | None = None
+) -> str:
+    """What is wrong with a block's answer, in words; "" when it is right. ``names``: of x, ids and weights.
+
+    ``LimitError`` when the answer takes longer than ``seconds``.
+    """
+    with contextlib.nullcontext() if seconds is None else session.within(seconds):
+        got = session.run(feeds_of(probe, names))[0].cpu()
     want = probe["y"]
     if got.shape != want.shape:
         return f"its result is {tuple(got.shape)}, not {tuple(want.shape)}"
@@ -106,6 +113,11 @@ def ask(session: Session, probe: Mapping[str, Tensor], names: Sequence[str], bud
         return "its result is not finite"
     far = float(token_distance(got, want)[pattern.both].max()) if pattern.both.any() else 0.0
     return "" if far <= budget else f"it is {far:.2e} from the float64 result, and {budget:.2e} is allowed"
+
+
+def feeds_of(probe: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """A probe's inputs under the names that the graph has for them."""
+    return dict(zip(names, (probe["x"], probe["ids"], probe["weights"]), strict=True))
 
 
 def _exact(spec: Any) -> Any:

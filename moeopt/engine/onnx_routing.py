@@ -34,10 +34,9 @@ def count_ids(model: nn.Module, engine: GraphEngine, graph: str, records: Record
         records: of :mod:`moeopt.engine.onnx_sites`, for the sites of that graph.
     """
     chosen = _of_model(model, call)
-    asked = [r for r in records if r["name"] in chosen]
     total, differ, first = 0, 0, ""
-    for record, ids_TK in zip(asked, _of_engine(engine, graph, asked, call) if asked else [], strict=True):
-        own_TK = chosen[record["name"]]
+    for name, ids_TK in ids_of_engine(engine, graph, [r for r in records if r["name"] in chosen], call).items():
+        own_TK = chosen[name]
         if own_TK.shape != ids_TK.shape:
             continue
         total += own_TK.numel()
@@ -46,7 +45,7 @@ def count_ids(model: nn.Module, engine: GraphEngine, graph: str, records: Record
         differ += int((one != two).sum())
         if rows and not first:
             t = rows[0]
-            first = f"{record['name']}, token {t}: experts {ids_TK[t].tolist()} instead of {own_TK[t].tolist()}"
+            first = f"{name}, token {t}: experts {ids_TK[t].tolist()} instead of {own_TK[t].tolist()}"
     return total, differ, first
 
 
@@ -65,30 +64,29 @@ def _of_model(model: nn.Module, call: Call) -> dict[str, Tensor]:
     return chosen
 
 
-def _of_engine(engine: GraphEngine, graph: str, records: Records, call: Call) -> list[Tensor]:
-    """The same of the engine, in the order of ``records``."""
+def ids_of_engine(engine: GraphEngine, graph: str, records: Records, call: Call) -> dict[str, Tensor]:
+    """The ids (T, K) that the engine chooses on ``call``, by the names of ``records``, in their order."""
     import onnx
 
+    if not records:
+        return {}
     feeds = _feeds(engine, call)
     names = [str(record["ids"]) for record in records]
-    if all(name in feeds for name in names):  # the caller routes
-        return [feeds[name].cpu() for name in names]
-    proto = onnx.load(os.fspath(engine.directory / graph), load_external_data=False)
-    del proto.graph.output[:]
-    ends = dict.fromkeys(n for n in names if n not in {i.name for i in proto.graph.input})
-    proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT64, None) for n in ends)
-    path = engine.directory / f"{graph}.ids"  # beside its weights
-    options = runtime().SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    try:
-        path.write_bytes(proto.SerializeToString())
-        session = Session(path, engine.provider, options)
+    results = dict(feeds)
+    if not all(name in feeds for name in names):  # else the caller routes
+        proto = onnx.load(os.fspath(engine.directory / graph), load_external_data=False)
+        del proto.graph.output[:]
+        ends = dict.fromkeys(n for n in names if n not in {i.name for i in proto.graph.input})
+        proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT64, None) for n in ends)
+        options = runtime().SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        folder = os.fspath(engine.directory.resolve())
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        session = Session(proto.SerializeToString(), engine.provider, options)
         given = {name: feeds[name] for name in session.inputs}
         results = dict(zip(session.outputs, session.run(given), strict=True)) | feeds
-    finally:
-        path.unlink(missing_ok=True)
-    return [results[name].cpu() for name in names]
+    return {str(record["name"]): results[name].cpu() for record, name in zip(records, names, strict=True)}
 
 
 def _feeds(engine: GraphEngine, call: Call) -> dict[str, Tensor]:

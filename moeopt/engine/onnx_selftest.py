@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from moeopt.backends.onnxrt.lower import LOWERINGS
 from moeopt.backends.onnxrt.select import ranked
 from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, Session
 from moeopt.engine.folder import TemporaryFolder
-from moeopt.engine.onnx_probe import BLOCK, ask, cut_out, session_of
+from moeopt.engine.onnx_probe import BLOCK, ask, cut_out, feeds_of, session_of
 from moeopt.engine.onnx_sites import ENDS, read_back, tensor_of
 from moeopt.errors import BundleError, Declined, EngineFallbackWarning, EngineNotExecutableError, UsageError
 from moeopt.onnxgraph.assemble import one_op
@@ -32,6 +32,8 @@ from moeopt.onnxgraph.forms.base import Lowering
 from moeopt.onnxgraph.site import Site
 
 Probe = tuple[Mapping[str, Tensor], float]
+Check = Callable[[bytes, Mapping[str, Tensor]], None]
+"""Refuses a model whose call with these inputs takes more time or memory than it may."""
 
 
 @dataclass
@@ -51,10 +53,15 @@ def self_test(
     probes: Sequence[Probe],
     provider: str,
     graph: str = GRAPH,
+    check: Check | None = None,
+    seconds: float | None = None,
 ) -> Outcome:
     """Ask every kind of block of the graph in the file ``graph`` its probe; replace those that answer wrongly.
 
+    ``check`` is asked before a saved block runs, and ``seconds`` is how long an answer may take.
+
     Raises:
+        LimitError: a block takes more than it may.
         EngineNotExecutableError: no lowering of a block answers rightly here; the message has each one's reason.
     """
     wrong = {}
@@ -62,7 +69,7 @@ def self_test(
         record = next((r for r in records if r.get("probe") == number), None)
         if record is None:
             raise BundleError(f"{directory}: probe {number} belongs to no block")
-        reason = _answer(directory, proto, record, probe, provider)
+        reason = _answer(directory, proto, record, probe, provider, check, seconds)
         if reason:
             wrong[number] = reason
     outcome = Outcome(directory, graph)
@@ -82,15 +89,25 @@ def self_test(
     return outcome
 
 
-def _answer(directory: Path, proto: Any, record: Mapping[str, Any], probe: Probe, provider: str) -> str:
+def _answer(
+    directory: Path,
+    proto: Any,
+    record: Mapping[str, Any],
+    probe: Probe,
+    provider: str,
+    check: Check | None,
+    seconds: float | None,
+) -> str:
     """What is wrong with the saved nodes of a block, or ""."""
-    part = cut_out(proto, record)
-    return _asked(lambda: session_of(part, directory, provider), probe, [record[end] for end in ENDS[:3]])
+    part, names = cut_out(proto, record), [record[end] for end in ENDS[:3]]
+    if check is not None:
+        check(part, feeds_of(probe[0], names))
+    return _asked(lambda: session_of(part, directory, provider), probe, names, seconds)
 
 
-def _asked(make: Any, probe: Probe, names: Sequence[str]) -> str:
+def _asked(make: Any, probe: Probe, names: Sequence[str], seconds: float | None = None) -> str:
     try:
-        return ask(make(), probe[0], names, probe[1])
+        return ask(make(), probe[0], names, probe[1], seconds)
     except (UsageError, BundleError):
         raise
     except Exception as err:  # ONNX Runtime's own, of many classes: a node that it does not run here

@@ -16,6 +16,7 @@ from moeopt.engine.onnx_target import AbsentEngine, built_for
 from moeopt.engine.trt_bundle import load_trt_bundle, needs_of
 from moeopt.engine.trt_engine import TensorRTEngine, built_not_executed
 from moeopt.errors import MoeoptError, NotSaveableError
+from moeopt.limits import DEFAULT, LoadLimits
 
 Answers = tuple[GraphEngine, bool, str]
 """An engine that runs here, whether it is the one that was built, and the certificate's ``device``."""
@@ -36,22 +37,23 @@ def open_onnx(built: Built, plan: Plan, session_options: Any) -> OnnxEngine | Ab
         ) from err
 
 
-def onnx_to_verify(directory: str | os.PathLike[str], provider: str | None) -> Answers:
+def onnx_to_verify(directory: str | os.PathLike[str], provider: str | None, limits: LoadLimits = DEFAULT) -> Answers:
     """For a bundle of ONNX Runtime: on ``provider``, else where it was built for, else replayed on the CPU."""
     manifest = read_manifest(directory)
-    engine = load_onnx_bundle(directory, provider or (None if was_replayed(manifest) else "cpu"), replay=False)
+    device = provider or (None if was_replayed(manifest) else "cpu")
+    engine = load_onnx_bundle(directory, device, replay=False, limits=limits)
     if isinstance(engine, AbsentEngine):
-        engine = load_onnx_bundle(directory, "cpu", replay=False)
+        engine = load_onnx_bundle(directory, "cpu", replay=False, limits=limits)
     assert isinstance(engine, OnnxEngine)
     executed = engine.provider != "cpu" or not was_replayed(manifest)
     return engine, executed, engine.described if executed else built_for(str(manifest.data["provider"]))
 
 
-def trt_to_verify(directory: str | os.PathLike[str], provider: str | None) -> Answers:
+def trt_to_verify(directory: str | os.PathLike[str], provider: str | None, limits: LoadLimits = DEFAULT) -> Answers:
     """For a bundle of TensorRT: the plan where it runs, else its ONNX form on the CPU."""
-    engine = load_trt_bundle(directory, provider, replay=False)
+    engine = load_trt_bundle(directory, provider, replay=False, limits=limits)
     if isinstance(engine, AbsentEngine):
-        engine = load_trt_bundle(directory, "cpu", replay=False)
+        engine = load_trt_bundle(directory, "cpu", replay=False, limits=limits)
     assert isinstance(engine, GraphEngine)
     executed = isinstance(engine, TensorRTEngine) or engine.provider != "cpu"
     return engine, executed, engine.described if executed else built_not_executed(needs_of(read_manifest(directory)))

@@ -17,7 +17,9 @@ from torch.utils import _pytree as pytree
 
 from moeopt.compare.model import run_plain
 from moeopt.engine.asked import noting_questions
+from moeopt.engine.plain import free_sizes, plain_call
 from moeopt.errors import MoeoptError, NotSaveableError
+from moeopt.patches import idle_moves, no_export_dump, one_trace
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -53,28 +55,18 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         NotSaveableError: the model cannot be exported; the message names what is in the way.
     """
 
-    def dynamic(leaf: Any) -> Any:
-        return {d: torch.export.Dim.AUTO for d in range(leaf.dim())} if isinstance(leaf, torch.Tensor) else None
-
     model = _by_its_forward(model)
-    shapes = pytree.tree_map(dynamic, (tuple(args), dict(kwargs)))
+    args, kwargs = plain_call(args, kwargs)
     before = _python_state(model)
     try:
-        with (
-            torch.no_grad(),
-            _idle_moves(),
-            shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-            noting_questions(),
-            _no_dump(),
-            _named(model, kwargs),
-        ):
-            bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
+        program = _traced(model, args, kwargs)
     except MoeoptError:
         raise
     except Exception as err:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
         raise NotSaveableError(
-            f"{type(model).__name__} cannot be saved: {_hidden_child(model, err) or _obstacle(err)}"
+            f"{type(model).__name__} cannot be saved: "
+            f"{_hidden_child(model, err) or _made_for_inference(model) or _odd_argument(bound, err) or _obstacle(err)}"
         ) from err
     finally:
         counted = _restore(model, before)
@@ -96,6 +88,29 @@ def _by_its_forward(model: nn.Module) -> nn.Module:
     plain = type("GraphModule", (nn.Module,), {})()  # so that messages name it so
     plain.__dict__.update(model.__dict__)
     return plain
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The trace with every size free; where torch cannot broadcast a free size of 1, with sizes of 1 as they are."""
+    ones = any(1 in t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+    for free in (True, False) if ones else (True,):
+        try:
+            with (
+                one_trace,
+                torch.no_grad(),
+                idle_moves(),
+                shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+                noting_questions(),
+                no_export_dump(),
+                _named(model, kwargs),
+            ):
+                shapes = free_sizes((args, kwargs), ones=free)
+                bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)
+                return torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
+        except RuntimeError as err:
+            if not ones or not free or "must match the size of tensor" not in str(err):
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 @contextlib.contextmanager
@@ -125,36 +140,6 @@ def _named(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
             model.__dict__["forward"] = held
 
 
-@contextlib.contextmanager
-def _no_dump() -> Iterator[None]:
-    """Where export fails, torch prints the whole graph so far; the error says in a sentence what stood in the way."""
-    from torch.export import _trace
-
-    _trace.__dict__["print"] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        del _trace.__dict__["print"]
-
-
-@contextlib.contextmanager
-def _idle_moves() -> Iterator[None]:
-    """``module.to(dtype)`` inside a forward, where the module has that dtype already: export cannot trace it."""
-    original = nn.Module.to
-
-    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        device, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
-        held = [*self.parameters(), *self.buffers()]
-        same = all(device in (None, t.device) and (dtype in (None, t.dtype) or not t.is_floating_point()) for t in held)
-        return self if same and form is None else original(self, *args, **kwargs)
-
-    nn.Module.to = to  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.to = original  # type: ignore[method-assign]
-
-
 def _hidden_child(model: nn.Module, err: Exception) -> str:
     """In words, the submodule that stopped ``torch.export`` because its owner has a method of that name; or ""."""
     if "is not an instance of torch.nn.Module" not in str(err):
@@ -167,6 +152,31 @@ def _hidden_child(model: nn.Module, err: Exception) -> str:
                     f"attribute of the class {type(module).__name__}, which self.{name} gives in its place, and "
                     "torch.export stops at it: give it another name, or use backend='torch'"
                 )
+    return ""
+
+
+def _made_for_inference(model: nn.Module) -> str:
+    """In words, the weight that torch cannot trace outside inference mode, for it was made inside; or ""."""
+    name = next((name for name, weight in model.named_parameters() if weight.is_inference()), None)
+    if name is None or torch.is_inference_mode_enabled():
+        return ""
+    return (
+        f"{name} was made under torch.inference_mode(), and torch traces such weights there only: make the model "
+        "outside it, or call moeopt inside it too"
+    )
+
+
+def _odd_argument(bound: dict[str, Any], err: Exception) -> str:
+    """In words, the argument that stopped ``torch.export`` because it is neither a tensor nor a plain value; or ""."""
+    if "Unsupported input type" not in str(err) and "Unfamiliar meta val" not in str(err):
+        return ""
+    for path, leaf in pytree.tree_flatten_with_path(bound)[0]:
+        if not isinstance(leaf, (torch.Tensor, bool, int, float, complex, str, type(None))):
+            name = pytree.keystr(path).replace("'", "").lstrip("[").replace("]", "", 1)
+            return (
+                f"its argument {name} is a {type(leaf).__qualname__} ({leaf!r:.60}), and a graph takes tensors, "
+                "numbers and text: leave it out so that its default holds, set it in the model, or use backend='torch'"
+            )
     return ""
 
 

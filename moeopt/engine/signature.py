@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import re
-import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from moeopt.engine import sizes
 from moeopt.engine.asked import questions
 from moeopt.engine.conditions import encode_conditions, only_asked
 from moeopt.engine.graph import input_entry, tree_of
+from moeopt.engine.intervals import simplified
+from moeopt.engine.tree import field_names
 from moeopt.engine.values import encode
 from moeopt.errors import NotSaveableError
+from moeopt.patches import one_trace, quiet
 
 
 def describe_call(program: torch.export.ExportedProgram) -> dict[str, Any]:
@@ -47,25 +51,59 @@ def describe_call(program: torch.export.ExportedProgram) -> dict[str, Any]:
 
 
 def size_conditions(program: torch.export.ExportedProgram) -> list[Any]:
-    """The conditions on sizes of the trace, less those that only torch's own code asked for."""
+    """The conditions on sizes of the trace, less those that only torch's own code asked for, each as simple as it is.
+
+    A size that is computed from others (ids for each token of rows of tokens) is one more condition.
+    """
     leaves = numbered(program)
     guards = [text for text in program._guards_code if ".stride()" not in text]  # a graph's tensors have no strides
     conditions = encode_conditions(guards, leaves)
-    if not conditions:
-        return conditions
     names = _symbols(program)
-    asked: list[Any] = []
-    for expr in questions(program):
-        text = PythonPrinter().doprint(expr)
+
+    def encoded(text: str) -> list[Any]:
         for symbol, source in names.items():
             text = re.sub(rf"\b{symbol}\b", source, text)
-        asked += encode_conditions([text], leaves)
-    return only_asked(conditions, asked)
+        return encode_conditions([text], leaves)
+
+    if conditions:
+        asked = [condition for expr in questions(program) for condition in encoded(PythonPrinter().doprint(expr))]
+        conditions = only_asked(conditions, asked)
+    shapes = dict(_shapes(program))
+    conditions = [*conditions, *_computed(shapes, names, encoded)]
+    return simplified(conditions, lambda leaf: [_hint(size) for size in shapes[leaf]])
+
+
+def _computed(shapes: dict[int, Any], names: dict[str, str], encoded: Callable[[str], list[Any]]) -> list[Any]:
+    """For each size that is an expression of others': that they are equal."""
+    found: list[Any] = []
+    for leaf, shape in shapes.items():
+        for dim, size in enumerate(shape):
+            if isinstance(size, torch.SymInt) and sizes.encode_dim(size) is None:
+                expr = size.node.expr
+                if {str(symbol) for symbol in expr.free_symbols} <= set(names):
+                    (equal,) = encoded(f"{PythonPrinter().doprint(expr)} == 0") or [None]
+                    if equal is not None:
+                        found.append(["==", ["size", leaf, dim], equal[1]])
+    return found
+
+
+def _shapes(program: torch.export.ExportedProgram) -> Iterator[tuple[int, Any]]:
+    """The number and the shape of each leaf of the arguments that is a tensor."""
+    users = [s.arg.name for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    for number in range(program.call_spec.in_spec.num_leaves):
+        value = nodes[users[number]].meta.get("val")
+        if isinstance(value, torch.Tensor):
+            yield number, value.shape
+
+
+def _hint(size: Any) -> int:
+    """The size in the traced call."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def _symbols(program: torch.export.ExportedProgram) -> dict[str, str]:
     """Each symbol of the arguments' sizes, as the text that export's conditions write for it."""
-    spec = program.call_spec.in_spec
     leaves: dict[int, str] = {}
 
     def walk(value: Any, text: str) -> None:
@@ -79,12 +117,9 @@ def _symbols(program: torch.export.ExportedProgram) -> dict[str, str]:
                 walk(part, f"{text}[{number}]")
 
     walk(numbered(program), "L")
-    users = [s.arg.name for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
-    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     found: dict[str, str] = {}
-    for number in range(spec.num_leaves):
-        value = nodes[users[number]].meta.get("val")
-        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+    for number, shape in _shapes(program):
+        for dim, size in enumerate(shape):
             name = sizes.encode_dim(size)
             if isinstance(name, str) and number in leaves:
                 found.setdefault(name, f"{leaves[number]}.size()[{dim}]")
@@ -92,20 +127,31 @@ def _symbols(program: torch.export.ExportedProgram) -> dict[str, str]:
 
 
 def numbered(program: torch.export.ExportedProgram) -> dict[str, Any]:
-    """The arguments by name, each leaf its number; an object (a cache) is the list of its leaves."""
+    """The arguments by name, each leaf its number; an object with no named fields (a cache) is the list of its leaves.
+
+    Of ``*xs``, which export names ``xs_0``, ``xs_1``, the parts are found as ``xs`` too.
+    """
     count = itertools.count()
 
     def walk(spec: pytree.TreeSpec) -> Any:
         if spec.is_leaf():
             return next(count)
         parts = [walk(child) for child in spec.children()]
-        if spec.type is dict:
+        if spec.type in (dict, collections.OrderedDict):
             return dict(zip(spec.context, parts, strict=True))
+        if spec.type is collections.defaultdict:  # its context is the factory and the keys
+            return dict(zip(spec.context[1], parts, strict=True))
+        if (names := field_names(spec)) is not None:
+            return collections.namedtuple("Leaves", names, rename=True)(*parts)
         return tuple(parts) if spec.type is tuple else parts
 
     args, kwargs = walk(program.call_spec.in_spec)
     names = program.module_call_graph[0].signature.forward_arg_names or []
-    return dict(zip(names, args, strict=False)) | kwargs
+    starred: dict[str, Any] = {}
+    for name, part in zip(names, args, strict=False):
+        if of_star := re.fullmatch(r"(\w+)_(\d+)", name):
+            starred.setdefault(of_star[1], {})[int(of_star[2])] = part
+    return starred | dict(zip(names, args, strict=False)) | kwargs
 
 
 def _outputs(program: torch.export.ExportedProgram) -> list[dict[str, Any]]:
@@ -171,8 +217,7 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
                 f"the model draws random numbers ({node.target}{_line_of(node)}), and an engine would draw others: "
                 "call eval() first, or make the draws an argument"
             )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec", FutureWarning)  # torch's own use of it
+    with one_trace, quiet():  # torch warns about its own use of tree specs
         return program.run_decompositions({})
 
 

@@ -58,6 +58,6 @@ def check_ranges(ranges: Any) -> None:
     if not isinstance(ranges, dict):
         raise BundleError(f"the ranges of sizes are {str(ranges)[:60]!r}, not an object")
     for symbol, bounds in ranges.items():
-        good = isinstance(bounds, list) and len(bounds) == 2 and isinstance(bounds[0], int)
-        if not good or not (bounds[1] is None or isinstance(bounds[1], int)):
-            raise BundleError(f"the range of the size {symbol!r} is {bounds!r}, not [least, most]")
+        good = isinstance(bounds, list) and len(bounds) == 2 and type(bounds[0]) is int
+        if not good or not (bounds[1] is None or type(bounds[1]) is int):
+            raise BundleError(f"the range of the size {symbol!r:.60} is {bounds!r:.60}, not [least, most]")

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import moeopt.ops  # noqa: F401  registers moeopt::experts and moeopt::route, which graphs call
+from moeopt.compare.certificate import Certificate
 from moeopt.engine import golden as goldens
+from moeopt.engine.aligned import aligned
 from moeopt.engine.graph import write_graph
+from moeopt.engine.holds import notes_on_sizes, sentences
 from moeopt.engine.manifest import Manifest, read_manifest, write_bundle
 from moeopt.engine.runner import Runner
 from moeopt.engine.signature import size_conditions
 from moeopt.engine.tree import build
 from moeopt.engine.weights import pack, unpack
 from moeopt.errors import BundleError, NotSaveableError, UsageError
+from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.report import Report
 
 GRAPH, WEIGHTS, CERTIFICATE = "graph.json", "weights.safetensors", "certificate.json"
@@ -55,6 +62,8 @@ def save_torch_bundle(
         raise UsageError(f"{len(golden_inputs)} golden inputs and {len(golden_outputs)} outputs: give one for each")
     graph, tensors = write_graph(program)
     graph["conditions"] = size_conditions(program)
+    if isinstance(certificate, Certificate):
+        certificate = dataclasses.replace(certificate, notes=[*certificate.notes, *notes_on_sizes(graph)])
     blocks, graph["views"] = pack(tensors)
     runs = [
         goldens.golden_run(args, kwargs, out) for (args, kwargs), out in zip(golden_inputs, golden_outputs, strict=True)
@@ -64,6 +73,7 @@ def save_torch_bundle(
         "device": _device_of(tensors, graph),
         "signature": {k: graph[k] for k in ("parameters", "in_tree", "out_tree", "inputs")},
         "dynamic": graph["sizes"],
+        "holds": sentences(graph),
         "blocks": report.to_dict()["blocks"],
         "golden": {"runs": len(runs), "distance": golden_distance},
     }
@@ -100,6 +110,15 @@ class LoadedEngine:
         args, kwargs = build(self._runner.binding.tree, iter(leaves))
         return self._runner(*args, **kwargs)
 
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """While open, a call that is not done after ``seconds`` is a ``LimitError``. For one thread only."""
+        self._runner.deadline = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._runner.deadline = float("inf")
+
     @property
     def certificate(self) -> Any:
         """The certificate that was saved, as JSON types."""
@@ -109,36 +128,48 @@ class LoadedEngine:
         return f"<moeopt engine {self.manifest.directory} on {self.device}>"
 
 
-def load_torch_bundle(directory: str | os.PathLike[str], device: Any = None) -> LoadedEngine:
+def load_torch_bundle(
+    directory: str | os.PathLike[str], device: Any = None, limits: LoadLimits = DEFAULT
+) -> LoadedEngine:
     """Check a bundle and load it on ``device``, or on the device it was saved from.
 
-    ``BundleError`` names the file and the reason; ``UsageError`` when this machine lacks the device.
+    ``BundleError`` names the file and the reason; ``UsageError`` when this machine lacks the device. ``limits`` hold
+    for calls too: one that takes more memory is a ``LimitError``.
     """
     manifest = read_manifest(directory)
     if manifest.backend != "torch":
         raise BundleError(f"{manifest.directory}: it is a bundle for {manifest.backend}, not torch: use moeopt.load")
     graph = manifest.read_json(GRAPH)
+    manifest.path(CERTIFICATE)
     saved = manifest.data.get("device")
     if not isinstance(saved, str) or not isinstance(graph, dict) or not isinstance(graph.get("views"), dict):
         raise BundleError(f"{manifest.path(GRAPH)}: it lacks a device, or the table of its weights")
+    try:
+        torch.device(saved)
+    except (RuntimeError, ValueError):
+        raise BundleError(f"{manifest.directory}: it was saved on {saved!r:.60}, which is no device") from None
     where = _target_device(saved, device)
     try:
         with _opened(manifest.path(WEIGHTS), where) as blocks:
             views = graph["views"]
-            runner = Runner(graph, lambda key: unpack(key, views.get(key), blocks), _remap(saved, where))
+            runner = Runner(
+                graph, lambda key: unpack(key, views.get(key), blocks), _remap(saved, where), limits, manifest.bytes
+            )
     except BundleError as err:
         raise BundleError(f"{manifest.path(GRAPH)}: {err}") from None
     return LoadedEngine(manifest, runner, where)
 
 
-def verify_torch_bundle(directory: str | os.PathLike[str], device: Any = None) -> goldens.GoldenCheck:
+def verify_torch_bundle(
+    directory: str | os.PathLike[str], device: Any = None, limits: LoadLimits = DEFAULT
+) -> goldens.GoldenCheck:
     """Load a bundle, run its golden inputs again and compare; damage is a ``BundleError``, not a failed check."""
-    engine = load_torch_bundle(directory, device)
-    runs = goldens.load_golden(engine.manifest.path(goldens.FILE), engine.device)
-    stated = engine.manifest.data.get("golden", {})
-    if stated.get("runs") != len(runs):
-        raise BundleError(f"{directory}: the manifest says {stated.get('runs')} golden runs, and there are {len(runs)}")
-    return goldens.check_golden(engine.run_flat, runs, stated.get("distance"))
+    engine = load_torch_bundle(directory, device, limits)
+    manifest = engine.manifest
+    runs = goldens.load_golden(manifest.path(goldens.FILE), engine.device)
+    distance = goldens.read_stated(manifest.data.get("golden"), len(runs), str(manifest.directory))
+    with engine.within(limits.seconds_for(manifest.bytes)):
+        return goldens.check_golden(engine.run_flat, runs, distance)
 
 
 class _opened:
@@ -164,7 +195,7 @@ class _opened:
         if name not in self._names:
             raise BundleError(f"{self.path.name} has no block {name!r}")
         if name not in self._read:
-            self._read[name] = self._file.get_tensor(name)
+            self._read[name] = aligned(self._file.get_tensor(name))
         return self._read[name]
 
 

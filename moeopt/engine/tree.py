@@ -49,14 +49,26 @@ def encode_tree(spec: pytree.TreeSpec) -> Any:
         return {"type": kind.__name__, "items": items}
     if kind in (dict, collections.OrderedDict):
         return {"type": kind.__name__, "keys": _names(list(spec.context), kind), "items": items}
-    if kind is collections.namedtuple or pytree.is_namedtuple_class(kind):
-        cls = spec.context if kind is collections.namedtuple else kind
+    if (cls := _named_tuple_class(spec)) is not None:
         _met.setdefault((cls.__name__, cls._fields), weakref.WeakSet()).add(cls)
         return {"type": "namedtuple", "name": cls.__name__, "keys": list(cls._fields), "items": items}
     fields = _fields_of(kind, spec.context, len(items))
     if fields is None:
         raise TypeError(f"a {kind.__module__}.{kind.__qualname__} (not a tuple, list, dict or class with named fields)")
-    return {"type": "fields", "name": f"{kind.__module__}:{kind.__qualname__}", "keys": fields, "items": items}
+    tree = {"type": "fields", "name": f"{kind.__module__}:{kind.__qualname__}", "keys": fields, "items": items}
+    return tree | ({"none": absent} if (absent := _absent_of(spec.context, fields)) else {})
+
+
+def field_names(spec: pytree.TreeSpec) -> list[str] | None:
+    """The names of the parts of a named tuple or of a registered class with fields; None for any other structure."""
+    cls = _named_tuple_class(spec)
+    return list(cls._fields) if cls is not None else _fields_of(spec.type, spec.context, len(spec.children()))
+
+
+def _named_tuple_class(spec: pytree.TreeSpec) -> Any:
+    if spec.type is collections.namedtuple:
+        return spec.context
+    return spec.type if pytree.is_namedtuple_class(spec.type) else None
 
 
 def build(tree: Any, leaves: Iterator[Any]) -> Any:
@@ -91,6 +103,9 @@ def flatten(tree: Any, value: Any, where: str) -> Iterator[tuple[str, Any]]:
         missing = [k for k in tree["keys"] if not hasattr(value, k)]
         if missing:
             raise UsageError(f"{where} must have the fields {', '.join(tree['keys'])}, and {missing[0]} is missing")
+        given = [k for k in tree.get("none", []) if getattr(value, k, None) is not None]
+        if given:
+            raise UsageError(f"{where}.{given[0]} must be None, as in the call that the engine was exported with")
         parts = [(f"{where}.{k}", getattr(value, k)) for k in tree["keys"]]
     else:
         if not isinstance(value, dict) or set(value) != set(tree["keys"]):
@@ -105,13 +120,15 @@ def check_tree(tree: Any, depth: int = 0) -> int:
     if tree == LEAF:
         return 1
     good = isinstance(tree, dict) and isinstance(tree.get("items"), list) and depth < 64
+    good = good and isinstance(tree.get("type"), str)
     kind = tree.get("type") if good else None
     if kind in ("dict", "OrderedDict", "namedtuple", "fields"):
         keys = tree.get("keys")
         good = isinstance(keys, list) and len(keys) == len(tree["items"]) == len(set(map(str, keys)))
         good = good and all(isinstance(k, (str, int)) for k in keys)
         if kind in ("namedtuple", "fields"):
-            good = good and all(isinstance(k, str) and _is_field(k) for k in keys) and isinstance(tree.get("name"), str)
+            good = good and isinstance(tree.get("name"), str) and isinstance(tree.get("none", []), list)
+            good = good and all(isinstance(k, str) and _is_field(k) for k in [*keys, *tree.get("none", [])])
         if good and kind == "namedtuple":
             good = tree["name"].isidentifier() and not keyword.iskeyword(tree["name"])
     elif kind not in ("tuple", "list"):
@@ -139,6 +156,13 @@ def _fields_of(kind: Any, context: Any, count: int) -> list[str] | None:
         if isinstance(names, (tuple, list)) and len(names) == count and all(isinstance(n, str) for n in names):
             return list(names)
     return None
+
+
+def _absent_of(context: Any, fields: list[str]) -> list[str]:
+    """The names of fields that were None, which torch writes beside the names of those that were not."""
+    if not isinstance(context, (tuple, list)) or len(context) != 2 or context[0] != fields:
+        return []
+    return list(context[1]) if isinstance(context[1], list) else []
 
 
 def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:

@@ -38,12 +38,14 @@ from moeopt.engine.trt_causal import causal_sizes
 from moeopt.engine.trt_engine import PLAN, AbsentTensorRTEngine, TensorRTEngine, open_built, provider_of
 from moeopt.engine.trt_plan import PortableForm
 from moeopt.errors import Declined, EngineBuildError, NotSaveableError, UsageError
+from moeopt.ir.surprise import surprises
 from moeopt.onnxgraph.assemble import one_op
-from moeopt.onnxgraph.export import emitting, quiet, to_onnx
+from moeopt.onnxgraph.export import emitting, to_onnx
 from moeopt.onnxgraph.plan import kind
 from moeopt.onnxgraph.site import Site
 from moeopt.onnxgraph.widen import widen_graph, widen_site
 from moeopt.options import Options
+from moeopt.patches import quiet
 
 
 @dataclass
@@ -94,6 +96,13 @@ def build_trt(
         NotSaveableError: torch.export or ONNX cannot hold the model.
         EngineBuildError: TensorRT does not build it; the message names the block where it is known.
     """
+    with surprises(f"building {type(model).__name__} for TensorRT", onnx_build.INSTEAD, NotSaveableError):
+        return _build(model, args, kwargs, plan, options)
+
+
+def _build(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: TensorRTPlan, options: Options
+) -> TrtBuilt:
     started = time.perf_counter()
     graph, sites, signature = _exported(model, args, kwargs, plan, options)
     portable, differs, sums = graph.clone(), widen_graph(graph.clone()), 0

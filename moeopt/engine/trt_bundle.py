@@ -23,10 +23,19 @@ from moeopt.backends.tensorrt.product import LABELS
 from moeopt.backends.tensorrt.runtime import Needs, lacking
 from moeopt.engine import golden as goldens
 from moeopt.engine.manifest import Manifest, read_manifest, write_bundle
-from moeopt.engine.onnx_bundle import SIGNATURE, golden_calls, replay_golden, stated, write_evidence
+from moeopt.engine.onnx_bundle import (
+    CERTIFICATE,
+    SIGNATURE,
+    golden_calls,
+    read_signature,
+    replay_golden,
+    stated,
+    write_evidence,
+)
 from moeopt.engine.onnx_check import check_graph
 from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
 from moeopt.engine.onnx_golden import budget_of, golden_runs
+from moeopt.engine.onnx_trial import within_limits
 from moeopt.engine.trt_build import TrtBuilt
 from moeopt.engine.trt_engine import (
     PLAN,
@@ -38,6 +47,7 @@ from moeopt.engine.trt_engine import (
     provider_of,
 )
 from moeopt.errors import BundleError, EngineNotExecutableError, NotEquivalentError, UsageError
+from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.report import Report
 
 LAYERS = "layers.json"
@@ -102,7 +112,12 @@ def _described(built: TrtBuilt) -> dict[str, Any]:
 
 
 def load_trt_bundle(
-    directory: str | os.PathLike[str], device: Any = None, *, replay: bool = True, session_options: Any = None
+    directory: str | os.PathLike[str],
+    device: Any = None,
+    *,
+    replay: bool = True,
+    session_options: Any = None,
+    limits: LoadLimits = DEFAULT,
 ) -> GraphEngine | AbsentTensorRTEngine:
     """Check a bundle and load it.
 
@@ -113,6 +128,7 @@ def load_trt_bundle(
             ONNX form through that provider of ONNX Runtime.
         replay: run the golden inputs too.
         session_options: an ``onnxruntime.SessionOptions``, for the ONNX form.
+        limits: what the golden runs of the ONNX form may take.
 
     Raises:
         BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason.
@@ -124,15 +140,14 @@ def load_trt_bundle(
     if manifest.backend != "tensorrt":
         raise BundleError(f"{manifest.directory}: it is a bundle for {manifest.backend}: use moeopt.load")
     needs, profiles = _read_needs(manifest)
-    signature = manifest.read_json(SIGNATURE)
-    if not isinstance(signature, dict):
-        raise BundleError(f"{manifest.path(SIGNATURE)}: it describes no call")
-    for name in (PLAN, GRAPH, goldens.FILE):
+    signature = read_signature(manifest)
+    for name in (PLAN, GRAPH, goldens.FILE, CERTIFICATE):
         manifest.path(name)
+    protos = {}
     for graph in (GRAPH, PORTABLE):
         if graph in manifest.data["files"]:
             size = manifest.data["files"].get(data_of(graph), {"bytes": 0})["bytes"]
-            check_graph(manifest.path(graph), signature, size)
+            protos[graph] = check_graph(manifest.path(graph), signature, size)
     engine: GraphEngine
     name = "" if device is None else str(device).split(":")[0].lower()
     if name in ("", "cuda"):
@@ -142,11 +157,14 @@ def load_trt_bundle(
             return AbsentTensorRTEngine(manifest.directory, signature, needs, manifest=manifest)
         engine = TensorRTEngine(manifest.directory, signature, needs, profiles, manifest=manifest)
     else:
+        if provider_named(name) == "cpu":
+            graph = onnx_form(manifest.directory)
+            within_limits(manifest, protos[graph], graph, signature, limits)
         engine = _onnx_engine(manifest, signature, name, session_options)
     form = PLAN if isinstance(engine, TensorRTEngine) else onnx_form(manifest.directory)
     key = (*(str(manifest.data["files"].get(f)) for f in (form, data_of(form))), engine.provider)
     if replay and key not in _PASSED:
-        check = replay_golden(engine)
+        check = replay_golden(engine, limits)
         if check.passed is False:
             raise NotEquivalentError(
                 f"{manifest.directory}: on {engine.provider} the engine does not give what it was verified to give: "
@@ -192,7 +210,7 @@ def _read_needs(manifest: Manifest) -> tuple[Needs, list[dict[str, Any]]]:
         good = False
     if not good:
         raise BundleError(f"{manifest.directory}: the manifest does not say what {PLAN} runs on")
-    if said["sha256"] != manifest.data["files"].get(PLAN, {}).get("sha256"):  # type: ignore[index]
+    if said.get("sha256") != manifest.data["files"].get(PLAN, {}).get("sha256"):  # type: ignore[union-attr]
         raise BundleError(f"{manifest.directory}: {PLAN} is not the one that the manifest describes")
     return needs, profiles
 

@@ -69,9 +69,9 @@ def decode(data: Any, node: Callable[[str], Any], device: Callable[[str], torch.
             return node(value)
         if kind == "device" and isinstance(value, str):
             return device(value)
-        if kind == "float" and value in ("inf", "-inf", "nan"):
+        if kind == "float" and isinstance(value, str) and value in ("inf", "-inf", "nan"):
             return float(value)
-        if kind == "complex" and isinstance(value, list) and len(value) == 2:
+        if kind == "complex" and isinstance(value, list) and [type(v) in (int, float) for v in value] == [True, True]:
             return complex(*value)
     raise BundleError(f"{str(data)[:80]!r} is not a literal that moeopt writes")
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import operator
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from moeopt.ir.functional import functional_twin, inverse_view, mutated_args, un
 from moeopt.ir.nodes import NodeFactory
 from moeopt.ir.state import ModuleState
 from moeopt.ir.tree import leaves_of, tree_map
+from moeopt.patches import module_calls
 
 aten = torch.ops.aten
 Steer = Callable[[Any, tuple[Any, ...], Any], Any]
@@ -443,6 +444,13 @@ class _Recorder(TorchDispatchMode):
         """The node of a tensor that crosses a module's boundary; tensors inside vmap or grad have none."""
         return _WRAPPED if torch._C._functorch.is_functorch_wrapped_tensor(t) else self.node_of(t)
 
+    def through_call(self, run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """``run(module, *args, **kwargs)`` as a call on the tape."""
+        call = self.enter_call(module, args, kwargs)
+        output = run(module, *args, **kwargs)
+        self.leave_call(call, output)
+        return output
+
     def leave_call(self, call: Call, output: Any) -> None:
         """A submodule's call ended."""
         call.output = tree_map(torch.Tensor, self._boundary, output)
@@ -461,7 +469,7 @@ def draws_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     return True
 
 
-_TORCH_DIRS = (torch.__path__[0], str(__file__).rsplit("/", 1)[0])
+_NOT_THE_USERS = (torch.__path__[0], str(Path(__file__).parents[1]))
 
 
 def _user_line() -> str:
@@ -469,7 +477,7 @@ def _user_line() -> str:
     frame: Any = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_TORCH_DIRS) and not name.startswith("<"):
+        if not name.startswith(_NOT_THE_USERS) and not name.startswith("<"):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
@@ -489,36 +497,6 @@ class _WatchReads(TorchFunctionMode):
 
 
 _LEAVES_TAPE = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
-
-
-_ONE_AT_A_TIME = threading.RLock()
-"""``nn.Module.__call__`` belongs to the process: two traces at once would record each other's calls."""
-
-
-class _patched_call:
-    """Routes every ``nn.Module`` call of this thread through the recorder while the trace runs."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        self.recorder = recorder
-
-    def __enter__(self) -> None:
-        _ONE_AT_A_TIME.acquire()
-        self.original = nn.Module.__call__
-        original, recorder, thread = self.original, self.recorder, threading.get_ident()
-
-        def recorded_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return original(module, *args, **kwargs)
-            call = recorder.enter_call(module, args, kwargs)
-            output = original(module, *args, **kwargs)
-            recorder.leave_call(call, output)
-            return output
-
-        nn.Module.__call__ = recorded_call  # type: ignore[method-assign]
-
-    def __exit__(self, *exc: Any) -> None:
-        nn.Module.__call__ = self.original  # type: ignore[method-assign]
-        _ONE_AT_A_TIME.release()
 
 
 def record(
@@ -550,7 +528,7 @@ def record(
             node_args, node_kwargs = tree_map(
                 torch.Tensor, lambda t: recorder.add_input(t, f"input_{next(counter)}"), (args, kwargs)
             )
-            with _patched_call(recorder), _WatchReads(recorder), recorder:
+            with module_calls(recorder.through_call), _WatchReads(recorder), recorder:
                 try:
                     output = module(*args, **kwargs)
                 except CaptureError:

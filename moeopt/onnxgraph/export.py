@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import io
-import logging
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,24 +23,16 @@ from moeopt.errors import NotSaveableError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.onnxgraph.complex import through_real_views
 from moeopt.onnxgraph.even import even
-from moeopt.onnxgraph.quick_match import rules_by_their_last_op
-from moeopt.onnxgraph.quick_registry import one_registry
+from moeopt.onnxgraph.exact import exact_rules
+from moeopt.onnxgraph.scalars import numbers_as_read
 from moeopt.onnxgraph.site import DOMAIN, OP, Site
 from moeopt.ops.bank import Bank
 from moeopt.ops.intercept import intercepted
 from moeopt.ops.reference import dtypes, out_features
+from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.rewrite.program import rewritten_forward
 
 OPSET = 20
-_LOUD = (
-    "torch.onnx",
-    "torch.onnx._internal.exporter",
-    "torch.fx.experimental.symbolic_shapes",
-    "torch.fx.experimental.proxy_tensor",
-    "torch.export",
-    "onnxscript",
-    "onnx_ir",
-)
 
 
 @contextlib.contextmanager
@@ -62,6 +51,7 @@ def emitting(model: nn.Module) -> Iterator[list[Site]]:
         name = name_of(bank)
         if name is None:
             return None
+        torch._check(ids.shape[0] == x.shape[0])  # a runtime would broadcast the choices of a single row
         router = routers[id(bank)]
         sites.append(Site(name, even(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
         y: Tensor = torch.onnx.ops.symbolic(
@@ -108,15 +98,15 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
 
     from moeopt.onnxgraph.translate import table
 
-    program = through_real_views(_tensors_only(program))
+    program = numbers_as_read(through_real_views(_tensors_only(program)))
     _settle_layouts(program.graph)
-    with quiet(), rules_by_their_last_op(), one_registry():
+    with one_trace, quiet(), rules_by_their_last_op(), exact_rules() as exact, one_registry():
         try:
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=OPSET,
-                optimize=True,
+                optimize=exact,
                 verbose=False,
                 custom_translation_table=table(),
             )
@@ -224,22 +214,6 @@ def own_outputs(graph: Any) -> None:
             graph.append(node)
             graph.outputs[number] = copy
         seen.add(id(graph.outputs[number]))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Exporters print progress, log what is not installed and warn about their own code; none of it is the user's."""
-    loggers = [logging.getLogger(name) for name in _LOUD]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _first_line(err: BaseException) -> str:

@@ -5,6 +5,7 @@
                              +inf, and values are gathered from the originals, so a NaN stays one.
     sort.stable              TopK of all values; it keeps the order of equal ones
     cummax, cummin           no form: a call names the op and the line that wrote it
+    max, min, largest norm   alike
     squeeze                  of a size that is not 1 does nothing in PyTorch; ONNX refuses the graph
 
 Each function builds nodes with onnxscript's ``opset20``; names end in what they stand for.
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from moeopt.onnxgraph.translate_numbers import numbers
 
 aten = torch.ops.aten
 
@@ -92,9 +95,9 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         def over(self: Any, dim: Any = (), keepdim: bool = False) -> Any:
             reduce = op.ReduceMax if largest else op.ReduceMin
             dims = [dim] if isinstance(dim, int) else list(dim)
-            axes = op.Constant(value_ints=dims or list(range(len(self.shape))))
-            if not self.shape:
+            if not dims and not self.shape:
                 return op.Identity(self)
+            axes = op.Constant(value_ints=dims or list(range(len(self.shape))))
             if self.dtype is not None and int(self.dtype) == 9:
                 return op.Cast(reduce(op.Cast(self, to=6), axes, keepdims=int(keepdim)), to=9)
             value = reduce(self, axes, keepdims=int(keepdim))
@@ -106,13 +109,31 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
         return over
 
+    def vector_norm(self: Any, ord: float = 2.0, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+        x = self if dtype in (None, -1) else op.Cast(self, to=dtype)
+        if not self.shape:
+            return op.Abs(x)
+        dims = [dim] if isinstance(dim, int) else list(dim or range(len(self.shape)))
+        axes = op.Constant(value_ints=dims)
+        if abs(ord) == float("inf"):
+            return reduced(ord > 0)(op.Abs(x), dims, keepdim)
+        if ord in (1, 2):
+            return (op.ReduceL1 if ord == 1 else op.ReduceL2)(x, axes, keepdims=int(keepdim))
+        if ord == 0:
+            apart = op.Not(op.Equal(x, op.CastLike(op.Constant(value_float=0.0), x)))
+            return op.ReduceSum(op.CastLike(apart, x), axes, keepdims=int(keepdim))
+        power = op.CastLike(op.Constant(value_float=float(ord)), x)
+        total = op.ReduceSum(op.Pow(op.Abs(x), power), axes, keepdims=int(keepdim))
+        return op.Pow(total, op.Reciprocal(power))
+
     def squeeze(self: Any, dim: Any = None) -> Any:
         rank = len(self.shape)
         named = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
         axes = [d % rank for d in named if rank and self.shape[d] == 1]
         return op.Squeeze(self, op.Constant(value_ints=axes)) if axes else op.Identity(self)
 
-    return {
+    return numbers() | {
+        aten.linalg_vector_norm.default: vector_norm,
         aten.squeeze.default: squeeze,
         aten.squeeze.dim: squeeze,
         aten.squeeze.dims: squeeze,
@@ -124,5 +145,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.argmax.default: argument(True),
         aten.argmin.default: argument(False),
         aten.amax.default: reduced(True),
+        aten.max.default: reduced(True),
+        aten.min.default: reduced(False),
         aten.amin.default: reduced(False),
     }

@@ -7,7 +7,6 @@ allow. ``x*sigmoid(x)``, ``F.silu(x)`` and a hand-written ``x/(1+exp(-x))`` are 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -30,23 +29,12 @@ _TOLERANCE = 1e-6
 """Relative. Float64 has 1e-16; hand-written constants such as 0.7978845608 for sqrt(2/pi) have 1e-10;
 gelu and its tanh form differ by 1e-4."""
 
-_ASSUMED: list[ExpertsSpec] = []
-
-
-@contextlib.contextmanager
-def assume(spec: ExpertsSpec) -> Iterator[None]:
-    """Take ``spec`` for the function of every chain, unfitted: a user's hint, which verification judges."""
-    _ASSUMED.append(spec)
-    try:
-        yield
-    finally:
-        _ASSUMED.pop()
-
-
 _PARAMETRIC = ("swish", "softcap", "leaky_relu", "elu")
 
 
-def fit_function(tape: Tape, chain: Chain, out: Site, labels_out: torch.Tensor) -> tuple[ExpertsSpec, bool]:
+def fit_function(
+    tape: Tape, chain: Chain, out: Site, labels_out: torch.Tensor, assume: ExpertsSpec | None = None
+) -> tuple[ExpertsSpec, bool]:
     """The spec (rows, activation, clamps, offset, dtypes) of the function between the chain's sites.
 
     Also says whether, of two in-sites, the second is the gate.
@@ -55,12 +43,13 @@ def fit_function(tape: Tape, chain: Chain, out: Site, labels_out: torch.Tensor) 
         out: one of the chain's out-sites, with rows on this witness.
         labels_out: (R,) for each of its operand's rows, the row of the in-sites that it comes from
             (the rows of all in-sites of one role, end to end), or -1.
+        assume: a user's hint: it is the answer, with the dtypes seen here, and nothing is fitted.
 
     Raises:
         Declined: no member of the family computes it; the text names the ops that were seen.
     """
-    if _ASSUMED:
-        return dataclasses.replace(_ASSUMED[-1], **_dtypes(chain)), False
+    if assume is not None:
+        return dataclasses.replace(assume, **_dtypes(chain)), False
     samples = _observe(tape, chain, out, labels_out)
     for flip in (False, True) if len(chain.roles()) == 2 else (False,):
         seen = [(h[::-1] if flip else h, mid) for h, mid in samples]

@@ -44,5 +44,6 @@ def group(block: BlockGraph) -> int:
     plan = generalize(captured.plans, captured.shapes)
     block.guard, block.routers = captured.finish()
     block.weights, block.frozen = list(captured.weights), dict(captured.frozen)
+    block.per_token = list(captured.per_token)
     build(block, plan)
     return len(block.weights)

@@ -178,6 +178,8 @@ def merge(block: BlockGraph, one: Added, shared: ExpertRef) -> None:
     for node in (one.total, *one.shared, one.module):
         graph.erase_node(node)
     block.weights[index] = ExpertWeights([*refs, shared], spec)  # type: ignore[index,call-overload]
+    chosen = block.per_token[index]  # type: ignore[index,call-overload]
+    block.per_token[index] = None if chosen is None else chosen + 1  # type: ignore[index,call-overload]
     block.routers[index] = None  # type: ignore[index,call-overload]
 
 

@@ -17,6 +17,6 @@ PIPELINE: tuple[Pass, ...] = (
     FuseDenseFFN(),  # makes the graph of a dense FFN, where dense="fuse" and the fused form is measured to be quicker
     DropCopies(),  # before patterns are looked for: a copy or an idle view may stand in the middle of one
     MergeSharedExpert(),  # before a factor on the routed sum alone is folded away
-    FoldExpertScale(),
-    ShrinkRouterSoftmax(),  # engines only
+    FoldExpertScale(),  # after copies are gone that would stand between the sum and its factor
+    ShrinkRouterSoftmax(),  # last: nothing else looks at routers
 )

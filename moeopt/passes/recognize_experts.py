@@ -64,12 +64,19 @@ class Uncovered(Declined):
     universe = 0
 
 
-def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool = False) -> list[Recognition]:
+def recognize(
+    tape: Tape,
+    known: list[Recognition] | None = None,
+    *,
+    idle: bool = False,
+    assume: ExpertsSpec | None = None,
+) -> list[Recognition]:
     """Every group of experts in the block, each as one op, in execution order.
 
     Args:
         known: what an earlier witness with every expert showed; then some may be missing on this one.
         idle: accept weights that no token reached, if ids did name them: they are no experts.
+        assume: a user's hint, taken for the function of every expert, unfitted; verification judges it.
 
     Raises:
         Declined: no group was recognised; the reason is that of the attempt that came furthest
@@ -86,7 +93,7 @@ def recognize(tape: Tape, known: list[Recognition] | None = None, *, idle: bool 
         while (members := next(subsets, None)) is not None:
             progress = [0]
             try:
-                found.append(_recognize_group(tape, members, known, idle, progress))
+                found.append(_recognize_group(tape, members, known, idle, assume, progress))
                 break
             except Uncovered as reason:
                 if len(members) > 1 or members[0].merged:
@@ -146,13 +153,18 @@ def _ins(group: list[Chain]) -> list[Site]:
 
 
 def _recognize_group(
-    tape: Tape, group: list[Chain], known: list[Recognition] | None, idle: bool, progress: list[int]
+    tape: Tape,
+    group: list[Chain],
+    known: list[Recognition] | None,
+    idle: bool,
+    assume: ExpertsSpec | None,
+    progress: list[int],
 ) -> Recognition:
     nearest: Declined | None = None
     for tokens in token_readings(tape, _ins(group)):
         here = [1]
         try:
-            return _recognize_rows(tape, group, tokens, known, idle, here)
+            return _recognize_rows(tape, group, tokens, known, idle, assume, here)
         except Uncovered:
             raise
         except Declined as err:
@@ -166,7 +178,13 @@ def _recognize_group(
 
 
 def _recognize_rows(
-    tape: Tape, group: list[Chain], tokens: Tokens, known: list[Recognition] | None, idle: bool, progress: list[int]
+    tape: Tape,
+    group: list[Chain],
+    tokens: Tokens,
+    known: list[Recognition] | None,
+    idle: bool,
+    assume: ExpertsSpec | None,
+    progress: list[int],
 ) -> Recognition:
     """As :func:`_recognize_group`, with the tensor of tokens chosen."""
     keys: dict[tuple[object, ...], int] = {}
@@ -176,7 +194,7 @@ def _recognize_rows(
     for recognition in known or []:
         _seed(recognition, group, keys, experts, specs)
     for chain in group:
-        _label_chain(tape, chain, tokens, labels, keys, experts, specs)
+        _label_chain(tape, chain, tokens, labels, keys, experts, specs, assume)
     labels.chains = len(experts)
     progress[0] = 2
     missing = 0
@@ -195,7 +213,7 @@ def _recognize_rows(
 
 def _label_chain(
     tape: Tape, chain: Chain, tokens: Tokens, labels: Labels, keys: dict[tuple[object, ...], int],
-    experts: list[ExpertRef], specs: dict[object, tuple[ExpertsSpec, bool]],
+    experts: list[ExpertRef], specs: dict[object, tuple[ExpertsSpec, bool]], assume: ExpertsSpec | None,
 ) -> None:  # fmt: skip
     """Follow the chain's rows from its in-sites to its out-sites and enter what each is into ``labels``."""
     roles = chain.roles()
@@ -218,7 +236,7 @@ def _label_chain(
             labels.token[out] = labels.chain[out] = torch.full_like(label, -1)
             continue
         if chain.signature not in specs:
-            specs[chain.signature] = fit_function(tape, chain, out, label)
+            specs[chain.signature] = fit_function(tape, chain, out, label, assume)
         ordered = roles[::-1] if specs[chain.signature][1] else roles
         _enter_rows(ordered, out, label, token, labels, keys, experts)
 

@@ -60,6 +60,7 @@ class Captured:
         shapes: of the tensor inputs of each call.
         weights: of each op.
         frozen: by path, the values of tensors that decided what the plans are and that the plans do not read.
+        per_token: how many experts a token has in each op, None where that differs.
         finish: gives the guard and the router of each op; costly, so called once a graph was made.
     """
 
@@ -69,6 +70,7 @@ class Captured:
     shapes: list[list[tuple[int, ...]]]
     weights: list[ExpertWeights]
     frozen: dict[str, torch.Tensor]
+    per_token: list[int | None]
     finish: Callable[[], tuple[Guard, list[RouterSpec | None]]]
 
 
@@ -85,6 +87,8 @@ class BlockGraph:
         output, mutations, attributes: trees of :class:`Slot`: what is returned, (input or buffer, its new value), and
             what is stored by (module path, attribute).
         frozen: see :class:`Captured`.
+        per_token: how many experts a token has in each op, None where that differs: the code between the ops may have
+            turned that number into constants.
         captured: the block's own code; None once there is a graph.
         root: the user's module while passes run, for those that look at weights; None afterwards.
         made: the graph that passes change, empty while the block is its own code.
@@ -99,6 +103,7 @@ class BlockGraph:
     mutations: list[tuple[Slot, Slot]] = field(default_factory=list)
     attributes: dict[tuple[str, str], Any] = field(default_factory=dict)
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
+    per_token: list[int | None] = field(default_factory=list)
     captured: Captured | None = None
     root: nn.Module | None = None
     made: fx.Graph = field(default_factory=fx.Graph, repr=False)
@@ -139,6 +144,7 @@ class BlockGraph:
         twin = dataclasses.replace(
             self, weights=list(self.weights), routers=list(self.routers), constants=list(self.constants),
             frozen=dict(self.frozen),
+            per_token=list(self.per_token),
         )  # fmt: skip
         if self.captured is None:
             twin.set_graph(self.made)

@@ -27,6 +27,8 @@ from moeopt.ops.experts import experts
 from moeopt.rewrite.bank import LiveBank, Stale, expert_paths
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.guard import OPAQUE, TENSOR, Bound, Guard, bind, overlap
+from moeopt.rewrite.reads import Reads
+from moeopt.rewrite.source import Source
 from moeopt.rewrite.watch import Fact, Watch, take_facts
 
 __all__ = ["OPAQUE", "TENSOR", "Guard", "Program", "RewrittenForward", "bind", "install", "uninstall"]
@@ -38,12 +40,14 @@ aten = torch.ops.aten
 class Program:
     """A block graph as it is installed: with the signature of the forward that it stands for.
 
-    ``facts`` is what was verified of the module's own code; taken from the first module that asks.
+    ``facts`` is what was verified of the module's own code, taken from the first module that asks; ``reads`` what the
+    block's code read outside its modules.
     """
 
     block: BlockGraph
     signature: inspect.Signature
     facts: list[Fact] | None = None
+    reads: Reads | None = None
 
     @property
     def guard(self) -> Guard:
@@ -72,6 +76,7 @@ class Program:
             self.facts,
             {(b, e): expert_paths([ref]) for b, (refs, _) in enumerate(block.weights) for e, ref in enumerate(refs)},
             block.frozen,
+            self.reads,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,7 +95,10 @@ class Program:
 @torch.compiler.assume_constant_result
 def _changed(engine: RewrittenForward) -> str:
     """What of the block's own code is not as it was verified; all of it is looked at once something was not."""
-    return engine.watch.everything() if engine._stale else engine.watch.shared()
+    reason = engine.watch.everything() if engine._stale else engine.watch.shared()
+    if engine.source is not None and not reason:
+        engine.source.look()
+    return reason
 
 
 def _check(watch: Watch, bank: int, expert: int) -> None:
@@ -100,7 +108,14 @@ def _check(watch: Watch, bank: int, expert: int) -> None:
 
 
 class RewrittenForward:
-    """Callable that stands in for ``module.forward``; see the module's docstring."""
+    """Callable that stands in for ``module.forward``; see the module's docstring.
+
+    Attributes:
+        source: the model that was optimised, where ``module`` is in a twin of it. Copies and pickles have none.
+    """
+
+    source: Source | None = None
+    _changed = False
 
     def __init__(self, module: nn.Module, program: Program, original: Callable[..., Any] | None = None) -> None:
         self.module, self.program, self.original = module, program, original
@@ -125,6 +140,9 @@ class RewrittenForward:
     def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The op on the live weights number ``index``: what a ``moeopt::experts`` node of the graph calls."""
         bank, spec = self.banks[index]
+        known = self.program.block.per_token[index]
+        if known is not None and ids.shape[-1] != known and not torch.compiler.is_compiling():
+            raise Stale(f"its router chose {ids.shape[-1]} experts for a token, and {known} when it was verified")
         return experts(x, ids, weights, bank, spec, self.program.guard.skip_idle)
 
     def let_gradients_through(self) -> fx.Graph | None:
@@ -154,7 +172,10 @@ class RewrittenForward:
             try:
                 refusal = _changed(self)
                 if not refusal:
+                    if self._changed:  # it is as it was again: the next change is told again
+                        self._changed, self.last_refusal = False, ""
                     return self._forward(bound)
+                self._changed = True
             except Stale as stale:
                 self._stale, refusal = True, str(stale)
         return self._fall_back(refusal, args, kwargs)
@@ -283,3 +304,17 @@ def uninstall(module: nn.Module) -> None:
                 del module.__dict__[key]
             else:
                 module.__dict__[key] = held.original or type(module).forward.__get__(module)
+
+
+def watch_source(model: nn.Module, twin: nn.Module, values: bool) -> None:
+    """Let the rewritten blocks of ``twin`` tell what changes in ``model``, of which it is a copy.
+
+    Args:
+        values: whether the twin has tensors of its own, so that writes to the model's do not show in it.
+    """
+    forwards = {p: f for p, m in twin.named_modules() if (f := rewritten_forward(m)) is not None}
+    blocks = {path: f.program.reads for path, f in forwards.items() if f.program.reads is not None}
+    if forwards:
+        source = Source(model, twin, blocks, values, max(f.watch.cost for f in forwards.values()))
+        for forward in forwards.values():
+            forward.source = source

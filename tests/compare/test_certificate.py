@@ -86,3 +86,30 @@ def test_prints_within_80_columns():
 def test_a_damaged_certificate_is_refused(damage, reason):
     with pytest.raises(BundleError, match=reason):
         Certificate.from_json(damage(real().to_json()))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: d["blocks"][0]["cases"][0].update(required="much"), "lacks or mistypes a part"),
+        (lambda d: d["blocks"][0].update(passed=[]), "lacks or mistypes a part"),
+        (lambda d: d.update(end_to_end=[]), "lacks or mistypes a part"),
+        (lambda d: d["end_to_end"].update(extra=1), "a EndToEnd has no field 'extra'"),
+        (lambda d: d["end_to_end"].update(passed=True, budget="inf"), "with a budget of inf, which allows anything"),
+        (lambda d: d["end_to_end"].update(passed=True, budget="nan"), "with a budget of nan, which allows anything"),
+        (lambda d: d["end_to_end"].update(passed=True, distance=0.5, budget=0.1), "less than was seen: it was edited"),
+        (lambda d: d.pop("passed"), "says nothing of passed"),
+    ],
+)
+def test_an_edited_certificate_is_refused(change, reason):
+    data = json.loads(real().to_json())
+    change(data)
+    with pytest.raises(BundleError, match=reason):
+        Certificate.from_json(json.dumps(data))
+
+
+def test_a_certificate_writes_nothing_to_the_terminal():
+    data = json.loads(real().to_json())
+    data["notes"] = ["\x1b]0;owned\x07a note\x1b[2J"]
+    assert "a note" in str(Certificate.from_json(json.dumps(data)))
+    assert "\x1b" not in str(Certificate.from_json(json.dumps(data)))

@@ -81,7 +81,9 @@ def test_weight_decay_moves_the_same_experts(block, idle):
     original = build(block)
     model = copy.deepcopy(original)
     opt = optimized(model, inplace=True)
-    steps = [torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.5) for m in (original, model)]
+    # AdamW divides a gradient by its own size plus eps. The router's rows of idle experts have a gradient of zero plus
+    # roundings (1e-9 to 1e-5 here), which the usual eps of 1e-8 would make whole steps in any direction.
+    steps = [torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.5, eps=1e-2) for m in (original, model)]
     for _ in range(2):
         for m, step in zip((original, model), steps, strict=True):
             step.zero_grad()
@@ -92,8 +94,7 @@ def test_weight_decay_moves_the_same_experts(block, idle):
         assert without_gradient(model) == without_gradient(original)
         assert len(without_gradient(model)) == 3 * idle
     for got, want in zip(opt.model.parameters(), original.parameters(), strict=True):
-        # AdamW divides a gradient by its own size, so an eps in a small one is not small; decay moves a tenth.
-        assert (got - want).norm() < 0.01 * want.norm()
+        assert (got - want).norm() < 1e-3 * want.norm()  # decay alone moves a tenth
 
 
 def test_what_is_neither_runs_its_original_code_where_it_is_trained():

@@ -6,7 +6,9 @@ from torch import nn
 
 from moeopt.drive import block
 from moeopt.drive.block import rewrite_block
+from moeopt.drive.mixture import Mixture
 from moeopt.errors import Declined
+from moeopt.ir.specs import ExpertsSpec
 from moeopt.options import Options
 from tests.ir.tiny import rand
 from tests.passes.tiny import H, MoE, ffn, seeded
@@ -158,11 +160,9 @@ def test_keywords_in_another_order_than_the_signature():
 
 def test_a_wrong_reading_is_verified_and_reverted():
     """A hint names another activation: the rewrite is built, found wrong, and declined."""
-    from moeopt.ir.specs import ExpertsSpec
-    from moeopt.passes.fit_function import assume
-
-    with assume(ExpertsSpec(rows="plain", activation="tanh")), pytest.raises(Declined) as caught:
-        rewritten(MoE, options=FAST)
+    hint = Mixture(assume=ExpertsSpec(rows="plain", activation="tanh"))
+    with pytest.raises(Declined) as caught:
+        rewrite_block("block", seeded(MoE), ((rand(6, H),), {}), FAST, reader=hint)
     assert caught.value.reason.startswith("it was rewritten, verified and reverted: ")
 
 

@@ -2,17 +2,11 @@
 
 import pytest
 
-from moeopt.drive.hints import hinted
+from moeopt.drive.hints import hint_for as assumed
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.passes import fit_function
 
 SPEC = ExpertsSpec(rows="plain", activation="tanh")
-
-
-def assumed(hints, path):
-    with hinted(hints, path):
-        return fit_function._ASSUMED[-1] if fit_function._ASSUMED else None
 
 
 def test_the_first_pattern_that_matches():
@@ -24,12 +18,6 @@ def test_the_first_pattern_that_matches():
 
 def test_a_callable_is_asked_with_the_path():
     assert assumed({"*": lambda path: ExpertsSpec(rows="plain", activation=path)}, "gelu").activation == "gelu"
-
-
-def test_the_hint_ends_with_the_block():
-    with pytest.raises(KeyError), hinted({"*": SPEC}, "moe"):
-        raise KeyError
-    assert fit_function._ASSUMED == []
 
 
 def test_a_hint_must_be_a_spec():

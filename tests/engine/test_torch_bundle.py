@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from moeopt.engine import fingerprint, load_torch_bundle, save_torch_bundle, verify_torch_bundle
+from moeopt.engine import fingerprint, golden, load_torch_bundle, save_torch_bundle, verify_torch_bundle
+from moeopt.engine.aligned import ALIGNMENT
 from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.experts import experts
@@ -23,10 +24,11 @@ def bundle_toy(directory, model):
     return save_torch_bundle(program, directory, report=REPORT, certificate=Certificate())
 
 
-@pytest.fixture
-def toy(tmp_path):
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A model and its bundle, which no test writes to."""
     model = build()
-    return model, bundle_toy(tmp_path / "b", model)
+    return model, bundle_toy(tmp_path_factory.mktemp("toy") / "b", model)
 
 
 def same(got, want):
@@ -52,6 +54,18 @@ def test_same_structure_and_same_bits_at_row_counts_export_never_saw(toy, count)
     mask[0, 3] = True
     with torch.no_grad():
         same(load_torch_bundle(directory)(x, mask=mask, scale=3.0), model(x, mask=mask, scale=3.0))
+
+
+def test_what_is_read_lies_where_pytorch_would_have_put_it(toy, tmp_path):
+    """Whatever this CPU's matrix products make of an address: on some, the last bits of one row's result."""
+    directory = save(tmp_path / "golden", toy[0], golden_inputs=[((rows(n),), {}) for n in (1, 3)], golden_outputs=[
+        toy[0](rows(n)) for n in (1, 3)
+    ])  # fmt: skip
+    read = [*load_torch_bundle(directory)._runner.weights.values()]
+    for run in golden.load_golden(directory / golden.FILE, torch.device("cpu")):
+        read += [v for v in (*run.inputs, *run.outputs) if isinstance(v, torch.Tensor)]
+    assert len(read) > 10 and all(torch.empty(n).data_ptr() % ALIGNMENT == 0 for n in range(1, 40))
+    assert [tuple(t.shape) for t in read if t.data_ptr() % ALIGNMENT] == []
 
 
 def test_a_transposed_argument(tmp_path):

@@ -10,13 +10,13 @@ from moeopt.errors import Declined
 from moeopt.ir.sites import find_sites
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.passes.chains import find_chains
-from moeopt.passes.fit_function import assume, fit_function
+from moeopt.passes.fit_function import fit_function
 from tests.ir.tiny import rand, recorded
 
 R, H, I = 9, 5, 6
 
 
-def fitted(between, *, gated=False, dtype=torch.float32, separate=False):
+def fitted(between, *, gated=False, dtype=torch.float32, separate=False, assume=None):
     """(spec, second in-site is the gate) of W_in -> between -> W_out."""
     rows = 2 * I if gated else I
 
@@ -29,7 +29,7 @@ def fitted(between, *, gated=False, dtype=torch.float32, separate=False):
         w_gate=rand(H, I, seed=3, dtype=dtype), w_up=rand(H, I, seed=4, dtype=dtype),
     )  # fmt: skip
     (chain,) = find_chains(tape, find_sites(tape))
-    return fit_function(tape, chain, chain.out, torch.arange(R))
+    return fit_function(tape, chain, chain.out, torch.arange(R), assume)
 
 
 def tanh_gelu(h):
@@ -162,7 +162,7 @@ def test_a_function_outside_the_family_is_declined_by_its_ops(between, ops):
 
 
 def test_a_hint_is_taken_at_its_word():
-    with assume(ExpertsSpec(rows="plain", activation="tanh")):
-        spec, flip = fitted(lambda h: torch.sin(h))
+    hint = ExpertsSpec(rows="plain", activation="tanh")
+    spec, flip = fitted(lambda h: torch.sin(h), assume=hint)
     assert (spec.activation, spec.compute_dtype, flip) == ("tanh", "float32", False)
-    assert fitted(F.relu)[0].activation == "relu"  # and only inside the with
+    assert fitted(F.relu)[0].activation == "relu"

@@ -132,3 +132,13 @@ def test_a_wrong_rewrite_would_be_caught(monkeypatch):
     rewrite, records = through(MoE, ShrinkRouterSoftmax())
     assert records["shrink_router_softmax"].reason.startswith("reverted: the block is not equivalent with it: case ")
     assert rewrite.check.passed is True
+
+
+def test_it_is_off_until_named():
+    """Rows so small that every probability is the same: the model takes the first experts, the logits name others."""
+    records = through(MoE, ShrinkRouterSoftmax(), only=[])[1]
+    assert records["shrink_router_softmax"].reason.startswith(
+        "off: where two logits round to one probability it takes "
+    )
+    logits = torch.tensor([[1e-30, 2e-30, 3e-30, 4e-30]])
+    assert logits.softmax(-1).topk(2).indices.tolist() != logits.topk(2).indices.tolist()

@@ -75,9 +75,10 @@ def through(
 ) -> tuple[Rewrite, dict[str, PassRecord]]:
     """The seeded module through grouping and then ``passes``, verified strictly; its records by pass.
 
-    ``fields`` are those of the manager; ``engine`` is True, so that no pass is left out for PyTorch's sake.
+    ``fields`` are those of the manager; ``engine`` is True and all are named, so that no pass is left out.
     """
-    manager = PassManager((GroupExperts(), *passes), **{"engine": True} | fields)
+    every = (GroupExperts(), *passes)
+    manager = PassManager(every, **{"engine": True, "only": [p.name for p in every]} | fields)
     call = ((rand(6, H) if x is None else x,), {})
     rewrite = rewrite_block("block", seeded(make), call, Options(), manager=manager)
     return rewrite, {r.name: r for r in rewrite.passes.records}

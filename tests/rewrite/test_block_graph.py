@@ -70,7 +70,7 @@ def test_it_survives_pickle(block):
 
 def test_before_the_first_pass_it_is_the_recorded_call(block):
     tape = tape_of(MoE)
-    captured = Captured("experts", tape, [], [], [], {}, lambda: (None, []))
+    captured = Captured("experts", tape, [], [], [], {}, [], lambda: (None, []))
     own = type(block)("mlp", captured=captured)
     assert own.counts()["index_add"] == 4 and "index_add(" in text(own)
     assert [n.name for n in own.graph.nodes][:-1] == [n.name for n in tape.nodes]

@@ -10,11 +10,13 @@ Shape legend: B rows, H query heads, G key/value heads, R = H/G, S new tokens, T
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from moeopt.patches import sdpa_of
 
 
 def grouped_attention(
@@ -48,25 +50,22 @@ def grouped_attention(
 @contextlib.contextmanager
 def cache_left_in_place() -> Iterator[None]:
     """While open, models whose attention is "sdpa" run :func:`grouped_attention` where it is the same function."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward as theirs
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not theirs:  # the user put another function there
+    with sdpa_of(_attend):
         yield
-        return
 
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-    ) -> Any:
-        if attention_mask is not None and _plain(query, key, attention_mask, options):
-            return grouped_attention(query, key, value, attention_mask, options.get("scaling"))
-        return theirs(module, query, key, value, attention_mask, **options)
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+def _attend(
+    theirs: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> Any:
+    if attention_mask is not None and _plain(query, key, attention_mask, options):
+        return grouped_attention(query, key, value, attention_mask, options.get("scaling"))
+    return theirs(module, query, key, value, attention_mask, **options)
 
 
 _SAME_WITHOUT = ("position_bias", "cache", "softcap", "s_aux")

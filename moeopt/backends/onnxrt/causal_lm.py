@@ -31,12 +31,14 @@ from moeopt.backends.onnxrt.causal_attention import cache_left_in_place
 from moeopt.backends.onnxrt.causal_layers import ATTENTION, parts_of, sample_cache
 from moeopt.backends.onnxrt.causal_mixers import find_mixers, stepping
 from moeopt.backends.onnxrt.causal_steps import replace_mixers
+from moeopt.backends.onnxrt.causal_translations import own_translations
 from moeopt.errors import Declined
 from moeopt.onnxgraph.complex import through_real_views
-from moeopt.onnxgraph.export import emitting, quiet
-from moeopt.onnxgraph.quick_match import rules_by_their_last_op
-from moeopt.onnxgraph.quick_registry import one_registry
+from moeopt.onnxgraph.exact import exact_rules
+from moeopt.onnxgraph.export import emitting
+from moeopt.onnxgraph.scalars import numbers_as_read
 from moeopt.onnxgraph.site import Site
+from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 
 PAST = "past_key_values"
 CACHE = f"{PAST}.layers"
@@ -97,16 +99,19 @@ def export_causal_lm(
     in_place = cache_left_in_place() if provider == "cpu" else contextlib.nullcontext()
     mixers = []
     if any(name.startswith("recurrent") for layer in sample[PAST].layers for name in parts_of(layer)):
-        with _hushed(), _sdpa_or_eager(model):
+        with quiet(), _sdpa_or_eager(model):
             mixers = find_mixers(model, lambda cache: model(**{**sample, PAST: cache}), sample[PAST], (B, S))
     if mixers and provider == "tensorrt":
         raise Declined(f"{mixers[0].name} keeps a recurrent state, for which a TensorRT engine has no form here")
     with (
+        one_trace,
         emitting(model) as sites,
-        _hushed(),
+        quiet(),
         _sdpa_or_eager(model),
         rules_by_their_last_op(),
+        exact_rules() as exact,
         one_registry(),
+        own_translations(exporter),
         in_place,
         stepping(mixers),
     ):
@@ -118,7 +123,8 @@ def export_causal_lm(
                 exporter.OnnxConfig(
                     dynamic=True,
                     dynamic_shapes=shapes,
-                    ort_fusions=provider if provider in ("cpu", "cuda") else None,
+                    optimize=exact,
+                    ort_fusions=provider if exact and provider in ("cpu", "cuda") else None,
                 ),
             )
         except Exception as err:
@@ -204,7 +210,7 @@ def _real_views(exporter: Any) -> Any:
         def export_program(self, *args: Any, **kwargs: Any) -> Any:
             with _own_dtypes():
                 self.program, metadata = super().export_program(*args, **kwargs)
-            return through_real_views(self.program), metadata
+            return numbers_as_read(through_real_views(self.program)), metadata
 
     class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc,name-defined]
         """Its ``super().export_program`` is the one above."""
@@ -316,21 +322,6 @@ def _dtype(value: Any) -> str:
     from onnx_ir.tensor_adapters import to_torch_dtype
 
     return str(to_torch_dtype(value.dtype)).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """The exporter's notes on versions and dynamic axes are for its developers."""
-    import logging
-
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with quiet():
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextlib.contextmanager

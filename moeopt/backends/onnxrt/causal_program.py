@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moeopt.backends.onnxrt.causal_layers import make_layer, parts_of
 from moeopt.backends.onnxrt.causal_mixers import Mixer
 from moeopt.errors import Declined
-from moeopt.onnxgraph.export import quiet
+from moeopt.patches import one_trace, quiet
 
 APART = 1e-5
 """How far the two programs may be apart, relative to the largest value: both round in float32, in another order."""
@@ -74,7 +74,7 @@ def traced(mixer: Mixer, size: int) -> torch.export.ExportedProgram:
     if size > 1:
         of_tokens = [axes | {1: auto} for axes in of_tokens]
     free: Any = ([{} for _ in weights], of_tokens, [{0: auto} for _ in states])
-    with torch.no_grad(), quiet():
+    with one_trace, torch.no_grad(), quiet():
         call = (weights, sized(tokens, size), states)
         return torch.export.export(_Module(Program(mixer)), call, dynamic_shapes=free, strict=False)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moeopt.onnxgraph.build import Builder
+from moeopt.onnxgraph.forms import stable
 from moeopt.onnxgraph.forms.types import cast, scalar, types_of, wide
 from moeopt.onnxgraph.site import Site
 
@@ -66,6 +67,9 @@ def _clamp(graph: Builder, value: Any, low: float | None, high: float | None, dt
     if low is None and high is None:
         return value
     limits = [None if limit is None else scalar(graph, limit, dtype) for limit in (low, high)]
+    if None in limits and dtype != torch.bfloat16:  # Clip takes infinity for the largest number then
+        bound = limits[low is None]
+        return graph.op("Min" if low is None else "Max", [value, bound])
     return graph.op("Clip", [value, *(limits if high is not None else limits[:1])])
 
 
@@ -76,12 +80,16 @@ def _activation(graph: Builder, g: Any, name: str, alpha: float | None, dtype: t
     def mul(a: Any, b: Any) -> Any:
         return graph.op("Mul", [a, b])
 
+    def op(op_type: str, *values: Any) -> Any:
+        return graph.op(op_type, values)
+
     if name == "identity":
         return g
-    if name == "silu":
-        return mul(g, graph.op("Sigmoid", [g]))
-    if name == "swish":
-        return mul(g, graph.op("Sigmoid", [mul(g, const(_given(alpha)))]))
+    if name in ("silu", "swish"):
+        inner = g if name == "silu" else mul(g, const(_given(alpha)))
+        return op("Div", g, stable.one_plus_exp_of_minus(op, const, inner))
+    if name == "sigmoid":
+        return stable.sigmoid(op, const, g)
     if name == "gelu":
         one_plus = graph.op("Add", [graph.op("Erf", [graph.op("Div", [g, const(math.sqrt(2))])]), const(1)])
         return mul(mul(g, one_plus), const(0.5))
@@ -89,7 +97,7 @@ def _activation(graph: Builder, g: Any, name: str, alpha: float | None, dtype: t
         cube = mul(mul(mul(g, g), g), const(0.044715))
         inner = mul(graph.op("Add", [g, cube]), const(math.sqrt(2 / math.pi)))
         return mul(mul(g, const(0.5)), graph.op("Add", [graph.op("Tanh", [inner]), const(1)]))
-    if name in ("relu", "sigmoid", "tanh"):
+    if name in ("relu", "tanh"):
         return graph.op(name.capitalize(), [g])
     if name == "relu2":
         r = graph.op("Relu", [g])
@@ -98,22 +106,13 @@ def _activation(graph: Builder, g: Any, name: str, alpha: float | None, dtype: t
         return mul(graph.op("Tanh", [graph.op("Div", [g, const(_given(alpha))])]), const(_given(alpha)))
     if name == "softplus":
         linear = graph.op("Greater", [g, const(20)])  # F.softplus's threshold
-        return graph.op("Where", [linear, g, _softplus(graph, g, const)])
+        return graph.op("Where", [linear, g, stable.softplus(op, const, g)])
     if name == "mish":
-        return mul(g, graph.op("Tanh", [_softplus(graph, g, const)]))
-    positive = graph.op("Greater", [g, const(0)])
-    if name == "leaky_relu":
-        return graph.op("Where", [positive, g, mul(g, const(_given(alpha)))])
-    assert name == "elu", name
-    low = graph.op("Min", [g, const(0)])
-    below = mul(graph.op("Sub", [graph.op("Exp", [low]), const(1)]), const(_given(alpha)))
-    return graph.op("Where", [positive, g, below])
-
-
-def _softplus(graph: Builder, g: Any, const: Any) -> Any:
-    """max(g, 0) + log(1 + exp(-|g|)): Softplus, which ONNX Runtime has in float32 only."""
-    tail = graph.op("Exp", [graph.op("Neg", [graph.op("Abs", [g])])])
-    return graph.op("Add", [graph.op("Relu", [g]), graph.op("Log", [graph.op("Add", [tail, const(1)])])])
+        return stable.mish(op, const, g)
+    if name == "elu":
+        return stable.elu(op, const, g, _given(alpha))
+    assert name == "leaky_relu", name
+    return graph.op("Where", [graph.op("Greater", [g, const(0)]), g, mul(g, const(_given(alpha)))])
 
 
 def _given(alpha: float | None) -> float:

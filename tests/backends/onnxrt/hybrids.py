@@ -5,15 +5,16 @@ import functools
 import torch
 from torch import nn
 
-from moeopt.backends.onnxrt.causal_lm import PAST, B, S, _hushed, _sample
+from moeopt.backends.onnxrt.causal_lm import PAST, B, S, _sample
 from moeopt.backends.onnxrt.causal_mixers import find_mixers
+from moeopt.patches import quiet
 from tests.families.build import FAMILIES, Family
 from tests.families.configs import SMALL, V5
 
 
 def found(model):
     """Its mixers, as an export finds them."""
-    with _hushed():
+    with quiet():
         sample, _, _ = _sample(model)
         return find_mixers(model, lambda cache: model(**{**sample, PAST: cache}), sample[PAST], (B, S))
 

@@ -99,6 +99,20 @@ def test_any_batch_any_length_and_a_past(pair, rows, length, padded):
         assert apart(*pair, call, followed(call, tokens)) < ROUNDING
 
 
+def test_the_graph_multiplies_the_cache_as_it_is(pair, folder):
+    import onnx_ir
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config = pair[0].config
+    assert config.num_attention_heads > config.num_key_value_heads
+    outputs = onnx_ir.load(folder / "model.onnx").graph.outputs
+    caches = [value for value in outputs if "past_key_values" in value.name]
+    readers = {use.node.op_type for value in caches for use in value.uses()}
+    assert readers == {"MatMul", "FusedMatMul"}  # the second reads keys transposed
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
 def test_padding_would_show_if_the_mask_were_not_read(pair):
     _, engine = pair
     call = prompt(3, 9, padded=True)
@@ -346,6 +360,11 @@ def test_a_branch_on_the_length_is_kept_as_a_condition():
     first = engine(ids[:, :16])
     with pytest.raises(UsageError, match="<= 16"):
         engine(ids[:, 16:17], past_key_values=first.past_key_values)
+    assert any("the engine holds for calls where" in n and "<= 16" in n for n in engine.certificate.notes)
+    unchecked = engine.model.causal_lm
+    unchecked._check = lambda feeds: None  # as a user of plain ONNX Runtime calls it
+    with pytest.raises(UsageError, match="at the node 'this engine holds only where .*<= 16' .Reshape."):
+        unchecked(ids)
 
 
 class OneTokenDiffers(torch.nn.Module):

@@ -29,7 +29,7 @@ FACTOR = 4
 the luck of the greatest of some thousand logits."""
 SLOW = pytest.mark.slow
 MODELS = ["jamba", "qwen3_next", pytest.param("nemotron_h", marks=SLOW), pytest.param("lfm2_moe", marks=SLOW)]
-MODELS.append(pytest.param("granitemoehybrid", marks=SLOW))
+MODELS.append(pytest.param("granitemoehybrid", marks=pytest.mark.nightly))  # Mamba 2, as nemotron_h
 FAMILIES_HERE = {"jamba": TWICE, "granitemoehybrid": GRANITE}
 ANEW = {"jamba"}  # several tokens after a cache start its states anew
 

@@ -56,7 +56,7 @@ class MaskedLog:
     def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
         types = types_of(site)
         inner = wide(types.weights)
-        experts = graph.const([1], "int64")  # not -1: over no tokens, ONNX Runtime reduces nothing along axis -1
+        experts = graph.const([1], "int64")  # not -1: over no tokens, ONNX Runtime 1.31 reduces nothing along axis -1
         chosen = table.chosen_TKE(graph, site, ids)
         w_TE = cast(graph, table.weights_TE(graph, site, chosen, weights), types.weights, inner)
         zero = scalar(graph, 0.0, inner)

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from moeopt.drive.collector import fewer_collections
+from moeopt.patches import fewer_collections
 
 
 @pytest.mark.parametrize(("before", "inside"), [((700, 10, 10), 20_000), ((0, 10, 10), 0), ((50_000, 5, 5), 50_000)])

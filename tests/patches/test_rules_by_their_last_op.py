@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxscript
 from onnxscript.rewriter._matcher import SimplePatternMatcher
 
-from moeopt.onnxgraph.quick_match import rules_by_their_last_op
+from moeopt.patches import rules_by_their_last_op
 
 SLOW = SimplePatternMatcher.match
 
