@@ -25,7 +25,7 @@ from moeopt.compare.model import EndToEnd, OriginalRuns, end_to_end, run_plain
 from moeopt.compare.pins import RoutingLog
 from moeopt.compare.ties import exactly_tied
 from moeopt.compare.unusual import unusual_calls
-from moeopt.drive.block import OwnForward
+from moeopt.drive.block import OwnForward, pass_manager
 from moeopt.drive.enclosing import with_router
 from moeopt.drive.gradients import check_gradients
 from moeopt.drive.inputs import Call, as_call, in_order, made_up
@@ -212,6 +212,7 @@ def optimize(
         EngineBuildError: TensorRT's builder refused the graph, crashed, hung or took too much memory.
     """
     chosen = Options.from_fields(options, fields)
+    pass_manager(chosen, None)  # raises where a pass is named that is none
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is not available; use one of {', '.join(map(repr, BACKENDS))}")
     plan: Plan | EnginePlan | None = None
@@ -244,13 +245,14 @@ def optimize(
         twin = source
     if twin is not given:
         watch_source(given, twin, values=source is not given and (chosen.device, chosen.dtype) != (None, None))
-    report = _report(source, outcome.blocks, backend, outcome, certificate)
+    report = _report(source, outcome.blocks, backend, outcome, certificate, chosen)
     return Optimized(twin, report, certificate, call)
 
 
 def _report(
-    source: nn.Module, blocks: list[BlockReport], backend: str, outcome: pipeline.Outcome, certificate: Certificate
-) -> Report:
+    source: nn.Module, blocks: list[BlockReport], backend: str, outcome: pipeline.Outcome, certificate: Certificate,
+    options: Options,
+) -> Report:  # fmt: skip
     """The report, with a picture of the first MoE block that was rewritten and stayed so."""
     kept = {b.name for b in blocks if b.status == "rewritten" and b.kind == "moe"}
     graph, notes = None, []
@@ -262,7 +264,10 @@ def _report(
             except Exception as err:  # a picture must not fail a model that was rewritten
                 notes.append(f"{name} could not be drawn ({type(err).__name__}: {err})")
             break
-    return Report(tuple(blocks), type(source).__name__, backend, outcome.seconds, tuple(notes), graph, certificate)
+    return Report(
+        tuple(blocks), type(source).__name__, backend, outcome.seconds, tuple(notes), graph, certificate,
+        tuple(outcome.passes), options.print_passes,
+    )  # fmt: skip
 
 
 def _runs_on_gpu(plan: Plan | EnginePlan) -> bool:
@@ -313,7 +318,7 @@ def _engine(source: nn.Module, twin: nn.Module, call: Call, options: Options, pl
         dataclasses.replace(b, lowering=_lowering(b, built)) if b.status == "rewritten" else b for b in outcome.blocks
     ]
     backend = "tensorrt" if isinstance(plan, EnginePlan) else "onnxruntime"
-    report = _report(source, blocks, backend, outcome, certificate)
+    report = _report(source, blocks, backend, outcome, certificate, options)
     report = dataclasses.replace(report, notes=(*report.notes, *notes, *notes_on_sizes(form.signature), *on_routing))
     return Optimized(engine, report, certificate, call, fingerprint(source), built)
 
@@ -497,6 +502,9 @@ def _revert(twin: nn.Module, outcome: pipeline.Outcome, certificate: Certificate
         if b.status == "declined"
         else dataclasses.replace(b, status="declined", reason=f"reverted: the whole model was not equivalent: {why}")
         for b in outcome.blocks
+    ]
+    outcome.passes = [
+        r.reverted(f"the whole model was not equivalent: {why}") if r.fired else r for r in outcome.passes
     ]
     outcome.checks, outcome.rewrites = [], {}
     return f"{', '.join(reverted)} was rewritten and reverted, for the whole model was not equivalent: {why}"

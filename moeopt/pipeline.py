@@ -4,9 +4,9 @@ discover        places that may hold experts or a dense FFN         (drive/disco
 for each place, innermost module first:
     probe       witness traces of the block                         (ir/tape, drive/witness)
     recognise   rows, function, combine, frontier                   (passes/recognize_experts)
-    plan        what stays; one op where the experts' sum stood     (rewrite/plan, generalize)
+    passes      one op where the experts' sum stood; what follows   (passes/pipeline, passes/manager)
     verify      against a float64 oracle on adversarial routing     (compare/block)
-    install     the block runs the program                          (rewrite/program)
+    install     the block runs the graph                            (rewrite/program)
 for each dense FFN, where asked for: the same, split or fused       (passes/split_dense, fuse_dense)
 verify the model end to end                                         (compare/model)
 """
@@ -14,15 +14,16 @@ verify the model end to end                                         (compare/mod
 from __future__ import annotations
 
 import fnmatch
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from moeopt.compare.block import BlockCheck
-from moeopt.drive.block import Call, Rewrite, Runtime, rewrite_block
+from moeopt.drive.block import Call, Rewrite, Runtime, pass_manager, rewrite_block
 from moeopt.drive.dense import Outcome as DenseOutcome
 from moeopt.drive.dense import check_groups, function_of, rewrite_all
 from moeopt.drive.describe import dense_reason, describe_router, read_router
@@ -35,6 +36,9 @@ from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.quiet import run_quietly
 from moeopt.ir.tape import clone_inputs
 from moeopt.options import Options
+from moeopt.passes.base import PassRecord
+from moeopt.passes.group_experts import GroupExperts
+from moeopt.passes.manager import PassManager
 from moeopt.passes.recognize_experts import Recognition
 from moeopt.patches import fewer_collections
 from moeopt.report import BlockReport
@@ -47,13 +51,17 @@ LEVELS = 4
 
 @dataclass
 class Outcome:
-    """What became of a model's blocks; ``rewrites`` maps module paths to what was installed."""
+    """What became of a model's blocks; ``rewrites`` maps module paths to what was installed.
+
+    ``passes`` has what each pass did to each block, those that were left as they are included.
+    """
 
     blocks: list[BlockReport]
     checks: list[BlockCheck]
     rewrites: dict[str, Rewrite]
     calls: dict[str, Call]
     seconds: float = 0.0
+    passes: list[PassRecord] = field(default_factory=list)
 
 
 @dataclass
@@ -72,9 +80,10 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
 
     Raises:
         CaptureError: the model does not run on the example inputs.
-        UsageError: a hint that matches no block.
+        UsageError: a hint that matches no block, a pass that is none.
     """
     started = time.perf_counter()
+    manager = pass_manager(options, runtime)
     say = options.progress or (lambda line: None)
     say("looking for feed-forward and mixture-of-experts blocks")
     dump = Dump(options.dump) if options.dump is not None else None
@@ -92,7 +101,8 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
     attempts: list[tuple[Place, _Attempt]] = []
     for number, place in enumerate(moe):
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
-        attempts.append((place, _attempt(model, place, outcome, calls, options, runtime)))
+        attempts.append((place, _attempt(model, place, outcome, calls, options, runtime, manager)))
+        _note_passes(attempts[-1][1], model, outcome, options)
         if dump is not None:
             done = attempts[-1][1]
             path = done.path or next((level.path for level in _levels(place)), "")
@@ -109,7 +119,12 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
     dense = [p for p in places if p.kind == "dense_ffn"]
     denses: dict[int, DenseOutcome] = {}
     if options.dense != "leave":
-        found = rewrite_all(model, dense, calls, options, runtime, outcome.rewrites, say)
+        found = rewrite_all(model, dense, calls, options, runtime, outcome.rewrites, say, manager)
+        for one in {s.path: s for s in found}.values():
+            _keep(outcome, one.records, options)
+            if dump is not None and one.rewrite is not None:
+                name, home = one.path or type(model).__name__, model.get_submodule(one.path)
+                dump.block(name, home, calls.get(one.path), one.rewrite, one.reason)
         denses = {id(p): s for p, s in zip(dense, found, strict=True)}
         outcome.checks += list({s.path: s.rewrite.check for s in found if s.rewrite is not None}.values())
     outcome.blocks = list(_report(model, places, attempts, denses, outcome, options.seed))
@@ -129,11 +144,17 @@ def _without_values(model: nn.Module, reason: str) -> Iterator[BlockReport]:
 
 
 def _attempt(
-    model: nn.Module, place: Place, outcome: Outcome, calls: dict[str, Call], options: Options, runtime: Runtime | None
+    model: nn.Module,
+    place: Place,
+    outcome: Outcome,
+    calls: dict[str, Call],
+    options: Options,
+    runtime: Runtime | None,
+    manager: PassManager,
 ) -> _Attempt:
     best = _Attempt()
     best_progress = -2
-    fuel = options.fuel
+    left_out = manager.leaves_out(GroupExperts.name)
     for level in _levels(place):
         done = outcome.rewrites.get(level.path)
         if done is not None:
@@ -143,14 +164,16 @@ def _attempt(
             if missed and best_progress < 0:
                 best = _Attempt(None, level.path, missed, place.source)
             continue
-        if fuel is not None and len(outcome.rewrites) >= fuel:
-            return _Attempt(reason=f"MOEOPT_FUEL={fuel}: no more blocks are rewritten", path=level.path)
+        if left_out:
+            return _Attempt(reason=f"{left_out}; without {GroupExperts.name} no other pass applies", path=level.path)
+        if manager.exhausted:
+            return _Attempt(reason=f"MOEOPT_FUEL={manager.fuel}: no more blocks are rewritten", path=level.path)
         started = time.perf_counter()
         module = model.get_submodule(level.path)
         try:
             name = level.path or type(model).__name__
             reader = Mixture(assume=hint_for(options.hints, name))
-            rewrite = rewrite_block(name, module, calls[level.path], options, runtime, reader)
+            rewrite = rewrite_block(name, module, calls[level.path], options, runtime, reader, manager)
             if not _covered(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not")
             install(module, rewrite.program)
@@ -161,10 +184,31 @@ def _attempt(
                 best = _Attempt(None, level.path, err.reason, err.where or place.source)
             best.seconds += time.perf_counter() - started
             continue
+        manager.stands(rewrite.passes)
         outcome.rewrites[level.path] = rewrite
         outcome.checks.append(rewrite.check)
         return _Attempt(rewrite, level.path, seconds=rewrite.seconds)
     return best
+
+
+def _note_passes(attempt: _Attempt, model: nn.Module, outcome: Outcome, options: Options) -> None:
+    """Write down what the passes did at one place; of a declined block, why the first of them made no graph."""
+    name = attempt.path or type(model).__name__
+    if attempt.rewrite is None:
+        declined = PassRecord(
+            GroupExperts.name, GroupExperts.level, name, 0, attempt.reason or "no module around it could be probed",
+            attempt.seconds,
+        )  # fmt: skip
+        _keep(outcome, [declined], options)
+    elif not any(r.block == name for r in outcome.passes):  # a block that holds several places is noted once
+        _keep(outcome, attempt.rewrite.passes.records, options)
+
+
+def _keep(outcome: Outcome, records: Sequence[PassRecord], options: Options) -> None:
+    outcome.passes += records
+    if options.print_passes:
+        for record in records:
+            print(f"moeopt: {record}", file=sys.stderr, flush=True)
 
 
 def _shared(model: nn.Module, attempts: list[tuple[Place, _Attempt]]) -> Iterator[Place]:

@@ -20,6 +20,7 @@ FLOORS = [
     {"engine", "drive"},  # a saved model; one model driven through the stages
     {"pipeline", "inspection"},
     {"api"},
+    {"frontends"},
     {"profiling"},
     {"testing"},
     {"cli", "pytest_plugin"},  # what people call

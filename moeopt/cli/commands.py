@@ -16,6 +16,7 @@ import typer
 
 import moeopt
 from moeopt.cli.inspect_command import inspect_command
+from moeopt.cli.passes_command import passes_command
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.target import FORMS, load_target
 from moeopt.errors import UsageError
@@ -47,6 +48,7 @@ def every_command(version: Version = False) -> None:
 
 app.command("inspect")(inspect_command)
 app.command("profile")(profile_command)
+app.command("passes")(passes_command)
 
 Target = Annotated[str, typer.Argument(help=FORMS)]
 Bundle = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]

@@ -1,40 +1,34 @@
-"""One block, from a real call to a verified program: probe, recognise, plan, generalise, verify."""
+"""One block, from a real call to a verified program: record, recognise, run the passes, verify."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import inspect
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from moeopt.compare.block import BlockCheck, Case, verify_block
 from moeopt.compare.cases import adversarial_cases
 from moeopt.compare.prototype import Prototype
+from moeopt.drive.capture import Capture, original_forward, statistics_kept
 from moeopt.drive.mixture import Call, Mixture, Reader
-from moeopt.drive.obstacles import check_experts, check_module, frozen_values, neutral_reason, random_reason
+from moeopt.drive.obstacles import check_module
 from moeopt.drive.witness import prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
-from moeopt.ir.alike import same_computation
-from moeopt.ir.quiet import run_quietly, undone
 from moeopt.ir.specs import RouterSpec
-from moeopt.ir.tape import Tape, clone_inputs, record
-from moeopt.ir.tree import tree_leaves
 from moeopt.options import Options
+from moeopt.passes.manager import PassManager, Result, check_names
+from moeopt.passes.pipeline import PIPELINE
 from moeopt.passes.recognize_experts import Recognition, Uncovered
 from moeopt.passes.recognize_router import RouterReading
-from moeopt.passes.replace_experts import replacement
-from moeopt.rewrite.generalize import generalize
-from moeopt.rewrite.plan import Plan, make_plan
-from moeopt.rewrite.program import OPAQUE, TENSOR, Guard, Program, RewrittenForward, bind
-from moeopt.rewrite.reads import observe
+from moeopt.rewrite.block_graph import BlockGraph
+from moeopt.rewrite.program import Program, RewrittenForward
 
 MOST_FLOPS = 4e10
 """Of one run of a block in its largest verification case."""
@@ -61,6 +55,7 @@ class Rewrite:
     check: BlockCheck
     routers: list[RouterReading]
     seconds: float
+    passes: Result
 
 
 def rewrite_block(
@@ -70,17 +65,20 @@ def rewrite_block(
     options: Options,
     runtime: Runtime | None = None,
     reader: Reader | None = None,
+    manager: PassManager | None = None,
 ) -> Rewrite:
     """Rewrite ``module`` as ``call`` uses it, without changing it; verify it as ``runtime`` computes it.
 
     Args:
         reader: what in the block becomes an op; None means its mixtures of experts.
+        manager: what runs the passes; None means one of the block's own, as ``options`` ask for.
 
     Raises:
         Declined: with the reason; nothing was changed.
     """
     try:
-        return _rewrite(name, module, call, options, runtime, reader or Mixture())
+        manager = manager or pass_manager(options, runtime)
+        return _rewrite(name, module, call, options, runtime, reader or Mixture(), manager)
     except (Declined, UsageError):
         raise
     except Exception as err:
@@ -91,15 +89,42 @@ def rewrite_block(
         ) from err
 
 
+def pass_manager(options: Options, runtime: Runtime | None) -> PassManager:
+    """The manager that ``options`` ask for.
+
+    Raises:
+        UsageError: they name a pass that is not there.
+    """
+    passes = PIPELINE if options.passes is None else options.passes
+    check_names(options.skip_passes, (*passes, *PIPELINE), "skip_passes")
+    here = {one.name for one in passes}
+    return PassManager(
+        passes,
+        [name for name in options.skip_passes if name in here],  # MOEOPT_SKIP_PASSES holds for every run
+        options.only_passes,
+        options.fuel,
+        runtime is not None,
+        options.dump is not None,
+    )
+
+
 def _rewrite(
-    name: str, module: nn.Module, call: Call, options: Options, runtime: Runtime | None, reader: Reader
+    name: str,
+    module: nn.Module,
+    call: Call,
+    options: Options,
+    runtime: Runtime | None,
+    reader: Reader,
+    manager: PassManager,
 ) -> Rewrite:
     started = time.perf_counter()
     check_module(module)
     last: Declined | None = None
     for proto in _versions(call):
         try:
-            program, found, routers, neutral = _program(module, proto, options, reader)
+            capture = Capture(name, module, proto, options, reader)
+            judge = functools.partial(_verify, capture, call, options, runtime)
+            result = manager.run(capture.block(), judge, capture.differ)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
             last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
@@ -112,14 +137,16 @@ def _rewrite(
             if proto.turned:
                 continue
             raise
-        check = _verify(name, module, program, proto, found, call, options, runtime)
+        check: BlockCheck = result.verdict  # type: ignore[assignment]
         if check.passed is False:
             if proto.turned:
                 continue
             raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
-        if neutral:
-            raise Declined(neutral)
-        return Rewrite(program, found, check, routers, time.perf_counter() - started)
+        if capture.neutral:
+            raise Declined(capture.neutral)
+        result.block.root = None  # a program is bound to a module when it is installed
+        program = capture.program(result.block)
+        return Rewrite(program, capture.found, check, capture.routers, time.perf_counter() - started, result)
     try:
         raise last or Declined("its arguments could not be read as rows of tokens")
     finally:
@@ -135,148 +162,14 @@ def _versions(call: Call) -> Iterator[Prototype]:
         yield proto
 
 
-def _program(
-    module: nn.Module, proto: Prototype, options: Options, reader: Reader
-) -> tuple[Program, list[Recognition], list[RouterReading], str]:
-    """The program, what it was read from, and the Parameter that it would miss, if there is one."""
-    call, tape, found = reader.first(module, proto, options.seed)
-    tapes, founds, calls = [tape], [found], [call]
-    for tokens, seed in ((14, 1), (20, 2)):
-        call = witness(proto, tokens, options.seed + seed, experts=len(found[0].experts), variant=seed)
-        tape = _later_call(module, call) if tapes[0].attributes and seed == 2 else record(module, *call)
-        tapes.append(tape)
-        founds.append(reader.again(tape, found))
-        calls.append(call)
-    for tape, found_there in zip(tapes, founds, strict=True):
-        _same_experts(founds[0], found_there)
-        reason = random_reason(tape, module.training)
-        if reason:
-            raise Declined(reason)
-    check_experts(module, tapes[0], founds[0])
-    plans = [_plan(t, f) for t, f in zip(tapes, founds, strict=True)]
-    neutral = neutral_reason(module, tapes[0], founds[0], plans[0])
-    frozen = frozen_values(module, tapes[0], founds[0], plans[0])
-    signature = inspect.signature(_original(module))
-    bounds = [bind(signature, *c) for c in calls]
-    shapes = [[tuple(t.shape) for t in _tensors(c)] for c in calls]
-    _stateless(tapes[0], plans, shapes)
-    plan = _in_signature_order(generalize(plans, shapes), calls[0], bounds[0].tensors())
-    training = None if _same_in_other_mode(module, calls[1], tapes[1], plans[1], founds[0], reader) else module.training
-    guard = Guard(
-        [_template(leaf) for leaf in tree_leaves(list(bounds[0].values))],
-        _fixed([[tuple(t.shape) for t in b.tensors()] for b in bounds]),
-        [t.dtype for t in bounds[0].tensors()],
-        training,
-        False,
-    )
-    banks = [(f.experts, f.spec) for f in founds[0]]
-    routers = reader.routers(tapes[1:], founds[1:], founds[0])
-    runs = [functools.partial(run_quietly, module, *c) for c in (calls[0], calls[2], calls[1])]
-    reads = observe(module, plan.kept_modules, plan.attributes, runs)
-    chosen = [f.frontier.per_token for f in founds[0]]
-    program = Program(plan, banks, signature, guard, [r.spec for r in routers], frozen, reads=reads, per_token=chosen)
-    return program, founds[0], routers, neutral
-
-
-def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> None:
-    """The last plan is that of a second call: attributes that the first one stored must not have changed it."""
-    if tape.attributes:
-        for key, value in plans[0].attributes.items():  # self.dtype = x.dtype: a second call finds it there already
-            if all(isinstance(v, torch.dtype) for v in tree_leaves(value)):
-                plans[-1].attributes.setdefault(key, value)
-        generalize(plans[:-1], shapes[:-1])
-        try:
-            generalize(plans, shapes)
-        except Declined as err:
-            names = ", ".join(".".join(filter(None, key)) for key in tape.attributes)
-            raise Declined(
-                f"it behaves differently on a second call, because its forward reads what an earlier call stored "
-                f"({names}); pass that state as an argument"
-            ) from err
-
-
-def _later_call(module: nn.Module, call: Call) -> Tape:
-    """The tape of a second call, after a first one has stored its attributes: they must not matter."""
-    with undone(module) as watched:
-        with watched:
-            args, kwargs = clone_inputs(call)
-            module(*args, **kwargs)
-        return record(module, *call)
-
-
-def _original(module: nn.Module) -> Callable[..., Any]:
-    inner = module.__dict__.get("_old_forward") or module.__dict__.get("forward")
-    return inner if inner is not None else type(module).forward.__get__(module)
-
-
-def _plan(tape: Tape, found: list[Recognition]) -> Plan:
-    return make_plan(tape, [replacement(f, i) for i, f in enumerate(found)])
-
-
-def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
-    if len(first) != len(other) or any(
-        a.experts != b.experts or a.spec != b.spec for a, b in zip(first, other, strict=False)
-    ):
-        raise Declined(
-            "two probes with different tokens read its experts differently; its dispatch depends on the data"
-        )
-
-
-def _same_in_other_mode(
-    module: nn.Module, call: Call, here: Tape, plan: Plan, found: list[Recognition], reader: Reader
-) -> bool:
-    """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
-    flags = [(m, m.training) for m in module.modules()]
-    try:
-        module.train(not module.training)
-        light = record(module, *call, keep_values=False)
-        if light.random_nodes():
-            return False
-        if same_computation(here, light):
-            return True
-        tape = record(module, *call)
-        other = _plan(tape, reader.again(tape, found))
-        generalize([plan, other], [[tuple(t.shape) for t in _tensors(call)]] * 2)
-        return True
-    except Declined:
-        return False
-    finally:
-        for m, flag in flags:
-            m.training = flag
-
-
-def _tensors(call: Call) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(list(call)) if isinstance(leaf, torch.Tensor)]
-
-
-def _in_signature_order(plan: Plan, call: Call, ordered: list[torch.Tensor]) -> Plan:
-    """Input steps were recorded in call order; the program takes tensors in signature order."""
-    at = {id(t): i for i, t in enumerate(ordered)}
-    if [at[id(t)] for t in _tensors(call)] != list(range(len(ordered))):
-        raise Declined("its tensor arguments are passed in another order than its signature names them")
-    return plan
-
-
-def _template(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return TENSOR
-    return leaf if isinstance(leaf, (int, float, str, bool, type(None), torch.dtype, torch.device)) else OPAQUE
-
-
-def _fixed(shapes: list[list[tuple[int, ...]]]) -> list[tuple[int | None, ...]]:
-    """Each input's sizes, None where they varied between the witnesses."""
-    return [
-        tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*versions, strict=True))
-        for versions in zip(*shapes, strict=True)
-    ]
-
-
 def _verify(
-    name: str, module: nn.Module, program: Program, proto: Prototype, found: list[Recognition], call: Call,
-    options: Options, runtime: Runtime | None,
-) -> BlockCheck:  # fmt: skip
+    capture: Capture, call: Call, options: Options, runtime: Runtime | None, block: BlockGraph, settle: bool
+) -> BlockCheck:
+    """The verdict on ``block``; with ``settle``, ``runtime`` gives up the lowerings with which it fails."""
+    name, module, proto, found = capture.name, capture.module, capture.proto, capture.found
+    program = capture.program(block)
     original = OwnForward(module)
-    rewritten = RewrittenForward(module, program, _original(module))
+    rewritten = RewrittenForward(module, program, original_forward(module))
     experts = max(len(f.experts) for f in found)
     rows = [proto.rows(n) for n in proto.indices("tokens")]
     aimed = None
@@ -290,27 +183,13 @@ def _verify(
     routed = zip(rewritten.banks, program.routers, strict=True)
     known = {id(bank): router for (bank, _), router in routed if router is not None}
     while True:
-        with runtime.answering(known) if runtime is not None else contextlib.nullcontext(), _statistics_kept(module):
+        with runtime.answering(known) if runtime is not None else contextlib.nullcontext(), statistics_kept(module):
             check = verify_block(name, original, rewritten, cases, level=options.verify)
-        if check.passed is not False or runtime is None or not runtime.demote(check.reason):
+        if check.passed is not False or runtime is None or not settle or not runtime.demote(check.reason):
             break
     if rewritten.fallbacks and check.passed:
         check.passed, check.reason = False, f"the rewritten code refused a verification case: {rewritten.last_refusal}"
     return check
-
-
-@contextlib.contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """In training mode a batch norm writes its running statistics, and verification cases hold NaN and infinity."""
-    training = any(child.training for child in module.modules())
-    small = [b for b in module.buffers() if training and b.numel() <= 1 << 16 and not b.is_inference()]
-    before = [buffer.clone() for buffer in small]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(small, before, strict=True):
-                buffer.copy_(value)
 
 
 def _affordable(module: nn.Module, found: list[Recognition]) -> int:
@@ -326,4 +205,4 @@ class OwnForward:
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _original(self.module)(*args, **kwargs)
+        return original_forward(self.module)(*args, **kwargs)

@@ -7,7 +7,7 @@ one home are rewritten together, or none is.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -21,8 +21,10 @@ from moeopt.drive.witness import prototypes, witness
 from moeopt.errors import Declined, UsageError
 from moeopt.ir.tape import record
 from moeopt.options import Options
-from moeopt.passes.fuse_dense import fuse
-from moeopt.passes.split_dense import split
+from moeopt.passes.base import PassRecord
+from moeopt.passes.fuse_dense import FuseDenseFFN, fuse
+from moeopt.passes.manager import PassManager
+from moeopt.passes.split_dense import SplitDenseFFN, split
 from moeopt.rewrite.program import install
 
 ENGINE = (
@@ -35,7 +37,7 @@ ENGINE = (
 class Outcome:
     """What became of one dense FFN: its rewritten module's path and rewrite, or the reason it was left.
 
-    ``lowering`` is how it runs now, in words.
+    ``lowering`` is how it runs now, in words; ``records`` what the passes did to it.
     """
 
     path: str
@@ -44,6 +46,7 @@ class Outcome:
     where: str = ""
     seconds: float = 0.0
     lowering: str = ""
+    records: Sequence[PassRecord] = ()
 
 
 def check_groups(places: list[Place], options: Options) -> None:
@@ -84,13 +87,16 @@ def rewrite_all(
     runtime: Runtime | None,
     others: dict[str, Rewrite],
     say: Callable[[str], None],
+    manager: PassManager,
 ) -> list[Outcome]:
     """Split or fuse every FFN of ``places`` (dense ones), installing what was verified; one answer for each place.
 
     Args:
         calls: a real call of each home.
         others: modules that were rewritten already, by path.
+        manager: what runs the passes.
     """
+    one = FuseDenseFFN if options.dense == "fuse" else SplitDenseFFN
     homes: dict[str, list[Place]] = {}
     for place in places:
         homes.setdefault(place.call.path, []).append(place)
@@ -99,18 +105,26 @@ def rewrite_all(
     for path in sorted(homes, key=lambda p: -len(p.split("."))):  # inner modules first
         name = path or type(model).__name__
         say(f"dense FFN of {name}: {options.dense}")
-        done[path] = _left(path, options, runtime, others)
+        done[path] = _left(path, options, runtime, others, manager, one.name)
         if not done[path].reason:
-            done[path] = _rewrite_home(model, path, homes[path], calls[path], options, runtime, known)
+            done[path] = _rewrite_home(model, path, homes[path], calls[path], options, runtime, known, manager)
         if (rewrite := done[path].rewrite) is not None:
             others[path] = rewrite
+            manager.stands(rewrite.passes)
+            done[path].records = rewrite.passes.records
+        else:
+            done[path].records = [PassRecord(one.name, one.level, name, 0, done[path].reason)]
     return [done[p.call.path] for p in places]
 
 
-def _left(path: str, options: Options, runtime: Runtime | None, others: dict[str, Rewrite]) -> Outcome:
-    """The reason, if there is one, for which the home at ``path`` is not looked at."""
-    if options.fuel is not None and len(others) >= options.fuel:
-        return Outcome(path, None, f"MOEOPT_FUEL={options.fuel}: no more blocks are rewritten")
+def _left(
+    path: str, options: Options, runtime: Runtime | None, others: dict[str, Rewrite], manager: PassManager, name: str
+) -> Outcome:
+    """The reason, if there is one, for which the home at ``path`` is not looked at by the pass ``name``."""
+    if reason := manager.leaves_out(name):
+        return Outcome(path, None, f"{reason}; without {name} no other pass applies")
+    if manager.exhausted:
+        return Outcome(path, None, f"MOEOPT_FUEL={manager.fuel}: no more blocks are rewritten")
     holder = next((o for o in others if _runs_inside(path, o, others[o])), None)
     if holder is not None:
         return Outcome(
@@ -127,12 +141,13 @@ def _rewrite_home(
     options: Options,
     runtime: Runtime | None,
     known: Measured,
+    manager: PassManager,
 ) -> Outcome:
     name, module = path or type(model).__name__, model.get_submodule(path)
     weights = [frozenset(p.weights) for p in places]
     try:
         if options.dense == "fuse":
-            reader = DenseReader(weights, fuse)
+            reader = DenseReader(weights, fuse, FuseDenseFFN.kind)
             where, timings = measured(model, path, call, options, reader, known)
             figures = "; ".join(map(str, timings))
             if not pays(timings):
@@ -140,8 +155,8 @@ def _rewrite_home(
                 raise Declined(f"left as it is: fused {figures}{there}")
         else:
             groups = groups_of(path, module, call, weights, options)
-            reader = DenseReader(weights, lambda ffn: split(ffn, groups(ffn)))
-        rewrite = rewrite_block(name, module, call, options, runtime, reader)
+            reader = DenseReader(weights, lambda ffn: split(ffn, groups(ffn)), SplitDenseFFN.kind)
+        rewrite = rewrite_block(name, module, call, options, runtime, reader, manager)
         install(module, rewrite.program)
     except Declined as err:
         return Outcome(path, None, err.reason, err.where or "")
@@ -154,5 +169,5 @@ def _runs_inside(path: str, outer: str, rewrite: Rewrite) -> bool:
     if path != outer and outer and not path.startswith(outer + "."):
         return False
     inner = path.removeprefix(outer + ".") if outer else path
-    kept = rewrite.program.plan.kept_modules
+    kept = rewrite.program.block.kept_modules
     return path == outer or not any(inner == k or inner.startswith(k + ".") for k in kept)

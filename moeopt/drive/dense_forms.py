@@ -42,6 +42,7 @@ class DenseReader:
 
     weights: list[frozenset[int]]
     form: Callable[[DenseFFN], Recognition]
+    kind: str
 
     def first(self, module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
         call = witness(proto, 24, seed)
@@ -132,7 +133,7 @@ def measured(
     name, module = path or type(model).__name__, model.get_submodule(path)
     kind = (type(module), *((tuple(p.shape), p.dtype, p.stride()) for p in module.parameters()))
     if kind not in known:
-        unchecked = dataclasses.replace(options, verify="off")
+        unchecked = dataclasses.replace(options, verify="off", fuel=None, dump=None)
         program = rewrite_block(name, module, call, unchecked, None, reader).program
         fused, timings = RewrittenForward(module, program), []
         others = [p for p in model.parameters() if not any(p is own for own in module.parameters())]

@@ -23,7 +23,7 @@ def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Map
         rewrites, calls: by module path, what was installed and one real call.
     """
     for path, rewrite in rewrites.items():
-        if rewrite.program.plan.mutations:
+        if rewrite.program.block.mutations:
             continue  # such a block is never differentiated in rewritten form
         module = twin.get_submodule(path)
         if any(p.is_inference() for p in module.parameters()):
@@ -37,7 +37,7 @@ def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Map
         if (reason := guard.gradients) and reason != STOPPED and (before := forward.let_gradients_through()):
             guard.gradients = ""  # so that the rewritten code runs
             if _differ(module, original, forward, args, kwargs):  # then they were the author's own
-                forward.set_steps(before)
+                forward.set_graph(before)
                 guard.gradients = reason
         if guard.gradients == STOPPED:
             guard.gradients, guard.no_grad = "", True

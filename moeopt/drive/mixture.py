@@ -15,6 +15,7 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.steer import EveryExpert
 from moeopt.ir.tape import Tape, record
+from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.recognize_experts import Recognition, Uncovered, recognize
 from moeopt.passes.recognize_router import RouterReading, recognize_router, same_reading
 
@@ -22,7 +23,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Reader(Protocol):
-    """What in a block becomes an op. Each method raises ``Declined`` where there is no such thing."""
+    """What in a block becomes an op. Each method raises ``Declined`` where there is no such thing.
+
+    ``kind`` tells the passes which of them is for it, see ``moeopt.rewrite.block_graph.Captured``.
+    """
+
+    kind: str
 
     def first(self, module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
         """A witness that shows everything, its tape and its reading."""
@@ -44,6 +50,8 @@ class Mixture:
 
     def __init__(self, assume: ExpertsSpec | None = None) -> None:
         self.assume = assume
+
+    kind = GroupExperts.kind
 
     def first(self, module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
         return covering(module, proto, seed, self.assume)

@@ -15,6 +15,7 @@ from torch import fx, nn
 from moeopt.drive.block import Rewrite
 from moeopt.ir.kinds import op_name
 from moeopt.passes.recognize_experts import Recognition
+from moeopt.rewrite.block_graph import CONSTANT, EXPERTS
 
 _QUIET = ("detach", "getitem")
 NAMES = 4
@@ -74,15 +75,15 @@ def _period(names: list[str]) -> int:
 
 
 def _steps(rewrite: Rewrite, module: nn.Module) -> list[str]:
-    """The program's steps by name, in order."""
+    """What runs now by name, in order."""
     told = []
-    for step in rewrite.program.plan.steps:
-        if step.kind == "module":
-            told.append(f"{step.target} ({type(module.get_submodule(step.target)).__name__})")
-        elif step.kind == "experts":
+    for node in rewrite.program.block.graph.nodes:
+        if node.op == "call_module":
+            told.append(f"{node.target} ({type(module.get_submodule(str(node.target))).__name__})")
+        elif node.target is EXPERTS:
             told.append("moeopt::experts")
-        elif step.kind == "call":
-            word = getattr(step.target, "_opname", None) or getattr(step.target, "__name__", None)
-            if word not in _QUIET:
-                told.append(str(word or step.target))
+        elif node.op == "call_function" and node.meta.get("source") is not None:  # sizes and constants have no source
+            word = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", None)
+            if node.target is not CONSTANT and word not in _QUIET:
+                told.append(str(word or node.target))
     return told

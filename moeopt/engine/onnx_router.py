@@ -154,13 +154,12 @@ def _rewritten(module: nn.Module) -> Any:
     if forward is None:
         return None
     program, steps = forward.program, []
-    for step in program.plan.steps:
-        told: Any = step.target
-        if step.kind == "attr":
-            told = _told(operator.attrgetter(step.target)(module))
-        elif isinstance(told, Tensor):
-            told = _told(told)
-        steps.append((step.kind, str(told), str(step.args), str(step.kwargs)))
+    for node in program.block.graph.nodes:
+        told: Any = node.target
+        if node.op == "get_attr":
+            told = _told(operator.attrgetter(str(node.target))(module))
+        steps.append((node.op, str(told), str(node.args), str(node.kwargs)))
+    steps += [("constant", str(_told(constant)), "", "") for constant in program.block.constants]
     banks = [(bank.num_experts, *map(_told, (bank.w_out(0), *bank.w_in(0))), spec) for bank, spec in forward.banks]
     return steps, banks, program.routers, program.guard.shapes
 

@@ -55,6 +55,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         NotSaveableError: the model cannot be exported; the message names what is in the way.
     """
 
+    model = _by_its_forward(model)
     args, kwargs = plain_call(args, kwargs)
     before = _python_state(model)
     try:
@@ -75,6 +76,18 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             "make it an argument, or use backend='torch'"
         )
     return program
+
+
+def _by_its_forward(model: nn.Module) -> nn.Module:
+    """``model``, or a plain module around the same parts where torch.export would read a graph that does not run.
+
+    Of a GraphModule it reads the graph, and calls no ``forward`` that was put on the instance.
+    """
+    if not isinstance(model, torch.fx.GraphModule) or "forward" not in model.__dict__:
+        return model
+    plain = type("GraphModule", (nn.Module,), {})()  # so that messages name it so
+    plain.__dict__.update(model.__dict__)
+    return plain
 
 
 def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:

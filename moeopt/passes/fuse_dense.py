@@ -12,9 +12,24 @@ Numerics   ROUNDING: the products sum in another order
 
 from __future__ import annotations
 
+from moeopt.passes.base import Level
+from moeopt.passes.group_experts import group
 from moeopt.passes.recognize_dense import DenseFFN
 from moeopt.passes.recognize_experts import Recognition
 from moeopt.passes.split_dense import for_every_token
+from moeopt.rewrite.block_graph import BlockGraph
+
+
+class FuseDenseFFN:
+    """See the module's docstring."""
+
+    name = "fuse_dense_ffn"
+    level = Level.ROUNDING
+    kind = "fuse"
+
+    def apply(self, block: BlockGraph) -> int:
+        """How many dense FFNs became the op; 0 where the block was read as something else."""
+        return group(block) if block.captured is not None and block.captured.kind == self.kind else 0
 
 
 def fuse(ffn: DenseFFN) -> Recognition:

@@ -10,6 +10,7 @@ Numerics   ROUNDING: the sum runs in another order; each product and activation 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,9 @@ def replacement(found: Recognition, bank: int) -> Replacement:
         if found.tokens.axis != len(shape) - 1:
             x = plan.call(aten.movedim.int, x, found.tokens.axis, -1)
         rows = x if len(shape) == 2 else plan.call(aten.reshape.default, x, [-1, shape[found.tokens.axis]])
+        hidden = shape[found.tokens.axis]
+        count = math.prod(shape) // max(hidden, 1)
+        plan.note(rows, (count, hidden), found.tokens.node.meta.get("dtype"))
         if found.frontier.ids is None:
             weights = _apply(plan, found.frontier.weights, ref, None)
             ids = plan.call(table_to_ids, weights)
@@ -41,6 +45,9 @@ def replacement(found: Recognition, bank: int) -> Replacement:
             ids = _apply(plan, found.frontier.ids, ref, None)
             weights = _apply(plan, found.frontier.weights, ref, ids)
         y = plan._add(Step("experts", bank, (rows, ids, weights), source=found.source))
+        plan.note(
+            y, (count, found.combine.node.meta["shape"][found.combine.axis]), found.combine.node.meta.get("dtype")
+        )
         y = _restore(plan, y, found.combine.node.meta["shape"], found.combine.axis)
         return y if found.base is None else plan.call(aten.add.Tensor, ref(found.base), y)
 

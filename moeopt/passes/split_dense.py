@@ -26,12 +26,28 @@ from torch import Tensor
 from moeopt.errors import Declined
 from moeopt.ir.provenance import MatrixRef, VectorRef
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.passes.base import Level
 from moeopt.passes.combine import Combine
 from moeopt.passes.frontier import Frontier, Recipe
+from moeopt.passes.group_experts import group
 from moeopt.passes.recognize_dense import DenseFFN
 from moeopt.passes.recognize_experts import Recognition
 from moeopt.passes.rows import Tokens
 from moeopt.rewrite.bank import ExpertRef
+from moeopt.rewrite.block_graph import BlockGraph
+
+
+class SplitDenseFFN:
+    """See the module's docstring."""
+
+    name = "split_dense_ffn"
+    level = Level.ROUNDING
+    kind = "split"
+
+    def apply(self, block: BlockGraph) -> int:
+        """How many dense FFNs became groups; 0 where the block was read as something else."""
+        return group(block) if block.captured is not None and block.captured.kind == self.kind else 0
+
 
 Groups = Sequence[Sequence[int]]
 """The neurons of each group; together each neuron once."""

@@ -1,4 +1,4 @@
-"""From plans of several witnesses to one program for every shape.
+"""From the plans of several witnesses to one plan for every shape.
 
 The same block, run on inputs of different sizes, gives the same steps with different integers. An
 integer that never changes is a constant; one that changes must be a size of an input, a product of
@@ -9,6 +9,7 @@ repeats, and the block is declined.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ class Size:
     factor: int = 1
     divisor: int = 1
     offset: int = 0
+
+    def __str__(self) -> str:
+        text = "*".join(f"input_{i}.shape[{d}]" for i, d in self.dims)
+        text = text if self.factor == 1 else f"{self.factor}*{text}"
+        text = text if self.divisor == 1 else f"{text}//{self.divisor}"
+        return text if not self.offset else f"{text}{self.offset:+d}"
 
 
 @dataclass(frozen=True)
@@ -118,11 +125,12 @@ def generalize(plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> Plan:
                     "input; compute it with torch operations",
                     where,
                 )
-            steps.append(step)
+            steps.append(dataclasses.replace(step))
             continue
         args = _merge([v.args for v in versions], sizes, where)
         kwargs = _merge([v.kwargs for v in versions], sizes, where)
-        steps.append(Step(step.kind, step.target, args, kwargs, step.source))
+        shape = _shape([v.shape for v in versions], sizes)
+        steps.append(Step(step.kind, step.target, args, kwargs, step.source, shape, step.dtype))
     return Plan(
         steps,
         _merge([p.output for p in plans], sizes, None),
@@ -130,6 +138,15 @@ def generalize(plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> Plan:
         _merge([p.attributes for p in plans], sizes, None),
         first.kept_modules,
     )
+
+
+def _shape(versions: list[tuple[int, ...] | None], sizes: Sizes) -> tuple[int | Size | None, ...] | None:
+    """One shape for all; None for a size that is no simple function of the inputs', or where the rank differs."""
+    first = versions[0]
+    if first is None or any(v is None or len(v) != len(first) for v in versions):
+        return None
+    each = zip(*versions, strict=True)  # type: ignore[arg-type]
+    return tuple(v[0] if len(set(v)) == 1 else sizes.express(v) for v in each)
 
 
 def _name(step: Step) -> str:

@@ -1,14 +1,15 @@
-"""What stays of a block once its experts are one op: a list of steps, read back from the outputs.
+"""What stays of one recorded call once a block's experts are one op: a list of steps, read back from the outputs.
 
 ``make_plan`` walks a witness tape from the block's outputs towards its inputs and stops at each
 replaced tensor. What it meets is kept: ATen calls, and whole calls of submodules wherever nothing
 inside them was replaced (routers, shared experts and norms keep their own Python, hooks and dtype
-rules). What it does not meet (dispatch, the expert loop) is gone.
+rules). What it does not meet (dispatch, the expert loop) is gone. The plans of several calls become one graph for
+every size in ``generalize`` and ``build``; a plan itself never runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,13 +34,18 @@ class Ref:
 
 @dataclass
 class Step:
-    """One line of the program. ``kind``: input, attr, constant, call, module or experts."""
+    """One step. ``kind``: input, attr, constant, call, module or experts.
+
+    ``shape`` and ``dtype`` are those of its result where it is one tensor and they are known, else None.
+    """
 
     kind: str
     target: Any
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    shape: tuple[Any, ...] | None = field(default=None, compare=False)
+    dtype: torch.dtype | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -55,6 +61,13 @@ class Plan:
     def call(self, target: Any, *args: Any, source: str = "", **kwargs: Any) -> Ref:
         """Append a call of ``target`` and return its result."""
         return self._add(Step("call", target, args, kwargs, source))
+
+    def note(self, ref: Ref, shape: Sequence[int] | None, dtype: torch.dtype | None) -> Ref:
+        """Write down the shape and dtype of the result ``ref``, which is returned."""
+        step = self.steps[ref.step]
+        if shape is not None and step.shape is None:
+            step.shape, step.dtype = tuple(shape), dtype
+        return ref
 
     def _add(self, step: Step) -> Ref:
         self.steps.append(step)
@@ -270,7 +283,12 @@ class _Planner:
         if isinstance(unit, Call):
             ref = plan._add(Step("module", unit.path, _tree(unit.args, refs), _tree(unit.kwargs, refs)))
             self._unpack(plan, ref, unit.output, refs)
-        elif unit in self.replaced:
+            return
+        self._emit_node(plan, unit, refs)
+        plan.note(refs[unit], unit.meta.get("shape"), unit.meta.get("dtype"))
+
+    def _emit_node(self, plan: Plan, unit: fx.Node, refs: dict[fx.Node, Ref]) -> None:
+        if unit in self.replaced:
             refs[unit] = self.replaced[unit].emit(plan, refs.__getitem__)
         elif unit.op == "placeholder":
             refs[unit] = plan._add(Step("input", unit.name))
@@ -286,12 +304,13 @@ class _Planner:
 
     def _unpack(self, plan: Plan, ref: Ref, output: Any, refs: dict[fx.Node, Ref]) -> None:
         if isinstance(output, fx.Node):
-            refs.setdefault(output, ref)
+            refs.setdefault(output, plan.note(ref, output.meta.get("shape"), output.meta.get("dtype")))
             return
         leaves = _nodes(output)
         for i, leaf in enumerate(leaves):
             if leaf not in refs:
-                refs[leaf] = plan.call(tensor_leaf, ref, i)
+                picked = plan.call(tensor_leaf, ref, i)
+                refs[leaf] = plan.note(picked, leaf.meta.get("shape"), leaf.meta.get("dtype"))
 
 
 def tensor_leaf(tree: Any, index: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A block's new forward: the generalised plan as an fx graph, run against the user's own module.
+"""A block's new forward: its :class:`BlockGraph`, run against the user's own module.
 
 The graph is compiled to Python by ``fx`` and called with the block as ``self``, so ``self.gate(x)`` is
 the user's router with its hooks, and weights are read where they live. Before each call a guard asks
@@ -10,26 +10,23 @@ flag, autocast). If not, or if the module was changed since, the original forwar
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import inspect
-import operator
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from moeopt.errors import Declined, StaleModelWarning
-from moeopt.ir.specs import ExpertsSpec, RouterSpec
+from moeopt.ir.specs import RouterSpec
 from moeopt.ir.tree import tree_map
 from moeopt.ops.experts import experts
-from moeopt.rewrite.bank import ExpertRef, LiveBank, Stale, expert_paths
-from moeopt.rewrite.generalize import DeviceOf, Ratio, Size
+from moeopt.rewrite.bank import LiveBank, Stale, expert_paths
+from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.guard import OPAQUE, TENSOR, Bound, Guard, bind, overlap
-from moeopt.rewrite.plan import Plan, Ref, Step
 from moeopt.rewrite.reads import Reads
 from moeopt.rewrite.source import Source
 from moeopt.rewrite.watch import Fact, Watch, take_facts
@@ -38,160 +35,61 @@ __all__ = ["OPAQUE", "TENSOR", "Guard", "Program", "RewrittenForward", "bind", "
 
 aten = torch.ops.aten
 
-_KINDS = (Ref, Size, Ratio, DeviceOf)
-
 
 @dataclass
 class Program:
-    """What was verified: the plan, the experts of each op, the call's signature and its guard.
+    """A block graph as it is installed: with the signature of the forward that it stands for.
 
-    ``routers`` has the router of each op where it was recognised, for runtimes that want to know its weights' signs.
-    ``frozen`` has, by path in the block, the values of tensors that decided what the plan is and that it does not read;
-    ``reads`` what the block's code read outside its modules; ``per_token`` how many experts a token has in each op,
-    None where that differs: the code between the ops may have turned that number into constants.
+    ``facts`` is what was verified of the module's own code, taken from the first module that asks; ``reads`` what the
+    block's code read outside its modules.
     """
 
-    plan: Plan
-    banks: list[tuple[list[ExpertRef], ExpertsSpec]]
+    block: BlockGraph
     signature: inspect.Signature
-    guard: Guard
-    routers: list[RouterSpec | None]
-    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: list[Fact] | None = None
     reads: Reads | None = None
-    per_token: list[int | None] = field(default_factory=list)
+
+    @property
+    def guard(self) -> Guard:
+        """Which calls the graph holds for."""
+        guard = self.block.guard
+        assert guard is not None
+        return guard
+
+    @property
+    def routers(self) -> list[RouterSpec | None]:
+        """The router of each op where it was recognised, for runtimes that want to know its weights' signs."""
+        return self.block.routers
+
+    @property
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """By path in the block, the values of tensors that decided what the graph is and that it does not read."""
+        return self.block.frozen
 
     def watch(self, module: nn.Module) -> Watch:
         """What was verified of ``module``'s own code, bound to it; the first module to ask is the verified one."""
-        plan = self.plan
+        block = self.block
         if self.facts is None:
-            self.facts = take_facts(module, plan.kept_modules, plan.attributes, self.guard.training is not None)
+            self.facts = take_facts(module, block.kept_modules, block.attributes, self.guard.training is not None)
         return Watch(
             module,
             self.facts,
-            {(b, e): expert_paths([ref]) for b, (refs, _) in enumerate(self.banks) for e, ref in enumerate(refs)},
-            self.frozen,
+            {(b, e): expert_paths([ref]) for b, (refs, _) in enumerate(block.weights) for e, ref in enumerate(refs)},
+            block.frozen,
             self.reads,
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Ops by name, and the signature without annotations: neither can be pickled as it is."""
+        """The signature without annotations, which cannot be pickled."""
         plain = [p.replace(annotation=inspect.Parameter.empty) for p in self.signature.parameters.values()]
-        steps = [dataclasses.replace(s, target=_OpName.of(s.target)) for s in self.plan.steps]
-        return self.__dict__ | {
-            "signature": inspect.Signature(plain),
-            "plan": dataclasses.replace(self.plan, steps=steps),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        for step in self.plan.steps:
-            if isinstance(step.target, _OpName):
-                step.target = step.target.op()
+        return self.__dict__ | {"signature": inspect.Signature(plain)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self
 
     def graph(self) -> fx.Graph:
-        """The plan as an fx graph: placeholders are the tensor inputs, ``self`` is the block."""
-        return _build(self)
-
-
-@dataclass(frozen=True)
-class _OpName:
-    """An OpOverload by name."""
-
-    name: str
-    overload: str
-
-    @staticmethod
-    def of(target: Any) -> Any:
-        if not isinstance(target, torch._ops.OpOverload):
-            return target
-        return _OpName(target._schema.name, target._overloadname)
-
-    def op(self) -> Any:
-        space, _, name = self.name.partition("::")
-        return getattr(getattr(getattr(torch.ops, space), name), self.overload)
-
-
-def _build(program: Program) -> fx.Graph:
-    graph = fx.Graph()
-    refs: list[fx.Node] = []
-    inputs: list[fx.Node] = []
-    sizes: dict[Size, Any] = {}
-
-    def size(expr: Size) -> Any:
-        if expr not in sizes:
-            total: Any = None
-            for index, dim in expr.dims:
-                part = graph.call_function(aten.sym_size.int, (inputs[index], dim))
-                total = part if total is None else graph.call_function(operator.mul, (total, part))
-            for op, by, idle in (
-                (operator.mul, expr.factor, 1),
-                (operator.floordiv, expr.divisor, 1),
-                (operator.add, expr.offset, 0),
-            ):
-                total = total if by == idle else graph.call_function(op, (total, by))
-            sizes[expr] = total
-        return sizes[expr]
-
-    def word(a: Any) -> Any:
-        if isinstance(a, Ref):
-            return refs[a.step]
-        if isinstance(a, Ratio):
-            total = size(Size(a.dims))
-            return graph.call_function(operator.truediv if a.inverse else operator.mul, (a.factor, total))
-        return size(a) if isinstance(a, Size) else device()
-
-    def device() -> Any:
-        return graph.call_function(getattr, (inputs[0], "device"))
-
-    def words(tree: Any) -> Any:
-        return tree_map(_KINDS, word, tree)
-
-    engine = graph.placeholder("engine")
-    constants = 0
-    for step in program.plan.steps:
-        if step.kind == "input":
-            refs.append(graph.placeholder(f"input_{len(inputs)}"))
-            inputs.append(refs[-1])
-        elif step.kind == "attr":
-            refs.append(graph.get_attr(step.target))
-        elif step.kind == "constant":
-            refs.append(graph.call_function(_read_constant, (engine, constants, inputs[0])))
-            constants += 1
-        elif step.kind == "module":
-            refs.append(graph.call_module(step.target, words(step.args), words(step.kwargs)))
-        elif step.kind == "experts":
-            refs.append(graph.call_function(_run_experts, (engine, step.target, *words(step.args))))
-        else:
-            refs.append(graph.call_function(step.target, words(step.args), words(step.kwargs)))
-    outputs = (program.plan.output, program.plan.mutations, list(program.plan.attributes.values()))
-    leaves: list[fx.Node] = []
-
-    def place(a: Any) -> int:
-        leaves.append(word(a))
-        return len(leaves) - 1
-
-    tree_map(_KINDS, place, outputs)
-    graph.output(tuple(leaves))
-    return graph
-
-
-def _read_constant(engine: RewrittenForward, index: int, like: torch.Tensor) -> torch.Tensor:
-    constant = engine.constants[index]
-    return constant if constant.device == like.device else constant.to(like.device)
-
-
-def _run_experts(
-    engine: RewrittenForward, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    bank, spec = engine.banks[index]
-    known = engine.program.per_token[index] if engine.program.per_token else None
-    if known is not None and ids.shape[-1] != known and not torch.compiler.is_compiling():
-        raise Stale(f"its router chose {ids.shape[-1]} experts for a token, and {known} when it was verified")
-    return experts(x, ids, weights, bank, spec, engine.program.guard.skip_idle)
+        """What runs: placeholders are the tensor inputs, ``self`` is the user's module."""
+        return self.block.graph
 
 
 @torch.compiler.assume_constant_result
@@ -230,41 +128,41 @@ class RewrittenForward:
         self.watch = watch = program.watch(self.module)
         if watch.gone:
             raise Stale(watch.gone)
+        block = program.block
         self.banks = [
             (LiveBank(self.module, refs, (s.w_in_layout, s.w_out_layout), functools.partial(_check, watch, b)), s)
-            for b, (refs, s) in enumerate(program.banks)
+            for b, (refs, s) in enumerate(block.weights)
         ]
-        self.constants = [s.target for s in program.plan.steps if s.kind == "constant"]
-        counter = iter(range(10**9))
-        plan = program.plan
-        self._output, self._mutations, self._values = tree_map(
-            _KINDS, lambda _: _Slot(next(counter)), (plan.output, plan.mutations, list(plan.attributes.values()))
-        )
-        self._plain = isinstance(self._output, _Slot) and not plan.mutations and not plan.attributes
-        code = _build(program).python_code("self")
-        scope = dict(code.globals)
-        exec(compile(code.src, "<moeopt rewritten forward>", "exec"), scope)
-        self._run = scope["forward"]
+        self.constants = block.constants
+        self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
+        self._run = compiled(block.graph)
 
-    def let_gradients_through(self) -> list[Step]:
-        """Make every detach of the program an alias; the steps as they were, [] where it has none.
+    def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The op on the live weights number ``index``: what a ``moeopt::experts`` node of the graph calls."""
+        bank, spec = self.banks[index]
+        known = self.program.block.per_token[index]
+        if known is not None and ids.shape[-1] != known and not torch.compiler.is_compiling():
+            raise Stale(f"its router chose {ids.shape[-1]} experts for a token, and {known} when it was verified")
+        return experts(x, ids, weights, bank, spec, self.program.guard.skip_idle)
+
+    def let_gradients_through(self) -> fx.Graph | None:
+        """Make every detach of the graph an alias; the graph as it was, None where it has no detach.
 
         A trace without gradients holds detaches that nobody wrote: in-place ops and factories leave them.
         """
-        before = self.program.plan.steps
-        if not any(s.target is aten.detach.default for s in before):
-            return []
-        self.set_steps(
-            [
-                dataclasses.replace(s, target=aten.alias.default) if s.target is aten.detach.default else s
-                for s in before
-            ]
-        )
+        before = self.program.block.graph
+        if not any(n.target is aten.detach.default for n in before.nodes):
+            return None
+        self.set_graph(before)
+        for node in self.program.block.graph.nodes:
+            if node.target is aten.detach.default:
+                node.target = aten.alias.default
+        self._prepare()
         return before
 
-    def set_steps(self, steps: list[Step]) -> None:
-        """Run ``steps``, which compute what the program's own compute, from now on."""
-        self.program.plan.steps = steps
+    def set_graph(self, graph: fx.Graph) -> None:
+        """Run a copy of ``graph``, which computes what the program's own computes, from now on."""
+        self.program.block.set_graph(graph)
         self._prepare()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -288,7 +186,7 @@ class RewrittenForward:
         if program.guard.gradients and torch.is_grad_enabled():
             if any(t.requires_grad for t in (*bound.tensors(), *self.module.parameters())):
                 return program.guard.gradients
-        if not program.plan.mutations:
+        if not program.block.mutations:
             return ""
         tensors = bound.tensors()
         if overlap(tensors):
@@ -309,18 +207,19 @@ class RewrittenForward:
         else:
             leaves = self._run(self.module, self, *bound.tensors())
         self.calls += 1
+        block = self.program.block
         if self._plain:
-            return leaves[0]
+            return leaves[block.output.index]
 
-        def fill(slot: _Slot) -> Any:
+        def fill(slot: Slot) -> Any:
             return leaves[slot.index]
 
-        for target, value in tree_map(_Slot, fill, self._mutations):
+        for target, value in tree_map(Slot, fill, block.mutations):
             with torch.no_grad():
                 target.copy_(value)
-        for (path, name), value in zip(self.program.plan.attributes, self._values, strict=True):
-            setattr(self.module.get_submodule(path), name, tree_map(_Slot, fill, value))
-        return tree_map(_Slot, fill, self._output)
+        for (path, name), value in block.attributes.items():
+            setattr(self.module.get_submodule(path), name, tree_map(Slot, fill, value))
+        return tree_map(Slot, fill, block.output)
 
     def _fall_back(self, refusal: str, args: Any, kwargs: Any) -> Any:
         if self.last_refusal != refusal:
@@ -350,7 +249,7 @@ class RewrittenForward:
 
     def __getattr__(self, name: str) -> Any:
         # A copy is made before its module has its children: it prepares itself at first use.
-        if name in ("watch", "banks", "constants", "_output", "_mutations", "_values", "_plain", "_run"):
+        if name in ("watch", "banks", "constants", "_plain", "_run"):
             if "program" in self.__dict__:
                 self._prepare()
                 return self.__dict__[name]
@@ -361,9 +260,11 @@ class RewrittenForward:
         return {k: self.__dict__[k] for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
 
 
-@dataclass(frozen=True)
-class _Slot:
-    index: int
+def run(block: BlockGraph, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """One call of ``block`` on the weights of ``module``; of ``module``'s own code while the block has no graph."""
+    if block.captured is not None:
+        return type(module).forward(module, *args, **kwargs)  # type: ignore[operator]
+    return RewrittenForward(module, Program(block, inspect.signature(module.forward)))(*args, **kwargs)
 
 
 def install(module: nn.Module, program: Program) -> RewrittenForward:

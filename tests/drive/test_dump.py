@@ -6,7 +6,7 @@ from torch import nn
 
 import moeopt
 from moeopt.errors import UsageError
-from tests.passes.tiny import H, MoE, seeded
+from tests.passes.tiny import GLU, H, MoE, seeded
 
 
 class Noisy(MoE):
@@ -57,3 +57,12 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_done(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"dump='.*file/dump': the folder cannot be made: Not a directory"):
         moeopt.optimize(seeded(MoE), torch.randn(6, H), dump=tmp_path / "file" / "dump")
+
+
+def test_a_split_dense_ffn_has_its_files_too(tmp_path):
+    moeopt.optimize(seeded(GLU), torch.randn(6, H), dense="split", experts=2, verify="off", dump=tmp_path)
+    names = [p.name for p in sorted(tmp_path.rglob("*.*"))]
+    assert names == [
+        "1-split_dense_ffn.after.graph", "1-split_dense_ffn.before.graph", "program.txt", "reading.txt", "witness.txt",
+    ]  # fmt: skip
+    assert " = experts 0(" in (tmp_path / "00-GLU" / "program.txt").read_text()

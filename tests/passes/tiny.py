@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.drive.block import Rewrite, rewrite_block
 from moeopt.ir.tape import Tape, record
+from moeopt.options import Options
+from moeopt.passes.base import PassRecord
+from moeopt.passes.group_experts import GroupExperts
+from moeopt.passes.manager import PassManager
 from tests.ir.tiny import rand
 
 E, H, I, K, T = 4, 8, 12, 2, 24
@@ -63,3 +68,17 @@ def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 def tape_of(make: Callable[[], nn.Module], *args: Any, tokens: int = T, seed: int = 0) -> Tape:
     """The tape of the seeded module on ``args``, or on (tokens, H) random rows."""
     return record(seeded(make, seed), args or (rand(tokens, H, seed=7),))
+
+
+def through(
+    make: Callable[[], nn.Module], *passes: Any, x: torch.Tensor | None = None, **fields: Any
+) -> tuple[Rewrite, dict[str, PassRecord]]:
+    """The seeded module through grouping and then ``passes``, verified strictly; its records by pass.
+
+    ``fields`` are those of the manager; ``engine`` is True and all are named, so that no pass is left out.
+    """
+    every = (GroupExperts(), *passes)
+    manager = PassManager(every, **{"engine": True, "only": [p.name for p in every]} | fields)
+    call = ((rand(6, H) if x is None else x,), {})
+    rewrite = rewrite_block("block", seeded(make), call, Options(), manager=manager)
+    return rewrite, {r.name: r for r in rewrite.passes.records}
