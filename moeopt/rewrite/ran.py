@@ -8,6 +8,7 @@ a field of a configuration that no code names is nobody's business.
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import types
 from collections.abc import Iterator
@@ -105,11 +106,15 @@ def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
 def observing(kept: list[nn.Module]) -> Iterator[Observed]:
     """While open, what this thread runs is observed; a profiler that was on is set aside and goes on afterwards."""
     observed, before = Observed({id(m) for m in kept}), sys.getprofile()
+    collecting = gc.isenabled()
+    gc.disable()  # what a collection calls back is not the block's code
     sys.setprofile(observed)
     try:
         yield observed
     finally:
         sys.setprofile(None)
+        if collecting:
+            gc.enable()
         if callable(before):
             sys.setprofile(before)
         elif before is not None:  # the profiler object of cProfile, which switches itself on

@@ -253,8 +253,9 @@ class Watch:
 
     def expert(self, key: Any) -> str:
         """What changed in the modules of one expert."""
-        if not holds(self._sames[key]):
-            self._look()
+        if holds(self._sames[key]):
+            return self._reasons[key]
+        self._look()
         return self._reasons[key] or self._reason or self._read
 
     def everything(self) -> str:
