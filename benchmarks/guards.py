@@ -4,7 +4,7 @@
     python -m benchmarks.guards --check    exit code 1 when a check takes longer than LIMIT
 
 Each cell is the fastest of many short runs, which leaves out the turns of a machine's other tenants. What is measured
-is the whole comparison of one call (``moeopt.rewrite.watch``, ``reads`` and ``source``), without the experts' own
+is the whole comparison of one call (``moeopt.rewrite.module_guard``, ``reads`` and ``source``), without the experts' own
 modules, which are compared where an expert runs.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import moeopt
-from moeopt.rewrite.program import RewrittenForward, _changed, rewritten_forward
+from moeopt.rewrite.install import RewrittenForward, _changed, rewritten_forward
 
 LIMIT = 3.0
 """Microseconds a block call."""

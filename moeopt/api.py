@@ -14,59 +14,50 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeopt import pipeline
+from moeopt.backends.onnxrt.build import Built, build_onnx, onnx_plan
+from moeopt.backends.onnxrt.bundle import load_onnx_bundle, replay_golden, save_onnx_bundle
+from moeopt.backends.onnxrt.check_routers import Routed, check_blocks
+from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
+from moeopt.backends.onnxrt.expert_ids import count_ids
+from moeopt.backends.onnxrt.offline_engine import AbsentEngine
+from moeopt.backends.onnxrt.open_engine import onnx_to_verify, open_onnx, trt_to_verify
 from moeopt.backends.onnxrt.plan import Plan
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
+from moeopt.backends.onnxrt.ties import Ties, tie_note
+from moeopt.backends.tensorrt.build_engine import TrtBuilt, build_trt
+from moeopt.backends.tensorrt.bundle import load_trt_bundle, save_trt_bundle
+from moeopt.backends.tensorrt.engine_plan import EnginePlan, most_tokens, trt_plan
 from moeopt.backends.tensorrt.target import local_target
-from moeopt.compare.block import BlockCheck
-from moeopt.compare.certificate import Certificate
-from moeopt.compare.language import find_ids
-from moeopt.compare.model import EndToEnd, OriginalRuns, end_to_end, run_plain
-from moeopt.compare.pins import RoutingLog
-from moeopt.compare.ties import exactly_tied
-from moeopt.compare.unusual import unusual_calls
-from moeopt.drive.block import OwnForward, pass_manager
-from moeopt.drive.enclosing import with_router
-from moeopt.drive.gradients import check_gradients
-from moeopt.drive.inputs import Call, as_call, in_order, made_up
-from moeopt.drive.picture import picture
-from moeopt.drive.share import shared_copy
-from moeopt.engine import (
-    AbsentEngine,
-    Manifest,
-    fingerprint,
-    load_onnx_bundle,
-    load_torch_bundle,
-    load_trt_bundle,
-    read_backend,
-    read_manifest,
-    replay_golden,
-    save_onnx_bundle,
-    save_torch_bundle,
-    save_trt_bundle,
-    verify_torch_bundle,
-)
-from moeopt.engine.holds import notes_on_sizes
-from moeopt.engine.onnx_build import Built, build_onnx, onnx_plan
-from moeopt.engine.onnx_engine import GraphEngine, OnnxEngine
-from moeopt.engine.onnx_pieces import causal_calls
-from moeopt.engine.onnx_router import Routed, check_blocks
-from moeopt.engine.onnx_routing import count_ids
-from moeopt.engine.onnx_ties import Ties, tie_note
-from moeopt.engine.onnx_verify import onnx_to_verify, open_onnx, trt_to_verify
-from moeopt.engine.other_sizes import sizes_to_try
-from moeopt.engine.plain import open_dataclasses
-from moeopt.engine.program import export_program
-from moeopt.engine.trt_build import TrtBuilt, build_trt
-from moeopt.engine.trt_plan import EnginePlan, most_tokens, trt_plan
+from moeopt.backends.torch.bundle import load_torch_bundle, save_torch_bundle, verify_torch_bundle
+from moeopt.bundle.fingerprint import fingerprint
+from moeopt.bundle.holds import notes_on_sizes
+from moeopt.bundle.manifest import Manifest, read_backend, read_manifest
+from moeopt.capture.shared_copy import shared_copy
+from moeopt.capture.tape import clone_inputs
+from moeopt.causal_lm.chunked_cases import causal_calls
 from moeopt.errors import BundleError, CaptureError, NotEquivalentError, NotSaveableError, UsageError
-from moeopt.ir.surprise import surprises, told
-from moeopt.ir.tape import clone_inputs
+from moeopt.find.example_inputs import Call, as_call, in_order, made_up
 from moeopt.limits import DEFAULT, LoadLimits
+from moeopt.lower.export import export_program
+from moeopt.lower.other_sizes import sizes_to_try
+from moeopt.lower.plain import open_dataclasses
+from moeopt.lower.surprise import surprises, told
 from moeopt.options import Options
 from moeopt.patches import fewer_collections
+from moeopt.pipeline import run as pipeline
+from moeopt.pipeline.block import OwnForward, pass_manager
+from moeopt.pipeline.check_gradients import check_gradients
+from moeopt.pipeline.diagram import picture
+from moeopt.pipeline.enclosing import with_router
 from moeopt.report import BlockReport, Report
-from moeopt.rewrite.program import install, rewritten_forward, uninstall, watch_source
+from moeopt.rewrite.install import install, rewritten_forward, uninstall, watch_source
+from moeopt.verification.block import BlockCheck
+from moeopt.verification.certificate import Certificate
+from moeopt.verification.language import find_ids
+from moeopt.verification.model import EndToEnd, OriginalRuns, end_to_end, run_plain
+from moeopt.verification.pins import RoutingLog
+from moeopt.verification.ties import exactly_tied
+from moeopt.verification.unusual import unusual_calls
 
 BACKENDS = ("torch", "onnxruntime", "tensorrt")
 _REPORT = "keep the live model of backend='torch', or report this with the model's code"

@@ -106,7 +106,7 @@ class Report:
         backend: torch, onnxruntime or tensorrt; "" for a dry run.
         seconds: time the whole run took.
         notes: what the reader should know besides, a sentence each.
-        graph: one rewritten block before and after, in names and counts (``moeopt.drive.picture``).
+        graph: one rewritten block before and after, in names and counts (``moeopt.pipeline.diagram``).
         certificate: that of the same run, for :meth:`to_html`; it has a JSON of its own and is not in this one.
         passes: what each pass did to each block, in order; see :class:`moeopt.passes.base.PassRecord`.
         print_passes: whether the text lists them.

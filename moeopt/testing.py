@@ -19,18 +19,20 @@ import torch
 from torch import nn
 
 from moeopt import api
-from moeopt.compare.certificate import Certificate
-from moeopt.compare.first_difference import first_difference
-from moeopt.compare.judge import FACTOR
-from moeopt.compare.model import end_to_end
-from moeopt.compare.regression import Regression, current, read_certificate, regressions
-from moeopt.drive.inputs import as_call
-from moeopt.drive.pair import check_blocks, differing_blocks
-from moeopt.engine import AbsentEngine, OnnxEngine, read_manifest
-from moeopt.engine.providers import provider_names, providers
+from moeopt.backends.onnxrt.engine import OnnxEngine
+from moeopt.backends.onnxrt.offline_engine import AbsentEngine
+from moeopt.backends.providers import provider_names, providers
+from moeopt.bundle.manifest import read_manifest
 from moeopt.errors import UsageError
+from moeopt.find.example_inputs import as_call
 from moeopt.limits import LoadLimits
-from moeopt.rewrite.program import rewritten_forward
+from moeopt.rewrite.install import rewritten_forward
+from moeopt.verification.certificate import Certificate
+from moeopt.verification.first_difference import first_difference
+from moeopt.verification.judge import FACTOR
+from moeopt.verification.model import end_to_end
+from moeopt.verification.module_pair import check_blocks, differing_blocks
+from moeopt.verification.regression import Regression, current, read_certificate, regressions
 
 
 def assert_equivalent(

@@ -14,7 +14,7 @@ from moeopt import __version__
 from moeopt.cli import main
 from moeopt.errors import BundleError, NotEquivalentError, UsageError
 from moeopt.report import BlockReport, Report
-from tests.engine.toys import H, save
+from tests.backends.torch.toys import H, save
 
 REPORT = Report((BlockReport("0", "moe", "rewritten", experts=4, lowering="moeopt::experts"),), model="Toy")
 

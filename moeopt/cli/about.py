@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from moeopt.engine import read_manifest
-from moeopt.engine.schemas import Plan
+from moeopt.bundle.manifest import read_manifest
+from moeopt.bundle.schemas import Plan
 from moeopt.untrusted import checked, cleaned, shown_line
 
 RUNTIMES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13")

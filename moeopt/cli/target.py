@@ -54,7 +54,7 @@ def is_a_bundle(path: Path) -> bool:
     """:func:`moeopt.engine.is_bundle`, which needs torch, asked only where there is a manifest."""
     if not (path / "moeopt.json").is_file():
         return False
-    from moeopt.engine import is_bundle
+    from moeopt.bundle.manifest import is_bundle
 
     return is_bundle(path)
 

@@ -15,11 +15,11 @@ import torch
 from torch import fx, nn
 
 from moeopt.api import optimize
-from moeopt.drive.inputs import Call
-from moeopt.engine.program import export_program, roomier
 from moeopt.errors import NotSaveableError
+from moeopt.find.example_inputs import Call
+from moeopt.lower.export import export_program, roomier
 from moeopt.passes.base import Pass, PassRecord
-from moeopt.rewrite.program import rewritten_forward
+from moeopt.rewrite.install import rewritten_forward
 
 
 def run(

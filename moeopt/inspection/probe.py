@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeopt.drive.share import shared_copy
+from moeopt.capture.shared_copy import shared_copy
 from moeopt.errors import UsageError
 from moeopt.inspection.structure import Block
 from moeopt.inspection.tree import Tree, parent, within

@@ -20,7 +20,7 @@ import operator
 import torch
 from torch import fx
 
-from moeopt.ir.kinds import op_name
+from moeopt.capture.op_kinds import op_name
 from moeopt.passes.base import Level
 from moeopt.rewrite.block_graph import EXPERTS, BlockGraph
 from moeopt.rewrite.check import viewed

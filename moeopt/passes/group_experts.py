@@ -18,7 +18,7 @@ from __future__ import annotations
 from moeopt.passes.base import Level
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.build import build
-from moeopt.rewrite.generalize import generalize
+from moeopt.rewrite.symbolic_shapes import generalize
 
 
 class GroupExperts:

@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from moeopt.capture.op_kinds import op_name
+from moeopt.capture.tape import record
 from moeopt.errors import Declined
-from moeopt.ir.kinds import op_name
-from moeopt.ir.sites import find_sites
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.tape import record
 from moeopt.passes.base import Level
-from moeopt.passes.chains import find_chains
-from moeopt.passes.recognize_dense import chain_weights, find_dense, recognize_dense
-from moeopt.rewrite.bank import ExpertRef
+from moeopt.recognise.dense_ffn import chain_weights, find_dense, recognize_dense
+from moeopt.recognise.ffn_candidates import find_chains
+from moeopt.recognise.gemm_sites import find_sites
 from moeopt.rewrite.block_graph import EXPERTS, BlockGraph, ExpertWeights
-from moeopt.rewrite.watch import hook_count
+from moeopt.rewrite.live_weights import ExpertRef
+from moeopt.rewrite.module_guard import hook_count
 
 aten = torch.ops.aten
 

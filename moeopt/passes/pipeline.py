@@ -5,11 +5,11 @@ from __future__ import annotations
 from moeopt.passes.base import Pass
 from moeopt.passes.drop_copies import DropCopies
 from moeopt.passes.fold_expert_scale import FoldExpertScale
-from moeopt.passes.fuse_dense import FuseDenseFFN
+from moeopt.passes.fuse_dense_ffn import FuseDenseFFN
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.merge_shared_expert import MergeSharedExpert
 from moeopt.passes.shrink_router_softmax import ShrinkRouterSoftmax
-from moeopt.passes.split_dense import SplitDenseFFN
+from moeopt.passes.split_dense_ffn import SplitDenseFFN
 
 PIPELINE: tuple[Pass, ...] = (
     GroupExperts(),  # first: makes the graph that every later pass speaks of

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from moeopt.capture.op_kinds import op_name
 from moeopt.errors import Declined
-from moeopt.ir.kinds import op_name
 from moeopt.passes.base import Level
 from moeopt.rewrite.block_graph import BlockGraph, node_name
 

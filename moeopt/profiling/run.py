@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moeopt.api import Optimized, optimize
-from moeopt.drive.inputs import Call
-from moeopt.engine import AbsentEngine, LoadedEngine, OnnxEngine
+from moeopt.backends.onnxrt.engine import OnnxEngine
+from moeopt.backends.onnxrt.offline_engine import AbsentEngine
+from moeopt.backends.torch.bundle import LoadedEngine
 from moeopt.errors import UsageError
+from moeopt.find.example_inputs import Call
 from moeopt.options import Options
 from moeopt.profiling.batches import batches
 from moeopt.profiling.observe import observe

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeopt.ir.tree import tree_map
+from moeopt.capture.tree import tree_map
 from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, Slot
-from moeopt.rewrite.generalize import DeviceOf, Ratio, Size
-from moeopt.rewrite.plan import Plan, Ref, Step
+from moeopt.rewrite.keep import Plan, Ref, Step
+from moeopt.rewrite.symbolic_shapes import DeviceOf, Ratio, Size
 
 aten = torch.ops.aten
 

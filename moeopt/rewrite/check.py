@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from moeopt.capture.op_kinds import op_name
+from moeopt.capture.tree import tree_map
 from moeopt.errors import MoeoptError
-from moeopt.ir.kinds import op_name
-from moeopt.ir.provenance import MatrixRef, VectorRef
-from moeopt.ir.tree import tree_map
-from moeopt.rewrite.bank import tensor_at
+from moeopt.recognise.weight_source import MatrixRef, VectorRef
 from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, ExpertWeights, Slot
+from moeopt.rewrite.live_weights import tensor_at
 
 _ARITHMETIC = {operator.mul, operator.floordiv, operator.add, operator.sub, operator.truediv, operator.getitem, getattr}
 

@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moeopt.errors import StaleModelWarning
+from moeopt.rewrite.module_guard import hook_count
 from moeopt.rewrite.probe import Probe, holds
 from moeopt.rewrite.reads import Reads
-from moeopt.rewrite.watch import hook_count
 
 _CALL, _LEAST, _CODE = 2400, 300, 60
 """Nanoseconds that all comparisons of one call may take, those of the source's structure at least, and of its code."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeopt.ir.kinds import op_name
-from moeopt.ir.tape import Tape
+from moeopt.capture.op_kinds import op_name
+from moeopt.capture.tape import Tape
 from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, Slot
 
 

@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="session")
 def onnx_optimized():
     pytest.importorskip("onnxruntime")
-    from tests.engine.onnx_toys import optimized
+    from tests.backends.onnxrt.toys import optimized
 
     return optimized()
 

@@ -8,8 +8,8 @@ from moeopt import passes
 from moeopt.errors import UsageError
 from moeopt.passes import PIPELINE, Level
 from moeopt.passes.group_experts import GroupExperts
-from tests.ir.tiny import rand
-from tests.passes.tiny import GLU, E, H, MoE, seeded
+from tests.capture.tiny import rand
+from tests.recognise.tiny import GLU, E, H, MoE, seeded
 
 X = rand(6, H)
 EXPERTS = torch.ops.moeopt.experts.default

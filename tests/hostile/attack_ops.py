@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from moeopt.engine.allow import guarded, op_named
-from moeopt.engine.memory import check_call
+from moeopt.bundle.memory import check_call
+from moeopt.bundle.op_allowlist import guarded, op_named
 
 PAGE = mmap.PAGESIZE
 BUDGET = 1 << 26

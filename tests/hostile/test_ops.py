@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeopt.engine.allow import OPS, guarded, name_of, op_named
-from moeopt.engine.checked_ops import CHECKED
+from moeopt.bundle.checked_ops import CHECKED
+from moeopt.bundle.op_allowlist import OPS, guarded, name_of, op_named
 from moeopt.errors import BundleError
 
 ROOT = Path(__file__).parents[2]

@@ -6,9 +6,9 @@ from torch import nn
 
 from moeopt.passes import drop_copies
 from moeopt.passes.drop_copies import DropCopies
-from moeopt.rewrite.program import run
-from tests.ir.tiny import rand
-from tests.passes.tiny import H, MoE, seeded, through
+from moeopt.rewrite.install import run
+from tests.capture.tiny import rand
+from tests.recognise.tiny import H, MoE, seeded, through
 
 X = rand(6, H)
 

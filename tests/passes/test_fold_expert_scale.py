@@ -6,9 +6,9 @@ import torch
 import moeopt
 from moeopt.passes import fold_expert_scale
 from moeopt.passes.fold_expert_scale import FoldExpertScale
-from moeopt.rewrite.program import run
-from tests.ir.tiny import rand
-from tests.passes.tiny import H, MoE, seeded, through
+from moeopt.rewrite.install import run
+from tests.capture.tiny import rand
+from tests.recognise.tiny import H, MoE, seeded, through
 
 X = rand(6, H)
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import moeopt
-from moeopt.drive.block import rewrite_block
 from moeopt.errors import Declined, UsageError
 from moeopt.ops.intercept import intercepted
 from moeopt.ops.reference import experts_reference
@@ -16,10 +15,11 @@ from moeopt.passes.base import Level, PassRecord
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.manager import PassManager
 from moeopt.passes.pipeline import PIPELINE
+from moeopt.pipeline.block import rewrite_block
 from moeopt.report import Report
 from moeopt.rewrite.block_graph import node_name
-from tests.ir.tiny import rand
-from tests.passes.tiny import H, MoE, seeded
+from tests.capture.tiny import rand
+from tests.recognise.tiny import H, MoE, seeded
 
 aten = torch.ops.aten
 X = rand(6, H)

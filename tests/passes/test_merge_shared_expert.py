@@ -7,9 +7,9 @@ from torch import nn
 import moeopt
 from moeopt.passes import merge_shared_expert
 from moeopt.passes.merge_shared_expert import MergeSharedExpert
-from moeopt.rewrite.program import run
-from tests.ir.tiny import rand
-from tests.passes.tiny import GLU, E, H, I, MoE, ffn, seeded, through
+from moeopt.rewrite.install import run
+from tests.capture.tiny import rand
+from tests.recognise.tiny import GLU, E, H, I, MoE, ffn, seeded, through
 
 X = rand(6, H)
 

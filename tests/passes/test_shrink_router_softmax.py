@@ -5,9 +5,9 @@ import torch
 
 from moeopt.passes import shrink_router_softmax
 from moeopt.passes.shrink_router_softmax import ShrinkRouterSoftmax
-from moeopt.rewrite.program import run
-from tests.ir.tiny import rand
-from tests.passes.tiny import H, MoE, seeded, through
+from moeopt.rewrite.install import run
+from tests.capture.tiny import rand
+from tests.recognise.tiny import H, MoE, seeded, through
 
 aten = torch.ops.aten
 X = rand(6, H)

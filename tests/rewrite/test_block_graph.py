@@ -5,13 +5,13 @@ import pickle
 import pytest
 import torch
 
-from moeopt.drive.block import rewrite_block
 from moeopt.options import Options
+from moeopt.pipeline.block import rewrite_block
 from moeopt.rewrite.block_graph import Captured, first_call
-from moeopt.rewrite.program import run
+from moeopt.rewrite.install import run
 from moeopt.rewrite.text import text
-from tests.ir.tiny import rand
-from tests.passes.tiny import H, MoE, seeded, tape_of
+from tests.capture.tiny import rand
+from tests.recognise.tiny import H, MoE, seeded, tape_of
 
 
 class Block(MoE):

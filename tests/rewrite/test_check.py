@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from moeopt.drive.block import rewrite_block
 from moeopt.options import Options
+from moeopt.pipeline.block import rewrite_block
 from moeopt.rewrite.block_graph import CONSTANT, ExpertWeights, Slot
 from moeopt.rewrite.check import LawBroken, aliases, check_block
-from tests.ir.tiny import rand
-from tests.passes.tiny import H, I, MoE, seeded
+from tests.capture.tiny import rand
+from tests.recognise.tiny import H, I, MoE, seeded
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@
 
 ``accuracy.json`` holds the result for each provider and version that was measured (``benchmarks/onnx_accuracy.py``
 writes it; a test holds the installed version to it). A kernel that is not right there has another form in every graph
-that is written: :data:`moeopt.onnxgraph.accurate.FORMS` or :data:`REPLACED` names it; :func:`coarse` finds the rest.
+that is written: :data:`moeopt.lower.onnx.accurate.FORMS` or :data:`REPLACED` names it; :func:`coarse` finds the rest.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ CLASSES = ("accurate", "nan", "inf", "shapes")
 _NEAR = 32
 
 REPLACED = {
-    "ReduceMax": "a NaN stays one through IsNaN, in moeopt.onnxgraph.translate",
+    "ReduceMax": "a NaN stays one through IsNaN, in moeopt.lower.onnx.translate",
     "ReduceMin": "alike",
-    "ArgMax": "of values whose NaN are +inf, in moeopt.onnxgraph.translate",
+    "ArgMax": "of values whose NaN are +inf, in moeopt.lower.onnx.translate",
     "ArgMin": "alike",
-    "ReduceSum(int64)": "two halves, in moeopt.onnxgraph.translate_numbers",
-    "ReduceProd(int64)": "written out, in moeopt.onnxgraph.translate_numbers",
-    "Pow": "square roots, in moeopt.onnxgraph.translate_numbers",
+    "ReduceSum(int64)": "two halves, in moeopt.lower.onnx.translate_numbers",
+    "ReduceProd(int64)": "written out, in moeopt.lower.onnx.translate_numbers",
+    "Pow": "square roots, in moeopt.lower.onnx.translate_numbers",
     "Shrink": "no exporter writes it: hardshrink is a Where",
     "LayerNormalization": "nothing: rows beyond 1e19 overflow, and are 0 where PyTorch gives NaN (docs/limits.md)",
 }

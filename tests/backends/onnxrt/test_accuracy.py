@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from moeopt.backends.onnxrt import accuracy
-from moeopt.onnxgraph.accurate import FORMS
+from moeopt.lower.onnx.accurate import FORMS
 
 TABLE = accuracy.table()["cpu"]
 
@@ -56,10 +56,10 @@ def test_a_coarse_node_is_named_with_its_range():
 def test_an_engine_with_a_coarse_node_is_refused(monkeypatch):
     import torch
 
+    from moeopt.backends.onnxrt import build as onnx_build
     from moeopt.backends.onnxrt.plan import Plan
-    from moeopt.engine import onnx_build
     from moeopt.errors import NotSaveableError
-    from tests.onnxgraph.emitted import graph_of
+    from tests.lower.onnx.emitted import graph_of
 
     model = graph_of(torch.sigmoid, torch.randn(3), accurate=False)
     monkeypatch.setattr(onnx_build, "accurate_graph", lambda model: 0)

@@ -14,9 +14,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from moeopt.backends.onnxrt.capability import CAPABILITIES, capability, check_graph
-from moeopt.backends.onnxrt.lower import LOWERINGS
+from moeopt.backends.onnxrt.lowerings import LOWERINGS
 from moeopt.ir.specs import RouterSpec
-from tests.backends.onnxrt.lower.one_site import make_site, model_of, session_of
+from tests.backends.onnxrt.lowerings.one_site import make_site, model_of, session_of
 
 VERSION = tuple(int(n) for n in ort.__version__.split(".")[:2])
 T, E, H, I, K = 6, 4, 16, 16, 2

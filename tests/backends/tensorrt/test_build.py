@@ -14,8 +14,8 @@ import torch
 from moeopt.backends.tensorrt.build import Job, build_plan, stopped_at
 from moeopt.backends.tensorrt.target import parse_target
 from moeopt.errors import EngineBuildError
-from moeopt.onnxgraph.forms.dense import Dense
-from tests.backends.onnxrt.lower.one_site import make_site
+from moeopt.lower.onnx.lowerings.dense import Dense
+from tests.backends.onnxrt.lowerings.one_site import make_site
 from tests.backends.tensorrt.built import build_site
 
 BLOCKS = ("a.experts", "b.experts")

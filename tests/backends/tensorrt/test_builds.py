@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from moeopt.backends.tensorrt.cost import work
-from moeopt.backends.tensorrt.forms import PORTABLE, by_name
 from moeopt.backends.tensorrt.layers import in_block
+from moeopt.backends.tensorrt.lowerings import PORTABLE, by_name
 from moeopt.backends.tensorrt.target import RTX_BUILDS
-from tests.backends.onnxrt.lower.one_site import make_site, renamed
+from tests.backends.onnxrt.lowerings.one_site import make_site, renamed
 from tests.backends.tensorrt.built import build_site
 
 pytest.importorskip("tensorrt_rtx")
