@@ -34,7 +34,7 @@ PYTEST := -m pytest -q -p no:cacheprovider -n $(JOBS) --durations=10
 ISA ?= avx2
 LESSER_CPU := ATEN_CPU_CAPABILITY=$(ISA) ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 # what such a CPU may change: kernels, verdicts with budgets, bit-for-bit claims, bundles, engines
-ISA_TESTS := tests/ops tests/compare tests/rewrite tests/backends/torch tests/backends/onnxrt/lowerings tests/engine \
+ISA_TESTS := tests/ops tests/verification tests/rewrite tests/backends tests/bundle \
 	tests/test_zoo.py tests/test_sabotage.py tests/test_trained_lm.py
 
 .PHONY: help setup demo test test-isa test-nightly test-compat test-gpu test-wheel lint format types docs bench clean

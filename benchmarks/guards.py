@@ -4,7 +4,7 @@
     python -m benchmarks.guards --check    exit code 1 when a check takes longer than LIMIT
 
 Each cell is the fastest of many short runs, which leaves out the turns of a machine's other tenants. What is measured
-is the whole comparison of one call (``moeopt.rewrite.module_guard``, ``reads`` and ``source``), without the experts' own
+is the whole comparison of one call (``moeopt.rewrite.module_guard``, ``reads``, ``source``), without the experts' own
 modules, which are compared where an expert runs.
 """
 

@@ -19,9 +19,7 @@ import torch
 from torch import nn
 
 from moeopt import api
-from moeopt.backends.onnxrt.engine import OnnxEngine
-from moeopt.backends.onnxrt.offline_engine import AbsentEngine
-from moeopt.backends.providers import provider_names, providers
+from moeopt.backends import registry
 from moeopt.bundle.manifest import read_manifest
 from moeopt.errors import UsageError
 from moeopt.find.example_inputs import as_call
@@ -90,7 +88,8 @@ def compare(
         return api.verify(optimized, original=original, inputs=inputs)
     manifest = getattr(optimized, "manifest", None)
     if manifest is not None and not isinstance(optimized, nn.Module | api.Optimized):
-        return api.verify(manifest.directory, original=original, inputs=inputs, provider=_runs_on(optimized))
+        provider = registry.get(manifest.backend).runs_on(optimized)
+        return api.verify(manifest.directory, original=original, inputs=inputs, provider=provider)
     call = as_call(inputs)
     model = optimized.model if isinstance(optimized, api.Optimized) else optimized
     if not isinstance(model, nn.Module):
@@ -190,11 +189,19 @@ def failure_text(certificate: Certificate) -> str:
     return "\n".join([*lines, "", str(certificate)])
 
 
-def _runs_on(engine: Any) -> str | None:
-    """The provider that a loaded engine runs on, as ``moeopt.verify`` takes it; None for one that does not run here."""
-    if isinstance(engine, AbsentEngine):
-        return None
-    return engine.provider if isinstance(engine, OnnxEngine) else engine.device.type
+def provider_names(bundle: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The providers that a bundle may be verified on, here or elsewhere; ``BundleError`` where there is no bundle."""
+    return registry.of_bundle(bundle).provider_names()
+
+
+def providers(bundle: str | os.PathLike[str]) -> dict[str, str]:
+    """Each provider that could run a bundle, and why it is not on this machine ("" where it is).
+
+    Raises:
+        BundleError: the directory is no bundle, or damaged.
+        UsageError: nothing here can run it, since its runtime is not installed.
+    """
+    return registry.of_bundle(bundle).providers(bundle)
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,3 +29,23 @@ def toy_bundle(tmp_path_factory):
     from tests.toy_moe import build, optimized
 
     return optimized(build()).save(tmp_path_factory.mktemp("toy") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def onnx_optimized():
+    pytest.importorskip("onnxruntime")
+    from tests.backends.onnxrt.toys import optimized
+
+    return optimized()
+
+
+@pytest.fixture(scope="session")
+def onnx_pristine(onnx_optimized, tmp_path_factory):
+    """A bundle that no test may write to."""
+    return onnx_optimized.save(tmp_path_factory.mktemp("pristine") / "b")
+
+
+@pytest.fixture
+def onnx_bundle(onnx_pristine, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(onnx_pristine, tmp_path / "b")

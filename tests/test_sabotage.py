@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
-from moeopt.recognise import coverage as mixture
+from moeopt.pipeline import coverage as mixture
 from tests.toy_moe import Block, E, H, X, build, close, seeded
 
 

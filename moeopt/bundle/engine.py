@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class BundledEngine:
+class Engine:
+    """What runs the graph of a bundle, instead of the model's own code."""
+
+
+class BundledEngine(Engine):
     """An engine has no state, so a copy is the engine itself.
 
     Pickled, it is the path of its bundle, opened and checked again where it is unpickled; an engine that was not

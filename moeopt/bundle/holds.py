@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from moeopt.backends.onnxrt.io_names import input_names
+from moeopt.bundle.io_names import KEY, input_names
 from moeopt.bundle.shape_guards import text_of
-from moeopt.causal_lm.flat_signature import KEY
 
 
 def stated(signature: Mapping[str, Any]) -> tuple[list[Any], Callable[[int], str]]:

@@ -1,1 +1,1 @@
-"""Capture and graph language: what the passes read and write."""
+"""One call of a module as a trace with values, and what can be asked of the trace."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from moeopt.bundle.io_names import KEY
 from moeopt.bundle.shape_guards import check_conditions, holds, read_conditions, text_of
 from moeopt.bundle.tree import LEAF
 from moeopt.errors import Declined, NotSaveableError
@@ -33,8 +34,6 @@ SAMPLES = [
     (5000, 5000),
 ]
 """Numbers of new and of cached tokens at which a condition of the trace is asked for."""
-KEY = "causal_lm"
-"""Where a bundle's signature keeps the caller's own."""
 
 
 def flat_signature(graph: Any, caller: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,14 +6,13 @@ Shape legend: B rows, S new tokens, P cached tokens, N positions whose logits ar
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.session import Session
 from moeopt.causal_lm.cache import past_length, read_cache, write_cache
 from moeopt.errors import UsageError
 
@@ -27,6 +26,26 @@ REFUSED = {
     "output_router_logits": f"the engine returns logits and the cache, no router logits; {_ORIGINAL} for them",
 }
 _IGNORED = {"cache_position"}  # what generate passed in transformers before 5: position_ids says the same
+
+
+class Session(Protocol):
+    """What runs a graph: named tensors in, tensors out."""
+
+    @property
+    def inputs(self) -> Sequence[str]: ...
+
+    @property
+    def outputs(self) -> Sequence[str]: ...
+
+    @property
+    def provider(self) -> str: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def run(self, feeds: dict[str, Any]) -> list[Any]:
+        """The outputs, in the order of ``outputs``."""
+        ...
 
 
 class CausalLM:

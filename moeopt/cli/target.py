@@ -51,7 +51,7 @@ def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) 
 
 
 def is_a_bundle(path: Path) -> bool:
-    """:func:`moeopt.engine.is_bundle`, which needs torch, asked only where there is a manifest."""
+    """:func:`moeopt.bundle.manifest.is_bundle`, which needs torch, asked only where there is a manifest."""
     if not (path / "moeopt.json").is_file():
         return False
     from moeopt.bundle.manifest import is_bundle

@@ -20,9 +20,9 @@ from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_r
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call, Tape, record
 from moeopt.capture.tree import leaves_of
+from moeopt.ir.weight_refs import MatrixRef
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains
 from moeopt.recognise.gemm_sites import Site, is_computed_weight, is_weight, weight_and_operand
-from moeopt.recognise.weight_source import MatrixRef
 
 
 @dataclass

@@ -25,12 +25,12 @@ from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.weight_refs import ExpertRef
 from moeopt.passes.base import Level
 from moeopt.recognise.dense_ffn import chain_weights, find_dense, recognize_dense
 from moeopt.recognise.ffn_candidates import find_chains
 from moeopt.recognise.gemm_sites import find_sites
 from moeopt.rewrite.block_graph import EXPERTS, BlockGraph, ExpertWeights
-from moeopt.rewrite.live_weights import ExpertRef
 from moeopt.rewrite.module_guard import hook_count
 
 aten = torch.ops.aten

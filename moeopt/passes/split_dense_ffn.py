@@ -25,6 +25,7 @@ from torch import Tensor
 
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
 from moeopt.passes.base import Level
 from moeopt.passes.group_experts import group
 from moeopt.recognise.combine import Combine
@@ -32,9 +33,7 @@ from moeopt.recognise.dense_ffn import DenseFFN
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.routing import Frontier, Recipe
 from moeopt.recognise.token_rows import Tokens
-from moeopt.recognise.weight_source import MatrixRef, VectorRef
 from moeopt.rewrite.block_graph import BlockGraph
-from moeopt.rewrite.live_weights import ExpertRef
 
 
 class SplitDenseFFN:

@@ -21,7 +21,7 @@ from moeopt.options import Options
 from moeopt.passes.manager import PassManager, Result, check_names
 from moeopt.passes.pipeline import PIPELINE
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
-from moeopt.recognise.coverage import Call, Mixture, Reader
+from moeopt.pipeline.coverage import Call, Mixture, Reader
 from moeopt.recognise.experts import Recognition, Uncovered
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph

@@ -13,6 +13,7 @@ from torch import nn
 
 from moeopt.capture.call_roles import Prototype
 from moeopt.capture.isolated_run import run_quietly, undone
+from moeopt.capture.random_ops import random_reason
 from moeopt.capture.same_graph import same_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
 from moeopt.capture.tree import tree_leaves
@@ -20,13 +21,13 @@ from moeopt.capture.witness_inputs import witness
 from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.options import Options
-from moeopt.recognise.coverage import Call, Reader
+from moeopt.pipeline.coverage import Call, Reader
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeights
 from moeopt.rewrite.install import OPAQUE, TENSOR, Guard, Program, RewrittenForward, bind
 from moeopt.rewrite.keep import Plan, make_plan
-from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason, random_reason
+from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason
 from moeopt.rewrite.reads import Reads, observe
 from moeopt.rewrite.replace_experts import replacement
 from moeopt.rewrite.symbolic_shapes import generalize

@@ -9,7 +9,7 @@ from torch import nn
 
 from moeopt.capture.witness_inputs import prototypes
 from moeopt.pipeline.block import Rewrite
-from moeopt.recognise.coverage import Call
+from moeopt.pipeline.coverage import Call
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.gradients import STOPPED, gradients_differ, skips_idle

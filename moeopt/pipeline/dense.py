@@ -23,8 +23,8 @@ from moeopt.passes.manager import PassManager
 from moeopt.passes.split_dense_ffn import SplitDenseFFN, split
 from moeopt.pipeline.autotune import pays
 from moeopt.pipeline.block import Rewrite, Runtime, rewrite_block
+from moeopt.pipeline.coverage import Call
 from moeopt.pipeline.dense_forms import DenseReader, Measured, groups_of, in_words, measured, read_dense
-from moeopt.recognise.coverage import Call
 from moeopt.rewrite.install import install
 
 ENGINE = (

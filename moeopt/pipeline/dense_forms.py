@@ -16,19 +16,20 @@ from moeopt.capture.call_roles import Prototype
 from moeopt.capture.tape import Tape, record
 from moeopt.capture.witness_inputs import prototypes, witness
 from moeopt.errors import Declined
+from moeopt.ir.weight_refs import ExpertRef, tensor_at
 from moeopt.options import Options
 from moeopt.passes.split_dense_ffn import Groups, neighbours
 from moeopt.patches import quiet
 from moeopt.pipeline.autotune import TOKENS, Timing, in_turn
 from moeopt.pipeline.block import rewrite_block
 from moeopt.pipeline.coactivation_groups import activity, coactive
-from moeopt.recognise.coverage import Call
+from moeopt.pipeline.coverage import Call
 from moeopt.recognise.dense_ffn import DenseFFN, find_dense, recognize_dense
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.rewrite.legality import check_skipped
-from moeopt.rewrite.live_weights import ExpertRef, LiveBank, tensor_at
+from moeopt.rewrite.live_weights import LiveBank
 from moeopt.verification.state import Guard
 
 EVERYONE = "every token goes to every group, with weight 1"
@@ -38,7 +39,7 @@ Measured = dict[Any, tuple[str, list[Timing]]]
 
 @dataclass
 class DenseReader:
-    """The :class:`moeopt.recognise.coverage.Reader` that takes the FFNs with these weights, each in the form ``form``."""
+    """The :class:`moeopt.pipeline.coverage.Reader` of the FFNs with these weights, each in the form ``form``."""
 
     weights: list[frozenset[int]]
     form: Callable[[DenseFFN], Recognition]

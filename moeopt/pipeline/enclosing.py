@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from moeopt.capture.call_roles import Prototype
 from moeopt.capture.witness_inputs import prototypes
 from moeopt.errors import Declined
-from moeopt.recognise.coverage import Call
+from moeopt.pipeline.coverage import Call
 
 
 def with_router(path: str, calls: Mapping[str, Call]) -> tuple[str, Prototype] | None:

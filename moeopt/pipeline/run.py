@@ -26,23 +26,23 @@ from moeopt.capture.isolated_run import run_quietly
 from moeopt.capture.tape import clone_inputs
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.find.discover import Place, discover, feed_forward_lists
+from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.options import Options
 from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.manager import PassManager
 from moeopt.patches import fewer_collections
 from moeopt.pipeline.block import Call, Rewrite, Runtime, pass_manager, rewrite_block
+from moeopt.pipeline.coverage import Mixture
 from moeopt.pipeline.dense import Outcome as DenseOutcome
 from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
 from moeopt.pipeline.describe import dense_reason, describe_router, read_router
 from moeopt.pipeline.dump import Dump
-from moeopt.recognise.coverage import Mixture
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.hints import hint_for
 from moeopt.report import BlockReport
 from moeopt.rewrite.install import install
 from moeopt.rewrite.legality import absent_reason
-from moeopt.rewrite.live_weights import expert_paths, tensor_at
 from moeopt.verification.block import BlockCheck
 
 LEVELS = 4

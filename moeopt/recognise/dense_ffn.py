@@ -20,12 +20,11 @@ from moeopt.capture.replay import between, row_labels
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.weight_refs import ExpertRef, VectorRef, tensor_at
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.experts import layout_of
 from moeopt.recognise.ffn_candidates import Chain, find_chains
 from moeopt.recognise.gemm_sites import Site, find_sites
-from moeopt.recognise.weight_source import VectorRef
-from moeopt.rewrite.live_weights import ExpertRef, tensor_at
 
 
 @dataclass

@@ -28,15 +28,14 @@ from moeopt.capture.replay import CONFLICT, ancestors, descendants, row_labels
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.weight_refs import ExpertRef, MatrixRef, tensor_at
 from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, source_of
 from moeopt.recognise.gemm_sites import Site, find_sites
 from moeopt.recognise.routing import Frontier, NoIds, Table, find_frontier, one_beyond
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
-from moeopt.recognise.weight_source import MatrixRef
 from moeopt.recognise.why_not import no_experts
-from moeopt.rewrite.live_weights import ExpertRef, tensor_at
 
 
 @dataclass

@@ -16,7 +16,8 @@ from torch import fx
 
 from moeopt.capture.op_kinds import is_matmul, is_pointwise, is_times_one, moves_rows, op_name
 from moeopt.capture.tape import Tape
-from moeopt.recognise.weight_source import MatrixRef, VectorRef, element_source, matrix_ref, vector_ref
+from moeopt.ir.weight_refs import MatrixRef, VectorRef
+from moeopt.recognise.weight_source import element_source, matrix_ref, vector_ref
 
 aten = torch.ops.aten
 

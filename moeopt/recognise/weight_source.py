@@ -9,7 +9,6 @@ Parameter, the expert's index, the orientation and the rows: no names, no shapes
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from torch import fx
 
 from moeopt.capture.op_kinds import is_times_one, op_name
 from moeopt.capture.tape import Tape
+from moeopt.ir.weight_refs import Index, MatrixRef, VectorRef
 
 aten = torch.ops.aten
-Index = tuple[int, ...]
 
 
 def element_source(tape: Tape, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
@@ -164,29 +163,6 @@ def _from_index(
     return base, (*index[:dim], at % shape[dim], *index[dim + rank :])
 
 
-@dataclass(frozen=True)
-class MatrixRef:
-    """A (K, M) matrix inside a Parameter: K the contracted axis, M the output axis.
-
-    Element (k, m) is ``parameter[origin + k*dk + m*dm]``.
-    """
-
-    path: str
-    origin: Index
-    dk: Index
-    dm: Index
-    k: int
-    m: int
-
-    def offset_and_strides(self, stride: Index) -> tuple[int, int, int]:
-        """Storage offset of the origin and element strides along K and M, for a parameter's ``stride``."""
-
-        def dot(a: Index) -> int:
-            return sum(x * y for x, y in zip(a, stride, strict=True))
-
-        return dot(self.origin), dot(self.dk), dot(self.dm)
-
-
 def _sub(a: Index, b: Index) -> Index:
     return tuple(x - y for x, y in zip(a, b, strict=True))
 
@@ -244,16 +220,6 @@ def _picked(node: fx.Node) -> bool:
                 return True
         node = node.all_input_nodes[0]
     return False
-
-
-@dataclass(frozen=True)
-class VectorRef:
-    """An (M,) bias inside a Parameter: element m is ``parameter[origin + m*dm]``."""
-
-    path: str
-    origin: Index
-    dm: Index
-    m: int
 
 
 def vector_ref(tape: Tape, node: fx.Node, prefix: Index, m: int) -> VectorRef | None:

@@ -29,10 +29,10 @@ from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
+from moeopt.ir.weight_refs import ExpertRef
 from moeopt.rewrite.call_guard import Guard
 from moeopt.rewrite.graph_words import graph_from_words, graph_to_words
 from moeopt.rewrite.keep import Plan
-from moeopt.rewrite.live_weights import ExpertRef
 
 
 class ExpertWeights(NamedTuple):

@@ -20,9 +20,8 @@ from torch import fx, nn
 from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tree import tree_map
 from moeopt.errors import MoeoptError
-from moeopt.recognise.weight_source import MatrixRef, VectorRef
+from moeopt.ir.weight_refs import MatrixRef, VectorRef, tensor_at
 from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, ExpertWeights, Slot
-from moeopt.rewrite.live_weights import tensor_at
 
 _ARITHMETIC = {operator.mul, operator.floordiv, operator.add, operator.sub, operator.truediv, operator.getitem, getattr}
 

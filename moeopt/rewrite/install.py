@@ -23,10 +23,11 @@ from torch import fx, nn
 from moeopt.capture.tree import tree_map
 from moeopt.errors import Declined, StaleModelWarning
 from moeopt.ir.specs import RouterSpec
+from moeopt.ir.weight_refs import expert_paths
 from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, Bound, Guard, bind, overlap
-from moeopt.rewrite.live_weights import LiveBank, Stale, expert_paths
+from moeopt.rewrite.live_weights import LiveBank, Stale
 from moeopt.rewrite.module_guard import Fact, Watch, take_facts
 from moeopt.rewrite.reads import Reads
 from moeopt.rewrite.source import Source

@@ -11,11 +11,10 @@ from torch.nn.utils import parametrize
 
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
-from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
+from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.recognise.experts import Recognition
 from moeopt.rewrite.keep import Plan
-from moeopt.rewrite.live_weights import expert_paths, tensor_at
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_FROZEN = 1 << 20
@@ -100,25 +99,6 @@ def check_skipped(path: str, module: nn.Module) -> None:
         raise Declined(f"{path} is compiled by torch.compile, one expert alone; optimise first and compile the result")
     if "forward" in module.__dict__:
         raise Declined(f"forward was replaced on the instance {path}; undo the patch and optimise again")
-
-
-def random_reason(tape: Tape, training: bool) -> str:
-    """Why a forward that draws random numbers cannot be rewritten; "" when it draws none that matter."""
-    drawn = tape.random_nodes()
-    if not drawn:
-        return ""
-    wanted = ancestors([*leaves_of(torch.fx.Node, tape.output), *tape.mutations.values()])
-    used = [n for n in drawn if n in wanted]
-    if not used:
-        return ""
-    op = str(used[0].target).removeprefix("aten.").split(".")[0]
-    line = used[0].meta.get("source", "")
-    if training:
-        return f"its forward is random in training mode ({op} at {line}): call model.eval() before optimising"
-    return (
-        f"its forward is random at inference ({op} at {line}), so no two runs agree; "
-        "switch the noise off for inference and optimise again"
-    )
 
 
 def neutral_reason(module: nn.Module, tape: Tape, found: list[Recognition], plan: Plan) -> str:

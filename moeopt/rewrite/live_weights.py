@@ -15,27 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
 from moeopt.ops.bank import StackedBank
-from moeopt.recognise.weight_source import MatrixRef, VectorRef
 
 
 class Stale(Exception):
     """The module no longer is what was verified; the message says what changed."""
-
-
-@dataclass(frozen=True)
-class ExpertRef:
-    """One expert's weights, as regions of Parameters.
-
-    ``neurons``: which of the regions' neurons the expert has; None means all of them. Those are picked at each
-    read, a copy that lives as long as the call, so that later changes of the weights show.
-    """
-
-    w_in: tuple[MatrixRef, ...]
-    b_in: tuple[VectorRef | None, ...]
-    w_out: MatrixRef
-    b_out: VectorRef | None
-    neurons: tuple[int, ...] | None = None
 
 
 class _Place:
@@ -242,15 +227,3 @@ def _steps(experts: list[ExpertRef]) -> tuple[Any, Any, Any, Any] | None:
     if any(s is False for s in (*w_in, *b_in, w_out, b_out)):
         return None
     return w_in, b_in, w_out, b_out
-
-
-def tensor_at(root: nn.Module, path: str) -> Tensor:
-    """The Parameter, buffer or plain tensor attribute at a dotted ``path``."""
-    owner, _, name = path.rpartition(".")
-    tensor: Tensor = getattr(root.get_submodule(owner), name)
-    return tensor
-
-
-def expert_paths(experts: list[ExpertRef]) -> set[str]:
-    """Every Parameter path that the experts read."""
-    return {p.path for e in experts for p in (*e.w_in, *e.b_in, e.w_out, e.b_out) if p is not None}

@@ -47,7 +47,7 @@ def test_an_error_of_the_models_own_code_is_told_with_its_line():
         export_program(LooksAtTracing(), (torch.randn(3, 4),), {})
     text = str(caught.value)
     assert "while torch.export traced it, its own code raised TypeError: 'NoneType' object is not subscriptable" in text
-    assert "test_program.py" in text and "mask[:, None]" in text
+    assert "test_export.py" in text and "mask[:, None]" in text
     assert "give the arguments that this line reads" in text and "backend='torch'" in text
 
 

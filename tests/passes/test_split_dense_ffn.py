@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from moeopt.errors import Declined
+from moeopt.ir.weight_refs import expert_paths
 from moeopt.ops.reference import experts_reference
 from moeopt.passes.split_dense_ffn import every_group, neighbours, split, weight_one
 from moeopt.recognise.dense_ffn import recognize_dense
-from moeopt.rewrite.live_weights import LiveBank, expert_paths
+from moeopt.rewrite.live_weights import LiveBank
 from tests.capture.tiny import rand
 from tests.recognise.test_dense_ffn import FORMS, Convolutions, Packed, find_chains, find_sites, read, record
 from tests.recognise.tiny import GLU, H, I, seeded

@@ -9,7 +9,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.options import Options
 from moeopt.pipeline import block
 from moeopt.pipeline.block import rewrite_block
-from moeopt.recognise.coverage import Mixture
+from moeopt.pipeline.coverage import Mixture
 from tests.capture.tiny import rand
 from tests.recognise.tiny import H, MoE, ffn, seeded
 
@@ -170,7 +170,7 @@ def test_a_failure_of_our_own_is_a_decline_that_asks_for_a_report(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("inside")
 
-    monkeypatch.setattr("moeopt.recognise.coverage.recognize", fail)
+    monkeypatch.setattr("moeopt.pipeline.coverage.recognize", fail)
     with pytest.raises(Declined) as caught:
         rewritten(MoE)
     assert caught.value.reason.startswith(

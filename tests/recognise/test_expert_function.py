@@ -158,7 +158,7 @@ def test_a_function_outside_the_family_is_declined_by_its_ops(between, ops):
         fitted(between)
     text = f"the function between the expert's two matmuls ({ops}) is none that the op carries (silu, "
     assert text in caught.value.reason and "pass hints= to name it" in caught.value.reason
-    assert "test_fit_function.py:" in caught.value.where
+    assert "test_expert_function.py:" in caught.value.where
 
 
 def test_a_hint_is_taken_at_its_word():

@@ -84,7 +84,7 @@ def test_rows_that_are_in_no_one_tensor_are_declined():
     tape = recorded(fn, rand(T, H), w=rand(H, M))
     with pytest.raises(Declined, match="the experts' input rows are not rows of any one tensor") as caught:
         match_tokens(tape, find_sites(tape))
-    assert "test_rows.py:" in caught.value.where
+    assert "test_token_rows.py:" in caught.value.where
 
 
 def test_products_of_different_widths_are_declined():

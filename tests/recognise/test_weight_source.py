@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moeopt.recognise.weight_source import MatrixRef, element_source, matrix_ref, vector_ref
+from moeopt.ir.weight_refs import MatrixRef
+from moeopt.recognise.weight_source import element_source, matrix_ref, vector_ref
 from tests.capture.tiny import rand, recorded
 
 E, K, M = 5, 3, 4

@@ -136,7 +136,7 @@ def test_an_output_from_inside_is_declined():
     with pytest.raises(Declined, match=r"a result of single experts \(mul\) is used outside the experts' sum; return it "  # noqa: E501
                        "from the experts only if you need it") as caught:  # fmt: skip
         make_plan(tape, [change])
-    assert "test_plan.py:" in caught.value.where
+    assert "test_keep.py:" in caught.value.where
 
 
 class PythonCounter(Block):

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from moeopt.capture.random_ops import random_reason
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
 from moeopt.recognise.experts import recognize
-from moeopt.rewrite.legality import check_experts, check_module, random_reason
+from moeopt.rewrite.legality import check_experts, check_module
 from tests.capture.tiny import rand
 from tests.recognise.tiny import H, I, MoE, ffn, seeded
 
@@ -126,7 +127,7 @@ class UnusedNoise(MoE):
 def test_random_numbers_are_told_with_their_line():
     x = rand(24, H, seed=7)
     text = random_reason(record(seeded(Noisy), (x,)), training=False)
-    assert text.startswith("its forward is random at inference (randn at ") and "test_obstacles.py:" in text
+    assert text.startswith("its forward is random at inference (randn at ") and "test_legality.py:" in text
     assert text.endswith("so no two runs agree; switch the noise off for inference and optimise again")
     text = random_reason(record(seeded(Noisy).train(), (x,)), training=True)
     assert text.startswith("its forward is random in training mode (randn at ") and text.endswith(

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from moeopt.recognise.weight_source import MatrixRef, VectorRef
-from moeopt.rewrite.live_weights import ExpertRef, LiveBank, Stale, expert_paths, tensor_at
+from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef, expert_paths, tensor_at
+from moeopt.rewrite.live_weights import LiveBank, Stale
 from tests.capture.tiny import Run, rand
 
 E, H, I = 3, 4, 5

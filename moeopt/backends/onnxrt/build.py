@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from moeopt.backends.onnxrt.accuracy import coarse
-from moeopt.backends.onnxrt.io_names import name_ends
 from moeopt.backends.onnxrt.known_answer import BLOCK, make_probe
 from moeopt.backends.onnxrt.plan import Plan
 from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
 from moeopt.backends.onnxrt.site_records import ENDS, describe
 from moeopt.backends.onnxrt.size_guards import guard_sizes
+from moeopt.bundle.io_names import name_ends
 from moeopt.bundle.manifest import version
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.causal_lm.attention import cache_left_in_place
@@ -46,8 +46,9 @@ INSTEAD = "write that line of the model with other ops, use backend='torch', or 
 class Built:
     """A written graph: its folder, how it is called, and what was chosen for each site.
 
-    ``sites`` are records of :mod:`moeopt.backends.onnxrt.site_records`, ``probes`` one of :mod:`moeopt.backends.onnxrt.known_answer` for
-    each kind of them. ``portable`` is the same graph lowered for CPU where the graph itself cannot run here.
+    ``sites`` are records of :mod:`moeopt.backends.onnxrt.site_records`, ``probes`` one of
+    :mod:`moeopt.backends.onnxrt.known_answer` for each kind of site. ``portable`` is the same graph lowered
+    for CPU where the graph itself cannot run here.
     """
 
     folder: TemporaryFolder

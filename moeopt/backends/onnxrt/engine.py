@@ -11,13 +11,15 @@ import torch
 import torch.utils._pytree as pytree
 
 from moeopt.backends.onnxrt.session import GRAPH, Session
+from moeopt.backends.registry import open_bundle
 from moeopt.bundle import values
 from moeopt.bundle.binding import Binding
 from moeopt.bundle.engine import BundledEngine
+from moeopt.bundle.io_names import KEY
 from moeopt.bundle.manifest import Manifest
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.bundle.tree import build, check_tree
-from moeopt.causal_lm.flat_signature import KEY, checker
+from moeopt.causal_lm.flat_signature import checker
 from moeopt.causal_lm.runner import CausalLM
 from moeopt.errors import BundleError, UsageError
 
@@ -150,13 +152,7 @@ class OnnxEngine(GraphEngine):
         return self.session.within(seconds)
 
     def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _reopen, (self.provider,)
-
-
-def _reopen(directory: str, provider: str) -> Any:
-    from moeopt.backends.onnxrt.bundle import load_onnx_bundle
-
-    return load_onnx_bundle(directory, provider)
+        return open_bundle, (self.provider,)
 
 
 class _Constant:

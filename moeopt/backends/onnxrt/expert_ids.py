@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.backends.onnxrt.session import Session, runtime
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.lower.onnx.export import site_names
 from moeopt.ops.bank import Bank
 from moeopt.ops.intercept import intercepted
+from moeopt.rewrite.site_names import site_names
 from moeopt.verification.model import run_plain
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]

@@ -10,10 +10,11 @@ import torch
 
 from moeopt.backends.onnxrt.engine import OnnxEngine
 from moeopt.backends.onnxrt.session import PORTABLE, PROVIDERS, available, runtime
+from moeopt.backends.registry import open_bundle
 from moeopt.bundle.engine import BundledEngine
+from moeopt.bundle.io_names import KEY
 from moeopt.bundle.manifest import Manifest
 from moeopt.bundle.temp_folder import TemporaryFolder
-from moeopt.causal_lm.flat_signature import KEY
 from moeopt.errors import EngineNotExecutableError
 
 
@@ -75,13 +76,7 @@ class AbsentEngine(BundledEngine):
         raise AttributeError(f"the engine has no attribute {name!r}")
 
     def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _reopen, ()
+        return open_bundle, ()
 
     def __repr__(self) -> str:
         return f"<moeopt engine {self.where} for {self.provider}, not on this machine>"
-
-
-def _reopen(directory: str) -> Any:
-    from moeopt.backends.onnxrt.bundle import load_onnx_bundle
-
-    return load_onnx_bundle(directory)

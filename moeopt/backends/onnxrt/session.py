@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,26 @@ def available() -> list[str]:
     built = runtime().get_available_providers()
     gpu = torch.cuda.is_available()
     return [short for short, name in PROVIDERS.items() if name in built and (short == "cpu" or gpu)]
+
+
+def why_absent(names: Sequence[str], alone: bool = True) -> dict[str, str]:
+    """Each of the providers ``names``, and why it is not on this machine ("" where it is).
+
+    Args:
+        alone: whether nothing but these could run what is asked about.
+
+    Raises:
+        UsageError: ONNX Runtime is not installed, and ``alone``: nothing would be checked, which must not look like
+            success.
+    """
+    try:
+        there, missing = available(), ""
+    except UsageError as err:
+        if alone:
+            raise
+        there, missing = [], str(err)
+    absent = {n: missing or f"ONNX Runtime has no {PROVIDERS[n]} on this machine, or no GPU for it" for n in names}
+    return {name: "" if name in there else why for name, why in absent.items()}
 
 
 class Session:

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moeopt.backends.onnxrt.io_names import inputs_of
 from moeopt.bundle.holds import sentences, sizes_in, stated
+from moeopt.bundle.io_names import KEY, inputs_of
 from moeopt.bundle.shape_guards import text_of
-from moeopt.causal_lm.flat_signature import KEY
 from moeopt.errors import NotSaveableError
 from moeopt.lower.onnx.build import Builder
 

@@ -30,7 +30,7 @@ PRODUCTS_A_SECOND = 1e10
 """Multiplications that any machine of today does in a second; a call of more is timed in a child."""
 STARTING = 5.0
 """Seconds for the child to start."""
-_CHILD = Path(__file__).with_name("onnx_trial_child.py")
+_CHILD = Path(__file__).with_name("trial_child.py")
 _WAY_OUT = "if you trust the bundle, give it more: moeopt.load(directory, limits=moeopt.LoadLimits({}=...))"
 
 Feeds = Mapping[str, torch.Tensor]

@@ -32,7 +32,8 @@ from moeopt.backends.tensorrt.profiles import Profile, default_sizes, profiles_f
 from moeopt.backends.tensorrt.runtime import Needs
 from moeopt.backends.tensorrt.sums import products_as_sums, sums_for
 from moeopt.backends.tensorrt.target import Target
-from moeopt.causal_lm.flat_signature import KEY, add_conditions, flat_signature
+from moeopt.bundle.io_names import KEY
+from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
 from moeopt.errors import Declined, EngineBuildError, NotSaveableError, UsageError
 from moeopt.lower.export import export_program, roomier

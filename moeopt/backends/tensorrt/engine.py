@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.offline_engine import AbsentEngine
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
+from moeopt.backends.registry import open_bundle
 from moeopt.backends.tensorrt.product import product
 from moeopt.backends.tensorrt.profiles import fits
 from moeopt.backends.tensorrt.runtime import Needs, Runner, lacking, this_machine
@@ -77,7 +78,7 @@ class TensorRTEngine(GraphEngine):
         return inside(self.session.profiles, self.signature, call)
 
     def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _reopen, ()
+        return open_bundle, ()
 
 
 class AbsentTensorRTEngine(AbsentEngine):
@@ -114,7 +115,7 @@ class AbsentTensorRTEngine(AbsentEngine):
         )
 
     def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _reopen, ()
+        return open_bundle, ()
 
 
 def open_built(
@@ -129,9 +130,3 @@ def open_built(
 def here(needs: Needs) -> Any:
     """What this machine has of it."""
     return this_machine(needs.product)
-
-
-def _reopen(directory: str) -> Any:
-    from moeopt.backends.tensorrt.bundle import load_trt_bundle
-
-    return load_trt_bundle(directory)

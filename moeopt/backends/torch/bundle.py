@@ -16,6 +16,7 @@ import torch
 import moeopt.ops  # noqa: F401  registers moeopt::experts and moeopt::route, which graphs call
 from moeopt.bundle import golden as goldens
 from moeopt.bundle.aligned import aligned
+from moeopt.bundle.engine import Engine
 from moeopt.bundle.graph import write_graph
 from moeopt.bundle.holds import notes_on_sizes, sentences
 from moeopt.bundle.manifest import Manifest, read_manifest, write_bundle
@@ -89,7 +90,7 @@ def save_torch_bundle(
     return write_bundle(directory, "torch", write, fields)
 
 
-class LoadedEngine:
+class LoadedEngine(Engine):
     """A bundle that was loaded: call it as the model was called; it returns what the model returned.
 
     Attributes:

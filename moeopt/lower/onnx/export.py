@@ -10,8 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from moeopt.ops.intercept import intercepted
 from moeopt.ops.reference import dtypes, out_features
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.rewrite.install import rewritten_forward
+from moeopt.rewrite.site_names import site_names
 
 OPSET = 20
 
@@ -66,26 +66,6 @@ def emitting(model: nn.Module) -> Iterator[list[Site]]:
 
     with intercepted(emit):
         yield sites
-
-
-def site_names(model: nn.Module) -> Callable[[Bank], str | None]:
-    """What names the next call of each bank of ``model``'s rewritten blocks: its path, ``path#2`` at a second call."""
-    paths = {
-        id(bank): path or "experts"
-        for path, module in model.named_modules()
-        if (forward := rewritten_forward(module)) is not None
-        for bank, _ in forward.banks
-    }
-    taken: Counter[str] = Counter()
-
-    def name_of(bank: Bank) -> str | None:
-        path = paths.get(id(bank))
-        if path is None:
-            return None
-        taken[path] += 1
-        return path if taken[path] == 1 else f"{path}#{taken[path]}"
-
-    return name_of
 
 
 def to_onnx(program: torch.export.ExportedProgram) -> Any:

@@ -20,7 +20,7 @@ from moeopt.errors import BundleError, UsageError
 from tests.backends.onnxrt.toys import H, call, net, optimized
 from tests.backends.torch.toys import save as save_torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def same(one, two):

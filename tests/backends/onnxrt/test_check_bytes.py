@@ -9,7 +9,7 @@ pytest.importorskip("onnxruntime")
 
 import onnxruntime as ort
 
-from moeopt.backends.onnxrt.io_names import input_names, output_names
+from moeopt.bundle.io_names import input_names, output_names
 from tests.backends.onnxrt.toys import E, H, call, net
 
 

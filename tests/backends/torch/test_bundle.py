@@ -176,7 +176,8 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path):
     model = nn.Sequential(nn.Linear(H, I), nn.SiLU(), nn.Linear(I, H)).eval()
     directory = save(tmp_path / "b", model)
     code = (
-        f"from moeopt.engine import verify_torch_bundle; check = verify_torch_bundle({str(directory)!r}); "
+        "from moeopt.backends.torch.bundle import verify_torch_bundle; "
+        f"check = verify_torch_bundle({str(directory)!r}); "
         "print(check.passed, check.runs)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -380,7 +381,7 @@ class Striding(nn.Module):
         (Branching(), "the op cond runs a sub-graph"),
         (Secret(), "the op moeopt_tests.secret.default (secret) cannot be saved"),
         (Secret(), "its namespace is moeopt_tests"),
-        (Secret(), "test_torch_bundle.py"),
+        (Secret(), "test_bundle.py"),
     ],
 )
 def test_what_cannot_be_saved_names_the_op(tmp_path, model, text):

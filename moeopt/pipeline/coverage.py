@@ -10,6 +10,7 @@ from torch import nn
 
 from moeopt.capture.call_roles import Prototype
 from moeopt.capture.force_routing import EveryExpert
+from moeopt.capture.random_ops import random_reason
 from moeopt.capture.tape import Tape, record
 from moeopt.capture.witness_inputs import aimed_rows, witness
 from moeopt.errors import Declined
@@ -17,7 +18,6 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.recognise.experts import Recognition, Uncovered, recognize
 from moeopt.recognise.router import RouterReading, recognize_router, same_reading
-from moeopt.rewrite.legality import random_reason
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from moeopt.bundle.tree import LEAF
 
+KEY = "causal_lm"
+"""Where the signature of a causal language model keeps how its caller is called."""
 _OTHER = re.compile(r"[^A-Za-z0-9_.]")
 
 

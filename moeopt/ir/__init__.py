@@ -1,0 +1,1 @@
+"""The language that passes and backends share: specs and weight references."""
