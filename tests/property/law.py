@@ -136,8 +136,8 @@ def complaints(got: Any, ref: Reference, *, set_aside: bool = True) -> list[str]
         if bad.any():
             worst = int(torch.where(bad, far.nan_to_num(torch.inf), -1.0).argmax())
             found.append(
-                f"output {number}: {int(bad.sum())} of {tokens} tokens are wrong; token {worst} is {far[worst]:.1e} from "
-                f"float64, the original {apart[worst]:.1e}, allowed {allowed[worst]:.1e}"
+                f"output {number}: {int(bad.sum())} of {tokens} tokens are wrong; token {worst} is {far[worst]:.1e} "
+                f"from float64, the original {apart[worst]:.1e}, allowed {allowed[worst]:.1e}"
                 f"{'; the original is not finite there' if broken[worst] else ''}"
             )
     return found
