@@ -172,6 +172,12 @@ FAULTS: dict[str, Fault] = {
         build,
         "which allows anything",
     ),
+    "a constant of a float64 model is rounded to float32": Fault(
+        lambda p: p.dtype == "float64" and (p.around.out_scale != 1.0 or p.expert.clamp != ""),
+        Program(around=Around(out_scale=0.7), dtype="float64"),
+        lambda p: build(replace(p, around=replace(p.around, out_scale=torch.tensor(0.7).item()))),
+        "other: output 0",
+    ),
     "sizes are frozen in silence": Fault(
         lambda p: p.outside == "capacity",
         Program(top_k=2, outside="capacity"),
@@ -183,6 +189,17 @@ FAULTS: dict[str, Fault] = {
         Program(around=Around(mask="absent", rank=3), example="strided"),
         raises,
         "AttributeError",
+    ),
+    "weights that are all one in the example are read at another place": Fault(
+        lambda p: p.weight_on == "input" and p.top_k == 1 and p.router.renormalize.startswith("sum+"),
+        Program(
+            router=Router("score_topk", score="sigmoid", renormalize="sum+1e-9"),
+            expert=Expert(bias_in=True, bias_out=True),
+            weight_on="input",
+        ),
+        lambda p: build(replace(p, weight_on="output")),
+        "logits at -45: output 0",
+        backend="torch",
     ),
     "a configuration goes stale": Fault(
         lambda p: bool(p.config),
