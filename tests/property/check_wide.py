@@ -101,10 +101,15 @@ def follows(p: Program, opt: Any) -> list[str]:
         configs.change(opt.model, name, value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", moeopt.errors.StaleModelWarning)
-            got = run(opt, (call, {}))
+            try:
+                got = run(opt, (call, {}))
+            except moeopt.MoeoptError as refusal:
+                found.append(f"config.{name} = {value!r}: the call is refused: {refusal}")
+                continue
+            finally:
+                configs.change(opt.model, name, before)
         wrong = complaints(got, reference(p, changed, oracle_of(changed), call), set_aside=False)
         found += [f"config.{name} = {value!r}: {line}" for line in wrong]
-        configs.change(opt.model, name, before)
     return found
 
 

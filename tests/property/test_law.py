@@ -15,7 +15,7 @@ from tests.property.configs import KINDS, change, make_config, read
 from tests.property.faults import FAULTS, LastOfEqual
 from tests.property.law import ties
 from tests.property.run import drawn_one, main, outcome
-from tests.property.spec import Around, Program
+from tests.property.spec import Around, Program, Router
 from tests.property.unlike import MEMORY, calls, example
 from tests.property.wide import engine_programs
 
@@ -96,6 +96,15 @@ def test_a_nan_stays_where_it_is(monkeypatch, spoil, tokens):
     hand_out(monkeypatch, lambda: spoil(build(Program())))
     with pytest.raises(AssertionError, match=f"a NaN row: output 0: {tokens} tokens are wrong"):
         check_wide(Program(), "onnxruntime")
+
+
+def test_counts_of_tokens_must_be_equal(monkeypatch):
+    p = Program(router=Router("given"), around=Around(aux="tuple"))
+    hand_out(monkeypatch, lambda: build(p))
+    assert check_wide(p, "onnxruntime") == "rewritten"
+    hand_out(monkeypatch, lambda: lambda *args: (build(p)(*args)[0], build(p)(*args)[1] + 1))
+    with pytest.raises(AssertionError, match="output 1: integers differ in 4 of 4 values"):
+        check_wide(p, "onnxruntime")
 
 
 def test_ties_are_told_from_choices():
