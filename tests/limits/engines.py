@@ -56,7 +56,7 @@ class LongerThan(nn.Module):
 
 tested_in(
     "It holds for the sizes that its trace allows",
-    "tests/engine/test_onnx_guards.py::test_report_certificate_and_bundle_say_which_sizes_an_engine_holds_for",
+    "test_report_certificate_and_bundle_say_which_sizes_an_engine_holds_for",
 )
 
 
@@ -109,12 +109,10 @@ def branching(_):
     no_engine(After(block=Branching), "Its Python there depends on the values of tensors, which no graph repeats")
 
 
-tested_in(
-    "Encoder-decoders", "tests/backends/onnxrt/test_encoder_decoder.py::test_a_mask_that_tracing_needs_is_asked_for"
-)
+tested_in("Encoder-decoders", "test_a_mask_that_tracing_needs_is_asked_for")
 tested_in(
     "Jamba",
-    "tests/backends/onnxrt/test_hybrid_engines.py::test_several_tokens_after_a_cache_are_refused_where_the_model_forgets",
+    "test_several_tokens_after_a_cache_are_refused_where_the_model_forgets",
 )
 
 
