@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -217,6 +217,10 @@ class Backend(ABC):
         """
         del original, engine, call, noise, built
         return None
+
+    def facts(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``moeopt info`` says of a bundle beside what every bundle has; ``data`` is its manifest."""
+        return {"device": str(data.get("device", "unknown"))}
 
     # this machine
 

@@ -18,11 +18,10 @@ from importlib import metadata
 from typing import Any
 
 from moeopt.backends.base import Backend
-from moeopt.bundle.manifest import read_backend
-from moeopt.errors import BundleError, UsageError
+from moeopt.bundle.manifest import BACKEND_GROUP, known_backends, read_backend
+from moeopt.errors import UsageError
 from moeopt.limits import DEFAULT, LoadLimits
 
-GROUP = "moeopt.backends"
 OWN = {
     "torch": "moeopt.backends.torch.backend:TorchBackend",
     "onnxruntime": "moeopt.backends.onnxrt.backend:OnnxRuntimeBackend",
@@ -31,9 +30,8 @@ OWN = {
 
 
 def names() -> tuple[str, ...]:
-    """Every name that ``backend=`` takes, moeopt's own first; a package cannot take the place of one of those."""
-    others = sorted({point.name for point in metadata.entry_points(group=GROUP)} - set(OWN))
-    return (*OWN, *others)
+    """Every name that ``backend=`` takes, moeopt's own first."""
+    return known_backends()
 
 
 def get(name: str) -> Backend:
@@ -55,7 +53,7 @@ def _made(name: str) -> Backend:
         module, _, attribute = OWN[name].partition(":")
         made: Backend = getattr(importlib.import_module(module), attribute)()
         return made
-    (point, *_) = [p for p in metadata.entry_points(group=GROUP) if p.name == name]
+    (point, *_) = [p for p in metadata.entry_points(group=BACKEND_GROUP) if p.name == name]
     try:
         made = point.load()()
     except Exception as err:
@@ -68,10 +66,7 @@ def _made(name: str) -> Backend:
 
 def of_bundle(directory: str | os.PathLike[str]) -> Backend:
     """The backend that a bundle says it is for; ``BundleError`` where it says none that is here."""
-    name = read_backend(directory)
-    if name not in (known := names()):
-        raise BundleError(f"{directory}: the backend is {name!r}, not one of {', '.join(known)}")
-    return get(name)
+    return get(read_backend(directory))
 
 
 def open_bundle(

@@ -30,6 +30,8 @@ NAME = "moeopt.json"
 FORMAT = "moeopt-bundle"
 SCHEMA = 1
 BACKENDS = ("torch", "onnxruntime", "tensorrt")
+BACKEND_GROUP = "moeopt.backends"
+"""The entry points with which installed packages bring more."""
 MAX_CERTIFICATE = 64 << 20
 """Bytes: one of a thousand blocks has about two million."""
 
@@ -139,11 +141,17 @@ def _read_header(root: Path) -> dict[str, Any]:
             f"{root / NAME}: the bundle has schema {schema} (moeopt {wrote}), and this moeopt reads up to {SCHEMA}: "
             "upgrade moeopt"
         )
-    if data.get("backend") not in BACKENDS:
-        raise BundleError(
-            f"{root / NAME}: the backend is {data.get('backend')!r:.60}, not one of {', '.join(BACKENDS)}"
-        )
+    if data.get("backend") not in (known := known_backends()):
+        raise BundleError(f"{root / NAME}: the backend is {data.get('backend')!r:.60}, not one of {', '.join(known)}")
     return data
+
+
+def known_backends() -> tuple[str, ...]:
+    """The names of the backends that are here, moeopt's own first; a package cannot take the place of one of those."""
+    from importlib import metadata
+
+    others = {point.name for point in metadata.entry_points(group=BACKEND_GROUP)} - set(BACKENDS)
+    return (*BACKENDS, *sorted(others))
 
 
 def read_backend(directory: str | os.PathLike[str]) -> str:

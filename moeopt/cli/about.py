@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from moeopt.backends import registry
 from moeopt.bundle.manifest import read_manifest
-from moeopt.bundle.schemas import Plan
-from moeopt.untrusted import checked, cleaned, shown_line
+from moeopt.untrusted import cleaned, shown_line
 
 RUNTIMES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13")
 _LISTS = ("inputs", "holds where", "lowerings", "blocks", "profiles")
@@ -37,13 +37,12 @@ def bundle_facts(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
     data = cleaned(manifest.data)
     blocks = [f"{b['name']}: {b['status']}, {b.get('lowering') or b.get('reason', '')}" for b in data.get("blocks", [])]
-    where = {"device": str(data.get("device", "unknown"))} if data["backend"] == "torch" else _engine_facts(data)
     signature = data.get("signature") or {}
     return {
         "bundle": str(directory),
         "backend": data["backend"],
         "source": data.get("source", {}).get("class", "unknown"),
-        **where,
+        **registry.of_bundle(directory).facts(data),
         "written by": ", ".join(
             f"{k} {v}" for k, v in {**data.get("versions", {}), **data.get("runtimes", {})}.items()
         ),
@@ -54,37 +53,6 @@ def bundle_facts(directory: Path) -> dict[str, Any]:
         "blocks": blocks,
         "golden runs": (data.get("golden") or {}).get("runs", 0),
         "bytes": manifest.bytes,
-    }
-
-
-def _engine_facts(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What only an engine has: its provider, its graph, and how each block is lowered and why."""
-    return {
-        "provider": data.get("provider", "unknown"),
-        **(_plan_facts(data["tensorrt"], data["files"]) if "tensorrt" in data else {}),
-        "nodes": int(data.get("facts", {}).get("nodes", 0)),
-        "lowerings": [
-            f"{s['name']}: {s['lowering']} ({s['why'] or 'the first that fits'})" for s in data.get("sites", [])
-        ],
-    }
-
-
-def _plan_facts(plan: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
-    """What only a plan of TensorRT has: what it runs on, its layers and memory, and the sizes that it was built for."""
-    checked(plan, Plan, "the manifest's account of the plan")
-    layers = plan.get("layers", {})
-    return {
-        "runs on": f"sm_{plan['sm']}, {plan['product']} {plan['version']}"
-        + (f", a driver for CUDA {plan['cuda']}" if plan.get("cuda") else ""),
-        "plan": f"{files.get('engine.plan', {}).get('bytes', 'no')} bytes, sha256 {plan['sha256']}",
-        "flags": ", ".join(plan.get("flags", [])) or "none (no TF32)",
-        "layers": f"{sum(layers.values())} ({', '.join(f'{kind} {count}' for kind, count in layers.items())})",
-        "activations": f"{plan.get('activation_bytes', 0)} bytes at the largest sizes",
-        "profiles": [
-            f"{name} {', '.join('x'.join(map(str, shape)) for shape in shapes)}"
-            for profile in plan.get("profiles", [])
-            for name, shapes in profile.items()
-        ],
     }
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from moeopt.errors import Declined
 from moeopt.verification.distance import as_rows, finite_rows, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, Judge
 from moeopt.verification.oracle import oracle_run, record_selections, run_pinned
@@ -86,6 +87,8 @@ def _run_case(
         return
     try:
         y_new, chosen_new = record_selections(rewritten, case.args, case.kwargs)
+    except Declined:  # of the runtime that answers for the experts: no form of it carries them
+        raise
     except Exception as err:
         raise Fail(f"the rewritten block raises {_text(err)}, the original does not") from err
     _samedescribe(y_orig, y_new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -137,6 +137,16 @@ class GraphBackend(Backend):
 
     def runner(self, model: Any) -> tuple[GraphEngine, bool]:
         return (model.replay(), False) if isinstance(model, AbsentEngine) else (model, True)
+
+    def facts(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Its provider, its graph, and how each block is lowered and why."""
+        return {
+            "provider": data.get("provider", "unknown"),
+            "nodes": int(data.get("facts", {}).get("nodes", 0)),
+            "lowerings": [
+                f"{s['name']}: {s['lowering']} ({s['why'] or 'the first that fits'})" for s in data.get("sites", [])
+            ],
+        }
 
     def runs_on(self, engine: Any) -> str | None:
         if isinstance(engine, AbsentEngine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from moeopt.backends.tensorrt.engine_plan import EnginePlan, most_tokens, trt_pl
 from moeopt.backends.tensorrt.runtime import lacking
 from moeopt.backends.tensorrt.target import local_target
 from moeopt.bundle.manifest import Manifest, read_manifest
+from moeopt.bundle.schemas import Plan
 from moeopt.errors import UsageError
 from moeopt.find.example_inputs import Call
 from moeopt.limits import LoadLimits
 from moeopt.options import Options
 from moeopt.pipeline.run import Outcome
+from moeopt.untrusted import checked
 
 
 class TensorRTBackend(GraphBackend):
@@ -80,6 +83,11 @@ class TensorRTBackend(GraphBackend):
         device = engine.described if executed else built_not_executed(needs_of(manifest))
         return Opened(engine, executed, device, engine.notes)
 
+    def facts(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of its graph, and what the plan runs on, its layers, its memory and the sizes that it was built for."""
+        of_graph = super().facts(data)
+        return {"provider": of_graph.pop("provider"), **_plan_facts(data.get("tensorrt"), data["files"]), **of_graph}
+
     def provider_names(self) -> tuple[str, ...]:
         return ("cuda", "cpu", *THROUGH_ONNX)
 
@@ -89,3 +97,21 @@ class TensorRTBackend(GraphBackend):
         missing = lacking(needs, here(needs))
         others = why_absent(self.provider_names()[1:], alone=missing != "")
         return {"cuda": missing, **others}
+
+
+def _plan_facts(plan: Any, files: Mapping[str, Any]) -> dict[str, Any]:
+    checked(plan, Plan, "the manifest's account of the plan")
+    layers = plan.get("layers", {})
+    return {
+        "runs on": f"sm_{plan['sm']}, {plan['product']} {plan['version']}"
+        + (f", a driver for CUDA {plan['cuda']}" if plan.get("cuda") else ""),
+        "plan": f"{files.get('engine.plan', {}).get('bytes', 'no')} bytes, sha256 {plan['sha256']}",
+        "flags": ", ".join(plan.get("flags", [])) or "none (no TF32)",
+        "layers": f"{sum(layers.values())} ({', '.join(f'{kind} {count}' for kind, count in layers.items())})",
+        "activations": f"{plan.get('activation_bytes', 0)} bytes at the largest sizes",
+        "profiles": [
+            f"{name} {', '.join('x'.join(map(str, shape)) for shape in shapes)}"
+            for profile in plan.get("profiles", [])
+            for name, shapes in profile.items()
+        ],
+    }
