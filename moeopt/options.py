@@ -6,6 +6,11 @@ A field that is not given takes its environment variable where it has one, and i
     MOEOPT_SEED    seed    an integer
     MOEOPT_FUEL    fuel    at most so many rewrites, for bisecting
     MOEOPT_DUMP    dump    a folder for each block's graph, reading and program
+
+Choices of the whole process, which are no fields, for a call of the op has no ``Options``:
+
+    MOEOPT_CACHE    the folder of what was measured and built here; else the user's cache directory
+    MOEOPT_MEASURE  off: measure nothing on this machine, each choice has its safe default
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import operator
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -40,6 +46,30 @@ def _env(name: str, default: Any, convert: Callable[[str], Any], wanted: str) ->
 def inherited(*names: str) -> dict[str, str]:
     """Those of the named environment variables that are set, for a process that shall have no others."""
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def cache_directory() -> Path | None:
+    """Where this user's measurements and built kernels are kept; None where the user has no home. It may not exist."""
+    given = os.environ.get("MOEOPT_CACHE", "").strip()
+    if given:
+        return Path(given)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        if os.environ.get(name, "").strip():
+            return Path(os.environ[name]) / "moeopt"
+    try:
+        return Path.home() / ".cache" / "moeopt"
+    except RuntimeError:
+        return None
+
+
+def measuring() -> bool:
+    """Whether moeopt may time this machine, for milliseconds, to choose between equal kernels."""
+    return _env("MOEOPT_MEASURE", True, {"on": True, "off": False}.__getitem__, "on or off")
+
+
+def cpu_limits() -> dict[str, str]:
+    """The variables by which a user lets torch's libraries play a lesser CPU."""
+    return inherited("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 @dataclass(frozen=True, kw_only=True)
