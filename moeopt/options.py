@@ -11,6 +11,9 @@ Choices of the whole process, which are no fields, for a call of the op has no `
 
     MOEOPT_CACHE    the folder of what was measured and built here; else the user's cache directory
     MOEOPT_MEASURE  off: measure nothing on this machine, each choice has its safe default
+    MOEOPT_NATIVE   off: do without the kernel in C++
+    MOEOPT_NATIVE_ISA  the instruction set that it plays: generic, avx2, avx512 or avx512_bf16
+    MOEOPT_CXX      the compiler that builds it
 """
 
 from __future__ import annotations
@@ -65,6 +68,21 @@ def cache_directory() -> Path | None:
 def measuring() -> bool:
     """Whether moeopt may time this machine, for milliseconds, to choose between equal kernels."""
     return _env("MOEOPT_MEASURE", True, {"on": True, "off": False}.__getitem__, "on or off")
+
+
+def native_wanted() -> bool:
+    """Whether the kernel in C++ may be built and used."""
+    return _env("MOEOPT_NATIVE", True, {"on": True, "off": False}.__getitem__, "on or off")
+
+
+def native_isa(known: Mapping[str, int]) -> str | None:
+    """The instruction set that the user wants the native kernel to play, one of ``known``; None: the best there is."""
+    return _env("MOEOPT_NATIVE_ISA", None, lambda text: (known[text], text)[1], f"one of {', '.join(known)}")
+
+
+def compiler_wanted() -> str | None:
+    """The C++ compiler that the user names, or None."""
+    return next((os.environ[n].strip() for n in ("MOEOPT_CXX", "CXX") if os.environ.get(n, "").strip()), None)
 
 
 def cpu_limits() -> dict[str, str]:
