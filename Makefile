@@ -30,7 +30,7 @@ endif
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := -m pytest -q -p no:cacheprovider -n $(JOBS) --durations=10
 
-.PHONY: help setup demo test test-compat test-gpu test-wheel lint format types docs bench clean
+.PHONY: help setup demo test test-compat test-gpu test-nightly test-wheel lint format types docs bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -55,7 +55,10 @@ demo: $(READY)  ## optimise a model end to end and print the report and the cert
 	PYTHONPATH=. $(PY) examples/dense_split.py
 
 test: $(READY)  ## the whole suite, without a GPU
-	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu and not wheel' $(ARGS)
+	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu and not wheel and not nightly' $(ARGS)
+
+test-nightly: $(READY)  ## what takes minutes: the native kernel under sanitizers
+	$(ONE_THREAD) $(PY) -m pytest -q -p no:cacheprovider -m nightly $(ARGS)
 
 test-wheel: $(READY)  ## the wheel in a clean environment, and the example workflow's own steps
 	$(ONE_THREAD) $(PY) -m pytest -q -p no:cacheprovider -m wheel tests/wheel $(ARGS)

@@ -52,6 +52,7 @@ from moeopt.engine.trt_build import TrtBuilt, build_trt
 from moeopt.engine.trt_plan import EnginePlan, most_tokens, trt_plan
 from moeopt.errors import CaptureError, NotEquivalentError, UsageError
 from moeopt.ir.tape import clone_inputs
+from moeopt.ops.native.library import missing
 from moeopt.options import Options
 from moeopt.report import BlockReport, Report
 from moeopt.rewrite.program import install, rewritten_forward, uninstall
@@ -240,6 +241,9 @@ def _report(
             except Exception as err:  # a picture must not fail a model that was rewritten
                 notes.append(f"{name} could not be drawn ({type(err).__name__}: {err})")
             break
+    first = next(source.parameters(), None)
+    if kept and backend == "torch" and first is not None and first.device.type == "cpu" and (why := missing()):
+        notes.append(f"the experts run on torch's products, not on the faster native kernel: {why}")
     return Report(tuple(blocks), type(source).__name__, backend, outcome.seconds, tuple(notes), graph, certificate)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moeopt.engine import read_manifest
+from moeopt.ops.native.library import describe
 
 RUNTIMES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13")
 _LISTS = ("inputs", "lowerings", "blocks", "profiles")
@@ -25,6 +26,7 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "native kernel": describe(),
         "gpu": ", ".join(gpus) or "none",
         **{name: _version(name) for name in RUNTIMES},
     }

@@ -25,8 +25,6 @@ from moeopt.errors import MoeoptError
 from moeopt.options import cache_directory, compiler_wanted
 
 SOURCES = Path(__file__).parent / "src"
-SHIPPED = Path(__file__).parent / "lib"
-"""Where a wheel that carries a library has it."""
 
 ISAS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_bf16": 8}
 """Instruction sets by name, weakest first, with their bit in the C interface."""
@@ -38,12 +36,18 @@ _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"
           "-ffp-contract=fast", "-w")  # fmt: skip
 """-w: GCC's own headers of vector intrinsics warn by the thousand; the tests compile with warnings on what is ours."""
 
+_ROOT = 0
+
 SECONDS = 300
 """After which a compiler is stopped."""
 
 
 class BuildError(MoeoptError):
-    """The kernel could not be compiled; the message says why and what to do."""
+    """The kernel could not be built; the message says why and what to do."""
+
+
+class CompileError(BuildError):
+    """The compiler refused: it may be too old for an instruction set."""
 
 
 def x86() -> bool:
@@ -104,19 +108,29 @@ def built_library(isa: str) -> Path:
     Raises:
         BuildError: there is no compiler, or it refuses; nowhere to keep the library.
     """
-    shipped = sorted(SHIPPED.glob("moeopt-experts*.so")) if SHIPPED.is_dir() else []
-    if shipped:
-        return shipped[0]
     compiler = find_compiler()
     if compiler is None:
         raise BuildError(how_to_get_one())
     folder = _folder()
-    for isas in (all_isas(), (isa,)):
+    every = all_isas()
+    for isas in [*(every[:count] for count in range(len(every), 0, -1)), (isa,)]:  # what build_all may have left
         path = folder / library_name(compiler, isas)
-        if path.is_file():
+        if isa in isas and path.is_file():
             _own(path)
             return path
     return build((isa,), folder)
+
+
+def build_all() -> tuple[Path, tuple[str, ...]]:
+    """A library with every instruction set that the compiler knows, in the cache; and which these are."""
+    isas = all_isas()
+    while True:
+        try:
+            return build(isas), isas
+        except CompileError:
+            if len(isas) == 1:
+                raise
+            isas = isas[:-1]
 
 
 def build(isas: Sequence[str], folder: Path | None = None) -> Path:
@@ -157,6 +171,8 @@ def _compile(compiler: str, isas: Sequence[str], aside: Path) -> Path:
         for one in started:
             one.kill()
             one.wait()
+            if one.stdout is not None:
+                one.stdout.close()
 
 
 def _finished(words: Sequence[str], process: subprocess.Popen[bytes]) -> None:
@@ -167,7 +183,7 @@ def _finished(words: Sequence[str], process: subprocess.Popen[bytes]) -> None:
         raise BuildError(f"{words[0]} took longer than {SECONDS} s; set MOEOPT_NATIVE=off to do without") from None
     if process.returncode:
         first = said.decode(errors="replace").strip().splitlines()
-        raise BuildError(
+        raise CompileError(
             f"{words[0]} could not compile the kernel ({next((s for s in first if 'error' in s), 'no message')}); "
             "name another compiler with MOEOPT_CXX, or set MOEOPT_NATIVE=off"
         )
@@ -182,7 +198,7 @@ def _folder() -> Path:
 
 def _own(path: Path) -> None:
     """Code is loaded only from files that this user, or root, has written."""
-    if hasattr(os, "geteuid") and path.stat().st_uid not in (os.geteuid(), 0):
+    if hasattr(os, "geteuid") and path.stat().st_uid not in (os.geteuid(), _ROOT):
         raise BuildError(f"{path} belongs to another user and is not loaded; remove it, or set MOEOPT_CACHE")
 
 

@@ -65,16 +65,19 @@ def encode_spec(spec: ExpertsSpec, x: torch.dtype, weights: torch.dtype) -> _Spe
                  spec.up_offset, spec.out_norm_eps or 0.0)  # fmt: skip
 
 
+def transformed() -> bool:
+    """Whether a functional transform or forward-mode differentiation is at work, which must see torch's own ops."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def call(run: Run, x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec, isa: int) -> Tensor:
     """``experts_reference``, by the kernel ``run``; arguments are checked already (``ops.reference.check``).
 
     Raises:
         Unfit: what the kernel does not take; nothing was computed.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise Unfit("a functional transform (torch.func) is at work")
-    if forward_ad._current_level >= 0:
-        raise Unfit("forward-mode differentiation is at work")
+    if transformed():
+        raise Unfit("a functional transform (torch.func) or forward-mode differentiation is at work")
     encoded = encode_spec(spec, x.dtype, weights.dtype)
     if ids.dtype not in INTEGERS:
         ids = ids.to(torch.int64)

@@ -12,17 +12,19 @@ from moeopt.ops.bank import Bank, StackedBank
 from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.kernels.gemm import LARGE, power_of_two
 from moeopt.ops.measured import Way, fastest
-from moeopt.ops.native.call import Unfit, call
+from moeopt.ops.native.call import Unfit, call, transformed
 from moeopt.ops.native.library import Library, library
-from moeopt.ops.reference import check
+from moeopt.ops.reference import check, experts_reference
 
 WORK = 1 << 24
 """Multiply-adds of one product of one measured call: a few milliseconds."""
 
 
 def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
-    """``experts_reference``, by the fastest kernel for this call; not differentiable."""
+    """``experts_reference``, by the fastest kernel for this call; not differentiable, but for torch.func's transforms."""
     check(x_TH, ids_TK, weights_TK, bank, spec)
+    if transformed():
+        return experts_reference(x_TH, ids_TK, weights_TK, bank, spec)  # torch's fast kernels write in place
     if ids_TK.numel() and (native := library()) is not None:
         try:
             if _is_faster(native, x_TH, ids_TK, bank, spec):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moeopt.errors import MoeoptError, NativeKernelWarning
-from moeopt.ops.native.build import ISAS, BuildError, built_library, isas_here
+from moeopt.ops.native.build import ISAS, BuildError, CompileError, build_all, built_library, isas_here
 from moeopt.ops.native.call import ABI, Run
 from moeopt.ops.native.selfcheck import first_difference
 from moeopt.options import native_isa, native_wanted
@@ -94,11 +94,29 @@ def load() -> Library:
     for isa in [wanted] if wanted else here[::-1]:
         try:
             return checked(opened(built_library(isa), isa))
-        except BuildError as err:
+        except CompileError as err:
             reason = reason or str(err)
-            if "could not compile" not in str(err):
-                break
+        except BuildError as err:
+            raise NoLibrary(str(err)) from err
     raise NoLibrary(reason)
+
+
+def build_ahead() -> tuple[Path, dict[str, str]]:
+    """Build every instruction set that the compiler knows, and check those that this CPU runs.
+
+    Returns:
+        the library, and a word for each instruction set in it.
+
+    Raises:
+        BuildError, NoLibrary: it could not be built, or computes something else than the reference here.
+    """
+    path, isas = build_all()
+    here, said = isas_here(), {}
+    for isa in isas:
+        if isa in here:
+            checked(opened(path, isa))
+        said[isa] = "checked against the reference" if isa in here else "built, not executed: this CPU does not run it"
+    return path, said
 
 
 def opened(path: Path, isa: str) -> Library:

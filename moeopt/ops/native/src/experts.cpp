@@ -239,6 +239,7 @@ int64_t cpu_isas() { return ISA_GENERIC; }
 #endif
 
 const Kernels *kernels_of(int64_t isa) {
+  (void)isa;
 #if defined(MOEOPT_HAVE_AVX2)
   if (isa == ISA_AVX2) return kernels_avx2();
 #endif
