@@ -164,7 +164,7 @@ def _compile(compiler: str, isas: Sequence[str], aside: Path) -> Path:
         for words, one in zip(running, started, strict=True):
             _finished(words, one)
         out = aside / "library.so"
-        words = [compiler, "-shared", *(str(aside / name) for _, _, name in units), "-o", str(out), "-pthread"]
+        words = [compiler, *_FLAGS, "-shared", *(str(aside / name) for _, _, name in units), "-o", str(out), "-pthread"]
         _finished(words, subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
         return out
     finally:

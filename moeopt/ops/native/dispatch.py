@@ -21,7 +21,7 @@ WORK = 1 << 24
 
 
 def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
-    """``experts_reference``, by the fastest kernel for this call; not differentiable, but for torch.func's transforms."""
+    """``experts_reference``, by the fastest kernel for this call; differentiable by ``torch.func`` only."""
     check(x_TH, ids_TK, weights_TK, bank, spec)
     if transformed():
         return experts_reference(x_TH, ids_TK, weights_TK, bank, spec)  # torch's fast kernels write in place

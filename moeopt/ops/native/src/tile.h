@@ -19,6 +19,9 @@ constexpr int64_t DOT_CHUNK = 1024, OUTER_CHUNK = 256, PAIR_CHUNK = 2048;
 constexpr int64_t ROWS = 64;  // rows of x of one turn: with their k they stay in the second-level cache
 constexpr int NX_DOT = VBYTES == 64 ? 6 : 3, NX_OUTER = VBYTES == 64 ? 12 : 6;
 
+template <int N>
+struct Number { static constexpr int value = N; };
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 inline int64_t chunk_of(int64_t K, int64_t most) {  // equal chunks, whole cache lines
@@ -43,31 +46,31 @@ inline void finish(const V (&acc)[NW], float *to, bool add) {
   UNROLL for (int j = 0; j < NW; j += 4) sum4(acc[j], acc[j + 1], acc[j + 2], acc[j + 3], to + j, add);
 }
 
-// ahead: elements from these rows of W to those that come next, which are fetched into the second-level cache meanwhile: a
-// row ends where the processor's own prefetching would have to begin anew. 0: W is in a cache already.
-template <class W, int NW, int NX, bool FETCH>
-inline void dot(const typename W::T *const *w, int64_t ahead, const float *x, int64_t ldx, int64_t n, float *to, int64_t ldt, bool add) {
+// FETCH rows of W that come next are fetched into the second-level cache meanwhile: a row ends where the processor's own
+// prefetching would have to begin anew. All NW of them are `ahead` elements behind these; fewer are those of `next`.
+template <class W, int NW, int NX, int FETCH>
+inline void dot(const typename W::T *const *w, int64_t ahead, const typename W::T *const *next, const float *x, int64_t ldx,
+                int64_t n, float *to, int64_t ldt, bool add) {
   V acc[NX][NW];
   UNROLL for (int i = 0; i < NX; i++)
     UNROLL for (int j = 0; j < NW; j++) acc[i][j] = V{};
   const typename W::T *wp[NW];
   UNROLL for (int j = 0; j < NW; j++) wp[j] = w[j];
+  const typename W::T *np[FETCH + 1];
+  UNROLL for (int j = 0; j < FETCH; j++) np[j] = FETCH == NW ? nullptr : next[j];
   int64_t k = 0;
   for (; k + L <= n; k += L) {
+    UNROLL for (int j = 0; j < FETCH; j++) __builtin_prefetch((FETCH == NW ? wp[j] + ahead : np[j]) + k, 0, 2);
     if (NX <= NW) {
       V b[NX];
       UNROLL for (int i = 0; i < NX; i++) b[i] = load(x + i * ldx + k);
       UNROLL for (int j = 0; j < NW; j++) {
-        if (FETCH) __builtin_prefetch(wp[j] + ahead + k, 0, 2);
         const V a = W::ld(wp[j] + k);
         UNROLL for (int i = 0; i < NX; i++) acc[i][j] += a * b[i];
       }
     } else {
       V a[NW];
-      UNROLL for (int j = 0; j < NW; j++) {
-        if (FETCH) __builtin_prefetch(wp[j] + ahead + k, 0, 2);
-        a[j] = W::ld(wp[j] + k);
-      }
+      UNROLL for (int j = 0; j < NW; j++) a[j] = W::ld(wp[j] + k);
       UNROLL for (int i = 0; i < NX; i++) {
         const V b = load(x + i * ldx + k);
         UNROLL for (int j = 0; j < NW; j++) acc[i][j] += a[j] * b;
@@ -83,23 +86,40 @@ inline void dot(const typename W::T *const *w, int64_t ahead, const float *x, in
   UNROLL for (int i = 0; i < NX; i++) finish(acc[i], to + i * ldt, add);
 }
 
-template <class W, int NW, bool FETCH>
-int64_t dot_some(const typename W::T *const *w, int64_t ahead, const float *x, int64_t ldx, int64_t n, int64_t M, float *to, int64_t ldt, bool add) {
+template <class W, int NW, int FETCH>
+int64_t dot_some(const typename W::T *const *w, int64_t ahead, const typename W::T *const *next, const float *x, int64_t ldx,
+                 int64_t n, int64_t M, float *to, int64_t ldt, bool add) {
   switch (smaller(M, NX_DOT)) {  // the rows that were done
-    case 6: dot<W, NW, NX_DOT < 6 ? 1 : 6, FETCH>(w, ahead, x, ldx, n, to, ldt, add); return 6;
-    case 5: dot<W, NW, NX_DOT < 6 ? 1 : 5, FETCH>(w, ahead, x, ldx, n, to, ldt, add); return 5;
-    case 4: dot<W, NW, NX_DOT < 6 ? 1 : 4, FETCH>(w, ahead, x, ldx, n, to, ldt, add); return 4;
-    case 3: dot<W, NW, 3, FETCH>(w, ahead, x, ldx, n, to, ldt, add); return 3;
-    case 2: dot<W, NW, 2, FETCH>(w, ahead, x, ldx, n, to, ldt, add); return 2;
-    default: dot<W, NW, 1, FETCH>(w, ahead, x, ldx, n, to, ldt, add); return 1;
+    case 6: dot<W, NW, NX_DOT < 6 ? 1 : 6, FETCH>(w, ahead, next, x, ldx, n, to, ldt, add); return 6;
+    case 5: dot<W, NW, NX_DOT < 6 ? 1 : 5, FETCH>(w, ahead, next, x, ldx, n, to, ldt, add); return 5;
+    case 4: dot<W, NW, NX_DOT < 6 ? 1 : 4, FETCH>(w, ahead, next, x, ldx, n, to, ldt, add); return 4;
+    case 3: dot<W, NW, 3, FETCH>(w, ahead, next, x, ldx, n, to, ldt, add); return 3;
+    case 2: dot<W, NW, 2, FETCH>(w, ahead, next, x, ldx, n, to, ldt, add); return 2;
+    default: dot<W, NW, 1, FETCH>(w, ahead, next, x, ldx, n, to, ldt, add); return 1;
+  }
+}
+
+// All rows of x, a tile at a time; the four rows of W that come next are fetched during the first tiles, spread over them.
+template <class Tile, class T>
+void in_tiles(const T *const *w, int64_t ahead, int64_t M, int64_t most, const Tile &tile) {
+  const T *next[4];
+  for (int i = 0; i < 4; i++) next[i] = w[i] + ahead;
+  const int64_t tiles = (M + most - 1) / most;
+  int64_t fetched = ahead ? 0 : 4, done = 0;
+  for (int64_t t = 0; done < M; t++) {
+    const int64_t left = tiles - t, share = left >= 4 - fetched ? 1 : left == 1 ? 4 - fetched : 2;
+    if (fetched == 4) done += tile(Number<0>(), next, done);
+    else if (share == 1 || fetched == 3) done += tile(Number<1>(), next + fetched, done), fetched += 1;
+    else if (share == 4) done += tile(Number<4>(), next, done), fetched = 4;
+    else done += tile(Number<2>(), next + fetched, done), fetched += 2;
   }
 }
 
 template <class W, int NW>
 void dot_rows(const typename W::T *const *w, int64_t ahead, const float *x, int64_t ldx, int64_t n, int64_t M, float *to, int64_t ldt, bool add) {
-  int64_t m = 0;
-  if (ahead) m = dot_some<W, NW, true>(w, ahead, x, ldx, n, M, to, ldt, add);
-  while (m < M) m += dot_some<W, NW, false>(w, 0, x + m * ldx, ldx, n, M - m, to + m * ldt, ldt, add);
+  in_tiles(w, ahead, M, NX_DOT, [&](auto fetch, const typename W::T *const *next, int64_t m) {
+    return dot_some<W, NW, decltype(fetch)::value>(w, ahead, next, x + m * ldx, ldx, n, M - m, to + m * ldt, ldt, add);
+  });
 }
 
 // rows j .. j + NW of W, the last one again where there are fewer; the columns of `to` behind n are garbage
@@ -119,7 +139,7 @@ void dot_direct(const View &v, int64_t first, int64_t n, const float *x, int64_t
       const int64_t ahead = j + NW < n || k + chunk >= K ? NW * v.so : chunk - j * v.so;
       if (NW == 8) {
         row_pointers<typename W::T, 8>(v, first, j, n, k, w);
-        dot<W, 8, 1, true>(w, ahead, x + k, ldx, kc, to + j, ldt, k > 0);
+        dot<W, 8, 1, 8>(w, ahead, nullptr, x + k, ldx, kc, to + j, ldt, k > 0);
       } else {
         row_pointers<typename W::T, 4>(v, first, j, n, k, w);
         dot_rows<W, 4>(w, ahead, x + k, ldx, kc, M, to + j, ldt, k > 0);
