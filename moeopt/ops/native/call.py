@@ -55,7 +55,8 @@ def encode_spec(spec: ExpertsSpec, x: torch.dtype, weights: torch.dtype) -> _Spe
     limits = [getattr(spec, name) for name in _LIMITS]
     bits = sum(1 << i for i, limit in enumerate(limits) if limit is not None)
     # torch converts a limit to the dtype that it clamps in
-    rounded = [0.0 if limit is None else torch.tensor(limit, dtype=torch.float64).to(act).item() for limit in limits]
+    as_act = functools.partial(torch.tensor, dtype=act, device="cpu")
+    rounded = [0.0 if limit is None else as_act(limit).item() for limit in limits]
     whole = (
         _ROWS.index(spec.rows), ACTIVATIONS.index(spec.activation), bits, spec.weight_on == "input",
         spec.out_of_range == "identity", spec.combine == "expert", spec.out_norm_eps is not None,
@@ -86,7 +87,7 @@ def call(run: Run, x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: Ex
     (T, K), E, H = ids.shape, bank.num_experts, x.shape[1]
     held: list[Tensor] = []
     entries, index, steps, D = _experts(bank, ids, spec, held)
-    y = torch.empty(T, D, dtype=dtypes(x, spec)[2])
+    y = x.new_empty(T, D, dtype=dtypes(x, spec)[2])
     table = array("q", entries)
     words = (
         ABI, ctypes.addressof(encoded), T, K, E, H, D,

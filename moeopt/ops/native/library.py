@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from moeopt.errors import MoeoptError, NativeKernelWarning
 from moeopt.ops.native.build import ISAS, BuildError, CompileError, build_all, built_library, isas_here
@@ -34,6 +37,15 @@ class NoLibrary(MoeoptError):
 
 _found: Library | NoLibrary | None = None
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # another thread of the parent may have been building
 
 
 def library() -> Library | None:
@@ -137,7 +149,9 @@ def opened(path: Path, isa: str) -> Library:
 
 def checked(found: Library) -> Library:
     """``found``, if it computes what the reference does."""
-    if difference := first_difference(found.run, found.bit):
+    with torch.device("cpu"):  # the caller may have another default
+        difference = first_difference(found.run, found.bit)
+    if difference:
         raise NoLibrary(
             f"{found.path} computes something else than the reference here ({difference}); "
             "please report it, with the output of `moeopt info`"

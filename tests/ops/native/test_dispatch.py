@@ -5,8 +5,10 @@ import torch
 from torch.autograd import forward_ad
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import ListBank, StackedBank, experts, experts_reference
-from moeopt.ops.native import dispatch
+from moeopt.ops import ListBank, StackedBank, experts, experts_reference, measured
+from moeopt.ops.kernels import gemm
+from moeopt.ops.native import dispatch, library
+from moeopt.ops.native.call import encode_spec
 from tests.ops.cases import make
 
 
@@ -146,3 +148,30 @@ def test_weights_that_change_in_place_are_seen(taken):
     case.bank.w_out_s.mul_(2)
     case.bank.b_out_s.mul_(2)
     assert torch.equal(experts(*case.args), 2 * before) and set(taken) == {"call"}
+
+
+def test_another_default_device_changes_nothing(taken, monkeypatch):
+    case = make(ExpertsSpec(gate_max=1.0), dtype=torch.bfloat16)
+    want = experts(*case.args)
+    questions = []
+
+    def fastest(question, ways, default):
+        questions.append(question)
+        return measured.fastest(question, ways, default)
+
+    monkeypatch.setattr(dispatch, "fastest", fastest)
+    monkeypatch.setattr(measured, "measuring", lambda: True)
+    monkeypatch.setattr(measured, "cache_directory", lambda: None)
+    for cached in (dispatch._native, encode_spec):
+        cached.cache_clear()
+    measured.forget()
+    found, native = library._found, library.load
+    try:
+        with torch.device("meta"):
+            assert torch.allclose(experts(*case.args).float(), want.float(), rtol=0.02, atol=0.02)
+            assert native().isa == found.isa
+    finally:
+        measured.forget()
+        for cached in (dispatch._native, gemm._choose, gemm._filled):
+            cached.cache_clear()
+    assert questions

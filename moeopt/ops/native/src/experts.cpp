@@ -170,7 +170,6 @@ struct Work {
   std::unique_ptr<std::atomic<int64_t>[]> next;
   std::vector<Buffer<float>> scratch;
   Barrier barrier;
-  std::atomic<bool> begun{false};
 
   explicit Work(const Plan &p, int64_t threads) : plan(p) {
     const moeopt_call &c = p.c;
@@ -210,13 +209,10 @@ struct Work {
 
   static void body(void *context, int64_t me, int64_t threads) {
     Work &w = *(Work *)context;
-    if (me == 0) w.barrier.reset(threads), w.begun.store(true, std::memory_order_release);
-    while (!w.begun.load(std::memory_order_acquire)) {
-    }
     for (size_t s = 0; s < w.stages.size(); s++) {
       for (int64_t t; (t = w.next[s].fetch_add(1, std::memory_order_relaxed)) < w.stages[s].tasks;)
         w.task(w.stages[s], t, w.scratch[me].get());
-      w.barrier.wait();
+      w.barrier.wait(threads);
     }
   }
 };

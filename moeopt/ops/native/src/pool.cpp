@@ -78,10 +78,10 @@ void run_parallel(int64_t wanted, Body body, void *context) {
   p->busy.unlock();
 }
 
-void Barrier::wait() {
-  if (threads_ == 1) return;
+void Barrier::wait(int64_t threads) {
+  if (threads == 1) return;
   const int64_t phase = phase_.load();
-  if (arrived_.fetch_add(1) + 1 == threads_) {
+  if (arrived_.fetch_add(1) + 1 == threads) {
     arrived_.store(0);
     phase_.fetch_add(1);
     return;

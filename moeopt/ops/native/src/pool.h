@@ -9,12 +9,10 @@ typedef void (*Body)(void *context, int64_t thread, int64_t threads);
 // is at work for another caller, or no thread can be had, n is smaller, down to the caller alone.
 void run_parallel(int64_t wanted, Body body, void *context);
 
-class Barrier {  // all n threads of one run_parallel; may be used again and again
+class Barrier {  // for all threads of one run_parallel, which each name their number; may be used again and again
  public:
-  void reset(int64_t n) { threads_ = n; }
-  void wait();
+  void wait(int64_t threads);
 
  private:
-  int64_t threads_ = 1;
   std::atomic<int64_t> arrived_{0}, phase_{0};
 };
