@@ -47,13 +47,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)  # another thread of the parent may have held the lock
 
 
-def fastest(question: str, ways: Callable[[], Mapping[str, Way]], default: str) -> str:
+def fastest(question: str, ways: Callable[[], Mapping[str, Way]], default: str, advantage: float = ADVANTAGE) -> str:
     """The name of the fastest of ``ways`` on this machine.
 
     Args:
         question: names what is asked, everything that may change the answer included, but for the machine.
         ways: makes the ways by name, ``default`` among them; called only if the answer is not known yet.
-        default: the answer without a measurement, and if no other way is ``ADVANTAGE`` times as fast.
+        default: the answer without a measurement, and if no other way is ``advantage`` times as fast.
     """
     if not measuring():
         return default
@@ -64,7 +64,7 @@ def fastest(question: str, ways: Callable[[], Mapping[str, Way]], default: str) 
             found = _answers.get(key) or _stored(key[0]).get(question)
             if found is None:
                 with torch.device("cpu"):  # the caller may have another default
-                    found = _measure(ways(), default)
+                    found = _measure(ways(), default, advantage)
                 _store(key[0], question, found)
             _answers[key] = found
     return found
@@ -99,7 +99,7 @@ def cpu_model() -> str:
     return f"{facts.get('model name', platform.machine())} ({' '.join(numbers)})"
 
 
-def _measure(ways: Mapping[str, Way], default: str) -> str:
+def _measure(ways: Mapping[str, Way], default: str, advantage: float) -> str:
     """The way with the shortest best turn; a way that raises is none."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     best: dict[str, float] = {}
@@ -120,7 +120,7 @@ def _measure(ways: Mapping[str, Way], default: str) -> str:
     if default not in best:
         return min(best, key=best.__getitem__, default=default)
     quickest = min(best, key=best.__getitem__)
-    return quickest if best[quickest] * ADVANTAGE < best[default] else default
+    return quickest if best[quickest] * advantage < best[default] else default
 
 
 def _file(about: str) -> Path | None:

@@ -41,7 +41,7 @@ def test_native_where_it_is_faster(taken, dtype, stacked, monkeypatch):
     case = make(ExpertsSpec(), dtype=dtype, stacked=stacked)
     close(experts(*case.args), case)
     assert taken == ["call"]
-    monkeypatch.setattr(dispatch, "fastest", lambda question, ways, default: "torch")
+    monkeypatch.setattr(dispatch, "fastest", lambda question, ways, default, advantage: "torch")
     dispatch._native.cache_clear()
     try:
         close(experts(*case.args), case)
@@ -53,7 +53,7 @@ def test_native_where_it_is_faster(taken, dtype, stacked, monkeypatch):
 def test_both_ways_of_the_measurement_compute_the_same(taken, monkeypatch):
     asked = []
 
-    def fastest(question, ways, default):
+    def fastest(question, ways, default, advantage):
         asked.append(question)
         found = {name: way() for name, way in ways().items()}
         torch.testing.assert_close(found["native"], found["torch"], rtol=2e-2, atol=2e-2)
@@ -155,9 +155,9 @@ def test_another_default_device_changes_nothing(taken, monkeypatch):
     want = experts(*case.args)
     questions = []
 
-    def fastest(question, ways, default):
+    def fastest(question, ways, default, advantage):
         questions.append(question)
-        return measured.fastest(question, ways, default)
+        return measured.fastest(question, ways, default, advantage)
 
     monkeypatch.setattr(dispatch, "fastest", fastest)
     monkeypatch.setattr(measured, "measuring", lambda: True)
