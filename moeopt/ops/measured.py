@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import tempfile
 import threading
 import time
@@ -100,27 +101,25 @@ def cpu_model() -> str:
 
 
 def _measure(ways: Mapping[str, Way], default: str, advantage: float) -> str:
-    """The way with the shortest best turn; a way that raises is none."""
+    """The way with the shortest median turn; a way that raises is none."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    best: dict[str, float] = {}
+    took: dict[str, list[float]] = {}
     with torch.no_grad():
         for turn in range(TURNS + 1):
             for name, way in ways.items():
-                if turn and name not in best:
+                if turn and name not in took:
                     continue
                 start = clock()
                 try:
                     way()
                 except RuntimeError:  # a dtype or a layout that this CPU's library has no kernel for
-                    best.pop(name, None)
+                    took.pop(name, None)
                     continue
-                took = clock() - start
                 # the first turn warms up; its time is no candidate
-                best[name] = float("inf") if turn == 0 else min(best[name], took)
-    if default not in best:
-        return min(best, key=best.__getitem__, default=default)
-    quickest = min(best, key=best.__getitem__)
-    return quickest if best[quickest] * advantage < best[default] else default
+                took[name] = [] if turn == 0 else [*took[name], clock() - start]
+    middle = {name: statistics.median(times) for name, times in took.items()}
+    quickest = min(middle, key=middle.__getitem__, default=default)
+    return quickest if default not in middle or middle[quickest] * advantage < middle[default] else default
 
 
 def _file(about: str) -> Path | None:
