@@ -35,19 +35,6 @@ def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank,
     return experts_cpu(x_TH, ids_TK, weights_TK, bank, spec)
 
 
-def why_not(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> str:
-    """Why the kernel in C++ does not take this call; "" where it does."""
-    check(x_TH, ids_TK, weights_TK, bank, spec)
-    native = library()
-    if native is None:
-        return "there is no native kernel in this process"
-    try:
-        call(native.run, x_TH, ids_TK, weights_TK, bank, spec, native.bit)
-    except Unfit as err:
-        return str(err)
-    return ""
-
-
 def _is_faster(native: Library, x: Tensor, ids: Tensor, bank: Bank, spec: ExpertsSpec) -> bool:
     w, N, E = bank.w_out(0), ids.numel(), bank.num_experts
     hit = E * (1 - (1 - 1 / E) ** N)  # as many as chance hits

@@ -8,7 +8,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import ListBank, StackedBank, experts, experts_reference, measured
 from moeopt.ops.kernels import gemm
 from moeopt.ops.native import dispatch, library
-from moeopt.ops.native.call import encode_spec
+from moeopt.ops.native.call import Unfit, encode_spec
 from tests.ops.cases import make
 
 
@@ -82,13 +82,10 @@ def test_both_ways_of_the_measurement_compute_the_same(taken, monkeypatch):
 def test_what_the_kernel_does_not_take_it_names(taken, change, reason):
     case = make(**{"spec": ExpertsSpec(), "dtype": torch.float32, **change})
     close(experts(*case.args), case)
+    assert taken == ["experts_cpu"]
     if reason:
-        assert reason in dispatch.why_not(*case.args)
-    assert taken[:1] == ["experts_cpu"]
-
-
-def test_a_block_that_the_kernel_takes_has_no_reason(taken):
-    assert dispatch.why_not(*make(ExpertsSpec(), dtype=torch.float32).args) == ""
+        with pytest.raises(Unfit, match=reason):
+            dispatch.call(dispatch.library().run, *case.args, dispatch.library().bit)
 
 
 def test_shapes_that_do_not_fit_fail_as_they_do_without_it(taken):
