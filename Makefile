@@ -30,7 +30,14 @@ endif
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := -m pytest -q -p no:cacheprovider -n $(JOBS) --durations=10
 
-.PHONY: help setup demo test test-compat test-gpu test-nightly test-wheel lint format types docs bench clean
+# A lesser CPU, played by this one: sums run in another order, kernels are absent. ISA=default plays the least of all.
+ISA ?= avx2
+LESSER_CPU := ATEN_CPU_CAPABILITY=$(ISA) ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+# what such a CPU may change: kernels, verdicts with budgets, bit-for-bit claims, bundles, engines
+ISA_TESTS := tests/ops tests/verification tests/rewrite tests/backends tests/bundle \
+	tests/test_zoo.py tests/test_sabotage.py tests/test_trained_lm.py
+
+.PHONY: help setup demo test test-isa test-nightly test-compat test-gpu test-wheel lint format types docs bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -57,14 +64,17 @@ demo: $(READY)  ## optimise a model end to end and print the report and the cert
 test: $(READY)  ## the whole suite, without a GPU
 	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu and not wheel and not nightly' $(ARGS)
 
-test-nightly: $(READY)  ## what takes minutes: the native kernel under sanitizers
-	$(ONE_THREAD) $(PY) -m pytest -q -p no:cacheprovider -m nightly $(ARGS)
+test-isa: $(READY)  ## what depends on the instruction set, as on a CPU with AVX2 only
+	$(ONE_THREAD) $(LESSER_CPU) $(PY) $(PYTEST) -m 'not gpu and not nightly' $(ISA_TESTS) $(ARGS)
+
+test-nightly: $(READY)  ## the suite with everything that `make test` takes a sample of
+	$(ONE_THREAD) MOEOPT_NIGHTLY=1 $(PY) $(PYTEST) -m 'not gpu and not wheel' $(ARGS)
 
 test-wheel: $(READY)  ## the wheel in a clean environment, and the example workflow's own steps
 	$(ONE_THREAD) $(PY) -m pytest -q -p no:cacheprovider -m wheel tests/wheel $(ARGS)
 
 test-compat: $(READY_COMPAT)  ## what depends on transformers, on the oldest version promised
-	$(ONE_THREAD) $(PY_COMPAT) $(PYTEST) -m 'not gpu' $(wildcard tests/compat tests/families tests/test_families.py tests/zoo) $(ARGS)
+	$(ONE_THREAD) $(PY_COMPAT) $(PYTEST) -m 'not gpu and not nightly' $(wildcard tests/compat tests/families tests/test_families.py tests/zoo) $(ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA GPU
 	$(PY) -m pytest -q -p no:cacheprovider -m gpu $(ARGS)

@@ -65,10 +65,10 @@ def _compiled(module: Any) -> Call:
 
 
 def _lowering(name: str, module: Any, K: int) -> Call:
-    from moeopt.backends.onnxrt.lower import LOWERINGS
+    from moeopt.backends.onnxrt.lowerings import LOWERINGS
     from moeopt.backends.onnxrt.plan import session_of
     from moeopt.ir.specs import ExpertsSpec
-    from moeopt.onnxgraph.site import Site
+    from moeopt.lower.onnx.site import Site
     from moeopt.ops import StackedBank
 
     bank = StackedBank([module.gate_up_proj.detach()], module.down_proj.detach())

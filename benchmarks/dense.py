@@ -51,7 +51,7 @@ def make(name: str, dtype: torch.dtype) -> torch.nn.Module:
 
 def fused(model: torch.nn.Module, ids: torch.Tensor, tokens: tuple[int, ...], always: bool) -> moeopt.Optimized:
     """``dense="fuse"``; with ``always`` also where it was measured to be slower."""
-    from moeopt.drive import dense
+    from moeopt.pipeline import dense
 
     with mock.patch.object(dense, "pays", lambda timings: True) if always else mock.MagicMock():
         return moeopt.optimize(

@@ -1,7 +1,8 @@
-"""What ``moeopt.optimize`` itself costs: seconds by layers and by experts, and the peak memory of the process.
+"""What ``moeopt.optimize`` itself costs: seconds by layers and by experts, and the peak memory of the process; and what
+``moeopt.inspect`` costs on published shapes.
 
     python benchmarks/optimize_cost.py                 every table
-    python benchmarks/optimize_cost.py layers          one table: layers, experts or memory
+    python benchmarks/optimize_cost.py layers          one table: layers, experts, memory or inspect
     python benchmarks/optimize_cost.py --check         exit code 1 when a limit below is missed
 
 Each point is a fresh process. Seconds are CPU time of one torch thread, which leaves out the turns of a
@@ -27,6 +28,8 @@ LIMITS = {
     "a block of 512 experts, strict": 20.0,  # seconds
     "the rewrite's memory beside the model": 1.0,  # layers
     "strict verification's memory beside the model": 5.0,  # layers in float32
+    "a published shape inspected": 20.0,  # seconds, with the imports and the probe of this CPU
+    "a published shape inspected, its memory": 4.0,  # GB
 }
 
 
@@ -158,17 +161,22 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_fresh_process(kind: str, what: str) -> dict[str, Any]:
+    """What this script prints last when it is given ``kind`` and ``what``, as JSON types."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, __file__, kind, what], capture_output=True, text=True, env=env)
+    if out.returncode:
+        raise SystemExit(f"{what} failed:\n{out.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
+    return result
+
+
 def run(
     style: str, layers: int, E: int, *, K: int = 4, H: int = 32, I: int = 16, verify: str = "strict"
 ) -> dict[str, Any]:
     """``measure`` in a fresh process; the parent stays light, since a child's ``ru_maxrss`` starts at its parent's."""
     point = {"style": style, "layers": layers, "E": E, "K": K, "H": H, "I": I, "verify": verify}
-    command = [sys.executable, __file__, "--point", json.dumps(point)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    out = subprocess.run(command, capture_output=True, text=True, env=env)
-    if out.returncode:
-        raise SystemExit(f"{point} failed:\n{out.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
+    result = in_fresh_process("--point", json.dumps(point))
     if result["rewritten"] != layers:
         why = "; ".join(result["reasons"])
         print(f"  {style}, {layers} layers, {E} experts: {result['rewritten']} rewritten: {why}")
@@ -224,7 +232,31 @@ def by_memory() -> dict[str, float]:
     return {"the rewrite's memory beside the model": off, "strict verification's memory beside the model": strict}
 
 
-TABLES = {"layers": by_layers, "experts": by_experts, "memory": by_memory}
+def inspected(name: str) -> dict[str, float]:
+    """``moeopt.inspect`` of a published shape, in this process."""
+    import moeopt
+    from tests.inspection.published import SHAPES
+
+    str(moeopt.inspect(SHAPES[name].fields))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": time.process_time(), "gigabytes": peak / 1e9}
+
+
+def by_shape() -> dict[str, float]:
+    sys.path.insert(0, str(ROOT))
+    from tests.inspection.published import SHAPES
+
+    print("moeopt.inspect on published shapes: no weights, this CPU probed, a fresh process each")
+    costs = {name: in_fresh_process("--shape", name) for name in SHAPES}
+    rows = [(name, f"{cost['seconds']:.1f}", f"{cost['gigabytes']:.2f}") for name, cost in costs.items()]
+    table([("shape", "seconds", "GB"), *rows])
+    return {
+        "a published shape inspected": max(c["seconds"] for c in costs.values()),
+        "a published shape inspected, its memory": max(c["gigabytes"] for c in costs.values()),
+    }
+
+
+TABLES = {"layers": by_layers, "experts": by_experts, "memory": by_memory, "inspect": by_shape}
 
 
 def main() -> int:
@@ -232,9 +264,10 @@ def main() -> int:
     parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)}; all when none is named")
     parser.add_argument("--check", action="store_true", help="exit code 1 when a limit is missed")
     parser.add_argument("--point", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.point:
-        print(json.dumps(measure(json.loads(args.point))))
+    if args.point or args.shape:
+        print(json.dumps(inspected(args.shape) if args.shape else measure(json.loads(args.point))))
         return 0
     measured: dict[str, float] = {}
     for name in args.tables or TABLES:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from moeopt.inspection import Inspection, inspect
     from moeopt.ir.specs import ExpertsSpec, RouterSpec
+    from moeopt.limits import LoadLimits
     from moeopt.options import Options
     from moeopt.profiling import LoadProfile, profile
 
@@ -31,6 +32,7 @@ _HOMES = {
     "moeopt.errors": "BundleError CaptureError CheckpointError Declined MoeoptError NotSaveableError UsageError",
     "moeopt.inspection": "Inspection inspect",
     "moeopt.ir.specs": "ExpertsSpec RouterSpec",
+    "moeopt.limits": "LoadLimits",
     "moeopt.options": "Options",
     "moeopt.profiling": "LoadProfile profile",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "Declined",
     "ExpertsSpec",
     "Inspection",
+    "LoadLimits",
     "LoadProfile",
     "MoeoptError",
     "NotSaveableError",

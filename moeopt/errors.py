@@ -34,6 +34,10 @@ class BundleError(MoeoptError):
     """An engine bundle is damaged, partial, hostile or from another version."""
 
 
+class LimitError(BundleError):
+    """A bundle asks for more time or memory than its ``LoadLimits`` give it."""
+
+
 class CheckpointError(MoeoptError):
     """A file of a model's checkpoint is damaged; the message names it."""
 

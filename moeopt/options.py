@@ -4,8 +4,10 @@ A field that is not given takes its environment variable where it has one, and i
 
     MOEOPT_VERIFY  verify  strict, fast or off
     MOEOPT_SEED    seed    an integer
-    MOEOPT_FUEL    fuel    at most so many rewrites, for bisecting
-    MOEOPT_DUMP    dump    a folder for each block's graph, reading and program
+    MOEOPT_FUEL    fuel    at most so many passes are applied, over all blocks, for bisecting
+    MOEOPT_DUMP    dump    a folder for each block's graph, reading and program, before and after each pass
+    MOEOPT_SKIP_PASSES     skip_passes     names of passes, with commas between
+    MOEOPT_PRINT_PASSES    print_passes    1: each pass that ran, as a line on stderr and in the report
 
 Choices of the whole process, which are no fields, for a call of the op has no ``Options``:
 
@@ -22,7 +24,7 @@ import dataclasses
 import difflib
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +92,18 @@ def cpu_limits() -> dict[str, str]:
     return inherited("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
+def variables(names: Collection[str]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """For code that uses ``names``: the process's table of variables, and the keys of those that it may read.
+
+    Both are empty where it reads none.
+    """
+    if not {"environ", "getenv"}.intersection(names):
+        return {}, {}
+    table: dict[Any, Any] = getattr(os.environ, "_data", {})  # encoded; os.environ decodes at each access
+    keys = {name: os.environ.encodekey(name) for name in sorted(names)}  # type: ignore[attr-defined]
+    return table, {name: key for name, key in keys.items() if key in table}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The choices of one ``moeopt.optimize``; raises ``UsageError`` for a value it cannot take.
@@ -121,8 +135,14 @@ class Options:
         hints: name pattern -> ``ExpertsSpec`` or callable, for blocks that recognition declines.
         progress: called with one line of text as each long step begins.
         seed: of every random input that moeopt makes.
-        fuel: stop rewriting after so many rewrites; None means no limit.
+        fuel: keep at most so many applications of passes over all blocks; None means no limit. A block takes one to be
+            rewritten at all, and one for each further pass that changes it.
         dump: a folder that gets a text file of each block's graph, reading and program; None means none.
+        passes: the passes that run, in order: values with ``name``, ``level`` and ``apply``; None means
+            ``moeopt.passes.PIPELINE``.
+        skip_passes: names of passes that do not run (``moeopt passes`` lists them); one name or several.
+        only_passes: names of the only passes that run; () means all that are on. Naming a pass that is off turns it on.
+        print_passes: print a line on stderr for each pass that ran on a block, and a list of them in the report.
     """
 
     device: Any = None
@@ -146,6 +166,12 @@ class Options:
     seed: int = field(default_factory=lambda: _env("MOEOPT_SEED", 0, int, "an integer"))
     fuel: int | None = field(default_factory=lambda: _env("MOEOPT_FUEL", None, int, "an integer"))
     dump: str | os.PathLike[str] | None = field(default_factory=lambda: _env("MOEOPT_DUMP", None, str, "a directory"))
+    passes: tuple[Any, ...] | None = field(default=None, hash=False)
+    skip_passes: tuple[str, ...] = field(
+        default_factory=lambda: _env("MOEOPT_SKIP_PASSES", (), _names, "names of passes with commas between")
+    )
+    only_passes: tuple[str, ...] = ()
+    print_passes: bool = field(default_factory=lambda: _env("MOEOPT_PRINT_PASSES", False, _flag, "1 or 0"))
 
     def __new__(cls, **given: Any) -> Options:
         """Remember which fields were given, so that ``from_fields`` can tell one that is given twice."""
@@ -157,7 +183,11 @@ class Options:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name}={getattr(self, name)!r}: it must be one of {', '.join(choices)}")
-        for name in ("tune", "inplace", "tf32"):
+        if self.passes is not None:
+            object.__setattr__(self, "passes", _as_passes(self.passes))
+        for name in ("skip_passes", "only_passes"):
+            object.__setattr__(self, name, _as_names(name, getattr(self, name)))
+        for name in ("tune", "inplace", "tf32", "print_passes"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name}={getattr(self, name)!r}: it must be True or False")
         for name, least in (("experts", 1), ("seed", 0), ("fuel", 0)):
@@ -226,6 +256,36 @@ class Options:
         """Pass one line to ``progress``, if there is one."""
         if self.progress is not None:
             self.progress(line)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _flag(text: str) -> bool:
+    return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+
+
+def _as_passes(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise UsageError(f"passes={value!r}: it must be a tuple of passes, like (*moeopt.passes.PIPELINE, MyPass())")
+    seen: set[str] = set()
+    for one in value:
+        missing = [part for part in ("name", "level", "apply") if not hasattr(one, part)]
+        if missing or isinstance(one, type):
+            what = f"has no {missing[0]}" if missing else "is a class: give an instance"
+            raise UsageError(f"passes: {one!r} is no pass, for it {what}; see docs/add-a-pass.md")
+        if one.name in seen:
+            raise UsageError(f"passes: two passes are named {one.name!r}: give each a name of its own")
+        seen.add(one.name)
+    return tuple(value)
+
+
+def _as_names(option: str, value: Any) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(n, str) and n for n in names):
+        raise UsageError(f"{option}={value!r}: it must be the name of a pass, or several; `moeopt passes` lists them")
+    return tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
 
 
 def _as_groups(value: Any, dense: str, experts: int | None) -> Any:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,8 @@ from moeopt.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.text import Text
+
+    from moeopt.passes.base import PassRecord
 
 WIDTH = 80
 SCHEMA = 1
@@ -104,8 +106,10 @@ class Report:
         backend: torch, onnxruntime or tensorrt; "" for a dry run.
         seconds: time the whole run took.
         notes: what the reader should know besides, a sentence each.
-        graph: one rewritten block before and after, in names and counts (``moeopt.drive.picture``).
+        graph: one rewritten block before and after, in names and counts (``moeopt.pipeline.diagram``).
         certificate: that of the same run, for :meth:`to_html`; it has a JSON of its own and is not in this one.
+        passes: what each pass did to each block, in order; see :class:`moeopt.passes.base.PassRecord`.
+        print_passes: whether the text lists them.
     """
 
     blocks: tuple[BlockReport, ...] = ()
@@ -115,9 +119,12 @@ class Report:
     notes: tuple[str, ...] = field(default=())
     graph: dict[str, Any] | None = None
     certificate: Any = field(default=None, repr=False, compare=False)
+    passes: tuple[PassRecord, ...] = ()
+    print_passes: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
+        object.__setattr__(self, "passes", tuple(self.passes))
         object.__setattr__(self, "notes", tuple(self.notes))
 
     @property
@@ -140,8 +147,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only; a non-finite error is written as text."""
-        out = {"schema": SCHEMA, **dataclasses.asdict(dataclasses.replace(self, certificate=None))}
+        out = {"schema": SCHEMA, **dataclasses.asdict(dataclasses.replace(self, certificate=None, passes=()))}
         del out["certificate"]
+        out["passes"] = [record.to_dict() for record in self.passes]
         for block in out["blocks"]:
             if block["error"] is not None and not math.isfinite(block["error"]):
                 block["error"] = str(block["error"])
@@ -199,9 +207,10 @@ class Report:
             schema = data.get("schema") if isinstance(data, dict) else None
             raise UsageError(f"not a report of schema {SCHEMA} (found {schema!r}): written by another moeopt?")
         try:
-            fields = {k: v for k, v in data.items() if k not in ("schema", "blocks")}
+            fields = {k: v for k, v in data.items() if k not in ("schema", "blocks", "passes")}
             blocks = [BlockReport(**{**b, "error": _number(b.get("error"))}) for b in data["blocks"]]
-            return cls(blocks=tuple(blocks), **fields)
+            passes = _records(data.get("passes", ()))
+            return cls(blocks=tuple(blocks), passes=passes, **fields)
         except (TypeError, KeyError, ValueError, AttributeError) as err:
             raise UsageError(f"not a report: {err}") from err
 
@@ -229,10 +238,21 @@ class Report:
                 yield from _wrap(f"{name}: {block.summary()}", "  ", style)
                 for label, text in block.facts():
                     yield from _wrap(text, "    ", "", label=f"{label:8}")
+        if self.print_passes and self.passes:
+            yield "", ""
+            yield "passes", "bold"
+            for record in self.passes:
+                yield from _wrap(str(record), "  ", "" if record.fired else "dim")
         if self.notes:
             yield "", ""
         for note in self.notes:
             yield from _wrap(note, "", "dim", label="note: ")
+
+
+def _records(data: Iterable[Mapping[str, Any]]) -> tuple[PassRecord, ...]:
+    from moeopt.passes.base import PassRecord  # brings torch, which a report on its own does not need
+
+    return tuple(PassRecord(**record) for record in data)
 
 
 def _number(value: Any) -> float | None:

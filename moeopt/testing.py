@@ -13,24 +13,24 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from moeopt import api
-from moeopt.compare.certificate import Certificate
-from moeopt.compare.first_difference import first_difference
-from moeopt.compare.judge import FACTOR
-from moeopt.compare.model import end_to_end
-from moeopt.compare.regression import Regression, current, read_certificate, regressions
-from moeopt.drive.inputs import as_call
-from moeopt.drive.pair import check_blocks, differing_blocks
-from moeopt.engine import AbsentEngine, OnnxEngine
-from moeopt.engine.providers import provider_names, providers
+from moeopt.backends import registry
+from moeopt.bundle.manifest import read_manifest
 from moeopt.errors import UsageError
-from moeopt.rewrite.program import rewritten_forward
+from moeopt.find.example_inputs import as_call
+from moeopt.limits import LoadLimits
+from moeopt.rewrite.install import rewritten_forward
+from moeopt.verification.certificate import Certificate
+from moeopt.verification.first_difference import first_difference
+from moeopt.verification.judge import FACTOR
+from moeopt.verification.model import end_to_end
+from moeopt.verification.module_pair import check_blocks, differing_blocks
+from moeopt.verification.regression import Regression, current, read_certificate, regressions
 
 
 def assert_equivalent(
@@ -88,7 +88,8 @@ def compare(
         return api.verify(optimized, original=original, inputs=inputs)
     manifest = getattr(optimized, "manifest", None)
     if manifest is not None and not isinstance(optimized, nn.Module | api.Optimized):
-        return api.verify(manifest.directory, original=original, inputs=inputs, provider=_runs_on(optimized))
+        provider = registry.get(manifest.backend).runs_on(optimized)
+        return api.verify(manifest.directory, original=original, inputs=inputs, provider=provider)
     call = as_call(inputs)
     model = optimized.model if isinstance(optimized, api.Optimized) else optimized
     if not isinstance(model, nn.Module):
@@ -132,7 +133,10 @@ class BundleCheck:
 
 
 def check_bundle(
-    directory: str | os.PathLike[str], provider: str | None = None, against: str | os.PathLike[str] | None = None
+    directory: str | os.PathLike[str],
+    provider: str | None = None,
+    against: str | os.PathLike[str] | None = None,
+    limits: LoadLimits | None = None,
 ) -> BundleCheck:
     """Run a bundle's golden check, and compare it with a stored certificate.
 
@@ -140,12 +144,13 @@ def check_bundle(
         directory: what ``Optimized.save`` wrote.
         provider: as in :func:`moeopt.verify`.
         against: a certificate file; the bundle's blocks, as they were verified, and this check must not be worse.
+        limits: the time and memory that the bundle may take, as in :func:`moeopt.load`.
     """
     stored = None if against is None else read_certificate(against)
-    checked = api.verify(directory, provider=provider)
+    checked = api.verify(directory, provider=provider, limits=limits)
     if stored is None:
         return BundleCheck(checked)
-    saved = read_certificate(Path(directory) / "certificate.json")
+    saved = Certificate.from_json(read_manifest(directory).read_text("certificate.json"))
     return BundleCheck(checked, regressions(stored, current(saved, checked, stored)))
 
 
@@ -184,11 +189,19 @@ def failure_text(certificate: Certificate) -> str:
     return "\n".join([*lines, "", str(certificate)])
 
 
-def _runs_on(engine: Any) -> str | None:
-    """The provider that a loaded engine runs on, as ``moeopt.verify`` takes it; None for one that does not run here."""
-    if isinstance(engine, AbsentEngine):
-        return None
-    return engine.provider if isinstance(engine, OnnxEngine) else engine.device.type
+def provider_names(bundle: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The providers that a bundle may be verified on, here or elsewhere; ``BundleError`` where there is no bundle."""
+    return registry.of_bundle(bundle).provider_names()
+
+
+def providers(bundle: str | os.PathLike[str]) -> dict[str, str]:
+    """Each provider that could run a bundle, and why it is not on this machine ("" where it is).
+
+    Raises:
+        BundleError: the directory is no bundle, or damaged.
+        UsageError: nothing here can run it, since its runtime is not installed.
+    """
+    return registry.of_bundle(bundle).providers(bundle)
 
 
 __all__ = [

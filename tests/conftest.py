@@ -1,6 +1,8 @@
 """One thread, and nothing measured: the machines that run the suite are small, and sums are then in one order."""
 
+import functools
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,9 +14,39 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def this_machine_is_measured_once():
+    """``inspect`` takes a second to measure this machine where no device is named, and the suite asks often."""
+    from moeopt.inspection import devices
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "this_machine", functools.cache(devices.this_machine))
+        yield
+
+
 @pytest.fixture(scope="session")
 def toy_bundle(tmp_path_factory):
     """The bundle of a small block, for tests that only read it."""
     from tests.toy_moe import build, optimized
 
     return optimized(build()).save(tmp_path_factory.mktemp("toy") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def onnx_optimized():
+    pytest.importorskip("onnxruntime")
+    from tests.backends.onnxrt.toys import optimized
+
+    return optimized()
+
+
+@pytest.fixture(scope="session")
+def onnx_pristine(onnx_optimized, tmp_path_factory):
+    """A bundle that no test may write to."""
+    return onnx_optimized.save(tmp_path_factory.mktemp("pristine") / "b")
+
+
+@pytest.fixture
+def onnx_bundle(onnx_pristine, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(onnx_pristine, tmp_path / "b")

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from moeopt import __version__
 from moeopt.cli import main
 from moeopt.errors import BundleError, NativeKernelWarning, NotEquivalentError, UsageError
 from moeopt.report import BlockReport, Report
-from tests.engine.toys import H, save
+from tests.backends.torch.toys import H, save
 
 REPORT = Report((BlockReport("0", "moe", "rewritten", experts=4, lowering="moeopt::experts"),), model="Toy")
 
@@ -97,6 +98,11 @@ def run(capsys, *argv):
         main([str(a) for a in argv])
     out = capsys.readouterr()
     return stop.value.code or 0, out.out, out.err
+
+
+def test_the_version_is_printed():
+    out = subprocess.run([sys.executable, "-m", "moeopt", "--version"], capture_output=True, text=True)
+    assert (out.stdout, out.returncode) == (f"moeopt {__version__}\n", 0)
 
 
 def test_optimize_prints_report_and_certificate(capsys, api, factory):

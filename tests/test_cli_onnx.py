@@ -10,10 +10,10 @@ pytest.importorskip("onnxruntime")
 
 import moeopt
 from moeopt.cli import main
-from tests.engine.onnx_toys import E, H, edit_graph
+from tests.backends.onnxrt.toys import E, H, edit_graph
 
 MODEL = """
-from tests.engine.onnx_toys import call, net
+from tests.backends.onnxrt.toys import call, net
 
 def model():
     return net(), call()
@@ -42,7 +42,7 @@ def factory(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    from tests.engine.onnx_toys import optimized
+    from tests.backends.onnxrt.toys import optimized
 
     return optimized().save(tmp_path_factory.mktemp("cli") / "b")
 

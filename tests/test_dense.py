@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
-from moeopt.drive import dense as drive_dense
 from moeopt.errors import StaleModelWarning, UsageError
-from moeopt.rewrite.program import rewritten_forward
+from moeopt.pipeline import dense as drive_dense
+from moeopt.rewrite.install import rewritten_forward
+from tests.capture.tiny import rand
 from tests.dense_models import MODELS, build
 from tests.helpers import assert_same, count_expert_calls, run
-from tests.ir.tiny import rand
-from tests.passes.test_recognize_dense import Packed
-from tests.passes.tiny import GLU, H, I, MoE, ffn, seeded
+from tests.recognise.test_dense_ffn import Packed
+from tests.recognise.tiny import GLU, H, I, MoE, ffn, seeded
 
 X = rand(3, 7, H)
 

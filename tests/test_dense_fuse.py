@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 import moeopt
-from moeopt import pipeline
-from moeopt.drive import dense as drive_dense
-from moeopt.drive import dense_forms
-from moeopt.drive.measure import Timing
 from moeopt.options import Options
+from moeopt.pipeline import dense as drive_dense
+from moeopt.pipeline import dense_forms
+from moeopt.pipeline import run as pipeline
+from moeopt.pipeline.autotune import Timing
+from tests.capture.tiny import rand
 from tests.dense_models import build
 from tests.helpers import assert_same, count_expert_calls, run
-from tests.ir.tiny import rand
-from tests.passes.test_recognize_dense import Packed
-from tests.passes.tiny import GLU, H, I, MoE, ffn, seeded
+from tests.recognise.test_dense_ffn import Packed
+from tests.recognise.tiny import GLU, H, I, MoE, ffn, seeded
 from tests.test_dense import Around, Glu, forwards, some_forms
 
 X = rand(3, 7, H)

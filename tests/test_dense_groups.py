@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import moeopt
-from moeopt.drive import dense as drive_dense
 from moeopt.errors import UsageError
+from moeopt.pipeline import dense as drive_dense
+from tests.capture.tiny import rand
 from tests.helpers import assert_same, run
-from tests.ir.tiny import rand
-from tests.passes.test_recognize_dense import Packed
-from tests.passes.tiny import GLU, H, I, ffn, seeded
+from tests.recognise.test_dense_ffn import Packed
+from tests.recognise.tiny import GLU, H, I, ffn, seeded
 from tests.test_dense import Around, Glu, Two, forwards, split
 
 X = rand(3, 7, H)

@@ -65,7 +65,7 @@ def test_every_snippet_of_a_page_runs(page, tmp_path, monkeypatch):
     try:
         assert run_page(page, tmp_path) > 0
     finally:
-        for name in ("my_model", "test_model", "test_bundle"):
+        for name in ("my_model", "test_model", "test_bundle", "drop_unit_scale", "test_drop_unit_scale"):
             sys.modules.pop(name, None)
 
 

@@ -44,9 +44,12 @@ def test_an_engine_is_served(tmp_path):
     assert (got - want).abs().max() < 1e-6
 
 
-def test_a_transformers_script_gives_the_same_tokens():
+def test_a_transformers_script_gives_the_same_tokens(capsys):
     pytest.importorskip("transformers.exporters", reason="the engine with a cache needs transformers 5.23")
-    assert "tokens: the same" in run("examples/transformers_engine.py")
+    from examples.transformers_engine import main
+
+    main()
+    assert "tokens: the same" in capsys.readouterr().out
 
 
 def test_a_tiny_language_model_learns():
@@ -69,3 +72,16 @@ def test_expert_load_is_counted_and_shown(tmp_path, capsys):
 
 def test_the_equivalence_test_passes():
     assert "3 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/test_engine.py")
+
+
+def test_a_graph_goes_through_the_passes_and_back(capsys):
+    from examples.fx_passes import main
+
+    main()
+    told = capsys.readouterr().out
+    assert "group_experts (rounding) on GraphModule: fired 1, " in told
+    before, after = (next(line for line in told.splitlines() if line.startswith(w)) for w in ("before: ", "after: "))
+    assert "moeopt.experts.default" in after and "moeopt.experts.default" not in before
+    assert "aten.matmul.default" in before and "aten.matmul.default" not in after
+    for line in [line for line in told.splitlines() if " tokens: at most " in line]:
+        assert float(line.split()[4]) < 1e-5  # float32: sums in another order

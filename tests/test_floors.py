@@ -1,6 +1,7 @@
 """The building stands: a module imports only from floors below its own, and `import moeopt` is light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,22 @@ import pytest
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
     {"errors"},
-    {"options", "html"},  # html draws plain values
+    {"options", "limits", "untrusted", "patches", "html"},  # html draws plain values
     {"ir"},
     {"ops"},
-    {"rewrite"},
-    {"onnxgraph"},  # a rewritten model as an ONNX graph, before a runtime is chosen
-    {"passes", "backends"},  # siblings: neither knows the other
-    {"compare", "report"},
-    {"engine", "drive"},  # a saved model; one model driven through the stages
-    {"pipeline", "inspection"},
+    {"capture"},
+    {"recognise"},
+    {"find", "rewrite"},
+    {"passes"},
+    {"verification", "report"},
+    {"pipeline", "inspection"},  # one model driven through the rooms above; a model counted
+    {"bundle"},
+    {"lower"},
+    {"causal_lm"},
+    {"backends"},
+    {"optimized"},
     {"api"},
+    {"frontends"},
     {"profiling"},
     {"testing"},
     {"cli", "pytest_plugin"},  # what people call
@@ -66,26 +73,79 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize(
     ("source", "here"),
     [
-        ("from moeopt.backends import eager", "passes"),
+        ("from moeopt.backends import torch", "passes"),
         ("import moeopt.api", "ir"),
-        ("from moeopt import engine", "ops"),
-        ("def f():\n    from moeopt.pipeline import SIMPLIFY", "compare"),
+        ("from moeopt import bundle", "ops"),
+        ("def f():\n    from moeopt.pipeline import SIMPLIFY", "verification"),
     ],
 )
 def test_an_upward_import_would_be_caught(source, here):
     assert len(list(upward_imports(source, here))) == 1
 
 
+def file_imports() -> dict[str, set[str]]:
+    """For each module of moeopt, those that it imports anywhere but for type checkers."""
+    modules = {".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
+        whole = {n for _, n in imported_names(tree)}
+        found[name] = {n if n in modules else n.rpartition(".")[0] for n in whole} & set(modules) - {name}
+    return found
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """A way from some module back to itself; [] when there is none."""
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(edges.get(name, ())):
+            if found := walk(other, [*way, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(edges) if (found := walk(name, []))), [])
+
+
+def test_no_two_files_import_each_other():
+    edges = {name: others - {"moeopt"} for name, others in file_imports().items()}
+    assert len(edges) > 200
+    assert not circle(edges), " -> ".join(circle(edges))
+
+
+def test_a_circle_of_files_would_be_caught():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == ["a", "b", "c", "a"]
+
+
+def test_the_floors_of_the_contributors_page_are_these():
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", (ROOT.parent / "CONTRIBUTING.md").read_text(), re.M)
+    assert [set(re.findall(r"\w+", row)) for row in rows] == FLOORS
+
+
 def loaded(statement: str, names: set[str]) -> str:
-    code = f"{statement}; import sys; print(sorted({names!r} & set(sys.modules)))"
+    code = f"{statement}\nimport sys; print(sorted({names!r} & set(sys.modules)))"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
     ).stdout.strip()
 
 
-@pytest.mark.parametrize("statement", ["import moeopt", "import moeopt.report, moeopt.engine, moeopt.options"])
+@pytest.mark.parametrize("statement", ["import moeopt", "import moeopt.report, moeopt.bundle.manifest, moeopt.options"])
 def test_import_is_light(statement):
     assert loaded(statement, OPTIONAL | LAZY) == "[]"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["optimize", "--help"], ["optimize", "nowhere"], ["no"]])
+def test_the_command_answers_without_torch(words):
+    run = f"import contextlib, moeopt.cli\nwith contextlib.suppress(SystemExit): moeopt.cli.main({words!r})\nprint()"
+    assert loaded(run, {"torch"}).splitlines()[-1] == "[]"
 
 
 def test_importing_every_module_loads_no_optional_package():

@@ -10,8 +10,8 @@ from torch import nn
 import moeopt
 from moeopt.errors import UsageError
 from moeopt.testing import assert_equivalent, check_bundle, compare, facts, providers
-from tests.compare.tiny import TinyMoE, Twin
 from tests.toy_moe import X, build, optimized, seeded
+from tests.verification.tiny import TinyMoE, Twin
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import moeopt
-from moeopt.drive import dense as drive_dense
+from moeopt.pipeline import dense as drive_dense
 from tests.helpers import count_expert_calls
 from tests.trained_lm import KINDS, decode, encode, load, perplexity, text
 

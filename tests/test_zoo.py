@@ -3,13 +3,16 @@
 import copy
 import inspect
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
 import moeopt
 from tests.helpers import assert_same, count_expert_calls, run, run_in_place, tensors
 from tests.zoo import CASES
+from tests.zoo.case import ZooCase
 
 CALLS = 5
 
@@ -46,13 +49,33 @@ def check_report(case, blocks):
             assert re.search(case.reason, b.reason), f"{b.reason!r} does not say {case.reason!r}"
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
-def test_zoo(name):
-    case = CASES[name]
-    original, given = case.build(), case.build()
-    before = state(given)
-    opt = moeopt.optimize(given, example(case, given), backend="torch")
+@dataclass(frozen=True)
+class Optimised:
+    """A case, the model that was given to ``optimize``, its state before, and what came back."""
 
+    case: ZooCase
+    given: nn.Module
+    before: dict[str, torch.Tensor]
+    opt: moeopt.Optimized
+
+
+@pytest.fixture(scope="module")
+def zoo(request):
+    """A case, optimised once and strictly for all tests of it; each test begins with weights and buffers as built."""
+    case = CASES[request.param]
+    given = case.build()
+    before = state(given)
+    return Optimised(case, given, before, moeopt.optimize(given, example(case, given), backend="torch"))
+
+
+def of(names):
+    return pytest.mark.parametrize("zoo", sorted(names), indirect=True)
+
+
+@of(CASES)
+def test_zoo(zoo):
+    case, given, before, opt = zoo.case, zoo.given, zoo.before, zoo.opt
+    original = case.build()
     after = given.state_dict()
     assert list(after) == list(before) == list(opt.model.state_dict())
     for key, t in before.items():
@@ -100,12 +123,11 @@ def refused_by_the_native_kernel(monkeypatch):
     return reasons
 
 
-@pytest.mark.parametrize("name", sorted(n for n, c in CASES.items() if c.expect == "rewritten"))
-def test_rewritten_zoo_is_certified(name, refused_by_the_native_kernel):
+@of(n for n, c in CASES.items() if c.expect == "rewritten")
+def test_rewritten_zoo_is_certified(zoo, refused_by_the_native_kernel):
     """The certificate passes, a call with gradients on agrees, and the experts follow their weights afterwards."""
-    case = CASES[name]
-    original, given = case.build(), case.build()
-    opt = moeopt.optimize(given, example(case, given), backend="torch", verify="fast")
+    case, opt, original = zoo.case, zoo.opt, zoo.case.build()
+    opt.model.load_state_dict(zoo.before)
     assert opt.certificate.passed is True, str(opt.certificate)
     args, kwargs = case.fresh(2)
     assert_same(opt(*args, **kwargs), original(*args, **kwargs))
@@ -118,12 +140,11 @@ def test_rewritten_zoo_is_certified(name, refused_by_the_native_kernel):
     assert float64 or not refused_by_the_native_kernel
 
 
-@pytest.mark.parametrize("name", sorted(n for n, c in CASES.items() if c.expect == "rewritten" and hidden_states(c)))
-def test_nan_in_one_token_stays_where_it_was(name):
+@of(n for n, c in CASES.items() if c.expect == "rewritten" and hidden_states(c))
+def test_nan_in_one_token_stays_where_it_was(zoo):
     """Values that the original keeps finite stay so, and stay right, when the first token is not a number."""
-    case = CASES[name]
-    original, given = case.build(), case.build()
-    opt = moeopt.optimize(given, example(case, given), backend="torch", verify="fast")
+    case, opt, original = zoo.case, zoo.opt, zoo.case.build()
+    opt.model.load_state_dict(zoo.before)
     args, kwargs = copy.deepcopy(case.fresh(3))
     args[0].view(-1, args[0].shape[-1])[0] = float("nan")
     try:

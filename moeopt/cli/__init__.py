@@ -1,4 +1,4 @@
-"""The ``moeopt`` command: optimize, explain, inspect, profile, verify, info, build-kernels.
+"""The ``moeopt`` command: optimize, explain, inspect, profile, passes, verify, info, build-kernels.
 
 Exit code 0: good. 1: not equivalent, damaged, or not to be had. 2: used wrongly. An expected failure is one message on
 stderr and no traceback; a traceback is a bug in moeopt.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from moeopt.errors import MoeoptError, UsageError
+from moeopt.untrusted import shown
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         app(args=argv, prog_name="moeopt")
     except MoeoptError as err:
-        print(f"moeopt: {err}", file=sys.stderr)
+        print(f"moeopt: {shown(err)}", file=sys.stderr)
         sys.exit(2 if isinstance(err, UsageError) else 1)
     except KeyboardInterrupt:
         print("moeopt: interrupted", file=sys.stderr)

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from moeopt.engine import read_manifest
+from moeopt.bundle.manifest import read_manifest
+from moeopt.bundle.schemas import Plan
 from moeopt.ops.native.library import describe
+from moeopt.untrusted import checked, cleaned, shown_line
 
 RUNTIMES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13")
-_LISTS = ("inputs", "lowerings", "blocks", "profiles")
+_LISTS = ("inputs", "holds where", "lowerings", "blocks", "profiles")
 """Facts that take a line each."""
 
 
@@ -34,10 +36,11 @@ def machine_facts() -> dict[str, Any]:
 
 def bundle_facts(directory: Path) -> dict[str, Any]:
     """A bundle's manifest in the order a reader asks; every file is checked on the way."""
-    data = read_manifest(directory).data
-    blocks = [f"{b['name']}: {b['status']}, {b['lowering'] or b['reason']}" for b in data.get("blocks", [])]
-    where = {"device": data.get("device", "unknown")} if data["backend"] == "torch" else _engine_facts(data)
-    signature = data.get("signature", {})
+    manifest = read_manifest(directory)
+    data = cleaned(manifest.data)
+    blocks = [f"{b['name']}: {b['status']}, {b.get('lowering') or b.get('reason', '')}" for b in data.get("blocks", [])]
+    where = {"device": str(data.get("device", "unknown"))} if data["backend"] == "torch" else _engine_facts(data)
+    signature = data.get("signature") or {}
     return {
         "bundle": str(directory),
         "backend": data["backend"],
@@ -49,9 +52,10 @@ def bundle_facts(directory: Path) -> dict[str, Any]:
         "takes": signature.get("parameters", []),
         "inputs": [_told(entry) for entry in signature.get("inputs", [])],
         "sizes": data.get("dynamic", {}),
+        **({"holds where": data["holds"]} if data.get("holds") else {}),
         "blocks": blocks,
-        "golden runs": data.get("golden", {}).get("runs", 0),
-        "bytes": sum(entry["bytes"] for entry in data["files"].values()),
+        "golden runs": (data.get("golden") or {}).get("runs", 0),
+        "bytes": manifest.bytes,
     }
 
 
@@ -69,17 +73,18 @@ def _engine_facts(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plan_facts(plan: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
     """What only a plan of TensorRT has: what it runs on, its layers and memory, and the sizes that it was built for."""
-    layers = plan["layers"]
+    checked(plan, Plan, "the manifest's account of the plan")
+    layers = plan.get("layers", {})
     return {
         "runs on": f"sm_{plan['sm']}, {plan['product']} {plan['version']}"
-        + (f", a driver for CUDA {plan['cuda']}" if plan["cuda"] else ""),
-        "plan": f"{files['engine.plan']['bytes']} bytes, sha256 {plan['sha256']}",
-        "flags": ", ".join(plan["flags"]) or "none (no TF32)",
+        + (f", a driver for CUDA {plan['cuda']}" if plan.get("cuda") else ""),
+        "plan": f"{files.get('engine.plan', {}).get('bytes', 'no')} bytes, sha256 {plan['sha256']}",
+        "flags": ", ".join(plan.get("flags", [])) or "none (no TF32)",
         "layers": f"{sum(layers.values())} ({', '.join(f'{kind} {count}' for kind, count in layers.items())})",
-        "activations": f"{plan['activation_bytes']} bytes at the largest sizes",
+        "activations": f"{plan.get('activation_bytes', 0)} bytes at the largest sizes",
         "profiles": [
             f"{name} {', '.join('x'.join(map(str, shape)) for shape in shapes)}"
-            for profile in plan["profiles"]
+            for profile in plan.get("profiles", [])
             for name, shapes in profile.items()
         ],
     }
@@ -98,7 +103,7 @@ def print_facts(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
         lines = value if isinstance(value, list) and name in _LISTS else [_words(value)]
         for i, line in enumerate(lines or ["none"]):
-            print(f"{name if i == 0 else '':{width}}{line}")
+            print(f"{name if i == 0 else '':{width}}{shown_line(line)}")
 
 
 def _words(value: Any) -> str:

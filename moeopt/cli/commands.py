@@ -1,4 +1,8 @@
-"""The commands themselves: read the words, call ``moeopt.api``, print, and set the exit code."""
+"""The commands themselves: read the words, call ``moeopt.api``, print, and set the exit code.
+
+What needs torch is imported by the command that needs it, after the words were checked: help, the version and a
+mistyped path shall not wait for seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,41 @@ from typing import Annotated, Any
 
 import typer
 
-from moeopt.cli.about import bundle_facts, machine_facts, print_facts
+import moeopt
 from moeopt.cli.inspect_command import inspect_command
-from moeopt.cli.measured import figures
+from moeopt.cli.passes_command import passes_command
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.target import FORMS, load_target
-from moeopt.cli.verify_against import verify_against
 from moeopt.errors import UsageError
 from moeopt.html import check_target
+from moeopt.limits import LoadLimits
 
 app = typer.Typer(
-    help="Find the MoE blocks of a model, rewrite them into grouped-expert ops, and verify the result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moeopt {moeopt.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", help="print the version and stop", callback=_print_version, is_eager=True)
+]
+
+
+@app.callback()
+def every_command(version: Version = False) -> None:
+    """Find the MoE blocks of a model, rewrite them into grouped-expert ops, and verify the result."""
+
+
 app.command("inspect")(inspect_command)
 app.command("profile")(profile_command)
+app.command("passes")(passes_command)
 
 Target = Annotated[str, typer.Argument(help=FORMS)]
 Bundle = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
@@ -72,6 +93,8 @@ def optimize(
     if out is not None:
         optimized.save(out)
     if html is not None:
+        from moeopt.cli.measured import figures
+
         optimized.report.to_html(html, **(figures(model, optimized) if measure else {}))
     if as_json:
         certificate = json.loads(optimized.certificate.to_json())
@@ -118,23 +141,28 @@ def verify(
     original: Annotated[str | None, typer.Option(help="compare with this model too: " + FORMS)] = None,
     provider: Annotated[str | None, typer.Option(help="the runtime's execution provider")] = None,
     against: Annotated[Path | None, typer.Option(help="a stored certificate that it must not be worse than")] = None,
+    seconds: Annotated[float | None, typer.Option(help="how long the bundle's runs may take")] = None,
+    most_bytes: Annotated[float | None, typer.Option("--bytes", help="memory that the bundle's runs may take")] = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a bundle again on this machine, without the original model or with it."""
+    limits = LoadLimits(seconds, most_bytes)
     if against is not None:
         if original is not None:
             raise UsageError("--against compares a bundle with its past, --original with a model: give one of them")
+        from moeopt.cli.verify_against import verify_against
+
         _say_unless(quiet, f"verify: {bundle} against {against}")
-        _exit(verify_against(bundle, provider, against, as_json), f"not equivalent, or worse than {against}")
+        _exit(verify_against(bundle, provider, against, as_json, limits), f"not equivalent, or worse than {against}")
         return
     fields: dict[str, Any] = {}
     if original is not None:
         fields["original"], fields["inputs"] = load_target(original, trust_remote_code=trust_remote_code, seed=seed)
     _say_unless(quiet, f"verify: {bundle}")
-    certificate = _api().verify(bundle, provider=provider, **fields)
+    certificate = _api().verify(bundle, provider=provider, limits=limits, **fields)
     if as_json:
         _print_json(json.loads(certificate.to_json()))
     else:
@@ -148,6 +176,8 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """What this machine can run, or what a bundle holds."""
+    from moeopt.cli.about import bundle_facts, machine_facts, print_facts
+
     facts = machine_facts() if bundle is None else bundle_facts(bundle)
     if as_json:
         _print_json(facts)
@@ -158,6 +188,7 @@ def info(
 @app.command("build-kernels")
 def build_kernels(as_json: AsJson = False) -> None:
     """Compile the native CPU kernel ahead of its first use, for every instruction set, and check it."""
+    from moeopt.cli.about import print_facts
     from moeopt.ops.native.library import build_ahead
 
     path, said = build_ahead()

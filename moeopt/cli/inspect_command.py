@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from moeopt.cli.target import load_target
-from moeopt.inspection import inspect
 
 FORMS = "a Hugging Face directory, a config.json, module:factory or file.py:factory"
 
@@ -24,6 +23,8 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
 ) -> None:
     """Count a model's experts and parameters, and say what it needs; reads no weight."""
+    from moeopt.inspection import inspect
+
     subject: Any = target
     if ":" in target and not Path(target).exists():
         subject, _ = load_target(target)

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moeopt.cli.target import FORMS, load_data, load_target
-from moeopt.engine import is_bundle
+from moeopt.cli.target import FORMS, is_a_bundle, load_data, load_target
 from moeopt.errors import UsageError
 from moeopt.html import check_target
 
@@ -28,13 +27,13 @@ def profile_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
 ) -> None:
     """Count how often each expert fires on data, how uneven that is, and what it costs."""
-    from moeopt.profiling import profile  # as in the other commands, the api is loaded by the one that needs it
-
-    if is_bundle(Path(target)):
+    if is_a_bundle(Path(target)):
         raise UsageError(f"{target} is a bundle, whose graph hides its routing: profile the model that it was made of")
     if html is not None:
         check_target(html)
     model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
+    from moeopt.profiling import profile  # needs torch, which the target has brought by now
+
     given: Any = inputs if data is None else load_data(data)
     say = None if quiet else lambda line: print(line, file=sys.stderr, flush=True)
     found = profile(model, given, measure=measure, seed=seed, progress=say)

@@ -11,9 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moeopt.engine import is_bundle
 from moeopt.errors import UsageError
 
 FORMS = (
@@ -30,7 +27,7 @@ def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) 
     ``UsageError`` says what is wrong with the target, the file and line in the user's code included.
     """
     path = Path(target)
-    if is_bundle(path):
+    if is_a_bundle(path):
         raise UsageError(f"{target} is a bundle, optimised already: `moeopt verify {target}` checks it")
     if path.name == "config.json" and path.is_file():
         return _hugging_face(path.parent, False, trust_remote_code, seed)
@@ -43,12 +40,23 @@ def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) 
         if path.suffix == ".py" and path.is_file():
             what = f"a file of code without the name of a factory in it, as in {target}:build"
         raise UsageError(f"{target} is {what}: {FORMS}")
+    import torch
+
     torch.manual_seed(seed)
     made = _call(_factory(where, name, target), target)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
         raise UsageError(f"{target} returned {type(model).__name__}, not a model: {FORMS}")
     return (model.eval() if isinstance(model, torch.nn.Module) else model), inputs
+
+
+def is_a_bundle(path: Path) -> bool:
+    """:func:`moeopt.bundle.manifest.is_bundle`, which needs torch, asked only where there is a manifest."""
+    if not (path / "moeopt.json").is_file():
+        return False
+    from moeopt.bundle.manifest import is_bundle
+
+    return is_bundle(path)
 
 
 def load_data(target: str) -> Any:
@@ -100,6 +108,7 @@ def _told(err: Exception) -> str:
 def _hugging_face(path: Path, weights: bool, trust_remote_code: bool, seed: int) -> tuple[Any, Any]:
     """The causal language model of a directory, with made-up token ids; random weights when there are none."""
     try:
+        import torch
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         raise UsageError(f"{path} needs transformers: pip install 'moeopt[transformers]'") from None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from moeopt.limits import LoadLimits
 
-def verify_against(bundle: Path, provider: str | None, against: Path, as_json: bool) -> bool:
+
+def verify_against(bundle: Path, provider: str | None, against: Path, as_json: bool, limits: LoadLimits) -> bool:
     """Print the check and the differences; whether both are good. A bundle without golden runs is not."""
     from moeopt.testing import check_bundle
 
-    check = check_bundle(bundle, provider, against)
+    check = check_bundle(bundle, provider, against, limits)
     worse = check.regressions
     if as_json:
         body = {

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from moeopt.html import errors
 
 
@@ -30,6 +28,8 @@ def certificate_view(certificate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(block: Mapping[str, Any], certificate: Mapping[str, Any]) -> dict[str, Any]:
+    import torch  # the command shows its help without it
+
     cases = block["cases"]
     eps = torch.finfo(getattr(torch, block["dtype"])).eps if block["dtype"] else 0.0
 

@@ -6,10 +6,7 @@ begin, or where values are needed; by then the selection over E scores was seen.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +15,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeopt.drive.share import shared_copy
+from moeopt.capture.shared_copy import shared_copy
 from moeopt.errors import UsageError
 from moeopt.inspection.structure import Block
 from moeopt.inspection.tree import Tree, parent, within
+from moeopt.patches import no_fake_tensor_errors
 
 TOKENS = 4
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "linear", "grouped_mm_fallback")
@@ -140,7 +138,7 @@ def _run(module: nn.Module, block: Block) -> Selection | None:
         for shape in ((1, TOKENS, width), (TOKENS, width)):
             watch, complete = _Watch(block.bank.choices), False
             try:
-                with _no_complaints(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+                with no_fake_tensor_errors(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
                     state = {n: _stand_in(t) for n, t in (*twin.named_parameters(), *twin.named_buffers())}
                     dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
                     x = torch.empty(shape, dtype=dtype, device="cpu")
@@ -156,18 +154,6 @@ def _run(module: nn.Module, block: Block) -> Selection | None:
 
 def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-
-
-@contextlib.contextmanager
-def _no_complaints() -> Iterator[None]:
-    """A width that does not fit is expected here; PyTorch would log each as an error."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _attribute(tree: Tree, block: Block) -> tuple[str, int] | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from moeopt.inspection.counting import CONVENTIONS, PARTS
-from moeopt.inspection.result import Inspection, Kind
 from moeopt.inspection.roofline import Bound
+
+if TYPE_CHECKING:
+    from moeopt.inspection.result import Inspection, Kind
 
 WIDTH = 80
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

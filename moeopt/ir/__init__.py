@@ -1,1 +1,1 @@
-"""Capture and graph language: what the passes read and write."""
+"""The language that passes and backends share: specs and weight references."""

@@ -20,9 +20,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from moeopt.errors import UsageError
+from moeopt.errors import BundleError, UsageError
+from moeopt.untrusted import parse_json
 
 ACTIVATIONS = (
     "silu",
@@ -134,13 +135,20 @@ class ExpertsSpec:
     def decode(cls, text: str) -> ExpertsSpec:
         """The inverse of :meth:`encode`; an unknown field is a ``UsageError``."""
         try:
-            fields: dict[str, Any] = json.loads(text)
-        except json.JSONDecodeError as err:
-            raise UsageError(f"not an ExpertsSpec: {text!r} ({err})") from err
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - known)
+            fields = parse_json(text, "the spec")
+        except BundleError as err:
+            raise UsageError(f"not an ExpertsSpec: {text!r:.200} ({err})") from err
+        if not isinstance(fields, dict):
+            raise UsageError(f"not an ExpertsSpec: {text!r:.200} (it is no JSON object)")
+        types = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - set(types))
         if unknown:
-            raise UsageError(f"ExpertsSpec has no field {unknown[0]!r}: written by a newer moeopt?")
+            raise UsageError(f"ExpertsSpec has no field {unknown[0]!r:.60}: written by a newer moeopt?")
+        for name, value in fields.items():
+            number = types[name].startswith("float")
+            fits = type(value) in (int, float) if number else isinstance(value, str)
+            if not fits and not (value is None and types[name].endswith("None")):
+                raise UsageError(f"ExpertsSpec.{name} is {value!r:.60}; it must be a {'number' if number else 'word'}")
         return cls(**fields)
 
     def __str__(self) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from moeopt.drive.inputs import Call, as_call
 from moeopt.errors import UsageError
+from moeopt.find.example_inputs import Call, as_call
 
 
 def batches(data: Any) -> Iterator[Call]:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeopt.drive.inputs import Call
+from moeopt.capture.tape import clone_inputs
 from moeopt.errors import CaptureError
+from moeopt.find.example_inputs import Call
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.tape import clone_inputs
 from moeopt.ops.bank import Bank
 from moeopt.ops.intercept import intercepted
 from moeopt.profiling.tally import Tally
-from moeopt.rewrite.program import RewrittenForward, rewritten_forward
+from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 
 SAY_EVERY = 2.0
 """Seconds between two lines of progress."""

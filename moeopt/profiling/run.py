@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moeopt.api import Optimized, optimize
-from moeopt.drive.inputs import Call
-from moeopt.engine import AbsentEngine, LoadedEngine, OnnxEngine
+from moeopt.bundle.engine import Engine
 from moeopt.errors import UsageError
+from moeopt.find.example_inputs import Call
 from moeopt.options import Options
 from moeopt.profiling.batches import batches
 from moeopt.profiling.observe import observe
@@ -93,7 +93,7 @@ _GONE = "the model no longer has this module in rewritten form; optimize it agai
 def _refuse_engines(model: Any) -> None:
     inner = model.model if isinstance(model, Optimized) else model
     bundle = isinstance(model, (str, os.PathLike))
-    if bundle or isinstance(inner, (OnnxEngine, AbsentEngine, LoadedEngine)):
+    if bundle or isinstance(inner, Engine):
         what = f"{os.fspath(model)!r} is a path" if bundle else "this is an engine"
         raise UsageError(
             f"{what}: routing happens inside an engine's graph and cannot be counted there; profile the original "

@@ -45,7 +45,7 @@ def test_a_block_runs_is_saved_and_verifies(dtype, tmp_path):
 
 def test_a_bundle_built_without_a_gpu_runs_on_one(tmp_path, monkeypatch):
     """What a machine without a GPU writes, this one executes: its self-test and golden runs decide."""
-    from moeopt.engine import onnx_build
+    from moeopt.backends.onnxrt import build as onnx_build
 
     x = tokens(24, torch.float32)
     with monkeypatch.context() as patched:

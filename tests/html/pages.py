@@ -4,12 +4,12 @@ import functools
 
 import torch
 
-from moeopt.compare.certificate import Certificate
-from moeopt.compare.model import EndToEnd
-from moeopt.compare.results import BlockCheck, CaseResult
 from moeopt.profiling.result import LoadProfile, Unread, layer_load
 from moeopt.profiling.tally import Tally
 from moeopt.report import BlockReport, Report
+from moeopt.verification.certificate import Certificate
+from moeopt.verification.model import EndToEnd
+from moeopt.verification.results import BlockCheck, CaseResult
 
 HOSTILE = 'layers.<script>alert("1")</script>&amp;.mlp'
 REASON = '</script><img src=http://evil.example/x onerror=alert(2)> it\'s "odd"'

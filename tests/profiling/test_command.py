@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from moeopt.cli import main
-from tests.engine.toys import save
+from tests.backends.torch.toys import save
 from tests.toy_moe import build, seeded
 
 FACTORY = """

@@ -159,7 +159,7 @@ def test_calls_that_run_the_original_code_are_said_to_be_missing():
 
 
 def test_a_block_that_is_no_longer_rewritten_is_not_silently_absent():
-    from moeopt.rewrite.program import uninstall
+    from moeopt.rewrite.install import uninstall
 
     opt = optimized(build())
     uninstall(opt.model)

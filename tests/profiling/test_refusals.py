@@ -5,7 +5,7 @@ from torch import nn
 
 import moeopt
 from moeopt.errors import CaptureError, UsageError
-from tests.engine.toys import save
+from tests.backends.torch.toys import save
 from tests.profiling.test_profile import BATCHES
 from tests.toy_moe import Block, Expert, H, seeded
 

@@ -3,13 +3,19 @@
 Shape legend: T tokens, E experts, K chosen per token, H hidden.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tests.property import experts, forms, outside, routers
+from tests.property.capacity import Capacity
+from tests.property.configs import make_config
 from tests.property.spec import Program
+from tests.property.surroundings import NORMS, at_least_float32, softcap
 
+OUTSIDE = {**outside.KINDS, "capacity": Capacity}
 SHAPES = [(2, 7), (1, 1), (3, 5), (1, 19), (4, 2), (1, 64), (1, 0)]
 """(batch, length) of the calls; the first is the example that optimize is given."""
 
@@ -20,8 +26,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(1 + 0.1 * torch.randn(hidden))
 
     def forward(self, x):
-        x32 = x.float()
+        x32 = at_least_float32(x)
         return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def own_norm(kind: str, hidden: int) -> nn.Module:
+    return RMSNorm(hidden) if kind == "rms" else nn.LayerNorm(hidden)
 
 
 class Dense(nn.Module):
@@ -43,8 +53,10 @@ class Block(nn.Module):
         super().__init__()
         self.p, a = p, p.around
         if a.norm:
-            self.norm = RMSNorm(p.hidden) if a.norm == "rms" else nn.LayerNorm(p.hidden)
-        self.router = routers.Route(p)
+            self.norm = NORMS[a.norm](p.hidden) if a.norm in NORMS else own_norm(a.norm, p.hidden)
+        if p.config:
+            self.config = make_config(p)
+        self.router = routers.Route(p, self.config if p.config else None)
         self.experts = experts.KINDS[p.layout.kind](p)
         if a.shared == "twin":
             self.shared = experts.FFN(p)
@@ -57,7 +69,9 @@ class Block(nn.Module):
         a = self.p.around
         h = self.norm(hidden_states) if a.norm else hidden_states
         x = h.reshape(-1, h.shape[-1]) if a.flatten else h
-        ids, weights, logits = self.router(x, *given)
+        # half of the blocks that read a configuration do so in their own code, not in a router module's
+        route = self.router.forward if self.p.config and self.p.seed % 2 == 0 else self.router
+        ids, weights, logits = route(x, *given)
         y = self.mixture(x, ids, weights)
         if a.out_scale != 1.0:
             y = y * a.out_scale
@@ -65,8 +79,13 @@ class Block(nn.Module):
             s = self.shared(x)
             y = y + (torch.sigmoid(self.shared_gate(x)) * s if a.shared == "gated" else s)
         y = y.reshape(h.shape)
+        if a.softcap:
+            y = softcap(y, a.softcap)
         if a.residual:
             y = hidden_states + y
+        if a.near_one:
+            gain = hidden_states[..., :1]
+            y = y + (gain - gain * a.near_one) * 1e5
         return self.outputs(y, ids, logits)
 
     def mixture(self, x, ids, weights):
@@ -88,6 +107,15 @@ class Block(nn.Module):
         return {"hidden_states": y, "load": load, "router_logits": logits}
 
 
+class Masked(Block):
+    """Forward has an optional argument: rows whose mask is zero are set to zero."""
+
+    def forward(self, hidden_states, mask=None):
+        if mask is not None:
+            hidden_states = hidden_states * mask.unsqueeze(-1).to(hidden_states.dtype)
+        return super().forward(hidden_states)
+
+
 class Layers(nn.Module):
     """Several blocks, each added to the stream after a norm."""
 
@@ -107,9 +135,9 @@ def build(p: Program) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(p.seed)
         if p.outside:
-            model: nn.Module = outside.KINDS[p.outside](p)
+            model: nn.Module = OUTSIDE[p.outside](p)
         else:
-            model = Layers(p) if p.around.layers > 1 else Block(p)
+            model = Layers(p) if p.around.layers > 1 else Masked(p) if p.around.mask else Block(p)
     return model.to(getattr(torch, p.dtype)).eval()
 
 
@@ -120,12 +148,20 @@ def inputs(p: Program, call: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(1000 * p.seed + call)
     dtype = getattr(torch, p.dtype)
     x = (torch.randn(*grid, p.hidden, generator=generator) * (1.0 + call % 3)).to(dtype)
+    return x, *others(p, grid, generator, call == 0)
+
+
+def others(p: Program, grid: tuple[int, ...], generator: torch.Generator, first: bool) -> tuple[torch.Tensor, ...]:
+    """The arguments after the hidden states; ``first`` for the example."""
+    dtype = getattr(torch, p.dtype)
+    if p.around.mask == "given":
+        return ((torch.rand(grid, generator=generator) > 0.3 * (not first)).to(dtype),)
     if p.router.kind == "given" and not p.outside:
         ids = torch.rand(*grid, p.experts, generator=generator).argsort(-1)[..., : p.top_k].contiguous()
-        return x, ids, torch.rand(*grid, p.top_k, generator=generator).add(0.1).to(dtype)
+        return ids, torch.rand(*grid, p.top_k, generator=generator).add(0.1).to(dtype)
     if p.router.kind == "hash" and not p.outside:
         size = len(routers.VOCABULARY)
-        if call == 0:  # no compiler can make up token ids; so the example's reach every expert
-            return x, (torch.arange(x[..., 0].numel()) + p.seed).remainder(size).view(grid)
-        return x, torch.randint(size, grid, generator=generator)
-    return (x,)
+        if first:  # no compiler can make up token ids; so the example's reach every expert
+            return ((torch.arange(math.prod(grid)) + p.seed).remainder(size).view(grid),)
+        return (torch.randint(size, grid, generator=generator),)
+    return ()

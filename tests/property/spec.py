@@ -33,7 +33,12 @@ class Router(Short):
     """Where ids and weights come from; ``kind`` is a key of ``routers.KINDS``."""
 
     kind: str = "softmax_topk"
-    renormalize: str = ""  # "", sum, sum+1e-20, sum+1e-6, max1e-12
+    score: str = ""  # of kind "score_topk": a key of scores.SCORES
+    gain: float = 1.0  # the logits are multiplied by this number
+    softcap: float = 0.0  # and capped by a tanh to this size
+    linear: bool = False  # the logits are the output of an nn.Linear, not of F.linear on the router's own weight
+    copied: bool = False  # half of the router's rows are copies of the other half: exact ties everywhere
+    renormalize: str = ""  # "", sum, sum+1e-20, sum+1e-9, sum+1e-6, max1e-12
     scale: float = 1.0
     per_expert_scale: bool = False
     bias: bool = False
@@ -74,7 +79,10 @@ class Around(Short):
     shared: str = ""  # "", added, gated, twin (of the routed experts' shape)
     out_scale: float = 1.0
     residual: bool = False
-    norm: str = ""  # "", rms, layer
+    norm: str = ""  # "", rms, layer, or a key of surroundings.NORMS
+    softcap: float = 0.0  # the output is capped by a tanh to this size
+    near_one: float = 0.0  # adds 1e5 * (gain - gain * near_one); gain is a feature that the example has at zero
+    mask: str = ""  # an optional argument of forward: "", absent (in the example), given
     aux: str = ""  # "", tuple, dict
     rank: int = 2
     flatten: bool = True  # a 3-D input is flattened before the router
@@ -98,6 +106,8 @@ class Program(Short):
     dtype: str = "float32"
     seed: int = 0
     outside: str = ""
+    config: str = ""  # a key of configs.KINDS: an object that is read at each call
+    example: str = "contiguous"  # a key of unlike.MEMORY: how the example input lies in memory
 
     @property
     def inside(self) -> bool:

@@ -1,6 +1,15 @@
 """What each provider's MoE operators honour, ignore without a word, and refuse: facts about versions, with evidence.
 
 ``refuses`` of the kernel lowerings reads this table, and :func:`check_graph` holds every emitted graph to it.
+
+A row says what holds on every version that the package accepts. From 1.31.1 to 1.32.0 the CPU provider changed in this,
+found by running both:
+
+- MoE and QMoE have the attribute ``swiglu_limit_after_activation``. 1.31.1 refuses a graph that names it, and 1.32.0
+  refuses any value but 0 when it loads the graph.
+- QMoE computes on bfloat16 tokens too, and takes scales of float8e4m3fn and float8e8m0. MoE is as it was.
+- A reduction of no rows along axis -1 gives one column, as along axis 1. 1.31.1 leaves the axis as wide as it was.
+- What the rows call wrong, ignored, refused or dropped still is.
 """
 
 from __future__ import annotations
@@ -21,7 +30,7 @@ class Capability:
     Args:
         provider: "cpu", "cuda", "tensorrt", "nv_tensorrt_rtx".
         op: "MoE" or "QMoE", of domain com.microsoft.
-        evidence: how this is known: "run on 1.31.1", or "source" (read, not run).
+        evidence: how this is known: "run on 1.31.1 and 1.32.0", or "source" (read, not run).
         dtypes: of the tokens that the kernel computes in; () when the provider has no such operator.
         activations: values of ``activation_type`` that are right.
         wrong: values of ``activation_type`` that run and give something else, with what they give.
@@ -63,7 +72,7 @@ CAPABILITIES = (
     Capability(
         "cpu",
         "MoE",
-        "run on 1.31.1",
+        "run on 1.31.1 and 1.32.0",
         dtypes=("FLOAT", "FLOAT16"),
         wrong={"relu": "relu of NaN is 0 in this kernel, so a broken token looks sound"},
         ignored={"use_sparse_mixer": 0},
@@ -71,7 +80,7 @@ CAPABILITIES = (
     Capability(
         "cpu",
         "QMoE",
-        "run on 1.31.1",
+        "run on 1.31.1 and 1.32.0",
         dtypes=("FLOAT", "FLOAT16"),
         wrong={"relu": "relu of NaN is 0 in this kernel, so a broken token looks sound"},
         ignored={"use_sparse_mixer": 0, "normalize_routing_weights": 1},
@@ -155,10 +164,18 @@ def _moe_problems(node: Any, provider: str) -> list[str]:
     return problems
 
 
+_KNOWN = frozenset(
+    "k activation_type activation_alpha activation_beta swiglu_fusion swiglu_limit use_sparse_mixer"
+    " normalize_routing_weights".split()
+)
+_KNOWN_OF_QMOE = frozenset({"expert_weight_bits", "block_size", "weights_prepacked"})
+
+
 def _attribute_problems(row: Capability, values: Mapping[str, Any], given_weights: bool) -> list[str]:
     """With router weights given, ``normalize_routing_weights`` is honoured: it divides them by their sum."""
     default = {"use_sparse_mixer": 0, "normalize_routing_weights": 0}
-    problems = []
+    unknown = sorted(values.keys() - (_KNOWN if row.op == "MoE" else _KNOWN | _KNOWN_OF_QMOE))
+    problems = [f"{name} is an attribute that the table of {row.provider}'s {row.op} lacks" for name in unknown]
     for name, neutral in row.ignored.items():
         if name == "normalize_routing_weights" and given_weights:
             continue

@@ -6,11 +6,11 @@ import functools
 
 from moeopt.backends.onnxrt.select import ranked
 from moeopt.backends.onnxrt.session import Session
-from moeopt.onnxgraph.assemble import one_op
-from moeopt.onnxgraph.forms.base import Lowering
-from moeopt.onnxgraph.plan import BlockPlan, Choice
-from moeopt.onnxgraph.site import Site
-from moeopt.onnxgraph.widen import widen_site
+from moeopt.lower.onnx.assemble import one_op
+from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.plan import BlockPlan, Choice
+from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.widen import widen_site
 
 
 class Plan(BlockPlan):

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 import torch
 
-from moeopt.backends.onnxrt.lower import LOWERINGS
+from moeopt.backends.onnxrt.lowerings import LOWERINGS
 from moeopt.backends.onnxrt.session import Session
-from moeopt.onnxgraph.forms.base import Lowering
-from moeopt.onnxgraph.plan import Choice
-from moeopt.onnxgraph.site import Site
+from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.plan import Choice
+from moeopt.lower.onnx.site import Site
 
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""

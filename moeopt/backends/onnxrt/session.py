@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
-from collections.abc import Mapping
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from moeopt.errors import EngineNotExecutableError, UsageError
+from moeopt.errors import EngineNotExecutableError, LimitError, UsageError
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -23,7 +27,21 @@ _OPTIONS = {"cuda": {"use_tf32": "0"}}
 _ON_CPU = frozenset(
     ("Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Range", "Reshape", "Identity", "Constant")
     + ("ConstantOfShape", "Expand", "Cast", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Min", "Max", "ReduceProd")
-    + ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "And", "Or", "Not")
+    + (
+        "Floor",
+        "Ceil",
+        "Round",
+        "Sqrt",
+        "Equal",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+        "Where",
+        "And",
+        "Or",
+        "Not",
+    )
 )
 """What ONNX Runtime places on the CPU by choice: sizes and positions. CUDA has each of these for floats."""
 EXTERNAL_DATA = "model.onnx.data"
@@ -87,6 +105,26 @@ def available() -> list[str]:
     return [short for short, name in PROVIDERS.items() if name in built and (short == "cpu" or gpu)]
 
 
+def why_absent(names: Sequence[str], alone: bool = True) -> dict[str, str]:
+    """Each of the providers ``names``, and why it is not on this machine ("" where it is).
+
+    Args:
+        alone: whether nothing but these could run what is asked about.
+
+    Raises:
+        UsageError: ONNX Runtime is not installed, and ``alone``: nothing would be checked, which must not look like
+            success.
+    """
+    try:
+        there, missing = available(), ""
+    except UsageError as err:
+        if alone:
+            raise
+        there, missing = [], str(err)
+    absent = {n: missing or f"ONNX Runtime has no {PROVIDERS[n]} on this machine, or no GPU for it" for n in names}
+    return {name: "" if name in there else why for name, why in absent.items()}
+
+
 class Session:
     """One graph, loaded; :meth:`run` takes named tensors.
 
@@ -136,9 +174,23 @@ class Session:
         self.inputs = [spec.name for spec in self.session.get_inputs()]
         self.outputs = [spec.name for spec in self.session.get_outputs()]
         self._is_bool = [spec.type == "tensor(bool)" for spec in self.session.get_outputs()]
+        self._until: float | None = None
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """End a run that is not done ``seconds`` after this was entered: ``LimitError``. For one thread only."""
+        self._until = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._until = None
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The outputs in the graph's order, on memory that ONNX Runtime made for them. Inputs are read in place."""
+        """The outputs in the graph's order, on memory that ONNX Runtime made for them. Inputs are read in place.
+
+        Raises:
+            UsageError: ONNX Runtime stops in the graph; the message names the node.
+        """
         binding = self.session.io_binding()
         held = []
         for name in self.inputs:
@@ -159,12 +211,54 @@ class Session:
             binding.bind_output(name, self.device.type, self.device.index or 0)
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        self.session.run_with_iobinding(binding)
+        try:
+            if self._until is None:
+                self.session.run_with_iobinding(binding)
+            else:
+                self._run_until(binding, self._until)
+        except LimitError:
+            raise
+        except Exception as err:  # ONNX Runtime's own, of many classes
+            given = ", ".join(f"{name} {tuple(inputs[name].shape)}" for name in self.inputs[:8])
+            raise UsageError(
+                f"ONNX Runtime stops {_where(err)}, with {given}: sizes or values that the graph does not take. "
+                "Compare with the example inputs, or run the original model on this call"
+            ) from err
         if self.device.type == "cuda":
             binding.synchronize_outputs()
         del held
         values = [torch.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
         return [v.view(torch.bool) if b else v for v, b in zip(values, self._is_bool, strict=True)]
+
+    def _run_until(self, binding: Any, until: float) -> None:
+        options = runtime().RunOptions()
+        options.log_severity_level = 4
+        left = until - time.monotonic()
+        watch = threading.Timer(min(max(left, 0.0), threading.TIMEOUT_MAX), setattr, (options, "terminate", True))
+        watch.daemon = True
+        watch.start()
+        try:
+            self.session.run_with_iobinding(binding, options)
+        except Exception:  # ONNX Runtime's own, of many classes
+            if options.terminate:
+                raise LimitError(
+                    "its runs take longer than they may: if you trust the bundle, give it longer: "
+                    "moeopt.load(directory, limits=moeopt.LoadLimits(seconds=...))"
+                ) from None
+            raise
+        finally:
+            watch.cancel()
+
+
+def _where(err: Exception) -> str:
+    """The node that a run stopped at, and what its kernel said."""
+    text = str(err)
+    node = re.search(r"running (\w+) node\. Name:'([^']*)'", text)
+    said = text.partition("Status Message:")[2] or text
+    said = re.sub(r"^.*?\.(?:h|cc|cpp):\d+ \S+(?: \S+\([^)]*\)| .*?\) )?", "", said.strip()).strip()
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    told = lines[0][:300] if lines else type(err).__name__
+    return f"at the node {node[2]!r} ({node[1]}): {told}" if node else f"({told})"
 
 
 def check_placement(session: Any, provider: str) -> None:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from moeopt.backends.tensorrt.forms.sort import blocks_of
-from moeopt.onnxgraph.forms import weights as banks
-from moeopt.onnxgraph.forms.types import types_of
-from moeopt.onnxgraph.site import Site
+from moeopt.backends.tensorrt.lowerings.sort import blocks_of
+from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.types import types_of
+from moeopt.lower.onnx.site import Site
 
 GEMM_ROOM = 8_192_000
 """What TensorRT for RTX 1.7.1 adds to every engine that has a matrix product."""

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.tensorrt.forms.trt_moe import together
+from moeopt.backends.tensorrt.lowerings.trt_moe import together
 from moeopt.errors import EngineBuildError
-from moeopt.onnxgraph.forms import weights as banks
-from moeopt.onnxgraph.forms.types import types_of
-from moeopt.onnxgraph.site import Site
+from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.types import types_of
+from moeopt.lower.onnx.site import Site
 from moeopt.ops.activations import activate
 from moeopt.ops.bank import Bank
 from moeopt.ops.reference import one_expert

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from moeopt.backends.tensorrt.capability import refuses, refuses_dtypes
 from moeopt.backends.tensorrt.cost import DEVICES, seconds, work
-from moeopt.backends.tensorrt.forms import FORMS, PORTABLE
+from moeopt.backends.tensorrt.lowerings import FORMS, PORTABLE
 from moeopt.backends.tensorrt.target import Target
 from moeopt.errors import Declined
-from moeopt.onnxgraph.forms.base import Lowering
-from moeopt.onnxgraph.forms.types import types_of
-from moeopt.onnxgraph.plan import BlockPlan, Choice, Runnable
-from moeopt.onnxgraph.site import Site
-from moeopt.onnxgraph.widen import widen_site
+from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.lowerings.types import types_of
+from moeopt.lower.onnx.plan import BlockPlan, Choice, Runnable
+from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.widen import widen_site
 
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""

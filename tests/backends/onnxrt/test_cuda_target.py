@@ -11,14 +11,14 @@ import onnx_ir as ir
 
 import moeopt
 from moeopt.backends.onnxrt.capability import capability, check_graph
-from moeopt.backends.onnxrt.lower import by_name
+from moeopt.backends.onnxrt.known_answer import ask, make_probe
+from moeopt.backends.onnxrt.lowerings import by_name
 from moeopt.backends.onnxrt.plan import Plan, session_of
 from moeopt.backends.onnxrt.replay import check_emitted
 from moeopt.backends.onnxrt.select import estimate
-from moeopt.engine.onnx_probe import ask, make_probe
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
-from moeopt.onnxgraph.assemble import one_op
-from tests.backends.onnxrt.lower.one_site import make_site
+from moeopt.lower.onnx.assemble import one_op
+from tests.backends.onnxrt.lowerings.one_site import make_site
 
 H, I = 32, 48
 GPT_OSS = ExpertsSpec(

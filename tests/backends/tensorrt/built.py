@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from moeopt.backends.tensorrt.build import Built, Job, build_plan
 from moeopt.backends.tensorrt.target import parse_target
-from moeopt.onnxgraph.assemble import one_op
+from moeopt.lower.onnx.assemble import one_op
 
 
 def build_site(site, form, target="sm_89", tokens=(1, 8, 64)) -> Built:

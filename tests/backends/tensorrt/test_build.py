@@ -14,8 +14,8 @@ import torch
 from moeopt.backends.tensorrt.build import Job, build_plan, stopped_at
 from moeopt.backends.tensorrt.target import parse_target
 from moeopt.errors import EngineBuildError
-from moeopt.onnxgraph.forms.dense import Dense
-from tests.backends.onnxrt.lower.one_site import make_site
+from moeopt.lower.onnx.lowerings.dense import Dense
+from tests.backends.onnxrt.lowerings.one_site import make_site
 from tests.backends.tensorrt.built import build_site
 
 BLOCKS = ("a.experts", "b.experts")
@@ -53,7 +53,7 @@ def test_a_build(build, monkeypatch):
     built = build("build")
     assert build.plan.read_bytes() == b"plan of build" and built.bytes == 13 and built.version == "9.9"
     assert [(x.name, x.type, x.nodes) for x in built.layers] == [("b.experts/up", "gemm", ("b.experts/up",))]
-    assert built.activation_bytes == 512 and built.profiles == (PROFILE,) and built.seconds < 60
+    assert built.activation_bytes == 512 and built.profiles == (PROFILE,) and built.seconds > 0
     assert built.inputs == ({"name": "x", "dtype": "FLOAT", "shape": [-1, 4]},)
     assert built.flags == (), "TF32 is off unless it is asked for"
     assert build("build", tf32=True).flags == ("TF32",)
@@ -78,8 +78,8 @@ def test_a_timing_cache_is_read_and_written_where_it_says_something(build, tmp_p
         ("crash", {}, "crashed (SIGSEGV); the last it said was: V: Computing costs for b.experts/up"),
         (
             "hang",
-            {"seconds": 0.3},
-            "did not end within 0.3 seconds and was stopped; the last it said was: V: Comput",
+            {"seconds": 3},  # it sleeps, and has this long to say its last line first
+            "did not end within 3 seconds and was stopped; the last it said was: V: Comput",
         ),
         (
             "swell",

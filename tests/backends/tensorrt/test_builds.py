@@ -1,6 +1,6 @@
 """The real builder takes every form, and plans the memory that the cost model says; nothing here is run.
 
-The default run builds each form once; ``MOEOPT_NIGHTLY=1`` the matrix of targets, dtypes and experts, in minutes.
+The default run builds each form once; ``make test-nightly`` the matrix of targets, dtypes and experts, in minutes.
 """
 
 import os
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from moeopt.backends.tensorrt.cost import work
-from moeopt.backends.tensorrt.forms import PORTABLE, by_name
 from moeopt.backends.tensorrt.layers import in_block
+from moeopt.backends.tensorrt.lowerings import PORTABLE, by_name
 from moeopt.backends.tensorrt.target import RTX_BUILDS
-from tests.backends.onnxrt.lower.one_site import make_site, renamed
+from tests.backends.onnxrt.lowerings.one_site import make_site, renamed
 from tests.backends.tensorrt.built import build_site
 
 pytest.importorskip("tensorrt_rtx")
@@ -79,6 +79,7 @@ def test_the_builder_takes_it_and_plans_what_the_model_says(name, sm, dtype):
     assert len(products) == 2, "a loop has one turn in the engine, and not eight beside each other"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("name", "sm", "dtype", "kind"), MATRIX)
 def test_matrix(name, sm, dtype, kind):
     site = make_site(dtype=dtype, **kind)
@@ -88,6 +89,7 @@ def test_matrix(name, sm, dtype, kind):
     assert low <= work(name, site, most).memory / planned <= high
 
 
-@pytest.mark.parametrize("name", NAMES if NIGHTLY else [])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", NAMES)
 def test_no_tokens_build_too(name):
     build_site(make_site(H=64, I=32), by_name(name), "sm_89", (0, 8, 64))

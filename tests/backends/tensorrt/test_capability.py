@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from moeopt.backends.tensorrt.capability import CAPABILITIES, MOE_TARGETS, V, capability, refuses, refuses_dtypes
-from moeopt.backends.tensorrt.forms import FORMS, by_name
+from moeopt.backends.tensorrt.lowerings import FORMS, by_name
 from moeopt.backends.tensorrt.target import GPU_BUILDS, RTX_BUILDS, parse_target
 from moeopt.errors import EngineBuildError, UsageError
-from tests.backends.onnxrt.lower.one_site import make_site
+from tests.backends.onnxrt.lowerings.one_site import make_site
 from tests.backends.tensorrt.built import build_site
 
 f16, f32, bf16, f64 = torch.float16, torch.float32, torch.bfloat16, torch.float64

@@ -5,12 +5,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from moeopt.backends.tensorrt.forms import PORTABLE, by_name
 from moeopt.backends.tensorrt.graph_check import check_graph
+from moeopt.backends.tensorrt.lowerings import PORTABLE, by_name
 from moeopt.backends.tensorrt.target import parse_target
 from moeopt.ir.specs import RouterSpec
-from moeopt.onnxgraph.assemble import one_op
-from tests.backends.onnxrt.lower.one_site import make_site
+from moeopt.lower.onnx.assemble import one_op
+from tests.backends.onnxrt.lowerings.one_site import make_site
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 

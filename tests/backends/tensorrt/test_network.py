@@ -4,12 +4,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from moeopt.backends.tensorrt.forms.trt_moe import TrtMoE
+from moeopt.backends.tensorrt.lowerings.trt_moe import TrtMoE
 from moeopt.backends.tensorrt.network import check_networks, moe_layers
 from moeopt.errors import EngineBuildError
 from moeopt.ir.specs import RouterSpec
-from moeopt.onnxgraph.assemble import one_op
-from tests.backends.onnxrt.lower.one_site import make_site, renamed
+from moeopt.lower.onnx.assemble import one_op
+from tests.backends.onnxrt.lowerings.one_site import make_site, renamed
 from tests.backends.tensorrt.built import build_site
 
 trt = pytest.importorskip("tensorrt_rtx")

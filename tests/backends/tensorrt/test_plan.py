@@ -9,10 +9,10 @@ from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.target import GPU_BUILDS, RTX_BUILDS, parse_target
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
-from moeopt.onnxgraph.site import Site
+from moeopt.lower.onnx.site import Site
 from moeopt.ops.bank import StackedBank
 from moeopt.ops.experts import experts
-from tests.backends.onnxrt.lower.one_site import eps_off, exact, make_site, tokens
+from tests.backends.onnxrt.lowerings.one_site import eps_off, exact, make_site, tokens
 
 SIZES = dict(mixtral=(8, 4096, 14336, 2), qwen3=(128, 2048, 768, 8), deepseek_v3=(256, 7168, 2048, 8))
 

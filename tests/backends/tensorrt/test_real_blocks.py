@@ -13,19 +13,19 @@ import torch
 
 import moeopt
 from moeopt.backends.onnxrt.plan import session_of
-from moeopt.backends.tensorrt.forms import PORTABLE
-from moeopt.backends.tensorrt.forms.trt_moe import TrtMoE
 from moeopt.backends.tensorrt.graph_check import check_graph
+from moeopt.backends.tensorrt.lowerings import PORTABLE
+from moeopt.backends.tensorrt.lowerings.trt_moe import TrtMoE
 from moeopt.backends.tensorrt.network import check_networks
 from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.target import parse_target
 from moeopt.errors import MoeoptError
-from moeopt.onnxgraph.assemble import one_op
-from moeopt.onnxgraph.plan import kind
-from moeopt.onnxgraph.site import Site
-from moeopt.onnxgraph.widen import widen_site
+from moeopt.lower.onnx.assemble import one_op
+from moeopt.lower.onnx.plan import kind
+from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.widen import widen_site
 from moeopt.ops.intercept import intercepted
-from tests.backends.onnxrt.lower.one_site import eps_off, exact
+from tests.backends.onnxrt.lowerings.one_site import eps_off, exact
 from tests.backends.tensorrt.built import build_site
 from tests.families import FAMILIES
 from tests.zoo import CASES

@@ -8,12 +8,12 @@ pytest.importorskip("onnxscript")
 
 import onnx_ir as ir
 
-from moeopt.backends.tensorrt.forms import by_name
 from moeopt.backends.tensorrt.graph_check import check_graph
+from moeopt.backends.tensorrt.lowerings import by_name
 from moeopt.backends.tensorrt.sums import products_as_sums, sums_for
 from moeopt.backends.tensorrt.target import parse_target
-from moeopt.onnxgraph.assemble import one_op
-from tests.backends.onnxrt.lower.one_site import make_site
+from moeopt.lower.onnx.assemble import one_op
+from tests.backends.onnxrt.lowerings.one_site import make_site
 
 
 def outputs(model, feeds):

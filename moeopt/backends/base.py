@@ -1,0 +1,251 @@
+"""The contract of a backend: one runtime that optimised models run on.
+
+A backend is a class with a name, found through :mod:`moeopt.backends.registry`. Callers use its public methods, which
+check what they are given and what comes back; a subclass writes the ``_impl`` methods, which work. Nobody outside
+``moeopt/backends`` asks which backend it has.
+
+    optimize    plan -> build -> (the blocks are verified as the runtime computes them) -> compare -> Made
+    a bundle    save -> open, verify, providers
+    this box    describe
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from moeopt.bundle.manifest import Manifest, read_manifest
+from moeopt.errors import BundleError, NotSaveableError, UsageError
+from moeopt.find.example_inputs import Call
+from moeopt.limits import DEFAULT, LoadLimits
+from moeopt.lower.plain import open_dataclasses
+from moeopt.lower.surprise import surprises
+from moeopt.options import Options
+from moeopt.report import Report
+from moeopt.verification.certificate import Certificate
+from moeopt.verification.model import EndToEnd, OriginalRuns, end_to_end
+
+REPORT_IT = "keep the live model of backend='torch', or report this with the model's code"
+
+Otherwise = Callable[[OriginalRuns, Any], EndToEnd | None]
+"""A second look at outputs that differ: the original's runs, the engine's outputs -> another verdict, or None."""
+
+
+@dataclass
+class Made:
+    """What a backend makes of a model.
+
+    Attributes:
+        model: what is called: the rewritten model, or an engine.
+        report, certificate: as in :class:`moeopt.Optimized`.
+        source: the original's fingerprint, for a bundle's manifest.
+        built: the backend's own record of an engine; None where ``model`` is the user's own module.
+    """
+
+    model: Any
+    report: Report
+    certificate: Certificate
+    source: dict[str, str] | None = None
+    built: Any = None
+
+
+@dataclass
+class Opened:
+    """A bundle that was opened to be verified.
+
+    Attributes:
+        engine: what runs here.
+        executed: whether that is the engine that was built, and not a replay of it.
+        device: the certificate's ``device``.
+        notes: sentences for the certificate.
+    """
+
+    engine: Any
+    executed: bool
+    device: str
+    notes: Sequence[str] = ()
+
+
+class Backend(ABC):
+    """One runtime. Subclasses set :attr:`name` and write the ``_impl`` methods."""
+
+    name: ClassVar[str] = ""
+    """What ``backend=`` and a bundle's manifest call it."""
+
+    # optimise
+
+    def plan(self, options: Options) -> Any:
+        """What ``options`` ask of this runtime; the plan is handed on to the other methods as it is.
+
+        Raises:
+            UsageError: an option that the runtime does not have, a device or package that is not here.
+        """
+        return self._plan_impl(options)
+
+    def runs_on_gpu(self, plan: Any) -> bool:
+        """Whether the engine of ``plan`` runs on a GPU of this machine, where the original is then compared."""
+        del plan
+        return False
+
+    def optimize(self, source: nn.Module, call: Call, options: Options, plan: Any) -> Made:
+        """Find, rewrite, verify and build.
+
+        Args:
+            source: the model; it keeps working, unchanged, unless ``options.inplace``.
+            call: ``(args, kwargs)`` that it runs on.
+            plan: of :meth:`plan`.
+
+        Raises:
+            CaptureError, NotSaveableError, NotEquivalentError, EngineBuildError, UsageError: as ``moeopt.optimize``.
+        """
+        made = self._optimize_impl(source, call, options, plan)
+        if made.report.backend != self.name:
+            raise AssertionError(f"the backend {self.name!r} returned a report of {made.report.backend!r}")
+        return made
+
+    # bundles
+
+    def save(self, made: Made, call: Call, directory: str | os.PathLike[str]) -> Path:
+        """Write what :meth:`optimize` made as a bundle; returns its directory.
+
+        Raises:
+            NotSaveableError: the message names what has no form in a bundle.
+            UsageError: the directory holds something else.
+        """
+        what = "the model" if made.built is None else "the engine"
+        with open_dataclasses(call), surprises(f"saving {what}", REPORT_IT, NotSaveableError):
+            return self._save_impl(made, call, directory)
+
+    def open(
+        self,
+        directory: str | os.PathLike[str],
+        device: Any = None,
+        session_options: Any = None,
+        limits: LoadLimits = DEFAULT,
+    ) -> Any:
+        """The engine of a bundle of this backend, checked, on ``device`` or where it was saved.
+
+        Raises:
+            BundleError: it is damaged, hostile, from a newer moeopt, or another backend's.
+            UsageError, EngineNotExecutableError, NotEquivalentError: as ``moeopt.load``.
+        """
+        return self._open_impl(directory, device, session_options, limits)
+
+    def verify(
+        self,
+        directory: str | os.PathLike[str],
+        provider: str | None = None,
+        original: nn.Module | None = None,
+        call: Call | None = None,
+        limits: LoadLimits = DEFAULT,
+    ) -> Certificate:
+        """Check a bundle again: against its golden runs, or against ``original`` on ``call``.
+
+        Raises:
+            BundleError: it is damaged, hostile, or another backend's.
+            UsageError: an absent provider; an original without a call.
+        """
+        manifest = read_manifest(directory)
+        if manifest.backend != self.name:
+            raise BundleError(f"{manifest.directory}: it is a bundle for {manifest.backend}: use moeopt.verify")
+        if (original is None) != (call is None):
+            raise UsageError("verify(bundle, original=...) needs inputs= to run both on")
+        try:
+            saved = Certificate.from_json(manifest.read_text("certificate.json"))
+        except BundleError as err:
+            raise BundleError(f"{manifest.directory}: {err}") from None
+        opened = self._open_to_verify_impl(manifest, provider, limits)
+        notes = list(opened.notes)
+        if original is not None and call is not None:
+            args, kwargs = self.comparable(opened.engine, call)
+            noise = self.noisy(original, [block["name"] for block in manifest.data["blocks"]])
+            ties = self.told_from_ties(original, opened.engine, (args, kwargs), noise)
+            end = end_to_end(original, opened.engine, args, kwargs, noise_blocks=noise, otherwise=ties)
+            return Certificate([], end, executed=opened.executed, device=opened.device, dtype=saved.dtype, notes=notes)
+        check = self._replay_impl(manifest, opened.engine, limits)
+        end = EndToEnd(
+            check.passed, check.reason, outputs=check.runs, distance=float(check.required), budget=float(check.budget)
+        )
+        notes.append(
+            f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}"
+        )
+        return Certificate(saved.blocks, end, saved.level, opened.executed, opened.device, saved.dtype, notes=notes)
+
+    def provider_names(self) -> tuple[str, ...]:
+        """What a bundle of this backend may be verified on, here or elsewhere."""
+        return ("cpu",)
+
+    def providers(self, directory: str | os.PathLike[str]) -> dict[str, str]:
+        """Each of :meth:`provider_names`, and why it is not on this machine ("" where it is)."""
+        del directory
+        return dict.fromkeys(self.provider_names(), "")
+
+    # comparing again
+
+    def runner(self, model: Any) -> tuple[Any, bool]:
+        """What computes for ``model`` on this machine, and whether it is ``model`` itself and not a replay."""
+        return model, True
+
+    def runs_on(self, engine: Any) -> str | None:
+        """The provider of a loaded engine, as :meth:`verify` takes it; None for one that does not run here."""
+        provider: str = engine.device.type
+        return provider
+
+    def comparable(self, engine: Any, call: Call) -> Call:
+        """``call`` in the form in which the original and ``engine`` can be compared."""
+        del engine
+        return call
+
+    def noisy(self, original: nn.Module, blocks: Sequence[str]) -> list[str]:
+        """The modules of ``original`` whose rounding explains a difference: those that were rewritten."""
+        known = {name for name, _ in original.named_modules()}
+        return [name if name in known else "" for name in blocks]
+
+    def told_from_ties(
+        self, original: nn.Module, engine: Any, call: Call, noise: Sequence[str], built: Any = None
+    ) -> Otherwise | None:
+        """What ``end_to_end`` asks where ``engine`` differs: whether it broke ties otherwise. None: nobody can tell.
+
+        Args:
+            built: the record of an engine that was not loaded from a bundle.
+        """
+        del original, engine, call, noise, built
+        return None
+
+    # this machine
+
+    def describe(self) -> dict[str, str]:
+        """Versions of the packages that this backend needs, "not installed" for one that is not here."""
+        return {}
+
+    # what a subclass writes; one that has no bundle form leaves the last four
+
+    @abstractmethod
+    def _plan_impl(self, options: Options) -> Any: ...
+
+    @abstractmethod
+    def _optimize_impl(self, source: nn.Module, call: Call, options: Options, plan: Any) -> Made: ...
+
+    def _save_impl(self, made: Made, call: Call, directory: str | os.PathLike[str]) -> Path:
+        raise NotSaveableError(
+            f"backend {self.name!r} has no bundle form: use the optimised model in this process, or optimise with "
+            "backend='torch' or 'onnxruntime' to save it"
+        )
+
+    def _open_impl(
+        self, directory: str | os.PathLike[str], device: Any, session_options: Any, limits: LoadLimits
+    ) -> Any:
+        raise BundleError(f"{directory}: backend {self.name!r} opens no bundles")
+
+    def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
+        raise BundleError(f"{manifest.directory}: backend {self.name!r} opens no bundles")
+
+    def _replay_impl(self, manifest: Manifest, engine: Any, limits: LoadLimits) -> Any:
+        """The golden runs of a bundle on ``engine``, as a :class:`moeopt.bundle.golden.GoldenCheck`."""
+        raise BundleError(f"{manifest.directory}: backend {self.name!r} opens no bundles")

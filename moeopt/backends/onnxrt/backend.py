@@ -1,0 +1,71 @@
+"""The ONNX Runtime backend: the whole model as one graph, for CPU, CUDA and whatever provider it lists."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moeopt.backends.base import Made, Opened
+from moeopt.backends.onnxrt.build import Built, build_onnx, onnx_plan
+from moeopt.backends.onnxrt.bundle import load_onnx_bundle, save_onnx_bundle, was_replayed
+from moeopt.backends.onnxrt.engine import GraphEngine
+from moeopt.backends.onnxrt.graph_backend import GraphBackend
+from moeopt.backends.onnxrt.offline_engine import AbsentEngine, built_for
+from moeopt.backends.onnxrt.open_engine import open_onnx
+from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.session import PROVIDERS, why_absent
+from moeopt.bundle.manifest import Manifest
+from moeopt.find.example_inputs import Call
+from moeopt.limits import LoadLimits
+from moeopt.options import Options
+
+
+class OnnxRuntimeBackend(GraphBackend):
+    """An engine in sessions of ONNX Runtime."""
+
+    name = "onnxruntime"
+
+    def _plan_impl(self, options: Options) -> Plan:
+        return onnx_plan(options)
+
+    def runs_on_gpu(self, plan: Plan) -> bool:
+        return plan.provider != "cpu"
+
+    def _build_impl(self, twin: nn.Module, call: Call, plan: Plan, options: Options) -> Built:
+        return build_onnx(twin, *call, plan, options.say)
+
+    def _opened_impl(self, built: Built, plan: Plan, options: Options) -> GraphEngine | AbsentEngine:
+        return open_onnx(built, plan, options.session_options)
+
+    def _lowering_impl(self, path: str, built: Built) -> str:
+        found = {why for site, why in built.reasons.items() if site.split("#")[0] == path}
+        return "onnxruntime " + "; ".join(sorted(found)) if found else ""
+
+    def _save_impl(self, made: Made, call: Call, directory: str | os.PathLike[str]) -> Path:
+        return save_onnx_bundle(made.model, made.built, directory, made.report, made.certificate, call, made.source)
+
+    def _open_impl(
+        self, directory: str | os.PathLike[str], device: Any, session_options: Any, limits: LoadLimits
+    ) -> Any:
+        return load_onnx_bundle(directory, device, session_options=session_options, limits=limits)
+
+    def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
+        """On ``provider``, else where the bundle was built for, else replayed on the CPU."""
+        replayed = was_replayed(manifest)
+        engine = load_onnx_bundle(
+            manifest.directory, provider or (None if replayed else "cpu"), replay=False, limits=limits
+        )
+        if isinstance(engine, AbsentEngine):
+            engine = load_onnx_bundle(manifest.directory, "cpu", replay=False, limits=limits)
+        executed = engine.provider != "cpu" or not replayed
+        device = engine.described if executed else built_for(str(manifest.data["provider"]))
+        return Opened(engine, executed, device, engine.notes)
+
+    def provider_names(self) -> tuple[str, ...]:
+        return tuple(PROVIDERS)
+
+    def providers(self, directory: str | os.PathLike[str]) -> dict[str, str]:
+        return why_absent(self.provider_names())

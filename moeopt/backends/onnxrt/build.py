@@ -1,0 +1,310 @@
+"""From an optimised model to a directory with ``model.onnx``: trace, convert, lower, write."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeopt.backends.onnxrt.accuracy import coarse
+from moeopt.backends.onnxrt.known_answer import BLOCK, make_probe
+from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
+from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
+from moeopt.backends.onnxrt.site_records import ENDS, describe
+from moeopt.backends.onnxrt.size_guards import guard_sizes
+from moeopt.bundle.io_names import name_ends
+from moeopt.bundle.manifest import version
+from moeopt.bundle.temp_folder import TemporaryFolder
+from moeopt.causal_lm.attention import cache_left_in_place
+from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
+from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
+from moeopt.errors import Declined, NotSaveableError, UsageError
+from moeopt.lower.export import export_program, roomier
+from moeopt.lower.onnx.accurate import accurate_graph
+from moeopt.lower.onnx.assemble import replace_sites
+from moeopt.lower.onnx.export import emitting, own_outputs, to_onnx
+from moeopt.lower.onnx.plan import BlockPlan, kind
+from moeopt.lower.onnx.site import DOMAIN, OP
+from moeopt.lower.onnx.widen import widen_graph
+from moeopt.lower.signature import describe_call, functional
+from moeopt.lower.surprise import surprises
+from moeopt.options import Options
+from moeopt.patches import quiet
+
+INSTEAD = "write that line of the model with other ops, use backend='torch', or report this with the model's code"
+
+
+@dataclass
+class Built:
+    """A written graph: its folder, how it is called, and what was chosen for each site.
+
+    ``sites`` are records of :mod:`moeopt.backends.onnxrt.site_records`, ``probes`` one of
+    :mod:`moeopt.backends.onnxrt.known_answer` for each kind of site. ``portable`` is the same graph lowered
+    for CPU where the graph itself cannot run here.
+    """
+
+    folder: TemporaryFolder
+    signature: dict[str, Any]
+    lowerings: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    probes: list[tuple[dict[str, torch.Tensor], float]] = field(default_factory=list)
+    portable: Built | None = None
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.folder.name)
+
+
+def onnx_plan(options: Options) -> Plan:
+    """The plan that ``options.target``, else ``options.device``, asks for.
+
+    Raises:
+        UsageError: a device that is not here; ``tune`` for a target that is not here.
+    """
+    runtime()
+    device = None if options.device is None else options.device.type
+    provider = provider_named(options.target or device)
+    there = ", ".join(available())
+    if device is not None and provider_named(device) not in available():
+        raise UsageError(
+            f"provider {provider_named(device)!r} is not on this machine; it has: {there}. "
+            f"target={provider!r} instead of device builds the engine here, to be run where the provider is"
+        )
+    if provider in available():
+        return Plan(provider, options.tokens, options.tune)
+    if options.tune:
+        raise UsageError(
+            f"tune=True measures on this machine, which has: {there}; build for target={provider!r} without it"
+        )
+    return ReplayPlan(Plan(provider, options.tokens))
+
+
+def build_onnx(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, say: Callable[[str], None]
+) -> Built:
+    """Export ``model``, whose blocks were rewritten, for ``plan.provider``.
+
+    Raises:
+        NotSaveableError: torch.export or ONNX cannot hold the model; the message names what is in the way.
+    """
+    with surprises(f"writing {type(model).__name__} as an ONNX graph", INSTEAD, NotSaveableError):
+        return _build(model, args, kwargs, plan, say)
+
+
+def _build(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, say: Callable[[str], None]
+) -> Built:
+    started = time.perf_counter()
+    if is_causal_lm(model):
+        try:
+            found = export_causal_lm(model, args, kwargs, say, plan.provider)
+            add_conditions(found.program, found.signature)
+            target = None
+            if isinstance(plan, ReplayPlan):  # fused for its own provider
+                target = export_causal_lm(model, args, kwargs, say, plan.target.provider)
+                add_conditions(target.program, target.signature)
+        except Declined as err:
+            plan.remarks.append(without_cache(model, kwargs, err.reason))
+        else:
+            if target is None or not isinstance(plan, ReplayPlan):
+                signature = flat_signature(found.model.graph, found.signature)
+                return write_graph(found.model, found.sites, signature, plan, say, started)
+            signature = flat_signature(target.model.graph, target.signature)
+            built = write_graph(target.model, target.sites, signature, plan.target, say, started)
+            return _with_portable(built, target.model, found.model, found.sites, plan, say)
+    graph, sites, signature = trace(model, args, kwargs, plan, say)
+    if not isinstance(plan, ReplayPlan):
+        return write_graph(graph, sites, signature, plan, say, started)
+    portable = graph.clone()
+    built = write_graph(graph, sites, signature, plan.target, say, started)
+    return _with_portable(built, graph, portable, sites, plan, say)
+
+
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, say: Callable[[str], None]
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """A model, or one rewritten block, as ``(onnx_ir.Model, sites, signature)``, its experts not lowered yet."""
+    say("tracing the whole model")
+    args, kwargs = roomier(model, args, kwargs)
+    with emitting(model) as sites, quiet(), _attention(plan):
+        program = export_program(model, args, kwargs)
+    program = functional(program)
+    signature = describe_call(program)
+    say("converting it to ONNX")
+    return to_onnx(program), sites, signature
+
+
+def _attention(plan: Plan) -> contextlib.AbstractContextManager[None]:
+    """transformers' attention in a form whose padded rows are zeros in ONNX too, where a CPU runs it."""
+    here = plan.provider == "cpu" and "transformers.modeling_utils" in sys.modules
+    return cache_left_in_place() if here else contextlib.nullcontext()
+
+
+def without_cache(model: nn.Module, kwargs: dict[str, Any], reason: str) -> str:
+    """A remark on an engine of a causal language model that has no cache.
+
+    Raises:
+        NotSaveableError: the example call would return a cache, which such an engine cannot give.
+    """
+    config = getattr(model, "config", None)
+    asked = kwargs.get("use_cache")
+    if asked or (asked is None and getattr(config, "use_cache", False)):
+        raise NotSaveableError(
+            f"an engine of {type(model).__name__} has no key/value cache ({reason}), and this call returns one: add "
+            "use_cache=False to the example inputs, and to the calls of the engine"
+        )
+    return f"the engine has no key/value cache: {reason}"
+
+
+def _with_portable(
+    built: Built, written: Any, portable: Any, sites: list[Any], plan: ReplayPlan, say: Callable[[str], None]
+) -> Built:
+    """``built`` with its portable form, which has the same ends, once the graph itself was checked."""
+    check_emitted(written, str(built.directory / GRAPH), plan.target.provider)
+    say("writing its portable form")
+    built.portable = write_graph(portable, sites, built.signature, plan, say, time.perf_counter(), built.folder)
+    return built
+
+
+def write_graph(
+    model: Any,
+    sites: list[Any],
+    signature: dict[str, Any],
+    plan: BlockPlan,
+    say: Callable[[str], None],
+    started: float,
+    beside: TemporaryFolder | None = None,
+    adapt: Callable[[Any], Any] = lambda model: None,
+) -> Built:
+    """Lower the sites of an ``onnx_ir.Model`` and write it with its weights beside it.
+
+    ``beside``: the folder of the graph whose portable form this is; it then has that form's name.
+    ``adapt``: changes the lowered model before it is written.
+    """
+    import onnx_ir as ir
+
+    say(f"lowering {len(sites)} expert blocks")
+    if plan.provider == "cpu":
+        widen_graph(model)
+    accurate_graph(model)
+    if lost := coarse(model, plan.provider):
+        raise NotSaveableError(
+            f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
+            "with exp and log"
+        )
+    guard_sizes(model, signature, doubles="tensorrt" not in plan.provider)
+    legal = [plan.legal(site) for site in sites]
+    calls = {
+        n.attributes["site"].as_int(): (*n.inputs, n.outputs[0])
+        for n in model.graph
+        if (n.domain, n.op_type) == (DOMAIN, OP)
+    }
+    names = replace_sites(model, legal, plan.lowering)
+    own_outputs(model.graph)
+    _deduplicate(model.graph)
+    name_ends(model.graph, signature)
+    made = label_nodes(model, [site.name for site in legal])
+    records, probes = _describe(legal, names, plan, calls, made)
+    adapt(model)
+    folder, graph = (TemporaryFolder(), GRAPH) if beside is None else (beside, PORTABLE)
+    say("writing the engine")
+    ir.save(model, f"{folder.name}/{graph}", external_data=data_of(graph))
+    built = Built(folder, signature, dict(zip([s.name for s in sites], names, strict=True)))
+    built.sites, built.probes = records, probes
+    built.reasons = {site.name: plan.why(site) for site in sites}
+    size = sum(p.stat().st_size for p in built.directory.glob(f"{graph}*"))
+    built.facts = {
+        "nodes": float(len(model.graph)),
+        "bytes": float(size),
+        "export_seconds": time.perf_counter() - started,
+    }
+    return built
+
+
+def label_nodes(model: Any, blocks: Sequence[str]) -> dict[str, list[Any]]:
+    """Say in each node's metadata which block it belongs to, and what wrote the graph; the nodes of each block.
+
+    What the exporter left there, source paths of the machine that it ran on among it, is dropped.
+    """
+    inside: dict[str, list[Any]] = {block: [] for block in blocks}
+    taken: set[str] = set()
+    for number, node in enumerate(model.graph.all_nodes()):
+        name = node.name or f"{node.op_type}_{number}"
+        node.name = name if name not in taken else f"{name}/{number}"
+        taken.add(node.name)
+        for key in [k for k in node.metadata_props if k.startswith("pkg.")]:
+            del node.metadata_props[key]
+        block = node.metadata_props.get(BLOCK) or node.name.rpartition("/")[0]
+        while block and block not in inside:
+            block = block.rpartition("/")[0]
+        if block:
+            node.metadata_props[BLOCK] = block
+            inside[block].append(node)
+    model.metadata_props["moeopt.version"] = version()
+    model.producer_name, model.producer_version = "moeopt", version()
+    return inside
+
+
+def _describe(
+    sites: list[Any], names: list[str], plan: BlockPlan, calls: dict[int, tuple[Any, ...]], made: dict[str, list[Any]]
+) -> tuple[list[dict[str, Any]], list[tuple[dict[str, torch.Tensor], float]]]:
+    """The records of the sites that the graph holds, and a probe for each kind of them.
+
+    ``calls``: what each site's node read and gave before a lowering took its place.
+    """
+    results = {number: _result(made[sites[number].name]) for number in calls}
+    now = {id(calls[number][-1]): value for number, value in results.items()}
+    records: list[dict[str, Any]] = []
+    probes: list[tuple[dict[str, torch.Tensor], float]] = []
+    kinds: dict[Any, int] = {}
+    for number, call in calls.items():
+        site, name, result = sites[number], names[number], results[number]
+        record = describe(site, name, plan.choice(site).reason)
+        if record is None or result is None:
+            continue
+        key = (kind(site), name)
+        if key not in kinds:
+            kinds[key] = len(probes)
+            probes.append(make_probe(site))
+        values = [*(now.get(id(value), value) for value in call[:-1]), result]
+        names_of_ends = {end: value.name for end, value in zip(ENDS, values, strict=True)}
+        records.append(record | names_of_ends | {"probe": kinds[key], "nodes": len(made[site.name])})
+    return records, probes
+
+
+def _result(nodes: list[Any]) -> Any:
+    """The one value that a block's nodes make for others; None where nothing reads it."""
+    inside = {id(node) for node in nodes}
+    for value in (v for node in nodes for v in node.outputs):
+        if value.is_graph_output() or any(id(user) not in inside for user, _ in value.uses()):
+            return value
+    return None
+
+
+def _deduplicate(graph: Any) -> None:
+    """Parameters that share memory (tied weights) are written once."""
+    import onnx_ir as ir
+
+    first: dict[tuple[Any, ...], Any] = {}
+    for name, value in list(graph.initializers.items()):
+        if isinstance(value.const_value, ir.LazyTensor):  # an expert's weight: looking at it would make it
+            continue
+        raw = getattr(value.const_value, "raw", None)
+        if not isinstance(raw, torch.Tensor) or raw.numel() < 1024:
+            continue
+        key = (raw.data_ptr(), tuple(raw.shape), raw.stride(), raw.dtype)
+        if key in first:
+            ir.convenience.replace_all_uses_with(value, first[key])
+            graph.initializers.pop(name)
+        else:
+            first[key] = value

@@ -1,0 +1,294 @@
+"""The bundle of the ONNX Runtime backend: ``model.onnx``, its weights beside it, and what re-checks them.
+
+model.onnx, model.onnx.data   plain ONNX Runtime runs them; inputs are named as the model's arguments
+signature.json                how it is called, and which names those are
+probes.safetensors            one question, with its answer in float64, for each kind of lowered block
+portable.onnx, portable.onnx.data, portable.probes.safetensors   the same engine lowered for CPU, where it was built
+                              for a provider that was not there: what was verified, and what is replayed elsewhere
+certificate.json, golden.safetensors, moeopt.json   as in every bundle
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeopt.backends.onnxrt import known_answer as probes
+from moeopt.backends.onnxrt.build import Built
+from moeopt.backends.onnxrt.check_bytes import check_graph, parsed
+from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
+from moeopt.backends.onnxrt.golden import budget_of, golden_runs
+from moeopt.backends.onnxrt.offline_engine import AbsentEngine
+from moeopt.backends.onnxrt.selftest import Outcome, load_probes, self_test
+from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, PROVIDERS, available, data_of, provider_named, runtime
+from moeopt.backends.onnxrt.trial import check_calls, within_limits
+from moeopt.bundle import golden as goldens
+from moeopt.bundle.holds import sentences
+from moeopt.bundle.manifest import Manifest, read_manifest, write_bundle
+from moeopt.bundle.schemas import Form, SignatureFile
+from moeopt.causal_lm.flat_signature import flat_calls
+from moeopt.errors import BundleError, EngineNotExecutableError, MoeoptError, NotEquivalentError, UsageError
+from moeopt.limits import DEFAULT, LoadLimits
+from moeopt.lower.other_sizes import other_sizes
+from moeopt.report import Report
+from moeopt.untrusted import checked
+from moeopt.verification.language import find_ids
+
+SIGNATURE, CERTIFICATE = "signature.json", "certificate.json"
+_PASSED: set[tuple[str, ...]] = set()
+"""Bundles that this process tested: sha256 of graph and weights, version of ONNX Runtime, provider."""
+
+
+def save_onnx_bundle(
+    engine: OnnxEngine | AbsentEngine,
+    built: Built,
+    directory: str | os.PathLike[str],
+    report: Report,
+    certificate: Any,
+    call: tuple[tuple[Any, ...], Mapping[str, Any]],
+    source: Mapping[str, str] | None,
+) -> Path:
+    """Write an engine as a bundle; returns its directory. Errors are those of ``save_torch_bundle``."""
+    if not (built.directory / GRAPH).is_file():
+        raise UsageError(f"the engine's files in {built.directory} are gone: optimise the model again, then save it")
+    distance, why = budget_of(certificate)
+    runner = engine.replay() if isinstance(engine, AbsentEngine) else engine
+    runs = golden_runs(runner, golden_calls(runner, call), distance)
+    fields = {
+        "provider": engine.provider,
+        "runtimes": _runtimes(),
+        **_form(built),
+        **stated(built.signature, report, source),
+        "golden": {"runs": len(runs), "distance": distance, "why": why},
+    }
+    if built.portable is not None:
+        fields["portable"] = _form(built.portable)
+
+    def write(aside: Path) -> None:
+        _write_form(built, GRAPH, aside)
+        if built.portable is not None:
+            _write_form(built.portable, PORTABLE, aside)
+        write_evidence(aside, built.signature, certificate, runs)
+
+    return write_bundle(directory, "onnxruntime", write, fields)
+
+
+def stated(signature: Mapping[str, Any], report: Report, source: Mapping[str, str] | None) -> dict[str, Any]:
+    """What the manifest of every engine says of its model, its call and its blocks."""
+    return {
+        "source": dict(source or {}),
+        "signature": {k: signature[k] for k in ("parameters", "in_tree", "out_tree", "inputs")},
+        "dynamic": signature["sizes"],
+        "holds": sentences(signature),
+        "blocks": report.to_dict()["blocks"],
+    }
+
+
+def write_evidence(aside: Path, signature: Mapping[str, Any], certificate: Any, runs: Any) -> None:
+    """The files that every engine's bundle has beside its graphs."""
+    (aside / SIGNATURE).write_text(json.dumps(signature, allow_nan=False))
+    (aside / CERTIFICATE).write_text(certificate.to_json())
+    goldens.save_golden(runs, aside / goldens.FILE)
+
+
+def _form(built: Built) -> dict[str, Any]:
+    """What a manifest says of one lowered graph."""
+    return {
+        "lowerings": built.lowerings,
+        "sites": built.sites,
+        "probes": [{"budget": budget} for _, budget in built.probes],
+        "facts": built.facts,
+    }
+
+
+def _write_form(built: Built, graph: str, aside: Path) -> None:
+    from safetensors.torch import save_file
+
+    for name in (graph, data_of(graph)):
+        if (built.directory / name).exists():
+            shutil.copyfile(built.directory / name, aside / name)
+    tensors = {f"{n}.{part}": t.contiguous() for n, (probe, _) in enumerate(built.probes) for part, t in probe.items()}
+    save_file(tensors, aside / _probes_of(graph))
+
+
+def _probes_of(graph: str) -> str:
+    return probes.FILE if graph == GRAPH else f"{graph.removesuffix('.onnx')}.{probes.FILE}"
+
+
+def load_onnx_bundle(
+    directory: str | os.PathLike[str],
+    device: Any = None,
+    *,
+    replay: bool = True,
+    session_options: Any = None,
+    limits: LoadLimits = DEFAULT,
+) -> OnnxEngine | AbsentEngine:
+    """Check a bundle, test it on this machine, and load it.
+
+    Args:
+        directory: the bundle.
+        device: where it shall run, like ``"cuda"`` or a provider's name; None means what it was built for. A bundle
+            that was built and not executed runs its portable form on ``"cpu"``; where what it was built for is not
+            there, None gives an engine that says so when it is called.
+        replay: run the golden inputs too; :func:`verify_onnx_bundle` does so itself.
+        session_options: an ``onnxruntime.SessionOptions``.
+        limits: what the self-test and the golden runs may take.
+
+    Raises:
+        BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason. A
+            ``LimitError`` where it takes more than ``limits``.
+        UsageError: the provider is not on this machine.
+        EngineNotExecutableError: a block computes something else here, and no other lowering takes its place.
+        NotEquivalentError: the golden runs come back otherwise than the engine was verified to give them.
+    """
+    manifest = read_manifest(directory)
+    if manifest.backend != "onnxruntime":
+        raise BundleError(f"{manifest.directory}: it is a bundle for {manifest.backend}: use moeopt.load")
+    provider = _provider(manifest, device)
+    for name in (GRAPH, probes.FILE, goldens.FILE, CERTIFICATE):  # also where this process tested the same graph before
+        manifest.path(name)
+    signature = read_signature(manifest)
+    graph = PORTABLE if was_replayed(manifest) and provider == "cpu" else GRAPH
+    proto = _checked(manifest, graph, signature)
+    if provider not in available():
+        _checked(manifest, PORTABLE, signature)
+        return AbsentEngine(manifest.directory, signature, provider, manifest=manifest)
+    key = (*(str(manifest.data["files"].get(f)) for f in (graph, data_of(graph))), runtime().__version__, provider)
+    outcome = Outcome(manifest.directory, graph)
+    if key not in _PASSED:
+        within_limits(manifest, proto, graph, signature, limits)
+
+        def check(part: bytes, feeds: Mapping[str, torch.Tensor]) -> None:
+            where = f"{manifest.path(graph)}, a block"
+            check_calls(parsed(part), part, manifest.directory, [feeds], limits, manifest.bytes, where)
+
+        seconds = limits.seconds_for(manifest.bytes)
+        records = _probes(manifest, graph)
+        outcome = self_test(manifest.directory, proto, *records, provider, graph, check, seconds)
+    engine = _open(manifest, outcome, signature, provider, session_options)
+    if replay and key not in _PASSED:
+        came_back = replay_golden(engine, limits)
+        if came_back.passed is False:
+            raise NotEquivalentError(
+                f"{manifest.directory}: on {provider} the engine does not give what it was verified to give: "
+                f"{came_back.reason}. Save the bundle again on this machine, or run it where it was verified"
+            )
+        if not outcome.notes:
+            _PASSED.add(key)
+    return engine
+
+
+def read_signature(manifest: Manifest) -> dict[str, Any]:
+    """How the graph of a bundle is called."""
+    signature, where = manifest.read_json(SIGNATURE), manifest.path(SIGNATURE)
+    if not isinstance(signature, dict):
+        raise BundleError(f"{where}: it describes no call")
+    if isinstance(signature.get("inputs"), list):  # else the check of the graph's ends says it
+        checked(signature, SignatureFile, str(where))
+    return signature
+
+
+def was_replayed(manifest: Manifest) -> bool:
+    """Whether the bundle was built on a machine without its provider, and its certificate speaks of a replay."""
+    return "portable" in manifest.data
+
+
+def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> Any:
+    if graph == PORTABLE and not isinstance(manifest.data["portable"], dict):
+        raise BundleError(f"{manifest.directory}: the manifest does not describe {graph}")
+    if graph == PORTABLE:
+        checked(manifest.data["portable"], Form, f"{manifest.directory}: what the manifest says of {graph}")
+    size = manifest.data["files"].get(data_of(graph), {"bytes": 0})["bytes"]
+    return check_graph(manifest.path(graph), signature, size)
+
+
+def golden_calls(engine: GraphEngine, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Any]:
+    """(args, kwargs) of the graph for the given call and for the same in other sizes."""
+    args, kwargs = tuple(call[0]), dict(call[1])
+    if engine.causal_lm is None:
+        return [(args, kwargs), *other_sizes(engine.signature, (args, kwargs))]
+    ids = find_ids(args, kwargs)
+    assert ids is not None, "a causal language model was called with token ids"
+    return [((), feeds) for feeds in flat_calls(engine.causal_lm, ids)]
+
+
+def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.GoldenCheck:
+    """Run the golden inputs of a loaded engine again and compare with what its manifest allows.
+
+    ``LimitError`` where they take longer than ``limits`` say.
+    """
+    manifest = engine.manifest
+    assert manifest is not None, "only a loaded engine has golden runs"
+    path = manifest.path(goldens.FILE)
+    runs = goldens.load_golden(path, torch.device("cpu"))
+    distance = goldens.read_stated(manifest.data.get("golden"), len(runs), str(manifest.directory))
+
+    def run(leaves: Any) -> Any:
+        try:
+            result = engine.run_flat(leaves)
+        except MoeoptError:
+            raise
+        except Exception as err:  # the runtime's own, of many classes
+            raise RuntimeError(str(err).strip().partition("\n")[0][:300]) from None
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cpu(), result)
+
+    with engine.within(limits.seconds_for(manifest.bytes)):
+        return goldens.check_golden(run, runs, distance)
+
+
+def _open(
+    manifest: Manifest, outcome: Outcome, signature: Mapping[str, Any], provider: str, session_options: Any
+) -> OnnxEngine:
+    try:
+        return OnnxEngine(
+            outcome.directory, signature, provider, session_options, outcome.folder, manifest, outcome.notes,
+            outcome.graph,
+        )  # fmt: skip
+    except BundleError as err:
+        raise BundleError(f"{manifest.path(SIGNATURE)}: {err}") from None
+    except (UsageError, EngineNotExecutableError):
+        raise
+    except Exception as err:  # ONNX Runtime's own, of many classes
+        lines = str(err).strip().splitlines()
+        reason = f"ONNX Runtime does not load it on {provider}: {lines[0][:300] if lines else type(err).__name__}"
+        if provider == manifest.data.get("provider"):
+            raise BundleError(f"{manifest.path(outcome.graph)}: {reason}") from None
+        raise EngineNotExecutableError(
+            f"{manifest.path(outcome.graph)}: {reason}. It was verified on {manifest.data.get('provider')}: run it "
+            f"there, or optimise the model again for {provider}"
+        ) from None
+
+
+def _provider(manifest: Manifest, device: Any) -> str:
+    there = available()
+    saved = manifest.data.get("provider")
+    if not isinstance(saved, str):
+        raise BundleError(f"{manifest.directory}: the manifest names no provider")
+    if saved not in PROVIDERS:
+        raise BundleError(f"{manifest.directory}: it was built for {saved!r:.60}, not one of {', '.join(PROVIDERS)}")
+    wanted = provider_named(saved if device is None else str(device))
+    if wanted not in there and not (device is None and was_replayed(manifest)):
+        hint = "" if device is not None else "; it was saved there: name another, like device='cpu'"
+        raise UsageError(f"provider {wanted!r} is not on this machine; it has: {', '.join(there)}{hint}")
+    return wanted
+
+
+def _probes(manifest: Manifest, graph: str) -> tuple[list[Any], list[Any]]:
+    form = manifest.data if graph == GRAPH else manifest.data["portable"]
+    records, budgets = form.get("sites"), form.get("probes")
+    if not isinstance(records, list) or not isinstance(budgets, list) or not all(isinstance(r, dict) for r in records):
+        raise BundleError(f"{manifest.directory}: the manifest has no records of the lowered blocks")
+    return records, load_probes(manifest.path(_probes_of(graph)), budgets)
+
+
+def _runtimes() -> dict[str, str]:
+    from importlib import metadata
+
+    names = ("onnx", "onnx_ir", "onnxscript")
+    return {"onnxruntime": runtime().__version__, **{name: metadata.version(name) for name in names}}

@@ -1,0 +1,64 @@
+"""The golden runs of an ONNX Runtime engine: the call it was made with, and the same call in other sizes.
+
+Another provider rounds otherwise. What it may differ by is the budget that the engine itself was held to end to
+end: what one rounding error in each block moves the result by. A run that moves further when its own inputs move
+by one rounding error has an expert choice on the edge; it would say nothing of the machine, and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from moeopt.backends.onnxrt.engine import GraphEngine
+from moeopt.bundle.golden import SLACK, Golden, compare, golden_run
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+NUDGES = 2
+
+
+def budget_of(certificate: Any) -> tuple[float | None, str]:
+    """The relative L2 distance per token that golden runs may come back with, and why; None is 8 eps."""
+    end = getattr(certificate, "end_to_end", None)
+    if end is None or end.passed is not True or not end.budget > 0:
+        return None, f"{SLACK:g} eps of the result's dtype: the engine was not verified end to end"
+    return float(end.budget), "the end-to-end budget that the engine was verified with: another provider rounds too"
+
+
+def golden_runs(engine: GraphEngine, calls: Sequence[Call], distance: float | None) -> list[Golden]:
+    """What ``engine`` makes of each call, those without a margin left out unless none is left."""
+    runs, steady = [], []
+    for number, (args, kwargs) in enumerate(calls):
+        try:
+            run = golden_run(args, kwargs, engine.run_graph(*args, **kwargs))
+        except Exception:
+            if number == 0:
+                raise
+            continue  # a size that the model cannot take
+        runs.append(run)
+        if _has_margin(engine, run, distance):
+            steady.append(run)
+    return steady or runs[:1]
+
+
+def _has_margin(engine: GraphEngine, run: Golden, distance: float | None) -> bool:
+    generator = torch.Generator().manual_seed(0)
+
+    def nudged(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
+        return (value.double() * (1 + torch.finfo(value.dtype).eps * noise)).to(value.dtype)
+
+    for _ in range(NUDGES):
+        outputs = pytree.tree_leaves(engine.run_flat([nudged(v) for v in run.inputs]))
+        for got, want in zip(outputs, run.outputs, strict=True):
+            inexact = isinstance(want, Tensor) and want.is_floating_point()
+            far, reason = compare(got.cpu() if isinstance(got, Tensor) else got, want)
+            if reason or far > (distance or (SLACK * torch.finfo(want.dtype).eps if inexact else 0.0)):
+                return False
+    return True

@@ -1,0 +1,189 @@
+"""What backends have in common whose engine is an ONNX graph: build, compare, certify; replay where it cannot run."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from moeopt.backends.base import Backend, Made, Otherwise
+from moeopt.backends.onnxrt.build import Built
+from moeopt.backends.onnxrt.bundle import replay_golden
+from moeopt.backends.onnxrt.check_routers import Routed, check_blocks
+from moeopt.backends.onnxrt.compare_engine import compare_engine, weighted
+from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
+from moeopt.backends.onnxrt.expert_ids import count_ids
+from moeopt.backends.onnxrt.offline_engine import AbsentEngine
+from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
+from moeopt.backends.onnxrt.ties import Ties, tie_note
+from moeopt.bundle.fingerprint import fingerprint
+from moeopt.bundle.holds import notes_on_sizes
+from moeopt.bundle.manifest import Manifest
+from moeopt.capture.shared_copy import shared_copy
+from moeopt.find.example_inputs import Call
+from moeopt.limits import LoadLimits
+from moeopt.lower.onnx.plan import BlockPlan
+from moeopt.lower.plain import open_dataclasses
+from moeopt.options import Options
+from moeopt.patches import fewer_collections
+from moeopt.pipeline.block import OwnForward
+from moeopt.pipeline.enclosing import with_router
+from moeopt.pipeline.report_of import report_of
+from moeopt.pipeline.run import Outcome, run
+from moeopt.report import BlockReport
+from moeopt.verification.certificate import Certificate
+from moeopt.verification.model import EndToEnd, OriginalRuns
+
+
+class GraphBackend(Backend):
+    """An engine of the rewritten model, each block verified as its lowering computes it, then the whole.
+
+    Where the engine cannot run here, both verdicts are those of its portable form.
+    """
+
+    def _optimize_impl(self, source: nn.Module, call: Call, options: Options, plan: Any) -> Made:
+        twin = shared_copy(source)
+        with open_dataclasses(call):
+            return self._engine(source, twin, call, options, plan)
+
+    def _engine(self, source: nn.Module, twin: nn.Module, call: Call, options: Options, plan: Any) -> Made:
+        outcome = self._run_impl(twin, call, options, plan)
+        with fewer_collections():
+            built = self._build_impl(twin, call, plan, options)
+            engine = self._opened_impl(built, plan, options)
+        runner, executed = self.runner(engine)
+        form = self._graph_of(built)
+
+        def count(one: Call) -> tuple[int, int, str]:
+            """Expert ids inside an engine that ONNX Runtime runs; another runtime does not show them."""
+            if not isinstance(runner, OnnxEngine):
+                return 0, 0, ""
+            graph, shown = (GRAPH, form) if form.portable is None else (PORTABLE, form.portable)
+            return count_ids(twin, runner, graph, shown.sites, one)
+
+        notes = self._check_routers(source, twin, runner, form, outcome, plan, options)
+
+        def ties_from(noise: list[str]) -> Ties | None:
+            return ties_of(twin, runner, form, noise, options.seed)
+
+        end = compare_engine(source, runner, call, outcome, options, count, ties_from)
+        moved = sum(case.ties for check in outcome.checks for case in check.cases if case.name.endswith(runner.runtime))
+        if ties := tie_note(twin, call, runner.runtime, None if end is None else moved, 0 if end is None else end.ties):
+            notes.append(ties)
+        notes = [*notes_on_sizes(form.signature), *notes]
+        first = next(source.parameters(), None)
+        certificate = Certificate(
+            blocks=outcome.checks,
+            end_to_end=end,
+            level=options.verify,
+            executed=executed,
+            device=engine.described if executed else engine.built_for,
+            dtype=str(first.dtype).removeprefix("torch.") if first is not None else "",
+            notes=[*plan.notes, *notes],
+        )
+        blocks = [self._with_lowering(block, built) for block in outcome.blocks]
+        report = report_of(source, blocks, self.name, outcome, certificate, options)
+        report = dataclasses.replace(report, notes=(*report.notes, *self._notes_impl(built), *notes))
+        return Made(engine, report, certificate, fingerprint(source), built)
+
+    def _check_routers(
+        self, source: nn.Module, twin: nn.Module, engine: GraphEngine, form: Built, outcome: Outcome, plan: Any,
+        options: Options,
+    ) -> list[str]:  # fmt: skip
+        """Each kind of block on ONNX Runtime with its router, in strict mode; notes for report and certificate."""
+        if options.verify != "strict" or not isinstance(engine, OnnxEngine) or not isinstance(plan, Plan):
+            return []
+        options.say("running the blocks' routers on the runtime")
+        blocks = []
+        for path, rewrite in outcome.rewrites.items():
+            around = with_router(path, outcome.calls)
+            if around is not None and (around[0] or engine.causal_lm is None):
+                experts = max(len(found.experts) for found in rewrite.found)
+                blocks.append(Routed(around[0], outcome.calls[around[0]], around[1], experts, rewrite.check))
+        return check_blocks(lambda p: OwnForward(source.get_submodule(p)), twin, blocks, form, plan, options.seed)
+
+    def _with_lowering(self, block: BlockReport, built: Any) -> BlockReport:
+        """The block with what runs it in the engine; a module that is called twice has a site for each call."""
+        if block.status != "rewritten":
+            return block
+        paths = {site.split("#")[0] for site in self._graph_of(built).reasons}
+        own = block.name if block.name in paths else "experts"  # the root module's sites have no path
+        return dataclasses.replace(block, lowering=self._lowering_impl(own, built) or block.lowering)
+
+    def _replay_impl(self, manifest: Manifest, engine: Any, limits: LoadLimits) -> Any:
+        return replay_golden(engine, limits)
+
+    def told_from_ties(
+        self, original: nn.Module, engine: Any, call: Call, noise: Sequence[str], built: Any = None
+    ) -> Otherwise | None:
+        """The blocks of ``original`` are rewritten only where the outputs differ; only ONNX Runtime tells its ids."""
+        if not isinstance(engine, OnnxEngine):
+            return None
+
+        def otherwise(runs: OriginalRuns, got: Any) -> EndToEnd | None:
+            twin = shared_copy(original)
+            run(twin, call, Options(verify="off"))
+            if built is None:
+                ties = Ties.of_bundle(twin, engine, list(noise))
+            else:
+                ties = ties_of(twin, engine, self._graph_of(built), list(noise), 0)
+            return None if ties is None else ties.compare(call, runs, got)
+
+        return otherwise
+
+    def runner(self, model: Any) -> tuple[GraphEngine, bool]:
+        return (model.replay(), False) if isinstance(model, AbsentEngine) else (model, True)
+
+    def runs_on(self, engine: Any) -> str | None:
+        if isinstance(engine, AbsentEngine):
+            return None
+        return engine.provider if isinstance(engine, OnnxEngine) else super().runs_on(engine)
+
+    def comparable(self, engine: Any, call: Call) -> Call:
+        if engine.causal_lm is None:
+            return call
+        return call[0], {**call[1], "use_cache": False}  # the cache is compared by what comes of it
+
+    def noisy(self, original: nn.Module, blocks: Sequence[str]) -> list[str]:
+        """Every module that has weights: the runtime computes each op anew."""
+        return [*super().noisy(original, blocks), *weighted(original)]
+
+    # what a subclass writes
+
+    def _run_impl(self, twin: nn.Module, call: Call, options: Options, plan: BlockPlan) -> Outcome:
+        """The pipeline over the model's copy ``twin``."""
+        return run(twin, call, options, plan)
+
+    @abstractmethod
+    def _build_impl(self, twin: nn.Module, call: Call, plan: Any, options: Options) -> Any:
+        """The engine's files, and a record of them."""
+
+    @abstractmethod
+    def _opened_impl(self, built: Any, plan: Any, options: Options) -> GraphEngine | AbsentEngine:
+        """What was built, as an engine of this machine, or of one that can run it."""
+
+    @abstractmethod
+    def _lowering_impl(self, path: str, built: Any) -> str:
+        """What runs the block at ``path``, in a line; "" where the engine does not hold it."""
+
+    def _graph_of(self, built: Any) -> Built:
+        """The record of the ONNX graph among what was built."""
+        graph: Built = built
+        return graph
+
+    def _notes_impl(self, built: Any) -> list[str]:
+        """Sentences on the engine for the report."""
+        del built
+        return []
+
+
+def ties_of(twin: nn.Module, engine: GraphEngine, form: Built, noise: list[str], seed: int) -> Ties | None:
+    """What compares once more where ``engine`` broke ties otherwise; only ONNX Runtime tells its expert ids."""
+    if not isinstance(engine, OnnxEngine):
+        return None
+    graph, shown = (GRAPH, form) if form.portable is None else (PORTABLE, form.portable)
+    return Ties(twin, engine, graph, shown.sites, noise, seed)

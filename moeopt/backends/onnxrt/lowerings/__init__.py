@@ -1,0 +1,18 @@
+"""Lowerings: each replaces the grouped-expert op by nodes that ONNX Runtime runs; the order here breaks ties."""
+
+from moeopt.backends.onnxrt.lowerings.moe_kernel import Expand, MaskedLog
+from moeopt.backends.onnxrt.lowerings.unrolled import Unrolled
+from moeopt.errors import UsageError
+from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.lowerings.dense import Dense
+
+LOWERINGS: tuple[Lowering, ...] = (Unrolled(), MaskedLog(), Expand(), Dense())
+
+
+def by_name(name: str) -> Lowering:
+    """The lowering called ``name``; a ``UsageError`` that lists the names if there is none."""
+    for lowering in LOWERINGS:
+        if lowering.name == name:
+            return lowering
+    names = ", ".join(lowering.name for lowering in LOWERINGS)
+    raise UsageError(f"no lowering is called {name!r}; the lowerings are {names}")

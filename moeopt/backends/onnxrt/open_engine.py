@@ -1,0 +1,28 @@
+"""What was built, as an engine: of this machine, or of one that has the provider."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeopt.backends.onnxrt.build import Built
+from moeopt.backends.onnxrt.engine import OnnxEngine
+from moeopt.backends.onnxrt.offline_engine import AbsentEngine
+from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.replay import ReplayPlan
+from moeopt.backends.onnxrt.session import runtime
+from moeopt.errors import MoeoptError, NotSaveableError
+
+
+def open_onnx(built: Built, plan: Plan, session_options: Any) -> OnnxEngine | AbsentEngine:
+    """What ``build_onnx`` wrote, as an engine of this machine, or of one that has the plan's provider."""
+    if isinstance(plan, ReplayPlan):
+        return AbsentEngine(built.directory, built.signature, plan.target.provider, built.folder)
+    try:
+        return OnnxEngine(built.directory, built.signature, plan.provider, session_options, keep=built.folder)
+    except MoeoptError:
+        raise
+    except Exception as err:  # ONNX Runtime's own, of many classes
+        raise NotSaveableError(
+            f"ONNX Runtime {runtime().__version__} does not load the graph that was written for {plan.provider}: "
+            f"{str(err).strip().splitlines()[0][:300]}; use backend='torch', or report this with the model's code"
+        ) from err

@@ -1,0 +1,230 @@
+"""The first time a bundle is loaded on a machine, its blocks are asked what they were asked when it was saved.
+
+A runtime of another version, or on another device, may compute a node otherwise than the one that the engine was
+verified on. Each kind of block is run alone on its probe. One that answers wrongly, or does not run at all, gets
+the next lowering that answers rightly, with the weights read back from the bundle; the rewritten graph lies in a
+temporary folder. The user is warned, and the engine's notes say what was replaced. What passed is remembered for
+the process.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeopt.backends.onnxrt.known_answer import BLOCK, ask, cut_out, feeds_of, session_of
+from moeopt.backends.onnxrt.lowerings import LOWERINGS
+from moeopt.backends.onnxrt.select import ranked
+from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, Session
+from moeopt.backends.onnxrt.site_records import ENDS, read_back, tensor_of
+from moeopt.bundle.temp_folder import TemporaryFolder
+from moeopt.errors import BundleError, Declined, EngineFallbackWarning, EngineNotExecutableError, UsageError
+from moeopt.lower.onnx.assemble import one_op
+from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.site import Site
+
+Probe = tuple[Mapping[str, Tensor], float]
+Check = Callable[[bytes, Mapping[str, Tensor]], None]
+"""Refuses a model whose call with these inputs takes more time or memory than it may."""
+
+
+@dataclass
+class Outcome:
+    """Where the graph to run lies, and what was replaced; ``folder`` is None where the bundle's own graph is good."""
+
+    directory: Path
+    graph: str = GRAPH
+    notes: list[str] = field(default_factory=list)
+    folder: TemporaryFolder | None = None
+
+
+def self_test(
+    directory: Path,
+    proto: Any,
+    records: Sequence[Mapping[str, Any]],
+    probes: Sequence[Probe],
+    provider: str,
+    graph: str = GRAPH,
+    check: Check | None = None,
+    seconds: float | None = None,
+) -> Outcome:
+    """Ask every kind of block of the graph in the file ``graph`` its probe; replace those that answer wrongly.
+
+    ``check`` is asked before a saved block runs, and ``seconds`` is how long an answer may take.
+
+    Raises:
+        LimitError: a block takes more than it may.
+        EngineNotExecutableError: no lowering of a block answers rightly here; the message has each one's reason.
+    """
+    wrong = {}
+    for number, probe in enumerate(probes):
+        record = next((r for r in records if r.get("probe") == number), None)
+        if record is None:
+            raise BundleError(f"{directory}: probe {number} belongs to no block")
+        reason = _answer(directory, proto, record, probe, provider, check, seconds)
+        if reason:
+            wrong[number] = reason
+    outcome = Outcome(directory, graph)
+    if not wrong:
+        return outcome
+    import onnx_ir as ir
+
+    model = ir.load(directory / graph)
+    for number, reason in wrong.items():
+        same = [r for r in records if r.get("probe") == number]
+        _replace(model, same, probes[number], provider, reason, outcome)
+    outcome.folder = TemporaryFolder()
+    outcome.directory, outcome.graph = Path(outcome.folder.name), GRAPH
+    ir.save(model, outcome.directory / GRAPH, external_data=EXTERNAL_DATA)
+    for note in outcome.notes:
+        warnings.warn(note, EngineFallbackWarning, stacklevel=4)
+    return outcome
+
+
+def _answer(
+    directory: Path,
+    proto: Any,
+    record: Mapping[str, Any],
+    probe: Probe,
+    provider: str,
+    check: Check | None,
+    seconds: float | None,
+) -> str:
+    """What is wrong with the saved nodes of a block, or ""."""
+    part, names = cut_out(proto, record), [record[end] for end in ENDS[:3]]
+    if check is not None:
+        check(part, feeds_of(probe[0], names))
+    return _asked(lambda: session_of(part, directory, provider), probe, names, seconds)
+
+
+def _asked(make: Any, probe: Probe, names: Sequence[str], seconds: float | None = None) -> str:
+    try:
+        return ask(make(), probe[0], names, probe[1], seconds)
+    except (UsageError, BundleError):
+        raise
+    except Exception as err:  # ONNX Runtime's own, of many classes: a node that it does not run here
+        lines = str(err).strip().splitlines()
+        return f"it does not run ({type(err).__name__}: {lines[0][:200] if lines else ''})"
+
+
+def _replace(
+    model: Any, records: Sequence[Mapping[str, Any]], probe: Probe, provider: str, reason: str, outcome: Outcome
+) -> None:
+    """Lower the blocks of one kind otherwise, in an ``onnx_ir`` model."""
+    first = records[0]
+    refused = [f"{first['lowering']}: {reason}"]
+    lowering: Lowering | None = None
+    try:
+        before = next(low for low in LOWERINGS if low.name == first["lowering"])
+        sites = [_site_back(model, record, before) for record in records]
+    except StopIteration:
+        refused.append(f"this moeopt has no lowering {first['lowering']!r} to read its weights back with")
+    except Declined as err:
+        refused.append(err.reason)
+    else:
+        lowering = _next_lowering(sites[0], first, probe, provider, refused)
+    if lowering is None:
+        raise EngineNotExecutableError(
+            f"block {first['name']} computes something else on {provider} than it was verified to, and no other "
+            f"lowering takes its place ({'; '.join(refused)}): optimise the model again on this machine"
+        )
+    for record, site in zip(records, sites, strict=True):
+        splice(model, record, site, lowering)
+    names = ", ".join(str(r["name"]) for r in records[:3]) + (f" and {len(records) - 3} more" if records[3:] else "")
+    outcome.notes.append(
+        f"{names}: lowering {first['lowering']} fails its self-test on {provider} ({reason}); {lowering.name} runs "
+        "instead. Optimise the model again on this machine to have the whole of it verified here"
+    )
+
+
+def _site_back(model: Any, record: Mapping[str, Any], lowering: Lowering) -> Site:
+    weights = model.graph.initializers
+
+    def saved(name: str) -> Tensor | None:
+        value = weights.get(name)
+        return None if value is None or value.const_value is None else tensor_of(value.const_value)
+
+    return read_back(record, lowering, saved)
+
+
+def _next_lowering(
+    site: Site, record: Mapping[str, Any], probe: Probe, provider: str, refused: list[str]
+) -> Lowering | None:
+    """The quickest other lowering that answers rightly; ``refused`` gets the others' reasons."""
+    for choice in ranked(site, provider):
+        if choice.name == record["lowering"]:
+            continue
+        reason = choice.reason
+        if choice.lowering is not None:
+            lowering = choice.lowering
+            reason = _asked(lambda low=lowering: _alone(site, low, provider), probe, ENDS[:3])
+            if not reason:
+                return lowering
+        refused.append(f"{choice.name}: {reason}")
+    return None
+
+
+def _alone(site: Site, lowering: Lowering, provider: str) -> Session:
+    """A session of one block; its file is gone at once, and the session keeps what it read."""
+    import onnx_ir as ir
+
+    with tempfile.TemporaryDirectory(prefix="moeopt-") as folder:
+        ir.save(one_op(site, lowering), f"{folder}/{GRAPH}", external_data=EXTERNAL_DATA)
+        return Session(f"{folder}/{GRAPH}", provider)
+
+
+def splice(model: Any, record: Mapping[str, Any], site: Site, lowering: Lowering) -> None:
+    """Put ``lowering``'s nodes for ``site`` in the place of the block's, in an ``onnx_ir`` model."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    old = [n for n in graph if n.metadata_props.get(BLOCK) == record["name"]]
+    values = {v.name: v for v in (*graph.inputs, *graph.initializers.values())}
+    values |= {v.name: v for n in graph for v in n.outputs}
+    x, ids, weights, result = (values[record[end]] for end in ENDS)
+    stale = {v.name for n in old for v in n.inputs if v is not None and v.is_initializer()}
+    builder = Builder(site.name)
+    y = lowering.emit(builder, site, x, ids, weights)
+    y.type, y.shape = result.type, result.shape
+    for value in (v for n in old for v in n.outputs):
+        value.name = f"{value.name}~"  # free the names: the new nodes may use them
+    for node in builder.nodes:
+        node.metadata_props[BLOCK] = site.name
+    graph.insert_before(old[0], builder.nodes)
+    at_end = result.is_graph_output()
+    ir.convenience.replace_all_uses_with(result, y, replace_graph_outputs=True)
+    if at_end:
+        y.name = record["y"]
+    graph.remove(old, safe=True)
+    for name in stale:
+        if not graph.initializers[name].uses():
+            graph.initializers.pop(name)
+    for value in builder.initializers:
+        graph.register_initializer(value)
+    graph.opset_imports.update(builder.domains)
+
+
+def load_probes(path: Path, records: Any) -> list[Probe]:
+    """The probes of a bundle; ``records`` are the manifest's, ``{"budget": ...}`` each."""
+    from safetensors import SafetensorError, safe_open
+
+    parts = (*ENDS[:3], "y")
+    try:
+        budgets = [float(r["budget"]) for r in records]
+        with safe_open(path, framework="pt") as file:
+            probes: list[Probe] = [
+                ({part: file.get_tensor(f"{n}.{part}") for part in parts}, budget) for n, budget in enumerate(budgets)
+            ]
+    except (SafetensorError, KeyError, ValueError, TypeError) as err:
+        raise BundleError(f"{path}: it holds other probes than the manifest says ({str(err)[:80]})") from None
+    if any(p["y"].dtype != torch.float64 or not 0 <= b < 1 for p, b in probes):
+        raise BundleError(f"{path}: a probe's result is no float64, or its budget no distance")
+    return probes

@@ -1,0 +1,145 @@
+"""A graph from elsewhere is run within its limits before it runs in this process.
+
+Where the cost of a call can be told from its sizes, it is compared with the limits, and nothing is run. Where it
+cannot, a child process, which imports ONNX Runtime and nothing else, makes the same session and the same calls under
+the system's own limits on memory and time; if that ends badly, this process never opens the graph.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeopt.backends.onnxrt.budget import cost_of
+from moeopt.bundle import golden as goldens
+from moeopt.bundle.manifest import Manifest
+from moeopt.errors import BundleError, LimitError
+from moeopt.limits import LoadLimits
+from moeopt.untrusted import shown
+
+PRODUCTS_A_SECOND = 1e10
+"""Multiplications that any machine of today does in a second; a call of more is timed in a child."""
+STARTING = 5.0
+"""Seconds for the child to start."""
+_CHILD = Path(__file__).with_name("trial_child.py")
+_WAY_OUT = "if you trust the bundle, give it more: moeopt.load(directory, limits=moeopt.LoadLimits({}=...))"
+
+Feeds = Mapping[str, torch.Tensor]
+
+
+def check_calls(
+    proto: Any, model: Path | bytes, folder: Path, calls: Sequence[Feeds], limits: LoadLimits, files: int, where: str
+) -> None:
+    """Refuse a graph whose ``calls`` take more than they may.
+
+    Args:
+        proto: the graph, its weights left in their file.
+        model: the file that it was read from, or its bytes.
+        folder: where its weights lie.
+        calls: the inputs by name, of each call that will be made here.
+        limits: of the whole.
+        files: bytes of the bundle's files.
+        where: what the errors call it.
+
+    Raises:
+        LimitError: a call takes more memory or time than the limits say.
+        BundleError: the graph ends the process that runs it.
+    """
+    seconds, unknown = limits.seconds_for(files), []
+    if math.isinf(seconds) and math.isinf(limits.bytes_for(files)):
+        return
+    for feeds in calls:
+        budget = limits.bytes_for(files, _size(feeds))
+        cost = cost_of(proto, {name: tuple(t.shape) for name, t in feeds.items()})
+        if cost is not None and cost.bytes > budget:
+            raise LimitError(f"{where}: a call holds {cost.bytes:.2g} bytes, and may {budget:.2g}: {_more('bytes')}")
+        if cost is None or cost.products > seconds * PRODUCTS_A_SECOND:
+            unknown.append(feeds)
+    if unknown:
+        _in_a_child(model, folder, unknown, limits, files, where)
+
+
+def within_limits(manifest: Manifest, proto: Any, graph: str, signature: Mapping[str, Any], limits: LoadLimits) -> None:
+    """``LimitError`` where the golden runs of a graph take more than they may."""
+    runs = goldens.load_golden(manifest.path(goldens.FILE), torch.device("cpu"))
+    names = [entry.get("onnx") for entry in signature["inputs"]]
+    calls = [
+        {n: v for n, v in zip(names, run.inputs, strict=False) if n is not None and isinstance(v, torch.Tensor)}
+        for run in runs
+    ]
+    path = manifest.path(graph)
+    check_calls(proto, path, manifest.directory, calls, limits, manifest.bytes, str(path))
+
+
+def _in_a_child(
+    model: Path | bytes, folder: Path, calls: Sequence[Feeds], limits: LoadLimits, files: int, where: str
+) -> None:
+    seconds = limits.seconds_for(files)
+    budget = max(limits.bytes_for(files, _size(feeds)) for feeds in calls)
+    with tempfile.TemporaryDirectory(prefix="moeopt-") as aside:
+        path = model
+        if isinstance(model, bytes):
+            path = Path(aside) / "model.onnx"
+            path.write_bytes(model)
+        said = {
+            "model": str(path),
+            "folder": str(folder.resolve()),
+            "bytes": int(min(budget + files, 1 << 62)),
+            "threads": torch.get_num_threads(),
+            "calls": [_written(feeds, Path(aside), n) for n, feeds in enumerate(calls)],
+        }
+        (Path(aside) / "calls.json").write_text(json.dumps(said))
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _CHILD.read_text(encoding="utf-8")],
+                cwd=aside, capture_output=True, text=True, errors="replace",
+                timeout=min(seconds + STARTING, threading.TIMEOUT_MAX),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise LimitError(f"{where}: its calls take longer than {seconds:.3g} s: {_more('seconds')}") from None
+    if done.returncode < 0:
+        raise BundleError(f"{where}: the graph ends the process that runs it (signal {-done.returncode})")
+    verdict = done.stdout.split()[-1:]
+    if verdict == ["memory"]:
+        raise LimitError(f"{where}: its calls take more than {budget:.2g} bytes: {_more('bytes')}")
+    if not verdict:
+        lines = done.stderr.strip().splitlines()
+        raise BundleError(
+            f"{where}: its calls cannot be told from their sizes, and {sys.executable} does not try them in a process "
+            f"of their own ({shown(lines[-1] if lines else 'it says nothing', 200)}): if you trust the bundle, load it "
+            "without limits: limits=moeopt.LoadLimits(seconds=math.inf, bytes=math.inf)"
+        )
+
+
+def _written(feeds: Feeds, folder: Path, number: int) -> dict[str, Any]:
+    """The tensors of a call as files, and what they are: element type, bytes of an element, shape, file."""
+    said = {}
+    for at, (name, tensor) in enumerate(feeds.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        path = folder / f"{number}.{at}"
+        path.write_bytes(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        said[name] = [_element_type(tensor.dtype), tensor.element_size(), list(tensor.shape), path.name]
+    return said
+
+
+def _size(feeds: Feeds) -> int:
+    return sum(t.numel() * t.element_size() for t in feeds.values())
+
+
+def _more(name: str) -> str:
+    return _WAY_OUT.format(name)
+
+
+def _element_type(dtype: torch.dtype) -> int:
+    from onnx_ir.tensor_adapters import from_torch_dtype
+
+    return int(from_torch_dtype(dtype))

@@ -1,0 +1,56 @@
+"""Makes a session and its calls within a limit on memory; run as a program, with numpy and ONNX Runtime only.
+
+Reads ``calls.json`` in the working directory; the last line that it prints is "good", "memory" or "other".
+"""
+
+import json
+import sys
+from typing import Any
+
+NUMPY = {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 12: "u4", 13: "u8"}
+"""ONNX's element types that numpy has; the others travel as the unsigned integers of their width."""
+MEMORY = ("bad alloc", "bad_alloc", "Failed to allocate", "out of memory", "smaller than requested")
+
+
+def main() -> None:
+    import numpy
+    import onnxruntime as ort
+
+    with open("calls.json") as file:
+        said = json.load(file)
+    limit_memory(said["bytes"])
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = said["threads"]
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", said["folder"])
+    try:
+        session = ort.InferenceSession(said["model"], options, providers=["CPUExecutionProvider"])
+        for call in said["calls"]:
+            feeds: dict[str, Any] = {}
+            for name, (kind, width, shape, path) in call.items():
+                data = numpy.fromfile(path, NUMPY.get(kind, f"u{width}")).reshape(shape)
+                feeds[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(data, kind)
+            session.run_with_ort_values(None, feeds)
+    except MemoryError:
+        print("memory")
+    except Exception as err:  # of several classes; the parent meets the same one, with a message of its own
+        print("memory" if any(word in str(err) for word in MEMORY) else "other")
+    else:
+        print("good")
+
+
+def limit_memory(more: int) -> None:
+    """Let this process have ``more`` bytes beside what it has, where the system can hold it to that."""
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + more, mapped + more))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()

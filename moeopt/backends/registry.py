@@ -1,0 +1,84 @@
+"""The backends by name: moeopt's own, and those that installed packages bring.
+
+A package brings one with an entry point in the group ``moeopt.backends`` whose value is a class:
+
+    [project.entry-points."moeopt.backends"]
+    numpy = "my_package.backend:NumpyBackend"
+
+Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import os
+from importlib import metadata
+from typing import Any
+
+from moeopt.backends.base import Backend
+from moeopt.bundle.manifest import read_backend
+from moeopt.errors import BundleError, UsageError
+from moeopt.limits import DEFAULT, LoadLimits
+
+GROUP = "moeopt.backends"
+OWN = {
+    "torch": "moeopt.backends.torch.backend:TorchBackend",
+    "onnxruntime": "moeopt.backends.onnxrt.backend:OnnxRuntimeBackend",
+    "tensorrt": "moeopt.backends.tensorrt.backend:TensorRTBackend",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every name that ``backend=`` takes, moeopt's own first; a package cannot take the place of one of those."""
+    others = sorted({point.name for point in metadata.entry_points(group=GROUP)} - set(OWN))
+    return (*OWN, *others)
+
+
+def get(name: str) -> Backend:
+    """The backend called ``name``.
+
+    Raises:
+        UsageError: there is none of that name, or the package that brings it does not load.
+    """
+    if name not in (known := names()):
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"backend {name!r} is not available; {hint}use one of {', '.join(map(repr, known))}")
+    return _made(name)
+
+
+@functools.cache
+def _made(name: str) -> Backend:
+    if name in OWN:
+        module, _, attribute = OWN[name].partition(":")
+        made: Backend = getattr(importlib.import_module(module), attribute)()
+        return made
+    (point, *_) = [p for p in metadata.entry_points(group=GROUP) if p.name == name]
+    try:
+        made = point.load()()
+    except Exception as err:
+        raise UsageError(f"backend {name!r} ({point.value}) does not load: {type(err).__name__}: {err}") from err
+    if not isinstance(made, Backend) or made.name != name:
+        kind = type(made).__name__
+        raise UsageError(f"backend {name!r} ({point.value}) is a {kind}, not a moeopt.backends.base.Backend")
+    return made
+
+
+def of_bundle(directory: str | os.PathLike[str]) -> Backend:
+    """The backend that a bundle says it is for; ``BundleError`` where it says none that is here."""
+    name = read_backend(directory)
+    if name not in (known := names()):
+        raise BundleError(f"{directory}: the backend is {name!r}, not one of {', '.join(known)}")
+    return get(name)
+
+
+def open_bundle(
+    directory: str | os.PathLike[str],
+    device: Any = None,
+    session_options: Any = None,
+    limits: LoadLimits = DEFAULT,
+) -> Any:
+    """The engine of a bundle, whatever its backend; arguments and errors as those of ``moeopt.load``."""
+    return of_bundle(directory).open(directory, device, session_options, limits)

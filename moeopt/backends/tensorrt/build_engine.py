@@ -1,0 +1,213 @@
+"""From an optimised model to a directory with ``model.onnx`` and ``engine.plan``: trace, convert, lower, build.
+
+model.onnx      what TensorRT parses, in the model's own dtypes
+portable.onnx   the same graph for ONNX Runtime's CPU, where that cannot run model.onnx: 16-bit floats widened
+engine.plan     what TensorRT made of model.onnx for the target
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from moeopt.backends.onnxrt import build as onnx_build
+from moeopt.backends.onnxrt.session import GRAPH
+from moeopt.backends.tensorrt import build as builder
+from moeopt.backends.tensorrt.causal_profiles import causal_sizes
+from moeopt.backends.tensorrt.engine import PLAN, AbsentTensorRTEngine, TensorRTEngine, open_built, provider_of
+from moeopt.backends.tensorrt.engine_plan import PortableForm
+from moeopt.backends.tensorrt.graph_check import check_graph
+from moeopt.backends.tensorrt.layers import counted, in_block, size, told
+from moeopt.backends.tensorrt.plan import TensorRTPlan
+from moeopt.backends.tensorrt.product import product
+from moeopt.backends.tensorrt.profiles import Profile, default_sizes, profiles_for
+from moeopt.backends.tensorrt.runtime import Needs
+from moeopt.backends.tensorrt.sums import products_as_sums, sums_for
+from moeopt.backends.tensorrt.target import Target
+from moeopt.bundle.io_names import KEY
+from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
+from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
+from moeopt.errors import Declined, EngineBuildError, NotSaveableError, UsageError
+from moeopt.lower.export import export_program, roomier
+from moeopt.lower.onnx.assemble import one_op
+from moeopt.lower.onnx.export import emitting, to_onnx
+from moeopt.lower.onnx.plan import kind
+from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.widen import widen_graph, widen_site
+from moeopt.lower.signature import describe_call, functional
+from moeopt.lower.surprise import surprises
+from moeopt.options import Options
+from moeopt.patches import quiet
+from moeopt.verification.language import find_ids
+
+
+@dataclass
+class TrtBuilt:
+    """A written engine.
+
+    Attributes:
+        graph: its ONNX form: folder, signature, lowerings, and the portable form where there is one.
+        plan: what the builder says of ``engine.plan``.
+        needs: what it runs on.
+    """
+
+    graph: onnx_build.Built
+    plan: builder.Built
+    target: Target
+    needs: Needs
+
+    @property
+    def directory(self) -> Path:
+        return self.graph.directory
+
+    def opened(self) -> TensorRTEngine | AbsentTensorRTEngine:
+        """As an engine."""
+        return open_built(self.directory, self.graph.signature, self.needs, self.plan.profiles, self.graph.folder)
+
+    def lowering_of(self, block: str) -> str:
+        """What runs a block, in a line for reports; "" where the engine does not hold it."""
+        reasons = {why for name, why in self.graph.reasons.items() if name.split("#")[0] == block}
+        layers = in_block(self.plan.layers, block)
+        count = f"; {len(layers)} layers" if layers else ""
+        return f"{provider_of(self.needs)} {'; '.join(sorted(reasons))}{count}" if reasons else ""
+
+    def summary(self) -> str:
+        """The engine in a sentence."""
+        plan, made_by = self.plan, f"{self.needs.product} {self.needs.version}"
+        return (
+            f"{PLAN} for {self.target} by {made_by}: {plan.bytes / 1e6:.1f} MB, {len(plan.layers)} layers "
+            f"({told(counted(plan.layers))}), {size(plan.activation_bytes)} of activations at most"
+        )
+
+
+def build_trt(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: TensorRTPlan, options: Options
+) -> TrtBuilt:
+    """Export ``model``, whose blocks were rewritten, and build its engine for ``plan.target``.
+
+    Raises:
+        NotSaveableError: torch.export or ONNX cannot hold the model.
+        EngineBuildError: TensorRT does not build it; the message names the block where it is known.
+    """
+    with surprises(f"building {type(model).__name__} for TensorRT", onnx_build.INSTEAD, NotSaveableError):
+        return _build(model, args, kwargs, plan, options)
+
+
+def _build(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: TensorRTPlan, options: Options
+) -> TrtBuilt:
+    started = time.perf_counter()
+    graph, sites, signature = _exported(model, args, kwargs, plan, options)
+    portable, differs, sums = graph.clone(), widen_graph(graph.clone()), 0
+
+    def adapt(model: Any) -> None:
+        nonlocal sums
+        sums = products_as_sums(model) if sums_for(plan.target) else 0
+
+    try:
+        built = onnx_build.write_graph(graph, sites, signature, plan, options.say, started, adapt=adapt)
+    except Declined as err:
+        raise UsageError(err.reason) from None
+    differs |= sums > 0 or any(widen_site(s) is not s or plan.portable(s).name != plan.lowering(s).name for s in sites)
+    if differs:
+        options.say("writing its portable form")
+        form = PortableForm(plan)
+        built.portable = onnx_build.write_graph(
+            portable, sites, built.signature, form, options.say, started, built.folder
+        )
+    if problems := check_graph(graph, plan.target):
+        raise NotSaveableError(
+            f"the graph is not one that TensorRT builds for {plan.target}: {problems[0]}; use backend='torch' or "
+            "'onnxruntime', or write that part of the model with other ops"
+        )
+    job = builder.Job(
+        built.directory / GRAPH,
+        built.directory / PLAN,
+        plan.target,
+        _profiles(graph, built.signature, args, kwargs, options),
+        sorted({site.name for site in sites}, key=len, reverse=True),
+        tf32=options.tf32,
+        timing_cache=None if options.timing_cache is None else Path(options.timing_cache),
+        seconds=options.build_seconds,
+        bytes=None if options.build_gigabytes is None else int(options.build_gigabytes * 1e9),
+    )
+    try:
+        done = builder.build_plan(job, options.say)
+    except EngineBuildError as err:
+        raise err if err.block or len(sites) < 2 else _accused(err, sites, plan, job) from None
+    built.facts |= {"layers": float(len(done.layers)), "build_seconds": done.seconds}
+    made_by = product(plan.target.product)
+    needs = Needs(made_by.name, done.version, plan.target.sm, made_by.cuda)
+    return TrtBuilt(built, done, plan.target, needs)
+
+
+def _exported(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: TensorRTPlan, options: Options
+) -> tuple[Any, list[Site], dict[str, Any]]:
+    """The whole model as an ``onnx_ir.Model``, with a key/value cache where it has one; its sites and signature."""
+    if is_causal_lm(model):
+        try:
+            found = export_causal_lm(model, args, kwargs, options.say, "tensorrt")
+            add_conditions(found.program, found.signature)
+        except Declined as err:
+            plan.remarks.append(onnx_build.without_cache(model, kwargs, err.reason))
+        else:
+            return found.model, found.sites, flat_signature(found.model.graph, found.signature)
+    options.say("tracing the whole model")
+    args, kwargs = roomier(model, args, kwargs)
+    with emitting(model) as sites, quiet():
+        program = functional(export_program(model, args, kwargs))
+    options.say("converting it to ONNX")
+    return to_onnx(program), sites, describe_call(program)
+
+
+def _profiles(
+    model: Any, signature: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> list[Profile]:
+    """The user's profiles, completed from the example call; for a causal language model a prompt's and a decode's."""
+    ends = {value.name: [getattr(dim, "value", dim) for dim in value.shape] for value in model.graph.inputs}
+    if KEY in signature:
+        ids = find_ids(args, kwargs)
+        assert ids is not None, "a causal language model was called with token ids"
+        every = causal_sizes(ends, signature[KEY], (ids.shape[0], ids.shape[1]), options.tokens)
+        if options.profile is None:
+            return [profiles_for(ends, sizes)[0] for sizes in every]
+        return profiles_for(ends, every[0], options.profile)
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    pairs = zip(signature["inputs"], leaves, strict=True)
+    example = {e["onnx"]: tuple(leaf.shape) for e, leaf in pairs if "onnx" in e and isinstance(leaf, torch.Tensor)}
+    sizes = default_sizes(ends, example, signature["sizes"], options.tokens)
+    return profiles_for(ends, sizes, options.profile)
+
+
+def _accused(err: EngineBuildError, sites: list[Site], plan: TensorRTPlan, job: builder.Job) -> EngineBuildError:
+    """The same error with the first block that does not build alone either; as it is where all of them do."""
+    import onnx_ir as ir
+
+    tried = set()
+    for site in sites:
+        known = kind(site)
+        if known in tried:
+            continue
+        tried.add(known)
+        with tempfile.TemporaryDirectory(prefix="moeopt-") as name:
+            path = Path(name) / GRAPH
+            alone = one_op(site, plan.lowering(site))
+            ir.save(alone, path, external_data=f"{GRAPH}.data")
+            ends = {value.name: [getattr(dim, "value", dim) for dim in value.shape] for value in alone.graph.inputs}
+            most = max(plan.tokens or (256,))
+            profile = profiles_for(ends, {"T": (1, most, most)})
+            part = dataclasses.replace(job, model=path, plan=Path(name) / PLAN, profiles=profile, blocks=(site.name,))
+            try:
+                builder.build_plan(part)
+            except EngineBuildError as again:
+                return EngineBuildError(f"block {site.name}: {err}; it fails alone too: {again}", site.name, err.log)
+    return err

@@ -1,0 +1,138 @@
+"""The torch backend: the user's own module, its blocks rewritten; PyTorch runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeopt.backends.base import Backend, Made, Opened
+from moeopt.backends.torch.bundle import load_torch_bundle, save_torch_bundle, verify_torch_bundle
+from moeopt.bundle.fingerprint import fingerprint
+from moeopt.bundle.manifest import Manifest
+from moeopt.capture.shared_copy import shared_copy
+from moeopt.capture.tape import clone_inputs
+from moeopt.errors import UsageError
+from moeopt.find.example_inputs import Call
+from moeopt.limits import LoadLimits
+from moeopt.lower.export import export_program
+from moeopt.options import Options
+from moeopt.pipeline.check_gradients import check_gradients
+from moeopt.pipeline.report_of import report_of
+from moeopt.pipeline.run import Outcome, run
+from moeopt.rewrite.install import install, uninstall
+from moeopt.verification.certificate import Certificate
+from moeopt.verification.model import EndToEnd, end_to_end
+
+
+class TorchBackend(Backend):
+    """The model stays of the user's own class, with its ``state_dict``, hooks and weights."""
+
+    name = "torch"
+
+    def _plan_impl(self, options: Options) -> None:
+        return None
+
+    def _optimize_impl(self, source: nn.Module, call: Call, options: Options, plan: None) -> Made:
+        twin = shared_copy(source)
+        outcome = run(twin, call, options)
+        if options.verify != "off":
+            check_gradients(twin, outcome.rewrites, outcome.calls)
+        certificate = _certify(source, twin, call, outcome, options)
+        if certificate.passed is False:
+            why = _revert(twin, outcome, certificate)
+            certificate = _certify(source, twin, call, outcome, options)
+            certificate.notes.append(why)
+        elif options.inplace:
+            for path, rewrite in outcome.rewrites.items():
+                install(source.get_submodule(path), rewrite.program)
+            twin = source
+        return Made(twin, report_of(source, outcome.blocks, self.name, outcome, certificate, options), certificate)
+
+    def _save_impl(self, made: Made, call: Call, directory: str | os.PathLike[str]) -> Path:
+        args, kwargs = call
+        program = export_program(made.model, args, kwargs)
+        copied = clone_inputs(call)  # a forward may write into its arguments
+        with torch.no_grad():
+            golden = made.model(*copied[0], **copied[1])
+        return save_torch_bundle(
+            program,
+            directory,
+            report=made.report,
+            certificate=made.certificate,
+            golden_inputs=[(args, kwargs)],
+            golden_outputs=[golden],
+            source=fingerprint(made.model),
+        )
+
+    def _open_impl(
+        self, directory: str | os.PathLike[str], device: Any, session_options: Any, limits: LoadLimits
+    ) -> Any:
+        if session_options is not None:
+            raise UsageError(
+                f"session_options are ONNX Runtime's, and {directory} is a bundle for PyTorch: leave them out"
+            )
+        return load_torch_bundle(directory, device, limits)
+
+    def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
+        device = None if provider is None else _provider_device(provider)
+        engine = load_torch_bundle(manifest.directory, device, limits)
+        return Opened(engine, True, str(engine.device))
+
+    def _replay_impl(self, manifest: Manifest, engine: Any, limits: LoadLimits) -> Any:
+        return verify_torch_bundle(manifest.directory, str(engine.device), limits)
+
+    def provider_names(self) -> tuple[str, ...]:
+        return ("cpu", "cuda")
+
+    def providers(self, directory: str | os.PathLike[str]) -> dict[str, str]:
+        gpu = "" if torch.cuda.is_available() else "PyTorch sees no CUDA GPU on this machine"
+        return {"cpu": "", "cuda": gpu}
+
+
+def _certify(source: nn.Module, twin: nn.Module, call: Call, outcome: Any, options: Options) -> Certificate:
+    end: EndToEnd | None = None
+    if options.verify != "off" and outcome.rewrites:
+        (options.progress or (lambda line: None))("comparing the whole model end to end")
+        end = end_to_end(source, twin, *call, noise_blocks=list(outcome.rewrites), seed=options.seed)
+    first = next(source.parameters(), None)
+    return Certificate(
+        blocks=outcome.checks,
+        end_to_end=end,
+        level=options.verify,
+        device=str(first.device) if first is not None else "cpu",
+        dtype=str(first.dtype).removeprefix("torch.") if first is not None else "",
+    )
+
+
+def _revert(twin: nn.Module, outcome: Outcome, certificate: Certificate) -> str:
+    """A model that fails end to end goes back to its own code, block by block, with the reason; a note on it."""
+    why = certificate.end_to_end.reason if certificate.end_to_end else "a block failed"
+    for path in outcome.rewrites:
+        uninstall(twin.get_submodule(path))
+    reverted = [b.name for b in outcome.blocks if b.status == "rewritten"]
+    outcome.blocks = [
+        b
+        if b.status == "declined"
+        else dataclasses.replace(b, status="declined", reason=f"reverted: the whole model was not equivalent: {why}")
+        for b in outcome.blocks
+    ]
+    outcome.passes = [
+        r.reverted(f"the whole model was not equivalent: {why}") if r.fired else r for r in outcome.passes
+    ]
+    outcome.checks, outcome.rewrites = [], {}
+    return f"{', '.join(reverted)} was rewritten and reverted, for the whole model was not equivalent: {why}"
+
+
+def _provider_device(provider: str) -> str:
+    name = provider.lower().removesuffix("executionprovider")
+    usable: dict[str, Callable[[], bool]] = {"cpu": lambda: True, "cuda": torch.cuda.is_available}
+    if name not in usable or not usable[name]():
+        there = ", ".join(n for n, ok in usable.items() if ok())
+        raise UsageError(f"provider {provider!r} is not on this machine; it has: {there}")
+    return name

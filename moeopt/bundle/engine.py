@@ -1,0 +1,67 @@
+"""What every engine that lies in a directory has in common: its certificate, its copies and how it is pickled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeopt.bundle.manifest import Manifest
+from moeopt.bundle.temp_folder import TemporaryFolder
+from moeopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Engine:
+    """What runs the graph of a bundle, instead of the model's own code."""
+
+
+class BundledEngine(Engine):
+    """An engine has no state, so a copy is the engine itself.
+
+    Pickled, it is the path of its bundle, opened and checked again where it is unpickled; an engine that was not
+    loaded from a bundle has none, and says so.
+
+    Attributes:
+        directory: where its files lie.
+        signature: how it is called.
+        manifest: of the bundle that it was loaded from, or None.
+        notes: what was replaced when it was loaded, in sentences.
+    """
+
+    def __init__(
+        self, directory: Path, signature: Mapping[str, Any], keep: TemporaryFolder | None, manifest: Manifest | None
+    ) -> None:
+        self.directory, self.signature, self._keep, self.manifest = Path(directory), signature, keep, manifest
+        self.notes: list[str] = []
+
+    def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What loads the bundle again, and its arguments after the directory."""
+        raise NotImplementedError
+
+    @property
+    def certificate(self) -> Any:
+        """The certificate that was saved, as JSON types; None for an engine that was not loaded from a bundle."""
+        return None if self.manifest is None else self.manifest.read_json("certificate.json")
+
+    @property
+    def where(self) -> Path:
+        """The bundle, or the temporary folder."""
+        return self.directory if self.manifest is None else self.manifest.directory
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.manifest is None:
+            raise UsageError(
+                "this engine lies in a temporary folder and cannot be pickled: save it with .save(directory), and "
+                "pickle what moeopt.load(directory) returns, or the directory's name"
+            )
+        reopen, args = self._reopening()
+        return reopen, (str(self.manifest.directory.resolve()), *args)

@@ -1,0 +1,185 @@
+"""Golden runs: inputs and results that travel with a bundle, and their check where it is deployed.
+
+The results are those of the engine that was saved, so on the machine that saved it they come back bit for bit. Another
+machine adds in another order. The budget for that is stated by whoever saved the bundle, from the rounding that was
+measured then; 8 eps of the result's dtype, the slack of every comparison in moeopt, where nobody did.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from moeopt.bundle.aligned import aligned
+from moeopt.bundle.values import decode, encode
+from moeopt.errors import BundleError, LimitError, MoeoptError
+from moeopt.untrusted import checked, parse_json, shown
+from moeopt.verification.distance import token_distance
+
+FILE = "golden.safetensors"
+SLACK = 8.0
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One run: the leaves of ``(args, kwargs)`` and of the result, each in order."""
+
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class GoldenCheck:
+    """How the golden runs came back.
+
+    ``passed`` is None when the bundle holds none. ``required`` is the worst relative L2 distance of a token seen,
+    ``budget`` what was allowed there, ``reason`` the first failure in words, "" when there is none.
+    """
+
+    passed: bool | None
+    runs: int
+    required: float
+    budget: float
+    reason: str = ""
+
+
+def golden_run(args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Any) -> Golden:
+    """A run as it is stored: tensors are copied to the CPU, so that later writes cannot change them."""
+    return Golden(
+        tuple(_keep(v) for v in pytree.tree_leaves((tuple(args), dict(kwargs)))),
+        tuple(_keep(v) for v in pytree.tree_leaves(outputs)),
+    )
+
+
+def save_golden(runs: Sequence[Golden], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for i, run in enumerate(runs):
+        for side, leaves in (("in", run.inputs), ("out", run.outputs)):
+            tensors |= {f"{i}.{side}.{j}": v for j, v in enumerate(leaves) if isinstance(v, torch.Tensor)}
+    plain = [
+        [[None if isinstance(v, torch.Tensor) else encode(v) for v in s] for s in (r.inputs, r.outputs)] for r in runs
+    ]
+    save_file(tensors, path, metadata={"runs": json.dumps(plain)})
+
+
+def load_golden(path: Path, device: torch.device) -> list[Golden]:
+    """The runs in a file; ``BundleError`` names it when it holds something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            said = (file.metadata() or {})["runs"]
+            table = parse_json(said, f"{path}: the table of runs")
+            plain = checked(table, list[tuple[list[Any], list[Any]]], str(path))
+            names = set(file.keys())
+
+            def leaf(name: str, value: Any) -> Any:
+                return aligned(file.get_tensor(name)) if name in names else decode(value, _no_node, _device_named)
+
+            return [
+                Golden(
+                    *(
+                        tuple(leaf(f"{i}.{s}.{j}", v) for j, v in enumerate(vs))
+                        for s, vs in zip(("in", "out"), run, strict=True)
+                    )
+                )
+                for i, run in enumerate(plain)
+            ]
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError) as err:
+        raise BundleError(f"{path}: it holds no golden runs ({shown(err, 80)})") from None
+
+
+def read_stated(manifest_golden: Any, found: int, where: str) -> float | None:
+    """The distance that a manifest allows its golden runs; ``BundleError`` where it speaks of others, or of any."""
+    stated = manifest_golden if isinstance(manifest_golden, dict) else {}
+    if stated.get("runs") != found or type(stated.get("runs")) is not int:
+        raise BundleError(f"{where}: the manifest says {stated.get('runs')!r:.40} golden runs, and there are {found}")
+    distance = stated.get("distance")
+    if distance is not None and not (type(distance) in (int, float) and 0 <= distance < 1):
+        raise BundleError(f"{where}: golden runs may be {distance!r:.40} away, which allows anything")
+    return None if distance is None else float(distance)
+
+
+def check_golden(
+    run_flat: Callable[[Sequence[Any]], Any], runs: Sequence[Golden], distance: float | None
+) -> GoldenCheck:
+    """Run each golden input again and compare; ``distance`` is the stated budget, None for 8 eps.
+
+    ``run_flat`` takes the leaves of a run's inputs and returns the engine's result.
+    """
+    worst, allowed = 0.0, distance if distance is not None else 0.0
+    for i, run in enumerate(runs):
+        try:
+            outputs = pytree.tree_leaves(run_flat(run.inputs))
+        except LimitError:
+            raise
+        except (MoeoptError, RuntimeError) as err:
+            return GoldenCheck(False, len(runs), math.inf, allowed, f"golden run {i} stopped: {err}")
+        if len(outputs) != len(run.outputs):
+            reason = f"golden run {i} returned {len(outputs)} values, not {len(run.outputs)}"
+            return GoldenCheck(False, len(runs), math.inf, allowed, reason)
+        for j, (got, want) in enumerate(zip(outputs, run.outputs, strict=True)):
+            budget = distance if distance is not None else SLACK * _eps(want)
+            far, reason = compare(got, want)
+            if not reason and far > budget:
+                reason = f"it is {far:.2e} away where {budget:.2e} is allowed"
+            if far > worst or allowed == 0.0:
+                worst, allowed = max(far, worst), budget
+            if reason:
+                return GoldenCheck(False, len(runs), far, budget, f"golden run {i}, result {j}: {reason}")
+    return GoldenCheck(True if runs else None, len(runs), worst, allowed)
+
+
+def compare(got: Any, want: Any) -> tuple[float, str]:
+    """``(distance, reason)``: the worst token's relative L2 distance; reason when the two cannot be compared."""
+    if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
+        return (
+            (0.0, "")
+            if got == want or (got != got and want != want)
+            else (math.inf, f"{got!r:.40} is not {want!r:.40}")
+        )
+    if got.shape != want.shape or got.dtype != want.dtype:
+        one, two = f"{got.dtype} {tuple(got.shape)}", f"{want.dtype} {tuple(want.shape)}"
+        return math.inf, f"it is {one}, and was {two}"
+    if not want.is_floating_point() and not want.is_complex():
+        same = bool(torch.equal(got, want))
+        return (0.0, "") if same else (math.inf, f"{int((got != want).sum())} of {want.numel()} values differ")
+    finite = torch.isfinite(want)
+    same_special = torch.equal(torch.isfinite(got), finite) and torch.equal(
+        torch.nan_to_num(got[~finite]), torch.nan_to_num(want[~finite])
+    )
+    if not same_special:
+        return math.inf, "NaN or Inf appeared or went away"
+    wide = torch.complex128 if want.is_complex() else torch.float64
+    here, there = (torch.where(finite, t, torch.zeros_like(t)) for t in (got, want))
+    far = token_distance(here, there.to(wide))
+    return (float(far.max()) if far.numel() else 0.0), ""
+
+
+def _eps(value: Any) -> float:
+    inexact = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    return torch.finfo(value.dtype).eps if inexact else 0.0
+
+
+def _keep(value: Any) -> Any:
+    return value.detach().cpu().contiguous().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _no_node(name: str) -> Any:
+    raise BundleError(f"a golden value refers to {name!r:.60}")
+
+
+def _device_named(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, ValueError):
+        raise BundleError(f"a golden value is the device {name!r:.60}, which torch does not know") from None

@@ -1,0 +1,115 @@
+"""What a graph's inputs and outputs are called: as the model's owner calls them, for users of plain ONNX Runtime.
+
+    forward(input_ids, past, *, mask)        input_ids, past.0, past.1, mask
+    returns {"logits": .., "rest": (.., ..)} logits, rest.0, rest.1;  a lone tensor is "output"
+
+A name that is taken already, by an input say, gets "_out" or a number behind it; so every name is unique.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from moeopt.bundle.tree import LEAF
+
+KEY = "causal_lm"
+"""Where the signature of a causal language model keeps how its caller is called."""
+_OTHER = re.compile(r"[^A-Za-z0-9_.]")
+
+
+def input_names(signature: Mapping[str, Any]) -> list[str]:
+    """One name for each leaf of the arguments, in order."""
+    positional, keywords = signature["in_tree"]["items"]
+    count, parameters = len(positional["items"]), list(signature["parameters"])
+    named = parameters[:count] if len(parameters) == count + len(keywords["keys"]) else []
+    paths = _paths({**positional, "type": "dict", "keys": named or [f"args.{n}" for n in range(count)]}, "")
+    return _unique((*paths, *_paths(keywords, "")), set())
+
+
+def output_names(signature: Mapping[str, Any], taken: Iterable[str]) -> list[str]:
+    """One name for each leaf of the result, in order; none is in ``taken``."""
+    return _unique([path or "output" for path in _paths(signature["out_tree"], "")], set(taken), "_out")
+
+
+def name_ends(graph: Any, signature: dict[str, Any]) -> None:
+    """Rename the ends of an ``onnx_ir`` graph, and write the names into ``signature``.
+
+    An input entry gets ``"onnx"`` if it is a tensor of the graph, an output entry always.
+    """
+    for value in (*graph.inputs, *graph.outputs, *_inner_values(graph)):
+        _settle(value)
+    by_name = inputs_of(graph, signature)
+    ins, inner = input_names(signature), _inner_values(graph)
+    for entry, name in zip(signature["inputs"], ins, strict=True):
+        if "dtype" in entry:
+            entry["onnx"] = name
+    outs = output_names(signature, ins)
+    tensors = [(e["tensor"], name) for e, name in zip(signature["outputs"], outs, strict=True) if "tensor" in e]
+    for entry, name in zip(signature["outputs"], outs, strict=True):
+        if "tensor" in entry:
+            entry["onnx"] = name
+    wanted = {*ins, *outs}
+    used = wanted | {value.name for value in inner}
+    for value in inner:
+        if value.name in wanted:
+            number = next(n for n in range(1, len(used) + 2) if f"{value.name}_{n}" not in used)
+            value.name = f"{value.name}_{number}"
+            used.add(value.name)
+    for number, value in enumerate((*graph.inputs, *graph.outputs)):
+        value.name = f"moeopt.end.{number}"  # free every name first: two may trade places
+    for entry in signature["inputs"]:
+        if "onnx" in entry and entry["name"] in by_name:
+            by_name[entry["name"]].name = entry["onnx"]
+    for number, name in tensors:
+        graph.outputs[number].name = name
+
+
+def inputs_of(graph: Any, signature: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of an ``onnx_ir`` graph by the name of their entry in ``signature``.
+
+    torch's exporter calls an input that is returned as it came ``x_orig``, and the output ``x``.
+    """
+    known = {entry["name"] for entry in signature["inputs"]}
+    return {v.name if v.name in known else v.name.removesuffix("_orig"): v for v in graph.inputs}
+
+
+def _settle(value: Any) -> None:
+    """Sizes that the exporter wrote as words, "16", become numbers."""
+    for axis, dim in enumerate(value.shape or ()):
+        word = getattr(dim, "value", None)
+        if isinstance(word, str) and word.isdigit():
+            value.shape[axis] = int(word)
+
+
+def _inner_values(graph: Any) -> list[Any]:
+    ends = {id(v) for v in (*graph.inputs, *graph.outputs)}
+    values = [v for node in graph.all_nodes() for v in node.outputs] + list(graph.initializers.values())
+    return [v for v in values if id(v) not in ends]
+
+
+def _paths(tree: Any, prefix: str) -> Iterator[str]:
+    if tree == LEAF:
+        yield prefix
+        return
+    keys = tree.get("keys") or range(len(tree["items"]))
+    for key, item in zip(keys, tree["items"], strict=True):
+        word = _OTHER.sub("_", str(key)) or "_"
+        lead = prefix or ("output" if isinstance(key, int) else "")
+        yield from _paths(item, f"{lead}.{word}" if lead else word)
+
+
+def _unique(names: Iterable[str], taken: set[str], suffix: str = "") -> list[str]:
+    out: list[str] = []
+    for name in names:
+        free = name
+        if free in taken and suffix:
+            free = f"{name}{suffix}"
+        number = 1
+        while free in taken:
+            number += 1
+            free = f"{name}{suffix}_{number}"
+        taken.add(free)
+        out.append(free)
+    return out

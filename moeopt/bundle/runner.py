@@ -1,0 +1,218 @@
+"""Run a bundle's graph: one list of calls, each value dropped after its last use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import torch
+
+from moeopt.bundle import op_allowlist as allow
+from moeopt.bundle import values
+from moeopt.bundle.binding import Binding
+from moeopt.bundle.graph import SCHEMA
+from moeopt.bundle.memory import Meter, hangs_on_values, tensors_of
+from moeopt.bundle.schemas import GraphFile
+from moeopt.bundle.tree import build, check_tree
+from moeopt.errors import BundleError, LimitError, UsageError
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.limits import DEFAULT, LoadLimits
+from moeopt.untrusted import shown
+
+REMEMBERED = 256
+"""Sets of sizes that a runner remembers as measured."""
+_KINDS: dict[str, type] = {"ScalarType": torch.dtype, "Layout": torch.layout, "MemoryFormat": torch.memory_format}
+"""Parameters for which ops take any integer, and believe it."""
+
+
+class Ref:
+    """Where a literal's place is taken by a value computed earlier."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Step:
+    """One call: the op, what is called for it, with what, where the result goes, and what is not needed after it.
+
+    ``op`` is None for arithmetic on numbers, which takes no memory.
+    """
+
+    __slots__ = ("op", "function", "args", "kwargs", "out", "drop", "fixed")
+
+    def __init__(
+        self, op: Any, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], out: str
+    ) -> None:
+        self.op, self.function, self.args, self.kwargs, self.out = op, function, args, kwargs, out
+        self.drop: tuple[str, ...] = ()
+        self.fixed = not _refs(kwargs)
+
+
+class Runner:
+    """A graph that was read and checked, with its weights; call it as the model was called.
+
+    ``BundleError`` at construction for a graph that :func:`moeopt.bundle.graph.write_graph` would not have written;
+    ``UsageError`` at a call whose arguments do not fit; ``BundleError`` at a call where an op stops, or asks for more
+    memory than ``limits`` allow. ``files``: the bytes of the bundle's files.
+    """
+
+    def __init__(
+        self,
+        graph: Mapping[str, Any],
+        weight: Callable[[str], torch.Tensor],
+        device: Callable[[str], torch.device] = torch.device,
+        limits: LoadLimits = DEFAULT,
+        files: int = 0,
+    ) -> None:
+        self.limits, self.files = limits, files
+        self.deadline = float("inf")
+        self._measured: set[Any] = set()
+        try:
+            self._read(graph, weight, device)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as err:
+            if isinstance(err, UsageError):
+                raise BundleError(shown(err, 500)) from None
+            raise BundleError(f"the graph lacks or mistypes a part ({type(err).__name__}: {shown(err, 200)})") from None
+
+    def _read(self, graph: Mapping[str, Any], weight: Any, device: Any) -> None:
+        if graph["schema"] != SCHEMA:
+            raise BundleError(f"the graph has schema {graph['schema']!r:.60}, and this moeopt reads {SCHEMA}")
+        for key in GraphFile.__struct_fields__:
+            graph[key]  # a KeyError names what is not there
+        try:
+            msgspec.convert(graph, GraphFile)
+        except msgspec.ValidationError as err:
+            raise TypeError(str(err)) from None
+        self.binding, self.out_tree = Binding(graph, device), graph["out_tree"]
+        if check_tree(self.out_tree) != len(graph["outputs"]):
+            raise BundleError("the structure of the result does not fit the graph")
+        self.weights = {str(name): weight(key) for name, key in graph["weights"].items()}
+        known = {i["name"] for i in self.binding.inputs} | set(self.weights)
+
+        def ref(name: str) -> Ref:
+            if name not in known:
+                raise BundleError(f"{name!r} is read before it is computed")
+            return Ref(name)
+
+        self.steps: list[Step] = []
+        for node in graph["nodes"]:
+            step = self._step(node, ref, device)
+            if step.out in known:
+                raise BundleError(f"{step.out!r} is computed twice")
+            known.add(step.out)
+            self.steps.append(step)
+        self.outputs = [values.decode(v, ref, device) for v in graph["outputs"]]
+        self.write_back = [(ref(w["from"]).name, ref(w["into"]).name) for w in graph["write_back"]]
+        self._steady = not any(s.op is not None and hangs_on_values(s.op, s.args) for s in self.steps)
+        self._plan_drops()
+
+    @staticmethod
+    def _step(node: Any, ref: Any, device: Any) -> Step:
+        function, op = allow.guarded(node["op"]), allow.op_named(node["op"])
+        args = values.decode(node["args"], ref, device)
+        kwargs = {str(k): values.decode(v, ref, device) for k, v in node.get("kwargs", {}).items()}
+        if op is not None:
+            _check_kinds(op, args, kwargs)
+        if node["op"] == "moeopt.experts.default":
+            ExpertsSpec.decode(args[-1] if args and isinstance(args[-1], str) else kwargs["spec"])
+        return Step(op, function, args, kwargs, str(node["out"]))
+
+    def _plan_drops(self) -> None:
+        kept = {r.name for r in _refs(self.outputs)} | {n for pair in self.write_back for n in pair} | set(self.weights)
+        for step in reversed(self.steps):
+            last = {r.name for r in _refs([step.args, step.kwargs])} | {step.out}
+            step.drop = tuple(sorted(last - kept))
+            kept |= last
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        env: dict[str, Any] = dict(self.weights)
+        inputs = self.binding.bind(args, kwargs)
+        env.update(inputs)
+        meter, key = self._meter(inputs)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            for step in self.steps:
+                try:
+                    self._run(step, env, meter)
+                except torch.OutOfMemoryError:
+                    raise
+                except LimitError as err:
+                    raise LimitError(_stopped(step, err)) from None
+                except Exception as err:  # whatever an op raises
+                    raise BundleError(_stopped(step, err)) from err
+            try:
+                for source, into in self.write_back:
+                    env[into].copy_(env[source])
+            except (RuntimeError, AttributeError) as err:
+                raise BundleError(f"the graph writes {into!r:.60} back, which stopped: {shown(err, 200)}") from err
+        if key is not None and len(self._measured) < REMEMBERED:
+            self._measured.add(key)
+        return build(self.out_tree, iter(_fill(self.outputs, env)))
+
+    def _run(self, step: Step, env: dict[str, Any], meter: Meter | None) -> None:
+        args = [env[a.name] if type(a) is Ref else _fill(a, env) if type(a) is list else a for a in step.args]
+        kwargs = step.kwargs if step.fixed else _fill(step.kwargs, env)
+        if meter is not None:
+            if time.monotonic() > self.deadline:
+                raise LimitError(f"it takes longer than {self.limits.seconds_for(self.files):.3g} s: {_LONGER}")
+            if step.op is not None:
+                if (check := getattr(step.function, "check", None)) is not None:
+                    check(*args, **kwargs)  # asking an op for its sizes calls it too
+                meter.check(step.op, args, kwargs)
+        env[step.out] = result = step.function(*args, **kwargs)
+        if meter is not None:
+            meter.add(result)
+        for name in step.drop:
+            gone = env.pop(name)
+            if meter is not None:
+                meter.drop(gone)
+
+    def _meter(self, inputs: dict[str, Any]) -> tuple[Meter | None, Any]:
+        """What measures this call, None where a call of these sizes was measured; and the key of the sizes."""
+        key = None
+        if self._steady and self.deadline == float("inf"):
+            key = tuple(tuple(v.shape) if isinstance(v, torch.Tensor) else repr(v) for v in inputs.values())
+            if key in self._measured:
+                return None, None
+        given = sum(t.numel() * t.element_size() for t in tensors_of(list(inputs.values())))
+        return Meter(self.limits.bytes_for(self.files, given), [self.weights, inputs]), key
+
+
+_LONGER = "if you trust the bundle, give it longer: limits=moeopt.LoadLimits(seconds=...)"
+
+
+def _stopped(step: Step, err: BaseException) -> str:
+    """What stopped, where and why."""
+    what = step.op if step.op is not None else getattr(step.function, "__name__", step.function)
+    return f"the graph stops at {shown(step.out, 60)!r} ({what}): {shown(err, 500)}"
+
+
+def _check_kinds(op: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """``BundleError`` for an integer in the place of a dtype, a layout or a memory format."""
+    for at, parameter in enumerate(op._schema.arguments):
+        kind = _KINDS.get(str(parameter.real_type).removeprefix("Optional[").removesuffix("]"))
+        value = kwargs.get(parameter.name) if at >= len(args) else args[at]
+        if kind is not None and value is not None and not isinstance(value, kind):
+            raise BundleError(f"{op} is given {value!r:.60} for {parameter.name}, which is no {kind.__name__}")
+
+
+def _refs(value: Any) -> list[Ref]:
+    if isinstance(value, Ref):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [r for v in value for r in _refs(v)] if isinstance(value, list) else []
+
+
+def _fill(value: Any, env: dict[str, Any]) -> Any:
+    kind = type(value)
+    if kind is Ref:
+        return env[value.name]
+    if kind is list:
+        return [_fill(v, env) for v in value]
+    if kind is dict:
+        return {k: _fill(v, env) for k, v in value.items()}
+    return value

@@ -1,0 +1,214 @@
+"""The JSON of a bundle as types: what each key holds, checked once when it is read.
+
+Keys that are not named here may be there: a newer moeopt says more of a bundle, in the same schema. What a reader of
+its own checks with a message of its own (structures, conditions, sizes, literals) is ``Any`` here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+Words = Annotated[str, Meta(max_length=1 << 20)]
+Name = Annotated[str, Meta(max_length=4096)]
+Distance = Annotated[float, Meta(ge=0)]
+
+
+class Input(Struct):
+    """One leaf of the arguments: a tensor, a number, or a value that never changes."""
+
+    name: Name
+    onnx: Name | UnsetType = UNSET
+    dtype: Name | UnsetType = UNSET
+    device: Name | UnsetType = UNSET
+    shape: list[int | Name | None] | UnsetType = UNSET
+    number: Literal["int", "float", "bool"] | UnsetType = UNSET
+    constant: Any = None
+
+
+class Signature(Struct):
+    """How a graph is called."""
+
+    parameters: list[Name] = []
+    inputs: list[Input] = []
+    in_tree: Any = None
+    out_tree: Any = None
+
+
+class Block(Struct):
+    """What a report said of one block."""
+
+    name: Name
+    status: Name
+    kind: Name = ""
+    reason: Words = ""
+    lowering: Words = ""
+
+
+class Router(Struct):
+    score: Name
+    top_k: Count
+    num_experts: Count
+    renormalize: bool = False
+    dtype: Name | None = None
+
+
+class Site(Struct):
+    """A lowered block, as ``onnx_sites.describe`` writes it."""
+
+    name: Name
+    lowering: Name
+    why: Words
+    spec: Words
+    router: Router | None
+    experts: Count
+    top_k: Count
+    dtype: Name
+    weights_dtype: Name
+    bank_dtype: Name
+    w_in: list[list[Count]]
+    w_out: list[Count]
+    b_in: list[bool | list[bool]]
+    b_out: bool | list[bool]
+    norm: bool | list[bool]
+    x: Name | UnsetType = UNSET
+    ids: Name | UnsetType = UNSET
+    weights: Name | UnsetType = UNSET
+    y: Name | UnsetType = UNSET
+    probe: Count | None = None
+
+
+class Probe(Struct):
+    budget: float
+
+
+class Form(Struct):
+    """A lowered graph."""
+
+    lowerings: dict[str, Any] = {}
+    sites: list[Site] = []
+    probes: list[Probe] = []
+    facts: dict[str, float] = {}
+
+
+class Plan(Struct):
+    """A plan of TensorRT."""
+
+    product: Name
+    version: Name
+    sm: Count
+    sha256: Name
+    cuda: Count | None = None
+    flags: list[Name] = []
+    profiles: list[dict[str, list[list[Count]]]] = []
+    inputs: Any = None
+    outputs: Any = None
+    layers: dict[str, Count] = {}
+    activation_bytes: Count = 0
+    weights_bytes: Count = 0
+
+
+class Golden(Struct):
+    """``distance`` has a reader of its own: ``golden.read_distance``."""
+
+    runs: Count = 0
+    distance: Any = None
+    why: Words = ""
+
+
+class ManifestFile(Form):
+    """``moeopt.json``. What is checked elsewhere, with a message of its own, is ``Any`` or not named."""
+
+    versions: dict[str, Name] = {}
+    source: dict[str, Name | None] = {}
+    provider: Name | None = None
+    runtimes: dict[str, Name] = {}
+    signature: Signature | None = None
+    dynamic: dict[str, Annotated[list[int | None], Meta(min_length=2, max_length=2)]] = {}
+    blocks: list[Block] = []
+    golden: Golden | None = None
+    portable: Any = None
+    tensorrt: Any = None
+
+
+class GraphNode(Struct):
+    """One call of a torch graph."""
+
+    op: Any
+    args: list[Any]
+    out: Name
+    kwargs: dict[str, Any] = {}
+
+
+class GraphFile(Struct):
+    """``graph.json``."""
+
+    parameters: list[Name]
+    in_tree: Any
+    out_tree: Any
+    inputs: list[Input]
+    weights: dict[str, Name]
+    nodes: list[GraphNode]
+    outputs: list[Any]
+    write_back: list[dict[str, Name]]
+    sizes: Any
+
+
+class Output(Struct):
+    onnx: Name | UnsetType = UNSET
+    tensor: Count | UnsetType = UNSET
+    constant: Any = None
+
+
+class CausalInput(Struct):
+    input: Name
+    dtype: Name
+
+
+class CausalCache(Struct):
+    input: Name
+    output: Name
+    dtype: Name
+    heads: Count | UnsetType = UNSET
+    size: Count | UnsetType = UNSET
+    shape: list[Count] | UnsetType = UNSET
+
+
+class CausalLogits(Struct):
+    output: Name
+    dtype: Name
+
+
+class Causal(Struct):
+    """How a causal language model is called, as ``causal_lm.export_causal_lm`` writes it."""
+
+    inputs: dict[str, CausalInput]
+    logits: CausalLogits
+    cache: list[dict[str, CausalCache]]
+    output_class: Annotated[list[Name], Meta(min_length=2, max_length=2)]
+    use_cache: bool
+    vocab_size: Count
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    parameters: list[Name] = []
+    architecture: Name = ""
+    model_type: Name = ""
+    own_class: bool = False
+    own_generation: list[Name] = []
+    conditions: Any = []
+    condition_leaves: dict[Annotated[str, Meta(pattern="^[0-9]{1,9}$")], Name] = {}
+
+
+class SignatureFile(Struct):
+    """``signature.json``."""
+
+    parameters: list[Name]
+    in_tree: Any
+    out_tree: Any
+    inputs: list[Input]
+    outputs: list[Output]
+    sizes: Any
+    conditions: Any = []
+    causal_lm: Causal | None = None

@@ -1,0 +1,66 @@
+"""Run a module once and leave it as it was, without a tape.
+
+What :func:`moeopt.capture.tape.record` costs is the tape. Where only the run itself matters (hooks that collect
+what modules are called with, a first call before a second) the writes alone are watched and undone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moeopt.capture.functional import mutated_args, unsaid_writes
+from moeopt.capture.module_state import ModuleState
+from moeopt.capture.tape import clone_inputs
+from moeopt.errors import CaptureError
+
+
+class _Writes(TorchDispatchMode):
+    """Announces each write to ``state``."""
+
+    def __init__(self, state: ModuleState) -> None:
+        super().__init__()
+        self.state = state
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in (*mutated_args(func, args, kwargs or {}), *unsaid_writes(func, args)):
+            self.state.about_to_write(tensor)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def undone(module: nn.Module) -> Iterator[TorchDispatchMode]:
+    """Under ``no_grad``; afterwards the module and the random stream are as before.
+
+    Gives the mode under which the module must be called, so that writes to its tensors are seen.
+    """
+    state, rng = ModuleState(module), torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            yield _Writes(state)
+    finally:
+        state.restore()
+        torch.set_rng_state(rng)
+
+
+def run_quietly(module: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    """What ``module(*args, **kwargs)`` returns; see :func:`undone`.
+
+    Raises:
+        CaptureError: the module raised.
+    """
+    args, kwargs = clone_inputs((tuple(args), dict(kwargs or {})))
+    with undone(module) as watched:
+        try:
+            with watched:
+                return module(*args, **kwargs)
+        except Exception as err:
+            raise CaptureError(
+                f"{type(module).__name__} raised {type(err).__name__}: {err}; "
+                "check that it runs on these inputs in eager mode"
+            ) from err

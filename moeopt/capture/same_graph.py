@@ -1,0 +1,73 @@
+"""Do two tapes of one call compute the same? Line by line, constants and sizes included.
+
+A line that only hands a tensor on (``detach``, ``alias``) is left out: whether autograd inserts one
+depends on who else holds the tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeopt.capture.op_kinds import op_name
+from moeopt.capture.tape import Tape
+
+_HANDED_ON = ("detach", "alias")
+
+
+def same_computation(a: Tape, b: Tape) -> bool:
+    """True where both tapes hold the same calls on the same arguments and return, write and store the same."""
+    first, second = _Lines(a), _Lines(b)
+    return first.lines == second.lines and first.results == second.results
+
+
+class _Lines:
+    """A tape as plain values: each node is the number of its line."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.number: dict[fx.Node, Any] = {}
+        self.lines: list[Any] = []
+        for node in tape.nodes:
+            if node.op == "call_function" and op_name(node) in _HANDED_ON and isinstance(node.args[0], fx.Node):
+                self.number[node] = self.number[node.args[0]]
+                continue
+            self.number[node] = ("line", len(self.lines))
+            self.lines.append((node.op, self._target(node), self._words(node.args), self._words(node.kwargs)))
+        self.results = [
+            self._words(tape.output),
+            [(self.number[k], self.number[v]) for k, v in tape.mutations.items()],
+            [(k, self._words(v)) for k, v in sorted(tape.attributes.items(), key=lambda item: item[0])],
+        ]
+
+    def _target(self, node: fx.Node) -> Any:
+        constant = node.meta.get("constant")
+        if isinstance(constant, torch.Tensor):
+            return str(constant.dtype), tuple(constant.shape), constant.tolist()
+        return node.target
+
+    def _words(self, tree: Any) -> list[Any]:
+        words: list[Any] = []
+        stack = [tree]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, fx.Node):
+                words.append(self.number[item])
+            elif isinstance(item, (list, tuple)):
+                words += [type(item).__name__, len(item)]
+                stack += item
+            elif isinstance(item, Mapping):
+                words += [type(item).__name__, *map(repr, item)]
+                stack += item.values()
+            elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+                words.append(type(item).__name__)
+                stack += [getattr(item, field.name, None) for field in dataclasses.fields(item)]
+            elif isinstance(item, slice):
+                words.append("slice")
+                stack += [item.start, item.stop, item.step]
+            else:
+                words.append(repr(item))
+        return words

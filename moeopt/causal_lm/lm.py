@@ -1,0 +1,348 @@
+"""A causal language model as one ONNX graph with its key/value cache as inputs and outputs.
+
+One graph serves prompts and single tokens: sequence and past lengths are free, and a first call has a past
+of length 0. ``transformers``' own exporter traces it; experts stay ``moeopt::Experts`` nodes.
+
+Shape legend: B rows, S new tokens, P cached tokens, N positions whose logits are wanted, V vocabulary,
+G key/value heads, D head size::
+
+    input_ids (B, S), attention_mask (B, P+S), position_ids (B, S), logits_to_keep (N),
+    keys and values of each layer (B, G, P, D)  ->  logits (B, N, V), keys and values (B, G, P+S, D)
+
+and the states of layers that have others (:mod:`~.causal_layers`), which begin at zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from moeopt.causal_lm.attention import cache_left_in_place
+from moeopt.causal_lm.layers import ATTENTION, parts_of, sample_cache
+from moeopt.causal_lm.mixers import find_mixers, stepping
+from moeopt.causal_lm.steps import replace_mixers
+from moeopt.causal_lm.translations import own_translations
+from moeopt.errors import Declined
+from moeopt.lower.onnx.complex import through_real_views
+from moeopt.lower.onnx.exact import exact_rules
+from moeopt.lower.onnx.export import emitting
+from moeopt.lower.onnx.scalars import numbers_as_read
+from moeopt.lower.onnx.site import Site
+from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
+
+PAST = "past_key_values"
+CACHE = f"{PAST}.layers"
+B, S, P, N = 2, 3, 5, 2
+"""Sizes of the traced sample: no two that are free are equal, and none is 1, which a trace would hold to be fixed."""
+
+
+@dataclass
+class CausalLMExport:
+    """What :func:`export_causal_lm` gives.
+
+    Attributes:
+        model: ``onnx_ir.Model`` with one ``moeopt::Experts`` node for each of ``sites``.
+        sites: the experts, in the order of the nodes' numbers.
+        signature: a dict of JSON values; all that :class:`~.causal_runner.CausalLM` needs beside a session.
+        program: the ``ExportedProgram`` that ``model`` was made of; it knows what the trace took for granted.
+    """
+
+    model: Any
+    sites: list[Site]
+    signature: dict[str, Any]
+    program: Any
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether ``model`` is a ``transformers`` decoder that can ``generate`` from token ids with a cache."""
+    if "transformers" not in sys.modules:  # then no model is one of its classes
+        return False
+    from transformers import GenerationMixin, PreTrainedModel
+
+    if not (isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)):
+        return False
+    takes = inspect.signature(type(model).forward).parameters
+    return not model.config.is_encoder_decoder and {"input_ids", "past_key_values", "attention_mask"} <= set(takes)
+
+
+def export_causal_lm(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    say: Callable[[str], None],
+    provider: str = "cpu",
+) -> CausalLMExport:
+    """Export ``model``, for which :func:`is_causal_lm` holds and whose blocks were rewritten.
+
+    Args:
+        args, kwargs: the user's example call; it says only which arguments are used.
+        say: told what is being done.
+        provider: "cpu" and "cuda" fuse norms and rotary embeddings into that provider's own ops.
+
+    Raises:
+        Declined: the model's cache, arguments or results do not fit this form, or the exporter fails on it.
+    """
+    _check_call(model, args, kwargs)
+    exporter = _exporter()
+    say("tracing the model with its cache")
+    sample, shapes, result = _sample(model)
+    in_place = cache_left_in_place() if provider == "cpu" else contextlib.nullcontext()
+    mixers = []
+    if any(name.startswith("recurrent") for layer in sample[PAST].layers for name in parts_of(layer)):
+        with quiet(), _sdpa_or_eager(model):
+            mixers = find_mixers(model, lambda cache: model(**{**sample, PAST: cache}), sample[PAST], (B, S))
+    if mixers and provider == "tensorrt":
+        raise Declined(f"{mixers[0].name} keeps a recurrent state, for which a TensorRT engine has no form here")
+    with (
+        one_trace,
+        emitting(model) as sites,
+        quiet(),
+        _sdpa_or_eager(model),
+        rules_by_their_last_op(),
+        exact_rules() as exact,
+        one_registry(),
+        own_translations(exporter),
+        in_place,
+        stepping(mixers),
+    ):
+        try:
+            traced = _real_views(exporter)()
+            graph, _ = traced.export_program(
+                copy.copy(model),  # the exporter leaves a forward on the instance it is given
+                sample,
+                exporter.OnnxConfig(
+                    dynamic=True,
+                    dynamic_shapes=shapes,
+                    optimize=exact,
+                    ort_fusions=provider if exact and provider in ("cpu", "cuda") else None,
+                ),
+            )
+        except Exception as err:
+            raise Declined(f"transformers' exporter stops at {_first_line(err)}") from err
+    goes_on = replace_mixers(graph, mixers)
+    _drop_idle_squeezes(graph.graph)
+    _turn_batches_back(graph.graph)
+    signature = _signature(model, graph, sample[PAST], result)
+    if not goes_on:
+        signature["one_at_a_time"] = True
+    return CausalLMExport(graph, sites, signature, traced.program)
+
+
+def _drop_idle_squeezes(graph: Any) -> None:
+    """``squeeze(dim)`` of a size that is not 1 does nothing in PyTorch, and ONNX refuses it."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type != "Squeeze" or node.domain or len(node.inputs) < 2:
+            continue
+        x, axes = node.inputs[0], ir.convenience.get_const_tensor(node.inputs[1])
+        if x.shape is None or axes is None:
+            continue
+        sizes = [x.shape[int(axis)] for axis in axes.numpy().reshape(-1)]
+        if all(isinstance(size, int) and size != 1 for size in sizes) and not node.outputs[0].is_graph_output():
+            ir.convenience.replace_all_uses_with(node.outputs[0], x)
+            graph.remove(node, safe=True)
+
+
+def _turn_batches_back(graph: Any) -> None:
+    """``FusedMatMul`` that turns the batch of one factor only: onnxscript writes it for a factor without a batch too
+    (scaled logits), and ONNX Runtime refuses that."""
+    import onnx_ir as ir
+
+    for node in [n for n in graph if n.op_type == "FusedMatMul"]:
+        for at, name in enumerate(("transBatchA", "transBatchB")):
+            x, other = node.inputs[at], node.inputs[1 - at]
+            if not (name in node.attributes and node.attributes[name].as_int()):
+                continue
+            if x.shape is None or other.shape is None or len(x.shape) == len(other.shape):
+                continue
+            rank = len(x.shape)
+            order = [*range(1, rank - 1), 0, rank - 1]
+            turn = ir.node("Transpose", [x], {"perm": order}, name=f"{node.name}/{name}")
+            turn.outputs[0].name, turn.outputs[0].type = turn.name, x.type
+            turn.outputs[0].shape = ir.Shape([x.shape[axis] for axis in order])
+            graph.insert_before(node, [turn])
+            node.replace_input_with(at, turn.outputs[0])
+            node.attributes[name] = ir.AttrInt64(name, 0)
+
+
+def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = {**dict(zip(inspect.signature(type(model).forward).parameters, (None, *args), strict=False)), **kwargs}
+    known = {"self", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "return_dict"}
+    if extra := sorted(n for n, value in given.items() if n not in known and value is not None and value is not False):
+        raise Declined(
+            f"the example call gives {', '.join(extra)}, which an engine with a cache does not take; leave it out "
+            "for one"
+        )
+    mask = given.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() != 2:
+        raise Declined(
+            f"the example's attention_mask has {mask.dim()} sizes; an engine with a cache takes one of (rows, tokens)"
+        )
+
+
+def _exporter() -> Any:
+    try:
+        from transformers.exporters import exporter_onnx
+    except ImportError as err:
+        raise Declined(
+            "this version of transformers has no ONNX exporter; for an engine with a cache: "
+            "pip install 'transformers>=5.23'"
+        ) from err
+    return exporter_onnx
+
+
+def _real_views(exporter: Any) -> Any:
+    """transformers' ONNX exporter, with complex numbers (Llama 4's rotary) in the form that it can translate."""
+    from transformers.exporters.exporter_dynamo import DynamoExporter
+
+    class Traced(DynamoExporter):  # type: ignore[misc,valid-type]
+        def export_program(self, *args: Any, **kwargs: Any) -> Any:
+            with _own_dtypes():
+                self.program, metadata = super().export_program(*args, **kwargs)
+            return numbers_as_read(through_real_views(self.program)), metadata
+
+    class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc,name-defined]
+        """Its ``super().export_program`` is the one above."""
+
+    return Exporter
+
+
+@contextlib.contextmanager
+def _own_dtypes() -> Iterator[None]:
+    """The sample as it is: the exporter casts every tensor to the model's dtype, and a model may keep states wider."""
+    from transformers.exporters import utils
+
+    theirs = utils.cast_leaf_tensors
+    utils.cast_leaf_tensors = lambda sample, dtype, device: sample
+    try:
+        yield
+    finally:
+        utils.cast_leaf_tensors = theirs
+
+
+def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any], type]:
+    """A call with a past and with padding, which of its sizes are free, and the class of what the model returns."""
+    from torch.export import Dim
+    from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+    takes = inspect.signature(type(model).forward).parameters
+    device = model.device
+    ids = torch.arange(B * S, device=device).reshape(B, S) % model.config.get_text_config().vocab_size
+    try:
+        with torch.no_grad():
+            result = model(input_ids=ids, use_cache=True, return_dict=True)
+        cache = result.past_key_values
+    except Exception as err:
+        raise Declined(f"the model does not run with a cache: {_first_line(err)}") from err
+    if extra := sorted(name for name in result.keys() - {"logits", "past_key_values"} if result[name] is not None):
+        raise Declined(
+            f"it returns {extra[0]} beside logits and cache; set config.output_router_logits, output_hidden_states "
+            "and output_attentions to False for an engine with a cache"
+        )
+    past = sample_cache(cache, B, P)
+    register_cache_pytrees_for_model(model)
+
+    mask = torch.ones(B, P + S, dtype=torch.int64, device=device)
+    mask[1, :2] = 0  # an exporter drops a mask that is all ones
+    position = (mask.cumsum(-1) - 1).clamp(min=0)[:, P:]
+    call = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+    free: dict[str, Any] = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in call}
+    call["logits_to_keep"] = torch.arange(S - N, S, device=device)
+    free["logits_to_keep"] = {0: Dim.AUTO}
+    call = {name: value for name, value in call.items() if name in takes}
+    free = {name: value for name, value in free.items() if name in takes}
+    grows = {id(parts_of(layer).get(name)) for layer in past.layers for name in ATTENTION}
+    free[PAST] = [{0: Dim.AUTO, 2: Dim.AUTO} if id(t) in grows else {0: Dim.AUTO} for t in tree_leaves(past)]
+    return {**call, PAST: past, "use_cache": True, "return_dict": True}, free, type(result)
+
+
+def _signature(model: Any, graph: Any, past: Any, result: type) -> dict[str, Any]:
+    """What calls of the graph need to know; ``Declined`` where the graph is not of the module's form."""
+    ends_in = {value.name.removeprefix("input."): value for value in graph.graph.inputs}
+    ends_out = {value.name.removeprefix("output."): value for value in graph.graph.outputs}
+    cache = [{part: f"{CACHE}.{n}.{part}" for part in parts_of(layer)} for n, layer in enumerate(past.layers)]
+    leaves = {name for layer in cache for name in layer.values()}
+    if unread := sorted(leaves - ends_in.keys()):
+        raise Declined(f"the traced model does not read {unread[0]}")
+    if missing := sorted(leaves - ends_out.keys()) + ["logits"] * ("logits" not in ends_out):
+        raise Declined(f"the traced model does not return {missing[0]}")
+    mask = ends_in.get("attention_mask")
+    if mask is None or not mask.uses():
+        raise Declined("it does not read attention_mask, so padded rows would go wrong in an engine with a cache")
+    for value in (*graph.graph.inputs, *graph.graph.outputs):
+        if value.dtype is None or value.shape is None:
+            raise Declined(f"{value.name} has no known dtype and shape in the graph")
+
+    def described(layer: dict[str, str], part: str) -> dict[str, Any]:
+        value, out = ends_in[layer[part]], ends_out[layer[part]]
+        about = {"input": value.name, "output": out.name, "dtype": _dtype(value)}
+        sizes = [int(str(size)) for at, size in enumerate(value.shape) if at and not (part in ATTENTION and at == 2)]
+        return about | ({"heads": sizes[0], "size": sizes[1]} if part in ATTENTION else {"shape": sizes})
+
+    config = model.config
+    return {
+        "kind": "causal_lm",
+        "architecture": type(model).__name__,
+        "model_type": config.model_type,
+        "config": json.loads(config.to_json_string(use_diff=False)),
+        "generation_config": json.loads(model.generation_config.to_json_string(use_diff=False)),
+        "parameters": [name for name in inspect.signature(type(model).forward).parameters if name != "self"],
+        "inputs": {name: {"input": v.name, "dtype": _dtype(v)} for name, v in ends_in.items() if name not in leaves},
+        "logits": {"output": ends_out["logits"].name, "dtype": _dtype(ends_out["logits"])},
+        "cache": [{part: described(layer, part) for part in layer} for layer in cache],
+        "output_class": [result.__module__, result.__qualname__],
+        "own_class": not type(model).__module__.startswith("transformers."),
+        "own_generation": own_generation(type(model)),
+        "use_cache": bool(getattr(config.get_text_config(), "use_cache", True)),
+        "vocab_size": config.get_text_config().vocab_size,
+    }
+
+
+def own_generation(cls: type) -> list[str]:
+    """What of ``generate`` the model's own class defines, beside what transformers' class defines that it builds on."""
+    from transformers import GenerationMixin
+
+    theirs = {name for name in dir(GenerationMixin) if not name.startswith("__")} - set(dir(nn.Module))
+    own = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("transformers", "torch", "builtins")]
+    return sorted({name for c in own for name in vars(c) if name in theirs})
+
+
+def _dtype(value: Any) -> str:
+    from onnx_ir.tensor_adapters import to_torch_dtype
+
+    return str(to_torch_dtype(value.dtype)).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def _sdpa_or_eager(model: Any) -> Iterator[None]:
+    """Attention in a form that traces: flash and flex kernels have no ONNX form, sdpa or eager is the same function.
+
+    A function that the user registered is another one, and stays.
+    """
+    before = model.config._attn_implementation or ""
+    if not before.startswith(("flash_attention", "flex_attention", "paged|", "kernels-community/")):
+        yield
+        return
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _first_line(err: BaseException) -> str:
+    while err.__cause__ is not None:
+        err = err.__cause__
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    return f"{type(err).__name__}: {lines[0]}" if lines else type(err).__name__

@@ -1,0 +1,407 @@
+"""Places worth a look in a whole model: which module calls hold parallel experts, which a dense FFN.
+
+The model runs once on the tape without values. Chains (product, element-wise function, product) that
+stand side by side on the same rows are experts; one whose weight is a slice of a stack, or has idle
+twins, is an expert whose siblings were not hit; a lone one is a dense FFN. A place is only a hint:
+what a block computes is decided by its own witness.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name, picks_rows
+from moeopt.capture.replay import ancestors
+from moeopt.capture.tape import Call, Tape, record
+from moeopt.capture.tree import leaves_of
+from moeopt.ir.weight_refs import MatrixRef
+from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains
+from moeopt.recognise.gemm_sites import Site, is_computed_weight, is_weight, weight_and_operand
+
+
+@dataclass
+class Place:
+    """One module call that holds a block. ``levels`` are the call and its ancestors, innermost first.
+
+    ``alone`` has each chain of an MoE candidate that is a dense FFN where it turns out to be no expert: a shared
+    expert of the experts' own size.
+    """
+
+    kind: str
+    call: Call
+    levels: list[Call]
+    order: int
+    source: str
+    chains: list[Chain] = field(default_factory=list)
+    experts: int | None = None
+    weights: set[int] = field(default_factory=set)
+    alone: list[Place] = field(default_factory=list)
+
+
+def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Place]:
+    """Every MoE candidate and dense FFN of one run, in execution order.
+
+    Raises:
+        CaptureError: the model does not run on these inputs.
+    """
+    tape = record(model, args, kwargs, keep_values=False)
+    sites, leaves = _light_sites(tape)
+    chains = find_chains(tape, sites, loose=True)
+    return _Finder(tape, chains, leaves).run()
+
+
+def alike_children(module: nn.Module) -> set[nn.Module]:
+    """Children of the module's lists that hold matrices of the same shapes."""
+    found: set[nn.Module] = set()
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1:
+            shapes = [
+                sorted(str(t.shape) for t in (*m.parameters(), *m.buffers()) if t.dim() > 1) for m in child.children()
+            ]
+            if shapes[0] and all(s == shapes[0] for s in shapes):
+                found.update(child.children())
+    return found
+
+
+def feed_forward_lists(module: nn.Module) -> set[nn.Module]:
+    """Children of the module's lists that look alike and hold a pair of matrices (a, b) and (b, a)."""
+    found: set[nn.Module] = set()
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1:
+            shapes = [sorted(tuple(p.shape) for p in m.parameters() if p.dim() == 2) for m in child.children()]
+            pair = shapes and any(s[::-1] in shapes[0] for s in shapes[0])
+            if pair and 2 <= len(shapes[0]) <= 3 and all(s == shapes[0] for s in shapes):
+                found.update(child.children())
+    return found
+
+
+def _light_sites(tape: Tape) -> tuple[list[Site], dict[Site, tuple[str, bool]]]:
+    """Sites by shape alone; with each, (Parameter path, whether the weight is one slice of a stack)."""
+    memo: dict[fx.Node, bool] = {}
+    sites, leaves = [], {}
+    for node in tape.nodes:
+        if is_computed_weight(node, memo):
+            memo[node] = True
+        if not is_matmul(node):
+            continue
+        found = weight_and_operand(node, memo)
+        if found is None:
+            continue
+        weight, operand, left = found
+        shape = weight.meta["shape"]
+        if op_name(node) == "convolution":
+            if any(s != 1 for s in shape[2:]):
+                continue
+            m, k, count = shape[0], shape[1], 1
+        elif op_name(node) == "linear":
+            m, k, count = shape[0], shape[1], 1
+        else:
+            k, m = (shape[-1], shape[-2]) if left else (shape[-2], shape[-1])
+            count = shape[0] if len(shape) == 3 else 1
+        if not k or not m:
+            continue
+        path, leaf = _leaf(tape, weight)
+        matrices = [MatrixRef(path, (i,), (), (), k, m) for i in range(min(count, 2))]
+        site = Site(_biased(node, memo), node, operand, 0, 0, matrices, torch.zeros(0, dtype=torch.long))
+        sites.append(site)
+        sliced = leaf is not None and leaf.dim() >= 3 and op_name(node) != "convolution"
+        leaves[site] = (path, sliced and (len(shape) == 2 or shape[0] == 1))
+    return sites, leaves
+
+
+def _leaf(tape: Tape, node: fx.Node) -> tuple[str, torch.Tensor | None]:
+    while node.op == "call_function" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    if node.op != "get_attr" or "constant" in node.meta:
+        return "", None
+    path = str(node.target)
+    owner, _, name = path.rpartition(".")
+    return path, getattr(tape.root.get_submodule(owner), name)
+
+
+def _biased(node: fx.Node, memo: dict[fx.Node, bool]) -> fx.Node:
+    """The ``add`` of a bias that alone reads the product, else the product."""
+    current = node
+    for _ in range(3):
+        users = [u for u in current.users if "index" in u.meta]
+        if len(users) != 1:
+            return node
+        user = users[0]
+        if op_name(user) == "add":
+            others = [a for a in user.args if a is not current]
+            return user if len(others) == 1 and isinstance(others[0], fx.Node) and is_weight(others[0], memo) else node
+        if op_name(user) not in ("view", "_unsafe_view", "squeeze", "unsqueeze", "reshape"):
+            return node
+        current = user
+    return node
+
+
+class _Finder:
+    def __init__(self, tape: Tape, chains: list[Chain], leaves: dict[Site, tuple[str, bool]]) -> None:
+        self.tape, self.chains, self.leaves = tape, chains, leaves
+        self.home = {c: self._common([*c.outs, *c.ins]) for c in chains}
+        self.named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
+        self.used = {path for path, _ in leaves.values()}
+
+    def _common(self, sites: list[Site]) -> int:
+        stacks = [self.tape.stack(s.product.meta["call"]) for s in sites]
+        common = 0
+        for level in zip(*stacks, strict=False):
+            if len(set(level)) > 1:
+                break
+            common = level[0]
+        return common
+
+    def run(self) -> list[Place]:
+        places: list[Place] = []
+        claimed: set[Chain] = set()
+        by_depth = sorted(self.tape.calls, key=lambda c: -len(self.tape.stack(c.index)))
+        inside: dict[int, list[Chain]] = {}
+        for chain in self.chains:
+            for index in self.tape.stack(self.home[chain]):
+                inside.setdefault(index, []).append(chain)
+        for call in by_depth:
+            free = [c for c in inside.get(call.index, []) if c not in claimed]
+            if not free:
+                continue
+            for group in self._expert_groups(call, free):
+                claimed.update(group)
+                places.append(self._place("moe", call, group))
+        for group in self._picked(c for c in self.chains if c not in claimed):
+            claimed.update(group)
+            index = self._common([s for c in group for s in (*c.ins, *c.outs)])
+            places.append(self._place("moe", self.tape.calls[index], group))
+        experts = {s for c in claimed for s in (*c.ins, *c.outs)}
+        blocks = [p.call.index for p in places]
+        for chain in self.chains:
+            if experts.isdisjoint((*chain.ins, *chain.outs)) and self._feed_forward(chain, blocks):
+                places.append(self._place("dense_ffn", self.tape.calls[self.home[chain]], [chain]))
+        for place in places:
+            if place.kind == "moe" and len(place.chains) > 1:
+                place.alone = [
+                    self._place("dense_ffn", self.tape.calls[self.home[c]], [c])
+                    for c in place.chains
+                    if self._feed_forward(c, blocks)
+                ]
+        places = [p for p in places if not self._holds_a_deeper_one(p, places)]
+        places += self._by_structure(places)
+        places += self._by_stacks(places)
+        places = [p for i, p in enumerate(places) if not any(_same_experts(p, q) for q in places[:i])]
+        return sorted(places, key=lambda p: p.order)
+
+    def _picked(self, free: Iterable[Chain]) -> list[list[Chain]]:
+        """Chains that read rows picked by an index, and whose Parameters are named alike but for a number:
+        experts that look like layers because each writes into the buffer that the next one reads from."""
+        groups: dict[Any, list[Chain]] = {}
+        for chain in free:
+            path = self.leaves[chain.ins[0]][0]
+            parts = path.split(".")
+            for i in (i for i, p in enumerate(parts) if re.search(r"\d", p) and picks_rows(chain.ins[0].operand)):
+                alike = (i, *parts[:i], re.sub(r"\d+", "#", parts[i]), *parts[i + 1 :])
+                groups.setdefault((alike, chain.shape), []).append(chain)
+        found: list[list[Chain]] = []
+        taken: set[Chain] = set()
+        for key in sorted(groups, key=lambda k: -k[0][0]):  # the innermost number counts experts, not layers
+            members = [c for c in groups[key] if c not in taken]
+            if len(members) > 1:
+                found.append(members)
+                taken.update(members)
+        return found
+
+    def _holds_a_deeper_one(self, place: Place, places: list[Place]) -> bool:
+        """True where the same experts were found closer, in a call inside this one."""
+        return place.kind == "moe" and any(
+            other is not place and other.kind == "moe" and other.call is not place.call and place.call in other.levels
+            and other.weights & place.weights
+            for other in places
+        )  # fmt: skip
+
+    def _by_structure(self, places: list[Place]) -> list[Place]:
+        """Calls that run alike feed-forward children side by side where no chain was readable inside any; or that ran
+        some of them, on rows picked for them, and others not at all."""
+        found = []
+        children: dict[int, list[Call]] = {}
+        for call in self.tape.calls:
+            if call.parent is not None:
+                children.setdefault(call.parent, []).append(call)
+        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
+        for call in self.tape.calls:
+            ran = children.get(call.index, [])
+            if not ran or call.index in taken:
+                continue
+            alike, pairs = alike_children(call.module), feed_forward_lists(call.module)
+            ran = [c for c in ran if c.module in alike]
+            idle = len(alike) - len({id(c.module) for c in ran})
+            picked = sum(any(picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran)
+            routed = picked > 1 or (picked == 1 and idle > 0)
+            ran = [c for c in ran if routed or c.module in pairs]
+            if not ran or (len(ran) < 2 and not routed) or (len(ran) > 1 and self._sequential(ran)):
+                continue
+            weights = {id(p) for c in ran for p in c.module.parameters()}
+            experts = len({id(c.module) for c in ran}) + (idle if routed else 0)
+            found.append(self._unread(call, ran[0].first, experts, weights))
+        return found
+
+    def _by_stacks(self, places: list[Place]) -> list[Place]:
+        """Calls of modules that own stacks of experts, and a router's weight beside them, where no chain was readable.
+
+        A router's weight has the number of experts and a size of theirs; stacks of an attention's heads have none.
+        """
+        found: list[Place] = []
+        known = {i for p in places for i in p.weights}
+        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
+        for call in self.tape.calls:
+            stacks = [p for p in call.module._parameters.values() if p is not None and p.dim() == 3 and len(p) > 1]
+            stacks = [p for p in stacks if id(p) not in known and len(p) == len(stacks[0])]
+            if len(stacks) < 2 or call.index in taken:
+                continue
+            experts, sizes = len(stacks[0]), set(stacks[0].shape[1:]) & set(stacks[1].shape[1:])
+            near = call.module if call.parent is None else self.tape.calls[call.parent].module
+            routers = {frozenset((experts, size)) for size in sizes}
+            if not any(p.dim() == 2 and set(p.shape) in routers for p in near.parameters()):
+                continue
+            known |= set(map(id, stacks))
+            found.append(self._unread(call, call.first, experts, set(map(id, stacks))))
+        return found
+
+    def _unread(self, call: Call, first: int, experts: int, weights: set[int]) -> Place:
+        """A place without chains, whose experts run from node ``first`` on."""
+        levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
+        source = next((n.meta["source"] for n in self.tape.nodes[first:] if n.meta.get("source")), "")
+        return Place("moe", call, levels, first, source, [], experts, weights)
+
+    def _sequential(self, ran: list[Call]) -> bool:
+        """True where one of the calls reads, by any way, what an earlier one returned."""
+        first = set(leaves_of(fx.Node, ran[0].output))
+        wanted = set(leaves_of(fx.Node, [ran[-1].args, ran[-1].kwargs]))
+        return bool(first & ancestors(wanted))
+
+    def _place(self, kind: str, call: Call, group: list[Chain]) -> Place:
+        levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
+        first = group[0].ins[0].product
+        paths = {self.leaves[s][0] for c in group for s in (*c.ins, *c.outs)}
+        weights = {id(self.named[p]) for p in paths if p in self.named}
+        if kind == "moe":  # a helper that is handed its weights is called once per expert: the block is their owner
+            owners = [i for i, c in enumerate(levels) if weights & {id(t) for t in _tensors(c.module)}]
+            levels = levels[owners[0] :] if owners else levels
+            call = levels[0]
+        experts = len({_identity(c.out.product) for c in group})  # a loop over the batch visits each several times
+        return Place(kind, call, levels, first.meta["index"], first.meta.get("source", ""), group, experts, weights)
+
+    def _expert_groups(self, call: Call, free: list[Chain]) -> list[list[Chain]]:
+        found = []
+        taken: set[Chain] = set()
+        for group in group_chains(self.tape, free):
+            members = [c for c in group if c not in taken]
+            if not members:
+                continue
+            merged = members[0].merged or any(self.leaves[s][1] for c in members for s in (*c.ins, c.out))
+            alone = len({_identity(c.out.product) for c in members}) < 2
+            if not merged and alone and not (self._dense(members[0]) and self._idle_twins(call, members[0])):
+                continue
+            if not merged and len(members) > 1 and not self._same_rows(members):
+                continue
+            if not self._enough(members):
+                continue
+            found.append(members)
+            taken.update(members)
+        return found
+
+    def _enough(self, members: list[Chain]) -> bool:
+        """Shared in-sites are a layer before the experts, not experts of their own."""
+        firsts = {c.ins[0] for c in members}
+        return len(firsts) == len(members)
+
+    def _idle_twins(self, call: Call, chain: Chain) -> bool:
+        """Parameters of the call's module, named like the chain's but for a number, that nothing used."""
+        path = self.leaves[chain.out][0]
+        if not path or (call.path and not path.startswith(call.path + ".")):
+            return False
+        start = len(call.path.split(".")) if call.path else 0
+        parts = path.split(".")
+        for i in range(start, len(parts)):
+            if not re.search(r"\d", parts[i]):
+                continue
+            for name, tensor in self.named.items():
+                other = name.split(".")
+                if name in self.used or len(other) != len(parts) or tensor.shape != self.named[path].shape:
+                    continue
+                same = [a == b for a, b in zip(other, parts, strict=True)]
+                if (
+                    sum(not s for s in same) == 1
+                    and not same[i]
+                    and re.sub(r"\d+", "#", other[i]) == re.sub(r"\d+", "#", parts[i])
+                ):
+                    return True
+        return False
+
+    def _same_rows(self, members: list[Chain]) -> bool:
+        """Their operands lead back to one tensor within a few steps: branches of one place, not of two towers."""
+        common: set[fx.Node] | None = None
+        for chain in members:
+            sources = _row_sources(chain.ins[0].operand)
+            common = sources if common is None else common & sources
+            if not common:
+                return False
+        return True
+
+    def _dense(self, chain: Chain) -> bool:
+        inner = chain.ins[0].matrices[0]
+        outer = chain.out.matrices[0]
+        return chain.nonlinear and len(chain.ins) <= 2 and inner.k == outer.m and not chain.merged
+
+    def _feed_forward(self, chain: Chain, blocks: list[int]) -> bool:
+        """A dense FFN, and not a tied autoencoder (one weight, twice), nor a bottleneck (an adapter, squeeze-excite):
+        plain and narrower inside than outside. Beside routed experts, in one of ``blocks``, narrow is usual."""
+        inner, outer = chain.ins[0].matrices[0], chain.out.matrices[0]
+        if not self._dense(chain) or {m.path for s in chain.ins for m in s.matrices} & {outer.path} - {""}:
+            return False
+        gated = len(chain.ins) == 2 or inner.m == 2 * outer.k
+        shared = any(index in self.tape.stack(self.home[chain]) for index in blocks)
+        return gated or shared or outer.k >= inner.k
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _same_experts(a: Place, b: Place) -> bool:
+    """True for two readings of one call that share weights (three products in a row are two chains)."""
+    return a.kind == b.kind == "moe" and a.call is b.call and bool(a.weights & b.weights)
+
+
+def _identity(product: fx.Node) -> tuple[Any, ...]:
+    """Which part of which Parameter a product multiplies by: its name and the slicing that leads to it."""
+    found = weight_and_operand(product, {})
+    steps: list[Any] = []
+    node = found[0] if found is not None else product
+    while node.op == "call_function" and node.all_input_nodes:
+        steps.append((str(node.target), repr([a for a in node.args if not isinstance(a, fx.Node)])))
+        node = node.all_input_nodes[0]
+    return (str(node.target), *steps)
+
+
+def _row_sources(start: fx.Node, steps: int = 40) -> set[fx.Node]:
+    """Tensors that the rows of ``start`` were moved from, through movement and a few other ops."""
+    seen: set[fx.Node] = set()
+    stack = [(start, 3)]
+    while stack and len(seen) < steps:
+        node, budget = stack.pop()
+        if node in seen or node.op == "get_attr" or is_factory(node):
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            continue
+        spent = 0 if moves_rows(node) else 1
+        if budget - spent < 0:
+            continue
+        inputs = node.all_input_nodes if is_pointwise(node) or spent else node.all_input_nodes[:1]
+        stack.extend((a, budget - spent) for a in inputs)
+    return seen

@@ -1,0 +1,104 @@
+"""Example inputs: read in the forms that users give them, or made up where the model says what it takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeopt.capture.tape import record
+from moeopt.errors import CaptureError, UsageError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def as_call(example_inputs: Any) -> Call:
+    """(args, kwargs) of a tensor, a tuple of positional arguments, or a Mapping of keyword arguments."""
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        two = len(example_inputs) == 2 and isinstance(example_inputs[0], tuple)
+        if two and type(example_inputs[1]) is dict:
+            return tuple(example_inputs[0]), dict(example_inputs[1])
+        return tuple(example_inputs), {}
+    raise UsageError(
+        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments, "
+        "or a dict of keyword arguments"
+    )
+
+
+def in_order(model: nn.Module, call: Call) -> Call:
+    """The call with its keywords as ``forward`` orders them: the order that they are given in says nothing."""
+    args, kwargs = call
+    known = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
+    return args, {name: kwargs[name] for name in [*known, *(n for n in kwargs if n not in known)]}
+
+
+def made_up(model: nn.Module, seed: int) -> Call:
+    """Inputs for a model that was given without any.
+
+    A Hugging Face model gets token ids; a block with one required argument gets rows whose width is
+    one of the sizes of its own matrices, if exactly such rows run.
+
+    Raises:
+        UsageError: nothing could be inferred; pass ``example_inputs``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(model, "main_input_name"):
+        return _token_ids(model, config, generator)
+    required = [
+        p
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(required) == 1:
+        call = _rows(model, generator)
+        if call is not None:
+            return call
+    raise UsageError(
+        f"{type(model).__name__} was given without example_inputs, and what it takes could not be inferred from its "
+        "weights; pass a tensor, a tuple or a dict that the model can be called with"
+    )
+
+
+def _token_ids(model: nn.Module, config: Any, generator: torch.Generator) -> Call:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None)
+    if not vocabulary:
+        raise UsageError(f"{type(model).__name__} has no vocab_size in its config; pass example_inputs")
+    device = next(model.parameters()).device
+    reserved = {getattr(text, k, None) for k in ("pad_token_id",)}
+    ids = torch.randint(0, int(vocabulary), (2, 16), generator=generator)
+    for bad in (r for r in reserved if isinstance(r, int)):
+        ids[ids == bad] = (bad + 1) % int(vocabulary)
+    ids = ids.to(device)
+    kwargs: dict[str, Any] = {"input_ids": ids}
+    if getattr(config, "is_encoder_decoder", False):
+        kwargs["decoder_input_ids"] = ids[:, :8].clone()
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        kwargs["use_cache"] = False
+    return (), kwargs
+
+
+def _rows(model: nn.Module, generator: torch.Generator) -> Call | None:
+    first = next(model.parameters(), None)
+    if first is None or not first.is_floating_point():
+        return None
+    widths = sorted({s for p in model.parameters() if p.dim() >= 2 for s in p.shape[-2:]})
+    running = []
+    for width in widths:
+        for shape in ((2, 8, width), (16, width)):
+            call: Call = ((torch.randn(shape, generator=generator).to(first),), {})
+            try:
+                record(model, *call, keep_values=False)
+            except CaptureError:
+                continue
+            running.append(call)
+            break
+    return running[0] if len(running) == 1 else None

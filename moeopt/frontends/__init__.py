@@ -1,0 +1,1 @@
+"""The forms in which a model comes in and goes out."""

@@ -1,0 +1,58 @@
+"""FX in, FX out: a model through the passes, as one ``fx.GraphModule`` on the same weights.
+
+A GraphModule whose own graph still stands (nothing was rewritten, or only modules that it calls) comes back as it is.
+Anything else is exported: routers, what is around the blocks, and a ``torch.ops.moeopt.experts`` node for each group
+of experts, in one graph. The data-dependent loop is gone by then, so ``torch.export`` takes what it refused before.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moeopt.api import optimize
+from moeopt.errors import NotSaveableError
+from moeopt.find.example_inputs import Call
+from moeopt.lower.export import export_program, roomier
+from moeopt.passes.base import Pass, PassRecord
+from moeopt.rewrite.install import rewritten_forward
+
+
+def run(
+    module: Any, example_inputs: Any, passes: Sequence[Pass], **fields: Any
+) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
+    """See ``moeopt.passes.run``."""
+    done = optimize(module, example_inputs, passes=tuple(passes), **fields)
+    model = done.model
+    if isinstance(model, fx.GraphModule) and rewritten_forward(model) is None:
+        return model, done.report.passes
+    return as_graph_module(model, done._call), done.report.passes
+
+
+def as_graph_module(model: nn.Module, call: Call) -> fx.GraphModule:
+    """``model`` as one graph, for every size that the model takes; as one call of ``model`` where export refuses it.
+
+    Args:
+        call: (args, kwargs) of a real call.
+    """
+    try:
+        with torch.no_grad():
+            args, kwargs = roomier(model, *call)
+        exported: fx.GraphModule = export_program(model, args, kwargs).module()  # type: ignore[assignment]
+        return exported
+    except NotSaveableError as err:
+        warnings.warn(f"the GraphModule holds {type(model).__name__} as one call: {err}", stacklevel=4)
+        return one_call(model, call)
+
+
+def one_call(model: nn.Module, call: Call) -> fx.GraphModule:
+    """A GraphModule with one node, which calls ``model`` with arguments like those of ``call``."""
+    graph = fx.Graph()
+    args = tuple(graph.placeholder(f"arg_{i}") for i in range(len(call[0])))
+    kwargs: dict[str, Any] = {name: graph.placeholder(name) for name in call[1]}
+    graph.output(graph.call_module("model", args, kwargs))
+    return fx.GraphModule({"model": model}, graph)

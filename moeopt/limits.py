@@ -1,0 +1,50 @@
+"""How much time and memory a bundle from elsewhere may take while it is loaded, verified and called."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moeopt.errors import UsageError
+
+SECONDS, SECONDS_PER_BYTE = 10.0, 1 / 50e6
+BYTES, TIMES = 2 << 30, 8
+
+
+@dataclass(frozen=True)
+class LoadLimits:
+    """What a bundle may ask of this machine; more is a ``BundleError``.
+
+    Args:
+        seconds: wall-clock time of the self-test and of the golden runs. None is 10 s, and 1 s for each 50 MB of the
+            bundle's files.
+        bytes: memory of the values that a graph computes, weights not counted: at any moment of a call of a torch
+            bundle, and in the self-test and the golden runs of an ONNX bundle. None is 2 GiB, and 8 times the bytes of
+            the bundle's files and of the call's inputs.
+
+    ``math.inf`` is no limit.
+
+    Raises:
+        UsageError: a limit that is no positive number.
+    """
+
+    seconds: float | None = None
+    bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "bytes"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and value > 0 and not math.isnan(value)):
+                raise UsageError(f"LoadLimits.{name} is {value!r}: give a positive number, or None for the default")
+
+    def seconds_for(self, files: int) -> float:
+        """The time for a bundle whose files have ``files`` bytes."""
+        return SECONDS + files * SECONDS_PER_BYTE if self.seconds is None else self.seconds
+
+    def bytes_for(self, files: int, inputs: int = 0) -> float:
+        """The memory for a bundle of ``files`` bytes that is called with ``inputs`` bytes."""
+        return BYTES + TIMES * (files + inputs) if self.bytes is None else self.bytes
+
+
+DEFAULT = LoadLimits()

@@ -1,0 +1,202 @@
+"""A traced model as an ONNX graph in which each grouped-expert op is still one ``moeopt::Experts`` node.
+
+The experts' weights never enter the trace: the node names its :class:`~.site.Site`, which reads them from
+the model when a lowering is written. So exporting costs no copy of them, and no node per expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import OutputKind
+from torch.utils import _pytree as pytree
+
+from moeopt.errors import NotSaveableError
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.lower.onnx.complex import through_real_views
+from moeopt.lower.onnx.exact import exact_rules
+from moeopt.lower.onnx.pad_experts import even
+from moeopt.lower.onnx.scalars import numbers_as_read
+from moeopt.lower.onnx.site import DOMAIN, OP, Site
+from moeopt.ops.bank import Bank
+from moeopt.ops.intercept import intercepted
+from moeopt.ops.reference import dtypes, out_features
+from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
+from moeopt.rewrite.install import rewritten_forward
+from moeopt.rewrite.site_names import site_names
+
+OPSET = 20
+
+
+@contextlib.contextmanager
+def emitting(model: nn.Module) -> Iterator[list[Site]]:
+    """While open, ``experts`` calls of ``model``'s rewritten blocks trace as nodes; the list collects their sites."""
+    routers = {
+        id(bank): router
+        for module in model.modules()
+        if (forward := rewritten_forward(module)) is not None
+        for (bank, _), router in zip(forward.banks, forward.program.routers, strict=True)
+    }
+    name_of = site_names(model)
+    sites: list[Site] = []
+
+    def emit(x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor | None:
+        name = name_of(bank)
+        if name is None:
+            return None
+        torch._check(ids.shape[0] == x.shape[0])  # a runtime would broadcast the choices of a single row
+        router = routers[id(bank)]
+        sites.append(Site(name, even(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
+        y: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{OP}",
+            (x, ids.to(torch.int64), weights),
+            {"site": len(sites) - 1},
+            dtype=dtypes(x, spec)[2],
+            shape=(x.shape[0], out_features(bank, spec)),
+            version=1,
+        )
+        return y
+
+    with intercepted(emit):
+        yield sites
+
+
+def to_onnx(program: torch.export.ExportedProgram) -> Any:
+    """The graph of an exported program as an ``onnx_ir.Model``, with ``input_0...`` and ``output_0...`` at its ends.
+
+    Raises:
+        NotSaveableError: an op that ONNX has no form for; the message names it.
+    """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    from moeopt.lower.onnx.translate import table
+
+    program = numbers_as_read(through_real_views(_tensors_only(program)))
+    _settle_layouts(program.graph)
+    with one_trace, quiet(), rules_by_their_last_op(), exact_rules() as exact, one_registry():
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=exact,
+                verbose=False,
+                custom_translation_table=table(),
+            )
+        except Exception as err:
+            raise NotSaveableError(
+                f"the graph has no ONNX form: {_first_line(err)}{_where(program, err)}; use backend='torch', or write "
+                "that line with other ops"
+            ) from err
+    assert exported is not None  # torch gives None only where it wrote a file itself
+    RemoveUnusedNodesPass()(exported.model)
+    _cast_before_transpose(exported.model.graph)
+    return exported.model
+
+
+def _settle_layouts(graph: torch.fx.Graph) -> None:
+    """Attention's result in one layout: the exporter's stages give it several, and a view of one fails in another."""
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        if node.target is aten.scaled_dot_product_attention.default:
+            with graph.inserting_after(node):
+                copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+            copy.meta = dict(node.meta)
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+
+
+def _tensors_only(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without results that are plain values, and without writes to buffers: neither is ONNX."""
+    (node,) = (n for n in program.graph.nodes if n.op == "output")
+    specs = program.graph_signature.output_specs
+    kept = [
+        (value, spec)
+        for value, spec in zip(node.args[0], specs, strict=True)
+        if isinstance(value, torch.fx.Node) and spec.kind == OutputKind.USER_OUTPUT
+    ]
+    if len(kept) == len(specs):
+        return program
+    program = copy.copy(program)
+    module = torch.fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+    by_name = {n.name: n for n in module.graph.nodes}
+    (end,) = (n for n in module.graph.nodes if n.op == "output")
+    end.args = (tuple(by_name[value.name] for value, _ in kept),)
+    entry = program.module_call_graph[0]
+    assert entry.signature is not None
+    flat = pytree.tree_structure(tuple(range(len(kept))))
+    signature = dataclasses.replace(entry.signature, outputs=[spec.arg for _, spec in kept], out_spec=flat)
+    program._module_call_graph = [dataclasses.replace(entry, signature=signature), *program.module_call_graph[1:]]
+    program._graph_module = module
+    program._graph_signature = dataclasses.replace(program.graph_signature, output_specs=[spec for _, spec in kept])
+    return program
+
+
+def _cast_before_transpose(graph: Any) -> None:
+    """MatMul(Cast(Transpose(x))) becomes MatMul(Transpose(Cast(x))).
+
+    ONNX Runtime 1.31 fuses the first form (MatmulTransposeFusion) and reads a null pointer where x is boolean.
+    """
+    import onnx_ir as ir
+
+    for node in list(graph):
+        turn = node.inputs[0].producer() if node.op_type == "Cast" and node.inputs[0] is not None else None
+        if turn is None or turn.op_type != "Transpose" or node.domain or node.outputs[0].is_graph_output():
+            continue
+        if not any(user.op_type == "MatMul" for user, _ in node.outputs[0].uses()):
+            continue
+        old, source = node.outputs[0], turn.inputs[0]
+        cast = ir.node("Cast", [source], {"to": node.attributes["to"].as_int()})
+        turned = ir.node("Transpose", [cast.outputs[0]], {"perm": list(turn.attributes["perm"].as_ints())})
+        cast.outputs[0].type, cast.outputs[0].shape = old.type, source.shape
+        turned.outputs[0].type, turned.outputs[0].shape, name = old.type, old.shape, old.name
+        graph.insert_before(node, [cast, turned])
+        ir.convenience.replace_all_uses_with(old, turned.outputs[0])
+        graph.remove(node, safe=True)
+        turned.outputs[0].name = name
+
+
+def _where(program: torch.export.ExportedProgram, err: BaseException) -> str:
+    """The op and the model's line that an exporter's error speaks of."""
+    named = re.findall(r"translating node %(\w+)|%(\w+) :", "\n".join(str(e) for e in _chain(err)))
+    names = {part for match in named for part in match if part}
+    for node in program.graph.nodes:
+        if node.name in names and node.op == "call_function":
+            lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
+            return f" ({node.target}{', ' + lines[-1] if lines else ''})"
+    return ""
+
+
+def _chain(err: BaseException | None) -> Iterator[BaseException]:
+    while err is not None:
+        yield err
+        err = err.__cause__
+
+
+def own_outputs(graph: Any) -> None:
+    """Give each output a value of its own: one that is an input, a weight or another output goes through Identity."""
+    import onnx_ir as ir
+
+    seen: set[int] = set()
+    for number, value in enumerate(graph.outputs):
+        if value.is_graph_input() or value.is_initializer() or id(value) in seen:
+            node = ir.node("Identity", [value])
+            copy = node.outputs[0]
+            copy.type, copy.shape = value.type, value.shape
+            graph.append(node)
+            graph.outputs[number] = copy
+        seen.add(id(graph.outputs[number]))
+
+
+def _first_line(err: BaseException) -> str:
+    *_, root = _chain(err)
+    lines = [line for line in str(root).splitlines() if line.strip()]
+    return f"{type(root).__name__}: {lines[0].strip()}" if lines else type(root).__name__

@@ -1,0 +1,151 @@
+"""ATen ops whose ONNX form is missing from, or differs in, torch's own exporter.
+
+    sort, topk, max, min     a NaN counts as the largest value in PyTorch; ONNX Runtime's TopK and ArgMax leave its
+    argmax, amax, amin       place open, and a reduction drops it. Here the order is taken of the values with NaN at
+                             +inf, and values are gathered from the originals, so a NaN stays one.
+    sort.stable              TopK of all values; it keeps the order of equal ones
+    cummax, cummin           no form: a call names the op and the line that wrote it
+    max, min, largest norm   alike
+    squeeze                  of a size that is not 1 does nothing in PyTorch; ONNX refuses the graph
+
+Each function builds nodes with onnxscript's ``opset20``; names end in what they stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moeopt.lower.onnx.translate_numbers import numbers
+
+aten = torch.ops.aten
+
+
+def table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The ``custom_translation_table`` of ``torch.onnx.export``."""
+    from onnxscript import opset20 as op
+
+    def is_float(x: Any) -> bool:
+        return x.dtype is None or x.dtype.is_floating_point()
+
+    def ordered(x: Any, nan: float = float("inf")) -> Any:
+        """``x`` with every NaN at ``nan``."""
+        if not is_float(x):
+            return x
+        return op.Where(op.IsNaN(x), op.CastLike(op.Constant(value_float=nan), x), x)
+
+    def sized(x: Any) -> Any:
+        return op.Cast(x, to=6) if x.dtype is not None and int(x.dtype) in (2, 3, 4, 5, 9) else x
+
+    def first(key: Any, k: Any, dim: int, largest: bool) -> Any:
+        """Indices of the ``k`` largest or smallest, equal ones in their order."""
+        _, indices = op.TopK(sized(key), k, axis=dim, largest=int(largest), sorted=1)
+        return indices
+
+    def one(value: int) -> Any:
+        return op.Constant(value_ints=[value])
+
+    def topk(self: Any, k: Any, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+        if not self.shape:
+            self = op.Reshape(self, one(1))
+        many = one(k) if isinstance(k, int) else op.Reshape(op.Cast(k, to=7), one(1))
+        indices = first(ordered(self), many, dim, largest)
+        return op.GatherElements(self, indices, axis=dim), indices
+
+    def sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
+        if len(self.shape) == 0:
+            return op.Identity(self), op.Constant(value_int=0)
+        axis = dim % len(self.shape)
+        indices = first(ordered(self), op.Shape(self, start=axis, end=axis + 1), axis, descending)
+        return op.GatherElements(self, indices, axis=axis), indices
+
+    def sort_stable(self: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+        return sort(self, dim, descending)
+
+    def extreme(largest: bool) -> Callable[..., Any]:
+        def of_dim(self: Any, dim: int, keepdim: bool = False) -> Any:
+            if len(self.shape) == 0:
+                return op.Identity(self), op.Constant(value_int=0)
+            arg = op.ArgMax if largest else op.ArgMin
+            key = sized(ordered(self, float("inf") if largest else float("-inf")))
+            indices = arg(key, axis=dim, keepdims=1)
+            values = op.GatherElements(self, indices, axis=dim)
+            if keepdim:
+                return values, indices
+            return op.Squeeze(values, one(dim)), op.Squeeze(indices, one(dim))
+
+        return of_dim
+
+    def argument(largest: bool) -> Callable[..., Any]:
+        def of(self: Any, dim: int | None = None, keepdim: bool = False) -> Any:
+            arg = op.ArgMax if largest else op.ArgMin
+            key = sized(ordered(self, float("inf") if largest else float("-inf")))
+            if dim is None:
+                index = op.Squeeze(arg(op.Reshape(key, one(-1)), axis=0, keepdims=0))
+                return op.Reshape(index, op.Constant(value_ints=[1] * len(self.shape))) if keepdim else index
+            if len(self.shape) == 0:
+                return op.Constant(value_int=0)
+            return arg(key, axis=dim, keepdims=int(keepdim))
+
+        return of
+
+    def reduced(largest: bool) -> Callable[..., Any]:
+        def over(self: Any, dim: Any = (), keepdim: bool = False) -> Any:
+            reduce = op.ReduceMax if largest else op.ReduceMin
+            dims = [dim] if isinstance(dim, int) else list(dim)
+            if not dims and not self.shape:
+                return op.Identity(self)
+            axes = op.Constant(value_ints=dims or list(range(len(self.shape))))
+            if self.dtype is not None and int(self.dtype) == 9:
+                return op.Cast(reduce(op.Cast(self, to=6), axes, keepdims=int(keepdim)), to=9)
+            value = reduce(self, axes, keepdims=int(keepdim))
+            if not is_float(self):
+                return value
+            lost = op.ReduceMax(op.Cast(op.IsNaN(self), to=6), axes, keepdims=int(keepdim))
+            nan = op.CastLike(op.Constant(value_float=float("nan")), self)
+            return op.Where(op.Cast(lost, to=9), nan, value)
+
+        return over
+
+    def vector_norm(self: Any, ord: float = 2.0, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+        x = self if dtype in (None, -1) else op.Cast(self, to=dtype)
+        if not self.shape:
+            return op.Abs(x)
+        dims = [dim] if isinstance(dim, int) else list(dim or range(len(self.shape)))
+        axes = op.Constant(value_ints=dims)
+        if abs(ord) == float("inf"):
+            return reduced(ord > 0)(op.Abs(x), dims, keepdim)
+        if ord in (1, 2):
+            return (op.ReduceL1 if ord == 1 else op.ReduceL2)(x, axes, keepdims=int(keepdim))
+        if ord == 0:
+            apart = op.Not(op.Equal(x, op.CastLike(op.Constant(value_float=0.0), x)))
+            return op.ReduceSum(op.CastLike(apart, x), axes, keepdims=int(keepdim))
+        power = op.CastLike(op.Constant(value_float=float(ord)), x)
+        total = op.ReduceSum(op.Pow(op.Abs(x), power), axes, keepdims=int(keepdim))
+        return op.Pow(total, op.Reciprocal(power))
+
+    def squeeze(self: Any, dim: Any = None) -> Any:
+        rank = len(self.shape)
+        named = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
+        axes = [d % rank for d in named if rank and self.shape[d] == 1]
+        return op.Squeeze(self, op.Constant(value_ints=axes)) if axes else op.Identity(self)
+
+    return numbers() | {
+        aten.linalg_vector_norm.default: vector_norm,
+        aten.squeeze.default: squeeze,
+        aten.squeeze.dim: squeeze,
+        aten.squeeze.dims: squeeze,
+        aten.topk.default: topk,
+        aten.sort.default: sort,
+        aten.sort.stable: sort_stable,
+        aten.max.dim: extreme(True),
+        aten.min.dim: extreme(False),
+        aten.argmax.default: argument(True),
+        aten.argmin.default: argument(False),
+        aten.amax.default: reduced(True),
+        aten.max.default: reduced(True),
+        aten.min.default: reduced(False),
+        aten.amin.default: reduced(False),
+    }

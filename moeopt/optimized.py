@@ -1,0 +1,75 @@
+"""What ``moeopt.optimize`` returns: the model, and what was done to it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from moeopt.backends import registry
+from moeopt.backends.base import Made
+from moeopt.errors import UsageError
+from moeopt.find.example_inputs import Call
+
+
+class Optimized:
+    """A model and what was done to it. Call it as the model was called.
+
+    Attributes:
+        model: the optimised model. For backend "torch" it is of the user's own class, with the same
+            ``state_dict`` keys, and shares its weights with the model that was given. For the others it is the
+            engine, which holds its own weights.
+        report: what was found, rewritten and declined, and why.
+        certificate: how equal it is.
+
+    Any other attribute is the model's own.
+    """
+
+    def __init__(self, made: Made, call: Call) -> None:
+        self.model, self.report, self.certificate = made.model, made.report, made.certificate
+        self._call, self._source, self._built = call, made.source, made.built
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "model" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __repr__(self) -> str:
+        done, all_ = len(self.report.rewritten), len(self.report.blocks)
+        return f"<moeopt.Optimized {type(self.model).__name__}: {done} of {all_} blocks rewritten>"
+
+    @property
+    def _made(self) -> Made:
+        return Made(self.model, self.report, self.certificate, self._source, self._built)
+
+    def __copy__(self) -> Optimized:
+        return Optimized(self._made, self._call)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
+        made = self._made
+        if self._built is None:  # an engine has no state
+            made.model = copy.deepcopy(self.model, memo)
+        return Optimized(made, self._call)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._built is not None:
+            raise UsageError(
+                "an optimised model with an engine cannot be pickled: save it with .save(directory), and pickle what "
+                "moeopt.load(directory) returns, or the directory's name"
+            )
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write an engine bundle that runs and re-verifies itself without this model's code.
+
+        Raises:
+            NotSaveableError: the model cannot be exported; the message names the op in the way.
+        """
+        return registry.get(self.report.backend).save(self._made, self._call, directory)

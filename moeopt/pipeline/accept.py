@@ -1,0 +1,55 @@
+"""What a user gives, as the pipeline takes it: a module without earlier rewrites, a call on the right device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeopt.capture.shared_copy import shared_copy
+from moeopt.errors import UsageError
+from moeopt.find.example_inputs import Call
+from moeopt.options import Options
+from moeopt.rewrite.install import rewritten_forward, uninstall
+
+
+def as_model(model: Any) -> nn.Module:
+    """The model as a module.
+
+    Raises:
+        UsageError: it is of another kind, or holds TorchScript.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        return model.module()
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"model is a {type(model).__name__}; give an nn.Module, an fx.GraphModule or an ExportedProgram"
+        )
+    scripted = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:  # no hook can be set on it, and a copy of it has weights of its own
+        raise UsageError(
+            f"{scripted or 'model'} is a TorchScript module, which can be neither watched nor copied with shared "
+            "weights; give the Python modules, or optimise the submodule with the experts"
+        )
+    return model
+
+
+def without_rewrites(model: nn.Module, inplace: bool) -> nn.Module:
+    """``model`` if it was not optimised before; else itself or a copy on the same weights, with its original code."""
+    if not any(rewritten_forward(m) is not None for m in model.modules()):
+        return model
+    twin = model if inplace else shared_copy(model)
+    for module in twin.modules():
+        uninstall(module)
+    return twin
+
+
+def moved(call: Call, options: Options) -> Call:
+    """The call on the device, and its floating-point tensors in the dtype, that ``options`` ask for."""
+
+    def move(t: torch.Tensor) -> torch.Tensor:
+        return t.to(device=options.device, dtype=options.dtype if t.is_floating_point() else None)
+
+    moved: Call = torch.utils._pytree.tree_map_only(torch.Tensor, move, call)
+    return moved

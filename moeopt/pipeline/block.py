@@ -1,0 +1,208 @@
+"""One block, from a real call to a verified program: record, recognise, run the passes, verify."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from moeopt.capture.call_roles import Prototype
+from moeopt.capture.witness_inputs import prototypes, witness
+from moeopt.errors import CaptureError, Declined, UsageError
+from moeopt.ir.specs import RouterSpec
+from moeopt.options import Options
+from moeopt.passes.manager import PassManager, Result, check_names
+from moeopt.passes.pipeline import PIPELINE
+from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
+from moeopt.pipeline.coverage import Call, Mixture, Reader
+from moeopt.recognise.experts import Recognition, Uncovered
+from moeopt.recognise.router import RouterReading
+from moeopt.rewrite.block_graph import BlockGraph
+from moeopt.rewrite.install import Program, RewrittenForward
+from moeopt.rewrite.legality import check_module
+from moeopt.verification.block import BlockCheck, Case, verify_block
+from moeopt.verification.cases import adversarial_cases
+
+MOST_FLOPS = 4e10
+"""Of one run of a block in its largest verification case."""
+
+
+class Runtime(Protocol):
+    """What will run the rewritten blocks in the end, when it is not PyTorch."""
+
+    def answering(self, routers: Mapping[int, RouterSpec]) -> contextlib.AbstractContextManager[None]:
+        """While open, rewritten blocks compute as that runtime will; ``routers`` by the id of the bank they feed."""
+        ...
+
+    def demote(self, reason: str) -> bool:
+        """Give up the form that ran last, which failed for ``reason``; False when there was none."""
+        ...
+
+
+@dataclass
+class Rewrite:
+    """A verified (or, with verify="off", unverified) rewrite of one module."""
+
+    program: Program
+    found: list[Recognition]
+    check: BlockCheck
+    routers: list[RouterReading]
+    seconds: float
+    passes: Result
+
+
+def rewrite_block(
+    name: str,
+    module: nn.Module,
+    call: Call,
+    options: Options,
+    runtime: Runtime | None = None,
+    reader: Reader | None = None,
+    manager: PassManager | None = None,
+) -> Rewrite:
+    """Rewrite ``module`` as ``call`` uses it, without changing it; verify it as ``runtime`` computes it.
+
+    Args:
+        reader: what in the block becomes an op; None means its mixtures of experts.
+        manager: what runs the passes; None means one of the block's own, as ``options`` ask for.
+
+    Raises:
+        Declined: with the reason; nothing was changed.
+    """
+    try:
+        manager = manager or pass_manager(options, runtime)
+        return _rewrite(name, module, call, options, runtime, reader or Mixture(), manager)
+    except (Declined, UsageError):
+        raise
+    except Exception as err:
+        where = traceback.extract_tb(err.__traceback__)[-1]
+        raise Declined(
+            f"moeopt itself failed on it ({type(err).__name__}: {str(err)[:200]} in {where.name}); the block is left "
+            "as it was; please report this with the block's code"
+        ) from err
+
+
+def pass_manager(options: Options, runtime: Runtime | None) -> PassManager:
+    """The manager that ``options`` ask for.
+
+    Raises:
+        UsageError: they name a pass that is not there.
+    """
+    passes = PIPELINE if options.passes is None else options.passes
+    check_names(options.skip_passes, (*passes, *PIPELINE), "skip_passes")
+    here = {one.name for one in passes}
+    return PassManager(
+        passes,
+        [name for name in options.skip_passes if name in here],  # MOEOPT_SKIP_PASSES holds for every run
+        options.only_passes,
+        options.fuel,
+        runtime is not None,
+        options.dump is not None,
+    )
+
+
+def _rewrite(
+    name: str,
+    module: nn.Module,
+    call: Call,
+    options: Options,
+    runtime: Runtime | None,
+    reader: Reader,
+    manager: PassManager,
+) -> Rewrite:
+    started = time.perf_counter()
+    check_module(module)
+    last: Declined | None = None
+    for proto in _versions(call):
+        try:
+            capture = Capture(name, module, proto, options, reader)
+            judge = functools.partial(_verify, capture, call, options, runtime)
+            result = manager.run(capture.block(), judge, capture.differ)
+        except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
+            last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
+            continue
+        except Uncovered as err:  # what was read as a mask may be ids
+            if not proto.indices("choices") and not proto.turned:
+                raise
+            last = err.with_traceback(None)
+            continue
+        except Declined:
+            if proto.turned:
+                continue
+            raise
+        check: BlockCheck = result.verdict  # type: ignore[assignment]
+        if check.passed is False:
+            if proto.turned:
+                continue
+            raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
+        if capture.neutral:
+            raise Declined(capture.neutral)
+        result.block.root = None  # a program is bound to a module when it is installed
+        program = capture.program(result.block)
+        return Rewrite(program, capture.found, check, capture.routers, time.perf_counter() - started, result)
+    try:
+        raise last or Declined("its arguments could not be read as rows of tokens")
+    finally:
+        del last
+
+
+def _versions(call: Call) -> Iterator[Prototype]:
+    """Readings of the call; those with marks that are all alike first with both values in them: what a mask of ones
+    does shows only where it is not one. As they are they come second, for code that takes no other values."""
+    for proto in prototypes(*call):
+        if proto.alike_marks():
+            yield dataclasses.replace(proto, turned=True)
+        yield proto
+
+
+def _verify(
+    capture: Capture, call: Call, options: Options, runtime: Runtime | None, block: BlockGraph, settle: bool
+) -> BlockCheck:
+    """The verdict on ``block``; with ``settle``, ``runtime`` gives up the lowerings with which it fails."""
+    name, module, proto, found = capture.name, capture.module, capture.proto, capture.found
+    program = capture.program(block)
+    original = OwnForward(module)
+    rewritten = RewrittenForward(module, program, original_forward(module))
+    experts = max(len(f.experts) for f in found)
+    rows = [proto.rows(n) for n in proto.indices("tokens")]
+    aimed = None
+    if rows and rows[0].dim() == 2 and not proto.routed():
+        covering = witness(proto, 48, options.seed + 7)
+        aimed = Prototype(covering[0], covering[1], proto.leaves).rows(proto.indices("tokens")[0])
+    most = _affordable(module, found)
+    cases = adversarial_cases(proto, experts, level=options.verify, seed=options.seed, router_rows=aimed, most=most)
+    if options.verify != "off":
+        cases.append(Case("the given inputs", *call))
+    routed = zip(rewritten.banks, program.routers, strict=True)
+    known = {id(bank): router for (bank, _), router in routed if router is not None}
+    while True:
+        with runtime.answering(known) if runtime is not None else contextlib.nullcontext(), statistics_kept(module):
+            check = verify_block(name, original, rewritten, cases, level=options.verify)
+        if check.passed is not False or runtime is None or not settle or not runtime.demote(check.reason):
+            break
+    if rewritten.fallbacks and check.passed:
+        check.passed, check.reason = False, f"the rewritten code refused a verification case: {rewritten.last_refusal}"
+    return check
+
+
+def _affordable(module: nn.Module, found: list[Recognition]) -> int:
+    """Tokens that the largest case may have: their products should not take more than a second or a few."""
+    share = max(min(1.0, (f.frontier.per_token or len(f.experts)) / len(f.experts)) for f in found)
+    return int(MOST_FLOPS / max(1.0, 2 * share * sum(p.numel() for p in module.parameters())))
+
+
+class OwnForward:
+    """The block's own forward, also when a rewritten one is installed on the instance."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return original_forward(self.module)(*args, **kwargs)

@@ -1,0 +1,225 @@
+"""What one block does in three calls of different sizes, and what was read from them: all that the passes need."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeopt.capture.call_roles import Prototype
+from moeopt.capture.isolated_run import run_quietly, undone
+from moeopt.capture.random_ops import random_reason
+from moeopt.capture.same_graph import same_computation
+from moeopt.capture.tape import Tape, clone_inputs, record
+from moeopt.capture.tree import tree_leaves
+from moeopt.capture.witness_inputs import witness
+from moeopt.errors import Declined
+from moeopt.ir.specs import RouterSpec
+from moeopt.options import Options
+from moeopt.pipeline.coverage import Call, Reader
+from moeopt.recognise.experts import Recognition
+from moeopt.recognise.router import RouterReading
+from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeights
+from moeopt.rewrite.install import OPAQUE, TENSOR, Guard, Program, RewrittenForward, bind
+from moeopt.rewrite.keep import Plan, make_plan
+from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason
+from moeopt.rewrite.reads import Reads, observe
+from moeopt.rewrite.replace_experts import replacement
+from moeopt.rewrite.symbolic_shapes import generalize
+
+
+class Capture:
+    """What one block does in three calls of different sizes, and what was read from them; recorded once.
+
+    Attributes:
+        found: what becomes an op, as the first call showed it.
+        neutral: the Parameter that a rewrite would miss, in a sentence; "" if there is none.
+        routers: how tokens reach each of the ``found``, once a pass has asked for the guard.
+    """
+
+    def __init__(self, name: str, module: nn.Module, proto: Prototype, options: Options, reader: Reader) -> None:
+        self.name, self.module, self.proto, self.reader = name, module, proto, reader
+        call, tape, self.found = reader.first(module, proto, options.seed)
+        self.tapes, self.founds, self.calls = [tape], [self.found], [call]
+        for tokens, seed in ((14, 1), (20, 2)):
+            call = witness(proto, tokens, options.seed + seed, experts=len(self.found[0].experts), variant=seed)
+            again = self.tapes[0].attributes and seed == 2
+            self.tapes.append(_later_call(module, call) if again else record(module, *call))
+            self.founds.append(reader.again(self.tapes[-1], self.found))
+            self.calls.append(call)
+        for tape, found_there in zip(self.tapes, self.founds, strict=True):
+            _same_experts(self.found, found_there)
+            if reason := random_reason(tape, module.training):
+                raise Declined(reason)
+        check_experts(module, self.tapes[0], self.found)
+        self.plans = [_plan(t, f) for t, f in zip(self.tapes, self.founds, strict=True)]
+        self.neutral = neutral_reason(module, self.tapes[0], self.found, self.plans[0])
+        self.frozen = frozen_values(module, self.tapes[0], self.found, self.plans[0])
+        self.signature = inspect.signature(original_forward(module))
+        self.bounds = [bind(self.signature, *c) for c in self.calls]
+        self.shapes = [[tuple(t.shape) for t in _tensors(c)] for c in self.calls]
+        self.routers: list[RouterReading] = []
+        self._reads: dict[Any, Reads] = {}
+        _stateless(self.tapes[0], self.plans, self.shapes)
+
+    def block(self) -> BlockGraph:
+        """The block's own code, for the passes."""
+        weights = [ExpertWeights(f.experts, f.spec) for f in self.found]
+        per_token = [f.frontier.per_token for f in self.found]
+        captured = Captured(
+            self.reader.kind, self.tapes[0], self.plans, self.shapes, weights, self.frozen, per_token, self._finish
+        )
+        return BlockGraph(self.name, captured=captured, root=self.module)
+
+    def program(self, block: BlockGraph) -> Program:
+        """``block`` as it is installed, with what the block's code read outside its modules."""
+        written = tuple(block.attributes)
+        key = (*block.kept_modules, *written)
+        if key not in self._reads:
+            runs = [functools.partial(run_quietly, self.module, *self.calls[i]) for i in (0, 2, 1)]
+            self._reads[key] = observe(self.module, block.kept_modules, written, runs)
+        return Program(block, self.signature, reads=self._reads[key])
+
+    def _finish(self) -> tuple[Guard, list[RouterSpec | None]]:
+        bound = self.bounds[0]
+        _check_order(self.calls[0], bound.tensors())
+        both = _same_in_other_mode(
+            self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader
+        )
+        guard = Guard(
+            [_template(leaf) for leaf in tree_leaves(list(bound.values))],
+            _fixed([[tuple(t.shape) for t in b.tensors()] for b in self.bounds]),
+            [t.dtype for t in bound.tensors()],
+            None if both else self.module.training,
+            False,
+        )
+        self.routers = self.reader.routers(self.tapes[1:], self.founds[1:], self.founds[0])
+        self.tapes, self.plans, self.founds = [], [], []  # the values of three calls are no longer needed
+        return guard, [r.spec for r in self.routers]
+
+    def differ(self, before: BlockGraph, after: BlockGraph) -> str:
+        """How two graphs of the block differ in bits on one of the recorded calls; "" where they do not."""
+        if before.captured is not None:
+            return ""
+        results = []
+        for block in (before, after):
+            with statistics_kept(self.module), torch.no_grad():
+                args, kwargs = clone_inputs(self.calls[1])
+                forward = RewrittenForward(self.module, self.program(block), original_forward(self.module))
+                with undone(self.module) as watched, watched:
+                    results.append(_tensors((args, {"result": forward(*args, **kwargs)})))
+        for number, (a, b) in enumerate(zip(*results, strict=True)):
+            if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()):
+                return f"tensor {number} of its results has other bits on a call with {len(a)} rows"
+        return ""
+
+
+def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> None:
+    """The last plan is that of a second call: attributes that the first one stored must not have changed it."""
+    if tape.attributes:
+        for key, value in plans[0].attributes.items():  # self.dtype = x.dtype: a second call finds it there already
+            if all(isinstance(v, torch.dtype) for v in tree_leaves(value)):
+                plans[-1].attributes.setdefault(key, value)
+        generalize(plans[:-1], shapes[:-1])
+        try:
+            generalize(plans, shapes)
+        except Declined as err:
+            names = ", ".join(".".join(filter(None, key)) for key in tape.attributes)
+            raise Declined(
+                f"it behaves differently on a second call, because its forward reads what an earlier call stored "
+                f"({names}); pass that state as an argument"
+            ) from err
+
+
+def _later_call(module: nn.Module, call: Call) -> Tape:
+    """The tape of a second call, after a first one has stored its attributes: they must not matter."""
+    with undone(module) as watched:
+        with watched:
+            args, kwargs = clone_inputs(call)
+            module(*args, **kwargs)
+        return record(module, *call)
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    inner = module.__dict__.get("_old_forward") or module.__dict__.get("forward")
+    return inner if inner is not None else type(module).forward.__get__(module)
+
+
+def _plan(tape: Tape, found: list[Recognition]) -> Plan:
+    return make_plan(tape, [replacement(f, i) for i, f in enumerate(found)])
+
+
+def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
+    if len(first) != len(other) or any(
+        a.experts != b.experts or a.spec != b.spec for a, b in zip(first, other, strict=False)
+    ):
+        raise Declined(
+            "two probes with different tokens read its experts differently; its dispatch depends on the data"
+        )
+
+
+def _same_in_other_mode(
+    module: nn.Module, call: Call, here: Tape, plan: Plan, found: list[Recognition], reader: Reader
+) -> bool:
+    """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
+    flags = [(m, m.training) for m in module.modules()]
+    try:
+        module.train(not module.training)
+        light = record(module, *call, keep_values=False)
+        if light.random_nodes():
+            return False
+        if same_computation(here, light):
+            return True
+        tape = record(module, *call)
+        other = _plan(tape, reader.again(tape, found))
+        generalize([plan, other], [[tuple(t.shape) for t in _tensors(call)]] * 2)
+        return True
+    except Declined:
+        return False
+    finally:
+        for m, flag in flags:
+            m.training = flag
+
+
+def _tensors(call: Call) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(list(call)) if isinstance(leaf, torch.Tensor)]
+
+
+def _check_order(call: Call, ordered: list[torch.Tensor]) -> None:
+    """Input steps were recorded in call order; the program takes tensors in signature order."""
+    at = {id(t): i for i, t in enumerate(ordered)}
+    if [at[id(t)] for t in _tensors(call)] != list(range(len(ordered))):
+        raise Declined("its tensor arguments are passed in another order than its signature names them")
+
+
+def _template(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return TENSOR
+    return leaf if isinstance(leaf, (int, float, str, bool, type(None), torch.dtype, torch.device)) else OPAQUE
+
+
+def _fixed(shapes: list[list[tuple[int, ...]]]) -> list[tuple[int | None, ...]]:
+    """Each input's sizes, None where they varied between the witnesses."""
+    return [
+        tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*versions, strict=True))
+        for versions in zip(*shapes, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """In training mode a batch norm writes its running statistics, and verification cases hold NaN and infinity."""
+    training = any(child.training for child in module.modules())
+    small = [b for b in module.buffers() if training and b.numel() <= 1 << 16 and not b.is_inference()]
+    before = [buffer.clone() for buffer in small]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(small, before, strict=True):
+                buffer.copy_(value)

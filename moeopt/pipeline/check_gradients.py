@@ -1,0 +1,85 @@
+"""Where a gradient is asked for: may a rewritten block run, must it stop the gradient, or does the original run?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from moeopt.capture.witness_inputs import prototypes
+from moeopt.pipeline.block import Rewrite
+from moeopt.pipeline.coverage import Call
+from moeopt.rewrite.install import RewrittenForward, rewritten_forward
+from moeopt.verification.cases import adversarial_cases
+from moeopt.verification.gradients import STOPPED, gradients_differ, skips_idle
+
+
+def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Mapping[str, Call]) -> None:
+    """A block whose gradients differ keeps its rewrite, and runs its original code where one is asked for.
+
+    Args:
+        twin: the model with its rewrites installed. Flags of the guards in ``rewrites`` are set.
+        rewrites, calls: by module path, what was installed and one real call.
+    """
+    for path, rewrite in rewrites.items():
+        if rewrite.program.block.mutations:
+            continue  # such a block is never differentiated in rewritten form
+        module = twin.get_submodule(path)
+        if any(p.is_inference() for p in module.parameters()):
+            continue  # torch never differentiates weights that were made in inference mode
+        forward = rewritten_forward(module)
+        assert forward is not None
+        original = forward.original or type(module).forward.__get__(module)
+        args, kwargs = calls[path]
+        guard = rewrite.program.guard
+        guard.gradients = _differ(module, original, forward, args, kwargs)
+        if (reason := guard.gradients) and reason != STOPPED and (before := forward.let_gradients_through()):
+            guard.gradients = ""  # so that the rewritten code runs
+            if _differ(module, original, forward, args, kwargs):  # then they were the author's own
+                forward.set_graph(before)
+                guard.gradients = reason
+        if guard.gradients == STOPPED:
+            guard.gradients, guard.no_grad = "", True
+            continue
+        experts = max(len(found.experts) for found in rewrite.found)
+        if guard.gradients or experts == 1 or all(bank.stacked() is not None for bank, _ in forward.banks):
+            continue
+
+        def rewritten(skip: bool, forward: Any = forward, guard: Any = guard) -> Any:
+            guard.skip_idle = skip
+            return forward
+
+        skips = skips_idle(module, original, rewritten, _idle_calls(args, kwargs, experts))
+        guard.skip_idle = skips is True
+        if skips is None:
+            guard.gradients = (
+                "which of its experts have no gradient, and which have one of zeros, is not as in the rewritten code"
+            )
+
+
+def _differ(
+    module: nn.Module, original: Callable[..., Any], forward: RewrittenForward, args: Any, kwargs: Any
+) -> str:  # fmt: skip
+    """As ``gradients_differ``, in every mode in which the rewritten code runs; ``STOPPED`` if that holds in each."""
+    flags = [(m, m.training) for m in module.modules()]
+    both = forward.program.guard.training is None
+    reasons = []
+    try:
+        for mode in (module.training, not module.training) if both else (module.training,):
+            if mode != module.training:
+                module.train(mode)
+            reasons.append(gradients_differ(module, original, forward, args, kwargs))
+    finally:
+        for m, flag in flags:
+            m.training = flag
+    if all(r == STOPPED for r in reasons):
+        return STOPPED
+    return next((r if r != STOPPED else "in one of its modes " + r for r in reasons if r), "")
+
+
+def _idle_calls(args: Any, kwargs: Any, experts: int) -> list[Call]:
+    """Calls that leave most experts idle: one token, and copies of one token."""
+    fitting = (p for p in prototypes(args, kwargs) if all(p.rows(n).shape[-1] == experts for n in p.indices("choices")))
+    proto = next(fitting, None)
+    return [(c.args, c.kwargs) for c in adversarial_cases(proto, experts, level="fast")[1:]] if proto else []

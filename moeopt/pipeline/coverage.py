@@ -1,0 +1,131 @@
+"""A block's mixtures of experts, read off its witnesses: one that reaches every expert, then others."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, Protocol
+
+from torch import nn
+
+from moeopt.capture.call_roles import Prototype
+from moeopt.capture.force_routing import EveryExpert
+from moeopt.capture.random_ops import random_reason
+from moeopt.capture.tape import Tape, record
+from moeopt.capture.witness_inputs import aimed_rows, witness
+from moeopt.errors import Declined
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.passes.group_experts import GroupExperts
+from moeopt.recognise.experts import Recognition, Uncovered, recognize
+from moeopt.recognise.router import RouterReading, recognize_router, same_reading
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Reader(Protocol):
+    """What in a block becomes an op. Each method raises ``Declined`` where there is no such thing.
+
+    ``kind`` tells the passes which of them is for it, see ``moeopt.rewrite.block_graph.Captured``.
+    """
+
+    kind: str
+
+    def first(self, module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
+        """A witness that shows everything, its tape and its reading."""
+        ...
+
+    def again(self, tape: Tape, known: list[Recognition]) -> list[Recognition]:
+        """The same on another tape of the block."""
+        ...
+
+    def routers(
+        self, tapes: list[Tape], founds: list[list[Recognition]], known: list[Recognition]
+    ) -> list[RouterReading]:
+        """How tokens reach each of the ``known``, as tapes whose choices were not steered show it."""
+        ...
+
+
+class Mixture:
+    """The :class:`Reader` of mixtures of experts; ``assume`` is a user's hint on what each expert computes."""
+
+    def __init__(self, assume: ExpertsSpec | None = None) -> None:
+        self.assume = assume
+
+    kind = GroupExperts.kind
+
+    def first(self, module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
+        return covering(module, proto, seed, self.assume)
+
+    def again(self, tape: Tape, known: list[Recognition]) -> list[Recognition]:
+        return recognize(tape, known=known, assume=self.assume)
+
+    def routers(
+        self, tapes: list[Tape], founds: list[list[Recognition]], known: list[Recognition]
+    ) -> list[RouterReading]:
+        readings = [[recognize_router(t, f) for f in fs] for t, fs in zip(tapes, founds, strict=True)]
+        return [same_reading([r[i] for r in readings], f) for i, f in enumerate(known)]
+
+
+def covering(
+    module: nn.Module, proto: Prototype, seed: int, assume: ExpertsSpec | None = None
+) -> tuple[Call, Tape, list[Recognition]]:
+    """A witness that reaches every expert, with its tape and reading; more tokens each time one is missed."""
+    first = proto.rows(proto.indices("tokens")[0]) if proto.indices("tokens") else None
+    aimed = aimed_rows(module, first.shape[-1]) if first is not None and first.dim() == 2 else None
+    experts = _likely_experts(module, proto)
+    last: Uncovered | None = None
+    likely = max((len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))), default=0)
+    likely = max([likely, *(p.shape[0] for p in module.parameters() if p.dim() == 3)])
+    for tokens, aim, forced, flat in _ATTEMPTS:
+        ids = proto.routed()
+        if last is None and not forced and not ids:  # many are never all hit by chance: the next attempt steers
+            tokens = 8 if likely > 128 else max(tokens, 2 * likely)
+        if forced and (last is None or not last.universe):
+            continue
+        if forced:
+            tokens = max(tokens, min(2 * last.universe, 4096))  # type: ignore[union-attr]
+        if ids and experts:
+            tokens = max(tokens, 2 * math.ceil(experts / proto.slots(ids[0])))
+        call = witness(proto, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
+        steer = EveryExpert(last.universe, seed) if forced and last is not None else None
+        tape = record(module, *call, steer=steer)
+        if reason := random_reason(tape, module.training):
+            raise Declined(reason)
+        try:
+            return call, tape, recognize(tape, assume=assume)
+        except Uncovered as err:
+            last = err.with_traceback(None)
+            if steer is not None or ids:  # every id was named: what still was not reached may be no expert
+                with contextlib.suppress(Declined):
+                    return call, tape, recognize(tape, idle=True, assume=assume)
+        except Declined:
+            if last is None:
+                raise
+    assert last is not None
+    try:
+        raise last
+    finally:
+        del last
+
+
+_ATTEMPTS = (
+    # tokens, aimed at router rows, choices steered, many short sequences
+    (48, False, False, False),
+    (48, False, True, False),
+    (256, True, False, False),
+    (256, True, False, True),
+    (1536, True, False, False),
+)
+
+
+def _likely_experts(module: nn.Module, proto: Prototype) -> int:
+    """How many experts ids given as arguments may name: the number of stacked weights or of alike children."""
+    if choices := proto.indices("choices"):
+        return proto.rows(choices[0]).shape[-1]
+    ids = [proto.rows(n) for n in proto.indices("ids")]
+    if not ids or not ids[0].numel():
+        return 0
+    least = int(ids[0].max()) + 1
+    sizes = [p.shape[0] for p in module.parameters() if p.dim() >= 3]
+    sizes += [len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.ParameterList))]
+    return min((s for s in sizes if s >= max(least, 2)), default=least)

@@ -1,0 +1,33 @@
+"""The module around a block that holds its router too."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from moeopt.capture.call_roles import Prototype
+from moeopt.capture.witness_inputs import prototypes
+from moeopt.errors import Declined
+from moeopt.pipeline.coverage import Call
+
+
+def with_router(path: str, calls: Mapping[str, Call]) -> tuple[str, Prototype] | None:
+    """The path of the least module around a block that takes no expert ids, and what its arguments are.
+
+    Experts are often a module of their own that is called with the router's choice. None where there is no such module.
+    """
+    while path in calls:
+        reading = next(iter(_readings(calls[path])), None)
+        if reading is None:
+            return None
+        if not reading.routed():
+            return path, reading
+        if not path:
+            return None
+        path = path.rpartition(".")[0]
+    return None
+
+
+def _readings(call: Call) -> Iterator[Prototype]:
+    with contextlib.suppress(Declined):
+        yield from prototypes(*call)

@@ -1,0 +1,36 @@
+"""The report of one run of the pipeline."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from moeopt.ops.native.library import missing
+from moeopt.options import Options
+from moeopt.pipeline.diagram import picture
+from moeopt.pipeline.run import Outcome
+from moeopt.report import BlockReport, Report
+from moeopt.verification.certificate import Certificate
+
+
+def report_of(
+    source: nn.Module, blocks: list[BlockReport], backend: str, outcome: Outcome, certificate: Certificate,
+    options: Options,
+) -> Report:  # fmt: skip
+    """The report, with a picture of the first MoE block that was rewritten and stayed so."""
+    kept = {b.name for b in blocks if b.status == "rewritten" and b.kind == "moe"}
+    graph, notes = None, []
+    for path, rewrite in outcome.rewrites.items():
+        name = path or type(source).__name__
+        if name in kept:
+            try:
+                graph = picture(name, rewrite, source.get_submodule(path))
+            except Exception as err:  # a picture must not fail a model that was rewritten
+                notes.append(f"{name} could not be drawn ({type(err).__name__}: {err})")
+            break
+    first = next(source.parameters(), None)
+    if kept and backend == "torch" and first is not None and first.device.type == "cpu" and (why := missing()):
+        notes.append(f"the experts run on torch's products, not on the faster native kernel: {why}")
+    return Report(
+        tuple(blocks), type(source).__name__, backend, outcome.seconds, tuple(notes), graph, certificate,
+        tuple(outcome.passes), options.print_passes,
+    )  # fmt: skip

@@ -1,0 +1,310 @@
+"""THE order: what happens to a model, top to bottom.
+
+discover        places that may hold experts or a dense FFN         (find/discover)
+for each place, innermost module first:
+    probe       witness traces of the block                         (capture/tape, capture/witness_inputs)
+    recognise   rows, function, combine, frontier                   (recognise/experts)
+    passes      one op where the experts' sum stood; what follows   (passes/pipeline, passes/manager)
+    verify      against a float64 oracle on adversarial routing     (verification/block)
+    install     the block runs the graph                            (rewrite/install)
+for each dense FFN, where asked for: the same, split or fused       (passes/split_dense_ffn, fuse_dense)
+verify the model end to end                                         (verification/model)
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from moeopt.capture.isolated_run import run_quietly
+from moeopt.capture.tape import clone_inputs
+from moeopt.errors import CaptureError, Declined, UsageError
+from moeopt.find.discover import Place, discover, feed_forward_lists
+from moeopt.ir.weight_refs import expert_paths, tensor_at
+from moeopt.options import Options
+from moeopt.passes.base import PassRecord
+from moeopt.passes.group_experts import GroupExperts
+from moeopt.passes.manager import PassManager
+from moeopt.patches import fewer_collections
+from moeopt.pipeline.block import Call, Rewrite, Runtime, pass_manager, rewrite_block
+from moeopt.pipeline.coverage import Mixture
+from moeopt.pipeline.dense import Outcome as DenseOutcome
+from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
+from moeopt.pipeline.describe import dense_reason, describe_router, read_router
+from moeopt.pipeline.dump import Dump
+from moeopt.recognise.experts import Recognition
+from moeopt.recognise.hints import hint_for
+from moeopt.report import BlockReport
+from moeopt.rewrite.install import install
+from moeopt.rewrite.legality import absent_reason
+from moeopt.verification.block import BlockCheck
+
+LEVELS = 4
+"""How far up from the innermost module a block is looked for: the router and the sum may be outside it."""
+
+
+@dataclass
+class Outcome:
+    """What became of a model's blocks; ``rewrites`` maps module paths to what was installed.
+
+    ``passes`` has what each pass did to each block, those that were left as they are included.
+    """
+
+    blocks: list[BlockReport]
+    checks: list[BlockCheck]
+    rewrites: dict[str, Rewrite]
+    calls: dict[str, Call]
+    seconds: float = 0.0
+    passes: list[PassRecord] = field(default_factory=list)
+
+
+@dataclass
+class _Attempt:
+    rewrite: Rewrite | None = None
+    path: str = ""
+    reason: str = ""
+    where: str = ""
+    nearest: str = ""
+    seconds: float = 0.0
+
+
+@fewer_collections()
+def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None = None) -> Outcome:
+    """Rewrite every block of ``model`` that can be, in place, and say what became of each.
+
+    Raises:
+        CaptureError: the model does not run on the example inputs.
+        UsageError: a hint that matches no block, a pass that is none.
+    """
+    started = time.perf_counter()
+    manager = pass_manager(options, runtime)
+    say = options.progress or (lambda line: None)
+    say("looking for feed-forward and mixture-of-experts blocks")
+    dump = Dump(options.dump) if options.dump is not None else None
+    absent = absent_reason(model)
+    if absent:
+        return Outcome(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
+    places = discover(model, *call)
+    moe = [p for p in places if p.kind == "moe"]
+    dense = [p for p in places if p.kind == "dense_ffn"]
+    if options.dense == "split":
+        check_groups([*dense, *(a for p in moe for a in p.alone)], options)
+    wanted = {c.path for p in moe for c in p.levels[:LEVELS]}
+    calls = _inputs(model, call, wanted | {p.call.path for q in (*dense, *moe) for p in (q, *q.alone)})
+    outcome = Outcome([], [], {}, calls)
+    attempts: list[tuple[Place, _Attempt]] = []
+    for number, place in enumerate(moe):
+        say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
+        attempts.append((place, _attempt(model, place, outcome, calls, options, runtime, manager)))
+        _note_passes(attempts[-1][1], model, outcome, options)
+        if dump is not None:
+            done = attempts[-1][1]
+            path = done.path or next((level.path for level in _levels(place)), "")
+            name, block = path or type(model).__name__, model.get_submodule(path)
+            dump.block(name, block, calls.get(path), done.rewrite, done.reason)
+    tried = {c.path or type(model).__name__ for p in moe for c in _levels(p)}
+    unused = [p for p in options.hints if p and not any(fnmatch.fnmatch(path, p) for path in tried)]
+    if unused:
+        raise UsageError(
+            f"hints[{unused[0]!r}] matches no block; the places that were looked at are "
+            f"{', '.join(sorted(repr(path) for path in tried)) or 'none'}"
+        )
+    places = sorted([*places, *_shared(model, attempts)], key=lambda p: p.order)
+    dense = [p for p in places if p.kind == "dense_ffn"]
+    denses: dict[int, DenseOutcome] = {}
+    if options.dense != "leave":
+        found = rewrite_all(model, dense, calls, options, runtime, outcome.rewrites, say, manager)
+        for one in {s.path: s for s in found}.values():
+            _keep(outcome, one.records, options)
+            if dump is not None and one.rewrite is not None:
+                name, home = one.path or type(model).__name__, model.get_submodule(one.path)
+                dump.block(name, home, calls.get(one.path), one.rewrite, one.reason)
+        denses = {id(p): s for p, s in zip(dense, found, strict=True)}
+        outcome.checks += list({s.path: s.rewrite.check for s in found if s.rewrite is not None}.values())
+    outcome.blocks = list(_report(model, places, attempts, denses, outcome, options.seed))
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+def _without_values(model: nn.Module, reason: str) -> Iterator[BlockReport]:
+    """A declined entry for each module that holds experts, by structure alone: a meta model cannot run."""
+    for path, module in model.named_modules():
+        stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+        if len(stacked) >= 2 or feed_forward_lists(module):
+            yield BlockReport(
+                path or type(model).__name__, "moe", "declined", reason,
+                stacked[0].shape[0] if len(stacked) >= 2 else len(feed_forward_lists(module)),
+            )  # fmt: skip
+
+
+def _attempt(
+    model: nn.Module,
+    place: Place,
+    outcome: Outcome,
+    calls: dict[str, Call],
+    options: Options,
+    runtime: Runtime | None,
+    manager: PassManager,
+) -> _Attempt:
+    best = _Attempt()
+    best_progress = -2
+    left_out = manager.leaves_out(GroupExperts.name)
+    for level in _levels(place):
+        done = outcome.rewrites.get(level.path)
+        if done is not None:
+            if _covered(model, level.path, done.found) & place.weights:
+                return _Attempt(done, level.path)
+            missed = next((f.missed for f in done.found if f.missed), "")
+            if missed and best_progress < 0:
+                best = _Attempt(None, level.path, missed, place.source)
+            continue
+        if left_out:
+            return _Attempt(reason=f"{left_out}; without {GroupExperts.name} no other pass applies", path=level.path)
+        if manager.exhausted:
+            return _Attempt(reason=f"MOEOPT_FUEL={manager.fuel}: no more blocks are rewritten", path=level.path)
+        started = time.perf_counter()
+        module = model.get_submodule(level.path)
+        try:
+            name = level.path or type(model).__name__
+            reader = Mixture(assume=hint_for(options.hints, name))
+            rewrite = rewrite_block(name, module, calls[level.path], options, runtime, reader, manager)
+            if not _covered(model, level.path, rewrite.found) & place.weights:
+                raise Declined("other experts of this module were recognised, these were not")
+            install(module, rewrite.program)
+        except Declined as err:
+            progress = getattr(err, "progress", -1 if isinstance(err, CaptureError) else 0)
+            if progress > best_progress:
+                best_progress = progress
+                best = _Attempt(None, level.path, err.reason, err.where or place.source)
+            best.seconds += time.perf_counter() - started
+            continue
+        manager.stands(rewrite.passes)
+        outcome.rewrites[level.path] = rewrite
+        outcome.checks.append(rewrite.check)
+        return _Attempt(rewrite, level.path, seconds=rewrite.seconds)
+    return best
+
+
+def _note_passes(attempt: _Attempt, model: nn.Module, outcome: Outcome, options: Options) -> None:
+    """Write down what the passes did at one place; of a declined block, why the first of them made no graph."""
+    name = attempt.path or type(model).__name__
+    if attempt.rewrite is None:
+        declined = PassRecord(
+            GroupExperts.name, GroupExperts.level, name, 0, attempt.reason or "no module around it could be probed",
+            attempt.seconds,
+        )  # fmt: skip
+        _keep(outcome, [declined], options)
+    elif not any(r.block == name for r in outcome.passes):  # a block that holds several places is noted once
+        _keep(outcome, attempt.rewrite.passes.records, options)
+
+
+def _keep(outcome: Outcome, records: Sequence[PassRecord], options: Options) -> None:
+    outcome.passes += records
+    if options.print_passes:
+        for record in records:
+            print(f"moeopt: {record}", file=sys.stderr, flush=True)
+
+
+def _shared(model: nn.Module, attempts: list[tuple[Place, _Attempt]]) -> Iterator[Place]:
+    """What looked like one more expert of a rewritten block and is not: a shared expert."""
+    for place, attempt in attempts:
+        if attempt.rewrite is not None:
+            experts = _covered(model, attempt.path, attempt.rewrite.found)
+            yield from (p for p in place.alone if not p.weights & experts)
+
+
+def _levels(place: Place) -> Iterator[Any]:
+    seen: set[str] = set()
+    for level in place.levels:
+        if level.path not in seen and not level.path.startswith("<"):
+            seen.add(level.path)
+            yield level
+        if len(seen) == LEVELS:
+            return
+
+
+def _covered(model: nn.Module, path: str, found: list[Recognition]) -> set[int]:
+    """Identities of the Parameters that the experts of a rewritten module read."""
+    module = model.get_submodule(path)
+    return {id(tensor_at(module, p)) for f in found for p in expert_paths(f.experts)}
+
+
+def _inputs(model: nn.Module, call: Call, paths: set[str]) -> dict[str, Call]:
+    """The first real call of each module in ``paths``."""
+    found: dict[str, Call] = {}
+    handles = []
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if path not in found:
+                found[path] = clone_inputs((tuple(args), dict(kwargs)))
+
+        return hook
+
+    for path in paths:
+        if not path.startswith("<"):
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(keep(path), with_kwargs=True))
+    try:
+        run_quietly(model, *call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _report(
+    model: nn.Module,
+    places: list[Place],
+    attempts: list[tuple[Place, _Attempt]],
+    denses: dict[int, DenseOutcome],
+    outcome: Outcome,
+    seed: int,
+) -> Iterator[BlockReport]:
+    by_place = {id(p): a for p, a in attempts}
+    for place in places:
+        attempt = by_place.get(id(place))
+        path = place.call.path
+        if attempt is None:
+            yield _report_dense(model, place, denses.get(id(place)), outcome.calls.get(path), seed)
+            continue
+        name = attempt.path or path or type(model).__name__
+        if attempt.rewrite is None:
+            yield BlockReport(
+                name, "moe", "declined", attempt.reason or "no module around it could be probed", place.experts or None,
+                source=attempt.where or place.source, seconds=attempt.seconds,
+            )  # fmt: skip
+            continue
+        found = next(f for f in attempt.rewrite.found if _covered(model, attempt.path, [f]) & place.weights)
+        inside = next(r for f, r in zip(attempt.rewrite.found, attempt.rewrite.routers, strict=True) if f is found)
+        router = read_router(model, attempt.path, outcome.calls, found, inside)
+        yield BlockReport(
+            name, "moe", "rewritten", "", len(found.experts), describe_router(found, router),
+            "moeopt::experts (grouped, one op)",
+            attempt.rewrite.check.distance_rewritten if attempt.rewrite.check.passed is not None else None,
+            found.source, seconds=attempt.seconds,
+            top_k=found.frontier.per_token, spec=str(found.spec),
+            router_spec=router.encode(),
+        )  # fmt: skip
+
+
+def _report_dense(
+    model: nn.Module, place: Place, done: DenseOutcome | None, call: Call | None, seed: int
+) -> BlockReport:
+    name = place.call.path or type(model).__name__
+    if done is None or done.rewrite is None:
+        spec = "" if call is None else function_of(model.get_submodule(place.call.path), call, place, seed)
+        reason, where = (dense_reason(place), "") if done is None else (done.reason, done.where)
+        return BlockReport(name, "dense_ffn", "declined", reason, source=where or place.source, spec=spec)
+    found = next(f for f in done.rewrite.found if _covered(model, done.path, [f]) >= place.weights)
+    return BlockReport(
+        name, "dense_ffn", "rewritten", "", len(found.experts), "", done.lowering,
+        done.rewrite.check.distance_rewritten if done.rewrite.check.passed is not None else None,
+        found.source, seconds=done.seconds, top_k=len(found.experts), spec=str(found.spec),
+    )  # fmt: skip

@@ -1,0 +1,164 @@
+"""By what each expert's row enters the sum: read off the combine by sending one-hot codes through it.
+
+Everything between the experts' outputs and their sum is linear in those outputs and does the same to
+every feature. So the tape from there on is replayed with expert c's rows set to the c-th unit vector:
+row t of the sum then *is* the vector of weights w[t, c], bit for bit, however it was written
+(index_add, masked assignment, cat and un-permute, einsum, stack and sum, a loop over slots).
+
+Legend: T tokens, C chains (experts), H output features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from moeopt.capture.replay import descendants, replay
+from moeopt.capture.tape import Tape
+from moeopt.errors import Declined
+from moeopt.recognise.gemm_sites import Site
+from moeopt.recognise.token_rows import rows_of
+
+
+@dataclass
+class Labels:
+    """What each out-site row is: ``token[site]`` and ``chain[site]``, both (R,), -1 for padding."""
+
+    token: dict[Site, torch.Tensor]
+    chain: dict[Site, torch.Tensor]
+    tokens: int
+    chains: int
+
+    def visits(self) -> torch.Tensor:
+        """(T, C) how often expert c saw token t."""
+        out = torch.zeros(self.tokens, self.chains, dtype=torch.long)
+        for site, token in self.token.items():
+            keep = token >= 0
+            out.index_put_((token[keep], self.chain[site][keep]), torch.ones(int(keep.sum()), dtype=torch.long), True)
+        return out
+
+
+@dataclass
+class Combine:
+    """``node`` (feature axis ``axis``) equals ``base`` + sum over c of weights[t, c] * out[t, c]."""
+
+    node: fx.Node
+    axis: int
+    weights: torch.Tensor
+    base: torch.Tensor | None
+
+
+def read_combine(tape: Tape, labels: Labels) -> Combine:
+    """Find the tensor that sums the experts and the weights it sums them by.
+
+    Raises:
+        Declined: no later tensor is such a sum; the text says how near the nearest came.
+    """
+    sites = list(labels.token)
+    out = sites[0].matrices[0].m
+    nodes = descendants(tape, [s.node for s in sites])
+    position = {n: i for i, n in enumerate(nodes)}
+    nearest = "their outputs never meet in one tensor with a row per token"
+    for target in _meeting_points(sites, nodes):
+        if _leaks(tape, target, sites):
+            nearest = "beside their sum something else (another gate, another layer) reads the result of single experts"
+            continue
+        if out not in target.meta["shape"] or math.prod(target.meta["shape"]) != labels.tokens * out:
+            continue
+        index = position[target]
+        axes = sorted((d for d, s in enumerate(target.meta["shape"]) if s == out), reverse=True)
+        for axis in axes:
+            found = _read(tape, labels, nodes[: index + 1], target, axis)
+            if isinstance(found, Combine):
+                return found
+            if axis == axes[0]:  # the others are sizes that happen to be the same
+                nearest = found
+    source = nodes[-1].meta.get("source") if nodes else sites[0].node.meta.get("source")
+    raise Declined(f"the experts' outputs are not combined by a weighted sum per token: {nearest}", source)
+
+
+def _meeting_points(sites: list[Site], nodes: list[fx.Node]) -> Iterator[fx.Node]:
+    """Nodes that depend on every site, earliest first."""
+    mask = {s.node: 1 << i for i, s in enumerate(sites)}
+    full = (1 << len(sites)) - 1
+    for node in nodes:
+        reach = mask.get(node, 0)
+        for a in node.all_input_nodes:
+            reach |= mask.get(a, 0)
+        mask[node] = reach
+        dtype = node.meta.get("dtype")
+        if reach == full and dtype is not None and dtype.is_floating_point:
+            yield node
+
+
+def _leaks(tape: Tape, target: fx.Node, sites: list[Site]) -> bool:
+    """True where an output still depends on an expert's result by another way than through ``target``."""
+    products = {s.node for s in sites}
+    seen = {target}
+    stack = tape.results()
+    while stack:
+        node = stack.pop()
+        if node in products:
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return False
+
+
+def _read(tape: Tape, labels: Labels, nodes: list[fx.Node], target: fx.Node, axis: int) -> Combine | str:
+    out = next(iter(labels.token)).matrices[0].m
+    live = _needed(nodes, target)
+
+    def run(codes: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
+        return rows_of(replay(tape, live, codes)[target], axis)
+
+    zero = {s.node: torch.zeros_like(tape.value(s.node)) for s in labels.token}
+    base = run(zero)
+    weights = torch.zeros(labels.tokens, labels.chains, dtype=base.dtype)
+    for start in range(0, labels.chains, out):
+        codes = {}
+        for site, chain in labels.chain.items():
+            hot = (chain >= start) & (chain < start + out) & (labels.token[site] >= 0)
+            if not bool(hot.any()):
+                codes[site.node] = zero[site.node]
+                continue
+            like = tape.value(site.node)
+            rows = torch.zeros(chain.numel(), out, dtype=like.dtype)
+            rows[hot, chain[hot] - start] = 1
+            codes[site.node] = site.from_rows(rows, like)
+        width = min(out, labels.chains - start)
+        weights[:, start : start + width] = (run(codes) - base)[:, :width]
+    visits = labels.visits()
+    stray = (weights != 0) & (visits == 0)
+    if bool(stray.any()):
+        return f"row {int(stray.any(1).nonzero()[0])} of their sum holds an expert that did not see that token"
+    total = base.double().clone()
+    scale = base.double().abs()
+    for site, chain in labels.chain.items():
+        values = site.rows_out(tape.value(site.node)).double()
+        keep = labels.token[site] >= 0
+        token, which = labels.token[site][keep], chain[keep]
+        # a token that an expert sees twice would be counted twice: its weight is the sum of both
+        part = values[keep] * (weights[token, which].double() / visits[token, which])[:, None]
+        total.index_add_(0, token, part)
+        scale.index_add_(0, token, part.abs())
+    actual = rows_of(tape.value(target), axis).double()
+    slack = 64 * max(torch.finfo(base.dtype).eps, torch.finfo(target.meta["dtype"]).eps)
+    if not bool(((actual - total).abs() <= slack * scale.amax(-1, keepdim=True) + 1e-30).all()):
+        return "their sum is not linear in the experts' outputs, with one weight for each token and expert"
+    return Combine(target, axis, weights, base if bool(base.any()) else None)
+
+
+def _needed(nodes: list[fx.Node], target: fx.Node) -> list[fx.Node]:
+    wanted = {target}
+    keep = []
+    for node in reversed(nodes):
+        if node in wanted:
+            keep.append(node)
+            wanted.update(node.all_input_nodes)
+    return keep[::-1]

@@ -1,0 +1,180 @@
+"""Which token each expert saw: matched by value, so that no dispatch code has to be understood.
+
+A witness has distinct random rows. Whatever moved them (index, sort, one-hot einsum, pad, a Python
+loop over ``.tolist()``), a row that reaches an expert's product is bit for bit a row of the tensor
+``x`` that was dispatched, or that row times its routing weight.
+
+Legend: T tokens, H hidden, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from moeopt.capture.replay import ancestors
+from moeopt.capture.tape import Tape
+from moeopt.errors import Declined
+from moeopt.recognise.gemm_sites import Site
+
+
+@dataclass
+class Tokens:
+    """The dispatched tensor ``node`` (feature axis ``axis``), T rows, and what each site's rows are.
+
+    ``token[site]``: (R,) index of the token that each row is, -1 for an all-zero row.
+    ``scale[site]``: (R,) factor on the row (1 for an exact copy), in float64.
+    """
+
+    node: fx.Node
+    axis: int
+    count: int
+    token: dict[Site, torch.Tensor]
+    scale: dict[Site, torch.Tensor]
+
+    @property
+    def weighted(self) -> bool:
+        """True where rows are multiplied before the experts see them."""
+        return any(bool(((s != 1) & (self.token[k] >= 0)).any()) for k, s in self.scale.items())
+
+
+def rows_of(value: torch.Tensor, axis: int) -> torch.Tensor:
+    """``value`` as (T, H) rows with ``axis`` as the feature axis."""
+    return value.movedim(axis, -1).reshape(-1, value.shape[axis])
+
+
+_MOST_SCALED = 2048
+"""Rows among which directions are compared, all pairs: more are never probed on purpose."""
+
+
+def match_tokens(tape: Tape, sites: list[Site]) -> Tokens:
+    """The first of :func:`token_readings`."""
+    return next(token_readings(tape, sites))
+
+
+def token_readings(tape: Tape, sites: list[Site]) -> Iterator[Tokens]:
+    """Tensors whose rows the ``sites`` multiply, earliest first, one for each order of rows.
+
+    Raises:
+        Declined: no tensor before the experts holds their rows.
+    """
+    first = min(s.product.meta["index"] for s in sites)
+    wanted = {s: s.rows_in(tape.value(s.operand)) for s in sites}
+    k = sites[0].matrices[0].k
+    weighted: Tokens | None = None
+    orders: list[list[bytes]] = []
+    if len({w.shape[-1] for w in wanted.values()}) > 1:
+        raise Declined("the experts' first matmuls take rows of different widths", sites[0].product.meta.get("source"))
+    sources = ancestors([sites[0].operand])
+    filled = [w for w in wanted.values() if w.bool().any()]
+    if not filled:
+        raise Declined("no token reached its experts", sites[0].product.meta.get("source"))
+    probe = filled[0][filled[0].bool().any(-1)][0]
+    for node in (n for n in tape.nodes[:first] if n in sources):
+        shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
+        if shape is None or dtype is None or not dtype.is_floating_point or k not in shape or len(shape) < 2:
+            continue
+        if node.op == "get_attr":
+            continue
+        for axis in sorted((d for d, s in enumerate(shape) if s == k), reverse=True):
+            rows = rows_of(tape.value(node), axis)
+            near = _near(rows, probe)
+            if near == "no":
+                continue
+            exact = _exact(node, axis, rows, wanted) if near == "row" else None
+            if exact is not None and (weighted is None or exact.count <= weighted.count):
+                keys = _keys(rows)
+                if keys not in orders:
+                    orders.append(keys)
+                    yield exact
+            if orders:
+                continue
+            if weighted is None and len(rows) <= _MOST_SCALED:
+                weighted = _scaled(node, axis, rows, wanted)
+    if weighted is not None and not orders:
+        yield weighted
+    if orders or weighted is not None:
+        return
+    raise Declined(
+        "the experts' input rows are not rows of any one tensor (slots that mix tokens, or a transformation "
+        "per expert before its first matmul); only whole tokens can be dispatched",
+        sites[0].product.meta.get("source"),
+    )
+
+
+def _near(rows: torch.Tensor, probe: torch.Tensor) -> str:
+    """How one operand row stands in ``rows``: as a "row", as a "direction" (scaled), or "no"."""
+    if bool((rows.to(probe.dtype) == probe).all(-1).any()):
+        return "row"
+    dot = rows.double() @ probe.double()
+    size = rows.double().norm(dim=-1) * probe.double().norm()
+    return "direction" if bool((dot.abs() >= size * (1 - 1e-3)).logical_and(size > 0).any()) else "no"
+
+
+def _keys(rows: torch.Tensor) -> list[bytes]:
+    if not rows.numel():
+        return []
+    data = rows.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return [r.tobytes() for r in data]
+
+
+def _exact(node: fx.Node, axis: int, rows: torch.Tensor, wanted: dict[Site, torch.Tensor]) -> Tokens | None:
+    where: dict[torch.dtype, dict[bytes, list[int]]] = {}
+    token, scale = {}, {}
+    for site, operand in wanted.items():
+        if operand.dtype not in where:
+            table = where[operand.dtype] = {}
+            for t, key in enumerate(_keys(rows.to(operand.dtype))):
+                table.setdefault(key, []).append(t)
+        zero = ~operand.bool().any(-1)
+        found = _places(_keys(operand), site.matrix, where[operand.dtype])
+        found[zero & (found == -2)] = -1
+        if (found == -2).any():
+            return None
+        token[site] = found
+        scale[site] = torch.ones(found.shape, dtype=torch.float64)
+    return Tokens(node, axis, rows.shape[0], token, scale)
+
+
+def _places(keys: list[bytes], matrix: torch.Tensor, where: dict[bytes, list[int]]) -> torch.Tensor:
+    """Token of each row, -2 for none. Of tokens that are equal, an expert sees each once, in order."""
+    found = torch.full((len(keys),), -2, dtype=torch.long)
+    seen: dict[tuple[bytes, int], int] = {}
+    which_matrix = matrix.tolist()
+    for r, key in enumerate(keys):
+        tokens = where.get(key)
+        if tokens is not None:
+            turn = 0
+            if len(tokens) > 1:
+                which = (key, which_matrix[r])
+                turn = seen[which] = seen.get(which, -1) + 1
+            found[r] = tokens[turn % len(tokens)]
+    return found
+
+
+def _scaled(node: fx.Node, axis: int, rows: torch.Tensor, wanted: dict[Site, torch.Tensor]) -> Tokens | None:
+    """Rows that are tokens times a factor: the same direction, within the dtype's rounding."""
+    x = rows.double()
+    norm = x.norm(dim=-1)
+    if x.shape[-1] < 3 or x.shape[0] < 2 or not bool((norm > 0).all()):
+        return None
+    unit = x / norm[:, None]
+    if bool(((unit @ unit.T).abs() - torch.eye(x.shape[0], dtype=x.dtype)).max() > 1 - 1e-6):
+        return None
+    token, scale = {}, {}
+    for site, operand in wanted.items():
+        a = operand.double()
+        size = a.norm(dim=-1)
+        cosine = (a @ unit.T) / size.clamp_min(1e-300)[:, None]
+        best = cosine.abs().max(-1)
+        tolerance = 64 * torch.finfo(operand.dtype).eps ** 2 + 1e-12
+        zero = size == 0
+        if not bool(((1 - best.values**2 <= tolerance) | zero).all()):
+            return None
+        token[site] = torch.where(zero, -1, best.indices)
+        dot = (a * x[best.indices]).sum(-1) / (norm[best.indices] ** 2)
+        scale[site] = torch.where(zero, 0.0, dot)
+    return Tokens(node, axis, rows.shape[0], token, scale)

@@ -1,0 +1,82 @@
+"""Why a block that looks as if it held experts has none that the op could run."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx, nn
+
+from moeopt.capture.op_kinds import is_matmul, op_name, picks_rows
+from moeopt.capture.replay import descendants
+from moeopt.capture.tape import Tape
+from moeopt.capture.tree import leaves_of
+from moeopt.errors import Declined
+from moeopt.recognise.ffn_candidates import Chain, source_of
+from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
+
+
+def no_experts(tape: Tape, chains: list[Chain]) -> Declined:
+    """The reason for a block in which no experts stand side by side."""
+    alike: dict[object, list[Chain]] = {}
+    for chain in chains:
+        if not chain.merged and picks_rows(chain.ins[0].operand):
+            paths = [re.sub(r"\d+", "#", s.matrices[0].path) for s in (*chain.ins, *chain.outs)]
+            alike.setdefault((chain.shape, *paths), []).append(chain)
+    for first, *others in alike.values():
+        if others and others[0].ins[0].operand in set(descendants(tape, [first.out.node])):
+            return Declined(
+                "each of its experts writes into the tensor that the next one reads its rows from, so they run one "
+                "after another, where the op's experts all read the same tokens; sum their results in another tensor",
+                source_of(first),
+            )
+    memo: dict[fx.Node, bool] = {}
+    for node in tape.nodes:
+        if is_computed_weight(node, memo):
+            memo[node] = True
+        elif is_matmul(node) and (read := weight_and_operand(node, memo)) is not None and picks_rows(read[1]):
+            if weight_and_operand(node, {}) is None:
+                return Declined(
+                    "its experts' weights are computed at each call (from integers and scales, or from low-rank "
+                    "factors), and the op reads weights as they are stored; compute them once, and keep the results",
+                    node.meta.get("source", ""),
+                )
+    if (reason := _wide_convolution(tape) or _one_of_many(tape)) is not None:
+        return reason
+    return Declined(
+        "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "
+        "depends on the whole batch, or weighs the hidden neurons), which the op does not carry"
+    )
+
+
+def _wide_convolution(tape: Tape) -> Declined | None:
+    for node in tape.nodes:
+        if op_name(node) != "convolution" or not isinstance(node.args[1], fx.Node):
+            continue
+        kernel, groups = node.args[1].meta["shape"][2:], node.args[8]
+        if any(size != 1 for size in kernel) or groups != 1:
+            what = "x".join(map(str, kernel)) + (f" in {groups} groups" if groups != 1 else "")
+            return Declined(
+                f"it computes convolutions of {what}; the op multiplies each token's row by a matrix, so that it "
+                "carries 1x1 convolutions in one group only",
+                node.meta.get("source", ""),
+            )
+    return None
+
+
+def _one_of_many(tape: Tape) -> Declined | None:
+    """One of several modules that are alike ran, and no index picked rows for it: Python code named it."""
+    for module in tape.root.modules():
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or len(module) < 2:
+            continue
+        if len({tuple(p.shape for p in child.parameters()) for child in module.children()}) > 1:
+            continue
+        ran = [call for call in tape.calls if call.module in set(module.children())]
+        if len({id(call.module) for call in ran}) != 1:
+            continue
+        if not any(picks_rows(a) for call in ran for a in leaves_of(fx.Node, [call.args, call.kwargs])):
+            return Declined(
+                f"Python code chooses one of {len(module)} modules that are alike for all tokens (as in "
+                "experts[int(i)]), and the op takes each token's choice as a tensor of ids; pass ids, or optimise each",
+                tape.nodes[ran[0].first].meta.get("source", "") if ran[0].first < len(tape.nodes) else "",
+            )
+    return None

@@ -1,0 +1,156 @@
+"""Is this call like the ones that were verified? Asked before each call of a rewritten block.
+
+A call's arguments are bound to the signature and spelled out as a flat list: tensors, plain values, and,
+so that no two calls that differ look alike, the keys, lengths and types of the containers they came in.
+An object whose contents cannot be compared refuses the call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+from moeopt.capture.tree import tree_leaves
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A block's inputs in the order of its signature: parameter names and what was passed, spelled out."""
+
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensor leaves, in order."""
+        return [leaf for leaf in tree_leaves(list(self.values)) if isinstance(leaf, torch.Tensor)]
+
+
+def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
+    """Positional, keyword and defaulted arguments in one canonical order."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return Bound(tuple(bound.arguments), tuple([spell(v) for v in bound.arguments.values()]))
+
+
+def spell(value: Any, depth: int = 6) -> Any:
+    """``value`` as tensors and plain values in lists; equal spellings mean equal arguments."""
+    if isinstance(value, (torch.Tensor, *_PLAIN)) or depth == 0:
+        return value
+    name = type(value).__qualname__
+    if isinstance(value, (list, tuple)):
+        return [name, len(value), *(spell(v, depth - 1) for v in value)]
+    if isinstance(value, Mapping):
+        return [name, len(value), *(p for k, v in value.items() for p in (spell(k, 1), spell(v, depth - 1)))]
+    if isinstance(value, slice):
+        return [name, *(spell(v, 1) for v in (value.start, value.stop, value.step))]
+    if isinstance(value, enum.Enum):
+        return [name, value.name]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [name, *(spell(getattr(value, f.name, None), depth - 1) for f in dataclasses.fields(value))]
+    held = getattr(value, "__dict__", None)
+    if type(held) is dict and all(isinstance(v, _PLAIN) for v in held.values()) and not callable(value):
+        return [name, *(p for item in sorted(held.items()) for p in item)]
+    return value
+
+
+class _Mark:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __reduce__(self) -> str:
+        return self.name
+
+    def __deepcopy__(self, memo: Any) -> _Mark:
+        return self
+
+
+TENSOR, OPAQUE = _Mark("TENSOR"), _Mark("OPAQUE")
+
+
+@dataclass
+class Guard:
+    """What a call must look like for the program to hold.
+
+    Args:
+        template: the leaves of a spelled call, ``TENSOR`` for each tensor, ``OPAQUE`` for an object that
+            cannot be compared.
+        shapes: of each tensor, None for a size that is free.
+        dtypes: of each tensor.
+        training: the mode it was verified in; None where both modes compute the same.
+        autocast: always False: nothing is verified under autocast.
+        gradients: why the original runs where a gradient is needed; "" where gradients were found equal.
+        no_grad: whether it runs without gradients, as the original lets none through in any mode.
+        skip_idle: whether experts that no token reaches get no gradient, as in the original, or zeros.
+    """
+
+    template: list[Any]
+    shapes: list[tuple[int | None, ...]]
+    dtypes: list[torch.dtype]
+    training: bool | None
+    autocast: bool
+    gradients: str = ""
+    skip_idle: bool = False
+    no_grad: bool = False
+
+    def refuses(self, module: torch.nn.Module, bound: Bound) -> str:
+        """Why this call is unlike the verified ones; "" when it is like them."""
+        return self._mode(module) or self._arguments(bound)
+
+    def _mode(self, module: torch.nn.Module) -> str:
+        if self.training is not None and module.training != self.training:
+            mode = "training" if module.training else "evaluation"
+            return f"the block is in {mode} mode, in which it computes something else"
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            return "autocast is on, which changes the dtypes that were verified"
+        if torch.compiler.is_compiling():
+            return ""
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+            return "a global forward hook is registered, which would no longer fire for each expert"
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+            return "it is called under a torch.func transform or forward-mode differentiation"
+        if torch._C._get_tracing_state() is not None:
+            return "it is being traced by torch.jit"
+        return ""
+
+    def _arguments(self, bound: Bound) -> str:
+        index = 0
+        leaves = list(tree_leaves(list(bound.values)))
+        if len(leaves) != len(self.template):
+            return "it was called with another structure of arguments than the verified one"
+        for leaf, known in zip(leaves, self.template, strict=True):
+            if known is TENSOR:
+                if not isinstance(leaf, torch.Tensor):
+                    return "it was called with a non-tensor where a tensor was verified"
+                shape = self.shapes[index]
+                if leaf.dtype is not self.dtypes[index]:
+                    return f"it was called with {leaf.dtype} where {self.dtypes[index]} was verified"
+                if len(leaf.shape) != len(shape):
+                    return f"it was called with a {len(leaf.shape)}-dimensional tensor, verified with {len(shape)}"
+                for size, fixed in zip(leaf.shape, shape, strict=True):
+                    if fixed is not None and size != fixed:
+                        return f"it was called with size {size} where only {fixed} was verified"
+                index += 1
+            elif known is OPAQUE:
+                return f"an argument is a {type(leaf).__name__}, whose contents are not compared"
+            elif isinstance(leaf, torch.Tensor) or type(leaf) is not type(known) or leaf != known:
+                return f"it was called with {leaf!r} where {known!r} was verified"
+        return ""
+
+
+def overlap(tensors: list[torch.Tensor]) -> bool:
+    """True where two of the tensors share memory."""
+    storages = [t.untyped_storage()._cdata for t in tensors if t.layout == torch.strided]
+    return len(set(storages)) < len(storages)

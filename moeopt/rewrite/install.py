@@ -1,0 +1,321 @@
+"""A block's new forward: its :class:`BlockGraph`, run against the user's own module.
+
+The graph is compiled to Python by ``fx`` and called with the block as ``self``, so ``self.gate(x)`` is
+the user's router with its hooks, and weights are read where they live. Before each call a guard asks
+whether this call is like the ones that were verified (structure, ranks, dtypes, fixed sizes, training
+flag, autocast). If not, or if the module was changed since, the original forward runs and a
+``StaleModelWarning`` says why: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moeopt.capture.tree import tree_map
+from moeopt.errors import Declined, StaleModelWarning
+from moeopt.ir.specs import RouterSpec
+from moeopt.ir.weight_refs import expert_paths
+from moeopt.ops.experts import experts
+from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
+from moeopt.rewrite.call_guard import OPAQUE, TENSOR, Bound, Guard, bind, overlap
+from moeopt.rewrite.live_weights import LiveBank, Stale
+from moeopt.rewrite.module_guard import Fact, Watch, take_facts
+from moeopt.rewrite.reads import Reads
+from moeopt.rewrite.source import Source
+
+__all__ = ["OPAQUE", "TENSOR", "Guard", "Program", "RewrittenForward", "bind", "install", "uninstall"]
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Program:
+    """A block graph as it is installed: with the signature of the forward that it stands for.
+
+    ``facts`` is what was verified of the module's own code, taken from the first module that asks; ``reads`` what the
+    block's code read outside its modules.
+    """
+
+    block: BlockGraph
+    signature: inspect.Signature
+    facts: list[Fact] | None = None
+    reads: Reads | None = None
+
+    @property
+    def guard(self) -> Guard:
+        """Which calls the graph holds for."""
+        guard = self.block.guard
+        assert guard is not None
+        return guard
+
+    @property
+    def routers(self) -> list[RouterSpec | None]:
+        """The router of each op where it was recognised, for runtimes that want to know its weights' signs."""
+        return self.block.routers
+
+    @property
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """By path in the block, the values of tensors that decided what the graph is and that it does not read."""
+        return self.block.frozen
+
+    def watch(self, module: nn.Module) -> Watch:
+        """What was verified of ``module``'s own code, bound to it; the first module to ask is the verified one."""
+        block = self.block
+        if self.facts is None:
+            self.facts = take_facts(module, block.kept_modules, block.attributes, self.guard.training is not None)
+        return Watch(
+            module,
+            self.facts,
+            {(b, e): expert_paths([ref]) for b, (refs, _) in enumerate(block.weights) for e, ref in enumerate(refs)},
+            block.frozen,
+            self.reads,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The signature without annotations, which cannot be pickled."""
+        plain = [p.replace(annotation=inspect.Parameter.empty) for p in self.signature.parameters.values()]
+        return self.__dict__ | {"signature": inspect.Signature(plain)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self
+
+    def graph(self) -> fx.Graph:
+        """What runs: placeholders are the tensor inputs, ``self`` is the user's module."""
+        return self.block.graph
+
+
+@torch.compiler.assume_constant_result
+def _changed(engine: RewrittenForward) -> str:
+    """What of the block's own code is not as it was verified; all of it is looked at once something was not."""
+    reason = engine.watch.everything() if engine._stale else engine.watch.shared()
+    if engine.source is not None and not reason:
+        engine.source.look()
+    return reason
+
+
+def _check(watch: Watch, bank: int, expert: int) -> None:
+    reason = watch.expert((bank, expert))
+    if reason:
+        raise Stale(reason)
+
+
+class RewrittenForward:
+    """Callable that stands in for ``module.forward``; see the module's docstring.
+
+    Attributes:
+        source: the model that was optimised, where ``module`` is in a twin of it. Copies and pickles have none.
+    """
+
+    source: Source | None = None
+    _changed = False
+
+    def __init__(self, module: nn.Module, program: Program, original: Callable[..., Any] | None = None) -> None:
+        self.module, self.program, self.original = module, program, original
+        self.calls, self.fallbacks, self.last_refusal, self._stale = 0, 0, "", False
+        self.__signature__ = program.signature
+        self._prepare()
+
+    def _prepare(self) -> None:
+        program = self.program
+        self.watch = watch = program.watch(self.module)
+        if watch.gone:
+            raise Stale(watch.gone)
+        block = program.block
+        self.banks = [
+            (LiveBank(self.module, refs, (s.w_in_layout, s.w_out_layout), functools.partial(_check, watch, b)), s)
+            for b, (refs, s) in enumerate(block.weights)
+        ]
+        self.constants = block.constants
+        self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
+        self._run = compiled(block.graph)
+
+    def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The op on the live weights number ``index``: what a ``moeopt::experts`` node of the graph calls."""
+        bank, spec = self.banks[index]
+        known = self.program.block.per_token[index]
+        if known is not None and ids.shape[-1] != known and not torch.compiler.is_compiling():
+            raise Stale(f"its router chose {ids.shape[-1]} experts for a token, and {known} when it was verified")
+        return experts(x, ids, weights, bank, spec, self.program.guard.skip_idle)
+
+    def let_gradients_through(self) -> fx.Graph | None:
+        """Make every detach of the graph an alias; the graph as it was, None where it has no detach.
+
+        A trace without gradients holds detaches that nobody wrote: in-place ops and factories leave them.
+        """
+        before = self.program.block.graph
+        if not any(n.target is aten.detach.default for n in before.nodes):
+            return None
+        self.set_graph(before)
+        for node in self.program.block.graph.nodes:
+            if node.target is aten.detach.default:
+                node.target = aten.alias.default
+        self._prepare()
+        return before
+
+    def set_graph(self, graph: fx.Graph) -> None:
+        """Run a copy of ``graph``, which computes what the program's own computes, from now on."""
+        self.program.block.set_graph(graph)
+        self._prepare()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = bind(self.program.signature, args, kwargs)
+        refusal = self.program.guard.refuses(self.module, bound) or self._effects(bound)
+        if not refusal:
+            try:
+                refusal = _changed(self)
+                if not refusal:
+                    if self._changed:  # it is as it was again: the next change is told again
+                        self._changed, self.last_refusal = False, ""
+                    return self._forward(bound)
+                self._changed = True
+            except Stale as stale:
+                self._stale, refusal = True, str(stale)
+        return self._fall_back(refusal, args, kwargs)
+
+    def _effects(self, bound: Bound) -> str:
+        """Why gradients or writes to its arguments forbid the rewritten code on this call; "" when they do not."""
+        program = self.program
+        if program.guard.gradients and torch.is_grad_enabled():
+            if any(t.requires_grad for t in (*bound.tensors(), *self.module.parameters())):
+                return program.guard.gradients
+        if not program.block.mutations:
+            return ""
+        tensors = bound.tensors()
+        if overlap(tensors):
+            return "it writes to its arguments, and two of them share memory"
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return "it writes to tensors in place, which the rewritten code does not differentiate"
+        return ""
+
+    @property
+    def __code__(self) -> Any:
+        """The original forward's code: torch.export reads argument names off it."""
+        return type(self.module).forward.__code__
+
+    def _forward(self, bound: Bound) -> Any:
+        if self.program.guard.no_grad and torch.is_grad_enabled():
+            with torch.no_grad():
+                leaves = self._run(self.module, self, *bound.tensors())
+        else:
+            leaves = self._run(self.module, self, *bound.tensors())
+        self.calls += 1
+        block = self.program.block
+        if self._plain:
+            return leaves[block.output.index]
+
+        def fill(slot: Slot) -> Any:
+            return leaves[slot.index]
+
+        for target, value in tree_map(Slot, fill, block.mutations):
+            with torch.no_grad():
+                target.copy_(value)
+        for (path, name), value in block.attributes.items():
+            setattr(self.module.get_submodule(path), name, tree_map(Slot, fill, value))
+        return tree_map(Slot, fill, block.output)
+
+    def _fall_back(self, refusal: str, args: Any, kwargs: Any) -> Any:
+        if self.last_refusal != refusal:
+            self.last_refusal = refusal
+            warnings.warn(
+                f"{type(self.module).__name__} runs its original code: {refusal}. "
+                "Run moeopt.optimize again on the changed model to get the fast path back.",
+                StaleModelWarning,
+                stacklevel=3,
+            )
+        self.fallbacks += 1
+        if self.original is not None:
+            return self.original(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenForward:
+        module = memo.get(id(self.module))
+        if module is None:
+            module = copy.deepcopy(self.module, memo)
+            return module.forward  # type: ignore[no-any-return,return-value]
+        new = RewrittenForward.__new__(RewrittenForward)
+        memo[id(self)] = new
+        new.module, new.program, new.original = module, self.program, copy.deepcopy(self.original, memo)
+        new.calls, new.fallbacks, new.last_refusal, new._stale = 0, 0, "", False
+        new.__signature__ = self.__signature__
+        return new
+
+    def __getattr__(self, name: str) -> Any:
+        # A copy is made before its module has its children: it prepares itself at first use.
+        if name in ("watch", "banks", "constants", "_plain", "_run"):
+            if "program" in self.__dict__:
+                self._prepare()
+                return self.__dict__[name]
+        raise AttributeError(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        keep = ("module", "program", "original", "__signature__")
+        return {k: self.__dict__[k] for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
+
+
+def run(block: BlockGraph, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """One call of ``block`` on the weights of ``module``; of ``module``'s own code while the block has no graph."""
+    if block.captured is not None:
+        return type(module).forward(module, *args, **kwargs)  # type: ignore[operator]
+    return RewrittenForward(module, Program(block, inspect.signature(module.forward)))(*args, **kwargs)
+
+
+def install(module: nn.Module, program: Program) -> RewrittenForward:
+    """Make ``module`` run ``program``; its class, Parameters, hooks and ``state_dict`` stay as they are.
+
+    Raises:
+        Declined: the module's forward was already replaced by something that is not known here.
+    """
+    own = module.__dict__.get("forward")
+    if own is None:
+        forward = RewrittenForward(module, program)
+        module.__dict__["forward"] = forward
+        return forward
+    if "_old_forward" in module.__dict__ and "_hf_hook" in module.__dict__:  # accelerate wraps forward
+        inner = module.__dict__["_old_forward"]
+        original = inner if getattr(inner, "__self__", None) is not module else None
+        forward = RewrittenForward(module, program, original)
+        module.__dict__["_old_forward"] = forward
+        return forward
+    raise Declined(
+        f"forward was replaced on this instance of {type(module).__name__}; undo the patch, optimise, and patch again"
+    )
+
+
+def rewritten_forward(module: nn.Module) -> RewrittenForward | None:
+    """What :func:`install` put on ``module`` itself, if it did."""
+    held = (module.__dict__.get(key) for key in ("forward", "_old_forward"))
+    return next((h for h in held if isinstance(h, RewrittenForward)), None)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Undo :func:`install`."""
+    for key in ("forward", "_old_forward"):
+        held = module.__dict__.get(key)
+        if isinstance(held, RewrittenForward):
+            if key == "forward":
+                del module.__dict__[key]
+            else:
+                module.__dict__[key] = held.original or type(module).forward.__get__(module)
+
+
+def watch_source(model: nn.Module, twin: nn.Module, values: bool) -> None:
+    """Let the rewritten blocks of ``twin`` tell what changes in ``model``, of which it is a copy.
+
+    Args:
+        values: whether the twin has tensors of its own, so that writes to the model's do not show in it.
+    """
+    forwards = {p: f for p, m in twin.named_modules() if (f := rewritten_forward(m)) is not None}
+    blocks = {path: f.program.reads for path, f in forwards.items() if f.program.reads is not None}
+    if forwards:
+        source = Source(model, twin, blocks, values, max(f.watch.cost for f in forwards.values()))
+        for forward in forwards.values():
+            forward.source = source

@@ -1,0 +1,231 @@
+"""The weights of a rewritten block, read from the user's own Parameters at every call.
+
+A :class:`LiveBank` holds no tensor. It knows in which module and under which name each expert's
+matrix lives and looks it up when the expert is needed, so optimizer steps, ``load_state_dict``,
+``.to()`` and in-place merges show at once. When the place itself has changed (a module was replaced,
+hooked or parametrised, a dtype changed) the lookup raises :class:`Stale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
+from moeopt.ops.bank import StackedBank
+
+
+class Stale(Exception):
+    """The module no longer is what was verified; the message says what changed."""
+
+
+class _Place:
+    """One Parameter or buffer of a module tree, found again at each read."""
+
+    __slots__ = ("dtype", "hooked", "key", "links", "owner", "path", "registry", "shape")
+
+    def __init__(self, root: nn.Module, path: str) -> None:
+        *parents, self.key = path.split(".")
+        self.path = path
+        self.links: list[tuple[dict[str, Any], str, nn.Module]] = []
+        module = root
+        for name in parents:
+            child = module._modules.get(name)
+            if child is None:
+                raise Stale(f"the module that held {path} was removed")
+            self.links.append((module._modules, name, child))
+            module = child
+        self.owner = module
+        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        self.registry = next((r for r in registries if self.key in r), module._parameters)
+        tensor = self.registry.get(self.key)
+        if not isinstance(tensor, Tensor):
+            raise Stale(f"{path} is no longer a plain Parameter (quantised, parametrised or removed)")
+        self.dtype, self.shape = tensor.dtype, tensor.shape
+
+    def read(self) -> Tensor:
+        for registry, name, child in self.links:
+            if registry.get(name) is not child:
+                raise Stale(f"the module that holds {self.path} was replaced")
+        tensor = self.registry.get(self.key)
+        if tensor is None:
+            raise Stale(f"{self.path} is no longer a plain Parameter (parametrised or removed)")
+        if tensor.is_meta:
+            raise Stale(f"{self.path} is on the meta device (offloaded?) and has no values")
+        if tensor.dtype is not self.dtype or tensor.shape != self.shape:
+            raise Stale(f"{self.path} changed from {self.dtype} {tuple(self.shape)} "
+                        f"to {tensor.dtype} {tuple(tensor.shape)}")  # fmt: skip
+        owner = self.owner
+        if owner._forward_hooks or owner._forward_pre_hooks:
+            raise Stale(f"a forward hook was registered on the module that holds {self.path}")
+        return tensor
+
+
+class LiveBank:
+    """``moeopt.ops.bank.Bank`` over the Parameters of ``root``.
+
+    Args:
+        root: the block.
+        experts: where each expert's matrices are, in the order of their ids.
+        layouts: (W_in, W_out), each ``oi`` or ``io``: how the 2-D tensors are handed out.
+        check: called with the number of each expert that is read; may raise :class:`Stale`.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        experts: list[ExpertRef],
+        layouts: tuple[str, str],
+        check: Callable[[int], None] = lambda e: None,
+    ) -> None:
+        self.num_experts, self._check = len(experts), check
+        self._experts, self._layouts = experts, layouts
+        self._places: dict[str, _Place] = {}
+        for ref in experts:
+            for part in (*ref.w_in, *ref.b_in, ref.w_out, ref.b_out):
+                if part is not None and part.path not in self._places:
+                    self._places[part.path] = _Place(root, part.path)
+        self._regions: dict[tuple[int, str], Any] = {}
+        self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
+        self._steps = _steps(experts)
+        self._backwards = any(s < 0 for part in self._steps or () for step in _flat(part) for s in step)
+
+    def w_in(self, e: int) -> tuple[Tensor, ...]:
+        """Expert e's first matrices."""
+        if not torch.compiler.is_compiling():
+            self._check(e)
+        axis = 0 if self._layouts[0] == "oi" else 1
+        return tuple([self._pick(e, self._matrix(ref, self._layouts[0]), axis) for ref in self._experts[e].w_in])
+
+    def b_in(self, e: int) -> tuple[Tensor | None, ...]:
+        """Expert e's first biases."""
+        return tuple([None if ref is None else self._pick(e, self._vector(ref), 0) for ref in self._experts[e].b_in])
+
+    def w_out(self, e: int) -> Tensor:
+        """Expert e's second matrix."""
+        return self._pick(e, self._matrix(self._experts[e].w_out, self._layouts[1]), int(self._layouts[1] == "oi"))
+
+    def b_out(self, e: int) -> Tensor | None:
+        """Expert e's second bias."""
+        ref = self._experts[e].b_out
+        return None if ref is None else self._vector(ref)
+
+    def norm(self, e: int) -> Tensor | None:
+        """No norm is recognised after W_out."""
+        del e
+        return None
+
+    def _pick(self, e: int, part: Tensor, axis: int) -> Tensor:
+        """Expert ``e``'s neurons of ``part``, which lie along ``axis``."""
+        index = self._picks[e]
+        return part if index is None else part.index_select(axis, index.to(part.device))
+
+    def _matrix(self, ref: MatrixRef, layout: str) -> Tensor:
+        tensor = self._places[ref.path].read()
+        index = self._regions.get((id(ref), layout))
+        if index is None:
+            index = self._regions[id(ref), layout] = _region(ref, layout, tensor.shape)
+        if index is not _IRREGULAR:
+            part = tensor if index.whole else tensor[index.at]
+            return part.t() if index.transposed else part
+        offset, dk, dm = ref.offset_and_strides(tensor.stride())
+        shape, stride = ((ref.m, ref.k), (dm, dk)) if layout == "oi" else ((ref.k, ref.m), (dk, dm))
+        return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
+
+    def _vector(self, ref: VectorRef) -> Tensor:
+        tensor = self._places[ref.path].read()
+        if len(ref.origin) == 1 and ref.dm == (1,):
+            return tensor if ref.m == tensor.shape[0] else tensor[ref.origin[0] : ref.origin[0] + ref.m]
+        stride = tensor.stride()
+        offset = sum(o * s for o, s in zip(ref.origin, stride, strict=True))
+        step = sum(o * s for o, s in zip(ref.dm, stride, strict=True))
+        return tensor.as_strided((ref.m,), (step,), tensor.storage_offset() + offset)
+
+    def stacked(self) -> StackedBank | None:
+        """The weights as stacked tensors where every part is a regular slice of one Parameter."""
+        if self._steps is None or self._backwards:
+            return None
+        if not torch.compiler.is_compiling():
+            self._check(0)  # all experts lie in the same Parameters, so what is watched of one is that of all
+        first, count = self._experts[0], self.num_experts
+        w_in_step, b_in_step, w_out_step, b_out_step = self._steps
+
+        def stack(ref: MatrixRef | VectorRef | None, step: tuple[int, ...] | None, layout: str) -> Any:
+            if ref is None:
+                return None
+            tensor = self._places[ref.path].read()
+            strides = tensor.stride()
+            lead = 0 if step is None else sum(a * s for a, s in zip(step, strides, strict=True))
+            one = self._vector(ref) if isinstance(ref, VectorRef) else self._matrix(ref, layout)
+            return tensor.as_strided((count, *one.shape), (lead, *one.stride()), one.storage_offset())
+
+        return StackedBank(
+            [stack(r, s, self._layouts[0]) for r, s in zip(first.w_in, w_in_step, strict=True)],
+            stack(first.w_out, w_out_step, self._layouts[1]),
+            [stack(r, s, "") for r, s in zip(first.b_in, b_in_step, strict=True)],
+            stack(first.b_out, b_out_step, ""),
+        )
+
+
+@dataclass(frozen=True)
+class _Region:
+    """A matrix as a basic index of its Parameter, which tracers follow better than ``as_strided``."""
+
+    at: tuple[Any, ...]
+    whole: bool
+    transposed: bool
+
+
+_IRREGULAR = object()
+
+
+def _region(ref: MatrixRef, layout: str, shape: tuple[int, ...]) -> Any:
+    """``ref`` as a :class:`_Region`; ``_IRREGULAR`` where K or M does not run along one axis."""
+    along_k = [(d, s) for d, s in enumerate(ref.dk) if s]
+    along_m = [(d, s) for d, s in enumerate(ref.dm) if s]
+    if len(along_k) != 1 or len(along_m) != 1 or along_k[0][0] == along_m[0][0]:
+        return _IRREGULAR
+    (k_axis, k_step), (m_axis, m_step) = along_k[0], along_m[0]
+    if k_step < 0 or m_step < 0:
+        return _IRREGULAR
+    at: list[Any] = list(ref.origin)
+    for axis, step, count in ((k_axis, k_step, ref.k), (m_axis, m_step, ref.m)):
+        first = ref.origin[axis]
+        at[axis] = slice(first, first + (count - 1) * step + 1, step)
+    whole = len(shape) == 2 and all(a == slice(0, n, 1) for a, n in zip(at, shape, strict=True))
+    return _Region(tuple(at), whole, (m_axis > k_axis) == (layout == "oi"))
+
+
+def _flat(part: Any) -> list[tuple[int, ...]]:
+    return [p for p in (part if isinstance(part, list) else [part]) if p is not None]
+
+
+def _steps(experts: list[ExpertRef]) -> tuple[Any, Any, Any, Any] | None:
+    """The constant distance between expert e and e+1 in each part, or None where there is none."""
+    if any(x.neurons is not None for x in experts) or len({x.w_out.k for x in experts}) > 1:
+        return None
+
+    def regular(parts: list[Any]) -> tuple[int, ...] | None | bool:
+        first = parts[0]
+        if first is None:
+            return None if all(p is None for p in parts) else False
+        if any(p is None or p.path != first.path or p.dm != first.dm for p in parts):
+            return False
+        if isinstance(first, MatrixRef) and any(p.dk != first.dk for p in parts):
+            return False
+        if len(parts) == 1:
+            return tuple(0 for _ in first.origin)
+        step = tuple(b - a for a, b in zip(first.origin, parts[1].origin, strict=True))
+        places = [tuple(o + e * s for o, s in zip(first.origin, step, strict=True)) for e in range(len(parts))]
+        return step if places == [p.origin for p in parts] else False
+
+    w_in = [regular([x.w_in[i] for x in experts]) for i in range(len(experts[0].w_in))]
+    b_in = [regular([x.b_in[i] for x in experts]) for i in range(len(experts[0].b_in))]
+    w_out, b_out = regular([x.w_out for x in experts]), regular([x.b_out for x in experts])
+    if any(s is False for s in (*w_in, *b_in, w_out, b_out)):
+        return None
+    return w_in, b_in, w_out, b_out

@@ -1,0 +1,274 @@
+"""Has the code that a rewrite leaves out changed since it was verified?
+
+A rewritten block reads its weights live and calls its router live. What it no longer runs is the
+Python of the experts and of the block itself, so what that Python would have read is remembered:
+classes, plain attributes (``top_k``, an activation function), children, absent biases, hooks, patched
+forwards. Modules that belong to one expert are looked at only when that expert runs. Tensors whose values
+that Python turned into the rewritten code are compared with what they were.
+
+What its functions read elsewhere (a configuration, globals, closures, class attributes) is in ``moeopt.rewrite.reads``.
+All of it is one generated comparison (``moeopt.rewrite.probe``) by identity; where that finds another object, the
+values decide, and name what changed.
+
+Not seen: in code compiled by ``torch.compile``, anything changed after it was compiled.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from moeopt.rewrite.code import fingerprint
+from moeopt.rewrite.frozen_values import Frozen
+from moeopt.rewrite.probe import Probe, holds
+from moeopt.rewrite.reads import Reads
+
+_BOOKKEEPING = frozenset(nn.Module().__dict__)
+_PLAIN = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType, type)
+
+
+def hook_count(module: nn.Module) -> int:
+    """How many forward and backward hooks are registered on ``module`` itself."""
+    d = module.__dict__
+    return (
+        len(d["_forward_hooks"]) + len(d["_forward_pre_hooks"]) + len(d["_backward_hooks"])
+        + len(d["_backward_pre_hooks"])
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What was verified of one module. It holds no module, so it can be copied and pickled."""
+
+    path: str
+    cls: type
+    forward: str
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    children: tuple[str, ...]
+    absent: tuple[str, ...]
+    hooks: int
+    patched: bool
+
+
+def take_facts(root: nn.Module, live: Iterable[str], written: Iterable[tuple[str, str]], mode: bool) -> list[Fact]:
+    """The facts of every module of ``root`` but the subtrees at the paths ``live``.
+
+    Args:
+        live: paths of submodules that are still called as modules.
+        written: (path, attribute) pairs that the forward itself sets.
+        mode: whether the training flags matter.
+    """
+    kept, own = tuple(live), set(written)
+    facts = []
+    for path, module in root.named_modules():
+        if _inside(path, kept):
+            continue
+        held = {n: v for n, v in module.__dict__.items() if n not in _BOOKKEEPING or (mode and n == "training")}
+        plain = {n: _frozen(v) for n, v in held.items() if _is_plain(v) and n != "forward" and (path, n) not in own}
+        prefix = f"{path}." if path else ""
+        facts.append(
+            Fact(
+                path,
+                type(module),
+                fingerprint(type(module).forward),  # type: ignore[arg-type]
+                tuple(plain),
+                tuple(plain.values()),
+                tuple(n for n, c in module._modules.items() if c is not None and not _inside(prefix + n, kept)),
+                tuple(n for n, p in module._parameters.items() if p is None),
+                hook_count(module),
+                bool(path) and "forward" in module.__dict__,
+            )
+        )
+    return facts
+
+
+def _inside(path: str, kept: tuple[str, ...]) -> bool:
+    return any(path == k or path.startswith(f"{k}.") for k in kept)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (type(value) in (list, tuple) and all(isinstance(v, _PLAIN) for v in value))
+
+
+def _frozen(value: Any) -> Any:
+    return list(value) if type(value) is list else value
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _Watched:
+    """One module and what it should still be."""
+
+    __slots__ = ("children", "fact", "module")
+
+    def __init__(self, fact: Fact, module: nn.Module) -> None:
+        self.fact, self.module = fact, module
+        self.children = tuple(module._modules.get(n) for n in fact.children)
+
+    def compare(self, probe: Probe) -> None:
+        """Terms that hold as long as nothing that ``changed`` looks at is touched."""
+        fact, module = self.fact, self.module
+        d: dict[str, Any] = module.__dict__
+        probe.attribute(module, "__class__", module.__class__)
+        probe.attribute(module.__class__, "forward", module.__class__.forward)  # type: ignore[attr-defined]
+        if fact.path:
+            for kind in _HOOKS:
+                count = len(d[kind])
+                probe.add(f"{{0}}({{1}}) == {count}" if count else "not {1}", len, d[kind])
+            if not fact.patched and "forward" not in d:
+                probe.lacks(d, "forward")
+        every = fact.children == tuple(d["_modules"])
+        if every:
+            probe.entries(d["_modules"])
+        tables = ((d, fact.names), (d["_modules"], () if every else fact.children), (d["_parameters"], fact.absent))
+        for table, names in tables:
+            for name in names:
+                if name not in table:
+                    probe.lacks(table, name)
+                    continue
+                probe.item(table, name, table[name])
+                if type(table[name]) is list:
+                    probe.equal(table[name], table[name].copy())
+
+    def changed(self) -> str:
+        """What is another than it was; "" when nothing is."""
+        fact, module = self.fact, self.module
+        d, name = module.__dict__, fact.path or "the block"
+        if module.__class__ is not fact.cls or fingerprint(fact.cls.forward) != fact.forward:  # type: ignore[attr-defined]
+            return f"the class of {name}, or its forward, is not the one that was verified"
+        if fact.path and (hook_count(module) != fact.hooks):
+            return f"a hook was registered on {name}, which is no longer called for each expert"
+        if fact.path and not fact.patched and "forward" in d:
+            return f"forward was replaced on {name}"
+        try:
+            same = tuple(d[n] for n in fact.names) == fact.values
+            same = same and tuple(d["_modules"][n] for n in fact.children) == self.children
+        except KeyError as missing:
+            return f"{missing} was removed from {name}"
+        if not same:
+            return self._which(d, name)
+        for parameter in fact.absent:
+            if d["_parameters"].get(parameter) is not None:
+                return f"{name} has a {parameter}, and had none"
+        return ""
+
+    def _which(self, d: dict[str, Any], name: str) -> str:
+        for attribute, value in zip(self.fact.names, self.fact.values, strict=True):
+            if d[attribute] != value:
+                return f"{attribute} of {name} is {d[attribute]!r} and was {value!r}"
+        return f"a module in {name} was replaced"
+
+
+class Watch:
+    """The facts of one block, bound to its modules; ``shared`` and ``expert`` say what changed.
+
+    Args:
+        root: the block.
+        facts: what ``take_facts`` took.
+        experts: for each expert of each op, the paths of its weights.
+        frozen: by path, the values of tensors that decided what the rewritten code is.
+        reads: what its code read outside its modules.
+
+    Attributes:
+        cost: about how many nanoseconds ``shared`` takes.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        facts: list[Fact],
+        experts: dict[Any, set[str]],
+        frozen: Mapping[str, Tensor] = MappingProxyType({}),
+        reads: Reads | None = None,
+    ) -> None:
+        self._root, self._reads = root, reads
+        self._frozen = [Frozen(root, path, value) for path, value in frozen.items()]
+        modules = dict(root.named_modules(remove_duplicate=False))
+        self.gone = next((f"{f.path} was removed" for f in facts if f.path not in modules), "")
+        self._shared: list[_Watched] = []
+        self._of: dict[Any, list[_Watched]] = {key: [] for key in experts}
+        self._opaque: dict[str, Any] | None = None
+        self.cost = 0
+        if self.gone:
+            return
+        self._owners: dict[str, set[Any]] = {}
+        for key, paths in experts.items():
+            for path in paths:
+                while path:
+                    path = path.rpartition(".")[0]
+                    self._owners.setdefault(path, set()).add(key)
+        for fact in facts:
+            keys = self._keys(fact.path)
+            (self._of[keys[0]] if keys else self._shared).append(_Watched(fact, modules[fact.path]))
+        self._look()
+
+    def _keys(self, path: str) -> tuple[Any, ...]:
+        """The one expert that the module at ``path`` belongs to; () where that is none or several."""
+        while path and path not in self._owners:
+            path = path.rpartition(".")[0]
+        keys = self._owners.get(path, set())
+        return tuple(keys) if len(keys) == 1 and path else ()
+
+    def _look(self) -> None:
+        """Compare all values, and arm the probes with the objects that are there now."""
+        shared, own = Probe(), {key: Probe() for key in self._of}
+        for one in self._shared:
+            one.compare(shared)
+        for key, watched in self._of.items():
+            for one in watched:
+                one.compare(own[key])
+        self._read = "" if self._reads is None else self._compare(self._reads, shared, own)
+        self._reason = _first(self._shared)
+        self._reasons = {key: _first(watched) for key, watched in self._of.items()}
+        self.cost = shared.cost
+        self._same, self._sames = shared.compiled(), {key: probe.compiled() for key, probe in own.items()}
+
+    def _compare(self, reads: Reads, shared: Probe, own: dict[Any, Probe]) -> str:
+        def links(path: str) -> Probe:
+            keys = self._keys(path)
+            return own[keys[0]] if keys else shared
+
+        walk = reads.walk(self._root, shared, links)
+        before, self._opaque = self._opaque, self._opaque or walk.opaque
+        moved = (place for place, value in (before or {}).items() if walk.opaque.get(place) is not value)
+        place = next(moved, "")
+        return reads.difference(walk) or (f"{place}, which its code reads, was replaced" if place else "")
+
+    def shared(self) -> str:
+        """What changed in the modules that every call of the original would run, and in what its code reads."""
+        if self.gone:
+            return self.gone
+        if not holds(self._same):
+            self._look()
+        if self._reason or self._read:
+            return self._reason or next(filter(None, self._reasons.values()), "") or self._read
+        return _first(self._frozen) if self._frozen else ""
+
+    def expert(self, key: Any) -> str:
+        """What changed in the modules of one expert."""
+        if holds(self._sames[key]):
+            return self._reasons[key]
+        self._look()
+        return self._reasons[key] or self._reason or self._read
+
+    def everything(self) -> str:
+        """What changed anywhere, in the modules first: what they are decides what their code reads."""
+        shared = self.shared()
+        for key in self._of:
+            self.expert(key)
+        return self._reason or next(filter(None, self._reasons.values()), "") or self._read or shared
+
+
+def _first(watched: Sequence[_Watched | Frozen]) -> str:
+    for one in watched:
+        reason = one.changed()
+        if reason:
+            return reason
+    return ""

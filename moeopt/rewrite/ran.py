@@ -1,0 +1,121 @@
+"""Which Python functions run in a block's forward, and what they name: the bounds of what a forward can read.
+
+A few plain runs under a profile hook give the code objects; their bytecode gives names of attributes, globals and
+string constants. Whatever the forward reads is reached through such a name (``moeopt.rewrite.walk`` follows them), so
+a field of a configuration that no code names is nobody's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moeopt.rewrite.code import digest, foreign, words
+
+_CALLS = {nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What the code that ran names.
+
+    Attributes:
+        names: of attributes, methods, globals, and short strings.
+        codes: digests of the code objects.
+        globals: (name of the module, globals that are read there).
+        imports: (importing module, level, imported module) of import statements inside functions.
+        open: whether attributes are read whose names are computed.
+    """
+
+    names: frozenset[str] = frozenset()
+    codes: frozenset[str] = frozenset()
+    globals: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    imports: tuple[tuple[str, int, str], ...] = ()
+    open: bool = False
+
+
+class Observed:
+    """The code that ran, but for that of submodules that are kept as they are and called.
+
+    Attributes:
+        called: ids of the modules that were called.
+    """
+
+    def __init__(self, kept: set[int]) -> None:
+        self._kept = kept
+        self._inside: types.FrameType | None = None
+        self._codes: dict[types.CodeType, dict[str, Any]] = {}
+        self.called: set[int] = set()
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> None:
+        """The profile hook."""
+        if event == "return" and frame is self._inside:
+            self._inside = None
+        if event != "call":
+            return
+        code = frame.f_code
+        if code in _CALLS:
+            module = id(frame.f_locals.get("self"))
+            self.called.add(module)
+            if self._inside is None and module in self._kept:
+                self._inside = frame
+        if self._inside is None:
+            self._codes.setdefault(code, frame.f_globals)
+
+    def ran(self) -> Ran:
+        """What the code names."""
+        return _ran(self._codes)
+
+    def modules(self) -> dict[str, dict[str, Any]]:
+        """The globals of what ran, by the module's name."""
+        return {str(table.get("__name__")): table for table in self._codes.values()}
+
+
+def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
+    names: set[str] = set()
+    reads: dict[str, dict[str, None]] = {}
+    imports: dict[tuple[str, int, str], None] = {}
+    open_ = False
+    for code, table in codes.items():
+        module = str(table.get("__name__"))
+        if foreign(module) and not module.startswith("collections"):
+            continue
+        found = words(code)
+        names |= found.names
+        open_ = open_ or found.open
+        if not foreign(module):
+            reads.setdefault(module, {}).update(dict.fromkeys(found.globals))
+            imports.update({(module, *one): None for one in found.imports})
+    return Ran(
+        frozenset(names),
+        frozenset(digest(code) for code in codes),
+        tuple((module, tuple(found)) for module, found in reads.items()),
+        tuple(imports),
+        open_,
+    )
+
+
+@contextlib.contextmanager
+def observing(kept: list[nn.Module]) -> Iterator[Observed]:
+    """While open, what this thread runs is observed; a profiler that was on is set aside and goes on afterwards."""
+    observed, before = Observed({id(m) for m in kept}), sys.getprofile()
+    collecting = gc.isenabled()
+    gc.disable()  # what a collection calls back is not the block's code
+    sys.setprofile(observed)
+    try:
+        yield observed
+    finally:
+        sys.setprofile(None)
+        if collecting:
+            gc.enable()
+        if callable(before):
+            sys.setprofile(before)
+        elif before is not None:  # the profiler object of cProfile, which switches itself on
+            before.enable()

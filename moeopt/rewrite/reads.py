@@ -1,0 +1,137 @@
+"""What a block's forward reads besides its modules: taken once, compared at each call.
+
+Configuration objects, tables, globals, closures, defaults, class attributes: ``observe`` finds by a few runs which
+code the forward consists of, ``Reads`` keeps the plain values that this code can reach (``moeopt.rewrite.walk``), as
+text, so that it can be pickled. A place whose value another run changed is the forward's own and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from moeopt.errors import Declined
+from moeopt.rewrite.probe import Probe
+from moeopt.rewrite.ran import Ran, observing
+from moeopt.rewrite.spell import Spelled
+from moeopt.rewrite.walk import MOST, Walk
+
+_SHOWN = 60
+
+
+@dataclass
+class Reads:
+    """The code of one block's forward, and what it could read when it was verified.
+
+    Attributes:
+        ran, names: what the code names.
+        entries: (type, text) at each place.
+        ignored: places that the forward itself changes.
+        whole: places of modules outside the block that the forward calls.
+        kept: paths of submodules that are still called, whose own state is live.
+        written: (path, attribute) pairs that the forward sets on its modules.
+    """
+
+    ran: Ran
+    kept: tuple[str, ...]
+    written: frozenset[tuple[str, str]]
+    names: frozenset[str] = frozenset()
+    entries: dict[str, Spelled] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the modules' globals: they are found again by name."""
+        return self.__dict__ | {"tables": {}}
+
+    def walk(
+        self, root: nn.Module, probe: Probe, links: Callable[[str], Probe], called: Iterable[int] = (), *,
+        code: bool = True,
+    ) -> Walk:  # fmt: skip
+        """What ``root`` and the code reach now.
+
+        Args:
+            probe: gets a term for each link.
+            links: by a module's path, the probe that gets the terms of that module's own attributes.
+            called: ids of the modules that a run called, where ``whole`` is not known yet.
+            code: whether to follow classes and globals too.
+        """
+        walk = Walk(root, self, probe, called=frozenset(called))
+        modules = [
+            (p, m) for p, m in root.named_modules() if not any(p == k or p.startswith(f"{k}.") for k in self.kept)
+        ]
+        for _, module in modules if code else ():
+            walk.klass(type(module))
+        for path, module in modules:
+            walk.module(path, module, {name for p, name in self.written if p == path}, links(path))
+        if code:
+            walk.functions()
+        return walk
+
+    def difference(self, walk: Walk) -> str:
+        """What is another than it was; "" when nothing is."""
+        for place, (kind, text) in self.entries.items():
+            now = walk.entries.get(place)
+            if now is None:
+                return f"{place}, which its code reads, was removed"
+            if now != (kind, text):
+                if (
+                    kind in ("function", "class", "same", "own", "tensor", "array", "object")
+                    or now[0] != kind
+                    and not text
+                ):
+                    return f"{place}, which its code reads, is not what was verified"
+                return f"{place}, which its code reads, is {_short(now)} and was {_short((kind, text))}"
+        added = next((place for place in walk.entries if place not in self.entries), None)
+        return (
+            "" if added is None else f"{added}, which its code reads, is {_short(walk.entries[added])} and was absent"
+        )
+
+
+def _short(spelled: Spelled) -> str:
+    text = spelled[1] or spelled[0]
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def observe(
+    root: nn.Module, kept: Iterable[str], written: Iterable[tuple[str, str]], runs: Iterable[Callable[[], Any]]
+) -> Reads:
+    """Call each of ``runs``, which run ``root``'s forward, and take what that code can read.
+
+    Args:
+        kept: paths of submodules that will be called as they are.
+        written: (path, attribute) pairs that the forward sets.
+
+    Raises:
+        Declined: its code reaches more than ``MOST`` places.
+    """
+    kept = tuple(kept)
+    runs = list(runs)
+    with observing([root.get_submodule(path) for path in kept]) as observed:
+        runs[0]()
+    reads = Reads(observed.ran(), kept, frozenset(written), tables=observed.modules())
+    reads.names = reads.ran.names
+    unused = Probe()
+    walk = reads.walk(root, unused, lambda path: unused, observed.called)
+    for _ in range(4):  # strings may name attributes, which may hold strings
+        if walk.strings <= reads.names:
+            break
+        reads.names |= walk.strings
+        walk = reads.walk(root, unused, lambda path: unused, observed.called)
+    reads.whole = frozenset(walk.whole)
+    if len(walk.entries) > MOST:
+        raise Declined(
+            f"its code reads more than {MOST} values outside its modules (the last is {list(walk.entries)[-1]}), too "
+            "many to watch for changes; give it a table of its own, or a tensor"
+        )
+    for run in runs[1:]:
+        run()
+    later = reads.walk(root, unused, lambda path: unused).entries
+    places = walk.entries.keys() | later.keys()
+    reads.ignored = frozenset(p for p in places if walk.entries.get(p) != later.get(p))
+    reads.entries = reads.walk(root, unused, lambda path: unused).entries
+    return reads

@@ -1,0 +1,228 @@
+"""What becomes of the model that was optimised, told by its optimised twin.
+
+The twin shares the source's Parameters, so values written to them show in both. What is done to the source's structure
+(another Parameter, ``load_state_dict(assign=True)``, hooks, parametrisations, replaced modules, another configuration)
+does not show in the twin. Each call of a rewritten block compares a part of the source with what it was, all of it in a
+few calls, and a :class:`StaleModelWarning` says once what changed. The source is held weakly: when it is gone, so is
+this.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from moeopt.errors import StaleModelWarning
+from moeopt.rewrite.module_guard import hook_count
+from moeopt.rewrite.probe import Probe, holds
+from moeopt.rewrite.reads import Reads
+
+_CALL, _LEAST, _CODE = 2400, 300, 60
+"""Nanoseconds that all comparisons of one call may take, those of the source's structure at least, and of its code."""
+
+
+def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._modules, module._parameters, module._buffers
+
+
+def _items(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    for registry in _registries(module):
+        for name, value in registry.items():
+            yield registry, name, value
+
+
+class _Module:
+    """The structure of one module of the source: children, Parameters, buffers, hooks.
+
+    Args:
+        twin: the same module of the twin; a change that both have is none.
+        values: whether writes to its tensors count too, because the twin has copies of them.
+    """
+
+    def __init__(self, path: str, module: nn.Module, twin: nn.Module, values: bool) -> None:
+        self.path, self.twin, self.values, self._module = path, twin, values, weakref.ref(module)
+        self._before = dict(self._facts())
+
+    def _facts(self) -> Iterator[tuple[str, Any]]:
+        module = self._module()
+        if module is None:
+            return
+        yield "the number of hooks", hook_count(module)  # a model's own code may set hooks at its first call
+        for _, name, value in _items(module):
+            yield name, value
+            if self.values and name not in module._modules and value is not None and not value.is_inference():
+                yield f"the values of {name}", value._version
+
+    def hooked(self) -> bool:
+        """Whether the number of hooks is another than it was."""
+        module = self._module()
+        return module is not None and hook_count(module) != self._before.get("the number of hooks")
+
+    def arm(self, probe: Probe) -> None:
+        """Terms for all of it but hooks, which PyTorch counts."""
+        module = self._module()
+        if module is None:
+            return
+        probe.entries(module._modules)  # type: ignore[arg-type]
+        for registry, name, value in _items(module):
+            if registry is not module._modules:
+                probe.item(registry, name, value)
+            if self.values and name not in module._modules and value is not None:
+                probe.tensor(value, False)
+
+    def changed(self) -> str:
+        """What is another than it was; from now on that is how it should be."""
+        now, before = dict(self._facts()), self._before
+        self._before = now
+        also: dict[str, Any] = {name: value for _, name, value in _items(self.twin)}
+        also["the number of hooks"] = hook_count(self.twin)
+        for what in (*before, *(w for w in now if w not in before)):
+            a, b, c = before.get(what, self), now.get(what, self), also.get(what)
+            if a is not b and not (type(a) is int and b in (a, c)) and b is not c:
+                return f"{what} of {self.path or 'the model itself'}"
+        return ""
+
+
+class _Code:
+    """The class of one module of the source, a forward of its own, and how many modules and tensors it holds."""
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path, self._module = path, weakref.ref(module)
+        self._before = self._facts()
+
+    def _facts(self) -> tuple[Any, ...]:
+        module = self._module()
+        if module is None:
+            return ()
+        return type(module), id(module.__dict__.get("forward")), *map(len, _registries(module))
+
+    def arm(self, probe: Probe) -> None:
+        """A term each; none that would hold the root."""
+        module = self._module()
+        if module is None:
+            return
+        if self.path:
+            probe.attribute(module, "__class__", type(module))
+        if "forward" not in module.__dict__:
+            probe.lacks(module.__dict__, "forward")
+        for registry in _registries(module):
+            probe.add(f"{{0}}({{1}}) == {len(registry)}" if registry else "not {1}", len, registry)
+
+    def changed(self) -> str:
+        """As that of ``_Module``."""
+        before, self._before = self._before, self._facts()
+        return f"the code or the contents of {self.path or 'the model itself'}" if self._before != before else ""
+
+
+class _Block:
+    """What the code of one block of the source reads in its own modules."""
+
+    def __init__(self, path: str, block: nn.Module, reads: Reads) -> None:
+        self.path, self.reads, self._block = path, reads, weakref.ref(block)
+        self._before: dict[str, Any] = {}
+        self.changed()
+
+    def arm(self, probe: Probe) -> None:
+        """A term for each link."""
+        block = self._block()
+        if block is not None:
+            self.reads.walk(block, probe, lambda path: probe, code=False)
+
+    def changed(self) -> str:
+        """As that of ``_Module``."""
+        block, unused = self._block(), Probe()
+        if block is None:
+            return ""
+        now = self.reads.walk(block, unused, lambda path: unused, code=False).entries
+        before, self._before = self._before, now
+        place = next((p for p in (*before, *now) if before.get(p) != now.get(p)), "")
+        return f"{place} of {self.path or 'the model itself'}" if place and before else ""
+
+
+_Thing = _Module | _Code | _Block
+
+
+class _Turns:
+    """Things to compare, in parts of about ``most`` nanoseconds, one part at a call."""
+
+    def __init__(self, things: list[_Thing], most: int) -> None:
+        self.parts: list[list[_Thing]] = []
+        self.sames: list[Callable[[], bool]] = []
+        self.turn = 0
+        some: list[_Thing] = []
+        for index, thing in enumerate(things):
+            some.append(thing)
+            probe = _armed(some)
+            if probe.cost >= most or index + 1 == len(things):
+                self.parts.append(some)
+                self.sames.append(probe.compiled())
+                some = []
+
+    def differing(self, turn: int) -> list[str]:
+        """What is another than before in a part; from now on that is how it should be."""
+        found = [reason for thing in self.parts[turn] if (reason := thing.changed())]
+        self.sames[turn] = _armed(self.parts[turn]).compiled()
+        return found
+
+
+def _armed(things: list[_Thing]) -> Probe:
+    probe = Probe()
+    for thing in things:
+        thing.arm(probe)
+    return probe
+
+
+class Source:
+    """The model that was optimised, seen from its twin.
+
+    Args:
+        model: the source.
+        twin: its optimised copy.
+        blocks: by path, what the code of each rewritten block reads.
+        values: whether the twin has copies of the source's tensors.
+        cost: nanoseconds that a block's comparisons of itself take.
+    """
+
+    def __init__(self, model: nn.Module, twin: nn.Module, blocks: Mapping[str, Reads], values: bool, cost: int) -> None:
+        most = max(_LEAST, _CALL - cost * 5 // 4)
+        modules = list(model.named_modules())
+        others = dict(twin.named_modules())
+        things: list[_Thing] = [_Block(path, model.get_submodule(path), reads) for path, reads in blocks.items()]
+        self._turns: tuple[_Turns, ...] = (
+            _Turns([*things, *(_Module(path, module, others[path], values) for path, module in modules)], most),
+            _Turns([_Code(path, module) for path, module in modules], _CODE),
+        )
+        self._name, self._told, self._hooks = type(model).__name__, set[str](), RemovableHandle.next_id
+        self._alive = weakref.ref(model, self._gone)
+
+    def _gone(self, reference: Any) -> None:
+        self._turns = ()
+
+    def look(self) -> None:
+        """Compare some of it; warn of what is another than before, once."""
+        if self._hooks != RemovableHandle.next_id:  # somewhere in this process a hook was registered
+            self._hooks = RemovableHandle.next_id
+            for one in self._turns[:1]:
+                for turn, things in enumerate(one.parts):
+                    if any(isinstance(thing, _Module) and thing.hooked() for thing in things):
+                        self._tell([reason for reason in one.differing(turn) if reason not in self._told])
+        for one in self._turns:
+            turn = one.turn = (one.turn + 1) % len(one.sames)
+            if not holds(one.sames[turn]):
+                self._tell([reason for reason in one.differing(turn) if reason not in self._told])
+
+    def _tell(self, reasons: list[str]) -> None:
+        self._told.update(reasons)
+        if reasons:
+            more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+            warnings.warn(
+                f"the {self._name} that was optimised has changed since ({reasons[0]}{more}), and this optimised copy "
+                "of it has not: make the change on the optimised model's .model, or run moeopt.optimize again.",
+                StaleModelWarning,
+                stacklevel=5,
+            )

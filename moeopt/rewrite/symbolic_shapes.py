@@ -1,0 +1,221 @@
+"""From the plans of several witnesses to one plan for every shape.
+
+The same block, run on inputs of different sizes, gives the same steps with different integers. An
+integer that never changes is a constant; one that changes must be a size of an input, a product of
+sizes, a multiple or an offset of one. Anything else that changes (a float, a tensor made outside
+PyTorch, the steps themselves) means that the forward depends on the data in a way that no graph
+repeats, and the block is declined.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moeopt.capture.tree import tree_leaves
+from moeopt.errors import Declined
+from moeopt.rewrite.keep import Plan, Ref, Step
+
+
+@dataclass(frozen=True)
+class Size:
+    """``factor * product of sizes // divisor + offset``; each size is (input number, dimension)."""
+
+    dims: tuple[tuple[int, int], ...]
+    factor: int = 1
+    divisor: int = 1
+    offset: int = 0
+
+    def __str__(self) -> str:
+        text = "*".join(f"input_{i}.shape[{d}]" for i, d in self.dims)
+        text = text if self.factor == 1 else f"{self.factor}*{text}"
+        text = text if self.divisor == 1 else f"{text}//{self.divisor}"
+        return text if not self.offset else f"{text}{self.offset:+d}"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A float that is ``factor`` times or over a product of sizes (a mean written by hand)."""
+
+    dims: tuple[tuple[int, int], ...]
+    factor: float
+    inverse: bool
+
+
+@dataclass(frozen=True)
+class DeviceOf:
+    """The device of the first input, wherever the witness named its own device."""
+
+
+class Sizes:
+    """Input sizes that differ between the witnesses, and how to write an integer in terms of them."""
+
+    def __init__(self, shapes: list[list[tuple[int, ...]]]) -> None:
+        """``shapes[w][i]`` is the shape of tensor input i in witness w."""
+        seen: dict[tuple[int, ...], tuple[int, int]] = {}
+        for i, per_witness in enumerate(zip(*shapes, strict=True)):
+            for d, sizes in enumerate(zip(*per_witness, strict=True)):
+                if len(set(sizes)) > 1:
+                    seen.setdefault(sizes, (i, d))
+        self.varying = seen
+        self.count = len(shapes)
+        self._products = [
+            (tuple(seen[v] for v in chosen), tuple(math.prod(c) for c in zip(*chosen, strict=True)))
+            for n in (1, 2, 3)
+            for chosen in itertools.combinations(seen, n)
+        ]
+
+    def express(self, values: tuple[int, ...]) -> Size | None:
+        """``values``, one per witness, as a :class:`Size`; None when no simple expression fits."""
+        for dims, sizes in self._products:
+            if all(v % s == 0 for v, s in zip(values, sizes, strict=True)):
+                factors = {v // s for v, s in zip(values, sizes, strict=True)}
+                if len(factors) == 1:
+                    return Size(dims, factor=factors.pop())
+        for dims, sizes in self._products:
+            offsets = {v - s for v, s in zip(values, sizes, strict=True)}
+            if len(offsets) == 1:
+                return Size(dims, offset=offsets.pop())
+            if all(v and s % v == 0 for v, s in zip(values, sizes, strict=True)):
+                divisors = {s // v for v, s in zip(values, sizes, strict=True)}
+                if len(divisors) == 1:
+                    return Size(dims, divisor=divisors.pop())
+        return None
+
+    def ratio(self, values: tuple[float, ...]) -> Ratio | None:
+        """``values`` as a :class:`Ratio` that gives them back bit for bit; None when none does."""
+        for dims, sizes in self._products if all(map(math.isfinite, values)) else ():
+            for inverse in (True, False):
+                factor = values[0] * sizes[0] if inverse else values[0] / sizes[0]
+                factor = float(round(factor)) if abs(factor - round(factor)) < 1e-9 else factor
+                again = tuple(factor / s if inverse else factor * s for s in sizes)
+                if again == values:
+                    return Ratio(dims, factor, inverse)
+        return None
+
+
+def generalize(plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> Plan:
+    """One plan whose integers hold for every shape.
+
+    Raises:
+        Declined: the plans differ in something other than sizes.
+    """
+    sizes = Sizes(shapes)
+    first = plans[0]
+    for other in plans[1:]:
+        if [(s.kind, _name(s)) for s in other.steps] != [(s.kind, _name(s)) for s in first.steps]:
+            raise Declined(
+                "what its forward computes outside the experts changes with the data or with the number of tokens "
+                f"({_difference(first, other)})",
+                _where(first, other),
+            )
+    steps = []
+    for versions in zip(*(p.steps for p in plans), strict=True):
+        step = versions[0]
+        where = step.source or None
+        if step.kind == "constant":
+            if not all(torch.equal(v.target, step.target) for v in versions):
+                raise Declined(
+                    "a tensor that its forward makes outside PyTorch (from a list, NumPy or .data) changes with the "
+                    "input; compute it with torch operations",
+                    where,
+                )
+            steps.append(dataclasses.replace(step))
+            continue
+        args = _merge([v.args for v in versions], sizes, where)
+        kwargs = _merge([v.kwargs for v in versions], sizes, where)
+        shape = _shape([v.shape for v in versions], sizes)
+        steps.append(Step(step.kind, step.target, args, kwargs, step.source, shape, step.dtype))
+    return Plan(
+        steps,
+        _merge([p.output for p in plans], sizes, None),
+        _merge([p.mutations for p in plans], sizes, None),
+        _merge([p.attributes for p in plans], sizes, None),
+        first.kept_modules,
+    )
+
+
+def _shape(versions: list[tuple[int, ...] | None], sizes: Sizes) -> tuple[int | Size | None, ...] | None:
+    """One shape for all; None for a size that is no simple function of the inputs', or where the rank differs."""
+    first = versions[0]
+    if first is None or any(v is None or len(v) != len(first) for v in versions):
+        return None
+    each = zip(*versions, strict=True)  # type: ignore[arg-type]
+    return tuple(v[0] if len(set(v)) == 1 else sizes.express(v) for v in each)
+
+
+def _name(step: Step) -> str:
+    return "" if step.kind == "constant" else str(step.target)
+
+
+def _difference(a: Plan, b: Plan) -> str:
+    for x, y in itertools.zip_longest(a.steps, b.steps):
+        if x is None or y is None or (x.kind, _name(x)) != (y.kind, _name(y)):
+            return f"{_name(x) if x else 'nothing'} against {_name(y) if y else 'nothing'}"
+    return "the same steps"
+
+
+def _where(a: Plan, b: Plan) -> str | None:
+    for x, y in itertools.zip_longest(a.steps, b.steps):
+        if x is None or y is None or (x.kind, _name(x)) != (y.kind, _name(y)):
+            return (x or y).source or None
+    return None
+
+
+def _merge(versions: list[Any], sizes: Sizes, where: str | None) -> Any:
+    first = versions[0]
+    if isinstance(first, Ref):
+        if any(v != first for v in versions):
+            raise Declined("its forward wires its steps differently for different inputs", where)
+        return first
+    if any(type(v) is not type(first) for v in versions):
+        raise Declined(f"its forward passes {first!r} for one input and {versions[-1]!r} for another", where)
+    if isinstance(first, bool) or first is None:
+        return _same(versions, where)
+    if isinstance(first, int):
+        if all(v == first for v in versions):
+            return first
+        size = sizes.express(tuple(versions))
+        if size is None:
+            raise Declined(
+                f"the integer {' or '.join(str(v) for v in versions)} in its forward changes with the input and is "
+                "no simple function of the input's shape (was it read from a tensor with .item()?)",
+                where,
+            )
+        return size
+    if isinstance(first, float) and any(v != first for v in versions):
+        ratio = sizes.ratio(tuple(versions))
+        if ratio is not None:
+            return ratio
+    if isinstance(first, torch.device):
+        return DeviceOf() if first.type == "cpu" or first.type == "cuda" else first
+    if type(first) in (list, tuple):
+        if len({len(v) for v in versions}) > 1:
+            raise Declined("the number of tensors in its forward changes with the input", where)
+        return type(first)(_merge(list(v), sizes, where) for v in zip(*versions, strict=True))
+    if type(first) is dict or type(first).__name__ == "immutable_dict":
+        if any(v.keys() != first.keys() for v in versions):
+            raise Declined("the keys of a dict in its forward change with the input", where)
+        return {k: _merge([v[k] for v in versions], sizes, where) for k in first}
+    if type(first).__name__ == "immutable_list":
+        return _merge([list(v) for v in versions], sizes, where)
+    if isinstance(first, (str, float, torch.dtype, torch.layout, torch.memory_format)):
+        return _same(versions, where)
+    if any([repr(x) for x in tree_leaves(v)] != [repr(x) for x in tree_leaves(first)] for v in versions):
+        raise Declined(f"a {type(first).__name__} in its forward changes with the input", where)
+    return first
+
+
+def _same(versions: list[Any], where: str | None) -> Any:
+    if any(v != versions[0] and not (v != v and versions[0] != versions[0]) for v in versions):
+        raise Declined(
+            f"the value {versions[0]!r} in its forward changes with the input (read from a tensor?); "
+            "keep it in a tensor",
+            where,
+        )
+    return versions[0]

@@ -1,0 +1,226 @@
+"""Adversarial routing: the calls on which a wrong rewrite shows.
+
+From one prototype call, rows are drawn out of a pool (the prototype's own rows, gaussian rows at their
+scale, rows given because they reach a certain expert) and arranged. Where the block routes by itself,
+an arrangement can only ask (equal rows go to one expert); where expert ids are arguments, it decides.
+
+    case                    what it is there to catch
+    every expert            a wrong expert anywhere; a count the capture never saw
+    one token               squeezed dims, decode shapes
+    one expert              a group with all rows, E - 1 groups with none
+    few experts, ragged     empty experts, odd shapes, duplicated tokens
+    exact ties              zero rows: all scores equal, all outputs the bias
+    extreme magnitudes      clamps, epsilons, overflow
+    nan and inf rows        leaks from one token into others
+    many tokens             a capacity, a window or a branch that no smaller case reaches
+    argument N turned       a mask or mark that does nothing at the values given: all ones, no padding
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from moeopt.capture.call_roles import Prototype
+from moeopt.verification.results import Case
+
+MAX_TOKENS = 1024
+"""Of the case that reaches every expert; it asks for 4 tokens per expert and slot below that."""
+
+MANY, FEWEST = 521, 128
+"""Tokens of the case of many, which is left out where a large block can only afford fewer than the second."""
+
+
+def adversarial_cases(
+    proto: Prototype,
+    num_experts: int,
+    *,
+    level: Literal["strict", "fast", "off"] = "strict",
+    seed: int = 0,
+    router_rows: Tensor | None = None,
+    most: int = MANY,
+) -> list[Case]:
+    """Cases for a block of ``num_experts`` experts (1 for a dense FFN).
+
+    Args:
+        proto: a real call and the roles of its arguments.
+        level: "strict" gives all of the table above, "fast" the first three, "off" none.
+        router_rows: (R, H) rows likely to reach each expert, put into "every expert".
+        most: tokens that the case of many may have; below ``FEWEST`` it is left out.
+    """
+    if level == "off":
+        return []
+    build = _Builder(proto, num_experts, seed, router_rows)
+    chosen = [build.every_expert(), build.one_token(), build.one_expert(), *build.turned()]
+    if level == "strict":
+        chosen += [build.few_experts(), build.exact_ties(), build.extreme_magnitudes(), build.non_finite()]
+        if min(most, MANY) >= FEWEST:
+            chosen.append(build.many_tokens(min(most, MANY)))
+    return chosen
+
+
+class _Builder:
+    def __init__(self, proto: Prototype, num_experts: int, seed: int, router_rows: Tensor | None) -> None:
+        self.proto = proto
+        self.experts = max(num_experts, 1)
+        self.router_rows = router_rows
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tokens = proto.indices("tokens")
+
+    def every_expert(self) -> Case:
+        slots = min((self.proto.slots(n) for n in self.proto.routed()), default=1)
+        aimed = 0 if self.router_rows is None else len(self.router_rows)
+        count = aimed + 16 if aimed else math.ceil(4 * self.experts / (slots if self.proto.routed() else 2))
+        count = max(min(count, MAX_TOKENS), 64)
+        rows = self.draw(count + count % 2)
+        for n in self.tokens if aimed else []:
+            given = self.router_rows
+            assert given is not None
+            if given.shape[-1] == rows[n].shape[-1] and rows[n].dim() == 2:
+                rows[n][: min(aimed, len(rows[n]))] = given[: len(rows[n])].to(rows[n])
+        self.shuffle(rows)
+        return self.case("every expert", self.batched(count + count % 2), rows, range(self.experts))
+
+    def one_token(self) -> Case:
+        return self.case("one token", (1,) * len(self.proto.grid), self.draw(1), range(self.experts))
+
+    def one_expert(self) -> Case:
+        rows = self.draw(7)
+        for n in self.tokens:
+            rows[n] = rows[n][:1].expand_as(rows[n]).clone()
+        return self.case("one expert", self.flat(7), rows, [self.pick(1)[0]], same=True)
+
+    def few_experts(self) -> Case:
+        count = 15 if len(self.proto.grid) > 1 else 5
+        rows = self.draw(count)
+        for n in self.tokens:
+            rows[n][-2:] = rows[n][:2]
+        grid = (1,) * (len(self.proto.grid) - 2) + (3, 5) if len(self.proto.grid) > 1 else (5,)
+        return self.case("few experts, ragged", grid, rows, self.pick(2))
+
+    def exact_ties(self) -> Case:
+        rows = self.draw(6)
+        for n in self.tokens:
+            rows[n][[0, 3, 4]] = 0
+        return self.case("exact ties", self.flat(6), rows, range(self.experts))
+
+    def extreme_magnitudes(self) -> Case:
+        rows = self.draw(10)
+        for n in self.tokens:
+            large = 1e3 if rows[n].dtype in (torch.float32, torch.float64) else 64.0
+            rows[n][:5] *= large
+            rows[n][5:] /= large
+        return self.case("extreme magnitudes", self.flat(10), rows, range(self.experts))
+
+    def non_finite(self) -> Case:
+        rows = self.draw(9)
+        for n in self.tokens:
+            rows[n][2], rows[n][6] = math.nan, math.inf
+        return self.case("nan and inf rows", self.flat(9), rows, range(self.experts))
+
+    def many_tokens(self, count: int) -> Case:
+        """Half of the tokens are one and the same, so that its experts get them all; the others are drawn."""
+        rows = self.draw(count)
+        alike = torch.randperm(count, generator=self.generator) < count // 2
+        for n in self.tokens:
+            here = alike.to(rows[n].device)
+            rows[n][here] = rows[n][:1].clone()
+        return self.case("many tokens", self.flat(count), rows, range(self.experts), alike=alike)
+
+    def turned(self) -> list[Case]:
+        """The given call, with other values in one of the arguments that may switch something on or off."""
+        cases = []
+        for n, leaf in enumerate(self.proto.leaves):
+            if leaf.role in ("static", "weights", "pairs"):
+                call = self.proto.replaced(n, lambda own: _turned(own, self.generator))
+                if call is not None:
+                    cases.append(Case(f"argument {n} turned", *call))
+        return cases
+
+    def draw(self, count: int) -> dict[int, Tensor]:
+        """``count`` rows of each leaf: half the prototype's (in one order for all leaves), half new ones."""
+        source = int(torch.randint(1 << 30, (), generator=self.generator))
+        rows: dict[int, Tensor] = {}
+        for n, leaf in enumerate(self.proto.leaves):
+            if not leaf.lead:
+                continue
+            own = self.proto.rows(n)
+            generator = torch.Generator().manual_seed(source)
+            order = torch.randint(max(len(own), 1), (count,), generator=generator).to(own.device)
+            new = own[order].clone()
+            if leaf.role == "tokens" and count > 1:
+                half = torch.arange(count, device=own.device) % 2 == 1
+                new[half] = self.gaussian(own, int(half.sum()))
+            elif leaf.role == "weights":
+                factor = 0.5 + torch.rand(new.shape, generator=self.generator)
+                new = new * factor.to(new)
+            rows[n] = new
+        return rows
+
+    def gaussian(self, like: Tensor, count: int) -> Tensor:
+        finite = like[like.isfinite()].float()
+        scale = float(finite.square().mean().sqrt()) if finite.numel() else 0.0
+        noise = torch.randn((count, *like.shape[1:]), generator=self.generator)
+        return (noise * (scale or 1.0)).to(like)
+
+    def shuffle(self, rows: dict[int, Tensor]) -> None:
+        count = len(next(iter(rows.values())))
+        order = torch.randperm(count, generator=self.generator)
+        for n in rows:
+            rows[n] = rows[n][order.to(rows[n].device)]
+
+    def pick(self, count: int) -> list[int]:
+        return torch.randperm(self.experts, generator=self.generator)[:count].tolist()
+
+    def ids(self, slots: int, count: int, experts: list[int], same: bool) -> Tensor:
+        """(count, K) ids, distinct in a row where there are enough experts, covering ``experts`` first."""
+        others = [e for e in self.pick(self.experts) if e not in experts]
+        order = (experts + others) if len(experts) < slots else experts
+        width = slots if len(experts) < slots else len(order)
+        start = torch.zeros(count, dtype=torch.long) if same else torch.arange(count) * slots
+        ids = (start[:, None] + torch.arange(slots)[None]) % max(width, 1)
+        return torch.tensor(order)[ids % len(order)]
+
+    def case(
+        self,
+        name: str,
+        grid: tuple[int, ...],
+        rows: dict[int, Tensor],
+        experts: range | list[int],
+        same: bool = False,
+        alike: Tensor | None = None,
+    ) -> Case:
+        for n in self.proto.routed():
+            order = self.pick(self.experts) if isinstance(experts, range) else list(experts)
+            dropped = rows[n].flatten(1).any(1) if self.proto.leaves[n].role == "choices" else None
+            ids = self.ids(self.proto.slots(n), len(rows[n]), order, same)
+            if alike is not None:
+                ids[alike] = ids[:1].clone()
+            rows[n] = self.proto.naming(n, ids)
+            if dropped is not None:  # a token that the given mask drops stays dropped
+                rows[n][~dropped] = 0
+        args, kwargs = self.proto.with_tokens(grid, rows)
+        return Case(name, args, kwargs)
+
+    def flat(self, count: int) -> tuple[int, ...]:
+        return (1,) * (len(self.proto.grid) - 1) + (count,)
+
+    def batched(self, count: int) -> tuple[int, ...]:
+        if len(self.proto.grid) == 1:
+            return (count,)
+        return (2,) + (1,) * (len(self.proto.grid) - 2) + (count // 2,)
+
+
+def _turned(own: Tensor, generator: Generator) -> Tensor | None:
+    """Flags of both values, integers with zeros among them, floats with zeros among them; None for anything else."""
+    if own.dim() == 0 or own.numel() < 2 or own.is_complex():
+        return None
+    other = torch.rand(own.shape, generator=generator).to(own.device) < 0.4
+    if own.dtype == torch.bool:
+        return own ^ other
+    if not own.is_floating_point() and bool(((own == 0) | (own == 1)).all()):
+        return torch.where(other, 1 - own, own)
+    return torch.where(other, torch.zeros_like(own), own)

@@ -1,0 +1,186 @@
+"""How each ATen op is run in float64, decided once per op.
+
+view ops          run on the tensor as it is: ``W[e]`` of a stacked bank does not copy the bank
+moves, factories  run as they are, then the result is widened
+random ops        draw at their own dtype (the same stream), then widened
+in-place, out=    computed in float64; a target of lower precision is copied back to
+all others        floating arguments widened, floating dtype arguments become float64
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+
+from moeopt.verification.float64_decompositions import STAND_INS
+from moeopt.verification.selections import OracleError, argument, chosen, floats_and_shapes
+
+F64 = torch.float64
+LOW = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+_MOVES = """
+    index index_select gather embedding clone _unsafe_view cat stack repeat repeat_interleave flip roll
+    constant_pad_nd take take_along_dim masked_select contiguous unfold_copy tril triu diag_embed
+    zeros ones empty empty_strided full arange eye linspace logspace scalar_tensor lift_fresh_copy
+"""
+_LIKES = "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_empty_strided new_full"
+_REWIRES = frozenset({"aten::set_", "aten::resize_", "aten::resize_as_", "aten::_resize_output_"})
+
+LIKES = frozenset(f"aten::{name}" for name in _LIKES.split())
+"""Ops that read only the shape of a floating tensor: their integer results are not choices."""
+
+MOVES = frozenset(f"aten::{name}" for name in _MOVES.split()) | LIKES
+"""Ops that move values or make constants: run as they are, the result is then exact when widened."""
+
+
+class Plan:
+    """How one op is run, decided once per OpOverload."""
+
+    def __init__(self, func: OpOverload) -> None:
+        schema = func._schema
+        name = schema.name
+        arguments = schema.arguments
+        self.written = [
+            (position, arg.name, arg.kwarg_only)
+            for position, arg in enumerate(arguments)
+            if arg.alias_info is not None and arg.alias_info.is_write
+        ]
+        self.stand_in = STAND_INS.get(name)
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        self.may_choose = not func.is_view and name not in LIKES
+        self.run: Callable[..., Any]
+        if func.is_view:
+            self.run = self._view
+        elif self.written and not (random or name in _REWIRES):
+            self.run = self._write
+        elif self.written:
+            self.run = self._as_it_is
+        elif self.stand_in is not None:
+            self.run = self._stand_in
+        elif random:
+            self.run = self._random
+        elif name in MOVES:
+            self.run = self._move
+        else:
+            self.run = self._compute
+
+    def targets(self, args: Any, kwargs: Any) -> list[Tensor]:
+        """The tensors that the call writes."""
+        found: list[Tensor] = []
+        for position, name, kwarg_only in self.written:
+            value = kwargs.get(name) if kwarg_only or position >= len(args) else args[position]
+            found += value if isinstance(value, list | tuple) else [value] if isinstance(value, Tensor) else []
+        return found
+
+    def _view(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        if func is torch.ops.aten.view.dtype and args[0].dtype.is_floating_point:
+            raise OracleError("the float64 oracle cannot reinterpret the bits of a float (Tensor.view(dtype))")
+        return func(*args, **kwargs)
+
+    def _as_it_is(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        for tensor in self.targets(args, kwargs):
+            mode.guard.before_write(tensor)
+        return func(*args, **kwargs)
+
+    def _random(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        return widen(func(*args, **kwargs))
+
+    def _move(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        if "dtype" in kwargs:
+            kwargs = {**kwargs, "dtype": up(kwargs["dtype"])}
+        return widen(func(*args, **kwargs))
+
+    def _stand_in(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        assert self.stand_in is not None
+        return self.stand_in(*args, **kwargs)
+
+    def _compute(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        out = func(*map(up, args), **{name: up(value) for name, value in kwargs.items()})
+        if type(out) is Tensor and out.dtype is F64:
+            return out
+        if chosen(out) and chooses(func, args, kwargs) and floats_and_shapes(args, kwargs)[0]:
+            raise OracleError(
+                f"the float64 oracle parted ways with the original run: {func} chose here and not there; "
+                "does the code branch on a dtype?"
+            )
+        return widen(out)
+
+    def _write(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        targets = self.targets(args, kwargs)
+        for tensor in targets:
+            mode.guard.before_write(tensor)
+        twins = {id(t): t.to(F64) for t in targets if t.dtype in LOW}
+        if not twins:
+            return func(*map(up, args), **{name: up(value) for name, value in kwargs.items()})
+
+        def twin(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [twin(item) for item in value]
+            return twins[id(value)] if id(value) in twins else up(value)
+
+        out = func(*map(twin, args), **{name: twin(value) for name, value in kwargs.items()})
+        mode.rounded = True
+        for tensor in targets:
+            if id(tensor) in twins:
+                if tensor.shape != twins[id(tensor)].shape:  # out= resizes its target
+                    tensor.resize_(twins[id(tensor)].shape)
+                tensor.copy_(twins[id(tensor)])
+        back = {id(t): target for target in targets if (t := twins.get(id(target))) is not None}
+        if isinstance(out, list | tuple):
+            return type(out)(back.get(id(o), o) for o in out)
+        return back.get(id(out), out)
+
+
+class Widener(TorchFunctionMode):
+    """Widens the arguments of functions that refuse mixed dtypes before any op is dispatched."""
+
+    _picky = frozenset(
+        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d prelu lstm gru rnn_tanh rnn_relu "
+        "batch_norm instance_norm bilinear lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split()
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self._picky:
+            return func(*map(up, args), **{name: up(value) for name, value in (kwargs or {}).items()})
+        return func(*args, **(kwargs or {}))
+
+
+PLANS: dict[OpOverload, Plan] = {}
+
+
+def plan_of(func: OpOverload) -> Plan:
+    """The plan of an op, made on first use."""
+    return PLANS.setdefault(func, Plan(func))
+
+
+def chooses(func: OpOverload, args: Any, kwargs: Any) -> bool:
+    """Whether a call of an op that may return integers does: an op with a dtype argument does if it asks for them."""
+    if not any(arg.name == "dtype" for arg in func._schema.arguments):
+        return True
+    dtype = argument(func, "dtype", args, kwargs)
+    return dtype is not None and not dtype.is_floating_point and not dtype.is_complex
+
+
+def up(value: Any) -> Any:
+    """An argument with its floating tensors and dtypes in float64."""
+    if isinstance(value, Tensor):
+        return value.to(F64) if value.dtype in LOW else value
+    if isinstance(value, list | tuple):
+        return [up(item) for item in value]
+    if isinstance(value, torch.dtype):
+        return F64 if value.is_floating_point else value
+    return value
+
+
+def widen(out: Any) -> Any:
+    """An op's result with its floating tensors in float64."""
+    if isinstance(out, Tensor):
+        return out.to(F64) if out.dtype in LOW else out
+    if isinstance(out, list | tuple):
+        return type(out)(widen(item) for item in out) if type(out) in (list, tuple) else tuple(map(widen, out))
+    return out

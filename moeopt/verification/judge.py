@@ -1,0 +1,161 @@
+"""The numbers: how far each token of each output may be from the float64 oracle, and is.
+
+    d_opt[t] <= FACTOR * max(d_orig[t], typical) + EPS_ALLOWANCE * eps        for every token t
+
+where ``d`` is the relative L2 distance from the oracle (``distance``), eps is of the output's dtype
+and ``typical`` is the root mean square of d_orig over the case's tokens. Why ``typical``: d_orig[t] is
+one draw of rounding noise; a token on which the original happened to be exact would otherwise make the
+bound arbitrarily tight, above all where H is tiny. Why it is capped at 4 medians: one token whose sum
+cancels must not loosen the bound of all others.
+
+A token that fails this may be one whose sum cancels, and on which the original was right by luck. Only then
+is m[t] measured, the original's distance without luck (``rerounding``), and it stands in for d_orig[t] if it
+exceeds EPS_ALLOWANCE * eps: below, the token is well conditioned, and nothing is loosened. Such a token
+counts only if the code was also run in float64 and found to be the same function (``block``).
+
+The judge must be fit to judge: an original that itself lies further than ``MISTRUST`` from its oracle
+(median over tokens) means that the oracle ran another function, and the block fails for that reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeopt.verification.distance import Finiteness, finiteness, token_distance
+from moeopt.verification.rerounding import rerounded_distances
+from moeopt.verification.results import CaseResult, Fail
+from moeopt.verification.selections import OracleError, Selections
+
+FACTOR = 4.0
+EPS_ALLOWANCE = 8.0
+MISTRUST = 0.125
+"""FACTOR times this is half of an output's norm: no bound at all."""
+
+
+class Judge:
+    """Judges the outputs of one case, one tensor after the other, and fills ``result``; ``Fail`` says why.
+
+    Args:
+        result: the case's.
+        call: original, args, kwargs and its pinned choices: run again if a token may have been lucky.
+        oracle: the leaves of the float64 outputs.
+        eps: per leaf, of the dtype it was computed in.
+        tied: whether routing ties were broken otherwise, so that integers may differ.
+    """
+
+    def __init__(
+        self,
+        result: CaseResult,
+        call: tuple[Callable[..., Any], Any, Any, Selections],
+        oracle: list[Any],
+        eps: list[float],
+        tied: bool,
+    ) -> None:
+        self.result, self.call, self.oracle, self.eps, self.tied = result, call, oracle, eps, tied
+        self.too_far = ""  # what the first token that cancels would have failed with
+        self._measured: list[Tensor | None] | None = None
+
+    def tensor(self, leaf: int, where: str, a: Tensor, b: Tensor, o: Tensor) -> None:
+        """Compare one output tensor: original ``a``, rewritten ``b``, oracle ``o``."""
+        if not (a.dtype.is_floating_point or a.dtype.is_complex):
+            if not torch.equal(a, b) and not self.tied:
+                wrong = int((a != b).sum())
+                raise Fail(f"{where} ({a.dtype}) differs in {wrong} of {a.numel()} elements; integers must be equal")
+            return
+        if not a.numel():
+            return
+        if o.shape != a.shape:
+            raise Fail(f"the float64 oracle gave {where} shape {tuple(o.shape)}, the original {tuple(a.shape)}")
+        pattern, eps = finiteness(a, b), self.eps[leaf]
+        if pattern.leaked:
+            raise Fail(
+                f"{where} of token {pattern.leaked[0]} is not finite, and is finite in the original "
+                f"({len(pattern.leaked)} such tokens): NaN or Inf leaked"
+            )
+        d_orig, d_new = token_distance(a, o, eps=eps), token_distance(b, o, eps=eps)
+        judged = pattern.both
+        if d_orig[judged].isnan().any():
+            t = int((judged & d_orig.isnan()).nonzero()[0])
+            raise Fail(f"the float64 oracle is not finite for {where} of token {t}, where the original is")
+        if judged.any():
+            self._bound(leaf, where, d_orig, d_new, judged)
+        allowed = FACTOR * typical(d_orig[judged]) + EPS_ALLOWANCE * eps
+        _healed(pattern, d_new, allowed, where, self.result)
+
+    def _bound(self, leaf: int, where: str, d_orig: Tensor, d_new: Tensor, judged: Tensor) -> None:
+        mine, theirs, result = d_orig[judged], d_new[judged], self.result
+        median = float(mine.median())
+        if median > MISTRUST:
+            raise Fail(
+                f"the float64 oracle does not compute what the original does: they lie {median:.3g} apart at {where} "
+                f"(median over tokens, at most {MISTRUST:g} can be judged)"
+            )
+        floor = mine.clamp_min(typical(mine))
+        excess = (theirs - EPS_ALLOWANCE * self.eps[leaf]).clamp_min(0.0)
+        factor = torch.where(excess > 0, excess / floor, 0.0)
+        far = factor > FACTOR
+        if far.any():
+            plain = _too_far(where, judged, mine, theirs, floor, factor)
+            measured = self._without_luck(leaf, judged)
+            factor = torch.where(far, excess / floor.clamp_min(measured), factor)
+            if not (factor > FACTOR).any():
+                self.too_far = self.too_far or plain
+                result.rerounded += int(far.sum())
+                result.notes.append(
+                    f"{int(far.sum())} tokens of {where} cancel: the rewritten block lies up to "
+                    f"{float(theirs[far].max()):.3g} from the float64 oracle there, the original "
+                    f"{float(mine[far].max()):.3g}, and {float(measured[far].max()):.3g} when it is rounded otherwise"
+                )
+        result.tokens += len(mine)
+        result.distance_original = max(result.distance_original, float(mine.max()))
+        result.distance_rewritten = max(result.distance_rewritten, float(theirs.max()))
+        result.required = max(result.required, float(factor.max()))
+        if (factor > FACTOR).any():
+            raise Fail(_too_far(where, judged, mine, theirs, floor, factor))
+
+    def _without_luck(self, leaf: int, judged: Tensor) -> Tensor:
+        """The original's distance when it is rounded otherwise, of ill-conditioned tokens; 0 for the others."""
+        if self._measured is None:
+            try:
+                self._measured = rerounded_distances(*self.call, self.oracle, self.eps)
+            except OracleError:  # it chooses otherwise then: nothing was measured, nothing is loosened
+                self._measured = [None] * len(self.oracle)
+        found = self._measured[leaf]
+        if found is None:
+            return torch.zeros(int(judged.sum()), dtype=torch.float64, device=judged.device)
+        return torch.where(found > EPS_ALLOWANCE * self.eps[leaf], found, 0.0)[judged]
+
+
+def _too_far(where: str, judged: Tensor, mine: Tensor, theirs: Tensor, floor: Tensor, factor: Tensor) -> str:
+    """In words, how far the worst token is."""
+    worst = int(factor.argmax())
+    token = int(judged.nonzero().flatten()[worst])
+    return (
+        f"{where} of token {token} lies {float(theirs[worst]):.3g} from the float64 oracle, the original "
+        f"{float(mine[worst]):.3g} (typical {float(floor[worst]):.3g}): a factor {float(factor[worst]):.3g} "
+        f"would be needed, {FACTOR:g} is allowed; {int((factor > FACTOR).sum())} of {len(mine)} tokens are too far"
+    )
+
+
+def typical(d: Tensor) -> float:
+    """Root mean square of the distances of a case's tokens, at most 4 medians of those above zero."""
+    above = d[(d > 0) & d.isfinite()]
+    if not len(above):
+        return 0.0
+    rms = math.sqrt(float(d[d.isfinite()].square().mean()))
+    return min(rms, 4 * float(above.median()))
+
+
+def _healed(pattern: Finiteness, d_new: Tensor, allowed: float, where: str, result: CaseResult) -> None:
+    """Rows finite in the rewritten only: right after a NaN, and after an Inf if the oracle agrees."""
+    for t in pattern.healed_inf:
+        if not float(d_new[t]) <= allowed:
+            raise Fail(f"{where} of token {t} is infinite in the original, and finite but wrong in the rewritten block")
+    for rows, what in ((pattern.healed_nan, "NaN"), (pattern.healed_inf, "infinite")):
+        if rows:
+            result.notes.append(f"{len(rows)} tokens are {what} in the original and finite in the rewritten block")

@@ -1,0 +1,220 @@
+"""The float64 oracle: a model's own code, run again in double precision, choosing as it chose before.
+
+``record_selections`` runs a callable as it is and writes down its choices (see ``selections``).
+``run_oracle`` runs the same Python code under a dispatch mode that computes each ATen op in float64:
+
+    choices     are not computed: the recorded integers, and values gathered from the float64 input
+    other ops   in float64, as ``plans`` has it
+
+Python code that looks at ``x.dtype`` may see float64 and branch on it; a branch that makes other
+choices is an ``OracleError``. Values parked in the model's own low-precision buffers are rounded there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moeopt.ops.intercept import left_alone
+from moeopt.verification.float64_rules import PLANS, Plan, Widener, chooses, plan_of, widen
+from moeopt.verification.selections import (
+    Event,
+    OracleError,
+    Selections,
+    chosen,
+    floats_and_shapes,
+    fresh,
+    make_event,
+    regather,
+)
+from moeopt.verification.state import Guard, clone_inputs
+
+
+def record_selections(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Selections]:
+    """Run ``fn(*args, **kwargs)`` at its own dtype; return its outputs and the choices it made.
+
+    Inputs, parameters, buffers, attributes and the RNG are as before afterwards. Whatever ``fn``
+    raises is raised.
+    """
+    with torch.inference_mode(False), torch.no_grad(), Guard(fn) as guard:
+        mode = _Recorder(guard)
+        own_args, own_kwargs = clone_inputs(args), clone_inputs(dict(kwargs))
+        with mode:
+            outputs = fn(*own_args, **own_kwargs)
+        mode.selections.state = guard.after()
+        leaves = pytree.tree_leaves((own_args, own_kwargs))
+        mode.selections.inputs = {
+            n: leaf.clone() for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf._version
+        }
+        return outputs, mode.selections
+
+
+def run_oracle(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selections: Selections) -> Any:
+    """Run ``fn(*args, **kwargs)`` in float64 with its choices pinned to ``selections``.
+
+    Returns the outputs of ``fn``; floating tensors in them are float64.
+    Raises ``OracleError``, naming the op, when the run is impossible or parts ways with the recording.
+    """
+    return oracle_run(fn, args, kwargs, selections)[0]
+
+
+def oracle_run(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selections: Selections
+) -> tuple[Any, bool]:
+    """:func:`run_oracle`, and whether all of it ran in float64 (no value parked in a low-precision tensor)."""
+    mode = _Oracle(selections)
+    with left_alone():  # another runtime has no float64 form of its lowering: the op's own definition answers
+        outputs = run_in(fn, args, kwargs, mode)
+    return outputs, not mode.rounded
+
+
+def run_pinned(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selections: Selections) -> Any:
+    """Run ``fn(*args, **kwargs)`` at its own dtype with its choices pinned to ``selections``."""
+    return run_in(fn, args, kwargs, Pinned(selections))
+
+
+def run_in(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Pinned) -> Any:
+    """Run ``fn(*args, **kwargs)`` under ``mode``, leaving no trace; ``OracleError`` if it stops."""
+    with torch.inference_mode(False), torch.no_grad(), Guard(fn) as guard:
+        own_args, own_kwargs = clone_inputs(args), clone_inputs(dict(kwargs))
+        mode.guard = guard
+        try:
+            with mode, mode.around():
+                outputs = fn(*own_args, **own_kwargs)
+        except OracleError:
+            raise
+        except Exception as err:
+            raise OracleError(f"the float64 oracle stopped in the block's own code: {_short(err)}") from err
+        mode.finish()
+        return mode.widened(outputs)
+
+
+class _Recorder(TorchDispatchMode):
+    """Runs ops as they are; keeps what was chosen."""
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__()
+        self.guard = guard
+        self.selections = Selections()
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        plan = PLANS.get(func) or plan_of(func)
+        if plan.written:
+            for tensor in plan.targets(args, kwargs):
+                self.guard.before_write(tensor)
+        out = func(*args, **kwargs)
+        if plan.may_choose and chosen(out):
+            event = make_event(func, args, kwargs, out)
+            if event is not None:
+                self.selections.events.append(event)
+        return out
+
+
+class Pinned(TorchDispatchMode):
+    """Runs ops as they are, but for the choices, which are taken from a recording in order."""
+
+    def __init__(self, selections: Selections) -> None:
+        super().__init__()
+        self.guard: Guard
+        self.rounded = False  # some result was written to a tensor of lower precision
+        self._events = selections.events
+        self._cursor = 0
+        self._ops = {event.op for event in selections.events}
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        plan = PLANS.get(func) or plan_of(func)
+        if plan.may_choose and func in self._ops and chooses(func, args, kwargs):
+            floating, shapes = floats_and_shapes(args, kwargs)
+            if floating:
+                return self.choose(plan, func, args, kwargs, shapes)
+        return self.compute(plan, func, args, kwargs)
+
+    def compute(self, plan: Plan, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        if plan.written:
+            for tensor in plan.targets(args, kwargs):
+                self.guard.before_write(tensor)
+        return func(*args, **kwargs)
+
+    def choose(self, plan: Plan, func: OpOverload, args: Any, kwargs: Any, shapes: Any) -> Any:
+        event = self._next(func, shapes)
+        pinned = regather(func, args, kwargs, event.outputs)
+        if plan.written:
+            out = self.compute(plan, func, args, kwargs)
+            for tensor, value in zip(out if isinstance(out, tuple) else (out,), event.outputs, strict=True):
+                if value is not None:
+                    tensor.copy_(value)
+            return out
+        if pinned is not None:
+            return pinned
+        if None not in event.outputs:
+            outs = tuple(fresh(o) for o in event.outputs)
+            kind = func._schema.returns
+            if len(kind) == 1:
+                return list(outs) if str(kind[0].type) == "List[Tensor]" else outs[0]
+            return outs
+        outs = self.compute(plan, func, args, kwargs)
+        for out, value in zip(outs, event.outputs, strict=True):
+            if value is not None and not torch.equal(out, value):
+                raise OracleError(f"the float64 oracle cannot pin the choice of {func}: it has no gathered form")
+        return outs
+
+    def _next(self, func: OpOverload, shapes: Any) -> Event:
+        for position in range(self._cursor, len(self._events)):
+            event = self._events[position]
+            if event.op is func and event.shapes == shapes:
+                self._cursor = position + 1
+                return event
+        raise OracleError(
+            f"the float64 oracle parted ways with the original run: {func} on shapes {_shapes(shapes)} was not "
+            f"recorded after choice {self._cursor} of {len(self._events)}; does the code branch on a dtype?"
+        )
+
+    def finish(self) -> None:
+        """Demand that every routing choice of the recording was met."""
+        left = [event for event in self._events[self._cursor :] if event.is_routing]
+        if left:
+            raise OracleError(
+                f"the float64 oracle parted ways with the original run: {left[0].op} on shapes "
+                f"{_shapes(left[0].shapes)} was recorded and never met; does the code branch on a dtype?"
+            )
+
+    def around(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def widened(self, outputs: Any) -> Any:
+        return outputs
+
+
+class _Oracle(Pinned):
+    """Runs ops in float64, choices pinned."""
+
+    def compute(self, plan: Plan, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        try:
+            return plan.run(self, func, args, kwargs)
+        except OracleError:
+            raise
+        except Exception as err:
+            raise OracleError(f"the float64 oracle cannot run {func}: {_short(err)}") from err
+
+    def around(self) -> AbstractContextManager[Any]:
+        return Widener()
+
+    def widened(self, outputs: Any) -> Any:
+        return pytree.tree_map_only(Tensor, widen, outputs)
+
+
+def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join("x".join(map(str, shape)) or "scalar" for shape in shapes)
+
+
+def _short(err: Exception) -> str:
+    return f"{type(err).__name__}: {str(err).strip().splitlines()[0] if str(err).strip() else ''}"

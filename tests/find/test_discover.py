@@ -1,0 +1,185 @@
+"""Places worth a look: experts side by side, idle twins, slices of a stack; and what is none of these."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moeopt.errors import CaptureError
+from moeopt.find.discover import discover
+from tests.capture.tiny import rand
+from tests.recognise.tiny import GLU, H, I, MoE, ffn, seeded
+
+
+class Layer(nn.Module):
+    def __init__(self, ff):
+        super().__init__()
+        self.norm, self.ff = nn.LayerNorm(H), ff
+
+    def forward(self, x):
+        return x + self.ff(self.norm(x))
+
+
+class Model(nn.Module):
+    def __init__(self, *ffs):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(ff) for ff in ffs)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class StackLoop(MoE):
+    """Slices of a stack; ``hit`` experts only."""
+
+    def __init__(self, hit=4):
+        super().__init__()
+        del self.experts
+        self.hit = hit
+        self.w1, self.w2 = nn.Parameter(rand(4, H, I)), nn.Parameter(rand(4, I, H, seed=1))
+
+    def mix(self, x, w, ids):
+        y = torch.zeros_like(x)
+        for e in range(self.hit):
+            t, k = torch.where(ids == e)
+            y = y.index_add(0, t, F.relu(x[t] @ self.w1[e]) @ self.w2[e] * w[t, k, None])
+        return y
+
+
+class Bmm(StackLoop):
+    def mix(self, x, w, ids):
+        full = torch.zeros(len(x), 4).scatter(1, ids, w)
+        outs = torch.bmm(F.relu(torch.bmm(x.expand(4, *x.shape), self.w1)), self.w2)
+        return torch.einsum("te,eth->th", full, outs)
+
+
+class NormedStacks(StackLoop):
+    """No chain is readable: a norm stands between the products of each expert."""
+
+    def mix(self, x, w, ids):
+        y = torch.zeros_like(x)
+        for e in range(4):
+            t, k = torch.where(ids == e)
+            y = y.index_add(0, t, F.layer_norm(x[t] @ self.w1[e], (I,)).relu() @ self.w2[e] * w[t, k, None])
+        return y
+
+
+class StackedHeads(nn.Module):
+    """Attention whose heads are stacks, as ports from JAX have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(rand(4, H, 6, seed=n)) for n in range(3))
+        self.o = nn.Parameter(rand(4, 6, H, seed=3))
+
+    def forward(self, x):
+        q, k, v = (torch.einsum("th,nhd->ntd", x, w) for w in (self.q, self.k, self.v))
+        return torch.einsum("ntd,ndh->th", (q @ k.mT).softmax(-1) @ v, self.o)
+
+
+class OneHit(MoE):
+    """On these inputs a single expert is called; its twins idle."""
+
+    def mix(self, x, w, ids):
+        return self.experts[2](x) * w[:, :1]
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(H, 3 * H), nn.Linear(H, H)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.o((q @ k.t()).softmax(-1) @ v)
+
+
+def places(model, x=None):
+    return discover(model, (rand(24, H, seed=7) if x is None else x,), {})
+
+
+@pytest.mark.parametrize(
+    ("make", "experts"),
+    [(MoE, 4), (lambda: MoE(GLU), 4), (StackLoop, 4), (Bmm, 1), (lambda: StackLoop(hit=1), 1), (OneHit, 1)],
+)
+def test_each_form_of_experts_is_a_place(make, experts):
+    model = seeded(lambda: Model(make()))
+    (place,) = places(model)
+    assert (place.kind, place.call.path, len(place.chains)) == ("moe", "layers.0.ff", experts)
+    assert [c.path for c in place.levels] == ["layers.0.ff", "layers.0", ""]
+    own = {id(p) for name, p in model.layers[0].ff.named_parameters() if not name.startswith("router.")}
+    assert place.weights and place.weights <= own and ".py:" in place.source
+
+
+def test_places_come_in_the_order_of_execution():
+    found = places(seeded(lambda: Model(ffn(), MoE(), GLU(), Attention(), Bmm())))
+    assert [(p.kind, p.call.path) for p in found] == [
+        ("dense_ffn", "layers.0.ff"), ("moe", "layers.1.ff"), ("dense_ffn", "layers.2.ff"), ("moe", "layers.4.ff"),
+    ]  # fmt: skip
+
+
+def test_a_shared_expert_does_not_hide_the_routed_ones():
+    class Shared(MoE):
+        def __init__(self):
+            super().__init__(shared=ffn(inner=20))
+
+        def forward(self, x):
+            return super().forward(x) + self.shared(x)
+
+    found = places(seeded(lambda: Model(Shared())))
+    assert [(p.kind, p.call.path) for p in found if p.kind == "moe"] == [("moe", "layers.0.ff")]
+
+
+def test_plain_models_hold_no_experts():
+    for model in (Attention(), nn.Linear(H, H), nn.Sequential(nn.Linear(H, I), nn.Linear(I, H)), nn.LayerNorm(H)):
+        assert [p for p in places(model) if p.kind == "moe"] == [], type(model).__name__
+    assert [p.kind for p in places(seeded(lambda: Model(ffn(), ffn(), ffn())))] == ["dense_ffn"] * 3
+
+
+def test_stacks_without_a_readable_chain_are_a_place_where_a_router_stands_beside_them():
+    (place,) = [p for p in places(seeded(lambda: Model(NormedStacks()))) if p.kind == "moe"]
+    assert (place.call.path, place.experts) == ("layers.0.ff", 4)
+    assert [p.kind for p in places(seeded(StackedHeads)) if p.kind == "moe"] == []
+
+
+def test_two_towers_are_not_experts():
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = ffn(), ffn()
+
+        def forward(self, x, y):
+            return self.a(x), self.b(y)
+
+    assert {p.kind for p in discover(seeded(Towers), (rand(3, H), rand(3, H, seed=1)), {})} == {"dense_ffn"}
+
+
+def test_the_model_is_left_as_it_was_and_must_run():
+    model = seeded(lambda: Model(MoE()))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    places(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(
+        CaptureError, match="Model raised RuntimeError: .*; check that it runs on these inputs in eager mode"
+    ):
+        places(model, rand(3, H + 1))
+
+
+class NestedRows(StackLoop):
+    """Each expert's rows are one part of a nested tensor, whose sizes are no plain numbers."""
+
+    def mix(self, x, w, ids):
+        places = [torch.where(ids == e) for e in range(4)]
+        rows = torch.nested.nested_tensor([x[t] for t, _ in places], layout=torch.jagged)
+        y = torch.zeros_like(x)
+        for e, part in enumerate(rows.unbind()):
+            t, k = places[e]
+            y.index_add_(0, t, F.relu(part @ self.w1[e]) @ self.w2[e] * w[t, k, None])
+        return y
+
+
+def test_nested_tensors_do_not_stop_the_search():
+    (place,) = discover(seeded(NestedRows), (rand(24, H, seed=7),), {})
+    assert place.kind == "moe" and place.experts == 4

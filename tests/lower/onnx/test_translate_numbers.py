@@ -1,0 +1,105 @@
+"""Arithmetic of integers past 2^24 and 2^53, of rows that overflow, of NaN: as in PyTorch."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("onnxruntime")
+
+from moeopt.errors import NotSaveableError
+from tests.lower.onnx.emitted import graph_of, session_of, together
+
+INTEGERS = {
+    "trunc": lambda i: torch.div(i, 7, rounding_mode="trunc"),
+    "trunc by a tensor": lambda i: torch.div(i, i % 5 + 1, rounding_mode="trunc"),
+    "floor": lambda i: i // 7,
+    "floor by a negative": lambda i: torch.div(i, -7, rounding_mode="floor"),
+    "mod": lambda i: i % 7,
+    "mod of a negative": lambda i: torch.remainder(i, -7),
+    "sum": lambda i: i.sum(-1),
+    "sum, kept": lambda i: i.sum(0, keepdim=True),
+    "sum of all": lambda i: i.sum(),
+    "sum of flags": lambda i: (i > 0).sum(-1),
+    "sum of small ones": lambda i: (i % 5).to(torch.int32).sum(-1),
+    "prod": lambda i: i.reshape(-1, 4).prod(-1),
+    "clamp": lambda i: i.clamp(-(2**60), 2**53 + 1),
+    "cumsum": lambda i: i.cumsum(-1),
+}
+
+
+def test_integers_of_every_size():
+    g = torch.Generator().manual_seed(0)
+    i = torch.cat([torch.randint(-(2**bits), 2**bits, (9, 4), generator=g) for bits in (3, 12, 25, 33, 53, 61)])
+    i = torch.cat([i, torch.tensor([[306783378 * 7, -306783378 * 7, 2**53 + 1, 1]])])
+    session = session_of(together(INTEGERS.values()), i[:5])
+    for part in (i, i[:1]):
+        for (name, f), got in zip(INTEGERS.items(), session.run({"x": part}), strict=True):
+            want = f(part)
+            assert got.dtype == want.dtype and torch.equal(got, want), name
+
+
+def test_a_product_of_too_many_integers_is_refused():
+    with pytest.raises(NotSaveableError, match="a product of 70 integers has no form in ONNX that is exact"):
+        graph_of(lambda i: i.reshape(-1, 70).prod(-1), torch.ones(3, 70, dtype=torch.int64))
+    with pytest.raises(NotSaveableError, match="a product of an unknown number of integers"):
+        graph_of(lambda i: i.prod(-1), torch.ones(3, 70, dtype=torch.int64))
+
+
+ROWS = {
+    "std": lambda x: x.std(-1),
+    "std, biased, kept": lambda x: x.std(-1, unbiased=False, keepdim=True),
+    "std of all": lambda x: x.std(),
+    "largest": lambda x: x.max(),
+    "least": lambda x: x.min(),
+    "norm": lambda x: x.norm(dim=-1),
+    "norm of order 1": lambda x: x.norm(p=1, dim=-1),
+    "norm of order 3": lambda x: x.norm(p=3, dim=-1),
+    "largest norm": lambda x: torch.linalg.vector_norm(x, math.inf, dim=-1),
+    "how many": lambda x: torch.linalg.vector_norm(x, 0, dim=-1),
+    "normalised": lambda x: torch.nn.functional.normalize(x, dim=-1),
+    "logsumexp": lambda x: x.logsumexp(-1),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e10, 1e25], ids=str)
+def test_rows_of_every_scale_and_rows_with_nan(scale):
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) * scale
+    broken = x.clone()
+    broken[1, 5], broken[2, 3] = math.nan, math.inf
+    session = session_of(together(ROWS.values()), x[:3])
+    for part in (x, broken, x * 0):
+        for (name, f), got in zip(ROWS.items(), session.run({"x": part}), strict=True):
+            assert torch.allclose(got, f(part), rtol=1e-5, atol=0, equal_nan=True), name
+
+
+def test_floor_division_of_infinity_and_by_zero():
+    def f(x):
+        return x // 3, x // 0.0, x % 3, torch.div(3.0, x, rounding_mode="floor")
+
+    x = torch.tensor([math.inf, -math.inf, math.nan, 1e20, -1e20, 7.5, -7.5, 0.0, -0.3])
+    for got, want in zip(session_of(f, torch.randn(3)).run({"x": x}), f(x), strict=True):
+        assert torch.equal(got.nan_to_num(7e7), want.nan_to_num(7e7))
+
+
+def test_logaddexp_beyond_the_range_of_exp():
+    def f(x):
+        return torch.logaddexp(x, x + 1), torch.logaddexp(x, -x)
+
+    x = torch.tensor([-200.0, -90.0, 0.0, 90.0, 200.0, math.inf, -math.inf, math.nan])
+    for got, want in zip(session_of(f, torch.randn(3)).run({"x": x}), f(x), strict=True):
+        assert torch.allclose(got, want, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_numbers_beside_16_bits_are_read_as_pytorch_reads_them(dtype):
+    def f(x):
+        return x < 1e-9, x >= 1.0003, x * 1e-9, x / 1e-9
+
+    x = torch.tensor([0.0, -0.0, 3e-5, 1.0, 2.0, 3e4], dtype=dtype)
+    for got, want in zip(session_of(f, x[:3]).run({"x": x}), f(x), strict=True):
+        assert got.dtype == want.dtype
+        if got.dtype == torch.bool:
+            assert torch.equal(got, want)
+        else:
+            assert torch.allclose(got.float(), want.float(), rtol=2e-2, atol=1e-7)

@@ -1,0 +1,50 @@
+"""An engine refuses the sizes that the model's own code would have treated otherwise, and no others."""
+
+import pytest
+import torch
+from torch import nn
+
+from moeopt.bundle.shape_guards import only_asked
+from moeopt.lower.export import export_program
+from moeopt.lower.signature import functional, size_conditions
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def conditions(function, *shape):
+    return size_conditions(functional(export_program(Apply(function), (torch.randn(shape),), {})))
+
+
+ROWS, COLUMNS = ["size", 0, 0], ["size", 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("function", "want"),
+    [
+        (lambda x: x * 2 if x.shape[0] > 1 else x, [[">", ROWS, 1]]),
+        (lambda x: x if x.shape[0] < 2 else x * 2, [[">=", ROWS, 2]]),
+        (lambda x: x * 2 if x.shape[0] != 1 else x, [["!=", ROWS, 1]]),
+        (lambda x: x * 2 if x.shape[0] == 3 else x, [["==", ROWS, 3]]),
+        (lambda x: x * 2 if x.numel() > 8 else x, [[">", ["*", COLUMNS, ROWS], 8]]),
+        (lambda x: x.squeeze(0) * 2, [["!=", ROWS, 1]]),
+        (lambda x: (x.t().contiguous().t() + 1).reshape(-1), []),
+        (lambda x: x.t().reshape(-1) * 2, []),
+    ],
+    ids=["more than one", "not less than two", "not one", "exactly", "a product", "squeeze", "strides", "reshape"],
+)
+def test_only_the_models_own_questions_are_conditions(function, want):
+    assert conditions(function, 3, 4) == want
+
+
+def test_a_condition_is_known_in_whichever_way_it_is_written():
+    kept = ["<", 1, ROWS]
+    assert only_asked([kept], [[">", ROWS, 1]]) == [kept]
+    assert only_asked([["<", 4, ["*", 4, ROWS]]], []) == []
+    assert only_asked([["<", 8, ["*", 4, ROWS]]], []) == [["<", 8, ["*", 4, ROWS]]]  # more than two rows

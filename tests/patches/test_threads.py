@@ -1,0 +1,178 @@
+"""Nothing stays patched, whoever comes and goes in which order, and other threads see the libraries as they are."""
+
+import gc
+import logging
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.sym_node import SymNode
+
+import moeopt
+from moeopt import patches
+
+
+def state():
+    """What moeopt changes in the process, as it stands."""
+    found = {
+        "gc": gc.get_threshold(),
+        "call": vars(nn.Module)["__call__"],
+        "to": vars(nn.Module)["to"],
+        "bool_": vars(SymNode)["bool_"],
+        "stdout": sys.stdout,
+        "filters": list(warnings.filters),
+        "levels": [logging.getLogger(name).level for name in (*patches._LOUD, "torch._subclasses.fake_tensor")],
+    }
+    if "onnxscript.rewriter._matcher" in sys.modules:
+        found["match"] = vars(sys.modules["onnxscript.rewriter._matcher"].SimplePatternMatcher)["match"]
+    if "torch.onnx._internal.exporter._registration" in sys.modules:
+        registry = sys.modules["torch.onnx._internal.exporter._registration"].ONNXRegistry
+        found["registry"] = vars(registry)["from_torchlib"]
+    return found
+
+
+def attend(theirs, *args, **options):
+    return theirs(*args, **options)
+
+
+EVERY = {
+    "fewer_collections": patches.fewer_collections,
+    "module_calls": lambda: patches.module_calls(lambda run, module, args, kwargs: run(module, *args, **kwargs)),
+    "size_questions": lambda: patches.size_questions(lambda node, answer, frame: None),
+    "idle_moves": patches.idle_moves,
+    "no_export_dump": patches.no_export_dump,
+    "rules_by_their_last_op": patches.rules_by_their_last_op,
+    "one_registry": patches.one_registry,
+    "sdpa_of": lambda: patches.sdpa_of(attend),
+    "no_fake_tensor_errors": patches.no_fake_tensor_errors,
+    "quiet": patches.quiet,
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_first_to_come_may_be_the_first_to_leave(name):
+    if name in ("rules_by_their_last_op", "one_registry"):
+        pytest.importorskip("onnxscript")
+    if name == "sdpa_of":
+        pytest.importorskip("transformers")
+    with EVERY[name]():  # imports what the patch imports
+        pass
+    before = state()
+    first, second = EVERY[name](), EVERY[name]()
+    first.__enter__()
+    inside = state()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert state() == inside  # the second caller still has it
+    second.__exit__(None, None, None)
+    assert state() == before
+
+
+def test_what_the_user_sets_meanwhile_stays():
+    kept = gc.get_threshold()
+    try:
+        with patches.fewer_collections():
+            gc.set_threshold(5_000, 3, 3)
+        assert gc.get_threshold() == (5_000, 3, 3)
+    finally:
+        gc.set_threshold(*kept)
+
+
+def test_only_the_callers_thread_is_hushed(capsys):
+    heard = []
+
+    def other():
+        print("served")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            warnings.warn("stale", stacklevel=1)
+        heard.extend(str(w.message) for w in told)
+
+    with patches.quiet():
+        print("progress")
+        warnings.warn("of the exporter", stacklevel=1)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert capsys.readouterr().out == "served\n"
+    assert heard == ["stale"]
+
+
+def test_a_warning_inside_quiet_is_no_error_where_warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with patches.quiet():
+            warnings.warn("of the exporter", stacklevel=1)
+        with pytest.raises(UserWarning):
+            warnings.warn("of the user", stacklevel=1)
+
+
+class Loop(nn.Module):
+    """A naive mixture of experts with the given function."""
+
+    def __init__(self, width=16, count=4, act=None, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.router = nn.Linear(width, count, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 24), act or nn.GELU(), nn.Linear(24, width)) for _ in range(count)
+        )
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.router(rows).softmax(-1).topk(2)
+        y = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == e)
+            if token.numel():
+                y.index_add_(0, token, expert(rows[token]) * weights[token, slot, None])
+        return y.view_as(x)
+
+
+def told(opt):
+    return [(b.status, b.reason, b.spec) for b in opt.report.blocks]
+
+
+def test_two_threads_optimise_while_a_third_serves():
+    """The same reports and numbers as alone, and nothing left patched."""
+    pytest.importorskip("onnxruntime")
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    gelu, relu = Loop().eval(), Loop(act=nn.ReLU(), seed=1).eval()
+    served = moeopt.optimize(Loop(seed=2).eval(), x, backend="onnxruntime", verify="fast")
+    want = served(x)
+    alone = [told(moeopt.optimize(m, x, backend=b, verify="fast")) for m, b in ((gelu, "onnxruntime"), (relu, "torch"))]
+    before = state()
+    results, errors, done = {}, [], threading.Event()
+
+    def work(key, model, backend, **options):
+        try:
+            results[key] = moeopt.optimize(model, x, backend=backend, verify="fast", **options)
+        except Exception as err:  # shown by the assertion below
+            errors.append(err)
+
+    def serve():
+        while not done.is_set():
+            if not torch.equal(served(x), want):
+                errors.append("the served engine gave other numbers")
+
+    hint = moeopt.ExpertsSpec(rows="plain", activation="relu")
+    threads = [
+        threading.Thread(target=work, args=("gelu", gelu, "onnxruntime")),
+        threading.Thread(target=work, args=("relu", relu, "torch"), kwargs={"hints": {"*": hint}}),
+    ]
+    server = threading.Thread(target=serve)
+    for thread in [server, *threads]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    server.join()
+    assert not errors
+    assert [told(results[key]) for key in ("gelu", "relu")] == alone
+    with torch.no_grad():
+        for key, model in (("gelu", gelu), ("relu", relu)):
+            torch.testing.assert_close(results[key](x), model(x), rtol=1e-5, atol=1e-6)
+    assert state() == before

@@ -1,0 +1,105 @@
+"""A change in code that a rewrite leaves out is seen, where it happened and by whom it is run."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from moeopt.rewrite.module_guard import Watch, hook_count, take_facts
+from tests.recognise.tiny import MoE, ffn, seeded
+
+EXPERTS = {e: {f"experts.{e}.0.weight", f"experts.{e}.2.weight"} for e in range(4)}
+
+
+def watched(live=("router",), written=(), mode=False):
+    module = seeded(MoE)
+    module.top_k, module.act, module.sizes, module.experts[1].scale = 2, torch.relu, [1, 2], 1.5
+    facts = take_facts(module, live, written, mode)
+    return module, facts, Watch(module, facts, EXPERTS)
+
+
+def test_nothing_changed():
+    module, facts, watch = watched()
+    module.router.note = 1  # live: it is called as it is
+    with torch.no_grad():
+        module.experts[0][0].weight.zero_()  # weights are read live
+    assert watch.shared() == watch.everything() == "" and not any(watch.expert(e) for e in range(4))
+    assert pickle.loads(pickle.dumps(facts)) == facts and "router" not in {f.path for f in facts}
+
+
+@pytest.mark.parametrize(
+    ("change", "expert", "text"),
+    [
+        (lambda m: setattr(m, "top_k", 3), None, "top_k of the block is 3 and was 2"),
+        (lambda m: setattr(m, "act", torch.tanh), None, "act of the block is "),
+        (lambda m: m.sizes.append(3), None, "sizes of the block is [1, 2, 3] and was [1, 2]"),
+        (lambda m: delattr(m, "act"), None, "'act' was removed from the block"),
+        (lambda m: setattr(m.experts[1], "scale", 2.0), 1, "scale of experts.1 is 2.0 and was 1.5"),
+        (lambda m: m.experts.__setitem__(3, ffn()), None, "a module in experts was replaced"),
+        (lambda m: m.experts[2].__setitem__(1, nn.GELU()), 2, "a module in experts.2 was replaced"),
+        (lambda m: setattr(m.experts[2][0], "forward", len), 2, "forward was replaced on experts.2.0"),
+        (
+            lambda m: m.experts[0].register_forward_hook(len),
+            0,
+            "a hook was registered on experts.0, which is no longer",
+        ),
+        (lambda m: m.experts[0][2].register_full_backward_pre_hook(len), 0, "a hook was registered on experts.0.2"),
+        (
+            lambda m: setattr(m.experts[1][1], "__class__", nn.GELU),
+            1,
+            "the class of experts.1.1, or its forward, is not the",
+        ),
+    ],
+)
+def test_a_change_is_told_by_those_who_run_it(change, expert, text):
+    module, _, watch = watched()
+    change(module)
+    assert text in watch.everything()
+    assert (watch.shared() != "") == (expert is None)
+    assert [e for e in range(4) if watch.expert(e)] == ([] if expert is None else [expert])
+
+
+def test_a_forward_that_a_class_got_later():
+    class Act(nn.ReLU):
+        pass
+
+    module = seeded(lambda: MoE(lambda: ffn(Act)))
+    watch = Watch(module, take_facts(module, ("router",), (), False), EXPERTS)
+    Act.forward = lambda self, x: x
+    assert "the class of experts.0.1, or its forward, is not the one that was verified" in watch.everything()
+
+
+def test_a_bias_that_was_absent():
+    module = seeded(lambda: MoE(lambda: ffn(bias=False)))
+    watch = Watch(module, take_facts(module, ("router",), (), False), EXPERTS)
+    module.experts[2][0].bias = nn.Parameter(torch.ones(12))
+    assert watch.expert(2) == "experts.2.0 has a bias, and had none"
+
+
+def test_the_training_flag_counts_only_where_modes_differ():
+    for mode in (False, True):
+        module, _, watch = watched(mode=mode)
+        module.train()
+        assert bool(watch.everything()) == mode
+
+
+def test_what_the_forward_itself_writes_may_change():
+    module, _, watch = watched(written=[("", "top_k")])
+    module.top_k = 7
+    assert watch.everything() == ""
+
+
+def test_a_module_that_is_gone():
+    module, facts, _ = watched()
+    del module.experts[1][1]
+    assert "was removed" in Watch(module, facts, EXPERTS).shared()
+
+
+def test_hooks_are_counted():
+    module = ffn()
+    assert hook_count(module) == 0
+    module.register_forward_hook(len)
+    module.register_forward_pre_hook(len)
+    module.register_full_backward_hook(len)
+    assert hook_count(module) == 3

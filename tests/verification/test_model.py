@@ -1,0 +1,154 @@
+"""End to end: rounding passes, damage does not, and a language model gets its own words."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from moeopt.verification.language import find_ids, find_logits, greedy_agreement, language_metrics
+from moeopt.verification.model import compare_outputs, end_to_end
+from tests.verification.tiny import TinyMoE, Twin, seeded
+
+V, H = 20, 16
+IDS = torch.arange(14).view(2, 7) % V
+
+
+class TinyLM(nn.Module):
+    """(B, S) ids -> {"logits": (B, S, V)}; one MoE layer, greedy ``generate``."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.moe, self.head = nn.Embedding(V, H), TinyMoE(), nn.Linear(H, V)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        return {"logits": self.head(x + self.moe(x)), "steps": 1}
+
+    def generate(self, ids, max_new_tokens, do_sample):
+        for _ in range(max_new_tokens):
+            ids = torch.cat([ids, self(ids)["logits"][:, -1:].argmax(-1)], -1)
+        return ids
+
+
+def pair(damage="", dtype=torch.float32):
+    model = TinyLM().to(dtype)
+    other = copy.deepcopy(model)
+    other.moe = Twin(other.moe, damage)
+    return model, other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_equal_model_passes(dtype):
+    result = end_to_end(*pair("reordered sum", dtype), (), {"input_ids": IDS}, noise_blocks=["moe"])
+    assert result.passed, result.reason
+    assert result.tokens == 14 and 0 < result.distance <= result.budget and result.distance_rms <= result.budget_rms
+    assert result.language["top-1 agreement"] > 0.9
+    assert set(result.language) == {
+        "KL divergence, mean",
+        "KL divergence, 99.9th percentile",
+        "KL divergence, max",
+        "top-1 agreement",
+        "perplexity ratio",
+        "greedy tokens equal",
+    }
+
+
+@pytest.mark.parametrize("damage", ["swap two experts", "swap gate and up", "off by one", "drop renormalise"])
+def test_a_damaged_model_fails(damage):
+    result = end_to_end(*pair(damage), (IDS,), noise_blocks=["moe"])
+    assert result.passed is False and "the original's rounding explains" in result.reason
+    assert result.language["KL divergence, max"] > 1e-6
+
+
+def test_the_budget_follows_the_noise():
+    quiet = end_to_end(*pair(), (IDS,))
+    noisy = end_to_end(*pair(), (IDS,), noise_blocks=["moe"])
+    assert quiet.budget == 8 * torch.finfo(torch.float32).eps < noisy.budget < 1e-5
+    assert noisy.budget == end_to_end(*pair(), (IDS,), noise_blocks=["moe"]).budget
+
+
+def test_hooks_are_gone():
+    model, other = pair()
+    end_to_end(model, other, (IDS,), noise_blocks=["moe"])
+    assert not model.moe._forward_hooks
+
+
+def test_what_raises_or_returns_another_form():
+    model, _ = pair()
+
+    def broken(input_ids):
+        raise RuntimeError("engine lost")
+
+    assert "the optimised model raises RuntimeError: engine lost" in end_to_end(model, broken, (IDS,)).reason
+    assert "another structure" in end_to_end(model, lambda i: model(i)["logits"], (IDS,)).reason
+    assert "is 2 instead of 1" in end_to_end(model, lambda i: {**model(i), "steps": 2}, (IDS,)).reason
+
+
+def test_leaves():
+    x = seeded(3, 4)
+    assert "differs in 1 elements" in compare_outputs(torch.tensor([1, 2]), torch.tensor([1, 3]), []).reason
+    assert "instead of torch.float32 (3, 4)" in compare_outputs(x, x.half(), []).reason
+    bad = x.clone()
+    bad[1, 2] = math.nan
+    assert "not finite at token 1" in compare_outputs(x, bad, []).reason
+    assert compare_outputs(bad, x, []).passed and compare_outputs(0.5, 0.5, []).passed
+    assert not compare_outputs(0.5, 0.6, []).passed
+
+
+def test_generate_that_fails_is_noted():
+    model, other = pair()
+    other.generate = lambda *a, **k: 1 / 0
+    assert "generate was not compared: ZeroDivisionError" in end_to_end(model, other, (IDS,)).notes[0]
+
+
+def test_language_metrics_by_hand():
+    old = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
+    new = torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log()
+    metrics = language_metrics(old, new, torch.tensor([[0, 1]]))
+    first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert metrics["KL divergence, mean"] == pytest.approx(first / 2, abs=1e-7)
+    assert metrics["KL divergence, max"] == pytest.approx(first, abs=1e-7)
+    assert metrics["top-1 agreement"] == 0.5
+    assert metrics["perplexity ratio"] == pytest.approx(0.5 / 0.75)
+
+
+def test_masked_logits_have_a_divergence():
+    old = torch.tensor([[[0.0, -math.inf]]])
+    assert language_metrics(old, old, torch.tensor([[0]]))["KL divergence, max"] == 0
+
+
+def test_finding_ids_and_logits():
+    logits = seeded(2, 7, V)
+    assert find_ids((seeded(2, 3),), {"mask": IDS.bool(), "input_ids": IDS}) is IDS
+    assert find_ids((seeded(2, 3),), {}) is None
+    assert find_logits((seeded(2, 7), logits), IDS) is logits
+    assert find_logits({"logits": logits}, IDS) is logits
+    assert find_logits(seeded(2, 7, 3), IDS) is None  # fewer columns than the largest id
+
+
+def test_greedy_agreement_stops_at_the_first_difference():
+    class Says:
+        def __init__(self, *tokens):
+            self.tokens = torch.tensor([tokens])
+
+        def generate(self, ids, max_new_tokens, do_sample):
+            return torch.cat([ids, self.tokens], -1)
+
+    assert greedy_agreement(Says(1, 2, 3, 4), Says(1, 2, 9, 4), IDS[:1], 4) == 0.5
+
+
+def test_blocks_inside_vmap_are_not_shaken():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.func.vmap(self.inner)(x)
+
+    model = Mapped()
+    result = end_to_end(model, copy.deepcopy(model), (torch.ones(3, 4),), noise_blocks=["inner"])
+    assert result.passed and result.tokens == 3

@@ -1,0 +1,51 @@
+"""Outputs of any form are opened, described and compared."""
+
+import collections
+import dataclasses
+
+import torch
+
+from moeopt.verification.trees import describe, equal_leaves, flatten
+
+
+@dataclasses.dataclass
+class Out:
+    y: torch.Tensor
+    loss: float
+
+
+class Cache:
+    def __init__(self, key):
+        self.keys, self.me = [key], self
+
+
+def test_dataclasses_and_objects_are_opened():
+    x = torch.ones(2)
+    leaves, form = flatten((Out(x, 0.5), {"cache": Cache(x)}))
+    assert [leaf is x for leaf in leaves].count(True) == 2 and leaves[2] == 0.5
+    assert form == flatten((Out(x + 1, 0.7), {"cache": Cache(x)}))[1]
+    assert form != flatten((Out(x, 0.5), {"cache": None}))[1]
+
+
+def test_describe():
+    assert (
+        describe((torch.ones(2, 3, dtype=torch.half), [1], {"a": None}))
+        == "tuple(float16(2, 3), list(int), {a: NoneType})"
+    )
+
+
+def test_equal_leaves():
+    nan = float("nan")
+    assert equal_leaves("a", "a") and equal_leaves(nan, nan) and equal_leaves(object(), object())
+    assert not equal_leaves(1, True) and not equal_leaves("a", "b") and not equal_leaves(None, 0)
+
+
+def test_named_tuples_are_known_by_name_and_fields():
+    x = torch.ones(2)
+    pair, again = (collections.namedtuple("Pair", ["y", "aux"]) for _ in range(2))
+    leaves, form = flatten(pair(x, [Out(x, 0.5)]))
+    same, form_again = flatten(again(x, [Out(x, 0.5)]))
+    assert form == form_again and len(leaves) == len(same) and leaves[0] is same[0] is x
+    for other in (collections.namedtuple("Other", ["y", "aux"]), collections.namedtuple("Pair", ["y", "loss"]), tuple):
+        value = (x, [Out(x, 0.5)])
+        assert flatten(value if other is tuple else other(*value))[1] != form
