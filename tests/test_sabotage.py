@@ -235,15 +235,16 @@ def test_duplicate_ids_ignored_is_caught(monkeypatch):
 
 def test_a_damage_past_the_blocks_is_caught_end_to_end(monkeypatch):
     """A rewrite that was right when its block was verified, and wrong once installed."""
+    from moeopt.backends.torch import backend
     from moeopt.rewrite import install as program
 
-    honest, run = program.experts, moeopt.api.end_to_end
+    honest, run = program.experts, backend.end_to_end
 
     def wrong_now(*args, **kwargs):
         monkeypatch.setattr(program, "experts", lambda x, ids, w, b, s: honest(x, ids, w * 1.01, b, s))
         return run(*args, **kwargs)
 
-    monkeypatch.setattr(moeopt.api, "end_to_end", wrong_now)
+    monkeypatch.setattr(backend, "end_to_end", wrong_now)
     model = build()
     opt = moeopt.optimize(model, X)
     (block,) = opt.report.blocks

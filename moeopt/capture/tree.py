@@ -16,7 +16,7 @@ def tree_map(kind: type | tuple[type, ...], fn: Callable[[Any], Any], tree: Any)
     if isinstance(tree, kind):
         return fn(tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(tree_map(kind, fn, t) for t in tree))
+        return tuple.__new__(type(tree), (tree_map(kind, fn, t) for t in tree))  # its own __new__ may ask for tensors
     if type(tree) in (tuple, list):
         return type(tree)(tree_map(kind, fn, t) for t in tree)
     if isinstance(tree, tuple) and type(tree).__module__ == "torch.return_types":

@@ -9,11 +9,12 @@ flag, autocast). If not, or if the module was changed since, the original forwar
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from moeopt.capture.tree import tree_map
-from moeopt.errors import Declined, StaleModelWarning
+from moeopt.errors import Declined, NotSaveableError, StaleModelWarning
 from moeopt.ir.specs import RouterSpec
 from moeopt.ir.weight_refs import expert_paths
 from moeopt.ops.experts import experts
@@ -305,6 +306,40 @@ def uninstall(module: nn.Module) -> None:
                 del module.__dict__[key]
             else:
                 module.__dict__[key] = held.original or type(module).forward.__get__(module)
+
+
+@contextlib.contextmanager
+def exported(model: nn.Module) -> Iterator[None]:
+    """While open, an exporter traces ``model``: its rewritten blocks are what they were when this was entered.
+
+    An exporter may set a configuration for its own trace (transformers' takes ``batched_mm`` experts). A rewritten
+    block computes what was verified whatever is set, and must not give way to the original code, whose experts the
+    graph would then hold in an unverified form.
+
+    Raises:
+        NotSaveableError: a block had changed before, or refused the exporter's call; the message has the reason.
+    """
+    blocks = {p: f for p, m in model.named_modules() if (f := rewritten_forward(m)) is not None}
+    for path, forward in blocks.items():
+        if reason := forward.watch.everything():
+            raise NotSaveableError(
+                f"{path or type(model).__name__} is no longer what was verified ({reason}), and an engine would hold "
+                "the old code: optimise the model again"
+            )
+    before = {path: forward.fallbacks for path, forward in blocks.items()}
+    for forward in blocks.values():
+        forward.watch.paused = True
+    try:
+        yield
+    finally:
+        for forward in blocks.values():
+            forward.watch.paused = False
+    for path, forward in blocks.items():
+        if forward.fallbacks != before[path]:
+            raise NotSaveableError(
+                f"while it was exported, {path or type(model).__name__} ran its original code instead of what was "
+                f"verified: {forward.last_refusal}"
+            )
 
 
 def watch_source(model: nn.Module, twin: nn.Module, values: bool) -> None:

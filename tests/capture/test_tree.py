@@ -41,6 +41,13 @@ def test_every_container_keeps_its_type():
     assert plus_one("text") == "text" and plus_one(None) is None and plus_one(Out) is Out
 
 
+def test_a_named_tuple_whose_class_checks_its_tensors_may_hold_anything():
+    """A packed sequence asks its first field for a device, and a trace puts nodes in the place of tensors."""
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.ones(2, 3, 4), torch.tensor([3, 2]), batch_first=True)
+    mapped = tree_map(torch.Tensor, lambda t: tuple(t.shape), packed)
+    assert type(mapped) is type(packed) and mapped[:2] == ((5, 4), (3,))
+
+
 def test_the_original_is_not_touched():
     inner = Out([1], {"k": 2})
     tree = OrderedDict(a=Frozen(inner), b=(3,))

@@ -9,6 +9,7 @@ import torch
 import moeopt
 from tests.families import FAMILIES
 from tests.helpers import count_expert_calls
+from tests.test_zoo import of, zoo  # noqa: F401  the fixture that optimises a case
 from tests.test_zoo import test_zoo as check_zoo_case
 from tests.zoo import CASES
 
@@ -58,7 +59,7 @@ def test_bfloat16(name):
     assert opt.certificate.passed is True, str(opt.certificate)
 
 
-@pytest.mark.parametrize("name", SAMPLE)
-def test_zoo_sample(name):
+@of(SAMPLE)
+def test_zoo_sample(zoo):  # noqa: F811  pytest's way to ask for it
     """One home-made model in eight: they need no transformers, so a sample says that the environment is sound."""
-    check_zoo_case(name)
+    check_zoo_case(zoo)

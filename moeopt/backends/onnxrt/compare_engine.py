@@ -122,9 +122,10 @@ def compare_engine(
     equal = sum(what == "another size" for what, *_ in verdicts)
     if equal:
         first.notes.append(f"equal in {equal} other sizes too")
-    also = [what for what, *_ in verdicts[1:] if what != "another size"]
-    if also:
-        first.notes.append(f"equal with {', '.join(also)} too")
+    whats = [what for what, *_ in verdicts[1:] if what != "another size"]
+    for also in ([w for w in whats if w not in dict(unusual)], [w for w in whats if w in dict(unusual)]):
+        if also:
+            first.notes.append(f"equal with {', '.join(also)} too")
     first.notes += [f"not compared in the sizes {line}" for line in left_out]
     if narrow and options.verify == "strict":
         first.notes.append(

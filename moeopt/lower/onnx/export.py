@@ -29,7 +29,7 @@ from moeopt.ops.bank import Bank
 from moeopt.ops.intercept import intercepted
 from moeopt.ops.reference import dtypes, out_features
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
-from moeopt.rewrite.install import rewritten_forward
+from moeopt.rewrite.install import exported, rewritten_forward
 from moeopt.rewrite.site_names import site_names
 
 OPSET = 20
@@ -64,7 +64,7 @@ def emitting(model: nn.Module) -> Iterator[list[Site]]:
         )
         return y
 
-    with intercepted(emit):
+    with exported(model), intercepted(emit):
         yield sites
 
 

@@ -202,8 +202,8 @@ def test_damage_around_the_experts_is_refused(sabotage, damage, rows, deep):
 @pytest.mark.parametrize("damage", [drop_epsilon, coarse_sigmoid])
 def test_nothing_else_sees_it(sabotage, damage, monkeypatch):
     """What the given inputs do not reach is seen by these rows only."""
-    monkeypatch.setattr("moeopt.api.check_blocks", lambda *args: [])
-    monkeypatch.setattr("moeopt.api.unusual_calls", lambda call: [])
+    monkeypatch.setattr("moeopt.backends.onnxrt.graph_backend.check_blocks", lambda *args: [])
+    monkeypatch.setattr("moeopt.backends.onnxrt.compare_engine.unusual_calls", lambda call: [])
     sabotage(damage)
     assert moeopt.optimize(model(), given(), backend="onnxruntime").certificate.passed
 
