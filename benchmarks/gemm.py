@@ -1,9 +1,9 @@
-"""The spellings of one expert's matrix product on this CPU: what ``choose_gemm`` in the CPU kernel is based on.
+"""The spellings of one expert's matrix product on this CPU: what ``choose_gemm`` in the CPU kernel measures, at length.
 
     python benchmarks/gemm.py --dtype float32 --threads 1
 
 W is (O, I); the spellings take turns over enough copies of W that none stays in cache. Cells are medians
-in microseconds; ``*`` marks the spelling that the kernel chooses.
+in microseconds; ``*`` marks the spelling that the kernel chose by its own short measurement.
 """
 
 from __future__ import annotations
@@ -11,28 +11,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from moeopt.ops.kernels.gemm import choose_gemm, onednn_linear_works
+from moeopt.ops.kernels.gemm import choose_gemm, spellings
 
 SHAPES = ((7168, 1024), (1024, 3584), (1536, 2048), (2048, 768), (768, 512))
 ROWS = (1, 2, 3, 4, 8, 16, 32, 48, 64, 128)
-
-
-def spellings(dtype: torch.dtype, rows: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "linear": F.linear,
-        "mm_t": lambda x, w: torch.mm(w, x.t()),
-    }
-    if rows == 1:
-        found["mv"] = lambda x, w: torch.mv(w, x[0])
-    if onednn_linear_works(dtype):
-        found["onednn"] = lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return found
 
 
 def main() -> None:
@@ -52,12 +37,13 @@ def main() -> None:
         print(f"\nW ({O}, {I}) {args.dtype}, {args.threads} threads, torch {torch.__version__}, microseconds")
         for rows in ROWS:
             x = torch.randn(rows, I).to(dtype)
-            calls = spellings(dtype, rows)
-            times: dict[str, list[float]] = {name: [] for name in calls}
-            for turn in range(7 * len(calls)):
-                name = list(calls)[turn % len(calls)]
+            names = list(spellings(x, weights[0]))
+            times: dict[str, list[float]] = {name: [] for name in names}
+            for turn in range(7 * len(names)):
+                name = names[turn % len(names)]
+                call = spellings(x, weights[turn % copies])[name]
                 start = time.perf_counter()
-                calls[name](x, weights[turn % copies])
+                call()
                 times[name].append(1e6 * (time.perf_counter() - start))
             chosen = choose_gemm(rows, dtype, not args.column_major, O * I)
             cells = (f"{n}{'*' if n == chosen else ''} {statistics.median(ts):.0f}" for n, ts in times.items())

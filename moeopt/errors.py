@@ -68,3 +68,7 @@ class StaleModelWarning(UserWarning):
 
 class EngineFallbackWarning(UserWarning):
     """A loaded engine computed something else than it was verified to on this machine, and was lowered otherwise."""
+
+
+class NativeKernelWarning(UserWarning):
+    """The kernel in C++ could not be built or is not right on this machine; the slower kernels of torch run."""

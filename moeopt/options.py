@@ -8,6 +8,14 @@ A field that is not given takes its environment variable where it has one, and i
     MOEOPT_DUMP    dump    a folder for each block's graph, reading and program, before and after each pass
     MOEOPT_SKIP_PASSES     skip_passes     names of passes, with commas between
     MOEOPT_PRINT_PASSES    print_passes    1: each pass that ran, as a line on stderr and in the report
+
+Choices of the whole process, which are no fields, for a call of the op has no ``Options``:
+
+    MOEOPT_CACHE    the folder of what was measured and built here; else the user's cache directory
+    MOEOPT_MEASURE  off: measure nothing on this machine, each choice has its safe default
+    MOEOPT_NATIVE   off: do without the kernel in C++
+    MOEOPT_NATIVE_ISA  the instruction set that it plays: generic, avx2, avx512 or avx512_bf16
+    MOEOPT_CXX      the compiler that builds it
 """
 
 from __future__ import annotations
@@ -18,6 +26,7 @@ import operator
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -42,6 +51,45 @@ def _env(name: str, default: Any, convert: Callable[[str], Any], wanted: str) ->
 def inherited(*names: str) -> dict[str, str]:
     """Those of the named environment variables that are set, for a process that shall have no others."""
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def cache_directory() -> Path | None:
+    """Where this user's measurements and built kernels are kept; None where the user has no home. It may not exist."""
+    given = os.environ.get("MOEOPT_CACHE", "").strip()
+    if given:
+        return Path(given)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        if os.environ.get(name, "").strip():
+            return Path(os.environ[name]) / "moeopt"
+    try:
+        return Path.home() / ".cache" / "moeopt"
+    except RuntimeError:
+        return None
+
+
+def measuring() -> bool:
+    """Whether moeopt may time this machine, for milliseconds, to choose between equal kernels."""
+    return _env("MOEOPT_MEASURE", True, {"on": True, "off": False}.__getitem__, "on or off")
+
+
+def native_wanted() -> bool:
+    """Whether the kernel in C++ may be built and used."""
+    return _env("MOEOPT_NATIVE", True, {"on": True, "off": False}.__getitem__, "on or off")
+
+
+def native_isa(known: Mapping[str, int]) -> str | None:
+    """The instruction set that the user wants the native kernel to play, one of ``known``; None: the best there is."""
+    return _env("MOEOPT_NATIVE_ISA", None, lambda text: (known[text], text)[1], f"one of {', '.join(known)}")
+
+
+def compiler_wanted() -> str | None:
+    """The C++ compiler that the user names, or None."""
+    return next((os.environ[n].strip() for n in ("MOEOPT_CXX", "CXX") if os.environ.get(n, "").strip()), None)
+
+
+def cpu_limits() -> dict[str, str]:
+    """The variables by which a user lets torch's libraries play a lesser CPU."""
+    return inherited("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def variables(names: Collection[str]) -> tuple[dict[Any, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""One thread: the machines that run the suite are small, and sums are then in one order."""
+"""One thread, and nothing measured: the machines that run the suite are small, and sums are then in one order."""
 
 import functools
 import os
@@ -6,6 +6,7 @@ import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MOEOPT_MEASURE", "off")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -12,7 +12,7 @@ from torch import nn
 
 from moeopt import __version__
 from moeopt.cli import main
-from moeopt.errors import BundleError, NotEquivalentError, UsageError
+from moeopt.errors import BundleError, NativeKernelWarning, NotEquivalentError, UsageError
 from moeopt.report import BlockReport, Report
 from tests.backends.torch.toys import H, save
 
@@ -247,6 +247,48 @@ def test_info_of_the_machine(capsys):
     assert code == 0 and ["torch", torch.__version__] in [line.split() for line in out.splitlines()]
     code, out, _ = run(capsys, "info", "--json")
     assert code == 0 and json.loads(out)["torch"] == torch.__version__
+
+
+def test_info_says_which_native_kernel_runs_or_what_to_install(capsys, monkeypatch):
+    from moeopt.ops.native import library
+    from moeopt.ops.native.build import BuildError
+
+    def no_compiler(isa):
+        raise BuildError("no C++ compiler was found; install one (apt install g++)")
+
+    monkeypatch.setattr(library, "_found", None)
+    monkeypatch.setattr(library, "built_library", no_compiler)
+    with pytest.warns(NativeKernelWarning, match="no C"):
+        _, out, _ = run(capsys, "info")
+    assert "no C++ compiler was found; install one (apt install g++)" in out
+    monkeypatch.setattr(library, "_found", None)
+    monkeypatch.setenv("MOEOPT_NATIVE", "off")
+    assert "off (MOEOPT_NATIVE)" in run(capsys, "info")[1]
+
+
+def test_build_kernels_without_a_compiler_is_one_message(capsys, monkeypatch, tmp_path):
+    from moeopt.ops.native import build
+
+    monkeypatch.setenv("MOEOPT_CACHE", str(tmp_path))
+    monkeypatch.setenv("MOEOPT_CXX", "no-such-compiler")
+    build.find_compiler.cache_clear()
+    try:
+        code, out, err = run(capsys, "build-kernels")
+    finally:
+        build.find_compiler.cache_clear()
+    assert code == 1 and out == ""
+    assert "MOEOPT_CXX or CXX names 'no-such-compiler', which is not on the path: correct or unset it" in err
+
+
+def test_build_kernels_builds_and_checks(capsys):
+    from moeopt.ops.native import build
+
+    if build.find_compiler() is None:
+        pytest.skip(build.how_to_get_one())
+    code, out, _ = run(capsys, "build-kernels", "--json")
+    said = json.loads(out)
+    assert code == 0 and Path(said["library"]).is_file()
+    assert all(said["instruction_sets"][isa] == "checked against the reference" for isa in build.isas_here())
 
 
 def test_info_of_a_bundle(capsys, tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from moeopt.backends import registry
 from moeopt.bundle.manifest import read_manifest
+from moeopt.ops.native.library import describe
 from moeopt.untrusted import cleaned, shown_line
 
 RUNTIMES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13")
@@ -27,6 +28,7 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "native kernel": describe(),
         "gpu": ", ".join(gpus) or "none",
         **{name: _version(name) for name in RUNTIMES},
     }

@@ -185,6 +185,19 @@ def info(
         print_facts(facts)
 
 
+@app.command("build-kernels")
+def build_kernels(as_json: AsJson = False) -> None:
+    """Compile the native CPU kernel ahead of its first use, for every instruction set, and check it."""
+    from moeopt.cli.about import print_facts
+    from moeopt.ops.native.library import build_ahead
+
+    path, said = build_ahead()
+    if as_json:
+        _print_json({"library": str(path), "instruction_sets": said})
+    else:
+        print_facts({"library": path, **said})
+
+
 def _api() -> Any:
     return importlib.import_module("moeopt.api")
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import intercept
 from moeopt.ops.bank import Bank, ListBank, StackedBank
-from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.kernels.cuda import experts_cuda
+from moeopt.ops.native.dispatch import experts_on_cpu
 from moeopt.ops.reference import experts_reference
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 """w_in, w_out, b_in, b_out, norm."""
 
-_KERNELS = {"cpu": experts_cpu, "cuda": experts_cuda}
+_KERNELS = {"cpu": experts_on_cpu, "cuda": experts_cuda}
 
 decode = functools.lru_cache(ExpertsSpec.decode)
 

@@ -149,6 +149,8 @@ class LiveBank:
         """The weights as stacked tensors where every part is a regular slice of one Parameter."""
         if self._steps is None or self._backwards:
             return None
+        if not torch.compiler.is_compiling():
+            self._check(0)  # all experts lie in the same Parameters, so what is watched of one is that of all
         first, count = self._experts[0], self.num_experts
         w_in_step, b_in_step, w_out_step, b_out_step = self._steps
 

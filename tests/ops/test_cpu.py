@@ -52,14 +52,17 @@ def test_every_row_count_and_layout(T, layout, dtype):
     "spec", (ExpertsSpec(rows="separate", out_norm_eps=0.01), ExpertsSpec(weight_on="input")), ids=str
 )
 @pytest.mark.parametrize("few", (0, 10**9))
-def test_both_ways_through_the_experts(few, spec, monkeypatch):
+@pytest.mark.parametrize("fill", (False, True))
+def test_both_ways_through_the_experts(few, spec, fill, monkeypatch):
     monkeypatch.setattr(cpu, "FEW_ROWS", few)
+    monkeypatch.setattr(cpu, "pays_to_fill", lambda *_: fill)
     for dtype in (torch.float32, torch.bfloat16):
         agree(make(spec, T=30, E=3, K=2, dtype=dtype, strange_ids=True, seed=2))
 
 
 @pytest.mark.parametrize("T", (9, 33, 60))
-def test_rows_that_fill_a_tile_do_not_leak(T):
+def test_rows_that_fill_a_tile_do_not_leak(T, monkeypatch):
+    monkeypatch.setattr(cpu, "pays_to_fill", lambda *_: True)
     case = make(ExpertsSpec(), T=T, E=2, K=1, dtype=torch.bfloat16)
     case.ids[:] = (torch.arange(T) >= T // 2 + 3)[:, None]
     clean = experts_cpu(*case.args)

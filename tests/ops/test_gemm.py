@@ -45,30 +45,60 @@ def test_a_cpu_with_bfloat16_kernels_is_seen_as_one():
     assert gemm.onednn_linear_works(torch.bfloat16) or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@pytest.mark.parametrize(
-    ("rows", "dtype", "row_major", "kind"),
-    [
-        (1, torch.float32, True, "linear"),
-        (3, torch.float32, True, "linear"),
-        (4, torch.float32, True, "mm_t"),
-        (48, torch.float32, True, "mm_t"),
-        (49, torch.float32, True, "linear"),
-        (1, torch.float32, False, "linear"),
-        (1, torch.bfloat16, True, "mv"),
-        (300, torch.bfloat16, True, "mm_t"),
-        (1, torch.bfloat16, False, "onednn"),
-        (65, torch.bfloat16, False, "linear"),
-        (9, torch.float16, True, "linear"),
-        (9, torch.float64, True, "linear"),
-    ],
-)
-def test_the_choice(rows, dtype, row_major, kind):
-    assert gemm.choose_gemm(rows, dtype, row_major, elements=7168 * 1024) == kind
+@pytest.fixture
+def asked(monkeypatch):
+    """The questions that were measured; each is answered by the last way that works here."""
+    seen = []
+
+    def last(question, ways, default):
+        found = ways()
+        assert default in found
+        for way in found.values():
+            way()
+        seen.append(question)
+        return list(found)[-1]
+
+    monkeypatch.setattr(gemm, "fastest", last)
+    for cached in (gemm._choose, gemm._filled):
+        cached.cache_clear()
+    yield seen
+    for cached in (gemm._choose, gemm._filled):
+        cached.cache_clear()
 
 
-def test_a_small_float32_weight_is_left_to_linear():
-    assert gemm.choose_gemm(8, torch.float32, True, elements=768 * 512) == "linear"
-    assert gemm.choose_gemm(8, torch.bfloat16, True, elements=768 * 512) == "mm_t"
+def test_rows_dtype_layout_and_size_are_measured_by_powers_of_two(asked):
+    for rows in (3, 4, 1000, 300):
+        gemm.choose_gemm(rows, torch.float32, True, elements=7168 * 1024)
+    gemm.choose_gemm(4, torch.float32, True, elements=768 * 512)
+    gemm.choose_gemm(4, torch.float32, False, elements=7168 * 1024)
+    assert asked == [
+        "product of 4 rows, float32, W in rows, large",
+        "product of 256 rows, float32, W in rows, large",
+        "product of 4 rows, float32, W in rows, small",
+        "product of 4 rows, float32, W in columns, large",
+    ]
+
+
+def test_one_row_has_a_spelling_of_its_own_and_float64_none(asked):
+    if not gemm.onednn_linear_works(torch.bfloat16):
+        assert gemm.choose_gemm(1, torch.bfloat16, True, 1) == "mv"
+    assert gemm.choose_gemm(9, torch.float64, True, elements=1) == "linear"
+    assert "float64" not in "".join(asked)
+
+
+def test_without_measurements_every_product_is_linear_and_no_row_is_added(monkeypatch):
+    monkeypatch.setenv("MOEOPT_MEASURE", "off")
+    for cached in (gemm._choose, gemm._filled):
+        cached.cache_clear()
+    for rows in (1, 2, 16, 300):
+        assert gemm.choose_gemm(rows, torch.bfloat16, True, elements=7168 * 1024) == "linear"
+        assert not gemm.pays_to_fill(rows, torch.bfloat16)
+
+
+def test_filling_is_measured_with_the_chosen_spelling(asked):
+    assert gemm.pays_to_fill(48, torch.bfloat16)
+    assert asked[-1] == "filling up to 32 rows, bfloat16"
+    assert any(question.startswith("product of 32 rows") for question in asked)
 
 
 @pytest.fixture

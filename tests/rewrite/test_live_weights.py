@@ -164,3 +164,12 @@ def test_weights_that_were_offloaded_are_stale():
     root.to("meta")
     with pytest.raises(Stale, match=r"experts.0.0.weight is on the meta device \(offloaded\?\) and has no values"):
         bank.w_in(0)
+
+
+def test_a_stack_is_watched_as_its_experts_are():
+    def changed(e):
+        raise Stale(f"expert {e} was patched")
+
+    root, refs = stacked()
+    with pytest.raises(Stale, match="expert 0 was patched"):
+        LiveBank(root, refs, ("io", "io"), changed).stacked()

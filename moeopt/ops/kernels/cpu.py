@@ -19,7 +19,7 @@ from torch import Tensor
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.bank import Bank
-from moeopt.ops.kernels.gemm import linear, linear_into
+from moeopt.ops.kernels.gemm import linear, linear_into, pays_to_fill
 from moeopt.ops.reference import check, dtypes, out_features, rms_norm
 
 Group = tuple[int, int, int]
@@ -148,16 +148,19 @@ def _multiply(y_RO: Tensor, x_RI: Tensor, begin: int, end: int, w_OI: Tensor, b_
 
 
 def _window(begin: int, end: int, x_RI: Tensor) -> tuple[int, int]:
-    """Rows to multiply so that rows begin..end are among them: 2, 4, 8 or whole sixteens, for the 16-bit dtypes.
+    """Rows to multiply so that rows begin..end are among them: 2, 4, 8 or whole sixteens, where filling up is free.
 
     oneDNN compiles a kernel for each new row count (about 2 ms a GEMM), and AMX works in tiles of 16
-    anyway; neighbouring experts' rows fill the last tile, and their results are dropped.
+    anyway; neighbouring experts' rows fill the last tile, and their results are dropped. On other CPUs those
+    rows cost what rows cost, and only the expert's own are multiplied.
     """
     rows = end - begin
     if x_RI.dtype.itemsize != 2 or rows == 1:
         return begin, end
     whole = 1 << (rows - 1).bit_length() if rows <= 16 else -(-rows // 16) * 16
     whole = min(whole, x_RI.shape[0])
+    if whole == rows or not pays_to_fill(whole, x_RI.dtype):
+        return begin, end
     low = min(begin, x_RI.shape[0] - whole)
     return low, low + whole
 

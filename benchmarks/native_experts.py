@@ -1,0 +1,133 @@
+"""One MoE block on one CPU thread: moeopt's kernels beside transformers' and ONNX Runtime's, in paired turns.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.native_experts --block mixtral-small --dtype bfloat16
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MOEOPT_NATIVE_ISA=avx2 python -m ...     (plays a lesser CPU)
+
+All peers run in one process on the same tensors, one after the other in an order that rotates from turn to turn, the
+caches written over before each call. The clock is the CPU time of the process, which leaves out the turns of a
+machine's other tenants (not what they take of its caches and memory bandwidth). Cells are medians in milliseconds; a
+ratio is the median, over the turns, of the peer's time divided by that of ``moeopt`` in the same turn: above 1, moeopt
+is faster.
+``moeopt`` is the op as a model calls it; ``torch kernel`` is its path without native code; ``difference`` is the
+worst relative distance from ``eager``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.blocks import BLOCKS, RESULTS, TOKENS, peers_of, transformers_experts
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops import StackedBank
+from moeopt.ops.kernels.cpu import experts_cpu
+from moeopt.ops.measured import cpu_model
+
+FLUSH = 64 << 20
+"""Bytes written before each call: twice the last-level cache of the machines that this ran on."""
+
+
+def peers(module: torch.nn.Module, K: int, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
+    found = peers_of(module, compiled=False)
+    bank = StackedBank([module.gate_up_proj.detach()], module.down_proj.detach())
+    found["torch kernel"] = lambda x, ids, weights: experts_cpu(x, ids, weights, bank, ExpertsSpec())
+    if dtype == torch.float32:
+        try:
+            from benchmarks.block_peers import _lowering
+
+            found["ORT unrolled"] = _lowering("unrolled", module, K)
+        except ImportError as err:
+            print(f"ORT unrolled: left out, {err}", flush=True)
+    return found
+
+
+def measure(block: str, dtype: torch.dtype, tokens: list[int], turns: int, only: list[str] | None) -> dict[str, dict]:
+    E, K, H, I = BLOCKS[block]
+    calls = peers(transformers_experts(E, K, H, I, dtype), K, dtype)
+    calls = {n: c for n, c in calls.items() if only is None or n in only or n == "moeopt"}
+    flush, rng = torch.ones(FLUSH, dtype=torch.uint8), torch.Generator().manual_seed(0)
+    rows: dict[str, dict] = {}
+    for T in tokens:
+        # batched_mm copies the weights of every row
+        times: dict[str, list[float]] = {n: [] for n in calls if n != "batched_mm" or T * K <= 32}
+        worst = 0.0
+        for turn in range(turns + 1):
+            x = torch.randn(T, H, generator=rng).to(dtype)
+            weights, ids = torch.rand(T, E, generator=rng).topk(K)
+            weights, outputs, names = weights.to(dtype), {}, list(times)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                flush.add_(1)
+                start = time.process_time()
+                outputs[name] = calls[name](x, ids, weights)
+                took = time.process_time() - start
+                if turn:  # the first turn warms up
+                    times[name].append(took)
+            if "eager" in outputs:
+                want = outputs["eager"].double()
+                worst = max(worst, ((outputs["moeopt"].double() - want).norm() / want.norm()).item())
+        mine = times["moeopt"]
+        rows[str(T)] = {
+            "ms": {n: round(1e3 * statistics.median(t), 3) for n, t in times.items()},
+            "ratio": {
+                n: round(statistics.median(a / b for a, b in zip(t, mine, strict=True)), 3)
+                for n, t in times.items()
+                if n != "moeopt"
+            },
+            "difference": worst,
+        }
+        cells = "  ".join(f"{n} {rows[str(T)]['ms'][n]:.2f} ({r:.2f})" for n, r in rows[str(T)]["ratio"].items())
+        print(f"  T={T:<4d} moeopt {rows[str(T)]['ms']['moeopt']:.2f}  {cells}  difference {worst:.1e}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--block", choices=BLOCKS, default="mixtral-small")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--only", nargs="+", help="these peers, beside moeopt")
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    import transformers
+
+    E, K, H, I = BLOCKS[args.block]
+    limits = (
+        "ATEN_CPU_CAPABILITY",
+        "ONEDNN_MAX_CPU_ISA",
+        "MKL_ENABLE_INSTRUCTIONS",
+        "MOEOPT_NATIVE",
+        "MOEOPT_NATIVE_ISA",
+    )
+    about = {
+        "command": " ".join(["python -m benchmarks.native_experts", *sys.argv[1:]]),
+        "environment": {name: os.environ[name] for name in limits if name in os.environ},
+        "cpu": cpu_model(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "clock": "CPU time of the process, one thread",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
+                     "python": platform.python_version()},
+        "block": {"name": args.block, "E": E, "K": K, "H": H, "I": I, "dtype": args.dtype},
+        "turns": args.turns,
+    }  # fmt: skip
+    print(
+        f"{args.block} (E={E} K={K} H={H} I={I}) {args.dtype}, {about['capability']} {about['environment']}", flush=True
+    )
+    rows = measure(args.block, getattr(torch, args.dtype), args.tokens, args.turns, args.only)
+    if args.save:
+        (RESULTS / f"{args.save}.json").write_text(json.dumps({**about, "tokens": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

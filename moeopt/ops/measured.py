@@ -1,0 +1,156 @@
+"""Which of several equal ways is the fastest on this machine: measured once, in milliseconds, and remembered.
+
+No table of one machine decides on another. A question ("which spelling of a product with 16 rows?") is measured
+where it is first asked, the ways in turns, and its answer kept in memory and in the user's cache directory, in one
+file for each machine: its CPU model, torch's version and instruction set, and the number of threads. An answer that
+was stored is not measured again, so a process computes as the one before it did. ``MOEOPT_MEASURE=off`` measures
+and reads nothing: each question then has its safe default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from moeopt.options import cache_directory, cpu_limits, measuring
+
+Way = Callable[[], object]
+
+ADVANTAGE = 1.12
+"""By how much a way must be faster than the default to be taken: a tie or a disturbed clock changes nothing."""
+
+TURNS = 5
+SCHEMA = 1
+
+_answers: dict[tuple[str, str], str] = {}
+_lock = threading.RLock()  # a way may itself ask which spelling it shall take
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # another thread of the parent may have held the lock
+
+
+def fastest(question: str, ways: Callable[[], Mapping[str, Way]], default: str, advantage: float = ADVANTAGE) -> str:
+    """The name of the fastest of ``ways`` on this machine.
+
+    Args:
+        question: names what is asked, everything that may change the answer included, but for the machine.
+        ways: makes the ways by name, ``default`` among them; called only if the answer is not known yet.
+        default: the answer without a measurement, and if no other way is ``advantage`` times as fast.
+    """
+    if not measuring():
+        return default
+    key = (machine(), question)
+    found = _answers.get(key)
+    if found is None:
+        with _lock:
+            found = _answers.get(key) or _stored(key[0]).get(question)
+            if found is None:
+                with torch.device("cpu"):  # the caller may have another default
+                    found = _measure(ways(), default, advantage)
+                _store(key[0], question, found)
+            _answers[key] = found
+    return found
+
+
+def forget() -> None:
+    """Ask the stored answers anew; for tests."""
+    _answers.clear()
+
+
+def machine() -> str:
+    """What the answers depend on, as one line."""
+    return f"{_cpu()}; {torch.get_num_threads()} threads; schema {SCHEMA}"
+
+
+@functools.cache
+def _cpu() -> str:
+    limits = ", ".join(f"{name}={value}" for name, value in cpu_limits().items())
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{cpu_model()}; torch {torch.__version__} {capability}" + (f" ({limits})" if limits else "")
+
+
+@functools.cache
+def cpu_model() -> str:
+    """The CPU's name, with its family, model and stepping where the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
+    except OSError:
+        return f"{platform.processor() or 'unknown CPU'} {platform.machine()}"
+    facts = dict(re.findall(r"^(model name|cpu family|model|stepping|CPU part)\s*: (.+)$", text, re.M))
+    numbers = [facts[name] for name in ("cpu family", "model", "stepping", "CPU part") if name in facts]
+    return f"{facts.get('model name', platform.machine())} ({' '.join(numbers)})"
+
+
+def _measure(ways: Mapping[str, Way], default: str, advantage: float) -> str:
+    """The way with the shortest median turn; a way that raises is none."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    took: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for turn in range(TURNS + 1):
+            for name, way in ways.items():
+                if turn and name not in took:
+                    continue
+                start = clock()
+                try:
+                    way()
+                except RuntimeError:  # a dtype or a layout that this CPU's library has no kernel for
+                    took.pop(name, None)
+                    continue
+                # the first turn warms up; its time is no candidate
+                took[name] = [] if turn == 0 else [*took[name], clock() - start]
+    middle = {name: statistics.median(times) for name, times in took.items()}
+    quickest = min(middle, key=middle.__getitem__, default=default)
+    return quickest if default not in middle or middle[quickest] * advantage < middle[default] else default
+
+
+def _file(about: str) -> Path | None:
+    folder = cache_directory()
+    return None if folder is None else folder / "measured" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+
+
+def _stored(about: str) -> dict[str, str]:
+    """The answers on disk for this machine; none where the file is missing, damaged or another machine's."""
+    path = _file(about)
+    try:
+        data = json.loads(path.read_text()) if path is not None else {}
+        answers = data["answers"] if data.get("machine") == about else {}
+        return {k: v for k, v in answers.items() if isinstance(v, str)}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def _store(about: str, question: str, answer: str) -> None:
+    """Add one answer to the file, whole or not at all; a folder that cannot be written to stays without."""
+    path = _file(about)
+    if path is None:
+        return
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = {"machine": about, "answers": {**_stored(about), question: answer}}
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(data, file, indent=1, sort_keys=True)
+            os.replace(name, path)
+        except OSError:
+            os.unlink(name)
+            raise

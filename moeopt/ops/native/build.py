@@ -1,0 +1,215 @@
+"""Compile the kernel: one object for each instruction set, one library, kept in the user's cache directory.
+
+The library needs no header and no library of torch, so one serves every torch and every Python. Its name has the hash
+of the sources, of the compiler and of the flags: what was built from others is never taken for it. It is written aside
+and moved into place, so two processes that build at once do each other no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from moeopt.errors import MoeoptError
+from moeopt.options import cache_directory, compiler_wanted
+
+SOURCES = Path(__file__).parent / "src"
+
+ISAS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_bf16": 8}
+"""Instruction sets by name, weakest first, with their bit in the C interface."""
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+          "-ffp-contract=fast", "-w")  # fmt: skip
+"""-w: GCC's own headers of vector intrinsics warn by the thousand; the tests compile with warnings on what is ours."""
+
+_ROOT = 0
+
+SECONDS = 300
+"""After which a compiler is stopped."""
+
+
+class BuildError(MoeoptError):
+    """The kernel could not be built; the message says why and what to do."""
+
+
+class CompileError(BuildError):
+    """The compiler refused: it may be too old for an instruction set."""
+
+
+def x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
+
+
+def isas_here() -> list[str]:
+    """The instruction sets that this CPU runs, weakest first."""
+    if not x86():
+        return ["generic"]
+    found = ["generic"]
+    for isa in ("avx2", "avx512", "avx512_bf16"):  # each has what those before it have
+        if not getattr(torch.cpu, f"_is_{isa}_supported", lambda: False)():
+            break
+        found.append(isa)
+    return found
+
+
+def all_isas() -> tuple[str, ...]:
+    """Every instruction set that a library for this kind of machine may carry."""
+    return tuple(ISAS) if x86() else ("generic",)
+
+
+@functools.cache
+def find_compiler() -> str | None:
+    """The C++ compiler: ``MOEOPT_CXX`` or ``CXX``, else g++, clang++ or c++ of the path; None where there is none."""
+    wanted = compiler_wanted()
+    return next(
+        (found for name in ([wanted] if wanted else ["g++", "clang++", "c++"]) if (found := shutil.which(name))), None
+    )
+
+
+def how_to_get_one() -> str:
+    wanted = compiler_wanted()
+    if wanted:
+        return f"MOEOPT_CXX or CXX names {wanted!r}, which is not on the path: correct or unset it"
+    install = {"Linux": "apt install g++, dnf install gcc-c++ or apk add g++", "Darwin": "xcode-select --install"}
+    return f"no C++ compiler was found; install one ({install.get(platform.system(), 'g++ or clang++')})"
+
+
+@functools.cache
+def _identity(compiler: str) -> str:
+    """The hash of all that the library depends on, but for its instruction sets."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=SECONDS).stdout
+    digest = hashlib.sha256(version + " ".join(_FLAGS).encode() + platform.machine().encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def library_name(compiler: str, isas: Sequence[str]) -> str:
+    return f"moeopt-experts-{_identity(compiler)}-{'-'.join(isas)}.so"
+
+
+def built_library(isa: str) -> Path:
+    """A library that carries ``isa``: one that is there already, else built now.
+
+    Raises:
+        BuildError: there is no compiler, or it refuses; nowhere to keep the library.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError(how_to_get_one())
+    folder = _folder()
+    every = all_isas()
+    for isas in [*(every[:count] for count in range(len(every), 0, -1)), (isa,)]:  # what build_all may have left
+        path = folder / library_name(compiler, isas)
+        if isa in isas and path.is_file():
+            _own(path)
+            return path
+    return build((isa,), folder)
+
+
+def build_all() -> tuple[Path, tuple[str, ...]]:
+    """A library with every instruction set that the compiler knows, in the cache; and which these are."""
+    isas = all_isas()
+    while True:
+        try:
+            return build(isas), isas
+        except CompileError:
+            if len(isas) == 1:
+                raise
+            isas = isas[:-1]
+
+
+def build(isas: Sequence[str], folder: Path | None = None) -> Path:
+    """Compile a library with ``isas`` into ``folder`` (None: the cache) and return its path; ``BuildError`` if not."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError(how_to_get_one())
+    folder = _folder() if folder is None else folder
+    path = folder / library_name(compiler, isas)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _alone(folder), tempfile.TemporaryDirectory(dir=folder, prefix="building-") as aside:
+            if not path.is_file():
+                os.replace(_compile(compiler, isas, Path(aside)), path)
+    except OSError as err:
+        raise BuildError(f"{folder} cannot be written to ({err}); name another folder with MOEOPT_CACHE") from err
+    return path
+
+
+def _compile(compiler: str, isas: Sequence[str], aside: Path) -> Path:
+    defines = [f"-DMOEOPT_HAVE_{isa.upper()}" for isa in isas] + (["-DMOEOPT_X86"] if x86() else [])
+    units = [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS=kernels_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"], "isa.cpp",
+              f"{isa}.o") for isa in isas]  # fmt: skip
+    units += [(defines, name, f"{name}.o") for name in ("experts.cpp", "pool.cpp")]
+    running = [
+        ([compiler, *_FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(aside / out)])
+        for flags, source, out in units
+    ]
+    started = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for words in running]
+    try:
+        for words, one in zip(running, started, strict=True):
+            _finished(words, one)
+        out = aside / "library.so"
+        words = [compiler, *_FLAGS, "-shared", *(str(aside / name) for _, _, name in units), "-o", str(out), "-pthread"]
+        _finished(words, subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        return out
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+            if one.stdout is not None:
+                one.stdout.close()
+
+
+def _finished(words: Sequence[str], process: subprocess.Popen[bytes]) -> None:
+    try:
+        said, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise BuildError(f"{words[0]} took longer than {SECONDS} s; set MOEOPT_NATIVE=off to do without") from None
+    if process.returncode:
+        first = said.decode(errors="replace").strip().splitlines()
+        raise CompileError(
+            f"{words[0]} could not compile the kernel ({next((s for s in first if 'error' in s), 'no message')}); "
+            "name another compiler with MOEOPT_CXX, or set MOEOPT_NATIVE=off"
+        )
+
+
+def _folder() -> Path:
+    folder = cache_directory()
+    if folder is None:
+        raise BuildError("this user has no home directory to keep the kernel in; name a folder with MOEOPT_CACHE")
+    return folder / "native"
+
+
+def _own(path: Path) -> None:
+    """Code is loaded only from files that this user, or root, has written."""
+    if hasattr(os, "geteuid") and path.stat().st_uid not in (os.geteuid(), _ROOT):
+        raise BuildError(f"{path} belongs to another user and is not loaded; remove it, or set MOEOPT_CACHE")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One build at a time in ``folder``, where the system has file locks: the second finds what the first built."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

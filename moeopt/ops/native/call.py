@@ -1,0 +1,186 @@
+"""One call of the kernel: tensors become the pointers, sizes and strides of its C interface, where they lie.
+
+Shape legend: T tokens, E experts, K chosen per token, H hidden, I intermediate, D out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
+from moeopt.ops.bank import Bank
+from moeopt.ops.reference import dtypes
+
+ABI = 1
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INTEGERS = {torch.int32: 3, torch.int64: 4}
+_ROWS = ("gate|up", "up|gate", "interleaved", "interleaved_up", "separate", "plain")
+_LIMITS = ("gate_min", "gate_max", "up_min", "up_max", "act_min", "act_max")
+_ABSENT = (0, 0, 0)
+_NO_MATRIX = (0, 0, 0, 0, 0, 0)
+
+Run = Callable[[ctypes.Array], int]
+
+
+class Unfit(Exception):
+    """This call is not for the kernel; the message says what stands in the way."""
+
+
+class _Spec(ctypes.Structure):
+    _fields_ = [
+        ("whole", ctypes.c_int64 * 11),
+        ("alpha", ctypes.c_double), ("limits", ctypes.c_double * 6),
+        ("up_offset", ctypes.c_double), ("norm_eps", ctypes.c_double),
+    ]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def encode_spec(spec: ExpertsSpec, x: torch.dtype, weights: torch.dtype) -> _Spec:
+    """``moeopt_spec`` for inputs of these dtypes; :class:`Unfit` where one is not of 16 or 32 bits."""
+    compute = getattr(torch, spec.compute_dtype) if spec.compute_dtype else x
+    out = getattr(torch, spec.out_dtype) if spec.out_dtype else x
+    act = getattr(torch, spec.act_dtype) if spec.act_dtype else compute
+    accum = getattr(torch, spec.accum_dtype) if spec.accum_dtype else out
+    for name, dtype in (("x", x), ("routing weights", weights), ("compute", compute), ("activation", act),
+                        ("accumulator", accum), ("output", out)):  # fmt: skip
+        if dtype not in FLOATS:
+            raise Unfit(f"the {name} dtype is {str(dtype).removeprefix('torch.')}; the kernel has 16 and 32 bits")
+    limits = [getattr(spec, name) for name in _LIMITS]
+    bits = sum(1 << i for i, limit in enumerate(limits) if limit is not None)
+    # torch converts a limit to the dtype that it clamps in
+    as_act = functools.partial(torch.tensor, dtype=act, device="cpu")
+    rounded = [0.0 if limit is None else as_act(limit).item() for limit in limits]
+    whole = (
+        _ROWS.index(spec.rows), ACTIVATIONS.index(spec.activation), bits, spec.weight_on == "input",
+        spec.out_of_range == "identity", spec.combine == "expert", spec.out_norm_eps is not None,
+        FLOATS[compute], FLOATS[act], FLOATS[accum], FLOATS[torch.promote_types(compute, weights)],
+    )  # fmt: skip
+    return _Spec((ctypes.c_int64 * 11)(*map(int, whole)), spec.alpha or 0.0, (ctypes.c_double * 6)(*rounded),
+                 spec.up_offset, spec.out_norm_eps or 0.0)  # fmt: skip
+
+
+def transformed() -> bool:
+    """Whether a functional transform or forward-mode differentiation is at work, which must see torch's own ops."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def call(run: Run, x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec, isa: int) -> Tensor:
+    """``experts_reference``, by the kernel ``run``; arguments are checked already (``ops.reference.check``).
+
+    Raises:
+        Unfit: what the kernel does not take; nothing was computed.
+    """
+    if transformed():
+        raise Unfit("a functional transform (torch.func) or forward-mode differentiation is at work")
+    encoded = encode_spec(spec, x.dtype, weights.dtype)
+    if ids.dtype not in INTEGERS:
+        ids = ids.to(torch.int64)
+    for t in (x, ids, weights):
+        _plain(t)
+    (T, K), E, H = ids.shape, bank.num_experts, x.shape[1]
+    held: list[Tensor] = []
+    entries, index, steps, D = _experts(bank, ids, spec, held)
+    y = x.new_empty(T, D, dtype=dtypes(x, spec)[2])
+    table = array("q", entries)
+    words = (
+        ABI, ctypes.addressof(encoded), T, K, E, H, D,
+        x.data_ptr(), FLOATS[x.dtype], *x.stride(),
+        ids.data_ptr(), INTEGERS[ids.dtype], *ids.stride(),
+        weights.data_ptr(), FLOATS[weights.dtype], *weights.stride(),
+        y.data_ptr(), FLOATS[y.dtype],
+        table.buffer_info()[0], index.buffer_info()[0] if index else 0, *steps,
+        torch.get_num_threads(), isa,
+    )  # fmt: skip
+    status = run((ctypes.c_int64 * len(words))(*words))
+    if status == 2:
+        raise MemoryError(f"experts: no memory for {T * K} rows of {H} and {D} numbers")
+    if status:
+        raise Unfit("the weights' shapes do not fit one another")
+    return y
+
+
+def _experts(
+    bank: Bank, ids: Tensor, spec: ExpertsSpec, held: list[Tensor]
+) -> tuple[list[int], array[int] | None, tuple[int, ...], int]:
+    """The entries of ``moeopt_expert``, which expert has which, the steps between stacked ones, and D."""
+    stacked = bank.stacked()
+    if stacked is not None:
+        whole = [*stacked.w_in_s, stacked.w_out_s, *stacked.b_in_s, stacked.b_out_s, stacked.norm_s]
+        entry, D = _entry([t if t is None else t[0] for t in whole], spec, held)
+        steps = [0 if t is None else t.stride(0) * t.itemsize for t in whole]
+        if len(stacked.w_in_s) == 1:
+            steps.insert(1, 0)  # no second w_in
+            steps.insert(4, 0)  # nor b_in
+        return entry, None, tuple(steps), D
+    E = bank.num_experts
+    index, entries, D = array("q", [-1]) * E, list[int](), 0
+    hit = sorted(set(ids.flatten().tolist())) if ids.numel() <= 4096 else ids.unique().tolist()
+    for e in hit:
+        if not 0 <= e < E:
+            continue
+        parts = [*bank.w_in(e), bank.w_out(e), *bank.b_in(e), bank.b_out(e), bank.norm(e)]
+        entry, width = _entry(parts, spec, held)
+        if D and width != D:
+            raise Unfit("the experts' outputs differ in width")
+        index[e], D = len(entries) // len(entry), width
+        entries += entry
+    if not D:
+        raise Unfit("no expert is named")
+    return entries, index, (0,) * 7, D
+
+
+def _entry(parts: list[Tensor | None], spec: ExpertsSpec, held: list[Tensor]) -> tuple[list[int], int]:
+    """One ``moeopt_expert`` as its words, and its D; ``parts``: w_in, w_out, b_in, b_out, norm; one or two ins."""
+    pair = len(parts) == 7
+    if pair != (spec.rows == "separate"):
+        raise Unfit("the number of first matrices is not that of the spec")
+    w_in, w_out = parts[: 1 + pair], parts[1 + pair]
+    b_in, (b_out, norm) = parts[2 + pair : 3 + 2 * pair], parts[-2:]
+    words, widths = list[int](), list[int]()
+    for w, layout in (*((w, spec.w_in_layout) for w in w_in), (w_out, spec.w_out_layout)):
+        matrix = _matrix(w, layout)
+        widths.append(matrix[2])
+        words += matrix
+        if not pair and w is w_in[0]:
+            words += _NO_MATRIX
+    for b, width in (*zip(b_in, widths, strict=False), (b_out, widths[-1]), (norm, widths[-1])):
+        words += _vector(b, width)
+        if not pair and b is b_in[0] and len(words) == 21:
+            words += _ABSENT
+    held += [t for t in parts if t is not None]
+    return words, widths[-1]
+
+
+def _matrix(w: Tensor | None, layout: str) -> tuple[int, ...]:
+    assert w is not None
+    _plain(w)
+    if w.dim() != 2 or w.dtype not in FLOATS:
+        raise Unfit(f"a weight is {str(w.dtype).removeprefix('torch.')} of shape {tuple(w.shape)}")
+    (out, into), (so, si) = w.shape, w.stride()
+    if layout == "io":
+        out, into, so, si = into, out, si, so
+    return w.data_ptr(), FLOATS[w.dtype], out, into, so, si
+
+
+def _vector(b: Tensor | None, width: int) -> tuple[int, ...]:
+    if b is None:
+        return _ABSENT
+    _plain(b)
+    if tuple(b.shape) != (width,) or b.dtype not in FLOATS:
+        raise Unfit(f"a bias or norm is {str(b.dtype).removeprefix('torch.')} of shape {tuple(b.shape)}")
+    return b.data_ptr(), FLOATS[b.dtype], b.stride(0)
+
+
+def _plain(t: Tensor) -> None:
+    """A tensor whose numbers lie at its address, as its strides say."""
+    if type(t) not in (Tensor, torch.nn.Parameter):
+        raise Unfit(f"a tensor is a {type(t).__name__}")
+    if t.device.type != "cpu" or t.layout is not torch.strided or t.is_neg() or (t.numel() and not t.data_ptr()):
+        raise Unfit(f"a tensor on {t.device} has no plain memory")

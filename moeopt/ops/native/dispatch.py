@@ -1,0 +1,79 @@
+"""What runs ``experts`` on a CPU: the kernel in C++ where there is one and it is the faster, else torch's products."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import torch
+from torch import Tensor
+
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.bank import Bank, StackedBank
+from moeopt.ops.kernels.cpu import experts_cpu
+from moeopt.ops.kernels.gemm import LARGE, power_of_two
+from moeopt.ops.measured import Way, fastest
+from moeopt.ops.native.call import Unfit, call, transformed
+from moeopt.ops.native.library import Library, library
+from moeopt.ops.reference import check, experts_reference
+
+WORK = 1 << 24
+"""Multiply-adds of one product of one measured call: a few milliseconds."""
+
+
+def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+    """``experts_reference``, by the fastest kernel for this call; differentiable by ``torch.func`` only."""
+    check(x_TH, ids_TK, weights_TK, bank, spec)
+    if transformed():
+        return experts_reference(x_TH, ids_TK, weights_TK, bank, spec)  # torch's fast kernels write in place
+    if ids_TK.numel() and (native := library()) is not None:
+        try:
+            if _is_faster(native, x_TH, ids_TK, bank, spec):
+                return call(native.run, x_TH, ids_TK, weights_TK, bank, spec, native.bit)
+        except Unfit:
+            pass  # what the kernel does not take, torch's products do
+    return experts_cpu(x_TH, ids_TK, weights_TK, bank, spec)
+
+
+def _is_faster(native: Library, x: Tensor, ids: Tensor, bank: Bank, spec: ExpertsSpec) -> bool:
+    w, N, E = bank.w_out(0), ids.numel(), bank.num_experts
+    hit = E * (1 - (1 - 1 / E) ** N)  # as many as chance hits
+    rows = power_of_two(max(1, round(N / hit)))
+    return _native(native, rows, spec, x.dtype, w.dtype, w.numel() >= LARGE // 4, torch.get_num_threads())
+
+
+@functools.cache
+def _native(
+    native: Library, rows: int, spec: ExpertsSpec, x: torch.dtype, w: torch.dtype, large: bool, threads: int
+) -> bool:
+    del threads  # a part of the machine that the answer is for
+    compute = spec.compute_dtype or str(x).removeprefix("torch.")
+    question = (
+        f"experts of {rows} rows, {compute}, W {str(w).removeprefix('torch.')} {spec.w_in_layout} {spec.w_out_layout}, "
+        f"{'gated' if spec.gated else 'plain'}, {'large' if large else 'small'}, {native.isa}"
+    )
+    return fastest(question, lambda: _ways(native, rows, spec, x, w, large), "native", advantage=1.03) == "native"
+
+
+def _ways(native: Library, rows: int, spec: ExpertsSpec, x: torch.dtype, w: torch.dtype, large: bool) -> dict[str, Way]:
+    """Two experts that every token goes to, of the spec's function and of weights of that size class.
+
+    For few rows the reading of the weights is what counts, so each call takes two others of them, from memory.
+    """
+    few = large and rows <= 4
+    H = 2048 if few else 1024 if large else 256
+    I = 1536 if few else max(64, min(H, WORK // (rows * H)))
+    E = 4 if few else 2
+
+    def matrix(out: int, into: int, layout: str) -> Tensor:
+        return torch.full((E, out, into) if layout == "oi" else (E, into, out), 0.01, dtype=w)
+
+    widths = {"plain": [I], "separate": [I, I]}.get(spec.rows, [2 * I])
+    bank = StackedBank([matrix(n, H, spec.w_in_layout) for n in widths], matrix(H, I, spec.w_out_layout))
+    x_TH, weights_TK = torch.full((rows, H), 0.5, dtype=x), torch.full((rows, 2), 0.5, dtype=x)
+    turns = [torch.tensor([[e, e + 1]]).repeat(rows, 1) for e in range(0, E, 2)]
+    by_native, by_torch = itertools.cycle(turns), itertools.cycle(turns)
+    return {
+        "native": lambda: call(native.run, x_TH, next(by_native), weights_TK, bank, spec, native.bit),
+        "torch": lambda: experts_cpu(x_TH, next(by_torch), weights_TK, bank, spec),
+    }

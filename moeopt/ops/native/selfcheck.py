@@ -1,0 +1,81 @@
+"""Small random blocks over the fields of the spec, run by the kernel and by the reference: at each first load.
+
+The budget is that of the test suite: the two differ in how sums are ordered, one rounding of a stage in its dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec, Layout, Rows
+from moeopt.ops.bank import Bank, ListBank, StackedBank
+from moeopt.ops.native.call import Run, Unfit, call
+from moeopt.ops.reference import experts_reference
+
+E, K, H, I = 3, 2, 40, 24
+ALPHA = {"swish": 1.702, "softcap": 2.0, "leaky_relu": 0.1, "elu": 1.5}
+_ROWS: tuple[Rows, ...] = ("gate|up", "up|gate", "interleaved", "interleaved_up", "separate", "plain")
+
+
+def specs() -> list[ExpertsSpec]:
+    """Each value of each field in some spec."""
+    layouts: list[tuple[Layout, Layout]] = [("oi", "io"), ("io", "oi"), ("oi", "oi")]
+    found = [
+        ExpertsSpec(rows=rows, w_in_layout=first, w_out_layout=second)
+        for rows, (first, second) in zip(_ROWS, itertools.cycle(layouts))
+    ]
+    found += [ExpertsSpec(activation=name, alpha=ALPHA.get(name)) for name in ACTIVATIONS]
+    return [
+        *found,
+        ExpertsSpec(rows="interleaved", w_in_layout="io", gate_max=0.5, up_min=-0.4, up_max=0.4, up_offset=1.0),
+        ExpertsSpec(gate_min=-0.3, act_min=-0.1, act_max=0.3, out_of_range="identity", combine="expert"),
+        ExpertsSpec(out_norm_eps=1e-2, weight_on="input"),
+        ExpertsSpec(compute_dtype="float32", act_dtype="bfloat16", accum_dtype="float32", out_dtype="float16"),
+        ExpertsSpec(compute_dtype="bfloat16", act_dtype="float32", accum_dtype="float16"),
+        ExpertsSpec(compute_dtype="float16", out_norm_eps=1e-2),
+    ]
+
+
+def first_difference(run: Run, isa: int) -> str:
+    """What the kernel computes otherwise than the reference, in words; "" where it computes the same."""
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for number, spec in enumerate(specs()):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                bank, D = _bank(spec, dtype, rng, stacked=number % 2 == 0)
+                T = 1 + number % 11
+                x = torch.randn(T, H, generator=rng).to(dtype)
+                ids = torch.randint(-1, E + 1, (T, K), generator=rng)
+                ids[0] = 0
+                weights = torch.rand(T, K, generator=rng).to(dtype)
+                want = experts_reference(x, ids, weights, bank, spec)
+                try:
+                    got = call(run, x, ids, weights, bank, spec, isa)
+                except Unfit as err:
+                    return f"{spec}, {dtype}: {err}"
+                names = [spec.compute_dtype, spec.act_dtype, spec.accum_dtype, spec.out_dtype]
+                eps = max(torch.finfo(d).eps for d in [dtype, *(getattr(torch, n) for n in names if n)])
+                far = (got.double() - want.double()).abs().max().item()
+                if got.dtype != want.dtype or not far <= 16 * eps * (want.double().abs().max().item() + 1):
+                    return f"{spec}, {str(dtype).removeprefix('torch.')}: {far:.1e} apart"
+    return ""
+
+
+def _bank(spec: ExpertsSpec, dtype: torch.dtype, rng: torch.Generator, stacked: bool) -> tuple[Bank, int]:
+    def matrix(out: int, into: int, layout: str) -> torch.Tensor:
+        w = (torch.randn(E, out, into, generator=rng) / into**0.5).to(dtype)
+        return w if layout == "oi" else w.transpose(1, 2).contiguous()
+
+    widths = {"plain": [I], "separate": [I, I]}.get(spec.rows, [2 * I])
+    w_in, w_out = [matrix(n, H, spec.w_in_layout) for n in widths], matrix(H, I, spec.w_out_layout)
+    b_in, b_out = (
+        [torch.randn(E, n, generator=rng).to(dtype) for n in widths],
+        torch.randn(E, H, generator=rng).to(dtype),
+    )
+    norm = (1 + torch.randn(E, H, generator=rng) / 4).to(dtype) if spec.out_norm_eps is not None else None
+    if stacked:
+        return StackedBank(w_in, w_out, b_in, b_out, norm), H
+    each = [list(w) for w in w_in], list(w_out), [list(b) for b in b_in], list(b_out)
+    return ListBank(*each, None if norm is None else list(norm)), H

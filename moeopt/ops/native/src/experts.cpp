@@ -1,0 +1,284 @@
+// One call: rows are sorted by expert, cut into segments, and done in stages by one queue of tasks each.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "isa.h"
+#include "pool.h"
+
+namespace {
+
+constexpr int64_t MOST_ROWS = 256;                 // of a segment
+constexpr int64_t MOST_HIDDEN = 16 << 20;          // elements of hidden rows that are alive at once
+constexpr int64_t FEW_PRODUCTS = 1 << 18;          // multiply-adds below which a thread is not worth waking
+constexpr int64_t GATHERED = 16, COMBINED = 4;     // rows, tokens of one task
+
+struct Free { void operator()(void *p) const { free(p); } };
+template <class T> using Buffer = std::unique_ptr<T, Free>;
+
+void *allocate(int64_t bytes) {
+  void *p = aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 4095) / 4096 * 4096);
+  if (!p) throw std::bad_alloc();
+  return p;
+}
+
+struct Wrong {};  // a size, dtype or index that has no meaning
+
+int64_t padded(int64_t n, int64_t size) {  // rows that do not fall on the same cache sets
+  n = (n + 63) / 64 * 64;
+  return n * size % 1024 ? n : n + 64 / size;
+}
+
+bool is_float(int64_t d) { return d == MOEOPT_F32 || d == MOEOPT_BF16 || d == MOEOPT_F16; }
+
+int64_t read_id(const moeopt_call &c, int64_t t, int64_t k) {
+  const int64_t at = t * c.ids_stride[0] + k * c.ids_stride[1];
+  return c.ids_dtype == MOEOPT_I32 ? ((const int32_t *)c.ids)[at] : ((const int64_t *)c.ids)[at];
+}
+
+moeopt_expert entry(const moeopt_call &c, int64_t e) {
+  if (c.index) {
+    if (c.index[e] < 0) throw Wrong();
+    return c.experts[c.index[e]];
+  }
+  moeopt_expert x = c.experts[0];
+  const void **at[7] = {&x.w_in[0].data, &x.w_in[1].data, &x.w_out.data, &x.b_in[0].data,
+                        &x.b_in[1].data, &x.b_out.data,   &x.norm.data};
+  for (int i = 0; i < 7; i++)
+    if (*at[i]) *at[i] = (const char *)*at[i] + e * c.expert_step[i];
+  return x;
+}
+
+void check(const moeopt_expert &x, const moeopt_call &c) {
+  const moeopt_spec &s = *c.spec;
+  const bool separate = s.rows == SEPARATE;
+  if (x.w_in[0].in != c.H || x.w_out.out != c.D) throw Wrong();
+  if (x.w_in[0].out != x.w_out.in * (separate || s.rows == PLAIN ? 1 : 2)) throw Wrong();
+  if (separate && (x.w_in[1].in != c.H || x.w_in[1].out != x.w_out.in || !is_float(x.w_in[1].dtype))) throw Wrong();
+  if (!is_float(x.w_in[0].dtype) || !is_float(x.w_out.dtype)) throw Wrong();
+}
+
+struct Plan {
+  const moeopt_call &c;
+  const Kernels &k;
+  Job job{};
+  std::vector<int64_t> token, slot, segment_of, row_of, order;
+  std::vector<Segment> segments;
+  std::vector<moeopt_expert> experts;
+  std::vector<int64_t> batches;  // first segment of each batch, and the number of segments
+  Buffer<void> r, h;
+  Buffer<float> o;
+  int64_t products = 0;
+
+  Plan(const moeopt_call &call, const Kernels &kernels) : c(call), k(kernels) {
+    sort_rows();
+    cut();
+    for (int64_t t = 0; t < c.T * c.K; t++) order[t] = t % c.K;
+    if (c.spec->by_expert)
+      for (int64_t t = 0; t < c.T; t++)
+        std::stable_sort(&order[t * c.K], &order[t * c.K] + c.K,
+                         [&](int64_t a, int64_t b) { return read_id(c, t, a) < read_id(c, t, b); });
+    const int64_t rows = (int64_t)token.size();
+    const bool halves = k.dot_bf16 && c.spec->compute == MOEOPT_BF16;
+    job.short_x = job.short_h = halves;
+    for (const moeopt_expert &x : experts) {
+      auto paired = [](const moeopt_matrix &m) { return m.dtype == MOEOPT_BF16 && (m.stride_in == 1 || m.stride_out == 1); };
+      job.short_x = job.short_x && paired(x.w_in[0]) && (c.spec->rows != SEPARATE || paired(x.w_in[1]));
+      job.short_h = job.short_h && paired(x.w_out);
+    }
+    job.call = &c;
+    job.rows = rows;
+    job.ldx = padded(c.H, job.short_x ? 2 : 4);
+    job.ldo = padded(c.D, 4);
+    place_hidden();
+    r.reset(allocate(rows * job.ldx * (job.short_x ? 2 : 4)));
+    o.reset((float *)allocate(rows * job.ldo * 4));
+    job.token = token.data(), job.slot = slot.data(), job.segment_of = segment_of.data();
+    job.row_of = row_of.data(), job.order = order.data(), job.segments = segments.data();
+    job.r = r.get(), job.h = h.get(), job.o = o.get();
+  }
+
+  void sort_rows() {
+    const int64_t N = c.T * c.K;
+    std::vector<int64_t> begin(c.E + 1);
+    row_of.assign(N, -1), order.resize(N);
+    for (int64_t t = 0; t < c.T; t++)
+      for (int64_t i = 0; i < c.K; i++) {
+        const int64_t e = read_id(c, t, i);
+        if (e >= 0 && e < c.E) begin[e + 1]++;
+        else if (e >= c.E && c.spec->identity_beyond) row_of[t * c.K + i] = -2;
+      }
+    for (int64_t e = 0; e < c.E; e++) begin[e + 1] += begin[e];
+    token.resize(begin[c.E]), slot.resize(begin[c.E]), segment_of.resize(begin[c.E]);
+    ends = begin;
+    for (int64_t t = 0; t < c.T; t++)
+      for (int64_t i = 0; i < c.K; i++) {
+        const int64_t e = read_id(c, t, i);
+        if (e < 0 || e >= c.E) continue;
+        const int64_t row = ends[e]++;
+        token[row] = t, slot[row] = i, row_of[t * c.K + i] = row;
+      }
+  }
+
+  void cut() {
+    int64_t row = 0, hit = 0;
+    for (int64_t e = 0, last = 0; e < c.E; last = ends[e++]) hit += ends[e] > last;
+    experts.reserve(hit);  // segments point into it
+    for (int64_t e = 0; e < c.E; e++) {
+      if (ends[e] == row) continue;
+      experts.push_back(entry(c, e));
+      check(experts.back(), c);
+      const int64_t I = experts.back().w_out.in, n = ends[e] - row, parts = (n + MOST_ROWS - 1) / MOST_ROWS;
+      products += n * I * (c.H * (c.spec->rows == PLAIN ? 1 : 2) + c.D);
+      for (int64_t p = 0; p < parts; p++) {
+        const int64_t count = (n - 1) / parts + 1, first = row + p * count;
+        if (first >= ends[e]) break;
+        segments.push_back({e, first, std::min(count, ends[e] - first), I, 0, 0, &experts.back()});
+        for (int64_t i = first; i < first + segments.back().count; i++) segment_of[i] = (int64_t)segments.size() - 1;
+      }
+      row = ends[e];
+    }
+  }
+
+  void place_hidden() {
+    int64_t at = 0, most = 0;
+    for (int64_t i = 0; i < (int64_t)segments.size(); i++) {
+      Segment &s = segments[i];
+      s.ldh = padded(s.I, job.short_h ? 2 : 4);
+      if (i == 0 || at + s.count * s.ldh > MOST_HIDDEN) batches.push_back(i), at = 0;
+      s.h = at, at += s.count * s.ldh, most = std::max(most, at);
+    }
+    batches.push_back((int64_t)segments.size());
+    h.reset(allocate(most * (job.short_h ? 2 : 4)));
+  }
+
+  std::vector<int64_t> ends;
+};
+
+struct Stage {
+  enum Kind { GATHER, HIDDEN, OUTPUT, COMBINE } kind;
+  int64_t tasks, first, last;  // segments
+  std::vector<int64_t> upto;   // tasks up to and with each of these segments
+};
+
+struct Work {
+  const Plan &plan;
+  std::vector<Stage> stages;
+  std::unique_ptr<std::atomic<int64_t>[]> next;
+  std::vector<Buffer<float>> scratch;
+  Barrier barrier;
+
+  explicit Work(const Plan &p, int64_t threads) : plan(p) {
+    const moeopt_call &c = p.c;
+    stages.push_back({Stage::GATHER, (p.job.rows + GATHERED - 1) / GATHERED, 0, 0, {}});
+    for (size_t b = 0; b + 1 < p.batches.size(); b++)
+      for (Stage::Kind kind : {Stage::HIDDEN, Stage::OUTPUT}) {
+        Stage stage{kind, 0, p.batches[b], p.batches[b + 1], {}};
+        for (int64_t i = stage.first; i < stage.last; i++) {
+          const int64_t all = kind == Stage::HIDDEN ? p.segments[i].I : c.D, block = columns(kind, p.segments[i]);
+          stage.upto.push_back(stage.tasks += (all + block - 1) / block);
+        }
+        stages.push_back(std::move(stage));
+      }
+    stages.push_back({Stage::COMBINE, (c.T + COMBINED - 1) / COMBINED, 0, 0, {}});
+    next.reset(new std::atomic<int64_t>[stages.size()]());
+    for (int64_t i = 0; i < threads; i++) scratch.emplace_back((float *)allocate(4 * std::max(p.k.scratch, c.K)));
+  }
+
+  static bool across(const moeopt_matrix &m) { return m.stride_out == 1 && m.stride_in != 1; }
+
+  // contiguous k: 16 rows of W; contiguous rows: 256, so that each k is some whole cache lines
+  int64_t columns(Stage::Kind kind, const Segment &s) const {
+    return across(kind == Stage::HIDDEN ? s.weights->w_in[0] : s.weights->w_out) ? 256 : 16;
+  }
+
+  void task(const Stage &stage, int64_t t, float *mine) const {
+    const Plan &p = plan;
+    if (stage.kind == Stage::GATHER) return p.k.gather(p.job, t * GATHERED, std::min((t + 1) * GATHERED, p.job.rows));
+    if (stage.kind == Stage::COMBINE)
+      return p.k.combine(p.job, t * COMBINED, std::min((t + 1) * COMBINED, p.c.T), mine);
+    const int64_t i = std::upper_bound(stage.upto.begin(), stage.upto.end(), t) - stage.upto.begin();
+    const Segment &s = p.segments[stage.first + i];
+    const int64_t block = columns(stage.kind, s), first = (i ? t - stage.upto[i - 1] : t) * block;
+    if (stage.kind == Stage::HIDDEN) p.k.hidden(p.job, s, first, std::min(first + block, s.I), mine);
+    else p.k.output(p.job, s, first, std::min(first + block, p.c.D), mine);
+  }
+
+  static void body(void *context, int64_t me, int64_t threads) {
+    Work &w = *(Work *)context;
+    for (size_t s = 0; s < w.stages.size(); s++) {
+      for (int64_t t; (t = w.next[s].fetch_add(1, std::memory_order_relaxed)) < w.stages[s].tasks;)
+        w.task(w.stages[s], t, w.scratch[me].get());
+      w.barrier.wait(threads);
+    }
+  }
+};
+
+#if defined(MOEOPT_X86)
+int64_t cpu_isas() {
+  __builtin_cpu_init();
+  int64_t found = ISA_GENERIC;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found |= ISA_AVX2;
+  if (found & ISA_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    found |= ISA_AVX512;
+#if defined(MOEOPT_HAVE_AVX512_BF16)
+  if (found & ISA_AVX512 && __builtin_cpu_supports("avx512bf16")) found |= ISA_AVX512_BF16;
+#endif
+  return found;
+}
+#else
+int64_t cpu_isas() { return ISA_GENERIC; }
+#endif
+
+const Kernels *kernels_of(int64_t isa) {
+  (void)isa;
+#if defined(MOEOPT_HAVE_AVX2)
+  if (isa == ISA_AVX2) return kernels_avx2();
+#endif
+#if defined(MOEOPT_HAVE_AVX512)
+  if (isa == ISA_AVX512) return kernels_avx512();
+#endif
+#if defined(MOEOPT_HAVE_AVX512_BF16)
+  if (isa == ISA_AVX512_BF16) return kernels_avx512_bf16();
+#endif
+#if defined(MOEOPT_HAVE_GENERIC)
+  if (isa == ISA_GENERIC) return kernels_generic();
+#endif
+  return nullptr;
+}
+
+}  // namespace
+
+extern "C" int64_t moeopt_abi(void) { return MOEOPT_ABI; }
+
+extern "C" int64_t moeopt_isas(void) {
+  const int64_t here = cpu_isas();
+  int64_t found = 0;
+  for (int64_t isa = ISA_GENERIC; isa <= ISA_AVX512_BF16; isa <<= 1)
+    if (isa & here && kernels_of(isa)) found |= isa;
+  return found;
+}
+
+extern "C" int64_t moeopt_experts(const moeopt_call *call) {
+  if (call->abi != MOEOPT_ABI || !(call->isa & moeopt_isas())) return 1;
+  const moeopt_call &c = *call;
+  if (c.T < 0 || c.K < 1 || c.E < 1 || c.H < 1 || c.D < 1 || !is_float(c.x_dtype) || !is_float(c.weights_dtype) ||
+      !is_float(c.y_dtype) || (c.ids_dtype != MOEOPT_I32 && c.ids_dtype != MOEOPT_I64))
+    return 3;
+  if (!c.T) return 0;
+  try {
+    const Plan plan(c, *kernels_of(c.isa));
+    const int64_t threads = std::max<int64_t>(1, std::min(c.threads, 1 + plan.products / FEW_PRODUCTS));
+    Work work(plan, threads);
+    run_parallel(threads, Work::body, &work);
+  } catch (const std::bad_alloc &) {
+    return 2;
+  } catch (const Wrong &) {
+    return 3;
+  }
+  return 0;
+}

@@ -1,0 +1,210 @@
+// The four kinds of task of one call, for one instruction set: this file is compiled once for each.
+#include "isa.h"
+
+#include "act.h"
+#include "product.h"
+#include "vec.h"
+
+#ifndef MOEOPT_KERNELS
+#define MOEOPT_KERNELS kernels_generic
+#define MOEOPT_ISA ISA_GENERIC
+#endif
+
+namespace {
+
+constexpr int64_t WIDEST = 512;  // columns of scratch: two halves of 256
+constexpr int64_t PANEL = 4 * (DOT_CHUNK + 80);
+
+inline int64_t product_dtype(int64_t a, int64_t b) { return a == b ? a : (int64_t)MOEOPT_F32; }
+
+inline float weight_of(const moeopt_call &c, int64_t t, int64_t k) {
+  return load_one(c.weights, c.weights_dtype, t * c.weights_stride[0] + k * c.weights_stride[1]);
+}
+
+inline View view(const moeopt_matrix &m, const moeopt_spec &s) {
+  return {m.data, m.dtype, m.stride_out, m.stride_in, m.dtype == s.compute || s.compute == MOEOPT_F32};
+}
+
+inline View rows_of(View v, int64_t first, int64_t step) {
+  v.data = (const char *)v.data + first * v.so * (v.dtype == MOEOPT_F32 ? 4 : 2);
+  v.so *= step;
+  return v;
+}
+
+inline void load_bias(float *to, const moeopt_vector &b, int64_t first, int64_t step, int64_t n, int64_t compute) {
+  for (int64_t j = 0; j < n; j++) to[j] = b.data ? round_one(load_one(b.data, b.dtype, (first + j * step) * b.stride), compute) : 0.f;
+}
+
+void gather(const Job &job, int64_t row, int64_t end) {
+  const moeopt_call &c = *job.call;
+  const moeopt_spec &s = *c.spec;
+  const int64_t size = c.x_dtype == MOEOPT_F32 ? 4 : 2, kept = job.short_x ? MOEOPT_BF16 : MOEOPT_F32;
+  const int64_t padded = up_to(c.H, PAD), weighted = product_dtype(c.x_dtype, c.weights_dtype);
+  for (; row < end; row++) {
+    const char *x = (const char *)c.x + job.token[row] * c.x_stride[0] * size;
+    char *r = (char *)job.r + row * job.ldx * (job.short_x ? 2 : 4);
+    const float w = s.weight_on_input ? weight_of(c, job.token[row], job.slot[row]) : 1.f;
+    for (int64_t i = 0; i < padded; i += L) {
+      V v{};
+      if (i + L <= c.H && c.x_stride[1] == 1) v = load_as(x, c.x_dtype, i);
+      else for (int j = 0; j < L && i + j < c.H; j++) v[j] = load_one(x, c.x_dtype, (i + j) * c.x_stride[1]);
+      if (s.weight_on_input) v = round_to(v * w, weighted);
+      v = round_to(v, s.compute);
+      if (i + L > c.H)
+        for (int j = 0; j < L; j++) v[j] = i + j < c.H ? v[j] : 0.f;  // 0 * w is a NaN where w is one
+      store_as(r, kept, i, v);
+    }
+  }
+}
+
+void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, float *scratch) {
+  const moeopt_call &c = *job.call;
+  const moeopt_spec &s = *c.spec;
+  const moeopt_expert &e = *seg.weights;
+  const int64_t n = end - first, x_size = job.short_x ? 2 : 4, kept = job.short_h ? MOEOPT_BF16 : MOEOPT_F32;
+  const bool mixed = s.rows == INTERLEAVED || s.rows == INTERLEAVED_UP, gated = s.rows != PLAIN;
+  View one = view(e.w_in[0], s), g = one, u = one;
+  float *panel = scratch, *hg = panel + PANEL, *bias = hg + ROWS * WIDEST, *bg = bias, *bu = bias + WIDEST / 2;
+  float *hu = hg + WIDEST / 2;
+  int64_t step = 1;  // from one gate to the next in a row of scratch
+  const int64_t gate_at = s.rows == UP_GATE ? seg.I : s.rows == INTERLEAVED_UP ? 1 : 0;
+  const int64_t up_at = s.rows == GATE_UP ? seg.I : s.rows == INTERLEAVED ? 1 : 0;
+  const bool together = mixed && one.so == 1 && one.si != 1;  // contiguous pairs: one product for both
+  if (together) {
+    hg = panel + PANEL + gate_at, hu = panel + PANEL + up_at, step = 2;
+  } else if (s.rows == SEPARATE) {
+    u = view(e.w_in[1], s);
+  } else if (gated) {
+    g = rows_of(one, gate_at, mixed ? 2 : 1), u = rows_of(one, up_at, mixed ? 2 : 1);
+  }
+  if (s.rows == SEPARATE) {
+    load_bias(bg, e.b_in[0], first, 1, n, s.compute), load_bias(bu, e.b_in[1], first, 1, n, s.compute);
+  } else {
+    const int64_t jump = mixed ? 2 : 1;
+    load_bias(bg, e.b_in[0], gate_at + first * jump, jump, n, s.compute);
+    if (gated) load_bias(bu, e.b_in[0], up_at + first * jump, jump, n, s.compute);
+  }
+  for (int64_t m0 = 0; m0 < seg.count; m0 += ROWS) {
+    const int64_t M = smaller(ROWS, seg.count - m0);
+    const char *x = (const char *)job.r + (seg.row + m0) * job.ldx * x_size;
+    if (together) {
+      product(one, s.compute, job.short_x, 2 * first, 2 * n, x, job.ldx, c.H, M, panel + PANEL, WIDEST, panel);
+    } else {
+      product(g, s.compute, job.short_x, first, n, x, job.ldx, c.H, M, hg, WIDEST, panel);
+      if (gated) product(u, s.compute, job.short_x, first, n, x, job.ldx, c.H, M, hu, WIDEST, panel);
+    }
+    for (int64_t m = 0; m < M; m++) {
+      char *h = (char *)job.h + (seg.h + (m0 + m) * seg.ldh) * (job.short_h ? 2 : 4);
+      for (int64_t j = 0; j < n; j += L) {
+        V gate, up{};
+        if (step == 1) {
+          gate = load(hg + m * WIDEST + j);
+          if (gated) up = load(hu + m * WIDEST + j);
+        } else {
+          for (int i = 0; i < L; i++) {
+            const int64_t at = m * WIDEST + smaller(j + i, n - 1) * 2;
+            gate[i] = hg[at], up[i] = hu[at];
+          }
+        }
+        gate = round_to(gate + load(bg + j), s.compute), up = round_to(up + load(bu + j), s.compute);
+        const V a = gate_product(gate, up, s);
+        if (j + L <= n) store_as(h, kept, first + j, a);
+        else store_some(h, kept, first + j, a, n - j);
+      }
+      if (end == seg.I) memset(h + end * (job.short_h ? 2 : 4), 0, (up_to(end, PAD) - end) * (job.short_h ? 2 : 4));
+    }
+  }
+}
+
+void output(const Job &job, const Segment &seg, int64_t first, int64_t end, float *scratch) {
+  const moeopt_call &c = *job.call;
+  const moeopt_spec &s = *c.spec;
+  const int64_t n = end - first, size = job.short_h ? 2 : 4;
+  float *panel = scratch, *to = panel + PANEL, *bias = to + ROWS * WIDEST;
+  const View v = view(seg.weights->w_out, s);
+  load_bias(bias, seg.weights->b_out, first, 1, n, s.compute);
+  for (int64_t m0 = 0; m0 < seg.count; m0 += ROWS) {
+    const int64_t M = smaller(ROWS, seg.count - m0);
+    const char *h = (const char *)job.h + (seg.h + m0 * seg.ldh) * size;
+    product(v, s.compute, job.short_h, first, n, h, seg.ldh, seg.I, M, to, WIDEST, panel);
+    for (int64_t m = 0; m < M; m++) {
+      float *o = job.o + (seg.row + m0 + m) * job.ldo + first;
+      for (int64_t j = 0; j < n; j += L) {
+        const V out = round_to(load(to + m * WIDEST + j) + load(bias + j), s.compute);
+        if (j + L <= n) store(o + j, out);
+        else store_some(o, MOEOPT_F32, j, out, n - j);
+      }
+    }
+  }
+}
+
+// 1 / sqrt(mean of squares + eps) of a row, in float32
+inline float norm_of(const float *o, int64_t D, double eps) {
+  V sum{};
+  int64_t i = 0;
+  for (; i + L <= D; i += L) sum += load(o + i) * load(o + i);
+  float total[4];
+  sum4(sum, sum, sum, sum, total, false);
+  for (; i < D; i++) total[0] += o[i] * o[i];
+  return 1.f / sqrtf(total[0] / (float)D + (float)eps);
+}
+
+void combine(const Job &job, int64_t token, int64_t end, float *scratch) {
+  const moeopt_call &c = *job.call;
+  const moeopt_spec &s = *c.spec;
+  const int64_t x_size = c.x_dtype == MOEOPT_F32 ? 4 : 2, weighted = product_dtype(c.x_dtype, c.weights_dtype);
+  for (; token < end; token++) {
+    const int64_t *row = job.row_of + token * c.K, *order = job.order + token * c.K;
+    if (s.has_norm)
+      for (int64_t k = 0; k < c.K; k++) scratch[k] = row[k] < 0 ? 0.f : norm_of(job.o + row[k] * job.ldo, c.D, s.norm_eps);
+    for (int64_t j = 0; j < c.D; j += L) {
+      const int64_t n = smaller(L, c.D - j);
+      V y{};
+      for (int64_t i = 0; i < c.K; i++) {
+        const int64_t k = order[i];
+        V term;
+        if (row[k] >= 0) {
+          const float *o = job.o + row[k] * job.ldo;
+          term = n == L ? load(o + j) : load_some(o, MOEOPT_F32, j, n);
+          if (s.has_norm) {
+            const moeopt_vector &w = job.segments[job.segment_of[row[k]]].weights->norm;
+            term *= scratch[k];
+            if (w.data) {
+              V weight{};
+              if (n == L && w.stride == 1) weight = load_as(w.data, w.dtype, j);
+              else for (int q = 0; q < n; q++) weight[q] = load_one(w.data, w.dtype, (j + q) * w.stride);
+              term *= round_to(weight, s.compute);
+            }
+            term = round_to(term, s.compute);
+          }
+          if (!s.weight_on_input) term = round_to(term * weight_of(c, token, k), s.term);
+        } else if (row[k] == -2) {  // beyond E: the token itself
+          const char *x = (const char *)c.x + token * c.x_stride[0] * x_size;
+          V v{};
+          if (n == L && c.x_stride[1] == 1) v = load_as(x, c.x_dtype, j);
+          else for (int q = 0; q < n; q++) v[q] = load_one(x, c.x_dtype, (j + q) * c.x_stride[1]);
+          term = round_to(v * weight_of(c, token, k), weighted);
+        } else {
+          continue;
+        }
+        y = round_to(y + round_to(term, s.accum), s.accum);
+      }
+      if (n == L) store_as(c.y, c.y_dtype, token * c.D + j, y);
+      else store_some(c.y, c.y_dtype, token * c.D + j, y, n);
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels *MOEOPT_KERNELS() {
+#if defined(__AVX512BF16__)
+  constexpr bool paired = true;
+#else
+  constexpr bool paired = false;
+#endif
+  static const Kernels table = {
+      MOEOPT_ISA, L, paired, PANEL + ROWS * WIDEST + 2 * WIDEST, gather, hidden, output, combine,
+  };
+  return &table;
+}

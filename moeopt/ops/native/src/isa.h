@@ -1,0 +1,41 @@
+// The instruction sets a library may carry, weakest first, and what one of them gives to the driver.
+#pragma once
+#include <cstdint>
+
+#include "moeopt_experts.h"
+
+enum { ISA_GENERIC = 1, ISA_AVX2 = 2, ISA_AVX512 = 4, ISA_AVX512_BF16 = 8 };
+
+struct Segment {  // rows row .. row + count of the sorted rows belong to expert e
+  int64_t e, row, count, I, h, ldh;  // h: where its hidden rows begin (elements), ldh: from one to the next
+  const moeopt_expert *weights;      // resolved: pointers are those of e
+};
+
+struct Job {  // one call, laid out: what every task reads
+  const moeopt_call *call;
+  int64_t rows, ldx, ldo;           // sorted rows; strides of r_RH and o_RD
+  bool short_x, short_h;            // rows of bfloat16 instead of float32: both factors of a product stay 16 bits
+  const int64_t *token, *slot;      // of each sorted row
+  const int64_t *segment_of;        // of each sorted row
+  const int64_t *row_of;            // (T, K): sorted row; -1: the id adds nothing; -2: it adds the token
+  const int64_t *order;             // (T, K): slots in the order of the sum
+  Segment *segments;
+  void *r, *h;                      // r_RH, and the hidden rows of the segments at work
+  float *o;                         // o_RD, each value already rounded to the compute dtype
+};
+
+struct Kernels {  // one instruction set
+  int64_t isa, lanes;
+  bool dot_bf16;                                                // has a product of bfloat16 pairs
+  int64_t scratch;                                              // floats that a task may use
+  void (*gather)(const Job &, int64_t row, int64_t end);        // x -> r
+  void (*hidden)(const Job &, const Segment &, int64_t first, int64_t end, float *scratch);  // r -> h, columns of I
+  void (*output)(const Job &, const Segment &, int64_t first, int64_t end, float *scratch);  // h -> o, columns of D
+  void (*combine)(const Job &, int64_t token, int64_t end, float *scratch);                  // o -> y
+};
+
+
+const Kernels *kernels_generic();
+const Kernels *kernels_avx2();
+const Kernels *kernels_avx512();
+const Kernels *kernels_avx512_bf16();

@@ -1,0 +1,32 @@
+// The product of a block of W with some rows of x, by the tile that W's dtype and strides ask for, whatever the number of rows.
+#pragma once
+#include "pairs.h"
+#include "tile.h"
+
+namespace {
+
+constexpr int64_t FEW = 6;  // rows of x up to which 16-bit weights are widened on the way, and beyond it into a panel
+
+// x: rows of float32, or of bfloat16 where `paired` (then W is bfloat16, and k or its rows are contiguous)
+void product(const View &v, int64_t compute, bool paired, int64_t first, int64_t n, const void *x, int64_t ldx, int64_t K,
+             int64_t M, float *to, int64_t ldt, float *panel) {
+#if defined(__AVX512BF16__)
+  if (paired && v.si == 1) return pairs_direct(v, first, n, (const uint16_t *)x, ldx, K, M, to, ldt);
+  if (paired) return outer_pairs_direct(v, first, n, (const uint16_t *)x, ldx, K, M, to, ldt);
+#endif
+  (void)paired;
+  const float *xf = (const float *)x;
+  if (v.exact && v.si == 1 && (v.dtype == MOEOPT_F32 || M <= FEW)) {
+    if (v.dtype == MOEOPT_F32) dot_direct<F32>(v, first, n, xf, ldx, K, M, to, ldt);
+    else if (v.dtype == MOEOPT_BF16) dot_direct<BF16>(v, first, n, xf, ldx, K, M, to, ldt);
+    else dot_direct<F16>(v, first, n, xf, ldx, K, M, to, ldt);
+  } else if (v.exact && v.so == 1 && v.si != 1) {
+    if (v.dtype == MOEOPT_F32) outer_direct<F32>(v, first, n, xf, ldx, K, M, to, ldt);
+    else if (v.dtype == MOEOPT_BF16) outer_direct<BF16>(v, first, n, xf, ldx, K, M, to, ldt);
+    else outer_direct<F16>(v, first, n, xf, ldx, K, M, to, ldt);
+  } else {
+    dot_panel(v, compute, first, n, xf, ldx, K, M, to, ldt, panel);
+  }
+}
+
+}  // namespace

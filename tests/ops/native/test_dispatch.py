@@ -1,0 +1,174 @@
+"""Which kernel runs a call: the native one where it is taken and faster, torch's products else, and nobody notices."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops import ListBank, StackedBank, experts, experts_reference, measured
+from moeopt.ops.kernels import gemm
+from moeopt.ops.native import dispatch, library
+from moeopt.ops.native.call import Unfit, encode_spec
+from tests.ops.cases import make
+
+
+@pytest.fixture
+def taken(monkeypatch, whole_library):
+    """The names of the kernels that ran."""
+    ran = []
+
+    def noted(name, honest):
+        def kernel(*args):
+            y = honest(*args)
+            ran.append(name)
+            return y
+
+        monkeypatch.setattr(dispatch, name, kernel)
+
+    for name in ("call", "experts_cpu"):
+        noted(name, getattr(dispatch, name))
+    assert dispatch.library() is not None
+    return ran
+
+
+def close(got, case):
+    torch.testing.assert_close(got, experts_reference(*case.args), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("stacked", (True, False))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_native_where_it_is_faster(taken, dtype, stacked, monkeypatch):
+    case = make(ExpertsSpec(), dtype=dtype, stacked=stacked)
+    close(experts(*case.args), case)
+    assert taken == ["call"]
+    monkeypatch.setattr(dispatch, "fastest", lambda question, ways, default, advantage: "torch")
+    dispatch._native.cache_clear()
+    try:
+        close(experts(*case.args), case)
+    finally:
+        dispatch._native.cache_clear()
+    assert taken == ["call", "experts_cpu"]
+
+
+def test_both_ways_of_the_measurement_compute_the_same(taken, monkeypatch):
+    asked = []
+
+    def fastest(question, ways, default, advantage):
+        asked.append(question)
+        found = {name: way() for name, way in ways().items()}
+        torch.testing.assert_close(found["native"], found["torch"], rtol=2e-2, atol=2e-2)
+        return default
+
+    monkeypatch.setattr(dispatch, "fastest", fastest)
+    dispatch._native.cache_clear()
+    try:
+        for spec in (ExpertsSpec(), ExpertsSpec(rows="separate", w_in_layout="io"), ExpertsSpec(rows="plain")):
+            for T in (1, 9, 300):
+                experts(*make(spec, T=T, dtype=torch.bfloat16).args)
+    finally:
+        dispatch._native.cache_clear()
+    assert len(asked) == 9 and "experts of 256 rows, bfloat16, W bfloat16 oi oi, gated, small, " in " ".join(asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "the x dtype is float64; the kernel has 16 and 32 bits"),
+        ({"spec": ExpertsSpec(accum_dtype="float64")}, "the accumulator dtype is float64"),
+        ({"spec": ExpertsSpec(compute_dtype="float64")}, "the compute dtype is float64"),
+        ({"K": 0}, ""),
+    ],
+)
+def test_what_the_kernel_does_not_take_it_names(taken, change, reason):
+    case = make(**{"spec": ExpertsSpec(), "dtype": torch.float32, **change})
+    close(experts(*case.args), case)
+    assert taken == ["experts_cpu"]
+    if reason:
+        with pytest.raises(Unfit, match=reason):
+            dispatch.call(dispatch.library().run, *case.args, dispatch.library().bit)
+
+
+def test_shapes_that_do_not_fit_fail_as_they_do_without_it(taken):
+    case = make(ExpertsSpec(), dtype=torch.float32)
+    for bank in (
+        StackedBank([torch.ones(4, 10, 7)], torch.ones(4, 6, 5)),  # W_in takes another width
+        StackedBank([torch.ones(4, 10, 6)], torch.ones(4, 6, 4)),  # W_out another intermediate
+        StackedBank([torch.ones(4, 10, 6)], torch.ones(4, 6, 5), [torch.ones(4, 9)]),  # a bias
+        StackedBank([torch.ones(4, 10, 6)], torch.ones(4, 6, 5), None, torch.ones(4, 7)),
+    ):
+        with pytest.raises(RuntimeError, match="size|shape|expanded"):
+            experts(case.x, case.ids, case.weights, bank, case.spec)
+    assert set(taken) == set()
+
+
+class Logged(torch.Tensor):
+    """A subclass may mean something else by its numbers."""
+
+
+def test_subclasses_and_transforms_run_as_before(taken):
+    case = make(ExpertsSpec(), dtype=torch.float32)
+    bank = StackedBank([w.as_subclass(Logged) for w in case.bank.w_in_s], case.bank.w_out_s)
+    experts(case.x, case.ids, case.weights, bank, case.spec)
+    assert taken == ["experts_cpu"]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(case.x, torch.ones_like(case.x))
+        y = experts(dual, case.ids, case.weights, case.bank, case.spec)
+        forward = forward_ad.unpack_dual(y).tangent
+
+    def result(x):
+        return experts(x, case.ids, case.weights, case.bank, case.spec)
+
+    step = 1e-3
+    slope = (result(case.x + step) - result(case.x - step)) / (2 * step)
+    ran = len(taken)
+    functional = torch.func.jvp(result, (case.x,), (torch.ones_like(case.x),))[1]
+    assert len(taken) == ran, "neither kernel has tangents"
+    torch.testing.assert_close(forward, functional)
+    torch.testing.assert_close(forward, slope, rtol=0.02, atol=0.02)  # float32 differences
+
+
+def test_experts_of_unequal_size_and_absent_biases(taken):
+    g = torch.Generator().manual_seed(0)
+    sizes = (4, 30, 17)
+    w_in = [torch.randn(2 * n, 12, generator=g) for n in sizes]
+    w_out = [torch.randn(12, n, generator=g) for n in sizes]
+    bank = ListBank([w_in], w_out, [[None, torch.randn(60, generator=g), None]], [torch.ones(12), None, None])
+    x, ids = torch.randn(9, 12, generator=g), torch.arange(3).expand(9, 3)
+    args = x, ids, torch.rand(9, 3, generator=g), bank, ExpertsSpec()
+    torch.testing.assert_close(experts(*args), experts_reference(*args), rtol=1e-5, atol=1e-4)
+    assert taken == ["call"]
+
+
+def test_weights_that_change_in_place_are_seen(taken):
+    case = make(ExpertsSpec(), dtype=torch.float32)
+    before = experts(*case.args)
+    case.bank.w_out_s.mul_(2)
+    case.bank.b_out_s.mul_(2)
+    assert torch.equal(experts(*case.args), 2 * before) and set(taken) == {"call"}
+
+
+def test_another_default_device_changes_nothing(taken, monkeypatch):
+    case = make(ExpertsSpec(gate_max=1.0), dtype=torch.bfloat16)
+    want = experts(*case.args)
+    questions = []
+
+    def fastest(question, ways, default, advantage):
+        questions.append(question)
+        return measured.fastest(question, ways, default, advantage)
+
+    monkeypatch.setattr(dispatch, "fastest", fastest)
+    monkeypatch.setattr(measured, "measuring", lambda: True)
+    monkeypatch.setattr(measured, "cache_directory", lambda: None)
+    for cached in (dispatch._native, encode_spec):
+        cached.cache_clear()
+    measured.forget()
+    found, native = library._found, library.load
+    try:
+        with torch.device("meta"):
+            assert torch.allclose(experts(*case.args).float(), want.float(), rtol=0.02, atol=0.02)
+            assert native().isa == found.isa
+    finally:
+        measured.forget()
+        for cached in (dispatch._native, gemm._choose, gemm._filled):
+            cached.cache_clear()
+    assert questions

@@ -1,0 +1,149 @@
+"""What a token gets depends on no other token, no thread and no memory beside its own."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops import StackedBank, experts_reference
+from tests.ops.native.blocks import Sizes, random_block
+
+LAYOUTS = [("oi", "oi"), ("io", "io"), ("io", "oi")]
+
+
+def block(dtype, layouts, T=90, **fields):
+    spec = ExpertsSpec(w_in_layout=layouts[0], w_out_layout=layouts[1], **fields)
+    # seed 15: weights, rows and columns as they come, so that all tiles of contiguous memory are met
+    return random_block(spec, Sizes(T=T, K=2, E=3, H=160, I=300, D=72), dtype, seed=15)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
+def test_a_token_s_bits_depend_on_no_neighbour(kernel, layouts, dtype):
+    x, ids, weights, bank, spec = block(dtype, layouts)
+    whole = kernel(x, ids, weights, bank, spec)
+    for chosen in ([0], [7, 3], list(range(5)), list(range(13, 20)), list(range(80))):
+        assert torch.equal(kernel(x[chosen], ids[chosen], weights[chosen], bank, spec), whole[chosen]), chosen
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(kernel(x[order], ids[order], weights[order], bank, spec), whole[order])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_bits_depend_on_no_thread(best, dtype):
+    args = block(dtype, LAYOUTS[0])
+    want = best(*args)
+    for threads in range(1, 9):
+        for _ in range(3):
+            assert torch.equal(best(*args, threads=threads), want), threads
+
+
+def test_two_threads_call_at_once(best):
+    cases = [block(torch.float32, layouts) for layouts in LAYOUTS]
+    want = [best(*args) for args in cases]
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    wrong = []
+
+    def work(me):
+        for turn in range(20):
+            i = (me + turn) % len(cases)
+            with torch.no_grad():
+                if not torch.equal(best(*cases[i], threads=3), want[i]):
+                    wrong.append((me, turn))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    try:
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(timeout=120)
+    finally:
+        torch.set_num_threads(before)
+    assert not wrong and not any(t.is_alive() for t in threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_has_threads_of_its_own(best):
+    args = block(torch.float32, LAYOUTS[0])
+    want = best(*args, threads=4)  # the parent's threads exist, and a child has none of them
+    child = os.fork()
+    if child == 0:
+        ok = False
+        try:
+            ok = all(torch.equal(best(*args, threads=4), want) for _ in range(3))
+        finally:
+            os._exit(0 if ok else 1)
+    deadline = time.monotonic() + 60
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if done == (0, 0):
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert done == (child, 0)
+    assert torch.equal(best(*args, threads=4), want)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system has no /proc")
+def test_no_thread_runs_between_calls(best):
+    def states():
+        return [t.read_text().rpartition(")")[2].split()[0] for t in Path("/proc/self/task").glob("*/stat")]
+
+    best(*block(torch.float32, LAYOUTS[0]), threads=4)
+    deadline = time.monotonic() + 60  # a machine at work may take its time to put them to sleep
+    while states().count("R") > 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert states().count("R") <= 1, "only the thread that asks is awake"
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_what_is_not_finite_stays_in_its_token(kernel, layouts, bad, dtype):
+    x, ids, weights, bank, spec = block(dtype, layouts, T=20)
+    clean = kernel(x, ids, weights, bank, spec)
+    dirty_x, dirty_w = x.clone(), weights.clone()
+    dirty_x[3], dirty_w[11, 0] = bad, bad
+    dirty = kernel(dirty_x, ids, dirty_w, bank, spec)
+    others = [t for t in range(20) if t not in (3, 11)]
+    assert torch.equal(dirty[others], clean[others])
+    assert not dirty[3].isfinite().all() and not dirty[11].isfinite().any()
+
+
+@pytest.mark.parametrize("rule", ("nothing", "identity"))
+def test_a_weight_of_no_expert_is_not_read(kernel, rule):
+    x, ids, weights, bank, spec = random_block(ExpertsSpec(out_of_range=rule), Sizes(T=4))
+    ids[0], weights[0] = torch.tensor([0, -1]), torch.tensor([1.0, torch.nan])
+    assert kernel(x, ids, weights, bank, spec).isfinite().all()
+
+
+def test_an_expert_that_no_token_names_is_not_read(kernel):
+    x, ids, weights, bank, spec = random_block(ExpertsSpec(), Sizes(T=6, E=4))
+    ids[:] = ids % 2
+    want = kernel(x, ids, weights, bank, spec)
+    for w in (*bank.w_in_s, bank.w_out_s):
+        w[2:] = torch.nan
+    assert torch.equal(kernel(x, ids, weights, bank, spec), want)
+
+
+def test_inputs_are_left_as_they_are_and_the_result_is_new(kernel):
+    args = random_block(ExpertsSpec(rows="plain", activation="identity"), Sizes(T=5))
+    x, ids, weights, bank, _ = args
+    held = [t.clone() for t in (x, ids, weights, *bank.w_in_s, bank.w_out_s)]
+    y = kernel(*args)
+    for before, now in zip(held, (x, ids, weights, *bank.w_in_s, bank.w_out_s), strict=True):
+        assert torch.equal(before, now) and y.untyped_storage().data_ptr() != now.untyped_storage().data_ptr()
+
+
+def test_many_tokens_for_one_expert_and_hidden_rows_in_batches(best):
+    """More rows than a segment holds, and more hidden numbers than are alive at once."""
+    g = torch.Generator().manual_seed(0)
+    bank = StackedBank([torch.randn(2, 2 * 8400, 8, generator=g)], torch.randn(2, 8, 8400, generator=g) / 90)
+    x, weights = torch.randn(1500, 8, generator=g), torch.rand(1500, 2, generator=g)
+    ids = torch.tensor([[0, 1]]).repeat(1500, 1)
+    args = x, ids, weights, bank, ExpertsSpec(activation="relu")
+    want = experts_reference(*args)
+    assert ((best(*args, threads=2) - want).abs().max() / want.abs().max()) < 64 * 1.2e-7

@@ -1,0 +1,148 @@
+"""What is measured once is remembered, by process and on disk, and never stands in the way."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moeopt.ops import measured
+from moeopt.ops.measured import fastest
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEOPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MOEOPT_MEASURE", "on")
+    measured.forget()
+    yield tmp_path / "cache"
+    measured.forget()
+
+
+def clock(monkeypatch, seconds):
+    """Ways that take what ``seconds`` says by name, on a clock that only they move; and the list of their calls."""
+    now, calls = [0.0], []
+
+    def way(name):
+        def run():
+            calls.append(name)
+            now[0] += seconds[name]
+
+        return run
+
+    for name in ("thread_time", "perf_counter"):
+        monkeypatch.setattr(measured.time, name, lambda: now[0])
+    return (lambda: {name: way(name) for name in seconds}), calls
+
+
+@pytest.mark.parametrize(
+    ("seconds", "answer"),
+    [
+        ({"usual": 1.0, "other": 0.5}, "other"),
+        ({"usual": 1.0, "other": 0.95}, "usual"),  # no real gain
+        ({"usual": 1.0, "other": 2.0, "third": 0.3}, "third"),
+    ],
+)
+def test_the_fastest_by_a_margin(seconds, answer, monkeypatch):
+    ways, calls = clock(monkeypatch, seconds)
+    assert fastest("q", ways, "usual") == answer
+    assert len(calls) == len(seconds) * (measured.TURNS + 1)
+
+
+def test_an_answer_is_asked_once_and_read_by_the_next_process(monkeypatch, folder):
+    ways, calls = clock(monkeypatch, {"usual": 1.0, "other": 0.5})
+    fastest("q", ways, "usual")
+    known = len(calls)
+    assert fastest("q", ways, "usual") == "other" and len(calls) == known
+    measured.forget()  # as a new process
+    assert fastest("q", ways, "usual") == "other" and len(calls) == known
+    assert fastest("another", ways, "usual") == "other" and len(calls) == 2 * known
+    (file,) = (folder / "measured").iterdir()
+    assert json.loads(file.read_text()) == {
+        "machine": measured.machine(),
+        "answers": {"q": "other", "another": "other"},
+    }
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"answers": 3}', '{"machine": "another", "answers": {"q": "lie"}}'])
+def test_an_unreadable_file_is_measured_anew(text, monkeypatch, folder):
+    ways, _ = clock(monkeypatch, {"usual": 1.0, "other": 0.5})
+    fastest("q", ways, "usual")
+    (file,) = (folder / "measured").iterdir()
+    file.write_text(text)
+    measured.forget()
+    assert fastest("q", ways, "usual") == "other"
+    assert json.loads(file.read_text())["answers"] == {"q": "other"}
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOEOPT_CACHE", str(tmp_path / "file"))
+    ways, _ = clock(monkeypatch, {"usual": 1.0, "other": 0.5})
+    assert fastest("q", ways, "usual") == "other"
+
+
+def test_off_means_the_default_and_no_call(monkeypatch, folder):
+    monkeypatch.setenv("MOEOPT_MEASURE", "off")
+    assert fastest("q", lambda: pytest.fail("nothing may be measured"), "usual") == "usual"
+    assert not folder.exists()
+
+
+def test_a_way_that_this_machine_has_not_is_none(monkeypatch):
+    ways, _ = clock(monkeypatch, {"usual": 1.0, "other": 0.5})
+
+    def broken():
+        raise RuntimeError("could not create a primitive descriptor")
+
+    assert fastest("q", lambda: {"broken": broken, **ways()}, "usual") == "other"
+    assert fastest("only broken", lambda: {"usual": broken}, "usual") == "usual"
+
+
+def test_a_way_may_itself_ask(monkeypatch):
+    ways, _ = clock(monkeypatch, {"usual": 1.0, "other": 0.5})
+    assert fastest("outer", lambda: ways() if fastest("inner", ways, "usual") == "other" else {}, "usual") == "other"
+
+
+def test_the_machine_is_its_cpu_torch_threads_and_limits(monkeypatch):
+    import torch
+
+    about = measured.machine()
+    assert measured.cpu_model() in about and torch.__version__ in about and "1 threads" in about
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert "7 threads" in measured.machine()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    measured._cpu.cache_clear()
+    try:
+        assert "ONEDNN_MAX_CPU_ISA=AVX2" in measured.machine()
+    finally:
+        measured._cpu.cache_clear()
+
+
+def test_two_processes_and_many_writers_leave_a_whole_file(folder):
+    code = (
+        "import sys; from moeopt.ops.measured import fastest\n"
+        "for i in range(20): fastest(f'{sys.argv[1]} {i}', lambda: {'usual': lambda: 0}, 'usual')"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code, name], env=os.environ.copy()) for name in "ab"]
+    assert [p.wait(timeout=120) for p in started] == [0, 0]
+    (file,) = (folder / "measured").iterdir()  # no part file is left behind
+    assert set(json.loads(file.read_text())["answers"].values()) == {"usual"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_while_another_thread_measures_does_not_hang():
+    with measured._lock:
+        child = os.fork()
+        if child == 0:
+            try:
+                fastest("q", lambda: {"usual": lambda: 0}, "usual")
+            finally:
+                os._exit(0)
+    deadline = time.monotonic() + 30
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if done == (0, 0):
+        os.kill(child, 9)
+    assert done[0] == child and done[1] == 0
