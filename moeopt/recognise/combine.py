@@ -61,7 +61,6 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
     sites = list(labels.token)
     out = sites[0].matrices[0].m
     nodes = descendants(tape, [s.node for s in sites])
-    position = {n: i for i, n in enumerate(nodes)}
     nearest = "their outputs never meet in one tensor with a row per token"
     for target in _meeting_points(sites, nodes):
         if _leaks(tape, target, sites):
@@ -69,10 +68,9 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
             continue
         if out not in target.meta["shape"] or math.prod(target.meta["shape"]) != labels.tokens * out:
             continue
-        index = position[target]
         axes = sorted((d for d, s in enumerate(target.meta["shape"]) if s == out), reverse=True)
         for axis in axes:
-            found = _read(tape, labels, nodes[: index + 1], target, axis)
+            found = _read(tape, labels, target, axis)
             if isinstance(found, Combine):
                 return found
             if axis == axes[0]:  # the others are sizes that happen to be the same
@@ -110,12 +108,20 @@ def _leaks(tape: Tape, target: fx.Node, sites: list[Site]) -> bool:
     return False
 
 
-def _read(tape: Tape, labels: Labels, nodes: list[fx.Node], target: fx.Node, axis: int) -> Combine | str:
+def entry_weights(
+    tape: Tape, labels: Labels, target: fx.Node, axis: int, values: dict[fx.Node, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(base (T, H), weights (T, C)) of the sum ``target``: its rows without the experts, and by what each enters.
+
+    Args:
+        values: of nodes that depend on no expert, in the place of those that the tape holds.
+    """
     out = next(iter(labels.token)).matrices[0].m
-    live = _needed(nodes, target)
+    live = _needed(descendants(tape, [s.node for s in labels.token], target.meta["index"]), target)
+    values = values or {}
 
     def run(codes: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
-        return rows_of(replay(tape, live, codes)[target], axis)
+        return rows_of(replay(tape, live, {**values, **codes})[target], axis)
 
     zero = {s.node: torch.zeros_like(tape.value(s.node)) for s in labels.token}
     base = run(zero)
@@ -133,6 +139,11 @@ def _read(tape: Tape, labels: Labels, nodes: list[fx.Node], target: fx.Node, axi
             codes[site.node] = site.from_rows(rows, like)
         width = min(out, labels.chains - start)
         weights[:, start : start + width] = (run(codes) - base)[:, :width]
+    return base, weights
+
+
+def _read(tape: Tape, labels: Labels, target: fx.Node, axis: int) -> Combine | str:
+    base, weights = entry_weights(tape, labels, target, axis)
     visits = labels.visits()
     stray = (weights != 0) & (visits == 0)
     if bool(stray.any()):

@@ -35,6 +35,7 @@ from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, so
 from moeopt.recognise.gemm_sites import Site, find_sites
 from moeopt.recognise.routing import Frontier, NoIds, Table, find_frontier, one_beyond
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
+from moeopt.recognise.weight_place import Place, weight_place
 from moeopt.recognise.why_not import no_experts
 
 
@@ -423,8 +424,12 @@ def _with_frontier(
     again = None if prior is None else (prior.frontier, [experts.index(e) for e in prior.experts])
     dispatch = [n for n in tape.nodes[: combine.node.meta["index"]] if n in flow and n.meta.get("shape") is not None]
 
+    place: Place = "output"
+
     def accept(reading: Frontier) -> None:
+        nonlocal place
         _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
+        place = weight_place(tape, reading, table, tokens, labels, combine, group)
 
     frontier = find_frontier(tape, dispatch, table, _weight_dtype(tape, group), again, accept)
     progress[0] = 4
@@ -441,7 +446,7 @@ def _with_frontier(
     _same_layout(ordered, group)
     spec = dataclasses.replace(
         spec,
-        weight_on="input" if tokens.weighted else "output",
+        weight_on=place,
         out_of_range="identity" if identity else "nothing",
         w_in_layout=layout_of(tape, ordered[0].w_in[0]),
         w_out_layout=layout_of(tape, ordered[0].w_out),

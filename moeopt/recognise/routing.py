@@ -70,6 +70,10 @@ class Recipe:
     def run(self, tape: Tape, ids: torch.Tensor | None = None) -> torch.Tensor:
         """The recipe on the witness's own values."""
         value = tape.value(self.source) if self.source is not None else ids
+        return self.on(value, ids)
+
+    def on(self, value: torch.Tensor | None, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The recipe on another value of its source."""
         for op, rest in self.steps:
             args = [ids if a == "@ids" else a for a in rest]
             value = op(value, *args)  # type: ignore[operator]
@@ -236,13 +240,14 @@ def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Frontier, map
         ids = ids_recipe.run(tape).long() if ids_recipe is not None else table_to_ids(weights_recipe.run(tape))
         weights = weights_recipe.run(tape, ids)
         same_form = weights.shape == ids.shape and ids.shape[0] == table.visits.shape[0]
-        fits = same_form and _fits(_rebuilt(ids, weights, mapping, table.visits.shape[1]), table)
+        fits = same_form and _fits(rebuilt(ids, weights, mapping, table.visits.shape[1]), table)
     except (RuntimeError, IndexError):  # the recipe does not apply to what stands on those lines here
         return None
     return Frontier(prior.top_k, ids_recipe, weights_recipe, mapping, prior.kind) if fits else None
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal within the rounding of the coarser dtype."""
     if a.shape != b.shape:
         return False
     if a.dtype != b.dtype:
@@ -369,7 +374,7 @@ def _covers(named: torch.Tensor, seen: torch.Tensor, table: Table, natural: torc
     return bool((~(seen & ~named)).all()) and bool(seen.any()) and int(extra.sum()) * 2 < int(named.sum())
 
 
-def _rebuilt(ids: torch.Tensor, weights: torch.Tensor, mapping: list[int], chains: int) -> torch.Tensor:
+def rebuilt(ids: torch.Tensor, weights: torch.Tensor, mapping: list[int], chains: int) -> torch.Tensor:
     """The (T, C) table that ids and weights stand for; ids beyond the experts name nothing."""
     out = torch.zeros(ids.shape[0], chains, dtype=torch.float64)
     chain = torch.tensor([*mapping, -1])[ids.clamp(max=len(mapping))]
@@ -393,26 +398,26 @@ def _by_ids(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype 
             if numel == tokens * k and node not in reread:
                 for steps in _orders(node.meta["shape"], tokens, k):
                     weights = Recipe(node, steps)
-                    rebuilt = _rebuilt(ids, weights.run(tape), mapping, chains)
-                    if _fits(rebuilt, table):
-                        best.append(((preferred, True, _exact(rebuilt, table), node.meta["index"]), weights))
+                    made = rebuilt(ids, weights.run(tape), mapping, chains)
+                    if _fits(made, table):
+                        best.append(((preferred, True, _exact(made, table), node.meta["index"]), weights))
                         break
             if numel == tokens * chains and int(ids.max()) < chains:
                 for steps, _ in _tables(node.meta["shape"], tokens, chains):
                     weights = Recipe(node, [*steps, (aten.gather.default, (1, "@ids"))])
-                    rebuilt = _rebuilt(ids, weights.run(tape, ids), mapping, chains)
-                    if _fits(rebuilt, table):
-                        best.append(((preferred, False, _exact(rebuilt, table), node.meta["index"]), weights))
+                    made = rebuilt(ids, weights.run(tape, ids), mapping, chains)
+                    if _fits(made, table):
+                        best.append(((preferred, False, _exact(made, table), node.meta["index"]), weights))
                         break
             elif numel == tokens and k > 1:
                 weights = Recipe(node, [(aten.reshape.default, ([-1, 1],)), (aten.expand.default, ([-1, k],))])
-                rebuilt = _rebuilt(ids, weights.run(tape), mapping, chains)
-                if _fits(rebuilt, table):
-                    best.append(((preferred, False, _exact(rebuilt, table), node.meta["index"]), weights))
-        if best:
-            weights = _rooted(tape, max(best, key=lambda b: b[0])[1], ids, mapping, table)
-            yield Frontier(k, recipe, weights, mapping, "ids and weights")
+                made = rebuilt(ids, weights.run(tape), mapping, chains)
+                if _fits(made, table):
+                    best.append(((preferred, False, _exact(made, table), node.meta["index"]), weights))
         constant = _constant(ids, mapping, table)
+        best.sort(key=lambda b: b[0], reverse=True)
+        for _, weights in best if constant is not None else best[:1]:  # equal constants are many: each is asked
+            yield Frontier(k, recipe, _rooted(tape, weights, ids, mapping, table), mapping, "ids and weights")
         if constant is not None and not table.weighed:
             yield Frontier(k, recipe, _constant_weights(constant, table), mapping, "ids, constant weight")
 
@@ -444,7 +449,7 @@ def _rooted(tape: Tape, recipe: Recipe, ids: torch.Tensor, mapping: list[int], t
     node, best = recipe.source, recipe
 
     def exact(weights: Recipe) -> bool:
-        return _exact(_rebuilt(ids, weights.run(tape), mapping, table.visits.shape[1]), table)
+        return _exact(rebuilt(ids, weights.run(tape), mapping, table.visits.shape[1]), table)
 
     if any(op in (aten.gather.default, aten.expand.default) for op, _ in recipe.steps):
         return recipe
@@ -463,16 +468,16 @@ def _rooted(tape: Tape, recipe: Recipe, ids: torch.Tensor, mapping: list[int], t
     return best
 
 
-def _exact(rebuilt: torch.Tensor, table: Table) -> bool:
-    return torch.equal(rebuilt.to(table.weights.dtype), table.weights)
+def _exact(made: torch.Tensor, table: Table) -> bool:
+    return torch.equal(made.to(table.weights.dtype), table.weights)
 
 
 def _constant_weights(value: float, table: Table) -> Recipe:
     return Recipe(None, [(aten.to.dtype, (table.weights.dtype,)), (aten.full_like.default, (value,))])
 
 
-def _fits(rebuilt: torch.Tensor, table: Table) -> bool:
-    return _same(rebuilt.to(table.weights.dtype), table.weights)
+def _fits(made: torch.Tensor, table: Table) -> bool:
+    return same_values(made.to(table.weights.dtype), table.weights)
 
 
 def _constant(ids: torch.Tensor, mapping: list[int], table: Table) -> float | None:
@@ -482,7 +487,7 @@ def _constant(ids: torch.Tensor, mapping: list[int], table: Table) -> float | No
         return None
     value = float(values[0])
     full = torch.full(ids.shape, value, dtype=torch.float64)
-    return value if _fits(_rebuilt(ids, full, mapping, table.visits.shape[1]), table) else None
+    return value if _fits(rebuilt(ids, full, mapping, table.visits.shape[1]), table) else None
 
 
 def _tables(shape: tuple[int, ...], tokens: int, experts: int) -> Iterator[tuple[Steps, int]]:
@@ -509,13 +514,13 @@ def _by_dense(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtyp
         if numel == tokens * chains:
             for steps, _ in _tables(shape, tokens, chains):
                 value = Recipe(node, steps).run(tape)
-                if _same(value, want) or (_asked_positive(node) and _same(value.clamp(min=0), want)):
+                if same_values(value, want) or (_asked_positive(node) and same_values(value.clamp(min=0), want)):
                     yield _dense(node, steps, table)
         elif chains in shape and numel % (tokens * chains) == 0 and numel and len(shape) >= 3:
             for axis in (d for d, s in enumerate(shape) if s == chains):
                 for slots in _slot_axes(len(shape), axis):
                     steps = [(aten.sum.dim_IntList, (slots,)), *_after_sum(shape, axis, slots, chains)]
-                    if _same(Recipe(node, steps).run(tape), want):
+                    if same_values(Recipe(node, steps).run(tape), want):
                         yield _dense(node, steps, table)
 
 
@@ -583,12 +588,12 @@ def _by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
                 orders = _orders(w.meta["shape"], tokens, k) if math.prod(w.meta["shape"]) == tokens * k else ()
                 for order in orders:
                     weights = Recipe(w, [*order, *spread])
-                    if _fits(_rebuilt(ids, weights.run(tape), table.natural, chains), table):
+                    if _fits(rebuilt(ids, weights.run(tape), table.natural, chains), table):
                         yield Frontier(ids.shape[1], recipe, weights, table.natural, kind)
                 if given and k > 1 and math.prod(w.meta["shape"]) == tokens * chains:
                     for score, _ in _tables(w.meta["shape"], tokens, chains):
                         weights = Recipe(w, [*score, (aten.repeat.default, ([1, k],))])
-                        if _fits(_rebuilt(ids, weights.run(tape), table.natural, chains), table):
+                        if _fits(rebuilt(ids, weights.run(tape), table.natural, chains), table):
                             yield Frontier(ids.shape[1], recipe, weights, table.natural, kind)
             constant = _constant(ids, table.natural, table)
             if constant is not None and not table.weighed:
@@ -628,7 +633,7 @@ def _by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dty
                 continue
             if torch.equal(value.double(), chosen.double()):
                 ids = ids or Recipe(node, [*steps, (table_to_ids, ())])
-            elif kind.is_floating_point and _same(torch.where(chosen > 0, value.double(), 0.0), want):
+            elif kind.is_floating_point and same_values(torch.where(chosen > 0, value.double(), 0.0), want):
                 weights = weights or Recipe(node, steps)
     if ids and weights:
         yield Frontier(chains, ids, weights, table.natural, "table")

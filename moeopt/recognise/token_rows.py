@@ -86,7 +86,7 @@ def token_readings(tape: Tape, sites: list[Site]) -> Iterator[Tokens]:
                 continue
             exact = _exact(node, axis, rows, wanted) if near == "row" else None
             if exact is not None and (weighted is None or exact.count <= weighted.count):
-                keys = _keys(rows)
+                keys = rows_as_bytes(rows)
                 if keys not in orders:
                     orders.append(keys)
                     yield exact
@@ -114,7 +114,8 @@ def _near(rows: torch.Tensor, probe: torch.Tensor) -> str:
     return "direction" if bool((dot.abs() >= size * (1 - 1e-3)).logical_and(size > 0).any()) else "no"
 
 
-def _keys(rows: torch.Tensor) -> list[bytes]:
+def rows_as_bytes(rows: torch.Tensor) -> list[bytes]:
+    """Each of (R, H) rows as a key that equal rows have in common."""
     if not rows.numel():
         return []
     data = rows.detach().cpu().contiguous().view(torch.uint8).numpy()
@@ -127,10 +128,10 @@ def _exact(node: fx.Node, axis: int, rows: torch.Tensor, wanted: dict[Site, torc
     for site, operand in wanted.items():
         if operand.dtype not in where:
             table = where[operand.dtype] = {}
-            for t, key in enumerate(_keys(rows.to(operand.dtype))):
+            for t, key in enumerate(rows_as_bytes(rows.to(operand.dtype))):
                 table.setdefault(key, []).append(t)
         zero = ~operand.bool().any(-1)
-        found = _places(_keys(operand), site.matrix, where[operand.dtype])
+        found = _places(rows_as_bytes(operand), site.matrix, where[operand.dtype])
         found[zero & (found == -2)] = -1
         if (found == -2).any():
             return None

@@ -137,7 +137,7 @@ def test_a_mixture_is_one_op(make, kind, words):
     (found,) = recognize(tape)
     assert found.frontier.kind == kind and words in str(found.spec)
     assert len(found.experts) == 4
-    assert "tiny.py:" in found.source or "linear.py" in found.source or "test_recognize" in found.source
+    assert "tiny.py:" in found.source or "linear.py" in found.source or "test_experts" in found.source
     assert_is_the_sum(tape, found)
     assert (found.base is not None) == (make is Added)
 

@@ -1,0 +1,155 @@
+"""Weights and factors that are one on every probe: read off the dataflow, and tried with other values."""
+
+import pytest
+import torch
+
+import moeopt
+from moeopt.errors import Declined
+from moeopt.recognise.experts import recognize
+from tests.capture.tiny import rand
+from tests.recognise.tiny import H, MoE, seeded, tape_of
+
+
+def saturated(scores):
+    """Exactly one wherever the scores are not tiny."""
+    return scores / (scores + 1e-9)
+
+
+class Scored(MoE):
+    """Top-1 of exponentials, renormalised; ``on_input`` and ``on_output`` are what the tests vary."""
+
+    top_k = 1
+
+    def route(self, x):
+        w, ids = self.router(x).exp().topk(self.top_k)
+        return saturated(w), ids
+
+    def on_input(self, rows, w, gate):
+        return rows
+
+    def on_output(self, rows, w, gate):
+        return rows
+
+    def mix(self, x, w, ids):
+        gate = saturated(self.router(x).exp().sum(-1, keepdim=True))
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            rows = expert(self.on_input(x[t], w[t, k, None], gate[t]))
+            y.index_add_(0, t, self.on_output(rows, w[t, k, None], gate[t]))
+        return y
+
+
+def times_weight(self, rows, w, gate):
+    return rows * w
+
+
+def times_gate(self, rows, w, gate):
+    return rows * gate
+
+
+class Varied:
+    """Softmax weights of two experts, which are one on no probe."""
+
+    top_k = 2
+
+    def route(self, x):
+        return self.router(x).softmax(-1).topk(self.top_k)
+
+
+class OnOutput(Scored):
+    on_output = times_weight
+
+
+class OnInput(Scored):
+    on_input = times_weight
+
+
+class Sorted(Scored):
+    """Rows and weights are sorted by expert before they meet; the ids stay as they were."""
+
+    def mix(self, x, w, ids):
+        order = ids.flatten().sort().indices
+        counts = ids.flatten().bincount(minlength=len(self.experts)).tolist()
+        rows = torch.cat([f(part) for f, part in zip(self.experts, x[order].split(counts), strict=True)])
+        return torch.zeros_like(x).index_add(0, order, rows * w.flatten()[order, None])
+
+
+class Both(Scored):
+    on_input = on_output = times_weight
+
+
+class Unused(Scored):
+    """The weights are computed and left aside."""
+
+
+class Squared(Scored):
+    def on_output(self, rows, w, gate):
+        return rows * w.square()
+
+
+class InLoop(OnInput):
+    """No tensor holds the weights of all tokens: each expert renormalises its own."""
+
+    def route(self, x):
+        return self.router(x).exp().topk(self.top_k)
+
+    def on_input(self, rows, w, gate):
+        return rows * saturated(w)
+
+
+class GateOnInput(Varied, OnOutput):
+    on_input = times_gate
+
+
+class GateOnOutput(Varied, OnInput):
+    on_output = times_gate
+
+
+class GateBefore(Varied, OnOutput):
+    """The gate multiplies tokens before they are dispatched: the tensor of tokens equals the block's input by value."""
+
+    def forward(self, x):
+        return self.mix(x * saturated(self.router(x).exp().sum(-1, keepdim=True)), *self.route(x))
+
+
+@pytest.mark.parametrize(("make", "place"), [(OnOutput, "output"), (OnInput, "input"), (Sorted, "output")])
+def test_the_place_of_weights_that_are_one(make, place):
+    tape = tape_of(make)
+    (found,) = recognize(tape)
+    assert bool((found.combine.weights[found.combine.weights != 0] == 1).all())
+    assert found.spec.weight_on == place
+    assert found.frontier.kind == "ids and weights"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Both, "would act on both the experts' inputs and their outputs"),
+        (Squared, "with other values it does not multiply the experts' outputs as it is"),
+        (InLoop, "a factor on its experts' input rows is the same for every probe"),
+        (GateOnInput, "a factor on its experts' input rows is the same for every probe"),
+        (GateOnOutput, "a factor on its experts' outputs, beside the routing weights, is the same for every probe"),
+        (GateBefore, "a factor on its experts' input rows is the same for every probe"),
+    ],
+)
+def test_what_the_rewrite_cannot_say_of_them_is_declined(make, reason):
+    with pytest.raises(Declined) as refused:
+        recognize(tape_of(make))
+    assert reason in refused.value.reason
+
+
+def test_weights_that_nothing_reads_are_a_constant():
+    (found,) = recognize(tape_of(Unused))
+    assert found.frontier.kind == "ids, constant weight"
+
+
+@pytest.mark.parametrize("make", [OnOutput, OnInput, Sorted, Squared, InLoop, GateOnInput, GateBefore])
+def test_numbers_where_the_factors_are_no_longer_one(make):
+    model = seeded(make)
+    opt = moeopt.optimize(model, rand(24, H, seed=7), verify="fast")
+    step = torch.linalg.pinv(model.router.weight.detach()).sum(1)
+    for logit in (-18.0, -21.0, -25.0, -45.0):
+        x = rand(24, H, seed=8) + logit * step
+        with torch.no_grad():
+            torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
