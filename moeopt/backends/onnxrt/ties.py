@@ -20,6 +20,7 @@ from moeopt.backends.onnxrt.expert_ids import Records, ids_of_engine
 from moeopt.backends.onnxrt.session import PORTABLE
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.verification.model import DRAWS, EndToEnd, Noise, OriginalRuns, compare_outputs
+from moeopt.verification.pins import RoutingLog
 from moeopt.verification.ties import choices_of, differing, tied_tokens
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -92,9 +93,15 @@ def tie_note(twin: nn.Module, call: Call, runtime: str, moved: int | None, own: 
             run. own: those of the example inputs.
     """
     try:
-        choices = [choice for choice in choices_of(twin, *call)[1] if choice.events]
+        with RoutingLog() as log:
+            choices = [choice for choice in choices_of(twin, *call)[1] if choice.events]
     except Exception as err:  # an operator that no mode can look at
         return f"tied rows may go to other experts on {runtime}; they were not counted: {type(err).__name__}: {err}"
+    if not choices and log.events:  # no block that was rewritten makes them
+        return (
+            f"a block that is left as it is chooses by the largest of some scores: tied rows, whose scores are exactly "
+            f"equal, may be treated otherwise on {runtime} than in PyTorch; they were not counted"
+        )
     if not choices:
         return ""
     exact = sum(int(tied_tokens(choice, 0.0)[1].sum()) for choice in choices)

@@ -22,6 +22,7 @@ from moeopt.errors import NotSaveableError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
+from moeopt.lower.onnx.float64 import attributes_written_out
 from moeopt.lower.onnx.pad_experts import even
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.lower.onnx.site import DOMAIN, OP, Site
@@ -78,7 +79,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
 
     from moeopt.lower.onnx.translate import table
 
-    program = numbers_as_read(through_real_views(_tensors_only(program)))
+    program = attributes_written_out(numbers_as_read(through_real_views(_tensors_only(program))))
     _settle_layouts(program.graph)
     with one_trace, quiet(), rules_by_their_last_op(), exact_rules() as exact, one_registry():
         try:

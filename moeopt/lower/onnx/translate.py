@@ -25,6 +25,7 @@ aten = torch.ops.aten
 
 def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The ``custom_translation_table`` of ``torch.onnx.export``."""
+    import onnx_ir as ir
     from onnxscript import opset20 as op
 
     def is_float(x: Any) -> bool:
@@ -122,7 +123,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         if ord == 0:
             apart = op.Not(op.Equal(x, op.CastLike(op.Constant(value_float=0.0), x)))
             return op.ReduceSum(op.CastLike(apart, x), axes, keepdims=int(keepdim))
-        power = op.CastLike(op.Constant(value_float=float(ord)), x)
+        power = op.Constant(value=ir.tensor(float(ord), dtype=x.dtype or ir.DataType.FLOAT))
         total = op.ReduceSum(op.Pow(op.Abs(x), power), axes, keepdims=int(keepdim))
         return op.Pow(total, op.Reciprocal(power))
 
