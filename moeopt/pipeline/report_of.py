@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from moeopt.ops.native.library import missing
 from moeopt.options import Options
 from moeopt.pipeline.diagram import picture
 from moeopt.pipeline.run import Outcome
@@ -27,9 +26,6 @@ def report_of(
             except Exception as err:  # a picture must not fail a model that was rewritten
                 notes.append(f"{name} could not be drawn ({type(err).__name__}: {err})")
             break
-    first = next(source.parameters(), None)
-    if kept and backend == "torch" and first is not None and first.device.type == "cpu" and (why := missing()):
-        notes.append(f"the experts run on torch's products, not on the faster native kernel: {why}")
     return Report(
         tuple(blocks), type(source).__name__, backend, outcome.seconds, tuple(notes), graph, certificate,
         tuple(outcome.passes), options.print_passes,

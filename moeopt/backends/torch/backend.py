@@ -21,6 +21,7 @@ from moeopt.errors import UsageError
 from moeopt.find.example_inputs import Call
 from moeopt.limits import LoadLimits
 from moeopt.lower.export import export_program
+from moeopt.ops.native.library import missing
 from moeopt.options import Options
 from moeopt.pipeline.check_gradients import check_gradients
 from moeopt.pipeline.report_of import report_of
@@ -52,7 +53,13 @@ class TorchBackend(Backend):
             for path, rewrite in outcome.rewrites.items():
                 install(source.get_submodule(path), rewrite.program)
             twin = source
-        return Made(twin, report_of(source, outcome.blocks, self.name, outcome, certificate, options), certificate)
+        report = report_of(source, outcome.blocks, self.name, outcome, certificate, options)
+        first = next(source.parameters(), None)
+        grouped = any(b.status == "rewritten" and b.kind == "moe" for b in outcome.blocks)
+        if grouped and first is not None and first.device.type == "cpu" and (why := missing()):
+            note = f"the experts run on torch's products, not on the faster native kernel: {why}"
+            report = dataclasses.replace(report, notes=(*report.notes, note))
+        return Made(twin, report, certificate)
 
     def _save_impl(self, made: Made, call: Call, directory: str | os.PathLike[str]) -> Path:
         args, kwargs = call
