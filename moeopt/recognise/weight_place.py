@@ -40,7 +40,11 @@ def weight_place(
             do not enter as the rewrite would have them.
     """
     ins, source = list(dict.fromkeys(s for c in chains for s in c.ins)), reading.weights.source
-    constant = _constant(combine.weights[labels.visits() > 0])
+    seen = combine.weights[labels.visits() > 0]
+    masked = not tokens.weighted and bool((seen == 0).any())  # every expert runs on every token; zeros keep the choice
+    constant = _constant(seen[seen != 0] if masked else seen)
+    if masked and not (constant and source is not None and _constant(tape.value(source).reshape(-1))):
+        return "output"
     settled: Place | None = "input" if tokens.weighted else None if constant else "output"
     stop = source if settled is None else None
     copies = _copies_of(tape, tokens)
@@ -110,7 +114,7 @@ def _copies_of(tape: Tape, tokens: Tokens) -> Callable[[fx.Node], bool | None]:
     known: dict[torch.dtype, set[bytes]] = {}
 
     def passed(node: fx.Node) -> bool | None:
-        if node is tokens.node:
+        if _same_computation(node, tokens.node):
             return None
         value, dtype = tape.value(node), node.meta.get("dtype")
         if dtype is None:  # several results: each of them is looked at
@@ -121,6 +125,22 @@ def _copies_of(tape: Tape, tokens: Tokens) -> Callable[[fx.Node], bool | None]:
         return any(rows <= held or held <= rows for rows in seen)
 
     return passed
+
+
+def _same_computation(node: object, other: object) -> bool:
+    """Whether two nodes are one op on the same values, as where each expert's rows are weighed anew from the same x."""
+    if node is other:
+        return True
+    if isinstance(node, list | tuple) and isinstance(other, list | tuple):
+        return len(node) == len(other) and all(map(_same_computation, node, other))
+    if not isinstance(node, fx.Node) or not isinstance(other, fx.Node):
+        return type(node) is type(other) and node == other
+    if node.op != "call_function" or (node.op, node.target) != (other.op, other.target):
+        return False
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return False
+    same = node.kwargs.keys() == other.kwargs.keys() and _same_computation(node.args, other.args)
+    return same and all(_same_computation(node.kwargs[key], other.kwargs[key]) for key in node.kwargs)
 
 
 def _summand(tape: Tape, labels: Labels, combine: Combine) -> Callable[[fx.Node], bool | None]:
@@ -166,7 +186,16 @@ def _check_with_others(
     seen = labels.visits() > 0
     expected = want.to(entered.dtype) if place == "output" else combine.weights
     if not same_values(entered[seen], expected[seen]) or not all(
-        _rows_follow(tape, chain, site, tokens, labels, values, want if place == "input" else torch.ones_like(want))
+        _rows_follow(
+            tape,
+            chain,
+            site,
+            tokens,
+            labels,
+            values,
+            want if place == "input" else torch.ones_like(want),
+            combine.weights != 0,
+        )
         for chain in chains
         for site in chain.ins
     ):
@@ -179,15 +208,16 @@ def _check_with_others(
 
 def _rows_follow(
     tape: Tape, chain: Chain, site: Site, tokens: Tokens, labels: Labels, values: dict[fx.Node, torch.Tensor],
-    factors: torch.Tensor,
+    factors: torch.Tensor, counts: torch.Tensor,
 ) -> bool:  # fmt: skip
-    """True where the input rows of ``site`` changed by ``factors`` (T, C)."""
+    """True where those input rows of ``site`` that count, (T, C) bool, changed by ``factors`` (T, C)."""
     before = site.rows_in(tape.value(site.operand))
     after = site.rows_in(values.get(site.operand, tape.value(site.operand)))
     token, out_token, which = tokens.token[site], labels.token[chain.out], labels.chain[chain.out]
     if out_token.shape != token.shape or not torch.equal(out_token, token):
         return torch.equal(before, after) and bool((factors == 1).all())
     keep = token >= 0
+    keep &= counts[token.clamp(min=0), which.clamp(min=0)]
     want = before[keep].double() * factors[token[keep], which[keep]][:, None]
     slack = 8 * torch.finfo(before.dtype).eps
     return bool(((after[keep].double() - want).abs() <= slack * want.abs()).all())

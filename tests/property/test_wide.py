@@ -8,8 +8,10 @@ import os
 
 import pytest
 
+from tests.property.check_wide import check_wide
 from tests.property.faults import FAULTS
 from tests.property.run import SAVED_EACH, drawn_one, outcome
+from tests.property.spec import Expert, Program, Router
 from tests.property.wide import config_programs, engine_programs, wide_programs
 
 NIGHTLY = os.environ.get("MOEOPT_NIGHTLY") == "1"
@@ -62,3 +64,12 @@ def test_each_kind_of_fault_can_be_met(name, many):
     assert fault.shows(fault.program)
     met = sum(fault.shows(p) for p in many[fault.backend])
     assert met >= 3, f"{met} of {DRAWS} programs could show that {name}"
+
+
+@pytest.mark.parametrize("form", ["slot_where", "slot_loop", "hit_loop", "split"])
+@pytest.mark.parametrize("verify", ["fast", "strict"])
+def test_a_weight_that_is_one_on_every_probe_stays_where_it_multiplies(form, verify):
+    """Renormalised over one expert, on the experts' inputs: what no value shows on likely rows shows on unlikely ones."""
+    router = Router("score_topk", score="sigmoid", renormalize="sum+1e-9")
+    p = Program(form=form, router=router, expert=Expert(bias_in=True, bias_out=True), weight_on="input")
+    assert check_wide(p, "torch", verify=verify) == "rewritten"
