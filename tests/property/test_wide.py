@@ -69,7 +69,7 @@ def test_each_kind_of_fault_can_be_met(name, many):
 @pytest.mark.parametrize("form", ["slot_where", "slot_loop", "hit_loop", "split"])
 @pytest.mark.parametrize("verify", ["fast", "strict"])
 def test_a_weight_that_is_one_on_every_probe_stays_where_it_multiplies(form, verify):
-    """Renormalised over one expert, on the experts' inputs: what no value shows on likely rows shows on unlikely ones."""
+    """Renormalised over one expert, on the experts' inputs: likely rows do not show what unlikely ones do."""
     router = Router("score_topk", score="sigmoid", renormalize="sum+1e-9")
     p = Program(form=form, router=router, expert=Expert(bias_in=True, bias_out=True), weight_on="input")
     assert check_wide(p, "torch", verify=verify) == "rewritten"
