@@ -6,7 +6,6 @@ check what they are given and what comes back; a subclass writes the ``_impl`` m
 
     optimize    plan -> build -> (the blocks are verified as the runtime computes them) -> compare -> Made
     a bundle    save -> open, verify, providers
-    this box    describe
 """
 
 from __future__ import annotations
@@ -221,12 +220,6 @@ class Backend(ABC):
     def facts(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """What ``moeopt info`` says of a bundle beside what every bundle has; ``data`` is its manifest."""
         return {"device": str(data.get("device", "unknown"))}
-
-    # this machine
-
-    def describe(self) -> dict[str, str]:
-        """Versions of the packages that this backend needs, "not installed" for one that is not here."""
-        return {}
 
     # what a subclass writes; one that has no bundle form leaves the last four
 
