@@ -1,4 +1,4 @@
-"""Where there is no GPU, tests/conftest.py has Triton's interpreter run the kernels: NumPy instead of PTX, one source."""
+"""Without a GPU, tests/conftest.py has Triton's interpreter run the kernels: NumPy instead of PTX, the same source."""
 
 import pytest
 
