@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeopt.ops import ListBank, StackedBank
+from moeopt.ops import ListExpertWeights, StackedExpertWeights
 
 SHAPES = {
     "qwen3-30b-a3b": (128, 8, 2048, 768),
@@ -25,8 +25,8 @@ class Block(NamedTuple):
     x: Tensor
     ids: Tensor
     weights: Tensor
-    stacked: StackedBank
-    separate: ListBank
+    stacked: StackedExpertWeights
+    separate: ListExpertWeights
 
 
 def block(E: int, K: int, H: int, I: int, T: int, dtype: torch.dtype, device: str) -> Block:
@@ -38,8 +38,8 @@ def block(E: int, K: int, H: int, I: int, T: int, dtype: torch.dtype, device: st
     w_in, w_out = weight(E, 2 * I, H), weight(E, H, I)
     x = torch.randn(T, H, generator=g, device=device).to(dtype)
     weights, ids = torch.softmax(torch.randn(T, E, generator=g, device=device), -1).topk(K)
-    separate = ListBank([list(w_in[:, :I].unbind()), list(w_in[:, I:].unbind())], list(w_out.unbind()))
-    return Block(x, ids, weights.to(dtype), StackedBank([w_in], w_out), separate)
+    separate = ListExpertWeights([list(w_in[:, :I].unbind()), list(w_in[:, I:].unbind())], list(w_out.unbind()))
+    return Block(x, ids, weights.to(dtype), StackedExpertWeights([w_in], w_out), separate)
 
 
 def own_loop(b: Block) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
-from moeopt.ops.bank import Bank, StackedBank
+from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.native.call import transformed
 from moeopt.ops.reference import check, dtypes, experts_reference, one_expert, out_features, rms_norm
 from moeopt.ops.triton.constants import Unfit
@@ -86,7 +86,7 @@ def _no_grouped(
     return ""
 
 
-def experts_cuda(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+def experts_cuda(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """``experts_reference``, fast; the same arguments and result, but not differentiable."""
     check(x_TH, ids_TK, weights_TK, bank, spec)
     if transformed():
@@ -104,8 +104,8 @@ def experts_cuda(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, s
 
 
 def path_of(
-    device: torch.device, compute: torch.dtype, bank: Bank, no_triton: str
-) -> tuple[Path, str, StackedBank | None]:
+    device: torch.device, compute: torch.dtype, bank: ExpertWeights, no_triton: str
+) -> tuple[Path, str, StackedExpertWeights | None]:
     """:func:`choose_cuda_path` of these weights; and the stack, where there is one."""
     stacked = bank.stacked()
     weights = [] if stacked is None else [*stacked.w_in_s, stacked.w_out_s]
@@ -126,7 +126,7 @@ def experts_grouped(
     x_TH: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
-    bank: StackedBank,
+    bank: StackedExpertWeights,
     spec: ExpertsSpec,
     grouped_mm: GroupedMM | None = None,
 ) -> Tensor:
@@ -163,7 +163,7 @@ def experts_grouped(
     return _summed(x_RH, w_R1, o_RH, ids_R, order_R, inside_R1, K, spec, accum).to(out)
 
 
-def experts_loop(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+def experts_loop(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """One expert after the other on its rows, for whatever the weights are; the host waits once, for the counts.
 
     Rows are gathered and their terms added for all experts at once, so the launches are five or six an expert that

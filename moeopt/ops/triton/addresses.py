@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank, StackedBank
+from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.triton.constants import Held, Unfit
 
 Geometry = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -32,7 +32,7 @@ class Weights(NamedTuple):
     bias_steps: tuple[int, int, int]
 
 
-def weights_of(bank: Bank, spec: ExpertsSpec, H: int, device: torch.device) -> Weights:
+def weights_of(bank: ExpertWeights, spec: ExpertsSpec, H: int, device: torch.device) -> Weights:
     """The live addresses of ``bank``; read anew at each call, so a weight that moved is found where it is now.
 
     Raises:
@@ -59,7 +59,7 @@ def weights_of(bank: Bank, spec: ExpertsSpec, H: int, device: torch.device) -> W
     if b_in2 is not None and b_in is not None and b_in2.geometry != b_in.geometry:
         raise Unfit("the experts' gate and up biases differ in strides")
     if (b_in is None) != (b_in2 is None) and spec.rows == "separate":
-        raise Unfit("one of the gate and up products has a bias and the other none")
+        raise Unfit("one of the gate and up matmuls has a bias and the other none")
     size = dtype.itemsize
     bias_size = next(iter(bias_dtypes)).itemsize
     bias_in_step = b_in.geometry[1][0] if b_in is not None else 0
@@ -117,7 +117,7 @@ def _halves(spec: ExpertsSpec, rows: int) -> tuple[int, int, int, int]:
     }[spec.rows]
 
 
-def _stacked_parts(bank: StackedBank) -> list[_Part | None]:
+def _stacked_parts(bank: StackedExpertWeights) -> list[_Part | None]:
     def part(t: Tensor | None) -> _Part | None:
         if t is None:
             return None
@@ -128,7 +128,7 @@ def _stacked_parts(bank: StackedBank) -> list[_Part | None]:
     return [part(t) for t in (*pair[0], bank.w_out_s, *pair[1], bank.b_out_s, bank.norm_s)]
 
 
-def _listed_parts(bank: Bank) -> list[_Part | None]:
+def _listed_parts(bank: ExpertWeights) -> list[_Part | None]:
     every = range(bank.num_experts)
     ins, biases = list(zip(*map(bank.w_in, every), strict=True)), list(zip(*map(bank.b_in, every), strict=True))
     return [

@@ -50,7 +50,7 @@ def product(a, b, acc, F: tl.constexpr):
 
 @triton.jit
 def cast_rows(x, w, F: tl.constexpr):
-    """Rows of x as the first product takes them, with the routing weight on them where the spec says so."""
+    """Rows of x as the first matmul takes them, with the routing weight on them where the spec says so."""
     if F.weight_on_input:
         x = rounded(x.to(tl.float32) * w, F.x_weight)
     return x.to(F.compute)
@@ -121,7 +121,7 @@ def tile_in(
     x, x_t, x_h, weights, weights_t, weights_k, order, ends, table, out_step, in_step, bias_step, a, E, K, H, I,
     F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
-    """Gather BM rows of one expert, the first product's gate and up for BN columns, bias, activation: ``a`` (R, I)."""
+    """Gather BM rows of one expert, the first matmul's gate and up for BN columns, bias, activation: ``a`` (R, I)."""
     e, first, end = rows_of_tile(tl.program_id(0), ends, E, BM, EP)
     if e < E:
         m, n, k = first + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -240,7 +240,7 @@ def gemv_out(
     a, x, x_t, x_h, ids, ids_t, ids_k, weights, weights_t, weights_k, table, out_step, in_step, bias_step, y,
     E, K, I, D, F: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """One token's second products for BN columns, with bias and routing weight, summed in order: ``y`` (T, D)."""
+    """One token's second matmuls for BN columns, with bias and routing weight, summed in order: ``y`` (T, D)."""
     t = tl.program_id(0).to(tl.int64)
     n, k = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
     total = tl.zeros((BN,), tl.float32)
@@ -264,7 +264,7 @@ def gemv_pair(
     a, ids, ids_t, ids_k, table, out_step, in_step, bias_step, o, E, K, I, D,
     F: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One pair's second product for BN columns with its bias: row ``pair`` of ``o`` (R, D), for ``norm_terms``."""
+    """One pair's second matmul for BN columns with its bias: row ``pair`` of ``o`` (R, D), for ``norm_terms``."""
     pair = tl.program_id(0).to(tl.int64)
     e = tl.load(ids + (pair // K) * ids_t + (pair % K) * ids_k).to(tl.int64)
     if (e >= 0) & (e < E):

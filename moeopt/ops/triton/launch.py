@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.reference import check, dtypes, out_features
 from moeopt.ops.triton.addresses import Weights, weights_of
 from moeopt.ops.triton.constants import Function, function
@@ -23,7 +23,7 @@ def experts_triton(
     x_TH: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
-    bank: Bank,
+    bank: ExpertWeights,
     spec: ExpertsSpec,
     *,
     few: int = FEW_PAIRS,

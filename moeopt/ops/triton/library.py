@@ -9,7 +9,7 @@ import itertools
 import torch
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import ListBank
+from moeopt.ops.expert_weights import ListExpertWeights
 from moeopt.ops.reference import experts_reference
 
 OLDEST = (8, 0)
@@ -60,7 +60,7 @@ _SPECS = (
 
 def _bank(
     spec: ExpertsSpec, dtype: torch.dtype, device: torch.device, rounded_to: torch.dtype | None = None
-) -> ListBank:
+) -> ListExpertWeights:
     """Three experts of 24 and 40 features, the same numbers in each dtype up to its rounding."""
 
     def matrix(out: int, into: int, layout: str, phase: float) -> list[torch.Tensor]:
@@ -73,4 +73,4 @@ def _bank(
         w_in = [matrix(40, 24, spec.w_in_layout, 0.1), matrix(40, 24, spec.w_in_layout, 0.2)]
     else:
         w_in = [matrix(80, 24, spec.w_in_layout, 0.1)]
-    return ListBank(w_in, matrix(24, 40, spec.w_out_layout, 0.3))
+    return ListExpertWeights(w_in, matrix(24, 40, spec.w_out_layout, 0.3))

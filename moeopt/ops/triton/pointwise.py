@@ -101,7 +101,7 @@ def activate(g, NAME: tl.constexpr, ALPHA: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def middle(g, u, F: tl.constexpr):
-    """What stands between the two products: float32 ``g`` and ``u`` (with their biases) to float32 values of COMPUTE.
+    """What stands between the two matmuls: float32 ``g`` and ``u`` (with their biases) to float32 values of COMPUTE.
 
     ``F`` is the function's constants, see ``launch.constants``; a plain expert has no ``u`` and passes ``g`` twice.
     """

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
-from moeopt.ops import ListBank, experts_reference
+from moeopt.ops import ListExpertWeights, experts_reference
 from moeopt.ops.activations import activate
 from moeopt.ops.triton.constants import Unfit
 from moeopt.ops.triton.launch import experts_triton
@@ -62,7 +62,7 @@ def test_widths_around_a_tile(few):
     g = torch.Generator().manual_seed(0)
     for H, I in ((16, 16), (17, 33), (31, 15), (48, 130)):
         w_in = [[torch.randn(I, H, generator=g) / H**0.5 for _ in range(2)] for _ in range(2)]
-        bank = ListBank(w_in, [torch.randn(H, I, generator=g) / I**0.5 for _ in range(2)])
+        bank = ListExpertWeights(w_in, [torch.randn(H, I, generator=g) / I**0.5 for _ in range(2)])
         x, w = torch.randn(5, H, generator=g), torch.rand(5, 2, generator=g)
         ids = torch.tensor([[0, 1], [1, 0], [0, 0], [1, 1], [5, -1]])
         spec = ExpertsSpec(rows="separate")
@@ -139,7 +139,7 @@ def test_a_weight_that_moved_is_found_where_it_is_now():
 def _changed(bank, change):
     lists = [list(ws) for ws in bank.w_in_l]
     lists[0][1] = change(lists[0][1])
-    return ListBank(lists, bank.w_out_l)
+    return ListExpertWeights(lists, bank.w_out_l)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_activations_over_the_whole_range(name):
     spec = ExpertsSpec(rows="plain", activation=name, alpha=alpha)
     x = torch.zeros(len(values), 16)
     x[:, 0] = values
-    bank = ListBank([[torch.eye(16)]], [torch.eye(16)])
+    bank = ListExpertWeights([[torch.eye(16)]], [torch.eye(16)])
     ids, weights = torch.zeros(len(values), 1, dtype=torch.int64), torch.ones(len(values), 1)
     got = experts_triton(x, ids, weights, bank, spec, few=MANY, tiles=Tiles(64, 16, 16, 4, 1))[:, 0].double()
     want, size = activate(values.double(), name, alpha), values.double().abs()
