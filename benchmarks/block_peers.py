@@ -68,7 +68,7 @@ def _lowering(name: str, module: Any, K: int) -> Call:
     from moeopt.backends.onnxrt.lowerings import LOWERINGS
     from moeopt.backends.onnxrt.plan import session_of
     from moeopt.ir.specs import ExpertsSpec
-    from moeopt.lower.onnx.site import Site
+    from moeopt.lower.onnx.experts_node import Site
     from moeopt.ops import StackedBank
 
     bank = StackedBank([module.gate_up_proj.detach()], module.down_proj.detach())

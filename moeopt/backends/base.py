@@ -24,7 +24,7 @@ from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.find.example_inputs import Call
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.lower.plain import open_dataclasses
-from moeopt.lower.surprise import surprises
+from moeopt.lower.unexpected_errors import surprises
 from moeopt.options import Options
 from moeopt.report import Report
 from moeopt.verification.certificate import Certificate

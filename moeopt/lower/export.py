@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.errors import MoeoptError, NotSaveableError
 from moeopt.lower.plain import free_sizes, plain_call
-from moeopt.lower.shape_questions import noting_questions
+from moeopt.lower.specialization_guards import noting_questions
 from moeopt.patches import idle_moves, no_export_dump, one_trace
 from moeopt.verification.model import run_plain
 

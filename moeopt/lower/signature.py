@@ -20,7 +20,7 @@ from moeopt.bundle.shape_guards import encode_conditions, only_asked
 from moeopt.bundle.tree import field_names
 from moeopt.bundle.values import encode
 from moeopt.errors import NotSaveableError
-from moeopt.lower.shape_questions import questions
+from moeopt.lower.specialization_guards import questions
 from moeopt.patches import one_trace, quiet
 
 

@@ -1,6 +1,6 @@
 """The vocabulary: two ops, ``experts`` and ``route``, each with an eager definition and fast kernels."""
 
-from moeopt.ops.bank import Bank, ListBank, StackedBank
+from moeopt.ops.expert_weights import Bank, ListBank, StackedBank
 from moeopt.ops.experts import experts, flatten, unflatten
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.route import route

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import intercept
-from moeopt.ops.bank import Bank, ListBank, StackedBank
+from moeopt.ops import override
+from moeopt.ops.expert_weights import Bank, ListBank, StackedBank
 from moeopt.ops.kernels.cuda import experts_cuda
 from moeopt.ops.native.dispatch import experts_on_cpu
 from moeopt.ops.reference import experts_reference
@@ -62,7 +62,7 @@ def experts(
     Raises:
         UsageError: shapes or dtypes that have no meaning here; the message names them.
     """
-    if not torch.compiler.is_dynamo_compiling() and (answer := intercept.current()) is not None:
+    if not torch.compiler.is_dynamo_compiling() and (answer := override.current()) is not None:
         y_TH = answer(x_TH, ids_TK, weights_TK, bank, spec)
         if y_TH is not None:
             return y_TH

@@ -14,7 +14,7 @@ from torch import Tensor
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import Bank
 
 
 def experts_reference(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from moeopt.capture.call_roles import Prototype
-from moeopt.capture.witness_inputs import prototypes, witness
+from moeopt.capture.probe_inputs import prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.specs import RouterSpec
 from moeopt.options import Options

@@ -13,11 +13,11 @@ from torch import nn
 
 from moeopt.capture.call_roles import Prototype
 from moeopt.capture.isolated_run import run_quietly, undone
+from moeopt.capture.probe_inputs import witness
 from moeopt.capture.random_ops import random_reason
 from moeopt.capture.same_graph import same_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
 from moeopt.capture.tree import tree_leaves
-from moeopt.capture.witness_inputs import witness
 from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.options import Options

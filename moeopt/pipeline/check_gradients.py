@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from moeopt.capture.witness_inputs import prototypes
+from moeopt.capture.probe_inputs import prototypes
 from moeopt.pipeline.block import Rewrite
 from moeopt.pipeline.coverage import Call
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward

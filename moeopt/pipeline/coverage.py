@@ -10,9 +10,9 @@ from torch import nn
 
 from moeopt.capture.call_roles import Prototype
 from moeopt.capture.force_routing import EveryExpert
+from moeopt.capture.probe_inputs import aimed_rows, witness
 from moeopt.capture.random_ops import random_reason
 from moeopt.capture.tape import Tape, record
-from moeopt.capture.witness_inputs import aimed_rows, witness
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.passes.group_experts import GroupExperts

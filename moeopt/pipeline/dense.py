@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moeopt.capture.probe_inputs import prototypes, witness
 from moeopt.capture.tape import record
-from moeopt.capture.witness_inputs import prototypes, witness
 from moeopt.errors import Declined, UsageError
 from moeopt.find.discover import Place
 from moeopt.options import Options

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from moeopt.capture.probe_inputs import prototypes, witness
 from moeopt.capture.tape import Tape, record
-from moeopt.capture.witness_inputs import prototypes, witness
 from moeopt.errors import CaptureError
 from moeopt.find.discover import Place
 from moeopt.recognise.experts import Recognition

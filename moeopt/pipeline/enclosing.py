@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 from moeopt.capture.call_roles import Prototype
-from moeopt.capture.witness_inputs import prototypes
+from moeopt.capture.probe_inputs import prototypes
 from moeopt.errors import Declined
 from moeopt.pipeline.coverage import Call
 

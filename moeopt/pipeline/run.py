@@ -2,7 +2,7 @@
 
 discover        places that may hold experts or a dense FFN         (find/discover)
 for each place, innermost module first:
-    probe       witness traces of the block                         (capture/tape, capture/witness_inputs)
+    probe       witness traces of the block                         (capture/tape, capture/probe_inputs)
     recognise   rows, function, combine, frontier                   (recognise/experts)
     passes      one op where the experts' sum stood; what follows   (passes/pipeline, passes/manager)
     verify      against a float64 oracle on adversarial routing     (verification/block)

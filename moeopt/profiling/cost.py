@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import Bank
 from moeopt.ops.experts import experts
-from moeopt.ops.intercept import left_alone
+from moeopt.ops.override import left_alone
 
 REPEATS, MOST, ENOUGH = 8, 64, 0.06
 """Pairs of timings of one call: at least, at most, and after how many seconds there are enough."""

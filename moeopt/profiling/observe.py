@@ -17,8 +17,8 @@ from moeopt.capture.tape import clone_inputs
 from moeopt.errors import CaptureError
 from moeopt.find.example_inputs import Call
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
-from moeopt.ops.intercept import intercepted
+from moeopt.ops.expert_weights import Bank
+from moeopt.ops.override import intercepted
 from moeopt.profiling.tally import Tally
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 

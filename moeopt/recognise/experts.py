@@ -35,7 +35,7 @@ from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, so
 from moeopt.recognise.gemm_sites import Site, find_sites
 from moeopt.recognise.routing import Frontier, NoIds, Table, find_frontier, one_beyond
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
-from moeopt.recognise.weight_place import Place, weight_place
+from moeopt.recognise.weight_position import Place, weight_place
 from moeopt.recognise.why_not import no_experts
 
 

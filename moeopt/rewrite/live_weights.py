@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
-from moeopt.ops.bank import StackedBank
+from moeopt.ops.expert_weights import StackedBank
 
 
 class Stale(Exception):
@@ -66,7 +66,7 @@ class _Place:
 
 
 class LiveBank:
-    """``moeopt.ops.bank.Bank`` over the Parameters of ``root``.
+    """``moeopt.ops.expert_weights.Bank`` over the Parameters of ``root``.
 
     Args:
         root: the block.

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from moeopt.errors import Declined
-from moeopt.rewrite.probe import Probe
+from moeopt.rewrite.guard_expression import Probe
 from moeopt.rewrite.ran import Ran, observing
 from moeopt.rewrite.spell import Spelled
 from moeopt.rewrite.walk import MOST, Walk

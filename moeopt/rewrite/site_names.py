@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import Bank
 from moeopt.rewrite.install import rewritten_forward
 
 

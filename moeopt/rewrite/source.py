@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moeopt.errors import StaleModelWarning
+from moeopt.rewrite.guard_expression import Probe, holds
 from moeopt.rewrite.module_guard import hook_count
-from moeopt.rewrite.probe import Probe, holds
 from moeopt.rewrite.reads import Reads
 
 _CALL, _LEAST, _CODE = 2400, 300, 60

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from moeopt.options import variables
 from moeopt.rewrite.code import digest, filled, fingerprint, foreign, installed, words
-from moeopt.rewrite.probe import Probe
+from moeopt.rewrite.guard_expression import Probe
 from moeopt.rewrite.ran import Ran
 from moeopt.rewrite.spell import INERT, Spelled, array_text, inert, is_array, key_text, plain, readable, tensor_text
 

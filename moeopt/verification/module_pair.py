@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from moeopt.capture.witness_inputs import prototypes
+from moeopt.capture.probe_inputs import prototypes
 from moeopt.errors import Declined, UsageError
 from moeopt.find.example_inputs import Call
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward

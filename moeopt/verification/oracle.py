@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeopt.ops.intercept import left_alone
+from moeopt.ops.override import left_alone
 from moeopt.verification.float64_rules import PLANS, Plan, Widener, chooses, plan_of, widen
 from moeopt.verification.selections import (
     Event,

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import Bank
 from moeopt.ops.experts import experts
-from moeopt.ops.intercept import intercepted, left_alone
+from moeopt.ops.override import intercepted, left_alone
 from moeopt.rewrite.site_names import site_names
 from moeopt.verification.judge import FACTOR
 from moeopt.verification.model import run_plain

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import ListBank
+from moeopt.ops.expert_weights import ListBank
 from moeopt.ops.kernels import cpu
 from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.reference import experts_reference

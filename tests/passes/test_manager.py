@@ -8,7 +8,7 @@ from torch import nn
 
 import moeopt
 from moeopt.errors import Declined, UsageError
-from moeopt.ops.intercept import intercepted
+from moeopt.ops.override import intercepted
 from moeopt.ops.reference import experts_reference
 from moeopt.options import Options
 from moeopt.passes.base import Level, PassRecord

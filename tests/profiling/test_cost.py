@@ -4,7 +4,7 @@ import torch
 
 from moeopt.html import ratio
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import StackedBank
+from moeopt.ops.expert_weights import StackedBank
 from moeopt.profiling.cost import CALLS, Cost, _noise, balanced
 
 SPEC = ExpertsSpec(rows="plain", activation="relu")

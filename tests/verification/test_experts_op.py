@@ -6,7 +6,7 @@ from torch import nn
 
 from moeopt.capture.call_roles import Leaf, Prototype
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import StackedBank
+from moeopt.ops.expert_weights import StackedBank
 from moeopt.ops.experts import experts
 from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases

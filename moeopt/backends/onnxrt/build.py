@@ -30,12 +30,12 @@ from moeopt.errors import Declined, NotSaveableError, UsageError
 from moeopt.lower.export import export_program, roomier
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.assemble import replace_sites
+from moeopt.lower.onnx.experts_node import DOMAIN, OP
 from moeopt.lower.onnx.export import emitting, own_outputs, to_onnx
 from moeopt.lower.onnx.plan import BlockPlan, kind
-from moeopt.lower.onnx.site import DOMAIN, OP
-from moeopt.lower.onnx.widen import widen_graph
+from moeopt.lower.onnx.upcast import widen_graph
 from moeopt.lower.signature import describe_call, functional
-from moeopt.lower.surprise import surprises
+from moeopt.lower.unexpected_errors import surprises
 from moeopt.options import Options
 from moeopt.patches import quiet
 

@@ -16,7 +16,7 @@ from moeopt.causal_lm.chunked_cases import causal_calls
 from moeopt.errors import NotEquivalentError
 from moeopt.find.example_inputs import Call
 from moeopt.lower.other_sizes import sizes_to_try
-from moeopt.lower.surprise import told
+from moeopt.lower.unexpected_errors import told
 from moeopt.options import Options
 from moeopt.pipeline.run import Outcome
 from moeopt.verification.language import find_ids

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.backends.onnxrt.session import Session, runtime
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
-from moeopt.ops.intercept import intercepted
+from moeopt.ops.expert_weights import Bank
+from moeopt.ops.override import intercepted
 from moeopt.rewrite.site_names import site_names
 from moeopt.verification.model import run_plain
 

@@ -24,7 +24,7 @@ from moeopt.backends.onnxrt.session import Session, runtime
 from moeopt.backends.onnxrt.site_records import ENDS, blank_site, input_width
 from moeopt.bundle.values import DTYPES
 from moeopt.errors import BundleError
-from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.ops.reference import dtypes, experts_reference
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR

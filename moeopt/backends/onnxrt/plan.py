@@ -7,10 +7,10 @@ import functools
 from moeopt.backends.onnxrt.select import ranked
 from moeopt.backends.onnxrt.session import Session
 from moeopt.lower.onnx.assemble import one_op
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.plan import BlockPlan, Choice
-from moeopt.lower.onnx.site import Site
-from moeopt.lower.onnx.widen import widen_site
+from moeopt.lower.onnx.upcast import widen_site
 
 
 class Plan(BlockPlan):

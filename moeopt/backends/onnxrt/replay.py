@@ -12,7 +12,7 @@ from typing import Any
 from moeopt.backends.onnxrt.capability import DOMAIN, check_graph
 from moeopt.backends.onnxrt.plan import Plan
 from moeopt.errors import NotSaveableError
-from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.experts_node import Site
 
 
 class ReplayPlan(Plan):

@@ -22,9 +22,9 @@ import torch
 
 from moeopt.backends.onnxrt.lowerings import LOWERINGS
 from moeopt.backends.onnxrt.session import Session
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.plan import Choice
-from moeopt.lower.onnx.site import Site
 
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""

@@ -28,8 +28,8 @@ from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.errors import BundleError, Declined, EngineFallbackWarning, EngineNotExecutableError, UsageError
 from moeopt.lower.onnx.assemble import one_op
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.site import Site
 
 Probe = tuple[Mapping[str, Tensor], float]
 Check = Callable[[bytes, Mapping[str, Tensor]], None]

@@ -22,9 +22,9 @@ from moeopt.bundle.values import DTYPES
 from moeopt.errors import BundleError, Declined
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.site import Site
-from moeopt.ops.bank import ListBank
+from moeopt.ops.expert_weights import ListBank
 from moeopt.ops.reference import out_features
 
 DIGITS = 5

@@ -38,12 +38,12 @@ from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
 from moeopt.errors import Declined, EngineBuildError, NotSaveableError, UsageError
 from moeopt.lower.export import export_program, roomier
 from moeopt.lower.onnx.assemble import one_op
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.export import emitting, to_onnx
 from moeopt.lower.onnx.plan import kind
-from moeopt.lower.onnx.site import Site
-from moeopt.lower.onnx.widen import widen_graph, widen_site
+from moeopt.lower.onnx.upcast import widen_graph, widen_site
 from moeopt.lower.signature import describe_call, functional
-from moeopt.lower.surprise import surprises
+from moeopt.lower.unexpected_errors import surprises
 from moeopt.options import Options
 from moeopt.patches import quiet
 from moeopt.verification.language import find_ids

@@ -18,11 +18,11 @@ from moeopt.backends.tensorrt.profiles import MULTIPLE
 from moeopt.backends.tensorrt.sums import sums_for
 from moeopt.backends.tensorrt.target import Target, check_buildable, wanted_target
 from moeopt.errors import Declined, UsageError
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.lower.onnx.plan import BlockPlan, Choice
-from moeopt.lower.onnx.site import Site
-from moeopt.lower.onnx.widen import widen_site
+from moeopt.lower.onnx.upcast import widen_site
 from moeopt.options import Options
 from moeopt.verification.language import find_ids
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from moeopt.backends.tensorrt.lowerings.trt_moe import together
 from moeopt.errors import EngineBuildError
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import types_of
-from moeopt.lower.onnx.site import Site
 from moeopt.ops.activations import activate
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import Bank
 from moeopt.ops.reference import one_expert
 
 ROWS = 4

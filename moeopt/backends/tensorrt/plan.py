@@ -18,11 +18,11 @@ from moeopt.backends.tensorrt.cost import DEVICES, seconds, work
 from moeopt.backends.tensorrt.lowerings import FORMS, PORTABLE
 from moeopt.backends.tensorrt.target import Target
 from moeopt.errors import Declined
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.lower.onnx.plan import BlockPlan, Choice, Runnable
-from moeopt.lower.onnx.site import Site
-from moeopt.lower.onnx.widen import widen_site
+from moeopt.lower.onnx.upcast import widen_site
 
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
-from moeopt.ops.bank import StackedBank
+from moeopt.ops.expert_weights import StackedBank
 from moeopt.ops.experts import decode, experts, flatten
 
 _PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "mish", "softplus", "identity")

@@ -7,8 +7,8 @@ from typing import Any
 
 from moeopt.errors import NotSaveableError
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import DOMAIN, OP, Site
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.site import DOMAIN, OP, Site
 
 
 def replace_sites(model: Any, sites: Sequence[Site], choose: Callable[[Site], Lowering]) -> list[str]:

@@ -22,12 +22,12 @@ from moeopt.errors import NotSaveableError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
+from moeopt.lower.onnx.experts_node import DOMAIN, OP, Site
 from moeopt.lower.onnx.float64 import attributes_written_out
 from moeopt.lower.onnx.pad_experts import even
 from moeopt.lower.onnx.scalars import numbers_as_read
-from moeopt.lower.onnx.site import DOMAIN, OP, Site
-from moeopt.ops.bank import Bank
-from moeopt.ops.intercept import intercepted
+from moeopt.ops.expert_weights import Bank
+from moeopt.ops.override import intercepted
 from moeopt.ops.reference import dtypes, out_features
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.rewrite.install import exported, rewritten_forward

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import Bank
 
 
 class EvenBank:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.pad_experts import even
-from moeopt.lower.onnx.site import Site
-from moeopt.ops.bank import Bank
-from moeopt.ops.intercept import intercepted
+from moeopt.ops.expert_weights import Bank
+from moeopt.ops.override import intercepted
 from moeopt.ops.reference import dtypes
 
 Kind = tuple[Any, ...]

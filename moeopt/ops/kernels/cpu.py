@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import Bank
 from moeopt.ops.kernels.gemm import linear, linear_into, pays_to_fill
 from moeopt.ops.reference import check, dtypes, out_features, rms_norm
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
-from moeopt.ops.bank import Bank, StackedBank
+from moeopt.ops.expert_weights import Bank, StackedBank
 from moeopt.ops.reference import check, dtypes, experts_reference, out_features, rms_norm
 
 Path = Literal["grouped", "loop"]

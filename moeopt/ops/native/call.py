@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import Bank
 from moeopt.ops.reference import dtypes
 
 ABI = 1

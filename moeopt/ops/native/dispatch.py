@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank, StackedBank
+from moeopt.ops.expert_weights import Bank, StackedBank
 from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.kernels.gemm import LARGE, power_of_two
 from moeopt.ops.measured import Way, fastest

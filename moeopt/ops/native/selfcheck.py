@@ -10,7 +10,7 @@ import itertools
 import torch
 
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec, Layout, Rows
-from moeopt.ops.bank import Bank, ListBank, StackedBank
+from moeopt.ops.expert_weights import Bank, ListBank, StackedBank
 from moeopt.ops.native.call import Run, Unfit, call
 from moeopt.ops.reference import experts_reference
 

@@ -9,8 +9,8 @@ from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.target import GPU_BUILDS, RTX_BUILDS, parse_target
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
-from moeopt.lower.onnx.site import Site
-from moeopt.ops.bank import StackedBank
+from moeopt.lower.onnx.experts_node import Site
+from moeopt.ops.expert_weights import StackedBank
 from moeopt.ops.experts import experts
 from tests.backends.onnxrt.lowerings.one_site import eps_off, exact, make_site, tokens
 

@@ -21,10 +21,10 @@ from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.target import parse_target
 from moeopt.errors import MoeoptError
 from moeopt.lower.onnx.assemble import one_op
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.plan import kind
-from moeopt.lower.onnx.site import Site
-from moeopt.lower.onnx.widen import widen_site
-from moeopt.ops.intercept import intercepted
+from moeopt.lower.onnx.upcast import widen_site
+from moeopt.ops.override import intercepted
 from tests.backends.onnxrt.lowerings.one_site import eps_off, exact
 from tests.backends.tensorrt.built import build_site
 from tests.families import FAMILIES

@@ -9,7 +9,7 @@ from moeopt.backends.base import Backend, Made
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.errors import Declined, UsageError
 from moeopt.ops.activations import apply_gate
-from moeopt.ops.intercept import intercepted
+from moeopt.ops.override import intercepted
 from moeopt.pipeline.report_of import report_of
 from moeopt.pipeline.run import run
 from moeopt.verification.certificate import Certificate

@@ -10,7 +10,7 @@ from moeopt.backends.onnxrt.session import Session
 from moeopt.lower.export import export_program
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.export import own_outputs, to_onnx
-from moeopt.lower.onnx.widen import widen_graph
+from moeopt.lower.onnx.upcast import widen_graph
 from moeopt.lower.signature import functional
 
 

@@ -5,7 +5,7 @@ import torch
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.pad_experts import even
-from moeopt.ops.bank import ListBank, StackedBank
+from moeopt.ops.expert_weights import ListBank, StackedBank
 from moeopt.ops.reference import experts_reference
 
 H, SIZES = 6, (4, 3, 5)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
-from moeopt.lower.onnx.site import Site
 
 
 def named(graph: Builder, site: Site, ids_TK: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.experts_node import Site
 
 
 class Lowering(Protocol):

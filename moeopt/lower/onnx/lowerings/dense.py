@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.lowerings import middle, table
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
-from moeopt.lower.onnx.site import Site
 
 MOST_EXPERTS = 16
 """Beyond this many, computing all of them is never the choice."""

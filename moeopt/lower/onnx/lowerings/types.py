@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.experts_node import Site
 
 _HALF = (torch.float16, torch.bfloat16)
 _NO_FLOAT64 = ("gelu",)

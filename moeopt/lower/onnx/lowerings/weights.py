@@ -14,10 +14,10 @@ from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import Site
 from moeopt.lower.onnx.lowerings.types import types_of
-from moeopt.lower.onnx.site import Site
 from moeopt.ops.activations import split_rows
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import Bank
 
 
 @dataclass(frozen=True)

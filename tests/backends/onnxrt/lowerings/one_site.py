@@ -17,8 +17,8 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from moeopt.backends.onnxrt.lowerings import by_name
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.site import Site
-from moeopt.ops.bank import Bank, ListBank
+from moeopt.lower.onnx.experts_node import Site
+from moeopt.ops.expert_weights import Bank, ListBank
 from moeopt.ops.reference import experts_reference, out_features
 
 

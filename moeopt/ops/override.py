@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import Bank
 
 Answer = Callable[[Tensor, Tensor, Tensor, Bank, ExpertsSpec], "Tensor | None"]
 """(x, ids, weights, bank, spec) -> what ``experts`` returns, or None to leave the call as it is."""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.lower.onnx.site import Site
-from moeopt.ops.bank import Bank, StackedBank
+from moeopt.lower.onnx.experts_node import Site
+from moeopt.ops.expert_weights import Bank, StackedBank
 
 NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moeopt.capture.witness_inputs import aimed_rows, prototypes, witness
+from moeopt.capture.probe_inputs import aimed_rows, prototypes, witness
 from moeopt.errors import Declined
 from tests.capture.tiny import rand
 from tests.recognise.tiny import H, MoE, seeded

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import Bank
 
 DOMAIN = "moeopt"
 OP = "Experts"

@@ -3,7 +3,7 @@
 import pytest
 
 from moeopt.errors import NotSaveableError, UsageError
-from moeopt.lower.surprise import surprises
+from moeopt.lower.unexpected_errors import surprises
 
 OUT = "use backend='torch'"
 
