@@ -24,6 +24,7 @@ from torch import nn
 
 from moeopt.capture.isolated_run import run_quietly
 from moeopt.capture.tape import clone_inputs
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.find.discover import BlockCandidate, discover, feed_forward_lists
 from moeopt.ir.weight_refs import expert_paths, tensor_at
@@ -32,7 +33,7 @@ from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.manager import PassManager
 from moeopt.patches import fewer_collections
-from moeopt.pipeline.block import ArgsKwargs, Rewrite, Runtime, pass_manager, rewrite_block
+from moeopt.pipeline.block import Rewrite, Runtime, pass_manager, rewrite_block
 from moeopt.pipeline.coverage import Mixture
 from moeopt.pipeline.dense import DenseResult as DenseResult
 from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
