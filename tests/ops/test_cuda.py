@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import ListExpertWeights, StackedExpertWeights, experts, experts_reference
+from moeopt.ops.kernels import cuda
 from moeopt.ops.kernels.cuda import choose_cuda_path, experts_grouped, experts_loop
 from tests.ops.cases import cases, coarsest_eps, make, naive
 
@@ -42,6 +43,32 @@ GOOD = dict(
 def test_the_choice(change, path, reason):
     got_path, got_reason = choose_cuda_path(**{**GOOD, **change})
     assert got_path == path and reason in got_reason
+
+
+@pytest.mark.parametrize(
+    ("stacked", "no_triton", "path", "reason"),
+    [
+        (False, "", "triton", "no wait for the host"),
+        (False, "triton is not installed", "loop", "triton is not installed; grouped_mm takes one stack"),
+        (True, "triton is not installed", "loop", "this is float32 on 9.0"),
+    ],
+)
+def test_the_report_s_words_are_the_path_of_the_weights(stacked, no_triton, path, reason, monkeypatch):
+    monkeypatch.setattr(cuda, "why_not", lambda device: no_triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pytest.importorskip("triton", reason="triton is not installed here")
+    case = make(ExpertsSpec(rows="separate"), dtype=torch.float32, stacked=stacked)
+    got_path, got_reason = cuda.describe_path(case.bank, case.spec)
+    assert got_path == path and reason in got_reason
+
+
+def test_the_report_says_why_the_better_kernel_does_not_take_the_weights(monkeypatch):
+    monkeypatch.setattr(cuda, "why_not", lambda device: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pytest.importorskip("triton", reason="triton is not installed here")
+    case = make(ExpertsSpec(rows="separate", accum_dtype="float64"), dtype=torch.float32, stacked=False)
+    path, reason = cuda.describe_path(case.bank, case.spec)
+    assert path == "loop" and "the accumulator dtype is float64; the kernels have 16 and 32 bits" in reason
 
 
 def grouped_mm_leaving_garbage(a, w, offs):

@@ -20,12 +20,16 @@ from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.native.call import transformed
 from moeopt.ops.reference import check, dtypes, experts_reference, one_expert, out_features, rms_norm
-from moeopt.ops.triton.constants import Unfit
+from moeopt.ops.triton.addresses import weights_of
+from moeopt.ops.triton.constants import function
 from moeopt.ops.triton.launch import experts_triton
 from moeopt.ops.triton.library import why_not
+from moeopt.ops.unfit import Unfit
 
 Path = Literal["triton", "grouped", "loop"]
 GroupedMM = Callable[..., Tensor]
+
+CHOSEN = "2 to 5 launches, no wait for the host"
 
 ONE_LAUNCH = ((9, 0), (10, 0))
 """Compute capabilities on which torch's ``grouped_mm`` of bfloat16 is one kernel.
@@ -53,7 +57,7 @@ def choose_cuda_path(
         no_triton: why the Triton kernels can't take the call; "" where they can.
     """
     if not no_triton:
-        return "triton", "2 to 5 launches, no wait for the host"
+        return "triton", CHOSEN
     no_grouped = _no_grouped(capability, dtype, shapes, strides, has_grouped_mm)
     if not no_grouped:
         return "grouped", f"grouped_mm, no wait for the host; {no_triton}"
@@ -101,6 +105,24 @@ def experts_cuda(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertW
     if path == "grouped" and stacked is not None:
         return experts_grouped(x_TH, ids_TK, weights_TK, stacked, spec)
     return experts_loop(x_TH, ids_TK, weights_TK, bank, spec)
+
+
+def describe_path(bank: ExpertWeights, spec: ExpertsSpec) -> tuple[Path, str]:
+    """The path that these weights take in a call whose x has their dtype, and why no better one."""
+    w_in, device = bank.w_in(0)[0], bank.w_out(0).device
+    no_triton = why_not(device)
+    if not no_triton:
+        H = w_in.shape[1 if spec.w_in_layout == "oi" else 0]
+        try:
+            held = weights_of(bank, spec, H, device).held
+            function(spec, w_in.dtype, w_in.dtype, held, tf32=False, widen=False)
+        except Unfit as err:
+            no_triton = str(err)
+    if not no_triton:
+        return "triton", CHOSEN
+    compute = getattr(torch, spec.compute_dtype) if spec.compute_dtype else w_in.dtype
+    path, why, _ = path_of(device, compute, bank, no_triton)
+    return path, why
 
 
 def path_of(

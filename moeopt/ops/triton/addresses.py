@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
-from moeopt.ops.triton.constants import Held, Unfit
+from moeopt.ops.triton.constants import Held
+from moeopt.ops.unfit import Unfit
 
 Geometry = tuple[torch.Size, tuple[int, ...], torch.dtype]
 

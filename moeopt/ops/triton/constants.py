@@ -7,14 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moeopt.errors import MoeoptError
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.unfit import Unfit
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class Unfit(MoeoptError):
-    """This call is not for the Triton kernels; the message says what stands in the way."""
 
 
 class Function(NamedTuple):

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
 from moeopt.ops import ListExpertWeights, experts_reference
 from moeopt.ops.activations import activate
-from moeopt.ops.triton.constants import Unfit
 from moeopt.ops.triton.launch import experts_triton
 from moeopt.ops.triton.tiles import Tiles
+from moeopt.ops.unfit import Unfit
 from tests.ops.cases import cases, coarsest_eps, make, naive
 
 pytestmark = pytest.mark.usefixtures("interpreted")
