@@ -95,6 +95,7 @@ def covering(
             return call, tape, recognize(tape, assume=assume)
         except Uncovered as err:
             last = err.with_traceback(None)
+            experts = max(experts, last.universe) if ids else experts
             if steer is not None or ids:  # every id was named: what still was not reached may be no expert
                 with contextlib.suppress(Declined):
                     return call, tape, recognize(tape, idle=True, assume=assume)
