@@ -28,7 +28,7 @@ from moeopt.capture.replay import CONFLICT, ancestors, descendants, row_labels
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.weight_refs import ExpertRef, MatrixRef, tensor_at
+from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef, tensor_at
 from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, source_of
