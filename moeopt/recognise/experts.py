@@ -33,6 +33,7 @@ from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, source_of
 from moeopt.recognise.gemm_sites import Site, find_sites
+from moeopt.recognise.limits import check_limits
 from moeopt.recognise.routing import Frontier, NoIds, Table, find_frontier, one_beyond
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.recognise.weight_place import Place, weight_place
@@ -463,6 +464,9 @@ def _with_frontier(
     if prior is not None and (ids is None or not bool((ids >= len(experts)).any())):
         identity = prior.spec.out_of_range == "identity"  # no such id on this witness: nothing speaks against it
     base = None if identity else _base(tape, combine, before, experts)
+    sources = [tokens.node, base, frontier.weights.source, None if frontier.ids is None else frontier.ids.source]
+    fitted = {n for c in group for n in c.mid}
+    check_limits(tape, combine.node, [n for n in sources if n is not None], fitted, source_of(group[0]))
     ordered = [experts[c] for c in frontier.experts]
     _same_layout(ordered, group)
     spec = dataclasses.replace(
