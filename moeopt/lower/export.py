@@ -18,20 +18,20 @@ from torch.utils import _pytree as pytree
 
 from moeopt.errors import MoeoptError, NotSaveableError
 from moeopt.lower.plain import free_sizes, plain_call
-from moeopt.lower.shape_questions import noting_questions
+from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.patches import idle_moves, no_export_dump, one_trace
 from moeopt.verification.model import run_plain
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def roomier(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def avoid_size_one(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgsKwargs:
     """The same call with two rows where it has one, if the model takes it.
 
     ``torch.export`` holds a size of 1 to be fixed, so a call with a batch or a sequence of 1 would give an engine
     for exactly that.
     """
-    call: Call = (tuple(args), dict(kwargs))
+    call: ArgsKwargs = (tuple(args), dict(kwargs))
     for axis in (0, 1):
         for along in (True, False):
             wider = _doubled(call, axis, along)
@@ -46,7 +46,7 @@ def roomier(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return call
 
 
-def _doubled(call: Call, axis: int, along: bool) -> Call | None:
+def _doubled(call: ArgsKwargs, axis: int, along: bool) -> ArgsKwargs | None:
     """``call`` with two rows along an axis on which all of its tensors have one; None where they do not.
 
     Args:
@@ -70,7 +70,7 @@ def _doubled(call: Call, axis: int, along: bool) -> Call | None:
         return None
     if along and not any(map(goes, leaves)):
         return None
-    doubled: Call = pytree.tree_map_only(
+    doubled: ArgsKwargs = pytree.tree_map_only(
         torch.Tensor, lambda t: torch.cat([t, t], axis if has(t) else 0) if has(t) or goes(t) else t, call
     )
     return doubled
@@ -128,7 +128,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 torch.no_grad(),
                 idle_moves(),
                 shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-                noting_questions(),
+                collect_specialization_guards(),
                 no_export_dump(),
                 _named(model, kwargs),
             ):

@@ -43,7 +43,7 @@ def check_limits(
     Args:
         end: the experts' sum.
         kept: what the rewrite computes it from.
-        fitted: nodes between experts' products, whose function was compared beyond their bounds.
+        fitted: nodes between experts' matmuls, whose function was compared beyond their bounds.
     """
     limits = {n for n in tape.nodes if n not in fitted and limits_values(tape, n)}
     if not limits:
@@ -60,7 +60,7 @@ def check_limits(
         raise Declined(
             f"its forward limits values with {op_name(node)}{f' ({bounds})' if bounds else ''} between the tokens and "
             "the sum of its experts, where no probe reaches the limit, so the op would leave it out: limit the tokens "
-            "before they are dispatched, the block's result, or values between an expert's two products",
+            "before they are dispatched, the block's result, or values between an expert's two matmuls",
             node.meta.get("source") or source,
         )
 

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moeopt.errors import StaleModelWarning
+from moeopt.rewrite.guard_expression import GuardExpression, holds
 from moeopt.rewrite.module_guard import hook_count
-from moeopt.rewrite.probe import Probe, holds
 from moeopt.rewrite.reads import Reads
 
 _CALL, _PART, _LEAST, _CODE = 2350, 650, 300, 60
@@ -38,7 +38,7 @@ def _items(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
             yield registry, name, value
 
 
-class _Module:
+class _ModuleFacts:
     """The structure of one module of the source: children, Parameters, buffers, hooks.
 
     Args:
@@ -65,7 +65,7 @@ class _Module:
         module = self._module()
         return module is not None and hook_count(module) != self._before.get("the number of hooks")
 
-    def arm(self, probe: Probe) -> None:
+    def arm(self, probe: GuardExpression) -> None:
         """Terms for all of it but hooks, which PyTorch counts."""
         module = self._module()
         if module is None:
@@ -104,7 +104,7 @@ class _Code:
             return ()
         return type(module), id(module.__dict__.get("forward")), *map(len, _registries(module))
 
-    def arm(self, probe: Probe) -> None:
+    def arm(self, probe: GuardExpression) -> None:
         """A term each; none that would hold the root."""
         module = self._module()
         if module is None:
@@ -117,7 +117,7 @@ class _Code:
             probe.add(f"{{0}}({{1}}) == {len(registry)}" if registry else "not {1}", len, registry)
 
     def changed(self) -> str:
-        """As that of ``_Module``."""
+        """As that of ``_ModuleFacts``."""
         before, self._before = self._before, self._facts()
         return f"the code or the contents of {self.path or 'the model itself'}" if self._before != before else ""
 
@@ -130,15 +130,15 @@ class _Block:
         self._before: dict[str, Any] = {}
         self.changed()
 
-    def arm(self, probe: Probe) -> None:
+    def arm(self, probe: GuardExpression) -> None:
         """A term for each link."""
         block = self._block()
         if block is not None:
             self.reads.walk(block, probe, lambda path: probe, code=False)
 
     def changed(self) -> str:
-        """As that of ``_Module``."""
-        block, unused = self._block(), Probe()
+        """As that of ``_ModuleFacts``."""
+        block, unused = self._block(), GuardExpression()
         if block is None:
             return ""
         now = self.reads.walk(block, unused, lambda path: unused, code=False).entries
@@ -147,21 +147,21 @@ class _Block:
         return f"{place} of {self.path or 'the model itself'}" if place and before else ""
 
 
-_Thing = _Module | _Code | _Block
+_Thing = _ModuleFacts | _Code | _Block
 
 
 class _Turns:
-    """Things to compare, in parts of about ``most`` nanoseconds, one part at a call.
+    """Things to compare, in parts of about ``max_nanoseconds`` nanoseconds, one part at a call.
 
     Attributes:
         next: gives the comparison of the part whose turn it is.
     """
 
-    def __init__(self, things: list[_Thing], most: int) -> None:
+    def __init__(self, things: list[_Thing], max_nanoseconds: int) -> None:
         self.parts: list[list[_Thing]] = []
         some: list[_Thing] = []
         for thing in things:
-            if some and _armed([*some, thing]).cost > most:
+            if some and _armed([*some, thing]).cost > max_nanoseconds:
                 self.parts.append(some)
                 some = []
             some.append(thing)
@@ -188,11 +188,11 @@ _NOTHING.next = itertools.repeat(lambda: True).__next__
 
 
 def _hooked(thing: _Thing) -> bool:
-    return isinstance(thing, _Module) and thing.hooked()
+    return isinstance(thing, _ModuleFacts) and thing.hooked()
 
 
-def _armed(things: list[_Thing]) -> Probe:
-    probe = Probe(classes=False)  # the twin's classes are the source's, and each block compares its own
+def _armed(things: list[_Thing]) -> GuardExpression:
+    probe = GuardExpression(classes=False)  # the twin's classes are the source's, and each block compares its own
     for thing in things:
         thing.arm(probe)
     return probe
@@ -213,10 +213,13 @@ class Source:
         modules = list(model.named_modules())
         others = dict(twin.named_modules())
         things: list[_Thing] = [_Block(path, model.get_submodule(path), reads) for path, reads in blocks.items()]
-        things += [_Module(path, module, others[path], values) for path, module in modules]
+        things += [_ModuleFacts(path, module, others[path], values) for path, module in modules]
         whole = _armed(things).cost
-        most = whole if cost + whole <= _CALL else max(_LEAST, min(_PART, _CALL - cost))
-        self._structure, self._code = _Turns(things, most), _Turns([_Code(*named) for named in modules], _CODE)
+        max_nanoseconds = whole if cost + whole <= _CALL else max(_LEAST, min(_PART, _CALL - cost))
+        self._structure, self._code = (
+            _Turns(things, max_nanoseconds),
+            _Turns([_Code(*named) for named in modules], _CODE),
+        )
         self._name, self._told, self._hooks = type(model).__name__, set[str](), RemovableHandle.next_id
         self._alive = weakref.ref(model, self._gone)
 

@@ -7,7 +7,7 @@ from torch import nn
 pytest.importorskip("onnxruntime")
 
 import moeopt
-from moeopt.lower.export import roomier
+from moeopt.lower.export import avoid_size_one
 from tests.toy_moe import Block, H, build
 
 
@@ -46,7 +46,7 @@ def call(name, *lead):
 @pytest.mark.parametrize("name", USES)
 def test_axes_of_one_row_get_two(name, lead):
     model = Marked(USES[name][0]).eval()
-    (x, given), kwargs = roomier(model, call(name, *lead), {})
+    (x, given), kwargs = avoid_size_one(model, call(name, *lead), {})
     assert x.shape == (*(max(size, 2) for size in lead[:2]), H) and not kwargs
     assert given.shape == call(name, *x.shape[:-1])[1].shape
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_a_model_that_takes_one_row_only_keeps_its_call():
             return x.reshape(1, H) * mark
 
     given = (torch.randn(1, H), torch.ones(1))
-    assert roomier(One(), given, {}) == (given, {})
+    assert avoid_size_one(One(), given, {}) == (given, {})
 
 
 @pytest.mark.parametrize("lead", [(1,), (1, 6)], ids=str)
