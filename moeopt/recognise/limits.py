@@ -54,7 +54,8 @@ def check_limits(
         if node in seen or node in kept or any(same_call(node, other) for other in kept):
             continue
         seen.add(node)
-        stack.extend(node.all_input_nodes)
+        if node.meta.get("dtype") is None or _is_float(node):  # what flags and ids are computed from is the router's
+            stack.extend(node.all_input_nodes)
     for node in sorted(limits & seen, key=lambda n: n.meta["index"]):
         bounds = ", ".join(f"{bound:g}" for bound in _bounds(tape, node))
         raise Declined(
