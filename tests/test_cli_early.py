@@ -31,8 +31,16 @@ MISTYPED = [
     ("info .", 1, "has no moeopt.json: it is not a bundle"),
     ("optimize nowhere", 2, "nowhere is neither a file nor module:factory"),
     ("optimize nowhere.py:build", 2, "nowhere.py:build: there is no file nowhere.py"),
-    ("optimize nowhere.inside:build", 2, "importing nowhere.inside failed: ModuleNotFoundError: no module 'nowhere' in /"),
-    ("optimize mine:build --backend onnxruntim", 2, "backend 'onnxruntim' is not available; did you mean 'onnxruntime'"),
+    (
+        "optimize nowhere.inside:build",
+        2,
+        "importing nowhere.inside failed: ModuleNotFoundError: no module 'nowhere' in /",
+    ),
+    (
+        "optimize mine:build --backend onnxruntim",
+        2,
+        "backend 'onnxruntim' is not available; did you mean 'onnxruntime'",
+    ),
     ("explain nowhere", 2, "nowhere is neither a file nor module:factory"),
     ("explain .", 2, ". is a directory without config.json"),
     ("inspect nowhere", 2, "nowhere does not exist: give a Hugging Face directory, a config.json"),

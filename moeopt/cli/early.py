@@ -40,8 +40,8 @@ def check_code(where: str, target: str) -> None:
         known = None
     if not known:
         raise UsageError(
-            f"{target}: importing {where} failed: ModuleNotFoundError: no module {first!r} in {os.getcwd()} or among the "
-            "installed packages"
+            f"{target}: importing {where} failed: ModuleNotFoundError: no module {first!r} in {os.getcwd()} or "
+            "among the installed packages"
         )
 
 
