@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from moeopt.capture.alike import unlike
-from moeopt.capture.call_roles import Prototype
+from moeopt.capture.call_roles import CallSpec
 from moeopt.passes.manager import Result
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
-from moeopt.rewrite.install import Program, RewrittenForward
+from moeopt.rewrite.install import BlockProgram, RewrittenForward
 from moeopt.verification.block import BlockCheck
 
 
@@ -33,8 +33,8 @@ class Known:
     """A block that was recorded, read and verified: what the next one may be bound to."""
 
     module: nn.Module
-    proto: Prototype
-    program: Program
+    call_spec: CallSpec
+    program: BlockProgram
     found: list[Recognition]
     routers: list[RouterReading]
     passes: Result
@@ -46,16 +46,16 @@ class Bound:
 
     name: str
     module: nn.Module
-    proto: Prototype
+    call_spec: CallSpec
     known: Known
 
     @property
     def found(self) -> list[Recognition]:
         return self.known.found
 
-    def program(self, block: BlockGraph) -> Program:
+    def program(self, block: BlockGraph) -> BlockProgram:
         """``block`` as it is installed: what it watches for is taken from the block that was recorded."""
-        return Program(block, self.known.program.signature, self.known.program.facts, self.known.program.reads)
+        return BlockProgram(block, self.known.program.signature, self.known.program.facts, self.known.program.reads)
 
 
 @dataclass
@@ -74,24 +74,24 @@ class AlikeBlocks:
         if not known.passes.graphs and known.program.block.root is None:
             self.kinds.setdefault(type(known.module), []).append(known)
 
-    def propose(self, name: str, module: nn.Module, protos: list[Prototype]) -> Bound | None:
+    def propose(self, name: str, module: nn.Module, call_specs: list[CallSpec]) -> Bound | None:
         """The graph of a known block that is alike, bound to ``module``; None where there is none.
 
         Args:
             protos: the readings of a call of ``module``.
         """
         for known in self.kinds.get(type(module), ()):
-            proto = next((p for p in protos if _same_call(known.proto, p)), None)
-            if proto is None or unlike(known.module, module, _installed):
+            call_spec = next((p for p in call_specs if _same_call(known.call_spec, p)), None)
+            if call_spec is None or unlike(known.module, module, _installed):
                 continue
-            bound = Bound(name, module, proto, known)
+            bound = Bound(name, module, call_spec, known)
             forward = RewrittenForward(module, bound.program(known.program.block), self.original(module))
             if not forward.watch.gone and not forward.watch.everything():
                 return bound
         return None
 
 
-def bound_result(bound: Bound, verify: Callable[[BlockGraph], BlockCheck]) -> tuple[Program, Result] | None:
+def bound_result(bound: Bound, verify: Callable[[BlockGraph], BlockCheck]) -> tuple[BlockProgram, Result] | None:
     """The known graph as a block of its own, verified; None where it is not equivalent here."""
     block = bound.known.program.block.copy()
     block.name = bound.name
@@ -107,9 +107,9 @@ def _installed(module: nn.Module, name: str) -> bool:
     return name == "forward" and isinstance(module.__dict__[name], RewrittenForward)
 
 
-def _same_call(a: Prototype, b: Prototype) -> bool:
+def _same_call(a: CallSpec, b: CallSpec) -> bool:
     """Equal roles, structures, dtypes and sizes of tensors, and equal plain arguments."""
-    if a.leaves != b.leaves or a.turned != b.turned:
+    if a.leaves != b.leaves or a.flip_masks != b.flip_masks:
         return False
     (ours, spec), (theirs, other) = (pytree.tree_flatten((p.args, p.kwargs)) for p in (a, b))
     return spec == other and all(_same_leaf(x, y) for x, y in zip(ours, theirs, strict=True))
