@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import intercept
 from moeopt.ops.bank import Bank, ListBank, StackedBank
 from moeopt.ops.kernels.cuda import experts_cuda
 from moeopt.ops.native.dispatch import experts_on_cpu
 from moeopt.ops.reference import experts_reference
+from moeopt.ops.row_function import row_function
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 """w_in, w_out, b_in, b_out, norm."""
@@ -38,7 +41,7 @@ def encode(spec: ExpertsSpec) -> str:
 
 
 def experts(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec, skip_idle: bool = False
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Any, spec: ExpertsSpec | RowFunction, skip_idle: bool = False
 ) -> Tensor:
     """Run the experts that ``ids_TK`` names on each token and sum their weighted outputs.
 
@@ -50,7 +53,7 @@ def experts(
         x_TH: tokens (T, H), any float dtype; T may be 0.
         ids_TK: chosen experts (T, K), integers; < 0 adds nothing, >= E is ``spec.out_of_range``.
         weights_TK: routing weights (T, K), any float dtype.
-        bank: the E experts' weights.
+        bank: the E experts' weights: a ``Bank``, or a ``SlotBank`` where ``spec`` is a ``RowFunction``.
         spec: the function, with the dtypes and the order of the sum.
         skip_idle: whether separate weights of experts that no token reaches get no gradient (``grad`` stays None,
             and optimizers leave them alone), as in a loop over the experts that are hit; else it is zeros, as in a
@@ -67,6 +70,8 @@ def experts(
         if y_TH is not None:
             return y_TH
     traced = _traced(x_TH)
+    if isinstance(spec, RowFunction):
+        return row_function(x_TH, ids_TK, weights_TK, bank, spec, traced, skip_idle)
     if traced or _needs_grad(x_TH, weights_TK, bank):
         lists = flatten(bank, spec)
         if skip_idle and not traced:

@@ -22,6 +22,7 @@ from moeopt.passes.manager import PassManager, Result, check_names
 from moeopt.passes.pipeline import PIPELINE
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.coverage import Call, Mixture, Reader
+from moeopt.pipeline.pays import check_pays
 from moeopt.recognise.experts import Recognition, Uncovered
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
@@ -123,6 +124,8 @@ def _rewrite(
     for proto in _versions(call):
         try:
             capture = Capture(name, module, proto, options, reader)
+            if runtime is None:  # an engine takes them always: without them it could not be written
+                check_pays(capture.found)
             judge = functools.partial(_verify, capture, call, options, runtime)
             result = manager.run(capture.block(), judge, capture.differ)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next

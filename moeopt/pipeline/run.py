@@ -26,6 +26,7 @@ from moeopt.capture.isolated_run import run_quietly
 from moeopt.capture.tape import clone_inputs
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.find.discover import Place, discover, feed_forward_lists
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.options import Options
 from moeopt.passes.base import PassRecord
@@ -38,6 +39,7 @@ from moeopt.pipeline.dense import Outcome as DenseOutcome
 from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
 from moeopt.pipeline.describe import dense_reason, describe_router, read_router
 from moeopt.pipeline.dump import Dump
+from moeopt.pipeline.pays import WouldNotPay
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.hints import hint_for
 from moeopt.report import BlockReport
@@ -72,6 +74,7 @@ class _Attempt:
     where: str = ""
     nearest: str = ""
     seconds: float = 0.0
+    read: set[int] = field(default_factory=set)
 
 
 @fewer_collections()
@@ -100,6 +103,8 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
     outcome = Outcome([], [], {}, calls)
     attempts: list[tuple[Place, _Attempt]] = []
     for number, place in enumerate(moe):
+        if _part_of_another(model, place, attempts):
+            continue
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
         attempts.append((place, _attempt(model, place, outcome, calls, options, runtime, manager)))
         _note_passes(attempts[-1][1], model, outcome, options)
@@ -127,6 +132,8 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
                 dump.block(name, home, calls.get(one.path), one.rewrite, one.reason)
         denses = {id(p): s for p, s in zip(dense, found, strict=True)}
         outcome.checks += list({s.path: s.rewrite.check for s in found if s.rewrite is not None}.values())
+    read = [p for p, _ in attempts]
+    places = [p for p in places if p.kind != "moe" or p in read]
     outcome.blocks = list(_report(model, places, attempts, denses, outcome, options.seed))
     outcome.seconds = time.perf_counter() - started
     return outcome
@@ -177,6 +184,10 @@ def _attempt(
             if not _covered(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not")
             install(module, rewrite.program)
+        except WouldNotPay as err:
+            best.seconds += time.perf_counter() - started
+            return _Attempt(None, level.path, err.reason, err.where or place.source, seconds=best.seconds,
+                            read=_covered(model, level.path, err.found))  # fmt: skip
         except Declined as err:
             progress = getattr(err, "progress", -1 if isinstance(err, CaptureError) else 0)
             if progress > best_progress:
@@ -189,6 +200,17 @@ def _attempt(
         outcome.checks.append(rewrite.check)
         return _Attempt(rewrite, level.path, seconds=rewrite.seconds)
     return best
+
+
+def _part_of_another(model: nn.Module, place: Place, attempts: list[tuple[Place, _Attempt]]) -> bool:
+    """Whether ``place`` is a piece of experts that were read whole at another one (an adapter, a second layer)."""
+    for other, done in attempts:
+        if other.call is not place.call or not place.weights:
+            continue
+        functions = [] if done.rewrite is None else [f for f in done.rewrite.found if isinstance(f.spec, RowFunction)]
+        if place.weights <= (done.read | _covered(model, done.path, functions)):
+            return True
+    return False
 
 
 def _note_passes(attempt: _Attempt, model: nn.Module, outcome: Outcome, options: Options) -> None:

@@ -27,8 +27,9 @@ from moeopt.capture.op_kinds import is_factory, moves_rows, op_name
 from moeopt.capture.replay import CONFLICT, ancestors, descendants, row_labels
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.weight_refs import ExpertRef, MatrixRef, tensor_at
+from moeopt.ir.weight_refs import ExpertRef, MatrixRef, SlotRefs, tensor_at
 from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, source_of
@@ -208,7 +209,7 @@ def _recognize_rows(
     spec = _one_function(specs, group)
     combine = read_combine(tape, labels)
     progress[0] = 3
-    return _with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known, missing, progress)
+    return with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known, missing, progress)
 
 
 def _label_chain(
@@ -312,7 +313,7 @@ def _covered(tape: Tape, experts: list[ExpertRef], group: list[Chain]) -> None:
     for part in (lambda e: e.w_in[0], lambda e: e.w_out):
         refs = [part(e) for e in experts]
         used = {r.path for r in refs}
-        names = set() if len(used) == 1 and len(experts) > 1 else _siblings(used, named)
+        names = set() if len(used) == 1 and len(experts) > 1 else siblings(used, named)
         held = {id(tensor_at(tape.root, p)) for p in used}
         shapes = {tensor_at(tape.root, p).shape for p in used}
         missing = sorted(
@@ -338,10 +339,10 @@ def _universe(tape: Tape, experts: list[ExpertRef]) -> int:
     """How many experts the module's names count, those that share Parameters with another included."""
     named = dict(tape.root.named_parameters(remove_duplicate=False))
     used = {e.w_in[0].path for e in experts}
-    return len(_siblings(used, named)) if len(used) > 1 else len(experts)
+    return len(siblings(used, named)) if len(used) > 1 else len(experts)
 
 
-def _siblings(used: set[str], named: Mapping[str, torch.Tensor]) -> set[str]:
+def siblings(used: set[str], named: Mapping[str, torch.Tensor]) -> set[str]:
     """Names that differ from a used one in just the number that the used ones differ in (or any, for one)."""
     patterns: dict[Any, list[str]] = {}
     for path in used:
@@ -398,7 +399,7 @@ def _natural(experts: list[ExpertRef]) -> list[int]:
     return sorted(range(len(experts)), key=key)  # type: ignore[arg-type]
 
 
-def _with_frontier(
+def with_frontier(
     tape: Tape, group: list[Chain], tokens: Tokens, labels: Labels, experts: list[ExpertRef],
     spec: ExpertsSpec, combine: Combine,
     functions: dict[object, tuple[ExpertsSpec, bool]], known: list[Recognition] | None, missing: int,
@@ -443,14 +444,13 @@ def _with_frontier(
         identity = prior.spec.out_of_range == "identity"  # no such id on this witness: nothing speaks against it
     base = None if identity else _base(tape, combine, before, experts)
     ordered = [experts[c] for c in frontier.experts]
-    _same_layout(ordered, group)
+    layouts: dict[str, Any] = {}
+    if isinstance(spec, ExpertsSpec):
+        _same_layout(ordered, group)
+        first = ordered[0]
+        layouts = {"w_in_layout": layout_of(tape, first.w_in[0]), "w_out_layout": layout_of(tape, first.w_out)}
     spec = dataclasses.replace(
-        spec,
-        weight_on=place,
-        out_of_range="identity" if identity else "nothing",
-        w_in_layout=layout_of(tape, ordered[0].w_in[0]),
-        w_out_layout=layout_of(tape, ordered[0].w_out),
-        **_accumulation(combine),
+        spec, weight_on=place, out_of_range="identity" if identity else "nothing", **layouts, **_accumulation(combine)
     )
     return Recognition(
         tokens, frontier, combine, base, ordered, spec, inside, min(source_of(c) or "~" for c in group), functions
@@ -628,7 +628,7 @@ def _base(tape: Tape, combine: Combine, before: list[fx.Node], experts: list[Exp
         return None
     want = combine.base
     names = dict(tape.root.named_parameters(remove_duplicate=False))
-    others = _siblings({e.w_in[0].path for e in experts}, names) | _siblings({e.w_out.path for e in experts}, names)
+    others = siblings({e.w_in[0].path for e in experts}, names) | siblings({e.w_out.path for e in experts}, names)
     for node in reversed(before):
         shape = node.meta["shape"]
         if node.op != "get_attr" and node.meta["dtype"] == want.dtype and shape == combine.node.meta["shape"]:

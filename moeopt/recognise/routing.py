@@ -26,6 +26,7 @@ import torch
 from torch import fx
 
 from moeopt.capture.op_kinds import moves_rows, op_name
+from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 
@@ -266,7 +267,8 @@ def _id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tup
     tokens, chains = table.visits.shape
     candidates = list(_candidates(before, floating=False))
     reread = _reread(candidates)
-    for node in reversed(candidates):
+    counted = _as_many_as_chosen(tape)
+    for node in sorted(reversed(candidates), key=lambda n: n in counted):
         numel = math.prod(node.meta["shape"])
         if node in reread or not tokens or numel % tokens or not numel:
             continue
@@ -285,6 +287,12 @@ def _id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tup
                 if recipe.source is not None and recipe.source.meta["dtype"] != torch.int64:
                     recipe.steps.append((aten.to.dtype, (torch.int64,)))
                 yield recipe, ids, mapping
+
+
+def _as_many_as_chosen(tape: Tape) -> set[fx.Node]:
+    """Tensors whose size is data (the places that are not zero): they hold K entries a token on this witness alone."""
+    starts = [n for n in tape.nodes if op_name(n) in ("nonzero", "masked_select")]
+    return {*starts, *descendants(tape, starts)} if starts else set()
 
 
 def _orders(shape: tuple[int, ...], tokens: int, k: int) -> list[Steps]:
