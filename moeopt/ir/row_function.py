@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -80,6 +80,8 @@ class RowFunction:
     combine: Literal["expert", "slot"] = "slot"
     accum_dtype: str | None = None
     out_dtype: str | None = None
+    act_dtype: ClassVar[None] = None  # what the graph rounds, it says itself
+    activation: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for field in ("compute_dtype", "accum_dtype", "out_dtype"):

@@ -41,7 +41,12 @@ def encode(spec: ExpertsSpec) -> str:
 
 
 def experts(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Any, spec: ExpertsSpec | RowFunction, skip_idle: bool = False
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    bank: Any,
+    spec: ExpertsSpec | RowFunction,
+    skip_idle: bool = False,
 ) -> Tensor:
     """Run the experts that ``ids_TK`` names on each token and sum their weighted outputs.
 

@@ -132,8 +132,8 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
                 dump.block(name, home, calls.get(one.path), one.rewrite, one.reason)
         denses = {id(p): s for p, s in zip(dense, found, strict=True)}
         outcome.checks += list({s.path: s.rewrite.check for s in found if s.rewrite is not None}.values())
-    read = [p for p, _ in attempts]
-    places = [p for p in places if p.kind != "moe" or p in read]
+    read = {id(p) for p, _ in attempts}
+    places = [p for p in places if p.kind != "moe" or id(p) in read]
     outcome.blocks = list(_report(model, places, attempts, denses, outcome, options.seed))
     outcome.seconds = time.perf_counter() - started
     return outcome

@@ -27,9 +27,8 @@ from moeopt.capture.op_kinds import is_factory, moves_rows, op_name
 from moeopt.capture.replay import CONFLICT, ancestors, descendants, row_labels
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
-from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.weight_refs import ExpertRef, MatrixRef, SlotRefs, tensor_at
+from moeopt.ir.weight_refs import ExpertRef, MatrixRef, tensor_at
 from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, source_of

@@ -217,7 +217,9 @@ def _branch(flow: Flow, end: fx.Node, common: int, strip: bool) -> Branch | None
                 stack.append(a)
             else:
                 cuts[a] = None
-    return _closed(inside, cuts) or _closed(*_widened(flow, inside, cuts), )
+    return _closed(inside, cuts) or _closed(
+        *_widened(flow, inside, cuts),
+    )
 
 
 def _closed(inside: set[fx.Node], cuts: dict[fx.Node, None], end: fx.Node | None = None) -> Branch | None:
@@ -229,9 +231,7 @@ def _closed(inside: set[fx.Node], cuts: dict[fx.Node, None], end: fx.Node | None
     return Branch(start, end, inside, readers)
 
 
-def _widened(
-    flow: Flow, inside: set[fx.Node], cuts: dict[fx.Node, None]
-) -> tuple[set[fx.Node], dict[fx.Node, None]]:
+def _widened(flow: Flow, inside: set[fx.Node], cuts: dict[fx.Node, None]) -> tuple[set[fx.Node], dict[fx.Node, None]]:
     """With the calls before them that serve this expert alone (a norm without weights of its own)."""
     inside, cuts = set(inside), dict(cuts)
     while True:

@@ -255,7 +255,9 @@ def part_ref(tape: Tape, node: fx.Node) -> PartRef | None:
     last = tuple(o + sum((n - 1) * s[a] for n, s in zip(shape, steps, strict=True)) for a, o in enumerate(origin))
     axes = [[a for a, s in enumerate(step) if s] for step in steps]
     used = [a[0] for a in axes if a]
-    plain = all(len(a) == 1 and step[a[0]] > 0 if n > 1 else not a for a, step, n in zip(axes, steps, shape, strict=True))
+    plain = all(
+        len(a) == 1 and step[a[0]] > 0 if n > 1 else not a for a, step, n in zip(axes, steps, shape, strict=True)
+    )
     if last != found[-1][1] or not plain or len(set(used)) < len(used):
         return None
     ref = PartRef(str(leaf.target), origin, steps, tuple(shape))

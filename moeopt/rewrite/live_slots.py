@@ -20,9 +20,7 @@ class LiveSlots:
         check: called with the number of each expert that is read; may raise :class:`~.live_weights.Stale`.
     """
 
-    def __init__(
-        self, root: nn.Module, experts: list[SlotRefs], check: Callable[[int], None] = lambda e: None
-    ) -> None:
+    def __init__(self, root: nn.Module, experts: list[SlotRefs], check: Callable[[int], None] = lambda e: None) -> None:
         self.num_experts, self._check = len(experts), check
         places: dict[str, Place] = {}
         for part in dict.fromkeys(p for ref in experts for p in ref.slots):

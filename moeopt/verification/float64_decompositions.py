@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from moeopt.ops.experts import decode, unflatten
-from moeopt.ops.row_function import in_float64
 from moeopt.ops.reference import experts_reference
+from moeopt.ops.row_function import in_float64
 
 F64 = torch.float64
 

@@ -23,7 +23,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.float64 import attributes_written_out
-from moeopt.lower.onnx.pad_experts import even
+from moeopt.lower.onnx.pad_experts import bank_of
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.lower.onnx.site import DOMAIN, OP, Site
 from moeopt.ops.bank import Bank
@@ -54,7 +54,7 @@ def emitting(model: nn.Module) -> Iterator[list[Site]]:
             return None
         torch._check(ids.shape[0] == x.shape[0])  # a runtime would broadcast the choices of a single row
         router = routers[id(bank)]
-        sites.append(Site(name, even(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
+        sites.append(Site(name, bank_of(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
         y: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{OP}",
             (x, ids.to(torch.int64), weights),

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeopt.ir.row_function import RowFunction
+from moeopt.lower.onnx.lowerings.row_graph import widened
 from moeopt.lower.onnx.site import Site
 from moeopt.ops.bank import Bank, StackedBank
 
@@ -50,6 +52,8 @@ class WideBank:
 def widen_site(site: Site) -> Site:
     """``site`` with every 16-bit dtype as float32; itself when it has none."""
     spec = site.spec
+    if isinstance(spec, RowFunction):
+        return widened(site)
     fields = ("compute_dtype", "act_dtype", "accum_dtype", "out_dtype")
     narrow: dict[str, Any] = {f: "float32" for f in fields if getattr(spec, f) in NARROW.values()}
     bank_dtype = site.bank.w_out(0).dtype
