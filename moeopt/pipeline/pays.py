@@ -56,8 +56,8 @@ def _reason(found: Recognition, spec: RowFunction) -> str:
     if saved > 0:
         return ""
     return (
-        f"its experts are {words(body)}, a function of a row that no grouped kernel has; PyTorch would run it expert by "
-        "expert, which would not pay here: the block's own code makes as few calls on as few rows; "
+        f"its experts are {words(body)}, a function of a row that no grouped kernel has; PyTorch would run it expert "
+        "by expert, which would not pay here: the block's own code makes as few calls on as few rows; "
         "backend='onnxruntime' takes it"
     )
 

@@ -33,6 +33,7 @@ from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, source_of
 from moeopt.recognise.gemm_sites import Site, find_sites
+from moeopt.recognise.hidden_weight import row_factors, row_weights
 from moeopt.recognise.routing import Frontier, NoIds, Table, find_frontier, one_beyond
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.recognise.weight_place import Place, weight_place
@@ -41,14 +42,17 @@ from moeopt.recognise.why_not import no_experts
 
 @dataclass
 class Recognition:
-    """Everything needed to replace ``combine.node`` by the op; ``experts[v]`` is what id v runs."""
+    """Everything needed to replace ``combine.node`` by the op; ``experts[v]`` is what id v runs.
+
+    ``experts`` are ``ExpertRef`` and ``spec`` an ``ExpertsSpec``; or ``SlotRefs`` and a ``RowFunction``.
+    """
 
     tokens: Tokens
     frontier: Frontier
     combine: Combine
     base: fx.Node | None
-    experts: list[ExpertRef]
-    spec: ExpertsSpec
+    experts: list[Any]
+    spec: Any
     interior: set[fx.Node]
     source: str
     functions: dict[object, tuple[ExpertsSpec, bool]]
@@ -235,8 +239,13 @@ def _label_chain(
         if not bool((label >= 0).any()):
             labels.token[out] = labels.chain[out] = torch.full_like(label, -1)
             continue
+        factors = row_factors(tape, chain, out)
+        if factors and (weights := row_weights(tape, chain, out, factors)) is not None:
+            labels.hidden[out] = weights
         if chain.signature not in specs:
-            specs[chain.signature] = fit_function(tape, chain, out, label, assume)
+            specs[chain.signature] = fit_function(
+                tape, chain, out, label, assume, factors if out in labels.hidden else None
+            )
         ordered = roles[::-1] if specs[chain.signature][1] else roles
         _enter_rows(ordered, out, label, token, labels, keys, experts)
 
@@ -399,8 +408,8 @@ def _natural(experts: list[ExpertRef]) -> list[int]:
 
 
 def with_frontier(
-    tape: Tape, group: list[Chain], tokens: Tokens, labels: Labels, experts: list[ExpertRef],
-    spec: ExpertsSpec, combine: Combine,
+    tape: Tape, group: list[Chain], tokens: Tokens, labels: Labels, experts: list[Any],
+    spec: Any, combine: Combine,
     functions: dict[object, tuple[ExpertsSpec, bool]], known: list[Recognition] | None, missing: int,
     progress: list[int],
 ) -> Recognition:  # fmt: skip
@@ -416,6 +425,8 @@ def with_frontier(
     weights, visits = combine.weights, labels.visits()
     if tokens.weighted:
         weights = _input_weights(group, tokens, labels, combine)
+    elif labels.hidden:
+        weights = _hidden_weights(labels, combine)
     natural = list(range(len(experts))) if known else _natural(experts)
     table = Table(weights, visits, natural, _universe(tape, experts), _weighed(combine, list(labels.token)),
                   _factors(tape, combine, list(labels.token)))  # fmt: skip
@@ -429,7 +440,8 @@ def with_frontier(
     def accept(reading: Frontier) -> None:
         nonlocal place
         _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
-        place = weight_place(tape, reading, table, tokens, labels, combine, group)
+        if not labels.hidden:
+            place = weight_place(tape, reading, table, tokens, labels, combine, group)
 
     frontier = find_frontier(tape, dispatch, table, _weight_dtype(tape, group), again, accept)
     progress[0] = 4
@@ -538,6 +550,21 @@ def _input_weights(group: list[Chain], tokens: Tokens, labels: Labels, combine: 
         else:
             raise Declined("weighted input rows are reordered inside the experts", source_of(group[0]))
     return weights.to(chain.ins[0].operand.meta["dtype"])
+
+
+def _hidden_weights(labels: Labels, combine: Combine) -> torch.Tensor:
+    """(T, C) factor on each expert's activated row, times that on its output."""
+    weights = torch.zeros(combine.weights.shape, dtype=torch.float64)
+    for site, token in labels.token.items():
+        keep = token >= 0
+        factor = labels.hidden[site][keep] if site in labels.hidden else torch.ones(int(keep.sum()))
+        weights[token[keep], labels.chain[site][keep]] = factor.double()
+    values = weights[labels.visits() > 0]
+    if bool((values == values[:1]).all()) or not bool((combine.weights[labels.visits() > 0] == 1).all()):
+        raise Declined(
+            "a factor on the rows between an expert's products is not its routing weight, or not the only one"
+        )
+    return (weights * combine.weights).to(combine.node.meta["dtype"])
 
 
 def _weight_dtype(tape: Tape, group: list[Chain]) -> torch.dtype | None:

@@ -37,8 +37,10 @@ from moeopt.recognise.weight_source import element_source
 MOST_TRIES = 24
 """Sets of parallel values that are tried in one block."""
 _SPLITS = ("split", "split_with_sizes", "chunk", "unbind")
-_SIZES_VARY = ("view", "reshape", "_unsafe_view", "expand", "slice", "select", "as_strided", "repeat", "split_with_sizes",
-               "empty", "zeros", "new_zeros", "full", "new_empty", "constant_pad_nd", "split", "native_group_norm")  # fmt: skip
+_SIZES_VARY = (
+    "view", "reshape", "_unsafe_view", "expand", "slice", "select", "as_strided", "repeat", "split_with_sizes", "empty",
+    "zeros", "new_zeros", "full", "new_empty", "constant_pad_nd", "split", "native_group_norm",
+)  # fmt: skip
 
 
 def recognize_functions(tape: Tape, known: list[Recognition] | None = None, *, idle: bool = False) -> list[Recognition]:
@@ -207,7 +209,8 @@ def _branch(flow: Flow, end: fx.Node, common: int, strip: bool) -> Branch | None
         if len(inputs) != 1 or flow.touched[inputs[0]] & own != own or inputs[0].meta.get("dtype") is None:
             break
         end = inputs[0]
-    inside, cuts, stack = {end}, {}, [end]
+    inside, stack = {end}, [end]
+    cuts: dict[fx.Node, None] = {}
     while stack:
         for a in stack.pop().all_input_nodes:
             if a in inside or a not in flow.data:
@@ -277,12 +280,12 @@ def _read(
         raise Declined("its experts do not all compute the same function", group[0].out.node.meta.get("source"))
     spec = RowFunction(texts.pop(), str(group[0].out.node.meta["dtype"]).removeprefix("torch."))
     progress[0] = 1
-    keys = {tuple(ref.slots): ref for k in known or [] for ref in k.experts if isinstance(ref, SlotRefs)}
+    keys: dict[Any, SlotRefs] = {r.slots: r for k in known or [] for r in k.experts if isinstance(r, SlotRefs)}
     slots = list(dict.fromkeys(tuple(g.slots) for g in graphs))
     if known is not None and not set(slots) & set(keys):
         raise Declined("these are no experts of the first probe")
     own = next((p for p, refs in enumerate(zip(*slots, strict=True)) if len(set(refs)) > 1), 0)
-    experts = list(dict.fromkeys(keys.values())) if known is not None else [SlotRefs(s, own) for s in slots]
+    experts = list(keys.values()) if known is not None else [SlotRefs(s, own) for s in slots]
     number = {ref.slots: e for e, ref in enumerate(experts)}
     if any(s not in number for s in slots):
         raise Uncovered("a probe reached an expert that the first probe did not", group[0].out.node.meta.get("source"))

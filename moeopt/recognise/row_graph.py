@@ -61,8 +61,9 @@ class RowGraph:
         Declined: a call is no function of each row by itself, or has no rule; the text names it.
     """
 
-    def __init__(self, tape: Tape, start: fx.Node, end: fx.Node, cone: set[fx.Node]) -> None:
-        self.tape, self.cone = tape, cone
+    def __init__(self, tape: Tape, start: fx.Node, end: fx.Node, cone: set[fx.Node], values: bool = True) -> None:
+        self.tape, self.cone, self._values = tape, cone, values
+        self._refs: dict[fx.Node, PartRef | None] = {}
         self.slots: list[PartRef] = []
         self.nodes: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         self._dtypes: list[tuple[torch.dtype, tuple[int, ...]]] = []
@@ -115,28 +116,25 @@ class RowGraph:
 
     def as_linear(self, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
         """(rows, W, bias) where ``node`` is x W^T with W as it is stored: one call instead of two, as in the module."""
-        name, args = op_name(node), node.args
+        name, args = op_name(node), list[Any](node.args)
         if name not in ("mm", "addmm") or node.kwargs:
             return None
-        bias, (left, right) = (args[0], args[1:3]) if name == "addmm" else (None, args[:2])
+        bias, left, right = args[:3] if name == "addmm" else (None, *args[:2])
         if not isinstance(right, fx.Node) or op_name(right) not in ("t", "transpose"):
             return None
         source = right.args[0]
         if len(right.meta["shape"]) != 2 or not isinstance(source, fx.Node) or self._weight_of(source) is None:
             return None
-        if bias is not None and (len(bias.meta["shape"]) != 1 or self._weight_of(bias) is None):  # type: ignore[union-attr]
+        if bias is not None and (len(bias.meta["shape"]) != 1 or self._weight_of(bias) is None):
             return None
-        return left, source, bias  # type: ignore[return-value]
+        return left, source, bias
 
     def _weight_of(self, node: fx.Node) -> PartRef | None:
         if node not in self._refs:
-            self._refs[node] = part_ref(self.tape, node) if node not in self.cone or node.op == "get_attr" else None
+            self._refs[node] = (
+                part_ref(self.tape, node, self._values) if node not in self.cone or node.op == "get_attr" else None
+            )
         return self._refs[node]
-
-    @property
-    def _refs(self) -> dict[fx.Node, PartRef | None]:
-        found: dict[fx.Node, PartRef | None] = self.__dict__.setdefault("_parts", {})
-        return found
 
     # -- one node ------------------------------------------------------------------------------------
 
@@ -169,9 +167,9 @@ class RowGraph:
         return Held(len(self.slots) + len(self.nodes), lead, shape)
 
     def _constant(self, node: fx.Node) -> Held:
-        value = self.tape.value(node)
-        if value.numel() != 1 or value.dim():
+        if node.meta["shape"] != () or not self._values:
             raise self._refused(node, "is a tensor that Python made at this call")
+        value = self.tape.value(node)
         return self._add(node, aten.scalar_tensor.default, None, value.item(), dtype=value.dtype)
 
     def _of_weights(self, node: fx.Node) -> Held:
@@ -179,8 +177,8 @@ class RowGraph:
         name = op_name(node)
         if is_factory(node) and (node.meta.get("shape") or ()) != ():
             raise self._refused(node, "makes a tensor of a size that may be the number of rows")
-        if name == "expand" and math.prod(node.meta["shape"]) != math.prod(self._known[node.args[0]].shape):  # type: ignore[index]
-            return self._known[node.args[0]]  # type: ignore[index]  # what reads it broadcasts
+        if name == "expand" and math.prod(node.meta["shape"]) != math.prod(self._known[node.all_input_nodes[0]].shape):
+            return self._known[node.all_input_nodes[0]]  # what reads it broadcasts
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise self._refused(node, "draws random numbers")
         if node.meta.get("shape") is None:
@@ -273,11 +271,11 @@ def _view(graph: RowGraph, node: fx.Node, held: Held) -> Held:
 
 def _turn(graph: RowGraph, node: fx.Node, held: Held) -> Held:
     rank, lead = len(held.shape), len(held.lead or ())
-    order = list(range(rank))
+    order, given = list(range(rank)), list[Any](node.args)
     if op_name(node) == "permute":
-        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr]
+        order = [int(d) % rank for d in given[1]]
     else:
-        a, b = (0, 1) if op_name(node) == "t" else (int(node.args[1]) % rank, int(node.args[2]) % rank)  # type: ignore[call-overload]
+        a, b = (0, 1) if op_name(node) == "t" else (int(given[1]) % rank, int(given[2]) % rank)
         order[a], order[b] = order[b], order[a]
     if order[:lead] != list(range(lead)):
         raise graph._refused(node, "turns rows into features")
@@ -349,8 +347,8 @@ def _group_norm(graph: RowGraph, node: fx.Node, held: Held) -> Held:
 
 
 def _item(graph: RowGraph, node: fx.Node, held: Held) -> Held:
-    source, which = node.args[0], int(node.args[1])  # type: ignore[call-overload]
-    name = op_name(source)  # type: ignore[arg-type]
+    given = list[Any](node.args)
+    name, which = op_name(given[0]), int(given[1])
     if (name in _NORMS or name in _BATCH_NORMS or name == "native_group_norm") and which:
         raise graph._refused(node, "reads a statistic of a norm")
     return graph._add(node, GETITEM, held.lead, held.number, which)

@@ -236,8 +236,11 @@ def vector_ref(tape: Tape, node: fx.Node, prefix: Index, m: int) -> VectorRef | 
     return VectorRef(str(leaf.target), origin, dm, m)
 
 
-def part_ref(tape: Tape, node: fx.Node) -> PartRef | None:
-    """The region of a Parameter or buffer that ``node`` is, whatever its rank; None where it is no such view."""
+def part_ref(tape: Tape, node: fx.Node, values: bool = True) -> PartRef | None:
+    """The region of a Parameter or buffer that ``node`` is, whatever its rank; None where it is no such view.
+
+    ``values``: whether the tape has them, to be held against those of the region.
+    """
     shape = node.meta.get("shape")
     if shape is None or 0 in shape or any(type(size) is not int for size in shape):
         return None
@@ -261,4 +264,4 @@ def part_ref(tape: Tape, node: fx.Node) -> PartRef | None:
     if last != found[-1][1] or not plain or len(set(used)) < len(used):
         return None
     ref = PartRef(str(leaf.target), origin, steps, tuple(shape))
-    return ref if torch.equal(ref.read(tape.value(leaf)), tape.value(node)) else None
+    return ref if not values or torch.equal(ref.read(tape.value(leaf)), tape.value(node)) else None

@@ -7,6 +7,7 @@ so an op means the same inside an expert as around it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -44,7 +45,9 @@ class RowGraph:
 
         slots = list(self.site.bank.slots(e))
         named = [
-            self.graph.weight(f"expert.{e}/slot.{p}", lambda p=p: self.site.bank.slots(e)[p], t.dtype, tuple(t.shape))
+            self.graph.weight(
+                f"expert.{e}/slot.{p}", functools.partial(_slot, self.site.bank, e, p), t.dtype, tuple(t.shape)
+            )
             for p, t in enumerate(slots)
         ]
         inside = dict(self._constants)
@@ -64,6 +67,10 @@ class RowGraph:
                 inside[id(old)] = new
             self.graph.nodes.append(again)
         return inside[id(self._model.graph.outputs[0])]
+
+
+def _slot(bank: SlotBank, e: int, p: int) -> Tensor:
+    return bank.slots(e)[p]
 
 
 def _unnamed(shape: Any) -> Any:
