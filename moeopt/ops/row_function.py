@@ -118,7 +118,7 @@ def expert_by_expert(
     """The definition of the op; differentiable.
 
     Args:
-        every: while gradients are recorded, call the experts without rows too, so that theirs are zeros.
+        every: while gradients are recorded, experts without rows have gradients of zeros; else none.
         double: the graph in float64, whatever it says.
     """
     body, E, K = spec.body, bank.num_experts, ids_TK.shape[-1]
@@ -135,11 +135,13 @@ def expert_by_expert(
     x_RH, w_R1 = x_TH.index_select(0, token_R), weights_TK.reshape(-1).index_select(0, order_R).unsqueeze(1)
     r_RH = (x_RH * w_R1 if spec.weight_on == "input" else x_RH).to(torch.float64 if double else body.dtype)
     every = every and torch.is_grad_enabled()
-    parts = []
+    parts, idle = [], []
     for e in range(E):
         begin, rows = first[e] - first[0], first[e + 1] - first[e]
-        if rows or every:
+        if rows:
             parts.append(function(r_RH[begin : begin + rows], *bank.slots(e)))
+        elif every:
+            idle += [t for t in bank.slots(e) if t.requires_grad]
     term_RD = x_TH.new_zeros(0, body.out_features, dtype=accum) if not parts else parts[0]
     term_RD = torch.cat(parts) if len(parts) > 1 else term_RD
     if spec.weight_on == "output" and parts:
@@ -147,7 +149,21 @@ def expert_by_expert(
     if spec.out_of_range == "identity":
         same_RD = (x_RH * w_R1)[len(term_RD) :]
         term_RD = torch.cat([term_RD.to(accum), same_RD.to(accum)])
-    return _combine(term_RD.to(accum), order_R, token_R, ids_TK, spec).to(out)
+    y_TD = _combine(term_RD.to(accum), order_R, token_R, ids_TK, spec).to(out)
+    return _Idle.apply(y_TD, *idle) if idle else y_TD  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Idle(torch.autograd.Function):
+    """y, of which the weights of experts without rows have gradients of zeros, without a call on no rows."""
+
+    @staticmethod
+    def forward(ctx, y, *idle):
+        ctx.save_for_backward(*idle)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
 
 
 def _combine(term_RD: Tensor, order_R: Tensor, token_R: Tensor, ids_TK: Tensor, spec: RowFunction) -> Tensor:

@@ -205,7 +205,8 @@ def _attempt(
 def _part_of_another(model: nn.Module, place: Place, attempts: list[tuple[Place, _Attempt]]) -> bool:
     """Whether ``place`` is a piece of experts that were read whole at another one (an adapter, a second layer)."""
     for other, done in attempts:
-        if other.call is not place.call or not place.weights:
+        home = next((level for level in other.levels if level.path == done.path), None)
+        if home is None or not any(level is home for level in place.levels) or not place.weights:
             continue
         functions = [] if done.rewrite is None else [f for f in done.rewrite.found if isinstance(f.spec, RowFunction)]
         if place.weights <= (done.read | _covered(model, done.path, functions)):
@@ -296,7 +297,8 @@ def _report(
         if attempt is None:
             yield _report_dense(model, place, denses.get(id(place)), outcome.calls.get(path), seed)
             continue
-        name = attempt.path or path or type(model).__name__
+        read = attempt.rewrite is not None or bool(attempt.read)
+        name = attempt.path or (path if not read else "") or type(model).__name__
         if attempt.rewrite is None:
             yield BlockReport(
                 name, "moe", "declined", attempt.reason or "no module around it could be probed", place.experts or None,

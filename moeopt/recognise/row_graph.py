@@ -77,6 +77,8 @@ class RowGraph:
         order = self._order(end)
         for node in order:  # slots come first, so their numbers are known only now
             if (ref := self._weight_of(node)) is not None and ref not in self._slot_of:
+                if not node.meta["dtype"].is_floating_point:
+                    raise self._refused(node, "is computed from a weight of integers")
                 self._slot_of[ref] = Held(len(self.slots) + 1, None, ref.shape)
                 self.slots.append(ref)
                 self._dtypes.append((node.meta["dtype"], ref.shape))
