@@ -171,7 +171,8 @@ def _combine(term_RD: Tensor, order_R: Tensor, token_R: Tensor, ids_TK: Tensor, 
     T, K = ids_TK.shape
     if spec.combine == "expert" or K == 1:
         return term_RD.new_zeros(T, term_RD.shape[1]).index_add(0, token_R, term_RD)
-    return term_RD.new_zeros(T * K, term_RD.shape[1]).index_copy(0, order_R, term_RD).view(T, K, -1).sum(1)
+    D = term_RD.shape[1]
+    return term_RD.new_zeros(T * K, D).index_copy(0, order_R, term_RD).view(T, K, D).sum(1)
 
 
 def _check(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, features: int) -> None:

@@ -16,7 +16,7 @@ from moeopt.capture.witness_inputs import aimed_rows, witness
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.passes.group_experts import GroupExperts
-from moeopt.recognise.any_experts import recognize_any
+from moeopt.recognise.any_experts import recognize
 from moeopt.recognise.experts import Recognition, Uncovered
 from moeopt.recognise.router import RouterReading, recognize_router, same_reading
 
@@ -58,7 +58,7 @@ class Mixture:
         return covering(module, proto, seed, self.assume)
 
     def again(self, tape: Tape, known: list[Recognition]) -> list[Recognition]:
-        return recognize_any(tape, known=known, assume=self.assume)
+        return recognize(tape, known=known, assume=self.assume)
 
     def routers(
         self, tapes: list[Tape], founds: list[list[Recognition]], known: list[Recognition]
@@ -93,12 +93,12 @@ def covering(
         if reason := random_reason(tape, module.training):
             raise Declined(reason)
         try:
-            return call, tape, recognize_any(tape, assume=assume)
+            return call, tape, recognize(tape, assume=assume)
         except Uncovered as err:
             last = err.with_traceback(None)
             if steer is not None or ids:  # every id was named: what still was not reached may be no expert
                 with contextlib.suppress(Declined):
-                    return call, tape, recognize_any(tape, idle=True, assume=assume)
+                    return call, tape, recognize(tape, idle=True, assume=assume)
         except Declined:
             if last is None:
                 raise

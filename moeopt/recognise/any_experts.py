@@ -6,11 +6,12 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.recognise.experts import Recognition, Uncovered, recognize
+from moeopt.recognise.experts import Recognition, Uncovered
+from moeopt.recognise.experts import recognize as recognize_matrices
 from moeopt.recognise.row_function import recognize_functions
 
 
-def recognize_any(
+def recognize(
     tape: Tape, known: list[Recognition] | None = None, *, idle: bool = False, assume: ExpertsSpec | None = None
 ) -> list[Recognition]:
     """As :func:`moeopt.recognise.experts.recognize`; experts that fit no ``ExpertsSpec`` as a ``RowFunction``.
@@ -21,7 +22,7 @@ def recognize_any(
     if any(isinstance(k.spec, RowFunction) for k in known or []):
         return recognize_functions(tape, known, idle=idle)
     try:
-        return recognize(tape, known, idle=idle, assume=assume)
+        return recognize_matrices(tape, known, idle=idle, assume=assume)
     except Uncovered:
         raise
     except Declined as err:

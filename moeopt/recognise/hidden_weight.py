@@ -44,7 +44,7 @@ def row_factors(tape: Tape, chain: Chain, out: Site) -> dict[fx.Node, torch.Tens
 
 
 def row_weights(tape: Tape, chain: Chain, out: Site, factors: dict[fx.Node, torch.Tensor]) -> torch.Tensor | None:
-    """(R,) by what each operand row of ``out`` is multiplied; None where all are 1, or the rows are not linear in it."""
+    """(R,) by what each operand row of ``out`` is multiplied; None where that is 1 for all, or no plain factor."""
     generator = torch.Generator().manual_seed(0)
     given: dict[fx.Node, Any] = {}
     for site in chain.ins:

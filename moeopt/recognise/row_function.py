@@ -36,6 +36,19 @@ from moeopt.recognise.weight_source import element_source
 
 MOST_TRIES = 24
 """Sets of parallel values that are tried in one block."""
+_VIEWS = (
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "transpose",
+    "permute",
+    "_to_copy",
+    "clone",
+)
+"""Movement that picks no rows."""
 _SPLITS = ("split", "split_with_sizes", "chunk", "unbind")
 _SIZES_VARY = (
     "view", "reshape", "_unsafe_view", "expand", "slice", "select", "as_strided", "repeat", "split_with_sizes", "empty",
@@ -230,6 +243,8 @@ def _closed(inside: set[fx.Node], cuts: dict[fx.Node, None], end: fx.Node | None
         return None
     (start,) = cuts
     end = end or max(inside, key=lambda n: n.meta["index"])
+    if any(len(n.meta.get("shape") or ()) < 2 for n in (start, end)):
+        return None
     readers = sorted((n for n in inside if start in n.all_input_nodes), key=lambda n: n.meta["index"])
     return Branch(start, end, inside, readers)
 
@@ -247,7 +262,10 @@ def _widened(flow: Flow, inside: set[fx.Node], cuts: dict[fx.Node, None]) -> tup
 
 
 def _alone(node: fx.Node, inside: set[fx.Node]) -> bool:
-    moved = moves_rows(node) and not (op_name(node) == "getitem" and not moves_rows(node.args[0]))  # type: ignore[arg-type]
+    """Whether ``node`` computes something, or only views it, for these calls and no others."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    result = op_name(node) == "getitem" and source is not None and not moves_rows(source)
+    moved = moves_rows(node) and op_name(node) not in _VIEWS and not result
     users = [u for u in node.users if "index" in u.meta]
     return node.op == "call_function" and not moved and all(u in inside for u in users)
 
@@ -267,21 +285,20 @@ def _readings(flow: Flow, branches: list[Branch]) -> Iterator[list[Branch]]:
 def _read(
     tape: Tape, flow: Flow, branches: list[Branch], known: list[Recognition] | None, idle: bool, progress: list[int]
 ) -> Recognition:
-    group, graphs = [], []
-    for branch in branches:
-        if 0 in branch.end.meta["shape"] or 0 in branch.start.meta["shape"]:
-            continue  # an expert that no token chose, called all the same
-        graphs.append(RowGraph(tape, branch.start, branch.end, branch.inside))
-        group.append(_chain(branch, graphs[-1]))
-    if not group:
+    graphs, group = [], [_chain(b) for b in branches]
+    for branch in branches:  # one without rows is an expert that no token chose, called all the same
+        idle_here = 0 in branch.end.meta["shape"] or 0 in branch.start.meta["shape"]
+        graphs.append(None if idle_here else RowGraph(tape, branch.start, branch.end, branch.inside))
+    met = [g for g in graphs if g is not None]
+    if not met:
         raise Declined("no token reached its experts")
-    texts = {g.text for g in graphs}
+    texts = {g.text for g in met}
     if len(texts) > 1:
         raise Declined("its experts do not all compute the same function", group[0].out.node.meta.get("source"))
     spec = RowFunction(texts.pop(), str(group[0].out.node.meta["dtype"]).removeprefix("torch."))
     progress[0] = 1
     keys: dict[Any, SlotRefs] = {r.slots: r for k in known or [] for r in k.experts if isinstance(r, SlotRefs)}
-    slots = list(dict.fromkeys(tuple(g.slots) for g in graphs))
+    slots = list(dict.fromkeys(tuple(g.slots) for g in met))
     if known is not None and not set(slots) & set(keys):
         raise Declined("these are no experts of the first probe")
     own = next((p for p, refs in enumerate(zip(*slots, strict=True)) if len(set(refs)) > 1), 0)
@@ -301,9 +318,10 @@ def _read(
             error.universe = len(experts) + missing
             raise error
     sites = list(dict.fromkeys(s for c in group for s in c.ins))
+    numbers = [-1 if g is None else number[tuple(g.slots)] for g in graphs]
     nearest = Declined("the experts' input rows are not rows of any one tensor")
     for tokens in token_readings(tape, sites):
-        labels = _labels(group, [number[tuple(g.slots)] for g in graphs], tokens, len(experts))
+        labels = _labels(group, numbers, tokens, len(experts))
         here = [2]
         try:
             combine = read_combine(tape, labels)
@@ -320,19 +338,16 @@ def _read(
         del nearest
 
 
-def _chain(branch: Branch, graph: RowGraph) -> Chain:
+def _chain(branch: Branch) -> Chain:
     """The branch as others read experts: where its rows come in and go out."""
-    rows = math.prod(graph.lead)
-    shape = branch.start.meta["shape"]
-    region = MatrixRef("", (), (), (), shape[-1], graph.out_features)
+    shape, out = branch.start.meta["shape"], branch.end.meta["shape"]
+    region = MatrixRef("", (), (), (), shape[-1], out[-1])
+    matrix = torch.zeros(math.prod(shape[:-1]), dtype=torch.long)
 
-    def site(node: fx.Node, product: fx.Node) -> Site:
-        return Site(node, product, branch.start, len(shape) - 1, len(node.meta["shape"] or (0,)) - 1, [region],
-                    torch.zeros(rows, dtype=torch.long))  # fmt: skip
+    def site(node: fx.Node) -> Site:
+        return Site(node, node, branch.start, len(shape) - 1, len(out) - 1, [region], matrix)
 
-    ins = [Site(r, r, branch.start, len(shape) - 1, 0, [region], torch.zeros(rows, dtype=torch.long))
-           for r in branch.readers]  # fmt: skip
-    return Chain(ins, [site(branch.end, branch.end)], [], ())
+    return Chain([site(r) for r in branch.readers], [site(branch.end)], [], ())
 
 
 def _labels(group: list[Chain], numbers: list[int], tokens: Tokens, count: int) -> Labels:

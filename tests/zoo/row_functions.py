@@ -284,7 +284,9 @@ class EveryExpert(nn.Module):
 
 @case(flat(D), experts=4, expect="declined", reason="three matrix products.*would not pay")
 def row_dense_mixture_of_three_layers():
-    return EveryExpert(lambda: nn.Sequential(nn.Linear(D, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 8)))
+    return EveryExpert(
+        lambda: nn.Sequential(nn.Linear(D, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 8))
+    )
 
 
 class OneNormed(nn.Module):
