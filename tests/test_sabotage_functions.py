@@ -81,8 +81,15 @@ DAMAGES = {
 
 
 def damaged(monkeypatch, damage):
-    honest = coverage.recognize
-    monkeypatch.setattr(coverage, "recognize", lambda *a, **k: [damage(f) for f in honest(*a, **k)])
+    """Later probes are read with what the first one showed, undamaged."""
+    recognize, first_found = coverage.recognize, []
+
+    def wrong(tape, known=None, **options):
+        found = recognize(tape, None if known is None else first_found[0], **options)
+        first_found.append(found)
+        return [damage(f) for f in found]
+
+    monkeypatch.setattr(coverage, "recognize", wrong)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -104,9 +111,10 @@ def test_damage_of_the_onnx_form_is_caught(monkeypatch):
     honest = row_graph.RowGraph.expert
     monkeypatch.setattr(row_graph.RowGraph, "expert", lambda self, e, rows: honest(self, {0: 1, 1: 0}.get(e, e), rows))
     case = CASES["row_norm_inside"]
-    with pytest.raises(moeopt.MoeoptError) as caught:
-        moeopt.optimize(case.build(), case.inputs()[0], backend="onnxruntime")
-    assert "data-dependent" in str(caught.value) or "not equivalent" in str(caught.value)
+    opt = moeopt.optimize(case.build(), case.inputs()[0], backend="onnxruntime")
+    (block,) = [b for b in opt.report.blocks if b.kind == "moe"]
+    assert block.status == "declined" and "verified and reverted" in block.reason, block.reason
+    assert_same(run(opt, case.fresh(1)), run(case.build(), case.fresh(1)))  # its own code, as a graph
 
 
 def test_a_weight_of_one_expert_alone_moves_only_its_tokens():

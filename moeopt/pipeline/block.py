@@ -144,7 +144,9 @@ def _rewrite(
         if check.passed is False:
             if proto.turned:
                 continue
-            raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
+            error = Declined(f"it was rewritten, verified and reverted: {check.reason}")
+            error.found = capture.found  # type: ignore[attr-defined]
+            raise error
         if capture.neutral:
             raise Declined(capture.neutral)
         result.block.root = None  # a program is bound to a module when it is installed

@@ -192,7 +192,8 @@ def _attempt(
             progress = getattr(err, "progress", -1 if isinstance(err, CaptureError) else 0)
             if progress > best_progress:
                 best_progress = progress
-                best = _Attempt(None, level.path, err.reason, err.where or place.source)
+                read = _covered(model, level.path, [f for f in getattr(err, "found", []) if _is_function(f)])
+                best = _Attempt(None, level.path, err.reason, err.where or place.source, read=read)
             best.seconds += time.perf_counter() - started
             continue
         manager.stands(rewrite.passes)
@@ -208,10 +209,14 @@ def _part_of_another(model: nn.Module, place: Place, attempts: list[tuple[Place,
         home = next((level for level in other.levels if level.path == done.path), None)
         if home is None or not any(level is home for level in place.levels) or not place.weights:
             continue
-        functions = [] if done.rewrite is None else [f for f in done.rewrite.found if isinstance(f.spec, RowFunction)]
+        functions = [] if done.rewrite is None else [f for f in done.rewrite.found if _is_function(f)]
         if place.weights <= (done.read | _covered(model, done.path, functions)):
             return True
     return False
+
+
+def _is_function(found: Recognition) -> bool:
+    return isinstance(found.spec, RowFunction)
 
 
 def _note_passes(attempt: _Attempt, model: nn.Module, outcome: Outcome, options: Options) -> None:

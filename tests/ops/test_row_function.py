@@ -113,7 +113,10 @@ def test_gradients_of_an_expert_without_tokens():
 def test_float64_form_ignores_the_dtypes_of_the_graph():
     half = write_body(
         H, torch.bfloat16, [(torch.bfloat16, (D, H))],
-        [(aten.linear.default, (Value(0), Value(1)), {}), (aten._to_copy.default, (Value(2),), {"dtype": torch.float32})],
+        [
+            (aten.linear.default, (Value(0), Value(1)), {}),
+            (aten._to_copy.default, (Value(2),), {"dtype": torch.float32}),
+        ],
         3, D,
     )  # fmt: skip
     rows, matrix = torch.randn(3, H, dtype=torch.float64), torch.randn(D, H, dtype=torch.float64)
