@@ -18,7 +18,7 @@ _WEIGH = ("mul", "bmm", "mm", "baddbmm", "addcmul")
 
 
 def weighed_branches(tape: Tape, ran: Sequence[Call]) -> bool:
-    """Whether the calls ``ran`` are one function of a row with two products or more, over weights of their own, and
+    """Whether the calls ``ran`` are one function of a row with two matmuls or more, over weights of their own, and
     their results are multiplied by something else that is computed from the input. Heads of an attention mix rows."""
     texts, ends = set(), []
     for call in ran:

@@ -58,7 +58,7 @@ class Body:
         return list(dict.fromkeys(n for n in names if n not in quiet))
 
     def products(self) -> int:
-        """How many matrix products there are."""
+        """How many matmuls there are."""
         of = ("mm", "addmm", "linear", "mv", "bmm")
         return sum(op != GETITEM and op._schema.name.split("::")[1] in of for op, _, _ in self.nodes)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import intercept
-from moeopt.ops.bank import Bank, ListBank, StackedBank
+from moeopt.ops import override
+from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
 from moeopt.ops.kernels.cuda import experts_cuda
 from moeopt.ops.native.dispatch import experts_on_cpu
 from moeopt.ops.reference import experts_reference
@@ -58,7 +58,7 @@ def experts(
         x_TH: tokens (T, H), any float dtype; T may be 0.
         ids_TK: chosen experts (T, K), integers; < 0 adds nothing, >= E is ``spec.out_of_range``.
         weights_TK: routing weights (T, K), any float dtype.
-        bank: the E experts' weights: a ``Bank``, or a ``SlotBank`` where ``spec`` is a ``RowFunction``.
+        bank: the E experts' weights: a ``ExpertWeights``, or a ``SlotBank`` where ``spec`` is a ``RowFunction``.
         spec: the function, with the dtypes and the order of the sum.
         skip_idle: whether separate weights of experts that no token reaches get no gradient (``grad`` stays None,
             and optimizers leave them alone), as in a loop over the experts that are hit; else it is zeros, as in a
@@ -70,7 +70,7 @@ def experts(
     Raises:
         UsageError: shapes or dtypes that have no meaning here; the message names them.
     """
-    if not torch.compiler.is_dynamo_compiling() and (answer := intercept.current()) is not None:
+    if not torch.compiler.is_dynamo_compiling() and (answer := override.current()) is not None:
         y_TH = answer(x_TH, ids_TK, weights_TK, bank, spec)  # type: ignore[arg-type]
         if y_TH is not None:
             return y_TH
@@ -85,7 +85,7 @@ def experts(
     return _run(x_TH, ids_TK, weights_TK, bank, spec)
 
 
-def flatten(bank: Bank, spec: ExpertsSpec) -> Lists:
+def flatten(bank: ExpertWeights, spec: ExpertsSpec) -> Lists:
     """The bank as the op's five lists: stacked tensors if the bank is stored so, else E tensors each."""
     pairs = 2 if spec.rows == "separate" else 1
     stacked = bank.stacked()
@@ -103,15 +103,15 @@ def flatten(bank: Bank, spec: ExpertsSpec) -> Lists:
     )
 
 
-def unflatten(lists: Sequence[Sequence[Tensor]], spec: ExpertsSpec) -> Bank:
+def unflatten(lists: Sequence[Sequence[Tensor]], spec: ExpertsSpec) -> ExpertWeights:
     """The inverse of :func:`flatten`, on the same tensors."""
     w_in, w_out, b_in, b_out, norm = ([t if t.dim() > 1 or t.numel() else None for t in part] for part in lists)
     if lists[1][0].dim() == 3:
-        return StackedBank(lists[0], lists[1][0], b_in, b_out[0] if b_out else None, norm[0] if norm else None)
+        return StackedExpertWeights(lists[0], lists[1][0], b_in, b_out[0] if b_out else None, norm[0] if norm else None)
     E, pairs = len(w_out), 2 if spec.rows == "separate" else 1
     ins = [lists[0][i * E : (i + 1) * E] for i in range(pairs)]
     ins_b = [b_in[i * E : (i + 1) * E] for i in range(pairs)] if b_in else None
-    return ListBank(ins, list(lists[1]), ins_b, b_out or None, norm or None)
+    return ListExpertWeights(ins, list(lists[1]), ins_b, b_out or None, norm or None)
 
 
 def _without_idle(lists: Lists, ids: Tensor, weights: Tensor) -> Lists:
@@ -137,7 +137,7 @@ def _traced(x: Tensor) -> bool:
     )
 
 
-def _needs_grad(x: Tensor, weights: Tensor, bank: Bank) -> bool:
+def _needs_grad(x: Tensor, weights: Tensor, bank: ExpertWeights) -> bool:
     if not torch.is_grad_enabled():
         return False
     if x.requires_grad or weights.requires_grad:
@@ -153,7 +153,7 @@ def _needs_grad(x: Tensor, weights: Tensor, bank: Bank) -> bool:
     return False
 
 
-def _run(x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+def _run(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     kernel = _KERNELS.get(x.device.type, experts_reference)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):

@@ -16,10 +16,12 @@ from moeopt.errors import UsageError
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 
 
-def experts_reference(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+def experts_reference(
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec
+) -> Tensor:
     """The equations of :mod:`moeopt.ir.specs`, one expert at a time; differentiable.
 
     Args:
@@ -50,7 +52,7 @@ def experts_reference(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Ba
     return y_TH.to(out)
 
 
-def one_expert(r_MH: Tensor, bank: Bank, e: int, spec: ExpertsSpec) -> Tensor:
+def one_expert(r_MH: Tensor, bank: ExpertWeights, e: int, spec: ExpertsSpec) -> Tensor:
     """Expert ``e`` on the rows ``r_MH`` (already in the compute dtype): (M, H_out)."""
     pairs = zip(bank.w_in(e), bank.b_in(e), strict=True)
     h = tuple([_linear(r_MH, w, b, spec.w_in_layout) for w, b in pairs])
@@ -80,7 +82,7 @@ def out_features(bank: Any, spec: ExpertsSpec | RowFunction) -> int:
     return bank.w_out(0).shape[0 if spec.w_out_layout == "oi" else 1]
 
 
-def check(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> None:
+def check(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> None:
     """Raise a ``UsageError`` on arguments that no kernel could give a meaning."""
     if x_TH.dim() != 2 or ids_TK.dim() != 2 or ids_TK.shape[0] != x_TH.shape[0] or weights_TK.shape != ids_TK.shape:
         raise UsageError(

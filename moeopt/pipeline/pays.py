@@ -31,26 +31,28 @@ class WouldNotPay(Declined):
     found: list[Recognition] = []
 
 
-def check_pays(found: list[Recognition]) -> None:
-    """Raise :class:`WouldNotPay` where one of the ``found`` is better left alone."""
-    for one in found:
+def check_pays(recognitions: list[Recognition]) -> None:
+    """Raise :class:`WouldNotPay` where one of the ``recognitions`` is better left alone."""
+    for one in recognitions:
         if isinstance(one.spec, RowFunction) and (reason := _reason(one, one.spec)):
             error = WouldNotPay(reason, one.source or None)
-            error.found = found
+            error.found = recognitions
             raise error
 
 
-def _reason(found: Recognition, spec: RowFunction) -> str:
+def _reason(recognition: Recognition, spec: RowFunction) -> str:
     body = spec.body
-    sources = [found.tokens.node, found.frontier.weights.source, found.base]
-    sources += [found.frontier.ids.source] if found.frontier.ids is not None else []
+    sources = [recognition.tokens.node, recognition.routing.weights.source, recognition.base]
+    sources += [recognition.routing.ids.source] if recognition.routing.ids is not None else []
     before = ancestors([n for n in sources if n is not None])
-    own = [n for n in ancestors([found.combine.node]) - before if n.op == "call_function" and op_name(n) not in _FREE]
+    own = [
+        n for n in ancestors([recognition.combine.node]) - before if n.op == "call_function" and op_name(n) not in _FREE
+    ]
     per_row = 2.0 * sum(shape[0] * shape[1] for _, shape in body.slots if len(shape) == 2)
-    hit = len(set(found.experts))
+    hit = len(set(recognition.experts))
     readers = sum(Value(0) in args for _, args, _ in body.nodes)  # each is a site with all rows of its expert
-    rows_own = sum(len(t) for t in found.tokens.token.values()) / max(readers, 1)
-    rows_new = found.tokens.count * (found.frontier.per_token or hit)
+    rows_own = sum(len(t) for t in recognition.tokens.token.values()) / max(readers, 1)
+    rows_new = recognition.tokens.count * (recognition.routing.per_token or hit)
     calls_new = AROUND + hit * (NODE * len(body.nodes) + EXPERT)
     saved = (len(own) - calls_new) * CALL + (rows_own - rows_new) * per_row / FLOPS
     if saved > 0:
@@ -63,11 +65,11 @@ def _reason(found: Recognition, spec: RowFunction) -> str:
 
 
 def words(body: Body) -> str:
-    """What stands in a function of a row: "three matrix products (three layers) with native_layer_norm"."""
-    what = _COUNTS.get(body.products(), f"{body.products()} matrix products")
+    """What stands in a function of a row: "three matmuls (three layers) with native_layer_norm"."""
+    what = _COUNTS.get(body.products(), f"{body.products()} matmuls")
     others = [n for n in body.names() if n not in _USUAL]
     return what + (f" with {', '.join(others)}" if others else "")
 
 
 _USUAL = ("mm", "addmm", "linear", "relu", "gelu", "silu", "mul", "add")
-_COUNTS = {1: "one matrix product", 2: "two matrix products", 3: "three matrix products (three layers)"}
+_COUNTS = {1: "one matmul", 2: "two matmuls", 3: "three matmuls (three layers)"}

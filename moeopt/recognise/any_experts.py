@@ -6,7 +6,7 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.recognise.experts import Recognition, Uncovered
+from moeopt.recognise.experts import ExpertsNotHit, Recognition
 from moeopt.recognise.experts import recognize as recognize_matrices
 from moeopt.recognise.row_function import recognize_functions
 
@@ -23,7 +23,7 @@ def recognize(
         return recognize_functions(tape, known, idle=idle)
     try:
         return recognize_matrices(tape, known, idle=idle, assume=assume)
-    except Uncovered:
+    except ExpertsNotHit:
         raise
     except Declined as err:
         if assume is not None:
@@ -31,7 +31,7 @@ def recognize(
         reason = err.with_traceback(None)
     try:
         return recognize_functions(tape, known, idle=idle)
-    except Uncovered:
+    except ExpertsNotHit:
         raise
     except Declined:
         raise reason from None

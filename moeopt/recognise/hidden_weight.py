@@ -1,4 +1,4 @@
-"""A routing weight between an expert's two products is a weight on its output, where the second has no bias.
+"""A routing weight between an expert's two matmuls is a weight on its output, where the second has no bias.
 
     W_out (a * w)  ==  (W_out a) * w          a (R, I) the activated rows, w (R, 1) a number for each
 
@@ -15,20 +15,20 @@ from torch import fx
 from moeopt.capture.op_kinds import op_name
 from moeopt.capture.replay import ancestors, replay
 from moeopt.capture.tape import Tape
-from moeopt.recognise.ffn_candidates import Chain
-from moeopt.recognise.gemm_sites import Site
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.gemm_sites import GemmSite
 
 _EXACT = 1e-12
 """Relative, in float64."""
 
 
-def row_factors(tape: Tape, chain: Chain, out: Site) -> dict[fx.Node, torch.Tensor]:
-    """Tensors of one number a row by which the rows between the products are multiplied, each with ones for it."""
+def row_factors(tape: Tape, candidate: FFNCandidate, out: GemmSite) -> dict[fx.Node, torch.Tensor]:
+    """Tensors of one number a row by which the rows between the matmuls are multiplied, each with ones for it."""
     if any(b is not None for b in out.biases):
         return {}
-    tracked = {s.node for s in chain.ins}
+    tracked = {s.node for s in candidate.ins}
     found: dict[fx.Node, torch.Tensor] = {}
-    for node in chain.mid:
+    for node in candidate.mid:
         inputs = node.all_input_nodes
         if not any(a in tracked for a in inputs):
             continue
@@ -43,16 +43,18 @@ def row_factors(tape: Tape, chain: Chain, out: Site) -> dict[fx.Node, torch.Tens
     return found
 
 
-def row_weights(tape: Tape, chain: Chain, out: Site, factors: dict[fx.Node, torch.Tensor]) -> torch.Tensor | None:
+def row_weights(
+    tape: Tape, candidate: FFNCandidate, out: GemmSite, factors: dict[fx.Node, torch.Tensor]
+) -> torch.Tensor | None:
     """(R,) by what each operand row of ``out`` is multiplied; None where that is 1 for all, or no plain factor."""
     generator = torch.Generator().manual_seed(0)
     given: dict[fx.Node, Any] = {}
-    for site in chain.ins:
+    for site in candidate.ins:
         rows = torch.randn(site.matrix.numel(), site.matrices[0].m, generator=generator, dtype=torch.float64)
         given[site.node] = site.from_rows(rows, tape.value(site.node))
     own = {f: tape.value(f).double() for f in factors}
     weighed, plain = (
-        out.rows_in(replay(tape, chain.mid, {**given, **values}, torch.float64)[out.operand])
+        out.rows_in(replay(tape, candidate.mid, {**given, **values}, torch.float64)[out.operand])
         for values in (own, factors)
     )
     at = plain.abs().argmax(-1, keepdim=True)

@@ -2,7 +2,7 @@
 
     x[t_e] --(calls over Parameters of e alone)--> out_e --weigh, combine--> y
 
-``recognise.experts`` looks for two products with something element-wise between; here nothing is known of the
+``recognise.experts`` looks for two matmuls with something element-wise between; here nothing is known of the
 function. Each value computed from the input is described twice: *how*, a hash of the calls that lead to it with
 weights and sizes left out, and *of what*, the regions of Parameters that it depends on. Values that are computed alike
 from Parameters that they do not share are what parallel experts hold; the last such values that depend on one rows
@@ -27,9 +27,9 @@ from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.weight_refs import MatrixRef, SlotRefs, tensor_at
 from moeopt.recognise.combine import Labels, read_combine
-from moeopt.recognise.experts import Recognition, Uncovered, siblings, with_frontier
-from moeopt.recognise.ffn_candidates import Chain
-from moeopt.recognise.gemm_sites import Site
+from moeopt.recognise.experts import ExpertsNotHit, Recognition, siblings, with_frontier
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.row_graph import RowGraph
 from moeopt.recognise.token_rows import Tokens, token_readings
 from moeopt.recognise.weight_source import element_source
@@ -60,7 +60,7 @@ def recognize_functions(tape: Tape, known: list[Recognition] | None = None, *, i
     """Every group of experts in the block that are functions of a row, in execution order.
 
     Args:
-        known: what an earlier witness with every expert showed.
+        known: what an earlier probe call with every expert showed.
         idle: accept weights that no token reached, if ids did name them.
 
     Raises:
@@ -79,7 +79,7 @@ def recognize_functions(tape: Tape, known: list[Recognition] | None = None, *, i
             try:
                 found.append(_read(tape, flow, reading, known, idle, progress))
                 break
-            except Uncovered:
+            except ExpertsNotHit:
                 raise
             except Declined as err:
                 if progress[0] > far:
@@ -305,17 +305,19 @@ def _read(
     experts = list(keys.values()) if known is not None else [SlotRefs(s, own) for s in slots]
     number = {ref.slots: e for e, ref in enumerate(experts)}
     if any(s not in number for s in slots):
-        raise Uncovered("a probe reached an expert that the first probe did not", group[0].out.node.meta.get("source"))
+        raise ExpertsNotHit(
+            "a probe reached an expert that the first probe did not", group[0].out.node.meta.get("source")
+        )
     missing = 0
     if known is None:
         missing = _missing(tape, flow, experts)
         if missing and not idle:
-            error = Uncovered(
+            error = ExpertsNotHit(
                 f"no probe token reached {missing} of its experts, so what they compute could not be checked; pass "
                 "example inputs that reach every expert",
                 group[0].out.node.meta.get("source"),
             )
-            error.universe = len(experts) + missing
+            error.num_named = len(experts) + missing
             raise error
     sites = list(dict.fromkeys(s for c in group for s in c.ins))
     numbers = [-1 if g is None else number[tuple(g.slots)] for g in graphs]
@@ -327,7 +329,7 @@ def _read(
             combine = read_combine(tape, labels)
             here[0] = 3
             return with_frontier(tape, group, tokens, labels, experts, spec, combine, {}, known, missing, here)
-        except Uncovered:
+        except ExpertsNotHit:
             raise
         except Declined as err:
             if here[0] > progress[0]:
@@ -338,24 +340,24 @@ def _read(
         del nearest
 
 
-def _chain(branch: Branch) -> Chain:
+def _chain(branch: Branch) -> FFNCandidate:
     """The branch as others read experts: where its rows come in and go out."""
     shape, out = branch.start.meta["shape"], branch.end.meta["shape"]
     region = MatrixRef("", (), (), (), shape[-1], out[-1])
     matrix = torch.zeros(math.prod(shape[:-1]), dtype=torch.long)
 
-    def site(node: fx.Node) -> Site:
-        return Site(node, node, branch.start, len(shape) - 1, len(out) - 1, [region], matrix)
+    def site(node: fx.Node) -> GemmSite:
+        return GemmSite(node, node, branch.start, len(shape) - 1, len(out) - 1, [region], matrix)
 
-    return Chain([site(r) for r in branch.readers], [site(branch.end)], [], ())
+    return FFNCandidate([site(r) for r in branch.readers], [site(branch.end)], [], ())
 
 
-def _labels(group: list[Chain], numbers: list[int], tokens: Tokens, count: int) -> Labels:
+def _labels(group: list[FFNCandidate], numbers: list[int], tokens: Tokens, count: int) -> Labels:
     labels = Labels({}, {}, tokens.count, count)
-    for chain, expert in zip(group, numbers, strict=True):
-        token = tokens.token[chain.ins[0]]
-        labels.token[chain.out] = token
-        labels.chain[chain.out] = torch.where(token >= 0, expert, -1)
+    for candidate, expert in zip(group, numbers, strict=True):
+        token = tokens.token[candidate.ins[0]]
+        labels.token[candidate.out] = token
+        labels.candidate[candidate.out] = torch.where(token >= 0, expert, -1)
     return labels
 
 

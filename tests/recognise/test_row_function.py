@@ -13,7 +13,7 @@ from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ops.row_function import function_of
 from moeopt.recognise.any_experts import recognize
-from moeopt.recognise.experts import Uncovered
+from moeopt.recognise.experts import ExpertsNotHit
 from moeopt.recognise.row_function import recognize_functions
 from moeopt.recognise.row_graph import RowGraph
 
@@ -181,7 +181,7 @@ def test_an_expert_that_no_token_reached_is_counted():
     module = of(lambda s, x: s.down(F.gelu(s.norm(s.up(x)))))
     with torch.no_grad():
         module.router.bias[2] = -100.0
-    with pytest.raises(Uncovered) as caught:
+    with pytest.raises(ExpertsNotHit) as caught:
         read(module)
-    assert caught.value.universe == N
+    assert caught.value.num_named == N
     assert re.search(r"no probe token reached 1 of its experts", caught.value.reason)

@@ -247,7 +247,7 @@ def row_radial_basis():
 
 
 class Sigma(nn.Module):
-    """The routing weight multiplies the activated row, before a second product that has no bias."""
+    """The routing weight multiplies the activated row, before a second matmul that has no bias."""
 
     def __init__(self):
         super().__init__()
@@ -270,7 +270,7 @@ def row_weight_on_the_hidden_row():
     return Sigma()
 
 
-class EveryExpert(nn.Module):
+class ForceAllExperts(nn.Module):
     """A dense mixture: all experts on all rows."""
 
     def __init__(self, make, n=4):
@@ -282,9 +282,9 @@ class EveryExpert(nn.Module):
         return torch.einsum("tnd,tn->td", torch.stack([net(x) for net in self.nets], 1), shares)
 
 
-@case(flat(D), experts=4, expect="declined", reason="three matrix products.*would not pay")
+@case(flat(D), experts=4, expect="declined", reason="three matmuls.*would not pay")
 def row_dense_mixture_of_three_layers():
-    return EveryExpert(
+    return ForceAllExperts(
         lambda: nn.Sequential(nn.Linear(D, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 8))
     )
 

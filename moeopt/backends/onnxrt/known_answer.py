@@ -25,7 +25,7 @@ from moeopt.backends.onnxrt.site_records import ENDS, blank_site, function_of
 from moeopt.bundle.values import DTYPES
 from moeopt.errors import BundleError
 from moeopt.ir.row_function import RowFunction
-from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.ops.reference import dtypes, experts_reference
 from moeopt.ops.row_function import expert_by_expert, in_float64
 from moeopt.verification.distance import finiteness, token_distance
@@ -37,7 +37,7 @@ BLOCK = "moeopt.block"
 """The key in a node's metadata_props that names its block."""
 
 
-def make_probe(site: Site, seed: int = 0) -> tuple[dict[str, Tensor], float]:
+def make_probe(site: ExpertsNode, seed: int = 0) -> tuple[dict[str, Tensor], float]:
     """``(x, ids, weights, y)`` of a probe, y in float64, and the relative L2 distance per token that is allowed."""
     generator = torch.Generator().manual_seed(seed)
     E, K = site.bank.num_experts, site.top_k
@@ -56,7 +56,7 @@ def make_probe(site: Site, seed: int = 0) -> tuple[dict[str, Tensor], float]:
     return {"x": x_TH, "ids": ids_TK, "weights": weights_TK, "y": y_TH}, budget
 
 
-def _answers(site: Site, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _answers(site: ExpertsNode, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """What the definition gives in the block's own dtypes, and in float64."""
     bank, spec = site.bank, site.spec
     if isinstance(spec, RowFunction):
@@ -110,7 +110,7 @@ def session_of(model: bytes, folder: Path, provider: str) -> Session:
     return Session(model, provider, options)
 
 
-def ask(
+def known_answer_test(
     session: Session, probe: Mapping[str, Tensor], names: Sequence[str], budget: float, seconds: float | None = None
 ) -> str:
     """What is wrong with a block's answer, in words; "" when it is right. ``names``: of x, ids and weights.

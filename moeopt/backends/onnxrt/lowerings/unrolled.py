@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, weights
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
-from moeopt.lower.onnx.site import Site
 
 
 class Unrolled:
@@ -29,12 +29,12 @@ class Unrolled:
 
     name = "unrolled"
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         if provider in ("tensorrt", "nv_tensorrt_rtx"):
             return "TensorRT does not split a tensor into parts whose sizes are known only at run time"
         return refuses_types(site, provider) or weights.refuses_sizes(site)
 
-    def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         rows = Sorted(graph, site, ids)
         x_NH = rows.rows(x, weights, types_of(site).compute)
         o_ND = _experts(graph, site, rows, x_NH)
@@ -44,7 +44,7 @@ class Unrolled:
 class Sorted:
     """The order of the N pairs by expert, and the way back."""
 
-    def __init__(self, graph: Builder, site: Site, ids_TK: Any) -> None:
+    def __init__(self, graph: Builder, site: ExpertsNode, ids_TK: Any) -> None:
         E = site.bank.num_experts
         self.graph, self.site, self.ids_TK = graph, site, ids_TK
 
@@ -83,7 +83,7 @@ class Sorted:
         return cast(graph, x_NH, types.input_term, dtype)
 
 
-def _experts(graph: Builder, site: Site, rows: Sorted, x_NH: Any) -> Any:
+def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: Any) -> Any:
     """Every expert on its rows: (N, D) in the compute dtype; zeros for pairs that name no expert."""
     size, compute = weights.sizes_of(site), types_of(site).compute
 
@@ -113,7 +113,7 @@ def _experts(graph: Builder, site: Site, rows: Sorted, x_NH: Any) -> Any:
     return middle.rms_norm(graph, site, o_ND, gathered, axis=1)
 
 
-def combine(graph: Builder, site: Site, rows: Sorted, o_ND: Any, x: Any, weights_TK: Any) -> Any:
+def combine(graph: Builder, site: ExpertsNode, rows: Sorted, o_ND: Any, x: Any, weights_TK: Any) -> Any:
     """Back to the tokens' order, times the routing weights, summed over K."""
     spec, types = site.spec, types_of(site)
 

@@ -18,9 +18,9 @@ import torch
 
 from moeopt.backends.onnxrt.lowerings.unrolled import Sorted, combine
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import row_graph
 from moeopt.lower.onnx.lowerings.types import scalar, types_of
-from moeopt.lower.onnx.site import Site
 
 
 class UnrolledFunction:
@@ -28,14 +28,14 @@ class UnrolledFunction:
 
     name = "unrolled_function"
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         if provider in ("tensorrt", "nv_tensorrt_rtx"):
             return "TensorRT does not split a tensor into parts whose sizes are known only at run time"
         if provider == "cpu" and torch.bfloat16 in (site.dtype, types_of(site).compute, types_of(site).accum):
             return "ONNX Runtime's CPU provider has no bfloat16 kernels; export a float32 copy of the model"
         return row_graph.refuses(site)
 
-    def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         function, types, E = row_graph.RowGraph(graph, site), types_of(site), site.bank.num_experts
         rows = Sorted(graph, site, ids)
         x_NH = rows.rows(x, weights, site.spec.body.dtype)

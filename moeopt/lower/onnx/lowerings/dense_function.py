@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import row_graph, table
 from moeopt.lower.onnx.lowerings.dense import MOST_EXPERTS
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
-from moeopt.lower.onnx.site import Site
 
 
 class DenseFunction:
@@ -26,7 +26,7 @@ class DenseFunction:
 
     name = "dense_function"
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         if site.bank.num_experts > MOST_EXPERTS:
             return (
                 f"dense_function runs every expert on every token; {site.bank.num_experts} are more than {MOST_EXPERTS}"
@@ -39,7 +39,7 @@ class DenseFunction:
             return "dense_function has no form for ids that mean the identity"
         return row_graph.refuses(site)
 
-    def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         spec, types = site.spec, types_of(site)
         function = row_graph.RowGraph(graph, site)
         chosen_TKE = table.chosen_TKE(graph, site, ids)

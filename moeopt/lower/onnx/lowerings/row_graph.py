@@ -18,7 +18,7 @@ from moeopt.errors import Declined, NotSaveableError
 from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.ops.row_function import SlotBank, function_of
 
 ROWS = 7
@@ -32,7 +32,7 @@ class RowGraph:
         Declined: the function has no ONNX form; the text names the op.
     """
 
-    def __init__(self, graph: Builder, site: Site) -> None:
+    def __init__(self, graph: Builder, site: ExpertsNode) -> None:
         self.graph, self.site = graph, site
         self._model = _converted(site.spec)
         self._constants: dict[int, Any] = {}
@@ -91,7 +91,7 @@ class WideSlots:
         return [t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in self._bank.slots(e)]
 
 
-def widened(site: Site) -> Site:
+def widened(site: ExpertsNode) -> ExpertsNode:
     """``site`` with every 16-bit dtype as float32; itself when it has none."""
     text = re.sub(r'"(bfloat16|float16)"', '"float32"', site.spec.encode().replace('\\"', '"'))
     if text == site.spec.encode().replace('\\"', '"') and site.weights_dtype.itemsize > 2 and site.dtype.itemsize > 2:
@@ -113,7 +113,7 @@ def widened(site: Site) -> Site:
     )
 
 
-def refuses(site: Site) -> str:
+def refuses(site: ExpertsNode) -> str:
     """Why the function of ``site`` has no ONNX form; "" where it has one."""
     try:
         _converted(site.spec)
