@@ -12,7 +12,7 @@ from moeopt.rewrite.live_weights import Place
 
 
 class LiveSlots:
-    """``moeopt.ops.row_function.SlotBank`` over the Parameters of ``root``; as :class:`~.live_weights.LiveExpertWeights`.
+    """``moeopt.ops.row_function.SlotBank`` over the Parameters of ``root``; like ``live_weights.LiveExpertWeights``.
 
     Args:
         root: the block.

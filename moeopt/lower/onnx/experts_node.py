@@ -21,7 +21,7 @@ class ExpertsNode:
 
     Args:
         name: the block's module path with dots, like ``model.layers.0.mlp.experts``; prefixes node and weight names.
-        bank: the experts' weights, a ``ExpertWeights`` or a ``SlotBank``, read when a lowering is emitted and not copied before.
+        bank: the experts' weights, ``ExpertWeights`` or a ``SlotBank``, read when a lowering is emitted, not copied.
         spec: the function, an ``ExpertsSpec`` or a ``RowFunction``.
         dtype: of ``x``, which is (T, H).
         top_k: K, the number of columns of ``ids`` (int64) and ``weights``.
