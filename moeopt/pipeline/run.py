@@ -52,6 +52,9 @@ from moeopt.verification.block import BlockCheck
 LEVELS = 4
 """How far up from the innermost module a block is looked for: the router and the sum may be outside it."""
 
+READ = 15
+"""Progress of a block that was read whole: above that of any question of recognition."""
+
 
 @dataclass
 class PipelineResult:
@@ -191,10 +194,10 @@ def _attempt(
             return _Attempt(None, level.path, err.reason, err.where or place.source, seconds=best.seconds,
                             read=_expert_parameters(model, level.path, err.found))  # fmt: skip
         except Declined as err:
-            progress = getattr(err, "progress", -1 if isinstance(err, CaptureError) else 0)
+            read = _expert_parameters(model, level.path, [f for f in getattr(err, "found", []) if _is_function(f)])
+            progress = READ if read else getattr(err, "progress", -1 if isinstance(err, CaptureError) else 0)
             if progress > best_progress:
                 best_progress = progress
-                read = _expert_parameters(model, level.path, [f for f in getattr(err, "found", []) if _is_function(f)])
                 best = _Attempt(None, level.path, err.reason, err.where or place.source, read=read)
             best.seconds += time.perf_counter() - started
             continue

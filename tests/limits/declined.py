@@ -91,7 +91,7 @@ def odd_weights(_):
     declines(lambda: changed(subclass), "experts.0.w1.weight is a Subclass, which the op cannot read")
     declines(
         lambda: changed(lambda e: parametrize.register_parametrization(e.w1, "weight", Doubled())),
-        "its experts' weights are computed at each call",
+        "experts.0.w1 is parametrised; remove it with torch.nn.utils.parametrize.remove_parametrizations",
     )
 
 
