@@ -270,7 +270,7 @@ def row_weight_on_the_hidden_row():
     return Sigma()
 
 
-class ForceAllExperts(nn.Module):
+class DenseMixture(nn.Module):
     """A dense mixture: all experts on all rows."""
 
     def __init__(self, make, n=4):
@@ -284,7 +284,7 @@ class ForceAllExperts(nn.Module):
 
 @case(flat(D), experts=4, expect="declined", reason="three matmuls.*would not pay")
 def row_dense_mixture_of_three_layers():
-    return ForceAllExperts(
+    return DenseMixture(
         lambda: nn.Sequential(nn.Linear(D, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 8))
     )
 
