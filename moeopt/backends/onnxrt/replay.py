@@ -22,6 +22,8 @@ class ReplayPlan(Plan):
         target: the plan of the provider that the engine is for.
     """
 
+    native = False
+
     def __init__(self, target: Plan) -> None:
         super().__init__("cpu", target.tokens)
         self.target = target

@@ -154,7 +154,7 @@ def _compile(compiler: str, isas: Sequence[str], aside: Path) -> Path:
     defines = [f"-DMOEOPT_HAVE_{isa.upper()}" for isa in isas] + (["-DMOEOPT_X86"] if x86() else [])
     units = [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS=kernels_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"], "isa.cpp",
               f"{isa}.o") for isa in isas]  # fmt: skip
-    units += [(defines, name, f"{name}.o") for name in ("experts.cpp", "pool.cpp")]
+    units += [(defines, name, f"{name}.o") for name in ("experts.cpp", "pool.cpp", "ort_op.cpp")]
     running = [
         ([compiler, *_FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(aside / out)])
         for flags, source, out in units
