@@ -19,6 +19,9 @@ from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
 from moeopt.ops.bank import StackedBank
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 class Stale(Exception):
     """The module no longer is what was verified; the message says what changed."""
 
@@ -92,6 +95,8 @@ class LiveBank:
         self._regions: dict[tuple[int, str], Any] = {}
         self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
         self._steps = _steps(experts)
+        # views of the tensors that they were made of, which are kept: an address means the same memory as then
+        self._stack: tuple[Any, list[Tensor], StackedBank] | None = None
         self._backwards = any(s < 0 for part in self._steps or () for step in _flat(part) for s in step)
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
@@ -151,6 +156,20 @@ class LiveBank:
             return None
         if not torch.compiler.is_compiling():
             self._check(0)  # all experts lie in the same Parameters, so what is watched of one is that of all
+        tensors = [place.read() for place in self._places.values()]
+        if (
+            not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and all(type(t) in _PLAIN for t in tensors)
+        ):
+            now = (torch.is_inference_mode_enabled(), [(id(t), t.data_ptr(), t.stride()) for t in tensors])
+            if self._stack is None or self._stack[0] != now:
+                self._stack = now, tensors, self._stacked()
+            return self._stack[2]
+        return self._stacked()
+
+    def _stacked(self) -> StackedBank:
+        assert self._steps is not None
         first, count = self._experts[0], self.num_experts
         w_in_step, b_in_step, w_out_step, b_out_step = self._steps
 

@@ -216,6 +216,9 @@ def splice(model: Any, record: Mapping[str, Any], site: Site, lowering: Lowering
         node.metadata_props[BLOCK] = site.name
     graph.insert_before(old[0], builder.nodes)
     ir.convenience.replace_all_uses_with(result, y, replace_graph_outputs=True)
+    for value in (v for n in builder.nodes for v in n.outputs):
+        if value.name == record["y"]:
+            value.name = f"{value.name}/inner"
     y.name = record["y"]  # the graph's end, or what the record of a later block names
     graph.remove(old, safe=True)
     for name in stale:

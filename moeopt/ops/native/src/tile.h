@@ -175,7 +175,7 @@ void dot_panel(const View &v, int64_t compute, int64_t first, int64_t n, const f
 // W with contiguous rows: NV vectors of outputs of NX rows of x, k by k
 template <class W, int NV, int NX>
 inline void outer(const typename W::T *w, int64_t si, int64_t last, const float *x, int64_t ldx, int64_t n, float *to,
-                  int64_t ldt, bool add, const char *next = nullptr, int64_t step = 0) {
+                  int64_t ldt, bool add, const char *next, int64_t step) {
   V acc[NX][NV];
   UNROLL for (int i = 0; i < NX; i++)
     UNROLL for (int j = 0; j < NV; j++) acc[i][j] = V{};
