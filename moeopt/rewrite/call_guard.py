@@ -51,7 +51,7 @@ def by_position(signature: inspect.Signature) -> tuple[str, ...]:
 def bind(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...] = ()
 ) -> Bound:
-    """Positional, keyword and defaulted arguments in one canonical order; ``names`` are those of :func:`by_position`."""
+    """Positional, keyword and defaulted arguments in one canonical order; ``names``: of :func:`by_position`."""
     if names and not kwargs and len(args) == len(names):
         return Bound(names, tuple([v if type(v) is torch.Tensor else spell(v) for v in args]))
     bound = signature.bind(*args, **kwargs)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
 from moeopt.ops.bank import StackedBank
 
-
 _PLAIN = (Tensor, nn.Parameter)
 
 

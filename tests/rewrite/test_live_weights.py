@@ -217,7 +217,8 @@ def test_stacked_weights_that_are_looked_up_again_are_the_weights_of_now():
             made.w1 = torch.nn.Parameter(torch.randn(4, 6, 5))
 
     changes = [lambda: made.w1.mul_(2), replaced, other_memory, other_strides, freed_and_made_again,
-               lambda: made.load_state_dict(Block().state_dict()), lambda: made.w2.set_(torch.randn(4, 5, 3))]  # fmt: skip
+               lambda: made.load_state_dict(Block().state_dict()),
+               lambda: made.w2.set_(torch.randn(4, 5, 3))]  # fmt: skip
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         for change in changes:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The library with the operator is proved in a child process: a wrong one, or one that crashes, is never opened here."""
+"""The library with the operator is proved in a child process: one that is wrong or crashes is never opened here."""
 
 import shutil
 import subprocess

@@ -22,7 +22,7 @@ from moeopt.errors import BundleError, EngineFallbackWarning
 from moeopt.lower.onnx.plan import Choice
 from tests.backends.onnxrt.lowerings.one_site import make_site, model_of, tokens
 from tests.backends.onnxrt.native import choose_native, needs_operator
-from tests.backends.onnxrt.toys import H, call, edit, net, optimized, reseal
+from tests.backends.onnxrt.toys import call, edit, net, optimized, reseal
 
 NATIVE = "model.native.onnx"
 ATOL = 64 * torch.finfo(torch.float32).eps

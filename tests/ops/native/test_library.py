@@ -218,3 +218,22 @@ def test_the_interface_is_plain_c(tmp_path, whole_library):
     words = [compiler, "-x", "c", "-std=c99", "-Wall", "-Werror", "-fsyntax-only", f"-I{build.SOURCES}"]
     out = subprocess.run([*words, str(tmp_path / "user.c")], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
+
+
+def test_a_wheel_s_library_is_taken_before_a_compiler_is_asked(tmp_path, monkeypatch):
+    from moeopt.ops.native import compile as commands
+
+    monkeypatch.setattr(commands, "PREBUILT", tmp_path)
+    monkeypatch.setattr(build, "find_compiler", lambda: None)
+    isas = commands.all_isas()
+    with pytest.raises(build.BuildError):
+        build.built_library(isas[0])
+    (tmp_path / commands.prebuilt_name(isas[:1])).touch()
+    assert build.built_library(isas[0]) == tmp_path / commands.prebuilt_name(isas[:1])
+    for isa in isas[1:]:  # which the compiler of the wheel did not know
+        with pytest.raises(build.BuildError):
+            build.built_library(isa)
+    (tmp_path / "moeopt-experts-0123456789abcdef-generic.so").touch()  # of other sources
+    (tmp_path / commands.prebuilt_name(isas[:1])).unlink()
+    with pytest.raises(build.BuildError):
+        build.built_library(isas[0])
