@@ -1,5 +1,8 @@
 """Weights are read where they live; a place that is no longer what was verified says what changed."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -226,3 +229,29 @@ def test_stacked_weights_that_are_looked_up_again_are_the_weights_of_now():
                 change()
             with mode():
                 same()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_that_are_gone_are_not_kept(mode):
+    """Offloading takes a block's weights away after each call; what was remembered of them must not hold them."""
+    root = nn.Module()
+    root.w1, root.w2 = nn.Parameter(torch.randn(E, I, H)), nn.Parameter(torch.randn(E, H, I))
+    refs = [
+        ExpertRef(
+            (MatrixRef("w1", (e, 0, 0), (0, 0, 1), (0, 1, 0), H, I),), (None,),
+            MatrixRef("w2", (e, 0, 0), (0, 0, 1), (0, 1, 0), I, H), None,
+        )
+        for e in range(E)
+    ]  # fmt: skip
+    bank = LiveBank(root, refs, ("oi", "oi"))
+    with mode():
+        first = bank.stacked()
+        assert first is not None and bank.stacked() is first
+        assert first.w_in_s[0].data_ptr() == root.w1.data_ptr()
+    storage, gone = weakref.ref(first.w_in_s[0]), weakref.ref(root.w1)
+    del first
+    root.w1 = nn.Parameter(torch.randn(E, I, H))
+    gc.collect()
+    assert gone() is None and storage() is None
+    with mode():
+        assert bank.stacked().w_in_s[0].data_ptr() == root.w1.data_ptr()

@@ -194,5 +194,5 @@ def _plain(t: Tensor) -> None:
     """A tensor whose numbers lie at its address, as its strides say."""
     if type(t) not in (Tensor, torch.nn.Parameter):
         raise Unfit(f"a tensor is a {type(t).__name__}")
-    if t.device.type != "cpu" or t.layout is not torch.strided or t.is_neg() or (t.numel() and not t.data_ptr()):
+    if not t.is_cpu or t.layout is not torch.strided or t.is_neg() or (t.numel() and not t.data_ptr()):
         raise Unfit(f"a tensor on {t.device} has no plain memory")
