@@ -24,7 +24,7 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
-class Bound:
+class BoundArguments:
     """A block's inputs in the order of its signature: parameter names and what was passed, spelled out."""
 
     names: tuple[str, ...]
@@ -50,13 +50,13 @@ def by_position(signature: inspect.Signature) -> tuple[str, ...]:
 
 def bind(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...] = ()
-) -> Bound:
+) -> BoundArguments:
     """Positional, keyword and defaulted arguments in one canonical order; ``names``: of :func:`by_position`."""
     if names and not kwargs and len(args) == len(names):
-        return Bound(names, tuple([v if type(v) is torch.Tensor else spell(v) for v in args]))
+        return BoundArguments(names, tuple([v if type(v) is torch.Tensor else spell(v) for v in args]))
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    return Bound(tuple(bound.arguments), tuple([spell(v) for v in bound.arguments.values()]))
+    return BoundArguments(tuple(bound.arguments), tuple([spell(v) for v in bound.arguments.values()]))
 
 
 def spell(value: Any, depth: int = 6) -> Any:
@@ -98,7 +98,7 @@ TENSOR, OPAQUE = _Mark("TENSOR"), _Mark("OPAQUE")
 
 
 @dataclass
-class Guard:
+class CallGuard:
     """What a call must look like for the program to hold.
 
     Args:
@@ -122,7 +122,7 @@ class Guard:
     skip_idle: bool = False
     no_grad: bool = False
 
-    def refuses(self, module: torch.nn.Module, bound: Bound) -> str:
+    def refuses(self, module: torch.nn.Module, bound: BoundArguments) -> str:
         """Why this call is unlike the verified ones; "" when it is like them."""
         return self._mode(module) or self._arguments(bound)
 
@@ -142,7 +142,7 @@ class Guard:
             return "it is being traced by torch.jit"
         return ""
 
-    def _arguments(self, bound: Bound) -> str:
+    def _arguments(self, bound: BoundArguments) -> str:
         index = 0
         leaves = bound.leaves()
         if len(leaves) != len(self.template):

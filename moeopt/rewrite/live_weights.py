@@ -1,6 +1,6 @@
 """The weights of a rewritten block, read from the user's own Parameters at every call.
 
-A :class:`LiveBank` holds no tensor. It knows in which module and under which name each expert's
+A :class:`LiveExpertWeights` holds no tensor. It knows in which module and under which name each expert's
 matrix lives and looks it up when the expert is needed, so optimizer steps, ``load_state_dict``,
 ``.to()`` and in-place merges show at once. When the place itself has changed (a module was replaced,
 hooked or parametrised, a dtype changed) the lookup raises :class:`Stale`.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
-from moeopt.ops.bank import StackedBank
+from moeopt.ops.expert_weights import StackedExpertWeights
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -68,8 +68,8 @@ class _Place:
         return tensor
 
 
-class LiveBank:
-    """``moeopt.ops.bank.Bank`` over the Parameters of ``root``.
+class LiveExpertWeights:
+    """``moeopt.ops.expert_weights.ExpertWeights`` over the Parameters of ``root``.
 
     Args:
         root: the block.
@@ -96,7 +96,7 @@ class LiveBank:
         self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
         self._steps = _steps(experts)
         # what stacked() gave: the memory of its views cannot be another's while they are kept, so addresses tell
-        self._stack: tuple[Any, StackedBank, list[Any]] | None = None
+        self._stack: tuple[Any, StackedExpertWeights, list[Any]] | None = None
         self._backwards = any(s < 0 for part in self._steps or () for step in _flat(part) for s in step)
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
@@ -150,7 +150,7 @@ class LiveBank:
         step = sum(o * s for o, s in zip(ref.dm, stride, strict=True))
         return tensor.as_strided((ref.m,), (step,), tensor.storage_offset() + offset)
 
-    def stacked(self) -> StackedBank | None:
+    def stacked(self) -> StackedExpertWeights | None:
         """The weights as stacked tensors where every part is a regular slice of one Parameter."""
         if self._steps is None or self._backwards:
             return None
@@ -169,7 +169,7 @@ class LiveBank:
         """A tensor is gone, to a disk maybe: the memory that it had is not to be kept."""
         self._stack = None
 
-    def _stacked(self) -> StackedBank:
+    def _stacked(self) -> StackedExpertWeights:
         assert self._steps is not None
         first, count = self._experts[0], self.num_experts
         w_in_step, b_in_step, w_out_step, b_out_step = self._steps
@@ -183,7 +183,7 @@ class LiveBank:
             one = self._vector(ref) if isinstance(ref, VectorRef) else self._matrix(ref, layout)
             return tensor.as_strided((count, *one.shape), (lead, *one.stride()), one.storage_offset())
 
-        return StackedBank(
+        return StackedExpertWeights(
             [stack(r, s, self._layouts[0]) for r, s in zip(first.w_in, w_in_step, strict=True)],
             stack(first.w_out, w_out_step, self._layouts[1]),
             [stack(r, s, "") for r, s in zip(first.b_in, b_in_step, strict=True)],
@@ -191,13 +191,13 @@ class LiveBank:
         )
 
 
-def _detached(bank: StackedBank) -> StackedBank:
+def _detached(bank: StackedExpertWeights) -> StackedExpertWeights:
     """The same memory; a view keeps the Parameter alive that it is of, a detached one does not."""
 
     def one(t: Tensor | None) -> Any:
         return None if t is None else t.detach()
 
-    return StackedBank(
+    return StackedExpertWeights(
         [one(t) for t in bank.w_in_s], one(bank.w_out_s), [one(t) for t in bank.b_in_s], one(bank.b_out_s)
     )
 

@@ -24,8 +24,8 @@ from moeopt.backends.onnxrt.session import ISA_ENTRY, runtime
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.assemble import one_op
-from moeopt.lower.onnx.site import Site
-from moeopt.ops.bank import ListBank
+from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.ops.expert_weights import ListExpertWeights
 from moeopt.ops.native.library import Library, describe, library
 from moeopt.ops.reference import experts_reference
 from moeopt.options import cache_directory
@@ -53,28 +53,28 @@ def forget() -> None:
     _asked.clear()
 
 
-def _wrong(found: Library) -> str:
-    if found.path not in _asked:
-        mark = _mark(found)
+def _wrong(library: Library) -> str:
+    if library.path not in _asked:
+        mark = _mark(library)
         if mark is not None and mark.is_file():
-            _asked[found.path] = ""
+            _asked[library.path] = ""
         else:
-            _asked[found.path] = ask_child(found.path, found.bit)
-            if mark is not None and not _asked[found.path]:
+            _asked[library.path] = ask_child(library.path, library.bit)
+            if mark is not None and not _asked[library.path]:
                 mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 mark.touch()
-    return _asked[found.path]
+    return _asked[library.path]
 
 
-def _mark(found: Library) -> Path | None:
+def _mark(library: Library) -> Path | None:
     """The empty file that says that this library answered rightly in this runtime; its name has both."""
     folder = cache_directory()
     if folder is None:
         return None
     ort = runtime()
     core = sorted(Path(ort.__file__).parent.glob("capi/*pybind11_state*"))
-    facts = [(path.name, (info := path.stat()).st_size, info.st_mtime_ns) for path in (found.path, *core)]
-    text = json.dumps([ort.__version__, found.isa, str(found.path), facts])
+    facts = [(path.name, (info := path.stat()).st_size, info.st_mtime_ns) for path in (library.path, *core)]
+    text = json.dumps([ort.__version__, library.isa, str(library.path), facts])
     return folder / "native" / f"proved-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
@@ -125,7 +125,7 @@ _QUESTIONS = (
 )
 
 
-def _block(spec: ExpertsSpec, seed: int) -> tuple[Site, dict[str, torch.Tensor], torch.Tensor]:
+def _block(spec: ExpertsSpec, seed: int) -> tuple[ExpertsNode, dict[str, torch.Tensor], torch.Tensor]:
     """A block with enough work for a second thread, what it is asked, and the definition's answer."""
     E, K, H, I, T = 4, 2, 96, 64, 40
     rng = torch.Generator().manual_seed(seed)
@@ -135,8 +135,8 @@ def _block(spec: ExpertsSpec, seed: int) -> tuple[Site, dict[str, torch.Tensor],
 
     O = 2 * I if spec.gated else I
     norm = some(H) if spec.out_norm_eps is not None else [None] * E
-    bank = ListBank([some(O, H)], some(H, I), [some(O)], some(H), norm)
-    site = Site("block", bank, spec, torch.float32, K, torch.float32)
+    bank = ListExpertWeights([some(O, H)], some(H, I), [some(O)], some(H), norm)
+    site = ExpertsNode("block", bank, spec, torch.float32, K, torch.float32)
     x = torch.randn(T, H, generator=rng)
     ids = torch.randint(-1, E + 1, (T, K), generator=rng)
     weights = torch.rand(T, K, generator=rng)

@@ -16,9 +16,9 @@ from moeopt.backends.onnxrt.lowerings.native import Native
 from moeopt.backends.onnxrt.session import runtime
 from moeopt.backends.onnxrt.site_records import input_width
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.plan import Choice, Runnable
-from moeopt.lower.onnx.site import Site
-from moeopt.ops.bank import StackedBank
+from moeopt.lower.onnx.plan import LoweringChoice, Runnable
+from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.measured import Way, fastest
 from moeopt.ops.reference import experts_reference
 from moeopt.options import measuring
@@ -30,10 +30,10 @@ BYTES = 64 << 20
 ALIKE = 64
 """Rounding errors between two orders of a sum, in eps of a token's length; what is further apart is looked at again."""
 
-OpenSession = Callable[[Site, Lowering], Runnable]
+OpenSession = Callable[[ExpertsNode, Lowering], Runnable]
 
 
-def native_choice(site: Site, base: Choice, counts: tuple[int, ...], open_session: OpenSession) -> Choice | None:
+def native_choice(site: ExpertsNode, base: LoweringChoice, counts: tuple[int, ...], open_session: OpenSession) -> LoweringChoice | None:
     """The native lowering on the weights that ``base`` stores, if it is the faster on this machine; else None."""
     plain = base.lowering
     if plain is None or not measuring():
@@ -59,23 +59,23 @@ def native_choice(site: Site, base: Choice, counts: tuple[int, ...], open_sessio
 
     if fastest(question, ways, base.name, advantage=1.03) != native.name:
         return None
-    return Choice(native.name, native, f"measured faster than {base.name} here", base.seconds)
+    return LoweringChoice(native.name, native, f"measured faster than {base.name} here", base.seconds)
 
 
 def _runs(session: Runnable, calls: list[dict[str, Tensor]]) -> Way:
     return lambda: [session.run(feeds) for feeds in calls]
 
 
-def _few(site: Site) -> Site:
+def _few(site: ExpertsNode) -> ExpertsNode:
     """A block of the site's function and sizes, with as many experts as ``BYTES`` hold."""
     one = [*site.bank.w_in(0), site.bank.w_out(0)]
     E = max(2, min(site.bank.num_experts, BYTES // max(1, sum(4 * w.numel() for w in one))))
     *w_in, w_out = (torch.full((E, *w.shape), 0.01, dtype=site.dtype) for w in one)
-    bank = StackedBank(w_in, w_out)
+    bank = StackedExpertWeights(w_in, w_out)
     return dataclasses.replace(site, bank=bank, top_k=min(site.top_k, E))
 
 
-def _feeds(site: Site, T: int) -> dict[str, Tensor]:
+def _feeds(site: ExpertsNode, T: int) -> dict[str, Tensor]:
     E, K = site.bank.num_experts, site.top_k
     ids = (torch.arange(T)[:, None] + torch.arange(K)) % E
     return {
@@ -92,7 +92,7 @@ class BothForms:
     second answers from there on. So a block that is verified is verified in both forms.
     """
 
-    def __init__(self, site: Site, native: Runnable, plain: Runnable, differ: Callable[[str], None]) -> None:
+    def __init__(self, site: ExpertsNode, native: Runnable, plain: Runnable, differ: Callable[[str], None]) -> None:
         self._site, self._native, self._plain, self._differ = site, native, plain, differ
         self._given_up = False
 
@@ -108,7 +108,7 @@ class BothForms:
         return native
 
 
-def _difference(site: Site, inputs: Mapping[str, Tensor], native: Tensor, plain: Tensor) -> str:
+def _difference(site: ExpertsNode, inputs: Mapping[str, Tensor], native: Tensor, plain: Tensor) -> str:
     """How the two forms differ, in words; "" where both are as near to the truth as a block may be."""
     if native.shape != plain.shape or native.dtype != plain.dtype:
         return f"its result is {native.dtype} {tuple(native.shape)}, and the plain form's {tuple(plain.shape)}"

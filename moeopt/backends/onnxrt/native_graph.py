@@ -14,11 +14,11 @@ from moeopt.backends.onnxrt.selftest import splice
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.plan import BlockPlan
-from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.experts_node import ExpertsNode
 
 
 def write_native(
-    directory: Path, sites: Sequence[Site], records: Sequence[Mapping[str, Any]], plan: BlockPlan
+    directory: Path, sites: Sequence[ExpertsNode], records: Sequence[Mapping[str, Any]], plan: BlockPlan
 ) -> dict[str, Any]:
     """Write the native graph beside the plain one, if ``plan`` has native blocks.
 
@@ -32,8 +32,8 @@ def write_native(
     """
     import onnx_ir as ir
 
-    legal = {site.name: plan.legal(site) for site in sites}
-    chosen = {name: plan.choice(site).lowering for name, site in legal.items()}
+    legalize = {site.name: plan.legalize(site) for site in sites}
+    chosen = {name: plan.choice(site).lowering for name, site in legalize.items()}
     native = [r for r in records if isinstance(chosen[r["name"]], Native)]
     if not native:
         return {}
@@ -41,7 +41,7 @@ def write_native(
     constants = model.graph.initializers
     for record in native:
         name = record["name"]
-        splice(model, record, legal[name], _reading(chosen[name], name, constants))
+        splice(model, record, legalize[name], _reading(chosen[name], name, constants))
     ir.save(model, directory / NATIVE)
     return {"blocks": [r["name"] for r in native], "nodes": len(model.graph)}
 

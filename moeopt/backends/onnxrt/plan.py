@@ -11,12 +11,12 @@ from moeopt.backends.onnxrt.select import TOKENS, ranked
 from moeopt.backends.onnxrt.session import Session, no_change
 from moeopt.lower.onnx.assemble import one_op
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.plan import BlockPlan, Choice, Runnable, kind
-from moeopt.lower.onnx.site import Site
-from moeopt.lower.onnx.widen import widen_site
+from moeopt.lower.onnx.plan import BlockPlan, LoweringChoice, Runnable, kind
+from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.lower.onnx.upcast import upcast_node
 
 
-class Plan(BlockPlan):
+class OrtPlan(BlockPlan):
     """The lowerings of one ONNX Runtime engine.
 
     Args:
@@ -34,7 +34,7 @@ class Plan(BlockPlan):
         super().__init__(provider, tokens)
         self.tune = tune
 
-    def rank(self, site: Site) -> list[Choice]:
+    def rank(self, site: ExpertsNode) -> list[LoweringChoice]:
         measured = functools.partial(session_of, provider=self.provider) if self.tune else None
         choices = ranked(site, self.provider, self.tokens, measured)
         if not self.native or self.provider != "cpu":
@@ -42,21 +42,21 @@ class Plan(BlockPlan):
         own = native_choice(site, choices[0], self.tokens or TOKENS, session_of)
         return choices if own is None else [own, *choices]
 
-    def written(self, site: Site) -> Choice:
+    def written(self, site: ExpertsNode) -> LoweringChoice:
         return self.best(site, without=Native.name)
 
-    def open_session(self, site: Site, lowering: Lowering) -> Runnable:
+    def open_session(self, site: ExpertsNode, lowering: Lowering) -> Runnable:
         session = session_of(site, lowering, self.provider)
         if not isinstance(lowering, Native):
             return session
         plain = session_of(site, lowering.base, self.provider)
         return BothForms(site, session, plain, functools.partial(self.give_up, kind(site), lowering.name))
 
-    def legal(self, site: Site) -> Site:
-        return widen_site(site) if self.provider == "cpu" else site
+    def legalize(self, site: ExpertsNode) -> ExpertsNode:
+        return upcast_node(site) if self.provider == "cpu" else site
 
 
-def session_of(site: Site, lowering: Lowering, provider: str = "cpu") -> Session:
+def session_of(site: ExpertsNode, lowering: Lowering, provider: str = "cpu") -> Session:
     """A session of one op, its weights in the model's own bytes or, past 1 GiB, in a file that is gone at once."""
     import tempfile
 

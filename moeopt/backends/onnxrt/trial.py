@@ -26,7 +26,7 @@ from moeopt.bundle import golden as goldens
 from moeopt.bundle.manifest import Manifest
 from moeopt.errors import BundleError, LimitError
 from moeopt.limits import LoadLimits
-from moeopt.lower.onnx.site import DOMAIN
+from moeopt.lower.onnx.experts_node import DOMAIN
 from moeopt.untrusted import shown
 
 PRODUCTS_A_SECOND = 1e10

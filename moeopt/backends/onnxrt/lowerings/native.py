@@ -21,7 +21,7 @@ from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.lowerings.types import types_of
-from moeopt.lower.onnx.site import DOMAIN, OP, Site
+from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 
 Look = Callable[[str], Any]
 """The graph's value for the constant of a name that follows the block's."""
@@ -64,7 +64,7 @@ class Native:
     def __init__(self, base: Lowering, look: Look | None = None) -> None:
         self.base, self._look = base, look
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         types, spec = types_of(site), site.spec
         if provider != "cpu":
             return f"the native kernel runs on a CPU, not on {provider}"
@@ -80,7 +80,7 @@ class Native:
             return f"ids beyond the experts add the token itself, and {size.H} is not the output's width {size.D}"
         return self.base.refuses(site, provider)
 
-    def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         spec, E, stored = site.spec, site.bank.num_experts, STORAGES[self.base.name]
         look = self._look or _written(graph, site, self.base, x, ids, weights)
 
@@ -100,7 +100,7 @@ class Native:
         return graph.op(OP, [x, ids, weights, *constants], domain=DOMAIN, **attributes)
 
 
-def _function(site: Site, stored: Storage) -> dict[str, Any]:
+def _function(site: ExpertsNode, stored: Storage) -> dict[str, Any]:
     """The spec as attributes; what is not there has no effect."""
     spec = site.spec
     rows = "plain" if not spec.gated else "interleaved" if stored.interleaved else "gate|up"
@@ -117,7 +117,7 @@ def _function(site: Site, stored: Storage) -> dict[str, Any]:
     return found | {name: 1 for name, on in flags.items() if on}
 
 
-def _written(graph: Builder, site: Site, base: Lowering, x: Any, ids: Any, weights: Any) -> Look:
+def _written(graph: Builder, site: ExpertsNode, base: Lowering, x: Any, ids: Any, weights: Any) -> Look:
     """The constants that ``base`` would write, each put into ``graph`` when it is looked for."""
     scratch = Builder(site.name)
     base.emit(scratch, site, x, ids, weights)
@@ -131,5 +131,5 @@ def _written(graph: Builder, site: Site, base: Lowering, x: Any, ids: Any, weigh
     return look
 
 
-def _has_norm(site: Site) -> bool:
+def _has_norm(site: ExpertsNode) -> bool:
     return any(site.bank.norm(e) is not None for e in range(site.bank.num_experts))
