@@ -50,7 +50,9 @@ def _integer_prototypes(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: l
     grid = tuple(first.shape)
     for lead in dict.fromkeys((len(grid), 1)):
         roles = tuple(
-            ArgRole("static", lead) if isinstance(t, torch.Tensor) and tuple(t.shape[:lead]) == grid[:lead] else ArgRole()
+            ArgRole("static", lead)
+            if isinstance(t, torch.Tensor) and tuple(t.shape[:lead]) == grid[:lead]
+            else ArgRole()
             for t in leaves
         )
         yield CallSpec(tuple(args), dict(kwargs), roles)

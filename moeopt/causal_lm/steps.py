@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from moeopt.causal_lm.mixers import OP, Mixer
 from moeopt.causal_lm.program import MixerProgram, check_steps, operations, sized, traced, weights_of
 from moeopt.lower.onnx.branch import one_or_many
+from moeopt.lower.onnx.experts_node import DOMAIN
 from moeopt.lower.onnx.export import to_onnx
 from moeopt.lower.onnx.scan import scan_tokens
-from moeopt.lower.onnx.experts_node import DOMAIN
 
 SIZES = (517, 1031)
 """Numbers of tokens at which operations are counted: more than any chunk in use, and multiples of none."""

@@ -292,7 +292,9 @@ class _Finder:
             levels = levels[owners[0] :] if owners else levels
             call = levels[0]
         experts = len({_identity(c.out.matmul) for c in group})  # a loop over the batch visits each several times
-        return BlockCandidate(kind, call, levels, first.meta["index"], first.meta.get("source", ""), group, experts, weights)
+        return BlockCandidate(
+            kind, call, levels, first.meta["index"], first.meta.get("source", ""), group, experts, weights
+        )
 
     def _expert_groups(self, call: Call, free: list[FFNCandidate]) -> list[list[FFNCandidate]]:
         found = []

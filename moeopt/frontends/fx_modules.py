@@ -17,7 +17,7 @@ from torch import fx, nn
 from moeopt.api import optimize
 from moeopt.errors import NotSaveableError
 from moeopt.find.example_inputs import ArgsKwargs
-from moeopt.lower.export import export_program, avoid_size_one
+from moeopt.lower.export import avoid_size_one, export_program
 from moeopt.passes.base import Pass, PassRecord
 from moeopt.rewrite.install import rewritten_forward
 

@@ -10,7 +10,7 @@ from moeopt.inspection.counting import CONVENTIONS, PARTS
 from moeopt.inspection.roofline import PartTime
 
 if TYPE_CHECKING:
-    from moeopt.inspection.result import Inspection, BlockKind
+    from moeopt.inspection.result import BlockKind, Inspection
 
 WIDTH = 80
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -38,7 +38,13 @@ def billions(count: int | None) -> str:
 
 def table(inspection: Inspection) -> str:
     """The whole report."""
-    sections = [_structure(inspection), _parameters(inspection), _memory(inspection), _work(inspection), _notes(inspection)]
+    sections = [
+        _structure(inspection),
+        _parameters(inspection),
+        _memory(inspection),
+        _work(inspection),
+        _notes(inspection),
+    ]
     return "\n\n".join("\n".join(lines) for lines in map(list, sections) if lines)
 
 

@@ -10,7 +10,7 @@ from moeopt.inspection.devices import find_device
 from moeopt.inspection.load import load
 from moeopt.inspection.memory import BITS, fits
 from moeopt.inspection.probe import Selection, selection
-from moeopt.inspection.result import Inspection, BlockKind
+from moeopt.inspection.result import BlockKind, Inspection
 from moeopt.inspection.roles import Roles, assign
 from moeopt.inspection.roofline import ForwardPass, bound, expected_hit, parts_of
 from moeopt.inspection.structure import ExpertGroup, MoEBlock, find_blocks, stacks

@@ -150,7 +150,9 @@ def _flat(tree: Tree, taken: set[str]) -> Iterator[ExpertGroup]:
             found = [a if b == hidden else b for a, b in near if hidden in (a, b)]
             fits = [e for e in found if 1 < e < rows and rows % e == 0]
             if fits:
-                yield ExpertGroup(path, min(fits), FFN(hidden, rows // min(fits), len(names) == 3), frozenset(names), True)
+                yield ExpertGroup(
+                    path, min(fits), FFN(hidden, rows // min(fits), len(names) == 3), frozenset(names), True
+                )
                 break
 
 

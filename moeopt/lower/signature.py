@@ -66,7 +66,9 @@ def size_conditions(program: torch.export.ExportedProgram) -> list[Any]:
         return encode_conditions([text], leaves)
 
     if conditions:
-        asked = [condition for expr in specialization_guards(program) for condition in encoded(PythonPrinter().doprint(expr))]
+        asked = [
+            condition for expr in specialization_guards(program) for condition in encoded(PythonPrinter().doprint(expr))
+        ]
         conditions = only_asked(conditions, asked)
     shapes = dict(_shapes(program))
     conditions = [*conditions, *_computed(shapes, names, encoded)]

@@ -17,7 +17,9 @@ from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights
 
 
-def experts_reference(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
+def experts_reference(
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec
+) -> Tensor:
     """The equations of :mod:`moeopt.ir.specs`, one expert at a time; differentiable.
 
     Args:

@@ -22,7 +22,7 @@ from moeopt.passes.manager import PassManager, Result, check_names
 from moeopt.passes.pipeline import PIPELINE
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.coverage import ArgsKwargs, Mixture, Reader
-from moeopt.recognise.experts import Recognition, ExpertsNotHit
+from moeopt.recognise.experts import ExpertsNotHit, Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.install import BlockProgram, RewrittenForward
@@ -177,13 +177,18 @@ def _verify(
         covering = probe_call(call_spec, 48, options.seed + 7)
         aimed = CallSpec(covering[0], covering[1], call_spec.leaves).rows(call_spec.indices("tokens")[0])
     max_tokens = _max_tokens(module, found)
-    cases = adversarial_cases(call_spec, experts, level=options.verify, seed=options.seed, router_rows=aimed, max_tokens=max_tokens)
+    cases = adversarial_cases(
+        call_spec, experts, level=options.verify, seed=options.seed, router_rows=aimed, max_tokens=max_tokens
+    )
     if options.verify != "off":
         cases.append(Case("the given inputs", *call))
     routed = zip(rewritten.banks, program.routers, strict=True)
     known = {id(bank): router for (bank, _), router in routed if router is not None}
     while True:
-        with runtime.run_through_backend(known) if runtime is not None else contextlib.nullcontext(), statistics_kept(module):
+        with (
+            runtime.run_through_backend(known) if runtime is not None else contextlib.nullcontext(),
+            statistics_kept(module),
+        ):
             check = verify_block(name, original, rewritten, cases, level=options.verify)
         if check.passed is not False or runtime is None or not settle or not runtime.demote(check.reason):
             break

@@ -13,11 +13,11 @@ from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.isolated_run import run_quietly, undone
+from moeopt.capture.probe_inputs import probe_call
 from moeopt.capture.random_ops import random_reason
 from moeopt.capture.same_graph import same_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
 from moeopt.capture.tree import tree_leaves
-from moeopt.capture.probe_inputs import probe_call
 from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.options import Options
@@ -25,7 +25,7 @@ from moeopt.pipeline.coverage import ArgsKwargs, Reader
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeightRefs
-from moeopt.rewrite.install import OPAQUE, TENSOR, CallGuard, BlockProgram, RewrittenForward, bind
+from moeopt.rewrite.install import OPAQUE, TENSOR, BlockProgram, CallGuard, RewrittenForward, bind
 from moeopt.rewrite.keep import KeptSteps, kept_steps
 from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason
 from moeopt.rewrite.reads import Reads, observe

@@ -10,13 +10,13 @@ from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.force_routing import ForceAllExperts
+from moeopt.capture.probe_inputs import aimed_rows, probe_call
 from moeopt.capture.random_ops import random_reason
 from moeopt.capture.tape import Tape, record
-from moeopt.capture.probe_inputs import aimed_rows, probe_call
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.passes.group_experts import GroupExperts
-from moeopt.recognise.experts import Recognition, ExpertsNotHit, recognize
+from moeopt.recognise.experts import ExpertsNotHit, Recognition, recognize
 from moeopt.recognise.router import RouterReading, recognize_router, same_reading
 
 ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]

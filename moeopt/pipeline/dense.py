@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moeopt.capture.tape import record
 from moeopt.capture.probe_inputs import call_specs, probe_call
+from moeopt.capture.tape import record
 from moeopt.errors import Declined, UsageError
 from moeopt.find.discover import BlockCandidate
 from moeopt.options import Options

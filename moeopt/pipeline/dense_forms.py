@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
-from moeopt.capture.tape import Tape, record
 from moeopt.capture.probe_inputs import call_specs, probe_call
+from moeopt.capture.tape import Tape, record
 from moeopt.errors import Declined
 from moeopt.ir.weight_refs import ExpertRef, tensor_at
 from moeopt.options import Options

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from moeopt.capture.tape import Tape, record
 from moeopt.capture.probe_inputs import call_specs, probe_call
+from moeopt.capture.tape import Tape, record
 from moeopt.errors import CaptureError
 from moeopt.find.discover import BlockCandidate
 from moeopt.recognise.experts import Recognition
@@ -50,7 +50,9 @@ def read_router(
         if around not in calls:
             continue
         try:
-            reading = recognize_outer_router(_short_tape(model.get_submodule(around), calls[around]), module, recognition)
+            reading = recognize_outer_router(
+                _short_tape(model.get_submodule(around), calls[around]), module, recognition
+            )
         except Exception as err:  # the report's words must not fail a model that was rewritten
             return dataclasses.replace(inside, reason=f"{around or 'the model'} does not run alone ({err})"[:300])
         if not reading.outside:

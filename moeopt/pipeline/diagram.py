@@ -36,7 +36,10 @@ def block_diagram(name: str, rewrite: Rewrite, module: nn.Module) -> dict[str, A
 
 
 def _captured(recognition: Recognition) -> dict[str, Any]:
-    sources = [recognition.routing.weights.source, *([recognition.routing.ids.source] if recognition.routing.ids else [])]
+    sources = [
+        recognition.routing.weights.source,
+        *([recognition.routing.ids.source] if recognition.routing.ids else []),
+    ]
     before = _leading_to([recognition.combine.node])
     router = _leading_to([s for s in sources if s is not None])
     inside = [n for n in _ordered(recognition.interior) if n in before]

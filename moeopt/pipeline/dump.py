@@ -38,7 +38,9 @@ class Dump:
         except OSError as err:
             raise UsageError(f"dump={str(folder)!r}: the folder cannot be made: {err.strerror or err}") from None
 
-    def block(self, name: str, module: nn.Module, call: ArgsKwargs | None, rewrite: Rewrite | None, reason: str) -> None:
+    def block(
+        self, name: str, module: nn.Module, call: ArgsKwargs | None, rewrite: Rewrite | None, reason: str
+    ) -> None:
         """One block; ``call`` is None for a module that did not run."""
         files = {"reading.txt": f"declined: {reason}\n" if rewrite is None else _reading(rewrite)}
         if call is not None:

@@ -38,7 +38,9 @@ class Labels:
         out = torch.zeros(self.tokens, self.candidates, dtype=torch.long)
         for site, token in self.token.items():
             keep = token >= 0
-            out.index_put_((token[keep], self.candidate[site][keep]), torch.ones(int(keep.sum()), dtype=torch.long), True)
+            out.index_put_(
+                (token[keep], self.candidate[site][keep]), torch.ones(int(keep.sum()), dtype=torch.long), True
+            )
         return out
 
 

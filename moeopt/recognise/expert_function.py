@@ -56,7 +56,9 @@ def fit_function(
         for spec in _possible_specs(tape, candidate):
             if all(_agrees(spec, h, mid) for h, mid in seen):
                 return dataclasses.replace(spec, **_dtypes(candidate)), flip
-    ops = ", ".join(dict.fromkeys(op_name(n) for n in candidate.mid if op_name(n) not in ("view", "getitem", "_to_copy")))
+    ops = ", ".join(
+        dict.fromkeys(op_name(n) for n in candidate.mid if op_name(n) not in ("view", "getitem", "_to_copy"))
+    )
     line = next((n.meta.get("source", "") for n in candidate.mid if n.meta.get("source")), "")
     raise Declined(
         f"the function between the expert's two matmuls ({ops or 'none'}) is none that the op carries "

@@ -33,7 +33,7 @@ from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates, group_candidates, source_of
 from moeopt.recognise.gemm_sites import GemmSite, find_sites
-from moeopt.recognise.routing import Routing, NoIds, Table, find_routing, one_beyond
+from moeopt.recognise.routing import NoIds, Routing, Table, find_routing, one_beyond
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.recognise.weight_position import WeightPosition, weight_position
 from moeopt.recognise.why_not import no_experts
@@ -435,7 +435,9 @@ def _with_frontier(
     progress[0] = 4
     ids = routing.ids.run(tape) if routing.ids is not None else None
     if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):
-        raise ExpertsNotHit("some of the weights that look like experts were never reached by a probe", source_of(group[0]))
+        raise ExpertsNotHit(
+            "some of the weights that look like experts were never reached by a probe", source_of(group[0])
+        )
     if _passes_through(tape, combine, tokens, routing, ids, len(experts)):
         routing.weights.steps = [*routing.weights.steps, (one_beyond, ("@ids", len(experts)))]
     identity = _is_identity(tape, combine, tokens, routing, ids, len(experts))

@@ -102,7 +102,9 @@ def find_candidates(tape: Tape, sites: list[GemmSite], *, loose: bool = False) -
         nodes = sorted({n for _, mid in members for n in mid}, key=lambda n: n.meta["index"])
         if _adds_experts(nodes, ins_key):
             continue
-        candidates.append(FFNCandidate(list(ins_key), [s for s, _ in members], nodes, ("wide", _signature(nodes, list(ins_key)))))
+        candidates.append(
+            FFNCandidate(list(ins_key), [s for s, _ in members], nodes, ("wide", _signature(nodes, list(ins_key))))
+        )
     return candidates
 
 
@@ -123,7 +125,11 @@ def _feeds(a: GemmSite, b: GemmSite, loose: bool) -> bool:
 
 
 def _walk_back(
-    start: fx.Node, at: dict[fx.Node, GemmSite], matmuls: dict[fx.Node, GemmSite], memo: dict[fx.Node, bool], loose: bool
+    start: fx.Node,
+    at: dict[fx.Node, GemmSite],
+    matmuls: dict[fx.Node, GemmSite],
+    memo: dict[fx.Node, bool],
+    loose: bool,
 ) -> tuple[list[GemmSite], list[fx.Node]] | None:
     ins: dict[GemmSite, None] = {}
     seen: set[fx.Node] = set()
@@ -229,9 +235,9 @@ def group_candidates(tape: Tape, candidates: list[FFNCandidate]) -> list[list[FF
         alike: dict[Any, list[FFNCandidate]] = {}
         for candidate in candidates:
             if not candidate.merged:
-                alike.setdefault((len(candidate.ins), candidate.ins[0].matrices[0].k, candidate.out.matrices[0].m), []).append(
-                    candidate
-                )
+                alike.setdefault(
+                    (len(candidate.ins), candidate.ins[0].matrices[0].k, candidate.out.matrices[0].m), []
+                ).append(candidate)
         for members in alike.values():
             groups.extend(g for g in _parallel(tape, members) if len(g) > 1)
     return sorted(groups, key=lambda g: (-(len(g) + 10**6 * g[0].merged), g[0].out.node.meta["index"]))

@@ -73,7 +73,11 @@ def recognize_outer_router(tape: Tape, module: nn.Module, recognition: Recogniti
     given = leaves_of(fx.Node, (call.args, call.kwargs)) if call is not None else []
 
     def outside(extraction: Extraction | None) -> Extraction | None:
-        number = extraction.source.name.removeprefix("input_") if extraction is not None and extraction.source is not None else ""
+        number = (
+            extraction.source.name.removeprefix("input_")
+            if extraction is not None and extraction.source is not None
+            else ""
+        )
         known = number.isdigit() and int(number) < len(given)
         return Extraction(given[int(number)], extraction.steps) if extraction is not None and known else None
 

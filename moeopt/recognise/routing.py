@@ -237,7 +237,11 @@ def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Routing, mapp
     if weights_extraction is None or (prior.ids is not None and ids_extraction is None):
         return None
     try:
-        ids = ids_extraction.run(tape).long() if ids_extraction is not None else table_to_ids(weights_extraction.run(tape))
+        ids = (
+            ids_extraction.run(tape).long()
+            if ids_extraction is not None
+            else table_to_ids(weights_extraction.run(tape))
+        )
         weights = weights_extraction.run(tape, ids)
         same_form = weights.shape == ids.shape and ids.shape[0] == table.visits.shape[0]
         fits = same_form and _fits(rebuilt(ids, weights, mapping, table.visits.shape[1]), table)
@@ -261,7 +265,9 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a.double() - b.double()).abs() <= slack * b.double().abs()).all())
 
 
-def _id_extractions(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tuple[Extraction, torch.Tensor, list[int]]]:
+def _id_extractions(
+    tape: Tape, before: list[fx.Node], table: Table
+) -> Iterator[tuple[Extraction, torch.Tensor, list[int]]]:
     """(extraction, ids (T, K), candidate of each id) for every integer tensor that names the chosen experts."""
     tokens, candidates = table.visits.shape
     possible = list(_possible_sources(before, floating=False))
@@ -274,7 +280,9 @@ def _id_extractions(tape: Tape, before: list[fx.Node], table: Table) -> Iterator
         if k > max(candidates, 64):
             continue
         low, high = (int(v) for v in torch.aminmax(tape.value(node)))
-        if low < 0 or not table.reached - 1 <= high < 4 * candidates + 64:  # too few values to name every expert, or noise
+        if (
+            low < 0 or not table.reached - 1 <= high < 4 * candidates + 64
+        ):  # too few values to name every expert, or noise
             continue
         for steps in _orders(node.meta["shape"], tokens, k):
             extraction = Extraction(node, steps)

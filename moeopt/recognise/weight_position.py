@@ -31,7 +31,13 @@ _CONSTANT = "is the same for every probe, so its values do not show what it does
 
 
 def weight_position(
-    tape: Tape, reading: Routing, table: Table, tokens: Tokens, labels: Labels, combine: Combine, candidates: list[FFNCandidate]
+    tape: Tape,
+    reading: Routing,
+    table: Table,
+    tokens: Tokens,
+    labels: Labels,
+    combine: Combine,
+    candidates: list[FFNCandidate],
 ) -> WeightPosition:
     """Where the weights of ``reading`` multiply.
 

@@ -132,7 +132,12 @@ class RewrittenForward:
             raise Stale(watch.gone)
         block = program.block
         self.banks = [
-            (LiveExpertWeights(self.module, refs, (s.w_in_layout, s.w_out_layout), functools.partial(_check, watch, b)), s)
+            (
+                LiveExpertWeights(
+                    self.module, refs, (s.w_in_layout, s.w_out_layout), functools.partial(_check, watch, b)
+                ),
+                s,
+            )
             for b, (refs, s) in enumerate(block.weights)
         ]
         self.constants = block.constants

@@ -119,7 +119,9 @@ def neutral_reason(module: nn.Module, tape: Tape, recognitions: list[Recognition
     return ""
 
 
-def frozen_values(module: nn.Module, tape: Tape, recognitions: list[Recognition], plan: KeptSteps) -> dict[str, torch.Tensor]:
+def frozen_values(
+    module: nn.Module, tape: Tape, recognitions: list[Recognition], plan: KeptSteps
+) -> dict[str, torch.Tensor]:
     """Tensors of the block that the rewritten code does not read and that decided what it is, as they are now.
 
     They are integers or flags that the result is computed from (a mask over neurons, a placement of experts), and

@@ -18,7 +18,7 @@ from torch import fx
 
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.routing import Extraction, table_to_ids
-from moeopt.rewrite.keep import KeptSteps, StepRef, NodeRewrite, KeptStep
+from moeopt.rewrite.keep import KeptStep, KeptSteps, NodeRewrite, StepRef
 
 aten = torch.ops.aten
 
@@ -46,7 +46,9 @@ def experts_rewrite(recognition: Recognition, bank: int) -> NodeRewrite:
             weights = _apply(plan, recognition.routing.weights, ref, ids)
         y = plan._add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
         plan.note(
-            y, (count, recognition.combine.node.meta["shape"][recognition.combine.axis]), recognition.combine.node.meta.get("dtype")
+            y,
+            (count, recognition.combine.node.meta["shape"][recognition.combine.axis]),
+            recognition.combine.node.meta.get("dtype"),
         )
         y = _restore(plan, y, recognition.combine.node.meta["shape"], recognition.combine.axis)
         return y if recognition.base is None else plan.call(aten.add.Tensor, ref(recognition.base), y)

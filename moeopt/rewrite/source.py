@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moeopt.errors import StaleModelWarning
-from moeopt.rewrite.module_guard import hook_count
 from moeopt.rewrite.guard_expression import GuardExpression, holds
+from moeopt.rewrite.module_guard import hook_count
 from moeopt.rewrite.reads import Reads
 
 _CALL, _LEAST, _CODE = 2400, 300, 60
@@ -194,7 +194,10 @@ class Source:
         others = dict(twin.named_modules())
         things: list[_Thing] = [_Block(path, model.get_submodule(path), reads) for path, reads in blocks.items()]
         self._turns: tuple[_Turns, ...] = (
-            _Turns([*things, *(_ModuleFacts(path, module, others[path], values) for path, module in modules)], max_nanoseconds),
+            _Turns(
+                [*things, *(_ModuleFacts(path, module, others[path], values) for path, module in modules)],
+                max_nanoseconds,
+            ),
             _Turns([_Code(path, module) for path, module in modules], _CODE),
         )
         self._name, self._told, self._hooks = type(model).__name__, set[str](), RemovableHandle.next_id

@@ -19,7 +19,7 @@ import torch
 
 from moeopt.capture.tree import tree_leaves
 from moeopt.errors import Declined
-from moeopt.rewrite.keep import KeptSteps, StepRef, KeptStep
+from moeopt.rewrite.keep import KeptStep, KeptSteps, StepRef
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ class Walk:
         opaque: objects that can only be told apart by identity.
     """
 
-    def __init__(self, root: nn.Module, bounds: Bounds, probe: GuardExpression, called: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, root: nn.Module, bounds: Bounds, probe: GuardExpression, called: frozenset[int] = frozenset()
+    ) -> None:
         self.ran, self.names, self.ignored = bounds.ran, bounds.names, bounds.ignored
         self.whole, self.tables, self._called = set(bounds.whole), dict(bounds.tables), called
         self.probe = probe

@@ -203,7 +203,9 @@ def _leaf(a: Any, b: Any, shaken: list[tuple[Any, Any]], result: EndToEnd) -> st
     if not len(d):
         return ""
     moved = [
-        token_distance(noisy, noiseless).nan_to_num(0.0)[pattern.both] for noisy, noiseless in shaken if noisy.shape == a.shape
+        token_distance(noisy, noiseless).nan_to_num(0.0)[pattern.both]
+        for noisy, noiseless in shaken
+        if noisy.shape == a.shape
     ]
     sound = torch.stack(moved).amax(0) * FACTOR <= CEILING if moved else torch.ones_like(d, dtype=torch.bool)
     if not sound.any():

@@ -23,7 +23,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.ops.override import default_impl
-from moeopt.verification.float64_rules import FLOAT64_RULES, Float64Rule, UpcastArguments, chooses, float64_rule_of, widen
+from moeopt.verification.float64_rules import (
+    FLOAT64_RULES,
+    Float64Rule,
+    UpcastArguments,
+    chooses,
+    float64_rule_of,
+    widen,
+)
 from moeopt.verification.selections import (
     Event,
     OracleError,

@@ -86,7 +86,9 @@ class RowCalls:
         for start in range(0, len(rows.values), size):
             values, kinds = rows.values[start : start + size], rows.kinds[start : start + size]
             more = size - len(values)
-            yield SteeredRows(rows.name, torch.cat([values, self.ordinary[:more]]), [*kinds, *["an ordinary row"] * more])
+            yield SteeredRows(
+                rows.name, torch.cat([values, self.ordinary[:more]]), [*kinds, *["an ordinary row"] * more]
+            )
 
     def _drawn(self, count: int) -> Tensor:
         own = self.call_spec.rows(self.leaf)

@@ -113,7 +113,9 @@ def _at(proto: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     return copy
 
 
-def _counted(graph: Any, found: Mapping[str, tuple[list[int], float]], experts: Mapping[str, _Experts]) -> CallCost | None:
+def _counted(
+    graph: Any, found: Mapping[str, tuple[list[int], float]], experts: Mapping[str, _Experts]
+) -> CallCost | None:
     last = {name: n for n, node in enumerate(graph.node) for name in node.input}
     ends = {value.name for value in graph.output}
     held = most = products = 0

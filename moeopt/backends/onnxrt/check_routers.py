@@ -49,7 +49,9 @@ class RoutedBlock:
         directory, graph: where the graph was written. records: of its sites.
     """
 
-    def __init__(self, directory: Path, graph: str, signature: Mapping[str, Any], records: Records, plan: OrtPlan) -> None:
+    def __init__(
+        self, directory: Path, graph: str, signature: Mapping[str, Any], records: Records, plan: OrtPlan
+    ) -> None:
         import onnx
 
         proto = onnx.load(os.fspath(directory / graph), load_external_data=False)
@@ -80,7 +82,9 @@ class RoutedBlock:
         return outputs, {site: by_name[name] for site, name in self._ids.items()}
 
 
-def alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: OrtPlan) -> tuple[RoutedBlock, BuiltGraph]:
+def alone(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: OrtPlan
+) -> tuple[RoutedBlock, BuiltGraph]:
     """A rewritten block of a model as an engine of its own, made as ``build_onnx`` makes one.
 
     Raises:
@@ -160,7 +164,9 @@ def _rewritten(module: nn.Module) -> Any:
             told = _describe_tensor(operator.attrgetter(str(node.target))(module))
         steps.append((node.op, str(told), str(node.args), str(node.kwargs)))
     steps += [("constant", str(_describe_tensor(constant)), "", "") for constant in program.block.constants]
-    banks = [(bank.num_experts, *map(_describe_tensor, (bank.w_out(0), *bank.w_in(0))), spec) for bank, spec in forward.banks]
+    banks = [
+        (bank.num_experts, *map(_describe_tensor, (bank.w_out(0), *bank.w_in(0))), spec) for bank, spec in forward.banks
+    ]
     return steps, banks, program.routers, program.guard.shapes
 
 

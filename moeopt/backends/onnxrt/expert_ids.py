@@ -26,7 +26,9 @@ CallArguments = tuple[Sequence[Any], Mapping[str, Any]]
 Records = Sequence[Mapping[str, Any]]
 
 
-def count_ids(model: nn.Module, engine: GraphEngine, graph: str, records: Records, call: CallArguments) -> tuple[int, int, str]:
+def count_ids(
+    model: nn.Module, engine: GraphEngine, graph: str, records: Records, call: CallArguments
+) -> tuple[int, int, str]:
     """How many expert ids the engine chose on ``call``, how many are not the model's, and the first such token.
 
     Args:

@@ -15,9 +15,9 @@ from moeopt.backends.onnxrt.custom_op import native_library
 from moeopt.backends.onnxrt.lowerings.native import Native
 from moeopt.backends.onnxrt.session import runtime
 from moeopt.backends.onnxrt.site_records import input_width
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.plan import LoweringChoice, Runnable
-from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.measured import Way, fastest
 from moeopt.ops.reference import experts_reference
@@ -33,7 +33,9 @@ ALIKE = 64
 OpenSession = Callable[[ExpertsNode, Lowering], Runnable]
 
 
-def native_choice(site: ExpertsNode, base: LoweringChoice, counts: tuple[int, ...], open_session: OpenSession) -> LoweringChoice | None:
+def native_choice(
+    site: ExpertsNode, base: LoweringChoice, counts: tuple[int, ...], open_session: OpenSession
+) -> LoweringChoice | None:
     """The native lowering on the weights that ``base`` stores, if it is the faster on this machine; else None."""
     plain = base.lowering
     if plain is None or not measuring():

@@ -12,9 +12,9 @@ from typing import Any
 from moeopt.backends.onnxrt.lowerings.native import Native
 from moeopt.backends.onnxrt.selftest import splice
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.plan import BlockPlan
-from moeopt.lower.onnx.experts_node import ExpertsNode
 
 
 def write_native(

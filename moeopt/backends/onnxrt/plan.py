@@ -10,9 +10,9 @@ from moeopt.backends.onnxrt.native_choice import BothForms, native_choice
 from moeopt.backends.onnxrt.select import TOKENS, ranked
 from moeopt.backends.onnxrt.session import Session, no_change
 from moeopt.lower.onnx.assemble import one_op
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.plan import BlockPlan, LoweringChoice, Runnable, kind
-from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.upcast import upcast_node
 
 

@@ -22,9 +22,9 @@ import torch
 
 from moeopt.backends.onnxrt.lowerings import LOWERINGS
 from moeopt.backends.onnxrt.session import Session
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.plan import LoweringChoice
-from moeopt.lower.onnx.experts_node import ExpertsNode
 
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""
@@ -100,7 +100,10 @@ def estimate(site: ExpertsNode, name: str, tokens: int, provider: str = "cpu") -
 
 
 def measure(
-    site: ExpertsNode, lowering: Lowering, counts: tuple[int, ...], open_session: Callable[[ExpertsNode, Lowering], Session]
+    site: ExpertsNode,
+    lowering: Lowering,
+    counts: tuple[int, ...],
+    open_session: Callable[[ExpertsNode, Lowering], Session],
 ) -> float:
     """Seconds of one call for each of ``counts``, summed, and the load time spread over ``CALLS`` calls."""
     started = time.perf_counter()

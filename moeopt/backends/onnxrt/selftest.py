@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.known_answer import BLOCK, known_answer_test, cut_out, feeds_of, session_of
+from moeopt.backends.onnxrt.known_answer import BLOCK, cut_out, feeds_of, known_answer_test, session_of
 from moeopt.backends.onnxrt.lowerings import LOWERINGS
 from moeopt.backends.onnxrt.select import ranked
 from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, Prepare, Session, no_change
@@ -28,8 +28,8 @@ from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.errors import BundleError, Declined, EngineFallbackWarning, EngineNotExecutableError, UsageError
 from moeopt.lower.onnx.assemble import one_op
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.lower.onnx.lowerings.base import Lowering
 
 Probe = tuple[Mapping[str, Tensor], float]
 Check = Callable[[bytes, Mapping[str, Tensor]], None]

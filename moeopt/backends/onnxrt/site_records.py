@@ -22,8 +22,8 @@ from moeopt.bundle.values import DTYPES
 from moeopt.errors import BundleError, Declined
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.ops.expert_weights import ListExpertWeights
 from moeopt.ops.reference import out_features
 

@@ -25,7 +25,7 @@ from moeopt.backends.tensorrt.causal_profiles import causal_sizes
 from moeopt.backends.tensorrt.engine import PLAN, OfflineTensorRTEngine, TensorRTEngine, open_built, provider_of
 from moeopt.backends.tensorrt.engine_plan import CPUFallbackPlan
 from moeopt.backends.tensorrt.graph_check import check_graph
-from moeopt.backends.tensorrt.layers import counted, in_block, size, format_counts
+from moeopt.backends.tensorrt.layers import counted, format_counts, in_block, size
 from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.product import product
 from moeopt.backends.tensorrt.profiles import Profile, default_sizes, profiles_for
@@ -36,11 +36,11 @@ from moeopt.bundle.io_names import KEY
 from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
 from moeopt.errors import Declined, EngineBuildError, NotSaveableError, UsageError
-from moeopt.lower.export import export_program, avoid_size_one
+from moeopt.lower.export import avoid_size_one, export_program
 from moeopt.lower.onnx.assemble import one_op
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.export import emitting, to_onnx
 from moeopt.lower.onnx.plan import kind
-from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.upcast import upcast_graph, upcast_node
 from moeopt.lower.signature import describe_call, functional
 from moeopt.lower.unexpected_errors import unexpected_errors_as
@@ -116,7 +116,9 @@ def _build(
         built = onnx_build.write_graph(graph, sites, signature, plan, options.say, started, adapt=adapt)
     except Declined as err:
         raise UsageError(err.reason) from None
-    differs |= sums > 0 or any(upcast_node(s) is not s or plan.cpu_lowering(s).name != plan.lowering(s).name for s in sites)
+    differs |= sums > 0 or any(
+        upcast_node(s) is not s or plan.cpu_lowering(s).name != plan.lowering(s).name for s in sites
+    )
     if differs:
         options.say("writing its CPU fallback graph")
         form = CPUFallbackPlan(plan)
@@ -188,7 +190,9 @@ def _profiles(
     return profiles_for(ends, sizes, options.profile)
 
 
-def bisect_failing_block(err: EngineBuildError, sites: list[ExpertsNode], plan: TensorRTPlan, job: builder.Job) -> EngineBuildError:
+def bisect_failing_block(
+    err: EngineBuildError, sites: list[ExpertsNode], plan: TensorRTPlan, job: builder.Job
+) -> EngineBuildError:
     """The same error with the first block that does not build alone either; as it is where all of them do."""
     import onnx_ir as ir
 

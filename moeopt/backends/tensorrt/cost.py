@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from moeopt.backends.tensorrt.lowerings.sort import blocks_of
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import types_of
-from moeopt.lower.onnx.experts_node import ExpertsNode
 
 GEMM_ROOM = 8_192_000
 """What TensorRT for RTX 1.7.1 adds to every engine that has a matmul."""

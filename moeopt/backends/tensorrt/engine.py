@@ -15,7 +15,7 @@ from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
 from moeopt.backends.registry import open_bundle
 from moeopt.backends.tensorrt.product import product
 from moeopt.backends.tensorrt.profiles import fits
-from moeopt.backends.tensorrt.runtime import Needs, EngineRunner, lacking, this_machine
+from moeopt.backends.tensorrt.runtime import EngineRunner, Needs, lacking, this_machine
 from moeopt.bundle.manifest import Manifest
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.errors import EngineNotExecutableError

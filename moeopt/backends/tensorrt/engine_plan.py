@@ -18,10 +18,10 @@ from moeopt.backends.tensorrt.profiles import MULTIPLE
 from moeopt.backends.tensorrt.sums import sums_for
 from moeopt.backends.tensorrt.target import Target, check_buildable, wanted_target
 from moeopt.errors import Declined, UsageError
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.lower.onnx.plan import BlockPlan, LoweringChoice
-from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.upcast import upcast_node
 from moeopt.options import Options
 from moeopt.verification.language import find_ids

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from moeopt.backends.tensorrt.lowerings.trt_moe import together
 from moeopt.errors import EngineBuildError
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import types_of
-from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.ops.activations import activate
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.reference import one_expert

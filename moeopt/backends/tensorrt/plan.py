@@ -18,10 +18,10 @@ from moeopt.backends.tensorrt.cost import DEVICES, seconds, work
 from moeopt.backends.tensorrt.lowerings import FORMS, PORTABLE
 from moeopt.backends.tensorrt.target import Target
 from moeopt.errors import Declined
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.lower.onnx.plan import BlockPlan, LoweringChoice, Runnable
-from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.upcast import upcast_node
 
 TOKENS = (1, 4, 16, 128)

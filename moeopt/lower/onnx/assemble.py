@@ -7,8 +7,8 @@ from typing import Any
 
 from moeopt.errors import NotSaveableError
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
+from moeopt.lower.onnx.lowerings.base import Lowering
 
 
 def replace_sites(model: Any, sites: Sequence[ExpertsNode], choose: Callable[[ExpertsNode], Lowering]) -> list[str]:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.pad_experts import pad_experts
-from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
 from moeopt.ops.reference import dtypes
@@ -161,7 +161,9 @@ class BlockPlan(abc.ABC):
         key = (id(bank), x.dtype, weights.dtype, ids.shape[1])
         if key not in self._sessions:
             router = self._routers.get(id(bank))
-            site = ExpertsNode("experts", pad_experts(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router)
+            site = ExpertsNode(
+                "experts", pad_experts(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router
+            )
             self.check(site)
             site = self.legalize(site)
             lowering = self.lowering(site)

@@ -73,7 +73,9 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def call(run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, isa: int) -> Tensor:
+def call(
+    run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, isa: int
+) -> Tensor:
     """``experts_reference``, by the kernel ``run``; arguments are checked already (``ops.reference.check``).
 
     Raises:

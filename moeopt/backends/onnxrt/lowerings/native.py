@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.lowerings.types import types_of
-from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 
 Look = Callable[[str], Any]
 """The graph's value for the constant of a name that follows the block's."""

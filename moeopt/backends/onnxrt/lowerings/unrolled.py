@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, weights
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
-from moeopt.lower.onnx.experts_node import ExpertsNode
 
 
 class Unrolled:

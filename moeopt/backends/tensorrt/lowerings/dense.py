@@ -5,9 +5,9 @@ On a GPU the price of many experts is memory and FLOPs, which the planner counts
 
 from __future__ import annotations
 
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import dense
 from moeopt.lower.onnx.lowerings import weights as banks
-from moeopt.lower.onnx.experts_node import ExpertsNode
 
 
 class Dense(dense.Dense):

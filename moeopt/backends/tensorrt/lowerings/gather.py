@@ -16,8 +16,8 @@ from typing import Any
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.backends.tensorrt.lowerings.stacked import Stacked
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.lower.onnx.lowerings import weights as banks
 
 
 class Gather:

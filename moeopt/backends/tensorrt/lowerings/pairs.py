@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
 from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
 
 
 def named(graph: Builder, site: ExpertsNode, ids_TK: Any) -> Any:

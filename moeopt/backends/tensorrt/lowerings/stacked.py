@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import types_of, wide
-from moeopt.lower.onnx.experts_node import ExpertsNode
 
 
 class Stacked:

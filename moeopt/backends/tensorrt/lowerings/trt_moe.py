@@ -22,10 +22,10 @@ from torch import Tensor
 from moeopt.backends.tensorrt.capability import MOE_TARGETS
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of, wide
-from moeopt.lower.onnx.experts_node import ExpertsNode
 
 DOMAIN, OP = "trt", "TRT_MoE"
 ACTIVATIONS = {"identity": 0, "silu": 1}

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, table
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
-from moeopt.lower.onnx.experts_node import ExpertsNode
 
 MOST_EXPERTS = 16
 """Beyond this many, computing all of them is never the choice."""
@@ -96,13 +96,17 @@ def _all_experts(graph: Builder, site: ExpertsNode, x_TH: Any) -> Any:
     w_out = stacked("down.weight", lambda e: banks.w_out_ID(bank, e, spec), size.I, size.D)
     o_ETD = graph.op("MatMul", [a_ETI, w_out], name="down")
     if banks.has_b_out(bank):
-        o_ETD = add(o_ETD, "down.bias", lambda e: default_if_none(bank.b_out(e), torch.zeros(size.D, dtype=compute)), size.D)
+        o_ETD = add(
+            o_ETD, "down.bias", lambda e: default_if_none(bank.b_out(e), torch.zeros(size.D, dtype=compute)), size.D
+        )
     if spec.out_norm_eps is None:
         return o_ETD
     norm = None
     if any(bank.norm(e) is not None for e in range(size.E)):
         ones = torch.ones(size.D, dtype=compute)
-        norm = stacked("norm.weight", lambda e: default_if_none(bank.norm(e), ones).to(compute), 1, size.D, dtype=wide(compute))
+        norm = stacked(
+            "norm.weight", lambda e: default_if_none(bank.norm(e), ones).to(compute), 1, size.D, dtype=wide(compute)
+        )
     return middle.rms_norm(graph, site, o_ETD, norm, axis=2)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import stable
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of, wide
-from moeopt.lower.onnx.experts_node import ExpertsNode
 
 _ONE_KERNEL = ("silu", "gelu", "gelu_tanh", "mish", "softplus", "elu", "leaky_relu")
 

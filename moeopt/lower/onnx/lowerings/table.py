@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.lowerings.types import scalar, types_of
 from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.lower.onnx.lowerings.types import scalar, types_of
 
 
 def chosen_TKE(graph: Builder, site: ExpertsNode, ids_TK: Any) -> Any:

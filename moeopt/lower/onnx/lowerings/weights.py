@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.ops.activations import split_rows
 from moeopt.ops.expert_weights import ExpertWeights
 
