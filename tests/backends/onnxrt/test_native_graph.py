@@ -16,10 +16,10 @@ from moeopt.backends.onnxrt.budget import cost_of
 from moeopt.backends.onnxrt.lowerings import by_name
 from moeopt.backends.onnxrt.lowerings.native import Native
 from moeopt.backends.onnxrt.native_choice import BothForms
-from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.cli.about import bundle_facts
 from moeopt.errors import BundleError, EngineFallbackWarning
-from moeopt.lower.onnx.plan import Choice
+from moeopt.lower.onnx.plan import LoweringChoice
 from tests.backends.onnxrt.lowerings.one_site import make_site, model_of, tokens
 from tests.backends.onnxrt.native import choose_native, needs_operator
 from tests.backends.onnxrt.toys import call, edit, net, optimized, reseal
@@ -295,7 +295,7 @@ def test_an_engine_that_is_not_equivalent_with_it_runs_without_it(monkeypatch):
 
 def test_nothing_is_chosen_without_a_measurement_or_a_library(monkeypatch):
     site = make_site()
-    assert Plan("cpu").choice(site).name != "native", "the suite measures nothing"
+    assert OrtPlan("cpu").choice(site).name != "native", "the suite measures nothing"
     needs_operator()
     asked = []
 
@@ -305,11 +305,14 @@ def test_nothing_is_chosen_without_a_measurement_or_a_library(monkeypatch):
 
     monkeypatch.setattr(native_choice, "measuring", lambda: True)
     monkeypatch.setattr(native_choice, "fastest", fastest)
-    assert Plan("cpu").choice(site).name != "native"
+    assert OrtPlan("cpu").choice(site).name != "native"
     ((question, ways, default),) = asked
     assert set(ways) == {"native", default} and "onnxruntime" in question and "K 2" in question
     monkeypatch.setattr(native_choice, "native_library", lambda: None)
-    assert native_choice.native_choice(site, Choice("unrolled", by_name("unrolled"), ""), (1,), pytest.fail) is None
+    assert (
+        native_choice.native_choice(site, LoweringChoice("unrolled", by_name("unrolled"), ""), (1,), pytest.fail)
+        is None
+    )
 
 
 def test_a_bundle_of_another_machine_s_operator_is_tested_before_it_runs(bundle):
