@@ -28,7 +28,7 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.ir.weight_refs import expert_paths
 from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
-from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, overlap
+from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, by_position, overlap
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
 from moeopt.rewrite.module_guard import Fact, Watch, take_facts
@@ -146,6 +146,7 @@ class RewrittenForward:
         self.constants = block.constants
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
         self._run = compiled(block.graph)
+        self._names = by_position(program.signature)
 
     def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The op on the live weights number ``index``: what a ``moeopt::experts`` node of the graph calls."""
@@ -176,7 +177,7 @@ class RewrittenForward:
         self._prepare()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = bind(self.program.signature, args, kwargs)
+        bound = bind(self.program.signature, args, kwargs, self._names)
         refusal = self.program.guard.refuses(self.module, bound) or self._effects(bound)
         if not refusal:
             try:
@@ -259,7 +260,7 @@ class RewrittenForward:
 
     def __getattr__(self, name: str) -> Any:
         # A copy is made before its module has its children: it prepares itself at first use.
-        if name in ("watch", "banks", "constants", "_plain", "_run"):
+        if name in ("watch", "banks", "constants", "_plain", "_run", "_names"):
             if "program" in self.__dict__:
                 self._prepare()
                 return self.__dict__[name]
