@@ -35,6 +35,10 @@ from moeopt.errors import UsageError
 
 Verify = Literal["strict", "fast", "off"]
 Dense = Literal["leave", "fuse", "split"]
+_SHORT_DTYPES = {
+    "bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16",
+    "fp32": "float32", "f32": "float32", "float": "float32", "fp64": "float64", "f64": "float64", "double": "float64",
+}  # fmt: skip
 _CHOICES: dict[str, tuple[str, ...]] = {"verify": ("strict", "fast", "off"), "dense": ("leave", "fuse", "split")}
 
 
@@ -325,9 +329,33 @@ def _as_device(value: Any) -> torch.device | None:
         raise UsageError(f"device={value!r} is not a device: give one like 'cpu' or 'cuda:0'") from err
 
 
+def check_device(device: torch.device | None) -> None:
+    """``UsageError`` where this machine has no such device, or the device keeps no values."""
+    if device is None:
+        return
+    if device.type == "meta":
+        raise UsageError("device='meta' keeps no values, and so nothing can be verified on it: give 'cpu' or 'cuda:0'")
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as err:
+        gpus = torch.cuda.device_count()
+        has = "no CUDA GPU" if not gpus else f"{gpus} CUDA GPU{'s' * (gpus > 1)}, cuda:0 to cuda:{gpus - 1}"
+        built = (
+            "" if torch.version.cuda or device.type != "cuda" else f"; torch {torch.__version__} is built without CUDA"
+        )
+        said = str(err).strip().splitlines()[0][:200] if str(err).strip() else type(err).__name__
+        why = built or f" ({said})"
+        raise UsageError(
+            f"device={str(device)!r}: this machine has {has}{why}: give device='cpu', or leave it out"
+        ) from err
+
+
 def _as_dtype(value: Any) -> torch.dtype | None:
     if isinstance(value, str):
-        value = getattr(torch, value.removeprefix("torch."), value)
+        word = value.removeprefix("torch.").lower()
+        value = getattr(torch, _SHORT_DTYPES.get(word, word), value)
     if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
         return value
-    raise UsageError(f"dtype={value!r} is not a floating-point dtype: give one like torch.bfloat16 or 'bfloat16'")
+    raise UsageError(
+        f"dtype={value!r} is not a floating-point dtype: give one like torch.bfloat16, 'bfloat16' or 'bf16'"
+    )

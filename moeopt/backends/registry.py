@@ -28,6 +28,13 @@ OWN = {
     "tensorrt": "moeopt.backends.tensorrt.backend:TensorRTBackend",
 }
 
+OTHER_NAMES = {
+    "torch": {"pytorch", "pt", "eager", "aten", "inductor", "native"},
+    "onnxruntime": {"ort", "onnx", "onnxrt", "onnxruntimegpu", "onnxruntimecpu", "optimum"},
+    "tensorrt": {"trt", "tensorrtrtx", "trtrtx", "nvtensorrtrtx", "tensorrtllm", "nvidia", "torchtensorrt"},
+}
+"""What people call a backend when they do not use its name: the error then says which name they mean."""
+
 
 def names() -> tuple[str, ...]:
     """Every name that ``backend=`` takes, moeopt's own first."""
@@ -41,7 +48,9 @@ def get(name: str) -> Backend:
         UsageError: there is none of that name, or the package that brings it does not load.
     """
     if name not in (known := names()):
-        near = difflib.get_close_matches(str(name), known, n=1)
+        word = str(name).lower().replace("-", "").replace("_", "").replace(" ", "")
+        near = [meant for meant, words in OTHER_NAMES.items() if word in words and meant in known]
+        near = near or difflib.get_close_matches(str(name).lower(), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(f"backend {name!r} is not available; {hint}use one of {', '.join(map(repr, known))}")
     return _made(name)

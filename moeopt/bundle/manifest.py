@@ -87,7 +87,7 @@ def write_bundle(
     ``directory`` exists and is no bundle; nothing is left behind when ``write_files`` raises.
     """
     target = Path(directory)
-    _check_target(target)
+    check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside.clear_abandoned(target)
     with aside.folder(target) as folder:
@@ -190,7 +190,8 @@ def _check_name(name: Any, root: Path) -> None:
         raise BundleError(f"{root}: a file is named {name!r}: files lie in the bundle itself, under plain names")
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """``UsageError`` where ``target`` is a file, a link, or a directory that holds something else than a bundle."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} exists and is not a directory: give a new path")
     if target.is_dir() and any(target.iterdir()) and not is_bundle(target):

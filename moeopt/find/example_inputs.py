@@ -39,6 +39,29 @@ def in_order(model: nn.Module, call: Call) -> Call:
     return args, {name: kwargs[name] for name in [*known, *(n for n in kwargs if n not in known)]}
 
 
+def without_cache(model: nn.Module, call: Call) -> Call:
+    """The call with ``use_cache=False``, where a transformers model would return a key/value cache nobody asked for.
+
+    A cache as a result has no form in a bundle, and comparing it says nothing beyond the logits. A call that gives
+    ``use_cache`` or a cache stays as it is.
+    """
+    args, kwargs = call
+    wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper passes **kwargs on
+    if not hasattr(model, "main_input_name") or "use_cache" not in inspect.signature(wrapped.forward).parameters:
+        return call
+    given = {*list(inspect.signature(model.forward).parameters)[: len(args)], *kwargs}
+    if given & {"use_cache", "past_key_values"}:
+        return call
+    return args, {**kwargs, "use_cache": False}
+
+
+NO_CACHE = (
+    "the example call has use_cache=False: what is verified and saved takes whole sequences and returns no key/value "
+    "cache; the live model of backend='torch' still generates with its cache"
+)
+"""Said where :func:`without_cache` matters: a result that was compared and is saved without the model's cache."""
+
+
 def made_up(model: nn.Module, seed: int) -> Call:
     """Inputs for a model that was given without any.
 
