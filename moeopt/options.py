@@ -351,11 +351,12 @@ def check_device(device: torch.device | None) -> None:
 
 
 def _as_dtype(value: Any) -> torch.dtype | None:
+    found = value
     if isinstance(value, str):
         word = value.removeprefix("torch.").lower()
-        value = getattr(torch, _SHORT_DTYPES.get(word, word), value)
-    if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
-        return value
+        found = getattr(torch, _SHORT_DTYPES.get(word, word), None)
+    if value is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
     raise UsageError(
         f"dtype={value!r} is not a floating-point dtype: give one like torch.bfloat16, 'bfloat16' or 'bf16'"
     )

@@ -37,7 +37,12 @@ class TorchBackend(Backend):
     name = "torch"
 
     def _plan_impl(self, options: Options) -> None:
-        return None
+        for name in ("target", "profile", "timing_cache", "session_options"):
+            if (given := getattr(options, name)) is not None:
+                raise UsageError(
+                    f"{name}={given!r:.80} is for an engine, and backend='torch' builds none: give "
+                    "backend='onnxruntime' or backend='tensorrt' as well, or leave it out"
+                )
 
     def _optimize_impl(self, source: nn.Module, call: Call, options: Options, plan: None) -> Made:
         twin = shared_copy(source)
