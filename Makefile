@@ -37,7 +37,7 @@ LESSER_CPU := ATEN_CPU_CAPABILITY=$(ISA) ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INST
 ISA_TESTS := tests/ops tests/verification tests/rewrite tests/backends tests/bundle \
 	tests/test_zoo.py tests/test_sabotage.py tests/test_trained_lm.py
 
-.PHONY: help setup demo examples test test-isa test-nightly test-compat test-gpu test-wheel lint format types docs bench clean
+.PHONY: help setup demo examples test test-isa test-nightly test-compat test-matrix test-gpu test-wheel lint format types docs bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -77,6 +77,9 @@ test-wheel: $(READY)  ## the wheel in a clean environment, and the example workf
 
 test-compat: $(READY_COMPAT)  ## what depends on transformers, on the oldest version promised
 	$(ONE_THREAD) $(PY_COMPAT) $(PYTEST) -m 'not gpu and not nightly' $(wildcard tests/compat tests/families tests/test_families.py tests/zoo) $(ARGS)
+
+test-matrix: $(READY)  ## the core of the suite on the oldest and newest torch and transformers: gigabytes, an hour
+	$(PY) tests/matrix/run.py $(ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA GPU
 	$(PY) -m pytest -q -p no:cacheprovider -m gpu $(ARGS)

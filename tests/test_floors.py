@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
     {"errors"},
-    {"options", "limits", "untrusted", "patches", "html"},  # html draws plain values
+    {"options", "limits", "untrusted", "patches", "compat", "html"},  # html draws plain values
     {"ir"},
     {"ops"},
     {"capture"},

@@ -9,6 +9,7 @@ import torch
 
 from moeopt.backends import registry
 from moeopt.backends.base import Backend
+from moeopt.compat import tell_untested_torch
 from moeopt.options import Options, check_device
 from moeopt.pipeline.block import pass_manager
 
@@ -19,6 +20,7 @@ def checked_choice(backend: str, options: Options) -> tuple[Options, Backend, An
     Raises:
         UsageError: a pass, backend, option or device that is none, or is not on this machine; a missing package.
     """
+    tell_untested_torch()
     pass_manager(options, None)  # raises where a pass is named that is none
     runtime = registry.get(backend)
     plan = runtime.plan(options)

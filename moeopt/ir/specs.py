@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moeopt.errors import BundleError, UsageError
 from moeopt.untrusted import parse_json
@@ -104,6 +104,9 @@ class ExpertsSpec:
     accum_dtype: str | None = None
     out_dtype: str | None = None
 
+    text: ClassVar[str] = ""
+    """:meth:`encode`'s, of each instance: no field of its own, but a plain attribute, which torch.compile can read."""
+
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
@@ -115,6 +118,7 @@ class ExpertsSpec:
                 raise UsageError(f"ExpertsSpec.{field} is {value!r}; it must be None or one of {_DTYPES[1:]}")
         if self.activation in ("swish", "softcap", "leaky_relu", "elu") and self.alpha is None:
             raise UsageError(f"ExpertsSpec.activation {self.activation!r} needs alpha")
+        object.__setattr__(self, "text", self.encode())
 
     @property
     def gated(self) -> bool:
@@ -123,11 +127,8 @@ class ExpertsSpec:
 
     def encode(self) -> str:
         """A compact JSON string that holds only what differs from the defaults."""
-        default = ExpertsSpec()
         changed = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != getattr(default, f.name)
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
         }
         return json.dumps(changed, sort_keys=True, separators=(",", ":"))
 
