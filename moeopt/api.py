@@ -18,6 +18,7 @@ from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.pipeline.accept import as_model, moved, without_rewrites
+from moeopt.progress import shown
 from moeopt.report import Report
 from moeopt.rewrite.install import watch_source
 from moeopt.verification.certificate import Certificate
@@ -63,7 +64,8 @@ def optimize(
         source = source if chosen.inplace else copy.deepcopy(source)
         source = source.to(device=chosen.device, dtype=chosen.dtype)
         call = moved(call, chosen)
-    made = runtime.optimize(source, call, chosen, plan)
+    with shown(chosen.progress) as say:
+        made = runtime.optimize(source, call, dataclasses.replace(chosen, progress=say), plan)
     notes = made.report.notes
     if call[1].get("use_cache") is False and hasattr(source, "main_input_name") and not runtime.keeps_cache(made):
         notes = (*notes, NO_CACHE)

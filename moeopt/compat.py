@@ -18,6 +18,14 @@ TESTED = {"torch": ((2, 11), (2, 13)), "transformers": ((4, 57), (5, 24))}
 """The oldest and the newest (major, minor) of each library on which ``make test-matrix`` ran the suite's core."""
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+OBJECTS_ARE_CONSTANTS = _numbers(torch.__version__) >= (2, 13)
+"""Whether torch.compile takes an object as the argument of a function that is marked as giving a constant."""
+
+
 def tell_untested_torch(version: str = torch.__version__) -> None:
     """An ``UntestedVersionWarning``, once in a process, where torch is older or newer than what the suite ran on."""
     if (text := untested("torch", version)) and text not in _told:
@@ -32,7 +40,7 @@ _told: set[str] = set()
 def untested(library: str, version: str) -> str:
     """A sentence on a version that the suite has not run on; "" for one that it has."""
     oldest, newest = TESTED[library]
-    found = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    found = _numbers(version)
     if oldest <= found <= newest:
         return ""
     what = "newer" if found > newest else "older"

@@ -52,6 +52,11 @@ def _env(name: str, default: Any, convert: Callable[[str], Any], wanted: str) ->
         raise UsageError(f"the environment variable {name} is {text!r}; it must be {wanted}, or unset") from None
 
 
+def in_ci() -> bool:
+    """Whether this runs in continuous integration, where nobody watches a bar: ``CI`` is set there."""
+    return os.environ.get("CI", "").strip().lower() not in ("", "0", "false")
+
+
 def inherited(*names: str) -> dict[str, str]:
     """Those of the named environment variables that are set, for a process that shall have no others."""
     return {name: os.environ[name] for name in names if name in os.environ}
@@ -137,7 +142,8 @@ class Options:
         session_options: an ``onnxruntime.SessionOptions`` for the engine's session: threads, arenas, profiling.
         inplace: rewrite the model that was given instead of a copy that shares its weights.
         hints: name pattern -> ``ExpertsSpec`` or callable, for blocks that recognition declines.
-        progress: called with one line of text as each long step begins.
+        progress: called with one line of text as each long step begins; None shows a bar on a terminal and in a
+            notebook, and nothing in CI; True and False show it always and never. The logger ``moeopt`` gets the lines.
         seed: of every random input that moeopt makes.
         fuel: keep at most so many applications of passes over all blocks; None means no limit. A block takes one to be
             rewritten at all, and one for each further pass that changes it.
@@ -166,7 +172,7 @@ class Options:
     session_options: Any = field(default=None, hash=False)
     inplace: bool = False
     hints: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    progress: Callable[[str], None] | None = None
+    progress: Callable[[str], None] | bool | None = None
     seed: int = field(default_factory=lambda: _env("MOEOPT_SEED", 0, int, "an integer"))
     fuel: int | None = field(default_factory=lambda: _env("MOEOPT_FUEL", None, int, "an integer"))
     dump: str | os.PathLike[str] | None = field(default_factory=lambda: _env("MOEOPT_DUMP", None, str, "a directory"))
@@ -218,8 +224,10 @@ class Options:
         object.__setattr__(self, "groups", _as_groups(self.groups, self.dense, self.experts))
         if not isinstance(self.hints, Mapping):
             raise UsageError(f"hints={self.hints!r}: it must map name patterns to an ExpertsSpec or a callable")
-        if self.progress is not None and not callable(self.progress):
-            raise UsageError(f"progress={self.progress!r}: it must be a callable that takes one line of text")
+        if self.progress is not None and not isinstance(self.progress, bool) and not callable(self.progress):
+            raise UsageError(
+                f"progress={self.progress!r}: it must be a callable that takes one line of text, or True or False"
+            )
         if self.dump is not None and not isinstance(self.dump, (str, os.PathLike)):
             raise UsageError(f"dump={self.dump!r}: it must be the path of a folder")
         object.__setattr__(self, "hints", dict(self.hints))
@@ -258,7 +266,7 @@ class Options:
 
     def say(self, line: str) -> None:
         """Pass one line to ``progress``, if there is one."""
-        if self.progress is not None:
+        if callable(self.progress):
             self.progress(line)
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
     {"errors"},
     {"options", "limits", "untrusted", "patches", "compat", "html"},  # html draws plain values
-    {"ir"},
+    {"ir", "progress"},
     {"ops"},
     {"capture"},
     {"recognise"},

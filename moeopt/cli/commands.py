@@ -6,6 +6,7 @@ mistyped path shall not wait for seconds.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -103,7 +104,10 @@ def optimize(
     if out is not None:
         check_out(out, found, verify, overwrite)
     model, inputs = load_target(found, trust_remote_code=trust_remote_code, seed=seed, task=task)
-    optimized = _api().optimize(model, inputs, backend=backend, progress=_progress(quiet), **fields)
+    from moeopt.progress import never_by_itself  # needs torch, which the target has brought by now
+
+    with never_by_itself() if quiet else contextlib.nullcontext():
+        optimized = _api().optimize(model, inputs, backend=backend, progress=_progress(quiet), **fields)
     if html is not None:  # before it is saved: a model that has no bundle form still has a report
         from moeopt.cli.measured import figures
 
@@ -231,7 +235,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _progress(quiet: bool) -> Any:
-    return None if quiet else lambda line: print(line, file=sys.stderr, flush=True)
+    """None: a bar on a terminal, unless it was told to be quiet; elsewhere a line for each step."""
+    if quiet or sys.stderr.isatty():
+        return None
+    return lambda line: print(line, file=sys.stderr, flush=True)
 
 
 def _say_unless(quiet: bool, line: str) -> None:

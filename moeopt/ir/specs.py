@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from moeopt.errors import BundleError, UsageError
 from moeopt.untrusted import parse_json
@@ -104,8 +104,8 @@ class ExpertsSpec:
     accum_dtype: str | None = None
     out_dtype: str | None = None
 
-    text: ClassVar[str] = ""
-    """:meth:`encode`'s, of each instance: no field of its own, but a plain attribute, which torch.compile can read."""
+    text = ""
+    """:meth:`encode`'s, of each instance; not annotated, so no field: torch.compile reads a plain attribute only."""
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():

@@ -110,7 +110,7 @@ class TorchBackend(Backend):
 def _certify(source: nn.Module, twin: nn.Module, call: Call, outcome: Any, options: Options) -> Certificate:
     end: EndToEnd | None = None
     if options.verify != "off" and outcome.rewrites:
-        (options.progress or (lambda line: None))("comparing the whole model end to end")
+        options.say("comparing the whole model end to end")
         end = end_to_end(source, twin, *call, noise_blocks=list(outcome.rewrites), seed=options.seed)
     first = next(source.parameters(), None)
     return Certificate(
