@@ -24,7 +24,7 @@ WIDTH = 80
 SCHEMA = 1
 KEY = (
     "W_in, W_out: an expert's first and second weight, oi: stored (outputs, inputs), io: (inputs, outputs); compute: "
-    "dtype of its products; accum: dtype in which a token's experts are summed"
+    "dtype of its matmuls; accum: dtype in which a token's experts are summed"
 )
 """What the words of a block's ``spec`` mean."""
 KINDS = ("moe", "dense_ffn")

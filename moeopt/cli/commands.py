@@ -52,8 +52,8 @@ app.command("inspect")(inspect_command)
 app.command("profile")(profile_command)
 app.command("passes")(passes_command)
 
-Words = Annotated[str, typer.Argument(help=FORMS)]
-Bundle = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
+TargetArgument = Annotated[str, typer.Argument(help=FORMS)]
+BundleArgument = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
 Trust = Annotated[bool, typer.Option(help="run the Python code that a Hugging Face directory brings")]
@@ -64,7 +64,7 @@ Seed = Annotated[int, typer.Option(help="of every random input, and of random we
 
 @app.command()
 def optimize(
-    target: Words,
+    target: TargetArgument,
     backend: Annotated[str, typer.Option(help="torch, onnxruntime or tensorrt")] = "torch",
     out: Annotated[Path | None, typer.Option(help="write a bundle to this directory")] = None,
     verify: Annotated[str | None, typer.Option(help="strict, fast or off")] = None,
@@ -139,7 +139,7 @@ def optimize(
 
 @app.command()
 def explain(
-    target: Words,
+    target: TargetArgument,
     html: Html = None,
     task: Task = None,
     seed: Seed = 0,
@@ -165,7 +165,7 @@ def explain(
 
 @app.command()
 def verify(
-    bundle: Bundle,
+    bundle: BundleArgument,
     original: Annotated[str | None, typer.Option(help="compare with this model too: " + FORMS)] = None,
     provider: Annotated[str | None, typer.Option(help="the runtime's execution provider")] = None,
     against: Annotated[Path | None, typer.Option(help="a stored certificate that it must not be worse than")] = None,
