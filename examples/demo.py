@@ -192,8 +192,8 @@ def table(rows: list[Row], exported: str) -> str:
         lines.append(f"{row.model + ', ' + row.form:32}{speeds}{row.mebibytes:>12.0f}{row.error:>10.0e}{row.same:>13}")
     lines += [
         "",
-        "one token, few tokens (16), prompt (128): the home-made block's rows; Qwen3-MoE decodes 1 or 16 sequences, and",
-        "reads a prompt. extra MiB: what the form holds beside the original's weights. error: the worst token's distance",
+        "one token, few tokens (16), prompt (128): the home-made block's rows; Qwen3-MoE decodes 1 or 16 rows, or",
+        "reads a prompt. extra MiB: what the form holds beside the original's weights. error: worst token's distance",
         "from a float64 oracle. same: greedy tokens that are equal, or how far the outputs are from the original's.",
         f"Medians of {ROUNDS} paired calls, float32, {torch.get_num_threads()} thread(s).",
         f"torch.onnx.export of the home-made loop: {exported}.",

@@ -19,6 +19,7 @@ import moeopt
 from moeopt.cli.hugging_face import TASKS
 from moeopt.cli.inspect_command import inspect_command
 from moeopt.cli.passes_command import passes_command
+from moeopt.cli.plan_command import plan_command
 from moeopt.cli.preflight import check_choice, check_out
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.target import FORMS, find_target, load_target
@@ -51,6 +52,7 @@ def every_command(version: Version = False) -> None:
 app.command("inspect")(inspect_command)
 app.command("profile")(profile_command)
 app.command("passes")(passes_command)
+app.command("plan")(plan_command)
 
 TargetArgument = Annotated[str, typer.Argument(help=FORMS)]
 BundleArgument = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
