@@ -14,7 +14,7 @@ import torch
 
 from moeopt.errors import UntestedVersionWarning
 
-TESTED = {"torch": ((2, 11), (2, 13)), "transformers": ((4, 57), (5, 24))}
+TESTED = {"torch": ((2, 11), (2, 13))}
 """The oldest and the newest (major, minor) of each library on which ``make test-matrix`` ran the suite's core."""
 
 
