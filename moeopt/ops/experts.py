@@ -34,12 +34,6 @@ _KERNELS = {"cpu": experts_on_cpu, "cuda": experts_cuda}
 decode = functools.lru_cache(ExpertsSpec.decode)
 
 
-@torch.compiler.assume_constant_result
-def encode(spec: ExpertsSpec) -> str:
-    """``spec.encode()``, a constant to torch.compile, which cannot trace ``json``."""
-    return spec.encode()
-
-
 def experts(
     x_TH: Tensor,
     ids_TK: Tensor,
@@ -81,7 +75,7 @@ def experts(
         lists = flatten(bank, spec)
         if skip_idle and not traced:
             lists = _without_idle(lists, ids_TK, weights_TK)
-        return torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *lists, encode(spec))
+        return torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *lists, spec.text)
     return _run(x_TH, ids_TK, weights_TK, bank, spec)
 
 

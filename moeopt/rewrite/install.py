@@ -96,13 +96,20 @@ class BlockProgram:
         return self.block.graph
 
 
-@torch.compiler.assume_constant_result
-def _changed(engine: RewrittenForward) -> str:
-    """What of the block's own code is not as it was verified; all of it is looked at once something was not."""
-    reason = engine.watch.everything() if engine._stale else engine.watch.shared()
-    if engine.source is not None and not reason:
-        engine.source.look()
-    return reason
+def _change_of(forward: RewrittenForward) -> Callable[[], str]:
+    """What tells what of the block's own code is not as it was verified; all of it is looked at once something was not.
+
+    A constant to torch.compile. It takes no argument, since torch before 2.13 takes an object for no constant.
+    """
+
+    @torch.compiler.assume_constant_result
+    def change() -> str:
+        reason = forward.watch.everything() if forward._stale else forward.watch.shared()
+        if forward.source is not None and not reason:
+            forward.source.look()
+        return reason
+
+    return change
 
 
 def _check(watch: Watch, bank: int, expert: int) -> None:
@@ -136,6 +143,7 @@ class RewrittenForward:
     def _prepare(self) -> None:
         program = self.program
         self.watch = watch = program.watch(self.module)
+        self.change = _change_of(self)
         if watch.gone:
             raise Stale(watch.gone)
         block = program.block
@@ -181,7 +189,7 @@ class RewrittenForward:
         refusal = self.program.guard.refuses(self.module, bound) or self._effects(bound)
         if not refusal:
             try:
-                refusal = _changed(self)
+                refusal = self.change()
                 if not refusal:
                     if self._changed:  # it is as it was again: the next change is told again
                         self._changed, self.last_refusal = False, ""
@@ -260,7 +268,7 @@ class RewrittenForward:
 
     def __getattr__(self, name: str) -> Any:
         # A copy is made before its module has its children: it prepares itself at first use.
-        if name in ("watch", "banks", "constants", "_plain", "_run", "_names"):
+        if name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names"):
             if "program" in self.__dict__:
                 self._prepare()
                 return self.__dict__[name]

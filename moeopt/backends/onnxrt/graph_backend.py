@@ -103,6 +103,9 @@ class GraphBackend(Backend):
         report = dataclasses.replace(report, notes=(*report.notes, *self._notes_impl(built), *notes))
         return Made(engine, report, certificate, fingerprint(source), built)
 
+    def keeps_cache(self, made: Made) -> bool:
+        return getattr(made.model, "causal_lm", None) is not None
+
     def _check_routers(
         self, source: nn.Module, twin: nn.Module, engine: GraphEngine, form: BuiltGraph, outcome: PipelineResult,
         plan: Any, options: Options,
