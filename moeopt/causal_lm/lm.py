@@ -35,6 +35,8 @@ from moeopt.causal_lm.translations import own_translations
 from moeopt.errors import Declined
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
+from moeopt.lower.constant_reads import Reads
+from moeopt.lower.export import answered, asks_values, written_by
 from moeopt.lower.onnx.export import emitting
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.lower.onnx.site import Site
@@ -115,18 +117,28 @@ def export_causal_lm(
         in_place,
         stepping(mixers),
     ):
+        config = exporter.OnnxConfig(
+            dynamic=True,
+            dynamic_shapes=shapes,
+            optimize=exact,
+            ort_fusions=provider if exact and provider in ("cpu", "cuda") else None,
+        )
+        traced = _real_views(exporter)()
+
+        def export(reads: Reads | None) -> Any:
+            fresh = copy.copy(model)  # the exporter leaves a forward on the instance it is given
+            with answered(fresh, reads):
+                return traced.export_program(fresh, sample, config)[0]
+
         try:
-            traced = _real_views(exporter)()
-            graph, _ = traced.export_program(
-                copy.copy(model),  # the exporter leaves a forward on the instance it is given
-                sample,
-                exporter.OnnxConfig(
-                    dynamic=True,
-                    dynamic_shapes=shapes,
-                    optimize=exact,
-                    ort_fusions=provider if exact and provider in ("cpu", "cuda") else None,
-                ),
-            )
+            try:
+                graph = export(None)
+            except Exception as err:
+                if not asks_values(err):
+                    raise
+                sites.clear()
+                graph = export(reads := Reads(model))
+                reads.refuse(written_by(traced.program))
         except Exception as err:
             raise Declined(f"transformers' exporter stops at {_first_line(err)}") from err
     goes_on = replace_mixers(graph, mixers)
