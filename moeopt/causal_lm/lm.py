@@ -33,10 +33,10 @@ from moeopt.causal_lm.mixers import find_mixers, stepping
 from moeopt.causal_lm.steps import replace_mixers
 from moeopt.causal_lm.translations import own_translations
 from moeopt.errors import Declined
-from moeopt.lower.onnx.complex import through_real_views
-from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.constant_reads import Reads
 from moeopt.lower.export import answered, asks_values, written_by
+from moeopt.lower.onnx.complex import through_real_views
+from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.export import emitting
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.lower.onnx.site import Site

@@ -46,13 +46,14 @@ class Chain:
     def roles(self) -> list[list[Site]]:
         """In-sites by role: [[packed or plain]] or [[gate...], [up...]] (in either order), alike in length.
 
-        In-sites of one expert read the same operand.
+        In-sites of one expert read the same rows.
         """
         if len(self.outs) == 1 and len(self.ins) <= 2:
             return [[s] for s in self.ins]
-        groups: dict[fx.Node, list[Site]] = {}
+        groups: dict[Any, list[Site]] = {}
+        known: dict[fx.Node, Any] = {}
         for site in self.ins:
-            groups.setdefault(site.operand, []).append(site)
+            groups.setdefault(same_rows(site.operand, known), []).append(site)
         sizes = {len(g) for g in groups.values()}
         if len(sizes) != 1 or max(sizes) > 2:
             return []
@@ -73,6 +74,27 @@ class Chain:
     def nonlinear(self) -> bool:
         """True where something other than copying and scaling stands between the products."""
         return any(op_name(n) in _NONLINEAR for n in self.mid)
+
+
+def same_rows(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    """What is equal for nodes that hold the same rows of one tensor, sliced or picked anew for each product.
+
+    Args:
+        known: answers so far, kept between calls.
+    """
+    if node not in known:
+        known[node] = node
+        if moves_rows(node):
+            parts = [same_rows(a, known) if isinstance(a, fx.Node) else _plain(a, known) for a in node.args]
+            kwargs = [(name, _plain(a, known)) for name, a in sorted(node.kwargs.items())]
+            known[node] = (node.target, tuple(parts), tuple(kwargs))
+    return known[node]
+
+
+def _plain(a: Any, known: dict[fx.Node, Any]) -> Any:
+    if isinstance(a, fx.Node):
+        return same_rows(a, known)
+    return tuple(_plain(part, known) for part in a) if isinstance(a, (list, tuple)) else repr(a)
 
 
 def find_chains(tape: Tape, sites: list[Site], *, loose: bool = False) -> list[Chain]:
@@ -108,7 +130,8 @@ def find_chains(tape: Tape, sites: list[Site], *, loose: bool = False) -> list[C
 
 def _adds_experts(mid: list[fx.Node], ins: tuple[Site, ...]) -> bool:
     """True where rows of different products meet element by element: a sum of experts, not rows side by side."""
-    of: dict[fx.Node, frozenset[fx.Node]] = {s.node: frozenset([s.operand]) for s in ins}
+    known: dict[fx.Node, Any] = {}
+    of: dict[fx.Node, frozenset[Any]] = {s.node: frozenset([same_rows(s.operand, known)]) for s in ins}
     for node in mid:
         parts = [of[a] for a in node.all_input_nodes if of.get(a)]
         if is_pointwise(node) and len(set(parts)) > 1:
