@@ -155,11 +155,14 @@ def _rewrite(
 
 def _versions(call: Call) -> Iterator[Prototype]:
     """Readings of the call; those with marks that are all alike first with both values in them: what a mask of ones
-    does shows only where it is not one. As they are they come second, for code that takes no other values."""
-    for proto in prototypes(*call):
+    does shows only where it is not one. As they are they come second, for code that takes no other values. For code
+    that runs on none of these, columns of whole numbers may be ids, and keep the values that they have."""
+    readings = list(prototypes(*call))
+    for proto in readings:
         if proto.alike_marks():
             yield dataclasses.replace(proto, turned=True)
         yield proto
+    yield from (dataclasses.replace(proto, kept_columns=True) for proto in readings if proto.has_whole_columns())
 
 
 def _verify(

@@ -36,9 +36,9 @@ def picture(name: str, rewrite: Rewrite, module: nn.Module) -> dict[str, Any]:
 
 
 def _captured(found: Recognition) -> dict[str, Any]:
-    sources = [found.frontier.weights.source, *([found.frontier.ids.source] if found.frontier.ids else [])]
+    sources = [*found.frontier.weights.nodes, *(found.frontier.ids.nodes if found.frontier.ids else [])]
     before = _leading_to([found.combine.node])
-    router = _leading_to([s for s in sources if s is not None])
+    router = _leading_to(sources)
     inside = [n for n in _ordered(found.interior) if n in before]
     dispatch = [n for n in _ordered(before) if n not in router and n not in found.interior]
     names = [op_name(n) for n in inside]

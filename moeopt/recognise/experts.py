@@ -34,6 +34,7 @@ from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, source_of
 from moeopt.recognise.gemm_sites import Site, find_sites
 from moeopt.recognise.routing import Frontier, NoIds, Table, find_frontier, one_beyond
+from moeopt.recognise.slot_vectors import by_slots
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.recognise.weight_place import Place, weight_place
 from moeopt.recognise.why_not import no_experts
@@ -431,7 +432,7 @@ def _with_frontier(
         _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
         place = weight_place(tape, reading, table, tokens, labels, combine, group)
 
-    frontier = find_frontier(tape, dispatch, table, _weight_dtype(tape, group), again, accept)
+    frontier = find_frontier(tape, dispatch, table, _weight_dtype(tape, group), again, accept, (by_slots,))
     progress[0] = 4
     ids = frontier.ids.run(tape) if frontier.ids is not None else None
     if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):
@@ -493,7 +494,7 @@ def _only_the_router_steers(
     Raises:
         Declined: the forward turns another value into a Python number, so it may branch on it.
     """
-    cut = {r.source for r in (frontier.ids, frontier.weights) if r is not None and r.source is not None} | tables
+    cut = {node for r in (frontier.ids, frontier.weights) if r is not None for node in r.nodes} | tables
     steered: dict[fx.Node, bool] = {}
     for node in tape.nodes:
         chosen = op_name(node) in _CHOICES or (node.target is operator.getitem and op_name(node.args[0]) in _CHOICES)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.ops.route import route
 from moeopt.recognise.experts import Recognition
-from moeopt.recognise.routing import Recipe, table_to_ids
+from moeopt.recognise.routing import Recipe, side_by_side, table_to_ids
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def recognize_outer_router(tape: Tape, module: nn.Module, found: Recognition) ->
 
     def outside(recipe: Recipe | None) -> Recipe | None:
         number = recipe.source.name.removeprefix("input_") if recipe is not None and recipe.source is not None else ""
-        known = number.isdigit() and int(number) < len(given)
+        known = number.isdigit() and int(number) < len(given) and recipe is not None and not recipe.beside
         return Recipe(given[int(number)], recipe.steps) if recipe is not None and known else None
 
     ids, weights = outside(found.frontier.ids), outside(found.frontier.weights)
@@ -116,7 +116,7 @@ def _plain_words(found: Recognition) -> str:
 def _read(
     tape: Tape, ids: Recipe | None, weights: Recipe, found: Recognition, unvetted: int | None = None
 ) -> RouterReading:
-    sources = [r.source for r in (ids, weights) if r is not None]
+    sources = [node for r in (ids, weights) if r is not None for node in r.places]
     if all(s is not None and s.op == "placeholder" for s in sources):
         return _given(found)
     try:
@@ -151,7 +151,7 @@ class _Routing:
 
     @cached_property
     def sources(self) -> list[fx.Node]:
-        return [r.source for r in (self.ids, self.weights) if r is not None and r.source is not None]
+        return [node for r in (self.ids, self.weights) if r is not None for node in r.nodes]
 
     def answer(self, env: dict[fx.Node, Any]) -> tuple[Tensor, Tensor]:
         """(ids, weights), (T, K) each, over replayed values; ids that name no expert have no weight."""
@@ -224,8 +224,8 @@ class _Routing:
 
 
 def _run(recipe: Recipe, tape: Tape, env: dict[fx.Node, Any], ids: Tensor | None) -> Tensor:
-    assert recipe.source is not None
-    value = env[recipe.source] if recipe.source in env else tape.value(recipe.source)
+    values = [env[node] if node in env else tape.value(node) for node in recipe.nodes]
+    value = side_by_side(values) if recipe.beside else values[0]
     for op, rest in recipe.steps:
         value = op(value, *(ids if a == "@ids" else a for a in rest))
     return value  # type: ignore[no-any-return]
@@ -251,7 +251,7 @@ class _View:
     @cached_property
     def path(self) -> list[fx.Node]:
         """Those of ``nodes`` by which the weights' values (not just their places) are computed."""
-        inside, stack, seen = set(self.nodes), [self.routing.weights.source], set[Any]()
+        inside, stack, seen = set(self.nodes), list(self.routing.weights.nodes), set[Any]()
         while stack:
             node = stack.pop()
             if node in inside and node not in seen:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,7 @@ from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 
+Search = Callable[[Tape, "list[fx.Node]", "Table", "torch.dtype | None"], "Iterator[Frontier]"]
 Steps = list[tuple[Any, tuple[Any, ...]]]
 aten = torch.ops.aten
 
@@ -62,15 +63,29 @@ class Frontier:
 
 @dataclass
 class Recipe:
-    """``source`` put through ``steps``: [(op, rest of the arguments)]; source None means "made from ids"."""
+    """``source`` put through ``steps``: [(op, rest of the arguments)]; source None means "made from ids".
+
+    ``beside``: where each slot of a token has a vector of its own, (T,) entries each, those of the further slots.
+    """
 
     source: fx.Node | None
     steps: Steps = field(default_factory=list)
+    beside: tuple[fx.Node, ...] = ()
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """Every node that it reads."""
+        return [] if self.source is None else [self.source, *self.beside]
+
+    @property
+    def places(self) -> list[fx.Node | None]:
+        """The same; ``[None]`` where it reads none."""
+        return [*self.nodes] or [None]
 
     def run(self, tape: Tape, ids: torch.Tensor | None = None) -> torch.Tensor:
         """The recipe on the witness's own values."""
-        value = tape.value(self.source) if self.source is not None else ids
-        return self.on(value, ids)
+        values = [tape.value(node) for node in self.nodes]
+        return self.on(side_by_side(values) if self.beside else values[0] if values else ids, ids)
 
     def on(self, value: torch.Tensor | None, ids: torch.Tensor | None = None) -> torch.Tensor:
         """The recipe on another value of its source."""
@@ -79,6 +94,11 @@ class Recipe:
             value = op(value, *args)  # type: ignore[operator]
         assert value is not None
         return value
+
+
+def side_by_side(vectors: list[torch.Tensor]) -> torch.Tensor:
+    """(T, K) of K tensors of T entries each."""
+    return torch.cat([vector.reshape(-1, 1) for vector in vectors], 1)
 
 
 @dataclass
@@ -117,6 +137,7 @@ def find_frontier(
     dtype: torch.dtype | None,
     prior: tuple[Frontier, list[int]] | None = None,
     accept: Callable[[Frontier], None] = lambda frontier: None,
+    rarer: Sequence[Search] = (),
 ) -> Frontier:
     """Find ids and weights among ``before``, nodes that depend on no expert.
 
@@ -125,6 +146,7 @@ def find_frontier(
         prior: what another witness showed, and the chain of each id on this one; the same tensors are
             taken where they still hold.
         accept: raises ``Declined`` for a reading that cannot be the router's answer; the next is tried.
+        rarer: searches that are made where the usual ones find nothing.
 
     Raises:
         Declined: no tensor holds the choice or the weights.
@@ -132,7 +154,9 @@ def find_frontier(
     refused: Declined | None = None
     again = _again(tape, before, table, *prior) if prior is not None else None
     searches = itertools.chain.from_iterable(
-        _search(tape, before, table, dtype, factor) for factor in (1.0, *table.factors)
+        _search(tape, before, table, dtype, factor, searches)
+        for searches in (_USUAL, rarer)
+        for factor in (1.0, *table.factors)
     )
     for found in itertools.chain([again] if again is not None else [], searches):
         try:
@@ -140,14 +164,15 @@ def find_frontier(
         except Declined as err:
             refused = refused or err.with_traceback(None)
             continue
-        found.keys = tuple(_key(before, r.source) for r in (found.ids, found.weights) if r is not None)
+        recipes = [r for r in (found.ids, found.weights) if r is not None]
+        found.keys = tuple(_key(before, node) for r in recipes for node in r.places)
         return found
     if refused is not None:
         try:
             raise refused
         finally:
             del refused
-    ids = next(_id_recipes(tape, before, table), None)
+    ids = next(id_recipes(tape, before, table), None)
     if ids is None:
         seen, taken = table.visits.sum(1), table.visits.sum(0)
         if bool((taken == taken[0]).all()) and bool((seen != seen[0]).any()):
@@ -178,15 +203,17 @@ def find_frontier(
 
 
 def _search(
-    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None, factor: float
-) -> Iterator[Frontier]:
+    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None, factor: float,
+    searches: Sequence[Search],
+) -> Iterator[Frontier]:  # fmt: skip
     """Every reading of ``before`` by which ``factor`` times the weights found are those of ``table``."""
     if factor != 1.0:
         table = dataclasses.replace(table, weights=(table.weights.double() / factor).to(table.weights.dtype))
-    for search in (_by_ids, _by_mask, _by_dense, _by_choice):
+    for search in searches:
         for found in search(tape, before, table, dtype):
             if factor != 1.0:
-                found.weights = Recipe(found.weights.source, [*found.weights.steps, (aten.mul.Scalar, (factor,))])
+                steps = [*found.weights.steps, (aten.mul.Scalar, (factor,))]
+                found.weights = dataclasses.replace(found.weights, steps=steps)
             yield found
 
 
@@ -225,16 +252,25 @@ def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Frontier, map
     for node in before:
         by_print.setdefault(prints[node], []).append(node)
 
-    def here(recipe: Recipe, key: Key) -> Recipe | None:
-        if key is None:
-            return Recipe(None, recipe.steps)
-        alike = by_print.get(key[0], [])
-        return Recipe(alike[key[1]], recipe.steps) if key[1] < len(alike) else None
+    keys = iter(prior.keys)
 
-    keys = list(prior.keys)
-    ids_recipe = here(prior.ids, keys.pop(0)) if prior.ids is not None else None
-    weights_recipe = here(prior.weights, keys.pop(0))
-    if weights_recipe is None or (prior.ids is not None and ids_recipe is None):
+    def here(recipe: Recipe) -> Recipe | None:
+        nodes = []
+        for _ in recipe.places:
+            key = next(keys)
+            if key is None:
+                return Recipe(None, recipe.steps)
+            alike = by_print.get(key[0], [])
+            if key[1] >= len(alike):
+                return None
+            nodes.append(alike[key[1]])
+        return Recipe(nodes[0], recipe.steps, tuple(nodes[1:]))
+
+    ids_recipe = here(prior.ids) if prior.ids is not None else None
+    if prior.ids is not None and ids_recipe is None:
+        return None
+    weights_recipe = here(prior.weights)
+    if weights_recipe is None:
         return None
     try:
         ids = ids_recipe.run(tape).long() if ids_recipe is not None else table_to_ids(weights_recipe.run(tape))
@@ -261,7 +297,7 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a.double() - b.double()).abs() <= slack * b.double().abs()).all())
 
 
-def _id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tuple[Recipe, torch.Tensor, list[int]]]:
+def id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tuple[Recipe, torch.Tensor, list[int]]]:
     """(recipe, ids (T, K), chain of each id) for every integer tensor that names the chosen experts."""
     tokens, chains = table.visits.shape
     candidates = list(_candidates(before, floating=False))
@@ -389,7 +425,7 @@ def _by_ids(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype 
     tokens, chains = table.visits.shape
     candidates = list(_candidates(before, floating=True))
     reread = _reread(candidates)
-    for recipe, ids, mapping in _id_recipes(tape, before, table):
+    for recipe, ids, mapping in id_recipes(tape, before, table):
         k = ids.shape[1]
         best: list[tuple[tuple[bool, bool, bool, int], Recipe]] = []
         for node in candidates:
@@ -637,6 +673,9 @@ def _by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dty
                 weights = weights or Recipe(node, steps)
     if ids and weights:
         yield Frontier(chains, ids, weights, table.natural, "table")
+
+
+_USUAL: tuple[Search, ...] = (_by_ids, _by_mask, _by_dense, _by_choice)
 
 
 def mask_to_ids(onehot_TKE: torch.Tensor) -> torch.Tensor:

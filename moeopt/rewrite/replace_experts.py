@@ -25,8 +25,11 @@ aten = torch.ops.aten
 
 def replacement(found: Recognition, bank: int) -> Replacement:
     """The rewrite of ``found``; ``bank`` is the number of its weights in the program."""
-    sources = [found.tokens.node, found.frontier.weights.source]
-    sources += [found.frontier.ids.source] if found.frontier.ids else []
+    sources = [
+        found.tokens.node,
+        *found.frontier.weights.nodes,
+        *(found.frontier.ids.nodes if found.frontier.ids else []),
+    ]
     needs = [n for n in (*sources, found.base) if n is not None]
 
     def emit(plan: Plan, ref: Callable[[fx.Node], Ref]) -> Ref:
@@ -57,6 +60,9 @@ def replacement(found: Recognition, bank: int) -> Replacement:
 def _apply(plan: Plan, recipe: Recipe, ref: Callable[[fx.Node], Ref], ids: Ref | None) -> Ref:
     value = ref(recipe.source) if recipe.source is not None else ids
     assert value is not None
+    if recipe.beside:
+        columns = [plan.call(aten.reshape.default, ref(node), [-1, 1]) for node in recipe.nodes]
+        value = plan.call(aten.cat.default, columns, 1)
     for op, rest in recipe.steps:
         value = plan.call(op, value, *(ids if a == "@ids" else a for a in rest))
     return value
