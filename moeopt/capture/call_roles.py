@@ -148,7 +148,7 @@ class Prototype:
         return any(bool(_whole_columns(self.rows(n)).any()) for n in self.indices("tokens"))
 
     def _with_columns(self, own: Tensor, new: Tensor) -> Tensor:
-        """``new`` rows whose columns of whole numbers hold values that stand there in ``own``, each column by itself."""
+        """``new`` rows whose columns of whole numbers hold values of ``own``, each column by itself."""
         whole = _whole_columns(own)
         generator = torch.Generator().manual_seed(len(new))
         picks = torch.randint(max(len(own), 1), new.shape, generator=generator).to(own.device)

@@ -317,7 +317,9 @@ def _covered(tape: Tape, experts: list[ExpertRef], group: list[Chain]) -> None:
         held = {id(tensor_at(tape.root, p)) for p in used}
         shapes = {tensor_at(tape.root, p).shape for p in used}
         missing = sorted(
-            name for name in names if id(named[name]) not in held and named[name].shape in shapes and name not in active
+            name
+            for name in names
+            if id(named[name]) not in held and _like(named[name].shape, shapes, len(used)) and name not in active
         )
         for path in used:
             whole = tensor_at(tape.root, path)
@@ -333,6 +335,13 @@ def _covered(tape: Tape, experts: list[ExpertRef], group: list[Chain]) -> None:
             )
             error.universe = len(experts) + len(missing)
             raise error
+
+
+def _like(shape: torch.Size, shapes: set[torch.Size], known: int) -> bool:
+    """Whether a Parameter of ``shape`` may be another expert's; of several experts each may have neurons of its own."""
+    if shape in shapes or known < 2:
+        return shape in shapes
+    return any(len(shape) == len(s) and sum(a != b for a, b in zip(shape, s, strict=True)) == 1 for s in shapes)
 
 
 def _universe(tape: Tape, experts: list[ExpertRef]) -> int:
@@ -656,8 +665,10 @@ def layout_of(tape: Tape, ref: MatrixRef) -> Literal["oi", "io"]:
 
 
 def _same_layout(experts: list[ExpertRef], group: list[Chain]) -> None:
+    """They may differ in their number of neurons alone."""
     sizes = {tuple((w.k, w.m) for w in (*e.w_in, e.w_out)) for e in experts}
-    if len(sizes) > 1:
+    ends = {(e.w_in[0].k, e.w_out.m, e.w_in[0].m // e.w_out.k) for e in experts}
+    if len(ends) > 1 or any(w.m != e.w_in[0].m for e in experts for w in e.w_in):
         raise Declined(f"its experts have different shapes ({sorted(sizes)})", source_of(group[0]))
 
 

@@ -10,6 +10,7 @@ product made, or divides by a statistic of the whole row.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,9 +240,20 @@ def group_chains(tape: Tape, chains: list[Chain]) -> list[list[Chain]]:
     """Sets of chains that may be the experts of one block, likeliest first.
 
     A merged chain is a set of its own; the others are set together when their matrices have the same
-    sizes, none reads another's output, and their in-sites are not one and the same.
+    sizes, none reads another's output, and their in-sites are not one and the same. Experts may differ in their
+    number of neurons: then chains are set together whose Parameters are named alike but for a number.
     """
     groups: list[list[Chain]] = [[c] for c in chains if c.merged]
+    named: dict[Any, list[Chain]] = {}
+    for chain in chains:
+        if not chain.merged:
+            ends = (chain.ins[0].matrices[0], chain.out.matrices[0])
+            paths = tuple(re.sub(r"\d+", "#", r.path) for r in ends if re.search(r"\d", r.path))
+            if len(paths) == 2:
+                named.setdefault((len(chain.ins), paths, ends[0].k, ends[1].m), []).append(chain)
+    for members in named.values():
+        if len({c.shape for c in members}) > 1:
+            groups.extend(g for g in _parallel(tape, members) if len({c.shape for c in g}) > 1)
     by_shape: dict[Any, list[Chain]] = {}
     for chain in chains:
         if not chain.merged:
