@@ -31,6 +31,7 @@ from moeopt.lower.export import export_program, roomier
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.assemble import replace_sites
 from moeopt.lower.onnx.export import emitting, own_outputs, to_onnx
+from moeopt.lower.onnx.narrow_numbers import cast_narrow
 from moeopt.lower.onnx.plan import BlockPlan, kind
 from moeopt.lower.onnx.site import DOMAIN, OP
 from moeopt.lower.onnx.widen import widen_graph
@@ -197,6 +198,8 @@ def write_graph(
     if plan.provider == "cpu":
         widen_graph(model)
     accurate_graph(model)
+    if "tensorrt" not in plan.provider:
+        cast_narrow(model)
     if lost := coarse(model, plan.provider):
         raise NotSaveableError(
             f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
