@@ -19,7 +19,6 @@ import torch
 
 from moeopt.capture.tree import tree_leaves
 from moeopt.errors import Declined
-from moeopt.rewrite.distances import one_distance
 from moeopt.rewrite.keep import Plan, Ref, Step
 
 
@@ -107,7 +106,6 @@ def generalize(plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> Plan:
         Declined: the plans differ in something other than sizes.
     """
     sizes = Sizes(shapes)
-    plans = one_distance(plans)
     first = plans[0]
     for other in plans[1:]:
         if [(s.kind, _name(s)) for s in other.steps] != [(s.kind, _name(s)) for s in first.steps]:

@@ -279,3 +279,72 @@ def unequal_gated_experts():
 @case(seq(16), experts=4)
 def unequal_packed_experts():
     return UnequalExperts(Packed, (8, 24, 8, 40), k=1)
+
+
+class DistancesToCenters(UnequalExperts):
+    """Tokens go to the experts whose centers are nearest, in Euclidean distance."""
+
+    def __init__(self, d=16):
+        super().__init__(plain, (24, 24, 24, 24), d)
+        self.centers = nn.Parameter(torch.randn(4, d))
+
+    def forward(self, x):
+        t = x.reshape(-1, x.shape[-1])
+        weights, pick = (-torch.cdist(t, self.centers)).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(t)
+        for e, expert in enumerate(self.experts):
+            row, slot = torch.where(pick == e)
+            y.index_add_(0, row, expert(t[row]) * weights[row, slot, None])
+        return y.view_as(x)
+
+
+@case(seq(16), experts=4)
+def distances_to_centers():
+    return DistancesToCenters()
+
+
+class FlagsOfGroups(UnequalExperts):
+    """The best of two groups of experts, by flags that are themselves masked; tokens of zeros keep none."""
+
+    def __init__(self, d=16):
+        super().__init__(plain, (24, 24, 24, 24), d)
+
+    def forward(self, x):
+        t = x.reshape(-1, x.shape[-1])
+        scores = self.gate(t).softmax(-1)
+        group = scores.view(-1, 2, 2).amax(-1).argmax(-1)
+        flags = F.one_hot(group, 2).bool().repeat_interleave(2, 1)
+        flags = flags.masked_fill((t == 0).all(-1, keepdim=True), False)
+        scores = scores.masked_fill(~flags, 0.0)
+        y = torch.zeros_like(t)
+        for e, expert in enumerate(self.experts):
+            row = flags[:, e].nonzero().squeeze(1)
+            y[row] += expert(t[row]) * scores[row, e, None]
+        return y.view_as(x)
+
+
+@case(seq(16), experts=4)
+def flags_of_groups():
+    return FlagsOfGroups()
+
+
+class NarrowExperts(UnequalExperts):
+    """bfloat16 experts in a float32 model: their rows are cast on the way in and out."""
+
+    def __init__(self, d=16):
+        super().__init__(plain, (24, 24, 24, 24), d)
+        self.experts.to(torch.bfloat16)
+
+    def forward(self, x):
+        t = x.reshape(-1, x.shape[-1])
+        weights, pick = self.gate(t).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(t)
+        for e, expert in enumerate(self.experts):
+            row, slot = torch.where(pick == e)
+            y.index_add_(0, row, expert(t[row].bfloat16()).float() * weights[row, slot, None])
+        return y.view_as(x)
+
+
+@case(seq(16), experts=4)
+def bfloat16_experts_in_float32():
+    return NarrowExperts()

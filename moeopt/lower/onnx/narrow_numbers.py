@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_BOOL, _INT32, _INT64, _FLOAT = 9, 6, 7, 1
+_BOOL, _INT32, _INT64, _FLOAT, _DOUBLE = 9, 6, 7, 1, 11
 _SMALL = (_BOOL, 2, 3, 4, 5)
 """bool, uint8, int8, uint16, int16."""
 
@@ -19,9 +19,8 @@ _SAME: dict[str, tuple[tuple[int, ...] | None, bool]] = {
     "CumSum": ((0,), True),
     "TopK": ((0,), True),
     "Trilu": ((0,), True),
-    "Pad": ((0, 3), True),
+    "Pad": ((0, 2), True),
     "Unique": ((0,), True),
-    "NonZero": ((0,), False),
     "ArgMax": ((0,), False),
     "ArgMin": ((0,), False),
     "ScatterElements": ((0, 2), True),
@@ -47,6 +46,8 @@ def cast_narrow(model: Any) -> None:
         if node.op_type == "OneHot":
             _cast(node, (0,), _SMALL + (_INT32, _FLOAT), _INT64, result=False)
             _cast(node, (2,), (*_SMALL, _INT32), _INT64, result=True)
+        elif node.op_type == "NonZero":
+            _cast(node, (0,), (*_SMALL[2:], _DOUBLE), _BOOL, result=False)
         elif node.op_type == "IsNaN":
             _cast(node, (0,), (*_SMALL, _INT32, _INT64), _FLOAT, result=False)
         elif node.op_type in _SAME:
@@ -77,11 +78,8 @@ def _cast(node: Any, places: Any, narrow: tuple[int, ...], wide: int, *, result:
     found = node.outputs[0]
     back = ir.node("Cast", [found], {"to": int(own)}, name=f"{node.name}/output")
     back.outputs[0].type, back.outputs[0].shape = ir.TensorType(own), found.shape
-    ir.convenience.replace_all_uses_with(found, back.outputs[0])
+    ir.convenience.replace_all_uses_with(found, back.outputs[0], replace_graph_outputs=True)
     back.replace_input_with(0, found)
     back.outputs[0].name, found.name = found.name, f"{found.name}/wide"
     found.type = ir.TensorType(ir.DataType(wide))
     node.graph.insert_after(node, back)
-    for at, output in enumerate(node.graph.outputs):
-        if output is found:
-            node.graph.outputs[at] = back.outputs[0]
