@@ -34,6 +34,7 @@ from moeopt.causal_lm.steps import replace_mixers
 from moeopt.causal_lm.translations import own_translations
 from moeopt.errors import Declined
 from moeopt.lower.constant_reads import Reads
+from moeopt.lower.distances import DirectDistances
 from moeopt.lower.export import answered, asks_values, written_by
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
@@ -116,6 +117,7 @@ def export_causal_lm(
         own_translations(exporter),
         in_place,
         stepping(mixers),
+        DirectDistances(),
     ):
         config = exporter.OnnxConfig(
             dynamic=True,

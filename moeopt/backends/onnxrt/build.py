@@ -27,6 +27,7 @@ from moeopt.causal_lm.attention import cache_left_in_place
 from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
 from moeopt.errors import Declined, NotSaveableError, UsageError
+from moeopt.lower.distances import DirectDistances
 from moeopt.lower.export import export_program, roomier
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.assemble import replace_sites
@@ -137,7 +138,7 @@ def trace(
     """A model, or one rewritten block, as ``(onnx_ir.Model, sites, signature)``, its experts not lowered yet."""
     say("tracing the whole model")
     args, kwargs = roomier(model, args, kwargs)
-    with emitting(model) as sites, quiet(), _attention(plan):
+    with emitting(model) as sites, quiet(), _attention(plan), DirectDistances():
         program = export_program(model, args, kwargs)
     program = functional(program)
     signature = describe_call(program)
