@@ -34,11 +34,17 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     def is_float(x: Any) -> bool:
         return x.dtype is None or x.dtype.is_floating_point()
 
+    def number(value: float, x: Any) -> Any:
+        """``value`` in the dtype of ``x``."""
+        if x.dtype is None:
+            return op.CastLike(op.Constant(value_float=value), x)
+        return op.Constant(value=ir.tensor(value, dtype=x.dtype))
+
     def ordered(x: Any, nan: float = float("inf")) -> Any:
         """``x`` with every NaN at ``nan``."""
         if not is_float(x):
             return x
-        return op.Where(op.IsNaN(x), op.CastLike(op.Constant(value_float=nan), x), x)
+        return op.Where(op.IsNaN(x), number(nan, x), x)
 
     def sized(x: Any) -> Any:
         return op.Cast(x, to=6) if x.dtype is not None and int(x.dtype) in (2, 3, 4, 5, 9) else x
@@ -108,8 +114,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
             if not is_float(self):
                 return value
             lost = op.ReduceMax(op.Cast(op.IsNaN(self), to=6), axes, keepdims=int(keepdim))
-            nan = op.CastLike(op.Constant(value_float=float("nan")), self)
-            return op.Where(op.Cast(lost, to=9), nan, value)
+            return op.Where(op.Cast(lost, to=9), number(float("nan"), self), value)
 
         return over
 

@@ -122,7 +122,8 @@ def functions(dtype):
     groups = [SELECTING, ORDERING, COUNTING]
     groups += [] if dtype == torch.bool else [OF_NUMBERS]
     groups += [OF_FLOATS] if dtype.is_floating_point else []
-    return {name: f for group in groups for name, f in group.items()}
+    unknown = {"topk", "smallest"} if dtype == torch.bool else set()  # to PyTorch itself
+    return {name: f for group in groups for name, f in group.items() if name not in unknown}
 
 
 @functools.cache
