@@ -23,7 +23,7 @@ class Declined(MoeoptError):
 
 
 class CaptureError(Declined):
-    """A module could not be run or recorded by the witness trace."""
+    """A module could not be run or recorded by the trace."""
 
 
 class NotEquivalentError(MoeoptError):

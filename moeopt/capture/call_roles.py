@@ -31,7 +31,7 @@ Role = Literal["tokens", "ids", "choices", "weights", "static", "pairs"]
 
 
 @dataclass(frozen=True)
-class Leaf:
+class ArgRole:
     """What one flattened argument is; see the module's docstring."""
 
     role: Role = "static"
@@ -42,14 +42,14 @@ class Leaf:
 
 
 @dataclass
-class Prototype:
+class CallSpec:
     """A call ``block(*args, **kwargs)`` and its leaves in ``pytree.tree_flatten((args, kwargs))`` order."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    leaves: tuple[Leaf, ...]
-    turned: bool = False
-    """Whether witnesses give marks that are all alike here (a mask of ones) other values too."""
+    leaves: tuple[ArgRole, ...]
+    flip_masks: bool = False
+    """Whether probe calls give marks that are all alike here (a mask of ones) other values too."""
     kept_columns: bool = False
     """Whether columns of whole numbers among the tokens (ids in a table of floats) keep values that they have here."""
 
@@ -98,7 +98,7 @@ class Prototype:
         moved = self._tokens_first(n)
         return moved.reshape(math.prod(moved.shape[: self.leaves[n].lead]), *moved.shape[self.leaves[n].lead :])
 
-    def alike_marks(self) -> list[int]:
+    def constant_masks(self) -> list[int]:
         """Leaf numbers of flags, and of zeros or ones, that are the same for all tokens of this call."""
         return [n for n in self._moving if self.leaves[n].role in ("static", "weights") and _alike(self.rows(n))]
 
@@ -147,23 +147,23 @@ class Prototype:
         """Whether some column of its tokens holds whole numbers alone, so that it may hold ids."""
         return any(bool(_whole_columns(self.rows(n)).any()) for n in self.indices("tokens"))
 
-    def _with_columns(self, own: Tensor, new: Tensor) -> Tensor:
-        """``new`` rows whose columns of whole numbers hold values of ``own``, each column by itself."""
-        whole = _whole_columns(own)
+    def _with_columns(self, original: Tensor, new: Tensor) -> Tensor:
+        """``new`` rows whose columns of whole numbers hold values of ``original``, each column by itself."""
+        whole = _whole_columns(original)
         generator = torch.Generator().manual_seed(len(new))
-        picks = torch.randint(max(len(own), 1), new.shape, generator=generator).to(own.device)
-        return torch.where(whole, own.gather(0, picks), new) if len(own) else new
+        picks = torch.randint(max(len(original), 1), new.shape, generator=generator).to(original.device)
+        return torch.where(whole, original.gather(0, picks), new) if len(original) else new
 
     def _tokens_first(self, n: int) -> Tensor:
         value, axis = self._values[n], self.leaves[n].feature_axis
         return value.detach() if axis == -1 else value.detach().movedim(axis, -1)
 
 
-def _whole_columns(own: Tensor) -> Tensor:
+def _whole_columns(original: Tensor) -> Tensor:
     """For each of the features of (tokens, ...features), whether every token has a whole number there."""
-    return (own.isfinite() & (own == own.round())).all(0)
+    return (original.isfinite() & (original == original.round())).all(0)
 
 
-def _alike(own: Tensor) -> bool:
-    first = own.reshape(-1)[:1]
-    return bool(first.numel()) and bool((own == first).all()) and bool((first == 0) | (first == 1))
+def _alike(original: Tensor) -> bool:
+    first = original.reshape(-1)[:1]
+    return bool(first.numel()) and bool((original == first).all()) and bool((first == 0) | (first == 1))

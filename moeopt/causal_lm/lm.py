@@ -38,9 +38,9 @@ from moeopt.lower.distances import DirectDistances
 from moeopt.lower.export import answered, asks_values, written_by
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.export import emitting
 from moeopt.lower.onnx.scalars import numbers_as_read
-from moeopt.lower.onnx.site import Site
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 
 PAST = "past_key_values"
@@ -61,7 +61,7 @@ class CausalLMExport:
     """
 
     model: Any
-    sites: list[Site]
+    sites: list[ExpertsNode]
     signature: dict[str, Any]
     program: Any
 

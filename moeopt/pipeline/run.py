@@ -2,8 +2,8 @@
 
 discover        places that may hold experts or a dense FFN         (find/discover)
 for each place, innermost module first:
-    probe       witness traces of the block                         (capture/tape, capture/witness_inputs)
-    recognise   rows, function, combine, frontier                   (recognise/experts)
+    probe       traces of the block                         (capture/tape, capture/probe_inputs)
+    recognise   rows, function, combine, routing                   (recognise/experts)
     passes      one op where the experts' sum stood; what follows   (passes/pipeline, passes/manager)
     verify      against a float64 oracle on adversarial routing     (verification/block)
     install     the block runs the graph                            (rewrite/install)
@@ -25,16 +25,16 @@ from torch import nn
 from moeopt.capture.isolated_run import run_quietly
 from moeopt.capture.tape import clone_inputs
 from moeopt.errors import CaptureError, Declined, UsageError
-from moeopt.find.discover import Place, discover, feed_forward_lists
+from moeopt.find.discover import BlockCandidate, discover, feed_forward_lists
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.options import Options
 from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.manager import PassManager
 from moeopt.patches import fewer_collections
-from moeopt.pipeline.block import Call, Rewrite, Runtime, pass_manager, rewrite_block
+from moeopt.pipeline.block import ArgsKwargs, Rewrite, Runtime, pass_manager, rewrite_block
 from moeopt.pipeline.coverage import Mixture
-from moeopt.pipeline.dense import Outcome as DenseOutcome
+from moeopt.pipeline.dense import DenseResult as DenseResult
 from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
 from moeopt.pipeline.describe import dense_reason, describe_router, read_router
 from moeopt.pipeline.dump import Dump
@@ -50,7 +50,7 @@ LEVELS = 4
 
 
 @dataclass
-class Outcome:
+class PipelineResult:
     """What became of a model's blocks; ``rewrites`` maps module paths to what was installed.
 
     ``passes`` has what each pass did to each block, those that were left as they are included.
@@ -59,7 +59,7 @@ class Outcome:
     blocks: list[BlockReport]
     checks: list[BlockCheck]
     rewrites: dict[str, Rewrite]
-    calls: dict[str, Call]
+    calls: dict[str, ArgsKwargs]
     seconds: float = 0.0
     passes: list[PassRecord] = field(default_factory=list)
 
@@ -75,7 +75,7 @@ class _Attempt:
 
 
 @fewer_collections()
-def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None = None) -> Outcome:
+def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime | None = None) -> PipelineResult:
     """Rewrite every block of ``model`` that can be, in place, and say what became of each.
 
     Raises:
@@ -89,7 +89,7 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
     dump = Dump(options.dump) if options.dump is not None else None
     absent = absent_reason(model)
     if absent:
-        return Outcome(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
+        return PipelineResult(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
     places = discover(model, *call)
     moe = [p for p in places if p.kind == "moe"]
     dense = [p for p in places if p.kind == "dense_ffn"]
@@ -97,8 +97,8 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
         check_groups([*dense, *(a for p in moe for a in p.alone)], options)
     wanted = {c.path for p in moe for c in p.levels[:LEVELS]}
     calls = _inputs(model, call, wanted | {p.call.path for q in (*dense, *moe) for p in (q, *q.alone)})
-    outcome = Outcome([], [], {}, calls)
-    attempts: list[tuple[Place, _Attempt]] = []
+    outcome = PipelineResult([], [], {}, calls)
+    attempts: list[tuple[BlockCandidate, _Attempt]] = []
     for number, place in enumerate(moe):
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
         attempts.append((place, _attempt(model, place, outcome, calls, options, runtime, manager)))
@@ -117,7 +117,7 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
         )
     places = sorted([*places, *_shared(model, attempts)], key=lambda p: p.order)
     dense = [p for p in places if p.kind == "dense_ffn"]
-    denses: dict[int, DenseOutcome] = {}
+    denses: dict[int, DenseResult] = {}
     if options.dense != "leave":
         found = rewrite_all(model, dense, calls, options, runtime, outcome.rewrites, say, manager)
         for one in {s.path: s for s in found}.values():
@@ -145,9 +145,9 @@ def _without_values(model: nn.Module, reason: str) -> Iterator[BlockReport]:
 
 def _attempt(
     model: nn.Module,
-    place: Place,
-    outcome: Outcome,
-    calls: dict[str, Call],
+    place: BlockCandidate,
+    outcome: PipelineResult,
+    calls: dict[str, ArgsKwargs],
     options: Options,
     runtime: Runtime | None,
     manager: PassManager,
@@ -158,11 +158,11 @@ def _attempt(
     for level in _levels(place):
         done = outcome.rewrites.get(level.path)
         if done is not None:
-            if _covered(model, level.path, done.found) & place.weights:
+            if _expert_parameters(model, level.path, done.found) & place.weights:
                 return _Attempt(done, level.path)
-            missed = next((f.missed for f in done.found if f.missed), "")
-            if missed and best_progress < 0:
-                best = _Attempt(None, level.path, missed, place.source)
+            unmatched_reason = next((f.unmatched_reason for f in done.found if f.unmatched_reason), "")
+            if unmatched_reason and best_progress < 0:
+                best = _Attempt(None, level.path, unmatched_reason, place.source)
             continue
         if left_out:
             return _Attempt(reason=f"{left_out}; without {GroupExperts.name} no other pass applies", path=level.path)
@@ -174,7 +174,7 @@ def _attempt(
             name = level.path or type(model).__name__
             reader = Mixture(assume=hint_for(options.hints, name))
             rewrite = rewrite_block(name, module, calls[level.path], options, runtime, reader, manager)
-            if not _covered(model, level.path, rewrite.found) & place.weights:
+            if not _expert_parameters(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not")
             install(module, rewrite.program)
         except Declined as err:
@@ -191,7 +191,7 @@ def _attempt(
     return best
 
 
-def _note_passes(attempt: _Attempt, model: nn.Module, outcome: Outcome, options: Options) -> None:
+def _note_passes(attempt: _Attempt, model: nn.Module, outcome: PipelineResult, options: Options) -> None:
     """Write down what the passes did at one place; of a declined block, why the first of them made no graph."""
     name = attempt.path or type(model).__name__
     if attempt.rewrite is None:
@@ -204,22 +204,22 @@ def _note_passes(attempt: _Attempt, model: nn.Module, outcome: Outcome, options:
         _keep(outcome, attempt.rewrite.passes.records, options)
 
 
-def _keep(outcome: Outcome, records: Sequence[PassRecord], options: Options) -> None:
+def _keep(outcome: PipelineResult, records: Sequence[PassRecord], options: Options) -> None:
     outcome.passes += records
     if options.print_passes:
         for record in records:
             print(f"moeopt: {record}", file=sys.stderr, flush=True)
 
 
-def _shared(model: nn.Module, attempts: list[tuple[Place, _Attempt]]) -> Iterator[Place]:
+def _shared(model: nn.Module, attempts: list[tuple[BlockCandidate, _Attempt]]) -> Iterator[BlockCandidate]:
     """What looked like one more expert of a rewritten block and is not: a shared expert."""
     for place, attempt in attempts:
         if attempt.rewrite is not None:
-            experts = _covered(model, attempt.path, attempt.rewrite.found)
+            experts = _expert_parameters(model, attempt.path, attempt.rewrite.found)
             yield from (p for p in place.alone if not p.weights & experts)
 
 
-def _levels(place: Place) -> Iterator[Any]:
+def _levels(place: BlockCandidate) -> Iterator[Any]:
     seen: set[str] = set()
     for level in place.levels:
         if level.path not in seen and not level.path.startswith("<"):
@@ -229,15 +229,15 @@ def _levels(place: Place) -> Iterator[Any]:
             return
 
 
-def _covered(model: nn.Module, path: str, found: list[Recognition]) -> set[int]:
+def _expert_parameters(model: nn.Module, path: str, recognitions: list[Recognition]) -> set[int]:
     """Identities of the Parameters that the experts of a rewritten module read."""
     module = model.get_submodule(path)
-    return {id(tensor_at(module, p)) for f in found for p in expert_paths(f.experts)}
+    return {id(tensor_at(module, p)) for f in recognitions for p in expert_paths(f.experts)}
 
 
-def _inputs(model: nn.Module, call: Call, paths: set[str]) -> dict[str, Call]:
+def _inputs(model: nn.Module, call: ArgsKwargs, paths: set[str]) -> dict[str, ArgsKwargs]:
     """The first real call of each module in ``paths``."""
-    found: dict[str, Call] = {}
+    found: dict[str, ArgsKwargs] = {}
     handles = []
 
     def keep(path: str) -> Callable[..., None]:
@@ -261,10 +261,10 @@ def _inputs(model: nn.Module, call: Call, paths: set[str]) -> dict[str, Call]:
 
 def _report(
     model: nn.Module,
-    places: list[Place],
-    attempts: list[tuple[Place, _Attempt]],
-    denses: dict[int, DenseOutcome],
-    outcome: Outcome,
+    places: list[BlockCandidate],
+    attempts: list[tuple[BlockCandidate, _Attempt]],
+    denses: dict[int, DenseResult],
+    outcome: PipelineResult,
     seed: int,
 ) -> Iterator[BlockReport]:
     by_place = {id(p): a for p, a in attempts}
@@ -281,7 +281,7 @@ def _report(
                 source=attempt.where or place.source, seconds=attempt.seconds,
             )  # fmt: skip
             continue
-        found = next(f for f in attempt.rewrite.found if _covered(model, attempt.path, [f]) & place.weights)
+        found = next(f for f in attempt.rewrite.found if _expert_parameters(model, attempt.path, [f]) & place.weights)
         inside = next(r for f, r in zip(attempt.rewrite.found, attempt.rewrite.routers, strict=True) if f is found)
         router = read_router(model, attempt.path, outcome.calls, found, inside)
         yield BlockReport(
@@ -289,20 +289,20 @@ def _report(
             "moeopt::experts (grouped, one op)",
             attempt.rewrite.check.distance_rewritten if attempt.rewrite.check.passed is not None else None,
             found.source, seconds=attempt.seconds,
-            top_k=found.frontier.per_token, spec=str(found.spec),
+            top_k=found.routing.per_token, spec=str(found.spec),
             router_spec=router.encode(),
         )  # fmt: skip
 
 
 def _report_dense(
-    model: nn.Module, place: Place, done: DenseOutcome | None, call: Call | None, seed: int
+    model: nn.Module, place: BlockCandidate, done: DenseResult | None, call: ArgsKwargs | None, seed: int
 ) -> BlockReport:
     name = place.call.path or type(model).__name__
     if done is None or done.rewrite is None:
         spec = "" if call is None else function_of(model.get_submodule(place.call.path), call, place, seed)
         reason, where = (dense_reason(place), "") if done is None else (done.reason, done.where)
         return BlockReport(name, "dense_ffn", "declined", reason, source=where or place.source, spec=spec)
-    found = next(f for f in done.rewrite.found if _covered(model, done.path, [f]) >= place.weights)
+    found = next(f for f in done.rewrite.found if _expert_parameters(model, done.path, [f]) >= place.weights)
     return BlockReport(
         name, "dense_ffn", "rewritten", "", len(found.experts), "", done.lowering,
         done.rewrite.check.distance_rewritten if done.rewrite.check.passed is not None else None,

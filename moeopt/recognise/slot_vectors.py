@@ -6,7 +6,7 @@ and adds slot by slot. Each vector has one entry per token:
     ids        slot 0: (T,)   slot 1: (T,)  ...     every token's visits, each once
     weights    slot 0: (T,)   slot 1: (T,)  ...     the weight of each id, in the same order
 
-Legend: T tokens, C chains (experts), K slots.
+Legend: T tokens, C candidates (experts), K slots.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from moeopt.capture.tape import Tape
-from moeopt.recognise.routing import Frontier, Recipe, Table, id_recipes, rebuilt, same_values
+from moeopt.recognise.routing import Extraction, Routing, Table, id_recipes, rebuilt, same_values
 
 aten = torch.ops.aten
 
@@ -27,8 +27,8 @@ MOST_SLOTS, MOST_VECTORS = 16, 10
 """Slots of a token, and vectors of ids among which they are looked for."""
 
 
-def by_slots(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Frontier]:
-    """Every reading by which each slot's weights are a vector; for :func:`~moeopt.recognise.routing.find_frontier`.
+def by_slots(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
+    """Every reading by which each slot's weights are a vector; for :func:`~moeopt.recognise.routing.find_routing`.
 
     Weights that are the same for all tokens of the probe are left to others: their vector cannot be told by values.
     """
@@ -39,10 +39,10 @@ def by_slots(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
     if k == table.visits.shape[1]:
         return
     tensors = (found for found in id_recipes(tape, before, table) if found[1].shape[1] == k)
-    for recipe, ids, mapping in itertools.chain(tensors, _id_vectors(tape, before, table, k)):
+    for extraction, ids, mapping in itertools.chain(tensors, _id_vectors(tape, before, table, k)):
         vectors = _weight_vectors(tape, before, table, dtype, ids, mapping)
         if vectors is not None:
-            yield Frontier(k, recipe, Recipe(vectors[0], [], tuple(vectors[1:])), mapping, "ids and weights")
+            yield Routing(k, extraction, Extraction(vectors[0], [], tuple(vectors[1:])), mapping, "ids and weights")
 
 
 def _vectors(
@@ -59,28 +59,28 @@ def _vectors(
 
 def _id_vectors(
     tape: Tape, before: list[fx.Node], table: Table, k: int
-) -> Iterator[tuple[Recipe, torch.Tensor, list[int]]]:
+) -> Iterator[tuple[Extraction, torch.Tensor, list[int]]]:
     """K vectors of integers that name each token's experts, each once, the first that hold them."""
-    tokens, chains = table.visits.shape
+    tokens, candidates = table.visits.shape
     seen = table.visits[:, table.natural] > 0
     found: list[tuple[fx.Node, torch.Tensor]] = []
     for node, value in _vectors(tape, before, tokens, floating=False):
         ids = value.long()
-        inside = bool(((ids >= 0) & (ids < chains)).all())
+        inside = bool(((ids >= 0) & (ids < candidates)).all())
         if inside and bool(seen.gather(1, ids[:, None]).all()) and not any(torch.equal(ids, v) for _, v in found):
             found.append((node, ids))
     for chosen in itertools.combinations(found[:MOST_VECTORS], k):
         ids = torch.stack([v for _, v in chosen], 1)
         if torch.equal(torch.zeros_like(seen).scatter(1, ids, True), seen):
             nodes = [n for n, _ in chosen]
-            yield Recipe(nodes[0], [(aten.to.dtype, (torch.int64,))], tuple(nodes[1:])), ids, table.natural
+            yield Extraction(nodes[0], [(aten.to.dtype, (torch.int64,))], tuple(nodes[1:])), ids, table.natural
 
 
 def _weight_vectors(
     tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None, ids: torch.Tensor, mapping: list[int]
 ) -> list[fx.Node] | None:
     """For each slot the last tensor that holds its weights, all of one dtype; None where one of them has none."""
-    tokens, chains = table.visits.shape
+    tokens, candidates = table.visits.shape
     if int(ids.min()) < 0 or int(ids.max()) >= len(mapping):
         return None
     want = table.weights.gather(1, torch.tensor(mapping)[ids])
@@ -93,6 +93,6 @@ def _weight_vectors(
         chosen = [n for n in nodes if n is not None]
         if len(chosen) == len(nodes):
             weights = torch.stack([tape.value(n).reshape(-1) for n in chosen], 1)
-            if same_values(rebuilt(ids, weights, mapping, chains).to(table.weights.dtype), table.weights):
+            if same_values(rebuilt(ids, weights, mapping, candidates).to(table.weights.dtype), table.weights):
                 return chosen
     return None

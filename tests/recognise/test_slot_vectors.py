@@ -47,9 +47,7 @@ def test_swapped_vectors_are_caught(part, monkeypatch):
         found = recognize(tape, None if known is None else damaged.honest, *rest, **kwargs)
         damaged.honest = found if known is None else damaged.honest
         return [
-            dataclasses.replace(
-                f, frontier=dataclasses.replace(f.frontier, **{part: swapped(getattr(f.frontier, part))})
-            )
+            dataclasses.replace(f, routing=dataclasses.replace(f.routing, **{part: swapped(getattr(f.routing, part))}))
             for f in found
         ]
 
