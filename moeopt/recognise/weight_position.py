@@ -173,8 +173,8 @@ def _summand(tape: Tape, labels: Labels, combine: Combine) -> Callable[[fx.Node]
 
 
 def _check_with_others(
-    tape: Tape, reading: Routing, table: Table, tokens: Tokens, labels: Labels, combine: Combine, candidates: list[FFNCandidate],
-    place: WeightPosition,
+    tape: Tape, reading: Routing, table: Table, tokens: Tokens, labels: Labels, combine: Combine,
+    candidates: list[FFNCandidate], place: WeightPosition,
 ) -> None:  # fmt: skip
     """Run the tape again with other weights: they must enter at ``place``, and there alone, as they are.
 
@@ -224,8 +224,8 @@ def _check_with_others(
 
 
 def _rows_follow(
-    tape: Tape, candidate: FFNCandidate, site: GemmSite, tokens: Tokens, labels: Labels, values: dict[fx.Node, torch.Tensor],
-    factors: torch.Tensor, counts: torch.Tensor,
+    tape: Tape, candidate: FFNCandidate, site: GemmSite, tokens: Tokens, labels: Labels,
+    values: dict[fx.Node, torch.Tensor], factors: torch.Tensor, counts: torch.Tensor,
 ) -> bool:  # fmt: skip
     """True where those input rows of ``site`` that count, (T, C) bool, changed by ``factors`` (T, C)."""
     before = site.rows_in(tape.value(site.operand))
