@@ -30,7 +30,7 @@ from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 
-Search = Callable[[Tape, "list[fx.Node]", "Table", "torch.dtype | None"], "Iterator[Frontier]"]
+Search = Callable[[Tape, "list[fx.Node]", "Table", "torch.dtype | None"], "Iterator[Routing]"]
 Steps = list[tuple[Any, tuple[Any, ...]]]
 aten = torch.ops.aten
 

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from moeopt.capture.tape import Tape
-from moeopt.recognise.routing import Extraction, Routing, Table, id_recipes, rebuilt, same_values
+from moeopt.recognise.routing import Extraction, Routing, RoutingForm, Table, id_recipes, rebuilt, same_values
 
 aten = torch.ops.aten
 
@@ -42,7 +42,7 @@ def by_slots(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
     for extraction, ids, mapping in itertools.chain(tensors, _id_vectors(tape, before, table, k)):
         vectors = _weight_vectors(tape, before, table, dtype, ids, mapping)
         if vectors is not None:
-            yield Routing(k, extraction, Extraction(vectors[0], [], tuple(vectors[1:])), mapping, "ids and weights")
+            yield Routing(k, extraction, Extraction(vectors[0], [], tuple(vectors[1:])), mapping, RoutingForm.IDS)
 
 
 def _vectors(
