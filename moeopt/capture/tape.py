@@ -304,6 +304,24 @@ class _Recorder(TorchDispatchMode):
         product: torch.Tensor = self.__torch_dispatch__(aten.mul.Tensor, types, (value, gate))
         return product
 
+    @property
+    def open(self) -> bool:
+        """Whether what runs now is written down."""
+        return not self._pause
+
+    def record_whole(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor:
+        """``func`` as one node, where PyTorch runs other ops for it at other sizes."""
+        self._pause += 1
+        try:
+            out: torch.Tensor = func(*args)
+        finally:
+            self._pause -= 1
+        node = self.make.call(func, tuple(self._as_nodes(a) for a in args), {})
+        node.meta["source"] = _user_line()
+        self._finish(node, out)
+        self._outputs(func, args, {}, node, out)
+        return out
+
     def left_the_tape(self, t: torch.Tensor) -> None:
         """``t`` was turned into Python numbers or a NumPy array, which no ATen call shows."""
         if not self._pause and not torch._C._functorch.is_functorch_wrapped_tensor(t):
@@ -483,8 +501,26 @@ def _user_line() -> str:
     return ""
 
 
+def _distances(
+    x1: torch.Tensor, x2: torch.Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary"
+) -> tuple[torch.Tensor, torch.Tensor, float, int | None]:
+    """The arguments of ``aten.cdist`` for those of ``torch.cdist``."""
+    modes = {
+        "use_mm_for_euclid_dist_if_necessary": None,
+        "use_mm_for_euclid_dist": 1,
+        "donot_use_mm_for_euclid_dist": 2,
+    }
+    return x1, x2, float(p), modes[compute_mode]
+
+
+def _wrapped(arg: Any) -> bool:
+    """True for what ``vmap`` and its like put in the place of a tensor."""
+    return isinstance(arg, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(arg)
+
+
 class _WatchReads(TorchFunctionMode):
-    """Notices ``.tolist()``, ``.numpy()`` and ``np.asarray``, which leave no trace on the tape."""
+    """Notices ``.tolist()``, ``.numpy()`` and ``np.asarray``, which leave no trace on the tape, and ``torch.cdist``,
+    for which PyTorch runs a product of matrices or not by the number of rows."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -493,6 +529,8 @@ class _WatchReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LEAVES_TAPE:
             self.recorder.left_the_tape(args[0])
+        if func is torch.cdist and self.recorder.open and not any(map(_wrapped, args)):
+            return self.recorder.record_whole(aten.cdist.default, _distances(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 
