@@ -9,6 +9,7 @@ what a block computes is decided by its own witness.
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,13 +25,28 @@ from moeopt.ir.weight_refs import MatrixRef
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains
 from moeopt.recognise.gemm_sites import Site, is_computed_weight, is_weight, weight_and_operand
 
+_ROUTES = (
+    "topk",
+    "argmax",
+    "argmin",
+    "sort",
+    "argsort",
+    "max",
+    "min",
+    "kthvalue",
+    "multinomial",
+    "_softmax",
+    "softmax",
+)
+
 
 @dataclass
 class Place:
     """One module call that holds a block. ``levels`` are the call and its ancestors, innermost first.
 
     ``alone`` has each chain of an MoE candidate that is a dense FFN where it turns out to be no expert: a shared
-    expert of the experts' own size.
+    expert of the experts' own size. ``own`` is how many of the levels are the block's own: up to the innermost in
+    which something is chosen.
     """
 
     kind: str
@@ -42,6 +58,11 @@ class Place:
     experts: int | None = None
     weights: set[int] = field(default_factory=set)
     alone: list[Place] = field(default_factory=list)
+    own: int = 0
+
+    def own_levels(self) -> set[str]:
+        """Paths of the levels that are the block's own."""
+        return {level.path for level in self.levels[: self.own]}
 
 
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Place]:
@@ -193,7 +214,15 @@ class _Finder:
         places += self._by_structure(places)
         places += self._by_stacks(places)
         places = [p for i, p in enumerate(places) if not any(_same_experts(p, q) for q in places[:i])]
+        self._mark_own_levels(places)
         return sorted(places, key=lambda p: p.order)
+
+    def _mark_own_levels(self, places: list[Place]) -> None:
+        """Up to the innermost call that holds a router: a choice, or a softmax; all where none does."""
+        chosen = [n.meta["index"] for n in self.tape.nodes if op_name(n) in _ROUTES]
+        for place in places:
+            holds = (bisect(chosen, c.last - 1) > bisect(chosen, c.first - 1) for c in place.levels)
+            place.own = next((i + 1 for i, found in enumerate(holds) if found), len(place.levels))
 
     def _picked(self, free: Iterable[Chain]) -> list[list[Chain]]:
         """Chains that read rows picked by an index, and whose Parameters are named alike but for a number:

@@ -17,6 +17,7 @@ from moeopt.capture.call_roles import Prototype
 from moeopt.capture.witness_inputs import prototypes, witness
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.specs import RouterSpec
+from moeopt.obstacles import Obstacle, Rank
 from moeopt.options import Options
 from moeopt.passes.manager import PassManager, Result, check_names
 from moeopt.passes.pipeline import PIPELINE
@@ -85,7 +86,8 @@ def rewrite_block(
         where = traceback.extract_tb(err.__traceback__)[-1]
         raise Declined(
             f"moeopt itself failed on it ({type(err).__name__}: {str(err)[:200]} in {where.name}); the block is left "
-            "as it was; please report this with the block's code"
+            "as it was; please report this with the block's code",
+            rank=Rank.INTERNAL,
         ) from err
 
 
@@ -120,22 +122,27 @@ def _rewrite(
     started = time.perf_counter()
     check_module(module)
     last: Declined | None = None
+    met: list[Obstacle] = []
     for proto in _versions(call):
         try:
             capture = Capture(name, module, proto, options, reader)
             judge = functools.partial(_verify, capture, call, options, runtime)
             result = manager.run(capture.block(), judge, capture.differ)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
+            met.append(err.obstacle)
             last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
         except Uncovered as err:  # what was read as a mask may be ids
             if not proto.indices("choices") and not proto.turned:
                 raise
+            met += [err.obstacle, *err.others]
             last = err.with_traceback(None)
             continue
-        except Declined:
+        except Declined as err:
             if proto.turned:
+                met += [err.obstacle, *err.others]
                 continue
+            err.others = (*met, *err.others)
             raise
         check: BlockCheck = result.verdict  # type: ignore[assignment]
         if check.passed is False:
@@ -147,8 +154,10 @@ def _rewrite(
         result.block.root = None  # a program is bound to a module when it is installed
         program = capture.program(result.block)
         return Rewrite(program, capture.found, check, capture.routers, time.perf_counter() - started, result)
+    last = last or Declined("its arguments could not be read as rows of tokens", rank=Rank.PROBE)
+    last.others = tuple(met)
     try:
-        raise last or Declined("its arguments could not be read as rows of tokens")
+        raise last
     finally:
         del last
 

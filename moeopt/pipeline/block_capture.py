@@ -13,13 +13,14 @@ from torch import nn
 
 from moeopt.capture.call_roles import Prototype
 from moeopt.capture.isolated_run import run_quietly, undone
-from moeopt.capture.random_ops import random_reason
+from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.same_graph import same_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
 from moeopt.capture.tree import tree_leaves
 from moeopt.capture.witness_inputs import witness
 from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
+from moeopt.obstacles import Rank
 from moeopt.options import Options
 from moeopt.pipeline.coverage import Call, Reader
 from moeopt.recognise.experts import Recognition
@@ -54,8 +55,7 @@ class Capture:
             self.calls.append(call)
         for tape, found_there in zip(self.tapes, self.founds, strict=True):
             _same_experts(self.found, found_there)
-            if reason := random_reason(tape, module.training):
-                raise Declined(reason)
+            refuse_random(tape, module.training)
         check_experts(module, self.tapes[0], self.found)
         self.plans = [_plan(t, f) for t, f in zip(self.tapes, self.founds, strict=True)]
         self.neutral = neutral_reason(module, self.tapes[0], self.found, self.plans[0])
@@ -132,7 +132,8 @@ def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]
             names = ", ".join(".".join(filter(None, key)) for key in tape.attributes)
             raise Declined(
                 f"it behaves differently on a second call, because its forward reads what an earlier call stored "
-                f"({names}); pass that state as an argument"
+                f"({names}); pass that state as an argument",
+                rank=Rank.FORBIDS,
             ) from err
 
 
@@ -159,7 +160,8 @@ def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
         a.experts != b.experts or a.spec != b.spec for a, b in zip(first, other, strict=False)
     ):
         raise Declined(
-            "two probes with different tokens read its experts differently; its dispatch depends on the data"
+            "two probes with different tokens read its experts differently; its dispatch depends on the data",
+            rank=Rank.READING,
         )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from moeopt.capture.call_roles import Prototype
 from moeopt.capture.force_routing import EveryExpert
-from moeopt.capture.random_ops import random_reason
+from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.tape import Tape, record
 from moeopt.capture.witness_inputs import aimed_rows, witness
 from moeopt.errors import Declined
@@ -89,8 +89,7 @@ def covering(
         call = witness(proto, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
         steer = EveryExpert(last.universe, seed) if forced and last is not None else None
         tape = record(module, *call, steer=steer)
-        if reason := random_reason(tape, module.training):
-            raise Declined(reason)
+        refuse_random(tape, module.training)
         try:
             return call, tape, recognize(tape, assume=assume)
         except Uncovered as err:
@@ -98,9 +97,10 @@ def covering(
             if steer is not None or ids:  # every id was named: what still was not reached may be no expert
                 with contextlib.suppress(Declined):
                     return call, tape, recognize(tape, idle=True, assume=assume)
-        except Declined:
+        except Declined as err:
             if last is None:
                 raise
+            last.others = (*last.others, err.obstacle, *err.others)
     assert last is not None
     try:
         raise last

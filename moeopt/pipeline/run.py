@@ -24,9 +24,10 @@ from torch import nn
 
 from moeopt.capture.isolated_run import run_quietly
 from moeopt.capture.tape import clone_inputs
-from moeopt.errors import CaptureError, Declined, UsageError
+from moeopt.errors import Declined, UsageError
 from moeopt.find.discover import Place, discover, feed_forward_lists
 from moeopt.ir.weight_refs import expert_paths, tensor_at
+from moeopt.obstacles import Obstacle, Rank
 from moeopt.options import Options
 from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
@@ -38,6 +39,7 @@ from moeopt.pipeline.dense import Outcome as DenseOutcome
 from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
 from moeopt.pipeline.describe import dense_reason, describe_router, read_router
 from moeopt.pipeline.dump import Dump
+from moeopt.pipeline.obstacles_met import ObstaclesMet
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.hints import hint_for
 from moeopt.report import BlockReport
@@ -70,8 +72,8 @@ class _Attempt:
     path: str = ""
     reason: str = ""
     where: str = ""
-    nearest: str = ""
     seconds: float = 0.0
+    others: tuple[Obstacle, ...] = ()
 
 
 @fewer_collections()
@@ -107,7 +109,7 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
             done = attempts[-1][1]
             path = done.path or next((level.path for level in _levels(place)), "")
             name, block = path or type(model).__name__, model.get_submodule(path)
-            dump.block(name, block, calls.get(path), done.rewrite, done.reason)
+            dump.block(name, block, calls.get(path), done.rewrite, done.reason, done.others)
     tried = {c.path or type(model).__name__ for p in moe for c in _levels(p)}
     unused = [p for p in options.hints if p and not any(fnmatch.fnmatch(path, p) for path in tried)]
     if unused:
@@ -152,8 +154,8 @@ def _attempt(
     runtime: Runtime | None,
     manager: PassManager,
 ) -> _Attempt:
-    best = _Attempt()
-    best_progress = -2
+    met = ObstaclesMet(place)
+    spent = 0.0
     left_out = manager.leaves_out(GroupExperts.name)
     for level in _levels(place):
         done = outcome.rewrites.get(level.path)
@@ -161,8 +163,8 @@ def _attempt(
             if _covered(model, level.path, done.found) & place.weights:
                 return _Attempt(done, level.path)
             missed = next((f.missed for f in done.found if f.missed), "")
-            if missed and best_progress < 0:
-                best = _Attempt(None, level.path, missed, place.source)
+            if missed:
+                met.add(level.path, Declined(missed, rank=Rank.READING))
             continue
         if left_out:
             return _Attempt(reason=f"{left_out}; without {GroupExperts.name} no other pass applies", path=level.path)
@@ -175,20 +177,20 @@ def _attempt(
             reader = Mixture(assume=hint_for(options.hints, name))
             rewrite = rewrite_block(name, module, calls[level.path], options, runtime, reader, manager)
             if not _covered(model, level.path, rewrite.found) & place.weights:
-                raise Declined("other experts of this module were recognised, these were not")
+                raise Declined("other experts of this module were recognised, these were not", rank=Rank.READING)
             install(module, rewrite.program)
         except Declined as err:
-            progress = getattr(err, "progress", -1 if isinstance(err, CaptureError) else 0)
-            if progress > best_progress:
-                best_progress = progress
-                best = _Attempt(None, level.path, err.reason, err.where or place.source)
-            best.seconds += time.perf_counter() - started
+            met.add(level.path, err)
+            spent += time.perf_counter() - started
             continue
         manager.stands(rewrite.passes)
         outcome.rewrites[level.path] = rewrite
         outcome.checks.append(rewrite.check)
         return _Attempt(rewrite, level.path, seconds=rewrite.seconds)
-    return best
+    found = met.decide()
+    if found is None:
+        return _Attempt(reason="no module around it could be probed", path=place.call.path, seconds=spent)
+    return _Attempt(None, found.module, found.reason, found.where, spent, met.others())
 
 
 def _note_passes(attempt: _Attempt, model: nn.Module, outcome: Outcome, options: Options) -> None:
@@ -196,8 +198,7 @@ def _note_passes(attempt: _Attempt, model: nn.Module, outcome: Outcome, options:
     name = attempt.path or type(model).__name__
     if attempt.rewrite is None:
         declined = PassRecord(
-            GroupExperts.name, GroupExperts.level, name, 0, attempt.reason or "no module around it could be probed",
-            attempt.seconds,
+            GroupExperts.name, GroupExperts.level, name, 0, attempt.reason, attempt.seconds,
         )  # fmt: skip
         _keep(outcome, [declined], options)
     elif not any(r.block == name for r in outcome.passes):  # a block that holds several places is noted once
@@ -276,9 +277,11 @@ def _report(
             continue
         name = attempt.path or path or type(model).__name__
         if attempt.rewrite is None:
+            name = attempt.path or type(model).__name__
             yield BlockReport(
-                name, "moe", "declined", attempt.reason or "no module around it could be probed", place.experts or None,
+                name, "moe", "declined", attempt.reason, place.experts or None,
                 source=attempt.where or place.source, seconds=attempt.seconds,
+                nearest=next((o.reason for o in attempt.others if o.rank >= Rank.FOUND), ""), obstacles=attempt.others,
             )  # fmt: skip
             continue
         found = next(f for f in attempt.rewrite.found if _covered(model, attempt.path, [f]) & place.weights)

@@ -29,6 +29,7 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, tensor_at
+from moeopt.obstacles import Obstacle, Rank, Stage
 from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, source_of
@@ -55,12 +56,18 @@ class Recognition:
     missed: str = ""
 
 
+_STAGES = (Stage.EXPERTS, Stage.FUNCTION, Stage.SUM, Stage.ROUTING, Stage.ROUTING)
+"""By how many questions were answered before the attempt failed."""
+
+
 class Uncovered(Declined):
     """Some experts were never chosen on this witness: try another before deciding.
 
     ``universe`` is how many experts there seem to be.
     """
 
+    rank = Rank.PROBE
+    stage = Stage.EXPERTS
     universe = 0
 
 
@@ -79,13 +86,14 @@ def recognize(
         assume: a user's hint, taken for the function of every expert, unfitted; verification judges it.
 
     Raises:
-        Declined: no group was recognised; the reason is that of the attempt that came furthest
-            (its ``progress`` counts the questions answered).
+        Declined: no group was recognised; the reason is that of the attempt that came furthest, and ``others`` has
+            those of all attempts.
     """
     chains = find_chains(tape, find_sites(tape))
     found: list[Recognition] = []
     best = no_experts(tape, chains)
     best_progress = -1
+    met: list[Obstacle] = []
     for group in group_chains(tape, chains):
         if any(c.out.node in r.interior or c.out.product in r.interior for c in group for r in found):
             continue
@@ -97,15 +105,21 @@ def recognize(
                 break
             except Uncovered as reason:
                 if len(members) > 1 or members[0].merged:
+                    met.append(reason.obstacle)
                     best, best_progress = reason.with_traceback(None), 10
                 break
             except Declined as reason:
-                if progress[0] > best_progress and (len(members) > 1 or members[0].merged):
-                    best, best_progress = _several_times(reason, members, chains).with_traceback(None), progress[0]
+                if len(members) > 1 or members[0].merged:
+                    said = _several_times(reason, members, chains).with_traceback(None)
+                    said.stage = _STAGES[progress[0]]
+                    met.append(said.obstacle)
+                    if progress[0] > best_progress:
+                        best, best_progress = said, progress[0]
+                    del said
     for recognition in found:
         recognition.missed = best.reason if best_progress >= 0 else ""
     if not found or isinstance(best, Uncovered):
-        best.progress = best_progress  # type: ignore[attr-defined]
+        best.others = tuple(met)
         try:
             raise best
         finally:
@@ -218,7 +232,9 @@ def _label_chain(
     """Follow the chain's rows from its in-sites to its out-sites and enter what each is into ``labels``."""
     roles = chain.roles()
     if not roles:
-        raise Declined("an expert's second matmul reads more than two earlier products", source_of(chain))
+        raise Declined(
+            "an expert's second matmul reads more than two earlier products", source_of(chain), rank=Rank.READING
+        )
     token, given = _start_rows(tape, roles, tokens, chain)
     moved = row_labels(tape, chain.mid, given, only={out.operand for out in chain.outs})
     for out in chain.outs:
@@ -249,7 +265,7 @@ def _start_rows(
     given = {}
     for role in roles:
         if not torch.equal(torch.cat([tokens.token[s] for s in role]), token):
-            raise Declined("an expert's gate and up products see different tokens", source_of(chain))
+            raise Declined("an expert's gate and up products see different tokens", source_of(chain), rank=Rank.READING)
         start = 0
         for site in role:
             count = site.matrix.numel()
@@ -379,7 +395,7 @@ def _expert(ins: list[Site], picks: list[int], out: Site, out_matrix: int) -> Ex
 def _one_function(specs: dict[object, tuple[ExpertsSpec, bool]], group: list[Chain]) -> ExpertsSpec:
     found = {spec for spec, _ in specs.values()}
     if not found:
-        raise Declined("no token reached any of its experts", source_of(group[0]))
+        raise Declined("no token reached any of its experts", source_of(group[0]), rank=Rank.PROBE)
     if len(found) > 1:
         words = " and ".join(sorted(str(s).split(";")[0] for s in found))
         raise Declined(
@@ -410,7 +426,9 @@ def _with_frontier(
     before = [n for n in tape.nodes[: last + 1] if n not in inside and n.meta.get("shape") is not None]
     if len(experts) == 1:
         raise Declined(
-            "only one of its experts could be read; all of a block's experts or none are rewritten", source_of(group[0])
+            "only one of its experts could be read; all of a block's experts or none are rewritten",
+            source_of(group[0]),
+            rank=Rank.READING,
         )
     flow = _flow(tape, combine, ins, inside)
     weights, visits = combine.weights, labels.visits()

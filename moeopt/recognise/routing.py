@@ -28,6 +28,7 @@ from torch import fx
 from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 
 Steps = list[tuple[Any, tuple[Any, ...]]]
 aten = torch.ops.aten
@@ -35,6 +36,8 @@ aten = torch.ops.aten
 
 class NoIds(Declined):
     """No tensor says which experts a token has."""
+
+    rank = Rank.READING
 
 
 @dataclass
@@ -174,6 +177,7 @@ def find_frontier(
         "(a later expert may replace the result of an earlier one); compute the weights of all tokens in one tensor "
         "before the loop, and add up the results",
         "" if ids[0].source is None else ids[0].source.meta.get("source", ""),
+        rank=Rank.READING,
     )
 
 

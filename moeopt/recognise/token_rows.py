@@ -18,6 +18,7 @@ from torch import fx
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import Site
 
 
@@ -67,11 +68,15 @@ def token_readings(tape: Tape, sites: list[Site]) -> Iterator[Tokens]:
     weighted: Tokens | None = None
     orders: list[list[bytes]] = []
     if len({w.shape[-1] for w in wanted.values()}) > 1:
-        raise Declined("the experts' first matmuls take rows of different widths", sites[0].product.meta.get("source"))
+        raise Declined(
+            "the experts' first matmuls take rows of different widths",
+            sites[0].product.meta.get("source"),
+            rank=Rank.READING,
+        )
     sources = ancestors([sites[0].operand])
     filled = [w for w in wanted.values() if w.bool().any()]
     if not filled:
-        raise Declined("no token reached its experts", sites[0].product.meta.get("source"))
+        raise Declined("no token reached its experts", sites[0].product.meta.get("source"), rank=Rank.PROBE)
     probe = filled[0][filled[0].bool().any(-1)][0]
     for node in (n for n in tape.nodes[:first] if n in sources):
         shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
@@ -102,6 +107,7 @@ def token_readings(tape: Tape, sites: list[Site]) -> Iterator[Tokens]:
         "the experts' input rows are not rows of any one tensor (slots that mix tokens, or a transformation "
         "per expert before its first matmul); only whole tokens can be dispatched",
         sites[0].product.meta.get("source"),
+        rank=Rank.READING,
     )
 
 

@@ -20,6 +20,7 @@ from moeopt.capture.op_kinds import is_factory
 from moeopt.capture.replay import descendants, replay
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 from moeopt.recognise.combine import Combine, Labels, entry_weights
 from moeopt.recognise.ffn_candidates import Chain
 from moeopt.recognise.gemm_sites import Site
@@ -192,7 +193,8 @@ def _check_with_others(
         entered = entry_weights(tape, labels, combine.node, combine.axis, values)[1]
     except (RuntimeError, IndexError) as err:
         raise Declined(
-            f"its forward does not run with other routing weights ({err}), so their place is unknown"
+            f"its forward does not run with other routing weights ({err}), so their place is unknown",
+            rank=Rank.PROBE,
         ) from err
     seen = labels.visits() > 0
     expected = want.to(entered.dtype) if place == "output" else combine.weights

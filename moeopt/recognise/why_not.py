@@ -11,6 +11,7 @@ from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 from moeopt.recognise.ffn_candidates import Chain, source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
 
@@ -44,7 +45,8 @@ def no_experts(tape: Tape, chains: list[Chain]) -> Declined:
         return reason
     return Declined(
         "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "
-        "depends on the whole batch, or weighs the hidden neurons), which the op does not carry"
+        "depends on the whole batch, or weighs the hidden neurons), which the op does not carry",
+        rank=Rank.READING,
     )
 
 
