@@ -21,6 +21,7 @@ from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_r
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call, Tape, record
 from moeopt.capture.tree import leaves_of
+from moeopt.capture.unregistered import is_registered, registered, unregistered
 from moeopt.ir.weight_refs import MatrixRef
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains
 from moeopt.recognise.gemm_sites import Site, is_computed_weight, is_weight, weight_and_operand
@@ -46,7 +47,7 @@ class Place:
 
     ``alone`` has each chain of an MoE candidate that is a dense FFN where it turns out to be no expert: a shared
     expert of the experts' own size. ``own`` is how many of the levels are the block's own: up to the innermost in
-    which something is chosen.
+    which something is chosen. ``reason`` is why nothing of it can be rewritten, where that is known already.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Place:
     weights: set[int] = field(default_factory=set)
     alone: list[Place] = field(default_factory=list)
     own: int = 0
+    reason: str = ""
 
     def own_levels(self) -> set[str]:
         """Paths of the levels that are the block's own."""
@@ -71,10 +73,18 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Raises:
         CaptureError: the model does not run on these inputs.
     """
-    tape = record(model, args, kwargs, keep_values=False)
-    sites, leaves = _light_sites(tape)
-    chains = find_chains(tape, sites, loose=True)
-    return _Finder(tape, chains, leaves).run()
+    held = unregistered(model)
+    with registered(model, held):
+        tape = record(model, args, kwargs, keep_values=False, lenient=True)
+        sites, leaves = _light_sites(tape)
+        chains = find_chains(tape, sites, loose=True)
+        places = _Finder(tape, chains, leaves).run()
+    for one in held:
+        hidden = {id(t) for t in one.tensors}
+        for place in (q for p in places for q in (p, *p.alone) if q.weights & hidden and not q.reason):
+            place.levels = [level for level in place.levels if is_registered(level.path)]
+            place.call, place.reason = place.levels[0], one.reason
+    return places
 
 
 def alike_children(module: nn.Module) -> set[nn.Module]:

@@ -17,7 +17,7 @@ def report_of(
 ) -> Report:  # fmt: skip
     """The report, with a picture of the first MoE block that was rewritten and stayed so."""
     kept = {b.name for b in blocks if b.status == "rewritten" and b.kind == "moe"}
-    graph, notes = None, []
+    graph, notes = None, [*outcome.notes]
     for path, rewrite in outcome.rewrites.items():
         name = path or type(source).__name__
         if name in kept:

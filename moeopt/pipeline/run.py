@@ -16,14 +16,12 @@ from __future__ import annotations
 import fnmatch
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from moeopt.capture.isolated_run import run_quietly
-from moeopt.capture.tape import clone_inputs
 from moeopt.errors import Declined, UsageError
 from moeopt.find.discover import Place, discover, feed_forward_lists
 from moeopt.ir.weight_refs import expert_paths, tensor_at
@@ -40,6 +38,7 @@ from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
 from moeopt.pipeline.describe import dense_reason, describe_router, read_router
 from moeopt.pipeline.dump import Dump
 from moeopt.pipeline.obstacles_met import ObstaclesMet
+from moeopt.pipeline.real_calls import real_calls
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.hints import hint_for
 from moeopt.report import BlockReport
@@ -55,7 +54,8 @@ LEVELS = 4
 class Outcome:
     """What became of a model's blocks; ``rewrites`` maps module paths to what was installed.
 
-    ``passes`` has what each pass did to each block, those that were left as they are included.
+    ``passes`` has what each pass did to each block, those that were left as they are included; ``notes`` what the
+    report's reader should know besides.
     """
 
     blocks: list[BlockReport]
@@ -64,6 +64,7 @@ class Outcome:
     calls: dict[str, Call]
     seconds: float = 0.0
     passes: list[PassRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -94,16 +95,18 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
         return Outcome(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
     places = discover(model, *call)
     moe = [p for p in places if p.kind == "moe"]
-    dense = [p for p in places if p.kind == "dense_ffn"]
+    dense = [p for p in places if p.kind == "dense_ffn" and not p.reason]
     if options.dense == "split":
         check_groups([*dense, *(a for p in moe for a in p.alone)], options)
     wanted = {c.path for p in moe for c in p.levels[:LEVELS]}
-    calls = _inputs(model, call, wanted | {p.call.path for q in (*dense, *moe) for p in (q, *q.alone)})
+    calls, changed = real_calls(model, call, wanted | {p.call.path for q in places for p in (q, *q.alone)})
+    for place in (q for p in places for q in (p, *p.alone) if q.kind == "dense_ffn"):
+        place.reason = place.reason or changed.get(place.call.path, "")
     outcome = Outcome([], [], {}, calls)
     attempts: list[tuple[Place, _Attempt]] = []
     for number, place in enumerate(moe):
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
-        attempts.append((place, _attempt(model, place, outcome, calls, options, runtime, manager)))
+        attempts.append((place, _attempt(model, place, outcome, changed, options, runtime, manager)))
         _note_passes(attempts[-1][1], model, outcome, options)
         if dump is not None:
             done = attempts[-1][1]
@@ -118,7 +121,7 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
             f"{', '.join(sorted(repr(path) for path in tried)) or 'none'}"
         )
     places = sorted([*places, *_shared(model, attempts)], key=lambda p: p.order)
-    dense = [p for p in places if p.kind == "dense_ffn"]
+    dense = [p for p in places if p.kind == "dense_ffn" and not p.reason]
     denses: dict[int, DenseOutcome] = {}
     if options.dense != "leave":
         found = rewrite_all(model, dense, calls, options, runtime, outcome.rewrites, say, manager)
@@ -149,11 +152,13 @@ def _attempt(
     model: nn.Module,
     place: Place,
     outcome: Outcome,
-    calls: dict[str, Call],
+    changed: dict[str, str],
     options: Options,
     runtime: Runtime | None,
     manager: PassManager,
 ) -> _Attempt:
+    if place.reason:
+        return _Attempt(path=place.call.path, reason=place.reason, where=place.source)
     met = ObstaclesMet(place)
     spent = 0.0
     left_out = manager.leaves_out(GroupExperts.name)
@@ -175,7 +180,9 @@ def _attempt(
         try:
             name = level.path or type(model).__name__
             reader = Mixture(assume=hint_for(options.hints, name))
-            rewrite = rewrite_block(name, module, calls[level.path], options, runtime, reader, manager)
+            if level.path in changed:
+                raise Declined(changed[level.path])
+            rewrite = rewrite_block(name, module, outcome.calls[level.path], options, runtime, reader, manager)
             if not _covered(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not", rank=Rank.READING)
             install(module, rewrite.program)
@@ -236,30 +243,6 @@ def _covered(model: nn.Module, path: str, found: list[Recognition]) -> set[int]:
     return {id(tensor_at(module, p)) for f in found for p in expert_paths(f.experts)}
 
 
-def _inputs(model: nn.Module, call: Call, paths: set[str]) -> dict[str, Call]:
-    """The first real call of each module in ``paths``."""
-    found: dict[str, Call] = {}
-    handles = []
-
-    def keep(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if path not in found:
-                found[path] = clone_inputs((tuple(args), dict(kwargs)))
-
-        return hook
-
-    for path in paths:
-        if not path.startswith("<"):
-            module = model.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(keep(path), with_kwargs=True))
-    try:
-        run_quietly(model, *call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
 def _report(
     model: nn.Module,
     places: list[Place],
@@ -303,7 +286,7 @@ def _report_dense(
     name = place.call.path or type(model).__name__
     if done is None or done.rewrite is None:
         spec = "" if call is None else function_of(model.get_submodule(place.call.path), call, place, seed)
-        reason, where = (dense_reason(place), "") if done is None else (done.reason, done.where)
+        reason, where = (place.reason or dense_reason(place), "") if done is None else (done.reason, done.where)
         return BlockReport(name, "dense_ffn", "declined", reason, source=where or place.source, spec=spec)
     found = next(f for f in done.rewrite.found if _covered(model, done.path, [f]) >= place.weights)
     return BlockReport(

@@ -40,8 +40,10 @@ class TorchBackend(Backend):
         return None
 
     def _optimize_impl(self, source: nn.Module, call: Call, options: Options, plan: None) -> Made:
-        twin = shared_copy(source)
+        shared: list[str] = []
+        twin = shared_copy(source, shared)
         outcome = run(twin, call, options)
+        outcome.notes += shared
         if options.verify != "off":
             check_gradients(twin, outcome.rewrites, outcome.calls)
         certificate = _certify(source, twin, call, outcome, options)
