@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from moeopt.rewrite.keep import Plan, make_plan
 from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason
 from moeopt.rewrite.reads import Reads, observe
 from moeopt.rewrite.replace_experts import replacement
+from moeopt.rewrite.scratch import UNSET, scratch_attributes
 from moeopt.rewrite.symbolic_shapes import generalize
 
 
@@ -57,7 +58,11 @@ class Capture:
             _same_experts(self.found, found_there)
             refuse_random(tape, module.training)
         check_experts(module, self.tapes[0], self.found)
-        self.plans = [_plan(t, f) for t, f in zip(self.tapes, self.founds, strict=True)]
+        other = witness(proto, 14, options.seed + 3, experts=len(self.found[0].experts), variant=1)
+        self.scratch = scratch_attributes(module, self.calls[1], self.tapes[1], other)
+        self.plans = [_plan(t, f, self.scratch) for t, f in zip(self.tapes, self.founds, strict=True)]
+        for plan in self.plans:  # a call that stores what was there already shows no change
+            plan.attributes = {**plan.attributes, **{k: UNSET for k in self.plans[1].attributes if k in self.scratch}}
         self.neutral = neutral_reason(module, self.tapes[0], self.found, self.plans[0])
         self.frozen = frozen_values(module, self.tapes[0], self.found, self.plans[0])
         self.signature = inspect.signature(original_forward(module))
@@ -89,7 +94,7 @@ class Capture:
         bound = self.bounds[0]
         _check_order(self.calls[0], bound.tensors())
         both = _same_in_other_mode(
-            self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader
+            self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader, self.scratch
         )
         guard = Guard(
             [_template(leaf) for leaf in tree_leaves(list(bound.values))],
@@ -151,8 +156,8 @@ def original_forward(module: nn.Module) -> Callable[..., Any]:
     return inner if inner is not None else type(module).forward.__get__(module)
 
 
-def _plan(tape: Tape, found: list[Recognition]) -> Plan:
-    return make_plan(tape, [replacement(f, i) for i, f in enumerate(found)])
+def _plan(tape: Tape, found: list[Recognition], scratch: Collection[tuple[str, str]]) -> Plan:
+    return make_plan(tape, [replacement(f, i) for i, f in enumerate(found)], scratch)
 
 
 def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
@@ -166,8 +171,9 @@ def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
 
 
 def _same_in_other_mode(
-    module: nn.Module, call: Call, here: Tape, plan: Plan, found: list[Recognition], reader: Reader
-) -> bool:
+    module: nn.Module, call: Call, here: Tape, plan: Plan, found: list[Recognition], reader: Reader,
+    scratch: Collection[tuple[str, str]],
+) -> bool:  # fmt: skip
     """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
     flags = [(m, m.training) for m in module.modules()]
     try:
@@ -178,7 +184,7 @@ def _same_in_other_mode(
         if same_computation(here, light):
             return True
         tape = record(module, *call)
-        other = _plan(tape, reader.again(tape, found))
+        other = _plan(tape, reader.again(tape, found), scratch)
         generalize([plan, other], [[tuple(t.shape) for t in _tensors(call)]] * 2)
         return True
     except Declined:

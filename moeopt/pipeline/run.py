@@ -44,6 +44,7 @@ from moeopt.recognise.hints import hint_for
 from moeopt.report import BlockReport
 from moeopt.rewrite.install import install
 from moeopt.rewrite.legality import absent_reason
+from moeopt.rewrite.scratch import UNSET, read_outside
 from moeopt.verification.block import BlockCheck
 
 LEVELS = 4
@@ -106,7 +107,7 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
     attempts: list[tuple[Place, _Attempt]] = []
     for number, place in enumerate(moe):
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
-        attempts.append((place, _attempt(model, place, outcome, changed, options, runtime, manager)))
+        attempts.append((place, _attempt(model, call, place, outcome, changed, options, runtime, manager)))
         _note_passes(attempts[-1][1], model, outcome, options)
         if dump is not None:
             done = attempts[-1][1]
@@ -150,6 +151,7 @@ def _without_values(model: nn.Module, reason: str) -> Iterator[BlockReport]:
 
 def _attempt(
     model: nn.Module,
+    call: Call,
     place: Place,
     outcome: Outcome,
     changed: dict[str, str],
@@ -185,6 +187,7 @@ def _attempt(
             rewrite = rewrite_block(name, module, outcome.calls[level.path], options, runtime, reader, manager)
             if not _covered(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not", rank=Rank.READING)
+            _refuse_outside_readers(model, call, level.path, rewrite)
             install(module, rewrite.program)
         except Declined as err:
             met.add(level.path, err)
@@ -198,6 +201,16 @@ def _attempt(
     if found is None:
         return _Attempt(reason="no module around it could be probed", path=place.call.path, seconds=spent)
     return _Attempt(None, found.module, found.reason, found.where, spent, met.others())
+
+
+def _refuse_outside_readers(model: nn.Module, call: Call, path: str, rewrite: Rewrite) -> None:
+    keys = [key for key, value in rewrite.program.block.attributes.items() if value is UNSET]
+    if keys and path and read_outside(model, call, path, keys):
+        names = ", ".join(".".join(filter(None, key)) for key in keys)
+        raise Declined(
+            f"its forward stores Python values ({names}) that code outside reads, and a graph computes tensors only; "
+            "store a tensor, or return the value"
+        )
 
 
 def _note_passes(attempt: _Attempt, model: nn.Module, outcome: Outcome, options: Options) -> None:

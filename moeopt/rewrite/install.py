@@ -31,6 +31,7 @@ from moeopt.rewrite.call_guard import OPAQUE, TENSOR, Bound, Guard, bind, overla
 from moeopt.rewrite.live_weights import LiveBank, Stale
 from moeopt.rewrite.module_guard import Fact, Watch, take_facts
 from moeopt.rewrite.reads import Reads
+from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
 
 __all__ = ["OPAQUE", "TENSOR", "Guard", "Program", "RewrittenForward", "bind", "install", "uninstall"]
@@ -220,7 +221,11 @@ class RewrittenForward:
             with torch.no_grad():
                 target.copy_(value)
         for (path, name), value in block.attributes.items():
-            setattr(self.module.get_submodule(path), name, tree_map(Slot, fill, value))
+            home = self.module.get_submodule(path)
+            if value is not UNSET:
+                setattr(home, name, tree_map(Slot, fill, value))
+            elif name in home.__dict__:
+                delattr(home, name)
         return tree_map(Slot, fill, block.output)
 
     def _fall_back(self, refusal: str, args: Any, kwargs: Any) -> Any:

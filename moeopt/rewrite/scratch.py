@@ -1,0 +1,105 @@
+"""Attributes that a forward writes before it reads them: notes to itself within one call, and no state.
+
+Rewritten code does not repeat the Python that made such a value (``self.sizes = counts.tolist()``); it takes the
+attribute away, so that whoever reads it from outside gets an ``AttributeError`` and no value of another call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moeopt.capture.isolated_run import run_quietly, undone
+from moeopt.capture.same_graph import same_computation
+from moeopt.capture.tape import Tape, clone_inputs, record
+from moeopt.capture.tree import tree_leaves
+from moeopt.errors import CaptureError
+
+Key = tuple[str, str]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Unset(enum.Enum):
+    """In the place of a stored value: the attribute is taken away."""
+
+    UNSET = "unset"
+
+
+UNSET = Unset.UNSET
+
+
+def storable(value: Any) -> bool:
+    """True for what rewritten code can store as the original did: tensors and dtypes, in any containers."""
+    leaves = list(tree_leaves(value))
+    return bool(leaves) and all(isinstance(v, (fx.Node, torch.dtype)) for v in leaves)
+
+
+def scratch_attributes(module: nn.Module, call: Call, tape: Tape, other: Call) -> frozenset[Key]:
+    """(module path, attribute) of each Python value that the forward stores and that no later call reads.
+
+    With the attribute absent, and with what the call ``other`` stored in it, the module must compute the same, line by
+    line, as ``tape`` says of ``call``. ``other`` has other tokens, as many.
+    """
+    stored = {k for k, v in tape.attributes.items() if k not in tape.in_place and not storable(v)}
+    if not stored or _same_without(module, call, tape, other, stored):
+        return frozenset(stored)
+    return frozenset(key for key in stored if _same_without(module, call, tape, other, {key}))
+
+
+def _same_without(module: nn.Module, call: Call, tape: Tape, other: Call, keys: Collection[Key]) -> bool:
+    try:
+        with _without(module, keys):
+            if not same_computation(tape, record(module, *call, keep_values=False), keys):
+                return False
+            with undone(module) as watched:
+                with watched:
+                    args, kwargs = clone_inputs(other)
+                    module(*args, **kwargs)
+                return same_computation(tape, record(module, *call, keep_values=False), keys)
+    except Exception:  # it reads what is not there
+        return False
+
+
+@contextlib.contextmanager
+def _without(module: nn.Module, keys: Collection[Key]) -> Iterator[None]:
+    held = {}
+    for path, name in keys:
+        attributes = module.get_submodule(path).__dict__
+        if name in attributes:
+            held[path, name] = attributes.pop(name)
+    try:
+        yield
+    finally:
+        for (path, name), value in held.items():
+            module.get_submodule(path).__dict__[name] = value
+
+
+def read_outside(model: nn.Module, call: Call, path: str, keys: Collection[Key]) -> bool:
+    """Whether the rest of ``model`` reads attributes that the module at ``path`` has stored."""
+    module = model.get_submodule(path)
+
+    def forget(*args: Any) -> None:
+        for inner, name in keys:
+            module.get_submodule(inner).__dict__.pop(name, None)
+
+    want = run_quietly(model, *call)
+    handle = module.register_forward_hook(forget)
+    try:
+        got = run_quietly(model, *call)
+    except CaptureError:
+        return True
+    finally:
+        handle.remove()
+    pairs = zip(tree_leaves(want), tree_leaves(got), strict=True)
+    return not all(_equal(a, b) for a, b in pairs)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    return type(a) is type(b)
