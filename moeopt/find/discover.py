@@ -40,6 +40,9 @@ _ROUTES = (
     "softmax",
 )
 
+_SHAPED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "_local_scalar_dense")
+_GATES = ("_softmax", "softmax", "sigmoid", "topk")
+
 
 @dataclass
 class Place:
@@ -47,7 +50,8 @@ class Place:
 
     ``alone`` has each chain of an MoE candidate that is a dense FFN where it turns out to be no expert: a shared
     expert of the experts' own size. ``own`` is how many of the levels are the block's own: up to the innermost in
-    which something is chosen. ``reason`` is why nothing of it can be rewritten, where that is known already.
+    which something is chosen. ``reason`` is why nothing of it can be rewritten, where that is known already;
+    ``steered`` whether its Python depends on the values of tensors.
     """
 
     kind: str
@@ -61,6 +65,7 @@ class Place:
     alone: list[Place] = field(default_factory=list)
     own: int = 0
     reason: str = ""
+    steered: bool = False
 
     def own_levels(self) -> set[str]:
         """Paths of the levels that are the block's own."""
@@ -223,6 +228,7 @@ class _Finder:
         places = [p for p in places if not self._holds_a_deeper_one(p, places)]
         places += self._by_structure(places)
         places += self._by_stacks(places)
+        places += self._by_gate(places)
         places = [p for i, p in enumerate(places) if not any(_same_experts(p, q) for q in places[:i])]
         self._mark_own_levels(places)
         return sorted(places, key=lambda p: p.order)
@@ -233,6 +239,10 @@ class _Finder:
         for place in places:
             holds = (bisect(chosen, c.last - 1) > bisect(chosen, c.first - 1) for c in place.levels)
             place.own = next((i + 1 for i, found in enumerate(holds) if found), len(place.levels))
+            whole = place.levels[max(place.own, 1) - 1]
+            inside = self.tape.nodes[whole.first : whole.last]
+            reads = (whole.index in self.tape.stack(r.call) for r in self.tape.reads)
+            place.steered = any(op_name(n) in _SHAPED_BY_VALUES for n in inside) or any(reads)
 
     def _picked(self, free: Iterable[Chain]) -> list[list[Chain]]:
         """Chains that read rows picked by an index, and whose Parameters are named alike but for a number:
@@ -308,6 +318,47 @@ class _Finder:
             known |= set(map(id, stacks))
             found.append(self._unread(call, call.first, experts, set(map(id, stacks))))
         return found
+
+    def _by_gate(self, places: list[Place]) -> list[Place]:
+        """Calls that choose among, or weigh, as many things as they run alike modules side by side that are more than
+        one matrix each, or as convolutions have groups: mixtures of other layers than products."""
+        found: list[Place] = []
+        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
+        convolutions: dict[int, list[fx.Node]] = {}
+        gates: dict[int, list[fx.Node]] = {}
+        for node in self.tape.nodes:
+            if op_name(node) in _GATES:
+                gates.setdefault(node.meta["call"], []).append(node)
+            elif op_name(node) == "convolution" and node.args[8] != 1 and node.args[1].meta["shape"][1] > 1:  # type: ignore[union-attr]
+                home = self.tape.call_of(node)
+                convolutions.setdefault(home.index if home.parent is None else home.parent, []).append(node)
+        children: dict[int, list[Call]] = {}
+        for call in self.tape.calls:
+            if call.parent is not None:
+                children.setdefault(call.parent, []).append(call)
+        for call in reversed(self.tape.calls) if gates else ():
+            own = children.get(call.index, [])
+            near = [n for c in (call, *own) for n in gates.get(c.index, [])]
+            if call.index in taken or not near:
+                continue
+            alike, groups = alike_children(call.module), convolutions.get(call.index, [])
+            ran = [c for c in own if c.module in alike and _layers(c.module) > 1]
+            widths = {_gate_width(n) for n in near if self.tape.call_of(n).module not in alike}
+            choices = {_gate_width(n) for n in near if op_name(n) != "sigmoid"}
+            if len({id(c.module) for c in ran}) in widths - {0, 1} and not self._sequential(ran):
+                weights = {id(p) for c in ran for p in c.module.parameters()}
+                found.append(self._unread(call, ran[0].first, len(ran), weights))
+            elif len(groups) > 1 and groups[0].args[8] in choices:
+                weights = {id(self.named[p]) for p in map(self._path, groups) if p in self.named}
+                found.append(self._unread(call, groups[0].meta["index"], int(groups[0].args[8]), weights))  # type: ignore[arg-type]
+            else:
+                continue
+            taken |= set(self.tape.stack(call.index))
+        return found
+
+    def _path(self, convolution: fx.Node) -> str:
+        weight = convolution.args[1]
+        return _leaf(self.tape, weight)[0] if isinstance(weight, fx.Node) else ""
 
     def _unread(self, call: Call, first: int, experts: int, weights: set[int]) -> Place:
         """A place without chains, whose experts run from node ``first`` on."""
@@ -404,6 +455,16 @@ class _Finder:
         gated = len(chain.ins) == 2 or inner.m == 2 * outer.k
         shared = any(index in self.tape.stack(self.home[chain]) for index in blocks)
         return gated or shared or outer.k >= inner.k
+
+
+def _gate_width(node: fx.Node) -> int:
+    """Over how many things a softmax, sigmoid or top-k is."""
+    shape = node.args[0].meta.get("shape") if isinstance(node.args[0], fx.Node) else None
+    return int(shape[-1]) if shape else 0
+
+
+def _layers(module: nn.Module) -> int:
+    return sum(p.dim() > 1 for p in module.parameters())
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

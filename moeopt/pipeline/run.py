@@ -56,7 +56,7 @@ class Outcome:
     """What became of a model's blocks; ``rewrites`` maps module paths to what was installed.
 
     ``passes`` has what each pass did to each block, those that were left as they are included; ``notes`` what the
-    report's reader should know besides.
+    report's reader should know besides; ``steered`` names declined blocks whose Python depends on values of tensors.
     """
 
     blocks: list[BlockReport]
@@ -66,6 +66,7 @@ class Outcome:
     seconds: float = 0.0
     passes: list[PassRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    steered: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -274,6 +275,7 @@ def _report(
         name = attempt.path or path or type(model).__name__
         if attempt.rewrite is None:
             name = attempt.path or type(model).__name__
+            outcome.steered += [name] if place.steered else []
             yield BlockReport(
                 name, "moe", "declined", attempt.reason, place.experts or None,
                 source=attempt.where or place.source, seconds=attempt.seconds,

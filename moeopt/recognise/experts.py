@@ -34,7 +34,8 @@ from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, source_of
 from moeopt.recognise.gemm_sites import Site, find_sites
-from moeopt.recognise.routing import Frontier, NoIds, Table, find_frontier, one_beyond
+from moeopt.recognise.named_obstacles import certain_obstacle
+from moeopt.recognise.routing import FixedShares, Frontier, NoIds, Table, find_frontier, one_beyond
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.recognise.weight_place import Place, weight_place
 from moeopt.recognise.why_not import no_experts
@@ -119,6 +120,8 @@ def recognize(
     for recognition in found:
         recognition.missed = best.reason if best_progress >= 0 else ""
     if not found or isinstance(best, Uncovered):
+        if best.rank == Rank.READING and (named := certain_obstacle(tape)) is not None:
+            best = named
         best.others = tuple(met)
         try:
             raise best
@@ -449,7 +452,12 @@ def _with_frontier(
         _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
         place = weight_place(tape, reading, table, tokens, labels, combine, group)
 
-    frontier = find_frontier(tape, dispatch, table, _weight_dtype(tape, group), again, accept)
+    try:
+        frontier = find_frontier(tape, dispatch, table, _weight_dtype(tape, group), again, accept)
+    except FixedShares as err:
+        if tokens.node.op == "placeholder":  # the slots are filled outside: what fills them may dispatch by ids
+            err.rank = Rank.READING
+        raise
     progress[0] = 4
     ids = frontier.ids.run(tape) if frontier.ids is not None else None
     if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):

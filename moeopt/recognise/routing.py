@@ -40,6 +40,10 @@ class NoIds(Declined):
     rank = Rank.READING
 
 
+class FixedShares(Declined):
+    """Each expert reads its own part of the rows, whatever the router says."""
+
+
 @dataclass
 class Frontier:
     """How to build ids (T, K) and weights (T, K) from nodes of the tape.
@@ -163,7 +167,7 @@ def find_frontier(
         turns = int((order.diff() < 0).sum()) + 1  # once through the experts for each sequence of the batch
         in_blocks = len(order) % turns == 0 and bool((order.view(turns, -1) == order.view(turns, -1)[0]).all())
         if in_blocks and bool((seen == 1).all()) and bool((taken == taken[0]).all()):
-            raise Declined(
+            raise FixedShares(
                 "every expert reads its own fixed share of the rows (slots that mix tokens, as in soft MoE, or a "
                 "slice of the batch), so no tensor before the experts holds the expert ids of each token: the op "
                 "dispatches whole tokens by id"
@@ -171,6 +175,13 @@ def find_frontier(
         raise NoIds(
             "no tensor before the experts holds the expert ids of each token (as integers, a one-hot mask or a "
             "dense table of weights); return the router's top-k as tensors that the dispatch reads"
+        )
+    if not bool((rebuilt(ids[1], torch.ones_like(ids[1]), ids[2], table.visits.shape[1]) <= table.visits).all()):
+        raise Declined(
+            "its experts leave out tokens that the router gave them (a capacity that keeps the first so many), so that "
+            "a token's result depends on the tokens before it; set the weights of such tokens to 0 in the tensor of "
+            "all tokens' weights, or raise the capacity until no token is left out",
+            "" if ids[0].source is None else ids[0].source.meta.get("source", ""),
         )
     raise Declined(
         "the expert ids were found, but no tensor holds the routing weights that the experts are multiplied by "

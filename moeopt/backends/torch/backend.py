@@ -24,7 +24,7 @@ from moeopt.lower.export import export_program
 from moeopt.ops.native.library import missing
 from moeopt.options import Options
 from moeopt.pipeline.check_gradients import check_gradients
-from moeopt.pipeline.report_of import report_of
+from moeopt.pipeline.report_of import how_to_save, report_of
 from moeopt.pipeline.run import Outcome, run
 from moeopt.rewrite.install import install, uninstall
 from moeopt.verification.certificate import Certificate
@@ -43,7 +43,7 @@ class TorchBackend(Backend):
         shared: list[str] = []
         twin = shared_copy(source, shared)
         outcome = run(twin, call, options)
-        outcome.notes += shared
+        outcome.notes += [*shared, *how_to_save(outcome)]
         if options.verify != "off":
             check_gradients(twin, outcome.rewrites, outcome.calls)
         certificate = _certify(source, twin, call, outcome, options)
