@@ -229,6 +229,7 @@ class _Finder:
         places += self._by_structure(places)
         places += self._by_stacks(places)
         places += self._by_gate(places)
+        places += self._by_tables(places)
         places = [p for i, p in enumerate(places) if not any(_same_experts(p, q) for q in places[:i])]
         self._mark_own_levels(places)
         return sorted(places, key=lambda p: p.order)
@@ -354,6 +355,25 @@ class _Finder:
             else:
                 continue
             taken |= set(self.tape.stack(call.index))
+        return found
+
+    def _by_tables(self, places: list[Place]) -> list[Place]:
+        """Calls that look up the same top-k ids in two tables: experts of one neuron each."""
+        lookups: dict[Any, list[fx.Node]] = {}
+        for node in self.tape.nodes:
+            if op_name(node) == "embedding" and len(node.meta["shape"]) > 2 and node.args[0].op == "get_attr":  # type: ignore[union-attr]
+                lookups.setdefault(node.args[1], []).append(node)
+        found = []
+        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
+        for ids, nodes in lookups.items():
+            if len({n.args[0] for n in nodes}) < 2 or not any(op_name(n) == "topk" for n in ancestors([ids])):
+                continue
+            home = self.tape.call_of(nodes[0])
+            call = home if home.parent is None else self.tape.calls[home.parent]
+            if call.index not in taken:
+                paths = [_leaf(self.tape, n)[0] for n in nodes]
+                weights = {id(self.named[p]) for p in paths if p in self.named}
+                found.append(self._unread(call, nodes[0].meta["index"], nodes[0].args[0].meta["shape"][0], weights))  # type: ignore[union-attr]
         return found
 
     def _path(self, convolution: fx.Node) -> str:

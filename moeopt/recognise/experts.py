@@ -34,7 +34,7 @@ from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, source_of
 from moeopt.recognise.gemm_sites import Site, find_sites
-from moeopt.recognise.named_obstacles import certain_obstacle
+from moeopt.recognise.named_obstacles import certain_obstacle, single_neurons
 from moeopt.recognise.routing import FixedShares, Frontier, NoIds, Table, find_frontier, one_beyond
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.recognise.weight_place import Place, weight_place
@@ -120,8 +120,8 @@ def recognize(
     for recognition in found:
         recognition.missed = best.reason if best_progress >= 0 else ""
     if not found or isinstance(best, Uncovered):
-        if best.rank == Rank.READING and (named := certain_obstacle(tape)) is not None:
-            best = named
+        named = single_neurons(tape) or (certain_obstacle(tape) if best.rank == Rank.READING else None)
+        best, named = named or best, None
         best.others = tuple(met)
         try:
             raise best

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name
+from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Tape
+from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.recognise.gemm_sites import weight_and_operand
 
@@ -26,7 +27,7 @@ _CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthval
 
 def named_obstacle(tape: Tape) -> Declined | None:
     """The first that is there: computed weights, values outside PyTorch, branches, then what is inside the experts."""
-    for look in (_computed_weights, left_pytorch, branches, _between_products, _single_neurons):
+    for look in (_computed_weights, left_pytorch, branches, _between_products, single_neurons):
         found = look(tape)
         if found is not None:
             return found
@@ -35,7 +36,24 @@ def named_obstacle(tape: Tape) -> Declined | None:
 
 def certain_obstacle(tape: Tape) -> Declined | None:
     """One that is true whatever else the block does."""
-    return left_pytorch(tape) or branches(tape) or mixed_kernels(tape)
+    return left_pytorch(tape) or branches(tape) or mixed_kernels(tape) or _unequal_experts(tape)
+
+
+def _unequal_experts(tape: Tape) -> Declined | None:
+    """Modules of one list that ran on rows picked for them, of one structure and several sizes."""
+    for home in tape.root.modules():
+        if not isinstance(home, (nn.ModuleList, nn.ModuleDict)) or len(home) < 2:
+            continue
+        own = set(home.children())
+        ran = [c for c in tape.calls if c.module in own and any(picks_rows(a) for a in leaves_of(fx.Node, c.args))]
+        sizes = {tuple(tuple(p.shape) for p in c.module.parameters()) for c in ran}
+        if len(sizes) > 1 and len({tuple(len(shape) for shape in one) for one in sizes}) == 1:
+            return Declined(
+                f"its experts have different shapes ({' and '.join(sorted(map(str, sizes))[:2])}); give all the same "
+                "sizes (a smaller one can be filled up with zeros)",
+                tape.nodes[ran[0].first].meta.get("source", ""),
+            )
+    return None
 
 
 def _alike(root: nn.Module) -> set[nn.Module]:
@@ -188,7 +206,7 @@ def _expert_products(tape: Tape) -> Iterator[fx.Node]:
             yield node
 
 
-def _single_neurons(tape: Tape) -> Declined | None:
+def single_neurons(tape: Tape) -> Declined | None:
     """Rows of a table, picked by the router for each token, that are multiplied with it: experts of one neuron."""
     picked = [n for n in tape.nodes if op_name(n) == "embedding" and _is_table(n.args[0])]
     picked = [n for n in picked if any(op_name(a) in _CHOICES for a in ancestors([n.args[1]]))]  # type: ignore[list-item]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -154,6 +155,13 @@ def find_frontier(
             raise refused
         finally:
             del refused
+    if (chosen := _left_out(tape, before, table)) is not None:
+        raise Declined(
+            "its experts leave out tokens that the router gave them (a capacity that keeps the first so many), so that "
+            "a token's result depends on the tokens before it; set the weights of such tokens to 0 in the tensor of "
+            "all tokens' weights, or raise the capacity until no token is left out",
+            chosen.meta.get("source", ""),
+        )
     ids = next(_id_recipes(tape, before, table), None)
     if ids is None:
         seen, taken = table.visits.sum(1), table.visits.sum(0)
@@ -176,13 +184,6 @@ def find_frontier(
             "no tensor before the experts holds the expert ids of each token (as integers, a one-hot mask or a "
             "dense table of weights); return the router's top-k as tensors that the dispatch reads"
         )
-    if not bool((rebuilt(ids[1], torch.ones_like(ids[1]), ids[2], table.visits.shape[1]) <= table.visits).all()):
-        raise Declined(
-            "its experts leave out tokens that the router gave them (a capacity that keeps the first so many), so that "
-            "a token's result depends on the tokens before it; set the weights of such tokens to 0 in the tensor of "
-            "all tokens' weights, or raise the capacity until no token is left out",
-            "" if ids[0].source is None else ids[0].source.meta.get("source", ""),
-        )
     raise Declined(
         "the expert ids were found, but no tensor holds the routing weights that the experts are multiplied by "
         "(a later expert may replace the result of an earlier one); compute the weights of all tokens in one tensor "
@@ -190,6 +191,25 @@ def find_frontier(
         "" if ids[0].source is None else ids[0].source.meta.get("source", ""),
         rank=Rank.READING,
     )
+
+
+def _left_out(tape: Tape, before: list[fx.Node], table: Table) -> fx.Node | None:
+    """The tensor of a choice that names every visit, and pairs of token and expert that were none."""
+    tokens, chains = table.visits.shape
+    seen = (table.visits > 0)[:, torch.tensor(table.natural)]
+    for node in before:
+        source = node.args[0] if node.target is operator.getitem else node
+        chosen = isinstance(source, fx.Node) and op_name(source) in ("topk", "sort", "argsort", "argmax")
+        size = math.prod(node.meta.get("shape") or ())
+        if not chosen or node.meta["dtype"] != torch.int64 or not size or size % tokens or size >= tokens * chains:
+            continue
+        for steps in _orders(node.meta["shape"], tokens, size // tokens):
+            ids = Recipe(node, steps).run(tape)
+            if int(ids.max()) < chains:
+                named = torch.zeros(tokens, chains, dtype=torch.bool).scatter_(1, ids, True)
+                if bool((named | ~seen).all()) and bool((named & ~seen).any()):
+                    return node
+    return None
 
 
 def _search(

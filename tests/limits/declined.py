@@ -22,7 +22,7 @@ ZOO = {
         "declined_random_second_expert": "its forward is random at inference (rand_like at",
     },
     "Weights other than plain float tensors as they are stored": {
-        "strange_weight_norm": "not element-wise on each token's row",
+        "strange_weight_norm": "its experts' weights are computed at each call (_WeightNorm on ",
         "strange_pruning_mask": "its experts' weights are computed at each call",
         "strange_lora": "the experts' outputs are not combined by a weighted sum per token",
         "strange_int8": "its experts' weights are computed at each call",
@@ -30,7 +30,7 @@ ZOO = {
     "Experts beyond two products with an element-wise function between": {
         "strange_layernorm_inside": "the experts' input rows are not rows of any one tensor",
         "strange_residual_inside": "tokens that no expert serves keep another value",
-        "declined_attention_experts": "mixes rows",
+        "declined_attention_experts": "or mix their tokens by it",
         "strange_batch_statistics": "depends on the whole batch",
         "strange_three_layers": "the experts' outputs are not combined by a weighted sum per token",
     },
@@ -39,8 +39,8 @@ ZOO = {
         "act_prelu_per_expert": "(_prelu_kernel) is none that the op carries",
     },
     "Experts of one matrix or of single neurons": {
-        "strange_single_linear": "between its experts' matmuls stands something",
-        "strange_product_keys": "between the expert's two matmuls (unsqueeze, permute) is none that the op carries",
+        "strange_single_linear": "each of its experts is one matrix",
+        "strange_product_keys": "its experts are single neurons",
     },
     "Experts of one block that differ": {
         "odd_different_inner_sizes": "its experts have different shapes",
@@ -259,6 +259,35 @@ def stored(_):
         (set(), lambda bag, g: bag.add(len(g))),
     ):
         declines(lambda bag=bag, put=put: Bag(bag, put), "its forward changes the contents of the Python attribute bag")
+
+
+class Unregistered(Block):
+    def __init__(self):
+        super().__init__()
+        experts = list(self.experts)
+        del self.experts
+        self.__dict__["experts"] = experts
+
+
+class PlainTensors(Block):
+    def __init__(self):
+        super().__init__()
+        del self.experts
+        self.w1, self.w2 = [seeded(H, H) for _ in range(4)], [seeded(H, H, seed=6) for _ in range(4)]
+        self.experts = [lambda x, e=e: (x @ self.w1[e]).relu() @ self.w2[e] for e in range(4)]
+
+
+@limit("Experts in plain Python lists")
+def unregistered(_):
+    declines(Unregistered, "its weights are in a plain Python list (self.experts of Unregistered)")
+    declines(PlainTensors, "its weights are in a plain Python list (self.w")
+
+
+@limit("Recurrent experts, convolutions that every token mixes, one grouped convolution as all experts")
+def other_layers(_):
+    zoo_declines("declined_recurrent_experts", "its experts are recurrent (LSTM at experts.0)")
+    zoo_declines("declined_conv3_experts", "it computes convolutions of 3")
+    zoo_declines("dense_grouped_conv", "groups; the op multiplies each token's row by a matrix")
 
 
 @limit("TorchScript models")
