@@ -285,7 +285,7 @@ def unregistered(_):
 
 @limit("Recurrent experts, convolutions that every token mixes, one grouped convolution as all experts")
 def other_layers(_):
-    zoo_declines("declined_recurrent_experts", "its experts are recurrent (LSTM at experts.0)")
+    zoo_declines("declined_recurrent_experts", "its experts are recurrent (LSTM at experts.0.rnn)")
     zoo_declines("declined_conv3_experts", "it computes convolutions of 3")
     zoo_declines("dense_grouped_conv", "groups; the op multiplies each token's row by a matrix")
 
