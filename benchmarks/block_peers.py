@@ -68,11 +68,11 @@ def _lowering(name: str, module: Any, K: int) -> Call:
     from moeopt.backends.onnxrt.lowerings import LOWERINGS
     from moeopt.backends.onnxrt.plan import session_of
     from moeopt.ir.specs import ExpertsSpec
-    from moeopt.lower.onnx.site import Site
-    from moeopt.ops import StackedBank
+    from moeopt.lower.onnx.experts_node import ExpertsNode
+    from moeopt.ops import StackedExpertWeights
 
-    bank = StackedBank([module.gate_up_proj.detach()], module.down_proj.detach())
-    site = Site("block", bank, ExpertsSpec(), torch.float32, K, torch.float32)
+    bank = StackedExpertWeights([module.gate_up_proj.detach()], module.down_proj.detach())
+    site = ExpertsNode("block", bank, ExpertsSpec(), torch.float32, K, torch.float32)
     lowering = next(lowering for lowering in LOWERINGS if lowering.name == name)
     if refusal := lowering.refuses(site, "cpu"):
         raise ValueError(refusal)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import StackedBank, experts
+from moeopt.ops import StackedExpertWeights, experts
 
 BLOCKS = {"mixtral-small": (8, 2, 1024, 3584), "qwen3-30b": (128, 8, 2048, 768)}
 TOKENS = (1, 4, 16, 64, 128, 512)
@@ -50,7 +50,7 @@ def transformers_experts(E: int, K: int, H: int, I: int, dtype: torch.dtype) -> 
 
 
 def peers_of(module: torch.nn.Module, compiled: bool) -> dict[str, Callable[..., Tensor]]:
-    bank, spec = StackedBank([module.gate_up_proj.detach()], module.down_proj.detach()), ExpertsSpec()
+    bank, spec = StackedExpertWeights([module.gate_up_proj.detach()], module.down_proj.detach()), ExpertsSpec()
 
     def library(name: str) -> Callable[..., Tensor]:
         def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.blocks import BLOCKS, RESULTS, TOKENS, peers_of, transformers_experts
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import StackedBank
+from moeopt.ops import StackedExpertWeights
 from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.measured import cpu_model
 
@@ -38,7 +38,7 @@ FLUSH = 64 << 20
 
 def peers(module: torch.nn.Module, K: int, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
     found = peers_of(module, compiled=False)
-    bank = StackedBank([module.gate_up_proj.detach()], module.down_proj.detach())
+    bank = StackedExpertWeights([module.gate_up_proj.detach()], module.down_proj.detach())
     found["torch kernel"] = lambda x, ids, weights: experts_cpu(x, ids, weights, bank, ExpertsSpec())
     if dtype == torch.float32:
         try:

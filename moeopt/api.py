@@ -96,7 +96,7 @@ def load(
             bundle's files.
 
     An ONNX Runtime bundle that was built for a provider which this machine lacks (``target=``) loads, and raises
-    ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its portable form. A TensorRT bundle does so
+    ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its CPU fallback graph. A TensorRT bundle does so
     where there is no such GPU, or another version of TensorRT; "nv_tensorrt_rtx" or "tensorrt" as ``device`` run its
     ONNX form through that provider of ONNX Runtime.
 
@@ -146,7 +146,7 @@ def verify(
     runner, executed = backend.runner(subject.model)
     args, kwargs = backend.comparable(runner, subject._call if inputs is None else as_call(inputs))
     noise = backend.noisy(original, [block.name for block in subject.report.rewritten])
-    ties = backend.told_from_ties(original, runner, (args, kwargs), noise, subject._built)
+    ties = backend.tie_comparison(original, runner, (args, kwargs), noise, subject._built)
     end = end_to_end(original, runner, args, kwargs, noise_blocks=noise, otherwise=ties)
     before = subject.certificate
     return Certificate(end_to_end=end, executed=executed, dtype=before.dtype, device=before.device)

@@ -43,7 +43,7 @@ class Declined(MoeoptError):
 
 
 class CaptureError(Declined):
-    """A module could not be run or recorded by the witness trace."""
+    """A module could not be run or recorded by the trace."""
 
     rank = Rank.PROBE
     stage = Stage.RUN

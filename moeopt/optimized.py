@@ -10,7 +10,7 @@ from typing import Any
 from moeopt.backends import registry
 from moeopt.backends.base import Made
 from moeopt.errors import UsageError
-from moeopt.find.example_inputs import Call
+from moeopt.find.example_inputs import ArgsKwargs
 
 
 class Optimized:
@@ -26,7 +26,7 @@ class Optimized:
     Any other attribute is the model's own.
     """
 
-    def __init__(self, made: Made, call: Call) -> None:
+    def __init__(self, made: Made, call: ArgsKwargs) -> None:
         self.model, self.report, self.certificate = made.model, made.report, made.certificate
         self._call, self._source, self._built = call, made.source, made.built
 

@@ -34,7 +34,7 @@ import torch
 from moeopt.errors import UsageError
 
 Verify = Literal["strict", "fast", "off"]
-Dense = Literal["leave", "fuse", "split"]
+DenseMode = Literal["leave", "fuse", "split"]
 _CHOICES: dict[str, tuple[str, ...]] = {"verify": ("strict", "fast", "off"), "dense": ("leave", "fuse", "split")}
 
 
@@ -126,7 +126,7 @@ class Options:
         target: the device an engine is built for when it is not this machine's, as the backend names it.
         profile: the sizes that a TensorRT engine is built for: a mapping of an input's name to its least, best and
             largest shape, or several such mappings; None means from 1 to four times the example's.
-        tf32: let a TensorRT engine round the inputs of float32 products to TF32.
+        tf32: let a TensorRT engine round the inputs of float32 matmuls to TF32.
         timing_cache: a file in which TensorRT keeps what it measured, for the next build.
         build_seconds: after which a TensorRT builder is stopped.
         build_gigabytes: of memory after which it is stopped; None means what is free on this machine.
@@ -150,7 +150,7 @@ class Options:
     verify: Verify = field(default_factory=lambda: _env("MOEOPT_VERIFY", "strict", str, "a level"))
     tune: bool = False
     tokens: tuple[int, ...] | None = None
-    dense: Dense = "leave"
+    dense: DenseMode = "leave"
     experts: int | None = None
     groups: Any = field(default=None, hash=False)
     target: str | None = None

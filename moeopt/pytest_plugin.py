@@ -87,24 +87,24 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 @pytest.hookimpl(tryfirst=True)  # so that -k and -m see the tests that it adds
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     for given in config.getoption("--moeopt-bundle"):
-        bundle = Bundle.from_parent(session, name=str(given), nodeid=str(given))
+        bundle = BundleCollector.from_parent(session, name=str(given), nodeid=str(given))
         bundle.directory = config.invocation_params.dir / given
         items.extend(bundle.collect())
 
 
-class Bundle(pytest.Collector):
+class BundleCollector(pytest.Collector):
     """One ``--moeopt-bundle``: a test for each provider."""
 
     directory: Path
 
-    def collect(self) -> Iterator[GoldenCheck]:
+    def collect(self) -> Iterator[GoldenItem]:
         for provider in _provider_names(self.directory):
-            item = GoldenCheck.from_parent(self, name=f"golden[{provider}]")
+            item = GoldenItem.from_parent(self, name=f"golden[{provider}]")
             item.directory, item.provider = self.directory, provider
             yield item
 
 
-class GoldenCheck(pytest.Item):
+class GoldenItem(pytest.Item):
     """The golden check of a bundle on one provider."""
 
     directory: Path

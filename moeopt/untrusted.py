@@ -48,12 +48,12 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
-def read_bytes(path: Path, most: int = MAX_JSON) -> bytes:
-    """The content of a regular file of at most ``most`` bytes; ``BundleError`` otherwise."""
+def read_bytes(path: Path, max_size: int = MAX_JSON) -> bytes:
+    """The content of a regular file of at most ``max_size`` bytes; ``BundleError`` otherwise."""
     with open(open_regular(path), "rb") as file:
-        blob = file.read(most + 1)
-    if len(blob) > most:
-        raise BundleError(f"{path}: it has more than {most} bytes, more than any bundle's")
+        blob = file.read(max_size + 1)
+    if len(blob) > max_size:
+        raise BundleError(f"{path}: it has more than {max_size} bytes, more than any bundle's")
     return blob
 
 
@@ -83,13 +83,13 @@ def checked(data: Any, schema: type[T], where: str) -> T:
         ) from None
 
 
-def shown(value: Any, most: int | None = None) -> str:
+def shown(value: Any, max_size: int | None = None) -> str:
     """``value`` as text for a terminal: one that comes from a bundle can neither move the cursor nor set a title.
 
     Escape sequences, control characters but tab and newline, and characters that turn or hide text are taken out.
     """
     text = _INVISIBLE.sub("", _CONTROLS.sub("", str(value)))
-    return text if most is None or len(text) <= most else text[:most] + "..."
+    return text if max_size is None or len(text) <= max_size else text[:max_size] + "..."
 
 
 def shown_line(value: Any) -> str:

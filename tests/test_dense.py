@@ -115,7 +115,7 @@ def test_forms(order, act, bias, inner, groups):
 def test_left_alone_unless_asked():
     (block,) = moeopt.optimize(seeded(lambda: Around(GLU())), X).report.blocks
     assert (block.kind, block.status) == ("dense_ffn", "declined") and block.spec.startswith("silu GLU, rows separate")
-    assert block.reason.startswith("left as it is: it is 3 matrix products")
+    assert block.reason.startswith("left as it is: it is 3 matmuls")
 
 
 class Shared(MoE):
@@ -140,7 +140,7 @@ def test_a_shared_expert_is_split_beside_the_routed_ones(make):
 
 
 class Inline(MoE):
-    """The shared expert's products stand in the block's own forward."""
+    """The shared expert's matmuls stand in the block's own forward."""
 
     def __init__(self):
         super().__init__()
@@ -287,7 +287,7 @@ def _hooked(part):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (LoRAInside, "its first product is a sum of two (an adapter such as LoRA beside a Linear)"),
+        (LoRAInside, "its first matmul is a sum of two (an adapter such as LoRA beside a Linear)"),
         (lambda: _hooked(1), "1 has a forward or backward hook"),
         (lambda: _hooked(2), "2 has a forward or backward hook"),
         (lambda: ffn().to("meta"), "on the meta device"),

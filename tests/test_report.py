@@ -25,7 +25,7 @@ DECLINED = BlockReport(
     "model.layers.1.mlp",
     "dense_ffn",
     "declined",
-    "a dense FFN runs as one matrix product already, so rewriting it would not pay; " * 3,
+    "a dense FFN runs as one matmul already, so rewriting it would not pay; " * 3,
     source="toy.py:12",
     nearest="one expert that saw every token",
 )

@@ -48,7 +48,7 @@ def test_a_file_is_a_regular_file(tmp_path):
         with pytest.raises(BundleError, match=text):
             read_bytes(tmp_path / name)
     with pytest.raises(BundleError, match="it has more than 1 bytes"):
-        read_bytes(tmp_path / "good", most=1)
+        read_bytes(tmp_path / "good", max_size=1)
 
 
 @pytest.mark.parametrize("text", ["NaN", "[1", "1e999", b"\xff", "[" * 100_000, '"\\ud800"'])

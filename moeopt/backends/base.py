@@ -21,10 +21,10 @@ from torch import nn
 
 from moeopt.bundle.manifest import Manifest, read_manifest
 from moeopt.errors import BundleError, NotSaveableError, UsageError
-from moeopt.find.example_inputs import Call
+from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.lower.plain import open_dataclasses
-from moeopt.lower.surprise import surprises
+from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.report import Report
 from moeopt.verification.certificate import Certificate
@@ -92,7 +92,7 @@ class Backend(ABC):
         del plan
         return False
 
-    def optimize(self, source: nn.Module, call: Call, options: Options, plan: Any) -> Made:
+    def optimize(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made:
         """Find, rewrite, verify and build.
 
         Args:
@@ -110,7 +110,7 @@ class Backend(ABC):
 
     # bundles
 
-    def save(self, made: Made, call: Call, directory: str | os.PathLike[str]) -> Path:
+    def save(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str]) -> Path:
         """Write what :meth:`optimize` made as a bundle; returns its directory.
 
         Raises:
@@ -118,7 +118,7 @@ class Backend(ABC):
             UsageError: the directory holds something else.
         """
         what = "the model" if made.built is None else "the engine"
-        with open_dataclasses(call), surprises(f"saving {what}", REPORT_IT, NotSaveableError):
+        with open_dataclasses(call), unexpected_errors_as(f"saving {what}", REPORT_IT, NotSaveableError):
             return self._save_impl(made, call, directory)
 
     def open(
@@ -141,7 +141,7 @@ class Backend(ABC):
         directory: str | os.PathLike[str],
         provider: str | None = None,
         original: nn.Module | None = None,
-        call: Call | None = None,
+        call: ArgsKwargs | None = None,
         limits: LoadLimits = DEFAULT,
     ) -> Certificate:
         """Check a bundle again: against its golden runs, or against ``original`` on ``call``.
@@ -164,7 +164,7 @@ class Backend(ABC):
         if original is not None and call is not None:
             args, kwargs = self.comparable(opened.engine, call)
             noise = self.noisy(original, [block["name"] for block in manifest.data["blocks"]])
-            ties = self.told_from_ties(original, opened.engine, (args, kwargs), noise)
+            ties = self.tie_comparison(original, opened.engine, (args, kwargs), noise)
             end = end_to_end(original, opened.engine, args, kwargs, noise_blocks=noise, otherwise=ties)
             return Certificate([], end, executed=opened.executed, device=opened.device, dtype=saved.dtype, notes=notes)
         check = self._replay_impl(manifest, opened.engine, limits)
@@ -196,7 +196,7 @@ class Backend(ABC):
         provider: str = engine.device.type
         return provider
 
-    def comparable(self, engine: Any, call: Call) -> Call:
+    def comparable(self, engine: Any, call: ArgsKwargs) -> ArgsKwargs:
         """``call`` in the form in which the original and ``engine`` can be compared."""
         del engine
         return call
@@ -206,8 +206,8 @@ class Backend(ABC):
         known = {name for name, _ in original.named_modules()}
         return [name if name in known else "" for name in blocks]
 
-    def told_from_ties(
-        self, original: nn.Module, engine: Any, call: Call, noise: Sequence[str], built: Any = None
+    def tie_comparison(
+        self, original: nn.Module, engine: Any, call: ArgsKwargs, noise: Sequence[str], built: Any = None
     ) -> Otherwise | None:
         """What ``end_to_end`` asks where ``engine`` differs: whether it broke ties otherwise. None: nobody can tell.
 
@@ -227,9 +227,9 @@ class Backend(ABC):
     def _plan_impl(self, options: Options) -> Any: ...
 
     @abstractmethod
-    def _optimize_impl(self, source: nn.Module, call: Call, options: Options, plan: Any) -> Made: ...
+    def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made: ...
 
-    def _save_impl(self, made: Made, call: Call, directory: str | os.PathLike[str]) -> Path:
+    def _save_impl(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str]) -> Path:
         raise NotSaveableError(
             f"backend {self.name!r} has no bundle form: use the optimised model in this process, or optimise with "
             "backend='torch' or 'onnxruntime' to save it"

@@ -1,6 +1,6 @@
 """Tensors that are read from a file, put where PyTorch itself would have put them.
 
-A tensor of a safetensors file is a view of the mapped file and begins wherever the file has it. A matrix product adds
+A tensor of a safetensors file is a view of the mapped file and begins wherever the file has it. A matmul adds
 in an order that depends on the address (MKL's matrix times vector on AMD and AVX2 CPUs looks at it modulo 16 bytes), so
 the last bits of one row's result differ from those of the model that was saved.
 """

@@ -64,9 +64,9 @@ class Manifest:
         """A listed JSON file; ``BundleError`` when it is none."""
         return read_json(self.path(name))
 
-    def read_text(self, name: str, most: int = MAX_CERTIFICATE) -> str:
-        """A listed text file of at most ``most`` bytes, as it was when the manifest was written."""
-        blob = read_bytes(self.path(name), most)
+    def read_text(self, name: str, max_size: int = MAX_CERTIFICATE) -> str:
+        """A listed text file of at most ``max_size`` bytes, as it was when the manifest was written."""
+        blob = read_bytes(self.path(name), max_size)
         if hashlib.sha256(blob).hexdigest() != self.data["files"][name]["sha256"]:
             raise BundleError(f"{self.directory / name}: it changed while the bundle was read: load the bundle again")
         try:

@@ -27,7 +27,7 @@ _KINDS: dict[str, type] = {"ScalarType": torch.dtype, "Layout": torch.layout, "M
 """Parameters for which ops take any integer, and believe it."""
 
 
-class Ref:
+class ValueRef:
     """Where a literal's place is taken by a value computed earlier."""
 
     __slots__ = ("name",)
@@ -36,7 +36,7 @@ class Ref:
         self.name = name
 
 
-class Step:
+class OpCall:
     """One call: the op, what is called for it, with what, where the result goes, and what is not needed after it.
 
     ``op`` is None for arithmetic on numbers, which takes no memory.
@@ -52,7 +52,7 @@ class Step:
         self.fixed = not _refs(kwargs)
 
 
-class Runner:
+class GraphRunner:
     """A graph that was read and checked, with its weights; call it as the model was called.
 
     ``BundleError`` at construction for a graph that :func:`moeopt.bundle.graph.write_graph` would not have written;
@@ -93,12 +93,12 @@ class Runner:
         self.weights = {str(name): weight(key) for name, key in graph["weights"].items()}
         known = {i["name"] for i in self.binding.inputs} | set(self.weights)
 
-        def ref(name: str) -> Ref:
+        def ref(name: str) -> ValueRef:
             if name not in known:
                 raise BundleError(f"{name!r} is read before it is computed")
-            return Ref(name)
+            return ValueRef(name)
 
-        self.steps: list[Step] = []
+        self.steps: list[OpCall] = []
         for node in graph["nodes"]:
             step = self._step(node, ref, device)
             if step.out in known:
@@ -111,7 +111,7 @@ class Runner:
         self._plan_drops()
 
     @staticmethod
-    def _step(node: Any, ref: Any, device: Any) -> Step:
+    def _step(node: Any, ref: Any, device: Any) -> OpCall:
         function, op = allow.guarded(node["op"]), allow.op_named(node["op"])
         args = values.decode(node["args"], ref, device)
         kwargs = {str(k): values.decode(v, ref, device) for k, v in node.get("kwargs", {}).items()}
@@ -119,7 +119,7 @@ class Runner:
             _check_kinds(op, args, kwargs)
         if node["op"] == "moeopt.experts.default":
             ExpertsSpec.decode(args[-1] if args and isinstance(args[-1], str) else kwargs["spec"])
-        return Step(op, function, args, kwargs, str(node["out"]))
+        return OpCall(op, function, args, kwargs, str(node["out"]))
 
     def _plan_drops(self) -> None:
         kept = {r.name for r in _refs(self.outputs)} | {n for pair in self.write_back for n in pair} | set(self.weights)
@@ -152,8 +152,8 @@ class Runner:
             self._measured.add(key)
         return build(self.out_tree, iter(_fill(self.outputs, env)))
 
-    def _run(self, step: Step, env: dict[str, Any], meter: Meter | None) -> None:
-        args = [env[a.name] if type(a) is Ref else _fill(a, env) if type(a) is list else a for a in step.args]
+    def _run(self, step: OpCall, env: dict[str, Any], meter: Meter | None) -> None:
+        args = [env[a.name] if type(a) is ValueRef else _fill(a, env) if type(a) is list else a for a in step.args]
         kwargs = step.kwargs if step.fixed else _fill(step.kwargs, env)
         if meter is not None:
             if time.monotonic() > self.deadline:
@@ -184,7 +184,7 @@ class Runner:
 _LONGER = "if you trust the bundle, give it longer: limits=moeopt.LoadLimits(seconds=...)"
 
 
-def _stopped(step: Step, err: BaseException) -> str:
+def _stopped(step: OpCall, err: BaseException) -> str:
     """What stopped, where and why."""
     what = step.op if step.op is not None else getattr(step.function, "__name__", step.function)
     return f"the graph stops at {shown(step.out, 60)!r} ({what}): {shown(err, 500)}"
@@ -199,8 +199,8 @@ def _check_kinds(op: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
             raise BundleError(f"{op} is given {value!r:.60} for {parameter.name}, which is no {kind.__name__}")
 
 
-def _refs(value: Any) -> list[Ref]:
-    if isinstance(value, Ref):
+def _refs(value: Any) -> list[ValueRef]:
+    if isinstance(value, ValueRef):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
@@ -209,7 +209,7 @@ def _refs(value: Any) -> list[Ref]:
 
 def _fill(value: Any, env: dict[str, Any]) -> Any:
     kind = type(value)
-    if kind is Ref:
+    if kind is ValueRef:
         return env[value.name]
     if kind is list:
         return [_fill(v, env) for v in value]

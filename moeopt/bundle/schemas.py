@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
-Words = Annotated[str, Meta(max_length=1 << 20)]
+Text = Annotated[str, Meta(max_length=1 << 20)]
 Name = Annotated[str, Meta(max_length=4096)]
 Distance = Annotated[float, Meta(ge=0)]
 
@@ -37,14 +37,14 @@ class Signature(Struct):
     out_tree: Any = None
 
 
-class Block(Struct):
+class BlockRecord(Struct):
     """What a report said of one block."""
 
     name: Name
     status: Name
     kind: Name = ""
-    reason: Words = ""
-    lowering: Words = ""
+    reason: Text = ""
+    lowering: Text = ""
 
 
 class Router(Struct):
@@ -55,13 +55,13 @@ class Router(Struct):
     dtype: Name | None = None
 
 
-class Site(Struct):
+class NodeRecord(Struct):
     """A lowered block, as ``onnx_sites.describe`` writes it."""
 
     name: Name
     lowering: Name
-    why: Words
-    spec: Words
+    why: Text
+    spec: Text
     router: Router | None
     experts: Count
     top_k: Count
@@ -80,7 +80,7 @@ class Site(Struct):
     probe: Count | None = None
 
 
-class Probe(Struct):
+class ProbeRecord(Struct):
     budget: float
 
 
@@ -88,12 +88,12 @@ class Form(Struct):
     """A lowered graph."""
 
     lowerings: dict[str, Any] = {}
-    sites: list[Site] = []
-    probes: list[Probe] = []
+    sites: list[NodeRecord] = []
+    probes: list[ProbeRecord] = []
     facts: dict[str, float] = {}
 
 
-class Plan(Struct):
+class PlanRecord(Struct):
     """A plan of TensorRT."""
 
     product: Name
@@ -110,12 +110,12 @@ class Plan(Struct):
     weights_bytes: Count = 0
 
 
-class Golden(Struct):
+class GoldenRecord(Struct):
     """``distance`` has a reader of its own: ``golden.read_distance``."""
 
     runs: Count = 0
     distance: Any = None
-    why: Words = ""
+    why: Text = ""
 
 
 class ManifestFile(Form):
@@ -127,8 +127,8 @@ class ManifestFile(Form):
     runtimes: dict[str, Name] = {}
     signature: Signature | None = None
     dynamic: dict[str, Annotated[list[int | None], Meta(min_length=2, max_length=2)]] = {}
-    blocks: list[Block] = []
-    golden: Golden | None = None
+    blocks: list[BlockRecord] = []
+    golden: GoldenRecord | None = None
     portable: Any = None
     tensorrt: Any = None
 

@@ -150,8 +150,8 @@ def read_conditions(conditions: Any, rank: Callable[[int], int] | None = None) -
             return node
         if name == "**":  # older bundles hold it
             return _power(*(read(child, depth + 1) for child in parts))
-        least, most = _ARITY.get(name, (2, 2))
-        if name not in _MEANING or not least <= len(parts) <= most:
+        min_arity, max_arity = _ARITY.get(name, (2, 2))
+        if name not in _MEANING or not min_arity <= len(parts) <= max_arity:
             raise ValueError
         return [name, *(read(child, depth + 1) for child in parts)]
 

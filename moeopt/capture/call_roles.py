@@ -31,7 +31,7 @@ Role = Literal["tokens", "ids", "choices", "weights", "static", "pairs"]
 
 
 @dataclass(frozen=True)
-class Leaf:
+class ArgRole:
     """What one flattened argument is; see the module's docstring."""
 
     role: Role = "static"
@@ -42,14 +42,14 @@ class Leaf:
 
 
 @dataclass
-class Prototype:
+class CallSpec:
     """A call ``block(*args, **kwargs)`` and its leaves in ``pytree.tree_flatten((args, kwargs))`` order."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    leaves: tuple[Leaf, ...]
-    turned: bool = False
-    """Whether witnesses give marks that are all alike here (a mask of ones) other values too."""
+    leaves: tuple[ArgRole, ...]
+    flip_masks: bool = False
+    """Whether probe calls give marks that are all alike here (a mask of ones) other values too."""
 
     def __post_init__(self) -> None:
         self._values, self._spec = pytree.tree_flatten((tuple(self.args), dict(self.kwargs)))
@@ -96,7 +96,7 @@ class Prototype:
         moved = self._tokens_first(n)
         return moved.reshape(math.prod(moved.shape[: self.leaves[n].lead]), *moved.shape[self.leaves[n].lead :])
 
-    def alike_marks(self) -> list[int]:
+    def constant_masks(self) -> list[int]:
         """Leaf numbers of flags, and of zeros or ones, that are the same for all tokens of this call."""
         return [n for n in self._moving if self.leaves[n].role in ("static", "weights") and _alike(self.rows(n))]
 
@@ -145,6 +145,6 @@ class Prototype:
         return value.detach() if axis == -1 else value.detach().movedim(axis, -1)
 
 
-def _alike(own: Tensor) -> bool:
-    first = own.reshape(-1)[:1]
-    return bool(first.numel()) and bool((own == first).all()) and bool((first == 0) | (first == 1))
+def _alike(original: Tensor) -> bool:
+    first = original.reshape(-1)[:1]
+    return bool(first.numel()) and bool((original == first).all()) and bool((first == 0) | (first == 1))

@@ -1,4 +1,4 @@
-"""Steer a witness so that every expert is chosen, whatever the router prefers.
+"""Steer a probe call so that every expert is chosen, whatever the router prefers.
 
 Some experts no input reaches (a small router row inside the hull of the others). To see what they
 compute, the choice itself is replaced: a top-k, arg-max or max over exactly E scores answers ids that
@@ -14,7 +14,7 @@ import torch
 aten = torch.ops.aten
 
 
-class EveryExpert:
+class ForceAllExperts:
     """A ``steer`` for :func:`moeopt.capture.tape.record`: choices over ``experts`` scores cover all of them."""
 
     def __init__(self, experts: int, seed: int) -> None:

@@ -55,7 +55,7 @@ def is_pointwise(node: fx.Node) -> bool:
 
 
 def is_matmul(node: fx.Node) -> bool:
-    """True for the matrix products that an expert can be written with."""
+    """True for the matmuls that an expert can be written with."""
     return node.op == "call_function" and op_name(node) in _MATMULS
 
 

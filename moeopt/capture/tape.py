@@ -1,4 +1,4 @@
-"""A witness trace: run a module once on real tensors and keep every ATen call as an fx graph.
+"""A trace: run a module once on real tensors and keep every ATen call as an fx graph.
 
 ``record(module, args, kwargs)`` runs the module as it is, loops and ``.tolist()`` included, under
 ``torch.no_grad()``, and returns a :class:`Tape`: ATen calls as fx nodes in functional (SSA) form, the

@@ -36,7 +36,7 @@ def causal_calls(engine: Any, kwargs: dict[str, Any], ids_BS: Tensor) -> Iterato
         if number != length and _holds(engine, call):
             yield f"{number} token{'s' * (number > 1)} a row", call, engine
     whole = {**plain, "input_ids": ids_BS.repeat(1, 5)[:, : max(length, 5)]}
-    pieces = _Pieces(engine)
+    pieces = _Chunks(engine)
     if _holds(pieces, whole):
         yield "through its cache", whole, pieces
 
@@ -49,7 +49,7 @@ def _holds(engine: Callable[..., Any], call: dict[str, Any]) -> bool:
     return True
 
 
-class _Pieces:
+class _Chunks:
     """Half of the tokens, one, and the rest, each on the cache of those before."""
 
     def __init__(self, engine: Any) -> None:

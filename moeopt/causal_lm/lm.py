@@ -35,9 +35,9 @@ from moeopt.causal_lm.translations import own_translations
 from moeopt.errors import Declined
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.export import emitting
 from moeopt.lower.onnx.scalars import numbers_as_read
-from moeopt.lower.onnx.site import Site
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 
 PAST = "past_key_values"
@@ -58,7 +58,7 @@ class CausalLMExport:
     """
 
     model: Any
-    sites: list[Site]
+    sites: list[ExpertsNode]
     signature: dict[str, Any]
     program: Any
 

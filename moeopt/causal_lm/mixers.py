@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.causal_lm.layers import STATES, parts_of
 from moeopt.errors import Declined
-from moeopt.lower.onnx.site import DOMAIN
+from moeopt.lower.onnx.experts_node import DOMAIN
 
 OP = "Recurrence"
 """``moeopt::Recurrence(tokens..., states...) {mixer}`` stands in a traced graph until a Scan takes its place."""

@@ -28,7 +28,7 @@ def weights_of(mixer: Mixer) -> list[tuple[str, Tensor]]:
     return [*mixer.module.named_parameters(), *mixer.module.named_buffers()]
 
 
-class Program:
+class MixerProgram:
     """A mixer as a function of weights, tokens (B, S, ...) and states (B, ...) to results (B, S, ...) and states."""
 
     def __init__(self, mixer: Mixer) -> None:
@@ -50,7 +50,7 @@ class Program:
         return [*results, *(now[name] for name in mixer.states)]
 
 
-class _Module(nn.Module):
+class _MixerModule(nn.Module):
     """What ``torch.export`` takes; the mixer's module is not its child, so that its weights are arguments only."""
 
     def __init__(self, program: Callable[..., list[Tensor]]) -> None:
@@ -76,22 +76,22 @@ def traced(mixer: Mixer, size: int) -> torch.export.ExportedProgram:
     free: Any = ([{} for _ in weights], of_tokens, [{0: auto} for _ in states])
     with one_trace, torch.no_grad(), quiet():
         call = (weights, sized(tokens, size), states)
-        return torch.export.export(_Module(Program(mixer)), call, dynamic_shapes=free, strict=False)
+        return torch.export.export(_MixerModule(MixerProgram(mixer)), call, dynamic_shapes=free, strict=False)
 
 
 def operations(mixer: Mixer, size: int) -> int:
     """How many operations its program runs for ``size`` tokens."""
     weights, (tokens, states) = [t for _, t in weights_of(mixer)], mixer.sample()
 
-    class Count(TorchDispatchMode):
+    class CountOps(TorchDispatchMode):
         number = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             self.number += 1
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), Count() as count:
-        Program(mixer)(weights, sized(tokens, size), states)
+    with torch.no_grad(), CountOps() as count:
+        MixerProgram(mixer)(weights, sized(tokens, size), states)
     return count.number
 
 
@@ -103,7 +103,7 @@ def check_steps(mixer: Mixer) -> bool:
     """
     mixer = copy.copy(mixer)
     mixer.module = copy.deepcopy(mixer.module).float()
-    weights, program = [t for _, t in weights_of(mixer)], Program(mixer)
+    weights, program = [t for _, t in weights_of(mixer)], MixerProgram(mixer)
     tokens, states = ([t.float() if t.is_floating_point() else t for t in part] for part in mixer.sample())
     with torch.no_grad():
         for begin in (states, [torch.zeros_like(state) for state in states]):

@@ -28,7 +28,7 @@ REFUSED = {
 _IGNORED = {"cache_position"}  # what generate passed in transformers before 5: position_ids says the same
 
 
-class Session(Protocol):
+class GraphSession(Protocol):
     """What runs a graph: named tensors in, tensors out."""
 
     @property
@@ -59,7 +59,7 @@ class CausalLM:
 
     def __init__(
         self,
-        session: Session,
+        session: GraphSession,
         signature: Mapping[str, Any],
         check: Callable[[Mapping[str, Tensor]], None] = lambda feeds: None,
     ) -> None:

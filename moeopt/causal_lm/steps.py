@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.causal_lm.mixers import OP, Mixer
-from moeopt.causal_lm.program import Program, check_steps, operations, sized, traced, weights_of
+from moeopt.causal_lm.program import MixerProgram, check_steps, operations, sized, traced, weights_of
 from moeopt.lower.onnx.branch import one_or_many
+from moeopt.lower.onnx.experts_node import DOMAIN
 from moeopt.lower.onnx.export import to_onnx
 from moeopt.lower.onnx.scan import scan_tokens
-from moeopt.lower.onnx.site import DOMAIN
 
 SIZES = (517, 1031)
 """Numbers of tokens at which operations are counted: more than any chunk in use, and multiples of none."""
@@ -39,12 +39,12 @@ def replace_mixers(model: Any, mixers: Sequence[Mixer]) -> bool:
 
     graph, goes_on = model.graph, True
     (mask,) = (value for value in graph.inputs if value.name.removeprefix("input.") == "attention_mask")
-    kinds: list[Kind] = []
+    kinds: list[MixerKind] = []
     for node in [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP)]:
         mixer = mixers[node.attributes["mixer"].as_int()]
         kind = next((kind for kind in kinds if kind.holds(mixer)), None)
         if kind is None:
-            kinds.append(kind := Kind(mixer))
+            kinds.append(kind := MixerKind(mixer))
         weights = [_weight(graph, f"{mixer.name}.{name}", tensor) for name, tensor in weights_of(mixer)]
         one = _bound(kind.one, weights)
         if kind.many is None:
@@ -71,7 +71,7 @@ def replace_mixers(model: Any, mixers: Sequence[Mixer]) -> bool:
     return goes_on
 
 
-class Kind:
+class MixerKind:
     """Mixers that differ in their weights only, and the graphs that they share.
 
     Attributes:
@@ -98,7 +98,7 @@ class Kind:
         with torch.no_grad():
             for size in (1, tokens[0].shape[1]):
                 call = (weights, sized(tokens, size), states)
-                if not all(map(torch.equal, Program(first)(*call), Program(mixer)(*call))):
+                if not all(map(torch.equal, MixerProgram(first)(*call), MixerProgram(mixer)(*call))):
                     return False
         return True
 

@@ -49,7 +49,7 @@ def bundle_facts(directory: Path) -> dict[str, Any]:
             f"{k} {v}" for k, v in {**data.get("versions", {}), **data.get("runtimes", {})}.items()
         ),
         "takes": signature.get("parameters", []),
-        "inputs": [_told(entry) for entry in signature.get("inputs", [])],
+        "inputs": [_format_input(entry) for entry in signature.get("inputs", [])],
         "sizes": data.get("dynamic", {}),
         **({"holds where": data["holds"]} if data.get("holds") else {}),
         "blocks": blocks,
@@ -58,7 +58,7 @@ def bundle_facts(directory: Path) -> dict[str, Any]:
     }
 
 
-def _told(entry: Mapping[str, Any]) -> str:
+def _format_input(entry: Mapping[str, Any]) -> str:
     """An input of the graph in words: its name, dtype and shape, or the value that it always has."""
     name = entry.get("onnx", entry.get("name"))
     if "dtype" not in entry:

@@ -50,8 +50,8 @@ app.command("inspect")(inspect_command)
 app.command("profile")(profile_command)
 app.command("passes")(passes_command)
 
-Target = Annotated[str, typer.Argument(help=FORMS)]
-Bundle = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
+TargetArgument = Annotated[str, typer.Argument(help=FORMS)]
+BundleArgument = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
 Trust = Annotated[bool, typer.Option(help="run the Python code that a Hugging Face directory brings")]
@@ -61,7 +61,7 @@ Seed = Annotated[int, typer.Option(help="of every random input, and of random we
 
 @app.command()
 def optimize(
-    target: Target,
+    target: TargetArgument,
     backend: Annotated[str, typer.Option(help="torch, onnxruntime or tensorrt")] = "torch",
     out: Annotated[Path | None, typer.Option(help="write a bundle to this directory")] = None,
     verify: Annotated[str | None, typer.Option(help="strict, fast or off")] = None,
@@ -112,7 +112,7 @@ def optimize(
 
 @app.command()
 def explain(
-    target: Target,
+    target: TargetArgument,
     html: Html = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
@@ -137,7 +137,7 @@ def explain(
 
 @app.command()
 def verify(
-    bundle: Bundle,
+    bundle: BundleArgument,
     original: Annotated[str | None, typer.Option(help="compare with this model too: " + FORMS)] = None,
     provider: Annotated[str | None, typer.Option(help="the runtime's execution provider")] = None,
     against: Annotated[Path | None, typer.Option(help="a stored certificate that it must not be worse than")] = None,

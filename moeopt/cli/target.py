@@ -86,7 +86,7 @@ def _factory(where: str, name: str, target: str) -> Callable[[], Any]:
     except UsageError:
         raise
     except Exception as err:
-        raise UsageError(f"{target}: importing {where} failed: {_told(err)}") from err
+        raise UsageError(f"{target}: importing {where} failed: {_format_error(err)}") from err
     factory = getattr(module, name, None)
     if not callable(factory):
         raise UsageError(f"{target}: {where} has no function {name!r}")
@@ -97,10 +97,10 @@ def _call(factory: Callable[[], Any], target: str) -> Any:
     try:
         return factory()
     except Exception as err:
-        raise UsageError(f"{target}: the factory raised {_told(err)}") from err
+        raise UsageError(f"{target}: the factory raised {_format_error(err)}") from err
 
 
-def _told(err: Exception) -> str:
+def _format_error(err: Exception) -> str:
     frame = traceback.extract_tb(err.__traceback__)[-1]
     return f"{type(err).__name__}: {err} ({frame.filename}:{frame.lineno})"
 

@@ -1,9 +1,9 @@
 """Places worth a look in a whole model: which module calls hold parallel experts, which a dense FFN.
 
-The model runs once on the tape without values. Chains (product, element-wise function, product) that
+The model runs once on the tape without values. Chains (matmul, element-wise function, matmul) that
 stand side by side on the same rows are experts; one whose weight is a slice of a stack, or has idle
 twins, is an expert whose siblings were not hit; a lone one is a dense FFN. A place is only a hint:
-what a block computes is decided by its own witness.
+what a block computes is decided by its own probe call.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from moeopt.capture.tape import Call, Tape, record
 from moeopt.capture.tree import leaves_of
 from moeopt.capture.unregistered import is_registered, registered, unregistered
 from moeopt.ir.weight_refs import MatrixRef
-from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains
-from moeopt.recognise.gemm_sites import Site, is_computed_weight, is_weight, weight_and_operand
+from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates, group_candidates
+from moeopt.recognise.gemm_sites import GemmSite, is_computed_weight, is_weight, weight_and_operand
 
 _ROUTES = (
     "topk",
@@ -45,10 +45,10 @@ _GATES = ("_softmax", "softmax", "sigmoid", "topk")
 
 
 @dataclass
-class Place:
+class BlockCandidate:
     """One module call that holds a block. ``levels`` are the call and its ancestors, innermost first.
 
-    ``alone`` has each chain of an MoE candidate that is a dense FFN where it turns out to be no expert: a shared
+    ``alone`` has each candidate of an MoE candidate that is a dense FFN where it turns out to be no expert: a shared
     expert of the experts' own size. ``own`` is how many of the levels are the block's own: up to the innermost in
     which something is chosen. ``reason`` is why nothing of it can be rewritten, where that is known already;
     ``steered`` whether its Python depends on the values of tensors.
@@ -59,10 +59,10 @@ class Place:
     levels: list[Call]
     order: int
     source: str
-    chains: list[Chain] = field(default_factory=list)
+    candidates: list[FFNCandidate] = field(default_factory=list)
     experts: int | None = None
     weights: set[int] = field(default_factory=set)
-    alone: list[Place] = field(default_factory=list)
+    alone: list[BlockCandidate] = field(default_factory=list)
     own: int = 0
     reason: str = ""
     steered: bool = False
@@ -72,7 +72,7 @@ class Place:
         return {level.path for level in self.levels[: self.own]}
 
 
-def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Place]:
+def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[BlockCandidate]:
     """Every MoE candidate and dense FFN of one run, in execution order.
 
     Raises:
@@ -82,8 +82,8 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     with registered(model, held):
         tape = record(model, args, kwargs, keep_values=False, lenient=True)
         sites, leaves = _light_sites(tape)
-        chains = find_chains(tape, sites, loose=True)
-        places = _Finder(tape, chains, leaves).run()
+        candidates = find_candidates(tape, sites, loose=True)
+        places = _Finder(tape, candidates, leaves).run()
     for one in held:
         hidden = {id(t) for t in one.tensors}
         for place in (q for p in places for q in (p, *p.alone) if q.weights & hidden and not q.reason):
@@ -117,7 +117,7 @@ def feed_forward_lists(module: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _light_sites(tape: Tape) -> tuple[list[Site], dict[Site, tuple[str, bool]]]:
+def _light_sites(tape: Tape) -> tuple[list[GemmSite], dict[GemmSite, tuple[str, bool]]]:
     """Sites by shape alone; with each, (Parameter path, whether the weight is one slice of a stack)."""
     memo: dict[fx.Node, bool] = {}
     sites, leaves = [], {}
@@ -144,7 +144,7 @@ def _light_sites(tape: Tape) -> tuple[list[Site], dict[Site, tuple[str, bool]]]:
             continue
         path, leaf = _leaf(tape, weight)
         matrices = [MatrixRef(path, (i,), (), (), k, m) for i in range(min(count, 2))]
-        site = Site(_biased(node, memo), node, operand, 0, 0, matrices, torch.zeros(0, dtype=torch.long))
+        site = GemmSite(_biased(node, memo), node, operand, 0, 0, matrices, torch.zeros(0, dtype=torch.long))
         sites.append(site)
         sliced = leaf is not None and leaf.dim() >= 3 and op_name(node) != "convolution"
         leaves[site] = (path, sliced and (len(shape) == 2 or shape[0] == 1))
@@ -162,7 +162,7 @@ def _leaf(tape: Tape, node: fx.Node) -> tuple[str, torch.Tensor | None]:
 
 
 def _biased(node: fx.Node, memo: dict[fx.Node, bool]) -> fx.Node:
-    """The ``add`` of a bias that alone reads the product, else the product."""
+    """The ``add`` of a bias that alone reads the matmul, else the matmul."""
     current = node
     for _ in range(3):
         users = [u for u in current.users if "index" in u.meta]
@@ -179,14 +179,14 @@ def _biased(node: fx.Node, memo: dict[fx.Node, bool]) -> fx.Node:
 
 
 class _Finder:
-    def __init__(self, tape: Tape, chains: list[Chain], leaves: dict[Site, tuple[str, bool]]) -> None:
-        self.tape, self.chains, self.leaves = tape, chains, leaves
-        self.home = {c: self._common([*c.outs, *c.ins]) for c in chains}
+    def __init__(self, tape: Tape, candidates: list[FFNCandidate], leaves: dict[GemmSite, tuple[str, bool]]) -> None:
+        self.tape, self.candidates, self.leaves = tape, candidates, leaves
+        self.home = {c: self._common([*c.outs, *c.ins]) for c in candidates}
         self.named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
         self.used = {path for path, _ in leaves.values()}
 
-    def _common(self, sites: list[Site]) -> int:
-        stacks = [self.tape.stack(s.product.meta["call"]) for s in sites]
+    def _common(self, sites: list[GemmSite]) -> int:
+        stacks = [self.tape.stack(s.matmul.meta["call"]) for s in sites]
         common = 0
         for level in zip(*stacks, strict=False):
             if len(set(level)) > 1:
@@ -194,14 +194,14 @@ class _Finder:
             common = level[0]
         return common
 
-    def run(self) -> list[Place]:
-        places: list[Place] = []
-        claimed: set[Chain] = set()
+    def run(self) -> list[BlockCandidate]:
+        places: list[BlockCandidate] = []
+        claimed: set[FFNCandidate] = set()
         by_depth = sorted(self.tape.calls, key=lambda c: -len(self.tape.stack(c.index)))
-        inside: dict[int, list[Chain]] = {}
-        for chain in self.chains:
-            for index in self.tape.stack(self.home[chain]):
-                inside.setdefault(index, []).append(chain)
+        inside: dict[int, list[FFNCandidate]] = {}
+        for candidate in self.candidates:
+            for index in self.tape.stack(self.home[candidate]):
+                inside.setdefault(index, []).append(candidate)
         for call in by_depth:
             free = [c for c in inside.get(call.index, []) if c not in claimed]
             if not free:
@@ -209,20 +209,20 @@ class _Finder:
             for group in self._expert_groups(call, free):
                 claimed.update(group)
                 places.append(self._place("moe", call, group))
-        for group in self._picked(c for c in self.chains if c not in claimed):
+        for group in self._picked(c for c in self.candidates if c not in claimed):
             claimed.update(group)
             index = self._common([s for c in group for s in (*c.ins, *c.outs)])
             places.append(self._place("moe", self.tape.calls[index], group))
         experts = {s for c in claimed for s in (*c.ins, *c.outs)}
         blocks = [p.call.index for p in places]
-        for chain in self.chains:
-            if experts.isdisjoint((*chain.ins, *chain.outs)) and self._feed_forward(chain, blocks):
-                places.append(self._place("dense_ffn", self.tape.calls[self.home[chain]], [chain]))
+        for candidate in self.candidates:
+            if experts.isdisjoint((*candidate.ins, *candidate.outs)) and self._feed_forward(candidate, blocks):
+                places.append(self._place("dense_ffn", self.tape.calls[self.home[candidate]], [candidate]))
         for place in places:
-            if place.kind == "moe" and len(place.chains) > 1:
+            if place.kind == "moe" and len(place.candidates) > 1:
                 place.alone = [
                     self._place("dense_ffn", self.tape.calls[self.home[c]], [c])
-                    for c in place.chains
+                    for c in place.candidates
                     if self._feed_forward(c, blocks)
                 ]
         places = [p for p in places if not self._holds_a_deeper_one(p, places)]
@@ -234,7 +234,7 @@ class _Finder:
         self._mark_own_levels(places)
         return sorted(places, key=lambda p: p.order)
 
-    def _mark_own_levels(self, places: list[Place]) -> None:
+    def _mark_own_levels(self, places: list[BlockCandidate]) -> None:
         """Up to the innermost call that holds a router: a choice, or a softmax; all where none does."""
         chosen = [n.meta["index"] for n in self.tape.nodes if op_name(n) in _ROUTES]
         for place in places:
@@ -245,18 +245,18 @@ class _Finder:
             reads = (whole.index in self.tape.stack(r.call) for r in self.tape.reads)
             place.steered = any(op_name(n) in _SHAPED_BY_VALUES for n in inside) or any(reads)
 
-    def _picked(self, free: Iterable[Chain]) -> list[list[Chain]]:
+    def _picked(self, free: Iterable[FFNCandidate]) -> list[list[FFNCandidate]]:
         """Chains that read rows picked by an index, and whose Parameters are named alike but for a number:
         experts that look like layers because each writes into the buffer that the next one reads from."""
-        groups: dict[Any, list[Chain]] = {}
-        for chain in free:
-            path = self.leaves[chain.ins[0]][0]
+        groups: dict[Any, list[FFNCandidate]] = {}
+        for candidate in free:
+            path = self.leaves[candidate.ins[0]][0]
             parts = path.split(".")
-            for i in (i for i, p in enumerate(parts) if re.search(r"\d", p) and picks_rows(chain.ins[0].operand)):
+            for i in (i for i, p in enumerate(parts) if re.search(r"\d", p) and picks_rows(candidate.ins[0].operand)):
                 alike = (i, *parts[:i], re.sub(r"\d+", "#", parts[i]), *parts[i + 1 :])
-                groups.setdefault((alike, chain.shape), []).append(chain)
-        found: list[list[Chain]] = []
-        taken: set[Chain] = set()
+                groups.setdefault((alike, candidate.shape), []).append(candidate)
+        found: list[list[FFNCandidate]] = []
+        taken: set[FFNCandidate] = set()
         for key in sorted(groups, key=lambda k: -k[0][0]):  # the innermost number counts experts, not layers
             members = [c for c in groups[key] if c not in taken]
             if len(members) > 1:
@@ -264,7 +264,7 @@ class _Finder:
                 taken.update(members)
         return found
 
-    def _holds_a_deeper_one(self, place: Place, places: list[Place]) -> bool:
+    def _holds_a_deeper_one(self, place: BlockCandidate, places: list[BlockCandidate]) -> bool:
         """True where the same experts were found closer, in a call inside this one."""
         return place.kind == "moe" and any(
             other is not place and other.kind == "moe" and other.call is not place.call and place.call in other.levels
@@ -272,8 +272,8 @@ class _Finder:
             for other in places
         )  # fmt: skip
 
-    def _by_structure(self, places: list[Place]) -> list[Place]:
-        """Calls that run alike feed-forward children side by side where no chain was readable inside any; or that ran
+    def _by_structure(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls that run alike feed-forward children side by side where no candidate was readable inside any; or that ran
         some of them, on rows picked for them, and others not at all."""
         found = []
         children: dict[int, list[Call]] = {}
@@ -298,12 +298,12 @@ class _Finder:
             found.append(self._unread(call, ran[0].first, experts, weights))
         return found
 
-    def _by_stacks(self, places: list[Place]) -> list[Place]:
-        """Calls of modules that own stacks of experts, and a router's weight beside them, where no chain was readable.
+    def _by_stacks(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls of modules that own stacks of experts, and a router's weight beside them, where no candidate was readable.
 
         A router's weight has the number of experts and a size of theirs; stacks of an attention's heads have none.
         """
-        found: list[Place] = []
+        found: list[BlockCandidate] = []
         known = {i for p in places for i in p.weights}
         taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
         for call in self.tape.calls:
@@ -320,10 +320,10 @@ class _Finder:
             found.append(self._unread(call, call.first, experts, set(map(id, stacks))))
         return found
 
-    def _by_gate(self, places: list[Place]) -> list[Place]:
+    def _by_gate(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
         """Calls that choose among, or weigh, as many things as they run alike modules side by side that are more than
-        one matrix each, or as convolutions have groups: mixtures of other layers than products."""
-        found: list[Place] = []
+        one matrix each, or as convolutions have groups: mixtures of other layers than matmuls."""
+        found: list[BlockCandidate] = []
         taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
         convolutions: dict[int, list[fx.Node]] = {}
         gates: dict[int, list[fx.Node]] = {}
@@ -357,7 +357,7 @@ class _Finder:
             taken |= set(self.tape.stack(call.index))
         return found
 
-    def _by_tables(self, places: list[Place]) -> list[Place]:
+    def _by_tables(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
         """Calls that look up the same top-k ids in two tables: experts of one neuron each."""
         lookups: dict[Any, list[fx.Node]] = {}
         for node in self.tape.nodes:
@@ -380,11 +380,11 @@ class _Finder:
         weight = convolution.args[1]
         return _leaf(self.tape, weight)[0] if isinstance(weight, fx.Node) else ""
 
-    def _unread(self, call: Call, first: int, experts: int, weights: set[int]) -> Place:
-        """A place without chains, whose experts run from node ``first`` on."""
+    def _unread(self, call: Call, first: int, experts: int, weights: set[int]) -> BlockCandidate:
+        """A place without candidates, whose experts run from node ``first`` on."""
         levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
         source = next((n.meta["source"] for n in self.tape.nodes[first:] if n.meta.get("source")), "")
-        return Place("moe", call, levels, first, source, [], experts, weights)
+        return BlockCandidate("moe", call, levels, first, source, [], experts, weights)
 
     def _sequential(self, ran: list[Call]) -> bool:
         """True where one of the calls reads, by any way, what an earlier one returned."""
@@ -392,27 +392,29 @@ class _Finder:
         wanted = set(leaves_of(fx.Node, [ran[-1].args, ran[-1].kwargs]))
         return bool(first & ancestors(wanted))
 
-    def _place(self, kind: str, call: Call, group: list[Chain]) -> Place:
+    def _place(self, kind: str, call: Call, group: list[FFNCandidate]) -> BlockCandidate:
         levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
-        first = group[0].ins[0].product
+        first = group[0].ins[0].matmul
         paths = {self.leaves[s][0] for c in group for s in (*c.ins, *c.outs)}
         weights = {id(self.named[p]) for p in paths if p in self.named}
         if kind == "moe":  # a helper that is handed its weights is called once per expert: the block is their owner
             owners = [i for i, c in enumerate(levels) if weights & {id(t) for t in _tensors(c.module)}]
             levels = levels[owners[0] :] if owners else levels
             call = levels[0]
-        experts = len({_identity(c.out.product) for c in group})  # a loop over the batch visits each several times
-        return Place(kind, call, levels, first.meta["index"], first.meta.get("source", ""), group, experts, weights)
+        experts = len({_identity(c.out.matmul) for c in group})  # a loop over the batch visits each several times
+        return BlockCandidate(
+            kind, call, levels, first.meta["index"], first.meta.get("source", ""), group, experts, weights
+        )
 
-    def _expert_groups(self, call: Call, free: list[Chain]) -> list[list[Chain]]:
+    def _expert_groups(self, call: Call, free: list[FFNCandidate]) -> list[list[FFNCandidate]]:
         found = []
-        taken: set[Chain] = set()
-        for group in group_chains(self.tape, free):
+        taken: set[FFNCandidate] = set()
+        for group in group_candidates(self.tape, free):
             members = [c for c in group if c not in taken]
             if not members:
                 continue
             merged = members[0].merged or any(self.leaves[s][1] for c in members for s in (*c.ins, c.out))
-            alone = len({_identity(c.out.product) for c in members}) < 2
+            alone = len({_identity(c.out.matmul) for c in members}) < 2
             if not merged and alone and not (self._dense(members[0]) and self._idle_twins(call, members[0])):
                 continue
             if not merged and len(members) > 1 and not self._same_rows(members):
@@ -423,14 +425,14 @@ class _Finder:
             taken.update(members)
         return found
 
-    def _enough(self, members: list[Chain]) -> bool:
+    def _enough(self, members: list[FFNCandidate]) -> bool:
         """Shared in-sites are a layer before the experts, not experts of their own."""
         firsts = {c.ins[0] for c in members}
         return len(firsts) == len(members)
 
-    def _idle_twins(self, call: Call, chain: Chain) -> bool:
-        """Parameters of the call's module, named like the chain's but for a number, that nothing used."""
-        path = self.leaves[chain.out][0]
+    def _idle_twins(self, call: Call, candidate: FFNCandidate) -> bool:
+        """Parameters of the call's module, named like the candidate's but for a number, that nothing used."""
+        path = self.leaves[candidate.out][0]
         if not path or (call.path and not path.startswith(call.path + ".")):
             return False
         start = len(call.path.split(".")) if call.path else 0
@@ -451,29 +453,29 @@ class _Finder:
                     return True
         return False
 
-    def _same_rows(self, members: list[Chain]) -> bool:
+    def _same_rows(self, members: list[FFNCandidate]) -> bool:
         """Their operands lead back to one tensor within a few steps: branches of one place, not of two towers."""
         common: set[fx.Node] | None = None
-        for chain in members:
-            sources = _row_sources(chain.ins[0].operand)
+        for candidate in members:
+            sources = _row_sources(candidate.ins[0].operand)
             common = sources if common is None else common & sources
             if not common:
                 return False
         return True
 
-    def _dense(self, chain: Chain) -> bool:
-        inner = chain.ins[0].matrices[0]
-        outer = chain.out.matrices[0]
-        return chain.nonlinear and len(chain.ins) <= 2 and inner.k == outer.m and not chain.merged
+    def _dense(self, candidate: FFNCandidate) -> bool:
+        inner = candidate.ins[0].matrices[0]
+        outer = candidate.out.matrices[0]
+        return candidate.nonlinear and len(candidate.ins) <= 2 and inner.k == outer.m and not candidate.merged
 
-    def _feed_forward(self, chain: Chain, blocks: list[int]) -> bool:
+    def _feed_forward(self, candidate: FFNCandidate, blocks: list[int]) -> bool:
         """A dense FFN, and not a tied autoencoder (one weight, twice), nor a bottleneck (an adapter, squeeze-excite):
         plain and narrower inside than outside. Beside routed experts, in one of ``blocks``, narrow is usual."""
-        inner, outer = chain.ins[0].matrices[0], chain.out.matrices[0]
-        if not self._dense(chain) or {m.path for s in chain.ins for m in s.matrices} & {outer.path} - {""}:
+        inner, outer = candidate.ins[0].matrices[0], candidate.out.matrices[0]
+        if not self._dense(candidate) or {m.path for s in candidate.ins for m in s.matrices} & {outer.path} - {""}:
             return False
-        gated = len(chain.ins) == 2 or inner.m == 2 * outer.k
-        shared = any(index in self.tape.stack(self.home[chain]) for index in blocks)
+        gated = len(candidate.ins) == 2 or inner.m == 2 * outer.k
+        shared = any(index in self.tape.stack(self.home[candidate]) for index in blocks)
         return gated or shared or outer.k >= inner.k
 
 
@@ -492,13 +494,13 @@ def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     yield from module.buffers()
 
 
-def _same_experts(a: Place, b: Place) -> bool:
-    """True for two readings of one call that share weights (three products in a row are two chains)."""
+def _same_experts(a: BlockCandidate, b: BlockCandidate) -> bool:
+    """True for two readings of one call that share weights (three matmuls in a row are two candidates)."""
     return a.kind == b.kind == "moe" and a.call is b.call and bool(a.weights & b.weights)
 
 
 def _identity(product: fx.Node) -> tuple[Any, ...]:
-    """Which part of which Parameter a product multiplies by: its name and the slicing that leads to it."""
+    """Which part of which Parameter a matmul multiplies by: its name and the slicing that leads to it."""
     found = weight_and_operand(product, {})
     steps: list[Any] = []
     node = found[0] if found is not None else product

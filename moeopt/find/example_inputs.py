@@ -12,10 +12,10 @@ from torch import nn
 from moeopt.capture.tape import record
 from moeopt.errors import CaptureError, UsageError
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def as_call(example_inputs: Any) -> Call:
+def as_call(example_inputs: Any) -> ArgsKwargs:
     """(args, kwargs) of a tensor, a tuple of positional arguments, or a Mapping of keyword arguments."""
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
@@ -32,14 +32,14 @@ def as_call(example_inputs: Any) -> Call:
     )
 
 
-def in_order(model: nn.Module, call: Call) -> Call:
+def in_order(model: nn.Module, call: ArgsKwargs) -> ArgsKwargs:
     """The call with its keywords as ``forward`` orders them: the order that they are given in says nothing."""
     args, kwargs = call
     known = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
     return args, {name: kwargs[name] for name in [*known, *(n for n in kwargs if n not in known)]}
 
 
-def made_up(model: nn.Module, seed: int) -> Call:
+def made_up(model: nn.Module, seed: int) -> ArgsKwargs:
     """Inputs for a model that was given without any.
 
     A Hugging Face model gets token ids; a block with one required argument gets rows whose width is
@@ -67,7 +67,7 @@ def made_up(model: nn.Module, seed: int) -> Call:
     )
 
 
-def _token_ids(model: nn.Module, config: Any, generator: torch.Generator) -> Call:
+def _token_ids(model: nn.Module, config: Any, generator: torch.Generator) -> ArgsKwargs:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None)
     if not vocabulary:
@@ -86,7 +86,7 @@ def _token_ids(model: nn.Module, config: Any, generator: torch.Generator) -> Cal
     return (), kwargs
 
 
-def _rows(model: nn.Module, generator: torch.Generator) -> Call | None:
+def _rows(model: nn.Module, generator: torch.Generator) -> ArgsKwargs | None:
     first = next(model.parameters(), None)
     if first is None or not first.is_floating_point():
         return None
@@ -94,7 +94,7 @@ def _rows(model: nn.Module, generator: torch.Generator) -> Call | None:
     running = []
     for width in widths:
         for shape in ((2, 8, width), (16, width)):
-            call: Call = ((torch.randn(shape, generator=generator).to(first),), {})
+            call: ArgsKwargs = ((torch.randn(shape, generator=generator).to(first),), {})
             try:
                 record(model, *call, keep_values=False)
             except CaptureError:

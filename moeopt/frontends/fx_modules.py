@@ -16,8 +16,8 @@ from torch import fx, nn
 
 from moeopt.api import optimize
 from moeopt.errors import NotSaveableError
-from moeopt.find.example_inputs import Call
-from moeopt.lower.export import export_program, roomier
+from moeopt.find.example_inputs import ArgsKwargs
+from moeopt.lower.export import avoid_size_one, export_program
 from moeopt.passes.base import Pass, PassRecord
 from moeopt.rewrite.install import rewritten_forward
 
@@ -33,7 +33,7 @@ def run(
     return as_graph_module(model, done._call), done.report.passes
 
 
-def as_graph_module(model: nn.Module, call: Call) -> fx.GraphModule:
+def as_graph_module(model: nn.Module, call: ArgsKwargs) -> fx.GraphModule:
     """``model`` as one graph, for every size that the model takes; as one call of ``model`` where export refuses it.
 
     Args:
@@ -41,7 +41,7 @@ def as_graph_module(model: nn.Module, call: Call) -> fx.GraphModule:
     """
     try:
         with torch.no_grad():
-            args, kwargs = roomier(model, *call)
+            args, kwargs = avoid_size_one(model, *call)
         exported: fx.GraphModule = export_program(model, args, kwargs).module()  # type: ignore[assignment]
         return exported
     except NotSaveableError as err:
@@ -49,7 +49,7 @@ def as_graph_module(model: nn.Module, call: Call) -> fx.GraphModule:
         return one_call(model, call)
 
 
-def one_call(model: nn.Module, call: Call) -> fx.GraphModule:
+def one_call(model: nn.Module, call: ArgsKwargs) -> fx.GraphModule:
     """A GraphModule with one node, which calls ``model`` with arguments like those of ``call``."""
     graph = fx.Graph()
     args = tuple(graph.placeholder(f"arg_{i}") for i in range(len(call[0])))

@@ -15,7 +15,7 @@ LONGEST = 7
 
 
 def captured(graph: dict[str, Any]) -> str:
-    """The block as the witness trace saw it."""
+    """The block as the trace saw it."""
     seen = graph["captured"]
     down = _Down()
     down.box("tokens", "end")
@@ -53,14 +53,14 @@ def _expert(seen: dict[str, Any]) -> str:
     return f"{many} times the chain {chain}" if many > 1 else f"all experts together in {chain}"
 
 
-def _shortened(steps: list[str], most: int = 14) -> list[str]:
+def _shortened(steps: list[str], limit: int = 14) -> list[str]:
     """The steps next to the op, where there are too many to draw."""
-    if len(steps) <= most:
+    if len(steps) <= limit:
         return steps
     at = steps.index("moeopt::experts")
-    first = max(0, min(at - most // 2, len(steps) - most))
-    shown = steps[first : first + most]
-    before, after = first, len(steps) - first - most
+    first = max(0, min(at - limit // 2, len(steps) - limit))
+    shown = steps[first : first + limit]
+    before, after = first, len(steps) - first - limit
     return [*([f"{before} steps before"] if before else []), *shown, *([f"{after} steps after"] if after else [])]
 
 

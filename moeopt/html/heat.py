@@ -25,8 +25,8 @@ def heat_map(layers: list[dict[str, Any]]) -> str:
     rows = [layer for layer in layers if any(layer["fired"])]
     if not rows:
         return ""
-    most = max(len(layer["fired"]) for layer in rows)
-    cell = min(max(WIDE / most, 1.3), 26.0)
+    num_columns = max(len(layer["fired"]) for layer in rows)
+    cell = min(max(WIDE / num_columns, 1.3), 26.0)
     height = 20.0 if len(rows) <= 24 else 13.0
     names = short_names([layer["name"] for layer in rows])
     parts = []
@@ -35,17 +35,17 @@ def heat_map(layers: list[dict[str, Any]]) -> str:
         at = layer["imbalance"]
         told = f"{layer['name']}: busiest {at['max_over_mean']:.2f} x the mean, {len(at['dead'])} dead"
         text = svg.label(GUTTER - 8, top + height / 2 + 4, name, GUTTER - 12, "end", "small" if height < 15 else "")
-        fired = layer["fired"] if most <= BY_NUMBER else sorted(layer["fired"], reverse=True)
+        fired = layer["fired"] if num_columns <= BY_NUMBER else sorted(layer["fired"], reverse=True)
         parts.append(svg.group([text, *_row(fired, top, cell, height)], told))
     bottom = 18 + len(rows) * height
-    parts += [svg.tag("rect", x=GUTTER, y=18, width=cell * most, height=bottom - 18, cls="frame")]
-    parts += list(_axis(most, cell, "expert" if most <= BY_NUMBER else "rank"))
-    order = "" if most <= BY_NUMBER else ", each row sorted by load"
+    parts += [svg.tag("rect", x=GUTTER, y=18, width=cell * num_columns, height=bottom - 18, cls="frame")]
+    parts += list(_axis(num_columns, cell, "expert" if num_columns <= BY_NUMBER else "rank"))
+    order = "" if num_columns <= BY_NUMBER else ", each row sorted by load"
     title = (
-        f"Heat map: load of {most} experts (columns{order}) in {len(rows)} layer{'s' * (len(rows) != 1)} (rows), as a "
+        f"Heat map: load of {num_columns} experts (columns{order}) in {len(rows)} layer{'s' * (len(rows) != 1)} (rows), as a "
         "multiple of the layer's mean; the same figures are in the table"
     )
-    return svg.picture(GUTTER + cell * most + 12, bottom + 8, title, parts, "heat")
+    return svg.picture(GUTTER + cell * num_columns + 12, bottom + 8, title, parts, "heat")
 
 
 def levels() -> list[tuple[str, str]]:
@@ -71,8 +71,8 @@ def _level(count: int, mean: float) -> str:
     return "dead" if not count else f"l{next(i for i, (end, _) in enumerate(LEVELS) if count < end * mean)}"
 
 
-def _axis(most: int, cell: float, word: str) -> Iterator[str]:
+def _axis(num_columns: int, cell: float, word: str) -> Iterator[str]:
     step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1 << 20) if s * cell >= 26)
-    for e in range(0, most, step):
+    for e in range(0, num_columns, step):
         yield svg.label(GUTTER + (e + 0.5) * cell, 13, str(e), anchor="middle", cls="small")
     yield svg.label(GUTTER - 8, 13, word, anchor="end", cls="small")

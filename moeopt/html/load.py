@@ -48,9 +48,9 @@ def _facts(layer: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
 
 
-def _busiest(fired: list[int], most: int) -> str:
+def _busiest(fired: list[int], limit: int) -> str:
     total = sum(fired)
-    top = sorted(range(len(fired)), key=lambda e: -fired[e])[:most]
+    top = sorted(range(len(fired)), key=lambda e: -fired[e])[:limit]
     return ", ".join(f"{e}: {100 * fired[e] / total:.1f} %" for e in top if fired[e]) if total else ""
 
 

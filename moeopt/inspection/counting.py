@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeopt.inspection.roles import Roles
-from moeopt.inspection.structure import Block
+from moeopt.inspection.structure import MoEBlock
 from moeopt.inspection.tree import Tree
 
 CONVENTIONS = {
@@ -59,7 +59,7 @@ class Counts:
         return {"all": used, "no_input_embedding": without, "no_embeddings": inner}
 
 
-def count(tree: Tree, blocks: list[Block], roles: Roles, top_k: dict[str, int | None]) -> Counts:
+def count(tree: Tree, blocks: list[MoEBlock], roles: Roles, top_k: dict[str, int | None]) -> Counts:
     """``top_k`` gives K for the path of each block."""
     total: dict[str, int] = {}
     for name, tensor in tree.tensors.items():

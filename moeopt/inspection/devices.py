@@ -81,7 +81,7 @@ def find_device(name: str | None) -> Device:
 
 
 def this_machine() -> Device:
-    """This machine's memory, and what a read of 256 MB and a bfloat16 product reach on it now."""
+    """This machine's memory, and what a read of 256 MB and a bfloat16 matmul reach on it now."""
     threads = torch.get_num_threads()
     return Device(
         f"this CPU, {threads} thread{'s' * (threads != 1)}", memory(), _read_rate(), _product_rate(), "measured", True

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.errors import UsageError
-from moeopt.inspection.structure import Block
+from moeopt.inspection.structure import MoEBlock
 from moeopt.inspection.tree import Tree, parent, within
 from moeopt.patches import no_fake_tensor_errors
 
@@ -102,7 +102,7 @@ class _Watch(TorchDispatchMode):
         return None
 
 
-def selection(tree: Tree, block: Block, top_k: int | None = None) -> Selection | None:
+def selection(tree: Tree, block: MoEBlock, top_k: int | None = None) -> Selection | None:
     """How ``block`` chooses; None where nothing tells that it chooses at all."""
     seen = None
     for path in dict.fromkeys((block.path, *_inward(block))):
@@ -120,7 +120,7 @@ def selection(tree: Tree, block: Block, top_k: int | None = None) -> Selection |
     return seen
 
 
-def _inward(block: Block) -> list[str]:
+def _inward(block: MoEBlock) -> list[str]:
     """The modules from the block down to its router."""
     paths, path = [], block.router_path
     while within(path, block.path) and path != block.path:
@@ -129,7 +129,7 @@ def _inward(block: Block) -> list[str]:
     return paths[::-1]
 
 
-def _run(module: nn.Module, block: Block) -> Selection | None:
+def _run(module: nn.Module, block: MoEBlock) -> Selection | None:
     try:
         twin = shared_copy(module).eval()
     except UsageError:
@@ -156,7 +156,7 @@ def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
-def _attribute(tree: Tree, block: Block) -> tuple[str, int] | None:
+def _attribute(tree: Tree, block: MoEBlock) -> tuple[str, int] | None:
     """An integer from 1 to E that is called top_k or the like, on the modules at the router or in the config."""
     paths = [block.router_path, block.path, block.bank.owner, parent(block.path)]
     owners: list[tuple[str, Any]] = [(p, tree.modules[p]) for p in paths]

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moeopt.inspection.counting import CONVENTIONS, PARTS
-from moeopt.inspection.roofline import Bound
+from moeopt.inspection.roofline import PartTime
 
 if TYPE_CHECKING:
-    from moeopt.inspection.result import Inspection, Kind
+    from moeopt.inspection.result import BlockKind, Inspection
 
 WIDTH = 80
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -36,24 +36,30 @@ def billions(count: int | None) -> str:
     return f"{count / 1e9:.3f} B" if count >= 10_000_000 else f"{count:,}"
 
 
-def table(found: Inspection) -> str:
+def table(inspection: Inspection) -> str:
     """The whole report."""
-    sections = [_structure(found), _parameters(found), _memory(found), _work(found), _notes(found)]
+    sections = [
+        _structure(inspection),
+        _parameters(inspection),
+        _memory(inspection),
+        _work(inspection),
+        _notes(inspection),
+    ]
     return "\n\n".join("\n".join(lines) for lines in map(list, sections) if lines)
 
 
-def _structure(found: Inspection) -> Iterator[str]:
-    yield from _wrapped(f"{found.name} (from {_article(found.source)})", "")
-    if not found.kinds:
-        yield f"{_many(found.layers, 'layer')}, no mixture of experts found: a dense model"
+def _structure(inspection: Inspection) -> Iterator[str]:
+    yield from _wrapped(f"{inspection.name} (from {_article(inspection.source)})", "")
+    if not inspection.kinds:
+        yield f"{_many(inspection.layers, 'layer')}, no mixture of experts found: a dense model"
         return
-    yield f"{_many(found.layers, 'layer')}, {found.moe_layers} with experts"
-    for kind in found.kinds:
-        yield from _wrapped(_kind(kind, len(found.kinds) > 1), "  ")
+    yield f"{_many(inspection.layers, 'layer')}, {inspection.moe_layers} with experts"
+    for kind in inspection.kinds:
+        yield from _wrapped(_kind(kind, len(inspection.kinds) > 1), "  ")
         yield from _wrapped(f"router: {kind.router}", "  ")
 
 
-def _kind(kind: Kind, count: bool) -> str:
+def _kind(kind: BlockKind, count: bool) -> str:
     where = f"{_many(kind.blocks, 'block')} of " if count else ""
     chosen = "an unknown number of them" if kind.top_k is None else f"top-{kind.top_k}"
     shared = f", {_many(kind.shared, 'shared expert')}" if kind.shared else ""
@@ -61,9 +67,9 @@ def _kind(kind: Kind, count: bool) -> str:
     return f"{where}{kind.experts} experts, {chosen}{shared}; each {kind.hidden} x {kind.inner}, {form}"
 
 
-def _parameters(found: Inspection) -> Iterator[str]:
-    counts = found.counts
-    two = bool(found.kinds)
+def _parameters(inspection: Inspection) -> Iterator[str]:
+    counts = inspection.counts
+    two = bool(inspection.kinds)
     yield f"{'parameters':<50}{'total':>14}" + (f"{'per token':>14}" if two else "")
     for part, total in counts.total.items():
         used = billions((counts.active or {}).get(part, 0)) if counts.active else "?"
@@ -75,31 +81,31 @@ def _parameters(found: Inspection) -> Iterator[str]:
         yield f"  {label:<48}" + (f"{whole:>14}{used:>14}" if two else f"{whole or used:>14}")
 
 
-def _memory(found: Inspection) -> Iterator[str]:
-    yield f"memory for the weights, on {found.device.name} ({amount(found.device.memory, 'B')})"
-    for fit in found.memory:
+def _memory(inspection: Inspection) -> Iterator[str]:
+    yield f"memory for the weights, on {inspection.device.name} ({amount(inspection.device.memory, 'B')})"
+    for fit in inspection.memory:
         verdict = (
             f"fits, {amount(-fit.short_by, 'B')} free"
             if fit.fits
             else f"does not fit: {amount(fit.short_by, 'B')} short; {fit.devices} devices would hold it"
         )
         yield f"  {fit.bits:>2} bits {amount(fit.bytes, 'B'):>10}   {verdict}"
-    also = "every expert must be resident, chosen or not; " if found.kinds else ""
+    also = "every expert must be resident, chosen or not; " if inspection.kinds else ""
     yield from _wrapped(f"{also}KV cache, activations and the scales of 8 and 4 bits come on top", "  ")
 
 
-def _work(found: Inspection) -> Iterator[str]:
-    device, prefill, decode = found.device, found.prefill, found.decode
+def _work(inspection: Inspection) -> Iterator[str]:
+    device, prefill, decode = inspection.device, inspection.prefill, inspection.decode
     rates = f"{amount(device.bandwidth, 'B/s')}, {amount(device.flops, 'FLOP/s')}"
     on = f"{device.name} ({rates}{', measured' if device.measured else ''})"
-    yield from _wrapped(f"work per token at {found.bits} bits, batch {found.batch}, on {on}", "")
+    yield from _wrapped(f"work per token at {inspection.bits} bits, batch {inspection.batch}, on {on}", "")
     many, one = f"prefill, T={_short(prefill.tokens)}", f"decode, T={_short(decode.tokens)}"
     yield f"{'':<35}{many:>18}{one:>17}{'compute':>10}"
     yield f"{'':<26}{'FLOP':>9}{'bytes':>9}{'bound':>9}{'bytes':>8}{'bound':>9}{'from T ≥':>10}"
     for first, then in zip(prefill.parts, decode.parts, strict=True):
         yield _row(PARTS[first.name], first, then, prefill.tokens, decode.tokens)
-    yield from _sums(found)
-    if prefill.hit is not None and decode.hit is not None and (main := found.main):
+    yield from _sums(inspection)
+    if prefill.hit is not None and decode.hit is not None and (main := inspection.main):
         yield from _wrapped(
             f"distinct experts that a layer's tokens reach, if routing is uniform, E(1-(1-K/E)^T): "
             f"{prefill.hit:.1f} of {main.experts} at T = {prefill.tokens}, {decode.hit:.1f} at T = {decode.tokens}",
@@ -112,7 +118,7 @@ def _short(tokens: int) -> str:
     return str(tokens) if tokens < 100_000 else amount(tokens)
 
 
-def _row(name: str, many: Bound, one: Bound, prefill: int, decode: int) -> str:
+def _row(name: str, many: PartTime, one: PartTime, prefill: int, decode: int) -> str:
     turns = "never" if many.turns_at is None else f"{many.turns_at}"
     return (
         f"  {name:<24}{amount(one.flops / decode):>9}{amount(many.bytes / prefill):>9}{_by(many):>9}"
@@ -120,12 +126,12 @@ def _row(name: str, many: Bound, one: Bound, prefill: int, decode: int) -> str:
     )
 
 
-def _sums(found: Inspection) -> Iterator[str]:
-    prefill, decode = found.prefill, found.decode
+def _sums(inspection: Inspection) -> Iterator[str]:
+    prefill, decode = inspection.prefill, inspection.decode
     many, one = prefill.to_dict(), decode.to_dict()
     yield (f"  {'all':<24}{amount(one['flops']):>9}{amount(many['bytes']):>9}{'':>9}{amount(one['bytes']):>8}").rstrip()
     rate = decode.tokens / decode.seconds
-    fits = next(f.fits for f in found.memory if f.bits == found.bits)
+    fits = next(f.fits for f in inspection.memory if f.bits == inspection.bits)
     yield from _wrapped(
         f"at best {_time(prefill.seconds)} for the prefill and {_time(decode.seconds)} for a decoding step, "
         f"{f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}'} tokens/s"
@@ -134,7 +140,7 @@ def _sums(found: Inspection) -> Iterator[str]:
     )
 
 
-def _by(part: Bound) -> str:
+def _by(part: PartTime) -> str:
     return "compute" if part.by == "compute" else "memory"
 
 
@@ -142,12 +148,12 @@ def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def _notes(found: Inspection) -> Iterator[str]:
-    if found.stored:
-        dtypes = ", ".join(f"{amount(n)} {d}" for d, n in sorted(found.stored.elements.items()))
-        files = _many(found.stored.files, "file")
-        yield from _wrapped(f"stored: {amount(found.stored.bytes, 'B')} in {files}, elements: {dtypes}", "")
-    for note in found.notes:
+def _notes(inspection: Inspection) -> Iterator[str]:
+    if inspection.stored:
+        dtypes = ", ".join(f"{amount(n)} {d}" for d, n in sorted(inspection.stored.elements.items()))
+        files = _many(inspection.stored.files, "file")
+        yield from _wrapped(f"stored: {amount(inspection.stored.bytes, 'B')} in {files}, elements: {dtypes}", "")
+    for note in inspection.notes:
         yield from _wrapped(f"note: {note}", "")
 
 

@@ -10,11 +10,11 @@ from moeopt.inspection.counting import CONVENTIONS, Counts
 from moeopt.inspection.devices import Device
 from moeopt.inspection.headers import Stored
 from moeopt.inspection.memory import Fit
-from moeopt.inspection.roofline import Pass
+from moeopt.inspection.roofline import ForwardPass
 
 
 @dataclass(frozen=True)
-class Kind:
+class BlockKind:
     """MoE blocks that are alike.
 
     Attributes:
@@ -43,19 +43,19 @@ class Inspection:
     source: str
     layers: int
     moe_layers: int
-    kinds: list[Kind]
+    kinds: list[BlockKind]
     counts: Counts
     device: Device
     memory: list[Fit]
     bits: int
     batch: int
-    prefill: Pass
-    decode: Pass
+    prefill: ForwardPass
+    decode: ForwardPass
     stored: Stored | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
-    def main(self) -> Kind | None:
+    def main(self) -> BlockKind | None:
         """The kind of most blocks."""
         return max(self.kinds, key=lambda k: k.blocks, default=None)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from moeopt.inspection.shapes import FFN, ffn_of
-from moeopt.inspection.structure import Block
+from moeopt.inspection.structure import MoEBlock
 from moeopt.inspection.tree import Tree, parent, within
 
 ROLES = ("experts", "shared", "router", "ffn", "other", "head", "embedding", "elsewhere")
@@ -32,11 +32,11 @@ class Roles:
     shared: dict[str, list[FFN]] = field(default_factory=dict)
 
 
-def assign(tree: Tree, blocks: list[Block]) -> Roles:
+def assign(tree: Tree, blocks: list[MoEBlock]) -> Roles:
     """The role of every parameter."""
     roles = Roles()
     text = _text_paths(tree)
-    layers: dict[str, list[Block]] = {}
+    layers: dict[str, list[MoEBlock]] = {}
     for block in blocks:
         home = tree.numbered_ancestor(block.path) or block.path
         layers.setdefault(home, []).append(block)
@@ -59,7 +59,7 @@ def assign(tree: Tree, blocks: list[Block]) -> Roles:
     return roles
 
 
-def _networks(tree: Tree, home: str, blocks: list[Block]) -> Iterator[tuple[str, FFN]]:
+def _networks(tree: Tree, home: str, blocks: list[MoEBlock]) -> Iterator[tuple[str, FFN]]:
     """Feed-forward networks in a layer, beside its experts; only modules that hold experts are looked into."""
     for child in tree.children(home):
         if child not in tree.modules or any(within(child, b.bank.owner) and not b.bank.stacked for b in blocks):
@@ -76,7 +76,7 @@ def _networks(tree: Tree, home: str, blocks: list[Block]) -> Iterator[tuple[str,
             yield child, ffn.facing(blocks[0].bank.ffn.hidden)
 
 
-def _dense_layers(tree: Tree, moe: dict[str, list[Block]]) -> Iterator[list[str]]:
+def _dense_layers(tree: Tree, moe: dict[str, list[MoEBlock]]) -> Iterator[list[str]]:
     """Parameter names of the dense feed-forward networks: whole modules, or two transposed linears of one layer."""
     done: list[str] = []
     above = {p for m in moe for p in _prefixes(m)}

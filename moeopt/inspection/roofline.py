@@ -19,7 +19,7 @@ from typing import Any
 from moeopt.inspection.counting import PARTS
 from moeopt.inspection.devices import Device
 from moeopt.inspection.roles import Roles
-from moeopt.inspection.structure import Block
+from moeopt.inspection.structure import MoEBlock
 from moeopt.inspection.tree import Tree
 
 ROW_BYTES = 2
@@ -58,7 +58,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Bound:
+class PartTime:
     """A part at T tokens on a device: ``turns_at`` is the least T that compute bounds; None: no T does."""
 
     name: str
@@ -69,7 +69,7 @@ class Bound:
     turns_at: int | None
 
 
-def parts_of(tree: Tree, blocks: list[Block], roles: Roles, top_k: dict[str, int | None]) -> list[Part]:
+def parts_of(tree: Tree, blocks: list[MoEBlock], roles: Roles, top_k: dict[str, int | None]) -> list[Part]:
     """The parts that a text token passes, in the order of ``PARTS``; experts without a known K are left out."""
     found: dict[str, Part] = {}
     for name, tensor in tree.tensors.items():
@@ -93,11 +93,11 @@ def parts_of(tree: Tree, blocks: list[Block], roles: Roles, top_k: dict[str, int
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """One forward of ``tokens`` tokens; ``hit`` is how many distinct experts of a layer it reaches, as expected."""
 
     tokens: int
-    parts: list[Bound]
+    parts: list[PartTime]
     hit: float | None
 
     @property
@@ -116,11 +116,11 @@ class Pass:
                 "experts_hit": self.hit, "parts": parts}  # fmt: skip
 
 
-def bound(part: Part, tokens: int, width: float, device: Device) -> Bound:
+def bound(part: Part, tokens: int, width: float, device: Device) -> PartTime:
     """``width`` is the bytes of one weight."""
     flops, moved = part.flops(tokens), part.bytes(tokens, width)
     compute, memory = flops / device.flops, moved / device.bandwidth
-    return Bound(
+    return PartTime(
         part.name, flops, moved, max(compute, memory), "compute" if compute > memory else "bandwidth",
         _turns_at(part, width, device.ridge),
     )  # fmt: skip

@@ -10,10 +10,10 @@ from moeopt.inspection.devices import find_device
 from moeopt.inspection.load import load
 from moeopt.inspection.memory import BITS, fits
 from moeopt.inspection.probe import Selection, selection
-from moeopt.inspection.result import Inspection, Kind
+from moeopt.inspection.result import BlockKind, Inspection
 from moeopt.inspection.roles import Roles, assign
-from moeopt.inspection.roofline import Pass, bound, expected_hit, parts_of
-from moeopt.inspection.structure import Bank, Block, find_blocks, stacks
+from moeopt.inspection.roofline import ForwardPass, bound, expected_hit, parts_of
+from moeopt.inspection.structure import ExpertGroup, MoEBlock, find_blocks, stacks
 from moeopt.inspection.tree import Tree
 
 
@@ -70,9 +70,9 @@ def inspect(
     kinds = _kinds(chosen, roles)
     main = max(kinds, key=lambda k: k.blocks, default=None)
 
-    def run(tokens: int) -> Pass:
+    def run(tokens: int) -> ForwardPass:
         hit = expected_hit(main.experts, main.top_k, tokens) if main and main.top_k else None
-        return Pass(tokens, [bound(p, tokens, bits / 8, on) for p in parts], hit)
+        return ForwardPass(tokens, [bound(p, tokens, bits / 8, on) for p in parts], hit)
 
     return Inspection(
         loaded.name, loaded.source, len(roles.layers), _layers(tree, blocks), kinds, counts, on, fits(counts.all, on),
@@ -80,9 +80,9 @@ def inspect(
     )  # fmt: skip
 
 
-def _choose(tree: Tree, blocks: list[Block], top_k: int | None) -> tuple[dict[Block, Selection], list[str]]:
+def _choose(tree: Tree, blocks: list[MoEBlock], top_k: int | None) -> tuple[dict[MoEBlock, Selection], list[str]]:
     """How each block chooses, blocks alike asked once; lists of networks that nothing chooses from are no experts."""
-    chosen: dict[Block, Selection] = {}
+    chosen: dict[MoEBlock, Selection] = {}
     asked: dict[Any, Selection | None] = {}
     notes = []
     for block in blocks:
@@ -106,14 +106,14 @@ def _choose(tree: Tree, blocks: list[Block], top_k: int | None) -> tuple[dict[Bl
     return chosen, _few(notes)
 
 
-def _unrouted(bank: Bank) -> str:
+def _unrouted(bank: ExpertGroup) -> str:
     return (
         f"{bank.owner or 'the model'} holds {bank.experts} networks alike, and nothing was seen to choose among them: "
         "counted as used by every token; if they are experts, give top_k"
     )
 
 
-def _loose_stacks(tree: Tree, banks: list[Bank]) -> list[str]:
+def _loose_stacks(tree: Tree, banks: list[ExpertGroup]) -> list[str]:
     """Stacked matrices that belong to nothing that was recognised may be experts of a form that is not known here."""
     known = {n for b in banks for n in b.names}
     loose = [n for n in stacks(tree) if n not in known]
@@ -126,11 +126,11 @@ def _loose_stacks(tree: Tree, banks: list[Bank]) -> list[str]:
     ]
 
 
-def _without_router(bank: Bank) -> Block:
-    return Block(bank.owner, bank, bank.owner, frozenset(), bank.ffn.hidden)
+def _without_router(bank: ExpertGroup) -> MoEBlock:
+    return MoEBlock(bank.owner, bank, bank.owner, frozenset(), bank.ffn.hidden)
 
 
-def _likeness(tree: Tree, block: Block) -> Any:
+def _likeness(tree: Tree, block: MoEBlock) -> Any:
     """Equal for blocks of one class with the same sizes and integer settings."""
     modules = [tree.modules[p] for p in (block.path, block.router_path)]
     settings = [
@@ -143,17 +143,17 @@ def _likeness(tree: Tree, block: Block) -> Any:
     return (*map(type, modules), bank.experts, bank.ffn, block.width, tuple(settings))
 
 
-def _kinds(chosen: dict[Block, Selection], roles: Roles) -> list[Kind]:
+def _kinds(chosen: dict[MoEBlock, Selection], roles: Roles) -> list[BlockKind]:
     groups: dict[tuple[Any, ...], int] = {}
     for block, how in chosen.items():
         ffn = block.bank.ffn
         shared = sum(_in_experts(s.inner, ffn.inner) for s in roles.shared.get(block.path, ()))
         key = (block.bank.experts, how.top_k, shared, ffn.hidden, ffn.inner, ffn.gated, how.router)
         groups[key] = groups.get(key, 0) + 1
-    return [Kind(blocks, *key) for key, blocks in groups.items()]
+    return [BlockKind(blocks, *key) for key, blocks in groups.items()]
 
 
-def _layers(tree: Tree, blocks: list[Block]) -> int:
+def _layers(tree: Tree, blocks: list[MoEBlock]) -> int:
     """Layers that hold a block."""
     return len({tree.numbered_ancestor(b.path, outermost=True) or b.path for b in blocks})
 
@@ -163,6 +163,6 @@ def _in_experts(width: int, expert: int) -> int:
     return width // expert if width % expert == 0 else 1
 
 
-def _few(notes: list[str], most: int = 3) -> list[str]:
-    more = len(notes) - most
-    return notes if more < 1 else [*notes[:most], f"and {more} more of this kind"]
+def _few(notes: list[str], limit: int = 3) -> list[str]:
+    more = len(notes) - limit
+    return notes if more < 1 else [*notes[:limit], f"and {more} more of this kind"]

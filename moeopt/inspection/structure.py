@@ -26,7 +26,7 @@ REACH = 3
 
 
 @dataclass(frozen=True)
-class Bank:
+class ExpertGroup:
     """E experts side by side. ``stacked`` ones are whole tensors with E along the first axis.
 
     ``idle`` further choices of the router have no weights: they hand the token on, or do nothing.
@@ -45,18 +45,18 @@ class Bank:
 
 
 @dataclass(frozen=True)
-class Block:
+class MoEBlock:
     """One MoE: ``path`` is the innermost module that holds both router and experts."""
 
     path: str
-    bank: Bank
+    bank: ExpertGroup
     router_path: str
     router: frozenset[str]
     width: int
     """What one row of the router's input holds; H unless the router has layers of its own."""
 
 
-def find_blocks(tree: Tree) -> tuple[list[Block], list[Bank]]:
+def find_blocks(tree: Tree) -> tuple[list[MoEBlock], list[ExpertGroup]]:
     """Every MoE block, in the order of the parameters; and banks of networks that have no router near them."""
     banks = [*_stacked(tree), *_listed(tree)]
     blocks, lone = [], []
@@ -79,7 +79,7 @@ def stacks(tree: Tree) -> list[str]:
     ]
 
 
-def _stacked(tree: Tree) -> Iterator[Bank]:
+def _stacked(tree: Tree) -> Iterator[ExpertGroup]:
     """3-D parameters with one leading size, in one module or in sister modules."""
     loose = stacks(tree)
     for level in (1, 2):
@@ -92,11 +92,11 @@ def _stacked(tree: Tree) -> Iterator[Bank]:
             ffn = ffn_of(tree.shape(n)[1:] for n in names)
             if experts > 1 and ffn is not None:
                 taken.update(names)
-                yield Bank(owner, experts, ffn, frozenset(names), True)
+                yield ExpertGroup(owner, experts, ffn, frozenset(names), True)
         loose = [n for n in loose if n not in taken]
 
 
-def _listed(tree: Tree) -> Iterator[Bank]:
+def _listed(tree: Tree) -> Iterator[ExpertGroup]:
     """Children alike: each is a feed-forward network, or one matrix of it, its other matrices in lists beside."""
     inside: list[str] = []
     for path in tree.modules:
@@ -106,12 +106,12 @@ def _listed(tree: Tree) -> Iterator[Bank]:
             ffn = ffn_of(tree.matrices(family[0]))
             if ffn is not None:
                 inside.append(path)
-                yield Bank(path, len(family), ffn, _names(tree, family), False, idle)
+                yield ExpertGroup(path, len(family), ffn, _names(tree, family), False, idle)
                 break
         yield from _assembled(tree, path)
 
 
-def _assembled(tree: Tree, path: str) -> Iterator[Bank]:
+def _assembled(tree: Tree, path: str) -> Iterator[ExpertGroup]:
     """Lists of single matrices that hang side by side in one module: ``w1[e]``, ``w2[e]``, ``w3[e]``."""
     parts: dict[int, list[list[str]]] = {}
     for child in tree.children(path):
@@ -123,7 +123,7 @@ def _assembled(tree: Tree, path: str) -> Iterator[Bank]:
     for experts, families in parts.items():
         ffn = ffn_of(tree.matrices(f[0])[0] for f in families)
         if ffn is not None:
-            yield Bank(path, experts, ffn, _names(tree, [n for f in families for n in f]), False)
+            yield ExpertGroup(path, experts, ffn, _names(tree, [n for f in families for n in f]), False)
 
 
 def _alike_families(tree: Tree, path: str) -> Iterator[tuple[list[str], int]]:
@@ -135,7 +135,7 @@ def _alike_families(tree: Tree, path: str) -> Iterator[tuple[list[str], int]]:
             yield full, len(family) - len(full)
 
 
-def _flat(tree: Tree, taken: set[str]) -> Iterator[Bank]:
+def _flat(tree: Tree, taken: set[str]) -> Iterator[ExpertGroup]:
     """Bare (E * I, H) matrices of one shape; E is the router's, so each matrix with H columns near by is tried."""
     for path, module in tree.modules.items():
         own = [n for n in tree.children(path) if n in tree.tensors and tree.tensors[n].dim() == 2 and n not in taken]
@@ -150,7 +150,9 @@ def _flat(tree: Tree, taken: set[str]) -> Iterator[Bank]:
             found = [a if b == hidden else b for a, b in near if hidden in (a, b)]
             fits = [e for e in found if 1 < e < rows and rows % e == 0]
             if fits:
-                yield Bank(path, min(fits), FFN(hidden, rows // min(fits), len(names) == 3), frozenset(names), True)
+                yield ExpertGroup(
+                    path, min(fits), FFN(hidden, rows // min(fits), len(names) == 3), frozenset(names), True
+                )
                 break
 
 
@@ -167,7 +169,7 @@ def _above(path: str) -> Iterator[str]:
         path = parent(path)
 
 
-def _with_router(tree: Tree, bank: Bank) -> Block | None:
+def _with_router(tree: Tree, bank: ExpertGroup) -> MoEBlock | None:
     beside = {
         n
         for home in {parent(n) for n in bank.names if bank.stacked}
@@ -193,12 +195,12 @@ def _with_router(tree: Tree, bank: Bank) -> Block | None:
     return None
 
 
-def _other(tree: Tree, name: str, bank: Bank) -> int:
+def _other(tree: Tree, name: str, bank: ExpertGroup) -> int:
     a, b = tree.shape(name)
     return b if a == bank.choices else a
 
 
-def _block(tree: Tree, bank: Bank, path: str, matrix: str, biases: set[str], wider: bool) -> Block:
+def _block(tree: Tree, bank: ExpertGroup, path: str, matrix: str, biases: set[str], wider: bool) -> MoEBlock:
     """The router is the largest module that holds its matrix and no expert."""
     top = matrix
     while parent(top) != path and not any(within(n, parent(top)) for n in bank.names):
@@ -209,5 +211,5 @@ def _block(tree: Tree, bank: Bank, path: str, matrix: str, biases: set[str], wid
         width = next(s for s in tree.shape(matrix)[::-1] if s in bank.ffn.sizes)
         idle = sum(tree.shape(matrix)) - width - bank.experts
     ffn = bank.ffn.facing(width)
-    whole = Bank(bank.owner, bank.experts, ffn, bank.names | biases, bank.stacked, idle)
-    return Block(path, whole, top if top in tree.modules else path, names, width)
+    whole = ExpertGroup(bank.owner, bank.experts, ffn, bank.names | biases, bank.stacked, idle)
+    return MoEBlock(path, whole, top if top in tree.modules else path, names, width)

@@ -17,20 +17,20 @@ from torch.utils import _pytree as pytree
 
 from moeopt.errors import MoeoptError, NotSaveableError
 from moeopt.lower.plain import free_sizes, plain_call
-from moeopt.lower.shape_questions import noting_questions
+from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.patches import idle_moves, no_export_dump, one_trace
 from moeopt.verification.model import run_plain
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def roomier(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def avoid_size_one(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgsKwargs:
     """The same call with two rows where it has one, if the model takes it.
 
     ``torch.export`` holds a size of 1 to be fixed, so a call with a batch or a sequence of 1 would give an engine
     for exactly that.
     """
-    call: Call = (tuple(args), dict(kwargs))
+    call: ArgsKwargs = (tuple(args), dict(kwargs))
     for axis in (0, 1):
         leaves = [t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor) and t.dim() > max(axis, 1)]
         if not leaves or any(t.shape[axis] != 1 for t in leaves):
@@ -39,7 +39,7 @@ def roomier(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         def doubled(t: torch.Tensor, axis: int = axis) -> torch.Tensor:
             return torch.cat([t, t], axis) if t.dim() > max(axis, 1) else t
 
-        wider: Call = pytree.tree_map_only(torch.Tensor, doubled, call)
+        wider: ArgsKwargs = pytree.tree_map_only(torch.Tensor, doubled, call)
         try:
             run_plain(model, *wider)
         except Exception:  # whatever stands in the way, the given call is what is exported
@@ -100,7 +100,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 torch.no_grad(),
                 idle_moves(),
                 shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-                noting_questions(),
+                collect_specialization_guards(),
                 no_export_dump(),
                 _named(model, kwargs),
             ):

@@ -11,10 +11,10 @@ import torch.utils._pytree as pytree
 from moeopt.bundle.holds import sentences
 from moeopt.bundle.shape_guards import holds, value_of
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def other_sizes(signature: Mapping[str, Any], call: Call) -> list[Call]:
+def other_sizes(signature: Mapping[str, Any], call: ArgsKwargs) -> list[ArgsKwargs]:
     """The call with every free size made larger, and made the least, its values repeated or cut off.
 
     Where the engine holds for neither, one size is changed by as little as it can be.
@@ -22,7 +22,7 @@ def other_sizes(signature: Mapping[str, Any], call: Call) -> list[Call]:
     return sizes_to_try(signature, call)[0]
 
 
-def sizes_to_try(signature: Mapping[str, Any], call: Call) -> tuple[list[Call], list[str]]:
+def sizes_to_try(signature: Mapping[str, Any], call: ArgsKwargs) -> tuple[list[ArgsKwargs], list[str]]:
     """The calls of :func:`other_sizes`, and a line for the sizes that the engine does not hold for."""
     leaves, spec = pytree.tree_flatten((tuple(call[0]), dict(call[1])))
     entries, conditions = signature["inputs"], signature.get("conditions", [])
@@ -33,7 +33,7 @@ def sizes_to_try(signature: Mapping[str, Any], call: Call) -> tuple[list[Call], 
         have |= {
             d: n for d, n in zip(entry.get("shape", []), getattr(leaf, "shape", ()), strict=False) if type(d) is str
         }
-    calls: list[Call] = []
+    calls: list[ArgsKwargs] = []
     left_out: list[str] = []
 
     def add(sizes: dict[str, int]) -> bool:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgsKwargs:
     """The call with the same values in contiguous memory of their own: no views, no strides, no gradients, and no
     tensors of inference mode. An argument that is given twice is two arguments."""
 
@@ -27,12 +27,12 @@ def plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         with torch.inference_mode(False), torch.no_grad():
             return t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
 
-    call: Call = pytree.tree_map_only(torch.Tensor, own, (tuple(args), dict(kwargs)))
+    call: ArgsKwargs = pytree.tree_map_only(torch.Tensor, own, (tuple(args), dict(kwargs)))
     return call
 
 
 @contextlib.contextmanager
-def open_dataclasses(call: Call) -> Iterator[None]:
+def open_dataclasses(call: ArgsKwargs) -> Iterator[None]:
     """While open, exporters see the fields of the dataclasses among a call's arguments.
 
     Their owner may have registered a class with torch; this does not do so for good, for it would change what the

@@ -21,7 +21,7 @@ from moeopt.bundle.tree import field_names
 from moeopt.bundle.values import encode
 from moeopt.errors import NotSaveableError
 from moeopt.lower.idle_draws import drop_idle_draws
-from moeopt.lower.shape_questions import questions
+from moeopt.lower.specialization_guards import specialization_guards
 from moeopt.patches import one_trace, quiet
 
 
@@ -67,7 +67,9 @@ def size_conditions(program: torch.export.ExportedProgram) -> list[Any]:
         return encode_conditions([text], leaves)
 
     if conditions:
-        asked = [condition for expr in questions(program) for condition in encoded(PythonPrinter().doprint(expr))]
+        asked = [
+            condition for expr in specialization_guards(program) for condition in encoded(PythonPrinter().doprint(expr))
+        ]
         conditions = only_asked(conditions, asked)
     shapes = dict(_shapes(program))
     conditions = [*conditions, *_computed(shapes, names, encoded)]

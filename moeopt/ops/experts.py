@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import intercept
-from moeopt.ops.bank import Bank, ListBank, StackedBank
+from moeopt.ops import override
+from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
 from moeopt.ops.kernels.cuda import experts_cuda
 from moeopt.ops.native.dispatch import experts_on_cpu
 from moeopt.ops.reference import experts_reference
@@ -38,7 +38,7 @@ def encode(spec: ExpertsSpec) -> str:
 
 
 def experts(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec, skip_idle: bool = False
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec, skip_idle: bool = False
 ) -> Tensor:
     """Run the experts that ``ids_TK`` names on each token and sum their weighted outputs.
 
@@ -62,7 +62,7 @@ def experts(
     Raises:
         UsageError: shapes or dtypes that have no meaning here; the message names them.
     """
-    if not torch.compiler.is_dynamo_compiling() and (answer := intercept.current()) is not None:
+    if not torch.compiler.is_dynamo_compiling() and (answer := override.current()) is not None:
         y_TH = answer(x_TH, ids_TK, weights_TK, bank, spec)
         if y_TH is not None:
             return y_TH
@@ -75,7 +75,7 @@ def experts(
     return _run(x_TH, ids_TK, weights_TK, bank, spec)
 
 
-def flatten(bank: Bank, spec: ExpertsSpec) -> Lists:
+def flatten(bank: ExpertWeights, spec: ExpertsSpec) -> Lists:
     """The bank as the op's five lists: stacked tensors if the bank is stored so, else E tensors each."""
     pairs = 2 if spec.rows == "separate" else 1
     stacked = bank.stacked()
@@ -93,15 +93,15 @@ def flatten(bank: Bank, spec: ExpertsSpec) -> Lists:
     )
 
 
-def unflatten(lists: Sequence[Sequence[Tensor]], spec: ExpertsSpec) -> Bank:
+def unflatten(lists: Sequence[Sequence[Tensor]], spec: ExpertsSpec) -> ExpertWeights:
     """The inverse of :func:`flatten`, on the same tensors."""
     w_in, w_out, b_in, b_out, norm = ([t if t.dim() > 1 or t.numel() else None for t in part] for part in lists)
     if lists[1][0].dim() == 3:
-        return StackedBank(lists[0], lists[1][0], b_in, b_out[0] if b_out else None, norm[0] if norm else None)
+        return StackedExpertWeights(lists[0], lists[1][0], b_in, b_out[0] if b_out else None, norm[0] if norm else None)
     E, pairs = len(w_out), 2 if spec.rows == "separate" else 1
     ins = [lists[0][i * E : (i + 1) * E] for i in range(pairs)]
     ins_b = [b_in[i * E : (i + 1) * E] for i in range(pairs)] if b_in else None
-    return ListBank(ins, list(lists[1]), ins_b, b_out or None, norm or None)
+    return ListExpertWeights(ins, list(lists[1]), ins_b, b_out or None, norm or None)
 
 
 def _without_idle(lists: Lists, ids: Tensor, weights: Tensor) -> Lists:
@@ -127,7 +127,7 @@ def _traced(x: Tensor) -> bool:
     )
 
 
-def _needs_grad(x: Tensor, weights: Tensor, bank: Bank) -> bool:
+def _needs_grad(x: Tensor, weights: Tensor, bank: ExpertWeights) -> bool:
     if not torch.is_grad_enabled():
         return False
     if x.requires_grad or weights.requires_grad:
@@ -143,7 +143,7 @@ def _needs_grad(x: Tensor, weights: Tensor, bank: Bank) -> bool:
     return False
 
 
-def _run(x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+def _run(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     kernel = _KERNELS.get(x.device.type, experts_reference)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):

@@ -14,10 +14,12 @@ from torch import Tensor
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 
 
-def experts_reference(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+def experts_reference(
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec
+) -> Tensor:
     """The equations of :mod:`moeopt.ir.specs`, one expert at a time; differentiable.
 
     Args:
@@ -48,7 +50,7 @@ def experts_reference(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Ba
     return y_TH.to(out)
 
 
-def one_expert(r_MH: Tensor, bank: Bank, e: int, spec: ExpertsSpec) -> Tensor:
+def one_expert(r_MH: Tensor, bank: ExpertWeights, e: int, spec: ExpertsSpec) -> Tensor:
     """Expert ``e`` on the rows ``r_MH`` (already in the compute dtype): (M, H_out)."""
     pairs = zip(bank.w_in(e), bank.b_in(e), strict=True)
     h = tuple([_linear(r_MH, w, b, spec.w_in_layout) for w, b in pairs])
@@ -71,12 +73,12 @@ def dtypes(x: Tensor, spec: ExpertsSpec) -> tuple[torch.dtype, torch.dtype, torc
     return compute, getattr(torch, spec.accum_dtype) if spec.accum_dtype else out, out
 
 
-def out_features(bank: Bank, spec: ExpertsSpec) -> int:
+def out_features(bank: ExpertWeights, spec: ExpertsSpec) -> int:
     """The width of the result: W_out's output dimension."""
     return bank.w_out(0).shape[0 if spec.w_out_layout == "oi" else 1]
 
 
-def check(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> None:
+def check(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> None:
     """Raise a ``UsageError`` on arguments that no kernel could give a meaning."""
     if x_TH.dim() != 2 or ids_TK.dim() != 2 or ids_TK.shape[0] != x_TH.shape[0] or weights_TK.shape != ids_TK.shape:
         raise UsageError(

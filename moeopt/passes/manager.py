@@ -27,7 +27,7 @@ class Verdict(Protocol):
     reason: str
 
 
-Verify = Callable[[BlockGraph, bool], Verdict]
+VerifyBlock = Callable[[BlockGraph, bool], Verdict]
 """Judges a block; True allows to give up a lowering that fails, which must not be done for a wrong pass."""
 Differ = Callable[[BlockGraph, BlockGraph], str]
 """How two blocks differ in bits on a real call, in words; "" where they do not."""
@@ -87,7 +87,7 @@ class PassManager:
         check_names(self.skip, self.passes, "skip_passes")
         check_names(self.only, self.passes, "only_passes")
 
-    def run(self, block: BlockGraph, verify: Verify, differ: Differ | None = None) -> Result:
+    def run(self, block: BlockGraph, verify: VerifyBlock, differ: Differ | None = None) -> Result:
         """Apply every pass to a copy of ``block``.
 
         Args:
@@ -220,7 +220,7 @@ def _why_not(err: Exception) -> str:
     return f"reverted: it failed itself ({type(err).__name__}: {str(err)[:200]})"
 
 
-def _judge(last: BlockGraph, fired: list[_Fired], verify: Verify) -> tuple[int | None, Verdict]:
+def _judge(last: BlockGraph, fired: list[_Fired], verify: VerifyBlock) -> tuple[int | None, Verdict]:
     """The first pass, by its number among ``fired``, with which the block fails, and that verdict; None where it holds.
 
     ``last`` is the block with all of them.

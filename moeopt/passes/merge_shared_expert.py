@@ -27,10 +27,10 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef
 from moeopt.passes.base import Level
-from moeopt.recognise.dense_ffn import chain_weights, find_dense, recognize_dense
-from moeopt.recognise.ffn_candidates import find_chains
+from moeopt.recognise.dense_ffn import candidate_weights, find_dense, recognize_dense
+from moeopt.recognise.ffn_candidates import find_candidates
 from moeopt.recognise.gemm_sites import find_sites
-from moeopt.rewrite.block_graph import EXPERTS, BlockGraph, ExpertWeights
+from moeopt.rewrite.block_graph import EXPERTS, BlockGraph, ExpertWeightRefs
 from moeopt.rewrite.module_guard import hook_count
 
 aten = torch.ops.aten
@@ -142,11 +142,11 @@ def _function_of(module: nn.Module, hidden: int, one: Added, where: str | None) 
     rank = len(one.module.meta.get("shape") or (0, 0))
     rows = torch.randn(*[1] * (rank - 2), _ROWS, hidden, generator=generator).to(tensor.device, tensor.dtype)
     tape = record(module, (rows,))
-    chains = find_chains(tape, find_sites(tape))
-    if len(chains) != 1 or chains[0].out.node is not tape.output:
+    candidates = find_candidates(tape, find_sites(tape))
+    if len(candidates) != 1 or candidates[0].out.node is not tape.output:
         raise Declined(f"{one.module.target} is more than one feed-forward network", where)
-    (chain,) = find_dense(tape, [chain_weights(tape, chains[0])])
-    ffn = recognize_dense(tape, chain)
+    (candidate,) = find_dense(tape, [candidate_weights(tape, candidates[0])])
+    ffn = recognize_dense(tape, candidate)
     return ffn.weights, ffn.spec
 
 
@@ -177,7 +177,7 @@ def merge(block: BlockGraph, one: Added, shared: ExpertRef) -> None:
     one.total.replace_all_uses_with(one.routed[0] if one.routed else one.experts)
     for node in (one.total, *one.shared, one.module):
         graph.erase_node(node)
-    block.weights[index] = ExpertWeights([*refs, shared], spec)  # type: ignore[index,call-overload]
+    block.weights[index] = ExpertWeightRefs([*refs, shared], spec)  # type: ignore[index,call-overload]
     chosen = block.per_token[index]  # type: ignore[index,call-overload]
     block.per_token[index] = None if chosen is None else chosen + 1  # type: ignore[index,call-overload]
     block.routers[index] = None  # type: ignore[index,call-overload]

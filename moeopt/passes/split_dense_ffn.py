@@ -31,7 +31,7 @@ from moeopt.passes.group_experts import group
 from moeopt.recognise.combine import Combine
 from moeopt.recognise.dense_ffn import DenseFFN
 from moeopt.recognise.experts import Recognition
-from moeopt.recognise.routing import Frontier, Recipe
+from moeopt.recognise.routing import Extraction, Routing
 from moeopt.recognise.token_rows import Tokens
 from moeopt.rewrite.block_graph import BlockGraph
 
@@ -92,10 +92,10 @@ def split(ffn: DenseFFN, groups: Groups) -> Recognition:
 def for_every_token(ffn: DenseFFN, experts: list[ExpertRef], spec: ExpertsSpec) -> Recognition:
     """``ffn`` as the sum of ``experts``, each of them run on every token with weight 1."""
     count, tokens = len(experts), _tokens(ffn.x.meta["shape"], ffn.axis_in)
-    everyone = Frontier(
+    everyone = Routing(
         count,
-        Recipe(ffn.x, [(every_group, (ffn.axis_in, count))]),
-        Recipe(ffn.x, [(weight_one, (ffn.axis_in, count))]),
+        Extraction(ffn.x, [(every_group, (ffn.axis_in, count))]),
+        Extraction(ffn.x, [(weight_one, (ffn.axis_in, count))]),
         list(range(count)),
         "every group",
     )

@@ -9,7 +9,7 @@ from torch import nn
 
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.errors import UsageError
-from moeopt.find.example_inputs import Call
+from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.options import Options
 from moeopt.rewrite.install import rewritten_forward, uninstall
 
@@ -45,11 +45,11 @@ def without_rewrites(model: nn.Module, inplace: bool) -> nn.Module:
     return twin
 
 
-def moved(call: Call, options: Options) -> Call:
+def moved(call: ArgsKwargs, options: Options) -> ArgsKwargs:
     """The call on the device, and its floating-point tensors in the dtype, that ``options`` ask for."""
 
     def move(t: torch.Tensor) -> torch.Tensor:
         return t.to(device=options.device, dtype=options.dtype if t.is_floating_point() else None)
 
-    moved: Call = torch.utils._pytree.tree_map_only(torch.Tensor, move, call)
+    moved: ArgsKwargs = torch.utils._pytree.tree_map_only(torch.Tensor, move, call)
     return moved

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""
 CALLS = 7
@@ -39,7 +39,7 @@ class Timing:
         return f"{1e3 * self.after:.3g} ms, as it is {1e3 * self.before:.3g} ms at {self.tokens} {unit}"
 
 
-def in_turn(before: Callable[..., Any], after: Callable[..., Any], call: Call, tokens: int, flush: int) -> Timing:
+def in_turn(before: Callable[..., Any], after: Callable[..., Any], call: ArgsKwargs, tokens: int, flush: int) -> Timing:
     """Medians of both on the same call, which has ``tokens`` tokens; ``flush`` bytes are written before each."""
     device = next((a.device for a in call[0] if isinstance(a, torch.Tensor)), torch.device("cpu"))
     scratch = torch.zeros(min(flush, FLUSH) // 4)
@@ -63,7 +63,7 @@ def pays(timings: list[Timing]) -> bool:
     return statistics.geometric_mean(ratios) >= GAIN and min(ratios) >= 1 / LOSS
 
 
-def _seconds(run: Callable[..., Any], call: Call, device: torch.device) -> float:
+def _seconds(run: Callable[..., Any], call: ArgsKwargs, device: torch.device) -> float:
     on_gpu = device.type == "cuda"
     clock = time.thread_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
     if on_gpu:

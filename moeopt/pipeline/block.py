@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from moeopt.capture.call_roles import Prototype
-from moeopt.capture.witness_inputs import prototypes, witness
+from moeopt.capture.call_roles import CallSpec
+from moeopt.capture.probe_inputs import call_specs, probe_call
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Obstacle, Rank
@@ -22,11 +22,11 @@ from moeopt.options import Options
 from moeopt.passes.manager import PassManager, Result, check_names
 from moeopt.passes.pipeline import PIPELINE
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
-from moeopt.pipeline.coverage import Call, Mixture, Reader
-from moeopt.recognise.experts import Recognition, Uncovered
+from moeopt.pipeline.coverage import ArgsKwargs, Mixture, Reader
+from moeopt.recognise.experts import ExpertsNotHit, Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
-from moeopt.rewrite.install import Program, RewrittenForward
+from moeopt.rewrite.install import BlockProgram, RewrittenForward
 from moeopt.rewrite.legality import check_module
 from moeopt.verification.block import BlockCheck, Case, verify_block
 from moeopt.verification.cases import adversarial_cases
@@ -38,7 +38,7 @@ MOST_FLOPS = 4e10
 class Runtime(Protocol):
     """What will run the rewritten blocks in the end, when it is not PyTorch."""
 
-    def answering(self, routers: Mapping[int, RouterSpec]) -> contextlib.AbstractContextManager[None]:
+    def run_through_backend(self, routers: Mapping[int, RouterSpec]) -> contextlib.AbstractContextManager[None]:
         """While open, rewritten blocks compute as that runtime will; ``routers`` by the id of the bank they feed."""
         ...
 
@@ -51,7 +51,7 @@ class Runtime(Protocol):
 class Rewrite:
     """A verified (or, with verify="off", unverified) rewrite of one module."""
 
-    program: Program
+    program: BlockProgram
     found: list[Recognition]
     check: BlockCheck
     routers: list[RouterReading]
@@ -62,7 +62,7 @@ class Rewrite:
 def rewrite_block(
     name: str,
     module: nn.Module,
-    call: Call,
+    call: ArgsKwargs,
     options: Options,
     runtime: Runtime | None = None,
     reader: Reader | None = None,
@@ -113,7 +113,7 @@ def pass_manager(options: Options, runtime: Runtime | None) -> PassManager:
 def _rewrite(
     name: str,
     module: nn.Module,
-    call: Call,
+    call: ArgsKwargs,
     options: Options,
     runtime: Runtime | None,
     reader: Reader,
@@ -123,30 +123,30 @@ def _rewrite(
     check_module(module)
     last: Declined | None = None
     met: list[Obstacle] = []
-    for proto in _versions(call):
+    for call_spec in _versions(call):
         try:
-            capture = Capture(name, module, proto, options, reader)
+            capture = Capture(name, module, call_spec, options, reader)
             judge = functools.partial(_verify, capture, call, options, runtime)
             result = manager.run(capture.block(), judge, capture.differ)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
             met.append(err.obstacle)
             last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
-        except Uncovered as err:  # what was read as a mask may be ids
-            if not proto.indices("choices") and not proto.turned:
+        except ExpertsNotHit as err:  # what was read as a mask may be ids
+            if not call_spec.indices("choices") and not call_spec.flip_masks:
                 raise
             met += [err.obstacle, *err.others]
             last = err.with_traceback(None)
             continue
         except Declined as err:
-            if proto.turned:
+            if call_spec.flip_masks:
                 met += [err.obstacle, *err.others]
                 continue
             err.others = (*met, *err.others)
             raise
         check: BlockCheck = result.verdict  # type: ignore[assignment]
         if check.passed is False:
-            if proto.turned:
+            if call_spec.flip_masks:
                 continue
             raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
         if capture.neutral:
@@ -162,37 +162,42 @@ def _rewrite(
         del last
 
 
-def _versions(call: Call) -> Iterator[Prototype]:
+def _versions(call: ArgsKwargs) -> Iterator[CallSpec]:
     """Readings of the call; those with marks that are all alike first with both values in them: what a mask of ones
     does shows only where it is not one. As they are they come second, for code that takes no other values."""
-    for proto in prototypes(*call):
-        if proto.alike_marks():
-            yield dataclasses.replace(proto, turned=True)
-        yield proto
+    for call_spec in call_specs(*call):
+        if call_spec.constant_masks():
+            yield dataclasses.replace(call_spec, flip_masks=True)
+        yield call_spec
 
 
 def _verify(
-    capture: Capture, call: Call, options: Options, runtime: Runtime | None, block: BlockGraph, settle: bool
+    capture: Capture, call: ArgsKwargs, options: Options, runtime: Runtime | None, block: BlockGraph, settle: bool
 ) -> BlockCheck:
     """The verdict on ``block``; with ``settle``, ``runtime`` gives up the lowerings with which it fails."""
-    name, module, proto, found = capture.name, capture.module, capture.proto, capture.found
+    name, module, call_spec, found = capture.name, capture.module, capture.call_spec, capture.found
     program = capture.program(block)
     original = OwnForward(module)
     rewritten = RewrittenForward(module, program, original_forward(module))
     experts = max(len(f.experts) for f in found)
-    rows = [proto.rows(n) for n in proto.indices("tokens")]
+    rows = [call_spec.rows(n) for n in call_spec.indices("tokens")]
     aimed = None
-    if rows and rows[0].dim() == 2 and not proto.routed():
-        covering = witness(proto, 48, options.seed + 7)
-        aimed = Prototype(covering[0], covering[1], proto.leaves).rows(proto.indices("tokens")[0])
-    most = _affordable(module, found)
-    cases = adversarial_cases(proto, experts, level=options.verify, seed=options.seed, router_rows=aimed, most=most)
+    if rows and rows[0].dim() == 2 and not call_spec.routed():
+        covering = probe_call(call_spec, 48, options.seed + 7)
+        aimed = CallSpec(covering[0], covering[1], call_spec.leaves).rows(call_spec.indices("tokens")[0])
+    max_tokens = _max_tokens(module, found)
+    cases = adversarial_cases(
+        call_spec, experts, level=options.verify, seed=options.seed, router_rows=aimed, max_tokens=max_tokens
+    )
     if options.verify != "off":
         cases.append(Case("the given inputs", *call))
     routed = zip(rewritten.banks, program.routers, strict=True)
     known = {id(bank): router for (bank, _), router in routed if router is not None}
     while True:
-        with runtime.answering(known) if runtime is not None else contextlib.nullcontext(), statistics_kept(module):
+        with (
+            runtime.run_through_backend(known) if runtime is not None else contextlib.nullcontext(),
+            statistics_kept(module),
+        ):
             check = verify_block(name, original, rewritten, cases, level=options.verify)
         if check.passed is not False or runtime is None or not settle or not runtime.demote(check.reason):
             break
@@ -201,9 +206,9 @@ def _verify(
     return check
 
 
-def _affordable(module: nn.Module, found: list[Recognition]) -> int:
-    """Tokens that the largest case may have: their products should not take more than a second or a few."""
-    share = max(min(1.0, (f.frontier.per_token or len(f.experts)) / len(f.experts)) for f in found)
+def _max_tokens(module: nn.Module, recognitions: list[Recognition]) -> int:
+    """Tokens that the largest case may have: their matmuls should not take more than a second or a few."""
+    share = max(min(1.0, (f.routing.per_token or len(f.experts)) / len(f.experts)) for f in recognitions)
     return int(MOST_FLOPS / max(1.0, 2 * share * sum(p.numel() for p in module.parameters())))
 
 

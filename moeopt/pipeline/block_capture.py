@@ -11,26 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeopt.capture.call_roles import Prototype
+from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.isolated_run import run_quietly, undone
+from moeopt.capture.probe_inputs import probe_call
 from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.same_graph import same_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
 from moeopt.capture.tree import tree_leaves
-from moeopt.capture.witness_inputs import witness
 from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Rank
 from moeopt.options import Options
-from moeopt.pipeline.coverage import Call, Reader
+from moeopt.pipeline.coverage import ArgsKwargs, Reader
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.router import RouterReading
-from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeights
-from moeopt.rewrite.install import OPAQUE, TENSOR, Guard, Program, RewrittenForward, bind
-from moeopt.rewrite.keep import Plan, make_plan
+from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeightRefs
+from moeopt.rewrite.install import OPAQUE, TENSOR, BlockProgram, CallGuard, RewrittenForward, bind
+from moeopt.rewrite.keep import KeptSteps, kept_steps
 from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason
 from moeopt.rewrite.reads import Reads, observe
-from moeopt.rewrite.replace_experts import replacement
+from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.scratch import UNSET, scratch_attributes
 from moeopt.rewrite.symbolic_shapes import generalize
 
@@ -44,12 +44,12 @@ class Capture:
         routers: how tokens reach each of the ``found``, once a pass has asked for the guard.
     """
 
-    def __init__(self, name: str, module: nn.Module, proto: Prototype, options: Options, reader: Reader) -> None:
-        self.name, self.module, self.proto, self.reader = name, module, proto, reader
-        call, tape, self.found = reader.first(module, proto, options.seed)
+    def __init__(self, name: str, module: nn.Module, call_spec: CallSpec, options: Options, reader: Reader) -> None:
+        self.name, self.module, self.call_spec, self.reader = name, module, call_spec, reader
+        call, tape, self.found = reader.first(module, call_spec, options.seed)
         self.tapes, self.founds, self.calls = [tape], [self.found], [call]
         for tokens, seed in ((14, 1), (20, 2)):
-            call = witness(proto, tokens, options.seed + seed, experts=len(self.found[0].experts), variant=seed)
+            call = probe_call(call_spec, tokens, options.seed + seed, experts=len(self.found[0].experts), variant=seed)
             again = self.tapes[0].attributes and seed == 2
             self.tapes.append(_later_call(module, call) if again else record(module, *call))
             self.founds.append(reader.again(self.tapes[-1], self.found))
@@ -58,7 +58,7 @@ class Capture:
             _same_experts(self.found, found_there)
             refuse_random(tape, module.training)
         check_experts(module, self.tapes[0], self.found)
-        other = witness(proto, 14, options.seed + 3, experts=len(self.found[0].experts), variant=1)
+        other = probe_call(call_spec, 14, options.seed + 3, experts=len(self.found[0].experts), variant=1)
         self.scratch = scratch_attributes(module, self.calls[1], self.tapes[1], other)
         self.plans = [_plan(t, f, self.scratch) for t, f in zip(self.tapes, self.founds, strict=True)]
         for plan in self.plans:  # a call that stores what was there already shows no change
@@ -74,29 +74,29 @@ class Capture:
 
     def block(self) -> BlockGraph:
         """The block's own code, for the passes."""
-        weights = [ExpertWeights(f.experts, f.spec) for f in self.found]
-        per_token = [f.frontier.per_token for f in self.found]
+        weights = [ExpertWeightRefs(f.experts, f.spec) for f in self.found]
+        per_token = [f.routing.per_token for f in self.found]
         captured = Captured(
             self.reader.kind, self.tapes[0], self.plans, self.shapes, weights, self.frozen, per_token, self._finish
         )
         return BlockGraph(self.name, captured=captured, root=self.module)
 
-    def program(self, block: BlockGraph) -> Program:
+    def program(self, block: BlockGraph) -> BlockProgram:
         """``block`` as it is installed, with what the block's code read outside its modules."""
         written = tuple(block.attributes)
         key = (*block.kept_modules, *written)
         if key not in self._reads:
             runs = [functools.partial(run_quietly, self.module, *self.calls[i]) for i in (0, 2, 1)]
             self._reads[key] = observe(self.module, block.kept_modules, written, runs)
-        return Program(block, self.signature, reads=self._reads[key])
+        return BlockProgram(block, self.signature, reads=self._reads[key])
 
-    def _finish(self) -> tuple[Guard, list[RouterSpec | None]]:
+    def _finish(self) -> tuple[CallGuard, list[RouterSpec | None]]:
         bound = self.bounds[0]
         _check_order(self.calls[0], bound.tensors())
         both = _same_in_other_mode(
             self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader, self.scratch
         )
-        guard = Guard(
+        guard = CallGuard(
             [_template(leaf) for leaf in tree_leaves(list(bound.values))],
             _fixed([[tuple(t.shape) for t in b.tensors()] for b in self.bounds]),
             [t.dtype for t in bound.tensors()],
@@ -124,7 +124,7 @@ class Capture:
         return ""
 
 
-def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> None:
+def _stateless(tape: Tape, plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> None:
     """The last plan is that of a second call: attributes that the first one stored must not have changed it."""
     if tape.attributes:
         for key, value in plans[0].attributes.items():  # self.dtype = x.dtype: a second call finds it there already
@@ -142,7 +142,7 @@ def _stateless(tape: Tape, plans: list[Plan], shapes: list[list[tuple[int, ...]]
             ) from err
 
 
-def _later_call(module: nn.Module, call: Call) -> Tape:
+def _later_call(module: nn.Module, call: ArgsKwargs) -> Tape:
     """The tape of a second call, after a first one has stored its attributes: they must not matter."""
     with undone(module) as watched:
         with watched:
@@ -156,8 +156,8 @@ def original_forward(module: nn.Module) -> Callable[..., Any]:
     return inner if inner is not None else type(module).forward.__get__(module)
 
 
-def _plan(tape: Tape, found: list[Recognition], scratch: Collection[tuple[str, str]]) -> Plan:
-    return make_plan(tape, [replacement(f, i) for i, f in enumerate(found)], scratch)
+def _plan(tape: Tape, recognitions: list[Recognition], scratch: Collection[tuple[str, str]]) -> KeptSteps:
+    return kept_steps(tape, [experts_rewrite(f, i) for i, f in enumerate(recognitions)], scratch)
 
 
 def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
@@ -171,7 +171,7 @@ def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
 
 
 def _same_in_other_mode(
-    module: nn.Module, call: Call, here: Tape, plan: Plan, found: list[Recognition], reader: Reader,
+    module: nn.Module, call: ArgsKwargs, here: Tape, plan: KeptSteps, recognitions: list[Recognition], reader: Reader,
     scratch: Collection[tuple[str, str]],
 ) -> bool:  # fmt: skip
     """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
@@ -184,7 +184,7 @@ def _same_in_other_mode(
         if same_computation(here, light):
             return True
         tape = record(module, *call)
-        other = _plan(tape, reader.again(tape, found), scratch)
+        other = _plan(tape, reader.again(tape, recognitions), scratch)
         generalize([plan, other], [[tuple(t.shape) for t in _tensors(call)]] * 2)
         return True
     except Declined:
@@ -194,11 +194,11 @@ def _same_in_other_mode(
             m.training = flag
 
 
-def _tensors(call: Call) -> list[torch.Tensor]:
+def _tensors(call: ArgsKwargs) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(list(call)) if isinstance(leaf, torch.Tensor)]
 
 
-def _check_order(call: Call, ordered: list[torch.Tensor]) -> None:
+def _check_order(call: ArgsKwargs, ordered: list[torch.Tensor]) -> None:
     """Input steps were recorded in call order; the program takes tensors in signature order."""
     at = {id(t): i for i, t in enumerate(ordered)}
     if [at[id(t)] for t in _tensors(call)] != list(range(len(ordered))):
@@ -212,7 +212,7 @@ def _template(leaf: Any) -> Any:
 
 
 def _fixed(shapes: list[list[tuple[int, ...]]]) -> list[tuple[int | None, ...]]:
-    """Each input's sizes, None where they varied between the witnesses."""
+    """Each input's sizes, None where they varied between the probe calls."""
     return [
         tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*versions, strict=True))
         for versions in zip(*shapes, strict=True)

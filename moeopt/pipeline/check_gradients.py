@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from moeopt.capture.witness_inputs import prototypes
+from moeopt.capture.probe_inputs import call_specs
 from moeopt.pipeline.block import Rewrite
-from moeopt.pipeline.coverage import Call
+from moeopt.pipeline.coverage import ArgsKwargs
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.gradients import STOPPED, gradients_differ, skips_idle
 
 
-def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Mapping[str, Call]) -> None:
+def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Mapping[str, ArgsKwargs]) -> None:
     """A block whose gradients differ keeps its rewrite, and runs its original code where one is asked for.
 
     Args:
@@ -78,8 +78,8 @@ def _differ(
     return next((r if r != STOPPED else "in one of its modes " + r for r in reasons if r), "")
 
 
-def _idle_calls(args: Any, kwargs: Any, experts: int) -> list[Call]:
+def _idle_calls(args: Any, kwargs: Any, experts: int) -> list[ArgsKwargs]:
     """Calls that leave most experts idle: one token, and copies of one token."""
-    fitting = (p for p in prototypes(args, kwargs) if all(p.rows(n).shape[-1] == experts for n in p.indices("choices")))
-    proto = next(fitting, None)
-    return [(c.args, c.kwargs) for c in adversarial_cases(proto, experts, level="fast")[1:]] if proto else []
+    fitting = (p for p in call_specs(args, kwargs) if all(p.rows(n).shape[-1] == experts for n in p.indices("choices")))
+    call_spec = next(fitting, None)
+    return [(c.args, c.kwargs) for c in adversarial_cases(call_spec, experts, level="fast")[1:]] if call_spec else []

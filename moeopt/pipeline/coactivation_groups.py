@@ -18,14 +18,14 @@ from torch import Tensor
 from moeopt.ops.activations import apply_gate
 from moeopt.passes.split_dense_ffn import neighbours
 from moeopt.recognise.dense_ffn import DenseFFN
-from moeopt.rewrite.live_weights import LiveBank
+from moeopt.rewrite.live_weights import LiveExpertWeights
 
 ROUNDS = 5
 MOST_TOKENS = 4096
 """Tokens that are looked at, at most."""
 
 
-def activity(ffn: DenseFFN, bank: LiveBank, x: Tensor) -> Tensor:
+def activity(ffn: DenseFFN, bank: LiveExpertWeights, x: Tensor) -> Tensor:
     """(T, I) float32: how strongly each neuron of ``ffn`` answers each token of ``x``; ``bank`` holds it whole."""
     x_TH = x.movedim(ffn.axis_in, -1).flatten(0, -2)[:MOST_TOKENS]
     spec = ffn.spec

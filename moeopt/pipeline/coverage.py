@@ -1,4 +1,4 @@
-"""A block's mixtures of experts, read off its witnesses: one that reaches every expert, then others."""
+"""A block's mixtures of experts, read off its probe calls: one that reaches every expert, then others."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from moeopt.capture.call_roles import Prototype
-from moeopt.capture.force_routing import EveryExpert
+from moeopt.capture.call_roles import CallSpec
+from moeopt.capture.force_routing import ForceAllExperts
+from moeopt.capture.probe_inputs import aimed_rows, probe_call
 from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.tape import Tape, record
-from moeopt.capture.witness_inputs import aimed_rows, witness
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.passes.group_experts import GroupExperts
-from moeopt.recognise.experts import Recognition, Uncovered, recognize
+from moeopt.recognise.experts import ExpertsNotHit, Recognition, recognize
 from moeopt.recognise.router import RouterReading, recognize_router, same_reading
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Reader(Protocol):
@@ -30,8 +30,8 @@ class Reader(Protocol):
 
     kind: str
 
-    def first(self, module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
-        """A witness that shows everything, its tape and its reading."""
+    def first(self, module: nn.Module, call_spec: CallSpec, seed: int) -> tuple[ArgsKwargs, Tape, list[Recognition]]:
+        """A probe call that shows everything, its tape and its reading."""
         ...
 
     def again(self, tape: Tape, known: list[Recognition]) -> list[Recognition]:
@@ -53,8 +53,8 @@ class Mixture:
 
     kind = GroupExperts.kind
 
-    def first(self, module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
-        return covering(module, proto, seed, self.assume)
+    def first(self, module: nn.Module, call_spec: CallSpec, seed: int) -> tuple[ArgsKwargs, Tape, list[Recognition]]:
+        return covering(module, call_spec, seed, self.assume)
 
     def again(self, tape: Tape, known: list[Recognition]) -> list[Recognition]:
         return recognize(tape, known=known, assume=self.assume)
@@ -67,32 +67,32 @@ class Mixture:
 
 
 def covering(
-    module: nn.Module, proto: Prototype, seed: int, assume: ExpertsSpec | None = None
-) -> tuple[Call, Tape, list[Recognition]]:
-    """A witness that reaches every expert, with its tape and reading; more tokens each time one is missed."""
-    first = proto.rows(proto.indices("tokens")[0]) if proto.indices("tokens") else None
+    module: nn.Module, call_spec: CallSpec, seed: int, assume: ExpertsSpec | None = None
+) -> tuple[ArgsKwargs, Tape, list[Recognition]]:
+    """A probe call that reaches every expert, with its tape and reading; more tokens each time one is missed."""
+    first = call_spec.rows(call_spec.indices("tokens")[0]) if call_spec.indices("tokens") else None
     aimed = aimed_rows(module, first.shape[-1]) if first is not None and first.dim() == 2 else None
-    experts = _likely_experts(module, proto)
-    last: Uncovered | None = None
+    experts = _likely_experts(module, call_spec)
+    last: ExpertsNotHit | None = None
     likely = max((len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))), default=0)
     likely = max([likely, *(p.shape[0] for p in module.parameters() if p.dim() == 3)])
     for tokens, aim, forced, flat in _ATTEMPTS:
-        ids = proto.routed()
+        ids = call_spec.routed()
         if last is None and not forced and not ids:  # many are never all hit by chance: the next attempt steers
             tokens = 8 if likely > 128 else max(tokens, 2 * likely)
-        if forced and (last is None or not last.universe):
+        if forced and (last is None or not last.num_named):
             continue
         if forced:
-            tokens = max(tokens, min(2 * last.universe, 4096))  # type: ignore[union-attr]
+            tokens = max(tokens, min(2 * last.num_named, 4096))  # type: ignore[union-attr]
         if ids and experts:
-            tokens = max(tokens, 2 * math.ceil(experts / proto.slots(ids[0])))
-        call = witness(proto, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
-        steer = EveryExpert(last.universe, seed) if forced and last is not None else None
+            tokens = max(tokens, 2 * math.ceil(experts / call_spec.slots(ids[0])))
+        call = probe_call(call_spec, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
+        steer = ForceAllExperts(last.num_named, seed) if forced and last is not None else None
         tape = record(module, *call, steer=steer)
         refuse_random(tape, module.training)
         try:
             return call, tape, recognize(tape, assume=assume)
-        except Uncovered as err:
+        except ExpertsNotHit as err:
             last = err.with_traceback(None)
             if steer is not None or ids:  # every id was named: what still was not reached may be no expert
                 with contextlib.suppress(Declined):
@@ -118,11 +118,11 @@ _ATTEMPTS = (
 )
 
 
-def _likely_experts(module: nn.Module, proto: Prototype) -> int:
+def _likely_experts(module: nn.Module, call_spec: CallSpec) -> int:
     """How many experts ids given as arguments may name: the number of stacked weights or of alike children."""
-    if choices := proto.indices("choices"):
-        return proto.rows(choices[0]).shape[-1]
-    ids = [proto.rows(n) for n in proto.indices("ids")]
+    if choices := call_spec.indices("choices"):
+        return call_spec.rows(choices[0]).shape[-1]
+    ids = [call_spec.rows(n) for n in call_spec.indices("ids")]
     if not ids or not ids[0].numel():
         return 0
     least = int(ids[0].max()) + 1

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moeopt.capture.probe_inputs import call_specs, probe_call
 from moeopt.capture.tape import record
-from moeopt.capture.witness_inputs import prototypes, witness
 from moeopt.errors import Declined, UsageError
-from moeopt.find.discover import Place
+from moeopt.find.discover import BlockCandidate
 from moeopt.options import Options
 from moeopt.passes.base import PassRecord
 from moeopt.passes.fuse_dense_ffn import FuseDenseFFN, fuse
@@ -23,7 +23,7 @@ from moeopt.passes.manager import PassManager
 from moeopt.passes.split_dense_ffn import SplitDenseFFN, split
 from moeopt.pipeline.autotune import pays
 from moeopt.pipeline.block import Rewrite, Runtime, rewrite_block
-from moeopt.pipeline.coverage import Call
+from moeopt.pipeline.coverage import ArgsKwargs
 from moeopt.pipeline.dense_forms import DenseReader, Measured, groups_of, in_words, measured, read_dense
 from moeopt.rewrite.install import install
 
@@ -34,7 +34,7 @@ ENGINE = (
 
 
 @dataclass
-class Outcome:
+class DenseResult:
     """What became of one dense FFN: its rewritten module's path and rewrite, or the reason it was left.
 
     ``lowering`` is how it runs now, in words; ``records`` what the passes did to it.
@@ -49,9 +49,9 @@ class Outcome:
     records: Sequence[PassRecord] = ()
 
 
-def check_groups(places: list[Place], options: Options) -> None:
+def check_groups(places: list[BlockCandidate], options: Options) -> None:
     """Raise a ``UsageError`` where ``options`` asks for groups that no FFN has, before anything is rewritten."""
-    groups, inner = options.experts or 1, {p.call.path: p.chains[0].out.matrices[0].k for p in places}
+    groups, inner = options.experts or 1, {p.call.path: p.candidates[0].out.matrices[0].k for p in places}
     most = max(inner.values(), default=groups)
     if groups > most:
         raise UsageError(f"experts={groups}: the widest dense FFN of the model has {most} neurons; give at most that")
@@ -68,11 +68,11 @@ def check_groups(places: list[Place], options: Options) -> None:
                 )
 
 
-def function_of(module: nn.Module, call: Call, place: Place, seed: int) -> str:
+def function_of(module: nn.Module, call: ArgsKwargs, place: BlockCandidate, seed: int) -> str:
     """The function of a dense FFN in words; "" where a few made-up tokens do not show it."""
-    for proto in prototypes(*call):
+    for call_spec in call_specs(*call):
         try:
-            tape = record(module, *witness(proto, 10, seed))
+            tape = record(module, *probe_call(call_spec, 10, seed))
             return str(read_dense(tape, [frozenset(place.weights)])[0].spec)
         except Exception:  # the report's words must not fail a model that is left as it is
             continue
@@ -81,14 +81,14 @@ def function_of(module: nn.Module, call: Call, place: Place, seed: int) -> str:
 
 def rewrite_all(
     model: nn.Module,
-    places: list[Place],
-    calls: dict[str, Call],
+    places: list[BlockCandidate],
+    calls: dict[str, ArgsKwargs],
     options: Options,
     runtime: Runtime | None,
     others: dict[str, Rewrite],
     say: Callable[[str], None],
     manager: PassManager,
-) -> list[Outcome]:
+) -> list[DenseResult]:
     """Split or fuse every FFN of ``places`` (dense ones), installing what was verified; one answer for each place.
 
     Args:
@@ -97,10 +97,10 @@ def rewrite_all(
         manager: what runs the passes.
     """
     one = FuseDenseFFN if options.dense == "fuse" else SplitDenseFFN
-    homes: dict[str, list[Place]] = {}
+    homes: dict[str, list[BlockCandidate]] = {}
     for place in places:
         homes.setdefault(place.call.path, []).append(place)
-    done: dict[str, Outcome] = {}
+    done: dict[str, DenseResult] = {}
     known: Measured = {}
     for path in sorted(homes, key=lambda p: -len(p.split("."))):  # inner modules first
         name = path or type(model).__name__
@@ -119,30 +119,30 @@ def rewrite_all(
 
 def _left(
     path: str, options: Options, runtime: Runtime | None, others: dict[str, Rewrite], manager: PassManager, name: str
-) -> Outcome:
+) -> DenseResult:
     """The reason, if there is one, for which the home at ``path`` is not looked at by the pass ``name``."""
     if reason := manager.leaves_out(name):
-        return Outcome(path, None, f"{reason}; without {name} no other pass applies")
+        return DenseResult(path, None, f"{reason}; without {name} no other pass applies")
     if manager.exhausted:
-        return Outcome(path, None, f"MOEOPT_FUEL={manager.fuel}: no more blocks are rewritten")
+        return DenseResult(path, None, f"MOEOPT_FUEL={manager.fuel}: no more blocks are rewritten")
     holder = next((o for o in others if _runs_inside(path, o, others[o])), None)
     if holder is not None:
-        return Outcome(
+        return DenseResult(
             path, None, f"it is computed in the code of {holder or 'the model'}, which was rewritten already"
         )
-    return Outcome(path, None, ENGINE if options.dense == "fuse" and runtime is not None else "")
+    return DenseResult(path, None, ENGINE if options.dense == "fuse" and runtime is not None else "")
 
 
 def _rewrite_home(
     model: nn.Module,
     path: str,
-    places: list[Place],
-    call: Call,
+    places: list[BlockCandidate],
+    call: ArgsKwargs,
     options: Options,
     runtime: Runtime | None,
     known: Measured,
     manager: PassManager,
-) -> Outcome:
+) -> DenseResult:
     name, module = path or type(model).__name__, model.get_submodule(path)
     weights = [frozenset(p.weights) for p in places]
     try:
@@ -159,9 +159,9 @@ def _rewrite_home(
         rewrite = rewrite_block(name, module, call, options, runtime, reader, manager)
         install(module, rewrite.program)
     except Declined as err:
-        return Outcome(path, None, err.reason, err.where or "")
+        return DenseResult(path, None, err.reason, err.where or "")
     how = f"fused: {figures}" if options.dense == "fuse" else in_words(module, rewrite.found)
-    return Outcome(path, rewrite, seconds=rewrite.seconds, lowering=f"moeopt::experts ({how})")
+    return DenseResult(path, rewrite, seconds=rewrite.seconds, lowering=f"moeopt::experts ({how})")
 
 
 def _runs_inside(path: str, outer: str, rewrite: Rewrite) -> bool:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeopt.capture.call_roles import Prototype
+from moeopt.capture.call_roles import CallSpec
+from moeopt.capture.probe_inputs import call_specs, probe_call
 from moeopt.capture.tape import Tape, record
-from moeopt.capture.witness_inputs import prototypes, witness
 from moeopt.errors import Declined
 from moeopt.ir.weight_refs import ExpertRef, tensor_at
 from moeopt.options import Options
@@ -23,14 +23,14 @@ from moeopt.patches import quiet
 from moeopt.pipeline.autotune import TOKENS, Timing, in_turn
 from moeopt.pipeline.block import rewrite_block
 from moeopt.pipeline.coactivation_groups import activity, coactive
-from moeopt.pipeline.coverage import Call
+from moeopt.pipeline.coverage import ArgsKwargs
 from moeopt.recognise.dense_ffn import DenseFFN, find_dense, recognize_dense
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.rewrite.legality import check_skipped
-from moeopt.rewrite.live_weights import LiveBank
-from moeopt.verification.state import Guard
+from moeopt.rewrite.live_weights import LiveExpertWeights
+from moeopt.verification.state import RestoreState
 
 EVERYONE = "every token goes to every group, with weight 1"
 Measured = dict[Any, tuple[str, list[Timing]]]
@@ -45,8 +45,8 @@ class DenseReader:
     form: Callable[[DenseFFN], Recognition]
     kind: str
 
-    def first(self, module: nn.Module, proto: Prototype, seed: int) -> tuple[Call, Tape, list[Recognition]]:
-        call = witness(proto, 24, seed)
+    def first(self, module: nn.Module, call_spec: CallSpec, seed: int) -> tuple[ArgsKwargs, Tape, list[Recognition]]:
+        call = probe_call(call_spec, 24, seed)
         tape = record(module, *call)
         found = self.again(tape, [])
         for recognition in found:
@@ -72,14 +72,14 @@ def read_dense(tape: Tape, weights: list[frozenset[int]]) -> list[DenseFFN]:
     Raises:
         Declined: one of them cannot be read.
     """
-    chains = find_dense(tape, weights)
-    if not chains:
+    candidates = find_dense(tape, weights)
+    if not candidates:
         raise Declined("its weights are not plain matrices in Parameters or buffers, or a run on other tokens skips it")
-    return [recognize_dense(tape, chain) for chain in chains]
+    return [recognize_dense(tape, candidate) for candidate in candidates]
 
 
 def groups_of(
-    path: str, module: nn.Module, call: Call, weights: list[frozenset[int]], options: Options
+    path: str, module: nn.Module, call: ArgsKwargs, weights: list[frozenset[int]], options: Options
 ) -> Callable[[DenseFFN], Groups]:
     """The groups of each FFN of the module at ``path``."""
     count = options.experts or 1
@@ -92,22 +92,22 @@ def groups_of(
 
 
 def by_activity(
-    module: nn.Module, call: Call, weights: list[frozenset[int]], count: int
+    module: nn.Module, call: ArgsKwargs, weights: list[frozenset[int]], count: int
 ) -> dict[ExpertRef, list[tuple[int, ...]]]:
     """Groups of each FFN's neurons by how they answer the tokens of ``call``, a real one of ``module``."""
     tape = record(module, *call)
     seen: dict[ExpertRef, list[torch.Tensor]] = {}
     for ffn in read_dense(tape, weights):
         neighbours(ffn.inner, count)  # declines where there are too few neurons
-        bank = LiveBank(module, [ffn.weights], (ffn.spec.w_in_layout, ffn.spec.w_out_layout))
+        bank = LiveExpertWeights(module, [ffn.weights], (ffn.spec.w_in_layout, ffn.spec.w_out_layout))
         with torch.no_grad():
             seen.setdefault(ffn.weights, []).append(activity(ffn, bank, tape.value(ffn.x)))
     return {ref: coactive(torch.cat(parts), count) for ref, parts in seen.items()}
 
 
-def in_words(module: nn.Module, found: list[Recognition]) -> str:
+def in_words(module: nn.Module, recognitions: list[Recognition]) -> str:
     """How an FFN was split: what is not plain from the number of groups."""
-    experts = [e for f in found for e in f.experts]
+    experts = [e for f in recognitions for e in f.experts]
     sizes = sorted({len(e.neurons) if e.neurons else e.w_out.k for e in experts})
     words = ["split, every group active"]
     if len(sizes) > 1:
@@ -125,7 +125,7 @@ def in_words(module: nn.Module, found: list[Recognition]) -> str:
 def measured(
     model: nn.Module,
     path: str,
-    call: Call,
+    call: ArgsKwargs,
     options: Options,
     reader: DenseReader,
     known: Measured,
@@ -139,7 +139,7 @@ def measured(
         fused, timings = RewrittenForward(module, program), []
         others = [p for p in model.parameters() if not any(p is own for own in module.parameters())]
         flush = sum(p.numel() * p.element_size() for p in others)
-        with Guard(module), _buffers_kept(module), quiet():  # a refused size is timed elsewhere, not warned of
+        with RestoreState(module), _buffers_kept(module), quiet():  # a refused size is timed elsewhere, not warned of
             for tokens, one in _sized(call, options.tokens or TOKENS):
                 before = fused.fallbacks
                 try:
@@ -166,8 +166,8 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _sized(call: Call, counts: tuple[int, ...]) -> list[tuple[int, Call]]:
+def _sized(call: ArgsKwargs, counts: tuple[int, ...]) -> list[tuple[int, ArgsKwargs]]:
     """``call`` with each number of tokens, on its own rows."""
-    proto = next(prototypes(*call))
-    lead = (1,) * (len(proto.grid) - 1)
-    return [(count, proto.with_tokens((*lead, count))) for count in counts]
+    call_spec = next(call_specs(*call))
+    lead = (1,) * (len(call_spec.grid) - 1)
+    return [(count, call_spec.with_tokens((*lead, count))) for count in counts]

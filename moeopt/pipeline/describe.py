@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from moeopt.capture.probe_inputs import call_specs, probe_call
 from moeopt.capture.tape import Tape, record
-from moeopt.capture.witness_inputs import prototypes, witness
 from moeopt.errors import CaptureError
-from moeopt.find.discover import Place
+from moeopt.find.discover import BlockCandidate
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.router import RouterReading, recognize_outer_router
 
@@ -23,17 +23,17 @@ SHORT = 256
 """Tokens of a real call that may be run again for it."""
 
 
-def dense_reason(place: Place) -> str:
+def dense_reason(place: BlockCandidate) -> str:
     """Why a dense FFN was left as it is."""
-    count = len(place.chains[0].ins) + 1
+    count = len(place.candidates[0].ins) + 1
     return (
-        f"left as it is: it is {count} matrix products over all tokens, and so is the op; dense='fuse' measures "
+        f"left as it is: it is {count} matmuls over all tokens, and so is the op; dense='fuse' measures "
         "whether the op is quicker here"
     )
 
 
 def read_router(
-    model: nn.Module, path: str, calls: Mapping[str, Any], found: Recognition, inside: RouterReading
+    model: nn.Module, path: str, calls: Mapping[str, Any], recognition: Recognition, inside: RouterReading
 ) -> RouterReading:
     """The router of rewritten experts: read ``inside`` the module at ``path``, else on a short run of one around it.
 
@@ -50,7 +50,9 @@ def read_router(
         if around not in calls:
             continue
         try:
-            reading = recognize_outer_router(_short_tape(model.get_submodule(around), calls[around]), module, found)
+            reading = recognize_outer_router(
+                _short_tape(model.get_submodule(around), calls[around]), module, recognition
+            )
         except Exception as err:  # the report's words must not fail a model that was rewritten
             return dataclasses.replace(inside, reason=f"{around or 'the model'} does not run alone ({err})"[:300])
         if not reading.outside:
@@ -60,15 +62,15 @@ def read_router(
 
 def _short_tape(module: nn.Module, call: Any) -> Tape:
     """A run of a few made-up tokens, or the call itself where it is short and fits no other number of them."""
-    proto = next(prototypes(*call))
+    call_spec = next(call_specs(*call))
     try:
-        return record(module, *witness(proto, 22, seed=11, variant=1))
+        return record(module, *probe_call(call_spec, 22, seed=11, variant=1))
     except CaptureError:
-        if math.prod(proto.grid) > SHORT:
+        if math.prod(call_spec.grid) > SHORT:
             raise
         return record(module, *call)
 
 
-def describe_router(found: Recognition, reading: RouterReading) -> str:
+def describe_router(recognition: Recognition, reading: RouterReading) -> str:
     """How the tokens are routed, in one line."""
-    return reading.text + (", weight on input" if found.spec.weight_on == "input" else "")
+    return reading.text + (", weight on input" if recognition.spec.weight_on == "input" else "")

@@ -1,6 +1,6 @@
 """A rewritten block as a picture shows it: what was captured, and what runs now, in names and counts.
 
-Everything is read off the witness that the rewrite came from: the calls that lead to the experts' sum, those of them
+Everything is read off the probe call that the rewrite came from: the calls that lead to the experts' sum, those of them
 that choose (router), those of the experts themselves, and the rest (dispatch). ``detach`` computes nothing and is
 left out.
 """
@@ -22,25 +22,28 @@ NAMES = 4
 """Kinds of dispatch calls that are named."""
 
 
-def picture(name: str, rewrite: Rewrite, module: nn.Module) -> dict[str, Any]:
+def block_diagram(name: str, rewrite: Rewrite, module: nn.Module) -> dict[str, Any]:
     """Plain values: ``block``, ``experts``, ``top_k``, ``captured`` (counts and names) and ``rewritten`` (steps)."""
     found = rewrite.found[0]
     return {
         "block": name,
         "experts": len(found.experts),
-        "top_k": found.frontier.per_token,
+        "top_k": found.routing.per_token,
         "function": str(found.spec),
         "captured": _captured(found),
         "rewritten": _steps(rewrite, module),
     }
 
 
-def _captured(found: Recognition) -> dict[str, Any]:
-    sources = [found.frontier.weights.source, *([found.frontier.ids.source] if found.frontier.ids else [])]
-    before = _leading_to([found.combine.node])
+def _captured(recognition: Recognition) -> dict[str, Any]:
+    sources = [
+        recognition.routing.weights.source,
+        *([recognition.routing.ids.source] if recognition.routing.ids else []),
+    ]
+    before = _leading_to([recognition.combine.node])
     router = _leading_to([s for s in sources if s is not None])
-    inside = [n for n in _ordered(found.interior) if n in before]
-    dispatch = [n for n in _ordered(before) if n not in router and n not in found.interior]
+    inside = [n for n in _ordered(recognition.interior) if n in before]
+    dispatch = [n for n in _ordered(before) if n not in router and n not in recognition.interior]
     names = [op_name(n) for n in inside]
     period = _period(names)
     return {

@@ -1,4 +1,4 @@
-"""``dump="folder"``: each block's witness, reading and program as text, to look at and to compare.
+"""``dump="folder"``: each block's probe call, reading and program as text, to look at and to compare.
 
 folder/00-model.layers.0.mlp/
     witness.txt     the block's own call, op by op: shapes, the module that ran it, your line of code
@@ -20,7 +20,7 @@ from torch import nn
 from moeopt.capture.tape import record
 from moeopt.errors import CaptureError, UsageError
 from moeopt.obstacles import Obstacle
-from moeopt.pipeline.block import Call, Rewrite
+from moeopt.pipeline.block import ArgsKwargs, Rewrite
 from moeopt.pipeline.describe import describe_router
 from moeopt.rewrite.install import install, uninstall
 from moeopt.rewrite.text import tape_lines, text
@@ -41,7 +41,7 @@ class Dump:
             raise UsageError(f"dump={str(folder)!r}: the folder cannot be made: {err.strerror or err}") from None
 
     def block(
-        self, name: str, module: nn.Module, call: Call | None, rewrite: Rewrite | None, reason: str,
+        self, name: str, module: nn.Module, call: ArgsKwargs | None, rewrite: Rewrite | None, reason: str,
         others: Sequence[Obstacle] = (),
     ) -> None:  # fmt: skip
         """One block; ``call`` is None for a module that did not run, ``others`` what was met besides ``reason``."""
@@ -75,7 +75,7 @@ def _reading(rewrite: Rewrite) -> str:
     parts = []
     for found, router in zip(rewrite.found, rewrite.routers, strict=True):
         parts += [
-            f"experts   {len(found.experts)}, {found.frontier.per_token} for a token",
+            f"experts   {len(found.experts)}, {found.routing.per_token} for a token",
             f"function  {found.spec}",
             f"router    {describe_router(found, router)}",
             f"tokens    {found.tokens.node}",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 
-from moeopt.capture.call_roles import Prototype
-from moeopt.capture.witness_inputs import prototypes
+from moeopt.capture.call_roles import CallSpec
+from moeopt.capture.probe_inputs import call_specs
 from moeopt.errors import Declined
-from moeopt.pipeline.coverage import Call
+from moeopt.pipeline.coverage import ArgsKwargs
 
 
-def with_router(path: str, calls: Mapping[str, Call]) -> tuple[str, Prototype] | None:
+def with_router(path: str, calls: Mapping[str, ArgsKwargs]) -> tuple[str, CallSpec] | None:
     """The path of the least module around a block that takes no expert ids, and what its arguments are.
 
     Experts are often a module of their own that is called with the router's choice. None where there is no such module.
@@ -28,6 +28,6 @@ def with_router(path: str, calls: Mapping[str, Call]) -> tuple[str, Prototype] |
     return None
 
 
-def _readings(call: Call) -> Iterator[Prototype]:
+def _readings(call: ArgsKwargs) -> Iterator[CallSpec]:
     with contextlib.suppress(Declined):
-        yield from prototypes(*call)
+        yield from call_specs(*call)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from moeopt.errors import Declined
-from moeopt.find.discover import Place
+from moeopt.find.discover import BlockCandidate
 from moeopt.obstacles import Obstacle, Rank, decisive, distinct
 
 
 class ObstaclesMet:
     """Filled while the modules around ``place`` are tried, innermost first."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: BlockCandidate) -> None:
         self.place = place
         self._levels: dict[str, list[Obstacle]] = {}
 

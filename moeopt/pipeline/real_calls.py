@@ -9,16 +9,16 @@ from torch import nn
 
 from moeopt.capture.isolated_run import run_quietly
 from moeopt.capture.tape import clone_inputs
-from moeopt.pipeline.coverage import Call
+from moeopt.pipeline.coverage import ArgsKwargs
 
 
-def real_calls(model: nn.Module, call: Call, paths: set[str]) -> tuple[dict[str, Call], dict[str, str]]:
+def real_calls(model: nn.Module, call: ArgsKwargs, paths: set[str]) -> tuple[dict[str, ArgsKwargs], dict[str, str]]:
     """The first real call of each module in ``paths``, and for those that were changed around it the reason to decline.
 
-    Adapter libraries register a parametrization on a module before each call and remove it afterwards: a witness of
+    Adapter libraries register a parametrization on a module before each call and remove it afterwards: a probe call of
     that module alone would show another function than the model computes.
     """
-    calls: dict[str, Call] = {}
+    calls: dict[str, ArgsKwargs] = {}
     changed: dict[str, str] = {}
     handles = []
 

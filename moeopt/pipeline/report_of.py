@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from moeopt.options import Options
-from moeopt.pipeline.diagram import picture
-from moeopt.pipeline.run import Outcome
+from moeopt.pipeline.diagram import block_diagram
+from moeopt.pipeline.run import PipelineResult
 from moeopt.report import BlockReport, Report
 from moeopt.verification.certificate import Certificate
 
 
 def report_of(
-    source: nn.Module, blocks: list[BlockReport], backend: str, outcome: Outcome, certificate: Certificate,
+    source: nn.Module, blocks: list[BlockReport], backend: str, outcome: PipelineResult, certificate: Certificate,
     options: Options,
 ) -> Report:  # fmt: skip
     """The report, with a picture of the first MoE block that was rewritten and stayed so."""
@@ -22,7 +22,7 @@ def report_of(
         name = path or type(source).__name__
         if name in kept:
             try:
-                graph = picture(name, rewrite, source.get_submodule(path))
+                graph = block_diagram(name, rewrite, source.get_submodule(path))
             except Exception as err:  # a picture must not fail a model that was rewritten
                 notes.append(f"{name} could not be drawn ({type(err).__name__}: {err})")
             break
@@ -32,7 +32,7 @@ def report_of(
     )  # fmt: skip
 
 
-def how_to_save(outcome: Outcome) -> list[str]:
+def how_to_save(outcome: PipelineResult) -> list[str]:
     """A note where a declined block's Python may keep the whole model from being exported: what can be saved."""
     if not outcome.steered:
         return []

@@ -2,8 +2,8 @@
 
 discover        places that may hold experts or a dense FFN         (find/discover)
 for each place, innermost module first:
-    probe       witness traces of the block                         (capture/tape, capture/witness_inputs)
-    recognise   rows, function, combine, frontier                   (recognise/experts)
+    probe       traces of the block                         (capture/tape, capture/probe_inputs)
+    recognise   rows, function, combine, routing                   (recognise/experts)
     passes      one op where the experts' sum stood; what follows   (passes/pipeline, passes/manager)
     verify      against a float64 oracle on adversarial routing     (verification/block)
     install     the block runs the graph                            (rewrite/install)
@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from moeopt.errors import Declined, UsageError
-from moeopt.find.discover import Place, discover, feed_forward_lists
+from moeopt.find.discover import BlockCandidate, discover, feed_forward_lists
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.obstacles import Obstacle, Rank
 from moeopt.options import Options
@@ -31,9 +31,9 @@ from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.manager import PassManager
 from moeopt.patches import fewer_collections
-from moeopt.pipeline.block import Call, Rewrite, Runtime, pass_manager, rewrite_block
+from moeopt.pipeline.block import ArgsKwargs, Rewrite, Runtime, pass_manager, rewrite_block
 from moeopt.pipeline.coverage import Mixture
-from moeopt.pipeline.dense import Outcome as DenseOutcome
+from moeopt.pipeline.dense import DenseResult as DenseResult
 from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
 from moeopt.pipeline.describe import dense_reason, describe_router, read_router
 from moeopt.pipeline.dump import Dump
@@ -52,7 +52,7 @@ LEVELS = 4
 
 
 @dataclass
-class Outcome:
+class PipelineResult:
     """What became of a model's blocks; ``rewrites`` maps module paths to what was installed.
 
     ``passes`` has what each pass did to each block, those that were left as they are included; ``notes`` what the
@@ -62,7 +62,7 @@ class Outcome:
     blocks: list[BlockReport]
     checks: list[BlockCheck]
     rewrites: dict[str, Rewrite]
-    calls: dict[str, Call]
+    calls: dict[str, ArgsKwargs]
     seconds: float = 0.0
     passes: list[PassRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ class _Attempt:
 
 
 @fewer_collections()
-def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None = None) -> Outcome:
+def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime | None = None) -> PipelineResult:
     """Rewrite every block of ``model`` that can be, in place, and say what became of each.
 
     Raises:
@@ -94,7 +94,7 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
     dump = Dump(options.dump) if options.dump is not None else None
     absent = absent_reason(model)
     if absent:
-        return Outcome(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
+        return PipelineResult(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
     places = discover(model, *call)
     moe = [p for p in places if p.kind == "moe"]
     dense = [p for p in places if p.kind == "dense_ffn" and not p.reason]
@@ -104,8 +104,8 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
     calls, changed = real_calls(model, call, wanted | {p.call.path for q in places for p in (q, *q.alone)})
     for place in (q for p in places for q in (p, *p.alone) if q.kind == "dense_ffn"):
         place.reason = place.reason or changed.get(place.call.path, "")
-    outcome = Outcome([], [], {}, calls)
-    attempts: list[tuple[Place, _Attempt]] = []
+    outcome = PipelineResult([], [], {}, calls)
+    attempts: list[tuple[BlockCandidate, _Attempt]] = []
     for number, place in enumerate(moe):
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
         attempts.append((place, _attempt(model, call, place, outcome, changed, options, runtime, manager)))
@@ -124,7 +124,7 @@ def run(model: nn.Module, call: Call, options: Options, runtime: Runtime | None 
         )
     places = sorted([*places, *_shared(model, attempts)], key=lambda p: p.order)
     dense = [p for p in places if p.kind == "dense_ffn" and not p.reason]
-    denses: dict[int, DenseOutcome] = {}
+    denses: dict[int, DenseResult] = {}
     if options.dense != "leave":
         found = rewrite_all(model, dense, calls, options, runtime, outcome.rewrites, say, manager)
         for one in {s.path: s for s in found}.values():
@@ -152,9 +152,9 @@ def _without_values(model: nn.Module, reason: str) -> Iterator[BlockReport]:
 
 def _attempt(
     model: nn.Module,
-    call: Call,
-    place: Place,
-    outcome: Outcome,
+    call: ArgsKwargs,
+    place: BlockCandidate,
+    outcome: PipelineResult,
     changed: dict[str, str],
     options: Options,
     runtime: Runtime | None,
@@ -168,11 +168,11 @@ def _attempt(
     for level in _levels(place):
         done = outcome.rewrites.get(level.path)
         if done is not None:
-            if _covered(model, level.path, done.found) & place.weights:
+            if _expert_parameters(model, level.path, done.found) & place.weights:
                 return _Attempt(done, level.path)
-            missed = next((f.missed for f in done.found if f.missed), "")
-            if missed:
-                met.add(level.path, Declined(missed, rank=Rank.READING))
+            unmatched_reason = next((f.unmatched_reason for f in done.found if f.unmatched_reason), "")
+            if unmatched_reason:
+                met.add(level.path, Declined(unmatched_reason, rank=Rank.READING))
             continue
         if left_out:
             return _Attempt(reason=f"{left_out}; without {GroupExperts.name} no other pass applies", path=level.path)
@@ -186,7 +186,7 @@ def _attempt(
             if level.path in changed:
                 raise Declined(changed[level.path])
             rewrite = rewrite_block(name, module, outcome.calls[level.path], options, runtime, reader, manager)
-            if not _covered(model, level.path, rewrite.found) & place.weights:
+            if not _expert_parameters(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not", rank=Rank.READING)
             _refuse_outside_readers(model, call, level.path, rewrite)
             install(module, rewrite.program)
@@ -204,7 +204,7 @@ def _attempt(
     return _Attempt(None, found.module, found.reason, found.where, spent, met.others())
 
 
-def _refuse_outside_readers(model: nn.Module, call: Call, path: str, rewrite: Rewrite) -> None:
+def _refuse_outside_readers(model: nn.Module, call: ArgsKwargs, path: str, rewrite: Rewrite) -> None:
     keys = [key for key, value in rewrite.program.block.attributes.items() if value is UNSET]
     if keys and path and read_outside(model, call, path, keys):
         names = ", ".join(".".join(filter(None, key)) for key in keys)
@@ -214,7 +214,7 @@ def _refuse_outside_readers(model: nn.Module, call: Call, path: str, rewrite: Re
         )
 
 
-def _note_passes(attempt: _Attempt, model: nn.Module, outcome: Outcome, options: Options) -> None:
+def _note_passes(attempt: _Attempt, model: nn.Module, outcome: PipelineResult, options: Options) -> None:
     """Write down what the passes did at one place; of a declined block, why the first of them made no graph."""
     name = attempt.path or type(model).__name__
     if attempt.rewrite is None:
@@ -226,22 +226,22 @@ def _note_passes(attempt: _Attempt, model: nn.Module, outcome: Outcome, options:
         _keep(outcome, attempt.rewrite.passes.records, options)
 
 
-def _keep(outcome: Outcome, records: Sequence[PassRecord], options: Options) -> None:
+def _keep(outcome: PipelineResult, records: Sequence[PassRecord], options: Options) -> None:
     outcome.passes += records
     if options.print_passes:
         for record in records:
             print(f"moeopt: {record}", file=sys.stderr, flush=True)
 
 
-def _shared(model: nn.Module, attempts: list[tuple[Place, _Attempt]]) -> Iterator[Place]:
+def _shared(model: nn.Module, attempts: list[tuple[BlockCandidate, _Attempt]]) -> Iterator[BlockCandidate]:
     """What looked like one more expert of a rewritten block and is not: a shared expert."""
     for place, attempt in attempts:
         if attempt.rewrite is not None:
-            experts = _covered(model, attempt.path, attempt.rewrite.found)
+            experts = _expert_parameters(model, attempt.path, attempt.rewrite.found)
             yield from (p for p in place.alone if not p.weights & experts)
 
 
-def _levels(place: Place) -> Iterator[Any]:
+def _levels(place: BlockCandidate) -> Iterator[Any]:
     seen: set[str] = set()
     for level in place.levels:
         if level.path not in seen and not level.path.startswith("<"):
@@ -251,18 +251,18 @@ def _levels(place: Place) -> Iterator[Any]:
             return
 
 
-def _covered(model: nn.Module, path: str, found: list[Recognition]) -> set[int]:
+def _expert_parameters(model: nn.Module, path: str, recognitions: list[Recognition]) -> set[int]:
     """Identities of the Parameters that the experts of a rewritten module read."""
     module = model.get_submodule(path)
-    return {id(tensor_at(module, p)) for f in found for p in expert_paths(f.experts)}
+    return {id(tensor_at(module, p)) for f in recognitions for p in expert_paths(f.experts)}
 
 
 def _report(
     model: nn.Module,
-    places: list[Place],
-    attempts: list[tuple[Place, _Attempt]],
-    denses: dict[int, DenseOutcome],
-    outcome: Outcome,
+    places: list[BlockCandidate],
+    attempts: list[tuple[BlockCandidate, _Attempt]],
+    denses: dict[int, DenseResult],
+    outcome: PipelineResult,
     seed: int,
 ) -> Iterator[BlockReport]:
     by_place = {id(p): a for p, a in attempts}
@@ -282,7 +282,7 @@ def _report(
                 nearest=next((o.reason for o in attempt.others if o.rank >= Rank.FOUND), ""), obstacles=attempt.others,
             )  # fmt: skip
             continue
-        found = next(f for f in attempt.rewrite.found if _covered(model, attempt.path, [f]) & place.weights)
+        found = next(f for f in attempt.rewrite.found if _expert_parameters(model, attempt.path, [f]) & place.weights)
         inside = next(r for f, r in zip(attempt.rewrite.found, attempt.rewrite.routers, strict=True) if f is found)
         router = read_router(model, attempt.path, outcome.calls, found, inside)
         yield BlockReport(
@@ -290,20 +290,20 @@ def _report(
             "moeopt::experts (grouped, one op)",
             attempt.rewrite.check.distance_rewritten if attempt.rewrite.check.passed is not None else None,
             found.source, seconds=attempt.seconds,
-            top_k=found.frontier.per_token, spec=str(found.spec),
+            top_k=found.routing.per_token, spec=str(found.spec),
             router_spec=router.encode(),
         )  # fmt: skip
 
 
 def _report_dense(
-    model: nn.Module, place: Place, done: DenseOutcome | None, call: Call | None, seed: int
+    model: nn.Module, place: BlockCandidate, done: DenseResult | None, call: ArgsKwargs | None, seed: int
 ) -> BlockReport:
     name = place.call.path or type(model).__name__
     if done is None or done.rewrite is None:
         spec = "" if call is None else function_of(model.get_submodule(place.call.path), call, place, seed)
         reason, where = (place.reason or dense_reason(place), "") if done is None else (done.reason, done.where)
         return BlockReport(name, "dense_ffn", "declined", reason, source=where or place.source, spec=spec)
-    found = next(f for f in done.rewrite.found if _covered(model, done.path, [f]) >= place.weights)
+    found = next(f for f in done.rewrite.found if _expert_parameters(model, done.path, [f]) >= place.weights)
     return BlockReport(
         name, "dense_ffn", "rewritten", "", len(found.experts), "", done.lowering,
         done.rewrite.check.distance_rewritten if done.rewrite.check.passed is not None else None,

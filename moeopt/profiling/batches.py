@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from moeopt.errors import UsageError
-from moeopt.find.example_inputs import Call, as_call
+from moeopt.find.example_inputs import ArgsKwargs, as_call
 
 
-def batches(data: Any) -> Iterator[Call]:
+def batches(data: Any) -> Iterator[ArgsKwargs]:
     """Calls, one after the other; nothing is read ahead.
 
     A tensor, a tuple and a mapping are one call, as ``optimize`` takes them. Anything else that can be iterated (a

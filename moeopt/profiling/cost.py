@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.experts import experts
-from moeopt.ops.intercept import left_alone
+from moeopt.ops.override import default_impl
 
 REPEATS, MOST, ENOUGH = 8, 64, 0.06
 """Pairs of timings of one call: at least, at most, and after how many seconds there are enough."""
@@ -25,7 +25,7 @@ SECONDS = 0.25
 """Once a block's timings took as long, no further call is timed."""
 
 
-class Cost:
+class RoutingCost:
     """Sums over the timed calls: ``observed`` and ``balanced`` in seconds, ``tokens``, experts hit by each routing.
 
     ``noise`` is by how much equal timings differed at worst: a ratio that is no further from 1 says nothing.
@@ -39,14 +39,14 @@ class Cost:
         """Whether this call shall be timed."""
         return ids_TK.numel() > 0 and self.calls < CALLS and self._spent < SECONDS
 
-    def measure(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> None:
+    def measure(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> None:
         """Time the op on this call's tokens: once to warm up, then in turns; the quickest counts."""
         began = time.perf_counter()
         even_TK = balanced(ids_TK, bank.num_experts)
         times: tuple[list[float], list[float]] = ([], [])
         # one thread's own time leaves out the turns of a machine's other tenants
         clock = time.thread_time if x_TH.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-        with torch.no_grad(), left_alone():
+        with torch.no_grad(), default_impl():
             while len(times[0]) <= REPEATS or (len(times[0]) <= MOST and time.perf_counter() - began < ENOUGH):
                 for ids, kept in zip((ids_TK, even_TK), times, strict=True):
                     _wait(x_TH)

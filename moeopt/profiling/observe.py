@@ -1,6 +1,6 @@
 """Run an optimised model on data, and count what reaches each of its rewritten MoE blocks.
 
-A rewritten block keeps its own router and calls ``experts`` with what that chose. ``intercepted`` hands each such call
+A rewritten block keeps its own router and calls ``experts`` with what that chose. ``override_experts_impl`` hands each such call
 to us first; we count it and leave it as it is. Who called is told from the bank of weights, which is the block's own.
 """
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from moeopt.capture.tape import clone_inputs
 from moeopt.errors import CaptureError
-from moeopt.find.example_inputs import Call
+from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
-from moeopt.ops.intercept import intercepted
+from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.ops.override import override_experts_impl
 from moeopt.profiling.tally import Tally
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 
@@ -27,7 +27,7 @@ SAY_EVERY = 2.0
 
 
 def observe(
-    model: nn.Module, calls: Iterable[Call], wanted: set[str], measure: bool, say: Any
+    model: nn.Module, calls: Iterable[ArgsKwargs], wanted: set[str], measure: bool, say: Any
 ) -> tuple[list[Tally], int]:
     """A tally for each op of the rewritten modules whose name is in ``wanted``, and how many calls were made.
 
@@ -50,7 +50,7 @@ def observe(
             tallies[id(bank)] = own[-1]
         owners.append((forward, own, forward.fallbacks))
 
-    def count(x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> None:
+    def count(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> None:
         tally = tallies.get(id(bank))
         if tally is not None:
             tally.add(ids, weights)
@@ -58,7 +58,7 @@ def observe(
                 tally.cost.measure(x, ids, weights, bank, spec)
 
     number, said = 0, float("-inf")
-    with torch.no_grad(), intercepted(count):
+    with torch.no_grad(), override_experts_impl(count):
         for number, call in enumerate(calls, 1):
             if time.perf_counter() - said > SAY_EVERY:
                 said = time.perf_counter()

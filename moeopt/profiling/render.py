@@ -25,39 +25,39 @@ LEGEND = (
 )
 
 
-def lines(found: LoadProfile) -> Iterator[str]:
+def lines(profile: LoadProfile) -> Iterator[str]:
     """Line by line: the table, the most uneven layers, what could not be read, notes."""
-    layers, unread = len(found.layers), len(found.unread)
-    yield from _wrapped(f"moeopt profile: {found.model or 'model'}")
-    tokens = max((layer.tokens for layer in found.layers), default=0)
+    layers, unread = len(profile.layers), len(profile.unread)
+    yield from _wrapped(f"moeopt profile: {profile.model or 'model'}")
+    tokens = max((layer.tokens for layer in profile.layers), default=0)
     yield (
-        f"{_many(found.batches, 'batch', 'es')}, {tokens:,} tokens; {_many(layers, 'block')} profiled, {unread} not "
-        f"({found.seconds:.1f} s)"
+        f"{_many(profile.batches, 'batch', 'es')}, {tokens:,} tokens; {_many(layers, 'block')} profiled, {unread} not "
+        f"({profile.seconds:.1f} s)"
     )
-    if found.layers:
+    if profile.layers:
         yield ""
         yield HEADER
-        for layer in found.layers:
+        for layer in profile.layers:
             yield from _row(layer)
         yield from _wrapped(LEGEND, "  ")
-    uneven = sorted((x for x in found.layers if x.imbalance), key=lambda x: -float(x.imbalance["cv"]))  # type: ignore[index]
+    uneven = sorted((x for x in profile.layers if x.imbalance), key=lambda x: -float(x.imbalance["cv"]))  # type: ignore[index]
     for layer in uneven[:SHOWN]:
         yield ""
         yield from _details(layer)
     if len(uneven) > SHOWN:
         yield from _wrapped(f"the {SHOWN} most uneven of {len(uneven)} layers; --json has all")
-    for layer in found.layers:
+    for layer in profile.layers:
         if layer.unseen:
             yield from _wrapped(
                 f"{layer.name}: {_many(layer.unseen, 'call')} not counted, it ran its original code: {layer.why_unseen}"
             )
-    for block in found.unread:
+    for block in profile.unread:
         yield ""
         yield from _wrapped(f"not profiled: {block.name}")
         yield from _wrapped(block.reason, "    ", "why     ")
         if block.source:
             yield from _wrapped(block.source, "    ", "source  ")
-    for note in found.notes:
+    for note in profile.notes:
         yield from _wrapped(f"note: {note}")
 
 
@@ -119,13 +119,13 @@ def facts(layer: LayerLoad, at: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
 
 
-def _bar(count: int, most: int) -> str:
-    return "." if not count else BARS[min(len(BARS) - 1, count * len(BARS) // (most + 1))]
+def _bar(count: int, limit: int) -> str:
+    return "." if not count else BARS[min(len(BARS) - 1, count * len(BARS) // (limit + 1))]
 
 
-def _some(experts: list[int], most: int = 12) -> str:
-    rest = f" and {len(experts) - most} more" if len(experts) > most else ""
-    return ", ".join(map(str, experts[:most])) + rest
+def _some(experts: list[int], limit: int = 12) -> str:
+    rest = f" and {len(experts) - limit} more" if len(experts) > limit else ""
+    return ", ".join(map(str, experts[:limit])) + rest
 
 
 def _many(n: int, word: str, plural: str = "s") -> str:

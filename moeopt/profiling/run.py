@@ -11,7 +11,7 @@ from typing import Any
 from moeopt.api import Optimized, optimize
 from moeopt.bundle.engine import Engine
 from moeopt.errors import UsageError
-from moeopt.find.example_inputs import Call
+from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.options import Options
 from moeopt.profiling.batches import batches
 from moeopt.profiling.observe import observe
@@ -54,7 +54,7 @@ def profile(
     _refuse_engines(model)
     started = time.perf_counter()
     say = progress or (lambda line: None)
-    calls: Iterator[Call] = iter(()) if data is None else batches(data)
+    calls: Iterator[ArgsKwargs] = iter(()) if data is None else batches(data)
     notes = []
     if isinstance(model, Optimized):
         optimized = model

@@ -41,14 +41,14 @@ def imbalance(fired_E: Tensor, tokens: int) -> dict[str, Any] | None:
     }
 
 
-def top_pairs(together_EE: Tensor, most: int = 5) -> list[dict[str, Any]]:
+def top_pairs(together_EE: Tensor, limit: int = 5) -> list[dict[str, Any]]:
     """The pairs of experts that most tokens fire together; ``over_mean`` is against the mean of all pairs."""
     E = together_EE.shape[0]
     upper = together_EE.triu(1)
     total = int(upper.sum())
     if not total:
         return []
-    counts, at = upper.reshape(-1).topk(min(most, E * (E - 1) // 2))
+    counts, at = upper.reshape(-1).topk(min(limit, E * (E - 1) // 2))
     mean = total / (E * (E - 1) / 2)
     return [
         {"experts": [i // E, i % E], "tokens": n, "over_mean": n / mean}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeopt.profiling.cost import Cost
+from moeopt.profiling.cost import RoutingCost
 from moeopt.profiling.histogram import AMOUNTS, SHARES, Histogram
 
 CHUNK = 1024
@@ -44,7 +44,7 @@ class Tally:
         self.fired = torch.zeros(experts, dtype=torch.int64)
         self.together = torch.zeros(experts, experts, dtype=torch.int64)
         self.mass, self.share, self.margin = Histogram(AMOUNTS), Histogram(SHARES), Histogram(SHARES)
-        self.cost = Cost()
+        self.cost = RoutingCost()
         self.unseen, self.why_unseen = 0, ""
 
     def add(self, ids_TK: Tensor, weights_TK: Tensor) -> None:

@@ -5,7 +5,7 @@ every feature. So the tape from there on is replayed with expert c's rows set to
 row t of the sum then *is* the vector of weights w[t, c], bit for bit, however it was written
 (index_add, masked assignment, cat and un-permute, einsum, stack and sum, a loop over slots).
 
-Legend: T tokens, C chains (experts), H output features.
+Legend: T tokens, C candidates (experts), H output features.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ from moeopt.capture.replay import descendants, replay
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
-from moeopt.recognise.gemm_sites import Site
+from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.token_rows import rows_of
 
 
 @dataclass
 class Labels:
-    """What each out-site row is: ``token[site]`` and ``chain[site]``, both (R,), -1 for padding."""
+    """What each out-site row is: ``token[site]`` and ``candidate[site]``, both (R,), -1 for padding."""
 
-    token: dict[Site, torch.Tensor]
-    chain: dict[Site, torch.Tensor]
+    token: dict[GemmSite, torch.Tensor]
+    candidate: dict[GemmSite, torch.Tensor]
     tokens: int
-    chains: int
+    candidates: int
 
     def visits(self) -> torch.Tensor:
         """(T, C) how often expert c saw token t."""
-        out = torch.zeros(self.tokens, self.chains, dtype=torch.long)
+        out = torch.zeros(self.tokens, self.candidates, dtype=torch.long)
         for site, token in self.token.items():
             keep = token >= 0
-            out.index_put_((token[keep], self.chain[site][keep]), torch.ones(int(keep.sum()), dtype=torch.long), True)
+            out.index_put_(
+                (token[keep], self.candidate[site][keep]), torch.ones(int(keep.sum()), dtype=torch.long), True
+            )
         return out
 
 
@@ -82,7 +84,7 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
     )
 
 
-def _meeting_points(sites: list[Site], nodes: list[fx.Node]) -> Iterator[fx.Node]:
+def _meeting_points(sites: list[GemmSite], nodes: list[fx.Node]) -> Iterator[fx.Node]:
     """Nodes that depend on every site, earliest first."""
     mask = {s.node: 1 << i for i, s in enumerate(sites)}
     full = (1 << len(sites)) - 1
@@ -96,14 +98,14 @@ def _meeting_points(sites: list[Site], nodes: list[fx.Node]) -> Iterator[fx.Node
             yield node
 
 
-def _leaks(tape: Tape, target: fx.Node, sites: list[Site]) -> bool:
+def _leaks(tape: Tape, target: fx.Node, sites: list[GemmSite]) -> bool:
     """True where an output still depends on an expert's result by another way than through ``target``."""
-    products = {s.node for s in sites}
+    matmuls = {s.node for s in sites}
     seen = {target}
     stack = tape.results()
     while stack:
         node = stack.pop()
-        if node in products:
+        if node in matmuls:
             return True
         if node not in seen:
             seen.add(node)
@@ -128,19 +130,19 @@ def entry_weights(
 
     zero = {s.node: torch.zeros_like(tape.value(s.node)) for s in labels.token}
     base = run(zero)
-    weights = torch.zeros(labels.tokens, labels.chains, dtype=base.dtype)
-    for start in range(0, labels.chains, out):
+    weights = torch.zeros(labels.tokens, labels.candidates, dtype=base.dtype)
+    for start in range(0, labels.candidates, out):
         codes = {}
-        for site, chain in labels.chain.items():
-            hot = (chain >= start) & (chain < start + out) & (labels.token[site] >= 0)
+        for site, candidate in labels.candidate.items():
+            hot = (candidate >= start) & (candidate < start + out) & (labels.token[site] >= 0)
             if not bool(hot.any()):
                 codes[site.node] = zero[site.node]
                 continue
             like = tape.value(site.node)
-            rows = torch.zeros(chain.numel(), out, dtype=like.dtype)
-            rows[hot, chain[hot] - start] = 1
+            rows = torch.zeros(candidate.numel(), out, dtype=like.dtype)
+            rows[hot, candidate[hot] - start] = 1
             codes[site.node] = site.from_rows(rows, like)
-        width = min(out, labels.chains - start)
+        width = min(out, labels.candidates - start)
         weights[:, start : start + width] = (run(codes) - base)[:, :width]
     return base, weights
 
@@ -153,10 +155,10 @@ def _read(tape: Tape, labels: Labels, target: fx.Node, axis: int) -> Combine | s
         return f"row {int(stray.any(1).nonzero()[0])} of their sum holds an expert that did not see that token"
     total = base.double().clone()
     scale = base.double().abs()
-    for site, chain in labels.chain.items():
+    for site, candidate in labels.candidate.items():
         values = site.rows_out(tape.value(site.node)).double()
         keep = labels.token[site] >= 0
-        token, which = labels.token[site][keep], chain[keep]
+        token, which = labels.token[site][keep], candidate[keep]
         # a token that an expert sees twice would be counted twice: its weight is the sum of both
         part = values[keep] * (weights[token, which].double() / visits[token, which])[:, None]
         total.index_add_(0, token, part)

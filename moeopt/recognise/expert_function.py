@@ -1,6 +1,6 @@
 """Which function stands between W_in and W_out: fitted by what it computes, not by how it is written.
 
-The nodes between the two products are replayed in float64 on random values (small, ordinary and
+The nodes between the two matmuls are replayed in float64 on random values (small, ordinary and
 large, so that clamps act) and compared with every ``ExpertsSpec`` that the constants seen there
 allow. ``x*sigmoid(x)``, ``F.silu(x)`` and a hand-written ``x/(1+exp(-x))`` are the same to it.
 """
@@ -22,8 +22,8 @@ from moeopt.capture.tree import tree_leaves
 from moeopt.errors import Declined
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
 from moeopt.ops.activations import apply_gate
-from moeopt.recognise.ffn_candidates import Chain
-from moeopt.recognise.gemm_sites import Site
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.gemm_sites import GemmSite
 
 _TOLERANCE = 1e-6
 """Relative. Float64 has 1e-16; hand-written constants such as 0.7978845608 for sqrt(2/pi) have 1e-10;
@@ -33,14 +33,14 @@ _PARAMETRIC = ("swish", "softcap", "leaky_relu", "elu")
 
 
 def fit_function(
-    tape: Tape, chain: Chain, out: Site, labels_out: torch.Tensor, assume: ExpertsSpec | None = None
+    tape: Tape, candidate: FFNCandidate, out: GemmSite, labels_out: torch.Tensor, assume: ExpertsSpec | None = None
 ) -> tuple[ExpertsSpec, bool]:
-    """The spec (rows, activation, clamps, offset, dtypes) of the function between the chain's sites.
+    """The spec (rows, activation, clamps, offset, dtypes) of the function between the candidate's sites.
 
     Also says whether, of two in-sites, the second is the gate.
 
     Args:
-        out: one of the chain's out-sites, with rows on this witness.
+        out: one of the candidate's out-sites, with rows on this probe call.
         labels_out: (R,) for each of its operand's rows, the row of the in-sites that it comes from
             (the rows of all in-sites of one role, end to end), or -1.
         assume: a user's hint: it is the answer, with the dtypes seen here, and nothing is fitted.
@@ -49,15 +49,17 @@ def fit_function(
         Declined: no member of the family computes it; the text names the ops that were seen.
     """
     if assume is not None:
-        return dataclasses.replace(assume, **_dtypes(chain)), False
-    samples = _observe(tape, chain, out, labels_out)
-    for flip in (False, True) if len(chain.roles()) == 2 else (False,):
+        return dataclasses.replace(assume, **_dtypes(candidate)), False
+    samples = _observe(tape, candidate, out, labels_out)
+    for flip in (False, True) if len(candidate.roles()) == 2 else (False,):
         seen = [(h[::-1] if flip else h, mid) for h, mid in samples]
-        for spec in _candidates(tape, chain):
+        for spec in _possible_specs(tape, candidate):
             if all(_agrees(spec, h, mid) for h, mid in seen):
-                return dataclasses.replace(spec, **_dtypes(chain)), flip
-    ops = ", ".join(dict.fromkeys(op_name(n) for n in chain.mid if op_name(n) not in ("view", "getitem", "_to_copy")))
-    line = next((n.meta.get("source", "") for n in chain.mid if n.meta.get("source")), "")
+                return dataclasses.replace(spec, **_dtypes(candidate)), flip
+    ops = ", ".join(
+        dict.fromkeys(op_name(n) for n in candidate.mid if op_name(n) not in ("view", "getitem", "_to_copy"))
+    )
+    line = next((n.meta.get("source", "") for n in candidate.mid if n.meta.get("source")), "")
     raise Declined(
         f"the function between the expert's two matmuls ({ops or 'none'}) is none that the op carries "
         f"({', '.join(ACTIVATIONS)}, gated or plain, with clamps); pass hints= to name it",
@@ -66,7 +68,7 @@ def fit_function(
 
 
 def _observe(
-    tape: Tape, chain: Chain, out: Site, labels_out: torch.Tensor
+    tape: Tape, candidate: FFNCandidate, out: GemmSite, labels_out: torch.Tensor
 ) -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
     """[(pre-activation rows of each role, resulting rows)] at three magnitudes, matched by row label."""
     generator = torch.Generator().manual_seed(0)
@@ -74,15 +76,15 @@ def _observe(
     samples = []
     for scale in (0.5, 3.0, 30.0):
         given: dict[fx.Node, Any] = {}
-        rows = tuple(_probe(tape, role, labels_out[keep], scale, generator, given) for role in chain.roles())
-        operand = replay(tape, chain.mid, given, torch.float64, only=out.operand)[out.operand]
+        rows = tuple(_probe(tape, role, labels_out[keep], scale, generator, given) for role in candidate.roles())
+        operand = replay(tape, candidate.mid, given, torch.float64, only=out.operand)[out.operand]
         samples.append((rows, out.rows_in(operand)[keep]))
         del operand
     return samples
 
 
 def _probe(
-    tape: Tape, role: list[Site], labels: torch.Tensor, scale: float, generator: torch.Generator,
+    tape: Tape, role: list[GemmSite], labels: torch.Tensor, scale: float, generator: torch.Generator,
     given: dict[fx.Node, Any],
 ) -> torch.Tensor:  # fmt: skip
     """Put random pre-activations of a role's sites into ``given``; the rows of them that ``labels`` name."""
@@ -106,20 +108,20 @@ def _agrees(spec: ExpertsSpec, rows: tuple[torch.Tensor, ...], want: torch.Tenso
     return bool(((got - want).abs() <= _TOLERANCE * (want.abs() + 1e-3 * scale)).all())
 
 
-def _constants(tape: Tape, chain: Chain) -> list[float]:
+def _constants(tape: Tape, candidate: FFNCandidate) -> list[float]:
     """Python scalars and one-element tensors among the operands of the nodes between."""
     found: dict[float, None] = {}
-    for a in tree_leaves([[node.args, node.kwargs] for node in chain.mid]):
+    for a in tree_leaves([[node.args, node.kwargs] for node in candidate.mid]):
         if isinstance(a, fx.Node):
-            if a not in chain.mid and a.meta.get("shape") in ((), (1,)) and tape.value(a).is_floating_point():
+            if a not in candidate.mid and a.meta.get("shape") in ((), (1,)) and tape.value(a).is_floating_point():
                 found[float(tape.value(a))] = None
         elif isinstance(a, (int, float)) and not isinstance(a, bool):
             found[float(a)] = None
     return list(found)
 
 
-def _clamps(tape: Tape, chain: Chain) -> list[tuple[float | None, float | None]]:
-    """(low, high) of each distinct clamp between the products."""
+def _clamps(tape: Tape, candidate: FFNCandidate) -> list[tuple[float | None, float | None]]:
+    """(low, high) of each distinct clamp between the matmuls."""
     found: dict[tuple[float | None, float | None], None] = {}
 
     def number(a: Any) -> float | None:
@@ -127,7 +129,7 @@ def _clamps(tape: Tape, chain: Chain) -> list[tuple[float | None, float | None]]
             return float(tape.value(a)) if a.meta.get("shape") in ((), (1,)) else None
         return None if a is None else float(a)
 
-    for node in chain.mid:
+    for node in candidate.mid:
         name, args = op_name(node), [*node.args, None, None]
         low, high = args[1], args[2]
         low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
@@ -140,16 +142,16 @@ def _clamps(tape: Tape, chain: Chain) -> list[tuple[float | None, float | None]]
     return [c for c in found if c != (None, None)]
 
 
-def _candidates(tape: Tape, chain: Chain) -> Iterator[ExpertsSpec]:
-    m, k = chain.ins[0].matrices[0].m, chain.out.matrices[0].k
-    if len(chain.roles()) == 2:
+def _possible_specs(tape: Tape, candidate: FFNCandidate) -> Iterator[ExpertsSpec]:
+    m, k = candidate.ins[0].matrices[0].m, candidate.out.matrices[0].k
+    if len(candidate.roles()) == 2:
         layouts = ["separate"]
     elif m == k:
         layouts = ["plain"]
     else:
         layouts = ["gate|up", "up|gate", "interleaved", "interleaved_up"]
-    constants = _constants(tape, chain)
-    clamps = _clamps(tape, chain)
+    constants = _constants(tape, candidate)
+    clamps = _clamps(tape, candidate)
     offsets = [0.0] + [c for c in constants if c == 1.0]
     activations: list[tuple[str, float | None]] = [(a, None) for a in ACTIVATIONS if a not in _PARAMETRIC]
     defaults = {"swish": [1.702], "softcap": [], "leaky_relu": [0.01], "elu": [1.0]}
@@ -176,10 +178,10 @@ def _placements(clamps: list[tuple[float | None, float | None]]) -> Iterator[dic
             yield places
 
 
-def _dtypes(chain: Chain) -> dict[str, Any]:
-    """compute_dtype of the products and act_dtype of the nodes between, where they differ from one another."""
-    compute = chain.out.operand.meta["dtype"]
-    acting = [n.meta["dtype"] for n in chain.mid if op_name(n) not in ("view", "getitem", "split", "_to_copy", "slice")
+def _dtypes(candidate: FFNCandidate) -> dict[str, Any]:
+    """compute_dtype of the matmuls and act_dtype of the nodes between, where they differ from one another."""
+    compute = candidate.out.operand.meta["dtype"]
+    acting = [n.meta["dtype"] for n in candidate.mid if op_name(n) not in ("view", "getitem", "split", "_to_copy", "slice")
               and n.meta.get("dtype") is not None and n.meta["dtype"].is_floating_point]  # fmt: skip
     widest = max(acting, key=lambda d: torch.finfo(d).bits, default=compute)
     short = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -1,11 +1,11 @@
-"""From a witness tape to one grouped-expert op: all of a block's experts, or a reason.
+"""From a tape to one grouped-expert op: all of a block's experts, or a reason.
 
     x[T,H] --dispatch--> W_in[e] -> f -> W_out[e] --combine--> y[T,H]
     ==  experts(x, ids[T,K], weights[T,K], W_in, W_out, spec)
 
 Four questions, each answered from values and dataflow: which tokens did each expert see (``rows``),
-what function is between its products (``fit_function``), by what does it enter the sum (``combine``),
-and where in the model do those choices and weights stand (``frontier``).
+what function is between its matmuls (``fit_function``), by what does it enter the sum (``combine``),
+and where in the model do those choices and weights stand (``routing``).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from moeopt.ir.weight_refs import ExpertRef, MatrixRef, tensor_at
 from moeopt.obstacles import Obstacle, Rank, Stage
 from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
-from moeopt.recognise.ffn_candidates import Chain, find_chains, group_chains, source_of
-from moeopt.recognise.gemm_sites import Site, find_sites
+from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates, group_candidates, source_of
+from moeopt.recognise.gemm_sites import GemmSite, find_sites
 from moeopt.recognise.named_obstacles import certain_obstacle, single_neurons
-from moeopt.recognise.routing import FixedShares, Frontier, NoIds, Table, find_frontier, one_beyond
+from moeopt.recognise.routing import FixedShares, NoIds, Routing, Table, find_routing, one_beyond
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
-from moeopt.recognise.weight_place import Place, weight_place
+from moeopt.recognise.weight_position import WeightPosition, weight_position
 from moeopt.recognise.why_not import no_experts
 
 
@@ -46,7 +46,7 @@ class Recognition:
     """Everything needed to replace ``combine.node`` by the op; ``experts[v]`` is what id v runs."""
 
     tokens: Tokens
-    frontier: Frontier
+    routing: Routing
     combine: Combine
     base: fx.Node | None
     experts: list[ExpertRef]
@@ -54,22 +54,22 @@ class Recognition:
     interior: set[fx.Node]
     source: str
     functions: dict[object, tuple[ExpertsSpec, bool]]
-    missed: str = ""
+    unmatched_reason: str = ""
 
 
 _STAGES = (Stage.EXPERTS, Stage.FUNCTION, Stage.SUM, Stage.ROUTING, Stage.ROUTING)
 """By how many questions were answered before the attempt failed."""
 
 
-class Uncovered(Declined):
-    """Some experts were never chosen on this witness: try another before deciding.
+class ExpertsNotHit(Declined):
+    """Some experts were never chosen on this probe call: try another before deciding.
 
-    ``universe`` is how many experts there seem to be.
+    ``num_named`` is how many experts there seem to be.
     """
 
     rank = Rank.PROBE
     stage = Stage.EXPERTS
-    universe = 0
+    num_named = 0
 
 
 def recognize(
@@ -82,7 +82,7 @@ def recognize(
     """Every group of experts in the block, each as one op, in execution order.
 
     Args:
-        known: what an earlier witness with every expert showed; then some may be missing on this one.
+        known: what an earlier probe call with every expert showed; then some may be missing on this one.
         idle: accept weights that no token reached, if ids did name them: they are no experts.
         assume: a user's hint, taken for the function of every expert, unfitted; verification judges it.
 
@@ -90,13 +90,13 @@ def recognize(
         Declined: no group was recognised; the reason is that of the attempt that came furthest, and ``others`` has
             those of all attempts.
     """
-    chains = find_chains(tape, find_sites(tape))
+    candidates = find_candidates(tape, find_sites(tape))
     found: list[Recognition] = []
-    best = no_experts(tape, chains)
+    best = no_experts(tape, candidates)
     best_progress = -1
     met: list[Obstacle] = []
-    for group in group_chains(tape, chains):
-        if any(c.out.node in r.interior or c.out.product in r.interior for c in group for r in found):
+    for group in group_candidates(tape, candidates):
+        if any(c.out.node in r.interior or c.out.matmul in r.interior for c in group for r in found):
             continue
         subsets = _subsets(tape, group)
         while (members := next(subsets, None)) is not None:
@@ -104,22 +104,22 @@ def recognize(
             try:
                 found.append(_recognize_group(tape, members, known, idle, assume, progress))
                 break
-            except Uncovered as reason:
+            except ExpertsNotHit as reason:
                 if len(members) > 1 or members[0].merged:
                     met.append(reason.obstacle)
                     best, best_progress = reason.with_traceback(None), 10
                 break
             except Declined as reason:
                 if len(members) > 1 or members[0].merged:
-                    said = _several_times(reason, members, chains).with_traceback(None)
+                    said = _several_times(reason, members, candidates).with_traceback(None)
                     said.stage = _STAGES[progress[0]]
                     met.append(said.obstacle)
                     if progress[0] > best_progress:
                         best, best_progress = said, progress[0]
                     del said
     for recognition in found:
-        recognition.missed = best.reason if best_progress >= 0 else ""
-    if not found or isinstance(best, Uncovered):
+        recognition.unmatched_reason = best.reason if best_progress >= 0 else ""
+    if not found or isinstance(best, ExpertsNotHit):
         named = single_neurons(tape) or (certain_obstacle(tape) if best.rank == Rank.READING else None)
         best, named = named or best, None
         best.others = tuple(met)
@@ -130,9 +130,9 @@ def recognize(
     return sorted(found, key=lambda r: r.combine.node.meta["index"])
 
 
-def _several_times(reason: Declined, members: list[Chain], chains: list[Chain]) -> Declined:
+def _several_times(reason: Declined, members: list[FFNCandidate], candidates: list[FFNCandidate]) -> Declined:
     """``reason``, and what may be behind it where the same experts are called again and again."""
-    runs = Counter((m.path, m.origin) for c in chains for m in c.out.matrices)
+    runs = Counter((m.path, m.origin) for c in candidates for m in c.out.matrices)
     if not isinstance(reason, NoIds) or all(runs[m.path, m.origin] < 2 for c in members for m in c.out.matrices):
         return reason
     return Declined(
@@ -143,8 +143,8 @@ def _several_times(reason: Declined, members: list[Chain], chains: list[Chain]) 
     )
 
 
-def _subsets(tape: Tape, group: list[Chain]) -> Iterator[list[Chain]]:
-    """The group; then without chains that see every token while others do not (shared experts); then,
+def _subsets(tape: Tape, group: list[FFNCandidate]) -> Iterator[list[FFNCandidate]]:
+    """The group; then without candidates that see every token while others do not (shared experts); then,
     where they do not all read the same tensor, those that do."""
     yield group
     if len(group) < 2:
@@ -154,10 +154,10 @@ def _subsets(tape: Tape, group: list[Chain]) -> Iterator[list[Chain]]:
     except Declined:
         if len(group) > 256:
             return
-        by_source: dict[fx.Node, list[Chain]] = {}
-        for chain in group:
+        by_source: dict[fx.Node, list[FFNCandidate]] = {}
+        for candidate in group:
             with contextlib.suppress(Declined):
-                by_source.setdefault(match_tokens(tape, chain.ins).node, []).append(chain)
+                by_source.setdefault(match_tokens(tape, candidate.ins).node, []).append(candidate)
         yield from (m for m in by_source.values() if 1 < len(m) < len(group))
         return
     routed = [c for c in group if tokens.token[c.ins[0]].unique().numel() < tokens.count]
@@ -165,13 +165,13 @@ def _subsets(tape: Tape, group: list[Chain]) -> Iterator[list[Chain]]:
         yield routed
 
 
-def _ins(group: list[Chain]) -> list[Site]:
+def _ins(group: list[FFNCandidate]) -> list[GemmSite]:
     return list(dict.fromkeys(s for c in group for s in c.ins))
 
 
 def _recognize_group(
     tape: Tape,
-    group: list[Chain],
+    group: list[FFNCandidate],
     known: list[Recognition] | None,
     idle: bool,
     assume: ExpertsSpec | None,
@@ -182,7 +182,7 @@ def _recognize_group(
         here = [1]
         try:
             return _recognize_rows(tape, group, tokens, known, idle, assume, here)
-        except Uncovered:
+        except ExpertsNotHit:
             raise
         except Declined as err:
             if nearest is None or here[0] > progress[0]:
@@ -196,7 +196,7 @@ def _recognize_group(
 
 def _recognize_rows(
     tape: Tape,
-    group: list[Chain],
+    group: list[FFNCandidate],
     tokens: Tokens,
     known: list[Recognition] | None,
     idle: bool,
@@ -210,18 +210,18 @@ def _recognize_rows(
     specs: dict[object, tuple[ExpertsSpec, bool]] = {}
     for recognition in known or []:
         _seed(recognition, group, keys, experts, specs)
-    for chain in group:
-        _label_chain(tape, chain, tokens, labels, keys, experts, specs, assume)
-    labels.chains = len(experts)
+    for candidate in group:
+        _label_chain(tape, candidate, tokens, labels, keys, experts, specs, assume)
+    labels.candidates = len(experts)
     progress[0] = 2
     missing = 0
     if known is None:
         try:
-            _covered(tape, experts, group)
-        except Uncovered as err:
+            _check_all_hit(tape, experts, group)
+        except ExpertsNotHit as err:
             if not idle:
                 raise
-            missing = err.universe - len(experts)
+            missing = err.num_named - len(experts)
     spec = _one_function(specs, group)
     combine = read_combine(tape, labels)
     progress[0] = 3
@@ -229,46 +229,48 @@ def _recognize_rows(
 
 
 def _label_chain(
-    tape: Tape, chain: Chain, tokens: Tokens, labels: Labels, keys: dict[tuple[object, ...], int],
+    tape: Tape, candidate: FFNCandidate, tokens: Tokens, labels: Labels, keys: dict[tuple[object, ...], int],
     experts: list[ExpertRef], specs: dict[object, tuple[ExpertsSpec, bool]], assume: ExpertsSpec | None,
 ) -> None:  # fmt: skip
-    """Follow the chain's rows from its in-sites to its out-sites and enter what each is into ``labels``."""
-    roles = chain.roles()
+    """Follow the candidate's rows from its in-sites to its out-sites and enter what each is into ``labels``."""
+    roles = candidate.roles()
     if not roles:
         raise Declined(
-            "an expert's second matmul reads more than two earlier products", source_of(chain), rank=Rank.READING
+            "an expert's second matmul reads more than two earlier matmuls", source_of(candidate), rank=Rank.READING
         )
-    token, given = _start_rows(tape, roles, tokens, chain)
-    moved = row_labels(tape, chain.mid, given, only={out.operand for out in chain.outs})
-    for out in chain.outs:
+    token, given = _start_rows(tape, roles, tokens, candidate)
+    moved = row_labels(tape, candidate.mid, given, only={out.operand for out in candidate.outs})
+    for out in candidate.outs:
         rows = moved.get(out.operand)
         if rows is None:
             raise Declined(
-                "between an expert's products rows are mixed or normalised, which the op does not carry",
-                source_of(chain),
+                "between an expert's matmuls rows are mixed or normalised, which the op does not carry",
+                source_of(candidate),
             )
         rows = out.rows_in(rows)
         label = rows[:, 0]
         if bool((rows != label[:, None]).any()) or bool((label == CONFLICT).any()):
-            raise Declined("between an expert's products features of different rows are mixed", source_of(chain))
+            raise Declined("between an expert's matmuls features of different rows are mixed", source_of(candidate))
         if not bool((label >= 0).any()):
-            labels.token[out] = labels.chain[out] = torch.full_like(label, -1)
+            labels.token[out] = labels.candidate[out] = torch.full_like(label, -1)
             continue
-        if chain.signature not in specs:
-            specs[chain.signature] = fit_function(tape, chain, out, label, assume)
-        ordered = roles[::-1] if specs[chain.signature][1] else roles
+        if candidate.signature not in specs:
+            specs[candidate.signature] = fit_function(tape, candidate, out, label, assume)
+        ordered = roles[::-1] if specs[candidate.signature][1] else roles
         _enter_rows(ordered, out, label, token, labels, keys, experts)
 
 
 def _start_rows(
-    tape: Tape, roles: list[list[Site]], tokens: Tokens, chain: Chain
+    tape: Tape, roles: list[list[GemmSite]], tokens: Tokens, candidate: FFNCandidate
 ) -> tuple[torch.Tensor, dict[fx.Node, torch.Tensor]]:
     """The token of each in-row, and the row's number as a label on every element of the in-sites' outputs."""
     token = torch.cat([tokens.token[s] for s in roles[0]])
     given = {}
     for role in roles:
         if not torch.equal(torch.cat([tokens.token[s] for s in role]), token):
-            raise Declined("an expert's gate and up products see different tokens", source_of(chain), rank=Rank.READING)
+            raise Declined(
+                "an expert's gate and up matmuls see different tokens", source_of(candidate), rank=Rank.READING
+            )
         start = 0
         for site in role:
             count = site.matrix.numel()
@@ -279,13 +281,13 @@ def _start_rows(
 
 
 def _enter_rows(
-    roles: list[list[Site]], out: Site, label: torch.Tensor, token: torch.Tensor, labels: Labels,
+    roles: list[list[GemmSite]], out: GemmSite, label: torch.Tensor, token: torch.Tensor, labels: Labels,
     keys: dict[tuple[object, ...], int], experts: list[ExpertRef],
 ) -> None:  # fmt: skip
     """Enter the token and the expert of each row of ``out``; new experts are numbered as they appear."""
     where = [[(s, m) for s in role for m in s.matrix.tolist()] for role in roles]
     row_token = torch.where(label >= 0, token[label.clamp_min(0)], -1)
-    chains = [-1] * label.numel()
+    candidates = [-1] * label.numel()
     known: dict[tuple[int, ...], int] = {}
     for r, (at, seen, last) in enumerate(zip(label.tolist(), row_token.tolist(), out.matrix.tolist(), strict=True)):
         if seen < 0:
@@ -302,17 +304,17 @@ def _enter_rows(
                     keys[key] = len(experts)
                     experts.append(ref)
                 known[which] = keys[key]
-        chains[r] = known[which]
-    row_chain = torch.tensor(chains, dtype=torch.long)
+        candidates[r] = known[which]
+    row_chain = torch.tensor(candidates, dtype=torch.long)
     row_token[row_chain < 0] = -1
-    labels.token[out], labels.chain[out] = row_token, row_chain
+    labels.token[out], labels.candidate[out] = row_token, row_chain
 
 
 def _seed(
-    known: Recognition, group: list[Chain], keys: dict[tuple[object, ...], int], experts: list[ExpertRef],
+    known: Recognition, group: list[FFNCandidate], keys: dict[tuple[object, ...], int], experts: list[ExpertRef],
     specs: dict[object, tuple[ExpertsSpec, bool]],
 ) -> None:  # fmt: skip
-    """Number the experts as an earlier witness did, if this group is the same one."""
+    """Number the experts as an earlier probe call did, if this group is the same one."""
     paths = {m.path for c in group for m in c.out.matrices}
     if paths & {e.w_out.path for e in known.experts}:
         specs.update(known.functions)
@@ -321,8 +323,8 @@ def _seed(
             experts.append(ref)
 
 
-def _covered(tape: Tape, experts: list[ExpertRef], group: list[Chain]) -> None:
-    """Raise ``Uncovered`` if Parameters that are like the experts' own were not used by any of them.
+def _check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidate]) -> None:
+    """Raise ``ExpertsNotHit`` if Parameters that are like the experts' own were not used by any of them.
 
     One that multiplied rows elsewhere is something else than an idle expert.
     """
@@ -344,12 +346,12 @@ def _covered(tape: Tape, experts: list[ExpertRef], group: list[Chain]) -> None:
                 missing += [f"{path}[{i}]" for i in range(whole.shape[0]) if i not in here]
         if missing:
             some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            error = Uncovered(
+            error = ExpertsNotHit(
                 f"no probe token reached the expert weights {some}, so what they compute could not be checked; "
                 "pass example inputs that reach every expert",
                 source_of(group[0]),
             )
-            error.universe = len(experts) + len(missing)
+            error.num_named = len(experts) + len(missing)
             raise error
 
 
@@ -384,7 +386,7 @@ def _siblings(used: set[str], named: Mapping[str, torch.Tensor]) -> set[str]:
     }
 
 
-def _expert(ins: list[Site], picks: list[int], out: Site, out_matrix: int) -> ExpertRef | None:
+def _expert(ins: list[GemmSite], picks: list[int], out: GemmSite, out_matrix: int) -> ExpertRef | None:
     if out_matrix < 0 or any(p < 0 for p in picks):
         return None
     return ExpertRef(
@@ -395,7 +397,7 @@ def _expert(ins: list[Site], picks: list[int], out: Site, out_matrix: int) -> Ex
     )
 
 
-def _one_function(specs: dict[object, tuple[ExpertsSpec, bool]], group: list[Chain]) -> ExpertsSpec:
+def _one_function(specs: dict[object, tuple[ExpertsSpec, bool]], group: list[FFNCandidate]) -> ExpertsSpec:
     found = {spec for spec, _ in specs.values()}
     if not found:
         raise Declined("no token reached any of its experts", source_of(group[0]), rank=Rank.PROBE)
@@ -418,7 +420,7 @@ def _natural(experts: list[ExpertRef]) -> list[int]:
 
 
 def _with_frontier(
-    tape: Tape, group: list[Chain], tokens: Tokens, labels: Labels, experts: list[ExpertRef],
+    tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, experts: list[ExpertRef],
     spec: ExpertsSpec, combine: Combine,
     functions: dict[object, tuple[ExpertsSpec, bool]], known: list[Recognition] | None, missing: int,
     progress: list[int],
@@ -442,33 +444,35 @@ def _with_frontier(
                   _factors(tape, combine, list(labels.token)))  # fmt: skip
     tables = _routing_tables(tape, flow, table)
     prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
-    again = None if prior is None else (prior.frontier, [experts.index(e) for e in prior.experts])
+    again = None if prior is None else (prior.routing, [experts.index(e) for e in prior.experts])
     dispatch = [n for n in tape.nodes[: combine.node.meta["index"]] if n in flow and n.meta.get("shape") is not None]
 
-    place: Place = "output"
+    place: WeightPosition = "output"
 
-    def accept(reading: Frontier) -> None:
+    def accept(reading: Routing) -> None:
         nonlocal place
         _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
-        place = weight_place(tape, reading, table, tokens, labels, combine, group)
+        place = weight_position(tape, reading, table, tokens, labels, combine, group)
 
     try:
-        frontier = find_frontier(tape, dispatch, table, _weight_dtype(tape, group), again, accept)
+        routing = find_routing(tape, dispatch, table, _weight_dtype(tape, group), again, accept)
     except FixedShares as err:
         if tokens.node.op == "placeholder":  # the slots are filled outside: what fills them may dispatch by ids
             err.rank = Rank.READING
         raise
     progress[0] = 4
-    ids = frontier.ids.run(tape) if frontier.ids is not None else None
+    ids = routing.ids.run(tape) if routing.ids is not None else None
     if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):
-        raise Uncovered("some of the weights that look like experts were never reached by a probe", source_of(group[0]))
-    if _passes_through(tape, combine, tokens, frontier, ids, len(experts)):
-        frontier.weights.steps = [*frontier.weights.steps, (one_beyond, ("@ids", len(experts)))]
-    identity = _is_identity(tape, combine, tokens, frontier, ids, len(experts))
+        raise ExpertsNotHit(
+            "some of the weights that look like experts were never reached by a probe", source_of(group[0])
+        )
+    if _passes_through(tape, combine, tokens, routing, ids, len(experts)):
+        routing.weights.steps = [*routing.weights.steps, (one_beyond, ("@ids", len(experts)))]
+    identity = _is_identity(tape, combine, tokens, routing, ids, len(experts))
     if prior is not None and (ids is None or not bool((ids >= len(experts)).any())):
-        identity = prior.spec.out_of_range == "identity"  # no such id on this witness: nothing speaks against it
+        identity = prior.spec.out_of_range == "identity"  # no such id on this probe call: nothing speaks against it
     base = None if identity else _base(tape, combine, before, experts)
-    ordered = [experts[c] for c in frontier.experts]
+    ordered = [experts[c] for c in routing.experts]
     _same_layout(ordered, group)
     spec = dataclasses.replace(
         spec,
@@ -479,13 +483,13 @@ def _with_frontier(
         **_accumulation(combine),
     )
     return Recognition(
-        tokens, frontier, combine, base, ordered, spec, inside, min(source_of(c) or "~" for c in group), functions
+        tokens, routing, combine, base, ordered, spec, inside, min(source_of(c) or "~" for c in group), functions
     )
 
 
-def _inside(tape: Tape, ins: list[Site], combine: Combine) -> set[fx.Node]:
+def _inside(tape: Tape, ins: list[GemmSite], combine: Combine) -> set[fx.Node]:
     """What depends on single experts, but not on their sum alone: that is what the rewrite leaves out."""
-    inside = {s.product for s in ins}
+    inside = {s.matmul for s in ins}
     passed_on = set(inside)
     for node in tape.nodes[min(n.meta["index"] for n in inside) :]:
         if any(a in passed_on for a in node.all_input_nodes):
@@ -512,14 +516,14 @@ def _routing_tables(tape: Tape, flow: set[fx.Node], table: Table) -> set[fx.Node
 
 
 def _only_the_router_steers(
-    tape: Tape, frontier: Frontier, tables: set[fx.Node], dispatch: set[fx.Node], tokens: fx.Node
+    tape: Tape, routing: Routing, tables: set[fx.Node], dispatch: set[fx.Node], tokens: fx.Node
 ) -> None:
     """Values that Python reads, and which rows dispatch picks, may depend on the input through the routing alone.
 
     Raises:
         Declined: the forward turns another value into a Python number, so it may branch on it.
     """
-    cut = {r.source for r in (frontier.ids, frontier.weights) if r is not None and r.source is not None} | tables
+    cut = {r.source for r in (routing.ids, routing.weights) if r is not None and r.source is not None} | tables
     steered: dict[fx.Node, bool] = {}
     for node in tape.nodes:
         chosen = op_name(node) in _CHOICES or (node.target is operator.getitem and op_name(node.args[0]) in _CHOICES)  # type: ignore[arg-type]
@@ -550,24 +554,24 @@ def _varies(tape: Tape, node: fx.Node) -> bool:
     return any(n.op == "placeholder" for n in ancestors([node]))
 
 
-def _input_weights(group: list[Chain], tokens: Tokens, labels: Labels, combine: Combine) -> torch.Tensor:
+def _input_weights(group: list[FFNCandidate], tokens: Tokens, labels: Labels, combine: Combine) -> torch.Tensor:
     """(T, C) factor on each expert's input row; the outputs must then be summed as they are."""
     visits = labels.visits()
     if not bool((combine.weights[visits > 0] == 1).all()):
         raise Declined("routing weights act on both the experts' inputs and their outputs", source_of(group[0]))
     weights = torch.zeros(visits.shape, dtype=torch.float64)
-    for chain in group:
-        scale, token = tokens.scale[chain.ins[0]], tokens.token[chain.ins[0]]
-        out_token, out_chain = labels.token[chain.out], labels.chain[chain.out]
+    for candidate in group:
+        scale, token = tokens.scale[candidate.ins[0]], tokens.token[candidate.ins[0]]
+        out_token, out_chain = labels.token[candidate.out], labels.candidate[candidate.out]
         if out_token.shape == token.shape and torch.equal(out_token, token):
             keep = token >= 0
             weights[token[keep], out_chain[keep]] = scale[keep]
         else:
             raise Declined("weighted input rows are reordered inside the experts", source_of(group[0]))
-    return weights.to(chain.ins[0].operand.meta["dtype"])
+    return weights.to(candidate.ins[0].operand.meta["dtype"])
 
 
-def _weight_dtype(tape: Tape, group: list[Chain]) -> torch.dtype | None:
+def _weight_dtype(tape: Tape, group: list[FFNCandidate]) -> torch.dtype | None:
     """dtype of whatever first multiplies an expert's output on its way to the sum."""
     node, steps = group[0].out.node, 0
     while steps < 8:
@@ -584,23 +588,23 @@ def _weight_dtype(tape: Tape, group: list[Chain]) -> torch.dtype | None:
 
 
 def _passes_through(
-    tape: Tape, combine: Combine, tokens: Tokens, frontier: Frontier, ids: torch.Tensor | None, experts: int
+    tape: Tape, combine: Combine, tokens: Tokens, routing: Routing, ids: torch.Tensor | None, experts: int
 ) -> bool:
     """True where a token that no expert serves (capacity) keeps its own value, unweighted."""
     if combine.base is None or ids is None or ids.shape[1] != 1 or not bool((ids >= experts).any()):
         return False
     x = rows_of(tape.value(tokens.node), tokens.axis)
-    known = any(op is one_beyond for op, _ in frontier.weights.steps)
+    known = any(op is one_beyond for op, _ in routing.weights.steps)
     return not known and torch.equal(torch.where(ids >= experts, x, 0.0).to(combine.base.dtype), combine.base)
 
 
 def _is_identity(
-    tape: Tape, combine: Combine, tokens: Tokens, frontier: Frontier, ids: torch.Tensor | None, experts: int
+    tape: Tape, combine: Combine, tokens: Tokens, routing: Routing, ids: torch.Tensor | None, experts: int
 ) -> bool:
     """True where the sum starts from each token times its weights for ids beyond the experts (LongCat)."""
     if combine.base is None or ids is None or not bool((ids >= experts).any()):
         return False
-    weights = torch.where(ids >= experts, frontier.weights.run(tape, ids).double(), 0.0).sum(-1, keepdim=True)
+    weights = torch.where(ids >= experts, routing.weights.run(tape, ids).double(), 0.0).sum(-1, keepdim=True)
     x = rows_of(tape.value(tokens.node), tokens.axis).double()
     want, eps = weights * x, torch.finfo(combine.base.dtype).eps
     return want.shape == combine.base.shape and bool(
@@ -608,22 +612,22 @@ def _is_identity(
     )
 
 
-def _flow(tape: Tape, combine: Combine, ins: list[Site], inside: set[fx.Node]) -> set[fx.Node]:
+def _flow(tape: Tape, combine: Combine, ins: list[GemmSite], inside: set[fx.Node]) -> set[fx.Node]:
     """What dispatch and combine read: ancestors of the sum and of the experts' inputs, and what left the tape."""
     stack = [combine.node, *(s.operand for s in ins), *(r.node for r in tape.reads)]
     seen: set[fx.Node] = set()
-    products = {s.product for s in ins}
+    matmuls = {s.matmul for s in ins}
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            if node not in products:
+            if node not in matmuls:
                 stack.extend(node.all_input_nodes)
     return seen - inside
 
 
-def _factors(tape: Tape, combine: Combine, sites: list[Site]) -> tuple[float, ...]:
-    """Constants by which the experts' outputs are multiplied on the way to their sum, and their product."""
+def _factors(tape: Tape, combine: Combine, sites: list[GemmSite]) -> tuple[float, ...]:
+    """Constants by which the experts' outputs are multiplied on the way to their sum, and their matmul."""
     between = set(descendants(tape, [s.node for s in sites])) & ancestors([combine.node])
     found: dict[float, None] = {}
     for node in between:
@@ -633,7 +637,7 @@ def _factors(tape: Tape, combine: Combine, sites: list[Site]) -> tuple[float, ..
     return tuple(dict.fromkeys([*sorted(found), *([math.prod(found)] if len(found) > 1 else [])]))
 
 
-def _weighed(combine: Combine, outs: list[Site]) -> bool:
+def _weighed(combine: Combine, outs: list[GemmSite]) -> bool:
     """True where a float that depends on the input enters the sum by another way than the experts."""
     stack, seen = [combine.node], {s.node for s in outs}
     while stack:
@@ -680,7 +684,7 @@ def layout_of(tape: Tape, ref: MatrixRef) -> Literal["oi", "io"]:
     return "oi" if along_k <= along_m else "io"
 
 
-def _same_layout(experts: list[ExpertRef], group: list[Chain]) -> None:
+def _same_layout(experts: list[ExpertRef], group: list[FFNCandidate]) -> None:
     sizes = {tuple((w.k, w.m) for w in (*e.w_in, e.w_out)) for e in experts}
     if len(sizes) > 1:
         raise Declined(f"its experts have different shapes ({sorted(sizes)})", source_of(group[0]))

@@ -1,10 +1,10 @@
-"""Chains: a product into the intermediate size, something element-wise, a product out of it.
+"""Chains: a matmul into the intermediate size, something element-wise, a matmul out of it.
 
     rows -> W_in (one or two sites) -> element-wise function -> W_out -> rows
 
-An expert is a chain; so is a dense FFN. Attention is not one: between its projections rows of
+An expert is a candidate; so is a dense FFN. Attention is not one: between its projections rows of
 different tokens mix. A residual stream with its norms is not one either: it adds rows that no
-product made, or divides by a statistic of the whole row.
+matmul made, or divides by a statistic of the whole row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import is_factory, is_pointwise, moves_rows, op_name
 from moeopt.capture.tape import Tape
-from moeopt.recognise.gemm_sites import Site, is_weight
+from moeopt.recognise.gemm_sites import GemmSite, is_weight
 
 _NONLINEAR = ("silu", "gelu", "relu", "sigmoid", "tanh", "pow", "mish", "softplus", "elu", "leaky_relu", "clamp",
               "hardtanh", "mul", "exp", "erf", "maximum", "where", "square", "clamp_min", "hardswish", "hardsigmoid",
@@ -26,31 +26,31 @@ _VALUE_ARGS = {"index": (0,), "index_select": (0,), "gather": (0,), "index_put":
 
 
 @dataclass(eq=False)
-class Chain:
+class FFNCandidate:
     """Out-sites with the in-sites that feed them and the nodes between, in order.
 
     Usually one out-site fed by one in-site (two when gate and up are separate). Where all experts' rows
-    are concatenated for the activation and split again, all of them are one chain.
+    are concatenated for the activation and split again, all of them are one candidate.
     """
 
-    ins: list[Site]
-    outs: list[Site]
+    ins: list[GemmSite]
+    outs: list[GemmSite]
     mid: list[fx.Node]
     signature: tuple[Any, ...]
 
     @property
-    def out(self) -> Site:
+    def out(self) -> GemmSite:
         """The first out-site."""
         return self.outs[0]
 
-    def roles(self) -> list[list[Site]]:
+    def roles(self) -> list[list[GemmSite]]:
         """In-sites by role: [[packed or plain]] or [[gate...], [up...]] (in either order), alike in length.
 
         In-sites of one expert read the same operand.
         """
         if len(self.outs) == 1 and len(self.ins) <= 2:
             return [[s] for s in self.ins]
-        groups: dict[fx.Node, list[Site]] = {}
+        groups: dict[fx.Node, list[GemmSite]] = {}
         for site in self.ins:
             groups.setdefault(site.operand, []).append(site)
         sizes = {len(g) for g in groups.values()}
@@ -66,35 +66,35 @@ class Chain:
 
     @property
     def merged(self) -> bool:
-        """True where one chain serves several experts at once (bmm, grouped, gathered weights)."""
+        """True where one candidate serves several experts at once (bmm, grouped, gathered weights)."""
         return len(self.outs) > 1 or any(len(s.matrices) > 1 for s in (*self.ins, self.out))
 
     @property
     def nonlinear(self) -> bool:
-        """True where something other than copying and scaling stands between the products."""
+        """True where something other than copying and scaling stands between the matmuls."""
         return any(op_name(n) in _NONLINEAR for n in self.mid)
 
 
-def find_chains(tape: Tape, sites: list[Site], *, loose: bool = False) -> list[Chain]:
-    """Every chain among ``sites``, in the order of their out-sites.
+def find_candidates(tape: Tape, sites: list[GemmSite], *, loose: bool = False) -> list[FFNCandidate]:
+    """Every candidate among ``sites``, in the order of their out-sites.
 
-    ``loose`` also takes a first product that serves several experts side by side (m a multiple of k).
+    ``loose`` also takes a first matmul that serves several experts side by side (m a multiple of k).
     """
     at = {s.node: s for s in sites if s.matrices}
-    products = {s.product: s for s in sites if s.matrices}
+    matmuls = {s.matmul: s for s in sites if s.matrices}
     memo: dict[fx.Node, bool] = {}
-    chains = []
-    wide: dict[tuple[Site, ...], list[tuple[Site, list[fx.Node]]]] = {}
+    candidates = []
+    wide: dict[tuple[GemmSite, ...], list[tuple[GemmSite, list[fx.Node]]]] = {}
     for site in sites:
         if not site.matrices:
             continue
-        found = _walk_back(site.operand, at, products, memo, loose)
+        found = _walk_back(site.operand, at, matmuls, memo, loose)
         if found is None:
             continue
         ins, mid = found
         if 1 <= len(ins) <= 2 and all(_feeds(i, site, loose) for i in ins):
             ins.sort(key=lambda s: s.node.meta["index"])
-            chains.append(Chain(ins, [site], mid, _signature(mid, ins)))
+            candidates.append(FFNCandidate(ins, [site], mid, _signature(mid, ins)))
         elif len(ins) > 2 and all(_feeds(i, site, loose) for i in ins):
             ins.sort(key=lambda s: s.node.meta["index"])
             wide.setdefault(tuple(ins), []).append((site, mid))
@@ -102,12 +102,14 @@ def find_chains(tape: Tape, sites: list[Site], *, loose: bool = False) -> list[C
         nodes = sorted({n for _, mid in members for n in mid}, key=lambda n: n.meta["index"])
         if _adds_experts(nodes, ins_key):
             continue
-        chains.append(Chain(list(ins_key), [s for s, _ in members], nodes, ("wide", _signature(nodes, list(ins_key)))))
-    return chains
+        candidates.append(
+            FFNCandidate(list(ins_key), [s for s, _ in members], nodes, ("wide", _signature(nodes, list(ins_key))))
+        )
+    return candidates
 
 
-def _adds_experts(mid: list[fx.Node], ins: tuple[Site, ...]) -> bool:
-    """True where rows of different products meet element by element: a sum of experts, not rows side by side."""
+def _adds_experts(mid: list[fx.Node], ins: tuple[GemmSite, ...]) -> bool:
+    """True where rows of different matmuls meet element by element: a sum of experts, not rows side by side."""
     of: dict[fx.Node, frozenset[fx.Node]] = {s.node: frozenset([s.operand]) for s in ins}
     for node in mid:
         parts = [of[a] for a in node.all_input_nodes if of.get(a)]
@@ -117,15 +119,19 @@ def _adds_experts(mid: list[fx.Node], ins: tuple[Site, ...]) -> bool:
     return False
 
 
-def _feeds(a: Site, b: Site, loose: bool) -> bool:
+def _feeds(a: GemmSite, b: GemmSite, loose: bool) -> bool:
     m, k = a.matrices[0].m, b.matrices[0].k
     return m in (k, 2 * k) or (loose and m % k == 0)
 
 
 def _walk_back(
-    start: fx.Node, at: dict[fx.Node, Site], products: dict[fx.Node, Site], memo: dict[fx.Node, bool], loose: bool
-) -> tuple[list[Site], list[fx.Node]] | None:
-    ins: dict[Site, None] = {}
+    start: fx.Node,
+    at: dict[fx.Node, GemmSite],
+    matmuls: dict[fx.Node, GemmSite],
+    memo: dict[fx.Node, bool],
+    loose: bool,
+) -> tuple[list[GemmSite], list[fx.Node]] | None:
+    ins: dict[GemmSite, None] = {}
     seen: set[fx.Node] = set()
     mid: list[fx.Node] = []
     statistics: list[fx.Node] = []
@@ -137,7 +143,7 @@ def _walk_back(
         seen.add(node)
         if node in at:
             ins[at[node]] = None
-        elif node in products or node.op == "placeholder":
+        elif node in matmuls or node.op == "placeholder":
             return None
         elif node.op == "get_attr" or is_factory(node) or is_weight(node, memo):
             continue
@@ -174,7 +180,7 @@ def _small(node: fx.Node, start: fx.Node, loose: bool) -> bool:
 
 
 def _reduces(node: fx.Node, at: set[fx.Node], limit: int = 64) -> bool:
-    """True where ``node`` is a statistic of one of the products ``at`` within a few steps: a norm."""
+    """True where ``node`` is a statistic of one of the matmuls ``at`` within a few steps: a norm."""
     stack: list[fx.Node] = [node]
     seen: set[fx.Node] = set()
     while stack and len(seen) < limit:
@@ -193,8 +199,8 @@ _SIZES_VARY = {"view", "reshape", "_unsafe_view", "expand", "slice", "select", "
                "full", "new_empty", "constant_pad_nd"}  # fmt: skip
 
 
-def _signature(mid: list[fx.Node], ins: list[Site]) -> tuple[Any, ...]:
-    """The chain's function written down without its row counts, to see that two chains compute the same."""
+def _signature(mid: list[fx.Node], ins: list[GemmSite]) -> tuple[Any, ...]:
+    """The candidate's function written down without its row counts, to see that two candidates compute the same."""
     number: dict[fx.Node, Any] = {s.node: ("in", i) for i, s in enumerate(ins)}
     lines = []
     for i, node in enumerate(mid):
@@ -212,33 +218,33 @@ def _signature(mid: list[fx.Node], ins: list[Site]) -> tuple[Any, ...]:
     return tuple(lines)
 
 
-def group_chains(tape: Tape, chains: list[Chain]) -> list[list[Chain]]:
-    """Sets of chains that may be the experts of one block, likeliest first.
+def group_candidates(tape: Tape, candidates: list[FFNCandidate]) -> list[list[FFNCandidate]]:
+    """Sets of candidates that may be the experts of one block, likeliest first.
 
-    A merged chain is a set of its own; the others are set together when their matrices have the same
+    A merged candidate is a set of its own; the others are set together when their matrices have the same
     sizes, none reads another's output, and their in-sites are not one and the same.
     """
-    groups: list[list[Chain]] = [[c] for c in chains if c.merged]
-    by_shape: dict[Any, list[Chain]] = {}
-    for chain in chains:
-        if not chain.merged:
-            by_shape.setdefault(chain.shape, []).append(chain)
+    groups: list[list[FFNCandidate]] = [[c] for c in candidates if c.merged]
+    by_shape: dict[Any, list[FFNCandidate]] = {}
+    for candidate in candidates:
+        if not candidate.merged:
+            by_shape.setdefault(candidate.shape, []).append(candidate)
     for members in by_shape.values():
         groups.extend(_parallel(tape, members))
     if all(len(g) == 1 for g in groups):  # experts of different sizes: found, so that they can be declined
-        alike: dict[Any, list[Chain]] = {}
-        for chain in chains:
-            if not chain.merged:
-                alike.setdefault((len(chain.ins), chain.ins[0].matrices[0].k, chain.out.matrices[0].m), []).append(
-                    chain
-                )
+        alike: dict[Any, list[FFNCandidate]] = {}
+        for candidate in candidates:
+            if not candidate.merged:
+                alike.setdefault(
+                    (len(candidate.ins), candidate.ins[0].matrices[0].k, candidate.out.matrices[0].m), []
+                ).append(candidate)
         for members in alike.values():
             groups.extend(g for g in _parallel(tape, members) if len(g) > 1)
     return sorted(groups, key=lambda g: (-(len(g) + 10**6 * g[0].merged), g[0].out.node.meta["index"]))
 
 
-def _parallel(tape: Tape, members: list[Chain]) -> list[list[Chain]]:
-    """Split chains that depend on one another (layers) into runs that do not."""
+def _parallel(tape: Tape, members: list[FFNCandidate]) -> list[list[FFNCandidate]]:
+    """Split candidates that depend on one another (layers) into runs that do not."""
     out_of = {c.out.node: i for i, c in enumerate(members)}
     level: dict[fx.Node, int] = {}
     depth = []
@@ -253,13 +259,13 @@ def _parallel(tape: Tape, members: list[Chain]) -> list[list[Chain]]:
             here += 1
         if here:
             level[node] = here
-    runs: dict[int, list[Chain]] = {}
+    runs: dict[int, list[FFNCandidate]] = {}
     known = dict(depth)
-    for i, chain in enumerate(members):
-        runs.setdefault(known.get(i, 0), []).append(chain)
+    for i, candidate in enumerate(members):
+        runs.setdefault(known.get(i, 0), []).append(candidate)
     return list(runs.values())
 
 
-def source_of(chain: Chain) -> str:
-    """The user's line of the first product."""
-    return str(chain.ins[0].product.meta.get("source") or "")
+def source_of(candidate: FFNCandidate) -> str:
+    """The user's line of the first matmul."""
+    return str(candidate.ins[0].matmul.meta.get("source") or "")

@@ -1,6 +1,6 @@
-"""Linear sites: every product of activation rows with matrices that live in Parameters.
+"""Linear sites: every matmul of activation rows with matrices that live in Parameters.
 
-``mm``, ``addmm``, ``bmm``, grouped and gathered products and 1x1 convolutions all become the same
+``mm``, ``addmm``, ``bmm``, grouped and gathered matmuls and 1x1 convolutions all become the same
 record: R activation rows, each multiplied by one of several (K, M) matrices, plus an optional bias.
 
 Legend: R rows, K contracted, M outputs, B batches.
@@ -23,17 +23,17 @@ aten = torch.ops.aten
 
 
 @dataclass(eq=False)
-class Site:
+class GemmSite:
     """One matmul call. ``node`` is its output after the bias.
 
     ``rows_of(value)`` turns an operand or output tensor into (R, features): ``axis_in`` / ``axis_out``
     name the feature axis. ``matrix`` gives each row's index into ``matrices``. ``blocks`` > 1 means
-    that one product serves several experts side by side: output row r holds ``blocks`` rows. ``order``:
+    that one matmul serves several experts side by side: output row r holds ``blocks`` rows. ``order``:
     where the output was permuted before its bias, the row that stands at each place of it.
     """
 
     node: fx.Node
-    product: fx.Node
+    matmul: fx.Node
     operand: fx.Node
     axis_in: int
     axis_out: int
@@ -104,7 +104,7 @@ def _is_choice(node: Any) -> bool:
     return False
 
 
-def find_sites(tape: Tape) -> list[Site]:
+def find_sites(tape: Tape) -> list[GemmSite]:
     """Every linear site of the tape, in execution order."""
     memo: dict[fx.Node, bool] = {}
     sites = []
@@ -144,7 +144,7 @@ def _gathered(node: fx.Node) -> bool:
     return False
 
 
-def _site(tape: Tape, node: fx.Node, memo: dict[fx.Node, bool]) -> Site | None:
+def _site(tape: Tape, node: fx.Node, memo: dict[fx.Node, bool]) -> GemmSite | None:
     found = weight_and_operand(node, memo)
     if found is None:
         return None
@@ -180,13 +180,13 @@ def _blocks(
     return []
 
 
-def _plain(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: bool) -> Site | None:
+def _plain(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: bool) -> GemmSite | None:
     if op_name(node) in ("mv", "addmv"):
         if not left:
             return None
         m, k = weight.meta["shape"]
         ref = matrix_ref(tape, weight, (), k, m, swap=True)
-        return Site(node, node, operand, 0, 0, [ref], torch.zeros(1, dtype=torch.long)) if ref else None
+        return GemmSite(node, node, operand, 0, 0, [ref], torch.zeros(1, dtype=torch.long)) if ref else None
     wk, wm = weight.meta["shape"] if not left else weight.meta["shape"][::-1]
     refs = _blocks(tape, weight, (), wk, wm, swap=left)
     if not refs:
@@ -194,10 +194,10 @@ def _plain(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: b
     axis = 0 if left else 1
     rows = operand.meta["shape"][1 - axis]
     matrix = torch.arange(len(refs)).repeat(rows)
-    return Site(node, node, operand, axis, axis, refs, matrix, blocks=len(refs))
+    return GemmSite(node, node, operand, axis, axis, refs, matrix, blocks=len(refs))
 
 
-def _linear(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: bool) -> Site | None:
+def _linear(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: bool) -> GemmSite | None:
     m, k = weight.meta["shape"]
     ref = matrix_ref(tape, weight, (), k, m, swap=True)
     rows = operand.meta["shape"]
@@ -205,10 +205,10 @@ def _linear(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: 
     for size in rows[:-1]:
         count *= size
     axis = len(rows) - 1
-    return Site(node, node, operand, axis, axis, [ref], torch.zeros(count, dtype=torch.long)) if ref else None
+    return GemmSite(node, node, operand, axis, axis, [ref], torch.zeros(count, dtype=torch.long)) if ref else None
 
 
-def _batched(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: bool) -> Site | None:
+def _batched(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: bool) -> GemmSite | None:
     b, d1, d2 = weight.meta["shape"]
     k, m = (d2, d1) if left else (d1, d2)
     axis = 1 if left else 2
@@ -217,7 +217,7 @@ def _batched(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left:
         refs = _blocks(tape, weight, (0,), k, m, swap=left)
         if not refs:
             return None
-        return Site(node, node, operand, axis, axis, refs, torch.arange(len(refs)).repeat(rows), blocks=len(refs))
+        return GemmSite(node, node, operand, axis, axis, refs, torch.arange(len(refs)).repeat(rows), blocks=len(refs))
     known: dict[MatrixRef, int] = {}
     picks = []
     blocks = 0
@@ -228,10 +228,10 @@ def _batched(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left:
         blocks = len(refs)
         picks.append([known.setdefault(ref, len(known)) for ref in refs])
     matrix = torch.tensor(picks).repeat_interleave(rows, 0).flatten()
-    return Site(node, node, operand, axis, axis, list(known), matrix, blocks=blocks)
+    return GemmSite(node, node, operand, axis, axis, list(known), matrix, blocks=blocks)
 
 
-def _grouped(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: bool) -> Site | None:
+def _grouped(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: bool) -> GemmSite | None:
     offs = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
     if not isinstance(offs, fx.Node) or len(operand.meta["shape"]) != 2 or len(weight.meta["shape"]) != 3:
         return None
@@ -242,10 +242,10 @@ def _grouped(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left:
         return None
     matrix = torch.searchsorted(ends, torch.arange(operand.meta["shape"][0]), right=True)
     matrix[matrix >= e] = -1  # rows beyond the last offset belong to no expert
-    return Site(node, node, operand, 1, 1, [r for r in refs if r is not None], matrix)
+    return GemmSite(node, node, operand, 1, 1, [r for r in refs if r is not None], matrix)
 
 
-def _pointwise_conv(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: bool) -> Site | None:
+def _pointwise_conv(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node, left: bool) -> GemmSite | None:
     _, _, bias, stride, padding, _, transposed, _, groups = node.args[:9]
     shape = weight.meta["shape"]
     if any(s != 1 for s in shape[2:]) or transposed or groups != 1:
@@ -261,7 +261,7 @@ def _pointwise_conv(tape: Tape, node: fx.Node, weight: fx.Node, operand: fx.Node
     rows = sizes[0]
     for s in sizes[2:]:
         rows *= s
-    site = Site(node, node, operand, 1, 1, [refs[0]], torch.zeros(rows, dtype=torch.long))
+    site = GemmSite(node, node, operand, 1, 1, [refs[0]], torch.zeros(rows, dtype=torch.long))
     if isinstance(bias, fx.Node):
         site.biases = [vector_ref(tape, bias, (), m)]
     return site
@@ -274,9 +274,9 @@ def _conv_ref(tape: Tape, weight: fx.Node, k: int, m: int, zeros: tuple[int, ...
     return MatrixRef(str(leaf.target), origin, (0, 1, *zeros), (1, 0, *zeros), k, m)
 
 
-def _attach_bias(tape: Tape, site: Site, memo: dict[fx.Node, bool]) -> None:
-    """Take the bias of addmm/baddbmm, or of the ``add`` that alone reads a product, into the site."""
-    node = site.product
+def _attach_bias(tape: Tape, site: GemmSite, memo: dict[fx.Node, bool]) -> None:
+    """Take the bias of addmm/baddbmm, or of the ``add`` that alone reads a matmul, into the site."""
+    node = site.matmul
     name = op_name(node)
     if name in ("addmm", "baddbmm", "addmv") or (name == "linear" and len(node.args) > 2):
         bias = node.args[0] if name != "linear" else node.args[2]
@@ -313,10 +313,10 @@ def _is_zero(tape: Tape, node: fx.Node) -> bool:
     return bool((tape.value(node) == 0).all())
 
 
-def _take_added(tape: Tape, site: Site, bias: fx.Node, add: fx.Node, path: list[fx.Node]) -> None:
-    """Fold ``add(product, bias)`` into the site; ``path`` is how the product was reshaped on the way to it."""
+def _take_added(tape: Tape, site: GemmSite, bias: fx.Node, add: fx.Node, path: list[fx.Node]) -> None:
+    """Fold ``add(matmul, bias)`` into the site; ``path`` is how the matmul was reshaped on the way to it."""
     labels = torch.arange(site.matrix.numel())[:, None].expand(-1, site.matrices[0].m)
-    moved = site.from_rows(labels, tape.value(site.product))
+    moved = site.from_rows(labels, tape.value(site.matmul))
     for step in path:
         moved = step.target(moved, *step.args[1:])  # type: ignore[operator]
     shape, m = add.meta["shape"], site.matrices[0].m
@@ -339,7 +339,7 @@ def _take_added(tape: Tape, site: Site, bias: fx.Node, add: fx.Node, path: list[
 
 
 def _biases(
-    tape: Tape, site: Site, bias: fx.Node, shape: tuple[int, ...], axis: int, order: torch.Tensor, per_row: int
+    tape: Tape, site: GemmSite, bias: fx.Node, shape: tuple[int, ...], axis: int, order: torch.Tensor, per_row: int
 ) -> list[VectorRef | None]:
     """One bias per matrix, read where each row's output adds it; [] if it is not a plain bias."""
     m = site.matrices[0].m

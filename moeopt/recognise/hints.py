@@ -1,7 +1,7 @@
 """``hints={name pattern: ExpertsSpec or callable}``: the expert user's word on what an expert computes.
 
-A hint replaces the fitting of the function between an expert's products; everything else (rows,
-weights, frontier) is still read off the witness, and the block is verified like any other, so a wrong
+A hint replaces the fitting of the function between an expert's matmuls; everything else (rows,
+weights, routing) is still read off the probe call, and the block is verified like any other, so a wrong
 hint is declined and never believed.
 """
 

@@ -137,7 +137,7 @@ def branches(tape: Tape) -> Declined | None:
 
 
 def _between_products(tape: Tape) -> Declined | None:
-    """What stands between the products with the experts' weights, or that there is but one."""
+    """What stands between the matmuls with the experts' weights, or that there is but one."""
     recurrent = next((c for c in tape.calls if isinstance(c.module, nn.RNNBase)), None)
     if recurrent is not None:
         return Declined(
@@ -153,7 +153,7 @@ def _between_products(tape: Tape) -> Declined | None:
     names = [op_name(n) for n in odd]
     if any(n.startswith(_ATTENTION) for n in names):
         return Declined(
-            "between its experts' products stands attention or a softmax: the experts are projections around it (a "
+            "between its experts' matmuls stands attention or a softmax: the experts are projections around it (a "
             "mixture inside attention), or mix their tokens by it; only functions of each token's own row are grouped, "
             "so this block stays as it is",
             line,
@@ -168,7 +168,7 @@ def _between_products(tape: Tape) -> Declined | None:
         )
     if len(_roots(sites)) == len(sites):
         return Declined(
-            "each of its experts is one matrix, with no second product after it; the op groups experts of two products "
+            "each of its experts is one matrix, with no second matmul after it; the op groups experts of two matmuls "
             "with a function between, so this block stays as it is",
             line,
         )

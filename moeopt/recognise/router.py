@@ -4,7 +4,7 @@
     topk_softmax   top, ids = topk(l);     w = softmax(top over K)
 
 A spec is claimed for the earliest tensor ``l`` from which ``moeopt.ops.route`` gives the block's own ids and weights
-on the witness and on fresh logits (tiny, large, all negative, one favourite for all tokens), replayed through the
+on the probe call and on fresh logits (tiny, large, all negative, one favourite for all tokens), replayed through the
 graph that was recorded. How it is written does not matter: ``topk`` or ``sort``, gathered or scattered weights, a
 softmax masked with minus infinity, ``exp`` and a division. softmax_topk renormalised equals topk_softmax (the
 denominator cancels); it is called softmax_topk where a tensor on the way to the weights holds the softmax over
@@ -40,7 +40,7 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.ops.route import route
 from moeopt.recognise.experts import Recognition
-from moeopt.recognise.routing import Recipe, table_to_ids
+from moeopt.recognise.routing import Extraction, table_to_ids
 
 
 @dataclass(frozen=True)
@@ -62,45 +62,49 @@ class RouterReading:
         return "" if fields is None else json.dumps(fields, separators=(",", ":"))
 
 
-def recognize_router(tape: Tape, found: Recognition) -> RouterReading:
+def recognize_router(tape: Tape, recognition: Recognition) -> RouterReading:
     """Read the router of recognised experts on a tape whose choices were not steered. Never raises."""
-    return _read(tape, found.frontier.ids, found.frontier.weights, found)
+    return _read(tape, recognition.routing.ids, recognition.routing.weights, recognition)
 
 
-def recognize_outer_router(tape: Tape, module: nn.Module, found: Recognition) -> RouterReading:
+def recognize_outer_router(tape: Tape, module: nn.Module, recognition: Recognition) -> RouterReading:
     """The same where ids and weights are arguments of ``module``, which ``tape``'s root calls. Never raises."""
     call = next((c for c in tape.calls if c.module is module), None)
     given = leaves_of(fx.Node, (call.args, call.kwargs)) if call is not None else []
 
-    def outside(recipe: Recipe | None) -> Recipe | None:
-        number = recipe.source.name.removeprefix("input_") if recipe is not None and recipe.source is not None else ""
+    def outside(extraction: Extraction | None) -> Extraction | None:
+        number = (
+            extraction.source.name.removeprefix("input_")
+            if extraction is not None and extraction.source is not None
+            else ""
+        )
         known = number.isdigit() and int(number) < len(given)
-        return Recipe(given[int(number)], recipe.steps) if recipe is not None and known else None
+        return Extraction(given[int(number)], extraction.steps) if extraction is not None and known else None
 
-    ids, weights = outside(found.frontier.ids), outside(found.frontier.weights)
-    if call is None or weights is None or (ids is None) != (found.frontier.ids is None):
-        return _given(found)
-    return _read(tape, ids, weights, found, call.first)
+    ids, weights = outside(recognition.routing.ids), outside(recognition.routing.weights)
+    if call is None or weights is None or (ids is None) != (recognition.routing.ids is None):
+        return _given(recognition)
+    return _read(tape, ids, weights, recognition, call.first)
 
 
-def _given(found: Recognition) -> RouterReading:
-    if found.frontier.kind.startswith("given mask"):
-        return RouterReading(_plain_words(found), None, "the mask is an argument of the module", outside=True)
-    words = f"ids and weights given from outside, top-{found.frontier.top_k} of {len(found.experts)}"
+def _given(recognition: Recognition) -> RouterReading:
+    if recognition.routing.form.startswith("given mask"):
+        return RouterReading(_plain_words(recognition), None, "the mask is an argument of the module", outside=True)
+    words = f"ids and weights given from outside, top-{recognition.routing.top_k} of {len(recognition.experts)}"
     return RouterReading(words, None, "ids and weights are arguments of the module", outside=True)
 
 
-def same_reading(readings: list[RouterReading], found: Recognition) -> RouterReading:
-    """The reading that every witness gave; words without a claim where they differ."""
+def same_reading(readings: list[RouterReading], recognition: Recognition) -> RouterReading:
+    """The reading that every probe call gave; words without a claim where they differ."""
     if all((r.text, r.spec) == (readings[0].text, readings[0].spec) for r in readings):
         return dataclasses.replace(readings[0], logits=None)  # the node of one tape, which goes
-    reason = next((r.reason for r in readings if r.reason), "two witnesses read it differently")
-    return RouterReading(_plain_words(found), None, reason)
+    reason = next((r.reason for r in readings if r.reason), "two probe calls read it differently")
+    return RouterReading(_plain_words(recognition), None, reason)
 
 
-def _plain_words(found: Recognition) -> str:
-    """What the frontier alone says."""
-    experts, k = len(found.experts), found.frontier.top_k
+def _plain_words(recognition: Recognition) -> str:
+    """What the routing alone says."""
+    experts, k = len(recognition.experts), recognition.routing.top_k
     return {
         "ids and weights": f"opaque router, top-{k} of {experts}",
         "ids, constant weight": f"top-{k} of {experts}, equal weights",
@@ -110,22 +114,22 @@ def _plain_words(found: Recognition) -> str:
         "given mask, constant weight": f"a mask over {experts} experts, given from outside, equal weights",
         "dense": f"all {experts} experts, weighted",
         "table": f"sparse table over {experts} experts",
-    }[found.frontier.kind]
+    }[recognition.routing.form]
 
 
 def _read(
-    tape: Tape, ids: Recipe | None, weights: Recipe, found: Recognition, unvetted: int | None = None
+    tape: Tape, ids: Extraction | None, weights: Extraction, recognition: Recognition, unvetted: int | None = None
 ) -> RouterReading:
     sources = [r.source for r in (ids, weights) if r is not None]
     if all(s is not None and s.op == "placeholder" for s in sources):
-        return _given(found)
+        return _given(recognition)
     try:
-        return _Routing(tape, ids, weights, len(found.experts), unvetted).read(_plain_words(found))
+        return _Routing(tape, ids, weights, len(recognition.experts), unvetted).read(_plain_words(recognition))
     except Declined as err:
-        return RouterReading(_plain_words(found), None, err.reason)
+        return RouterReading(_plain_words(recognition), None, err.reason)
     except Exception as err:  # a router that cannot be read must not stop its block from being rewritten
         return RouterReading(
-            _plain_words(found), None, f"its graph does not replay ({type(err).__name__}: {err})"[:300]
+            _plain_words(recognition), None, f"its graph does not replay ({type(err).__name__}: {err})"[:300]
         )
 
 
@@ -144,8 +148,8 @@ class _Routing:
     """
 
     tape: Tape
-    ids: Recipe | None
-    weights: Recipe
+    ids: Extraction | None
+    weights: Extraction
     experts: int
     unvetted: int | None
 
@@ -223,10 +227,10 @@ class _Routing:
         return found
 
 
-def _run(recipe: Recipe, tape: Tape, env: dict[fx.Node, Any], ids: Tensor | None) -> Tensor:
-    assert recipe.source is not None
-    value = env[recipe.source] if recipe.source in env else tape.value(recipe.source)
-    for op, rest in recipe.steps:
+def _run(extraction: Extraction, tape: Tape, env: dict[fx.Node, Any], ids: Tensor | None) -> Tensor:
+    assert extraction.source is not None
+    value = env[extraction.source] if extraction.source in env else tape.value(extraction.source)
+    for op, rest in extraction.steps:
         value = op(value, *(ids if a == "@ids" else a for a in rest))
     return value  # type: ignore[no-any-return]
 
@@ -279,7 +283,7 @@ class _View:
 
     @cached_property
     def fresh(self) -> list[Tensor]:
-        """The witness's own logits, then made-up ones, (T, E) each."""
+        """The probe call's own logits, then made-up ones, (T, E) each."""
         like = self.routing.tape.value(self.logits)
         own = like.movedim(self.axis, -1).reshape(self.tokens, self.width)
         return [own, *(t.to(own) for t in _fresh(self.tokens, self.width, torch.finfo(own.dtype).max))]

@@ -1,6 +1,6 @@
-"""The routing frontier: the tensors in the model that say which experts, and by how much.
+"""The routing: the tensors in the model that say which experts, and by how much.
 
-The witness yields triples (token, expert, weight). Any tensor computed before the experts whose
+The probe call yields triples (token, expert, weight). Any tensor computed before the experts whose
 entries equal them is the router's answer; everything after it is dispatch and is dropped, everything
 before it is the router and is kept. In order of preference:
 
@@ -46,42 +46,42 @@ class FixedShares(Declined):
 
 
 @dataclass
-class Frontier:
+class Routing:
     """How to build ids (T, K) and weights (T, K) from nodes of the tape.
 
-    ``ids`` and ``weights`` are recipes: (source node, steps), each step a call whose first argument is
+    ``ids`` and ``weights`` are extractions: (source node, steps), each step a call whose first argument is
     the value so far (``"@ids"`` stands for the built ids). ``ids`` is None where the weights are a
-    dense table: then ``table_to_ids`` makes them. ``experts[v]`` is the chain that id ``v`` names.
+    dense table: then ``table_to_ids`` makes them. ``experts[v]`` is the candidate that id ``v`` names.
     """
 
     top_k: int
-    ids: Recipe | None
-    weights: Recipe
+    ids: Extraction | None
+    weights: Extraction
     experts: list[int]
-    kind: str
+    form: str
     keys: tuple[Key, ...] = ()
 
     @property
     def per_token(self) -> int | None:
         """How many experts each token has; None where that differs from token to token."""
-        varies = self.ids is None or self.kind == "table" or self.kind.startswith("given mask")
+        varies = self.ids is None or self.form == "table" or self.form.startswith("given mask")
         return None if varies else self.top_k
 
 
 @dataclass
-class Recipe:
+class Extraction:
     """``source`` put through ``steps``: [(op, rest of the arguments)]; source None means "made from ids"."""
 
     source: fx.Node | None
     steps: Steps = field(default_factory=list)
 
     def run(self, tape: Tape, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """The recipe on the witness's own values."""
+        """The extraction on the probe call's own values."""
         value = tape.value(self.source) if self.source is not None else ids
         return self.on(value, ids)
 
     def on(self, value: torch.Tensor | None, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """The recipe on another value of its source."""
+        """The extraction on another value of its source."""
         for op, rest in self.steps:
             args = [ids if a == "@ids" else a for a in rest]
             value = op(value, *args)  # type: ignore[operator]
@@ -91,19 +91,19 @@ class Recipe:
 
 @dataclass
 class Table:
-    """What the witness showed, (T, C): ``visits``, how often expert c saw token t; ``weights``, how it entered.
+    """What the probe call showed, (T, C): ``visits``, how often expert c saw token t; ``weights``, how it entered.
 
-    ``natural``: chains in the order of their Parameters, the numbering that is tried first.
-    ``universe``: how many experts the model names, those that share Parameters counted apart.
+    ``natural``: candidates in the order of their Parameters, the numbering that is tried first.
+    ``num_named``: how many experts the model names, those that share Parameters counted apart.
     ``factors``: constants that stand between the experts and their sum, by which weights may be multiplied.
     ``weighed``: a float computed from the input reaches the sum beside the experts, so weights that are
-    constant on this witness may not be constant elsewhere.
+    constant on this probe call may not be constant elsewhere.
     """
 
     weights: torch.Tensor
     visits: torch.Tensor
     natural: list[int]
-    universe: int
+    num_named: int
     weighed: bool
     factors: tuple[float, ...] = ()
 
@@ -118,19 +118,19 @@ class Table:
         return int(self.chosen.any(0).sum())
 
 
-def find_frontier(
+def find_routing(
     tape: Tape,
     before: list[fx.Node],
     table: Table,
     dtype: torch.dtype | None,
-    prior: tuple[Frontier, list[int]] | None = None,
-    accept: Callable[[Frontier], None] = lambda frontier: None,
-) -> Frontier:
+    prior: tuple[Routing, list[int]] | None = None,
+    accept: Callable[[Routing], None] = lambda routing: None,
+) -> Routing:
     """Find ids and weights among ``before``, nodes that depend on no expert.
 
     Args:
         dtype: of the weights where they multiply, to prefer among equal tensors.
-        prior: what another witness showed, and the chain of each id on this one; the same tensors are
+        prior: what another probe call showed, and the candidate of each id on this one; the same tensors are
             taken where they still hold.
         accept: raises ``Declined`` for a reading that cannot be the router's answer; the next is tried.
 
@@ -162,7 +162,7 @@ def find_frontier(
             "all tokens' weights, or raise the capacity until no token is left out",
             chosen.meta.get("source", ""),
         )
-    ids = next(_id_recipes(tape, before, table), None)
+    ids = next(_id_extractions(tape, before, table), None)
     if ids is None:
         seen, taken = table.visits.sum(1), table.visits.sum(0)
         if bool((taken == taken[0]).all()) and bool((seen != seen[0]).any()):
@@ -195,18 +195,18 @@ def find_frontier(
 
 def _left_out(tape: Tape, before: list[fx.Node], table: Table) -> fx.Node | None:
     """The tensor of a choice that names every visit, and pairs of token and expert that were none."""
-    tokens, chains = table.visits.shape
+    tokens, candidates = table.visits.shape
     seen = (table.visits > 0)[:, torch.tensor(table.natural)]
     for node in before:
         source = node.args[0] if node.target is operator.getitem else node
         chosen = isinstance(source, fx.Node) and op_name(source) in ("topk", "sort", "argsort", "argmax")
         size = math.prod(node.meta.get("shape") or ())
-        if not chosen or node.meta["dtype"] != torch.int64 or not size or size % tokens or size >= tokens * chains:
+        if not chosen or node.meta["dtype"] != torch.int64 or not size or size % tokens or size >= tokens * candidates:
             continue
         for steps in _orders(node.meta["shape"], tokens, size // tokens):
-            ids = Recipe(node, steps).run(tape)
-            if int(ids.max()) < chains:
-                named = torch.zeros(tokens, chains, dtype=torch.bool).scatter_(1, ids, True)
+            ids = Extraction(node, steps).run(tape)
+            if int(ids.max()) < candidates:
+                named = torch.zeros(tokens, candidates, dtype=torch.bool).scatter_(1, ids, True)
                 if bool((named | ~seen).all()) and bool((named & ~seen).any()):
                     return node
     return None
@@ -214,14 +214,14 @@ def _left_out(tape: Tape, before: list[fx.Node], table: Table) -> fx.Node | None
 
 def _search(
     tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None, factor: float
-) -> Iterator[Frontier]:
+) -> Iterator[Routing]:
     """Every reading of ``before`` by which ``factor`` times the weights found are those of ``table``."""
     if factor != 1.0:
         table = dataclasses.replace(table, weights=(table.weights.double() / factor).to(table.weights.dtype))
     for search in (_by_ids, _by_mask, _by_dense, _by_choice):
         for found in search(tape, before, table, dtype):
             if factor != 1.0:
-                found.weights = Recipe(found.weights.source, [*found.weights.steps, (aten.mul.Scalar, (factor,))])
+                found.weights = Extraction(found.weights.source, [*found.weights.steps, (aten.mul.Scalar, (factor,))])
             yield found
 
 
@@ -229,7 +229,7 @@ Key = tuple[int, int] | None
 
 
 def _fingerprints(before: list[fx.Node]) -> dict[fx.Node, int]:
-    """A hash of how each node is computed, sizes left out: equal for the same line of two witnesses."""
+    """A hash of how each node is computed, sizes left out: equal for the same line of two probe calls."""
     prints: dict[fx.Node, int] = {}
 
     def word(a: Any) -> Any:
@@ -253,32 +253,36 @@ def _key(before: list[fx.Node], node: fx.Node | None) -> Key:
     return prints[node], alike.index(node)
 
 
-def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Frontier, mapping: list[int]) -> Frontier | None:
-    """``prior``'s recipes on the same lines of this tape, if they give what this witness showed."""
+def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Routing, mapping: list[int]) -> Routing | None:
+    """``prior``'s extractions on the same lines of this tape, if they give what this probe call showed."""
     prints = _fingerprints(before)
     by_print: dict[int, list[fx.Node]] = {}
     for node in before:
         by_print.setdefault(prints[node], []).append(node)
 
-    def here(recipe: Recipe, key: Key) -> Recipe | None:
+    def here(extraction: Extraction, key: Key) -> Extraction | None:
         if key is None:
-            return Recipe(None, recipe.steps)
+            return Extraction(None, extraction.steps)
         alike = by_print.get(key[0], [])
-        return Recipe(alike[key[1]], recipe.steps) if key[1] < len(alike) else None
+        return Extraction(alike[key[1]], extraction.steps) if key[1] < len(alike) else None
 
     keys = list(prior.keys)
-    ids_recipe = here(prior.ids, keys.pop(0)) if prior.ids is not None else None
-    weights_recipe = here(prior.weights, keys.pop(0))
-    if weights_recipe is None or (prior.ids is not None and ids_recipe is None):
+    ids_extraction = here(prior.ids, keys.pop(0)) if prior.ids is not None else None
+    weights_extraction = here(prior.weights, keys.pop(0))
+    if weights_extraction is None or (prior.ids is not None and ids_extraction is None):
         return None
     try:
-        ids = ids_recipe.run(tape).long() if ids_recipe is not None else table_to_ids(weights_recipe.run(tape))
-        weights = weights_recipe.run(tape, ids)
+        ids = (
+            ids_extraction.run(tape).long()
+            if ids_extraction is not None
+            else table_to_ids(weights_extraction.run(tape))
+        )
+        weights = weights_extraction.run(tape, ids)
         same_form = weights.shape == ids.shape and ids.shape[0] == table.visits.shape[0]
         fits = same_form and _fits(rebuilt(ids, weights, mapping, table.visits.shape[1]), table)
-    except (RuntimeError, IndexError):  # the recipe does not apply to what stands on those lines here
+    except (RuntimeError, IndexError):  # the extraction does not apply to what stands on those lines here
         return None
-    return Frontier(prior.top_k, ids_recipe, weights_recipe, mapping, prior.kind) if fits else None
+    return Routing(prior.top_k, ids_extraction, weights_extraction, mapping, prior.form) if fits else None
 
 
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -296,30 +300,34 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a.double() - b.double()).abs() <= slack * b.double().abs()).all())
 
 
-def _id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tuple[Recipe, torch.Tensor, list[int]]]:
-    """(recipe, ids (T, K), chain of each id) for every integer tensor that names the chosen experts."""
-    tokens, chains = table.visits.shape
-    candidates = list(_candidates(before, floating=False))
-    reread = _reread(candidates)
-    for node in reversed(candidates):
+def _id_extractions(
+    tape: Tape, before: list[fx.Node], table: Table
+) -> Iterator[tuple[Extraction, torch.Tensor, list[int]]]:
+    """(extraction, ids (T, K), candidate of each id) for every integer tensor that names the chosen experts."""
+    tokens, candidates = table.visits.shape
+    possible = list(_possible_sources(before, floating=False))
+    reread = _reread(possible)
+    for node in reversed(possible):
         numel = math.prod(node.meta["shape"])
         if node in reread or not tokens or numel % tokens or not numel:
             continue
         k = numel // tokens
-        if k > max(chains, 64):
+        if k > max(candidates, 64):
             continue
         low, high = (int(v) for v in torch.aminmax(tape.value(node)))
-        if low < 0 or not table.reached - 1 <= high < 4 * chains + 64:  # too few values to name every expert, or noise
+        if (
+            low < 0 or not table.reached - 1 <= high < 4 * candidates + 64
+        ):  # too few values to name every expert, or noise
             continue
         for steps in _orders(node.meta["shape"], tokens, k):
-            recipe = Recipe(node, steps)
-            ids = recipe.run(tape).long()
+            extraction = Extraction(node, steps)
+            ids = extraction.run(tape).long()
             mapping = _mapping(ids, table)
             if mapping is not None:
-                recipe = _rooted_ids(tape, recipe, ids)
-                if recipe.source is not None and recipe.source.meta["dtype"] != torch.int64:
-                    recipe.steps.append((aten.to.dtype, (torch.int64,)))
-                yield recipe, ids, mapping
+                extraction = _rooted_ids(tape, extraction, ids)
+                if extraction.source is not None and extraction.source.meta["dtype"] != torch.int64:
+                    extraction.steps.append((aten.to.dtype, (torch.int64,)))
+                yield extraction, ids, mapping
 
 
 def _orders(shape: tuple[int, ...], tokens: int, k: int) -> list[Steps]:
@@ -334,7 +342,7 @@ def _orders(shape: tuple[int, ...], tokens: int, k: int) -> list[Steps]:
     return [straight] if k == 1 else [straight, slots_first]
 
 
-def _candidates(before: list[fx.Node], *, floating: bool) -> Iterator[fx.Node]:
+def _possible_sources(before: list[fx.Node], *, floating: bool) -> Iterator[fx.Node]:
     for node in before:
         dtype = node.meta.get("dtype")
         if dtype is None or not node.meta["shape"] or node.op == "get_attr" or op_name(node) in _UNWRITTEN:
@@ -343,12 +351,12 @@ def _candidates(before: list[fx.Node], *, floating: bool) -> Iterator[fx.Node]:
             yield node
 
 
-def _reread(candidates: list[fx.Node]) -> set[fx.Node]:
+def _reread(possible: list[fx.Node]) -> set[fx.Node]:
     """Candidates whose entries another one before them holds in the same order: read as (T, K) they say the same."""
-    shown = set(candidates)
+    shown = set(possible)
     return {
         n
-        for n in candidates
+        for n in possible
         if op_name(n) in _KEEP_ORDER
         and (source := n.args[0]) in shown
         and source.meta["dtype"] == n.meta["dtype"]  # type: ignore[union-attr]
@@ -363,7 +371,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def _mapping(ids: torch.Tensor, table: Table) -> list[int] | None:
-    """chain of each id value, such that every visit is named by an id, and every id in range is a visit."""
+    """candidate of each id value, such that every visit is named by an id, and every id in range is a visit."""
     experts = table.visits.shape[1]
     seen = table.visits > 0
     values = torch.unique(ids)
@@ -380,7 +388,7 @@ def _mapping(ids: torch.Tensor, table: Table) -> list[int] | None:
 
 
 def _learnt(named: torch.Tensor, seen: torch.Tensor, table: Table) -> list[int] | None:
-    """The chain whose tokens include those of each id; every id must have one, every visit an id."""
+    """The candidate whose tokens include those of each id; every id must have one, every visit an id."""
     both = named.t().float() @ seen.float()
     size = named.sum(0).float()[:, None]
     fits = (both == size) & (size > 0)
@@ -389,7 +397,7 @@ def _learnt(named: torch.Tensor, seen: torch.Tensor, table: Table) -> list[int] 
     if not bool((choice.sum(1) == 1).all()):
         return None
     mapping: list[int] = choice.to(torch.uint8).argmax(1).tolist()
-    if len(mapping) != max(table.universe, seen.shape[1]) or set(mapping) != set(range(seen.shape[1])):
+    if len(mapping) != max(table.num_named, seen.shape[1]) or set(mapping) != set(range(seen.shape[1])):
         return None
     union = torch.zeros_like(seen)
     for v, c in enumerate(mapping):
@@ -409,57 +417,57 @@ def _covers(named: torch.Tensor, seen: torch.Tensor, table: Table, natural: torc
     return bool((~(seen & ~named)).all()) and bool(seen.any()) and int(extra.sum()) * 2 < int(named.sum())
 
 
-def rebuilt(ids: torch.Tensor, weights: torch.Tensor, mapping: list[int], chains: int) -> torch.Tensor:
+def rebuilt(ids: torch.Tensor, weights: torch.Tensor, mapping: list[int], candidates: int) -> torch.Tensor:
     """The (T, C) table that ids and weights stand for; ids beyond the experts name nothing."""
-    out = torch.zeros(ids.shape[0], chains, dtype=torch.float64)
-    chain = torch.tensor([*mapping, -1])[ids.clamp(max=len(mapping))]
+    out = torch.zeros(ids.shape[0], candidates, dtype=torch.float64)
+    candidate = torch.tensor([*mapping, -1])[ids.clamp(max=len(mapping))]
     for k in range(ids.shape[1]):
-        keep = chain[:, k] >= 0
+        keep = candidate[:, k] >= 0
         rows = torch.arange(ids.shape[0])[keep]
-        out.index_put_((rows, chain[keep, k]), weights[keep, k].double(), True)
+        out.index_put_((rows, candidate[keep, k]), weights[keep, k].double(), True)
     return out
 
 
-def _by_ids(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Frontier]:
-    tokens, chains = table.visits.shape
-    candidates = list(_candidates(before, floating=True))
-    reread = _reread(candidates)
-    for recipe, ids, mapping in _id_recipes(tape, before, table):
+def _by_ids(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
+    tokens, candidates = table.visits.shape
+    possible = list(_possible_sources(before, floating=True))
+    reread = _reread(possible)
+    for extraction, ids, mapping in _id_extractions(tape, before, table):
         k = ids.shape[1]
-        best: list[tuple[tuple[bool, bool, bool, int], Recipe]] = []
-        for node in candidates:
+        best: list[tuple[tuple[bool, bool, bool, int], Extraction]] = []
+        for node in possible:
             numel = math.prod(node.meta["shape"])
             preferred = dtype is None or node.meta["dtype"] == dtype
             if numel == tokens * k and node not in reread:
                 for steps in _orders(node.meta["shape"], tokens, k):
-                    weights = Recipe(node, steps)
-                    made = rebuilt(ids, weights.run(tape), mapping, chains)
+                    weights = Extraction(node, steps)
+                    made = rebuilt(ids, weights.run(tape), mapping, candidates)
                     if _fits(made, table):
                         best.append(((preferred, True, _exact(made, table), node.meta["index"]), weights))
                         break
-            if numel == tokens * chains and int(ids.max()) < chains:
-                for steps, _ in _tables(node.meta["shape"], tokens, chains):
-                    weights = Recipe(node, [*steps, (aten.gather.default, (1, "@ids"))])
-                    made = rebuilt(ids, weights.run(tape, ids), mapping, chains)
+            if numel == tokens * candidates and int(ids.max()) < candidates:
+                for steps, _ in _tables(node.meta["shape"], tokens, candidates):
+                    weights = Extraction(node, [*steps, (aten.gather.default, (1, "@ids"))])
+                    made = rebuilt(ids, weights.run(tape, ids), mapping, candidates)
                     if _fits(made, table):
                         best.append(((preferred, False, _exact(made, table), node.meta["index"]), weights))
                         break
             elif numel == tokens and k > 1:
-                weights = Recipe(node, [(aten.reshape.default, ([-1, 1],)), (aten.expand.default, ([-1, k],))])
-                made = rebuilt(ids, weights.run(tape), mapping, chains)
+                weights = Extraction(node, [(aten.reshape.default, ([-1, 1],)), (aten.expand.default, ([-1, k],))])
+                made = rebuilt(ids, weights.run(tape), mapping, candidates)
                 if _fits(made, table):
                     best.append(((preferred, False, _exact(made, table), node.meta["index"]), weights))
         constant = _constant(ids, mapping, table)
         best.sort(key=lambda b: b[0], reverse=True)
         for _, weights in best if constant is not None else best[:1]:  # equal constants are many: each is asked
-            yield Frontier(k, recipe, _rooted(tape, weights, ids, mapping, table), mapping, "ids and weights")
+            yield Routing(k, extraction, _rooted(tape, weights, ids, mapping, table), mapping, "ids and weights")
         if constant is not None and not table.weighed:
-            yield Frontier(k, recipe, _constant_weights(constant, table), mapping, "ids, constant weight")
+            yield Routing(k, extraction, _constant_weights(constant, table), mapping, "ids, constant weight")
 
 
-def _rooted_ids(tape: Tape, recipe: Recipe, ids: torch.Tensor) -> Recipe:
+def _rooted_ids(tape: Tape, extraction: Extraction, ids: torch.Tensor) -> Extraction:
     """The same ids where they are first written down; see :func:`_rooted`."""
-    node = recipe.source
+    node = extraction.source
     while node is not None and moves_rows(node) and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
         shape = node.meta.get("shape")
@@ -468,26 +476,26 @@ def _rooted_ids(tape: Tape, recipe: Recipe, ids: torch.Tensor) -> Recipe:
         if math.prod(shape) != ids.numel() or node.op == "get_attr" or node.meta["dtype"] not in _INTEGERS:
             break
         for steps in _orders(shape, *ids.shape):
-            candidate = Recipe(node, steps)
-            if torch.equal(candidate.run(tape).long(), ids):
-                recipe = candidate
+            attempt = Extraction(node, steps)
+            if torch.equal(attempt.run(tape).long(), ids):
+                extraction = attempt
                 break
-    return recipe
+    return extraction
 
 
-def _rooted(tape: Tape, recipe: Recipe, ids: torch.Tensor, mapping: list[int], table: Table) -> Recipe:
+def _rooted(tape: Tape, extraction: Extraction, ids: torch.Tensor, mapping: list[int], table: Table) -> Extraction:
     """The same weights where they are first written down: copies and reshapes of them are dispatch.
 
-    Only pure movement is undone: an earlier tensor that merely is equal on this witness may not be on
+    Only pure movement is undone: an earlier tensor that merely is equal on this probe call may not be on
     another.
     """
-    node, best = recipe.source, recipe
+    node, best = extraction.source, extraction
 
-    def exact(weights: Recipe) -> bool:
+    def exact(weights: Extraction) -> bool:
         return _exact(rebuilt(ids, weights.run(tape), mapping, table.visits.shape[1]), table)
 
-    if any(op in (aten.gather.default, aten.expand.default) for op, _ in recipe.steps):
-        return recipe
+    if any(op in (aten.gather.default, aten.expand.default) for op, _ in extraction.steps):
+        return extraction
     while node is not None and moves_rows(node) and len(node.all_input_nodes) == 1:
         parent = node.all_input_nodes[0]
         same = parent.meta.get("dtype") == node.meta.get("dtype") and parent.op != "get_attr"
@@ -496,9 +504,9 @@ def _rooted(tape: Tape, recipe: Recipe, ids: torch.Tensor, mapping: list[int], t
         node = parent
         tokens = table.visits.shape[0]
         for steps in _orders(node.meta["shape"], tokens, math.prod(node.meta["shape"]) // max(tokens, 1)):
-            candidate = Recipe(node, steps)
-            if exact(candidate) or not exact(best):
-                best = candidate
+            attempt = Extraction(node, steps)
+            if exact(attempt) or not exact(best):
+                best = attempt
                 break
     return best
 
@@ -507,8 +515,8 @@ def _exact(made: torch.Tensor, table: Table) -> bool:
     return torch.equal(made.to(table.weights.dtype), table.weights)
 
 
-def _constant_weights(value: float, table: Table) -> Recipe:
-    return Recipe(None, [(aten.to.dtype, (table.weights.dtype,)), (aten.full_like.default, (value,))])
+def _constant_weights(value: float, table: Table) -> Extraction:
+    return Extraction(None, [(aten.to.dtype, (table.weights.dtype,)), (aten.full_like.default, (value,))])
 
 
 def _fits(made: torch.Tensor, table: Table) -> bool:
@@ -538,24 +546,24 @@ def _tables(shape: tuple[int, ...], tokens: int, experts: int) -> Iterator[tuple
         yield [(aten.reshape.default, ([-1, experts],))], -1
 
 
-def _by_dense(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Frontier]:
+def _by_dense(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Routing]:
     """A (T, E) table, or (T, E, C) summed over C, that is the weights themselves."""
-    tokens, chains = table.visits.shape
+    tokens, candidates = table.visits.shape
     natural = torch.tensor(table.natural)
     want = table.weights[:, natural]
-    for node in sorted(_candidates(before, floating=True), key=lambda n: -n.meta["index"]):
+    for node in sorted(_possible_sources(before, floating=True), key=lambda n: -n.meta["index"]):
         shape = node.meta["shape"]
         numel = math.prod(shape)
-        if numel == tokens * chains:
-            for steps, _ in _tables(shape, tokens, chains):
-                value = Recipe(node, steps).run(tape)
+        if numel == tokens * candidates:
+            for steps, _ in _tables(shape, tokens, candidates):
+                value = Extraction(node, steps).run(tape)
                 if same_values(value, want) or (_asked_positive(node) and same_values(value.clamp(min=0), want)):
                     yield _dense(node, steps, table)
-        elif chains in shape and numel % (tokens * chains) == 0 and numel and len(shape) >= 3:
-            for axis in (d for d, s in enumerate(shape) if s == chains):
+        elif candidates in shape and numel % (tokens * candidates) == 0 and numel and len(shape) >= 3:
+            for axis in (d for d, s in enumerate(shape) if s == candidates):
                 for slots in _slot_axes(len(shape), axis):
-                    steps = [(aten.sum.dim_IntList, (slots,)), *_after_sum(shape, axis, slots, chains)]
-                    if same_values(Recipe(node, steps).run(tape), want):
+                    steps = [(aten.sum.dim_IntList, (slots,)), *_after_sum(shape, axis, slots, candidates)]
+                    if same_values(Extraction(node, steps).run(tape), want):
                         yield _dense(node, steps, table)
 
 
@@ -564,76 +572,76 @@ def _slot_axes(rank: int, axis: int) -> list[list[int]]:
     return [[d] for d in reversed(range(rank)) if d != axis]
 
 
-def _after_sum(shape: tuple[int, ...], axis: int, slots: list[int], chains: int) -> Steps:
+def _after_sum(shape: tuple[int, ...], axis: int, slots: list[int], candidates: int) -> Steps:
     left = [d for d in range(len(shape)) if d not in slots]
     at = left.index(axis)
     steps: Steps = []
     if at != len(left) - 1:
         steps.append((aten.movedim.int, (at, -1)))
     if len(left) != 2:
-        steps.append((aten.reshape.default, ([-1, chains],)))
+        steps.append((aten.reshape.default, ([-1, candidates],)))
     return steps
 
 
-def _dense(node: fx.Node, steps: Steps, table: Table) -> Frontier:
+def _dense(node: fx.Node, steps: Steps, table: Table) -> Routing:
     """Every expert of a token whose weight is not zero; the others are named E, which adds nothing."""
-    chains = table.visits.shape[1]
+    candidates = table.visits.shape[1]
     if _asked_positive(node):
-        ids = Recipe(node, [*steps, (positive_to_ids, ())])
-        return Frontier(chains, ids, Recipe(node, steps), table.natural, "table")
+        ids = Extraction(node, [*steps, (positive_to_ids, ())])
+        return Routing(candidates, ids, Extraction(node, steps), table.natural, "table")
     full = bool(table.chosen.all())
-    return Frontier(chains, None, Recipe(node, steps), table.natural, "dense" if full else "table")
+    return Routing(candidates, None, Extraction(node, steps), table.natural, "dense" if full else "table")
 
 
-def _by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Frontier]:
+def _by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Routing]:
     """One-hot choices (T, K, E) with weights (T, K); an all-zero row names the id E, which adds nothing."""
-    tokens, chains = table.visits.shape
+    tokens, candidates = table.visits.shape
     for node in before:
         dtype, shape = node.meta.get("dtype"), node.meta.get("shape")
-        if dtype is None or node.op == "get_attr" or not shape or chains not in shape:
+        if dtype is None or node.op == "get_attr" or not shape or candidates not in shape:
             continue
         if dtype.is_floating_point and dtype not in (torch.float32, torch.bfloat16, torch.float16):
             continue
         numel = math.prod(shape)
-        if not tokens or numel % (tokens * chains) or not numel or numel // (tokens * chains) > chains:
+        if not tokens or numel % (tokens * candidates) or not numel or numel // (tokens * candidates) > candidates:
             continue
         value = tape.value(node)
         if not bool(((value == 0) | (value == 1)).all()):
             continue
-        k = numel // (tokens * chains)
-        for axis in (d for d, s in enumerate(shape) if s == chains):
+        k = numel // (tokens * candidates)
+        for axis in (d for d, s in enumerate(shape) if s == candidates):
             steps: Steps = []
             if axis != len(shape) - 1:
                 steps.append((aten.movedim.int, (axis, -1)))
-            steps.append((aten.reshape.default, ([-1, k, chains],)))
-            onehot = Recipe(node, steps).run(tape)
+            steps.append((aten.reshape.default, ([-1, k, candidates],)))
+            onehot = Extraction(node, steps).run(tape)
             given = _is_argument(node)
             if not given and bool((onehot.sum(-1) > 1).any()):
                 continue
             read = mask_to_slots if given else mask_to_ids
             kind = "given mask" if given else "one-hot mask"
-            spread: Steps = [(for_each_slot, (chains,))] if given else []
+            spread: Steps = [(for_each_slot, (candidates,))] if given else []
             ids_steps: Steps = [*steps, (read, ())]
             ids = read(onehot)
-            named = torch.zeros(tokens, chains + 1, dtype=torch.bool).scatter_(1, ids, True)[:, :chains]
+            named = torch.zeros(tokens, candidates + 1, dtype=torch.bool).scatter_(1, ids, True)[:, :candidates]
             if not torch.equal(named, (table.visits > 0)[:, torch.tensor(table.natural)]):
                 continue
-            recipe = Recipe(node, ids_steps)
-            for w in sorted(_candidates(before, floating=True), key=lambda n: -n.meta["index"]):
+            extraction = Extraction(node, ids_steps)
+            for w in sorted(_possible_sources(before, floating=True), key=lambda n: -n.meta["index"]):
                 orders = _orders(w.meta["shape"], tokens, k) if math.prod(w.meta["shape"]) == tokens * k else ()
                 for order in orders:
-                    weights = Recipe(w, [*order, *spread])
-                    if _fits(rebuilt(ids, weights.run(tape), table.natural, chains), table):
-                        yield Frontier(ids.shape[1], recipe, weights, table.natural, kind)
-                if given and k > 1 and math.prod(w.meta["shape"]) == tokens * chains:
-                    for score, _ in _tables(w.meta["shape"], tokens, chains):
-                        weights = Recipe(w, [*score, (aten.repeat.default, ([1, k],))])
-                        if _fits(rebuilt(ids, weights.run(tape), table.natural, chains), table):
-                            yield Frontier(ids.shape[1], recipe, weights, table.natural, kind)
+                    weights = Extraction(w, [*order, *spread])
+                    if _fits(rebuilt(ids, weights.run(tape), table.natural, candidates), table):
+                        yield Routing(ids.shape[1], extraction, weights, table.natural, kind)
+                if given and k > 1 and math.prod(w.meta["shape"]) == tokens * candidates:
+                    for score, _ in _tables(w.meta["shape"], tokens, candidates):
+                        weights = Extraction(w, [*score, (aten.repeat.default, ([1, k],))])
+                        if _fits(rebuilt(ids, weights.run(tape), table.natural, candidates), table):
+                            yield Routing(ids.shape[1], extraction, weights, table.natural, kind)
             constant = _constant(ids, table.natural, table)
             if constant is not None and not table.weighed:
                 weights = _constant_weights(constant, table)
-                yield Frontier(ids.shape[1], recipe, weights, table.natural, f"{kind}, constant weight")
+                yield Routing(ids.shape[1], extraction, weights, table.natural, f"{kind}, constant weight")
 
 
 def _is_argument(node: fx.Node) -> bool:
@@ -648,30 +656,30 @@ def _is_argument(node: fx.Node) -> bool:
 _CASTS = ("_to_copy", "to", "type_as")
 
 
-def _by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Frontier]:
+def _by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Routing]:
     """A (T, E) table of zeros and ones that says who is chosen, and one that holds their weights."""
-    tokens, chains = table.visits.shape
+    tokens, candidates = table.visits.shape
     natural = torch.tensor(table.natural)
     chosen = table.visits[:, natural]
     want = table.weights[:, natural].double()
     if bool((chosen > 1).any()):
         return
-    ids: Recipe | None = None
-    weights: Recipe | None = None
+    ids: Extraction | None = None
+    weights: Extraction | None = None
     for node in before:
         kind, shape = node.meta.get("dtype"), node.meta.get("shape")
-        if kind is None or node.op == "get_attr" or not shape or math.prod(shape) != tokens * chains:
+        if kind is None or node.op == "get_attr" or not shape or math.prod(shape) != tokens * candidates:
             continue
-        for steps, _ in _tables(shape, tokens, chains):
-            value = Recipe(node, steps).run(tape)
+        for steps, _ in _tables(shape, tokens, candidates):
+            value = Extraction(node, steps).run(tape)
             if value.shape != chosen.shape:
                 continue
             if torch.equal(value.double(), chosen.double()):
-                ids = ids or Recipe(node, [*steps, (table_to_ids, ())])
+                ids = ids or Extraction(node, [*steps, (table_to_ids, ())])
             elif kind.is_floating_point and same_values(torch.where(chosen > 0, value.double(), 0.0), want):
-                weights = weights or Recipe(node, steps)
+                weights = weights or Extraction(node, steps)
     if ids and weights:
-        yield Frontier(chains, ids, weights, table.natural, "table")
+        yield Routing(candidates, ids, weights, table.natural, "table")
 
 
 def mask_to_ids(onehot_TKE: torch.Tensor) -> torch.Tensor:

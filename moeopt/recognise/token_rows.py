@@ -1,7 +1,7 @@
 """Which token each expert saw: matched by value, so that no dispatch code has to be understood.
 
-A witness has distinct random rows. Whatever moved them (index, sort, one-hot einsum, pad, a Python
-loop over ``.tolist()``), a row that reaches an expert's product is bit for bit a row of the tensor
+A probe call has distinct random rows. Whatever moved them (index, sort, one-hot einsum, pad, a Python
+loop over ``.tolist()``), a row that reaches an expert's matmul is bit for bit a row of the tensor
 ``x`` that was dispatched, or that row times its routing weight.
 
 Legend: T tokens, H hidden, R rows.
@@ -19,7 +19,7 @@ from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
-from moeopt.recognise.gemm_sites import Site
+from moeopt.recognise.gemm_sites import GemmSite
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Tokens:
     node: fx.Node
     axis: int
     count: int
-    token: dict[Site, torch.Tensor]
-    scale: dict[Site, torch.Tensor]
+    token: dict[GemmSite, torch.Tensor]
+    scale: dict[GemmSite, torch.Tensor]
 
     @property
     def weighted(self) -> bool:
@@ -51,18 +51,18 @@ _MOST_SCALED = 2048
 """Rows among which directions are compared, all pairs: more are never probed on purpose."""
 
 
-def match_tokens(tape: Tape, sites: list[Site]) -> Tokens:
+def match_tokens(tape: Tape, sites: list[GemmSite]) -> Tokens:
     """The first of :func:`token_readings`."""
     return next(token_readings(tape, sites))
 
 
-def token_readings(tape: Tape, sites: list[Site]) -> Iterator[Tokens]:
+def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
     """Tensors whose rows the ``sites`` multiply, earliest first, one for each order of rows.
 
     Raises:
         Declined: no tensor before the experts holds their rows.
     """
-    first = min(s.product.meta["index"] for s in sites)
+    first = min(s.matmul.meta["index"] for s in sites)
     wanted = {s: s.rows_in(tape.value(s.operand)) for s in sites}
     k = sites[0].matrices[0].k
     weighted: Tokens | None = None
@@ -70,13 +70,13 @@ def token_readings(tape: Tape, sites: list[Site]) -> Iterator[Tokens]:
     if len({w.shape[-1] for w in wanted.values()}) > 1:
         raise Declined(
             "the experts' first matmuls take rows of different widths",
-            sites[0].product.meta.get("source"),
+            sites[0].matmul.meta.get("source"),
             rank=Rank.READING,
         )
     sources = ancestors([sites[0].operand])
     filled = [w for w in wanted.values() if w.bool().any()]
     if not filled:
-        raise Declined("no token reached its experts", sites[0].product.meta.get("source"), rank=Rank.PROBE)
+        raise Declined("no token reached its experts", sites[0].matmul.meta.get("source"), rank=Rank.PROBE)
     probe = filled[0][filled[0].bool().any(-1)][0]
     for node in (n for n in tape.nodes[:first] if n in sources):
         shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
@@ -106,7 +106,7 @@ def token_readings(tape: Tape, sites: list[Site]) -> Iterator[Tokens]:
     raise Declined(
         "the experts' input rows are not rows of any one tensor (slots that mix tokens, or a transformation "
         "per expert before its first matmul); only whole tokens can be dispatched",
-        sites[0].product.meta.get("source"),
+        sites[0].matmul.meta.get("source"),
         rank=Rank.READING,
     )
 
@@ -128,7 +128,7 @@ def rows_as_bytes(rows: torch.Tensor) -> list[bytes]:
     return [r.tobytes() for r in data]
 
 
-def _exact(node: fx.Node, axis: int, rows: torch.Tensor, wanted: dict[Site, torch.Tensor]) -> Tokens | None:
+def _exact(node: fx.Node, axis: int, rows: torch.Tensor, wanted: dict[GemmSite, torch.Tensor]) -> Tokens | None:
     where: dict[torch.dtype, dict[bytes, list[int]]] = {}
     token, scale = {}, {}
     for site, operand in wanted.items():
@@ -162,7 +162,7 @@ def _places(keys: list[bytes], matrix: torch.Tensor, where: dict[bytes, list[int
     return found
 
 
-def _scaled(node: fx.Node, axis: int, rows: torch.Tensor, wanted: dict[Site, torch.Tensor]) -> Tokens | None:
+def _scaled(node: fx.Node, axis: int, rows: torch.Tensor, wanted: dict[GemmSite, torch.Tensor]) -> Tokens | None:
     """Rows that are tokens times a factor: the same direction, within the dtype's rounding."""
     x = rows.double()
     norm = x.norm(dim=-1)

@@ -12,18 +12,18 @@ from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
-from moeopt.recognise.ffn_candidates import Chain, source_of
+from moeopt.recognise.ffn_candidates import FFNCandidate, source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
 from moeopt.recognise.named_obstacles import named_obstacle
 
 
-def no_experts(tape: Tape, chains: list[Chain]) -> Declined:
+def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
     """The reason for a block in which no experts stand side by side."""
-    alike: dict[object, list[Chain]] = {}
-    for chain in chains:
-        if not chain.merged and picks_rows(chain.ins[0].operand):
-            paths = [re.sub(r"\d+", "#", s.matrices[0].path) for s in (*chain.ins, *chain.outs)]
-            alike.setdefault((chain.shape, *paths), []).append(chain)
+    alike: dict[object, list[FFNCandidate]] = {}
+    for candidate in candidates:
+        if not candidate.merged and picks_rows(candidate.ins[0].operand):
+            paths = [re.sub(r"\d+", "#", s.matrices[0].path) for s in (*candidate.ins, *candidate.outs)]
+            alike.setdefault((candidate.shape, *paths), []).append(candidate)
     for first, *others in alike.values():
         if others and others[0].ins[0].operand in set(descendants(tape, [first.out.node])):
             return Declined(

@@ -30,12 +30,12 @@ from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.ir.weight_refs import ExpertRef
-from moeopt.rewrite.call_guard import Guard
+from moeopt.rewrite.call_guard import CallGuard
 from moeopt.rewrite.graph_words import graph_from_words, graph_to_words
-from moeopt.rewrite.keep import Plan
+from moeopt.rewrite.keep import KeptSteps
 
 
-class ExpertWeights(NamedTuple):
+class ExpertWeightRefs(NamedTuple):
     """The weights of one ``moeopt::experts`` node: where each expert's lie in the module, and what they compute."""
 
     experts: list[ExpertRef]
@@ -66,12 +66,12 @@ class Captured:
 
     kind: str
     tape: Tape
-    plans: list[Plan]
+    plans: list[KeptSteps]
     shapes: list[list[tuple[int, ...]]]
-    weights: list[ExpertWeights]
+    weights: list[ExpertWeightRefs]
     frozen: dict[str, torch.Tensor]
     per_token: list[int | None]
-    finish: Callable[[], tuple[Guard, list[RouterSpec | None]]]
+    finish: Callable[[], tuple[CallGuard, list[RouterSpec | None]]]
 
 
 @dataclass
@@ -95,9 +95,9 @@ class BlockGraph:
     """
 
     name: str
-    weights: list[ExpertWeights] = field(default_factory=list)
+    weights: list[ExpertWeightRefs] = field(default_factory=list)
     routers: list[RouterSpec | None] = field(default_factory=list)
-    guard: Guard | None = None
+    guard: CallGuard | None = None
     constants: list[torch.Tensor] = field(default_factory=list)
     output: Any = None
     mutations: list[tuple[Slot, Slot]] = field(default_factory=list)

@@ -13,17 +13,17 @@ from torch import fx
 
 from moeopt.capture.tree import tree_map
 from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, Slot
-from moeopt.rewrite.keep import Plan, Ref, Step
+from moeopt.rewrite.keep import KeptStep, KeptSteps, StepRef
 from moeopt.rewrite.symbolic_shapes import DeviceOf, Ratio, Size
 
 aten = torch.ops.aten
 
-_KINDS = (Ref, Size, Ratio, DeviceOf)
+_KINDS = (StepRef, Size, Ratio, DeviceOf)
 
 
-def build(block: BlockGraph, plan: Plan) -> None:
+def build(block: BlockGraph, plan: KeptSteps) -> None:
     """Make ``plan`` the graph of ``block``, whose own code it replaces."""
-    builder = _Builder(plan)
+    builder = _GraphBuilder(plan)
     block.made, block.constants = builder.graph, builder.constants
     leaves: list[fx.Node] = []
 
@@ -39,8 +39,8 @@ def build(block: BlockGraph, plan: Plan) -> None:
     block.captured = None
 
 
-class _Builder:
-    def __init__(self, plan: Plan) -> None:
+class _GraphBuilder:
+    def __init__(self, plan: KeptSteps) -> None:
         self.graph = fx.Graph()
         self.constants: list[torch.Tensor] = []
         self._inputs: list[fx.Node] = []
@@ -52,7 +52,7 @@ class _Builder:
             node.meta.update(source=step.source, shape=step.shape, dtype=step.dtype)
             self._refs.append(node)
 
-    def _node(self, step: Step) -> fx.Node:
+    def _node(self, step: KeptStep) -> fx.Node:
         graph = self.graph
         if step.kind == "input":
             self._inputs.append(graph.placeholder(f"input_{len(self._inputs)}"))
@@ -74,7 +74,7 @@ class _Builder:
 
     def word(self, leaf: Any) -> Any:
         """The node that computes ``leaf``."""
-        if isinstance(leaf, Ref):
+        if isinstance(leaf, StepRef):
             return self._refs[leaf.step]
         if isinstance(leaf, Ratio):
             total = self._size(Size(leaf.dims))

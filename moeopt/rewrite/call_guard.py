@@ -24,7 +24,7 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
-class Bound:
+class BoundArguments:
     """A block's inputs in the order of its signature: parameter names and what was passed, spelled out."""
 
     names: tuple[str, ...]
@@ -35,11 +35,11 @@ class Bound:
         return [leaf for leaf in tree_leaves(list(self.values)) if isinstance(leaf, torch.Tensor)]
 
 
-def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
+def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundArguments:
     """Positional, keyword and defaulted arguments in one canonical order."""
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    return Bound(tuple(bound.arguments), tuple([spell(v) for v in bound.arguments.values()]))
+    return BoundArguments(tuple(bound.arguments), tuple([spell(v) for v in bound.arguments.values()]))
 
 
 def spell(value: Any, depth: int = 6) -> Any:
@@ -81,7 +81,7 @@ TENSOR, OPAQUE = _Mark("TENSOR"), _Mark("OPAQUE")
 
 
 @dataclass
-class Guard:
+class CallGuard:
     """What a call must look like for the program to hold.
 
     Args:
@@ -105,7 +105,7 @@ class Guard:
     skip_idle: bool = False
     no_grad: bool = False
 
-    def refuses(self, module: torch.nn.Module, bound: Bound) -> str:
+    def refuses(self, module: torch.nn.Module, bound: BoundArguments) -> str:
         """Why this call is unlike the verified ones; "" when it is like them."""
         return self._mode(module) or self._arguments(bound)
 
@@ -125,7 +125,7 @@ class Guard:
             return "it is being traced by torch.jit"
         return ""
 
-    def _arguments(self, bound: Bound) -> str:
+    def _arguments(self, bound: BoundArguments) -> str:
         index = 0
         leaves = list(tree_leaves(list(bound.values)))
         if len(leaves) != len(self.template):

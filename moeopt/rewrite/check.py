@@ -21,7 +21,7 @@ from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tree import tree_map
 from moeopt.errors import MoeoptError
 from moeopt.ir.weight_refs import MatrixRef, VectorRef, tensor_at
-from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, ExpertWeights, Slot
+from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, ExpertWeightRefs, Slot
 
 _ARITHMETIC = {operator.mul, operator.floordiv, operator.add, operator.sub, operator.truediv, operator.getitem, getattr}
 
@@ -88,7 +88,7 @@ def _missing(root: nn.Module | None, path: str, kind: type) -> str:
     return "" if isinstance(found, kind) else f"the module has no {kind.__name__} at {path}"
 
 
-def _weight_faults(weights: ExpertWeights, root: nn.Module | None) -> Iterator[str]:
+def _weight_faults(weights: ExpertWeightRefs, root: nn.Module | None) -> Iterator[str]:
     """Where the weights of one node are not what its spec says."""
     refs, spec = weights
     wide = 2 if spec.rows in ("gate|up", "up|gate", "interleaved", "interleaved_up") else 1

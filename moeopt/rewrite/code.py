@@ -20,7 +20,7 @@ _OPEN = {"vars", "__dict__", "attrgetter", "asdict", "astuple", "globals"}
 
 
 @dataclass(frozen=True)
-class Words:
+class CodeNames:
     """What one code object names.
 
     Attributes:
@@ -36,11 +36,11 @@ class Words:
     open: bool
 
 
-_WORDS: weakref.WeakKeyDictionary[types.CodeType, Words] = weakref.WeakKeyDictionary()
+_WORDS: weakref.WeakKeyDictionary[types.CodeType, CodeNames] = weakref.WeakKeyDictionary()
 _DIGESTS: weakref.WeakKeyDictionary[types.CodeType, str] = weakref.WeakKeyDictionary()
 
 
-def words(code: types.CodeType) -> Words:
+def words(code: types.CodeType) -> CodeNames:
     """The names in ``code``, without those of functions inside it."""
     found = _WORDS.get(code)
     if found is None:
@@ -48,7 +48,7 @@ def words(code: types.CodeType) -> Words:
     return found
 
 
-def _read(code: types.CodeType) -> Words:
+def _read(code: types.CodeType) -> CodeNames:
     reads: dict[str, None] = {}
     imports: list[tuple[int, str]] = []
     level, open_ = 0, bool(_OPEN & {*code.co_names})
@@ -69,7 +69,7 @@ def _read(code: types.CodeType) -> Words:
             constant = constant or ("CONST" in name and isinstance(step.argval, str))
             computed = computed or name.startswith(_COMPUTES)
     strings = {s for s in _strings(code.co_consts) if _WORD.match(s)}
-    return Words(tuple(reads), tuple(imports), frozenset({*code.co_names, code.co_name, *strings}), open_)
+    return CodeNames(tuple(reads), tuple(imports), frozenset({*code.co_names, code.co_name, *strings}), open_)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -27,20 +27,20 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.ir.weight_refs import expert_paths
 from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
-from moeopt.rewrite.call_guard import OPAQUE, TENSOR, Bound, Guard, bind, overlap
-from moeopt.rewrite.live_weights import LiveBank, Stale
+from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, overlap
+from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
 from moeopt.rewrite.module_guard import Fact, Watch, take_facts
 from moeopt.rewrite.reads import Reads
 from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
 
-__all__ = ["OPAQUE", "TENSOR", "Guard", "Program", "RewrittenForward", "bind", "install", "uninstall"]
+__all__ = ["OPAQUE", "TENSOR", "CallGuard", "BlockProgram", "RewrittenForward", "bind", "install", "uninstall"]
 
 aten = torch.ops.aten
 
 
 @dataclass
-class Program:
+class BlockProgram:
     """A block graph as it is installed: with the signature of the forward that it stands for.
 
     ``facts`` is what was verified of the module's own code, taken from the first module that asks; ``reads`` what the
@@ -53,7 +53,7 @@ class Program:
     reads: Reads | None = None
 
     @property
-    def guard(self) -> Guard:
+    def guard(self) -> CallGuard:
         """Which calls the graph holds for."""
         guard = self.block.guard
         assert guard is not None
@@ -87,7 +87,7 @@ class Program:
         plain = [p.replace(annotation=inspect.Parameter.empty) for p in self.signature.parameters.values()]
         return self.__dict__ | {"signature": inspect.Signature(plain)}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockProgram:
         return self
 
     def graph(self) -> fx.Graph:
@@ -120,7 +120,7 @@ class RewrittenForward:
     source: Source | None = None
     _changed = False
 
-    def __init__(self, module: nn.Module, program: Program, original: Callable[..., Any] | None = None) -> None:
+    def __init__(self, module: nn.Module, program: BlockProgram, original: Callable[..., Any] | None = None) -> None:
         self.module, self.program, self.original = module, program, original
         self.calls, self.fallbacks, self.last_refusal, self._stale = 0, 0, "", False
         self.__signature__ = program.signature
@@ -133,7 +133,12 @@ class RewrittenForward:
             raise Stale(watch.gone)
         block = program.block
         self.banks = [
-            (LiveBank(self.module, refs, (s.w_in_layout, s.w_out_layout), functools.partial(_check, watch, b)), s)
+            (
+                LiveExpertWeights(
+                    self.module, refs, (s.w_in_layout, s.w_out_layout), functools.partial(_check, watch, b)
+                ),
+                s,
+            )
             for b, (refs, s) in enumerate(block.weights)
         ]
         self.constants = block.constants
@@ -183,7 +188,7 @@ class RewrittenForward:
                 self._stale, refusal = True, str(stale)
         return self._fall_back(refusal, args, kwargs)
 
-    def _effects(self, bound: Bound) -> str:
+    def _effects(self, bound: BoundArguments) -> str:
         """Why gradients or writes to its arguments forbid the rewritten code on this call; "" when they do not."""
         program = self.program
         if program.guard.gradients and torch.is_grad_enabled():
@@ -203,7 +208,7 @@ class RewrittenForward:
         """The original forward's code: torch.export reads argument names off it."""
         return type(self.module).forward.__code__
 
-    def _forward(self, bound: Bound) -> Any:
+    def _forward(self, bound: BoundArguments) -> Any:
         if self.program.guard.no_grad and torch.is_grad_enabled():
             with torch.no_grad():
                 leaves = self._run(self.module, self, *bound.tensors())
@@ -271,10 +276,10 @@ def run(block: BlockGraph, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """One call of ``block`` on the weights of ``module``; of ``module``'s own code while the block has no graph."""
     if block.captured is not None:
         return type(module).forward(module, *args, **kwargs)  # type: ignore[operator]
-    return RewrittenForward(module, Program(block, inspect.signature(module.forward)))(*args, **kwargs)
+    return RewrittenForward(module, BlockProgram(block, inspect.signature(module.forward)))(*args, **kwargs)
 
 
-def install(module: nn.Module, program: Program) -> RewrittenForward:
+def install(module: nn.Module, program: BlockProgram) -> RewrittenForward:
     """Make ``module`` run ``program``; its class, Parameters, hooks and ``state_dict`` stay as they are.
 
     Raises:

@@ -1,6 +1,6 @@
 """What stays of one recorded call once a block's experts are one op: a list of steps, read back from the outputs.
 
-``make_plan`` walks a witness tape from the block's outputs towards its inputs and stops at each
+``kept_steps`` walks a tape from the block's outputs towards its inputs and stops at each
 replaced tensor. What it meets is kept: ATen calls, and whole calls of submodules wherever nothing
 inside them was replaced (routers, shared experts and norms keep their own Python, hooks and dtype
 rules). What it does not meet (dispatch, the expert loop) is gone. The plans of several calls become one graph for
@@ -28,14 +28,14 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
-class Ref:
+class StepRef:
     """The result of an earlier step."""
 
     step: int
 
 
 @dataclass
-class Step:
+class KeptStep:
     """One step. ``kind``: input, attr, constant, call, module or experts.
 
     ``shape`` and ``dtype`` are those of its result where it is one tensor and they are known, else None.
@@ -51,45 +51,45 @@ class Step:
 
 
 @dataclass
-class Plan:
-    """Steps in order; ``output``, ``mutations`` and ``attributes`` are trees of :class:`Ref`.
+class KeptSteps:
+    """Steps in order; ``output``, ``mutations`` and ``attributes`` are trees of :class:`StepRef`.
 
     An attribute may be ``UNSET`` (see ``moeopt.rewrite.scratch``).
     """
 
-    steps: list[Step]
+    steps: list[KeptStep]
     output: Any
-    mutations: list[tuple[Ref, Ref]]
+    mutations: list[tuple[StepRef, StepRef]]
     attributes: dict[tuple[str, str], Any]
     kept_modules: list[str]
 
-    def call(self, target: Any, *args: Any, source: str = "", **kwargs: Any) -> Ref:
+    def call(self, target: Any, *args: Any, source: str = "", **kwargs: Any) -> StepRef:
         """Append a call of ``target`` and return its result."""
-        return self._add(Step("call", target, args, kwargs, source))
+        return self._add(KeptStep("call", target, args, kwargs, source))
 
-    def note(self, ref: Ref, shape: Sequence[int] | None, dtype: torch.dtype | None) -> Ref:
+    def note(self, ref: StepRef, shape: Sequence[int] | None, dtype: torch.dtype | None) -> StepRef:
         """Write down the shape and dtype of the result ``ref``, which is returned."""
         step = self.steps[ref.step]
         if shape is not None and step.shape is None:
             step.shape, step.dtype = tuple(shape), dtype
         return ref
 
-    def _add(self, step: Step) -> Ref:
+    def _add(self, step: KeptStep) -> StepRef:
         self.steps.append(step)
-        return Ref(len(self.steps) - 1)
+        return StepRef(len(self.steps) - 1)
 
 
 @dataclass
-class Replacement:
-    """``node`` will be computed by ``emit(plan, ref_of)`` from ``needs`` instead."""
+class NodeRewrite:
+    """``node`` will be computed by ``apply(plan, ref_of)`` from ``needs`` instead."""
 
     node: fx.Node
     needs: list[fx.Node]
     interior: set[fx.Node]
-    emit: Callable[[Plan, Callable[[fx.Node], Ref]], Ref]
+    apply: Callable[[KeptSteps, Callable[[fx.Node], StepRef]], StepRef]
 
 
-def make_plan(tape: Tape, replacements: list[Replacement], scratch: Collection[tuple[str, str]] = ()) -> Plan:
+def kept_steps(tape: Tape, replacements: list[NodeRewrite], scratch: Collection[tuple[str, str]] = ()) -> KeptSteps:
     """The kept part of ``tape``, with each replacement in place of its node.
 
     Args:
@@ -103,7 +103,7 @@ def make_plan(tape: Tape, replacements: list[Replacement], scratch: Collection[t
 
 
 class _Planner:
-    def __init__(self, tape: Tape, replacements: list[Replacement], scratch: Collection[tuple[str, str]]) -> None:
+    def __init__(self, tape: Tape, replacements: list[NodeRewrite], scratch: Collection[tuple[str, str]]) -> None:
         self.tape, self.scratch = tape, scratch
         self.replaced = {r.node: r for r in replacements}
         self.inside = [c.index == 0 or self._contains(c) for c in tape.calls]
@@ -155,7 +155,7 @@ class _Planner:
             return self.replaced[unit].needs
         return list(unit.all_input_nodes)
 
-    def run(self) -> Plan:
+    def run(self) -> KeptSteps:
         tape = self.tape
         while True:
             known = len(self.opened), len(self.missed)
@@ -165,8 +165,8 @@ class _Planner:
                 break
         order = sorted(units, key=self._position)
         attributes = self._attributes()
-        plan = Plan([], None, [], {}, sorted({u.path for u in order if isinstance(u, Call)}))
-        refs: dict[fx.Node, Ref] = {}
+        plan = KeptSteps([], None, [], {}, sorted({u.path for u in order if isinstance(u, Call)}))
+        refs: dict[fx.Node, StepRef] = {}
         for unit in order:
             self._emit(plan, unit, refs)
         plan.output = _tree(tape.output, refs)
@@ -290,30 +290,30 @@ class _Planner:
 
     # -- writing down ----------------------------------------------------------------------------
 
-    def _emit(self, plan: Plan, unit: fx.Node | Call, refs: dict[fx.Node, Ref]) -> None:
+    def _emit(self, plan: KeptSteps, unit: fx.Node | Call, refs: dict[fx.Node, StepRef]) -> None:
         if isinstance(unit, Call):
-            ref = plan._add(Step("module", unit.path, _tree(unit.args, refs), _tree(unit.kwargs, refs)))
+            ref = plan._add(KeptStep("module", unit.path, _tree(unit.args, refs), _tree(unit.kwargs, refs)))
             self._unpack(plan, ref, unit.output, refs)
             return
         self._emit_node(plan, unit, refs)
         plan.note(refs[unit], unit.meta.get("shape"), unit.meta.get("dtype"))
 
-    def _emit_node(self, plan: Plan, unit: fx.Node, refs: dict[fx.Node, Ref]) -> None:
+    def _emit_node(self, plan: KeptSteps, unit: fx.Node, refs: dict[fx.Node, StepRef]) -> None:
         if unit in self.replaced:
-            refs[unit] = self.replaced[unit].emit(plan, refs.__getitem__)
+            refs[unit] = self.replaced[unit].apply(plan, refs.__getitem__)
         elif unit.op == "placeholder":
-            refs[unit] = plan._add(Step("input", unit.name))
+            refs[unit] = plan._add(KeptStep("input", unit.name))
         elif unit.op == "get_attr":
             constant = unit.meta.get("constant")
             kind = "attr" if constant is None else "constant"
-            refs[unit] = plan._add(Step(kind, unit.target if constant is None else constant))
+            refs[unit] = plan._add(KeptStep(kind, unit.target if constant is None else constant))
         else:
             source = unit.meta.get("source", "")
             target = aten.reshape.default if unit.target in _VIEWS else unit.target  # inputs may be strided
-            step = Step("call", target, _tree(unit.args, refs), _tree(dict(unit.kwargs), refs), source)
+            step = KeptStep("call", target, _tree(unit.args, refs), _tree(dict(unit.kwargs), refs), source)
             refs[unit] = plan._add(step)
 
-    def _unpack(self, plan: Plan, ref: Ref, output: Any, refs: dict[fx.Node, Ref]) -> None:
+    def _unpack(self, plan: KeptSteps, ref: StepRef, output: Any, refs: dict[fx.Node, StepRef]) -> None:
         if isinstance(output, fx.Node):
             refs.setdefault(output, plan.note(ref, output.meta.get("shape"), output.meta.get("dtype")))
             return
@@ -340,5 +340,5 @@ def _nodes(tree: Any) -> list[fx.Node]:
     return leaves_of(fx.Node, tree)
 
 
-def _tree(tree: Any, refs: dict[fx.Node, Ref]) -> Any:
+def _tree(tree: Any, refs: dict[fx.Node, StepRef]) -> Any:
     return tree_map(fx.Node, refs.__getitem__, tree)

@@ -15,7 +15,7 @@ from moeopt.errors import Declined
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.obstacles import Rank
 from moeopt.recognise.experts import Recognition
-from moeopt.rewrite.keep import Plan
+from moeopt.rewrite.keep import KeptSteps
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_FROZEN = 1 << 20
@@ -61,13 +61,13 @@ def _offloads(hook: Any) -> bool:
     return bool(getattr(hook, "offload", False)) or any(_offloads(h) for h in getattr(hook, "hooks", ()))
 
 
-def check_experts(module: nn.Module, tape: Tape, found: list[Recognition]) -> None:
+def check_experts(module: nn.Module, tape: Tape, recognitions: list[Recognition]) -> None:
     """Hooks, parametrizations and patches on modules whose calls the rewrite leaves out.
 
     Raises:
         Declined: such a module has one, so that leaving out its call would change what happens.
     """
-    for recognition in found:
+    for recognition in recognitions:
         for path in sorted(expert_paths(recognition.experts)):
             tensor = tensor_at(module, path)
             if tensor.dtype not in _FLOATS:
@@ -77,12 +77,12 @@ def check_experts(module: nn.Module, tape: Tape, found: list[Recognition]) -> No
         skipped = {index for call in inner for index in tape.stack(call)}
         for index in sorted(skipped):
             call = tape.calls[index]
-            holds_sum = any(call.first <= r.combine.node.meta["index"] < call.last or index == 0 for r in found)
+            holds_sum = any(call.first <= r.combine.node.meta["index"] < call.last or index == 0 for r in recognitions)
             if not holds_sum:
                 check_skipped(call.path, call.module)
     for path, child in module.named_modules():
         if parametrize.is_parametrized(child) and any(
-            p.startswith(f"{path}.parametrizations") for r in found for p in expert_paths(r.experts)
+            p.startswith(f"{path}.parametrizations") for r in recognitions for p in expert_paths(r.experts)
         ):
             raise Declined(f"{path} is parametrised; remove it with torch.nn.utils.parametrize.remove_parametrizations")
 
@@ -105,13 +105,13 @@ def check_skipped(path: str, module: nn.Module) -> None:
         raise Declined(f"forward was replaced on the instance {path}; undo the patch and optimise again")
 
 
-def neutral_reason(module: nn.Module, tape: Tape, found: list[Recognition], plan: Plan) -> str:
+def neutral_reason(module: nn.Module, tape: Tape, recognitions: list[Recognition], plan: KeptSteps) -> str:
     """A Parameter that the block's result is computed from and the rewritten code does not read; "" if there is none.
 
     What it does cannot be seen at its present values (a scale of ones, an adapter of zeros), and the rewritten code
     would miss it when they change.
     """
-    held = _held(module, found, plan)
+    held = _held(module, recognitions, plan)
     for path in _attributes(ancestors(tape.results())):
         tensor = tensor_at(module, path)
         if tensor.is_floating_point() and id(tensor) not in held:
@@ -123,7 +123,9 @@ def neutral_reason(module: nn.Module, tape: Tape, found: list[Recognition], plan
     return ""
 
 
-def frozen_values(module: nn.Module, tape: Tape, found: list[Recognition], plan: Plan) -> dict[str, torch.Tensor]:
+def frozen_values(
+    module: nn.Module, tape: Tape, recognitions: list[Recognition], plan: KeptSteps
+) -> dict[str, torch.Tensor]:
     """Tensors of the block that the rewritten code does not read and that decided what it is, as they are now.
 
     They are integers or flags that the result is computed from (a mask over neurons, a placement of experts), and
@@ -135,7 +137,7 @@ def frozen_values(module: nn.Module, tape: Tape, found: list[Recognition], plan:
     Raises:
         Declined: such a tensor is too large to be compared at each call, or the forward writes to it.
     """
-    held = _held(module, found, plan)
+    held = _held(module, recognitions, plan)
     paths = {p: None for p in _attributes(ancestors(tape.results())) if _decides(tensor_at(module, p), held)}
     kept = set(plan.kept_modules)
     for read in tape.reads:
@@ -166,10 +168,10 @@ def _attributes(nodes: Iterable[torch.fx.Node]) -> list[str]:
     return sorted({str(n.target) for n in nodes if n.op == "get_attr" and "constant" not in n.meta})
 
 
-def _held(module: nn.Module, found: list[Recognition], plan: Plan) -> set[int]:
+def _held(module: nn.Module, recognitions: list[Recognition], plan: KeptSteps) -> set[int]:
     """Ids of the tensors that the rewritten code reads where they live."""
     read = {str(step.target) for step in plan.steps if step.kind == "attr"}
-    for recognition in found:
+    for recognition in recognitions:
         read |= expert_paths(recognition.experts)
     held = {id(tensor_at(module, path)) for path in read}
     for kept in plan.kept_modules:

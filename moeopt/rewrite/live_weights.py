@@ -1,6 +1,6 @@
 """The weights of a rewritten block, read from the user's own Parameters at every call.
 
-A :class:`LiveBank` holds no tensor. It knows in which module and under which name each expert's
+A :class:`LiveExpertWeights` holds no tensor. It knows in which module and under which name each expert's
 matrix lives and looks it up when the expert is needed, so optimizer steps, ``load_state_dict``,
 ``.to()`` and in-place merges show at once. When the place itself has changed (a module was replaced,
 hooked or parametrised, a dtype changed) the lookup raises :class:`Stale`.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
-from moeopt.ops.bank import StackedBank
+from moeopt.ops.expert_weights import StackedExpertWeights
 
 
 class Stale(Exception):
@@ -65,8 +65,8 @@ class _Place:
         return tensor
 
 
-class LiveBank:
-    """``moeopt.ops.bank.Bank`` over the Parameters of ``root``.
+class LiveExpertWeights:
+    """``moeopt.ops.expert_weights.ExpertWeights`` over the Parameters of ``root``.
 
     Args:
         root: the block.
@@ -145,7 +145,7 @@ class LiveBank:
         step = sum(o * s for o, s in zip(ref.dm, stride, strict=True))
         return tensor.as_strided((ref.m,), (step,), tensor.storage_offset() + offset)
 
-    def stacked(self) -> StackedBank | None:
+    def stacked(self) -> StackedExpertWeights | None:
         """The weights as stacked tensors where every part is a regular slice of one Parameter."""
         if self._steps is None or self._backwards:
             return None
@@ -163,7 +163,7 @@ class LiveBank:
             one = self._vector(ref) if isinstance(ref, VectorRef) else self._matrix(ref, layout)
             return tensor.as_strided((count, *one.shape), (lead, *one.stride()), one.storage_offset())
 
-        return StackedBank(
+        return StackedExpertWeights(
             [stack(r, s, self._layouts[0]) for r, s in zip(first.w_in, w_in_step, strict=True)],
             stack(first.w_out, w_out_step, self._layouts[1]),
             [stack(r, s, "") for r, s in zip(first.b_in, b_in_step, strict=True)],

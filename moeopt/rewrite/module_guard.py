@@ -7,7 +7,7 @@ forwards. Modules that belong to one expert are looked at only when that expert 
 that Python turned into the rewritten code are compared with what they were.
 
 What its functions read elsewhere (a configuration, globals, closures, class attributes) is in ``moeopt.rewrite.reads``.
-All of it is one generated comparison (``moeopt.rewrite.probe``) by identity; where that finds another object, the
+All of it is one generated comparison (``moeopt.rewrite.guard_expression``) by identity; where that finds another object, the
 values decide, and name what changed.
 
 Not seen: in code compiled by ``torch.compile``, anything changed after it was compiled.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from moeopt.rewrite.code import fingerprint
 from moeopt.rewrite.frozen_values import Frozen
-from moeopt.rewrite.probe import Probe, holds
+from moeopt.rewrite.guard_expression import GuardExpression, holds
 from moeopt.rewrite.reads import Reads
 
 _BOOKKEEPING = frozenset(nn.Module().__dict__)
@@ -112,7 +112,7 @@ class _Watched:
         self.fact, self.module = fact, module
         self.children = tuple(module._modules.get(n) for n in fact.children)
 
-    def compare(self, probe: Probe) -> None:
+    def compare(self, probe: GuardExpression) -> None:
         """Terms that hold as long as nothing that ``changed`` looks at is touched."""
         fact, module = self.fact, self.module
         d: dict[str, Any] = module.__dict__
@@ -221,7 +221,7 @@ class Watch:
 
     def _look(self) -> None:
         """Compare all values, and arm the probes with the objects that are there now."""
-        shared, own = Probe(), {key: Probe() for key in self._of}
+        shared, own = GuardExpression(), {key: GuardExpression() for key in self._of}
         for one in self._shared:
             one.compare(shared)
         for key, watched in self._of.items():
@@ -233,8 +233,8 @@ class Watch:
         self.cost = shared.cost
         self._same, self._sames = shared.compiled(), {key: probe.compiled() for key, probe in own.items()}
 
-    def _compare(self, reads: Reads, shared: Probe, own: dict[Any, Probe]) -> str:
-        def links(path: str) -> Probe:
+    def _compare(self, reads: Reads, shared: GuardExpression, own: dict[Any, GuardExpression]) -> str:
+        def links(path: str) -> GuardExpression:
             keys = self._keys(path)
             return own[keys[0]] if keys else shared
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from moeopt.errors import Declined
-from moeopt.rewrite.probe import Probe
+from moeopt.rewrite.guard_expression import GuardExpression
 from moeopt.rewrite.ran import Ran, observing
 from moeopt.rewrite.spell import Spelled
 from moeopt.rewrite.walk import MOST, Walk
@@ -49,7 +49,7 @@ class Reads:
         return self.__dict__ | {"tables": {}}
 
     def walk(
-        self, root: nn.Module, probe: Probe, links: Callable[[str], Probe], called: Iterable[int] = (), *,
+        self, root: nn.Module, probe: GuardExpression, links: Callable[[str], GuardExpression], called: Iterable[int] = (), *,
         code: bool = True,
     ) -> Walk:  # fmt: skip
         """What ``root`` and the code reach now.
@@ -115,7 +115,7 @@ def observe(
         runs[0]()
     reads = Reads(observed.ran(), kept, frozenset(written), tables=observed.modules())
     reads.names = reads.ran.names
-    unused = Probe()
+    unused = GuardExpression()
     walk = reads.walk(root, unused, lambda path: unused, observed.called)
     for _ in range(4):  # strings may name attributes, which may hold strings
         if walk.strings <= reads.names:

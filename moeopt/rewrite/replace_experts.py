@@ -17,52 +17,54 @@ import torch
 from torch import fx
 
 from moeopt.recognise.experts import Recognition
-from moeopt.recognise.routing import Recipe, table_to_ids
-from moeopt.rewrite.keep import Plan, Ref, Replacement, Step
+from moeopt.recognise.routing import Extraction, table_to_ids
+from moeopt.rewrite.keep import KeptStep, KeptSteps, NodeRewrite, StepRef
 
 aten = torch.ops.aten
 
 
-def replacement(found: Recognition, bank: int) -> Replacement:
-    """The rewrite of ``found``; ``bank`` is the number of its weights in the program."""
-    sources = [found.tokens.node, found.frontier.weights.source]
-    sources += [found.frontier.ids.source] if found.frontier.ids else []
-    needs = [n for n in (*sources, found.base) if n is not None]
+def experts_rewrite(recognition: Recognition, bank: int) -> NodeRewrite:
+    """The rewrite of ``recognition``; ``bank`` is the number of its weights in the program."""
+    sources = [recognition.tokens.node, recognition.routing.weights.source]
+    sources += [recognition.routing.ids.source] if recognition.routing.ids else []
+    needs = [n for n in (*sources, recognition.base) if n is not None]
 
-    def emit(plan: Plan, ref: Callable[[fx.Node], Ref]) -> Ref:
-        x = ref(found.tokens.node)
-        shape = found.tokens.node.meta["shape"]
-        if found.tokens.axis != len(shape) - 1:
-            x = plan.call(aten.movedim.int, x, found.tokens.axis, -1)
-        rows = x if len(shape) == 2 else plan.call(aten.reshape.default, x, [-1, shape[found.tokens.axis]])
-        hidden = shape[found.tokens.axis]
+    def apply(plan: KeptSteps, ref: Callable[[fx.Node], StepRef]) -> StepRef:
+        x = ref(recognition.tokens.node)
+        shape = recognition.tokens.node.meta["shape"]
+        if recognition.tokens.axis != len(shape) - 1:
+            x = plan.call(aten.movedim.int, x, recognition.tokens.axis, -1)
+        rows = x if len(shape) == 2 else plan.call(aten.reshape.default, x, [-1, shape[recognition.tokens.axis]])
+        hidden = shape[recognition.tokens.axis]
         count = math.prod(shape) // max(hidden, 1)
-        plan.note(rows, (count, hidden), found.tokens.node.meta.get("dtype"))
-        if found.frontier.ids is None:
-            weights = _apply(plan, found.frontier.weights, ref, None)
+        plan.note(rows, (count, hidden), recognition.tokens.node.meta.get("dtype"))
+        if recognition.routing.ids is None:
+            weights = _apply(plan, recognition.routing.weights, ref, None)
             ids = plan.call(table_to_ids, weights)
         else:
-            ids = _apply(plan, found.frontier.ids, ref, None)
-            weights = _apply(plan, found.frontier.weights, ref, ids)
-        y = plan._add(Step("experts", bank, (rows, ids, weights), source=found.source))
+            ids = _apply(plan, recognition.routing.ids, ref, None)
+            weights = _apply(plan, recognition.routing.weights, ref, ids)
+        y = plan._add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
         plan.note(
-            y, (count, found.combine.node.meta["shape"][found.combine.axis]), found.combine.node.meta.get("dtype")
+            y,
+            (count, recognition.combine.node.meta["shape"][recognition.combine.axis]),
+            recognition.combine.node.meta.get("dtype"),
         )
-        y = _restore(plan, y, found.combine.node.meta["shape"], found.combine.axis)
-        return y if found.base is None else plan.call(aten.add.Tensor, ref(found.base), y)
+        y = _restore(plan, y, recognition.combine.node.meta["shape"], recognition.combine.axis)
+        return y if recognition.base is None else plan.call(aten.add.Tensor, ref(recognition.base), y)
 
-    return Replacement(found.combine.node, needs, found.interior, emit)
+    return NodeRewrite(recognition.combine.node, needs, recognition.interior, apply)
 
 
-def _apply(plan: Plan, recipe: Recipe, ref: Callable[[fx.Node], Ref], ids: Ref | None) -> Ref:
-    value = ref(recipe.source) if recipe.source is not None else ids
+def _apply(plan: KeptSteps, extraction: Extraction, ref: Callable[[fx.Node], StepRef], ids: StepRef | None) -> StepRef:
+    value = ref(extraction.source) if extraction.source is not None else ids
     assert value is not None
-    for op, rest in recipe.steps:
+    for op, rest in extraction.steps:
         value = plan.call(op, value, *(ids if a == "@ids" else a for a in rest))
     return value
 
 
-def _restore(plan: Plan, y: Ref, shape: tuple[int, ...], axis: int) -> Ref:
+def _restore(plan: KeptSteps, y: StepRef, shape: tuple[int, ...], axis: int) -> StepRef:
     """(T, H) rows back into the old sum's shape."""
     if axis == len(shape) - 1:
         return y if len(shape) == 2 else plan.call(aten.reshape.default, y, list(shape))

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.rewrite.install import rewritten_forward
 
 
-def site_names(model: nn.Module) -> Callable[[Bank], str | None]:
+def site_names(model: nn.Module) -> Callable[[ExpertWeights], str | None]:
     """What names the next call of each bank of ``model``'s rewritten blocks: its path, ``path#2`` at a second call."""
     paths = {
         id(bank): path or "experts"
@@ -21,7 +21,7 @@ def site_names(model: nn.Module) -> Callable[[Bank], str | None]:
     }
     taken: Counter[str] = Counter()
 
-    def name_of(bank: Bank) -> str | None:
+    def name_of(bank: ExpertWeights) -> str | None:
         path = paths.get(id(bank))
         if path is None:
             return None

@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moeopt.errors import StaleModelWarning
+from moeopt.rewrite.guard_expression import GuardExpression, holds
 from moeopt.rewrite.module_guard import hook_count
-from moeopt.rewrite.probe import Probe, holds
 from moeopt.rewrite.reads import Reads
 
 _CALL, _LEAST, _CODE = 2400, 300, 60
@@ -36,7 +36,7 @@ def _items(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
             yield registry, name, value
 
 
-class _Module:
+class _ModuleFacts:
     """The structure of one module of the source: children, Parameters, buffers, hooks.
 
     Args:
@@ -63,7 +63,7 @@ class _Module:
         module = self._module()
         return module is not None and hook_count(module) != self._before.get("the number of hooks")
 
-    def arm(self, probe: Probe) -> None:
+    def arm(self, probe: GuardExpression) -> None:
         """Terms for all of it but hooks, which PyTorch counts."""
         module = self._module()
         if module is None:
@@ -101,7 +101,7 @@ class _Code:
             return ()
         return type(module), id(module.__dict__.get("forward")), *map(len, _registries(module))
 
-    def arm(self, probe: Probe) -> None:
+    def arm(self, probe: GuardExpression) -> None:
         """A term each; none that would hold the root."""
         module = self._module()
         if module is None:
@@ -114,7 +114,7 @@ class _Code:
             probe.add(f"{{0}}({{1}}) == {len(registry)}" if registry else "not {1}", len, registry)
 
     def changed(self) -> str:
-        """As that of ``_Module``."""
+        """As that of ``_ModuleFacts``."""
         before, self._before = self._before, self._facts()
         return f"the code or the contents of {self.path or 'the model itself'}" if self._before != before else ""
 
@@ -127,15 +127,15 @@ class _Block:
         self._before: dict[str, Any] = {}
         self.changed()
 
-    def arm(self, probe: Probe) -> None:
+    def arm(self, probe: GuardExpression) -> None:
         """A term for each link."""
         block = self._block()
         if block is not None:
             self.reads.walk(block, probe, lambda path: probe, code=False)
 
     def changed(self) -> str:
-        """As that of ``_Module``."""
-        block, unused = self._block(), Probe()
+        """As that of ``_ModuleFacts``."""
+        block, unused = self._block(), GuardExpression()
         if block is None:
             return ""
         now = self.reads.walk(block, unused, lambda path: unused, code=False).entries
@@ -144,13 +144,13 @@ class _Block:
         return f"{place} of {self.path or 'the model itself'}" if place and before else ""
 
 
-_Thing = _Module | _Code | _Block
+_Thing = _ModuleFacts | _Code | _Block
 
 
 class _Turns:
-    """Things to compare, in parts of about ``most`` nanoseconds, one part at a call."""
+    """Things to compare, in parts of about ``max_nanoseconds`` nanoseconds, one part at a call."""
 
-    def __init__(self, things: list[_Thing], most: int) -> None:
+    def __init__(self, things: list[_Thing], max_nanoseconds: int) -> None:
         self.parts: list[list[_Thing]] = []
         self.sames: list[Callable[[], bool]] = []
         self.turn = 0
@@ -158,7 +158,7 @@ class _Turns:
         for index, thing in enumerate(things):
             some.append(thing)
             probe = _armed(some)
-            if probe.cost >= most or index + 1 == len(things):
+            if probe.cost >= max_nanoseconds or index + 1 == len(things):
                 self.parts.append(some)
                 self.sames.append(probe.compiled())
                 some = []
@@ -170,8 +170,8 @@ class _Turns:
         return found
 
 
-def _armed(things: list[_Thing]) -> Probe:
-    probe = Probe()
+def _armed(things: list[_Thing]) -> GuardExpression:
+    probe = GuardExpression()
     for thing in things:
         thing.arm(probe)
     return probe
@@ -189,12 +189,15 @@ class Source:
     """
 
     def __init__(self, model: nn.Module, twin: nn.Module, blocks: Mapping[str, Reads], values: bool, cost: int) -> None:
-        most = max(_LEAST, _CALL - cost * 5 // 4)
+        max_nanoseconds = max(_LEAST, _CALL - cost * 5 // 4)
         modules = list(model.named_modules())
         others = dict(twin.named_modules())
         things: list[_Thing] = [_Block(path, model.get_submodule(path), reads) for path, reads in blocks.items()]
         self._turns: tuple[_Turns, ...] = (
-            _Turns([*things, *(_Module(path, module, others[path], values) for path, module in modules)], most),
+            _Turns(
+                [*things, *(_ModuleFacts(path, module, others[path], values) for path, module in modules)],
+                max_nanoseconds,
+            ),
             _Turns([_Code(path, module) for path, module in modules], _CODE),
         )
         self._name, self._told, self._hooks = type(model).__name__, set[str](), RemovableHandle.next_id
@@ -209,7 +212,7 @@ class Source:
             self._hooks = RemovableHandle.next_id
             for one in self._turns[:1]:
                 for turn, things in enumerate(one.parts):
-                    if any(isinstance(thing, _Module) and thing.hooked() for thing in things):
+                    if any(isinstance(thing, _ModuleFacts) and thing.hooked() for thing in things):
                         self._tell([reason for reason in one.differing(turn) if reason not in self._told])
         for one in self._turns:
             turn = one.turn = (one.turn + 1) % len(one.sames)

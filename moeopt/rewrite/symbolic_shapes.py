@@ -1,4 +1,4 @@
-"""From the plans of several witnesses to one plan for every shape.
+"""From the plans of several probe calls to one plan for every shape.
 
 The same block, run on inputs of different sizes, gives the same steps with different integers. An
 integer that never changes is a constant; one that changes must be a size of an input, a product of
@@ -19,7 +19,7 @@ import torch
 
 from moeopt.capture.tree import tree_leaves
 from moeopt.errors import Declined
-from moeopt.rewrite.keep import Plan, Ref, Step
+from moeopt.rewrite.keep import KeptStep, KeptSteps, StepRef
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Ratio:
 
 @dataclass(frozen=True)
 class DeviceOf:
-    """The device of the first input, wherever the witness named its own device."""
+    """The device of the first input, wherever the probe call named its own device."""
 
 
-class Sizes:
-    """Input sizes that differ between the witnesses, and how to write an integer in terms of them."""
+class InputSizes:
+    """Input sizes that differ between the probe calls, and how to write an integer in terms of them."""
 
     def __init__(self, shapes: list[list[tuple[int, ...]]]) -> None:
-        """``shapes[w][i]`` is the shape of tensor input i in witness w."""
+        """``shapes[w][i]`` is the shape of tensor input i in probe call w."""
         seen: dict[tuple[int, ...], tuple[int, int]] = {}
         for i, per_witness in enumerate(zip(*shapes, strict=True)):
             for d, sizes in enumerate(zip(*per_witness, strict=True)):
@@ -71,7 +71,7 @@ class Sizes:
         ]
 
     def express(self, values: tuple[int, ...]) -> Size | None:
-        """``values``, one per witness, as a :class:`Size`; None when no simple expression fits."""
+        """``values``, one per probe call, as a :class:`Size`; None when no simple expression fits."""
         for dims, sizes in self._products:
             if all(v % s == 0 for v, s in zip(values, sizes, strict=True)):
                 factors = {v // s for v, s in zip(values, sizes, strict=True)}
@@ -99,13 +99,13 @@ class Sizes:
         return None
 
 
-def generalize(plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> Plan:
+def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> KeptSteps:
     """One plan whose integers hold for every shape.
 
     Raises:
         Declined: the plans differ in something other than sizes.
     """
-    sizes = Sizes(shapes)
+    sizes = InputSizes(shapes)
     first = plans[0]
     for other in plans[1:]:
         if [(s.kind, _name(s)) for s in other.steps] != [(s.kind, _name(s)) for s in first.steps]:
@@ -130,8 +130,8 @@ def generalize(plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> Plan:
         args = _merge([v.args for v in versions], sizes, where)
         kwargs = _merge([v.kwargs for v in versions], sizes, where)
         shape = _shape([v.shape for v in versions], sizes)
-        steps.append(Step(step.kind, step.target, args, kwargs, step.source, shape, step.dtype))
-    return Plan(
+        steps.append(KeptStep(step.kind, step.target, args, kwargs, step.source, shape, step.dtype))
+    return KeptSteps(
         steps,
         _merge([p.output for p in plans], sizes, None),
         _merge([p.mutations for p in plans], sizes, None),
@@ -140,7 +140,7 @@ def generalize(plans: list[Plan], shapes: list[list[tuple[int, ...]]]) -> Plan:
     )
 
 
-def _shape(versions: list[tuple[int, ...] | None], sizes: Sizes) -> tuple[int | Size | None, ...] | None:
+def _shape(versions: list[tuple[int, ...] | None], sizes: InputSizes) -> tuple[int | Size | None, ...] | None:
     """One shape for all; None for a size that is no simple function of the inputs', or where the rank differs."""
     first = versions[0]
     if first is None or any(v is None or len(v) != len(first) for v in versions):
@@ -149,27 +149,27 @@ def _shape(versions: list[tuple[int, ...] | None], sizes: Sizes) -> tuple[int | 
     return tuple(v[0] if len(set(v)) == 1 else sizes.express(v) for v in each)
 
 
-def _name(step: Step) -> str:
+def _name(step: KeptStep) -> str:
     return "" if step.kind == "constant" else str(step.target)
 
 
-def _difference(a: Plan, b: Plan) -> str:
+def _difference(a: KeptSteps, b: KeptSteps) -> str:
     for x, y in itertools.zip_longest(a.steps, b.steps):
         if x is None or y is None or (x.kind, _name(x)) != (y.kind, _name(y)):
             return f"{_name(x) if x else 'nothing'} against {_name(y) if y else 'nothing'}"
     return "the same steps"
 
 
-def _where(a: Plan, b: Plan) -> str | None:
+def _where(a: KeptSteps, b: KeptSteps) -> str | None:
     for x, y in itertools.zip_longest(a.steps, b.steps):
         if x is None or y is None or (x.kind, _name(x)) != (y.kind, _name(y)):
             return (x or y).source or None
     return None
 
 
-def _merge(versions: list[Any], sizes: Sizes, where: str | None) -> Any:
+def _merge(versions: list[Any], sizes: InputSizes, where: str | None) -> Any:
     first = versions[0]
-    if isinstance(first, Ref):
+    if isinstance(first, StepRef):
         if any(v != first for v in versions):
             raise Declined("its forward wires its steps differently for different inputs", where)
         return first

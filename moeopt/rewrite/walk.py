@@ -2,7 +2,7 @@
 
 From the block's modules, their classes and the globals of the functions that ran, attributes, keys, closures and
 defaults are followed by name through objects of any kind. What ends a path is a plain value, spelled as text so that
-copies and pickles can be compared; on the way each link becomes a term of a :class:`Probe`. No code of the objects
+copies and pickles can be compared; on the way each link becomes a term of a :class:`GuardExpression`. No code of the objects
 runs: tables are read directly.
 """
 
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from moeopt.options import variables
 from moeopt.rewrite.code import digest, filled, fingerprint, foreign, installed, words
-from moeopt.rewrite.probe import Probe
+from moeopt.rewrite.guard_expression import GuardExpression
 from moeopt.rewrite.ran import Ran
 from moeopt.rewrite.spell import INERT, Spelled, array_text, inert, is_array, key_text, plain, readable, tensor_text
 
@@ -73,7 +73,9 @@ class Walk:
         opaque: objects that can only be told apart by identity.
     """
 
-    def __init__(self, root: nn.Module, bounds: Bounds, probe: Probe, called: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, root: nn.Module, bounds: Bounds, probe: GuardExpression, called: frozenset[int] = frozenset()
+    ) -> None:
         self.ran, self.names, self.ignored = bounds.ran, bounds.names, bounds.ignored
         self.whole, self.tables, self._called = set(bounds.whole), dict(bounds.tables), called
         self.probe = probe
@@ -91,7 +93,7 @@ class Walk:
 
     # -- where it starts -----------------------------------------------------------------------------
 
-    def module(self, path: str, module: nn.Module, written: set[str], probe: Probe) -> None:
+    def module(self, path: str, module: nn.Module, written: set[str], probe: GuardExpression) -> None:
         """The attributes of a module of the block but those ``written`` by it; ``probe`` gets the links to them."""
         held = module.__dict__
         for name in self._mentioned(held):
@@ -126,7 +128,7 @@ class Walk:
 
     # -- one value -----------------------------------------------------------------------------------
 
-    def _link(self, probe: Probe, table: Any, key: Any, value: Any, place: str) -> None:
+    def _link(self, probe: GuardExpression, table: Any, key: Any, value: Any, place: str) -> None:
         if place not in self.ignored:
             probe.item(table, key, value)
             self.visit(place, value)

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from moeopt.capture.call_roles import Prototype
+from moeopt.capture.call_roles import CallSpec
 from moeopt.verification.results import Case
 
 MAX_TOKENS = 1024
@@ -35,13 +35,13 @@ MANY, FEWEST = 521, 128
 
 
 def adversarial_cases(
-    proto: Prototype,
+    call_spec: CallSpec,
     num_experts: int,
     *,
     level: Literal["strict", "fast", "off"] = "strict",
     seed: int = 0,
     router_rows: Tensor | None = None,
-    most: int = MANY,
+    max_tokens: int = MANY,
 ) -> list[Case]:
     """Cases for a block of ``num_experts`` experts (1 for a dense FFN).
 
@@ -53,27 +53,27 @@ def adversarial_cases(
     """
     if level == "off":
         return []
-    build = _Builder(proto, num_experts, seed, router_rows)
+    build = _CaseBuilder(call_spec, num_experts, seed, router_rows)
     chosen = [build.every_expert(), build.one_token(), build.one_expert(), *build.turned()]
     if level == "strict":
         chosen += [build.few_experts(), build.exact_ties(), build.extreme_magnitudes(), build.non_finite()]
-        if min(most, MANY) >= FEWEST:
-            chosen.append(build.many_tokens(min(most, MANY)))
+        if min(max_tokens, MANY) >= FEWEST:
+            chosen.append(build.many_tokens(min(max_tokens, MANY)))
     return chosen
 
 
-class _Builder:
-    def __init__(self, proto: Prototype, num_experts: int, seed: int, router_rows: Tensor | None) -> None:
-        self.proto = proto
+class _CaseBuilder:
+    def __init__(self, call_spec: CallSpec, num_experts: int, seed: int, router_rows: Tensor | None) -> None:
+        self.call_spec = call_spec
         self.experts = max(num_experts, 1)
         self.router_rows = router_rows
         self.generator = torch.Generator().manual_seed(seed)
-        self.tokens = proto.indices("tokens")
+        self.tokens = call_spec.indices("tokens")
 
     def every_expert(self) -> Case:
-        slots = min((self.proto.slots(n) for n in self.proto.routed()), default=1)
+        slots = min((self.call_spec.slots(n) for n in self.call_spec.routed()), default=1)
         aimed = 0 if self.router_rows is None else len(self.router_rows)
-        count = aimed + 16 if aimed else math.ceil(4 * self.experts / (slots if self.proto.routed() else 2))
+        count = aimed + 16 if aimed else math.ceil(4 * self.experts / (slots if self.call_spec.routed() else 2))
         count = max(min(count, MAX_TOKENS), 64)
         rows = self.draw(count + count % 2)
         for n in self.tokens if aimed else []:
@@ -85,7 +85,7 @@ class _Builder:
         return self.case("every expert", self.batched(count + count % 2), rows, range(self.experts))
 
     def one_token(self) -> Case:
-        return self.case("one token", (1,) * len(self.proto.grid), self.draw(1), range(self.experts))
+        return self.case("one token", (1,) * len(self.call_spec.grid), self.draw(1), range(self.experts))
 
     def one_expert(self) -> Case:
         rows = self.draw(7)
@@ -94,11 +94,11 @@ class _Builder:
         return self.case("one expert", self.flat(7), rows, [self.pick(1)[0]], same=True)
 
     def few_experts(self) -> Case:
-        count = 15 if len(self.proto.grid) > 1 else 5
+        count = 15 if len(self.call_spec.grid) > 1 else 5
         rows = self.draw(count)
         for n in self.tokens:
             rows[n][-2:] = rows[n][:2]
-        grid = (1,) * (len(self.proto.grid) - 2) + (3, 5) if len(self.proto.grid) > 1 else (5,)
+        grid = (1,) * (len(self.call_spec.grid) - 2) + (3, 5) if len(self.call_spec.grid) > 1 else (5,)
         return self.case("few experts, ragged", grid, rows, self.pick(2))
 
     def exact_ties(self) -> Case:
@@ -133,9 +133,9 @@ class _Builder:
     def turned(self) -> list[Case]:
         """The given call, with other values in one of the arguments that may switch something on or off."""
         cases = []
-        for n, leaf in enumerate(self.proto.leaves):
+        for n, leaf in enumerate(self.call_spec.leaves):
             if leaf.role in ("static", "weights", "pairs"):
-                call = self.proto.replaced(n, lambda own: _turned(own, self.generator))
+                call = self.call_spec.replaced(n, lambda own: _turned(own, self.generator))
                 if call is not None:
                     cases.append(Case(f"argument {n} turned", *call))
         return cases
@@ -144,10 +144,10 @@ class _Builder:
         """``count`` rows of each leaf: half the prototype's (in one order for all leaves), half new ones."""
         source = int(torch.randint(1 << 30, (), generator=self.generator))
         rows: dict[int, Tensor] = {}
-        for n, leaf in enumerate(self.proto.leaves):
+        for n, leaf in enumerate(self.call_spec.leaves):
             if not leaf.lead:
                 continue
-            own = self.proto.rows(n)
+            own = self.call_spec.rows(n)
             generator = torch.Generator().manual_seed(source)
             order = torch.randint(max(len(own), 1), (count,), generator=generator).to(own.device)
             new = own[order].clone()
@@ -193,34 +193,34 @@ class _Builder:
         same: bool = False,
         alike: Tensor | None = None,
     ) -> Case:
-        for n in self.proto.routed():
+        for n in self.call_spec.routed():
             order = self.pick(self.experts) if isinstance(experts, range) else list(experts)
-            dropped = rows[n].flatten(1).any(1) if self.proto.leaves[n].role == "choices" else None
-            ids = self.ids(self.proto.slots(n), len(rows[n]), order, same)
+            dropped = rows[n].flatten(1).any(1) if self.call_spec.leaves[n].role == "choices" else None
+            ids = self.ids(self.call_spec.slots(n), len(rows[n]), order, same)
             if alike is not None:
                 ids[alike] = ids[:1].clone()
-            rows[n] = self.proto.naming(n, ids)
+            rows[n] = self.call_spec.naming(n, ids)
             if dropped is not None:  # a token that the given mask drops stays dropped
                 rows[n][~dropped] = 0
-        args, kwargs = self.proto.with_tokens(grid, rows)
+        args, kwargs = self.call_spec.with_tokens(grid, rows)
         return Case(name, args, kwargs)
 
     def flat(self, count: int) -> tuple[int, ...]:
-        return (1,) * (len(self.proto.grid) - 1) + (count,)
+        return (1,) * (len(self.call_spec.grid) - 1) + (count,)
 
     def batched(self, count: int) -> tuple[int, ...]:
-        if len(self.proto.grid) == 1:
+        if len(self.call_spec.grid) == 1:
             return (count,)
-        return (2,) + (1,) * (len(self.proto.grid) - 2) + (count // 2,)
+        return (2,) + (1,) * (len(self.call_spec.grid) - 2) + (count // 2,)
 
 
-def _turned(own: Tensor, generator: Generator) -> Tensor | None:
+def _turned(original: Tensor, generator: Generator) -> Tensor | None:
     """Flags of both values, integers with zeros among them, floats with zeros among them; None for anything else."""
-    if own.dim() == 0 or own.numel() < 2 or own.is_complex():
+    if original.dim() == 0 or original.numel() < 2 or original.is_complex():
         return None
-    other = torch.rand(own.shape, generator=generator).to(own.device) < 0.4
-    if own.dtype == torch.bool:
-        return own ^ other
-    if not own.is_floating_point() and bool(((own == 0) | (own == 1)).all()):
-        return torch.where(other, 1 - own, own)
-    return torch.where(other, torch.zeros_like(own), own)
+    other = torch.rand(original.shape, generator=generator).to(original.device) < 0.4
+    if original.dtype == torch.bool:
+        return original ^ other
+    if not original.is_floating_point() and bool(((original == 0) | (original == 1)).all()):
+        return torch.where(other, 1 - original, original)
+    return torch.where(other, torch.zeros_like(original), original)

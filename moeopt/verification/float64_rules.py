@@ -38,7 +38,7 @@ MOVES = frozenset(f"aten::{name}" for name in _MOVES.split()) | LIKES
 """Ops that move values or make constants: run as they are, the result is then exact when widened."""
 
 
-class Plan:
+class Float64Rule:
     """How one op is run, decided once per OpOverload."""
 
     def __init__(self, func: OpOverload) -> None:
@@ -136,7 +136,7 @@ class Plan:
         return back.get(id(out), out)
 
 
-class Widener(TorchFunctionMode):
+class UpcastArguments(TorchFunctionMode):
     """Widens the arguments of functions that refuse mixed dtypes before any op is dispatched."""
 
     _picky = frozenset(
@@ -150,12 +150,12 @@ class Widener(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-PLANS: dict[OpOverload, Plan] = {}
+FLOAT64_RULES: dict[OpOverload, Float64Rule] = {}
 
 
-def plan_of(func: OpOverload) -> Plan:
+def float64_rule_of(func: OpOverload) -> Float64Rule:
     """The plan of an op, made on first use."""
-    return PLANS.setdefault(func, Plan(func))
+    return FLOAT64_RULES.setdefault(func, Float64Rule(func))
 
 
 def chooses(func: OpOverload, args: Any, kwargs: Any) -> bool:

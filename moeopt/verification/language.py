@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.verification.state import Guard
+from moeopt.verification.state import RestoreState
 
 
 def find_ids(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -61,7 +61,7 @@ def greedy_agreement(original: Any, optimized: Any, ids_BS: Tensor, steps: int) 
     """Share of ``steps`` greedily generated tokens per row that are equal, counted up to the first difference."""
     generated = []
     for model in (original, optimized):
-        with torch.no_grad(), Guard(model):
+        with torch.no_grad(), RestoreState(model):
             tokens = model.generate(ids_BS.clone(), max_new_tokens=steps, do_sample=False)
         generated.append(tokens[:, -steps:])
     old, new = generated

@@ -30,7 +30,7 @@ from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR, MISTRUST
 from moeopt.verification.language import find_ids, find_logits, greedy_agreement, language_metrics
 from moeopt.verification.pins import RoutingLog, RoutingPins
-from moeopt.verification.state import Guard, clone_inputs, modules_of
+from moeopt.verification.state import RestoreState, clone_inputs_and_objects, modules_of
 from moeopt.verification.trees import describe, equal_leaves, flatten
 
 DRAWS = 3
@@ -79,9 +79,9 @@ class EndToEnd:
 def run_plain(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Outputs of ``fn`` on cloned inputs, with no gradient and no trace left on ``fn``."""
     buffers = [(b, b.detach().clone()) for module in modules_of(fn) for b in module.buffers()]
-    with torch.inference_mode(False), torch.no_grad(), Guard(fn):
+    with torch.inference_mode(False), torch.no_grad(), RestoreState(fn):
         try:
-            return fn(*clone_inputs(tuple(args)), **clone_inputs(dict(kwargs)))
+            return fn(*clone_inputs_and_objects(tuple(args)), **clone_inputs_and_objects(dict(kwargs)))
         finally:
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
@@ -159,7 +159,7 @@ class OriginalRuns:
         return cls(want, noisy)
 
 
-def compare_outputs(want: Any, got: Any, noisy: Sequence[Any], quiet: Any = None) -> EndToEnd:
+def compare_outputs(want: Any, got: Any, noisy: Sequence[Any], noiseless: Any = None) -> EndToEnd:
     """Judge outputs ``got`` against ``want``.
 
     Args:
@@ -172,7 +172,7 @@ def compare_outputs(want: Any, got: Any, noisy: Sequence[Any], quiet: Any = None
         return EndToEnd(False, f"the optimised model returns another structure than the original: {forms}")
     result = EndToEnd(True, outputs=len(wants))
     others = [flatten(tree)[0] for tree in noisy]
-    still = wants if quiet is None else flatten(quiet)[0]
+    still = wants if noiseless is None else flatten(noiseless)[0]
     for number, (a, b) in enumerate(zip(wants, gots, strict=True)):
         shaken = [(leaves[number], still[number]) for leaves in others if len(leaves) == len(wants) == len(still)]
         reason = _leaf(a, b, shaken, result)
@@ -186,7 +186,7 @@ def _leaf(a: Any, b: Any, shaken: list[tuple[Any, Any]], result: EndToEnd) -> st
     """Judge one leaf into ``result``; ``shaken``: noisy and quiet of each draw. The reason why it fails, or ""."""
     if isinstance(a, float) and isinstance(b, float):
         a, b = torch.tensor(a), torch.tensor(b)
-        shaken = [(torch.tensor(noisy), torch.tensor(quiet)) for noisy, quiet in shaken]
+        shaken = [(torch.tensor(noisy), torch.tensor(noiseless)) for noisy, noiseless in shaken]
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return "" if equal_leaves(a, b) else f"is {b!r} instead of {a!r}"
     if (a.shape, a.dtype) != (b.shape, b.dtype):
@@ -203,7 +203,9 @@ def _leaf(a: Any, b: Any, shaken: list[tuple[Any, Any]], result: EndToEnd) -> st
     if not len(d):
         return ""
     moved = [
-        token_distance(noisy, quiet).nan_to_num(0.0)[pattern.both] for noisy, quiet in shaken if noisy.shape == a.shape
+        token_distance(noisy, noiseless).nan_to_num(0.0)[pattern.both]
+        for noisy, noiseless in shaken
+        if noisy.shape == a.shape
     ]
     sound = torch.stack(moved).amax(0) * FACTOR <= CEILING if moved else torch.ones_like(d, dtype=torch.bool)
     if not sound.any():

@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from moeopt.capture.witness_inputs import prototypes
+from moeopt.capture.probe_inputs import call_specs
 from moeopt.errors import Declined, UsageError
-from moeopt.find.example_inputs import Call
+from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.verification.block import BlockCheck, Case, verify_block
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.model import run_plain
-from moeopt.verification.state import clone_inputs
+from moeopt.verification.state import clone_inputs_and_objects
 
 EXPERTS = 16
 """How many a plain module is taken to have: it sets how many tokens the case has that shall reach each of them."""
@@ -55,7 +55,7 @@ def _same_tensors(a: nn.Module, b: nn.Module) -> bool:
 
 
 def check_blocks(
-    original: nn.Module, model: nn.Module, call: Call, names: Sequence[str], experts: Mapping[str, int],
+    original: nn.Module, model: nn.Module, call: ArgsKwargs, names: Sequence[str], experts: Mapping[str, int],
     level: Literal["strict", "fast"], seed: int,
 ) -> list[BlockCheck]:  # fmt: skip
     """Verify submodules of ``model`` against those of ``original``, on the calls that ``call`` makes of them.
@@ -81,11 +81,11 @@ def check_blocks(
             continue
         cases = [Case("the given inputs", *calls[name])]
         try:
-            proto = next(prototypes(*calls[name]), None)
+            call_spec = next(call_specs(*calls[name]), None)
         except Declined:
-            proto = None
-        if proto is not None and (label in experts or not proto.indices("ids")):
-            cases = adversarial_cases(proto, experts.get(label, EXPERTS), level=level, seed=seed) + cases
+            call_spec = None
+        if call_spec is not None and (label in experts or not call_spec.indices("ids")):
+            cases = adversarial_cases(call_spec, experts.get(label, EXPERTS), level=level, seed=seed) + cases
         forward = rewritten_forward(others[name])
         before = 0 if forward is None else forward.fallbacks
         check = verify_block(label, known[name], others[name], cases, level=level)
@@ -104,14 +104,14 @@ def _refused(check: BlockCheck, forward: RewrittenForward | None, before: int) -
         )
 
 
-def _first_calls(model: nn.Module, call: Call, names: Sequence[str]) -> dict[str, Call]:
-    found: dict[str, Call] = {}
+def _first_calls(model: nn.Module, call: ArgsKwargs, names: Sequence[str]) -> dict[str, ArgsKwargs]:
+    found: dict[str, ArgsKwargs] = {}
     handles = []
     for name in names:
 
         def keep(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
             if name not in found:
-                found[name] = clone_inputs((tuple(args), dict(kwargs)))
+                found[name] = clone_inputs_and_objects((tuple(args), dict(kwargs)))
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True))
     try:

@@ -22,8 +22,15 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeopt.ops.intercept import left_alone
-from moeopt.verification.float64_rules import PLANS, Plan, Widener, chooses, plan_of, widen
+from moeopt.ops.override import default_impl
+from moeopt.verification.float64_rules import (
+    FLOAT64_RULES,
+    Float64Rule,
+    UpcastArguments,
+    chooses,
+    float64_rule_of,
+    widen,
+)
 from moeopt.verification.selections import (
     Event,
     OracleError,
@@ -34,7 +41,7 @@ from moeopt.verification.selections import (
     make_event,
     regather,
 )
-from moeopt.verification.state import Guard, clone_inputs
+from moeopt.verification.state import RestoreState, clone_inputs_and_objects
 
 
 def record_selections(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Selections]:
@@ -43,9 +50,9 @@ def record_selections(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     Inputs, parameters, buffers, attributes and the RNG are as before afterwards. Whatever ``fn``
     raises is raised.
     """
-    with torch.inference_mode(False), torch.no_grad(), Guard(fn) as guard:
-        mode = _Recorder(guard)
-        own_args, own_kwargs = clone_inputs(args), clone_inputs(dict(kwargs))
+    with torch.inference_mode(False), torch.no_grad(), RestoreState(fn) as guard:
+        mode = _ChoiceRecorder(guard)
+        own_args, own_kwargs = clone_inputs_and_objects(args), clone_inputs_and_objects(dict(kwargs))
         with mode:
             outputs = fn(*own_args, **own_kwargs)
         mode.selections.state = guard.after()
@@ -70,7 +77,7 @@ def oracle_run(
 ) -> tuple[Any, bool]:
     """:func:`run_oracle`, and whether all of it ran in float64 (no value parked in a low-precision tensor)."""
     mode = _Oracle(selections)
-    with left_alone():  # another runtime has no float64 form of its lowering: the op's own definition answers
+    with default_impl():  # another runtime has no float64 form of its lowering: the op's own definition answers
         outputs = run_in(fn, args, kwargs, mode)
     return outputs, not mode.rounded
 
@@ -82,8 +89,8 @@ def run_pinned(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def run_in(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Pinned) -> Any:
     """Run ``fn(*args, **kwargs)`` under ``mode``, leaving no trace; ``OracleError`` if it stops."""
-    with torch.inference_mode(False), torch.no_grad(), Guard(fn) as guard:
-        own_args, own_kwargs = clone_inputs(args), clone_inputs(dict(kwargs))
+    with torch.inference_mode(False), torch.no_grad(), RestoreState(fn) as guard:
+        own_args, own_kwargs = clone_inputs_and_objects(args), clone_inputs_and_objects(dict(kwargs))
         mode.guard = guard
         try:
             with mode, mode.around():
@@ -96,17 +103,17 @@ def run_in(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         return mode.widened(outputs)
 
 
-class _Recorder(TorchDispatchMode):
+class _ChoiceRecorder(TorchDispatchMode):
     """Runs ops as they are; keeps what was chosen."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: RestoreState) -> None:
         super().__init__()
         self.guard = guard
         self.selections = Selections()
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        plan = PLANS.get(func) or plan_of(func)
+        plan = FLOAT64_RULES.get(func) or float64_rule_of(func)
         if plan.written:
             for tensor in plan.targets(args, kwargs):
                 self.guard.before_write(tensor)
@@ -123,7 +130,7 @@ class Pinned(TorchDispatchMode):
 
     def __init__(self, selections: Selections) -> None:
         super().__init__()
-        self.guard: Guard
+        self.guard: RestoreState
         self.rounded = False  # some result was written to a tensor of lower precision
         self._events = selections.events
         self._cursor = 0
@@ -131,20 +138,20 @@ class Pinned(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        plan = PLANS.get(func) or plan_of(func)
+        plan = FLOAT64_RULES.get(func) or float64_rule_of(func)
         if plan.may_choose and func in self._ops and chooses(func, args, kwargs):
             floating, shapes = floats_and_shapes(args, kwargs)
             if floating:
                 return self.choose(plan, func, args, kwargs, shapes)
         return self.compute(plan, func, args, kwargs)
 
-    def compute(self, plan: Plan, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def compute(self, plan: Float64Rule, func: OpOverload, args: Any, kwargs: Any) -> Any:
         if plan.written:
             for tensor in plan.targets(args, kwargs):
                 self.guard.before_write(tensor)
         return func(*args, **kwargs)
 
-    def choose(self, plan: Plan, func: OpOverload, args: Any, kwargs: Any, shapes: Any) -> Any:
+    def choose(self, plan: Float64Rule, func: OpOverload, args: Any, kwargs: Any, shapes: Any) -> Any:
         event = self._next(func, shapes)
         pinned = regather(func, args, kwargs, event.outputs)
         if plan.written:
@@ -197,7 +204,7 @@ class Pinned(TorchDispatchMode):
 class _Oracle(Pinned):
     """Runs ops in float64, choices pinned."""
 
-    def compute(self, plan: Plan, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def compute(self, plan: Float64Rule, func: OpOverload, args: Any, kwargs: Any) -> Any:
         try:
             return plan.run(self, func, args, kwargs)
         except OracleError:
@@ -206,7 +213,7 @@ class _Oracle(Pinned):
             raise OracleError(f"the float64 oracle cannot run {func}: {_short(err)}") from err
 
     def around(self) -> AbstractContextManager[Any]:
-        return Widener()
+        return UpcastArguments()
 
     def widened(self, outputs: Any) -> Any:
         return pytree.tree_map_only(Tensor, widen, outputs)

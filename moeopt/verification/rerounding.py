@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from moeopt.verification.distance import token_distance
-from moeopt.verification.float64_rules import LOW, MOVES, Plan
+from moeopt.verification.float64_rules import LOW, MOVES, Float64Rule
 from moeopt.verification.oracle import Pinned, run_in
 from moeopt.verification.selections import Selections
 from moeopt.verification.trees import flatten
@@ -75,7 +75,7 @@ class _Rerounded(Pinned):
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def compute(self, plan: Plan, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def compute(self, plan: Float64Rule, func: OpOverload, args: Any, kwargs: Any) -> Any:
         if func.is_view or func._schema.name in EXACT:
             return super().compute(plan, func, args, kwargs)
         if plan.written:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module, type)
 
 
-def clone_inputs(tree: Any) -> Any:
+def clone_inputs_and_objects(tree: Any) -> Any:
     """``tree`` with every tensor cloned; dataclasses and other containers are copied, modules are not."""
     return pytree.tree_map(_clone_leaf, tree)
 
@@ -36,7 +36,7 @@ def _clone_leaf(leaf: Any) -> Any:
     if dataclasses.is_dataclass(leaf):
         twin = copy.copy(leaf)
         for field in dataclasses.fields(leaf):
-            object.__setattr__(twin, field.name, clone_inputs(getattr(leaf, field.name)))
+            object.__setattr__(twin, field.name, clone_inputs_and_objects(getattr(leaf, field.name)))
         return twin
     return copy.deepcopy(leaf)
 
@@ -72,7 +72,7 @@ def _filled(cell: types.CellType) -> bool:
     return True
 
 
-class Guard:
+class RestoreState:
     """Context manager: snapshot of what ``fn`` may change on itself, restored on exit.
 
     Tensors are saved lazily: a dispatch mode calls :meth:`before_write` with each tensor that an op
@@ -84,7 +84,7 @@ class Guard:
         self._saved: dict[int, Tensor] = {}
         self.written: list[str] = []
 
-    def __enter__(self) -> Guard:
+    def __enter__(self) -> RestoreState:
         self._modules = list(_unique_modules(self._roots))
         self._attributes = [(m, dict(m.__dict__)) for _, m in self._modules]
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []

@@ -36,7 +36,7 @@ ORDINARY = 32
 
 
 @dataclass
-class Rows:
+class SteeredRows:
     """Rows for a block: ``values`` (R, H), and for each what kind it is of."""
 
     name: str
@@ -74,7 +74,7 @@ class _Products(TorchDispatchMode):
 
 def steered_rows(
     ordinary: Tensor, run: Callable[[Tensor], Iterable[Tensor]], experts: int, generator: torch.Generator
-) -> list[Rows]:
+) -> list[SteeredRows]:
     """The rows of the module's table, as one call each.
 
     Args:
@@ -114,7 +114,7 @@ def steered_rows(
             for times in (1, 3, 10, 30, 100):
                 add(times * along, "a row that steers its router's scores up")
                 add(-times * along, "a row that steers its router's scores down")
-    steered = Rows("steered router", torch.cat(values), kinds)
+    steered = SteeredRows("steered router", torch.cat(values), kinds)
     values, kinds = [base], ["an ordinary row"] * len(base)
     add(torch.zeros_like(base[:3]), "a row of zeros")
     add(base[:1].repeat(3, 1), "a copy of another row")
@@ -123,12 +123,12 @@ def steered_rows(
     for power in POWERS:
         if smallest < power < largest:
             add(base[:3] * 10.0**power, f"a row 10^{power} times the ordinary")
-    sized = Rows("zero, tiny and huge rows", torch.cat(values), kinds)
+    sized = SteeredRows("zero, tiny and huge rows", torch.cat(values), kinds)
     broken = base[:9].clone()
     broken[len(broken) // 2] = math.nan
     kinds = ["a row of NaN" if n == len(broken) // 2 else "a row beside one of NaN" for n in range(len(broken))]
-    every = [steered, sized, Rows("a row of NaN beside others", broken, kinds)]
-    return [Rows(rows.name, rows.values.to(ordinary.dtype), rows.kinds) for rows in every]
+    every = [steered, sized, SteeredRows("a row of NaN beside others", broken, kinds)]
+    return [SteeredRows(rows.name, rows.values.to(ordinary.dtype), rows.kinds) for rows in every]
 
 
 def _direction(product: _Product, ordinary: Tensor) -> tuple[Tensor | None, bool]:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.experts import experts
-from moeopt.ops.intercept import intercepted, left_alone
+from moeopt.ops.override import default_impl, override_experts_impl
 from moeopt.rewrite.site_names import site_names
 from moeopt.verification.judge import FACTOR
 from moeopt.verification.model import run_plain
@@ -31,7 +31,7 @@ from moeopt.verification.selections import Event
 
 
 @dataclass
-class Choice:
+class RoutedCall:
     """What one call of the experts' op was given, and the routing choices made since the call before.
 
     ``ids`` (T, K) int64, ``weights`` (T, K).
@@ -45,7 +45,7 @@ class Choice:
 
 def choices_of(
     model: nn.Module, args: Any, kwargs: Any, pinned: dict[str, Tensor] | None = None
-) -> tuple[Any, list[Choice]]:
+) -> tuple[Any, list[RoutedCall]]:
     """Outputs of a model whose blocks were rewritten, and each site's choice.
 
     Args:
@@ -58,7 +58,7 @@ def choices_of(
     return _run(model, args, kwargs, {}, {})
 
 
-def _pins(choices: Sequence[Choice], pinned: Mapping[str, Tensor]) -> dict[int, Callable[[Tensor], Tensor]]:
+def _pins(choices: Sequence[RoutedCall], pinned: Mapping[str, Tensor]) -> dict[int, Callable[[Tensor], Tensor]]:
     """For the log: the choice that gave each site its ids, so that all that reads it sees the pinned ones."""
     found: dict[int, Callable[[Tensor], Tensor]] = {}
     number = 0
@@ -76,19 +76,19 @@ def _pins(choices: Sequence[Choice], pinned: Mapping[str, Tensor]) -> dict[int, 
     return found
 
 
-def _pinned(ids_TK: Tensor, own: Tensor) -> Tensor:
-    return in_place_of(own.reshape(ids_TK.shape), ids_TK.to(own)).reshape(own.shape)
+def _pinned(ids_TK: Tensor, original: Tensor) -> Tensor:
+    return in_place_of(original.reshape(ids_TK.shape), ids_TK.to(original)).reshape(original.shape)
 
 
 def _run(
     model: nn.Module, args: Any, kwargs: Any, pinned: Mapping[str, Tensor], pins: dict[int, Callable[[Tensor], Tensor]]
-) -> tuple[Any, list[Choice]]:
+) -> tuple[Any, list[RoutedCall]]:
     name_of = site_names(model)
     log = RoutingLog(pins)
-    found: list[Choice] = []
+    found: list[RoutedCall] = []
     before = 0
 
-    def note(x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor | None:
+    def note(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor | None:
         nonlocal before
         name = name_of(bank)
         if name is None:
@@ -96,15 +96,15 @@ def _run(
         own = ids.detach().long().clone()
         events = log.events[before:]
         by_itself = [e.ids.reshape(own.shape) for n, e in enumerate(events, before) if n in pins]
-        found.append(Choice(name, by_itself[-1] if by_itself else own, weights.detach().clone(), events))
+        found.append(RoutedCall(name, by_itself[-1] if by_itself else own, weights.detach().clone(), events))
         before = len(log.events)
         other = pinned.get(name)
         if other is None or other.shape != ids.shape:
             return None
-        with left_alone():
+        with default_impl():
             return experts(x, in_place_of(own, other.to(own)).to(ids.dtype), weights, bank, spec)
 
-    with intercepted(note), log:
+    with override_experts_impl(note), log:
         outputs = run_plain(model, args, kwargs)
     return outputs, found
 
@@ -121,13 +121,13 @@ def in_place_of(own_TK: Tensor, other_TK: Tensor) -> Tensor:
     return result
 
 
-def differing(choice: Choice, ids_TK: Tensor) -> Tensor:
+def differing(choice: RoutedCall, ids_TK: Tensor) -> Tensor:
     """(T,) bool: which tokens another run with ``ids_TK`` sends elsewhere, experts of weight zero left out."""
     shared = (choice.ids[:, :, None] == ids_TK.to(choice.ids)[:, None, :]).any(-1)
     return (~shared & _counts(choice.weights)).any(-1)
 
 
-def tied_tokens(choice: Choice, eps: float, noisy: Sequence[Choice] = ()) -> tuple[Tensor, Tensor]:
+def tied_tokens(choice: RoutedCall, eps: float, noisy: Sequence[RoutedCall] = ()) -> tuple[Tensor, Tensor]:
     """Two (T,) bool: whose choice rounding decides, and whose scores are exactly equal.
 
     Args:
@@ -159,7 +159,7 @@ def tied_tokens(choice: Choice, eps: float, noisy: Sequence[Choice] = ()) -> tup
     return tied, exact
 
 
-def says_nothing(choice: Choice) -> Tensor:
+def equal_scores(choice: RoutedCall) -> Tensor:
     """(T,) bool: rows on which the router gives every expert the same score, as a gate of zeros does."""
     T = len(choice.ids)
     found = torch.zeros(T, dtype=torch.bool)
@@ -171,7 +171,7 @@ def says_nothing(choice: Choice) -> Tensor:
     return found
 
 
-def _gap(scores_TE: Tensor, ids: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+def _gap(scores_TE: Tensor, ids: Tensor, choice: RoutedCall) -> tuple[Tensor, Tensor]:
     """How near the nearest chosen and not chosen scores of each token are, and whether two are equal, in effect."""
     T, E = scores_TE.shape
     site = choice.ids.cpu()
@@ -198,7 +198,7 @@ def _counts(weights: Tensor) -> Tensor:
     return weights.abs() > torch.finfo(weights.dtype).tiny
 
 
-def _effective(choice: Choice) -> Tensor:
+def _effective(choice: RoutedCall) -> Tensor:
     return torch.where(_counts(choice.weights), choice.ids, -1).sort(-1).values
 
 
@@ -208,6 +208,6 @@ def exactly_tied(events: Sequence[Event]) -> bool:
         assert event.scores is not None
         scores = event.scores.reshape(-1, event.scores.shape[-1]).double().cpu()
         ids = event.ids.reshape(len(scores), -1).cpu()
-        if scores.shape[-1] > 1 and bool(_gap(scores, ids, Choice("", ids, torch.ones(ids.shape), []))[1].any()):
+        if scores.shape[-1] > 1 and bool(_gap(scores, ids, RoutedCall("", ids, torch.ones(ids.shape), []))[1].any()):
             return True
     return False

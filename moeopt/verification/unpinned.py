@@ -33,8 +33,8 @@ from moeopt.verification.oracle import record_selections, run_oracle, run_pinned
 from moeopt.verification.results import CaseResult, Fail
 from moeopt.verification.row_calls import RowCalls, Unpinned
 from moeopt.verification.selections import OracleError, Selections
-from moeopt.verification.steering import Rows, steered_rows
-from moeopt.verification.ties import Choice, choices_of, differing, says_nothing, tied_tokens
+from moeopt.verification.steering import SteeredRows, steered_rows
+from moeopt.verification.ties import RoutedCall, choices_of, differing, equal_scores, tied_tokens
 from moeopt.verification.trees import flatten
 
 DRAWS = 3
@@ -48,8 +48,8 @@ counted and told, and refuse nothing.
 
 def check_unpinned(block: Unpinned, seed: int = 0) -> list[CaseResult]:
     """One result for each call of ``steering``, up to the first that failed; none where no argument holds rows."""
-    leaf = next((n for n in block.proto.indices("tokens") if block.proto.rows(n).dim() == 2), None)
-    if leaf is None or not len(block.proto.rows(leaf)):
+    leaf = next((n for n in block.call_spec.indices("tokens") if block.call_spec.rows(n).dim() == 2), None)
+    if leaf is None or not len(block.call_spec.rows(leaf)):
         return []
     calls = RowCalls(block, leaf, seed)
     results: list[CaseResult] = []
@@ -65,7 +65,7 @@ def check_unpinned(block: Unpinned, seed: int = 0) -> list[CaseResult]:
     return results
 
 
-def _run_case(block: Unpinned, calls: RowCalls, rows: Rows, result: CaseResult, again: bool = False) -> None:
+def _run_case(block: Unpinned, calls: RowCalls, rows: SteeredRows, result: CaseResult, again: bool = False) -> None:
     args, kwargs = calls.call(rows.values)
     try:
         y_orig, chosen = record_selections(block.original, args, kwargs)
@@ -93,7 +93,7 @@ def _run_case(block: Unpinned, calls: RowCalls, rows: Rows, result: CaseResult, 
                     tied, elsewhere = tied | here, elsewhere | moved
                     named |= (ids[choice.name].cpu().sort(-1).values != choice.ids.cpu().sort(-1).values).any(-1)
         own = _ordinary_rows(rows)
-        informed = ~functools.reduce(torch.logical_or, map(says_nothing, choices), torch.zeros_like(tied))
+        informed = ~functools.reduce(torch.logical_or, map(equal_scores, choices), torch.zeros_like(tied))
         often = int((elsewhere & informed)[own].sum())
         if often > OFTEN * len(own) and len(own) > 4 and not again:
             raise Fail(
@@ -110,15 +110,15 @@ def _run_case(block: Unpinned, calls: RowCalls, rows: Rows, result: CaseResult, 
         values, kinds = rows.values.clone(), list(rows.kinds)
         for i in tied.nonzero().flatten().tolist():
             values[i], kinds[i] = rows.values[sound[i % len(sound)]], "an ordinary row"
-        _run_case(block, calls, Rows(rows.name, values, kinds), result, again=True)
+        _run_case(block, calls, SteeredRows(rows.name, values, kinds), result, again=True)
 
 
-def _ordinary_rows(rows: Rows) -> list[int]:
+def _ordinary_rows(rows: SteeredRows) -> list[int]:
     return [i for i, kind in enumerate(rows.kinds) if kind == "an ordinary row"]
 
 
 def _routing(
-    choice: Choice, ids: Tensor, eps: float, noisy: list[Choice], rows: Rows, result: CaseResult
+    choice: RoutedCall, ids: Tensor, eps: float, noisy: list[RoutedCall], rows: SteeredRows, result: CaseResult
 ) -> tuple[Tensor, Tensor]:
     """(T,) bool, twice: which tokens are tied, and which of them the runtime sends elsewhere. ``Fail`` for a flip."""
     ids = ids.cpu()
@@ -138,7 +138,7 @@ def _routing(
     return tied, moved & tied
 
 
-def _finite(rows: Rows, ours: list[Any], theirs: list[Any]) -> None:
+def _finite(rows: SteeredRows, ours: list[Any], theirs: list[Any]) -> None:
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if not _floating(a) or not a.numel():
             continue
@@ -154,7 +154,7 @@ def _finite(rows: Rows, ours: list[Any], theirs: list[Any]) -> None:
 
 
 def _numbers(
-    block: Unpinned, calls: RowCalls, rows: Rows, pinned: tuple[Any, Any, Selections], leaves: list[list[Any]],
+    block: Unpinned, calls: RowCalls, rows: SteeredRows, pinned: tuple[Any, Any, Selections], leaves: list[list[Any]],
     elsewhere: Tensor, named: Tensor, result: CaseResult,
 ) -> None:  # fmt: skip
     """Judge the floating outputs, one kind of rows after the other.
@@ -213,7 +213,7 @@ def _bound(where: str, mine: Tensor, theirs: Tensor, moved: list[Tensor], eps: f
         )
 
 
-def _faint(choices: Sequence[Choice], tokens: int) -> Tensor:
+def _faint(choices: Sequence[RoutedCall], tokens: int) -> Tensor:
     """(T,) bool: tokens whose largest score is below the smallest normal number, and so has lost its digits."""
     found = torch.zeros(tokens, dtype=torch.bool)
     for scores in (e.scores for choice in choices for e in choice.events if e.scores is not None):

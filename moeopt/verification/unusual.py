@@ -14,15 +14,15 @@ from torch.utils import _pytree as pytree
 
 from moeopt.verification.language import find_ids
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def unusual_calls(call: Call) -> list[tuple[str, Call]]:
+def unusual_calls(call: ArgsKwargs) -> list[tuple[str, ArgsKwargs]]:
     """What each call shows, and the call, of the sizes of the given one."""
     leaves, spec = pytree.tree_flatten((tuple(call[0]), dict(call[1])))
     rows = next((n for n, t in enumerate(leaves) if _holds_rows(t)), None)
 
-    def with_leaf(changes: dict[int, Tensor]) -> Call:
+    def with_leaf(changes: dict[int, Tensor]) -> ArgsKwargs:
         return pytree.tree_unflatten([changes.get(n, leaf) for n, leaf in enumerate(leaves)], spec)
 
     if rows is not None:

@@ -135,5 +135,5 @@ def test_nobody_else_asks_which_backend_it_is():
         text = path.read_text()
         assert not re.search(r"backend\s*(==|!=|in|not in)\s*[\"'(\[]", text), path
         assert not re.search(
-            r"isinstance\([^)]*\b(OnnxEngine|GraphEngine|AbsentEngine|LoadedEngine|TrtBuilt)\b", text
+            r"isinstance\([^)]*\b(OnnxEngine|GraphEngine|OfflineEngine|LoadedEngine|BuiltEngine)\b", text
         ), path

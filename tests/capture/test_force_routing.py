@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moeopt.capture.force_routing import EveryExpert
+from moeopt.capture.force_routing import ForceAllExperts
 from moeopt.capture.tape import record
 from tests.capture.tiny import Run, rand
 
@@ -19,7 +19,7 @@ def one_sided(t):
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_topk_takes_all_experts_in_turn_and_none_twice(k):
-    tape = record(Run(lambda _, s: s.topk(k)), (one_sided(2 * E),), steer=EveryExpert(E, 0))
+    tape = record(Run(lambda _, s: s.topk(k)), (one_sided(2 * E),), steer=ForceAllExperts(E, 0))
     values, ids = (tape.value(n) for n in tape.output)
     assert set(ids.flatten().tolist()) == set(range(E)) and all(len(set(row)) == k for row in ids.tolist())
     assert torch.equal(values, one_sided(2 * E).gather(-1, ids))
@@ -37,7 +37,7 @@ def test_topk_takes_all_experts_in_turn_and_none_twice(k):
     ],
 )
 def test_every_form_of_choice_is_steered(choose):
-    tape = record(Run(lambda _, s: choose(s)), (one_sided(2 * E),), steer=EveryExpert(E, 0))
+    tape = record(Run(lambda _, s: choose(s)), (one_sided(2 * E),), steer=ForceAllExperts(E, 0))
     ids, plain = tape.value(tape.output), choose(one_sided(2 * E))
     assert set(ids.flatten().tolist()) == set(range(E)) and ids.shape == plain.shape and ids.dtype == plain.dtype
     assert torch.equal(tape.concrete_output, ids)  # what follows the choice sees it too
@@ -46,12 +46,12 @@ def test_every_form_of_choice_is_steered(choose):
 def test_a_choice_among_something_else_is_left_alone():
     scores = rand(5, E + 1)
     tape = record(Run(lambda _, s: (s.topk(2)[1], s.argmax(), s.argmax(-1, keepdim=True), s.sum(-1))), (scores,),
-                  steer=EveryExpert(E, 0))  # fmt: skip
+                  steer=ForceAllExperts(E, 0))  # fmt: skip
     got = [tape.value(n) for n in tape.output]
     assert torch.equal(got[0], scores.topk(2)[1]) and int(got[1]) == int(scores.argmax())
     assert torch.equal(got[2], scores.argmax(-1, keepdim=True))
 
 
 def test_the_seed_decides():
-    first, same, other = (EveryExpert(E, s)._steered(one_sided(9), -1, 2, None)[1] for s in (3, 3, 4))
+    first, same, other = (ForceAllExperts(E, s)._steered(one_sided(9), -1, 2, None)[1] for s in (3, 3, 4))
     assert torch.equal(first, same) and not torch.equal(first, other)

@@ -11,7 +11,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("transformers.exporters")
 
 import moeopt
-from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.session import Session
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm, own_generation
 from moeopt.causal_lm.runner import CausalLM
@@ -22,7 +22,7 @@ from tests.families.build import FAMILIES
 
 GREEDY = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False, no_repeat_ngram_size=2)
 ROUNDING = 2e-5
-"""Logits of these models are below 10 and go through two layers of float32 products in another order."""
+"""Logits of these models are below 10 and go through two layers of float32 matmuls in another order."""
 
 
 def exported(name, folder):
@@ -35,8 +35,8 @@ def exported(name, folder):
     optimized = moeopt.optimize(twin, family.inputs(), verify="off").model
     export = export_causal_lm(optimized, (), family.inputs(), lambda line: None)
     assert "forward" not in vars(optimized)
-    plan = Plan("cpu")
-    replace_sites(export.model, [plan.legal(s) for s in export.sites], plan.lowering)
+    plan = OrtPlan("cpu")
+    replace_sites(export.model, [plan.legalize(s) for s in export.sites], plan.lowering)
     own_outputs(export.model.graph)
     onnx_ir.save(export.model, folder / "model.onnx", external_data="model.onnx.data")
     (folder / "signature.json").write_text(json.dumps(export.signature))

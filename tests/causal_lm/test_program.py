@@ -9,7 +9,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("transformers.exporters")
 
-from moeopt.causal_lm.program import Program, check_steps, sized, weights_of
+from moeopt.causal_lm.program import MixerProgram, check_steps, sized, weights_of
 from moeopt.errors import Declined
 from tests.causal_lm.hybrids import mixer_of
 
@@ -68,7 +68,7 @@ def test_declines_where_only_the_state_differs():
 def test_a_program_reads_the_weights_and_states_that_it_is_given():
     mixer = mixer_of("qwen3_next")
     weights, (tokens, states) = [t for _, t in weights_of(mixer)], mixer.sample()
-    program = Program(mixer)
+    program = MixerProgram(mixer)
     want = program(weights, tokens, states)
     assert [tuple(t.shape) for t in want[1:]] == [tuple(t.shape) for t in states]
     for number, held in enumerate(states):

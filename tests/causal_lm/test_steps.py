@@ -11,13 +11,13 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("transformers.exporters")
 
 from moeopt.causal_lm.program import operations
-from moeopt.causal_lm.steps import SIZES, Kind
+from moeopt.causal_lm.steps import SIZES, MixerKind
 from tests.causal_lm.hybrids import TWICE, found, mixer_of
 
 
 def kind_of(mixer):
     """A kind without its graphs, which cost seconds and which ``holds`` does not read."""
-    kind = object.__new__(Kind)
+    kind = object.__new__(MixerKind)
     kind.mixer = mixer
     return kind
 

@@ -107,7 +107,7 @@ def places(model, x=None):
 def test_each_form_of_experts_is_a_place(make, experts):
     model = seeded(lambda: Model(make()))
     (place,) = places(model)
-    assert (place.kind, place.call.path, len(place.chains)) == ("moe", "layers.0.ff", experts)
+    assert (place.kind, place.call.path, len(place.candidates)) == ("moe", "layers.0.ff", experts)
     assert [c.path for c in place.levels] == ["layers.0.ff", "layers.0", ""]
     own = {id(p) for name, p in model.layers[0].ff.named_parameters() if not name.startswith("router.")}
     assert place.weights and place.weights <= own and ".py:" in place.source

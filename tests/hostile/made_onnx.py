@@ -110,7 +110,7 @@ def _onnx() -> Iterator[Made]:
         "an outer product": grown(
             ("ConstantOfShape", ["zz_s"]), ("Unsqueeze", ["zz0", "zz_a"]), ("Mul", ["zz0", "zz1"]), s=[1 << 16], a=[1]
         ),
-        "a matrix product": grown(
+        "a matmul": grown(
             ("ConstantOfShape", ["zz_s"]),
             ("ConstantOfShape", ["zz_t"]),
             ("MatMul", ["zz0", "zz1"]),

@@ -67,7 +67,7 @@ CALLS: dict[str, list[Call]] = {
         ("aten.unsqueeze.default", [_node("zz0"), 1]),
         ("aten.mul.Tensor", [_node("zz0"), _node("zz1")]),
     ],
-    "a matrix product": [
+    "a matmul": [
         ("aten.zeros.default", [[1 << 17, 1]]),
         ("aten.zeros.default", [[1, 1 << 17]]),
         ("aten.mm.default", [_node("zz0"), _node("zz1")]),

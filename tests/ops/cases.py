@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
-from moeopt.ops import Bank, ListBank, StackedBank
+from moeopt.ops import ExpertWeights, ListExpertWeights, StackedExpertWeights
 
 H, I = 6, 5
 HALVES = (None, "float32", "bfloat16", "float16")
@@ -22,7 +22,7 @@ class Case:
     x: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
-    bank: Bank
+    bank: ExpertWeights
     spec: ExpertsSpec
 
     @property
@@ -50,10 +50,12 @@ def make(spec, T=7, E=4, K=2, dtype=torch.float64, stacked=True, biases=True, se
     b_out = randn(E, out_width) if biases else None
     norm = 1 + randn(E, out_width) / 4 if spec.out_norm_eps is not None and seed % 3 else None
     if stacked:
-        bank = StackedBank(w_in, w_out, b_in, b_out, norm)
+        bank = StackedExpertWeights(w_in, w_out, b_in, b_out, norm)
     else:
         listed = [None if t is None else list(t.unbind(0)) for t in (b_out, norm)]
-        bank = ListBank([list(w.unbind(0)) for w in w_in], list(w_out), b_in and [list(b) for b in b_in], *listed)
+        bank = ListExpertWeights(
+            [list(w.unbind(0)) for w in w_in], list(w_out), b_in and [list(b) for b in b_in], *listed
+        )
     low, high = (-2, E + 3) if strange_ids else (0, E)
     ids = torch.randint(low, high, (T, K), generator=g)
     return Case(randn(T, H), ids, torch.rand(T, K, generator=g, dtype=torch.float64).to(dtype), bank, spec)

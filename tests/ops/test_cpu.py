@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import StackedBank, experts_reference
+from moeopt.ops import StackedExpertWeights, experts_reference
 from moeopt.ops.kernels import cpu
 from moeopt.ops.kernels.cpu import experts_cpu
 from tests.ops.cases import cases, coarsest_eps, make, naive
@@ -87,7 +87,7 @@ def test_the_sum_s_order_is_exact(T, combine):
     generator = torch.Generator().manual_seed(T)
     eye = torch.eye(8, dtype=torch.bfloat16)
     scales = (2.0 ** torch.arange(-4, 8, 2)) * torch.tensor([1, -1, 1, 1, -1, 1])
-    bank = StackedBank([eye.repeat(E, 1, 1)], scales.bfloat16().view(E, 1, 1) * eye)
+    bank = StackedExpertWeights([eye.repeat(E, 1, 1)], scales.bfloat16().view(E, 1, 1) * eye)
     x = torch.randint(1, 200, (T, 8), generator=generator).bfloat16()
     ids = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(T)])
     spec = ExpertsSpec(rows="plain", activation="identity", combine=combine)
@@ -98,7 +98,7 @@ def test_the_sum_s_order_is_exact(T, combine):
     assert not torch.equal(experts_reference(x, ids, weights, bank, other), want)
 
 
-class Counting(StackedBank):
+class Counting(StackedExpertWeights):
     """A bank that notes every expert it is asked for."""
 
     def w_in(self, e):

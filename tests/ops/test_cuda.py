@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import StackedBank, experts, experts_reference
+from moeopt.ops import StackedExpertWeights, experts, experts_reference
 from moeopt.ops.kernels.cuda import choose_cuda_path, experts_grouped
 from tests.ops.cases import cases, coarsest_eps, make, naive
 
@@ -63,7 +63,7 @@ def test_torch_s_own_grouped_mm():
     case = make(ExpertsSpec(), T=9, E=4, K=2, dtype=torch.float32, biases=False, strange_ids=True)
     # K = 6 is no multiple of 16 bytes, so pad the widths as a real model has them
     g = torch.Generator().manual_seed(0)
-    bank = StackedBank([torch.randn(4, 32, 16, generator=g)], torch.randn(4, 16, 16, generator=g))
+    bank = StackedExpertWeights([torch.randn(4, 32, 16, generator=g)], torch.randn(4, 16, 16, generator=g))
     x = torch.randn(9, 16, generator=g)
     got = experts_grouped(x, case.ids, case.weights, bank, case.spec)
     want = experts_reference(x, case.ids, case.weights, bank, case.spec)
@@ -83,12 +83,12 @@ def test_on_a_gpu(dtype, rows, layout):
         w = torch.randn(8, out, into, generator=g) / into**0.5
         return (w if layout == "oi" else w.transpose(1, 2).contiguous()).to("cuda", dtype)
 
-    bank = StackedBank([weight(128, 64)] if rows != "separate" else [weight(64, 64)] * 2, weight(64, 64))
+    bank = StackedExpertWeights([weight(128, 64)] if rows != "separate" else [weight(64, 64)] * 2, weight(64, 64))
     ids = torch.randint(-1, 10, (33, 4), generator=g).cuda()
     x, weights = torch.randn(33, 64, generator=g).to("cuda", dtype), torch.rand(33, 4, generator=g).to("cuda", dtype)
     with torch.no_grad():
         got = experts(x, ids, weights, bank, spec).double()
-        wide = StackedBank([w.double() for w in bank.w_in_s], bank.w_out_s.double())
+        wide = StackedExpertWeights([w.double() for w in bank.w_in_s], bank.w_out_s.double())
         want = experts_reference(x.double(), ids, weights.double(), wide, dataclasses.replace(spec))
     eps = 2**-10 if dtype == torch.float32 else torch.finfo(dtype).eps  # float32 GEMMs may run in TF32
     assert (got - want).norm() <= 4 * eps * want.norm()

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import ListBank, StackedBank, experts, experts_reference, flatten, unflatten
+from moeopt.ops import ListExpertWeights, StackedExpertWeights, experts, experts_reference, flatten, unflatten
 from tests.ops.cases import H, make
 
 OP = torch.ops.moeopt.experts.default
@@ -148,11 +148,11 @@ def test_a_dispatch_mode_sees_one_op():
 def test_fake_and_meta_tensors():
     spec = ExpertsSpec(out_dtype="float16")
     with FakeTensorMode():
-        bank = StackedBank([torch.empty(3, 10, H)], torch.empty(3, 9, 5))
+        bank = StackedExpertWeights([torch.empty(3, 10, H)], torch.empty(3, 9, 5))
         y = experts(torch.empty(4, H), torch.empty(4, 2, dtype=torch.int64), torch.empty(4, 2), bank, spec)
         assert y.shape == (4, 9) and y.dtype == torch.float16
     meta = torch.device("meta")
-    bank = StackedBank([torch.empty(3, 10, H, device=meta)], torch.empty(3, 9, 5, device=meta))
+    bank = StackedExpertWeights([torch.empty(3, 10, H, device=meta)], torch.empty(3, 9, 5, device=meta))
     ids = torch.empty(4, 2, dtype=torch.int64, device=meta)
     assert experts(torch.empty(4, H, device=meta), ids, torch.empty(4, 2, device=meta), bank, spec).is_meta
 
@@ -188,7 +188,7 @@ def test_modes_without_gradients(mode):
 def test_unflatten_undoes_flatten(spec, stacked):
     case = make(spec, E=3, stacked=stacked)
     bank = unflatten(flatten(case.bank, spec), spec)
-    assert isinstance(bank, StackedBank if stacked else ListBank)
+    assert isinstance(bank, StackedExpertWeights if stacked else ListExpertWeights)
     assert torch.equal(experts_reference(case.x, case.ids, case.weights, bank, spec), experts_reference(*case.args))
 
 
@@ -196,10 +196,10 @@ def test_unflatten_undoes_flatten(spec, stacked):
 def test_a_bias_that_only_some_have_survives(stacked):
     case = make(ExpertsSpec(rows="separate"), E=3, stacked=True, dtype=torch.float32)
     whole = case.bank
-    bank = StackedBank(whole.w_in_s, whole.w_out_s, [None, whole.b_in_s[1]])
+    bank = StackedExpertWeights(whole.w_in_s, whole.w_out_s, [None, whole.b_in_s[1]])
     if not stacked:
         ups = [None, *whole.b_in_s[1].unbind()[1:]]
-        bank = ListBank([list(w) for w in whole.w_in_s], list(whole.w_out_s), [None, ups])
+        bank = ListExpertWeights([list(w) for w in whole.w_in_s], list(whole.w_out_s), [None, ups])
     case.bank = bank
     torch.testing.assert_close(OP(*op_args(case)), experts_reference(*case.args), rtol=1e-5, atol=1e-5)
     case.x.requires_grad_()

@@ -1,4 +1,4 @@
-"""Every spelling of an expert's matrix product gives the same product."""
+"""Every spelling of an expert's matmul gives the same product."""
 
 import pytest
 import torch

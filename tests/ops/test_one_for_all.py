@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import ListBank
+from moeopt.ops.expert_weights import ListExpertWeights
 from moeopt.ops.kernels import cpu
 from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.reference import experts_reference
@@ -28,7 +28,7 @@ def make(spec, sizes, dtype, bias=True):
     w_out = [tensor(H, I, turn=spec.w_out_layout == "io") for I in sizes]
     b_in = [[tensor(n * I) for I in sizes] for n in widths] if bias else None
     norm = [1 + tensor(H) for _ in sizes] if spec.out_norm_eps is not None else None
-    return ListBank(w_in, w_out, b_in, [tensor(H) for _ in sizes] if bias else None, norm)
+    return ListExpertWeights(w_in, w_out, b_in, [tensor(H) for _ in sizes] if bias else None, norm)
 
 
 def check(x, ids, weights, bank, spec):

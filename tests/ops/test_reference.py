@@ -79,9 +79,9 @@ def test_order_of_the_sum_is_the_spec_s():
     eye = torch.eye(1, dtype=torch.bfloat16)
     scales = torch.tensor([256.0, -256.0, 1.0], dtype=torch.bfloat16).view(3, 1, 1)
     ids, weights = torch.tensor([[2, 0, 1]]), torch.ones(1, 3, dtype=torch.bfloat16)
-    from moeopt.ops import StackedBank
+    from moeopt.ops import StackedExpertWeights
 
-    bank = StackedBank([eye.repeat(3, 1, 1)], scales * eye)
+    bank = StackedExpertWeights([eye.repeat(3, 1, 1)], scales * eye)
     results = {
         combine: experts_reference(
             eye, ids, weights, bank, ExpertsSpec(rows="plain", activation="identity", combine=combine)

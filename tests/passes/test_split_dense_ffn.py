@@ -8,9 +8,9 @@ from moeopt.ir.weight_refs import expert_paths
 from moeopt.ops.reference import experts_reference
 from moeopt.passes.split_dense_ffn import every_group, neighbours, split, weight_one
 from moeopt.recognise.dense_ffn import recognize_dense
-from moeopt.rewrite.live_weights import LiveBank
+from moeopt.rewrite.live_weights import LiveExpertWeights
 from tests.capture.tiny import rand
-from tests.recognise.test_dense_ffn import FORMS, Convolutions, Packed, find_chains, find_sites, read, record
+from tests.recognise.test_dense_ffn import FORMS, Convolutions, Packed, find_candidates, find_sites, read, record
 from tests.recognise.tiny import GLU, H, I, seeded
 
 
@@ -19,14 +19,14 @@ from tests.recognise.tiny import GLU, H, I, seeded
 def test_groups_add_up(make, groups):
     module, x = seeded(make).double(), rand(5, H).double()
     tape = record(module, (x,))
-    (chain,) = find_chains(tape, find_sites(tape))
-    whole = recognize_dense(tape, chain)
+    (candidate,) = find_candidates(tape, find_sites(tape))
+    whole = recognize_dense(tape, candidate)
     found = split(whole, neighbours(I, groups))
-    assert len(found.experts) == groups and found.frontier.top_k == groups
+    assert len(found.experts) == groups and found.routing.top_k == groups
     assert expert_paths(found.experts) == expert_paths([whole.weights])
     assert [e.w_out.k for e in found.experts] == [len(g) for g in neighbours(I, groups)]
     assert [e.b_out is not None for e in found.experts][1:] == [False] * (groups - 1)
-    bank = LiveBank(module, found.experts, (found.spec.w_in_layout, found.spec.w_out_layout))
+    bank = LiveExpertWeights(module, found.experts, (found.spec.w_in_layout, found.spec.w_out_layout))
     y = experts_reference(x, every_group(x, 1, groups), weight_one(x, 1, groups), bank, found.spec)
     torch.testing.assert_close(y, module(x), rtol=1e-12, atol=1e-13)  # float64: only the order of a sum differs
 
@@ -34,9 +34,9 @@ def test_groups_add_up(make, groups):
 def test_groups_are_views_of_the_users_parameters():
     module = seeded(lambda: Packed(bias=True))
     tape = record(module, (rand(5, H),))
-    (chain,) = find_chains(tape, find_sites(tape))
-    found = split(recognize_dense(tape, chain), neighbours(I, 3))
-    bank = LiveBank(module, found.experts, ("oi", "oi"))
+    (candidate,) = find_candidates(tape, find_sites(tape))
+    found = split(recognize_dense(tape, candidate), neighbours(I, 3))
+    bank = LiveExpertWeights(module, found.experts, ("oi", "oi"))
     assert found.spec.rows == "separate"
     for e in range(3):
         gate, up = bank.w_in(e)
@@ -52,8 +52,10 @@ def test_groups_are_views_of_the_users_parameters():
 def test_groups_of_one_parameter_without_biases_are_one_stack():
     module = seeded(GLU)
     tape = record(module, (rand(5, H),))
-    (chain,) = find_chains(tape, find_sites(tape))
-    stacked = LiveBank(module, split(recognize_dense(tape, chain), neighbours(I, 3)).experts, ("oi", "oi")).stacked()
+    (candidate,) = find_candidates(tape, find_sites(tape))
+    stacked = LiveExpertWeights(
+        module, split(recognize_dense(tape, candidate), neighbours(I, 3)).experts, ("oi", "oi")
+    ).stacked()
     assert stacked is not None and stacked.w_out_s.shape == (3, H, 4)
     assert stacked.w_out_s.data_ptr() == module.down.weight.data_ptr()
 

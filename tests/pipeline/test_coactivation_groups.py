@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from moeopt.capture.tape import record
 from moeopt.pipeline.coactivation_groups import MOST_TOKENS, activity, coactive
 from moeopt.recognise.dense_ffn import recognize_dense
-from moeopt.rewrite.live_weights import LiveBank
+from moeopt.rewrite.live_weights import LiveExpertWeights
 from tests.capture.tiny import rand
-from tests.recognise.test_dense_ffn import FORMS, find_chains, find_sites
+from tests.recognise.test_dense_ffn import FORMS, find_candidates, find_sites
 from tests.recognise.tiny import H, I, seeded
 
 
@@ -44,12 +44,12 @@ def test_values_that_are_no_numbers_do_not_matter():
 def test_activity_is_what_the_second_product_reads(make):
     module, x = seeded(make), rand(5, H)
     tape = record(module, (x,))
-    (chain,) = find_chains(tape, find_sites(tape))
-    ffn = recognize_dense(tape, chain)
-    bank = LiveBank(module, [ffn.weights], (ffn.spec.w_in_layout, ffn.spec.w_out_layout))
+    (candidate,) = find_candidates(tape, find_sites(tape))
+    ffn = recognize_dense(tape, candidate)
+    bank = LiveExpertWeights(module, [ffn.weights], (ffn.spec.w_in_layout, ffn.spec.w_out_layout))
     with torch.no_grad():
         got = activity(ffn, bank, x)
-    want = tape.value(chain.out.operand).movedim(chain.out.axis_in, -1).flatten(0, -2).abs()
+    want = tape.value(candidate.out.operand).movedim(candidate.out.axis_in, -1).flatten(0, -2).abs()
     assert got.shape == (5, I)
     torch.testing.assert_close(got, want.float())
     assert len(activity(ffn, bank, x.repeat(MOST_TOKENS, 1))) == MOST_TOKENS

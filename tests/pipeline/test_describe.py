@@ -39,7 +39,7 @@ def test_a_dense_ffn_is_left_with_a_reason():
     for make, count in ((ffn, 2), (GLU, 3)):
         (place,) = discover(seeded(make), (rand(5, H),), {})
         assert dense_reason(place) == (
-            f"left as it is: it is {count} matrix products over all tokens, and so is the op; dense='fuse' measures "
+            f"left as it is: it is {count} matmuls over all tokens, and so is the op; dense='fuse' measures "
             "whether the op is quicker here"
         )
 

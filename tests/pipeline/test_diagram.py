@@ -49,6 +49,6 @@ def test_a_block_that_cannot_be_drawn_is_named_in_a_note(monkeypatch):
     def fails(*args):
         raise KeyError("no such step")
 
-    monkeypatch.setattr("moeopt.pipeline.report_of.picture", fails)
+    monkeypatch.setattr("moeopt.pipeline.report_of.block_diagram", fails)
     report = optimized(Block().eval()).report
     assert report.graph is None and report.notes == ("Block could not be drawn (KeyError: 'no such step')",)

@@ -4,8 +4,8 @@ import torch
 
 from moeopt.html import ratio
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import StackedBank
-from moeopt.profiling.cost import CALLS, Cost, _noise, balanced
+from moeopt.ops.expert_weights import StackedExpertWeights
+from moeopt.profiling.cost import CALLS, RoutingCost, _noise, balanced
 
 SPEC = ExpertsSpec(rows="plain", activation="relu")
 
@@ -24,8 +24,8 @@ def test_slots_that_name_no_expert_stay():
 
 
 def test_a_timing_reports_means_and_experts_hit():
-    bank = StackedBank([torch.ones(4, 8, 8)], torch.ones(4, 8, 8))
-    cost, ids = Cost(), torch.zeros(6, 2, dtype=torch.int64)
+    bank = StackedExpertWeights([torch.ones(4, 8, 8)], torch.ones(4, 8, 8))
+    cost, ids = RoutingCost(), torch.zeros(6, 2, dtype=torch.int64)
     assert cost.summary() is None and not cost.wants(ids[:0])
     for _ in range(2):
         assert cost.wants(ids)
@@ -42,7 +42,7 @@ def test_a_timing_reports_means_and_experts_hit():
 def test_noise_is_how_far_equal_timings_are_apart():
     assert _noise([3.0, 2.0, 4.0, 9.0]) == 0.5  # 3 against 2: every other one
     assert _noise([1.0, 1.0]) == 0 and _noise([0.0, 1.0]) == float("inf")
-    cost = Cost()
+    cost = RoutingCost()
     cost.calls, cost.tokens, cost.observed, cost.balanced, cost.noise = 1, 4, 1.2, 1.0, 0.25
     assert ratio(cost.summary()) == "~1"
     cost.noise = 0.15

@@ -23,8 +23,8 @@ def read(mix, dtype=torch.float32):
     tape = recorded(fn, rand(T, H, dtype=dtype), W.to(dtype), **parts)
     sites = find_sites(tape)
     token = {s: torch.arange(T) for s in sites}
-    chain = {s: torch.full((T,), c) for c, s in enumerate(sites)}
-    return tape, read_combine(tape, Labels(token, chain, T, C))
+    candidate = {s: torch.full((T,), c) for c, s in enumerate(sites)}
+    return tape, read_combine(tape, Labels(token, candidate, T, C))
 
 
 def at_slots(outs, w):
@@ -108,6 +108,6 @@ def test_outputs_that_are_not_put_back_in_order_are_declined():
     tape = recorded(fn, rand(T, H), a=rand(H, M), b=rand(H, M, seed=1))
     first, second = find_sites(tape)
     token = {first: torch.arange(3, 6), second: torch.arange(3)}
-    chain = {first: torch.zeros(3, dtype=torch.long), second: torch.ones(3, dtype=torch.long)}
+    candidate = {first: torch.zeros(3, dtype=torch.long), second: torch.ones(3, dtype=torch.long)}
     with pytest.raises(Declined, match="row 0 of .* holds an expert that did not see that token"):
-        read_combine(tape, Labels(token, chain, T, 2))
+        read_combine(tape, Labels(token, candidate, T, 2))

@@ -7,8 +7,8 @@ from torch import nn
 
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
-from moeopt.recognise.dense_ffn import chain_weights, find_dense, recognize_dense
-from moeopt.recognise.ffn_candidates import find_chains
+from moeopt.recognise.dense_ffn import candidate_weights, find_dense, recognize_dense
+from moeopt.recognise.ffn_candidates import find_candidates
 from moeopt.recognise.gemm_sites import find_sites
 from tests.capture.tiny import rand
 from tests.recognise.tiny import GLU, H, I, ffn, seeded
@@ -64,8 +64,8 @@ class Dropped(nn.Sequential):
 
 def read(make, *args):
     tape = record(seeded(make), args or (rand(2, 5, H),))
-    (chain,) = find_chains(tape, find_sites(tape))
-    return recognize_dense(tape, chain)
+    (candidate,) = find_candidates(tape, find_sites(tape))
+    return recognize_dense(tape, candidate)
 
 
 FORMS = [
@@ -105,8 +105,8 @@ def test_chains_are_picked_by_their_weights():
     model = seeded(lambda: nn.Sequential(ffn(), ffn()))
     tape = record(model, (rand(5, H),))
     wanted = frozenset({id(model[1][0].weight), id(model[1][2].weight)})
-    (chain,) = find_dense(tape, [wanted])
-    assert chain_weights(tape, chain) == wanted and chain.out.matrices[0].path == "1.2.weight"
+    (candidate,) = find_dense(tape, [wanted])
+    assert candidate_weights(tape, candidate) == wanted and candidate.out.matrices[0].path == "1.2.weight"
     assert find_dense(tape, [frozenset({id(model[0][0].weight)})]) == []
 
 
@@ -158,9 +158,9 @@ class Kept(nn.Module):
     [
         (Odd, "is none that the op carries"),
         (Flipped, "rows are mixed, reordered or left out"),
-        (TwoInputs, "its gate and up products read different rows"),
-        (TwoDtypes, "its products run in different dtypes (torch.bfloat16, torch.float32)"),
-        (Kept, "what stands between its products is used outside it too"),
+        (TwoInputs, "its gate and up matmuls read different rows"),
+        (TwoDtypes, "its matmuls run in different dtypes (torch.bfloat16, torch.float32)"),
+        (Kept, "what stands between its matmuls is used outside it too"),
     ],
 )
 def test_declines_with_a_reason(make, reason):

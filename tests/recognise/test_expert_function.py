@@ -1,4 +1,4 @@
-"""The function between an expert's products is found by what it computes, however it is written."""
+"""The function between an expert's matmuls is found by what it computes, however it is written."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.recognise.expert_function import fit_function
-from moeopt.recognise.ffn_candidates import find_chains
+from moeopt.recognise.ffn_candidates import find_candidates
 from moeopt.recognise.gemm_sites import find_sites
 from tests.capture.tiny import rand, recorded
 
@@ -28,8 +28,8 @@ def fitted(between, *, gated=False, dtype=torch.float32, separate=False, assume=
         fn, rand(R, H, dtype=dtype), w_in=rand(H, rows, seed=1, dtype=dtype), w_out=rand(I, H, seed=2, dtype=dtype),
         w_gate=rand(H, I, seed=3, dtype=dtype), w_up=rand(H, I, seed=4, dtype=dtype),
     )  # fmt: skip
-    (chain,) = find_chains(tape, find_sites(tape))
-    return fit_function(tape, chain, chain.out, torch.arange(R), assume)
+    (candidate,) = find_candidates(tape, find_sites(tape))
+    return fit_function(tape, candidate, candidate.out, torch.arange(R), assume)
 
 
 def tanh_gelu(h):

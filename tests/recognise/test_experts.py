@@ -12,8 +12,8 @@ from torch import nn
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
 from moeopt.ops import experts as experts_op
-from moeopt.recognise.experts import Uncovered, recognize
-from moeopt.rewrite.live_weights import LiveBank
+from moeopt.recognise.experts import ExpertsNotHit, recognize
+from moeopt.rewrite.live_weights import LiveExpertWeights
 from tests.capture.tiny import rand
 from tests.recognise.tiny import GLU, H, I, MoE, ffn, seeded, tape_of
 
@@ -21,19 +21,19 @@ from tests.recognise.tiny import GLU, H, I, MoE, ffn, seeded, tape_of
 def assert_is_the_sum(tape, found):
     """The op on the recipe's ids and weights is what the tape's combine node holds, less its base."""
     x = tape.value(found.tokens.node).movedim(found.tokens.axis, -1).reshape(-1, H)
-    if found.frontier.ids is None:
-        w = found.frontier.weights.run(tape)
+    if found.routing.ids is None:
+        w = found.routing.weights.run(tape)
         ids = torch.where(w != 0, torch.arange(w.shape[1]), w.shape[1])
     else:
-        ids = found.frontier.ids.run(tape)
-        w = found.frontier.weights.run(tape, ids)
-    bank = LiveBank(tape.root, found.experts, (found.spec.w_in_layout, found.spec.w_out_layout))
+        ids = found.routing.ids.run(tape)
+        w = found.routing.weights.run(tape, ids)
+    bank = LiveExpertWeights(tape.root, found.experts, (found.spec.w_in_layout, found.spec.w_out_layout))
     with torch.no_grad():
         got = experts_op(x, ids.long(), w, bank, found.spec).double()
     want = tape.value(found.combine.node).movedim(found.combine.axis, -1).reshape(-1, H).double()
     if found.base is not None:
         want = want - tape.value(found.base).movedim(found.combine.axis, -1).reshape(-1, H).double()
-    # float32: two products and a sum over K experts in another order
+    # float32: two matmuls and a sum over K experts in another order
     assert (got - want).norm() <= 32 * torch.finfo(torch.float32).eps * want.norm()
 
 
@@ -135,7 +135,7 @@ class Shared(MoE):
 def test_a_mixture_is_one_op(make, kind, words):
     tape = tape_of(make)
     (found,) = recognize(tape)
-    assert found.frontier.kind == kind and words in str(found.spec)
+    assert found.routing.form == kind and words in str(found.spec)
     assert len(found.experts) == 4
     assert "tiny.py:" in found.source or "linear.py" in found.source or "test_experts" in found.source
     assert_is_the_sum(tape, found)
@@ -326,8 +326,8 @@ class SoftSlots(MoE):
         (DifferentFunctions, "its experts do not all compute the same function (plain "),
         (DifferentWidths, "its experts have different shapes ([((8, 8), (8, 8)), ((8, 12), (12, 8))"),
         (lambda: MoE(CubeExpert), "the function between the expert's two matmuls (pow) is none that the op carries"),
-        (lambda: MoE(Permuted), "between an expert's products features of different rows are mixed"),
-        (lambda: MoE(OtherTokensForUp), "an expert's gate and up products see different tokens"),
+        (lambda: MoE(Permuted), "between an expert's matmuls features of different rows are mixed"),
+        (lambda: MoE(OtherTokensForUp), "an expert's gate and up matmuls see different tokens"),
         (BothSides, "routing weights act on both the experts' inputs and their outputs"),
         (Residual, "tokens that no expert serves keep another value"),
         (Maximum, "the experts' outputs are not combined by a weighted sum per token: "),
@@ -352,10 +352,10 @@ def test_experts_that_no_token_reached_are_named():
             w, ids = super().route(x)
             return w, ids % 2
 
-    with pytest.raises(Uncovered, match="no probe token reached the expert weights experts.2.0.weight, experts.3.0.weight, "  # noqa: E501
+    with pytest.raises(ExpertsNotHit, match="no probe token reached the expert weights experts.2.0.weight, experts.3.0.weight, "  # noqa: E501
                        "so what they compute could not be checked; pass example inputs that reach every expert") as e:  # fmt: skip  # noqa: E501
         recognize(tape_of(Lopsided))
-    assert e.value.universe == 4
+    assert e.value.num_named == 4
 
 
 def test_experts_of_a_stack_that_no_token_reached_are_named():
@@ -364,7 +364,7 @@ def test_experts_of_a_stack_that_no_token_reached_are_named():
             w, ids = super().route(x)
             return w, ids % 3
 
-    with pytest.raises(Uncovered, match=r"no probe token reached the expert weights w1\[3\], so what they compute"):
+    with pytest.raises(ExpertsNotHit, match=r"no probe token reached the expert weights w1\[3\], so what they compute"):
         recognize(tape_of(Lopsided))
 
 
@@ -374,7 +374,7 @@ def test_idle_weights_that_ids_never_name_stay_uncovered():
             w, ids = super().route(x)
             return w, ids % 2
 
-    with pytest.raises(Uncovered, match="some of the weights that look like experts were never reached by a probe"):
+    with pytest.raises(ExpertsNotHit, match="some of the weights that look like experts were never reached by a probe"):
         recognize(tape_of(Lopsided), idle=True)
 
 

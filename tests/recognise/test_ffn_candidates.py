@@ -5,35 +5,35 @@ import torch.nn.functional as F
 from torch import nn
 
 from moeopt.capture.tape import record
-from moeopt.recognise.ffn_candidates import find_chains, group_chains
+from moeopt.recognise.ffn_candidates import find_candidates, group_candidates
 from moeopt.recognise.gemm_sites import find_sites
 from tests.capture.tiny import rand, recorded
 from tests.recognise.tiny import GLU, H, I, MoE, ffn, seeded, tape_of
 
 
-def chains(tape, **options):
-    return find_chains(tape, find_sites(tape), **options)
+def candidates(tape, **options):
+    return find_candidates(tape, find_sites(tape), **options)
 
 
-def paths(chain):
-    return [s.matrices[0].path for s in (*chain.ins, *chain.outs)]
+def paths(candidate):
+    return [s.matrices[0].path for s in (*candidate.ins, *candidate.outs)]
 
 
 def test_a_dense_ffn_is_a_chain():
-    (chain,) = chains(record(seeded(ffn), (rand(5, H),)))
-    assert paths(chain) == ["0.weight", "2.weight"] and chain.nonlinear and not chain.merged
-    assert [n.target._schema.name for n in chain.mid] == ["aten::relu"] and len(chain.roles()) == 1
+    (candidate,) = candidates(record(seeded(ffn), (rand(5, H),)))
+    assert paths(candidate) == ["0.weight", "2.weight"] and candidate.nonlinear and not candidate.merged
+    assert [n.target._schema.name for n in candidate.mid] == ["aten::relu"] and len(candidate.roles()) == 1
 
 
 def test_gate_and_up_are_two_in_sites():
-    (chain,) = chains(record(seeded(GLU), (rand(5, H),)))
-    assert paths(chain) == ["gate.weight", "up.weight", "down.weight"] and len(chain.roles()) == 2
+    (candidate,) = candidates(record(seeded(GLU), (rand(5, H),)))
+    assert paths(candidate) == ["gate.weight", "up.weight", "down.weight"] and len(candidate.roles()) == 2
 
 
 def test_two_linears_alone_are_a_chain_without_a_function():
     both = nn.Sequential(nn.Linear(H, I), nn.Linear(I, H))
-    (chain,) = chains(record(both, (rand(5, H),)))
-    assert not chain.nonlinear and chain.mid == []
+    (candidate,) = candidates(record(both, (rand(5, H),)))
+    assert not candidate.nonlinear and candidate.mid == []
 
 
 class Attention(nn.Module):
@@ -68,7 +68,7 @@ class Residual(Normed):
 
 def test_attention_norms_and_residuals_are_no_chains():
     for model in (Attention(), Normed(), RowScaled(), Residual()):
-        assert chains(record(model, (rand(6, H),))) == [], type(model).__name__
+        assert candidates(record(model, (rand(6, H),))) == [], type(model).__name__
 
 
 def test_a_weight_of_one_value_per_row_may_stand_between():
@@ -76,8 +76,8 @@ def test_a_weight_of_one_value_per_row_may_stand_between():
         h = F.relu(x @ m.a)
         return (h * x.sum(-1, keepdim=True).sigmoid()) @ m.b
 
-    (chain,) = chains(recorded(fn, rand(6, H), a=rand(H, I), b=rand(I, H)))
-    assert paths(chain) == ["a", "b"]
+    (candidate,) = candidates(recorded(fn, rand(6, H), a=rand(H, I), b=rand(I, H)))
+    assert paths(candidate) == ["a", "b"]
 
 
 def test_sizes_must_fit_unless_loose():
@@ -85,12 +85,12 @@ def test_sizes_must_fit_unless_loose():
         return F.relu(x @ m.a)[:, :I] @ m.b
 
     tape = recorded(fn, rand(6, H), a=rand(H, 3 * I), b=rand(I, H))
-    assert chains(tape) == [] and len(chains(tape, loose=True)) == 1
+    assert candidates(tape) == [] and len(candidates(tape, loose=True)) == 1
 
 
 def test_experts_of_one_block_are_a_group():
     tape = tape_of(MoE)
-    groups = group_chains(tape, chains(tape))
+    groups = group_candidates(tape, candidates(tape))
     assert len(groups[0]) == 4
     assert [paths(c)[0] for c in groups[0]] == [f"experts.{e}.0.weight" for e in range(4)]
     assert len({c.signature for c in groups[0]}) == 1
@@ -98,7 +98,7 @@ def test_experts_of_one_block_are_a_group():
 
 def test_different_functions_have_different_signatures():
     acts = iter([nn.ReLU, nn.GELU, nn.ReLU, nn.GELU])
-    found = chains(tape_of(lambda: MoE(lambda: ffn(next(acts)))))
+    found = candidates(tape_of(lambda: MoE(lambda: ffn(next(acts)))))
     assert len(found) == 4 and len({c.signature for c in found}) == 2
 
 
@@ -112,7 +112,7 @@ def test_layers_are_groups_of_their_own():
             return self.b(x + self.a(x))
 
     tape = tape_of(Two, tokens=48)
-    groups = group_chains(tape, chains(tape))
+    groups = group_candidates(tape, candidates(tape))
     assert sorted(len(g) for g in groups) == [4, 4]
     assert all(len({paths(c)[0].split(".")[0] for c in g}) == 1 for g in groups)
 
@@ -122,8 +122,8 @@ def test_all_experts_at_once_are_one_merged_chain():
         return torch.bmm(F.gelu(torch.bmm(x.expand(4, 6, H), m.a)), m.b).sum(0)
 
     tape = recorded(fn, rand(6, H), a=rand(4, H, I), b=rand(4, I, H))
-    found = chains(tape)
-    assert len(found) == 1 and found[0].merged and group_chains(tape, found) == [found]
+    found = candidates(tape)
+    assert len(found) == 1 and found[0].merged and group_candidates(tape, found) == [found]
 
 
 def test_one_activation_for_the_rows_of_all_experts_is_one_wide_chain():
@@ -134,12 +134,12 @@ def test_one_activation_for_the_rows_of_all_experts_is_one_wide_chain():
             outs = [e[2](h) for e, h in zip(self.experts, F.relu(hs).chunk(4), strict=True)]
             return sum(full[:, i, None] * o for i, o in enumerate(outs))
 
-    (chain,) = chains(tape_of(Wide))
-    assert chain.merged and len(chain.ins) == len(chain.outs) == 4 and chain.signature[0] == "wide"
+    (candidate,) = candidates(tape_of(Wide))
+    assert candidate.merged and len(candidate.ins) == len(candidate.outs) == 4 and candidate.signature[0] == "wide"
 
 
 def test_experts_of_different_sizes_are_grouped_to_be_declined():
     sizes = iter([8, 12, 16, 20])
     tape = tape_of(lambda: MoE(lambda: ffn(inner=next(sizes))))
-    groups = group_chains(tape, chains(tape))
+    groups = group_candidates(tape, candidates(tape))
     assert max(len(g) for g in groups) == 4

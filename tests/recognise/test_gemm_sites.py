@@ -140,7 +140,7 @@ def test_a_product_that_is_read_twice_keeps_its_sum_to_itself():
         return h + m.b[0], h * 2
 
     (site,) = find_sites(recorded(fn, rand(R, K), w=rand(E, K, M), b=rand(E, M)))
-    assert site.node is site.product and not site.biases
+    assert site.node is site.matmul and not site.biases
 
 
 def test_an_addmm_of_an_activation_is_no_site():

@@ -114,8 +114,8 @@ def agrees_with_route(tape, found, reading, dtype):
     """An independent look: the op gives, from the claimed logits, what the model's own code gave."""
     logits = tape.value(reading.logits).reshape(-1, reading.spec.num_experts)
     ids, weights = route(logits, reading.spec)
-    own_ids = found.frontier.ids.run(tape).long()
-    own = torch.zeros(logits.shape).scatter(1, own_ids, found.frontier.weights.run(tape, own_ids).float())
+    own_ids = found.routing.ids.run(tape).long()
+    own = torch.zeros(logits.shape).scatter(1, own_ids, found.routing.weights.run(tape, own_ids).float())
     want = torch.zeros(logits.shape).scatter(1, ids, weights.float())
     same = (own != 0).eq(want != 0).all(1)
     assert same.float().mean() > (0.99 if dtype == torch.float32 else 0.7)  # ties of bfloat16 may fall otherwise
@@ -407,7 +407,7 @@ def test_witnesses_that_disagree_claim_nothing():
     one = RouterReading("softmax, top-2 of 4", RouterSpec("softmax_topk", 2, 4))
     assert same_reading([one, one], found) == one
     got = same_reading([one, RouterReading("opaque router, top-2 of 4", None, "")], found)
-    assert got.spec is None and got.reason == "two witnesses read it differently"
+    assert got.spec is None and got.reason == "two probe calls read it differently"
 
 
 SIGMOID = "sigmoid, top-3 of 8, renormalised, scaled by 2.5, chosen by another key, with parameters of its own"

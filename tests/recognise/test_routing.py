@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from moeopt.errors import Declined
 from moeopt.recognise.experts import recognize
-from moeopt.recognise.routing import Table, find_frontier, mask_to_ids, table_to_ids
+from moeopt.recognise.routing import Table, find_routing, mask_to_ids, table_to_ids
 from tests.capture.tiny import rand, recorded
 from tests.recognise.tiny import E, MoE, T, tape_of
 
@@ -139,19 +139,19 @@ class Reordered(MoE):
 def test_each_form_of_routing_has_its_frontier(make, kind, top_k):
     tape = tape_of(make)
     (found,) = recognize(tape)
-    frontier = found.frontier
-    assert (frontier.kind, frontier.top_k) == (kind, top_k)
+    routing = found.routing
+    assert (routing.form, routing.top_k) == (kind, top_k)
     dense = torch.zeros(T, E + 1)
-    if frontier.ids is None:
-        dense[:, :E] = frontier.weights.run(tape)
+    if routing.ids is None:
+        dense[:, :E] = routing.weights.run(tape)
     else:
-        ids = frontier.ids.run(tape)
+        ids = routing.ids.run(tape)
         assert ids.shape == (T, top_k) and ids.dtype == torch.int64
-        weights = frontier.weights.run(tape, ids)
+        weights = routing.weights.run(tape, ids)
         assert weights.shape == ids.shape
         dense.scatter_add_(1, ids, weights)
     by_chain = torch.zeros(T, E)
-    for v, e in enumerate(frontier.experts):
+    for v, e in enumerate(routing.experts):
         by_chain[:, e] += dense[:, v]
     torch.testing.assert_close(by_chain, found.combine.weights, rtol=4e-7, atol=0)  # summed weights may round once
 
@@ -164,7 +164,7 @@ def test_names_of_the_experts_follow_the_ids():
 def test_the_router_is_kept_where_it_writes_its_answer_down():
     tape = tape_of(MoE)
     (found,) = recognize(tape)
-    ids, weights = found.frontier.ids.source, found.frontier.weights.source
+    ids, weights = found.routing.ids.source, found.routing.weights.source
     assert ids.args[0].target is torch.ops.aten.topk.default and weights.target is torch.ops.aten.div.Tensor
 
 
@@ -187,16 +187,16 @@ def test_weights_that_are_one_are_not_taken_for_a_constant_if_the_input_weighs()
     seen = F.one_hot(ids[:, 0], 3).float()
     before = [n for n in tape.nodes if n.meta.get("shape") is not None]
     with pytest.raises(Declined, match="the expert ids were found, but no tensor holds the routing weights"):
-        find_frontier(tape, before, table(seen), None)
+        find_routing(tape, before, table(seen), None)
     loose = table(seen)
     loose.weighed = False
-    assert find_frontier(tape, before, loose, None).kind == "ids, constant weight"
+    assert find_routing(tape, before, loose, None).form == "ids, constant weight"
 
 
 def test_without_ids_there_is_no_frontier():
     tape = recorded(lambda _, x: x.sum(), rand(3, 3))
     with pytest.raises(Declined, match=r"no tensor before the experts holds the expert ids of each token"):
-        find_frontier(tape, [n for n in tape.nodes if n.meta.get("shape") is not None], table(torch.eye(3)), None)
+        find_routing(tape, [n for n in tape.nodes if n.meta.get("shape") is not None], table(torch.eye(3)), None)
 
 
 def test_capacity_slots_are_summed_over():
@@ -205,5 +205,5 @@ def test_capacity_slots_are_summed_over():
     combine[torch.arange(5), torch.tensor([0, 1, 0, 2, 1]), torch.tensor([0, 0, 1, 0, 1])] = torch.rand(5) + 0.1
     tape = recorded(lambda _, x, c: x.sum() + (c * 1).sum(), rand(5, 3), combine)
     before = [n for n in tape.nodes if n.meta.get("shape") is not None]
-    found = find_frontier(tape, before, table(combine.sum(-1)), None)
-    assert found.kind == "table" and torch.equal(found.weights.run(tape), combine.sum(-1))
+    found = find_routing(tape, before, table(combine.sum(-1)), None)
+    assert found.form == "table" and torch.equal(found.weights.run(tape), combine.sum(-1))

@@ -1,4 +1,4 @@
-"""However a matrix reached its product, its Parameter and the place in it are found."""
+"""However a matrix reached its matmul, its Parameter and the place in it are found."""
 
 import pytest
 import torch

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moeopt.rewrite.call_guard import OPAQUE, TENSOR, Guard, bind, overlap, spell
+from moeopt.rewrite.call_guard import OPAQUE, TENSOR, CallGuard, bind, overlap, spell
 from tests.capture.tiny import rand
 
 
@@ -31,7 +31,7 @@ SIGNATURE = inspect.signature(forward)
 
 
 def guard(template, shapes=((None, 3),), dtypes=(torch.float32,), **fields):
-    return Guard(template, list(shapes), list(dtypes), fields.pop("training", None), False, **fields)
+    return CallGuard(template, list(shapes), list(dtypes), fields.pop("training", None), False, **fields)
 
 
 def call(*args, **kwargs):

@@ -7,7 +7,7 @@ import torch
 
 from moeopt.options import Options
 from moeopt.pipeline.block import rewrite_block
-from moeopt.rewrite.block_graph import CONSTANT, ExpertWeights, Slot
+from moeopt.rewrite.block_graph import CONSTANT, ExpertWeightRefs, Slot
 from moeopt.rewrite.check import LawBroken, aliases, check_block
 from tests.capture.tiny import rand
 from tests.recognise.tiny import H, I, MoE, seeded
@@ -73,7 +73,7 @@ BREACHES = {
 
 def change(block, how):
     refs, spec = block.weights[0]
-    block.weights[0] = ExpertWeights([dataclasses.replace(refs[0], **how(refs[0])), *refs[1:]], spec)
+    block.weights[0] = ExpertWeightRefs([dataclasses.replace(refs[0], **how(refs[0])), *refs[1:]], spec)
 
 
 def test_a_good_block_breaks_no_law(block):

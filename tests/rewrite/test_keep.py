@@ -8,7 +8,7 @@ from moeopt.capture.op_kinds import op_name
 from moeopt.capture.replay import descendants
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
-from moeopt.rewrite.keep import Ref, Replacement, make_plan, tensor_leaf
+from moeopt.rewrite.keep import NodeRewrite, StepRef, kept_steps, tensor_leaf
 from tests.capture.tiny import rand
 
 H = 4
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 class Block(nn.Module):
-    """``inner`` stands for the experts: its product is replaced."""
+    """``inner`` stands for the experts: its matmul is replaced."""
 
     def __init__(self):
         super().__init__()
@@ -34,8 +34,8 @@ def planned(block, *args):
     node = next(n for n in tape.nodes[call.first : call.last] if op_name(n) in ("mm", "linear"))
     source = node.args[0]
     inside = {node, *descendants(tape, [node])}
-    change = Replacement(node, [source], inside, lambda plan, ref: plan.call(aten.neg.default, ref(source)))
-    return make_plan(tape, [change])
+    change = NodeRewrite(node, [source], inside, lambda plan, ref: plan.call(aten.neg.default, ref(source)))
+    return kept_steps(tape, [change])
 
 
 def kinds(plan):
@@ -46,7 +46,7 @@ def test_submodules_are_called_whole_and_the_rest_stays_as_calls():
     plan = planned(Block())
     assert ("module", "gate") in kinds(plan) and ("module", "norm") in kinds(plan) and ("call", "neg") in kinds(plan)
     assert not any("inner" in str(s.target) for s in plan.steps)
-    assert plan.kept_modules == ["gate", "norm"] and isinstance(plan.output, Ref)
+    assert plan.kept_modules == ["gate", "norm"] and isinstance(plan.output, StepRef)
     assert [s.kind for s in plan.steps].count("input") == 1
 
 
@@ -59,7 +59,7 @@ class Branching(Block):
 def test_what_no_output_needs_is_gone():
     plan = planned(Branching())
     assert [k for k, _ in kinds(plan)] == ["input", "call"]
-    assert plan.output == {"y": Ref(1), "x": Ref(0), "n": 3}
+    assert plan.output == {"y": StepRef(1), "x": StepRef(0), "n": 3}
 
 
 class Pair(nn.Module):
@@ -130,12 +130,12 @@ def test_an_output_from_inside_is_declined():
     tape = record(Leaks(), (rand(3, H),))
     add, mul = (next(n for n in tape.nodes if op_name(n) == name) for name in ("add", "mul"))
     product = mul.args[0]
-    change = Replacement(
+    change = NodeRewrite(
         add, [tape.args[0]], {product, add, mul}, lambda plan, ref: plan.call(aten.neg.default, ref(tape.args[0]))
     )
     with pytest.raises(Declined, match=r"a result of single experts \(mul\) is used outside the experts' sum; return it "  # noqa: E501
                        "from the experts only if you need it") as caught:  # fmt: skip
-        make_plan(tape, [change])
+        kept_steps(tape, [change])
     assert "test_keep.py:" in caught.value.where
 
 
@@ -236,8 +236,8 @@ def test_what_the_experts_store_is_declined():
         tape = record(NotedExperts(), (rand(3, H),))
         node = next(n for n in tape.nodes if op_name(n) in ("mm", "linear"))
         total = next(n for n in tape.nodes if op_name(n) == "sum")
-        change = Replacement(total, [tape.args[0]], {node, total}, lambda plan, ref: ref(tape.args[0]))
-        make_plan(tape, [change])
+        change = NodeRewrite(total, [tape.args[0]], {node, total}, lambda plan, ref: ref(tape.args[0]))
+        kept_steps(tape, [change])
 
 
 class Handed(Block):

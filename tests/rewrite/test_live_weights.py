@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef, expert_paths, tensor_at
-from moeopt.rewrite.live_weights import LiveBank, Stale
+from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
 from tests.capture.tiny import Run, rand
 
 E, H, I = 3, 4, 5
@@ -46,7 +46,7 @@ def stacked(order=range(E)):
 def test_matrices_in_both_layouts_are_views():
     root, refs = listed()
     linear = root.experts[1]
-    bank = LiveBank(root, refs, ("oi", "io"))
+    bank = LiveExpertWeights(root, refs, ("oi", "io"))
     assert torch.equal(bank.w_in(1)[0], linear[0].weight) and torch.equal(bank.w_out(1), linear[2].weight.t())
     assert torch.equal(bank.b_in(1)[0], linear[0].bias) and torch.equal(bank.b_out(1), linear[2].bias)
     assert bank.num_experts == E and bank.norm(0) is None and bank.stacked() is None
@@ -55,7 +55,7 @@ def test_matrices_in_both_layouts_are_views():
 
 def test_weights_follow_every_update():
     root, refs = listed()
-    bank = LiveBank(root, refs, ("oi", "oi"))
+    bank = LiveExpertWeights(root, refs, ("oi", "oi"))
     with torch.no_grad():
         root.experts[0][0].weight.fill_(7)
     assert bank.w_in(0)[0].eq(7).all()
@@ -69,7 +69,7 @@ def test_weights_follow_every_update():
 
 def test_slices_of_a_stack_are_handed_out_whole():
     root, refs = stacked()
-    bank = LiveBank(root, refs, ("io", "oi"))
+    bank = LiveExpertWeights(root, refs, ("io", "oi"))
     whole = bank.stacked()
     for e in range(E):
         assert torch.equal(whole.w_in(e)[0], root.w_in[e, :, ::2]) and torch.equal(whole.w_in(e)[1], bank.w_in(e)[1])
@@ -81,7 +81,7 @@ def test_slices_of_a_stack_are_handed_out_whole():
 @pytest.mark.parametrize("order", [[2, 1, 0], [0, 2, 1], [1, 1, 2]])
 def test_experts_in_another_order_are_no_stack(order):
     root, refs = stacked(order)
-    bank = LiveBank(root, refs, ("io", "io"))
+    bank = LiveExpertWeights(root, refs, ("io", "io"))
     assert bank.stacked() is None
     assert [torch.equal(bank.w_out(i), root.w_out[e]) for i, e in enumerate(order)] == [True] * E
 
@@ -93,9 +93,9 @@ def test_every_second_expert_is_a_stack_with_gaps():
                   MatrixRef("w_out", (e, 0, 0), (0, 1, 0), (0, 0, 1), I, H), None)
         for e in (1, 3, 5)
     ]  # fmt: skip
-    whole = LiveBank(root, refs, ("io", "io")).stacked()
+    whole = LiveExpertWeights(root, refs, ("io", "io")).stacked()
     assert torch.equal(whole.w_in_s[0], root.w_in[1::2]) and torch.equal(whole.w_out_s, root.w_out[1::2])
-    one = LiveBank(root, refs[:1], ("io", "io")).stacked()
+    one = LiveExpertWeights(root, refs[:1], ("io", "io")).stacked()
     assert torch.equal(one.w_in_s[0], root.w_in[1:2])
 
 
@@ -135,7 +135,7 @@ def parametrise(root):
 )  # fmt: skip
 def test_a_changed_place_is_stale(change, text):
     root, refs = listed()
-    bank = LiveBank(root, refs, ("oi", "oi"))
+    bank = LiveExpertWeights(root, refs, ("oi", "oi"))
     bank.w_in(0)
     change(root)
     with pytest.raises(Stale) as caught:
@@ -154,13 +154,13 @@ def test_a_bank_is_not_built_on_what_is_gone(change, text):
     root, refs = listed()
     change(root)
     with pytest.raises(Stale) as caught:
-        LiveBank(root, refs, ("oi", "oi"))
+        LiveExpertWeights(root, refs, ("oi", "oi"))
     assert text in str(caught.value)
 
 
 def test_weights_that_were_offloaded_are_stale():
     root, refs = listed()
-    bank = LiveBank(root, refs, ("oi", "oi"))
+    bank = LiveExpertWeights(root, refs, ("oi", "oi"))
     root.to("meta")
     with pytest.raises(Stale, match=r"experts.0.0.weight is on the meta device \(offloaded\?\) and has no values"):
         bank.w_in(0)
@@ -172,4 +172,4 @@ def test_a_stack_is_watched_as_its_experts_are():
 
     root, refs = stacked()
     with pytest.raises(Stale, match="expert 0 was patched"):
-        LiveBank(root, refs, ("io", "io"), changed).stacked()
+        LiveExpertWeights(root, refs, ("io", "io"), changed).stacked()

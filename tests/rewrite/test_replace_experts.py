@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moeopt.recognise.experts import recognize
-from moeopt.rewrite.keep import Plan, Ref
-from moeopt.rewrite.replace_experts import replacement
+from moeopt.rewrite.keep import KeptSteps, StepRef
+from moeopt.rewrite.replace_experts import experts_rewrite
 from tests.capture.tiny import rand
 from tests.recognise.tiny import H, MoE, ffn, tape_of
 
@@ -55,17 +55,17 @@ class Soft(MoE):
 )
 def test_the_op_and_what_it_needs_around_it(make, shape, ops):
     (found,) = recognize(tape_of(make, rand(*shape, seed=7)))
-    change = replacement(found, 3)
+    change = experts_rewrite(found, 3)
     assert change.node is found.combine.node and change.interior is found.interior
     assert found.tokens.node in change.needs and (found.base in change.needs) == (make is Added)
-    plan = Plan([], None, [], {}, [])
+    plan = KeptSteps([], None, [], {}, [])
     given = {n: plan.call(f"needs {n}") for n in change.needs}
-    result = change.emit(plan, given.__getitem__)
+    result = change.apply(plan, given.__getitem__)
     steps = plan.steps[len(given) :]
     (op,) = [s for s in steps if s.kind == "experts"]
-    assert op.target == 3 and all(isinstance(a, Ref) for a in op.args) and op.source == found.source
+    assert op.target == 3 and all(isinstance(a, StepRef) for a in op.args) and op.source == found.source
     names = [s.target.__name__.split(".")[0] for s in steps if s.kind == "call"]
     assert [n for n in names if n in ("movedim", "add", "table_to_ids") or make is Map and n == "reshape"][
         : len(ops)
     ] == ops
-    assert result == Ref(len(plan.steps) - 1)
+    assert result == StepRef(len(plan.steps) - 1)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeopt.errors import Declined
-from moeopt.rewrite.keep import Plan, Ref, Step
-from moeopt.rewrite.symbolic_shapes import DeviceOf, Ratio, Size, Sizes, generalize
+from moeopt.rewrite.keep import KeptStep, KeptSteps, StepRef
+from moeopt.rewrite.symbolic_shapes import DeviceOf, InputSizes, Ratio, Size, generalize
 
 aten = torch.ops.aten
 SHAPES = [[(3, 16, 8)], [(2, 7, 8)], [(5, 2, 8)]]
@@ -15,19 +15,19 @@ B, S = (0, 0), (0, 1)
 
 
 def express(*values):
-    return Sizes(SHAPES).express(values)
+    return InputSizes(SHAPES).express(values)
 
 
 def test_sizes_products_multiples_offsets_and_quotients():
     assert express(3, 2, 5) == Size((B,)) and express(16, 7, 2) == Size((S,))
     assert express(48, 14, 10) == Size((B, S)) and express(96, 28, 20) == Size((B, S), factor=2)
     assert express(24, 16, 40) == Size((B,), factor=8) and express(15, 6, 1) == Size((S,), offset=-1)
-    assert Sizes([[(6,)], [(4,)], [(12,)]]).express((3, 2, 6)) == Size(((0, 0),), divisor=2)
+    assert InputSizes([[(6,)], [(4,)], [(12,)]]).express((3, 2, 6)) == Size(((0, 0),), divisor=2)
     assert express(7, 9, 1) is None
 
 
 def test_a_size_that_never_changes_is_none_of_them():
-    assert Sizes(SHAPES).varying == {(3, 2, 5): B, (16, 7, 2): S}
+    assert InputSizes(SHAPES).varying == {(3, 2, 5): B, (16, 7, 2): S}
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -53,14 +53,18 @@ def test_an_expression_holds_on_its_witnesses(factor, dims, other):
 
 
 def plan(*steps, output=None, mutations=(), attributes=None):
-    return Plan(
-        [Step("input", "x"), *steps], Ref(1) if output is None else output, list(mutations), attributes or {}, []
+    return KeptSteps(
+        [KeptStep("input", "x"), *steps],
+        StepRef(1) if output is None else output,
+        list(mutations),
+        attributes or {},
+        [],
     )
 
 
 def merged(*args, **kwargs):
     """The one plan of three that differ in the arguments of one call."""
-    plans = [plan(Step("call", aten.add.Tensor, (Ref(0), a), source="model.py:7")) for a in args]
+    plans = [plan(KeptStep("call", aten.add.Tensor, (StepRef(0), a), source="model.py:7")) for a in args]
     return generalize(plans, SHAPES, **kwargs).steps[1].args[1]
 
 
@@ -97,7 +101,7 @@ def test_a_nan_is_a_constant_like_any_other():
         ((torch.float32, torch.float16, torch.float32), "the value torch.float32 in its forward changes"),
         (([1], [1, 2], [1]), "the number of tensors in its forward changes with the input"),
         (({"a": 1}, {"b": 1}, {"a": 1}), "the keys of a dict in its forward change with the input"),
-        ((Ref(0), Ref(1), Ref(0)), "its forward wires its steps differently for different inputs"),
+        ((StepRef(0), StepRef(1), StepRef(0)), "its forward wires its steps differently for different inputs"),
         ((1, None, 2), "its forward passes 1 for one input and 2 for another"),
         ((1, 2.5, 3.5), "its forward passes 1 for one input and 3.5 for another"),
         ((slice(0, 2), slice(0, 3), slice(0, 2)), "a slice in its forward changes with the input"),
@@ -110,22 +114,25 @@ def test_what_changes_otherwise_is_declined_with_its_line(args, text):
 
 
 def test_other_steps_are_declined_with_the_first_that_differs():
-    a = plan(Step("call", aten.relu.default, (Ref(0),), source="model.py:1"))
-    b = plan(Step("call", aten.relu.default, (Ref(0),)), Step("call", aten.exp.default, (Ref(1),), source="model.py:2"))
+    a = plan(KeptStep("call", aten.relu.default, (StepRef(0),), source="model.py:1"))
+    b = plan(
+        KeptStep("call", aten.relu.default, (StepRef(0),)),
+        KeptStep("call", aten.exp.default, (StepRef(1),), source="model.py:2"),
+    )
     text = "what its forward computes outside the experts changes with the data or with the number of tokens "
     with pytest.raises(Declined) as caught:
         generalize([a, b], SHAPES[:2])
     assert caught.value.reason == text + "(nothing against aten.exp.default)" and caught.value.where == "model.py:2"
-    c = plan(Step("call", aten.silu.default, (Ref(0),), source="model.py:3"))
+    c = plan(KeptStep("call", aten.silu.default, (StepRef(0),), source="model.py:3"))
     with pytest.raises(Declined) as caught:
         generalize([a, c], SHAPES[:2])
     assert "(aten.relu.default against aten.silu.default)" in caught.value.reason and caught.value.where == "model.py:1"
 
 
 def test_a_constant_must_be_the_same_tensor():
-    same = [plan(Step("constant", torch.arange(3.0))) for _ in range(2)]
+    same = [plan(KeptStep("constant", torch.arange(3.0))) for _ in range(2)]
     assert torch.equal(generalize(same, SHAPES[:2]).steps[1].target, torch.arange(3.0))
-    other = [plan(Step("constant", torch.full((2,), v), source="model.py:9")) for v in (1.0, 2.0)]
+    other = [plan(KeptStep("constant", torch.full((2,), v), source="model.py:9")) for v in (1.0, 2.0)]
     with pytest.raises(
         Declined, match="a tensor that its forward makes outside PyTorch .* changes with the input"
     ) as e:
@@ -135,9 +142,9 @@ def test_a_constant_must_be_the_same_tensor():
 
 def test_outputs_mutations_and_attributes_are_merged():
     plans = [
-        plan(output={"y": Ref(0), "n": n}, mutations=[(Ref(0), Ref(0))], attributes={("", "a"): Ref(0)})
+        plan(output={"y": StepRef(0), "n": n}, mutations=[(StepRef(0), StepRef(0))], attributes={("", "a"): StepRef(0)})
         for n in (3, 2, 5)
     ]
     whole = generalize(plans, SHAPES)
-    assert whole.output == {"y": Ref(0), "n": Size((B,))} and whole.mutations == [(Ref(0), Ref(0))]
-    assert whole.attributes == {("", "a"): Ref(0)}
+    assert whole.output == {"y": StepRef(0), "n": Size((B,))} and whole.mutations == [(StepRef(0), StepRef(0))]
+    assert whole.attributes == {("", "a"): StepRef(0)}

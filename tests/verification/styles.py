@@ -1,4 +1,4 @@
-"""One MoE function in the dispatch styles people write; all take x (T, H) and the weights of ``Bank``."""
+"""One MoE function in the dispatch styles people write; all take x (T, H) and the weights of ``ExpertWeights``."""
 
 from types import SimpleNamespace
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moeopt.capture.call_roles import Leaf, Prototype
+from moeopt.capture.call_roles import ArgRole, CallSpec
 from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.judge import typical
@@ -17,8 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cases_for(dtype, level="strict"):
-    proto = Prototype((seeded(2, 5, H, dtype=dtype),), {}, (Leaf("tokens", 2),))
-    return adversarial_cases(proto, E, level=level)
+    call_spec = CallSpec((seeded(2, 5, H, dtype=dtype),), {}, (ArgRole("tokens", 2),))
+    return adversarial_cases(call_spec, E, level=level)
 
 
 def check(damage="", dtype=torch.float32, level="strict"):

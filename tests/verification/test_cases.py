@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moeopt.capture.call_roles import Leaf, Prototype
+from moeopt.capture.call_roles import ArgRole, CallSpec
 from moeopt.errors import UsageError
 from moeopt.verification.cases import adversarial_cases
 from tests.verification.tiny import seeded
@@ -21,12 +21,14 @@ NAMES = [
 ]
 
 
-def by_name(proto, **kwargs):
-    return {case.name: case for case in adversarial_cases(proto, E, **kwargs)}
+def by_name(call_spec, **kwargs):
+    return {case.name: case for case in adversarial_cases(call_spec, E, **kwargs)}
 
 
 def batch(dtype=torch.float32):
-    return Prototype((seeded(2, 3, H, dtype=dtype), "eager"), {"flag": True}, (Leaf("tokens", 2), Leaf(), Leaf()))
+    return CallSpec(
+        (seeded(2, 3, H, dtype=dtype), "eager"), {"flag": True}, (ArgRole("tokens", 2), ArgRole(), ArgRole())
+    )
 
 
 def test_levels():
@@ -54,15 +56,15 @@ def test_half_of_many_tokens_go_to_one_choice_of_experts():
     assert x.shape == (1, 521, H)
     _, counts = x[0].unique(dim=0, return_counts=True)
     assert counts.max() >= 260 and len(counts) > 128
-    assert list(by_name(batch(), most=200)) == NAMES and list(by_name(batch(), most=127)) == NAMES[:-1]
-    assert by_name(batch(), most=200)["many tokens"].args[0].shape == (1, 200, H)
+    assert list(by_name(batch(), max_tokens=200)) == NAMES and list(by_name(batch(), max_tokens=127)) == NAMES[:-1]
+    assert by_name(batch(), max_tokens=200)["many tokens"].args[0].shape == (1, 200, H)
 
 
 def test_the_prototype_is_not_written():
-    proto = batch()
-    before = proto.args[0].clone()
-    by_name(proto)
-    assert torch.equal(before, proto.args[0])
+    call_spec = batch()
+    before = call_spec.args[0].clone()
+    by_name(call_spec)
+    assert torch.equal(before, call_spec.args[0])
 
 
 def test_seeded():
@@ -79,7 +81,7 @@ def test_half_types_stay_finite_where_they_should(dtype):
 
 def experts_call():
     args = (seeded(6, H), torch.arange(12).view(6, 2) % E, seeded(6, K).softmax(-1))
-    return Prototype(args, {}, (Leaf("tokens", 1), Leaf("ids", 1), Leaf("weights", 1)))
+    return CallSpec(args, {}, (ArgRole("tokens", 1), ArgRole("ids", 1), ArgRole("weights", 1)))
 
 
 def test_ids_are_decided():
@@ -98,19 +100,21 @@ def test_router_rows_are_mixed_in():
 
 
 def test_maps_with_features_on_axis_1():
-    proto = Prototype((seeded(2, 5, 3, 4),), {}, (Leaf("tokens", 3, feature_axis=1),))
-    assert proto.grid == (2, 3, 4)
-    cases = by_name(proto)
+    call_spec = CallSpec((seeded(2, 5, 3, 4),), {}, (ArgRole("tokens", 3, feature_axis=1),))
+    assert call_spec.grid == (2, 3, 4)
+    cases = by_name(call_spec)
     assert cases["one token"].args[0].shape == (1, 5, 1, 1)
     assert cases["few experts, ragged"].args[0].shape == (1, 5, 3, 5)
-    same = proto.with_tokens((2, 3, 4))[0][0]
-    assert torch.equal(same, proto.args[0])
+    same = call_spec.with_tokens((2, 3, 4))[0][0]
+    assert torch.equal(same, call_spec.args[0])
 
 
 def test_flat_leaves_beside_a_grid_go_along():
     x, mask, tag = seeded(2, 3, H), torch.arange(6) % 2 == 0, torch.arange(6).view(2, 3)
-    proto = Prototype((x,), {"mask": mask, "tag": tag}, (Leaf("tokens", 2), Leaf("static", 1), Leaf("static", 2)))
-    args, kwargs = proto.with_tokens((4, 2))
+    call_spec = CallSpec(
+        (x,), {"mask": mask, "tag": tag}, (ArgRole("tokens", 2), ArgRole("static", 1), ArgRole("static", 2))
+    )
+    args, kwargs = call_spec.with_tokens((4, 2))
     assert kwargs["mask"].shape == (8,) and kwargs["tag"].tolist() == [[0, 1], [2, 3], [4, 5], [0, 1]]
     assert torch.equal(args[0].view(-1, H)[5], x.view(-1, H)[5])
 
@@ -118,14 +122,14 @@ def test_flat_leaves_beside_a_grid_go_along():
 @pytest.mark.parametrize(
     ("leaves", "reason"),
     [
-        ((Leaf("tokens", 2),), "the call has 2 leaves, 1 roles were given"),
-        ((Leaf(), Leaf()), "no argument has token dims"),
-        ((Leaf("tokens", 2), Leaf("ids", 1)), r"token dims \(5,\), which do not fit the grid \(2, 3\)"),
+        ((ArgRole("tokens", 2),), "the call has 2 leaves, 1 roles were given"),
+        ((ArgRole(), ArgRole()), "no argument has token dims"),
+        ((ArgRole("tokens", 2), ArgRole("ids", 1)), r"token dims \(5,\), which do not fit the grid \(2, 3\)"),
     ],
 )
 def test_roles_that_do_not_fit(leaves, reason):
     with pytest.raises(UsageError, match=reason):
-        Prototype((seeded(2, 3, H), torch.zeros(5, K)), {}, leaves)
+        CallSpec((seeded(2, 3, H), torch.zeros(5, K)), {}, leaves)
 
 
 def test_token_counts_that_do_not_fit():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from moeopt.capture.call_roles import Leaf, Prototype
+from moeopt.capture.call_roles import ArgRole, CallSpec
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import StackedBank
+from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.experts import experts
 from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
@@ -21,13 +21,13 @@ class Rewritten(nn.Module):
     def forward(self, x_BSH):
         m, x_TH = self.moe, x_BSH.reshape(-1, H)
         ids_TK, w_TK = m.route(x_TH)
-        bank = StackedBank([m.gate_EIH, m.up_EIH], m.down_EHI, None, m.bias_EH, None)
+        bank = StackedExpertWeights([m.gate_EIH, m.up_EIH], m.down_EHI, None, m.bias_EH, None)
         return experts(x_TH, ids_TK, w_TK, bank, self.spec).view_as(x_BSH)
 
 
 def check(dtype, **spec):
     moe = TinyMoE().to(dtype)
-    cases = adversarial_cases(Prototype((seeded(2, 5, H, dtype=dtype),), {}, (Leaf("tokens", 2),)), E)
+    cases = adversarial_cases(CallSpec((seeded(2, 5, H, dtype=dtype),), {}, (ArgRole("tokens", 2),)), E)
     return verify_block("moe", moe, Rewritten(moe, ExpertsSpec(rows="separate", **spec)), cases)
 
 

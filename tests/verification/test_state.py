@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import nn
 
-from moeopt.verification.state import Guard, clone_inputs, modules_of
+from moeopt.verification.state import RestoreState, clone_inputs_and_objects, modules_of
 
 
 class Holder:
@@ -27,7 +27,7 @@ def test_modules_of_any_callable():
 def test_a_parameter_written_or_replaced_comes_back():
     lin = nn.Linear(2, 2)
     value, kept = lin.weight.detach().clone(), lin.weight
-    with torch.no_grad(), Guard(lin) as guard:
+    with torch.no_grad(), RestoreState(lin) as guard:
         guard.before_write(lin.weight[0])
         lin.weight[0] = 7
         lin.bias = nn.Parameter(torch.ones(2, dtype=torch.float64))
@@ -40,27 +40,27 @@ def test_a_parameter_written_or_replaced_comes_back():
 def test_a_parameter_whose_data_was_cast_comes_back():
     lin = nn.Linear(2, 2)
     address = lin.weight.data_ptr()
-    with Guard(lin):
+    with RestoreState(lin):
         lin.double()
     assert lin.weight.dtype == torch.float32 and lin.weight.data_ptr() == address
 
 
 def test_the_random_stream_comes_back():
     before = torch.get_rng_state()
-    with Guard(torch.relu):
+    with RestoreState(torch.relu):
         torch.rand(3)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_inputs_are_cloned_and_modules_are_not():
     x, lin = torch.ones(2, requires_grad=True), nn.Linear(1, 1)
-    copy = clone_inputs({"x": (x, lin, "s", None)})
+    copy = clone_inputs_and_objects({"x": (x, lin, "s", None)})
     assert copy["x"][0] is not x and not copy["x"][0].requires_grad and copy["x"][1] is lin
 
 
 def test_what_a_run_registers_on_a_bare_module_goes_away():
     act = torch.nn.ReLU()
-    with Guard(act):
+    with RestoreState(act):
         act.register_buffer("seen", torch.ones(2))
         act.register_parameter("scale", torch.nn.Parameter(torch.ones(2)))
         act.add_module("inner", torch.nn.Identity())

@@ -6,17 +6,17 @@ from torch import nn
 
 from moeopt.verification.model import CEILING, compare_outputs, end_to_end
 from moeopt.verification.pins import RoutingLog, RoutingPins
-from moeopt.verification.ties import Choice, differing, exactly_tied, in_place_of, tied_tokens
+from moeopt.verification.ties import RoutedCall, differing, exactly_tied, in_place_of, tied_tokens
 
 EPS = torch.finfo(torch.float32).eps
 
 
-def choice(scores: torch.Tensor, k: int = 2) -> Choice:
+def choice(scores: torch.Tensor, k: int = 2) -> RoutedCall:
     """What a top-k of ``scores`` gives a site."""
     log = RoutingLog()
     with log:
         weights, ids = scores.topk(k)
-    return Choice("site", ids, weights, log.events)
+    return RoutedCall("site", ids, weights, log.events)
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,13 @@ def test_scores_that_move_under_noise_widen_what_is_a_tie():
 
 
 def test_a_choice_that_noise_changes_is_a_tie_whatever_made_it():
-    one = Choice("site", torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]), [])
-    other = Choice("site", torch.tensor([[0, 1]]), torch.tensor([[1.0, 0.0]]), [])
+    one = RoutedCall("site", torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]), [])
+    other = RoutedCall("site", torch.tensor([[0, 1]]), torch.tensor([[1.0, 0.0]]), [])
     assert tied_tokens(one, EPS, [other])[0].all() and not tied_tokens(one, EPS, [one])[0].any()
 
 
 def test_experts_of_no_weight_do_not_differ_and_broken_tokens_choose_nothing():
-    found = Choice(
+    found = RoutedCall(
         "site", torch.tensor([[0, 1], [0, 1], [0, 1]]), torch.tensor([[1.0, 0], [0.6, 0.4], [torch.nan] * 2]), []
     )
     assert differing(found, torch.tensor([[0, 3], [0, 3], [2, 3]])).tolist() == [False, True, False]

@@ -305,7 +305,7 @@ def hand_expert_axis_in_the_middle():
 
 
 class NormPerExpert(Mlps):
-    """Each expert has a LayerNorm of its own before its first product."""
+    """Each expert has a LayerNorm of its own before its first matmul."""
 
     def __init__(self):
         super().__init__()

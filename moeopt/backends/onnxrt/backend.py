@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 
 from moeopt.backends.base import Made, Opened
-from moeopt.backends.onnxrt.build import Built, build_onnx, onnx_plan
+from moeopt.backends.onnxrt.build import BuiltGraph, build_onnx, onnx_plan
 from moeopt.backends.onnxrt.bundle import load_onnx_bundle, save_onnx_bundle, was_replayed
 from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
-from moeopt.backends.onnxrt.offline_engine import AbsentEngine, built_for
+from moeopt.backends.onnxrt.offline_engine import OfflineEngine, built_for
 from moeopt.backends.onnxrt.open_engine import open_onnx
-from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.session import PROVIDERS, why_absent
 from moeopt.bundle.manifest import Manifest
-from moeopt.find.example_inputs import Call
+from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.limits import LoadLimits
 from moeopt.options import Options
 
@@ -28,23 +28,23 @@ class OnnxRuntimeBackend(GraphBackend):
 
     name = "onnxruntime"
 
-    def _plan_impl(self, options: Options) -> Plan:
+    def _plan_impl(self, options: Options) -> OrtPlan:
         return onnx_plan(options)
 
-    def runs_on_gpu(self, plan: Plan) -> bool:
+    def runs_on_gpu(self, plan: OrtPlan) -> bool:
         return plan.provider != "cpu"
 
-    def _build_impl(self, twin: nn.Module, call: Call, plan: Plan, options: Options) -> Built:
+    def _build_impl(self, twin: nn.Module, call: ArgsKwargs, plan: OrtPlan, options: Options) -> BuiltGraph:
         return build_onnx(twin, *call, plan, options.say)
 
-    def _opened_impl(self, built: Built, plan: Plan, options: Options) -> GraphEngine | AbsentEngine:
+    def _opened_impl(self, built: BuiltGraph, plan: OrtPlan, options: Options) -> GraphEngine | OfflineEngine:
         return open_onnx(built, plan, options.session_options)
 
-    def _lowering_impl(self, path: str, built: Built) -> str:
+    def _lowering_impl(self, path: str, built: BuiltGraph) -> str:
         found = {why for site, why in built.reasons.items() if site.split("#")[0] == path}
         return "onnxruntime " + "; ".join(sorted(found)) if found else ""
 
-    def _save_impl(self, made: Made, call: Call, directory: str | os.PathLike[str]) -> Path:
+    def _save_impl(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str]) -> Path:
         return save_onnx_bundle(made.model, made.built, directory, made.report, made.certificate, call, made.source)
 
     def _open_impl(
@@ -58,7 +58,7 @@ class OnnxRuntimeBackend(GraphBackend):
         engine = load_onnx_bundle(
             manifest.directory, provider or (None if replayed else "cpu"), replay=False, limits=limits
         )
-        if isinstance(engine, AbsentEngine):
+        if isinstance(engine, OfflineEngine):
             engine = load_onnx_bundle(manifest.directory, "cpu", replay=False, limits=limits)
         executed = engine.provider != "cpu" or not replayed
         device = engine.described if executed else built_for(str(manifest.data["provider"]))

@@ -22,14 +22,14 @@ _CONTROL = frozenset(("Loop", "Scan", "If", "SequenceMap"))
 
 
 @dataclass(frozen=True)
-class Cost:
+class CallCost:
     """Bytes held at once, and multiplications, of one call."""
 
     bytes: int
     products: int
 
 
-def cost_of(proto: Any, shapes: Mapping[str, tuple[int, ...]]) -> Cost | None:
+def cost_of(proto: Any, shapes: Mapping[str, tuple[int, ...]]) -> CallCost | None:
     """The cost of a call with inputs of ``shapes``; None where it cannot be told from sizes alone."""
     import onnx
 
@@ -69,7 +69,7 @@ def _at(proto: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     return copy
 
 
-def _counted(graph: Any, found: Mapping[str, tuple[list[int], float]]) -> Cost | None:
+def _counted(graph: Any, found: Mapping[str, tuple[list[int], float]]) -> CallCost | None:
     last = {name: n for n, node in enumerate(graph.node) for name in node.input}
     ends = {value.name for value in graph.output}
     held = most = products = 0
@@ -82,11 +82,11 @@ def _counted(graph: Any, found: Mapping[str, tuple[list[int], float]]) -> Cost |
         products += _products(node, found)
         gone = {name for name in (*node.input, *outputs) if last.get(name, -1) <= n and name not in ends}
         made = {name for earlier in (node.output, node.input) for name in earlier}
-        held -= sum(_bytes(found[name]) for name in gone & made if name in found and not _given(graph, name))
-    return Cost(most, products)
+        held -= sum(_bytes(found[name]) for name in gone & made if name in found and not _is_graph_input(graph, name))
+    return CallCost(most, products)
 
 
-def _given(graph: Any, name: str) -> bool:
+def _is_graph_input(graph: Any, name: str) -> bool:
     return any(name == t.name for t in graph.initializer) or any(name == v.name for v in graph.input)
 
 

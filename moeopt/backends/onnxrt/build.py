@@ -15,7 +15,7 @@ from torch import nn
 
 from moeopt.backends.onnxrt.accuracy import coarse
 from moeopt.backends.onnxrt.known_answer import BLOCK, make_probe
-from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
 from moeopt.backends.onnxrt.site_records import ENDS, describe
@@ -27,15 +27,15 @@ from moeopt.causal_lm.attention import cache_left_in_place
 from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
 from moeopt.errors import Declined, NotSaveableError, UsageError
-from moeopt.lower.export import export_program, roomier
+from moeopt.lower.export import avoid_size_one, export_program
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.assemble import replace_sites
+from moeopt.lower.onnx.experts_node import DOMAIN, OP
 from moeopt.lower.onnx.export import emitting, own_outputs, to_onnx
 from moeopt.lower.onnx.plan import BlockPlan, kind
-from moeopt.lower.onnx.site import DOMAIN, OP
-from moeopt.lower.onnx.widen import widen_graph
+from moeopt.lower.onnx.upcast import upcast_graph
 from moeopt.lower.signature import describe_call, functional
-from moeopt.lower.surprise import surprises
+from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet
 
@@ -43,11 +43,11 @@ INSTEAD = "write that line of the model with other ops, use backend='torch', or 
 
 
 @dataclass
-class Built:
+class BuiltGraph:
     """A written graph: its folder, how it is called, and what was chosen for each site.
 
     ``sites`` are records of :mod:`moeopt.backends.onnxrt.site_records`, ``probes`` one of
-    :mod:`moeopt.backends.onnxrt.known_answer` for each kind of site. ``portable`` is the same graph lowered
+    :mod:`moeopt.backends.onnxrt.known_answer` for each kind of site. ``cpu_fallback`` is the same graph lowered
     for CPU where the graph itself cannot run here.
     """
 
@@ -58,14 +58,14 @@ class Built:
     facts: dict[str, float] = field(default_factory=dict)
     sites: list[dict[str, Any]] = field(default_factory=list)
     probes: list[tuple[dict[str, torch.Tensor], float]] = field(default_factory=list)
-    portable: Built | None = None
+    cpu_fallback: BuiltGraph | None = None
 
     @property
     def directory(self) -> Path:
         return Path(self.folder.name)
 
 
-def onnx_plan(options: Options) -> Plan:
+def onnx_plan(options: Options) -> OrtPlan:
     """The plan that ``options.target``, else ``options.device``, asks for.
 
     Raises:
@@ -81,29 +81,29 @@ def onnx_plan(options: Options) -> Plan:
             f"target={provider!r} instead of device builds the engine here, to be run where the provider is"
         )
     if provider in available():
-        return Plan(provider, options.tokens, options.tune)
+        return OrtPlan(provider, options.tokens, options.tune)
     if options.tune:
         raise UsageError(
             f"tune=True measures on this machine, which has: {there}; build for target={provider!r} without it"
         )
-    return ReplayPlan(Plan(provider, options.tokens))
+    return ReplayPlan(OrtPlan(provider, options.tokens))
 
 
 def build_onnx(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, say: Callable[[str], None]
-) -> Built:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: OrtPlan, say: Callable[[str], None]
+) -> BuiltGraph:
     """Export ``model``, whose blocks were rewritten, for ``plan.provider``.
 
     Raises:
         NotSaveableError: torch.export or ONNX cannot hold the model; the message names what is in the way.
     """
-    with surprises(f"writing {type(model).__name__} as an ONNX graph", INSTEAD, NotSaveableError):
+    with unexpected_errors_as(f"writing {type(model).__name__} as an ONNX graph", INSTEAD, NotSaveableError):
         return _build(model, args, kwargs, plan, say)
 
 
 def _build(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, say: Callable[[str], None]
-) -> Built:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: OrtPlan, say: Callable[[str], None]
+) -> BuiltGraph:
     started = time.perf_counter()
     if is_causal_lm(model):
         try:
@@ -121,21 +121,21 @@ def _build(
                 return write_graph(found.model, found.sites, signature, plan, say, started)
             signature = flat_signature(target.model.graph, target.signature)
             built = write_graph(target.model, target.sites, signature, plan.target, say, started)
-            return _with_portable(built, target.model, found.model, found.sites, plan, say)
+            return _with_cpu_fallback(built, target.model, found.model, found.sites, plan, say)
     graph, sites, signature = trace(model, args, kwargs, plan, say)
     if not isinstance(plan, ReplayPlan):
         return write_graph(graph, sites, signature, plan, say, started)
     portable = graph.clone()
     built = write_graph(graph, sites, signature, plan.target, say, started)
-    return _with_portable(built, graph, portable, sites, plan, say)
+    return _with_cpu_fallback(built, graph, portable, sites, plan, say)
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan, say: Callable[[str], None]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: OrtPlan, say: Callable[[str], None]
 ) -> tuple[Any, list[Any], dict[str, Any]]:
     """A model, or one rewritten block, as ``(onnx_ir.Model, sites, signature)``, its experts not lowered yet."""
     say("tracing the whole model")
-    args, kwargs = roomier(model, args, kwargs)
+    args, kwargs = avoid_size_one(model, args, kwargs)
     with emitting(model) as sites, quiet(), _attention(plan):
         program = export_program(model, args, kwargs)
     program = functional(program)
@@ -144,7 +144,7 @@ def trace(
     return to_onnx(program), sites, signature
 
 
-def _attention(plan: Plan) -> contextlib.AbstractContextManager[None]:
+def _attention(plan: OrtPlan) -> contextlib.AbstractContextManager[None]:
     """transformers' attention in a form whose padded rows are zeros in ONNX too, where a CPU runs it."""
     here = plan.provider == "cpu" and "transformers.modeling_utils" in sys.modules
     return cache_left_in_place() if here else contextlib.nullcontext()
@@ -166,13 +166,13 @@ def without_cache(model: nn.Module, kwargs: dict[str, Any], reason: str) -> str:
     return f"the engine has no key/value cache: {reason}"
 
 
-def _with_portable(
-    built: Built, written: Any, portable: Any, sites: list[Any], plan: ReplayPlan, say: Callable[[str], None]
-) -> Built:
-    """``built`` with its portable form, which has the same ends, once the graph itself was checked."""
+def _with_cpu_fallback(
+    built: BuiltGraph, written: Any, portable: Any, sites: list[Any], plan: ReplayPlan, say: Callable[[str], None]
+) -> BuiltGraph:
+    """``built`` with its CPU fallback graph, which has the same ends, once the graph itself was checked."""
     check_emitted(written, str(built.directory / GRAPH), plan.target.provider)
-    say("writing its portable form")
-    built.portable = write_graph(portable, sites, built.signature, plan, say, time.perf_counter(), built.folder)
+    say("writing its CPU fallback graph")
+    built.cpu_fallback = write_graph(portable, sites, built.signature, plan, say, time.perf_counter(), built.folder)
     return built
 
 
@@ -185,17 +185,17 @@ def write_graph(
     started: float,
     beside: TemporaryFolder | None = None,
     adapt: Callable[[Any], Any] = lambda model: None,
-) -> Built:
+) -> BuiltGraph:
     """Lower the sites of an ``onnx_ir.Model`` and write it with its weights beside it.
 
-    ``beside``: the folder of the graph whose portable form this is; it then has that form's name.
+    ``beside``: the folder of the graph whose CPU fallback graph this is; it then has that form's name.
     ``adapt``: changes the lowered model before it is written.
     """
     import onnx_ir as ir
 
     say(f"lowering {len(sites)} expert blocks")
     if plan.provider == "cpu":
-        widen_graph(model)
+        upcast_graph(model)
     accurate_graph(model)
     if lost := coarse(model, plan.provider):
         raise NotSaveableError(
@@ -203,23 +203,23 @@ def write_graph(
             "with exp and log"
         )
     guard_sizes(model, signature, doubles="tensorrt" not in plan.provider)
-    legal = [plan.legal(site) for site in sites]
+    legalized = [plan.legalize(site) for site in sites]
     calls = {
         n.attributes["site"].as_int(): (*n.inputs, n.outputs[0])
         for n in model.graph
         if (n.domain, n.op_type) == (DOMAIN, OP)
     }
-    names = replace_sites(model, legal, plan.lowering)
+    names = replace_sites(model, legalized, plan.lowering)
     own_outputs(model.graph)
     _deduplicate(model.graph)
     name_ends(model.graph, signature)
-    made = label_nodes(model, [site.name for site in legal])
-    records, probes = _describe(legal, names, plan, calls, made)
+    made = label_nodes(model, [site.name for site in legalized])
+    records, probes = _describe(legalized, names, plan, calls, made)
     adapt(model)
     folder, graph = (TemporaryFolder(), GRAPH) if beside is None else (beside, PORTABLE)
     say("writing the engine")
     ir.save(model, f"{folder.name}/{graph}", external_data=data_of(graph))
-    built = Built(folder, signature, dict(zip([s.name for s in sites], names, strict=True)))
+    built = BuiltGraph(folder, signature, dict(zip([s.name for s in sites], names, strict=True)))
     built.sites, built.probes = records, probes
     built.reasons = {site.name: plan.why(site) for site in sites}
     size = sum(p.stat().st_size for p in built.directory.glob(f"{graph}*"))

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from moeopt.backends.onnxrt import known_answer as probes
-from moeopt.backends.onnxrt.build import Built
+from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.check_bytes import check_graph, parsed
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.golden import budget_of, golden_runs
-from moeopt.backends.onnxrt.offline_engine import AbsentEngine
-from moeopt.backends.onnxrt.selftest import Outcome, load_probes, self_test
+from moeopt.backends.onnxrt.offline_engine import OfflineEngine
+from moeopt.backends.onnxrt.selftest import SelfTestResult, load_probes, self_test
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, PROVIDERS, available, data_of, provider_named, runtime
 from moeopt.backends.onnxrt.trial import check_calls, within_limits
 from moeopt.bundle import golden as goldens
@@ -46,8 +46,8 @@ _PASSED: set[tuple[str, ...]] = set()
 
 
 def save_onnx_bundle(
-    engine: OnnxEngine | AbsentEngine,
-    built: Built,
+    engine: OnnxEngine | OfflineEngine,
+    built: BuiltGraph,
     directory: str | os.PathLike[str],
     report: Report,
     certificate: Any,
@@ -58,7 +58,7 @@ def save_onnx_bundle(
     if not (built.directory / GRAPH).is_file():
         raise UsageError(f"the engine's files in {built.directory} are gone: optimise the model again, then save it")
     distance, why = budget_of(certificate)
-    runner = engine.replay() if isinstance(engine, AbsentEngine) else engine
+    runner = engine.replay() if isinstance(engine, OfflineEngine) else engine
     runs = golden_runs(runner, golden_calls(runner, call), distance)
     fields = {
         "provider": engine.provider,
@@ -67,13 +67,13 @@ def save_onnx_bundle(
         **stated(built.signature, report, source),
         "golden": {"runs": len(runs), "distance": distance, "why": why},
     }
-    if built.portable is not None:
-        fields["portable"] = _form(built.portable)
+    if built.cpu_fallback is not None:
+        fields["portable"] = _form(built.cpu_fallback)
 
     def write(aside: Path) -> None:
         _write_form(built, GRAPH, aside)
-        if built.portable is not None:
-            _write_form(built.portable, PORTABLE, aside)
+        if built.cpu_fallback is not None:
+            _write_form(built.cpu_fallback, PORTABLE, aside)
         write_evidence(aside, built.signature, certificate, runs)
 
     return write_bundle(directory, "onnxruntime", write, fields)
@@ -97,7 +97,7 @@ def write_evidence(aside: Path, signature: Mapping[str, Any], certificate: Any, 
     goldens.save_golden(runs, aside / goldens.FILE)
 
 
-def _form(built: Built) -> dict[str, Any]:
+def _form(built: BuiltGraph) -> dict[str, Any]:
     """What a manifest says of one lowered graph."""
     return {
         "lowerings": built.lowerings,
@@ -107,7 +107,7 @@ def _form(built: Built) -> dict[str, Any]:
     }
 
 
-def _write_form(built: Built, graph: str, aside: Path) -> None:
+def _write_form(built: BuiltGraph, graph: str, aside: Path) -> None:
     from safetensors.torch import save_file
 
     for name in (graph, data_of(graph)):
@@ -128,13 +128,13 @@ def load_onnx_bundle(
     replay: bool = True,
     session_options: Any = None,
     limits: LoadLimits = DEFAULT,
-) -> OnnxEngine | AbsentEngine:
+) -> OnnxEngine | OfflineEngine:
     """Check a bundle, test it on this machine, and load it.
 
     Args:
         directory: the bundle.
         device: where it shall run, like ``"cuda"`` or a provider's name; None means what it was built for. A bundle
-            that was built and not executed runs its portable form on ``"cpu"``; where what it was built for is not
+            that was built and not executed runs its CPU fallback graph on ``"cpu"``; where what it was built for is not
             there, None gives an engine that says so when it is called.
         replay: run the golden inputs too; :func:`verify_onnx_bundle` does so itself.
         session_options: an ``onnxruntime.SessionOptions``.
@@ -158,9 +158,9 @@ def load_onnx_bundle(
     proto = _checked(manifest, graph, signature)
     if provider not in available():
         _checked(manifest, PORTABLE, signature)
-        return AbsentEngine(manifest.directory, signature, provider, manifest=manifest)
+        return OfflineEngine(manifest.directory, signature, provider, manifest=manifest)
     key = (*(str(manifest.data["files"].get(f)) for f in (graph, data_of(graph))), runtime().__version__, provider)
-    outcome = Outcome(manifest.directory, graph)
+    outcome = SelfTestResult(manifest.directory, graph)
     if key not in _PASSED:
         within_limits(manifest, proto, graph, signature, limits)
 
@@ -243,7 +243,7 @@ def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.
 
 
 def _open(
-    manifest: Manifest, outcome: Outcome, signature: Mapping[str, Any], provider: str, session_options: Any
+    manifest: Manifest, outcome: SelfTestResult, signature: Mapping[str, Any], provider: str, session_options: Any
 ) -> OnnxEngine:
     try:
         return OnnxEngine(

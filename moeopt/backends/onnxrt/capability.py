@@ -24,7 +24,7 @@ _NO_BFLOAT16_ON_CPU = ("MatMul", "Gemm", "Mul", "Add", "Sub", "Div", "ReduceSum"
 
 
 @dataclass(frozen=True)
-class Capability:
+class OrtCapability:
     """One operator on one provider.
 
     Args:
@@ -53,15 +53,15 @@ class Capability:
     ignored: Mapping[str, int] = field(default_factory=dict)
     required: Mapping[str, int] = field(default_factory=dict)
     router_weights: str = "none"
-    least: int = 1
+    min_size: int = 1
     aligned: int = 0
 
     def refuses_width(self, width: int, dtype: str) -> str:
         """Why rows of ``width`` elements do not fit, or ""."""
         step = max(1, self.aligned // _BITS.get(dtype, 32))
-        if width >= self.least and width % step == 0:
+        if width >= self.min_size and width % step == 0:
             return ""
-        takes = f"{self.least} or more, in steps of {step}"
+        takes = f"{self.min_size} or more, in steps of {step}"
         return f"{width} is not a width that {self.provider}'s {self.op} takes: {takes}"
 
 
@@ -69,7 +69,7 @@ _BITS = {"FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16}
 
 
 CAPABILITIES = (
-    Capability(
+    OrtCapability(
         "cpu",
         "MoE",
         "run on 1.31.1 and 1.32.0",
@@ -77,7 +77,7 @@ CAPABILITIES = (
         wrong={"relu": "relu of NaN is 0 in this kernel, so a broken token looks sound"},
         ignored={"use_sparse_mixer": 0},
     ),
-    Capability(
+    OrtCapability(
         "cpu",
         "QMoE",
         "run on 1.31.1 and 1.32.0",
@@ -86,7 +86,7 @@ CAPABILITIES = (
         ignored={"use_sparse_mixer": 0, "normalize_routing_weights": 1},
         router_weights="drops negative ones",
     ),
-    Capability(
+    OrtCapability(
         "cuda",
         "MoE",
         # a build without microsoft/onnxruntime#32659 reads bfloat16 logits as float32: a bundle's self-test tells
@@ -94,10 +94,10 @@ CAPABILITIES = (
         dtypes=("FLOAT", "FLOAT16", "BFLOAT16"),
         activations=("relu", "gelu", "silu", "swiglu", "identity"),
         separate_up=True,
-        least=16,
+        min_size=16,
         aligned=128,
     ),
-    Capability(
+    OrtCapability(
         "cuda",
         "QMoE",
         "source",
@@ -106,10 +106,10 @@ CAPABILITIES = (
         required={"weights_prepacked": 0},
         router_weights="ignored",
     ),
-    Capability("tensorrt", "MoE", "source: the parser refuses it"),
-    Capability("tensorrt", "QMoE", "source: the parser refuses it"),
-    Capability("nv_tensorrt_rtx", "MoE", "source: the parser refuses it"),
-    Capability(
+    OrtCapability("tensorrt", "MoE", "source: the parser refuses it"),
+    OrtCapability("tensorrt", "QMoE", "source: the parser refuses it"),
+    OrtCapability("nv_tensorrt_rtx", "MoE", "source: the parser refuses it"),
+    OrtCapability(
         "nv_tensorrt_rtx",
         "QMoE",
         "source",
@@ -121,7 +121,7 @@ CAPABILITIES = (
 )
 
 
-def capability(provider: str, op: str) -> Capability | None:
+def capability(provider: str, op: str) -> OrtCapability | None:
     """The row for ``op`` on ``provider``; None when nothing is known, which counts as "cannot"."""
     return next((row for row in CAPABILITIES if (row.provider, row.op) == (provider, op)), None)
 
@@ -149,13 +149,13 @@ def _moe_problems(node: Any, provider: str) -> list[str]:
     if row is None or not row.dtypes:
         return [f"{provider} has no com.microsoft::{node.op_type}" + (f" ({row.evidence})" if row else "")]
     values = {name: attribute.value for name, attribute in node.attributes.items()}
-    given_weights = node.op_type == "QMoE" and _given(node, 14) and row.router_weights != "ignored"
+    given_weights = node.op_type == "QMoE" and _has_input(node, 14) and row.router_weights != "ignored"
     problems = _attribute_problems(row, values, given_weights) + _activation_problems(row, values)
     dtype = _dtype(node.inputs[0])
     if dtype is not None and dtype not in row.dtypes:
         problems.append(f"no kernel for {dtype}; there are {', '.join(row.dtypes)}")
     third = 6 if node.op_type == "MoE" else 8
-    if _given(node, third) and not row.separate_up:
+    if _has_input(node, third) and not row.separate_up:
         problems.append("a separate up weight (fc3) is NOT_IMPLEMENTED; interleave gate and up in fc1")
     if node.op_type == "MoE":
         problems += _layout_problems(node, values, row) + _dtype_problems(node)
@@ -171,7 +171,7 @@ _KNOWN = frozenset(
 _KNOWN_OF_QMOE = frozenset({"expert_weight_bits", "block_size", "weights_prepacked"})
 
 
-def _attribute_problems(row: Capability, values: Mapping[str, Any], given_weights: bool) -> list[str]:
+def _attribute_problems(row: OrtCapability, values: Mapping[str, Any], given_weights: bool) -> list[str]:
     """With router weights given, ``normalize_routing_weights`` is honoured: it divides them by their sum."""
     default = {"use_sparse_mixer": 0, "normalize_routing_weights": 0}
     unknown = sorted(values.keys() - (_KNOWN if row.op == "MoE" else _KNOWN | _KNOWN_OF_QMOE))
@@ -187,7 +187,7 @@ def _attribute_problems(row: Capability, values: Mapping[str, Any], given_weight
     return problems
 
 
-def _activation_problems(row: Capability, values: Mapping[str, Any]) -> list[str]:
+def _activation_problems(row: OrtCapability, values: Mapping[str, Any]) -> list[str]:
     name = values.get("activation_type", "relu")
     name = name.decode() if isinstance(name, bytes) else name
     problems = []
@@ -215,7 +215,7 @@ def _dtype_problems(node: Any) -> list[str]:
     return [f"its inputs are {' and '.join(sorted(found))}, and MoE takes one dtype"] if len(found) > 1 else []
 
 
-def _layout_problems(node: Any, values: Mapping[str, Any], row: Capability) -> list[str]:
+def _layout_problems(node: Any, values: Mapping[str, Any], row: OrtCapability) -> list[str]:
     """fc1 must be (E, O, H) and fc2 (E, H, I), with O = 2I for swiglu: other shapes can be read as a legacy layout."""
     fc1, fc2 = _shape(node.inputs[2]), _shape(node.inputs[4])
     if fc1 is None or fc2 is None:
@@ -235,8 +235,8 @@ def _layout_problems(node: Any, values: Mapping[str, Any], row: Capability) -> l
     return problems
 
 
-def _router_weight_problems(node: Any, row: Capability) -> list[str]:
-    if not _given(node, 14):
+def _router_weight_problems(node: Any, row: OrtCapability) -> list[str]:
+    if not _has_input(node, 14):
         return []
     if row.router_weights == "ignored":
         return [f"router_weights (input 14) is silently ignored ({row.evidence})"]
@@ -249,7 +249,7 @@ def _router_weight_problems(node: Any, row: Capability) -> list[str]:
     return [] if positive else [f"negative router_weights are silently dropped ({row.evidence}); prove them >= 0"]
 
 
-def _given(node: Any, index: int) -> bool:
+def _has_input(node: Any, index: int) -> bool:
     return len(node.inputs) > index and node.inputs[index] is not None
 
 

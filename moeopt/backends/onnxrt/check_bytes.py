@@ -165,7 +165,9 @@ def _check_ends(path: Path, graph: Any, signature: Mapping[str, Any]) -> None:
         fits = have[0] == want[0] and len(have[1]) == len(want[1])
         fixed = [(a, b) for a, b in zip(have[1], want[1], strict=False) if isinstance(a, int) or isinstance(b, int)]
         if not fits or any(a != b for a, b in fixed):
-            raise BundleError(f"{path}: the input {value.name} is {_told(have)}, and signature.json says {_told(want)}")
+            raise BundleError(
+                f"{path}: the input {value.name} is {_format_type(have)}, and signature.json says {_format_type(want)}"
+            )
 
 
 Type = tuple[str, list[Any]]
@@ -190,5 +192,5 @@ def _type(value: Any) -> Type:
     return str(dtype).removeprefix("torch."), dims
 
 
-def _told(kind: Type) -> str:
+def _format_type(kind: Type) -> str:
     return f"{kind[0]} ({', '.join('?' if d is None else str(d) for d in kind[1])})"

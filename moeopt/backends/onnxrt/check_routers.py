@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeopt.backends.onnxrt.build import Built, trace, write_graph
+from moeopt.backends.onnxrt.build import BuiltGraph, trace, write_graph
 from moeopt.backends.onnxrt.engine import OnnxEngine
-from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
-from moeopt.capture.call_roles import Prototype
+from moeopt.capture.call_roles import CallSpec
 from moeopt.errors import NotEquivalentError
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.verification.model import run_plain
@@ -31,7 +31,7 @@ from moeopt.verification.row_calls import Unpinned
 from moeopt.verification.unpinned import check_unpinned
 
 Records = Sequence[Mapping[str, Any]]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 ROUTED = ".routed"
 FEW = 1
 """Elements of a tensor that counts as a constant: its values may decide what an exporter makes of the graph."""
@@ -49,7 +49,9 @@ class RoutedBlock:
         directory, graph: where the graph was written. records: of its sites.
     """
 
-    def __init__(self, directory: Path, graph: str, signature: Mapping[str, Any], records: Records, plan: Plan) -> None:
+    def __init__(
+        self, directory: Path, graph: str, signature: Mapping[str, Any], records: Records, plan: OrtPlan
+    ) -> None:
         import onnx
 
         proto = onnx.load(os.fspath(directory / graph), load_external_data=False)
@@ -80,7 +82,9 @@ class RoutedBlock:
         return outputs, {site: by_name[name] for site, name in self._ids.items()}
 
 
-def alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan) -> tuple[RoutedBlock, Built]:
+def alone(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: OrtPlan
+) -> tuple[RoutedBlock, BuiltGraph]:
     """A rewritten block of a model as an engine of its own, made as ``build_onnx`` makes one.
 
     Raises:
@@ -91,9 +95,9 @@ def alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan
     return RoutedBlock(built.directory, GRAPH, signature, built.sites, plan), built
 
 
-def itself(built: Built, plan: Plan) -> RoutedBlock:
+def itself(built: BuiltGraph, plan: OrtPlan) -> RoutedBlock:
     """The same of an engine whose model is one block."""
-    graph, form = (GRAPH, built) if built.portable is None else (PORTABLE, built.portable)
+    graph, form = (GRAPH, built) if built.cpu_fallback is None else (PORTABLE, built.cpu_fallback)
     return RoutedBlock(built.directory, graph, form.signature, form.sites, plan)
 
 
@@ -102,15 +106,15 @@ class Routed:
     """A module with its router inside: a real call and what its arguments are, how many experts, its check so far."""
 
     path: str
-    call: Call
-    proto: Prototype
+    call: ArgsKwargs
+    call_spec: CallSpec
     experts: int
     check: BlockCheck
 
 
 def check_blocks(
-    original_of: Callable[[str], Callable[..., Any]], twin: nn.Module, blocks: Sequence[Routed], built: Built,
-    plan: Plan, seed: int,
+    original_of: Callable[[str], Callable[..., Any]], twin: nn.Module, blocks: Sequence[Routed], built: BuiltGraph,
+    plan: OrtPlan, seed: int,
 ) -> list[str]:  # fmt: skip
     """Run each kind of block on the engine's runtime, unpinned; its cases join its check. Notes for the certificate.
 
@@ -134,7 +138,7 @@ def check_blocks(
         except Exception as err:  # the whole was exported, and is compared; this block has no graph of its own
             notes.append(f"{name} was not run alone on {plan.runtime}: {type(err).__name__}: {str(err)[:200]}")
             continue
-        unpinned = Unpinned(name, original_of(block.path), module, run, block.proto, block.experts)
+        unpinned = Unpinned(name, original_of(block.path), module, run, block.call_spec, block.experts)
         found = check_unpinned(unpinned, seed)
         for case in found:
             case.name = f"{case.name}, on {plan.runtime}"
@@ -157,20 +161,22 @@ def _rewritten(module: nn.Module) -> Any:
     for node in program.block.graph.nodes:
         told: Any = node.target
         if node.op == "get_attr":
-            told = _told(operator.attrgetter(str(node.target))(module))
+            told = _describe_tensor(operator.attrgetter(str(node.target))(module))
         steps.append((node.op, str(told), str(node.args), str(node.kwargs)))
-    steps += [("constant", str(_told(constant)), "", "") for constant in program.block.constants]
-    banks = [(bank.num_experts, *map(_told, (bank.w_out(0), *bank.w_in(0))), spec) for bank, spec in forward.banks]
+    steps += [("constant", str(_describe_tensor(constant)), "", "") for constant in program.block.constants]
+    banks = [
+        (bank.num_experts, *map(_describe_tensor, (bank.w_out(0), *bank.w_in(0))), spec) for bank, spec in forward.banks
+    ]
     return steps, banks, program.routers, program.guard.shapes
 
 
 def _inside(module: nn.Module) -> Any:
     plain = [(n, v) for n, v in module.__dict__.items() if type(v) in (int, float, bool, str, tuple)]
     held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return type(module), plain, [(name, _told(tensor)) for name, tensor in held]
+    return type(module), plain, [(name, _describe_tensor(tensor)) for name, tensor in held]
 
 
-def _told(tensor: Tensor) -> Any:
+def _describe_tensor(tensor: Tensor) -> Any:
     """The form of a tensor, and the values of one that is as small as a constant."""
     few = tensor.tolist() if tensor.numel() <= FEW else None
     return tuple(tensor.shape), tensor.dtype, few

@@ -14,23 +14,23 @@ from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.backends.onnxrt.ties import Ties
 from moeopt.causal_lm.chunked_cases import causal_calls
 from moeopt.errors import NotEquivalentError
-from moeopt.find.example_inputs import Call
+from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.lower.other_sizes import sizes_to_try
-from moeopt.lower.surprise import told
+from moeopt.lower.unexpected_errors import format_error
 from moeopt.options import Options
-from moeopt.pipeline.run import Outcome
+from moeopt.pipeline.run import PipelineResult
 from moeopt.verification.language import find_ids
 from moeopt.verification.model import EndToEnd, end_to_end, run_plain
 from moeopt.verification.pins import RoutingLog
 from moeopt.verification.ties import exactly_tied
 from moeopt.verification.unusual import unusual_calls
 
-CountIds = Callable[[Call], tuple[int, int, str]]
+CountIds = Callable[[ArgsKwargs], tuple[int, int, str]]
 """Expert ids inside the engine on a call: how many were compared with the model's, how many differ, and where."""
 
 
 def compare_engine(
-    source: nn.Module, engine: GraphEngine, call: Call, outcome: Outcome, options: Options, count: CountIds,
+    source: nn.Module, engine: GraphEngine, call: ArgsKwargs, outcome: PipelineResult, options: Options, count: CountIds,
     ties_of: Callable[[list[str]], Ties | None],
 ) -> EndToEnd | None:  # fmt: skip
     """The verdict on the given call, expert ids counted; in strict mode the call in other sizes must agree too.
@@ -57,7 +57,7 @@ def compare_engine(
         kwargs = {**kwargs, "use_cache": False}  # the cache is compared by what comes of it
     noise = [*weighted(source), *outcome.rewrites]  # the runtime computes every op anew, so each may round
     narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in source.parameters())
-    runs: list[tuple[str, Call, Callable[..., Any]]] = [("", (args, kwargs), engine)]
+    runs: list[tuple[str, ArgsKwargs, Callable[..., Any]]] = [("", (args, kwargs), engine)]
     left_out: list[str] = []
     if options.verify == "strict" and not narrow:
         ids = find_ids(args, kwargs)
@@ -81,7 +81,7 @@ def compare_engine(
         except Exception as err:
             if not what:
                 raise
-            left_out.append(f"{shapes(one)}: the model itself does not take them ({told(err)})")
+            left_out.append(f"{shapes(one)}: the model itself does not take them ({format_error(err)})")
             continue
         steps = 0 if what else 8
         whole = ties is not None and form in (engine, engine.causal_lm)
@@ -137,7 +137,7 @@ def compare_engine(
     return first
 
 
-def shapes(call: Call) -> str:
+def shapes(call: ArgsKwargs) -> str:
     leaves = torch.utils._pytree.tree_leaves(call)
     return ", ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, torch.Tensor))
 

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.backends.onnxrt.session import Session, runtime
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
-from moeopt.ops.intercept import intercepted
+from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.ops.override import override_experts_impl
 from moeopt.rewrite.site_names import site_names
 from moeopt.verification.model import run_plain
 
-Call = tuple[Sequence[Any], Mapping[str, Any]]
+CallArguments = tuple[Sequence[Any], Mapping[str, Any]]
 Records = Sequence[Mapping[str, Any]]
 
 
-def count_ids(model: nn.Module, engine: GraphEngine, graph: str, records: Records, call: Call) -> tuple[int, int, str]:
+def count_ids(
+    model: nn.Module, engine: GraphEngine, graph: str, records: Records, call: CallArguments
+) -> tuple[int, int, str]:
     """How many expert ids the engine chose on ``call``, how many are not the model's, and the first such token.
 
     Args:
@@ -49,22 +51,22 @@ def count_ids(model: nn.Module, engine: GraphEngine, graph: str, records: Record
     return total, differ, first
 
 
-def _of_model(model: nn.Module, call: Call) -> dict[str, Tensor]:
+def _of_model(model: nn.Module, call: CallArguments) -> dict[str, Tensor]:
     """The ids (T, K) of each site, by its name."""
     name_of = site_names(model)
     chosen: dict[str, Tensor] = {}
 
-    def note(x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> None:
+    def note(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> None:
         del x, weights, spec
         if (name := name_of(bank)) is not None:
             chosen[name] = ids.detach().long().cpu().clone()
 
-    with intercepted(note):
+    with override_experts_impl(note):
         run_plain(model, call[0], dict(call[1]))
     return chosen
 
 
-def ids_of_engine(engine: GraphEngine, graph: str, records: Records, call: Call) -> dict[str, Tensor]:
+def ids_of_engine(engine: GraphEngine, graph: str, records: Records, call: CallArguments) -> dict[str, Tensor]:
     """The ids (T, K) that the engine chooses on ``call``, by the names of ``records``, in their order."""
     import onnx
 
@@ -89,7 +91,7 @@ def ids_of_engine(engine: GraphEngine, graph: str, records: Records, call: Call)
     return {str(record["name"]): results[name].cpu() for record, name in zip(records, names, strict=True)}
 
 
-def _feeds(engine: GraphEngine, call: Call) -> dict[str, Tensor]:
+def _feeds(engine: GraphEngine, call: CallArguments) -> dict[str, Tensor]:
     """What the engine hands to its session on ``call``."""
     seen: list[dict[str, Tensor]] = []
     run = engine.session.run

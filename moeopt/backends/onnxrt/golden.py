@@ -17,7 +17,7 @@ from torch import Tensor
 from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.bundle.golden import SLACK, Golden, compare, golden_run
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 NUDGES = 2
 
 
@@ -29,7 +29,7 @@ def budget_of(certificate: Any) -> tuple[float | None, str]:
     return float(end.budget), "the end-to-end budget that the engine was verified with: another provider rounds too"
 
 
-def golden_runs(engine: GraphEngine, calls: Sequence[Call], distance: float | None) -> list[Golden]:
+def golden_runs(engine: GraphEngine, calls: Sequence[ArgsKwargs], distance: float | None) -> list[Golden]:
     """What ``engine`` makes of each call, those without a margin left out unless none is left."""
     runs, steady = [], []
     for number, (args, kwargs) in enumerate(calls):

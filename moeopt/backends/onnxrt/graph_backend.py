@@ -10,21 +10,21 @@ from typing import Any
 from torch import nn
 
 from moeopt.backends.base import Backend, Made, Otherwise
-from moeopt.backends.onnxrt.build import Built
+from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.bundle import replay_golden
 from moeopt.backends.onnxrt.check_routers import Routed, check_blocks
 from moeopt.backends.onnxrt.compare_engine import compare_engine, weighted
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import count_ids
-from moeopt.backends.onnxrt.offline_engine import AbsentEngine
-from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.offline_engine import OfflineEngine
+from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
 from moeopt.backends.onnxrt.ties import Ties, tie_note
 from moeopt.bundle.fingerprint import fingerprint
 from moeopt.bundle.holds import notes_on_sizes
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.shared_copy import shared_copy
-from moeopt.find.example_inputs import Call
+from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.limits import LoadLimits
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.plain import open_dataclasses
@@ -33,7 +33,7 @@ from moeopt.patches import fewer_collections
 from moeopt.pipeline.block import OwnForward
 from moeopt.pipeline.enclosing import with_router
 from moeopt.pipeline.report_of import report_of
-from moeopt.pipeline.run import Outcome, run
+from moeopt.pipeline.run import PipelineResult, run
 from moeopt.report import BlockReport
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd, OriginalRuns
@@ -42,10 +42,10 @@ from moeopt.verification.model import EndToEnd, OriginalRuns
 class GraphBackend(Backend):
     """An engine of the rewritten model, each block verified as its lowering computes it, then the whole.
 
-    Where the engine cannot run here, both verdicts are those of its portable form.
+    Where the engine cannot run here, both verdicts are those of its CPU fallback graph.
     """
 
-    def _optimize_impl(self, source: nn.Module, call: Call, options: Options, plan: Any) -> Made:
+    def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made:
         shared: list[str] = []
         twin = shared_copy(source, shared)
         with open_dataclasses(call):
@@ -53,7 +53,7 @@ class GraphBackend(Backend):
         made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *shared))
         return made
 
-    def _engine(self, source: nn.Module, twin: nn.Module, call: Call, options: Options, plan: Any) -> Made:
+    def _engine(self, source: nn.Module, twin: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made:
         outcome = self._run_impl(twin, call, options, plan)
         with fewer_collections():
             built = self._build_impl(twin, call, plan, options)
@@ -61,11 +61,11 @@ class GraphBackend(Backend):
         runner, executed = self.runner(engine)
         form = self._graph_of(built)
 
-        def count(one: Call) -> tuple[int, int, str]:
+        def count(one: ArgsKwargs) -> tuple[int, int, str]:
             """Expert ids inside an engine that ONNX Runtime runs; another runtime does not show them."""
             if not isinstance(runner, OnnxEngine):
                 return 0, 0, ""
-            graph, shown = (GRAPH, form) if form.portable is None else (PORTABLE, form.portable)
+            graph, shown = (GRAPH, form) if form.cpu_fallback is None else (PORTABLE, form.cpu_fallback)
             return count_ids(twin, runner, graph, shown.sites, one)
 
         notes = self._check_routers(source, twin, runner, form, outcome, plan, options)
@@ -94,11 +94,11 @@ class GraphBackend(Backend):
         return Made(engine, report, certificate, fingerprint(source), built)
 
     def _check_routers(
-        self, source: nn.Module, twin: nn.Module, engine: GraphEngine, form: Built, outcome: Outcome, plan: Any,
+        self, source: nn.Module, twin: nn.Module, engine: GraphEngine, form: BuiltGraph, outcome: PipelineResult, plan: Any,
         options: Options,
     ) -> list[str]:  # fmt: skip
         """Each kind of block on ONNX Runtime with its router, in strict mode; notes for report and certificate."""
-        if options.verify != "strict" or not isinstance(engine, OnnxEngine) or not isinstance(plan, Plan):
+        if options.verify != "strict" or not isinstance(engine, OnnxEngine) or not isinstance(plan, OrtPlan):
             return []
         options.say("running the blocks' routers on the runtime")
         blocks = []
@@ -120,8 +120,8 @@ class GraphBackend(Backend):
     def _replay_impl(self, manifest: Manifest, engine: Any, limits: LoadLimits) -> Any:
         return replay_golden(engine, limits)
 
-    def told_from_ties(
-        self, original: nn.Module, engine: Any, call: Call, noise: Sequence[str], built: Any = None
+    def tie_comparison(
+        self, original: nn.Module, engine: Any, call: ArgsKwargs, noise: Sequence[str], built: Any = None
     ) -> Otherwise | None:
         """The blocks of ``original`` are rewritten only where the outputs differ; only ONNX Runtime tells its ids."""
         if not isinstance(engine, OnnxEngine):
@@ -139,7 +139,7 @@ class GraphBackend(Backend):
         return otherwise
 
     def runner(self, model: Any) -> tuple[GraphEngine, bool]:
-        return (model.replay(), False) if isinstance(model, AbsentEngine) else (model, True)
+        return (model.replay(), False) if isinstance(model, OfflineEngine) else (model, True)
 
     def facts(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Its provider, its graph, and how each block is lowered and why."""
@@ -152,11 +152,11 @@ class GraphBackend(Backend):
         }
 
     def runs_on(self, engine: Any) -> str | None:
-        if isinstance(engine, AbsentEngine):
+        if isinstance(engine, OfflineEngine):
             return None
         return engine.provider if isinstance(engine, OnnxEngine) else super().runs_on(engine)
 
-    def comparable(self, engine: Any, call: Call) -> Call:
+    def comparable(self, engine: Any, call: ArgsKwargs) -> ArgsKwargs:
         if engine.causal_lm is None:
             return call
         return call[0], {**call[1], "use_cache": False}  # the cache is compared by what comes of it
@@ -167,25 +167,25 @@ class GraphBackend(Backend):
 
     # what a subclass writes
 
-    def _run_impl(self, twin: nn.Module, call: Call, options: Options, plan: BlockPlan) -> Outcome:
+    def _run_impl(self, twin: nn.Module, call: ArgsKwargs, options: Options, plan: BlockPlan) -> PipelineResult:
         """The pipeline over the model's copy ``twin``."""
         return run(twin, call, options, plan)
 
     @abstractmethod
-    def _build_impl(self, twin: nn.Module, call: Call, plan: Any, options: Options) -> Any:
+    def _build_impl(self, twin: nn.Module, call: ArgsKwargs, plan: Any, options: Options) -> Any:
         """The engine's files, and a record of them."""
 
     @abstractmethod
-    def _opened_impl(self, built: Any, plan: Any, options: Options) -> GraphEngine | AbsentEngine:
+    def _opened_impl(self, built: Any, plan: Any, options: Options) -> GraphEngine | OfflineEngine:
         """What was built, as an engine of this machine, or of one that can run it."""
 
     @abstractmethod
     def _lowering_impl(self, path: str, built: Any) -> str:
         """What runs the block at ``path``, in a line; "" where the engine does not hold it."""
 
-    def _graph_of(self, built: Any) -> Built:
+    def _graph_of(self, built: Any) -> BuiltGraph:
         """The record of the ONNX graph among what was built."""
-        graph: Built = built
+        graph: BuiltGraph = built
         return graph
 
     def _notes_impl(self, built: Any) -> list[str]:
@@ -194,9 +194,9 @@ class GraphBackend(Backend):
         return []
 
 
-def ties_of(twin: nn.Module, engine: GraphEngine, form: Built, noise: list[str], seed: int) -> Ties | None:
+def ties_of(twin: nn.Module, engine: GraphEngine, form: BuiltGraph, noise: list[str], seed: int) -> Ties | None:
     """What compares once more where ``engine`` broke ties otherwise; only ONNX Runtime tells its expert ids."""
     if not isinstance(engine, OnnxEngine):
         return None
-    graph, shown = (GRAPH, form) if form.portable is None else (PORTABLE, form.portable)
+    graph, shown = (GRAPH, form) if form.cpu_fallback is None else (PORTABLE, form.cpu_fallback)
     return Ties(twin, engine, graph, shown.sites, noise, seed)

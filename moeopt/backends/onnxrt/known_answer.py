@@ -24,7 +24,7 @@ from moeopt.backends.onnxrt.session import Session, runtime
 from moeopt.backends.onnxrt.site_records import ENDS, blank_site, input_width
 from moeopt.bundle.values import DTYPES
 from moeopt.errors import BundleError
-from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.ops.reference import dtypes, experts_reference
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
@@ -35,7 +35,7 @@ BLOCK = "moeopt.block"
 """The key in a node's metadata_props that names its block."""
 
 
-def make_probe(site: Site, seed: int = 0) -> tuple[dict[str, Tensor], float]:
+def make_probe(site: ExpertsNode, seed: int = 0) -> tuple[dict[str, Tensor], float]:
     """``(x, ids, weights, y)`` of a probe, y in float64, and the relative L2 distance per token that is allowed."""
     generator = torch.Generator().manual_seed(seed)
     E, K = site.bank.num_experts, site.top_k
@@ -96,7 +96,7 @@ def session_of(model: bytes, folder: Path, provider: str) -> Session:
     return Session(model, provider, options)
 
 
-def ask(
+def known_answer_test(
     session: Session, probe: Mapping[str, Tensor], names: Sequence[str], budget: float, seconds: float | None = None
 ) -> str:
     """What is wrong with a block's answer, in words; "" when it is right. ``names``: of x, ids and weights.

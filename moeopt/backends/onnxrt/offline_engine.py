@@ -23,7 +23,7 @@ def built_for(provider: str) -> str:
     return f"onnxruntime {provider} (built, not executed; replayed on cpu)"
 
 
-class AbsentEngine(BundledEngine):
+class OfflineEngine(BundledEngine):
     """Stands for a graph that was built and checked for ``provider``, and not run.
 
     Attributes:
@@ -52,7 +52,7 @@ class AbsentEngine(BundledEngine):
         return built_for(self.provider)
 
     def replay(self) -> OnnxEngine:
-        """The portable form of it, on CPU."""
+        """The CPU fallback graph of it, on CPU."""
         return OnnxEngine(self.directory, self.signature, keep=self._keep, graph=PORTABLE)
 
     @property
@@ -66,7 +66,7 @@ class AbsentEngine(BundledEngine):
         lacks = "" if PROVIDERS[self.provider] in runtime().get_available_providers() else " and needs onnxruntime-gpu"
         raise EngineNotExecutableError(
             f"the engine was built for {self.provider}{lacks}, and this machine has: {', '.join(available())}. To run "
-            f"it, {self.way_there}; moeopt.verify of the directory replays its portable form here, and "
+            f"it, {self.way_there}; moeopt.verify of the directory replays its CPU fallback graph here, and "
             "moeopt.load(directory, device='cpu') runs that form"
         )
 

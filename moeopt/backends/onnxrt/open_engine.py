@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeopt.backends.onnxrt.build import Built
+from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import OnnxEngine
-from moeopt.backends.onnxrt.offline_engine import AbsentEngine
-from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.offline_engine import OfflineEngine
+from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.replay import ReplayPlan
 from moeopt.backends.onnxrt.session import runtime
 from moeopt.errors import MoeoptError, NotSaveableError
 
 
-def open_onnx(built: Built, plan: Plan, session_options: Any) -> OnnxEngine | AbsentEngine:
+def open_onnx(built: BuiltGraph, plan: OrtPlan, session_options: Any) -> OnnxEngine | OfflineEngine:
     """What ``build_onnx`` wrote, as an engine of this machine, or of one that has the plan's provider."""
     if isinstance(plan, ReplayPlan):
-        return AbsentEngine(built.directory, built.signature, plan.target.provider, built.folder)
+        return OfflineEngine(built.directory, built.signature, plan.target.provider, built.folder)
     try:
         return OnnxEngine(built.directory, built.signature, plan.provider, session_options, keep=built.folder)
     except MoeoptError:

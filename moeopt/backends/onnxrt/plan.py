@@ -7,13 +7,13 @@ import functools
 from moeopt.backends.onnxrt.select import ranked
 from moeopt.backends.onnxrt.session import Session
 from moeopt.lower.onnx.assemble import one_op
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.plan import BlockPlan, Choice
-from moeopt.lower.onnx.site import Site
-from moeopt.lower.onnx.widen import widen_site
+from moeopt.lower.onnx.plan import BlockPlan, LoweringChoice
+from moeopt.lower.onnx.upcast import upcast_node
 
 
-class Plan(BlockPlan):
+class OrtPlan(BlockPlan):
     """The lowerings of one ONNX Runtime engine.
 
     Args:
@@ -26,18 +26,18 @@ class Plan(BlockPlan):
         super().__init__(provider, tokens)
         self.tune = tune
 
-    def rank(self, site: Site) -> list[Choice]:
+    def rank(self, site: ExpertsNode) -> list[LoweringChoice]:
         measured = functools.partial(session_of, provider=self.provider) if self.tune else None
         return ranked(site, self.provider, self.tokens, measured)
 
-    def open_session(self, site: Site, lowering: Lowering) -> Session:
+    def open_session(self, site: ExpertsNode, lowering: Lowering) -> Session:
         return session_of(site, lowering, self.provider)
 
-    def legal(self, site: Site) -> Site:
-        return widen_site(site) if self.provider == "cpu" else site
+    def legalize(self, site: ExpertsNode) -> ExpertsNode:
+        return upcast_node(site) if self.provider == "cpu" else site
 
 
-def session_of(site: Site, lowering: Lowering, provider: str = "cpu") -> Session:
+def session_of(site: ExpertsNode, lowering: Lowering, provider: str = "cpu") -> Session:
     """A session of one op, its weights in the model's own bytes or, past 1 GiB, in a file that is gone at once."""
     import tempfile
 

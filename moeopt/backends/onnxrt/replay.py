@@ -1,7 +1,7 @@
 """The plan of an engine whose provider this machine lacks: lowered for that provider, computed and checked on CPU.
 
 The graph is lowered twice. One form is for the provider; it is emitted and checked, and not run. The other, the
-portable form, is for CPU; it is what blocks are verified through and what a bundle replays.
+CPU fallback graph, is for CPU; it is what blocks are verified through and what a bundle replays.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import os
 from typing import Any
 
 from moeopt.backends.onnxrt.capability import DOMAIN, check_graph
-from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.errors import NotSaveableError
-from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.experts_node import ExpertsNode
 
 
-class ReplayPlan(Plan):
+class ReplayPlan(OrtPlan):
     """A CPU plan for blocks that ``target`` carries; ``Declined`` for all others, with the target's reasons.
 
     Attributes:
         target: the plan of the provider that the engine is for.
     """
 
-    def __init__(self, target: Plan) -> None:
+    def __init__(self, target: OrtPlan) -> None:
         super().__init__("cpu", target.tokens)
         self.target = target
 
-    def check(self, site: Site) -> None:
+    def check(self, site: ExpertsNode) -> None:
         self.target.choice(site)
 
 

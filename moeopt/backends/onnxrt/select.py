@@ -22,9 +22,9 @@ import torch
 
 from moeopt.backends.onnxrt.lowerings import LOWERINGS
 from moeopt.backends.onnxrt.session import Session
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.plan import Choice
-from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.plan import LoweringChoice
 
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""
@@ -55,11 +55,11 @@ REPEATS = 5
 
 
 def ranked(
-    site: Site,
+    site: ExpertsNode,
     provider: str,
     tokens: tuple[int, ...] | None = None,
-    open_session: Callable[[Site, Lowering], Session] | None = None,
-) -> list[Choice]:
+    open_session: Callable[[ExpertsNode, Lowering], Session] | None = None,
+) -> list[LoweringChoice]:
     """Every lowering: those that fit first, the quickest ahead.
 
     Args:
@@ -71,17 +71,17 @@ def ranked(
     for lowering in LOWERINGS:
         refusal = lowering.refuses(site, provider)
         if refusal:
-            choices.append(Choice(lowering.name, None, refusal))
+            choices.append(LoweringChoice(lowering.name, None, refusal))
         elif open_session is None:
             seconds = sum(estimate(site, lowering.name, T, provider) for T in counts)
-            choices.append(Choice(lowering.name, lowering, f"estimated {_ms(seconds)}", seconds))
+            choices.append(LoweringChoice(lowering.name, lowering, f"estimated {_ms(seconds)}", seconds))
         else:
             seconds = measure(site, lowering, counts, open_session)
-            choices.append(Choice(lowering.name, lowering, f"measured {_ms(seconds)}", seconds))
+            choices.append(LoweringChoice(lowering.name, lowering, f"measured {_ms(seconds)}", seconds))
     return sorted(choices, key=lambda c: (c.lowering is None, c.seconds))
 
 
-def estimate(site: Site, name: str, tokens: int, provider: str = "cpu") -> float:
+def estimate(site: ExpertsNode, name: str, tokens: int, provider: str = "cpu") -> float:
     """Seconds of one call with ``tokens`` tokens; see the module's docstring."""
     bank, E, K = site.bank, site.bank.num_experts, site.top_k
     elements = sum(w.numel() for w in (*bank.w_in(0), bank.w_out(0)))
@@ -100,7 +100,10 @@ def estimate(site: Site, name: str, tokens: int, provider: str = "cpu") -> float
 
 
 def measure(
-    site: Site, lowering: Lowering, counts: tuple[int, ...], open_session: Callable[[Site, Lowering], Session]
+    site: ExpertsNode,
+    lowering: Lowering,
+    counts: tuple[int, ...],
+    open_session: Callable[[ExpertsNode, Lowering], Session],
 ) -> float:
     """Seconds of one call for each of ``counts``, summed, and the load time spread over ``CALLS`` calls."""
     started = time.perf_counter()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.known_answer import BLOCK, ask, cut_out, feeds_of, session_of
+from moeopt.backends.onnxrt.known_answer import BLOCK, cut_out, feeds_of, known_answer_test, session_of
 from moeopt.backends.onnxrt.lowerings import LOWERINGS
 from moeopt.backends.onnxrt.select import ranked
 from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, Session
@@ -28,8 +28,8 @@ from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.errors import BundleError, Declined, EngineFallbackWarning, EngineNotExecutableError, UsageError
 from moeopt.lower.onnx.assemble import one_op
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.site import Site
 
 Probe = tuple[Mapping[str, Tensor], float]
 Check = Callable[[bytes, Mapping[str, Tensor]], None]
@@ -37,7 +37,7 @@ Check = Callable[[bytes, Mapping[str, Tensor]], None]
 
 
 @dataclass
-class Outcome:
+class SelfTestResult:
     """Where the graph to run lies, and what was replaced; ``folder`` is None where the bundle's own graph is good."""
 
     directory: Path
@@ -55,7 +55,7 @@ def self_test(
     graph: str = GRAPH,
     check: Check | None = None,
     seconds: float | None = None,
-) -> Outcome:
+) -> SelfTestResult:
     """Ask every kind of block of the graph in the file ``graph`` its probe; replace those that answer wrongly.
 
     ``check`` is asked before a saved block runs, and ``seconds`` is how long an answer may take.
@@ -69,10 +69,10 @@ def self_test(
         record = next((r for r in records if r.get("probe") == number), None)
         if record is None:
             raise BundleError(f"{directory}: probe {number} belongs to no block")
-        reason = _answer(directory, proto, record, probe, provider, check, seconds)
+        reason = _known_answer_test(directory, proto, record, probe, provider, check, seconds)
         if reason:
             wrong[number] = reason
-    outcome = Outcome(directory, graph)
+    outcome = SelfTestResult(directory, graph)
     if not wrong:
         return outcome
     import onnx_ir as ir
@@ -89,7 +89,7 @@ def self_test(
     return outcome
 
 
-def _answer(
+def _known_answer_test(
     directory: Path,
     proto: Any,
     record: Mapping[str, Any],
@@ -107,7 +107,7 @@ def _answer(
 
 def _asked(make: Any, probe: Probe, names: Sequence[str], seconds: float | None = None) -> str:
     try:
-        return ask(make(), probe[0], names, probe[1], seconds)
+        return known_answer_test(make(), probe[0], names, probe[1], seconds)
     except (UsageError, BundleError):
         raise
     except Exception as err:  # ONNX Runtime's own, of many classes: a node that it does not run here
@@ -116,7 +116,7 @@ def _asked(make: Any, probe: Probe, names: Sequence[str], seconds: float | None 
 
 
 def _replace(
-    model: Any, records: Sequence[Mapping[str, Any]], probe: Probe, provider: str, reason: str, outcome: Outcome
+    model: Any, records: Sequence[Mapping[str, Any]], probe: Probe, provider: str, reason: str, outcome: SelfTestResult
 ) -> None:
     """Lower the blocks of one kind otherwise, in an ``onnx_ir`` model."""
     first = records[0]
@@ -145,7 +145,7 @@ def _replace(
     )
 
 
-def _site_back(model: Any, record: Mapping[str, Any], lowering: Lowering) -> Site:
+def _site_back(model: Any, record: Mapping[str, Any], lowering: Lowering) -> ExpertsNode:
     weights = model.graph.initializers
 
     def saved(name: str) -> Tensor | None:
@@ -156,7 +156,7 @@ def _site_back(model: Any, record: Mapping[str, Any], lowering: Lowering) -> Sit
 
 
 def _next_lowering(
-    site: Site, record: Mapping[str, Any], probe: Probe, provider: str, refused: list[str]
+    site: ExpertsNode, record: Mapping[str, Any], probe: Probe, provider: str, refused: list[str]
 ) -> Lowering | None:
     """The quickest other lowering that answers rightly; ``refused`` gets the others' reasons."""
     for choice in ranked(site, provider):
@@ -172,7 +172,7 @@ def _next_lowering(
     return None
 
 
-def _alone(site: Site, lowering: Lowering, provider: str) -> Session:
+def _alone(site: ExpertsNode, lowering: Lowering, provider: str) -> Session:
     """A session of one block; its file is gone at once, and the session keeps what it read."""
     import onnx_ir as ir
 
@@ -181,7 +181,7 @@ def _alone(site: Site, lowering: Lowering, provider: str) -> Session:
         return Session(f"{folder}/{GRAPH}", provider)
 
 
-def splice(model: Any, record: Mapping[str, Any], site: Site, lowering: Lowering) -> None:
+def splice(model: Any, record: Mapping[str, Any], site: ExpertsNode, lowering: Lowering) -> None:
     """Put ``lowering``'s nodes for ``site`` in the place of the block's, in an ``onnx_ir`` model."""
     import onnx_ir as ir
 

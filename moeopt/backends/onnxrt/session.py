@@ -23,7 +23,7 @@ PROVIDERS = {
 }
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _OPTIONS = {"cuda": {"use_tf32": "0"}}
-"""ONNX Runtime rounds float32 products to 10 bits of mantissa on CUDA unless told not to; PyTorch does not."""
+"""ONNX Runtime rounds float32 matmuls to 10 bits of mantissa on CUDA unless told not to; PyTorch does not."""
 _ON_CPU = frozenset(
     ("Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Range", "Reshape", "Identity", "Constant")
     + ("ConstantOfShape", "Expand", "Cast", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Min", "Max", "ReduceProd")

@@ -22,9 +22,9 @@ from moeopt.bundle.values import DTYPES
 from moeopt.errors import BundleError, Declined
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.site import Site
-from moeopt.ops.bank import ListBank
+from moeopt.ops.expert_weights import ListExpertWeights
 from moeopt.ops.reference import out_features
 
 DIGITS = 5
@@ -32,7 +32,7 @@ DIGITS = 5
 ENDS = ("x", "ids", "weights", "y")
 
 
-def describe(site: Site, lowering: str, why: str) -> dict[str, Any] | None:
+def describe(site: ExpertsNode, lowering: str, why: str) -> dict[str, Any] | None:
     """A site as JSON; None where its experts differ in size (then it cannot be written again)."""
     bank, every = site.bank, range(site.bank.num_experts)
     shapes = [[list(w.shape) for w in (*bank.w_in(e), bank.w_out(e))] for e in every]
@@ -57,7 +57,7 @@ def describe(site: Site, lowering: str, why: str) -> dict[str, Any] | None:
     }
 
 
-def blank_site(record: Mapping[str, Any], fill: Callable[[int, tuple[int, ...]], Tensor] | None = None) -> Site:
+def blank_site(record: Mapping[str, Any], fill: Callable[[int, tuple[int, ...]], Tensor] | None = None) -> ExpertsNode:
     """The site that :func:`describe` described; its tensor n is ``fill(n, shape)``, zeros if None.
 
     ``BundleError`` for a record that no bundle holds.
@@ -80,15 +80,15 @@ def blank_site(record: Mapping[str, Any], fill: Callable[[int, tuple[int, ...]],
         rows = 0 if spec.w_in_layout == "oi" else 1
         b_in = [biases(b, s[rows]) for b, s in zip(record["b_in"], record["w_in"], strict=True)]
         width = record["w_out"][0 if spec.w_out_layout == "oi" else 1]
-        bank = ListBank(w_in, w_out, b_in, biases(record["b_out"], width), biases(record["norm"], width))
+        bank = ListExpertWeights(w_in, w_out, b_in, biases(record["b_out"], width), biases(record["norm"], width))
         router = None if record["router"] is None else RouterSpec(**record["router"])
         kinds = DTYPES[record["dtype"]], DTYPES[record["weights_dtype"]]
-        return Site(str(record["name"]), bank, spec, kinds[0], _size(record["top_k"]), kinds[1], router)
+        return ExpertsNode(str(record["name"]), bank, spec, kinds[0], _size(record["top_k"]), kinds[1], router)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as err:
         raise BundleError(f"a block's record lacks or mistypes a part ({type(err).__name__}: {err})") from None
 
 
-def read_back(record: Mapping[str, Any], lowering: Lowering, saved: Callable[[str], Tensor | None]) -> Site:
+def read_back(record: Mapping[str, Any], lowering: Lowering, saved: Callable[[str], Tensor | None]) -> ExpertsNode:
     """The site with the weights that ``lowering`` wrote for it; ``saved`` gives an initializer by its name.
 
     ``Declined`` where they cannot be told: the lowering rounds or mixes them, or writes something else by now.
@@ -129,7 +129,7 @@ def read_back(record: Mapping[str, Any], lowering: Lowering, saved: Callable[[st
     return site
 
 
-def emit(site: Site, lowering: Lowering) -> Builder:
+def emit(site: ExpertsNode, lowering: Lowering) -> Builder:
     """The nodes and weights that ``lowering`` writes for ``site``, on values that stand for its inputs."""
     import onnx_ir as ir
     from onnx_ir.tensor_adapters import from_torch_dtype
@@ -151,17 +151,17 @@ def tensor_of(value: Any) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
-def input_width(site: Site) -> int:
+def input_width(site: ExpertsNode) -> int:
     """H."""
     return site.bank.w_in(0)[0].shape[1 if site.spec.w_in_layout == "oi" else 0]
 
 
-def output_width(site: Site) -> int:
+def output_width(site: ExpertsNode) -> int:
     """The width of the result."""
     return out_features(site.bank, site.spec)
 
 
-def _written(site: Site, lowering: Lowering) -> dict[str, Callable[[], Tensor]]:
+def _written(site: ExpertsNode, lowering: Lowering) -> dict[str, Callable[[], Tensor]]:
     """What the lowering writes, by name, each read when it is asked for; constants are left out."""
     import onnx_ir as ir
 
@@ -169,7 +169,7 @@ def _written(site: Site, lowering: Lowering) -> dict[str, Callable[[], Tensor]]:
     return {value.name: functools.partial(tensor_of, value.const_value) for value in values}
 
 
-def _digit_site(record: Mapping[str, Any], sizes: list[tuple[int, tuple[int, ...]]], digit: int) -> Site:
+def _digit_site(record: Mapping[str, Any], sizes: list[tuple[int, tuple[int, ...]]], digit: int) -> ExpertsNode:
     def fill(n: int, shape: tuple[int, ...]) -> Tensor:
         start = sizes[n][0] + 1  # 0 is what a lowering pads with
         address = torch.arange(start, start + torch.Size(shape).numel())

@@ -23,7 +23,7 @@ from moeopt.verification.model import DRAWS, EndToEnd, Noise, OriginalRuns, comp
 from moeopt.verification.pins import RoutingLog
 from moeopt.verification.ties import choices_of, differing, tied_tokens
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Ties:
@@ -52,7 +52,7 @@ class Ties:
         records = form.get("sites") if isinstance(form, dict) else None
         return cls(twin, engine, engine.graph, records, noise) if records else None
 
-    def compare(self, call: Call, runs: OriginalRuns, got: Any) -> EndToEnd | None:
+    def compare(self, call: ArgsKwargs, runs: OriginalRuns, got: Any) -> EndToEnd | None:
         """The verdict with the engine's expert ids; None where ties do not explain what differs."""
         args, kwargs = call
         ids = ids_of_engine(self.engine, self.graph, self.records, call)
@@ -85,7 +85,7 @@ class Ties:
         return result
 
 
-def tie_note(twin: nn.Module, call: Call, runtime: str, moved: int | None, own: int = 0) -> str:
+def tie_note(twin: nn.Module, call: ArgsKwargs, runtime: str, moved: int | None, own: int = 0) -> str:
     """What a user must know of ties, and how many the example inputs have; "" for a model that chooses no experts.
 
     Args:

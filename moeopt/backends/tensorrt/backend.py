@@ -10,24 +10,24 @@ from typing import Any
 from torch import nn
 
 from moeopt.backends.base import Made, Opened
-from moeopt.backends.onnxrt.build import Built
+from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
-from moeopt.backends.onnxrt.offline_engine import AbsentEngine
+from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.session import why_absent
-from moeopt.backends.tensorrt.build_engine import TrtBuilt, build_trt
+from moeopt.backends.tensorrt.build_engine import BuiltEngine, build_trt
 from moeopt.backends.tensorrt.bundle import THROUGH_ONNX, load_trt_bundle, needs_of, save_trt_bundle
 from moeopt.backends.tensorrt.engine import TensorRTEngine, built_not_executed, here
-from moeopt.backends.tensorrt.engine_plan import EnginePlan, most_tokens, trt_plan
+from moeopt.backends.tensorrt.engine_plan import EnginePlan, max_tokens_of, trt_plan
 from moeopt.backends.tensorrt.runtime import lacking
 from moeopt.backends.tensorrt.target import local_target
 from moeopt.bundle.manifest import Manifest, read_manifest
-from moeopt.bundle.schemas import Plan
+from moeopt.bundle.schemas import PlanRecord
 from moeopt.errors import UsageError
-from moeopt.find.example_inputs import Call
+from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.limits import LoadLimits
 from moeopt.options import Options
-from moeopt.pipeline.run import Outcome
+from moeopt.pipeline.run import PipelineResult
 from moeopt.untrusted import checked
 
 
@@ -42,8 +42,8 @@ class TensorRTBackend(GraphBackend):
     def runs_on_gpu(self, plan: EnginePlan) -> bool:
         return plan.target == local_target()
 
-    def _run_impl(self, twin: nn.Module, call: Call, options: Options, plan: Any) -> Outcome:
-        plan.most = most_tokens(call, options)
+    def _run_impl(self, twin: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> PipelineResult:
+        plan.max_tokens = max_tokens_of(call, options)
         outcome = super()._run_impl(twin, call, options, plan)
         if plan.refusals:
             refused = next((b.name for b in outcome.blocks if b.kind == "moe" and b.status == "declined"), None)
@@ -51,22 +51,22 @@ class TensorRTBackend(GraphBackend):
                 raise UsageError(f"{refused}: {plan.refusals[0]}")
         return outcome
 
-    def _build_impl(self, twin: nn.Module, call: Call, plan: EnginePlan, options: Options) -> TrtBuilt:
+    def _build_impl(self, twin: nn.Module, call: ArgsKwargs, plan: EnginePlan, options: Options) -> BuiltEngine:
         return build_trt(twin, *call, plan, options)
 
-    def _opened_impl(self, built: TrtBuilt, plan: EnginePlan, options: Options) -> GraphEngine | AbsentEngine:
+    def _opened_impl(self, built: BuiltEngine, plan: EnginePlan, options: Options) -> GraphEngine | OfflineEngine:
         return built.opened()
 
-    def _lowering_impl(self, path: str, built: TrtBuilt) -> str:
+    def _lowering_impl(self, path: str, built: BuiltEngine) -> str:
         return built.lowering_of(path)
 
-    def _graph_of(self, built: TrtBuilt) -> Built:
+    def _graph_of(self, built: BuiltEngine) -> BuiltGraph:
         return built.graph
 
-    def _notes_impl(self, built: TrtBuilt) -> list[str]:
+    def _notes_impl(self, built: BuiltEngine) -> list[str]:
         return [built.summary()]
 
-    def _save_impl(self, made: Made, call: Call, directory: str | os.PathLike[str]) -> Path:
+    def _save_impl(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str]) -> Path:
         return save_trt_bundle(made.model, made.built, directory, made.report, made.certificate, call, made.source)
 
     def _open_impl(
@@ -77,7 +77,7 @@ class TensorRTBackend(GraphBackend):
     def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
         """The plan where it runs, else its ONNX form on the CPU."""
         engine = load_trt_bundle(manifest.directory, provider, replay=False, limits=limits)
-        if isinstance(engine, AbsentEngine):
+        if isinstance(engine, OfflineEngine):
             engine = load_trt_bundle(manifest.directory, "cpu", replay=False, limits=limits)
         executed = isinstance(engine, TensorRTEngine) or engine.provider != "cpu"
         device = engine.described if executed else built_not_executed(needs_of(manifest))
@@ -100,7 +100,7 @@ class TensorRTBackend(GraphBackend):
 
 
 def _plan_facts(plan: Any, files: Mapping[str, Any]) -> dict[str, Any]:
-    checked(plan, Plan, "the manifest's account of the plan")
+    checked(plan, PlanRecord, "the manifest's account of the plan")
     layers = plan.get("layers", {})
     return {
         "runs on": f"sm_{plan['sm']}, {plan['product']} {plan['version']}"

@@ -26,7 +26,7 @@ from moeopt.errors import EngineBuildError
 from moeopt.options import inherited
 
 WORKER = Path(__file__).with_name("worker.py")
-Profile = Mapping[str, Sequence[Sequence[int]]]
+ProfileRanges = Mapping[str, Sequence[Sequence[int]]]
 """The least, the best and the largest shape of each input with free sizes."""
 _INHERITED = (
     "PATH",
@@ -51,7 +51,7 @@ class Job:
         model: a ``.onnx`` file, its weights beside it; ``plan``: where the engine is written.
         profiles: which sizes it shall run in.
         blocks: module paths of the expert blocks, whose nodes are named after them.
-        tf32: let float32 products round to TF32.
+        tf32: let float32 matmuls round to TF32.
         timing_cache: a file that TensorRT reads if it exists, and writes; TensorRT for RTX times nothing.
         seconds, bytes: limits of the builder's time and resident memory; None for bytes is what is free here.
     """
@@ -59,7 +59,7 @@ class Job:
     model: Path
     plan: Path
     target: Target
-    profiles: Sequence[Profile] = ()
+    profiles: Sequence[ProfileRanges] = ()
     blocks: Sequence[str] = ()
     tf32: bool = False
     timing_cache: Path | None = None
@@ -68,7 +68,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltPlan:
     """A written engine.
 
     Attributes:
@@ -90,10 +90,10 @@ class Built:
     weights_bytes: int | None
     seconds: float
     peak_bytes: int
-    profiles: Sequence[Profile] = field(default_factory=tuple)
+    profiles: Sequence[ProfileRanges] = field(default_factory=tuple)
 
 
-def build_plan(job: Job, say: Callable[[str], None] = lambda line: None) -> Built:
+def build_plan(job: Job, say: Callable[[str], None] = lambda line: None) -> BuiltPlan:
     """Build ``job.plan``.
 
     Raises:
@@ -123,7 +123,7 @@ def build_plan(job: Job, say: Callable[[str], None] = lambda line: None) -> Buil
         plan = (folder / "engine.plan").read_bytes()
         _place(folder / "engine.plan", job.plan)
     facts = read_log(log)
-    return Built(
+    return BuiltPlan(
         sha256=hashlib.sha256(plan).hexdigest(),
         bytes=len(plan),
         version=result["version"],

@@ -22,45 +22,45 @@ from moeopt.backends.onnxrt import build as onnx_build
 from moeopt.backends.onnxrt.session import GRAPH
 from moeopt.backends.tensorrt import build as builder
 from moeopt.backends.tensorrt.causal_profiles import causal_sizes
-from moeopt.backends.tensorrt.engine import PLAN, AbsentTensorRTEngine, TensorRTEngine, open_built, provider_of
-from moeopt.backends.tensorrt.engine_plan import PortableForm
+from moeopt.backends.tensorrt.engine import PLAN, OfflineTensorRTEngine, TensorRTEngine, open_built, provider_of
+from moeopt.backends.tensorrt.engine_plan import CPUFallbackPlan
 from moeopt.backends.tensorrt.graph_check import check_graph
-from moeopt.backends.tensorrt.layers import counted, in_block, size, told
+from moeopt.backends.tensorrt.layers import counted, format_counts, in_block, size
 from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.product import product
 from moeopt.backends.tensorrt.profiles import Profile, default_sizes, profiles_for
 from moeopt.backends.tensorrt.runtime import Needs
-from moeopt.backends.tensorrt.sums import products_as_sums, sums_for
+from moeopt.backends.tensorrt.sums import matmuls_as_sums, sums_for
 from moeopt.backends.tensorrt.target import Target
 from moeopt.bundle.io_names import KEY
 from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
 from moeopt.errors import Declined, EngineBuildError, NotSaveableError, UsageError
-from moeopt.lower.export import export_program, roomier
+from moeopt.lower.export import avoid_size_one, export_program
 from moeopt.lower.onnx.assemble import one_op
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.export import emitting, to_onnx
 from moeopt.lower.onnx.plan import kind
-from moeopt.lower.onnx.site import Site
-from moeopt.lower.onnx.widen import widen_graph, widen_site
+from moeopt.lower.onnx.upcast import upcast_graph, upcast_node
 from moeopt.lower.signature import describe_call, functional
-from moeopt.lower.surprise import surprises
+from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet
 from moeopt.verification.language import find_ids
 
 
 @dataclass
-class TrtBuilt:
+class BuiltEngine:
     """A written engine.
 
     Attributes:
-        graph: its ONNX form: folder, signature, lowerings, and the portable form where there is one.
+        graph: its ONNX form: folder, signature, lowerings, and the CPU fallback graph where there is one.
         plan: what the builder says of ``engine.plan``.
         needs: what it runs on.
     """
 
-    graph: onnx_build.Built
-    plan: builder.Built
+    graph: onnx_build.BuiltGraph
+    plan: builder.BuiltPlan
     target: Target
     needs: Needs
 
@@ -68,7 +68,7 @@ class TrtBuilt:
     def directory(self) -> Path:
         return self.graph.directory
 
-    def opened(self) -> TensorRTEngine | AbsentTensorRTEngine:
+    def opened(self) -> TensorRTEngine | OfflineTensorRTEngine:
         """As an engine."""
         return open_built(self.directory, self.graph.signature, self.needs, self.plan.profiles, self.graph.folder)
 
@@ -84,43 +84,45 @@ class TrtBuilt:
         plan, made_by = self.plan, f"{self.needs.product} {self.needs.version}"
         return (
             f"{PLAN} for {self.target} by {made_by}: {plan.bytes / 1e6:.1f} MB, {len(plan.layers)} layers "
-            f"({told(counted(plan.layers))}), {size(plan.activation_bytes)} of activations at most"
+            f"({format_counts(counted(plan.layers))}), {size(plan.activation_bytes)} of activations at most"
         )
 
 
 def build_trt(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: TensorRTPlan, options: Options
-) -> TrtBuilt:
+) -> BuiltEngine:
     """Export ``model``, whose blocks were rewritten, and build its engine for ``plan.target``.
 
     Raises:
         NotSaveableError: torch.export or ONNX cannot hold the model.
         EngineBuildError: TensorRT does not build it; the message names the block where it is known.
     """
-    with surprises(f"building {type(model).__name__} for TensorRT", onnx_build.INSTEAD, NotSaveableError):
+    with unexpected_errors_as(f"building {type(model).__name__} for TensorRT", onnx_build.INSTEAD, NotSaveableError):
         return _build(model, args, kwargs, plan, options)
 
 
 def _build(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: TensorRTPlan, options: Options
-) -> TrtBuilt:
+) -> BuiltEngine:
     started = time.perf_counter()
     graph, sites, signature = _exported(model, args, kwargs, plan, options)
-    portable, differs, sums = graph.clone(), widen_graph(graph.clone()), 0
+    portable, differs, sums = graph.clone(), upcast_graph(graph.clone()), 0
 
     def adapt(model: Any) -> None:
         nonlocal sums
-        sums = products_as_sums(model) if sums_for(plan.target) else 0
+        sums = matmuls_as_sums(model) if sums_for(plan.target) else 0
 
     try:
         built = onnx_build.write_graph(graph, sites, signature, plan, options.say, started, adapt=adapt)
     except Declined as err:
         raise UsageError(err.reason) from None
-    differs |= sums > 0 or any(widen_site(s) is not s or plan.portable(s).name != plan.lowering(s).name for s in sites)
+    differs |= sums > 0 or any(
+        upcast_node(s) is not s or plan.cpu_lowering(s).name != plan.lowering(s).name for s in sites
+    )
     if differs:
-        options.say("writing its portable form")
-        form = PortableForm(plan)
-        built.portable = onnx_build.write_graph(
+        options.say("writing its CPU fallback graph")
+        form = CPUFallbackPlan(plan)
+        built.cpu_fallback = onnx_build.write_graph(
             portable, sites, built.signature, form, options.say, started, built.folder
         )
     if problems := check_graph(graph, plan.target):
@@ -142,16 +144,16 @@ def _build(
     try:
         done = builder.build_plan(job, options.say)
     except EngineBuildError as err:
-        raise err if err.block or len(sites) < 2 else _accused(err, sites, plan, job) from None
+        raise err if err.block or len(sites) < 2 else bisect_failing_block(err, sites, plan, job) from None
     built.facts |= {"layers": float(len(done.layers)), "build_seconds": done.seconds}
     made_by = product(plan.target.product)
     needs = Needs(made_by.name, done.version, plan.target.sm, made_by.cuda)
-    return TrtBuilt(built, done, plan.target, needs)
+    return BuiltEngine(built, done, plan.target, needs)
 
 
 def _exported(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: TensorRTPlan, options: Options
-) -> tuple[Any, list[Site], dict[str, Any]]:
+) -> tuple[Any, list[ExpertsNode], dict[str, Any]]:
     """The whole model as an ``onnx_ir.Model``, with a key/value cache where it has one; its sites and signature."""
     if is_causal_lm(model):
         try:
@@ -162,7 +164,7 @@ def _exported(
         else:
             return found.model, found.sites, flat_signature(found.model.graph, found.signature)
     options.say("tracing the whole model")
-    args, kwargs = roomier(model, args, kwargs)
+    args, kwargs = avoid_size_one(model, args, kwargs)
     with emitting(model) as sites, quiet():
         program = functional(export_program(model, args, kwargs))
     options.say("converting it to ONNX")
@@ -188,7 +190,9 @@ def _profiles(
     return profiles_for(ends, sizes, options.profile)
 
 
-def _accused(err: EngineBuildError, sites: list[Site], plan: TensorRTPlan, job: builder.Job) -> EngineBuildError:
+def bisect_failing_block(
+    err: EngineBuildError, sites: list[ExpertsNode], plan: TensorRTPlan, job: builder.Job
+) -> EngineBuildError:
     """The same error with the first block that does not build alone either; as it is where all of them do."""
     import onnx_ir as ir
 
@@ -203,8 +207,8 @@ def _accused(err: EngineBuildError, sites: list[Site], plan: TensorRTPlan, job: 
             alone = one_op(site, plan.lowering(site))
             ir.save(alone, path, external_data=f"{GRAPH}.data")
             ends = {value.name: [getattr(dim, "value", dim) for dim in value.shape] for value in alone.graph.inputs}
-            most = max(plan.tokens or (256,))
-            profile = profiles_for(ends, {"T": (1, most, most)})
+            max_tokens = max(plan.tokens or (256,))
+            profile = profiles_for(ends, {"T": (1, max_tokens, max_tokens)})
             part = dataclasses.replace(job, model=path, plan=Path(name) / PLAN, profiles=profile, blocks=(site.name,))
             try:
                 builder.build_plan(part)

@@ -31,10 +31,10 @@ from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.golden import budget_of, golden_runs
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
 from moeopt.backends.onnxrt.trial import within_limits
-from moeopt.backends.tensorrt.build_engine import TrtBuilt
+from moeopt.backends.tensorrt.build_engine import BuiltEngine
 from moeopt.backends.tensorrt.engine import (
     PLAN,
-    AbsentTensorRTEngine,
+    OfflineTensorRTEngine,
     TensorRTEngine,
     here,
     inside,
@@ -58,8 +58,8 @@ _PASSED: set[tuple[str, ...]] = set()
 
 
 def save_trt_bundle(
-    engine: TensorRTEngine | AbsentTensorRTEngine,
-    built: TrtBuilt,
+    engine: TensorRTEngine | OfflineTensorRTEngine,
+    built: BuiltEngine,
     directory: str | os.PathLike[str],
     report: Report,
     certificate: Any,
@@ -70,7 +70,7 @@ def save_trt_bundle(
     if not (built.directory / PLAN).is_file():
         raise UsageError(f"the engine's files in {built.directory} are gone: optimise the model again, then save it")
     distance, why = budget_of(certificate)
-    runner = engine.replay() if isinstance(engine, AbsentTensorRTEngine) else engine
+    runner = engine.replay() if isinstance(engine, OfflineTensorRTEngine) else engine
     calls = [c for c in golden_calls(runner, call) if inside(built.plan.profiles, runner.signature, c)]
     runs = golden_runs(runner, calls, distance)
     signature = built.graph.signature
@@ -95,7 +95,7 @@ def save_trt_bundle(
     return write_bundle(directory, "tensorrt", write, fields)
 
 
-def _described(built: TrtBuilt) -> dict[str, Any]:
+def _described(built: BuiltEngine) -> dict[str, Any]:
     """What a manifest says of the plan."""
     plan = built.plan
     return {
@@ -118,7 +118,7 @@ def load_trt_bundle(
     replay: bool = True,
     session_options: Any = None,
     limits: LoadLimits = DEFAULT,
-) -> GraphEngine | AbsentTensorRTEngine:
+) -> GraphEngine | OfflineTensorRTEngine:
     """Check a bundle and load it.
 
     Args:
@@ -154,7 +154,7 @@ def load_trt_bundle(
         if missing := lacking(needs, here(needs)):
             if name == "cuda":
                 raise EngineNotExecutableError(f"{manifest.directory}: the engine does not run here: {missing}")
-            return AbsentTensorRTEngine(manifest.directory, signature, needs, manifest=manifest)
+            return OfflineTensorRTEngine(manifest.directory, signature, needs, manifest=manifest)
         engine = TensorRTEngine(manifest.directory, signature, needs, profiles, manifest=manifest)
     else:
         if provider_named(name) == "cpu":

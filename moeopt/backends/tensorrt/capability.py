@@ -21,14 +21,14 @@ _PARSER = "source: the parser's own list of operators, " + V
 
 
 @dataclass(frozen=True)
-class Capability:
+class TrtCapability:
     """One thing on one or more targets.
 
     Args:
         product: "tensorrt_rtx" or "tensorrt".
         version: of the product that the evidence was taken on.
         sm: compute capabilities.
-        subject: "dtype", "product of" (a dtype in matrix products), "quantisation", "form" or "op".
+        subject: "dtype", "product of" (a dtype in matmuls), "quantisation", "form" or "op".
         name: "BFLOAT16", "fp8", "loop", "NonZero".
         takes: whether it works.
         source: how this is known: "built on ...", "refused: ..." in the runtime's words, "source: ..." (read, not run).
@@ -49,7 +49,7 @@ class Capability:
 
 def _rows(
     sm: tuple[int, ...], subject: str, names: str, takes: bool, source: str, why: str = "", instead: str = ""
-) -> Iterator[Capability]:
+) -> Iterator[TrtCapability]:
     """A row for each product and name."""
     for product, known in ((RTX, RTX_BUILDS), (REGULAR, GPU_BUILDS)):
         mine = tuple(n for n in sm if n in known)
@@ -57,7 +57,7 @@ def _rows(
             read = product == REGULAR and not source.startswith("source")
             # TensorRT needs a GPU to build, so nothing of it was built here; its parser is of the same code
             told = f"source: as TensorRT for RTX {V}; not built" if read else source
-            yield Capability(product, V if product == RTX else "11", mine, subject, name, takes, told, why, instead)
+            yield TrtCapability(product, V if product == RTX else "11", mine, subject, name, takes, told, why, instead)
 
 
 _ALL = RTX_BUILDS + GPU_BUILDS
@@ -82,7 +82,7 @@ _NO_IMPORTER = """
     StringNormalizer StringSplit TfIdfVectorizer Unique
 """
 
-CAPABILITIES: tuple[Capability, ...] = (
+CAPABILITIES: tuple[TrtCapability, ...] = (
     *_rows(_ALL, "dtype", "FLOAT FLOAT16", True, f"built on {V}"),
     *_rows(_from(80), "dtype", "BFLOAT16", True, f"built on {V}"),
     *_rows(
@@ -95,7 +95,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     *_rows(
         _BEFORE_AMPERE, "product of", "FLOAT", False,
         f"refused by {V}: Cannot compile operation for Turing (SM75): FP32 GEMM is not supported",
-        "TensorRT for RTX has no float32 matrix products for Turing", "dtype=torch.float16",
+        "TensorRT for RTX has no float32 matmuls for Turing", "dtype=torch.float16",
     ),
     *_rows(
         _ALL, "product of", "INT64 INT32", False, f"refused by {V}: Found unsupported input type of INT64",
@@ -155,7 +155,7 @@ CAPABILITIES: tuple[Capability, ...] = (
 )  # fmt: skip
 
 
-def capability(target: Target, subject: str, name: str) -> Capability | None:
+def capability(target: Target, subject: str, name: str) -> TrtCapability | None:
     """The row for a thing on a target; None when nothing is known of it."""
     for row in CAPABILITIES:
         if (row.product, row.subject, row.name) == (target.product, subject, name) and target.sm in row.sm:
@@ -186,7 +186,7 @@ def nearest(target: Target, subject: str, name: str) -> str:
 
 
 def refuses_dtypes(target: Target, products: set[torch.dtype], others: set[torch.dtype]) -> str:
-    """Why one of the dtypes of a block's matrix products, or of its other arithmetic, is refused, or ""."""
+    """Why one of the dtypes of a block's matmuls, or of its other arithmetic, is refused, or ""."""
     for dtype in sorted(products | others, key=str):
         if why := refuses(target, "dtype", NAMES[dtype]):
             return why
@@ -205,4 +205,4 @@ NAMES = {
 def _spoken(subject: str, name: str) -> str:
     spoken = {number: str(dtype).removeprefix("torch.") for dtype, number in NAMES.items()}.get(name, name)
     spoken = spoken.replace("(add)", " with a reduction").replace("(more)", f" of more than {MOST_OF_TOPK} values")
-    return {"product of": f"matrix products in {spoken}", "quantisation": f"{name} quantisation"}.get(subject, spoken)
+    return {"product of": f"matmuls in {spoken}", "quantisation": f"{name} quantisation"}.get(subject, spoken)

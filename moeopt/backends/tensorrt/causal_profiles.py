@@ -30,9 +30,9 @@ def causal_sizes(
         ends: the graph's inputs; ``caller``: the caller's signature; ``example``: (B, S).
     """
     B, S = example
-    rows, most = (1, B, MULTIPLE * B), max(MULTIPLE * S, *(tokens or (0,)))
-    prompt = _sizes(ends, caller, rows, (1, S, most), (0, 0, most), (1, 1, most))
-    decode = _sizes(ends, caller, rows, (1, 1, 1), (0, S, most), (1, 1, 1))
+    rows, max_size = (1, B, MULTIPLE * B), max(MULTIPLE * S, *(tokens or (0,)))
+    prompt = _sizes(ends, caller, rows, (1, S, max_size), (0, 0, max_size), (1, 1, max_size))
+    decode = _sizes(ends, caller, rows, (1, 1, 1), (0, S, max_size), (1, 1, 1))
     return [prompt, decode]
 
 

@@ -18,18 +18,18 @@ from dataclasses import dataclass
 import torch
 
 from moeopt.backends.tensorrt.lowerings.sort import blocks_of
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import types_of
-from moeopt.lower.onnx.site import Site
 
 GEMM_ROOM = 8_192_000
-"""What TensorRT for RTX 1.7.1 adds to every engine that has a matrix product."""
+"""What TensorRT for RTX 1.7.1 adds to every engine that has a matmul."""
 LAUNCH = 5e-6
 _COPIED = 3
 
 
 @dataclass(frozen=True)
-class Device:
+class ReferenceGPU:
     """The smallest common device of a compute capability.
 
     Args:
@@ -46,16 +46,16 @@ class Device:
 
 
 DEVICES = {
-    75: Device("T4", 16e9, 0.32e12, 65e12, 8e12),
-    80: Device("A100 40 GB", 40e9, 1.55e12, 312e12, 19e12),
-    86: Device("A10", 24e9, 0.6e12, 125e12, 31e12),
-    89: Device("L4", 24e9, 0.3e12, 121e12, 30e12),
-    90: Device("H100", 80e9, 3.3e12, 989e12, 67e12),
-    100: Device("B200", 180e9, 8e12, 2250e12, 75e12),
-    103: Device("B300", 270e9, 8e12, 2250e12, 75e12),
-    110: Device("Thor", 128e9, 0.27e12, 250e12, 8e12),
-    120: Device("RTX 5090", 32e9, 1.8e12, 209e12, 105e12),
-    121: Device("GB10", 128e9, 0.27e12, 125e12, 31e12),
+    75: ReferenceGPU("T4", 16e9, 0.32e12, 65e12, 8e12),
+    80: ReferenceGPU("A100 40 GB", 40e9, 1.55e12, 312e12, 19e12),
+    86: ReferenceGPU("A10", 24e9, 0.6e12, 125e12, 31e12),
+    89: ReferenceGPU("L4", 24e9, 0.3e12, 121e12, 30e12),
+    90: ReferenceGPU("H100", 80e9, 3.3e12, 989e12, 67e12),
+    100: ReferenceGPU("B200", 180e9, 8e12, 2250e12, 75e12),
+    103: ReferenceGPU("B300", 270e9, 8e12, 2250e12, 75e12),
+    110: ReferenceGPU("Thor", 128e9, 0.27e12, 250e12, 8e12),
+    120: ReferenceGPU("RTX 5090", 32e9, 1.8e12, 209e12, 105e12),
+    121: ReferenceGPU("GB10", 128e9, 0.27e12, 125e12, 31e12),
 }
 
 
@@ -66,7 +66,7 @@ class Work:
     Args:
         memory: bytes of activations that the builder plans.
         moved: bytes of weights and activations that are read or written.
-        flops: of the matrix products.
+        flops: of the matmuls.
         kernels: launches.
     """
 
@@ -76,7 +76,7 @@ class Work:
     kernels: float
 
 
-def work(name: str, site: Site, tokens: int) -> Work:
+def work(name: str, site: ExpertsNode, tokens: int) -> Work:
     """What the form ``name`` does for ``tokens`` tokens, at least 1."""
     spec, size, types = site.spec, banks.sizes_of(site), types_of(site)
     T, E, K = max(tokens, 1), size.E, site.top_k
@@ -110,7 +110,7 @@ def work(name: str, site: Site, tokens: int) -> Work:
     return Work(N * row + GEMM_ROOM, hit * expert + 2 * N * row, 2.0 * weights * N, 6)
 
 
-def seconds(done: Work, device: Device, dtype: torch.dtype) -> float:
+def seconds(done: Work, device: ReferenceGPU, dtype: torch.dtype) -> float:
     """How long that takes on ``device`` with products in ``dtype``; see the module's docstring."""
     gemm = device.single if dtype == torch.float32 else device.half
     return max(done.moved / device.read, done.flops / gemm) + done.kernels * LAUNCH

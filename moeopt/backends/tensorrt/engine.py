@@ -10,12 +10,12 @@ import torch
 import torch.utils._pytree as pytree
 
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
-from moeopt.backends.onnxrt.offline_engine import AbsentEngine
+from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
 from moeopt.backends.registry import open_bundle
 from moeopt.backends.tensorrt.product import product
 from moeopt.backends.tensorrt.profiles import fits
-from moeopt.backends.tensorrt.runtime import Needs, Runner, lacking, this_machine
+from moeopt.backends.tensorrt.runtime import EngineRunner, Needs, lacking, this_machine
 from moeopt.bundle.manifest import Manifest
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.errors import EngineNotExecutableError
@@ -47,7 +47,7 @@ def onnx_form(directory: Path) -> str:
 
 
 class TensorRTEngine(GraphEngine):
-    """A plan on this machine's GPU; ``session`` is the :class:`~moeopt.backends.tensorrt.runtime.Runner`.
+    """A plan on this machine's GPU; ``session`` is the :class:`~moeopt.backends.tensorrt.runtime.EngineRunner`.
 
     Raises:
         EngineNotExecutableError: TensorRT refuses the plan.
@@ -62,8 +62,8 @@ class TensorRTEngine(GraphEngine):
         keep: TemporaryFolder | None = None,
         manifest: Manifest | None = None,
     ) -> None:
-        def open_session() -> Runner:
-            return Runner(Path(directory) / PLAN, product(needs.product), provider_of(needs), profiles)
+        def open_session() -> EngineRunner:
+            return EngineRunner(Path(directory) / PLAN, product(needs.product), provider_of(needs), profiles)
 
         super().__init__(directory, signature, open_session, DEVICE, keep, manifest)
         self.needs = needs
@@ -81,7 +81,7 @@ class TensorRTEngine(GraphEngine):
         return open_bundle, ()
 
 
-class AbsentTensorRTEngine(AbsentEngine):
+class OfflineTensorRTEngine(OfflineEngine):
     """Stands for a plan that this machine cannot run, and was not run.
 
     Raises:
@@ -120,10 +120,10 @@ class AbsentTensorRTEngine(AbsentEngine):
 
 def open_built(
     directory: Path, signature: Mapping[str, Any], needs: Needs, profiles: Any, keep: TemporaryFolder
-) -> TensorRTEngine | AbsentTensorRTEngine:
+) -> TensorRTEngine | OfflineTensorRTEngine:
     """What ``build_trt`` wrote, as an engine of this machine, or of one that can run it."""
     if lacking(needs, here(needs)):
-        return AbsentTensorRTEngine(directory, signature, needs, keep)
+        return OfflineTensorRTEngine(directory, signature, needs, keep)
     return TensorRTEngine(directory, signature, needs, profiles, keep)
 
 

@@ -1,4 +1,4 @@
-"""The plan of a TensorRT engine as the engine floor uses it: sessions to verify with, refusals, the portable form."""
+"""The plan of a TensorRT engine as the engine floor uses it: sessions to verify with, refusals, the CPU fallback graph."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from moeopt.backends.tensorrt.profiles import MULTIPLE
 from moeopt.backends.tensorrt.sums import sums_for
 from moeopt.backends.tensorrt.target import Target, check_buildable, wanted_target
 from moeopt.errors import Declined, UsageError
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.lowerings.types import types_of
-from moeopt.lower.onnx.plan import BlockPlan, Choice
-from moeopt.lower.onnx.site import Site
-from moeopt.lower.onnx.widen import widen_site
+from moeopt.lower.onnx.plan import BlockPlan, LoweringChoice
+from moeopt.lower.onnx.upcast import upcast_node
 from moeopt.options import Options
 from moeopt.verification.language import find_ids
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class EnginePlan(TensorRTPlan):
@@ -40,14 +40,14 @@ class EnginePlan(TensorRTPlan):
         super().__init__(target, tokens, open_session=session_of)
         self.refusals: list[str] = []
 
-    def choice(self, site: Site) -> Choice:
+    def choice(self, site: ExpertsNode) -> LoweringChoice:
         try:
             return super().choice(site)
         except Declined as err:
             self.refusals.append(err.reason)
             raise
 
-    def check(self, site: Site) -> None:
+    def check(self, site: ExpertsNode) -> None:
         types = types_of(site)
         every = {types.x, types.act, types.weights, types.term, types.accum, types.out, types.compute}
         products = set() if sums_for(self.target) else {types.compute}  # products are written as sums there
@@ -78,7 +78,7 @@ def trt_plan(options: Options) -> EnginePlan:
     return EnginePlan(target, options.tokens)
 
 
-def most_tokens(call: Call, options: Options) -> int:
+def max_tokens_of(call: ArgsKwargs, options: Options) -> int:
     """The most tokens that a block may see in the sizes that the engine is built for: rows of ids, or of features."""
     leaves = [t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor) and t.dim()]
     ids = find_ids(*call)
@@ -101,23 +101,23 @@ def most_tokens(call: Call, options: Options) -> int:
     return math.prod(largest)
 
 
-class PortableForm(BlockPlan):
+class CPUFallbackPlan(BlockPlan):
     """The choices of ``plan``, written so that ONNX Runtime's CPU runs them."""
 
     def __init__(self, plan: TensorRTPlan) -> None:
         super().__init__("cpu", plan.tokens)
         self._plan = plan
-        self._own: dict[int, tuple[Site, Site]] = {}
+        self._own: dict[int, tuple[ExpertsNode, ExpertsNode]] = {}
 
-    def legal(self, site: Site) -> Site:
-        wide = widen_site(site)
+    def legalize(self, site: ExpertsNode) -> ExpertsNode:
+        wide = upcast_node(site)
         self._own.setdefault(id(wide), (wide, site))
         return wide
 
-    def rank(self, site: Site) -> list[Choice]:
+    def rank(self, site: ExpertsNode) -> list[LoweringChoice]:
         own = self._own[id(site)][1]
-        lowering = self._plan.portable(own)
-        return [Choice(lowering.name, lowering, self._plan.choice(own).reason)]
+        lowering = self._plan.cpu_lowering(own)
+        return [LoweringChoice(lowering.name, lowering, self._plan.choice(own).reason)]
 
-    def open_session(self, site: Site, lowering: Lowering) -> Session:
+    def open_session(self, site: ExpertsNode, lowering: Lowering) -> Session:
         return session_of(site, lowering)

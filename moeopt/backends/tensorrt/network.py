@@ -21,11 +21,11 @@ from torch import Tensor
 
 from moeopt.backends.tensorrt.lowerings.trt_moe import together
 from moeopt.errors import EngineBuildError
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import types_of
-from moeopt.lower.onnx.site import Site
 from moeopt.ops.activations import activate
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.reference import one_expert
 
 ROWS = 4
@@ -68,7 +68,7 @@ def moe_layers(trt: Any, path: Path) -> list[MoELayer]:
     return [_read(trt, layer, constants) for layer in layers if layer.type == trt.LayerType.MOE]
 
 
-def check_networks(trt: Any, path: Path, sites: Sequence[Site]) -> list[str]:
+def check_networks(trt: Any, path: Path, sites: Sequence[ExpertsNode]) -> list[str]:
     """What differs between the layers and the ops of ``sites``, one layer each; [] when nothing does.
 
     The weights are those of the file: the parser copies them, and gives back none that are bfloat16.
@@ -109,7 +109,7 @@ def _read(trt: Any, layer: Any, constants: dict[str, str]) -> MoELayer:
 _DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}
 
 
-def _shape_problems(layer: MoELayer, site: Site) -> list[str]:
+def _shape_problems(layer: MoELayer, site: ExpertsNode) -> list[str]:
     size, kind = banks.sizes_of(site), _DTYPES[types_of(site).compute]
     E, H, I, K = size.E, size.H, size.I, site.top_k if together(site) else 1
     want: list[tuple[int, ...]] = [(1, -1, H), (1, -1, K), (1, -1, K), (E, H, I), (E, H, I), (E, I, H)]
@@ -125,7 +125,7 @@ def _shape_problems(layer: MoELayer, site: Site) -> list[str]:
     return found
 
 
-def _attribute_problems(layer: MoELayer, site: Site) -> list[str]:
+def _attribute_problems(layer: MoELayer, site: ExpertsNode) -> list[str]:
     spec = site.spec
     want = {
         "activation": {"silu": "SILU", "identity": "NONE"}.get(spec.activation, spec.activation),
@@ -136,7 +136,7 @@ def _attribute_problems(layer: MoELayer, site: Site) -> list[str]:
             if layer.attributes[key] != value]  # fmt: skip
 
 
-def _value_problems(layer: MoELayer, site: Site, values: Any) -> list[str]:
+def _value_problems(layer: MoELayer, site: ExpertsNode, values: Any) -> list[str]:
     """Each expert by the layer's definition in float64, against the op's own: a few roundings of float64 apart."""
     missing = [name for name in layer.names if name not in values]
     if missing:
@@ -155,7 +155,7 @@ def _value_problems(layer: MoELayer, site: Site, values: Any) -> list[str]:
 class _Rounded:
     """A bank whose tensors were rounded to the compute dtype, as the layer's weights are."""
 
-    def __init__(self, bank: Bank, dtype: torch.dtype) -> None:
+    def __init__(self, bank: ExpertWeights, dtype: torch.dtype) -> None:
         self._bank, self._dtype = bank, dtype
         self.num_experts = bank.num_experts
 

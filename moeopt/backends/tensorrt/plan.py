@@ -18,11 +18,11 @@ from moeopt.backends.tensorrt.cost import DEVICES, seconds, work
 from moeopt.backends.tensorrt.lowerings import FORMS, PORTABLE
 from moeopt.backends.tensorrt.target import Target
 from moeopt.errors import Declined
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.lowerings.types import types_of
-from moeopt.lower.onnx.plan import BlockPlan, Choice, Runnable
-from moeopt.lower.onnx.site import Site
-from moeopt.lower.onnx.widen import widen_site
+from moeopt.lower.onnx.plan import BlockPlan, LoweringChoice, Runnable
+from moeopt.lower.onnx.upcast import upcast_node
 
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""
@@ -48,33 +48,33 @@ class TensorRTPlan(BlockPlan):
         target: Target,
         tokens: tuple[int, ...] | None = None,
         *,
-        open_session: Callable[[Site, Lowering], Runnable],
-        most: int | None = None,
+        open_session: Callable[[ExpertsNode, Lowering], Runnable],
+        max_tokens: int | None = None,
         memory: int | None = None,
     ) -> None:
         super().__init__(target.name, tokens)
         self.target, self._open = target, open_session
-        self.most = most or max(tokens or TOKENS)
+        self.max_tokens = max_tokens or max(tokens or TOKENS)
         self.device = DEVICES[target.sm]
         self.memory = memory or int(self.device.memory / SHARE)
         of_device = f"an eighth of the {self.device.memory / 1e9:g} GB of {self.device.name}"
         self.bound = f"{size(self.memory)} ({'as given' if memory else of_device})"
 
-    def check(self, site: Site) -> None:
+    def check(self, site: ExpertsNode) -> None:
         """``Declined`` where the target has not the dtypes that ``site`` computes in."""
         types = types_of(site)
         others = {types.x, types.act, types.weights, types.term, types.accum, types.out}
         if why := refuses_dtypes(self.target, {types.compute}, others):
             raise Declined(f"no TensorRT form carries its experts: {why}")
 
-    def rank(self, site: Site) -> list[Choice]:
+    def rank(self, site: ExpertsNode) -> list[LoweringChoice]:
         self.check(site)
         fit, rest = [], []
         for form in FORMS:
             if why := refuses(self.target, "form", form.name) or form.refuses(site, self.target.name):
-                rest.append(Choice(form.name, None, why))
+                rest.append(LoweringChoice(form.name, None, why))
             else:
-                fit.append((self._choice(site, form), work(form.name, site, self.most).memory))
+                fit.append((self._choice(site, form), work(form.name, site, self.max_tokens).memory))
         within = [choice for choice, memory in fit if memory <= self.memory]
         if fit and not within:  # one that is too large may still run, and none at all would not
             least = min(fit, key=lambda pair: pair[1])[0]
@@ -86,7 +86,7 @@ class TensorRTPlan(BlockPlan):
         rest += [replace(c, lowering=None, reason=f"{c.reason}; more than the bound of {self.bound}") for c in over]
         return [*sorted(within, key=lambda c: c.seconds), *rest]
 
-    def portable(self, site: Site) -> Lowering:
+    def cpu_lowering(self, site: ExpertsNode) -> Lowering:
         """The form that ONNX Runtime runs in the place of :meth:`choice`, in float32; itself where it can."""
         best = self.lowering(site)
         if best in PORTABLE:
@@ -96,19 +96,19 @@ class TensorRTPlan(BlockPlan):
             return portable[0]
         raise Declined(f"no form of standard operators carries its experts, so {best.name} cannot be replayed")
 
-    def open_session(self, site: Site, lowering: Lowering) -> Runnable:
-        wide = widen_site(site)
-        return _Widened(self._open(wide, lowering if lowering in PORTABLE else self.portable(site)), wide)
+    def open_session(self, site: ExpertsNode, lowering: Lowering) -> Runnable:
+        wide = upcast_node(site)
+        return _Widened(self._open(wide, lowering if lowering in PORTABLE else self.cpu_lowering(site)), wide)
 
-    def _choice(self, site: Site, form: Lowering) -> Choice:
+    def _choice(self, site: ExpertsNode, form: Lowering) -> LoweringChoice:
         counts, dtype = self.tokens or TOKENS, types_of(site).compute
         time = sum(seconds(work(form.name, site, T), self.device, dtype) for T in counts)
-        most = work(form.name, site, self.most)
-        routed = work("gather", site, self.most).flops
-        return Choice(
+        largest = work(form.name, site, self.max_tokens)
+        routed = work("gather", site, self.max_tokens).flops
+        return LoweringChoice(
             form.name,
             form,
-            f"{size(most.memory)} of activations for {self.most} tokens, {most.flops / routed:.3g}x the routed FLOPs, "
+            f"{size(largest.memory)} of activations for {self.max_tokens} tokens, {largest.flops / routed:.3g}x the routed FLOPs, "
             f"estimated {1e3 * time:.3g} ms",
             time,
         )
@@ -117,7 +117,7 @@ class TensorRTPlan(BlockPlan):
 class _Widened:
     """A session of the widened op, fed in the op's own dtypes."""
 
-    def __init__(self, session: Runnable, wide: Site) -> None:
+    def __init__(self, session: Runnable, wide: ExpertsNode) -> None:
         self._session, self._wide = session, wide
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -46,10 +46,10 @@ def default_sizes(
     sizes: dict[str, Triple] = {}
     for dim, best in found.items():
         low, high = ranges.get(dim, (1, None))
-        most = MULTIPLE * best
+        max_size = MULTIPLE * best
         if dim == longest and tokens:
-            most = max(most, *tokens)
-        sizes[dim] = (min(max(1, low or 0), best), best, max(best, most if high is None else min(most, high)))
+            max_size = max(max_size, *tokens)
+        sizes[dim] = (min(max(1, low or 0), best), best, max(best, max_size if high is None else min(max_size, high)))
     return sizes
 
 
@@ -67,8 +67,8 @@ def profiles_for(ends: Ends, sizes: Mapping[str, Triple], given: Any = None) -> 
 
 def fits(profile: Mapping[str, Sequence[Sequence[int]]], shapes: Mapping[str, Sequence[int]]) -> str:
     """Why inputs of these shapes are outside a profile; "" when they are inside."""
-    for name, (least, _, most) in profile.items():
-        for axis, (low, size, high) in enumerate(zip(least, shapes[name], most, strict=True)):
+    for name, (min_size, _, max_size) in profile.items():
+        for axis, (low, size, high) in enumerate(zip(min_size, shapes[name], max_size, strict=True)):
             if not low <= size <= high:
                 return f"{name} has size {size} at axis {axis}, and the engine was built for {low} to {high}"
     return ""
@@ -105,13 +105,13 @@ def _triple(dim: Any, sizes: Mapping[str, Triple], name: str, axis: int) -> Trip
     if isinstance(dim, int):
         return dim, dim, dim
     try:
-        least, best, most = (_value(ast.parse(str(dim), mode="eval").body, sizes, n) for n in range(3))
+        min_size, best, max_size = (_value(ast.parse(str(dim), mode="eval").body, sizes, n) for n in range(3))
     except (KeyError, SyntaxError, TypeError):
         raise UsageError(
             f"axis {axis} of the input {name} is {dim!r}, which the example does not determine: "
             f"give profile={{{name!r}: (the least shape, the best, the largest)}}"
         ) from None
-    return min(least, most), best, max(least, most)
+    return min(min_size, max_size), best, max(min_size, max_size)
 
 
 def _value(node: ast.AST, sizes: Mapping[str, Triple], which: int) -> int:

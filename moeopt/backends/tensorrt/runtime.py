@@ -90,7 +90,7 @@ def stream_of(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
-class Runner:
+class EngineRunner:
     """One engine, deserialised; :meth:`run` takes named tensors and gives the outputs in the plan's order.
 
     Args:
@@ -124,7 +124,7 @@ class Runner:
         self.engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         self._context: Any = None if self.engine is None else self.engine.create_execution_context()
         if self._context is None:
-            raise EngineNotExecutableError(f"{plan}: {product} does not load it: {self._said()}")
+            raise EngineNotExecutableError(f"{plan}: {product} does not load it: {self._last_complaint()}")
         names = [self.engine.get_tensor_name(n) for n in range(self.engine.num_io_tensors)]
         of = {name: self.engine.get_tensor_mode(name) for name in names}
         self.inputs = [n for n in names if of[n] == trt.TensorIOMode.INPUT]
@@ -185,9 +185,9 @@ class Runner:
 
     def _must(self, done: Any, what: str) -> None:
         if done is False:
-            raise EngineNotExecutableError(f"{self.product} refuses {what}: {self._said()}")
+            raise EngineNotExecutableError(f"{self.product} refuses {what}: {self._last_complaint()}")
 
-    def _said(self) -> str:
+    def _last_complaint(self) -> str:
         return self._words[-1][:300] if self._words else "it gives no reason"
 
 

@@ -1,4 +1,4 @@
-"""Float32 matrix products as sums of products, for Turing, where TensorRT for RTX has no others.
+"""Float32 matmuls as sums of products, for Turing, where TensorRT for RTX has no others.
 
     MatMul(a, b)  ->  ReduceSum(Unsqueeze(a, -1) * Unsqueeze(b, -3), -2)        a (..., M, K), b (..., K, N)
 
@@ -22,7 +22,7 @@ def sums_for(target: Target) -> bool:
     return target.sm < FIRST_WITH_PRODUCTS
 
 
-def products_as_sums(model: Any) -> int:
+def matmuls_as_sums(model: Any) -> int:
     """Rewrite the float32 ``MatMul`` and ``Gemm`` nodes of an ``onnx_ir.Model`` in place; how many there were.
 
     A product with a vector stays, and so does ``Einsum``: :func:`~.graph_check.check_graph` names what is left.

@@ -51,7 +51,7 @@ def build(trt: Any, job: dict[str, Any], log: Any) -> dict[str, Any]:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job["model"]):
-        return {"errors": [said(parser.get_error(n)) for n in range(parser.num_errors)]}
+        return {"errors": [format_parser_error(parser.get_error(n)) for n in range(parser.num_errors)]}
     inputs = [network.get_input(n) for n in range(network.num_inputs)]
     shaped = [x.name for x in inputs if x.is_shape_tensor]
     if shaped:
@@ -83,7 +83,7 @@ def build(trt: Any, job: dict[str, Any], log: Any) -> dict[str, Any]:
 
 
 def set_flags(trt: Any, config: Any, job: dict[str, Any]) -> None:
-    """TF32 rounds float32 products to 10 bits of mantissa and is on by default; here it is on when asked for."""
+    """TF32 rounds float32 matmuls to 10 bits of mantissa and is on by default; here it is on when asked for."""
     (config.set_flag if job["tf32"] else config.clear_flag)(trt.BuilderFlag.TF32)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
 
@@ -96,7 +96,7 @@ def end(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
 
 
-def said(error: Any) -> dict[str, Any]:
+def format_parser_error(error: Any) -> dict[str, Any]:
     """A parser's error: what it says, and the node that it says it of."""
     return {
         "text": error.desc(),

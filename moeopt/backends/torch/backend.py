@@ -18,14 +18,14 @@ from moeopt.bundle.manifest import Manifest
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tape import clone_inputs
 from moeopt.errors import UsageError
-from moeopt.find.example_inputs import Call
+from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.limits import LoadLimits
 from moeopt.lower.export import export_program
 from moeopt.ops.native.library import missing
 from moeopt.options import Options
 from moeopt.pipeline.check_gradients import check_gradients
 from moeopt.pipeline.report_of import how_to_save, report_of
-from moeopt.pipeline.run import Outcome, run
+from moeopt.pipeline.run import PipelineResult, run
 from moeopt.rewrite.install import install, uninstall
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd, end_to_end
@@ -39,7 +39,7 @@ class TorchBackend(Backend):
     def _plan_impl(self, options: Options) -> None:
         return None
 
-    def _optimize_impl(self, source: nn.Module, call: Call, options: Options, plan: None) -> Made:
+    def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: None) -> Made:
         shared: list[str] = []
         twin = shared_copy(source, shared)
         outcome = run(twin, call, options)
@@ -59,11 +59,11 @@ class TorchBackend(Backend):
         first = next(source.parameters(), None)
         grouped = any(b.status == "rewritten" and b.kind == "moe" for b in outcome.blocks)
         if grouped and first is not None and first.device.type == "cpu" and (why := missing()):
-            note = f"the experts run on torch's products, not on the faster native kernel: {why}"
+            note = f"the experts run on torch's matmuls, not on the faster native kernel: {why}"
             report = dataclasses.replace(report, notes=(*report.notes, note))
         return Made(twin, report, certificate)
 
-    def _save_impl(self, made: Made, call: Call, directory: str | os.PathLike[str]) -> Path:
+    def _save_impl(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str]) -> Path:
         args, kwargs = call
         program = export_program(made.model, args, kwargs)
         copied = clone_inputs(call)  # a forward may write into its arguments
@@ -104,7 +104,7 @@ class TorchBackend(Backend):
         return {"cpu": "", "cuda": gpu}
 
 
-def _certify(source: nn.Module, twin: nn.Module, call: Call, outcome: Any, options: Options) -> Certificate:
+def _certify(source: nn.Module, twin: nn.Module, call: ArgsKwargs, outcome: Any, options: Options) -> Certificate:
     end: EndToEnd | None = None
     if options.verify != "off" and outcome.rewrites:
         (options.progress or (lambda line: None))("comparing the whole model end to end")
@@ -119,7 +119,7 @@ def _certify(source: nn.Module, twin: nn.Module, call: Call, outcome: Any, optio
     )
 
 
-def _revert(twin: nn.Module, outcome: Outcome, certificate: Certificate) -> str:
+def _revert(twin: nn.Module, outcome: PipelineResult, certificate: Certificate) -> str:
     """A model that fails end to end goes back to its own code, block by block, with the reason; a note on it."""
     why = certificate.end_to_end.reason if certificate.end_to_end else "a block failed"
     for path in outcome.rewrites:

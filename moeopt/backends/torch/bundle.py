@@ -20,7 +20,7 @@ from moeopt.bundle.engine import Engine
 from moeopt.bundle.graph import write_graph
 from moeopt.bundle.holds import notes_on_sizes, sentences
 from moeopt.bundle.manifest import Manifest, read_manifest, write_bundle
-from moeopt.bundle.runner import Runner
+from moeopt.bundle.runner import GraphRunner
 from moeopt.bundle.tree import build
 from moeopt.bundle.weights import pack, unpack
 from moeopt.errors import BundleError, NotSaveableError, UsageError
@@ -98,7 +98,7 @@ class LoadedEngine(Engine):
         device: where it runs.
     """
 
-    def __init__(self, manifest: Manifest, runner: Runner, device: torch.device) -> None:
+    def __init__(self, manifest: Manifest, runner: GraphRunner, device: torch.device) -> None:
         self.manifest, self.device, self._runner = manifest, device, runner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +153,7 @@ def load_torch_bundle(
     try:
         with _opened(manifest.path(WEIGHTS), where) as blocks:
             views = graph["views"]
-            runner = Runner(
+            runner = GraphRunner(
                 graph, lambda key: unpack(key, views.get(key), blocks), _remap(saved, where), limits, manifest.bytes
             )
     except BundleError as err:

@@ -28,17 +28,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
-from moeopt.ops.bank import StackedBank
+from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.experts import decode, experts, flatten
 
 _PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "mish", "softplus", "identity")
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _STACKED = ExpertsSpec()
 
-Plan = tuple[str | None, str]
+Conversion = tuple[str | None, str]
 """The recognised function in ``ExpertsSpec.encode``'s words (torch.compile holds no object), or None and the reason."""
 
-_plans: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Plan]] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Conversion]] = weakref.WeakKeyDictionary()
 _recent: dict[ExpertsSpec, None] = {}
 
 
@@ -75,7 +75,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
 
 @torch.compiler.assume_constant_result
-def plan(module: nn.Module) -> Plan:
+def plan(module: nn.Module) -> Conversion:
     """What this experts module computes, recognised once for each state of its plain attributes."""
     key = _state(module)
     known = _plans.get(module)
@@ -86,11 +86,11 @@ def plan(module: nn.Module) -> Plan:
     return known[1]
 
 
-def _bank(module: Any) -> StackedBank:
+def _bank(module: Any) -> StackedExpertWeights:
     name = "gate_up_proj" if module.has_gate else "up_proj"
     b_in = getattr(module, name + "_bias") if module.has_bias else None
     b_out = module.down_proj_bias if module.has_bias else None
-    return StackedBank([getattr(module, name)], module.down_proj, [b_in], b_out)
+    return StackedExpertWeights([getattr(module, name)], module.down_proj, [b_in], b_out)
 
 
 def _state(module: Any) -> tuple:
@@ -106,7 +106,7 @@ def _state(module: Any) -> tuple:
     )
 
 
-def _recognise(module: Any) -> Plan:
+def _recognise(module: Any) -> Conversion:
     name = "gate_up_proj" if module.has_gate else "up_proj"
     for weight_name in (name, "down_proj"):
         weight: Any = getattr(module, weight_name, None)

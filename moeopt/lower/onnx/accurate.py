@@ -20,7 +20,7 @@ from moeopt.lower.onnx.lowerings import stable
 
 _HALVES = ("FLOAT16", "BFLOAT16")
 _FLOATS = ("FLOAT", "DOUBLE", *_HALVES)
-Form = tuple[Sequence[Any], Callable[..., Any]]
+AccurateForm = tuple[Sequence[Any], Callable[..., Any]]
 """Values that a form reads, and what writes it: called with ``op``, ``const`` and those values."""
 
 
@@ -89,10 +89,10 @@ class _Writer:
         return self._constants[key]
 
 
-def _products(node: Any) -> list[tuple[Any, Form]]:
+def _products(node: Any) -> list[tuple[Any, AccurateForm]]:
     """Each product of an activation with ``node``, its sigmoid, and the quotient that it is."""
     t = node.inputs[0]
-    found: list[tuple[Any, Form]] = []
+    found: list[tuple[Any, AccurateForm]] = []
     scaled = t.producer()
     bases = [t]
     if scaled is not None and scaled.op_type == "Mul" and any(v.const_value is not None for v in scaled.inputs):
@@ -111,30 +111,30 @@ def _float(node: Any, name: str, default: float) -> float:
     return float(node.attributes[name].value) if name in node.attributes else default
 
 
-def _of_x(form: Callable[..., Any], **numbers: float) -> Callable[[Any], Form]:
+def _of_x(form: Callable[..., Any], **numbers: float) -> Callable[[Any], AccurateForm]:
     return lambda node: (node.inputs[:1], lambda op, const, x: form(op, const, x, **numbers))
 
 
-def _elu(node: Any) -> Form:
+def _elu(node: Any) -> AccurateForm:
     return _of_x(stable.elu, alpha=_float(node, "alpha", 1.0))(node)
 
 
-def _celu(node: Any) -> Form:
+def _celu(node: Any) -> AccurateForm:
     alpha = _float(node, "alpha", 1.0)
     return _of_x(stable.elu, alpha=alpha, per=alpha)(node)
 
 
-def _selu(node: Any) -> Form:
+def _selu(node: Any) -> AccurateForm:
     alpha, gamma = _float(node, "alpha", stable.SELU_ALPHA), _float(node, "gamma", stable.SELU_SCALE)
     return _of_x(stable.elu, alpha=alpha, scale=gamma)(node)
 
 
-def _hardsigmoid(node: Any) -> Form | None:
+def _hardsigmoid(node: Any) -> AccurateForm | None:
     pytorchs = abs(_float(node, "alpha", 0.2) - 1 / 6) < 1e-7 and _float(node, "beta", 0.5) == 0.5
     return _of_x(stable.hardsigmoid)(node) if pytorchs else None
 
 
-def _clip(node: Any) -> Form | None:
+def _clip(node: Any) -> AccurateForm | None:
     x, low, high = [*node.inputs, None, None][:3]
     if (low is None) == (high is None):
         return None
@@ -142,7 +142,7 @@ def _clip(node: Any) -> Form | None:
     return [x, bound], lambda op, const, x, bound: op(name, x, bound)
 
 
-def _tanh(node: Any) -> Form | None:
+def _tanh(node: Any) -> AccurateForm | None:
     return _of_x(stable.tanh)(node) if any(_cancels(user) for user, _ in node.outputs[0].uses()) else None
 
 
@@ -155,7 +155,7 @@ def _cancels(user: Any, depth: int = 3) -> bool:
     return scales and depth > 0 and any(_cancels(next_, depth - 1) for next_, _ in user.outputs[0].uses())
 
 
-def _gelu(node: Any) -> Form | None:
+def _gelu(node: Any) -> AccurateForm | None:
     approximate = node.attributes.get_string("approximate", "none")
     if approximate != "tanh" or _into_products(node.outputs[0]):
         return None
@@ -175,7 +175,7 @@ def _into_products(value: Any, depth: int = 6) -> bool:
 
 _KEEPING = ("Mul", "Cast", "Reshape", "Transpose", "Identity", "Unsqueeze", "Squeeze", "Gather")
 
-FORMS: dict[str, Callable[[Any], Form | None]] = {
+FORMS: dict[str, Callable[[Any], AccurateForm | None]] = {
     "Sigmoid": _of_x(stable.sigmoid),
     "Elu": _elu,
     "Selu": _selu,

@@ -7,11 +7,11 @@ from typing import Any
 
 from moeopt.errors import NotSaveableError
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.site import DOMAIN, OP, Site
 
 
-def replace_sites(model: Any, sites: Sequence[Site], choose: Callable[[Site], Lowering]) -> list[str]:
+def replace_sites(model: Any, sites: Sequence[ExpertsNode], choose: Callable[[ExpertsNode], Lowering]) -> list[str]:
     """Lower every site of an ``onnx_ir.Model`` in place; returns the name of each site's lowering.
 
     A site that stands in the graph twice (prefill and decode in one) is lowered at each place; weights are
@@ -41,7 +41,7 @@ def replace_sites(model: Any, sites: Sequence[Site], choose: Callable[[Site], Lo
     return [lowering.name for lowering in chosen]
 
 
-def one_op(site: Site, lowering: Lowering) -> Any:
+def one_op(site: ExpertsNode, lowering: Lowering) -> Any:
     """A model of one site alone: inputs ``x`` (T, H), ``ids`` (T, K), ``weights`` (T, K), output ``y`` (T, H_out)."""
     import onnx_ir as ir
     from onnx_ir.tensor_adapters import from_torch_dtype
@@ -65,7 +65,7 @@ def one_op(site: Site, lowering: Lowering) -> Any:
     return ir.Model(graph, ir_version=10, producer_name="moeopt")
 
 
-def out_dtype(site: Site) -> Any:
+def out_dtype(site: ExpertsNode) -> Any:
     """The torch dtype of a site's result."""
     import torch
 

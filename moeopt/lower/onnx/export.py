@@ -1,6 +1,6 @@
 """A traced model as an ONNX graph in which each grouped-expert op is still one ``moeopt::Experts`` node.
 
-The experts' weights never enter the trace: the node names its :class:`~.site.Site`, which reads them from
+The experts' weights never enter the trace: the node names its :class:`~.site.ExpertsNode`, which reads them from
 the model when a lowering is written. So exporting costs no copy of them, and no node per expert.
 """
 
@@ -22,12 +22,12 @@ from moeopt.errors import NotSaveableError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
+from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.float64 import attributes_written_out
-from moeopt.lower.onnx.pad_experts import even
+from moeopt.lower.onnx.pad_experts import pad_experts
 from moeopt.lower.onnx.scalars import numbers_as_read
-from moeopt.lower.onnx.site import DOMAIN, OP, Site
-from moeopt.ops.bank import Bank
-from moeopt.ops.intercept import intercepted
+from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.ops.override import override_experts_impl
 from moeopt.ops.reference import dtypes, out_features
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.rewrite.install import exported, rewritten_forward
@@ -37,7 +37,7 @@ OPSET = 20
 
 
 @contextlib.contextmanager
-def emitting(model: nn.Module) -> Iterator[list[Site]]:
+def emitting(model: nn.Module) -> Iterator[list[ExpertsNode]]:
     """While open, ``experts`` calls of ``model``'s rewritten blocks trace as nodes; the list collects their sites."""
     routers = {
         id(bank): router
@@ -46,15 +46,17 @@ def emitting(model: nn.Module) -> Iterator[list[Site]]:
         for (bank, _), router in zip(forward.banks, forward.program.routers, strict=True)
     }
     name_of = site_names(model)
-    sites: list[Site] = []
+    sites: list[ExpertsNode] = []
 
-    def emit(x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor | None:
+    def emit(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor | None:
         name = name_of(bank)
         if name is None:
             return None
         torch._check(ids.shape[0] == x.shape[0])  # a runtime would broadcast the choices of a single row
         router = routers[id(bank)]
-        sites.append(Site(name, even(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
+        sites.append(
+            ExpertsNode(name, pad_experts(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router)
+        )
         y: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{OP}",
             (x, ids.to(torch.int64), weights),
@@ -65,7 +67,7 @@ def emitting(model: nn.Module) -> Iterator[list[Site]]:
         )
         return y
 
-    with exported(model), intercepted(emit):
+    with exported(model), override_experts_impl(emit):
         yield sites
 
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 
 
-class EvenBank:
+class PaddedExperts:
     """``bank`` with every expert of ``inner`` neurons, whose rows of W_in are those of one neuron after the other."""
 
-    def __init__(self, bank: Bank, spec: ExpertsSpec, inner: int) -> None:
+    def __init__(self, bank: ExpertWeights, spec: ExpertsSpec, inner: int) -> None:
         self._bank, self._inner = bank, inner
         self._in_axis, self._out_axis = int(spec.w_in_layout == "io"), int(spec.w_out_layout == "oi")
         self._rows = 2 * inner if spec.rows.startswith("interleaved") else inner
@@ -43,7 +43,7 @@ class EvenBank:
         return None
 
 
-def even(bank: Bank, spec: ExpertsSpec) -> Bank:
+def pad_experts(bank: ExpertWeights, spec: ExpertsSpec) -> ExpertWeights:
     """``bank``, filled up where its experts differ in size.
 
     Experts that pack all gates before all ups stay as they are: their zeros would stand between the two.
@@ -52,7 +52,7 @@ def even(bank: Bank, spec: ExpertsSpec) -> Bank:
         return bank
     axis = int(spec.w_out_layout == "oi")
     sizes = {bank.w_out(e).shape[axis] for e in range(bank.num_experts)}
-    return EvenBank(bank, spec, max(sizes)) if len(sizes) > 1 else bank
+    return PaddedExperts(bank, spec, max(sizes)) if len(sizes) > 1 else bank
 
 
 def _fill(part: Tensor, axis: int, size: int) -> Tensor:

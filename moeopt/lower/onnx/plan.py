@@ -1,6 +1,6 @@
 """Which lowering each kind of block gets, and a way to run a block through it while it is verified.
 
-A block is checked as its engine will compute it: while :meth:`BlockPlan.answering` is open, each ``experts``
+A block is checked as its engine will compute it: while :meth:`BlockPlan.run_through_backend` is open, each ``experts``
 call of a rewritten block runs a session of that op alone, so the certificate speaks of the runtime's numbers.
 A lowering that fails is demoted for its kind of block and the next one is tried. A backend says how lowerings
 are ranked and how a session of one is opened.
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.pad_experts import even
-from moeopt.lower.onnx.site import Site
-from moeopt.ops.bank import Bank
-from moeopt.ops.intercept import intercepted
+from moeopt.lower.onnx.pad_experts import pad_experts
+from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.ops.override import override_experts_impl
 from moeopt.ops.reference import dtypes
 
-Kind = tuple[Any, ...]
+NodeKind = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class LoweringChoice:
     """A lowering with the time of a call in seconds, summed over the token counts; or why it cannot be taken.
 
     ``reason`` says where the time comes from ("estimated", "measured"), or what stands in the way.
@@ -66,32 +66,32 @@ class BlockPlan(abc.ABC):
 
     def __init__(self, provider: str, tokens: tuple[int, ...] | None = None) -> None:
         self.provider, self.tokens = provider, tokens
-        self._ranked: dict[Kind, list[Choice]] = {}
+        self._ranked: dict[NodeKind, list[LoweringChoice]] = {}
         self.remarks: list[str] = []
-        self._demoted: dict[Kind, dict[str, str]] = {}
-        self._last: tuple[Kind, str] | None = None
+        self._demoted: dict[NodeKind, dict[str, str]] = {}
+        self._last: tuple[NodeKind, str] | None = None
         self._routers: Mapping[int, RouterSpec] = {}
-        self._sessions: dict[Any, tuple[Runnable, Site, Bank]] = {}
+        self._sessions: dict[Any, tuple[Runnable, ExpertsNode, ExpertWeights]] = {}
 
     @abc.abstractmethod
-    def rank(self, site: Site) -> list[Choice]:
+    def rank(self, site: ExpertsNode) -> list[LoweringChoice]:
         """Every lowering for a legal ``site``: those that fit first, the best ahead."""
 
     @abc.abstractmethod
-    def open_session(self, site: Site, lowering: Lowering) -> Runnable:
+    def open_session(self, site: ExpertsNode, lowering: Lowering) -> Runnable:
         """A session of one op, for blocks that are being verified."""
 
-    def legal(self, site: Site) -> Site:
+    def legalize(self, site: ExpertsNode) -> ExpertsNode:
         """``site`` in the dtypes that the provider computes in."""
         return site
 
-    def check(self, site: Site) -> None:
+    def check(self, site: ExpertsNode) -> None:
         """``Declined`` where the engine that this plan is for cannot carry ``site``; most plans run what they rank."""
         del site
 
-    def choice(self, site: Site) -> Choice:
+    def choice(self, site: ExpertsNode) -> LoweringChoice:
         """The best lowering for ``site`` that was not demoted; ``Declined`` when there is none."""
-        wide = self.legal(site)
+        wide = self.legalize(site)
         known = kind(wide)
         demoted = self._demoted.get(known, {})
         if known not in self._ranked:
@@ -103,24 +103,24 @@ class BlockPlan(abc.ABC):
         why = "; ".join(f"{c.name}: {'differs from the original' if c.name in demoted else c.reason}" for c in choices)
         raise Declined(f"no {self.runtime} form carries its experts on {self.provider} ({why})")
 
-    def lowering(self, site: Site) -> Lowering:
+    def lowering(self, site: ExpertsNode) -> Lowering:
         """The lowering of :meth:`choice`."""
         lowering = self.choice(site).lowering
         assert lowering is not None
         return lowering
 
-    def why(self, site: Site) -> str:
+    def why(self, site: ExpertsNode) -> str:
         """The choice for ``site`` and the runner-up, in a line for reports and manifests."""
         best = self.choice(site)
-        rest = [c for c in self._ranked[kind(self.legal(site))] if c.lowering is not None and c.name != best.name]
+        rest = [c for c in self._ranked[kind(self.legalize(site))] if c.lowering is not None and c.name != best.name]
         return f"{best.name}, {best.reason}" + (f"; next {rest[0].name}, {rest[0].reason}" if rest else "")
 
     @contextlib.contextmanager
-    def answering(self, routers: Mapping[int, RouterSpec] | None = None) -> Iterator[None]:
+    def run_through_backend(self, routers: Mapping[int, RouterSpec] | None = None) -> Iterator[None]:
         """Rewritten blocks run through their lowering inside; the sessions are let go at the end."""
         self._routers = routers or {}
         try:
-            with intercepted(self._answer):
+            with override_experts_impl(self._answer):
                 yield
         finally:
             self._sessions.clear()
@@ -143,15 +143,17 @@ class BlockPlan(abc.ABC):
         given_up = {n: why for demoted in self._demoted.values() for n, why in demoted.items()}
         return [*self.remarks, *(f"lowering {n} was given up: {why}" for n, why in given_up.items())]
 
-    def _answer(self, x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor | None:
+    def _answer(self, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor | None:
         if x.dtype == torch.float64 or weights.dtype == torch.float64 or type(x) is not Tensor:
             return None  # the float64 oracle of the rewritten code: the op's own definition answers
         key = (id(bank), x.dtype, weights.dtype, ids.shape[1])
         if key not in self._sessions:
             router = self._routers.get(id(bank))
-            site = Site("experts", even(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router)
+            site = ExpertsNode(
+                "experts", pad_experts(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router
+            )
             self.check(site)
-            site = self.legal(site)
+            site = self.legalize(site)
             lowering = self.lowering(site)
             self._sessions[key] = (self.open_session(site, lowering), site, bank)
             self._last = kind(site), lowering.name
@@ -160,7 +162,7 @@ class BlockPlan(abc.ABC):
         return session.run(feeds)[0].to(x.device, dtypes(x, spec)[2])
 
 
-def kind(site: Site) -> Kind:
+def kind(site: ExpertsNode) -> NodeKind:
     """What a lowering's fitness depends on: the function, the sizes and the dtypes, and not the weights."""
     bank = site.bank
     shapes = tuple(tuple(w.shape) for w in (*bank.w_in(0), bank.w_out(0)))

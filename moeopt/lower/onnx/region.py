@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moeopt.errors import Declined
-from moeopt.lower.onnx.stages import ROWS, SIZES, Place, Stages
+from moeopt.lower.onnx.stages import ROWS, SIZES, StagePosition, Stages
 
 
 class Region:
@@ -18,7 +18,7 @@ class Region:
 
     rows: Any
 
-    def __init__(self, name: str, stages: Stages, place: Place) -> None:
+    def __init__(self, name: str, stages: Stages, place: StagePosition) -> None:
         self.name, self.stages, self.place = name, stages, place
         self.nodes: list[Any] = []
         self.values: dict[int, Any] = {}
@@ -54,7 +54,7 @@ class Region:
                 self.values[id(value)] = self.fetch(value, home)
         return self.values[id(value)]
 
-    def fetch(self, value: Any, home: Place) -> Any:
+    def fetch(self, value: Any, home: StagePosition) -> Any:
         """A value that is made elsewhere, at ``home``."""
         raise NotImplementedError
 
@@ -86,7 +86,7 @@ class Region:
         self.values[id(node.outputs[0])] = self.op("Concat", parts, axis=0)
 
 
-class Outside(Region):
+class OutsideRegion(Region):
     """All tokens at once. ``tokens`` are the step's, ``given`` (B, S, ...) what stands for them, ``state`` (B, ...)."""
 
     def __init__(self, name: str, stages: Stages, tokens: Sequence[Any], given: Sequence[Any], state: Any) -> None:
@@ -99,7 +99,7 @@ class Outside(Region):
             self.values[id(token)] = self._reshaped(value, token, [-1])
         self.rows = self.values[id(tokens[0])]
 
-    def fetch(self, value: Any, home: Place) -> Any:
+    def fetch(self, value: Any, home: StagePosition) -> Any:
         return self._reshaped(self.scanned[id(value)], value, [-1])
 
     def shaped(self, value: Any) -> Any:
@@ -130,10 +130,10 @@ class Outside(Region):
         return self.op("Reshape", [value, target], like, [None, None, *rest])
 
 
-class Loop(Region):
+class LoopRegion(Region):
     """One token at a time. ``states`` are those of the step that this loop carries."""
 
-    def __init__(self, outside: Outside, k: int, states: Sequence[Any]) -> None:
+    def __init__(self, outside: OutsideRegion, k: int, states: Sequence[Any]) -> None:
         super().__init__(f"{outside.name}/loop.{k}", outside.stages, ("loop", k))
         self._outside = outside
         self._doors: list[tuple[Any, Any]] = []
@@ -141,7 +141,7 @@ class Loop(Region):
         self.values.update(zip(map(id, states), self._held, strict=True))
         self.rows = self._held[0]
 
-    def fetch(self, value: Any, home: Place) -> Any:
+    def fetch(self, value: Any, home: StagePosition) -> Any:
         if home[0] not in (ROWS, "loop"):
             return self._outside.here(value)  # a constant: loops see what is outside them
         door = self._input(value, "token")

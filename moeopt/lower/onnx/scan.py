@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moeopt.lower.onnx.names import prefixed
-from moeopt.lower.onnx.region import Loop, Outside
+from moeopt.lower.onnx.region import LoopRegion, OutsideRegion
 from moeopt.lower.onnx.stages import CONSTANT, ROWS, SIZES, Stages, plan_stages
 
 
@@ -33,12 +33,12 @@ def scan_tokens(step: Any, name: str, tokens: Sequence[Any], states: Sequence[An
     first, held = list(graph.inputs)[: len(tokens)], list(graph.inputs)[len(tokens) :]
     results, nexts = list(graph.outputs)[: -len(held)], list(graph.outputs)[-len(held) :]
     stages = plan_stages(graph, first, held, results)
-    outside = Outside(name, stages, first, tokens, states[0])
+    outside = OutsideRegion(name, stages, first, tokens, states[0])
     ends: dict[int, Any] = {}
     for k in range(-1, len(stages.loops)):
         if k >= 0:
             members = stages.loops[k]
-            loop = Loop(outside, k, [held[n] for n in members])
+            loop = LoopRegion(outside, k, [held[n] for n in members])
             for node in graph:
                 if stages.places[id(node)] == loop.place:
                     loop.copy(node)

@@ -20,7 +20,7 @@ WIDEST = 4
 """What goes in or out of a loop is at most so many times as wide as the widest product. States are wider: one of them
 for each token would fill the memory."""
 
-Place = tuple[str, int]
+StagePosition = tuple[str, int]
 """``("loop", k)``; ``(ROWS, k)``: for all tokens, after loop k, or before any for k = -1; CONSTANT: of no token;
 SIZES: it says how many rows there are, which differs from place to place."""
 
@@ -36,8 +36,8 @@ class Stages:
     """
 
     loops: list[list[int]]
-    places: dict[int, Place] = field(default_factory=dict)
-    homes: dict[int, Place] = field(default_factory=dict)
+    places: dict[int, StagePosition] = field(default_factory=dict)
+    homes: dict[int, StagePosition] = field(default_factory=dict)
 
 
 def plan_stages(graph: Any, tokens: Sequence[Any], states: Sequence[Any], results: Sequence[Any]) -> Stages:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.kernels.gemm import linear, linear_into, pays_to_fill
 from moeopt.ops.reference import check, dtypes, out_features, rms_norm
 
@@ -29,7 +29,7 @@ FEW_ROWS = 12
 """Mean rows per active expert up to which one activation for all experts is the faster way."""
 
 
-def experts_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+def experts_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """``experts_reference``, fast; the same arguments and result, but not differentiable."""
     check(x_TH, ids_TK, weights_TK, bank, spec)
     T, K = ids_TK.shape
@@ -54,7 +54,7 @@ def experts_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, sp
     return _combine(term_RH, order_R, K, spec).to(dtypes(x_TH, spec)[2])
 
 
-def _one_for_all(x_TH: Tensor, w_T1: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+def _one_for_all(x_TH: Tensor, w_T1: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """A dense FFN: the only expert on every token; no sort, no gather, no scatter."""
     compute, accum, out = dtypes(x_TH, spec)
     r_TH = (x_TH * w_T1 if spec.weight_on == "input" else x_TH).to(compute)
@@ -68,7 +68,7 @@ def _one_for_all(x_TH: Tensor, w_T1: Tensor, bank: Bank, spec: ExpertsSpec) -> T
     return o_TH.to(out).contiguous()
 
 
-def _one_token(x_1H: Tensor, ids_1K: Tensor, weights_1K: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+def _one_token(x_1H: Tensor, ids_1K: Tensor, weights_1K: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """Decode: no sort and no gather; the rows are in the order of the sum from the start."""
     ids, w_K1 = ids_1K[0].tolist(), weights_1K.t()
     if spec.combine == "expert" and sorted(ids) != ids:
@@ -82,7 +82,7 @@ def _one_token(x_1H: Tensor, ids_1K: Tensor, weights_1K: Tensor, bank: Bank, spe
     return y_1H.to(dtypes(x_1H, spec)[2], copy=True)
 
 
-def _terms(x_RH: Tensor, w_R1: Tensor, groups: list[Group], bank: Bank, spec: ExpertsSpec) -> Tensor:
+def _terms(x_RH: Tensor, w_R1: Tensor, groups: list[Group], bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """The weighted output of every row, in the accumulator's dtype."""
     compute, accum, _ = dtypes(x_RH, spec)
     inside = [group for group in groups if 0 <= group[0] < bank.num_experts]
@@ -101,7 +101,7 @@ def _terms(x_RH: Tensor, w_R1: Tensor, groups: list[Group], bank: Bank, spec: Ex
 
 
 def _together(
-    r_RH: Tensor, w_R1: Tensor | None, groups: list[Group], bank: Bank, spec: ExpertsSpec, term_RH: Tensor
+    r_RH: Tensor, w_R1: Tensor | None, groups: list[Group], bank: ExpertWeights, spec: ExpertsSpec, term_RH: Tensor
 ) -> None:
     """All first GEMMs, one activation, all second GEMMs; experts of several sizes go one by one."""
     R, wide = r_RH.shape[0], 0 if spec.w_in_layout == "oi" else 1
@@ -125,7 +125,7 @@ def _together(
 
 
 def _one_by_one(
-    r_RH: Tensor, w_R1: Tensor | None, groups: list[Group], bank: Bank, spec: ExpertsSpec, term_RH: Tensor
+    r_RH: Tensor, w_R1: Tensor | None, groups: list[Group], bank: ExpertWeights, spec: ExpertsSpec, term_RH: Tensor
 ) -> None:
     """Each expert from its rows to its terms; a GEMM may leave its result transposed, and the next takes it so."""
     dtype = r_RH.dtype

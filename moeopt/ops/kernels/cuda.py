@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
-from moeopt.ops.bank import Bank, StackedBank
+from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.reference import check, dtypes, experts_reference, out_features, rms_norm
 
 Path = Literal["grouped", "loop"]
@@ -56,7 +56,7 @@ def choose_cuda_path(
     return "grouped", "stacked 16-bit weights with 16-byte strides"
 
 
-def experts_cuda(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+def experts_cuda(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """``experts_reference``, fast; the same arguments and result, but not differentiable."""
     stacked = bank.stacked()
     weights = [] if stacked is None else [*stacked.w_in_s, stacked.w_out_s]
@@ -79,7 +79,7 @@ def experts_grouped(
     x_TH: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
-    bank: StackedBank,
+    bank: StackedExpertWeights,
     spec: ExpertsSpec,
     grouped_mm: GroupedMM | None = None,
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""One expert's matrix product on a CPU: the same product has four spellings, and the obvious one is often the slow one.
+"""One expert's matmul on a CPU: the same product has four spellings, and the obvious one is often the slow one.
 
 Shape legend: M rows of x, I in, O out.  y_MO = x_MI @ w_OI.t() + b_O
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.reference import dtypes
 
 ABI = 1
@@ -26,7 +26,7 @@ _LIMITS = ("gate_min", "gate_max", "up_min", "up_max", "act_min", "act_max")
 _ABSENT = (0, 0, 0)
 _NO_MATRIX = (0, 0, 0, 0, 0, 0)
 
-Run = Callable[[ctypes.Array], int]
+NativeRun = Callable[[ctypes.Array], int]
 
 
 class Unfit(Exception):
@@ -71,7 +71,9 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def call(run: Run, x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: ExpertsSpec, isa: int) -> Tensor:
+def call(
+    run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, isa: int
+) -> Tensor:
     """``experts_reference``, by the kernel ``run``; arguments are checked already (``ops.reference.check``).
 
     Raises:
@@ -107,7 +109,7 @@ def call(run: Run, x: Tensor, ids: Tensor, weights: Tensor, bank: Bank, spec: Ex
 
 
 def _experts(
-    bank: Bank, ids: Tensor, spec: ExpertsSpec, held: list[Tensor]
+    bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Tensor]
 ) -> tuple[list[int], array[int] | None, tuple[int, ...], int]:
     """The entries of ``moeopt_expert``, which expert has which, the steps between stacked ones, and D."""
     stacked = bank.stacked()

@@ -1,4 +1,4 @@
-"""What runs ``experts`` on a CPU: the kernel in C++ where there is one and it is the faster, else torch's products."""
+"""What runs ``experts`` on a CPU: the kernel in C++ where there is one and it is the faster, else torch's matmuls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank, StackedBank
+from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.kernels.gemm import LARGE, power_of_two
 from moeopt.ops.measured import Way, fastest
@@ -21,7 +21,7 @@ WORK = 1 << 24
 """Multiply-adds of one product of one measured call: a few milliseconds."""
 
 
-def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank, spec: ExpertsSpec) -> Tensor:
+def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """``experts_reference``, by the fastest kernel for this call; differentiable by ``torch.func`` only."""
     check(x_TH, ids_TK, weights_TK, bank, spec)
     if transformed():
@@ -31,11 +31,11 @@ def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Bank,
             if _is_faster(native, x_TH, ids_TK, bank, spec):
                 return call(native.run, x_TH, ids_TK, weights_TK, bank, spec, native.bit)
         except Unfit:
-            pass  # what the kernel does not take, torch's products do
+            pass  # what the kernel does not take, torch's matmuls do
     return experts_cpu(x_TH, ids_TK, weights_TK, bank, spec)
 
 
-def _is_faster(native: Library, x: Tensor, ids: Tensor, bank: Bank, spec: ExpertsSpec) -> bool:
+def _is_faster(native: Library, x: Tensor, ids: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
     w, N, E = bank.w_out(0), ids.numel(), bank.num_experts
     hit = E * (1 - (1 - 1 / E) ** N)  # as many as chance hits
     rows = power_of_two(max(1, round(N / hit)))
@@ -69,7 +69,7 @@ def _ways(native: Library, rows: int, spec: ExpertsSpec, x: torch.dtype, w: torc
         return torch.full((E, out, into) if layout == "oi" else (E, into, out), 0.01, dtype=w)
 
     widths = {"plain": [I], "separate": [I, I]}.get(spec.rows, [2 * I])
-    bank = StackedBank([matrix(n, H, spec.w_in_layout) for n in widths], matrix(H, I, spec.w_out_layout))
+    bank = StackedExpertWeights([matrix(n, H, spec.w_in_layout) for n in widths], matrix(H, I, spec.w_out_layout))
     x_TH, weights_TK = torch.full((rows, H), 0.5, dtype=x), torch.full((rows, 2), 0.5, dtype=x)
     turns = [torch.tensor([[e, e + 1]]).repeat(rows, 1) for e in range(0, E, 2)]
     by_native, by_torch = itertools.cycle(turns), itertools.cycle(turns)

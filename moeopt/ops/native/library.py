@@ -13,7 +13,7 @@ import torch
 
 from moeopt.errors import MoeoptError, NativeKernelWarning
 from moeopt.ops.native.build import ISAS, BuildError, CompileError, build_all, built_library, isas_here
-from moeopt.ops.native.call import ABI, Run
+from moeopt.ops.native.call import ABI, NativeRun
 from moeopt.ops.native.selfcheck import first_difference
 from moeopt.options import native_isa, native_wanted
 
@@ -24,7 +24,7 @@ class Library:
 
     path: Path
     isa: str
-    run: Run = field(compare=False)
+    run: NativeRun = field(compare=False)
 
     @property
     def bit(self) -> int:
@@ -86,7 +86,7 @@ def _make_ready() -> Library | NoLibrary:
                 _found = err
                 if native_wanted():
                     warnings.warn(
-                        f"the native CPU kernel is not used, torch's products are: {err}",
+                        f"the native CPU kernel is not used, torch's matmuls are: {err}",
                         NativeKernelWarning,
                         stacklevel=2,
                     )
@@ -147,13 +147,13 @@ def opened(path: Path, isa: str) -> Library:
     return Library(path, isa, run)
 
 
-def checked(found: Library) -> Library:
-    """``found``, if it computes what the reference does."""
+def checked(library: Library) -> Library:
+    """``library``, if it computes what the reference does."""
     with torch.device("cpu"):  # the caller may have another default
-        difference = first_difference(found.run, found.bit)
+        difference = first_difference(library.run, library.bit)
     if difference:
         raise NoLibrary(
-            f"{found.path} computes something else than the reference here ({difference}); "
+            f"{library.path} computes something else than the reference here ({difference}); "
             "please report it, with the output of `moeopt info`"
         )
-    return found
+    return library

@@ -10,8 +10,8 @@ import itertools
 import torch
 
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec, Layout, Rows
-from moeopt.ops.bank import Bank, ListBank, StackedBank
-from moeopt.ops.native.call import Run, Unfit, call
+from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
+from moeopt.ops.native.call import NativeRun, Unfit, call
 from moeopt.ops.reference import experts_reference
 
 E, K, H, I = 3, 2, 40, 24
@@ -38,7 +38,7 @@ def specs() -> list[ExpertsSpec]:
     ]
 
 
-def first_difference(run: Run, isa: int) -> str:
+def first_difference(run: NativeRun, isa: int) -> str:
     """What the kernel computes otherwise than the reference, in words; "" where it computes the same."""
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def first_difference(run: Run, isa: int) -> str:
     return ""
 
 
-def _bank(spec: ExpertsSpec, dtype: torch.dtype, rng: torch.Generator, stacked: bool) -> tuple[Bank, int]:
+def _bank(spec: ExpertsSpec, dtype: torch.dtype, rng: torch.Generator, stacked: bool) -> tuple[ExpertWeights, int]:
     def matrix(out: int, into: int, layout: str) -> torch.Tensor:
         w = (torch.randn(E, out, into, generator=rng) / into**0.5).to(dtype)
         return w if layout == "oi" else w.transpose(1, 2).contiguous()
@@ -76,6 +76,6 @@ def _bank(spec: ExpertsSpec, dtype: torch.dtype, rng: torch.Generator, stacked: 
     )
     norm = (1 + torch.randn(E, H, generator=rng) / 4).to(dtype) if spec.out_norm_eps is not None else None
     if stacked:
-        return StackedBank(w_in, w_out, b_in, b_out, norm), H
+        return StackedExpertWeights(w_in, w_out, b_in, b_out, norm), H
     each = [list(w) for w in w_in], list(w_out), [list(b) for b in b_in], list(b_out)
-    return ListBank(*each, None if norm is None else list(norm)), H
+    return ListExpertWeights(*each, None if norm is None else list(norm)), H

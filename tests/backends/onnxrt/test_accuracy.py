@@ -57,11 +57,11 @@ def test_an_engine_with_a_coarse_node_is_refused(monkeypatch):
     import torch
 
     from moeopt.backends.onnxrt import build as onnx_build
-    from moeopt.backends.onnxrt.plan import Plan
+    from moeopt.backends.onnxrt.plan import OrtPlan
     from moeopt.errors import NotSaveableError
     from tests.lower.onnx.emitted import graph_of
 
     model = graph_of(torch.sigmoid, torch.randn(3), accurate=False)
     monkeypatch.setattr(onnx_build, "accurate_graph", lambda model: 0)
     with pytest.raises(NotSaveableError, match="Sigmoid is not accurate between .* on cpu, and has no other form here"):
-        onnx_build.write_graph(model, [], {"inputs": [], "outputs": []}, Plan("cpu"), lambda text: None, 0.0)
+        onnx_build.write_graph(model, [], {"inputs": [], "outputs": []}, OrtPlan("cpu"), lambda text: None, 0.0)

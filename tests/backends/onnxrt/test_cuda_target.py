@@ -1,4 +1,4 @@
-"""What is emitted for CUDA, without CUDA: the MoE node, its layout and dtypes; and the portable form's numbers."""
+"""What is emitted for CUDA, without CUDA: the MoE node, its layout and dtypes; and the CPU fallback graph's numbers."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 import moeopt
 from moeopt.backends.onnxrt.capability import capability, check_graph
-from moeopt.backends.onnxrt.known_answer import ask, make_probe
+from moeopt.backends.onnxrt.known_answer import known_answer_test, make_probe
 from moeopt.backends.onnxrt.lowerings import by_name
-from moeopt.backends.onnxrt.plan import Plan, session_of
+from moeopt.backends.onnxrt.plan import OrtPlan, session_of
 from moeopt.backends.onnxrt.replay import check_emitted
 from moeopt.backends.onnxrt.select import estimate
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
@@ -42,8 +42,8 @@ def site_of(family, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_moe_node_in_the_layout_and_dtype_of_cuda(family, dtype, tmp_path):
-    site, plan = site_of(family, dtype), Plan("cuda")
-    assert plan.legal(site) is site, "CUDA computes in the model's dtype"
+    site, plan = site_of(family, dtype), OrtPlan("cuda")
+    assert plan.legalize(site) is site, "CUDA computes in the model's dtype"
     model = one_op(site, plan.lowering(site))
     (node,) = (n for n in model.graph if n.op_type == "MoE")
     E, K = FAMILIES[family]["E"], FAMILIES[family]["K"]
@@ -63,17 +63,17 @@ def test_one_moe_node_in_the_layout_and_dtype_of_cuda(family, dtype, tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_portable_form_is_within_the_budget(family, dtype):
-    site, plan = site_of(family, dtype), Plan("cpu")
+    site, plan = site_of(family, dtype), OrtPlan("cpu")
     probe, budget = make_probe(site)
-    wide = plan.legal(site)
+    wide = plan.legalize(site)
     assert check_graph(one_op(wide, plan.lowering(site)), "cpu") == []
     probe = {name: t.float() if t.dtype in DTYPES else t for name, t in probe.items()}
-    assert ask(session_of(wide, plan.lowering(site)), probe, ("x", "ids", "weights"), budget) == ""
+    assert known_answer_test(session_of(wide, plan.lowering(site)), probe, ("x", "ids", "weights"), budget) == ""
 
 
 def test_a_weight_of_another_dtype_is_reported():
     site = site_of("mixtral", torch.float16)
-    model = one_op(site, Plan("cuda").lowering(site))
+    model = one_op(site, OrtPlan("cuda").lowering(site))
     (node,) = (n for n in model.graph if n.op_type == "MoE")
     node.inputs[4].type = ir.TensorType(ir.DataType.FLOAT)
     (problem,) = check_graph(model, "cuda")
@@ -85,7 +85,7 @@ def test_widths_that_the_kernel_refuses_are_reported():
     model = one_op(site, by_name("moe-masked-log"))
     (problem,) = check_graph(model, "cuda")
     assert "18 is not a width that cuda's MoE takes: 16 or more, in steps of 4" in problem
-    assert Plan("cuda").lowering(site).name in ("dense", "unrolled"), "another form takes its place"
+    assert OrtPlan("cuda").lowering(site).name in ("dense", "unrolled"), "another form takes its place"
 
 
 def test_cuda_prefers_one_kernel_to_many_nodes():
@@ -93,7 +93,7 @@ def test_cuda_prefers_one_kernel_to_many_nodes():
     for tokens in (1, 16, 512):
         kernel, unrolled = (estimate(site, n, tokens, "cuda") for n in ("moe-masked-log", "unrolled"))
         assert kernel < unrolled
-    assert Plan("cuda").choice(site).name == "moe-masked-log"
+    assert OrtPlan("cuda").choice(site).name == "moe-masked-log"
 
 
 def test_the_table_says_that_cuda_was_read_and_not_run():

@@ -12,7 +12,7 @@ pytest.importorskip("onnxruntime")
 
 import moeopt
 from moeopt.backends.onnxrt import session as sessions
-from moeopt.backends.onnxrt.plan import Plan
+from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
 from moeopt.errors import BundleError, Declined, EngineNotExecutableError, NotSaveableError, UsageError
 from tests.backends.onnxrt.lowerings.one_site import make_site
@@ -56,7 +56,9 @@ def test_a_call_says_what_it_needs_and_the_way_out(built, pristine):
         built(CALL)
     with pytest.raises(EngineNotExecutableError, match=f"{there}. To run it, copy {pristine} there and call moeopt.l"):
         moeopt.load(pristine)(CALL)
-    with pytest.raises(EngineNotExecutableError, match="moeopt.verify of the directory replays its portable form here"):
+    with pytest.raises(
+        EngineNotExecutableError, match="moeopt.verify of the directory replays its CPU fallback graph here"
+    ):
         built(CALL)
     assert not hasattr(built, "generate")
 
@@ -137,7 +139,7 @@ def test_tensorrt_takes_the_dense_form():
 
 def test_tensorrt_declines_what_none_of_its_forms_carries():
     with pytest.raises(Declined) as err:
-        ReplayPlan(Plan("nv_tensorrt_rtx")).check(make_site(E=17))
+        ReplayPlan(OrtPlan("nv_tensorrt_rtx")).check(make_site(E=17))
     for reason in (
         "no ONNX Runtime form carries its experts on nv_tensorrt_rtx",
         "dense computes every expert; 17 are more than 16",

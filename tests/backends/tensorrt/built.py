@@ -7,12 +7,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from moeopt.backends.tensorrt.build import Built, Job, build_plan
+from moeopt.backends.tensorrt.build import BuiltPlan, Job, build_plan
 from moeopt.backends.tensorrt.target import parse_target
 from moeopt.lower.onnx.assemble import one_op
 
 
-def build_site(site, form, target="sm_89", tokens=(1, 8, 64)) -> Built:
+def build_site(site, form, target="sm_89", tokens=(1, 8, 64)) -> BuiltPlan:
     """``form`` of ``site`` as an engine; ``EngineBuildError`` where the builder refuses it."""
     model = one_op(site, form)
     with tempfile.TemporaryDirectory() as name:

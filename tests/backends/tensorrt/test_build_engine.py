@@ -30,13 +30,13 @@ def test_a_nameless_failure_is_traced_to_the_block_that_fails_alone(monkeypatch,
             raise EngineBuildError("crashed (SIGSEGV)")
 
     monkeypatch.setattr(trt_build.builder, "build_plan", build_plan)
-    found = trt_build._accused(EngineBuildError("it crashed", log="words"), sites, plan, job)
+    found = trt_build.bisect_failing_block(EngineBuildError("it crashed", log="words"), sites, plan, job)
     assert str(found) == "block layers.4: it crashed; it fails alone too: crashed (SIGSEGV)"
     assert (found.block, found.log) == ("layers.4", "words")
     shapes = ((1, 16), (32, 16), (32, 16))
     assert tried == [((f"layers.{n}",), shapes) for n in (2, 3, 4)], "one of each kind"
     err = EngineBuildError("it crashed")
-    assert trt_build._accused(err, sites[:3], plan, job) is err
+    assert trt_build.bisect_failing_block(err, sites[:3], plan, job) is err
 
 
 def test_turing_multiplies_float32_in_sums_and_bfloat16_not_at_all():

@@ -54,8 +54,8 @@ MATRIX = [
 ]
 
 
-def taken(site, form, target, most=64):
-    built = build_site(site, form, target, (1, min(8, most), most))
+def taken(site, form, target, max_tokens=64):
+    built = build_site(site, form, target, (1, min(8, max_tokens), max_tokens))
     assert [end["shape"] for end in built.outputs] == [[-1, site.bank.w_out(0).shape[0]]]
     assert in_block(built.layers, site.name), "no layer says that it computes the block"
     return built
@@ -83,10 +83,10 @@ def test_the_builder_takes_it_and_plans_what_the_model_says(name, sm, dtype):
 @pytest.mark.parametrize(("name", "sm", "dtype", "kind"), MATRIX)
 def test_matrix(name, sm, dtype, kind):
     site = make_site(dtype=dtype, **kind)
-    most = 32 if name == "gather" else 2048
-    planned = taken(site, by_name(name), f"sm_{sm}", most).activation_bytes
+    max_tokens = 32 if name == "gather" else 2048
+    planned = taken(site, by_name(name), f"sm_{sm}", max_tokens).activation_bytes
     low, high = NEAR_ON_TURING if sm == 75 else NEAR
-    assert low <= work(name, site, most).memory / planned <= high
+    assert low <= work(name, site, max_tokens).memory / planned <= high
 
 
 @pytest.mark.nightly

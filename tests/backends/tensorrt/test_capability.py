@@ -24,7 +24,7 @@ f16, f32, bf16, f64 = torch.float16, torch.float32, torch.bfloat16, torch.float6
             "sm_75 does not take bfloat16: Turing has no bfloat16; the nearest target that takes it is sm_80; "
             "here: dtype=torch.float16",
         ),
-        ("sm_75", "product of", "FLOAT", "sm_75 does not take matrix products in float32: TensorRT for RTX has no"),
+        ("sm_75", "product of", "FLOAT", "sm_75 does not take matmuls in float32: TensorRT for RTX has no"),
         ("sm_80", "quantisation", "fp8", "sm_80 does not take fp8 quantisation: fp8 products begin with Ada (sm_89)"),
         ("sm_80", "quantisation", "fp8", "the nearest target that takes it is sm_89"),
         ("sm_89", "quantisation", "fp4", "begin with Blackwell; the nearest target that takes it is sm_100"),
@@ -67,7 +67,7 @@ def test_every_row_has_its_source_and_refusals_their_words():
 def test_the_dtypes_of_a_block():
     turing, ada = parse_target("sm_75"), parse_target("sm_89")
     assert refuses_dtypes(turing, {f16}, {f16, f32}) == ""  # float32 beside the products is fine
-    assert "matrix products in float32" in refuses_dtypes(turing, {f32}, {f32})
+    assert "matmuls in float32" in refuses_dtypes(turing, {f32}, {f32})
     assert "bfloat16" in refuses_dtypes(turing, {f16}, {bf16})
     assert "float64" in refuses_dtypes(ada, {f32}, {f64})
     assert refuses_dtypes(ada, {bf16}, {f32}) == ""

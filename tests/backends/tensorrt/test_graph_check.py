@@ -40,11 +40,11 @@ ADD = dict(others=(np.zeros((3, 4), np.int64), np.zeros((3, 4), np.float32)), re
         (graph_of("Mul", dtype=ir.DataType.DOUBLE), "sm_89", "does not take float64: the parser reads float64 as"),
         (graph_of("Relu", dtype=ir.DataType.BFLOAT16), "sm_75", "does not take bfloat16: Turing has no bfloat16"),
         (graph_of("Cast", to=int(ir.DataType.INT16)), "sm_89", "does not take INT16: the parser has no such type"),
-        (graph_of("MatMul", others=(np.ones((4, 2), np.float32),)), "sm_75", "matrix products in float32"),
+        (graph_of("MatMul", others=(np.ones((4, 2), np.float32),)), "sm_75", "matmuls in float32"),
         (
             graph_of("MatMul", dtype=INT64, others=(np.ones((4, 2), np.int64),)),
             "sm_89",
-            "matrix products in INT64: the",
+            "matmuls in INT64: the",
         ),
         (graph_of("Cast", to=int(ir.DataType.FLOAT8E4M3FN)), "sm_80", "does not take fp8 quantisation"),
         (graph_of("Cast", to=int(ir.DataType.FLOAT4E2M1)), "sm_89", "does not take fp4 quantisation"),

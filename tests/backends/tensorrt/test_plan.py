@@ -9,8 +9,8 @@ from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.target import GPU_BUILDS, RTX_BUILDS, parse_target
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
-from moeopt.lower.onnx.site import Site
-from moeopt.ops.bank import StackedBank
+from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.experts import experts
 from tests.backends.onnxrt.lowerings.one_site import eps_off, exact, make_site, tokens
 
@@ -28,8 +28,8 @@ def sized(name, dtype=torch.float16, **spec):
     def tensor(*shape):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    bank = StackedBank([tensor(E, 2 * I, H)], tensor(E, H, I))
-    return Site(name, bank, ExpertsSpec(**spec), dtype, K, dtype, RouterSpec("softmax_topk", K, E))
+    bank = StackedExpertWeights([tensor(E, 2 * I, H)], tensor(E, H, I))
+    return ExpertsNode(name, bank, ExpertsSpec(**spec), dtype, K, dtype, RouterSpec("softmax_topk", K, E))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_the_bound_is_the_users_or_an_eighth_of_the_device():
     ranked = small.rank(site)
     assert [c.name for c in ranked if c.lowering] == ["loop"]
     assert "more than the bound of 100.0 MB (as given)" in {c.name: c.reason for c in ranked}["dense"]
-    assert plan("sm_89", (1,), most=4096, memory=100_000_000).choice(site).name == "loop"
+    assert plan("sm_89", (1,), max_tokens=4096, memory=100_000_000).choice(site).name == "loop"
 
 
 def test_where_none_fits_the_least_is_taken_and_said_to_be_too_large():
@@ -83,7 +83,7 @@ def test_every_target_has_a_plan(sm):
 @pytest.mark.parametrize(
     ("target", "site", "reason"),
     [
-        ("sm_75", make_site(), "no TensorRT form carries its experts: sm_75 does not take matrix products in float32"),
+        ("sm_75", make_site(), "no TensorRT form carries its experts: sm_75 does not take matmuls in float32"),
         ("sm_75", make_site(dtype=torch.bfloat16), "Turing has no bfloat16; the nearest target that takes it is sm_80"),
         ("sm_89", make_site(accum_dtype="float64"), "reads float64 as float32 and does not say so"),
     ],
@@ -98,8 +98,8 @@ def test_dtypes_that_the_target_lacks_decline_the_block(target, site, reason):
 def test_trt_moe_is_replayed_by_the_next_form():
     site = sized("mixtral")
     p = plan("sm_100")
-    assert p.choice(site).name == "trt-moe" and p.portable(site).name == "dense"
-    assert plan("sm_89").portable(site) is plan("sm_89").lowering(site)
+    assert p.choice(site).name == "trt-moe" and p.cpu_lowering(site).name == "dense"
+    assert plan("sm_89").cpu_lowering(site) is plan("sm_89").lowering(site)
     gpt_oss = sized("mixtral", activation="swish", alpha=1.702, gate_max=7.0, up_min=-7.0, up_max=7.0, up_offset=1.0)
     assert p.choice(gpt_oss).name == "dense"
     assert "activations silu and none, not swish" in {c.name: c.reason for c in p.rank(gpt_oss)}["trt-moe"]
@@ -112,7 +112,7 @@ def test_blocks_are_verified_through_it(target, dtype):
     site = make_site(dtype=dtype)
     args = tokens(site, 9, beyond=0.1)
     p = plan(target)
-    with p.answering():
+    with p.run_through_backend():
         got = experts(*args, site.bank, site.spec)
     assert got.dtype == dtype
     assert eps_off(got, exact(site, *args)) <= (32 if dtype == torch.float32 else 1)
@@ -126,7 +126,7 @@ def test_forms_that_all_differ_decline_the_block():
     args = tokens(site, 4)
     taken = []
     while True:
-        with p.answering():
+        with p.run_through_backend():
             experts(*args, site.bank, site.spec)
         taken.append(p.choice(site).name)
         if not p.demote("it differs"):

@@ -21,10 +21,10 @@ from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.target import parse_target
 from moeopt.errors import MoeoptError
 from moeopt.lower.onnx.assemble import one_op
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.plan import kind
-from moeopt.lower.onnx.site import Site
-from moeopt.lower.onnx.widen import widen_site
-from moeopt.ops.intercept import intercepted
+from moeopt.lower.onnx.upcast import upcast_node
+from moeopt.ops.override import override_experts_impl
 from tests.backends.onnxrt.lowerings.one_site import eps_off, exact
 from tests.backends.tensorrt.built import build_site
 from tests.families import FAMILIES
@@ -60,17 +60,17 @@ def calls(name, family):
 
     def look(x, ids, weights, bank, spec):
         if bank.num_experts > 1:
-            site = Site(f"block.{len(found)}", bank, spec, x.dtype, int(ids.shape[1]), weights.dtype)
+            site = ExpertsNode(f"block.{len(found)}", bank, spec, x.dtype, int(ids.shape[1]), weights.dtype)
             found.setdefault(kind(site), (site, x.detach().clone(), ids.to(torch.int64), weights.detach().clone()))
 
-    with torch.no_grad(), intercepted(look):
+    with torch.no_grad(), override_experts_impl(look):
         optimized.model(*args, **kwargs)
     return list(found.values())
 
 
 def check(site, x, ids, weights, form):
     """``form``, widened to float32, against the definition in float64; one rounding of the result is left."""
-    wide = widen_site(site)
+    wide = upcast_node(site)
     feeds = {"x": x.to(wide.dtype), "ids": ids, "weights": weights.to(wide.weights_dtype)}
     got = session_of(wide, form).run(feeds)[0]
     want = exact(site, x, ids, weights)

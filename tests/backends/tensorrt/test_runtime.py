@@ -7,7 +7,7 @@ import torch
 
 from moeopt.backends.tensorrt import runtime
 from moeopt.backends.tensorrt.product import Product
-from moeopt.backends.tensorrt.runtime import Machine, Needs, Runner, lacking, this_machine
+from moeopt.backends.tensorrt.runtime import EngineRunner, Machine, Needs, lacking, this_machine
 from moeopt.errors import EngineNotExecutableError, UsageError
 
 NEEDS = Needs("tensorrt_rtx", "1.7.1.116", 89, 13)
@@ -137,7 +137,7 @@ def runner(tmp_path, monkeypatch):
 
     def make(*fails, engine=None, profiles=profiles):
         product = package(engine or Engine(Context(fails)))
-        return Runner(tmp_path / "engine.plan", product, "tensorrt_rtx sm_89", profiles, torch.device("cpu"))
+        return EngineRunner(tmp_path / "engine.plan", product, "tensorrt_rtx sm_89", profiles, torch.device("cpu"))
 
     make.path = tmp_path / "engine.plan"
     return make
@@ -187,7 +187,7 @@ def test_a_plan_that_does_not_load(runner):
         with pytest.raises(EngineNotExecutableError, match="engine.plan: tensorrt_rtx 1.7 does not load it: the plan"):
             runner(engine=engine)
     with pytest.raises(EngineNotExecutableError, match="does not load it: the plan is of another version"):
-        Runner(runner.path, package(None), "p", device=torch.device("cpu"))
+        EngineRunner(runner.path, package(None), "p", device=torch.device("cpu"))
 
 
 def test_a_dtype_that_pytorch_lacks(runner):

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from moeopt.backends.tensorrt.graph_check import check_graph
 from moeopt.backends.tensorrt.lowerings import by_name
-from moeopt.backends.tensorrt.sums import products_as_sums, sums_for
+from moeopt.backends.tensorrt.sums import matmuls_as_sums, sums_for
 from moeopt.backends.tensorrt.target import parse_target
 from moeopt.lower.onnx.assemble import one_op
 from tests.backends.onnxrt.lowerings.one_site import make_site
@@ -25,7 +25,7 @@ def outputs(model, feeds):
 
 def same(model, feeds, count):
     want = outputs(model, feeds)
-    assert products_as_sums(model) == count
+    assert matmuls_as_sums(model) == count
     for got, before in zip(outputs(model, feeds), want, strict=True):
         np.testing.assert_allclose(got, before, rtol=2e-5, atol=2e-6)  # sums of at most 32 terms in another order
     assert check_graph(model, parse_target("sm_75")) == []
@@ -71,10 +71,10 @@ def test_what_stays():
     half = graph("g (float16[T,8] x, float16[8,4] w) => (float16[T,4] y) { y = MatMul(x, w) }")
     vector = graph("g (float[T,8] x, float[8] w) => (float[T] y) { y = MatMul(x, w) }")
     einsum = graph('g (float[T,8] x, float[8,4] w) => (float[T,4] y) { y = Einsum<equation="th,ho->to">(x, w) }')
-    assert [products_as_sums(model) for model in (half, vector, einsum)] == [0, 0, 0]
+    assert [matmuls_as_sums(model) for model in (half, vector, einsum)] == [0, 0, 0]
     for model in (vector, einsum):
         (problem,) = check_graph(model, parse_target("sm_75"))
-        assert "sm_75 does not take matrix products in float32" in problem
+        assert "sm_75 does not take matmuls in float32" in problem
     assert sums_for(parse_target("sm_75")) and not sums_for(parse_target("sm_80"))
 
 
@@ -83,7 +83,7 @@ def test_the_real_builder_takes_them(tmp_path):
     from moeopt.backends.tensorrt.build import Job, build_plan
 
     model = one_op(make_site(E=4, H=16, I=32, K=2), by_name("dense"))
-    products_as_sums(model)
+    matmuls_as_sums(model)
     ir.save(model, tmp_path / "model.onnx")
     profile = {end.name: [(T, end.shape[1]) for T in (1, 8, 64)] for end in model.graph.inputs}
     built = build_plan(Job(tmp_path / "model.onnx", tmp_path / "engine.plan", parse_target("sm_75"), [profile]))

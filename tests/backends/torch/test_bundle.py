@@ -59,7 +59,7 @@ def test_same_structure_and_same_bits_at_row_counts_export_never_saw(toy, count)
 
 
 def test_what_is_read_lies_where_pytorch_would_have_put_it(toy, tmp_path):
-    """Whatever this CPU's matrix products make of an address: on some, the last bits of one row's result."""
+    """Whatever this CPU's matmuls make of an address: on some, the last bits of one row's result."""
     directory = save(tmp_path / "golden", toy[0], golden_inputs=[((rows(n),), {}) for n in (1, 3)], golden_outputs=[
         toy[0](rows(n)) for n in (1, 3)
     ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""A backend in sixty lines: each expert's two products in NumPy."""
+"""A backend in sixty lines: each expert's two matmuls in NumPy."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from moeopt.backends.base import Backend, Made
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.errors import Declined, UsageError
 from moeopt.ops.activations import apply_gate
-from moeopt.ops.intercept import intercepted
+from moeopt.ops.override import override_experts_impl
 from moeopt.pipeline.report_of import report_of
 from moeopt.pipeline.run import run
 from moeopt.verification.certificate import Certificate
@@ -44,8 +44,8 @@ class NumpyRuntime:
     """What the pipeline asks of a runtime while it verifies a block."""
 
     @contextlib.contextmanager
-    def answering(self, routers):
-        with intercepted(numpy_experts):
+    def run_through_backend(self, routers):
+        with override_experts_impl(numpy_experts):
             yield
 
     def demote(self, reason):
@@ -57,7 +57,7 @@ class NumpyEngine:
         self.model = model
 
     def __call__(self, *args, **kwargs):
-        with torch.no_grad(), intercepted(numpy_experts):
+        with torch.no_grad(), override_experts_impl(numpy_experts):
             return self.model(*args, **kwargs)
 
 

@@ -10,7 +10,7 @@ from moeopt.backends.onnxrt.session import Session
 from moeopt.lower.export import export_program
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.export import own_outputs, to_onnx
-from moeopt.lower.onnx.widen import widen_graph
+from moeopt.lower.onnx.upcast import upcast_graph
 from moeopt.lower.signature import functional
 
 
@@ -26,7 +26,7 @@ class Fn(nn.Module):
 def graph_of(f, x, accurate=True):
     """The ``onnx_ir`` model of ``f(x)``, as an engine's graph before it is written."""
     model = to_onnx(functional(export_program(Fn(f), (x,), {})))
-    widen_graph(model)
+    upcast_graph(model)
     if accurate:
         accurate_graph(model)
     own_outputs(model.graph)

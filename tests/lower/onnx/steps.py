@@ -185,7 +185,7 @@ class Independent(Step):
 
 
 class Heads(Step):
-    """Two states in batched products over rows and heads together: that leading size is not the number of rows."""
+    """Two states in batched matmuls over rows and heads together: that leading size is not the number of rows."""
 
     states = ((2, 3, 3), (2, 3))
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.lower.onnx.pad_experts import even
-from moeopt.ops.bank import ListBank, StackedBank
+from moeopt.lower.onnx.pad_experts import pad_experts
+from moeopt.ops.expert_weights import ListExpertWeights, StackedExpertWeights
 from moeopt.ops.reference import experts_reference
 
 H, SIZES = 6, (4, 3, 5)
 
 
-def uneven(spec: ExpertsSpec, bias: bool = True) -> ListBank:
+def uneven(spec: ExpertsSpec, bias: bool = True) -> ListExpertWeights:
     """Random float64 experts of ``SIZES`` neurons."""
     rng = torch.Generator().manual_seed(0)
 
@@ -23,7 +23,7 @@ def uneven(spec: ExpertsSpec, bias: bool = True) -> ListBank:
     w_in = [[tensor(n * I, H, layout=spec.w_in_layout) for I in SIZES] for n in widths]
     w_out = [tensor(H, I, layout=spec.w_out_layout) for I in SIZES]
     b_in = [[tensor(n * I) for I in SIZES] for n in widths] if bias else None
-    return ListBank(w_in, w_out, b_in, [tensor(H), None, None] if bias else None)
+    return ListExpertWeights(w_in, w_out, b_in, [tensor(H), None, None] if bias else None)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -33,7 +33,7 @@ def uneven(spec: ExpertsSpec, bias: bool = True) -> ListBank:
 def test_the_same_function_in_one_size(rows, layouts, activation, bias):
     spec = ExpertsSpec(rows=rows, w_in_layout=layouts[0], w_out_layout=layouts[1], activation=activation)
     bank = uneven(spec, bias)
-    filled = even(bank, spec)
+    filled = pad_experts(bank, spec)
     assert {w.shape for e in range(3) for w in filled.w_in(e)} == {filled.w_in(0)[0].shape}
     assert {filled.w_out(e).shape for e in range(3)} == {(H, 5) if layouts[1] == "oi" else (5, H)}
     assert filled.num_experts == 3 and filled.stacked() is None and filled.norm(0) is None
@@ -47,8 +47,8 @@ def test_the_same_function_in_one_size(rows, layouts, activation, bias):
 def test_what_needs_no_filling_stays_itself():
     spec = ExpertsSpec(rows="gate|up")
     packed = uneven(spec)
-    assert even(packed, spec) is packed  # its zeros would stand between gates and ups
+    assert pad_experts(packed, spec) is packed  # its zeros would stand between gates and ups
     plain = ExpertsSpec(rows="plain")
-    same = ListBank([[torch.ones(4, H)] * 2], [torch.ones(H, 4)] * 2)
-    stacked = StackedBank([torch.ones(2, 4, H)], torch.ones(2, H, 4))
-    assert even(same, plain) is same and even(stacked, plain) is stacked
+    same = ListExpertWeights([[torch.ones(4, H)] * 2], [torch.ones(H, 4)] * 2)
+    stacked = StackedExpertWeights([torch.ones(2, 4, H)], torch.ones(2, H, 4))
+    assert pad_experts(same, plain) is same and pad_experts(stacked, plain) is stacked

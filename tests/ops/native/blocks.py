@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moeopt.ops import ListBank, StackedBank
+from moeopt.ops import ListExpertWeights, StackedExpertWeights
 
 
 @dataclass
@@ -56,10 +56,10 @@ def random_block(spec, sizes, dtype=torch.float32, weight_dtype=None, routing_dt
     if spec.out_norm_eps is not None and seed % 2:
         norm = fenced(1 + randn(E, D, to=weight_dtype) / 4, seed)
     if stacked:
-        bank = StackedBank(w_in, w_out, b_in, b_out, norm)
+        bank = StackedExpertWeights(w_in, w_out, b_in, b_out, norm)
     else:
         lists = [None if t is None else list(t) for t in (b_out, norm)]
-        bank = ListBank([list(w) for w in w_in], list(w_out), b_in and [list(b) for b in b_in], *lists)
+        bank = ListExpertWeights([list(w) for w in w_in], list(w_out), b_in and [list(b) for b in b_in], *lists)
     low, high = (-2, E + 3) if strange_ids else (0, E)
     ids = torch.randint(low, high, (T, K), generator=g)
     if whole_numbers:  # index_add sums what one expert adds twice in float32, whatever the accumulator's dtype

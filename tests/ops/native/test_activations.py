@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
-from moeopt.ops import StackedBank, experts_reference
+from moeopt.ops import StackedExpertWeights, experts_reference
 from moeopt.ops.native.selfcheck import ALPHA
 from tests.ops.cases import FORMULAS
 
@@ -18,7 +18,13 @@ def through(kernel, values, activation, dtype=torch.float32):
     one = torch.ones(1, 1, 1, dtype=dtype)
     spec = ExpertsSpec(rows="plain", activation=activation, alpha=ALPHA.get(activation))
     ids = torch.zeros(len(values), 1, dtype=torch.int64)
-    args = values.to(dtype)[:, None], ids, torch.ones(len(values), 1, dtype=dtype), StackedBank([one], one), spec
+    args = (
+        values.to(dtype)[:, None],
+        ids,
+        torch.ones(len(values), 1, dtype=dtype),
+        StackedExpertWeights([one], one),
+        spec,
+    )
     return kernel(*args)[:, 0], experts_reference(*args)[:, 0]
 
 
@@ -45,7 +51,7 @@ def test_close_to_float64(kernel, activation):
 def test_special_values(kernel, activation, dtype):
     x = torch.tensor(SPECIAL).to(dtype)
     got, _ = through(kernel, x, activation, dtype)
-    # in float64, for torch's own gelu of an infinite float32 is a NaN on some CPUs; 16-bit products flush subnormals
+    # in float64, for torch's own gelu of an infinite float32 is a NaN on some CPUs; 16-bit matmuls flush subnormals
     want = through(lambda *args: experts_reference(*args), x, activation, torch.float64)[1].to(dtype)
     assert torch.equal(got.isnan(), want.isnan()), (got, want)
     assert torch.equal(got.isinf(), want.isinf()), (got, want)
@@ -69,6 +75,6 @@ def test_every_16_bit_number_is_rounded_as_torch_rounds(kernel, dtype):
     between = torch.nextafter(wide, torch.tensor(math.inf)), torch.nextafter(wide, torch.tensor(-math.inf))
     for x in (wide, *between, wide * (1 + torch.finfo(dtype).eps / 2)):
         ids = torch.zeros(len(x), 1, dtype=torch.int64)
-        y = kernel(x[:, None], ids, torch.ones(len(x), 1), StackedBank([one], one), spec)[:, 0]
+        y = kernel(x[:, None], ids, torch.ones(len(x), 1), StackedExpertWeights([one], one), spec)[:, 0]
         told = x.to(dtype)
         assert torch.equal(y.isnan(), told.isnan()) and torch.equal(y[~told.isnan()], told[~told.isnan()])

@@ -1,11 +1,11 @@
-"""Which kernel runs a call: the native one where it is taken and faster, torch's products else, and nobody notices."""
+"""Which kernel runs a call: the native one where it is taken and faster, torch's matmuls else, and nobody notices."""
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import ListBank, StackedBank, experts, experts_reference, measured
+from moeopt.ops import ListExpertWeights, StackedExpertWeights, experts, experts_reference, measured
 from moeopt.ops.kernels import gemm
 from moeopt.ops.native import dispatch, library
 from moeopt.ops.native.call import Unfit, encode_spec
@@ -91,10 +91,10 @@ def test_what_the_kernel_does_not_take_it_names(taken, change, reason):
 def test_shapes_that_do_not_fit_fail_as_they_do_without_it(taken):
     case = make(ExpertsSpec(), dtype=torch.float32)
     for bank in (
-        StackedBank([torch.ones(4, 10, 7)], torch.ones(4, 6, 5)),  # W_in takes another width
-        StackedBank([torch.ones(4, 10, 6)], torch.ones(4, 6, 4)),  # W_out another intermediate
-        StackedBank([torch.ones(4, 10, 6)], torch.ones(4, 6, 5), [torch.ones(4, 9)]),  # a bias
-        StackedBank([torch.ones(4, 10, 6)], torch.ones(4, 6, 5), None, torch.ones(4, 7)),
+        StackedExpertWeights([torch.ones(4, 10, 7)], torch.ones(4, 6, 5)),  # W_in takes another width
+        StackedExpertWeights([torch.ones(4, 10, 6)], torch.ones(4, 6, 4)),  # W_out another intermediate
+        StackedExpertWeights([torch.ones(4, 10, 6)], torch.ones(4, 6, 5), [torch.ones(4, 9)]),  # a bias
+        StackedExpertWeights([torch.ones(4, 10, 6)], torch.ones(4, 6, 5), None, torch.ones(4, 7)),
     ):
         with pytest.raises(RuntimeError, match="size|shape|expanded"):
             experts(case.x, case.ids, case.weights, bank, case.spec)
@@ -107,7 +107,7 @@ class Logged(torch.Tensor):
 
 def test_subclasses_and_transforms_run_as_before(taken):
     case = make(ExpertsSpec(), dtype=torch.float32)
-    bank = StackedBank([w.as_subclass(Logged) for w in case.bank.w_in_s], case.bank.w_out_s)
+    bank = StackedExpertWeights([w.as_subclass(Logged) for w in case.bank.w_in_s], case.bank.w_out_s)
     experts(case.x, case.ids, case.weights, bank, case.spec)
     assert taken == ["experts_cpu"]
     with forward_ad.dual_level():
@@ -132,7 +132,7 @@ def test_experts_of_unequal_size_and_absent_biases(taken):
     sizes = (4, 30, 17)
     w_in = [torch.randn(2 * n, 12, generator=g) for n in sizes]
     w_out = [torch.randn(12, n, generator=g) for n in sizes]
-    bank = ListBank([w_in], w_out, [[None, torch.randn(60, generator=g), None]], [torch.ones(12), None, None])
+    bank = ListExpertWeights([w_in], w_out, [[None, torch.randn(60, generator=g), None]], [torch.ones(12), None, None])
     x, ids = torch.randn(9, 12, generator=g), torch.arange(3).expand(9, 3)
     args = x, ids, torch.rand(9, 3, generator=g), bank, ExpertsSpec()
     torch.testing.assert_close(experts(*args), experts_reference(*args), rtol=1e-5, atol=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import StackedBank, experts_reference
+from moeopt.ops import StackedExpertWeights, experts_reference
 from tests.ops.native.blocks import Sizes, random_block
 
 LAYOUTS = [("oi", "oi"), ("io", "io"), ("io", "oi")]
@@ -141,7 +141,7 @@ def test_inputs_are_left_as_they_are_and_the_result_is_new(kernel):
 def test_many_tokens_for_one_expert_and_hidden_rows_in_batches(best):
     """More rows than a segment holds, and more hidden numbers than are alive at once."""
     g = torch.Generator().manual_seed(0)
-    bank = StackedBank([torch.randn(2, 2 * 8400, 8, generator=g)], torch.randn(2, 8, 8400, generator=g) / 90)
+    bank = StackedExpertWeights([torch.randn(2, 2 * 8400, 8, generator=g)], torch.randn(2, 8, 8400, generator=g) / 90)
     x, weights = torch.randn(1500, 8, generator=g), torch.rand(1500, 2, generator=g)
     ids = torch.tensor([[0, 1]]).repeat(1500, 1)
     args = x, ids, weights, bank, ExpertsSpec(activation="relu")

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import StackedBank, experts_reference
+from moeopt.ops import StackedExpertWeights, experts_reference
 from moeopt.ops.native.selfcheck import specs as all_fields
 from tests.ops.cases import cases, coarsest_eps, naive, specs
 from tests.ops.native.blocks import Sizes, random_block
@@ -118,7 +118,7 @@ def test_the_sum_s_order_is_exact(kernel, combine):
     generator = torch.Generator().manual_seed(T)
     eye = torch.eye(8, dtype=torch.bfloat16)
     scales = (2.0 ** torch.arange(-4, 8, 2)) * torch.tensor([1, -1, 1, 1, -1, 1])
-    bank = StackedBank([eye.repeat(E, 1, 1)], scales.bfloat16().view(E, 1, 1) * eye)
+    bank = StackedExpertWeights([eye.repeat(E, 1, 1)], scales.bfloat16().view(E, 1, 1) * eye)
     x = torch.randint(1, 200, (T, 8), generator=generator).bfloat16()
     ids = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(T)])
     spec = ExpertsSpec(rows="plain", activation="identity", combine=combine)

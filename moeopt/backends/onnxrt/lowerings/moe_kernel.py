@@ -23,10 +23,10 @@ from torch import Tensor
 from moeopt.backends.onnxrt.capability import DOMAIN, capability
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, table
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
-from moeopt.lower.onnx.site import Site
 
 NOT_CHOSEN, FAINTEST = -1000.0, -200.0
 """Logits of experts that are not chosen, and the lowest of chosen ones: both give a softmax of exactly 0."""
@@ -39,7 +39,7 @@ class MaskedLog:
 
     name = "moe-masked-log"
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         spec, types = site.spec, types_of(site)
         if site.router is None:
             return "no softmax router was recognised, so weights may be negative; moe-expand carries those"
@@ -53,7 +53,7 @@ class MaskedLog:
             return f"the sum runs in {types.accum} and the kernel's in float32; moe-expand carries this"
         return refuses_kernel(site, provider)
 
-    def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         types = types_of(site)
         inner = wide(types.weights)
         experts = graph.const([1], "int64")  # not -1: over no tokens, ONNX Runtime 1.31 reduces nothing along axis -1
@@ -84,10 +84,10 @@ class Expand:
 
     name = "moe-expand"
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         return refuses_kernel(site, provider)
 
-    def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         spec, types, size = site.spec, types_of(site), banks.sizes_of(site)
 
         def int64(value: Any) -> Any:
@@ -133,7 +133,7 @@ class Expand:
         return cast(graph, y_TH, types.accum, types.out)
 
 
-def kernel(graph: Builder, site: Site, x: Any, logits: Any, k: int | None = None) -> Any:
+def kernel(graph: Builder, site: ExpertsNode, x: Any, logits: Any, k: int | None = None) -> Any:
     """The MoE node with its weights; ``x`` and ``logits`` in the compute dtype."""
     inputs = [x, logits, *_weights(graph, site)]
     while inputs[-1] is None:
@@ -169,7 +169,7 @@ def kernel_activation(spec: ExpertsSpec) -> dict[str, Any] | None:
     return {**found, "swiglu_limit": float(high)}
 
 
-def refuses_kernel(site: Site, provider: str) -> str:
+def refuses_kernel(site: ExpertsNode, provider: str) -> str:
     """Why the MoE kernel of ``provider`` cannot carry the experts of ``site``, whatever the router; "" when it can."""
     row = capability(provider, "MoE")
     if row is None or not row.dtypes:
@@ -199,7 +199,7 @@ def refuses_kernel(site: Site, provider: str) -> str:
     return refuses_types(site, provider)
 
 
-def _weights(graph: Builder, site: Site) -> list[Any]:
+def _weights(graph: Builder, site: ExpertsNode) -> list[Any]:
     """fc1, its bias, fc2, its bias."""
     bank, spec, size, compute = site.bank, site.spec, banks.sizes_of(site), types_of(site).compute
 
@@ -233,14 +233,14 @@ def _rows(columns: Tensor, spec: ExpertsSpec) -> Tensor:
     return torch.stack([g, u], dim=-1).flatten(-2)
 
 
-def _named(graph: Builder, site: Site, ids: Any) -> Any:
+def _named(graph: Builder, site: ExpertsNode, ids: Any) -> Any:
     """True where an id names an expert."""
     E = site.bank.num_experts
     above = graph.op("GreaterOrEqual", [ids, graph.const(0, "int64")])
     return graph.op("And", [above, graph.op("Less", [ids, graph.const(E, "int64")])])
 
 
-def _row_of(graph: Builder, site: Site, ids: Any) -> Any:
+def _row_of(graph: Builder, site: ExpertsNode, ids: Any) -> Any:
     """The id where it names an expert, else E: the last row of a table of E + 1."""
     return graph.op("Where", [_named(graph, site, ids), ids, graph.const(site.bank.num_experts, "int64")])
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, weights
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
-from moeopt.lower.onnx.site import Site
 
 
 class Unrolled:
@@ -27,12 +27,12 @@ class Unrolled:
 
     name = "unrolled"
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         if provider in ("tensorrt", "nv_tensorrt_rtx"):
             return "TensorRT does not split a tensor into parts whose sizes are known only at run time"
         return refuses_types(site, provider) or weights.refuses_sizes(site)
 
-    def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         rows = _Rows(graph, site, ids)
         x_NH = rows.sorted_rows(x, weights)
         o_ND = _experts(graph, site, rows, x_NH)
@@ -42,7 +42,7 @@ class Unrolled:
 class _Rows:
     """The order of the N pairs by expert, and the way back."""
 
-    def __init__(self, graph: Builder, site: Site, ids_TK: Any) -> None:
+    def __init__(self, graph: Builder, site: ExpertsNode, ids_TK: Any) -> None:
         E = site.bank.num_experts
         self.graph, self.site, self.ids_TK = graph, site, ids_TK
 
@@ -81,7 +81,7 @@ class _Rows:
         return cast(graph, x_NH, types.input_term, types.compute)
 
 
-def _experts(graph: Builder, site: Site, rows: _Rows, x_NH: Any) -> Any:
+def _experts(graph: Builder, site: ExpertsNode, rows: _Rows, x_NH: Any) -> Any:
     """Every expert on its rows: (N, D) in the compute dtype; zeros for pairs that name no expert."""
     size, compute = weights.sizes_of(site), types_of(site).compute
 
@@ -111,7 +111,7 @@ def _experts(graph: Builder, site: Site, rows: _Rows, x_NH: Any) -> Any:
     return middle.rms_norm(graph, site, o_ND, gathered, axis=1)
 
 
-def _combine(graph: Builder, site: Site, rows: _Rows, o_ND: Any, x: Any, weights_TK: Any) -> Any:
+def _combine(graph: Builder, site: ExpertsNode, rows: _Rows, o_ND: Any, x: Any, weights_TK: Any) -> Any:
     """Back to the tokens' order, times the routing weights, summed over K."""
     spec, types = site.spec, types_of(site)
 

@@ -1,4 +1,4 @@
-"""Each pair's own copy of its expert's weights, and one batched product: for a few tokens.
+"""Each pair's own copy of its expert's weights, and one batched matmul: for a few tokens.
 
     W_NHO = W_in[ids];  h_N1O = x_N1H @ W_NHO;  a = gate(h);  o_N1D = a @ W_out[ids];  y_TD = sum over K of o w
 
@@ -16,8 +16,8 @@ from typing import Any
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.backends.tensorrt.lowerings.stacked import Stacked
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
-from moeopt.lower.onnx.site import Site
 
 
 class Gather:
@@ -25,10 +25,10 @@ class Gather:
 
     name = "gather"
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         return banks.refuses_sizes(site)
 
-    def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         size, K = banks.sizes_of(site), site.top_k
 
         def reshaped(value: Any, *shape: int) -> Any:

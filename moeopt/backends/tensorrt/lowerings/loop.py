@@ -18,9 +18,9 @@ from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.backends.tensorrt.lowerings.looped import looped
 from moeopt.backends.tensorrt.lowerings.stacked import Stacked
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
-from moeopt.lower.onnx.site import Site
 
 
 class Loop:
@@ -28,10 +28,10 @@ class Loop:
 
     name = "loop"
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         return banks.refuses_sizes(site)
 
-    def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         from onnx_ir.tensor_adapters import from_torch_dtype
 
         spec, types, size = site.spec, types_of(site), banks.sizes_of(site)

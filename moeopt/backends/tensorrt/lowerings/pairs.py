@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
-from moeopt.lower.onnx.site import Site
 
 
-def named(graph: Builder, site: Site, ids_TK: Any) -> Any:
+def named(graph: Builder, site: ExpertsNode, ids_TK: Any) -> Any:
     """True where an id is within 0..E-1."""
     at_least = graph.op("GreaterOrEqual", [ids_TK, graph.const(0, "int64")])
     below = graph.op("Less", [ids_TK, graph.const(site.bank.num_experts, "int64")])
     return graph.op("And", [at_least, below], name="names_an_expert")
 
 
-def weighted_input(graph: Builder, site: Site, x_TH: Any, weights_TK: Any) -> Any:
+def weighted_input(graph: Builder, site: ExpertsNode, x_TH: Any, weights_TK: Any) -> Any:
     """Each token times each of its weights (T, K, H), in the dtype of that product."""
     types = types_of(site)
     x_T1H = graph.op("Unsqueeze", [cast(graph, x_TH, types.x, types.input_term), graph.const([1], "int64")])
@@ -28,7 +28,7 @@ def weighted_input(graph: Builder, site: Site, x_TH: Any, weights_TK: Any) -> An
     return graph.op("Mul", [x_T1H, w_TK1], name="weighted_input")
 
 
-def rows(graph: Builder, site: Site, x_TH: Any, weights_TK: Any) -> Any:
+def rows(graph: Builder, site: ExpertsNode, x_TH: Any, weights_TK: Any) -> Any:
     """What each pair's expert reads (T, K, H), in the compute dtype."""
     types = types_of(site)
     if site.spec.weight_on == "input":
@@ -37,7 +37,7 @@ def rows(graph: Builder, site: Site, x_TH: Any, weights_TK: Any) -> Any:
     return graph.op("Expand", [x_T1H, graph.const([1, site.top_k, 1], "int64")])
 
 
-def combine(graph: Builder, site: Site, named_TK: Any, ids: Any, o_TKD: Any, x: Any, weights_TK: Any) -> Any:
+def combine(graph: Builder, site: ExpertsNode, named_TK: Any, ids: Any, o_TKD: Any, x: Any, weights_TK: Any) -> Any:
     """The pairs' outputs (T, K, D), in the compute dtype, weighed and summed over K in the accumulator's dtype."""
     spec, types = site.spec, types_of(site)
     if spec.weight_on == "output":
@@ -51,7 +51,7 @@ def combine(graph: Builder, site: Site, named_TK: Any, ids: Any, o_TKD: Any, x: 
     return cast(graph, y_TD, types.accum, types.out)
 
 
-def identity(graph: Builder, site: Site, ids: Any, x: Any, weights_TK: Any) -> Any:
+def identity(graph: Builder, site: ExpertsNode, ids: Any, x: Any, weights_TK: Any) -> Any:
     """What ids beyond the experts add: the token times its weight (T, D), in the accumulator's dtype."""
     types = types_of(site)
     beyond_TK = graph.op("GreaterOrEqual", [ids, graph.const(site.bank.num_experts, "int64")])

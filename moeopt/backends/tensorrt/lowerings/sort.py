@@ -22,9 +22,9 @@ from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.backends.tensorrt.lowerings.looped import looped
 from moeopt.backends.tensorrt.lowerings.stacked import Stacked
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
-from moeopt.lower.onnx.site import Site
 
 STEP = 64
 """A block's rows are a multiple of this: so many rows of a product take a GPU no longer than reading its weight."""
@@ -42,10 +42,10 @@ class Sort:
 
     name = "sort"
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         return banks.refuses_sizes(site)
 
-    def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         types, size, K = types_of(site), banks.sizes_of(site), site.top_k
         named_TK = pairs.named(graph, site, ids)
         order = _Order(graph, site, named_TK, ids)
@@ -80,7 +80,7 @@ class _Order:
         place_TK: the place of each pair; 0 for pairs that name no expert.
     """
 
-    def __init__(self, graph: Builder, site: Site, named_TK: Any, ids_TK: Any) -> None:
+    def __init__(self, graph: Builder, site: ExpertsNode, named_TK: Any, ids_TK: Any) -> None:
         self.graph, E = graph, site.bank.num_experts
         zero, int64 = graph.const(0, "int64"), self._int64
         named_N = graph.op("Reshape", [named_TK, int64([-1])])

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import types_of, wide
-from moeopt.lower.onnx.site import Site
 
 
 class Stacked:
     """The constants of one site; made once, outside any loop that reads them."""
 
-    def __init__(self, graph: Builder, site: Site) -> None:
+    def __init__(self, graph: Builder, site: ExpertsNode) -> None:
         self.graph, self.site = graph, site
         bank, spec, size, compute = site.bank, site.spec, banks.sizes_of(site), types_of(site).compute
         self.size = size
@@ -34,11 +34,11 @@ class Stacked:
             self.b_in = self._whole("gate_up.bias", lambda e: banks.b_in_O(bank, e, spec, size.O, compute), 1, size.O)
         if banks.has_b_out(bank):
             nothing = torch.zeros(size.D)
-            self.b_out = self._whole("down.bias", lambda e: _or(bank.b_out(e), nothing), 1, size.D)
+            self.b_out = self._whole("down.bias", lambda e: default_if_none(bank.b_out(e), nothing), 1, size.D)
         if spec.out_norm_eps is not None and any(bank.norm(e) is not None for e in range(size.E)):
             one = torch.ones(size.D)
             self.norm = self._whole(
-                "norm.weight", lambda e: _or(bank.norm(e), one).to(compute), 1, size.D, dtype=wide(compute)
+                "norm.weight", lambda e: default_if_none(bank.norm(e), one).to(compute), 1, size.D, dtype=wide(compute)
             )
 
     def experts(self, x: Any, index: Any, *, rank: int) -> Any:
@@ -73,5 +73,5 @@ class Stacked:
         return self.graph.weight(name, whole, kept, (E, *shape))
 
 
-def _or(given: Tensor | None, otherwise: Tensor) -> Tensor:
+def default_if_none(given: Tensor | None, otherwise: Tensor) -> Tensor:
     return otherwise if given is None else given

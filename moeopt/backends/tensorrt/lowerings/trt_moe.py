@@ -22,10 +22,10 @@ from torch import Tensor
 from moeopt.backends.tensorrt.capability import MOE_TARGETS
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of, wide
-from moeopt.lower.onnx.site import Site
 
 DOMAIN, OP = "trt", "TRT_MoE"
 ACTIVATIONS = {"identity": 0, "silu": 1}
@@ -38,7 +38,7 @@ class TrtMoE:
 
     name = "trt-moe"
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         spec, types = site.spec, types_of(site)
         if provider not in {f"sm_{sm}" for sm in MOE_TARGETS}:
             return f"IMoELayer is for {', '.join(f'sm_{sm}' for sm in MOE_TARGETS)}, not {provider}"
@@ -54,7 +54,7 @@ class TrtMoE:
         if types.compute not in _DTYPES:
             return f"IMoELayer computes in float32, float16 or bfloat16, not {types.compute}"
         if types.act not in (types.compute, wide(types.compute)):
-            return f"the activation runs in {types.act}, and IMoELayer's in the dtype of its products"
+            return f"the activation runs in {types.act}, and IMoELayer's in the dtype of its matmuls"
         if why := banks.refuses_sizes(site):
             return why
         size = banks.sizes_of(site)
@@ -62,11 +62,11 @@ class TrtMoE:
             return f"IMoELayer's output is as wide as its input, {size.H}; these experts give {size.D}"
         return ""
 
-    def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         return _together(graph, site, x, ids, weights) if together(site) else _by_pairs(graph, site, x, ids, weights)
 
 
-def together(site: Site) -> bool:
+def together(site: ExpertsNode) -> bool:
     """Whether the layer may weigh and sum a token's K experts itself."""
     spec, types = site.spec, types_of(site)
     plain = spec.weight_on == "output" and spec.out_norm_eps is None and spec.out_of_range == "nothing"
@@ -75,14 +75,14 @@ def together(site: Site) -> bool:
     return within and plain and same
 
 
-def _together(graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+def _together(graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
     types = types_of(site)
     ends = [cast(graph, x, types.x, types.compute), ids, weights]
     y_TH = _layer(graph, site, *[graph.op("Unsqueeze", [end, graph.const([0], "int64")]) for end in ends])
     return cast(graph, y_TH, types.compute, types.out)
 
 
-def _by_pairs(graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+def _by_pairs(graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
     types, size, K = types_of(site), banks.sizes_of(site), site.top_k
 
     def reshaped(value: Any, *shape: int) -> Any:
@@ -102,7 +102,7 @@ def _by_pairs(graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any
     return pairs.combine(graph, site, named_TK, ids, o_TKH, x, weights)
 
 
-def _layer(graph: Builder, site: Site, x_1SH: Any, ids_1SK: Any, scores_1SK: Any) -> Any:
+def _layer(graph: Builder, site: ExpertsNode, x_1SH: Any, ids_1SK: Any, scores_1SK: Any) -> Any:
     """The node on rank-3 inputs, and its output as (S, H)."""
     import onnx_ir as ir
 

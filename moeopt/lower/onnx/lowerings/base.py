@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.experts_node import ExpertsNode
 
 
 class Lowering(Protocol):
@@ -16,11 +16,11 @@ class Lowering(Protocol):
 
     name: str
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         """Why this lowering cannot carry the site on ``provider`` ("cpu", "cuda", ...); "" when it can."""
         ...
 
-    def emit(self, graph: Any, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Any, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         """Add nodes and initializers to the builder ``graph``; returns the value (T, H_out) that replaces the op's.
 
         ``x`` (T, H), ``ids`` (T, K) int64 and ``weights`` (T, K) are values of the graph.

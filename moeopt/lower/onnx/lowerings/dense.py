@@ -1,4 +1,4 @@
-"""Every expert on every token, as two batched matrix products: for a few experts, or no dynamic shapes at all.
+"""Every expert on every token, as two batched matmuls: for a few experts, or no dynamic shapes at all.
 
     h_ETO = x_1TH @ W_in_EHO + b;  a = gate(h);  o_ETD = a @ W_out_EID + b;  y_TD = sum_e where(chosen, o w, 0)
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, table
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
-from moeopt.lower.onnx.site import Site
 
 MOST_EXPERTS = 16
 """Beyond this many, computing all of them is never the choice."""
@@ -32,14 +32,14 @@ class Dense:
 
     name = "dense"
 
-    def refuses(self, site: Site, provider: str) -> str:
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
         if site.bank.num_experts > MOST_EXPERTS:
             return f"dense computes every expert; {site.bank.num_experts} are more than {MOST_EXPERTS}"
         if site.spec.weight_on == "input" and site.top_k > 1:
             return "weights on the input differ for each of a token's slots; dense carries that for top_k 1 only"
         return refuses_types(site, provider) or banks.refuses_sizes(site)
 
-    def emit(self, graph: Builder, site: Site, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         spec, types = site.spec, types_of(site)
 
         def last(value: Any) -> Any:
@@ -74,7 +74,7 @@ class Dense:
         return cast(graph, y_TD, types.accum, types.out)
 
 
-def _all_experts(graph: Builder, site: Site, x_TH: Any) -> Any:
+def _all_experts(graph: Builder, site: ExpertsNode, x_TH: Any) -> Any:
     """Every expert's output on every token (E, T, D), in the compute dtype."""
     bank, spec, size, types = site.bank, site.spec, banks.sizes_of(site), types_of(site)
     compute = types.compute
@@ -96,15 +96,19 @@ def _all_experts(graph: Builder, site: Site, x_TH: Any) -> Any:
     w_out = stacked("down.weight", lambda e: banks.w_out_ID(bank, e, spec), size.I, size.D)
     o_ETD = graph.op("MatMul", [a_ETI, w_out], name="down")
     if banks.has_b_out(bank):
-        o_ETD = add(o_ETD, "down.bias", lambda e: _or(bank.b_out(e), torch.zeros(size.D, dtype=compute)), size.D)
+        o_ETD = add(
+            o_ETD, "down.bias", lambda e: default_if_none(bank.b_out(e), torch.zeros(size.D, dtype=compute)), size.D
+        )
     if spec.out_norm_eps is None:
         return o_ETD
     norm = None
     if any(bank.norm(e) is not None for e in range(size.E)):
         ones = torch.ones(size.D, dtype=compute)
-        norm = stacked("norm.weight", lambda e: _or(bank.norm(e), ones).to(compute), 1, size.D, dtype=wide(compute))
+        norm = stacked(
+            "norm.weight", lambda e: default_if_none(bank.norm(e), ones).to(compute), 1, size.D, dtype=wide(compute)
+        )
     return middle.rms_norm(graph, site, o_ETD, norm, axis=2)
 
 
-def _or(given: Tensor | None, otherwise: Tensor) -> Tensor:
+def default_if_none(given: Tensor | None, otherwise: Tensor) -> Tensor:
     return otherwise if given is None else given

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import stable
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of, wide
-from moeopt.lower.onnx.site import Site
 
 _ONE_KERNEL = ("silu", "gelu", "gelu_tanh", "mish", "softplus", "elu", "leaky_relu")
 
 
-def gate(graph: Builder, site: Site, h: Any, columns: int) -> Any:
+def gate(graph: Builder, site: ExpertsNode, h: Any, columns: int) -> Any:
     """``apply_gate`` of ``h`` (..., O), gate columns then up columns, in the compute dtype; returns (..., I)."""
     spec, types = site.spec, types_of(site)
     h = cast(graph, h, types.compute, types.act)
@@ -46,7 +46,7 @@ def activation(graph: Builder, g: Any, name: str, alpha: float | None, dtype: to
     return cast(graph, value, inner, dtype)
 
 
-def rms_norm(graph: Builder, site: Site, o: Any, weight: Any, *, axis: int) -> Any:
+def rms_norm(graph: Builder, site: ExpertsNode, o: Any, weight: Any, *, axis: int) -> Any:
     """RMSNorm over the last dimension of ``o``, which is ``axis``: over no rows, ONNX Runtime ignores an axis of -1.
 
     ``weight`` broadcasts against ``o`` and is in ``wide(compute)``; None means no weight.
@@ -86,7 +86,7 @@ def _activation(graph: Builder, g: Any, name: str, alpha: float | None, dtype: t
     if name == "identity":
         return g
     if name in ("silu", "swish"):
-        inner = g if name == "silu" else mul(g, const(_given(alpha)))
+        inner = g if name == "silu" else mul(g, const(_required(alpha)))
         return op("Div", g, stable.one_plus_exp_of_minus(op, const, inner))
     if name == "sigmoid":
         return stable.sigmoid(op, const, g)
@@ -103,18 +103,18 @@ def _activation(graph: Builder, g: Any, name: str, alpha: float | None, dtype: t
         r = graph.op("Relu", [g])
         return mul(r, r)
     if name == "softcap":
-        return mul(graph.op("Tanh", [graph.op("Div", [g, const(_given(alpha))])]), const(_given(alpha)))
+        return mul(graph.op("Tanh", [graph.op("Div", [g, const(_required(alpha))])]), const(_required(alpha)))
     if name == "softplus":
         linear = graph.op("Greater", [g, const(20)])  # F.softplus's threshold
         return graph.op("Where", [linear, g, stable.softplus(op, const, g)])
     if name == "mish":
         return stable.mish(op, const, g)
     if name == "elu":
-        return stable.elu(op, const, g, _given(alpha))
+        return stable.elu(op, const, g, _required(alpha))
     assert name == "leaky_relu", name
-    return graph.op("Where", [graph.op("Greater", [g, const(0)]), g, mul(g, const(_given(alpha)))])
+    return graph.op("Where", [graph.op("Greater", [g, const(0)]), g, mul(g, const(_required(alpha)))])
 
 
-def _given(alpha: float | None) -> float:
+def _required(alpha: float | None) -> float:
     assert alpha is not None, "ExpertsSpec checks that alpha is given"
     return alpha

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.site import Site
+from moeopt.lower.onnx.experts_node import ExpertsNode
 
 _HALF = (torch.float16, torch.bfloat16)
 _NO_FLOAT64 = ("gelu",)
@@ -40,7 +40,7 @@ class Types:
     out: torch.dtype
 
 
-def types_of(site: Site) -> Types:
+def types_of(site: ExpertsNode) -> Types:
     """What ``site.spec`` means for ``site.dtype``."""
     spec = site.spec
     compute = _named(spec.compute_dtype, site.dtype)
@@ -58,7 +58,7 @@ def types_of(site: Site) -> Types:
     )
 
 
-def refuses_types(site: Site, provider: str) -> str:
+def refuses_types(site: ExpertsNode, provider: str) -> str:
     """Why the dtypes of ``site`` have no kernels on ``provider``, or ""."""
     types = types_of(site)
     used = {types.compute, types.act, types.term, types.accum}

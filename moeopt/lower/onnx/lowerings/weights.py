@@ -14,15 +14,15 @@ from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.types import types_of
-from moeopt.lower.onnx.site import Site
 from moeopt.ops.activations import split_rows
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """E experts, H input width, I intermediate, O columns of the first product, D output width."""
+class ExpertSizes:
+    """E experts, H input width, I intermediate, O columns of the first matmul, D output width."""
 
     E: int
     H: int
@@ -31,12 +31,12 @@ class Sizes:
     D: int
 
 
-def sizes_of(site: Site) -> Sizes:
+def sizes_of(site: ExpertsNode) -> ExpertSizes:
     """The sizes of ``site``'s experts, read from expert 0; see :func:`refuses_sizes`."""
     return _sizes(site, 0)
 
 
-def refuses_sizes(site: Site) -> str:
+def refuses_sizes(site: ExpertsNode) -> str:
     """Why the experts cannot share one set of activations: they differ in size. "" when they don't."""
     first = _sizes(site, 0)
     for e in range(1, first.E):
@@ -45,35 +45,35 @@ def refuses_sizes(site: Site) -> str:
     return ""
 
 
-def w_in_HO(bank: Bank, e: int, spec: ExpertsSpec) -> Tensor:
+def w_in_HO(bank: ExpertWeights, e: int, spec: ExpertsSpec) -> Tensor:
     """W_in of expert ``e`` as (H, O): gate columns, then up columns."""
     oh = [w if spec.w_in_layout == "oi" else w.t() for w in bank.w_in(e)]
     return _gate_then_up([w.t() for w in oh], spec)
 
 
-def b_in_O(bank: Bank, e: int, spec: ExpertsSpec, width: int, dtype: torch.dtype) -> Tensor:
+def b_in_O(bank: ExpertWeights, e: int, spec: ExpertsSpec, width: int, dtype: torch.dtype) -> Tensor:
     """b_in of expert ``e`` in the same column order; zeros where a bias is missing."""
     parts = bank.b_in(e)
     each = width // len(parts)
     return _gate_then_up([_or_zeros(b, each, dtype) for b in parts], spec)
 
 
-def w_out_ID(bank: Bank, e: int, spec: ExpertsSpec) -> Tensor:
+def w_out_ID(bank: ExpertWeights, e: int, spec: ExpertsSpec) -> Tensor:
     """W_out of expert ``e`` as (I, D)."""
     return bank.w_out(e).t() if spec.w_out_layout == "oi" else bank.w_out(e)
 
 
-def has_b_in(bank: Bank) -> bool:
+def has_b_in(bank: ExpertWeights) -> bool:
     """True when some expert has an input bias."""
     return any(b is not None for e in range(bank.num_experts) for b in bank.b_in(e))
 
 
-def has_b_out(bank: Bank) -> bool:
+def has_b_out(bank: ExpertWeights) -> bool:
     """True when some expert has an output bias."""
     return any(bank.b_out(e) is not None for e in range(bank.num_experts))
 
 
-def expert_weight(graph: Builder, site: Site, e: int, which: str) -> Any:
+def expert_weight(graph: Builder, site: ExpertsNode, e: int, which: str) -> Any:
     """A graph value for one expert's ``"gate_up"`` (H, O) or ``"down"`` (I, D) weight, in the compute dtype."""
     size, compute = sizes_of(site), types_of(site).compute
     read = w_in_HO if which == "gate_up" else w_out_ID
@@ -82,7 +82,7 @@ def expert_weight(graph: Builder, site: Site, e: int, which: str) -> Any:
     return graph.weight(name, lambda: read(site.bank, e, site.spec).to(compute), compute, shape)
 
 
-def b_in_table(graph: Builder, site: Site) -> Any:
+def b_in_table(graph: Builder, site: ExpertsNode) -> Any:
     """The input biases as one value (E + 1, O), the last row zero; None when no expert has one."""
     if not has_b_in(site.bank):
         return None
@@ -95,7 +95,7 @@ def b_in_table(graph: Builder, site: Site) -> Any:
     return graph.weight("gate_up.bias", read, compute, (size.E + 1, size.O))
 
 
-def b_out_table(graph: Builder, site: Site) -> Any:
+def b_out_table(graph: Builder, site: ExpertsNode) -> Any:
     """The output biases (E + 1, D), the last row zero; None when no expert has one."""
     if not has_b_out(site.bank):
         return None
@@ -108,7 +108,7 @@ def b_out_table(graph: Builder, site: Site) -> Any:
     return graph.weight("down.bias", read, compute, (size.E + 1, size.D))
 
 
-def norm_table(graph: Builder, site: Site, dtype: torch.dtype) -> Any:
+def norm_table(graph: Builder, site: ExpertsNode, dtype: torch.dtype) -> Any:
     """The norm weights (E + 1, D) in ``dtype``, the last row one; None when no expert has one."""
     bank, size, compute = site.bank, sizes_of(site), types_of(site).compute
     if all(bank.norm(e) is None for e in range(size.E)):
@@ -134,10 +134,10 @@ def _or_zeros(b: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(width, dtype=dtype) if b is None else b.detach()
 
 
-def _sizes(site: Site, e: int) -> Sizes:
+def _sizes(site: ExpertsNode, e: int) -> ExpertSizes:
     bank, spec = site.bank, site.spec
     out, inner = (0, 1) if spec.w_in_layout == "oi" else (1, 0)
     parts, w_out = bank.w_in(e), bank.w_out(e)
     last, middle = (0, 1) if spec.w_out_layout == "oi" else (1, 0)
     columns = sum(w.shape[out] for w in parts)
-    return Sizes(bank.num_experts, parts[0].shape[inner], w_out.shape[middle], columns, w_out.shape[last])
+    return ExpertSizes(bank.num_experts, parts[0].shape[inner], w_out.shape[middle], columns, w_out.shape[last])

@@ -17,14 +17,14 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from moeopt.backends.onnxrt.lowerings import by_name
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.site import Site
-from moeopt.ops.bank import Bank, ListBank
+from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights
 from moeopt.ops.reference import experts_reference, out_features
 
 
 def make_site(
     spec=None, *, E=5, K=2, H=12, I=6, D=None, seed=0, dtype=torch.float32, bias=True, router=None, **changes
-) -> Site:
+) -> ExpertsNode:
     """A site with random weights, scaled so that outputs are about 1."""
     spec = dataclasses.replace(spec or ExpertsSpec(), **changes)
     rng = torch.Generator().manual_seed(seed)
@@ -41,7 +41,7 @@ def make_site(
         b_in = [[tensor(O) for _ in range(E)] for O in widths]
         b_out = [None if e == 1 else tensor(D) for e in range(E)]
     norm = [1 + tensor(D) / 4 for _ in range(E)] if spec.out_norm_eps is not None else None
-    return Site("layers.0.mlp", ListBank(w_in, w_out, b_in, b_out, norm), spec, dtype, K, dtype, router)
+    return ExpertsNode("layers.0.mlp", ListExpertWeights(w_in, w_out, b_in, b_out, norm), spec, dtype, K, dtype, router)
 
 
 def renamed(spec: dict) -> str:
@@ -49,7 +49,7 @@ def renamed(spec: dict) -> str:
     return ",".join(f"{key}={value}" for key, value in spec.items()) or "defaults"
 
 
-def tokens(site: Site, T: int, *, seed=1, beyond=0.0, negative=0.0):
+def tokens(site: ExpertsNode, T: int, *, seed=1, beyond=0.0, negative=0.0):
     """Random x (T, H), ids and weights (T, K); ``beyond`` and ``negative`` are shares of ids outside 0..E-1."""
     rng = torch.Generator().manual_seed(seed)
     E, K = site.bank.num_experts, site.top_k
@@ -62,7 +62,7 @@ def tokens(site: Site, T: int, *, seed=1, beyond=0.0, negative=0.0):
     return x, ids, (0.1 + torch.rand(T, K, generator=rng)).to(site.weights_dtype)
 
 
-def model_of(site: Site, lowering: str | object) -> ir.Model:
+def model_of(site: ExpertsNode, lowering: str | object) -> ir.Model:
     """The model x, ids, weights -> y with a token count that is open."""
     lowering = by_name(lowering) if isinstance(lowering, str) else lowering
     spec, kinds = site.spec, {"x": site.dtype, "ids": torch.int64, "weights": site.weights_dtype}
@@ -105,7 +105,7 @@ def run(session: ort.InferenceSession, x, ids, weights) -> torch.Tensor:
 class _Doubled:
     """A bank in float64, for the definition without rounding."""
 
-    def __init__(self, bank: Bank) -> None:
+    def __init__(self, bank: ExpertWeights) -> None:
         self.bank, self.num_experts = bank, bank.num_experts
 
     def __getattr__(self, name):
@@ -120,7 +120,7 @@ class _Doubled:
         return doubled
 
 
-def exact(site: Site, x, ids, weights) -> torch.Tensor:
+def exact(site: ExpertsNode, x, ids, weights) -> torch.Tensor:
     """``experts_reference`` in float64 throughout, on the same numbers."""
     spec = dataclasses.replace(site.spec, compute_dtype=None, act_dtype=None, accum_dtype=None, out_dtype=None)
     return experts_reference(x.double(), ids, weights.double(), _Doubled(site.bank), spec)

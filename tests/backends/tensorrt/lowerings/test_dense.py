@@ -1,4 +1,4 @@
-"""The dense form: two products for any number of experts, and what it is refused."""
+"""The dense form: two matmuls for any number of experts, and what it is refused."""
 
 from moeopt.backends.tensorrt.lowerings.dense import Dense
 from tests.backends.onnxrt.lowerings.one_site import make_site, model_of

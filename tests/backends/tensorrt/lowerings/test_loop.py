@@ -1,4 +1,4 @@
-"""The loop form: one turn for each expert, whose body has two products."""
+"""The loop form: one turn for each expert, whose body has two matmuls."""
 
 from moeopt.backends.tensorrt.lowerings.loop import Loop
 from tests.backends.onnxrt.lowerings.one_site import make_site, model_of

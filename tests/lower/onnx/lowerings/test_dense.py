@@ -1,4 +1,4 @@
-"""The dense lowering: two products for any E, and what it is refused."""
+"""The dense lowering: two matmuls for any E, and what it is refused."""
 
 from moeopt.backends.onnxrt.lowerings import by_name
 from tests.backends.onnxrt.lowerings.one_site import make_site, model_of

@@ -119,7 +119,7 @@ def test_the_place_of_weights_that_are_one(make, place):
     (found,) = recognize(tape)
     assert bool((found.combine.weights[found.combine.weights != 0] == 1).all())
     assert found.spec.weight_on == place
-    assert found.frontier.kind == "ids and weights"
+    assert found.routing.form == "ids and weights"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_the_rewrite_cannot_say_of_them_is_declined(make, reason):
 
 def test_weights_that_nothing_reads_are_a_constant():
     (found,) = recognize(tape_of(Unused))
-    assert found.frontier.kind == "ids, constant weight"
+    assert found.routing.form == "ids, constant weight"
 
 
 @pytest.mark.parametrize("make", [OnOutput, OnInput, Sorted, Squared, InLoop, GateOnInput, GateBefore])

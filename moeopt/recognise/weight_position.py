@@ -5,7 +5,7 @@ exact copies of tokens and their outputs are added as they are, wherever the wei
 on the probes says nothing by its values. So its place is read off the dataflow, and what the rewrite makes of it is
 checked by running the tape again with other values in it; no other float may enter where all factors seen are equal.
 
-Legend: T tokens, C chains (experts), K chosen per token.
+Legend: T tokens, C candidates (experts), K chosen per token.
 """
 
 from __future__ import annotations
@@ -22,31 +22,37 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 from moeopt.recognise.combine import Combine, Labels, entry_weights
-from moeopt.recognise.ffn_candidates import Chain
-from moeopt.recognise.gemm_sites import Site
-from moeopt.recognise.routing import Frontier, Table, rebuilt, same_values, table_to_ids
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.gemm_sites import GemmSite
+from moeopt.recognise.routing import Routing, Table, rebuilt, same_values, table_to_ids
 from moeopt.recognise.token_rows import Tokens, rows_as_bytes, rows_of
 
-Place = Literal["input", "output"]
+WeightPosition = Literal["input", "output"]
 _CONSTANT = "is the same for every probe, so its values do not show what it does"
 
 
-def weight_place(
-    tape: Tape, reading: Frontier, table: Table, tokens: Tokens, labels: Labels, combine: Combine, chains: list[Chain]
-) -> Place:
+def weight_position(
+    tape: Tape,
+    reading: Routing,
+    table: Table,
+    tokens: Tokens,
+    labels: Labels,
+    combine: Combine,
+    candidates: list[FFNCandidate],
+) -> WeightPosition:
     """Where the weights of ``reading`` multiply.
 
     Raises:
         Declined: a float that ``reading`` leaves out enters beside the experts, or the weights, changed in a replay,
             do not enter as the rewrite would have them.
     """
-    ins, source = list(dict.fromkeys(s for c in chains for s in c.ins)), reading.weights.source
+    ins, source = list(dict.fromkeys(s for c in candidates for s in c.ins)), reading.weights.source
     seen = combine.weights[labels.visits() > 0]
     masked = not tokens.weighted and bool((seen == 0).any())  # every expert runs on every token; zeros keep the choice
     constant = _constant(seen[seen != 0] if masked else seen)
     if masked and not (constant and source is not None and _constant(tape.value(source).reshape(-1))):
         return "output"
-    settled: Place | None = "input" if tokens.weighted else None if constant else "output"
+    settled: WeightPosition | None = "input" if tokens.weighted else None if constant else "output"
     stop = source if settled is None else None
     copies = _copies_of(tape, tokens)
     into, other = (False, None) if tokens.weighted else _entering([s.operand for s in ins], stop, copies)
@@ -70,8 +76,8 @@ def weight_place(
     if into == onto:
         where = "act on both the experts' inputs and their outputs" if into else "never reach the experts"
         raise Declined(f"the tensor that holds the routing weights of all probes would {where}")
-    place: Place = "input" if into else "output"
-    _check_with_others(tape, reading, table, tokens, labels, combine, chains, place)
+    place: WeightPosition = "input" if into else "output"
+    _check_with_others(tape, reading, table, tokens, labels, combine, candidates, place)
     return place
 
 
@@ -168,8 +174,8 @@ def _summand(tape: Tape, labels: Labels, combine: Combine) -> Callable[[fx.Node]
 
 
 def _check_with_others(
-    tape: Tape, reading: Frontier, table: Table, tokens: Tokens, labels: Labels, combine: Combine, chains: list[Chain],
-    place: Place,
+    tape: Tape, reading: Routing, table: Table, tokens: Tokens, labels: Labels, combine: Combine, candidates: list[FFNCandidate],
+    place: WeightPosition,
 ) -> None:  # fmt: skip
     """Run the tape again with other weights: they must enter at ``place``, and there alone, as they are.
 
@@ -201,7 +207,7 @@ def _check_with_others(
     if not same_values(entered[seen], expected[seen]) or not all(
         _rows_follow(
             tape,
-            chain,
+            candidate,
             site,
             tokens,
             labels,
@@ -209,8 +215,8 @@ def _check_with_others(
             want if place == "input" else torch.ones_like(want),
             combine.weights != 0,
         )
-        for chain in chains
-        for site in chain.ins
+        for candidate in candidates
+        for site in candidate.ins
     ):
         raise Declined(
             f"the tensor that holds the routing weights {_CONSTANT}, and with other values it does not multiply the "
@@ -220,13 +226,13 @@ def _check_with_others(
 
 
 def _rows_follow(
-    tape: Tape, chain: Chain, site: Site, tokens: Tokens, labels: Labels, values: dict[fx.Node, torch.Tensor],
+    tape: Tape, candidate: FFNCandidate, site: GemmSite, tokens: Tokens, labels: Labels, values: dict[fx.Node, torch.Tensor],
     factors: torch.Tensor, counts: torch.Tensor,
 ) -> bool:  # fmt: skip
     """True where those input rows of ``site`` that count, (T, C) bool, changed by ``factors`` (T, C)."""
     before = site.rows_in(tape.value(site.operand))
     after = site.rows_in(values.get(site.operand, tape.value(site.operand)))
-    token, out_token, which = tokens.token[site], labels.token[chain.out], labels.chain[chain.out]
+    token, out_token, which = tokens.token[site], labels.token[candidate.out], labels.candidate[candidate.out]
     if out_token.shape != token.shape or not torch.equal(out_token, token):
         return torch.equal(before, after) and bool((factors == 1).all())
     keep = token >= 0

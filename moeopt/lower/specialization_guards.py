@@ -29,7 +29,7 @@ _ASKED: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def noting_questions() -> Iterator[None]:
+def collect_specialization_guards() -> Iterator[None]:
     """Note, while open, each question about sizes that Python code outside the libraries asks."""
 
     def note(node: SymNode, answer: bool, asking: FrameType) -> None:
@@ -50,7 +50,7 @@ def _asker(frame: FrameType) -> str:
     return frame.f_code.co_filename
 
 
-def questions(program: torch.export.ExportedProgram) -> list[Any]:
+def specialization_guards(program: torch.export.ExportedProgram) -> list[Any]:
     """The expressions over sizes that ``program`` was traced under by its model's own choice."""
     env = next(
         (v.fake_mode.shape_env for n in program.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None

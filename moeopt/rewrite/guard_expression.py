@@ -23,7 +23,7 @@ _MANY = 8
 """Entries from which on they are compared as one list."""
 
 
-class Probe:
+class GuardExpression:
     """Terms of one conjunction, each an expression over bound objects.
 
     Attributes:

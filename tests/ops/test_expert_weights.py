@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from moeopt.errors import UsageError
-from moeopt.ops import ListBank, StackedBank
+from moeopt.ops import ListExpertWeights, StackedExpertWeights
 
 
 def test_lookups_are_views_of_the_live_weights():
     w_in, w_out, bias = torch.zeros(3, 4, 2), torch.zeros(3, 2, 2), torch.zeros(3, 2)
-    bank = StackedBank([w_in], w_out, b_out=bias)
+    bank = StackedExpertWeights([w_in], w_out, b_out=bias)
     w_in[1] = 7
     assert bank.w_in(1)[0].eq(7).all() and bank.w_in(1)[0].data_ptr() == w_in[1].data_ptr()
     assert bank.b_in(0) == (None,) and bank.b_out(2).shape == (2,) and bank.norm(0) is None
@@ -18,7 +18,7 @@ def test_lookups_are_views_of_the_live_weights():
 
 def test_a_list_bank_holds_the_very_tensors():
     weights = [torch.zeros(4, 2) for _ in range(3)]
-    bank = ListBank([weights, weights], weights, b_in=[None, [torch.ones(4), None, None]])
+    bank = ListExpertWeights([weights, weights], weights, b_in=[None, [torch.ones(4), None, None]])
     assert bank.w_in(2) == (weights[2], weights[2]) and bank.w_in(2)[0] is weights[2]
     assert bank.b_in(1) == (None, None) and bank.b_in(0)[1].eq(1).all()
     assert bank.num_experts == 3 and bank.stacked() is None
@@ -26,6 +26,6 @@ def test_a_list_bank_holds_the_very_tensors():
 
 def test_lengths_must_agree():
     with pytest.raises(UsageError, match="W_out holds 3 experts and another weight 2; give every weight one entry"):
-        StackedBank([torch.zeros(2, 4, 2)], torch.zeros(3, 2, 2))
-    with pytest.raises(UsageError, match="ListBank: W_out holds 1 experts and another weight 2"):
-        ListBank([[torch.zeros(4, 2)] * 2], [torch.zeros(2, 2)])
+        StackedExpertWeights([torch.zeros(2, 4, 2)], torch.zeros(3, 2, 2))
+    with pytest.raises(UsageError, match="ListExpertWeights: W_out holds 1 experts and another weight 2"):
+        ListExpertWeights([[torch.zeros(4, 2)] * 2], [torch.zeros(2, 2)])

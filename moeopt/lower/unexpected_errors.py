@@ -1,6 +1,6 @@
 """What a library raises where nobody expects it, as a reason for the model's owner.
 
-Exporters and runtimes raise errors of many classes, from lines that the user never wrote. :func:`surprises` turns
+Exporters and runtimes raise errors of many classes, from lines that the user never wrote. :func:`unexpected_errors_as` turns
 each into one sentence: what was being done, what the library said, which line of the model it speaks of, the way out.
 """
 
@@ -21,7 +21,7 @@ _NODE = re.compile(r"While executing %\w+ : .*?call_(?:function|method|module)\[
 
 
 @contextlib.contextmanager
-def surprises(doing: str, way_out: str, error: type[MoeoptError]) -> Iterator[None]:
+def unexpected_errors_as(doing: str, way_out: str, error: type[MoeoptError]) -> Iterator[None]:
     """While open, what is raised and is none of moeopt's errors becomes an ``error``.
 
     A full disk and a lack of memory stay what they are: their owners handle them by class.
@@ -36,10 +36,10 @@ def surprises(doing: str, way_out: str, error: type[MoeoptError]) -> Iterator[No
     except (MoeoptError, OSError, MemoryError):
         raise
     except Exception as err:
-        raise error(f"{doing} stops at {told(err)}{place_of(err)}; {way_out}") from err
+        raise error(f"{doing} stops at {format_error(err)}{format_location(err)}; {way_out}") from err
 
 
-def told(err: BaseException) -> str:
+def format_error(err: BaseException) -> str:
     """The class and the first line of what came first."""
     while err.__cause__ is not None:
         err = err.__cause__
@@ -47,7 +47,7 @@ def told(err: BaseException) -> str:
     return f"{type(err).__name__}: {lines[0][:300]}" if lines else type(err).__name__
 
 
-def place_of(err: BaseException) -> str:
+def format_location(err: BaseException) -> str:
     """`` (op, file:line, in f)`` of the model's code that an error speaks of or was raised in; or ""."""
     found: list[str] = []
     link: BaseException | None = err

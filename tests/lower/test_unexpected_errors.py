@@ -3,13 +3,13 @@
 import pytest
 
 from moeopt.errors import NotSaveableError, UsageError
-from moeopt.lower.surprise import surprises
+from moeopt.lower.unexpected_errors import unexpected_errors_as
 
 OUT = "use backend='torch'"
 
 
 def raised(err):
-    with pytest.raises(NotSaveableError) as caught, surprises("saving the model", OUT, NotSaveableError):
+    with pytest.raises(NotSaveableError) as caught, unexpected_errors_as("saving the model", OUT, NotSaveableError):
         raise err
     assert caught.value.__cause__ is err
     return str(caught.value)
@@ -44,6 +44,6 @@ def test_a_text_without_words_names_the_class():
 
 @pytest.mark.parametrize("err", [UsageError("ours"), OSError("disk full"), MemoryError(), KeyboardInterrupt()])
 def test_others_pass(err):
-    with pytest.raises(type(err)) as caught, surprises("saving", OUT, NotSaveableError):
+    with pytest.raises(type(err)) as caught, unexpected_errors_as("saving", OUT, NotSaveableError):
         raise err
     assert caught.value is err

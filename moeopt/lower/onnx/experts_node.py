@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 
 DOMAIN = "moeopt"
 OP = "Experts"
@@ -15,7 +15,7 @@ OP = "Experts"
 
 
 @dataclass
-class Site:
+class ExpertsNode:
     """A ``moeopt::Experts`` node's meaning; shape legend: T tokens, K chosen per token, H hidden.
 
     Args:
@@ -29,7 +29,7 @@ class Site:
     """
 
     name: str
-    bank: Bank
+    bank: ExpertWeights
     spec: ExpertsSpec
     dtype: torch.dtype
     top_k: int

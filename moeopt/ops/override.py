@@ -12,29 +12,29 @@ from contextvars import ContextVar
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.bank import Bank
+from moeopt.ops.expert_weights import ExpertWeights
 
-Answer = Callable[[Tensor, Tensor, Tensor, Bank, ExpertsSpec], "Tensor | None"]
+ExpertsImpl = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertsSpec], "Tensor | None"]
 """(x, ids, weights, bank, spec) -> what ``experts`` returns, or None to leave the call as it is."""
 
-_answer: ContextVar[Answer | None] = ContextVar("moeopt_experts_answer", default=None)
+_impl: ContextVar[ExpertsImpl | None] = ContextVar("moeopt_experts_answer", default=None)
 
 
 @contextlib.contextmanager
-def intercepted(answer: Answer) -> Iterator[None]:
+def override_experts_impl(answer: ExpertsImpl) -> Iterator[None]:
     """Every call of ``experts`` inside goes to ``answer`` first."""
-    token = _answer.set(answer)
+    token = _impl.set(answer)
     try:
         yield
     finally:
-        _answer.reset(token)
+        _impl.reset(token)
 
 
-def left_alone() -> contextlib.AbstractContextManager[None]:
+def default_impl() -> contextlib.AbstractContextManager[None]:
     """Calls of ``experts`` inside are nobody else's, whatever is open around."""
-    return intercepted(lambda *call: None)
+    return override_experts_impl(lambda *call: None)
 
 
-def current() -> Answer | None:
-    """What :func:`intercepted` has set here, or None."""
-    return _answer.get()
+def current() -> ExpertsImpl | None:
+    """What :func:`override_experts_impl` has set here, or None."""
+    return _impl.get()

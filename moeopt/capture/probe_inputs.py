@@ -1,4 +1,4 @@
-"""Inputs for a block's witness traces: one that reaches every expert, two of other shapes.
+"""Inputs for a block's traces: one that reaches every expert, two of other shapes.
 
 Rows are random at the scale of the real ones, so that every row is distinct and every size is one
 that the user's example did not have. Where rows at random miss an expert, rows of the block's own
@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from moeopt.capture.call_roles import Leaf, Prototype
+from moeopt.capture.call_roles import ArgRole, CallSpec
 from moeopt.errors import Declined, UsageError
 from moeopt.obstacles import Rank
 
 
-def prototypes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Prototype]:
+def call_specs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[CallSpec]:
     """Readings of a real call, likeliest first: features on the last axis, on axis 1, only the batch varies."""
     leaves, _ = pytree.tree_flatten((tuple(args), dict(kwargs)))
     first = next((t for t in leaves if _float(t) and t.dim() >= 2), None)
@@ -38,12 +38,12 @@ def prototypes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Protot
         roles = tuple(_leaf(t, first, grid, axis, lead) for t in leaves)
         for reading in _readings(roles, leaves):
             try:
-                yield Prototype(tuple(args), dict(kwargs), reading)
+                yield CallSpec(tuple(args), dict(kwargs), reading)
             except UsageError:  # the arguments' sizes do not fit this reading
                 continue
 
 
-def _integer_prototypes(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> Iterator[Prototype]:
+def _integer_prototypes(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> Iterator[CallSpec]:
     """A call with token ids alone: every axis of the first integer tensor counts tokens."""
     first = next((t for t in leaves if isinstance(t, torch.Tensor) and not _float(t) and t.dim() >= 1), None)
     if first is None:
@@ -51,49 +51,51 @@ def _integer_prototypes(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: l
     grid = tuple(first.shape)
     for lead in dict.fromkeys((len(grid), 1)):
         roles = tuple(
-            Leaf("static", lead) if isinstance(t, torch.Tensor) and tuple(t.shape[:lead]) == grid[:lead] else Leaf()
+            ArgRole("static", lead)
+            if isinstance(t, torch.Tensor) and tuple(t.shape[:lead]) == grid[:lead]
+            else ArgRole()
             for t in leaves
         )
-        yield Prototype(tuple(args), dict(kwargs), roles)
+        yield CallSpec(tuple(args), dict(kwargs), roles)
 
 
 def _float(t: Any) -> bool:
     return isinstance(t, torch.Tensor) and t.is_floating_point()
 
 
-def _leaf(t: Any, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: int) -> Leaf:
+def _leaf(t: Any, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: int) -> ArgRole:
     if not isinstance(t, torch.Tensor) or t.dim() == 0:
-        return Leaf()
+        return ArgRole()
     if _float(t) and t.dim() == first.dim() and tuple(t.movedim(axis, -1).shape[:lead]) == grid:
         same = t.shape[axis] == first.shape[axis]
-        return Leaf("tokens" if same else "weights", lead, axis)
+        return ArgRole("tokens" if same else "weights", lead, axis)
     if len(grid) == 2 == lead and t.dim() == 4 and t.shape[0] in (1, grid[0]) and t.shape[-1] == grid[1] > 1:
         batch = 0 if t.shape[0] == grid[0] else None
-        return Leaf("pairs", dims=(batch, None, 1 if t.shape[2] == grid[1] else None, 1))
+        return ArgRole("pairs", dims=(batch, None, 1 if t.shape[2] == grid[1] else None, 1))
     total = math.prod(grid)
     for count in (len(grid), 1):
         dims = tuple(t.shape[:count])
         if t.dim() >= count and (dims == grid if count == len(grid) else dims == (total,)):
             if _float(t):
-                return Leaf("tokens" if t.dim() > count and t.shape[-1] == first.shape[axis] else "weights", count)
+                return ArgRole("tokens" if t.dim() > count and t.shape[-1] == first.shape[axis] else "weights", count)
             if _one_hot(t, count):
-                return Leaf("choices", count)
+                return ArgRole("choices", count)
             looks_like_ids = t.dtype in (torch.int64, torch.int32) and t.dim() == count + 1 and not _multi_hot(t)
-            return Leaf("ids" if looks_like_ids else "static", count)
-    return Leaf()
+            return ArgRole("ids" if looks_like_ids else "static", count)
+    return ArgRole()
 
 
-def _readings(roles: tuple[Leaf, ...], leaves: list[Any]) -> Iterator[tuple[Leaf, ...]]:
+def _readings(roles: tuple[ArgRole, ...], leaves: list[Any]) -> Iterator[tuple[ArgRole, ...]]:
     """``roles``, and the other reading of integers of which all are 0 or 1: a mask over experts, or ids."""
     yield roles
     other = tuple(
-        Leaf("ids", leaf.lead) if _may_be_ids(leaf, t) else leaf for leaf, t in zip(roles, leaves, strict=True)
+        ArgRole("ids", leaf.lead) if _may_be_ids(leaf, t) else leaf for leaf, t in zip(roles, leaves, strict=True)
     )
     if other != roles:
         yield other
 
 
-def _may_be_ids(leaf: Leaf, t: Any) -> bool:
+def _may_be_ids(leaf: ArgRole, t: Any) -> bool:
     """True for integers (tokens, K) that were not read as ids."""
     if not isinstance(t, torch.Tensor) or not leaf.lead or leaf.role not in ("choices", "static"):
         return False
@@ -112,8 +114,8 @@ def _multi_hot(t: torch.Tensor) -> bool:
     return t.shape[-1] > 2 and bool(((t == 0) | (t == 1)).all()) and bool((t == 0).any()) and bool((t == 1).any())
 
 
-def witness(
-    proto: Prototype,
+def probe_call(
+    call_spec: CallSpec,
     tokens: int,
     seed: int,
     *,
@@ -131,16 +133,16 @@ def witness(
         flat: many sequences of two tokens instead of a few long ones.
     """
     generator = torch.Generator().manual_seed(seed)
-    grid = _grid(len(proto.grid), tokens, variant)
+    grid = _grid(len(call_spec.grid), tokens, variant)
     if flat and len(grid) > 1:
         grid = (tokens // 2, *grid[1:-1], 2)
     count = math.prod(grid)
     rows: dict[int, torch.Tensor] = {}
     order = torch.randint(1 << 30, (count,), generator=generator)
-    for n, leaf in enumerate(proto.leaves):
+    for n, leaf in enumerate(call_spec.leaves):
         if not leaf.lead:
             continue
-        own = proto.rows(n)
+        own = call_spec.rows(n)
         picked = own[order.to(own.device) % max(len(own), 1)] if len(own) else own.new_zeros(count, *own.shape[1:])
         if leaf.role == "tokens":
             rows[n] = _tokens(own, count, generator, aimed)
@@ -149,15 +151,15 @@ def witness(
         elif leaf.role == "ids" and experts:
             rows[n] = _ids(count, own.shape[-1], experts, generator).to(own)
         elif leaf.role == "choices":
-            rows[n] = proto.naming(n, _ids(count, proto.slots(n), own.shape[-1], generator))
+            rows[n] = call_spec.naming(n, _ids(count, call_spec.slots(n), own.shape[-1], generator))
         elif own.dtype in (torch.int64, torch.int32) and own.numel():
             rows[n] = _integers(own, count, generator)
         else:
             rows[n] = picked.clone()
-    for n in proto.alike_marks() if proto.turned else ():
+    for n in call_spec.constant_masks() if call_spec.flip_masks else ():
         other = (torch.rand(rows[n].shape, generator=generator) < 0.3).to(rows[n].device)
-        rows[n] = torch.where(other, (proto.rows(n).reshape(-1)[0] == 0).to(rows[n]), rows[n])
-    return proto.with_tokens(grid, rows)
+        rows[n] = torch.where(other, (call_spec.rows(n).reshape(-1)[0] == 0).to(rows[n]), rows[n])
+    return call_spec.with_tokens(grid, rows)
 
 
 _HEADS = (
@@ -165,7 +167,7 @@ _HEADS = (
     {2: (2,), 3: (3, 2), 4: (3, 1, 2)},
     {2: (5,), 3: (1, 4), 4: (1, 3, 1)},
 )
-"""Leading token dims of the three witnesses, by rank: no size is the same in all of them."""
+"""Leading token dims of the three probe calls, by rank: no size is the same in all of them."""
 
 
 def _grid(rank: int, tokens: int, variant: int) -> tuple[int, ...]:
@@ -173,26 +175,26 @@ def _grid(rank: int, tokens: int, variant: int) -> tuple[int, ...]:
     return (*head, max(-(-tokens // math.prod(head)), 1))
 
 
-def _tokens(own: torch.Tensor, count: int, generator: torch.Generator, aimed: torch.Tensor | None) -> torch.Tensor:
-    finite = own[own.isfinite()].float()
+def _tokens(original: torch.Tensor, count: int, generator: torch.Generator, aimed: torch.Tensor | None) -> torch.Tensor:
+    finite = original[original.isfinite()].float()
     scale = float(finite.square().mean().sqrt()) if finite.numel() else 0.0
     scale = scale if scale > 0 else 1.0
-    rows = torch.randn((count, *own.shape[1:]), generator=generator) * scale
-    if aimed is not None and aimed.shape[-1] == own.shape[-1] and own.dim() == 2 and count > 4:
+    rows = torch.randn((count, *original.shape[1:]), generator=generator) * scale
+    if aimed is not None and aimed.shape[-1] == original.shape[-1] and original.dim() == 2 and count > 4:
         take = min(len(aimed), count - count // 4)
         unit = aimed[:take] / aimed[:take].norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        rows[:take] = unit * scale * math.sqrt(own.shape[-1]) * 2 + 0.05 * rows[:take]
-    return rows.to(own)
+        rows[:take] = unit * scale * math.sqrt(original.shape[-1]) * 2 + 0.05 * rows[:take]
+    return rows.to(original)
 
 
-def _integers(own: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+def _integers(original: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     """Integers within the range seen, all of them in turn, so that token ids are distinct where they can be."""
-    low, high = int(own.min()), int(own.max()) + 1
-    shape = (count, *own.shape[1:])
+    low, high = int(original.min()), int(original.max()) + 1
+    shape = (count, *original.shape[1:])
     turns = -(-math.prod(shape) // (high - low)) + 1
     values = torch.cat([torch.randperm(high - low, generator=generator) for _ in range(min(turns, 4096))])
     values = values.repeat(-(-math.prod(shape) // len(values)))
-    return (values[: math.prod(shape)] + low).reshape(shape).to(own)
+    return (values[: math.prod(shape)] + low).reshape(shape).to(original)
 
 
 def _ids(count: int, slots: int, experts: int, generator: torch.Generator) -> torch.Tensor:

@@ -16,7 +16,7 @@ from moeopt.errors import UsageError
 Biases = Sequence[Tensor | None]
 
 
-class Bank(Protocol):
+class ExpertWeights(Protocol):
     """The weights of ``num_experts`` experts, live: a lookup returns the tensor as it is now."""
 
     @property
@@ -38,11 +38,11 @@ class Bank(Protocol):
     def norm(self, e: int) -> Tensor | None:
         """The 1-D RMSNorm weight after W_out, or None (a norm without a weight, or no norm)."""
 
-    def stacked(self) -> StackedBank | None:
+    def stacked(self) -> StackedExpertWeights | None:
         """The same weights as whole stacked tensors if they are stored so, else None."""
 
 
-class StackedBank:
+class StackedExpertWeights:
     """A bank of tensors whose first dimension is the expert.
 
     Args:
@@ -70,7 +70,7 @@ class StackedBank:
         self.b_out_s = b_out
         self.norm_s = norm
         self.num_experts: int = w_out.shape[0]
-        _same_length("StackedBank", self.num_experts, [*self.w_in_s, *self.b_in_s, b_out, norm])
+        _same_length("StackedExpertWeights", self.num_experts, [*self.w_in_s, *self.b_in_s, b_out, norm])
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
         return tuple([w[e] for w in self.w_in_s])
@@ -87,11 +87,11 @@ class StackedBank:
     def norm(self, e: int) -> Tensor | None:
         return None if self.norm_s is None else self.norm_s[e]
 
-    def stacked(self) -> StackedBank:
+    def stacked(self) -> StackedExpertWeights:
         return self
 
 
-class ListBank:
+class ListExpertWeights:
     """A bank of E separate tensors for each weight, as most users' models store them.
 
     Args:
@@ -118,7 +118,7 @@ class ListBank:
         self.b_out_l = b_out
         self.norm_l = norm
         self.num_experts: int = len(w_out)
-        _same_length("ListBank", self.num_experts, [*self.w_in_l, *self.b_in_l, b_out, norm])
+        _same_length("ListExpertWeights", self.num_experts, [*self.w_in_l, *self.b_in_l, b_out, norm])
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
         return tuple([ws[e] for ws in self.w_in_l])

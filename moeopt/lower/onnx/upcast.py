@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.lower.onnx.site import Site
-from moeopt.ops.bank import Bank, StackedBank
+from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 
 NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-class WideBank:
+class UpcastExpertWeights:
     """A bank whose tensors are handed out in float32, each converted when it is read."""
 
-    def __init__(self, bank: Bank) -> None:
+    def __init__(self, bank: ExpertWeights) -> None:
         self._bank = bank
         self.num_experts = bank.num_experts
 
@@ -43,11 +43,11 @@ class WideBank:
         found = self._bank.norm(e)
         return None if found is None else found.float()
 
-    def stacked(self) -> StackedBank | None:
+    def stacked(self) -> StackedExpertWeights | None:
         return None
 
 
-def widen_site(site: Site) -> Site:
+def upcast_node(site: ExpertsNode) -> ExpertsNode:
     """``site`` with every 16-bit dtype as float32; itself when it has none."""
     spec = site.spec
     fields = ("compute_dtype", "act_dtype", "accum_dtype", "out_dtype")
@@ -58,14 +58,14 @@ def widen_site(site: Site) -> Site:
     wide = {d: torch.float32 for d in NARROW}
     return dataclasses.replace(
         site,
-        bank=WideBank(site.bank) if bank_dtype in NARROW else site.bank,
+        bank=UpcastExpertWeights(site.bank) if bank_dtype in NARROW else site.bank,
         spec=dataclasses.replace(spec, **narrow),
         dtype=wide.get(site.dtype, site.dtype),
         weights_dtype=wide.get(site.weights_dtype, site.weights_dtype),
     )
 
 
-def widen_graph(model: Any) -> bool:
+def upcast_graph(model: Any) -> bool:
     """Widen an ``onnx_ir.Model`` in place; returns whether anything was narrow. Raises nothing."""
     import onnx_ir as ir
 
