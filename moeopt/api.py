@@ -96,8 +96,8 @@ def load(
             bundle's files.
 
     An ONNX Runtime bundle that was built for a provider which this machine lacks (``target=``) loads, and raises
-    ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its CPU fallback graph. A TensorRT bundle does so
-    where there is no such GPU, or another version of TensorRT; "nv_tensorrt_rtx" or "tensorrt" as ``device`` run its
+    ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its CPU fallback graph. A TensorRT bundle does
+    so where there is no such GPU, or another version of TensorRT; "nv_tensorrt_rtx" or "tensorrt" as ``device`` run its
     ONNX form through that provider of ONNX Runtime.
 
     An ONNX Runtime bundle tests itself when a process first loads it: each kind of block on a question with a

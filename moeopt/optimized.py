@@ -9,8 +9,8 @@ from typing import Any
 
 from moeopt.backends import registry
 from moeopt.backends.base import Made
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
-from moeopt.find.example_inputs import ArgsKwargs
 
 
 class Optimized:

@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from moeopt.bundle.manifest import Manifest, read_manifest
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import BundleError, NotSaveableError, UsageError
-from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.lower.plain import open_dataclasses
 from moeopt.lower.unexpected_errors import unexpected_errors_as

@@ -9,7 +9,7 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from moeopt.bundle import op_allowlist as allow
-from moeopt.bundle import simplify as tidy
+from moeopt.bundle import simplify
 from moeopt.bundle import symbols as sizes
 from moeopt.bundle.tree import encode_tree
 from moeopt.bundle.values import encode
@@ -133,9 +133,9 @@ def input_entry(node: torch.fx.Node) -> dict[str, Any]:
 def _nodes(program: Any, names: _Names) -> Iterator[dict[str, Any]]:
     """One entry for each node that computes something."""
     for node in program.graph.nodes:
-        if node.op in ("placeholder", "output") or tidy.computes_nothing(node):
+        if node.op in ("placeholder", "output") or simplify.computes_nothing(node):
             continue
-        source, view = tidy.same_as(node), tidy.view_of_weight(node, names.fixed)
+        source, view = simplify.same_as(node), simplify.view_of_weight(node, names.fixed)
         if source is not None:
             names.same(node, source)
             continue

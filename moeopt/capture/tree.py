@@ -10,6 +10,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of one call, ``(args, kwargs)``."""
+
 
 def tree_map(kind: type | tuple[type, ...], fn: Callable[[Any], Any], tree: Any) -> Any:
     """``tree`` with ``fn`` applied to each leaf that is a ``kind``; other leaves stay as they are."""

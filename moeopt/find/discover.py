@@ -1,7 +1,7 @@
 """Places worth a look in a whole model: which module calls hold parallel experts, which a dense FFN.
 
-The model runs once on the tape without values. Chains (matmul, element-wise function, matmul) that
-stand side by side on the same rows are experts; one whose weight is a slice of a stack, or has idle
+The model runs once on the tape without values. FFN candidates (matmul, element-wise function, matmul)
+that stand side by side on the same rows are experts; one whose weight is a slice of a stack, or has idle
 twins, is an expert whose siblings were not hit; a lone one is a dense FFN. A place is only a hint:
 what a block computes is decided by its own probe call.
 """
@@ -48,7 +48,7 @@ _GATES = ("_softmax", "softmax", "sigmoid", "topk")
 class BlockCandidate:
     """One module call that holds a block. ``levels`` are the call and its ancestors, innermost first.
 
-    ``alone`` has each candidate of an MoE candidate that is a dense FFN where it turns out to be no expert: a shared
+    ``alone`` has each FFN candidate of an MoE block that is a dense FFN where it turns out to be no expert: a shared
     expert of the experts' own size. ``own`` is how many of the levels are the block's own: up to the innermost in
     which something is chosen. ``reason`` is why nothing of it can be rewritten, where that is known already;
     ``steered`` whether its Python depends on the values of tensors.
@@ -273,8 +273,8 @@ class _Finder:
         )  # fmt: skip
 
     def _by_structure(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
-        """Calls that run alike feed-forward children side by side where no candidate was readable inside any; or that ran
-        some of them, on rows picked for them, and others not at all."""
+        """Calls that run alike feed-forward children side by side where no FFN candidate was found inside any; or that
+        ran some of them, on rows picked for them, and others not at all."""
         found = []
         children: dict[int, list[Call]] = {}
         for call in self.tape.calls:
@@ -299,7 +299,7 @@ class _Finder:
         return found
 
     def _by_stacks(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
-        """Calls of modules that own stacks of experts, and a router's weight beside them, where no candidate was readable.
+        """Calls of modules that own stacks of experts, and a router's weight beside them, without an FFN candidate.
 
         A router's weight has the number of experts and a size of theirs; stacks of an attention's heads have none.
         """

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from moeopt.capture.tape import record
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, UsageError
-
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def as_call(example_inputs: Any) -> ArgsKwargs:

@@ -15,8 +15,8 @@ import torch
 from torch import fx, nn
 
 from moeopt.api import optimize
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotSaveableError
-from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.lower.export import avoid_size_one, export_program
 from moeopt.passes.base import Pass, PassRecord
 from moeopt.rewrite.install import rewritten_forward

@@ -42,8 +42,8 @@ def heat_map(layers: list[dict[str, Any]]) -> str:
     parts += list(_axis(num_columns, cell, "expert" if num_columns <= BY_NUMBER else "rank"))
     order = "" if num_columns <= BY_NUMBER else ", each row sorted by load"
     title = (
-        f"Heat map: load of {num_columns} experts (columns{order}) in {len(rows)} layer{'s' * (len(rows) != 1)} (rows), as a "
-        "multiple of the layer's mean; the same figures are in the table"
+        f"Heat map: load of {num_columns} experts (columns{order}) in {len(rows)} layer{'s' * (len(rows) != 1)} (rows)"
+        ", as a multiple of the layer's mean; the same figures are in the table"
     )
     return svg.picture(GUTTER + cell * num_columns + 12, bottom + 8, title, parts, "heat")
 

@@ -15,13 +15,12 @@ from torch import nn
 from torch.fx.experimental import _config as shape_config
 from torch.utils import _pytree as pytree
 
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import MoeoptError, NotSaveableError
 from moeopt.lower.plain import free_sizes, plain_call
 from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.patches import idle_moves, no_export_dump, one_trace
 from moeopt.verification.model import run_plain
-
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def avoid_size_one(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgsKwargs:

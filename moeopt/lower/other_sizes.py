@@ -10,8 +10,7 @@ import torch.utils._pytree as pytree
 
 from moeopt.bundle.holds import sentences
 from moeopt.bundle.shape_guards import holds, value_of
-
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
+from moeopt.capture.tree import ArgsKwargs
 
 
 def other_sizes(signature: Mapping[str, Any], call: ArgsKwargs) -> list[ArgsKwargs]:

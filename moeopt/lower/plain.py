@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
+from moeopt.capture.tree import ArgsKwargs
 
 
 def plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgsKwargs:

@@ -1,7 +1,8 @@
 """What a library raises where nobody expects it, as a reason for the model's owner.
 
-Exporters and runtimes raise errors of many classes, from lines that the user never wrote. :func:`unexpected_errors_as` turns
-each into one sentence: what was being done, what the library said, which line of the model it speaks of, the way out.
+Exporters and runtimes raise errors of many classes, from lines that the user never wrote.
+:func:`unexpected_errors_as` turns each into one sentence: what was being done, what the library said, which line of the
+model it speaks of, the way out.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def experts(
     Raises:
         UsageError: shapes or dtypes that have no meaning here; the message names them.
     """
-    if not torch.compiler.is_dynamo_compiling() and (answer := override.current()) is not None:
-        y_TH = answer(x_TH, ids_TK, weights_TK, bank, spec)
+    if not torch.compiler.is_dynamo_compiling() and (impl := override.current()) is not None:
+        y_TH = impl(x_TH, ids_TK, weights_TK, bank, spec)
         if y_TH is not None:
             return y_TH
     traced = _traced(x_TH)

@@ -1,4 +1,4 @@
-"""Let someone else answer ``experts`` for a while: an exporter that emits a node, or a check of another runtime.
+"""Another implementation of ``experts`` for a while: an exporter that emits a node, or a backend that is checked.
 
 Per thread and per context: two threads may export and serve at once.
 """
@@ -17,13 +17,13 @@ from moeopt.ops.expert_weights import ExpertWeights
 ExpertsImpl = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertsSpec], "Tensor | None"]
 """(x, ids, weights, bank, spec) -> what ``experts`` returns, or None to leave the call as it is."""
 
-_impl: ContextVar[ExpertsImpl | None] = ContextVar("moeopt_experts_answer", default=None)
+_impl: ContextVar[ExpertsImpl | None] = ContextVar("moeopt_experts_impl", default=None)
 
 
 @contextlib.contextmanager
-def override_experts_impl(answer: ExpertsImpl) -> Iterator[None]:
-    """Every call of ``experts`` inside goes to ``answer`` first."""
-    token = _impl.set(answer)
+def override_experts_impl(impl: ExpertsImpl) -> Iterator[None]:
+    """Every call of ``experts`` inside goes to ``impl`` first; None from it leaves the call as it is."""
+    token = _impl.set(impl)
     try:
         yield
     finally:
@@ -31,7 +31,7 @@ def override_experts_impl(answer: ExpertsImpl) -> Iterator[None]:
 
 
 def default_impl() -> contextlib.AbstractContextManager[None]:
-    """Calls of ``experts`` inside are nobody else's, whatever is open around."""
+    """Calls of ``experts`` inside run its own kernels, also inside :func:`override_experts_impl`."""
     return override_experts_impl(lambda *call: None)
 
 

@@ -31,7 +31,7 @@ from moeopt.passes.group_experts import group
 from moeopt.recognise.combine import Combine
 from moeopt.recognise.dense_ffn import DenseFFN
 from moeopt.recognise.experts import Recognition
-from moeopt.recognise.routing import Extraction, Routing
+from moeopt.recognise.routing import Extraction, Routing, RoutingForm
 from moeopt.recognise.token_rows import Tokens
 from moeopt.rewrite.block_graph import BlockGraph
 
@@ -97,7 +97,7 @@ def for_every_token(ffn: DenseFFN, experts: list[ExpertRef], spec: ExpertsSpec) 
         Extraction(ffn.x, [(every_group, (ffn.axis_in, count))]),
         Extraction(ffn.x, [(weight_one, (ffn.axis_in, count))]),
         list(range(count)),
-        "every group",
+        RoutingForm.EVERY_GROUP,
     )
     return Recognition(
         Tokens(ffn.x, ffn.axis_in, tokens, {}, {}),

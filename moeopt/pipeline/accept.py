@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from moeopt.capture.shared_copy import shared_copy
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
-from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.options import Options
 from moeopt.rewrite.install import rewritten_forward, uninstall
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
+from moeopt.capture.tree import ArgsKwargs
+
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""
 CALLS = 7

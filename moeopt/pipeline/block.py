@@ -15,6 +15,7 @@ from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.probe_inputs import call_specs, probe_call
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Obstacle, Rank
@@ -22,7 +23,7 @@ from moeopt.options import Options
 from moeopt.passes.manager import PassManager, Result, check_names
 from moeopt.passes.pipeline import PIPELINE
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
-from moeopt.pipeline.coverage import ArgsKwargs, Mixture, Reader
+from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.recognise.experts import ExpertsNotHit, Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph

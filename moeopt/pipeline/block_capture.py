@@ -17,12 +17,12 @@ from moeopt.capture.probe_inputs import probe_call
 from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.same_graph import same_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
-from moeopt.capture.tree import tree_leaves
+from moeopt.capture.tree import ArgsKwargs, tree_leaves
 from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Rank
 from moeopt.options import Options
-from moeopt.pipeline.coverage import ArgsKwargs, Reader
+from moeopt.pipeline.coverage import Reader
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeightRefs

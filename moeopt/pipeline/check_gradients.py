@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from moeopt.capture.probe_inputs import call_specs
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.pipeline.block import Rewrite
-from moeopt.pipeline.coverage import ArgsKwargs
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.gradients import STOPPED, gradients_differ, skips_idle

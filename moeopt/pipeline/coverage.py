@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
@@ -13,13 +13,12 @@ from moeopt.capture.force_routing import ForceAllExperts
 from moeopt.capture.probe_inputs import aimed_rows, probe_call
 from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.tape import Tape, record
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.recognise.experts import ExpertsNotHit, Recognition, recognize
 from moeopt.recognise.router import RouterReading, recognize_router, same_reading
-
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Reader(Protocol):

@@ -14,6 +14,7 @@ from torch import nn
 
 from moeopt.capture.probe_inputs import call_specs, probe_call
 from moeopt.capture.tape import record
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, UsageError
 from moeopt.find.discover import BlockCandidate
 from moeopt.options import Options
@@ -23,7 +24,6 @@ from moeopt.passes.manager import PassManager
 from moeopt.passes.split_dense_ffn import SplitDenseFFN, split
 from moeopt.pipeline.autotune import pays
 from moeopt.pipeline.block import Rewrite, Runtime, rewrite_block
-from moeopt.pipeline.coverage import ArgsKwargs
 from moeopt.pipeline.dense_forms import DenseReader, Measured, groups_of, in_words, measured, read_dense
 from moeopt.rewrite.install import install
 

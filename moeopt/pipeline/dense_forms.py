@@ -15,6 +15,7 @@ from torch import nn
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.probe_inputs import call_specs, probe_call
 from moeopt.capture.tape import Tape, record
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined
 from moeopt.ir.weight_refs import ExpertRef, tensor_at
 from moeopt.options import Options
@@ -23,7 +24,6 @@ from moeopt.patches import quiet
 from moeopt.pipeline.autotune import TOKENS, Timing, in_turn
 from moeopt.pipeline.block import rewrite_block
 from moeopt.pipeline.coactivation_groups import activity, coactive
-from moeopt.pipeline.coverage import ArgsKwargs
 from moeopt.recognise.dense_ffn import DenseFFN, find_dense, recognize_dense
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.router import RouterReading

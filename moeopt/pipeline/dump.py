@@ -18,9 +18,10 @@ from pathlib import Path
 from torch import nn
 
 from moeopt.capture.tape import record
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, UsageError
 from moeopt.obstacles import Obstacle
-from moeopt.pipeline.block import ArgsKwargs, Rewrite
+from moeopt.pipeline.block import Rewrite
 from moeopt.pipeline.describe import describe_router
 from moeopt.rewrite.install import install, uninstall
 from moeopt.rewrite.text import tape_lines, text

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.probe_inputs import call_specs
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined
-from moeopt.pipeline.coverage import ArgsKwargs
 
 
 def with_router(path: str, calls: Mapping[str, ArgsKwargs]) -> tuple[str, CallSpec] | None:

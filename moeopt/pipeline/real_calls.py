@@ -9,7 +9,7 @@ from torch import nn
 
 from moeopt.capture.isolated_run import run_quietly
 from moeopt.capture.tape import clone_inputs
-from moeopt.pipeline.coverage import ArgsKwargs
+from moeopt.capture.tree import ArgsKwargs
 
 
 def real_calls(model: nn.Module, call: ArgsKwargs, paths: set[str]) -> tuple[dict[str, ArgsKwargs], dict[str, str]]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import nn
 
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, UsageError
 from moeopt.find.discover import BlockCandidate, discover, feed_forward_lists
 from moeopt.ir.weight_refs import expert_paths, tensor_at
@@ -31,12 +32,13 @@ from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.manager import PassManager
 from moeopt.patches import fewer_collections
-from moeopt.pipeline.block import ArgsKwargs, Rewrite, Runtime, pass_manager, rewrite_block
+from moeopt.pipeline.block import Rewrite, Runtime, pass_manager, rewrite_block
 from moeopt.pipeline.coverage import Mixture
 from moeopt.pipeline.dense import DenseResult as DenseResult
 from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
 from moeopt.pipeline.describe import dense_reason, describe_router, read_router
 from moeopt.pipeline.dump import Dump
+from moeopt.pipeline.lowering_text import lowering_text
 from moeopt.pipeline.obstacles_met import ObstaclesMet
 from moeopt.pipeline.real_calls import real_calls
 from moeopt.recognise.experts import Recognition
@@ -287,7 +289,7 @@ def _report(
         router = read_router(model, attempt.path, outcome.calls, found, inside)
         yield BlockReport(
             name, "moe", "rewritten", "", len(found.experts), describe_router(found, router),
-            "moeopt::experts (grouped, one op)",
+            lowering_text(model.get_submodule(attempt.path), found),
             attempt.rewrite.check.distance_rewritten if attempt.rewrite.check.passed is not None else None,
             found.source, seconds=attempt.seconds,
             top_k=found.routing.per_token, spec=str(found.spec),

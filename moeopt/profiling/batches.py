@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
-from moeopt.find.example_inputs import ArgsKwargs, as_call
+from moeopt.find.example_inputs import as_call
 
 
 def batches(data: Any) -> Iterator[ArgsKwargs]:

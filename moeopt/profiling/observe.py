@@ -1,7 +1,8 @@
 """Run an optimised model on data, and count what reaches each of its rewritten MoE blocks.
 
-A rewritten block keeps its own router and calls ``experts`` with what that chose. ``override_experts_impl`` hands each such call
-to us first; we count it and leave it as it is. Who called is told from the bank of weights, which is the block's own.
+A rewritten block keeps its own router and calls ``experts`` with what that chose. ``override_experts_impl`` hands each
+such call to us first; we count it and leave it as it is. Who called is known from the expert weights, which are the
+block's own.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.capture.tape import clone_inputs
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError
-from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl

@@ -10,8 +10,8 @@ from typing import Any
 
 from moeopt.api import Optimized, optimize
 from moeopt.bundle.engine import Engine
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
-from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.options import Options
 from moeopt.profiling.batches import batches
 from moeopt.profiling.observe import observe

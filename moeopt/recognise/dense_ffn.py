@@ -1,10 +1,10 @@
-"""A dense feed-forward block: one candidate that every row goes through, read off a tape as one expert.
+"""A dense feed-forward block: one FFN candidate that every row goes through, read off a tape as one expert.
 
     x[..., H] --> W_in -> f -> W_out --> y[..., H]
     ==  experts(x[T,H], ids = 0, weights = 1, W_in, W_out, spec)            with E = 1
 
-Which candidates of a model are worth reading is ``find/discover``'s answer. Attention never is one, because rows
-mix between its projections (``candidates``).
+Which FFN candidates of a model are worth reading is ``find/discover``'s answer. Attention never is one, because rows
+mix between its projections (``ffn_candidates``).
 """
 
 from __future__ import annotations

@@ -181,7 +181,8 @@ def _placements(clamps: list[tuple[float | None, float | None]]) -> Iterator[dic
 def _dtypes(candidate: FFNCandidate) -> dict[str, Any]:
     """compute_dtype of the matmuls and act_dtype of the nodes between, where they differ from one another."""
     compute = candidate.out.operand.meta["dtype"]
-    acting = [n.meta["dtype"] for n in candidate.mid if op_name(n) not in ("view", "getitem", "split", "_to_copy", "slice")
+    moves = ("view", "getitem", "split", "_to_copy", "slice")
+    acting = [n.meta["dtype"] for n in candidate.mid if op_name(n) not in moves
               and n.meta.get("dtype") is not None and n.meta["dtype"].is_floating_point]  # fmt: skip
     widest = max(acting, key=lambda d: torch.finfo(d).bits, default=compute)
     short = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}

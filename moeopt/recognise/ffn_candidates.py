@@ -1,4 +1,4 @@
-"""Chains: a matmul into the intermediate size, something element-wise, a matmul out of it.
+"""FFN candidates: a matmul into the intermediate size, something element-wise, a matmul out of it.
 
     rows -> W_in (one or two sites) -> element-wise function -> W_out -> rows
 

@@ -40,7 +40,7 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.ops.route import route
 from moeopt.recognise.experts import Recognition
-from moeopt.recognise.routing import Extraction, table_to_ids
+from moeopt.recognise.routing import Extraction, RoutingForm, table_to_ids
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def recognize_outer_router(tape: Tape, module: nn.Module, recognition: Recogniti
 
 
 def _given(recognition: Recognition) -> RouterReading:
-    if recognition.routing.form.startswith("given mask"):
+    if recognition.routing.form.given:
         return RouterReading(_plain_words(recognition), None, "the mask is an argument of the module", outside=True)
     words = f"ids and weights given from outside, top-{recognition.routing.top_k} of {len(recognition.experts)}"
     return RouterReading(words, None, "ids and weights are arguments of the module", outside=True)
@@ -106,14 +106,15 @@ def _plain_words(recognition: Recognition) -> str:
     """What the routing alone says."""
     experts, k = len(recognition.experts), recognition.routing.top_k
     return {
-        "ids and weights": f"opaque router, top-{k} of {experts}",
-        "ids, constant weight": f"top-{k} of {experts}, equal weights",
-        "one-hot mask": f"one-hot, {k} of {experts}",
-        "one-hot mask, constant weight": f"one-hot, {k} of {experts}, equal weights",
-        "given mask": f"a mask over {experts} experts, given from outside",
-        "given mask, constant weight": f"a mask over {experts} experts, given from outside, equal weights",
-        "dense": f"all {experts} experts, weighted",
-        "table": f"sparse table over {experts} experts",
+        RoutingForm.IDS: f"opaque router, top-{k} of {experts}",
+        RoutingForm.IDS_ALONE: f"top-{k} of {experts}, equal weights",
+        RoutingForm.ONE_HOT: f"one-hot, {k} of {experts}",
+        RoutingForm.ONE_HOT_ALONE: f"one-hot, {k} of {experts}, equal weights",
+        RoutingForm.GIVEN_MASK: f"a mask over {experts} experts, given from outside",
+        RoutingForm.GIVEN_MASK_ALONE: f"a mask over {experts} experts, given from outside, equal weights",
+        RoutingForm.DENSE: f"all {experts} experts, weighted",
+        RoutingForm.TABLE: f"sparse table over {experts} experts",
+        RoutingForm.EVERY_GROUP: f"every one of {experts} groups",
     }[recognition.routing.form]
 
 

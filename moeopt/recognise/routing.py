@@ -1,4 +1,4 @@
-"""The routing: the tensors in the model that say which experts, and by how much.
+"""The routing: the tensors in the model that say which experts each token has, and with what weight.
 
 The probe call yields triples (token, expert, weight). Any tensor computed before the experts whose
 entries equal them is the router's answer; everything after it is dispatch and is dropped, everything
@@ -20,6 +20,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +34,36 @@ from moeopt.obstacles import Rank
 
 Steps = list[tuple[Any, tuple[Any, ...]]]
 aten = torch.ops.aten
+
+
+class RoutingForm(str, Enum):
+    """In what form a model says which experts a token has. T tokens, E experts, K chosen per token."""
+
+    IDS = "ids and weights"
+    """(T, K) each."""
+    IDS_ALONE = "ids, constant weight"
+    ONE_HOT = "one-hot mask"
+    """(T, K, E), with weights (T, K)."""
+    ONE_HOT_ALONE = "one-hot mask, constant weight"
+    GIVEN_MASK = "given mask"
+    """A mask that is an argument of the module: any number of experts may be named, each entry gets a slot."""
+    GIVEN_MASK_ALONE = "given mask, constant weight"
+    DENSE = "dense"
+    """A weight (T, E) for every expert, none of them zero."""
+    TABLE = "table"
+    """Weights (T, E), zero where an expert is not chosen."""
+    EVERY_GROUP = "every group"
+    """A dense FFN that was split: each group of neurons runs on every token, with weight 1."""
+
+    @property
+    def given(self) -> bool:
+        """Whether the choice is a mask that the module is called with."""
+        return self in (RoutingForm.GIVEN_MASK, RoutingForm.GIVEN_MASK_ALONE)
+
+    @property
+    def without_weights(self) -> RoutingForm:
+        """The form of the same choice where every choice has one weight."""
+        return RoutingForm(f"{self.value}, constant weight")
 
 
 class NoIds(Declined):
@@ -58,13 +89,13 @@ class Routing:
     ids: Extraction | None
     weights: Extraction
     experts: list[int]
-    form: str
+    form: RoutingForm
     keys: tuple[Key, ...] = ()
 
     @property
     def per_token(self) -> int | None:
         """How many experts each token has; None where that differs from token to token."""
-        varies = self.ids is None or self.form == "table" or self.form.startswith("given mask")
+        varies = self.ids is None or self.form is RoutingForm.TABLE or self.form.given
         return None if varies else self.top_k
 
 
@@ -315,9 +346,8 @@ def _id_extractions(
         if k > max(candidates, 64):
             continue
         low, high = (int(v) for v in torch.aminmax(tape.value(node)))
-        if (
-            low < 0 or not table.reached - 1 <= high < 4 * candidates + 64
-        ):  # too few values to name every expert, or noise
+        # too few values to name every expert, or noise
+        if low < 0 or not table.reached - 1 <= high < 4 * candidates + 64:
             continue
         for steps in _orders(node.meta["shape"], tokens, k):
             extraction = Extraction(node, steps)
@@ -460,9 +490,9 @@ def _by_ids(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype 
         constant = _constant(ids, mapping, table)
         best.sort(key=lambda b: b[0], reverse=True)
         for _, weights in best if constant is not None else best[:1]:  # equal constants are many: each is asked
-            yield Routing(k, extraction, _rooted(tape, weights, ids, mapping, table), mapping, "ids and weights")
+            yield Routing(k, extraction, _rooted(tape, weights, ids, mapping, table), mapping, RoutingForm.IDS)
         if constant is not None and not table.weighed:
-            yield Routing(k, extraction, _constant_weights(constant, table), mapping, "ids, constant weight")
+            yield Routing(k, extraction, _constant_weights(constant, table), mapping, RoutingForm.IDS_ALONE)
 
 
 def _rooted_ids(tape: Tape, extraction: Extraction, ids: torch.Tensor) -> Extraction:
@@ -588,9 +618,11 @@ def _dense(node: fx.Node, steps: Steps, table: Table) -> Routing:
     candidates = table.visits.shape[1]
     if _asked_positive(node):
         ids = Extraction(node, [*steps, (positive_to_ids, ())])
-        return Routing(candidates, ids, Extraction(node, steps), table.natural, "table")
+        return Routing(candidates, ids, Extraction(node, steps), table.natural, RoutingForm.TABLE)
     full = bool(table.chosen.all())
-    return Routing(candidates, None, Extraction(node, steps), table.natural, "dense" if full else "table")
+    return Routing(
+        candidates, None, Extraction(node, steps), table.natural, RoutingForm.DENSE if full else RoutingForm.TABLE
+    )
 
 
 def _by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Routing]:
@@ -619,7 +651,7 @@ def _by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
             if not given and bool((onehot.sum(-1) > 1).any()):
                 continue
             read = mask_to_slots if given else mask_to_ids
-            kind = "given mask" if given else "one-hot mask"
+            form = RoutingForm.GIVEN_MASK if given else RoutingForm.ONE_HOT
             spread: Steps = [(for_each_slot, (candidates,))] if given else []
             ids_steps: Steps = [*steps, (read, ())]
             ids = read(onehot)
@@ -632,16 +664,16 @@ def _by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
                 for order in orders:
                     weights = Extraction(w, [*order, *spread])
                     if _fits(rebuilt(ids, weights.run(tape), table.natural, candidates), table):
-                        yield Routing(ids.shape[1], extraction, weights, table.natural, kind)
+                        yield Routing(ids.shape[1], extraction, weights, table.natural, form)
                 if given and k > 1 and math.prod(w.meta["shape"]) == tokens * candidates:
                     for score, _ in _tables(w.meta["shape"], tokens, candidates):
                         weights = Extraction(w, [*score, (aten.repeat.default, ([1, k],))])
                         if _fits(rebuilt(ids, weights.run(tape), table.natural, candidates), table):
-                            yield Routing(ids.shape[1], extraction, weights, table.natural, kind)
+                            yield Routing(ids.shape[1], extraction, weights, table.natural, form)
             constant = _constant(ids, table.natural, table)
             if constant is not None and not table.weighed:
                 weights = _constant_weights(constant, table)
-                yield Routing(ids.shape[1], extraction, weights, table.natural, f"{kind}, constant weight")
+                yield Routing(ids.shape[1], extraction, weights, table.natural, form.without_weights)
 
 
 def _is_argument(node: fx.Node) -> bool:
@@ -679,7 +711,7 @@ def _by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dty
             elif kind.is_floating_point and same_values(torch.where(chosen > 0, value.double(), 0.0), want):
                 weights = weights or Extraction(node, steps)
     if ids and weights:
-        yield Routing(candidates, ids, weights, table.natural, "table")
+        yield Routing(candidates, ids, weights, table.natural, RoutingForm.TABLE)
 
 
 def mask_to_ids(onehot_TKE: torch.Tensor) -> torch.Tensor:

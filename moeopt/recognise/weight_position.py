@@ -20,7 +20,6 @@ from moeopt.capture.op_kinds import is_factory
 from moeopt.capture.replay import descendants, replay
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
-from moeopt.obstacles import Rank
 from moeopt.recognise.combine import Combine, Labels, entry_weights
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.gemm_sites import GemmSite
@@ -174,8 +173,8 @@ def _summand(tape: Tape, labels: Labels, combine: Combine) -> Callable[[fx.Node]
 
 
 def _check_with_others(
-    tape: Tape, reading: Routing, table: Table, tokens: Tokens, labels: Labels, combine: Combine, candidates: list[FFNCandidate],
-    place: WeightPosition,
+    tape: Tape, reading: Routing, table: Table, tokens: Tokens, labels: Labels, combine: Combine,
+    candidates: list[FFNCandidate], place: WeightPosition,
 ) -> None:  # fmt: skip
     """Run the tape again with other weights: they must enter at ``place``, and there alone, as they are.
 
@@ -199,8 +198,7 @@ def _check_with_others(
         entered = entry_weights(tape, labels, combine.node, combine.axis, values)[1]
     except (RuntimeError, IndexError) as err:
         raise Declined(
-            f"its forward does not run with other routing weights ({err}), so their place is unknown",
-            rank=Rank.PROBE,
+            f"its forward does not run with other routing weights ({err}), so their place is unknown"
         ) from err
     seen = labels.visits() > 0
     expected = want.to(entered.dtype) if place == "output" else combine.weights
@@ -226,8 +224,8 @@ def _check_with_others(
 
 
 def _rows_follow(
-    tape: Tape, candidate: FFNCandidate, site: GemmSite, tokens: Tokens, labels: Labels, values: dict[fx.Node, torch.Tensor],
-    factors: torch.Tensor, counts: torch.Tensor,
+    tape: Tape, candidate: FFNCandidate, site: GemmSite, tokens: Tokens, labels: Labels,
+    values: dict[fx.Node, torch.Tensor], factors: torch.Tensor, counts: torch.Tensor,
 ) -> bool:  # fmt: skip
     """True where those input rows of ``site`` that count, (T, C) bool, changed by ``factors`` (T, C)."""
     before = site.rows_in(tape.value(site.operand))

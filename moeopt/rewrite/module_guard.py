@@ -7,8 +7,8 @@ forwards. Modules that belong to one expert are looked at only when that expert 
 that Python turned into the rewritten code are compared with what they were.
 
 What its functions read elsewhere (a configuration, globals, closures, class attributes) is in ``moeopt.rewrite.reads``.
-All of it is one generated comparison (``moeopt.rewrite.guard_expression``) by identity; where that finds another object, the
-values decide, and name what changed.
+All of it is one generated comparison (``moeopt.rewrite.guard_expression``) by identity; where that finds another
+object, the values decide, and name what changed.
 
 Not seen: in code compiled by ``torch.compile``, anything changed after it was compiled.
 """

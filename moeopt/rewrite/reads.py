@@ -49,8 +49,8 @@ class Reads:
         return self.__dict__ | {"tables": {}}
 
     def walk(
-        self, root: nn.Module, probe: GuardExpression, links: Callable[[str], GuardExpression], called: Iterable[int] = (), *,
-        code: bool = True,
+        self, root: nn.Module, probe: GuardExpression, links: Callable[[str], GuardExpression],
+        called: Iterable[int] = (), *, code: bool = True,
     ) -> Walk:  # fmt: skip
         """What ``root`` and the code reach now.
 

@@ -17,11 +17,10 @@ from torch import fx, nn
 from moeopt.capture.isolated_run import run_quietly, undone
 from moeopt.capture.same_graph import same_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
-from moeopt.capture.tree import tree_leaves
+from moeopt.capture.tree import ArgsKwargs, tree_leaves
 from moeopt.errors import CaptureError
 
 Key = tuple[str, str]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Unset(enum.Enum):
@@ -39,7 +38,7 @@ def storable(value: Any) -> bool:
     return bool(leaves) and all(isinstance(v, (fx.Node, torch.dtype)) for v in leaves)
 
 
-def scratch_attributes(module: nn.Module, call: Call, tape: Tape, other: Call) -> frozenset[Key]:
+def scratch_attributes(module: nn.Module, call: ArgsKwargs, tape: Tape, other: ArgsKwargs) -> frozenset[Key]:
     """(module path, attribute) of each Python value that the forward stores and that no later call reads.
 
     With the attribute absent, and with what the call ``other`` stored in it, the module must compute the same, line by
@@ -51,7 +50,7 @@ def scratch_attributes(module: nn.Module, call: Call, tape: Tape, other: Call) -
     return frozenset(key for key in stored if _same_without(module, call, tape, other, {key}))
 
 
-def _same_without(module: nn.Module, call: Call, tape: Tape, other: Call, keys: Collection[Key]) -> bool:
+def _same_without(module: nn.Module, call: ArgsKwargs, tape: Tape, other: ArgsKwargs, keys: Collection[Key]) -> bool:
     try:
         with _without(module, keys):
             if not same_computation(tape, record(module, *call, keep_values=False), keys):
@@ -79,7 +78,7 @@ def _without(module: nn.Module, keys: Collection[Key]) -> Iterator[None]:
             module.get_submodule(path).__dict__[name] = value
 
 
-def read_outside(model: nn.Module, call: Call, path: str, keys: Collection[Key]) -> bool:
+def read_outside(model: nn.Module, call: ArgsKwargs, path: str, keys: Collection[Key]) -> bool:
     """Whether the rest of ``model`` reads attributes that the module at ``path`` has stored."""
     module = model.get_submodule(path)
 

@@ -2,8 +2,8 @@
 
 From the block's modules, their classes and the globals of the functions that ran, attributes, keys, closures and
 defaults are followed by name through objects of any kind. What ends a path is a plain value, spelled as text so that
-copies and pickles can be compared; on the way each link becomes a term of a :class:`GuardExpression`. No code of the objects
-runs: tables are read directly.
+copies and pickles can be compared; on the way each link becomes a term of a :class:`GuardExpression`. No code of the
+objects runs: tables are read directly.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from moeopt.capture.probe_inputs import call_specs
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, UsageError
-from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.verification.block import BlockCheck, Case, verify_block
 from moeopt.verification.cases import adversarial_cases

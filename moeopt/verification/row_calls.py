@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.capture.call_roles import CallSpec
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.verification.model import run_plain
 from moeopt.verification.steering import ORDINARY, SteeredRows
@@ -25,7 +26,6 @@ SHAKE = 2.0
 MOST = 128
 """Rows that one call may have."""
 
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 RuntimeRun = Callable[..., tuple[Any, dict[str, Tensor]]]
 """A block on a runtime: ``(outputs, expert ids (T, K) by site)``."""
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.verification.language import find_ids
-
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def unusual_calls(call: ArgsKwargs) -> list[tuple[str, ArgsKwargs]]:

@@ -18,7 +18,7 @@ from moeopt.backends.onnxrt.open_engine import open_onnx
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.session import PROVIDERS, why_absent
 from moeopt.bundle.manifest import Manifest
-from moeopt.find.example_inputs import ArgsKwargs
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.limits import LoadLimits
 from moeopt.options import Options
 

@@ -23,6 +23,7 @@ from moeopt.backends.onnxrt.engine import OnnxEngine
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
 from moeopt.capture.call_roles import CallSpec
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotEquivalentError
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.verification.model import run_plain
@@ -31,7 +32,6 @@ from moeopt.verification.row_calls import Unpinned
 from moeopt.verification.unpinned import check_unpinned
 
 Records = Sequence[Mapping[str, Any]]
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 ROUTED = ".routed"
 FEW = 1
 """Elements of a tensor that counts as a constant: its values may decide what an exporter makes of the graph."""

@@ -12,9 +12,9 @@ from torch import nn
 
 from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.backends.onnxrt.ties import Ties
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.causal_lm.chunked_cases import causal_calls
 from moeopt.errors import NotEquivalentError
-from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.lower.other_sizes import sizes_to_try
 from moeopt.lower.unexpected_errors import format_error
 from moeopt.options import Options
@@ -30,8 +30,8 @@ CountIds = Callable[[ArgsKwargs], tuple[int, int, str]]
 
 
 def compare_engine(
-    source: nn.Module, engine: GraphEngine, call: ArgsKwargs, outcome: PipelineResult, options: Options, count: CountIds,
-    ties_of: Callable[[list[str]], Ties | None],
+    source: nn.Module, engine: GraphEngine, call: ArgsKwargs, outcome: PipelineResult, options: Options,
+    count: CountIds, ties_of: Callable[[list[str]], Ties | None],
 ) -> EndToEnd | None:  # fmt: skip
     """The verdict on the given call, expert ids counted; in strict mode the call in other sizes must agree too.
 

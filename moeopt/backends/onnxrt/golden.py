@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.bundle.golden import SLACK, Golden, compare, golden_run
+from moeopt.capture.tree import ArgsKwargs
 
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 NUDGES = 2
 
 

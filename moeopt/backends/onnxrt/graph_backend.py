@@ -24,7 +24,7 @@ from moeopt.bundle.fingerprint import fingerprint
 from moeopt.bundle.holds import notes_on_sizes
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.shared_copy import shared_copy
-from moeopt.find.example_inputs import ArgsKwargs
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.limits import LoadLimits
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.plain import open_dataclasses
@@ -94,8 +94,8 @@ class GraphBackend(Backend):
         return Made(engine, report, certificate, fingerprint(source), built)
 
     def _check_routers(
-        self, source: nn.Module, twin: nn.Module, engine: GraphEngine, form: BuiltGraph, outcome: PipelineResult, plan: Any,
-        options: Options,
+        self, source: nn.Module, twin: nn.Module, engine: GraphEngine, form: BuiltGraph, outcome: PipelineResult,
+        plan: Any, options: Options,
     ) -> list[str]:  # fmt: skip
         """Each kind of block on ONNX Runtime with its router, in strict mode; notes for report and certificate."""
         if options.verify != "strict" or not isinstance(engine, OnnxEngine) or not isinstance(plan, OrtPlan):

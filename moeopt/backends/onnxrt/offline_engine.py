@@ -52,7 +52,7 @@ class OfflineEngine(BundledEngine):
         return built_for(self.provider)
 
     def replay(self) -> OnnxEngine:
-        """The CPU fallback graph of it, on CPU."""
+        """The engine's CPU fallback graph, on CPU."""
         return OnnxEngine(self.directory, self.signature, keep=self._keep, graph=PORTABLE)
 
     @property

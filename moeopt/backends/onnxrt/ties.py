@@ -18,12 +18,11 @@ from torch.utils import _pytree as pytree
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import Records, ids_of_engine
 from moeopt.backends.onnxrt.session import PORTABLE
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.verification.model import DRAWS, EndToEnd, Noise, OriginalRuns, compare_outputs
 from moeopt.verification.pins import RoutingLog
 from moeopt.verification.ties import choices_of, differing, tied_tokens
-
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Ties:

@@ -23,8 +23,8 @@ from moeopt.backends.tensorrt.runtime import lacking
 from moeopt.backends.tensorrt.target import local_target
 from moeopt.bundle.manifest import Manifest, read_manifest
 from moeopt.bundle.schemas import PlanRecord
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
-from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.limits import LoadLimits
 from moeopt.options import Options
 from moeopt.pipeline.run import PipelineResult

@@ -1,10 +1,9 @@
-"""The plan of a TensorRT engine as the engine floor uses it: sessions to verify with, refusals, the CPU fallback graph."""
+"""The plan of a TensorRT engine as the backend uses it: sessions to verify with, refusals, the CPU fallback graph."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -17,6 +16,7 @@ from moeopt.backends.tensorrt.product import exporter_packages, product
 from moeopt.backends.tensorrt.profiles import MULTIPLE
 from moeopt.backends.tensorrt.sums import sums_for
 from moeopt.backends.tensorrt.target import Target, check_buildable, wanted_target
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, UsageError
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
@@ -25,8 +25,6 @@ from moeopt.lower.onnx.plan import BlockPlan, LoweringChoice
 from moeopt.lower.onnx.upcast import upcast_node
 from moeopt.options import Options
 from moeopt.verification.language import find_ids
-
-ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class EnginePlan(TensorRTPlan):

@@ -108,8 +108,8 @@ class TensorRTPlan(BlockPlan):
         return LoweringChoice(
             form.name,
             form,
-            f"{size(largest.memory)} of activations for {self.max_tokens} tokens, {largest.flops / routed:.3g}x the routed FLOPs, "
-            f"estimated {1e3 * time:.3g} ms",
+            f"{size(largest.memory)} of activations for {self.max_tokens} tokens, "
+            f"{largest.flops / routed:.3g}x the routed FLOPs, estimated {1e3 * time:.3g} ms",
             time,
         )
 

@@ -17,8 +17,8 @@ from moeopt.bundle.fingerprint import fingerprint
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tape import clone_inputs
+from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
-from moeopt.find.example_inputs import ArgsKwargs
 from moeopt.limits import LoadLimits
 from moeopt.lower.export import export_program
 from moeopt.ops.native.library import missing

@@ -120,7 +120,7 @@ class BlockPlan(abc.ABC):
         """Rewritten blocks run through their lowering inside; the sessions are let go at the end."""
         self._routers = routers or {}
         try:
-            with override_experts_impl(self._answer):
+            with override_experts_impl(self._run_experts):
                 yield
         finally:
             self._sessions.clear()
@@ -143,7 +143,9 @@ class BlockPlan(abc.ABC):
         given_up = {n: why for demoted in self._demoted.values() for n, why in demoted.items()}
         return [*self.remarks, *(f"lowering {n} was given up: {why}" for n, why in given_up.items())]
 
-    def _answer(self, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor | None:
+    def _run_experts(
+        self, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec
+    ) -> Tensor | None:
         if x.dtype == torch.float64 or weights.dtype == torch.float64 or type(x) is not Tensor:
             return None  # the float64 oracle of the rewritten code: the op's own definition answers
         key = (id(bank), x.dtype, weights.dtype, ids.shape[1])

@@ -1,0 +1,73 @@
+"""One word means one thing: no class name stands for two things, and the glossary names what exists."""
+
+import ast
+import re
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "moeopt").rglob("*.py"))
+
+SAME_THING = {
+    "Dense": "TensorRT's dense lowering is a subclass of ONNX's: the same form with another dispatch",
+    "Logger": "TensorRT's loggers, made where the package is imported: one keeps complaints, one prints progress",
+    "Records": "an alias: what a manifest says of each experts node",
+}
+"""Names that are defined in more than one file, with why they may."""
+
+
+def definitions(source: str) -> set[str]:
+    """The classes of a module, inner ones included, and its type aliases."""
+    tree = ast.parse(source)
+    found = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(target, ast.Name) and re.fullmatch(r"_?[A-Z]+[a-z]\w*", target.id):
+            found.add(target.id)
+    return found
+
+
+def defined() -> dict[str, list[str]]:
+    places = defaultdict(list)
+    for path in FILES:
+        for name in definitions(path.read_text()):
+            places[name].append(str(path.relative_to(ROOT)))
+    return places
+
+
+def test_a_class_name_means_one_thing():
+    twice = {name: places for name, places in defined().items() if len(places) > 1}
+    new = {name: places for name, places in twice.items() if name not in SAME_THING}
+    assert not new, f"name the later one for what it is: {new}"
+    assert set(SAME_THING) == set(twice), "an excuse that nothing needs any more"
+
+
+def test_two_classes_of_one_name_are_seen():
+    source = "class Plan:\n    class Inner: ...\n\nPlace = tuple[str, int]\nLIMIT = 3\nmade = 4\n"
+    assert definitions(source) == {"Plan", "Inner", "Place"}
+
+
+def glossary() -> list[tuple[str, str]]:
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    return [row for row in rows if row[0] != "term" and not row[0].startswith("---")]
+
+
+def test_every_code_name_of_the_glossary_exists():
+    names = set(defined())
+    for path in FILES:
+        names.add(path.stem)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                names |= {node.name, *(a.arg for a in node.args.args)}
+    quoted = {word for row in glossary() for cell in row for word in re.findall(r"`(\w+)`", cell)}
+    assert len(quoted) > 30 and not quoted - names, quoted - names
+
+
+def test_a_term_is_explained_once():
+    terms = [term.split(" (")[0] for term, _ in glossary()]
+    assert len(set(terms)) == len(terms)
+
+
+def test_the_glossary_is_found():
+    assert "(glossary.md)" in (ROOT / "docs" / "index.md").read_text()
+    assert "(docs/glossary.md)" in (ROOT / "CONTRIBUTING.md").read_text()
