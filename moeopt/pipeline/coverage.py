@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
+from moeopt.capture.collectives import refuse_collectives
 from moeopt.capture.force_routing import ForceAllExperts
 from moeopt.capture.probe_inputs import aimed_rows, probe_call
 from moeopt.capture.random_ops import refuse_random
@@ -89,6 +90,7 @@ def covering(
         steer = ForceAllExperts(last.num_named, seed) if forced and last is not None else None
         tape = record(module, *call, steer=steer)
         refuse_random(tape, module.training)
+        refuse_collectives(tape)
         try:
             return call, tape, recognize(tape, assume=assume)
         except ExpertsNotHit as err:

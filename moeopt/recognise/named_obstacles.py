@@ -26,8 +26,8 @@ _CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthval
 
 
 def named_obstacle(tape: Tape) -> Declined | None:
-    """The first that is there: computed weights, values outside PyTorch, branches, then what is inside the experts."""
-    for look in (_computed_weights, left_pytorch, branches, _between_products, single_neurons):
+    """The first that is there: computed weights, values outside PyTorch, branches, single neurons."""
+    for look in (_computed_weights, left_pytorch, branches, single_neurons):
         found = look(tape)
         if found is not None:
             return found
@@ -136,7 +136,7 @@ def branches(tape: Tape) -> Declined | None:
     return None
 
 
-def _between_products(tape: Tape) -> Declined | None:
+def between_products(tape: Tape) -> Declined | None:
     """What stands between the matmuls with the experts' weights, or that there is but one."""
     recurrent = next((c for c in tape.calls if isinstance(c.module, nn.RNNBase)), None)
     if recurrent is not None:

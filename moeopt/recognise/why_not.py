@@ -14,7 +14,7 @@ from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 from moeopt.recognise.ffn_candidates import FFNCandidate, source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
-from moeopt.recognise.named_obstacles import named_obstacle
+from moeopt.recognise.named_obstacles import between_products, named_obstacle
 
 
 def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
@@ -44,7 +44,7 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
                     "factors), and the op reads weights as they are stored; compute them once, and keep the results",
                     node.meta.get("source", ""),
                 )
-    if (reason := _one_of_many(tape)) is not None:
+    if (reason := _one_of_many(tape) or between_products(tape)) is not None:
         return reason
     return Declined(
         "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "

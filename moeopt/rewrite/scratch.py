@@ -42,7 +42,7 @@ def scratch_attributes(module: nn.Module, call: ArgsKwargs, tape: Tape, other: A
     """(module path, attribute) of each Python value that the forward stores and that no later call reads.
 
     With the attribute absent, and with what the call ``other`` stored in it, the module must compute the same, line by
-    line, as ``tape`` says of ``call``. ``other`` has other tokens, as many.
+    line, as ``tape`` says of ``call``, and store the same. ``other`` has other tokens, as many.
     """
     stored = {k for k, v in tape.attributes.items() if k not in tape.in_place and not storable(v)}
     if not stored or _same_without(module, call, tape, other, stored):
@@ -53,15 +53,23 @@ def scratch_attributes(module: nn.Module, call: ArgsKwargs, tape: Tape, other: A
 def _same_without(module: nn.Module, call: ArgsKwargs, tape: Tape, other: ArgsKwargs, keys: Collection[Key]) -> bool:
     try:
         with _without(module, keys):
-            if not same_computation(tape, record(module, *call, keep_values=False), keys):
-                return False
+            alone = record(module, *call, keep_values=False)
             with undone(module) as watched:
                 with watched:
                     args, kwargs = clone_inputs(other)
                     module(*args, **kwargs)
-                return same_computation(tape, record(module, *call, keep_values=False), keys)
+                stored = {(path, name): module.get_submodule(path).__dict__.get(name) for path, name in keys}
+                later = record(module, *call, keep_values=False)
+            same = all(same_computation(tape, one, keys) for one in (alone, later))
+            return same and all(_alike(alone.attributes.get(k), later.attributes.get(k, stored[k])) for k in keys)
     except Exception:  # it reads what is not there
         return False
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """The same Python values: a counter stores another one at each call."""
+    leaves = [[repr(v) for v in tree_leaves(t) if not isinstance(v, (fx.Node, torch.Tensor))] for t in (a, b)]
+    return leaves[0] == leaves[1]
 
 
 @contextlib.contextmanager
