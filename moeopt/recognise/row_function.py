@@ -349,7 +349,8 @@ def _chain(branch: Branch) -> FFNCandidate:
     def site(node: fx.Node) -> GemmSite:
         return GemmSite(node, node, branch.start, len(shape) - 1, len(out) - 1, [region], matrix)
 
-    return FFNCandidate([site(r) for r in branch.readers], [site(branch.end)], [], ())
+    inside = sorted(branch.inside, key=lambda n: n.meta["index"])
+    return FFNCandidate([site(r) for r in branch.readers], [site(branch.end)], inside, ())
 
 
 def _labels(group: list[FFNCandidate], numbers: list[int], tokens: Tokens, count: int) -> Labels:

@@ -35,8 +35,10 @@ def numbers_as_read(program: torch.export.ExportedProgram) -> torch.export.Expor
             wide = _call(graph, aten._to_copy.default, x, dtype=torch.float32)
             product = _call(graph, node.target, wide, number)
             whole = _call(graph, aten._to_copy.default, product, dtype=x.meta["val"].dtype)
+        name = node.name
         node.replace_all_uses_with(whole)
         graph.erase_node(node)
+        whole.name = name  # the signature knows results by their names
     program._graph_module = torch.fx.GraphModule(program.graph_module, graph)
     return program
 

@@ -59,7 +59,7 @@ def works_without(text):
 
 def test_without_a_compiler(fresh, monkeypatch):
     monkeypatch.setattr(build, "find_compiler", lambda: None)
-    works_without("the native CPU kernel is not used, torch's products are: no C.* compiler was found; install one")
+    works_without("the native CPU kernel is not used, torch's matmuls are: no C.* compiler was found; install one")
 
 
 def test_a_compiler_that_is_named_and_not_there(fresh, monkeypatch):

@@ -115,6 +115,8 @@ def widened(site: ExpertsNode) -> ExpertsNode:
 
 def refuses(site: ExpertsNode) -> str:
     """Why the function of ``site`` has no ONNX form; "" where it has one."""
+    if not isinstance(site.spec, RowFunction):
+        return "experts of two matmuls have forms of their own"
     try:
         _converted(site.spec)
     except Declined as err:
