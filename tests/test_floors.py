@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
-    {"errors"},
+    {"errors", "value_types"},
     {"options", "limits", "untrusted", "patches", "html"},  # html draws plain values
     {"ir"},
     {"ops"},

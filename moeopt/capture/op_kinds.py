@@ -19,7 +19,9 @@ _MOVES = {
     "as_strided_scatter", "movedim", "swapaxes", "narrow", "chunk", "expand_as", "repeat_interleave", "scatter",
     "index_copy", "unfold", "masked_scatter", "take", "take_along_dim", "diagonal", "tile",
 }  # fmt: skip
-_POINTWISE = {"clamp", "gelu", "silu", "mish", "softplus", "hardtanh", "glu", "elu", "leaky_relu", "celu", "selu",
+# ATen does not tag all of them as pointwise: hardswish, glu and the in-kernel forms of prelu are among the untagged
+_POINTWISE = {"hardswish", "clamp", "gelu",
+              "silu", "mish", "softplus", "hardtanh", "glu", "elu", "leaky_relu", "celu", "selu",
               "where", "_prelu_kernel", "prelu", "dropout", "masked_fill", "native_dropout"}  # fmt: skip
 _MATMULS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm_fallback", "convolution", "linear", "mv",
             "addmv", "_scaled_grouped_mm", "matmul"}  # fmt: skip

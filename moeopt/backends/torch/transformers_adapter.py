@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moeopt.errors import UsageError
+from moeopt.ir.activations import ACTIVATION_TABLE
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.experts import decode, experts, flatten
 
-_PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "mish", "softplus", "identity")
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _STACKED = ExpertsSpec()
 
@@ -153,8 +153,10 @@ def _candidates(module: Any) -> Iterator[ExpertsSpec]:
     act = getattr(module, "act_fn", None)
     held = itertools.chain(vars(module).values(), getattr(act, "__dict__", {}).values())
     numbers = sorted({abs(float(v)) for v in held if type(v) in (int, float) and 0 < abs(v) <= 100})
-    activations: list[tuple[str, float | None]] = [(a, None) for a in _PLAIN]
-    activations += [(a, n) for a in ("swish", "leaky_relu", "elu", "softcap") for n in (*numbers, 1.702)]
+    activations: list[tuple[str, float | None]] = [(a, None) for a, e in ACTIVATION_TABLE.items() if e.alpha is None]
+    for name, entry in ACTIVATION_TABLE.items():
+        if entry.alpha is not None:
+            activations += [(name, alpha) for alpha in dict.fromkeys([*numbers, 1.702, *entry.alpha])]
     if not module.has_gate:
         for act_dtype, (activation, alpha) in itertools.product((None, "float32"), activations):
             yield ExpertsSpec(rows="plain", activation=activation, alpha=alpha, act_dtype=act_dtype)

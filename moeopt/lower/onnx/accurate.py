@@ -1,6 +1,6 @@
 """Operators whose kernels lose the digits of small results, in an exported graph, replaced by forms that keep them.
 
-    Sigmoid, Elu, Selu, Celu, Mish, HardSigmoid, HardSwish     forms of :mod:`.forms.stable`
+    Sigmoid, Elu, Selu, Celu, Mish, HardSigmoid, HardSwish     forms of :mod:`moeopt.ir.stable_nodes`
     a * Sigmoid(a), a * Sigmoid(c a)                           a / (1 + exp(-c a)): silu as PyTorch computes it
     Clip with one bound                                        Max or Min: Clip takes infinity for the largest number
     Sign                                                       0 for NaN, as in PyTorch
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moeopt.lower.onnx.lowerings import stable
+from moeopt.ir import stable_nodes as stable
 
 _HALVES = ("FLOAT16", "BFLOAT16")
 _FLOATS = ("FLOAT", "DOUBLE", *_HALVES)

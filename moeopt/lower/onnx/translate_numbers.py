@@ -12,7 +12,7 @@
     erfc, erfcx, log_ndtr         no form keeps their tails: a call names the op and the line that wrote it
     prod of int64                 ONNX Runtime multiplies in float64: written out, up to 64 factors
 
-16-bit floats are computed in float32, as PyTorch does inside one op. :mod:`.forms.stable` has the functions.
+16-bit floats are computed in float32, as PyTorch does inside one op. :mod:`moeopt.ir.stable_nodes` has the functions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from moeopt.lower.onnx.lowerings import stable
+from moeopt.ir import stable_nodes as stable
 
 aten = torch.ops.aten
 _FLOAT, _INT64, _BOOL = 1, 7, 9

@@ -9,9 +9,9 @@ import itertools
 
 import torch
 
-from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec, Layout, Rows
+from moeopt.ir.specs import ExpertsSpec, Layout, Rows
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
-from moeopt.ops.native.call import NativeRun, Unfit, call
+from moeopt.ops.native.call import NATIVE_ACTIVATIONS, NativeRun, Unfit, call
 from moeopt.ops.reference import experts_reference
 
 E, K, H, I = 3, 2, 40, 24
@@ -26,7 +26,7 @@ def specs() -> list[ExpertsSpec]:
         ExpertsSpec(rows=rows, w_in_layout=first, w_out_layout=second)
         for rows, (first, second) in zip(_ROWS, itertools.cycle(layouts))
     ]
-    found += [ExpertsSpec(activation=name, alpha=ALPHA.get(name)) for name in ACTIVATIONS]
+    found += [ExpertsSpec(activation=name, alpha=ALPHA.get(name)) for name in NATIVE_ACTIVATIONS]
     return [
         *found,
         ExpertsSpec(rows="interleaved", w_in_layout="io", gate_max=0.5, up_min=-0.4, up_max=0.4, up_offset=1.0),

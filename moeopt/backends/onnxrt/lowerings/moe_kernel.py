@@ -26,7 +26,9 @@ from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, table
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
+from moeopt.lower.onnx.lowerings.weight_reads import experts_hit, weights_cost
 
 NOT_CHOSEN, FAINTEST = -1000.0, -200.0
 """Logits of experts that are not chosen, and the lowest of chosen ones: both give a softmax of exactly 0."""
@@ -52,6 +54,9 @@ class MaskedLog:
         if wide(types.accum) != wide(types.compute) or wide(types.term) != wide(types.compute):
             return f"the sum runs in {types.accum} and the kernel's in float32; moe-expand carries this"
         return refuses_kernel(site, provider)
+
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        return kernel_cost(site, tokens, provider)
 
     def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         types = types_of(site)
@@ -86,6 +91,9 @@ class Expand:
 
     def refuses(self, site: ExpertsNode, provider: str) -> str:
         return refuses_kernel(site, provider)
+
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        return kernel_cost(site, tokens, provider)
 
     def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         spec, types, size = site.spec, types_of(site), banks.sizes_of(site)
@@ -167,6 +175,14 @@ def kernel_activation(spec: ExpertsSpec) -> dict[str, Any] | None:
     if high is None or high <= 0 or limits != (None, high, -high, high):
         return None
     return {**found, "swiglu_limit": float(high)}
+
+
+def kernel_cost(site: ExpertsNode, tokens: int, provider: str) -> Cost:
+    """What the MoE kernel and the small nodes around the kernel do."""
+    hit, rows = experts_hit(site, tokens), float(tokens * site.top_k)
+    # on CPU the kernel lays weights out anew at each call, once an expert has more than one row
+    slowdown = 1.5 if rows > hit and provider == "cpu" else 1.0
+    return weights_cost(site, hit, rows, kernels=30, slowdown=slowdown)
 
 
 def refuses_kernel(site: ExpertsNode, provider: str) -> str:

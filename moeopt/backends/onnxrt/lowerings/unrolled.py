@@ -19,7 +19,9 @@ from typing import Any
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, weights
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
+from moeopt.lower.onnx.lowerings.weight_reads import experts_hit, weights_cost
 
 
 class Unrolled:
@@ -31,6 +33,10 @@ class Unrolled:
         if provider in ("tensorrt", "nv_tensorrt_rtx"):
             return "TensorRT does not split a tensor into parts whose sizes are known only at run time"
         return refuses_types(site, provider) or weights.refuses_sizes(site)
+
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        nodes = 30 + 2 * site.bank.num_experts
+        return weights_cost(site, experts_hit(site, tokens), tokens * site.top_k, nodes, syncs=2)  # two Splits
 
     def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         rows = _Rows(graph, site, ids)

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeopt.backends.tensorrt.cost import COPIED, GEMM_ROOM, routed_flops, sizes_for
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.backends.tensorrt.lowerings.stacked import Stacked
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 
 
 class Gather:
@@ -27,6 +29,12 @@ class Gather:
 
     def refuses(self, site: ExpertsNode, provider: str) -> str:
         return banks.refuses_sizes(site)
+
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        s = sizes_for(site, tokens)
+        memory = s.N * (s.expert + s.compute * (s.H + s.O))
+        moved = COPIED * s.N * s.expert + 2 * s.N * s.row
+        return Cost(moved, routed_flops(s), kernels=12, memory=memory + GEMM_ROOM)
 
     def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         size, K = banks.sizes_of(site), site.top_k

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeopt.backends.tensorrt.cost import COPIED, GEMM_ROOM, sizes_for
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.backends.tensorrt.lowerings.looped import looped
 from moeopt.backends.tensorrt.lowerings.stacked import Stacked
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
 
 
@@ -30,6 +32,14 @@ class Loop:
 
     def refuses(self, site: ExpertsNode, provider: str) -> str:
         return banks.refuses_sizes(site)
+
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        s = sizes_for(site, tokens)
+        # with weights on the input, the output cannot take the room of the first product
+        middle = s.O + s.I + s.D if site.spec.weight_on == "input" else s.I + max(s.O, s.D)
+        memory = s.expert + s.R * (s.compute * middle + s.accum * s.D + s.wider) + s.input_rows
+        moved = COPIED * s.E * s.expert + 2 * s.E * s.R * s.row
+        return Cost(moved, 2.0 * s.weights * s.E * s.R, kernels=6 + 6 * s.E, memory=memory + GEMM_ROOM)
 
     def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         from onnx_ir.tensor_adapters import from_torch_dtype

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeopt.backends.tensorrt.cost import COPIED, GEMM_ROOM, sizes_for
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.backends.tensorrt.lowerings.looped import looped
 from moeopt.backends.tensorrt.lowerings.stacked import Stacked
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
 
 STEP = 64
@@ -44,6 +46,15 @@ class Sort:
 
     def refuses(self, site: ExpertsNode, provider: str) -> str:
         return banks.refuses_sizes(site)
+
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        s = sizes_for(site, tokens)
+        L, B = blocks_of(s.N, s.E)
+        # the pairs' rows by token are fused away where the profile is made for more than 8 tokens: a third less then
+        memory = s.expert + s.compute * (L * B * s.D + (s.R + 1) * s.H + B * (s.H + s.O + s.I))
+        memory += max(s.compute * s.N * s.D, 16 * s.N * s.E)
+        moved = COPIED * L * s.expert + 2 * L * B * s.row + 32 * s.N * s.E
+        return Cost(moved, 2.0 * s.weights * L * B, kernels=20 + 6 * L, memory=memory + GEMM_ROOM)
 
     def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         types, size, K = types_of(site), banks.sizes_of(site), site.top_k

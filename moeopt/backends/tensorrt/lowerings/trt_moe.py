@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 
 from moeopt.backends.tensorrt.capability import MOE_TARGETS
+from moeopt.backends.tensorrt.cost import GEMM_ROOM, routed_flops, sizes_for
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of, wide
+from moeopt.lower.onnx.lowerings.weight_reads import experts_hit
 
 DOMAIN, OP = "trt", "TRT_MoE"
 ACTIVATIONS = {"identity": 0, "silu": 1}
@@ -61,6 +64,11 @@ class TrtMoE:
         if size.D != size.H:
             return f"IMoELayer's output is as wide as its input, {size.H}; these experts give {size.D}"
         return ""
+
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        s = sizes_for(site, tokens)
+        moved = experts_hit(site, s.T) * s.expert + 2 * s.N * s.row
+        return Cost(moved, routed_flops(s), kernels=6, memory=s.N * s.row + GEMM_ROOM)
 
     def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         return _together(graph, site, x, ids, weights) if together(site) else _by_pairs(graph, site, x, ids, weights)

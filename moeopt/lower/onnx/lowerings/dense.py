@@ -21,7 +21,9 @@ from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, table
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
+from moeopt.lower.onnx.lowerings.weight_reads import weights_cost
 
 MOST_EXPERTS = 16
 """Beyond this many, computing all of them is never the choice."""
@@ -38,6 +40,10 @@ class Dense:
         if site.spec.weight_on == "input" and site.top_k > 1:
             return "weights on the input differ for each of a token's slots; dense carries that for top_k 1 only"
         return refuses_types(site, provider) or banks.refuses_sizes(site)
+
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        E = site.bank.num_experts
+        return weights_cost(site, experts=E, rows=tokens * E, kernels=30)
 
     def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
         spec, types = site.spec, types_of(site)

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
+from moeopt.ir.activations import activation_of
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 
 _HALF = (torch.float16, torch.bfloat16)
-_NO_FLOAT64 = ("gelu",)
-"""Activations whose float64 form needs an operator that ONNX Runtime has for float32 only (Erf)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def refuses_types(site: ExpertsNode, provider: str) -> str:
             "ONNX Runtime's CPU provider has no bfloat16 MatMul, Mul or Add (NOT_IMPLEMENTED); "
             "export a float32 copy of the model, or run on CUDA"
         )
-    if types.act == torch.float64 and site.spec.activation in _NO_FLOAT64:
+    if types.act == torch.float64 and not activation_of(site.spec.activation).onnx_float64:
         return f"ONNX Runtime has no float64 kernel for {site.spec.activation}; export a float32 copy of the model"
     return ""
 
