@@ -27,7 +27,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
@@ -38,7 +38,10 @@ DenseMode = Literal["leave", "fuse", "split"]
 _CHOICES: dict[str, tuple[str, ...]] = {"verify": ("strict", "fast", "off"), "dense": ("leave", "fuse", "split")}
 
 
-def _env(name: str, default: Any, convert: Callable[[str], Any], wanted: str) -> Any:
+_Value = TypeVar("_Value")
+
+
+def _env(name: str, default: _Value, convert: Callable[[str], _Value], wanted: str) -> _Value:
     text = os.environ.get(name, "").strip()
     if not text:
         return default
@@ -79,7 +82,13 @@ def native_wanted() -> bool:
 
 def native_isa(known: Mapping[str, int]) -> str | None:
     """The instruction set that the user wants the native kernel to play, one of ``known``; None: the best there is."""
-    return _env("MOEOPT_NATIVE_ISA", None, lambda text: (known[text], text)[1], f"one of {', '.join(known)}")
+
+    def checked(text: str) -> str | None:
+        if text not in known:
+            raise ValueError(text)
+        return text
+
+    return _env("MOEOPT_NATIVE_ISA", None, checked, f"one of {', '.join(known)}")
 
 
 def compiler_wanted() -> str | None:
@@ -100,7 +109,7 @@ def variables(names: Collection[str]) -> tuple[dict[Any, Any], dict[str, Any]]:
     if not {"environ", "getenv"}.intersection(names):
         return {}, {}
     table: dict[Any, Any] = getattr(os.environ, "_data", {})  # encoded; os.environ decodes at each access
-    keys = {name: os.environ.encodekey(name) for name in sorted(names)}  # type: ignore[attr-defined]
+    keys = {name: os.environ.encodekey(name) for name in sorted(names)}
     return table, {name: key for name, key in keys.items() if key in table}
 
 
@@ -147,7 +156,7 @@ class Options:
 
     device: Any = None
     dtype: Any = None
-    verify: Verify = field(default_factory=lambda: _env("MOEOPT_VERIFY", "strict", str, "a level"))
+    verify: Verify = field(default_factory=lambda: cast(Verify, _env("MOEOPT_VERIFY", "strict", str, "a level")))
     tune: bool = False
     tokens: tuple[int, ...] | None = None
     dense: DenseMode = "leave"
@@ -168,7 +177,9 @@ class Options:
     dump: str | os.PathLike[str] | None = field(default_factory=lambda: _env("MOEOPT_DUMP", None, str, "a directory"))
     passes: tuple[Any, ...] | None = field(default=None, hash=False)
     skip_passes: tuple[str, ...] = field(
-        default_factory=lambda: _env("MOEOPT_SKIP_PASSES", (), _names, "names of passes with commas between")
+        default_factory=lambda: _env(
+            "MOEOPT_SKIP_PASSES", tuple[str, ...](), _names, "names of passes with commas between"
+        )
     )
     only_passes: tuple[str, ...] = ()
     print_passes: bool = field(default_factory=lambda: _env("MOEOPT_PRINT_PASSES", False, _flag, "1 or 0"))

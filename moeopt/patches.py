@@ -405,7 +405,7 @@ no_fake_tensor_errors = Patch(lambda: _set_levels(("torch._subclasses.fake_tenso
 def _hush() -> Undo:
     levels_back = _set_levels(_LOUD, logging.ERROR)
     stream, output = sys.stdout, _Output(sys.stdout)
-    sys.stdout = output  # type: ignore[assignment]
+    sys.stdout = output
     entry: Any = ("ignore", _IfHushed(), Warning, None, 0)
     warnings.filters.insert(0, entry)  # type: ignore[attr-defined]
     _filters_changed()

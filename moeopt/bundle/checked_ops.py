@@ -64,7 +64,8 @@ def _zeroed(op: Any) -> Callable[..., Any]:
     """An op that gives memory as it finds it; what the process left there is nobody else's to read."""
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        return op(*args, **kwargs).zero_()
+        y: Tensor = op(*args, **kwargs)
+        return y.zero_()
 
     return call
 

@@ -54,7 +54,7 @@ class _Names:
         self.weights, self.tensors = weights, tensors
         self.fixed = {placeholders[n]: tensors[t] for n, t in weights.items() if t not in written}
         self.read: set[str] = set()
-        self._names = {name: name for name in placeholders}
+        self._names: dict[str, str] = {name: name for name in placeholders}
 
     def __call__(self, node: torch.fx.Node) -> str:
         self.read.add(self._names[node.name])

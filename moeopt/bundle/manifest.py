@@ -47,7 +47,7 @@ class Manifest:
 
     @property
     def backend(self) -> str:
-        return self.data["backend"]
+        return str(self.data["backend"])
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest lists and that was checked; ``BundleError`` for any other."""
@@ -156,7 +156,7 @@ def known_backends() -> tuple[str, ...]:
 
 def read_backend(directory: str | os.PathLike[str]) -> str:
     """Which backend a bundle claims to be for, its files unchecked; ``BundleError`` when it claims nothing."""
-    return _read_header(Path(directory))["backend"]
+    return str(_read_header(Path(directory))["backend"])
 
 
 def is_bundle(directory: str | os.PathLike[str]) -> bool:

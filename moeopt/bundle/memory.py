@@ -46,7 +46,7 @@ _ATTENTION = ("aten.scaled_dot_product_attention.default", "aten._scaled_dot_pro
 
 
 def _coordinates(args: Sequence[Any]) -> int:
-    return args[0].numel() * max(args[0].dim(), 1) * 8
+    return int(args[0].numel() * max(args[0].dim(), 1) * 8)
 
 
 def _thrice(args: Sequence[Any]) -> int:
@@ -58,12 +58,12 @@ def _repeated(args: Sequence[Any]) -> int:
     rows = int(repeats.clamp(min=0).double().sum()) if repeats.numel() else 0
     if len(args) < 2 or not isinstance(args[1], torch.Tensor):
         return rows * 8
-    own = args[0].numel() * args[0].element_size()
+    own: int = args[0].numel() * args[0].element_size()
     if repeats.numel() == 1:
         return own * rows
     at = args[2] if len(args) > 2 and args[2] is not None else None
     share = own // max(args[0].shape[at] if at is not None else args[0].numel(), 1)
-    return rows * share + own
+    return int(rows * share + own)
 
 
 DYNAMIC: dict[str, Callable[[Sequence[Any]], int]] = {
@@ -124,11 +124,11 @@ def needed(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         return _indexed(args[0], args[1])
     given = list(tensors_of([list(args), kwargs]))
     if name in _PRODUCTS:
-        return math.prod(_PRODUCTS[name](args)) * args[0].element_size() if _ranked(name, args) else 0
+        return int(math.prod(_PRODUCTS[name](args)) * args[0].element_size()) if _ranked(name, args) else 0
     if name in _ATTENTION:
         return 2 * sum(t.numel() * t.element_size() for t in given[:3])
     if name.startswith("moeopt."):
-        return 16 * args[0].numel() * max(args[0].element_size(), 4)
+        return int(16 * args[0].numel() * max(args[0].element_size(), 4))
     if _is_view(op):
         _check_parts(op, args)
         return 0
@@ -138,7 +138,7 @@ def needed(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     if base in _FILLED and len(args) > _FILLED[base] and isinstance(args[_FILLED[base]], list):
         kind = kwargs.get("dtype")
         width = kind.itemsize if isinstance(kind, torch.dtype) else max((t.element_size() for t in given), default=8)
-        return math.prod(args[_FILLED[base]]) * width
+        return int(math.prod(args[_FILLED[base]]) * width)
     if base in _NO_LARGER and isinstance(args[0], torch.Tensor):
         return args[0].numel() * (max(args[0].element_size(), 8) + 8 * (len(returns) - 1))
     if torch.Tag.pointwise in op.tags and given:
@@ -187,7 +187,7 @@ class _Counting(TorchDispatchMode):
     """Counts the bytes of what each op inside returns."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -200,7 +200,8 @@ class _Counting(TorchDispatchMode):
 def _on_meta(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     with torch.no_grad(), _Counting() as counted:
         result = op(*_meta(list(args)), **{**_meta(kwargs), **_placed(op)})
-    return max(counted.bytes, sum(t.numel() * t.element_size() for t in tensors_of(result) if not _is_view(op)))
+    returned = sum(t.numel() * t.element_size() for t in tensors_of(result) if not _is_view(op))
+    return int(max(counted.bytes, returned))
 
 
 def _placed(op: Any) -> dict[str, Any]:
@@ -273,4 +274,4 @@ def _ranked(name: str, args: Sequence[Any]) -> bool:
     first, second = args[-2:] if name in ("aten.mm.default", "aten.bmm.default") else args[:2]
     if name in ("aten.addmm.default", "aten.baddbmm.default"):
         first, second = args[1:3]
-    return first.dim() >= 1 and second.dim() >= 1
+    return bool(first.dim() >= 1 and second.dim() >= 1)

@@ -220,12 +220,12 @@ def _encode_compare(node: ast.Compare, leaves: Any) -> Any:
     return pairs[0] if len(pairs) == 1 else ["and", *pairs]
 
 
-def _leaf(node: ast.expr, leaves: Any) -> int:
-    """The number of the leaf that ``L['x'][0]`` names."""
+def _leaf(node: ast.expr, leaves: Any) -> Any:
+    """The number of the leaf, or the container of such numbers, that ``L['x'][0]`` names."""
     if isinstance(node, ast.Name) and node.id == "L":
         return leaves
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-        return _leaf(node.value, leaves)[node.slice.value]  # type: ignore[index]
+        return _leaf(node.value, leaves)[node.slice.value]
     if isinstance(node, ast.Attribute):
         return getattr(_leaf(node.value, leaves), node.attr)
     raise _Other

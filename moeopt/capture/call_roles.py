@@ -141,7 +141,8 @@ class CallSpec:
         return args, kwargs
 
     def _tokens_first(self, n: int) -> Tensor:
-        value, axis = self._values[n], self.leaves[n].feature_axis
+        value: Tensor = self._values[n]
+        axis = self.leaves[n].feature_axis
         return value.detach() if axis == -1 else value.detach().movedim(axis, -1)
 
 

@@ -24,7 +24,7 @@ class _Writes(TorchDispatchMode):
     """Announces each write to ``state``."""
 
     def __init__(self, state: ModuleState) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.state = state
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

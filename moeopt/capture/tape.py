@@ -90,10 +90,6 @@ class Tape:
             stack.pop()
         return self._values[node]
 
-    def call_of(self, node: fx.Node) -> Call:
-        """The innermost module call that recorded ``node``."""
-        return self.calls[node.meta["call"]]
-
     def stack(self, index: int | None) -> list[int]:
         """Call indices from the root's call down to ``index``."""
         chain: list[int] = []
@@ -143,14 +139,14 @@ _VIEW_TWINS = {
 
 
 def _storage_key(t: torch.Tensor) -> int:
-    return t.untyped_storage()._cdata
+    return int(t.untyped_storage()._cdata)
 
 
 class _Recorder(TorchDispatchMode):
     """Writes each ATen call down as a node; see :func:`record`."""
 
     def __init__(self, root: nn.Module, state: ModuleState, keep_values: bool, steer: Steer | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.steer = steer
         self.root, self.state, self.keep_values = root, state, keep_values
         self.make = NodeFactory()

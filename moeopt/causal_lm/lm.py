@@ -206,13 +206,13 @@ def _real_views(exporter: Any) -> Any:
     """transformers' ONNX exporter, with complex numbers (Llama 4's rotary) in the form that it can translate."""
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
-    class Traced(DynamoExporter):  # type: ignore[misc,valid-type]
+    class Traced(DynamoExporter):  # type: ignore[misc]
         def export_program(self, *args: Any, **kwargs: Any) -> Any:
             with _own_dtypes():
                 self.program, metadata = super().export_program(*args, **kwargs)
             return numbers_as_read(through_real_views(self.program)), metadata
 
-    class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc,name-defined]
+    class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc]
         """Its ``super().export_program`` is the one above."""
 
     return Exporter

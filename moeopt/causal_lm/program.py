@@ -90,7 +90,8 @@ def operations(mixer: Mixer, size: int) -> int:
             self.number += 1
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), CountOps() as count:
+    count = CountOps()  # type: ignore[no-untyped-call]  # torch
+    with torch.no_grad(), count:
         MixerProgram(mixer)(weights, sized(tokens, size), states)
     return count.number
 

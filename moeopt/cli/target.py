@@ -87,7 +87,7 @@ def _factory(where: str, name: str, target: str) -> Callable[[], Any]:
         raise
     except Exception as err:
         raise UsageError(f"{target}: importing {where} failed: {_format_error(err)}") from err
-    factory = getattr(module, name, None)
+    factory: Callable[[], Any] | None = getattr(module, name, None)
     if not callable(factory):
         raise UsageError(f"{target}: {where} has no function {name!r}")
     return factory

@@ -46,7 +46,7 @@ class _Enough(Exception):
 
 class _Watch(TorchDispatchMode):
     def __init__(self, experts: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.experts, self.top_k = experts, 0
         self.before: list[str] = []
         self.then: list[str] = []

@@ -84,7 +84,7 @@ def _by_its_forward(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, torch.fx.GraphModule) or "forward" not in model.__dict__:
         return model
-    plain = type("GraphModule", (nn.Module,), {})()  # so that messages name it so
+    plain: nn.Module = type("GraphModule", (nn.Module,), {})()  # so that messages name it so
     plain.__dict__.update(model.__dict__)
     return plain
 

@@ -114,4 +114,4 @@ def _repeated(leaf: torch.Tensor, axis: int, size: int) -> torch.Tensor:
 
 def _within(size: int, bounds: list[Any]) -> int:
     low, high = bounds
-    return max(low, size if high is None else min(size, high))
+    return int(max(low, size if high is None else min(size, high)))

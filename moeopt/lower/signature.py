@@ -148,12 +148,13 @@ def numbered(program: torch.export.ExportedProgram) -> dict[str, Any]:
         return tuple(parts) if spec.type is tuple else parts
 
     args, kwargs = walk(program.call_spec.in_spec)
+    by_keyword: dict[str, Any] = kwargs
     names = program.module_call_graph[0].signature.forward_arg_names or []
     starred: dict[str, Any] = {}
     for name, part in zip(names, args, strict=False):
         if of_star := re.fullmatch(r"(\w+)_(\d+)", name):
             starred.setdefault(of_star[1], {})[int(of_star[2])] = part
-    return starred | dict(zip(names, args, strict=False)) | kwargs
+    return starred | dict(zip(names, args, strict=False)) | by_keyword
 
 
 def _outputs(program: torch.export.ExportedProgram) -> list[dict[str, Any]]:
@@ -220,7 +221,8 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
                 "call eval() first, or make the draws an argument"
             )
     with one_trace, quiet():  # torch warns about its own use of tree specs
-        return program.run_decompositions({})
+        decomposed: torch.export.ExportedProgram = program.run_decompositions({})
+        return decomposed
 
 
 def _line_of(node: torch.fx.Node) -> str:

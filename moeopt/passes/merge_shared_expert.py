@@ -153,7 +153,8 @@ def _function_of(module: nn.Module, hidden: int, one: Added, where: str | None) 
 def merge(block: BlockGraph, one: Added, shared: ExpertRef) -> None:
     """Give the experts of ``one`` one more, and each token one more choice."""
     held, index, x, ids, weights = one.experts.args
-    refs, spec = block.weights[index]  # type: ignore[index]
+    assert isinstance(index, int)
+    refs, spec = block.weights[index]
     count, graph = len(refs), block.graph
     dtype = weights.meta.get("dtype")  # type: ignore[union-attr]
 
@@ -177,10 +178,10 @@ def merge(block: BlockGraph, one: Added, shared: ExpertRef) -> None:
     one.total.replace_all_uses_with(one.routed[0] if one.routed else one.experts)
     for node in (one.total, *one.shared, one.module):
         graph.erase_node(node)
-    block.weights[index] = ExpertWeightRefs([*refs, shared], spec)  # type: ignore[index,call-overload]
-    chosen = block.per_token[index]  # type: ignore[index,call-overload]
-    block.per_token[index] = None if chosen is None else chosen + 1  # type: ignore[index,call-overload]
-    block.routers[index] = None  # type: ignore[index,call-overload]
+    block.weights[index] = ExpertWeightRefs([*refs, shared], spec)
+    chosen = block.per_token[index]
+    block.per_token[index] = None if chosen is None else chosen + 1
+    block.routers[index] = None
 
 
 def _back(node: Any, shared: bool = False) -> tuple[fx.Node, list[fx.Node]]:

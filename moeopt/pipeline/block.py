@@ -28,8 +28,9 @@ from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.install import BlockProgram, RewrittenForward
 from moeopt.rewrite.legality import check_module
-from moeopt.verification.block import BlockCheck, Case, verify_block
+from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
+from moeopt.verification.results import BlockCheck, Case
 
 MOST_FLOPS = 4e10
 """Of one run of a block in its largest verification case."""

@@ -147,7 +147,8 @@ def _later_call(module: nn.Module, call: ArgsKwargs) -> Tape:
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:
     inner = module.__dict__.get("_old_forward") or module.__dict__.get("forward")
-    return inner if inner is not None else type(module).forward.__get__(module)
+    bound: Callable[..., Any] = inner if inner is not None else type(module).forward.__get__(module)
+    return bound
 
 
 def _plan(tape: Tape, recognitions: list[Recognition]) -> KeptSteps:

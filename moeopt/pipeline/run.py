@@ -44,7 +44,7 @@ from moeopt.recognise.hints import hint_for
 from moeopt.report import BlockReport
 from moeopt.rewrite.install import install
 from moeopt.rewrite.legality import absent_reason
-from moeopt.verification.block import BlockCheck
+from moeopt.verification.results import BlockCheck
 
 LEVELS = 4
 """How far up from the innermost module a block is looked for: the router and the sum may be outside it."""

@@ -309,8 +309,7 @@ def _check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidat
     """
     active = {m.path for s in find_sites(tape) if s.matrix.numel() for m in s.matrices}
     named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
-    for part in (lambda e: e.w_in[0], lambda e: e.w_out):
-        refs = [part(e) for e in experts]
+    for refs in ([e.w_in[0] for e in experts], [e.w_out for e in experts]):
         used = {r.path for r in refs}
         names = set() if len(used) == 1 and len(experts) > 1 else _siblings(used, named)
         held = {id(tensor_at(tape.root, p)) for p in used}
@@ -395,7 +394,7 @@ def _natural(experts: list[ExpertRef]) -> list[int]:
         path = [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", ref.path)]
         return ([(isinstance(p, str), p) for p in path], ref.origin)
 
-    return sorted(range(len(experts)), key=key)  # type: ignore[arg-type]
+    return sorted(range(len(experts)), key=key)
 
 
 def _with_frontier(

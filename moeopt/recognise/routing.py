@@ -107,7 +107,7 @@ class Extraction:
         """The extraction on another value of its source."""
         for op, rest in self.steps:
             args = [ids if a == "@ids" else a for a in rest]
-            value = op(value, *args)  # type: ignore[operator]
+            value = op(value, *args)
         assert value is not None
         return value
 

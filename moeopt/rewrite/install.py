@@ -16,7 +16,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -94,7 +94,7 @@ class BlockProgram:
         return self.block.graph
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch
 def _changed(engine: RewrittenForward) -> str:
     """What of the block's own code is not as it was verified; all of it is looked at once something was not."""
     reason = engine.watch.everything() if engine._stale else engine.watch.shared()
@@ -246,7 +246,7 @@ class RewrittenForward:
         module = memo.get(id(self.module))
         if module is None:
             module = copy.deepcopy(self.module, memo)
-            return module.forward  # type: ignore[no-any-return,return-value]
+            return cast(RewrittenForward, module.forward)
         new = RewrittenForward.__new__(RewrittenForward)
         memo[id(self)] = new
         new.module, new.program, new.original = module, self.program, copy.deepcopy(self.original, memo)
@@ -270,7 +270,7 @@ class RewrittenForward:
 def run(block: BlockGraph, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """One call of ``block`` on the weights of ``module``; of ``module``'s own code while the block has no graph."""
     if block.captured is not None:
-        return type(module).forward(module, *args, **kwargs)  # type: ignore[operator]
+        return type(module).forward(module, *args, **kwargs)
     return RewrittenForward(module, BlockProgram(block, inspect.signature(module.forward)))(*args, **kwargs)
 
 

@@ -316,7 +316,8 @@ class _Planner:
 def tensor_leaf(tree: Any, index: int) -> torch.Tensor:
     """The ``index``-th tensor of a module's output, whatever containers hold it."""
     if isinstance(tree, (tuple, list)) and all(isinstance(t, torch.Tensor) for t in tree):
-        return tree[index]
+        first: torch.Tensor = tree[index]
+        return first
     found: torch.Tensor = leaves_of(torch.Tensor, tree)[index]
     return found
 

@@ -76,7 +76,7 @@ def take_facts(root: nn.Module, live: Iterable[str], written: Iterable[tuple[str
             Fact(
                 path,
                 type(module),
-                fingerprint(type(module).forward),  # type: ignore[arg-type]
+                fingerprint(type(module).forward),
                 tuple(plain),
                 tuple(plain.values()),
                 tuple(n for n, c in module._modules.items() if c is not None and not _inside(prefix + n, kept)),
@@ -117,7 +117,7 @@ class _Watched:
         fact, module = self.fact, self.module
         d: dict[str, Any] = module.__dict__
         probe.attribute(module, "__class__", module.__class__)
-        probe.attribute(module.__class__, "forward", module.__class__.forward)  # type: ignore[attr-defined]
+        probe.attribute(module.__class__, "forward", module.__class__.forward)
         if fact.path:
             for kind in _HOOKS:
                 count = len(d[kind])
@@ -141,7 +141,7 @@ class _Watched:
         """What is another than it was; "" when nothing is."""
         fact, module = self.fact, self.module
         d, name = module.__dict__, fact.path or "the block"
-        if module.__class__ is not fact.cls or fingerprint(fact.cls.forward) != fact.forward:  # type: ignore[attr-defined]
+        if module.__class__ is not fact.cls or fingerprint(fact.cls.forward) != fact.forward:
             return f"the class of {name}, or its forward, is not the one that was verified"
         if fact.path and (hook_count(module) != fact.hooks):
             return f"a hook was registered on {name}, which is no longer called for each expert"

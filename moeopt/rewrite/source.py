@@ -68,7 +68,7 @@ class _ModuleFacts:
         module = self._module()
         if module is None:
             return
-        probe.entries(module._modules)  # type: ignore[arg-type]
+        probe.entries(module._modules)
         for registry, name, value in _items(module):
             if registry is not module._modules:
                 probe.item(registry, name, value)

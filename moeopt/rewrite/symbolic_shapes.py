@@ -145,7 +145,7 @@ def _shape(versions: list[tuple[int, ...] | None], sizes: InputSizes) -> tuple[i
     first = versions[0]
     if first is None or any(v is None or len(v) != len(first) for v in versions):
         return None
-    each = zip(*versions, strict=True)  # type: ignore[arg-type]
+    each = zip(*versions, strict=True)
     return tuple(v[0] if len(set(v)) == 1 else sizes.express(v) for v in each)
 
 

@@ -324,7 +324,8 @@ class Walk:
             self.whole.add(place)
             self._outside(place, value)
         elif isinstance(held, dict) and cls.__module__ not in INERT:
-            if cls.__getattribute__ is object.__getattribute__:
+            lookup: object = cls.__getattribute__
+            if lookup is object.__getattribute__:
                 self.probe.attribute(value, "__dict__", held)
             else:
                 self.probe.add("{0}({1}, {2}) is {3}", object.__getattribute__, value, "__dict__", held)
@@ -351,8 +352,8 @@ class Walk:
             if name not in _MODULE or name == "training":
                 self._link(self.probe, module.__dict__, name, value, f"{place}.{name}")
         for registry in (module._parameters, module._buffers, module._modules):
-            self.probe.keys(registry)  # type: ignore[arg-type]
-            for name, value in registry.items():  # type: ignore[attr-defined]
+            self.probe.keys(registry)
+            for name, value in registry.items():
                 if isinstance(value, nn.Module):
                     self.whole.add(f"{place}.{name}")
                 self._link(self.probe, registry, name, value, f"{place}.{name}")

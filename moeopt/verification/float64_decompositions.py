@@ -23,7 +23,9 @@ from moeopt.ops.reference import experts_reference
 F64 = torch.float64
 
 
-def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None):
+def grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """``aten::_grouped_mm``: 2d x 3d and 3d x 2d cut by ``offs`` (running ends), 2d x 2d cut K, 3d x 3d is bmm."""
     if offs is None:
         out = torch.bmm(a.to(F64), b.to(F64))

@@ -12,9 +12,10 @@ from moeopt.capture.probe_inputs import call_specs
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, UsageError
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
-from moeopt.verification.block import BlockCheck, Case, verify_block
+from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.model import run_plain
+from moeopt.verification.results import BlockCheck, Case
 from moeopt.verification.state import clone_inputs_and_objects
 
 EXPERTS = 16

@@ -107,7 +107,7 @@ class _ChoiceRecorder(TorchDispatchMode):
     """Runs ops as they are; keeps what was chosen."""
 
     def __init__(self, guard: RestoreState) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.guard = guard
         self.selections = Selections()
 
@@ -129,7 +129,7 @@ class Pinned(TorchDispatchMode):
     """Runs ops as they are, but for the choices, which are taken from a recording in order."""
 
     def __init__(self, selections: Selections) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.guard: RestoreState
         self.rounded = False  # some result was written to a tensor of lower precision
         self._events = selections.events

@@ -25,7 +25,7 @@ class RoutingLog(TorchDispatchMode):
     """
 
     def __init__(self, other: Mapping[int, Callable[[Tensor], Tensor]] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.events: list[Event] = []
         self._other = other or {}
 
@@ -47,7 +47,7 @@ class RoutingPins(TorchDispatchMode):
     """While open, the routing choices of a run are those of ``events``, as far as they are met in the same order."""
 
     def __init__(self, events: Sequence[Event]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self._left = list(events)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

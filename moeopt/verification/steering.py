@@ -56,7 +56,7 @@ class _Products(TorchDispatchMode):
     """Keeps the products of R rows with a matrix of few columns."""
 
     def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.rows, self.columns = rows, columns
         self.found: list[_Product] = []
 

@@ -22,7 +22,8 @@ def unusual_calls(call: ArgsKwargs) -> list[tuple[str, ArgsKwargs]]:
     rows = next((n for n, t in enumerate(leaves) if _holds_rows(t)), None)
 
     def with_leaf(changes: dict[int, Tensor]) -> ArgsKwargs:
-        return pytree.tree_unflatten([changes.get(n, leaf) for n, leaf in enumerate(leaves)], spec)
+        args, kwargs = pytree.tree_unflatten([changes.get(n, leaf) for n, leaf in enumerate(leaves)], spec)
+        return args, kwargs
 
     if rows is not None:
         return [(what, with_leaf({rows: value})) for what, value in _rows_of(leaves[rows])]

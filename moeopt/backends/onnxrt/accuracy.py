@@ -120,7 +120,7 @@ def _model(kernel: Kernel) -> bytes:
     y.name, y.type = "y", ir.TensorType(ir.DataType.INT64 if integral else ir.DataType.FLOAT)
     opsets = {"": 20, "com.microsoft": 1}
     graph = ir.Graph([x], [y], nodes=[node], initializers=operands, opset_imports=opsets, name="kernel")
-    return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    return bytes(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
 
 
 def points() -> Tensor:

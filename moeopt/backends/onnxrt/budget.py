@@ -111,6 +111,6 @@ def _width(kind: int) -> float:
     import onnx_ir as ir
 
     try:
-        return ir.DataType(kind).bitwidth / 8
+        return float(ir.DataType(kind).bitwidth / 8)
     except (ValueError, TypeError):
         return 8.0

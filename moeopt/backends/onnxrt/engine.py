@@ -81,11 +81,12 @@ class GraphEngine(BundledEngine):
 
     @property
     def provider(self) -> str:
-        return self.session.provider
+        return str(self.session.provider)
 
     @property
     def device(self) -> torch.device:
-        return self.session.device
+        device: torch.device = self.session.device
+        return device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.run_graph if self.causal_lm is None else self.causal_lm
@@ -149,7 +150,8 @@ class OnnxEngine(GraphEngine):
         self.notes, self.graph = list(notes), graph
 
     def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        return self.session.within(seconds)
+        allowed: contextlib.AbstractContextManager[None] = self.session.within(seconds)
+        return allowed
 
     def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return open_bundle, (self.provider,)

@@ -227,7 +227,7 @@ class Session:
         if self.device.type == "cuda":
             binding.synchronize_outputs()
         del held
-        values = [torch.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
+        values = [torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
         return [v.view(torch.bool) if b else v for v, b in zip(values, self._is_bool, strict=True)]
 
     def _run_until(self, binding: Any, until: float) -> None:

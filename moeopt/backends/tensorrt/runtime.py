@@ -194,7 +194,7 @@ class EngineRunner:
 def _logger(trt: Any, words: list[str]) -> Any:
     """A logger that keeps what the package complains of."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

@@ -33,7 +33,7 @@ def main(path: str) -> None:
 def build(trt: Any, job: dict[str, Any], log: Any) -> dict[str, Any]:
     """Parse and build; the keys of what it returns are those of ``build.Built``, or ``errors`` alone."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

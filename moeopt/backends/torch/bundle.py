@@ -183,7 +183,7 @@ class _opened:
         from safetensors import SafetensorError, safe_open
 
         try:
-            self._file = safe_open(self.path, framework="pt", device=str(self.device)).__enter__()
+            self._file = safe_open(self.path, framework="pt", device=str(self.device)).__enter__()  # type: ignore[no-untyped-call]
         except SafetensorError as err:
             raise BundleError(f"{self.path}: it is not a safetensors file ({err})") from None
         self._names = set(self._file.keys())

@@ -38,7 +38,7 @@ _STACKED = ExpertsSpec()
 Conversion = tuple[str | None, str]
 """The recognised function in ``ExpertsSpec.encode``'s words (torch.compile holds no object), or None and the reason."""
 
-_plans: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Conversion]] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Conversion]] = weakref.WeakKeyDictionary()
 _recent: dict[ExpertsSpec, None] = {}
 
 
@@ -67,14 +67,16 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         _warn_once(type(self).__name__, reason)
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        theirs: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        return theirs
     if torch.compiler.is_compiling():
         lists = flatten(_bank(self), _STACKED)
-        return torch.ops.moeopt.experts(hidden_states, top_k_index, top_k_weights, *lists, text)
+        traced: Tensor = torch.ops.moeopt.experts(hidden_states, top_k_index, top_k_weights, *lists, text)
+        return traced
     return experts(hidden_states, top_k_index, top_k_weights, _bank(self), decode(text))
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch
 def plan(module: nn.Module) -> Conversion:
     """What this experts module computes, recognised once for each state of its plain attributes."""
     key = _state(module)
@@ -93,7 +95,7 @@ def _bank(module: Any) -> StackedExpertWeights:
     return StackedExpertWeights([getattr(module, name)], module.down_proj, [b_in], b_out)
 
 
-def _state(module: Any) -> tuple:
+def _state(module: Any) -> tuple[Any, ...]:
     """All that may change what the module computes, weights' values aside."""
     act = getattr(module, "act_fn", None)
     weights = [module._parameters.get(name) for name in ("gate_up_proj", "up_proj", "down_proj")]

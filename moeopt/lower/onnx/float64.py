@@ -25,7 +25,8 @@ def attributes_written_out(program: torch.export.ExportedProgram) -> torch.expor
     }
     if not any(node.target in table and _is_float64(node.meta.get("val")) for node in program.graph.nodes):
         return program
-    return program.run_decompositions(table)
+    decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
+    return decomposed
 
 
 def _is_float64(value: Any) -> bool:

@@ -65,7 +65,7 @@ def first_difference(run: NativeRun, isa: int) -> str:
 
 def _bank(spec: ExpertsSpec, dtype: torch.dtype, rng: torch.Generator, stacked: bool) -> tuple[ExpertWeights, int]:
     def matrix(out: int, into: int, layout: str) -> torch.Tensor:
-        w = (torch.randn(E, out, into, generator=rng) / into**0.5).to(dtype)
+        w: torch.Tensor = (torch.randn(E, out, into, generator=rng) / into**0.5).to(dtype)
         return w if layout == "oi" else w.transpose(1, 2).contiguous()
 
     widths = {"plain": [I], "separate": [I, I]}.get(spec.rows, [2 * I])

@@ -91,7 +91,7 @@ def _experts(graph: Builder, site: ExpertsNode, rows: _Rows, x_NH: Any) -> Any:
     """Every expert on its rows: (N, D) in the compute dtype; zeros for pairs that name no expert."""
     size, compute = weights.sizes_of(site), types_of(site).compute
 
-    def products(value: Any, which: str, width: int) -> tuple[Any, Any]:
+    def products(value: Any, which: str, width: int) -> Any:
         parts = graph.op("Split", [value, rows.counts], outputs=size.E + 1, axis=0, name=f"{which}_parts")
         done = [
             graph.op("MatMul", [part, weights.expert_weight(graph, site, e, which)], name=f"expert.{e}/{which}")
