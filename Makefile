@@ -37,7 +37,7 @@ LESSER_CPU := ATEN_CPU_CAPABILITY=$(ISA) ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INST
 ISA_TESTS := tests/ops tests/verification tests/rewrite tests/backends tests/bundle \
 	tests/test_zoo.py tests/test_sabotage.py tests/test_trained_lm.py
 
-.PHONY: help setup demo test test-isa test-nightly test-compat test-gpu test-wheel lint format types docs bench clean
+.PHONY: help setup demo test test-isa test-nightly test-compat test-gpu gpu-day test-wheel lint format types docs bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -76,8 +76,12 @@ test-wheel: $(READY)  ## the wheel in a clean environment, and the example workf
 test-compat: $(READY_COMPAT)  ## what depends on transformers, on the oldest version promised
 	$(ONE_THREAD) $(PY_COMPAT) $(PYTEST) -m 'not gpu and not nightly' $(wildcard tests/compat tests/families tests/test_families.py tests/zoo) $(ARGS)
 
+# named, since collecting the whole suite takes longer than they do; `make test-gpu PY=python3` installs nothing
 test-gpu: $(READY)  ## the tests that need a CUDA GPU
-	$(PY) -m pytest -q -p no:cacheprovider -m gpu $(ARGS)
+	$(PY) -m pytest -q -p no:cacheprovider -m gpu tests/gpu tests/ops/test_cuda.py $(ARGS)
+
+gpu-day: $(READY)  ## everything that only a GPU can tell, in 14 minutes: OUT=folder for its gpu-day.json
+	$(PY) benchmarks/gpu_day.py all
 
 lint: $(READY)  ## ruff: rules and format
 	$(PY) -m ruff check .

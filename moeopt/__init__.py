@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moeopt.ir.specs import ExpertsSpec, RouterSpec
     from moeopt.limits import LoadLimits
     from moeopt.options import Options
+    from moeopt.planning import ClusterPlan, plan
     from moeopt.profiling import LoadProfile, profile
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _HOMES = {
     "moeopt.ir.specs": "ExpertsSpec RouterSpec",
     "moeopt.limits": "LoadLimits",
     "moeopt.options": "Options",
+    "moeopt.planning": "ClusterPlan plan",
     "moeopt.profiling": "LoadProfile profile",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -42,6 +44,7 @@ __all__ = [
     "BundleError",
     "CaptureError",
     "CheckpointError",
+    "ClusterPlan",
     "Declined",
     "ExpertsSpec",
     "Inspection",
@@ -58,6 +61,7 @@ __all__ = [
     "inspect",
     "load",
     "optimize",
+    "plan",
     "profile",
     "verify",
 ]

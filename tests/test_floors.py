@@ -20,7 +20,7 @@ FLOORS = [
     {"passes"},
     {"verification", "report"},
     {"pipeline", "inspection"},  # one model driven through the rooms above; a model counted
-    {"bundle"},
+    {"bundle", "planning"},
     {"lower"},
     {"causal_lm"},
     {"backends"},

@@ -1,4 +1,4 @@
-"""The ``moeopt`` command: optimize, explain, inspect, profile, passes, verify, info, build-kernels.
+"""The ``moeopt`` command: optimize, explain, inspect, profile, plan, passes, verify, info, build-kernels.
 
 Exit code 0: good. 1: not equivalent, damaged, or not to be had. 2: used wrongly. An expected failure is one message on
 stderr and no traceback; a traceback is a bug in moeopt.

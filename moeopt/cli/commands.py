@@ -17,6 +17,7 @@ import typer
 import moeopt
 from moeopt.cli.inspect_command import inspect_command
 from moeopt.cli.passes_command import passes_command
+from moeopt.cli.plan_command import plan_command
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.target import FORMS, load_target
 from moeopt.errors import UsageError
@@ -49,6 +50,7 @@ def every_command(version: Version = False) -> None:
 app.command("inspect")(inspect_command)
 app.command("profile")(profile_command)
 app.command("passes")(passes_command)
+app.command("plan")(plan_command)
 
 TargetArgument = Annotated[str, typer.Argument(help=FORMS)]
 BundleArgument = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]

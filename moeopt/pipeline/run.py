@@ -39,6 +39,7 @@ from moeopt.pipeline.dense import DenseResult as DenseResult
 from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
 from moeopt.pipeline.describe import dense_reason, describe_router, read_router
 from moeopt.pipeline.dump import Dump
+from moeopt.pipeline.lowering_text import lowering_text
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.hints import hint_for
 from moeopt.report import BlockReport
@@ -287,7 +288,7 @@ def _report(
         router = read_router(model, attempt.path, outcome.calls, found, inside)
         yield BlockReport(
             name, "moe", "rewritten", "", len(found.experts), describe_router(found, router),
-            "moeopt::experts (grouped, one op)",
+            lowering_text(model.get_submodule(attempt.path), found),
             attempt.rewrite.check.distance_rewritten if attempt.rewrite.check.passed is not None else None,
             found.source, seconds=attempt.seconds,
             top_k=found.routing.per_token, spec=str(found.spec),

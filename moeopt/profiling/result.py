@@ -13,7 +13,7 @@ from moeopt.profiling.tally import Tally
 
 SCHEMA = 1
 MATRIX_UP_TO = 64
-"""Experts up to which the JSON holds the whole co-activation matrix."""
+"""Experts up to which the JSON holds the whole co-activation matrix; above, what is right of its diagonal, as text."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LayerLoad:
         unseen, why_unseen: calls that ran the block's original code and could not be counted, and why.
         imbalance: see ``moeopt.profiling.statistics``; None where nothing fired.
         pairs: the most frequent pairs of experts of one token.
-        together: (E, E) tokens that fired both; None above 64 experts.
+        together: (E, E) tokens that fired both; [a, a] those that fired a.
         confidence: mass, share and margin of the routing weights: mean, min, p10, p50, p90, max.
         cost: the op's time as routed and balanced; None where it was not measured.
     """
@@ -49,13 +49,26 @@ class LayerLoad:
     why_unseen: str
     imbalance: dict[str, Any] | None
     pairs: list[dict[str, Any]]
-    together: list[list[int]] | None
+    together: list[list[int]]
     confidence: dict[str, dict[str, float] | None]
     cost: dict[str, float] | None
 
     @property
     def experts(self) -> int:
         return len(self.fired)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: the fields and ``experts``.
+
+        Above 64 experts ``together`` is None, and ``together_above_diagonal`` has for each expert but the last a line
+        of the counts with the experts after it, separated by spaces; up to 64 that key is None.
+        """
+        fields = {"experts": self.experts, **asdict(self), "together_above_diagonal": None}
+        if self.experts > MATRIX_UP_TO:
+            fields["together"] = None
+            rows = enumerate(self.together[:-1], start=1)
+            fields["together_above_diagonal"] = [" ".join(map(str, row[after:])) for after, row in rows]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ def layer_load(tally: Tally) -> LayerLoad:
         why_unseen=tally.why_unseen,
         imbalance=imbalance(tally.fired, tally.tokens),
         pairs=top_pairs(tally.together),
-        together=tally.together.tolist() if tally.experts <= MATRIX_UP_TO else None,
+        together=tally.together.tolist(),
         confidence={
             "mass": tally.mass.summary(),
             "share": tally.share.summary(),
@@ -113,14 +126,14 @@ class LoadProfile:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types with fixed keys; ``layers`` are the fields of :class:`LayerLoad` and ``experts``."""
+        """Plain JSON types with fixed keys; ``layers`` are :meth:`LayerLoad.to_dict`."""
         return {
             "schema": SCHEMA,
             "model": self.model,
             "batches": self.batches,
             "seconds": self.seconds,
             "thresholds": {"dead": 0, "hot": HOT},
-            "layers": [{"experts": layer.experts, **asdict(layer)} for layer in self.layers],
+            "layers": [layer.to_dict() for layer in self.layers],
             "unread": [asdict(u) for u in self.unread],
             "notes": list(self.notes),
         }

@@ -17,6 +17,7 @@ from moeopt.ops.activations import activate
 from moeopt.ops.experts import experts
 from moeopt.ops.native.call import NATIVE_ACTIVATIONS
 from moeopt.ops.reference import experts_reference
+from moeopt.ops.triton.constants import TRITON_ACTIVATIONS
 from tests.backends.onnxrt.lowerings.one_site import make_site, model_of, session_of, tokens
 from tests.zoo.activations import GLUExperts
 
@@ -78,6 +79,12 @@ def test_the_native_kernel_has_the_names_of_its_header():
     (names,) = re.findall(r"enum moeopt_activation \{(.*?)\}", header.read_text(), re.DOTALL)
     assert tuple(name.strip().lower() for name in names.split(",")) == NATIVE_ACTIVATIONS
     assert set(NATIVE_ACTIVATIONS) <= set(ACTIVATION_TABLE)
+
+
+def test_the_triton_kernels_have_the_names_of_their_branches():
+    source = (Path(moeopt.__file__).parent / "ops/triton/pointwise.py").read_text()
+    assert tuple(re.findall(r'NAME == "(\w+)"', source)) == TRITON_ACTIVATIONS
+    assert set(TRITON_ACTIVATIONS) <= set(ACTIVATION_TABLE)
 
 
 def test_nothing_of_onnx_is_imported_by_the_table():

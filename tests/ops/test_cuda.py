@@ -4,31 +4,38 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import StackedExpertWeights, experts, experts_reference
-from moeopt.ops.kernels.cuda import choose_cuda_path, experts_grouped
+from moeopt.ops import ListExpertWeights, StackedExpertWeights, experts, experts_reference
+from moeopt.ops.kernels import cuda
+from moeopt.ops.kernels.cuda import choose_cuda_path, experts_grouped, experts_loop
 from tests.ops.cases import cases, coarsest_eps, make, naive
 
 GOOD = dict(
-    capability=(8, 0),
+    capability=(9, 0),
     dtype=torch.bfloat16,
     shapes=[(4, 64, 32), (4, 32, 32)],
     strides=[(2048, 32, 1), (1024, 1, 32)],
     has_grouped_mm=True,
+    no_triton="triton is not installed",
 )
 
 
 @pytest.mark.parametrize(
     ("change", "path", "reason"),
     [
-        ({}, "grouped", "16-byte strides"),
-        ({"capability": (9, 0), "dtype": torch.float16}, "grouped", "16-byte strides"),
-        ({"capability": (7, 5)}, "loop", "this device has 7.5"),
+        ({"no_triton": ""}, "triton", "no wait for the host"),
+        ({}, "grouped", "grouped_mm, no wait for the host; triton is not installed"),
+        ({"capability": (10, 0)}, "grouped", "grouped_mm"),
+        ({"dtype": torch.float16}, "loop", "this is float16 on 9.0"),
+        ({"capability": (8, 0)}, "loop", "this is bfloat16 on 8.0"),
+        ({"capability": (8, 9)}, "loop", "one wait for the host: triton is not installed; grouped_mm is one launch in"),
         ({"has_grouped_mm": False}, "loop", "has no torch.nn.functional.grouped_mm"),
-        ({"dtype": torch.float32}, "loop", "the compute dtype is torch.float32"),
-        ({"shapes": [], "strides": []}, "loop", "the experts are separate tensors"),
+        ({"dtype": torch.float32}, "loop", "this is float32 on 9.0"),
+        ({"shapes": [], "strides": []}, "loop", "these are separate or cast"),
         ({"strides": [(2048, 32, 1), (1020, 1, 30)]}, "loop", "16-byte steps"),
         ({"strides": [(4096, 64, 2), (1024, 1, 32)]}, "loop", "one inner stride of 1"),
     ],
@@ -36,6 +43,32 @@ GOOD = dict(
 def test_the_choice(change, path, reason):
     got_path, got_reason = choose_cuda_path(**{**GOOD, **change})
     assert got_path == path and reason in got_reason
+
+
+@pytest.mark.parametrize(
+    ("stacked", "no_triton", "path", "reason"),
+    [
+        (False, "", "triton", "no wait for the host"),
+        (False, "triton is not installed", "loop", "triton is not installed; grouped_mm takes one stack"),
+        (True, "triton is not installed", "loop", "this is float32 on 9.0"),
+    ],
+)
+def test_the_report_s_words_are_the_path_of_the_weights(stacked, no_triton, path, reason, monkeypatch):
+    monkeypatch.setattr(cuda, "why_not", lambda device: no_triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pytest.importorskip("triton", reason="triton is not installed here")
+    case = make(ExpertsSpec(rows="separate"), dtype=torch.float32, stacked=stacked)
+    got_path, got_reason = cuda.describe_path(case.bank, case.spec)
+    assert got_path == path and reason in got_reason
+
+
+def test_the_report_says_why_the_better_kernel_does_not_take_the_weights(monkeypatch):
+    monkeypatch.setattr(cuda, "why_not", lambda device: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pytest.importorskip("triton", reason="triton is not installed here")
+    case = make(ExpertsSpec(rows="separate", accum_dtype="float64"), dtype=torch.float32, stacked=False)
+    path, reason = cuda.describe_path(case.bank, case.spec)
+    assert path == "loop" and "the accumulator dtype is float64; the kernels have 16 and 32 bits" in reason
 
 
 def grouped_mm_leaving_garbage(a, w, offs):
@@ -57,6 +90,58 @@ def test_grouped_arithmetic_is_the_reference(case):
     want = experts_reference(*case.args)
     # as in test_cpu: a few float64 roundings of the terms
     assert (got - want).abs().le(16 * coarsest_eps(case) * (naive(case)[1] + 1)).all()
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(cases())
+def test_the_loop_is_the_reference(case):
+    got, want = experts_loop(*case.args), experts_reference(*case.args)
+    # as in test_cpu: a few float64 roundings of the terms
+    assert (got - want).abs().le(16 * coarsest_eps(case) * (naive(case)[1] + 1)).all()
+
+
+class Launches(TorchDispatchMode):
+    """Counts calls that start a kernel on a GPU (views do not), and calls for which the host waits."""
+
+    WAITS = {"aten::nonzero", "aten::_local_scalar_dense", "aten::unique_consecutive", "aten::_unique2"}
+
+    def __init__(self):
+        super().__init__()
+        self.started = self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.started += not views
+        self.waits += func._schema.name in self.WAITS
+        return out
+
+
+def own_loop(x, ids, weights, bank):
+    """The loop that most home-made blocks and transformers' eager experts run."""
+    y = torch.zeros_like(x)
+    for e in ids.unique():
+        slot, token = torch.where(ids.t() == e)
+        gate, up = (F.linear(x[token], w) for w in bank.w_in(e))
+        o = F.linear(F.silu(gate) * up, bank.w_out(e)) * weights[token, slot, None]
+        y.index_add_(0, token, o.to(y.dtype))
+    return y
+
+
+@pytest.mark.parametrize("combine", ("slot", "expert"))
+@pytest.mark.parametrize(("E", "K", "T"), [(16, 4, 512), (128, 8, 512), (128, 8, 1), (8, 2, 64), (8, 2, 1)])
+def test_the_loop_launches_no_more_than_the_model_s_own(E, K, T, combine):
+    g = torch.Generator().manual_seed(0)
+    w_in = [[torch.randn(8, 8, generator=g) for _ in range(E)] for _ in range(2)]
+    bank = ListExpertWeights(w_in, [torch.randn(8, 8, generator=g) for _ in range(E)])
+    x, weights = torch.randn(T, 8, generator=g), torch.rand(T, K, generator=g)
+    ids = torch.rand(T, E, generator=g).topk(K).indices
+    with torch.no_grad(), Launches() as own:
+        want = own_loop(x, ids, weights, bank)
+    with Launches() as ours:
+        got = experts_loop(x, ids, weights, bank, ExpertsSpec(rows="separate", combine=combine))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # float32 sums of at most 8 terms of size 100
+    assert ours.started <= own.started and ours.waits <= own.waits
 
 
 def test_torch_s_own_grouped_mm():

@@ -101,7 +101,7 @@ def test_the_json_has_fixed_keys_and_a_matrix_of_pairs(profiled):
     assert set(data) == {"schema", "model", "batches", "seconds", "thresholds", "layers", "unread", "notes"}
     assert set(data["layers"][0]) == {
         "experts", "name", "fired", "calls", "tokens", "slots", "negative", "beyond", "zero_weight", "without", "top_k",
-        "unseen", "why_unseen", "imbalance", "pairs", "together", "confidence", "cost",
+        "unseen", "why_unseen", "imbalance", "pairs", "together", "confidence", "cost", "together_above_diagonal",
     }  # fmt: skip
     together = torch.tensor(data["layers"][0]["together"])
     assert together.diagonal().tolist() == profiled.layers[0].fired and torch.equal(together, together.t())

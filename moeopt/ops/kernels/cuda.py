@@ -1,9 +1,9 @@
-"""The CUDA kernel: ``torch.nn.functional.grouped_mm`` where its conditions hold, else one expert at a time.
+"""What runs ``experts`` on CUDA: Triton's kernels, else ``grouped_mm`` where it is one launch, else a loop.
 
-Shape legend: T tokens, E experts, K chosen per token, R = T*K rows sorted by expert, H hidden, I intermediate.
+Shape legend: T tokens, E experts, K chosen per token, R = T*K rows sorted by expert, H hidden, I intermediate, D out.
 
-``choose_cuda_path`` is a pure function, so the choice is tested without a GPU; so is the grouped
-arithmetic, which runs on any device that ``grouped_mm`` does.
+``choose_cuda_path`` is a pure function, so the choice is tested without a GPU; so is the arithmetic of the grouped path
+and of the loop, which run on any device.
 """
 
 from __future__ import annotations
@@ -18,10 +18,25 @@ from torch import Tensor
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
-from moeopt.ops.reference import check, dtypes, experts_reference, out_features, rms_norm
+from moeopt.ops.native.call import transformed
+from moeopt.ops.reference import check, dtypes, experts_reference, one_expert, out_features, rms_norm
+from moeopt.ops.triton.addresses import weights_of
+from moeopt.ops.triton.constants import function
+from moeopt.ops.triton.launch import experts_triton
+from moeopt.ops.triton.library import why_not
+from moeopt.ops.unfit import Unfit
 
-Path = Literal["grouped", "loop"]
+Path = Literal["triton", "grouped", "loop"]
 GroupedMM = Callable[..., Tensor]
+
+CHOSEN = "2 to 5 launches, no wait for the host"
+
+ONE_LAUNCH = ((9, 0), (10, 0))
+"""Compute capabilities on which torch's ``grouped_mm`` of bfloat16 is one kernel.
+
+Elsewhere, and in every other dtype, torch's CUDA code copies the offsets to the host and multiplies one expert after
+the other (``_grouped_mm_fallback`` in aten/src/ATen/native/GroupedMMUtils.h).
+"""
 
 
 def choose_cuda_path(
@@ -30,49 +45,103 @@ def choose_cuda_path(
     shapes: Sequence[tuple[int, ...]],
     strides: Sequence[tuple[int, ...]],
     has_grouped_mm: bool,
+    no_triton: str = "",
 ) -> tuple[Path, str]:
-    """Which path the weights allow, and why.
+    """Which path this call takes, and why no better one.
 
     Args:
         capability: the device's compute capability.
         dtype: the compute dtype.
         shapes, strides: of each stacked (E, ., .) weight; empty when the weights are not stacked.
         has_grouped_mm: whether this torch has ``torch.nn.functional.grouped_mm``.
+        no_triton: why the Triton kernels can't take the call; "" where they can.
     """
+    if not no_triton:
+        return "triton", CHOSEN
+    no_grouped = _no_grouped(capability, dtype, shapes, strides, has_grouped_mm)
+    if not no_grouped:
+        return "grouped", f"grouped_mm, no wait for the host; {no_triton}"
+    return "loop", f"a loop over the experts that are hit, with one wait for the host: {no_triton}; {no_grouped}"
+
+
+def _no_grouped(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[int, ...]],
+    strides: Sequence[tuple[int, ...]],
+    has_grouped_mm: bool,
+) -> str:
+    """Why torch's ``grouped_mm`` can't take the weights in one launch; "" where it can."""
     if not has_grouped_mm:
-        return "loop", f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
+        return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
     if not shapes:
-        return "loop", "the experts are separate tensors; grouped_mm takes one stack"
-    if capability < (8, 0):
-        return "loop", f"grouped_mm needs compute capability 8.0; this device has {capability[0]}.{capability[1]}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "loop", f"grouped_mm is fast in bfloat16 and float16; the compute dtype is {dtype}"
+        return "grouped_mm takes one stack of weights in the compute dtype, and these are separate or cast"
+    if dtype != torch.bfloat16 or capability not in ONE_LAUNCH:
+        return (
+            "grouped_mm is one launch in bfloat16 on compute capability 9.0 and 10.0 only; this is "
+            f"{str(dtype).removeprefix('torch.')} on {capability[0]}.{capability[1]}"
+        )
     for shape, stride in zip(shapes, strides, strict=True):
         if 1 not in stride[1:]:
-            return "loop", f"a weight of shape {shape} has strides {stride}; grouped_mm needs one inner stride of 1"
+            return f"a weight of shape {shape} has strides {stride}; grouped_mm needs one inner stride of 1"
         for step in (stride[0], max(stride[1:])):
             if step * dtype.itemsize % 16:
-                return "loop", f"a weight of shape {shape} has strides {stride}; grouped_mm needs 16-byte steps"
-    return "grouped", "stacked 16-bit weights with 16-byte strides"
+                return f"a weight of shape {shape} has strides {stride}; grouped_mm needs 16-byte steps"
+    return ""
 
 
 def experts_cuda(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """``experts_reference``, fast; the same arguments and result, but not differentiable."""
+    check(x_TH, ids_TK, weights_TK, bank, spec)
+    if transformed():
+        return experts_reference(x_TH, ids_TK, weights_TK, bank, spec)
+    no_triton = why_not(x_TH.device)
+    if not no_triton:
+        try:
+            return experts_triton(x_TH, ids_TK, weights_TK, bank, spec)
+        except Unfit as err:
+            no_triton = str(err)
+    path, _, stacked = path_of(x_TH.device, dtypes(x_TH, spec)[0], bank, no_triton)
+    if path == "grouped" and stacked is not None:
+        return experts_grouped(x_TH, ids_TK, weights_TK, stacked, spec)
+    return experts_loop(x_TH, ids_TK, weights_TK, bank, spec)
+
+
+def describe_path(bank: ExpertWeights, spec: ExpertsSpec) -> tuple[Path, str]:
+    """The path that these weights take in a call whose x has their dtype, and why no better one."""
+    w_in, device = bank.w_in(0)[0], bank.w_out(0).device
+    no_triton = why_not(device)
+    if not no_triton:
+        H = w_in.shape[1 if spec.w_in_layout == "oi" else 0]
+        try:
+            held = weights_of(bank, spec, H, device).held
+            function(spec, w_in.dtype, w_in.dtype, held, tf32=False, widen=False)
+        except Unfit as err:
+            no_triton = str(err)
+    if not no_triton:
+        return "triton", CHOSEN
+    compute = getattr(torch, spec.compute_dtype) if spec.compute_dtype else w_in.dtype
+    path, why, _ = path_of(device, compute, bank, no_triton)
+    return path, why
+
+
+def path_of(
+    device: torch.device, compute: torch.dtype, bank: ExpertWeights, no_triton: str
+) -> tuple[Path, str, StackedExpertWeights | None]:
+    """:func:`choose_cuda_path` of these weights; and the stack, where there is one."""
     stacked = bank.stacked()
     weights = [] if stacked is None else [*stacked.w_in_s, stacked.w_out_s]
-    compute = dtypes(x_TH, spec)[0]
     if any(w.dtype != compute or w.data_ptr() % 16 for w in weights):
         weights = []
-    path, _ = choose_cuda_path(
-        torch.cuda.get_device_capability(x_TH.device),
+    path, why = choose_cuda_path(
+        torch.cuda.get_device_capability(device),
         compute,
         [tuple(w.shape) for w in weights],
         [w.stride() for w in weights],
         hasattr(F, "grouped_mm"),
+        no_triton,
     )
-    if path == "loop" or stacked is None:
-        return experts_reference(x_TH, ids_TK, weights_TK, bank, spec)
-    return experts_grouped(x_TH, ids_TK, weights_TK, stacked, spec)
+    return path, why, stacked
 
 
 def experts_grouped(
@@ -83,7 +152,7 @@ def experts_grouped(
     spec: ExpertsSpec,
     grouped_mm: GroupedMM | None = None,
 ) -> Tensor:
-    """The grouped path: no loop over experts, no synchronisation with the host.
+    """The grouped path: no loop over experts; no wait for the host where ``grouped_mm`` has none.
 
     Rows whose id is out of range sort to the end, behind the last offset, where ``grouped_mm`` leaves
     its output unwritten; ``torch.where`` replaces them, so nothing that lies there reaches the sum.
@@ -95,7 +164,7 @@ def experts_grouped(
     if not T * K:
         return x_TH.new_zeros(T, out_features(bank, spec), dtype=out)
     ids_R = ids_TK.reshape(-1)
-    held_R = torch.where((ids_R >= 0) & (ids_R < E), ids_R, E)
+    held_R = torch.where(ids_R < 0, E, ids_R).clamp(max=E)
     held_R, order_R = held_R.sort(stable=True)
     ends_E = torch.searchsorted(held_R, torch.arange(E, device=x_TH.device), right=True).to(torch.int32)
     inside_R1, expert_R = (held_R < E).unsqueeze(1), held_R.clamp(max=E - 1)
@@ -113,18 +182,56 @@ def experts_grouped(
     if spec.out_norm_eps is not None:
         o_RH = rms_norm(o_RH, None, spec)
         o_RH = o_RH if bank.norm_s is None else o_RH * bank.norm_s.to(compute)[expert_R]
-    term_RH = (o_RH if spec.weight_on == "input" else o_RH * w_R1).to(accum)
+    return _summed(x_RH, w_R1, o_RH, ids_R, order_R, inside_R1, K, spec, accum).to(out)
+
+
+def experts_loop(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
+    """One expert after the other on its rows, for whatever the weights are; the host waits once, for the counts.
+
+    Rows are gathered and their terms added for all experts at once, so the launches are five or six an expert that
+    is hit, whatever the order of the sum.
+    """
+    check(x_TH, ids_TK, weights_TK, bank, spec)
+    compute, accum, out = dtypes(x_TH, spec)
+    (T, K), E = ids_TK.shape, bank.num_experts
+    if not T * K:
+        return x_TH.new_zeros(T, out_features(bank, spec), dtype=out)
+    ids_R = ids_TK.reshape(-1)
+    held_R = torch.where(ids_R < 0, E, ids_R).clamp(max=E)
+    held_R, order_R = held_R.sort(stable=True)
+    ends = torch.searchsorted(held_R, torch.arange(E, device=x_TH.device), right=True).tolist()
+    x_RH = x_TH[order_R // K]
+    w_R1 = weights_TK.reshape(-1)[order_R].unsqueeze(1)
+    r_RH = (x_RH * w_R1 if spec.weight_on == "input" else x_RH).to(compute)
+    begins = [0, *ends[:-1]]
+    outputs = [
+        one_expert(r_RH[begin:end], bank, e, spec)
+        for e, (begin, end) in enumerate(zip(begins, ends, strict=True))
+        if begin < end
+    ]
+    if ends[-1] < T * K:
+        outputs.append(r_RH.new_zeros(T * K - ends[-1], out_features(bank, spec)))
+    inside_R1 = (held_R < E).unsqueeze(1)
+    return _summed(x_RH, w_R1, torch.cat(outputs), ids_R, order_R, inside_R1, K, spec, accum).to(out)
+
+
+def _summed(
+    x_RH: Tensor, w_R1: Tensor, o_RD: Tensor, ids_R: Tensor, order_R: Tensor, inside_R1: Tensor, K: int,
+    spec: ExpertsSpec, accum: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Each token's weighted terms added in the spec's order: (T, D) in ``accum``."""
+    term_RD = (o_RD if spec.weight_on == "input" else o_RD * w_R1).to(accum)
     if spec.out_of_range == "identity":
-        beyond_R1 = (ids_R[order_R] >= E).unsqueeze(1)
-        term_RH = torch.where(beyond_R1, (x_RH * w_R1).to(accum), term_RH)
+        beyond_R1 = ~inside_R1 & (ids_R[order_R] >= 0).unsqueeze(1)
+        term_RD = torch.where(beyond_R1, (x_RH * w_R1).to(accum), term_RD)
         inside_R1 = inside_R1 | beyond_R1
-    term_RH = torch.where(inside_R1, term_RH, 0)
+    term_RD = torch.where(inside_R1, term_RD, 0)
     where_R = torch.empty_like(order_R)
-    where_R[order_R] = torch.arange(T * K, device=x_TH.device)
-    where_TK = where_R.view(T, K)
+    where_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    where_TK = where_R.view(-1, K)
     if spec.combine == "expert":
         where_TK = where_TK.sort(dim=-1).values
-    y_TH = term_RH[where_TK[:, 0]]
+    y_TD = term_RD[where_TK[:, 0]]
     for k in range(1, K):
-        y_TH = y_TH + term_RH[where_TK[:, k]]
-    return y_TH.to(out)
+        y_TD = y_TD + term_RD[where_TK[:, k]]
+    return y_TD

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.reference import dtypes
+from moeopt.ops.unfit import Unfit
 
 ABI = 1
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,10 +33,6 @@ _ABSENT = (0, 0, 0)
 _NO_MATRIX = (0, 0, 0, 0, 0, 0)
 
 NativeRun = Callable[["ctypes.Array[ctypes.c_int64]"], int]
-
-
-class Unfit(Exception):
-    """This call is not for the kernel; the message says what stands in the way."""
 
 
 class _Spec(ctypes.Structure):

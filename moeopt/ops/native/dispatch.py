@@ -13,9 +13,10 @@ from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.kernels.gemm import LARGE, power_of_two
 from moeopt.ops.measured import Way, fastest
-from moeopt.ops.native.call import Unfit, call, transformed
+from moeopt.ops.native.call import call, transformed
 from moeopt.ops.native.library import Library, library
 from moeopt.ops.reference import check, experts_reference
+from moeopt.ops.unfit import Unfit
 
 WORK = 1 << 24
 """Multiply-adds of one product of one measured call: a few milliseconds."""

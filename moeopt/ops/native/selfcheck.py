@@ -11,8 +11,9 @@ import torch
 
 from moeopt.ir.specs import ExpertsSpec, Layout, Rows
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
-from moeopt.ops.native.call import NATIVE_ACTIVATIONS, NativeRun, Unfit, call
+from moeopt.ops.native.call import NATIVE_ACTIVATIONS, NativeRun, call
 from moeopt.ops.reference import experts_reference
+from moeopt.ops.unfit import Unfit
 
 E, K, H, I = 3, 2, 40, 24
 ALPHA = {"swish": 1.702, "softcap": 2.0, "leaky_relu": 0.1, "elu": 1.5}

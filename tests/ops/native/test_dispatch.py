@@ -8,7 +8,8 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import ListExpertWeights, StackedExpertWeights, experts, experts_reference, measured
 from moeopt.ops.kernels import gemm
 from moeopt.ops.native import dispatch, library
-from moeopt.ops.native.call import Unfit, encode_spec
+from moeopt.ops.native.call import encode_spec
+from moeopt.ops.unfit import Unfit
 from tests.ops.cases import make
 
 

@@ -1,0 +1,74 @@
+"""Everything that only a GPU can tell, in steps that stop by themselves; needs no package registry and no install.
+
+    python benchmarks/gpu_day.py all [--device cpu] [--out DIR]     all steps, in under 14 minutes
+    python benchmarks/gpu_day.py first | second                      the two halves, each in under 7 minutes
+    python benchmarks/gpu_day.py facts                               one step
+
+Each step runs in a process of its own with a time limit, and the results so far are written after each:
+``DIR/gpu-day.json``, {"machine": ..., "results": [{"step", "name", "ok", ...}]}. ``--device cpu`` runs the same steps
+with tiny sizes on a machine without a GPU, so that the script cannot rot; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMITS = {"machine": 60, "facts": 90, "right": 200, "layer": 300, "model": 110, "runtime": 80}
+"""Seconds for each step; ``first`` is the first three, ``second`` the rest."""
+HALVES = {"all": list(LIMITS), "first": list(LIMITS)[:3], "second": list(LIMITS)[3:]}
+MARK = "RESULT "
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=[*HALVES, *LIMITS])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
+    chosen = parser.parse_args()
+    if chosen.step in LIMITS:
+        sys.path.insert(0, str(ROOT))
+        from benchmarks.gpu import steps
+
+        getattr(steps, chosen.step)(chosen.device)
+        return 0
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, object]] = []
+    for step in HALVES[chosen.step]:
+        started = time.time()
+        code = _run(step, chosen.device, results)
+        results.append(
+            {"step": step, "name": "the step", "ok": code == 0, "rc": code, "s": round(time.time() - started)}
+        )
+        (chosen.out / "gpu-day.json").write_text(json.dumps({"results": results}, indent=1))
+        print(f"{step}: {'done' if code == 0 else code}, {time.time() - started:.0f} s", flush=True)
+    failed = [r for r in results if not r.get("ok", True)]
+    for result in failed:
+        print(json.dumps(result)[:500])
+    return 1 if failed else 0
+
+
+def _run(step: str, device: str, results: list[dict[str, object]]) -> int | str:
+    """Run one step; its results are added as they were printed, also those before a failure or the time limit."""
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_day.py"), step, "--device", device]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    code: int | str
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMITS[step], env=env)
+        text, errors, code = done.stdout, done.stderr, done.returncode
+    except subprocess.TimeoutExpired as err:
+        text, errors, code = (err.stdout or b"").decode(), "", f"stopped after {LIMITS[step]} s"
+    results += [json.loads(line[len(MARK) :]) for line in text.splitlines() if line.startswith(MARK)]
+    if code != 0:
+        results.append({"step": step, "name": "errors", "ok": False, "error": errors[-1500:]})
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

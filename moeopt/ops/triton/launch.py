@@ -1,0 +1,141 @@
+"""One call of the Triton kernels: shapes, buffers, grids. No value on the device is read by the host.
+
+Shape legend: T tokens, E experts, K chosen per token, R = T*K pairs, H hidden, I intermediate, D out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.ops.reference import check, dtypes, out_features
+from moeopt.ops.triton.addresses import Weights, weights_of
+from moeopt.ops.triton.constants import Function, function
+from moeopt.ops.triton.tiles import FEW_PAIRS, Tiles, tiles_for
+
+COLUMNS, DEPTH = 16, 128
+"""Columns and depth of the tile of a matrix-vector product: 16-byte loads, one row of 256 bytes of 16-bit weights."""
+
+
+def experts_triton(
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    bank: ExpertWeights,
+    spec: ExpertsSpec,
+    *,
+    few: int = FEW_PAIRS,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """``experts_reference`` in 2 to 5 launches; the same arguments and result, but not differentiable.
+
+    Args:
+        few: pairs up to which nothing is sorted.
+        tiles: the tile of both products; None is the table's.
+
+    Raises:
+        Unfit: dtypes or weights that the kernels do not take; nothing was launched.
+    """
+    check(x_TH, ids_TK, weights_TK, bank, spec)
+    (T, K), device = ids_TK.shape, x_TH.device
+    compute, accum, out = dtypes(x_TH, spec)
+    if not T * K:
+        return x_TH.new_zeros(T, out_features(bank, spec), dtype=out)
+    weights = weights_of(bank, spec, x_TH.shape[1], device)
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    F = function(spec, x_TH.dtype, weights_TK.dtype, weights.held, tf32, device.type == "cpu")
+    y_TD = x_TH.new_empty(T, weights.D, dtype=out)
+    a_RI = x_TH.new_empty(T * K, weights.I, dtype=compute)
+    pairs = T * K
+    if pairs <= few:
+        _few_pairs(x_TH, ids_TK, weights_TK, weights, F, a_RI, y_TD, accum)
+    else:
+        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+        tiles = tiles or tiles_for(T * K / bank.num_experts, compute.itemsize, 10 * major + minor)
+        _many_pairs(x_TH, ids_TK, weights_TK, weights, F, tiles, a_RI, y_TD, accum)
+    return y_TD
+
+
+def _few_pairs(x: Tensor, ids: Tensor, w: Tensor, weights: Weights, F: Function, a: Tensor, y: Tensor,
+               accum: torch.dtype) -> None:  # fmt: skip
+    from moeopt.ops.triton import kernels
+
+    (T, K), E, (I, D), R = ids.shape, weights.table.shape[1], (weights.I, weights.D), ids.numel()
+    id_args, w_args = (ids, *ids.stride()), (w, *w.stride())
+    kernels.gemv_in[(R, _up(I, COLUMNS))](
+        x, *x.stride(), *id_args, *w_args, weights.table, *weights.in_steps, weights.bias_steps[0],
+        a, E, K, x.shape[1], I, F=F, BN=COLUMNS, BK=DEPTH,
+    )  # fmt: skip
+    if F.norm_eps is None:
+        kernels.gemv_out[(T, _up(D, COLUMNS))](
+            a, x, *x.stride(), *id_args, *w_args, weights.table, *weights.out_steps, weights.bias_steps[1],
+            y, E, K, I, D, F=F, BN=COLUMNS, BK=DEPTH, KP=_power(K),
+        )  # fmt: skip
+        return
+    o = x.new_empty(R, D, dtype=a.dtype)
+    kernels.gemv_pair[(R, _up(D, COLUMNS))](
+        a, *id_args, weights.table, *weights.out_steps, weights.bias_steps[1], o, E, K, I, D,
+        F=F, BN=COLUMNS, BK=DEPTH,
+    )  # fmt: skip
+    _norm_and_combine(x, ids, w, weights, F, o, y, accum)
+
+
+def _many_pairs(x: Tensor, ids: Tensor, w: Tensor, weights: Weights, F: Function, tiles: Tiles, a: Tensor, y: Tensor,
+                accum: torch.dtype) -> None:  # fmt: skip
+    from moeopt.ops.triton import kernels
+
+    K, E, (I, D), R = ids.shape[1], weights.table.shape[1], (weights.I, weights.D), ids.numel()
+    order, ends = ids.new_empty(R, dtype=torch.int32), ids.new_empty(E, dtype=torch.int32)
+    kernels.sort_pairs[(E,)](ids, *ids.stride(), order, ends, R, K, E, BLOCK=min(1024, max(16, _power(R))))
+    # each expert has at most one tile that is not full; a tile past the last one ends at once
+    most = min(_up(R, tiles.rows) + E, R)
+    shape = {"F": F, "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "EP": _power(E)}
+    how = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    kernels.tile_in[(most, _up(I, tiles.columns))](
+        x, *x.stride(), w, *w.stride(), order, ends, weights.table, *weights.in_steps, weights.bias_steps[0],
+        a, E, K, x.shape[1], I, **shape, **how,
+    )  # fmt: skip
+    normed = F.norm_eps is not None
+    term = x.new_empty(R, D, dtype=a.dtype if normed else accum)
+    kernels.tile_out[(most, _up(D, tiles.columns))](
+        a, order, ends, weights.table, *weights.out_steps, weights.bias_steps[1], w, *w.stride(),
+        term, E, K, I, D, **shape, **how,
+    )  # fmt: skip
+    if normed:
+        _norm_and_combine(x, ids, w, weights, F, term, y, accum)
+    else:
+        _combine(x, ids, w, E, F, term, y)
+
+
+def _norm_and_combine(x: Tensor, ids: Tensor, w: Tensor, weights: Weights, F: Function, o: Tensor, y: Tensor,
+                      accum: torch.dtype) -> None:  # fmt: skip
+    from moeopt.ops.triton import kernels
+
+    (R, D), E = o.shape, weights.table.shape[1]
+    term = o if o.dtype == accum else o.new_empty(R, D, dtype=accum)
+    kernels.norm_terms[(R,)](
+        o, ids, *ids.stride(), w, *w.stride(), weights.table, weights.bias_steps[2], term, E, ids.shape[1], D,
+        F=F, BN=_power(D),
+    )  # fmt: skip
+    _combine(x, ids, w, E, F, term, y)
+
+
+def _combine(x: Tensor, ids: Tensor, w: Tensor, E: int, F: Function, term: Tensor, y: Tensor) -> None:
+    from moeopt.ops.triton import kernels
+
+    (T, K), D = ids.shape, y.shape[1]
+    block = min(512, max(16, _power(D)))
+    kernels.combine[(T, _up(D, block))](
+        term, x, *x.stride(), ids, *ids.stride(), w, *w.stride(), y, E, K, D, F=F, BN=block, KP=_power(K)
+    )
+
+
+def _up(n: int, by: int) -> int:
+    return -(-n // by)
+
+
+def _power(n: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << (n - 1).bit_length()

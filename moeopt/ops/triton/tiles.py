@@ -1,0 +1,36 @@
+"""Which way and which tiles: a small table, by the rows that an expert gets and the dtype of the products."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FEW_PAIRS = 32
+"""Pairs (token, expert) up to which each pair reads its own expert's weights and nothing is sorted."""
+
+
+class Tiles(NamedTuple):
+    """Rows, columns and depth of a tile of a product, and how Triton shall run it."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def tiles_for(rows_per_expert: float, itemsize: int, capability: int) -> Tiles:
+    """The tile for a product of that many rows an expert.
+
+    Args:
+        rows_per_expert: mean number of rows, R / E.
+        itemsize: bytes of the compute dtype: 2, or 4 (no tensor core in full float32: registers bound the tile).
+        capability: compute capability as 80, 90, 100, ...
+    """
+    if itemsize == 4:
+        return Tiles(16, 64, 32, 4, 2) if rows_per_expert <= 16 else Tiles(64, 64, 16, 8, 2)
+    if rows_per_expert <= 16:
+        return Tiles(16, 64, 64, 4, 4)
+    # a wgmma of sm_90 has 64 rows at least; the wide tile with two accumulators spills on sm_80 to 89
+    if rows_per_expert <= 128 or capability < 90 or capability >= 120:
+        return Tiles(64, 64, 64, 4, 3)
+    return Tiles(128, 128, 64, 8, 3)

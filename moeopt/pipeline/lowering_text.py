@@ -1,0 +1,23 @@
+"""Which kernel a rewritten block runs, in the words of the report."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from moeopt.ops.kernels.cuda import describe_path
+from moeopt.recognise.experts import Recognition
+from moeopt.rewrite.live_weights import LiveExpertWeights
+
+
+def lowering_text(block: nn.Module, found: Recognition) -> str:
+    """``moeopt::experts`` with the kernel that takes these weights; on a GPU with why no better one does.
+
+    Args:
+        block: the module that was rewritten, with its weights on their device.
+        found: one mixture of it.
+    """
+    weights = LiveExpertWeights(block, found.experts, (found.spec.w_in_layout, found.spec.w_out_layout))
+    if weights.w_out(0).device.type != "cuda":
+        return "moeopt::experts (grouped, one op)"
+    path, why = describe_path(weights, found.spec)
+    return f"moeopt::experts ({path}: {why})"

@@ -1,0 +1,42 @@
+"""Bytes of the key-value cache that one token takes, from the fields of a Hugging Face config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def numbers_of_a_token(target: Any) -> int | None:
+    """Numbers that all layers keep of one token; None where the config does not say or there is none.
+
+    Latent attention (``kv_lora_rank``) keeps one compressed row and its rotary part; other attention keeps keys and
+    values of ``num_key_value_heads`` heads. Layers of another kind (a window, a recurrent state) keep less.
+    """
+    fields = _fields(target)
+    layers = fields.get("num_hidden_layers")
+    if not layers:
+        return None
+    if fields.get("kv_lora_rank"):
+        return int(layers * (fields["kv_lora_rank"] + (fields.get("qk_rope_head_dim") or 0)))
+    heads = fields.get("num_attention_heads")
+    kept = fields.get("num_key_value_heads") or heads
+    width = fields.get("head_dim") or (fields["hidden_size"] // heads if heads and fields.get("hidden_size") else None)
+    return int(layers * 2 * kept * width) if kept and width else None
+
+
+def _fields(target: Any) -> Mapping[str, Any]:
+    if isinstance(target, (str, Path)):
+        path = Path(target)
+        path = path / "config.json" if path.is_dir() else path
+        target = json.loads(path.read_text(encoding="utf-8"))
+    config = getattr(target, "config", target)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    fields = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(fields, Mapping):
+        return {}
+    # a field that a dict leaves out has the class's default, which only its class knows
+    known = fields.get("text_config")
+    return known if isinstance(known, Mapping) else fields

@@ -1,0 +1,31 @@
+"""Expected counts under uniform routing: experts that a batch hits, ranks and nodes that a token reaches.
+
+E experts, K chosen per token, T tokens, P ranks; every set of K different experts is as likely as another.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def experts_hit(E: int, K: int, T: int) -> float:
+    """How many of E experts some of T tokens choose."""
+    return E * (1 - (1 - K / E) ** T)
+
+
+def owners_reached(E: int, K: int, P: int) -> float:
+    """How many of P owners of E / P experts each hold one of a token's K: P (1 - C(E - E/P, K) / C(E, K))."""
+    missed = 1.0
+    for i in range(K):
+        missed *= max(E - E / P - i, 0) / (E - i)
+    return P * (1 - missed)
+
+
+def remote_owners(E: int, K: int, P: int) -> float:
+    """The same without the token's own owner, which is one of the P at random; 0 for one owner."""
+    return owners_reached(E, K, P) * (P - 1) / P
+
+
+def busiest(mean: float) -> float:
+    """The largest of many counts of that mean: 2.5 standard deviations above it, as for Poisson counts."""
+    return mean + 2.5 * math.sqrt(mean)
