@@ -72,11 +72,6 @@ def is_factory(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node) in _FACTORIES
 
 
-def is_view_of(node: fx.Node) -> fx.Node | None:
-    """The tensor operand of a one-input movement, else None."""
-    return node.all_input_nodes[0] if moves_rows(node) and node.all_input_nodes else None
-
-
 def picks_rows(node: fx.Node) -> bool:
     """True where ``node`` holds rows that an index picked, moved since or not."""
     for _ in range(8):

@@ -65,7 +65,6 @@ class Tape:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
-    concrete_output: Any
     mutations: dict[fx.Node, fx.Node]
     attributes: dict[tuple[str, str], Any]
     in_place: set[tuple[str, str]]
@@ -526,7 +525,7 @@ def record(
             )
             with module_calls(recorder.through_call), _WatchReads(recorder), recorder:
                 try:
-                    output = module(*args, **kwargs)
+                    module(*args, **kwargs)
                 except CaptureError:
                     raise
                 except Exception as err:
@@ -549,7 +548,6 @@ def record(
         args=node_args,
         kwargs=node_kwargs,
         output=root.output,
-        concrete_output=output,
         mutations=recorder.mutations,
         attributes=attributes,
         in_place=in_place,

@@ -2,8 +2,8 @@
 
 A new activation is one entry of ``ACTIVATION_TABLE`` and its tests: the spec accepts the name, the recogniser and the
 transformers adapter try the function, the reference and the torch kernels run it, and each ONNX lowering emits it.
-The C++ and Triton kernels have lists of their own (``NATIVE_ACTIVATIONS``, ``TRITON_ACTIVATIONS``) and leave every other
-activation to the torch kernels.
+The C++ and Triton kernels have lists of their own (``NATIVE_ACTIVATIONS``, ``TRITON_ACTIVATIONS``) and leave the
+other activations to the torch kernels.
 """
 
 from __future__ import annotations

@@ -201,13 +201,6 @@ def read_buffers(program: torch.export.ExportedProgram) -> set[str]:
     }
 
 
-def unwritten(program: torch.export.ExportedProgram) -> list[str]:
-    """Buffers that the model writes and an engine leaves alone: its results do not depend on them."""
-    read = read_buffers(program)
-    specs = program.graph_signature.output_specs
-    return [s.target for s in specs if s.kind == OutputKind.BUFFER_MUTATION and s.target and s.target not in read]
-
-
 def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program with no op that writes to its arguments.
 

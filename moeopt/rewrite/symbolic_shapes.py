@@ -62,7 +62,6 @@ class InputSizes:
             for d, sizes in enumerate(zip(*per_witness, strict=True)):
                 if len(set(sizes)) > 1:
                     seen.setdefault(sizes, (i, d))
-        self.varying = seen
         self.count = len(shapes)
         self._products = [
             (tuple(seen[v] for v in chosen), tuple(math.prod(c) for c in zip(*chosen, strict=True)))

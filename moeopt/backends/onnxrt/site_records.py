@@ -25,7 +25,6 @@ from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.ops.expert_weights import ListExpertWeights
-from moeopt.ops.reference import out_features
 
 DIGITS = 5
 """Eight bits each: 2**40 elements of one block."""
@@ -154,11 +153,6 @@ def tensor_of(value: Any) -> Tensor:
 def input_width(site: ExpertsNode) -> int:
     """H."""
     return site.bank.w_in(0)[0].shape[1 if site.spec.w_in_layout == "oi" else 0]
-
-
-def output_width(site: ExpertsNode) -> int:
-    """The width of the result."""
-    return out_features(site.bank, site.spec)
 
 
 def _written(site: ExpertsNode, lowering: Lowering) -> dict[str, Callable[[], Tensor]]:
