@@ -26,7 +26,8 @@ from moeopt.recognise.experts import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeightRefs
 from moeopt.rewrite.install import OPAQUE, TENSOR, BlockProgram, CallGuard, RewrittenForward, bind
-from moeopt.rewrite.keep import KeptSteps, kept_steps
+from moeopt.rewrite.keep import kept_steps
+from moeopt.rewrite.kept_steps import KeptSteps
 from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason
 from moeopt.rewrite.reads import Reads, observe
 from moeopt.rewrite.replace_experts import experts_rewrite

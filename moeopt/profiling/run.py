@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from moeopt.api import Optimized, optimize
@@ -54,20 +54,7 @@ def profile(
     _refuse_engines(model)
     started = time.perf_counter()
     say = progress or (lambda line: None)
-    calls: Iterator[ArgsKwargs] = iter(()) if data is None else batches(data)
-    notes = []
-    if isinstance(model, Optimized):
-        optimized = model
-        if data is None:
-            calls = iter([model._call])
-            notes.append("the inputs are those that the model was optimised with")
-    else:
-        first = next(calls, None)
-        options = Options(verify="off", seed=seed, progress=progress, hints=hints or {})
-        optimized = optimize(model, first, options=options)
-        calls = iter([optimized._call]) if first is None else itertools.chain([first], calls)
-        if first is None:
-            notes.append("the inputs are made up: the routing is that of random tokens")
+    optimized, calls, notes = _rewritten(model, data, seed, hints, progress)
     report = optimized.report
     moe = [b for b in report.blocks if b.kind == "moe"]
     if not moe:
@@ -85,6 +72,23 @@ def profile(
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
     )
+
+
+def _rewritten(
+    model: Any, data: Any, seed: int, hints: Mapping[str, Any] | None, progress: Callable[[str], None] | None
+) -> tuple[Optimized, Iterator[ArgsKwargs], list[str]]:
+    """The model in rewritten form, the calls that it is profiled on, and what a reader must know of the calls."""
+    calls: Iterator[ArgsKwargs] = iter(()) if data is None else batches(data)
+    if isinstance(model, Optimized):
+        if data is not None:
+            return model, calls, []
+        return model, iter([model._call]), ["the inputs are those that the model was optimised with"]
+    first = next(calls, None)
+    options = Options(verify="off", seed=seed, progress=progress, hints=hints or {})
+    optimized = optimize(model, first, options=options)
+    if first is not None:
+        return optimized, itertools.chain([first], calls), []
+    return optimized, iter([optimized._call]), ["the inputs are made up: the routing is that of random tokens"]
 
 
 _GONE = "the model no longer has this module in rewritten form; optimize it again"

@@ -86,14 +86,23 @@ def _step_back(tape: Tape, node: fx.Node, index: Index) -> tuple[fx.Node, Index]
     if name == "expand":
         pad = len(index) - rank
         return base, tuple(0 if size == 1 else i for i, size in zip(index[pad:], shape, strict=True))
+    if is_times_one(node):
+        return base, index
+    return _step_back_by_value(tape, node, base, index)
+
+
+def _step_back_by_value(tape: Tape, node: fx.Node, base: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """As :func:`_step_back`, for ops whose ids or strides decide which element is read."""
+    name = op_name(node)
+    args: tuple[Any, ...] = node.args
+    shape: Index = base.meta.get("shape", ())
+    rank = len(shape)
     if name == "index_select":
         dim = int(args[1]) % rank
         ids = tape.value(args[2])
         return base, (*index[:dim], int(ids.reshape(-1)[index[dim]]), *index[dim + 1 :])
     if name == "embedding":
         return base, (int(tape.value(args[1])[index[:-1]]), index[-1])
-    if is_times_one(node):
-        return base, index
     if name == "index":
         return _from_index(tape, base, args[1], index, shape)
     if name == "as_strided":

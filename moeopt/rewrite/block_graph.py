@@ -32,7 +32,7 @@ from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.ir.weight_refs import ExpertRef
 from moeopt.rewrite.call_guard import CallGuard
 from moeopt.rewrite.graph_words import graph_from_words, graph_to_words
-from moeopt.rewrite.keep import KeptSteps
+from moeopt.rewrite.kept_steps import KeptSteps
 
 
 class ExpertWeightRefs(NamedTuple):

@@ -13,7 +13,7 @@ from torch import fx
 
 from moeopt.capture.tree import tree_map
 from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, Slot
-from moeopt.rewrite.keep import KeptStep, KeptSteps, StepRef
+from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 from moeopt.rewrite.symbolic_shapes import DeviceOf, Ratio, Size
 
 aten = torch.ops.aten

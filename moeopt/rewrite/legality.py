@@ -14,7 +14,7 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.recognise.experts import Recognition
-from moeopt.rewrite.keep import KeptSteps
+from moeopt.rewrite.kept_steps import KeptSteps
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_FROZEN = 1 << 20

@@ -18,7 +18,8 @@ from torch import fx
 
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.routing import Extraction, table_to_ids
-from moeopt.rewrite.keep import KeptStep, KeptSteps, NodeRewrite, StepRef
+from moeopt.rewrite.keep import NodeRewrite
+from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 
 aten = torch.ops.aten
 
@@ -44,7 +45,7 @@ def experts_rewrite(recognition: Recognition, bank: int) -> NodeRewrite:
         else:
             ids = _apply(plan, recognition.routing.ids, ref, None)
             weights = _apply(plan, recognition.routing.weights, ref, ids)
-        y = plan._add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
+        y = plan.add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
         plan.note(
             y,
             (count, recognition.combine.node.meta["shape"][recognition.combine.axis]),

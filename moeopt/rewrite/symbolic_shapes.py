@@ -19,7 +19,7 @@ import torch
 
 from moeopt.capture.tree import tree_leaves
 from moeopt.errors import Declined
-from moeopt.rewrite.keep import KeptStep, KeptSteps, StepRef
+from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 
 
 @dataclass(frozen=True)
@@ -177,37 +177,44 @@ def _merge(versions: list[Any], sizes: InputSizes, where: str | None) -> Any:
     if isinstance(first, bool) or first is None:
         return _same(versions, where)
     if isinstance(first, int):
-        if all(v == first for v in versions):
-            return first
-        size = sizes.express(tuple(versions))
-        if size is None:
-            raise Declined(
-                f"the integer {' or '.join(str(v) for v in versions)} in its forward changes with the input and is "
-                "no simple function of the input's shape (was it read from a tensor with .item()?)",
-                where,
-            )
-        return size
+        return _merge_integers(versions, sizes, where)
     if isinstance(first, float) and any(v != first for v in versions):
         ratio = sizes.ratio(tuple(versions))
         if ratio is not None:
             return ratio
     if isinstance(first, torch.device):
         return DeviceOf() if first.type == "cpu" or first.type == "cuda" else first
-    if type(first) in (list, tuple):
-        if len({len(v) for v in versions}) > 1:
-            raise Declined("the number of tensors in its forward changes with the input", where)
-        return type(first)(_merge(list(v), sizes, where) for v in zip(*versions, strict=True))
-    if type(first) is dict or type(first).__name__ == "immutable_dict":
-        if any(v.keys() != first.keys() for v in versions):
-            raise Declined("the keys of a dict in its forward change with the input", where)
-        return {k: _merge([v[k] for v in versions], sizes, where) for k in first}
-    if type(first).__name__ == "immutable_list":
-        return _merge([list(v) for v in versions], sizes, where)
+    if type(first) in (list, tuple, dict) or type(first).__name__ in ("immutable_dict", "immutable_list"):
+        return _merge_containers(versions, sizes, where)
     if isinstance(first, (str, float, torch.dtype, torch.layout, torch.memory_format)):
         return _same(versions, where)
     if any([repr(x) for x in tree_leaves(v)] != [repr(x) for x in tree_leaves(first)] for v in versions):
         raise Declined(f"a {type(first).__name__} in its forward changes with the input", where)
     return first
+
+
+def _merge_integers(versions: list[int], sizes: InputSizes, where: str | None) -> int | Size:
+    if all(v == versions[0] for v in versions):
+        return versions[0]
+    size = sizes.express(tuple(versions))
+    if size is None:
+        raise Declined(
+            f"the integer {' or '.join(str(v) for v in versions)} in its forward changes with the input and is "
+            "no simple function of the input's shape (was it read from a tensor with .item()?)",
+            where,
+        )
+    return size
+
+
+def _merge_containers(versions: list[Any], sizes: InputSizes, where: str | None) -> Any:
+    first = versions[0]
+    if isinstance(first, dict):
+        if any(v.keys() != first.keys() for v in versions):
+            raise Declined("the keys of a dict in its forward change with the input", where)
+        return {k: _merge([v[k] for v in versions], sizes, where) for k in first}
+    if len({len(v) for v in versions}) > 1:
+        raise Declined("the number of tensors in its forward changes with the input", where)
+    return (tuple if type(first) is tuple else list)(_merge(list(v), sizes, where) for v in zip(*versions, strict=True))
 
 
 def _same(versions: list[Any], where: str | None) -> Any:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeopt.errors import Declined
-from moeopt.rewrite.keep import KeptStep, KeptSteps, StepRef
+from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 from moeopt.rewrite.symbolic_shapes import DeviceOf, InputSizes, Ratio, Size, generalize
 
 aten = torch.ops.aten

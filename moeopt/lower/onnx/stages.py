@@ -44,15 +44,7 @@ def plan_stages(graph: Any, tokens: Sequence[Any], states: Sequence[Any], result
     """Stages of an ``onnx_ir.Graph`` whose inputs are ``tokens`` and ``states`` and whose next states are last."""
     nexts = list(graph.outputs)[-len(states) :]
     reads = _reads(graph, {id(value): 1 << n for n, value in enumerate(states)})
-    closure = [reads.get(id(value), 0) | 1 << n for n, value in enumerate(nexts)]
-    for _ in states:
-        closure = [_union(c, closure) for c in closure]
-    loops: list[list[int]] = []
-    for n in sorted(range(len(states)), key=lambda n: (closure[n].bit_count(), closure[n])):
-        if loops and closure[loops[-1][0]] == closure[n]:
-            loops[-1].append(n)
-        else:
-            loops.append([n])
+    loops = _loops([reads.get(id(value), 0) | 1 << n for n, value in enumerate(nexts)])
     loop_of = {n: k for k, members in enumerate(loops) for n in members}
     feeds = _feeds(graph, [(value, loop_of[n]) for n, value in enumerate(nexts)])
     stages = Stages(loops)
@@ -74,6 +66,20 @@ def plan_stages(graph: Any, tokens: Sequence[Any], states: Sequence[Any], result
         stages.homes.update({id(value): place for value in node.outputs})
     doors = _Doors(graph, states[0].shape[0], tokens, results)
     return stages if _settle(graph, stages, results, doors) else one_loop(graph, tokens, states)
+
+
+def _loops(reads: list[int]) -> list[list[int]]:
+    """States that depend on one another go through one loop: ``reads[n]`` has a bit for each state that n reads."""
+    closure = reads
+    for _ in reads:
+        closure = [_union(c, closure) for c in closure]
+    loops: list[list[int]] = []
+    for n in sorted(range(len(reads)), key=lambda n: (closure[n].bit_count(), closure[n])):
+        if loops and closure[loops[-1][0]] == closure[n]:
+            loops[-1].append(n)
+        else:
+            loops.append([n])
+    return loops
 
 
 def one_loop(graph: Any, tokens: Sequence[Any], states: Sequence[Any]) -> Stages:
