@@ -10,121 +10,26 @@ The module is left exactly as it was: buffers, attributes, hooks, RNG and the tr
 from __future__ import annotations
 
 import operator
-import sys
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeopt.capture.functional import functional_twin, inverse_view, mutated_args, unsaid_writes
+from moeopt.capture.functional import functional_twin, mutated_args, unsaid_writes
+from moeopt.capture.memory_nodes import MemoryNodes, storage_key
 from moeopt.capture.module_state import ModuleState
-from moeopt.capture.nodes import NodeFactory
-from moeopt.capture.tree import leaves_of, tree_map
+from moeopt.capture.recorded import Call, Read, Tape
+from moeopt.capture.source_line import user_line
+from moeopt.capture.tree import tree_map
 from moeopt.errors import CaptureError
 from moeopt.patches import module_calls
 
 aten = torch.ops.aten
 Steer = Callable[[Any, tuple[Any, ...], Any], Any]
 
-
-@dataclass(eq=False)
-class Call:
-    """One call of a submodule: which nodes it recorded, and what went in and came out."""
-
-    index: int
-    path: str
-    module: nn.Module
-    parent: int | None
-    first: int
-    last: int = -1
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
-
-
-class Read(NamedTuple):
-    """A value that left the tape as a Python number or an array: its node, the user's line, the call it was in."""
-
-    node: fx.Node
-    line: str
-    call: int
-
-
-@dataclass
-class Tape:
-    """The record of one run. ``args``/``output`` hold fx nodes where the run had tensors."""
-
-    root: nn.Module
-    calls: list[Call]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-    mutations: dict[fx.Node, fx.Node]
-    attributes: dict[tuple[str, str], Any]
-    in_place: set[tuple[str, str]]
-    reads: list[Read]
-    nodes: list[fx.Node]
-    _values: dict[fx.Node, Any]
-
-    def value(self, node: fx.Node) -> Any:
-        """What ``node`` held when it was recorded (recomputed where a later write destroyed it)."""
-        stack = [node]
-        while stack:
-            top = stack[-1]
-            if top in self._values:
-                stack.pop()
-                continue
-            missing = [n for n in top.all_input_nodes if n not in self._values]
-            if missing:
-                stack.extend(missing)
-                continue
-            args, kwargs = fx.map_arg((top.args, top.kwargs), self._values.__getitem__)
-            self._values[top] = top.target(*args, **kwargs)  # type: ignore[operator]
-            stack.pop()
-        return self._values[node]
-
-    def stack(self, index: int | None) -> list[int]:
-        """Call indices from the root's call down to ``index``."""
-        chain: list[int] = []
-        while index is not None:
-            chain.append(index)
-            index = self.calls[index].parent
-        return chain[::-1]
-
-    def results(self) -> list[fx.Node]:
-        """Every node that outlives the call: outputs, writes to inputs and buffers, stored attributes."""
-        return leaves_of(fx.Node, [self.output, list(self.mutations.values()), list(self.attributes.values())])
-
-    def write_origin(self, node: fx.Node) -> fx.Node | None:
-        """For the result of an in-place call: the node that first owned the memory it wrote to."""
-        return node.meta.get("origin")
-
-    def random_nodes(self) -> list[fx.Node]:
-        """Nodes that drew random numbers."""
-        return [n for n in self.nodes if n.meta.get("random")]
-
-
-@dataclass
-class _Storage:
-    owner: fx.Node
-    origin: fx.Node
-    version: int = 0
-
-
-@dataclass
-class _Entry:
-    ref: Callable[[], torch.Tensor | None]
-    node: fx.Node
-    version: int
-    parent: torch.Tensor | None = None
-    view: tuple[Any, tuple[Any, ...], dict[str, Any], int | None] | None = None
-
+__all__ = ["Call", "Read", "Steer", "Tape", "clone_inputs", "draws_random", "record"]
 
 _WRAPPED = object()
 _VIEW_TWINS = {
@@ -137,125 +42,16 @@ _VIEW_TWINS = {
 }
 
 
-def _storage_key(t: torch.Tensor) -> int:
-    return int(t.untyped_storage()._cdata)
-
-
-class _Recorder(TorchDispatchMode):
+class _Recorder(MemoryNodes):
     """Writes each ATen call down as a node; see :func:`record`."""
 
     def __init__(self, root: nn.Module, state: ModuleState, keep_values: bool, steer: Steer | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch
+        super().__init__(state, keep_values)
         self.steer = steer
-        self.root, self.state, self.keep_values = root, state, keep_values
-        self.make = NodeFactory()
-        self.nodes: list[fx.Node] = []
-        self.values: dict[fx.Node, Any] = {}
+        self.root, self.state = root, state
         self.calls: list[Call] = []
-        self.current: int | None = None
-        self.mutations: dict[fx.Node, fx.Node] = {}
         self.reads: list[Read] = []
-        self._entries: dict[int, _Entry] = {}
-        self._storages: dict[int, _Storage] = {}
-        self._views: dict[int, list[_Entry]] = {}
-        self._alive: list[torch.Tensor] = []
         self._paths = {id(m): name for name, m in state.modules}
-        self._attributes: dict[int, str] = {}
-        for name, tensor in (*state.parameters, *state.buffers):
-            self._attributes.setdefault(id(tensor), name)
-        for path, module in state.modules:
-            for name, value in module.__dict__.items():
-                if isinstance(value, torch.Tensor):
-                    self._attributes.setdefault(id(value), f"{path}.{name}" if path else name)
-        self._by_storage: dict[int, torch.Tensor] = {}
-        for _, tensor in (*state.parameters, *state.buffers):
-            if tensor.layout == torch.strided and tensor.device.type != "meta":
-                self._by_storage.setdefault(_storage_key(tensor), tensor)
-        self._pause = 0
-
-    # -- nodes and entries ---------------------------------------------------------------------
-
-    def _finish(self, node: fx.Node, value: Any) -> fx.Node:
-        node.meta["call"] = self.current if self.current is not None else 0
-        node.meta["index"] = len(self.nodes)
-        if isinstance(value, torch.Tensor):
-            node.meta["shape"] = tuple(value.shape)
-            node.meta["dtype"] = value.dtype
-        self.nodes.append(node)
-        if self.keep_values:
-            self.values[node] = value
-        return node
-
-    def _enter(self, t: torch.Tensor, node: fx.Node, **extra: Any) -> fx.Node:
-        key = _storage_key(t)
-        if extra.get("view") is None:
-            storage = self._storages[key] = _Storage(node, node)
-        else:
-            storage = self._storages[key]
-        ref: Callable[[], torch.Tensor | None] = weakref.ref(t)
-        entry = self._entries[id(t)] = _Entry(ref, node, storage.version, **extra)
-        if extra.get("view") is None:
-            self._views[key] = [entry]
-        else:
-            self._views[key].append(entry)
-        if self.keep_values:
-            self._alive.append(t)
-        return node
-
-    def add_input(self, t: torch.Tensor, name: str) -> fx.Node:
-        """A placeholder for a tensor that the caller passed in."""
-        node = self.make.placeholder(name)
-        known = self._storages.get(_storage_key(t))
-        self._finish(node, t)
-        if known is not None:
-            raise CaptureError(f"two inputs share memory ({known.owner} and {name}); pass a copy of one of them")
-        return self._enter(t, node)
-
-    def node_of(self, t: torch.Tensor) -> fx.Node:
-        """The node that holds the current value of ``t``."""
-        entry = self._entries.get(id(t))
-        if entry is None or entry.ref() is not t:
-            return self._new_leaf(t)
-        storage = self._storages[_storage_key(t)]
-        if entry.version == storage.version:
-            return entry.node
-        if entry.view is None:
-            entry.node = storage.owner
-        else:
-            func, args, kwargs, item = entry.view
-            assert entry.parent is not None
-            base = self.node_of(entry.parent)
-            node = self._finish(self.make.call(func, (base, *args), kwargs), None)
-            self.values.pop(node, None)
-            if item is not None:
-                node = self._finish(self.make.call(operator.getitem, (node, item)), None)
-                self.values.pop(node, None)
-            node.meta.update(shape=tuple(t.shape), dtype=t.dtype)
-            entry.node = node
-        entry.version = storage.version
-        return entry.node
-
-    def _new_leaf(self, t: torch.Tensor) -> fx.Node:
-        name = self._attributes.get(id(t))
-        if name is not None:
-            node = self.make.attribute(name)
-            return self._enter(t, self._finish(node, t))
-        base = self._by_storage.get(_storage_key(t)) if t.layout == torch.strided else None
-        if base is not None and base is not t:  # a .data or detached alias of a parameter
-            parent = self.node_of(base)
-            geometry = (list(t.shape), list(t.stride()), t.storage_offset())
-            node = self._finish(self.make.call(aten.as_strided.default, (parent, *geometry)), t)
-            return self._enter(t, node, parent=base, view=(aten.as_strided.default, geometry, {}, None))
-        node = self.make.attribute(f"_constant_{len(self.nodes)}")
-        node.meta["constant"] = t.detach().clone()
-        self._finish(node, t)
-        known = self._storages.get(_storage_key(t))
-        if known is not None:  # an unseen alias of a recorded tensor: only its value is known
-            entry = self._entries[id(t)] = _Entry(weakref.ref(t), node, known.version)
-            self._views[_storage_key(t)].append(entry)
-            self._alive.append(t)
-            return node
-        return self._enter(t, node)
 
     # -- recording -----------------------------------------------------------------------------
 
@@ -281,7 +77,7 @@ class _Recorder(TorchDispatchMode):
         if self.steer is not None:
             out = self.steer(func, args, out)
         node = self.make.call(func, node_args, node_kwargs)
-        node.meta["source"] = _user_line()
+        node.meta["source"] = user_line()
         if draws_random(func, args, kwargs):
             node.meta["random"] = True
         self._finish(node, out)
@@ -302,14 +98,7 @@ class _Recorder(TorchDispatchMode):
     def left_the_tape(self, t: torch.Tensor) -> None:
         """``t`` was turned into Python numbers or a NumPy array, which no ATen call shows."""
         if not self._pause and not torch._C._functorch.is_functorch_wrapped_tensor(t):
-            self.reads.append(Read(self.node_of(t), _user_line(), self.current or 0))
-
-    def _as_nodes(self, arg: Any) -> Any:
-        if isinstance(arg, torch.Tensor):
-            return self.node_of(arg)
-        if isinstance(arg, (list, tuple)):
-            return type(arg)(self._as_nodes(a) for a in arg) if type(arg) in (list, tuple) else list(arg)
-        return arg
+            self.reads.append(Read(self.node_of(t), user_line(), self.current or 0))
 
     def _outputs(self, func: Any, args: Any, kwargs: Any, node: fx.Node, out: Any) -> None:
         if isinstance(out, torch.Tensor):
@@ -324,8 +113,8 @@ class _Recorder(TorchDispatchMode):
     def _output(self, func: Any, args: Any, kwargs: Any, node: fx.Node, out: torch.Tensor, item: int | None) -> None:
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         strided = out.layout == torch.strided
-        if strided and first is not None and first is not out and _storage_key(first) == _storage_key(out):
-            if out.numel() or _storage_key(out) in self._storages:
+        if strided and first is not None and first is not out and storage_key(first) == storage_key(out):
+            if out.numel() or storage_key(out) in self._storages:
                 rest = tuple(self._as_nodes(a) for a in args[1:])
                 self._enter(out, node, parent=first, view=(func, rest, self._as_nodes_dict(kwargs), item))
                 return
@@ -334,24 +123,21 @@ class _Recorder(TorchDispatchMode):
             return
         self._enter(out, node)
 
-    def _as_nodes_dict(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {k: self._as_nodes(v) for k, v in kwargs.items()}
-
     def _record_mutation(self, func: Any, args: Any, kwargs: Any, mutated: list[torch.Tensor]) -> Any:
         if len(mutated) != 1:
-            raise CaptureError(f"{func} writes to {len(mutated)} tensors at once, which is not carried", _user_line())
+            raise CaptureError(f"{func} writes to {len(mutated)} tensors at once, which is not carried", user_line())
         target = mutated[0]
         old = self.node_of(target)
         twin = functional_twin(func, args, kwargs, target)
         node_args = tuple(self._as_nodes(a) for a in twin.args)
         node_kwargs = self._as_nodes_dict(twin.kwargs)
-        key = _storage_key(target)
+        key = storage_key(target)
         storage = self._storages[key]
         self._preserve(key, storage)
         self.state.about_to_write(target)
         out = func(*args, **kwargs)
         node = self.make.call(twin.func, node_args, node_kwargs)
-        node.meta["source"] = _user_line()
+        node.meta["source"] = user_line()
         if draws_random(func, args, kwargs):
             node.meta["random"] = True
         node = self._finish(node, target)
@@ -368,59 +154,20 @@ class _Recorder(TorchDispatchMode):
         target = args[0]
         old = self.node_of(target)
         entry = self._entries[id(target)]
-        alone = [e for e in self._views[_storage_key(target)] if e.ref() is not None] == [entry]
+        alone = [e for e in self._views[storage_key(target)] if e.ref() is not None] == [entry]
         inner = old.op == "call_function" and entry.view is None and alone
         twin = _VIEW_TWINS.get(func)
         if twin is None or not inner or old in self.mutations.values():
-            raise CaptureError(f"{func} changes a tensor's shape in place; use its out-of-place form", _user_line())
+            raise CaptureError(f"{func} changes a tensor's shape in place; use its out-of-place form", user_line())
         if self.keep_values:
             self._pause += 1
             self.values[old] = target.detach().clone()
             self._pause -= 1
         out = func(*args, **kwargs)
         node = self.make.call(twin, (old, *args[1:]), kwargs)
-        node.meta["source"] = _user_line()
+        node.meta["source"] = user_line()
         self._enter(target, self._finish(node, target))
         return out
-
-    def _preserve(self, key: int, storage: _Storage) -> None:
-        """Before a write: keep the old value of the storage's owner; views are recomputed from it."""
-        if not self.keep_values:
-            return
-        self._views[key] = [e for e in self._views[key] if e.ref() is not None]
-        for entry in self._views[key]:
-            t = entry.ref()
-            if t is not None:
-                if entry.node is storage.owner and entry.view is None and entry.version == storage.version:
-                    self._pause += 1
-                    self.values[entry.node] = t.detach().clone(memory_format=torch.preserve_format)
-                    self._pause -= 1
-                else:
-                    self.values.pop(entry.node, None)
-                    if entry.node.target is operator.getitem:  # its tuple holds live views as well
-                        self.values.pop(entry.node.args[0], None)  # type: ignore[arg-type]
-
-    def _write_back(self, target: torch.Tensor, node: fx.Node, storage: _Storage) -> None:
-        entry = self._entries[id(target)]
-        owner = node
-        current, current_entry = target, entry
-        while current_entry.view is not None:
-            assert current_entry.parent is not None
-            parent = current_entry.parent
-            base = self.node_of(parent)
-            func, args, kwargs, item = current_entry.view
-            inverse, inverse_args = inverse_view(func, args, kwargs, item, base, owner, parent, current)
-            owner = self._finish(self.make.call(inverse, inverse_args), None)
-            self.values.pop(owner, None)
-            owner.meta.update(shape=tuple(parent.shape), dtype=parent.dtype)
-            current, current_entry = parent, self._entries[id(parent)]
-        if storage.owner.op in ("placeholder", "get_attr") or storage.owner in self.mutations.values():
-            source = next((k for k, v in self.mutations.items() if v is storage.owner), storage.owner)
-            self.mutations[source] = owner
-        storage.owner = owner
-        storage.version += 1
-        current_entry.node, current_entry.version = owner, storage.version
-        entry.node, entry.version = node, storage.version
 
     # -- module calls --------------------------------------------------------------------------
 
@@ -464,20 +211,6 @@ def draws_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     return True
 
 
-_NOT_THE_USERS = (torch.__path__[0], str(Path(__file__).parents[1]))
-
-
-def _user_line() -> str:
-    """``file:line`` of the innermost frame that is neither torch's nor ours."""
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_NOT_THE_USERS) and not name.startswith("<"):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
-
-
 class _WatchReads(TorchFunctionMode):
     """Notices ``.tolist()``, ``.numpy()`` and ``np.asarray``, which leave no trace on the tape."""
 
@@ -492,6 +225,18 @@ class _WatchReads(TorchFunctionMode):
 
 
 _LEAVES_TAPE = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+
+
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        module(*args, **kwargs)
+    except CaptureError:
+        raise
+    except Exception as err:
+        raise CaptureError(
+            f"{type(module).__name__} raised {type(err).__name__}: {err}; "
+            "check that it runs on these inputs in eager mode"
+        ) from err
 
 
 def record(
@@ -524,15 +269,7 @@ def record(
                 torch.Tensor, lambda t: recorder.add_input(t, f"input_{next(counter)}"), (args, kwargs)
             )
             with module_calls(recorder.through_call), _WatchReads(recorder), recorder:
-                try:
-                    module(*args, **kwargs)
-                except CaptureError:
-                    raise
-                except Exception as err:
-                    raise CaptureError(
-                        f"{type(module).__name__} raised {type(err).__name__}: {err}; "
-                        "check that it runs on these inputs in eager mode"
-                    ) from err
+                _run(module, args, kwargs)
                 attributes = {
                     key: tree_map(torch.Tensor, recorder.node_of, value)
                     for key, value in state.changed_attributes().items()
