@@ -19,7 +19,7 @@ from moeopt.options import Options
 from moeopt.pipeline.accept import as_model, moved, without_rewrites
 from moeopt.pipeline.block import pass_manager
 from moeopt.report import Report
-from moeopt.rewrite.install import watch_source
+from moeopt.rewrite.whole_model import watch_source
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import end_to_end
 

@@ -178,7 +178,7 @@ class Watch:
 
     Attributes:
         cost: about how many nanoseconds ``shared`` takes.
-        paused: while true nothing is compared: see ``install.exported``.
+        paused: while true nothing is compared: see ``whole_model.exported``.
     """
 
     paused = False

@@ -30,8 +30,9 @@ from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
 from moeopt.ops.reference import dtypes, out_features
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
-from moeopt.rewrite.install import exported, rewritten_forward
+from moeopt.rewrite.install import rewritten_forward
 from moeopt.rewrite.site_names import site_names
+from moeopt.rewrite.whole_model import exported
 
 OPSET = 20
 
