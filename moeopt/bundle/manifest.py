@@ -9,6 +9,7 @@ golden.safetensors     inputs and results to check again where it is deployed
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -18,8 +19,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from moeopt.bundle import aside
 from moeopt.bundle.schemas import ManifestFile
@@ -86,6 +85,8 @@ def write_bundle(
     ``fields`` are the manifest's own keys beside format, schema, backend, versions and files. ``UsageError`` when
     ``directory`` exists and is no bundle; nothing is left behind when ``write_files`` raises.
     """
+    import torch  # what only reads a manifest need not wait for it
+
     target = Path(directory)
     _check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,6 +153,14 @@ def known_backends() -> tuple[str, ...]:
 
     others = {point.name for point in metadata.entry_points(group=BACKEND_GROUP)} - set(BACKENDS)
     return (*BACKENDS, *sorted(others))
+
+
+def check_backend(name: str) -> None:
+    """``UsageError`` where no backend of that name is here."""
+    if name not in (known := known_backends()):
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"backend {name!r} is not available; {hint}use one of {', '.join(map(repr, known))}")
 
 
 def read_backend(directory: str | os.PathLike[str]) -> str:

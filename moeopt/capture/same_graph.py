@@ -71,3 +71,30 @@ class _Lines:
             else:
                 words.append(repr(item))
         return words
+
+
+def same_call(node: object, other: object, known: dict[tuple[int, int], bool] | None = None) -> bool:
+    """Whether two nodes are one op on the same values, as where each expert's rows are weighed anew from the same x.
+
+    Args:
+        known: pairs of nodes that were compared, so that values which are read twice are compared once.
+    """
+    known = {} if known is None else known
+    if node is other:
+        return True
+    if isinstance(node, list | tuple) and isinstance(other, list | tuple):
+        return len(node) == len(other) and all(same_call(a, b, known) for a, b in zip(node, other, strict=True))
+    if not isinstance(node, fx.Node) or not isinstance(other, fx.Node):
+        return type(node) is type(other) and node == other
+    if node.op != "call_function" or (node.op, node.target) != (other.op, other.target):
+        return False
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return False
+    pair = (id(node), id(other))
+    if pair not in known:
+        known[pair] = (
+            node.kwargs.keys() == other.kwargs.keys()
+            and same_call(node.args, other.args, known)
+            and all(same_call(node.kwargs[key], other.kwargs[key], known) for key in node.kwargs)
+        )
+    return known[pair]

@@ -37,6 +37,7 @@ from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.export import emitting
+from moeopt.lower.onnx.float64 import attributes_written_out
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 
@@ -96,6 +97,7 @@ def export_causal_lm(
     exporter = _exporter()
     say("tracing the model with its cache")
     sample, shapes, result = _sample(model)
+    wide = any(t.dtype == torch.float64 for t in model.parameters())  # of which fused ops have no kernel
     in_place = cache_left_in_place() if provider == "cpu" else contextlib.nullcontext()
     mixers = []
     if any(name.startswith("recurrent") for layer in sample[PAST].layers for name in parts_of(layer)):
@@ -124,7 +126,7 @@ def export_causal_lm(
                     dynamic=True,
                     dynamic_shapes=shapes,
                     optimize=exact,
-                    ort_fusions=provider if exact and provider in ("cpu", "cuda") else None,
+                    ort_fusions=provider if exact and provider in ("cpu", "cuda") and not wide else None,
                 ),
             )
         except Exception as err:
@@ -210,7 +212,7 @@ def _real_views(exporter: Any) -> Any:
         def export_program(self, *args: Any, **kwargs: Any) -> Any:
             with _own_dtypes():
                 self.program, metadata = super().export_program(*args, **kwargs)
-            return numbers_as_read(through_real_views(self.program)), metadata
+            return attributes_written_out(numbers_as_read(through_real_views(self.program))), metadata
 
     class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc]
         """Its ``super().export_program`` is the one above."""

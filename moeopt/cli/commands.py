@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import moeopt
+from moeopt.cli.early import check_backend, check_bundle, check_certificate
 from moeopt.cli.inspect_command import inspect_command
 from moeopt.cli.passes_command import passes_command
 from moeopt.cli.plan_command import plan_command
@@ -85,6 +86,7 @@ def optimize(
         check_target(html)
     if measure and (html is None or device is not None or dtype is not None):
         raise UsageError("--measure adds to the page of --html, and compares like with like: without --device, --dtype")
+    check_backend(backend)
     model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
     given = {"verify": verify, "device": device, "target": built_for, "dtype": dtype}
     fields = {name: value for name, value in given.items() if value is not None}
@@ -155,11 +157,14 @@ def verify(
     if against is not None:
         if original is not None:
             raise UsageError("--against compares a bundle with its past, --original with a model: give one of them")
+        check_certificate(against)
+        check_bundle(bundle)
         from moeopt.cli.verify_against import verify_against
 
         _say_unless(quiet, f"verify: {bundle} against {against}")
         _exit(verify_against(bundle, provider, against, as_json, limits), f"not equivalent, or worse than {against}")
         return
+    check_bundle(bundle)
     fields: dict[str, Any] = {}
     if original is not None:
         fields["original"], fields["inputs"] = load_target(original, trust_remote_code=trust_remote_code, seed=seed)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moeopt.bundle.manifest import is_bundle
+from moeopt.cli.early import check_code
 from moeopt.errors import UsageError
 
 FORMS = (
@@ -27,7 +29,7 @@ def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) 
     ``UsageError`` says what is wrong with the target, the file and line in the user's code included.
     """
     path = Path(target)
-    if is_a_bundle(path):
+    if is_bundle(path):
         raise UsageError(f"{target} is a bundle, optimised already: `moeopt verify {target}` checks it")
     if path.name == "config.json" and path.is_file():
         return _hugging_face(path.parent, False, trust_remote_code, seed)
@@ -40,6 +42,7 @@ def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) 
         if path.suffix == ".py" and path.is_file():
             what = f"a file of code without the name of a factory in it, as in {target}:build"
         raise UsageError(f"{target} is {what}: {FORMS}")
+    check_code(where, target)
     import torch
 
     torch.manual_seed(seed)
@@ -50,13 +53,13 @@ def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) 
     return (model.eval() if isinstance(model, torch.nn.Module) else model), inputs
 
 
-def is_a_bundle(path: Path) -> bool:
-    """:func:`moeopt.bundle.manifest.is_bundle`, which needs torch, asked only where there is a manifest."""
-    if not (path / "moeopt.json").is_file():
-        return False
-    from moeopt.bundle.manifest import is_bundle
-
-    return is_bundle(path)
+def check_data(target: str) -> tuple[str, str]:
+    """The file or module and the name that ``--data`` gives; ``UsageError`` where there is no such code."""
+    where, colon, name = target.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise UsageError(f"--data {target}: give module:function or file.py:function")
+    check_code(where, f"--data {target}")
+    return where, name
 
 
 def load_data(target: str) -> Any:
@@ -64,9 +67,7 @@ def load_data(target: str) -> Any:
 
     ``UsageError`` says what is wrong with the target, the file and line in the user's code included.
     """
-    where, colon, name = target.rpartition(":")
-    if not colon or not name.isidentifier():
-        raise UsageError(f"--data {target}: give module:function or file.py:function")
+    where, name = check_data(target)
     return _call(_factory(where, name, target), target)
 
 

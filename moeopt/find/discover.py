@@ -147,7 +147,9 @@ class _Finder:
         self.tape, self.candidates, self.leaves = tape, candidates, leaves
         self.home = {c: self._common([*c.outs, *c.ins]) for c in candidates}
         self.named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
-        self.used = {path for path, _ in leaves.values()}
+        used = {path for path, _ in leaves.values()}
+        self.idle = {key for name, t in self.named.items() if name not in used for key in _numbered(name, t)}
+        self._tensors_of: dict[nn.Module, set[int]] = {}
 
     def _common(self, sites: list[GemmSite]) -> int:
         stacks = [self.tape.stack(s.matmul.meta["call"]) for s in sites]
@@ -178,7 +180,7 @@ class _Finder:
             index = self._common([s for c in group for s in (*c.ins, *c.outs)])
             places.append(self._place("moe", self.tape.calls[index], group))
         experts = {s for c in claimed for s in (*c.ins, *c.outs)}
-        blocks = [p.call.index for p in places]
+        blocks = {p.call.index for p in places}
         for candidate in self.candidates:
             if experts.isdisjoint((*candidate.ins, *candidate.outs)) and self._feed_forward(candidate, blocks):
                 places.append(self._place("dense_ffn", self.tape.calls[self.home[candidate]], [candidate]))
@@ -189,11 +191,10 @@ class _Finder:
                     for c in place.candidates
                     if self._feed_forward(c, blocks)
                 ]
-        places = [p for p in places if not self._holds_a_deeper_one(p, places)]
+        places = _closest(places)
         places += self._by_structure(places)
         places += self._by_stacks(places)
-        places = [p for i, p in enumerate(places) if not any(_same_experts(p, q) for q in places[:i])]
-        return sorted(places, key=lambda p: p.order)
+        return sorted(_once(places), key=lambda p: p.order)
 
     def _picked(self, free: Iterable[FFNCandidate]) -> list[list[FFNCandidate]]:
         """Chains that read rows picked by an index, and whose Parameters are named alike but for a number:
@@ -213,14 +214,6 @@ class _Finder:
                 found.append(members)
                 taken.update(members)
         return found
-
-    def _holds_a_deeper_one(self, place: BlockCandidate, places: list[BlockCandidate]) -> bool:
-        """True where the same experts were found closer, in a call inside this one."""
-        return place.kind == "moe" and any(
-            other is not place and other.kind == "moe" and other.call is not place.call and place.call in other.levels
-            and other.weights & place.weights
-            for other in places
-        )  # fmt: skip
 
     def _by_structure(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
         """Calls that run alike feed-forward children side by side where no FFN candidate was found inside any; or that
@@ -288,8 +281,8 @@ class _Finder:
         paths = {self.leaves[s][0] for c in group for s in (*c.ins, *c.outs)}
         weights = {id(self.named[p]) for p in paths if p in self.named}
         if kind == "moe":  # a helper that is handed its weights is called once per expert: the block is their owner
-            owners = [i for i, c in enumerate(levels) if weights & {id(t) for t in _tensors(c.module)}]
-            levels = levels[owners[0] :] if owners else levels
+            owner = next((i for i, c in enumerate(levels) if not weights.isdisjoint(self._tensors(c.module))), 0)
+            levels = levels[owner:]
             call = levels[0]
         experts = len({_identity(c.out.matmul) for c in group})  # a loop over the batch visits each several times
         return BlockCandidate(
@@ -323,25 +316,16 @@ class _Finder:
     def _idle_twins(self, call: Call, candidate: FFNCandidate) -> bool:
         """Parameters of the call's module, named like the candidate's but for a number, that nothing used."""
         path = self.leaves[candidate.out][0]
-        if not path or (call.path and not path.startswith(call.path + ".")):
+        if path not in self.named or (call.path and not path.startswith(call.path + ".")):
             return False
         start = len(call.path.split(".")) if call.path else 0
-        parts = path.split(".")
-        for i in range(start, len(parts)):
-            if not re.search(r"\d", parts[i]):
-                continue
-            for name, tensor in self.named.items():
-                other = name.split(".")
-                if name in self.used or len(other) != len(parts) or tensor.shape != self.named[path].shape:
-                    continue
-                same = [a == b for a, b in zip(other, parts, strict=True)]
-                if (
-                    sum(not s for s in same) == 1
-                    and not same[i]
-                    and re.sub(r"\d+", "#", other[i]) == re.sub(r"\d+", "#", parts[i])
-                ):
-                    return True
-        return False
+        return any(key in self.idle for key in _numbered(path, self.named[path]) if key[0] >= start)
+
+    def _tensors(self, module: nn.Module) -> set[int]:
+        """Identities of the module's tensors, those of its children included."""
+        if module not in self._tensors_of:
+            self._tensors_of[module] = {id(t) for t in (*module.parameters(), *module.buffers())}
+        return self._tensors_of[module]
 
     def _same_rows(self, members: list[FFNCandidate]) -> bool:
         """Their operands lead back to one tensor within a few steps: branches of one place, not of two towers."""
@@ -358,25 +342,50 @@ class _Finder:
         outer = candidate.out.matrices[0]
         return candidate.nonlinear and len(candidate.ins) <= 2 and inner.k == outer.m and not candidate.merged
 
-    def _feed_forward(self, candidate: FFNCandidate, blocks: list[int]) -> bool:
+    def _feed_forward(self, candidate: FFNCandidate, blocks: set[int]) -> bool:
         """A dense FFN, and not a tied autoencoder (one weight, twice), nor a bottleneck (an adapter, squeeze-excite):
         plain and narrower inside than outside. Beside routed experts, in one of ``blocks``, narrow is usual."""
         inner, outer = candidate.ins[0].matrices[0], candidate.out.matrices[0]
         if not self._dense(candidate) or {m.path for s in candidate.ins for m in s.matrices} & {outer.path} - {""}:
             return False
         gated = len(candidate.ins) == 2 or inner.m == 2 * outer.k
-        shared = any(index in self.tape.stack(self.home[candidate]) for index in blocks)
+        shared = not blocks.isdisjoint(self.tape.stack(self.home[candidate]))
         return gated or shared or outer.k >= inner.k
 
 
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _numbered(name: str, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Size]]:
+    """For each part of a tensor's name that holds a number: the part's place, the name without the number, the shape.
+    Tensors that have one in common are twins."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if re.search(r"\d", part):
+            yield i, ".".join([*parts[:i], re.sub(r"\d+", "#", part), *parts[i + 1 :]]), tensor.shape
 
 
-def _same_experts(a: BlockCandidate, b: BlockCandidate) -> bool:
-    """True for two readings of one call that share weights (three matmuls in a row are two candidates)."""
-    return a.kind == b.kind == "moe" and a.call is b.call and bool(a.weights & b.weights)
+def _closest(places: list[BlockCandidate]) -> list[BlockCandidate]:
+    """The places without those whose experts were found closer too, in a call inside theirs."""
+    readers: dict[int, list[BlockCandidate]] = {}
+    for place in places:
+        for weight in place.weights if place.kind == "moe" else ():
+            readers.setdefault(weight, []).append(place)
+
+    def closer(place: BlockCandidate) -> bool:
+        others = {id(o): o for w in place.weights for o in readers[w] if o.call is not place.call}
+        return any(place.call is level for o in others.values() for level in o.levels)
+
+    return [p for p in places if p.kind != "moe" or not closer(p)]
+
+
+def _once(places: list[BlockCandidate]) -> list[BlockCandidate]:
+    """The places without second readings of one call that share weights (three matmuls in a row are two candidates)."""
+    seen: dict[int, set[int]] = {}
+    found = []
+    for place in places:
+        weights = seen.setdefault(place.call.index, set()) if place.kind == "moe" else set()
+        if weights.isdisjoint(place.weights):
+            found.append(place)
+        weights |= place.weights
+    return found
 
 
 def _identity(product: fx.Node) -> tuple[Any, ...]:

@@ -2,7 +2,8 @@
 
     sigmoid(x)     1 / (1 + exp(-x))                           what PyTorch computes; ONNX Runtime's is 0 below -18
     log1p(u)       u log(w) / (w - 1),  w = 1 + u              the error of w cancels; u where w is 1
-    expm1(x)       x (w - 1) / log(w),  w = exp(x)             alike; w - 1 where |x| > 1, x where w is 1
+    expm1(x)       x (w - 1) / log(w),  w = exp(x)             alike; w - 1 where |x| > 1, x where w is 1, and -1
+                                                               where 1 + w is 1, as PyTorch's vector kernel has it
     logsigmoid(x)  min(x, 0) - log1p(exp(-|x|))
     elu(x)         alpha expm1(x / beta) below 0               Elu, Selu and Celu of ONNX Runtime: alpha (exp(x) - 1)
     tanh(x)        1 - 2 / (exp(2|x|) + 1), with x's sign      ONNX Runtime's is 5 units off near 1; from |x| = 1 on
@@ -47,11 +48,11 @@ def log1p(op: Op, const: Const, u: OnnxValue) -> OnnxValue:
 
 
 def expm1(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
-    """exp(x) - 1."""
-    w = op("Exp", x)
-    d = op("Sub", w, const(1.0))
+    """exp(x) - 1; -1 from log(eps / 2) down, so that ``expm1(x) + 1`` is 0 where it is in PyTorch."""
+    w, one = op("Exp", x), const(1.0)
+    d = op("Where", op("Equal", op("Add", w, one), one), const(-1.0), op("Sub", w, one))
     near = op("Where", op("Equal", d, const(0.0)), x, op("Mul", d, op("Div", x, op("Log", w))))
-    return op("Where", op("Greater", op("Abs", x), const(1.0)), d, near)
+    return op("Where", op("Greater", op("Abs", x), one), d, near)
 
 
 def log_sigmoid(op: Op, const: Const, x: OnnxValue) -> OnnxValue:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import os
 import re
 import traceback
@@ -31,20 +32,47 @@ def avoid_size_one(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """
     call: ArgsKwargs = (tuple(args), dict(kwargs))
     for axis in (0, 1):
-        leaves = [t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor) and t.dim() > max(axis, 1)]
-        if not leaves or any(t.shape[axis] != 1 for t in leaves):
-            continue
-
-        def doubled(t: torch.Tensor, axis: int = axis) -> torch.Tensor:
-            return torch.cat([t, t], axis) if t.dim() > max(axis, 1) else t
-
-        wider: ArgsKwargs = pytree.tree_map_only(torch.Tensor, doubled, call)
-        try:
-            run_plain(model, *wider)
-        except Exception:  # whatever stands in the way, the given call is what is exported
-            continue
-        call = wider
+        for along in (True, False):
+            wider = _doubled(call, axis, along)
+            if wider is None:
+                continue
+            try:
+                run_plain(model, *wider)
+            except Exception:  # whatever stands in the way, the given call is what is exported
+                continue
+            call = wider
+            break
     return call
+
+
+def _doubled(call: ArgsKwargs, axis: int, along: bool) -> ArgsKwargs | None:
+    """``call`` with two rows along an axis on which all of its tensors have one; None where they do not.
+
+    Args:
+        along: tensors without that axis that have an entry for each row of the first one go along: an id or a mark
+            for each token of (1, S, H), or of (1, H).
+    """
+    leaves = [t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor)]
+    first = next((t for t in leaves if t.dim() > max(axis, 1)), None)
+    if first is None:
+        return None
+    count = math.prod(first.shape[:-1])
+
+    def has(t: torch.Tensor) -> bool:
+        return t.dim() > max(axis, 1) and not goes(t)
+
+    def goes(t: torch.Tensor) -> bool:
+        own = t.dim() > max(axis, 1) and t.shape[axis] == 1
+        return along and t.dim() > 0 and t.shape[0] == count and not own
+
+    if any(has(t) and t.shape[axis] != 1 for t in leaves) or not any(map(has, leaves)):
+        return None
+    if along and not any(map(goes, leaves)):
+        return None
+    doubled: ArgsKwargs = pytree.tree_map_only(
+        torch.Tensor, lambda t: torch.cat([t, t], axis if has(t) else 0) if has(t) or goes(t) else t, call
+    )
+    return doubled
 
 
 def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:

@@ -21,6 +21,7 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.options import Options
 from moeopt.passes.manager import PassManager, Result, check_names
 from moeopt.passes.pipeline import PIPELINE
+from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.recognise.experts import ExpertsNotHit, Recognition
@@ -68,19 +69,23 @@ def rewrite_block(
     runtime: Runtime | None = None,
     reader: Reader | None = None,
     manager: PassManager | None = None,
+    alike: AlikeBlocks | None = None,
 ) -> Rewrite:
     """Rewrite ``module`` as ``call`` uses it, without changing it; verify it as ``runtime`` computes it.
 
     Args:
         reader: what in the block becomes an op; None means its mixtures of experts.
         manager: what runs the passes; None means one of the block's own, as ``options`` ask for.
+        alike: blocks whose graph may be bound to this one, and which remembers this one.
 
     Raises:
         Declined: with the reason; nothing was changed.
     """
     try:
         manager = manager or pass_manager(options, runtime)
-        return _rewrite(name, module, call, options, runtime, reader or Mixture(), manager)
+        check_module(module)
+        bound = None if alike is None else _rebind(name, module, call, options, runtime, alike)
+        return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
     except (Declined, UsageError):
         raise
     except Exception as err:
@@ -118,9 +123,9 @@ def _rewrite(
     runtime: Runtime | None,
     reader: Reader,
     manager: PassManager,
+    alike: AlikeBlocks | None,
 ) -> Rewrite:
     started = time.perf_counter()
-    check_module(module)
     last: Declined | None = None
     for call_spec in _versions(call):
         try:
@@ -148,11 +153,35 @@ def _rewrite(
             raise Declined(capture.neutral)
         result.block.root = None  # a program is bound to a module when it is installed
         program = capture.program(result.block)
+        if alike is not None:
+            alike.add(Known(module, call_spec, program, capture.found, capture.routers, result))
         return Rewrite(program, capture.found, check, capture.routers, time.perf_counter() - started, result)
     try:
         raise last or Declined("its arguments could not be read as rows of tokens")
     finally:
         del last
+
+
+def _rebind(
+    name: str, module: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime | None, alike: AlikeBlocks
+) -> Rewrite | None:
+    """The graph of an alike block that was verified before, bound to ``module`` and verified there; None where there
+    is none, or where it is not equivalent here."""
+    started = time.perf_counter()
+    bound = alike.propose(name, module, list(_versions(call)))
+    if bound is None:
+        return None
+
+    def verify(block: BlockGraph) -> BlockCheck:
+        return _verify(bound, call, options, runtime, block, False)
+
+    done = bound_result(bound, verify)
+    if done is None:
+        return None
+    program, result = done
+    check: BlockCheck = result.verdict  # type: ignore[assignment]
+    known = bound.known
+    return Rewrite(program, known.found, check, known.routers, time.perf_counter() - started, result)
 
 
 def _versions(call: ArgsKwargs) -> Iterator[CallSpec]:
@@ -165,7 +194,12 @@ def _versions(call: ArgsKwargs) -> Iterator[CallSpec]:
 
 
 def _verify(
-    capture: Capture, call: ArgsKwargs, options: Options, runtime: Runtime | None, block: BlockGraph, settle: bool
+    capture: Capture | Bound,
+    call: ArgsKwargs,
+    options: Options,
+    runtime: Runtime | None,
+    block: BlockGraph,
+    settle: bool,
 ) -> BlockCheck:
     """The verdict on ``block``; with ``settle``, ``runtime`` gives up the lowerings with which it fails."""
     name, module, call_spec, found = capture.name, capture.module, capture.call_spec, capture.found

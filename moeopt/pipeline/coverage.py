@@ -94,6 +94,7 @@ def covering(
             return call, tape, recognize(tape, assume=assume)
         except ExpertsNotHit as err:
             last = err.with_traceback(None)
+            experts = max(experts, last.num_named) if ids else experts
             if steer is not None or ids:  # every id was named: what still was not reached may be no expert
                 with contextlib.suppress(Declined):
                     return call, tape, recognize(tape, idle=True, assume=assume)

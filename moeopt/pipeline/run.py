@@ -33,7 +33,9 @@ from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.manager import PassManager
 from moeopt.patches import fewer_collections
+from moeopt.pipeline.alike_blocks import AlikeBlocks
 from moeopt.pipeline.block import Rewrite, Runtime, pass_manager, rewrite_block
+from moeopt.pipeline.block_capture import original_forward
 from moeopt.pipeline.coverage import Mixture
 from moeopt.pipeline.dense import DenseResult as DenseResult
 from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
@@ -101,9 +103,10 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
     calls = _inputs(model, call, wanted | {p.call.path for q in (*dense, *moe) for p in (q, *q.alone)})
     outcome = PipelineResult([], [], {}, calls)
     attempts: list[tuple[BlockCandidate, _Attempt]] = []
+    alike = _alike_blocks(options)
     for number, place in enumerate(moe):
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
-        attempts.append((place, _attempt(model, place, outcome, calls, options, runtime, manager)))
+        attempts.append((place, _attempt(model, place, outcome, calls, options, runtime, manager, alike)))
         _note_passes(attempts[-1][1], model, outcome, options)
         if dump is not None:
             done = attempts[-1][1]
@@ -153,6 +156,7 @@ def _attempt(
     options: Options,
     runtime: Runtime | None,
     manager: PassManager,
+    alike: AlikeBlocks | None,
 ) -> _Attempt:
     best = _Attempt()
     best_progress = -2
@@ -175,7 +179,8 @@ def _attempt(
         try:
             name = level.path or type(model).__name__
             reader = Mixture(assume=hint_for(options.hints, name))
-            rewrite = rewrite_block(name, module, calls[level.path], options, runtime, reader, manager)
+            known = None if reader.assume is not None else alike
+            rewrite = rewrite_block(name, module, calls[level.path], options, runtime, reader, manager, known)
             if not _expert_parameters(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not")
             install(module, rewrite.program)
@@ -191,6 +196,12 @@ def _attempt(
         outcome.checks.append(rewrite.check)
         return _Attempt(rewrite, level.path, seconds=rewrite.seconds)
     return best
+
+
+def _alike_blocks(options: Options) -> AlikeBlocks | None:
+    """Where kinds of blocks are remembered; None where a block is not verified, or each pass on it is asked for."""
+    told = options.verify == "off" or options.dump is not None or options.fuel is not None
+    return None if told else AlikeBlocks(original_forward)
 
 
 def _note_passes(attempt: _Attempt, model: nn.Module, outcome: PipelineResult, options: Options) -> None:

@@ -25,6 +25,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.gemm_sites import GemmSite
+from moeopt.recognise.limits import magnitudes
 
 _TOLERANCE = 1e-6
 """Relative. Float64 has 1e-16; hand-written constants such as 0.7978845608 for sqrt(2/pi) have 1e-10;
@@ -69,11 +70,12 @@ def fit_function(
 def _observe(
     tape: Tape, candidate: FFNCandidate, out: GemmSite, labels_out: torch.Tensor
 ) -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
-    """[(pre-activation rows of each role, resulting rows)] at three magnitudes, matched by row label."""
+    """[(pre-activation rows of each role, resulting rows)], matched by row label: at three magnitudes, and beyond
+    each number that the function reads."""
     generator = torch.Generator().manual_seed(0)
     keep = (labels_out >= 0).nonzero().flatten()[:32]
     samples = []
-    for scale in (0.5, 3.0, 30.0):
+    for scale in (0.5, 3.0, 30.0, *(4 * size for size in magnitudes(tape, candidate.mid))):
         given: dict[fx.Node, Any] = {}
         rows = tuple(_probe(tape, role, labels_out[keep], scale, generator, given) for role in candidate.roles())
         operand = replay(tape, candidate.mid, given, torch.float64, only=out.operand)[out.operand]
@@ -103,8 +105,9 @@ def _agrees(spec: ExpertsSpec, rows: tuple[torch.Tensor, ...], want: torch.Tenso
     got = apply_gate(rows if spec.rows == "separate" else rows[0], spec)
     if got.shape != want.shape:
         return False
-    scale = want.abs().max().clamp_min(1e-30)
-    return bool(((got - want).abs() <= _TOLERANCE * (want.abs() + 1e-3 * scale)).all())
+    scale = want[want.isfinite()].abs().max().clamp_min(1e-30) if want.isfinite().any() else 1.0
+    near = (got - want).abs() <= _TOLERANCE * (want.abs() + 1e-3 * scale)
+    return bool((near | ~want.isfinite()).all())  # far out, exp(x) by hand is infinite where the activation is not
 
 
 def _constants(tape: Tape, candidate: FFNCandidate) -> list[float]:

@@ -28,11 +28,12 @@ from moeopt.capture.replay import CONFLICT, ancestors, descendants, row_labels
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.weight_refs import ExpertRef, MatrixRef, tensor_at
+from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef, tensor_at
 from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates, group_candidates, source_of
 from moeopt.recognise.gemm_sites import GemmSite, find_sites
+from moeopt.recognise.limits import check_limits
 from moeopt.recognise.routing import NoIds, Routing, Table, find_routing, one_beyond
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.recognise.weight_position import WeightPosition, weight_position
@@ -307,7 +308,9 @@ def _check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidat
 
     One that multiplied rows elsewhere is something else than an idle expert.
     """
-    active = {m.path for s in find_sites(tape) if s.matrix.numel() for m in s.matrices}
+    sites = find_sites(tape)
+    active = {m.path for s in sites if s.matrix.numel() for m in s.matrices}
+    own = {s.node for c in group for s in (*c.ins, *c.outs)}
     named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
     for refs in ([e.w_in[0] for e in experts], [e.w_out for e in experts]):
         used = {r.path for r in refs}
@@ -322,8 +325,11 @@ def _check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidat
             here = {r.origin[0] for r in refs if r.path == path}
             if whole.dim() > 2 and len(here) < whole.shape[0] and all(r.dk[0] == r.dm[0] == 0 for r in refs):
                 missing += [f"{path}[{i}]" for i in range(whole.shape[0]) if i not in here]
+            else:
+                missing += _rest_of(path, whole, experts, [s for s in sites if s.node not in own])
         if missing:
-            some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            shown = list(dict.fromkeys(missing))
+            some = ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
             error = ExpertsNotHit(
                 f"no probe token reached the expert weights {some}, so what they compute could not be checked; "
                 "pass example inputs that reach every expert",
@@ -331,6 +337,22 @@ def _check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidat
             )
             error.num_named = len(experts) + len(missing)
             raise error
+
+
+def _rest_of(path: str, whole: torch.Tensor, experts: list[ExpertRef], others: list[GemmSite]) -> list[str]:
+    """A name for each expert that fits into those numbers of ``whole`` which neither experts nor ``others`` read."""
+    read: dict[MatrixRef | VectorRef, int] = {}
+    holders = 0
+    for expert in experts:
+        here = [r for r in (*expert.w_in, *expert.b_in, expert.w_out, expert.b_out) if r is not None and r.path == path]
+        holders += bool(here)
+        read |= {r: r.m * (r.k if isinstance(r, MatrixRef) else 1) for r in here}
+    each = sum(read.values()) // holders
+    for site in others:
+        used = [site.matrices[i] for i in site.matrix.unique().tolist() if i >= 0]
+        read |= {r: r.k * r.m for r in used if r.path == path}
+    held = sum(read.values())
+    return [f"{path} beyond {held:,} of its {whole.numel():,} numbers"] * ((whole.numel() - held) // each)
 
 
 def _universe(tape: Tape, experts: list[ExpertRef]) -> int:
@@ -443,6 +465,9 @@ def _with_frontier(
     if prior is not None and (ids is None or not bool((ids >= len(experts)).any())):
         identity = prior.spec.out_of_range == "identity"  # no such id on this probe call: nothing speaks against it
     base = None if identity else _base(tape, combine, before, experts)
+    sources = [tokens.node, base, routing.weights.source, None if routing.ids is None else routing.ids.source]
+    fitted = {n for c in group for n in c.mid}
+    check_limits(tape, combine.node, [n for n in sources if n is not None], fitted, source_of(group[0]))
     ordered = [experts[c] for c in routing.experts]
     _same_layout(ordered, group)
     spec = dataclasses.replace(

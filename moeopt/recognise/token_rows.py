@@ -19,6 +19,7 @@ from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.recognise.gemm_sites import GemmSite
+from moeopt.recognise.limits import limits_values
 
 
 @dataclass
@@ -56,7 +57,7 @@ def match_tokens(tape: Tape, sites: list[GemmSite]) -> Tokens:
 
 
 def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
-    """Tensors whose rows the ``sites`` multiply, earliest first, one for each order of rows.
+    """Tensors whose rows the ``sites`` multiply, earliest first, one for each order of rows and number of limits.
 
     Raises:
         Declined: no tensor before the experts holds their rows.
@@ -65,10 +66,11 @@ def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
     wanted = {s: s.rows_in(tape.value(s.operand)) for s in sites}
     k = sites[0].matrices[0].k
     weighted: Tokens | None = None
-    orders: list[list[bytes]] = []
+    orders: list[tuple[list[bytes], int]] = []
     if len({w.shape[-1] for w in wanted.values()}) > 1:
         raise Declined("the experts' first matmuls take rows of different widths", sites[0].matmul.meta.get("source"))
     sources = ancestors([sites[0].operand])
+    limits = [n for n in sources if limits_values(tape, n)]
     filled = [w for w in wanted.values() if w.bool().any()]
     if not filled:
         raise Declined("no token reached its experts", sites[0].matmul.meta.get("source"))
@@ -86,7 +88,8 @@ def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
                 continue
             exact = _exact(node, axis, rows, wanted) if near == "row" else None
             if exact is not None and (weighted is None or exact.count <= weighted.count):
-                keys = rows_as_bytes(rows)
+                limited = len(ancestors([node]).intersection(limits)) if limits else 0
+                keys = (rows_as_bytes(rows), limited)
                 if keys not in orders:
                     orders.append(keys)
                     yield exact

@@ -18,6 +18,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import is_factory
 from moeopt.capture.replay import descendants, replay
+from moeopt.capture.same_graph import same_call
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.recognise.combine import Combine, Labels, entry_weights
@@ -120,7 +121,7 @@ def _copies_of(tape: Tape, tokens: Tokens) -> Callable[[fx.Node], bool | None]:
     known: dict[torch.dtype, set[bytes]] = {}
 
     def passed(node: fx.Node) -> bool | None:
-        if _same_computation(node, tokens.node):
+        if same_call(node, tokens.node):
             return None
         value, dtype = tape.value(node), node.meta.get("dtype")
         if dtype is None:  # several results: each of them is looked at
@@ -131,33 +132,6 @@ def _copies_of(tape: Tape, tokens: Tokens) -> Callable[[fx.Node], bool | None]:
         return any(rows <= held or held <= rows for rows in seen)
 
     return passed
-
-
-def _same_computation(node: object, other: object, known: dict[tuple[int, int], bool] | None = None) -> bool:
-    """Whether two nodes are one op on the same values, as where each expert's rows are weighed anew from the same x.
-
-    Args:
-        known: pairs of nodes that were compared, so that values which are read twice are compared once.
-    """
-    known = {} if known is None else known
-    if node is other:
-        return True
-    if isinstance(node, list | tuple) and isinstance(other, list | tuple):
-        return len(node) == len(other) and all(_same_computation(a, b, known) for a, b in zip(node, other, strict=True))
-    if not isinstance(node, fx.Node) or not isinstance(other, fx.Node):
-        return type(node) is type(other) and node == other
-    if node.op != "call_function" or (node.op, node.target) != (other.op, other.target):
-        return False
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-        return False
-    pair = (id(node), id(other))
-    if pair not in known:
-        known[pair] = (
-            node.kwargs.keys() == other.kwargs.keys()
-            and _same_computation(node.args, other.args, known)
-            and all(_same_computation(node.kwargs[key], other.kwargs[key], known) for key in node.kwargs)
-        )
-    return known[pair]
 
 
 def _summand(tape: Tape, labels: Labels, combine: Combine) -> Callable[[fx.Node], bool | None]:

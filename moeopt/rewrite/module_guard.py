@@ -231,6 +231,7 @@ class Watch:
         self._reason = _first(self._shared)
         self._reasons = {key: _first(watched) for key, watched in self._of.items()}
         self.cost = shared.cost
+        self._sound = not (self._reason or self._read or self._frozen)
         self._same, self._sames = shared.compiled(), {key: probe.compiled() for key, probe in own.items()}
 
     def _compare(self, reads: Reads, shared: GuardExpression, own: dict[Any, GuardExpression]) -> str:
@@ -250,6 +251,11 @@ class Watch:
             return ""
         if self.gone:
             return self.gone
+        try:
+            if self._same() and self._sound:
+                return ""
+        except Exception:  # as ``holds``, which would take longer
+            pass
         if not holds(self._same):
             self._look()
         if self._reason or self._read:

@@ -9,6 +9,7 @@ this.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +23,9 @@ from moeopt.rewrite.guard_expression import GuardExpression, holds
 from moeopt.rewrite.module_guard import hook_count
 from moeopt.rewrite.reads import Reads
 
-_CALL, _LEAST, _CODE = 2400, 300, 60
-"""Nanoseconds that all comparisons of one call may take, those of the source's structure at least, and of its code."""
+_CALL, _PART, _LEAST, _CODE = 2350, 650, 300, 60
+"""Nanoseconds that all comparisons of one call may take; those of a part of a source that does not fit beside a block's
+own, and at least; and those of the code of one module."""
 
 
 def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
@@ -68,12 +70,12 @@ class _ModuleFacts:
         module = self._module()
         if module is None:
             return
-        probe.entries(module._modules)
-        for registry, name, value in _items(module):
-            if registry is not module._modules:
-                probe.item(registry, name, value)
-            if self.values and name not in module._modules and value is not None:
-                probe.tensor(value, False)
+        for registry in filter(None, _registries(module)):
+            probe.entries(registry)
+        if self.values:
+            for _, name, value in _items(module):
+                if name not in module._modules and value is not None:
+                    probe.tensor(value, False)
 
     def changed(self) -> str:
         """What is another than it was; from now on that is how it should be."""
@@ -84,7 +86,8 @@ class _ModuleFacts:
         for what in (*before, *(w for w in now if w not in before)):
             a, b, c = before.get(what, self), now.get(what, self), also.get(what)
             if a is not b and not (type(a) is int and b in (a, c)) and b is not c:
-                return f"{what} of {self.path or 'the model itself'}"
+                where = self.path or "the model itself"
+                return f"{what} of {where}" if what in before else f"{what}, new in the contents of {where}"
         return ""
 
 
@@ -148,30 +151,48 @@ _Thing = _ModuleFacts | _Code | _Block
 
 
 class _Turns:
-    """Things to compare, in parts of about ``max_nanoseconds`` nanoseconds, one part at a call."""
+    """Things to compare, in parts of about ``max_nanoseconds`` nanoseconds, one part at a call.
+
+    Attributes:
+        next: gives the comparison of the part whose turn it is.
+    """
 
     def __init__(self, things: list[_Thing], max_nanoseconds: int) -> None:
         self.parts: list[list[_Thing]] = []
-        self.sames: list[Callable[[], bool]] = []
-        self.turn = 0
         some: list[_Thing] = []
-        for index, thing in enumerate(things):
-            some.append(thing)
-            probe = _armed(some)
-            if probe.cost >= max_nanoseconds or index + 1 == len(things):
+        for thing in things:
+            if some and _armed([*some, thing]).cost > max_nanoseconds:
                 self.parts.append(some)
-                self.sames.append(probe.compiled())
                 some = []
+            some.append(thing)
+        self.parts += [some] if some else []
+        self.sames = [_armed(part).compiled() for part in self.parts]
+        self.next: Callable[[], Callable[[], bool]] = itertools.cycle(self.sames).__next__
 
-    def differing(self, turn: int) -> list[str]:
-        """What is another than before in a part; from now on that is how it should be."""
-        found = [reason for thing in self.parts[turn] if (reason := thing.changed())]
-        self.sames[turn] = _armed(self.parts[turn]).compiled()
+    def differing(self) -> list[str]:
+        """What is another than before in any part; from now on that is how it should be."""
+        return self.told([turn for turn, same in enumerate(self.sames) if not holds(same)])
+
+    def told(self, turns: list[int]) -> list[str]:
+        """The changes in some parts; from now on that is how it should be."""
+        found = [reason for turn in turns for thing in self.parts[turn] if (reason := thing.changed())]
+        for turn in turns:
+            self.sames[turn] = _armed(self.parts[turn]).compiled()
+        self.next = itertools.cycle(self.sames).__next__
         return found
 
 
+_NOTHING = _Turns([], 0)
+_NOTHING.next = itertools.repeat(lambda: True).__next__
+"""Of a source that is gone."""
+
+
+def _hooked(thing: _Thing) -> bool:
+    return isinstance(thing, _ModuleFacts) and thing.hooked()
+
+
 def _armed(things: list[_Thing]) -> GuardExpression:
-    probe = GuardExpression()
+    probe = GuardExpression(classes=False)  # the twin's classes are the source's, and each block compares its own
     for thing in things:
         thing.arm(probe)
     return probe
@@ -189,37 +210,37 @@ class Source:
     """
 
     def __init__(self, model: nn.Module, twin: nn.Module, blocks: Mapping[str, Reads], values: bool, cost: int) -> None:
-        max_nanoseconds = max(_LEAST, _CALL - cost * 5 // 4)
         modules = list(model.named_modules())
         others = dict(twin.named_modules())
         things: list[_Thing] = [_Block(path, model.get_submodule(path), reads) for path, reads in blocks.items()]
-        self._turns: tuple[_Turns, ...] = (
-            _Turns(
-                [*things, *(_ModuleFacts(path, module, others[path], values) for path, module in modules)],
-                max_nanoseconds,
-            ),
-            _Turns([_Code(path, module) for path, module in modules], _CODE),
+        things += [_ModuleFacts(path, module, others[path], values) for path, module in modules]
+        whole = _armed(things).cost
+        max_nanoseconds = whole if cost + whole <= _CALL else max(_LEAST, min(_PART, _CALL - cost))
+        self._structure, self._code = (
+            _Turns(things, max_nanoseconds),
+            _Turns([_Code(*named) for named in modules], _CODE),
         )
         self._name, self._told, self._hooks = type(model).__name__, set[str](), RemovableHandle.next_id
         self._alive = weakref.ref(model, self._gone)
 
     def _gone(self, reference: Any) -> None:
-        self._turns = ()
+        self._structure = self._code = _NOTHING
 
     def look(self) -> None:
         """Compare some of it; warn of what is another than before, once."""
         if self._hooks != RemovableHandle.next_id:  # somewhere in this process a hook was registered
             self._hooks = RemovableHandle.next_id
-            for one in self._turns[:1]:
-                for turn, things in enumerate(one.parts):
-                    if any(isinstance(thing, _ModuleFacts) and thing.hooked() for thing in things):
-                        self._tell([reason for reason in one.differing(turn) if reason not in self._told])
-        for one in self._turns:
-            turn = one.turn = (one.turn + 1) % len(one.sames)
-            if not holds(one.sames[turn]):
-                self._tell([reason for reason in one.differing(turn) if reason not in self._told])
+            one = self._structure
+            self._tell(one.told([turn for turn, things in enumerate(one.parts) if any(map(_hooked, things))]))
+        try:
+            if self._structure.next()() and self._code.next()():
+                return
+        except Exception:  # as ``holds``, which would take longer
+            pass
+        self._tell([*self._structure.differing(), *self._code.differing()])
 
-    def _tell(self, reasons: list[str]) -> None:
+    def _tell(self, found: list[str]) -> None:
+        reasons = [reason for reason in found if reason not in self._told]
         self._told.update(reasons)
         if reasons:
             more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""

@@ -477,3 +477,20 @@ def test_padded_rows_are_zeros_without_a_cache_too():
         want = model(**call | {"attention_mask": padded})
     got = engine(**call | {"attention_mask": padded})
     assert (got.logits - want.logits).abs().max() < ROUNDING and abs(got.loss - want.loss) < ROUNDING
+
+
+def test_float64_keeps_the_numbers_of_its_ops():
+    """Epsilons of layer norms are float32 as attributes of ONNX ops, and fused ops have no float64 kernels."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32
+    )
+    model = OPTForCausalLM(config).double().eval()
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.02)
+        engine = moeopt.optimize(model, {"input_ids": ids}, backend="onnxruntime", verify="fast")
+        want = model(input_ids=ids).logits
+        torch.testing.assert_close(engine(input_ids=ids).logits, want, rtol=1e-13, atol=1e-13 * float(want.abs().max()))

@@ -71,6 +71,23 @@ for words, cases in ZOO.items():
         limit(words)(lambda _, name=name, reason=reason: zoo_declines(name, reason))
 
 
+class ClampedExpert(Expert):
+    def forward(self, x):
+        return super().forward(x.clamp(-1e6, 1e6))
+
+
+class Clamped(Block):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(ClampedExpert() for _ in range(4))
+
+
+@limit("Clamps that no probe reaches")
+def unreached(_):
+    (block,) = moeopt.optimize(build(Clamped), X).report.blocks
+    assert "its forward limits values with clamp (-1e+06, 1e+06) between the tokens and the sum" in block.reason
+
+
 def changed(change):
     """A block whose experts ``change`` was applied to."""
     block = build()

@@ -368,6 +368,68 @@ def test_experts_of_a_stack_that_no_token_reached_are_named():
         recognize(tape_of(Lopsided))
 
 
+class Packed(MoE):
+    """All experts' weights lie in Parameters that count no experts: their last one may be out of reach."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+        del self.experts
+        w1, w2 = rand(4, H, I), rand(4, I, H, seed=1)
+        if how == "rows":
+            self.w1, self.w2 = nn.Parameter(w1.flatten(0, 1)), nn.Parameter(w2.flatten(0, 1))
+        elif how == "columns":
+            self.w1, self.w2 = nn.Parameter(torch.cat(list(w1), 1)), nn.Parameter(torch.cat(list(w2), 1))
+        elif how == "experts in the middle":
+            self.w1, self.w2 = nn.Parameter(w1.transpose(0, 1).contiguous()), nn.Parameter(w2.transpose(0, 1).clone())
+        else:
+            self.w = nn.Parameter(torch.cat([w1.flatten(), w2.flatten()]))
+
+    def matrices(self, e):
+        if self.how == "rows":
+            return self.w1[e * H : (e + 1) * H], self.w2[e * I : (e + 1) * I]
+        if self.how == "columns":
+            return self.w1[:, e * I : (e + 1) * I], self.w2[:, e * H : (e + 1) * H]
+        if self.how == "experts in the middle":
+            return self.w1[:, e], self.w2[:, e]
+        ins, outs = self.w.split(4 * H * I)
+        return ins.view(4, H, I)[e], outs.view(4, I, H)[e]
+
+    def mix(self, x, w, ids):
+        y = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, k = torch.where(ids == e)
+            w1, w2 = self.matrices(e)
+            y.index_add_(0, t, (torch.relu(x[t] @ w1) @ w2) * w[t, k, None])
+        return y
+
+
+class PackedLopsided(Packed):
+    def route(self, x):
+        w, ids = super().route(x)
+        return w, ids % 3
+
+
+PACKED = ("rows", "columns", "experts in the middle", "one vector")
+
+
+@pytest.mark.parametrize("how", PACKED)
+def test_experts_in_the_rest_of_a_parameter_that_no_token_reached_are_told(how):
+    with pytest.raises(
+        ExpertsNotHit, match=r"the expert weights w1? beyond [0-9,]+ of its [0-9,]+ numbers, so what"
+    ) as e:
+        recognize(tape_of(lambda: PackedLopsided(how)))
+    assert e.value.num_named == 4
+
+
+@pytest.mark.parametrize("how", PACKED)
+def test_packed_experts_that_are_all_reached_are_recognised(how):
+    tape = tape_of(lambda: Packed(how))
+    (found,) = recognize(tape)
+    assert len(found.experts) == 4
+    assert_is_the_sum(tape, found)
+
+
 def test_idle_weights_that_ids_never_name_stay_uncovered():
     class Lopsided(MoE):
         def route(self, x):

@@ -28,8 +28,6 @@ from moeopt.untrusted import shown
 
 PRODUCTS_A_SECOND = 1e10
 """Multiplications that any machine of today does in a second; a call of more is timed in a child."""
-STARTING = 5.0
-"""Seconds for the child to start."""
 _CHILD = Path(__file__).with_name("trial_child.py")
 _WAY_OUT = "if you trust the bundle, give it more: moeopt.load(directory, limits=moeopt.LoadLimits({}=...))"
 
@@ -98,21 +96,23 @@ def _in_a_child(
             "calls": [_written(feeds, Path(aside), n) for n, feeds in enumerate(calls)],
         }
         (Path(aside) / "calls.json").write_text(json.dumps(said))
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", _CHILD.read_text(encoding="utf-8")],
-                cwd=aside, capture_output=True, text=True, errors="replace",
-                timeout=min(seconds + STARTING, threading.TIMEOUT_MAX),
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise LimitError(f"{where}: its calls take longer than {seconds:.3g} s: {_more('seconds')}") from None
-    if done.returncode < 0:
-        raise BundleError(f"{where}: the graph ends the process that runs it (signal {-done.returncode})")
-    verdict = done.stdout.split()[-1:]
-    if verdict == ["memory"]:
+        process = [sys.executable, "-c", _CHILD.read_text(encoding="utf-8")]
+        with subprocess.Popen(process, cwd=aside, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as child:
+            assert child.stdout is not None
+            child.stdout.readline()  # it has started, which takes long where other processes have the machine
+            try:
+                out, err = child.communicate(timeout=min(seconds, threading.TIMEOUT_MAX))
+            except subprocess.TimeoutExpired:
+                raise LimitError(f"{where}: its calls take longer than {seconds:.3g} s: {_more('seconds')}") from None
+            finally:
+                child.kill()
+    if child.returncode < 0:
+        raise BundleError(f"{where}: the graph ends the process that runs it (signal {-child.returncode})")
+    verdict = out.split()[-1:]
+    if verdict == [b"memory"]:
         raise LimitError(f"{where}: its calls take more than {budget:.2g} bytes: {_more('bytes')}")
     if not verdict:
-        lines = done.stderr.strip().splitlines()
+        lines = err.decode(errors="replace").strip().splitlines()
         raise BundleError(
             f"{where}: its calls cannot be told from their sizes, and {sys.executable} does not try them in a process "
             f"of their own ({shown(lines[-1] if lines else 'it says nothing', 200)}): if you trust the bundle, load it "

@@ -1,6 +1,7 @@
 """Makes a session and its calls within a limit on memory; run as a program, with numpy and ONNX Runtime only.
 
-Reads ``calls.json`` in the working directory; the last line that it prints is "good", "memory" or "other".
+Reads ``calls.json`` in the working directory. The first line that it prints says that its time begins, the last is
+"good", "memory" or "other".
 """
 
 import json
@@ -18,6 +19,7 @@ def main() -> None:
 
     with open("calls.json") as file:
         said = json.load(file)
+    print("started", flush=True)
     limit_memory(said["bytes"])
     options = ort.SessionOptions()
     options.log_severity_level = 4

@@ -29,7 +29,7 @@ from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
 from moeopt.ops.reference import dtypes, out_features
-from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
+from moeopt.patches import no_idle_decomposition, one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.rewrite.site_names import site_names
 from moeopt.rewrite.whole_model import exported
@@ -84,7 +84,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
 
     program = attributes_written_out(numbers_as_read(through_real_views(_tensors_only(program))))
     _settle_layouts(program.graph)
-    with one_trace, quiet(), rules_by_their_last_op(), exact_rules() as exact, one_registry():
+    with one_trace, quiet(), rules_by_their_last_op(), exact_rules() as exact, one_registry(), no_idle_decomposition():
         try:
             exported = torch.onnx.export(
                 program,

@@ -1,0 +1,96 @@
+"""Clamps and thresholds that no probe reaches: no value shows them, so they are read off the tape.
+
+A clamp at 65504 between the experts' outputs and their sum changes nothing on likely rows. Followed by value, the rows
+are the same before and after, and the rewrite would leave the clamp out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeopt.capture.op_kinds import op_name
+from moeopt.capture.replay import ancestors
+from moeopt.capture.same_graph import same_call
+from moeopt.capture.tape import Tape
+from moeopt.errors import Declined
+
+_CLAMPS = ("clamp", "clamp_min", "clamp_max", "hardtanh", "minimum", "maximum", "fmin", "fmax", "threshold")
+_COMPARES = ("gt", "lt", "ge", "le")
+_CHOOSING = ("where", "masked_fill")
+
+
+def limits_values(tape: Tape, node: fx.Node) -> bool:
+    """True where ``node`` changes floats beyond a bound that is not 0, or saturates; a bound of 0 shows on any row."""
+    name = op_name(node)
+    if name == "tanh":
+        return True
+    if name in _COMPARES:
+        return (
+            _is_float(node.args[0]) and any(op_name(u) in _CHOOSING for u in node.users) and _bounds(tape, node) != []
+        )
+    return name in _CLAMPS and _is_float(node) and _bounds(tape, node) != []
+
+
+def check_limits(
+    tape: Tape, end: fx.Node, kept: Iterable[fx.Node], fitted: set[fx.Node], source: str | None = None
+) -> None:
+    """Raise ``Declined`` for a limit that ``end`` is computed through and the rewrite leaves out.
+
+    Args:
+        end: the experts' sum.
+        kept: what the rewrite computes it from.
+        fitted: nodes between experts' matmuls, whose function was compared beyond their bounds.
+    """
+    limits = {n for n in tape.nodes if n not in fitted and limits_values(tape, n)}
+    if not limits:
+        return
+    kept, seen, stack = set(kept), set[fx.Node](), [end]
+    while stack:
+        node = stack.pop()
+        if node in seen or node in kept or any(same_call(node, other) for other in kept):
+            continue
+        seen.add(node)
+        if node.meta.get("dtype") is None or _is_float(node):  # what flags and ids are computed from is the router's
+            stack.extend(node.all_input_nodes)
+    for node in sorted(limits & seen, key=lambda n: n.meta["index"]):
+        bounds = ", ".join(f"{bound:g}" for bound in _bounds(tape, node))
+        raise Declined(
+            f"its forward limits values with {op_name(node)}{f' ({bounds})' if bounds else ''} between the tokens and "
+            "the sum of its experts, where no probe reaches the limit, so the op would leave it out: limit the tokens "
+            "before they are dispatched, the block's result, or values between an expert's two matmuls",
+            node.meta.get("source") or source,
+        )
+
+
+def magnitudes(tape: Tape, nodes: Iterable[fx.Node]) -> list[float]:
+    """How large values must be to lie beyond every bound and constant that ``nodes`` read, largest last."""
+    nodes = list(nodes)
+    own = set(nodes)
+    found = {abs(b) for n in nodes for b in _constants(tape, n, own)}
+    return sorted(f for f in found if 10 < f < 1e30)
+
+
+def _is_float(node: Any) -> bool:
+    dtype = node.meta.get("dtype") if isinstance(node, fx.Node) else None
+    return dtype is not None and dtype.is_floating_point
+
+
+def _bounds(tape: Tape, node: fx.Node) -> list[float]:
+    return [b for b in _constants(tape, node, {a for a in node.all_input_nodes[:1]}) if b != 0]
+
+
+def _constants(tape: Tape, node: fx.Node, but: set[fx.Node]) -> Iterator[float]:
+    """Numbers among the operands of ``node``, and the largest of each float tensor that does not come from tokens."""
+    for a in (*node.args, *node.kwargs.values()):
+        if isinstance(a, (int, float)) and not isinstance(a, bool):
+            yield float(a)
+        elif isinstance(a, fx.Node) and a not in but and _is_float(a):
+            if not any(n.op == "placeholder" for n in ancestors([a])):
+                value = tape.value(a)
+                yield float(value.abs().nan_to_num(0, 0, 0).max()) if value.numel() else 0.0
+            elif op_name(node) in _CLAMPS:
+                yield torch.inf

@@ -1,0 +1,72 @@
+"""Sizes of 1 in the example are free all the same, also where another tensor has an entry for each row."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("onnxruntime")
+
+import moeopt
+from moeopt.lower.export import avoid_size_one
+from tests.toy_moe import Block, H, build
+
+
+class Marked(nn.Module):
+    """``use`` of what is given beside x, in Python as ``*given``."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use, self.moe = use, Block()
+        self.table = nn.Parameter(torch.randn(40, H))
+
+    def forward(self, x, *given):
+        """``x`` (..., H)."""
+        rows = x.reshape(-1, H)
+        return self.moe(self.use(self, rows, *given)).view_as(x)
+
+
+USES = {
+    "ids of all tokens": (lambda self, x, ids: x + self.table[ids.reshape(-1)], lambda n: torch.arange(n) % 40),
+    "marks of all tokens": (lambda self, x, mark: x * mark[:, None], lambda n: (torch.arange(n) % 3 > 0).float()),
+    "two ids of all tokens": (
+        lambda self, x, ids: x + self.table[ids].sum(1),
+        lambda n: torch.stack([torch.arange(n), torch.arange(n) + 1], 1) % 40,
+    ),
+    "a vector of features": (lambda self, x, v: x + v, lambda n: torch.linspace(-1, 1, H)),
+    "a single number": (lambda self, x, v: x * v, lambda n: torch.tensor([1.5])),
+}
+
+
+def call(name, *lead):
+    x = torch.randn(*lead, H, generator=torch.Generator().manual_seed(len(lead)))
+    return x, USES[name][1](x[..., 0].numel())
+
+
+@pytest.mark.parametrize("lead", [(1,), (1, 6), (3, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", USES)
+def test_axes_of_one_row_get_two(name, lead):
+    model = Marked(USES[name][0]).eval()
+    (x, given), kwargs = avoid_size_one(model, call(name, *lead), {})
+    assert x.shape == (*(max(size, 2) for size in lead[:2]), H) and not kwargs
+    assert given.shape == call(name, *x.shape[:-1])[1].shape
+    with torch.no_grad():
+        model(x, given)
+
+
+def test_a_model_that_takes_one_row_only_keeps_its_call():
+    class One(nn.Module):
+        def forward(self, x, mark):
+            return x.reshape(1, H) * mark
+
+    given = (torch.randn(1, H), torch.ones(1))
+    assert avoid_size_one(One(), given, {}) == (given, {})
+
+
+@pytest.mark.parametrize("lead", [(1,), (1, 6)], ids=str)
+def test_an_engine_of_one_row_takes_more(lead):
+    name = "ids of all tokens"
+    model = build(lambda: Marked(USES[name][0]))
+    engine = moeopt.optimize(model, call(name, *lead), backend="onnxruntime", verify="fast")
+    for other in (lead, tuple(size + 2 for size in lead), tuple(3 * size for size in lead)):
+        with torch.no_grad():
+            torch.testing.assert_close(engine(*call(name, *other)), model(*call(name, *other)), rtol=1e-4, atol=1e-4)
