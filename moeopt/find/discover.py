@@ -20,6 +20,7 @@ from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_r
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call, Tape, record
 from moeopt.capture.tree import leaves_of
+from moeopt.find.row_branches import weighed_branches
 from moeopt.ir.weight_refs import MatrixRef
 from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates, group_candidates
 from moeopt.recognise.gemm_sites import GemmSite, is_computed_weight, is_weight, weight_and_operand
@@ -233,7 +234,8 @@ class _Finder:
             idle = len(alike) - len({id(c.module) for c in ran})
             picked = sum(any(picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran)
             routed = picked > 1 or (picked == 1 and idle > 0)
-            ran = [c for c in ran if routed or c.module in pairs]
+            weighed = not routed and not pairs and len(ran) > 1 and weighed_branches(self.tape, ran)
+            ran = [c for c in ran if routed or weighed or c.module in pairs]
             if not ran or (len(ran) < 2 and not routed) or (len(ran) > 1 and self._sequential(ran)):
                 continue
             weights = {id(p) for c in ran for p in c.module.parameters()}

@@ -40,7 +40,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "out_of_range": ("nothing", "identity"),
     "combine": ("expert", "slot"),
 }
-_DTYPES = (None, "float32", "float64", "bfloat16", "float16")
+DTYPE_NAMES = (None, "float32", "float64", "bfloat16", "float16")
+"""What a spec may name; None means the dtype of something else."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class ExpertsSpec:
                 raise UsageError(f"ExpertsSpec.{field} is {value!r}; it must be one of {', '.join(choices)}")
         for field in ("compute_dtype", "act_dtype", "accum_dtype", "out_dtype"):
             value = getattr(self, field)
-            if value not in _DTYPES:
-                raise UsageError(f"ExpertsSpec.{field} is {value!r}; it must be None or one of {_DTYPES[1:]}")
+            if value not in DTYPE_NAMES:
+                raise UsageError(f"ExpertsSpec.{field} is {value!r}; it must be None or one of {DTYPE_NAMES[1:]}")
         if ACTIVATION_TABLE[self.activation].alpha is not None and self.alpha is None:
             raise UsageError(f"ExpertsSpec.activation {self.activation!r} needs alpha")
 

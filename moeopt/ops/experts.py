@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import override
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
 from moeopt.ops.kernels.cuda import experts_cuda
 from moeopt.ops.native.dispatch import experts_on_cpu
 from moeopt.ops.reference import experts_reference
+from moeopt.ops.row_function import row_function
 from moeopt.value_types import PyObject
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -39,7 +42,12 @@ def encode(spec: ExpertsSpec) -> str:
 
 
 def experts(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec, skip_idle: bool = False
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    bank: Any,
+    spec: ExpertsSpec | RowFunction,
+    skip_idle: bool = False,
 ) -> Tensor:
     """Run the experts that ``ids_TK`` names on each token and sum their weighted outputs.
 
@@ -51,7 +59,7 @@ def experts(
         x_TH: tokens (T, H), any float dtype; T may be 0.
         ids_TK: chosen experts (T, K), integers; < 0 adds nothing, >= E is ``spec.out_of_range``.
         weights_TK: routing weights (T, K), any float dtype.
-        bank: the E experts' weights.
+        bank: the E experts' weights: a ``ExpertWeights``, or a ``SlotBank`` where ``spec`` is a ``RowFunction``.
         spec: the function, with the dtypes and the order of the sum.
         skip_idle: whether separate weights of experts that no token reaches get no gradient (``grad`` stays None,
             and optimizers leave them alone), as in a loop over the experts that are hit; else it is zeros, as in a
@@ -64,10 +72,12 @@ def experts(
         UsageError: shapes or dtypes that have no meaning here; the message names them.
     """
     if not torch.compiler.is_dynamo_compiling() and (impl := override.current()) is not None:
-        y_TH = impl(x_TH, ids_TK, weights_TK, bank, spec)
+        y_TH = impl(x_TH, ids_TK, weights_TK, bank, spec)  # type: ignore[arg-type]
         if y_TH is not None:
             return y_TH
     traced = _traced(x_TH)
+    if isinstance(spec, RowFunction):
+        return row_function(x_TH, ids_TK, weights_TK, bank, spec, traced, skip_idle)
     if traced or _needs_grad(x_TH, weights_TK, bank):
         lists = flatten(bank, spec)
         if skip_idle and not traced:

@@ -24,6 +24,7 @@ from moeopt.passes.pipeline import PIPELINE
 from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.coverage import Mixture, Reader
+from moeopt.pipeline.pays import check_pays
 from moeopt.recognise.experts import ExpertsNotHit, Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
@@ -130,6 +131,8 @@ def _rewrite(
     for call_spec in _versions(call):
         try:
             capture = Capture(name, module, call_spec, options, reader)
+            if runtime is None:  # an engine takes them always: without them it could not be written
+                check_pays(capture.found)
             judge = functools.partial(_verify, capture, call, options, runtime)
             result = manager.run(capture.block(), judge, capture.differ)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
@@ -148,7 +151,9 @@ def _rewrite(
         if check.passed is False:
             if call_spec.flip_masks:
                 continue
-            raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
+            error = Declined(f"it was rewritten, verified and reverted: {check.reason}")
+            error.found = capture.found  # type: ignore[attr-defined]
+            raise error
         if capture.neutral:
             raise Declined(capture.neutral)
         result.block.root = None  # a program is bound to a module when it is installed

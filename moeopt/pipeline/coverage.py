@@ -17,7 +17,8 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.passes.group_experts import GroupExperts
-from moeopt.recognise.experts import ExpertsNotHit, Recognition, recognize
+from moeopt.recognise.any_experts import recognize
+from moeopt.recognise.experts import ExpertsNotHit, Recognition
 from moeopt.recognise.router import RouterReading, recognize_router, same_reading
 
 

@@ -27,6 +27,7 @@ from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.find.discover import BlockCandidate, discover, feed_forward_lists
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.options import Options
 from moeopt.passes.base import PassRecord
@@ -42,6 +43,7 @@ from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
 from moeopt.pipeline.describe import dense_reason, describe_router, read_router
 from moeopt.pipeline.dump import Dump
 from moeopt.pipeline.lowering_text import lowering_text
+from moeopt.pipeline.pays import WouldNotPay
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.hints import hint_for
 from moeopt.report import BlockReport
@@ -51,6 +53,9 @@ from moeopt.verification.results import BlockCheck
 
 LEVELS = 4
 """How far up from the innermost module a block is looked for: the router and the sum may be outside it."""
+
+READ = 15
+"""Progress of a block that was read whole: above that of any question of recognition."""
 
 
 @dataclass
@@ -76,6 +81,7 @@ class _Attempt:
     where: str = ""
     nearest: str = ""
     seconds: float = 0.0
+    read: set[int] = field(default_factory=set)
 
 
 @fewer_collections()
@@ -105,6 +111,8 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
     attempts: list[tuple[BlockCandidate, _Attempt]] = []
     alike = _alike_blocks(options)
     for number, place in enumerate(moe):
+        if _part_of_another(model, place, attempts):
+            continue
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
         attempts.append((place, _attempt(model, place, outcome, calls, options, runtime, manager, alike)))
         _note_passes(attempts[-1][1], model, outcome, options)
@@ -132,6 +140,8 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
                 dump.block(name, home, calls.get(one.path), one.rewrite, one.reason)
         denses = {id(p): s for p, s in zip(dense, found, strict=True)}
         outcome.checks += list({s.path: s.rewrite.check for s in found if s.rewrite is not None}.values())
+    read = {id(p) for p, _ in attempts}
+    places = [p for p in places if p.kind != "moe" or id(p) in read]
     outcome.blocks = list(_report(model, places, attempts, denses, outcome, options.seed))
     outcome.seconds = time.perf_counter() - started
     return outcome
@@ -184,11 +194,16 @@ def _attempt(
             if not _expert_parameters(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not")
             install(module, rewrite.program)
+        except WouldNotPay as err:
+            best.seconds += time.perf_counter() - started
+            return _Attempt(None, level.path, err.reason, err.where or place.source, seconds=best.seconds,
+                            read=_expert_parameters(model, level.path, err.found))  # fmt: skip
         except Declined as err:
-            progress = getattr(err, "progress", -1 if isinstance(err, CaptureError) else 0)
+            read = _expert_parameters(model, level.path, [f for f in getattr(err, "found", []) if _is_function(f)])
+            progress = READ if read else getattr(err, "progress", -1 if isinstance(err, CaptureError) else 0)
             if progress > best_progress:
                 best_progress = progress
-                best = _Attempt(None, level.path, err.reason, err.where or place.source)
+                best = _Attempt(None, level.path, err.reason, err.where or place.source, read=read)
             best.seconds += time.perf_counter() - started
             continue
         manager.stands(rewrite.passes)
@@ -202,6 +217,22 @@ def _alike_blocks(options: Options) -> AlikeBlocks | None:
     """Where kinds of blocks are remembered; None where a block is not verified, or each pass on it is asked for."""
     told = options.verify == "off" or options.dump is not None or options.fuel is not None
     return None if told else AlikeBlocks(original_forward)
+
+
+def _part_of_another(model: nn.Module, place: BlockCandidate, attempts: list[tuple[BlockCandidate, _Attempt]]) -> bool:
+    """Whether ``place`` is a piece of experts that were read whole at another one (an adapter, a second layer)."""
+    for other, done in attempts:
+        home = next((level for level in other.levels if level.path == done.path), None)
+        if home is None or not any(level is home for level in place.levels) or not place.weights:
+            continue
+        functions = [] if done.rewrite is None else [f for f in done.rewrite.found if _is_function(f)]
+        if place.weights <= (done.read | _expert_parameters(model, done.path, functions)):
+            return True
+    return False
+
+
+def _is_function(recognition: Recognition) -> bool:
+    return isinstance(recognition.spec, RowFunction)
 
 
 def _note_passes(attempt: _Attempt, model: nn.Module, outcome: PipelineResult, options: Options) -> None:
@@ -287,7 +318,8 @@ def _report(
         if attempt is None:
             yield _report_dense(model, place, denses.get(id(place)), outcome.calls.get(path), seed)
             continue
-        name = attempt.path or path or type(model).__name__
+        read = attempt.rewrite is not None or bool(attempt.read)
+        name = attempt.path or (path if not read else "") or type(model).__name__
         if attempt.rewrite is None:
             yield BlockReport(
                 name, "moe", "declined", attempt.reason or "no module around it could be probed", place.experts or None,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -26,12 +26,16 @@ from moeopt.recognise.token_rows import rows_of
 
 @dataclass
 class Labels:
-    """What each out-site row is: ``token[site]`` and ``candidate[site]``, both (R,), -1 for padding."""
+    """What each out-site row is: ``token[site]`` and ``candidate[site]``, both (R,), -1 for padding.
+
+    ``hidden[site]``: (R,) by what its operand rows were multiplied between the expert's matmuls, where they were.
+    """
 
     token: dict[GemmSite, torch.Tensor]
     candidate: dict[GemmSite, torch.Tensor]
     tokens: int
     candidates: int
+    hidden: dict[GemmSite, torch.Tensor] = field(default_factory=dict)
 
     def visits(self) -> torch.Tensor:
         """(T, C) how often expert c saw token t."""

@@ -33,6 +33,7 @@ from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates, group_candidates, source_of
 from moeopt.recognise.gemm_sites import GemmSite, find_sites
+from moeopt.recognise.hidden_weight import row_factors, row_weights
 from moeopt.recognise.limits import check_limits
 from moeopt.recognise.routing import NoIds, Routing, Table, find_routing, one_beyond
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
@@ -42,14 +43,17 @@ from moeopt.recognise.why_not import no_experts
 
 @dataclass
 class Recognition:
-    """Everything needed to replace ``combine.node`` by the op; ``experts[v]`` is what id v runs."""
+    """Everything needed to replace ``combine.node`` by the op; ``experts[v]`` is what id v runs.
+
+    ``experts`` are ``ExpertRef`` and ``spec`` an ``ExpertsSpec``; or ``SlotRefs`` and a ``RowFunction``.
+    """
 
     tokens: Tokens
     routing: Routing
     combine: Combine
     base: fx.Node | None
-    experts: list[ExpertRef]
-    spec: ExpertsSpec
+    experts: list[Any]
+    spec: Any
     interior: set[fx.Node]
     source: str
     functions: dict[object, tuple[ExpertsSpec, bool]]
@@ -209,7 +213,7 @@ def _recognize_rows(
     spec = _one_function(specs, group)
     combine = read_combine(tape, labels)
     progress[0] = 3
-    return _with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known, missing, progress)
+    return with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known, missing, progress)
 
 
 def _label_chain(
@@ -236,8 +240,13 @@ def _label_chain(
         if not bool((label >= 0).any()):
             labels.token[out] = labels.candidate[out] = torch.full_like(label, -1)
             continue
+        factors = row_factors(tape, candidate, out)
+        if factors and (weights := row_weights(tape, candidate, out, factors)) is not None:
+            labels.hidden[out] = weights
         if candidate.signature not in specs:
-            specs[candidate.signature] = fit_function(tape, candidate, out, label, assume)
+            specs[candidate.signature] = fit_function(
+                tape, candidate, out, label, assume, factors if out in labels.hidden else None
+            )
         ordered = roles[::-1] if specs[candidate.signature][1] else roles
         _enter_rows(ordered, out, label, token, labels, keys, experts)
 
@@ -314,7 +323,7 @@ def _check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidat
     named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
     for refs in ([e.w_in[0] for e in experts], [e.w_out for e in experts]):
         used = {r.path for r in refs}
-        names = set() if len(used) == 1 and len(experts) > 1 else _siblings(used, named)
+        names = set() if len(used) == 1 and len(experts) > 1 else siblings(used, named)
         held = {id(tensor_at(tape.root, p)) for p in used}
         shapes = {tensor_at(tape.root, p).shape for p in used}
         missing = sorted(
@@ -359,10 +368,10 @@ def _universe(tape: Tape, experts: list[ExpertRef]) -> int:
     """How many experts the module's names count, those that share Parameters with another included."""
     named = dict(tape.root.named_parameters(remove_duplicate=False))
     used = {e.w_in[0].path for e in experts}
-    return len(_siblings(used, named)) if len(used) > 1 else len(experts)
+    return len(siblings(used, named)) if len(used) > 1 else len(experts)
 
 
-def _siblings(used: set[str], named: Mapping[str, torch.Tensor]) -> set[str]:
+def siblings(used: set[str], named: Mapping[str, torch.Tensor]) -> set[str]:
     """Names that differ from a used one in just the number that the used ones differ in (or any, for one)."""
     patterns: dict[Any, list[str]] = {}
     for path in used:
@@ -419,9 +428,9 @@ def _natural(experts: list[ExpertRef]) -> list[int]:
     return sorted(range(len(experts)), key=key)
 
 
-def _with_frontier(
-    tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, experts: list[ExpertRef],
-    spec: ExpertsSpec, combine: Combine,
+def with_frontier(
+    tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, experts: list[Any],
+    spec: Any, combine: Combine,
     functions: dict[object, tuple[ExpertsSpec, bool]], known: list[Recognition] | None, missing: int,
     progress: list[int],
 ) -> Recognition:  # fmt: skip
@@ -437,6 +446,8 @@ def _with_frontier(
     weights, visits = combine.weights, labels.visits()
     if tokens.weighted:
         weights = _input_weights(group, tokens, labels, combine)
+    elif labels.hidden:
+        weights = _hidden_weights(labels, combine)
     natural = list(range(len(experts))) if known else _natural(experts)
     table = Table(weights, visits, natural, _universe(tape, experts), _weighed(combine, list(labels.token)),
                   _factors(tape, combine, list(labels.token)))  # fmt: skip
@@ -450,7 +461,8 @@ def _with_frontier(
     def accept(reading: Routing) -> None:
         nonlocal place
         _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
-        place = weight_position(tape, reading, table, tokens, labels, combine, group)
+        if not labels.hidden:
+            place = weight_position(tape, reading, table, tokens, labels, combine, group)
 
     routing = find_routing(tape, dispatch, table, _weight_dtype(tape, group), again, accept)
     progress[0] = 4
@@ -469,14 +481,13 @@ def _with_frontier(
     fitted = {n for c in group for n in c.mid}
     check_limits(tape, combine.node, [n for n in sources if n is not None], fitted, source_of(group[0]))
     ordered = [experts[c] for c in routing.experts]
-    _same_layout(ordered, group)
+    layouts: dict[str, Any] = {}
+    if isinstance(spec, ExpertsSpec):
+        _same_layout(ordered, group)
+        first = ordered[0]
+        layouts = {"w_in_layout": layout_of(tape, first.w_in[0]), "w_out_layout": layout_of(tape, first.w_out)}
     spec = dataclasses.replace(
-        spec,
-        weight_on=place,
-        out_of_range="identity" if identity else "nothing",
-        w_in_layout=layout_of(tape, ordered[0].w_in[0]),
-        w_out_layout=layout_of(tape, ordered[0].w_out),
-        **_accumulation(combine),
+        spec, weight_on=place, out_of_range="identity" if identity else "nothing", **layouts, **_accumulation(combine)
     )
     return Recognition(
         tokens, routing, combine, base, ordered, spec, inside, min(source_of(c) or "~" for c in group), functions
@@ -567,6 +578,21 @@ def _input_weights(group: list[FFNCandidate], tokens: Tokens, labels: Labels, co
     return weights.to(candidate.ins[0].operand.meta["dtype"])
 
 
+def _hidden_weights(labels: Labels, combine: Combine) -> torch.Tensor:
+    """(T, C) factor on each expert's activated row, times that on its output."""
+    weights = torch.zeros(combine.weights.shape, dtype=torch.float64)
+    for site, token in labels.token.items():
+        keep = token >= 0
+        factor = labels.hidden[site][keep] if site in labels.hidden else torch.ones(int(keep.sum()))
+        weights[token[keep], labels.candidate[site][keep]] = factor.double()
+    values = weights[labels.visits() > 0]
+    if bool((values == values[:1]).all()) or not bool((combine.weights[labels.visits() > 0] == 1).all()):
+        raise Declined(
+            "a factor on the rows between an expert's matmuls is not its routing weight, or not the only one"
+        )
+    return (weights * combine.weights).to(combine.node.meta["dtype"])
+
+
 def _weight_dtype(tape: Tape, group: list[FFNCandidate]) -> torch.dtype | None:
     """dtype of whatever first multiplies an expert's output on its way to the sum."""
     node, steps = group[0].out.node, 0
@@ -654,7 +680,7 @@ def _base(tape: Tape, combine: Combine, before: list[fx.Node], experts: list[Exp
         return None
     want = combine.base
     names = dict(tape.root.named_parameters(remove_duplicate=False))
-    others = _siblings({e.w_in[0].path for e in experts}, names) | _siblings({e.w_out.path for e in experts}, names)
+    others = siblings({e.w_in[0].path for e in experts}, names) | siblings({e.w_out.path for e in experts}, names)
     for node in reversed(before):
         shape = node.meta["shape"]
         if node.op != "get_attr" and node.meta["dtype"] == want.dtype and shape == combine.node.meta["shape"]:

@@ -27,6 +27,7 @@ import torch
 from torch import fx
 
 from moeopt.capture.op_kinds import moves_rows, op_name
+from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 
@@ -303,7 +304,8 @@ def _id_extractions(
     tokens, candidates = table.visits.shape
     possible = list(_possible_sources(before, floating=False))
     reread = _reread(possible)
-    for node in reversed(possible):
+    counted = _as_many_as_chosen(tape)
+    for node in sorted(reversed(possible), key=lambda n: n in counted):
         numel = math.prod(node.meta["shape"])
         if node in reread or not tokens or numel % tokens or not numel:
             continue
@@ -323,6 +325,12 @@ def _id_extractions(
                 if extraction.source is not None and extraction.source.meta["dtype"] != torch.int64:
                     extraction.steps.append((aten.to.dtype, (torch.int64,)))
                 yield extraction, ids, mapping
+
+
+def _as_many_as_chosen(tape: Tape) -> set[fx.Node]:
+    """Tensors whose size is data (the places that are not zero): K entries a token on this probe call alone."""
+    starts = [n for n in tape.nodes if op_name(n) in ("nonzero", "masked_select")]
+    return {*starts, *descendants(tape, starts)} if starts else set()
 
 
 def _orders(shape: tuple[int, ...], tokens: int, k: int) -> list[Steps]:

@@ -21,10 +21,12 @@ from torch import fx, nn
 
 from moeopt.capture.tree import tree_map
 from moeopt.errors import Declined, StaleModelWarning
+from moeopt.ir.row_function import RowFunction
 from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, overlap
+from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
 from moeopt.rewrite.module_guard import Watch
 from moeopt.rewrite.source import Source
@@ -47,6 +49,12 @@ def _check(watch: Watch, bank: int, expert: int) -> None:
     reason = watch.expert((bank, expert))
     if reason:
         raise Stale(reason)
+
+
+def _live(module: nn.Module, refs: Any, spec: Any, check: Callable[[int], None]) -> Any:
+    if isinstance(spec, RowFunction):
+        return LiveSlots(module, refs, check)
+    return LiveExpertWeights(module, refs, (spec.w_in_layout, spec.w_out_layout), check)
 
 
 class RewrittenForward:
@@ -72,13 +80,8 @@ class RewrittenForward:
             raise Stale(watch.gone)
         block = program.block
         self.banks = [
-            (
-                LiveExpertWeights(
-                    self.module, refs, (s.w_in_layout, s.w_out_layout), functools.partial(_check, watch, b)
-                ),
-                s,
-            )
-            for b, (refs, s) in enumerate(block.weights)
+            (_live(self.module, refs, spec, functools.partial(_check, watch, b)), spec)
+            for b, (refs, spec) in enumerate(block.weights)
         ]
         self.constants = block.constants
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes

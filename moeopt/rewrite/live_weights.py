@@ -23,7 +23,7 @@ class Stale(Exception):
     """The module no longer is what was verified; the message says what changed."""
 
 
-class _Place:
+class Place:
     """One Parameter or buffer of a module tree, found again at each read."""
 
     __slots__ = ("dtype", "hooked", "key", "links", "owner", "path", "registry", "shape")
@@ -84,11 +84,11 @@ class LiveExpertWeights:
     ) -> None:
         self.num_experts, self._check = len(experts), check
         self._experts, self._layouts = experts, layouts
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         for ref in experts:
             for part in (*ref.w_in, *ref.b_in, ref.w_out, ref.b_out):
                 if part is not None and part.path not in self._places:
-                    self._places[part.path] = _Place(root, part.path)
+                    self._places[part.path] = Place(root, part.path)
         self._regions: dict[tuple[int, str], Any] = {}
         self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
         self._steps = _steps(experts)

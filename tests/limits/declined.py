@@ -22,24 +22,19 @@ ZOO = {
         "declined_random_second_expert": "its forward is random at inference (rand_like at",
     },
     "Weights other than plain float tensors as they are stored": {
-        "strange_weight_norm": "not element-wise on each token's row",
-        "strange_pruning_mask": "its experts' weights are computed at each call",
-        "strange_lora": "the experts' outputs are not combined by a weighted sum per token",
+        "strange_weight_norm": "experts.0.0 is parametrised",
         "strange_int8": "its experts' weights are computed at each call",
     },
-    "Experts beyond two products with an element-wise function between": {
-        "strange_layernorm_inside": "the experts' input rows are not rows of any one tensor",
-        "strange_residual_inside": "tokens that no expert serves keep another value",
+    "Experts whose rows depend on one another": {
         "declined_attention_experts": "mixes rows",
         "strange_batch_statistics": "depends on the whole batch",
-        "strange_three_layers": "the experts' outputs are not combined by a weighted sum per token",
     },
-    "Activations that the op lacks": {
-        "act_sine": "(sin) is none that the op carries",
-        "act_prelu_per_expert": "(_prelu_kernel) is none that the op carries",
+    "Functions of a row that PyTorch would run no quicker": {
+        "act_sine": "two matmuls with sin, a function of a row that no grouped kernel has",
+        "hand_norm_per_expert": "which would not pay here",
+        "row_dense_mixture_of_three_layers": "three matmuls (three layers)",
     },
-    "Experts of one matrix or of single neurons": {
-        "strange_single_linear": "between its experts' matmuls stands something",
+    "Experts of single neurons": {
         "strange_product_keys": "between the expert's two matmuls (unsqueeze, permute) is none that the op carries",
     },
     "Experts of one block that differ": {
@@ -113,7 +108,7 @@ def odd_weights(_):
     declines(lambda: changed(subclass), "experts.0.w1.weight is a Subclass, which the op cannot read")
     declines(
         lambda: changed(lambda e: parametrize.register_parametrization(e.w1, "weight", Doubled())),
-        "its experts' weights are computed at each call",
+        "experts.0.w1 is parametrised; remove it with torch.nn.utils.parametrize.remove_parametrizations",
     )
 
 

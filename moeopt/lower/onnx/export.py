@@ -24,7 +24,7 @@ from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.float64 import attributes_written_out
-from moeopt.lower.onnx.pad_experts import pad_experts
+from moeopt.lower.onnx.pad_experts import bank_of
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
@@ -55,9 +55,7 @@ def emitting(model: nn.Module) -> Iterator[list[ExpertsNode]]:
             return None
         torch._check(ids.shape[0] == x.shape[0])  # a runtime would broadcast the choices of a single row
         router = routers[id(bank)]
-        sites.append(
-            ExpertsNode(name, pad_experts(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router)
-        )
+        sites.append(ExpertsNode(name, bank_of(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
         y: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{OP}",
             (x, ids.to(torch.int64), weights),

@@ -8,9 +8,12 @@ neurons where a dense FFN of I neurons is split into E groups. Shape legend: E e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
 
@@ -53,6 +56,11 @@ def pad_experts(bank: ExpertWeights, spec: ExpertsSpec) -> ExpertWeights:
     axis = int(spec.w_out_layout == "oi")
     sizes = {bank.w_out(e).shape[axis] for e in range(bank.num_experts)}
     return PaddedExperts(bank, spec, max(sizes)) if len(sizes) > 1 else bank
+
+
+def bank_of(bank: Any, spec: ExpertsSpec | RowFunction) -> Any:
+    """What a site reads: the bank of equal experts; of a function of a row the slots, which are alike already."""
+    return bank if isinstance(spec, RowFunction) else pad_experts(bank, spec)
 
 
 def _fill(part: Tensor, axis: int, size: int) -> Tensor:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from moeopt.errors import Declined
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.pad_experts import pad_experts
+from moeopt.lower.onnx.pad_experts import bank_of
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
 from moeopt.ops.reference import dtypes
@@ -151,9 +152,7 @@ class BlockPlan(abc.ABC):
         key = (id(bank), x.dtype, weights.dtype, ids.shape[1])
         if key not in self._sessions:
             router = self._routers.get(id(bank))
-            site = ExpertsNode(
-                "experts", pad_experts(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router
-            )
+            site = ExpertsNode("experts", bank_of(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router)
             self.check(site)
             site = self.legalize(site)
             lowering = self.lowering(site)
@@ -167,6 +166,8 @@ class BlockPlan(abc.ABC):
 def kind(site: ExpertsNode) -> NodeKind:
     """What a lowering's fitness depends on: the function, the sizes and the dtypes, and not the weights."""
     bank = site.bank
+    if isinstance(site.spec, RowFunction):
+        return (site.spec, bank.num_experts, site.top_k, site.dtype, site.weights_dtype, site.router)
     shapes = tuple(tuple(w.shape) for w in (*bank.w_in(0), bank.w_out(0)))
     return (
         dataclasses.astuple(site.spec),

@@ -27,7 +27,8 @@ SAMPLE = """
     declined_gumbel declined_meta_parameters dtype_bfloat16_float32_accumulator hit_sentinel_ids
     hit_stacked_experts branch_writes_its_input mixture_language_mask mixture_cond_conv router_outside
     branch_sequence_first branch_example_of_one_token whole_two_in_one_forward layout_hidden_is_twice_inter_in_out
-    branch_top_k_argument all_labml_switch branch_weights_computed_in_forward act_tanh
+    branch_top_k_argument all_labml_switch branch_weights_computed_in_forward act_tanh row_norm_inside row_adapters
+    row_stacked_bank_with_norm row_dense_mixture_of_three_layers
 """.split()
 NIGHTLY = os.environ.get("MOEOPT_NIGHTLY") == "1"
 
