@@ -66,6 +66,10 @@ class StaleModelWarning(UserWarning):
     """A rewritten block met a change it was not verified for, and ran the original code."""
 
 
+class UntestedVersionWarning(UserWarning):
+    """A library is of a version that moeopt was not tested on; told once in a process."""
+
+
 class EngineFallbackWarning(UserWarning):
     """A loaded engine computed something else than it was verified to on this machine, and was lowered otherwise."""
 

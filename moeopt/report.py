@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 SCHEMA = 1
+KEY = (
+    "W_in, W_out: an expert's first and second weight, oi: stored (outputs, inputs), io: (inputs, outputs); compute: "
+    "dtype of its matmuls; accum: dtype in which a token's experts are summed"
+)
+"""What the words of a block's ``spec`` mean."""
 KINDS = ("moe", "dense_ffn")
 STATUSES = ("rewritten", "declined")
 
@@ -193,6 +198,7 @@ class Report:
             profile=None if profile is None else profile.to_dict(),
             inspection=None if inspection is None else inspection.to_dict(),
             timings=timings,
+            key=KEY,
         )
 
     def _repr_html_(self) -> str:
@@ -238,6 +244,9 @@ class Report:
                 yield from _wrap(f"{name}: {block.summary()}", "  ", style)
                 for label, text in block.facts():
                     yield from _wrap(text, "    ", "", label=f"{label:8}")
+        if any(block.spec for block in self.rewritten):
+            yield "", ""
+            yield from _wrap(KEY, "", "dim", label="key: ")
         if self.print_passes and self.passes:
             yield "", ""
             yield "passes", "bold"

@@ -62,6 +62,9 @@ def _made(name: str) -> Backend:
 
 def of_bundle(directory: str | os.PathLike[str]) -> Backend:
     """The backend that a bundle says it is for; ``BundleError`` where it says none that is here."""
+    if not isinstance(directory, (str, os.PathLike)):
+        kind = type(directory).__name__
+        raise UsageError(f"give the directory of a bundle, or what moeopt.optimize returned, not a {kind}")
     return get(read_backend(directory))
 
 

@@ -92,6 +92,13 @@ class Form(Struct):
     facts: dict[str, float] = {}
 
 
+class Native(Struct):
+    """The graph of an ONNX Runtime bundle with moeopt's own operator: the blocks that it computes."""
+
+    blocks: list[Name]
+    nodes: Count = 0
+
+
 class PlanRecord(Struct):
     """A plan of TensorRT."""
 
@@ -129,6 +136,7 @@ class ManifestFile(Form):
     blocks: list[BlockRecord] = []
     golden: GoldenRecord | None = None
     portable: Any = None
+    native: Native | None = None
     tensorrt: Any = None
 
 

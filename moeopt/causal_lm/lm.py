@@ -32,6 +32,7 @@ from moeopt.causal_lm.layers import ATTENTION, parts_of, sample_cache
 from moeopt.causal_lm.mixers import find_mixers, stepping
 from moeopt.causal_lm.steps import replace_mixers
 from moeopt.causal_lm.translations import own_translations
+from moeopt.compat import known_fields
 from moeopt.errors import Declined
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
@@ -123,10 +124,13 @@ def export_causal_lm(
                 copy.copy(model),  # the exporter leaves a forward on the instance it is given
                 sample,
                 exporter.OnnxConfig(
-                    dynamic=True,
-                    dynamic_shapes=shapes,
-                    optimize=exact,
-                    ort_fusions=provider if exact and provider in ("cpu", "cuda") and not wide else None,
+                    **known_fields(
+                        exporter.OnnxConfig,
+                        dynamic=True,
+                        dynamic_shapes=shapes,
+                        optimize=exact,
+                        ort_fusions=provider if exact and provider in ("cpu", "cuda") and not wide else None,
+                    )
                 ),
             )
         except Exception as err:

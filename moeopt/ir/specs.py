@@ -89,6 +89,9 @@ class ExpertsSpec:
     accum_dtype: str | None = None
     out_dtype: str | None = None
 
+    text = ""
+    """:meth:`encode`'s, of each instance; not annotated, so no field: torch.compile reads a plain attribute only."""
+
     def __post_init__(self) -> None:
         for field, choices in (*_CHOICES.items(), ("activation", tuple(ACTIVATION_TABLE))):
             value = getattr(self, field)
@@ -100,6 +103,7 @@ class ExpertsSpec:
                 raise UsageError(f"ExpertsSpec.{field} is {value!r}; it must be None or one of {DTYPE_NAMES[1:]}")
         if ACTIVATION_TABLE[self.activation].alpha is not None and self.alpha is None:
             raise UsageError(f"ExpertsSpec.activation {self.activation!r} needs alpha")
+        object.__setattr__(self, "text", self.encode())
 
     @property
     def gated(self) -> bool:
@@ -108,11 +112,8 @@ class ExpertsSpec:
 
     def encode(self) -> str:
         """A compact JSON string that holds only what differs from the defaults."""
-        default = ExpertsSpec()
         changed = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != getattr(default, f.name)
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
         }
         return json.dumps(changed, sort_keys=True, separators=(",", ":"))
 

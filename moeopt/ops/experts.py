@@ -35,12 +35,6 @@ _KERNELS = {"cpu": experts_on_cpu, "cuda": experts_cuda}
 decode = functools.lru_cache(ExpertsSpec.decode)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch
-def encode(spec: ExpertsSpec) -> str:
-    """``spec.encode()``, a constant to torch.compile, which cannot trace ``json``."""
-    return spec.encode()
-
-
 def experts(
     x_TH: Tensor,
     ids_TK: Tensor,
@@ -82,7 +76,7 @@ def experts(
         lists = flatten(bank, spec)
         if skip_idle and not traced:
             lists = _without_idle(lists, ids_TK, weights_TK)
-        traced_TH: Tensor = torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *lists, encode(spec))
+        traced_TH: Tensor = torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *lists, spec.text)
         return traced_TH
     return _run(x_TH, ids_TK, weights_TK, bank, spec)
 

@@ -105,7 +105,8 @@ def row_function(
     """
     if traced:
         flat = [t for e in range(bank.num_experts) for t in bank.slots(e)]
-        return torch.ops.moeopt.row_function(x_TH, ids_TK, weights_TK, flat, encode(spec))  # type: ignore[no-any-return]
+        traced_TH: Tensor = torch.ops.moeopt.row_function(x_TH, ids_TK, weights_TK, flat, encode(spec))
+        return traced_TH
     if torch.is_autocast_enabled(x_TH.device.type):  # the graph names its dtypes
         with torch.autocast(x_TH.device.type, enabled=False):
             return expert_by_expert(x_TH, ids_TK, weights_TK, bank, spec, every=not skip_idle)
@@ -151,7 +152,7 @@ def expert_by_expert(
         same_RD = (x_RH * w_R1)[len(term_RD) :]
         term_RD = torch.cat([term_RD.to(accum), same_RD.to(accum)])
     y_TD = _combine(term_RD.to(accum), order_R, token_R, ids_TK, spec).to(out)
-    return _Idle.apply(y_TD, *idle) if idle else y_TD  # type: ignore[no-any-return]
+    return _Idle.apply(y_TD, *idle) if idle else y_TD  # type: ignore[no-untyped-call]
 
 
 class _Idle(torch.autograd.Function):

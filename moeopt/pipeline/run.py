@@ -94,7 +94,7 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
     """
     started = time.perf_counter()
     manager = pass_manager(options, runtime)
-    say = options.progress or (lambda line: None)
+    say = options.say
     say("looking for feed-forward and mixture-of-experts blocks")
     dump = Dump(options.dump) if options.dump is not None else None
     absent = absent_reason(model)

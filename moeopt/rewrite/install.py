@@ -25,7 +25,7 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
-from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, overlap
+from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, by_position, overlap
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
 from moeopt.rewrite.module_guard import Watch
@@ -36,13 +36,20 @@ __all__ = ["OPAQUE", "TENSOR", "CallGuard", "BlockProgram", "RewrittenForward", 
 aten = torch.ops.aten
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch
-def _changed(engine: RewrittenForward) -> str:
-    """What of the block's own code is not as it was verified; all of it is looked at once something was not."""
-    reason = engine.watch.everything() if engine._stale else engine.watch.shared()
-    if engine.source is not None and not reason:
-        engine.source.look()
-    return reason
+def _change_of(forward: RewrittenForward) -> Callable[[], str]:
+    """What tells what of the block's own code is not as it was verified; all of it is looked at once something was not.
+
+    A constant to torch.compile. It takes no argument, since torch before 2.13 takes an object for no constant.
+    """
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch
+    def change() -> str:
+        reason = forward.watch.everything() if forward._stale else forward.watch.shared()
+        if forward.source is not None and not reason:
+            forward.source.look()
+        return reason
+
+    return cast(Callable[[], str], change)
 
 
 def _check(watch: Watch, bank: int, expert: int) -> None:
@@ -76,6 +83,7 @@ class RewrittenForward:
     def _prepare(self) -> None:
         program = self.program
         self.watch = watch = program.watch(self.module)
+        self.change = _change_of(self)
         if watch.gone:
             raise Stale(watch.gone)
         block = program.block
@@ -86,6 +94,7 @@ class RewrittenForward:
         self.constants = block.constants
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
         self._run = compiled(block.graph)
+        self._names = by_position(program.signature)
 
     def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The op on the live weights number ``index``: what a ``moeopt::experts`` node of the graph calls."""
@@ -116,11 +125,11 @@ class RewrittenForward:
         self._prepare()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = bind(self.program.signature, args, kwargs)
+        bound = bind(self.program.signature, args, kwargs, self._names)
         refusal = self.program.guard.refuses(self.module, bound) or self._effects(bound)
         if not refusal:
             try:
-                refusal = _changed(self)
+                refusal = self.change()
                 if not refusal:
                     if self._changed:  # it is as it was again: the next change is told again
                         self._changed, self.last_refusal = False, ""
@@ -199,7 +208,7 @@ class RewrittenForward:
 
     def __getattr__(self, name: str) -> Any:
         # A copy is made before its module has its children: it prepares itself at first use.
-        if name in ("watch", "banks", "constants", "_plain", "_run"):
+        if name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names"):
             if "program" in self.__dict__:
                 self._prepare()
                 return self.__dict__[name]

@@ -8,6 +8,7 @@ hooked or parametrised, a dtype changed) the lookup raises :class:`Stale`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
 from moeopt.ops.expert_weights import StackedExpertWeights
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class Stale(Exception):
@@ -92,6 +95,8 @@ class LiveExpertWeights:
         self._regions: dict[tuple[int, str], Any] = {}
         self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
         self._steps = _steps(experts)
+        # what stacked() gave: the memory of its views cannot be another's while they are kept, so addresses tell
+        self._stack: tuple[Any, StackedExpertWeights, list[Any]] | None = None
         self._backwards = any(s < 0 for part in self._steps or () for step in _flat(part) for s in step)
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
@@ -151,6 +156,21 @@ class LiveExpertWeights:
             return None
         if not torch.compiler.is_compiling():
             self._check(0)  # all experts lie in the same Parameters, so what is watched of one is that of all
+        tensors = [place.read() for place in self._places.values()]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in tensors):
+            return self._stacked()
+        now = (torch.is_inference_mode_enabled(), [(id(t), t.data_ptr(), t.stride()) for t in tensors])
+        if self._stack is None or self._stack[0] != now:
+            bank = _detached(self._stacked())
+            self._stack = now, bank, [weakref.ref(t, self._let_go) for t in tensors]
+        return self._stack[1]
+
+    def _let_go(self, reference: Any) -> None:
+        """A tensor is gone, to a disk maybe: the memory that it had is not to be kept."""
+        self._stack = None
+
+    def _stacked(self) -> StackedExpertWeights:
+        assert self._steps is not None
         first, count = self._experts[0], self.num_experts
         w_in_step, b_in_step, w_out_step, b_out_step = self._steps
 
@@ -169,6 +189,17 @@ class LiveExpertWeights:
             [stack(r, s, "") for r, s in zip(first.b_in, b_in_step, strict=True)],
             stack(first.b_out, b_out_step, ""),
         )
+
+
+def _detached(bank: StackedExpertWeights) -> StackedExpertWeights:
+    """The same memory; a view keeps the Parameter alive that it is of, a detached one does not."""
+
+    def one(t: Tensor | None) -> Any:
+        return None if t is None else t.detach()
+
+    return StackedExpertWeights(
+        [one(t) for t in bank.w_in_s], one(bank.w_out_s), [one(t) for t in bank.b_in_s], one(bank.b_out_s)
+    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.session import Session, runtime
+from moeopt.backends.onnxrt.session import Prepare, Session, no_change, runtime
 from moeopt.backends.onnxrt.site_records import ENDS, blank_site, function_of
 from moeopt.bundle.values import DTYPES
 from moeopt.errors import BundleError
@@ -101,13 +101,13 @@ def cut_out(proto: Any, record: Mapping[str, Any]) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def session_of(model: bytes, folder: Path, provider: str) -> Session:
-    """A session of a model whose weights lie in ``folder``."""
+def session_of(model: bytes, folder: Path, provider: str, prepare: Prepare = no_change) -> Session:
+    """A session of a model whose weights lie in ``folder``; ``prepare`` changes its options."""
     options = runtime().SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    return Session(model, provider, options)
+    return Session(model, provider, options, prepare=prepare)
 
 
 def known_answer_test(
