@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 
 from moeopt.capture.functional import functional_twin, mutated_args, unsaid_writes
 from moeopt.capture.memory_nodes import MemoryNodes, storage_key
@@ -23,6 +22,7 @@ from moeopt.capture.module_state import ModuleState
 from moeopt.capture.recorded import Call, Read, Tape
 from moeopt.capture.source_line import user_line
 from moeopt.capture.tree import tree_map
+from moeopt.capture.watch_calls import WatchCalls
 from moeopt.errors import CaptureError
 from moeopt.patches import module_calls
 
@@ -94,6 +94,24 @@ class _Recorder(MemoryNodes):
         gate = self.__torch_dispatch__(aten.sigmoid.default, types, (gate,))
         product: torch.Tensor = self.__torch_dispatch__(aten.mul.Tensor, types, (value, gate))
         return product
+
+    @property
+    def open(self) -> bool:
+        """Whether what runs now is written down."""
+        return not self._pause
+
+    def record_whole(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor:
+        """``func`` as one node, where PyTorch runs other ops for it at other sizes."""
+        self._pause += 1
+        try:
+            out: torch.Tensor = func(*args)
+        finally:
+            self._pause -= 1
+        node = self.make.call(func, tuple(self._as_nodes(a) for a in args), {})
+        node.meta["source"] = user_line()
+        self._finish(node, out)
+        self._outputs(func, args, {}, node, out)
+        return out
 
     def left_the_tape(self, t: torch.Tensor) -> None:
         """``t`` was turned into Python numbers or a NumPy array, which no ATen call shows."""
@@ -211,22 +229,6 @@ def draws_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     return True
 
 
-class _WatchReads(TorchFunctionMode):
-    """Notices ``.tolist()``, ``.numpy()`` and ``np.asarray``, which leave no trace on the tape."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _LEAVES_TAPE:
-            self.recorder.left_the_tape(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-_LEAVES_TAPE = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
-
-
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         module(*args, **kwargs)
@@ -268,7 +270,7 @@ def record(
             node_args, node_kwargs = tree_map(
                 torch.Tensor, lambda t: recorder.add_input(t, f"input_{next(counter)}"), (args, kwargs)
             )
-            with module_calls(recorder.through_call), _WatchReads(recorder), recorder:
+            with module_calls(recorder.through_call), WatchCalls(recorder), recorder:
                 _run(module, args, kwargs)
                 attributes = {
                     key: tree_map(torch.Tensor, recorder.node_of, value)

@@ -34,6 +34,9 @@ from moeopt.causal_lm.steps import replace_mixers
 from moeopt.causal_lm.translations import own_translations
 from moeopt.compat import known_fields
 from moeopt.errors import Declined
+from moeopt.lower.constant_reads import Reads
+from moeopt.lower.distances import DirectDistances
+from moeopt.lower.export import answered, asks_values, written_by
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.experts_node import ExpertsNode
@@ -117,22 +120,33 @@ def export_causal_lm(
         own_translations(exporter),
         in_place,
         stepping(mixers),
+        DirectDistances(),
     ):
-        try:
-            traced = _real_views(exporter)()
-            graph, _ = traced.export_program(
-                copy.copy(model),  # the exporter leaves a forward on the instance it is given
-                sample,
-                exporter.OnnxConfig(
-                    **known_fields(
-                        exporter.OnnxConfig,
-                        dynamic=True,
-                        dynamic_shapes=shapes,
-                        optimize=exact,
-                        ort_fusions=provider if exact and provider in ("cpu", "cuda") and not wide else None,
-                    )
-                ),
+        config = exporter.OnnxConfig(
+            **known_fields(
+                exporter.OnnxConfig,
+                dynamic=True,
+                dynamic_shapes=shapes,
+                optimize=exact,
+                ort_fusions=provider if exact and provider in ("cpu", "cuda") and not wide else None,
             )
+        )
+        traced = _real_views(exporter)()
+
+        def export(reads: Reads | None) -> Any:
+            fresh = copy.copy(model)  # the exporter leaves a forward on the instance it is given
+            with answered(fresh, reads):
+                return traced.export_program(fresh, sample, config)[0]
+
+        try:
+            try:
+                graph = export(None)
+            except Exception as err:
+                if not asks_values(err):
+                    raise
+                sites.clear()
+                graph = export(reads := Reads(model))
+                reads.refuse(written_by(traced.program))
         except Exception as err:
             raise Declined(f"transformers' exporter stops at {_first_line(err)}") from err
     goes_on = replace_mixers(graph, mixers)

@@ -111,7 +111,7 @@ def _light_sites(tape: Tape) -> tuple[list[GemmSite], dict[GemmSite, tuple[str, 
         matrices = [MatrixRef(path, (i,), (), (), k, m) for i in range(min(count, 2))]
         site = GemmSite(_biased(node, memo), node, operand, 0, 0, matrices, torch.zeros(0, dtype=torch.long))
         sites.append(site)
-        sliced = leaf is not None and leaf.dim() >= 3 and op_name(node) != "convolution"
+        sliced = leaf is not None and leaf.dim() >= 3 and len(leaf) > 1 and op_name(node) != "convolution"
         leaves[site] = (path, sliced and (len(shape) == 2 or shape[0] == 1))
     return sites, leaves
 

@@ -191,11 +191,16 @@ def _rebind(
 
 def _versions(call: ArgsKwargs) -> Iterator[CallSpec]:
     """Readings of the call; those with marks that are all alike first with both values in them: what a mask of ones
-    does shows only where it is not one. As they are they come second, for code that takes no other values."""
-    for call_spec in call_specs(*call):
+    does shows only where it is not one. As they are they come second, for code that takes no other values. For code
+    that runs on none of these, columns of whole numbers may be ids, and keep the values that they have."""
+    readings = list(call_specs(*call))
+    for call_spec in readings:
         if call_spec.constant_masks():
             yield dataclasses.replace(call_spec, flip_masks=True)
         yield call_spec
+    yield from (
+        dataclasses.replace(call_spec, kept_columns=True) for call_spec in readings if call_spec.has_whole_columns()
+    )
 
 
 def _verify(

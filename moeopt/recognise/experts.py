@@ -36,6 +36,7 @@ from moeopt.recognise.gemm_sites import GemmSite, find_sites
 from moeopt.recognise.hidden_weight import row_factors, row_weights
 from moeopt.recognise.limits import check_limits
 from moeopt.recognise.routing import NoIds, Routing, Table, find_routing, one_beyond
+from moeopt.recognise.slot_vectors import by_slots
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.recognise.weight_position import WeightPosition, weight_position
 from moeopt.recognise.why_not import no_experts
@@ -327,7 +328,9 @@ def _check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidat
         held = {id(tensor_at(tape.root, p)) for p in used}
         shapes = {tensor_at(tape.root, p).shape for p in used}
         missing = sorted(
-            name for name in names if id(named[name]) not in held and named[name].shape in shapes and name not in active
+            name
+            for name in names
+            if id(named[name]) not in held and _like(named[name].shape, shapes, len(used)) and name not in active
         )
         for path in used:
             whole = tensor_at(tape.root, path)
@@ -346,6 +349,13 @@ def _check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidat
             )
             error.num_named = len(experts) + len(missing)
             raise error
+
+
+def _like(shape: torch.Size, shapes: set[torch.Size], known: int) -> bool:
+    """Whether a Parameter of ``shape`` may be another expert's; of several experts each may have neurons of its own."""
+    if shape in shapes or known < 2:
+        return shape in shapes
+    return any(len(shape) == len(s) and sum(a != b for a, b in zip(shape, s, strict=True)) == 1 for s in shapes)
 
 
 def _rest_of(path: str, whole: torch.Tensor, experts: list[ExpertRef], others: list[GemmSite]) -> list[str]:
@@ -464,7 +474,7 @@ def with_frontier(
         if not labels.hidden:
             place = weight_position(tape, reading, table, tokens, labels, combine, group)
 
-    routing = find_routing(tape, dispatch, table, _weight_dtype(tape, group), again, accept)
+    routing = find_routing(tape, dispatch, table, _weight_dtype(tape, group), again, accept, (by_slots,))
     progress[0] = 4
     ids = routing.ids.run(tape) if routing.ids is not None else None
     if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):
@@ -477,7 +487,7 @@ def with_frontier(
     if prior is not None and (ids is None or not bool((ids >= len(experts)).any())):
         identity = prior.spec.out_of_range == "identity"  # no such id on this probe call: nothing speaks against it
     base = None if identity else _base(tape, combine, before, experts)
-    sources = [tokens.node, base, routing.weights.source, None if routing.ids is None else routing.ids.source]
+    sources = [tokens.node, base, *routing.weights.nodes, *([] if routing.ids is None else routing.ids.nodes)]
     fitted = {n for c in group for n in c.mid}
     check_limits(tape, combine.node, [n for n in sources if n is not None], fitted, source_of(group[0]))
     ordered = [experts[c] for c in routing.experts]
@@ -530,7 +540,7 @@ def _only_the_router_steers(
     Raises:
         Declined: the forward turns another value into a Python number, so it may branch on it.
     """
-    cut = {r.source for r in (routing.ids, routing.weights) if r is not None and r.source is not None} | tables
+    cut = {node for r in (routing.ids, routing.weights) if r is not None for node in r.nodes} | tables
     steered: dict[fx.Node, bool] = {}
     for node in tape.nodes:
         chosen = op_name(node) in _CHOICES or (node.target is operator.getitem and op_name(node.args[0]) in _CHOICES)  # type: ignore[arg-type]
@@ -707,8 +717,10 @@ def layout_of(tape: Tape, ref: MatrixRef) -> Literal["oi", "io"]:
 
 
 def _same_layout(experts: list[ExpertRef], group: list[FFNCandidate]) -> None:
+    """They may differ in their number of neurons alone."""
     sizes = {tuple((w.k, w.m) for w in (*e.w_in, e.w_out)) for e in experts}
-    if len(sizes) > 1:
+    ends = {(e.w_in[0].k, e.w_out.m, e.w_in[0].m // e.w_out.k) for e in experts}
+    if len(ends) > 1 or any(w.m != e.w_in[0].m for e in experts for w in e.w_in):
         raise Declined(f"its experts have different shapes ({sorted(sizes)})", source_of(group[0]))
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -31,6 +31,7 @@ from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 
+Search = Callable[[Tape, "list[fx.Node]", "Table", "torch.dtype | None"], "Iterator[Routing]"]
 Steps = list[tuple[Any, tuple[Any, ...]]]
 aten = torch.ops.aten
 
@@ -94,15 +95,29 @@ class Routing:
 
 @dataclass
 class Extraction:
-    """``source`` put through ``steps``: [(op, rest of the arguments)]; source None means "made from ids"."""
+    """``source`` put through ``steps``: [(op, rest of the arguments)]; source None means "made from ids".
+
+    ``beside``: where each slot of a token has a vector of its own, (T,) entries each, those of the further slots.
+    """
 
     source: fx.Node | None
     steps: Steps = field(default_factory=list)
+    beside: tuple[fx.Node, ...] = ()
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """Every node that it reads."""
+        return [] if self.source is None else [self.source, *self.beside]
+
+    @property
+    def places(self) -> list[fx.Node | None]:
+        """The same; ``[None]`` where it reads none."""
+        return [*self.nodes] or [None]
 
     def run(self, tape: Tape, ids: torch.Tensor | None = None) -> torch.Tensor:
         """The extraction on the probe call's own values."""
-        value = tape.value(self.source) if self.source is not None else ids
-        return self.on(value, ids)
+        values = [tape.value(node) for node in self.nodes]
+        return self.on(side_by_side(values) if self.beside else values[0] if values else ids, ids)
 
     def on(self, value: torch.Tensor | None, ids: torch.Tensor | None = None) -> torch.Tensor:
         """The extraction on another value of its source."""
@@ -111,6 +126,11 @@ class Extraction:
             value = op(value, *args)
         assert value is not None
         return value
+
+
+def side_by_side(vectors: list[torch.Tensor]) -> torch.Tensor:
+    """(T, K) of K tensors of T entries each."""
+    return torch.cat([vector.reshape(-1, 1) for vector in vectors], 1)
 
 
 @dataclass
@@ -149,6 +169,7 @@ def find_routing(
     dtype: torch.dtype | None,
     prior: tuple[Routing, list[int]] | None = None,
     accept: Callable[[Routing], None] = lambda routing: None,
+    rarer: Sequence[Search] = (),
 ) -> Routing:
     """Find ids and weights among ``before``, nodes that depend on no expert.
 
@@ -157,6 +178,7 @@ def find_routing(
         prior: what another probe call showed, and the candidate of each id on this one; the same tensors are
             taken where they still hold.
         accept: raises ``Declined`` for a reading that cannot be the router's answer; the next is tried.
+        rarer: searches that are made where the usual ones find nothing.
 
     Raises:
         Declined: no tensor holds the choice or the weights.
@@ -164,7 +186,9 @@ def find_routing(
     refused: Declined | None = None
     again = _again(tape, before, table, *prior) if prior is not None else None
     searches = itertools.chain.from_iterable(
-        _search(tape, before, table, dtype, factor) for factor in (1.0, *table.factors)
+        _search(tape, before, table, dtype, factor, searches)
+        for searches in (_USUAL, rarer)
+        for factor in (1.0, *table.factors)
     )
     for found in itertools.chain([again] if again is not None else [], searches):
         try:
@@ -172,14 +196,15 @@ def find_routing(
         except Declined as err:
             refused = refused or err.with_traceback(None)
             continue
-        found.keys = tuple(_key(before, r.source) for r in (found.ids, found.weights) if r is not None)
+        extractions = [r for r in (found.ids, found.weights) if r is not None]
+        found.keys = tuple(_key(before, node) for r in extractions for node in r.places)
         return found
     if refused is not None:
         try:
             raise refused
         finally:
             del refused
-    ids = next(_id_extractions(tape, before, table), None)
+    ids = next(id_recipes(tape, before, table), None)
     if ids is None:
         seen, taken = table.visits.sum(1), table.visits.sum(0)
         if bool((taken == taken[0]).all()) and bool((seen != seen[0]).any()):
@@ -210,15 +235,17 @@ def find_routing(
 
 
 def _search(
-    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None, factor: float
-) -> Iterator[Routing]:
+    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None, factor: float,
+    searches: Sequence[Search],
+) -> Iterator[Routing]:  # fmt: skip
     """Every reading of ``before`` by which ``factor`` times the weights found are those of ``table``."""
     if factor != 1.0:
         table = dataclasses.replace(table, weights=(table.weights.double() / factor).to(table.weights.dtype))
-    for search in (_by_ids, _by_mask, _by_dense, _by_choice):
+    for search in searches:
         for found in search(tape, before, table, dtype):
             if factor != 1.0:
-                found.weights = Extraction(found.weights.source, [*found.weights.steps, (aten.mul.Scalar, (factor,))])
+                steps = [*found.weights.steps, (aten.mul.Scalar, (factor,))]
+                found.weights = dataclasses.replace(found.weights, steps=steps)
             yield found
 
 
@@ -257,16 +284,25 @@ def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Routing, mapp
     for node in before:
         by_print.setdefault(prints[node], []).append(node)
 
-    def here(extraction: Extraction, key: Key) -> Extraction | None:
-        if key is None:
-            return Extraction(None, extraction.steps)
-        alike = by_print.get(key[0], [])
-        return Extraction(alike[key[1]], extraction.steps) if key[1] < len(alike) else None
+    keys = iter(prior.keys)
 
-    keys = list(prior.keys)
-    ids_extraction = here(prior.ids, keys.pop(0)) if prior.ids is not None else None
-    weights_extraction = here(prior.weights, keys.pop(0))
-    if weights_extraction is None or (prior.ids is not None and ids_extraction is None):
+    def here(extraction: Extraction) -> Extraction | None:
+        nodes = []
+        for _ in extraction.places:
+            key = next(keys)
+            if key is None:
+                return Extraction(None, extraction.steps)
+            alike = by_print.get(key[0], [])
+            if key[1] >= len(alike):
+                return None
+            nodes.append(alike[key[1]])
+        return Extraction(nodes[0], extraction.steps, tuple(nodes[1:]))
+
+    ids_extraction = here(prior.ids) if prior.ids is not None else None
+    if prior.ids is not None and ids_extraction is None:
+        return None
+    weights_extraction = here(prior.weights)
+    if weights_extraction is None:
         return None
     try:
         ids = (
@@ -297,9 +333,7 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a.double() - b.double()).abs() <= slack * b.double().abs()).all())
 
 
-def _id_extractions(
-    tape: Tape, before: list[fx.Node], table: Table
-) -> Iterator[tuple[Extraction, torch.Tensor, list[int]]]:
+def id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tuple[Extraction, torch.Tensor, list[int]]]:
     """(extraction, ids (T, K), candidate of each id) for every integer tensor that names the chosen experts."""
     tokens, candidates = table.visits.shape
     possible = list(_possible_sources(before, floating=False))
@@ -435,7 +469,7 @@ def _by_ids(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype 
     tokens, candidates = table.visits.shape
     possible = list(_possible_sources(before, floating=True))
     reread = _reread(possible)
-    for extraction, ids, mapping in _id_extractions(tape, before, table):
+    for extraction, ids, mapping in id_recipes(tape, before, table):
         k = ids.shape[1]
         best: list[tuple[tuple[bool, bool, bool, int], Extraction]] = []
         for node in possible:
@@ -685,6 +719,9 @@ def _by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dty
                 weights = weights or Extraction(node, steps)
     if ids and weights:
         yield Routing(candidates, ids, weights, table.natural, RoutingForm.TABLE)
+
+
+_USUAL: tuple[Search, ...] = (_by_ids, _by_mask, _by_dense, _by_choice)
 
 
 def mask_to_ids(onehot_TKE: torch.Tensor) -> torch.Tensor:

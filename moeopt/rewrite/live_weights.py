@@ -137,18 +137,16 @@ class LiveExpertWeights:
         if index is not _IRREGULAR:
             part = tensor if index.whole else tensor[index.at]
             return part.t() if index.transposed else part
-        offset, dk, dm = ref.offset_and_strides(tensor.stride())
+        _, dk, dm = ref.offset_and_strides(tensor.stride())
         shape, stride = ((ref.m, ref.k), (dm, dk)) if layout == "oi" else ((ref.k, ref.m), (dk, dm))
-        return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
+        return _from(tensor, ref.origin).as_strided(shape, stride)
 
     def _vector(self, ref: VectorRef) -> Tensor:
         tensor = self._places[ref.path].read()
         if len(ref.origin) == 1 and ref.dm == (1,):
             return tensor if ref.m == tensor.shape[0] else tensor[ref.origin[0] : ref.origin[0] + ref.m]
-        stride = tensor.stride()
-        offset = sum(o * s for o, s in zip(ref.origin, stride, strict=True))
-        step = sum(o * s for o, s in zip(ref.dm, stride, strict=True))
-        return tensor.as_strided((ref.m,), (step,), tensor.storage_offset() + offset)
+        step = sum(o * s for o, s in zip(ref.dm, tensor.stride(), strict=True))
+        return _from(tensor, ref.origin).as_strided((ref.m,), (step,))
 
     def stacked(self) -> StackedExpertWeights | None:
         """The weights as stacked tensors where every part is a regular slice of one Parameter."""
@@ -181,7 +179,7 @@ class LiveExpertWeights:
             strides = tensor.stride()
             lead = 0 if step is None else sum(a * s for a, s in zip(step, strides, strict=True))
             one = self._vector(ref) if isinstance(ref, VectorRef) else self._matrix(ref, layout)
-            return tensor.as_strided((count, *one.shape), (lead, *one.stride()), one.storage_offset())
+            return _from(tensor, ref.origin).as_strided((count, *one.shape), (lead, *one.stride()))
 
         return StackedExpertWeights(
             [stack(r, s, self._layouts[0]) for r, s in zip(first.w_in, w_in_step, strict=True)],
@@ -229,6 +227,14 @@ def _region(ref: MatrixRef, layout: str, shape: tuple[int, ...]) -> Any:
         at[axis] = slice(first, first + (count - 1) * step + 1, step)
     whole = len(shape) == 2 and all(a == slice(0, n, 1) for a, n in zip(at, shape, strict=True))
     return _Region(tuple(at), whole, (m_axis > k_axis) == (layout == "oi"))
+
+
+def _from(tensor: Tensor, origin: tuple[int, ...]) -> Tensor:
+    """A view from the element ``origin`` on, where ``as_strided`` begins: torch.compile knows no ``storage_offset()``.
+
+    The view holds all that a stack from there reads, so gradients reach every expert.
+    """
+    return tensor[tuple([slice(o, None) for o in origin])] if any(origin) else tensor
 
 
 def _flat(part: Any) -> list[tuple[int, ...]]:

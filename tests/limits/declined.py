@@ -38,7 +38,6 @@ ZOO = {
         "strange_product_keys": "between the expert's two matmuls (unsqueeze, permute) is none that the op carries",
     },
     "Experts of one block that differ": {
-        "odd_different_inner_sizes": "its experts have different shapes",
         "declined_different_activations": "its experts do not all compute the same function",
     },
     "Experts that no probe reaches": {

@@ -28,12 +28,14 @@ from moeopt.causal_lm.attention import cache_left_in_place
 from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
 from moeopt.errors import Declined, NotSaveableError, UsageError
+from moeopt.lower.distances import DirectDistances
 from moeopt.lower.export import avoid_size_one, export_program
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.assemble import replace_sites
 from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.export import emitting, own_outputs, to_onnx
 from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.narrow_numbers import cast_narrow
 from moeopt.lower.onnx.plan import BlockPlan, kind
 from moeopt.lower.onnx.upcast import upcast_graph
 from moeopt.lower.signature import describe_call, functional
@@ -142,7 +144,7 @@ def trace(
     """A model, or one rewritten block, as ``(onnx_ir.Model, sites, signature)``, its experts not lowered yet."""
     say("tracing the whole model")
     args, kwargs = avoid_size_one(model, args, kwargs)
-    with emitting(model) as sites, quiet(), _attention(plan):
+    with emitting(model) as sites, quiet(), _attention(plan), DirectDistances():
         program = export_program(model, args, kwargs)
     program = functional(program)
     signature = describe_call(program)
@@ -209,6 +211,8 @@ def write_graph(
     if plan.provider == "cpu":
         upcast_graph(model)
     accurate_graph(model)
+    if "tensorrt" not in plan.provider:
+        cast_narrow(model)
     if lost := coarse(model, plan.provider):
         raise NotSaveableError(
             f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "

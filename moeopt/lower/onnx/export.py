@@ -100,7 +100,31 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
     assert exported is not None  # torch gives None only where it wrote a file itself
     RemoveUnusedNodesPass()(exported.model)
     _cast_before_transpose(exported.model.graph)
+    _own_dtypes(exported.model.graph, program)
     return exported.model
+
+
+def _own_dtypes(graph: Any, program: torch.export.ExportedProgram) -> None:
+    """Results of the dtype that the model gives them, where a translation says another: ``any`` of uint8 is uint8."""
+    import onnx_ir as ir
+
+    (node,) = (n for n in program.graph.nodes if n.op == "output")
+    for number, (value, source) in enumerate(zip(list(graph.outputs), node.args[0], strict=True)):
+        wanted = _ONNX.get(source.meta["val"].dtype)
+        if wanted is None or value.dtype is None or value.dtype.name == wanted:
+            continue
+        cast = ir.node("Cast", [value], {"to": ir.DataType[wanted]})
+        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType[wanted]), value.shape
+        cast.outputs[0].name, value.name = value.name, f"{value.name}/translated"
+        graph.append(cast)
+        graph.outputs[number] = cast.outputs[0]
+
+
+_ONNX = {
+    torch.bool: "BOOL", torch.uint8: "UINT8", torch.int8: "INT8", torch.int16: "INT16", torch.int32: "INT32",
+    torch.int64: "INT64", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT",
+    torch.float64: "DOUBLE",
+}  # fmt: skip
 
 
 def _settle_layouts(graph: torch.fx.Graph) -> None:
