@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
+    {"obstacles"},
     {"errors", "value_types"},
     {"options", "limits", "untrusted", "patches", "compat", "html"},  # html draws plain values
     {"ir", "progress"},

@@ -66,6 +66,10 @@ class Tape:
             stack.pop()
         return self._values[node]
 
+    def call_of(self, node: fx.Node) -> Call:
+        """The innermost module call that recorded ``node``."""
+        return self.calls[int(node.meta["call"])]
+
     def stack(self, index: int | None) -> list[int]:
         """Call indices from the root's call down to ``index``."""
         chain: list[int] = []

@@ -21,7 +21,7 @@ from moeopt.capture.memory_nodes import MemoryNodes, storage_key
 from moeopt.capture.module_state import ModuleState
 from moeopt.capture.recorded import Call, Read, Tape
 from moeopt.capture.source_line import user_line
-from moeopt.capture.tree import tree_map
+from moeopt.capture.tree import leaves_of, tree_map
 from moeopt.capture.watch_calls import WatchCalls
 from moeopt.errors import CaptureError
 from moeopt.patches import module_calls
@@ -32,6 +32,7 @@ Steer = Callable[[Any, tuple[Any, ...], Any], Any]
 __all__ = ["Call", "Read", "Steer", "Tape", "clone_inputs", "draws_random", "record"]
 
 _WRAPPED = object()
+_NOT_RUN = object()
 _VIEW_TWINS = {
     aten.transpose_.default: aten.transpose.int,
     aten.t_.default: aten.t.default,
@@ -45,9 +46,12 @@ _VIEW_TWINS = {
 class _Recorder(MemoryNodes):
     """Writes each ATen call down as a node; see :func:`record`."""
 
-    def __init__(self, root: nn.Module, state: ModuleState, keep_values: bool, steer: Steer | None) -> None:
+    def __init__(
+        self, root: nn.Module, state: ModuleState, keep_values: bool, steer: Steer | None, lenient: bool
+    ) -> None:
         super().__init__(state, keep_values)
-        self.steer = steer
+        self.steer, self.lenient = steer, lenient
+        self._ran: Any = _NOT_RUN
         self.root, self.state = root, state
         self.calls: list[Call] = []
         self.reads: list[Read] = []
@@ -61,6 +65,15 @@ class _Recorder(MemoryNodes):
         kwargs = kwargs or {}
         if self._pause:
             return func(*args, **kwargs)
+        if not self.lenient:
+            return self._record(func, types, args, kwargs)
+        self._ran = _NOT_RUN
+        try:
+            return self._record(func, types, args, kwargs)
+        except CaptureError:
+            return self._unfollowed(func, args, kwargs)
+
+    def _record(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.Tag.inplace_view in func.tags:
             return self._record_inplace_view(func, args, kwargs)
         mutated = mutated_args(func, args, kwargs)
@@ -84,6 +97,21 @@ class _Recorder(MemoryNodes):
         if func is aten._local_scalar_dense.default:
             self.reads.append(Read(node_args[0], node.meta["source"], node.meta["call"]))
         self._outputs(func, args, kwargs, node, out)
+        return out
+
+    def _unfollowed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that cannot be written in functional form, as one that makes what it writes and returns anew."""
+        written = mutated_args(func, args, kwargs)
+        for tensor in written:
+            self.state.about_to_write(tensor)
+        node_args, node_kwargs = tuple(self._as_nodes(a) for a in args), self._as_nodes_dict(kwargs)
+        out = func(*args, **kwargs) if self._ran is _NOT_RUN else self._ran
+        node = self._finish(self.make.call(func, node_args, node_kwargs), None)
+        made = {id(t): t for t in (*written, *leaves_of(torch.Tensor, out))}
+        for number, tensor in enumerate(made.values()):
+            self._enter(tensor, self._finish(self.make.call(operator.getitem, (node, number)), tensor))
+        for child in (node, *node.users):
+            child.meta["source"] = user_line()
         return out
 
     def _record_glu(self, types: Any, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -153,7 +181,7 @@ class _Recorder(MemoryNodes):
         storage = self._storages[key]
         self._preserve(key, storage)
         self.state.about_to_write(target)
-        out = func(*args, **kwargs)
+        out = self._ran = func(*args, **kwargs)
         node = self.make.call(twin.func, node_args, node_kwargs)
         node.meta["source"] = user_line()
         if draws_random(func, args, kwargs):
@@ -170,6 +198,8 @@ class _Recorder(MemoryNodes):
     def _record_inplace_view(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A new shape for a tensor that nothing else views (a bias-free layer on a vector ends so) is a new tensor."""
         target = args[0]
+        if func is aten.set_.source_Tensor and _same_memory(target, args[1]):
+            return func(*args, **kwargs)  # torch.nn.utils.parametrize does it to a weight that stays as it is
         old = self.node_of(target)
         entry = self._entries[id(target)]
         alone = [e for e in self._views[storage_key(target)] if e.ref() is not None] == [entry]
@@ -218,6 +248,11 @@ class _Recorder(MemoryNodes):
         self.current = call.parent
 
 
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    place = [(storage_key(t), t.storage_offset(), t.shape, t.stride(), t.dtype) for t in (a, b)]
+    return place[0] == place[1]
+
+
 def draws_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True where a call depends on the random state: dropout with a rate of zero does not."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
@@ -248,6 +283,7 @@ def record(
     *,
     keep_values: bool = True,
     steer: Steer | None = None,
+    lenient: bool = False,
 ) -> Tape:
     """Run ``module(*args, **kwargs)`` once and return its :class:`Tape`.
 
@@ -255,13 +291,15 @@ def record(
         module: any module; run in the mode it is in. Its state is restored afterwards.
         args, kwargs: inputs; tensors in them are cloned first, so the caller's are never written to.
         keep_values: keep every node's value (a block), or only the graph (a whole model).
+        lenient: go on after a call that the tape cannot carry; its result then comes from nowhere in particular. For
+            a whole model, of which the tape only tells where to look.
         steer: may answer another output than the one an op computed; see ``moeopt.capture.force_routing``.
 
     Raises:
         CaptureError: the module raised, or did something that the trace cannot carry.
     """
     state = ModuleState(module)
-    recorder = _Recorder(module, state, keep_values, steer)
+    recorder = _Recorder(module, state, keep_values, steer, lenient)
     args, kwargs = clone_inputs((tuple(args), dict(kwargs or {})))
     rng = torch.get_rng_state()
     try:

@@ -9,6 +9,7 @@ what a block computes is decided by its own probe call.
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +21,28 @@ from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_r
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call, Tape, record
 from moeopt.capture.tree import leaves_of
+from moeopt.capture.unregistered import is_registered, registered, unregistered
 from moeopt.find.row_branches import weighed_branches
 from moeopt.ir.weight_refs import MatrixRef
 from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates, group_candidates
 from moeopt.recognise.gemm_sites import GemmSite, is_computed_weight, is_weight, weight_and_operand
+
+_ROUTES = (
+    "topk",
+    "argmax",
+    "argmin",
+    "sort",
+    "argsort",
+    "max",
+    "min",
+    "kthvalue",
+    "multinomial",
+    "_softmax",
+    "softmax",
+)
+
+_SHAPED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "_local_scalar_dense")
+_GATES = ("_softmax", "softmax", "sigmoid", "topk")
 
 
 @dataclass
@@ -31,7 +50,9 @@ class BlockCandidate:
     """One module call that holds a block. ``levels`` are the call and its ancestors, innermost first.
 
     ``alone`` has each FFN candidate of an MoE block that is a dense FFN where it turns out to be no expert: a shared
-    expert of the experts' own size.
+    expert of the experts' own size. ``own`` is how many of the levels are the block's own: up to the innermost in
+    which something is chosen. ``reason`` is why nothing of it can be rewritten, where that is known already;
+    ``steered`` whether its Python depends on the values of tensors.
     """
 
     kind: str
@@ -43,6 +64,13 @@ class BlockCandidate:
     experts: int | None = None
     weights: set[int] = field(default_factory=set)
     alone: list[BlockCandidate] = field(default_factory=list)
+    own: int = 0
+    reason: str = ""
+    steered: bool = False
+
+    def own_levels(self) -> set[str]:
+        """Paths of the levels that are the block's own."""
+        return {level.path for level in self.levels[: self.own]}
 
 
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[BlockCandidate]:
@@ -51,10 +79,18 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Raises:
         CaptureError: the model does not run on these inputs.
     """
-    tape = record(model, args, kwargs, keep_values=False)
-    sites, leaves = _light_sites(tape)
-    candidates = find_candidates(tape, sites, loose=True)
-    return _Finder(tape, candidates, leaves).run()
+    held = unregistered(model)
+    with registered(model, held):
+        tape = record(model, args, kwargs, keep_values=False, lenient=True)
+        sites, leaves = _light_sites(tape)
+        candidates = find_candidates(tape, sites, loose=True)
+        places = _Finder(tape, candidates, leaves).run()
+    for one in held:
+        hidden = {id(t) for t in one.tensors}
+        for place in (q for p in places for q in (p, *p.alone) if q.weights & hidden and not q.reason):
+            place.levels = [level for level in place.levels if is_registered(level.path)]
+            place.call, place.reason = place.levels[0], one.reason
+    return places
 
 
 def alike_children(module: nn.Module) -> set[nn.Module]:
@@ -195,7 +231,22 @@ class _Finder:
         places = _closest(places)
         places += self._by_structure(places)
         places += self._by_stacks(places)
-        return sorted(_once(places), key=lambda p: p.order)
+        places += self._by_gate(places)
+        places += self._by_tables(places)
+        places = _once(places)
+        self._mark_own_levels(places)
+        return sorted(places, key=lambda p: p.order)
+
+    def _mark_own_levels(self, places: list[BlockCandidate]) -> None:
+        """Up to the innermost call that holds a router: a choice, or a softmax; all where none does."""
+        chosen = [n.meta["index"] for n in self.tape.nodes if op_name(n) in _ROUTES]
+        for place in places:
+            holds = (bisect(chosen, c.last - 1) > bisect(chosen, c.first - 1) for c in place.levels)
+            place.own = next((i + 1 for i, found in enumerate(holds) if found), len(place.levels))
+            whole = place.levels[max(place.own, 1) - 1]
+            inside = self.tape.nodes[whole.first : whole.last]
+            reads = (whole.index in self.tape.stack(r.call) for r in self.tape.reads)
+            place.steered = any(op_name(n) in _SHAPED_BY_VALUES for n in inside) or any(reads)
 
     def _picked(self, free: Iterable[FFNCandidate]) -> list[list[FFNCandidate]]:
         """Chains that read rows picked by an index, and whose Parameters are named alike but for a number:
@@ -264,6 +315,66 @@ class _Finder:
             known |= set(map(id, stacks))
             found.append(self._unread(call, call.first, experts, set(map(id, stacks))))
         return found
+
+    def _by_gate(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls that choose among, or weigh, as many things as they run alike modules side by side that are more than
+        one matrix each, or as convolutions have groups: mixtures of other layers than matmuls."""
+        found: list[BlockCandidate] = []
+        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
+        convolutions: dict[int, list[fx.Node]] = {}
+        gates: dict[int, list[fx.Node]] = {}
+        for node in self.tape.nodes:
+            if op_name(node) in _GATES:
+                gates.setdefault(node.meta["call"], []).append(node)
+            elif op_name(node) == "convolution" and node.args[8] != 1 and node.args[1].meta["shape"][1] > 1:  # type: ignore[union-attr]
+                home = self.tape.call_of(node)
+                convolutions.setdefault(home.index if home.parent is None else home.parent, []).append(node)
+        children: dict[int, list[Call]] = {}
+        for call in self.tape.calls:
+            if call.parent is not None:
+                children.setdefault(call.parent, []).append(call)
+        for call in reversed(self.tape.calls) if gates else ():
+            own = children.get(call.index, [])
+            near = [n for c in (call, *own) for n in gates.get(c.index, [])]
+            if call.index in taken or not near:
+                continue
+            alike, groups = alike_children(call.module), convolutions.get(call.index, [])
+            ran = [c for c in own if c.module in alike and _layers(c.module) > 1]
+            widths = {_gate_width(n) for n in near if self.tape.call_of(n).module not in alike}
+            choices = {_gate_width(n) for n in near if op_name(n) != "sigmoid"}
+            if len({id(c.module) for c in ran}) in widths - {0, 1} and not self._sequential(ran):
+                weights = {id(p) for c in ran for p in c.module.parameters()}
+                found.append(self._unread(call, ran[0].first, len(ran), weights))
+            elif len(groups) > 1 and groups[0].args[8] in choices:
+                weights = {id(self.named[p]) for p in map(self._path, groups) if p in self.named}
+                found.append(self._unread(call, groups[0].meta["index"], int(groups[0].args[8]), weights))  # type: ignore[arg-type]
+            else:
+                continue
+            taken |= set(self.tape.stack(call.index))
+        return found
+
+    def _by_tables(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls that look up the same top-k ids in two tables: experts of one neuron each."""
+        lookups: dict[Any, list[fx.Node]] = {}
+        for node in self.tape.nodes:
+            if op_name(node) == "embedding" and len(node.meta["shape"]) > 2 and node.args[0].op == "get_attr":  # type: ignore[union-attr]
+                lookups.setdefault(node.args[1], []).append(node)
+        found = []
+        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
+        for ids, nodes in lookups.items():
+            if len({n.args[0] for n in nodes}) < 2 or not any(op_name(n) == "topk" for n in ancestors([ids])):
+                continue
+            home = self.tape.call_of(nodes[0])
+            call = home if home.parent is None else self.tape.calls[home.parent]
+            if call.index not in taken:
+                paths = [_leaf(self.tape, n)[0] for n in nodes]
+                weights = {id(self.named[p]) for p in paths if p in self.named}
+                found.append(self._unread(call, nodes[0].meta["index"], nodes[0].args[0].meta["shape"][0], weights))  # type: ignore[union-attr]
+        return found
+
+    def _path(self, convolution: fx.Node) -> str:
+        weight = convolution.args[1]
+        return _leaf(self.tape, weight)[0] if isinstance(weight, fx.Node) else ""
 
     def _unread(self, call: Call, first: int, experts: int, weights: set[int]) -> BlockCandidate:
         """A place without candidates, whose experts run from node ``first`` on."""
@@ -362,6 +473,16 @@ def _numbered(name: str, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch
     for i, part in enumerate(parts):
         if re.search(r"\d", part):
             yield i, ".".join([*parts[:i], re.sub(r"\d+", "#", part), *parts[i + 1 :]]), tensor.shape
+
+
+def _gate_width(node: fx.Node) -> int:
+    """Over how many things a softmax, sigmoid or top-k is."""
+    shape = node.args[0].meta.get("shape") if isinstance(node.args[0], fx.Node) else None
+    return int(shape[-1]) if shape else 0
+
+
+def _layers(module: nn.Module) -> int:
+    return sum(p.dim() > 1 for p in module.parameters())
 
 
 def _closest(places: list[BlockCandidate]) -> list[BlockCandidate]:

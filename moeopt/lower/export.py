@@ -286,7 +286,7 @@ def _obstacle(err: Exception) -> str:
     if "ata-dependent" not in head:
         if own := _raised_by_the_model(err):
             return own
-        return f"torch.export stops at: {head}. Remove what it names, or save the rewritten blocks on their own"
+        return f"torch.export stops at: {head}. Remove what it names, or save a rewritten block alone"
     lines = [
         line.strip() for line in text.splitlines() if line.strip().startswith("File ") and "site-packages" not in line
     ]
@@ -296,7 +296,9 @@ def _obstacle(err: Exception) -> str:
     return (
         f"torch.export stops at: {head}{where}. Its Python there depends on the values of tensors, which no graph "
         "repeats. In a block that moeopt declined, the report of backend='torch' says why; elsewhere (rotary "
-        "embeddings that grow with the positions) set the model to another form, or save the rewritten blocks alone"
+        "embeddings that grow with the positions) set the model to another form. What can be saved: a "
+        "rewritten block alone, moeopt.optimize(model.get_submodule(name), its inputs).save(folder), or the whole "
+        "model with its code, torch.save(optimized.model, file)"
     )
 
 

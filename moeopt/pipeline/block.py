@@ -18,6 +18,7 @@ from moeopt.capture.probe_inputs import call_specs, probe_call
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.specs import RouterSpec
+from moeopt.obstacles import Obstacle, Rank
 from moeopt.options import Options
 from moeopt.passes.manager import PassManager, Result, check_names
 from moeopt.passes.pipeline import PIPELINE
@@ -93,7 +94,8 @@ def rewrite_block(
         where = traceback.extract_tb(err.__traceback__)[-1]
         raise Declined(
             f"moeopt itself failed on it ({type(err).__name__}: {str(err)[:200]} in {where.name}); the block is left "
-            "as it was; please report this with the block's code"
+            "as it was; please report this with the block's code",
+            rank=Rank.INTERNAL,
         ) from err
 
 
@@ -128,6 +130,7 @@ def _rewrite(
 ) -> Rewrite:
     started = time.perf_counter()
     last: Declined | None = None
+    met: list[Obstacle] = []
     for call_spec in _versions(call):
         try:
             capture = Capture(name, module, call_spec, options, reader)
@@ -136,16 +139,20 @@ def _rewrite(
             judge = functools.partial(_verify, capture, call, options, runtime)
             result = manager.run(capture.block(), judge, capture.differ)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
+            met.append(err.obstacle)
             last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
         except ExpertsNotHit as err:  # what was read as a mask may be ids
             if not call_spec.indices("choices") and not call_spec.flip_masks:
                 raise
+            met += [err.obstacle, *err.others]
             last = err.with_traceback(None)
             continue
-        except Declined:
+        except Declined as err:
             if call_spec.flip_masks:
+                met += [err.obstacle, *err.others]
                 continue
+            err.others = (*met, *err.others)
             raise
         check: BlockCheck = result.verdict  # type: ignore[assignment]
         if check.passed is False:
@@ -161,8 +168,10 @@ def _rewrite(
         if alike is not None:
             alike.add(Known(module, call_spec, program, capture.found, capture.routers, result))
         return Rewrite(program, capture.found, check, capture.routers, time.perf_counter() - started, result)
+    last = last or Declined("its arguments could not be read as rows of tokens", rank=Rank.PROBE)
+    last.others = tuple(met)
     try:
-        raise last or Declined("its arguments could not be read as rows of tokens")
+        raise last
     finally:
         del last
 

@@ -20,6 +20,7 @@ from torch import fx
 from moeopt.capture.replay import descendants, replay
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.token_rows import rows_of
 
@@ -82,7 +83,9 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
             if axis == axes[0]:  # the others are sizes that happen to be the same
                 nearest = found
     source = nodes[-1].meta.get("source") if nodes else sites[0].node.meta.get("source")
-    raise Declined(f"the experts' outputs are not combined by a weighted sum per token: {nearest}", source)
+    raise Declined(
+        f"the experts' outputs are not combined by a weighted sum per token: {nearest}", source, rank=Rank.READING
+    )
 
 
 def _meeting_points(sites: list[GemmSite], nodes: list[fx.Node]) -> Iterator[fx.Node]:

@@ -29,13 +29,15 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef, tensor_at
+from moeopt.obstacles import Obstacle, Rank, Stage
 from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates, group_candidates, source_of
 from moeopt.recognise.gemm_sites import GemmSite, find_sites
 from moeopt.recognise.hidden_weight import row_factors, row_weights
 from moeopt.recognise.limits import check_limits
-from moeopt.recognise.routing import NoIds, Routing, Table, find_routing, one_beyond
+from moeopt.recognise.named_obstacles import certain_obstacle, single_neurons
+from moeopt.recognise.routing import FixedShares, NoIds, Routing, Table, find_routing, one_beyond
 from moeopt.recognise.slot_vectors import by_slots
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.recognise.weight_position import WeightPosition, weight_position
@@ -61,12 +63,18 @@ class Recognition:
     unmatched_reason: str = ""
 
 
+_STAGES = (Stage.EXPERTS, Stage.FUNCTION, Stage.SUM, Stage.ROUTING, Stage.ROUTING)
+"""By how many questions were answered before the attempt failed."""
+
+
 class ExpertsNotHit(Declined):
     """Some experts were never chosen on this probe call: try another before deciding.
 
     ``num_named`` is how many experts there seem to be.
     """
 
+    rank = Rank.PROBE
+    stage = Stage.EXPERTS
     num_named = 0
 
 
@@ -85,13 +93,14 @@ def recognize(
         assume: a user's hint, taken for the function of every expert, unfitted; verification judges it.
 
     Raises:
-        Declined: no group was recognised; the reason is that of the attempt that came furthest
-            (its ``progress`` counts the questions answered).
+        Declined: no group was recognised; the reason is that of the attempt that came furthest, and ``others`` has
+            those of all attempts.
     """
     candidates = find_candidates(tape, find_sites(tape))
     found: list[Recognition] = []
     best = no_experts(tape, candidates)
     best_progress = -1
+    met: list[Obstacle] = []
     for group in group_candidates(tape, candidates):
         if any(c.out.node in r.interior or c.out.matmul in r.interior for c in group for r in found):
             continue
@@ -103,15 +112,23 @@ def recognize(
                 break
             except ExpertsNotHit as reason:
                 if len(members) > 1 or members[0].merged:
+                    met.append(reason.obstacle)
                     best, best_progress = reason.with_traceback(None), 10
                 break
             except Declined as reason:
-                if progress[0] > best_progress and (len(members) > 1 or members[0].merged):
-                    best, best_progress = _several_times(reason, members, candidates).with_traceback(None), progress[0]
+                if len(members) > 1 or members[0].merged:
+                    said = _several_times(reason, members, candidates).with_traceback(None)
+                    said.stage = _STAGES[progress[0]]
+                    met.append(said.obstacle)
+                    if progress[0] > best_progress:
+                        best, best_progress = said, progress[0]
+                    del said
     for recognition in found:
         recognition.unmatched_reason = best.reason if best_progress >= 0 else ""
     if not found or isinstance(best, ExpertsNotHit):
-        best.progress = best_progress  # type: ignore[attr-defined]
+        named = single_neurons(tape) or (certain_obstacle(tape) if best.rank == Rank.READING else None)
+        best, named = named or best, None
+        best.others = tuple(met)
         try:
             raise best
         finally:
@@ -224,7 +241,9 @@ def _label_chain(
     """Follow the candidate's rows from its in-sites to its out-sites and enter what each is into ``labels``."""
     roles = candidate.roles()
     if not roles:
-        raise Declined("an expert's second matmul reads more than two earlier matmuls", source_of(candidate))
+        raise Declined(
+            "an expert's second matmul reads more than two earlier matmuls", source_of(candidate), rank=Rank.READING
+        )
     token, given = _start_rows(tape, roles, tokens, candidate)
     moved = row_labels(tape, candidate.mid, given, only={out.operand for out in candidate.outs})
     for out in candidate.outs:
@@ -260,7 +279,9 @@ def _start_rows(
     given = {}
     for role in roles:
         if not torch.equal(torch.cat([tokens.token[s] for s in role]), token):
-            raise Declined("an expert's gate and up matmuls see different tokens", source_of(candidate))
+            raise Declined(
+                "an expert's gate and up matmuls see different tokens", source_of(candidate), rank=Rank.READING
+            )
         start = 0
         for site in role:
             count = site.matrix.numel()
@@ -419,7 +440,7 @@ def _expert(ins: list[GemmSite], picks: list[int], out: GemmSite, out_matrix: in
 def _one_function(specs: dict[object, tuple[ExpertsSpec, bool]], group: list[FFNCandidate]) -> ExpertsSpec:
     found = {spec for spec, _ in specs.values()}
     if not found:
-        raise Declined("no token reached any of its experts", source_of(group[0]))
+        raise Declined("no token reached any of its experts", source_of(group[0]), rank=Rank.PROBE)
     if len(found) > 1:
         words = " and ".join(sorted(str(s).split(";")[0] for s in found))
         raise Declined(
@@ -450,7 +471,9 @@ def with_frontier(
     before = [n for n in tape.nodes[: last + 1] if n not in inside and n.meta.get("shape") is not None]
     if len(experts) == 1:
         raise Declined(
-            "only one of its experts could be read; all of a block's experts or none are rewritten", source_of(group[0])
+            "only one of its experts could be read; all of a block's experts or none are rewritten",
+            source_of(group[0]),
+            rank=Rank.READING,
         )
     flow = _flow(tape, combine, ins, inside)
     weights, visits = combine.weights, labels.visits()
@@ -474,7 +497,12 @@ def with_frontier(
         if not labels.hidden:
             place = weight_position(tape, reading, table, tokens, labels, combine, group)
 
-    routing = find_routing(tape, dispatch, table, _weight_dtype(tape, group), again, accept, (by_slots,))
+    try:
+        routing = find_routing(tape, dispatch, table, _weight_dtype(tape, group), again, accept, (by_slots,))
+    except FixedShares as err:
+        if tokens.node.op == "placeholder":  # the slots are filled outside: what fills them may dispatch by ids
+            err.rank = Rank.READING
+        raise
     progress[0] = 4
     ids = routing.ids.run(tape) if routing.ids is not None else None
     if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):

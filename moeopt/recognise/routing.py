@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -30,6 +31,7 @@ from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 
 Search = Callable[[Tape, "list[fx.Node]", "Table", "torch.dtype | None"], "Iterator[Routing]"]
 Steps = list[tuple[Any, tuple[Any, ...]]]
@@ -68,6 +70,12 @@ class RoutingForm(str, Enum):
 
 class NoIds(Declined):
     """No tensor says which experts a token has."""
+
+    rank = Rank.READING
+
+
+class FixedShares(Declined):
+    """Each expert reads its own part of the rows, whatever the router says."""
 
 
 @dataclass
@@ -204,6 +212,13 @@ def find_routing(
             raise refused
         finally:
             del refused
+    if (chosen := _left_out(tape, before, table)) is not None:
+        raise Declined(
+            "its experts leave out tokens that the router gave them (a capacity that keeps the first so many), so that "
+            "a token's result depends on the tokens before it; set the weights of such tokens to 0 in the tensor of "
+            "all tokens' weights, or raise the capacity until no token is left out",
+            chosen.meta.get("source", ""),
+        )
     ids = next(id_recipes(tape, before, table), None)
     if ids is None:
         seen, taken = table.visits.sum(1), table.visits.sum(0)
@@ -217,7 +232,7 @@ def find_routing(
         turns = int((order.diff() < 0).sum()) + 1  # once through the experts for each sequence of the batch
         in_blocks = len(order) % turns == 0 and bool((order.view(turns, -1) == order.view(turns, -1)[0]).all())
         if in_blocks and bool((seen == 1).all()) and bool((taken == taken[0]).all()):
-            raise Declined(
+            raise FixedShares(
                 "every expert reads its own fixed share of the rows (slots that mix tokens, as in soft MoE, or a "
                 "slice of the batch), so no tensor before the experts holds the expert ids of each token: the op "
                 "dispatches whole tokens by id"
@@ -231,7 +246,27 @@ def find_routing(
         "(a later expert may replace the result of an earlier one); compute the weights of all tokens in one tensor "
         "before the loop, and add up the results",
         "" if ids[0].source is None else ids[0].source.meta.get("source", ""),
+        rank=Rank.READING,
     )
+
+
+def _left_out(tape: Tape, before: list[fx.Node], table: Table) -> fx.Node | None:
+    """The tensor of a choice that names every visit, and pairs of token and expert that were none."""
+    tokens, candidates = table.visits.shape
+    seen = (table.visits > 0)[:, torch.tensor(table.natural)]
+    for node in before:
+        source = node.args[0] if node.target is operator.getitem else node
+        chosen = isinstance(source, fx.Node) and op_name(source) in ("topk", "sort", "argsort", "argmax")
+        size = math.prod(node.meta.get("shape") or ())
+        if not chosen or node.meta["dtype"] != torch.int64 or not size or size % tokens or size >= tokens * candidates:
+            continue
+        for steps in _orders(node.meta["shape"], tokens, size // tokens):
+            ids = Extraction(node, steps).run(tape)
+            if int(ids.max()) < candidates:
+                named = torch.zeros(tokens, candidates, dtype=torch.bool).scatter_(1, ids, True)
+                if bool((named | ~seen).all()) and bool((named & ~seen).any()):
+                    return node
+    return None
 
 
 def _search(

@@ -29,6 +29,7 @@ from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard,
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
 from moeopt.rewrite.module_guard import Watch
+from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
 
 __all__ = ["OPAQUE", "TENSOR", "CallGuard", "BlockProgram", "RewrittenForward", "bind", "install", "uninstall"]
@@ -177,7 +178,11 @@ class RewrittenForward:
             with torch.no_grad():
                 target.copy_(value)
         for (path, name), value in block.attributes.items():
-            setattr(self.module.get_submodule(path), name, tree_map(Slot, fill, value))
+            home = self.module.get_submodule(path)
+            if value is not UNSET:
+                setattr(home, name, tree_map(Slot, fill, value))
+            elif name in home.__dict__:
+                delattr(home, name)
         return tree_map(Slot, fill, block.output)
 
     def _fall_back(self, refusal: str, args: Any, kwargs: Any) -> Any:

@@ -34,7 +34,10 @@ class KeptStep:
 
 @dataclass
 class KeptSteps:
-    """Steps in order; ``output``, ``mutations`` and ``attributes`` are trees of :class:`StepRef`."""
+    """Steps in order; ``output``, ``mutations`` and ``attributes`` are trees of :class:`StepRef`.
+
+    An attribute may be ``UNSET`` (see ``moeopt.rewrite.scratch``).
+    """
 
     steps: list[KeptStep]
     output: Any

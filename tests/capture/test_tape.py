@@ -38,7 +38,7 @@ def test_values_calls_and_inputs():
     assert [c.path for c in tape.calls] == ["", "gate", "inner", "inner.0", "inner.1"]
     assert [c.parent for c in tape.calls] == [None, 0, 0, 2, 2]
     relu = next(n for n in tape.nodes if op_name(n) == "relu")
-    assert tape.calls[relu.meta["call"]].path == "inner.1" and tape.stack(relu.meta["call"]) == [0, 2, 4]
+    assert tape.call_of(relu).path == "inner.1" and tape.stack(relu.meta["call"]) == [0, 2, 4]
     gate = tape.calls[1]
     assert gate.args == (tape.args[0],) and gate.first <= gate.output.meta["index"] < gate.last
     assert [n.meta["index"] for n in tape.nodes] == list(range(len(tape.nodes)))

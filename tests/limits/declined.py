@@ -35,7 +35,7 @@ ZOO = {
         "row_dense_mixture_of_three_layers": "three matmuls (three layers)",
     },
     "Experts of single neurons": {
-        "strange_product_keys": "between the expert's two matmuls (unsqueeze, permute) is none that the op carries",
+        "strange_product_keys": "its experts are single neurons",
     },
     "Experts of one block that differ": {
         "declined_different_activations": "its experts do not all compute the same function",
@@ -270,6 +270,35 @@ def stored(_):
         (set(), lambda bag, g: bag.add(len(g))),
     ):
         declines(lambda bag=bag, put=put: Bag(bag, put), "its forward changes the contents of the Python attribute bag")
+
+
+class Unregistered(Block):
+    def __init__(self):
+        super().__init__()
+        experts = list(self.experts)
+        del self.experts
+        self.__dict__["experts"] = experts
+
+
+class PlainTensors(Block):
+    def __init__(self):
+        super().__init__()
+        del self.experts
+        self.w1, self.w2 = [seeded(H, H) for _ in range(4)], [seeded(H, H, seed=6) for _ in range(4)]
+        self.experts = [lambda x, e=e: (x @ self.w1[e]).relu() @ self.w2[e] for e in range(4)]
+
+
+@limit("Experts in plain Python lists")
+def unregistered(_):
+    declines(Unregistered, "its weights are in a plain Python list (self.experts of Unregistered)")
+    declines(PlainTensors, "its weights are in a plain Python list (self.w")
+
+
+@limit("Recurrent experts, convolutions that every token mixes, one grouped convolution as all experts")
+def other_layers(_):
+    zoo_declines("declined_recurrent_experts", "its experts are recurrent (LSTM at experts.0.rnn)")
+    zoo_declines("declined_conv3_experts", "it computes convolutions of 3")
+    zoo_declines("dense_grouped_conv", "groups; the op multiplies each token's row by a matrix")
 
 
 @limit("TorchScript models")

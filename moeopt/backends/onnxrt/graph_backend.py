@@ -47,9 +47,12 @@ class GraphBackend(Backend):
     """
 
     def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made:
-        twin = shared_copy(source)
+        shared: list[str] = []
+        twin = shared_copy(source, shared)
         with open_dataclasses(call):
-            return self._engine(source, twin, call, options, plan)
+            made = self._engine(source, twin, call, options, plan)
+        made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *shared))
+        return made
 
     def _engine(self, source: nn.Module, twin: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made:
         outcome = self._run_impl(twin, call, options, plan)

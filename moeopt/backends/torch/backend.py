@@ -24,7 +24,7 @@ from moeopt.lower.export import export_program
 from moeopt.ops.native.library import missing
 from moeopt.options import Options
 from moeopt.pipeline.check_gradients import check_gradients
-from moeopt.pipeline.report_of import report_of
+from moeopt.pipeline.report_of import how_to_save, report_of
 from moeopt.pipeline.run import PipelineResult, run
 from moeopt.rewrite.install import install, uninstall
 from moeopt.verification.certificate import Certificate
@@ -45,8 +45,10 @@ class TorchBackend(Backend):
                 )
 
     def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: None) -> Made:
-        twin = shared_copy(source)
+        shared: list[str] = []
+        twin = shared_copy(source, shared)
         outcome = run(twin, call, options)
+        outcome.notes += [*shared, *how_to_save(outcome)]
         if options.verify != "off":
             check_gradients(twin, outcome.rewrites, outcome.calls)
         certificate = _certify(source, twin, call, outcome, options)
