@@ -32,6 +32,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 Verify = Literal["strict", "fast", "off"]
 DenseMode = Literal["leave", "fuse", "split"]
@@ -194,7 +195,7 @@ class Options:
     only_passes: tuple[str, ...] = ()
     print_passes: bool = field(default_factory=lambda: _env("MOEOPT_PRINT_PASSES", False, _flag, "1 or 0"))
 
-    def __new__(cls, **given: Any) -> Options:
+    def __new__(cls, **given: PyObject) -> Options:
         """Remember which fields were given, so that ``from_fields`` can tell one that is given twice."""
         self = object.__new__(cls)
         object.__setattr__(self, "_given", frozenset(given))
@@ -289,7 +290,7 @@ def _flag(text: str) -> bool:
     return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
 
 
-def _as_passes(value: Any) -> tuple[Any, ...]:
+def _as_passes(value: PyObject) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
         raise UsageError(f"passes={value!r}: it must be a tuple of passes, like (*moeopt.passes.PIPELINE, MyPass())")
     seen: set[str] = set()
@@ -304,14 +305,14 @@ def _as_passes(value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _as_names(option: str, value: Any) -> tuple[str, ...]:
+def _as_names(option: str, value: PyObject) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(n, str) and n for n in names):
         raise UsageError(f"{option}={value!r}: it must be the name of a pass, or several; `moeopt passes` lists them")
     return tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
 
 
-def _as_groups(value: Any, dense: str, experts: int | None) -> Any:
+def _as_groups(value: PyObject, dense: str, experts: int | None) -> PyObject:
     if value is None:
         return None
     if dense != "split":
@@ -339,7 +340,7 @@ def _as_groups(value: Any, dense: str, experts: int | None) -> Any:
     return checked
 
 
-def _as_device(value: Any) -> torch.device | None:
+def _as_device(value: PyObject) -> torch.device | None:
     if value is None or isinstance(value, torch.device):
         return value
     try:
@@ -369,7 +370,7 @@ def check_device(device: torch.device | None) -> None:
         ) from err
 
 
-def _as_dtype(value: Any) -> torch.dtype | None:
+def _as_dtype(value: PyObject) -> torch.dtype | None:
     found: Any = value
     if isinstance(value, str):
         word = value.removeprefix("torch.").lower()

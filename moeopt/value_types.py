@@ -33,12 +33,6 @@ FxArg: TypeAlias = Any
 FxTarget: TypeAlias = Any
 """The target of an ``fx.Node``: an overload of ATen, a Python function, or a name."""
 
-Schema: TypeAlias = Any
-"""A ``torch._C.FunctionSchema`` or one of its arguments."""
-
-Size: TypeAlias = Any
-"""An ``int`` or a ``torch.SymInt``, or an expression of sizes."""
-
 JsonValue: TypeAlias = Any
 """What ``json`` reads: None, a bool, a number, a string, a list or a dict of such."""
 

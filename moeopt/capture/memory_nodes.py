@@ -22,6 +22,7 @@ from moeopt.capture.functional import inverse_view
 from moeopt.capture.module_state import ModuleState
 from moeopt.capture.nodes import NodeFactory
 from moeopt.errors import CaptureError
+from moeopt.value_types import FxArg, PyObject
 
 aten = torch.ops.aten
 
@@ -82,7 +83,7 @@ class MemoryNodes(TorchDispatchMode):
             if tensor.layout == torch.strided and tensor.device.type != "meta":
                 self._by_storage.setdefault(storage_key(tensor), tensor)
 
-    def _finish(self, node: fx.Node, value: Any) -> fx.Node:
+    def _finish(self, node: fx.Node, value: PyObject) -> fx.Node:
         node.meta["call"] = self.current if self.current is not None else 0
         node.meta["index"] = len(self.nodes)
         if isinstance(value, torch.Tensor):
@@ -93,7 +94,7 @@ class MemoryNodes(TorchDispatchMode):
             self.values[node] = value
         return node
 
-    def _enter(self, t: torch.Tensor, node: fx.Node, **extra: Any) -> fx.Node:
+    def _enter(self, t: torch.Tensor, node: fx.Node, **extra: PyObject) -> fx.Node:
         key = storage_key(t)
         if extra.get("view") is None:
             storage = self._storages[key] = _Storage(node, node)
@@ -167,7 +168,7 @@ class MemoryNodes(TorchDispatchMode):
     def _as_nodes_dict(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {k: self._as_nodes(v) for k, v in kwargs.items()}
 
-    def _as_nodes(self, arg: Any) -> Any:
+    def _as_nodes(self, arg: FxArg) -> PyObject:
         if isinstance(arg, torch.Tensor):
             return self.node_of(arg)
         if isinstance(arg, (list, tuple)):

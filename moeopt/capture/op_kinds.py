@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 from functools import cache
-from typing import Any
 
 import torch
 from torch import fx
+
+from moeopt.value_types import FxTarget
 
 aten = torch.ops.aten
 
@@ -30,7 +31,7 @@ _FACTORIES = {"zeros", "ones", "full", "empty", "arange", "eye", "zeros_like", "
 
 
 @cache
-def _name(target: Any) -> str:
+def _name(target: FxTarget) -> str:
     schema = getattr(target, "_schema", None)
     return schema.name.split("::")[1] if schema is not None else getattr(target, "__name__", str(target))
 
@@ -46,7 +47,7 @@ def moves_rows(node: fx.Node) -> bool:
 
 
 @cache
-def _pointwise(target: Any) -> bool:
+def _pointwise(target: FxTarget) -> bool:
     tags = getattr(target, "tags", ())
     return torch.Tag.pointwise in tags or _name(target) in _POINTWISE
 

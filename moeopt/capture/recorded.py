@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from moeopt.capture.tree import leaves_of
+from moeopt.value_types import PyObject
 
 
 @dataclass(eq=False)
@@ -49,7 +50,7 @@ class Tape:
     nodes: list[fx.Node]
     _values: dict[fx.Node, Any]
 
-    def value(self, node: fx.Node) -> Any:
+    def value(self, node: fx.Node) -> PyObject:
         """What ``node`` held when it was recorded (recomputed where a later write destroyed it)."""
         stack = [node]
         while stack:

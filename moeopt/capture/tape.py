@@ -25,6 +25,7 @@ from moeopt.capture.tree import leaves_of, tree_map
 from moeopt.capture.watch_calls import WatchCalls
 from moeopt.errors import CaptureError
 from moeopt.patches import module_calls
+from moeopt.value_types import FxTarget, PyObject
 
 aten = torch.ops.aten
 Steer = Callable[[Any, tuple[Any, ...], Any], Any]
@@ -60,8 +61,8 @@ class _Recorder(MemoryNodes):
     # -- recording -----------------------------------------------------------------------------
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: FxTarget, types: PyObject, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> PyObject:
         kwargs = kwargs or {}
         if self._pause:
             return func(*args, **kwargs)
@@ -73,7 +74,7 @@ class _Recorder(MemoryNodes):
         except CaptureError:
             return self._unfollowed(func, args, kwargs)
 
-    def _record(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _record(self, func: FxTarget, types: PyObject, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PyObject:
         if torch.Tag.inplace_view in func.tags:
             return self._record_inplace_view(func, args, kwargs)
         mutated = mutated_args(func, args, kwargs)
@@ -99,7 +100,7 @@ class _Recorder(MemoryNodes):
         self._outputs(func, args, kwargs, node, out)
         return out
 
-    def _unfollowed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _unfollowed(self, func: FxTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PyObject:
         """A call that cannot be written in functional form, as one that makes what it writes and returns anew."""
         written = mutated_args(func, args, kwargs)
         for tensor in written:
@@ -114,7 +115,7 @@ class _Recorder(MemoryNodes):
             child.meta["source"] = user_line()
         return out
 
-    def _record_glu(self, types: Any, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    def _record_glu(self, types: PyObject, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """``glu`` as what it stands for: the only activation that halves its operand would need rules of its own."""
         half = x.shape[dim] // 2
         value = self.__torch_dispatch__(aten.slice.Tensor, types, (x, dim, 0, half))
@@ -128,7 +129,7 @@ class _Recorder(MemoryNodes):
         """Whether what runs now is written down."""
         return not self._pause
 
-    def record_whole(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor:
+    def record_whole(self, func: FxTarget, args: tuple[Any, ...]) -> torch.Tensor:
         """``func`` as one node, where PyTorch runs other ops for it at other sizes."""
         self._pause += 1
         try:
@@ -146,7 +147,7 @@ class _Recorder(MemoryNodes):
         if not self._pause and not torch._C._functorch.is_functorch_wrapped_tensor(t):
             self.reads.append(Read(self.node_of(t), user_line(), self.current or 0))
 
-    def _outputs(self, func: Any, args: Any, kwargs: Any, node: fx.Node, out: Any) -> None:
+    def _outputs(self, func: FxTarget, args: PyObject, kwargs: PyObject, node: fx.Node, out: PyObject) -> None:
         if isinstance(out, torch.Tensor):
             self._output(func, args, kwargs, node, out, None)
         elif isinstance(out, (list, tuple)):
@@ -156,7 +157,9 @@ class _Recorder(MemoryNodes):
                     child.meta["source"] = node.meta["source"]
                     self._output(func, args, kwargs, child, item, i)
 
-    def _output(self, func: Any, args: Any, kwargs: Any, node: fx.Node, out: torch.Tensor, item: int | None) -> None:
+    def _output(
+        self, func: FxTarget, args: PyObject, kwargs: PyObject, node: fx.Node, out: torch.Tensor, item: int | None
+    ) -> None:
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         strided = out.layout == torch.strided
         if strided and first is not None and first is not out and storage_key(first) == storage_key(out):
@@ -169,7 +172,9 @@ class _Recorder(MemoryNodes):
             return
         self._enter(out, node)
 
-    def _record_mutation(self, func: Any, args: Any, kwargs: Any, mutated: list[torch.Tensor]) -> Any:
+    def _record_mutation(
+        self, func: FxTarget, args: PyObject, kwargs: PyObject, mutated: list[torch.Tensor]
+    ) -> PyObject:
         if len(mutated) != 1:
             raise CaptureError(f"{func} writes to {len(mutated)} tensors at once, which is not carried", user_line())
         target = mutated[0]
@@ -195,7 +200,7 @@ class _Recorder(MemoryNodes):
         self._write_back(target, node, storage)
         return out
 
-    def _record_inplace_view(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _record_inplace_view(self, func: FxTarget, args: PyObject, kwargs: PyObject) -> PyObject:
         """A new shape for a tensor that nothing else views (a bias-free layer on a vector ends so) is a new tensor."""
         target = args[0]
         if func is aten.set_.source_Tensor and _same_memory(target, args[1]):
@@ -219,7 +224,7 @@ class _Recorder(MemoryNodes):
 
     # -- module calls --------------------------------------------------------------------------
 
-    def enter_call(self, module: nn.Module, args: Any, kwargs: Any) -> Call:
+    def enter_call(self, module: nn.Module, args: PyObject, kwargs: PyObject) -> Call:
         """A submodule's call begins."""
         path = self._paths.get(id(module), f"<{type(module).__name__}>")
         call = Call(len(self.calls), path, module, self.current, len(self.nodes))
@@ -230,18 +235,20 @@ class _Recorder(MemoryNodes):
         self.current = call.index
         return call
 
-    def _boundary(self, t: torch.Tensor) -> Any:
+    def _boundary(self, t: torch.Tensor) -> PyObject:
         """The node of a tensor that crosses a module's boundary; tensors inside vmap or grad have none."""
         return _WRAPPED if torch._C._functorch.is_functorch_wrapped_tensor(t) else self.node_of(t)
 
-    def through_call(self, run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+    def through_call(
+        self, run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: PyObject
+    ) -> PyObject:
         """``run(module, *args, **kwargs)`` as a call on the tape."""
         call = self.enter_call(module, args, kwargs)
         output = run(module, *args, **kwargs)
         self.leave_call(call, output)
         return output
 
-    def leave_call(self, call: Call, output: Any) -> None:
+    def leave_call(self, call: Call, output: PyObject) -> None:
         """A submodule's call ended."""
         call.output = tree_map(torch.Tensor, self._boundary, output)
         call.last = len(self.nodes)
@@ -253,7 +260,7 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     return place[0] == place[1]
 
 
-def draws_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def draws_random(func: FxTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True where a call depends on the random state: dropout with a rate of zero does not."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
@@ -334,6 +341,6 @@ def record(
     )
 
 
-def clone_inputs(tree: Any) -> Any:
+def clone_inputs(tree: PyObject) -> PyObject:
     """The same structure with every tensor cloned (shared memory stays shared is not promised)."""
     return tree_map(torch.Tensor, lambda t: t.detach().clone(), tree)

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch.overrides import TorchFunctionMode
 
+from moeopt.value_types import FxArg, FxTarget, PyObject
+
 aten = torch.ops.aten
 
 
@@ -22,7 +24,7 @@ class CallRecorder(Protocol):
         """``t`` was turned into Python numbers or an array."""
         ...
 
-    def record_whole(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor:
+    def record_whole(self, func: FxTarget, args: tuple[Any, ...]) -> torch.Tensor:
         """Write ``func`` down as one node and return its result."""
         ...
 
@@ -39,7 +41,7 @@ def _distances(
     return x1, x2, float(p), modes[compute_mode]
 
 
-def _wrapped(arg: Any) -> bool:
+def _wrapped(arg: FxArg) -> bool:
     """True for what ``vmap`` and its like put in the place of a tensor."""
     return isinstance(arg, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(arg)
 
@@ -52,7 +54,9 @@ class WatchCalls(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
         if func in _LEAVES_TAPE:
             self.recorder.left_the_tape(args[0])
         if func is torch.cdist and self.recorder.open and not any(map(_wrapped, args)):

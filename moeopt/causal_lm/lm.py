@@ -44,6 +44,7 @@ from moeopt.lower.onnx.export import emitting
 from moeopt.lower.onnx.float64 import attributes_written_out
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
+from moeopt.value_types import PyObject
 
 PAST = "past_key_values"
 CACHE = f"{PAST}.layers"
@@ -133,7 +134,7 @@ def export_causal_lm(
         )
         traced = _real_views(exporter)()
 
-        def export(reads: Reads | None) -> Any:
+        def export(reads: Reads | None) -> PyObject:
             fresh = copy.copy(model)  # the exporter leaves a forward on the instance it is given
             with answered(fresh, reads):
                 return traced.export_program(fresh, sample, config)[0]
@@ -158,7 +159,7 @@ def export_causal_lm(
     return CausalLMExport(graph, sites, signature, traced.program)
 
 
-def _drop_idle_squeezes(graph: Any) -> None:
+def _drop_idle_squeezes(graph: PyObject) -> None:
     """``squeeze(dim)`` of a size that is not 1 does nothing in PyTorch, and ONNX refuses it."""
     import onnx_ir as ir
 
@@ -174,7 +175,7 @@ def _drop_idle_squeezes(graph: Any) -> None:
             graph.remove(node, safe=True)
 
 
-def _turn_batches_back(graph: Any) -> None:
+def _turn_batches_back(graph: PyObject) -> None:
     """``FusedMatMul`` that turns the batch of one factor only: onnxscript writes it for a factor without a batch too
     (scaled logits), and ONNX Runtime refuses that."""
     import onnx_ir as ir
@@ -211,7 +212,7 @@ def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
 
 
-def _exporter() -> Any:
+def _exporter() -> PyObject:
     try:
         from transformers.exporters import exporter_onnx
     except ImportError as err:
@@ -222,12 +223,12 @@ def _exporter() -> Any:
     return exporter_onnx
 
 
-def _real_views(exporter: Any) -> Any:
+def _real_views(exporter: PyObject) -> PyObject:
     """transformers' ONNX exporter, with complex numbers (Llama 4's rotary) in the form that it can translate."""
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
     class Traced(DynamoExporter):  # type: ignore[misc]
-        def export_program(self, *args: Any, **kwargs: Any) -> Any:
+        def export_program(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
             with _own_dtypes():
                 self.program, metadata = super().export_program(*args, **kwargs)
             return attributes_written_out(numbers_as_read(through_real_views(self.program))), metadata
@@ -251,7 +252,7 @@ def _own_dtypes() -> Iterator[None]:
         utils.cast_leaf_tensors = theirs
 
 
-def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any], type]:
+def _sample(model: PyObject) -> tuple[dict[str, Any], dict[str, Any], type]:
     """A call with a past and with padding, which of its sizes are free, and the class of what the model returns."""
     from torch.export import Dim
     from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
@@ -287,7 +288,7 @@ def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any], type]:
     return {**call, PAST: past, "use_cache": True, "return_dict": True}, free, type(result)
 
 
-def _signature(model: Any, graph: Any, past: Any, result: type) -> dict[str, Any]:
+def _signature(model: PyObject, graph: PyObject, past: PyObject, result: type) -> dict[str, Any]:
     """What calls of the graph need to know; ``Declined`` where the graph is not of the module's form."""
     ends_in = {value.name.removeprefix("input."): value for value in graph.graph.inputs}
     ends_out = {value.name.removeprefix("output."): value for value in graph.graph.outputs}
@@ -338,14 +339,14 @@ def own_generation(cls: type) -> list[str]:
     return sorted({name for c in own for name in vars(c) if name in theirs})
 
 
-def _dtype(value: Any) -> str:
+def _dtype(value: PyObject) -> str:
     from onnx_ir.tensor_adapters import to_torch_dtype
 
     return str(to_torch_dtype(value.dtype)).removeprefix("torch.")
 
 
 @contextlib.contextmanager
-def _sdpa_or_eager(model: Any) -> Iterator[None]:
+def _sdpa_or_eager(model: PyObject) -> Iterator[None]:
     """Attention in a form that traces: flash and flex kernels have no ONNX form, sdpa or eager is the same function.
 
     A function that the user registered is another one, and stays.

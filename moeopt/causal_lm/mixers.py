@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from moeopt.causal_lm.layers import STATES, parts_of
 from moeopt.errors import Declined
 from moeopt.lower.onnx.experts_node import DOMAIN
+from moeopt.value_types import PyObject
 
 OP = "Recurrence"
 """``moeopt::Recurrence(tokens..., states...) {mixer}`` stands in a traced graph until a Scan takes its place."""
@@ -48,7 +49,7 @@ class Mixer:
     layer: int
     states: list[str]
 
-    def arguments(self, tokens: Sequence[Tensor], cache: Any) -> tuple[Any, Any]:
+    def arguments(self, tokens: Sequence[Tensor], cache: PyObject) -> tuple[Any, Any]:
         """Its call with other tensors and another cache."""
         leaves = list(self.leaves)
         leaves[self.cache] = cache
@@ -64,7 +65,7 @@ class Mixer:
         tokens = [self.leaves[n] for n in self.tokens]
         return [t.expand(len(states[0]), *t.shape[1:]).clone() for t in tokens], states
 
-    def results(self, tensors: Sequence[Tensor]) -> Any:
+    def results(self, tensors: Sequence[Tensor]) -> PyObject:
         """What it returns, with other tensors."""
         left = iter(tensors)
         ends = [next(left) if isinstance(end, Tensor) else end for end in self.ends]
@@ -83,7 +84,7 @@ class _Watched(dict[int, Tensor]):
         return super().__getitem__(number)
 
 
-def _watch_states(cache: Any, read: Callable[[int, str], None]) -> None:
+def _watch_states(cache: PyObject, read: Callable[[int, str], None]) -> None:
     """Call ``read(layer, state)`` whenever a state of ``cache`` is read."""
     for number, layer in enumerate(cache.layers):
         for kind in STATES:
@@ -105,7 +106,7 @@ def _no_row_a_token(tokens: Sequence[Tensor], ends: Sequence[Any], size: tuple[i
     return ""
 
 
-def find_mixers(model: nn.Module, run: Callable[[Any], Any], cache: Any, size: tuple[int, int]) -> list[Mixer]:
+def find_mixers(model: nn.Module, run: Callable[[Any], Any], cache: PyObject, size: tuple[int, int]) -> list[Mixer]:
     """The modules of ``model`` that keep recurrent states, in the order of their calls.
 
     Args:
@@ -124,10 +125,10 @@ def find_mixers(model: nn.Module, run: Callable[[Any], Any], cache: Any, size: t
     found: list[Mixer] = []
     _watch_states(cache, lambda layer, state: touched.setdefault(id(calls[-1][0]), set()).add((layer, state)))
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(module: nn.Module, args: PyObject, kwargs: PyObject) -> None:
         calls.append((module, (args, kwargs)))
 
-    def leave(module: nn.Module, args: Any, result: Any) -> None:
+    def leave(module: nn.Module, args: PyObject, result: PyObject) -> None:
         _, call = calls.pop()
         places = touched.pop(id(module), set())
         if not any(state.startswith("recurrent_states") for _, state in places):
@@ -173,7 +174,7 @@ def stepping(mixers: Sequence[Mixer]) -> Iterator[None]:
     from transformers import Cache
 
     def stand_in(number: int, mixer: Mixer) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: PyObject, **kwargs: PyObject) -> PyObject:
             leaves, form = pytree.tree_flatten((args, kwargs), is_leaf=lambda value: isinstance(value, Cache))
             tokens = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             if form != mixer.form or tokens != mixer.tokens:

@@ -15,10 +15,11 @@ from moeopt.inspection.roles import Roles, assign
 from moeopt.inspection.roofline import ForwardPass, bound, expected_hit, parts_of
 from moeopt.inspection.structure import ExpertGroup, MoEBlock, find_blocks, stacks
 from moeopt.inspection.tree import Tree
+from moeopt.value_types import PyObject
 
 
 def inspect(
-    model_or_config_or_dir: Any,
+    model_or_config_or_dir: PyObject,
     *,
     batch: int = 1,
     prompt: int = 512,
@@ -134,7 +135,7 @@ def _without_router(bank: ExpertGroup) -> MoEBlock:
     return MoEBlock(bank.owner, bank, bank.owner, frozenset(), bank.ffn.hidden)
 
 
-def _likeness(tree: Tree, block: MoEBlock) -> Any:
+def _likeness(tree: Tree, block: MoEBlock) -> PyObject:
     """Equal for blocks of one class with the same sizes and integer settings."""
     modules = [tree.modules[p] for p in (block.path, block.router_path)]
     settings = [

@@ -25,6 +25,7 @@ from moeopt.lower.constant_reads import Reads as ConstantReads
 from moeopt.lower.plain import free_sizes, plain_call
 from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.patches import idle_moves, no_export_dump, one_trace
+from moeopt.value_types import PyObject
 from moeopt.verification.model import run_plain
 
 
@@ -214,7 +215,7 @@ def answered(model: nn.Module, reads: ConstantReads | None) -> Iterator[None]:
 def _calling(model: nn.Module, forward: Callable[..., Any], signature: inspect.Signature) -> Iterator[None]:
     """While open, ``forward``, with ``signature``, is what a call of ``model`` runs."""
 
-    def instead(*args: Any, **kwargs: Any) -> Any:
+    def instead(*args: PyObject, **kwargs: PyObject) -> PyObject:
         return forward(*args, **kwargs)
 
     held = model.__dict__.get("forward")

@@ -23,6 +23,7 @@ from moeopt.errors import NotSaveableError
 from moeopt.lower.idle_draws import drop_idle_draws
 from moeopt.lower.specialization_guards import specialization_guards
 from moeopt.patches import one_trace, quiet
+from moeopt.value_types import PyObject
 
 
 def describe_call(program: torch.export.ExportedProgram) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def _shapes(program: torch.export.ExportedProgram) -> Iterator[tuple[int, Any]]:
             yield number, value.shape
 
 
-def _hint(size: Any) -> int:
+def _hint(size: PyObject) -> int:
     """The size in the traced call."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
@@ -109,7 +110,7 @@ def _symbols(program: torch.export.ExportedProgram) -> dict[str, str]:
     """Each symbol of the arguments' sizes, as the text that export's conditions write for it."""
     leaves: dict[int, str] = {}
 
-    def walk(value: Any, text: str) -> None:
+    def walk(value: PyObject, text: str) -> None:
         if isinstance(value, int):
             leaves[value] = text
         elif isinstance(value, dict):
@@ -136,7 +137,7 @@ def numbered(program: torch.export.ExportedProgram) -> dict[str, Any]:
     """
     count = itertools.count()
 
-    def walk(spec: pytree.TreeSpec) -> Any:
+    def walk(spec: pytree.TreeSpec) -> PyObject:
         if spec.is_leaf():
             return next(count)
         parts = [walk(child) for child in spec.children()]
@@ -230,7 +231,7 @@ def _idle(node: torch.fx.Node) -> bool:
     """Whether a random op draws nothing: dropout outside training, attention without dropout."""
     named = {a.name: i for i, a in enumerate(node.target._schema.arguments)}  # type: ignore[union-attr]
 
-    def value(name: str) -> Any:
+    def value(name: str) -> PyObject:
         if name in node.kwargs:
             return node.kwargs[name]
         at = named.get(name)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ def experts(
     x_TH: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
-    bank: Any,
+    bank: PyObject,
     spec: ExpertsSpec | RowFunction,
     skip_idle: bool = False,
 ) -> Tensor:

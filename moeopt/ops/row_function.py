@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moeopt.errors import UsageError
 from moeopt.ir.row_function import GETITEM, RowFunction, Rows, Value
-from moeopt.value_types import PyObject
+from moeopt.value_types import FxTarget, PyObject
 
 
 class SlotBank(Protocol):
@@ -52,7 +52,7 @@ def function_of(graph: str, double: bool = False) -> Callable[..., Tensor]:
     body = RowFunction(graph).body
     scope: dict[str, Any] = {"double": torch.float64}
 
-    def word(value: Any) -> str:
+    def word(value: PyObject) -> str:
         if isinstance(value, Value):
             return f"v{int(value)}"
         if isinstance(value, Rows):
@@ -83,7 +83,7 @@ def function_of(graph: str, double: bool = False) -> Callable[..., Tensor]:
     return function
 
 
-def _quick(op: Any) -> Any:
+def _quick(op: FxTarget) -> PyObject:
     """PyTorch's own binding of ``op`` where there is one: it takes half the time of a call through the dispatcher."""
     name = op._schema.name.split("::")[1]
     found = getattr(torch, name, None) or getattr(torch._C._nn, name, None)

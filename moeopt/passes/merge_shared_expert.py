@@ -32,6 +32,7 @@ from moeopt.recognise.ffn_candidates import find_candidates
 from moeopt.recognise.gemm_sites import find_sites
 from moeopt.rewrite.block_graph import EXPERTS, BlockGraph, ExpertWeightRefs
 from moeopt.rewrite.module_guard import hook_count
+from moeopt.value_types import FxArg, FxTarget, PyObject
 
 aten = torch.ops.aten
 
@@ -160,7 +161,7 @@ def merge(block: BlockGraph, one: Added, shared: ExpertRef) -> None:
     count, graph = len(refs), block.graph
     dtype = weights.meta.get("dtype")  # type: ignore[union-attr]
 
-    def call(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(op: FxTarget, *args: PyObject, **kwargs: PyObject) -> fx.Node:
         return graph.call_function(op, args, kwargs)
 
     with graph.inserting_before(one.total):  # the gate may be computed after the experts
@@ -186,7 +187,7 @@ def merge(block: BlockGraph, one: Added, shared: ExpertRef) -> None:
     block.routers[index] = None
 
 
-def _back(node: Any, shared: bool = False) -> tuple[fx.Node, list[fx.Node]]:
+def _back(node: FxArg, shared: bool = False) -> tuple[fx.Node, list[fx.Node]]:
     """What ``node`` is a moved form of, and the moves, last first; ``shared``: others may read what is between."""
     moves: list[fx.Node] = []
     while isinstance(node, fx.Node) and op_name(node) in _MOVES and (shared or len(node.users) == 1):
@@ -198,7 +199,7 @@ def _back(node: Any, shared: bool = False) -> tuple[fx.Node, list[fx.Node]]:
 def _below(ref: ExpertRef, path: str) -> ExpertRef:
     """``ref`` with its Parameters named from the module that holds ``path``."""
 
-    def named(part: Any) -> Any:
+    def named(part: PyObject) -> PyObject:
         return None if part is None else dataclasses.replace(part, path=f"{path}.{part.path}")
 
     return ExpertRef(tuple(map(named, ref.w_in)), tuple(map(named, ref.b_in)), named(ref.w_out), named(ref.b_out))

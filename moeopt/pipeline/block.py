@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
@@ -31,6 +31,7 @@ from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.install import BlockProgram, RewrittenForward
 from moeopt.rewrite.legality import check_module
+from moeopt.value_types import PyObject
 from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.results import BlockCheck, Case
@@ -264,5 +265,5 @@ class OwnForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         return original_forward(self.module)(*args, **kwargs)

@@ -34,6 +34,7 @@ from moeopt.rewrite.reads import Reads, observe
 from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.scratch import UNSET, scratch_attributes
 from moeopt.rewrite.symbolic_shapes import generalize
+from moeopt.value_types import PyObject
 
 
 class Capture:
@@ -207,7 +208,7 @@ def _check_order(call: ArgsKwargs, ordered: list[torch.Tensor]) -> None:
         raise Declined("its tensor arguments are passed in another order than its signature names them")
 
 
-def _template(leaf: Any) -> Any:
+def _template(leaf: PyObject) -> PyObject:
     if isinstance(leaf, torch.Tensor):
         return TENSOR
     return leaf if isinstance(leaf, (int, float, str, bool, type(None), torch.dtype, torch.device)) else OPAQUE

@@ -17,15 +17,16 @@ from moeopt.profiling.batches import batches
 from moeopt.profiling.observe import observe
 from moeopt.profiling.result import LoadProfile, Unread, layer_load
 from moeopt.report import Report
+from moeopt.value_types import PyObject
 
 
 def profile(
-    model: Any,
-    data: Any = None,
+    model: PyObject,
+    data: PyObject = None,
     *,
     measure: bool = True,
     seed: int = 0,
-    hints: Any = None,
+    hints: PyObject = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoadProfile:
     """How often each expert of each layer fires on ``data``, how uneven that is, and what it costs.
@@ -75,7 +76,7 @@ def profile(
 
 
 def _rewritten(
-    model: Any, data: Any, seed: int, hints: Mapping[str, Any] | None, progress: Callable[[str], None] | None
+    model: PyObject, data: PyObject, seed: int, hints: Mapping[str, Any] | None, progress: Callable[[str], None] | None
 ) -> tuple[Optimized, Iterator[ArgsKwargs], list[str]]:
     """The model in rewritten form, the calls that it is profiled on, and what a reader must know of the calls."""
     calls: Iterator[ArgsKwargs] = iter(()) if data is None else batches(data)
@@ -94,7 +95,7 @@ def _rewritten(
 _GONE = "the model no longer has this module in rewritten form; optimize it again"
 
 
-def _refuse_engines(model: Any) -> None:
+def _refuse_engines(model: PyObject) -> None:
     inner = model.model if isinstance(model, Optimized) else model
     bundle = isinstance(model, (str, os.PathLike))
     if bundle or isinstance(inner, Engine):

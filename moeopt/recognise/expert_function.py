@@ -26,6 +26,7 @@ from moeopt.ops.activations import apply_gate
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.limits import magnitudes
+from moeopt.value_types import PyObject
 
 _TOLERANCE = 1e-6
 """Relative. Float64 has 1e-16; hand-written constants such as 0.7978845608 for sqrt(2/pi) have 1e-10;
@@ -132,7 +133,7 @@ def _clamps(tape: Tape, candidate: FFNCandidate) -> list[tuple[float | None, flo
     """(low, high) of each distinct clamp between the matmuls."""
     found: dict[tuple[float | None, float | None], None] = {}
 
-    def number(a: Any) -> float | None:
+    def number(a: PyObject) -> float | None:
         if isinstance(a, fx.Node):
             return float(tape.value(a)) if a.meta.get("shape") in ((), (1,)) else None
         return None if a is None else float(a)

@@ -42,6 +42,7 @@ from moeopt.recognise.slot_vectors import by_slots
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.recognise.weight_position import WeightPosition, weight_position
 from moeopt.recognise.why_not import no_experts
+from moeopt.value_types import PyObject
 
 
 @dataclass
@@ -461,7 +462,7 @@ def _natural(experts: list[ExpertRef]) -> list[int]:
 
 def with_frontier(
     tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, experts: list[Any],
-    spec: Any, combine: Combine,
+    spec: PyObject, combine: Combine,
     functions: dict[object, tuple[ExpertsSpec, bool]], known: list[Recognition] | None, missing: int,
     progress: list[int],
 ) -> Recognition:  # fmt: skip

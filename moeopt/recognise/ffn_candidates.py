@@ -19,6 +19,7 @@ from torch import fx
 from moeopt.capture.op_kinds import is_factory, is_pointwise, moves_rows, op_name
 from moeopt.capture.tape import Tape
 from moeopt.recognise.gemm_sites import GemmSite, is_weight
+from moeopt.value_types import PyObject
 
 _NONLINEAR = ("silu", "gelu", "relu", "sigmoid", "tanh", "pow", "mish", "softplus", "elu", "leaky_relu", "clamp",
               "hardtanh", "mul", "exp", "erf", "maximum", "where", "square", "clamp_min", "hardswish", "hardsigmoid",
@@ -77,7 +78,7 @@ class FFNCandidate:
         return any(op_name(n) in _NONLINEAR for n in self.mid)
 
 
-def same_rows(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+def same_rows(node: fx.Node, known: dict[fx.Node, Any]) -> PyObject:
     """What is equal for nodes that hold the same rows of one tensor, sliced or picked anew for each matmul.
 
     Args:
@@ -92,7 +93,7 @@ def same_rows(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     return known[node]
 
 
-def _plain(a: Any, known: dict[fx.Node, Any]) -> Any:
+def _plain(a: PyObject, known: dict[fx.Node, Any]) -> PyObject:
     if isinstance(a, fx.Node):
         return same_rows(a, known)
     return tuple(_plain(part, known) for part in a) if isinstance(a, (list, tuple)) else repr(a)
@@ -230,7 +231,7 @@ def _signature(mid: list[fx.Node], ins: list[GemmSite]) -> tuple[Any, ...]:
     for i, node in enumerate(mid):
         number[node] = i
 
-        def word(a: Any) -> Any:
+        def word(a: PyObject) -> PyObject:
             if isinstance(a, fx.Node):
                 return number.get(a, ("other", a.op))
             if isinstance(a, (list, tuple)):

@@ -5,8 +5,6 @@ Legend: R rows, M outputs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -15,6 +13,7 @@ from moeopt.capture.tape import Tape
 from moeopt.ir.weight_refs import VectorRef
 from moeopt.recognise.gemm_site import GemmSite, is_weight
 from moeopt.recognise.weight_source import element_source
+from moeopt.value_types import PyObject
 
 
 def attach_bias(tape: Tape, site: GemmSite, memo: dict[fx.Node, bool]) -> None:
@@ -107,9 +106,9 @@ def _biases(
 
 
 def _vector_along(
-    tape: Tape, bias: fx.Node, index: list[int], axis: int, pad: int, shape: Any, m: int, block: int
+    tape: Tape, bias: fx.Node, index: list[int], axis: int, pad: int, shape: PyObject, m: int, block: int
 ) -> VectorRef | None:
-    def at(j: int) -> Any:
+    def at(j: int) -> PyObject:
         place = list(index)
         place[axis] = block * m + j
         return element_source(tape, bias, tuple(0 if s == 1 else place[d + pad] for d, s in enumerate(shape)))

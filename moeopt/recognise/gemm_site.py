@@ -6,13 +6,13 @@ Legend: R rows, K contracted, M outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
 
 from moeopt.capture.op_kinds import is_matmul, is_pointwise, is_times_one, moves_rows, op_name
 from moeopt.ir.weight_refs import MatrixRef, VectorRef
+from moeopt.value_types import FxArg
 
 
 @dataclass(eq=False)
@@ -88,7 +88,7 @@ def is_computed_weight(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
     return len(node.meta.get("shape") or ()) > 1 and bool(inputs) and all(is_weight(n, memo) for n in inputs)
 
 
-def _is_choice(node: Any) -> bool:
+def _is_choice(node: FxArg) -> bool:
     """True where integers are picked by comparing floats (top-k, argmax, sort), not given."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         if op_name(node) in ("topk", "argmax", "argmin", "max", "min", "sort", "argsort"):

@@ -41,6 +41,7 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.ops.route import route
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.routing import Extraction, RoutingForm, side_by_side, table_to_ids
+from moeopt.value_types import PyObject
 
 
 @dataclass(frozen=True)
@@ -471,7 +472,7 @@ def _fresh(tokens: int, width: int, largest: float) -> Iterator[Tensor]:
     )
 
 
-def _holds(value: Any, want: Tensor, axis: int) -> bool:
+def _holds(value: PyObject, want: Tensor, axis: int) -> bool:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() != want.numel():
         return False
     if value.dim() <= axis or value.shape[axis] != want.shape[1]:

@@ -32,6 +32,7 @@ from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
+from moeopt.value_types import PyObject
 
 Search = Callable[[Tape, "list[fx.Node]", "Table", "torch.dtype | None"], "Iterator[Routing]"]
 Steps = list[tuple[Any, tuple[Any, ...]]]
@@ -291,7 +292,7 @@ def _fingerprints(before: list[fx.Node]) -> dict[fx.Node, int]:
     """A hash of how each node is computed, sizes left out: equal for the same line of two probe calls."""
     prints: dict[fx.Node, int] = {}
 
-    def word(a: Any) -> Any:
+    def word(a: PyObject) -> PyObject:
         if isinstance(a, fx.Node):
             return prints.get(a, hash(a.op))
         if isinstance(a, (list, tuple)):

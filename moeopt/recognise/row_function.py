@@ -33,6 +33,7 @@ from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.row_graph import RowGraph
 from moeopt.recognise.token_rows import Tokens, token_readings
 from moeopt.recognise.weight_source import element_source
+from moeopt.value_types import PyObject
 
 MOST_TRIES = 24
 """Sets of parallel values that are tried in one block."""
@@ -158,7 +159,7 @@ class Flow:
     def _hash(self, node: fx.Node) -> int:
         name = op_name(node)
 
-        def word(a: Any) -> Any:
+        def word(a: PyObject) -> PyObject:
             if isinstance(a, fx.Node):
                 return self.how[a]
             return tuple(word(x) for x in a) if isinstance(a, (list, tuple)) else repr(a)

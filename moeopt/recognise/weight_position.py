@@ -203,7 +203,7 @@ def _rows_follow(
 ) -> bool:  # fmt: skip
     """True where those input rows of ``site`` that count, (T, C) bool, changed by ``factors`` (T, C)."""
     before = site.rows_in(tape.value(site.operand))
-    after = site.rows_in(values.get(site.operand, tape.value(site.operand)))
+    after = site.rows_in(values[site.operand] if site.operand in values else tape.value(site.operand))
     token, out_token, which = tokens.token[site], labels.token[candidate.out], labels.candidate[candidate.out]
     if out_token.shape != token.shape or not torch.equal(out_token, token):
         return torch.equal(before, after) and bool((factors == 1).all())

@@ -31,6 +31,7 @@ from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
 from moeopt.rewrite.module_guard import Watch
 from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
+from moeopt.value_types import PyObject
 
 __all__ = ["OPAQUE", "TENSOR", "CallGuard", "BlockProgram", "RewrittenForward", "bind", "install", "uninstall"]
 
@@ -59,7 +60,7 @@ def _check(watch: Watch, bank: int, expert: int) -> None:
         raise Stale(reason)
 
 
-def _live(module: nn.Module, refs: Any, spec: Any, check: Callable[[int], None]) -> Any:
+def _live(module: nn.Module, refs: PyObject, spec: PyObject, check: Callable[[int], None]) -> PyObject:
     if isinstance(spec, RowFunction):
         return LiveSlots(module, refs, check)
     return LiveExpertWeights(module, refs, (spec.w_in_layout, spec.w_out_layout), check)
@@ -125,7 +126,7 @@ class RewrittenForward:
         self.program.block.set_graph(graph)
         self._prepare()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         bound = bind(self.program.signature, args, kwargs, self._names)
         refusal = self.program.guard.refuses(self.module, bound) or self._effects(bound)
         if not refusal:
@@ -156,11 +157,11 @@ class RewrittenForward:
         return ""
 
     @property
-    def __code__(self) -> Any:
+    def __code__(self) -> PyObject:
         """The original forward's code: torch.export reads argument names off it."""
         return type(self.module).forward.__code__
 
-    def _forward(self, bound: BoundArguments) -> Any:
+    def _forward(self, bound: BoundArguments) -> PyObject:
         if self.program.guard.no_grad and torch.is_grad_enabled():
             with torch.no_grad():
                 leaves = self._run(self.module, self, *bound.tensors())
@@ -171,7 +172,7 @@ class RewrittenForward:
         if self._plain:
             return leaves[block.output.index]
 
-        def fill(slot: Slot) -> Any:
+        def fill(slot: Slot) -> PyObject:
             return leaves[slot.index]
 
         for target, value in tree_map(Slot, fill, block.mutations):
@@ -185,7 +186,7 @@ class RewrittenForward:
                 delattr(home, name)
         return tree_map(Slot, fill, block.output)
 
-    def _fall_back(self, refusal: str, args: Any, kwargs: Any) -> Any:
+    def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject) -> PyObject:
         if self.last_refusal != refusal:
             self.last_refusal = refusal
             warnings.warn(
@@ -211,7 +212,7 @@ class RewrittenForward:
         new.__signature__ = self.__signature__
         return new
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PyObject:
         # A copy is made before its module has its children: it prepares itself at first use.
         if name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names"):
             if "program" in self.__dict__:
@@ -224,7 +225,7 @@ class RewrittenForward:
         return {k: self.__dict__[k] for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
 
 
-def run(block: BlockGraph, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def run(block: BlockGraph, module: nn.Module, *args: PyObject, **kwargs: PyObject) -> PyObject:
     """One call of ``block`` on the weights of ``module``; of ``module``'s own code while the block has no graph."""
     if block.captured is not None:
         return type(module).forward(module, *args, **kwargs)

@@ -23,6 +23,7 @@ from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 from moeopt.rewrite.scratch import UNSET, storable
+from moeopt.value_types import PyObject
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -262,7 +263,7 @@ class _Planner:
             step = KeptStep("call", target, _tree(unit.args, refs), _tree(dict(unit.kwargs), refs), source)
             refs[unit] = plan.add(step)
 
-    def _unpack(self, plan: KeptSteps, ref: StepRef, output: Any, refs: dict[fx.Node, StepRef]) -> None:
+    def _unpack(self, plan: KeptSteps, ref: StepRef, output: PyObject, refs: dict[fx.Node, StepRef]) -> None:
         if isinstance(output, fx.Node):
             refs.setdefault(output, plan.note(ref, output.meta.get("shape"), output.meta.get("dtype")))
             return
@@ -273,7 +274,7 @@ class _Planner:
                 refs[leaf] = plan.note(picked, leaf.meta.get("shape"), leaf.meta.get("dtype"))
 
 
-def tensor_leaf(tree: Any, index: int) -> torch.Tensor:
+def tensor_leaf(tree: PyObject, index: int) -> torch.Tensor:
     """The ``index``-th tensor of a module's output, whatever containers hold it."""
     if isinstance(tree, (tuple, list)) and all(isinstance(t, torch.Tensor) for t in tree):
         first: torch.Tensor = tree[index]
@@ -286,9 +287,9 @@ def _dotted(key: tuple[str, str]) -> str:
     return ".".join(filter(None, key))
 
 
-def _nodes(tree: Any) -> list[fx.Node]:
+def _nodes(tree: PyObject) -> list[fx.Node]:
     return leaves_of(fx.Node, tree)
 
 
-def _tree(tree: Any, refs: dict[fx.Node, StepRef]) -> Any:
+def _tree(tree: PyObject, refs: dict[fx.Node, StepRef]) -> PyObject:
     return tree_map(fx.Node, refs.__getitem__, tree)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from moeopt.value_types import FxTarget, PyObject
+
 
 @dataclass(frozen=True)
 class StepRef:
@@ -45,7 +47,7 @@ class KeptSteps:
     attributes: dict[tuple[str, str], Any]
     kept_modules: list[str]
 
-    def call(self, target: Any, *args: Any, source: str = "", **kwargs: Any) -> StepRef:
+    def call(self, target: FxTarget, *args: PyObject, source: str = "", **kwargs: PyObject) -> StepRef:
         """Append a call of ``target`` and return its result."""
         return self.add(KeptStep("call", target, args, kwargs, source))
 

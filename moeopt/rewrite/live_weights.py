@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
 from moeopt.ops.expert_weights import StackedExpertWeights
+from moeopt.value_types import PyObject
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -163,7 +164,7 @@ class LiveExpertWeights:
             self._stack = now, bank, [weakref.ref(t, self._let_go) for t in tensors]
         return self._stack[1]
 
-    def _let_go(self, reference: Any) -> None:
+    def _let_go(self, reference: PyObject) -> None:
         """A tensor is gone, to a disk maybe: the memory that it had is not to be kept."""
         self._stack = None
 
@@ -172,7 +173,7 @@ class LiveExpertWeights:
         first, count = self._experts[0], self.num_experts
         w_in_step, b_in_step, w_out_step, b_out_step = self._steps
 
-        def stack(ref: MatrixRef | VectorRef | None, step: tuple[int, ...] | None, layout: str) -> Any:
+        def stack(ref: MatrixRef | VectorRef | None, step: tuple[int, ...] | None, layout: str) -> PyObject:
             if ref is None:
                 return None
             tensor = self._places[ref.path].read()
@@ -192,7 +193,7 @@ class LiveExpertWeights:
 def _detached(bank: StackedExpertWeights) -> StackedExpertWeights:
     """The same memory; a view keeps the Parameter alive that it is of, a detached one does not."""
 
-    def one(t: Tensor | None) -> Any:
+    def one(t: Tensor | None) -> PyObject:
         return None if t is None else t.detach()
 
     return StackedExpertWeights(
@@ -212,7 +213,7 @@ class _Region:
 _IRREGULAR = object()
 
 
-def _region(ref: MatrixRef, layout: str, shape: tuple[int, ...]) -> Any:
+def _region(ref: MatrixRef, layout: str, shape: tuple[int, ...]) -> PyObject:
     """``ref`` as a :class:`_Region`; ``_IRREGULAR`` where K or M does not run along one axis."""
     along_k = [(d, s) for d, s in enumerate(ref.dk) if s]
     along_m = [(d, s) for d, s in enumerate(ref.dm) if s]
@@ -237,7 +238,7 @@ def _from(tensor: Tensor, origin: tuple[int, ...]) -> Tensor:
     return tensor[tuple([slice(o, None) for o in origin])] if any(origin) else tensor
 
 
-def _flat(part: Any) -> list[tuple[int, ...]]:
+def _flat(part: PyObject) -> list[tuple[int, ...]]:
     return [p for p in (part if isinstance(part, list) else [part]) if p is not None]
 
 

@@ -27,6 +27,7 @@ from moeopt.rewrite.code import fingerprint
 from moeopt.rewrite.frozen_values import Frozen
 from moeopt.rewrite.guard_expression import GuardExpression, holds
 from moeopt.rewrite.reads import Reads
+from moeopt.value_types import PyObject
 
 _BOOKKEEPING = frozenset(nn.Module().__dict__)
 _PLAIN = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType, type)
@@ -92,11 +93,11 @@ def _inside(path: str, kept: tuple[str, ...]) -> bool:
     return any(path == k or path.startswith(f"{k}.") for k in kept)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: PyObject) -> bool:
     return isinstance(value, _PLAIN) or (type(value) in (list, tuple) and all(isinstance(v, _PLAIN) for v in value))
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: PyObject) -> PyObject:
     return list(value) if type(value) is list else value
 
 
@@ -262,7 +263,7 @@ class Watch:
             return self._reason or next(filter(None, self._reasons.values()), "") or self._read
         return _first(self._frozen) if self._frozen else ""
 
-    def expert(self, key: Any) -> str:
+    def expert(self, key: PyObject) -> str:
         """What changed in the modules of one expert."""
         if self.paused or holds(self._sames[key]):
             return "" if self.paused else self._reasons[key]

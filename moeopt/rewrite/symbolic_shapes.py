@@ -20,6 +20,7 @@ import torch
 from moeopt.capture.tree import tree_leaves
 from moeopt.errors import Declined
 from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
+from moeopt.value_types import PyObject
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _where(a: KeptSteps, b: KeptSteps) -> str | None:
     return None
 
 
-def _merge(versions: list[Any], sizes: InputSizes, where: str | None) -> Any:
+def _merge(versions: list[Any], sizes: InputSizes, where: str | None) -> PyObject:
     first = versions[0]
     if isinstance(first, StepRef):
         if any(v != first for v in versions):
@@ -206,7 +207,7 @@ def _merge_integers(versions: list[int], sizes: InputSizes, where: str | None) -
     return size
 
 
-def _merge_containers(versions: list[Any], sizes: InputSizes, where: str | None) -> Any:
+def _merge_containers(versions: list[Any], sizes: InputSizes, where: str | None) -> PyObject:
     first = versions[0]
     if isinstance(first, dict):
         if any(v.keys() != first.keys() for v in versions):
@@ -217,7 +218,7 @@ def _merge_containers(versions: list[Any], sizes: InputSizes, where: str | None)
     return (tuple if type(first) is tuple else list)(_merge(list(v), sizes, where) for v in zip(*versions, strict=True))
 
 
-def _same(versions: list[Any], where: str | None) -> Any:
+def _same(versions: list[Any], where: str | None) -> PyObject:
     if any(v != versions[0] and not (v != v and versions[0] != versions[0]) for v in versions):
         raise Declined(
             f"the value {versions[0]!r} in its forward changes with the input (read from a tensor?); "

@@ -26,6 +26,7 @@ from moeopt.rewrite.guard_expression import GuardExpression
 from moeopt.rewrite.ran import Ran
 from moeopt.rewrite.spell import INERT, Spelled, inert, is_array, plain
 from moeopt.rewrite.walk_containers import SMALL, read_array, read_dict, read_sequence, read_set, read_tensor
+from moeopt.value_types import PyObject
 
 MOST = 4096
 """Places that one block may read; more would make each call slow."""
@@ -116,7 +117,7 @@ class Walk:
             elif writable and name not in table and hasattr(builtins, name):
                 self.probe.lacks(table, name)
 
-    def link(self, probe: GuardExpression, table: Any, key: Any, value: Any, place: str) -> None:
+    def link(self, probe: GuardExpression, table: PyObject, key: PyObject, value: PyObject, place: str) -> None:
         """Visit ``value``, and give ``probe`` a term that notices another value under ``key``."""
         if place not in self.ignored:
             probe.item(table, key, value)
@@ -126,7 +127,7 @@ class Walk:
         """Write down what stands at ``place``."""
         self.entries[place] = kind, text
 
-    def visit(self, place: str, value: Any) -> None:
+    def visit(self, place: str, value: PyObject) -> None:
         """Write ``value`` down, and what is reached through it."""
         if place in self.ignored or len(self.entries) > MOST:
             return
@@ -145,7 +146,7 @@ class Walk:
             self._alive.append(value)
             self._parts(place, value)
 
-    def _parts(self, place: str, value: Any) -> None:
+    def _parts(self, place: str, value: PyObject) -> None:
         if isinstance(value, torch.Tensor):
             read_tensor(self, place, value)
         elif is_array(value):
@@ -221,13 +222,13 @@ class Walk:
             if not installed(getattr(sys.modules.get(owner.__module__), "__file__", "")):
                 self.probe.add(f"{{0}}({{1}}) == {len(owner.__dict__)}", len, owner.__dict__)  # a base may get hidden
 
-    def _named(self, place: str, table: Any, every: bool = False) -> None:
+    def _named(self, place: str, table: PyObject, every: bool = False) -> None:
         """The entries of a namespace that the code names."""
         for name in list(table) if every else self._mentioned(table):
             if type(table[name]) not in (types.MemberDescriptorType, types.GetSetDescriptorType):
                 self.link(self.probe, table, name, table[name], f"{place}.{name}")
 
-    def _mentioned(self, table: Any) -> list[str]:
+    def _mentioned(self, table: PyObject) -> list[str]:
         return [n for n in table if n in self.names]
 
     def _variables(self) -> None:
@@ -237,11 +238,11 @@ class Walk:
         for name, key in keys.items():
             self.link(self.probe, table, key, table[key], f"the variable {name}")
 
-    def _object(self, place: str, value: Any, parts: dict[str, Any], alone: bool = False) -> None:
+    def _object(self, place: str, value: PyObject, parts: dict[str, Any], alone: bool = False) -> None:
         for name, part in parts.items():  # none of them can be assigned to
             self.visit(f"{place}.{name}" if not alone else place, part)
 
-    def instance(self, place: str, value: Any, note: bool = True) -> None:
+    def instance(self, place: str, value: PyObject, note: bool = True) -> None:
         """An object: its class, the attributes that the code names, all of a module that the forward calls."""
         cls = type(value)
         if note:
@@ -270,7 +271,7 @@ class Walk:
         if note and not isinstance(held, dict) and not user:
             self.opaque[place] = value
 
-    def _slots(self, place: str, value: Any) -> list[str]:
+    def _slots(self, place: str, value: PyObject) -> list[str]:
         """The slots of an object of the user's that the code names, each visited."""
         cls = type(value)
         slots = [n for c in cls.__mro__ for n, v in vars(c).items() if type(v) is types.MemberDescriptorType]

@@ -7,13 +7,14 @@ probe, and visits the parts.
 from __future__ import annotations
 
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moeopt.rewrite.spell import array_text, key_text, plain, readable, tensor_text
+from moeopt.value_types import PyObject
 
 if TYPE_CHECKING:
     from moeopt.rewrite.walk import Walk
@@ -37,7 +38,7 @@ def read_tensor(walk: Walk, place: str, value: torch.Tensor) -> None:
             walk.probe.tensor(value, value.numel() <= SMALL and value.device.type == "cpu")
 
 
-def read_array(walk: Walk, place: str, value: Any) -> None:
+def read_array(walk: Walk, place: str, value: PyObject) -> None:
     walk.note(place, "array", array_text(value))
     if value.nbytes <= _BYTES and not value.dtype.hasobject:
         walk.probe.add("{0}.tobytes() == {1}", value, value.tobytes())
@@ -45,7 +46,7 @@ def read_array(walk: Walk, place: str, value: Any) -> None:
         walk.opaque[place] = value
 
 
-def read_dict(walk: Walk, place: str, value: Any) -> None:
+def read_dict(walk: Walk, place: str, value: PyObject) -> None:
     whole = len(value) <= _WHOLE
     named = [k for k in value if k in walk.names or not isinstance(k, str)][:_LONG]
     registry = bool(named) and all(callable(v) for v in value.values())
@@ -60,7 +61,7 @@ def read_dict(walk: Walk, place: str, value: Any) -> None:
         walk.instance(place, value, note=False)
 
 
-def read_sequence(walk: Walk, place: str, value: Any) -> None:
+def read_sequence(walk: Walk, place: str, value: PyObject) -> None:
     walk.note(place, type(value).__name__, str(len(value)))
     changes = not isinstance(value, tuple)
     if len(value) > _LONG:
@@ -80,7 +81,7 @@ def read_sequence(walk: Walk, place: str, value: Any) -> None:
         walk.instance(place, value, note=False)
 
 
-def read_set(walk: Walk, place: str, value: Any) -> None:
+def read_set(walk: Walk, place: str, value: PyObject) -> None:
     short = len(value) <= _LONG or isinstance(value, bytearray)
     spelled = str(sorted(map(key_text, value))) if short else str(len(value))
     walk.note(place, type(value).__name__, spelled)

@@ -20,6 +20,7 @@ from torch import Tensor
 from moeopt.ops.experts import decode, unflatten
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.row_function import in_float64
+from moeopt.value_types import PyObject
 
 F64 = torch.float64
 
@@ -72,7 +73,7 @@ _POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def linear_pointwise(
-    x: Tensor, w: Tensor, b: Tensor | None, attr: str = "none", scalars: Any = (), algorithm: Any = None
+    x: Tensor, w: Tensor, b: Tensor | None, attr: str = "none", scalars: PyObject = (), algorithm: PyObject = None
 ) -> Tensor:
     """``mkldnn::_linear_pointwise``: x W^T + b, then a pointwise function."""
     if w.is_mkldnn:

@@ -6,13 +6,13 @@ Of a language model only the token ids and the mask can be chosen: one and the s
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.value_types import PyObject
 from moeopt.verification.language import find_ids
 
 
@@ -40,7 +40,7 @@ def unusual_calls(call: ArgsKwargs) -> list[tuple[str, ArgsKwargs]]:
     return [(f"one token repeated{', half of it padding' if padded else ''}", with_leaf(changes))]
 
 
-def _holds_rows(leaf: Any) -> bool:
+def _holds_rows(leaf: PyObject) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 2 and leaf.numel() > 0
 
 

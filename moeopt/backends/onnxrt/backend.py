@@ -23,6 +23,7 @@ from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.limits import LoadLimits
 from moeopt.options import Options
+from moeopt.value_types import JsonValue, PyObject
 
 
 class OnnxRuntimeBackend(GraphBackend):
@@ -55,8 +56,8 @@ class OnnxRuntimeBackend(GraphBackend):
         return save_onnx_bundle(made.model, made.built, directory, made.report, made.certificate, call, made.source)
 
     def _open_impl(
-        self, directory: str | os.PathLike[str], device: Any, session_options: Any, limits: LoadLimits
-    ) -> Any:
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits
+    ) -> PyObject:
         return load_onnx_bundle(directory, device, session_options=session_options, limits=limits)
 
     def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:

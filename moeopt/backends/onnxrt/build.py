@@ -42,6 +42,7 @@ from moeopt.lower.signature import describe_call, functional
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet
+from moeopt.value_types import PyObject
 
 INSTEAD = "write that line of the model with other ops, use backend='torch', or report this with the model's code"
 
@@ -181,7 +182,12 @@ def _with_native(built: BuiltGraph, sites: list[Any], plan: OrtPlan) -> BuiltGra
 
 
 def _with_cpu_fallback(
-    built: BuiltGraph, written: Any, portable: Any, sites: list[Any], plan: ReplayPlan, say: Callable[[str], None]
+    built: BuiltGraph,
+    written: PyObject,
+    portable: PyObject,
+    sites: list[Any],
+    plan: ReplayPlan,
+    say: Callable[[str], None],
 ) -> BuiltGraph:
     """``built`` with its CPU fallback graph, which has the same ends, once the graph itself was checked."""
     check_emitted(written, str(built.directory / GRAPH), plan.target.provider)
@@ -191,7 +197,7 @@ def _with_cpu_fallback(
 
 
 def write_graph(
-    model: Any,
+    model: PyObject,
     sites: list[Any],
     signature: dict[str, Any],
     plan: BlockPlan,
@@ -253,7 +259,7 @@ def _written(plan: BlockPlan, site: ExpertsNode) -> Lowering:
     return lowering
 
 
-def label_nodes(model: Any, blocks: Sequence[str]) -> dict[str, list[Any]]:
+def label_nodes(model: PyObject, blocks: Sequence[str]) -> dict[str, list[Any]]:
     """Say in each node's metadata which block it belongs to, and what wrote the graph; the nodes of each block.
 
     What the exporter left there, source paths of the machine that it ran on among it, is dropped.
@@ -304,7 +310,7 @@ def _describe(
     return records, probes
 
 
-def _result(nodes: list[Any]) -> Any:
+def _result(nodes: list[Any]) -> PyObject:
     """The one value that a block's nodes make for others; None where nothing reads it."""
     inside = {id(node) for node in nodes}
     for value in (v for node in nodes for v in node.outputs):
@@ -313,7 +319,7 @@ def _result(nodes: list[Any]) -> Any:
     return None
 
 
-def _deduplicate(graph: Any) -> None:
+def _deduplicate(graph: PyObject) -> None:
     """Parameters that share memory (tied weights) are written once."""
     import onnx_ir as ir
 

@@ -60,6 +60,7 @@ from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.lower.other_sizes import other_sizes
 from moeopt.report import Report
 from moeopt.untrusted import checked
+from moeopt.value_types import JsonValue, OnnxModel, PyObject
 from moeopt.verification.language import find_ids
 
 SIGNATURE, CERTIFICATE = "signature.json", "certificate.json"
@@ -72,7 +73,7 @@ def save_onnx_bundle(
     built: BuiltGraph,
     directory: str | os.PathLike[str],
     report: Report,
-    certificate: Any,
+    certificate: PyObject,
     call: tuple[tuple[Any, ...], Mapping[str, Any]],
     source: Mapping[str, str] | None,
 ) -> Path:
@@ -116,7 +117,7 @@ def stated(signature: Mapping[str, Any], report: Report, source: Mapping[str, st
     }
 
 
-def write_evidence(aside: Path, signature: Mapping[str, Any], certificate: Any, runs: Any) -> None:
+def write_evidence(aside: Path, signature: Mapping[str, Any], certificate: PyObject, runs: PyObject) -> None:
     """The files that every engine's bundle has beside its graphs."""
     (aside / SIGNATURE).write_text(json.dumps(signature, allow_nan=False))
     (aside / CERTIFICATE).write_text(certificate.to_json())
@@ -149,10 +150,10 @@ def _probes_of(graph: str) -> str:
 
 def load_onnx_bundle(
     directory: str | os.PathLike[str],
-    device: Any = None,
+    device: PyObject = None,
     *,
     replay: bool = True,
-    session_options: Any = None,
+    session_options: JsonValue = None,
     limits: LoadLimits = DEFAULT,
 ) -> OnnxEngine | OfflineEngine:
     """Check a bundle, test it on this machine, and load it.
@@ -202,7 +203,7 @@ def holds_native(data: Mapping[str, Any]) -> bool:
     return data.get("native") is not None
 
 
-def _native_or_plain(manifest: Manifest, load: Load, native: Any, plain: Any) -> OnnxEngine:
+def _native_or_plain(manifest: Manifest, load: Load, native: PyObject, plain: PyObject) -> OnnxEngine:
     """The engine with moeopt's own operator where that is there and right, else of plain ONNX Runtime, with a note."""
     if reason := why_not():
         engine = load(GRAPH, plain)
@@ -236,11 +237,11 @@ def _loaded(
     manifest: Manifest,
     signature: Mapping[str, Any],
     provider: str,
-    session_options: Any,
+    session_options: JsonValue,
     limits: LoadLimits,
     replay: bool,
     graph: str,
-    proto: Any,
+    proto: OnnxModel,
 ) -> OnnxEngine:
     """One graph of a bundle, tested on this machine, as an engine."""
     key = (*(str(manifest.data["files"].get(f)) for f in (graph, data_of(graph))), runtime().__version__, provider)
@@ -288,7 +289,7 @@ def was_replayed(manifest: Manifest) -> bool:
     return "portable" in manifest.data
 
 
-def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> Any:
+def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> PyObject:
     if graph == PORTABLE and not isinstance(manifest.data["portable"], dict):
         raise BundleError(f"{manifest.directory}: the manifest does not describe {graph}")
     if graph == PORTABLE:
@@ -318,7 +319,7 @@ def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.
     runs = goldens.load_golden(path, torch.device("cpu"))
     distance = goldens.read_stated(manifest.data.get("golden"), len(runs), str(manifest.directory))
 
-    def run(leaves: Any) -> Any:
+    def run(leaves: PyObject) -> PyObject:
         try:
             result = engine.run_flat(leaves)
         except MoeoptError:
@@ -332,7 +333,7 @@ def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.
 
 
 def _open(
-    manifest: Manifest, outcome: SelfTestResult, signature: Mapping[str, Any], provider: str, session_options: Any
+    manifest: Manifest, outcome: SelfTestResult, signature: Mapping[str, Any], provider: str, session_options: JsonValue
 ) -> OnnxEngine:
     try:
         return OnnxEngine(
@@ -354,7 +355,7 @@ def _open(
         ) from None
 
 
-def _provider(manifest: Manifest, device: Any) -> str:
+def _provider(manifest: Manifest, device: PyObject) -> str:
     there = available()
     saved = manifest.data.get("provider")
     if not isinstance(saved, str):

@@ -20,6 +20,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
 from moeopt.rewrite.site_names import site_names
+from moeopt.value_types import OnnxValue
 from moeopt.verification.model import run_plain
 
 CallArguments = tuple[Sequence[Any], Mapping[str, Any]]
@@ -98,7 +99,7 @@ def _feeds(engine: GraphEngine, call: CallArguments) -> dict[str, Tensor]:
     seen: list[dict[str, Tensor]] = []
     run = engine.session.run
 
-    def noting(feeds: dict[str, Tensor]) -> Any:
+    def noting(feeds: dict[str, Tensor]) -> OnnxValue:
         seen.append(dict(feeds))
         return run(feeds)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moeopt.errors import EngineNotExecutableError, LimitError, UsageError
+from moeopt.value_types import JsonValue, OrtObject, PyObject
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -59,7 +60,7 @@ def data_of(graph: str) -> str:
     return f"{GRAPH if graph == NATIVE else graph}.data"
 
 
-def runtime() -> Any:
+def runtime() -> PyObject:
     """The ``onnxruntime`` module.
 
     Raises:
@@ -133,7 +134,7 @@ Prepare = Callable[[Any], None]
 """Changes an ``onnxruntime.SessionOptions``."""
 
 
-def no_change(options: Any) -> None:
+def no_change(options: PyObject) -> None:
     """Leaves a session's options as they are."""
 
 
@@ -162,7 +163,7 @@ class Session:
         self,
         model: str | os.PathLike[str] | bytes,
         provider: str = "cpu",
-        session_options: Any = None,
+        session_options: JsonValue = None,
         threads: int | None = None,
         prepare: Prepare = no_change,
     ) -> None:
@@ -245,7 +246,7 @@ class Session:
         values = [torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
         return [v.view(torch.bool) if b else v for v, b in zip(values, self._is_bool, strict=True)]
 
-    def _run_until(self, binding: Any, until: float) -> None:
+    def _run_until(self, binding: OrtObject, until: float) -> None:
         options = runtime().RunOptions()
         options.log_severity_level = 4
         left = until - time.monotonic()
@@ -276,7 +277,7 @@ def _where(err: Exception) -> str:
     return f"at the node {node[2]!r} ({node[1]}): {told}" if node else f"({told})"
 
 
-def check_placement(session: Any, provider: str) -> None:
+def check_placement(session: OrtObject, provider: str) -> None:
     """``EngineNotExecutableError`` unless ``provider`` runs all of a session but arithmetic on sizes."""
     if session.get_providers()[0] != PROVIDERS[provider]:
         raise EngineNotExecutableError(

@@ -49,6 +49,7 @@ from moeopt.bundle.manifest import Manifest, read_manifest, write_bundle
 from moeopt.errors import BundleError, EngineNotExecutableError, NotEquivalentError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.report import Report
+from moeopt.value_types import JsonValue, PyObject
 
 LAYERS = "layers.json"
 THROUGH_ONNX = ("nv_tensorrt_rtx", "tensorrt")
@@ -62,7 +63,7 @@ def save_trt_bundle(
     built: BuiltEngine,
     directory: str | os.PathLike[str],
     report: Report,
-    certificate: Any,
+    certificate: PyObject,
     call: tuple[tuple[Any, ...], Mapping[str, Any]],
     source: Mapping[str, str] | None,
 ) -> Path:
@@ -113,10 +114,10 @@ def _described(built: BuiltEngine) -> dict[str, Any]:
 
 def load_trt_bundle(
     directory: str | os.PathLike[str],
-    device: Any = None,
+    device: PyObject = None,
     *,
     replay: bool = True,
-    session_options: Any = None,
+    session_options: JsonValue = None,
     limits: LoadLimits = DEFAULT,
 ) -> GraphEngine | OfflineTensorRTEngine:
     """Check a bundle and load it.
@@ -186,7 +187,7 @@ def needs_of(manifest: Manifest) -> Needs:
     return _read_needs(manifest)[0]
 
 
-def _onnx_engine(manifest: Manifest, signature: Mapping[str, Any], name: str, session_options: Any) -> OnnxEngine:
+def _onnx_engine(manifest: Manifest, signature: Mapping[str, Any], name: str, session_options: JsonValue) -> OnnxEngine:
     provider, there = provider_named(name), available()
     if provider not in there or provider not in ("cpu", *THROUGH_ONNX):
         raise UsageError(
@@ -222,7 +223,7 @@ def _read_needs(manifest: Manifest) -> tuple[Needs, list[dict[str, Any]]]:
     return needs, profiles
 
 
-def _shapes(shapes: Any) -> tuple[tuple[int, ...], ...]:
+def _shapes(shapes: PyObject) -> tuple[tuple[int, ...], ...]:
     three = tuple(tuple(int(size) for size in shape) for shape in shapes)
     if len(three) != 3:
         raise ValueError("a profile has three shapes")

@@ -32,6 +32,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.experts import decode, experts, flatten
+from moeopt.value_types import PyObject
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _STACKED = ExpertsSpec()
@@ -93,14 +94,14 @@ def plan(module: nn.Module) -> Conversion:
     return known[1]
 
 
-def _bank(module: Any) -> StackedExpertWeights:
+def _bank(module: PyObject) -> StackedExpertWeights:
     name = "gate_up_proj" if module.has_gate else "up_proj"
     b_in = getattr(module, name + "_bias") if module.has_bias else None
     b_out = module.down_proj_bias if module.has_bias else None
     return StackedExpertWeights([getattr(module, name)], module.down_proj, [b_in], b_out)
 
 
-def _state(module: Any) -> tuple[Any, ...]:
+def _state(module: PyObject) -> tuple[Any, ...]:
     """All that may change what the module computes, weights' values aside."""
     act = getattr(module, "act_fn", None)
     weights = [module._parameters.get(name) for name in ("gate_up_proj", "up_proj", "down_proj")]
@@ -113,7 +114,7 @@ def _state(module: Any) -> tuple[Any, ...]:
     )
 
 
-def _recognise(module: Any) -> Conversion:
+def _recognise(module: PyObject) -> Conversion:
     name = "gate_up_proj" if module.has_gate else "up_proj"
     for weight_name in (name, "down_proj"):
         weight: Any = getattr(module, weight_name, None)
@@ -155,7 +156,7 @@ def _probe(width: int, dtype: torch.dtype) -> Tensor:
     return torch.cat([rows, rows.flip(1).roll(1, 0), torch.zeros(1, width)]).to(dtype)
 
 
-def _candidates(module: Any) -> Iterator[ExpertsSpec]:
+def _candidates(module: PyObject) -> Iterator[ExpertsSpec]:
     """Gates seen in models, with the numbers that the module itself holds as limits and slopes."""
     act = getattr(module, "act_fn", None)
     held = itertools.chain(vars(module).values(), getattr(act, "__dict__", {}).values())

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from moeopt.lower.onnx.translate_numbers import numbers
+from moeopt.value_types import OnnxValue, PyObject
 
 aten = torch.ops.aten
 _CENTERS = 128
@@ -31,51 +32,51 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     import onnx_ir as ir
     from onnxscript import opset20 as op
 
-    def is_float(x: Any) -> bool:
+    def is_float(x: OnnxValue) -> bool:
         return x.dtype is None or x.dtype.is_floating_point()
 
-    def number(value: float, x: Any) -> Any:
+    def number(value: float, x: OnnxValue) -> OnnxValue:
         """``value`` in the dtype of ``x``."""
         if x.dtype is None:
             return op.CastLike(op.Constant(value_float=value), x)
         return op.Constant(value=ir.tensor(value, dtype=x.dtype))
 
-    def ordered(x: Any, nan: float = float("inf")) -> Any:
+    def ordered(x: OnnxValue, nan: float = float("inf")) -> OnnxValue:
         """``x`` with every NaN at ``nan``."""
         if not is_float(x):
             return x
         return op.Where(op.IsNaN(x), number(nan, x), x)
 
-    def sized(x: Any) -> Any:
+    def sized(x: OnnxValue) -> OnnxValue:
         return op.Cast(x, to=6) if x.dtype is not None and int(x.dtype) in (2, 3, 4, 5, 9) else x
 
-    def first(key: Any, k: Any, dim: int, largest: bool) -> Any:
+    def first(key: OnnxValue, k: OnnxValue, dim: int, largest: bool) -> OnnxValue:
         """Indices of the ``k`` largest or smallest, equal ones in their order."""
         _, indices = op.TopK(sized(key), k, axis=dim, largest=int(largest), sorted=1)
         return indices
 
-    def one(value: int) -> Any:
+    def one(value: int) -> OnnxValue:
         return op.Constant(value_ints=[value])
 
-    def topk(self: Any, k: Any, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    def topk(self: OnnxValue, k: OnnxValue, dim: int = -1, largest: bool = True, sorted: bool = True) -> OnnxValue:
         if not self.shape:
             self = op.Reshape(self, one(1))
         many = one(k) if isinstance(k, int) else op.Reshape(op.Cast(k, to=7), one(1))
         indices = first(ordered(self), many, dim, largest)
         return op.GatherElements(self, indices, axis=dim), indices
 
-    def sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
+    def sort(self: OnnxValue, dim: int = -1, descending: bool = False) -> OnnxValue:
         if len(self.shape) == 0:
             return op.Identity(self), op.Constant(value_int=0)
         axis = dim % len(self.shape)
         indices = first(ordered(self), op.Shape(self, start=axis, end=axis + 1), axis, descending)
         return op.GatherElements(self, indices, axis=axis), indices
 
-    def sort_stable(self: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    def sort_stable(self: OnnxValue, stable: bool = True, dim: int = -1, descending: bool = False) -> OnnxValue:
         return sort(self, dim, descending)
 
     def extreme(largest: bool) -> Callable[..., Any]:
-        def of_dim(self: Any, dim: int, keepdim: bool = False) -> Any:
+        def of_dim(self: OnnxValue, dim: int, keepdim: bool = False) -> OnnxValue:
             if len(self.shape) == 0:
                 return op.Identity(self), op.Constant(value_int=0)
             arg = op.ArgMax if largest else op.ArgMin
@@ -89,7 +90,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         return of_dim
 
     def argument(largest: bool) -> Callable[..., Any]:
-        def of(self: Any, dim: int | None = None, keepdim: bool = False) -> Any:
+        def of(self: OnnxValue, dim: int | None = None, keepdim: bool = False) -> OnnxValue:
             arg = op.ArgMax if largest else op.ArgMin
             key = sized(ordered(self, float("inf") if largest else float("-inf")))
             if dim is None:
@@ -102,7 +103,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         return of
 
     def reduced(largest: bool) -> Callable[..., Any]:
-        def over(self: Any, dim: Any = (), keepdim: bool = False) -> Any:
+        def over(self: OnnxValue, dim: PyObject = (), keepdim: bool = False) -> OnnxValue:
             reduce = op.ReduceMax if largest else op.ReduceMin
             dims = [dim] if isinstance(dim, int) else list(dim)
             if not dims and not self.shape:
@@ -118,7 +119,9 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
         return over
 
-    def vector_norm(self: Any, ord: float = 2.0, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+    def vector_norm(
+        self: OnnxValue, ord: float = 2.0, dim: PyObject = None, keepdim: bool = False, dtype: PyObject = None
+    ) -> OnnxValue:
         x = self if dtype in (None, -1) else op.Cast(self, to=dtype)
         if not self.shape:
             return op.Abs(x)
@@ -135,7 +138,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         total = op.ReduceSum(op.Pow(op.Abs(x), power), axes, keepdims=int(keepdim))
         return op.Pow(total, op.Reciprocal(power))
 
-    def distances(x1: Any, x2: Any, p: float = 2.0, compute_mode: int | None = None) -> Any:
+    def distances(x1: OnnxValue, x2: OnnxValue, p: float = 2.0, compute_mode: int | None = None) -> OnnxValue:
         count, rank = x2.shape[-2], len(x2.shape)
         if not isinstance(count, int) or not 0 < count <= _CENTERS:
             apart = op.Sub(op.Unsqueeze(x1, one(len(x1.shape) - 1)), op.Unsqueeze(x2, one(rank - 2)))
@@ -143,7 +146,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         columns = [norm_of(op.Sub(x1, op.Gather(x2, one(n), axis=rank - 2)), p, 1) for n in range(count)]
         return op.Concat(*columns, axis=-1) if count > 1 else columns[0]
 
-    def norm_of(x: Any, p: float, keepdims: int) -> Any:
+    def norm_of(x: OnnxValue, p: float, keepdims: int) -> OnnxValue:
         axes, size = one(-1), op.Abs(x)
         if p == 2:
             return op.ReduceL2(x, axes, keepdims=keepdims)
@@ -157,7 +160,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         power = op.CastLike(op.Constant(value=ir.tensor(float(p), dtype=ir.DataType.DOUBLE)), x)
         return op.Pow(op.ReduceSum(op.Pow(size, power), axes, keepdims=keepdims), op.Reciprocal(power))
 
-    def squeeze(self: Any, dim: Any = None) -> Any:
+    def squeeze(self: OnnxValue, dim: PyObject = None) -> OnnxValue:
         rank = len(self.shape)
         named = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
         axes = [d % rank for d in named if rank and self.shape[d] == 1]

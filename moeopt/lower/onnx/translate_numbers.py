@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from moeopt.ir import stable_nodes as stable
+from moeopt.value_types import OnnxAttribute, OnnxValue, PyObject
 
 aten = torch.ops.aten
 _FLOAT, _INT64, _BOOL = 1, 7, 9
@@ -40,23 +41,23 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
     import onnx_ir as ir
     from onnxscript import opset20
 
-    def op(op_type: str, *values: Any, **attributes: Any) -> Any:
+    def op(op_type: str, *values: OnnxValue, **attributes: OnnxAttribute) -> OnnxValue:
         return getattr(opset20, op_type)(*values, **attributes)
 
-    def code(x: Any) -> int:
+    def code(x: OnnxValue) -> int:
         return _FLOAT if x.dtype is None else int(x.dtype)
 
-    def constant(number: Any, dtype: int) -> Any:
+    def constant(number: PyObject, dtype: int) -> OnnxValue:
         return opset20.Constant(value=ir.tensor(number, dtype=ir.DataType(dtype)))
 
-    def like(value: Any, x: Any) -> Any:
+    def like(value: OnnxValue, x: OnnxValue) -> OnnxValue:
         """``value``, a number or a tensor, in the dtype of ``x``."""
         return constant(value, code(x)) if isinstance(value, int | float) else value
 
-    def is_float(x: Any) -> bool:
+    def is_float(x: OnnxValue) -> bool:
         return x.dtype is None or x.dtype.is_floating_point()
 
-    def through(form: Callable[..., Any], *values: Any) -> Any:
+    def through(form: Callable[..., Any], *values: OnnxValue) -> OnnxValue:
         """``form`` in float32 for 16-bit values."""
         dtype = code(values[0])
         inside = _FLOAT if dtype in _HALF else dtype
@@ -67,18 +68,18 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
     def of_x(form: Callable[..., Any]) -> Callable[..., Any]:
         return lambda self: through(form, self)
 
-    def log_sigmoid_forward(self: Any) -> Any:
+    def log_sigmoid_forward(self: OnnxValue) -> OnnxValue:
         return through(stable.log_sigmoid, self), opset20.Identity(self)  # the second is for gradients
 
-    def logaddexp(self: Any, other: Any) -> Any:
-        def form(op: stable.Op, const: stable.Const, a: Any, b: Any) -> Any:
+    def logaddexp(self: OnnxValue, other: OnnxValue) -> OnnxValue:
+        def form(op: stable.Op, const: stable.Const, a: OnnxValue, b: OnnxValue) -> OnnxValue:
             far = op("Neg", op("Abs", op("Sub", a, b)))
             far = op("Where", op("Equal", a, b), const(0.0), far)  # two infinities
             return op("Add", op("Max", a, b), stable.log1p(op, const, op("Exp", far)))
 
         return through(form, self, other)
 
-    def divided(self: Any, other: Any, rounding_mode: str | None = None) -> Any:
+    def divided(self: OnnxValue, other: OnnxValue, rounding_mode: str | None = None) -> OnnxValue:
         self, other = like(self, other), like(other, self)
         if rounding_mode is None:
             return opset20.Div(self, other)
@@ -87,13 +88,13 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         if not is_float(self):
             return opset20.Div(self, other)
 
-        def truncated(op: stable.Op, const: stable.Const, a: Any, b: Any) -> Any:
+        def truncated(op: stable.Op, const: stable.Const, a: OnnxValue, b: OnnxValue) -> OnnxValue:
             whole = op("Floor", op("Abs", op("Div", a, b)))
             return op("Where", op("Less", op("Div", a, b), const(0.0)), op("Neg", whole), whole)
 
         return through(truncated, self, other)
 
-    def floor_divided(self: Any, other: Any) -> Any:
+    def floor_divided(self: OnnxValue, other: OnnxValue) -> OnnxValue:
         self, other = like(self, other), like(other, self)
         if is_float(self):
             return through(stable.floor_div, self, other)
@@ -105,11 +106,11 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         rest = opset20.Not(opset20.Equal(opset20.Mod(self, other), zero))
         return opset20.Sub(quotient, opset20.Cast(opset20.And(apart, rest), to=code(self)))
 
-    def remainder(self: Any, other: Any) -> Any:
+    def remainder(self: OnnxValue, other: OnnxValue) -> OnnxValue:
         self, other = like(self, other), like(other, self)
         return through(stable.floor_mod, self, other) if is_float(self) else opset20.Mod(self, other)
 
-    def total(self: Any, dim: Any = None, keepdim: bool = False, dtype: int | None = None) -> Any:
+    def total(self: OnnxValue, dim: PyObject = None, keepdim: bool = False, dtype: int | None = None) -> OnnxValue:
         given = code(self)
         wanted = dtype if dtype not in (None, -1) else _INT64 if not is_float(self) else given
         if not self.shape:
@@ -117,7 +118,7 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         dims = [] if dim is None else [dim] if isinstance(dim, int) else list(dim)
         axes = opset20.Constant(value_ints=dims or list(range(len(self.shape))))
 
-        def add(x: Any) -> Any:
+        def add(x: OnnxValue) -> OnnxValue:
             return opset20.ReduceSum(x, axes, keepdims=int(keepdim))
 
         if wanted != _INT64:  # PyTorch converts before it adds
@@ -130,26 +131,26 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         high = opset20.Div(opset20.Sub(x, low), two)
         return opset20.Add(opset20.Mul(add(high), two), add(low))
 
-    def total_of_all(self: Any, dtype: int | None = None) -> Any:
+    def total_of_all(self: OnnxValue, dtype: int | None = None) -> OnnxValue:
         return total(self, dtype=dtype)
 
-    def clamp(self: Any, min: Any = None, max: Any = None) -> Any:
+    def clamp(self: OnnxValue, min: OnnxValue = None, max: OnnxValue = None) -> OnnxValue:
         found = opset20.Identity(self) if min is None and max is None else self
         for name, bound in (("Max", min), ("Min", max)):
             if bound is not None:
                 found = op(name, found, like(bound, self))
         return found
 
-    def clamp_min(self: Any, min: Any) -> Any:
+    def clamp_min(self: OnnxValue, min: OnnxValue) -> OnnxValue:
         return clamp(self, min=min)
 
-    def clamp_max(self: Any, max: Any) -> Any:
+    def clamp_max(self: OnnxValue, max: OnnxValue) -> OnnxValue:
         return clamp(self, max=max)
 
-    def relu(self: Any) -> Any:
+    def relu(self: OnnxValue) -> OnnxValue:
         return opset20.Relu(self) if is_float(self) else clamp(self, min=0)
 
-    def power(self: Any, exponent: Any) -> Any:
+    def power(self: OnnxValue, exponent: PyObject) -> OnnxValue:
         if is_float(self) and abs(exponent) == 0.5:
             root = opset20.Sqrt(self)
             return root if exponent > 0 else opset20.Reciprocal(root)
@@ -159,12 +160,14 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
             return opset20.Pow(self, like(exponent, self))
         return power(opset20.Cast(self, to=_FLOAT), float(exponent))
 
-    def deviation(self: Any, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
+    def deviation(
+        self: OnnxValue, dim: PyObject = None, *, correction: PyObject = None, keepdim: bool = False
+    ) -> OnnxValue:
         rank = len(self.shape)
         dims = [dim] if isinstance(dim, int) else list(dim or range(rank))
         axes, count = opset20.Constant(value_ints=dims), code(self)
 
-        def form(op: stable.Op, const: stable.Const, x: Any) -> Any:
+        def form(op: stable.Op, const: stable.Const, x: OnnxValue) -> OnnxValue:
             d = op("Sub", x, op("ReduceMean", x, axes, keepdims=1))
             widest = op("ReduceMax", op("Abs", d), axes, keepdims=1)
             scale = op("Where", op("Equal", widest, const(0.0)), const(1.0), widest)
@@ -178,14 +181,14 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
 
         return through(form, self)
 
-    def power_of(self: Any, exponent: Any) -> Any:
+    def power_of(self: OnnxValue, exponent: PyObject) -> OnnxValue:
         if is_float(exponent):
             return opset20.Pow(constant(float(self), code(exponent)), exponent)
         if isinstance(self, int):
             return opset20.Pow(constant(self, _INT64), opset20.Cast(exponent, to=_INT64))
         return opset20.Pow(constant(self, _FLOAT), opset20.Cast(exponent, to=_FLOAT))
 
-    def scalar_tensor(number: Any, *, dtype: int | None = None, **options: Any) -> Any:
+    def scalar_tensor(number: PyObject, *, dtype: int | None = None, **options: PyObject) -> OnnxValue:
         wanted = _FLOAT if dtype in (None, -1) else dtype
         if not isinstance(number, int | float | complex):  # a size
             return opset20.Cast(number, to=wanted)
@@ -194,12 +197,12 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         return constant(number, wanted)
 
     def refuse(name: str, why: str) -> Callable[..., Any]:
-        def refused(*args: Any, **kwargs: Any) -> Any:
+        def refused(*args: PyObject, **kwargs: PyObject) -> OnnxValue:
             raise NotImplementedError(f"{name} {why}")
 
         return refused
 
-    def product(self: Any, dim: int, keepdim: bool = False, dtype: int | None = None) -> Any:
+    def product(self: OnnxValue, dim: int, keepdim: bool = False, dtype: int | None = None) -> OnnxValue:
         wanted = dtype if dtype not in (None, -1) else _INT64 if not is_float(self) else code(self)
         x = self if code(self) == wanted else opset20.Cast(self, to=wanted)
         axis = opset20.Constant(value_ints=[dim])
@@ -246,7 +249,7 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-def _is_flags(x: Any) -> bool:
+def _is_flags(x: OnnxValue) -> bool:
     """Whether an integer tensor was cast from booleans: its sums are counts."""
     node = x.producer() if hasattr(x, "producer") else None
     if node is None or node.op_type != "Cast":

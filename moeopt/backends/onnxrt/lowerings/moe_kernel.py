@@ -29,6 +29,7 @@ from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
 from moeopt.lower.onnx.lowerings.weight_reads import experts_hit, weights_cost
+from moeopt.value_types import OnnxValue
 
 NOT_CHOSEN, FAINTEST = -1000.0, -200.0
 """Logits of experts that are not chosen, and the lowest of chosen ones: both give a softmax of exactly 0."""
@@ -58,7 +59,7 @@ class MaskedLog:
     def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
         return kernel_cost(site, tokens, provider)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         types = types_of(site)
         inner = wide(types.weights)
         experts = graph.const([1], "int64")  # not -1: over no tokens, ONNX Runtime 1.31 reduces nothing along axis -1
@@ -95,10 +96,10 @@ class Expand:
     def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
         return kernel_cost(site, tokens, provider)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         spec, types, size = site.spec, types_of(site), banks.sizes_of(site)
 
-        def int64(value: Any) -> Any:
+        def int64(value: OnnxValue) -> OnnxValue:
             return graph.const(value, "int64")
 
         w_TK1 = graph.op("Unsqueeze", [weights, int64([-1])])
@@ -141,7 +142,7 @@ class Expand:
         return cast(graph, y_TH, types.accum, types.out)
 
 
-def kernel(graph: Builder, site: ExpertsNode, x: Any, logits: Any, k: int | None = None) -> Any:
+def kernel(graph: Builder, site: ExpertsNode, x: OnnxValue, logits: OnnxValue, k: int | None = None) -> OnnxValue:
     """The MoE node with its weights; ``x`` and ``logits`` in the compute dtype."""
     inputs = [x, logits, *_weights(graph, site)]
     while inputs[-1] is None:
@@ -249,17 +250,17 @@ def _rows(columns: Tensor, spec: ExpertsSpec) -> Tensor:
     return torch.stack([g, u], dim=-1).flatten(-2)
 
 
-def _named(graph: Builder, site: ExpertsNode, ids: Any) -> Any:
+def _named(graph: Builder, site: ExpertsNode, ids: OnnxValue) -> OnnxValue:
     """True where an id names an expert."""
     E = site.bank.num_experts
     above = graph.op("GreaterOrEqual", [ids, graph.const(0, "int64")])
     return graph.op("And", [above, graph.op("Less", [ids, graph.const(E, "int64")])])
 
 
-def _row_of(graph: Builder, site: ExpertsNode, ids: Any) -> Any:
+def _row_of(graph: Builder, site: ExpertsNode, ids: OnnxValue) -> OnnxValue:
     """The id where it names an expert, else E: the last row of a table of E + 1."""
     return graph.op("Where", [_named(graph, site, ids), ids, graph.const(site.bank.num_experts, "int64")])
 
 
-def _last(graph: Builder, value: Any) -> Any:
+def _last(graph: Builder, value: OnnxValue) -> OnnxValue:
     return graph.op("Unsqueeze", [value, graph.const([-1], "int64")])

@@ -12,8 +12,6 @@ H hidden, D output width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from moeopt.backends.onnxrt.lowerings.unrolled import Sorted, combine
@@ -23,6 +21,7 @@ from moeopt.lower.onnx.lowerings import row_graph
 from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import scalar, types_of
 from moeopt.lower.onnx.lowerings.weight_reads import experts_hit, weights_cost
+from moeopt.value_types import OnnxValue
 
 
 class UnrolledFunction:
@@ -41,7 +40,7 @@ class UnrolledFunction:
         nodes = 30 + len(site.spec.body.nodes) * site.bank.num_experts
         return weights_cost(site, experts_hit(site, tokens), tokens * site.top_k, nodes, syncs=1)  # one Split
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         function, types, E = row_graph.RowGraph(graph, site), types_of(site), site.bank.num_experts
         rows = Sorted(graph, site, ids)
         x_NH = rows.rows(x, weights, site.spec.body.dtype)

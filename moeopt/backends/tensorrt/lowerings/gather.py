@@ -11,8 +11,6 @@ expert's. Shape legend: T tokens, K chosen per token, N = T K pairs, H hidden, O
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeopt.backends.tensorrt.cost import COPIED, GEMM_ROOM, routed_flops, sizes_for
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.backends.tensorrt.lowerings.stacked import Stacked
@@ -20,6 +18,7 @@ from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.base import Cost
+from moeopt.value_types import OnnxValue
 
 
 class Gather:
@@ -36,10 +35,10 @@ class Gather:
         moved = COPIED * s.N * s.expert + 2 * s.N * s.row
         return Cost(moved, routed_flops(s), kernels=12, memory=memory + GEMM_ROOM)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         size, K = banks.sizes_of(site), site.top_k
 
-        def reshaped(value: Any, *shape: int) -> Any:
+        def reshaped(value: OnnxValue, *shape: int) -> OnnxValue:
             return graph.op("Reshape", [value, graph.const(shape, "int64")])
 
         named_TK = pairs.named(graph, site, ids)

@@ -23,6 +23,7 @@ from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
+from moeopt.value_types import OnnxValue
 
 
 class Loop:
@@ -41,12 +42,12 @@ class Loop:
         moved = COPIED * s.E * s.expert + 2 * s.E * s.R * s.row
         return Cost(moved, 2.0 * s.weights * s.E * s.R, kernels=6 + 6 * s.E, memory=memory + GEMM_ROOM)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         from onnx_ir.tensor_adapters import from_torch_dtype
 
         spec, types, size = site.spec, types_of(site), banks.sizes_of(site)
 
-        def int64(value: Any) -> Any:
+        def int64(value: OnnxValue) -> OnnxValue:
             return graph.const(value, "int64")
 
         slots = ids
@@ -58,7 +59,7 @@ class Loop:
         stacked = Stacked(graph, site)
         zero_w, zero = scalar(graph, 0.0, types.weights), scalar(graph, 0.0, types.accum)
 
-        def one_expert(e: Any, y_RD: Any) -> tuple[list[Any], list[Any]]:
+        def one_expert(e: OnnxValue, y_RD: OnnxValue) -> tuple[list[Any], list[Any]]:
             chosen = graph.op("Equal", [slots, e], name="chosen")
             o_RD = stacked.experts(x_RH, e, rank=2)
             if spec.weight_on == "output":
@@ -81,7 +82,7 @@ class Loop:
         return cast(graph, y, types.accum, types.out)
 
 
-def _any(graph: Builder, chosen_RK: Any) -> Any:
+def _any(graph: Builder, chosen_RK: OnnxValue) -> OnnxValue:
     """True where some slot of a row is true (R, 1)."""
     import onnx_ir as ir
 

@@ -6,17 +6,16 @@ What PyTorch does in one kernel in float32 inside, for float16 and bfloat16, is 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from moeopt.ir.activations import activation_of
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of, wide
+from moeopt.value_types import OnnxAttribute, OnnxValue
 
 
-def gate(graph: Builder, site: ExpertsNode, h: Any, columns: int) -> Any:
+def gate(graph: Builder, site: ExpertsNode, h: OnnxValue, columns: int) -> OnnxValue:
     """``apply_gate`` of ``h`` (..., O), gate columns then up columns, in the compute dtype; returns (..., I)."""
     spec, types = site.spec, types_of(site)
     h = cast(graph, h, types.compute, types.act)
@@ -36,22 +35,22 @@ def gate(graph: Builder, site: ExpertsNode, h: Any, columns: int) -> Any:
     return cast(graph, a, types.act, types.compute)
 
 
-def activation(graph: Builder, g: Any, name: str, alpha: float | None, dtype: torch.dtype) -> Any:
+def activation(graph: Builder, g: OnnxValue, name: str, alpha: float | None, dtype: torch.dtype) -> OnnxValue:
     """``name`` of ``moeopt.ir.activations.ACTIVATION_TABLE`` on ``g``, in ``dtype``."""
     entry = activation_of(name)
     inner = wide(dtype) if entry.one_kernel else dtype
 
-    def op(op_type: str, *values: Any, **attributes: Any) -> Any:
+    def op(op_type: str, *values: OnnxValue, **attributes: OnnxAttribute) -> OnnxValue:
         return graph.op(op_type, values, **attributes)
 
-    def const(value: float) -> Any:
+    def const(value: float) -> OnnxValue:
         return scalar(graph, value, inner)
 
     value = entry.onnx(op, const, cast(graph, g, dtype, inner), *entry.parameters(alpha))
     return cast(graph, value, inner, dtype)
 
 
-def rms_norm(graph: Builder, site: ExpertsNode, o: Any, weight: Any, *, axis: int) -> Any:
+def rms_norm(graph: Builder, site: ExpertsNode, o: OnnxValue, weight: OnnxValue, *, axis: int) -> OnnxValue:
     """RMSNorm over the last dimension of ``o``, which is ``axis``: over no rows, ONNX Runtime ignores an axis of -1.
 
     ``weight`` broadcasts against ``o`` and is in ``wide(compute)``; None means no weight.
@@ -68,7 +67,7 @@ def rms_norm(graph: Builder, site: ExpertsNode, o: Any, weight: Any, *, axis: in
     return cast(graph, o, inner, compute)
 
 
-def _clamp(graph: Builder, value: Any, low: float | None, high: float | None, dtype: torch.dtype) -> Any:
+def _clamp(graph: Builder, value: OnnxValue, low: float | None, high: float | None, dtype: torch.dtype) -> OnnxValue:
     if low is None and high is None:
         return value
     limits = [None if limit is None else scalar(graph, limit, dtype) for limit in (low, high)]

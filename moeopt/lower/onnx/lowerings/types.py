@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from moeopt.ir.activations import activation_of
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.value_types import OnnxValue
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -73,7 +73,7 @@ def refuses_types(site: ExpertsNode, provider: str) -> str:
     return ""
 
 
-def cast(graph: Builder, value: Any, have: torch.dtype, want: torch.dtype) -> Any:
+def cast(graph: Builder, value: OnnxValue, have: torch.dtype, want: torch.dtype) -> OnnxValue:
     """``value`` in dtype ``want``; no node when it has it."""
     if have == want:
         return value
@@ -82,7 +82,7 @@ def cast(graph: Builder, value: Any, have: torch.dtype, want: torch.dtype) -> An
     return graph.op("Cast", [value], to=int(from_torch_dtype(want)))
 
 
-def scalar(graph: Builder, value: float, dtype: torch.dtype) -> Any:
+def scalar(graph: Builder, value: float, dtype: torch.dtype) -> OnnxValue:
     """A rank-0 constant in ``dtype``; bfloat16 ones are cast from float32."""
     if dtype == torch.bfloat16:
         return cast(graph, graph.const(value, "float32"), torch.float32, dtype)
