@@ -92,7 +92,7 @@ class Form(Struct):
     facts: dict[str, float] = {}
 
 
-class Native(Struct):
+class NativeRecord(Struct):
     """The graph of an ONNX Runtime bundle with moeopt's own operator: the blocks that it computes."""
 
     blocks: list[Name]
@@ -136,7 +136,7 @@ class ManifestFile(Form):
     blocks: list[BlockRecord] = []
     golden: GoldenRecord | None = None
     portable: Any = None
-    native: Native | None = None
+    native: NativeRecord | None = None
     tensorrt: Any = None
 
 

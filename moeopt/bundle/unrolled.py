@@ -16,11 +16,11 @@ from torch import fx
 
 from moeopt.bundle import op_allowlist as allow
 from moeopt.bundle.values import encode
-from moeopt.ir.row_function import GETITEM, RowFunction, Rows, Value
+from moeopt.ir.row_function import GETITEM, RowCount, RowFunction, Value
 from moeopt.value_types import FxTarget, PyObject
 
 aten = torch.ops.aten
-Name = Callable[[fx.Node], str]
+ValueName = Callable[[fx.Node], str]
 
 
 def is_row_function(node: fx.Node) -> bool:
@@ -28,7 +28,7 @@ def is_row_function(node: fx.Node) -> bool:
     return str(node.target) == "moeopt.row_function.default"
 
 
-def unrolled(node: fx.Node, name: Name) -> list[dict[str, Any]]:
+def unrolled(node: fx.Node, name: ValueName) -> list[dict[str, Any]]:
     """The entries of a bundle's graph that compute what ``node`` does; the last has its name.
 
     Raises:
@@ -77,7 +77,7 @@ def _expert(call: _Calls, spec: RowFunction, rows: PyObject, slots: PyObject) ->
     def word(a: PyObject) -> PyObject:
         if isinstance(a, Value):
             return values[a]
-        if isinstance(a, Rows):
+        if isinstance(a, RowCount):
             return call(aten.sym_size.int, rows, 0)
         return [word(v) for v in a] if isinstance(a, (list, tuple)) else a
 
@@ -89,7 +89,7 @@ def _expert(call: _Calls, spec: RowFunction, rows: PyObject, slots: PyObject) ->
 class _Calls:
     """Collects calls; a result is a reference by name."""
 
-    def __init__(self, prefix: str, name: Name) -> None:
+    def __init__(self, prefix: str, name: ValueName) -> None:
         self._prefix, self._name = prefix, name
         self.entries: list[dict[str, Any]] = []
 

@@ -22,7 +22,7 @@ _MOST = 4096
 
 
 @dataclass
-class Held:
+class HeldOutside:
     """What one attribute holds: modules and tensors by their keys in it; ``tensors`` are those in modules as well."""
 
     owner: nn.Module
@@ -43,7 +43,7 @@ class Held:
         )
 
 
-def unregistered(model: nn.Module) -> list[Held]:
+def unregistered(model: nn.Module) -> list[HeldOutside]:
     """What the modules of ``model`` hold in plain containers, and is registered nowhere in it."""
     modules = list(model.named_modules())
     known = {id(m) for _, m in modules} | {id(t) for t in (*model.parameters(), *model.buffers())}
@@ -56,7 +56,7 @@ def unregistered(model: nn.Module) -> list[Held]:
             parts = [t for v in items.values() for t in _tensors(v) if id(t) not in known]
             if parts:
                 kind = "attribute" if isinstance(value, nn.Module) else type(value).__name__
-                found.append(Held(module, name, kind, items, parts))
+                found.append(HeldOutside(module, name, kind, items, parts))
     return found
 
 
@@ -83,7 +83,7 @@ def _items(value: PyObject, key: str, depth: int) -> Iterator[tuple[str, Any]]:
 
 
 @contextlib.contextmanager
-def registered(model: nn.Module, held: list[Held]) -> Iterator[None]:
+def registered(model: nn.Module, held: list[HeldOutside]) -> Iterator[None]:
     """While open, ``held`` are submodules and buffers, under names that no Python attribute hides."""
     for one in held:
         home = nn.ModuleList()

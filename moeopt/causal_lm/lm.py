@@ -34,7 +34,7 @@ from moeopt.causal_lm.steps import replace_mixers
 from moeopt.causal_lm.translations import own_translations
 from moeopt.compat import known_fields
 from moeopt.errors import Declined
-from moeopt.lower.constant_reads import Reads
+from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.distances import DirectDistances
 from moeopt.lower.export import answered, asks_values, written_by
 from moeopt.lower.onnx.complex import through_real_views
@@ -134,7 +134,7 @@ def export_causal_lm(
         )
         traced = _real_views(exporter)()
 
-        def export(reads: Reads | None) -> PyObject:
+        def export(reads: ConstantReads | None) -> PyObject:
             fresh = copy.copy(model)  # the exporter leaves a forward on the instance it is given
             with answered(fresh, reads):
                 return traced.export_program(fresh, sample, config)[0]
@@ -146,7 +146,7 @@ def export_causal_lm(
                 if not asks_values(err):
                     raise
                 sites.clear()
-                graph = export(reads := Reads(model))
+                graph = export(reads := ConstantReads(model))
                 reads.refuse(written_by(traced.program))
         except Exception as err:
             raise Declined(f"transformers' exporter stops at {_first_line(err)}") from err

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moeopt.cli.target import Target
+from moeopt.cli.target import CommandTarget
 from moeopt.errors import UsageError
 
 
@@ -18,7 +18,7 @@ def check_choice(backend: str, fields: Mapping[str, Any]) -> None:
     checked_choice(backend, Options.from_fields(None, fields))
 
 
-def check_out(out: Path, target: Target, verify: str | None, overwrite: bool) -> None:
+def check_out(out: Path, target: CommandTarget, verify: str | None, overwrite: bool) -> None:
     """``UsageError`` where a bundle cannot be written to ``out`` or would replace what should stay."""
     from moeopt.bundle.destination import check_destination
 

@@ -27,7 +27,7 @@ FORMS = (
 
 
 @dataclass(frozen=True)
-class Target:
+class CommandTarget:
     """What the words name: a factory, or the directory of a Hugging Face model; nothing of it is loaded yet.
 
     Attributes:
@@ -46,7 +46,7 @@ class Target:
         return sum(file.stat().st_size for file in self.weights)
 
 
-def find_target(target: str, task: str | None = None) -> Target:
+def find_target(target: str, task: str | None = None) -> CommandTarget:
     """What ``target`` names; reads no weight and needs no torch.
 
     ``UsageError`` says what is wrong with the target or the task.
@@ -59,16 +59,16 @@ def find_target(target: str, task: str | None = None) -> Target:
     if is_bundle(path):
         raise UsageError(f"{target} is a bundle, optimised already: `moeopt verify {target}` checks it")
     if path.name == "config.json" and path.is_file():
-        return Target(target, path.parent)
+        return CommandTarget(target, path.parent)
     directory = path if (path / "config.json").is_file() else cached_directory(target)
     if directory is not None:
-        return Target(target, directory, tuple(weight_files(directory)))
+        return CommandTarget(target, directory, tuple(weight_files(directory)))
     where, colon, name = target.rpartition(":")
     if colon and name.isidentifier():
         if task is not None:
             raise UsageError(f"--task says how a Hugging Face model is loaded, and {target} is a factory: leave it out")
         check_code(where, target)
-        return Target(target)
+        return CommandTarget(target)
     what = "a directory without config.json" if path.is_dir() else "neither a file nor module:factory"
     if path.is_file():
         what = "a file of none of the forms that moeopt reads"
@@ -80,13 +80,13 @@ def find_target(target: str, task: str | None = None) -> Target:
 
 
 def load_target(
-    target: str | Target, *, trust_remote_code: bool = False, seed: int = 0, task: str | None = None
+    target: str | CommandTarget, *, trust_remote_code: bool = False, seed: int = 0, task: str | None = None
 ) -> tuple[Any, Any]:
     """``(model, example_inputs)``, the model in eval mode; the inputs are None when the factory gives none.
 
     ``UsageError`` says what is wrong with the target, the file and line in the user's code included.
     """
-    found = target if isinstance(target, Target) else find_target(target, task)
+    found = target if isinstance(target, CommandTarget) else find_target(target, task)
     if found.directory is not None:
         return load(found.directory, bool(found.weights), task, trust_remote_code, seed)
     target = found.words

@@ -12,7 +12,7 @@ from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
-from moeopt.recognise.row_graph import RowGraph
+from moeopt.recognise.row_graph import RowGraphReader
 
 _WEIGH = ("mul", "bmm", "mm", "baddbmm", "addcmul")
 
@@ -28,7 +28,7 @@ def weighed_branches(tape: Tape, ran: Sequence[Call]) -> bool:
         if len(starts) != 1 or len(results) != 1 or starts[0].meta.get("shape") is None:
             return False
         try:
-            graph = RowGraph(tape, starts[0], results[0], set(between(tape, starts, results[0])), values=False)
+            graph = RowGraphReader(tape, starts[0], results[0], set(between(tape, starts, results[0])), values=False)
         except Declined:
             return False
         texts.add(graph.text)

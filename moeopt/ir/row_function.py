@@ -30,18 +30,18 @@ class Value(int):
     """Number of a value in a graph: 0 the rows, then the slots, then the results of the nodes."""
 
 
-class Rows:
+class RowCount:
     """Stands for M, the number of rows."""
 
 
 @dataclass(frozen=True)
-class Body:
+class RowBody:
     """A graph that was read.
 
     Args:
         features, dtype: of the rows (M, features).
         slots: dtype and shape of each.
-        nodes: (op, args, kwargs); ``Value``, ``Rows``, plain values, dtypes and lists of them.
+        nodes: (op, args, kwargs); ``Value``, ``RowCount``, plain values, dtypes and lists of them.
         out: the value that is the result (M, out_features).
     """
 
@@ -92,7 +92,7 @@ class RowFunction:
                 )
 
     @property
-    def body(self) -> Body:
+    def body(self) -> RowBody:
         """The graph, read."""
         return read_body(self.graph)
 
@@ -121,7 +121,7 @@ class RowFunction:
 
 
 @functools.lru_cache(maxsize=256)
-def read_body(graph: str) -> Body:
+def read_body(graph: str) -> RowBody:
     """``graph`` with its ops looked up."""
     data = json.loads(graph)
     features, dtype, out_features = data["in"]
@@ -130,7 +130,7 @@ def read_body(graph: str) -> Body:
     for op, args, kwargs in data["nodes"]:
         target = GETITEM if op == GETITEM else _op(op)
         nodes.append((target, tuple(_read(a) for a in args), {k: _read(v) for k, v in kwargs.items()}))
-    return Body(features, getattr(torch, dtype), slots, tuple(nodes), data["out"], out_features)
+    return RowBody(features, getattr(torch, dtype), slots, tuple(nodes), data["out"], out_features)
 
 
 def write_body(
@@ -168,7 +168,7 @@ def _read(word: PyObject) -> PyObject:
         if kind == "v":
             return Value(value)
         if kind == "rows":
-            return Rows()
+            return RowCount()
         return float(value) if kind == "float" else getattr(torch, value)
     return word
 
@@ -176,7 +176,7 @@ def _read(word: PyObject) -> PyObject:
 def _write(value: PyObject) -> PyObject:
     if isinstance(value, Value):
         return {"v": int(value)}
-    if isinstance(value, Rows):
+    if isinstance(value, RowCount):
         return {"rows": 1}
     if isinstance(value, (list, tuple)):
         return [_write(v) for v in value]

@@ -33,7 +33,7 @@ _MADE_OF_NUMBERS = frozenset({
 })  # fmt: skip
 
 
-class _Constant:
+class _ConstantRead:
     """A tensor that no input changes: how its value is computed, and from what.
 
     Attributes:
@@ -62,13 +62,13 @@ class Answers(TorchFunctionMode):
     def __init__(self, model: nn.Module, values: dict[str, Tensor]) -> None:
         """The traced weights and buffers of ``model`` stand for ``values``."""
         super().__init__()
-        self._known: dict[int, _Constant] = {}
+        self._known: dict[int, _ConstantRead] = {}
         self.asked: set[str] = set()
         self.written: set[str] = set()
         for name, held in _tensors(model).items():
             value = values.get(name)
             if value is not None and not value.is_meta:
-                self._known[id(held)] = _Constant(held, functools.partial(_same, value), frozenset([name]))
+                self._known[id(held)] = _ConstantRead(held, functools.partial(_same, value), frozenset([name]))
 
     def __torch_function__(
         self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
@@ -95,11 +95,11 @@ class Answers(TorchFunctionMode):
         compute = functools.cache(functools.partial(_computed, func, call[0], call[1], held))
         roots = roots or frozenset([f"<{id(result)}>"])
         if isinstance(result, Tensor):
-            self._known[id(result)] = _Constant(result, compute, roots)
+            self._known[id(result)] = _ConstantRead(result, compute, roots)
         elif isinstance(result, (tuple, list)):
             for at, part in enumerate(result):
                 if isinstance(part, Tensor):
-                    self._known[id(part)] = _Constant(part, functools.partial(_part, compute, at), roots)
+                    self._known[id(part)] = _ConstantRead(part, functools.partial(_part, compute, at), roots)
         return result
 
 
@@ -112,7 +112,7 @@ def _part(compute: Callable[[], Any], at: int) -> Tensor:
     return part
 
 
-def _computed(func: FxTarget, args: PyObject, kwargs: PyObject, held: Sequence[_Constant]) -> PyObject:
+def _computed(func: FxTarget, args: PyObject, kwargs: PyObject, held: Sequence[_ConstantRead]) -> PyObject:
     """``func(*args, **kwargs)`` on the values of the constants ``held``, which are its tensors."""
     by_id = {id(k.alike): k for k in held}
     values = pytree.tree_map_only(Tensor, lambda t: by_id[id(t)].compute(), (args, kwargs))
@@ -143,7 +143,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-class Reads:
+class ConstantReads:
     """The questions of one trace, asked about a model's own constants."""
 
     def __init__(self, model: nn.Module) -> None:

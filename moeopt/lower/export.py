@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from moeopt.bundle.caches import opened
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import MoeoptError, NotSaveableError
-from moeopt.lower.constant_reads import Reads as ConstantReads
+from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.plain import free_sizes, plain_call
 from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.patches import idle_moves, no_export_dump, one_trace

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moeopt.errors import UsageError
-from moeopt.ir.row_function import GETITEM, RowFunction, Rows, Value
+from moeopt.ir.row_function import GETITEM, RowCount, RowFunction, Value
 from moeopt.value_types import FxTarget, PyObject
 
 
@@ -55,7 +55,7 @@ def function_of(graph: str, double: bool = False) -> Callable[..., Tensor]:
     def word(value: PyObject) -> str:
         if isinstance(value, Value):
             return f"v{int(value)}"
-        if isinstance(value, Rows):
+        if isinstance(value, RowCount):
             return "v0.shape[0]"
         if isinstance(value, list):
             return f"[{', '.join(map(word, value))}]"

@@ -14,7 +14,7 @@ from __future__ import annotations
 from moeopt.capture.op_kinds import op_name
 from moeopt.capture.replay import ancestors
 from moeopt.errors import Declined
-from moeopt.ir.row_function import Body, RowFunction, Value
+from moeopt.ir.row_function import RowBody, RowFunction, Value
 from moeopt.recognise.experts import Recognition
 
 CALL, FLOPS = 4e-6, 1e11
@@ -64,7 +64,7 @@ def _reason(recognition: Recognition, spec: RowFunction) -> str:
     )
 
 
-def words(body: Body) -> str:
+def words(body: RowBody) -> str:
     """What stands in a function of a row: "three matmuls (three layers) with native_layer_norm"."""
     what = _COUNTS.get(body.products(), f"{body.products()} matmuls")
     others = [n for n in body.names() if n not in _USUAL]

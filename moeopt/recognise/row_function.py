@@ -30,7 +30,7 @@ from moeopt.recognise.combine import Labels, read_combine
 from moeopt.recognise.experts import ExpertsNotHit, Recognition, siblings, with_frontier
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.gemm_sites import GemmSite
-from moeopt.recognise.row_graph import RowGraph
+from moeopt.recognise.row_graph import RowGraphReader
 from moeopt.recognise.token_rows import Tokens, token_readings
 from moeopt.recognise.weight_source import element_source
 from moeopt.value_types import PyObject
@@ -289,7 +289,7 @@ def _read(
     graphs, group = [], [_chain(b) for b in branches]
     for branch in branches:  # one without rows is an expert that no token chose, called all the same
         idle_here = 0 in branch.end.meta["shape"] or 0 in branch.start.meta["shape"]
-        graphs.append(None if idle_here else RowGraph(tape, branch.start, branch.end, branch.inside))
+        graphs.append(None if idle_here else RowGraphReader(tape, branch.start, branch.end, branch.inside))
     met = [g for g in graphs if g is not None]
     if not met:
         raise Declined("no token reached its experts")

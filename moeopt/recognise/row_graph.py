@@ -1,6 +1,6 @@
 """The calls between a rows tensor and an expert's output as a graph for any number of rows; or why they are not one.
 
-Walking the calls proves that each works on every row by itself: a value is either ``Rows`` (its leading dimensions
+Walking the calls proves that each works on every row by itself: a value is either ``RowCount`` (its leading dimensions
 ``lead`` count rows, the rest are a row's features) or made of weights alone. Each op has a rule that says what it may
 do with the features; one that would touch the rows, or that has no rule, ends the walk. In the graph all rows stand in
 one leading dimension, features are named from the right, and a weight is a slot.
@@ -20,7 +20,7 @@ from torch import fx
 from moeopt.capture.op_kinds import is_factory, is_pointwise, op_name
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
-from moeopt.ir.row_function import GETITEM, Rows, Value, write_body
+from moeopt.ir.row_function import GETITEM, RowCount, Value, write_body
 from moeopt.ir.weight_refs import PartRef
 from moeopt.recognise.weight_source import part_ref
 from moeopt.value_types import FxTarget, PyObject
@@ -35,14 +35,14 @@ _NORMS = ("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 _BATCH_NORMS = ("_native_batch_norm_legit_no_training", "native_batch_norm", "_batch_norm_no_update")
 
 
-class Held:
+class HeldSlots:
     """A value of the graph. ``lead``: L leading sizes on the tape, None for a value made of weights alone.
 
     ``shape``: on the tape for rows, in the graph for weights. ``items``: of several results, those known.
     """
 
     def __init__(
-        self, number: int, lead: tuple[int, ...] | None, shape: tuple[int, ...], items: list[Held] | None = None
+        self, number: int, lead: tuple[int, ...] | None, shape: tuple[int, ...], items: list[HeldSlots] | None = None
     ) -> None:
         self.number, self.lead, self.shape, self.items = Value(number), lead, shape, items
 
@@ -51,7 +51,7 @@ class Held:
         return self.shape if self.lead is None else self.shape[len(self.lead) :]
 
 
-class RowGraph:
+class RowGraphReader:
     """The graph from ``start`` (the rows, features last) to ``end``, written as it is walked.
 
     Attributes:
@@ -68,19 +68,19 @@ class RowGraph:
         self.slots: list[PartRef] = []
         self.nodes: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         self._dtypes: list[tuple[torch.dtype, tuple[int, ...]]] = []
-        self._known: dict[fx.Node, Held] = {}
-        self._slot_of: dict[PartRef, Held] = {}
+        self._known: dict[fx.Node, HeldSlots] = {}
+        self._slot_of: dict[PartRef, HeldSlots] = {}
         shape = start.meta["shape"]
         self.lead = tuple(shape[:-1])
         if not self.lead or math.prod(self.lead) == 0:
             raise Declined("no token reached one of its experts", start.meta.get("source"))
-        self._known[start] = Held(0, self.lead, tuple(shape))
+        self._known[start] = HeldSlots(0, self.lead, tuple(shape))
         order = self._order(end)
         for node in order:  # slots come first, so their numbers are known only now
             if (ref := self._weight_of(node)) is not None and ref not in self._slot_of:
                 if not node.meta["dtype"].is_floating_point:
                     raise self._refused(node, "is computed from a weight of integers")
-                self._slot_of[ref] = Held(len(self.slots) + 1, None, ref.shape)
+                self._slot_of[ref] = HeldSlots(len(self.slots) + 1, None, ref.shape)
                 self.slots.append(ref)
                 self._dtypes.append((node.meta["dtype"], ref.shape))
         for node in order:
@@ -141,7 +141,7 @@ class RowGraph:
 
     # -- one node ------------------------------------------------------------------------------------
 
-    def _enter(self, node: fx.Node) -> Held:
+    def _enter(self, node: fx.Node) -> HeldSlots:
         ref = self._weight_of(node)
         if ref is not None:
             return self._slot_of[ref]
@@ -166,18 +166,18 @@ class RowGraph:
 
     def _add(
         self, node: fx.Node, op: FxTarget, lead: tuple[int, ...] | None, *args: PyObject, **kwargs: PyObject
-    ) -> Held:
+    ) -> HeldSlots:
         self.nodes.append((op, args, kwargs))
         shape = tuple(node.meta.get("shape") or ())
-        return Held(len(self.slots) + len(self.nodes), lead, shape)
+        return HeldSlots(len(self.slots) + len(self.nodes), lead, shape)
 
-    def _constant(self, node: fx.Node) -> Held:
+    def _constant(self, node: fx.Node) -> HeldSlots:
         if node.meta["shape"] != () or not self._values:
             raise self._refused(node, "is a tensor that Python made at this call")
         value = self.tape.value(node)
         return self._add(node, aten.scalar_tensor.default, None, value.item(), dtype=value.dtype)
 
-    def _of_weights(self, node: fx.Node) -> Held:
+    def _of_weights(self, node: fx.Node) -> HeldSlots:
         """A call on weights and numbers alone: as it is, where its sizes cannot be the number of rows."""
         name = op_name(node)
         if is_factory(node) and (node.meta.get("shape") or ()) != ():
@@ -203,7 +203,7 @@ class RowGraph:
         left_out = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
         return {k: self._words(v) for k, v in node.kwargs.items() if k not in left_out and v is not None}
 
-    def _pointwise(self, node: fx.Node) -> Held:
+    def _pointwise(self, node: fx.Node) -> HeldSlots:
         """Operands broadcast from the right, so all rows must have as many features' dimensions."""
         rows = [h for a in node.all_input_nodes if (h := self._known[a]).lead is not None]
         width = {len(h.features) for h in rows}
@@ -229,7 +229,7 @@ class RowGraph:
         args = [word(a) for a in node.args]
         return self._add(node, node.target, lead, *args, **self._kwargs(node))
 
-    def feature_dim(self, node: fx.Node, held: Held, dim: PyObject, extra: int = 0) -> int:
+    def feature_dim(self, node: fx.Node, held: HeldSlots, dim: PyObject, extra: int = 0) -> int:
         """``dim`` counted from the right; ``extra`` for a dimension that the op adds."""
         rank = len(held.shape) + extra
         place = int(dim) % rank
@@ -241,10 +241,10 @@ class RowGraph:
         return Declined(f"an expert's {op_name(node)} {why}", node.meta.get("source"))
 
 
-Rule = Callable[[RowGraph, fx.Node, Held], Held]
+Rule = Callable[[RowGraphReader, fx.Node, HeldSlots], HeldSlots]
 
 
-def _product(graph: RowGraph, node: fx.Node, _: Held) -> Held:
+def _product(graph: RowGraphReader, node: fx.Node, _: HeldSlots) -> HeldSlots:
     """mm, addmm, mv, linear: rows on the left, a weight on the right."""
     name = op_name(node)
     if (linear := graph.as_linear(node)) is not None:
@@ -264,17 +264,17 @@ def _product(graph: RowGraph, node: fx.Node, _: Held) -> Held:
     return graph._add(node, node.target, rows.lead, *graph._words(node.args), **graph._kwargs(node))
 
 
-def _view(graph: RowGraph, node: fx.Node, held: Held) -> Held:
+def _view(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
     rows, shape = math.prod(held.lead or ()), tuple(node.meta["shape"])
     for split in range(1, len(shape) + 1):
         if math.prod(shape[:split]) == rows and math.prod(shape[split:]) == math.prod(held.features):
             if shape[split:] == held.features:
-                return Held(held.number, shape[:split], shape)
+                return HeldSlots(held.number, shape[:split], shape)
             return graph._add(node, aten.reshape.default, shape[:split], held.number, [-1, *shape[split:]])
     raise graph._refused(node, "joins features of different rows")
 
 
-def _turn(graph: RowGraph, node: fx.Node, held: Held) -> Held:
+def _turn(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
     rank, lead = len(held.shape), len(held.lead or ())
     order, given = list(range(rank)), list[Any](node.args)
     if op_name(node) == "permute":
@@ -290,7 +290,7 @@ def _turn(graph: RowGraph, node: fx.Node, held: Held) -> Held:
 def _one_dim(at: int, extra: int = 0, default: PyObject = None) -> Rule:
     """An op with one dimension among its arguments, at ``at``; it must be one of the features'."""
 
-    def rule(graph: RowGraph, node: fx.Node, held: Held) -> Held:
+    def rule(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
         if op_name(node) == "slice" and node.meta["shape"] == held.shape:
             return held
         args = list(graph._words(node.args))
@@ -306,7 +306,7 @@ def _one_dim(at: int, extra: int = 0, default: PyObject = None) -> Rule:
     return rule
 
 
-def _reduce(graph: RowGraph, node: fx.Node, held: Held) -> Held:
+def _reduce(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
     """The dimensions are the first list, or the second or third argument that may be one."""
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     at = names.index("dim") if "dim" in names else -1
@@ -323,7 +323,7 @@ def _reduce(graph: RowGraph, node: fx.Node, held: Held) -> Held:
     return graph._add(node, node.target, held.lead, *args, **kwargs)
 
 
-def _norm(graph: RowGraph, node: fx.Node, held: Held) -> Held:
+def _norm(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
     if len(node.args[1]) > len(held.features):  # type: ignore[arg-type]
         raise graph._refused(node, "works across rows")
     found = graph._add(node, node.target, held.lead, *graph._words(node.args), **graph._kwargs(node))
@@ -332,7 +332,7 @@ def _norm(graph: RowGraph, node: fx.Node, held: Held) -> Held:
     return found
 
 
-def _batch_norm(graph: RowGraph, node: fx.Node, held: Held) -> Held:
+def _batch_norm(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
     training = op_name(node) == "native_batch_norm" and bool(node.args[5])
     if training or len(held.lead or ()) != 1 or not held.features:
         raise graph._refused(node, "takes statistics of the batch, so a row's result depends on other rows")
@@ -341,17 +341,17 @@ def _batch_norm(graph: RowGraph, node: fx.Node, held: Held) -> Held:
     return found
 
 
-def _group_norm(graph: RowGraph, node: fx.Node, held: Held) -> Held:
+def _group_norm(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
     if len(held.lead or ()) != 1 or node.args[3] != held.shape[0]:
         raise graph._refused(node, "works across rows")
     args = list(graph._words(node.args))
-    args[3] = Rows()
+    args[3] = RowCount()
     found = graph._add(node, node.target, held.lead, *args)
     found.items, found.shape = [found], held.shape
     return found
 
 
-def _item(graph: RowGraph, node: fx.Node, held: Held) -> Held:
+def _item(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
     given = list[Any](node.args)
     name, which = op_name(given[0]), int(given[1])
     if (name in _NORMS or name in _BATCH_NORMS or name == "native_group_norm") and which:
@@ -359,14 +359,14 @@ def _item(graph: RowGraph, node: fx.Node, held: Held) -> Held:
     return graph._add(node, GETITEM, held.lead, held.number, which)
 
 
-def _expand(graph: RowGraph, node: fx.Node, held: Held) -> Held:
+def _expand(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
     lead, shape = held.lead or (), tuple(node.meta["shape"])
     if len(shape) != len(held.shape) or shape[: len(lead)] != lead:
         raise graph._refused(node, "repeats rows")
     return graph._add(node, aten.expand.default, held.lead, held.number, [-1, *shape[len(lead) :]])
 
 
-def _join(graph: RowGraph, node: fx.Node, held: Held) -> Held:
+def _join(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
     parts = [graph._known[a] for a in node.args[0]]  # type: ignore[union-attr,index]
     if len({p.lead for p in parts}) > 1 or held.lead is None:
         raise graph._refused(node, "joins rows with weights")
@@ -374,11 +374,11 @@ def _join(graph: RowGraph, node: fx.Node, held: Held) -> Held:
     return graph._add(node, node.target, held.lead, [p.number for p in parts], dim)
 
 
-def _like(graph: RowGraph, node: fx.Node, held: Held) -> Held:
+def _like(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
     return graph._add(node, node.target, held.lead, *graph._words(node.args), **graph._kwargs(node))
 
 
-def _flip(graph: RowGraph, node: fx.Node, held: Held) -> Held:
+def _flip(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
     dims = [graph.feature_dim(node, held, d) for d in node.args[1]]  # type: ignore[union-attr]
     return graph._add(node, node.target, held.lead, held.number, dims)
 

@@ -20,7 +20,7 @@ from moeopt.capture.tree import ArgsKwargs, tree_leaves
 from moeopt.errors import CaptureError
 from moeopt.value_types import PyObject
 
-Key = tuple[str, str]
+AttributeKey = tuple[str, str]
 
 
 class Unset(enum.Enum):
@@ -38,7 +38,7 @@ def storable(value: PyObject) -> bool:
     return bool(leaves) and all(isinstance(v, (fx.Node, torch.dtype)) for v in leaves)
 
 
-def scratch_attributes(module: nn.Module, call: ArgsKwargs, tape: Tape, other: ArgsKwargs) -> frozenset[Key]:
+def scratch_attributes(module: nn.Module, call: ArgsKwargs, tape: Tape, other: ArgsKwargs) -> frozenset[AttributeKey]:
     """(module path, attribute) of each Python value that the forward stores and that no later call reads.
 
     With the attribute absent, and with what the call ``other`` stored in it, the module must compute the same, line by
@@ -50,7 +50,9 @@ def scratch_attributes(module: nn.Module, call: ArgsKwargs, tape: Tape, other: A
     return frozenset(key for key in stored if _same_without(module, call, tape, other, {key}))
 
 
-def _same_without(module: nn.Module, call: ArgsKwargs, tape: Tape, other: ArgsKwargs, keys: Collection[Key]) -> bool:
+def _same_without(
+    module: nn.Module, call: ArgsKwargs, tape: Tape, other: ArgsKwargs, keys: Collection[AttributeKey]
+) -> bool:
     try:
         with _without(module, keys):
             alone = record(module, *call, keep_values=False)
@@ -73,7 +75,7 @@ def _alike(a: PyObject, b: PyObject) -> bool:
 
 
 @contextlib.contextmanager
-def _without(module: nn.Module, keys: Collection[Key]) -> Iterator[None]:
+def _without(module: nn.Module, keys: Collection[AttributeKey]) -> Iterator[None]:
     held = {}
     for path, name in keys:
         attributes = module.get_submodule(path).__dict__
@@ -86,7 +88,7 @@ def _without(module: nn.Module, keys: Collection[Key]) -> Iterator[None]:
             module.get_submodule(path).__dict__[name] = value
 
 
-def read_outside(model: nn.Module, call: ArgsKwargs, path: str, keys: Collection[Key]) -> bool:
+def read_outside(model: nn.Module, call: ArgsKwargs, path: str, keys: Collection[AttributeKey]) -> bool:
     """Whether the rest of ``model`` reads attributes that the module at ``path`` has stored."""
     module = model.get_submodule(path)
 

@@ -15,7 +15,7 @@ from moeopt.ops.row_function import function_of
 from moeopt.recognise.any_experts import recognize
 from moeopt.recognise.experts import ExpertsNotHit
 from moeopt.recognise.row_function import recognize_functions
-from moeopt.recognise.row_graph import RowGraph
+from moeopt.recognise.row_graph import RowGraphReader
 
 D, HID, N = 8, 12, 4
 
@@ -150,7 +150,7 @@ def test_the_refusal_names_the_call(what):
     (start,) = [n for n in tape.nodes if n.op == "placeholder"]
     inside = set(between(tape, [start], tape.output))
     with pytest.raises(Declined, match=re.escape(f"an expert's {WHY[what]}")) as caught:
-        RowGraph(tape, start, tape.output, inside)
+        RowGraphReader(tape, start, tape.output, inside)
     assert "test_row_function.py" in (caught.value.where or "")
 
 
@@ -164,10 +164,10 @@ def test_batch_norm_is_a_function_of_a_row_in_evaluation_mode_only():
         (start,) = [n for n in tape.nodes if n.op == "placeholder"]
         inside = set(between(tape, [start], tape.output))
         if want is None:
-            assert len(RowGraph(tape, start, tape.output, inside).slots) == 6
+            assert len(RowGraphReader(tape, start, tape.output, inside).slots) == 6
             continue
         with pytest.raises(Declined, match=want):
-            RowGraph(tape, start, tape.output, inside)
+            RowGraphReader(tape, start, tape.output, inside)
 
 
 def test_experts_that_differ_are_refused():

@@ -34,7 +34,7 @@ _ABSENT = (0, 0, 0)
 _NO_MATRIX = (0, 0, 0, 0, 0, 0)
 
 NativeRun = Callable[["ctypes.Array[ctypes.c_int64]"], int]
-Words = tuple[list[int], "array[int] | None", tuple[int, ...], int]
+CallWords = tuple[list[int], "array[int] | None", tuple[int, ...], int]
 """Of ``moeopt_expert``: the entries, which expert has which, the steps between stacked ones, and D."""
 
 
@@ -115,7 +115,7 @@ def call(
     return y
 
 
-def _experts(bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Tensor]) -> Words:
+def _experts(bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Tensor]) -> CallWords:
     """The entries of ``moeopt_expert``, which expert has which, the steps between stacked ones, and D."""
     stacked = bank.stacked()
     if stacked is not None:
@@ -124,7 +124,7 @@ def _experts(bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Ten
         known = stacked.known
         now = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in held]
         if known is not None and known[0] is spec and known[1] == now:
-            return cast(Words, known[2])
+            return cast(CallWords, known[2])
         found = _stack(whole, spec)
         stacked.known = spec, now, found
         return found
@@ -145,7 +145,7 @@ def _experts(bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Ten
     return entries, index, (0,) * 7, D
 
 
-def _stack(whole: list[Tensor | None], spec: ExpertsSpec) -> Words:
+def _stack(whole: list[Tensor | None], spec: ExpertsSpec) -> CallWords:
     """What :func:`_experts` says of stacked weights, for any ids."""
     entry, D = _entry([t if t is None else t[0] for t in whole], spec, [])
     steps = [0 if t is None else t.stride(0) * t.itemsize for t in whole]
