@@ -35,9 +35,11 @@ from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates, group_candidates, source_of
 from moeopt.recognise.gemm_sites import GemmSite, find_sites
 from moeopt.recognise.hidden_weight import row_factors, row_weights
+from moeopt.recognise.ids_of_masks import one_beyond
 from moeopt.recognise.limits import check_limits
 from moeopt.recognise.named_obstacles import certain_obstacle, single_neurons
-from moeopt.recognise.routing import FixedShares, NoIds, Routing, Table, find_routing, one_beyond
+from moeopt.recognise.routing import find_routing
+from moeopt.recognise.routing_types import FixedShares, NoIds, Routing, Table
 from moeopt.recognise.slot_vectors import by_slots
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.recognise.weight_position import WeightPosition, weight_position

@@ -40,7 +40,8 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.ops.route import route
 from moeopt.recognise.experts import Recognition
-from moeopt.recognise.routing import Extraction, RoutingForm, side_by_side, table_to_ids
+from moeopt.recognise.ids_of_masks import table_to_ids
+from moeopt.recognise.routing_types import Extraction, RoutingForm, side_by_side
 from moeopt.value_types import PyObject
 
 
