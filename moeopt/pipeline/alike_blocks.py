@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from moeopt.capture.alike import unlike
 from moeopt.capture.call_roles import CallSpec
 from moeopt.passes.manager import Result
-from moeopt.recognise.experts import Recognition
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.install import BlockProgram, RewrittenForward

@@ -26,7 +26,8 @@ from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.pipeline.pays import check_pays
-from moeopt.recognise.experts import ExpertsNotHit, Recognition
+from moeopt.recognise.experts_hit import ExpertsNotHit
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.install import BlockProgram, RewrittenForward

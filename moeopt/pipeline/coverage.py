@@ -19,7 +19,8 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.recognise.any_experts import recognize
-from moeopt.recognise.experts import ExpertsNotHit, Recognition
+from moeopt.recognise.experts_hit import ExpertsNotHit
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading, recognize_router, same_reading
 
 

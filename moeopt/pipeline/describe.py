@@ -12,8 +12,8 @@ from torch import nn
 from moeopt.capture.probe_inputs import call_specs, probe_call
 from moeopt.capture.tape import Tape, record
 from moeopt.errors import CaptureError
-from moeopt.find.discover import BlockCandidate
-from moeopt.recognise.experts import Recognition
+from moeopt.find.block_candidates import BlockCandidate
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading, recognize_outer_router
 from moeopt.value_types import PyObject
 

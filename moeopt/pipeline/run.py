@@ -24,7 +24,9 @@ from torch import nn
 
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, UsageError
-from moeopt.find.discover import BlockCandidate, discover, feed_forward_lists
+from moeopt.find.block_candidates import BlockCandidate
+from moeopt.find.discover import discover
+from moeopt.find.module_lists import feed_forward_lists
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.obstacles import Obstacle, Rank
@@ -45,8 +47,8 @@ from moeopt.pipeline.lowering_text import lowering_text
 from moeopt.pipeline.obstacles_met import ObstaclesMet
 from moeopt.pipeline.pays import WouldNotPay
 from moeopt.pipeline.real_calls import real_calls
-from moeopt.recognise.experts import Recognition
 from moeopt.recognise.hints import hint_for
+from moeopt.recognise.recognition import Recognition
 from moeopt.report import BlockReport
 from moeopt.rewrite.install import install
 from moeopt.rewrite.legality import absent_reason

@@ -27,9 +27,11 @@ from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.weight_refs import MatrixRef, SlotRefs, tensor_at
 from moeopt.recognise.combine import Labels, read_combine
-from moeopt.recognise.experts import ExpertsNotHit, Recognition, siblings, with_frontier
+from moeopt.recognise.experts_hit import ExpertsNotHit, siblings
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.gemm_sites import GemmSite
+from moeopt.recognise.recognition import Recognition
+from moeopt.recognise.routing_of_experts import with_frontier
 from moeopt.recognise.row_graph import RowGraphReader
 from moeopt.recognise.token_rows import Tokens, token_readings
 from moeopt.recognise.weight_source import element_source

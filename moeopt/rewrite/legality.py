@@ -13,7 +13,7 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.obstacles import Rank
-from moeopt.recognise.experts import Recognition
+from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.kept_steps import KeptSteps
 from moeopt.value_types import PyObject
 

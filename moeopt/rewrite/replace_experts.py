@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from moeopt.recognise.experts import Recognition
 from moeopt.recognise.ids_of_masks import table_to_ids
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_types import Extraction
 from moeopt.rewrite.keep import NodeRewrite
 from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
