@@ -17,7 +17,8 @@ from moeopt.find.block_candidates import BlockCandidate, closest, each_once, ide
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.module_lists import alike_children, feed_forward_lists, gate_width, row_sources
 from moeopt.find.row_branches import weighed_branches
-from moeopt.recognise.ffn_candidates import FFNCandidate, group_candidates
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.ffn_groups import group_candidates
 from moeopt.recognise.gemm_sites import GemmSite
 
 _ROUTES = (

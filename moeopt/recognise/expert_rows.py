@@ -14,7 +14,8 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.combine import Labels
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.expert_refs import expert_ref
-from moeopt.recognise.ffn_candidates import FFNCandidate, source_of
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.hidden_weight import row_factors, row_weights
 from moeopt.recognise.recognition import Recognition

@@ -24,7 +24,8 @@ from moeopt.obstacles import Obstacle, Rank, Stage
 from moeopt.recognise.combine import Labels, read_combine
 from moeopt.recognise.expert_rows import label_chain, seed_rows, sites_in
 from moeopt.recognise.experts_hit import ExpertsNotHit, check_all_hit
-from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates, group_candidates, source_of
+from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates
+from moeopt.recognise.ffn_groups import group_candidates, source_of
 from moeopt.recognise.gemm_sites import find_sites
 from moeopt.recognise.named_obstacles import certain_obstacle, single_neurons
 from moeopt.recognise.recognition import Recognition

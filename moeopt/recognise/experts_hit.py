@@ -12,7 +12,8 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef, tensor_at
 from moeopt.obstacles import Rank, Stage
-from moeopt.recognise.ffn_candidates import FFNCandidate, source_of
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import GemmSite, find_sites
 
 

@@ -21,7 +21,8 @@ from moeopt.recognise.combine import Combine, Labels
 from moeopt.recognise.expert_refs import accumulation, layout_of, natural_order, same_layout
 from moeopt.recognise.expert_rows import sites_in
 from moeopt.recognise.experts_hit import ExpertsNotHit, siblings, universe_of
-from moeopt.recognise.ffn_candidates import FFNCandidate, source_of
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.ids_of_masks import one_beyond
 from moeopt.recognise.limits import check_limits

@@ -1,4 +1,4 @@
-"""The routing weights that the rows of the experts show: on the input, the hidden neurons or the output; their dtype."""
+"""The routing weights that the rows of the experts show: on input, hidden neurons or output; and their dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.recognise.combine import Combine, Labels
-from moeopt.recognise.ffn_candidates import FFNCandidate, source_of
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.ids_of_masks import one_beyond
 from moeopt.recognise.routing_types import Routing

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from moeopt.backends.onnxrt.accuracy_kernels import KERNELS, ROW, Kernel
-from moeopt.backends.onnxrt.session import Session, runtime
+from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.session import Session
 from moeopt.value_types import PyObject
 
 EPS, DENORMAL = 2.0**-24, 2.0**-149

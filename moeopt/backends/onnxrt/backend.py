@@ -11,14 +11,16 @@ from torch import nn
 
 from moeopt.backends.base import Made, Opened
 from moeopt.backends.onnxrt.build import BuiltGraph, build_onnx, onnx_plan
-from moeopt.backends.onnxrt.bundle import holds_native, load_onnx_bundle, native_note, save_onnx_bundle, was_replayed
+from moeopt.backends.onnxrt.bundle import holds_native, load_onnx_bundle, native_note, was_replayed
 from moeopt.backends.onnxrt.custom_op import why_not
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine, built_for
 from moeopt.backends.onnxrt.open_engine import open_onnx
 from moeopt.backends.onnxrt.plan import OrtPlan
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PROVIDERS, why_absent
+from moeopt.backends.onnxrt.providers import PROVIDERS, why_absent
+from moeopt.backends.onnxrt.save_bundle import save_onnx_bundle
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.limits import LoadLimits

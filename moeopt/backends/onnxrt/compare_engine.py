@@ -19,7 +19,7 @@ from moeopt.errors import NotEquivalentError
 from moeopt.lower.other_sizes import sizes_to_try
 from moeopt.lower.unexpected_errors import format_error
 from moeopt.options import Options
-from moeopt.pipeline.run import PipelineResult
+from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.verification.language import find_ids
 from moeopt.verification.model import EndToEnd, end_to_end, run_plain
 from moeopt.verification.pins import RoutingLog

@@ -20,7 +20,8 @@ import torch
 
 from moeopt.backends.onnxrt.lowerings import by_name
 from moeopt.backends.onnxrt.lowerings.native import Native
-from moeopt.backends.onnxrt.session import ISA_ENTRY, runtime
+from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.session import ISA_ENTRY
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.assemble import one_op

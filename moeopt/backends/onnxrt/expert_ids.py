@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from moeopt.backends.onnxrt.custom_op import register
 from moeopt.backends.onnxrt.engine import GraphEngine
-from moeopt.backends.onnxrt.session import NATIVE, Session, no_change, runtime
+from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.session import NATIVE, Session, no_change
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl

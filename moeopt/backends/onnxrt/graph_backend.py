@@ -32,9 +32,10 @@ from moeopt.lower.plain import open_dataclasses
 from moeopt.options import Options
 from moeopt.patches import fewer_collections
 from moeopt.pipeline.block import OwnForward
+from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.enclosing import with_router
 from moeopt.pipeline.report_of import report_of
-from moeopt.pipeline.run import PipelineResult, run
+from moeopt.pipeline.run import run
 from moeopt.report import BlockReport
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.session import Prepare, Session, no_change, runtime
+from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.session import Prepare, Session, no_change
 from moeopt.backends.onnxrt.site_records import ENDS, blank_site, function_of
 from moeopt.bundle.values import DTYPES
 from moeopt.errors import BundleError

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 import torch
 
 from moeopt.backends.onnxrt.engine import OnnxEngine
-from moeopt.backends.onnxrt.session import PORTABLE, PROVIDERS, available, runtime
+from moeopt.backends.onnxrt.providers import PROVIDERS, available, runtime
+from moeopt.backends.onnxrt.session import PORTABLE
 from moeopt.backends.registry import open_bundle
 from moeopt.bundle.engine import BundledEngine
 from moeopt.bundle.io_names import KEY

@@ -6,8 +6,9 @@ from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import OnnxEngine
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.plan import OrtPlan
+from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.replay import ReplayPlan
-from moeopt.backends.onnxrt.session import GRAPH, runtime
+from moeopt.backends.onnxrt.session import GRAPH
 from moeopt.errors import MoeoptError, NotSaveableError
 from moeopt.value_types import JsonValue
 

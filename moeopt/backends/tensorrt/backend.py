@@ -14,7 +14,7 @@ from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
-from moeopt.backends.onnxrt.session import why_absent
+from moeopt.backends.onnxrt.providers import why_absent
 from moeopt.backends.tensorrt.build_engine import BuiltEngine, build_trt
 from moeopt.backends.tensorrt.bundle import THROUGH_ONNX, load_trt_bundle, needs_of, save_trt_bundle
 from moeopt.backends.tensorrt.engine import TensorRTEngine, built_not_executed, here
@@ -27,7 +27,7 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.limits import LoadLimits
 from moeopt.options import Options
-from moeopt.pipeline.run import PipelineResult
+from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.untrusted import checked
 from moeopt.value_types import JsonValue, PyObject
 

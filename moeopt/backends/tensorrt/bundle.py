@@ -17,19 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moeopt.backends.onnxrt.bundle import (
-    CERTIFICATE,
-    SIGNATURE,
-    golden_calls,
-    read_signature,
-    replay_golden,
-    stated,
-    write_evidence,
-)
+from moeopt.backends.onnxrt.bundle import read_signature, replay_golden
+from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, SIGNATURE, golden_calls
 from moeopt.backends.onnxrt.check_bytes import check_graph
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.golden import budget_of, golden_runs
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
+from moeopt.backends.onnxrt.providers import available, provider_named, runtime
+from moeopt.backends.onnxrt.save_bundle import stated, write_evidence
+from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, data_of
 from moeopt.backends.onnxrt.trial import within_limits
 from moeopt.backends.tensorrt.build_engine import BuiltEngine
 from moeopt.backends.tensorrt.engine import (

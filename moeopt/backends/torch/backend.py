@@ -22,9 +22,10 @@ from moeopt.limits import LoadLimits
 from moeopt.lower.export import export_program
 from moeopt.ops.native.library import missing
 from moeopt.options import Options
+from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.check_gradients import check_gradients
 from moeopt.pipeline.report_of import how_to_save, report_of
-from moeopt.pipeline.run import PipelineResult, run
+from moeopt.pipeline.run import run
 from moeopt.rewrite.install import install, uninstall
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
