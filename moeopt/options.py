@@ -209,6 +209,27 @@ class Options:
             object.__setattr__(self, "passes", _as_passes(self.passes))
         for name in ("skip_passes", "only_passes"):
             object.__setattr__(self, name, _as_names(name, getattr(self, name)))
+        self._check_numbers()
+        if self.tokens is not None:
+            counts = (self.tokens,) if isinstance(self.tokens, int) else tuple(self.tokens)
+            if not counts or any(isinstance(t, bool) or not isinstance(t, int) or t < 1 for t in counts):
+                raise UsageError(f"tokens={self.tokens!r}: it must be whole numbers of 1 or more, like (1, 128)")
+            object.__setattr__(self, "tokens", counts)
+        self._check_dense()
+        object.__setattr__(self, "groups", _as_groups(self.groups, self.dense, self.experts))
+        if not isinstance(self.hints, Mapping):
+            raise UsageError(f"hints={self.hints!r}: it must map name patterns to an ExpertsSpec or a callable")
+        if self.progress is not None and not isinstance(self.progress, bool) and not callable(self.progress):
+            raise UsageError(
+                f"progress={self.progress!r}: it must be a callable that takes one line of text, or True or False"
+            )
+        if self.dump is not None and not isinstance(self.dump, (str, os.PathLike)):
+            raise UsageError(f"dump={self.dump!r}: it must be the path of a folder")
+        object.__setattr__(self, "hints", dict(self.hints))
+        object.__setattr__(self, "device", _as_device(self.device))
+        object.__setattr__(self, "dtype", _as_dtype(self.dtype))
+
+    def _check_numbers(self) -> None:
         for name in ("tune", "inplace", "tf32", "print_passes"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name}={getattr(self, name)!r}: it must be True or False")
@@ -222,29 +243,14 @@ class Options:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
                 raise UsageError(f"{name}={value!r}: it must be a number above 0")
-        if self.tokens is not None:
-            counts = (self.tokens,) if isinstance(self.tokens, int) else tuple(self.tokens)
-            if not counts or any(isinstance(t, bool) or not isinstance(t, int) or t < 1 for t in counts):
-                raise UsageError(f"tokens={self.tokens!r}: it must be whole numbers of 1 or more, like (1, 128)")
-            object.__setattr__(self, "tokens", counts)
+
+    def _check_dense(self) -> None:
         if self.dense == "split" and self.experts is None:
             raise UsageError("dense='split' needs experts=N: into how many groups a dense FFN is split")
         if self.dense == "split" and self.experts == 1:
             raise UsageError("experts=1 leaves each dense FFN whole: give 2 or more, or dense='leave'")
         if self.dense != "split" and self.experts is not None:
             raise UsageError(f"experts={self.experts} says how to split a dense FFN: give dense='split' as well")
-        object.__setattr__(self, "groups", _as_groups(self.groups, self.dense, self.experts))
-        if not isinstance(self.hints, Mapping):
-            raise UsageError(f"hints={self.hints!r}: it must map name patterns to an ExpertsSpec or a callable")
-        if self.progress is not None and not isinstance(self.progress, bool) and not callable(self.progress):
-            raise UsageError(
-                f"progress={self.progress!r}: it must be a callable that takes one line of text, or True or False"
-            )
-        if self.dump is not None and not isinstance(self.dump, (str, os.PathLike)):
-            raise UsageError(f"dump={self.dump!r}: it must be the path of a folder")
-        object.__setattr__(self, "hints", dict(self.hints))
-        object.__setattr__(self, "device", _as_device(self.device))
-        object.__setattr__(self, "dtype", _as_dtype(self.dtype))
 
     @classmethod
     def from_fields(cls, options: Options | None, fields: Mapping[str, Any]) -> Options:

@@ -130,14 +130,31 @@ class Finder:
                 taken.update(members)
         return found
 
-    def _by_structure(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
-        """Calls that run alike feed-forward children side by side where no FFN candidate was found inside any; or that
-        ran some of them, on rows picked for them, and others not at all."""
-        found = []
+    def _children(self) -> dict[int, list[Call]]:
+        """The calls that each call makes itself, by its index."""
         children: dict[int, list[Call]] = {}
         for call in self.tape.calls:
             if call.parent is not None:
                 children.setdefault(call.parent, []).append(call)
+        return children
+
+    def _gates_and_convolutions(self) -> tuple[dict[int, list[fx.Node]], dict[int, list[fx.Node]]]:
+        """Gates by the call that they stand in, and convolutions with groups by the call around their module's."""
+        convolutions: dict[int, list[fx.Node]] = {}
+        gates: dict[int, list[fx.Node]] = {}
+        for node in self.tape.nodes:
+            if op_name(node) in _GATES:
+                gates.setdefault(node.meta["call"], []).append(node)
+            elif op_name(node) == "convolution" and node.args[8] != 1 and node.args[1].meta["shape"][1] > 1:  # type: ignore[union-attr]
+                home = self.tape.call_of(node)
+                convolutions.setdefault(home.index if home.parent is None else home.parent, []).append(node)
+        return gates, convolutions
+
+    def _by_structure(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls that run alike feed-forward children side by side where no FFN candidate was found inside any; or that
+        ran some of them, on rows picked for them, and others not at all."""
+        found = []
+        children = self._children()
         taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
         for call in self.tape.calls:
             ran = children.get(call.index, [])
@@ -184,18 +201,8 @@ class Finder:
         one matrix each, or as convolutions have groups: mixtures of other layers than matmuls."""
         found: list[BlockCandidate] = []
         taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
-        convolutions: dict[int, list[fx.Node]] = {}
-        gates: dict[int, list[fx.Node]] = {}
-        for node in self.tape.nodes:
-            if op_name(node) in _GATES:
-                gates.setdefault(node.meta["call"], []).append(node)
-            elif op_name(node) == "convolution" and node.args[8] != 1 and node.args[1].meta["shape"][1] > 1:  # type: ignore[union-attr]
-                home = self.tape.call_of(node)
-                convolutions.setdefault(home.index if home.parent is None else home.parent, []).append(node)
-        children: dict[int, list[Call]] = {}
-        for call in self.tape.calls:
-            if call.parent is not None:
-                children.setdefault(call.parent, []).append(call)
+        gates, convolutions = self._gates_and_convolutions()
+        children = self._children()
         for call in reversed(self.tape.calls) if gates else ():
             own = children.get(call.index, [])
             near = [n for c in (call, *own) for n in gates.get(c.index, [])]

@@ -93,14 +93,17 @@ class Answers(TorchFunctionMode):
             return result
         call = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # the caller may change its lists
         compute = functools.cache(functools.partial(_computed, func, call[0], call[1], held))
-        roots = roots or frozenset([f"<{id(result)}>"])
+        self._remember(result, compute, roots or frozenset([f"<{id(result)}>"]))
+        return result
+
+    def _remember(self, result: PyObject, compute: Callable[[], Any], roots: frozenset[str]) -> None:
+        """The tensors of ``result`` are what ``compute`` gives."""
         if isinstance(result, Tensor):
             self._known[id(result)] = _ConstantRead(result, compute, roots)
         elif isinstance(result, (tuple, list)):
             for at, part in enumerate(result):
                 if isinstance(part, Tensor):
                     self._known[id(part)] = _ConstantRead(part, functools.partial(_part, compute, at), roots)
-        return result
 
 
 def _same(value: Tensor) -> Tensor:

@@ -55,15 +55,19 @@ def check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidate
             else:
                 missing += _rest_of(path, whole, experts, [s for s in sites if s.node not in own])
         if missing:
-            shown = list(dict.fromkeys(missing))
-            some = ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
-            error = ExpertsNotHit(
-                f"no probe token reached the expert weights {some}, so what they compute could not be checked; "
-                "pass example inputs that reach every expert",
-                source_of(group[0]),
-            )
-            error.num_named = len(experts) + len(missing)
-            raise error
+            raise _not_hit(missing, experts, group)
+
+
+def _not_hit(missing: list[str], experts: list[ExpertRef], group: list[FFNCandidate]) -> ExpertsNotHit:
+    shown = list(dict.fromkeys(missing))
+    some = ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+    error = ExpertsNotHit(
+        f"no probe token reached the expert weights {some}, so what they compute could not be checked; "
+        "pass example inputs that reach every expert",
+        source_of(group[0]),
+    )
+    error.num_named = len(experts) + len(missing)
+    return error
 
 
 def _like(shape: torch.Size, shapes: set[torch.Size], known: int) -> bool:

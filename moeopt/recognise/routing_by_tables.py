@@ -108,21 +108,25 @@ def by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype 
             if not torch.equal(named, (table.visits > 0)[:, torch.tensor(table.natural)]):
                 continue
             extraction = Extraction(node, ids_steps)
-            for w in sorted(possible_sources(before, floating=True), key=lambda n: -n.meta["index"]):
-                orders = axis_orders(w.meta["shape"], tokens, k) if math.prod(w.meta["shape"]) == tokens * k else ()
-                for order in orders:
-                    weights = Extraction(w, [*order, *spread])
-                    if fits_table(rebuilt(ids, weights.run(tape), table.natural, candidates), table):
-                        yield Routing(ids.shape[1], extraction, weights, table.natural, form)
-                if given and k > 1 and math.prod(w.meta["shape"]) == tokens * candidates:
-                    for score, _ in table_readings(w.meta["shape"], tokens, candidates):
-                        weights = Extraction(w, [*score, (aten.repeat.default, ([1, k],))])
-                        if fits_table(rebuilt(ids, weights.run(tape), table.natural, candidates), table):
-                            yield Routing(ids.shape[1], extraction, weights, table.natural, form)
+            for weights in _beside_mask(before, table, k, given, spread):
+                if fits_table(rebuilt(ids, weights.run(tape), table.natural, candidates), table):
+                    yield Routing(ids.shape[1], extraction, weights, table.natural, form)
             constant = constant_weight(ids, table.natural, table)
             if constant is not None and not table.weighed:
                 weights = constant_weights(constant, table)
                 yield Routing(ids.shape[1], extraction, weights, table.natural, form.without_weights)
+
+
+def _beside_mask(before: list[fx.Node], table: Table, k: int, given: bool, spread: Steps) -> Iterator[Extraction]:
+    """What may be the weights beside a mask of ``k`` slots: (T, K) tensors, or scores (T, E) where it is given."""
+    tokens, candidates = table.visits.shape
+    for w in sorted(possible_sources(before, floating=True), key=lambda n: -n.meta["index"]):
+        orders = axis_orders(w.meta["shape"], tokens, k) if math.prod(w.meta["shape"]) == tokens * k else ()
+        for order in orders:
+            yield Extraction(w, [*order, *spread])
+        if given and k > 1 and math.prod(w.meta["shape"]) == tokens * candidates:
+            for score, _ in table_readings(w.meta["shape"], tokens, candidates):
+                yield Extraction(w, [*score, (aten.repeat.default, ([1, k],))])
 
 
 def _is_argument(node: fx.Node) -> bool:

@@ -245,6 +245,16 @@ def vector_ref(tape: Tape, node: fx.Node, prefix: Index, m: int) -> VectorRef | 
     return VectorRef(str(leaf.target), origin, dm, m)
 
 
+def _along_axes(steps: tuple[Index, ...], shape: tuple[int, ...]) -> bool:
+    """Whether each dimension goes forward along one axis of the leaf, and no two along the same."""
+    axes = [[a for a, s in enumerate(step) if s] for step in steps]
+    used = [a[0] for a in axes if a]
+    plain = all(
+        len(a) == 1 and step[a[0]] > 0 if n > 1 else not a for a, step, n in zip(axes, steps, shape, strict=True)
+    )
+    return plain and len(set(used)) == len(used)
+
+
 def part_ref(tape: Tape, node: fx.Node, values: bool = True) -> PartRef | None:
     """The region of a Parameter or buffer that ``node`` is, whatever its rank; None where it is no such view.
 
@@ -265,12 +275,7 @@ def part_ref(tape: Tape, node: fx.Node, values: bool = True) -> PartRef | None:
         return None
     steps = tuple(_sub(f[1], origin) for f in found[1:-1])
     last = tuple(o + sum((n - 1) * s[a] for n, s in zip(shape, steps, strict=True)) for a, o in enumerate(origin))
-    axes = [[a for a, s in enumerate(step) if s] for step in steps]
-    used = [a[0] for a in axes if a]
-    plain = all(
-        len(a) == 1 and step[a[0]] > 0 if n > 1 else not a for a, step, n in zip(axes, steps, shape, strict=True)
-    )
-    if last != found[-1][1] or not plain or len(set(used)) < len(used):
+    if last != found[-1][1] or not _along_axes(steps, shape):
         return None
     ref = PartRef(str(leaf.target), origin, steps, tuple(shape))
     return ref if not values or torch.equal(ref.read(tape.value(leaf)), tape.value(node)) else None
