@@ -40,15 +40,19 @@ def in_order(model: nn.Module, call: ArgsKwargs) -> ArgsKwargs:
 
 
 def without_cache(model: nn.Module, call: ArgsKwargs) -> ArgsKwargs:
-    """The call with ``use_cache=False``, where a transformers model would return a key/value cache nobody asked for.
+    """The call with ``use_cache=False``, where a transformers model that generates would return a key/value cache.
 
-    A cache as a result has no form in a bundle, and comparing it says nothing beyond the logits. A call that gives
-    ``use_cache`` or a cache stays as it is.
+    What such a model returns is no cache that a bundle could go on with, and comparing it says nothing beyond the
+    logits. A call that gives ``use_cache`` or a cache stays as it is, and so does that of a model that generates
+    nothing (a classifier): its cache is a result as others are.
     """
     args, kwargs = call
     unwrap: Any = getattr(model, "get_base_model", None)  # of peft, whose own forward hands **kwargs on
     wrapped = model if unwrap is None else unwrap()
     if not hasattr(model, "main_input_name") or "use_cache" not in inspect.signature(wrapped.forward).parameters:
+        return call
+    generates = getattr(wrapped, "can_generate", None)
+    if generates is not None and not generates():
         return call
     given = {*list(inspect.signature(model.forward).parameters)[: len(args)], *kwargs}
     if given & {"use_cache", "past_key_values"}:
