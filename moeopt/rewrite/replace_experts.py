@@ -16,9 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from moeopt.recognise.experts import Recognition
-from moeopt.recognise.routing import Extraction, table_to_ids
-from moeopt.rewrite.keep import KeptStep, KeptSteps, NodeRewrite, StepRef
+from moeopt.recognise.ids_of_masks import table_to_ids
+from moeopt.recognise.recognition import Recognition
+from moeopt.recognise.routing_types import Extraction
+from moeopt.rewrite.keep import NodeRewrite
+from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 
 aten = torch.ops.aten
 
@@ -47,7 +49,7 @@ def experts_rewrite(recognition: Recognition, bank: int) -> NodeRewrite:
         else:
             ids = _apply(plan, recognition.routing.ids, ref, None)
             weights = _apply(plan, recognition.routing.weights, ref, ids)
-        y = plan._add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
+        y = plan.add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
         plan.note(
             y,
             (count, recognition.combine.node.meta["shape"][recognition.combine.axis]),

@@ -11,9 +11,10 @@ Added numbers need neither: what is lost of them is lost in the sum.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
+
+from moeopt.value_types import FxTarget, PyObject
 
 aten = torch.ops.aten
 _COMPARED = (aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar, aten.eq.Scalar, aten.ne.Scalar)
@@ -63,7 +64,9 @@ def _in(dtype: torch.dtype, number: float) -> float:
     return float(torch.tensor(number, dtype=torch.float32).to(dtype))
 
 
-def _call(graph: torch.fx.Graph, target: Any, value: torch.fx.Node, *rest: Any, **options: Any) -> torch.fx.Node:
+def _call(
+    graph: torch.fx.Graph, target: FxTarget, value: torch.fx.Node, *rest: PyObject, **options: PyObject
+) -> torch.fx.Node:
     node = graph.call_function(target, (value, *rest), options)
     node.meta["val"] = target(value.meta["val"], *rest, **options)
     return node
