@@ -53,7 +53,7 @@ def works_without(text):
         experts(*some.args)
         opt = moeopt.optimize(toy(), X, verify="fast")
     (note,) = [n for n in opt.report.notes if "native kernel" in n]
-    assert note.startswith("the experts run on torch's products, not on the faster native kernel: ")
+    assert note.startswith("the experts run on torch's matmuls, not on the faster native kernel: ")
     assert library.missing() in note and library.missing() in library.describe()
 
 
