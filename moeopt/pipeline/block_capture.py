@@ -21,10 +21,13 @@ from moeopt.capture.tree import ArgsKwargs, tree_leaves
 from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.options import Options
+from moeopt.passes.group_experts import GroupExperts
 from moeopt.pipeline.coverage import Reader
+from moeopt.pipeline.id_probe import id_ranges
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeightRefs
+from moeopt.rewrite.id_range import IdRange
 from moeopt.rewrite.install import OPAQUE, TENSOR, BlockProgram, CallGuard, RewrittenForward, bind
 from moeopt.rewrite.keep import KeptSteps, kept_steps
 from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason
@@ -57,7 +60,10 @@ class Capture:
             if reason := random_reason(tape, module.training):
                 raise Declined(reason)
         check_experts(module, self.tapes[0], self.found)
-        self.plans = [_plan(t, f) for t, f in zip(self.tapes, self.founds, strict=True)]
+        self.id_ranges = [IdRange() for _ in self.found]
+        if reader.kind == GroupExperts.kind:
+            self.id_ranges = id_ranges(module, self.calls, self.tapes, self.founds)
+        self.plans = [_plan(t, f, self.id_ranges) for t, f in zip(self.tapes, self.founds, strict=True)]
         self.neutral = neutral_reason(module, self.tapes[0], self.found, self.plans[0])
         self.frozen = frozen_values(module, self.tapes[0], self.found, self.plans[0])
         self.signature = inspect.signature(original_forward(module))
@@ -89,7 +95,7 @@ class Capture:
         bound = self.bounds[0]
         _check_order(self.calls[0], bound.tensors())
         both = _same_in_other_mode(
-            self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader
+            self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader, self.id_ranges
         )
         guard = CallGuard(
             [_template(leaf) for leaf in tree_leaves(list(bound.values))],
@@ -150,8 +156,8 @@ def original_forward(module: nn.Module) -> Callable[..., Any]:
     return inner if inner is not None else type(module).forward.__get__(module)
 
 
-def _plan(tape: Tape, recognitions: list[Recognition]) -> KeptSteps:
-    return kept_steps(tape, [experts_rewrite(f, i) for i, f in enumerate(recognitions)])
+def _plan(tape: Tape, recognitions: list[Recognition], ranges: list[IdRange]) -> KeptSteps:
+    return kept_steps(tape, [experts_rewrite(f, i, ranges[i]) for i, f in enumerate(recognitions)])
 
 
 def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
@@ -164,8 +170,9 @@ def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
 
 
 def _same_in_other_mode(
-    module: nn.Module, call: ArgsKwargs, here: Tape, plan: KeptSteps, recognitions: list[Recognition], reader: Reader
-) -> bool:
+    module: nn.Module, call: ArgsKwargs, here: Tape, plan: KeptSteps, recognitions: list[Recognition], reader: Reader,
+    ranges: list[IdRange],
+) -> bool:  # fmt: skip
     """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
     flags = [(m, m.training) for m in module.modules()]
     try:
@@ -176,7 +183,7 @@ def _same_in_other_mode(
         if same_computation(here, light):
             return True
         tape = record(module, *call)
-        other = _plan(tape, reader.again(tape, recognitions))
+        other = _plan(tape, reader.again(tape, recognitions), ranges)
         generalize([plan, other], [[tuple(t.shape) for t in _tensors(call)]] * 2)
         return True
     except Declined:

@@ -28,6 +28,7 @@ from moeopt.ir.weight_refs import expert_paths
 from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, overlap
+from moeopt.rewrite.id_range import IdOutOfRange
 from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
 from moeopt.rewrite.module_guard import Fact, Watch, take_facts
 from moeopt.rewrite.reads import Reads
@@ -183,6 +184,8 @@ class RewrittenForward:
                         self._changed, self.last_refusal = False, ""
                     return self._forward(bound)
                 self._changed = True
+            except IdOutOfRange as outside:
+                refusal = str(outside)
             except Stale as stale:
                 self._stale, refusal = True, str(stale)
         return self._fall_back(refusal, args, kwargs)
