@@ -1,9 +1,9 @@
 """Places worth a look in a whole model: which module calls hold parallel experts, which a dense FFN.
 
 The model runs once on the tape without values. FFN candidates (matmul, element-wise function, matmul)
-that stand side by side on the same rows are experts; one whose weight is a slice of a stack, or has idle
-twins, is an expert whose siblings were not hit; a lone one is a dense FFN. A place is only a hint:
-what a block computes is decided by its own probe call.
+that stand side by side on the same rows are experts; one whose weight is a slice of a stack or of a flat
+Parameter, or has idle twins, is an expert whose siblings were not hit; a lone one is a dense FFN. A place is only
+a hint: what a block computes is decided by its own probe call.
 """
 
 from __future__ import annotations
@@ -304,6 +304,7 @@ class _Finder:
             if not members:
                 continue
             merged = members[0].merged or any(self.leaves[s][1] for c in members for s in (*c.ins, c.out))
+            merged = merged or any(self._rest_is_idle(c) for c in members)
             alone = len({_identity(c.out.matmul) for c in members}) < 2
             if not merged and alone and not (self._dense(members[0]) and self._idle_twins(call, members[0])):
                 continue
@@ -342,6 +343,15 @@ class _Finder:
                 ):
                     return True
         return False
+
+    def _rest_is_idle(self, candidate: FFNCandidate) -> bool:
+        """Whether it reads rows picked by an index, and the numbers that nothing used of the Parameter that holds its
+        matrix would hold another: experts in one flat Parameter, of which the example names this one."""
+        path, matrix = self.leaves[candidate.out][0], candidate.out.matrices[0]
+        if path not in self.named or not picks_rows(candidate.ins[0].operand):
+            return False
+        pieces = {_identity(s.matmul): s.matrices[0] for s, (where, _) in self.leaves.items() if where == path}
+        return self.named[path].numel() - sum(p.k * p.m for p in pieces.values()) >= matrix.k * matrix.m
 
     def _same_rows(self, members: list[FFNCandidate]) -> bool:
         """Their operands lead back to one tensor within a few steps: branches of one place, not of two towers."""

@@ -65,9 +65,7 @@ def id_ranges(
 class _Probe:
     """One id of a recorded call, replaced at will, in the block's own code and in the rewritten block."""
 
-    def __init__(
-        self, module: nn.Module, call: ArgsKwargs, tape: Tape, found: list[Recognition], index: int
-    ) -> None:
+    def __init__(self, module: nn.Module, call: ArgsKwargs, tape: Tape, found: list[Recognition], index: int) -> None:
         self.module, self.call, self.found, self.index = module, call, found, index
         extraction = found[index].routing.ids
         assert extraction is not None and extraction.source is not None

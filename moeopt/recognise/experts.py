@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import is_factory, moves_rows, op_name
+from moeopt.capture.op_kinds import is_factory, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import CONFLICT, ancestors, descendants, row_labels
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
@@ -97,7 +97,7 @@ def recognize(
                 found.append(_recognize_group(tape, members, known, idle, assume, progress))
                 break
             except ExpertsNotHit as reason:
-                if len(members) > 1 or members[0].merged:
+                if len(members) > 1 or members[0].merged or picks_rows(members[0].ins[0].operand):
                     best, best_progress = reason.with_traceback(None), 10
                 break
             except Declined as reason:

@@ -39,6 +39,10 @@ class IdRange:
         return self.lowest is None and self.highest is None and not self.wraps
 
 
+ALL_IDS = IdRange()
+"""Of ids that the block's own code makes, or of which it drops every one that names no expert."""
+
+
 class IdOutOfRange(Stale):
     """This call names an expert that was not verified; the module is as it was."""
 
@@ -71,7 +75,10 @@ def weights_within(
 
 
 def _has_values(ids: torch.Tensor) -> bool:
-    return not torch.compiler.is_compiling() and not is_fake(ids)
+    """Whether Python may look at the ids: neither a compiler, an exporter nor a CUDA graph records this call."""
+    if torch.compiler.is_compiling() or is_fake(ids):
+        return False
+    return not (ids.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _outside(ids: torch.Tensor, lowest: int | None, highest: int | None) -> torch.Tensor:

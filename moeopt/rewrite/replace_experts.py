@@ -18,13 +18,13 @@ from torch import fx
 
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.routing import Extraction, table_to_ids
-from moeopt.rewrite.id_range import IdRange, ids_within, weights_within
+from moeopt.rewrite.id_range import ALL_IDS, IdRange, ids_within, weights_within
 from moeopt.rewrite.keep import KeptStep, KeptSteps, NodeRewrite, StepRef
 
 aten = torch.ops.aten
 
 
-def experts_rewrite(recognition: Recognition, bank: int, within: IdRange) -> NodeRewrite:
+def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_IDS) -> NodeRewrite:
     """The rewrite of ``recognition``, for ids ``within`` a range; ``bank`` is the number of its weights."""
     sources = [recognition.tokens.node, recognition.routing.weights.source]
     sources += [recognition.routing.ids.source] if recognition.routing.ids else []

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from moeopt.backends.onnxrt.accuracy import coarse
+from moeopt.backends.onnxrt.id_guards import name_id_guards
 from moeopt.backends.onnxrt.known_answer import BLOCK, make_probe
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
@@ -202,6 +203,7 @@ def write_graph(
             f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
             "with exp and log"
         )
+    name_id_guards(model)
     guard_sizes(model, signature, doubles="tensorrt" not in plan.provider)
     legalized = [plan.legalize(site) for site in sites]
     calls = {
