@@ -37,7 +37,7 @@ LESSER_CPU := ATEN_CPU_CAPABILITY=$(ISA) ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INST
 ISA_TESTS := tests/ops tests/verification tests/rewrite tests/backends tests/bundle \
 	tests/test_zoo.py tests/test_sabotage.py tests/test_trained_lm.py
 
-.PHONY: help setup demo test test-isa test-nightly test-compat test-gpu gpu-day test-wheel lint format types docs bench clean
+.PHONY: help setup demo examples test test-isa test-nightly test-compat test-matrix test-gpu gpu-day test-wheel lint format types docs bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -56,9 +56,11 @@ $(VENV_COMPAT)/.ready: pyproject.toml
 	$(VENV_COMPAT)/bin/python -m pip install -q '$(TRANSFORMERS_COMPAT)' -e '.[test]'
 	touch $@
 
-demo: $(READY)  ## optimise a model end to end and print the report and the certificate
+demo: $(READY)  ## two models, for PyTorch and as engines, and a table of what it gained: a few minutes
+	PYTHONPATH=. $(PY) examples/demo.py $(ARGS)
+
+examples: $(READY)  ## the shorter examples: a home-made block, and a dense FFN in groups
 	PYTHONPATH=. $(PY) examples/quickstart.py
-	PYTHONPATH=. $(PY) examples/demo.py
 	PYTHONPATH=. $(PY) examples/dense_split.py
 
 test: $(READY)  ## the whole suite, without a GPU
@@ -75,6 +77,9 @@ test-wheel: $(READY)  ## the wheel in a clean environment, and the example workf
 
 test-compat: $(READY_COMPAT)  ## what depends on transformers, on the oldest version promised
 	$(ONE_THREAD) $(PY_COMPAT) $(PYTEST) -m 'not gpu and not nightly' $(wildcard tests/compat tests/families tests/test_families.py tests/zoo) $(ARGS)
+
+test-matrix: $(READY)  ## the core of the suite on the oldest and newest torch and transformers: gigabytes, an hour
+	$(PY) tests/matrix/run.py $(ARGS)
 
 # named, since collecting the whole suite takes longer than they do; `make test-gpu PY=python3` installs nothing
 test-gpu: $(READY)  ## the tests that need a CUDA GPU

@@ -65,7 +65,8 @@ def _compiled(module: Any) -> Call:
 
 
 def _lowering(name: str, module: Any, K: int) -> Call:
-    from moeopt.backends.onnxrt.lowerings import LOWERINGS
+    from moeopt.backends.onnxrt.lowerings import by_name
+    from moeopt.backends.onnxrt.lowerings.native import Native
     from moeopt.backends.onnxrt.plan import session_of
     from moeopt.ir.specs import ExpertsSpec
     from moeopt.lower.onnx.experts_node import ExpertsNode
@@ -73,7 +74,7 @@ def _lowering(name: str, module: Any, K: int) -> Call:
 
     bank = StackedExpertWeights([module.gate_up_proj.detach()], module.down_proj.detach())
     site = ExpertsNode("block", bank, ExpertsSpec(), torch.float32, K, torch.float32)
-    lowering = next(lowering for lowering in LOWERINGS if lowering.name == name)
+    lowering = Native(by_name("unrolled")) if name == Native.name else by_name(name)
     if refusal := lowering.refuses(site, "cpu"):
         raise ValueError(refusal)
     session = session_of(site, lowering)

@@ -8,7 +8,8 @@ caches written over before each call. The clock is the CPU time of the process, 
 machine's other tenants (not what they take of its caches and memory bandwidth). Cells are medians in milliseconds; a
 ratio is the median, over the turns, of the peer's time divided by that of ``moeopt`` in the same turn: above 1, moeopt
 is faster.
-``moeopt`` is the op as a model calls it; ``torch kernel`` is its path without native code; ``difference`` is the
+``moeopt`` is the op as a model calls it; ``torch kernel`` is its path without native code; ``ORT native`` is the same
+kernel as an operator of ONNX Runtime, on the weights as ``ORT unrolled`` stores them; ``difference`` is the
 worst relative distance from ``eager``.
 """
 
@@ -45,8 +46,9 @@ def peers(module: torch.nn.Module, K: int, dtype: torch.dtype) -> dict[str, Call
             from benchmarks.block_peers import _lowering
 
             found["ORT unrolled"] = _lowering("unrolled", module, K)
+            found["ORT native"] = _lowering("native", module, K)
         except ImportError as err:
-            print(f"ORT unrolled: left out, {err}", flush=True)
+            print(f"ONNX Runtime: left out, {err}", flush=True)
     return found
 
 

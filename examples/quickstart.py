@@ -1,4 +1,4 @@
-"""A home-made MoE block, optimised, verified, saved, loaded and checked again: what `make demo` runs."""
+"""A home-made MoE block, optimised, verified, saved, loaded and checked again: what `make examples` runs."""
 
 import tempfile
 from pathlib import Path

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import time
 from typing import Any
 
-import torch
 from torch import nn
 
 from moeopt.backends import registry
+from moeopt.backends.choice import checked_choice
 from moeopt.errors import CaptureError, UsageError
-from moeopt.find.example_inputs import as_call, in_order, made_up
+from moeopt.find.example_inputs import NO_CACHE, as_call, in_order, made_up, without_cache
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.pipeline.accept import as_model, moved, without_rewrites
-from moeopt.pipeline.block import pass_manager
+from moeopt.progress import shown
 from moeopt.report import Report
 from moeopt.rewrite.install import watch_source
 from moeopt.verification.certificate import Certificate
@@ -51,22 +52,24 @@ def optimize(
         NotSaveableError: the model has no form as an engine of that backend; the message names what is in the way.
         EngineBuildError: TensorRT's builder refused the graph, crashed, hung or took too much memory.
     """
-    chosen = Options.from_fields(options, fields)
-    pass_manager(chosen, None)  # raises where a pass is named that is none
-    runtime = registry.get(backend)
-    plan = runtime.plan(chosen)
-    if chosen.device is None and runtime.runs_on_gpu(plan):  # the original is compared where the engine runs
-        chosen = dataclasses.replace(chosen, device=torch.device("cuda"))
+    started = time.perf_counter()
+    chosen, runtime, plan = checked_choice(backend, Options.from_fields(options, fields))
     if isinstance(model, Optimized):
         raise UsageError("this model is optimised already; pass the original, or its .model after a change")
     given = as_model(model)
     source = without_rewrites(given, chosen.inplace)
-    call = made_up(source, chosen.seed) if example_inputs is None else in_order(source, as_call(example_inputs))
+    asked = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
+    call = in_order(source, without_cache(source, asked))
     if chosen.device is not None or chosen.dtype is not None:
         source = source if chosen.inplace else copy.deepcopy(source)
         source = source.to(device=chosen.device, dtype=chosen.dtype)
         call = moved(call, chosen)
-    made = runtime.optimize(source, call, chosen, plan)
+    with shown(chosen.progress) as say:
+        made = runtime.optimize(source, call, dataclasses.replace(chosen, progress=say), plan)
+    notes = made.report.notes
+    if call[1].get("use_cache") is False and hasattr(source, "main_input_name") and not runtime.keeps_cache(made):
+        notes = (*notes, NO_CACHE)
+    made.report = dataclasses.replace(made.report, notes=notes, seconds=time.perf_counter() - started)
     if isinstance(made.model, nn.Module) and made.model is not given:
         watch_source(given, made.model, values=source is not given and (chosen.device, chosen.dtype) != (None, None))
     return Optimized(made, call)
@@ -138,7 +141,7 @@ def verify(
         BundleError: the bundle is damaged.
     """
     if not isinstance(subject, Optimized):
-        call = None if original is None or inputs is None else as_call(inputs)
+        call = None if original is None or inputs is None else without_cache(original, as_call(inputs))
         return registry.of_bundle(subject).verify(subject, provider, original, call, limits or DEFAULT)
     if original is None:
         raise UsageError("verify(optimized) needs original=, the model to compare with")

@@ -1,5 +1,11 @@
 """Every error that moeopt raises on purpose, so that a caller can tell them from bugs."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from moeopt.obstacles import Obstacle, Rank, Stage
+
 
 class MoeoptError(Exception):
     """Base class: an expected failure whose message says what, where and the way out."""
@@ -13,17 +19,34 @@ class Declined(MoeoptError):
     """A block cannot be rewritten.
 
     ``reason`` is a sentence for the model's owner: what stands in the way, and the way round it.
-    ``where`` is the user's source line or a module path, when one is known.
+    ``where`` is the user's source line or a module path, when one is known. ``rank`` and ``stage`` say how much the
+    reason weighs beside others (see ``moeopt.obstacles``), ``others`` what else was met on the way.
     """
 
-    def __init__(self, reason: str, where: str | None = None) -> None:
+    rank = Rank.FOUND
+    stage = Stage.REWRITE
+
+    def __init__(
+        self, reason: str, where: str | None = None, rank: Rank | None = None, others: Iterable[Obstacle] = ()
+    ) -> None:
         self.reason = reason
         self.where = where
+        self.others = tuple(others)
+        if rank is not None:
+            self.rank = rank
         super().__init__(f"{reason} (at {where})" if where else reason)
+
+    @property
+    def obstacle(self) -> Obstacle:
+        """The same as a value; whoever knows the module fills in its path."""
+        return Obstacle(self.reason, self.where or "", "", self.rank, self.stage)
 
 
 class CaptureError(Declined):
     """A module could not be run or recorded by the trace."""
+
+    rank = Rank.PROBE
+    stage = Stage.RUN
 
 
 class NotEquivalentError(MoeoptError):
@@ -64,6 +87,10 @@ class EngineBuildError(MoeoptError):
 
 class StaleModelWarning(UserWarning):
     """A rewritten block met a change it was not verified for, and ran the original code."""
+
+
+class UntestedVersionWarning(UserWarning):
+    """A library is of a version that moeopt was not tested on; told once in a process."""
 
 
 class EngineFallbackWarning(UserWarning):

@@ -66,10 +66,19 @@ class Optimized:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write an engine bundle that runs and re-verifies itself without this model's code.
+
+        Args:
+            directory: a new one, or a bundle's, which is replaced in one step; the logger ``moeopt`` says so.
+            overwrite: let an unverified bundle take the place of a verified one.
 
         Raises:
             NotSaveableError: the model cannot be exported; the message names the op in the way.
+            UsageError: the directory cannot be written to or holds something else.
         """
-        return registry.get(self.report.backend).save(self._made, self._call, directory)
+        return registry.get(self.report.backend).save(self._made, self._call, directory, overwrite)
+
+    def _repr_html_(self) -> str:
+        """Report and certificate as tables, for a notebook."""
+        return f"<div>{self.report._repr_html_()}{self.certificate._repr_html_()}</div>"

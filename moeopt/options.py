@@ -35,6 +35,10 @@ from moeopt.errors import UsageError
 
 Verify = Literal["strict", "fast", "off"]
 DenseMode = Literal["leave", "fuse", "split"]
+_SHORT_DTYPES = {
+    "bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16",
+    "fp32": "float32", "f32": "float32", "float": "float32", "fp64": "float64", "f64": "float64", "double": "float64",
+}  # fmt: skip
 _CHOICES: dict[str, tuple[str, ...]] = {"verify": ("strict", "fast", "off"), "dense": ("leave", "fuse", "split")}
 
 
@@ -46,6 +50,11 @@ def _env(name: str, default: Any, convert: Callable[[str], Any], wanted: str) ->
         return convert(text)
     except (ValueError, KeyError):
         raise UsageError(f"the environment variable {name} is {text!r}; it must be {wanted}, or unset") from None
+
+
+def in_ci() -> bool:
+    """Whether this runs in continuous integration, where nobody watches a bar: ``CI`` is set there."""
+    return os.environ.get("CI", "").strip().lower() not in ("", "0", "false")
 
 
 def inherited(*names: str) -> dict[str, str]:
@@ -133,7 +142,8 @@ class Options:
         session_options: an ``onnxruntime.SessionOptions`` for the engine's session: threads, arenas, profiling.
         inplace: rewrite the model that was given instead of a copy that shares its weights.
         hints: name pattern -> ``ExpertsSpec`` or callable, for blocks that recognition declines.
-        progress: called with one line of text as each long step begins.
+        progress: called with one line of text as each long step begins; None shows a bar on a terminal and in a
+            notebook, and nothing in CI; True and False show it always and never. The logger ``moeopt`` gets the lines.
         seed: of every random input that moeopt makes.
         fuel: keep at most so many applications of passes over all blocks; None means no limit. A block takes one to be
             rewritten at all, and one for each further pass that changes it.
@@ -162,7 +172,7 @@ class Options:
     session_options: Any = field(default=None, hash=False)
     inplace: bool = False
     hints: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    progress: Callable[[str], None] | None = None
+    progress: Callable[[str], None] | bool | None = None
     seed: int = field(default_factory=lambda: _env("MOEOPT_SEED", 0, int, "an integer"))
     fuel: int | None = field(default_factory=lambda: _env("MOEOPT_FUEL", None, int, "an integer"))
     dump: str | os.PathLike[str] | None = field(default_factory=lambda: _env("MOEOPT_DUMP", None, str, "a directory"))
@@ -214,8 +224,10 @@ class Options:
         object.__setattr__(self, "groups", _as_groups(self.groups, self.dense, self.experts))
         if not isinstance(self.hints, Mapping):
             raise UsageError(f"hints={self.hints!r}: it must map name patterns to an ExpertsSpec or a callable")
-        if self.progress is not None and not callable(self.progress):
-            raise UsageError(f"progress={self.progress!r}: it must be a callable that takes one line of text")
+        if self.progress is not None and not isinstance(self.progress, bool) and not callable(self.progress):
+            raise UsageError(
+                f"progress={self.progress!r}: it must be a callable that takes one line of text, or True or False"
+            )
         if self.dump is not None and not isinstance(self.dump, (str, os.PathLike)):
             raise UsageError(f"dump={self.dump!r}: it must be the path of a folder")
         object.__setattr__(self, "hints", dict(self.hints))
@@ -254,7 +266,7 @@ class Options:
 
     def say(self, line: str) -> None:
         """Pass one line to ``progress``, if there is one."""
-        if self.progress is not None:
+        if callable(self.progress):
             self.progress(line)
 
 
@@ -325,9 +337,34 @@ def _as_device(value: Any) -> torch.device | None:
         raise UsageError(f"device={value!r} is not a device: give one like 'cpu' or 'cuda:0'") from err
 
 
+def check_device(device: torch.device | None) -> None:
+    """``UsageError`` where this machine has no such device, or the device keeps no values."""
+    if device is None:
+        return
+    if device.type == "meta":
+        raise UsageError("device='meta' keeps no values, and so nothing can be verified on it: give 'cpu' or 'cuda:0'")
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as err:
+        gpus = torch.cuda.device_count()
+        has = "no CUDA GPU" if not gpus else f"{gpus} CUDA GPU{'s' * (gpus > 1)}, cuda:0 to cuda:{gpus - 1}"
+        built = (
+            "" if torch.version.cuda or device.type != "cuda" else f"; torch {torch.__version__} is built without CUDA"
+        )
+        said = str(err).strip().splitlines()[0][:200] if str(err).strip() else type(err).__name__
+        why = built or f" ({said})"
+        raise UsageError(
+            f"device={str(device)!r}: this machine has {has}{why}: give device='cpu', or leave it out"
+        ) from err
+
+
 def _as_dtype(value: Any) -> torch.dtype | None:
+    found = value
     if isinstance(value, str):
-        value = getattr(torch, value.removeprefix("torch."), value)
-    if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
-        return value
-    raise UsageError(f"dtype={value!r} is not a floating-point dtype: give one like torch.bfloat16 or 'bfloat16'")
+        word = value.removeprefix("torch.").lower()
+        found = getattr(torch, _SHORT_DTYPES.get(word, word), None)
+    if value is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise UsageError(
+        f"dtype={value!r} is not a floating-point dtype: give one like torch.bfloat16, 'bfloat16' or 'bf16'"
+    )

@@ -12,6 +12,7 @@ thread-local mark, so that a thread that serves an engine meanwhile sees the lib
     no_export_dump           the print of torch.export, all threads
     rules_by_their_last_op   onnxscript's pattern matcher, all threads (the same matches, sooner)
     one_registry             torch's table of ONNX translations, all threads (the same table, made once)
+    no_idle_decomposition    torch's pass before ONNX, all threads (left out where every op has a translation)
     sdpa_of                  transformers' attention function "sdpa", the caller's thread
     no_fake_tensor_errors    the logger of fake tensors, all threads
     quiet                    standard output and warnings, the caller's thread; loggers, all threads
@@ -310,6 +311,64 @@ one_registry = Patch(_copy_one_table)
 
 Making it reads the signatures of some thousand functions, which takes about a second; each export gets a copy, because
 an export adds its own translations to it. Ops that were registered meanwhile make it anew: only known ones are in it.
+"""
+
+
+def _decompose_where_needed() -> Undo:
+    try:
+        from torch.onnx._internal.exporter import _decomp, _fx_passes
+
+        fits = {"get_onnx_implemented_overloads", "create_onnx_friendly_decomposition_table"} <= vars(_decomp).keys()
+        fits = fits and "decompose_with_registry" in vars(_fx_passes)
+    except ImportError:  # private names of another version: slower, with the same result
+        fits = False
+    if not fits:
+        return _nothing
+
+    def make(theirs: Any, in_force: InForce) -> Any:
+        def decompose_with_registry(program: Any, registry: Any) -> Any:
+            if not in_force.yes or not _translated(program.graph, registry, _decomp):
+                return theirs(program, registry)
+            import torch
+
+            graph = copy.deepcopy(program.graph)  # torch writes into what it takes for its own
+            for node, own in zip(program.graph.nodes, graph.nodes, strict=True):
+                own.name = node.name  # the signature knows inputs and outputs by name, "input" among them
+            program = copy.copy(program)
+            program._graph_module = torch.fx.GraphModule(program.graph_module, graph)
+            return program
+
+        return decompose_with_registry
+
+    return replace(_fx_passes, "decompose_with_registry", make)
+
+
+def _translated(graph: Any, registry: Any, decomp: Any) -> bool:
+    """Whether each op of a graph has a translation, writes to none of its arguments and is in no decomposition."""
+    import torch
+
+    known = set(decomp.get_onnx_implemented_overloads(registry))
+    table = decomp.create_onnx_friendly_decomposition_table(known)
+    ops = {n.target for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OperatorBase)}
+    if any(n.op not in ("placeholder", "call_function", "output") for n in graph.nodes):
+        return False
+    dropped = (
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_scalar.default,
+    )  # by torch's next pass
+    return all(
+        isinstance(op, torch._ops.OpOverload)
+        and op not in table
+        and not op._schema.is_mutable
+        and (op in known or op.namespace == "onnx_symbolic" or op in dropped)
+        for op in ops
+    )
+
+
+no_idle_decomposition = Patch(_decompose_where_needed)
+"""torch.onnx traces each program once more to decompose ops that ONNX has no form for. A program that was made
+functional before, whose ops all have one, comes out as it went in (but for ``reshape``, which becomes ``view``): the
+trace is left out, a third of the time of exporting a deep model. One op without a translation, and it is done.
 """
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moeopt.errors import UsageError
+from moeopt.obstacles import Obstacle
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 SCHEMA = 1
+KEY = (
+    "W_in, W_out: an expert's first and second weight, oi: stored (outputs, inputs), io: (inputs, outputs); compute: "
+    "dtype of its matmuls; accum: dtype in which a token's experts are summed"
+)
+"""What the words of a block's ``spec`` mean."""
 KINDS = ("moe", "dense_ffn")
 STATUSES = ("rewritten", "declined")
 
@@ -40,11 +46,12 @@ class BlockReport:
         lowering: what the backend runs for it; "" when declined.
         error: the worst token's relative L2 distance from the float64 oracle; None when not verified.
         source: the user's file and line.
-        nearest: the reading that came closest, for a declined block.
+        nearest: for a declined block, the next thing found that stands in the way once ``reason`` does not; or "".
         seconds: time spent on it.
         top_k: experts chosen per token; None when unknown or not fixed.
         spec: the experts' function in words.
         router_spec: a recognised router's ``RouterSpec`` as JSON; "" where it stays an opaque graph.
+        obstacles: whatever else was met while a declined block was looked for, at each level of modules around it.
     """
 
     name: str
@@ -61,6 +68,7 @@ class BlockReport:
     top_k: int | None = None
     spec: str = ""
     router_spec: str = ""
+    obstacles: tuple[Obstacle, ...] = ()
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", KINDS), ("status", STATUSES)):
@@ -150,7 +158,8 @@ class Report:
         out = {"schema": SCHEMA, **dataclasses.asdict(dataclasses.replace(self, certificate=None, passes=()))}
         del out["certificate"]
         out["passes"] = [record.to_dict() for record in self.passes]
-        for block in out["blocks"]:
+        for block, own in zip(out["blocks"], self.blocks, strict=True):
+            block["obstacles"] = [o.to_dict() for o in own.obstacles]
             if block["error"] is not None and not math.isfinite(block["error"]):
                 block["error"] = str(block["error"])
         out["blocks"], out["notes"] = list(out["blocks"]), list(out["notes"])
@@ -193,6 +202,7 @@ class Report:
             profile=None if profile is None else profile.to_dict(),
             inspection=None if inspection is None else inspection.to_dict(),
             timings=timings,
+            key=KEY,
         )
 
     def _repr_html_(self) -> str:
@@ -208,7 +218,7 @@ class Report:
             raise UsageError(f"not a report of schema {SCHEMA} (found {schema!r}): written by another moeopt?")
         try:
             fields = {k: v for k, v in data.items() if k not in ("schema", "blocks", "passes")}
-            blocks = [BlockReport(**{**b, "error": _number(b.get("error"))}) for b in data["blocks"]]
+            blocks = [_block(b) for b in data["blocks"]]
             passes = _records(data.get("passes", ()))
             return cls(blocks=tuple(blocks), passes=passes, **fields)
         except (TypeError, KeyError, ValueError, AttributeError) as err:
@@ -238,6 +248,9 @@ class Report:
                 yield from _wrap(f"{name}: {block.summary()}", "  ", style)
                 for label, text in block.facts():
                     yield from _wrap(text, "    ", "", label=f"{label:8}")
+        if any(block.spec for block in self.rewritten):
+            yield "", ""
+            yield from _wrap(KEY, "", "dim", label="key: ")
         if self.print_passes and self.passes:
             yield "", ""
             yield "passes", "bold"
@@ -255,6 +268,11 @@ def _records(data: Iterable[Mapping[str, Any]]) -> tuple[PassRecord, ...]:
     return tuple(PassRecord(**record) for record in data)
 
 
+def _block(data: Mapping[str, Any]) -> BlockReport:
+    obstacles = tuple(Obstacle.from_dict(o) for o in data.get("obstacles", ()))
+    return BlockReport(**{**data, "error": _number(data.get("error")), "obstacles": obstacles})
+
+
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
@@ -269,7 +287,7 @@ def _alike(blocks: tuple[BlockReport, ...]) -> Iterator[tuple[str, BlockReport]]
     """Blocks that differ only in the numbers of their name, folded into one line with the worst error."""
     groups: dict[tuple[Any, ...], list[BlockReport]] = {}
     for block in blocks:
-        shape = dataclasses.replace(block, name=re.sub(r"\d+", "#", block.name), error=None, seconds=0.0)
+        shape = dataclasses.replace(block, name=re.sub(r"\d+", "#", block.name), error=None, seconds=0.0, obstacles=())
         groups.setdefault(dataclasses.astuple(shape), []).append(block)
     for group in groups.values():
         first, last = group[0], group[-1]

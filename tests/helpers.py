@@ -69,16 +69,20 @@ def assert_same_tensor(a: torch.Tensor, b: torch.Tensor, name: str, exact: bool)
 
 @contextmanager
 def count_expert_calls() -> Iterator[list[Any]]:
-    """Yields a list that gets the spec of each run of a ``moeopt::experts`` kernel, eager or through the op."""
-    module, seen = sys.modules["moeopt.ops.experts"], []
-    kernel = module._run
+    """Yields a list that gets the spec of each run of an experts kernel or a row function, eager or through the op."""
+    module, functions, seen = sys.modules["moeopt.ops.experts"], sys.modules["moeopt.ops.row_function"], []
+    kernel, one_by_one = module._run, functions.expert_by_expert
 
     def spy(x, ids, weights, bank, spec):
         seen.append(spec)
         return kernel(x, ids, weights, bank, spec)
 
-    module._run = spy
+    def spy_function(x, ids, weights, bank, spec, **more):
+        seen.append(spec)
+        return one_by_one(x, ids, weights, bank, spec, **more)
+
+    module._run, functions.expert_by_expert = spy, spy_function
     try:
         yield seen
     finally:
-        module._run = kernel
+        module._run, functions.expert_by_expert = kernel, one_by_one

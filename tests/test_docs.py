@@ -32,8 +32,14 @@ def test_readme_code_runs(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOEOPT_VERIFY", "fast")
+    transformers = pytest.importorskip("transformers", reason="the first lines load a Hugging Face model")
+    from tests.test_hugging_face import make, tokenizer
+
+    make().save_pretrained(tmp_path / "path" / "to" / "model")
+    tokenizer().save_pretrained(tmp_path / "path" / "to" / "model")
+    transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    names = {"model": TwoOfEight(16, 32, 4).eval(), "x": torch.randn(2, 5, 16)}
+    names = {"block": TwoOfEight(16, 32, 4).eval(), "x": torch.randn(2, 5, 16)}
     for language, _, text in fences(ROOT / "README.md"):
         if language == "python":
             run_python(text, names, "README.md")
@@ -67,6 +73,12 @@ def test_every_snippet_of_a_page_runs(page, tmp_path, monkeypatch):
     finally:
         for name in ("my_model", "test_model", "test_bundle", "drop_unit_scale", "test_drop_unit_scale"):
             sys.modules.pop(name, None)
+
+
+def test_the_readme_fits_a_screen_and_a_half():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 130
+    assert not [line for line in lines if len(line) > 140]
 
 
 def test_readme_commands_exist():

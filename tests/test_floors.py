@@ -10,9 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
+    {"obstacles"},
     {"errors"},
-    {"options", "limits", "untrusted", "patches", "html"},  # html draws plain values
-    {"ir"},
+    {"options", "limits", "untrusted", "patches", "compat", "html"},  # html draws plain values
+    {"ir", "progress"},
     {"ops"},
     {"capture"},
     {"recognise"},

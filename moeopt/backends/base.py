@@ -10,6 +10,7 @@ check what they are given and what comes back; a subclass writes the ``_impl`` m
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from moeopt.bundle.destination import check_destination
 from moeopt.bundle.manifest import Manifest, read_manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import BundleError, NotSaveableError, UsageError
@@ -31,6 +33,8 @@ from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd, OriginalRuns, end_to_end
 
 REPORT_IT = "keep the live model of backend='torch', or report this with the model's code"
+
+LOG = logging.getLogger("moeopt")
 
 Otherwise = Callable[[OriginalRuns, Any], EndToEnd | None]
 """A second look at outputs that differ: the original's runs, the engine's outputs -> another verdict, or None."""
@@ -92,6 +96,11 @@ class Backend(ABC):
         del plan
         return False
 
+    def keeps_cache(self, made: Made) -> bool:
+        """Whether what was made takes and returns a language model's key/value cache in a bundle too."""
+        del made
+        return False
+
     def optimize(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made:
         """Find, rewrite, verify and build.
 
@@ -110,16 +119,21 @@ class Backend(ABC):
 
     # bundles
 
-    def save(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str]) -> Path:
-        """Write what :meth:`optimize` made as a bundle; returns its directory.
+    def save(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write what :meth:`optimize` made as a bundle; returns its directory. Replacing a bundle is logged.
 
         Raises:
             NotSaveableError: the message names what has no form in a bundle.
-            UsageError: the directory holds something else.
+            UsageError: the directory cannot be written to, holds something else, or holds a verified bundle that an
+                unverified one would replace without ``overwrite``.
         """
+        old = check_destination(directory, made.certificate.passed is True, overwrite, _bytes_of(made.model))
         what = "the model" if made.built is None else "the engine"
         with open_dataclasses(call), unexpected_errors_as(f"saving {what}", REPORT_IT, NotSaveableError):
-            return self._save_impl(made, call, directory)
+            saved = self._save_impl(made, call, directory)
+        if old:
+            LOG.warning("%s: replaced the bundle that was there (%s)", saved, old)
+        return saved
 
     def open(
         self,
@@ -246,3 +260,14 @@ class Backend(ABC):
     def _replay_impl(self, manifest: Manifest, engine: Any, limits: LoadLimits) -> Any:
         """The golden runs of a bundle on ``engine``, as a :class:`moeopt.bundle.golden.GoldenCheck`."""
         raise BundleError(f"{manifest.directory}: backend {self.name!r} opens no bundles")
+
+
+def _bytes_of(model: Any) -> int:
+    """About how large a bundle of ``model`` is: its weights, or the files of its engine."""
+    if isinstance(model, nn.Module):
+        weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
+        return sum(weights.values())
+    folder = getattr(model, "directory", None)
+    if folder is None:
+        return 0
+    return sum(f.stat().st_size for f in Path(folder).glob("*") if f.is_file())

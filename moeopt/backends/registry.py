@@ -10,7 +10,6 @@ Nothing is imported before it is asked for.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import os
@@ -18,7 +17,7 @@ from importlib import metadata
 from typing import Any
 
 from moeopt.backends.base import Backend
-from moeopt.bundle.manifest import BACKEND_GROUP, known_backends, read_backend
+from moeopt.bundle.manifest import BACKEND_GROUP, check_backend, known_backends, read_backend
 from moeopt.errors import UsageError
 from moeopt.limits import DEFAULT, LoadLimits
 
@@ -40,10 +39,7 @@ def get(name: str) -> Backend:
     Raises:
         UsageError: there is none of that name, or the package that brings it does not load.
     """
-    if name not in (known := names()):
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"backend {name!r} is not available; {hint}use one of {', '.join(map(repr, known))}")
+    check_backend(name)
     return _made(name)
 
 
@@ -66,6 +62,9 @@ def _made(name: str) -> Backend:
 
 def of_bundle(directory: str | os.PathLike[str]) -> Backend:
     """The backend that a bundle says it is for; ``BundleError`` where it says none that is here."""
+    if not isinstance(directory, (str, os.PathLike)):
+        kind = type(directory).__name__
+        raise UsageError(f"give the directory of a bundle, or what moeopt.optimize returned, not a {kind}")
     return get(read_backend(directory))
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from moeopt.bundle.aligned import aligned
+from moeopt.bundle.caches import result_leaves
 from moeopt.bundle.values import decode, encode
 from moeopt.errors import BundleError, LimitError, MoeoptError
 from moeopt.untrusted import checked, parse_json, shown
@@ -54,7 +55,7 @@ def golden_run(args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Any) -
     """A run as it is stored: tensors are copied to the CPU, so that later writes cannot change them."""
     return Golden(
         tuple(_keep(v) for v in pytree.tree_leaves((tuple(args), dict(kwargs)))),
-        tuple(_keep(v) for v in pytree.tree_leaves(outputs)),
+        tuple(_keep(v) for v in result_leaves(outputs)),
     )
 
 
@@ -119,7 +120,7 @@ def check_golden(
     worst, allowed = 0.0, distance if distance is not None else 0.0
     for i, run in enumerate(runs):
         try:
-            outputs = pytree.tree_leaves(run_flat(run.inputs))
+            outputs = result_leaves(run_flat(run.inputs))
         except LimitError:
             raise
         except (MoeoptError, RuntimeError) as err:

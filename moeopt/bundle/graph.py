@@ -12,6 +12,7 @@ from moeopt.bundle import op_allowlist as allow
 from moeopt.bundle import simplify
 from moeopt.bundle import symbols as sizes
 from moeopt.bundle.tree import encode_tree
+from moeopt.bundle.unrolled import is_row_function, unrolled
 from moeopt.bundle.values import encode
 from moeopt.errors import BundleError, NotSaveableError
 from moeopt.patches import one_trace, quiet
@@ -140,7 +141,12 @@ def _nodes(program: Any, names: _Names) -> Iterator[dict[str, Any]]:
             names.same(node, source)
             continue
         names.add(node, view)
-        if view is None:
+        if view is None and is_row_function(node):
+            try:
+                yield from unrolled(node, names)
+            except (BundleError, TypeError) as err:
+                raise NotSaveableError(f"the experts {node.name} cannot be saved{_source(node)}: {err}") from None
+        elif view is None:
             yield _node(node, names)
 
 

@@ -9,6 +9,7 @@ golden.safetensors     inputs and results to check again where it is deployed
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -18,8 +19,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from moeopt.bundle import aside
 from moeopt.bundle.schemas import ManifestFile
@@ -86,8 +85,10 @@ def write_bundle(
     ``fields`` are the manifest's own keys beside format, schema, backend, versions and files. ``UsageError`` when
     ``directory`` exists and is no bundle; nothing is left behind when ``write_files`` raises.
     """
+    import torch  # what only reads a manifest need not wait for it
+
     target = Path(directory)
-    _check_target(target)
+    check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside.clear_abandoned(target)
     with aside.folder(target) as folder:
@@ -154,6 +155,24 @@ def known_backends() -> tuple[str, ...]:
     return (*BACKENDS, *sorted(others))
 
 
+OTHER_NAMES = {
+    "torch": {"pytorch", "pt", "eager", "aten", "inductor", "native"},
+    "onnxruntime": {"ort", "onnx", "onnxrt", "onnxruntimegpu", "onnxruntimecpu", "optimum"},
+    "tensorrt": {"trt", "tensorrtrtx", "trtrtx", "nvtensorrtrtx", "tensorrtllm", "nvidia", "torchtensorrt"},
+}
+"""What people call a backend when they do not use its name: the error then says which name they mean."""
+
+
+def check_backend(name: str) -> None:
+    """``UsageError`` where no backend of that name is here."""
+    if name not in (known := known_backends()):
+        word = str(name).lower().replace("-", "").replace("_", "").replace(" ", "")
+        near = [meant for meant, words in OTHER_NAMES.items() if word in words and meant in known]
+        near = near or difflib.get_close_matches(str(name).lower(), known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"backend {name!r} is not available; {hint}use one of {', '.join(map(repr, known))}")
+
+
 def read_backend(directory: str | os.PathLike[str]) -> str:
     """Which backend a bundle claims to be for, its files unchecked; ``BundleError`` when it claims nothing."""
     return _read_header(Path(directory))["backend"]
@@ -190,7 +209,8 @@ def _check_name(name: Any, root: Path) -> None:
         raise BundleError(f"{root}: a file is named {name!r}: files lie in the bundle itself, under plain names")
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """``UsageError`` where ``target`` is a file, a link, or a directory that holds something else than a bundle."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} exists and is not a directory: give a new path")
     if target.is_dir() and any(target.iterdir()) and not is_bundle(target):

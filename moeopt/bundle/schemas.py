@@ -93,6 +93,13 @@ class Form(Struct):
     facts: dict[str, float] = {}
 
 
+class NativeRecord(Struct):
+    """The graph of an ONNX Runtime bundle with moeopt's own operator: the blocks that it computes."""
+
+    blocks: list[Name]
+    nodes: Count = 0
+
+
 class PlanRecord(Struct):
     """A plan of TensorRT."""
 
@@ -130,6 +137,7 @@ class ManifestFile(Form):
     blocks: list[BlockRecord] = []
     golden: GoldenRecord | None = None
     portable: Any = None
+    native: NativeRecord | None = None
     tensorrt: Any = None
 
 

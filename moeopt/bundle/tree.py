@@ -1,9 +1,9 @@
 """The shape of arguments and results (tuples, lists, dicts, named fields) as JSON; leaves are "*".
 
 Rebuilding a class means importing it, and a bundle is data from elsewhere. So builtin containers are rebuilt as they
-were, a Hugging Face ``ModelOutput`` as its own class where transformers is installed, and any other class with named
-fields as ``Fields``: a dict whose keys are attributes too. A named tuple is of its own class in the process that saw
-it, and elsewhere of a new class with the same name and fields.
+were, a Hugging Face ``ModelOutput`` or ``DynamicCache`` as its own class where transformers is installed, and any
+other class with named fields as ``Fields``: a dict whose keys are attributes too. A named tuple is of its own class
+in the process that saw it, and elsewhere of a new class with the same name and fields.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from moeopt.bundle import caches
 from moeopt.errors import BundleError, UsageError
 
 LEAF = "*"
@@ -85,6 +86,8 @@ def build(tree: Any, leaves: Iterator[Any]) -> Any:
         return pairs if kind == "dict" else collections.OrderedDict(pairs)
     if kind == "namedtuple":
         return _named_tuple(tree["name"], tuple(tree["keys"]))._make(items)
+    if tree["name"] == caches.NAME and "layers" in pairs:
+        return caches.rebuilt(pairs["layers"])
     cls = _model_output(tree["name"])
     return Fields(pairs) if cls is None else cls(**pairs)
 

@@ -50,6 +50,8 @@ class CallSpec:
     leaves: tuple[ArgRole, ...]
     flip_masks: bool = False
     """Whether probe calls give marks that are all alike here (a mask of ones) other values too."""
+    kept_columns: bool = False
+    """Whether columns of whole numbers among the tokens (ids in a table of floats) keep values that they have here."""
 
     def __post_init__(self) -> None:
         self._values, self._spec = pytree.tree_flatten((tuple(self.args), dict(self.kwargs)))
@@ -129,6 +131,7 @@ class CallSpec:
             new = rows[n] if rows is not None and n in rows else own[torch.arange(count) % max(len(own), 1)]
             if len(new) != count:
                 raise UsageError(f"argument {n} is given {len(new)} rows for {count} tokens")
+            new = self._with_columns(own, new) if self.kept_columns and self.leaves[n].role == "tokens" else new
             shaped = new.reshape(*((count,) if self._flat[n] else grid), *own.shape[1:])
             axis = self.leaves[n].feature_axis
             values[n] = shaped if axis == -1 else shaped.movedim(-1, axis).contiguous()
@@ -140,9 +143,25 @@ class CallSpec:
         args, kwargs = pytree.tree_unflatten(values, self._spec)
         return args, kwargs
 
+    def has_whole_columns(self) -> bool:
+        """Whether some column of its tokens holds whole numbers alone, so that it may hold ids."""
+        return any(bool(_whole_columns(self.rows(n)).any()) for n in self.indices("tokens"))
+
+    def _with_columns(self, original: Tensor, new: Tensor) -> Tensor:
+        """``new`` rows whose columns of whole numbers hold values of ``original``, each column by itself."""
+        whole = _whole_columns(original)
+        generator = torch.Generator().manual_seed(len(new))
+        picks = torch.randint(max(len(original), 1), new.shape, generator=generator).to(original.device)
+        return torch.where(whole, original.gather(0, picks), new) if len(original) else new
+
     def _tokens_first(self, n: int) -> Tensor:
         value, axis = self._values[n], self.leaves[n].feature_axis
         return value.detach() if axis == -1 else value.detach().movedim(axis, -1)
+
+
+def _whole_columns(original: Tensor) -> Tensor:
+    """For each of the features of (tokens, ...features), whether every token has a whole number there."""
+    return (original.isfinite() & (original == original.round())).all(0)
 
 
 def _alike(original: Tensor) -> bool:

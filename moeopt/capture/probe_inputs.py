@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.capture.call_roles import ArgRole, CallSpec
 from moeopt.errors import Declined, UsageError
+from moeopt.obstacles import Rank
 
 
 def call_specs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[CallSpec]:
@@ -46,7 +47,7 @@ def _integer_prototypes(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: l
     """A call with token ids alone: every axis of the first integer tensor counts tokens."""
     first = next((t for t in leaves if isinstance(t, torch.Tensor) and not _float(t) and t.dim() >= 1), None)
     if first is None:
-        raise Declined("it is called without a tensor of tokens, so it cannot be probed")
+        raise Declined("it is called without a tensor of tokens, so it cannot be probed", rank=Rank.PROBE)
     grid = tuple(first.shape)
     for lead in dict.fromkeys((len(grid), 1)):
         roles = tuple(

@@ -7,7 +7,7 @@ depends on who else holds the tensor.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,16 +19,19 @@ from moeopt.capture.tape import Tape
 _HANDED_ON = ("detach", "alias")
 
 
-def same_computation(a: Tape, b: Tape) -> bool:
-    """True where both tapes hold the same calls on the same arguments and return, write and store the same."""
-    first, second = _Lines(a), _Lines(b)
+def same_computation(a: Tape, b: Tape, but: Collection[tuple[str, str]] = ()) -> bool:
+    """True where both tapes hold the same calls on the same arguments and return, write and store the same.
+
+    ``but`` are (module path, attribute) whose stored values do not count.
+    """
+    first, second = _Lines(a, but), _Lines(b, but)
     return first.lines == second.lines and first.results == second.results
 
 
 class _Lines:
     """A tape as plain values: each node is the number of its line."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, but: Collection[tuple[str, str]]) -> None:
         self.number: dict[fx.Node, Any] = {}
         self.lines: list[Any] = []
         for node in tape.nodes:
@@ -40,7 +43,7 @@ class _Lines:
         self.results = [
             self._words(tape.output),
             [(self.number[k], self.number[v]) for k, v in tape.mutations.items()],
-            [(k, self._words(v)) for k, v in sorted(tape.attributes.items(), key=lambda item: item[0])],
+            [(k, self._words(v)) for k, v in sorted(tape.attributes.items(), key=lambda i: i[0]) if k not in but],
         ]
 
     def _target(self, node: fx.Node) -> Any:

@@ -1,35 +1,56 @@
-"""A copy of a model that shares every Parameter and buffer with it: other modules, one set of weights."""
+"""A copy of a model that shares every Parameter and buffer with it: other modules, one set of weights.
+
+What ``copy.deepcopy`` cannot copy (a process group, a lock, a file) is shared too, and the copy's maker is told.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
+import io
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
+from moeopt.capture.unregistered import unregistered
 from moeopt.errors import UsageError
 
 M = TypeVar("M", bound=nn.Module)
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
-def shared_copy(model: M) -> M:
+def shared_copy(model: M, notes: list[str] | None = None) -> M:
     """``copy.deepcopy(model)`` with its tensors kept as they are.
 
+    Args:
+        notes: gets a sentence for each other object that model and copy share because it cannot be copied.
+
     Raises:
-        UsageError: the model holds something that cannot be copied, or a patched ``forward`` that
+        UsageError: the model holds a module or an iterator that cannot be copied, or a patched ``forward`` that
             would still call the original's children.
     """
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        memo[id(tensor)] = tensor
+    kept: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    kept |= {id(t): t for held in unregistered(model) for t in held.tensors}
     try:
-        twin = copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, dict(kept))
     except Exception as err:
-        raise UsageError(
-            f"{type(model).__name__} cannot be copied ({type(err).__name__}: {err}), and moeopt works on a copy that "
-            "shares the weights; take out what copy.deepcopy cannot copy, or optimise the submodule with the experts"
-        ) from err
+        shared = _uncopyable(model, kept)
+        try:
+            twin = copy.deepcopy(model, kept | {id(value): value for value in shared.values()})
+        except Exception:
+            raise UsageError(
+                f"{type(model).__name__} cannot be copied ({type(err).__name__}: {err}), and moeopt works on a copy "
+                "that shares the weights; take out what copy.deepcopy cannot copy, or optimise the submodule with the "
+                "experts"
+            ) from err
+        if notes is not None:
+            notes += [
+                f"{path} ({type(value).__name__}) cannot be copied: the optimised model shares it with the original"
+                for path, value in shared.items()
+                if not isinstance(value, torch.Tensor)
+            ]
     own = {id(m) for m in model.modules()}
     for path, module in twin.named_modules():
         for name in ("forward", "_old_forward"):
@@ -40,6 +61,51 @@ def shared_copy(model: M) -> M:
                     "and patch again"
                 )
     return twin
+
+
+def _uncopyable(model: nn.Module, kept: dict[int, Any]) -> dict[str, Any]:
+    """What stops a copy and can be shared, by the path to it: attributes, and what is inside containers and objects.
+
+    Tensors that a graph of gradients made (a weight that a hook computes at each call) are among them.
+    """
+    memo = kept | {id(m): m for m in model.modules()}
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if name not in _REGISTRIES:
+                _look(value, f"{path}.{name}" if path else name, memo, found)
+    return found
+
+
+def _look(value: Any, path: str, memo: dict[int, Any], found: dict[str, Any]) -> None:
+    if id(value) in memo or _copies(value, memo):
+        return
+    memo[id(value)] = value  # an object that refers to itself ends here
+    for name, part in _parts(value):
+        _look(part, f"{path}{name}", memo, found)
+    del memo[id(value)]
+    iterates = isinstance(value, Iterator) and not isinstance(value, io.IOBase)  # a copy would take its items away
+    if not _copies(value, memo) and not iterates and not isinstance(value, nn.Module):
+        memo[id(value)] = found[path] = value
+
+
+def _copies(value: Any, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        return False
+    return True
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from ((f"[{key!r}]", part) for key, part in value.items())
+    elif isinstance(value, (list, tuple)):
+        yield from ((f"[{n}]", part) for n, part in enumerate(value))
+    elif isinstance(value, functools.partial):
+        yield from ((f".args[{n}]", part) for n, part in enumerate(value.args))
+    elif not isinstance(value, (torch.Tensor, nn.Module, type)) and hasattr(value, "__dict__"):
+        yield from ((f".{name}", part) for name, part in vars(value).items())
 
 
 def _refers(value: Any, modules: set[int], depth: int) -> bool:

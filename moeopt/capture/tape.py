@@ -132,6 +132,7 @@ class _Entry:
 
 
 _WRAPPED = object()
+_NOT_RUN = object()
 _VIEW_TWINS = {
     aten.transpose_.default: aten.transpose.int,
     aten.t_.default: aten.t.default,
@@ -149,9 +150,12 @@ def _storage_key(t: torch.Tensor) -> int:
 class _Recorder(TorchDispatchMode):
     """Writes each ATen call down as a node; see :func:`record`."""
 
-    def __init__(self, root: nn.Module, state: ModuleState, keep_values: bool, steer: Steer | None) -> None:
+    def __init__(
+        self, root: nn.Module, state: ModuleState, keep_values: bool, steer: Steer | None, lenient: bool
+    ) -> None:
         super().__init__()
-        self.steer = steer
+        self.steer, self.lenient = steer, lenient
+        self._ran: Any = _NOT_RUN
         self.root, self.state, self.keep_values = root, state, keep_values
         self.make = NodeFactory()
         self.nodes: list[fx.Node] = []
@@ -270,6 +274,15 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._pause:
             return func(*args, **kwargs)
+        if not self.lenient:
+            return self._record(func, types, args, kwargs)
+        self._ran = _NOT_RUN
+        try:
+            return self._record(func, types, args, kwargs)
+        except CaptureError:
+            return self._unfollowed(func, args, kwargs)
+
+    def _record(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.Tag.inplace_view in func.tags:
             return self._record_inplace_view(func, args, kwargs)
         mutated = mutated_args(func, args, kwargs)
@@ -295,6 +308,21 @@ class _Recorder(TorchDispatchMode):
         self._outputs(func, args, kwargs, node, out)
         return out
 
+    def _unfollowed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that cannot be written in functional form, as one that makes what it writes and returns anew."""
+        written = mutated_args(func, args, kwargs)
+        for tensor in written:
+            self.state.about_to_write(tensor)
+        node_args, node_kwargs = tuple(self._as_nodes(a) for a in args), self._as_nodes_dict(kwargs)
+        out = func(*args, **kwargs) if self._ran is _NOT_RUN else self._ran
+        node = self._finish(self.make.call(func, node_args, node_kwargs), None)
+        made = {id(t): t for t in (*written, *leaves_of(torch.Tensor, out))}
+        for number, tensor in enumerate(made.values()):
+            self._enter(tensor, self._finish(self.make.call(operator.getitem, (node, number)), tensor))
+        for child in (node, *node.users):
+            child.meta["source"] = _user_line()
+        return out
+
     def _record_glu(self, types: Any, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """``glu`` as what it stands for: the only activation that halves its operand would need rules of its own."""
         half = x.shape[dim] // 2
@@ -303,6 +331,24 @@ class _Recorder(TorchDispatchMode):
         gate = self.__torch_dispatch__(aten.sigmoid.default, types, (gate,))
         product: torch.Tensor = self.__torch_dispatch__(aten.mul.Tensor, types, (value, gate))
         return product
+
+    @property
+    def open(self) -> bool:
+        """Whether what runs now is written down."""
+        return not self._pause
+
+    def record_whole(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor:
+        """``func`` as one node, where PyTorch runs other ops for it at other sizes."""
+        self._pause += 1
+        try:
+            out: torch.Tensor = func(*args)
+        finally:
+            self._pause -= 1
+        node = self.make.call(func, tuple(self._as_nodes(a) for a in args), {})
+        node.meta["source"] = _user_line()
+        self._finish(node, out)
+        self._outputs(func, args, {}, node, out)
+        return out
 
     def left_the_tape(self, t: torch.Tensor) -> None:
         """``t`` was turned into Python numbers or a NumPy array, which no ATen call shows."""
@@ -354,7 +400,7 @@ class _Recorder(TorchDispatchMode):
         storage = self._storages[key]
         self._preserve(key, storage)
         self.state.about_to_write(target)
-        out = func(*args, **kwargs)
+        out = self._ran = func(*args, **kwargs)
         node = self.make.call(twin.func, node_args, node_kwargs)
         node.meta["source"] = _user_line()
         if draws_random(func, args, kwargs):
@@ -371,6 +417,8 @@ class _Recorder(TorchDispatchMode):
     def _record_inplace_view(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A new shape for a tensor that nothing else views (a bias-free layer on a vector ends so) is a new tensor."""
         target = args[0]
+        if func is aten.set_.source_Tensor and _same_memory(target, args[1]):
+            return func(*args, **kwargs)  # torch.nn.utils.parametrize does it to a weight that stays as it is
         old = self.node_of(target)
         entry = self._entries[id(target)]
         alone = [e for e in self._views[_storage_key(target)] if e.ref() is not None] == [entry]
@@ -458,6 +506,11 @@ class _Recorder(TorchDispatchMode):
         self.current = call.parent
 
 
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    place = [(_storage_key(t), t.storage_offset(), t.shape, t.stride(), t.dtype) for t in (a, b)]
+    return place[0] == place[1]
+
+
 def draws_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True where a call depends on the random state: dropout with a rate of zero does not."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
@@ -483,8 +536,26 @@ def _user_line() -> str:
     return ""
 
 
+def _distances(
+    x1: torch.Tensor, x2: torch.Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary"
+) -> tuple[torch.Tensor, torch.Tensor, float, int | None]:
+    """The arguments of ``aten.cdist`` for those of ``torch.cdist``."""
+    modes = {
+        "use_mm_for_euclid_dist_if_necessary": None,
+        "use_mm_for_euclid_dist": 1,
+        "donot_use_mm_for_euclid_dist": 2,
+    }
+    return x1, x2, float(p), modes[compute_mode]
+
+
+def _wrapped(arg: Any) -> bool:
+    """True for what ``vmap`` and its like put in the place of a tensor."""
+    return isinstance(arg, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(arg)
+
+
 class _WatchReads(TorchFunctionMode):
-    """Notices ``.tolist()``, ``.numpy()`` and ``np.asarray``, which leave no trace on the tape."""
+    """Notices ``.tolist()``, ``.numpy()`` and ``np.asarray``, which leave no trace on the tape, and ``torch.cdist``,
+    for which PyTorch runs a product of matrices or not by the number of rows."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -493,6 +564,8 @@ class _WatchReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LEAVES_TAPE:
             self.recorder.left_the_tape(args[0])
+        if func is torch.cdist and self.recorder.open and not any(map(_wrapped, args)):
+            return self.recorder.record_whole(aten.cdist.default, _distances(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 
@@ -506,6 +579,7 @@ def record(
     *,
     keep_values: bool = True,
     steer: Steer | None = None,
+    lenient: bool = False,
 ) -> Tape:
     """Run ``module(*args, **kwargs)`` once and return its :class:`Tape`.
 
@@ -513,13 +587,15 @@ def record(
         module: any module; run in the mode it is in. Its state is restored afterwards.
         args, kwargs: inputs; tensors in them are cloned first, so the caller's are never written to.
         keep_values: keep every node's value (a block), or only the graph (a whole model).
+        lenient: go on after a call that the tape cannot carry; its result then comes from nowhere in particular. For
+            a whole model, of which the tape only tells where to look.
         steer: may answer another output than the one an op computed; see ``moeopt.capture.force_routing``.
 
     Raises:
         CaptureError: the module raised, or did something that the trace cannot carry.
     """
     state = ModuleState(module)
-    recorder = _Recorder(module, state, keep_values, steer)
+    recorder = _Recorder(module, state, keep_values, steer, lenient)
     args, kwargs = clone_inputs((tuple(args), dict(kwargs or {})))
     rng = torch.get_rng_state()
     try:

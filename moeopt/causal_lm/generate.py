@@ -52,6 +52,8 @@ def shell(engine: Any) -> Any:
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: Any = 0,
+        tokenizer: Any = None,  # generate hands what stop_strings and assisted decoding need on to forward, unread
+        assistant_tokenizer: Any = None,
         **kwargs: Any,
     ) -> Any:
         return engine(

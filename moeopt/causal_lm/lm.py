@@ -32,7 +32,11 @@ from moeopt.causal_lm.layers import ATTENTION, parts_of, sample_cache
 from moeopt.causal_lm.mixers import find_mixers, stepping
 from moeopt.causal_lm.steps import replace_mixers
 from moeopt.causal_lm.translations import own_translations
+from moeopt.compat import known_fields
 from moeopt.errors import Declined
+from moeopt.lower.constant_reads import ConstantReads
+from moeopt.lower.distances import DirectDistances
+from moeopt.lower.export import answered, asks_values, written_by
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.experts_node import ExpertsNode
@@ -116,19 +120,33 @@ def export_causal_lm(
         own_translations(exporter),
         in_place,
         stepping(mixers),
+        DirectDistances(),
     ):
-        try:
-            traced = _real_views(exporter)()
-            graph, _ = traced.export_program(
-                copy.copy(model),  # the exporter leaves a forward on the instance it is given
-                sample,
-                exporter.OnnxConfig(
-                    dynamic=True,
-                    dynamic_shapes=shapes,
-                    optimize=exact,
-                    ort_fusions=provider if exact and provider in ("cpu", "cuda") and not wide else None,
-                ),
+        config = exporter.OnnxConfig(
+            **known_fields(
+                exporter.OnnxConfig,
+                dynamic=True,
+                dynamic_shapes=shapes,
+                optimize=exact,
+                ort_fusions=provider if exact and provider in ("cpu", "cuda") and not wide else None,
             )
+        )
+        traced = _real_views(exporter)()
+
+        def export(reads: ConstantReads | None) -> Any:
+            fresh = copy.copy(model)  # the exporter leaves a forward on the instance it is given
+            with answered(fresh, reads):
+                return traced.export_program(fresh, sample, config)[0]
+
+        try:
+            try:
+                graph = export(None)
+            except Exception as err:
+                if not asks_values(err):
+                    raise
+                sites.clear()
+                graph = export(reads := ConstantReads(model))
+                reads.refuse(written_by(traced.program))
         except Exception as err:
             raise Declined(f"transformers' exporter stops at {_first_line(err)}") from err
     goes_on = replace_mixers(graph, mixers)

@@ -6,6 +6,8 @@ Shape legend: B rows, S new tokens, P cached tokens, N positions whose logits ar
 from __future__ import annotations
 
 import importlib
+import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -137,6 +139,17 @@ class CausalLM:
         self._check(feeds)
         return feeds
 
+    def can_generate(self) -> bool:
+        """True: what ``transformers.pipeline`` asks of a model before it generates with it.
+
+        The pipeline then looks for the class among transformers' own and logs thousands of names when it is none of
+        them; for an engine, which is called as the model was, that line is left out.
+        """
+        log = logging.getLogger("transformers.pipelines.base")
+        if _not_an_engine not in log.filters:
+            log.addFilter(_not_an_engine)
+        return True
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``GenerationMixin.generate``: greedy, sampling, beams, streamers, stopping criteria and the rest.
 
@@ -163,7 +176,9 @@ class CausalLM:
         for name, value in given.items():
             if value is None or value is False or name in TAKEN or name in _IGNORED:
                 continue
-            raise UsageError(f"{name}: {REFUSED.get(name, f'the engine was exported without it; {_ORIGINAL}')}")
+            takes = ", ".join(sorted(TAKEN.intersection(self.signature["parameters"])))
+            unknown = f"the engine was exported without it; {_ORIGINAL}, or leave it out: the engine takes {takes}"
+            raise UsageError(f"{name}: {REFUSED.get(name, unknown)}")
         ids = given.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
             raise UsageError("input_ids must be a tensor (rows, tokens) with at least one token")
@@ -228,6 +243,11 @@ class CausalLM:
 
     def __repr__(self) -> str:
         return f"<moeopt engine of {self.signature['architecture']} on {self.provider}>"
+
+
+def _not_an_engine(record: logging.LogRecord) -> bool:
+    """False for the line of ``transformers.pipeline`` that says that an engine's class is not one of its models."""
+    return not re.match(r"The model '(Optimized|OnnxEngine|TensorRTEngine|CausalLM)' is not supported", str(record.msg))
 
 
 def _kept(wanted: Any, new: int) -> Tensor:

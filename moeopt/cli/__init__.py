@@ -21,6 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     except MoeoptError as err:
         print(f"moeopt: {shown(err)}", file=sys.stderr)
         sys.exit(2 if isinstance(err, UsageError) else 1)
+    except OSError as err:  # a full disk, a folder that nobody may write to: the machine's, and no bug
+        where = f": {err.filename}" if err.filename else ""
+        print(f"moeopt: {shown(err.strerror or err)}{shown(where)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("moeopt: interrupted", file=sys.stderr)
         sys.exit(130)

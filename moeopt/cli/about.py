@@ -8,11 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moeopt.backends import registry
 from moeopt.bundle.manifest import read_manifest
-from moeopt.ops.native.library import describe
 from moeopt.untrusted import cleaned, shown_line
 
 RUNTIMES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13")
@@ -22,6 +18,10 @@ _LISTS = ("inputs", "holds where", "lowerings", "blocks", "profiles")
 
 def machine_facts() -> dict[str, Any]:
     """Versions and devices; nothing optional is imported to find out."""
+    import torch
+
+    from moeopt.ops.native.library import describe
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "moeopt": _version("moeopt"),
@@ -36,7 +36,9 @@ def machine_facts() -> dict[str, Any]:
 
 def bundle_facts(directory: Path) -> dict[str, Any]:
     """A bundle's manifest in the order a reader asks; every file is checked on the way."""
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory)  # a mistyped path is told before torch is imported
+    from moeopt.backends import registry
+
     data = cleaned(manifest.data)
     blocks = [f"{b['name']}: {b['status']}, {b.get('lowering') or b.get('reason', '')}" for b in data.get("blocks", [])]
     signature = data.get("signature") or {}

@@ -6,6 +6,7 @@ mistyped path shall not wait for seconds.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -15,18 +16,20 @@ from typing import Annotated, Any
 import typer
 
 import moeopt
+from moeopt.cli.early import check_backend, check_bundle, check_certificate
+from moeopt.cli.hugging_face import TASKS
 from moeopt.cli.inspect_command import inspect_command
 from moeopt.cli.passes_command import passes_command
 from moeopt.cli.plan_command import plan_command
+from moeopt.cli.preflight import check_choice, check_out
 from moeopt.cli.profile_command import profile_command
-from moeopt.cli.target import FORMS, load_target
-from moeopt.errors import UsageError
+from moeopt.cli.target import FORMS, find_target, load_target
+from moeopt.errors import MoeoptError, UsageError
 from moeopt.html import check_target
 from moeopt.limits import LoadLimits
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -58,6 +61,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, and 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
 Trust = Annotated[bool, typer.Option(help="run the Python code that a Hugging Face directory brings")]
 Html = Annotated[Path | None, typer.Option(help="write the report to this file as one HTML page")]
+Task = Annotated[str | None, typer.Option(help="what a Hugging Face model is loaded for: " + ", ".join(TASKS))]
 Seed = Annotated[int, typer.Option(help="of every random input, and of random weights")]
 
 
@@ -75,6 +79,13 @@ def optimize(
     tune: Annotated[bool, typer.Option(help="measure the lowerings on this machine")] = False,
     html: Html = None,
     measure: Annotated[bool, typer.Option("--measure", help="with --html: time a call before and after")] = False,
+    skip_passes: Annotated[str | None, typer.Option(help="passes that do not run, with commas between")] = None,
+    only_passes: Annotated[str | None, typer.Option(help="the only passes that run, with commas between")] = None,
+    print_passes: Annotated[bool, typer.Option("--print-passes", help="list what each pass did")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="let --out replace a verified bundle unverified")
+    ] = False,
+    task: Task = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
@@ -85,22 +96,38 @@ def optimize(
         check_target(html)
     if measure and (html is None or device is not None or dtype is not None):
         raise UsageError("--measure adds to the page of --html, and compares like with like: without --device, --dtype")
-    model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
-    given = {"verify": verify, "device": device, "target": built_for, "dtype": dtype}
+    check_backend(backend)
+    found = find_target(target, task)
+    given: dict[str, Any] = {
+        "verify": verify, "device": device, "target": built_for, "dtype": dtype, "tune": tune, "seed": seed,
+        "skip_passes": skip_passes and _names(skip_passes), "only_passes": only_passes and _names(only_passes),
+        "print_passes": print_passes or None,
+    }  # fmt: skip
     fields = {name: value for name, value in given.items() if value is not None}
-    optimized = _api().optimize(
-        model, inputs, backend=backend, tune=tune, seed=seed, progress=_progress(quiet), **fields
-    )
-    saved = None if out is None else str(out)
+    check_choice(backend, fields)
     if out is not None:
-        optimized.save(out)
-    if html is not None:
+        check_out(out, found, verify, overwrite)
+    model, inputs = load_target(found, trust_remote_code=trust_remote_code, seed=seed, task=task)
+    from moeopt.progress import never_by_itself  # needs torch, which the target has brought by now
+
+    with never_by_itself() if quiet else contextlib.nullcontext():
+        optimized = _api().optimize(model, inputs, backend=backend, progress=_progress(quiet), **fields)
+    if html is not None:  # before it is saved: a model that has no bundle form still has a report
         from moeopt.cli.measured import figures
 
         optimized.report.to_html(html, **(figures(model, optimized) if measure else {}))
+    saved: str | None = None
+    stopped: Exception | None = None
+    if out is not None:
+        try:
+            optimized.save(out, **({"overwrite": True} if overwrite else {}))
+            saved = str(out)
+        except (MoeoptError, OSError) as err:
+            stopped = err
     if as_json:
         certificate = json.loads(optimized.certificate.to_json())
-        _print_json({"report": optimized.report.to_dict(), "certificate": certificate, "saved": saved})
+        body = {"report": optimized.report.to_dict(), "certificate": certificate, "saved": saved}
+        _print_json(body if stopped is None else {**body, "not_saved": str(stopped)})
     else:
         _show(optimized.report)
         print()
@@ -109,6 +136,8 @@ def optimize(
             print(f"\nsaved: {saved}")
         if html is not None:
             print(f"\nhtml: {html}")
+    if stopped is not None:
+        raise stopped
     _exit(optimized.certificate.passed)
 
 
@@ -116,6 +145,7 @@ def optimize(
 def explain(
     target: TargetArgument,
     html: Html = None,
+    task: Task = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
@@ -124,7 +154,7 @@ def explain(
     """Say which blocks would be rewritten, and why the others would not; changes nothing."""
     if html is not None:
         check_target(html)
-    model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
+    model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed, task=task)
     _say_unless(quiet, f"explain: {target}")
     report = _api().explain(model, inputs)
     if html is not None:
@@ -155,11 +185,14 @@ def verify(
     if against is not None:
         if original is not None:
             raise UsageError("--against compares a bundle with its past, --original with a model: give one of them")
+        check_certificate(against)
+        check_bundle(bundle)
         from moeopt.cli.verify_against import verify_against
 
         _say_unless(quiet, f"verify: {bundle} against {against}")
         _exit(verify_against(bundle, provider, against, as_json, limits), f"not equivalent, or worse than {against}")
         return
+    check_bundle(bundle)
     fields: dict[str, Any] = {}
     if original is not None:
         fields["original"], fields["inputs"] = load_target(original, trust_remote_code=trust_remote_code, seed=seed)
@@ -204,8 +237,15 @@ def _api() -> Any:
     return importlib.import_module("moeopt.api")
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def _progress(quiet: bool) -> Any:
-    return None if quiet else lambda line: print(line, file=sys.stderr, flush=True)
+    """None: a bar on a terminal, unless it was told to be quiet; elsewhere a line for each step."""
+    if quiet or sys.stderr.isatty():
+        return None
+    return lambda line: print(line, file=sys.stderr, flush=True)
 
 
 def _say_unless(quiet: bool, line: str) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moeopt.cli.target import load_target
+from moeopt.errors import UsageError
 
 FORMS = "a Hugging Face directory, a config.json, module:factory or file.py:factory"
 
@@ -23,11 +24,13 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
 ) -> None:
     """Count a model's experts and parameters, and say what it needs; reads no weight."""
+    subject: Any = target
+    if not Path(target).exists():
+        if ":" not in target:
+            raise UsageError(f"{target} does not exist: give {FORMS}")
+        subject, _ = load_target(target)
     from moeopt.inspection import inspect
 
-    subject: Any = target
-    if ":" in target and not Path(target).exists():
-        subject, _ = load_target(target)
     found = inspect(
         subject, batch=batch, prompt=prompt, bits=bits, device=device, top_k=top_k, trust_remote_code=trust_remote_code
     )

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from moeopt.cli.target import FORMS, is_a_bundle, load_data, load_target
+from moeopt.bundle.manifest import is_bundle
+from moeopt.cli.target import FORMS, check_data, load_data, load_target
 from moeopt.errors import UsageError
 from moeopt.html import check_target
 
@@ -27,10 +28,12 @@ def profile_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
 ) -> None:
     """Count how often each expert fires on data, how uneven that is, and what it costs."""
-    if is_a_bundle(Path(target)):
+    if is_bundle(Path(target)):
         raise UsageError(f"{target} is a bundle, whose graph hides its routing: profile the model that it was made of")
     if html is not None:
         check_target(html)
+    if data is not None:
+        check_data(data)
     model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
     from moeopt.profiling import profile  # needs torch, which the target has brought by now
 

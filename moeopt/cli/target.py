@@ -1,45 +1,95 @@
-"""What a command works on: ``module:factory``, ``file.py:factory``, a Hugging Face directory, or a config.json."""
+"""What a command works on: ``module:factory``, ``file.py:factory``, a Hugging Face directory or cached model, or a
+config.json."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeopt.bundle.manifest import is_bundle
+from moeopt.cli.early import check_code
+from moeopt.cli.hugging_face import TASKS, cached_directory, load, weight_files
 from moeopt.errors import UsageError
 
 FORMS = (
-    "give module:factory, file.py:factory, a Hugging Face model directory, or a config.json "
-    "(a factory returns the model, or the model and its example inputs)"
+    "give module:factory, file.py:factory, a Hugging Face model directory or the name of a cached model, or a "
+    "config.json (a factory returns the model, or the model and its example inputs)"
 )
-TOKENS = 16
-"""How many made-up token ids each of two sequences has: export takes a batch of one for a fixed size."""
 
 
-def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class CommandTarget:
+    """What the words name: a factory, or the directory of a Hugging Face model; nothing of it is loaded yet.
+
+    Attributes:
+        words: as the user wrote them.
+        directory: of a Hugging Face model; None for a factory.
+        weights: its weight files; () where the model gets random weights.
+    """
+
+    words: str
+    directory: Path | None = None
+    weights: tuple[Path, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """The size of the weight files; 0 where there are none."""
+        return sum(file.stat().st_size for file in self.weights)
+
+
+def find_target(target: str, task: str | None = None) -> CommandTarget:
+    """What ``target`` names; reads no weight and needs no torch.
+
+    ``UsageError`` says what is wrong with the target or the task.
+    """
+    if task is not None and task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"--task {task} is none: {meant}it may be {', '.join(TASKS)}")
+    path = Path(target)
+    if is_bundle(path):
+        raise UsageError(f"{target} is a bundle, optimised already: `moeopt verify {target}` checks it")
+    if path.name == "config.json" and path.is_file():
+        return CommandTarget(target, path.parent)
+    directory = path if (path / "config.json").is_file() else cached_directory(target)
+    if directory is not None:
+        return CommandTarget(target, directory, tuple(weight_files(directory)))
+    where, colon, name = target.rpartition(":")
+    if colon and name.isidentifier():
+        if task is not None:
+            raise UsageError(f"--task says how a Hugging Face model is loaded, and {target} is a factory: leave it out")
+        check_code(where, target)
+        return CommandTarget(target)
+    what = "a directory without config.json" if path.is_dir() else "neither a file nor module:factory"
+    if path.is_file():
+        what = "a file of none of the forms that moeopt reads"
+    if path.suffix == ".onnx" and path.is_file():
+        what = "an ONNX file, which the command does not read"
+    if path.suffix == ".py" and path.is_file():
+        what = f"a file of code without the name of a factory in it, as in {target}:build"
+    raise UsageError(f"{target} is {what}: {FORMS}")
+
+
+def load_target(
+    target: str | CommandTarget, *, trust_remote_code: bool = False, seed: int = 0, task: str | None = None
+) -> tuple[Any, Any]:
     """``(model, example_inputs)``, the model in eval mode; the inputs are None when the factory gives none.
 
     ``UsageError`` says what is wrong with the target, the file and line in the user's code included.
     """
-    path = Path(target)
-    if is_a_bundle(path):
-        raise UsageError(f"{target} is a bundle, optimised already: `moeopt verify {target}` checks it")
-    if path.name == "config.json" and path.is_file():
-        return _hugging_face(path.parent, False, trust_remote_code, seed)
-    if (path / "config.json").is_file():
-        weights = any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
-        return _hugging_face(path, weights, trust_remote_code, seed)
-    where, colon, name = target.rpartition(":")
-    if not colon or not name.isidentifier():
-        what = "a directory without config.json" if path.is_dir() else "neither a file nor module:factory"
-        if path.suffix == ".py" and path.is_file():
-            what = f"a file of code without the name of a factory in it, as in {target}:build"
-        raise UsageError(f"{target} is {what}: {FORMS}")
+    found = target if isinstance(target, CommandTarget) else find_target(target, task)
+    if found.directory is not None:
+        return load(found.directory, bool(found.weights), task, trust_remote_code, seed)
+    target = found.words
+    where, _, name = target.rpartition(":")
     import torch
 
     torch.manual_seed(seed)
@@ -50,13 +100,13 @@ def load_target(target: str, *, trust_remote_code: bool = False, seed: int = 0) 
     return (model.eval() if isinstance(model, torch.nn.Module) else model), inputs
 
 
-def is_a_bundle(path: Path) -> bool:
-    """:func:`moeopt.bundle.manifest.is_bundle`, which needs torch, asked only where there is a manifest."""
-    if not (path / "moeopt.json").is_file():
-        return False
-    from moeopt.bundle.manifest import is_bundle
-
-    return is_bundle(path)
+def check_data(target: str) -> tuple[str, str]:
+    """The file or module and the name that ``--data`` gives; ``UsageError`` where there is no such code."""
+    where, colon, name = target.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise UsageError(f"--data {target}: give module:function or file.py:function")
+    check_code(where, f"--data {target}")
+    return where, name
 
 
 def load_data(target: str) -> Any:
@@ -64,9 +114,7 @@ def load_data(target: str) -> Any:
 
     ``UsageError`` says what is wrong with the target, the file and line in the user's code included.
     """
-    where, colon, name = target.rpartition(":")
-    if not colon or not name.isidentifier():
-        raise UsageError(f"--data {target}: give module:function or file.py:function")
+    where, name = check_data(target)
     return _call(_factory(where, name, target), target)
 
 
@@ -103,27 +151,3 @@ def _call(factory: Callable[[], Any], target: str) -> Any:
 def _format_error(err: Exception) -> str:
     frame = traceback.extract_tb(err.__traceback__)[-1]
     return f"{type(err).__name__}: {err} ({frame.filename}:{frame.lineno})"
-
-
-def _hugging_face(path: Path, weights: bool, trust_remote_code: bool, seed: int) -> tuple[Any, Any]:
-    """The causal language model of a directory, with made-up token ids; random weights when there are none."""
-    try:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        raise UsageError(f"{path} needs transformers: pip install 'moeopt[transformers]'") from None
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-        torch.manual_seed(seed)
-        if weights:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, trust_remote_code=trust_remote_code, local_files_only=True, dtype="auto"
-            )
-        else:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as err:
-        hint = "" if trust_remote_code or "trust_remote_code" not in str(err) else ": add --trust-remote-code"
-        raise UsageError(f"{path}: transformers cannot load it{hint} ({type(err).__name__}: {str(err)[:300]})") from err
-    vocabulary = getattr(config.get_text_config(), "vocab_size", 2)
-    ids = torch.randint(0, vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(seed))
-    return model.eval(), {"input_ids": ids, "use_cache": False}

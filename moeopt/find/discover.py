@@ -9,6 +9,7 @@ a hint: what a block computes is decided by its own probe call.
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +21,28 @@ from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_r
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call, Tape, record
 from moeopt.capture.tree import leaves_of
+from moeopt.capture.unregistered import is_registered, registered, unregistered
+from moeopt.find.row_branches import weighed_branches
 from moeopt.ir.weight_refs import MatrixRef
 from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates, group_candidates
 from moeopt.recognise.gemm_sites import GemmSite, is_computed_weight, is_weight, weight_and_operand
+
+_ROUTES = (
+    "topk",
+    "argmax",
+    "argmin",
+    "sort",
+    "argsort",
+    "max",
+    "min",
+    "kthvalue",
+    "multinomial",
+    "_softmax",
+    "softmax",
+)
+
+_SHAPED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "_local_scalar_dense")
+_GATES = ("_softmax", "softmax", "sigmoid", "topk")
 
 
 @dataclass
@@ -30,7 +50,9 @@ class BlockCandidate:
     """One module call that holds a block. ``levels`` are the call and its ancestors, innermost first.
 
     ``alone`` has each FFN candidate of an MoE block that is a dense FFN where it turns out to be no expert: a shared
-    expert of the experts' own size.
+    expert of the experts' own size. ``own`` is how many of the levels are the block's own: up to the innermost in
+    which something is chosen. ``reason`` is why nothing of it can be rewritten, where that is known already;
+    ``steered`` whether its Python depends on the values of tensors.
     """
 
     kind: str
@@ -42,6 +64,13 @@ class BlockCandidate:
     experts: int | None = None
     weights: set[int] = field(default_factory=set)
     alone: list[BlockCandidate] = field(default_factory=list)
+    own: int = 0
+    reason: str = ""
+    steered: bool = False
+
+    def own_levels(self) -> set[str]:
+        """Paths of the levels that are the block's own."""
+        return {level.path for level in self.levels[: self.own]}
 
 
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[BlockCandidate]:
@@ -50,10 +79,18 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Raises:
         CaptureError: the model does not run on these inputs.
     """
-    tape = record(model, args, kwargs, keep_values=False)
-    sites, leaves = _light_sites(tape)
-    candidates = find_candidates(tape, sites, loose=True)
-    return _Finder(tape, candidates, leaves).run()
+    held = unregistered(model)
+    with registered(model, held):
+        tape = record(model, args, kwargs, keep_values=False, lenient=True)
+        sites, leaves = _light_sites(tape)
+        candidates = find_candidates(tape, sites, loose=True)
+        places = _Finder(tape, candidates, leaves).run()
+    for one in held:
+        hidden = {id(t) for t in one.tensors}
+        for place in (q for p in places for q in (p, *p.alone) if q.weights & hidden and not q.reason):
+            place.levels = [level for level in place.levels if is_registered(level.path)]
+            place.call, place.reason = place.levels[0], one.reason
+    return places
 
 
 def alike_children(module: nn.Module) -> set[nn.Module]:
@@ -110,7 +147,7 @@ def _light_sites(tape: Tape) -> tuple[list[GemmSite], dict[GemmSite, tuple[str, 
         matrices = [MatrixRef(path, (i,), (), (), k, m) for i in range(min(count, 2))]
         site = GemmSite(_biased(node, memo), node, operand, 0, 0, matrices, torch.zeros(0, dtype=torch.long))
         sites.append(site)
-        sliced = leaf is not None and leaf.dim() >= 3 and op_name(node) != "convolution"
+        sliced = leaf is not None and leaf.dim() >= 3 and len(leaf) > 1 and op_name(node) != "convolution"
         leaves[site] = (path, sliced and (len(shape) == 2 or shape[0] == 1))
     return sites, leaves
 
@@ -147,7 +184,9 @@ class _Finder:
         self.tape, self.candidates, self.leaves = tape, candidates, leaves
         self.home = {c: self._common([*c.outs, *c.ins]) for c in candidates}
         self.named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
-        self.used = {path for path, _ in leaves.values()}
+        used = {path for path, _ in leaves.values()}
+        self.idle = {key for name, t in self.named.items() if name not in used for key in _numbered(name, t)}
+        self._tensors_of: dict[nn.Module, set[int]] = {}
 
     def _common(self, sites: list[GemmSite]) -> int:
         stacks = [self.tape.stack(s.matmul.meta["call"]) for s in sites]
@@ -178,7 +217,7 @@ class _Finder:
             index = self._common([s for c in group for s in (*c.ins, *c.outs)])
             places.append(self._place("moe", self.tape.calls[index], group))
         experts = {s for c in claimed for s in (*c.ins, *c.outs)}
-        blocks = [p.call.index for p in places]
+        blocks = {p.call.index for p in places}
         for candidate in self.candidates:
             if experts.isdisjoint((*candidate.ins, *candidate.outs)) and self._feed_forward(candidate, blocks):
                 places.append(self._place("dense_ffn", self.tape.calls[self.home[candidate]], [candidate]))
@@ -189,11 +228,25 @@ class _Finder:
                     for c in place.candidates
                     if self._feed_forward(c, blocks)
                 ]
-        places = [p for p in places if not self._holds_a_deeper_one(p, places)]
+        places = _closest(places)
         places += self._by_structure(places)
         places += self._by_stacks(places)
-        places = [p for i, p in enumerate(places) if not any(_same_experts(p, q) for q in places[:i])]
+        places += self._by_gate(places)
+        places += self._by_tables(places)
+        places = _once(places)
+        self._mark_own_levels(places)
         return sorted(places, key=lambda p: p.order)
+
+    def _mark_own_levels(self, places: list[BlockCandidate]) -> None:
+        """Up to the innermost call that holds a router: a choice, or a softmax; all where none does."""
+        chosen = [n.meta["index"] for n in self.tape.nodes if op_name(n) in _ROUTES]
+        for place in places:
+            holds = (bisect(chosen, c.last - 1) > bisect(chosen, c.first - 1) for c in place.levels)
+            place.own = next((i + 1 for i, found in enumerate(holds) if found), len(place.levels))
+            whole = place.levels[max(place.own, 1) - 1]
+            inside = self.tape.nodes[whole.first : whole.last]
+            reads = (whole.index in self.tape.stack(r.call) for r in self.tape.reads)
+            place.steered = any(op_name(n) in _SHAPED_BY_VALUES for n in inside) or any(reads)
 
     def _picked(self, free: Iterable[FFNCandidate]) -> list[list[FFNCandidate]]:
         """Chains that read rows picked by an index, and whose Parameters are named alike but for a number:
@@ -214,14 +267,6 @@ class _Finder:
                 taken.update(members)
         return found
 
-    def _holds_a_deeper_one(self, place: BlockCandidate, places: list[BlockCandidate]) -> bool:
-        """True where the same experts were found closer, in a call inside this one."""
-        return place.kind == "moe" and any(
-            other is not place and other.kind == "moe" and other.call is not place.call and place.call in other.levels
-            and other.weights & place.weights
-            for other in places
-        )  # fmt: skip
-
     def _by_structure(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
         """Calls that run alike feed-forward children side by side where no FFN candidate was found inside any; or that
         ran some of them, on rows picked for them, and others not at all."""
@@ -240,7 +285,8 @@ class _Finder:
             idle = len(alike) - len({id(c.module) for c in ran})
             picked = sum(any(picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran)
             routed = picked > 1 or (picked == 1 and idle > 0)
-            ran = [c for c in ran if routed or c.module in pairs]
+            weighed = not routed and not pairs and len(ran) > 1 and weighed_branches(self.tape, ran)
+            ran = [c for c in ran if routed or weighed or c.module in pairs]
             if not ran or (len(ran) < 2 and not routed) or (len(ran) > 1 and self._sequential(ran)):
                 continue
             weights = {id(p) for c in ran for p in c.module.parameters()}
@@ -270,6 +316,66 @@ class _Finder:
             found.append(self._unread(call, call.first, experts, set(map(id, stacks))))
         return found
 
+    def _by_gate(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls that choose among, or weigh, as many things as they run alike modules side by side that are more than
+        one matrix each, or as convolutions have groups: mixtures of other layers than matmuls."""
+        found: list[BlockCandidate] = []
+        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
+        convolutions: dict[int, list[fx.Node]] = {}
+        gates: dict[int, list[fx.Node]] = {}
+        for node in self.tape.nodes:
+            if op_name(node) in _GATES:
+                gates.setdefault(node.meta["call"], []).append(node)
+            elif op_name(node) == "convolution" and node.args[8] != 1 and node.args[1].meta["shape"][1] > 1:  # type: ignore[union-attr]
+                home = self.tape.call_of(node)
+                convolutions.setdefault(home.index if home.parent is None else home.parent, []).append(node)
+        children: dict[int, list[Call]] = {}
+        for call in self.tape.calls:
+            if call.parent is not None:
+                children.setdefault(call.parent, []).append(call)
+        for call in reversed(self.tape.calls) if gates else ():
+            own = children.get(call.index, [])
+            near = [n for c in (call, *own) for n in gates.get(c.index, [])]
+            if call.index in taken or not near:
+                continue
+            alike, groups = alike_children(call.module), convolutions.get(call.index, [])
+            ran = [c for c in own if c.module in alike and _layers(c.module) > 1]
+            widths = {_gate_width(n) for n in near if self.tape.call_of(n).module not in alike}
+            choices = {_gate_width(n) for n in near if op_name(n) != "sigmoid"}
+            if len({id(c.module) for c in ran}) in widths - {0, 1} and not self._sequential(ran):
+                weights = {id(p) for c in ran for p in c.module.parameters()}
+                found.append(self._unread(call, ran[0].first, len(ran), weights))
+            elif len(groups) > 1 and groups[0].args[8] in choices:
+                weights = {id(self.named[p]) for p in map(self._path, groups) if p in self.named}
+                found.append(self._unread(call, groups[0].meta["index"], int(groups[0].args[8]), weights))  # type: ignore[arg-type]
+            else:
+                continue
+            taken |= set(self.tape.stack(call.index))
+        return found
+
+    def _by_tables(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls that look up the same top-k ids in two tables: experts of one neuron each."""
+        lookups: dict[Any, list[fx.Node]] = {}
+        for node in self.tape.nodes:
+            if op_name(node) == "embedding" and len(node.meta["shape"]) > 2 and node.args[0].op == "get_attr":  # type: ignore[union-attr]
+                lookups.setdefault(node.args[1], []).append(node)
+        found = []
+        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
+        for ids, nodes in lookups.items():
+            if len({n.args[0] for n in nodes}) < 2 or not any(op_name(n) == "topk" for n in ancestors([ids])):
+                continue
+            home = self.tape.call_of(nodes[0])
+            call = home if home.parent is None else self.tape.calls[home.parent]
+            if call.index not in taken:
+                paths = [_leaf(self.tape, n)[0] for n in nodes]
+                weights = {id(self.named[p]) for p in paths if p in self.named}
+                found.append(self._unread(call, nodes[0].meta["index"], nodes[0].args[0].meta["shape"][0], weights))  # type: ignore[union-attr]
+        return found
+
+    def _path(self, convolution: fx.Node) -> str:
+        weight = convolution.args[1]
+        return _leaf(self.tape, weight)[0] if isinstance(weight, fx.Node) else ""
+
     def _unread(self, call: Call, first: int, experts: int, weights: set[int]) -> BlockCandidate:
         """A place without candidates, whose experts run from node ``first`` on."""
         levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
@@ -288,8 +394,8 @@ class _Finder:
         paths = {self.leaves[s][0] for c in group for s in (*c.ins, *c.outs)}
         weights = {id(self.named[p]) for p in paths if p in self.named}
         if kind == "moe":  # a helper that is handed its weights is called once per expert: the block is their owner
-            owners = [i for i, c in enumerate(levels) if weights & {id(t) for t in _tensors(c.module)}]
-            levels = levels[owners[0] :] if owners else levels
+            owner = next((i for i, c in enumerate(levels) if not weights.isdisjoint(self._tensors(c.module))), 0)
+            levels = levels[owner:]
             call = levels[0]
         experts = len({_identity(c.out.matmul) for c in group})  # a loop over the batch visits each several times
         return BlockCandidate(
@@ -324,25 +430,16 @@ class _Finder:
     def _idle_twins(self, call: Call, candidate: FFNCandidate) -> bool:
         """Parameters of the call's module, named like the candidate's but for a number, that nothing used."""
         path = self.leaves[candidate.out][0]
-        if not path or (call.path and not path.startswith(call.path + ".")):
+        if path not in self.named or (call.path and not path.startswith(call.path + ".")):
             return False
         start = len(call.path.split(".")) if call.path else 0
-        parts = path.split(".")
-        for i in range(start, len(parts)):
-            if not re.search(r"\d", parts[i]):
-                continue
-            for name, tensor in self.named.items():
-                other = name.split(".")
-                if name in self.used or len(other) != len(parts) or tensor.shape != self.named[path].shape:
-                    continue
-                same = [a == b for a, b in zip(other, parts, strict=True)]
-                if (
-                    sum(not s for s in same) == 1
-                    and not same[i]
-                    and re.sub(r"\d+", "#", other[i]) == re.sub(r"\d+", "#", parts[i])
-                ):
-                    return True
-        return False
+        return any(key in self.idle for key in _numbered(path, self.named[path]) if key[0] >= start)
+
+    def _tensors(self, module: nn.Module) -> set[int]:
+        """Identities of the module's tensors, those of its children included."""
+        if module not in self._tensors_of:
+            self._tensors_of[module] = {id(t) for t in (*module.parameters(), *module.buffers())}
+        return self._tensors_of[module]
 
     def _rest_is_idle(self, candidate: FFNCandidate) -> bool:
         """Whether it reads rows picked by an index, and the numbers that nothing used of the Parameter that holds its
@@ -368,25 +465,60 @@ class _Finder:
         outer = candidate.out.matrices[0]
         return candidate.nonlinear and len(candidate.ins) <= 2 and inner.k == outer.m and not candidate.merged
 
-    def _feed_forward(self, candidate: FFNCandidate, blocks: list[int]) -> bool:
+    def _feed_forward(self, candidate: FFNCandidate, blocks: set[int]) -> bool:
         """A dense FFN, and not a tied autoencoder (one weight, twice), nor a bottleneck (an adapter, squeeze-excite):
         plain and narrower inside than outside. Beside routed experts, in one of ``blocks``, narrow is usual."""
         inner, outer = candidate.ins[0].matrices[0], candidate.out.matrices[0]
         if not self._dense(candidate) or {m.path for s in candidate.ins for m in s.matrices} & {outer.path} - {""}:
             return False
         gated = len(candidate.ins) == 2 or inner.m == 2 * outer.k
-        shared = any(index in self.tape.stack(self.home[candidate]) for index in blocks)
+        shared = not blocks.isdisjoint(self.tape.stack(self.home[candidate]))
         return gated or shared or outer.k >= inner.k
 
 
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _numbered(name: str, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Size]]:
+    """For each part of a tensor's name that holds a number: the part's place, the name without the number, the shape.
+    Tensors that have one in common are twins."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if re.search(r"\d", part):
+            yield i, ".".join([*parts[:i], re.sub(r"\d+", "#", part), *parts[i + 1 :]]), tensor.shape
 
 
-def _same_experts(a: BlockCandidate, b: BlockCandidate) -> bool:
-    """True for two readings of one call that share weights (three matmuls in a row are two candidates)."""
-    return a.kind == b.kind == "moe" and a.call is b.call and bool(a.weights & b.weights)
+def _gate_width(node: fx.Node) -> int:
+    """Over how many things a softmax, sigmoid or top-k is."""
+    shape = node.args[0].meta.get("shape") if isinstance(node.args[0], fx.Node) else None
+    return int(shape[-1]) if shape else 0
+
+
+def _layers(module: nn.Module) -> int:
+    return sum(p.dim() > 1 for p in module.parameters())
+
+
+def _closest(places: list[BlockCandidate]) -> list[BlockCandidate]:
+    """The places without those whose experts were found closer too, in a call inside theirs."""
+    readers: dict[int, list[BlockCandidate]] = {}
+    for place in places:
+        for weight in place.weights if place.kind == "moe" else ():
+            readers.setdefault(weight, []).append(place)
+
+    def closer(place: BlockCandidate) -> bool:
+        others = {id(o): o for w in place.weights for o in readers[w] if o.call is not place.call}
+        return any(place.call is level for o in others.values() for level in o.levels)
+
+    return [p for p in places if p.kind != "moe" or not closer(p)]
+
+
+def _once(places: list[BlockCandidate]) -> list[BlockCandidate]:
+    """The places without second readings of one call that share weights (three matmuls in a row are two candidates)."""
+    seen: dict[int, set[int]] = {}
+    found = []
+    for place in places:
+        weights = seen.setdefault(place.call.index, set()) if place.kind == "moe" else set()
+        if weights.isdisjoint(place.weights):
+            found.append(place)
+        weights |= place.weights
+    return found
 
 
 def _identity(product: fx.Node) -> tuple[Any, ...]:

@@ -38,6 +38,34 @@ def in_order(model: nn.Module, call: ArgsKwargs) -> ArgsKwargs:
     return args, {name: kwargs[name] for name in [*known, *(n for n in kwargs if n not in known)]}
 
 
+def without_cache(model: nn.Module, call: ArgsKwargs) -> ArgsKwargs:
+    """The call with ``use_cache=False``, where a transformers model that generates would return a key/value cache.
+
+    What such a model returns is no cache that a bundle could go on with, and comparing it says nothing beyond the
+    logits. A call that gives ``use_cache`` or a cache stays as it is, and so does that of a model that generates
+    nothing (a classifier): its cache is a result as others are.
+    """
+    args, kwargs = call
+    unwrap: Any = getattr(model, "get_base_model", None)  # of peft, whose own forward hands **kwargs on
+    wrapped = model if unwrap is None else unwrap()
+    if not hasattr(model, "main_input_name") or "use_cache" not in inspect.signature(wrapped.forward).parameters:
+        return call
+    generates = getattr(wrapped, "can_generate", None)
+    if generates is not None and not generates():
+        return call
+    given = {*list(inspect.signature(model.forward).parameters)[: len(args)], *kwargs}
+    if given & {"use_cache", "past_key_values"}:
+        return call
+    return args, {**kwargs, "use_cache": False}
+
+
+NO_CACHE = (
+    "the example call has use_cache=False: what is verified and saved takes whole sequences and returns no key/value "
+    "cache; the live model of backend='torch' still generates with its cache"
+)
+"""Said where :func:`without_cache` matters: a result that was compared and is saved without the model's cache."""
+
+
 def made_up(model: nn.Module, seed: int) -> ArgsKwargs:
     """Inputs for a model that was given without any.
 
@@ -50,6 +78,8 @@ def made_up(model: nn.Module, seed: int) -> ArgsKwargs:
     generator = torch.Generator().manual_seed(seed)
     config = getattr(model, "config", None)
     if config is not None and hasattr(model, "main_input_name"):
+        if model.main_input_name == "pixel_values":
+            return _pixels(model, config, generator)
         return _token_ids(model, config, generator)
     required = [
         p
@@ -78,11 +108,36 @@ def _token_ids(model: nn.Module, config: Any, generator: torch.Generator) -> Arg
         ids[ids == bad] = (bad + 1) % int(vocabulary)
     ids = ids.to(device)
     kwargs: dict[str, Any] = {"input_ids": ids}
+    if model.main_input_name != "input_ids":
+        raise UsageError(f"{type(model).__name__} takes {model.main_input_name}; pass example_inputs")
+    if getattr(text, "pad_token_id", None) is None and getattr(model, "num_labels", None) is not None:
+        kwargs["input_ids"] = ids = _rows_that_run(model, ids)
     if getattr(config, "is_encoder_decoder", False):
         kwargs["decoder_input_ids"] = ids[:, :8].clone()
     if "use_cache" in inspect.signature(model.forward).parameters:
         kwargs["use_cache"] = False
     return (), kwargs
+
+
+def _rows_that_run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Both rows, or one: a classifier that knows no padding token refuses several, since it takes the last token."""
+    try:
+        with torch.no_grad():
+            model(input_ids=ids)
+    except ValueError:
+        return ids[:1]
+    return ids
+
+
+def _pixels(model: nn.Module, config: Any, generator: torch.Generator) -> ArgsKwargs:
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    sizes = (size, size) if isinstance(size, int) else size
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or not isinstance(channels, int):
+        raise UsageError(
+            f"{type(model).__name__} has no image_size and num_channels in its config; pass example_inputs"
+        )
+    first = next(model.parameters())
+    return (), {"pixel_values": torch.randn((2, channels, *sizes), generator=generator).to(first)}
 
 
 def _rows(model: nn.Module, generator: torch.Generator) -> ArgsKwargs | None:

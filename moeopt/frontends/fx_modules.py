@@ -42,7 +42,8 @@ def as_graph_module(model: nn.Module, call: ArgsKwargs) -> fx.GraphModule:
     try:
         with torch.no_grad():
             args, kwargs = avoid_size_one(model, *call)
-        exported: fx.GraphModule = export_program(model, args, kwargs).module()  # type: ignore[assignment]
+        program = export_program(model, args, kwargs, frozen=False)  # the module's weights may change
+        exported: fx.GraphModule = program.module()  # type: ignore[assignment]
         return exported
     except NotSaveableError as err:
         warnings.warn(f"the GraphModule holds {type(model).__name__} as one call: {err}", stacklevel=4)

@@ -32,6 +32,7 @@ def write_page(
     profile: Mapping[str, Any] | None = None,
     inspection: Mapping[str, Any] | None = None,
     timings: Mapping[str, float] | None = None,
+    key: str = "",
 ) -> Path:
     """Write the page, whole or not at all; a part that is not given is left out.
 
@@ -42,12 +43,13 @@ def write_page(
         profile: ``LoadProfile.to_dict()``.
         inspection: ``Inspection.to_dict()``.
         timings: seconds of one call by name, as their owner measured them.
+        key: what the words of a block's ``spec`` mean.
 
     Raises:
         UsageError: jinja2 is not installed, the folder does not exist, or ``timings`` are no positive numbers.
     """
     target = check_target(path)
-    text = page(report, groups or [], certificate, profile, inspection, timings)
+    text = page(report, groups or [], certificate, profile, inspection, timings, key)
     handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -79,6 +81,7 @@ def page(
     profile: Mapping[str, Any] | None,
     inspection: Mapping[str, Any] | None,
     timings: Mapping[str, float] | None,
+    key: str = "",
 ) -> str:
     """The page as text; see :func:`write_page`."""
     import jinja2
@@ -89,6 +92,7 @@ def page(
     facts = {"report": report, "certificate": certificate, "profile": profile, "inspection": inspection,
              "timings": dict(timings) if timings else None}  # fmt: skip
     shown = report.get("graph") if report else None
+    spelled = report is not None and any(block.get("spec") for block in report["blocks"])
     loads = profile["layers"] if profile else []
     pages = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pages.filters["svg"] = Markup
@@ -100,6 +104,7 @@ def page(
         model=subject.get("model") or "model",
         report=report,
         groups=groups,
+        key=key if spelled else "",
         headline=headline(report, certificate, profile),
         graph=shown,
         captured=graph.captured(shown) if shown else "",
@@ -133,7 +138,16 @@ def headline(
     if certificate is None:
         return "plain", words
     kind = {True: "good", False: "bad", None: "warn"}[certificate["passed"]]
-    return kind, f"{words}. {certificate['verdict']}"
+    return kind, f"{words}. {certificate['verdict']}{what_passed(certificate, len(blocks) - done)}"
+
+
+def what_passed(certificate: Mapping[str, Any], left: int) -> str:
+    """What a verdict speaks of, where it is not of every block."""
+    if certificate["passed"] is not True or not certificate["blocks"]:
+        return ""
+    whole = " and the whole model" if certificate.get("end_to_end") else ""
+    rest = f"; the other {left} run{'s' * (left == 1)} the original code" if left else ""
+    return f": what was rewritten{whole}{rest}"
 
 
 def distance(value: Any) -> str:

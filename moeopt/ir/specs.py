@@ -56,7 +56,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "out_of_range": ("nothing", "identity"),
     "combine": ("expert", "slot"),
 }
-_DTYPES = (None, "float32", "float64", "bfloat16", "float16")
+DTYPE_NAMES = (None, "float32", "float64", "bfloat16", "float16")
+"""What a spec may name; None means the dtype of something else."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,9 @@ class ExpertsSpec:
     accum_dtype: str | None = None
     out_dtype: str | None = None
 
+    text = ""
+    """:meth:`encode`'s, of each instance; not annotated, so no field: torch.compile reads a plain attribute only."""
+
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
@@ -111,10 +115,11 @@ class ExpertsSpec:
                 raise UsageError(f"ExpertsSpec.{field} is {value!r}; it must be one of {', '.join(choices)}")
         for field in ("compute_dtype", "act_dtype", "accum_dtype", "out_dtype"):
             value = getattr(self, field)
-            if value not in _DTYPES:
-                raise UsageError(f"ExpertsSpec.{field} is {value!r}; it must be None or one of {_DTYPES[1:]}")
+            if value not in DTYPE_NAMES:
+                raise UsageError(f"ExpertsSpec.{field} is {value!r}; it must be None or one of {DTYPE_NAMES[1:]}")
         if self.activation in ("swish", "softcap", "leaky_relu", "elu") and self.alpha is None:
             raise UsageError(f"ExpertsSpec.activation {self.activation!r} needs alpha")
+        object.__setattr__(self, "text", self.encode())
 
     @property
     def gated(self) -> bool:
@@ -123,11 +128,8 @@ class ExpertsSpec:
 
     def encode(self) -> str:
         """A compact JSON string that holds only what differs from the defaults."""
-        default = ExpertsSpec()
         changed = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != getattr(default, f.name)
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
         }
         return json.dumps(changed, sort_keys=True, separators=(",", ":"))
 

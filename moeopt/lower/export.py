@@ -8,16 +8,20 @@ import math
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.export.graph_signature import OutputKind
 from torch.fx.experimental import _config as shape_config
 from torch.utils import _pytree as pytree
 
+from moeopt.bundle.caches import opened
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import MoeoptError, NotSaveableError
+from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.plain import free_sizes, plain_call
 from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.patches import idle_moves, no_export_dump, one_trace
@@ -75,8 +79,14 @@ def _doubled(call: ArgsKwargs, axis: int, along: bool) -> ArgsKwargs | None:
     return doubled
 
 
-def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+def export_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, frozen: bool = True
+) -> torch.export.ExportedProgram:
     """``torch.export`` of ``model`` on a real call.
+
+    Args:
+        frozen: whether weights and buffers stay what they are in what is made of the graph, so that the model's Python
+            may branch on them.
 
     Raises:
         NotSaveableError: the model cannot be exported; the message names what is in the way.
@@ -85,8 +95,16 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     model = _by_its_forward(model)
     args, kwargs = plain_call(args, kwargs)
     before = _python_state(model)
+    reads = None
     try:
-        program = _traced(model, args, kwargs)
+        try:
+            program = _traced(model, args, kwargs, None)
+        except Exception as err:
+            if not frozen or not asks_values(err):
+                raise
+            _restore(model, before)
+            reads = ConstantReads(model)
+            program = _traced(model, args, kwargs, reads)
     except MoeoptError:
         raise
     except Exception as err:
@@ -102,7 +120,20 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             f"{type(model).__name__} cannot be saved: {counted} changes at each call, and an engine keeps no state: "
             "make it an argument, or use backend='torch'"
         )
+    if reads is not None:
+        reads.refuse(written_by(program))
     return program
+
+
+def asks_values(err: Exception) -> bool:
+    """Whether ``torch.export`` stopped because Python asked for the values of tensors."""
+    return "ata-dependent" in str(err) or isinstance(err, (DataDependentOutputException, DynamicOutputShapeException))
+
+
+def written_by(program: torch.export.ExportedProgram) -> set[str]:
+    """The paths of the weights and buffers that a call of ``program`` writes."""
+    kinds = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+    return {s.target for s in program.graph_signature.output_specs if s.kind in kinds and s.target}
 
 
 def _by_its_forward(model: nn.Module) -> nn.Module:
@@ -117,7 +148,9 @@ def _by_its_forward(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+def _traced(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reads: ConstantReads | None
+) -> torch.export.ExportedProgram:
     """The trace with every size free; where torch cannot broadcast a free size of 1, with sizes of 1 as they are."""
     ones = any(1 in t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
     for free in (True, False) if ones else (True,):
@@ -130,6 +163,8 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 collect_specialization_guards(),
                 no_export_dump(),
                 _named(model, kwargs),
+                _opened_caches(model),
+                answered(model, reads),
             ):
                 shapes = free_sizes((args, kwargs), ones=free)
                 bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)
@@ -151,13 +186,40 @@ def _named(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
         return
     own = [p for p in known.values() if p.kind is not p.VAR_KEYWORD]
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
-    held, forward = model.__dict__.get("forward"), model.forward
+    forward = model.forward
+    with _calling(model, lambda *args, **kwargs: forward(*args, **kwargs), signature.replace(parameters=[*own, *more])):
+        yield
 
-    def spelled_out(*args: Any, **kwargs: Any) -> Any:
+
+@contextlib.contextmanager
+def _opened_caches(model: nn.Module) -> Iterator[None]:
+    """The caches of keys and values that ``forward`` returns are structures of tensors."""
+    forward = model.forward
+    with _calling(model, lambda *args, **kwargs: opened(forward(*args, **kwargs)), inspect.signature(forward)):
+        yield
+
+
+@contextlib.contextmanager
+def answered(model: nn.Module, reads: ConstantReads | None) -> Iterator[None]:
+    """What ``forward`` asks of weights and buffers is answered; it is not with ``reads`` None."""
+    if reads is None:
+        yield
+        return
+    forward = model.forward
+    with _calling(model, lambda *args, **kwargs: reads.run(forward, args, kwargs), inspect.signature(forward)):
+        yield
+
+
+@contextlib.contextmanager
+def _calling(model: nn.Module, forward: Callable[..., Any], signature: inspect.Signature) -> Iterator[None]:
+    """While open, ``forward``, with ``signature``, is what a call of ``model`` runs."""
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    spelled_out.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-    model.__dict__["forward"] = spelled_out
+    held = model.__dict__.get("forward")
+    instead.__signature__ = signature  # type: ignore[attr-defined]
+    model.__dict__["forward"] = instead
     try:
         yield
     finally:
@@ -211,6 +273,11 @@ def _obstacle(err: Exception) -> str:
     """Where ``torch.export`` stopped, and the way out."""
     text = str(err).strip()
     head = text.splitlines()[0] if text else type(err).__name__
+    if unknown := re.match(r"Found <class '(transformers\.cache_utils\.[^']*)'> in output", head):
+        return (
+            f"its result holds a {unknown[1].rpartition('.')[2]}, and an engine returns caches of plain keys and "
+            "values only: add use_cache=False to the example inputs, and to the calls of the engine"
+        )
     if unknown := re.match(r"Found (<class '[^']*'>) in output", head):
         return (
             f"its result holds a {unknown[1]}, which torch.export does not know: call "
@@ -219,7 +286,7 @@ def _obstacle(err: Exception) -> str:
     if "ata-dependent" not in head:
         if own := _raised_by_the_model(err):
             return own
-        return f"torch.export stops at: {head}. Remove what it names, or save the rewritten blocks on their own"
+        return f"torch.export stops at: {head}. Remove what it names, or save a rewritten block alone"
     lines = [
         line.strip() for line in text.splitlines() if line.strip().startswith("File ") and "site-packages" not in line
     ]
@@ -229,7 +296,9 @@ def _obstacle(err: Exception) -> str:
     return (
         f"torch.export stops at: {head}{where}. Its Python there depends on the values of tensors, which no graph "
         "repeats. In a block that moeopt declined, the report of backend='torch' says why; elsewhere (rotary "
-        "embeddings that grow with the positions) set the model to another form, or save the rewritten blocks alone"
+        "embeddings that grow with the positions) set the model to another form. What can be saved: a "
+        "rewritten block alone, moeopt.optimize(model.get_submodule(name), its inputs).save(folder), or the whole "
+        "model with its code, torch.save(optimized.model, file)"
     )
 
 

@@ -20,6 +20,7 @@ from moeopt.bundle.shape_guards import encode_conditions, only_asked
 from moeopt.bundle.tree import field_names
 from moeopt.bundle.values import encode
 from moeopt.errors import NotSaveableError
+from moeopt.lower.idle_draws import drop_idle_draws
 from moeopt.lower.specialization_guards import specialization_guards
 from moeopt.patches import one_trace, quiet
 
@@ -213,6 +214,7 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     Raises:
         NotSaveableError: it draws random numbers, which another runtime draws otherwise.
     """
+    drop_idle_draws(program.graph)
     for node in program.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _idle(node):
             raise NotSaveableError(

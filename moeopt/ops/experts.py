@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import override
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
 from moeopt.ops.kernels.cuda import experts_cuda
 from moeopt.ops.native.dispatch import experts_on_cpu
 from moeopt.ops.reference import experts_reference
+from moeopt.ops.row_function import row_function
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 """w_in, w_out, b_in, b_out, norm."""
@@ -31,14 +34,13 @@ _KERNELS = {"cpu": experts_on_cpu, "cuda": experts_cuda}
 decode = functools.lru_cache(ExpertsSpec.decode)
 
 
-@torch.compiler.assume_constant_result
-def encode(spec: ExpertsSpec) -> str:
-    """``spec.encode()``, a constant to torch.compile, which cannot trace ``json``."""
-    return spec.encode()
-
-
 def experts(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec, skip_idle: bool = False
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    bank: Any,
+    spec: ExpertsSpec | RowFunction,
+    skip_idle: bool = False,
 ) -> Tensor:
     """Run the experts that ``ids_TK`` names on each token and sum their weighted outputs.
 
@@ -50,7 +52,7 @@ def experts(
         x_TH: tokens (T, H), any float dtype; T may be 0.
         ids_TK: chosen experts (T, K), integers; < 0 adds nothing, >= E is ``spec.out_of_range``.
         weights_TK: routing weights (T, K), any float dtype.
-        bank: the E experts' weights.
+        bank: the E experts' weights: a ``ExpertWeights``, or a ``SlotBank`` where ``spec`` is a ``RowFunction``.
         spec: the function, with the dtypes and the order of the sum.
         skip_idle: whether separate weights of experts that no token reaches get no gradient (``grad`` stays None,
             and optimizers leave them alone), as in a loop over the experts that are hit; else it is zeros, as in a
@@ -63,15 +65,17 @@ def experts(
         UsageError: shapes or dtypes that have no meaning here; the message names them.
     """
     if not torch.compiler.is_dynamo_compiling() and (impl := override.current()) is not None:
-        y_TH = impl(x_TH, ids_TK, weights_TK, bank, spec)
+        y_TH = impl(x_TH, ids_TK, weights_TK, bank, spec)  # type: ignore[arg-type]
         if y_TH is not None:
             return y_TH
     traced = _traced(x_TH)
+    if isinstance(spec, RowFunction):
+        return row_function(x_TH, ids_TK, weights_TK, bank, spec, traced, skip_idle)
     if traced or _needs_grad(x_TH, weights_TK, bank):
         lists = flatten(bank, spec)
         if skip_idle and not traced:
             lists = _without_idle(lists, ids_TK, weights_TK)
-        return torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *lists, encode(spec))
+        return torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *lists, spec.text)
     return _run(x_TH, ids_TK, weights_TK, bank, spec)
 
 

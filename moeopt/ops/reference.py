@@ -6,12 +6,14 @@ Shape legend: T tokens, E experts, K chosen per token, H hidden, I intermediate,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moeopt.errors import UsageError
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights
@@ -66,15 +68,17 @@ def rms_norm(o_MH: Tensor, norm_H: Tensor | None, spec: ExpertsSpec) -> Tensor:
     return F.rms_norm(o_MH, (o_MH.shape[-1],), weight_H, spec.out_norm_eps)
 
 
-def dtypes(x: Tensor, spec: ExpertsSpec) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+def dtypes(x: Tensor, spec: ExpertsSpec | RowFunction) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     """The compute, accumulator and output dtypes that ``spec`` means for this ``x``."""
     compute = getattr(torch, spec.compute_dtype) if spec.compute_dtype else x.dtype
     out = getattr(torch, spec.out_dtype) if spec.out_dtype else x.dtype
     return compute, getattr(torch, spec.accum_dtype) if spec.accum_dtype else out, out
 
 
-def out_features(bank: ExpertWeights, spec: ExpertsSpec) -> int:
+def out_features(bank: Any, spec: ExpertsSpec | RowFunction) -> int:
     """The width of the result: W_out's output dimension."""
+    if isinstance(spec, RowFunction):
+        return spec.body.out_features
     return bank.w_out(0).shape[0 if spec.w_out_layout == "oi" else 1]
 
 

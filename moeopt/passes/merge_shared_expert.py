@@ -116,6 +116,8 @@ def read(block: BlockGraph, one: Added) -> ExpertRef:
     refs, spec = block.weights[one.experts.args[1]]  # type: ignore[index]
     where = one.total.meta.get("source") or None
     assert root is not None
+    if not isinstance(spec, ExpertsSpec):
+        raise Declined("the routed experts are a function of a row, and no two matmuls", where)
     module = root.get_submodule(path)
     if spec.weight_on != "output":
         raise Declined("the routing weights multiply the experts' input, so an expert of weight 1 has no gate", where)

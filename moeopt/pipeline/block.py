@@ -18,11 +18,14 @@ from moeopt.capture.probe_inputs import call_specs, probe_call
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.specs import RouterSpec
+from moeopt.obstacles import Obstacle, Rank
 from moeopt.options import Options
 from moeopt.passes.manager import PassManager, Result, check_names
 from moeopt.passes.pipeline import PIPELINE
+from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.coverage import Mixture, Reader
+from moeopt.pipeline.pays import check_pays
 from moeopt.recognise.experts import ExpertsNotHit, Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
@@ -67,26 +70,31 @@ def rewrite_block(
     runtime: Runtime | None = None,
     reader: Reader | None = None,
     manager: PassManager | None = None,
+    alike: AlikeBlocks | None = None,
 ) -> Rewrite:
     """Rewrite ``module`` as ``call`` uses it, without changing it; verify it as ``runtime`` computes it.
 
     Args:
         reader: what in the block becomes an op; None means its mixtures of experts.
         manager: what runs the passes; None means one of the block's own, as ``options`` ask for.
+        alike: blocks whose graph may be bound to this one, and which remembers this one.
 
     Raises:
         Declined: with the reason; nothing was changed.
     """
     try:
         manager = manager or pass_manager(options, runtime)
-        return _rewrite(name, module, call, options, runtime, reader or Mixture(), manager)
+        check_module(module)
+        bound = None if alike is None else _rebind(name, module, call, options, runtime, alike)
+        return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
     except (Declined, UsageError):
         raise
     except Exception as err:
         where = traceback.extract_tb(err.__traceback__)[-1]
         raise Declined(
             f"moeopt itself failed on it ({type(err).__name__}: {str(err)[:200]} in {where.name}); the block is left "
-            "as it was; please report this with the block's code"
+            "as it was; please report this with the block's code",
+            rank=Rank.INTERNAL,
         ) from err
 
 
@@ -117,54 +125,99 @@ def _rewrite(
     runtime: Runtime | None,
     reader: Reader,
     manager: PassManager,
+    alike: AlikeBlocks | None,
 ) -> Rewrite:
     started = time.perf_counter()
-    check_module(module)
     last: Declined | None = None
+    met: list[Obstacle] = []
     for call_spec in _versions(call):
         try:
             capture = Capture(name, module, call_spec, options, reader)
+            if runtime is None:  # an engine takes them always: without them it could not be written
+                check_pays(capture.found)
             judge = functools.partial(_verify, capture, call, options, runtime)
             result = manager.run(capture.block(), judge, capture.differ)
         except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
+            met.append(err.obstacle)
             last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
         except ExpertsNotHit as err:  # what was read as a mask may be ids
             if not call_spec.indices("choices") and not call_spec.flip_masks:
                 raise
+            met += [err.obstacle, *err.others]
             last = err.with_traceback(None)
             continue
-        except Declined:
+        except Declined as err:
             if call_spec.flip_masks:
+                met += [err.obstacle, *err.others]
                 continue
+            err.others = (*met, *err.others)
             raise
         check: BlockCheck = result.verdict  # type: ignore[assignment]
         if check.passed is False:
             if call_spec.flip_masks:
                 continue
-            raise Declined(f"it was rewritten, verified and reverted: {check.reason}")
+            error = Declined(f"it was rewritten, verified and reverted: {check.reason}")
+            error.found = capture.found  # type: ignore[attr-defined]
+            raise error
         if capture.neutral:
             raise Declined(capture.neutral)
         result.block.root = None  # a program is bound to a module when it is installed
         program = capture.program(result.block)
+        if alike is not None:
+            alike.add(Known(module, call_spec, program, capture.found, capture.routers, result))
         return Rewrite(program, capture.found, check, capture.routers, time.perf_counter() - started, result)
+    last = last or Declined("its arguments could not be read as rows of tokens", rank=Rank.PROBE)
+    last.others = tuple(met)
     try:
-        raise last or Declined("its arguments could not be read as rows of tokens")
+        raise last
     finally:
         del last
 
 
+def _rebind(
+    name: str, module: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime | None, alike: AlikeBlocks
+) -> Rewrite | None:
+    """The graph of an alike block that was verified before, bound to ``module`` and verified there; None where there
+    is none, or where it is not equivalent here."""
+    started = time.perf_counter()
+    bound = alike.propose(name, module, list(_versions(call)))
+    if bound is None:
+        return None
+
+    def verify(block: BlockGraph) -> BlockCheck:
+        return _verify(bound, call, options, runtime, block, False)
+
+    done = bound_result(bound, verify)
+    if done is None:
+        return None
+    program, result = done
+    check: BlockCheck = result.verdict  # type: ignore[assignment]
+    known = bound.known
+    return Rewrite(program, known.found, check, known.routers, time.perf_counter() - started, result)
+
+
 def _versions(call: ArgsKwargs) -> Iterator[CallSpec]:
     """Readings of the call; those with marks that are all alike first with both values in them: what a mask of ones
-    does shows only where it is not one. As they are they come second, for code that takes no other values."""
-    for call_spec in call_specs(*call):
+    does shows only where it is not one. As they are they come second, for code that takes no other values. For code
+    that runs on none of these, columns of whole numbers may be ids, and keep the values that they have."""
+    readings = list(call_specs(*call))
+    for call_spec in readings:
         if call_spec.constant_masks():
             yield dataclasses.replace(call_spec, flip_masks=True)
         yield call_spec
+    yield from (
+        dataclasses.replace(call_spec, kept_columns=True) for call_spec in readings if call_spec.has_whole_columns()
+    )
 
 
 def _verify(
-    capture: Capture, call: ArgsKwargs, options: Options, runtime: Runtime | None, block: BlockGraph, settle: bool
+    capture: Capture | Bound,
+    call: ArgsKwargs,
+    options: Options,
+    runtime: Runtime | None,
+    block: BlockGraph,
+    settle: bool,
 ) -> BlockCheck:
     """The verdict on ``block``; with ``settle``, ``runtime`` gives up the lowerings with which it fails."""
     name, module, call_spec, found = capture.name, capture.module, capture.call_spec, capture.found

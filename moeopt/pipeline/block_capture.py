@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from torch import nn
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.isolated_run import run_quietly, undone
 from moeopt.capture.probe_inputs import probe_call
-from moeopt.capture.random_ops import random_reason
+from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.same_graph import same_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
 from moeopt.capture.tree import ArgsKwargs, tree_leaves
 from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
+from moeopt.obstacles import Rank
 from moeopt.options import Options
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.pipeline.coverage import Reader
@@ -33,6 +34,7 @@ from moeopt.rewrite.keep import KeptSteps, kept_steps
 from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason
 from moeopt.rewrite.reads import Reads, observe
 from moeopt.rewrite.replace_experts import experts_rewrite
+from moeopt.rewrite.scratch import UNSET, scratch_attributes
 from moeopt.rewrite.symbolic_shapes import generalize
 
 
@@ -57,13 +59,16 @@ class Capture:
             self.calls.append(call)
         for tape, found_there in zip(self.tapes, self.founds, strict=True):
             _same_experts(self.found, found_there)
-            if reason := random_reason(tape, module.training):
-                raise Declined(reason)
+            refuse_random(tape, module.training)
         check_experts(module, self.tapes[0], self.found)
         self.id_ranges = [IdRange() for _ in self.found]
         if reader.kind == GroupExperts.kind:
             self.id_ranges = id_ranges(module, self.calls, self.tapes, self.founds)
-        self.plans = [_plan(t, f, self.id_ranges) for t, f in zip(self.tapes, self.founds, strict=True)]
+        other = probe_call(call_spec, 14, options.seed + 3, experts=len(self.found[0].experts), variant=1)
+        self.scratch = scratch_attributes(module, self.calls[1], self.tapes[1], other)
+        self.plans = [_plan(t, f, self.id_ranges, self.scratch) for t, f in zip(self.tapes, self.founds, strict=True)]
+        for plan in self.plans:  # a call that stores what was there already shows no change
+            plan.attributes = {**plan.attributes, **{k: UNSET for k in self.plans[1].attributes if k in self.scratch}}
         self.neutral = neutral_reason(module, self.tapes[0], self.found, self.plans[0])
         self.frozen = frozen_values(module, self.tapes[0], self.found, self.plans[0])
         self.signature = inspect.signature(original_forward(module))
@@ -95,8 +100,9 @@ class Capture:
         bound = self.bounds[0]
         _check_order(self.calls[0], bound.tensors())
         both = _same_in_other_mode(
-            self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader, self.id_ranges
-        )
+            self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader, self.id_ranges,
+            self.scratch,
+        )  # fmt: skip
         guard = CallGuard(
             [_template(leaf) for leaf in tree_leaves(list(bound.values))],
             _fixed([[tuple(t.shape) for t in b.tensors()] for b in self.bounds]),
@@ -138,7 +144,8 @@ def _stateless(tape: Tape, plans: list[KeptSteps], shapes: list[list[tuple[int, 
             names = ", ".join(".".join(filter(None, key)) for key in tape.attributes)
             raise Declined(
                 f"it behaves differently on a second call, because its forward reads what an earlier call stored "
-                f"({names}); pass that state as an argument"
+                f"({names}); pass that state as an argument",
+                rank=Rank.FORBIDS,
             ) from err
 
 
@@ -156,8 +163,10 @@ def original_forward(module: nn.Module) -> Callable[..., Any]:
     return inner if inner is not None else type(module).forward.__get__(module)
 
 
-def _plan(tape: Tape, recognitions: list[Recognition], ranges: list[IdRange]) -> KeptSteps:
-    return kept_steps(tape, [experts_rewrite(f, i, ranges[i]) for i, f in enumerate(recognitions)])
+def _plan(
+    tape: Tape, recognitions: list[Recognition], ranges: list[IdRange], scratch: Collection[tuple[str, str]]
+) -> KeptSteps:
+    return kept_steps(tape, [experts_rewrite(f, i, ranges[i]) for i, f in enumerate(recognitions)], scratch)
 
 
 def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
@@ -165,13 +174,14 @@ def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
         a.experts != b.experts or a.spec != b.spec for a, b in zip(first, other, strict=False)
     ):
         raise Declined(
-            "two probes with different tokens read its experts differently; its dispatch depends on the data"
+            "two probes with different tokens read its experts differently; its dispatch depends on the data",
+            rank=Rank.READING,
         )
 
 
 def _same_in_other_mode(
     module: nn.Module, call: ArgsKwargs, here: Tape, plan: KeptSteps, recognitions: list[Recognition], reader: Reader,
-    ranges: list[IdRange],
+    ranges: list[IdRange], scratch: Collection[tuple[str, str]],
 ) -> bool:  # fmt: skip
     """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
     flags = [(m, m.training) for m in module.modules()]
@@ -183,7 +193,7 @@ def _same_in_other_mode(
         if same_computation(here, light):
             return True
         tape = record(module, *call)
-        other = _plan(tape, reader.again(tape, recognitions), ranges)
+        other = _plan(tape, reader.again(tape, recognitions), ranges, scratch)
         generalize([plan, other], [[tuple(t.shape) for t in _tensors(call)]] * 2)
         return True
     except Declined:

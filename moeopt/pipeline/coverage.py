@@ -9,15 +9,17 @@ from typing import Protocol
 from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
+from moeopt.capture.collectives import refuse_collectives
 from moeopt.capture.force_routing import ForceAllExperts
 from moeopt.capture.probe_inputs import aimed_rows, probe_call
-from moeopt.capture.random_ops import random_reason
+from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.tape import Tape, record
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.passes.group_experts import GroupExperts
-from moeopt.recognise.experts import ExpertsNotHit, Recognition, recognize
+from moeopt.recognise.any_experts import recognize
+from moeopt.recognise.experts import ExpertsNotHit, Recognition
 from moeopt.recognise.router import RouterReading, recognize_router, same_reading
 
 
@@ -88,8 +90,8 @@ def covering(
         call = probe_call(call_spec, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
         steer = ForceAllExperts(last.num_named, seed) if forced and last is not None else None
         tape = record(module, *call, steer=steer)
-        if reason := random_reason(tape, module.training):
-            raise Declined(reason)
+        refuse_random(tape, module.training)
+        refuse_collectives(tape)
         try:
             return call, tape, recognize(tape, assume=assume)
         except ExpertsNotHit as err:
@@ -98,9 +100,10 @@ def covering(
             if steer is not None or ids:  # every id was named: what still was not reached may be no expert
                 with contextlib.suppress(Declined):
                     return call, tape, recognize(tape, idle=True, assume=assume)
-        except Declined:
+        except Declined as err:
             if last is None:
                 raise
+            last.others = (*last.others, err.obstacle, *err.others)
     assert last is not None
     try:
         raise last

@@ -36,12 +36,9 @@ def block_diagram(name: str, rewrite: Rewrite, module: nn.Module) -> dict[str, A
 
 
 def _captured(recognition: Recognition) -> dict[str, Any]:
-    sources = [
-        recognition.routing.weights.source,
-        *([recognition.routing.ids.source] if recognition.routing.ids else []),
-    ]
+    sources = [*recognition.routing.weights.nodes, *(recognition.routing.ids.nodes if recognition.routing.ids else [])]
     before = _leading_to([recognition.combine.node])
-    router = _leading_to([s for s in sources if s is not None])
+    router = _leading_to(sources)
     inside = [n for n in _ordered(recognition.interior) if n in before]
     dispatch = [n for n in _ordered(before) if n not in router and n not in recognition.interior]
     names = [op_name(n) for n in inside]

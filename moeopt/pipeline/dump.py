@@ -2,7 +2,7 @@
 
 folder/00-model.layers.0.mlp/
     witness.txt     the block's own call, op by op: shapes, the module that ran it, your line of code
-    reading.txt     what was recognised, or the reason why nothing was
+    reading.txt     what was recognised, or the reason why nothing was and whatever else stood in the way
     program.txt     what runs now, step by step (rewritten blocks)
     1-group_experts.before.graph, 1-group_experts.after.graph, 2-...
                     the graph around each pass that fired; before the first one, the recorded call
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -19,6 +20,7 @@ from torch import nn
 from moeopt.capture.tape import record
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, UsageError
+from moeopt.obstacles import Obstacle
 from moeopt.pipeline.block import Rewrite
 from moeopt.pipeline.describe import describe_router
 from moeopt.rewrite.install import install, uninstall
@@ -40,10 +42,12 @@ class Dump:
             raise UsageError(f"dump={str(folder)!r}: the folder cannot be made: {err.strerror or err}") from None
 
     def block(
-        self, name: str, module: nn.Module, call: ArgsKwargs | None, rewrite: Rewrite | None, reason: str
-    ) -> None:
-        """One block; ``call`` is None for a module that did not run."""
-        files = {"reading.txt": f"declined: {reason}\n" if rewrite is None else _reading(rewrite)}
+        self, name: str, module: nn.Module, call: ArgsKwargs | None, rewrite: Rewrite | None, reason: str,
+        others: Sequence[Obstacle] = (),
+    ) -> None:  # fmt: skip
+        """One block; ``call`` is None for a module that did not run, ``others`` what was met besides ``reason``."""
+        declined = "\n".join([f"declined: {reason}", *(f"also met: {o}" for o in others), ""])
+        files = {"reading.txt": declined if rewrite is None else _reading(rewrite)}
         if call is not None:
             if rewrite is not None:
                 uninstall(module)

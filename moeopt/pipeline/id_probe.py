@@ -23,11 +23,11 @@ from moeopt.errors import CaptureError, Declined
 from moeopt.ops.experts import experts
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.id_bounds import open_ids
-from moeopt.rewrite.block_graph import BlockGraph, ExpertWeightRefs, Slot, compiled
+from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.build import build
 from moeopt.rewrite.id_range import IdRange
+from moeopt.rewrite.install import live_bank
 from moeopt.rewrite.keep import kept_steps
-from moeopt.rewrite.live_weights import LiveExpertWeights
 from moeopt.rewrite.replace_experts import experts_rewrite
 
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2**-7, torch.bfloat16: 2**-5}
@@ -69,14 +69,17 @@ class _Probe:
         self.module, self.call, self.found, self.index = module, call, found, index
         extraction = found[index].routing.ids
         assert extraction is not None and extraction.source is not None
-        self.source: fx.Node = extraction.source
-        self.value: Tensor = tape.value(self.source).detach().clone()
         self.ids = extraction.run(tape).long()
         weights = found[index].routing.weights.run(tape, self.ids).double().abs()
         inside = (self.ids >= 0) & (self.ids < len(found[index].experts)) & weights.isfinite()
         self.place = int(torch.where(inside, weights, -1.0).argmax())
-        entries = extraction.on(torch.arange(self.value.numel()).reshape(self.value.shape))
-        self.entry = int(entries.reshape(-1)[self.place])
+        token, slot = divmod(self.place, self.ids.shape[1])
+        self.source: fx.Node = extraction.nodes[slot] if extraction.beside else extraction.source
+        self.value: Tensor = tape.value(self.source).detach().clone()
+        self.entry = token
+        if not extraction.beside:
+            entries = extraction.on(torch.arange(self.value.numel()).reshape(self.value.shape))
+            self.entry = int(entries.reshape(-1)[self.place])
         self.block = BlockGraph("", root=module)
         build(self.block, kept_steps(tape, [experts_rewrite(f, i, IdRange()) for i, f in enumerate(found)]))
         self._run = compiled(self.block.graph)
@@ -172,9 +175,9 @@ class _Bank:
         self.module, self.found, self.index, self.ids, self.constants = module, found, index, ids, block.constants
 
     def experts(self, index: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        refs, spec = ExpertWeightRefs(self.found[index].experts, self.found[index].spec)
-        weights_of = LiveExpertWeights(self.module, refs, (spec.w_in_layout, spec.w_out_layout))
-        return experts(x, self.ids if index == self.index else ids, weights, weights_of, spec)
+        found = self.found[index]
+        bank = live_bank(self.module, found.experts, found.spec)
+        return experts(x, self.ids if index == self.index else ids, weights, bank, found.spec)
 
 
 def _floats(tree: Any) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from moeopt.ir.row_function import RowFunction
 from moeopt.ops.kernels.cuda import describe_path
 from moeopt.recognise.experts import Recognition
 from moeopt.rewrite.live_weights import LiveExpertWeights
@@ -16,6 +17,8 @@ def lowering_text(block: nn.Module, found: Recognition) -> str:
         block: the module that was rewritten, with its weights on their device.
         found: one mixture of it.
     """
+    if isinstance(found.spec, RowFunction):
+        return "moeopt::row_function (expert by expert, one op)"
     weights = LiveExpertWeights(block, found.experts, (found.spec.w_in_layout, found.spec.w_out_layout))
     if weights.w_out(0).device.type != "cuda":
         return "moeopt::experts (grouped, one op)"

@@ -17,7 +17,7 @@ def report_of(
 ) -> Report:  # fmt: skip
     """The report, with a picture of the first MoE block that was rewritten and stayed so."""
     kept = {b.name for b in blocks if b.status == "rewritten" and b.kind == "moe"}
-    graph, notes = None, []
+    graph, notes = None, [*outcome.notes]
     for path, rewrite in outcome.rewrites.items():
         name = path or type(source).__name__
         if name in kept:
@@ -30,3 +30,17 @@ def report_of(
         tuple(blocks), type(source).__name__, backend, outcome.seconds, tuple(notes), graph, certificate,
         tuple(outcome.passes), options.print_passes,
     )  # fmt: skip
+
+
+def how_to_save(outcome: PipelineResult) -> list[str]:
+    """A note where a declined block's Python may keep the whole model from being exported: what can be saved."""
+    if not outcome.steered:
+        return []
+    names = list(dict.fromkeys(outcome.steered))
+    which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    alone = next((f"({path!r}), {path}'s" for path in outcome.rewrites if path), "(name), its")
+    return [
+        f"{which}: left with Python that depends on the values of tensors, so .save() and engines may refuse the whole "
+        "model. torch.save(optimized.model, file) keeps it with its own code; a rewritten block becomes a bundle "
+        f"alone: moeopt.optimize(model.get_submodule{alone} inputs).save(folder)"
+    ]

@@ -16,35 +16,41 @@ from __future__ import annotations
 import fnmatch
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from moeopt.capture.isolated_run import run_quietly
-from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import ArgsKwargs
-from moeopt.errors import CaptureError, Declined, UsageError
+from moeopt.errors import Declined, UsageError
 from moeopt.find.discover import BlockCandidate, discover, feed_forward_lists
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.weight_refs import expert_paths, tensor_at
+from moeopt.obstacles import Obstacle, Rank
 from moeopt.options import Options
 from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.manager import PassManager
 from moeopt.patches import fewer_collections
+from moeopt.pipeline.alike_blocks import AlikeBlocks
 from moeopt.pipeline.block import Rewrite, Runtime, pass_manager, rewrite_block
+from moeopt.pipeline.block_capture import original_forward
 from moeopt.pipeline.coverage import Mixture
 from moeopt.pipeline.dense import DenseResult as DenseResult
 from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
 from moeopt.pipeline.describe import dense_reason, describe_router, read_router
 from moeopt.pipeline.dump import Dump
 from moeopt.pipeline.lowering_text import lowering_text
+from moeopt.pipeline.obstacles_met import ObstaclesMet
+from moeopt.pipeline.pays import WouldNotPay
+from moeopt.pipeline.real_calls import real_calls
 from moeopt.recognise.experts import Recognition
 from moeopt.recognise.hints import hint_for
 from moeopt.report import BlockReport
 from moeopt.rewrite.install import install
 from moeopt.rewrite.legality import absent_reason
+from moeopt.rewrite.scratch import UNSET, read_outside
 from moeopt.verification.block import BlockCheck
 
 LEVELS = 4
@@ -55,7 +61,8 @@ LEVELS = 4
 class PipelineResult:
     """What became of a model's blocks; ``rewrites`` maps module paths to what was installed.
 
-    ``passes`` has what each pass did to each block, those that were left as they are included.
+    ``passes`` has what each pass did to each block, those that were left as they are included; ``notes`` what the
+    report's reader should know besides; ``steered`` names declined blocks whose Python depends on values of tensors.
     """
 
     blocks: list[BlockReport]
@@ -64,6 +71,8 @@ class PipelineResult:
     calls: dict[str, ArgsKwargs]
     seconds: float = 0.0
     passes: list[PassRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    steered: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -72,8 +81,9 @@ class _Attempt:
     path: str = ""
     reason: str = ""
     where: str = ""
-    nearest: str = ""
     seconds: float = 0.0
+    read: set[int] = field(default_factory=set)
+    others: tuple[Obstacle, ...] = ()
 
 
 @fewer_collections()
@@ -86,7 +96,7 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
     """
     started = time.perf_counter()
     manager = pass_manager(options, runtime)
-    say = options.progress or (lambda line: None)
+    say = options.say
     say("looking for feed-forward and mixture-of-experts blocks")
     dump = Dump(options.dump) if options.dump is not None else None
     absent = absent_reason(model)
@@ -94,22 +104,27 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
         return PipelineResult(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
     places = discover(model, *call)
     moe = [p for p in places if p.kind == "moe"]
-    dense = [p for p in places if p.kind == "dense_ffn"]
+    dense = [p for p in places if p.kind == "dense_ffn" and not p.reason]
     if options.dense == "split":
         check_groups([*dense, *(a for p in moe for a in p.alone)], options)
     wanted = {c.path for p in moe for c in p.levels[:LEVELS]}
-    calls = _inputs(model, call, wanted | {p.call.path for q in (*dense, *moe) for p in (q, *q.alone)})
+    calls, changed = real_calls(model, call, wanted | {p.call.path for q in places for p in (q, *q.alone)})
+    for place in (q for p in places for q in (p, *p.alone) if q.kind == "dense_ffn"):
+        place.reason = place.reason or changed.get(place.call.path, "")
     outcome = PipelineResult([], [], {}, calls)
     attempts: list[tuple[BlockCandidate, _Attempt]] = []
+    alike = _alike_blocks(options)
     for number, place in enumerate(moe):
+        if _part_of_another(model, place, attempts):
+            continue
         say(f"block {number + 1} of {len(moe)}: {place.call.path or type(model).__name__}")
-        attempts.append((place, _attempt(model, place, outcome, calls, options, runtime, manager)))
+        attempts.append((place, _attempt(model, call, place, outcome, changed, options, runtime, manager, alike)))
         _note_passes(attempts[-1][1], model, outcome, options)
         if dump is not None:
             done = attempts[-1][1]
             path = done.path or next((level.path for level in _levels(place)), "")
             name, block = path or type(model).__name__, model.get_submodule(path)
-            dump.block(name, block, calls.get(path), done.rewrite, done.reason)
+            dump.block(name, block, calls.get(path), done.rewrite, done.reason, done.others)
     tried = {c.path or type(model).__name__ for p in moe for c in _levels(p)}
     unused = [p for p in options.hints if p and not any(fnmatch.fnmatch(path, p) for path in tried)]
     if unused:
@@ -118,7 +133,7 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
             f"{', '.join(sorted(repr(path) for path in tried)) or 'none'}"
         )
     places = sorted([*places, *_shared(model, attempts)], key=lambda p: p.order)
-    dense = [p for p in places if p.kind == "dense_ffn"]
+    dense = [p for p in places if p.kind == "dense_ffn" and not p.reason]
     denses: dict[int, DenseResult] = {}
     if options.dense != "leave":
         found = rewrite_all(model, dense, calls, options, runtime, outcome.rewrites, say, manager)
@@ -129,6 +144,8 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
                 dump.block(name, home, calls.get(one.path), one.rewrite, one.reason)
         denses = {id(p): s for p, s in zip(dense, found, strict=True)}
         outcome.checks += list({s.path: s.rewrite.check for s in found if s.rewrite is not None}.values())
+    read = {id(p) for p, _ in attempts}
+    places = [p for p in places if p.kind != "moe" or id(p) in read]
     outcome.blocks = list(_report(model, places, attempts, denses, outcome, options.seed))
     outcome.seconds = time.perf_counter() - started
     return outcome
@@ -147,15 +164,19 @@ def _without_values(model: nn.Module, reason: str) -> Iterator[BlockReport]:
 
 def _attempt(
     model: nn.Module,
+    call: ArgsKwargs,
     place: BlockCandidate,
     outcome: PipelineResult,
-    calls: dict[str, ArgsKwargs],
+    changed: dict[str, str],
     options: Options,
     runtime: Runtime | None,
     manager: PassManager,
+    alike: AlikeBlocks | None,
 ) -> _Attempt:
-    best = _Attempt()
-    best_progress = -2
+    if place.reason:
+        return _Attempt(path=place.call.path, reason=place.reason, where=place.source)
+    met, read = ObstaclesMet(place), set[int]()
+    spent = 0.0
     left_out = manager.leaves_out(GroupExperts.name)
     for level in _levels(place):
         done = outcome.rewrites.get(level.path)
@@ -163,8 +184,8 @@ def _attempt(
             if _expert_parameters(model, level.path, done.found) & place.weights:
                 return _Attempt(done, level.path)
             unmatched_reason = next((f.unmatched_reason for f in done.found if f.unmatched_reason), "")
-            if unmatched_reason and best_progress < 0:
-                best = _Attempt(None, level.path, unmatched_reason, place.source)
+            if unmatched_reason:
+                met.add(level.path, Declined(unmatched_reason, rank=Rank.READING))
             continue
         if left_out:
             return _Attempt(reason=f"{left_out}; without {GroupExperts.name} no other pass applies", path=level.path)
@@ -175,22 +196,69 @@ def _attempt(
         try:
             name = level.path or type(model).__name__
             reader = Mixture(assume=hint_for(options.hints, name))
-            rewrite = rewrite_block(name, module, calls[level.path], options, runtime, reader, manager)
+            if level.path in changed:
+                raise Declined(changed[level.path])
+            known = None if reader.assume is not None else alike
+            module_call = outcome.calls[level.path]
+            rewrite = rewrite_block(name, module, module_call, options, runtime, reader, manager, known)
             if not _expert_parameters(model, level.path, rewrite.found) & place.weights:
-                raise Declined("other experts of this module were recognised, these were not")
+                raise Declined("other experts of this module were recognised, these were not", rank=Rank.READING)
+            _refuse_outside_readers(model, call, level.path, rewrite)
             install(module, rewrite.program)
+        except WouldNotPay as err:
+            spent += time.perf_counter() - started
+            return _Attempt(None, level.path, err.reason, err.where or place.source, seconds=spent,
+                            read=_expert_parameters(model, level.path, err.found), others=met.others())  # fmt: skip
         except Declined as err:
-            progress = getattr(err, "progress", -1 if isinstance(err, CaptureError) else 0)
-            if progress > best_progress:
-                best_progress = progress
-                best = _Attempt(None, level.path, err.reason, err.where or place.source)
-            best.seconds += time.perf_counter() - started
+            functions = [f for f in getattr(err, "found", []) if _is_function(f)]
+            if (
+                functions
+            ):  # the experts were read whole: what stands in their way decides, and the pieces are not listed
+                err.rank = Rank.FORBIDS
+                read |= _expert_parameters(model, level.path, functions)
+            met.add(level.path, err)
+            spent += time.perf_counter() - started
             continue
         manager.stands(rewrite.passes)
         outcome.rewrites[level.path] = rewrite
         outcome.checks.append(rewrite.check)
         return _Attempt(rewrite, level.path, seconds=rewrite.seconds)
-    return best
+    found = met.decide()
+    if found is None:
+        return _Attempt(reason="no module around it could be probed", path=place.call.path, seconds=spent)
+    return _Attempt(None, found.module, found.reason, found.where, spent, read, met.others())
+
+
+def _refuse_outside_readers(model: nn.Module, call: ArgsKwargs, path: str, rewrite: Rewrite) -> None:
+    keys = [key for key, value in rewrite.program.block.attributes.items() if value is UNSET]
+    if keys and path and read_outside(model, call, path, keys):
+        names = ", ".join(".".join(filter(None, key)) for key in keys)
+        raise Declined(
+            f"its forward stores Python values ({names}) that code outside reads, and a graph computes tensors only; "
+            "store a tensor, or return the value"
+        )
+
+
+def _alike_blocks(options: Options) -> AlikeBlocks | None:
+    """Where kinds of blocks are remembered; None where a block is not verified, or each pass on it is asked for."""
+    told = options.verify == "off" or options.dump is not None or options.fuel is not None
+    return None if told else AlikeBlocks(original_forward)
+
+
+def _part_of_another(model: nn.Module, place: BlockCandidate, attempts: list[tuple[BlockCandidate, _Attempt]]) -> bool:
+    """Whether ``place`` is a piece of experts that were read whole at another one (an adapter, a second layer)."""
+    for other, done in attempts:
+        home = next((level for level in other.levels if level.path == done.path), None)
+        if home is None or not any(level is home for level in place.levels) or not place.weights:
+            continue
+        functions = [] if done.rewrite is None else [f for f in done.rewrite.found if _is_function(f)]
+        if place.weights <= (done.read | _expert_parameters(model, done.path, functions)):
+            return True
+    return False
+
+
+def _is_function(recognition: Recognition) -> bool:
+    return isinstance(recognition.spec, RowFunction)
 
 
 def _note_passes(attempt: _Attempt, model: nn.Module, outcome: PipelineResult, options: Options) -> None:
@@ -198,8 +266,7 @@ def _note_passes(attempt: _Attempt, model: nn.Module, outcome: PipelineResult, o
     name = attempt.path or type(model).__name__
     if attempt.rewrite is None:
         declined = PassRecord(
-            GroupExperts.name, GroupExperts.level, name, 0, attempt.reason or "no module around it could be probed",
-            attempt.seconds,
+            GroupExperts.name, GroupExperts.level, name, 0, attempt.reason, attempt.seconds,
         )  # fmt: skip
         _keep(outcome, [declined], options)
     elif not any(r.block == name for r in outcome.passes):  # a block that holds several places is noted once
@@ -237,30 +304,6 @@ def _expert_parameters(model: nn.Module, path: str, recognitions: list[Recogniti
     return {id(tensor_at(module, p)) for f in recognitions for p in expert_paths(f.experts)}
 
 
-def _inputs(model: nn.Module, call: ArgsKwargs, paths: set[str]) -> dict[str, ArgsKwargs]:
-    """The first real call of each module in ``paths``."""
-    found: dict[str, ArgsKwargs] = {}
-    handles = []
-
-    def keep(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if path not in found:
-                found[path] = clone_inputs((tuple(args), dict(kwargs)))
-
-        return hook
-
-    for path in paths:
-        if not path.startswith("<"):
-            module = model.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(keep(path), with_kwargs=True))
-    try:
-        run_quietly(model, *call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
 def _report(
     model: nn.Module,
     places: list[BlockCandidate],
@@ -276,11 +319,15 @@ def _report(
         if attempt is None:
             yield _report_dense(model, place, denses.get(id(place)), outcome.calls.get(path), seed)
             continue
-        name = attempt.path or path or type(model).__name__
+        read = attempt.rewrite is not None or bool(attempt.read)
+        name = attempt.path or (path if not read else "") or type(model).__name__
         if attempt.rewrite is None:
+            name = attempt.path or type(model).__name__
+            outcome.steered += [name] if place.steered else []
             yield BlockReport(
-                name, "moe", "declined", attempt.reason or "no module around it could be probed", place.experts or None,
+                name, "moe", "declined", attempt.reason, place.experts or None,
                 source=attempt.where or place.source, seconds=attempt.seconds,
+                nearest=next((o.reason for o in attempt.others if o.rank >= Rank.FOUND), ""), obstacles=attempt.others,
             )  # fmt: skip
             continue
         found = next(f for f in attempt.rewrite.found if _expert_parameters(model, attempt.path, [f]) & place.weights)
@@ -302,7 +349,7 @@ def _report_dense(
     name = place.call.path or type(model).__name__
     if done is None or done.rewrite is None:
         spec = "" if call is None else function_of(model.get_submodule(place.call.path), call, place, seed)
-        reason, where = (dense_reason(place), "") if done is None else (done.reason, done.where)
+        reason, where = (place.reason or dense_reason(place), "") if done is None else (done.reason, done.where)
         return BlockReport(name, "dense_ffn", "declined", reason, source=where or place.source, spec=spec)
     found = next(f for f in done.rewrite.found if _expert_parameters(model, done.path, [f]) >= place.weights)
     return BlockReport(

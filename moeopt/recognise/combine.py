@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -20,18 +20,23 @@ from torch import fx
 from moeopt.capture.replay import descendants, replay
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.token_rows import rows_of
 
 
 @dataclass
 class Labels:
-    """What each out-site row is: ``token[site]`` and ``candidate[site]``, both (R,), -1 for padding."""
+    """What each out-site row is: ``token[site]`` and ``candidate[site]``, both (R,), -1 for padding.
+
+    ``hidden[site]``: (R,) by what its operand rows were multiplied between the expert's matmuls, where they were.
+    """
 
     token: dict[GemmSite, torch.Tensor]
     candidate: dict[GemmSite, torch.Tensor]
     tokens: int
     candidates: int
+    hidden: dict[GemmSite, torch.Tensor] = field(default_factory=dict)
 
     def visits(self) -> torch.Tensor:
         """(T, C) how often expert c saw token t."""
@@ -78,7 +83,9 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
             if axis == axes[0]:  # the others are sizes that happen to be the same
                 nearest = found
     source = nodes[-1].meta.get("source") if nodes else sites[0].node.meta.get("source")
-    raise Declined(f"the experts' outputs are not combined by a weighted sum per token: {nearest}", source)
+    raise Declined(
+        f"the experts' outputs are not combined by a weighted sum per token: {nearest}", source, rank=Rank.READING
+    )
 
 
 def _meeting_points(sites: list[GemmSite], nodes: list[fx.Node]) -> Iterator[fx.Node]:

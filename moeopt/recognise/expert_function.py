@@ -34,7 +34,12 @@ _PARAMETRIC = ("swish", "softcap", "leaky_relu", "elu")
 
 
 def fit_function(
-    tape: Tape, candidate: FFNCandidate, out: GemmSite, labels_out: torch.Tensor, assume: ExpertsSpec | None = None
+    tape: Tape,
+    candidate: FFNCandidate,
+    out: GemmSite,
+    labels_out: torch.Tensor,
+    assume: ExpertsSpec | None = None,
+    instead: dict[fx.Node, torch.Tensor] | None = None,
 ) -> tuple[ExpertsSpec, bool]:
     """The spec (rows, activation, clamps, offset, dtypes) of the function between the candidate's sites.
 
@@ -45,13 +50,14 @@ def fit_function(
         labels_out: (R,) for each of its operand's rows, the row of the in-sites that it comes from
             (the rows of all in-sites of one role, end to end), or -1.
         assume: a user's hint: it is the answer, with the dtypes seen here, and nothing is fitted.
+        instead: values between the matmuls that are another's part (routing weights), and ones in their place.
 
     Raises:
         Declined: no member of the family computes it; the text names the ops that were seen.
     """
     if assume is not None:
         return dataclasses.replace(assume, **_dtypes(candidate)), False
-    samples = _observe(tape, candidate, out, labels_out)
+    samples = _observe(tape, candidate, out, labels_out, instead or {})
     for flip in (False, True) if len(candidate.roles()) == 2 else (False,):
         seen = [(h[::-1] if flip else h, mid) for h, mid in samples]
         for spec in _possible_specs(tape, candidate):
@@ -69,7 +75,7 @@ def fit_function(
 
 
 def _observe(
-    tape: Tape, candidate: FFNCandidate, out: GemmSite, labels_out: torch.Tensor
+    tape: Tape, candidate: FFNCandidate, out: GemmSite, labels_out: torch.Tensor, instead: dict[fx.Node, torch.Tensor]
 ) -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
     """[(pre-activation rows of each role, resulting rows)], matched by row label: at three magnitudes, and beyond
     each number that the function reads."""
@@ -77,7 +83,7 @@ def _observe(
     keep = (labels_out >= 0).nonzero().flatten()[:32]
     samples = []
     for scale in (0.5, 3.0, 30.0, *(4 * size for size in magnitudes(tape, candidate.mid))):
-        given: dict[fx.Node, Any] = {}
+        given: dict[fx.Node, Any] = dict(instead)
         rows = tuple(_probe(tape, role, labels_out[keep], scale, generator, given) for role in candidate.roles())
         operand = replay(tape, candidate.mid, given, torch.float64, only=out.operand)[out.operand]
         samples.append((rows, out.rows_in(operand)[keep]))

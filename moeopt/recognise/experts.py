@@ -29,12 +29,16 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef, tensor_at
+from moeopt.obstacles import Obstacle, Rank, Stage
 from moeopt.recognise.combine import Combine, Labels, read_combine
 from moeopt.recognise.expert_function import fit_function
 from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates, group_candidates, source_of
 from moeopt.recognise.gemm_sites import GemmSite, find_sites
+from moeopt.recognise.hidden_weight import row_factors, row_weights
 from moeopt.recognise.limits import check_limits
-from moeopt.recognise.routing import NoIds, Routing, Table, find_routing, one_beyond
+from moeopt.recognise.named_obstacles import certain_obstacle, single_neurons
+from moeopt.recognise.routing import FixedShares, NoIds, Routing, Table, find_routing, one_beyond
+from moeopt.recognise.slot_vectors import by_slots
 from moeopt.recognise.token_rows import Tokens, match_tokens, rows_of, token_readings
 from moeopt.recognise.weight_position import WeightPosition, weight_position
 from moeopt.recognise.why_not import no_experts
@@ -42,18 +46,25 @@ from moeopt.recognise.why_not import no_experts
 
 @dataclass
 class Recognition:
-    """Everything needed to replace ``combine.node`` by the op; ``experts[v]`` is what id v runs."""
+    """Everything needed to replace ``combine.node`` by the op; ``experts[v]`` is what id v runs.
+
+    ``experts`` are ``ExpertRef`` and ``spec`` an ``ExpertsSpec``; or ``SlotRefs`` and a ``RowFunction``.
+    """
 
     tokens: Tokens
     routing: Routing
     combine: Combine
     base: fx.Node | None
-    experts: list[ExpertRef]
-    spec: ExpertsSpec
+    experts: list[Any]
+    spec: Any
     interior: set[fx.Node]
     source: str
     functions: dict[object, tuple[ExpertsSpec, bool]]
     unmatched_reason: str = ""
+
+
+_STAGES = (Stage.EXPERTS, Stage.FUNCTION, Stage.SUM, Stage.ROUTING, Stage.ROUTING)
+"""By how many questions were answered before the attempt failed."""
 
 
 class ExpertsNotHit(Declined):
@@ -62,6 +73,8 @@ class ExpertsNotHit(Declined):
     ``num_named`` is how many experts there seem to be.
     """
 
+    rank = Rank.PROBE
+    stage = Stage.EXPERTS
     num_named = 0
 
 
@@ -80,13 +93,14 @@ def recognize(
         assume: a user's hint, taken for the function of every expert, unfitted; verification judges it.
 
     Raises:
-        Declined: no group was recognised; the reason is that of the attempt that came furthest
-            (its ``progress`` counts the questions answered).
+        Declined: no group was recognised; the reason is that of the attempt that came furthest, and ``others`` has
+            those of all attempts.
     """
     candidates = find_candidates(tape, find_sites(tape))
     found: list[Recognition] = []
     best = no_experts(tape, candidates)
     best_progress = -1
+    met: list[Obstacle] = []
     for group in group_candidates(tape, candidates):
         if any(c.out.node in r.interior or c.out.matmul in r.interior for c in group for r in found):
             continue
@@ -98,15 +112,23 @@ def recognize(
                 break
             except ExpertsNotHit as reason:
                 if len(members) > 1 or members[0].merged or picks_rows(members[0].ins[0].operand):
+                    met.append(reason.obstacle)
                     best, best_progress = reason.with_traceback(None), 10
                 break
             except Declined as reason:
-                if progress[0] > best_progress and (len(members) > 1 or members[0].merged):
-                    best, best_progress = _several_times(reason, members, candidates).with_traceback(None), progress[0]
+                if len(members) > 1 or members[0].merged:
+                    said = _several_times(reason, members, candidates).with_traceback(None)
+                    said.stage = _STAGES[progress[0]]
+                    met.append(said.obstacle)
+                    if progress[0] > best_progress:
+                        best, best_progress = said, progress[0]
+                    del said
     for recognition in found:
         recognition.unmatched_reason = best.reason if best_progress >= 0 else ""
     if not found or isinstance(best, ExpertsNotHit):
-        best.progress = best_progress  # type: ignore[attr-defined]
+        named = single_neurons(tape) or (certain_obstacle(tape) if best.rank == Rank.READING else None)
+        best, named = named or best, None
+        best.others = tuple(met)
         try:
             raise best
         finally:
@@ -209,7 +231,7 @@ def _recognize_rows(
     spec = _one_function(specs, group)
     combine = read_combine(tape, labels)
     progress[0] = 3
-    return _with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known, missing, progress)
+    return with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known, missing, progress)
 
 
 def _label_chain(
@@ -219,7 +241,9 @@ def _label_chain(
     """Follow the candidate's rows from its in-sites to its out-sites and enter what each is into ``labels``."""
     roles = candidate.roles()
     if not roles:
-        raise Declined("an expert's second matmul reads more than two earlier matmuls", source_of(candidate))
+        raise Declined(
+            "an expert's second matmul reads more than two earlier matmuls", source_of(candidate), rank=Rank.READING
+        )
     token, given = _start_rows(tape, roles, tokens, candidate)
     moved = row_labels(tape, candidate.mid, given, only={out.operand for out in candidate.outs})
     for out in candidate.outs:
@@ -236,8 +260,13 @@ def _label_chain(
         if not bool((label >= 0).any()):
             labels.token[out] = labels.candidate[out] = torch.full_like(label, -1)
             continue
+        factors = row_factors(tape, candidate, out)
+        if factors and (weights := row_weights(tape, candidate, out, factors)) is not None:
+            labels.hidden[out] = weights
         if candidate.signature not in specs:
-            specs[candidate.signature] = fit_function(tape, candidate, out, label, assume)
+            specs[candidate.signature] = fit_function(
+                tape, candidate, out, label, assume, factors if out in labels.hidden else None
+            )
         ordered = roles[::-1] if specs[candidate.signature][1] else roles
         _enter_rows(ordered, out, label, token, labels, keys, experts)
 
@@ -250,7 +279,9 @@ def _start_rows(
     given = {}
     for role in roles:
         if not torch.equal(torch.cat([tokens.token[s] for s in role]), token):
-            raise Declined("an expert's gate and up matmuls see different tokens", source_of(candidate))
+            raise Declined(
+                "an expert's gate and up matmuls see different tokens", source_of(candidate), rank=Rank.READING
+            )
         start = 0
         for site in role:
             count = site.matrix.numel()
@@ -315,11 +346,13 @@ def _check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidat
     for part in (lambda e: e.w_in[0], lambda e: e.w_out):
         refs = [part(e) for e in experts]
         used = {r.path for r in refs}
-        names = set() if len(used) == 1 and len(experts) > 1 else _siblings(used, named)
+        names = set() if len(used) == 1 and len(experts) > 1 else siblings(used, named)
         held = {id(tensor_at(tape.root, p)) for p in used}
         shapes = {tensor_at(tape.root, p).shape for p in used}
         missing = sorted(
-            name for name in names if id(named[name]) not in held and named[name].shape in shapes and name not in active
+            name
+            for name in names
+            if id(named[name]) not in held and _like(named[name].shape, shapes, len(used)) and name not in active
         )
         for path in used:
             whole = tensor_at(tape.root, path)
@@ -338,6 +371,13 @@ def _check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidat
             )
             error.num_named = len(experts) + len(missing)
             raise error
+
+
+def _like(shape: torch.Size, shapes: set[torch.Size], known: int) -> bool:
+    """Whether a Parameter of ``shape`` may be another expert's; of several experts each may have neurons of its own."""
+    if shape in shapes or known < 2:
+        return shape in shapes
+    return any(len(shape) == len(s) and sum(a != b for a, b in zip(shape, s, strict=True)) == 1 for s in shapes)
 
 
 def _rest_of(path: str, whole: torch.Tensor, experts: list[ExpertRef], others: list[GemmSite]) -> list[str]:
@@ -360,10 +400,10 @@ def _universe(tape: Tape, experts: list[ExpertRef]) -> int:
     """How many experts the module's names count, those that share Parameters with another included."""
     named = dict(tape.root.named_parameters(remove_duplicate=False))
     used = {e.w_in[0].path for e in experts}
-    return len(_siblings(used, named)) if len(used) > 1 else len(experts)
+    return len(siblings(used, named)) if len(used) > 1 else len(experts)
 
 
-def _siblings(used: set[str], named: Mapping[str, torch.Tensor]) -> set[str]:
+def siblings(used: set[str], named: Mapping[str, torch.Tensor]) -> set[str]:
     """Names that differ from a used one in just the number that the used ones differ in (or any, for one)."""
     patterns: dict[Any, list[str]] = {}
     for path in used:
@@ -401,7 +441,7 @@ def _expert(ins: list[GemmSite], picks: list[int], out: GemmSite, out_matrix: in
 def _one_function(specs: dict[object, tuple[ExpertsSpec, bool]], group: list[FFNCandidate]) -> ExpertsSpec:
     found = {spec for spec, _ in specs.values()}
     if not found:
-        raise Declined("no token reached any of its experts", source_of(group[0]))
+        raise Declined("no token reached any of its experts", source_of(group[0]), rank=Rank.PROBE)
     if len(found) > 1:
         words = " and ".join(sorted(str(s).split(";")[0] for s in found))
         raise Declined(
@@ -420,9 +460,9 @@ def _natural(experts: list[ExpertRef]) -> list[int]:
     return sorted(range(len(experts)), key=key)  # type: ignore[arg-type]
 
 
-def _with_frontier(
-    tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, experts: list[ExpertRef],
-    spec: ExpertsSpec, combine: Combine,
+def with_frontier(
+    tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, experts: list[Any],
+    spec: Any, combine: Combine,
     functions: dict[object, tuple[ExpertsSpec, bool]], known: list[Recognition] | None, missing: int,
     progress: list[int],
 ) -> Recognition:  # fmt: skip
@@ -432,12 +472,16 @@ def _with_frontier(
     before = [n for n in tape.nodes[: last + 1] if n not in inside and n.meta.get("shape") is not None]
     if len(experts) == 1:
         raise Declined(
-            "only one of its experts could be read; all of a block's experts or none are rewritten", source_of(group[0])
+            "only one of its experts could be read; all of a block's experts or none are rewritten",
+            source_of(group[0]),
+            rank=Rank.READING,
         )
     flow = _flow(tape, combine, ins, inside)
     weights, visits = combine.weights, labels.visits()
     if tokens.weighted:
         weights = _input_weights(group, tokens, labels, combine)
+    elif labels.hidden:
+        weights = _hidden_weights(labels, combine)
     natural = list(range(len(experts))) if known else _natural(experts)
     table = Table(weights, visits, natural, _universe(tape, experts), _weighed(combine, list(labels.token)),
                   _factors(tape, combine, list(labels.token)))  # fmt: skip
@@ -451,9 +495,15 @@ def _with_frontier(
     def accept(reading: Routing) -> None:
         nonlocal place
         _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
-        place = weight_position(tape, reading, table, tokens, labels, combine, group)
+        if not labels.hidden:
+            place = weight_position(tape, reading, table, tokens, labels, combine, group)
 
-    routing = find_routing(tape, dispatch, table, _weight_dtype(tape, group), again, accept)
+    try:
+        routing = find_routing(tape, dispatch, table, _weight_dtype(tape, group), again, accept, (by_slots,))
+    except FixedShares as err:
+        if tokens.node.op == "placeholder":  # the slots are filled outside: what fills them may dispatch by ids
+            err.rank = Rank.READING
+        raise
     progress[0] = 4
     ids = routing.ids.run(tape) if routing.ids is not None else None
     if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):
@@ -466,18 +516,17 @@ def _with_frontier(
     if prior is not None and (ids is None or not bool((ids >= len(experts)).any())):
         identity = prior.spec.out_of_range == "identity"  # no such id on this probe call: nothing speaks against it
     base = None if identity else _base(tape, combine, before, experts)
-    sources = [tokens.node, base, routing.weights.source, None if routing.ids is None else routing.ids.source]
+    sources = [tokens.node, base, *routing.weights.nodes, *([] if routing.ids is None else routing.ids.nodes)]
     fitted = {n for c in group for n in c.mid}
     check_limits(tape, combine.node, [n for n in sources if n is not None], fitted, source_of(group[0]))
     ordered = [experts[c] for c in routing.experts]
-    _same_layout(ordered, group)
+    layouts: dict[str, Any] = {}
+    if isinstance(spec, ExpertsSpec):
+        _same_layout(ordered, group)
+        first = ordered[0]
+        layouts = {"w_in_layout": layout_of(tape, first.w_in[0]), "w_out_layout": layout_of(tape, first.w_out)}
     spec = dataclasses.replace(
-        spec,
-        weight_on=place,
-        out_of_range="identity" if identity else "nothing",
-        w_in_layout=layout_of(tape, ordered[0].w_in[0]),
-        w_out_layout=layout_of(tape, ordered[0].w_out),
-        **_accumulation(combine),
+        spec, weight_on=place, out_of_range="identity" if identity else "nothing", **layouts, **_accumulation(combine)
     )
     return Recognition(
         tokens, routing, combine, base, ordered, spec, inside, min(source_of(c) or "~" for c in group), functions
@@ -520,7 +569,7 @@ def _only_the_router_steers(
     Raises:
         Declined: the forward turns another value into a Python number, so it may branch on it.
     """
-    cut = {r.source for r in (routing.ids, routing.weights) if r is not None and r.source is not None} | tables
+    cut = {node for r in (routing.ids, routing.weights) if r is not None for node in r.nodes} | tables
     steered: dict[fx.Node, bool] = {}
     for node in tape.nodes:
         chosen = op_name(node) in _CHOICES or (node.target is operator.getitem and op_name(node.args[0]) in _CHOICES)  # type: ignore[arg-type]
@@ -566,6 +615,21 @@ def _input_weights(group: list[FFNCandidate], tokens: Tokens, labels: Labels, co
         else:
             raise Declined("weighted input rows are reordered inside the experts", source_of(group[0]))
     return weights.to(candidate.ins[0].operand.meta["dtype"])
+
+
+def _hidden_weights(labels: Labels, combine: Combine) -> torch.Tensor:
+    """(T, C) factor on each expert's activated row, times that on its output."""
+    weights = torch.zeros(combine.weights.shape, dtype=torch.float64)
+    for site, token in labels.token.items():
+        keep = token >= 0
+        factor = labels.hidden[site][keep] if site in labels.hidden else torch.ones(int(keep.sum()))
+        weights[token[keep], labels.candidate[site][keep]] = factor.double()
+    values = weights[labels.visits() > 0]
+    if bool((values == values[:1]).all()) or not bool((combine.weights[labels.visits() > 0] == 1).all()):
+        raise Declined(
+            "a factor on the rows between an expert's matmuls is not its routing weight, or not the only one"
+        )
+    return (weights * combine.weights).to(combine.node.meta["dtype"])
 
 
 def _weight_dtype(tape: Tape, group: list[FFNCandidate]) -> torch.dtype | None:
@@ -655,7 +719,7 @@ def _base(tape: Tape, combine: Combine, before: list[fx.Node], experts: list[Exp
         return None
     want = combine.base
     names = dict(tape.root.named_parameters(remove_duplicate=False))
-    others = _siblings({e.w_in[0].path for e in experts}, names) | _siblings({e.w_out.path for e in experts}, names)
+    others = siblings({e.w_in[0].path for e in experts}, names) | siblings({e.w_out.path for e in experts}, names)
     for node in reversed(before):
         shape = node.meta["shape"]
         if node.op != "get_attr" and node.meta["dtype"] == want.dtype and shape == combine.node.meta["shape"]:
@@ -682,8 +746,10 @@ def layout_of(tape: Tape, ref: MatrixRef) -> Literal["oi", "io"]:
 
 
 def _same_layout(experts: list[ExpertRef], group: list[FFNCandidate]) -> None:
+    """They may differ in their number of neurons alone."""
     sizes = {tuple((w.k, w.m) for w in (*e.w_in, e.w_out)) for e in experts}
-    if len(sizes) > 1:
+    ends = {(e.w_in[0].k, e.w_out.m, e.w_in[0].m // e.w_out.k) for e in experts}
+    if len(ends) > 1 or any(w.m != e.w_in[0].m for e in experts for w in e.w_in):
         raise Declined(f"its experts have different shapes ({sorted(sizes)})", source_of(group[0]))
 
 

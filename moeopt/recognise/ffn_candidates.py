@@ -10,6 +10,7 @@ matmul made, or divides by a statistic of the whole row.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +47,14 @@ class FFNCandidate:
     def roles(self) -> list[list[GemmSite]]:
         """In-sites by role: [[packed or plain]] or [[gate...], [up...]] (in either order), alike in length.
 
-        In-sites of one expert read the same operand.
+        In-sites of one expert read the same rows.
         """
         if len(self.outs) == 1 and len(self.ins) <= 2:
             return [[s] for s in self.ins]
-        groups: dict[fx.Node, list[GemmSite]] = {}
+        groups: dict[Any, list[GemmSite]] = {}
+        known: dict[fx.Node, Any] = {}
         for site in self.ins:
-            groups.setdefault(site.operand, []).append(site)
+            groups.setdefault(same_rows(site.operand, known), []).append(site)
         sizes = {len(g) for g in groups.values()}
         if len(sizes) != 1 or max(sizes) > 2:
             return []
@@ -73,6 +75,27 @@ class FFNCandidate:
     def nonlinear(self) -> bool:
         """True where something other than copying and scaling stands between the matmuls."""
         return any(op_name(n) in _NONLINEAR for n in self.mid)
+
+
+def same_rows(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    """What is equal for nodes that hold the same rows of one tensor, sliced or picked anew for each matmul.
+
+    Args:
+        known: answers so far, kept between calls.
+    """
+    if node not in known:
+        known[node] = node
+        if moves_rows(node):
+            parts = [same_rows(a, known) if isinstance(a, fx.Node) else _plain(a, known) for a in node.args]
+            kwargs = [(name, _plain(a, known)) for name, a in sorted(node.kwargs.items())]
+            known[node] = (node.target, tuple(parts), tuple(kwargs))
+    return known[node]
+
+
+def _plain(a: Any, known: dict[fx.Node, Any]) -> Any:
+    if isinstance(a, fx.Node):
+        return same_rows(a, known)
+    return tuple(_plain(part, known) for part in a) if isinstance(a, (list, tuple)) else repr(a)
 
 
 def find_candidates(tape: Tape, sites: list[GemmSite], *, loose: bool = False) -> list[FFNCandidate]:
@@ -110,7 +133,8 @@ def find_candidates(tape: Tape, sites: list[GemmSite], *, loose: bool = False) -
 
 def _adds_experts(mid: list[fx.Node], ins: tuple[GemmSite, ...]) -> bool:
     """True where rows of different matmuls meet element by element: a sum of experts, not rows side by side."""
-    of: dict[fx.Node, frozenset[fx.Node]] = {s.node: frozenset([s.operand]) for s in ins}
+    known: dict[fx.Node, Any] = {}
+    of: dict[fx.Node, frozenset[Any]] = {s.node: frozenset([same_rows(s.operand, known)]) for s in ins}
     for node in mid:
         parts = [of[a] for a in node.all_input_nodes if of.get(a)]
         if is_pointwise(node) and len(set(parts)) > 1:
@@ -222,9 +246,20 @@ def group_candidates(tape: Tape, candidates: list[FFNCandidate]) -> list[list[FF
     """Sets of candidates that may be the experts of one block, likeliest first.
 
     A merged candidate is a set of its own; the others are set together when their matrices have the same
-    sizes, none reads another's output, and their in-sites are not one and the same.
+    sizes, none reads another's output, and their in-sites are not one and the same. Experts may differ in their
+    number of neurons: then candidates are set together whose Parameters are named alike but for a number.
     """
     groups: list[list[FFNCandidate]] = [[c] for c in candidates if c.merged]
+    named: dict[Any, list[FFNCandidate]] = {}
+    for candidate in candidates:
+        if not candidate.merged:
+            ends = (candidate.ins[0].matrices[0], candidate.out.matrices[0])
+            paths = tuple(re.sub(r"\d+", "#", r.path) for r in ends if re.search(r"\d", r.path))
+            if len(paths) == 2:
+                named.setdefault((len(candidate.ins), paths, ends[0].k, ends[1].m), []).append(candidate)
+    for members in named.values():
+        if len({c.shape for c in members}) > 1:
+            groups.extend(g for g in _parallel(tape, members) if len({c.shape for c in g}) > 1)
     by_shape: dict[Any, list[FFNCandidate]] = {}
     for candidate in candidates:
         if not candidate.merged:

@@ -38,7 +38,7 @@ def open_ids(tape: Tape, routing: Routing, experts: int) -> torch.Tensor | None:
     if any(getattr(op, "__module__", "") == Routing.__module__ for op, _ in extraction.steps):
         return None  # made from a mask or a table: 0 to E
     ids = extraction.run(tape).long()
-    known = bounds(extraction.source)
+    known = _union([bounds(node) for node in extraction.nodes])
     if not ids.numel():
         return None
     low, high = (int(v) for v in torch.aminmax(ids))

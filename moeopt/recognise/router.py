@@ -40,7 +40,7 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.ops.route import route
 from moeopt.recognise.experts import Recognition
-from moeopt.recognise.routing import Extraction, RoutingForm, table_to_ids
+from moeopt.recognise.routing import Extraction, RoutingForm, side_by_side, table_to_ids
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def recognize_outer_router(tape: Tape, module: nn.Module, recognition: Recogniti
             if extraction is not None and extraction.source is not None
             else ""
         )
-        known = number.isdigit() and int(number) < len(given)
+        known = number.isdigit() and int(number) < len(given) and extraction is not None and not extraction.beside
         return Extraction(given[int(number)], extraction.steps) if extraction is not None and known else None
 
     ids, weights = outside(recognition.routing.ids), outside(recognition.routing.weights)
@@ -121,7 +121,7 @@ def _plain_words(recognition: Recognition) -> str:
 def _read(
     tape: Tape, ids: Extraction | None, weights: Extraction, recognition: Recognition, unvetted: int | None = None
 ) -> RouterReading:
-    sources = [r.source for r in (ids, weights) if r is not None]
+    sources = [node for r in (ids, weights) if r is not None for node in r.places]
     if all(s is not None and s.op == "placeholder" for s in sources):
         return _given(recognition)
     try:
@@ -156,7 +156,7 @@ class _Routing:
 
     @cached_property
     def sources(self) -> list[fx.Node]:
-        return [r.source for r in (self.ids, self.weights) if r is not None and r.source is not None]
+        return [node for r in (self.ids, self.weights) if r is not None for node in r.nodes]
 
     def answer(self, env: dict[fx.Node, Any]) -> tuple[Tensor, Tensor]:
         """(ids, weights), (T, K) each, over replayed values; ids that name no expert have no weight."""
@@ -229,8 +229,8 @@ class _Routing:
 
 
 def _run(extraction: Extraction, tape: Tape, env: dict[fx.Node, Any], ids: Tensor | None) -> Tensor:
-    assert extraction.source is not None
-    value = env[extraction.source] if extraction.source in env else tape.value(extraction.source)
+    values = [env[node] if node in env else tape.value(node) for node in extraction.nodes]
+    value = side_by_side(values) if extraction.beside else values[0]
     for op, rest in extraction.steps:
         value = op(value, *(ids if a == "@ids" else a for a in rest))
     return value  # type: ignore[no-any-return]
@@ -256,7 +256,7 @@ class _View:
     @cached_property
     def path(self) -> list[fx.Node]:
         """Those of ``nodes`` by which the weights' values (not just their places) are computed."""
-        inside, stack, seen = set(self.nodes), [self.routing.weights.source], set[Any]()
+        inside, stack, seen = set(self.nodes), list(self.routing.weights.nodes), set[Any]()
         while stack:
             node = stack.pop()
             if node in inside and node not in seen:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -27,9 +28,12 @@ import torch
 from torch import fx
 
 from moeopt.capture.op_kinds import moves_rows, op_name
+from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 
+Search = Callable[[Tape, "list[fx.Node]", "Table", "torch.dtype | None"], "Iterator[Routing]"]
 Steps = list[tuple[Any, tuple[Any, ...]]]
 aten = torch.ops.aten
 
@@ -67,6 +71,12 @@ class RoutingForm(str, Enum):
 class NoIds(Declined):
     """No tensor says which experts a token has."""
 
+    rank = Rank.READING
+
+
+class FixedShares(Declined):
+    """Each expert reads its own part of the rows, whatever the router says."""
+
 
 @dataclass
 class Routing:
@@ -93,15 +103,29 @@ class Routing:
 
 @dataclass
 class Extraction:
-    """``source`` put through ``steps``: [(op, rest of the arguments)]; source None means "made from ids"."""
+    """``source`` put through ``steps``: [(op, rest of the arguments)]; source None means "made from ids".
+
+    ``beside``: where each slot of a token has a vector of its own, (T,) entries each, those of the further slots.
+    """
 
     source: fx.Node | None
     steps: Steps = field(default_factory=list)
+    beside: tuple[fx.Node, ...] = ()
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """Every node that it reads."""
+        return [] if self.source is None else [self.source, *self.beside]
+
+    @property
+    def places(self) -> list[fx.Node | None]:
+        """The same; ``[None]`` where it reads none."""
+        return [*self.nodes] or [None]
 
     def run(self, tape: Tape, ids: torch.Tensor | None = None) -> torch.Tensor:
         """The extraction on the probe call's own values."""
-        value = tape.value(self.source) if self.source is not None else ids
-        return self.on(value, ids)
+        values = [tape.value(node) for node in self.nodes]
+        return self.on(side_by_side(values) if self.beside else values[0] if values else ids, ids)
 
     def on(self, value: torch.Tensor | None, ids: torch.Tensor | None = None) -> torch.Tensor:
         """The extraction on another value of its source."""
@@ -110,6 +134,11 @@ class Extraction:
             value = op(value, *args)  # type: ignore[operator]
         assert value is not None
         return value
+
+
+def side_by_side(vectors: list[torch.Tensor]) -> torch.Tensor:
+    """(T, K) of K tensors of T entries each."""
+    return torch.cat([vector.reshape(-1, 1) for vector in vectors], 1)
 
 
 @dataclass
@@ -148,6 +177,7 @@ def find_routing(
     dtype: torch.dtype | None,
     prior: tuple[Routing, list[int]] | None = None,
     accept: Callable[[Routing], None] = lambda routing: None,
+    rarer: Sequence[Search] = (),
 ) -> Routing:
     """Find ids and weights among ``before``, nodes that depend on no expert.
 
@@ -156,6 +186,7 @@ def find_routing(
         prior: what another probe call showed, and the candidate of each id on this one; the same tensors are
             taken where they still hold.
         accept: raises ``Declined`` for a reading that cannot be the router's answer; the next is tried.
+        rarer: searches that are made where the usual ones find nothing.
 
     Raises:
         Declined: no tensor holds the choice or the weights.
@@ -163,7 +194,9 @@ def find_routing(
     refused: Declined | None = None
     again = _again(tape, before, table, *prior) if prior is not None else None
     searches = itertools.chain.from_iterable(
-        _search(tape, before, table, dtype, factor) for factor in (1.0, *table.factors)
+        _search(tape, before, table, dtype, factor, searches)
+        for searches in (_USUAL, rarer)
+        for factor in (1.0, *table.factors)
     )
     for found in itertools.chain([again] if again is not None else [], searches):
         try:
@@ -171,14 +204,22 @@ def find_routing(
         except Declined as err:
             refused = refused or err.with_traceback(None)
             continue
-        found.keys = tuple(_key(before, r.source) for r in (found.ids, found.weights) if r is not None)
+        extractions = [r for r in (found.ids, found.weights) if r is not None]
+        found.keys = tuple(_key(before, node) for r in extractions for node in r.places)
         return found
     if refused is not None:
         try:
             raise refused
         finally:
             del refused
-    ids = next(_id_extractions(tape, before, table), None)
+    if (chosen := _left_out(tape, before, table)) is not None:
+        raise Declined(
+            "its experts leave out tokens that the router gave them (a capacity that keeps the first so many), so that "
+            "a token's result depends on the tokens before it; set the weights of such tokens to 0 in the tensor of "
+            "all tokens' weights, or raise the capacity until no token is left out",
+            chosen.meta.get("source", ""),
+        )
+    ids = next(id_recipes(tape, before, table), None)
     if ids is None:
         seen, taken = table.visits.sum(1), table.visits.sum(0)
         if bool((taken == taken[0]).all()) and bool((seen != seen[0]).any()):
@@ -191,7 +232,7 @@ def find_routing(
         turns = int((order.diff() < 0).sum()) + 1  # once through the experts for each sequence of the batch
         in_blocks = len(order) % turns == 0 and bool((order.view(turns, -1) == order.view(turns, -1)[0]).all())
         if in_blocks and bool((seen == 1).all()) and bool((taken == taken[0]).all()):
-            raise Declined(
+            raise FixedShares(
                 "every expert reads its own fixed share of the rows (slots that mix tokens, as in soft MoE, or a "
                 "slice of the batch), so no tensor before the experts holds the expert ids of each token: the op "
                 "dispatches whole tokens by id"
@@ -205,19 +246,41 @@ def find_routing(
         "(a later expert may replace the result of an earlier one); compute the weights of all tokens in one tensor "
         "before the loop, and add up the results",
         "" if ids[0].source is None else ids[0].source.meta.get("source", ""),
+        rank=Rank.READING,
     )
 
 
+def _left_out(tape: Tape, before: list[fx.Node], table: Table) -> fx.Node | None:
+    """The tensor of a choice that names every visit, and pairs of token and expert that were none."""
+    tokens, candidates = table.visits.shape
+    seen = (table.visits > 0)[:, torch.tensor(table.natural)]
+    for node in before:
+        source = node.args[0] if node.target is operator.getitem else node
+        chosen = isinstance(source, fx.Node) and op_name(source) in ("topk", "sort", "argsort", "argmax")
+        size = math.prod(node.meta.get("shape") or ())
+        if not chosen or node.meta["dtype"] != torch.int64 or not size or size % tokens or size >= tokens * candidates:
+            continue
+        for steps in _orders(node.meta["shape"], tokens, size // tokens):
+            ids = Extraction(node, steps).run(tape)
+            if int(ids.max()) < candidates:
+                named = torch.zeros(tokens, candidates, dtype=torch.bool).scatter_(1, ids, True)
+                if bool((named | ~seen).all()) and bool((named & ~seen).any()):
+                    return node
+    return None
+
+
 def _search(
-    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None, factor: float
-) -> Iterator[Routing]:
+    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None, factor: float,
+    searches: Sequence[Search],
+) -> Iterator[Routing]:  # fmt: skip
     """Every reading of ``before`` by which ``factor`` times the weights found are those of ``table``."""
     if factor != 1.0:
         table = dataclasses.replace(table, weights=(table.weights.double() / factor).to(table.weights.dtype))
-    for search in (_by_ids, _by_mask, _by_dense, _by_choice):
+    for search in searches:
         for found in search(tape, before, table, dtype):
             if factor != 1.0:
-                found.weights = Extraction(found.weights.source, [*found.weights.steps, (aten.mul.Scalar, (factor,))])
+                steps = [*found.weights.steps, (aten.mul.Scalar, (factor,))]
+                found.weights = dataclasses.replace(found.weights, steps=steps)
             yield found
 
 
@@ -256,16 +319,25 @@ def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Routing, mapp
     for node in before:
         by_print.setdefault(prints[node], []).append(node)
 
-    def here(extraction: Extraction, key: Key) -> Extraction | None:
-        if key is None:
-            return Extraction(None, extraction.steps)
-        alike = by_print.get(key[0], [])
-        return Extraction(alike[key[1]], extraction.steps) if key[1] < len(alike) else None
+    keys = iter(prior.keys)
 
-    keys = list(prior.keys)
-    ids_extraction = here(prior.ids, keys.pop(0)) if prior.ids is not None else None
-    weights_extraction = here(prior.weights, keys.pop(0))
-    if weights_extraction is None or (prior.ids is not None and ids_extraction is None):
+    def here(extraction: Extraction) -> Extraction | None:
+        nodes = []
+        for _ in extraction.places:
+            key = next(keys)
+            if key is None:
+                return Extraction(None, extraction.steps)
+            alike = by_print.get(key[0], [])
+            if key[1] >= len(alike):
+                return None
+            nodes.append(alike[key[1]])
+        return Extraction(nodes[0], extraction.steps, tuple(nodes[1:]))
+
+    ids_extraction = here(prior.ids) if prior.ids is not None else None
+    if prior.ids is not None and ids_extraction is None:
+        return None
+    weights_extraction = here(prior.weights)
+    if weights_extraction is None:
         return None
     try:
         ids = (
@@ -296,14 +368,13 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((a.double() - b.double()).abs() <= slack * b.double().abs()).all())
 
 
-def _id_extractions(
-    tape: Tape, before: list[fx.Node], table: Table
-) -> Iterator[tuple[Extraction, torch.Tensor, list[int]]]:
+def id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tuple[Extraction, torch.Tensor, list[int]]]:
     """(extraction, ids (T, K), candidate of each id) for every integer tensor that names the chosen experts."""
     tokens, candidates = table.visits.shape
     possible = list(_possible_sources(before, floating=False))
     reread = _reread(possible)
-    for node in reversed(possible):
+    counted = _as_many_as_chosen(tape)
+    for node in sorted(reversed(possible), key=lambda n: n in counted):
         numel = math.prod(node.meta["shape"])
         if node in reread or not tokens or numel % tokens or not numel:
             continue
@@ -323,6 +394,12 @@ def _id_extractions(
                 if extraction.source is not None and extraction.source.meta["dtype"] != torch.int64:
                     extraction.steps.append((aten.to.dtype, (torch.int64,)))
                 yield extraction, ids, mapping
+
+
+def _as_many_as_chosen(tape: Tape) -> set[fx.Node]:
+    """Tensors whose size is data (the places that are not zero): K entries a token on this probe call alone."""
+    starts = [n for n in tape.nodes if op_name(n) in ("nonzero", "masked_select")]
+    return {*starts, *descendants(tape, starts)} if starts else set()
 
 
 def _orders(shape: tuple[int, ...], tokens: int, k: int) -> list[Steps]:
@@ -427,7 +504,7 @@ def _by_ids(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype 
     tokens, candidates = table.visits.shape
     possible = list(_possible_sources(before, floating=True))
     reread = _reread(possible)
-    for extraction, ids, mapping in _id_extractions(tape, before, table):
+    for extraction, ids, mapping in id_recipes(tape, before, table):
         k = ids.shape[1]
         best: list[tuple[tuple[bool, bool, bool, int], Extraction]] = []
         for node in possible:
@@ -677,6 +754,9 @@ def _by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dty
                 weights = weights or Extraction(node, steps)
     if ids and weights:
         yield Routing(candidates, ids, weights, table.natural, RoutingForm.TABLE)
+
+
+_USUAL: tuple[Search, ...] = (_by_ids, _by_mask, _by_dense, _by_choice)
 
 
 def mask_to_ids(onehot_TKE: torch.Tensor) -> torch.Tensor:

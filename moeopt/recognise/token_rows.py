@@ -18,6 +18,7 @@ from torch import fx
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.limits import limits_values
 
@@ -68,12 +69,16 @@ def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
     weighted: Tokens | None = None
     orders: list[tuple[list[bytes], int]] = []
     if len({w.shape[-1] for w in wanted.values()}) > 1:
-        raise Declined("the experts' first matmuls take rows of different widths", sites[0].matmul.meta.get("source"))
+        raise Declined(
+            "the experts' first matmuls take rows of different widths",
+            sites[0].matmul.meta.get("source"),
+            rank=Rank.READING,
+        )
     sources = ancestors([sites[0].operand])
     limits = [n for n in sources if limits_values(tape, n)]
     filled = [w for w in wanted.values() if w.bool().any()]
     if not filled:
-        raise Declined("no token reached its experts", sites[0].matmul.meta.get("source"))
+        raise Declined("no token reached its experts", sites[0].matmul.meta.get("source"), rank=Rank.PROBE)
     probe = filled[0][filled[0].bool().any(-1)][0]
     for node in (n for n in tape.nodes[:first] if n in sources):
         shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
@@ -105,6 +110,7 @@ def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
         "the experts' input rows are not rows of any one tensor (slots that mix tokens, or a transformation "
         "per expert before its first matmul); only whole tokens can be dispatched",
         sites[0].matmul.meta.get("source"),
+        rank=Rank.READING,
     )
 
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import is_times_one, op_name
 from moeopt.capture.tape import Tape
-from moeopt.ir.weight_refs import Index, MatrixRef, VectorRef
+from moeopt.ir.weight_refs import Index, MatrixRef, PartRef, VectorRef
 
 aten = torch.ops.aten
 
@@ -234,3 +234,34 @@ def vector_ref(tape: Tape, node: fx.Node, prefix: Index, m: int) -> VectorRef | 
     if tuple(o + (m - 1) * d for o, d in zip(origin, dm, strict=True)) != ends[2][1]:
         return None
     return VectorRef(str(leaf.target), origin, dm, m)
+
+
+def part_ref(tape: Tape, node: fx.Node, values: bool = True) -> PartRef | None:
+    """The region of a Parameter or buffer that ``node`` is, whatever its rank; None where it is no such view.
+
+    ``values``: whether the tape has them, to be held against those of the region.
+    """
+    shape = node.meta.get("shape")
+    if shape is None or 0 in shape or any(type(size) is not int for size in shape):
+        return None
+    zeros = (0,) * len(shape)
+    found: list[Any] = [element_source(tape, node, zeros)]
+    for dim, size in enumerate(shape):
+        found.append(element_source(tape, node, (*zeros[:dim], min(1, size - 1), *zeros[dim + 1 :])))
+    found.append(element_source(tape, node, tuple(size - 1 for size in shape)))
+    leaf, origin = found[0] or (node, zeros)
+    if leaf.op != "get_attr" or "constant" in leaf.meta or any(f is None or f[0] is not leaf for f in found):
+        return None
+    if leaf.meta["dtype"] != node.meta["dtype"]:
+        return None
+    steps = tuple(_sub(f[1], origin) for f in found[1:-1])
+    last = tuple(o + sum((n - 1) * s[a] for n, s in zip(shape, steps, strict=True)) for a, o in enumerate(origin))
+    axes = [[a for a, s in enumerate(step) if s] for step in steps]
+    used = [a[0] for a in axes if a]
+    plain = all(
+        len(a) == 1 and step[a[0]] > 0 if n > 1 else not a for a, step, n in zip(axes, steps, shape, strict=True)
+    )
+    if last != found[-1][1] or not plain or len(set(used)) < len(used):
+        return None
+    ref = PartRef(str(leaf.target), origin, steps, tuple(shape))
+    return ref if not values or torch.equal(ref.read(tape.value(leaf)), tape.value(node)) else None

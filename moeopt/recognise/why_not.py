@@ -11,8 +11,10 @@ from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 from moeopt.recognise.ffn_candidates import FFNCandidate, source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
+from moeopt.recognise.named_obstacles import between_products, named_obstacle
 
 
 def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
@@ -29,6 +31,8 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
                 "after another, where the op's experts all read the same tokens; sum their results in another tensor",
                 source_of(first),
             )
+    if (reason := _wide_convolution(tape) or named_obstacle(tape)) is not None:
+        return reason
     memo: dict[fx.Node, bool] = {}
     for node in tape.nodes:
         if is_computed_weight(node, memo):
@@ -40,11 +44,12 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
                     "factors), and the op reads weights as they are stored; compute them once, and keep the results",
                     node.meta.get("source", ""),
                 )
-    if (reason := _wide_convolution(tape) or _one_of_many(tape)) is not None:
+    if (reason := _one_of_many(tape) or between_products(tape)) is not None:
         return reason
     return Declined(
         "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "
-        "depends on the whole batch, or weighs the hidden neurons), which the op does not carry"
+        "depends on the whole batch, or weighs the hidden neurons), which the op does not carry",
+        rank=Rank.READING,
     )
 
 

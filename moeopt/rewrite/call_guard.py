@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,30 @@ class BoundArguments:
     names: tuple[str, ...]
     values: tuple[Any, ...]
 
+    def leaves(self) -> Sequence[Any]:
+        """The values, taken out of the lists that spell containers."""
+        if list in map(type, self.values):
+            return list(tree_leaves(list(self.values)))
+        return self.values
+
     def tensors(self) -> list[torch.Tensor]:
         """The tensor leaves, in order."""
-        return [leaf for leaf in tree_leaves(list(self.values)) if isinstance(leaf, torch.Tensor)]
+        return [leaf for leaf in self.leaves() if isinstance(leaf, torch.Tensor)]
 
 
-def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundArguments:
-    """Positional, keyword and defaulted arguments in one canonical order."""
+def by_position(signature: inspect.Signature) -> tuple[str, ...]:
+    """The parameters' names, where a call that gives each of them by its position needs no binding; else ()."""
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = signature.parameters.values()
+    return tuple(signature.parameters) if all(p.kind in plain for p in parameters) else ()
+
+
+def bind(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...] = ()
+) -> BoundArguments:
+    """Positional, keyword and defaulted arguments in one canonical order; ``names``: of :func:`by_position`."""
+    if names and not kwargs and len(args) == len(names):
+        return BoundArguments(names, tuple([v if type(v) is torch.Tensor else spell(v) for v in args]))
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return BoundArguments(tuple(bound.arguments), tuple([spell(v) for v in bound.arguments.values()]))
@@ -127,7 +144,7 @@ class CallGuard:
 
     def _arguments(self, bound: BoundArguments) -> str:
         index = 0
-        leaves = list(tree_leaves(list(bound.values)))
+        leaves = bound.leaves()
         if len(leaves) != len(self.template):
             return "it was called with another structure of arguments than the verified one"
         for leaf, known in zip(leaves, self.template, strict=True):

@@ -20,7 +20,8 @@ from torch import fx, nn
 from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tree import tree_map
 from moeopt.errors import MoeoptError
-from moeopt.ir.weight_refs import MatrixRef, VectorRef, tensor_at
+from moeopt.ir.row_function import RowFunction
+from moeopt.ir.weight_refs import MatrixRef, PartRef, VectorRef, parts_of, tensor_at
 from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, ExpertWeightRefs, Slot
 
 _ARITHMETIC = {operator.mul, operator.floordiv, operator.add, operator.sub, operator.truediv, operator.getitem, getattr}
@@ -91,6 +92,9 @@ def _missing(root: nn.Module | None, path: str, kind: type) -> str:
 def _weight_faults(weights: ExpertWeightRefs, root: nn.Module | None) -> Iterator[str]:
     """Where the weights of one node are not what its spec says."""
     refs, spec = weights
+    if isinstance(spec, RowFunction):
+        yield from _slot_faults(refs, spec, root)
+        return
     wide = 2 if spec.rows in ("gate|up", "up|gate", "interleaved", "interleaved_up") else 1
     tensors = 2 if spec.rows == "separate" else 1
     hidden, out = next((w.k for ref in refs for w in ref.w_in), 0), refs[0].w_out.m
@@ -109,12 +113,25 @@ def _weight_faults(weights: ExpertWeightRefs, root: nn.Module | None) -> Iterato
             yield from (fault for p in parts if p is not None and (fault := _outside(p, root)))
 
 
-def _outside(part: MatrixRef | VectorRef, root: nn.Module) -> str:
+def _slot_faults(refs: list[Any], spec: RowFunction, root: nn.Module | None) -> Iterator[str]:
+    """Where an expert's slots are not what the function takes."""
+    wanted = [shape for _, shape in spec.body.slots]
+    for e, ref in enumerate(refs):
+        if [part.shape for part in ref.slots] != wanted:
+            yield f"expert {e} has slots of {[part.shape for part in ref.slots]}, and its function takes {wanted}"
+        if root is not None:
+            yield from (fault for p in parts_of(ref) if (fault := _outside(p, root)))
+
+
+def _outside(part: MatrixRef | VectorRef | PartRef, root: nn.Module) -> str:
     """Why ``part`` is no region of a Parameter of ``root``; "" when it is."""
     if reason := _missing(root, part.path, torch.Tensor):
         return reason
     shape = tensor_at(root, part.path).shape
-    steps = [(part.dm, part.m)] + ([(part.dk, part.k)] if isinstance(part, MatrixRef) else [])
+    if isinstance(part, PartRef):
+        steps = list(zip(part.steps, part.shape, strict=True))
+    else:
+        steps = [(part.dm, part.m)] + ([(part.dk, part.k)] if isinstance(part, MatrixRef) else [])
     for d, (start, size) in enumerate(zip(part.origin, shape, strict=True)):
         ends = [step[d] * (count - 1) for step, count in steps]
         low, high = start + sum(min(e, 0) for e in ends), start + sum(max(e, 0) for e in ends)

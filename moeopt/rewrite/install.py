@@ -23,15 +23,18 @@ from torch import fx, nn
 
 from moeopt.capture.tree import tree_map
 from moeopt.errors import Declined, NotSaveableError, StaleModelWarning
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import RouterSpec
 from moeopt.ir.weight_refs import expert_paths
 from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
-from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, overlap
+from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, by_position, overlap
 from moeopt.rewrite.id_range import IdOutOfRange
+from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
 from moeopt.rewrite.module_guard import Fact, Watch, take_facts
 from moeopt.rewrite.reads import Reads
+from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
 
 __all__ = ["OPAQUE", "TENSOR", "CallGuard", "BlockProgram", "RewrittenForward", "bind", "install", "uninstall"]
@@ -95,19 +98,33 @@ class BlockProgram:
         return self.block.graph
 
 
-@torch.compiler.assume_constant_result
-def _changed(engine: RewrittenForward) -> str:
-    """What of the block's own code is not as it was verified; all of it is looked at once something was not."""
-    reason = engine.watch.everything() if engine._stale else engine.watch.shared()
-    if engine.source is not None and not reason:
-        engine.source.look()
-    return reason
+def _change_of(forward: RewrittenForward) -> Callable[[], str]:
+    """What tells what of the block's own code is not as it was verified; all of it is looked at once something was not.
+
+    A constant to torch.compile. It takes no argument, since torch before 2.13 takes an object for no constant.
+    """
+
+    @torch.compiler.assume_constant_result
+    def change() -> str:
+        reason = forward.watch.everything() if forward._stale else forward.watch.shared()
+        if forward.source is not None and not reason:
+            forward.source.look()
+        return reason
+
+    return change
 
 
 def _check(watch: Watch, bank: int, expert: int) -> None:
     reason = watch.expert((bank, expert))
     if reason:
         raise Stale(reason)
+
+
+def live_bank(module: nn.Module, refs: Any, spec: Any, check: Callable[[int], None] = lambda e: None) -> Any:
+    """The weights at ``refs`` of ``module``, as the op takes them; ``check`` is asked before each expert is read."""
+    if isinstance(spec, RowFunction):
+        return LiveSlots(module, refs, check)
+    return LiveExpertWeights(module, refs, (spec.w_in_layout, spec.w_out_layout), check)
 
 
 class RewrittenForward:
@@ -129,21 +146,18 @@ class RewrittenForward:
     def _prepare(self) -> None:
         program = self.program
         self.watch = watch = program.watch(self.module)
+        self.change = _change_of(self)
         if watch.gone:
             raise Stale(watch.gone)
         block = program.block
         self.banks = [
-            (
-                LiveExpertWeights(
-                    self.module, refs, (s.w_in_layout, s.w_out_layout), functools.partial(_check, watch, b)
-                ),
-                s,
-            )
-            for b, (refs, s) in enumerate(block.weights)
+            (live_bank(self.module, refs, spec, functools.partial(_check, watch, b)), spec)
+            for b, (refs, spec) in enumerate(block.weights)
         ]
         self.constants = block.constants
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
         self._run = compiled(block.graph)
+        self._names = by_position(program.signature)
 
     def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The op on the live weights number ``index``: what a ``moeopt::experts`` node of the graph calls."""
@@ -174,11 +188,11 @@ class RewrittenForward:
         self._prepare()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = bind(self.program.signature, args, kwargs)
+        bound = bind(self.program.signature, args, kwargs, self._names)
         refusal = self.program.guard.refuses(self.module, bound) or self._effects(bound)
         if not refusal:
             try:
-                refusal = _changed(self)
+                refusal = self.change()
                 if not refusal:
                     if self._changed:  # it is as it was again: the next change is told again
                         self._changed, self.last_refusal = False, ""
@@ -228,7 +242,11 @@ class RewrittenForward:
             with torch.no_grad():
                 target.copy_(value)
         for (path, name), value in block.attributes.items():
-            setattr(self.module.get_submodule(path), name, tree_map(Slot, fill, value))
+            home = self.module.get_submodule(path)
+            if value is not UNSET:
+                setattr(home, name, tree_map(Slot, fill, value))
+            elif name in home.__dict__:
+                delattr(home, name)
         return tree_map(Slot, fill, block.output)
 
     def _fall_back(self, refusal: str, args: Any, kwargs: Any) -> Any:
@@ -259,7 +277,7 @@ class RewrittenForward:
 
     def __getattr__(self, name: str) -> Any:
         # A copy is made before its module has its children: it prepares itself at first use.
-        if name in ("watch", "banks", "constants", "_plain", "_run"):
+        if name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names"):
             if "program" in self.__dict__:
                 self._prepare()
                 return self.__dict__[name]

@@ -9,7 +9,7 @@ every size in ``generalize`` and ``build``; a plan itself never runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of, tree_leaves, tree_map
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
+from moeopt.rewrite.scratch import UNSET, storable
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -50,7 +52,10 @@ class KeptStep:
 
 @dataclass
 class KeptSteps:
-    """Steps in order; ``output``, ``mutations`` and ``attributes`` are trees of :class:`StepRef`."""
+    """Steps in order; ``output``, ``mutations`` and ``attributes`` are trees of :class:`StepRef`.
+
+    An attribute may be ``UNSET`` (see ``moeopt.rewrite.scratch``).
+    """
 
     steps: list[KeptStep]
     output: Any
@@ -84,19 +89,22 @@ class NodeRewrite:
     apply: Callable[[KeptSteps, Callable[[fx.Node], StepRef]], StepRef]
 
 
-def kept_steps(tape: Tape, replacements: list[NodeRewrite]) -> KeptSteps:
+def kept_steps(tape: Tape, replacements: list[NodeRewrite], scratch: Collection[tuple[str, str]] = ()) -> KeptSteps:
     """The kept part of ``tape``, with each replacement in place of its node.
+
+    Args:
+        scratch: (module path, attribute) of stored values that no later call reads.
 
     Raises:
         Declined: an output needs something from inside the experts, or the forward did something
             else than compute its outputs that a graph cannot repeat.
     """
-    return _Planner(tape, replacements).run()
+    return _Planner(tape, replacements, scratch).run()
 
 
 class _Planner:
-    def __init__(self, tape: Tape, replacements: list[NodeRewrite]) -> None:
-        self.tape = tape
+    def __init__(self, tape: Tape, replacements: list[NodeRewrite], scratch: Collection[tuple[str, str]]) -> None:
+        self.tape, self.scratch = tape, scratch
         self.replaced = {r.node: r for r in replacements}
         self.inside = [c.index == 0 or self._contains(c) for c in tape.calls]
         self.units: dict[Any, list[fx.Node]] = {}
@@ -259,17 +267,20 @@ class _Planner:
         for (path, name), value in self.tape.attributes.items():
             if self._call_sets((path, name)):
                 continue
+            if (path, name) in self.scratch:
+                out[path, name] = UNSET
+                continue
             where = _dotted((path, name))
             if (path, name) in self.tape.in_place:
                 raise Declined(
                     f"its forward changes the contents of the Python attribute {where} in place, which other modules "
                     "may hold as well; assign a new container, or return the value instead"
                 )
-            leaves = list(tree_leaves(value))
-            if not leaves or not all(isinstance(v, (fx.Node, torch.dtype)) for v in leaves):
+            if not storable(value):
                 raise Declined(
                     f"its forward changes the Python attribute {where}, which a graph cannot repeat; "
-                    "store a tensor or return the value instead"
+                    "store a tensor or return the value instead",
+                    rank=Rank.FORBIDS,
                 )
             out[path, name] = value
         return out

@@ -13,6 +13,7 @@ from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.weight_refs import expert_paths, tensor_at
+from moeopt.obstacles import Rank
 from moeopt.recognise.experts import Recognition
 from moeopt.rewrite.keep import KeptSteps
 
@@ -29,14 +30,17 @@ def check_module(module: nn.Module) -> None:
         Declined: meta tensors, DTensors or other tensor subclasses, a scripted module.
     """
     if isinstance(module, torch.jit.ScriptModule):
-        raise Declined("it is a TorchScript module, whose code cannot be traced; pass the Python module")
+        raise Declined(
+            "it is a TorchScript module, whose code cannot be traced; pass the Python module", rank=Rank.FORBIDS
+        )
     for path, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.device.type == "meta":
-            raise Declined(f"{path} is on the meta device and has no values; load the weights first")
+            raise Declined(f"{path} is on the meta device and has no values; load the weights first", rank=Rank.FORBIDS)
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
             raise Declined(
                 f"{path} is a {type(tensor).__name__}, which the op cannot read; convert it to a plain tensor "
-                "(for example dequantize() or full_tensor()) and optimise again"
+                "(for example dequantize() or full_tensor()) and optimise again",
+                rank=Rank.FORBIDS,
             )
 
 

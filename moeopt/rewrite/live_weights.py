@@ -8,6 +8,7 @@ hooked or parametrised, a dtype changed) the lookup raises :class:`Stale`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
 from moeopt.ops.expert_weights import StackedExpertWeights
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 class Stale(Exception):
     """The module no longer is what was verified; the message says what changed."""
 
 
-class _Place:
+class Place:
     """One Parameter or buffer of a module tree, found again at each read."""
 
     __slots__ = ("dtype", "hooked", "key", "links", "owner", "path", "registry", "shape")
@@ -84,14 +87,16 @@ class LiveExpertWeights:
     ) -> None:
         self.num_experts, self._check = len(experts), check
         self._experts, self._layouts = experts, layouts
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         for ref in experts:
             for part in (*ref.w_in, *ref.b_in, ref.w_out, ref.b_out):
                 if part is not None and part.path not in self._places:
-                    self._places[part.path] = _Place(root, part.path)
+                    self._places[part.path] = Place(root, part.path)
         self._regions: dict[tuple[int, str], Any] = {}
         self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
         self._steps = _steps(experts)
+        # what stacked() gave: the memory of its views cannot be another's while they are kept, so addresses tell
+        self._stack: tuple[Any, StackedExpertWeights, list[Any]] | None = None
         self._backwards = any(s < 0 for part in self._steps or () for step in _flat(part) for s in step)
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
@@ -132,18 +137,16 @@ class LiveExpertWeights:
         if index is not _IRREGULAR:
             part = tensor if index.whole else tensor[index.at]
             return part.t() if index.transposed else part
-        offset, dk, dm = ref.offset_and_strides(tensor.stride())
+        _, dk, dm = ref.offset_and_strides(tensor.stride())
         shape, stride = ((ref.m, ref.k), (dm, dk)) if layout == "oi" else ((ref.k, ref.m), (dk, dm))
-        return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
+        return _from(tensor, ref.origin).as_strided(shape, stride)
 
     def _vector(self, ref: VectorRef) -> Tensor:
         tensor = self._places[ref.path].read()
         if len(ref.origin) == 1 and ref.dm == (1,):
             return tensor if ref.m == tensor.shape[0] else tensor[ref.origin[0] : ref.origin[0] + ref.m]
-        stride = tensor.stride()
-        offset = sum(o * s for o, s in zip(ref.origin, stride, strict=True))
-        step = sum(o * s for o, s in zip(ref.dm, stride, strict=True))
-        return tensor.as_strided((ref.m,), (step,), tensor.storage_offset() + offset)
+        step = sum(o * s for o, s in zip(ref.dm, tensor.stride(), strict=True))
+        return _from(tensor, ref.origin).as_strided((ref.m,), (step,))
 
     def stacked(self) -> StackedExpertWeights | None:
         """The weights as stacked tensors where every part is a regular slice of one Parameter."""
@@ -151,6 +154,21 @@ class LiveExpertWeights:
             return None
         if not torch.compiler.is_compiling():
             self._check(0)  # all experts lie in the same Parameters, so what is watched of one is that of all
+        tensors = [place.read() for place in self._places.values()]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in tensors):
+            return self._stacked()
+        now = (torch.is_inference_mode_enabled(), [(id(t), t.data_ptr(), t.stride()) for t in tensors])
+        if self._stack is None or self._stack[0] != now:
+            bank = _detached(self._stacked())
+            self._stack = now, bank, [weakref.ref(t, self._let_go) for t in tensors]
+        return self._stack[1]
+
+    def _let_go(self, reference: Any) -> None:
+        """A tensor is gone, to a disk maybe: the memory that it had is not to be kept."""
+        self._stack = None
+
+    def _stacked(self) -> StackedExpertWeights:
+        assert self._steps is not None
         first, count = self._experts[0], self.num_experts
         w_in_step, b_in_step, w_out_step, b_out_step = self._steps
 
@@ -161,7 +179,7 @@ class LiveExpertWeights:
             strides = tensor.stride()
             lead = 0 if step is None else sum(a * s for a, s in zip(step, strides, strict=True))
             one = self._vector(ref) if isinstance(ref, VectorRef) else self._matrix(ref, layout)
-            return tensor.as_strided((count, *one.shape), (lead, *one.stride()), one.storage_offset())
+            return _from(tensor, ref.origin).as_strided((count, *one.shape), (lead, *one.stride()))
 
         return StackedExpertWeights(
             [stack(r, s, self._layouts[0]) for r, s in zip(first.w_in, w_in_step, strict=True)],
@@ -169,6 +187,17 @@ class LiveExpertWeights:
             [stack(r, s, "") for r, s in zip(first.b_in, b_in_step, strict=True)],
             stack(first.b_out, b_out_step, ""),
         )
+
+
+def _detached(bank: StackedExpertWeights) -> StackedExpertWeights:
+    """The same memory; a view keeps the Parameter alive that it is of, a detached one does not."""
+
+    def one(t: Tensor | None) -> Any:
+        return None if t is None else t.detach()
+
+    return StackedExpertWeights(
+        [one(t) for t in bank.w_in_s], one(bank.w_out_s), [one(t) for t in bank.b_in_s], one(bank.b_out_s)
+    )
 
 
 @dataclass(frozen=True)
@@ -198,6 +227,14 @@ def _region(ref: MatrixRef, layout: str, shape: tuple[int, ...]) -> Any:
         at[axis] = slice(first, first + (count - 1) * step + 1, step)
     whole = len(shape) == 2 and all(a == slice(0, n, 1) for a, n in zip(at, shape, strict=True))
     return _Region(tuple(at), whole, (m_axis > k_axis) == (layout == "oi"))
+
+
+def _from(tensor: Tensor, origin: tuple[int, ...]) -> Tensor:
+    """A view from the element ``origin`` on, where ``as_strided`` begins: torch.compile knows no ``storage_offset()``.
+
+    The view holds all that a stack from there reads, so gradients reach every expert.
+    """
+    return tensor[tuple([slice(o, None) for o in origin])] if any(origin) else tensor
 
 
 def _flat(part: Any) -> list[tuple[int, ...]]:

@@ -26,8 +26,11 @@ aten = torch.ops.aten
 
 def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_IDS) -> NodeRewrite:
     """The rewrite of ``recognition``, for ids ``within`` a range; ``bank`` is the number of its weights."""
-    sources = [recognition.tokens.node, recognition.routing.weights.source]
-    sources += [recognition.routing.ids.source] if recognition.routing.ids else []
+    sources = [
+        recognition.tokens.node,
+        *recognition.routing.weights.nodes,
+        *(recognition.routing.ids.nodes if recognition.routing.ids else []),
+    ]
     needs = [n for n in (*sources, recognition.base) if n is not None]
 
     def apply(plan: KeptSteps, ref: Callable[[fx.Node], StepRef]) -> StepRef:
@@ -65,6 +68,9 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
 def _apply(plan: KeptSteps, extraction: Extraction, ref: Callable[[fx.Node], StepRef], ids: StepRef | None) -> StepRef:
     value = ref(extraction.source) if extraction.source is not None else ids
     assert value is not None
+    if extraction.beside:
+        columns = [plan.call(aten.reshape.default, ref(node), [-1, 1]) for node in extraction.nodes]
+        value = plan.call(aten.cat.default, columns, 1)
     for op, rest in extraction.steps:
         value = plan.call(op, value, *(ids if a == "@ids" else a for a in rest))
     return value

@@ -19,6 +19,7 @@ from torch import fx
 from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
 from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, Slot
+from moeopt.rewrite.scratch import UNSET
 
 
 def text(block: BlockGraph) -> str:
@@ -40,7 +41,8 @@ def block_lines(block: BlockGraph) -> Iterator[str]:
     for target, value in block.mutations:
         yield f"write {_shown(value, leaves)} into {_shown(target, leaves)}"
     for (path, name), value in block.attributes.items():
-        yield f"store {_shown(value, leaves)} as {'.'.join(filter(None, (path, name)))}"
+        dotted = ".".join(filter(None, (path, name)))
+        yield f"unset {dotted}" if value is UNSET else f"store {_shown(value, leaves)} as {dotted}"
     yield f"return {_shown(block.output, leaves)}"
 
 

@@ -116,6 +116,10 @@ class Certificate:
     def _lines(self) -> list[str]:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [f"moeopt certificate: {self.verdict}"]
+        if self.passed and self.blocks:
+            count = f"{len(self.blocks)} rewritten block{'s' * (len(self.blocks) > 1)}"
+            whole = "" if self.end_to_end is None else ", and the whole model end to end"
+            lines += _wrap(f"what passed: {count}{whole}", "  ")
         if not self.executed:
             lines.append("engine: not executed; the verdict is that of a replay")
         lines += _wrap(versions, "  ")
@@ -126,7 +130,8 @@ class Certificate:
             lines += _wrap(
                 "orig, new: worst distance per token from the float64 oracle, relative L2; f64: that of the "
                 f"rewritten code run in float64; factor: needed beyond {EPS_ALLOWANCE:g} eps ({FACTOR:g} is "
-                "allowed); ids: expert choices compared",
+                "allowed); ids: expert choices compared, - where a block gets its choices as input or makes none; tie: "
+                "choices among equal scores; flip: choices that came out otherwise",
                 "  ",
             )
             lines += self._reasons()
@@ -161,11 +166,13 @@ def _row(block: BlockCheck) -> list[str]:
     """The block's figures; a name that is too long for its column has lines of its own above them."""
     above, name = ([], block.name) if len(block.name) <= 22 else (_wrap(block.name, ""), "")
     verdict = {True: "passed", False: "FAILED", None: "not run"}[block.passed]
+    if not block.cases:
+        return [*above, f"{name:<22} {verdict:<7} {'-':>7} {'-':>7} {'-':>7} {'-':>6} {'-':>7} {'-':>3} {'-':>4}"]
     exact = "-" if block.distance_exact is None else f"{block.distance_exact:.1e}"
     return [
         *above,
         f"{name:<22} {verdict:<7} {block.distance_original:>7.1e} {block.distance_rewritten:>7.1e} {exact:>7} "
-        f"{block.required:>6.2g} {block.ids_compared:>7} {block.ties:>3} {block.flips:>4}",
+        f"{block.required:>6.2g} {block.ids_compared or '-':>7} {block.ties:>3} {block.flips:>4}",
     ]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moeopt.ops.experts import decode, unflatten
 from moeopt.ops.reference import experts_reference
+from moeopt.ops.row_function import in_float64
 
 F64 = torch.float64
 
@@ -121,6 +122,7 @@ def experts(x, ids, weights, w_in, w_out, b_in, b_out, norm, spec):  # type: ign
 
 STAND_INS: dict[str, Callable[..., Any]] = {
     "moeopt::experts": experts,
+    "moeopt::row_function": in_float64,
     "aten::_grouped_mm": grouped_mm,
     "transformers::grouped_mm_fallback": grouped_mm,
     "aten::_softmax": softmax,

@@ -1,11 +1,14 @@
 """A shared copy has its own modules and the same tensors."""
 
 import functools
+import threading
 import types
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.errors import UsageError
@@ -74,3 +77,50 @@ def test_a_bound_method_is_copied_with_its_module():
     free = seeded(MoE)
     free.experts[0].forward = lambda x: x * 2
     assert torch.equal(shared_copy(free).experts[0](rand(2, H)), rand(2, H) * 2)
+
+
+class Dispatcher:
+    """Holds what cannot be copied beside what must be."""
+
+    def __init__(self, router):
+        self.lock, self.router, self.slots = threading.Lock(), router, [1, 2]
+
+
+def test_what_cannot_be_copied_is_shared_and_told(tmp_path):
+    model = seeded(MoE)
+    model.lock, model.groups = threading.Lock(), {"data": [threading.Lock(), 3]}
+    model.experts[1].dispatcher = Dispatcher(model.router)
+    notes = []
+    with open(tmp_path / "log", "w") as log:
+        model.log = log
+        twin = shared_copy(model, notes)
+        assert twin.log is log
+    assert twin.lock is model.lock and twin.groups["data"][0] is model.groups["data"][0]
+    assert twin.groups is not model.groups and twin.groups["data"] is not model.groups["data"]
+    inner = twin.experts[1].dispatcher
+    assert inner is not model.experts[1].dispatcher and inner.lock is model.experts[1].dispatcher.lock
+    assert inner.router is twin.router and inner.slots == [1, 2]  # the copy's own module, not the original's
+    assert notes == [
+        f"{path} ({kind}) cannot be copied: the optimised model shares it with the original"
+        for path, kind in (
+            ("lock", "lock"), ("groups['data'][0]", "lock"), ("log", "TextIOWrapper"),
+            ("experts.1.dispatcher.lock", "lock"),
+        )
+    ]  # fmt: skip
+    assert shared_copy(seeded(MoE), notes) is not None and len(notes) == 4
+
+
+def test_a_weight_that_a_hook_computes_at_each_call_stops_no_copy():
+    model = seeded(MoE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model.experts[0][0])
+    prune.l1_unstructured(model.experts[1][0], "weight", 0.5)
+    x, notes = rand(5, H), []
+    want = model(x)
+    twin = shared_copy(model, notes)
+    assert torch.equal(twin(x), want) and notes == []
+    assert twin.experts[0][0].weight_v is model.experts[0][0].weight_v
+    with torch.no_grad():
+        model.experts[0][0].weight_g.mul_(2.0)
+    assert torch.equal(twin(x), model(x)) and not torch.equal(twin(x), want)

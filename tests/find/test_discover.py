@@ -1,5 +1,8 @@
 """Places worth a look: experts side by side, idle twins, slices of a stack; and what is none of these."""
 
+import collections
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,6 +169,33 @@ def test_the_model_is_left_as_it_was_and_must_run():
         CaptureError, match="Model raised RuntimeError: .*; check that it runs on these inputs in eager mode"
     ):
         places(model, rand(3, H + 1))
+
+
+def calls_of_functions(layers, make):
+    """How often each Python function is called while a model of so many layers is searched."""
+    model, calls = seeded(lambda: Model(*(make(i) for i in range(layers)))), collections.Counter()
+
+    def count(frame, event, arg):
+        if event == "call":
+            calls[f"{frame.f_code.co_filename}: {frame.f_code.co_name}"] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        places(model)
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "make", [lambda i: MoE(), lambda i: StackLoop(hit=1), lambda i: OneHit(), lambda i: MoE() if i % 2 else ffn()]
+)
+def test_each_layer_of_a_deep_model_is_searched_as_often_as_one_of_a_shallow_model(make):
+    calls_of_functions(4, make)  # what is computed once in a process is no cost of a layer
+    four, eight, sixteen = (calls_of_functions(n, make) for n in (4, 8, 16))
+    steeper = {f for f in sixteen if sixteen[f] - eight[f] > 2.2 * (eight[f] - four[f]) + 8}
+    assert steeper == set()
 
 
 class NestedRows(StackLoop):

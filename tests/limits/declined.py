@@ -22,28 +22,22 @@ ZOO = {
         "declined_random_second_expert": "its forward is random at inference (rand_like at",
     },
     "Weights other than plain float tensors as they are stored": {
-        "strange_weight_norm": "not element-wise on each token's row",
-        "strange_pruning_mask": "its experts' weights are computed at each call",
-        "strange_lora": "the experts' outputs are not combined by a weighted sum per token",
+        "strange_weight_norm": "experts.0.0 is parametrised",
         "strange_int8": "its experts' weights are computed at each call",
     },
-    "Experts beyond two products with an element-wise function between": {
-        "strange_layernorm_inside": "the experts' input rows are not rows of any one tensor",
-        "strange_residual_inside": "tokens that no expert serves keep another value",
+    "Experts whose rows depend on one another": {
         "declined_attention_experts": "mixes rows",
         "strange_batch_statistics": "depends on the whole batch",
-        "strange_three_layers": "the experts' outputs are not combined by a weighted sum per token",
     },
-    "Activations that the op lacks": {
-        "act_sine": "(sin) is none that the op carries",
-        "act_prelu_per_expert": "(_prelu_kernel) is none that the op carries",
+    "Functions of a row that PyTorch would run no quicker": {
+        "act_sine": "two matmuls with sin, a function of a row that no grouped kernel has",
+        "hand_norm_per_expert": "which would not pay here",
+        "row_dense_mixture_of_three_layers": "three matmuls (three layers)",
     },
-    "Experts of one matrix or of single neurons": {
-        "strange_single_linear": "between its experts' matmuls stands something",
-        "strange_product_keys": "between the expert's two matmuls (unsqueeze, permute) is none that the op carries",
+    "Experts of single neurons": {
+        "strange_product_keys": "its experts are single neurons",
     },
     "Experts of one block that differ": {
-        "odd_different_inner_sizes": "its experts have different shapes",
         "declined_different_activations": "its experts do not all compute the same function",
     },
     "Experts that no probe reaches": {
@@ -113,7 +107,7 @@ def odd_weights(_):
     declines(lambda: changed(subclass), "experts.0.w1.weight is a Subclass, which the op cannot read")
     declines(
         lambda: changed(lambda e: parametrize.register_parametrization(e.w1, "weight", Doubled())),
-        "its experts' weights are computed at each call",
+        "experts.0.w1 is parametrised; remove it with torch.nn.utils.parametrize.remove_parametrizations",
     )
 
 
@@ -276,6 +270,35 @@ def stored(_):
         (set(), lambda bag, g: bag.add(len(g))),
     ):
         declines(lambda bag=bag, put=put: Bag(bag, put), "its forward changes the contents of the Python attribute bag")
+
+
+class Unregistered(Block):
+    def __init__(self):
+        super().__init__()
+        experts = list(self.experts)
+        del self.experts
+        self.__dict__["experts"] = experts
+
+
+class PlainTensors(Block):
+    def __init__(self):
+        super().__init__()
+        del self.experts
+        self.w1, self.w2 = [seeded(H, H) for _ in range(4)], [seeded(H, H, seed=6) for _ in range(4)]
+        self.experts = [lambda x, e=e: (x @ self.w1[e]).relu() @ self.w2[e] for e in range(4)]
+
+
+@limit("Experts in plain Python lists")
+def unregistered(_):
+    declines(Unregistered, "its weights are in a plain Python list (self.experts of Unregistered)")
+    declines(PlainTensors, "its weights are in a plain Python list (self.w")
+
+
+@limit("Recurrent experts, convolutions that every token mixes, one grouped convolution as all experts")
+def other_layers(_):
+    zoo_declines("declined_recurrent_experts", "its experts are recurrent (LSTM at experts.0.rnn)")
+    zoo_declines("declined_conv3_experts", "it computes convolutions of 3")
+    zoo_declines("dense_grouped_conv", "groups; the op multiplies each token's row by a matrix")
 
 
 @limit("TorchScript models")

@@ -31,6 +31,8 @@ def state():
     if "torch.onnx._internal.exporter._registration" in sys.modules:
         registry = sys.modules["torch.onnx._internal.exporter._registration"].ONNXRegistry
         found["registry"] = vars(registry)["from_torchlib"]
+    if "torch.onnx._internal.exporter._fx_passes" in sys.modules:
+        found["passes"] = vars(sys.modules["torch.onnx._internal.exporter._fx_passes"])["decompose_with_registry"]
     return found
 
 
@@ -46,6 +48,7 @@ EVERY = {
     "no_export_dump": patches.no_export_dump,
     "rules_by_their_last_op": patches.rules_by_their_last_op,
     "one_registry": patches.one_registry,
+    "no_idle_decomposition": patches.no_idle_decomposition,
     "sdpa_of": lambda: patches.sdpa_of(attend),
     "no_fake_tensor_errors": patches.no_fake_tensor_errors,
     "quiet": patches.quiet,
@@ -54,7 +57,7 @@ EVERY = {
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_first_to_come_may_be_the_first_to_leave(name):
-    if name in ("rules_by_their_last_op", "one_registry"):
+    if name in ("rules_by_their_last_op", "one_registry", "no_idle_decomposition"):
         pytest.importorskip("onnxscript")
     if name == "sdpa_of":
         pytest.importorskip("transformers")

@@ -1,6 +1,7 @@
 """One op for all of a block's experts: what is recognised, and one twin for each reason not to."""
 
 import contextlib
+import dataclasses
 import gc
 import weakref
 
@@ -12,7 +13,9 @@ from torch import nn
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
 from moeopt.ops import experts as experts_op
-from moeopt.recognise.experts import ExpertsNotHit, recognize
+from moeopt.recognise.experts import ExpertsNotHit, _same_layout, recognize
+from moeopt.recognise.ffn_candidates import find_candidates
+from moeopt.recognise.gemm_sites import find_sites
 from moeopt.rewrite.live_weights import LiveExpertWeights
 from tests.capture.tiny import rand
 from tests.recognise.tiny import GLU, H, I, MoE, ffn, seeded, tape_of
@@ -211,6 +214,23 @@ class DifferentWidths(MoE):
         super().__init__(lambda: ffn(inner=next(sizes)))
 
 
+def test_experts_may_differ_in_their_number_of_neurons():
+    (found,) = recognize(tape_of(DifferentWidths))
+    assert sorted(ref.w_out.k for ref in found.experts) == [8, 12, 16, 20] and found.spec.rows == "plain"
+
+
+def test_experts_that_differ_in_more_are_declined():
+    (found,) = recognize(tape_of(DifferentWidths))
+    first = found.experts[0]
+    packed = dataclasses.replace(first, w_in=(dataclasses.replace(first.w_in[0], m=2 * first.w_out.k),))
+    with pytest.raises(Declined, match=r"its experts have different shapes \(\[\(\(8, "):
+        _same_layout([first, packed], find_candidates(*_sites(tape_of(DifferentWidths))))
+
+
+def _sites(tape):
+    return tape, find_sites(tape)
+
+
 class Normed(nn.Module):
     """A norm inside the expert mixes features."""
 
@@ -324,7 +344,6 @@ class SoftSlots(MoE):
     [
         (Nothing, "something that is not element-wise on each token's row"),
         (DifferentFunctions, "its experts do not all compute the same function (plain "),
-        (DifferentWidths, "its experts have different shapes ([((8, 8), (8, 8)), ((8, 12), (12, 8))"),
         (lambda: MoE(CubeExpert), "the function between the expert's two matmuls (pow) is none that the op carries"),
         (lambda: MoE(Permuted), "between an expert's matmuls features of different rows are mixed"),
         (lambda: MoE(OtherTokensForUp), "an expert's gate and up matmuls see different tokens"),

@@ -1,11 +1,16 @@
 """Weights are read where they live; a place that is no longer what was verified says what changed."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import moeopt
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef, expert_paths, tensor_at
+from moeopt.rewrite.install import rewritten_forward
 from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
 from tests.capture.tiny import Run, rand
 
@@ -173,3 +178,80 @@ def test_a_stack_is_watched_as_its_experts_are():
     root, refs = stacked()
     with pytest.raises(Stale, match="expert 0 was patched"):
         LiveExpertWeights(root, refs, ("io", "io"), changed).stacked()
+
+
+def test_stacked_weights_that_are_looked_up_again_are_the_weights_of_now():
+    """They are remembered between calls; whatever replaces a tensor or its memory is seen."""
+    torch.manual_seed(0)
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1, self.w2 = torch.nn.Parameter(torch.randn(4, 6, 5)), torch.nn.Parameter(torch.randn(4, 5, 3))
+            self.gate = torch.nn.Linear(5, 4, bias=False)
+
+        def forward(self, x):
+            w, ids = self.gate(x).softmax(-1).topk(2, -1)
+            g, u = torch.einsum("tkoh,th->tko", self.w1[ids], x).chunk(2, -1)
+            return torch.einsum("tkhi,tki,tk->th", self.w2[ids], torch.nn.functional.silu(g) * u, w)
+
+    block, x = Block().eval(), torch.randn(7, 5)
+    made = moeopt.optimize(block, x, verify="off", inplace=True).model
+    forward = rewritten_forward(made)
+
+    def same():
+        want = type(made).forward(made, x)
+        before = forward.fallbacks
+        torch.testing.assert_close(made(x), want, rtol=1e-5, atol=1e-6)
+        assert forward.fallbacks == before
+
+    def replaced():
+        made.w1 = torch.nn.Parameter(torch.randn(4, 6, 5))
+
+    def other_memory():
+        made.w2.data = torch.randn(4, 5, 3)
+
+    def other_strides():
+        made.w1.data = torch.randn(4, 5, 6).transpose(1, 2)
+
+    def freed_and_made_again():
+        for _ in range(20):
+            made.w1 = None
+            made.w1 = torch.nn.Parameter(torch.randn(4, 6, 5))
+
+    changes = [lambda: made.w1.mul_(2), replaced, other_memory, other_strides, freed_and_made_again,
+               lambda: made.load_state_dict(Block().state_dict()),
+               lambda: made.w2.set_(torch.randn(4, 5, 3))]  # fmt: skip
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        for change in changes:
+            with torch.no_grad():
+                same()
+                change()
+            with mode():
+                same()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_that_are_gone_are_not_kept(mode):
+    """Offloading takes a block's weights away after each call; what was remembered of them must not hold them."""
+    root = nn.Module()
+    root.w1, root.w2 = nn.Parameter(torch.randn(E, I, H)), nn.Parameter(torch.randn(E, H, I))
+    refs = [
+        ExpertRef(
+            (MatrixRef("w1", (e, 0, 0), (0, 0, 1), (0, 1, 0), H, I),), (None,),
+            MatrixRef("w2", (e, 0, 0), (0, 0, 1), (0, 1, 0), I, H), None,
+        )
+        for e in range(E)
+    ]  # fmt: skip
+    bank = LiveExpertWeights(root, refs, ("oi", "oi"))
+    with mode():
+        first = bank.stacked()
+        assert first is not None and bank.stacked() is first
+        assert first.w_in_s[0].data_ptr() == root.w1.data_ptr()
+    storage, gone = weakref.ref(first.w_in_s[0]), weakref.ref(root.w1)
+    del first
+    root.w1 = nn.Parameter(torch.randn(E, I, H))
+    gc.collect()
+    assert gone() is None and storage() is None
+    with mode():
+        assert bank.stacked().w_in_s[0].data_ptr() == root.w1.data_ptr()

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from moeopt.ops.native.compile import compiler_named, prebuilt_name
+
 pytestmark = pytest.mark.wheel
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "ci"
@@ -66,9 +68,35 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names} == {"moeopt", "moeopt-0.1.0.dist-info"}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "moeopt").rglob("*") if p.is_file() and p.suffix != ".pyc"}
-    assert {n for n in names if n.startswith("moeopt/")} == sources
+    libraries = {n for n in names if n.startswith("moeopt/ops/native/prebuilt/")}
+    assert {n for n in names if n.startswith("moeopt/")} - libraries == sources
+    assert len(libraries) == (compiler_named(None) is not None)
+    assert all(f"/{prebuilt_name(['generic']).removesuffix('.so')}" in n for n in libraries)
     entry = zipfile.ZipFile(wheel).read("moeopt-0.1.0.dist-info/entry_points.txt").decode()
     assert "[pytest11]\nmoeopt.pytest_plugin = moeopt.pytest_plugin" in entry
+
+
+def built(folder, **variables):
+    """The files of a wheel that is built with these variables."""
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
+    subprocess.run(build, check=True, env=os.environ | variables)
+    (made,) = folder.glob("moeopt-*.whl")
+    return made.name, zipfile.ZipFile(made).namelist()
+
+
+def test_the_kernel_of_the_wheel_runs_without_a_compiler(project, environment):
+    if not compiler_named(None):
+        pytest.skip("no C++ compiler is here")
+    run = "cd / && python -c 'from moeopt.ops.native.library import describe; print(describe())'"
+    done = shell(run, project, environment, MOEOPT_CXX="no-compiler", MOEOPT_CACHE=str(project / "cache"))
+    assert "/site-packages/moeopt/ops/native/prebuilt/" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("variables", [{"MOEOPT_NATIVE": "off"}, {"MOEOPT_CXX": "false"}, {"MOEOPT_CXX": "absent"}])
+def test_no_compiler_and_a_failing_one_give_a_wheel_without_the_kernel(tmp_path, variables):
+    name, names = built(tmp_path, **variables)
+    assert name.endswith("-py3-none-any.whl")
+    assert not any("prebuilt" in n for n in names) and "moeopt/ops/native/src/experts.cpp" in names
 
 
 def test_the_workflow_runs_as_it_is_written(project, environment):

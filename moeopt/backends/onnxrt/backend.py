@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from torch import nn
 
 from moeopt.backends.base import Made, Opened
 from moeopt.backends.onnxrt.build import BuiltGraph, build_onnx, onnx_plan
-from moeopt.backends.onnxrt.bundle import load_onnx_bundle, save_onnx_bundle, was_replayed
-from moeopt.backends.onnxrt.engine import GraphEngine
+from moeopt.backends.onnxrt.bundle import holds_native, load_onnx_bundle, native_note, save_onnx_bundle, was_replayed
+from moeopt.backends.onnxrt.custom_op import why_not
+from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine, built_for
 from moeopt.backends.onnxrt.open_engine import open_onnx
 from moeopt.backends.onnxrt.plan import OrtPlan
-from moeopt.backends.onnxrt.session import PROVIDERS, why_absent
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PROVIDERS, why_absent
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.limits import LoadLimits
@@ -39,6 +41,11 @@ class OnnxRuntimeBackend(GraphBackend):
 
     def _opened_impl(self, built: BuiltGraph, plan: OrtPlan, options: Options) -> GraphEngine | OfflineEngine:
         return open_onnx(built, plan, options.session_options)
+
+    def _native_impl(self, built: BuiltGraph, plan: OrtPlan, options: Options) -> OnnxEngine:
+        engine = open_onnx(built, plan, options.session_options, NATIVE)
+        assert isinstance(engine, OnnxEngine), "a plan with native blocks runs on this machine"
+        return engine
 
     def _lowering_impl(self, path: str, built: BuiltGraph) -> str:
         found = {why for site, why in built.reasons.items() if site.split("#")[0] == path}
@@ -63,6 +70,14 @@ class OnnxRuntimeBackend(GraphBackend):
         executed = engine.provider != "cpu" or not replayed
         device = engine.described if executed else built_for(str(manifest.data["provider"]))
         return Opened(engine, executed, device, engine.notes)
+
+    def facts(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Also where its experts run on this machine."""
+        found = super().facts(data)
+        if holds_native(data):
+            reason = why_not()
+            found["runs"] = f"{GRAPH}, not {NATIVE}: {reason}" if reason else native_note(data["native"])
+        return found
 
     def provider_names(self) -> tuple[str, ...]:
         return tuple(PROVIDERS)

@@ -2,8 +2,9 @@
 
 ONNX's own shape inference runs on a copy of the graph in which the inputs have the call's sizes and what the graph
 says of its inner sizes is forgotten: a file may say anything there. Operators that only one runtime knows stand aside
-for ones that give the same size. Where every size comes out, the most that is held at once and the multiplications
-are counted; where one does not (a ``Loop``, ``NonZero``, sizes computed from values) there is no such figure.
+for ones that give the same size; what moeopt's own operator holds beside its result is added. Where every size comes
+out, the most that is held at once and the multiplications are counted; where one does not (a ``Loop``, ``NonZero``,
+sizes computed from values) there is no such figure.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from moeopt.lower.onnx.experts_node import DOMAIN
 
 _SAME_AS_FIRST = frozenset(
     "MoE QMoE RotaryEmbedding SkipLayerNormalization SimplifiedLayerNormalization SkipSimplifiedLayerNormalization"
@@ -45,7 +48,37 @@ def cost_of(proto: Any, shapes: Mapping[str, tuple[int, ...]]) -> CallCost | Non
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
             found[value.name] = ([d.dim_value for d in tensor.shape.dim], _width(tensor.elem_type))
     found |= {t.name: (list(t.dims), _width(t.data_type)) for t in sized.graph.initializer}
-    return _counted(sized.graph, found)
+    return _counted(sized.graph, found, _experts(proto.graph))
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """A node of moeopt's own operator: its expert ids' name, and floats and multiplications for each of them."""
+
+    ids: str
+    held: int
+    products: int
+
+
+def _experts(graph: Any) -> dict[str, _Experts]:
+    """Those of a graph, by the names of their results."""
+    sizes = {t.name: list(t.dims) for t in graph.initializer}
+    found = {}
+    for node in graph.node:
+        if node.domain == DOMAIN:
+            w_in, w_out = _matrices(node, sizes)
+            held = sum(w_in) + sum(w_out)  # a row of each input and each product
+            found[node.output[0]] = _Experts(node.input[1], held, math.prod(w_in) + math.prod(w_out))
+    return found
+
+
+def _matrices(node: Any, sizes: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
+    """The sizes of one expert's W_in and W_out, in the order in which they are stored."""
+    names = list(node.input[3:])
+    number = {a.name: a.i for a in node.attribute}
+    first = names[0]
+    last = names[min(1 if number.get("stacked") else number.get("experts", 1), len(names) - 1)]
+    return sizes[first][-2:], sizes[last][-2:]
 
 
 def _at(proto: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
@@ -62,14 +95,27 @@ def _at(proto: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
         value.type.tensor_type.ClearField("shape")
         for size in shapes.get(value.name, ()):
             value.type.tensor_type.shape.dim.add(dim_value=size)
-    for node in graph.node:
-        if node.domain not in ("", "ai.onnx") and node.op_type in _SAME_AS_FIRST:
+    sizes = {t.name: list(t.dims) for t in graph.initializer}
+    for number, node in enumerate(graph.node):
+        if node.domain == DOMAIN:
+            layout = {a.name: a.s for a in node.attribute if a.name in ("w_in", "w_out")}
+            w_in, w_out = (
+                m if layout.get(w) == b"io" else m[::-1]
+                for w, m in zip(("w_in", "w_out"), _matrices(node, sizes), strict=True)
+            )
+            x, y = node.input[0], node.output[0]
+            stand_in = graph.initializer.add(name=f"moeopt/stand-in/{number}", data_type=onnx.TensorProto.FLOAT)
+            stand_in.dims.extend((w_in[0], w_out[-1]))
+            node.CopyFrom(onnx.helper.make_node("MatMul", [x, stand_in.name], [y], node.name))
+        elif node.domain not in ("", "ai.onnx") and node.op_type in _SAME_AS_FIRST:
             del node.attribute[:], node.input[1:], node.output[1:]
             node.op_type, node.domain = "Identity", ""
     return copy
 
 
-def _counted(graph: Any, found: Mapping[str, tuple[list[int], float]]) -> CallCost | None:
+def _counted(
+    graph: Any, found: Mapping[str, tuple[list[int], float]], experts: Mapping[str, _Experts]
+) -> CallCost | None:
     last = {name: n for n, node in enumerate(graph.node) for name in node.input}
     ends = {value.name for value in graph.output}
     held = most = products = 0
@@ -78,7 +124,14 @@ def _counted(graph: Any, found: Mapping[str, tuple[list[int], float]]) -> CallCo
         if any(name not in found for name in outputs):
             return None
         held += sum(_bytes(found[name]) for name in outputs)
-        most = max(most, held)
+        inside = experts.get(outputs[0]) if outputs else None
+        rows = 0
+        if inside is not None:
+            if inside.ids not in found:
+                return None
+            rows = math.prod(found[inside.ids][0])
+            products += rows * inside.products
+        most = max(most, held + (4 * rows * inside.held if inside is not None else 0))
         products += _products(node, found)
         gone = {name for name in (*node.input, *outputs) if last.get(name, -1) <= n and name not in ends}
         made = {name for earlier in (node.output, node.input) for name in earlier}

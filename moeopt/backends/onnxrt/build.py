@@ -16,6 +16,7 @@ from torch import nn
 from moeopt.backends.onnxrt.accuracy import coarse
 from moeopt.backends.onnxrt.id_guards import name_id_guards
 from moeopt.backends.onnxrt.known_answer import BLOCK, make_probe
+from moeopt.backends.onnxrt.native_graph import write_native
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
@@ -28,11 +29,14 @@ from moeopt.causal_lm.attention import cache_left_in_place
 from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
 from moeopt.errors import Declined, NotSaveableError, UsageError
+from moeopt.lower.distances import DirectDistances
 from moeopt.lower.export import avoid_size_one, export_program
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.assemble import replace_sites
-from moeopt.lower.onnx.experts_node import DOMAIN, OP
+from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.export import emitting, own_outputs, to_onnx
+from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.narrow_numbers import cast_narrow
 from moeopt.lower.onnx.plan import BlockPlan, kind
 from moeopt.lower.onnx.upcast import upcast_graph
 from moeopt.lower.signature import describe_call, functional
@@ -49,7 +53,8 @@ class BuiltGraph:
 
     ``sites`` are records of :mod:`moeopt.backends.onnxrt.site_records`, ``probes`` one of
     :mod:`moeopt.backends.onnxrt.known_answer` for each kind of site. ``cpu_fallback`` is the same graph lowered
-    for CPU where the graph itself cannot run here.
+    for CPU where the graph itself cannot run here. ``native`` is what a manifest says of the graph with moeopt's own
+    operator, {} where there is none.
     """
 
     folder: TemporaryFolder
@@ -60,6 +65,7 @@ class BuiltGraph:
     sites: list[dict[str, Any]] = field(default_factory=list)
     probes: list[tuple[dict[str, torch.Tensor], float]] = field(default_factory=list)
     cpu_fallback: BuiltGraph | None = None
+    native: dict[str, Any] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:
@@ -119,13 +125,15 @@ def _build(
         else:
             if target is None or not isinstance(plan, ReplayPlan):
                 signature = flat_signature(found.model.graph, found.signature)
-                return write_graph(found.model, found.sites, signature, plan, say, started)
+                return _with_native(
+                    write_graph(found.model, found.sites, signature, plan, say, started), found.sites, plan
+                )
             signature = flat_signature(target.model.graph, target.signature)
             built = write_graph(target.model, target.sites, signature, plan.target, say, started)
             return _with_cpu_fallback(built, target.model, found.model, found.sites, plan, say)
     graph, sites, signature = trace(model, args, kwargs, plan, say)
     if not isinstance(plan, ReplayPlan):
-        return write_graph(graph, sites, signature, plan, say, started)
+        return _with_native(write_graph(graph, sites, signature, plan, say, started), sites, plan)
     portable = graph.clone()
     built = write_graph(graph, sites, signature, plan.target, say, started)
     return _with_cpu_fallback(built, graph, portable, sites, plan, say)
@@ -137,7 +145,7 @@ def trace(
     """A model, or one rewritten block, as ``(onnx_ir.Model, sites, signature)``, its experts not lowered yet."""
     say("tracing the whole model")
     args, kwargs = avoid_size_one(model, args, kwargs)
-    with emitting(model) as sites, quiet(), _attention(plan):
+    with emitting(model) as sites, quiet(), _attention(plan), DirectDistances():
         program = export_program(model, args, kwargs)
     program = functional(program)
     signature = describe_call(program)
@@ -165,6 +173,12 @@ def without_cache(model: nn.Module, kwargs: dict[str, Any], reason: str) -> str:
             "use_cache=False to the example inputs, and to the calls of the engine"
         )
     return f"the engine has no key/value cache: {reason}"
+
+
+def _with_native(built: BuiltGraph, sites: list[Any], plan: OrtPlan) -> BuiltGraph:
+    """``built`` with a second graph, where moeopt's own operator is the faster for some of its blocks."""
+    built.native = write_native(built.directory, sites, built.sites, plan)
+    return built
 
 
 def _with_cpu_fallback(
@@ -198,6 +212,8 @@ def write_graph(
     if plan.provider == "cpu":
         upcast_graph(model)
     accurate_graph(model)
+    if "tensorrt" not in plan.provider:
+        cast_narrow(model)
     if lost := coarse(model, plan.provider):
         raise NotSaveableError(
             f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
@@ -211,7 +227,7 @@ def write_graph(
         for n in model.graph
         if (n.domain, n.op_type) == (DOMAIN, OP)
     }
-    names = replace_sites(model, legalized, plan.lowering)
+    names = replace_sites(model, legalized, lambda site: _written(plan, site))
     own_outputs(model.graph)
     _deduplicate(model.graph)
     name_ends(model.graph, signature)
@@ -231,6 +247,12 @@ def write_graph(
         "export_seconds": time.perf_counter() - started,
     }
     return built
+
+
+def _written(plan: BlockPlan, site: ExpertsNode) -> Lowering:
+    lowering = plan.written(site).lowering
+    assert lowering is not None
+    return lowering
 
 
 def label_nodes(model: Any, blocks: Sequence[str]) -> dict[str, list[Any]]:
@@ -271,7 +293,7 @@ def _describe(
     kinds: dict[Any, int] = {}
     for number, call in calls.items():
         site, name, result = sites[number], names[number], results[number]
-        record = describe(site, name, plan.choice(site).reason)
+        record = describe(site, name, plan.written(site).reason)
         if record is None or result is None:
             continue
         key = (kind(site), name)

@@ -1,6 +1,8 @@
 """The bundle of the ONNX Runtime backend: ``model.onnx``, its weights beside it, and what re-checks them.
 
 model.onnx, model.onnx.data   plain ONNX Runtime runs them; inputs are named as the model's arguments
+model.native.onnx             the same graph with moeopt's own operator for the experts of blocks that it computes
+                              faster, over the same weights; it runs where the operator is there and answers rightly
 signature.json                how it is called, and which names those are
 probes.safetensors            one question, with its answer in float64, for each kind of lowered block
 portable.onnx, portable.onnx.data, portable.probes.safetensors   the same engine lowered for CPU, where it was built
@@ -10,10 +12,12 @@ certificate.json, golden.safetensors, moeopt.json   as in every bundle
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +26,36 @@ import torch
 from moeopt.backends.onnxrt import known_answer as probes
 from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.check_bytes import check_graph, parsed
+from moeopt.backends.onnxrt.custom_op import native_library, register, why_not
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.golden import budget_of, golden_runs
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
-from moeopt.backends.onnxrt.selftest import SelfTestResult, load_probes, self_test
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, PROVIDERS, available, data_of, provider_named, runtime
+from moeopt.backends.onnxrt.selftest import SelfTestResult, load_probes, self_test, wrong_answers
+from moeopt.backends.onnxrt.session import (
+    GRAPH,
+    NATIVE,
+    PORTABLE,
+    PROVIDERS,
+    available,
+    data_of,
+    provider_named,
+    runtime,
+)
 from moeopt.backends.onnxrt.trial import check_calls, within_limits
 from moeopt.bundle import golden as goldens
 from moeopt.bundle.holds import sentences
 from moeopt.bundle.manifest import Manifest, read_manifest, write_bundle
 from moeopt.bundle.schemas import Form, SignatureFile
 from moeopt.causal_lm.flat_signature import flat_calls
-from moeopt.errors import BundleError, EngineNotExecutableError, MoeoptError, NotEquivalentError, UsageError
+from moeopt.errors import (
+    BundleError,
+    EngineFallbackWarning,
+    EngineNotExecutableError,
+    LimitError,
+    MoeoptError,
+    NotEquivalentError,
+    UsageError,
+)
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.lower.other_sizes import other_sizes
 from moeopt.report import Report
@@ -69,11 +91,15 @@ def save_onnx_bundle(
     }
     if built.cpu_fallback is not None:
         fields["portable"] = _form(built.cpu_fallback)
+    if built.native:
+        fields["native"] = built.native
 
     def write(aside: Path) -> None:
         _write_form(built, GRAPH, aside)
         if built.cpu_fallback is not None:
             _write_form(built.cpu_fallback, PORTABLE, aside)
+        if built.native:
+            shutil.copyfile(built.directory / NATIVE, aside / NATIVE)
         write_evidence(aside, built.signature, certificate, runs)
 
     return write_bundle(directory, "onnxruntime", write, fields)
@@ -118,7 +144,7 @@ def _write_form(built: BuiltGraph, graph: str, aside: Path) -> None:
 
 
 def _probes_of(graph: str) -> str:
-    return probes.FILE if graph == GRAPH else f"{graph.removesuffix('.onnx')}.{probes.FILE}"
+    return probes.FILE if graph != PORTABLE else f"{graph.removesuffix('.onnx')}.{probes.FILE}"
 
 
 def load_onnx_bundle(
@@ -159,6 +185,64 @@ def load_onnx_bundle(
     if provider not in available():
         _checked(manifest, PORTABLE, signature)
         return OfflineEngine(manifest.directory, signature, provider, manifest=manifest)
+    load = functools.partial(_loaded, manifest, signature, provider, session_options, limits, replay)
+    if not holds_native(manifest.data):
+        return load(graph, proto)
+    native = _checked(manifest, NATIVE, signature)  # damage is told wherever the bundle is loaded
+    if graph != GRAPH or provider != "cpu":
+        return load(graph, proto)
+    return _native_or_plain(manifest, load, native, proto)
+
+
+Load = Callable[[str, Any], OnnxEngine]
+
+
+def holds_native(data: Mapping[str, Any]) -> bool:
+    """Whether the manifest speaks of a graph with moeopt's own operator."""
+    return data.get("native") is not None
+
+
+def _native_or_plain(manifest: Manifest, load: Load, native: Any, plain: Any) -> OnnxEngine:
+    """The engine with moeopt's own operator where that is there and right, else of plain ONNX Runtime, with a note."""
+    if reason := why_not():
+        engine = load(GRAPH, plain)
+        engine.notes.append(f"{GRAPH} runs, not {NATIVE}: {reason}")
+        return engine
+    try:
+        engine = load(NATIVE, native)
+    except LimitError:
+        raise
+    except (EngineNotExecutableError, NotEquivalentError) as err:
+        engine = load(GRAPH, plain)
+        note = f"{GRAPH} runs, not {NATIVE}: {err}"
+        warnings.warn(note, EngineFallbackWarning, stacklevel=4)
+        engine.notes.append(note)
+        return engine
+    engine.notes.append(native_note(manifest.data["native"]))
+    return engine
+
+
+def native_note(native: Mapping[str, Any]) -> str:
+    """A sentence on an engine whose experts moeopt's own operator computes."""
+    library = native_library()
+    count = len(native["blocks"])
+    return (
+        f"the experts of {count} block{'s' if count != 1 else ''} run in moeopt's native kernel "
+        f"({library.isa if library is not None else 'none here'}, {NATIVE}); where it is absent, {GRAPH} runs"
+    )
+
+
+def _loaded(
+    manifest: Manifest,
+    signature: Mapping[str, Any],
+    provider: str,
+    session_options: Any,
+    limits: LoadLimits,
+    replay: bool,
+    graph: str,
+    proto: Any,
+) -> OnnxEngine:
+    """One graph of a bundle, tested on this machine, as an engine."""
     key = (*(str(manifest.data["files"].get(f)) for f in (graph, data_of(graph))), runtime().__version__, provider)
     outcome = SelfTestResult(manifest.directory, graph)
     if key not in _PASSED:
@@ -169,8 +253,13 @@ def load_onnx_bundle(
             check_calls(parsed(part), part, manifest.directory, [feeds], limits, manifest.bytes, where)
 
         seconds = limits.seconds_for(manifest.bytes)
-        records = _probes(manifest, graph)
-        outcome = self_test(manifest.directory, proto, *records, provider, graph, check, seconds)
+        records, probes = _probes(manifest, graph)
+        if graph == NATIVE:
+            wrong = wrong_answers(manifest.directory, proto, records, probes, provider, check, seconds, register)
+            if wrong:
+                raise EngineNotExecutableError(f"a block fails its self-test ({next(iter(wrong.values()))})")
+        else:
+            outcome = self_test(manifest.directory, proto, records, probes, provider, graph, check, seconds)
     engine = _open(manifest, outcome, signature, provider, session_options)
     if replay and key not in _PASSED:
         came_back = replay_golden(engine, limits)
@@ -257,7 +346,7 @@ def _open(
     except Exception as err:  # ONNX Runtime's own, of many classes
         lines = str(err).strip().splitlines()
         reason = f"ONNX Runtime does not load it on {provider}: {lines[0][:300] if lines else type(err).__name__}"
-        if provider == manifest.data.get("provider"):
+        if provider == manifest.data.get("provider") and outcome.graph != NATIVE:
             raise BundleError(f"{manifest.path(outcome.graph)}: {reason}") from None
         raise EngineNotExecutableError(
             f"{manifest.path(outcome.graph)}: {reason}. It was verified on {manifest.data.get('provider')}: run it "
@@ -280,7 +369,7 @@ def _provider(manifest: Manifest, device: Any) -> str:
 
 
 def _probes(manifest: Manifest, graph: str) -> tuple[list[Any], list[Any]]:
-    form = manifest.data if graph == GRAPH else manifest.data["portable"]
+    form = manifest.data["portable"] if graph == PORTABLE else manifest.data
     records, budgets = form.get("sites"), form.get("probes")
     if not isinstance(records, list) or not isinstance(budgets, list) or not all(isinstance(r, dict) for r in records):
         raise BundleError(f"{manifest.directory}: the manifest has no records of the lowered blocks")

@@ -1,7 +1,8 @@
 """What a bundle's ``model.onnx`` may hold, checked on its bytes before ONNX Runtime opens it.
 
 weights     in the bundle's one data file, each between its ends, as long as its shape says
-operators   ONNX's own, and the few of other domains that moeopt writes: EPContext, say, opens files by name
+operators   ONNX's own, and the few of other domains that moeopt writes: EPContext, say, opens files by name; moeopt's
+            own, with its attributes and constants, in the one graph that may hold it
 functions   none; moeopt writes none
 ends        named, typed and shaped as signature.json says
 """
@@ -15,9 +16,10 @@ from typing import Any
 
 import torch
 
-from moeopt.backends.onnxrt.session import data_of
+from moeopt.backends.onnxrt.session import NATIVE, data_of
 from moeopt.bundle.values import DTYPES, MAX_NUMEL
 from moeopt.errors import BundleError
+from moeopt.lower.onnx.experts_node import DOMAIN, OP
 
 MAX_GRAPH = 1 << 31
 """Bytes: no protobuf message is longer."""
@@ -30,7 +32,18 @@ MICROSOFT = (
 """Operators of com.microsoft that a lowering, or a fusion of transformers' exporter, writes."""
 _OWN = {"com.microsoft": MICROSOFT, "trt": ("TRT_MoE",)}
 """Operators by domain; TensorRT's parser takes the second, which no other runtime knows."""
-_DOMAINS = ("", "ai.onnx", *_OWN)
+_NATIVE = {**_OWN, DOMAIN: (OP,)}
+"""Those of the graph whose experts moeopt's own kernel computes."""
+_WORDS, _WHOLE, _NUMBERS = 3, 2, 1
+"""How a protobuf attribute says that it is a string, an integer or a float."""
+_ATTRIBUTES = {
+    **dict.fromkeys(("rows", "activation", "w_in", "w_out"), _WORDS),
+    **dict.fromkeys(("experts", "stacked", "b_in", "b_out", "norm"), _WHOLE),
+    **dict.fromkeys(("weight_on_input", "identity_beyond", "by_expert"), _WHOLE),
+    **dict.fromkeys(("gate_min", "gate_max", "up_min", "up_max", "act_min", "act_max"), _NUMBERS),
+    **dict.fromkeys(("alpha", "up_offset", "norm_eps"), _NUMBERS),
+}
+"""Of moeopt's own operator, with their types."""
 _KEYS = {"location", "offset", "length"}
 
 
@@ -40,8 +53,10 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> Any:
     ``size``: bytes of the data file, 0 where the manifest lists none.
     """
     proto = parse(path)
+    allowed = _NATIVE if path.name == NATIVE else _OWN
+    constants = {tensor.name for tensor in proto.graph.initializer} - {value.name for value in proto.graph.input}
     for opset in proto.opset_import:
-        if opset.domain not in _DOMAINS:
+        if opset.domain not in ("", "ai.onnx", *allowed):
             raise BundleError(f"{path}: it uses operators of {opset.domain!r}, which moeopt does not write")
     if proto.functions:
         found = proto.functions[0]
@@ -52,7 +67,7 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> Any:
         if graph.sparse_initializer:
             raise BundleError(f"{path}: it holds sparse weights, and moeopt writes none")
         for node in graph.node:
-            _check_node(path, node)
+            _check_node(path, node, allowed, constants)
         for tensor in _tensors(graph):
             _check_tensor(path, tensor, size)
     _check_ends(path, proto.graph, signature)
@@ -105,11 +120,22 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 raise BundleError(f"node {node.name!r} holds a sparse tensor, and moeopt writes none")
 
 
-def _check_node(path: Path, node: Any) -> None:
-    if node.domain not in _DOMAINS or node.op_type not in _OWN.get(node.domain, (node.op_type,)):
+def _check_node(path: Path, node: Any, allowed: Mapping[str, tuple[str, ...]], constants: set[str]) -> None:
+    if node.domain not in ("", "ai.onnx") and node.op_type not in allowed.get(node.domain, ()):
         raise BundleError(
             f"{path}: node {node.name!r} is {node.domain or 'ai.onnx'}.{node.op_type}, which moeopt does not write"
         )
+    if node.domain != DOMAIN:
+        return
+    for attribute in node.attribute:
+        if _ATTRIBUTES.get(attribute.name) != attribute.type:
+            raise BundleError(
+                f"{path}: node {node.name!r} has the attribute {attribute.name!r}, which moeopt does not write"
+            )
+    computed = [name for name in node.input[3:] if name not in constants]
+    if computed or len(node.input) < 5 or len(node.output) != 1:
+        what = f"reads {computed[0]!r} for a weight" if computed else "has other inputs and outputs than it may"
+        raise BundleError(f"{path}: node {node.name!r} {what}, which moeopt does not write")
 
 
 def _check_tensor(path: Path, tensor: Any, size: int) -> None:

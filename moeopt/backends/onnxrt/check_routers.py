@@ -25,6 +25,7 @@ from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotEquivalentError
+from moeopt.ir.row_function import RowFunction
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.verification.model import run_plain
 from moeopt.verification.results import BlockCheck
@@ -164,10 +165,13 @@ def _rewritten(module: nn.Module) -> Any:
             told = _describe_tensor(operator.attrgetter(str(node.target))(module))
         steps.append((node.op, str(told), str(node.args), str(node.kwargs)))
     steps += [("constant", str(_describe_tensor(constant)), "", "") for constant in program.block.constants]
-    banks = [
-        (bank.num_experts, *map(_describe_tensor, (bank.w_out(0), *bank.w_in(0))), spec) for bank, spec in forward.banks
-    ]
+    banks = [(bank.num_experts, *map(_describe_tensor, _first_of(bank, spec)), spec) for bank, spec in forward.banks]
     return steps, banks, program.routers, program.guard.shapes
+
+
+def _first_of(bank: Any, spec: Any) -> list[Tensor]:
+    """The weights of expert 0."""
+    return list(bank.slots(0)) if isinstance(spec, RowFunction) else [bank.w_out(0), *bank.w_in(0)]
 
 
 def _inside(module: nn.Module) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from moeopt.backends.onnxrt.session import GRAPH, Session
+from moeopt.backends.onnxrt.custom_op import native_library, register
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, Session, no_change
 from moeopt.backends.registry import open_bundle
 from moeopt.bundle import values
 from moeopt.bundle.binding import Binding
@@ -143,10 +144,16 @@ class OnnxEngine(GraphEngine):
         device = "cpu" if provider == "cpu" else "cuda"
 
         def open_session() -> Session:
-            return Session(Path(directory) / graph, provider, session_options)
+            prepare = register if graph == NATIVE else no_change
+            return Session(Path(directory) / graph, provider, session_options, prepare=prepare)
 
         super().__init__(directory, signature, open_session, device, keep, manifest)
         self.notes, self.graph = list(notes), graph
+
+    @property
+    def described(self) -> str:
+        library = native_library() if self.graph == NATIVE else None
+        return super().described + ("" if library is None else f" with moeopt's native experts ({library.isa})")
 
     def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
         return self.session.within(seconds)

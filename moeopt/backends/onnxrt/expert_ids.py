@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moeopt.backends.onnxrt.custom_op import register
 from moeopt.backends.onnxrt.engine import GraphEngine
-from moeopt.backends.onnxrt.session import Session, runtime
+from moeopt.backends.onnxrt.session import NATIVE, Session, no_change, runtime
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
@@ -85,7 +86,8 @@ def ids_of_engine(engine: GraphEngine, graph: str, records: Records, call: CallA
         options.add_session_config_entry("session.disable_prepacking", "1")
         folder = os.fspath(engine.directory.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        session = Session(proto.SerializeToString(), engine.provider, options)
+        prepare = register if graph == NATIVE else no_change
+        session = Session(proto.SerializeToString(), engine.provider, options, prepare=prepare)
         given = {name: feeds[name] for name in session.inputs}
         results = dict(zip(session.outputs, session.run(given), strict=True)) | feeds
     return {str(record["name"]): results[name].cpu() for record, name in zip(records, names, strict=True)}

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from moeopt.backends.onnxrt.engine import GraphEngine
+from moeopt.bundle.caches import result_leaves
 from moeopt.bundle.golden import SLACK, Golden, compare, golden_run
 from moeopt.capture.tree import ArgsKwargs
 
@@ -55,7 +55,7 @@ def _has_margin(engine: GraphEngine, run: Golden, distance: float | None) -> boo
         return (value.double() * (1 + torch.finfo(value.dtype).eps * noise)).to(value.dtype)
 
     for _ in range(NUDGES):
-        outputs = pytree.tree_leaves(engine.run_flat([nudged(v) for v in run.inputs]))
+        outputs = result_leaves(engine.run_flat([nudged(v) for v in run.inputs]))
         for got, want in zip(outputs, run.outputs, strict=True):
             inexact = isinstance(want, Tensor) and want.is_floating_point()
             far, reason = compare(got.cpu() if isinstance(got, Tensor) else got, want)

@@ -11,20 +11,21 @@ from torch import nn
 
 from moeopt.backends.base import Backend, Made, Otherwise
 from moeopt.backends.onnxrt.build import BuiltGraph
-from moeopt.backends.onnxrt.bundle import replay_golden
+from moeopt.backends.onnxrt.bundle import native_note, replay_golden
 from moeopt.backends.onnxrt.check_routers import Routed, check_blocks
 from moeopt.backends.onnxrt.compare_engine import compare_engine, weighted
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import count_ids
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.plan import OrtPlan
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
+from moeopt.backends.onnxrt.session import PORTABLE
 from moeopt.backends.onnxrt.ties import Ties, tie_note
 from moeopt.bundle.fingerprint import fingerprint
 from moeopt.bundle.holds import notes_on_sizes
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.errors import NotEquivalentError
 from moeopt.limits import LoadLimits
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.plain import open_dataclasses
@@ -46,9 +47,12 @@ class GraphBackend(Backend):
     """
 
     def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made:
-        twin = shared_copy(source)
+        shared: list[str] = []
+        twin = shared_copy(source, shared)
         with open_dataclasses(call):
-            return self._engine(source, twin, call, options, plan)
+            made = self._engine(source, twin, call, options, plan)
+        made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *shared))
+        return made
 
     def _engine(self, source: nn.Module, twin: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made:
         outcome = self._run_impl(twin, call, options, plan)
@@ -62,8 +66,7 @@ class GraphBackend(Backend):
             """Expert ids inside an engine that ONNX Runtime runs; another runtime does not show them."""
             if not isinstance(runner, OnnxEngine):
                 return 0, 0, ""
-            graph, shown = (GRAPH, form) if form.cpu_fallback is None else (PORTABLE, form.cpu_fallback)
-            return count_ids(twin, runner, graph, shown.sites, one)
+            return count_ids(twin, runner, runner.graph, _form_of(runner, form).sites, one)
 
         notes = self._check_routers(source, twin, runner, form, outcome, plan, options)
 
@@ -71,6 +74,19 @@ class GraphBackend(Backend):
             return ties_of(twin, runner, form, noise, options.seed)
 
         end = compare_engine(source, runner, call, outcome, options, count, ties_from)
+        if form.native:  # what was compared is what runs where moeopt's own operator is not
+            plain_end = end
+            del engine, runner  # two sessions would hold the weights twice
+            engine = runner = self._native_impl(built, plan, options)
+            try:
+                end = compare_engine(source, runner, call, outcome, options, count, ties_from)
+                notes.append(native_note(form.native))
+            except NotEquivalentError as err:
+                form.reasons |= {name: f"{form.lowerings[name]}, native was given up" for name in form.native["blocks"]}
+                end, form.native = plain_end, {}
+                notes.append(f"moeopt's native kernel was given up: {err}")
+                engine = self._opened_impl(built, plan, options)
+                runner, executed = self.runner(engine)
         moved = sum(case.ties for check in outcome.checks for case in check.cases if case.name.endswith(runner.runtime))
         if ties := tie_note(twin, call, runner.runtime, None if end is None else moved, 0 if end is None else end.ties):
             notes.append(ties)
@@ -89,6 +105,9 @@ class GraphBackend(Backend):
         report = report_of(source, blocks, self.name, outcome, certificate, options)
         report = dataclasses.replace(report, notes=(*report.notes, *self._notes_impl(built), *notes))
         return Made(engine, report, certificate, fingerprint(source), built)
+
+    def keeps_cache(self, made: Made) -> bool:
+        return getattr(made.model, "causal_lm", None) is not None
 
     def _check_routers(
         self, source: nn.Module, twin: nn.Module, engine: GraphEngine, form: BuiltGraph, outcome: PipelineResult,
@@ -176,6 +195,10 @@ class GraphBackend(Backend):
     def _opened_impl(self, built: Any, plan: Any, options: Options) -> GraphEngine | OfflineEngine:
         """What was built, as an engine of this machine, or of one that can run it."""
 
+    def _native_impl(self, built: Any, plan: Any, options: Options) -> OnnxEngine:
+        """The engine of the graph with moeopt's own operator, where ``built`` has one."""
+        raise NotImplementedError
+
     @abstractmethod
     def _lowering_impl(self, path: str, built: Any) -> str:
         """What runs the block at ``path``, in a line; "" where the engine does not hold it."""
@@ -195,5 +218,9 @@ def ties_of(twin: nn.Module, engine: GraphEngine, form: BuiltGraph, noise: list[
     """What compares once more where ``engine`` broke ties otherwise; only ONNX Runtime tells its expert ids."""
     if not isinstance(engine, OnnxEngine):
         return None
-    graph, shown = (GRAPH, form) if form.cpu_fallback is None else (PORTABLE, form.cpu_fallback)
-    return Ties(twin, engine, graph, shown.sites, noise, seed)
+    return Ties(twin, engine, engine.graph, _form_of(engine, form).sites, noise, seed)
+
+
+def _form_of(engine: OnnxEngine, form: BuiltGraph) -> BuiltGraph:
+    """The record of the graph that ``engine`` runs."""
+    return form.cpu_fallback if engine.graph == PORTABLE and form.cpu_fallback is not None else form

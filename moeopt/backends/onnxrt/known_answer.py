@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.session import Session, runtime
-from moeopt.backends.onnxrt.site_records import ENDS, blank_site, input_width
+from moeopt.backends.onnxrt.session import Prepare, Session, no_change, runtime
+from moeopt.backends.onnxrt.site_records import ENDS, blank_site, function_of
 from moeopt.bundle.values import DTYPES
 from moeopt.errors import BundleError
+from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.ops.reference import dtypes, experts_reference
+from moeopt.ops.row_function import expert_by_expert, in_float64
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
 
@@ -39,7 +41,7 @@ def make_probe(site: ExpertsNode, seed: int = 0) -> tuple[dict[str, Tensor], flo
     """``(x, ids, weights, y)`` of a probe, y in float64, and the relative L2 distance per token that is allowed."""
     generator = torch.Generator().manual_seed(seed)
     E, K = site.bank.num_experts, site.top_k
-    x_TH = torch.randn(TOKENS, input_width(site), generator=generator).to(site.dtype)
+    x_TH = torch.randn(TOKENS, site.features, generator=generator).to(site.dtype)
     some = torch.linspace(0, E - 1, min(E, max(K, MOST))).round().to(torch.int64)
     ids_TK = torch.stack([some[torch.arange(t, t + K) % len(some)] for t in range(TOKENS)])
     if site.spec.out_of_range == "identity":
@@ -47,13 +49,25 @@ def make_probe(site: ExpertsNode, seed: int = 0) -> tuple[dict[str, Tensor], flo
     weights_TK = (torch.rand(TOKENS, K, generator=generator) + 0.1).to(site.weights_dtype)
     if site.router is not None:
         weights_TK = (weights_TK.double() / weights_TK.double().sum(-1, keepdim=True)).to(site.weights_dtype)
-    x, ids, weights = (t.to(site.bank.w_out(0).device) for t in (x_TH, ids_TK, weights_TK))
     with torch.no_grad():
-        own = experts_reference(x, ids, weights, site.bank, site.spec).cpu()
-        y_TH = experts_reference(x.double(), ids, weights.double(), site.bank, _exact(site.spec)).cpu()
+        own, y_TH = _answers(site, x_TH, ids_TK, weights_TK)
     eps = torch.finfo(own.dtype).eps
     budget = FACTOR * float(token_distance(own, y_TH).nan_to_num().max()) + EPS_ALLOWANCE * eps
     return {"x": x_TH, "ids": ids_TK, "weights": weights_TK, "y": y_TH}, budget
+
+
+def _answers(site: ExpertsNode, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """What the definition gives in the block's own dtypes, and in float64."""
+    bank, spec = site.bank, site.spec
+    if isinstance(spec, RowFunction):
+        first = bank.slots(0)
+        x, ids, weights = (t.to(first[0].device if len(first) else "cpu") for t in (x, ids, weights))
+        flat = [t for e in range(bank.num_experts) for t in bank.slots(e)]
+        own = expert_by_expert(x, ids, weights, bank, spec)
+        return own.cpu(), in_float64(x, ids, weights, flat, spec.encode()).cpu()
+    x, ids, weights = (t.to(bank.w_out(0).device) for t in (x, ids, weights))
+    own = experts_reference(x, ids, weights, bank, spec)
+    return own.cpu(), experts_reference(x.double(), ids, weights.double(), bank, _exact(spec)).cpu()
 
 
 def block_of(node: Any) -> str | None:
@@ -87,13 +101,13 @@ def cut_out(proto: Any, record: Mapping[str, Any]) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def session_of(model: bytes, folder: Path, provider: str) -> Session:
-    """A session of a model whose weights lie in ``folder``."""
+def session_of(model: bytes, folder: Path, provider: str, prepare: Prepare = no_change) -> Session:
+    """A session of a model whose weights lie in ``folder``; ``prepare`` changes its options."""
     options = runtime().SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    return Session(model, provider, options)
+    return Session(model, provider, options, prepare=prepare)
 
 
 def known_answer_test(
@@ -125,6 +139,8 @@ def _exact(spec: Any) -> Any:
 
 
 def _out(record: Mapping[str, Any]) -> str:
+    if (function := function_of(record)) is not None:
+        return function.out_dtype or str(record["dtype"])
     site = blank_site({**record, "experts": 1, "b_in": [False] * len(record["w_in"]), "b_out": False, "norm": False})
     return str(dtypes(torch.empty(0, dtype=site.dtype), site.spec)[2]).removeprefix("torch.")
 

@@ -9,16 +9,21 @@ from moeopt.backends.onnxrt.engine import OnnxEngine
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.replay import ReplayPlan
-from moeopt.backends.onnxrt.session import runtime
+from moeopt.backends.onnxrt.session import GRAPH, runtime
 from moeopt.errors import MoeoptError, NotSaveableError
 
 
-def open_onnx(built: BuiltGraph, plan: OrtPlan, session_options: Any) -> OnnxEngine | OfflineEngine:
-    """What ``build_onnx`` wrote, as an engine of this machine, or of one that has the plan's provider."""
+def open_onnx(built: BuiltGraph, plan: OrtPlan, session_options: Any, graph: str = GRAPH) -> OnnxEngine | OfflineEngine:
+    """What ``build_onnx`` wrote, as an engine of this machine, or of one that has the plan's provider.
+
+    ``graph``: the file that runs, where it runs here.
+    """
     if isinstance(plan, ReplayPlan):
         return OfflineEngine(built.directory, built.signature, plan.target.provider, built.folder)
     try:
-        return OnnxEngine(built.directory, built.signature, plan.provider, session_options, keep=built.folder)
+        return OnnxEngine(
+            built.directory, built.signature, plan.provider, session_options, keep=built.folder, graph=graph
+        )
     except MoeoptError:
         raise
     except Exception as err:  # ONNX Runtime's own, of many classes

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 
-from moeopt.backends.onnxrt.select import ranked
-from moeopt.backends.onnxrt.session import Session
+from moeopt.backends.onnxrt.custom_op import register
+from moeopt.backends.onnxrt.lowerings.native import Native
+from moeopt.backends.onnxrt.native_choice import BothForms, native_choice
+from moeopt.backends.onnxrt.select import TOKENS, ranked
+from moeopt.backends.onnxrt.session import Session, no_change
 from moeopt.lower.onnx.assemble import one_op
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.plan import BlockPlan, LoweringChoice
+from moeopt.lower.onnx.plan import BlockPlan, LoweringChoice, Runnable, kind
 from moeopt.lower.onnx.upcast import upcast_node
 
 
@@ -20,7 +23,12 @@ class OrtPlan(BlockPlan):
         provider: what the engine runs on.
         tokens: the token counts that it will see, for the cost model; None means a decode and a prefill.
         tune: measure the lowerings on this machine, on the first block of each kind, instead of estimating.
+
+    Attributes:
+        native: whether moeopt's own operator may take the place of ONNX Runtime's nodes, on the CPU of this machine.
     """
+
+    native = True
 
     def __init__(self, provider: str, tokens: tuple[int, ...] | None = None, tune: bool = False) -> None:
         super().__init__(provider, tokens)
@@ -28,10 +36,21 @@ class OrtPlan(BlockPlan):
 
     def rank(self, site: ExpertsNode) -> list[LoweringChoice]:
         measured = functools.partial(session_of, provider=self.provider) if self.tune else None
-        return ranked(site, self.provider, self.tokens, measured)
+        choices = ranked(site, self.provider, self.tokens, measured)
+        if not self.native or self.provider != "cpu":
+            return choices
+        own = native_choice(site, choices[0], self.tokens or TOKENS, session_of)
+        return choices if own is None else [own, *choices]
 
-    def open_session(self, site: ExpertsNode, lowering: Lowering) -> Session:
-        return session_of(site, lowering, self.provider)
+    def written(self, site: ExpertsNode) -> LoweringChoice:
+        return self.best(site, without=Native.name)
+
+    def open_session(self, site: ExpertsNode, lowering: Lowering) -> Runnable:
+        session = session_of(site, lowering, self.provider)
+        if not isinstance(lowering, Native):
+            return session
+        plain = session_of(site, lowering.base, self.provider)
+        return BothForms(site, session, plain, functools.partial(self.give_up, kind(site), lowering.name))
 
     def legalize(self, site: ExpertsNode) -> ExpertsNode:
         return upcast_node(site) if self.provider == "cpu" else site
@@ -44,9 +63,10 @@ def session_of(site: ExpertsNode, lowering: Lowering, provider: str = "cpu") -> 
     import onnx_ir as ir
 
     model = one_op(site, lowering)
+    prepare = register if isinstance(lowering, Native) else no_change
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if size < 1 << 30:
-        return Session(ir.to_proto(model).SerializeToString(), provider)
+        return Session(ir.to_proto(model).SerializeToString(), provider, prepare=prepare)
     with tempfile.TemporaryDirectory(prefix="moeopt-") as folder:
         ir.save(model, f"{folder}/model.onnx", external_data="model.onnx.data")
-        return Session(f"{folder}/model.onnx", provider)
+        return Session(f"{folder}/model.onnx", provider, prepare=prepare)

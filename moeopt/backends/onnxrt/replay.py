@@ -22,6 +22,8 @@ class ReplayPlan(OrtPlan):
         target: the plan of the provider that the engine is for.
     """
 
+    native = False
+
     def __init__(self, target: OrtPlan) -> None:
         super().__init__("cpu", target.tokens)
         self.target = target

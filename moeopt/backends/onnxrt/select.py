@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moeopt.backends.onnxrt.lowerings import LOWERINGS
+from moeopt.backends.onnxrt.lowerings import FUNCTION_LOWERINGS, LOWERINGS
 from moeopt.backends.onnxrt.session import Session
+from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.plan import LoweringChoice
@@ -67,6 +68,8 @@ def ranked(
         open_session: given, each lowering is measured in a session that it opens, load time included.
     """
     counts = tokens or TOKENS
+    if isinstance(site.spec, RowFunction):
+        return [_only(form, site, provider) for form in FUNCTION_LOWERINGS]
     choices = []
     for lowering in LOWERINGS:
         refusal = lowering.refuses(site, provider)
@@ -79,6 +82,13 @@ def ranked(
             seconds = measure(site, lowering, counts, open_session)
             choices.append(LoweringChoice(lowering.name, lowering, f"measured {_ms(seconds)}", seconds))
     return sorted(choices, key=lambda c: (c.lowering is None, c.seconds))
+
+
+def _only(lowering: Lowering, site: ExpertsNode, provider: str) -> LoweringChoice:
+    refusal = lowering.refuses(site, provider)
+    return LoweringChoice(
+        lowering.name, None if refusal else lowering, refusal or "the form of any function of a row", 0.0
+    )
 
 
 def estimate(site: ExpertsNode, name: str, tokens: int, provider: str = "cpu") -> float:
@@ -110,11 +120,10 @@ def measure(
     session = open_session(site, lowering)
     total = (time.perf_counter() - started) / CALLS
     E, generator = site.bank.num_experts, torch.Generator().manual_seed(0)
-    H = site.bank.w_in(0)[0].shape[1 if site.spec.w_in_layout == "oi" else 0]
     for T in counts:
         scores = torch.rand(T, E, generator=generator)
         weights, ids = scores.topk(min(site.top_k, E))
-        feeds = {"x": torch.randn(T, H, generator=generator).to(site.dtype), "ids": _wide(ids, site.top_k)}
+        feeds = {"x": torch.randn(T, site.features, generator=generator).to(site.dtype), "ids": _wide(ids, site.top_k)}
         feeds["weights"] = _wide(weights, site.top_k).to(site.weights_dtype)
         times = []
         for _ in range(REPEATS + 1):

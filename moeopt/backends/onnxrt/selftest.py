@@ -22,7 +22,7 @@ from torch import Tensor
 from moeopt.backends.onnxrt.known_answer import BLOCK, cut_out, feeds_of, known_answer_test, session_of
 from moeopt.backends.onnxrt.lowerings import LOWERINGS
 from moeopt.backends.onnxrt.select import ranked
-from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, Session
+from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, Prepare, Session, no_change
 from moeopt.backends.onnxrt.site_records import ENDS, read_back, tensor_of
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.errors import BundleError, Declined, EngineFallbackWarning, EngineNotExecutableError, UsageError
@@ -64,14 +64,7 @@ def self_test(
         LimitError: a block takes more than it may.
         EngineNotExecutableError: no lowering of a block answers rightly here; the message has each one's reason.
     """
-    wrong = {}
-    for number, probe in enumerate(probes):
-        record = next((r for r in records if r.get("probe") == number), None)
-        if record is None:
-            raise BundleError(f"{directory}: probe {number} belongs to no block")
-        reason = _known_answer_test(directory, proto, record, probe, provider, check, seconds)
-        if reason:
-            wrong[number] = reason
+    wrong = wrong_answers(directory, proto, records, probes, provider, check, seconds)
     outcome = SelfTestResult(directory, graph)
     if not wrong:
         return outcome
@@ -89,6 +82,28 @@ def self_test(
     return outcome
 
 
+def wrong_answers(
+    directory: Path,
+    proto: Any,
+    records: Sequence[Mapping[str, Any]],
+    probes: Sequence[Probe],
+    provider: str,
+    check: Check | None = None,
+    seconds: float | None = None,
+    prepare: Prepare = no_change,
+) -> dict[int, str]:
+    """Which of ``probes`` a graph's blocks answer wrongly, and how, in words; arguments are those of the self-test."""
+    wrong = {}
+    for number, probe in enumerate(probes):
+        record = next((r for r in records if r.get("probe") == number), None)
+        if record is None:
+            raise BundleError(f"{directory}: probe {number} belongs to no block")
+        reason = _known_answer_test(directory, proto, record, probe, provider, check, seconds, prepare)
+        if reason:
+            wrong[number] = reason
+    return wrong
+
+
 def _known_answer_test(
     directory: Path,
     proto: Any,
@@ -97,12 +112,13 @@ def _known_answer_test(
     provider: str,
     check: Check | None,
     seconds: float | None,
+    prepare: Prepare,
 ) -> str:
     """What is wrong with the saved nodes of a block, or ""."""
     part, names = cut_out(proto, record), [record[end] for end in ENDS[:3]]
     if check is not None:
         check(part, feeds_of(probe[0], names))
-    return _asked(lambda: session_of(part, directory, provider), probe, names, seconds)
+    return _asked(lambda: session_of(part, directory, provider, prepare), probe, names, seconds)
 
 
 def _asked(make: Any, probe: Probe, names: Sequence[str], seconds: float | None = None) -> str:
@@ -199,10 +215,11 @@ def splice(model: Any, record: Mapping[str, Any], site: ExpertsNode, lowering: L
     for node in builder.nodes:
         node.metadata_props[BLOCK] = site.name
     graph.insert_before(old[0], builder.nodes)
-    at_end = result.is_graph_output()
     ir.convenience.replace_all_uses_with(result, y, replace_graph_outputs=True)
-    if at_end:
-        y.name = record["y"]
+    for value in (v for n in builder.nodes for v in n.outputs):
+        if value.name == record["y"]:
+            value.name = f"{value.name}/inner"
+    y.name = record["y"]  # the graph's end, or what the record of a later block names
     graph.remove(old, safe=True)
     for name in stale:
         if not graph.initializers[name].uses():

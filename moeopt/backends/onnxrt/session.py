@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,11 +48,15 @@ EXTERNAL_DATA = "model.onnx.data"
 GRAPH = "model.onnx"
 PORTABLE = "portable.onnx"
 """The same engine lowered for CPU, where ``GRAPH`` is for a provider that was not there when it was built."""
+NATIVE = "model.native.onnx"
+"""The same graph with moeopt's own operator for its experts, over the weights of ``GRAPH``."""
+ISA_ENTRY = "moeopt.isa"
+"""The entry of a session's configuration that names the operator's instruction set, by its bit."""
 
 
 def data_of(graph: str) -> str:
     """The name of the file with a graph's weights."""
-    return f"{graph}.data"
+    return f"{GRAPH if graph == NATIVE else graph}.data"
 
 
 def runtime() -> Any:
@@ -125,6 +129,14 @@ def why_absent(names: Sequence[str], alone: bool = True) -> dict[str, str]:
     return {name: "" if name in there else why for name, why in absent.items()}
 
 
+Prepare = Callable[[Any], None]
+"""Changes an ``onnxruntime.SessionOptions``."""
+
+
+def no_change(options: Any) -> None:
+    """Leaves a session's options as they are."""
+
+
 class Session:
     """One graph, loaded; :meth:`run` takes named tensors.
 
@@ -135,6 +147,7 @@ class Session:
             ``session.disable_cpu_ep_fallback`` would refuse that too, and so nearly every graph with free sizes.)
         session_options: an ``onnxruntime.SessionOptions`` of the user's own; None means the default.
         threads: intra-op threads; None means as many as torch uses here.
+        prepare: changes the options before a session is made of them.
 
     Attributes:
         provider: what really runs it, as the session says.
@@ -151,6 +164,7 @@ class Session:
         provider: str = "cpu",
         session_options: Any = None,
         threads: int | None = None,
+        prepare: Prepare = no_change,
     ) -> None:
         ort = runtime()
         there = available()
@@ -161,6 +175,7 @@ class Session:
             options = ort.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = threads or torch.get_num_threads()
+        prepare(options)
         if provider != "cpu":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         source = model if isinstance(model, bytes) else os.fspath(model)

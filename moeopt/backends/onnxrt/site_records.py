@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from moeopt.bundle.values import DTYPES
-from moeopt.errors import BundleError, Declined
+from moeopt.errors import BundleError, Declined, UsageError
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
@@ -34,20 +35,14 @@ ENDS = ("x", "ids", "weights", "y")
 
 def describe(site: ExpertsNode, lowering: str, why: str) -> dict[str, Any] | None:
     """A site as JSON; None where its experts differ in size (then it cannot be written again)."""
+    if isinstance(site.spec, RowFunction):
+        sizes: dict[str, Any] = {"w_in": [], "w_out": [], "b_in": [], "b_out": False, "norm": False}
+        return _common(site, lowering, why) | {"bank_dtype": _name(site.spec.body.dtype)} | sizes
     bank, every = site.bank, range(site.bank.num_experts)
     shapes = [[list(w.shape) for w in (*bank.w_in(e), bank.w_out(e))] for e in every]
     if any(s != shapes[0] for s in shapes):
         return None
-    return {
-        "name": site.name,
-        "lowering": lowering,
-        "why": why,
-        "spec": site.spec.encode(),
-        "router": None if site.router is None else dataclasses.asdict(site.router),
-        "experts": bank.num_experts,
-        "top_k": site.top_k,
-        "dtype": _name(site.dtype),
-        "weights_dtype": _name(site.weights_dtype),
+    return _common(site, lowering, why) | {
         "bank_dtype": _name(bank.w_out(0).dtype),
         "w_in": shapes[0][:-1],
         "w_out": shapes[0][-1],
@@ -55,6 +50,33 @@ def describe(site: ExpertsNode, lowering: str, why: str) -> dict[str, Any] | Non
         "b_out": _which([bank.b_out(e) for e in every]),
         "norm": _which([bank.norm(e) for e in every]),
     }
+
+
+def _common(site: ExpertsNode, lowering: str, why: str) -> dict[str, Any]:
+    return {
+        "name": site.name,
+        "lowering": lowering,
+        "why": why,
+        "spec": site.spec.encode(),
+        "router": None if site.router is None else dataclasses.asdict(site.router),
+        "experts": site.bank.num_experts,
+        "top_k": site.top_k,
+        "dtype": _name(site.dtype),
+        "weights_dtype": _name(site.weights_dtype),
+    }
+
+
+def function_of(record: Mapping[str, Any]) -> RowFunction | None:
+    """The function of a block whose experts have no matrices of their own in the record; None of any other block.
+
+    ``BundleError`` for one that is none.
+    """
+    if record["w_out"]:
+        return None
+    try:
+        return RowFunction.decode(record["spec"])
+    except UsageError as err:
+        raise BundleError(f"block {record.get('name')!r:.60}: {err}") from None
 
 
 def blank_site(record: Mapping[str, Any], fill: Callable[[int, tuple[int, ...]], Tensor] | None = None) -> ExpertsNode:
@@ -149,11 +171,6 @@ def tensor_of(value: Any) -> Tensor:
     if dtype == torch.bfloat16:
         return torch.from_numpy(array.view("int16").copy()).view(dtype)
     return torch.from_numpy(array.copy())
-
-
-def input_width(site: ExpertsNode) -> int:
-    """H."""
-    return site.bank.w_in(0)[0].shape[1 if site.spec.w_in_layout == "oi" else 0]
 
 
 def output_width(site: ExpertsNode) -> int:

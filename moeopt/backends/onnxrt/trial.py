@@ -20,10 +20,13 @@ from typing import Any
 import torch
 
 from moeopt.backends.onnxrt.budget import cost_of
+from moeopt.backends.onnxrt.custom_op import native_library
+from moeopt.backends.onnxrt.session import ISA_ENTRY
 from moeopt.bundle import golden as goldens
 from moeopt.bundle.manifest import Manifest
 from moeopt.errors import BundleError, LimitError
 from moeopt.limits import LoadLimits
+from moeopt.lower.onnx.experts_node import DOMAIN
 from moeopt.untrusted import shown
 
 PRODUCTS_A_SECOND = 1e10
@@ -63,7 +66,7 @@ def check_calls(
         if cost is None or cost.products > seconds * PRODUCTS_A_SECOND:
             unknown.append(feeds)
     if unknown:
-        _in_a_child(model, folder, unknown, limits, files, where)
+        _in_a_child(proto, model, folder, unknown, limits, files, where)
 
 
 def within_limits(manifest: Manifest, proto: Any, graph: str, signature: Mapping[str, Any], limits: LoadLimits) -> None:
@@ -78,8 +81,14 @@ def within_limits(manifest: Manifest, proto: Any, graph: str, signature: Mapping
     check_calls(proto, path, manifest.directory, calls, limits, manifest.bytes, str(path))
 
 
+def _operator(proto: Any) -> list[str]:
+    """What a session of the graph registers for moeopt's own operator: an entry of its configuration, a library."""
+    library = native_library() if any(opset.domain == DOMAIN for opset in proto.opset_import) else None
+    return [] if library is None else [ISA_ENTRY, str(library.bit), str(library.path)]
+
+
 def _in_a_child(
-    model: Path | bytes, folder: Path, calls: Sequence[Feeds], limits: LoadLimits, files: int, where: str
+    proto: Any, model: Path | bytes, folder: Path, calls: Sequence[Feeds], limits: LoadLimits, files: int, where: str
 ) -> None:
     seconds = limits.seconds_for(files)
     budget = max(limits.bytes_for(files, _size(feeds)) for feeds in calls)
@@ -93,6 +102,7 @@ def _in_a_child(
             "folder": str(folder.resolve()),
             "bytes": int(min(budget + files, 1 << 62)),
             "threads": torch.get_num_threads(),
+            "operator": _operator(proto),
             "calls": [_written(feeds, Path(aside), n) for n, feeds in enumerate(calls)],
         }
         (Path(aside) / "calls.json").write_text(json.dumps(said))

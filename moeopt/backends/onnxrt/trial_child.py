@@ -25,6 +25,10 @@ def main() -> None:
     options.log_severity_level = 4
     options.intra_op_num_threads = said["threads"]
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", said["folder"])
+    if said["operator"]:
+        key, value, library = said["operator"]
+        options.add_session_config_entry(key, value)
+        options.register_custom_ops_library(library)
     try:
         session = ort.InferenceSession(said["model"], options, providers=["CPUExecutionProvider"])
         for call in said["calls"]:

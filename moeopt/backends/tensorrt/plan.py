@@ -15,9 +15,10 @@ from torch import Tensor
 
 from moeopt.backends.tensorrt.capability import refuses, refuses_dtypes
 from moeopt.backends.tensorrt.cost import DEVICES, seconds, work
-from moeopt.backends.tensorrt.lowerings import FORMS, PORTABLE
+from moeopt.backends.tensorrt.lowerings import FORMS, FUNCTION_FORMS, PORTABLE
 from moeopt.backends.tensorrt.target import Target
 from moeopt.errors import Declined
+from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.lowerings.types import types_of
@@ -69,6 +70,10 @@ class TensorRTPlan(BlockPlan):
 
     def rank(self, site: ExpertsNode) -> list[LoweringChoice]:
         self.check(site)
+        if isinstance(site.spec, RowFunction):
+            refusals = [(form, form.refuses(site, self.target.name)) for form in FUNCTION_FORMS]
+            words = "the form of any function of a row"
+            return [LoweringChoice(f.name, None if why else f, why or words, 0.0) for f, why in refusals]
         fit, rest = [], []
         for form in FORMS:
             if why := refuses(self.target, "form", form.name) or form.refuses(site, self.target.name):

@@ -24,7 +24,7 @@ from moeopt.lower.export import export_program
 from moeopt.ops.native.library import missing
 from moeopt.options import Options
 from moeopt.pipeline.check_gradients import check_gradients
-from moeopt.pipeline.report_of import report_of
+from moeopt.pipeline.report_of import how_to_save, report_of
 from moeopt.pipeline.run import PipelineResult, run
 from moeopt.rewrite.install import install, uninstall
 from moeopt.verification.certificate import Certificate
@@ -37,11 +37,18 @@ class TorchBackend(Backend):
     name = "torch"
 
     def _plan_impl(self, options: Options) -> None:
-        return None
+        for name in ("target", "profile", "timing_cache", "session_options"):
+            if (given := getattr(options, name)) is not None:
+                raise UsageError(
+                    f"{name}={given!r:.80} is for an engine, and backend='torch' builds none: give "
+                    "backend='onnxruntime' or backend='tensorrt' as well, or leave it out"
+                )
 
     def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: None) -> Made:
-        twin = shared_copy(source)
+        shared: list[str] = []
+        twin = shared_copy(source, shared)
         outcome = run(twin, call, options)
+        outcome.notes += [*shared, *how_to_save(outcome)]
         if options.verify != "off":
             check_gradients(twin, outcome.rewrites, outcome.calls)
         certificate = _certify(source, twin, call, outcome, options)
@@ -105,7 +112,7 @@ class TorchBackend(Backend):
 def _certify(source: nn.Module, twin: nn.Module, call: ArgsKwargs, outcome: Any, options: Options) -> Certificate:
     end: EndToEnd | None = None
     if options.verify != "off" and outcome.rewrites:
-        (options.progress or (lambda line: None))("comparing the whole model end to end")
+        options.say("comparing the whole model end to end")
         end = end_to_end(source, twin, *call, noise_blocks=list(outcome.rewrites), seed=options.seed)
     first = next(source.parameters(), None)
     return Certificate(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from moeopt.compat import OBJECTS_ARE_CONSTANTS
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
@@ -60,7 +61,11 @@ def register(name: str = "moeopt") -> None:
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The interface's forward: x (T, H), ids (T, K) and weights (T, K) to (T, H)."""
-    text, reason = plan(self)
+    text: str | None
+    if torch.compiler.is_dynamo_compiling() and not OBJECTS_ARE_CONSTANTS:
+        text, reason = None, "torch.compile takes its form for a constant since torch 2.13"
+    else:
+        text, reason = plan(self)
     if text is not None and torch.is_autocast_enabled(hidden_states.device.type):
         text, reason = None, "autocast is on, and decides dtypes that the op's spec must name"
     if text is None:

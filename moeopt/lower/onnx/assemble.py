@@ -46,8 +46,7 @@ def one_op(site: ExpertsNode, lowering: Lowering) -> Any:
     import onnx_ir as ir
     from onnx_ir.tensor_adapters import from_torch_dtype
 
-    H = site.bank.w_in(0)[0].shape[1 if site.spec.w_in_layout == "oi" else 0]
-    x = _input(ir, "x", from_torch_dtype(site.dtype), ["T", H])
+    x = _input(ir, "x", from_torch_dtype(site.dtype), ["T", site.features])
     ids = _input(ir, "ids", ir.DataType.INT64, ["T", site.top_k])
     weights = _input(ir, "weights", from_torch_dtype(site.weights_dtype), ["T", site.top_k])
     builder = Builder(site.name)

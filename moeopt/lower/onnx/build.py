@@ -73,6 +73,10 @@ class Builder:
         )
         return self._initializer(label, lazy)
 
+    def initializer(self, name: str, tensor: Any) -> Any:
+        """A value that holds ``tensor``, an ``onnx_ir`` one, under a name of the site's own."""
+        return self._initializer(self._name(name), tensor)
+
     def _initializer(self, name: str, tensor: Any) -> Any:
         import onnx_ir as ir
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from moeopt.ir.specs import ExpertsSpec, RouterSpec
-from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.ir.row_function import RowFunction
+from moeopt.ir.specs import RouterSpec
 
 DOMAIN = "moeopt"
 OP = "Experts"
@@ -20,8 +21,8 @@ class ExpertsNode:
 
     Args:
         name: the block's module path with dots, like ``model.layers.0.mlp.experts``; prefixes node and weight names.
-        bank: the experts' weights, read when a lowering is emitted and not copied before.
-        spec: the function.
+        bank: the experts' weights, ``ExpertWeights`` or a ``SlotBank``, read when a lowering is emitted, not copied.
+        spec: the function, an ``ExpertsSpec`` or a ``RowFunction``.
         dtype: of ``x``, which is (T, H).
         top_k: K, the number of columns of ``ids`` (int64) and ``weights``.
         weights_dtype: of the routing weights.
@@ -29,9 +30,16 @@ class ExpertsNode:
     """
 
     name: str
-    bank: ExpertWeights
-    spec: ExpertsSpec
+    bank: Any
+    spec: Any
     dtype: torch.dtype
     top_k: int
     weights_dtype: torch.dtype
     router: RouterSpec | None = field(default=None)
+
+    @property
+    def features(self) -> int:
+        """H, the width of a token."""
+        if isinstance(self.spec, RowFunction):
+            return self.spec.body.features
+        return int(self.bank.w_in(0)[0].shape[1 if self.spec.w_in_layout == "oi" else 0])

@@ -24,12 +24,12 @@ from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.float64 import attributes_written_out
-from moeopt.lower.onnx.pad_experts import pad_experts
+from moeopt.lower.onnx.pad_experts import bank_of
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
 from moeopt.ops.reference import dtypes, out_features
-from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
+from moeopt.patches import no_idle_decomposition, one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.rewrite.install import exported, rewritten_forward
 from moeopt.rewrite.site_names import site_names
 
@@ -54,9 +54,7 @@ def emitting(model: nn.Module) -> Iterator[list[ExpertsNode]]:
             return None
         torch._check(ids.shape[0] == x.shape[0])  # a runtime would broadcast the choices of a single row
         router = routers[id(bank)]
-        sites.append(
-            ExpertsNode(name, pad_experts(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router)
-        )
+        sites.append(ExpertsNode(name, bank_of(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
         y: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{OP}",
             (x, ids.to(torch.int64), weights),
@@ -83,7 +81,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
 
     program = attributes_written_out(numbers_as_read(through_real_views(_tensors_only(program))))
     _settle_layouts(program.graph)
-    with one_trace, quiet(), rules_by_their_last_op(), exact_rules() as exact, one_registry():
+    with one_trace, quiet(), rules_by_their_last_op(), exact_rules() as exact, one_registry(), no_idle_decomposition():
         try:
             exported = torch.onnx.export(
                 program,
@@ -101,7 +99,31 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
     assert exported is not None  # torch gives None only where it wrote a file itself
     RemoveUnusedNodesPass()(exported.model)
     _cast_before_transpose(exported.model.graph)
+    _own_dtypes(exported.model.graph, program)
     return exported.model
+
+
+def _own_dtypes(graph: Any, program: torch.export.ExportedProgram) -> None:
+    """Results of the dtype that the model gives them, where a translation says another: ``any`` of uint8 is uint8."""
+    import onnx_ir as ir
+
+    (node,) = (n for n in program.graph.nodes if n.op == "output")
+    for number, (value, source) in enumerate(zip(list(graph.outputs), node.args[0], strict=True)):
+        wanted = _ONNX.get(source.meta["val"].dtype)
+        if wanted is None or value.dtype is None or value.dtype.name == wanted:
+            continue
+        cast = ir.node("Cast", [value], {"to": ir.DataType[wanted]})
+        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType[wanted]), value.shape
+        cast.outputs[0].name, value.name = value.name, f"{value.name}/translated"
+        graph.append(cast)
+        graph.outputs[number] = cast.outputs[0]
+
+
+_ONNX = {
+    torch.bool: "BOOL", torch.uint8: "UINT8", torch.int8: "INT8", torch.int16: "INT16", torch.int32: "INT32",
+    torch.int64: "INT64", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT",
+    torch.float64: "DOUBLE",
+}  # fmt: skip
 
 
 def _settle_layouts(graph: torch.fx.Graph) -> None:

@@ -3,14 +3,19 @@
     W_in rows 0, b_in 0, W_out columns 0:  such a neuron is act(0) * 0 in the sum, which is 0
 
 An engine writes its own weights, so this costs no second copy of the model's, only the zeros: fewer than E
-neurons where a dense FFN of I neurons is split into E groups. Shape legend: E experts, I intermediate.
+neurons where a dense FFN of I neurons is split into E groups. Where all gates are packed before all ups, each half is
+filled by itself. Shape legend: E experts, I intermediate.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
 
@@ -22,13 +27,17 @@ class PaddedExperts:
         self._bank, self._inner = bank, inner
         self._in_axis, self._out_axis = int(spec.w_in_layout == "io"), int(spec.w_out_layout == "oi")
         self._rows = 2 * inner if spec.rows.startswith("interleaved") else inner
+        self._halves = 2 if spec.rows in ("gate|up", "up|gate") else 1
         self.num_experts = bank.num_experts
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
-        return tuple([_fill(w, self._in_axis, self._rows) for w in self._bank.w_in(e)])
+        return tuple([self._fill_in(w, self._in_axis) for w in self._bank.w_in(e)])
 
     def b_in(self, e: int) -> tuple[Tensor | None, ...]:
-        return tuple([None if b is None else _fill(b, 0, self._rows) for b in self._bank.b_in(e)])
+        return tuple([None if b is None else self._fill_in(b, 0) for b in self._bank.b_in(e)])
+
+    def _fill_in(self, part: Tensor, axis: int) -> Tensor:
+        return torch.cat([_fill(half, axis, self._rows) for half in part.chunk(self._halves, axis)], axis)
 
     def w_out(self, e: int) -> Tensor:
         return _fill(self._bank.w_out(e), self._out_axis, self._inner)
@@ -44,15 +53,17 @@ class PaddedExperts:
 
 
 def pad_experts(bank: ExpertWeights, spec: ExpertsSpec) -> ExpertWeights:
-    """``bank``, filled up where its experts differ in size.
-
-    Experts that pack all gates before all ups stay as they are: their zeros would stand between the two.
-    """
-    if spec.rows in ("gate|up", "up|gate") or bank.stacked() is not None:
+    """``bank``, filled up where its experts differ in size."""
+    if bank.stacked() is not None:
         return bank
     axis = int(spec.w_out_layout == "oi")
     sizes = {bank.w_out(e).shape[axis] for e in range(bank.num_experts)}
     return PaddedExperts(bank, spec, max(sizes)) if len(sizes) > 1 else bank
+
+
+def bank_of(bank: Any, spec: ExpertsSpec | RowFunction) -> Any:
+    """What a site reads: the bank of equal experts; of a function of a row the slots, which are alike already."""
+    return bank if isinstance(spec, RowFunction) else pad_experts(bank, spec)
 
 
 def _fill(part: Tensor, axis: int, size: int) -> Tensor:

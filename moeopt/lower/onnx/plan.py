@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from moeopt.errors import Declined
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
-from moeopt.lower.onnx.pad_experts import pad_experts
+from moeopt.lower.onnx.pad_experts import bank_of
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
 from moeopt.ops.reference import dtypes
@@ -91,6 +92,14 @@ class BlockPlan(abc.ABC):
 
     def choice(self, site: ExpertsNode) -> LoweringChoice:
         """The best lowering for ``site`` that was not demoted; ``Declined`` when there is none."""
+        return self.best(site)
+
+    def written(self, site: ExpertsNode) -> LoweringChoice:
+        """What the graph holds that needs its runtime and nothing else: the best lowering, in most plans."""
+        return self.choice(site)
+
+    def best(self, site: ExpertsNode, without: str = "") -> LoweringChoice:
+        """:meth:`choice` among the lowerings that are not called ``without``."""
         wide = self.legalize(site)
         known = kind(wide)
         demoted = self._demoted.get(known, {})
@@ -98,7 +107,7 @@ class BlockPlan(abc.ABC):
             self._ranked[known] = self.rank(wide)
         choices = self._ranked[known]
         for choice in choices:
-            if choice.lowering is not None and choice.lowering.name not in demoted:
+            if choice.lowering is not None and choice.lowering.name not in (*demoted, without):
                 return choice
         why = "; ".join(f"{c.name}: {'differs from the original' if c.name in demoted else c.reason}" for c in choices)
         raise Declined(f"no {self.runtime} form carries its experts on {self.provider} ({why})")
@@ -130,12 +139,16 @@ class BlockPlan(abc.ABC):
         if self._last is None:
             return False
         (known, name), self._last = self._last, None
-        demoted = self._demoted.setdefault(known, {})
-        demoted[name] = reason
+        self.give_up(known, name, reason)
+        demoted = self._demoted[known]
         if any(c.lowering is not None and c.name not in demoted for c in self._ranked[known]):
             return True
         del self._demoted[known]  # they all fail alike: what is wrong is not the lowering
         return False
+
+    def give_up(self, known: NodeKind, name: str, reason: str) -> None:
+        """From here on, ``choice`` passes over the lowering ``name`` for blocks of this kind."""
+        self._demoted.setdefault(known, {})[name] = reason
 
     @property
     def notes(self) -> list[str]:
@@ -151,9 +164,7 @@ class BlockPlan(abc.ABC):
         key = (id(bank), x.dtype, weights.dtype, ids.shape[1])
         if key not in self._sessions:
             router = self._routers.get(id(bank))
-            site = ExpertsNode(
-                "experts", pad_experts(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router
-            )
+            site = ExpertsNode("experts", bank_of(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router)
             self.check(site)
             site = self.legalize(site)
             lowering = self.lowering(site)
@@ -167,6 +178,8 @@ class BlockPlan(abc.ABC):
 def kind(site: ExpertsNode) -> NodeKind:
     """What a lowering's fitness depends on: the function, the sizes and the dtypes, and not the weights."""
     bank = site.bank
+    if isinstance(site.spec, RowFunction):
+        return (site.spec, bank.num_experts, site.top_k, site.dtype, site.weights_dtype, site.router)
     shapes = tuple(tuple(w.shape) for w in (*bank.w_in(0), bank.w_out(0)))
     return (
         dataclasses.astuple(site.spec),

@@ -6,6 +6,7 @@
     sort.stable              TopK of all values; it keeps the order of equal ones
     cummax, cummin           no form: a call names the op and the line that wrote it
     max, min, largest norm   alike
+    cdist                    no form: norms of differences, one center after the other where there are few
     squeeze                  of a size that is not 1 does nothing in PyTorch; ONNX refuses the graph
 
 Each function builds nodes with onnxscript's ``opset20``; names end in what they stand for.
@@ -21,6 +22,8 @@ import torch
 from moeopt.lower.onnx.translate_numbers import numbers
 
 aten = torch.ops.aten
+_CENTERS = 128
+"""Rows of which distances are written out one after the other: together, their differences are many times the rows."""
 
 
 def table() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -31,11 +34,17 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     def is_float(x: Any) -> bool:
         return x.dtype is None or x.dtype.is_floating_point()
 
+    def number(value: float, x: Any) -> Any:
+        """``value`` in the dtype of ``x``."""
+        if x.dtype is None:
+            return op.CastLike(op.Constant(value_float=value), x)
+        return op.Constant(value=ir.tensor(value, dtype=x.dtype))
+
     def ordered(x: Any, nan: float = float("inf")) -> Any:
         """``x`` with every NaN at ``nan``."""
         if not is_float(x):
             return x
-        return op.Where(op.IsNaN(x), op.CastLike(op.Constant(value_float=nan), x), x)
+        return op.Where(op.IsNaN(x), number(nan, x), x)
 
     def sized(x: Any) -> Any:
         return op.Cast(x, to=6) if x.dtype is not None and int(x.dtype) in (2, 3, 4, 5, 9) else x
@@ -105,8 +114,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
             if not is_float(self):
                 return value
             lost = op.ReduceMax(op.Cast(op.IsNaN(self), to=6), axes, keepdims=int(keepdim))
-            nan = op.CastLike(op.Constant(value_float=float("nan")), self)
-            return op.Where(op.Cast(lost, to=9), nan, value)
+            return op.Where(op.Cast(lost, to=9), number(float("nan"), self), value)
 
         return over
 
@@ -127,6 +135,28 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         total = op.ReduceSum(op.Pow(op.Abs(x), power), axes, keepdims=int(keepdim))
         return op.Pow(total, op.Reciprocal(power))
 
+    def distances(x1: Any, x2: Any, p: float = 2.0, compute_mode: int | None = None) -> Any:
+        count, rank = x2.shape[-2], len(x2.shape)
+        if not isinstance(count, int) or not 0 < count <= _CENTERS:
+            apart = op.Sub(op.Unsqueeze(x1, one(len(x1.shape) - 1)), op.Unsqueeze(x2, one(rank - 2)))
+            return norm_of(apart, p, 0)
+        columns = [norm_of(op.Sub(x1, op.Gather(x2, one(n), axis=rank - 2)), p, 1) for n in range(count)]
+        return op.Concat(*columns, axis=-1) if count > 1 else columns[0]
+
+    def norm_of(x: Any, p: float, keepdims: int) -> Any:
+        axes, size = one(-1), op.Abs(x)
+        if p == 2:
+            return op.ReduceL2(x, axes, keepdims=keepdims)
+        if p == 1:
+            return op.ReduceL1(x, axes, keepdims=keepdims)
+        if p == float("inf"):
+            return op.ReduceMax(size, axes, keepdims=keepdims)
+        if p == 0:
+            apart = op.Not(op.Equal(x, op.CastLike(op.Constant(value_float=0.0), x)))
+            return op.ReduceSum(op.CastLike(apart, x), axes, keepdims=keepdims)
+        power = op.CastLike(op.Constant(value=ir.tensor(float(p), dtype=ir.DataType.DOUBLE)), x)
+        return op.Pow(op.ReduceSum(op.Pow(size, power), axes, keepdims=keepdims), op.Reciprocal(power))
+
     def squeeze(self: Any, dim: Any = None) -> Any:
         rank = len(self.shape)
         named = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
@@ -135,6 +165,8 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     return numbers() | {
         aten.linalg_vector_norm.default: vector_norm,
+        aten._cdist_forward.default: distances,
+        aten._euclidean_dist.default: distances,
         aten.squeeze.default: squeeze,
         aten.squeeze.dim: squeeze,
         aten.squeeze.dims: squeeze,

@@ -6,6 +6,7 @@
     remainder, floor division     of floats: a - b floor(a / b) has no digits left where a is large
     sum of int64                  ONNX Runtime adds in float64, wrong from 2^53 on: two halves, each exact
     clamp, Python numbers         rounded to float32 beside float64
+    relu of integers              ONNX Runtime has it for some of them
     pow(x, 0.5), pow(x, -0.5)     a square root in PyTorch: NaN and not infinity for -infinity
     pow(x, -2)                    1 / (x x) in PyTorch: 0 where x x overflows
     std                           squares of rows beyond 1e19 overflow; the row is scaled first
@@ -145,6 +146,9 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
     def clamp_max(self: Any, max: Any) -> Any:
         return clamp(self, max=max)
 
+    def relu(self: Any) -> Any:
+        return opset20.Relu(self) if is_float(self) else clamp(self, min=0)
+
     def power(self: Any, exponent: Any) -> Any:
         if is_float(self) and abs(exponent) == 0.5:
             root = opset20.Sqrt(self)
@@ -229,6 +233,7 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.clamp.default: clamp,
         aten.clamp_min.default: clamp_min,
         aten.clamp_max.default: clamp_max,
+        aten.relu.default: relu,
         aten.pow.Tensor_Scalar: power,
         aten.scalar_tensor.default: scalar_tensor,
         aten.std.correction: deviation,

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.lower.onnx.lowerings.row_graph import widened
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 
 NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -50,6 +52,8 @@ class UpcastExpertWeights:
 def upcast_node(site: ExpertsNode) -> ExpertsNode:
     """``site`` with every 16-bit dtype as float32; itself when it has none."""
     spec = site.spec
+    if isinstance(spec, RowFunction):
+        return widened(site)
     fields = ("compute_dtype", "act_dtype", "accum_dtype", "out_dtype")
     narrow: dict[str, Any] = {f: "float32" for f in fields if getattr(spec, f) in NARROW.values()}
     bank_dtype = site.bank.w_out(0).dtype

@@ -12,9 +12,7 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,24 +20,24 @@ from pathlib import Path
 import torch
 
 from moeopt.errors import MoeoptError
+from moeopt.ops.native.compile import (
+    FLAGS,
+    SECONDS,
+    SOURCES,
+    Refused,
+    TooSlow,
+    all_isas,
+    compile_library,
+    compiler_named,
+    prebuilt,
+    x86,
+)
+from moeopt.ops.native.compile import ISAS as ISAS
 from moeopt.options import cache_directory, compiler_wanted
 
-SOURCES = Path(__file__).parent / "src"
-
-ISAS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_bf16": 8}
-"""Instruction sets by name, weakest first, with their bit in the C interface."""
-
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-_ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-          "-ffp-contract=fast", "-w")  # fmt: skip
-"""-w: GCC's own headers of vector intrinsics warn by the thousand; the tests compile with warnings on what is ours."""
+_FLAGS = FLAGS
 
 _ROOT = 0
-
-SECONDS = 300
-"""After which a compiler is stopped."""
 
 
 class BuildError(MoeoptError):
@@ -48,10 +46,6 @@ class BuildError(MoeoptError):
 
 class CompileError(BuildError):
     """The compiler refused: it may be too old for an instruction set."""
-
-
-def x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
 
 
 def isas_here() -> list[str]:
@@ -66,18 +60,10 @@ def isas_here() -> list[str]:
     return found
 
 
-def all_isas() -> tuple[str, ...]:
-    """Every instruction set that a library for this kind of machine may carry."""
-    return tuple(ISAS) if x86() else ("generic",)
-
-
 @functools.cache
 def find_compiler() -> str | None:
     """The C++ compiler: ``MOEOPT_CXX`` or ``CXX``, else g++, clang++ or c++ of the path; None where there is none."""
-    wanted = compiler_wanted()
-    return next(
-        (found for name in ([wanted] if wanted else ["g++", "clang++", "c++"]) if (found := shutil.which(name))), None
-    )
+    return compiler_named(compiler_wanted())
 
 
 def how_to_get_one() -> str:
@@ -103,11 +89,13 @@ def library_name(compiler: str, isas: Sequence[str]) -> str:
 
 
 def built_library(isa: str) -> Path:
-    """A library that carries ``isa``: one that is there already, else built now.
+    """A library that carries ``isa``: the wheel's, one that is there already, else built now.
 
     Raises:
         BuildError: there is no compiler, or it refuses; nowhere to keep the library.
     """
+    if packaged := prebuilt(isa):
+        return packaged
     compiler = find_compiler()
     if compiler is None:
         raise BuildError(how_to_get_one())
@@ -151,42 +139,15 @@ def build(isas: Sequence[str], folder: Path | None = None) -> Path:
 
 
 def _compile(compiler: str, isas: Sequence[str], aside: Path) -> Path:
-    defines = [f"-DMOEOPT_HAVE_{isa.upper()}" for isa in isas] + (["-DMOEOPT_X86"] if x86() else [])
-    units = [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS=kernels_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"], "isa.cpp",
-              f"{isa}.o") for isa in isas]  # fmt: skip
-    units += [(defines, name, f"{name}.o") for name in ("experts.cpp", "pool.cpp")]
-    running = [
-        ([compiler, *_FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(aside / out)])
-        for flags, source, out in units
-    ]
-    started = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for words in running]
     try:
-        for words, one in zip(running, started, strict=True):
-            _finished(words, one)
-        out = aside / "library.so"
-        words = [compiler, *_FLAGS, "-shared", *(str(aside / name) for _, _, name in units), "-o", str(out), "-pthread"]
-        _finished(words, subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-        return out
-    finally:
-        for one in started:
-            one.kill()
-            one.wait()
-            if one.stdout is not None:
-                one.stdout.close()
-
-
-def _finished(words: Sequence[str], process: subprocess.Popen[bytes]) -> None:
-    try:
-        said, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise BuildError(f"{words[0]} took longer than {SECONDS} s; set MOEOPT_NATIVE=off to do without") from None
-    if process.returncode:
-        first = said.decode(errors="replace").strip().splitlines()
+        return compile_library(compiler, isas, aside, _FLAGS, SOURCES)
+    except TooSlow:
+        raise BuildError(f"{compiler} took longer than {SECONDS} s; set MOEOPT_NATIVE=off to do without") from None
+    except Refused as err:
         raise CompileError(
-            f"{words[0]} could not compile the kernel ({next((s for s in first if 'error' in s), 'no message')}); "
+            f"{compiler} could not compile the kernel ({err}); "
             "name another compiler with MOEOPT_CXX, or set MOEOPT_NATIVE=off"
-        )
+        ) from None
 
 
 def _folder() -> Path:

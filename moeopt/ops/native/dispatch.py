@@ -25,6 +25,7 @@ WORK = 1 << 24
 def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """``experts_reference``, by the fastest kernel for this call; differentiable by ``torch.func`` only."""
     check(x_TH, ids_TK, weights_TK, bank, spec)
+    bank = bank.stacked() or bank  # what is read more than once is looked up once
     if transformed():
         return experts_reference(x_TH, ids_TK, weights_TK, bank, spec)  # torch's fast kernels write in place
     if ids_TK.numel() and (native := library()) is not None:
@@ -37,10 +38,11 @@ def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Exper
 
 
 def _is_faster(native: Library, x: Tensor, ids: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
-    w, N, E = bank.w_out(0), ids.numel(), bank.num_experts
+    N, E = ids.numel(), bank.num_experts
     hit = E * (1 - (1 - 1 / E) ** N)  # as many as chance hits
     rows = power_of_two(max(1, round(N / hit)))
-    return _native(native, rows, spec, x.dtype, w.dtype, w.numel() >= LARGE // 4, torch.get_num_threads())
+    w, count = (bank.w_out_s, E) if isinstance(bank, StackedExpertWeights) else (bank.w_out(0), 1)
+    return _native(native, rows, spec, x.dtype, w.dtype, w.numel() // count >= LARGE // 4, torch.get_num_threads())
 
 
 @functools.cache

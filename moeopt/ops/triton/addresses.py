@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
-from moeopt.ops.triton.constants import Held
+from moeopt.ops.triton.constants import WeightTypes
 from moeopt.ops.unfit import Unfit
 
 Geometry = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -25,7 +25,7 @@ class Weights(NamedTuple):
     the next; ``table`` is (7, E) int64 addresses on the device of the weights."""
 
     table: Tensor
-    held: Held
+    held: WeightTypes
     I: int  # noqa: E741
     D: int
     in_steps: tuple[int, int]
@@ -94,7 +94,7 @@ def weights_of(bank: ExpertWeights, spec: ExpertsSpec, H: int, device: torch.dev
         raise Unfit(
             f"the weights' shapes {tuple(shape)} and {tuple(o_shape)} do not fit one another and x of width {H}"
         )
-    held = Held(dtype, next(iter(bias_dtypes)), b_in is not None, b_out is not None, norm is not None, aligned)
+    held = WeightTypes(dtype, next(iter(bias_dtypes)), b_in is not None, b_out is not None, norm is not None, aligned)
     bias_steps = (bias_in_step * step, b_out.geometry[1][0] if b_out else 0, norm.geometry[1][0] if norm else 0)
     return Weights(_table(tuple(map(tuple, rows)), device), held, I, D, in_steps, out_steps, bias_steps)
 

@@ -45,7 +45,7 @@ class Function(NamedTuple):
     widen: bool
 
 
-class Held(NamedTuple):
+class WeightTypes(NamedTuple):
     """What the kernels need to know of the weights beside their addresses."""
 
     dtype: torch.dtype
@@ -57,7 +57,9 @@ class Held(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def function(spec: ExpertsSpec, x: torch.dtype, weights: torch.dtype, held: Held, tf32: bool, widen: bool) -> Function:
+def function(
+    spec: ExpertsSpec, x: torch.dtype, weights: torch.dtype, held: WeightTypes, tf32: bool, widen: bool
+) -> Function:
     """The constants for inputs of these dtypes.
 
     Raises:

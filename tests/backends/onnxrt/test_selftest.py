@@ -99,7 +99,7 @@ def test_each_lowering_can_take_over(onnx_bundle, monkeypatch):
 
 
 def test_no_lowering_is_right(onnx_bundle, monkeypatch):
-    monkeypatch.setattr(selftest, "ask", lambda *a: "it is wrong")
+    monkeypatch.setattr(selftest, "known_answer_test", lambda *a: "it is wrong")
     with pytest.raises(EngineNotExecutableError) as err:
         moeopt.load(onnx_bundle)
     text = str(err.value)
@@ -125,8 +125,8 @@ def test_probes_stand_for_kinds(onnx_pristine):
 
 def test_what_passed_is_not_tested_again(onnx_pristine, monkeypatch):
     asked, replayed = [], []
-    ask, check = selftest.ask, bundles.replay_golden
-    monkeypatch.setattr(selftest, "ask", lambda *a: asked.append(1) or ask(*a))
+    ask, check = selftest.known_answer_test, bundles.replay_golden
+    monkeypatch.setattr(selftest, "known_answer_test", lambda *a: asked.append(1) or ask(*a))
     monkeypatch.setattr(bundles, "replay_golden", lambda *a: replayed.append(1) or check(*a))
     for _ in range(2):
         right(moeopt.load(onnx_pristine))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moeopt.backends.torch import transformers_adapter as adapter
+from moeopt.compat import OBJECTS_ARE_CONSTANTS
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
 
@@ -164,6 +165,7 @@ def test_expert_parallel_sentinels_add_nothing():
     assert not outputs[0][1].any()
 
 
+@pytest.mark.skipif(not OBJECTS_ARE_CONSTANTS, reason="torch.compile of this torch runs the library's grouped_mm")
 def test_a_whole_model_compiles_and_exports():
     from transformers import AutoModelForCausalLM, MixtralConfig
 

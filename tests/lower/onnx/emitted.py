@@ -10,6 +10,7 @@ from moeopt.backends.onnxrt.session import Session
 from moeopt.lower.export import export_program
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.export import own_outputs, to_onnx
+from moeopt.lower.onnx.narrow_numbers import cast_narrow
 from moeopt.lower.onnx.upcast import upcast_graph
 from moeopt.lower.signature import functional
 
@@ -29,6 +30,7 @@ def graph_of(f, x, accurate=True):
     upcast_graph(model)
     if accurate:
         accurate_graph(model)
+    cast_narrow(model)
     own_outputs(model.graph)
     return model
 

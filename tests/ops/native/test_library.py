@@ -53,13 +53,13 @@ def works_without(text):
         experts(*some.args)
         opt = moeopt.optimize(toy(), X, verify="fast")
     (note,) = [n for n in opt.report.notes if "native kernel" in n]
-    assert note.startswith("the experts run on torch's matmuls, not on the faster native kernel: ")
+    assert note.startswith("the experts run on torch's products, not on the faster native kernel: ")
     assert library.missing() in note and library.missing() in library.describe()
 
 
 def test_without_a_compiler(fresh, monkeypatch):
     monkeypatch.setattr(build, "find_compiler", lambda: None)
-    works_without("the native CPU kernel is not used, torch's matmuls are: no C.* compiler was found; install one")
+    works_without("the native CPU kernel is not used, torch's products are: no C.* compiler was found; install one")
 
 
 def test_a_compiler_that_is_named_and_not_there(fresh, monkeypatch):
@@ -204,7 +204,7 @@ def test_our_sources_compile_without_a_warning(whole_library):
         "-Wno-psabi",
         "-Wno-attributes",
     ]
-    for source in ("isa.cpp", "experts.cpp", "pool.cpp"):
+    for source in ("isa.cpp", "experts.cpp", "pool.cpp", "ort_op.cpp"):
         out = subprocess.run([*words, str(build.SOURCES / source)], capture_output=True, text=True)
         assert out.returncode == 0 and not out.stderr, out.stderr
 
@@ -218,3 +218,22 @@ def test_the_interface_is_plain_c(tmp_path, whole_library):
     words = [compiler, "-x", "c", "-std=c99", "-Wall", "-Werror", "-fsyntax-only", f"-I{build.SOURCES}"]
     out = subprocess.run([*words, str(tmp_path / "user.c")], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
+
+
+def test_a_wheel_s_library_is_taken_before_a_compiler_is_asked(tmp_path, monkeypatch):
+    from moeopt.ops.native import compile as commands
+
+    monkeypatch.setattr(commands, "PREBUILT", tmp_path)
+    monkeypatch.setattr(build, "find_compiler", lambda: None)
+    isas = commands.all_isas()
+    with pytest.raises(build.BuildError):
+        build.built_library(isas[0])
+    (tmp_path / commands.prebuilt_name(isas[:1])).touch()
+    assert build.built_library(isas[0]) == tmp_path / commands.prebuilt_name(isas[:1])
+    for isa in isas[1:]:  # which the compiler of the wheel did not know
+        with pytest.raises(build.BuildError):
+            build.built_library(isa)
+    (tmp_path / "moeopt-experts-0123456789abcdef-generic.so").touch()  # of other sources
+    (tmp_path / commands.prebuilt_name(isas[:1])).unlink()
+    with pytest.raises(build.BuildError):
+        build.built_library(isas[0])

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.triton import kernels
-from moeopt.ops.triton.constants import Held, function
+from moeopt.ops.triton.constants import WeightTypes, function
 from moeopt.ops.triton.launch import COLUMNS, DEPTH
 from moeopt.ops.triton.tiles import tiles_for
 
@@ -35,7 +35,7 @@ SPEC = ExpertsSpec(rows="separate")
 
 def compiled(kernel: str, dtype: str, capability: int, constants: dict, options: dict) -> dict:
     fn = getattr(kernels, kernel)
-    held = Held(DTYPES[dtype], DTYPES[dtype], False, False, False, True)
+    held = WeightTypes(DTYPES[dtype], DTYPES[dtype], False, False, False, True)
     spec = dataclasses.replace(SPEC, out_norm_eps=1e-6) if kernel == "norm_terms" else SPEC
     F = function(spec, DTYPES[dtype], DTYPES[dtype], held, False, False)
     constants = {**constants, "F": F, "x_h": 1, "in_step": 1, "ids_k": 1, "weights_k": 1}

@@ -2,16 +2,20 @@
 
 from moeopt.backends.onnxrt.lowerings.moe_kernel import Expand, MaskedLog
 from moeopt.backends.onnxrt.lowerings.unrolled import Unrolled
+from moeopt.backends.onnxrt.lowerings.unrolled_function import UnrolledFunction
 from moeopt.errors import UsageError
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.lowerings.dense import Dense
+from moeopt.lower.onnx.lowerings.dense_function import DenseFunction
 
 LOWERINGS: tuple[Lowering, ...] = (Unrolled(), MaskedLog(), Expand(), Dense())
+FUNCTION_LOWERINGS: tuple[Lowering, ...] = (UnrolledFunction(), DenseFunction())
+"""Those of experts that are a function of a row."""
 
 
 def by_name(name: str) -> Lowering:
     """The lowering called ``name``; a ``UsageError`` that lists the names if there is none."""
-    for lowering in LOWERINGS:
+    for lowering in (*LOWERINGS, *FUNCTION_LOWERINGS):
         if lowering.name == name:
             return lowering
     names = ", ".join(lowering.name for lowering in LOWERINGS)

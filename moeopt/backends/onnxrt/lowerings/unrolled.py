@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, weights
@@ -33,13 +35,13 @@ class Unrolled:
         return refuses_types(site, provider) or weights.refuses_sizes(site)
 
     def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
-        rows = _Rows(graph, site, ids)
-        x_NH = rows.sorted_rows(x, weights)
+        rows = Sorted(graph, site, ids)
+        x_NH = rows.rows(x, weights, types_of(site).compute)
         o_ND = _experts(graph, site, rows, x_NH)
-        return _combine(graph, site, rows, o_ND, x, weights)
+        return combine(graph, site, rows, o_ND, x, weights)
 
 
-class _Rows:
+class Sorted:
     """The order of the N pairs by expert, and the way back."""
 
     def __init__(self, graph: Builder, site: ExpertsNode, ids_TK: Any) -> None:
@@ -68,20 +70,20 @@ class _Rows:
         place_N = graph.op("ScatterElements", [self.order_N, self.order_N, iota_N], axis=0)
         self.place_TK = graph.op("Reshape", [place_N, int64([-1, site.top_k])], name="place_of_pair")
 
-    def sorted_rows(self, x: Any, weights: Any) -> Any:
-        """The rows that the experts read (N, H), in the compute dtype."""
+    def rows(self, x: Any, weights: Any, dtype: torch.dtype) -> Any:
+        """The rows that the experts read (N, H), in ``dtype``."""
         graph, site, types = self.graph, self.site, types_of(self.site)
         token_N = graph.op("Div", [self.order_N, graph.const(site.top_k, "int64")], name="token_of_row")
         x_NH = graph.op("Gather", [x, token_N], axis=0, name="rows")
         if site.spec.weight_on == "output":
-            return cast(graph, x_NH, types.x, types.compute)
+            return cast(graph, x_NH, types.x, dtype)
         w_N = graph.op("Gather", [graph.op("Reshape", [weights, graph.const([-1], "int64")]), self.order_N], axis=0)
         w_N1 = graph.op("Unsqueeze", [cast(graph, w_N, types.weights, types.input_term), graph.const([1], "int64")])
         x_NH = graph.op("Mul", [cast(graph, x_NH, types.x, types.input_term), w_N1])
-        return cast(graph, x_NH, types.input_term, types.compute)
+        return cast(graph, x_NH, types.input_term, dtype)
 
 
-def _experts(graph: Builder, site: ExpertsNode, rows: _Rows, x_NH: Any) -> Any:
+def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: Any) -> Any:
     """Every expert on its rows: (N, D) in the compute dtype; zeros for pairs that name no expert."""
     size, compute = weights.sizes_of(site), types_of(site).compute
 
@@ -111,7 +113,7 @@ def _experts(graph: Builder, site: ExpertsNode, rows: _Rows, x_NH: Any) -> Any:
     return middle.rms_norm(graph, site, o_ND, gathered, axis=1)
 
 
-def _combine(graph: Builder, site: ExpertsNode, rows: _Rows, o_ND: Any, x: Any, weights_TK: Any) -> Any:
+def combine(graph: Builder, site: ExpertsNode, rows: Sorted, o_ND: Any, x: Any, weights_TK: Any) -> Any:
     """Back to the tokens' order, times the routing weights, summed over K."""
     spec, types = site.spec, types_of(site)
 

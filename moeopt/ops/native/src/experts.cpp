@@ -8,6 +8,7 @@
 
 #include "isa.h"
 #include "pool.h"
+#include "run.h"
 
 namespace {
 
@@ -207,14 +208,24 @@ struct Work {
     else p.k.output(p.job, s, first, std::min(first + block, p.c.D), mine);
   }
 
+  void drain(size_t s, int64_t me) {
+    for (int64_t t; (t = next[s].fetch_add(1, std::memory_order_relaxed)) < stages[s].tasks;)
+      task(stages[s], t, scratch[me].get());
+  }
+
   static void body(void *context, int64_t me, int64_t threads) {
     Work &w = *(Work *)context;
-    for (size_t s = 0; s < w.stages.size(); s++) {
-      for (int64_t t; (t = w.next[s].fetch_add(1, std::memory_order_relaxed)) < w.stages[s].tasks;)
-        w.task(w.stages[s], t, w.scratch[me].get());
-      w.barrier.wait(threads);
+    for (size_t s = 0; s < w.stages.size(); s++) w.drain(s, me), w.barrier.wait(threads);
+  }
+
+  // on another's threads, of which some may come when the tasks are done: no barrier, one round for each stage
+  void rounds(ParallelFor each, void *threads) {
+    for (now = 0; now < stages.size(); now++) {
+      const auto share = [](void *work, size_t me) { ((Work *)work)->drain(((Work *)work)->now, (int64_t)me); };
+      if (!each(threads, share, scratch.size(), this)) drain(now, 0);
     }
   }
+  size_t now = 0;
 };
 
 #if defined(MOEOPT_X86)
@@ -263,7 +274,9 @@ extern "C" int64_t moeopt_isas(void) {
   return found;
 }
 
-extern "C" int64_t moeopt_experts(const moeopt_call *call) {
+extern "C" int64_t moeopt_experts(const moeopt_call *call) { return run_experts(call, nullptr, nullptr); }
+
+int64_t run_experts(const moeopt_call *call, ParallelFor each, void *threads) {
   if (call->abi != MOEOPT_ABI || !(call->isa & moeopt_isas())) return 1;
   const moeopt_call &c = *call;
   if (c.T < 0 || c.K < 1 || c.E < 1 || c.H < 1 || c.D < 1 || !is_float(c.x_dtype) || !is_float(c.weights_dtype) ||
@@ -272,9 +285,10 @@ extern "C" int64_t moeopt_experts(const moeopt_call *call) {
   if (!c.T) return 0;
   try {
     const Plan plan(c, *kernels_of(c.isa));
-    const int64_t threads = std::max<int64_t>(1, std::min(c.threads, 1 + plan.products / FEW_PRODUCTS));
-    Work work(plan, threads);
-    run_parallel(threads, Work::body, &work);
+    const int64_t most = std::max<int64_t>(1, std::min(c.threads, 1 + plan.products / FEW_PRODUCTS));
+    Work work(plan, most);
+    if (each && most > 1) work.rounds(each, threads);
+    else run_parallel(most, Work::body, &work);
   } catch (const std::bad_alloc &) {
     return 2;
   } catch (const Wrong &) {

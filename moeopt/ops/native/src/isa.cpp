@@ -13,7 +13,8 @@
 namespace {
 
 constexpr int64_t WIDEST = 512;  // columns of scratch: two halves of 256
-constexpr int64_t PANEL = 4 * (DOT_CHUNK + 80);
+constexpr int64_t PANEL = WIDEST * (OUTER_CHUNK + 64);  // chunks are whole lines
+static_assert(PANEL >= 4 * (DOT_CHUNK + 80), "four rows of W fit too");
 
 inline int64_t product_dtype(int64_t a, int64_t b) { return a == b ? a : (int64_t)MOEOPT_F32; }
 

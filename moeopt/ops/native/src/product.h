@@ -21,9 +21,9 @@ void product(const View &v, int64_t compute, bool paired, int64_t first, int64_t
     else if (v.dtype == MOEOPT_BF16) dot_direct<BF16>(v, first, n, xf, ldx, K, M, to, ldt);
     else dot_direct<F16>(v, first, n, xf, ldx, K, M, to, ldt);
   } else if (v.exact && v.so == 1 && v.si != 1) {
-    if (v.dtype == MOEOPT_F32) outer_direct<F32>(v, first, n, xf, ldx, K, M, to, ldt);
-    else if (v.dtype == MOEOPT_BF16) outer_direct<BF16>(v, first, n, xf, ldx, K, M, to, ldt);
-    else outer_direct<F16>(v, first, n, xf, ldx, K, M, to, ldt);
+    if (v.dtype == MOEOPT_F32) outer_direct<F32>(v, first, n, xf, ldx, K, M, to, ldt, panel);
+    else if (v.dtype == MOEOPT_BF16) outer_direct<BF16>(v, first, n, xf, ldx, K, M, to, ldt, panel);
+    else outer_direct<F16>(v, first, n, xf, ldx, K, M, to, ldt, panel);
   } else {
     dot_panel(v, compute, first, n, xf, ldx, K, M, to, ldt, panel);
   }

@@ -1,0 +1,48 @@
+"""A row function's graph once per expert, on rows sorted by expert; no control flow that depends on data.
+
+    x_TH --gather by sorted pair--> rows_NH --Split by count--> E parts (+ 1 for ids that name no expert)
+    part e: the function's nodes with expert e's weights;  Concat, un-sort, weigh, sum over K
+
+The way in and out is that of :mod:`.unrolled`. Shape legend: T tokens, K chosen per token, N = T K pairs, E experts,
+H hidden, D output width.
+
+    Nodes      E times the function's, and about 30
+    Numerics   each pair's row is the reference's row; the K terms are summed in slot order
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moeopt.backends.onnxrt.lowerings.unrolled import Sorted, combine
+from moeopt.lower.onnx.build import Builder
+from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.lower.onnx.lowerings import row_graph
+from moeopt.lower.onnx.lowerings.types import scalar, types_of
+
+
+class UnrolledFunction:
+    """The lowering ``"unrolled_function"``: every row function whose ops have an ONNX form."""
+
+    name = "unrolled_function"
+
+    def refuses(self, site: ExpertsNode, provider: str) -> str:
+        if provider in ("tensorrt", "nv_tensorrt_rtx"):
+            return "TensorRT does not split a tensor into parts whose sizes are known only at run time"
+        if provider == "cpu" and torch.bfloat16 in (site.dtype, types_of(site).compute, types_of(site).accum):
+            return "ONNX Runtime's CPU provider has no bfloat16 kernels; export a float32 copy of the model"
+        return row_graph.refuses(site)
+
+    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+        function, types, E = row_graph.RowGraph(graph, site), types_of(site), site.bank.num_experts
+        rows = Sorted(graph, site, ids)
+        x_NH = rows.rows(x, weights, site.spec.body.dtype)
+        parts = graph.op("Split", [x_NH, rows.counts], outputs=E + 1, axis=0, name="rows_of_experts")
+        done = [function.expert(e, part) for e, part in enumerate(parts[:-1])]
+        rest = graph.op("Slice", [rows.counts, *[graph.const([n], "int64") for n in (E, E + 1)]])
+        shape = graph.op("Concat", [rest, graph.const([site.spec.body.out_features], "int64")], axis=0)
+        nothing = graph.op("Expand", [scalar(graph, 0.0, types.compute), shape], name="rows_of_none")
+        o_ND = graph.op("Concat", [*done, nothing], axis=0, name="outputs")
+        return combine(graph, site, rows, o_ND, x, weights)

@@ -1,0 +1,100 @@
+"""Modules and tensors that a model keeps in plain Python lists, tuples and dicts, where PyTorch does not see them.
+
+``.parameters()``, ``.to()`` and ``state_dict()`` do not hold them, and no path leads to them, so nothing can be
+rewritten to read them. They run, though, so the report has to name them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_MARK = "[plain]"
+_MOST = 4096
+"""Elements of one container that are looked at: more are data."""
+
+
+@dataclass
+class HeldOutside:
+    """What one attribute holds: modules and tensors by their keys in it; ``tensors`` are those in modules as well."""
+
+    owner: nn.Module
+    name: str
+    kind: str
+    items: dict[str, Any]
+    tensors: list[torch.Tensor]
+
+    @property
+    def reason(self) -> str:
+        """Why experts in it cannot be rewritten, and the way out."""
+        kind = "Module" if any(isinstance(v, nn.Module) for v in self.items.values()) else "Parameter"
+        form = {"dict": f"an nn.{kind}Dict", "attribute": "an attribute that is assigned (self.name = ...)"}
+        return (
+            f"its weights are in a plain Python {self.kind} (self.{self.name} of {type(self.owner).__name__}), which "
+            ".parameters(), .to(), .eval() and state_dict() do not see, so a rewritten block could not follow them; "
+            f"keep them in {form.get(self.kind, f'an nn.{kind}List')} and optimise again"
+        )
+
+
+def unregistered(model: nn.Module) -> list[HeldOutside]:
+    """What the modules of ``model`` hold in plain containers, and is registered nowhere in it."""
+    modules = list(model.named_modules())
+    known = {id(m) for _, m in modules} | {id(t) for t in (*model.parameters(), *model.buffers())}
+    found = []
+    for _, module in modules:
+        for name, value in module.__dict__.items():
+            if not isinstance(value, (list, tuple, dict, nn.Module)) or not value or _is_torchs(name):
+                continue
+            items = {k: v for k, v in _items(value, "", 4) if id(v) not in known and not _holds(v, module)}
+            parts = [t for v in items.values() for t in _tensors(v) if id(t) not in known]
+            if parts:
+                kind = "attribute" if isinstance(value, nn.Module) else type(value).__name__
+                found.append(HeldOutside(module, name, kind, items, parts))
+    return found
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else [*value.parameters(), *value.buffers()]
+
+
+def _holds(value: Any, module: nn.Module) -> bool:
+    """True for a way back up: a module that ``module`` is a part of."""
+    return isinstance(value, nn.Module) and any(m is module for m in value.modules())
+
+
+def _is_torchs(name: str) -> bool:
+    return name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set") or "_hooks" in name
+
+
+def _items(value: Any, key: str, depth: int) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (torch.Tensor, nn.Module)):
+        yield key, value
+    elif type(value) in (list, tuple, dict) and depth and len(value) <= _MOST:
+        pairs = value.items() if type(value) is dict else enumerate(value)
+        for name, item in pairs:
+            yield from _items(item, f"{key}_{name}".replace(".", "_").lstrip("_"), depth - 1)
+
+
+@contextlib.contextmanager
+def registered(model: nn.Module, held: list[HeldOutside]) -> Iterator[None]:
+    """While open, ``held`` are submodules and buffers, under names that no Python attribute hides."""
+    for one in held:
+        home = nn.ModuleList()
+        home._modules.update({k: v for k, v in one.items.items() if isinstance(v, nn.Module)})
+        home._buffers.update({k: v for k, v in one.items.items() if isinstance(v, torch.Tensor)})
+        one.owner._modules[one.name + _MARK] = home
+    try:
+        yield
+    finally:
+        for one in held:
+            del one.owner._modules[one.name + _MARK]
+
+
+def is_registered(path: str) -> bool:
+    """False for a path that leads through a plain container."""
+    return _MARK not in path

@@ -1,0 +1,27 @@
+"""What a command can know before it loads a model: loading and optimising may take hours, a wrong word need not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moeopt.cli.target import CommandTarget
+from moeopt.errors import UsageError
+
+
+def check_choice(backend: str, fields: Mapping[str, Any]) -> None:
+    """``UsageError`` for a backend, option, pass or device that is none or is not here, and for a missing package."""
+    from moeopt.backends.choice import checked_choice
+    from moeopt.options import Options
+
+    checked_choice(backend, Options.from_fields(None, fields))
+
+
+def check_out(out: Path, target: CommandTarget, verify: str | None, overwrite: bool) -> None:
+    """``UsageError`` where a bundle cannot be written to ``out`` or would replace what should stay."""
+    from moeopt.bundle.destination import check_destination
+
+    if target.directory is not None and out.resolve() == target.directory.resolve():
+        raise UsageError(f"--out {out} is the model's own directory: give a new one")
+    check_destination(out, verify != "off", overwrite, target.bytes)

@@ -1,0 +1,44 @@
+"""Alike submodules that run side by side on the same rows and are weighed: experts of any function of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from moeopt.capture.op_kinds import op_name
+from moeopt.capture.replay import ancestors, between, descendants
+from moeopt.capture.tape import Call, Tape
+from moeopt.capture.tree import leaves_of
+from moeopt.errors import Declined
+from moeopt.ir.row_function import RowFunction
+from moeopt.recognise.row_graph import RowGraphReader
+
+_WEIGH = ("mul", "bmm", "mm", "baddbmm", "addcmul")
+
+
+def weighed_branches(tape: Tape, ran: Sequence[Call]) -> bool:
+    """Whether the calls ``ran`` are one function of a row with two matmuls or more, over weights of their own, and
+    their results are multiplied by something else that is computed from the input. Heads of an attention mix rows."""
+    texts, ends = set(), []
+    for call in ran:
+        starts, results = (
+            list(dict.fromkeys(leaves_of(fx.Node, [x]))) for x in ((call.args, call.kwargs), call.output)
+        )
+        if len(starts) != 1 or len(results) != 1 or starts[0].meta.get("shape") is None:
+            return False
+        try:
+            graph = RowGraphReader(tape, starts[0], results[0], set(between(tape, starts, results[0])), values=False)
+        except Declined:
+            return False
+        texts.add(graph.text)
+        ends += results
+    if len(texts) != 1 or RowFunction(texts.pop()).body.products() < 2:
+        return False
+    after = descendants(tape, ends)
+    inside = {*after, *ends}
+    for node in after:
+        others = [a for a in node.all_input_nodes if a not in inside]
+        if op_name(node) in _WEIGH and any(n.op == "placeholder" for n in ancestors(others)):
+            return True
+    return False

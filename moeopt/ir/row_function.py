@@ -1,0 +1,192 @@
+"""An expert that fits no ``ExpertsSpec``, as a small graph: one rows input, P parameter slots, ATen calls, one result.
+
+    y_H = sum over the K experts of  f(x_H; slots of expert e) * w          (weight_on == "output")
+    y_H = sum over the K experts of  f(x_H * w; slots of expert e)          (weight_on == "input")
+
+``f`` is the same graph for all experts and works on each row by itself. The graph is text, so that it can stand in the
+schema of an op and be compared: ``{"in", "slots", "nodes", "out"}``, where a node is ``[op, args, kwargs]`` and an
+argument ``{"v": n}`` is value n: 0 the rows (M, H), then the P slots, then the nodes' results. ``{"rows": 1}`` is M.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from moeopt.errors import UsageError
+from moeopt.ir.specs import DTYPE_NAMES
+
+GETITEM = "getitem"
+"""The op of a node that takes one of several results."""
+
+
+class Value(int):
+    """Number of a value in a graph: 0 the rows, then the slots, then the results of the nodes."""
+
+
+class RowCount:
+    """Stands for M, the number of rows."""
+
+
+@dataclass(frozen=True)
+class RowBody:
+    """A graph that was read.
+
+    Args:
+        features, dtype: of the rows (M, features).
+        slots: dtype and shape of each.
+        nodes: (op, args, kwargs); ``Value``, ``RowCount``, plain values, dtypes and lists of them.
+        out: the value that is the result (M, out_features).
+    """
+
+    features: int
+    dtype: torch.dtype
+    slots: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+    nodes: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...]
+    out: int
+    out_features: int
+
+    def names(self) -> list[str]:
+        """The name of each op once, in order, those that only move values left out."""
+        quiet = ("getitem", "view", "reshape", "t", "clone", "_to_copy", "transpose", "permute", "expand", "unsqueeze")
+        names = (GETITEM if op == GETITEM else op._schema.name.split("::")[1] for op, _, _ in self.nodes)
+        return list(dict.fromkeys(n for n in names if n not in quiet))
+
+    def products(self) -> int:
+        """How many matmuls there are."""
+        of = ("mm", "addmm", "linear", "mv", "bmm")
+        return sum(op != GETITEM and op._schema.name.split("::")[1] in of for op, _, _ in self.nodes)
+
+
+@dataclass(frozen=True)
+class RowFunction:
+    """The function of a block whose experts are any function of a row; see the module's docstring.
+
+    Args:
+        graph: the graph as text.
+        compute_dtype: dtype of its result.
+        weight_on, out_of_range, combine, accum_dtype, out_dtype: as in ``ExpertsSpec``.
+    """
+
+    graph: str
+    compute_dtype: str | None = None
+    weight_on: Literal["output", "input"] = "output"
+    out_of_range: Literal["nothing", "identity"] = "nothing"
+    combine: Literal["expert", "slot"] = "slot"
+    accum_dtype: str | None = None
+    out_dtype: str | None = None
+    act_dtype: ClassVar[None] = None  # what the graph rounds, it says itself
+    activation: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for field in ("compute_dtype", "accum_dtype", "out_dtype"):
+            if getattr(self, field) not in DTYPE_NAMES:
+                raise UsageError(
+                    f"RowFunction.{field} is {getattr(self, field)!r}; it must be None or one of {DTYPE_NAMES[1:]}"
+                )
+
+    @property
+    def body(self) -> RowBody:
+        """The graph, read."""
+        return read_body(self.graph)
+
+    def encode(self) -> str:
+        """A JSON string with every field."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def decode(cls, text: str) -> RowFunction:
+        """The inverse of :meth:`encode`; anything else is a ``UsageError``."""
+        try:
+            spec = cls(**json.loads(text))
+            spec.body  # noqa: B018  reads the graph, so that a bad one is told here
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as err:
+            raise UsageError(f"not a RowFunction: {text!r:.200} ({err})") from err
+        return spec
+
+    def __str__(self) -> str:
+        body = self.body
+        words = [f"a function of a row ({', '.join(body.names())}) with {len(body.slots)} weights an expert"]
+        if self.weight_on == "input":
+            words.append("weight on input")
+        if self.out_of_range == "identity":
+            words.append("identity beyond E")
+        return "; ".join(words)
+
+
+@functools.lru_cache(maxsize=256)
+def read_body(graph: str) -> RowBody:
+    """``graph`` with its ops looked up."""
+    data = json.loads(graph)
+    features, dtype, out_features = data["in"]
+    slots = tuple((getattr(torch, d), tuple(shape)) for d, shape in data["slots"])
+    nodes = []
+    for op, args, kwargs in data["nodes"]:
+        target = GETITEM if op == GETITEM else _op(op)
+        nodes.append((target, tuple(_read(a) for a in args), {k: _read(v) for k, v in kwargs.items()}))
+    return RowBody(features, getattr(torch, dtype), slots, tuple(nodes), data["out"], out_features)
+
+
+def write_body(
+    features: int, dtype: torch.dtype, slots: list[tuple[torch.dtype, tuple[int, ...]]],
+    nodes: list[tuple[Any, tuple[Any, ...], dict[str, Any]]], out: int, out_features: int,
+) -> str:  # fmt: skip
+    """The inverse of :func:`read_body`, from its parts."""
+    data = {
+        "in": [features, _short(dtype), out_features],
+        "slots": [[_short(d), list(shape)] for d, shape in slots],
+        "nodes": [
+            [op if op == GETITEM else str(op), [_write(a) for a in args], {k: _write(v) for k, v in kwargs.items()}]
+            for op, args, kwargs in nodes
+        ],
+        "out": out,
+    }
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+
+def _op(name: str) -> Any:
+    space, packet, overload = name.split(".")
+    if space != "aten":
+        raise ValueError(f"{name} is no ATen op")
+    op = getattr(getattr(torch.ops.aten, packet), overload)
+    if op._schema.is_mutable:
+        raise ValueError(f"{name} writes to its arguments")
+    return op
+
+
+def _read(word: Any) -> Any:
+    if isinstance(word, list):
+        return [_read(w) for w in word]
+    if isinstance(word, dict):
+        ((kind, value),) = word.items()
+        if kind == "v":
+            return Value(value)
+        if kind == "rows":
+            return RowCount()
+        return float(value) if kind == "float" else getattr(torch, value)
+    return word
+
+
+def _write(value: Any) -> Any:
+    if isinstance(value, Value):
+        return {"v": int(value)}
+    if isinstance(value, RowCount):
+        return {"rows": 1}
+    if isinstance(value, (list, tuple)):
+        return [_write(v) for v in value]
+    if isinstance(value, torch.dtype):
+        return {"dtype": _short(value)}
+    if isinstance(value, float) and value - value != 0:
+        return {"float": str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a {type(value).__name__} is no argument of a row function")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,171 @@
+"""What Python reads of tensors that no input changes, while a model is traced: the values that they have.
+
+A model may ask a table of its own, ``if self.cos[0, 0] == 0: fill it``. ``torch.export`` traces without values and
+stops there, as at a branch on the data. But weights and buffers are what they are, and so is all that is computed from
+them alone; an engine holds them as constants. While :func:`answered` is open each op on such tensors is noted, and a
+question of Python's (``bool``, ``int``, ``.item()``) about one of them is answered with its value. A model that also
+writes to what it asked is refused: what it asks would change from call to call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from moeopt.errors import NotSaveableError
+
+_QUESTIONS = frozenset({
+    Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist,
+    Tensor.__contains__, Tensor.is_nonzero, torch.is_nonzero, torch.equal, Tensor.equal, torch.allclose,
+    Tensor.allclose,
+})  # fmt: skip
+_MADE_OF_NUMBERS = frozenset({
+    torch.arange, torch.zeros, torch.ones, torch.full, torch.eye, torch.linspace, torch.tensor, torch.logspace,
+})  # fmt: skip
+
+
+class _ConstantRead:
+    """A tensor that no input changes: how its value is computed, and from what.
+
+    Attributes:
+        alike: the traced tensor. It is held so that its ``id`` names no other.
+        roots: paths of weights and buffers, and numbers of tensors that were made of plain numbers.
+    """
+
+    def __init__(self, alike: Tensor, compute: Callable[[], Tensor], roots: frozenset[str]) -> None:
+        self.alike, self.compute, self.roots = alike, compute, roots
+        self._version = alike._version
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no op has written to it, or to what it is a view of, since it was made."""
+        return self.alike._version == self._version
+
+
+class Answers(TorchFunctionMode):
+    """Answers questions about constants.
+
+    Attributes:
+        asked: the roots of all constants that were asked.
+        written: the roots of all constants that an op wrote to.
+    """
+
+    def __init__(self, model: nn.Module, values: dict[str, Tensor]) -> None:
+        """The traced weights and buffers of ``model`` stand for ``values``."""
+        super().__init__()
+        self._known: dict[int, _ConstantRead] = {}
+        self.asked: set[str] = set()
+        self.written: set[str] = set()
+        for name, held in _tensors(model).items():
+            value = values.get(name)
+            if value is not None and not value.is_meta:
+                self._known[id(held)] = _ConstantRead(held, functools.partial(_same, value), frozenset([name]))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        known = [self._known.get(id(t)) for t in tensors]
+        held = [k for k in known if k is not None]
+        roots = frozenset(root for k in held for root in k.roots)
+        constant = len(held) == len(tensors) and all(k.untouched for k in held)
+        if func in _QUESTIONS and tensors and constant:
+            self.asked |= roots
+            return _computed(func, args, kwargs, held)
+        result = func(*args, **kwargs)
+        if _writes(func, kwargs) or any(not k.untouched for k in held):
+            self.written |= roots
+            self._known = {i: k for i, k in self._known.items() if not k.roots & roots}
+            return result
+        free = any(isinstance(a, (torch.SymInt, torch.SymFloat, torch.SymBool)) for a in leaves)
+        if not constant or free or not (tensors or func in _MADE_OF_NUMBERS):
+            return result
+        call = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # the caller may change its lists
+        compute = functools.cache(functools.partial(_computed, func, call[0], call[1], held))
+        roots = roots or frozenset([f"<{id(result)}>"])
+        if isinstance(result, Tensor):
+            self._known[id(result)] = _ConstantRead(result, compute, roots)
+        elif isinstance(result, (tuple, list)):
+            for at, part in enumerate(result):
+                if isinstance(part, Tensor):
+                    self._known[id(part)] = _ConstantRead(part, functools.partial(_part, compute, at), roots)
+        return result
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def _part(compute: Callable[[], Any], at: int) -> Tensor:
+    part: Tensor = compute()[at]
+    return part
+
+
+def _computed(func: Any, args: Any, kwargs: Any, held: Sequence[_ConstantRead]) -> Any:
+    """``func(*args, **kwargs)`` on the values of the constants ``held``, which are its tensors."""
+    by_id = {id(k.alike): k for k in held}
+    values = pytree.tree_map_only(Tensor, lambda t: by_id[id(t)].compute(), (args, kwargs))
+    with _untraced():
+        return func(*values[0], **values[1])
+
+
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        yield
+
+
+def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call may write to one of its operands: in place by name, by ``out=``, or by an assignment."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or "out" in kwargs or name in _ASSIGN
+
+
+_ASSIGN = frozenset({"__setitem__", "__set__"}) | frozenset(
+    f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift",
+                            "rshift", "matmul")
+)  # fmt: skip
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+class ConstantReads:
+    """The questions of one trace, asked about a model's own constants."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._values = model, _tensors(model)
+        self.asked: set[str] = set()
+
+    def run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """``forward(*args, **kwargs)`` with questions about constants answered.
+
+        Raises:
+            NotSaveableError: the model writes to what it asked.
+        """
+        answers = Answers(self._model, self._values)
+        before = _tensors(self._model)
+        with answers:
+            result = forward(*args, **kwargs)
+        self.asked |= answers.asked
+        after = _tensors(self._model)
+        self.refuse(answers.written | {name for name in self.asked if after.get(name) is not before.get(name)})
+        return result
+
+    def refuse(self, written: set[str]) -> None:
+        """Raise ``NotSaveableError`` if what was asked is among what a call has ``written``."""
+        if both := sorted(self.asked & written):
+            raise NotSaveableError(
+                f"{type(self._model).__name__} cannot be saved: its Python branches on {both[0]}, which its forward "
+                "also writes, and a graph keeps the branch of this one call: fill it before, or use backend='torch'"
+            )

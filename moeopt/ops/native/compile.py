@@ -1,0 +1,124 @@
+"""The compiler's commands: one object for each instruction set, one library.
+
+Whoever builds a wheel has no torch, so only the standard library is imported here, and this file is run by its path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "src"
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""Where a wheel carries the library."""
+
+ISAS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_bf16": 8}
+"""Instruction sets by name, weakest first, with their bit in the C interface."""
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+         "-ffp-contract=fast", "-w")  # fmt: skip
+"""-w: GCC's own headers of vector intrinsics warn by the thousand; the tests compile with warnings on what is ours."""
+UNITS = ("experts.cpp", "pool.cpp", "ort_op.cpp")
+"""What is compiled once; ``isa.cpp`` is compiled for each instruction set."""
+
+SECONDS = 300
+"""After which a compiler is stopped."""
+
+
+class Refused(Exception):
+    """The compiler refused; the message has its first error."""
+
+
+class TooSlow(Exception):
+    """The compiler took longer than ``SECONDS``."""
+
+
+def x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
+
+
+def all_isas() -> tuple[str, ...]:
+    """Every instruction set that a library for this kind of machine may carry."""
+    return tuple(ISAS) if x86() else ("generic",)
+
+
+def compiler_named(wanted: str | None) -> str | None:
+    """The C++ compiler ``wanted``, else g++, clang++ or c++ of the path; None where there is none."""
+    names = [wanted] if wanted else ["g++", "clang++", "c++"]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def prebuilt_name(isas: Sequence[str]) -> str:
+    """The name of a wheel's library: the hash of its sources and of the kind of machine, and its instruction sets."""
+    digest = hashlib.sha256(f"{sys.platform} {platform.machine()}".encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return "-".join(["moeopt-experts", digest.hexdigest()[:16], *isas]) + ".so"
+
+
+def prebuilt(isa: str) -> Path | None:
+    """The library that a wheel brought, if it is of these sources and has ``isa``."""
+    every = all_isas()
+    for count in range(len(every), 0, -1):
+        path = PREBUILT / prebuilt_name(every[:count])
+        if isa in every[:count] and path.is_file():
+            return path
+    return None
+
+
+def compile_library(
+    compiler: str, isas: Sequence[str], aside: Path, flags: Sequence[str] = FLAGS, sources: Path = SOURCES
+) -> Path:
+    """A library with ``isas`` in the folder ``aside``; ``Refused`` or ``TooSlow`` where the compiler makes none."""
+    defines = [f"-DMOEOPT_HAVE_{isa.upper()}" for isa in isas] + (["-DMOEOPT_X86"] if x86() else [])
+    units = [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS=kernels_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"], "isa.cpp",
+              f"{isa}.o") for isa in isas]  # fmt: skip
+    units += [(defines, name, f"{name}.o") for name in UNITS]
+    running = [
+        [compiler, *flags, *own, "-c", str(sources / source), "-o", str(aside / out)] for own, source, out in units
+    ]
+    started = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for words in running]
+    try:
+        for one in started:
+            _finished(one)
+        out = aside / "library.so"
+        words = [compiler, *flags, "-shared", *(str(aside / name) for _, _, name in units), "-o", str(out), "-pthread"]
+        _finished(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        return out
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+            if one.stdout is not None:
+                one.stdout.close()
+
+
+def compile_most(compiler: str, aside: Path) -> tuple[Path, tuple[str, ...]]:
+    """A library with every instruction set that the compiler knows, and which these are."""
+    isas = all_isas()
+    while True:
+        try:
+            return compile_library(compiler, isas, aside), isas
+        except Refused:
+            if len(isas) == 1:
+                raise
+            isas = isas[:-1]
+
+
+def _finished(process: subprocess.Popen[bytes]) -> None:
+    try:
+        said, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise TooSlow from None
+    if process.returncode:
+        first = said.decode(errors="replace").strip().splitlines()
+        raise Refused(next((s for s in first if "error" in s), "no message"))

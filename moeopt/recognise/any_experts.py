@@ -1,0 +1,37 @@
+"""A block's experts, as whichever of the two ops carries them: grouped matrices first, any function of a row else."""
+
+from __future__ import annotations
+
+from moeopt.capture.tape import Tape
+from moeopt.errors import Declined
+from moeopt.ir.row_function import RowFunction
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.recognise.experts import ExpertsNotHit, Recognition
+from moeopt.recognise.experts import recognize as recognize_matrices
+from moeopt.recognise.row_function import recognize_functions
+
+
+def recognize(
+    tape: Tape, known: list[Recognition] | None = None, *, idle: bool = False, assume: ExpertsSpec | None = None
+) -> list[Recognition]:
+    """As :func:`moeopt.recognise.experts.recognize`; experts that fit no ``ExpertsSpec`` as a ``RowFunction``.
+
+    Raises:
+        Declined: neither reads them; the reason is that of the first, whose questions are the narrower ones.
+    """
+    if any(isinstance(k.spec, RowFunction) for k in known or []):
+        return recognize_functions(tape, known, idle=idle)
+    try:
+        return recognize_matrices(tape, known, idle=idle, assume=assume)
+    except ExpertsNotHit:
+        raise
+    except Declined as err:
+        if assume is not None:
+            raise
+        reason = err.with_traceback(None)
+    try:
+        return recognize_functions(tape, known, idle=idle)
+    except ExpertsNotHit:
+        raise
+    except Declined:
+        raise reason from None

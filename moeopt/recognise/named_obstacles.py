@@ -1,0 +1,240 @@
+"""What in the code of a block's experts stands in the way, by its own name and line.
+
+Looked for where the reading found no experts that the op could run, and only to say why: a wrong name would send the
+owner to the wrong line, so each is found from what the block computed, and a block that shows none of them gets the
+general words of ``moeopt.recognise.why_not``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name, picks_rows
+from moeopt.capture.replay import ancestors, descendants
+from moeopt.capture.tape import Tape
+from moeopt.capture.tree import leaves_of
+from moeopt.errors import Declined
+from moeopt.recognise.gemm_sites import weight_and_operand
+
+_REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
+_ATTENTION = ("_scaled_dot_product", "_softmax", "softmax")
+_CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
+
+
+def named_obstacle(tape: Tape) -> Declined | None:
+    """The first that is there: computed weights, values outside PyTorch, branches, single neurons."""
+    for look in (_computed_weights, left_pytorch, branches, single_neurons):
+        found = look(tape)
+        if found is not None:
+            return found
+    return None
+
+
+def certain_obstacle(tape: Tape) -> Declined | None:
+    """One that is true whatever else the block does."""
+    return left_pytorch(tape) or branches(tape) or mixed_kernels(tape) or _unequal_experts(tape)
+
+
+def _unequal_experts(tape: Tape) -> Declined | None:
+    """Modules of one list that ran on rows picked for them, of one structure and several sizes."""
+    for home in tape.root.modules():
+        if not isinstance(home, (nn.ModuleList, nn.ModuleDict)) or len(home) < 2:
+            continue
+        own = set(home.children())
+        ran = [c for c in tape.calls if c.module in own and any(picks_rows(a) for a in leaves_of(fx.Node, c.args))]
+        sizes = {tuple(tuple(p.shape) for p in c.module.parameters()) for c in ran}
+        if len(sizes) > 1 and len({tuple(len(shape) for shape in one) for one in sizes}) == 1:
+            return Declined(
+                f"its experts have different shapes ({' and '.join(sorted(map(str, sizes))[:2])}); give all the same "
+                "sizes (a smaller one can be filled up with zeros)",
+                tape.nodes[ran[0].first].meta.get("source", ""),
+            )
+    return None
+
+
+def _alike(root: nn.Module) -> set[nn.Module]:
+    """Children of lists whose Parameters have the same shapes."""
+    found: set[nn.Module] = set()
+    for home in root.modules():
+        if isinstance(home, (nn.ModuleList, nn.ModuleDict)) and len(home) > 1:
+            if len({tuple(p.shape for p in child.parameters()) for child in home.children()}) == 1:
+                found.update(home.children())
+    return found
+
+
+def _computed_weights(tape: Tape) -> Declined | None:
+    """A weight that a hook or a parametrization of ``torch.nn.utils`` makes at each call."""
+    experts = {m for child in _alike(tape.root) for m in child.modules()}
+    for path, module in tape.root.named_modules():
+        stacked = any(p.dim() > 2 for p in module.parameters())
+        if module not in experts and not stacked:
+            continue
+        hooks = [type(h).__name__ for h in module._forward_pre_hooks.values() if _makes_weights(h)]
+        what, way_out = "", ""
+        if hooks:
+            what = hooks[0]
+            way_out = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}.get(
+                what, "prune.remove"
+            )
+        elif parametrize.is_parametrized(module):
+            held = next(iter(module.parametrizations.values()))  # type: ignore[union-attr, operator]
+            what, way_out = type(held[0]).__name__, "parametrize.remove_parametrizations"
+        if what:
+            return Declined(
+                f"its experts' weights are computed at each call ({what} on {path or 'the block'}), and the op reads "
+                f"weights as they are stored; make them plain with torch.nn.utils.{way_out} and optimise again"
+            )
+    return None
+
+
+def _makes_weights(hook: object) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils.")
+
+
+def left_pytorch(tape: Tape) -> Declined | None:
+    """Numbers that came back as a new tensor after values had left PyTorch, and that the result depends on."""
+    wanted = ancestors(tape.results())
+    came_back = [n.meta["index"] for n in tape.nodes if "constant" in n.meta and n in wanted and n.meta["shape"] != ()]
+    for read in tape.reads:
+        varies = any(n.op == "placeholder" for n in ancestors([read.node]))
+        whole = read.node.meta.get("shape") not in ((), None)
+        if varies and whole and any(i > read.node.meta["index"] for i in came_back):
+            return Declined(
+                "its forward takes values out of PyTorch (NumPy, or lists) and brings them back as a new tensor, which "
+                "no graph follows; compute that part with torch operations",
+                read.line,
+            )
+    return None
+
+
+def branches(tape: Tape) -> Declined | None:
+    """A Python number made of floats that depend on the input otherwise than by a choice of experts."""
+    steered: dict[fx.Node, bool] = {}
+    for node in tape.nodes:
+        dtype = node.meta.get("dtype")
+        floating = dtype is not None and dtype.is_floating_point
+        first = node.args[0] if node.target is operator.getitem else node
+        chosen = isinstance(first, fx.Node) and op_name(first) in _CHOICES
+        if chosen and not floating:
+            steered[node] = False
+        elif node.op == "placeholder":
+            steered[node] = floating
+        else:
+            steered[node] = any(steered[a] for a in node.all_input_nodes)
+    for read in tape.reads:
+        shape = read.node.meta.get("shape")
+        if steered.get(read.node, False) and shape is not None and all(size == 1 for size in shape):
+            return Declined(
+                f"its forward turns a value computed from the input into a Python number ({op_name(read.node)}) and "
+                "may branch on it, which a graph cannot repeat; keep it in a tensor (torch.where)",
+                read.line,
+            )
+    return None
+
+
+def between_products(tape: Tape) -> Declined | None:
+    """What stands between the matmuls with the experts' weights, or that there is but one."""
+    recurrent = next((c for c in tape.calls if isinstance(c.module, nn.RNNBase)), None)
+    if recurrent is not None:
+        return Declined(
+            f"its experts are recurrent ({type(recurrent.module).__name__} at {recurrent.path}), so a token's result "
+            "depends on the tokens before it; only functions of each token's own row are grouped"
+        )
+    sites = list(_expert_products(tape))
+    if len(sites) < 2:
+        return None
+    between = (set(descendants(tape, sites)) & ancestors(sites)) - set(sites)
+    odd = sorted((n for n in between if not _plain(n)), key=lambda n: n.meta["index"])
+    line = odd[0].meta.get("source", "") if odd else sites[0].meta.get("source", "")
+    names = [op_name(n) for n in odd]
+    if any(n.startswith(_ATTENTION) for n in names):
+        return Declined(
+            "between its experts' matmuls stands attention or a softmax: the experts are projections around it (a "
+            "mixture inside attention), or mix their tokens by it; only functions of each token's own row are grouped, "
+            "so this block stays as it is",
+            line,
+        )
+    batch = next((n for n in odd if "batch_norm" in op_name(n)), None)
+    if batch is not None and True in batch.args:
+        return Declined(
+            "its experts normalise over the rows that reach them (batch norm with the statistics of the batch), so a "
+            "token's result depends on the other tokens; call model.eval() on a norm with running statistics, or use a "
+            "norm over the features",
+            batch.meta.get("source"),
+        )
+    if len(_roots(sites)) == len(sites):
+        return Declined(
+            "each of its experts is one matrix, with no second matmul after it; the op groups experts of two matmuls "
+            "with a function between, so this block stays as it is",
+            line,
+        )
+    if odd:
+        return Declined(
+            "between its experts' matmuls stands something that is not element-wise on each token's row "
+            f"({', '.join(dict.fromkeys(names))}: it mixes rows, depends on the whole batch, or weighs the hidden "
+            "neurons), which the op does not carry",
+            line,
+        )
+    return None
+
+
+def _roots(sites: list[fx.Node]) -> set[fx.Node]:
+    """Products that read no other of them."""
+    held = set(sites)
+    return {s for s in sites if not (ancestors([s]) - {s}) & held}
+
+
+def _plain(node: fx.Node) -> bool:
+    return moves_rows(node) or is_pointwise(node) or is_matmul(node) or is_factory(node)
+
+
+def _expert_products(tape: Tape) -> Iterator[fx.Node]:
+    """Products with weights of alike modules, or with parts of a stack."""
+    experts = {id(p) for child in _alike(tape.root) for p in child.parameters()}
+    named = dict(tape.root.named_parameters(remove_duplicate=False))
+    memo: dict[fx.Node, bool] = {}
+    for node in tape.nodes:
+        found = weight_and_operand(node, memo) if is_matmul(node) else None
+        if found is None:
+            continue
+        paths = [str(n.target) for n in ancestors([found[0]]) if n.op == "get_attr"]
+        if any(p in named and (named[p].dim() > 2 or id(named[p]) in experts) for p in paths):
+            yield node
+
+
+def single_neurons(tape: Tape) -> Declined | None:
+    """Rows of a table, picked by the router for each token, that are multiplied with it: experts of one neuron."""
+    picked = [n for n in tape.nodes if op_name(n) == "embedding" and _is_table(n.args[0])]
+    picked = [n for n in picked if any(op_name(a) in _CHOICES for a in ancestors([n.args[1]]))]  # type: ignore[list-item]
+    if len(picked) < 2:
+        return None
+    return Declined(
+        f"its experts are single neurons: each id that the router picks is one row of {_path(picked[0])}, not a "
+        "matrix; the op groups experts of two matrices, so this block stays as it is",
+        picked[0].meta.get("source"),
+    )
+
+
+def _path(node: fx.Node) -> str:
+    return str(node.args[0].target)  # type: ignore[union-attr]
+
+
+def _is_table(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr" and "constant" not in node.meta
+
+
+def mixed_kernels(tape: Tape) -> Declined | None:
+    """A convolution whose kernel is computed from the input: a sum of the experts' kernels for each sample."""
+    for node in tape.nodes:
+        if op_name(node) == "convolution" and isinstance(node.args[1], fx.Node):
+            if any(n.op == "placeholder" for n in ancestors([node.args[1]])):
+                return Declined(
+                    "it adds up its experts' kernels for each sample and runs one convolution with the sum, so no "
+                    "expert runs by itself and there is nothing to group; this block stays as it is",
+                    node.meta.get("source"),
+                )
+    return None

@@ -1,0 +1,31 @@
+"""Columns of whole numbers in a table of floats keep values of the example where rows at random do not run."""
+
+import dataclasses
+
+import torch
+
+from moeopt.capture.call_roles import ArgRole, CallSpec
+from moeopt.capture.probe_inputs import probe_call
+from moeopt.verification.cases import adversarial_cases
+
+TABLE = torch.cat([torch.tensor([[3.0], [7.0], [7.0], [11.0]]), torch.randn(4, 3), torch.ones(4, 1)], 1)
+PLAIN = CallSpec((TABLE,), {}, (ArgRole("tokens", 1),))
+KEPT = dataclasses.replace(PLAIN, kept_columns=True)
+
+
+def test_only_columns_of_whole_numbers_may_be_ids():
+    assert PLAIN.has_whole_columns()
+    assert not CallSpec((torch.randn(4, 3),), {}, (ArgRole("tokens", 1),)).has_whole_columns()
+
+
+def test_every_probe_and_every_case_keeps_the_values_of_each_column():
+    calls = [probe_call(KEPT, 40, 0)[0], *(c.args for c in adversarial_cases(KEPT, 4))]
+    for (x,) in calls:
+        assert set(x[:, 0].tolist()) <= {3.0, 7.0, 11.0} and bool((x[:, 4] == 1).all())
+    assert {3.0, 7.0, 11.0} == set(calls[0][0][:, 0].tolist())
+    assert not torch.isin(calls[0][0][:, 1:4], TABLE).any()  # the others are new
+
+
+def test_without_need_columns_are_like_any_other():
+    (x,), _ = probe_call(PLAIN, 40, 0)
+    assert not (x[:, 0] == x[:, 0].round()).all()

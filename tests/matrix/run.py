@@ -1,0 +1,106 @@
+"""The core of the suite on other versions of torch and transformers; `make test-matrix` runs it.
+
+Each corner is an environment of its own under build/matrix, made by pip where it is not there yet; what each gave is
+written to tests/matrix/results.json, from which the table of docs/start.md is made (`--table` prints it).
+
+torch's wheels of the registry are CUDA builds of some gigabytes with what they bring: `--index-url` names another index
+with the CPU builds, and `--only` takes the corners whose name holds a word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results.json"
+CORE = [
+    "tests/test_api.py", "tests/test_hugging_face.py", "tests/backends/torch/test_transformers_adapter.py",
+    "tests/rewrite/test_frozen_values.py", "tests/ops/test_experts.py",
+]  # fmt: skip
+CORNERS = {
+    "oldest-torch": ("torch==2.11.*", "transformers==5.23.*"),
+    "oldest-transformers": ("torch==2.13.*", "transformers==4.57.*"),
+    "transformers-5.17": ("torch==2.13.*", "transformers==5.17.*"),
+    "transformers-5.21": ("torch==2.13.*", "transformers==5.21.*"),
+    "main": ("torch==2.13.*", "transformers==5.23.*"),
+    "newest-transformers": ("torch==2.13.*", "transformers"),
+}
+VERSIONS = (
+    "import json, platform, sys; from importlib.metadata import version as v; "
+    "print(json.dumps({'python': platform.python_version(), **{n: v(n) for n in "
+    "('torch', 'transformers', 'onnxruntime')}}))"
+)
+
+
+def environment(name: str, index: str | None) -> Path:
+    """The corner's interpreter; its environment is made where there is none."""
+    home = ROOT / "build" / "matrix" / name
+    python = home / "bin" / "python"
+    if not (home / ".ready").exists():
+        torch, transformers = CORNERS[name]
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        pip = [python, "-m", "pip", "install", "-q"]
+        subprocess.run([*pip, torch, *(["--index-url", index] if index else [])], check=True)
+        subprocess.run([*pip, transformers, "-e", f"{ROOT}[test,onnxruntime,report]"], check=True)
+        (home / ".ready").touch()
+    return python
+
+
+def run(python: str | Path, tests: list[str], timeout: int) -> dict[str, object]:
+    """Versions of an interpreter's environment, and how many tests passed, failed and were skipped in it."""
+    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, **one}
+    said = subprocess.run([python, "-c", VERSIONS], env=env, capture_output=True, text=True, check=True)
+    words = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not nightly", *tests]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    last = done.stdout.strip().splitlines()[-1]
+    print(last, *[line for line in done.stdout.splitlines() if line.startswith("FAILED")], sep="\n  ", flush=True)
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    failed = counts.get("failed", 0) + counts.get("error", 0) + (done.returncode not in (0, 1))
+    return json.loads(said.stdout) | {
+        "passed": counts.get("passed", 0), "failed": failed, "skipped": counts.get("skipped", 0)
+    }  # fmt: skip
+
+
+def table(runs: list[dict[str, object]]) -> str:
+    """The runs as the rows of docs/start.md."""
+    lines = ["| torch | transformers | onnxruntime | Python | core of the suite |", "|---|---|---|---|---|"]
+    for r in runs:
+        counts = f"{r['passed']} passed, {r['failed']} failed, {r['skipped']} skipped"
+        lines.append(f"| {r['torch']} | {r['transformers']} | {r['onnxruntime']} | {r['python']} | {counts} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="the corners whose name holds this word")
+    parser.add_argument("--index-url", help="an index with torch's CPU builds")
+    parser.add_argument("--python", help="run in this interpreter's environment instead, as it is")
+    parser.add_argument("--timeout", type=int, default=3600, help="seconds for a corner")
+    parser.add_argument("--table", action="store_true", help="print the table of what was run, and stop")
+    chosen = parser.parse_args()
+    runs = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    if chosen.table:
+        print(table(runs))
+        return
+    names = [name for name in CORNERS if chosen.only in name]
+    pythons = [chosen.python] if chosen.python else [environment(name, chosen.index_url) for name in names]
+    for python in pythons:
+        made = run(python, CORE, chosen.timeout)
+        key = ("torch", "transformers", "onnxruntime", "python")
+        runs = [r for r in runs if any(r[k] != made[k] for k in key)] + [made]
+        runs.sort(key=lambda r: [tuple(int(n) for n in re.findall(r"\d+", str(r[k]))[:3]) for k in key])
+        RESULTS.write_text(json.dumps(runs, indent=1) + "\n")
+    print(table(runs))
+    if any(r["failed"] for r in runs):
+        raise SystemExit("a corner failed")
+
+
+if __name__ == "__main__":
+    main()

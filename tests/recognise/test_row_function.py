@@ -1,0 +1,187 @@
+"""Experts of any function of a row: which graph and slots are read, and which functions are refused."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moeopt.capture.replay import between
+from moeopt.capture.tape import record
+from moeopt.errors import Declined
+from moeopt.ir.row_function import RowFunction
+from moeopt.ops.row_function import function_of
+from moeopt.recognise.any_experts import recognize
+from moeopt.recognise.experts import ExpertsNotHit
+from moeopt.recognise.row_function import recognize_functions
+from moeopt.recognise.row_graph import RowGraphReader
+
+D, HID, N = 8, 12, 4
+
+
+class Loop(nn.Module):
+    def __init__(self, make, n=N):
+        super().__init__()
+        self.router, self.experts = nn.Linear(D, n), nn.ModuleList(make() for _ in range(n))
+
+    def forward(self, x):
+        w, ids = self.router(x).softmax(-1).topk(2)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            y = y.index_add(0, t, expert(x[t]) * w[t, k, None])
+        return y
+
+
+class Function(nn.Module):
+    """One expert; ``body(self, x)`` is what the test is about."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(D, HID), nn.Linear(HID, D), nn.LayerNorm(HID)
+        nn.init.normal_(self.norm.weight)
+        self.body = body
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def read(module, tokens=40, **options):
+    torch.manual_seed(0)
+    x = torch.randn(tokens, D)
+    tape = record(module, (x,), {})
+    return recognize_functions(tape, **options), tape, x
+
+
+def of(body):
+    torch.manual_seed(0)
+    return Loop(lambda: Function(body)).eval()
+
+
+def test_graph_and_slots_of_each_expert():
+    module = of(lambda s, x: s.down(F.gelu(s.norm(s.up(x)))))
+    (found,), _, x = read(module)
+    assert isinstance(found.spec, RowFunction) and found.spec.body.names() == ["linear", "native_layer_norm", "gelu"]
+    for e, ref in enumerate(found.experts):
+        names = ["up.weight", "up.bias", "norm.weight", "norm.bias", "down.weight", "down.bias"]
+        assert [p.path for p in ref.slots] == [f"experts.{e}.{n}" for n in names]
+        slots = [p.read(module.get_parameter(p.path)) for p in ref.slots]
+        got = function_of(found.spec.graph)(x, *slots)
+        torch.testing.assert_close(got, module.experts[e](x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_graph_holds_for_any_number_of_rows():
+    """Heads inside a row: a view, a norm over each head, a softmax over heads."""
+
+    def heads(s, x):
+        h = s.up(x).view(x.shape[0], 3, 4)
+        h = h / h.norm(dim=-1, keepdim=True)
+        return s.down((h * h.softmax(1)).transpose(1, 2).reshape(x.shape[0], HID))
+
+    module = of(heads)
+    (found,), _, _ = read(module)
+    for rows in (1, 3, 12, 40):
+        x = torch.randn(rows, D)
+        slots = [p.read(module.get_parameter(p.path)) for p in found.experts[1].slots]
+        torch.testing.assert_close(function_of(found.spec.graph)(x, *slots), module.experts[1](x), rtol=1e-5, atol=1e-6)
+
+
+def test_experts_of_two_products_are_not_taken_from_the_grouped_op():
+    module = of(lambda s, x: s.down(F.gelu(s.up(x))))
+    torch.manual_seed(0)
+    tape = record(module, (torch.randn(40, D),), {})
+    (found,) = recognize(tape)
+    assert not isinstance(found.spec, RowFunction)
+
+
+def test_a_slice_of_a_bank_is_a_slot_and_not_the_bank():
+    class Bank(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(D, N)
+            self.w = nn.Parameter(torch.randn(N, D, D))
+            self.gamma = nn.Parameter(torch.rand(N, D) + 0.5)
+
+        def forward(self, x):
+            w, ids = self.router(x).softmax(-1).max(-1)
+            y = torch.zeros_like(x)
+            for e in range(N):
+                t = (ids == e).nonzero()[:, 0]
+                y[t] = w[t, None] * (F.layer_norm(x[t] @ self.w[e], (D,)) * self.gamma[e]).sin()
+            return y
+
+    torch.manual_seed(0)
+    (found,), _, _ = read(Bank().eval())
+    assert [{p.path for p in ref.slots} for ref in found.experts] == [{"w", "gamma"}] * N
+    assert [sorted(p.origin[0] for p in ref.slots) for ref in found.experts] == [[e, e] for e in range(N)]
+
+
+REFUSED = {
+    "statistics of the batch": lambda s, x: s.down(s.up(x) - s.up(x).mean(0, keepdim=True)),
+    "attention among an expert's tokens": lambda s, x: s.down((s.up(x) @ s.up(x).t()).softmax(-1) @ s.up(x)),
+    "the largest of all rows": lambda s, x: s.down(s.up(x) / s.up(x).abs().max()),
+    "a running sum over rows": lambda s, x: s.down(s.up(x).cumsum(0)),
+    "the order of its rows": lambda s, x: s.down(F.relu(s.norm(s.up(x))).flip(0)),
+    "features of two rows joined": lambda s, x: s.down(F.pad(s.up(x), (0, 0, 1, 0))[:-1]),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_function_of_several_rows_is_refused(what):
+    with pytest.raises(Declined):
+        read(of(REFUSED[what]))
+
+
+WHY = {
+    "statistics of the batch": "mean works across rows",
+    "attention among an expert's tokens": "t turns rows into features",
+    "the largest of all rows": "max is not known to work on each row by itself",
+    "a running sum over rows": "cumsum works across rows",
+    "the order of its rows": "flip works across rows",
+    "features of two rows joined": "constant_pad_nd is not known to work on each row by itself",
+}
+
+
+@pytest.mark.parametrize("what", WHY)
+def test_the_refusal_names_the_call(what):
+    expert = Function(REFUSED[what])
+    tape = record(expert, (torch.randn(5, D),), {})
+    (start,) = [n for n in tape.nodes if n.op == "placeholder"]
+    inside = set(between(tape, [start], tape.output))
+    with pytest.raises(Declined, match=re.escape(f"an expert's {WHY[what]}")) as caught:
+        RowGraphReader(tape, start, tape.output, inside)
+    assert "test_row_function.py" in (caught.value.where or "")
+
+
+def test_batch_norm_is_a_function_of_a_row_in_evaluation_mode_only():
+    module = nn.Sequential(nn.Linear(D, HID), nn.BatchNorm1d(HID))
+    for training, want in (
+        (False, None),
+        (True, "takes statistics of the batch, so a row's result depends on other rows"),
+    ):
+        tape = record(module.train(training), (torch.randn(5, D),), {})
+        (start,) = [n for n in tape.nodes if n.op == "placeholder"]
+        inside = set(between(tape, [start], tape.output))
+        if want is None:
+            assert len(RowGraphReader(tape, start, tape.output, inside).slots) == 6
+            continue
+        with pytest.raises(Declined, match=want):
+            RowGraphReader(tape, start, tape.output, inside)
+
+
+def test_experts_that_differ_are_refused():
+    module = of(lambda s, x: s.down(F.gelu(s.norm(s.up(x)))))
+    module.experts[2].body = lambda s, x: s.down(F.relu(s.norm(s.up(x))))
+    with pytest.raises(Declined):
+        read(module)
+
+
+def test_an_expert_that_no_token_reached_is_counted():
+    module = of(lambda s, x: s.down(F.gelu(s.norm(s.up(x)))))
+    with torch.no_grad():
+        module.router.bias[2] = -100.0
+    with pytest.raises(ExpertsNotHit) as caught:
+        read(module)
+    assert caught.value.num_named == N
+    assert re.search(r"no probe token reached 1 of its experts", caught.value.reason)

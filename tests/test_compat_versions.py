@@ -1,0 +1,60 @@
+"""Versions: an untested one is told once and does not stop anything; the documentation's table is what was run."""
+
+import dataclasses
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+from moeopt import compat
+from moeopt.errors import UntestedVersionWarning
+
+ROOT = Path(__file__).parents[1]
+RUNS = json.loads((ROOT / "tests" / "matrix" / "results.json").read_text())
+
+
+@pytest.mark.parametrize(("version", "word"), [("2.99.1+cpu", "newer"), ("3.0.0", "newer"), ("2.9.1", "older")])
+def test_an_untested_torch_is_a_warning_once(version, word, monkeypatch):
+    monkeypatch.setattr(compat, "_told", set())
+    with pytest.warns(
+        UntestedVersionWarning, match=rf"torch {re.escape(version)} is {word} than what moeopt was tested"
+    ):
+        compat.tell_untested_torch(version)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.tell_untested_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.13.0+cpu"])
+def test_a_tested_torch_is_not_told(version):
+    assert compat.untested("torch", version) == ""
+
+
+def test_options_that_a_version_lacks_are_left_out():
+    @dataclasses.dataclass
+    class Old:
+        dynamic: bool = False
+
+    assert compat.known_fields(Old, dynamic=True, ort_fusions="cpu") == {"dynamic": True}
+
+
+def test_what_is_said_to_be_tested_was_run():
+    for library, ends in compat.TESTED.items():
+        ran = {tuple(map(int, run[library].split("+")[0].split(".")[:2])) for run in RUNS}
+        assert set(ends) <= ran, f"{library}: run `make test-matrix`, or narrow moeopt.compat.TESTED"
+
+
+def test_pyprojects_ranges_begin_where_the_runs_do():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'"torch>={".".join(map(str, compat.TESTED["torch"][0]))}"' in text
+    oldest = min(tuple(map(int, run["transformers"].split(".")[:2])) for run in RUNS)
+    assert f'transformers = ["transformers>={".".join(map(str, oldest))}' in text
+
+
+def test_the_table_of_the_documentation_is_the_runs():
+    page = (ROOT / "docs" / "start.md").read_text()
+    for run in RUNS:
+        row = f"| {run['torch']} | {run['transformers']} | {run['onnxruntime']} | {run['python']} | "
+        assert row + f"{run['passed']} passed, {run['failed']} failed, {run['skipped']} skipped |" in page
