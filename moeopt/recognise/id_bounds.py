@@ -17,7 +17,7 @@ from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.tape import Tape
 from moeopt.recognise.routing import Routing
 
-Bounds = tuple[int, int] | None
+IdBounds = tuple[int, int] | None
 """The least and the greatest value; None where any may come."""
 
 _PAIRS = ("topk", "sort", "max", "min", "kthvalue", "mode")
@@ -47,7 +47,7 @@ def open_ids(tape: Tape, routing: Routing, experts: int) -> torch.Tensor | None:
     return ids
 
 
-def bounds(node: fx.Node, depth: int = 24) -> Bounds:
+def bounds(node: fx.Node, depth: int = 24) -> IdBounds:
     """Between which values the integers of ``node`` lie on every call."""
     if depth == 0 or node.op == "placeholder":
         return None
@@ -91,18 +91,18 @@ def _float(node: fx.Node) -> bool:
     return dtype is not None and dtype.is_floating_point
 
 
-def _of(value: Any, depth: int) -> Bounds:
+def _of(value: Any, depth: int) -> IdBounds:
     if isinstance(value, fx.Node):
         return None if _float(value) else bounds(value, depth - 1)
     return (int(value), int(value)) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _union(parts: list[Bounds]) -> Bounds:
+def _union(parts: list[IdBounds]) -> IdBounds:
     known = [p for p in parts if p is not None]
     return (min(p[0] for p in known), max(p[1] for p in known)) if len(known) == len(parts) and known else None
 
 
-def _positions(node: fx.Node) -> Bounds:
+def _positions(node: fx.Node) -> IdBounds:
     """Of an op that answers with positions along an axis of its first argument."""
     source, name = node.args[0], op_name(node)
     shape = source.meta.get("shape") if isinstance(source, fx.Node) else None

@@ -247,6 +247,6 @@ def second_derivatives(_):
 
 
 tested_in(
-    "Expert ids outside those that were verified",
+    "Expert ids beyond the verified",
     "test_the_warning_names_the_id_and_the_range_and_the_block_stays_rewritten",
 )
