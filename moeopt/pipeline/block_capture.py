@@ -63,7 +63,7 @@ class Capture:
         check_experts(module, self.tapes[0], self.found)
         self.id_ranges = [IdRange() for _ in self.found]
         if reader.kind == GroupExperts.kind:
-            self.id_ranges = id_ranges(module, self.calls, self.tapes, self.founds)
+            self.id_ranges = id_ranges(module, self.calls, self.tapes, self.founds, getattr(reader, "given", ()))
         other = probe_call(call_spec, 14, options.seed + 3, experts=len(self.found[0].experts), variant=1)
         self.scratch = scratch_attributes(module, self.calls[1], self.tapes[1], other)
         self.plans = [_plan(t, f, self.id_ranges, self.scratch) for t, f in zip(self.tapes, self.founds, strict=True)]

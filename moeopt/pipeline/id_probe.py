@@ -11,6 +11,7 @@ index out of bounds ends the process), is outside the range, and the block's own
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from moeopt.capture.tree import ArgsKwargs, tree_leaves, tree_map
 from moeopt.errors import CaptureError, Declined
 from moeopt.ops.experts import experts
 from moeopt.recognise.experts import Recognition
-from moeopt.recognise.id_bounds import open_ids
+from moeopt.recognise.id_bounds import IdBounds, open_ids
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.build import build
 from moeopt.rewrite.id_range import IdRange
@@ -37,18 +38,23 @@ FAR = 4
 
 
 def id_ranges(
-    module: nn.Module, calls: list[ArgsKwargs], tapes: list[Tape], founds: list[list[Recognition]]
+    module: nn.Module,
+    calls: list[ArgsKwargs],
+    tapes: list[Tape],
+    founds: list[list[Recognition]],
+    given: Sequence[IdBounds] = (),
 ) -> list[IdRange]:
     """For each of a block's recognised experts, the ids for which the op in their place does the same.
 
     Args:
         calls, tapes: some calls of ``module`` and what was recorded.
         founds: what was recognised in each.
+        given: bounds of the tensor arguments, which the caller keeps.
     """
     ranges = []
     for index, found in enumerate(founds[0]):
         E = len(found.experts)
-        opened = [open_ids(t, f[index].routing, E) for t, f in zip(tapes, founds, strict=True)]
+        opened = [open_ids(t, f[index].routing, E, given) for t, f in zip(tapes, founds, strict=True)]
         ids = [i for i in opened if i is not None]
         if not ids:
             ranges.append(IdRange())

@@ -207,5 +207,6 @@ def time_and_memory(folder):
         with pytest.raises(moeopt.BundleError, match="LoadLimits"):
             moeopt.verify(path, limits=limits)
 
+
 tested_in("A branch on weights or buffers", "test_a_question_about_constants_is_answered_with_their_values")
 tested_in("A branch on weights or buffers", "test_what_a_call_writes_cannot_be_asked")

@@ -116,3 +116,24 @@ def test_an_exported_graph_stops_at_an_id_outside():
 
 def test_a_range_without_ends_is_free():
     assert IdRange().free and not IdRange(0).free and not IdRange(None, 3).free
+
+
+class Around(torch.nn.Module):
+    """A block that is called with ids, in a model that makes them from scores, or passes them on."""
+
+    def __init__(self, passes_on):
+        super().__init__()
+        self.router, self.experts, self.passes_on = torch.nn.Linear(8, E), LoopOverUnique(), passes_on
+
+    def forward(self, x, ids, weights):
+        if not self.passes_on:
+            weights, ids = self.router(x).softmax(-1).topk(2)
+        return x + self.experts(x, ids, weights)
+
+
+@pytest.mark.parametrize("passes_on", [False, True])
+def test_ids_that_the_model_around_a_block_bounds_are_not_held_back(passes_on):
+    model = made(lambda: Around(passes_on))
+    optimized = moeopt.optimize(model, call())
+    assert guards(optimized) == ([(E, -E, E - 1, True)] if passes_on else [])
+    torch.testing.assert_close(optimized(*call(-1)), model(*call(-1)))
