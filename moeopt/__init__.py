@@ -6,7 +6,9 @@ moeopt is installed, and a run that never uses it shall not wait for torch.
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moeopt.value_types import PyObject
 
 if TYPE_CHECKING:
     from moeopt.api import Optimized, explain, load, optimize, verify
@@ -67,7 +69,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> PyObject:
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
     elif not name.startswith("_") and importlib.util.find_spec(f"moeopt.{name}") is not None:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import os
 import time
-from typing import Any
 
 from torch import nn
 
@@ -20,18 +19,19 @@ from moeopt.options import Options
 from moeopt.pipeline.accept import as_model, moved, without_rewrites
 from moeopt.progress import shown
 from moeopt.report import Report
-from moeopt.rewrite.install import watch_source
+from moeopt.rewrite.whole_model import watch_source
+from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import end_to_end
 
 
 def optimize(
-    model: Any,
-    example_inputs: Any = None,
+    model: PyObject,
+    example_inputs: PyObject = None,
     *,
     backend: str = "torch",
     options: Options | None = None,
-    **fields: Any,
+    **fields: PyObject,
 ) -> Optimized:
     """Find every MoE block of ``model``, rewrite it into grouped-expert ops, and verify it.
 
@@ -75,7 +75,9 @@ def optimize(
     return Optimized(made, call)
 
 
-def explain(model: Any, example_inputs: Any = None, *, options: Options | None = None, **fields: Any) -> Report:
+def explain(
+    model: PyObject, example_inputs: PyObject = None, *, options: Options | None = None, **fields: PyObject
+) -> Report:
     """A dry run of :func:`optimize`: what would be rewritten, what not, and why. Nothing is kept."""
     chosen = dataclasses.replace(Options.from_fields(options, fields), inplace=False)
     return optimize(model, example_inputs, options=chosen).report
@@ -83,11 +85,11 @@ def explain(model: Any, example_inputs: Any = None, *, options: Options | None =
 
 def load(
     directory: str | os.PathLike[str],
-    device: Any = None,
+    device: PyObject = None,
     *,
-    session_options: Any = None,
+    session_options: JsonValue = None,
     limits: LoadLimits | None = None,
-) -> Any:
+) -> PyObject:
     """An engine from a bundle; call it as the model was called.
 
     Args:
@@ -121,7 +123,7 @@ def verify(
     subject: Optimized | str | os.PathLike[str],
     *,
     original: nn.Module | None = None,
-    inputs: Any = None,
+    inputs: PyObject = None,
     provider: str | None = None,
     limits: LoadLimits | None = None,
 ) -> Certificate:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moeopt.errors import UntestedVersionWarning
+from moeopt.value_types import PyObject
 
 TESTED = {"torch": ((2, 11), (2, 13))}
 """The oldest and the newest (major, minor) of each library on which ``make test-matrix`` ran the suite's core."""
@@ -54,7 +55,7 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def known_fields(config: type, **fields: Any) -> dict[str, Any]:
+def known_fields(config: type, **fields: PyObject) -> dict[str, Any]:
     """Those of ``fields`` that a library's dataclass of options has in the version that is installed.
 
     transformers' ``OnnxConfig`` has had ``ort_fusions`` since 5.23; without it the graph has the same nodes unfused.

@@ -11,6 +11,7 @@ from moeopt.backends import registry
 from moeopt.backends.base import Made
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 
 class Optimized:
@@ -30,10 +31,10 @@ class Optimized:
         self.model, self.report, self.certificate = made.model, made.report, made.certificate
         self._call, self._source, self._built = call, made.source, made.built
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         return self.model(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PyObject:
         if name.startswith("__") or "model" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.model, name)

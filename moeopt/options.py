@@ -27,11 +27,12 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 Verify = Literal["strict", "fast", "off"]
 DenseMode = Literal["leave", "fuse", "split"]
@@ -42,7 +43,10 @@ _SHORT_DTYPES = {
 _CHOICES: dict[str, tuple[str, ...]] = {"verify": ("strict", "fast", "off"), "dense": ("leave", "fuse", "split")}
 
 
-def _env(name: str, default: Any, convert: Callable[[str], Any], wanted: str) -> Any:
+_Value = TypeVar("_Value")
+
+
+def _env(name: str, default: _Value, convert: Callable[[str], _Value], wanted: str) -> _Value:
     text = os.environ.get(name, "").strip()
     if not text:
         return default
@@ -88,7 +92,13 @@ def native_wanted() -> bool:
 
 def native_isa(known: Mapping[str, int]) -> str | None:
     """The instruction set that the user wants the native kernel to play, one of ``known``; None: the best there is."""
-    return _env("MOEOPT_NATIVE_ISA", None, lambda text: (known[text], text)[1], f"one of {', '.join(known)}")
+
+    def checked(text: str) -> str | None:
+        if text not in known:
+            raise ValueError(text)
+        return text
+
+    return _env("MOEOPT_NATIVE_ISA", None, checked, f"one of {', '.join(known)}")
 
 
 def compiler_wanted() -> str | None:
@@ -109,7 +119,7 @@ def variables(names: Collection[str]) -> tuple[dict[Any, Any], dict[str, Any]]:
     if not {"environ", "getenv"}.intersection(names):
         return {}, {}
     table: dict[Any, Any] = getattr(os.environ, "_data", {})  # encoded; os.environ decodes at each access
-    keys = {name: os.environ.encodekey(name) for name in sorted(names)}  # type: ignore[attr-defined]
+    keys = {name: os.environ.encodekey(name) for name in sorted(names)}
     return table, {name: key for name, key in keys.items() if key in table}
 
 
@@ -157,7 +167,7 @@ class Options:
 
     device: Any = None
     dtype: Any = None
-    verify: Verify = field(default_factory=lambda: _env("MOEOPT_VERIFY", "strict", str, "a level"))
+    verify: Verify = field(default_factory=lambda: cast(Verify, _env("MOEOPT_VERIFY", "strict", str, "a level")))
     tune: bool = False
     tokens: tuple[int, ...] | None = None
     dense: DenseMode = "leave"
@@ -178,12 +188,14 @@ class Options:
     dump: str | os.PathLike[str] | None = field(default_factory=lambda: _env("MOEOPT_DUMP", None, str, "a directory"))
     passes: tuple[Any, ...] | None = field(default=None, hash=False)
     skip_passes: tuple[str, ...] = field(
-        default_factory=lambda: _env("MOEOPT_SKIP_PASSES", (), _names, "names of passes with commas between")
+        default_factory=lambda: _env(
+            "MOEOPT_SKIP_PASSES", tuple[str, ...](), _names, "names of passes with commas between"
+        )
     )
     only_passes: tuple[str, ...] = ()
     print_passes: bool = field(default_factory=lambda: _env("MOEOPT_PRINT_PASSES", False, _flag, "1 or 0"))
 
-    def __new__(cls, **given: Any) -> Options:
+    def __new__(cls, **given: PyObject) -> Options:
         """Remember which fields were given, so that ``from_fields`` can tell one that is given twice."""
         self = object.__new__(cls)
         object.__setattr__(self, "_given", frozenset(given))
@@ -197,6 +209,27 @@ class Options:
             object.__setattr__(self, "passes", _as_passes(self.passes))
         for name in ("skip_passes", "only_passes"):
             object.__setattr__(self, name, _as_names(name, getattr(self, name)))
+        self._check_numbers()
+        if self.tokens is not None:
+            counts = (self.tokens,) if isinstance(self.tokens, int) else tuple(self.tokens)
+            if not counts or any(isinstance(t, bool) or not isinstance(t, int) or t < 1 for t in counts):
+                raise UsageError(f"tokens={self.tokens!r}: it must be whole numbers of 1 or more, like (1, 128)")
+            object.__setattr__(self, "tokens", counts)
+        self._check_dense()
+        object.__setattr__(self, "groups", _as_groups(self.groups, self.dense, self.experts))
+        if not isinstance(self.hints, Mapping):
+            raise UsageError(f"hints={self.hints!r}: it must map name patterns to an ExpertsSpec or a callable")
+        if self.progress is not None and not isinstance(self.progress, bool) and not callable(self.progress):
+            raise UsageError(
+                f"progress={self.progress!r}: it must be a callable that takes one line of text, or True or False"
+            )
+        if self.dump is not None and not isinstance(self.dump, (str, os.PathLike)):
+            raise UsageError(f"dump={self.dump!r}: it must be the path of a folder")
+        object.__setattr__(self, "hints", dict(self.hints))
+        object.__setattr__(self, "device", _as_device(self.device))
+        object.__setattr__(self, "dtype", _as_dtype(self.dtype))
+
+    def _check_numbers(self) -> None:
         for name in ("tune", "inplace", "tf32", "print_passes"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name}={getattr(self, name)!r}: it must be True or False")
@@ -210,29 +243,14 @@ class Options:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
                 raise UsageError(f"{name}={value!r}: it must be a number above 0")
-        if self.tokens is not None:
-            counts = (self.tokens,) if isinstance(self.tokens, int) else tuple(self.tokens)
-            if not counts or any(isinstance(t, bool) or not isinstance(t, int) or t < 1 for t in counts):
-                raise UsageError(f"tokens={self.tokens!r}: it must be whole numbers of 1 or more, like (1, 128)")
-            object.__setattr__(self, "tokens", counts)
+
+    def _check_dense(self) -> None:
         if self.dense == "split" and self.experts is None:
             raise UsageError("dense='split' needs experts=N: into how many groups a dense FFN is split")
         if self.dense == "split" and self.experts == 1:
             raise UsageError("experts=1 leaves each dense FFN whole: give 2 or more, or dense='leave'")
         if self.dense != "split" and self.experts is not None:
             raise UsageError(f"experts={self.experts} says how to split a dense FFN: give dense='split' as well")
-        object.__setattr__(self, "groups", _as_groups(self.groups, self.dense, self.experts))
-        if not isinstance(self.hints, Mapping):
-            raise UsageError(f"hints={self.hints!r}: it must map name patterns to an ExpertsSpec or a callable")
-        if self.progress is not None and not isinstance(self.progress, bool) and not callable(self.progress):
-            raise UsageError(
-                f"progress={self.progress!r}: it must be a callable that takes one line of text, or True or False"
-            )
-        if self.dump is not None and not isinstance(self.dump, (str, os.PathLike)):
-            raise UsageError(f"dump={self.dump!r}: it must be the path of a folder")
-        object.__setattr__(self, "hints", dict(self.hints))
-        object.__setattr__(self, "device", _as_device(self.device))
-        object.__setattr__(self, "dtype", _as_dtype(self.dtype))
 
     @classmethod
     def from_fields(cls, options: Options | None, fields: Mapping[str, Any]) -> Options:
@@ -278,7 +296,7 @@ def _flag(text: str) -> bool:
     return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
 
 
-def _as_passes(value: Any) -> tuple[Any, ...]:
+def _as_passes(value: PyObject) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
         raise UsageError(f"passes={value!r}: it must be a tuple of passes, like (*moeopt.passes.PIPELINE, MyPass())")
     seen: set[str] = set()
@@ -293,14 +311,14 @@ def _as_passes(value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _as_names(option: str, value: Any) -> tuple[str, ...]:
+def _as_names(option: str, value: PyObject) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(n, str) and n for n in names):
         raise UsageError(f"{option}={value!r}: it must be the name of a pass, or several; `moeopt passes` lists them")
     return tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
 
 
-def _as_groups(value: Any, dense: str, experts: int | None) -> Any:
+def _as_groups(value: PyObject, dense: str, experts: int | None) -> PyObject:
     if value is None:
         return None
     if dense != "split":
@@ -328,7 +346,7 @@ def _as_groups(value: Any, dense: str, experts: int | None) -> Any:
     return checked
 
 
-def _as_device(value: Any) -> torch.device | None:
+def _as_device(value: PyObject) -> torch.device | None:
     if value is None or isinstance(value, torch.device):
         return value
     try:
@@ -358,12 +376,14 @@ def check_device(device: torch.device | None) -> None:
         ) from err
 
 
-def _as_dtype(value: Any) -> torch.dtype | None:
-    found = value
+def _as_dtype(value: PyObject) -> torch.dtype | None:
+    found: Any = value
     if isinstance(value, str):
         word = value.removeprefix("torch.").lower()
         found = getattr(torch, _SHORT_DTYPES.get(word, word), None)
-    if value is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+    if value is None:
+        return None
+    if isinstance(found, torch.dtype) and found.is_floating_point:
         return found
     raise UsageError(
         f"dtype={value!r} is not a floating-point dtype: give one like torch.bfloat16, 'bfloat16' or 'bf16'"

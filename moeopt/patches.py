@@ -36,6 +36,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from moeopt.value_types import FxArg, PyObject
+
 Undo = Callable[[], None]
 
 
@@ -72,7 +74,7 @@ class Mine(threading.local):
         self.stack: list[Any] = []
 
     @contextlib.contextmanager
-    def holding(self, value: Any) -> Iterator[None]:
+    def holding(self, value: PyObject) -> Iterator[None]:
         self.stack.append(value)
         try:
             yield
@@ -80,7 +82,7 @@ class Mine(threading.local):
             self.stack.pop()
 
     @property
-    def top(self) -> Any:
+    def top(self) -> PyObject:
         return self.stack[-1] if self.stack else None
 
 
@@ -94,7 +96,7 @@ class InForce:
     yes = True
 
 
-def replace(owner: Any, name: str, make: Callable[[Any, InForce], Any]) -> Undo:
+def replace(owner: PyObject, name: str, make: Callable[[Any, InForce], Any]) -> Undo:
     """Put ``make(present attribute, whether it is in force)`` in the place of an attribute of a class or module.
 
     What another library put there meanwhile stays, and calls on to ours.
@@ -150,8 +152,8 @@ random state, so that two at once would undo each other's."""
 def _route_calls() -> Undo:
     from torch import nn
 
-    def make(call: Any, in_force: InForce) -> Any:
-        def routed_call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    def make(call: PyObject, in_force: InForce) -> PyObject:
+        def routed_call(module: PyObject, *args: PyObject, **kwargs: PyObject) -> PyObject:
             route = _routes.top if in_force.yes else None
             return call(module, *args, **kwargs) if route is None else route(call, module, args, kwargs)
 
@@ -176,8 +178,8 @@ _notes = Mine()
 def _note_questions() -> Undo:
     from torch.fx.experimental.sym_node import SymNode
 
-    def make(original: Any, in_force: InForce) -> Any:
-        def bool_(self: Any) -> bool:
+    def make(original: PyObject, in_force: InForce) -> PyObject:
+        def bool_(self: PyObject) -> bool:
             answer: bool = original(self)
             if in_force.yes and _notes.top is not None:
                 _notes.top(self, answer, sys._getframe(1))
@@ -205,8 +207,8 @@ def _keep_idle_moves() -> Undo:
     import torch
     from torch import nn
 
-    def make(original: Any, in_force: InForce) -> Any:
-        def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def make(original: PyObject, in_force: InForce) -> PyObject:
+        def to(self: PyObject, *args: PyObject, **kwargs: PyObject) -> PyObject:
             if _idle.top is None or not in_force.yes:
                 return original(self, *args, **kwargs)
             device, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
@@ -252,8 +254,8 @@ def _match_last_op_first() -> Undo:
     except ImportError:  # private names of another version: slower, with the same result
         return _nothing
 
-    def make(slow: Any, in_force: InForce) -> Any:
-        def match(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+    def make(slow: PyObject, in_force: InForce) -> PyObject:
+        def match(self: PyObject, model: PyObject, graph: PyObject, node: FxArg, **options: PyObject) -> PyObject:
             last = self.pattern.output_nodes[0]
             named = last.op.matches(node.op_type) and last.domain.matches(node.domain)
             if in_force.yes and options.get("tracer") is None and not named:
@@ -287,8 +289,8 @@ def _copy_one_table() -> Undo:
     if not fits:
         return _nothing
 
-    def make(theirs: Any, in_force: InForce) -> Any:
-        def from_torchlib(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def make(theirs: PyObject, in_force: InForce) -> PyObject:
+        def from_torchlib(cls: PyObject, *args: PyObject, **kwargs: PyObject) -> PyObject:
             import torch
 
             if not in_force.yes:
@@ -325,8 +327,8 @@ def _decompose_where_needed() -> Undo:
     if not fits:
         return _nothing
 
-    def make(theirs: Any, in_force: InForce) -> Any:
-        def decompose_with_registry(program: Any, registry: Any) -> Any:
+    def make(theirs: PyObject, in_force: InForce) -> PyObject:
+        def decompose_with_registry(program: PyObject, registry: PyObject) -> PyObject:
             if not in_force.yes or not _translated(program.graph, registry, _decomp):
                 return theirs(program, registry)
             import torch
@@ -343,7 +345,7 @@ def _decompose_where_needed() -> Undo:
     return replace(_fx_passes, "decompose_with_registry", make)
 
 
-def _translated(graph: Any, registry: Any, decomp: Any) -> bool:
+def _translated(graph: PyObject, registry: PyObject, decomp: PyObject) -> bool:
     """Whether each op of a graph has a translation, writes to none of its arguments and is in no decomposition."""
     import torch
 
@@ -384,7 +386,7 @@ def _ask_for_attention() -> Undo:
     if ALL_ATTENTION_FUNCTIONS["sdpa"] is not theirs:  # the user put another function there
         return _nothing
 
-    def attend(*args: Any, **options: Any) -> Any:
+    def attend(*args: PyObject, **options: PyObject) -> PyObject:
         return theirs(*args, **options) if _attention.top is None else _attention.top(theirs, *args, **options)
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
@@ -434,13 +436,13 @@ class _IfHushed:
 class _Output:
     """Standard output, without what threads inside ``quiet`` write."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: PyObject) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         return len(text) if _hushed.top is not None else self._stream.write(text)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PyObject:
         return getattr(self._stream, name)
 
 
@@ -464,7 +466,7 @@ no_fake_tensor_errors = Patch(lambda: _set_levels(("torch._subclasses.fake_tenso
 def _hush() -> Undo:
     levels_back = _set_levels(_LOUD, logging.ERROR)
     stream, output = sys.stdout, _Output(sys.stdout)
-    sys.stdout = output  # type: ignore[assignment]
+    sys.stdout = output
     entry: Any = ("ignore", _IfHushed(), Warning, None, 0)
     warnings.filters.insert(0, entry)  # type: ignore[attr-defined]
     _filters_changed()

@@ -11,9 +11,9 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from moeopt.options import in_ci
+from moeopt.value_types import PyObject
 
 LOG = logging.getLogger("moeopt")
 _BLOCK = re.compile(r"block (\d+) of (\d+)")
@@ -21,7 +21,7 @@ _by_itself = True
 
 
 @contextlib.contextmanager
-def shown(progress: Any) -> Iterator[Callable[[str], None]]:
+def shown(progress: PyObject) -> Iterator[Callable[[str], None]]:
     """What takes each line of progress while the work lasts; ``progress`` is the option's value."""
     if callable(progress):
         yield _logged(progress)

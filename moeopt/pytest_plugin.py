@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from moeopt.value_types import PyObject
 
 MARK = "moeopt_bundle"
 ARGUMENT = "moeopt_provider"
@@ -46,10 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(name="assert_equivalent")
-def assert_equivalent_fixture(request: pytest.FixtureRequest) -> Any:
+def assert_equivalent_fixture(request: pytest.FixtureRequest) -> PyObject:
     """``moeopt.testing.assert_equivalent``; what was required and allowed goes into the JUnit report."""
 
-    def check(*args: Any, **kwargs: Any) -> Any:
+    def check(*args: PyObject, **kwargs: PyObject) -> PyObject:
         from moeopt.testing import compare, failure_text
 
         certificate = compare(*args, **kwargs)
@@ -150,13 +151,13 @@ def _check(item: pytest.Item, directory: Path, provider: str, against: Path | No
         pytest.fail(check.failure(), pytrace=False)
 
 
-def _record(item: Any, certificate: Any) -> None:
+def _record(item: PyObject, certificate: PyObject) -> None:
     from moeopt.testing import facts
 
     for name, value in facts(certificate).items():
         _note(item, name, value)
 
 
-def _note(item: Any, name: str, value: str) -> None:
+def _note(item: PyObject, name: str, value: str) -> None:
     """What ``record_property`` does, where no fixture is."""
     item.user_properties.append((f"moeopt.{name}", value))

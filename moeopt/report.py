@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moeopt.errors import UsageError
 from moeopt.obstacles import Obstacle
+from moeopt.value_types import PyObject
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -172,8 +173,8 @@ class Report:
         self,
         path: str | os.PathLike[str],
         *,
-        profile: Any = None,
-        inspection: Any = None,
+        profile: PyObject = None,
+        inspection: PyObject = None,
         timings: Mapping[str, float] | None = None,
     ) -> Path:
         """Write one self-contained HTML file: this report, its certificate, and what else is given.
@@ -273,7 +274,7 @@ def _block(data: Mapping[str, Any]) -> BlockReport:
     return BlockReport(**{**data, "error": _number(data.get("error")), "obstacles": obstacles})
 
 
-def _number(value: Any) -> float | None:
+def _number(value: PyObject) -> float | None:
     return None if value is None else float(value)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from moeopt.errors import UsageError
 from moeopt.find.example_inputs import as_call
 from moeopt.limits import LoadLimits
 from moeopt.rewrite.install import rewritten_forward
+from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.first_difference import first_difference
 from moeopt.verification.judge import FACTOR
@@ -35,8 +36,8 @@ from moeopt.verification.regression import Regression, current, read_certificate
 
 def assert_equivalent(
     original: nn.Module,
-    optimized: Any,
-    inputs: Any,
+    optimized: PyObject,
+    inputs: PyObject,
     *,
     blocks: Sequence[str] | None = None,
     verify: Literal["strict", "fast"] = "strict",
@@ -69,8 +70,8 @@ def assert_equivalent(
 
 def compare(
     original: nn.Module,
-    optimized: Any,
-    inputs: Any,
+    optimized: PyObject,
+    inputs: PyObject,
     *,
     blocks: Sequence[str] | None = None,
     verify: Literal["strict", "fast"] = "strict",

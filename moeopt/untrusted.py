@@ -10,11 +10,12 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from moeopt.errors import BundleError
+from moeopt.value_types import JsonValue, PyObject
 
 MAX_JSON = 1 << 30
 """Bytes of JSON that are read into memory: a 1000-layer graph is a few hundred MiB."""
@@ -57,12 +58,12 @@ def read_bytes(path: Path, max_size: int = MAX_JSON) -> bytes:
     return blob
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> JsonValue:
     """The JSON in a regular file, not deeper than ``MAX_DEPTH``; ``BundleError`` otherwise."""
     return parse_json(read_bytes(path), str(path))
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str) -> JsonValue:
     """JSON from text, not deeper than ``MAX_DEPTH``; ``BundleError`` names ``where`` it came from."""
     try:
         data = msgspec.json.decode(text)
@@ -73,7 +74,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
     return data
 
 
-def checked(data: Any, schema: type[T], where: str) -> T:
+def checked(data: JsonValue, schema: type[T], where: str) -> T:
     """``data`` read by a schema; ``BundleError`` says what is of the wrong type, and where."""
     try:
         return msgspec.convert(data, schema, strict=True)
@@ -83,7 +84,7 @@ def checked(data: Any, schema: type[T], where: str) -> T:
         ) from None
 
 
-def shown(value: Any, max_size: int | None = None) -> str:
+def shown(value: JsonValue, max_size: int | None = None) -> str:
     """``value`` as text for a terminal: one that comes from a bundle can neither move the cursor nor set a title.
 
     Escape sequences, control characters but tab and newline, and characters that turn or hide text are taken out.
@@ -92,12 +93,12 @@ def shown(value: Any, max_size: int | None = None) -> str:
     return text if max_size is None or len(text) <= max_size else text[:max_size] + "..."
 
 
-def shown_line(value: Any) -> str:
+def shown_line(value: JsonValue) -> str:
     """``value`` as one line of text for a terminal."""
     return " ".join(shown(value).split())
 
 
-def cleaned(data: Any) -> Any:
+def cleaned(data: JsonValue) -> PyObject:
     """JSON with every word in it as :func:`shown` would show it."""
     if isinstance(data, str):
         return shown(data)
@@ -108,7 +109,7 @@ def cleaned(data: Any) -> Any:
     return data
 
 
-def _shallow(data: Any) -> bool:
+def _shallow(data: JsonValue) -> bool:
     """Whether lists and objects are at most ``MAX_DEPTH`` deep; level by level, without recursion."""
     level = [data]
     for _ in range(MAX_DEPTH + 1):

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
     {"obstacles"},
-    {"errors"},
+    {"errors", "value_types"},
     {"options", "limits", "untrusted", "patches", "compat", "html"},  # html draws plain values
     {"ir", "progress"},
     {"ops"},

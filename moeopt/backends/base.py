@@ -29,6 +29,7 @@ from moeopt.lower.plain import open_dataclasses
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.report import Report
+from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd, OriginalRuns, end_to_end
 
@@ -83,7 +84,7 @@ class Backend(ABC):
 
     # optimise
 
-    def plan(self, options: Options) -> Any:
+    def plan(self, options: Options) -> PyObject:
         """What ``options`` ask of this runtime; the plan is handed on to the other methods as it is.
 
         Raises:
@@ -91,7 +92,7 @@ class Backend(ABC):
         """
         return self._plan_impl(options)
 
-    def runs_on_gpu(self, plan: Any) -> bool:
+    def runs_on_gpu(self, plan: PyObject) -> bool:
         """Whether the engine of ``plan`` runs on a GPU of this machine, where the original is then compared."""
         del plan
         return False
@@ -101,7 +102,7 @@ class Backend(ABC):
         del made
         return False
 
-    def optimize(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made:
+    def optimize(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> Made:
         """Find, rewrite, verify and build.
 
         Args:
@@ -138,10 +139,10 @@ class Backend(ABC):
     def open(
         self,
         directory: str | os.PathLike[str],
-        device: Any = None,
-        session_options: Any = None,
+        device: PyObject = None,
+        session_options: JsonValue = None,
         limits: LoadLimits = DEFAULT,
-    ) -> Any:
+    ) -> PyObject:
         """The engine of a bundle of this backend, checked, on ``device`` or where it was saved.
 
         Raises:
@@ -201,16 +202,16 @@ class Backend(ABC):
 
     # comparing again
 
-    def runner(self, model: Any) -> tuple[Any, bool]:
+    def runner(self, model: PyObject) -> tuple[Any, bool]:
         """What computes for ``model`` on this machine, and whether it is ``model`` itself and not a replay."""
         return model, True
 
-    def runs_on(self, engine: Any) -> str | None:
+    def runs_on(self, engine: PyObject) -> str | None:
         """The provider of a loaded engine, as :meth:`verify` takes it; None for one that does not run here."""
         provider: str = engine.device.type
         return provider
 
-    def comparable(self, engine: Any, call: ArgsKwargs) -> ArgsKwargs:
+    def comparable(self, engine: PyObject, call: ArgsKwargs) -> ArgsKwargs:
         """``call`` in the form in which the original and ``engine`` can be compared."""
         del engine
         return call
@@ -221,7 +222,7 @@ class Backend(ABC):
         return [name if name in known else "" for name in blocks]
 
     def tie_comparison(
-        self, original: nn.Module, engine: Any, call: ArgsKwargs, noise: Sequence[str], built: Any = None
+        self, original: nn.Module, engine: PyObject, call: ArgsKwargs, noise: Sequence[str], built: PyObject = None
     ) -> Otherwise | None:
         """What ``end_to_end`` asks where ``engine`` differs: whether it broke ties otherwise. None: nobody can tell.
 
@@ -238,10 +239,10 @@ class Backend(ABC):
     # what a subclass writes; one that has no bundle form leaves the last four
 
     @abstractmethod
-    def _plan_impl(self, options: Options) -> Any: ...
+    def _plan_impl(self, options: Options) -> PyObject: ...
 
     @abstractmethod
-    def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made: ...
+    def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> Made: ...
 
     def _save_impl(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str]) -> Path:
         raise NotSaveableError(
@@ -250,19 +251,19 @@ class Backend(ABC):
         )
 
     def _open_impl(
-        self, directory: str | os.PathLike[str], device: Any, session_options: Any, limits: LoadLimits
-    ) -> Any:
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits
+    ) -> PyObject:
         raise BundleError(f"{directory}: backend {self.name!r} opens no bundles")
 
     def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
         raise BundleError(f"{manifest.directory}: backend {self.name!r} opens no bundles")
 
-    def _replay_impl(self, manifest: Manifest, engine: Any, limits: LoadLimits) -> Any:
+    def _replay_impl(self, manifest: Manifest, engine: PyObject, limits: LoadLimits) -> PyObject:
         """The golden runs of a bundle on ``engine``, as a :class:`moeopt.bundle.golden.GoldenCheck`."""
         raise BundleError(f"{manifest.directory}: backend {self.name!r} opens no bundles")
 
 
-def _bytes_of(model: Any) -> int:
+def _bytes_of(model: PyObject) -> int:
     """About how large a bundle of ``model`` is: its weights, or the files of its engine."""
     if isinstance(model, nn.Module):
         weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}

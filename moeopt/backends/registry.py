@@ -14,12 +14,12 @@ import functools
 import importlib
 import os
 from importlib import metadata
-from typing import Any
 
 from moeopt.backends.base import Backend
 from moeopt.bundle.manifest import BACKEND_GROUP, check_backend, known_backends, read_backend
 from moeopt.errors import UsageError
 from moeopt.limits import DEFAULT, LoadLimits
+from moeopt.value_types import JsonValue, PyObject
 
 OWN = {
     "torch": "moeopt.backends.torch.backend:TorchBackend",
@@ -70,9 +70,9 @@ def of_bundle(directory: str | os.PathLike[str]) -> Backend:
 
 def open_bundle(
     directory: str | os.PathLike[str],
-    device: Any = None,
-    session_options: Any = None,
+    device: PyObject = None,
+    session_options: JsonValue = None,
     limits: LoadLimits = DEFAULT,
-) -> Any:
+) -> PyObject:
     """The engine of a bundle, whatever its backend; arguments and errors as those of ``moeopt.load``."""
     return of_bundle(directory).open(directory, device, session_options, limits)

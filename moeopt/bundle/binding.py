@@ -12,6 +12,7 @@ from moeopt.bundle import values
 from moeopt.bundle.shape_guards import check_conditions, read_conditions
 from moeopt.bundle.tree import check_tree, flatten
 from moeopt.errors import BundleError, UsageError
+from moeopt.value_types import JsonValue, PyObject
 
 NUMBERS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
@@ -80,7 +81,7 @@ class Binding:
     def _takes(self) -> str:
         return ", ".join(self.parameters) or f"{len(self._positional['items'])} arguments"
 
-    def _check_input(self, entry: dict[str, Any], path: str, value: Any, seen: dict[str, int]) -> None:
+    def _check_input(self, entry: dict[str, Any], path: str, value: PyObject, seen: dict[str, int]) -> None:
         name = entry["name"]
         if "constant" in entry:
             same = type(value) is type(entry["constant"]) and (value == entry["constant"] or value != value)
@@ -101,7 +102,7 @@ class Binding:
             sizes.check_sizes(name, tuple(value.shape), entry["shape"], self.ranges, seen)
 
 
-def _read_input(entry: Any, device: Callable[[str], torch.device]) -> dict[str, Any]:
+def _read_input(entry: JsonValue, device: Callable[[str], torch.device]) -> dict[str, Any]:
     out = {"name": str(entry["name"])}
     if "dtype" in entry:
         shape = entry["shape"]
@@ -115,9 +116,9 @@ def _read_input(entry: Any, device: Callable[[str], torch.device]) -> dict[str, 
     return out | {"constant": values.decode(entry["constant"], _no_node, device)}
 
 
-def _no_node(name: str) -> Any:
+def _no_node(name: str) -> PyObject:
     raise BundleError(f"{name!r} is read where only a constant can be")
 
 
-def _brief(value: Any) -> str:
+def _brief(value: PyObject) -> str:
     return f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else f"{value!r:.40}"

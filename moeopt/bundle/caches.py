@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 
 from moeopt.capture.tree import tree_map
 from moeopt.errors import BundleError
+from moeopt.value_types import PyObject
 
 
 class KeyValues:
@@ -31,13 +32,13 @@ NAME = f"{KeyValues.__module__}:{KeyValues.__qualname__}"
 """How the structure of a result names it."""
 
 
-def opened(result: Any) -> Any:
+def opened(result: PyObject) -> PyObject:
     """``result`` with a :class:`KeyValues` for each plain ``DynamicCache`` in it; a cache of another kind stays."""
     module = sys.modules.get("transformers.cache_utils")
     if module is None:  # nobody made a cache
         return result
 
-    def parts(cache: Any) -> Any:
+    def parts(cache: PyObject) -> PyObject:
         plain = type(cache) is module.DynamicCache and getattr(cache, "layer_class_to_replicate", cache) is None
         if not plain or any(type(layer) is not module.DynamicLayer or layer.keys is None for layer in cache.layers):
             return cache
@@ -46,12 +47,12 @@ def opened(result: Any) -> Any:
     return tree_map(module.DynamicCache, parts, result)
 
 
-def result_leaves(result: Any) -> list[Any]:
+def result_leaves(result: PyObject) -> list[Any]:
     """The leaves of a model's result, in order, those of its caches among them."""
     return pytree.tree_leaves(opened(result))
 
 
-def rebuilt(layers: Any) -> Any:
+def rebuilt(layers: PyObject) -> PyObject:
     """The ``DynamicCache`` that holds ``layers``; a :class:`KeyValues` where transformers is not installed.
 
     Raises:

@@ -14,24 +14,25 @@ import torch
 from torch import Tensor
 
 from moeopt.errors import BundleError
+from moeopt.value_types import FxTarget, PyObject
 
 aten = torch.ops.aten
 CHECKED: dict[str, Callable[..., Any]] = {}
 
 
-def _refuse(op: Any, why: str) -> None:
+def _refuse(op: FxTarget, why: str) -> None:
     raise BundleError(f"{op} is called with {why}")
 
 
 def _before(*names: str) -> Callable[[Any], Any]:
     """Register a check before the ops of these names."""
 
-    def register(check: Any) -> Any:
+    def register(check: PyObject) -> PyObject:
         for name in names:
             base, _, overload = name.partition(".")
             op = getattr(getattr(aten, base), overload or "default")
 
-            def call(*args: Any, _op: Any = op, **kwargs: Any) -> Any:
+            def call(*args: PyObject, _op: PyObject = op, **kwargs: PyObject) -> PyObject:
                 check(_op, *args, **kwargs)
                 return _op(*args, **kwargs)
 
@@ -60,11 +61,12 @@ _instead("median.dim", lambda x, *rest, **named: aten.median.dim(x.contiguous(),
 _instead("nanmedian.dim", lambda x, *rest, **named: aten.nanmedian.dim(x.contiguous(), *rest, **named))
 
 
-def _zeroed(op: Any) -> Callable[..., Any]:
+def _zeroed(op: FxTarget) -> Callable[..., Any]:
     """An op that gives memory as it finds it; what the process left there is nobody else's to read."""
 
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        return op(*args, **kwargs).zero_()
+    def call(*args: PyObject, **kwargs: PyObject) -> Tensor:
+        y: Tensor = op(*args, **kwargs)
+        return y.zero_()
 
     return call
 
@@ -74,7 +76,7 @@ for _name in ("empty.memory_format", "empty_like", "empty_permuted", "empty_stri
 
 
 @_before("as_strided", "as_strided_copy")
-def _within(op: Any, x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> None:
+def _within(op: FxTarget, x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> None:
     """Only elements between the first and the last of ``x`` itself, not of the storage that it lies in."""
     first = x.storage_offset()
     last = first + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else first - 1
@@ -87,7 +89,9 @@ def _within(op: Any, x: Tensor, size: Sequence[int], stride: Sequence[int], offs
 
 
 @_before("native_batch_norm", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training")
-def _batch_norm(op: Any, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> None:
+def _batch_norm(
+    op: FxTarget, x: Tensor, weight: PyObject, bias: PyObject, mean: PyObject, var: PyObject, *rest: PyObject
+) -> None:
     """One statistic for each channel, of a floating-point dtype."""
     if x.dim() < 2 or not x.is_floating_point():
         _refuse(op, f"an input of {x.dim()} dimensions and {x.dtype}")
@@ -103,7 +107,7 @@ def _batch_norm(op: Any, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any,
     "_scaled_dot_product_attention_math",
     "scaled_dot_product_attention",
 )
-def _attention(op: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> None:
+def _attention(op: FxTarget, q: Tensor, k: Tensor, v: Tensor, *rest: PyObject, **named: PyObject) -> None:
     """Queries, keys and values of one head size, as many keys as values, and a mask that broadcasts to the scores."""
     bias = {"_scaled_dot_product_efficient_attention": "attn_bias"}.get(op._schema.name.split("::")[1], "attn_mask")
     names = [a.name for a in op._schema.arguments][3 : 3 + len(rest)]
@@ -124,7 +128,7 @@ def _attention(op: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: An
 
 @_before("div.Tensor_mode", "divide.Tensor_mode", "floor_divide", "remainder.Tensor", "fmod.Tensor")
 @_before("div.Scalar_mode", "divide.Scalar_mode", "floor_divide.Scalar", "remainder.Scalar", "fmod.Scalar")
-def _quotient(op: Any, x: Tensor, by: Any, *rest: Any, **named: Any) -> None:
+def _quotient(op: FxTarget, x: Tensor, by: PyObject, *rest: PyObject, **named: PyObject) -> None:
     """The least integer divided by -1 has no result, and processors stop at it."""
     divisor = by if isinstance(by, Tensor) else torch.tensor(by)
     kinds = (x.dtype, divisor.dtype)
@@ -136,7 +140,7 @@ def _quotient(op: Any, x: Tensor, by: Any, *rest: Any, **named: Any) -> None:
 
 
 @_before("_fft_r2c", "_fft_c2c", "_fft_c2r")
-def _fourier(op: Any, x: Tensor, dims: Sequence[int], mode: int, last: Any) -> None:
+def _fourier(op: FxTarget, x: Tensor, dims: Sequence[int], mode: int, last: PyObject) -> None:
     """Different dimensions that are there, none of them empty."""
     at = [d % x.dim() for d in dims if -x.dim() <= d < x.dim()]
     if len(set(at)) != len(dims) or not dims or 0 in x.shape or mode not in (0, 1, 2):
@@ -151,7 +155,7 @@ _instead("_reshape_alias", lambda x, size, stride: CHECKED["aten.as_strided.defa
 
 
 @_before("_grouped_mm")
-def _grouped(op: Any, x: Tensor, w: Tensor, offs: Any = None, *rest: Any, **named: Any) -> None:
+def _grouped(op: FxTarget, x: Tensor, w: Tensor, offs: PyObject = None, *rest: PyObject, **named: PyObject) -> None:
     """Ends of groups that do not fall, and lie within the rows that are grouped."""
     if not 2 <= x.dim() <= 3 or not 2 <= w.dim() <= 3 or 0 in (*x.shape, *w.shape):
         _refuse(op, f"shapes {tuple(x.shape)} and {tuple(w.shape)}")
@@ -172,8 +176,8 @@ def _grouped(op: Any, x: Tensor, w: Tensor, offs: Any = None, *rest: Any, **name
 
 @_before("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
 def _recurrent(
-    op: Any, x: Tensor, hx: Any, params: Sequence[Tensor], biases: bool, layers: int, dropout: float, train: bool,
-    both: bool, first: bool,
+    op: FxTarget, x: Tensor, hx: PyObject, params: Sequence[Tensor], biases: bool, layers: int, dropout: float,
+    train: bool, both: bool, first: bool,
 ) -> None:  # fmt: skip
     """States and weights of every layer and direction, each of the size that the states say."""
     states = [hx] if isinstance(hx, Tensor) else list(hx)
@@ -192,7 +196,7 @@ def _recurrent(
 
 
 @_before("_weight_norm")
-def _weight_norm(op: Any, v: Tensor, g: Tensor, dim: int = 0) -> None:
+def _weight_norm(op: FxTarget, v: Tensor, g: Tensor, dim: int = 0) -> None:
     """A norm for each slice of a weight that has elements."""
     if not -v.dim() <= dim < v.dim() or 0 in v.shape or v.dtype != g.dtype or not v.is_floating_point():
         _refuse(op, f"dimension {dim} of shape {tuple(v.shape)}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moeopt.bundle.manifest import Manifest
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,7 +43,7 @@ class BundledEngine(Engine):
         raise NotImplementedError
 
     @property
-    def certificate(self) -> Any:
+    def certificate(self) -> PyObject:
         """The certificate that was saved, as JSON types; None for an engine that was not loaded from a bundle."""
         return None if self.manifest is None else self.manifest.read_json("certificate.json")
 

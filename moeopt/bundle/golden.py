@@ -22,6 +22,7 @@ from moeopt.bundle.caches import result_leaves
 from moeopt.bundle.values import decode, encode
 from moeopt.errors import BundleError, LimitError, MoeoptError
 from moeopt.untrusted import checked, parse_json, shown
+from moeopt.value_types import PyObject
 from moeopt.verification.distance import token_distance
 
 FILE = "golden.safetensors"
@@ -51,7 +52,7 @@ class GoldenCheck:
     reason: str = ""
 
 
-def golden_run(args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Any) -> Golden:
+def golden_run(args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: PyObject) -> Golden:
     """A run as it is stored: tensors are copied to the CPU, so that later writes cannot change them."""
     return Golden(
         tuple(_keep(v) for v in pytree.tree_leaves((tuple(args), dict(kwargs)))),
@@ -83,7 +84,7 @@ def load_golden(path: Path, device: torch.device) -> list[Golden]:
             plain = checked(table, list[tuple[list[Any], list[Any]]], str(path))
             names = set(file.keys())
 
-            def leaf(name: str, value: Any) -> Any:
+            def leaf(name: str, value: PyObject) -> PyObject:
                 return aligned(file.get_tensor(name)) if name in names else decode(value, _no_node, _device_named)
 
             return [
@@ -99,7 +100,7 @@ def load_golden(path: Path, device: torch.device) -> list[Golden]:
         raise BundleError(f"{path}: it holds no golden runs ({shown(err, 80)})") from None
 
 
-def read_stated(manifest_golden: Any, found: int, where: str) -> float | None:
+def read_stated(manifest_golden: PyObject, found: int, where: str) -> float | None:
     """The distance that a manifest allows its golden runs; ``BundleError`` where it speaks of others, or of any."""
     stated = manifest_golden if isinstance(manifest_golden, dict) else {}
     if stated.get("runs") != found or type(stated.get("runs")) is not int:
@@ -140,7 +141,7 @@ def check_golden(
     return GoldenCheck(True if runs else None, len(runs), worst, allowed)
 
 
-def compare(got: Any, want: Any) -> tuple[float, str]:
+def compare(got: PyObject, want: PyObject) -> tuple[float, str]:
     """``(distance, reason)``: the worst token's relative L2 distance; reason when the two cannot be compared."""
     if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
         return (
@@ -166,16 +167,16 @@ def compare(got: Any, want: Any) -> tuple[float, str]:
     return (float(far.max()) if far.numel() else 0.0), ""
 
 
-def _eps(value: Any) -> float:
+def _eps(value: PyObject) -> float:
     inexact = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
     return torch.finfo(value.dtype).eps if inexact else 0.0
 
 
-def _keep(value: Any) -> Any:
+def _keep(value: PyObject) -> PyObject:
     return value.detach().cpu().contiguous().clone() if isinstance(value, torch.Tensor) else value
 
 
-def _no_node(name: str) -> Any:
+def _no_node(name: str) -> PyObject:
     raise BundleError(f"a golden value refers to {name!r:.60}")
 
 

@@ -16,6 +16,7 @@ from moeopt.bundle.unrolled import is_row_function, unrolled
 from moeopt.bundle.values import encode
 from moeopt.errors import BundleError, NotSaveableError
 from moeopt.patches import one_trace, quiet
+from moeopt.value_types import PyObject
 
 SCHEMA = 1
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -49,13 +50,13 @@ def write_graph(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], 
 class _Names:
     """The name under which each node's value is found in the JSON, and which weights are read by name."""
 
-    def __init__(self, program: Any, weights: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, program: PyObject, weights: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
         placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
         written = {s.target for s in program.graph_signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION}
         self.weights, self.tensors = weights, tensors
         self.fixed = {placeholders[n]: tensors[t] for n, t in weights.items() if t not in written}
         self.read: set[str] = set()
-        self._names = {name: name for name in placeholders}
+        self._names: dict[str, str] = {name: name for name in placeholders}
 
     def __call__(self, node: torch.fx.Node) -> str:
         self.read.add(self._names[node.name])
@@ -79,7 +80,7 @@ class _Names:
             self.tensors.pop(self.weights.pop(name))
 
 
-def tree_of(spec: Any, what: str) -> Any:
+def tree_of(spec: PyObject, what: str) -> PyObject:
     """A structure as JSON; ``NotSaveableError`` begins with ``what`` when a bundle could not rebuild it."""
     try:
         return encode_tree(spec)
@@ -87,7 +88,7 @@ def tree_of(spec: Any, what: str) -> Any:
         raise NotSaveableError(f"{what} {err}: a bundle cannot rebuild it; wrap the model to pass plain ones") from None
 
 
-def _inputs(program: Any) -> tuple[list[dict[str, Any]], dict[str, str], dict[str, torch.Tensor]]:
+def _inputs(program: PyObject) -> tuple[list[dict[str, Any]], dict[str, str], dict[str, torch.Tensor]]:
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     inputs: list[dict[str, Any]] = []
     weights: dict[str, str] = {}
@@ -105,7 +106,7 @@ def _inputs(program: Any) -> tuple[list[dict[str, Any]], dict[str, str], dict[st
     return inputs, weights, tensors
 
 
-def _weight(program: Any, name: str) -> torch.Tensor:
+def _weight(program: PyObject, name: str) -> torch.Tensor:
     source: Mapping[str, Any] = program.state_dict if name in program.state_dict else program.constants
     tensor = source.get(name)
     if not isinstance(tensor, torch.Tensor):
@@ -131,7 +132,7 @@ def input_entry(node: torch.fx.Node) -> dict[str, Any]:
         raise NotSaveableError(f"the input {node.name!r} is {err}") from None
 
 
-def _nodes(program: Any, names: _Names) -> Iterator[dict[str, Any]]:
+def _nodes(program: PyObject, names: _Names) -> Iterator[dict[str, Any]]:
     """One entry for each node that computes something."""
     for node in program.graph.nodes:
         if node.op in ("placeholder", "output") or simplify.computes_nothing(node):
@@ -182,7 +183,7 @@ def _source(node: torch.fx.Node) -> str:
     return f" ({lines[-1]})" if lines else ""
 
 
-def _outputs(program: Any, names: _Names) -> tuple[list[Any], list[dict[str, str]]]:
+def _outputs(program: PyObject, names: _Names) -> tuple[list[Any], list[dict[str, str]]]:
     (node,) = (n for n in program.graph.nodes if n.op == "output")
     outputs: list[Any] = []
     write_back: list[dict[str, str]] = []
@@ -198,7 +199,7 @@ def _outputs(program: Any, names: _Names) -> tuple[list[Any], list[dict[str, str
     return outputs, write_back
 
 
-def _named_specs(program: Any) -> list[tuple[str, Any]]:
+def _named_specs(program: PyObject) -> list[tuple[str, Any]]:
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     pairs = zip(placeholders, program.graph_signature.input_specs, strict=True)
     return [(n.name, s) for n, s in pairs if s.kind in _WEIGHTS]

@@ -7,6 +7,7 @@ from typing import Any
 
 from moeopt.bundle.io_names import KEY, input_names
 from moeopt.bundle.shape_guards import text_of
+from moeopt.value_types import JsonValue
 
 
 def stated(signature: Mapping[str, Any]) -> tuple[list[Any], Callable[[int], str]]:
@@ -20,7 +21,7 @@ def stated(signature: Mapping[str, Any]) -> tuple[list[Any], Callable[[int], str
         return list(caller.get("conditions", [])), lambda leaf: str(leaves[str(leaf)])
     entries, names = signature["inputs"], input_names(signature)
 
-    def declared(condition: Any) -> bool:
+    def declared(condition: JsonValue) -> bool:
         dims = [entries[leaf]["shape"][dim] for leaf, dim in sizes_in(condition)]
         alike = condition[0] == "==" and all(isinstance(s, list) and s[0] == "size" for s in condition[1:])
         return all(isinstance(d, int) for d in dims) or (alike and isinstance(dims[0], str) and dims[0] == dims[1])
@@ -50,13 +51,13 @@ def notes_on_sizes(signature: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _names_a_number(condition: Any) -> bool:
+def _names_a_number(condition: JsonValue) -> bool:
     if not isinstance(condition, list):
         return True
     return condition[0] != "size" and any(_names_a_number(child) for child in condition[1:])
 
 
-def sizes_in(condition: Any) -> Iterator[tuple[int, int]]:
+def sizes_in(condition: JsonValue) -> Iterator[tuple[int, int]]:
     """(leaf, dimension) of each size in a condition."""
     if isinstance(condition, list):
         if condition[0] == "size":

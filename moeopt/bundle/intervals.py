@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moeopt.bundle.shape_guards import holds, value_of
+from moeopt.value_types import FxArg, JsonValue, PyObject
 
 REACH = 2048
 """How far a frozen size is looked for. A condition that still holds there has no bound worth naming."""
@@ -35,7 +36,7 @@ def simplified(conditions: Sequence[Any], example: Callable[[int], Sequence[int]
     return [c for number, c in enumerate(found) if c not in found[:number]]
 
 
-def simplest(condition: Any, example: Callable[[int], Sequence[int]]) -> Any:
+def simplest(condition: JsonValue, example: Callable[[int], Sequence[int]]) -> PyObject:
     """``condition``, or the interval that it is."""
     quantity = _quantity(condition)
     if quantity is None or _plain(condition, quantity):
@@ -61,11 +62,11 @@ def simplest(condition: Any, example: Callable[[int], Sequence[int]]) -> Any:
     return ["<=", quantity, high] if low <= 1 else ["and", [">=", quantity, low], ["<=", quantity, high]]
 
 
-def _quantity(node: Any) -> Any:
+def _quantity(node: FxArg) -> PyObject:
     """The one product of sizes that a condition is a function of; None where there are none or several."""
     found: list[Any] = []
 
-    def walk(part: Any) -> None:
+    def walk(part: PyObject) -> None:
         if not isinstance(part, list):
             return
         product = _product(part)
@@ -79,7 +80,7 @@ def _quantity(node: Any) -> Any:
     return _times(found[0]) if len(found) == 1 else None
 
 
-def _product(node: Any) -> tuple[int, list[Any]] | None:
+def _product(node: FxArg) -> tuple[int, list[Any]] | None:
     """The number and the sizes, in order, that a product is made of; None for any other node, and for one without
     sizes."""
     if node[0] == "size":
@@ -95,21 +96,21 @@ def _product(node: Any) -> tuple[int, list[Any]] | None:
     return (number, sorted(sizes)) if sizes else None
 
 
-def _times(sizes: list[Any]) -> Any:
+def _times(sizes: list[Any]) -> PyObject:
     product = sizes[0]
     for size in sizes[1:]:
         product = ["*", product, size]
     return product
 
 
-def _plain(condition: Any, quantity: Any) -> bool:
+def _plain(condition: JsonValue, quantity: PyObject) -> bool:
     """Whether it compares the quantity itself with a number."""
     name, *sides = condition
     others = [side for side in sides if not isinstance(side, list) or _product(side) != _product(quantity)]
     return name in _COMPARED and len(others) == 1 and not isinstance(others[0], list)
 
 
-def _with_one_size(node: Any) -> Any:
+def _with_one_size(node: FxArg) -> PyObject:
     """``node`` with one size in place of the product."""
     if not isinstance(node, list):
         return node

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from moeopt.bundle.tree import LEAF
+from moeopt.value_types import PyObject
 
 KEY = "causal_lm"
 """Where the signature of a causal language model keeps how its caller is called."""
@@ -33,7 +34,7 @@ def output_names(signature: Mapping[str, Any], taken: Iterable[str]) -> list[str
     return _unique([path or "output" for path in _paths(signature["out_tree"], "")], set(taken), "_out")
 
 
-def name_ends(graph: Any, signature: dict[str, Any]) -> None:
+def name_ends(graph: PyObject, signature: dict[str, Any]) -> None:
     """Rename the ends of an ``onnx_ir`` graph, and write the names into ``signature``.
 
     An input entry gets ``"onnx"`` if it is a tensor of the graph, an output entry always.
@@ -66,7 +67,7 @@ def name_ends(graph: Any, signature: dict[str, Any]) -> None:
         graph.outputs[number].name = name
 
 
-def inputs_of(graph: Any, signature: Mapping[str, Any]) -> dict[str, Any]:
+def inputs_of(graph: PyObject, signature: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of an ``onnx_ir`` graph by the name of their entry in ``signature``.
 
     torch's exporter calls an input that is returned as it came ``x_orig``, and the output ``x``.
@@ -75,7 +76,7 @@ def inputs_of(graph: Any, signature: Mapping[str, Any]) -> dict[str, Any]:
     return {v.name if v.name in known else v.name.removesuffix("_orig"): v for v in graph.inputs}
 
 
-def _settle(value: Any) -> None:
+def _settle(value: PyObject) -> None:
     """Sizes that the exporter wrote as words, "16", become numbers."""
     for axis, dim in enumerate(value.shape or ()):
         word = getattr(dim, "value", None)
@@ -83,13 +84,13 @@ def _settle(value: Any) -> None:
             value.shape[axis] = int(word)
 
 
-def _inner_values(graph: Any) -> list[Any]:
+def _inner_values(graph: PyObject) -> list[Any]:
     ends = {id(v) for v in (*graph.inputs, *graph.outputs)}
     values = [v for node in graph.all_nodes() for v in node.outputs] + list(graph.initializers.values())
     return [v for v in values if id(v) not in ends]
 
 
-def _paths(tree: Any, prefix: str) -> Iterator[str]:
+def _paths(tree: PyObject, prefix: str) -> Iterator[str]:
     if tree == LEAF:
         yield prefix
         return

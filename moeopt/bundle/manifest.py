@@ -24,6 +24,7 @@ from moeopt.bundle import aside
 from moeopt.bundle.schemas import ManifestFile
 from moeopt.errors import BundleError, UsageError
 from moeopt.untrusted import checked, open_regular, read_bytes, read_json, shown
+from moeopt.value_types import JsonValue, PyObject
 
 NAME = "moeopt.json"
 FORMAT = "moeopt-bundle"
@@ -46,7 +47,7 @@ class Manifest:
 
     @property
     def backend(self) -> str:
-        return self.data["backend"]
+        return str(self.data["backend"])
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest lists and that was checked; ``BundleError`` for any other."""
@@ -59,7 +60,7 @@ class Manifest:
         """The bytes of all files."""
         return sum(entry["bytes"] for entry in self.data["files"].values())
 
-    def read_json(self, name: str) -> Any:
+    def read_json(self, name: str) -> JsonValue:
         """A listed JSON file; ``BundleError`` when it is none."""
         return read_json(self.path(name))
 
@@ -175,7 +176,7 @@ def check_backend(name: str) -> None:
 
 def read_backend(directory: str | os.PathLike[str]) -> str:
     """Which backend a bundle claims to be for, its files unchecked; ``BundleError`` when it claims nothing."""
-    return _read_header(Path(directory))["backend"]
+    return str(_read_header(Path(directory))["backend"])
 
 
 def is_bundle(directory: str | os.PathLike[str]) -> bool:
@@ -187,7 +188,7 @@ def is_bundle(directory: str | os.PathLike[str]) -> bool:
     return isinstance(data, dict) and data.get("format") == FORMAT
 
 
-def _check_file(root: Path, name: str, entry: Any) -> None:
+def _check_file(root: Path, name: str, entry: JsonValue) -> None:
     _check_name(name, root)
     path = root / name
     good = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
@@ -204,7 +205,7 @@ def _check_file(root: Path, name: str, entry: Any) -> None:
         raise BundleError(f"{path}: its sha256 is not the one in the manifest: it was damaged or swapped")
 
 
-def _check_name(name: Any, root: Path) -> None:
+def _check_name(name: PyObject, root: Path) -> None:
     if not isinstance(name, str) or not _FILE.fullmatch(name) or name == NAME:
         raise BundleError(f"{root}: a file is named {name!r}: files lie in the bundle itself, under plain names")
 
@@ -235,7 +236,7 @@ def _sha256(path: Path) -> str:
         return _digest(file)
 
 
-def _digest(file: Any) -> str:
+def _digest(file: PyObject) -> str:
     digest = hashlib.sha256()
     while chunk := file.read(1 << 22):
         digest.update(chunk)

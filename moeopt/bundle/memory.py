@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.errors import LimitError
+from moeopt.value_types import FxTarget, PyObject
 
 _WAY_OUT = (
     "if you trust the bundle, give it more: moeopt.load(directory, limits=moeopt.LoadLimits(bytes=...)), or a smaller "
@@ -46,7 +47,7 @@ _ATTENTION = ("aten.scaled_dot_product_attention.default", "aten._scaled_dot_pro
 
 
 def _coordinates(args: Sequence[Any]) -> int:
-    return args[0].numel() * max(args[0].dim(), 1) * 8
+    return int(args[0].numel() * max(args[0].dim(), 1) * 8)
 
 
 def _thrice(args: Sequence[Any]) -> int:
@@ -58,12 +59,12 @@ def _repeated(args: Sequence[Any]) -> int:
     rows = int(repeats.clamp(min=0).double().sum()) if repeats.numel() else 0
     if len(args) < 2 or not isinstance(args[1], torch.Tensor):
         return rows * 8
-    own = args[0].numel() * args[0].element_size()
+    own: int = args[0].numel() * args[0].element_size()
     if repeats.numel() == 1:
         return own * rows
     at = args[2] if len(args) > 2 and args[2] is not None else None
     share = own // max(args[0].shape[at] if at is not None else args[0].numel(), 1)
-    return rows * share + own
+    return int(rows * share + own)
 
 
 DYNAMIC: dict[str, Callable[[Sequence[Any]], int]] = {
@@ -94,7 +95,7 @@ def _classes(args: Sequence[Any]) -> int:
     return stated if stated >= 0 or not args[0].numel() else int(args[0].max()) + 1
 
 
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+def tensors_of(value: PyObject) -> Iterator[torch.Tensor]:
     """The tensors in nested lists and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
@@ -105,7 +106,7 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_of(list(value.values()))
 
 
-def hangs_on_values(op: Any, args: Sequence[Any]) -> bool:
+def hangs_on_values(op: FxTarget, args: Sequence[Any]) -> bool:
     """Whether the sizes that an op's result has, or the number that it is, can differ between calls of equal sizes."""
     if str(op) in DYNAMIC:
         return True
@@ -115,7 +116,7 @@ def hangs_on_values(op: Any, args: Sequence[Any]) -> bool:
 _INDEXED = ("aten.index.Tensor", "aten._unsafe_index.Tensor")
 
 
-def needed(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+def needed(op: FxTarget, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     """Bytes that a call takes at most, its result among them."""
     name = str(op)
     if name in DYNAMIC:
@@ -124,11 +125,11 @@ def needed(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         return _indexed(args[0], args[1])
     given = list(tensors_of([list(args), kwargs]))
     if name in _PRODUCTS:
-        return math.prod(_PRODUCTS[name](args)) * args[0].element_size() if _ranked(name, args) else 0
+        return int(math.prod(_PRODUCTS[name](args)) * args[0].element_size()) if _ranked(name, args) else 0
     if name in _ATTENTION:
         return 2 * sum(t.numel() * t.element_size() for t in given[:3])
     if name.startswith("moeopt."):
-        return 16 * args[0].numel() * max(args[0].element_size(), 4)
+        return int(16 * args[0].numel() * max(args[0].element_size(), 4))
     if _is_view(op):
         _check_parts(op, args)
         return 0
@@ -138,7 +139,7 @@ def needed(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     if base in _FILLED and len(args) > _FILLED[base] and isinstance(args[_FILLED[base]], list):
         kind = kwargs.get("dtype")
         width = kind.itemsize if isinstance(kind, torch.dtype) else max((t.element_size() for t in given), default=8)
-        return math.prod(args[_FILLED[base]]) * width
+        return int(math.prod(args[_FILLED[base]]) * width)
     if base in _NO_LARGER and isinstance(args[0], torch.Tensor):
         return args[0].numel() * (max(args[0].element_size(), 8) + 8 * (len(returns) - 1))
     if torch.Tag.pointwise in op.tags and given:
@@ -146,7 +147,7 @@ def needed(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     return _on_meta(op, args, kwargs)
 
 
-def check_call(op: Any, args: Sequence[Any], kwargs: dict[str, Any], budget: float) -> None:
+def check_call(op: FxTarget, args: Sequence[Any], kwargs: dict[str, Any], budget: float) -> None:
     """``LimitError`` when a call takes more than ``budget`` bytes."""
     size = needed(op, args, kwargs)
     if size > budget:
@@ -162,23 +163,23 @@ class Meter:
         self._free = {t.untyped_storage()._cdata for t in tensors_of(list(free))}
         self._users: dict[int, int] = {}
 
-    def check(self, op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def check(self, op: FxTarget, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """``LimitError`` when a call takes more than is left."""
         check_call(op, args, kwargs, self.budget - self.held)
 
-    def add(self, value: Any) -> None:
+    def add(self, value: PyObject) -> None:
         for storage in self._storages(value):
             if self._users.setdefault(storage._cdata, 0) == 0:
                 self.held += storage.nbytes()
             self._users[storage._cdata] += 1
 
-    def drop(self, value: Any) -> None:
+    def drop(self, value: PyObject) -> None:
         for storage in self._storages(value):
             self._users[storage._cdata] -= 1
             if self._users[storage._cdata] == 0:
                 self.held -= storage.nbytes()
 
-    def _storages(self, value: Any) -> list[Any]:
+    def _storages(self, value: PyObject) -> list[Any]:
         found = (t.untyped_storage() for t in tensors_of(value))
         return [s for s in found if s._cdata not in self._free]
 
@@ -187,27 +188,30 @@ class _Counting(TorchDispatchMode):
     """Counts the bytes of what each op inside returns."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.bytes = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
         result = func(*args, **(kwargs or {}))
         if not _is_view(func):
             self.bytes += sum(t.numel() * t.element_size() for t in tensors_of(result))
         return result
 
 
-def _on_meta(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+def _on_meta(op: FxTarget, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     with torch.no_grad(), _Counting() as counted:
         result = op(*_meta(list(args)), **{**_meta(kwargs), **_placed(op)})
-    return max(counted.bytes, sum(t.numel() * t.element_size() for t in tensors_of(result) if not _is_view(op)))
+    returned = sum(t.numel() * t.element_size() for t in tensors_of(result) if not _is_view(op))
+    return int(max(counted.bytes, returned))
 
 
-def _placed(op: Any) -> dict[str, Any]:
+def _placed(op: FxTarget) -> dict[str, Any]:
     return {"device": _META} if any(a.name == "device" and a.kwarg_only for a in op._schema.arguments) else {}
 
 
-def _meta(value: Any) -> Any:
+def _meta(value: PyObject) -> PyObject:
     if isinstance(value, torch.Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
     if isinstance(value, torch.device):
@@ -219,7 +223,7 @@ def _meta(value: Any) -> Any:
     return value
 
 
-def _check_parts(op: Any, args: Sequence[Any]) -> None:
+def _check_parts(op: FxTarget, args: Sequence[Any]) -> None:
     """``LimitError`` where a tensor, which may be a view of any size, is cut into more parts than memory can name."""
     if not str(op._schema.returns[0].type).startswith("List[") or not isinstance(args[0], torch.Tensor):
         return
@@ -231,7 +235,7 @@ def _check_parts(op: Any, args: Sequence[Any]) -> None:
         raise LimitError(f"{op} asks for {parts} parts of a tensor, and {MAX_PARTS} is the most that a bundle may have")
 
 
-def _is_view(op: Any) -> bool:
+def _is_view(op: FxTarget) -> bool:
     """Whether what an op returns is its argument's memory, whatever it is given."""
     maybe = ("reshape", "contiguous", "to", "flatten", "ravel", "resolve_conj", "resolve_neg", "type_as", "matrix_H")
     base = op._schema.name.split("::")[1]
@@ -273,4 +277,4 @@ def _ranked(name: str, args: Sequence[Any]) -> bool:
     first, second = args[-2:] if name in ("aten.mm.default", "aten.bmm.default") else args[:2]
     if name in ("aten.addmm.default", "aten.baddbmm.default"):
         first, second = args[1:3]
-    return first.dim() >= 1 and second.dim() >= 1
+    return bool(first.dim() >= 1 and second.dim() >= 1)

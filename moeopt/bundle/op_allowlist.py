@@ -17,6 +17,7 @@ import torch
 
 from moeopt.bundle.checked_ops import CHECKED
 from moeopt.errors import BundleError
+from moeopt.value_types import FxTarget, PyObject
 
 OWN_OPS = ("moeopt.experts.default", "moeopt.route.default")
 
@@ -56,7 +57,7 @@ OPS = frozenset((Path(__file__).parent / "torch_ops.txt").read_text(encoding="ut
 checks its bounds itself or has a check before it in ``checked_ops``; the nightly tests attack them all again."""
 
 
-def name_of(target: Any) -> str:
+def name_of(target: FxTarget) -> str:
     """The name under which a graph may call ``target``; ``BundleError`` says why when it may not."""
     if isinstance(target, torch._ops.OpOverload):
         name = str(target)
@@ -67,7 +68,7 @@ def name_of(target: Any) -> str:
     raise BundleError(f"{_describe(target)} is not an ATen op, a moeopt op or integer arithmetic")
 
 
-def function_named(name: Any) -> Callable[..., Any]:
+def function_named(name: PyObject) -> Callable[..., Any]:
     """The inverse of :func:`name_of`; ``BundleError`` for a name that a graph may not call."""
     if not isinstance(name, str):
         raise BundleError(f"an op is named {name!r}, which is not a string")
@@ -86,13 +87,13 @@ def function_named(name: Any) -> Callable[..., Any]:
     return target
 
 
-def op_named(name: Any) -> Any:
+def op_named(name: PyObject) -> PyObject:
     """The op under a name that a graph may call; None for arithmetic on numbers."""
     target = function_named(name)
     return target if isinstance(target, torch._ops.OpOverload) else None
 
 
-def guarded(name: Any) -> Callable[..., Any]:
+def guarded(name: PyObject) -> Callable[..., Any]:
     """What is called where a graph names ``name``: the function itself, or one that checks its arguments first."""
     target = function_named(name)
     if isinstance(target, torch._ops.OpOverload):
@@ -106,7 +107,7 @@ class _Number:
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.__name__, self._function, self._item = name, function, function is operator.getitem
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: PyObject) -> PyObject:
         if self._item:
             if len(args) != 2 or not isinstance(args[0], (list, tuple)) or type(args[1]) is not int:
                 raise BundleError("operator.getitem takes an item of a list by its number")
@@ -137,7 +138,7 @@ def _check(name: str, target: torch._ops.OpOverload) -> None:
     raise BundleError(f"the op {name!r} is not one that a bundle may call: {why}")
 
 
-def _describe(target: Any) -> str:
+def _describe(target: FxTarget) -> str:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return f"the higher-order op {target.name()!r}"
     module = getattr(target, "__module__", "")

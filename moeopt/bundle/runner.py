@@ -20,6 +20,7 @@ from moeopt.errors import BundleError, LimitError, UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.untrusted import shown
+from moeopt.value_types import FxArg, FxTarget, PyObject
 
 REMEMBERED = 256
 """Sets of sizes that a runner remembers as measured."""
@@ -45,7 +46,7 @@ class OpCall:
     __slots__ = ("op", "function", "args", "kwargs", "out", "drop", "fixed")
 
     def __init__(
-        self, op: Any, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], out: str
+        self, op: FxTarget, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], out: str
     ) -> None:
         self.op, self.function, self.args, self.kwargs, self.out = op, function, args, kwargs, out
         self.drop: tuple[str, ...] = ()
@@ -78,7 +79,7 @@ class GraphRunner:
                 raise BundleError(shown(err, 500)) from None
             raise BundleError(f"the graph lacks or mistypes a part ({type(err).__name__}: {shown(err, 200)})") from None
 
-    def _read(self, graph: Mapping[str, Any], weight: Any, device: Any) -> None:
+    def _read(self, graph: Mapping[str, Any], weight: PyObject, device: PyObject) -> None:
         if graph["schema"] != SCHEMA:
             raise BundleError(f"the graph has schema {graph['schema']!r:.60}, and this moeopt reads {SCHEMA}")
         for key in GraphFile.__struct_fields__:
@@ -111,7 +112,7 @@ class GraphRunner:
         self._plan_drops()
 
     @staticmethod
-    def _step(node: Any, ref: Any, device: Any) -> OpCall:
+    def _step(node: FxArg, ref: PyObject, device: PyObject) -> OpCall:
         function, op = allow.guarded(node["op"]), allow.op_named(node["op"])
         args = values.decode(node["args"], ref, device)
         kwargs = {str(k): values.decode(v, ref, device) for k, v in node.get("kwargs", {}).items()}
@@ -128,7 +129,7 @@ class GraphRunner:
             step.drop = tuple(sorted(last - kept))
             kept |= last
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         env: dict[str, Any] = dict(self.weights)
         inputs = self.binding.bind(args, kwargs)
         env.update(inputs)
@@ -197,7 +198,7 @@ def _stopped(step: OpCall, err: BaseException) -> str:
     return f"the graph stops at {shown(step.out, 60)!r} ({what}): {shown(err, 500)}{why}"
 
 
-def _check_kinds(op: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+def _check_kinds(op: FxTarget, args: list[Any], kwargs: dict[str, Any]) -> None:
     """``BundleError`` for an integer in the place of a dtype, a layout or a memory format."""
     for at, parameter in enumerate(op._schema.arguments):
         kind = _KINDS.get(str(parameter.real_type).removeprefix("Optional[").removesuffix("]"))
@@ -206,7 +207,7 @@ def _check_kinds(op: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
             raise BundleError(f"{op} is given {value!r:.60} for {parameter.name}, which is no {kind.__name__}")
 
 
-def _refs(value: Any) -> list[ValueRef]:
+def _refs(value: PyObject) -> list[ValueRef]:
     if isinstance(value, ValueRef):
         return [value]
     if isinstance(value, dict):
@@ -214,7 +215,7 @@ def _refs(value: Any) -> list[ValueRef]:
     return [r for v in value for r in _refs(v)] if isinstance(value, list) else []
 
 
-def _fill(value: Any, env: dict[str, Any]) -> Any:
+def _fill(value: PyObject, env: dict[str, Any]) -> PyObject:
     kind = type(value)
     if kind is ValueRef:
         return env[value.name]

@@ -13,7 +13,6 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Text = Annotated[str, Meta(max_length=1 << 20)]
 Name = Annotated[str, Meta(max_length=4096)]
-Distance = Annotated[float, Meta(ge=0)]
 
 
 class Input(Struct):

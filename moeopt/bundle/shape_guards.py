@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moeopt.errors import BundleError, NotSaveableError, UsageError
+from moeopt.value_types import FxArg, JsonValue, PyObject
 
 _BINARY: dict[type, str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%",
@@ -43,7 +44,7 @@ MAX_POWER, MAX_DEPTH, MAX_NODES = 8, 64, 1 << 16
 """Powers are written as products of at most eight factors: a power of sizes could be an integer of any length."""
 
 
-def encode_conditions(guards: Sequence[str], leaves: Any) -> list[Any]:
+def encode_conditions(guards: Sequence[str], leaves: PyObject) -> list[Any]:
     """The conditions among ``guards`` that speak of sizes.
 
     Args:
@@ -76,14 +77,14 @@ def only_asked(conditions: Sequence[Any], asked: Sequence[Any]) -> list[Any]:
     return [c for c in conditions if not _special(_upright(c)) or _upright(c) in meant]
 
 
-def _special(condition: Any) -> bool:
+def _special(condition: JsonValue) -> bool:
     name, *rest = condition
     if name in ("<", ">", "<=", ">=") and all(_sizes(side) for side in rest):  # strides put in order
         return True
     return name == "!=" or (name == ">" and rest[1] in (0, 1)) or (name == ">=" and rest[1] in (1, 2))
 
 
-def _upright(condition: Any) -> Any:
+def _upright(condition: JsonValue) -> PyObject:
     """The sizes on the left, and without a factor that both sides have: ``4 < 4 * a`` is ``a > 1``."""
     name, *rest = condition
     if name not in _TURNED or len(rest) != 2:
@@ -96,7 +97,7 @@ def _upright(condition: Any) -> Any:
     return [name, *rest]
 
 
-def _factor(node: Any) -> tuple[int, Any]:
+def _factor(node: FxArg) -> tuple[int, Any]:
     """The first whole number of a product, and the rest of it."""
     if not isinstance(node, list) or node[0] != "*":
         return 1, node
@@ -128,14 +129,14 @@ def holds(conditions: Sequence[Any], shapes: Callable[[int], Sequence[int]]) -> 
         return False
 
 
-def read_conditions(conditions: Any, rank: Callable[[int], int] | None = None) -> list[Any]:
+def read_conditions(conditions: JsonValue, rank: Callable[[int], int] | None = None) -> list[Any]:
     """Conditions from a file; ``BundleError`` for what :func:`encode_conditions` would not have written.
 
     ``rank(leaf)`` is how many dimensions a leaf has, 0 for one that is no tensor; None where that is not known.
     """
     left = MAX_NODES
 
-    def read(node: Any, depth: int = 0) -> Any:
+    def read(node: FxArg, depth: int = 0) -> PyObject:
         nonlocal left
         left -= 1
         if isinstance(node, (int, float)) and abs(node) <= 1 << 64:
@@ -161,13 +162,13 @@ def read_conditions(conditions: Any, rank: Callable[[int], int] | None = None) -
         raise BundleError(f"{str(conditions)[:80]!r} are not conditions that moeopt writes") from None
 
 
-def _listed(conditions: Any) -> list[Any]:
+def _listed(conditions: JsonValue) -> list[Any]:
     if not isinstance(conditions, list):
         raise ValueError
     return conditions
 
 
-def _power(base: Any, exponent: Any) -> Any:
+def _power(base: PyObject, exponent: PyObject) -> PyObject:
     """A power of a size or a number as a product; ``ValueError`` for one that is no small whole number."""
     leaf = not isinstance(base, list) or base[0] == "size"
     if type(exponent) is not int or not 1 <= exponent <= MAX_POWER or not leaf:
@@ -182,7 +183,7 @@ class _Other(Exception):
     pass
 
 
-def _encode(node: ast.expr, leaves: Any) -> Any:
+def _encode(node: ast.expr, leaves: PyObject) -> PyObject:
     """A tree of lists, or None for a question that is not about sizes."""
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         return node.value
@@ -206,7 +207,7 @@ def _encode(node: ast.expr, leaves: Any) -> Any:
     raise _Other
 
 
-def _encode_compare(node: ast.Compare, leaves: Any) -> Any:
+def _encode_compare(node: ast.Compare, leaves: PyObject) -> PyObject:
     values = [node.left, *node.comparators]
     try:
         parts = [_encode(v, leaves) for v in values]
@@ -220,22 +221,22 @@ def _encode_compare(node: ast.Compare, leaves: Any) -> Any:
     return pairs[0] if len(pairs) == 1 else ["and", *pairs]
 
 
-def _leaf(node: ast.expr, leaves: Any) -> int:
-    """The number of the leaf that ``L['x'][0]`` names."""
+def _leaf(node: ast.expr, leaves: PyObject) -> PyObject:
+    """The number of the leaf, or the container of such numbers, that ``L['x'][0]`` names."""
     if isinstance(node, ast.Name) and node.id == "L":
         return leaves
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-        return _leaf(node.value, leaves)[node.slice.value]  # type: ignore[index]
+        return _leaf(node.value, leaves)[node.slice.value]
     if isinstance(node, ast.Attribute):
         return getattr(_leaf(node.value, leaves), node.attr)
     raise _Other
 
 
-def _sizes(node: Any) -> bool:
+def _sizes(node: FxArg) -> bool:
     return isinstance(node, list) and (node[0] == "size" or any(_sizes(child) for child in node[1:]))
 
 
-def value_of(node: Any, shapes: Callable[[int], Sequence[int]]) -> Any:
+def value_of(node: FxArg, shapes: Callable[[int], Sequence[int]]) -> PyObject:
     """A number or a truth: what an expression over sizes is for a call whose leaf ``n`` has ``shapes(n)``."""
     if not isinstance(node, list):
         return node
@@ -244,7 +245,7 @@ def value_of(node: Any, shapes: Callable[[int], Sequence[int]]) -> Any:
     return _MEANING[node[0]](*[value_of(child, shapes) for child in node[1:]])
 
 
-def text_of(node: Any, name: Callable[[int], str]) -> str:
+def text_of(node: FxArg, name: Callable[[int], str]) -> str:
     """A condition in words; ``name(leaf)`` is what a leaf is called."""
     if not isinstance(node, list):
         return f"{node:g}" if isinstance(node, float) else str(node)

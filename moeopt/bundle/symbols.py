@@ -7,9 +7,10 @@ from typing import Any
 import sympy
 
 from moeopt.errors import BundleError, UsageError
+from moeopt.value_types import PyObject
 
 
-def encode_dim(dim: Any) -> int | str | None:
+def encode_dim(dim: PyObject) -> int | str | None:
     """A dimension as JSON: an int, a symbol's name, or None for an expression (checked where it is computed)."""
     if isinstance(dim, int):
         return int(dim)
@@ -19,7 +20,7 @@ def encode_dim(dim: Any) -> int | str | None:
     return str(expr) if isinstance(expr, sympy.Symbol) else None
 
 
-def encode_ranges(ranges: Any, used: set[str]) -> dict[str, list[int | None]]:
+def encode_ranges(ranges: PyObject, used: set[str]) -> dict[str, list[int | None]]:
     """Symbol -> [least, most]; None where there is no bound. A least of 2 is export's way to say "not special"."""
     out: dict[str, list[int | None]] = {}
     for symbol, bounds in ranges.items():
@@ -53,7 +54,7 @@ def check_sizes(
             )
 
 
-def check_ranges(ranges: Any) -> None:
+def check_ranges(ranges: PyObject) -> None:
     """``BundleError`` unless ``ranges`` is what :func:`encode_ranges` writes."""
     if not isinstance(ranges, dict):
         raise BundleError(f"the ranges of sizes are {str(ranges)[:60]!r}, not an object")

@@ -22,6 +22,7 @@ import torch.utils._pytree as pytree
 
 from moeopt.bundle import caches
 from moeopt.errors import BundleError, UsageError
+from moeopt.value_types import PyObject
 
 LEAF = "*"
 _MODEL_OUTPUT = re.compile(r"transformers\.(modeling_outputs|models\.\w+\.modeling_\w+):\w+")
@@ -34,14 +35,14 @@ _met: dict[tuple[str, tuple[str, ...]], weakref.WeakSet[Any]] = {}
 class Fields(dict[str, Any]):
     """A result whose class the bundle does not import: read its fields as keys or as attributes."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PyObject:
         try:
             return self[name]
         except KeyError:
             raise AttributeError(f"the result has no field {name!r}; it has {', '.join(self)}") from None
 
 
-def encode_tree(spec: pytree.TreeSpec) -> Any:
+def encode_tree(spec: pytree.TreeSpec) -> PyObject:
     """JSON for a ``TreeSpec``; ``TypeError`` names the class that a bundle cannot hold."""
     if spec.is_leaf():
         return LEAF
@@ -66,13 +67,13 @@ def field_names(spec: pytree.TreeSpec) -> list[str] | None:
     return list(cls._fields) if cls is not None else _fields_of(spec.type, spec.context, len(spec.children()))
 
 
-def _named_tuple_class(spec: pytree.TreeSpec) -> Any:
+def _named_tuple_class(spec: pytree.TreeSpec) -> PyObject:
     if spec.type is collections.namedtuple:
         return spec.context
     return spec.type if pytree.is_namedtuple_class(spec.type) else None
 
 
-def build(tree: Any, leaves: Iterator[Any]) -> Any:
+def build(tree: PyObject, leaves: Iterator[Any]) -> PyObject:
     """``tree`` with its leaves filled in, in order."""
     if tree == LEAF:
         return next(leaves)
@@ -92,7 +93,7 @@ def build(tree: Any, leaves: Iterator[Any]) -> Any:
     return Fields(pairs) if cls is None else cls(**pairs)
 
 
-def flatten(tree: Any, value: Any, where: str) -> Iterator[tuple[str, Any]]:
+def flatten(tree: PyObject, value: PyObject, where: str) -> Iterator[tuple[str, Any]]:
     """(path, leaf) of ``value``, which must have the structure of ``tree``; ``UsageError`` says where it has not."""
     if tree == LEAF:
         yield where, value
@@ -118,7 +119,7 @@ def flatten(tree: Any, value: Any, where: str) -> Iterator[tuple[str, Any]]:
         yield from flatten(item, part, path)
 
 
-def check_tree(tree: Any, depth: int = 0) -> int:
+def check_tree(tree: PyObject, depth: int = 0) -> int:
     """How many leaves a tree from a file has; ``BundleError`` when ``encode_tree`` would not have written it."""
     if tree == LEAF:
         return 1
@@ -152,7 +153,7 @@ def _names(keys: list[Any], kind: type) -> list[Any]:
     return keys
 
 
-def _fields_of(kind: Any, context: Any, count: int) -> list[str] | None:
+def _fields_of(kind: PyObject, context: PyObject, count: int) -> list[str] | None:
     """The names of the children of a registered class, read off its pytree context."""
     candidates = [context, *(context if isinstance(context, (tuple, list)) else ())]
     for names in candidates:
@@ -161,25 +162,25 @@ def _fields_of(kind: Any, context: Any, count: int) -> list[str] | None:
     return None
 
 
-def _absent_of(context: Any, fields: list[str]) -> list[str]:
+def _absent_of(context: PyObject, fields: list[str]) -> list[str]:
     """The names of fields that were None, which torch writes beside the names of those that were not."""
     if not isinstance(context, (tuple, list)) or len(context) != 2 or context[0] != fields:
         return []
     return list(context[1]) if isinstance(context[1], list) else []
 
 
-def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+def _named_tuple(name: str, fields: tuple[str, ...]) -> PyObject:
     """The class of this name and these fields that was met; a new one where there is none, or more than one."""
     known = list(_met.get((name, fields), ()))
     return known[0] if len(known) == 1 else _new_named_tuple(name, fields)
 
 
 @functools.lru_cache(maxsize=256)
-def _new_named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+def _new_named_tuple(name: str, fields: tuple[str, ...]) -> PyObject:
     return collections.namedtuple(name, fields)
 
 
-def _model_output(name: str) -> Any:
+def _model_output(name: str) -> PyObject:
     if not _MODEL_OUTPUT.fullmatch(name):
         return None
     module, _, cls = name.partition(":")
@@ -191,7 +192,7 @@ def _model_output(name: str) -> Any:
     return found if isinstance(found, type) and issubclass(found, base) else None
 
 
-def _brief(value: Any) -> str:
+def _brief(value: PyObject) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, dict):

@@ -17,6 +17,7 @@ from torch import fx
 from moeopt.bundle import op_allowlist as allow
 from moeopt.bundle.values import encode
 from moeopt.ir.row_function import GETITEM, RowCount, RowFunction, Value
+from moeopt.value_types import FxTarget, PyObject
 
 aten = torch.ops.aten
 ValueName = Callable[[fx.Node], str]
@@ -69,11 +70,11 @@ def unrolled(node: fx.Node, name: ValueName) -> list[dict[str, Any]]:
     return call.entries
 
 
-def _expert(call: _Calls, spec: RowFunction, rows: Any, slots: Any) -> Any:
+def _expert(call: _Calls, spec: RowFunction, rows: PyObject, slots: PyObject) -> PyObject:
     """The function's own calls on ``rows``."""
     values = [rows, *slots]
 
-    def word(a: Any) -> Any:
+    def word(a: PyObject) -> PyObject:
         if isinstance(a, Value):
             return values[a]
         if isinstance(a, RowCount):
@@ -92,7 +93,7 @@ class _Calls:
         self._prefix, self._name = prefix, name
         self.entries: list[dict[str, Any]] = []
 
-    def __call__(self, op: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+    def __call__(self, op: FxTarget, *args: PyObject, **kwargs: PyObject) -> dict[str, str]:
         known = {GETITEM: "operator.getitem", "operator.mul": "operator.mul"}
         entry: dict[str, Any] = {
             "op": known[op] if isinstance(op, str) else allow.name_of(op),
@@ -104,7 +105,7 @@ class _Calls:
         self.entries.append(entry)
         return {"node": entry["out"]}
 
-    def _word(self, value: Any) -> Any:
+    def _word(self, value: PyObject) -> PyObject:
         if isinstance(value, dict):
             return value
         if isinstance(value, (list, tuple)):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moeopt.errors import BundleError
+from moeopt.value_types import JsonValue, PyObject
 
 LAYOUTS = {"strided": torch.strided}
 MEMORY_FORMATS = {
@@ -24,7 +25,7 @@ MAX_NUMEL = 1 << 40
 """No tensor that fits a machine has more elements; a literal size beyond it is refused before it is tried."""
 
 
-def encode(value: Any, node: Callable[[Any], Any] | None = None) -> Any:
+def encode(value: PyObject, node: Callable[[Any], Any] | None = None) -> PyObject:
     """``value`` as JSON; ``node`` turns a graph node into its name. ``TypeError`` names what has no JSON form."""
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -49,7 +50,7 @@ def encode(value: Any, node: Callable[[Any], Any] | None = None) -> Any:
     raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__} ({value!r:.60}) has no JSON form")
 
 
-def decode(data: Any, node: Callable[[str], Any], device: Callable[[str], torch.device]) -> Any:
+def decode(data: JsonValue, node: Callable[[str], Any], device: Callable[[str], torch.device]) -> PyObject:
     """The inverse of :func:`encode`; ``BundleError`` for anything that it would not have written."""
     if data is None or isinstance(data, (bool, str, float)):
         return data

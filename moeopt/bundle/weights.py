@@ -15,6 +15,7 @@ import torch
 
 from moeopt.bundle.values import DTYPES
 from moeopt.errors import BundleError, NotSaveableError
+from moeopt.value_types import JsonValue
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
     return blocks, table
 
 
-def unpack(name: str, entry: Any, blocks: Callable[[str], torch.Tensor]) -> torch.Tensor:
+def unpack(name: str, entry: JsonValue, blocks: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """The tensor that ``entry`` describes, as a view of its block; ``BundleError`` when it reaches outside."""
     try:
         dtype, shape, stride = DTYPES[entry["dtype"]], list(entry["shape"]), list(entry["stride"])

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.value_types import PyObject
+
 _TABLES = ("_parameters", "_buffers", "_modules")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, torch.layout)
 _TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
@@ -71,7 +73,7 @@ def _unlike_attributes(
             return table
         for name, tensor in ours.items():
             if not _same_tensor(tensor, theirs[name], pairs, values=table == "_buffers"):
-                return name
+                return str(name)
     return ""
 
 
@@ -83,17 +85,17 @@ class _Pairs:
         self._back: dict[Any, Any] = {}
         self._alive: list[Any] = []
 
-    def match(self, a: Any, b: Any) -> bool:
+    def match(self, a: PyObject, b: PyObject) -> bool:
         """Whether ``a`` and ``b`` stand for each other wherever either stands."""
         self._alive += [a, b]  # an id is an object's own only while it lives
         return self.match_keys(id(a), id(b))
 
-    def match_keys(self, a: Any, b: Any) -> bool:
+    def match_keys(self, a: PyObject, b: PyObject) -> bool:
         """The same for two keys: of objects, or of the memory of tensors."""
-        return self._there.setdefault(a, b) == b and self._back.setdefault(b, a) == a
+        return bool(self._there.setdefault(a, b) == b and self._back.setdefault(b, a) == a)
 
 
-def _equal(a: Any, b: Any, pairs: _Pairs) -> bool:
+def _equal(a: PyObject, b: PyObject, pairs: _Pairs) -> bool:
     """Equal plain values, tensors and containers of them; anything else only where both are one object."""
     if a is b:
         return True
@@ -112,7 +114,7 @@ def _equal(a: Any, b: Any, pairs: _Pairs) -> bool:
     return type(a) in _PLAIN and repr(a) == repr(b)  # -0.0 is not 0.0 here, and nan is nan
 
 
-def _same_tensor(a: Any, b: Any, pairs: _Pairs, *, values: bool) -> bool:
+def _same_tensor(a: PyObject, b: PyObject, pairs: _Pairs, *, values: bool) -> bool:
     """The same kind of tensor, sharing memory with the same others; with ``values``, with the same bits too."""
     if a is None or b is None:
         return a is b

@@ -155,7 +155,8 @@ class CallSpec:
         return torch.where(whole, original.gather(0, picks), new) if len(original) else new
 
     def _tokens_first(self, n: int) -> Tensor:
-        value, axis = self._values[n], self.leaves[n].feature_axis
+        value: Tensor = self._values[n]
+        axis = self.leaves[n].feature_axis
         return value.detach() if axis == -1 else value.detach().movedim(axis, -1)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from moeopt.value_types import FxTarget, PyObject
+
 aten = torch.ops.aten
 
 
@@ -21,7 +23,7 @@ class ForceAllExperts:
         self.experts = experts
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, func: Any, args: tuple[Any, ...], out: Any) -> Any:
+    def __call__(self, func: FxTarget, args: tuple[Any, ...], out: PyObject) -> PyObject:
         if func is aten.topk.default:
             dim = args[2] if len(args) > 2 else -1
             return self._steered(args[0], dim, args[1], out) if args[0].shape[dim] == self.experts else out
@@ -34,7 +36,7 @@ class ForceAllExperts:
                 return self._steered(args[0], args[1], 1, out)[1].squeeze(args[1])
         return out
 
-    def _steered(self, scores: torch.Tensor, dim: int, k: int, out: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _steered(self, scores: torch.Tensor, dim: int, k: int, out: PyObject) -> tuple[torch.Tensor, torch.Tensor]:
         del out
         rows = scores.movedim(dim, -1)
         count = rows[..., 0].numel()

@@ -15,18 +15,19 @@ import torch
 from torch import fx
 
 from moeopt.errors import CaptureError
+from moeopt.value_types import FxTarget, PyObject
 
 aten = torch.ops.aten
 
 
 @cache
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
+def _written(func: FxTarget) -> tuple[tuple[int, str], ...]:
     return tuple(
         (i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
     )
 
 
-def mutated_args(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+def mutated_args(func: FxTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The tensors that ``func`` writes to, by its schema."""
     found: list[torch.Tensor] = []
     for index, name in _written(func):
@@ -40,7 +41,7 @@ def mutated_args(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
 _BATCH_NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default)
 
 
-def unsaid_writes(func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+def unsaid_writes(func: FxTarget, args: tuple[Any, ...]) -> list[torch.Tensor]:
     """The tensors that ``func`` writes to against its schema: the running mean and variance of a batch norm."""
     return [t for t in args[3:5] if isinstance(t, torch.Tensor)] if func in _BATCH_NORMS else []
 
@@ -55,7 +56,7 @@ class Twin:
     after: Callable[[fx.Node, fx.Node], list[tuple[Any, tuple[Any, ...]]]]
 
 
-def functional_twin(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: torch.Tensor) -> Twin:
+def functional_twin(func: FxTarget, args: tuple[Any, ...], kwargs: dict[str, Any], target: torch.Tensor) -> Twin:
     """The call that yields the value which ``func`` writes into ``target``.
 
     Raises:
@@ -83,7 +84,7 @@ def functional_twin(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ta
     return Twin(twin, args, kwargs, _cast_to(target, twin, args, kwargs))
 
 
-def _cast_to(target: torch.Tensor, func: Any, args: Any, kwargs: Any) -> Any:
+def _cast_to(target: torch.Tensor, func: FxTarget, args: PyObject, kwargs: PyObject) -> PyObject:
     """Steps that bring the twin's result to the dtype and shape of what was written to."""
     dtype, shape = _result(func, args, kwargs, target)
 
@@ -95,7 +96,9 @@ def _cast_to(target: torch.Tensor, func: Any, args: Any, kwargs: Any) -> Any:
     return steps
 
 
-def _result(func: Any, args: Any, kwargs: Any, target: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+def _result(
+    func: FxTarget, args: PyObject, kwargs: PyObject, target: torch.Tensor
+) -> tuple[torch.dtype, tuple[int, ...]]:
     tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
     floats = {a.dtype for a in tensors}
     if floats == {target.dtype} and func not in (aten.copy.default,):
@@ -140,7 +143,7 @@ _SPLITS = {  # the unsafe ones are what recurrent cells write through
 
 
 def inverse_view(
-    func: Any,
+    func: FxTarget,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     item: int | None,

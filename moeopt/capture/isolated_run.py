@@ -18,16 +18,19 @@ from moeopt.capture.functional import mutated_args, unsaid_writes
 from moeopt.capture.module_state import ModuleState
 from moeopt.capture.tape import clone_inputs
 from moeopt.errors import CaptureError
+from moeopt.value_types import FxTarget, PyObject
 
 
 class _Writes(TorchDispatchMode):
     """Announces each write to ``state``."""
 
     def __init__(self, state: ModuleState) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.state = state
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
         for tensor in (*mutated_args(func, args, kwargs or {}), *unsaid_writes(func, args)):
             self.state.about_to_write(tensor)
         return func(*args, **(kwargs or {}))
@@ -48,7 +51,7 @@ def undone(module: nn.Module) -> Iterator[TorchDispatchMode]:
         torch.set_rng_state(rng)
 
 
-def run_quietly(module: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+def run_quietly(module: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> PyObject:
     """What ``module(*args, **kwargs)`` returns; see :func:`undone`.
 
     Raises:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -33,7 +34,7 @@ def _identical(now: dict[str, Any], before: dict[str, Any]) -> bool:
     )  # fmt: skip
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: PyObject, b: PyObject) -> bool:
     if a is b:
         return True
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) or type(a) is not type(b):

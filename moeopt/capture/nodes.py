@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import fx
 
+from moeopt.value_types import FxTarget
+
 
 class NodeFactory:
     """Makes nodes with readable, distinct names; all belong to one graph that lists none of them."""
@@ -29,11 +31,11 @@ class NodeFactory:
         """A Parameter, buffer or constant of the module."""
         return fx.Node(self._graph, self._name(path), "get_attr", path, (), {})
 
-    def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    def call(self, target: FxTarget, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
         """A call of ``target``; nodes in ``args`` and ``kwargs`` get it as a user."""
         return fx.Node(self._graph, self._name(target), "call_function", target, args, kwargs or {})
 
-    def _name(self, target: Any) -> str:
+    def _name(self, target: FxTarget) -> str:
         word = self._words.get(target)
         if word is None:
             text = target if isinstance(target, str) else getattr(target, "__name__", str(target))

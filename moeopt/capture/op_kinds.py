@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 from functools import cache
-from typing import Any
 
 import torch
 from torch import fx
+
+from moeopt.value_types import FxTarget
 
 aten = torch.ops.aten
 
@@ -19,7 +20,9 @@ _MOVES = {
     "as_strided_scatter", "movedim", "swapaxes", "narrow", "chunk", "expand_as", "repeat_interleave", "scatter",
     "index_copy", "unfold", "masked_scatter", "take", "take_along_dim", "diagonal", "tile",
 }  # fmt: skip
-_POINTWISE = {"clamp", "gelu", "silu", "mish", "softplus", "hardtanh", "glu", "elu", "leaky_relu", "celu", "selu",
+# ATen does not tag all of them as pointwise: hardswish, glu and the in-kernel forms of prelu are among the untagged
+_POINTWISE = {"hardswish", "clamp", "gelu",
+              "silu", "mish", "softplus", "hardtanh", "glu", "elu", "leaky_relu", "celu", "selu",
               "where", "_prelu_kernel", "prelu", "dropout", "masked_fill", "native_dropout"}  # fmt: skip
 _MATMULS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm_fallback", "convolution", "linear", "mv",
             "addmv", "_scaled_grouped_mm", "matmul"}  # fmt: skip
@@ -28,7 +31,7 @@ _FACTORIES = {"zeros", "ones", "full", "empty", "arange", "eye", "zeros_like", "
 
 
 @cache
-def _name(target: Any) -> str:
+def _name(target: FxTarget) -> str:
     schema = getattr(target, "_schema", None)
     return schema.name.split("::")[1] if schema is not None else getattr(target, "__name__", str(target))
 
@@ -44,7 +47,7 @@ def moves_rows(node: fx.Node) -> bool:
 
 
 @cache
-def _pointwise(target: Any) -> bool:
+def _pointwise(target: FxTarget) -> bool:
     tags = getattr(target, "tags", ())
     return torch.Tag.pointwise in tags or _name(target) in _POINTWISE
 
@@ -68,11 +71,6 @@ def is_times_one(node: fx.Node) -> bool:
 def is_factory(node: fx.Node) -> bool:
     """True for calls that make a tensor from sizes and scalars alone."""
     return node.op == "call_function" and op_name(node) in _FACTORIES
-
-
-def is_view_of(node: fx.Node) -> fx.Node | None:
-    """The tensor operand of a one-input movement, else None."""
-    return node.all_input_nodes[0] if moves_rows(node) and node.all_input_nodes else None
 
 
 def picks_rows(node: fx.Node) -> bool:

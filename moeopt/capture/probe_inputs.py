@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from moeopt.capture.call_roles import ArgRole, CallSpec
 from moeopt.errors import Declined, UsageError
 from moeopt.obstacles import Rank
+from moeopt.value_types import PyObject
 
 
 def call_specs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[CallSpec]:
@@ -59,11 +60,11 @@ def _integer_prototypes(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: l
         yield CallSpec(tuple(args), dict(kwargs), roles)
 
 
-def _float(t: Any) -> bool:
+def _float(t: PyObject) -> bool:
     return isinstance(t, torch.Tensor) and t.is_floating_point()
 
 
-def _leaf(t: Any, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: int) -> ArgRole:
+def _leaf(t: PyObject, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: int) -> ArgRole:
     if not isinstance(t, torch.Tensor) or t.dim() == 0:
         return ArgRole()
     if _float(t) and t.dim() == first.dim() and tuple(t.movedim(axis, -1).shape[:lead]) == grid:
@@ -95,7 +96,7 @@ def _readings(roles: tuple[ArgRole, ...], leaves: list[Any]) -> Iterator[tuple[A
         yield other
 
 
-def _may_be_ids(leaf: ArgRole, t: Any) -> bool:
+def _may_be_ids(leaf: ArgRole, t: PyObject) -> bool:
     """True for integers (tokens, K) that were not read as ids."""
     if not isinstance(t, torch.Tensor) or not leaf.lead or leaf.role not in ("choices", "static"):
         return False

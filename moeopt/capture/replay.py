@@ -17,6 +17,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import is_pointwise, moves_rows, op_name
 from moeopt.capture.tape import Tape
+from moeopt.value_types import PyObject
 
 aten = torch.ops.aten
 CONFLICT, UNTRACKED = -2, -1
@@ -70,7 +71,7 @@ def replay(
     env = given if only is not None else dict(given)
     last: dict[fx.Node, fx.Node] = {a: n for n in nodes if only is not None for a in n.all_input_nodes}
 
-    def look(node: fx.Node) -> Any:
+    def look(node: fx.Node) -> PyObject:
         if node in env:
             return env[node]
         return _cast(tape.value(node), dtype)
@@ -91,11 +92,11 @@ def replay(
     return env
 
 
-def _wide(value: Any, dtype: torch.dtype) -> Any:
+def _wide(value: PyObject, dtype: torch.dtype) -> PyObject:
     return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+def _cast(value: PyObject, dtype: torch.dtype | None) -> PyObject:
     if dtype is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.to(dtype)
     return value
@@ -151,8 +152,8 @@ def _merge(parts: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
     return out
 
 
-def _move(tape: Tape, node: fx.Node, labels: dict[fx.Node, torch.Tensor]) -> Any:
-    def look(a: fx.Node) -> Any:
+def _move(tape: Tape, node: fx.Node, labels: dict[fx.Node, torch.Tensor]) -> PyObject:
+    def look(a: fx.Node) -> PyObject:
         if a in labels:
             return labels[a]
         value = tape.value(a)

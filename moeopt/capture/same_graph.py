@@ -15,6 +15,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
+from moeopt.value_types import PyObject
 
 _HANDED_ON = ("detach", "alias")
 
@@ -46,13 +47,13 @@ class _Lines:
             [(k, self._words(v)) for k, v in sorted(tape.attributes.items(), key=lambda i: i[0]) if k not in but],
         ]
 
-    def _target(self, node: fx.Node) -> Any:
+    def _target(self, node: fx.Node) -> PyObject:
         constant = node.meta.get("constant")
         if isinstance(constant, torch.Tensor):
             return str(constant.dtype), tuple(constant.shape), constant.tolist()
         return node.target
 
-    def _words(self, tree: Any) -> list[Any]:
+    def _words(self, tree: PyObject) -> list[Any]:
         words: list[Any] = []
         stack = [tree]
         while stack:

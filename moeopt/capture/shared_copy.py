@@ -16,6 +16,7 @@ from torch import nn
 
 from moeopt.capture.unregistered import unregistered
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 M = TypeVar("M", bound=nn.Module)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -77,7 +78,7 @@ def _uncopyable(model: nn.Module, kept: dict[int, Any]) -> dict[str, Any]:
     return found
 
 
-def _look(value: Any, path: str, memo: dict[int, Any], found: dict[str, Any]) -> None:
+def _look(value: PyObject, path: str, memo: dict[int, Any], found: dict[str, Any]) -> None:
     if id(value) in memo or _copies(value, memo):
         return
     memo[id(value)] = value  # an object that refers to itself ends here
@@ -89,7 +90,7 @@ def _look(value: Any, path: str, memo: dict[int, Any], found: dict[str, Any]) ->
         memo[id(value)] = found[path] = value
 
 
-def _copies(value: Any, memo: dict[int, Any]) -> bool:
+def _copies(value: PyObject, memo: dict[int, Any]) -> bool:
     try:
         copy.deepcopy(value, dict(memo))
     except Exception:
@@ -97,7 +98,7 @@ def _copies(value: Any, memo: dict[int, Any]) -> bool:
     return True
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+def _parts(value: PyObject) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         yield from ((f"[{key!r}]", part) for key, part in value.items())
     elif isinstance(value, (list, tuple)):
@@ -108,7 +109,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", part) for name, part in vars(value).items())
 
 
-def _refers(value: Any, modules: set[int], depth: int) -> bool:
+def _refers(value: PyObject, modules: set[int], depth: int) -> bool:
     """True where calling ``value`` can reach one of ``modules`` through self, arguments or a closure."""
     if value is None or depth == 0:
         return False
@@ -124,7 +125,7 @@ def _refers(value: Any, modules: set[int], depth: int) -> bool:
     return any(_refers(p, modules, depth - 1) for p in parts)
 
 
-def _filled(cell: Any) -> bool:
+def _filled(cell: PyObject) -> bool:
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:

@@ -10,11 +10,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+from moeopt.value_types import PyObject
+
 ArgsKwargs = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of one call, ``(args, kwargs)``."""
 
 
-def tree_map(kind: type | tuple[type, ...], fn: Callable[[Any], Any], tree: Any) -> Any:
+def tree_map(kind: type | tuple[type, ...], fn: Callable[[Any], Any], tree: PyObject) -> PyObject:
     """``tree`` with ``fn`` applied to each leaf that is a ``kind``; other leaves stay as they are."""
     if isinstance(tree, kind):
         return fn(tree)
@@ -40,7 +42,7 @@ def tree_map(kind: type | tuple[type, ...], fn: Callable[[Any], Any], tree: Any)
     return tree
 
 
-def _map_dataclass(kind: type | tuple[type, ...], fn: Callable[[Any], Any], tree: Any) -> Any:
+def _map_dataclass(kind: type | tuple[type, ...], fn: Callable[[Any], Any], tree: PyObject) -> PyObject:
     new = copy.copy(tree)
     for field in dataclasses.fields(tree):
         value = getattr(tree, field.name, None)
@@ -54,7 +56,7 @@ def _map_dataclass(kind: type | tuple[type, ...], fn: Callable[[Any], Any], tree
     return new
 
 
-def tree_leaves(tree: Any) -> Iterator[Any]:
+def tree_leaves(tree: PyObject) -> Iterator[Any]:
     """Every leaf, in a fixed order; None counts as a leaf."""
     if isinstance(tree, (list, tuple)):
         for t in tree:
@@ -71,6 +73,6 @@ def tree_leaves(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def leaves_of(kind: type, tree: Any) -> list[Any]:
+def leaves_of(kind: type, tree: PyObject) -> list[Any]:
     """The leaves that are a ``kind``."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, kind)]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.value_types import PyObject
+
 _MARK = "[plain]"
 _MOST = 4096
 """Elements of one container that are looked at: more are data."""
@@ -58,11 +60,11 @@ def unregistered(model: nn.Module) -> list[HeldOutside]:
     return found
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _tensors(value: PyObject) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else [*value.parameters(), *value.buffers()]
 
 
-def _holds(value: Any, module: nn.Module) -> bool:
+def _holds(value: PyObject, module: nn.Module) -> bool:
     """True for a way back up: a module that ``module`` is a part of."""
     return isinstance(value, nn.Module) and any(m is module for m in value.modules())
 
@@ -71,7 +73,7 @@ def _is_torchs(name: str) -> bool:
     return name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set") or "_hooks" in name
 
 
-def _items(value: Any, key: str, depth: int) -> Iterator[tuple[str, Any]]:
+def _items(value: PyObject, key: str, depth: int) -> Iterator[tuple[str, Any]]:
     if isinstance(value, (torch.Tensor, nn.Module)):
         yield key, value
     elif type(value) in (list, tuple, dict) and depth and len(value) <= _MOST:

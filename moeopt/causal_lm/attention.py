@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.patches import sdpa_of
+from moeopt.value_types import PyObject
 
 
 def grouped_attention(
@@ -61,8 +62,8 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **options: Any,
-) -> Any:
+    **options: PyObject,
+) -> PyObject:
     if attention_mask is not None and _plain(query, key, attention_mask, options):
         return grouped_attention(query, key, value, attention_mask, options.get("scaling"))
     return theirs(module, query, key, value, attention_mask, **options)

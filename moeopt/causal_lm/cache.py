@@ -14,12 +14,13 @@ from torch import Tensor
 
 from moeopt.causal_lm.layers import fill_layer, layer_class, make_layer, parts_of
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 Parts = dict[str, Tensor]
 """What a layer carries, by name."""
 
 
-def read_cache(cache: Any, layers: Sequence[Mapping[str, Any]], rows: int, device: torch.device) -> list[Parts]:
+def read_cache(cache: PyObject, layers: Sequence[Mapping[str, Any]], rows: int, device: torch.device) -> list[Parts]:
     """What each layer carries; no tokens and states of zero for a cache that is None or new.
 
     Args:
@@ -58,7 +59,7 @@ def past_length(cache: Sequence[Parts]) -> int:
     return max([int(keys.shape[2]) for keys in found if isinstance(keys, Tensor) and keys.dim() == 4], default=0)
 
 
-def write_cache(cache: Any, grown: Sequence[Parts]) -> Any:
+def write_cache(cache: PyObject, grown: Sequence[Parts]) -> PyObject:
     """``cache`` with new keys, values and states, changed in place as the model would; a new one for None.
 
     Raises:
@@ -87,7 +88,7 @@ def write_cache(cache: Any, grown: Sequence[Parts]) -> Any:
     return cache
 
 
-def _parts(cache: Any, layers: Sequence[Mapping[str, Any]]) -> list[Parts]:
+def _parts(cache: PyObject, layers: Sequence[Mapping[str, Any]]) -> list[Parts]:
     if cache is None:
         return []
     if isinstance(cache, list | tuple):

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 Checked = tuple[str, dict[str, Any], Callable[..., Any]]
 """What a call shows, its keywords, and the engine in the form to call."""
 
 
-def causal_calls(engine: Any, kwargs: dict[str, Any], ids_BS: Tensor) -> Iterator[Checked]:
+def causal_calls(engine: PyObject, kwargs: dict[str, Any], ids_BS: Tensor) -> Iterator[Checked]:
     """Calls with a single token, with four times the tokens, and the given one in pieces.
 
     Args:
@@ -52,10 +53,10 @@ def _holds(engine: Callable[..., Any], call: dict[str, Any]) -> bool:
 class _Chunks:
     """Half of the tokens, one, and the rest, each on the cache of those before."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: PyObject) -> None:
         self.engine = engine
 
-    def __call__(self, input_ids: Tensor, return_dict: bool | None = None, use_cache: Any = None) -> Any:
+    def __call__(self, input_ids: Tensor, return_dict: bool | None = None, use_cache: PyObject = None) -> PyObject:
         length = input_ids.shape[1]
         middle = length // 2
         cuts = [0, middle, middle + 1, length]

@@ -18,6 +18,7 @@ from moeopt.bundle.shape_guards import check_conditions, holds, read_conditions,
 from moeopt.bundle.tree import LEAF
 from moeopt.errors import Declined, NotSaveableError
 from moeopt.lower.signature import numbered, size_conditions
+from moeopt.value_types import PyObject
 
 SAMPLES = [
     (1, 0),
@@ -36,7 +37,7 @@ SAMPLES = [
 """Numbers of new and of cached tokens at which a condition of the trace is asked for."""
 
 
-def flat_signature(graph: Any, caller: Mapping[str, Any]) -> dict[str, Any]:
+def flat_signature(graph: PyObject, caller: Mapping[str, Any]) -> dict[str, Any]:
     """The signature of an ``onnx_ir`` graph called with keywords, and the caller's signature inside it."""
     from onnx_ir.tensor_adapters import to_torch_dtype
 
@@ -68,7 +69,7 @@ def flat_signature(graph: Any, caller: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def add_conditions(program: Any, caller: dict[str, Any]) -> None:
+def add_conditions(program: PyObject, caller: dict[str, Any]) -> None:
     """Write into ``caller`` what the trace took for granted of sizes and some call would not meet.
 
     Raises:
@@ -134,7 +135,7 @@ def _shape(
     return [rows, *at["shape"]] if "shape" in at else [rows, at["heads"], past, at["size"]]
 
 
-def flat_calls(caller: Any, ids_BS: Tensor) -> list[dict[str, Tensor]]:
+def flat_calls(caller: PyObject, ids_BS: Tensor) -> list[dict[str, Tensor]]:
     """Keyword tensors of three calls: ``ids`` as a prompt, its first token alone, and padded rows on a cache."""
     prompt = caller.feeds(input_ids=ids_BS)
     alone = caller.feeds(input_ids=ids_BS[:1, :1])
@@ -144,7 +145,7 @@ def flat_calls(caller: Any, ids_BS: Tensor) -> list[dict[str, Tensor]]:
     return [prompt, alone, padded]
 
 
-def _dim(dim: Any) -> int | str | None:
+def _dim(dim: PyObject) -> int | str | None:
     """A number, a free size's name, or None for an expression."""
     word = str(getattr(dim, "value", dim))
     if word.isdigit():

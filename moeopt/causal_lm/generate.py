@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 
-def shell(engine: Any) -> Any:
+def shell(engine: PyObject) -> PyObject:
     """A ``PreTrainedModel`` with no parameters that generates by calling ``engine``.
 
     Raises:
@@ -38,24 +39,24 @@ def shell(engine: Any) -> Any:
     known = isinstance(own, type) and issubclass(own, PreTrainedModel) and issubclass(own, GenerationMixin)
     bases: tuple[Any, ...] = (own,) if known else (PreTrainedModel, GenerationMixin)
 
-    def init(self: Any) -> None:
+    def init(self: PyObject) -> None:
         PreTrainedModel.__init__(self, config)
         self.generation_config = GenerationConfig.from_dict(_decoded(signature["generation_config"]))
         self.eval()
 
     def forward(
-        self: Any,
+        self: PyObject,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: PyObject = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: Any = 0,
-        tokenizer: Any = None,  # generate hands what stop_strings and assisted decoding need on to forward, unread
-        assistant_tokenizer: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+        logits_to_keep: PyObject = 0,
+        tokenizer: PyObject = None,  # generate hands what stop_strings and assisted decoding need on to forward, unread
+        assistant_tokenizer: PyObject = None,
+        **kwargs: PyObject,
+    ) -> PyObject:
         return engine(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -77,7 +78,7 @@ def shell(engine: Any) -> Any:
     return type(signature["architecture"], bases, body)()
 
 
-def _decoded(value: Any) -> Any:
+def _decoded(value: PyObject) -> PyObject:
     """A config's JSON with the numbers that JSON has not: transformers writes ``{"__float__": "Infinity"}``."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:

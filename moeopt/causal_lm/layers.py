@@ -12,12 +12,12 @@ and a layer that has neither (a feed-forward one of a hybrid model) carries noth
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeopt.errors import Declined
+from moeopt.value_types import PyObject
 
 ATTENTION = ("keys", "values")
 STATES = ("conv_states", "recurrent_states")
@@ -32,7 +32,7 @@ KINDS = {
 """Classes of transformers whose layers hold nothing else."""
 
 
-def parts_of(layer: Any) -> dict[str, Tensor]:
+def parts_of(layer: PyObject) -> dict[str, Tensor]:
     """The tensors of a layer of a cache, by name: those that a call has filled."""
     found = {}
     if getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:
@@ -44,7 +44,7 @@ def parts_of(layer: Any) -> dict[str, Tensor]:
     return found
 
 
-def layer_class(parts: Collection[str]) -> Any:
+def layer_class(parts: Collection[str]) -> PyObject:
     """transformers' own class for a layer that holds parts of these names.
 
     Raises:
@@ -62,7 +62,7 @@ def layer_class(parts: Collection[str]) -> Any:
     return Found
 
 
-def make_layer(parts: dict[str, Tensor]) -> Any:
+def make_layer(parts: dict[str, Tensor]) -> PyObject:
     """A layer of transformers' own that holds ``parts``.
 
     Raises:
@@ -75,7 +75,7 @@ def make_layer(parts: dict[str, Tensor]) -> Any:
     return layer
 
 
-def fill_layer(layer: Any, parts: dict[str, Tensor]) -> None:
+def fill_layer(layer: PyObject, parts: dict[str, Tensor]) -> None:
     """Put ``parts`` in the place of what ``layer``, of the kind that :func:`make_layer` gives for them, holds."""
     if "keys" in parts:
         if not layer.is_initialized:
@@ -93,7 +93,7 @@ def fill_layer(layer: Any, parts: dict[str, Tensor]) -> None:
             layer.dtype, layer.device = tensor.dtype, tensor.device
 
 
-def sample_cache(cache: Any, rows: int, past: int) -> Any:
+def sample_cache(cache: PyObject, rows: int, past: int) -> PyObject:
     """A ``DynamicCache`` with ``rows`` rows and ``past`` tokens of random values, of the form that ``cache`` has.
 
     Raises:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from moeopt.causal_lm.attention import cache_left_in_place
 from moeopt.causal_lm.layers import ATTENTION, parts_of, sample_cache
+from moeopt.causal_lm.lm_graph import PAST, drop_idle_squeezes, signature_of_lm, turn_batches_back
 from moeopt.causal_lm.mixers import find_mixers, stepping
 from moeopt.causal_lm.steps import replace_mixers
 from moeopt.causal_lm.translations import own_translations
@@ -44,9 +44,8 @@ from moeopt.lower.onnx.export import emitting
 from moeopt.lower.onnx.float64 import attributes_written_out
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
+from moeopt.value_types import PyObject
 
-PAST = "past_key_values"
-CACHE = f"{PAST}.layers"
 B, S, P, N = 2, 3, 5, 2
 """Sizes of the traced sample: no two that are free are equal, and none is 1, which a trace would hold to be fixed."""
 
@@ -133,7 +132,7 @@ def export_causal_lm(
         )
         traced = _real_views(exporter)()
 
-        def export(reads: ConstantReads | None) -> Any:
+        def export(reads: ConstantReads | None) -> PyObject:
             fresh = copy.copy(model)  # the exporter leaves a forward on the instance it is given
             with answered(fresh, reads):
                 return traced.export_program(fresh, sample, config)[0]
@@ -150,50 +149,12 @@ def export_causal_lm(
         except Exception as err:
             raise Declined(f"transformers' exporter stops at {_first_line(err)}") from err
     goes_on = replace_mixers(graph, mixers)
-    _drop_idle_squeezes(graph.graph)
-    _turn_batches_back(graph.graph)
-    signature = _signature(model, graph, sample[PAST], result)
+    drop_idle_squeezes(graph.graph)
+    turn_batches_back(graph.graph)
+    signature = signature_of_lm(model, graph, sample[PAST], result)
     if not goes_on:
         signature["one_at_a_time"] = True
     return CausalLMExport(graph, sites, signature, traced.program)
-
-
-def _drop_idle_squeezes(graph: Any) -> None:
-    """``squeeze(dim)`` of a size that is not 1 does nothing in PyTorch, and ONNX refuses it."""
-    import onnx_ir as ir
-
-    for node in list(graph):
-        if node.op_type != "Squeeze" or node.domain or len(node.inputs) < 2:
-            continue
-        x, axes = node.inputs[0], ir.convenience.get_const_tensor(node.inputs[1])
-        if x.shape is None or axes is None:
-            continue
-        sizes = [x.shape[int(axis)] for axis in axes.numpy().reshape(-1)]
-        if all(isinstance(size, int) and size != 1 for size in sizes) and not node.outputs[0].is_graph_output():
-            ir.convenience.replace_all_uses_with(node.outputs[0], x)
-            graph.remove(node, safe=True)
-
-
-def _turn_batches_back(graph: Any) -> None:
-    """``FusedMatMul`` that turns the batch of one factor only: onnxscript writes it for a factor without a batch too
-    (scaled logits), and ONNX Runtime refuses that."""
-    import onnx_ir as ir
-
-    for node in [n for n in graph if n.op_type == "FusedMatMul"]:
-        for at, name in enumerate(("transBatchA", "transBatchB")):
-            x, other = node.inputs[at], node.inputs[1 - at]
-            if not (name in node.attributes and node.attributes[name].as_int()):
-                continue
-            if x.shape is None or other.shape is None or len(x.shape) == len(other.shape):
-                continue
-            rank = len(x.shape)
-            order = [*range(1, rank - 1), 0, rank - 1]
-            turn = ir.node("Transpose", [x], {"perm": order}, name=f"{node.name}/{name}")
-            turn.outputs[0].name, turn.outputs[0].type = turn.name, x.type
-            turn.outputs[0].shape = ir.Shape([x.shape[axis] for axis in order])
-            graph.insert_before(node, [turn])
-            node.replace_input_with(at, turn.outputs[0])
-            node.attributes[name] = ir.AttrInt64(name, 0)
 
 
 def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -211,7 +172,7 @@ def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
 
 
-def _exporter() -> Any:
+def _exporter() -> PyObject:
     try:
         from transformers.exporters import exporter_onnx
     except ImportError as err:
@@ -222,17 +183,17 @@ def _exporter() -> Any:
     return exporter_onnx
 
 
-def _real_views(exporter: Any) -> Any:
+def _real_views(exporter: PyObject) -> PyObject:
     """transformers' ONNX exporter, with complex numbers (Llama 4's rotary) in the form that it can translate."""
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
-    class Traced(DynamoExporter):  # type: ignore[misc,valid-type]
-        def export_program(self, *args: Any, **kwargs: Any) -> Any:
+    class Traced(DynamoExporter):  # type: ignore[misc]
+        def export_program(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
             with _own_dtypes():
                 self.program, metadata = super().export_program(*args, **kwargs)
             return attributes_written_out(numbers_as_read(through_real_views(self.program))), metadata
 
-    class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc,name-defined]
+    class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc]
         """Its ``super().export_program`` is the one above."""
 
     return Exporter
@@ -251,7 +212,7 @@ def _own_dtypes() -> Iterator[None]:
         utils.cast_leaf_tensors = theirs
 
 
-def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any], type]:
+def _sample(model: PyObject) -> tuple[dict[str, Any], dict[str, Any], type]:
     """A call with a past and with padding, which of its sizes are free, and the class of what the model returns."""
     from torch.export import Dim
     from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
@@ -287,65 +248,8 @@ def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Any], type]:
     return {**call, PAST: past, "use_cache": True, "return_dict": True}, free, type(result)
 
 
-def _signature(model: Any, graph: Any, past: Any, result: type) -> dict[str, Any]:
-    """What calls of the graph need to know; ``Declined`` where the graph is not of the module's form."""
-    ends_in = {value.name.removeprefix("input."): value for value in graph.graph.inputs}
-    ends_out = {value.name.removeprefix("output."): value for value in graph.graph.outputs}
-    cache = [{part: f"{CACHE}.{n}.{part}" for part in parts_of(layer)} for n, layer in enumerate(past.layers)]
-    leaves = {name for layer in cache for name in layer.values()}
-    if unread := sorted(leaves - ends_in.keys()):
-        raise Declined(f"the traced model does not read {unread[0]}")
-    if missing := sorted(leaves - ends_out.keys()) + ["logits"] * ("logits" not in ends_out):
-        raise Declined(f"the traced model does not return {missing[0]}")
-    mask = ends_in.get("attention_mask")
-    if mask is None or not mask.uses():
-        raise Declined("it does not read attention_mask, so padded rows would go wrong in an engine with a cache")
-    for value in (*graph.graph.inputs, *graph.graph.outputs):
-        if value.dtype is None or value.shape is None:
-            raise Declined(f"{value.name} has no known dtype and shape in the graph")
-
-    def described(layer: dict[str, str], part: str) -> dict[str, Any]:
-        value, out = ends_in[layer[part]], ends_out[layer[part]]
-        about = {"input": value.name, "output": out.name, "dtype": _dtype(value)}
-        sizes = [int(str(size)) for at, size in enumerate(value.shape) if at and not (part in ATTENTION and at == 2)]
-        return about | ({"heads": sizes[0], "size": sizes[1]} if part in ATTENTION else {"shape": sizes})
-
-    config = model.config
-    return {
-        "kind": "causal_lm",
-        "architecture": type(model).__name__,
-        "model_type": config.model_type,
-        "config": json.loads(config.to_json_string(use_diff=False)),
-        "generation_config": json.loads(model.generation_config.to_json_string(use_diff=False)),
-        "parameters": [name for name in inspect.signature(type(model).forward).parameters if name != "self"],
-        "inputs": {name: {"input": v.name, "dtype": _dtype(v)} for name, v in ends_in.items() if name not in leaves},
-        "logits": {"output": ends_out["logits"].name, "dtype": _dtype(ends_out["logits"])},
-        "cache": [{part: described(layer, part) for part in layer} for layer in cache],
-        "output_class": [result.__module__, result.__qualname__],
-        "own_class": not type(model).__module__.startswith("transformers."),
-        "own_generation": own_generation(type(model)),
-        "use_cache": bool(getattr(config.get_text_config(), "use_cache", True)),
-        "vocab_size": config.get_text_config().vocab_size,
-    }
-
-
-def own_generation(cls: type) -> list[str]:
-    """What of ``generate`` the model's own class defines, beside what transformers' class defines that it builds on."""
-    from transformers import GenerationMixin
-
-    theirs = {name for name in dir(GenerationMixin) if not name.startswith("__")} - set(dir(nn.Module))
-    own = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("transformers", "torch", "builtins")]
-    return sorted({name for c in own for name in vars(c) if name in theirs})
-
-
-def _dtype(value: Any) -> str:
-    from onnx_ir.tensor_adapters import to_torch_dtype
-
-    return str(to_torch_dtype(value.dtype)).removeprefix("torch.")
-
-
 @contextlib.contextmanager
-def _sdpa_or_eager(model: Any) -> Iterator[None]:
+def _sdpa_or_eager(model: PyObject) -> Iterator[None]:
     """Attention in a form that traces: flash and flex kernels have no ONNX form, sdpa or eager is the same function.
 
     A function that the user registered is another one, and stays.

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from moeopt.causal_lm.layers import STATES, parts_of
 from moeopt.errors import Declined
 from moeopt.lower.onnx.experts_node import DOMAIN
+from moeopt.value_types import PyObject
 
 OP = "Recurrence"
 """``moeopt::Recurrence(tokens..., states...) {mixer}`` stands in a traced graph until a Scan takes its place."""
@@ -48,7 +49,7 @@ class Mixer:
     layer: int
     states: list[str]
 
-    def arguments(self, tokens: Sequence[Tensor], cache: Any) -> tuple[Any, Any]:
+    def arguments(self, tokens: Sequence[Tensor], cache: PyObject) -> tuple[Any, Any]:
         """Its call with other tensors and another cache."""
         leaves = list(self.leaves)
         leaves[self.cache] = cache
@@ -64,14 +65,48 @@ class Mixer:
         tokens = [self.leaves[n] for n in self.tokens]
         return [t.expand(len(states[0]), *t.shape[1:]).clone() for t in tokens], states
 
-    def results(self, tensors: Sequence[Tensor]) -> Any:
+    def results(self, tensors: Sequence[Tensor]) -> PyObject:
         """What it returns, with other tensors."""
         left = iter(tensors)
         ends = [next(left) if isinstance(end, Tensor) else end for end in self.ends]
         return pytree.tree_unflatten(ends, self.result)
 
 
-def find_mixers(model: nn.Module, run: Callable[[Any], Any], cache: Any, size: tuple[int, int]) -> list[Mixer]:
+class _Watched(dict[int, Tensor]):
+    """The states of one kind of one layer, by number; ``read`` hears of each that is read."""
+
+    layer: int
+    kind: str
+    read: Callable[[int, str], None]
+
+    def __getitem__(self, number: int) -> Tensor:
+        self.read(self.layer, f"{self.kind}.{number}")
+        return super().__getitem__(number)
+
+
+def _watch_states(cache: PyObject, read: Callable[[int, str], None]) -> None:
+    """Call ``read(layer, state)`` whenever a state of ``cache`` is read."""
+    for number, layer in enumerate(cache.layers):
+        for kind in STATES:
+            if hasattr(layer, kind):
+                watched = _Watched(getattr(layer, kind))
+                watched.layer, watched.kind, watched.read = number, kind, read
+                setattr(layer, kind, watched)
+
+
+def _no_row_a_token(tokens: Sequence[Tensor], ends: Sequence[Any], size: tuple[int, int]) -> str:
+    """Why a call of ``size`` = (B, S) does not go token by token, by shapes; "" where it does."""
+    rule = f"that has not one row for each of {size[1]} tokens"
+    for tensor in tokens:
+        if tensor.dim() < 2 or tensor.shape[1] != size[1]:
+            return f"takes a tensor {tuple(tensor.shape)} {rule}"
+    for end in ends:
+        if isinstance(end, Tensor) and tuple(end.shape[:2]) != size:
+            return f"returns a tensor {tuple(end.shape)} {rule}"
+    return ""
+
+
+def find_mixers(model: nn.Module, run: Callable[[Any], Any], cache: PyObject, size: tuple[int, int]) -> list[Mixer]:
     """The modules of ``model`` that keep recurrent states, in the order of their calls.
 
     Args:
@@ -88,26 +123,12 @@ def find_mixers(model: nn.Module, run: Callable[[Any], Any], cache: Any, size: t
     calls: list[tuple[nn.Module, Any]] = []
     touched: dict[int, set[tuple[int, str]]] = {}
     found: list[Mixer] = []
+    _watch_states(cache, lambda layer, state: touched.setdefault(id(calls[-1][0]), set()).add((layer, state)))
 
-    class Watched(dict[int, Tensor]):
-        place: tuple[int, str]
-
-        def __getitem__(self, number: int) -> Tensor:
-            layer, kind = self.place
-            touched.setdefault(id(calls[-1][0]), set()).add((layer, f"{kind}.{number}"))
-            return super().__getitem__(number)
-
-    for number, layer in enumerate(cache.layers):
-        for kind in STATES:
-            if hasattr(layer, kind):
-                watched = Watched(getattr(layer, kind))
-                watched.place = (number, kind)
-                setattr(layer, kind, watched)
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(module: nn.Module, args: PyObject, kwargs: PyObject) -> None:
         calls.append((module, (args, kwargs)))
 
-    def leave(module: nn.Module, args: Any, result: Any) -> None:
+    def leave(module: nn.Module, args: PyObject, result: PyObject) -> None:
         _, call = calls.pop()
         places = touched.pop(id(module), set())
         if not any(state.startswith("recurrent_states") for _, state in places):
@@ -117,15 +138,12 @@ def find_mixers(model: nn.Module, run: Callable[[Any], Any], cache: Any, size: t
         tokens = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         caches = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Cache)]
         layers = {layer for layer, _ in places}
-        why = None
         if any(other.module is module for other in found):
             why = "is called twice"
         elif len(layers) != 1 or len(caches) != 1:
             why = f"works on {len(layers)} layers of {len(caches)} caches"
-        elif odd := [leaves[n] for n in tokens if leaves[n].dim() < 2 or leaves[n].shape[1] != size[1]]:
-            why = f"takes a tensor {tuple(odd[0].shape)} that has not one row for each of {size[1]} tokens"
-        elif odd := [end for end in ends if isinstance(end, Tensor) and tuple(end.shape[:2]) != size]:
-            why = f"returns a tensor {tuple(odd[0].shape)} that has not one row for each of {size[1]} tokens"
+        else:
+            why = _no_row_a_token([leaves[n] for n in tokens], ends, size)
         if why:
             raise Declined(f"{names[id(module)]} keeps a recurrent state and {why}")
         states = sorted(state for _, state in places)
@@ -156,7 +174,7 @@ def stepping(mixers: Sequence[Mixer]) -> Iterator[None]:
     from transformers import Cache
 
     def stand_in(number: int, mixer: Mixer) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: PyObject, **kwargs: PyObject) -> PyObject:
             leaves, form = pytree.tree_flatten((args, kwargs), is_leaf=lambda value: isinstance(value, Cache))
             tokens = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             if form != mixer.form or tokens != mixer.tokens:

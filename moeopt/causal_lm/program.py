@@ -18,6 +18,7 @@ from moeopt.causal_lm.layers import make_layer, parts_of
 from moeopt.causal_lm.mixers import Mixer
 from moeopt.errors import Declined
 from moeopt.patches import one_trace, quiet
+from moeopt.value_types import FxTarget, PyObject
 
 APART = 1e-5
 """How far the two programs may be apart, relative to the largest value: both round in float32, in another order."""
@@ -86,11 +87,14 @@ def operations(mixer: Mixer, size: int) -> int:
     class CountOps(TorchDispatchMode):
         number = 0
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+        ) -> PyObject:
             self.number += 1
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), CountOps() as count:
+    count = CountOps()  # type: ignore[no-untyped-call]  # torch
+    with torch.no_grad(), count:
         MixerProgram(mixer)(weights, sized(tokens, size), states)
     return count.number
 

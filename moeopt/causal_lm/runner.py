@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moeopt.causal_lm.cache import past_length, read_cache, write_cache
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
 _ORIGINAL = "run the original model"
@@ -85,20 +86,20 @@ class CausalLM:
         return found
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PyObject:
         """The model's config, as transformers reads it."""
         return self._generator().config
 
     @property
-    def generation_config(self) -> Any:
+    def generation_config(self) -> PyObject:
         """The defaults of :meth:`generate`; assign it or its fields to change them."""
         return self._generator().generation_config
 
     @generation_config.setter
-    def generation_config(self, value: Any) -> None:
+    def generation_config(self, value: PyObject) -> None:
         self._generator().generation_config = value
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         """What the model's own forward takes: ``input_ids`` (B, S), and optionally ``attention_mask`` (B, P+S),
         ``position_ids`` (B, S), ``past_key_values``, ``use_cache``, ``return_dict``, ``logits_to_keep``.
 
@@ -124,7 +125,7 @@ class CausalLM:
             return self._result(logits, write_cache(cache, grown), given.get("return_dict"))
         return self._result(logits, None, given.get("return_dict"))
 
-    def feeds(self, **given: Any) -> dict[str, Tensor]:
+    def feeds(self, **given: PyObject) -> dict[str, Tensor]:
         """The graph's inputs by name for a call of the model by keywords."""
         past = read_cache(given.get("past_key_values"), self.signature["cache"], len(given["input_ids"]), self.device)
         cached = past_length(past)
@@ -150,7 +151,7 @@ class CausalLM:
             log.addFilter(_not_an_engine)
         return True
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         """``GenerationMixin.generate``: greedy, sampling, beams, streamers, stopping criteria and the rest.
 
         Raises:
@@ -158,7 +159,7 @@ class CausalLM:
         """
         return self._generator().generate(*args, **kwargs)
 
-    def _generator(self) -> Any:
+    def _generator(self) -> PyObject:
         if self._shell is None:
             from moeopt.causal_lm.generate import shell
 
@@ -231,11 +232,11 @@ class CausalLM:
         cached = given.get("past_key_values") is not None or (self.signature["use_cache"] if use is None else use)
         return not cached and position.dim() == 2 and bool((position.diff(dim=-1) != 1).any())
 
-    def result(self, logits: Tensor, return_dict: bool | None = None) -> Any:
+    def result(self, logits: Tensor, return_dict: bool | None = None) -> PyObject:
         """``logits`` (B, N, V) as a call without a cache returns them."""
         return self._result(logits, None, return_dict)
 
-    def _result(self, logits: Tensor, cache: Any, return_dict: bool | None) -> Any:
+    def _result(self, logits: Tensor, cache: PyObject, return_dict: bool | None) -> PyObject:
         if return_dict is False:
             return (logits,) if cache is None else (logits, cache)
         fields = {"logits": logits} if cache is None else {"logits": logits, "past_key_values": cache}
@@ -250,7 +251,7 @@ def _not_an_engine(record: logging.LogRecord) -> bool:
     return not re.match(r"The model '(Optimized|OnnxEngine|TensorRTEngine|CausalLM)' is not supported", str(record.msg))
 
 
-def _kept(wanted: Any, new: int) -> Tensor:
+def _kept(wanted: PyObject, new: int) -> Tensor:
     """Positions of ``logits_to_keep``, read as the model reads it: a number counts from the end (0 and None keep all),
     and anything else is an index of the positions.
 
@@ -268,7 +269,7 @@ def _kept(wanted: Any, new: int) -> Tensor:
     return kept
 
 
-def _output_class(module: str, name: str) -> Any:
+def _output_class(module: str, name: str) -> PyObject:
     """The model's own output class if it is one of transformers'; else a plain one with attributes."""
     if module.split(".")[0] == "transformers":
         try:

@@ -20,12 +20,13 @@ from moeopt.lower.onnx.branch import one_or_many
 from moeopt.lower.onnx.experts_node import DOMAIN
 from moeopt.lower.onnx.export import to_onnx
 from moeopt.lower.onnx.scan import scan_tokens
+from moeopt.value_types import PyObject
 
 SIZES = (517, 1031)
 """Numbers of tokens at which operations are counted: more than any chunk in use, and multiples of none."""
 
 
-def replace_mixers(model: Any, mixers: Sequence[Mixer]) -> bool:
+def replace_mixers(model: PyObject, mixers: Sequence[Mixer]) -> bool:
     """The programs of its mixer in the place of each ``moeopt::Recurrence`` node of an ``onnx_ir.Model``.
 
     Returns:
@@ -107,7 +108,7 @@ def _settings(module: nn.Module) -> list[Any]:
     """The attributes of a module and its children that are neither tensors nor its place in the model."""
     simple = (bool, int, float, str, type(None))
 
-    def plain(value: Any) -> bool:
+    def plain(value: PyObject) -> bool:
         return isinstance(value, simple) or (isinstance(value, tuple | list) and all(map(plain, value)))
 
     return [
@@ -116,7 +117,7 @@ def _settings(module: nn.Module) -> list[Any]:
     ]
 
 
-def _weight(graph: Any, name: str, tensor: Tensor) -> Any:
+def _weight(graph: PyObject, name: str, tensor: Tensor) -> PyObject:
     import onnx_ir as ir
     from onnx_ir.tensor_adapters import TorchTensor
 
@@ -126,7 +127,7 @@ def _weight(graph: Any, name: str, tensor: Tensor) -> Any:
     return value
 
 
-def _bound(model: Any, weights: Sequence[Any]) -> Any:
+def _bound(model: PyObject, weights: Sequence[Any]) -> PyObject:
     """A copy of ``model`` whose first inputs are ``weights``."""
     import onnx_ir as ir
 

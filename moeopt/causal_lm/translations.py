@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 from moeopt.errors import Declined
 from moeopt.lower.onnx.translate import table
 from moeopt.patches import Patch, replace
+from moeopt.value_types import PyObject
 
 _NAME = "_ONNX_TRANSLATION_TABLE"
 
 
 @contextlib.contextmanager
-def own_translations(exporter: Any) -> Iterator[None]:
+def own_translations(exporter: PyObject) -> Iterator[None]:
     """While open, ``transformers.exporters.exporter_onnx`` translates with :func:`moeopt.lower.onnx.translate.table`.
 
     Raises:
@@ -35,5 +35,5 @@ def own_translations(exporter: Any) -> Iterator[None]:
 
 
 @functools.cache
-def _patch_of(exporter: Any) -> Patch:
+def _patch_of(exporter: PyObject) -> Patch:
     return Patch(lambda: replace(exporter, _NAME, lambda theirs, _: table() | theirs))

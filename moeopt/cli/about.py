@@ -10,6 +10,7 @@ from typing import Any
 
 from moeopt.bundle.manifest import read_manifest
 from moeopt.untrusted import cleaned, shown_line
+from moeopt.value_types import PyObject
 
 RUNTIMES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13")
 _LISTS = ("inputs", "holds where", "lowerings", "blocks", "profiles")
@@ -76,13 +77,13 @@ def print_facts(facts: dict[str, Any]) -> None:
             print(f"{name if i == 0 else '':{width}}{shown_line(line)}")
 
 
-def _words(value: Any) -> str:
+def _words(value: PyObject) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {_range(v)}" for k, v in value.items()) or "fixed"
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def _range(bounds: Any) -> str:
+def _range(bounds: PyObject) -> str:
     low, high = bounds
     return f"from {low}" + ("" if high is None else f" to {high}")
 

@@ -27,6 +27,7 @@ from moeopt.cli.target import FORMS, find_target, load_target
 from moeopt.errors import MoeoptError, UsageError
 from moeopt.html import check_target
 from moeopt.limits import LoadLimits
+from moeopt.value_types import PyObject
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -233,7 +234,7 @@ def build_kernels(as_json: AsJson = False) -> None:
         print_facts({"library": path, **said})
 
 
-def _api() -> Any:
+def _api() -> PyObject:
     return importlib.import_module("moeopt.api")
 
 
@@ -241,7 +242,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _progress(quiet: bool) -> Any:
+def _progress(quiet: bool) -> PyObject:
     """None: a bar on a terminal, unless it was told to be quiet; elsewhere a line for each step."""
     if quiet or sys.stderr.isatty():
         return None
@@ -253,7 +254,7 @@ def _say_unless(quiet: bool, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _show(thing: Any) -> None:
+def _show(thing: PyObject) -> None:
     """With colours on a terminal, as plain text elsewhere."""
     if sys.stdout.isatty() and hasattr(thing, "__rich__"):
         from rich.console import Console
@@ -263,7 +264,7 @@ def _show(thing: Any) -> None:
         print(thing)
 
 
-def _print_json(data: Any) -> None:
+def _print_json(data: PyObject) -> None:
     print(json.dumps(data, indent=2, allow_nan=False))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 TASKS = {
     "text-generation": "AutoModelForCausalLM",
@@ -98,7 +99,7 @@ def auto_class(path: Path, task: str | None) -> str:
     return "AutoModelForCausalLM"
 
 
-def _names(mapping: Any) -> set[str]:
+def _names(mapping: PyObject) -> set[str]:
     """The classes that a mapping of transformers names; one type of model may have several."""
     return {name for value in mapping.values() for name in (value if isinstance(value, tuple) else (value,))}
 

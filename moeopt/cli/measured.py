@@ -10,11 +10,12 @@ import torch
 
 from moeopt.errors import UsageError
 from moeopt.inspection import Inspection, inspect
+from moeopt.value_types import PyObject
 
 REPEATS = 7
 
 
-def figures(model: Any, optimized: Any) -> dict[str, Any]:
+def figures(model: PyObject, optimized: PyObject) -> dict[str, Any]:
     """What ``Report.to_html`` takes besides: ``timings`` in seconds, and an ``inspection`` where there can be one.
 
     An engine that cannot run here is not timed.
@@ -26,7 +27,7 @@ def figures(model: Any, optimized: Any) -> dict[str, Any]:
     return found if inspection is None else {**found, "inspection": inspection}
 
 
-def timings(model: Any, optimized: Any) -> dict[str, float]:
+def timings(model: PyObject, optimized: PyObject) -> dict[str, float]:
     """Seconds of one call on the inputs that the model was optimised with: the quickest of some, in turns."""
     args, kwargs = optimized._call
     original = model.module() if isinstance(model, torch.export.ExportedProgram) else model
@@ -41,7 +42,7 @@ def timings(model: Any, optimized: Any) -> dict[str, float]:
     return best
 
 
-def _inspection(model: Any) -> Inspection | None:
+def _inspection(model: PyObject) -> Inspection | None:
     try:
         return inspect(model)
     except UsageError:  # an ExportedProgram: the page has no section of memory then

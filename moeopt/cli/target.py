@@ -18,6 +18,7 @@ from moeopt.bundle.manifest import is_bundle
 from moeopt.cli.early import check_code
 from moeopt.cli.hugging_face import TASKS, cached_directory, load, weight_files
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 FORMS = (
     "give module:factory, file.py:factory, a Hugging Face model directory or the name of a cached model, or a "
@@ -109,7 +110,7 @@ def check_data(target: str) -> tuple[str, str]:
     return where, name
 
 
-def load_data(target: str) -> Any:
+def load_data(target: str) -> PyObject:
     """What the function of ``module:function`` or ``file.py:function`` returns: batches, or one call's inputs.
 
     ``UsageError`` says what is wrong with the target, the file and line in the user's code included.
@@ -135,13 +136,13 @@ def _factory(where: str, name: str, target: str) -> Callable[[], Any]:
         raise
     except Exception as err:
         raise UsageError(f"{target}: importing {where} failed: {_format_error(err)}") from err
-    factory = getattr(module, name, None)
+    factory: Callable[[], Any] | None = getattr(module, name, None)
     if not callable(factory):
         raise UsageError(f"{target}: {where} has no function {name!r}")
     return factory
 
 
-def _call(factory: Callable[[], Any], target: str) -> Any:
+def _call(factory: Callable[[], Any], target: str) -> PyObject:
     try:
         return factory()
     except Exception as err:

@@ -12,9 +12,10 @@ from torch import nn
 from moeopt.capture.tape import record
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, UsageError
+from moeopt.value_types import PyObject
 
 
-def as_call(example_inputs: Any) -> ArgsKwargs:
+def as_call(example_inputs: PyObject) -> ArgsKwargs:
     """(args, kwargs) of a tensor, a tuple of positional arguments, or a Mapping of keyword arguments."""
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
@@ -96,7 +97,7 @@ def made_up(model: nn.Module, seed: int) -> ArgsKwargs:
     )
 
 
-def _token_ids(model: nn.Module, config: Any, generator: torch.Generator) -> ArgsKwargs:
+def _token_ids(model: nn.Module, config: PyObject, generator: torch.Generator) -> ArgsKwargs:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None)
     if not vocabulary:
@@ -129,7 +130,7 @@ def _rows_that_run(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return ids
 
 
-def _pixels(model: nn.Module, config: Any, generator: torch.Generator) -> ArgsKwargs:
+def _pixels(model: nn.Module, config: PyObject, generator: torch.Generator) -> ArgsKwargs:
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     sizes = (size, size) if isinstance(size, int) else size
     if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or not isinstance(channels, int):

@@ -20,10 +20,11 @@ from moeopt.errors import NotSaveableError
 from moeopt.lower.export import avoid_size_one, export_program
 from moeopt.passes.base import Pass, PassRecord
 from moeopt.rewrite.install import rewritten_forward
+from moeopt.value_types import PyObject
 
 
 def run(
-    module: Any, example_inputs: Any, passes: Sequence[Pass], **fields: Any
+    module: PyObject, example_inputs: PyObject, passes: Sequence[Pass], **fields: PyObject
 ) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
     """See ``moeopt.passes.run``."""
     done = optimize(module, example_inputs, passes=tuple(passes), **fields)
@@ -43,7 +44,7 @@ def as_graph_module(model: nn.Module, call: ArgsKwargs) -> fx.GraphModule:
         with torch.no_grad():
             args, kwargs = avoid_size_one(model, *call)
         program = export_program(model, args, kwargs, frozen=False)  # the module's weights may change
-        exported: fx.GraphModule = program.module()  # type: ignore[assignment]
+        exported: fx.GraphModule = program.module()
         return exported
     except NotSaveableError as err:
         warnings.warn(f"the GraphModule holds {type(model).__name__} as one call: {err}", stacklevel=4)

@@ -8,6 +8,7 @@ from typing import Any
 
 from moeopt.html import svg
 from moeopt.html.names import short_names
+from moeopt.value_types import PyObject
 
 NAME, ROOM, ROW, RIGHT = 160.0, 400.0, 20.0, 30.0
 BINS = 8
@@ -86,14 +87,14 @@ class _Axis:
         logs = [math.log10(v) for v in map(_finite, values) if v > 0] or [-8.0]
         self.low, self.high = math.floor(min(logs)), math.floor(max(logs)) + 1
 
-    def log(self, value: Any) -> float:
+    def log(self, value: PyObject) -> float:
         number = _finite(value)
         return min(max(math.log10(number), self.low), self.high - 1e-9) if number > 0 else float(self.low)
 
     def place(self, log: float) -> float:
         return NAME + ROOM * (log - self.low) / (self.high - self.low)
 
-    def at(self, value: Any) -> float:
+    def at(self, value: PyObject) -> float:
         return self.place(self.log(value))
 
     def draw(self, top: float, bottom: float) -> Iterator[str]:
@@ -103,11 +104,11 @@ class _Axis:
             yield svg.label(x, bottom + 14, f"1e{decade}", anchor="middle", cls="small")
 
 
-def _finite(value: Any) -> float:
+def _finite(value: PyObject) -> float:
     """A distance as a number; what is not finite as a large one."""
     number = float(value)
     return number if math.isfinite(number) else 1e3
 
 
-def _words(value: Any) -> str:
+def _words(value: PyObject) -> str:
     return f"{float(value):.1e}"

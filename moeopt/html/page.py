@@ -19,6 +19,7 @@ from moeopt.html import graph, heat
 from moeopt.html.certificate import certificate_view
 from moeopt.html.load import load_views
 from moeopt.html.numbers import memory_view, ratio, speed_view
+from moeopt.value_types import PyObject
 
 _HERE = Path(__file__).parent
 
@@ -150,6 +151,6 @@ def what_passed(certificate: Mapping[str, Any], left: int) -> str:
     return f": what was rewritten{whole}{rest}"
 
 
-def distance(value: Any) -> str:
+def distance(value: PyObject) -> str:
     """A relative distance in two figures; a dash where there is none."""
     return "–" if value is None else f"{float(value):.1e}"

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from moeopt.html.numbers import ratio, size
+from moeopt.value_types import PyObject
 
 SHOWN = 40
 """Rows that a notebook shows; the text and the JSON have all."""
@@ -78,5 +79,5 @@ def inspection_table(found: Mapping[str, Any]) -> str:
     return table(f"moeopt inspect: {found['model']}", ("", ""), rows)
 
 
-def _distance(value: Any) -> str:
+def _distance(value: PyObject) -> str:
     return "" if value is None else f"{float(value):.1e}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.errors import CheckpointError
+from moeopt.value_types import PyObject
 
 LARGEST_HEADER = 100_000_000
 """The limit of the safetensors library itself."""
@@ -70,7 +71,7 @@ def _header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[str, list[int], int]:
+def _entry(path: Path, name: str, entry: PyObject) -> tuple[str, list[int], int]:
     shape = entry.get("shape") if isinstance(entry, dict) else None
     if not isinstance(shape, list) or not all(isinstance(s, int) and s >= 0 for s in shape):
         raise _damaged(path, f"the entry of tensor {name!r} has no shape")

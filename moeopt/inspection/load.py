@@ -19,6 +19,7 @@ from torch import nn
 
 from moeopt.errors import UsageError
 from moeopt.inspection.headers import Stored, stored_weights
+from moeopt.value_types import PyObject
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM",
         "AutoModelForImageClassification", "AutoModel")  # fmt: skip
@@ -37,7 +38,7 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def load(target: Any, trust_remote_code: bool = False) -> Loaded:
+def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
     """The model to inspect.
 
     Raises:
@@ -112,7 +113,7 @@ def _from_dict(fields: dict[str, Any], where: str, directory: Path | None, trust
     return _built(config, name, "config", notes, where)
 
 
-def _built(config: Any, name: str, source: str, notes: list[str], where: str = "") -> Loaded:
+def _built(config: PyObject, name: str, source: str, notes: list[str], where: str = "") -> Loaded:
     transformers = _transformers(where or "a config")
     chosen = _auto_class(transformers, config)
     if chosen is None:
@@ -130,7 +131,7 @@ def _built(config: Any, name: str, source: str, notes: list[str], where: str = "
     return Loaded(model, name, source, None, notes)
 
 
-def _auto_class(transformers: Any, config: Any) -> Any:
+def _auto_class(transformers: PyObject, config: PyObject) -> PyObject:
     """The Auto class whose model the config's ``architectures`` names, else the first that knows the config.
 
     A config of several parts (vision, text) is a model of several parts where there is one.
@@ -148,7 +149,7 @@ def _auto_class(transformers: Any, config: Any) -> Any:
     return autos[0] if autos else None
 
 
-def _by_architecture(transformers: Any, fields: dict[str, Any]) -> Any:
+def _by_architecture(transformers: PyObject, fields: dict[str, Any]) -> PyObject:
     """The config class of a model of transformers that ``architectures`` names: such models share another's code."""
     for name in fields.get("architectures") or ():
         found = getattr(transformers, str(name), None)
@@ -157,7 +158,9 @@ def _by_architecture(transformers: Any, fields: dict[str, Any]) -> Any:
     return None
 
 
-def _remote(transformers: Any, fields: dict[str, Any], where: str, directory: Path | None, trust: bool) -> nn.Module:
+def _remote(
+    transformers: PyObject, fields: dict[str, Any], where: str, directory: Path | None, trust: bool
+) -> nn.Module:
     kind = fields.get("model_type")
     if kind is None and not fields.get("auto_map"):
         raise UsageError(f"{where} has no field model_type, so nothing tells which model it is for: add it")
@@ -181,7 +184,7 @@ def _remote(transformers: Any, fields: dict[str, Any], where: str, directory: Pa
     return model
 
 
-def _refuse_missing(config_class: Any, fields: dict[str, Any], where: str) -> None:
+def _refuse_missing(config_class: PyObject, fields: dict[str, Any], where: str) -> None:
     """``UsageError`` where a size is missing that the class would fill in with that of its default model."""
     nested = [(k, c) for k, c in getattr(config_class, "sub_configs", {}).items() if isinstance(fields.get(k), dict)]
     text = [(c, fields[k], f"{k}.") for k, c in nested if "text" in k]
@@ -209,7 +212,7 @@ def _refuse_missing(config_class: Any, fields: dict[str, Any], where: str) -> No
             )
 
 
-def _transformers(where: str) -> Any:
+def _transformers(where: str) -> PyObject:
     try:
         import transformers
     except ImportError:

@@ -20,6 +20,7 @@ from moeopt.errors import UsageError
 from moeopt.inspection.structure import MoEBlock
 from moeopt.inspection.tree import Tree, parent, within
 from moeopt.patches import no_fake_tensor_errors
+from moeopt.value_types import FxTarget, PyObject
 
 TOKENS = 4
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "linear", "grouped_mm_fallback")
@@ -46,7 +47,7 @@ class _Enough(Exception):
 
 class _Watch(TorchDispatchMode):
     def __init__(self, experts: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.experts, self.top_k = experts, 0
         self.before: list[str] = []
         self.then: list[str] = []
@@ -54,7 +55,9 @@ class _Watch(TorchDispatchMode):
         self.sorted = False
         self.maxima: list[torch.Tensor] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
         name = func.overloadpacket.__name__
         if self.top_k and name in _PRODUCTS:
             raise _Enough  # the experts begin
@@ -73,7 +76,7 @@ class _Watch(TorchDispatchMode):
             self.then.append("renormalised")
         return out
 
-    def _over_experts(self, name: str, args: Any, scores: torch.Tensor) -> None:
+    def _over_experts(self, name: str, args: PyObject, scores: torch.Tensor) -> None:
         if name in _SCORES:
             (self.then if self.top_k else self.before).append(_SCORES[name])
         elif name == "topk":
@@ -85,7 +88,7 @@ class _Watch(TorchDispatchMode):
         elif name in ("sort", "argsort") and scores.is_floating_point():
             self.sorted = True
 
-    def _by_row(self, args: Any) -> bool:
+    def _by_row(self, args: PyObject) -> bool:
         other = args[1] if len(args) > 1 else None
         return isinstance(other, torch.Tensor) and other.dim() > 0 and other.shape[-1] == 1
 

@@ -15,14 +15,13 @@ from moeopt.inspection.shapes import FFN, ffn_of
 from moeopt.inspection.structure import MoEBlock
 from moeopt.inspection.tree import Tree, parent, within
 
-ROLES = ("experts", "shared", "router", "ffn", "other", "head", "embedding", "elsewhere")
-"""``other`` is attention, norms and the rest; ``elsewhere`` no text token passes (the vision tower)."""
-
 
 @dataclass
 class Roles:
     """Attributes:
-    of: parameter name -> role; an embedding that is the head too has the role ``tied``.
+    of: parameter name -> role: ``experts``, ``shared``, ``router``, ``ffn``, ``head``, ``embedding``, ``tied`` (an
+        embedding that is the head too), ``other`` (attention, norms and the rest) or ``elsewhere`` (parts that no text
+        token passes, such as a vision tower).
     layers: paths of the layers.
     shared: block path -> the feed-forward networks that every token of its layer passes.
     """

@@ -15,10 +15,11 @@ from moeopt.inspection.roles import Roles, assign
 from moeopt.inspection.roofline import ForwardPass, bound, expected_hit, parts_of
 from moeopt.inspection.structure import ExpertGroup, MoEBlock, find_blocks, stacks
 from moeopt.inspection.tree import Tree
+from moeopt.value_types import PyObject
 
 
 def inspect(
-    model_or_config_or_dir: Any,
+    model_or_config_or_dir: PyObject,
     *,
     batch: int = 1,
     prompt: int = 512,
@@ -46,11 +47,7 @@ def inspect(
         UsageError: no model can be made of what was given, or an argument is wrong; the message says the way out.
         CheckpointError: a safetensors header is damaged.
     """
-    for name, value in (("batch", batch), ("prompt", prompt), ("top_k", top_k)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UsageError(f"{name}={value!r} must be a whole number from 1 on")
-    if bits not in BITS:
-        raise UsageError(f"bits={bits!r} must be one of {', '.join(map(str, BITS))}")
+    _check_numbers(bits, batch=batch, prompt=prompt, top_k=top_k)
     loaded = load(model_or_config_or_dir, trust_remote_code)
     tree = Tree(loaded.model)
     if not tree.tensors:
@@ -78,6 +75,14 @@ def inspect(
         loaded.name, loaded.source, len(roles.layers), _layers(tree, blocks), kinds, counts, on, fits(counts.all, on),
         bits, batch, run(batch * prompt), run(batch), loaded.stored, loaded.notes + notes,
     )  # fmt: skip
+
+
+def _check_numbers(bits: int, **counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UsageError(f"{name}={value!r} must be a whole number from 1 on")
+    if bits not in BITS:
+        raise UsageError(f"bits={bits!r} must be one of {', '.join(map(str, BITS))}")
 
 
 def _choose(tree: Tree, blocks: list[MoEBlock], top_k: int | None) -> tuple[dict[MoEBlock, Selection], list[str]]:
@@ -130,7 +135,7 @@ def _without_router(bank: ExpertGroup) -> MoEBlock:
     return MoEBlock(bank.owner, bank, bank.owner, frozenset(), bank.ffn.hidden)
 
 
-def _likeness(tree: Tree, block: MoEBlock) -> Any:
+def _likeness(tree: Tree, block: MoEBlock) -> PyObject:
     """Equal for blocks of one class with the same sizes and integer settings."""
     modules = [tree.modules[p] for p in (block.path, block.router_path)]
     settings = [

@@ -20,6 +20,7 @@ import torch
 
 from moeopt.errors import UsageError
 from moeopt.ir.specs import DTYPE_NAMES
+from moeopt.value_types import PyObject
 
 GETITEM = "getitem"
 """The op of a node that takes one of several results."""
@@ -149,7 +150,7 @@ def write_body(
     return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
 
-def _op(name: str) -> Any:
+def _op(name: str) -> PyObject:
     space, packet, overload = name.split(".")
     if space != "aten":
         raise ValueError(f"{name} is no ATen op")
@@ -159,7 +160,7 @@ def _op(name: str) -> Any:
     return op
 
 
-def _read(word: Any) -> Any:
+def _read(word: PyObject) -> PyObject:
     if isinstance(word, list):
         return [_read(w) for w in word]
     if isinstance(word, dict):
@@ -172,7 +173,7 @@ def _read(word: Any) -> Any:
     return word
 
 
-def _write(value: Any) -> Any:
+def _write(value: PyObject) -> PyObject:
     if isinstance(value, Value):
         return {"v": int(value)}
     if isinstance(value, RowCount):

@@ -23,26 +23,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeopt.errors import BundleError, UsageError
+from moeopt.ir.activations import ACTIVATION_TABLE
 from moeopt.untrusted import parse_json
 
-ACTIVATIONS = (
-    "silu",
-    "gelu",
-    "gelu_tanh",
-    "relu",
-    "relu2",
-    "sigmoid",
-    "tanh",
-    "swish",
-    "softcap",
-    "identity",
-    "leaky_relu",
-    "elu",
-    "mish",
-    "softplus",
-)
-"""``swish`` is x*sigmoid(alpha x); ``softcap`` is alpha*tanh(x/alpha); ``relu2`` is relu(x)^2;
-``leaky_relu`` has slope alpha below zero; ``elu`` has scale alpha below zero."""
+ACTIVATIONS = tuple(ACTIVATION_TABLE)
+"""The names of ``moeopt.ir.activations.ACTIVATION_TABLE``, where each is defined."""
 
 Rows = Literal["gate|up", "up|gate", "interleaved", "interleaved_up", "separate", "plain"]
 Layout = Literal["oi", "io"]
@@ -51,7 +36,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rows": ("gate|up", "up|gate", "interleaved", "interleaved_up", "separate", "plain"),
     "w_in_layout": ("oi", "io"),
     "w_out_layout": ("oi", "io"),
-    "activation": ACTIVATIONS,
     "weight_on": ("output", "input"),
     "out_of_range": ("nothing", "identity"),
     "combine": ("expert", "slot"),
@@ -109,7 +93,7 @@ class ExpertsSpec:
     """:meth:`encode`'s, of each instance; not annotated, so no field: torch.compile reads a plain attribute only."""
 
     def __post_init__(self) -> None:
-        for field, choices in _CHOICES.items():
+        for field, choices in (*_CHOICES.items(), ("activation", tuple(ACTIVATION_TABLE))):
             value = getattr(self, field)
             if value not in choices:
                 raise UsageError(f"ExpertsSpec.{field} is {value!r}; it must be one of {', '.join(choices)}")
@@ -117,7 +101,7 @@ class ExpertsSpec:
             value = getattr(self, field)
             if value not in DTYPE_NAMES:
                 raise UsageError(f"ExpertsSpec.{field} is {value!r}; it must be None or one of {DTYPE_NAMES[1:]}")
-        if self.activation in ("swish", "softcap", "leaky_relu", "elu") and self.alpha is None:
+        if ACTIVATION_TABLE[self.activation].alpha is not None and self.alpha is None:
             raise UsageError(f"ExpertsSpec.activation {self.activation!r} needs alpha")
         object.__setattr__(self, "text", self.encode())
 

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moeopt.errors import NotSaveableError
+from moeopt.value_types import FxTarget, PyObject
 
 _QUESTIONS = frozenset({
     Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist,
@@ -69,7 +70,9 @@ class Answers(TorchFunctionMode):
             if value is not None and not value.is_meta:
                 self._known[id(held)] = _ConstantRead(held, functools.partial(_same, value), frozenset([name]))
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
@@ -90,14 +93,17 @@ class Answers(TorchFunctionMode):
             return result
         call = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # the caller may change its lists
         compute = functools.cache(functools.partial(_computed, func, call[0], call[1], held))
-        roots = roots or frozenset([f"<{id(result)}>"])
+        self._remember(result, compute, roots or frozenset([f"<{id(result)}>"]))
+        return result
+
+    def _remember(self, result: PyObject, compute: Callable[[], Any], roots: frozenset[str]) -> None:
+        """The tensors of ``result`` are what ``compute`` gives."""
         if isinstance(result, Tensor):
             self._known[id(result)] = _ConstantRead(result, compute, roots)
         elif isinstance(result, (tuple, list)):
             for at, part in enumerate(result):
                 if isinstance(part, Tensor):
                     self._known[id(part)] = _ConstantRead(part, functools.partial(_part, compute, at), roots)
-        return result
 
 
 def _same(value: Tensor) -> Tensor:
@@ -109,7 +115,7 @@ def _part(compute: Callable[[], Any], at: int) -> Tensor:
     return part
 
 
-def _computed(func: Any, args: Any, kwargs: Any, held: Sequence[_ConstantRead]) -> Any:
+def _computed(func: FxTarget, args: PyObject, kwargs: PyObject, held: Sequence[_ConstantRead]) -> PyObject:
     """``func(*args, **kwargs)`` on the values of the constants ``held``, which are its tensors."""
     by_id = {id(k.alike): k for k in held}
     values = pytree.tree_map_only(Tensor, lambda t: by_id[id(t)].compute(), (args, kwargs))
@@ -123,7 +129,7 @@ def _untraced() -> Iterator[None]:
         yield
 
 
-def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
+def _writes(func: FxTarget, kwargs: dict[str, Any]) -> bool:
     """Whether a call may write to one of its operands: in place by name, by ``out=``, or by an assignment."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
@@ -147,7 +153,7 @@ class ConstantReads:
         self._model, self._values = model, _tensors(model)
         self.asked: set[str] = set()
 
-    def run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> PyObject:
         """``forward(*args, **kwargs)`` with questions about constants answered.
 
         Raises:

@@ -6,10 +6,10 @@ would hold for the sizes on one side of that number only, and the product has th
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.overrides import TorchFunctionMode
+
+from moeopt.value_types import FxTarget, PyObject
 
 _CDIST = torch.ops.aten.cdist.default
 _DIRECT = {torch.cdist: "donot_use_mm_for_euclid_dist", _CDIST: 2}
@@ -19,7 +19,9 @@ _LEFT_OPEN = {torch.cdist: "use_mm_for_euclid_dist_if_necessary", _CDIST: None}
 class DirectDistances(TorchFunctionMode):
     """While open, ``cdist`` asks for no size where the model leaves the form to PyTorch."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
         kwargs = dict(kwargs or {})
         if func is torch.cdist or func is _CDIST:
             given = dict(zip(("x1", "x2", "p", "compute_mode"), args, strict=False)) | kwargs

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from moeopt.bundle.holds import sentences
 from moeopt.bundle.shape_guards import holds, value_of
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.value_types import PyObject
 
 
 def other_sizes(signature: Mapping[str, Any], call: ArgsKwargs) -> list[ArgsKwargs]:
@@ -72,7 +73,7 @@ def _near(have: Mapping[str, int]) -> Iterator[dict[str, int]]:
                 yield {**have, dim: size + step}
 
 
-def _products(sizes: Mapping[str, int], have: Mapping[str, int], entries: Any) -> dict[str, int]:
+def _products(sizes: Mapping[str, int], have: Mapping[str, int], entries: PyObject) -> dict[str, int]:
     """Sizes that were the product of two others, of an input that lacks them (an id for each token of rows of tokens):
     a model that reads them so does not say so where it only indexes with them."""
     found: dict[str, int] = {}
@@ -85,7 +86,7 @@ def _products(sizes: Mapping[str, int], have: Mapping[str, int], entries: Any) -
     return found
 
 
-def _made(leaves: list[Any], entries: Any, conditions: Any, sizes: Mapping[str, int]) -> list[Any]:
+def _made(leaves: list[Any], entries: PyObject, conditions: PyObject, sizes: Mapping[str, int]) -> list[Any]:
     """The leaves in these sizes; a size that is computed from others is what its condition says."""
     made = [_resized(leaf, entry.get("shape", []), sizes) for leaf, entry in zip(leaves, entries, strict=True)]
     for number, entry in enumerate(entries):
@@ -98,7 +99,7 @@ def _made(leaves: list[Any], entries: Any, conditions: Any, sizes: Mapping[str, 
     return made
 
 
-def _resized(leaf: Any, shape: list[Any], sizes: Mapping[str, int]) -> Any:
+def _resized(leaf: PyObject, shape: list[Any], sizes: Mapping[str, int]) -> PyObject:
     for axis, dim in enumerate(shape):
         if isinstance(dim, str):
             leaf = _repeated(leaf, axis, sizes[dim])
@@ -114,4 +115,4 @@ def _repeated(leaf: torch.Tensor, axis: int, size: int) -> torch.Tensor:
 
 def _within(size: int, bounds: list[Any]) -> int:
     low, high = bounds
-    return max(low, size if high is None else min(size, high))
+    return int(max(low, size if high is None else min(size, high)))

@@ -15,6 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.value_types import PyObject
 
 
 def plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgsKwargs:
@@ -52,7 +53,7 @@ def open_dataclasses(call: ArgsKwargs) -> Iterator[None]:
             pytree._deregister_pytree_node(cls)
 
 
-def _values(tree: Any) -> Iterator[Any]:
+def _values(tree: PyObject) -> Iterator[Any]:
     """Every value on the way to the leaves, dataclasses in containers among them."""
     yield tree
     if isinstance(tree, dict):
@@ -67,7 +68,7 @@ def _values(tree: Any) -> Iterator[Any]:
         yield from _values(part)
 
 
-def free_sizes(tree: Any, ones: bool = True) -> Any:
+def free_sizes(tree: PyObject, ones: bool = True) -> PyObject:
     """The ``dynamic_shapes`` of a call whose sizes are all free, but those of 1 unless ``ones``.
 
     torch wants the shapes of a dataclass as a list.

@@ -23,6 +23,7 @@ from moeopt.errors import NotSaveableError
 from moeopt.lower.idle_draws import drop_idle_draws
 from moeopt.lower.specialization_guards import specialization_guards
 from moeopt.patches import one_trace, quiet
+from moeopt.value_types import PyObject
 
 
 def describe_call(program: torch.export.ExportedProgram) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def _shapes(program: torch.export.ExportedProgram) -> Iterator[tuple[int, Any]]:
             yield number, value.shape
 
 
-def _hint(size: Any) -> int:
+def _hint(size: PyObject) -> int:
     """The size in the traced call."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
@@ -109,7 +110,7 @@ def _symbols(program: torch.export.ExportedProgram) -> dict[str, str]:
     """Each symbol of the arguments' sizes, as the text that export's conditions write for it."""
     leaves: dict[int, str] = {}
 
-    def walk(value: Any, text: str) -> None:
+    def walk(value: PyObject, text: str) -> None:
         if isinstance(value, int):
             leaves[value] = text
         elif isinstance(value, dict):
@@ -136,7 +137,7 @@ def numbered(program: torch.export.ExportedProgram) -> dict[str, Any]:
     """
     count = itertools.count()
 
-    def walk(spec: pytree.TreeSpec) -> Any:
+    def walk(spec: pytree.TreeSpec) -> PyObject:
         if spec.is_leaf():
             return next(count)
         parts = [walk(child) for child in spec.children()]
@@ -149,12 +150,13 @@ def numbered(program: torch.export.ExportedProgram) -> dict[str, Any]:
         return tuple(parts) if spec.type is tuple else parts
 
     args, kwargs = walk(program.call_spec.in_spec)
+    by_keyword: dict[str, Any] = kwargs
     names = program.module_call_graph[0].signature.forward_arg_names or []
     starred: dict[str, Any] = {}
     for name, part in zip(names, args, strict=False):
         if of_star := re.fullmatch(r"(\w+)_(\d+)", name):
             starred.setdefault(of_star[1], {})[int(of_star[2])] = part
-    return starred | dict(zip(names, args, strict=False)) | kwargs
+    return starred | dict(zip(names, args, strict=False)) | by_keyword
 
 
 def _outputs(program: torch.export.ExportedProgram) -> list[dict[str, Any]]:
@@ -201,13 +203,6 @@ def read_buffers(program: torch.export.ExportedProgram) -> set[str]:
     }
 
 
-def unwritten(program: torch.export.ExportedProgram) -> list[str]:
-    """Buffers that the model writes and an engine leaves alone: its results do not depend on them."""
-    read = read_buffers(program)
-    specs = program.graph_signature.output_specs
-    return [s.target for s in specs if s.kind == OutputKind.BUFFER_MUTATION and s.target and s.target not in read]
-
-
 def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program with no op that writes to its arguments.
 
@@ -222,7 +217,8 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
                 "call eval() first, or make the draws an argument"
             )
     with one_trace, quiet():  # torch warns about its own use of tree specs
-        return program.run_decompositions({})
+        decomposed: torch.export.ExportedProgram = program.run_decompositions({})
+        return decomposed
 
 
 def _line_of(node: torch.fx.Node) -> str:
@@ -235,7 +231,7 @@ def _idle(node: torch.fx.Node) -> bool:
     """Whether a random op draws nothing: dropout outside training, attention without dropout."""
     named = {a.name: i for i, a in enumerate(node.target._schema.arguments)}  # type: ignore[union-attr]
 
-    def value(name: str) -> Any:
+    def value(name: str) -> PyObject:
         if name in node.kwargs:
             return node.kwargs[name]
         at = named.get(name)

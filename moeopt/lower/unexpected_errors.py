@@ -13,8 +13,6 @@ import re
 import traceback
 from collections.abc import Iterator
 
-from torch import fx
-
 from moeopt.errors import MoeoptError
 
 _LINE = re.compile(r'File "([^"]+)", line (\d+)(?:, in (\w+))?')
@@ -63,12 +61,6 @@ def format_location(err: BaseException) -> str:
             found.append(f"{file}:{number}" + (f", in {name}" if name else ""))
         link = link.__cause__
     return f" ({', '.join(dict.fromkeys(found))})" if found else ""
-
-
-def line_of(node: fx.Node) -> str:
-    """``File "...", line n, in f`` of the model's code that a node of a graph comes from, or ""."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
-    return lines[-1] if lines else ""
 
 
 def is_library(path: str) -> bool:

@@ -6,43 +6,20 @@ Shape legend: M rows, O = 2I (gated) or I (plain), I intermediate.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moeopt.ir.activations import activation_of
 from moeopt.ir.specs import ExpertsSpec
 
 
 def activate(g: Tensor, name: str, alpha: float | None) -> Tensor:
-    """``name`` of ``moeopt.ir.specs.ACTIVATIONS`` on ``g``, in the dtype of ``g``; never in place."""
-    if name == "silu":
-        return F.silu(g)
-    if name == "gelu":
-        return F.gelu(g)
-    if name == "gelu_tanh":
-        return F.gelu(g, approximate="tanh")
-    if name == "relu":
-        return F.relu(g)
-    if name == "relu2":
-        return torch.square(F.relu(g))
-    if name == "sigmoid":
-        return torch.sigmoid(g)
-    if name == "tanh":
-        return torch.tanh(g)
-    if name == "mish":
-        return F.mish(g)
-    if name == "softplus":
-        return F.softplus(g)
-    if name == "identity":
-        return g
-    assert alpha is not None, f"{name} needs alpha; ExpertsSpec checks it"
-    if name == "swish":
-        return g * torch.sigmoid(g * alpha)
-    if name == "softcap":
-        return alpha * torch.tanh(g / alpha)
-    if name == "leaky_relu":
-        return F.leaky_relu(g, alpha)
-    assert name == "elu", name
-    return F.elu(g, alpha)
+    """``name`` of ``moeopt.ir.activations.ACTIVATION_TABLE`` on ``g``, in the dtype of ``g``; never in place.
+
+    Raises:
+        UsageError: no activation has that name, or alpha is missing.
+    """
+    entry = activation_of(name)
+    return entry.torch(g, *entry.parameters(alpha))
 
 
 def split_rows(h_MO: Tensor, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from moeopt.ops.kernels.cuda import experts_cuda
 from moeopt.ops.native.dispatch import experts_on_cpu
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.row_function import row_function
+from moeopt.value_types import PyObject
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 """w_in, w_out, b_in, b_out, norm."""
@@ -38,7 +38,7 @@ def experts(
     x_TH: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
-    bank: Any,
+    bank: PyObject,
     spec: ExpertsSpec | RowFunction,
     skip_idle: bool = False,
 ) -> Tensor:
@@ -75,7 +75,8 @@ def experts(
         lists = flatten(bank, spec)
         if skip_idle and not traced:
             lists = _without_idle(lists, ids_TK, weights_TK)
-        return torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *lists, spec.text)
+        traced_TH: Tensor = torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *lists, spec.text)
+        return traced_TH
     return _run(x_TH, ids_TK, weights_TK, bank, spec)
 
 
@@ -162,19 +163,29 @@ _LIB.define(f"experts({_ARGS}, str spec) -> Tensor")
 _LIB.define(f"experts_backward(Tensor grad, {_ARGS}, str spec, int[] needs) -> Tensor[]")
 
 
-def _experts(x, ids, weights, w_in, w_out, b_in, b_out, norm, spec):
+def _experts(
+    x: Tensor, ids: Tensor, weights: Tensor,
+    w_in: list[Tensor], w_out: list[Tensor], b_in: list[Tensor], b_out: list[Tensor], norm: list[Tensor], spec: str,
+) -> Tensor:  # fmt: skip
     known = decode(spec)
     with torch.no_grad():
         return _run(x, ids, weights, unflatten((w_in, w_out, b_in, b_out, norm), known), known)
 
 
-def _experts_fake(x, ids, weights, w_in, w_out, b_in, b_out, norm, spec):
+def _experts_fake(
+    x: Tensor, ids: Tensor, weights: Tensor,
+    w_in: list[Tensor], w_out: list[Tensor], b_in: list[Tensor], b_out: list[Tensor], norm: list[Tensor], spec: str,
+) -> Tensor:  # fmt: skip
     known = decode(spec)
     dtype = getattr(torch, known.out_dtype) if known.out_dtype else x.dtype
     return x.new_empty(x.shape[0], w_out[0].shape[-2 if known.w_out_layout == "oi" else -1], dtype=dtype)
 
 
-def _backward(grad, x, ids, weights, w_in, w_out, b_in, b_out, norm, spec, needs):
+def _backward(
+    grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor,
+    w_in: list[Tensor], w_out: list[Tensor], b_in: list[Tensor], b_out: list[Tensor], norm: list[Tensor], spec: str,
+    needs: list[int],
+) -> list[Tensor]:  # fmt: skip
     """Gradients of those of [x, weights, *w_in, *w_out, *b_in, *b_out, *norm] that ``needs`` indexes.
 
     Recomputes the reference with gradients on. Stacked weights are taken apart into leaves first: the
@@ -202,19 +213,23 @@ def _backward(grad, x, ids, weights, w_in, w_out, b_in, b_out, norm, spec, needs
     return totals
 
 
-def _backward_fake(grad, x, ids, weights, w_in, w_out, b_in, b_out, norm, spec, needs):
+def _backward_fake(
+    grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor,
+    w_in: list[Tensor], w_out: list[Tensor], b_in: list[Tensor], b_out: list[Tensor], norm: list[Tensor], spec: str,
+    needs: list[int],
+) -> list[Tensor]:  # fmt: skip
     whole = [x, weights, *w_in, *w_out, *b_in, *b_out, *norm]
     return [torch.empty_like(whole[i], memory_format=torch.contiguous_format) for i in needs]
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: PyObject, inputs: tuple[PyObject, ...], output: Tensor) -> None:
     x, ids, weights, *lists, spec = inputs
     ctx.save_for_backward(x, ids, weights, *(t for part in lists for t in part))
     ctx.sizes = [len(part) for part in lists]
     ctx.spec = spec
 
 
-def _gradients(ctx, grad):
+def _gradients(ctx: PyObject, grad: Tensor) -> tuple[PyObject, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "moeopt::experts has no second derivative (create_graph=True); take it of the original model instead"

@@ -71,11 +71,6 @@ def fastest(question: str, ways: Callable[[], Mapping[str, Way]], default: str, 
     return found
 
 
-def forget() -> None:
-    """Ask the stored answers anew; for tests."""
-    _answers.clear()
-
-
 def machine() -> str:
     """What the answers depend on, as one line."""
     return f"{_cpu()}; {torch.get_num_threads()} threads; schema {SCHEMA}"

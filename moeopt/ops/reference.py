@@ -6,7 +6,6 @@ Shape legend: T tokens, E experts, K chosen per token, H hidden, I intermediate,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.value_types import PyObject
 
 
 def experts_reference(
@@ -75,11 +75,11 @@ def dtypes(x: Tensor, spec: ExpertsSpec | RowFunction) -> tuple[torch.dtype, tor
     return compute, getattr(torch, spec.accum_dtype) if spec.accum_dtype else out, out
 
 
-def out_features(bank: Any, spec: ExpertsSpec | RowFunction) -> int:
+def out_features(bank: PyObject, spec: ExpertsSpec | RowFunction) -> int:
     """The width of the result: W_out's output dimension."""
     if isinstance(spec, RowFunction):
         return spec.body.out_features
-    return bank.w_out(0).shape[0 if spec.w_out_layout == "oi" else 1]
+    return int(bank.w_out(0).shape[0 if spec.w_out_layout == "oi" else 1])
 
 
 def check(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> None:

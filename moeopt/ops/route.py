@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moeopt.errors import UsageError
 from moeopt.ir.specs import RouterSpec
+from moeopt.value_types import PyObject
 
 
 def route(logits_TE: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,8 @@ def route(logits_TE: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
         raise UsageError(
             f"route: logits are {tuple(logits_TE.shape)}; they must be (T, {spec.num_experts}), as the RouterSpec says"
         )
-    return torch.ops.moeopt.route(logits_TE, spec.score, spec.top_k, spec.renormalize, spec.dtype or "")
+    ids_TK, weights_TK = torch.ops.moeopt.route(logits_TE, spec.score, spec.top_k, spec.renormalize, spec.dtype or "")
+    return ids_TK, weights_TK
 
 
 def route_reference(logits_TE: Tensor, score: str, top_k: int, renormalize: bool, dtype: str) -> tuple[Tensor, Tensor]:
@@ -55,20 +57,20 @@ _LIB = torch.library.Library("moeopt", "FRAGMENT")
 _LIB.define("route(Tensor logits, str score, int top_k, bool renormalize, str dtype) -> (Tensor, Tensor)")
 
 
-def _route_fake(logits, score, top_k, renormalize, dtype):
+def _route_fake(logits: Tensor, score: str, top_k: int, renormalize: bool, dtype: str) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(
         shape, dtype=getattr(torch, dtype) if dtype else logits.dtype
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: PyObject, inputs: tuple[PyObject, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], output[0])
     ctx.rest = inputs[1:]
     ctx.mark_non_differentiable(output[0])
 
 
-def _gradients(ctx, _, grad_TK):
+def _gradients(ctx: PyObject, _: Tensor, grad_TK: Tensor) -> tuple[Tensor, None, None, None, None]:
     """Differentiates the same equations with the chosen ids held fixed."""
     logits_TE, ids_TK = ctx.saved_tensors
     score, _, renormalize, dtype = ctx.rest

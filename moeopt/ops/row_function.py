@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moeopt.errors import UsageError
 from moeopt.ir.row_function import GETITEM, RowCount, RowFunction, Value
+from moeopt.value_types import FxTarget, PyObject
 
 
 class SlotBank(Protocol):
@@ -51,7 +52,7 @@ def function_of(graph: str, double: bool = False) -> Callable[..., Tensor]:
     body = RowFunction(graph).body
     scope: dict[str, Any] = {"double": torch.float64}
 
-    def word(value: Any) -> str:
+    def word(value: PyObject) -> str:
         if isinstance(value, Value):
             return f"v{int(value)}"
         if isinstance(value, RowCount):
@@ -82,7 +83,7 @@ def function_of(graph: str, double: bool = False) -> Callable[..., Tensor]:
     return function
 
 
-def _quick(op: Any) -> Any:
+def _quick(op: FxTarget) -> PyObject:
     """PyTorch's own binding of ``op`` where there is one: it takes half the time of a call through the dispatcher."""
     name = op._schema.name.split("::")[1]
     found = getattr(torch, name, None) or getattr(torch._C._nn, name, None)
@@ -104,7 +105,8 @@ def row_function(
     """
     if traced:
         flat = [t for e in range(bank.num_experts) for t in bank.slots(e)]
-        return torch.ops.moeopt.row_function(x_TH, ids_TK, weights_TK, flat, encode(spec))  # type: ignore[no-any-return]
+        traced_TH: Tensor = torch.ops.moeopt.row_function(x_TH, ids_TK, weights_TK, flat, encode(spec))
+        return traced_TH
     if torch.is_autocast_enabled(x_TH.device.type):  # the graph names its dtypes
         with torch.autocast(x_TH.device.type, enabled=False):
             return expert_by_expert(x_TH, ids_TK, weights_TK, bank, spec, every=not skip_idle)
@@ -150,19 +152,19 @@ def expert_by_expert(
         same_RD = (x_RH * w_R1)[len(term_RD) :]
         term_RD = torch.cat([term_RD.to(accum), same_RD.to(accum)])
     y_TD = _combine(term_RD.to(accum), order_R, token_R, ids_TK, spec).to(out)
-    return _Idle.apply(y_TD, *idle) if idle else y_TD  # type: ignore[no-any-return,no-untyped-call]
+    return _Idle.apply(y_TD, *idle) if idle else y_TD  # type: ignore[no-untyped-call]
 
 
 class _Idle(torch.autograd.Function):
     """y, of which the weights of experts without rows have gradients of zeros, without a call on no rows."""
 
     @staticmethod
-    def forward(ctx, y, *idle):
+    def forward(ctx: PyObject, y: Tensor, *idle: Tensor) -> Tensor:
         ctx.save_for_backward(*idle)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: PyObject, grad: Tensor) -> tuple[Tensor, ...]:
         return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
 
 
@@ -190,7 +192,7 @@ def _dtype(name: str | None, otherwise: torch.dtype) -> torch.dtype:
 decode = functools.lru_cache(RowFunction.decode)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch
 def encode(spec: RowFunction) -> str:
     """``spec.encode()``, a constant to torch.compile, which cannot trace ``json``."""
     return spec.encode()
@@ -202,18 +204,20 @@ _LIB.define(f"row_function({_ARGS}) -> Tensor")
 _LIB.define(f"row_function_backward(Tensor grad, {_ARGS}, int[] needs) -> Tensor[]")
 
 
-def _op(x, ids, weights, slots, spec):
+def _op(x: Tensor, ids: Tensor, weights: Tensor, slots: list[Tensor], spec: str) -> Tensor:
     known = decode(spec)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return expert_by_expert(x, ids, weights, FlatSlots(slots, len(known.body.slots)), known)
 
 
-def _fake(x, ids, weights, slots, spec):
+def _fake(x: Tensor, ids: Tensor, weights: Tensor, slots: list[Tensor], spec: str) -> Tensor:
     known = decode(spec)
     return x.new_empty(x.shape[0], known.body.out_features, dtype=_dtype(known.out_dtype, x.dtype))
 
 
-def _backward(grad, x, ids, weights, slots, spec, needs):
+def _backward(
+    grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, slots: list[Tensor], spec: str, needs: list[int]
+) -> list[Tensor]:
     """Gradients of those of [x, weights, *slots] that ``needs`` indexes: the definition again, with gradients on."""
     known = decode(spec)
     leaves = [t.detach() for t in (x, weights, *slots)]
@@ -224,18 +228,20 @@ def _backward(grad, x, ids, weights, slots, spec, needs):
     return [torch.zeros_like(w) if g is None else g.clone() for w, g in zip(wanted, found, strict=True)]
 
 
-def _backward_fake(grad, x, ids, weights, slots, spec, needs):
+def _backward_fake(
+    grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, slots: list[Tensor], spec: str, needs: list[int]
+) -> list[Tensor]:
     whole = [x, weights, *slots]
     return [torch.empty_like(whole[i]) for i in needs]
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: PyObject, inputs: tuple[PyObject, ...], output: Tensor) -> None:
     x, ids, weights, slots, spec = inputs
     ctx.save_for_backward(x, ids, weights, *slots)
     ctx.spec = spec
 
 
-def _gradients(ctx, grad):
+def _gradients(ctx: PyObject, grad: Tensor) -> tuple[PyObject, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "moeopt::row_function has no second derivative (create_graph=True); take it of the original model instead"

@@ -6,7 +6,7 @@ graph_module, records = passes.run(module, example_inputs)
 
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __name__ != "moeopt.passes":
     raise ImportError(
@@ -15,6 +15,7 @@ if __name__ != "moeopt.passes":
 
 from moeopt.passes.base import Level, Pass, PassRecord
 from moeopt.passes.pipeline import PIPELINE
+from moeopt.value_types import PyObject
 
 if TYPE_CHECKING:
     from torch import fx
@@ -23,7 +24,7 @@ __all__ = ["PIPELINE", "Level", "Pass", "PassRecord", "run"]
 
 
 def run(
-    module: Any, example_inputs: Any = None, passes: Sequence[Pass] = PIPELINE, **fields: Any
+    module: PyObject, example_inputs: PyObject = None, passes: Sequence[Pass] = PIPELINE, **fields: PyObject
 ) -> "tuple[fx.GraphModule, tuple[PassRecord, ...]]":
     """Run ``passes`` over every block of a model, verify, and return the model as one ``fx.GraphModule``.
 

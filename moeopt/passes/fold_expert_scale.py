@@ -92,6 +92,7 @@ def check(block: BlockGraph, one: Scaled) -> None:
 def fold(block: BlockGraph, one: Scaled) -> None:
     """Multiply the weights of ``one`` instead of the sum."""
     held, index, x, ids, weights = one.experts.args
+    assert isinstance(index, int)
     with block.graph.inserting_before(one.experts):
         scaled = block.graph.call_function(aten.mul.Tensor, (weights, one.factor))
     scaled.meta = dict(weights.meta) | {"source": one.node.meta.get("source", "")}  # type: ignore[union-attr]
@@ -99,4 +100,4 @@ def fold(block: BlockGraph, one: Scaled) -> None:
     one.node.replace_all_uses_with(one.node.args[0])  # type: ignore[arg-type]
     block.graph.erase_node(one.node)
     if one.factor < 0:  # a router tells a runtime that no weight is negative
-        block.routers[index] = None  # type: ignore[index,call-overload]
+        block.routers[index] = None

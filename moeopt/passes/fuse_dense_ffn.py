@@ -16,7 +16,7 @@ from moeopt.passes.base import Level
 from moeopt.passes.group_experts import group
 from moeopt.passes.split_dense_ffn import for_every_token
 from moeopt.recognise.dense_ffn import DenseFFN
-from moeopt.recognise.experts import Recognition
+from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.block_graph import BlockGraph
 
 

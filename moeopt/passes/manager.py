@@ -41,14 +41,12 @@ class Result:
         block: what runs.
         verdict: of that block.
         records: of each pass, in order.
-        culprit: the pass with which alone the block is not equivalent; "" where the block may be used.
         graphs: where asked for, by file name, the text of the block before and after each pass that fired.
     """
 
     block: BlockGraph
     verdict: Verdict
     records: list[PassRecord]
-    culprit: str = ""
     graphs: dict[str, str] = field(default_factory=dict)
 
 
@@ -117,7 +115,7 @@ class PassManager:
                 return Result(last, verdict, records, graphs=graphs)
             at = fired[guilty].record
             if guilty == 0:
-                return Result(last, verdict, records, records[at].name)
+                return Result(last, verdict, records)
             reverted[records[at].name] = f"reverted: the block is not equivalent with it: {verdict.reason}"
             before = fired[guilty - 1].after
             more, more_fired = self._apply(before, at, reverted, differ, guilty)

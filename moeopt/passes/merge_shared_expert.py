@@ -32,6 +32,7 @@ from moeopt.recognise.ffn_candidates import find_candidates
 from moeopt.recognise.gemm_sites import find_sites
 from moeopt.rewrite.block_graph import EXPERTS, BlockGraph, ExpertWeightRefs
 from moeopt.rewrite.module_guard import hook_count
+from moeopt.value_types import FxArg, FxTarget, PyObject
 
 aten = torch.ops.aten
 
@@ -155,11 +156,12 @@ def _function_of(module: nn.Module, hidden: int, one: Added, where: str | None) 
 def merge(block: BlockGraph, one: Added, shared: ExpertRef) -> None:
     """Give the experts of ``one`` one more, and each token one more choice."""
     held, index, x, ids, weights = one.experts.args
-    refs, spec = block.weights[index]  # type: ignore[index]
+    assert isinstance(index, int)
+    refs, spec = block.weights[index]
     count, graph = len(refs), block.graph
     dtype = weights.meta.get("dtype")  # type: ignore[union-attr]
 
-    def call(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(op: FxTarget, *args: PyObject, **kwargs: PyObject) -> fx.Node:
         return graph.call_function(op, args, kwargs)
 
     with graph.inserting_before(one.total):  # the gate may be computed after the experts
@@ -179,13 +181,13 @@ def merge(block: BlockGraph, one: Added, shared: ExpertRef) -> None:
     one.total.replace_all_uses_with(one.routed[0] if one.routed else one.experts)
     for node in (one.total, *one.shared, one.module):
         graph.erase_node(node)
-    block.weights[index] = ExpertWeightRefs([*refs, shared], spec)  # type: ignore[index,call-overload]
-    chosen = block.per_token[index]  # type: ignore[index,call-overload]
-    block.per_token[index] = None if chosen is None else chosen + 1  # type: ignore[index,call-overload]
-    block.routers[index] = None  # type: ignore[index,call-overload]
+    block.weights[index] = ExpertWeightRefs([*refs, shared], spec)
+    chosen = block.per_token[index]
+    block.per_token[index] = None if chosen is None else chosen + 1
+    block.routers[index] = None
 
 
-def _back(node: Any, shared: bool = False) -> tuple[fx.Node, list[fx.Node]]:
+def _back(node: FxArg, shared: bool = False) -> tuple[fx.Node, list[fx.Node]]:
     """What ``node`` is a moved form of, and the moves, last first; ``shared``: others may read what is between."""
     moves: list[fx.Node] = []
     while isinstance(node, fx.Node) and op_name(node) in _MOVES and (shared or len(node.users) == 1):
@@ -197,7 +199,7 @@ def _back(node: Any, shared: bool = False) -> tuple[fx.Node, list[fx.Node]]:
 def _below(ref: ExpertRef, path: str) -> ExpertRef:
     """``ref`` with its Parameters named from the module that holds ``path``."""
 
-    def named(part: Any) -> Any:
+    def named(part: PyObject) -> PyObject:
         return None if part is None else dataclasses.replace(part, path=f"{path}.{part.path}")
 
     return ExpertRef(tuple(map(named, ref.w_in)), tuple(map(named, ref.b_in)), named(ref.w_out), named(ref.b_out))

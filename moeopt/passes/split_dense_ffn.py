@@ -30,8 +30,8 @@ from moeopt.passes.base import Level
 from moeopt.passes.group_experts import group
 from moeopt.recognise.combine import Combine
 from moeopt.recognise.dense_ffn import DenseFFN
-from moeopt.recognise.experts import Recognition
-from moeopt.recognise.routing import Extraction, Routing, RoutingForm
+from moeopt.recognise.recognition import Recognition
+from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm
 from moeopt.recognise.token_rows import Tokens
 from moeopt.rewrite.block_graph import BlockGraph
 

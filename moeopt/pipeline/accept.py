@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -12,9 +10,10 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.options import Options
 from moeopt.rewrite.install import rewritten_forward, uninstall
+from moeopt.value_types import PyObject
 
 
-def as_model(model: Any) -> nn.Module:
+def as_model(model: PyObject) -> nn.Module:
     """The model as a module.
 
     Raises:

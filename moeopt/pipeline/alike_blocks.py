@@ -21,11 +21,12 @@ from torch.utils import _pytree as pytree
 from moeopt.capture.alike import unlike
 from moeopt.capture.call_roles import CallSpec
 from moeopt.passes.manager import Result
-from moeopt.recognise.experts import Recognition
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.install import BlockProgram, RewrittenForward
-from moeopt.verification.block import BlockCheck
+from moeopt.value_types import PyObject
+from moeopt.verification.results import BlockCheck
 
 
 @dataclass
@@ -115,7 +116,7 @@ def _same_call(a: CallSpec, b: CallSpec) -> bool:
     return spec == other and all(_same_leaf(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
-def _same_leaf(a: Any, b: Any) -> bool:
+def _same_leaf(a: PyObject, b: PyObject) -> bool:
     if isinstance(a, torch.Tensor):
         return type(a) is type(b) and (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
     return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and repr(a) == repr(b))

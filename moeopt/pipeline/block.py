@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
@@ -26,13 +26,16 @@ from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.pipeline.pays import check_pays
-from moeopt.recognise.experts import ExpertsNotHit, Recognition
+from moeopt.recognise.experts_hit import ExpertsNotHit
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.install import BlockProgram, RewrittenForward
 from moeopt.rewrite.legality import check_module
-from moeopt.verification.block import BlockCheck, Case, verify_block
+from moeopt.value_types import PyObject
+from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
+from moeopt.verification.results import BlockCheck, Case
 
 MOST_FLOPS = 4e10
 """Of one run of a block in its largest verification case."""
@@ -263,5 +266,5 @@ class OwnForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         return original_forward(self.module)(*args, **kwargs)

@@ -25,17 +25,19 @@ from moeopt.options import Options
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.pipeline.coverage import Reader
 from moeopt.pipeline.id_probe import id_ranges
-from moeopt.recognise.experts import Recognition
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeightRefs
 from moeopt.rewrite.id_range import IdRange
 from moeopt.rewrite.install import OPAQUE, TENSOR, BlockProgram, CallGuard, RewrittenForward, bind
-from moeopt.rewrite.keep import KeptSteps, kept_steps
+from moeopt.rewrite.keep import kept_steps
+from moeopt.rewrite.kept_steps import KeptSteps
 from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason
 from moeopt.rewrite.reads import Reads, observe
 from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.scratch import UNSET, scratch_attributes
 from moeopt.rewrite.symbolic_shapes import generalize
+from moeopt.value_types import PyObject
 
 
 class Capture:
@@ -160,7 +162,8 @@ def _later_call(module: nn.Module, call: ArgsKwargs) -> Tape:
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:
     inner = module.__dict__.get("_old_forward") or module.__dict__.get("forward")
-    return inner if inner is not None else type(module).forward.__get__(module)
+    bound: Callable[..., Any] = inner if inner is not None else type(module).forward.__get__(module)
+    return bound
 
 
 def _plan(
@@ -214,7 +217,7 @@ def _check_order(call: ArgsKwargs, ordered: list[torch.Tensor]) -> None:
         raise Declined("its tensor arguments are passed in another order than its signature names them")
 
 
-def _template(leaf: Any) -> Any:
+def _template(leaf: PyObject) -> PyObject:
     if isinstance(leaf, torch.Tensor):
         return TENSOR
     return leaf if isinstance(leaf, (int, float, str, bool, type(None), torch.dtype, torch.device)) else OPAQUE

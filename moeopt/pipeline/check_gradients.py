@@ -11,6 +11,7 @@ from moeopt.capture.probe_inputs import call_specs
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.pipeline.block import Rewrite
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
+from moeopt.value_types import PyObject
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.gradients import STOPPED, gradients_differ, skips_idle
 
@@ -46,7 +47,7 @@ def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Map
         if guard.gradients or experts == 1 or all(bank.stacked() is not None for bank, _ in forward.banks):
             continue
 
-        def rewritten(skip: bool, forward: Any = forward, guard: Any = guard) -> Any:
+        def rewritten(skip: bool, forward: PyObject = forward, guard: PyObject = guard) -> PyObject:
             guard.skip_idle = skip
             return forward
 
@@ -59,7 +60,7 @@ def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Map
 
 
 def _differ(
-    module: nn.Module, original: Callable[..., Any], forward: RewrittenForward, args: Any, kwargs: Any
+    module: nn.Module, original: Callable[..., Any], forward: RewrittenForward, args: PyObject, kwargs: PyObject
 ) -> str:  # fmt: skip
     """As ``gradients_differ``, in every mode in which the rewritten code runs; ``STOPPED`` if that holds in each."""
     flags = [(m, m.training) for m in module.modules()]
@@ -78,7 +79,7 @@ def _differ(
     return next((r if r != STOPPED else "in one of its modes " + r for r in reasons if r), "")
 
 
-def _idle_calls(args: Any, kwargs: Any, experts: int) -> list[ArgsKwargs]:
+def _idle_calls(args: PyObject, kwargs: PyObject, experts: int) -> list[ArgsKwargs]:
     """Calls that leave most experts idle: one token, and copies of one token."""
     fitting = (p for p in call_specs(args, kwargs) if all(p.rows(n).shape[-1] == experts for n in p.indices("choices")))
     call_spec = next(fitting, None)

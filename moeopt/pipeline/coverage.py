@@ -20,8 +20,9 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.recognise.any_experts import recognize
-from moeopt.recognise.experts import ExpertsNotHit, Recognition
+from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.id_bounds import IdBounds
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading, recognize_router, same_reading
 
 
@@ -82,16 +83,15 @@ def covering(
     aimed = aimed_rows(module, first.shape[-1]) if first is not None and first.dim() == 2 else None
     experts = _likely_experts(module, call_spec)
     last: ExpertsNotHit | None = None
-    likely = max((len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))), default=0)
-    likely = max([likely, *(p.shape[0] for p in module.parameters() if p.dim() == 3)])
+    likely = _longest_list(module)
     for tokens, aim, forced, flat in _ATTEMPTS:
         ids = call_spec.routed()
         if last is None and not forced and not ids:  # many are never all hit by chance: the next attempt steers
             tokens = 8 if likely > 128 else max(tokens, 2 * likely)
-        if forced and (last is None or not last.num_named):
-            continue
         if forced:
-            tokens = max(tokens, min(2 * last.num_named, 4096))  # type: ignore[union-attr]
+            if last is None or not last.num_named:
+                continue
+            tokens = max(tokens, min(2 * last.num_named, 4096))
         if ids and experts:
             tokens = max(tokens, 2 * math.ceil(experts / call_spec.slots(ids[0])))
         call = probe_call(call_spec, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
@@ -116,6 +116,12 @@ def covering(
         raise last
     finally:
         del last
+
+
+def _longest_list(module: nn.Module) -> int:
+    """How many experts there may be: the length of the longest list of modules or stack of matrices."""
+    lists = (len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict)))
+    return max([0, *lists, *(p.shape[0] for p in module.parameters() if p.dim() == 3)])
 
 
 _ATTEMPTS = (

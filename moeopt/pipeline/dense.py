@@ -16,7 +16,7 @@ from moeopt.capture.probe_inputs import call_specs, probe_call
 from moeopt.capture.tape import record
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, UsageError
-from moeopt.find.discover import BlockCandidate
+from moeopt.find.block_candidates import BlockCandidate
 from moeopt.options import Options
 from moeopt.passes.base import PassRecord
 from moeopt.passes.fuse_dense_ffn import FuseDenseFFN, fuse

@@ -25,7 +25,7 @@ from moeopt.pipeline.autotune import TOKENS, Timing, in_turn
 from moeopt.pipeline.block import rewrite_block
 from moeopt.pipeline.coactivation_groups import activity, coactive
 from moeopt.recognise.dense_ffn import DenseFFN, find_dense, recognize_dense
-from moeopt.recognise.experts import Recognition
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.rewrite.legality import check_skipped

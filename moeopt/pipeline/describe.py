@@ -12,9 +12,10 @@ from torch import nn
 from moeopt.capture.probe_inputs import call_specs, probe_call
 from moeopt.capture.tape import Tape, record
 from moeopt.errors import CaptureError
-from moeopt.find.discover import BlockCandidate
-from moeopt.recognise.experts import Recognition
+from moeopt.find.block_candidates import BlockCandidate
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading, recognize_outer_router
+from moeopt.value_types import PyObject
 
 LEVELS_UP = 2
 """How far above the rewritten module its router is looked for, where ids and weights are arguments."""
@@ -60,7 +61,7 @@ def read_router(
     return inside
 
 
-def _short_tape(module: nn.Module, call: Any) -> Tape:
+def _short_tape(module: nn.Module, call: PyObject) -> Tape:
     """A run of a few made-up tokens, or the call itself where it is short and fits no other number of them."""
     call_spec = next(call_specs(*call))
     try:

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from moeopt.capture.op_kinds import op_name
 from moeopt.pipeline.block import Rewrite
-from moeopt.recognise.experts import Recognition
+from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.block_graph import CONSTANT, EXPERTS
 
 _QUIET = ("detach", "getitem")

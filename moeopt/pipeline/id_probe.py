@@ -22,8 +22,8 @@ from moeopt.capture.tape import Tape, clone_inputs, record
 from moeopt.capture.tree import ArgsKwargs, tree_leaves, tree_map
 from moeopt.errors import CaptureError, Declined
 from moeopt.ops.experts import experts
-from moeopt.recognise.experts import Recognition
 from moeopt.recognise.id_bounds import IdBounds, open_ids
+from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.build import build
 from moeopt.rewrite.id_range import IdRange
@@ -147,10 +147,10 @@ class _Probe:
                 return out
 
         try:
-            output = record(self.module, *call, keep_values=False, steer=steer).concrete_output
+            tape = record(self.module, *call, steer=steer)
         except CaptureError:
             return None
-        return _floats(output) if hits else None
+        return _floats(tree_map(fx.Node, tape.value, tape.output)) if hits else None
 
     def rewritten(self, v: int) -> list[Tensor] | None:
         """What the rewritten block returns with ``v`` for the id; None where it raises."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from moeopt.ir.row_function import RowFunction
 from moeopt.ops.kernels.cuda import describe_path
-from moeopt.recognise.experts import Recognition
+from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.live_weights import LiveExpertWeights
 
 

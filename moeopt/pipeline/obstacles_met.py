@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moeopt.errors import Declined
-from moeopt.find.discover import BlockCandidate
+from moeopt.find.block_candidates import BlockCandidate
 from moeopt.obstacles import Obstacle, Rank, decisive, distinct
 
 

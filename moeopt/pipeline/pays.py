@@ -15,7 +15,7 @@ from moeopt.capture.op_kinds import op_name
 from moeopt.capture.replay import ancestors
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowBody, RowFunction, Value
-from moeopt.recognise.experts import Recognition
+from moeopt.recognise.recognition import Recognition
 
 CALL, FLOPS = 4e-6, 1e11
 """Seconds of one small call of the block's own code, and products' FLOPs in a second."""

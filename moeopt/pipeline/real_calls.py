@@ -10,6 +10,7 @@ from torch import nn
 from moeopt.capture.isolated_run import run_quietly
 from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.value_types import PyObject
 
 
 def real_calls(model: nn.Module, call: ArgsKwargs, paths: set[str]) -> tuple[dict[str, ArgsKwargs], dict[str, str]]:
@@ -23,7 +24,7 @@ def real_calls(model: nn.Module, call: ArgsKwargs, paths: set[str]) -> tuple[dic
     handles = []
 
     def keep(path: str, rest: list[Any]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(module: nn.Module, args: PyObject, kwargs: PyObject) -> None:
             if path not in calls:
                 calls[path] = clone_inputs((tuple(args), dict(kwargs)))
                 if _parts(module) != rest:

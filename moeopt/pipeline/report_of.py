@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from moeopt.options import Options
+from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.diagram import block_diagram
-from moeopt.pipeline.run import PipelineResult
 from moeopt.report import BlockReport, Report
 from moeopt.verification.certificate import Certificate
 

@@ -17,17 +17,17 @@ import fnmatch
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, UsageError
-from moeopt.find.discover import BlockCandidate, discover, feed_forward_lists
+from moeopt.find.block_candidates import BlockCandidate
+from moeopt.find.discover import discover
+from moeopt.find.module_lists import feed_forward_lists
 from moeopt.ir.row_function import RowFunction
-from moeopt.ir.weight_refs import expert_paths, tensor_at
-from moeopt.obstacles import Obstacle, Rank
+from moeopt.obstacles import Rank
 from moeopt.options import Options
 from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
@@ -36,55 +36,24 @@ from moeopt.patches import fewer_collections
 from moeopt.pipeline.alike_blocks import AlikeBlocks
 from moeopt.pipeline.block import Rewrite, Runtime, pass_manager, rewrite_block
 from moeopt.pipeline.block_capture import original_forward
+from moeopt.pipeline.block_reports import Attempt, PipelineResult, expert_parameters, report_of_block, shared_blocks
 from moeopt.pipeline.coverage import Mixture
 from moeopt.pipeline.dense import DenseResult as DenseResult
-from moeopt.pipeline.dense import check_groups, function_of, rewrite_all
-from moeopt.pipeline.describe import dense_reason, describe_router, read_router
+from moeopt.pipeline.dense import check_groups, rewrite_all
 from moeopt.pipeline.dump import Dump
-from moeopt.pipeline.lowering_text import lowering_text
 from moeopt.pipeline.obstacles_met import ObstaclesMet
 from moeopt.pipeline.pays import WouldNotPay
 from moeopt.pipeline.real_calls import real_calls
-from moeopt.recognise.experts import Recognition
 from moeopt.recognise.hints import hint_for
 from moeopt.recognise.id_bounds import argument_bounds, takes_open_integers
+from moeopt.recognise.recognition import Recognition
 from moeopt.report import BlockReport
 from moeopt.rewrite.install import install
 from moeopt.rewrite.legality import absent_reason
 from moeopt.rewrite.scratch import UNSET, read_outside
-from moeopt.verification.block import BlockCheck
 
 LEVELS = 4
 """How far up from the innermost module a block is looked for: the router and the sum may be outside it."""
-
-
-@dataclass
-class PipelineResult:
-    """What became of a model's blocks; ``rewrites`` maps module paths to what was installed.
-
-    ``passes`` has what each pass did to each block, those that were left as they are included; ``notes`` what the
-    report's reader should know besides; ``steered`` names declined blocks whose Python depends on values of tensors.
-    """
-
-    blocks: list[BlockReport]
-    checks: list[BlockCheck]
-    rewrites: dict[str, Rewrite]
-    calls: dict[str, ArgsKwargs]
-    seconds: float = 0.0
-    passes: list[PassRecord] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    steered: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Attempt:
-    rewrite: Rewrite | None = None
-    path: str = ""
-    reason: str = ""
-    where: str = ""
-    seconds: float = 0.0
-    read: set[int] = field(default_factory=set)
-    others: tuple[Obstacle, ...] = ()
 
 
 @fewer_collections()
@@ -113,7 +82,7 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
     for place in (q for p in places for q in (p, *p.alone) if q.kind == "dense_ffn"):
         place.reason = place.reason or changed.get(place.call.path, "")
     outcome = PipelineResult([], [], {}, calls)
-    attempts: list[tuple[BlockCandidate, _Attempt]] = []
+    attempts: list[tuple[BlockCandidate, Attempt]] = []
     alike = _alike_blocks(options)
     for number, place in enumerate(moe):
         if _part_of_another(model, place, attempts):
@@ -133,7 +102,7 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
             f"hints[{unused[0]!r}] matches no block; the places that were looked at are "
             f"{', '.join(sorted(repr(path) for path in tried)) or 'none'}"
         )
-    places = sorted([*places, *_shared(model, attempts)], key=lambda p: p.order)
+    places = sorted([*places, *shared_blocks(model, attempts)], key=lambda p: p.order)
     dense = [p for p in places if p.kind == "dense_ffn" and not p.reason]
     denses: dict[int, DenseResult] = {}
     if options.dense != "leave":
@@ -147,7 +116,7 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
         outcome.checks += list({s.path: s.rewrite.check for s in found if s.rewrite is not None}.values())
     read = {id(p) for p, _ in attempts}
     places = [p for p in places if p.kind != "moe" or id(p) in read]
-    outcome.blocks = list(_report(model, places, attempts, denses, outcome, options.seed))
+    outcome.blocks = list(report_of_block(model, places, attempts, denses, outcome, options.seed))
     outcome.seconds = time.perf_counter() - started
     return outcome
 
@@ -173,25 +142,25 @@ def _attempt(
     runtime: Runtime | None,
     manager: PassManager,
     alike: AlikeBlocks | None,
-) -> _Attempt:
+) -> Attempt:
     if place.reason:
-        return _Attempt(path=place.call.path, reason=place.reason, where=place.source)
+        return Attempt(path=place.call.path, reason=place.reason, where=place.source)
     met, read = ObstaclesMet(place), set[int]()
     spent = 0.0
     left_out = manager.leaves_out(GroupExperts.name)
     for level in _levels(place):
         done = outcome.rewrites.get(level.path)
         if done is not None:
-            if _expert_parameters(model, level.path, done.found) & place.weights:
-                return _Attempt(done, level.path)
+            if expert_parameters(model, level.path, done.found) & place.weights:
+                return Attempt(done, level.path)
             unmatched_reason = next((f.unmatched_reason for f in done.found if f.unmatched_reason), "")
             if unmatched_reason:
                 met.add(level.path, Declined(unmatched_reason, rank=Rank.READING))
             continue
         if left_out:
-            return _Attempt(reason=f"{left_out}; without {GroupExperts.name} no other pass applies", path=level.path)
+            return Attempt(reason=f"{left_out}; without {GroupExperts.name} no other pass applies", path=level.path)
         if manager.exhausted:
-            return _Attempt(reason=f"MOEOPT_FUEL={manager.fuel}: no more blocks are rewritten", path=level.path)
+            return Attempt(reason=f"MOEOPT_FUEL={manager.fuel}: no more blocks are rewritten", path=level.path)
         started = time.perf_counter()
         module = model.get_submodule(level.path)
         try:
@@ -202,32 +171,32 @@ def _attempt(
             known = None if reader.assume is not None or takes_open_integers(level) else alike
             module_call = outcome.calls[level.path]
             rewrite = rewrite_block(name, module, module_call, options, runtime, reader, manager, known)
-            if not _expert_parameters(model, level.path, rewrite.found) & place.weights:
+            if not expert_parameters(model, level.path, rewrite.found) & place.weights:
                 raise Declined("other experts of this module were recognised, these were not", rank=Rank.READING)
             _refuse_outside_readers(model, call, level.path, rewrite)
             install(module, rewrite.program)
         except WouldNotPay as err:
             spent += time.perf_counter() - started
-            return _Attempt(None, level.path, err.reason, err.where or place.source, seconds=spent,
-                            read=_expert_parameters(model, level.path, err.found), others=met.others())  # fmt: skip
+            return Attempt(None, level.path, err.reason, err.where or place.source, seconds=spent,
+                            read=expert_parameters(model, level.path, err.found), others=met.others())  # fmt: skip
         except Declined as err:
             functions = [f for f in getattr(err, "found", []) if _is_function(f)]
             if (
                 functions
             ):  # the experts were read whole: what stands in their way decides, and the pieces are not listed
                 err.rank = Rank.FORBIDS
-                read |= _expert_parameters(model, level.path, functions)
+                read |= expert_parameters(model, level.path, functions)
             met.add(level.path, err)
             spent += time.perf_counter() - started
             continue
         manager.stands(rewrite.passes)
         outcome.rewrites[level.path] = rewrite
         outcome.checks.append(rewrite.check)
-        return _Attempt(rewrite, level.path, seconds=rewrite.seconds)
+        return Attempt(rewrite, level.path, seconds=rewrite.seconds)
     found = met.decide()
     if found is None:
-        return _Attempt(reason="no module around it could be probed", path=place.call.path, seconds=spent)
-    return _Attempt(None, found.module, found.reason, found.where, spent, read, met.others())
+        return Attempt(reason="no module around it could be probed", path=place.call.path, seconds=spent)
+    return Attempt(None, found.module, found.reason, found.where, spent, read, met.others())
 
 
 def _refuse_outside_readers(model: nn.Module, call: ArgsKwargs, path: str, rewrite: Rewrite) -> None:
@@ -246,14 +215,14 @@ def _alike_blocks(options: Options) -> AlikeBlocks | None:
     return None if told else AlikeBlocks(original_forward)
 
 
-def _part_of_another(model: nn.Module, place: BlockCandidate, attempts: list[tuple[BlockCandidate, _Attempt]]) -> bool:
+def _part_of_another(model: nn.Module, place: BlockCandidate, attempts: list[tuple[BlockCandidate, Attempt]]) -> bool:
     """Whether ``place`` is a piece of experts that were read whole at another one (an adapter, a second layer)."""
     for other, done in attempts:
         home = next((level for level in other.levels if level.path == done.path), None)
         if home is None or not any(level is home for level in place.levels) or not place.weights:
             continue
         functions = [] if done.rewrite is None else [f for f in done.rewrite.found if _is_function(f)]
-        if place.weights <= (done.read | _expert_parameters(model, done.path, functions)):
+        if place.weights <= (done.read | expert_parameters(model, done.path, functions)):
             return True
     return False
 
@@ -262,7 +231,7 @@ def _is_function(recognition: Recognition) -> bool:
     return isinstance(recognition.spec, RowFunction)
 
 
-def _note_passes(attempt: _Attempt, model: nn.Module, outcome: PipelineResult, options: Options) -> None:
+def _note_passes(attempt: Attempt, model: nn.Module, outcome: PipelineResult, options: Options) -> None:
     """Write down what the passes did at one place; of a declined block, why the first of them made no graph."""
     name = attempt.path or type(model).__name__
     if attempt.rewrite is None:
@@ -281,14 +250,6 @@ def _keep(outcome: PipelineResult, records: Sequence[PassRecord], options: Optio
             print(f"moeopt: {record}", file=sys.stderr, flush=True)
 
 
-def _shared(model: nn.Module, attempts: list[tuple[BlockCandidate, _Attempt]]) -> Iterator[BlockCandidate]:
-    """What looked like one more expert of a rewritten block and is not: a shared expert."""
-    for place, attempt in attempts:
-        if attempt.rewrite is not None:
-            experts = _expert_parameters(model, attempt.path, attempt.rewrite.found)
-            yield from (p for p in place.alone if not p.weights & experts)
-
-
 def _levels(place: BlockCandidate) -> Iterator[Any]:
     seen: set[str] = set()
     for level in place.levels:
@@ -297,64 +258,3 @@ def _levels(place: BlockCandidate) -> Iterator[Any]:
             yield level
         if len(seen) == LEVELS:
             return
-
-
-def _expert_parameters(model: nn.Module, path: str, recognitions: list[Recognition]) -> set[int]:
-    """Identities of the Parameters that the experts of a rewritten module read."""
-    module = model.get_submodule(path)
-    return {id(tensor_at(module, p)) for f in recognitions for p in expert_paths(f.experts)}
-
-
-def _report(
-    model: nn.Module,
-    places: list[BlockCandidate],
-    attempts: list[tuple[BlockCandidate, _Attempt]],
-    denses: dict[int, DenseResult],
-    outcome: PipelineResult,
-    seed: int,
-) -> Iterator[BlockReport]:
-    by_place = {id(p): a for p, a in attempts}
-    for place in places:
-        attempt = by_place.get(id(place))
-        path = place.call.path
-        if attempt is None:
-            yield _report_dense(model, place, denses.get(id(place)), outcome.calls.get(path), seed)
-            continue
-        read = attempt.rewrite is not None or bool(attempt.read)
-        name = attempt.path or (path if not read else "") or type(model).__name__
-        if attempt.rewrite is None:
-            name = attempt.path or type(model).__name__
-            outcome.steered += [name] if place.steered else []
-            yield BlockReport(
-                name, "moe", "declined", attempt.reason, place.experts or None,
-                source=attempt.where or place.source, seconds=attempt.seconds,
-                nearest=next((o.reason for o in attempt.others if o.rank >= Rank.FOUND), ""), obstacles=attempt.others,
-            )  # fmt: skip
-            continue
-        found = next(f for f in attempt.rewrite.found if _expert_parameters(model, attempt.path, [f]) & place.weights)
-        inside = next(r for f, r in zip(attempt.rewrite.found, attempt.rewrite.routers, strict=True) if f is found)
-        router = read_router(model, attempt.path, outcome.calls, found, inside)
-        yield BlockReport(
-            name, "moe", "rewritten", "", len(found.experts), describe_router(found, router),
-            lowering_text(model.get_submodule(attempt.path), found),
-            attempt.rewrite.check.distance_rewritten if attempt.rewrite.check.passed is not None else None,
-            found.source, seconds=attempt.seconds,
-            top_k=found.routing.per_token, spec=str(found.spec),
-            router_spec=router.encode(),
-        )  # fmt: skip
-
-
-def _report_dense(
-    model: nn.Module, place: BlockCandidate, done: DenseResult | None, call: ArgsKwargs | None, seed: int
-) -> BlockReport:
-    name = place.call.path or type(model).__name__
-    if done is None or done.rewrite is None:
-        spec = "" if call is None else function_of(model.get_submodule(place.call.path), call, place, seed)
-        reason, where = (place.reason or dense_reason(place), "") if done is None else (done.reason, done.where)
-        return BlockReport(name, "dense_ffn", "declined", reason, source=where or place.source, spec=spec)
-    found = next(f for f in done.rewrite.found if _expert_parameters(model, done.path, [f]) >= place.weights)
-    return BlockReport(
-        name, "dense_ffn", "rewritten", "", len(found.experts), "", done.lowering,
-        done.rewrite.check.distance_rewritten if done.rewrite.check.passed is not None else None,
-        found.source, seconds=done.seconds, top_k=len(found.experts), spec=str(found.spec),
-    )  # fmt: skip

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeopt.value_types import PyObject
 
-def numbers_of_a_token(target: Any) -> int | None:
+
+def numbers_of_a_token(target: PyObject) -> int | None:
     """Numbers that all layers keep of one token; None where the config does not say or there is none.
 
     Latent attention (``kv_lora_rank``) keeps one compressed row and its rotary part; other attention keeps keys and
@@ -26,12 +28,12 @@ def numbers_of_a_token(target: Any) -> int | None:
     return int(layers * 2 * kept * width) if kept and width else None
 
 
-def _fields(target: Any) -> Mapping[str, Any]:
+def _fields(target: PyObject) -> Mapping[str, Any]:
     if isinstance(target, (str, Path)):
         path = Path(target)
         path = path / "config.json" if path.is_dir() else path
         target = json.loads(path.read_text(encoding="utf-8"))
-    config = getattr(target, "config", target)
+    config: PyObject = target.config if hasattr(target, "config") else target
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     fields = config.to_dict() if hasattr(config, "to_dict") else config

@@ -21,6 +21,7 @@ from moeopt.planning.formats import Format, find_format
 from moeopt.planning.links import START, START_ACROSS, Links, links_of
 from moeopt.planning.placement import Placement, balanced, busiest_rank, contiguous, together, with_copies
 from moeopt.planning.result import ClusterPlan, DecodeStep, LayerPlacement, RankMemory, Traffic
+from moeopt.value_types import PyObject
 
 BATCHES = (8, 64, 512, 4096, 32768)
 """Tokens of a decoding step over all devices for which tensor and expert parallelism are compared."""
@@ -29,13 +30,13 @@ USABLE = 0.9
 
 
 def plan(
-    model_or_config_or_dir: Any,
+    model_or_config_or_dir: PyObject,
     *,
     devices: int,
     node: int = 8,
     device: str = "H100-SXM",
     dtype: str = "bfloat16",
-    load: Any = None,
+    load: PyObject = None,
     trust_remote_code: bool = False,
 ) -> ClusterPlan:
     """Where the experts go, what fits, what is sent, and from which batch on expert parallelism pays.
@@ -138,7 +139,7 @@ def _step(
     return DecodeStep(batch, layers * tensor, layers * (reduced + start), layers * expert, layers * (sent + 2 * START))
 
 
-def _layers(load: Any) -> list[Mapping[str, Any]]:
+def _layers(load: PyObject) -> list[Mapping[str, Any]]:
     """The layers of a profile, as the plain values of its JSON."""
     if load is None:
         return []
@@ -184,13 +185,14 @@ def pairs_of(layer: Mapping[str, Any]) -> np.ndarray | None:
     if layer.get("together_above_diagonal") is None:
         return None
     E = len(layer["fired"])
-    pairs = np.zeros((E, E))
+    pairs: np.ndarray = np.zeros((E, E))
     for e, line in enumerate(layer["together_above_diagonal"]):
         pairs[e, e + 1 :] = [float(count) for count in line.split()]
-    return pairs + pairs.T
+    pairs += pairs.T.copy()
+    return pairs
 
 
-def _notes(found: Inspection, more: list[str], links: Links, gpu: Device, devices: int, node: int) -> Any:
+def _notes(found: Inspection, more: list[str], links: Links, gpu: Device, devices: int, node: int) -> PyObject:
     yield from more
     yield from found.notes
     if len(found.kinds) > 1:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.find.example_inputs import as_call
+from moeopt.value_types import PyObject
 
 
-def batches(data: Any) -> Iterator[ArgsKwargs]:
+def batches(data: PyObject) -> Iterator[ArgsKwargs]:
     """Calls, one after the other; nothing is read ahead.
 
     A tensor, a tuple and a mapping are one call, as ``optimize`` takes them. Anything else that can be iterated (a

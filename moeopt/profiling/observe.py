@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +21,14 @@ from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
 from moeopt.profiling.tally import Tally
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
+from moeopt.value_types import PyObject
 
 SAY_EVERY = 2.0
 """Seconds between two lines of progress."""
 
 
 def observe(
-    model: nn.Module, calls: Iterable[ArgsKwargs], wanted: set[str], measure: bool, say: Any
+    model: nn.Module, calls: Iterable[ArgsKwargs], wanted: set[str], measure: bool, say: PyObject
 ) -> tuple[list[Tally], int]:
     """A tally for each op of the rewritten modules whose name is in ``wanted``, and how many calls were made.
 

@@ -149,7 +149,7 @@ class LoadProfile:
         """
         from moeopt.html import write_page
 
-        return write_page(path, profile=self.to_dict())
+        return write_page(path, profile=_drawn(self.to_dict()))
 
     def __str__(self) -> str:
         from moeopt.profiling.render import lines
@@ -159,4 +159,10 @@ class LoadProfile:
     def _repr_html_(self) -> str:
         from moeopt.html import load_table
 
-        return load_table(self.to_dict())
+        return load_table(_drawn(self.to_dict()))
+
+
+def _drawn(profile: dict[str, Any]) -> dict[str, Any]:
+    """What a page draws: not the pairs of many experts, which would be most of its bytes."""
+    layers = [{**layer, "together_above_diagonal": None} for layer in profile["layers"]]
+    return {**profile, "layers": layers}

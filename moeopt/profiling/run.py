@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from moeopt.api import Optimized, optimize
@@ -17,15 +17,16 @@ from moeopt.profiling.batches import batches
 from moeopt.profiling.observe import observe
 from moeopt.profiling.result import LoadProfile, Unread, layer_load
 from moeopt.report import Report
+from moeopt.value_types import PyObject
 
 
 def profile(
-    model: Any,
-    data: Any = None,
+    model: PyObject,
+    data: PyObject = None,
     *,
     measure: bool = True,
     seed: int = 0,
-    hints: Any = None,
+    hints: PyObject = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoadProfile:
     """How often each expert of each layer fires on ``data``, how uneven that is, and what it costs.
@@ -54,20 +55,7 @@ def profile(
     _refuse_engines(model)
     started = time.perf_counter()
     say = progress or (lambda line: None)
-    calls: Iterator[ArgsKwargs] = iter(()) if data is None else batches(data)
-    notes = []
-    if isinstance(model, Optimized):
-        optimized = model
-        if data is None:
-            calls = iter([model._call])
-            notes.append("the inputs are those that the model was optimised with")
-    else:
-        first = next(calls, None)
-        options = Options(verify="off", seed=seed, progress=progress, hints=hints or {})
-        optimized = optimize(model, first, options=options)
-        calls = iter([optimized._call]) if first is None else itertools.chain([first], calls)
-        if first is None:
-            notes.append("the inputs are made up: the routing is that of random tokens")
+    optimized, calls, notes = _rewritten(model, data, seed, hints, progress)
     report = optimized.report
     moe = [b for b in report.blocks if b.kind == "moe"]
     if not moe:
@@ -87,10 +75,27 @@ def profile(
     )
 
 
+def _rewritten(
+    model: PyObject, data: PyObject, seed: int, hints: Mapping[str, Any] | None, progress: Callable[[str], None] | None
+) -> tuple[Optimized, Iterator[ArgsKwargs], list[str]]:
+    """The model in rewritten form, the calls that it is profiled on, and what a reader must know of the calls."""
+    calls: Iterator[ArgsKwargs] = iter(()) if data is None else batches(data)
+    if isinstance(model, Optimized):
+        if data is not None:
+            return model, calls, []
+        return model, iter([model._call]), ["the inputs are those that the model was optimised with"]
+    first = next(calls, None)
+    options = Options(verify="off", seed=seed, progress=progress, hints=hints or {})
+    optimized = optimize(model, first, options=options)
+    if first is not None:
+        return optimized, itertools.chain([first], calls), []
+    return optimized, iter([optimized._call]), ["the inputs are made up: the routing is that of random tokens"]
+
+
 _GONE = "the model no longer has this module in rewritten form; optimize it again"
 
 
-def _refuse_engines(model: Any) -> None:
+def _refuse_engines(model: PyObject) -> None:
     inner = model.model if isinstance(model, Optimized) else model
     bundle = isinstance(model, (str, os.PathLike))
     if bundle or isinstance(inner, Engine):

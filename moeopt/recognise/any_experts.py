@@ -6,8 +6,9 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.recognise.experts import ExpertsNotHit, Recognition
 from moeopt.recognise.experts import recognize as recognize_matrices
+from moeopt.recognise.experts_hit import ExpertsNotHit
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.row_function import recognize_functions
 
 

@@ -22,7 +22,7 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef, VectorRef, tensor_at
 from moeopt.recognise.expert_function import fit_function
-from moeopt.recognise.experts import layout_of
+from moeopt.recognise.expert_refs import layout_of
 from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates
 from moeopt.recognise.gemm_sites import GemmSite, find_sites
 

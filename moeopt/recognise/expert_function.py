@@ -20,17 +20,17 @@ from moeopt.capture.replay import replay
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import tree_leaves
 from moeopt.errors import Declined
-from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
+from moeopt.ir.activations import ACTIVATION_TABLE
+from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.limits import magnitudes
+from moeopt.value_types import PyObject
 
 _TOLERANCE = 1e-6
 """Relative. Float64 has 1e-16; hand-written constants such as 0.7978845608 for sqrt(2/pi) have 1e-10;
 gelu and its tanh form differ by 1e-4."""
-
-_PARAMETRIC = ("swish", "softcap", "leaky_relu", "elu")
 
 
 def fit_function(
@@ -69,7 +69,7 @@ def fit_function(
     line = next((n.meta.get("source", "") for n in candidate.mid if n.meta.get("source")), "")
     raise Declined(
         f"the function between the expert's two matmuls ({ops or 'none'}) is none that the op carries "
-        f"({', '.join(ACTIVATIONS)}, gated or plain, with clamps); pass hints= to name it",
+        f"({', '.join(ACTIVATION_TABLE)}, gated or plain, with clamps); pass hints= to name it",
         line or None,
     )
 
@@ -133,7 +133,7 @@ def _clamps(tape: Tape, candidate: FFNCandidate) -> list[tuple[float | None, flo
     """(low, high) of each distinct clamp between the matmuls."""
     found: dict[tuple[float | None, float | None], None] = {}
 
-    def number(a: Any) -> float | None:
+    def number(a: PyObject) -> float | None:
         if isinstance(a, fx.Node):
             return float(tape.value(a)) if a.meta.get("shape") in ((), (1,)) else None
         return None if a is None else float(a)
@@ -162,11 +162,11 @@ def _possible_specs(tape: Tape, candidate: FFNCandidate) -> Iterator[ExpertsSpec
     constants = _constants(tape, candidate)
     clamps = _clamps(tape, candidate)
     offsets = [0.0] + [c for c in constants if c == 1.0]
-    activations: list[tuple[str, float | None]] = [(a, None) for a in ACTIVATIONS if a not in _PARAMETRIC]
-    defaults = {"swish": [1.702], "softcap": [], "leaky_relu": [0.01], "elu": [1.0]}
-    for name in _PARAMETRIC:
-        positive = [c for c in constants if c != 0.0]
-        activations += [(name, alpha) for alpha in dict.fromkeys([*defaults[name], *positive])]
+    positive = [c for c in constants if c != 0.0]
+    activations: list[tuple[str, float | None]] = [(a, None) for a, e in ACTIVATION_TABLE.items() if e.alpha is None]
+    for name, entry in ACTIVATION_TABLE.items():
+        if entry.alpha is not None:
+            activations += [(name, alpha) for alpha in dict.fromkeys([*entry.alpha, *positive])]
     for places in _placements(clamps):
         for rows, (activation, alpha), offset in itertools.product(layouts, activations, offsets):
             if rows == "plain" and offset:

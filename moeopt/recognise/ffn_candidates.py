@@ -10,7 +10,6 @@ matmul made, or divides by a statistic of the whole row.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,13 @@ from torch import fx
 from moeopt.capture.op_kinds import is_factory, is_pointwise, moves_rows, op_name
 from moeopt.capture.tape import Tape
 from moeopt.recognise.gemm_sites import GemmSite, is_weight
+from moeopt.value_types import PyObject
 
 _NONLINEAR = ("silu", "gelu", "relu", "sigmoid", "tanh", "pow", "mish", "softplus", "elu", "leaky_relu", "clamp",
               "hardtanh", "mul", "exp", "erf", "maximum", "where", "square", "clamp_min", "hardswish", "hardsigmoid",
               "threshold", "abs", "minimum", "clamp_max", "celu", "selu", "log_sigmoid", "glu", "rsqrt")  # fmt: skip
+
+
 _VALUE_ARGS = {"index": (0,), "index_select": (0,), "gather": (0,), "index_put": (0, 2), "masked_select": (0,)}
 
 
@@ -77,7 +79,7 @@ class FFNCandidate:
         return any(op_name(n) in _NONLINEAR for n in self.mid)
 
 
-def same_rows(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+def same_rows(node: fx.Node, known: dict[fx.Node, Any]) -> PyObject:
     """What is equal for nodes that hold the same rows of one tensor, sliced or picked anew for each matmul.
 
     Args:
@@ -92,7 +94,7 @@ def same_rows(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     return known[node]
 
 
-def _plain(a: Any, known: dict[fx.Node, Any]) -> Any:
+def _plain(a: PyObject, known: dict[fx.Node, Any]) -> PyObject:
     if isinstance(a, fx.Node):
         return same_rows(a, known)
     return tuple(_plain(part, known) for part in a) if isinstance(a, (list, tuple)) else repr(a)
@@ -230,7 +232,7 @@ def _signature(mid: list[fx.Node], ins: list[GemmSite]) -> tuple[Any, ...]:
     for i, node in enumerate(mid):
         number[node] = i
 
-        def word(a: Any) -> Any:
+        def word(a: PyObject) -> PyObject:
             if isinstance(a, fx.Node):
                 return number.get(a, ("other", a.op))
             if isinstance(a, (list, tuple)):
@@ -240,67 +242,3 @@ def _signature(mid: list[fx.Node], ins: list[GemmSite]) -> tuple[Any, ...]:
         scalars = node.args if op_name(node) not in _SIZES_VARY else node.all_input_nodes
         lines.append((str(node.target), tuple(word(a) for a in scalars), repr(sorted(node.kwargs.items(), key=str))))
     return tuple(lines)
-
-
-def group_candidates(tape: Tape, candidates: list[FFNCandidate]) -> list[list[FFNCandidate]]:
-    """Sets of candidates that may be the experts of one block, likeliest first.
-
-    A merged candidate is a set of its own; the others are set together when their matrices have the same
-    sizes, none reads another's output, and their in-sites are not one and the same. Experts may differ in their
-    number of neurons: then candidates are set together whose Parameters are named alike but for a number.
-    """
-    groups: list[list[FFNCandidate]] = [[c] for c in candidates if c.merged]
-    named: dict[Any, list[FFNCandidate]] = {}
-    for candidate in candidates:
-        if not candidate.merged:
-            ends = (candidate.ins[0].matrices[0], candidate.out.matrices[0])
-            paths = tuple(re.sub(r"\d+", "#", r.path) for r in ends if re.search(r"\d", r.path))
-            if len(paths) == 2:
-                named.setdefault((len(candidate.ins), paths, ends[0].k, ends[1].m), []).append(candidate)
-    for members in named.values():
-        if len({c.shape for c in members}) > 1:
-            groups.extend(g for g in _parallel(tape, members) if len({c.shape for c in g}) > 1)
-    by_shape: dict[Any, list[FFNCandidate]] = {}
-    for candidate in candidates:
-        if not candidate.merged:
-            by_shape.setdefault(candidate.shape, []).append(candidate)
-    for members in by_shape.values():
-        groups.extend(_parallel(tape, members))
-    if all(len(g) == 1 for g in groups):  # experts of different sizes: found, so that they can be declined
-        alike: dict[Any, list[FFNCandidate]] = {}
-        for candidate in candidates:
-            if not candidate.merged:
-                alike.setdefault(
-                    (len(candidate.ins), candidate.ins[0].matrices[0].k, candidate.out.matrices[0].m), []
-                ).append(candidate)
-        for members in alike.values():
-            groups.extend(g for g in _parallel(tape, members) if len(g) > 1)
-    return sorted(groups, key=lambda g: (-(len(g) + 10**6 * g[0].merged), g[0].out.node.meta["index"]))
-
-
-def _parallel(tape: Tape, members: list[FFNCandidate]) -> list[list[FFNCandidate]]:
-    """Split candidates that depend on one another (layers) into runs that do not."""
-    out_of = {c.out.node: i for i, c in enumerate(members)}
-    level: dict[fx.Node, int] = {}
-    depth = []
-    nodes = [c.out.node for c in members]
-    graph_order = sorted(nodes, key=lambda n: n.meta["index"])
-    if len(graph_order) == 1:
-        return [members]
-    for node in tape.nodes[graph_order[0].meta["index"] : graph_order[-1].meta["index"] + 1]:
-        here = max((level.get(a, 0) for a in node.all_input_nodes), default=0)
-        if node in out_of:
-            depth.append((out_of[node], here))
-            here += 1
-        if here:
-            level[node] = here
-    runs: dict[int, list[FFNCandidate]] = {}
-    known = dict(depth)
-    for i, candidate in enumerate(members):
-        runs.setdefault(known.get(i, 0), []).append(candidate)
-    return list(runs.values())
-
-
-def source_of(candidate: FFNCandidate) -> str:
-    """The user's line of the first matmul."""
-    return str(candidate.ins[0].matmul.meta.get("source") or "")

@@ -8,100 +8,19 @@ Legend: R rows, K contracted, M outputs, B batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import is_matmul, is_pointwise, is_times_one, moves_rows, op_name
+from moeopt.capture.op_kinds import is_matmul, op_name
 from moeopt.capture.tape import Tape
-from moeopt.ir.weight_refs import MatrixRef, VectorRef
+from moeopt.ir.weight_refs import MatrixRef
+from moeopt.recognise.gemm_biases import attach_bias
+from moeopt.recognise.gemm_site import GemmSite, is_computed_weight, is_weight
 from moeopt.recognise.weight_source import element_source, matrix_ref, vector_ref
 
+__all__ = ["GemmSite", "find_sites", "is_computed_weight", "is_weight", "weight_and_operand"]
+
 aten = torch.ops.aten
-
-
-@dataclass(eq=False)
-class GemmSite:
-    """One matmul call. ``node`` is its output after the bias.
-
-    ``rows_of(value)`` turns an operand or output tensor into (R, features): ``axis_in`` / ``axis_out``
-    name the feature axis. ``matrix`` gives each row's index into ``matrices``. ``blocks`` > 1 means
-    that one matmul serves several experts side by side: output row r holds ``blocks`` rows. ``order``:
-    where the output was permuted before its bias, the row that stands at each place of it.
-    """
-
-    node: fx.Node
-    matmul: fx.Node
-    operand: fx.Node
-    axis_in: int
-    axis_out: int
-    matrices: list[MatrixRef]
-    matrix: torch.Tensor
-    biases: list[VectorRef | None] = field(default_factory=list)
-    blocks: int = 1
-    order: torch.Tensor | None = None
-
-    def rows_in(self, value: torch.Tensor) -> torch.Tensor:
-        """The activation operand as (R, K) rows; each stands ``blocks`` times."""
-        rows = value.movedim(self.axis_in, -1)
-        rows = rows.reshape(-1, rows.shape[-1])
-        return rows.repeat_interleave(self.blocks, 0) if self.blocks > 1 else rows
-
-    def rows_out(self, value: torch.Tensor) -> torch.Tensor:
-        """The output as (R, M) rows."""
-        rows = value.movedim(self.axis_out, -1).reshape(-1, self.matrices[0].m)
-        return rows if self.order is None else rows[torch.argsort(self.order)]
-
-    def from_rows(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The inverse of :meth:`rows_out`: rows laid out in the shape of the output ``like``."""
-        shape = like.movedim(self.axis_out, -1).shape
-        rows = rows if self.order is None else rows[self.order]
-        return rows.reshape(shape).movedim(-1, self.axis_out).contiguous()
-
-
-def is_weight(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
-    """True where ``node`` is made of Parameters alone, moved, cast or gathered by any index."""
-    known = memo.get(node)
-    if known is not None:
-        return known
-    if node.op == "get_attr":
-        answer = "constant" not in node.meta
-    elif op_name(node) == "embedding":  # picked by a choice, a matrix per token; by token ids, the tokens themselves
-        answer = _is_choice(node.args[1]) and is_weight(node.args[0], memo)  # type: ignore[arg-type]
-    elif is_times_one(node):  # how vmap writes a bias
-        answer = is_weight(node.args[0], memo)  # type: ignore[arg-type]
-    elif node.op != "call_function" or not (moves_rows(node)):
-        answer = False
-    else:
-        name = op_name(node)
-        first = node.args[0] if node.args else None
-        if name in ("cat", "stack") and isinstance(first, (list, tuple)):
-            answer = all(is_weight(n, memo) for n in first if isinstance(n, fx.Node)) and bool(first)
-        elif name in ("index_put", "slice_scatter", "select_scatter", "scatter", "copy", "masked_scatter"):
-            answer = False
-        else:
-            answer = isinstance(first, fx.Node) and is_weight(first, memo)
-    memo[node] = answer
-    return answer
-
-
-def is_computed_weight(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
-    """True for what is computed from Parameters and buffers alone: dequantised or low-rank weights."""
-    if node.op != "call_function" or is_weight(node, memo) or not (is_pointwise(node) or is_matmul(node)):
-        return False
-    inputs = node.all_input_nodes
-    return len(node.meta.get("shape") or ()) > 1 and bool(inputs) and all(is_weight(n, memo) for n in inputs)
-
-
-def _is_choice(node: Any) -> bool:
-    """True where integers are picked by comparing floats (top-k, argmax, sort), not given."""
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        if op_name(node) in ("topk", "argmax", "argmin", "max", "min", "sort", "argsort"):
-            return True
-        node = node.args[0] if node.args and moves_rows(node) else None
-    return False
 
 
 def find_sites(tape: Tape) -> list[GemmSite]:
@@ -159,7 +78,7 @@ def _site(tape: Tape, node: fx.Node, memo: dict[fx.Node, bool]) -> GemmSite | No
     site = build(tape, node, weight, operand, left)
     if site is None:
         return None
-    _attach_bias(tape, site, memo)
+    attach_bias(tape, site, memo)
     return site
 
 
@@ -272,110 +191,3 @@ def _conv_ref(tape: Tape, weight: fx.Node, k: int, m: int, zeros: tuple[int, ...
     if leaf.op != "get_attr" or "constant" in leaf.meta or leaf.meta["shape"] != (m, k, *(1 for _ in zeros)):
         return None
     return MatrixRef(str(leaf.target), origin, (0, 1, *zeros), (1, 0, *zeros), k, m)
-
-
-def _attach_bias(tape: Tape, site: GemmSite, memo: dict[fx.Node, bool]) -> None:
-    """Take the bias of addmm/baddbmm, or of the ``add`` that alone reads a matmul, into the site."""
-    node = site.matmul
-    name = op_name(node)
-    if name in ("addmm", "baddbmm", "addmv") or (name == "linear" and len(node.args) > 2):
-        bias = node.args[0] if name != "linear" else node.args[2]
-        if isinstance(bias, fx.Node) and is_weight(bias, memo):
-            rows = torch.arange(site.matrix.numel())
-            site.biases = _biases(tape, site, bias, node.meta["shape"], site.axis_out, rows, site.blocks)
-        elif isinstance(bias, fx.Node) and not _is_zero(tape, bias):
-            site.matrices = []
-        return
-    if site.biases:
-        return
-    path: list[fx.Node] = []
-    current = node
-    while True:
-        users = [u for u in current.users if "index" in u.meta]
-        if len(users) != 1:
-            return
-        user = users[0]
-        if op_name(user) == "add" and user.kwargs.get("alpha", 1) == 1:
-            other = [a for a in user.args if a is not current]
-            if len(other) == 1 and isinstance(other[0], fx.Node) and is_weight(other[0], memo):
-                _take_added(tape, site, other[0], user, path)
-            return
-        if op_name(user) not in _RESHAPES:
-            return
-        path.append(user)
-        current = user
-
-
-_RESHAPES = ("view", "_unsafe_view", "squeeze", "unsqueeze", "reshape", "permute", "transpose", "t", "clone")
-
-
-def _is_zero(tape: Tape, node: fx.Node) -> bool:
-    return bool((tape.value(node) == 0).all())
-
-
-def _take_added(tape: Tape, site: GemmSite, bias: fx.Node, add: fx.Node, path: list[fx.Node]) -> None:
-    """Fold ``add(matmul, bias)`` into the site; ``path`` is how the matmul was reshaped on the way to it."""
-    labels = torch.arange(site.matrix.numel())[:, None].expand(-1, site.matrices[0].m)
-    moved = site.from_rows(labels, tape.value(site.matmul))
-    for step in path:
-        moved = step.target(moved, *step.args[1:])  # type: ignore[operator]
-    shape, m = add.meta["shape"], site.matrices[0].m
-    if tuple(moved.shape) != tuple(shape) or not moved.numel():
-        return
-    for axis in reversed(range(len(shape))):
-        first = moved.narrow(axis, 0, 1)
-        if shape[axis] == m and bool((moved == first).all()):
-            order, per_row = first.flatten(), 1
-            break
-        if shape[axis] == m * site.blocks and axis == len(shape) - 1:
-            order, per_row = moved.reshape(-1, m)[:, 0], site.blocks
-            break
-    else:
-        return
-    biases = _biases(tape, site, bias, tuple(shape), axis, order, per_row)
-    if biases:
-        site.biases, site.node, site.axis_out = biases, add, axis
-        site.order = None if torch.equal(order, torch.arange(len(order))) else order
-
-
-def _biases(
-    tape: Tape, site: GemmSite, bias: fx.Node, shape: tuple[int, ...], axis: int, order: torch.Tensor, per_row: int
-) -> list[VectorRef | None]:
-    """One bias per matrix, read where each row's output adds it; [] if it is not a plain bias."""
-    m = site.matrices[0].m
-    found: list[VectorRef | None] = [None] * len(site.matrices)
-    bias_shape = bias.meta["shape"]
-    pad = len(shape) - len(bias_shape)
-    if pad < 0 or axis < pad or (bias_shape[axis - pad] == 1 and m != 1):
-        return []
-    lead = [d for d in range(len(shape)) if d != axis]
-    which = site.matrix[order].tolist()
-    for at, matrix in enumerate(which):
-        if matrix < 0 or found[matrix] is not None:
-            continue
-        row, block = divmod(at, per_row)
-        index = [0] * len(shape)
-        for d in reversed(lead):
-            row, index[d] = divmod(row, shape[d])
-        found[matrix] = _vector_along(tape, bias, index, axis, pad, bias_shape, m, block)
-        if found[matrix] is None:
-            return []
-    return found
-
-
-def _vector_along(
-    tape: Tape, bias: fx.Node, index: list[int], axis: int, pad: int, shape: Any, m: int, block: int
-) -> VectorRef | None:
-    def at(j: int) -> Any:
-        place = list(index)
-        place[axis] = block * m + j
-        return element_source(tape, bias, tuple(0 if s == 1 else place[d + pad] for d, s in enumerate(shape)))
-
-    ends = [at(0), at(min(1, m - 1)), at(m - 1)]
-    leaf, origin = ends[0]
-    if leaf.op != "get_attr" or "constant" in leaf.meta or any(e[0] is not leaf for e in ends):
-        return None
-    dm = tuple(x - y for x, y in zip(ends[1][1], origin, strict=True))
-    if tuple(o + (m - 1) * d for o, d in zip(origin, dm, strict=True)) != ends[2][1]:
-        return None
-    return VectorRef(str(leaf.target), origin, dm, m)

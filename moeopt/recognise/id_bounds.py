@@ -18,7 +18,8 @@ from torch import fx
 from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
-from moeopt.recognise.routing import Routing
+from moeopt.recognise.ids_of_masks import mask_to_ids
+from moeopt.recognise.routing_types import Routing
 
 IdBounds = tuple[int, int] | None
 """The least and the greatest value; None where any may come."""
@@ -51,7 +52,7 @@ def open_ids(tape: Tape, routing: Routing, experts: int, given: Sequence[IdBound
     extraction = routing.ids
     if extraction is None or extraction.source is None:
         return None
-    if any(getattr(op, "__module__", "") == Routing.__module__ for op, _ in extraction.steps):
+    if any(getattr(op, "__module__", "") == mask_to_ids.__module__ for op, _ in extraction.steps):
         return None  # made from a mask or a table: 0 to E
     ids = extraction.run(tape).long()
     placeholders = [node for node in tape.nodes if node.op == "placeholder"]

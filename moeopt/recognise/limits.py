@@ -7,7 +7,6 @@ are the same before and after, and the rewrite would leave the clamp out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import fx
@@ -17,6 +16,7 @@ from moeopt.capture.replay import ancestors
 from moeopt.capture.same_graph import same_call
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.value_types import FxArg
 
 _CLAMPS = ("clamp", "clamp_min", "clamp_max", "hardtanh", "minimum", "maximum", "fmin", "fmax", "threshold")
 _COMPARES = ("gt", "lt", "ge", "le")
@@ -74,7 +74,7 @@ def magnitudes(tape: Tape, nodes: Iterable[fx.Node]) -> list[float]:
     return sorted(f for f in found if 10 < f < 1e30)
 
 
-def _is_float(node: Any) -> bool:
+def _is_float(node: FxArg) -> bool:
     dtype = node.meta.get("dtype") if isinstance(node, fx.Node) else None
     return dtype is not None and dtype.is_floating_point
 

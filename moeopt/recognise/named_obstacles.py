@@ -81,7 +81,7 @@ def _computed_weights(tape: Tape) -> Declined | None:
                 what, "prune.remove"
             )
         elif parametrize.is_parametrized(module):
-            held = next(iter(module.parametrizations.values()))  # type: ignore[union-attr, operator]
+            held = next(iter(module.parametrizations.values()))
             what, way_out = type(held[0]).__name__, "parametrize.remove_parametrizations"
         if what:
             return Declined(

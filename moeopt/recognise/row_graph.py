@@ -23,6 +23,7 @@ from moeopt.errors import Declined
 from moeopt.ir.row_function import GETITEM, RowCount, Value, write_body
 from moeopt.ir.weight_refs import PartRef
 from moeopt.recognise.weight_source import part_ref
+from moeopt.value_types import FxTarget, PyObject
 
 aten = torch.ops.aten
 MOST = 400
@@ -163,7 +164,9 @@ class RowGraphReader:
             raise self._refused(node, "is not known to work on each row by itself")
         return rule(self, node, self._known[node.all_input_nodes[0]])
 
-    def _add(self, node: fx.Node, op: Any, lead: tuple[int, ...] | None, *args: Any, **kwargs: Any) -> HeldSlots:
+    def _add(
+        self, node: fx.Node, op: FxTarget, lead: tuple[int, ...] | None, *args: PyObject, **kwargs: PyObject
+    ) -> HeldSlots:
         self.nodes.append((op, args, kwargs))
         shape = tuple(node.meta.get("shape") or ())
         return HeldSlots(len(self.slots) + len(self.nodes), lead, shape)
@@ -191,7 +194,7 @@ class RowGraphReader:
             return self._add(node, GETITEM, None, *self._words(node.args))
         return self._add(node, node.target, None, *self._words(node.args), **self._kwargs(node))
 
-    def _words(self, tree: Any) -> Any:
+    def _words(self, tree: PyObject) -> PyObject:
         if isinstance(tree, fx.Node):
             return self._known[tree].number
         return [self._words(a) for a in tree] if isinstance(tree, (list, tuple)) else tree
@@ -211,7 +214,7 @@ class RowGraphReader:
         (lead,) = leads
         count = len(shape) - len(lead or ())
 
-        def word(a: Any) -> Any:
+        def word(a: PyObject) -> PyObject:
             if not isinstance(a, fx.Node):
                 return a
             held = self._known[a]
@@ -226,7 +229,7 @@ class RowGraphReader:
         args = [word(a) for a in node.args]
         return self._add(node, node.target, lead, *args, **self._kwargs(node))
 
-    def feature_dim(self, node: fx.Node, held: HeldSlots, dim: Any, extra: int = 0) -> int:
+    def feature_dim(self, node: fx.Node, held: HeldSlots, dim: PyObject, extra: int = 0) -> int:
         """``dim`` counted from the right; ``extra`` for a dimension that the op adds."""
         rank = len(held.shape) + extra
         place = int(dim) % rank
@@ -284,7 +287,7 @@ def _turn(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:
     return graph._add(node, aten.permute.default, held.lead, held.number, [0, *(d - lead + 1 for d in order[lead:])])
 
 
-def _one_dim(at: int, extra: int = 0, default: Any = None) -> Rule:
+def _one_dim(at: int, extra: int = 0, default: PyObject = None) -> Rule:
     """An op with one dimension among its arguments, at ``at``; it must be one of the features'."""
 
     def rule(graph: RowGraphReader, node: fx.Node, held: HeldSlots) -> HeldSlots:

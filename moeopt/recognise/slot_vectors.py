@@ -19,7 +19,9 @@ import torch
 from torch import fx
 
 from moeopt.capture.tape import Tape
-from moeopt.recognise.routing import Extraction, Routing, RoutingForm, Table, id_recipes, rebuilt, same_values
+from moeopt.recognise.readings import rebuilt
+from moeopt.recognise.routing_by_ids import id_recipes
+from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm, Table, same_values
 
 aten = torch.ops.aten
 

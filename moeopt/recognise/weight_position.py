@@ -24,7 +24,9 @@ from moeopt.errors import Declined
 from moeopt.recognise.combine import Combine, Labels, entry_weights
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.gemm_sites import GemmSite
-from moeopt.recognise.routing import Routing, Table, rebuilt, same_values, table_to_ids
+from moeopt.recognise.ids_of_masks import table_to_ids
+from moeopt.recognise.readings import rebuilt
+from moeopt.recognise.routing_types import Routing, Table, same_values
 from moeopt.recognise.token_rows import Tokens, rows_as_bytes, rows_of
 
 WeightPosition = Literal["input", "output"]
@@ -203,7 +205,7 @@ def _rows_follow(
 ) -> bool:  # fmt: skip
     """True where those input rows of ``site`` that count, (T, C) bool, changed by ``factors`` (T, C)."""
     before = site.rows_in(tape.value(site.operand))
-    after = site.rows_in(values.get(site.operand, tape.value(site.operand)))
+    after = site.rows_in(values[site.operand] if site.operand in values else tape.value(site.operand))
     token, out_token, which = tokens.token[site], labels.token[candidate.out], labels.candidate[candidate.out]
     if out_token.shape != token.shape or not torch.equal(out_token, token):
         return torch.equal(before, after) and bool((factors == 1).all())

@@ -86,14 +86,23 @@ def _step_back(tape: Tape, node: fx.Node, index: Index) -> tuple[fx.Node, Index]
     if name == "expand":
         pad = len(index) - rank
         return base, tuple(0 if size == 1 else i for i, size in zip(index[pad:], shape, strict=True))
+    if is_times_one(node):
+        return base, index
+    return _step_back_by_value(tape, node, base, index)
+
+
+def _step_back_by_value(tape: Tape, node: fx.Node, base: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    """As :func:`_step_back`, for ops whose ids or strides decide which element is read."""
+    name = op_name(node)
+    args: tuple[Any, ...] = node.args
+    shape: Index = base.meta.get("shape", ())
+    rank = len(shape)
     if name == "index_select":
         dim = int(args[1]) % rank
         ids = tape.value(args[2])
         return base, (*index[:dim], int(ids.reshape(-1)[index[dim]]), *index[dim + 1 :])
     if name == "embedding":
         return base, (int(tape.value(args[1])[index[:-1]]), index[-1])
-    if is_times_one(node):
-        return base, index
     if name == "index":
         return _from_index(tape, base, args[1], index, shape)
     if name == "as_strided":
@@ -236,6 +245,16 @@ def vector_ref(tape: Tape, node: fx.Node, prefix: Index, m: int) -> VectorRef | 
     return VectorRef(str(leaf.target), origin, dm, m)
 
 
+def _along_axes(steps: tuple[Index, ...], shape: tuple[int, ...]) -> bool:
+    """Whether each dimension goes forward along one axis of the leaf, and no two along the same."""
+    axes = [[a for a, s in enumerate(step) if s] for step in steps]
+    used = [a[0] for a in axes if a]
+    plain = all(
+        len(a) == 1 and step[a[0]] > 0 if n > 1 else not a for a, step, n in zip(axes, steps, shape, strict=True)
+    )
+    return plain and len(set(used)) == len(used)
+
+
 def part_ref(tape: Tape, node: fx.Node, values: bool = True) -> PartRef | None:
     """The region of a Parameter or buffer that ``node`` is, whatever its rank; None where it is no such view.
 
@@ -256,12 +275,7 @@ def part_ref(tape: Tape, node: fx.Node, values: bool = True) -> PartRef | None:
         return None
     steps = tuple(_sub(f[1], origin) for f in found[1:-1])
     last = tuple(o + sum((n - 1) * s[a] for n, s in zip(shape, steps, strict=True)) for a, o in enumerate(origin))
-    axes = [[a for a, s in enumerate(step) if s] for step in steps]
-    used = [a[0] for a in axes if a]
-    plain = all(
-        len(a) == 1 and step[a[0]] > 0 if n > 1 else not a for a, step, n in zip(axes, steps, shape, strict=True)
-    )
-    if last != found[-1][1] or not plain or len(set(used)) < len(used):
+    if last != found[-1][1] or not _along_axes(steps, shape):
         return None
     ref = PartRef(str(leaf.target), origin, steps, tuple(shape))
     return ref if not values or torch.equal(ref.read(tape.value(leaf)), tape.value(node)) else None

@@ -12,7 +12,8 @@ from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
-from moeopt.recognise.ffn_candidates import FFNCandidate, source_of
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
 from moeopt.recognise.named_obstacles import between_products, named_obstacle
 

@@ -32,7 +32,8 @@ from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.ir.weight_refs import ExpertRef
 from moeopt.rewrite.call_guard import CallGuard
 from moeopt.rewrite.graph_words import graph_from_words, graph_to_words
-from moeopt.rewrite.keep import KeptSteps
+from moeopt.rewrite.kept_steps import KeptSteps
+from moeopt.value_types import PyObject
 
 
 class ExpertWeightRefs(NamedTuple):
@@ -173,12 +174,14 @@ def compiled(graph: fx.Graph) -> Callable[..., Any]:
     return forward
 
 
-def _read_constant(block: Any, index: int, like: torch.Tensor) -> torch.Tensor:
+def _read_constant(block: PyObject, index: int, like: torch.Tensor) -> torch.Tensor:
     constant: torch.Tensor = block.constants[index]
     return constant if constant.device == like.device else constant.to(like.device)
 
 
-def _run_experts(block: Any, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _run_experts(
+    block: PyObject, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     result: torch.Tensor = block.experts(index, x, ids, weights)
     return result
 

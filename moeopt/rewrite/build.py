@@ -13,8 +13,9 @@ from torch import fx
 
 from moeopt.capture.tree import tree_map
 from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, Slot
-from moeopt.rewrite.keep import KeptStep, KeptSteps, StepRef
+from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 from moeopt.rewrite.symbolic_shapes import DeviceOf, Ratio, Size
+from moeopt.value_types import PyObject
 
 aten = torch.ops.aten
 
@@ -27,7 +28,7 @@ def build(block: BlockGraph, plan: KeptSteps) -> None:
     block.made, block.constants = builder.graph, builder.constants
     leaves: list[fx.Node] = []
 
-    def place(leaf: Any) -> Slot:
+    def place(leaf: PyObject) -> Slot:
         leaves.append(builder.word(leaf))
         return Slot(len(leaves) - 1)
 
@@ -69,10 +70,10 @@ class _GraphBuilder:
             return graph.create_node("call_function", EXPERTS, (self._block, step.target, *args), {}, "experts")
         return graph.call_function(step.target, args, kwargs)
 
-    def _words(self, tree: Any) -> Any:
+    def _words(self, tree: PyObject) -> PyObject:
         return tree_map(_KINDS, self.word, tree)
 
-    def word(self, leaf: Any) -> Any:
+    def word(self, leaf: PyObject) -> PyObject:
         """The node that computes ``leaf``."""
         if isinstance(leaf, StepRef):
             return self._refs[leaf.step]
@@ -83,7 +84,7 @@ class _GraphBuilder:
             return self.graph.call_function(getattr, (self._inputs[0], "device"))
         return self._size(leaf)
 
-    def _size(self, expr: Size) -> Any:
+    def _size(self, expr: Size) -> PyObject:
         if expr not in self._sizes:
             total: Any = None
             for index, dim in expr.dims:

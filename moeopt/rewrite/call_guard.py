@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from moeopt.capture.tree import tree_leaves
+from moeopt.value_types import PyObject
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -59,7 +60,7 @@ def bind(
     return BoundArguments(tuple(bound.arguments), tuple([spell(v) for v in bound.arguments.values()]))
 
 
-def spell(value: Any, depth: int = 6) -> Any:
+def spell(value: PyObject, depth: int = 6) -> PyObject:
     """``value`` as tensors and plain values in lists; equal spellings mean equal arguments."""
     if isinstance(value, (torch.Tensor, *_PLAIN)) or depth == 0:
         return value
@@ -90,7 +91,7 @@ class _Mark:
     def __reduce__(self) -> str:
         return self.name
 
-    def __deepcopy__(self, memo: Any) -> _Mark:
+    def __deepcopy__(self, memo: PyObject) -> _Mark:
         return self
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from moeopt.value_types import PyObject
+
 _WORD = re.compile(r"[^\n]{1,64}\Z")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _COMPUTES = ("BINARY_", "FORMAT_", "BUILD_STRING")
@@ -72,7 +74,7 @@ def _read(code: types.CodeType) -> CodeNames:
     return CodeNames(tuple(reads), tuple(imports), frozenset({*code.co_names, code.co_name, *strings}), open_)
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: PyObject) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, (tuple, frozenset)):
@@ -90,7 +92,7 @@ def digest(code: types.CodeType) -> str:
     return found
 
 
-def _constant(value: Any) -> Any:
+def _constant(value: PyObject) -> PyObject:
     if isinstance(value, types.CodeType):
         return digest(value)
     if isinstance(value, tuple):
@@ -111,7 +113,7 @@ def fingerprint(function: Callable[..., Any], depth: int = 4) -> str:
     return f"{function.__module__}.{function.__qualname__}:{digest(function.__code__)}:{'|'.join(parts)}"
 
 
-def _held(value: Any, depth: int) -> str:
+def _held(value: PyObject, depth: int) -> str:
     if type(value) in _PLAIN:
         return repr(value)
     if isinstance(value, types.FunctionType) and depth:
@@ -119,7 +121,7 @@ def _held(value: Any, depth: int) -> str:
     return type(value).__qualname__
 
 
-def filled(cell: Any) -> bool:
+def filled(cell: PyObject) -> bool:
     """Whether a closure's cell has a value."""
     try:
         cell.cell_contents  # noqa: B018

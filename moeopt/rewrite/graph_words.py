@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from moeopt.value_types import FxTarget, PyObject
+
 Words = list[tuple[str, str, Any, Any, Any, dict[str, Any]]]
 
 
@@ -22,13 +24,13 @@ class OpName:
     overload: str
 
     @staticmethod
-    def of(target: Any) -> Any:
+    def of(target: FxTarget) -> PyObject:
         """The name of ``target`` where that is an OpOverload, else ``target``."""
         if not isinstance(target, torch._ops.OpOverload):
             return target
         return OpName(target._schema.name, target._overloadname)
 
-    def op(self) -> Any:
+    def op(self) -> PyObject:
         """The op of this name."""
         space, _, name = self.name.partition("::")
         return getattr(getattr(getattr(torch.ops, space), name), self.overload)
@@ -45,10 +47,10 @@ def graph_to_words(graph: fx.Graph) -> Words:
     """``graph`` as plain values."""
     number = {node: i for i, node in enumerate(graph.nodes)}
 
-    def plain(tree: Any) -> Any:
+    def plain(tree: PyObject) -> PyObject:
         return fx.node.map_aggregate(tree, refer)
 
-    def refer(leaf: Any) -> Any:
+    def refer(leaf: PyObject) -> PyObject:
         return NodeNumber(number[leaf]) if isinstance(leaf, fx.Node) else leaf
 
     return [(n.op, n.name, OpName.of(n.target), plain(n.args), plain(n.kwargs), dict(n.meta)) for n in graph.nodes]
@@ -59,7 +61,7 @@ def graph_from_words(words: Words) -> fx.Graph:
     graph = fx.Graph()
     nodes: list[fx.Node] = []
 
-    def whole(tree: Any) -> Any:
+    def whole(tree: PyObject) -> PyObject:
         return fx.node.map_aggregate(tree, lambda leaf: nodes[leaf.number] if isinstance(leaf, NodeNumber) else leaf)
 
     for op, name, target, args, kwargs, meta in words:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from moeopt.value_types import PyObject
+
 _MANY = 8
 """Entries from which on they are compared as one list."""
 
@@ -40,7 +42,7 @@ class GuardExpression:
         self._names: dict[int, str] = {}
         self._tables: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
 
-    def name(self, value: Any) -> str:
+    def name(self, value: PyObject) -> str:
         """The variable of the generated function that holds ``value``."""
         known = self._names.get(id(value))
         if known is None:
@@ -49,14 +51,14 @@ class GuardExpression:
             self.cost += 3
         return known
 
-    def add(self, template: str, *values: Any) -> None:
+    def add(self, template: str, *values: PyObject) -> None:
         """A term such as ``"{0}[{1}] is {2}"``; the values stay alive as long as the probe."""
         term = template.format(*[self.name(v) for v in values])
         if term not in self._terms:
             self._terms[term] = None
             self.cost += 14 + 15 * template.count("(")
 
-    def item(self, table: Any, key: Any, value: Any) -> None:
+    def item(self, table: PyObject, key: PyObject, value: PyObject) -> None:
         """``table[key]`` is the object ``value``."""
         if isinstance(table, types.MappingProxyType) and not self._classes:
             return
@@ -85,11 +87,11 @@ class GuardExpression:
             self._tables[id(table)] = table, dict(table)
             self.cost += 10 + 8 * len(table)
 
-    def lacks(self, table: Any, key: Any) -> None:
+    def lacks(self, table: PyObject, key: PyObject) -> None:
         """``table`` has no ``key``."""
         self.add("{0} not in {1}", key, table)
 
-    def attribute(self, owner: Any, name: str, value: Any) -> None:
+    def attribute(self, owner: PyObject, name: str, value: PyObject) -> None:
         """``owner.name`` is the object ``value``."""
         self.add(f"{{0}}.{name} is {{1}}", owner, value)
 
@@ -100,7 +102,7 @@ class GuardExpression:
         else:
             self.add("not {0}", table)
 
-    def equal(self, value: Any, copy: Any) -> None:
+    def equal(self, value: PyObject, copy: PyObject) -> None:
         """A list, set or another container of plain values equals ``copy``."""
         self.add("{0} == {1}", value, copy)
 

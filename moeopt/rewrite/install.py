@@ -9,93 +9,34 @@ flag, autocast). If not, or if the module was changed since, the original forwar
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
 from moeopt.capture.tree import tree_map
-from moeopt.errors import Declined, NotSaveableError, StaleModelWarning
+from moeopt.errors import Declined, StaleModelWarning
 from moeopt.ir.row_function import RowFunction
-from moeopt.ir.specs import RouterSpec
-from moeopt.ir.weight_refs import expert_paths
 from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
+from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, by_position, overlap
 from moeopt.rewrite.id_range import IdOutOfRange
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
-from moeopt.rewrite.module_guard import Fact, Watch, take_facts
-from moeopt.rewrite.reads import Reads
+from moeopt.rewrite.module_guard import Watch
 from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
+from moeopt.value_types import PyObject
 
 __all__ = ["OPAQUE", "TENSOR", "CallGuard", "BlockProgram", "RewrittenForward", "bind", "install", "uninstall"]
 
 aten = torch.ops.aten
-
-
-@dataclass
-class BlockProgram:
-    """A block graph as it is installed: with the signature of the forward that it stands for.
-
-    ``facts`` is what was verified of the module's own code, taken from the first module that asks; ``reads`` what the
-    block's code read outside its modules.
-    """
-
-    block: BlockGraph
-    signature: inspect.Signature
-    facts: list[Fact] | None = None
-    reads: Reads | None = None
-
-    @property
-    def guard(self) -> CallGuard:
-        """Which calls the graph holds for."""
-        guard = self.block.guard
-        assert guard is not None
-        return guard
-
-    @property
-    def routers(self) -> list[RouterSpec | None]:
-        """The router of each op where it was recognised, for runtimes that want to know its weights' signs."""
-        return self.block.routers
-
-    @property
-    def frozen(self) -> dict[str, torch.Tensor]:
-        """By path in the block, the values of tensors that decided what the graph is and that it does not read."""
-        return self.block.frozen
-
-    def watch(self, module: nn.Module) -> Watch:
-        """What was verified of ``module``'s own code, bound to it; the first module to ask is the verified one."""
-        block = self.block
-        if self.facts is None:
-            self.facts = take_facts(module, block.kept_modules, block.attributes, self.guard.training is not None)
-        return Watch(
-            module,
-            self.facts,
-            {(b, e): expert_paths([ref]) for b, (refs, _) in enumerate(block.weights) for e, ref in enumerate(refs)},
-            block.frozen,
-            self.reads,
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The signature without annotations, which cannot be pickled."""
-        plain = [p.replace(annotation=inspect.Parameter.empty) for p in self.signature.parameters.values()]
-        return self.__dict__ | {"signature": inspect.Signature(plain)}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BlockProgram:
-        return self
-
-    def graph(self) -> fx.Graph:
-        """What runs: placeholders are the tensor inputs, ``self`` is the user's module."""
-        return self.block.graph
 
 
 def _change_of(forward: RewrittenForward) -> Callable[[], str]:
@@ -104,14 +45,14 @@ def _change_of(forward: RewrittenForward) -> Callable[[], str]:
     A constant to torch.compile. It takes no argument, since torch before 2.13 takes an object for no constant.
     """
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch
     def change() -> str:
         reason = forward.watch.everything() if forward._stale else forward.watch.shared()
         if forward.source is not None and not reason:
             forward.source.look()
         return reason
 
-    return change
+    return cast(Callable[[], str], change)
 
 
 def _check(watch: Watch, bank: int, expert: int) -> None:
@@ -120,7 +61,9 @@ def _check(watch: Watch, bank: int, expert: int) -> None:
         raise Stale(reason)
 
 
-def live_bank(module: nn.Module, refs: Any, spec: Any, check: Callable[[int], None] = lambda e: None) -> Any:
+def live_bank(
+    module: nn.Module, refs: PyObject, spec: PyObject, check: Callable[[int], None] = lambda e: None
+) -> PyObject:
     """The weights at ``refs`` of ``module``, as the op takes them; ``check`` is asked before each expert is read."""
     if isinstance(spec, RowFunction):
         return LiveSlots(module, refs, check)
@@ -187,7 +130,7 @@ class RewrittenForward:
         self.program.block.set_graph(graph)
         self._prepare()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         bound = bind(self.program.signature, args, kwargs, self._names)
         refusal = self.program.guard.refuses(self.module, bound) or self._effects(bound)
         if not refusal:
@@ -220,11 +163,11 @@ class RewrittenForward:
         return ""
 
     @property
-    def __code__(self) -> Any:
+    def __code__(self) -> PyObject:
         """The original forward's code: torch.export reads argument names off it."""
         return type(self.module).forward.__code__
 
-    def _forward(self, bound: BoundArguments) -> Any:
+    def _forward(self, bound: BoundArguments) -> PyObject:
         if self.program.guard.no_grad and torch.is_grad_enabled():
             with torch.no_grad():
                 leaves = self._run(self.module, self, *bound.tensors())
@@ -235,7 +178,7 @@ class RewrittenForward:
         if self._plain:
             return leaves[block.output.index]
 
-        def fill(slot: Slot) -> Any:
+        def fill(slot: Slot) -> PyObject:
             return leaves[slot.index]
 
         for target, value in tree_map(Slot, fill, block.mutations):
@@ -249,7 +192,7 @@ class RewrittenForward:
                 delattr(home, name)
         return tree_map(Slot, fill, block.output)
 
-    def _fall_back(self, refusal: str, args: Any, kwargs: Any) -> Any:
+    def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject) -> PyObject:
         if self.last_refusal != refusal:
             self.last_refusal = refusal
             warnings.warn(
@@ -267,7 +210,7 @@ class RewrittenForward:
         module = memo.get(id(self.module))
         if module is None:
             module = copy.deepcopy(self.module, memo)
-            return module.forward  # type: ignore[no-any-return,return-value]
+            return cast(RewrittenForward, module.forward)
         new = RewrittenForward.__new__(RewrittenForward)
         memo[id(self)] = new
         new.module, new.program, new.original = module, self.program, copy.deepcopy(self.original, memo)
@@ -275,7 +218,7 @@ class RewrittenForward:
         new.__signature__ = self.__signature__
         return new
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PyObject:
         # A copy is made before its module has its children: it prepares itself at first use.
         if name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names"):
             if "program" in self.__dict__:
@@ -288,10 +231,10 @@ class RewrittenForward:
         return {k: self.__dict__[k] for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
 
 
-def run(block: BlockGraph, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def run(block: BlockGraph, module: nn.Module, *args: PyObject, **kwargs: PyObject) -> PyObject:
     """One call of ``block`` on the weights of ``module``; of ``module``'s own code while the block has no graph."""
     if block.captured is not None:
-        return type(module).forward(module, *args, **kwargs)  # type: ignore[operator]
+        return type(module).forward(module, *args, **kwargs)
     return RewrittenForward(module, BlockProgram(block, inspect.signature(module.forward)))(*args, **kwargs)
 
 
@@ -332,51 +275,3 @@ def uninstall(module: nn.Module) -> None:
                 del module.__dict__[key]
             else:
                 module.__dict__[key] = held.original or type(module).forward.__get__(module)
-
-
-@contextlib.contextmanager
-def exported(model: nn.Module) -> Iterator[None]:
-    """While open, an exporter traces ``model``: its rewritten blocks are what they were when this was entered.
-
-    An exporter may set a configuration for its own trace (transformers' takes ``batched_mm`` experts). A rewritten
-    block computes what was verified whatever is set, and must not give way to the original code, whose experts the
-    graph would then hold in an unverified form.
-
-    Raises:
-        NotSaveableError: a block had changed before, or refused the exporter's call; the message has the reason.
-    """
-    blocks = {p: f for p, m in model.named_modules() if (f := rewritten_forward(m)) is not None}
-    for path, forward in blocks.items():
-        if reason := forward.watch.everything():
-            raise NotSaveableError(
-                f"{path or type(model).__name__} is no longer what was verified ({reason}), and an engine would hold "
-                "the old code: optimise the model again"
-            )
-    before = {path: forward.fallbacks for path, forward in blocks.items()}
-    for forward in blocks.values():
-        forward.watch.paused = True
-    try:
-        yield
-    finally:
-        for forward in blocks.values():
-            forward.watch.paused = False
-    for path, forward in blocks.items():
-        if forward.fallbacks != before[path]:
-            raise NotSaveableError(
-                f"while it was exported, {path or type(model).__name__} ran its original code instead of what was "
-                f"verified: {forward.last_refusal}"
-            )
-
-
-def watch_source(model: nn.Module, twin: nn.Module, values: bool) -> None:
-    """Let the rewritten blocks of ``twin`` tell what changes in ``model``, of which it is a copy.
-
-    Args:
-        values: whether the twin has tensors of its own, so that writes to the model's do not show in it.
-    """
-    forwards = {p: f for p, m in twin.named_modules() if (f := rewritten_forward(m)) is not None}
-    blocks = {path: f.program.reads for path, f in forwards.items() if f.program.reads is not None}
-    if forwards:
-        source = Source(model, twin, blocks, values, max(f.watch.cost for f in forwards.values()))
-        for forward in forwards.values():
-            forward.source = source

@@ -9,8 +9,8 @@ every size in ``generalize`` and ``build``; a plan itself never runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,62 +21,12 @@ from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of, tree_leaves, tree_map
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
+from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 from moeopt.rewrite.scratch import UNSET, storable
+from moeopt.value_types import PyObject
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
-
-
-@dataclass(frozen=True)
-class StepRef:
-    """The result of an earlier step."""
-
-    step: int
-
-
-@dataclass
-class KeptStep:
-    """One step. ``kind``: input, attr, constant, call, module or experts.
-
-    ``shape`` and ``dtype`` are those of its result where it is one tensor and they are known, else None.
-    """
-
-    kind: str
-    target: Any
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    source: str = ""
-    shape: tuple[Any, ...] | None = field(default=None, compare=False)
-    dtype: torch.dtype | None = field(default=None, compare=False)
-
-
-@dataclass
-class KeptSteps:
-    """Steps in order; ``output``, ``mutations`` and ``attributes`` are trees of :class:`StepRef`.
-
-    An attribute may be ``UNSET`` (see ``moeopt.rewrite.scratch``).
-    """
-
-    steps: list[KeptStep]
-    output: Any
-    mutations: list[tuple[StepRef, StepRef]]
-    attributes: dict[tuple[str, str], Any]
-    kept_modules: list[str]
-
-    def call(self, target: Any, *args: Any, source: str = "", **kwargs: Any) -> StepRef:
-        """Append a call of ``target`` and return its result."""
-        return self._add(KeptStep("call", target, args, kwargs, source))
-
-    def note(self, ref: StepRef, shape: Sequence[int] | None, dtype: torch.dtype | None) -> StepRef:
-        """Write down the shape and dtype of the result ``ref``, which is returned."""
-        step = self.steps[ref.step]
-        if shape is not None and step.shape is None:
-            step.shape, step.dtype = tuple(shape), dtype
-        return ref
-
-    def _add(self, step: KeptStep) -> StepRef:
-        self.steps.append(step)
-        return StepRef(len(self.steps) - 1)
 
 
 @dataclass
@@ -292,7 +242,7 @@ class _Planner:
 
     def _emit(self, plan: KeptSteps, unit: fx.Node | Call, refs: dict[fx.Node, StepRef]) -> None:
         if isinstance(unit, Call):
-            ref = plan._add(KeptStep("module", unit.path, _tree(unit.args, refs), _tree(unit.kwargs, refs)))
+            ref = plan.add(KeptStep("module", unit.path, _tree(unit.args, refs), _tree(unit.kwargs, refs)))
             self._unpack(plan, ref, unit.output, refs)
             return
         self._emit_node(plan, unit, refs)
@@ -302,18 +252,18 @@ class _Planner:
         if unit in self.replaced:
             refs[unit] = self.replaced[unit].apply(plan, refs.__getitem__)
         elif unit.op == "placeholder":
-            refs[unit] = plan._add(KeptStep("input", unit.name))
+            refs[unit] = plan.add(KeptStep("input", unit.name))
         elif unit.op == "get_attr":
             constant = unit.meta.get("constant")
             kind = "attr" if constant is None else "constant"
-            refs[unit] = plan._add(KeptStep(kind, unit.target if constant is None else constant))
+            refs[unit] = plan.add(KeptStep(kind, unit.target if constant is None else constant))
         else:
             source = unit.meta.get("source", "")
             target = aten.reshape.default if unit.target in _VIEWS else unit.target  # inputs may be strided
             step = KeptStep("call", target, _tree(unit.args, refs), _tree(dict(unit.kwargs), refs), source)
-            refs[unit] = plan._add(step)
+            refs[unit] = plan.add(step)
 
-    def _unpack(self, plan: KeptSteps, ref: StepRef, output: Any, refs: dict[fx.Node, StepRef]) -> None:
+    def _unpack(self, plan: KeptSteps, ref: StepRef, output: PyObject, refs: dict[fx.Node, StepRef]) -> None:
         if isinstance(output, fx.Node):
             refs.setdefault(output, plan.note(ref, output.meta.get("shape"), output.meta.get("dtype")))
             return
@@ -324,10 +274,11 @@ class _Planner:
                 refs[leaf] = plan.note(picked, leaf.meta.get("shape"), leaf.meta.get("dtype"))
 
 
-def tensor_leaf(tree: Any, index: int) -> torch.Tensor:
+def tensor_leaf(tree: PyObject, index: int) -> torch.Tensor:
     """The ``index``-th tensor of a module's output, whatever containers hold it."""
     if isinstance(tree, (tuple, list)) and all(isinstance(t, torch.Tensor) for t in tree):
-        return tree[index]
+        first: torch.Tensor = tree[index]
+        return first
     found: torch.Tensor = leaves_of(torch.Tensor, tree)[index]
     return found
 
@@ -336,9 +287,9 @@ def _dotted(key: tuple[str, str]) -> str:
     return ".".join(filter(None, key))
 
 
-def _nodes(tree: Any) -> list[fx.Node]:
+def _nodes(tree: PyObject) -> list[fx.Node]:
     return leaves_of(fx.Node, tree)
 
 
-def _tree(tree: Any, refs: dict[fx.Node, StepRef]) -> Any:
+def _tree(tree: PyObject, refs: dict[fx.Node, StepRef]) -> PyObject:
     return tree_map(fx.Node, refs.__getitem__, tree)

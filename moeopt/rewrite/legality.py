@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +13,9 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.obstacles import Rank
-from moeopt.recognise.experts import Recognition
-from moeopt.rewrite.keep import KeptSteps
+from moeopt.recognise.recognition import Recognition
+from moeopt.rewrite.kept_steps import KeptSteps
+from moeopt.value_types import PyObject
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_FROZEN = 1 << 20
@@ -57,7 +57,7 @@ def absent_reason(model: nn.Module) -> str:
     return f"{absent} is on the meta device and has no values to check against; load the weights first"
 
 
-def _offloads(hook: Any) -> bool:
+def _offloads(hook: PyObject) -> bool:
     return bool(getattr(hook, "offload", False)) or any(_offloads(h) for h in getattr(hook, "hooks", ()))
 
 

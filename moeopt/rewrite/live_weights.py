@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
 from moeopt.ops.expert_weights import StackedExpertWeights
+from moeopt.value_types import PyObject
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -163,7 +164,7 @@ class LiveExpertWeights:
             self._stack = now, bank, [weakref.ref(t, self._let_go) for t in tensors]
         return self._stack[1]
 
-    def _let_go(self, reference: Any) -> None:
+    def _let_go(self, reference: PyObject) -> None:
         """A tensor is gone, to a disk maybe: the memory that it had is not to be kept."""
         self._stack = None
 
@@ -172,7 +173,7 @@ class LiveExpertWeights:
         first, count = self._experts[0], self.num_experts
         w_in_step, b_in_step, w_out_step, b_out_step = self._steps
 
-        def stack(ref: MatrixRef | VectorRef | None, step: tuple[int, ...] | None, layout: str) -> Any:
+        def stack(ref: MatrixRef | VectorRef | None, step: tuple[int, ...] | None, layout: str) -> PyObject:
             if ref is None:
                 return None
             tensor = self._places[ref.path].read()
@@ -192,7 +193,7 @@ class LiveExpertWeights:
 def _detached(bank: StackedExpertWeights) -> StackedExpertWeights:
     """The same memory; a view keeps the Parameter alive that it is of, a detached one does not."""
 
-    def one(t: Tensor | None) -> Any:
+    def one(t: Tensor | None) -> PyObject:
         return None if t is None else t.detach()
 
     return StackedExpertWeights(
@@ -212,7 +213,7 @@ class _Region:
 _IRREGULAR = object()
 
 
-def _region(ref: MatrixRef, layout: str, shape: tuple[int, ...]) -> Any:
+def _region(ref: MatrixRef, layout: str, shape: tuple[int, ...]) -> PyObject:
     """``ref`` as a :class:`_Region`; ``_IRREGULAR`` where K or M does not run along one axis."""
     along_k = [(d, s) for d, s in enumerate(ref.dk) if s]
     along_m = [(d, s) for d, s in enumerate(ref.dm) if s]
@@ -237,8 +238,24 @@ def _from(tensor: Tensor, origin: tuple[int, ...]) -> Tensor:
     return tensor[tuple([slice(o, None) for o in origin])] if any(origin) else tensor
 
 
-def _flat(part: Any) -> list[tuple[int, ...]]:
+def _flat(part: PyObject) -> list[tuple[int, ...]]:
     return [p for p in (part if isinstance(part, list) else [part]) if p is not None]
+
+
+def _step(parts: list[Any]) -> tuple[int, ...] | None | bool:
+    """The constant distance from one part to the next; None where all are absent, False where there is none."""
+    first = parts[0]
+    if first is None:
+        return None if all(p is None for p in parts) else False
+    if any(p is None or p.path != first.path or p.dm != first.dm for p in parts):
+        return False
+    if isinstance(first, MatrixRef) and any(p.dk != first.dk for p in parts):
+        return False
+    if len(parts) == 1:
+        return tuple(0 for _ in first.origin)
+    step = tuple(b - a for a, b in zip(first.origin, parts[1].origin, strict=True))
+    places = [tuple(o + e * s for o, s in zip(first.origin, step, strict=True)) for e in range(len(parts))]
+    return step if places == [p.origin for p in parts] else False
 
 
 def _steps(experts: list[ExpertRef]) -> tuple[Any, Any, Any, Any] | None:
@@ -246,23 +263,9 @@ def _steps(experts: list[ExpertRef]) -> tuple[Any, Any, Any, Any] | None:
     if any(x.neurons is not None for x in experts) or len({x.w_out.k for x in experts}) > 1:
         return None
 
-    def regular(parts: list[Any]) -> tuple[int, ...] | None | bool:
-        first = parts[0]
-        if first is None:
-            return None if all(p is None for p in parts) else False
-        if any(p is None or p.path != first.path or p.dm != first.dm for p in parts):
-            return False
-        if isinstance(first, MatrixRef) and any(p.dk != first.dk for p in parts):
-            return False
-        if len(parts) == 1:
-            return tuple(0 for _ in first.origin)
-        step = tuple(b - a for a, b in zip(first.origin, parts[1].origin, strict=True))
-        places = [tuple(o + e * s for o, s in zip(first.origin, step, strict=True)) for e in range(len(parts))]
-        return step if places == [p.origin for p in parts] else False
-
-    w_in = [regular([x.w_in[i] for x in experts]) for i in range(len(experts[0].w_in))]
-    b_in = [regular([x.b_in[i] for x in experts]) for i in range(len(experts[0].b_in))]
-    w_out, b_out = regular([x.w_out for x in experts]), regular([x.b_out for x in experts])
+    w_in = [_step([x.w_in[i] for x in experts]) for i in range(len(experts[0].w_in))]
+    b_in = [_step([x.b_in[i] for x in experts]) for i in range(len(experts[0].b_in))]
+    w_out, b_out = _step([x.w_out for x in experts]), _step([x.b_out for x in experts])
     if any(s is False for s in (*w_in, *b_in, w_out, b_out)):
         return None
     return w_in, b_in, w_out, b_out

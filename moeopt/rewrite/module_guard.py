@@ -27,6 +27,7 @@ from moeopt.rewrite.code import fingerprint
 from moeopt.rewrite.frozen_values import Frozen
 from moeopt.rewrite.guard_expression import GuardExpression, holds
 from moeopt.rewrite.reads import Reads
+from moeopt.value_types import PyObject
 
 _BOOKKEEPING = frozenset(nn.Module().__dict__)
 _PLAIN = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType, type)
@@ -76,7 +77,7 @@ def take_facts(root: nn.Module, live: Iterable[str], written: Iterable[tuple[str
             Fact(
                 path,
                 type(module),
-                fingerprint(type(module).forward),  # type: ignore[arg-type]
+                fingerprint(type(module).forward),
                 tuple(plain),
                 tuple(plain.values()),
                 tuple(n for n, c in module._modules.items() if c is not None and not _inside(prefix + n, kept)),
@@ -92,11 +93,11 @@ def _inside(path: str, kept: tuple[str, ...]) -> bool:
     return any(path == k or path.startswith(f"{k}.") for k in kept)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: PyObject) -> bool:
     return isinstance(value, _PLAIN) or (type(value) in (list, tuple) and all(isinstance(v, _PLAIN) for v in value))
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: PyObject) -> PyObject:
     return list(value) if type(value) is list else value
 
 
@@ -117,7 +118,7 @@ class _Watched:
         fact, module = self.fact, self.module
         d: dict[str, Any] = module.__dict__
         probe.attribute(module, "__class__", module.__class__)
-        probe.attribute(module.__class__, "forward", module.__class__.forward)  # type: ignore[attr-defined]
+        probe.attribute(module.__class__, "forward", module.__class__.forward)
         if fact.path:
             for kind in _HOOKS:
                 count = len(d[kind])
@@ -141,7 +142,7 @@ class _Watched:
         """What is another than it was; "" when nothing is."""
         fact, module = self.fact, self.module
         d, name = module.__dict__, fact.path or "the block"
-        if module.__class__ is not fact.cls or fingerprint(fact.cls.forward) != fact.forward:  # type: ignore[attr-defined]
+        if module.__class__ is not fact.cls or fingerprint(fact.cls.forward) != fact.forward:
             return f"the class of {name}, or its forward, is not the one that was verified"
         if fact.path and (hook_count(module) != fact.hooks):
             return f"a hook was registered on {name}, which is no longer called for each expert"
@@ -178,7 +179,7 @@ class Watch:
 
     Attributes:
         cost: about how many nanoseconds ``shared`` takes.
-        paused: while true nothing is compared: see ``install.exported``.
+        paused: while true nothing is compared: see ``whole_model.exported``.
     """
 
     paused = False
@@ -262,7 +263,7 @@ class Watch:
             return self._reason or next(filter(None, self._reasons.values()), "") or self._read
         return _first(self._frozen) if self._frozen else ""
 
-    def expert(self, key: Any) -> str:
+    def expert(self, key: PyObject) -> str:
         """What changed in the modules of one expert."""
         if self.paused or holds(self._sames[key]):
             return "" if self.paused else self._reasons[key]

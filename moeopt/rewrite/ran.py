@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from moeopt.rewrite.code import digest, foreign, words
+from moeopt.value_types import FxArg, PyObject
 
 _CALLS = {nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__}
 
@@ -54,7 +55,7 @@ class Observed:
         self._codes: dict[types.CodeType, dict[str, Any]] = {}
         self.called: set[int] = set()
 
-    def __call__(self, frame: Any, event: str, arg: Any) -> None:
+    def __call__(self, frame: PyObject, event: str, arg: FxArg) -> None:
         """The profile hook."""
         if event == "return" and frame is self._inside:
             self._inside = None

@@ -16,10 +16,12 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from moeopt.recognise.experts import Recognition
-from moeopt.recognise.routing import Extraction, table_to_ids
+from moeopt.recognise.ids_of_masks import table_to_ids
+from moeopt.recognise.recognition import Recognition
+from moeopt.recognise.routing_types import Extraction
 from moeopt.rewrite.id_range import ALL_IDS, IdRange, ids_within, weights_within
-from moeopt.rewrite.keep import KeptStep, KeptSteps, NodeRewrite, StepRef
+from moeopt.rewrite.keep import NodeRewrite
+from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 
 aten = torch.ops.aten
 
@@ -53,7 +55,7 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
             weights = _apply(plan, recognition.routing.weights, ref, ids)
             if within.lowest is not None or within.highest is not None:
                 weights = plan.call(weights_within, weights, given, within.lowest, within.highest)
-        y = plan._add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
+        y = plan.add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
         plan.note(
             y,
             (count, recognition.combine.node.meta["shape"][recognition.combine.axis]),

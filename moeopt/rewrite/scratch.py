@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import enum
 from collections.abc import Collection, Iterator
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,6 +18,7 @@ from moeopt.capture.same_graph import same_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
 from moeopt.capture.tree import ArgsKwargs, tree_leaves
 from moeopt.errors import CaptureError
+from moeopt.value_types import PyObject
 
 AttributeKey = tuple[str, str]
 
@@ -32,7 +32,7 @@ class Unset(enum.Enum):
 UNSET = Unset.UNSET
 
 
-def storable(value: Any) -> bool:
+def storable(value: PyObject) -> bool:
     """True for what rewritten code can store as the original did: tensors and dtypes, in any containers."""
     leaves = list(tree_leaves(value))
     return bool(leaves) and all(isinstance(v, (fx.Node, torch.dtype)) for v in leaves)
@@ -68,7 +68,7 @@ def _same_without(
         return False
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _alike(a: PyObject, b: PyObject) -> bool:
     """The same Python values: a counter stores another one at each call."""
     leaves = [[repr(v) for v in tree_leaves(t) if not isinstance(v, (fx.Node, torch.Tensor))] for t in (a, b)]
     return leaves[0] == leaves[1]
@@ -92,7 +92,7 @@ def read_outside(model: nn.Module, call: ArgsKwargs, path: str, keys: Collection
     """Whether the rest of ``model`` reads attributes that the module at ``path`` has stored."""
     module = model.get_submodule(path)
 
-    def forget(*args: Any) -> None:
+    def forget(*args: PyObject) -> None:
         for inner, name in keys:
             module.get_submodule(inner).__dict__.pop(name, None)
 
@@ -108,7 +108,7 @@ def read_outside(model: nn.Module, call: ArgsKwargs, path: str, keys: Collection
     return not all(_equal(a, b) for a, b in pairs)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: PyObject, b: PyObject) -> bool:
     if isinstance(a, torch.Tensor):
         return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
     return type(a) is type(b)

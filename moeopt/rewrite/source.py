@@ -22,6 +22,7 @@ from moeopt.errors import StaleModelWarning
 from moeopt.rewrite.guard_expression import GuardExpression, holds
 from moeopt.rewrite.module_guard import hook_count
 from moeopt.rewrite.reads import Reads
+from moeopt.value_types import PyObject
 
 _CALL, _PART, _LEAST, _CODE = 2350, 650, 300, 60
 """Nanoseconds that all comparisons of one call may take; those of a part of a source that does not fit beside a block's
@@ -223,7 +224,7 @@ class Source:
         self._name, self._told, self._hooks = type(model).__name__, set[str](), RemovableHandle.next_id
         self._alive = weakref.ref(model, self._gone)
 
-    def _gone(self, reference: Any) -> None:
+    def _gone(self, reference: PyObject) -> None:
         self._structure = self._code = _NOTHING
 
     def look(self) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import enum
 import hashlib
 import types
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moeopt.rewrite.code import fingerprint, foreign
+from moeopt.value_types import PyObject
 
 Spelled = tuple[str, str]
 
@@ -24,7 +24,7 @@ INERT = ("logging", "functools", "threading", "_thread", "contextlib", "abc")
 """Modules whose objects hold nothing that decides a number."""
 
 
-def plain(value: Any) -> Spelled | None:
+def plain(value: PyObject) -> Spelled | None:
     """A value that has no parts, as (type, text); None for anything else."""
     cls = type(value)
     if isinstance(value, enum.Enum):
@@ -36,7 +36,7 @@ def plain(value: Any) -> Spelled | None:
     return None
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: PyObject) -> bool:
     return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
 
 
@@ -56,19 +56,19 @@ def readable(value: torch.Tensor) -> bool:
     return real and value.layout is torch.strided and value.numel() * value.element_size() <= HASHED
 
 
-def array_text(value: Any) -> str:
+def array_text(value: PyObject) -> str:
     """As ``tensor_text``, of a NumPy array."""
     about = f"{value.dtype} {value.shape}"
     return about + _hash(value.tobytes()) if value.nbytes <= HASHED and not value.dtype.hasobject else about
 
 
-def inert(value: Any) -> bool:
+def inert(value: PyObject) -> bool:
     """A library's own modules and tools, which an installed package does not exchange."""
     module = isinstance(value, types.ModuleType) and value.__name__ != "os" and foreign(value.__name__)
     return module or type(value).__module__ in INERT
 
 
-def key_text(key: Any) -> str:
+def key_text(key: PyObject) -> str:
     leaf = plain(key)
     if leaf is not None:
         return leaf[1]

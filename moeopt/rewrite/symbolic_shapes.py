@@ -19,7 +19,8 @@ import torch
 
 from moeopt.capture.tree import tree_leaves
 from moeopt.errors import Declined
-from moeopt.rewrite.keep import KeptStep, KeptSteps, StepRef
+from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
+from moeopt.value_types import PyObject
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ class InputSizes:
             for d, sizes in enumerate(zip(*per_witness, strict=True)):
                 if len(set(sizes)) > 1:
                     seen.setdefault(sizes, (i, d))
-        self.varying = seen
         self.count = len(shapes)
         self._products = [
             (tuple(seen[v] for v in chosen), tuple(math.prod(c) for c in zip(*chosen, strict=True)))
@@ -145,7 +145,7 @@ def _shape(versions: list[tuple[int, ...] | None], sizes: InputSizes) -> tuple[i
     first = versions[0]
     if first is None or any(v is None or len(v) != len(first) for v in versions):
         return None
-    each = zip(*versions, strict=True)  # type: ignore[arg-type]
+    each = zip(*versions, strict=True)
     return tuple(v[0] if len(set(v)) == 1 else sizes.express(v) for v in each)
 
 
@@ -167,7 +167,7 @@ def _where(a: KeptSteps, b: KeptSteps) -> str | None:
     return None
 
 
-def _merge(versions: list[Any], sizes: InputSizes, where: str | None) -> Any:
+def _merge(versions: list[Any], sizes: InputSizes, where: str | None) -> PyObject:
     first = versions[0]
     if isinstance(first, StepRef):
         if any(v != first for v in versions):
@@ -178,32 +178,15 @@ def _merge(versions: list[Any], sizes: InputSizes, where: str | None) -> Any:
     if isinstance(first, bool) or first is None:
         return _same(versions, where)
     if isinstance(first, int):
-        if all(v == first for v in versions):
-            return first
-        size = sizes.express(tuple(versions))
-        if size is None:
-            raise Declined(
-                f"the integer {' or '.join(str(v) for v in versions)} in its forward changes with the input and is "
-                "no simple function of the input's shape (was it read from a tensor with .item()?)",
-                where,
-            )
-        return size
+        return _merge_integers(versions, sizes, where)
     if isinstance(first, float) and any(v != first for v in versions):
         ratio = sizes.ratio(tuple(versions))
         if ratio is not None:
             return ratio
     if isinstance(first, torch.device):
         return DeviceOf() if first.type == "cpu" or first.type == "cuda" else first
-    if type(first) in (list, tuple):
-        if len({len(v) for v in versions}) > 1:
-            raise Declined("the number of tensors in its forward changes with the input", where)
-        return type(first)(_merge(list(v), sizes, where) for v in zip(*versions, strict=True))
-    if type(first) is dict or type(first).__name__ == "immutable_dict":
-        if any(v.keys() != first.keys() for v in versions):
-            raise Declined("the keys of a dict in its forward change with the input", where)
-        return {k: _merge([v[k] for v in versions], sizes, where) for k in first}
-    if type(first).__name__ == "immutable_list":
-        return _merge([list(v) for v in versions], sizes, where)
+    if type(first) in (list, tuple, dict) or type(first).__name__ in ("immutable_dict", "immutable_list"):
+        return _merge_containers(versions, sizes, where)
     if isinstance(first, (str, float, torch.dtype, torch.layout, torch.memory_format)):
         return _same(versions, where)
     if any([repr(x) for x in tree_leaves(v)] != [repr(x) for x in tree_leaves(first)] for v in versions):
@@ -211,7 +194,31 @@ def _merge(versions: list[Any], sizes: InputSizes, where: str | None) -> Any:
     return first
 
 
-def _same(versions: list[Any], where: str | None) -> Any:
+def _merge_integers(versions: list[int], sizes: InputSizes, where: str | None) -> int | Size:
+    if all(v == versions[0] for v in versions):
+        return versions[0]
+    size = sizes.express(tuple(versions))
+    if size is None:
+        raise Declined(
+            f"the integer {' or '.join(str(v) for v in versions)} in its forward changes with the input and is "
+            "no simple function of the input's shape (was it read from a tensor with .item()?)",
+            where,
+        )
+    return size
+
+
+def _merge_containers(versions: list[Any], sizes: InputSizes, where: str | None) -> PyObject:
+    first = versions[0]
+    if isinstance(first, dict):
+        if any(v.keys() != first.keys() for v in versions):
+            raise Declined("the keys of a dict in its forward change with the input", where)
+        return {k: _merge([v[k] for v in versions], sizes, where) for k in first}
+    if len({len(v) for v in versions}) > 1:
+        raise Declined("the number of tensors in its forward changes with the input", where)
+    return (tuple if type(first) is tuple else list)(_merge(list(v), sizes, where) for v in zip(*versions, strict=True))
+
+
+def _same(versions: list[Any], where: str | None) -> PyObject:
     if any(v != versions[0] and not (v != v and versions[0] != versions[0]) for v in versions):
         raise Declined(
             f"the value {versions[0]!r} in its forward changes with the input (read from a tensor?); "

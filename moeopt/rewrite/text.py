@@ -20,6 +20,7 @@ from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
 from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, Slot
 from moeopt.rewrite.scratch import UNSET
+from moeopt.value_types import PyObject
 
 
 def text(block: BlockGraph) -> str:
@@ -72,7 +73,7 @@ def _type(node: fx.Node) -> str:
     return f": {str(node.meta.get('dtype') or '').removeprefix('torch.')}[{sizes}]"
 
 
-def _shown(value: Any, leaves: tuple[Any, ...]) -> str:
+def _shown(value: PyObject, leaves: tuple[Any, ...]) -> str:
     if isinstance(value, Slot):
         value = leaves[value.index]
     if isinstance(value, fx.Node):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from moeopt.errors import Declined
+from moeopt.value_types import PyObject
 from moeopt.verification.distance import as_rows, finite_rows, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, Judge
 from moeopt.verification.oracle import oracle_run, record_selections, run_pinned
@@ -157,7 +158,7 @@ def _exact(
                 )
 
 
-def _samedescribe(a: Any, b: Any) -> None:
+def _samedescribe(a: PyObject, b: PyObject) -> None:
     """Structure, shapes, dtypes and devices of two outputs are equal, or the case fails."""
     (leaves_a, spec_a), (leaves_b, spec_b) = flatten(a), flatten(b)
     if spec_a != spec_b:
@@ -191,7 +192,7 @@ def _same_writes(a: Selections, b: Selections) -> None:
             raise Fail(f"the rewritten block leaves {name!r} with another value than the original")
 
 
-def _floats(tree: Any) -> list[Tensor]:
+def _floats(tree: PyObject) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.dtype.is_floating_point]
 
 

@@ -20,6 +20,7 @@ from msgspec import UNSET
 
 from moeopt.errors import BundleError
 from moeopt.untrusted import checked, cleaned, parse_json, shown
+from moeopt.value_types import PyObject
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.verification.model import EndToEnd
 from moeopt.verification.results import BlockCheck, CaseResult
@@ -180,7 +181,7 @@ def _wrap(text: str, indent: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ") or [indent]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: PyObject) -> PyObject:
     """``value`` with infinities and NaN as text, which strict JSON lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
@@ -191,7 +192,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _revived(cls: Any, body: Any) -> Any:
+def _revived(cls: PyObject, body: PyObject) -> PyObject:
     """The plain form of a dataclass with its float fields as numbers: strict JSON has "inf" and "nan" as text."""
     if not isinstance(body, dict):
         return body
@@ -200,7 +201,7 @@ def _revived(cls: Any, body: Any) -> Any:
     return {k: float(v) if k in floats and v in ("inf", "-inf", "nan") else v for k, v in body.items()}
 
 
-def _known(cls: Any, body: Any) -> Any:
+def _known(cls: PyObject, body: PyObject) -> PyObject:
     """``body``; ``BundleError`` where it has a field that this moeopt would drop in silence."""
     unknown = sorted(set(body) - {f.name for f in dataclasses.fields(cls)}) if isinstance(body, dict) else []
     if unknown:

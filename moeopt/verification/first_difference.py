@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeopt.value_types import PyObject
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE
 from moeopt.verification.model import run_plain
@@ -43,8 +44,8 @@ def _calls(
     """Floating inputs and outputs of each named submodule's first call, in the order in which the calls return."""
     seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def keep(name: str) -> PyObject:
+        def hook(module: nn.Module, args: PyObject, kwargs: PyObject, output: PyObject) -> None:
             seen.setdefault(name, (_floats((args, kwargs)), _floats(output)))
 
         return hook
@@ -62,7 +63,7 @@ def _calls(
     return seen
 
 
-def _floats(tree: Any) -> list[Tensor]:
+def _floats(tree: PyObject) -> list[Tensor]:
     return [
         t.detach().clone() for t in flatten(tree)[0] if isinstance(t, Tensor) and t.is_floating_point() and t.numel()
     ]

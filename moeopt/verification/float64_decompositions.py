@@ -20,11 +20,14 @@ from torch import Tensor
 from moeopt.ops.experts import decode, unflatten
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.row_function import in_float64
+from moeopt.value_types import PyObject
 
 F64 = torch.float64
 
 
-def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None):
+def grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """``aten::_grouped_mm``: 2d x 3d and 3d x 2d cut by ``offs`` (running ends), 2d x 2d cut K, 3d x 3d is bmm."""
     if offs is None:
         out = torch.bmm(a.to(F64), b.to(F64))
@@ -70,7 +73,7 @@ _POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def linear_pointwise(
-    x: Tensor, w: Tensor, b: Tensor | None, attr: str = "none", scalars: Any = (), algorithm: Any = None
+    x: Tensor, w: Tensor, b: Tensor | None, attr: str = "none", scalars: PyObject = (), algorithm: PyObject = None
 ) -> Tensor:
     """``mkldnn::_linear_pointwise``: x W^T + b, then a pointwise function."""
     if w.is_mkldnn:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
+from moeopt.value_types import FxTarget, PyObject
 from moeopt.verification.float64_decompositions import STAND_INS
 from moeopt.verification.selections import OracleError, argument, chosen, floats_and_shapes
 
@@ -69,7 +70,7 @@ class Float64Rule:
         else:
             self.run = self._compute
 
-    def targets(self, args: Any, kwargs: Any) -> list[Tensor]:
+    def targets(self, args: PyObject, kwargs: PyObject) -> list[Tensor]:
         """The tensors that the call writes."""
         found: list[Tensor] = []
         for position, name, kwarg_only in self.written:
@@ -77,29 +78,29 @@ class Float64Rule:
             found += value if isinstance(value, list | tuple) else [value] if isinstance(value, Tensor) else []
         return found
 
-    def _view(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def _view(self, mode: PyObject, func: OpOverload, args: PyObject, kwargs: PyObject) -> PyObject:
         if func is torch.ops.aten.view.dtype and args[0].dtype.is_floating_point:
             raise OracleError("the float64 oracle cannot reinterpret the bits of a float (Tensor.view(dtype))")
         return func(*args, **kwargs)
 
-    def _as_it_is(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def _as_it_is(self, mode: PyObject, func: OpOverload, args: PyObject, kwargs: PyObject) -> PyObject:
         for tensor in self.targets(args, kwargs):
             mode.guard.before_write(tensor)
         return func(*args, **kwargs)
 
-    def _random(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def _random(self, mode: PyObject, func: OpOverload, args: PyObject, kwargs: PyObject) -> PyObject:
         return widen(func(*args, **kwargs))
 
-    def _move(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def _move(self, mode: PyObject, func: OpOverload, args: PyObject, kwargs: PyObject) -> PyObject:
         if "dtype" in kwargs:
             kwargs = {**kwargs, "dtype": up(kwargs["dtype"])}
         return widen(func(*args, **kwargs))
 
-    def _stand_in(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def _stand_in(self, mode: PyObject, func: OpOverload, args: PyObject, kwargs: PyObject) -> PyObject:
         assert self.stand_in is not None
         return self.stand_in(*args, **kwargs)
 
-    def _compute(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def _compute(self, mode: PyObject, func: OpOverload, args: PyObject, kwargs: PyObject) -> PyObject:
         out = func(*map(up, args), **{name: up(value) for name, value in kwargs.items()})
         if type(out) is Tensor and out.dtype is F64:
             return out
@@ -110,7 +111,7 @@ class Float64Rule:
             )
         return widen(out)
 
-    def _write(self, mode: Any, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def _write(self, mode: PyObject, func: OpOverload, args: PyObject, kwargs: PyObject) -> PyObject:
         targets = self.targets(args, kwargs)
         for tensor in targets:
             mode.guard.before_write(tensor)
@@ -118,7 +119,7 @@ class Float64Rule:
         if not twins:
             return func(*map(up, args), **{name: up(value) for name, value in kwargs.items()})
 
-        def twin(value: Any) -> Any:
+        def twin(value: PyObject) -> PyObject:
             if isinstance(value, list | tuple):
                 return [twin(item) for item in value]
             return twins[id(value)] if id(value) in twins else up(value)
@@ -144,7 +145,9 @@ class UpcastArguments(TorchFunctionMode):
         "batch_norm instance_norm bilinear lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split()
     )
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
         if getattr(func, "__name__", "") in self._picky:
             return func(*map(up, args), **{name: up(value) for name, value in (kwargs or {}).items()})
         return func(*args, **(kwargs or {}))
@@ -158,7 +161,7 @@ def float64_rule_of(func: OpOverload) -> Float64Rule:
     return FLOAT64_RULES.setdefault(func, Float64Rule(func))
 
 
-def chooses(func: OpOverload, args: Any, kwargs: Any) -> bool:
+def chooses(func: OpOverload, args: PyObject, kwargs: PyObject) -> bool:
     """Whether a call of an op that may return integers does: an op with a dtype argument does if it asks for them."""
     if not any(arg.name == "dtype" for arg in func._schema.arguments):
         return True
@@ -166,7 +169,7 @@ def chooses(func: OpOverload, args: Any, kwargs: Any) -> bool:
     return dtype is not None and not dtype.is_floating_point and not dtype.is_complex
 
 
-def up(value: Any) -> Any:
+def up(value: PyObject) -> PyObject:
     """An argument with its floating tensors and dtypes in float64."""
     if isinstance(value, Tensor):
         return value.to(F64) if value.dtype in LOW else value
@@ -177,7 +180,7 @@ def up(value: Any) -> Any:
     return value
 
 
-def widen(out: Any) -> Any:
+def widen(out: PyObject) -> PyObject:
     """An op's result with its floating tensors in float64."""
     if isinstance(out, Tensor):
         return out.to(F64) if out.dtype in LOW else out

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moeopt.capture.module_state import ModuleState
 from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import leaves_of
+from moeopt.value_types import PyObject
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Relative L2 per gradient: sums of many rounded terms in two orders. A stopped gradient is off by 1."""
@@ -33,7 +34,7 @@ STOPPED = "no gradient flows through the original, and one does through the rewr
 
 
 def gradients_differ(
-    module: nn.Module, original: Callable[..., Any], rewritten: Callable[..., Any], args: Any, kwargs: Any
+    module: nn.Module, original: Callable[..., Any], rewritten: Callable[..., Any], args: PyObject, kwargs: PyObject
 ) -> str:
     """Why the two are not the same where gradients are asked for, ``STOPPED`` where the original has none; or "".
 
@@ -85,7 +86,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _run(
-    fn: Callable[..., Any], args: Any, kwargs: Any, parameters: list[Tensor], state: ModuleState
+    fn: Callable[..., Any], args: PyObject, kwargs: PyObject, parameters: list[Tensor], state: ModuleState
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Float outputs; gradients of the float inputs, then of ``parameters``, zeros where there is none, or None if
     nothing has one."""
@@ -158,7 +159,7 @@ def skips_idle(
     return next((skip for skip, fit in fits.items() if fit), None)
 
 
-def _reached(fn: Callable[..., Any], args: Any, kwargs: Any, state: ModuleState) -> set[int]:
+def _reached(fn: Callable[..., Any], args: PyObject, kwargs: PyObject, state: ModuleState) -> set[int]:
     """Ids of the leaves that the autograd graph of ``fn``'s outputs ends in."""
     call = clone_inputs((args, kwargs))
     with torch.enable_grad(), _put_back(state):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeopt.value_types import PyObject
 from moeopt.verification.state import RestoreState
 
 
@@ -24,7 +25,7 @@ def find_ids(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def find_logits(outputs: Any, ids_BS: Tensor) -> Tensor | None:
+def find_logits(outputs: PyObject, ids_BS: Tensor) -> Tensor | None:
     """The logits (B, S, V): ``outputs.logits``, ``outputs["logits"]``, or a floating (B, S, V) output."""
     named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     others = outputs if isinstance(outputs, tuple | list) else (outputs,)
@@ -57,7 +58,7 @@ def language_metrics(logits_BSV: Tensor, new_BSV: Tensor, ids_BS: Tensor) -> dic
     return metrics
 
 
-def greedy_agreement(original: Any, optimized: Any, ids_BS: Tensor, steps: int) -> float:
+def greedy_agreement(original: PyObject, optimized: PyObject, ids_BS: Tensor, steps: int) -> float:
     """Share of ``steps`` greedily generated tokens per row that are equal, counted up to the first difference."""
     generated = []
     for model in (original, optimized):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeopt.value_types import PyObject
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR, MISTRUST
 from moeopt.verification.language import find_ids, find_logits, greedy_agreement, language_metrics
@@ -76,7 +77,7 @@ class EndToEnd:
         return lines + [f"  note: {note}" for note in self.notes]
 
 
-def run_plain(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def run_plain(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> PyObject:
     """Outputs of ``fn`` on cloned inputs, with no gradient and no trace left on ``fn``."""
     buffers = [(b, b.detach().clone()) for module in modules_of(fn) for b in module.buffers()]
     with torch.inference_mode(False), torch.no_grad(), RestoreState(fn):
@@ -159,7 +160,7 @@ class OriginalRuns:
         return cls(want, noisy)
 
 
-def compare_outputs(want: Any, got: Any, noisy: Sequence[Any], noiseless: Any = None) -> EndToEnd:
+def compare_outputs(want: PyObject, got: PyObject, noisy: Sequence[Any], noiseless: PyObject = None) -> EndToEnd:
     """Judge outputs ``got`` against ``want``.
 
     Args:
@@ -182,7 +183,7 @@ def compare_outputs(want: Any, got: Any, noisy: Sequence[Any], noiseless: Any = 
     return result
 
 
-def _leaf(a: Any, b: Any, shaken: list[tuple[Any, Any]], result: EndToEnd) -> str:
+def _leaf(a: PyObject, b: PyObject, shaken: list[tuple[Any, Any]], result: EndToEnd) -> str:
     """Judge one leaf into ``result``; ``shaken``: noisy and quiet of each draw. The reason why it fails, or ""."""
     if isinstance(a, float) and isinstance(b, float):
         a, b = torch.tensor(a), torch.tensor(b)
@@ -255,7 +256,7 @@ class Noise:
             noise = torch.randn(t.shape, generator=generator).to(t.device)
             return (t.float() * (1 + torch.finfo(t.dtype).eps * noise)).to(t.dtype)
 
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        def hook(module: nn.Module, inputs: PyObject, output: PyObject) -> PyObject:
             return pytree.tree_map_only(Tensor, shake, output)
 
         self._handles = [module.register_forward_hook(hook) for module in self._modules]

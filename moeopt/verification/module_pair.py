@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,9 +12,11 @@ from moeopt.capture.probe_inputs import call_specs
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, UsageError
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
-from moeopt.verification.block import BlockCheck, Case, verify_block
+from moeopt.value_types import PyObject
+from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.model import run_plain
+from moeopt.verification.results import BlockCheck, Case
 from moeopt.verification.state import clone_inputs_and_objects
 
 EXPERTS = 16
@@ -109,7 +111,7 @@ def _first_calls(model: nn.Module, call: ArgsKwargs, names: Sequence[str]) -> di
     handles = []
     for name in names:
 
-        def keep(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+        def keep(module: nn.Module, args: PyObject, kwargs: PyObject, name: str = name) -> None:
             if name not in found:
                 found[name] = clone_inputs_and_objects((tuple(args), dict(kwargs)))
 

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.ops.override import default_impl
+from moeopt.value_types import PyObject
 from moeopt.verification.float64_rules import (
     FLOAT64_RULES,
     Float64Rule,
@@ -63,7 +64,9 @@ def record_selections(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         return outputs, mode.selections
 
 
-def run_oracle(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selections: Selections) -> Any:
+def run_oracle(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selections: Selections
+) -> PyObject:
     """Run ``fn(*args, **kwargs)`` in float64 with its choices pinned to ``selections``.
 
     Returns the outputs of ``fn``; floating tensors in them are float64.
@@ -82,12 +85,14 @@ def oracle_run(
     return outputs, not mode.rounded
 
 
-def run_pinned(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selections: Selections) -> Any:
+def run_pinned(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], selections: Selections
+) -> PyObject:
     """Run ``fn(*args, **kwargs)`` at its own dtype with its choices pinned to ``selections``."""
     return run_in(fn, args, kwargs, Pinned(selections))
 
 
-def run_in(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Pinned) -> Any:
+def run_in(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: Pinned) -> PyObject:
     """Run ``fn(*args, **kwargs)`` under ``mode``, leaving no trace; ``OracleError`` if it stops."""
     with torch.inference_mode(False), torch.no_grad(), RestoreState(fn) as guard:
         own_args, own_kwargs = clone_inputs_and_objects(args), clone_inputs_and_objects(dict(kwargs))
@@ -107,11 +112,13 @@ class _ChoiceRecorder(TorchDispatchMode):
     """Runs ops as they are; keeps what was chosen."""
 
     def __init__(self, guard: RestoreState) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.guard = guard
         self.selections = Selections()
 
-    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
         kwargs = kwargs or {}
         plan = FLOAT64_RULES.get(func) or float64_rule_of(func)
         if plan.written:
@@ -129,14 +136,16 @@ class Pinned(TorchDispatchMode):
     """Runs ops as they are, but for the choices, which are taken from a recording in order."""
 
     def __init__(self, selections: Selections) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.guard: RestoreState
         self.rounded = False  # some result was written to a tensor of lower precision
         self._events = selections.events
         self._cursor = 0
         self._ops = {event.op for event in selections.events}
 
-    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
         kwargs = kwargs or {}
         plan = FLOAT64_RULES.get(func) or float64_rule_of(func)
         if plan.may_choose and func in self._ops and chooses(func, args, kwargs):
@@ -145,13 +154,15 @@ class Pinned(TorchDispatchMode):
                 return self.choose(plan, func, args, kwargs, shapes)
         return self.compute(plan, func, args, kwargs)
 
-    def compute(self, plan: Float64Rule, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def compute(self, plan: Float64Rule, func: OpOverload, args: PyObject, kwargs: PyObject) -> PyObject:
         if plan.written:
             for tensor in plan.targets(args, kwargs):
                 self.guard.before_write(tensor)
         return func(*args, **kwargs)
 
-    def choose(self, plan: Float64Rule, func: OpOverload, args: Any, kwargs: Any, shapes: Any) -> Any:
+    def choose(
+        self, plan: Float64Rule, func: OpOverload, args: PyObject, kwargs: PyObject, shapes: PyObject
+    ) -> PyObject:
         event = self._next(func, shapes)
         pinned = regather(func, args, kwargs, event.outputs)
         if plan.written:
@@ -174,7 +185,7 @@ class Pinned(TorchDispatchMode):
                 raise OracleError(f"the float64 oracle cannot pin the choice of {func}: it has no gathered form")
         return outs
 
-    def _next(self, func: OpOverload, shapes: Any) -> Event:
+    def _next(self, func: OpOverload, shapes: PyObject) -> Event:
         for position in range(self._cursor, len(self._events)):
             event = self._events[position]
             if event.op is func and event.shapes == shapes:
@@ -197,14 +208,14 @@ class Pinned(TorchDispatchMode):
     def around(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def widened(self, outputs: Any) -> Any:
+    def widened(self, outputs: PyObject) -> PyObject:
         return outputs
 
 
 class _Oracle(Pinned):
     """Runs ops in float64, choices pinned."""
 
-    def compute(self, plan: Float64Rule, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def compute(self, plan: Float64Rule, func: OpOverload, args: PyObject, kwargs: PyObject) -> PyObject:
         try:
             return plan.run(self, func, args, kwargs)
         except OracleError:
@@ -215,7 +226,7 @@ class _Oracle(Pinned):
     def around(self) -> AbstractContextManager[Any]:
         return UpcastArguments()
 
-    def widened(self, outputs: Any) -> Any:
+    def widened(self, outputs: PyObject) -> PyObject:
         return pytree.tree_map_only(Tensor, widen, outputs)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeopt.value_types import FxTarget, PyObject
 from moeopt.verification.selections import ROUTING, Event, make_event, regather
 
 
@@ -25,11 +26,13 @@ class RoutingLog(TorchDispatchMode):
     """
 
     def __init__(self, other: Mapping[int, Callable[[Tensor], Tensor]] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.events: list[Event] = []
         self._other = other or {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
         out = func(*args, **(kwargs or {}))
         if not _chooses(func):
             return out
@@ -47,10 +50,12 @@ class RoutingPins(TorchDispatchMode):
     """While open, the routing choices of a run are those of ``events``, as far as they are met in the same order."""
 
     def __init__(self, events: Sequence[Event]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self._left = list(events)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
         out = func(*args, **(kwargs or {}))
         if not self._left or not _chooses(func):
             return out
@@ -65,7 +70,7 @@ class RoutingPins(TorchDispatchMode):
         return _as_chosen(func, args, kwargs or {}, pinned.outputs, out)
 
 
-def _as_chosen(func: Any, args: Any, kwargs: Any, pinned: tuple[Any, ...], out: Any) -> Any:
+def _as_chosen(func: FxTarget, args: PyObject, kwargs: PyObject, pinned: tuple[Any, ...], out: PyObject) -> PyObject:
     """What an op gives that chooses as ``pinned`` says; ``out``, what it gave, where it has no such form."""
     again = regather(func, args, kwargs, pinned)
     if again is not None:

@@ -28,6 +28,7 @@ import torch
 
 from moeopt.errors import BundleError, UsageError
 from moeopt.untrusted import parse_json
+from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.verification.model import EndToEnd
@@ -175,7 +176,7 @@ def _golden(end: EndToEnd | None) -> bool:
     return end is not None and not end.tokens
 
 
-def _farther(where: str, what: str, before: float, after: float, limit: Any, eps: float) -> list[Regression]:
+def _farther(where: str, what: str, before: float, after: float, limit: PyObject, eps: float) -> list[Regression]:
     most = limit(before, eps)
     return [] if after <= most else [Regression(where, what, before, after, most)]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from moeopt.value_types import PyObject
 from moeopt.verification.distance import token_distance
 from moeopt.verification.float64_rules import LOW, MOVES, Float64Rule
 from moeopt.verification.oracle import Pinned, run_in
@@ -40,7 +41,12 @@ EXACT = MOVES | {f"aten::{name}" for name in _EXACT.split()}
 
 
 def rerounded_distances(
-    fn: Callable[..., Any], args: Any, kwargs: Any, selections: Selections, oracle: list[Any], eps: list[float]
+    fn: Callable[..., Any],
+    args: PyObject,
+    kwargs: PyObject,
+    selections: Selections,
+    oracle: list[Any],
+    eps: list[float],
 ) -> list[Tensor | None]:
     """Per output leaf, the root mean square over RERUNS of each token's distance from ``oracle``.
 
@@ -75,7 +81,7 @@ class _Rerounded(Pinned):
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def compute(self, plan: Float64Rule, func: OpOverload, args: Any, kwargs: Any) -> Any:
+    def compute(self, plan: Float64Rule, func: OpOverload, args: PyObject, kwargs: PyObject) -> PyObject:
         if func.is_view or func._schema.name in EXACT:
             return super().compute(plan, func, args, kwargs)
         if plan.written:

@@ -66,7 +66,7 @@ def ids_seen(chosen: Selections, ids_of: Callable[[Selections], list[Event]] | N
         return []
     most = max(e.scores.shape[-1] for e in events)  # type: ignore[union-attr]
     last = [e for e in events if e.scores.shape[-1] == most][-1]  # type: ignore[union-attr]
-    return last.ids.unique().tolist()
+    return [int(n) for n in last.ids.unique()]
 
 
 def _take_twin(event: Event, candidates: list[Event]) -> Event | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from moeopt.errors import Declined
+from moeopt.value_types import PyObject
 
 
 class OracleError(Declined):
@@ -104,7 +105,7 @@ def floats_and_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bo
     return floating, tuple(shapes)
 
 
-def chosen(out: Any) -> bool:
+def chosen(out: PyObject) -> bool:
     """Whether an op's result holds integers, booleans or a Python bool."""
     if isinstance(out, Tensor):
         return not (out.dtype.is_floating_point or out.dtype.is_complex)
@@ -113,7 +114,7 @@ def chosen(out: Any) -> bool:
     return isinstance(out, bool)
 
 
-def argument(func: OpOverload, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def argument(func: OpOverload, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PyObject:
     """The value of argument ``name`` of a call, default included."""
     for position, arg in enumerate(func._schema.arguments):
         if arg.name == name:
@@ -123,7 +124,7 @@ def argument(func: OpOverload, name: str, args: tuple[Any, ...], kwargs: dict[st
     return None
 
 
-def make_event(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Event | None:
+def make_event(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: PyObject) -> Event | None:
     """The event of one call, or None when nothing floating was read."""
     floating, shapes = floats_and_shapes(args, kwargs)
     if not floating:
@@ -153,6 +154,6 @@ def regather(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], pi
     return x.gather(dim, ids), ids
 
 
-def fresh(value: Any) -> Any:
+def fresh(value: PyObject) -> PyObject:
     """A copy that the caller's code may write to."""
     return value.clone() if isinstance(value, Tensor) else value

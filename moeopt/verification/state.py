@@ -20,15 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeopt.value_types import PyObject
+
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module, type)
 
 
-def clone_inputs_and_objects(tree: Any) -> Any:
+def clone_inputs_and_objects(tree: PyObject) -> PyObject:
     """``tree`` with every tensor cloned; dataclasses and other containers are copied, modules are not."""
     return pytree.tree_map(_clone_leaf, tree)
 
 
-def _clone_leaf(leaf: Any) -> Any:
+def _clone_leaf(leaf: PyObject) -> PyObject:
     if isinstance(leaf, Tensor):
         return leaf.detach().clone()
     if isinstance(leaf, _PLAIN) or callable(leaf):

@@ -20,11 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from moeopt.value_types import FxTarget, PyObject
 
 LEVELS = (-70, -40, -30, -24, -20, -18, -16, -14, -12, -10, -8, -6, -4, 4, 8, 12, 16, 18, 24, 40, 70)
 """Logits. Below -87 the exponential of a float32 has no digits left, and nothing can be told."""
@@ -56,11 +57,13 @@ class _Products(TorchDispatchMode):
     """Keeps the products of R rows with a matrix of few columns."""
 
     def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.rows, self.columns = rows, columns
         self.found: list[_Product] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
         if name in ("aten::mm", "aten::addmm", "aten::bmm"):

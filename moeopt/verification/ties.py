@@ -23,6 +23,7 @@ from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.experts import experts
 from moeopt.ops.override import default_impl, override_experts_impl
 from moeopt.rewrite.site_names import site_names
+from moeopt.value_types import PyObject
 from moeopt.verification.judge import FACTOR
 from moeopt.verification.model import run_plain
 from moeopt.verification.pins import RoutingLog
@@ -44,7 +45,7 @@ class RoutedCall:
 
 
 def choices_of(
-    model: nn.Module, args: Any, kwargs: Any, pinned: dict[str, Tensor] | None = None
+    model: nn.Module, args: PyObject, kwargs: PyObject, pinned: dict[str, Tensor] | None = None
 ) -> tuple[Any, list[RoutedCall]]:
     """Outputs of a model whose blocks were rewritten, and each site's choice.
 
@@ -81,7 +82,11 @@ def _pinned(ids_TK: Tensor, original: Tensor) -> Tensor:
 
 
 def _run(
-    model: nn.Module, args: Any, kwargs: Any, pinned: Mapping[str, Tensor], pins: dict[int, Callable[[Tensor], Tensor]]
+    model: nn.Module,
+    args: PyObject,
+    kwargs: PyObject,
+    pinned: Mapping[str, Tensor],
+    pins: dict[int, Callable[[Tensor], Tensor]],
 ) -> tuple[Any, list[RoutedCall]]:
     name_of = site_names(model)
     log = RoutingLog(pins)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeopt.value_types import PyObject
+
 _SCALAR: tuple[type, ...] = (
     type(None),
     bool,
@@ -30,27 +32,27 @@ _SCALAR: tuple[type, ...] = (
 )
 
 
-def flatten(tree: Any) -> tuple[list[Any], Any]:
+def flatten(tree: PyObject) -> tuple[list[Any], Any]:
     """(leaves, form): tensors and plain values in order, and a structure that compares equal or not."""
     return pytree.tree_flatten(_opened(tree, frozenset()))
 
 
-def _opened(tree: Any, above: frozenset[int]) -> Any:
+def _opened(tree: PyObject, above: frozenset[int]) -> PyObject:
     return pytree.tree_map(lambda leaf: _open_leaf(leaf, above), tree, is_leaf=_is_named)
 
 
-def _is_named(value: Any) -> bool:
+def _is_named(value: PyObject) -> bool:
     return isinstance(value, tuple) and pytree.is_namedtuple_class(type(value))
 
 
-def _open_leaf(leaf: Any, above: frozenset[int]) -> Any:
+def _open_leaf(leaf: PyObject, above: frozenset[int]) -> PyObject:
     if isinstance(leaf, (Tensor, *_SCALAR)) or callable(leaf) or id(leaf) in above:
         return leaf
     if _is_named(leaf):
         fields = {name: _opened(part, above) for name, part in zip(leaf._fields, leaf, strict=True)}
         return {f"{type(leaf).__name__} by name": fields}
     if dataclasses.is_dataclass(leaf):
-        inside = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+        inside: PyObject = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
     elif hasattr(leaf, "__dict__"):
         inside = vars(leaf)
     else:
@@ -58,7 +60,7 @@ def _open_leaf(leaf: Any, above: frozenset[int]) -> Any:
     return type(leaf).__qualname__, _opened(dict(inside), above | {id(leaf)})
 
 
-def describe(value: Any) -> str:
+def describe(value: PyObject) -> str:
     """A tensor's dtype and shape, a container's contents, any other value's type: for messages."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
@@ -69,7 +71,7 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
-def equal_leaves(a: Any, b: Any) -> bool:
+def equal_leaves(a: PyObject, b: PyObject) -> bool:
     """Whether two leaves that are not tensors are the same value; objects without one: the same type."""
     if not isinstance(a, _SCALAR) or isinstance(a, nn.Module):
         return type(a) is type(b)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeopt.value_types import PyObject
 from moeopt.verification.distance import as_rows, finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR, typical
 from moeopt.verification.model import CEILING
@@ -223,5 +224,5 @@ def _faint(choices: Sequence[RoutedCall], tokens: int) -> Tensor:
     return found
 
 
-def _floating(value: Any) -> bool:
+def _floating(value: PyObject) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()

@@ -6,13 +6,13 @@ Of a language model only the token ids and the mask can be chosen: one and the s
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.value_types import PyObject
 from moeopt.verification.language import find_ids
 
 
@@ -22,7 +22,8 @@ def unusual_calls(call: ArgsKwargs) -> list[tuple[str, ArgsKwargs]]:
     rows = next((n for n, t in enumerate(leaves) if _holds_rows(t)), None)
 
     def with_leaf(changes: dict[int, Tensor]) -> ArgsKwargs:
-        return pytree.tree_unflatten([changes.get(n, leaf) for n, leaf in enumerate(leaves)], spec)
+        args, kwargs = pytree.tree_unflatten([changes.get(n, leaf) for n, leaf in enumerate(leaves)], spec)
+        return args, kwargs
 
     if rows is not None:
         return [(what, with_leaf({rows: value})) for what, value in _rows_of(leaves[rows])]
@@ -39,7 +40,7 @@ def unusual_calls(call: ArgsKwargs) -> list[tuple[str, ArgsKwargs]]:
     return [(f"one token repeated{', half of it padding' if padded else ''}", with_leaf(changes))]
 
 
-def _holds_rows(leaf: Any) -> bool:
+def _holds_rows(leaf: PyObject) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 2 and leaf.numel() > 0
 
 

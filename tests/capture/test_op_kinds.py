@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, is_view_of, moves_rows, op_name
+from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name
 
 aten = torch.ops.aten
 KINDS = (moves_rows, is_pointwise, is_matmul, is_factory)
@@ -53,8 +53,3 @@ def test_getitem_moves_and_placeholders_do_nothing():
     assert op_name(pick) == "getitem" and moves_rows(pick) and not is_pointwise(pick)
     placeholder = fx.Graph().placeholder("x")
     assert op_name(placeholder) == "placeholder" and not any(k(placeholder) for k in KINDS)
-
-
-def test_a_movement_names_the_tensor_it_moves():
-    view, total = node(aten.view.default), node(aten.sum.default)
-    assert is_view_of(view) is view.all_input_nodes[0] and is_view_of(total) is None

@@ -5,7 +5,8 @@ import functools
 import torch
 from torch import nn
 
-from moeopt.causal_lm.lm import PAST, B, S, _sample
+from moeopt.causal_lm.lm import B, S, _sample
+from moeopt.causal_lm.lm_graph import PAST
 from moeopt.causal_lm.mixers import find_mixers
 from moeopt.patches import quiet
 from tests.families.build import FAMILIES, Family

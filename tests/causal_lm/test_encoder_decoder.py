@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import moeopt
-from moeopt.backends.onnxrt.session import runtime
+from moeopt.backends.onnxrt.providers import runtime
 from moeopt.errors import NotSaveableError, UsageError
 
 transformers = pytest.importorskip("transformers")

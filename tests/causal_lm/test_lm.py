@@ -13,7 +13,8 @@ pytest.importorskip("transformers.exporters")
 import moeopt
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.session import Session
-from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm, own_generation
+from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
+from moeopt.causal_lm.lm_graph import own_generation
 from moeopt.causal_lm.runner import CausalLM
 from moeopt.errors import Declined, NotEquivalentError, UsageError
 from moeopt.lower.onnx.assemble import replace_sites

@@ -10,7 +10,8 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("transformers.exporters")
 
 from moeopt.causal_lm.layers import parts_of
-from moeopt.causal_lm.lm import PAST, B, S, _sample
+from moeopt.causal_lm.lm import B, S, _sample
+from moeopt.causal_lm.lm_graph import PAST
 from moeopt.causal_lm.mixers import find_mixers, stepping
 from moeopt.errors import Declined
 from tests.causal_lm.hybrids import TWICE, Around, Sums, found, mixer_of, summing_cache

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("onnxruntime")
 
 import moeopt
-from moeopt.backends.onnxrt.session import available
+from moeopt.backends.onnxrt.providers import available
 from tests.gpu.blocks import language_model, mixture, tokens
 
 pytestmark = [

@@ -18,7 +18,7 @@ def raised(err):
 def test_the_cause_and_the_line_are_named():
     err = KeyError("s77")
     assert raised(err).startswith("saving the model stops at KeyError: 's77' (")
-    assert "test_surprise.py:" in raised(err) and raised(err).endswith(f"; {OUT}")
+    assert "test_unexpected_errors.py:" in raised(err) and raised(err).endswith(f"; {OUT}")
 
 
 def test_the_first_line_of_what_came_first():

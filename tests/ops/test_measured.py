@@ -16,9 +16,9 @@ from moeopt.ops.measured import fastest
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEOPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MOEOPT_MEASURE", "on")
-    measured.forget()
+    measured._answers.clear()
     yield tmp_path / "cache"
-    measured.forget()
+    measured._answers.clear()
 
 
 def clock(monkeypatch, seconds):
@@ -56,7 +56,7 @@ def test_an_answer_is_asked_once_and_read_by_the_next_process(monkeypatch, folde
     fastest("q", ways, "usual")
     known = len(calls)
     assert fastest("q", ways, "usual") == "other" and len(calls) == known
-    measured.forget()  # as a new process
+    measured._answers.clear()  # as a new process
     assert fastest("q", ways, "usual") == "other" and len(calls) == known
     assert fastest("another", ways, "usual") == "other" and len(calls) == 2 * known
     (file,) = (folder / "measured").iterdir()
@@ -72,7 +72,7 @@ def test_an_unreadable_file_is_measured_anew(text, monkeypatch, folder):
     fastest("q", ways, "usual")
     (file,) = (folder / "measured").iterdir()
     file.write_text(text)
-    measured.forget()
+    measured._answers.clear()
     assert fastest("q", ways, "usual") == "other"
     assert json.loads(file.read_text())["answers"] == {"q": "other"}
 

@@ -13,7 +13,9 @@ from torch import nn
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
 from moeopt.ops import experts as experts_op
-from moeopt.recognise.experts import ExpertsNotHit, _same_layout, recognize
+from moeopt.recognise.expert_refs import same_layout
+from moeopt.recognise.experts import recognize
+from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.ffn_candidates import find_candidates
 from moeopt.recognise.gemm_sites import find_sites
 from moeopt.rewrite.live_weights import LiveExpertWeights
@@ -224,7 +226,7 @@ def test_experts_that_differ_in_more_are_declined():
     first = found.experts[0]
     packed = dataclasses.replace(first, w_in=(dataclasses.replace(first.w_in[0], m=2 * first.w_out.k),))
     with pytest.raises(Declined, match=r"its experts have different shapes \(\[\(\(8, "):
-        _same_layout([first, packed], find_candidates(*_sites(tape_of(DifferentWidths))))
+        same_layout([first, packed], find_candidates(*_sites(tape_of(DifferentWidths))))
 
 
 def _sites(tape):

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moeopt.capture.tape import record
-from moeopt.recognise.ffn_candidates import find_candidates, group_candidates
+from moeopt.recognise.ffn_candidates import find_candidates
+from moeopt.recognise.ffn_groups import group_candidates
 from moeopt.recognise.gemm_sites import find_sites
 from tests.capture.tiny import rand, recorded
 from tests.recognise.tiny import GLU, H, I, MoE, ffn, seeded, tape_of

@@ -13,7 +13,7 @@ import moeopt
 from moeopt.capture.tape import record
 from moeopt.ir.specs import RouterSpec
 from moeopt.ops.route import route
-from moeopt.recognise import router as under_test
+from moeopt.recognise import router_compare, router_view
 from moeopt.recognise.experts import recognize
 from moeopt.recognise.router import RouterReading, recognize_router, same_reading
 from tests.capture.tiny import rand
@@ -332,7 +332,7 @@ def test_a_wrong_meaning_of_the_spec_would_be_caught(monkeypatch):
     def forgets_to_renormalise(logits, spec):
         return route(logits, RouterSpec(spec.score, spec.top_k, spec.num_experts, False, spec.dtype))
 
-    monkeypatch.setattr(under_test, "route", forgets_to_renormalise)
+    monkeypatch.setattr(router_compare, "route", forgets_to_renormalise)
     reading, _, _ = read(MoE)
     assert reading.spec != RouterSpec("softmax_topk", K, E, True)
 
@@ -341,7 +341,7 @@ def test_a_router_that_cannot_be_read_stops_nothing(monkeypatch):
     def broken(*args):
         raise RuntimeError("no such op")
 
-    monkeypatch.setattr(under_test, "replay", broken)
+    monkeypatch.setattr(router_view, "replay", broken)
     reading, _, _ = read(MoE)
     assert reading.spec is None and reading.text == "opaque router, top-2 of 4"
     assert reading.reason == "its graph does not replay (RuntimeError: no such op)"

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from moeopt.errors import Declined
 from moeopt.recognise.experts import recognize
-from moeopt.recognise.routing import Table, find_routing, mask_to_ids, table_to_ids
+from moeopt.recognise.ids_of_masks import mask_to_ids, table_to_ids
+from moeopt.recognise.routing import find_routing
+from moeopt.recognise.routing_types import Table
 from tests.capture.tiny import rand, recorded
 from tests.recognise.tiny import E, MoE, T, tape_of
 

@@ -13,7 +13,7 @@ from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ops.row_function import function_of
 from moeopt.recognise.any_experts import recognize
-from moeopt.recognise.experts import ExpertsNotHit
+from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.row_function import recognize_functions
 from moeopt.recognise.row_graph import RowGraphReader
 

@@ -8,7 +8,8 @@ from moeopt.capture.op_kinds import op_name
 from moeopt.capture.replay import descendants
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
-from moeopt.rewrite.keep import NodeRewrite, StepRef, kept_steps, tensor_leaf
+from moeopt.rewrite.keep import NodeRewrite, kept_steps, tensor_leaf
+from moeopt.rewrite.kept_steps import StepRef
 from tests.capture.tiny import rand
 
 H = 4

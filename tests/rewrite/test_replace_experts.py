@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeopt.recognise.experts import recognize
-from moeopt.rewrite.keep import KeptSteps, StepRef
+from moeopt.rewrite.kept_steps import KeptSteps, StepRef
 from moeopt.rewrite.replace_experts import experts_rewrite
 from tests.capture.tiny import rand
 from tests.recognise.tiny import H, MoE, ffn, tape_of

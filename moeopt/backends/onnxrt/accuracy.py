@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from moeopt.backends.onnxrt.accuracy_kernels import KERNELS, ROW, Kernel
-from moeopt.backends.onnxrt.session import Session, runtime
+from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.session import Session
+from moeopt.value_types import PyObject
 
 EPS, DENORMAL = 2.0**-24, 2.0**-149
 LEAST = 2.0**-120
@@ -82,7 +84,7 @@ def right(row: dict[str, Any]) -> bool:
     return all(row[name] for name in CLASSES)
 
 
-def coarse(model: Any, provider: str) -> list[str]:
+def coarse(model: PyObject, provider: str) -> list[str]:
     """The nodes of an ``onnx_ir`` model whose kernels lose digits on ``provider``, each with the fact; [] when none.
 
     A provider that was not measured has none.
@@ -99,7 +101,7 @@ def coarse(model: Any, provider: str) -> list[str]:
     return found
 
 
-def _integral(value: Any) -> bool:
+def _integral(value: PyObject) -> bool:
     return value.dtype is not None and not value.dtype.is_floating_point()
 
 
@@ -120,7 +122,7 @@ def _model(kernel: Kernel) -> bytes:
     y.name, y.type = "y", ir.TensorType(ir.DataType.INT64 if integral else ir.DataType.FLOAT)
     opsets = {"": 20, "com.microsoft": 1}
     graph = ir.Graph([x], [y], nodes=[node], initializers=operands, opset_imports=opsets, name="kernel")
-    return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    return bytes(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
 
 
 def points() -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeopt.value_types import PyObject
+
 ROW = 8
 """Elements of a row of what reductions are measured on."""
 
@@ -47,7 +49,9 @@ class Kernel:
         return self.label or self.op
 
 
-def _rows(op: str, function: Callable[[Tensor], Tensor], *axes: Any, over: str = "rows", **attributes: Any) -> Kernel:
+def _rows(
+    op: str, function: Callable[[Tensor], Tensor], *axes: PyObject, over: str = "rows", **attributes: PyObject
+) -> Kernel:
     label = f"{op}(int64)" if over == "integers" else ""
     sums = op in ("ReduceSum", "ReduceMean", "CumSum")
     return Kernel(op, function, attributes, axes, over, label=label, sums=sums)

@@ -11,18 +11,21 @@ from torch import nn
 
 from moeopt.backends.base import Made, Opened
 from moeopt.backends.onnxrt.build import BuiltGraph, build_onnx, onnx_plan
-from moeopt.backends.onnxrt.bundle import holds_native, load_onnx_bundle, native_note, save_onnx_bundle, was_replayed
+from moeopt.backends.onnxrt.bundle import holds_native, load_onnx_bundle, native_note, was_replayed
 from moeopt.backends.onnxrt.custom_op import why_not
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine, built_for
 from moeopt.backends.onnxrt.open_engine import open_onnx
 from moeopt.backends.onnxrt.plan import OrtPlan
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PROVIDERS, why_absent
+from moeopt.backends.onnxrt.providers import PROVIDERS, why_absent
+from moeopt.backends.onnxrt.save_bundle import save_onnx_bundle
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.limits import LoadLimits
 from moeopt.options import Options
+from moeopt.value_types import JsonValue, PyObject
 
 
 class OnnxRuntimeBackend(GraphBackend):
@@ -55,8 +58,8 @@ class OnnxRuntimeBackend(GraphBackend):
         return save_onnx_bundle(made.model, made.built, directory, made.report, made.certificate, call, made.source)
 
     def _open_impl(
-        self, directory: str | os.PathLike[str], device: Any, session_options: Any, limits: LoadLimits
-    ) -> Any:
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits
+    ) -> PyObject:
         return load_onnx_bundle(directory, device, session_options=session_options, limits=limits)
 
     def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:

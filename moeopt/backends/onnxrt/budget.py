@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from moeopt.lower.onnx.experts_node import DOMAIN
+from moeopt.value_types import OnnxGraph, OnnxModel, OnnxNode, OnnxValue
 
 _SAME_AS_FIRST = frozenset(
     "MoE QMoE RotaryEmbedding SkipLayerNormalization SimplifiedLayerNormalization SkipSimplifiedLayerNormalization"
@@ -32,7 +32,7 @@ class CallCost:
     products: int
 
 
-def cost_of(proto: Any, shapes: Mapping[str, tuple[int, ...]]) -> CallCost | None:
+def cost_of(proto: OnnxModel, shapes: Mapping[str, tuple[int, ...]]) -> CallCost | None:
     """The cost of a call with inputs of ``shapes``; None where it cannot be told from sizes alone."""
     import onnx
 
@@ -60,7 +60,7 @@ class _Experts:
     products: int
 
 
-def _experts(graph: Any) -> dict[str, _Experts]:
+def _experts(graph: OnnxGraph) -> dict[str, _Experts]:
     """Those of a graph, by the names of their results."""
     sizes = {t.name: list(t.dims) for t in graph.initializer}
     found = {}
@@ -72,7 +72,7 @@ def _experts(graph: Any) -> dict[str, _Experts]:
     return found
 
 
-def _matrices(node: Any, sizes: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
+def _matrices(node: OnnxNode, sizes: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
     """The sizes of one expert's W_in and W_out, in the order in which they are stored."""
     names = list(node.input[3:])
     number = {a.name: a.i for a in node.attribute}
@@ -81,7 +81,7 @@ def _matrices(node: Any, sizes: Mapping[str, list[int]]) -> tuple[list[int], lis
     return sizes[first][-2:], sizes[last][-2:]
 
 
-def _at(proto: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+def _at(proto: OnnxModel, shapes: Mapping[str, tuple[int, ...]]) -> OnnxValue:
     """A copy of a graph with inputs of these sizes, nothing said of inner ones, and stand-ins for foreign operators."""
     import onnx
 
@@ -114,7 +114,7 @@ def _at(proto: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
 
 
 def _counted(
-    graph: Any, found: Mapping[str, tuple[list[int], float]], experts: Mapping[str, _Experts]
+    graph: OnnxGraph, found: Mapping[str, tuple[list[int], float]], experts: Mapping[str, _Experts]
 ) -> CallCost | None:
     last = {name: n for n, node in enumerate(graph.node) for name in node.input}
     ends = {value.name for value in graph.output}
@@ -139,7 +139,7 @@ def _counted(
     return CallCost(most, products)
 
 
-def _is_graph_input(graph: Any, name: str) -> bool:
+def _is_graph_input(graph: OnnxGraph, name: str) -> bool:
     return any(name == t.name for t in graph.initializer) or any(name == v.name for v in graph.input)
 
 
@@ -147,7 +147,7 @@ def _bytes(value: tuple[list[int], float]) -> int:
     return math.ceil(math.prod(value[0]) * value[1])
 
 
-def _products(node: Any, found: Mapping[str, tuple[list[int], float]]) -> int:
+def _products(node: OnnxNode, found: Mapping[str, tuple[list[int], float]]) -> int:
     """Multiplications of a node, where it has many: each element of a product sums over one side of a factor."""
     inputs = [found[name][0] for name in node.input if name in found]
     result = math.prod(found[node.output[0]][0]) if node.output and node.output[0] in found else 0
@@ -164,6 +164,6 @@ def _width(kind: int) -> float:
     import onnx_ir as ir
 
     try:
-        return ir.DataType(kind).bitwidth / 8
+        return float(ir.DataType(kind).bitwidth / 8)
     except (ValueError, TypeError):
         return 8.0

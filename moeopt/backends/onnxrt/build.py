@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,14 @@ from torch import nn
 
 from moeopt.backends.onnxrt.accuracy import coarse
 from moeopt.backends.onnxrt.id_guards import name_id_guards
-from moeopt.backends.onnxrt.known_answer import BLOCK, make_probe
+from moeopt.backends.onnxrt.label_nodes import deduplicate, describe_sites, label_nodes
 from moeopt.backends.onnxrt.native_graph import write_native
 from moeopt.backends.onnxrt.plan import OrtPlan
+from moeopt.backends.onnxrt.providers import available, provider_named, runtime
 from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
-from moeopt.backends.onnxrt.site_records import ENDS, describe
+from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, data_of
 from moeopt.backends.onnxrt.size_guards import guard_sizes
 from moeopt.bundle.io_names import name_ends
-from moeopt.bundle.manifest import version
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.causal_lm.attention import cache_left_in_place
 from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
@@ -37,12 +36,13 @@ from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.export import emitting, own_outputs, to_onnx
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.narrow_numbers import cast_narrow
-from moeopt.lower.onnx.plan import BlockPlan, kind
+from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.onnx.upcast import upcast_graph
 from moeopt.lower.signature import describe_call, functional
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet
+from moeopt.value_types import PyObject
 
 INSTEAD = "write that line of the model with other ops, use backend='torch', or report this with the model's code"
 
@@ -182,7 +182,12 @@ def _with_native(built: BuiltGraph, sites: list[Any], plan: OrtPlan) -> BuiltGra
 
 
 def _with_cpu_fallback(
-    built: BuiltGraph, written: Any, portable: Any, sites: list[Any], plan: ReplayPlan, say: Callable[[str], None]
+    built: BuiltGraph,
+    written: PyObject,
+    portable: PyObject,
+    sites: list[Any],
+    plan: ReplayPlan,
+    say: Callable[[str], None],
 ) -> BuiltGraph:
     """``built`` with its CPU fallback graph, which has the same ends, once the graph itself was checked."""
     check_emitted(written, str(built.directory / GRAPH), plan.target.provider)
@@ -192,7 +197,7 @@ def _with_cpu_fallback(
 
 
 def write_graph(
-    model: Any,
+    model: PyObject,
     sites: list[Any],
     signature: dict[str, Any],
     plan: BlockPlan,
@@ -229,10 +234,10 @@ def write_graph(
     }
     names = replace_sites(model, legalized, lambda site: _written(plan, site))
     own_outputs(model.graph)
-    _deduplicate(model.graph)
+    deduplicate(model.graph)
     name_ends(model.graph, signature)
     made = label_nodes(model, [site.name for site in legalized])
-    records, probes = _describe(legalized, names, plan, calls, made)
+    records, probes = describe_sites(legalized, names, plan, calls, made)
     adapt(model)
     folder, graph = (TemporaryFolder(), GRAPH) if beside is None else (beside, PORTABLE)
     say("writing the engine")
@@ -253,82 +258,3 @@ def _written(plan: BlockPlan, site: ExpertsNode) -> Lowering:
     lowering = plan.written(site).lowering
     assert lowering is not None
     return lowering
-
-
-def label_nodes(model: Any, blocks: Sequence[str]) -> dict[str, list[Any]]:
-    """Say in each node's metadata which block it belongs to, and what wrote the graph; the nodes of each block.
-
-    What the exporter left there, source paths of the machine that it ran on among it, is dropped.
-    """
-    inside: dict[str, list[Any]] = {block: [] for block in blocks}
-    taken: set[str] = set()
-    for number, node in enumerate(model.graph.all_nodes()):
-        name = node.name or f"{node.op_type}_{number}"
-        node.name = name if name not in taken else f"{name}/{number}"
-        taken.add(node.name)
-        for key in [k for k in node.metadata_props if k.startswith("pkg.")]:
-            del node.metadata_props[key]
-        block = node.metadata_props.get(BLOCK) or node.name.rpartition("/")[0]
-        while block and block not in inside:
-            block = block.rpartition("/")[0]
-        if block:
-            node.metadata_props[BLOCK] = block
-            inside[block].append(node)
-    model.metadata_props["moeopt.version"] = version()
-    model.producer_name, model.producer_version = "moeopt", version()
-    return inside
-
-
-def _describe(
-    sites: list[Any], names: list[str], plan: BlockPlan, calls: dict[int, tuple[Any, ...]], made: dict[str, list[Any]]
-) -> tuple[list[dict[str, Any]], list[tuple[dict[str, torch.Tensor], float]]]:
-    """The records of the sites that the graph holds, and a probe for each kind of them.
-
-    ``calls``: what each site's node read and gave before a lowering took its place.
-    """
-    results = {number: _result(made[sites[number].name]) for number in calls}
-    now = {id(calls[number][-1]): value for number, value in results.items()}
-    records: list[dict[str, Any]] = []
-    probes: list[tuple[dict[str, torch.Tensor], float]] = []
-    kinds: dict[Any, int] = {}
-    for number, call in calls.items():
-        site, name, result = sites[number], names[number], results[number]
-        record = describe(site, name, plan.written(site).reason)
-        if record is None or result is None:
-            continue
-        key = (kind(site), name)
-        if key not in kinds:
-            kinds[key] = len(probes)
-            probes.append(make_probe(site))
-        values = [*(now.get(id(value), value) for value in call[:-1]), result]
-        names_of_ends = {end: value.name for end, value in zip(ENDS, values, strict=True)}
-        records.append(record | names_of_ends | {"probe": kinds[key], "nodes": len(made[site.name])})
-    return records, probes
-
-
-def _result(nodes: list[Any]) -> Any:
-    """The one value that a block's nodes make for others; None where nothing reads it."""
-    inside = {id(node) for node in nodes}
-    for value in (v for node in nodes for v in node.outputs):
-        if value.is_graph_output() or any(id(user) not in inside for user, _ in value.uses()):
-            return value
-    return None
-
-
-def _deduplicate(graph: Any) -> None:
-    """Parameters that share memory (tied weights) are written once."""
-    import onnx_ir as ir
-
-    first: dict[tuple[Any, ...], Any] = {}
-    for name, value in list(graph.initializers.items()):
-        if isinstance(value.const_value, ir.LazyTensor):  # an expert's weight: looking at it would make it
-            continue
-        raw = getattr(value.const_value, "raw", None)
-        if not isinstance(raw, torch.Tensor) or raw.numel() < 1024:
-            continue
-        key = (raw.data_ptr(), tuple(raw.shape), raw.stride(), raw.dtype)
-        if key in first:
-            ir.convenience.replace_all_uses_with(value, first[key])
-            graph.initializers.pop(name)
-        else:
-            first[key] = value

@@ -13,40 +13,26 @@ certificate.json, golden.safetensors, moeopt.json   as in every bundle
 from __future__ import annotations
 
 import functools
-import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from moeopt.backends.onnxrt import known_answer as probes
-from moeopt.backends.onnxrt.build import BuiltGraph
+from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, SIGNATURE, probes_of
 from moeopt.backends.onnxrt.check_bytes import check_graph, parsed
 from moeopt.backends.onnxrt.custom_op import native_library, register, why_not
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
-from moeopt.backends.onnxrt.golden import budget_of, golden_runs
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
+from moeopt.backends.onnxrt.providers import PROVIDERS, available, provider_named, runtime
 from moeopt.backends.onnxrt.selftest import SelfTestResult, load_probes, self_test, wrong_answers
-from moeopt.backends.onnxrt.session import (
-    GRAPH,
-    NATIVE,
-    PORTABLE,
-    PROVIDERS,
-    available,
-    data_of,
-    provider_named,
-    runtime,
-)
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PORTABLE, data_of
 from moeopt.backends.onnxrt.trial import check_calls, within_limits
 from moeopt.bundle import golden as goldens
-from moeopt.bundle.holds import sentences
-from moeopt.bundle.manifest import Manifest, read_manifest, write_bundle
+from moeopt.bundle.manifest import Manifest, read_manifest
 from moeopt.bundle.schemas import Form, SignatureFile
-from moeopt.causal_lm.flat_signature import flat_calls
 from moeopt.errors import (
     BundleError,
     EngineFallbackWarning,
@@ -57,102 +43,19 @@ from moeopt.errors import (
     UsageError,
 )
 from moeopt.limits import DEFAULT, LoadLimits
-from moeopt.lower.other_sizes import other_sizes
-from moeopt.report import Report
 from moeopt.untrusted import checked
-from moeopt.verification.language import find_ids
+from moeopt.value_types import JsonValue, OnnxModel, PyObject
 
-SIGNATURE, CERTIFICATE = "signature.json", "certificate.json"
 _PASSED: set[tuple[str, ...]] = set()
 """Bundles that this process tested: sha256 of graph and weights, version of ONNX Runtime, provider."""
 
 
-def save_onnx_bundle(
-    engine: OnnxEngine | OfflineEngine,
-    built: BuiltGraph,
-    directory: str | os.PathLike[str],
-    report: Report,
-    certificate: Any,
-    call: tuple[tuple[Any, ...], Mapping[str, Any]],
-    source: Mapping[str, str] | None,
-) -> Path:
-    """Write an engine as a bundle; returns its directory. Errors are those of ``save_torch_bundle``."""
-    if not (built.directory / GRAPH).is_file():
-        raise UsageError(f"the engine's files in {built.directory} are gone: optimise the model again, then save it")
-    distance, why = budget_of(certificate)
-    runner = engine.replay() if isinstance(engine, OfflineEngine) else engine
-    runs = golden_runs(runner, golden_calls(runner, call), distance)
-    fields = {
-        "provider": engine.provider,
-        "runtimes": _runtimes(),
-        **_form(built),
-        **stated(built.signature, report, source),
-        "golden": {"runs": len(runs), "distance": distance, "why": why},
-    }
-    if built.cpu_fallback is not None:
-        fields["portable"] = _form(built.cpu_fallback)
-    if built.native:
-        fields["native"] = built.native
-
-    def write(aside: Path) -> None:
-        _write_form(built, GRAPH, aside)
-        if built.cpu_fallback is not None:
-            _write_form(built.cpu_fallback, PORTABLE, aside)
-        if built.native:
-            shutil.copyfile(built.directory / NATIVE, aside / NATIVE)
-        write_evidence(aside, built.signature, certificate, runs)
-
-    return write_bundle(directory, "onnxruntime", write, fields)
-
-
-def stated(signature: Mapping[str, Any], report: Report, source: Mapping[str, str] | None) -> dict[str, Any]:
-    """What the manifest of every engine says of its model, its call and its blocks."""
-    return {
-        "source": dict(source or {}),
-        "signature": {k: signature[k] for k in ("parameters", "in_tree", "out_tree", "inputs")},
-        "dynamic": signature["sizes"],
-        "holds": sentences(signature),
-        "blocks": report.to_dict()["blocks"],
-    }
-
-
-def write_evidence(aside: Path, signature: Mapping[str, Any], certificate: Any, runs: Any) -> None:
-    """The files that every engine's bundle has beside its graphs."""
-    (aside / SIGNATURE).write_text(json.dumps(signature, allow_nan=False))
-    (aside / CERTIFICATE).write_text(certificate.to_json())
-    goldens.save_golden(runs, aside / goldens.FILE)
-
-
-def _form(built: BuiltGraph) -> dict[str, Any]:
-    """What a manifest says of one lowered graph."""
-    return {
-        "lowerings": built.lowerings,
-        "sites": built.sites,
-        "probes": [{"budget": budget} for _, budget in built.probes],
-        "facts": built.facts,
-    }
-
-
-def _write_form(built: BuiltGraph, graph: str, aside: Path) -> None:
-    from safetensors.torch import save_file
-
-    for name in (graph, data_of(graph)):
-        if (built.directory / name).exists():
-            shutil.copyfile(built.directory / name, aside / name)
-    tensors = {f"{n}.{part}": t.contiguous() for n, (probe, _) in enumerate(built.probes) for part, t in probe.items()}
-    save_file(tensors, aside / _probes_of(graph))
-
-
-def _probes_of(graph: str) -> str:
-    return probes.FILE if graph != PORTABLE else f"{graph.removesuffix('.onnx')}.{probes.FILE}"
-
-
 def load_onnx_bundle(
     directory: str | os.PathLike[str],
-    device: Any = None,
+    device: PyObject = None,
     *,
     replay: bool = True,
-    session_options: Any = None,
+    session_options: JsonValue = None,
     limits: LoadLimits = DEFAULT,
 ) -> OnnxEngine | OfflineEngine:
     """Check a bundle, test it on this machine, and load it.
@@ -202,7 +105,7 @@ def holds_native(data: Mapping[str, Any]) -> bool:
     return data.get("native") is not None
 
 
-def _native_or_plain(manifest: Manifest, load: Load, native: Any, plain: Any) -> OnnxEngine:
+def _native_or_plain(manifest: Manifest, load: Load, native: PyObject, plain: PyObject) -> OnnxEngine:
     """The engine with moeopt's own operator where that is there and right, else of plain ONNX Runtime, with a note."""
     if reason := why_not():
         engine = load(GRAPH, plain)
@@ -236,11 +139,11 @@ def _loaded(
     manifest: Manifest,
     signature: Mapping[str, Any],
     provider: str,
-    session_options: Any,
+    session_options: JsonValue,
     limits: LoadLimits,
     replay: bool,
     graph: str,
-    proto: Any,
+    proto: OnnxModel,
 ) -> OnnxEngine:
     """One graph of a bundle, tested on this machine, as an engine."""
     key = (*(str(manifest.data["files"].get(f)) for f in (graph, data_of(graph))), runtime().__version__, provider)
@@ -288,23 +191,13 @@ def was_replayed(manifest: Manifest) -> bool:
     return "portable" in manifest.data
 
 
-def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> Any:
+def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> PyObject:
     if graph == PORTABLE and not isinstance(manifest.data["portable"], dict):
         raise BundleError(f"{manifest.directory}: the manifest does not describe {graph}")
     if graph == PORTABLE:
         checked(manifest.data["portable"], Form, f"{manifest.directory}: what the manifest says of {graph}")
     size = manifest.data["files"].get(data_of(graph), {"bytes": 0})["bytes"]
     return check_graph(manifest.path(graph), signature, size)
-
-
-def golden_calls(engine: GraphEngine, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Any]:
-    """(args, kwargs) of the graph for the given call and for the same in other sizes."""
-    args, kwargs = tuple(call[0]), dict(call[1])
-    if engine.causal_lm is None:
-        return [(args, kwargs), *other_sizes(engine.signature, (args, kwargs))]
-    ids = find_ids(args, kwargs)
-    assert ids is not None, "a causal language model was called with token ids"
-    return [((), feeds) for feeds in flat_calls(engine.causal_lm, ids)]
 
 
 def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.GoldenCheck:
@@ -318,7 +211,7 @@ def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.
     runs = goldens.load_golden(path, torch.device("cpu"))
     distance = goldens.read_stated(manifest.data.get("golden"), len(runs), str(manifest.directory))
 
-    def run(leaves: Any) -> Any:
+    def run(leaves: PyObject) -> PyObject:
         try:
             result = engine.run_flat(leaves)
         except MoeoptError:
@@ -332,7 +225,7 @@ def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.
 
 
 def _open(
-    manifest: Manifest, outcome: SelfTestResult, signature: Mapping[str, Any], provider: str, session_options: Any
+    manifest: Manifest, outcome: SelfTestResult, signature: Mapping[str, Any], provider: str, session_options: JsonValue
 ) -> OnnxEngine:
     try:
         return OnnxEngine(
@@ -354,7 +247,7 @@ def _open(
         ) from None
 
 
-def _provider(manifest: Manifest, device: Any) -> str:
+def _provider(manifest: Manifest, device: PyObject) -> str:
     there = available()
     saved = manifest.data.get("provider")
     if not isinstance(saved, str):
@@ -373,11 +266,4 @@ def _probes(manifest: Manifest, graph: str) -> tuple[list[Any], list[Any]]:
     records, budgets = form.get("sites"), form.get("probes")
     if not isinstance(records, list) or not isinstance(budgets, list) or not all(isinstance(r, dict) for r in records):
         raise BundleError(f"{manifest.directory}: the manifest has no records of the lowered blocks")
-    return records, load_probes(manifest.path(_probes_of(graph)), budgets)
-
-
-def _runtimes() -> dict[str, str]:
-    from importlib import metadata
-
-    names = ("onnx", "onnx_ir", "onnxscript")
-    return {"onnxruntime": runtime().__version__, **{name: metadata.version(name) for name in names}}
+    return records, load_probes(manifest.path(probes_of(graph)), budgets)

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeopt.value_types import OnnxModel, OnnxNode, OnnxValue
+
 DOMAIN = "com.microsoft"
 _NON_NEGATIVE = ("Softmax", "Sigmoid", "Relu", "Abs", "Exp", "Softplus", "Sqrt")
 _NO_BFLOAT16_ON_CPU = ("MatMul", "Gemm", "Mul", "Add", "Sub", "Div", "ReduceSum", "Where", "Sigmoid", "Tanh")
@@ -126,7 +128,7 @@ def capability(provider: str, op: str) -> OrtCapability | None:
     return next((row for row in CAPABILITIES if (row.provider, row.op) == (provider, op)), None)
 
 
-def check_graph(model: Any, provider: str) -> list[str]:
+def check_graph(model: OnnxModel, provider: str) -> list[str]:
     """What ``provider`` would ignore, refuse or compute otherwise in an ``onnx_ir`` model; [] when nothing.
 
     Every ``com.microsoft::MoE`` and ``QMoE`` node is held to :data:`CAPABILITIES`, subgraphs included; on CPU,
@@ -144,7 +146,7 @@ def check_graph(model: Any, provider: str) -> list[str]:
     return problems
 
 
-def _moe_problems(node: Any, provider: str) -> list[str]:
+def _moe_problems(node: OnnxNode, provider: str) -> list[str]:
     row = capability(provider, node.op_type)
     if row is None or not row.dtypes:
         return [f"{provider} has no com.microsoft::{node.op_type}" + (f" ({row.evidence})" if row else "")]
@@ -209,13 +211,13 @@ def _activation_problems(row: OrtCapability, values: Mapping[str, Any]) -> list[
 _SWIGLU_NEEDS = ("activation_alpha", "activation_beta")
 
 
-def _dtype_problems(node: Any) -> list[str]:
+def _dtype_problems(node: OnnxNode) -> list[str]:
     """Tokens, logits, weights and biases are of one type T."""
     found = {name for value in node.inputs if (name := _dtype(value)) is not None}
     return [f"its inputs are {' and '.join(sorted(found))}, and MoE takes one dtype"] if len(found) > 1 else []
 
 
-def _layout_problems(node: Any, values: Mapping[str, Any], row: OrtCapability) -> list[str]:
+def _layout_problems(node: OnnxNode, values: Mapping[str, Any], row: OrtCapability) -> list[str]:
     """fc1 must be (E, O, H) and fc2 (E, H, I), with O = 2I for swiglu: other shapes can be read as a legacy layout."""
     fc1, fc2 = _shape(node.inputs[2]), _shape(node.inputs[4])
     if fc1 is None or fc2 is None:
@@ -235,7 +237,7 @@ def _layout_problems(node: Any, values: Mapping[str, Any], row: OrtCapability) -
     return problems
 
 
-def _router_weight_problems(node: Any, row: OrtCapability) -> list[str]:
+def _router_weight_problems(node: OnnxNode, row: OrtCapability) -> list[str]:
     if not _has_input(node, 14):
         return []
     if row.router_weights == "ignored":
@@ -249,15 +251,15 @@ def _router_weight_problems(node: Any, row: OrtCapability) -> list[str]:
     return [] if positive else [f"negative router_weights are silently dropped ({row.evidence}); prove them >= 0"]
 
 
-def _has_input(node: Any, index: int) -> bool:
+def _has_input(node: OnnxNode, index: int) -> bool:
     return len(node.inputs) > index and node.inputs[index] is not None
 
 
-def _dtype(value: Any) -> str | None:
+def _dtype(value: OnnxValue) -> str | None:
     return None if value is None or value.dtype is None else value.dtype.name
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
+def _shape(value: OnnxValue) -> tuple[int, ...] | None:
     if value is None or value.shape is None or not all(isinstance(n, int) for n in value.shape):
         return None
     return tuple(value.shape)

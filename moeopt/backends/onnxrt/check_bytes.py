@@ -20,6 +20,7 @@ from moeopt.backends.onnxrt.session import NATIVE, data_of
 from moeopt.bundle.values import DTYPES, MAX_NUMEL
 from moeopt.errors import BundleError
 from moeopt.lower.onnx.experts_node import DOMAIN, OP
+from moeopt.value_types import OnnxGraph, OnnxNode, OnnxValue
 
 MAX_GRAPH = 1 << 31
 """Bytes: no protobuf message is longer."""
@@ -47,7 +48,7 @@ _ATTRIBUTES = {
 _KEYS = {"location", "offset", "length"}
 
 
-def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> Any:
+def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> OnnxValue:
     """The ``onnx.ModelProto`` of a file, without its weights; ``BundleError`` says what may not be in it.
 
     ``size``: bytes of the data file, 0 where the manifest lists none.
@@ -74,14 +75,14 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> Any:
     return proto
 
 
-def parsed(model: bytes) -> Any:
+def parsed(model: bytes) -> OnnxValue:
     """The protobuf of a graph that this process wrote."""
     import onnx
 
     return onnx.load_from_string(model)
 
 
-def parse(path: Path) -> Any:
+def parse(path: Path) -> OnnxValue:
     """The protobuf of a ``.onnx`` file; external weights are not read."""
     import onnx
     from google.protobuf.message import DecodeError
@@ -99,7 +100,7 @@ def parse(path: Path) -> Any:
     return proto
 
 
-def _graphs(graph: Any) -> Iterator[Any]:
+def _graphs(graph: OnnxGraph) -> Iterator[Any]:
     """A graph and all that its control flow holds."""
     todo = [graph]
     while todo:
@@ -110,7 +111,7 @@ def _graphs(graph: Any) -> Iterator[Any]:
                 todo += [attribute.g] * attribute.HasField("g") + list(attribute.graphs)
 
 
-def _tensors(graph: Any) -> Iterator[Any]:
+def _tensors(graph: OnnxGraph) -> Iterator[Any]:
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
@@ -120,7 +121,7 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 raise BundleError(f"node {node.name!r} holds a sparse tensor, and moeopt writes none")
 
 
-def _check_node(path: Path, node: Any, allowed: Mapping[str, tuple[str, ...]], constants: set[str]) -> None:
+def _check_node(path: Path, node: OnnxNode, allowed: Mapping[str, tuple[str, ...]], constants: set[str]) -> None:
     if node.domain not in ("", "ai.onnx") and node.op_type not in allowed.get(node.domain, ()):
         raise BundleError(
             f"{path}: node {node.name!r} is {node.domain or 'ai.onnx'}.{node.op_type}, which moeopt does not write"
@@ -138,7 +139,7 @@ def _check_node(path: Path, node: Any, allowed: Mapping[str, tuple[str, ...]], c
         raise BundleError(f"{path}: node {node.name!r} {what}, which moeopt does not write")
 
 
-def _check_tensor(path: Path, tensor: Any, size: int) -> None:
+def _check_tensor(path: Path, tensor: OnnxValue, size: int) -> None:
     import onnx
 
     count = math.prod(tensor.dims)
@@ -172,7 +173,7 @@ def _number(text: str | None) -> int | None:
     return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
-def _check_ends(path: Path, graph: Any, signature: Mapping[str, Any]) -> None:
+def _check_ends(path: Path, graph: OnnxGraph, signature: Mapping[str, Any]) -> None:
     weights = {tensor.name for tensor in graph.initializer}
     try:
         inputs = {e["onnx"]: e for e in signature["inputs"] if "onnx" in e}
@@ -205,7 +206,7 @@ def _stated(entry: Mapping[str, Any]) -> Type:
     return entry["dtype"], entry["shape"]
 
 
-def _type(value: Any) -> Type:
+def _type(value: OnnxValue) -> Type:
     import onnx_ir as ir
     from onnx_ir.tensor_adapters import to_torch_dtype
 

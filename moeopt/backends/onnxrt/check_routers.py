@@ -27,6 +27,7 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotEquivalentError
 from moeopt.ir.row_function import RowFunction
 from moeopt.rewrite.install import rewritten_forward
+from moeopt.value_types import PyObject
 from moeopt.verification.model import run_plain
 from moeopt.verification.results import BlockCheck
 from moeopt.verification.row_calls import Unpinned
@@ -74,9 +75,9 @@ class RoutedBlock:
             self._results = run(feeds)
             return self._results
 
-        self._engine.session.run = noting  # type: ignore[method-assign]
+        self._engine.session.run = noting
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> tuple[Any, dict[str, Tensor]]:
         """The block's outputs, and the expert ids (T, K) of each site."""
         outputs = run_plain(self._engine.run_graph, args, kwargs)
         by_name = dict(zip(self._engine.session.outputs, self._results, strict=True))
@@ -154,7 +155,7 @@ def check_blocks(
     return notes
 
 
-def _rewritten(module: nn.Module) -> Any:
+def _rewritten(module: nn.Module) -> PyObject:
     forward = rewritten_forward(module)
     if forward is None:
         return None
@@ -169,18 +170,18 @@ def _rewritten(module: nn.Module) -> Any:
     return steps, banks, program.routers, program.guard.shapes
 
 
-def _first_of(bank: Any, spec: Any) -> list[Tensor]:
+def _first_of(bank: PyObject, spec: PyObject) -> list[Tensor]:
     """The weights of expert 0."""
     return list(bank.slots(0)) if isinstance(spec, RowFunction) else [bank.w_out(0), *bank.w_in(0)]
 
 
-def _inside(module: nn.Module) -> Any:
+def _inside(module: nn.Module) -> PyObject:
     plain = [(n, v) for n, v in module.__dict__.items() if type(v) in (int, float, bool, str, tuple)]
     held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return type(module), plain, [(name, _describe_tensor(tensor)) for name, tensor in held]
 
 
-def _describe_tensor(tensor: Tensor) -> Any:
+def _describe_tensor(tensor: Tensor) -> PyObject:
     """The form of a tensor, and the values of one that is as small as a constant."""
     few = tensor.tolist() if tensor.numel() <= FEW else None
     return tuple(tensor.shape), tensor.dtype, few

@@ -20,7 +20,8 @@ import torch
 
 from moeopt.backends.onnxrt.lowerings import by_name
 from moeopt.backends.onnxrt.lowerings.native import Native
-from moeopt.backends.onnxrt.session import ISA_ENTRY, runtime
+from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.session import ISA_ENTRY
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.lower.onnx.assemble import one_op
@@ -29,6 +30,7 @@ from moeopt.ops.expert_weights import ListExpertWeights
 from moeopt.ops.native.library import Library, describe, library
 from moeopt.ops.reference import experts_reference
 from moeopt.options import cache_directory
+from moeopt.value_types import PyObject
 
 SECONDS = 120
 """After which the child is given up."""
@@ -143,7 +145,7 @@ def _block(spec: ExpertsSpec, seed: int) -> tuple[ExpertsNode, dict[str, torch.T
     return site, {"x": x, "ids": ids, "weights": weights}, experts_reference(x, ids, weights, bank, spec)
 
 
-def register(options: Any) -> None:
+def register(options: PyObject) -> None:
     """Let sessions of ``options``, an ``onnxruntime.SessionOptions``, find the operator; once for each.
 
     Raises:

@@ -7,6 +7,8 @@ import json
 import sys
 from typing import Any
 
+from moeopt.value_types import PyObject
+
 NUMPY = {"x": "f4", "ids": "i8", "weights": "f4", "y": "f4"}
 REFUSED = "moeopt::Experts: "
 """How the words of the operator's own refusals begin: that they arrive shows the entries that make a status."""
@@ -19,7 +21,7 @@ def main() -> str:
     with open("questions.json") as file:
         said = json.load(file)
 
-    def session(model: str, threads: int) -> Any:
+    def session(model: str, threads: int) -> PyObject:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads

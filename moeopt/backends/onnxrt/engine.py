@@ -23,6 +23,7 @@ from moeopt.bundle.tree import build, check_tree
 from moeopt.causal_lm.flat_signature import checker
 from moeopt.causal_lm.runner import CausalLM
 from moeopt.errors import BundleError, UsageError
+from moeopt.value_types import JsonValue, PyObject
 
 
 class GraphEngine(BundledEngine):
@@ -82,30 +83,31 @@ class GraphEngine(BundledEngine):
 
     @property
     def provider(self) -> str:
-        return self.session.provider
+        return str(self.session.provider)
 
     @property
     def device(self) -> torch.device:
-        return self.session.device
+        device: torch.device = self.session.device
+        return device
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         call = self.run_graph if self.causal_lm is None else self.causal_lm
         return call(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PyObject:
         """``generate``, ``config`` and the rest of a causal language model."""
         caller = self.__dict__.get("causal_lm")
         if caller is None or name.startswith("_"):
             raise AttributeError(f"the engine has no attribute {name!r}")
         return getattr(caller, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: PyObject) -> None:
         if name == "generation_config" and self.__dict__.get("causal_lm") is not None:
             self.causal_lm.generation_config = value  # type: ignore[union-attr]
         else:
             super().__setattr__(name, value)
 
-    def run_graph(self, *args: Any, **kwargs: Any) -> Any:
+    def run_graph(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         """Call the graph itself: for a causal language model, its tensors by name instead of the model's arguments."""
         if self.device.type != "cpu":
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.device), (tuple(args), dict(kwargs)))
@@ -116,7 +118,7 @@ class GraphEngine(BundledEngine):
             iter([o.value if isinstance(o, _Constant) else results[o] for o in self._outputs]),
         )
 
-    def run_flat(self, leaves: Sequence[Any]) -> Any:
+    def run_flat(self, leaves: Sequence[Any]) -> PyObject:
         """Call it with the leaves of ``(args, kwargs)``, as golden runs store them."""
         if len(leaves) != len(self._binding.inputs):
             raise UsageError(f"the bundle takes {len(self._binding.inputs)} values, not {len(leaves)}")
@@ -135,7 +137,7 @@ class OnnxEngine(GraphEngine):
         directory: Path,
         signature: Mapping[str, Any],
         provider: str = "cpu",
-        session_options: Any = None,
+        session_options: JsonValue = None,
         keep: TemporaryFolder | None = None,
         manifest: Manifest | None = None,
         notes: Sequence[str] = (),
@@ -156,16 +158,17 @@ class OnnxEngine(GraphEngine):
         return super().described + ("" if library is None else f" with moeopt's native experts ({library.isa})")
 
     def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        return self.session.within(seconds)
+        allowed: contextlib.AbstractContextManager[None] = self.session.within(seconds)
+        return allowed
 
     def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return open_bundle, (self.provider,)
 
 
 class _Constant:
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: PyObject) -> None:
         self.value = value
 
 
-def _no_node(name: str) -> Any:
+def _no_node(name: str) -> PyObject:
     raise BundleError(f"{name!r} is read where only a constant can be")

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from moeopt.backends.onnxrt.custom_op import register
 from moeopt.backends.onnxrt.engine import GraphEngine
-from moeopt.backends.onnxrt.session import NATIVE, Session, no_change, runtime
+from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.session import NATIVE, Session, no_change
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
 from moeopt.rewrite.site_names import site_names
+from moeopt.value_types import OnnxValue
 from moeopt.verification.model import run_plain
 
 CallArguments = tuple[Sequence[Any], Mapping[str, Any]]
@@ -98,7 +100,7 @@ def _feeds(engine: GraphEngine, call: CallArguments) -> dict[str, Tensor]:
     seen: list[dict[str, Tensor]] = []
     run = engine.session.run
 
-    def noting(feeds: dict[str, Tensor]) -> Any:
+    def noting(feeds: dict[str, Tensor]) -> OnnxValue:
         seen.append(dict(feeds))
         return run(feeds)
 

@@ -8,7 +8,6 @@ by one rounding error has an expert choice on the edge; it would say nothing of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +16,12 @@ from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.bundle.caches import result_leaves
 from moeopt.bundle.golden import SLACK, Golden, compare, golden_run
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.value_types import PyObject
 
 NUDGES = 2
 
 
-def budget_of(certificate: Any) -> tuple[float | None, str]:
+def budget_of(certificate: PyObject) -> tuple[float | None, str]:
     """The relative L2 distance per token that golden runs may come back with, and why; None is 8 eps."""
     end = getattr(certificate, "end_to_end", None)
     if end is None or end.passed is not True or not end.budget > 0:
@@ -48,7 +48,7 @@ def golden_runs(engine: GraphEngine, calls: Sequence[ArgsKwargs], distance: floa
 def _has_margin(engine: GraphEngine, run: Golden, distance: float | None) -> bool:
     generator = torch.Generator().manual_seed(0)
 
-    def nudged(value: Any) -> Any:
+    def nudged(value: PyObject) -> PyObject:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)

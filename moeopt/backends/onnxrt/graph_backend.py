@@ -32,10 +32,12 @@ from moeopt.lower.plain import open_dataclasses
 from moeopt.options import Options
 from moeopt.patches import fewer_collections
 from moeopt.pipeline.block import OwnForward
+from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.enclosing import with_router
 from moeopt.pipeline.report_of import report_of
-from moeopt.pipeline.run import PipelineResult, run
+from moeopt.pipeline.run import run
 from moeopt.report import BlockReport
+from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd, OriginalRuns
 
@@ -46,7 +48,7 @@ class GraphBackend(Backend):
     Where the engine cannot run here, both verdicts are those of its CPU fallback graph.
     """
 
-    def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made:
+    def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> Made:
         shared: list[str] = []
         twin = shared_copy(source, shared)
         with open_dataclasses(call):
@@ -54,7 +56,7 @@ class GraphBackend(Backend):
         made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *shared))
         return made
 
-    def _engine(self, source: nn.Module, twin: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> Made:
+    def _engine(self, source: nn.Module, twin: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> Made:
         outcome = self._run_impl(twin, call, options, plan)
         with fewer_collections():
             built = self._build_impl(twin, call, plan, options)
@@ -111,7 +113,7 @@ class GraphBackend(Backend):
 
     def _check_routers(
         self, source: nn.Module, twin: nn.Module, engine: GraphEngine, form: BuiltGraph, outcome: PipelineResult,
-        plan: Any, options: Options,
+        plan: PyObject, options: Options,
     ) -> list[str]:  # fmt: skip
         """Each kind of block on ONNX Runtime with its router, in strict mode; notes for report and certificate."""
         if options.verify != "strict" or not isinstance(engine, OnnxEngine) or not isinstance(plan, OrtPlan):
@@ -125,7 +127,7 @@ class GraphBackend(Backend):
                 blocks.append(Routed(around[0], outcome.calls[around[0]], around[1], experts, rewrite.check))
         return check_blocks(lambda p: OwnForward(source.get_submodule(p)), twin, blocks, form, plan, options.seed)
 
-    def _with_lowering(self, block: BlockReport, built: Any) -> BlockReport:
+    def _with_lowering(self, block: BlockReport, built: PyObject) -> BlockReport:
         """The block with what runs it in the engine; a module that is called twice has a site for each call."""
         if block.status != "rewritten":
             return block
@@ -133,17 +135,17 @@ class GraphBackend(Backend):
         own = block.name if block.name in paths else "experts"  # the root module's sites have no path
         return dataclasses.replace(block, lowering=self._lowering_impl(own, built) or block.lowering)
 
-    def _replay_impl(self, manifest: Manifest, engine: Any, limits: LoadLimits) -> Any:
+    def _replay_impl(self, manifest: Manifest, engine: PyObject, limits: LoadLimits) -> PyObject:
         return replay_golden(engine, limits)
 
     def tie_comparison(
-        self, original: nn.Module, engine: Any, call: ArgsKwargs, noise: Sequence[str], built: Any = None
+        self, original: nn.Module, engine: PyObject, call: ArgsKwargs, noise: Sequence[str], built: PyObject = None
     ) -> Otherwise | None:
         """The blocks of ``original`` are rewritten only where the outputs differ; only ONNX Runtime tells its ids."""
         if not isinstance(engine, OnnxEngine):
             return None
 
-        def otherwise(runs: OriginalRuns, got: Any) -> EndToEnd | None:
+        def otherwise(runs: OriginalRuns, got: PyObject) -> EndToEnd | None:
             twin = shared_copy(original)
             run(twin, call, Options(verify="off"))
             if built is None:
@@ -154,7 +156,7 @@ class GraphBackend(Backend):
 
         return otherwise
 
-    def runner(self, model: Any) -> tuple[GraphEngine, bool]:
+    def runner(self, model: PyObject) -> tuple[GraphEngine, bool]:
         return (model.replay(), False) if isinstance(model, OfflineEngine) else (model, True)
 
     def facts(self, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,12 +169,12 @@ class GraphBackend(Backend):
             ],
         }
 
-    def runs_on(self, engine: Any) -> str | None:
+    def runs_on(self, engine: PyObject) -> str | None:
         if isinstance(engine, OfflineEngine):
             return None
         return engine.provider if isinstance(engine, OnnxEngine) else super().runs_on(engine)
 
-    def comparable(self, engine: Any, call: ArgsKwargs) -> ArgsKwargs:
+    def comparable(self, engine: PyObject, call: ArgsKwargs) -> ArgsKwargs:
         if engine.causal_lm is None:
             return call
         return call[0], {**call[1], "use_cache": False}  # the cache is compared by what comes of it
@@ -188,27 +190,27 @@ class GraphBackend(Backend):
         return run(twin, call, options, plan)
 
     @abstractmethod
-    def _build_impl(self, twin: nn.Module, call: ArgsKwargs, plan: Any, options: Options) -> Any:
+    def _build_impl(self, twin: nn.Module, call: ArgsKwargs, plan: PyObject, options: Options) -> PyObject:
         """The engine's files, and a record of them."""
 
     @abstractmethod
-    def _opened_impl(self, built: Any, plan: Any, options: Options) -> GraphEngine | OfflineEngine:
+    def _opened_impl(self, built: PyObject, plan: PyObject, options: Options) -> GraphEngine | OfflineEngine:
         """What was built, as an engine of this machine, or of one that can run it."""
 
-    def _native_impl(self, built: Any, plan: Any, options: Options) -> OnnxEngine:
+    def _native_impl(self, built: PyObject, plan: PyObject, options: Options) -> OnnxEngine:
         """The engine of the graph with moeopt's own operator, where ``built`` has one."""
         raise NotImplementedError
 
     @abstractmethod
-    def _lowering_impl(self, path: str, built: Any) -> str:
+    def _lowering_impl(self, path: str, built: PyObject) -> str:
         """What runs the block at ``path``, in a line; "" where the engine does not hold it."""
 
-    def _graph_of(self, built: Any) -> BuiltGraph:
+    def _graph_of(self, built: PyObject) -> BuiltGraph:
         """The record of the ONNX graph among what was built."""
         graph: BuiltGraph = built
         return graph
 
-    def _notes_impl(self, built: Any) -> list[str]:
+    def _notes_impl(self, built: PyObject) -> list[str]:
         """Sentences on the engine for the report."""
         del built
         return []

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.session import Prepare, Session, no_change, runtime
+from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.session import Prepare, Session, no_change
 from moeopt.backends.onnxrt.site_records import ENDS, blank_site, function_of
 from moeopt.bundle.values import DTYPES
 from moeopt.errors import BundleError
@@ -28,6 +29,7 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.ops.reference import dtypes, experts_reference
 from moeopt.ops.row_function import expert_by_expert, in_float64
+from moeopt.value_types import FxArg, OnnxModel, PyObject
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
 
@@ -70,12 +72,12 @@ def _answers(site: ExpertsNode, x: Tensor, ids: Tensor, weights: Tensor) -> tupl
     return own.cpu(), experts_reference(x.double(), ids, weights.double(), bank, _exact(spec)).cpu()
 
 
-def block_of(node: Any) -> str | None:
+def block_of(node: FxArg) -> str | None:
     """The name of the lowered block that a node of a protobuf graph belongs to."""
     return next((p.value for p in node.metadata_props if p.key == BLOCK), None)
 
 
-def cut_out(proto: Any, record: Mapping[str, Any]) -> bytes:
+def cut_out(proto: OnnxModel, record: Mapping[str, Any]) -> bytes:
     """One block of a graph as a model of its own: from x, ids and weights to y. ``BundleError`` if it is not there."""
     import onnx
 
@@ -134,7 +136,7 @@ def feeds_of(probe: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Ten
     return dict(zip(names, (probe["x"], probe["ids"], probe["weights"]), strict=True))
 
 
-def _exact(spec: Any) -> Any:
+def _exact(spec: PyObject) -> PyObject:
     return dataclasses.replace(spec, compute_dtype=None, act_dtype=None, accum_dtype=None, out_dtype=None)
 
 

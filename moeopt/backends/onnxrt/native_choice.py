@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moeopt.backends.onnxrt.custom_op import native_library
 from moeopt.backends.onnxrt.lowerings.native import Native
-from moeopt.backends.onnxrt.session import runtime
+from moeopt.backends.onnxrt.providers import runtime
 from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering

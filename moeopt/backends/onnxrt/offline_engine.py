@@ -9,13 +9,15 @@ from typing import Any, NoReturn
 import torch
 
 from moeopt.backends.onnxrt.engine import OnnxEngine
-from moeopt.backends.onnxrt.session import PORTABLE, PROVIDERS, available, runtime
+from moeopt.backends.onnxrt.providers import PROVIDERS, available, runtime
+from moeopt.backends.onnxrt.session import PORTABLE
 from moeopt.backends.registry import open_bundle
 from moeopt.bundle.engine import BundledEngine
 from moeopt.bundle.io_names import KEY
 from moeopt.bundle.manifest import Manifest
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.errors import EngineNotExecutableError
+from moeopt.value_types import PyObject
 
 
 def built_for(provider: str) -> str:
@@ -62,7 +64,7 @@ class OfflineEngine(BundledEngine):
             return "save it with .save(directory), and there call moeopt.load(directory)"
         return f"copy {self.manifest.directory} there and call moeopt.load"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> NoReturn:
         lacks = "" if PROVIDERS[self.provider] in runtime().get_available_providers() else " and needs onnxruntime-gpu"
         raise EngineNotExecutableError(
             f"the engine was built for {self.provider}{lacks}, and this machine has: {', '.join(available())}. To run "
@@ -70,7 +72,7 @@ class OfflineEngine(BundledEngine):
             "moeopt.load(directory, device='cpu') runs that form"
         )
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PyObject:
         if name == "generate" and KEY in self.__dict__.get("signature", {}):
             return self.__call__
         raise AttributeError(f"the engine has no attribute {name!r}")

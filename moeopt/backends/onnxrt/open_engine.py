@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import OnnxEngine
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.plan import OrtPlan
+from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.replay import ReplayPlan
-from moeopt.backends.onnxrt.session import GRAPH, runtime
+from moeopt.backends.onnxrt.session import GRAPH
 from moeopt.errors import MoeoptError, NotSaveableError
+from moeopt.value_types import JsonValue
 
 
-def open_onnx(built: BuiltGraph, plan: OrtPlan, session_options: Any, graph: str = GRAPH) -> OnnxEngine | OfflineEngine:
+def open_onnx(
+    built: BuiltGraph, plan: OrtPlan, session_options: JsonValue, graph: str = GRAPH
+) -> OnnxEngine | OfflineEngine:
     """What ``build_onnx`` wrote, as an engine of this machine, or of one that has the plan's provider.
 
     ``graph``: the file that runs, where it runs here.

@@ -7,12 +7,12 @@ CPU fallback graph, is for CPU; it is what blocks are verified through and what 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from moeopt.backends.onnxrt.capability import DOMAIN, check_graph
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.errors import NotSaveableError
 from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.value_types import PyObject
 
 
 class ReplayPlan(OrtPlan):
@@ -36,7 +36,7 @@ _THEIR_OWN = ("SimplifiedLayerNormalization",)
 """Operators that ONNX Runtime defines in ONNX's own domain; onnx has no schema for them."""
 
 
-def check_emitted(model: Any, path: str, provider: str) -> None:
+def check_emitted(model: PyObject, path: str, provider: str) -> None:
     """Hold an emitted graph to ONNX's checker and shape inference, and to what ``provider`` honours.
 
     Args:

@@ -1,10 +1,9 @@
 """Which lowering is quickest for a site: an estimate from bytes, FLOPs and nodes, or a measurement.
 
-For T tokens, E * (1 - (1 - K/E)^T) experts are expected to be hit. Their weights are read once; each of the T*K
-rows costs 2 FLOPs a weight; each node costs a fixed time to start, and a time to load that is spread over
-``CALLS`` calls. A lowering's time is
+Each lowering says what one call does (``Lowering.cost``); this module knows what that takes on a kind of machine. Each
+node costs a fixed time to start, and a time to load that is spread over ``CALLS`` calls. A lowering's time is
 
-    max(bytes / read, FLOPs / gemm) * slowdown + nodes * node + waiting + nodes * LOAD / CALLS
+    max(bytes / read, FLOPs / gemm) * slowdown + nodes * node + syncs * sync + nodes * LOAD / CALLS
 
 summed over the token counts that the engine is expected to see. The constants for CPU are of ONNX Runtime 1.31 on a
 2-core x86 machine (``benchmarks/onnx_blocks.py``); those for GPU providers are round figures of data sheets, and were
@@ -76,7 +75,7 @@ def ranked(
         if refusal:
             choices.append(LoweringChoice(lowering.name, None, refusal))
         elif open_session is None:
-            seconds = sum(estimate(site, lowering.name, T, provider) for T in counts)
+            seconds = sum(estimate(site, lowering, T, provider) for T in counts)
             choices.append(LoweringChoice(lowering.name, lowering, f"estimated {_ms(seconds)}", seconds))
         else:
             seconds = measure(site, lowering, counts, open_session)
@@ -91,22 +90,11 @@ def _only(lowering: Lowering, site: ExpertsNode, provider: str) -> LoweringChoic
     )
 
 
-def estimate(site: ExpertsNode, name: str, tokens: int, provider: str = "cpu") -> float:
-    """Seconds of one call with ``tokens`` tokens; see the module's docstring."""
-    bank, E, K = site.bank, site.bank.num_experts, site.top_k
-    elements = sum(w.numel() for w in (*bank.w_in(0), bank.w_out(0)))
-    hit = E * (1 - (1 - min(K / E, 1.0)) ** tokens)
-    rows, slowdown, nodes, wait = float(tokens * K), 1.0, 30, 0.0
-    speed = CPU if provider == "cpu" else GPU
-    if name == "unrolled":
-        nodes += 2 * E
-        wait = 2 * speed.sync  # each Split
-    elif name == "dense":
-        hit, rows = float(E), float(tokens * E)
-    elif rows > hit and provider == "cpu":
-        slowdown = 1.5  # the kernel lays weights out anew at each call, once an expert has more than one row
-    work = max(4 * elements * hit / speed.read, 2 * elements * rows / speed.gemm)
-    return work * slowdown + nodes * (speed.node + LOAD / CALLS) + wait
+def estimate(site: ExpertsNode, lowering: Lowering, tokens: int, provider: str = "cpu") -> float:
+    """Seconds of one call with ``tokens`` tokens, from the lowering's own cost; see the module's docstring."""
+    cost, speed = lowering.cost(site, tokens, provider), CPU if provider == "cpu" else GPU
+    work = max(cost.moved / speed.read, cost.flops / speed.gemm)
+    return work * cost.slowdown + cost.kernels * (speed.node + LOAD / CALLS) + cost.syncs * speed.sync
 
 
 def measure(

@@ -30,6 +30,7 @@ from moeopt.lower.onnx.assemble import one_op
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.value_types import JsonValue, OnnxModel, OnnxValue
 
 Probe = tuple[Mapping[str, Tensor], float]
 Check = Callable[[bytes, Mapping[str, Tensor]], None]
@@ -48,7 +49,7 @@ class SelfTestResult:
 
 def self_test(
     directory: Path,
-    proto: Any,
+    proto: OnnxModel,
     records: Sequence[Mapping[str, Any]],
     probes: Sequence[Probe],
     provider: str,
@@ -84,7 +85,7 @@ def self_test(
 
 def wrong_answers(
     directory: Path,
-    proto: Any,
+    proto: OnnxModel,
     records: Sequence[Mapping[str, Any]],
     probes: Sequence[Probe],
     provider: str,
@@ -106,7 +107,7 @@ def wrong_answers(
 
 def _known_answer_test(
     directory: Path,
-    proto: Any,
+    proto: OnnxModel,
     record: Mapping[str, Any],
     probe: Probe,
     provider: str,
@@ -121,7 +122,7 @@ def _known_answer_test(
     return _asked(lambda: session_of(part, directory, provider, prepare), probe, names, seconds)
 
 
-def _asked(make: Any, probe: Probe, names: Sequence[str], seconds: float | None = None) -> str:
+def _asked(make: OnnxValue, probe: Probe, names: Sequence[str], seconds: float | None = None) -> str:
     try:
         return known_answer_test(make(), probe[0], names, probe[1], seconds)
     except (UsageError, BundleError):
@@ -132,7 +133,12 @@ def _asked(make: Any, probe: Probe, names: Sequence[str], seconds: float | None 
 
 
 def _replace(
-    model: Any, records: Sequence[Mapping[str, Any]], probe: Probe, provider: str, reason: str, outcome: SelfTestResult
+    model: OnnxModel,
+    records: Sequence[Mapping[str, Any]],
+    probe: Probe,
+    provider: str,
+    reason: str,
+    outcome: SelfTestResult,
 ) -> None:
     """Lower the blocks of one kind otherwise, in an ``onnx_ir`` model."""
     first = records[0]
@@ -161,7 +167,7 @@ def _replace(
     )
 
 
-def _site_back(model: Any, record: Mapping[str, Any], lowering: Lowering) -> ExpertsNode:
+def _site_back(model: OnnxModel, record: Mapping[str, Any], lowering: Lowering) -> ExpertsNode:
     weights = model.graph.initializers
 
     def saved(name: str) -> Tensor | None:
@@ -197,7 +203,7 @@ def _alone(site: ExpertsNode, lowering: Lowering, provider: str) -> Session:
         return Session(f"{folder}/{GRAPH}", provider)
 
 
-def splice(model: Any, record: Mapping[str, Any], site: ExpertsNode, lowering: Lowering) -> None:
+def splice(model: OnnxModel, record: Mapping[str, Any], site: ExpertsNode, lowering: Lowering) -> None:
     """Put ``lowering``'s nodes for ``site`` in the place of the block's, in an ``onnx_ir`` model."""
     import onnx_ir as ir
 
@@ -229,7 +235,7 @@ def splice(model: Any, record: Mapping[str, Any], site: ExpertsNode, lowering: L
     graph.opset_imports.update(builder.domains)
 
 
-def load_probes(path: Path, records: Any) -> list[Probe]:
+def load_probes(path: Path, records: JsonValue) -> list[Probe]:
     """The probes of a bundle; ``records`` are the manifest's, ``{"budget": ...}`` each."""
     from safetensors import SafetensorError, safe_open
 

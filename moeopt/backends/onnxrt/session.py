@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from moeopt.backends.onnxrt.providers import PROVIDERS, available, runtime
 from moeopt.errors import EngineNotExecutableError, LimitError, UsageError
+from moeopt.value_types import JsonValue, OrtObject, PyObject
 
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "nv_tensorrt_rtx": "NvTensorRTRTXExecutionProvider",
-}
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _OPTIONS = {"cuda": {"use_tf32": "0"}}
 """ONNX Runtime rounds float32 matmuls to 10 bits of mantissa on CUDA unless told not to; PyTorch does not."""
+
+
 _ON_CPU = frozenset(
     ("Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Range", "Reshape", "Identity", "Constant")
     + ("ConstantOfShape", "Expand", "Cast", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Min", "Max", "ReduceProd")
@@ -44,12 +40,22 @@ _ON_CPU = frozenset(
     )
 )
 """What ONNX Runtime places on the CPU by choice: sizes and positions. CUDA has each of these for floats."""
+
+
 EXTERNAL_DATA = "model.onnx.data"
+
+
 GRAPH = "model.onnx"
+
+
 PORTABLE = "portable.onnx"
 """The same engine lowered for CPU, where ``GRAPH`` is for a provider that was not there when it was built."""
+
+
 NATIVE = "model.native.onnx"
 """The same graph with moeopt's own operator for its experts, over the weights of ``GRAPH``."""
+
+
 ISA_ENTRY = "moeopt.isa"
 """The entry of a session's configuration that names the operator's instruction set, by its bit."""
 
@@ -59,81 +65,11 @@ def data_of(graph: str) -> str:
     return f"{GRAPH if graph == NATIVE else graph}.data"
 
 
-def runtime() -> Any:
-    """The ``onnxruntime`` module.
-
-    Raises:
-        UsageError: none is installed, or two that overwrite each other's files.
-    """
-    found = [name for name in _PACKAGES if _installed(name)]
-    if len(found) > 1:
-        raise UsageError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
-            "pip uninstall both, then install one of moeopt[onnxruntime] or moeopt[onnxruntime-gpu]"
-        )
-    try:
-        import onnx_ir  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as err:
-        raise UsageError(
-            f"backend 'onnxruntime' needs {err.name}: pip install 'moeopt[onnxruntime]' (CPU) "
-            "or 'moeopt[onnxruntime-gpu]'"
-        ) from None
-    return onnxruntime
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def provider_named(name: str | None) -> str:
-    """``cpu``, ``cuda``, ... from any spelling (``CUDAExecutionProvider`` too); ``UsageError`` for an unknown one."""
-    if name is None:
-        return "cpu"
-    short = str(name).split(":")[0].lower().removesuffix("executionprovider").replace("-", "_")
-    short = {"nvtensorrtrtx": "nv_tensorrt_rtx", "trt": "tensorrt", "tensorrt_rtx": "nv_tensorrt_rtx"}.get(short, short)
-    if short not in PROVIDERS:
-        raise UsageError(f"provider {name!r} is unknown; the providers are {', '.join(PROVIDERS)}")
-    return short
-
-
-def available() -> list[str]:
-    """The providers that can run on this machine: a GPU build lists its providers with no GPU there, too."""
-    built = runtime().get_available_providers()
-    gpu = torch.cuda.is_available()
-    return [short for short, name in PROVIDERS.items() if name in built and (short == "cpu" or gpu)]
-
-
-def why_absent(names: Sequence[str], alone: bool = True) -> dict[str, str]:
-    """Each of the providers ``names``, and why it is not on this machine ("" where it is).
-
-    Args:
-        alone: whether nothing but these could run what is asked about.
-
-    Raises:
-        UsageError: ONNX Runtime is not installed, and ``alone``: nothing would be checked, which must not look like
-            success.
-    """
-    try:
-        there, missing = available(), ""
-    except UsageError as err:
-        if alone:
-            raise
-        there, missing = [], str(err)
-    absent = {n: missing or f"ONNX Runtime has no {PROVIDERS[n]} on this machine, or no GPU for it" for n in names}
-    return {name: "" if name in there else why for name, why in absent.items()}
-
-
 Prepare = Callable[[Any], None]
 """Changes an ``onnxruntime.SessionOptions``."""
 
 
-def no_change(options: Any) -> None:
+def no_change(options: PyObject) -> None:
     """Leaves a session's options as they are."""
 
 
@@ -162,7 +98,7 @@ class Session:
         self,
         model: str | os.PathLike[str] | bytes,
         provider: str = "cpu",
-        session_options: Any = None,
+        session_options: JsonValue = None,
         threads: int | None = None,
         prepare: Prepare = no_change,
     ) -> None:
@@ -242,10 +178,10 @@ class Session:
         if self.device.type == "cuda":
             binding.synchronize_outputs()
         del held
-        values = [torch.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
+        values = [torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
         return [v.view(torch.bool) if b else v for v, b in zip(values, self._is_bool, strict=True)]
 
-    def _run_until(self, binding: Any, until: float) -> None:
+    def _run_until(self, binding: OrtObject, until: float) -> None:
         options = runtime().RunOptions()
         options.log_severity_level = 4
         left = until - time.monotonic()
@@ -276,7 +212,7 @@ def _where(err: Exception) -> str:
     return f"at the node {node[2]!r} ({node[1]}): {told}" if node else f"({told})"
 
 
-def check_placement(session: Any, provider: str) -> None:
+def check_placement(session: OrtObject, provider: str) -> None:
     """``EngineNotExecutableError`` unless ``provider`` runs all of a session but arithmetic on sizes."""
     if session.get_providers()[0] != PROVIDERS[provider]:
         raise EngineNotExecutableError(

@@ -26,7 +26,7 @@ from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.ops.expert_weights import ListExpertWeights
-from moeopt.ops.reference import out_features
+from moeopt.value_types import PyObject
 
 DIGITS = 5
 """Eight bits each: 2**40 elements of one block."""
@@ -93,7 +93,7 @@ def blank_site(record: Mapping[str, Any], fill: Callable[[int, tuple[int, ...]],
             tensors += 1
             return torch.zeros(shape, dtype=dtype) if fill is None else fill(tensors - 1, shape).to(dtype)
 
-        def biases(which: Any, width: int) -> list[Tensor | None]:
+        def biases(which: PyObject, width: int) -> list[Tensor | None]:
             return [tensor(width) if (which if isinstance(which, bool) else which[e]) else None for e in range(E)]
 
         spec = ExpertsSpec.decode(record["spec"])
@@ -162,7 +162,7 @@ def emit(site: ExpertsNode, lowering: Lowering) -> Builder:
     return builder
 
 
-def tensor_of(value: Any) -> Tensor:
+def tensor_of(value: PyObject) -> Tensor:
     """An ``onnx_ir`` tensor as a torch tensor of the same dtype, copied."""
     from onnx_ir.tensor_adapters import to_torch_dtype
 
@@ -171,11 +171,6 @@ def tensor_of(value: Any) -> Tensor:
     if dtype == torch.bfloat16:
         return torch.from_numpy(array.view("int16").copy()).view(dtype)
     return torch.from_numpy(array.copy())
-
-
-def output_width(site: ExpertsNode) -> int:
-    """The width of the result."""
-    return out_features(site.bank, site.spec)
 
 
 def _written(site: ExpertsNode, lowering: Lowering) -> dict[str, Callable[[], Tensor]]:
@@ -205,7 +200,7 @@ def _which(tensors: list[Tensor | None]) -> bool | list[bool]:
     return there[0] if len(set(there)) == 1 else there
 
 
-def _size(value: Any) -> int:
+def _size(value: PyObject) -> int:
     if not isinstance(value, int) or not 0 < value < 1 << 31:
         raise ValueError(f"{value!r} is no size")
     return value

@@ -16,6 +16,7 @@ from moeopt.bundle.io_names import KEY, inputs_of
 from moeopt.bundle.shape_guards import text_of
 from moeopt.errors import NotSaveableError
 from moeopt.lower.onnx.build import Builder
+from moeopt.value_types import FxArg, PyObject
 
 _COMPARED = {"==": "Equal", "<": "Less", "<=": "LessOrEqual", ">": "Greater", ">=": "GreaterOrEqual"}
 _ARITHMETIC = {"+": "Add", "-": "Sub", "*": "Mul", "max": "Max", "min": "Min"}
@@ -28,7 +29,7 @@ HOLDS = "moeopt.holds"
 """The metadata of a graph that says the same to who reads it."""
 
 
-def guard_sizes(model: Any, signature: Mapping[str, Any], doubles: bool = True) -> None:
+def guard_sizes(model: PyObject, signature: Mapping[str, Any], doubles: bool = True) -> None:
     """Make the graph of an ``onnx_ir.Model`` refuse calls of sizes that its trace does not hold for.
 
     Args:
@@ -87,7 +88,7 @@ def _alike(signature: Mapping[str, Any], known: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _inexact(node: Any) -> bool:
+def _inexact(node: FxArg) -> bool:
     """Whether a condition computes with numbers that are not whole."""
     if not isinstance(node, list):
         return isinstance(node, float)
@@ -101,7 +102,7 @@ class _Maker:
         self.builder, self._ends = Builder("sizes"), ends
         self._made: dict[str, Any] = {}
 
-    def refusal(self, holds: Any, value: Any, name: str) -> Any:
+    def refusal(self, holds: PyObject, value: PyObject, name: str) -> PyObject:
         """``value`` where ``holds``; else a failure at a node of this name."""
         rank = len(value.shape)
         keep, never = self.builder.const([0] * rank, "int64"), self.builder.const([-2] * rank, "int64")
@@ -110,7 +111,7 @@ class _Maker:
         result.type, result.shape = value.type, value.shape
         return result
 
-    def boolean(self, node: Any) -> Any:
+    def boolean(self, node: FxArg) -> PyObject:
         name, *parts = node if isinstance(node, list) else ("", node)
         if name == "not":
             return self.builder.op("Not", [self.boolean(parts[0])])
@@ -125,7 +126,7 @@ class _Maker:
             raise NotSaveableError(f"the condition {text_of(node, str)} on sizes has no form in a graph")
         return self.builder.op(_COMPARED[name], self._same(parts)[0])
 
-    def _number(self, node: Any) -> tuple[Any, bool]:
+    def _number(self, node: FxArg) -> tuple[Any, bool]:
         """Its value, and whether it is a double."""
         if not isinstance(node, list):
             real = isinstance(node, float)
@@ -135,7 +136,7 @@ class _Maker:
         found: tuple[Any, bool] = self._made[str(node)]
         return found
 
-    def _computed(self, name: str, *parts: Any) -> tuple[Any, bool]:
+    def _computed(self, name: str, *parts: PyObject) -> tuple[Any, bool]:
         op = self.builder.op
         if name == "size":
             leaf, dim = parts
@@ -167,7 +168,7 @@ class _Maker:
             return (op("Cast", [value], to=_INT) if real else value), False
         raise NotSaveableError(f"the condition {text_of([name, *parts], str)} on sizes has no form in a graph")
 
-    def _double(self, node: Any) -> Any:
+    def _double(self, node: FxArg) -> PyObject:
         value, real = self._number(node)
         return value if real else self.builder.op("Cast", [value], to=_FLOAT)
 

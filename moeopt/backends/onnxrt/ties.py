@@ -9,7 +9,6 @@ differs is a tie; a single one that is not, and the engine is not the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from moeopt.backends.onnxrt.expert_ids import Records, ids_of_engine
 from moeopt.backends.onnxrt.session import PORTABLE
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.rewrite.install import rewritten_forward
+from moeopt.value_types import PyObject
 from moeopt.verification.model import DRAWS, EndToEnd, Noise, OriginalRuns, compare_outputs
 from moeopt.verification.pins import RoutingLog
 from moeopt.verification.ties import choices_of, differing, tied_tokens
@@ -51,7 +51,7 @@ class Ties:
         records = form.get("sites") if isinstance(form, dict) else None
         return cls(twin, engine, engine.graph, records, noise) if records else None
 
-    def compare(self, call: ArgsKwargs, runs: OriginalRuns, got: Any) -> EndToEnd | None:
+    def compare(self, call: ArgsKwargs, runs: OriginalRuns, got: PyObject) -> EndToEnd | None:
         """The verdict with the engine's expert ids; None where ties do not explain what differs."""
         args, kwargs = call
         ids = ids_of_engine(self.engine, self.graph, self.records, call)
@@ -114,7 +114,7 @@ def tie_note(twin: nn.Module, call: ArgsKwargs, runtime: str, moved: int | None,
     )
 
 
-def coarsest(model: nn.Module, outputs: Any) -> float:
+def coarsest(model: nn.Module, outputs: PyObject) -> float:
     """The largest eps of the dtypes of a model's parameters and outputs."""
     tensors = [*model.parameters(), *(t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor))]
     return max((torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()), default=0.0)

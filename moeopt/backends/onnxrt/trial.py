@@ -28,6 +28,7 @@ from moeopt.errors import BundleError, LimitError
 from moeopt.limits import LoadLimits
 from moeopt.lower.onnx.experts_node import DOMAIN
 from moeopt.untrusted import shown
+from moeopt.value_types import OnnxModel
 
 PRODUCTS_A_SECOND = 1e10
 """Multiplications that any machine of today does in a second; a call of more is timed in a child."""
@@ -38,7 +39,13 @@ Feeds = Mapping[str, torch.Tensor]
 
 
 def check_calls(
-    proto: Any, model: Path | bytes, folder: Path, calls: Sequence[Feeds], limits: LoadLimits, files: int, where: str
+    proto: OnnxModel,
+    model: Path | bytes,
+    folder: Path,
+    calls: Sequence[Feeds],
+    limits: LoadLimits,
+    files: int,
+    where: str,
 ) -> None:
     """Refuse a graph whose ``calls`` take more than they may.
 
@@ -69,7 +76,9 @@ def check_calls(
         _in_a_child(proto, model, folder, unknown, limits, files, where)
 
 
-def within_limits(manifest: Manifest, proto: Any, graph: str, signature: Mapping[str, Any], limits: LoadLimits) -> None:
+def within_limits(
+    manifest: Manifest, proto: OnnxModel, graph: str, signature: Mapping[str, Any], limits: LoadLimits
+) -> None:
     """``LimitError`` where the golden runs of a graph take more than they may."""
     runs = goldens.load_golden(manifest.path(goldens.FILE), torch.device("cpu"))
     names = [entry.get("onnx") for entry in signature["inputs"]]
@@ -81,14 +90,20 @@ def within_limits(manifest: Manifest, proto: Any, graph: str, signature: Mapping
     check_calls(proto, path, manifest.directory, calls, limits, manifest.bytes, str(path))
 
 
-def _operator(proto: Any) -> list[str]:
+def _operator(proto: OnnxModel) -> list[str]:
     """What a session of the graph registers for moeopt's own operator: an entry of its configuration, a library."""
     library = native_library() if any(opset.domain == DOMAIN for opset in proto.opset_import) else None
     return [] if library is None else [ISA_ENTRY, str(library.bit), str(library.path)]
 
 
 def _in_a_child(
-    proto: Any, model: Path | bytes, folder: Path, calls: Sequence[Feeds], limits: LoadLimits, files: int, where: str
+    proto: OnnxModel,
+    model: Path | bytes,
+    folder: Path,
+    calls: Sequence[Feeds],
+    limits: LoadLimits,
+    files: int,
+    where: str,
 ) -> None:
     seconds = limits.seconds_for(files)
     budget = max(limits.bytes_for(files, _size(feeds)) for feeds in calls)

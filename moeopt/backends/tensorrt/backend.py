@@ -14,7 +14,7 @@ from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
-from moeopt.backends.onnxrt.session import why_absent
+from moeopt.backends.onnxrt.providers import why_absent
 from moeopt.backends.tensorrt.build_engine import BuiltEngine, build_trt
 from moeopt.backends.tensorrt.bundle import THROUGH_ONNX, load_trt_bundle, needs_of, save_trt_bundle
 from moeopt.backends.tensorrt.engine import TensorRTEngine, built_not_executed, here
@@ -27,8 +27,9 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.limits import LoadLimits
 from moeopt.options import Options
-from moeopt.pipeline.run import PipelineResult
+from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.untrusted import checked
+from moeopt.value_types import JsonValue, PyObject
 
 
 class TensorRTBackend(GraphBackend):
@@ -42,7 +43,7 @@ class TensorRTBackend(GraphBackend):
     def runs_on_gpu(self, plan: EnginePlan) -> bool:
         return plan.target == local_target()
 
-    def _run_impl(self, twin: nn.Module, call: ArgsKwargs, options: Options, plan: Any) -> PipelineResult:
+    def _run_impl(self, twin: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> PipelineResult:
         plan.max_tokens = max_tokens_of(call, options)
         outcome = super()._run_impl(twin, call, options, plan)
         if plan.refusals:
@@ -70,8 +71,8 @@ class TensorRTBackend(GraphBackend):
         return save_trt_bundle(made.model, made.built, directory, made.report, made.certificate, call, made.source)
 
     def _open_impl(
-        self, directory: str | os.PathLike[str], device: Any, session_options: Any, limits: LoadLimits
-    ) -> Any:
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits
+    ) -> PyObject:
         return load_trt_bundle(directory, device, session_options=session_options, limits=limits)
 
     def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
@@ -99,7 +100,7 @@ class TensorRTBackend(GraphBackend):
         return {"cuda": missing, **others}
 
 
-def _plan_facts(plan: Any, files: Mapping[str, Any]) -> dict[str, Any]:
+def _plan_facts(plan: PyObject, files: Mapping[str, Any]) -> dict[str, Any]:
     checked(plan, PlanRecord, "the manifest's account of the plan")
     layers = plan.get("layers", {})
     return {

@@ -46,6 +46,7 @@ from moeopt.lower.signature import describe_call, functional
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet
+from moeopt.value_types import PyObject
 from moeopt.verification.language import find_ids
 
 
@@ -108,7 +109,7 @@ def _build(
     graph, sites, signature = _exported(model, args, kwargs, plan, options)
     portable, differs, sums = graph.clone(), upcast_graph(graph.clone()), 0
 
-    def adapt(model: Any) -> None:
+    def adapt(model: PyObject) -> None:
         nonlocal sums
         sums = matmuls_as_sums(model) if sums_for(plan.target) else 0
 
@@ -172,7 +173,7 @@ def _exported(
 
 
 def _profiles(
-    model: Any, signature: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    model: PyObject, signature: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> list[Profile]:
     """The user's profiles, completed from the example call; for a causal language model a prompt's and a decode's."""
     ends = {value.name: [getattr(dim, "value", dim) for dim in value.shape] for value in model.graph.inputs}

@@ -17,19 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moeopt.backends.onnxrt.bundle import (
-    CERTIFICATE,
-    SIGNATURE,
-    golden_calls,
-    read_signature,
-    replay_golden,
-    stated,
-    write_evidence,
-)
+from moeopt.backends.onnxrt.bundle import read_signature, replay_golden
+from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, SIGNATURE, golden_calls
 from moeopt.backends.onnxrt.check_bytes import check_graph
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.golden import budget_of, golden_runs
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, available, data_of, provider_named, runtime
+from moeopt.backends.onnxrt.providers import available, provider_named, runtime
+from moeopt.backends.onnxrt.save_bundle import stated, write_evidence
+from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, data_of
 from moeopt.backends.onnxrt.trial import within_limits
 from moeopt.backends.tensorrt.build_engine import BuiltEngine
 from moeopt.backends.tensorrt.engine import (
@@ -49,6 +44,7 @@ from moeopt.bundle.manifest import Manifest, read_manifest, write_bundle
 from moeopt.errors import BundleError, EngineNotExecutableError, NotEquivalentError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.report import Report
+from moeopt.value_types import JsonValue, PyObject
 
 LAYERS = "layers.json"
 THROUGH_ONNX = ("nv_tensorrt_rtx", "tensorrt")
@@ -62,7 +58,7 @@ def save_trt_bundle(
     built: BuiltEngine,
     directory: str | os.PathLike[str],
     report: Report,
-    certificate: Any,
+    certificate: PyObject,
     call: tuple[tuple[Any, ...], Mapping[str, Any]],
     source: Mapping[str, str] | None,
 ) -> Path:
@@ -113,10 +109,10 @@ def _described(built: BuiltEngine) -> dict[str, Any]:
 
 def load_trt_bundle(
     directory: str | os.PathLike[str],
-    device: Any = None,
+    device: PyObject = None,
     *,
     replay: bool = True,
-    session_options: Any = None,
+    session_options: JsonValue = None,
     limits: LoadLimits = DEFAULT,
 ) -> GraphEngine | OfflineTensorRTEngine:
     """Check a bundle and load it.
@@ -162,16 +158,23 @@ def load_trt_bundle(
             within_limits(manifest, protos[graph], graph, signature, limits)
         engine = _onnx_engine(manifest, signature, name, session_options)
     form = PLAN if isinstance(engine, TensorRTEngine) else onnx_form(manifest.directory)
-    key = (*(str(manifest.data["files"].get(f)) for f in (form, data_of(form))), engine.provider)
-    if replay and key not in _PASSED:
-        check = replay_golden(engine, limits)
-        if check.passed is False:
-            raise NotEquivalentError(
-                f"{manifest.directory}: on {engine.provider} the engine does not give what it was verified to give: "
-                f"{check.reason}. Optimise the model again on this machine, or run the bundle where it was verified"
-            )
-        _PASSED.add(key)
+    if replay:
+        _replay(engine, manifest, form, limits)
     return engine
+
+
+def _replay(engine: GraphEngine, manifest: Manifest, form: str, limits: LoadLimits) -> None:
+    """Run the golden inputs, once in a process for each file and provider; ``NotEquivalentError`` where they differ."""
+    key = (*(str(manifest.data["files"].get(f)) for f in (form, data_of(form))), engine.provider)
+    if key in _PASSED:
+        return
+    check = replay_golden(engine, limits)
+    if check.passed is False:
+        raise NotEquivalentError(
+            f"{manifest.directory}: on {engine.provider} the engine does not give what it was verified to give: "
+            f"{check.reason}. Optimise the model again on this machine, or run the bundle where it was verified"
+        )
+    _PASSED.add(key)
 
 
 def needs_of(manifest: Manifest) -> Needs:
@@ -179,7 +182,7 @@ def needs_of(manifest: Manifest) -> Needs:
     return _read_needs(manifest)[0]
 
 
-def _onnx_engine(manifest: Manifest, signature: Mapping[str, Any], name: str, session_options: Any) -> OnnxEngine:
+def _onnx_engine(manifest: Manifest, signature: Mapping[str, Any], name: str, session_options: JsonValue) -> OnnxEngine:
     provider, there = provider_named(name), available()
     if provider not in there or provider not in ("cpu", *THROUGH_ONNX):
         raise UsageError(
@@ -215,7 +218,7 @@ def _read_needs(manifest: Manifest) -> tuple[Needs, list[dict[str, Any]]]:
     return needs, profiles
 
 
-def _shapes(shapes: Any) -> tuple[tuple[int, ...], ...]:
+def _shapes(shapes: PyObject) -> tuple[tuple[int, ...], ...]:
     three = tuple(tuple(int(size) for size in shape) for shape in shapes)
     if len(three) != 3:
         raise ValueError("a profile has three shapes")

@@ -17,15 +17,16 @@ from dataclasses import dataclass
 
 import torch
 
-from moeopt.backends.tensorrt.lowerings.sort import blocks_of
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import types_of
 
 GEMM_ROOM = 8_192_000
 """What TensorRT for RTX 1.7.1 adds to every engine that has a matmul."""
 LAUNCH = 5e-6
-_COPIED = 3
+COPIED = 3
+"""A weight that a loop or a gather copies is read, written and read again."""
 
 
 @dataclass(frozen=True)
@@ -60,61 +61,63 @@ DEVICES = {
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a form does for some number of tokens.
+class Sizes:
+    """The sizes, in bytes and rows, that each form's cost is written with.
 
     Args:
-        memory: bytes of activations that the builder plans.
-        moved: bytes of weights and activations that are read or written.
-        flops: of the matmuls.
-        kernels: launches.
+        N: pairs of token and expert.
+        R: rows of a loop: N where the weights are on the input, else one a token.
+        weights: elements of one expert's two matrices.
+        expert: bytes of one expert, with biases.
+        row: bytes of one row at each of its widths.
+        input_rows: bytes of the tokens' rows, where they are cast or weighted first.
+        wider: bytes that one row's wider twin of the output takes beside the output; 0 where the sum is no wider.
+        compute, accum: bytes of one element.
     """
 
-    memory: float
-    moved: float
-    flops: float
-    kernels: float
+    T: int
+    E: int
+    N: int
+    R: int
+    H: int
+    O: int
+    I: int
+    D: int
+    weights: int
+    expert: int
+    row: int
+    input_rows: int
+    wider: int
+    compute: int
+    accum: int
 
 
-def work(name: str, site: ExpertsNode, tokens: int) -> Work:
-    """What the form ``name`` does for ``tokens`` tokens, at least 1."""
+def sizes_for(site: ExpertsNode, tokens: int) -> Sizes:
+    """The sizes of ``site`` for ``tokens`` tokens, at least 1."""
     spec, size, types = site.spec, banks.sizes_of(site), types_of(site)
-    T, E, K = max(tokens, 1), size.E, site.top_k
-    N, b, a = T * K, _bytes(types.compute), _bytes(types.accum)
+    T, E = max(tokens, 1), size.E
+    N, b, a = T * site.top_k, types.compute.itemsize, types.accum.itemsize
     by_slot = spec.weight_on == "input"
     R = N if by_slot else T
     weights = size.H * size.O + size.I * size.D
     biases = (size.O if banks.has_b_in(site.bank) else 0) + (size.D if banks.has_b_out(site.bank) else 0)
-    expert, row = b * (weights + biases), b * (size.H + size.O + size.I + size.D)
-    input_rows = b * R * size.H if by_slot or types.x != types.compute else 0
-    middle = size.O + size.I + size.D if by_slot else size.I + max(size.O, size.D)  # the output takes the first's room
-    wider = (a + b) * size.D if a > b else 0  # the products and their wider twins are both there
-    if name == "dense":
-        memory = E * T * (b * (size.I + max(size.O, size.D)) + wider) + input_rows
-        return Work(memory + GEMM_ROOM, E * expert + 2 * E * T * row, 2.0 * weights * E * T, 8)
-    if name == "loop":
-        memory = expert + R * (b * middle + a * size.D + wider) + input_rows
-        return Work(memory + GEMM_ROOM, _COPIED * E * expert + 2 * E * R * row, 2.0 * weights * E * R, 6 + 6 * E)
-    if name == "gather":
-        memory = N * (expert + b * (size.H + size.O))
-        return Work(memory + GEMM_ROOM, _COPIED * N * expert + 2 * N * row, 2.0 * weights * N, 12)
-    if name == "sort":
-        L, B = blocks_of(N, E)
-        # the pairs' rows by token are fused away where the profile is made for more than 8 tokens: a third less then
-        memory = expert + b * (L * B * size.D + (R + 1) * size.H + B * (size.H + size.O + size.I))
-        memory += max(b * N * size.D, 16 * N * E)
-        moved = _COPIED * L * expert + 2 * L * B * row + 32 * N * E
-        return Work(memory + GEMM_ROOM, moved, 2.0 * weights * L * B, 20 + 6 * L)
-    assert name == "trt-moe", name
-    hit = E * (1 - (1 - min(K / E, 1.0)) ** T)
-    return Work(N * row + GEMM_ROOM, hit * expert + 2 * N * row, 2.0 * weights * N, 6)
+    return Sizes(
+        T, E, N, R, size.H, size.O, size.I, size.D, weights,
+        expert=b * (weights + biases),
+        row=b * (size.H + size.O + size.I + size.D),
+        input_rows=b * R * size.H if by_slot or types.x != types.compute else 0,
+        wider=(a + b) * size.D if a > b else 0,
+        compute=b,
+        accum=a,
+    )  # fmt: skip
 
 
-def seconds(done: Work, device: ReferenceGPU, dtype: torch.dtype) -> float:
-    """How long that takes on ``device`` with products in ``dtype``; see the module's docstring."""
+def routed_flops(s: Sizes) -> float:
+    """FLOPs of the two products on the chosen experts alone."""
+    return 2.0 * s.weights * s.N
+
+
+def seconds(cost: Cost, device: ReferenceGPU, dtype: torch.dtype) -> float:
+    """How long a call of that cost takes on ``device`` with products in ``dtype``; see the module's docstring."""
     gemm = device.single if dtype == torch.float32 else device.half
-    return max(done.moved / device.read, done.flops / gemm) + done.kernels * LAUNCH
-
-
-def _bytes(dtype: torch.dtype) -> int:
-    return torch.empty((), dtype=dtype).element_size()
+    return max(cost.moved / device.read, cost.flops / gemm) + cost.kernels * LAUNCH

@@ -19,6 +19,7 @@ from moeopt.backends.tensorrt.runtime import EngineRunner, Needs, lacking, this_
 from moeopt.bundle.manifest import Manifest
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.errors import EngineNotExecutableError
+from moeopt.value_types import PyObject
 
 PLAN = "engine.plan"
 DEVICE = "cuda"
@@ -34,7 +35,7 @@ def built_not_executed(needs: Needs) -> str:
     return f"{provider_of(needs)} (built, not executed; replayed on cpu)"
 
 
-def inside(profiles: Any, signature: Mapping[str, Any], call: tuple[Any, Any]) -> bool:
+def inside(profiles: PyObject, signature: Mapping[str, Any], call: tuple[Any, Any]) -> bool:
     """Whether some profile holds the sizes of a call of the graph."""
     leaves = pytree.tree_leaves((tuple(call[0]), dict(call[1])))
     shapes = {e["onnx"]: v.shape for e, v in zip(signature["inputs"], leaves, strict=True) if "onnx" in e}
@@ -58,7 +59,7 @@ class TensorRTEngine(GraphEngine):
         directory: Path,
         signature: Mapping[str, Any],
         needs: Needs,
-        profiles: Any,
+        profiles: PyObject,
         keep: TemporaryFolder | None = None,
         manifest: Manifest | None = None,
     ) -> None:
@@ -107,7 +108,7 @@ class OfflineTensorRTEngine(OfflineEngine):
         """Its ONNX form on CPU."""
         return OnnxEngine(self.directory, self.signature, keep=self._keep, graph=onnx_form(self.directory))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> NoReturn:
         raise EngineNotExecutableError(
             f"the engine was built for {self.provider} and does not run here: {lacking(self.needs, here(self.needs))}. "
             f"To run it on such a machine, {self.way_there}; moeopt.verify of the directory replays its ONNX form "
@@ -119,7 +120,7 @@ class OfflineTensorRTEngine(OfflineEngine):
 
 
 def open_built(
-    directory: Path, signature: Mapping[str, Any], needs: Needs, profiles: Any, keep: TemporaryFolder
+    directory: Path, signature: Mapping[str, Any], needs: Needs, profiles: PyObject, keep: TemporaryFolder
 ) -> TensorRTEngine | OfflineTensorRTEngine:
     """What ``build_trt`` wrote, as an engine of this machine, or of one that can run it."""
     if lacking(needs, here(needs)):
@@ -127,6 +128,6 @@ def open_built(
     return TensorRTEngine(directory, signature, needs, profiles, keep)
 
 
-def here(needs: Needs) -> Any:
+def here(needs: Needs) -> PyObject:
     """What this machine has of it."""
     return this_machine(needs.product)

@@ -92,7 +92,7 @@ def max_tokens_of(call: ArgsKwargs, options: Options) -> int:
         if len(shapes) == 3 and len(shapes[2]) == first.dim()
     ]
     if given:
-        return max(given)
+        return int(max(given))
     sizes = sorted(first.shape if ids is not None else first.shape[:-1])
     largest = [MULTIPLE * size for size in sizes] or [1]
     largest[-1] = max(largest[-1], *(options.tokens or (0,)))

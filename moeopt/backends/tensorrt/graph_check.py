@@ -7,6 +7,7 @@ from typing import Any
 
 from moeopt.backends.tensorrt.capability import MOST_OF_TOPK, refuses
 from moeopt.backends.tensorrt.target import Target
+from moeopt.value_types import OnnxModel, OnnxNode, OnnxValue
 
 BLOCK = "moeopt.block"
 """The node metadata that names the block that a node belongs to."""
@@ -17,7 +18,7 @@ _SECOND = ("Where", "CastLike")
 _QUANTISED = {"FLOAT8E4M3FN": "fp8", "FLOAT4E2M1": "fp4"}
 
 
-def check_graph(model: Any, target: Target) -> list[str]:
+def check_graph(model: OnnxModel, target: Target) -> list[str]:
     """What ``target`` would refuse, or read as something else, in an ``onnx_ir.Model``; [] when nothing.
 
     Subgraphs and functions are checked too. Dtypes that the graph does not state are worked out from those it does.
@@ -32,7 +33,7 @@ def check_graph(model: Any, target: Target) -> list[str]:
     return problems
 
 
-def dtypes_in(model: Any) -> dict[int, str]:
+def dtypes_in(model: OnnxModel) -> dict[int, str]:
     """The dtype of each value, by its identity: as stated, else as its node makes it; "" where neither tells."""
     kinds: dict[int, str] = {}
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
@@ -42,12 +43,12 @@ def dtypes_in(model: Any) -> dict[int, str]:
     return kinds
 
 
-def _nodes(model: Any) -> Iterator[Any]:
+def _nodes(model: OnnxModel) -> Iterator[Any]:
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         yield from graph.all_nodes()
 
 
-def _problems(node: Any, target: Target, kinds: dict[int, str]) -> list[str]:
+def _problems(node: OnnxNode, target: Target, kinds: dict[int, str]) -> list[str]:
     found = [_refused_op(node, target)]
     ins = [kinds.get(id(value), "") for value in node.inputs if value is not None]
     for kind in sorted({*ins, *(kinds.get(id(value), "") for value in node.outputs)}):
@@ -59,7 +60,7 @@ def _problems(node: Any, target: Target, kinds: dict[int, str]) -> list[str]:
     return [why for why in found if why]
 
 
-def _refused_op(node: Any, target: Target) -> str:
+def _refused_op(node: OnnxNode, target: Target) -> str:
     if node.domain == "trt" and node.op_type == "TRT_MoE":
         return refuses(target, "op", "TRT_MoE")
     if node.domain not in ("", "ai.onnx"):
@@ -75,12 +76,12 @@ def _refused_op(node: Any, target: Target) -> str:
     return refuses(target, "op", name)
 
 
-def _where(node: Any) -> str:
+def _where(node: OnnxNode) -> str:
     block = node.metadata_props.get(BLOCK) or (node.name or "").rpartition("/")[0]
     return (f"block {block}, " if block else "") + f"node {node.name or 'without a name'} ({node.op_type})"
 
 
-def _work_out(kinds: dict[int, str], node: Any) -> None:
+def _work_out(kinds: dict[int, str], node: OnnxNode) -> None:
     """The dtypes of what a node gives: as stated, else by its operator, else that of its first input."""
     name, ins = node.op_type, [kinds.get(id(value), "") for value in node.inputs]
     given = [ins[0] if ins else ""] * len(node.outputs)
@@ -102,7 +103,7 @@ def _work_out(kinds: dict[int, str], node: Any) -> None:
         _state(kinds, value, kind)
 
 
-def _state(kinds: dict[int, str], value: Any, otherwise: str) -> None:
+def _state(kinds: dict[int, str], value: OnnxValue, otherwise: str) -> None:
     kind = otherwise if value.dtype is None else value.dtype.name
     if kind:
         kinds[id(value)] = kind

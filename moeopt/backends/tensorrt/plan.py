@@ -14,13 +14,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from moeopt.backends.tensorrt.capability import refuses, refuses_dtypes
-from moeopt.backends.tensorrt.cost import DEVICES, seconds, work
+from moeopt.backends.tensorrt.cost import DEVICES, routed_flops, seconds, sizes_for
 from moeopt.backends.tensorrt.lowerings import FORMS, FUNCTION_FORMS, PORTABLE
 from moeopt.backends.tensorrt.target import Target
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
-from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.lowerings.base import Cost, Lowering
 from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.lower.onnx.plan import BlockPlan, LoweringChoice, Runnable
 from moeopt.lower.onnx.upcast import upcast_node
@@ -79,7 +79,7 @@ class TensorRTPlan(BlockPlan):
             if why := refuses(self.target, "form", form.name) or form.refuses(site, self.target.name):
                 rest.append(LoweringChoice(form.name, None, why))
             else:
-                fit.append((self._choice(site, form), work(form.name, site, self.max_tokens).memory))
+                fit.append((self._choice(site, form), self._cost(site, form, self.max_tokens).memory))
         within = [choice for choice, memory in fit if memory <= self.memory]
         if fit and not within:  # one that is too large may still run, and none at all would not
             least = min(fit, key=lambda pair: pair[1])[0]
@@ -105,11 +105,14 @@ class TensorRTPlan(BlockPlan):
         wide = upcast_node(site)
         return _Widened(self._open(wide, lowering if lowering in PORTABLE else self.cpu_lowering(site)), wide)
 
+    def _cost(self, site: ExpertsNode, form: Lowering, tokens: int) -> Cost:
+        return form.cost(site, tokens, self.target.name)
+
     def _choice(self, site: ExpertsNode, form: Lowering) -> LoweringChoice:
         counts, dtype = self.tokens or TOKENS, types_of(site).compute
-        time = sum(seconds(work(form.name, site, T), self.device, dtype) for T in counts)
-        largest = work(form.name, site, self.max_tokens)
-        routed = work("gather", site, self.max_tokens).flops
+        time = sum(seconds(self._cost(site, form, T), self.device, dtype) for T in counts)
+        largest = self._cost(site, form, self.max_tokens)
+        routed = routed_flops(sizes_for(site, self.max_tokens))
         return LoweringChoice(
             form.name,
             form,

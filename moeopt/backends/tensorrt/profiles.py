@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 MULTIPLE = 4
 Triple = tuple[int, int, int]
@@ -53,7 +54,7 @@ def default_sizes(
     return sizes
 
 
-def profiles_for(ends: Ends, sizes: Mapping[str, Triple], given: Any = None) -> list[Profile]:
+def profiles_for(ends: Ends, sizes: Mapping[str, Triple], given: PyObject = None) -> list[Profile]:
     """The profiles that the user gave, completed by ``sizes``; one of ``sizes`` alone where none was given.
 
     Raises:
@@ -101,7 +102,7 @@ def _free(ends: Ends) -> list[str]:
     return [name for name, shape in ends.items() if any(not isinstance(dim, int) for dim in shape)]
 
 
-def _triple(dim: Any, sizes: Mapping[str, Triple], name: str, axis: int) -> Triple:
+def _triple(dim: PyObject, sizes: Mapping[str, Triple], name: str, axis: int) -> Triple:
     if isinstance(dim, int):
         return dim, dim, dim
     try:
@@ -125,7 +126,7 @@ def _value(node: ast.AST, sizes: Mapping[str, Triple], which: int) -> int:
     raise KeyError(ast.dump(node))
 
 
-def _read(ends: Ends, one: Any) -> dict[str, tuple[tuple[int, ...], ...]]:
+def _read(ends: Ends, one: PyObject) -> dict[str, tuple[tuple[int, ...], ...]]:
     """A user's profile, held to the inputs' names, ranks and fixed sizes."""
     if not isinstance(one, Mapping):
         raise UsageError(f"profile={one!r}: it must map an input's name to its least, best and largest shape")

@@ -17,6 +17,7 @@ import torch
 from moeopt.backends.tensorrt.product import LABELS, Product
 from moeopt.backends.tensorrt.profiles import fits
 from moeopt.errors import EngineNotExecutableError, UsageError
+from moeopt.value_types import PyObject, TrtObject
 
 _PACKAGES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
@@ -183,7 +184,7 @@ class EngineRunner:
         self._must(self._context.set_tensor_address(name, buffer.data_ptr()), name)
         return result, buffer
 
-    def _must(self, done: Any, what: str) -> None:
+    def _must(self, done: PyObject, what: str) -> None:
         if done is False:
             raise EngineNotExecutableError(f"{self.product} refuses {what}: {self._last_complaint()}")
 
@@ -191,14 +192,14 @@ class EngineRunner:
         return self._words[-1][:300] if self._words else "it gives no reason"
 
 
-def _logger(trt: Any, words: list[str]) -> Any:
+def _logger(trt: TrtObject, words: list[str]) -> PyObject:
     """A logger that keeps what the package complains of."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: PyObject, message: str) -> None:
             if severity.name in ("ERROR", "INTERNAL_ERROR"):
                 words.append(message)
                 del words[:-20]
@@ -206,7 +207,7 @@ def _logger(trt: Any, words: list[str]) -> Any:
     return Logger()
 
 
-def _torch_dtype(trt: Any, dtype: Any) -> torch.dtype:
+def _torch_dtype(trt: TrtObject, dtype: PyObject) -> torch.dtype:
     names = {
         **{"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
         **{"INT64": torch.int64, "INT32": torch.int32, "INT8": torch.int8, "UINT8": torch.uint8},

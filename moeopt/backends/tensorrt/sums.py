@@ -13,6 +13,7 @@ from typing import Any
 
 from moeopt.backends.tensorrt.graph_check import dtypes_in
 from moeopt.backends.tensorrt.target import Target
+from moeopt.value_types import OnnxAttribute, OnnxModel, OnnxNode, OnnxValue
 
 FIRST_WITH_PRODUCTS = 80
 
@@ -22,7 +23,7 @@ def sums_for(target: Target) -> bool:
     return target.sm < FIRST_WITH_PRODUCTS
 
 
-def matmuls_as_sums(model: Any) -> int:
+def matmuls_as_sums(model: OnnxModel) -> int:
     """Rewrite the float32 ``MatMul`` and ``Gemm`` nodes of an ``onnx_ir.Model`` in place; how many there were.
 
     A product with a vector stays, and so does ``Einsum``: :func:`~.graph_check.check_graph` names what is left.
@@ -55,11 +56,11 @@ def matmuls_as_sums(model: Any) -> int:
 class _Nodes:
     """What takes the place of one node; named after it, so that a log still names its block."""
 
-    def __init__(self, node: Any) -> None:
+    def __init__(self, node: OnnxNode) -> None:
         self.node = node
         self.nodes: list[Any] = []
 
-    def op(self, kind: str, inputs: list[Any], **attributes: Any) -> Any:
+    def op(self, kind: str, inputs: list[Any], **attributes: OnnxAttribute) -> OnnxValue:
         import onnx_ir as ir
 
         made = ir.node(kind, inputs, attributes, name=f"{self.node.name}/{kind}_{len(self.nodes)}")
@@ -70,19 +71,19 @@ class _Nodes:
         self.nodes.append(made)
         return made.outputs[0]
 
-    def ints(self, value: int) -> Any:
+    def ints(self, value: int) -> OnnxValue:
         import numpy as np
         import onnx_ir as ir
 
         return self.op("Constant", [], value=ir.tensor(np.array([value], dtype=np.int64)))
 
-    def number(self, value: float) -> Any:
+    def number(self, value: float) -> OnnxValue:
         import numpy as np
         import onnx_ir as ir
 
         return self.op("Constant", [], value=ir.tensor(np.array(value, dtype=np.float32)))
 
-    def replace(self, y: Any) -> None:
+    def replace(self, y: OnnxValue) -> None:
         import onnx_ir as ir
 
         old = self.node.outputs[0]
@@ -93,5 +94,5 @@ class _Nodes:
         y.name = name
 
 
-def _attribute(node: Any, name: str, otherwise: Any = 0) -> Any:
+def _attribute(node: OnnxNode, name: str, otherwise: OnnxValue = 0) -> OnnxValue:
     return node.attributes[name].value if name in node.attributes else otherwise

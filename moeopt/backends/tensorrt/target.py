@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from moeopt.backends.tensorrt.product import REGULAR, RTX
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 RTX_BUILDS = (75, 80, 86, 89, 120, 121)
 """Compute capabilities that TensorRT for RTX 1.7 builds for, with no GPU (``trt.ComputeCapability``)."""
@@ -35,7 +35,7 @@ class Target:
         return self.name
 
 
-def parse_target(text: Any) -> Target:
+def parse_target(text: PyObject) -> Target:
     """``Target`` from "sm_89", "sm89", "8.9" or 89; ``UsageError`` for any other, with the list of those known."""
     found = re.fullmatch(r"(?:sm_?)?(\d{1,2})(\.?)(\d)", str(text).strip().lower())
     sm = int(found.group(1) + found.group(3)) if found else 0
@@ -56,7 +56,7 @@ def local_target() -> Target | None:
     return parse_target(f"{major}.{minor}")
 
 
-def wanted_target(text: Any) -> Target:
+def wanted_target(text: PyObject) -> Target:
     """The target that was asked for, else this machine's GPU; ``UsageError`` where neither says it."""
     if text is not None:
         return parse_target(text)

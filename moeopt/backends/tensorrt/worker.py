@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Any
 
+from moeopt.value_types import PyObject, TrtObject
+
 NO_RANDOM_ADDRESSES = 0x0040000
 """``ADDR_NO_RANDOMIZE`` of personality(2)."""
 LETTERS = {"INTERNAL_ERROR": "E", "ERROR": "E", "WARNING": "W", "INFO": "I", "VERBOSE": "V"}
@@ -30,14 +32,14 @@ def main(path: str) -> None:
         json.dump(done, file)
 
 
-def build(trt: Any, job: dict[str, Any], log: Any) -> dict[str, Any]:
+def build(trt: TrtObject, job: dict[str, Any], log: PyObject) -> dict[str, Any]:
     """Parse and build; the keys of what it returns are those of ``build.Built``, or ``errors`` alone."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: PyObject, message: str) -> None:
             log.write(f"{LETTERS.get(severity.name, 'I')}: {message}\n")
 
     started = time.perf_counter()
@@ -82,21 +84,21 @@ def build(trt: Any, job: dict[str, Any], log: Any) -> dict[str, Any]:
     }
 
 
-def set_flags(trt: Any, config: Any, job: dict[str, Any]) -> None:
+def set_flags(trt: TrtObject, config: PyObject, job: dict[str, Any]) -> None:
     """TF32 rounds float32 matmuls to 10 bits of mantissa and is on by default; here it is on when asked for."""
     (config.set_flag if job["tf32"] else config.clear_flag)(trt.BuilderFlag.TF32)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
 
 
-def flag(trt: Any, config: Any, name: str) -> bool:
+def flag(trt: TrtObject, config: PyObject, name: str) -> bool:
     return bool(config.get_flag(getattr(trt.BuilderFlag, name)))
 
 
-def end(tensor: Any) -> dict[str, Any]:
+def end(tensor: PyObject) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
 
 
-def format_parser_error(error: Any) -> dict[str, Any]:
+def format_parser_error(error: PyObject) -> dict[str, Any]:
     """A parser's error: what it says, and the node that it says it of."""
     return {
         "text": error.desc(),

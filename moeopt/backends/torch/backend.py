@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,10 +22,12 @@ from moeopt.limits import LoadLimits
 from moeopt.lower.export import export_program
 from moeopt.ops.native.library import missing
 from moeopt.options import Options
+from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.check_gradients import check_gradients
 from moeopt.pipeline.report_of import how_to_save, report_of
-from moeopt.pipeline.run import PipelineResult, run
+from moeopt.pipeline.run import run
 from moeopt.rewrite.install import install, uninstall
+from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd, end_to_end
 
@@ -85,8 +86,8 @@ class TorchBackend(Backend):
         )
 
     def _open_impl(
-        self, directory: str | os.PathLike[str], device: Any, session_options: Any, limits: LoadLimits
-    ) -> Any:
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits
+    ) -> PyObject:
         if session_options is not None:
             raise UsageError(
                 f"session_options are ONNX Runtime's, and {directory} is a bundle for PyTorch: leave them out"
@@ -98,7 +99,7 @@ class TorchBackend(Backend):
         engine = load_torch_bundle(manifest.directory, device, limits)
         return Opened(engine, True, str(engine.device))
 
-    def _replay_impl(self, manifest: Manifest, engine: Any, limits: LoadLimits) -> Any:
+    def _replay_impl(self, manifest: Manifest, engine: PyObject, limits: LoadLimits) -> PyObject:
         return verify_torch_bundle(manifest.directory, str(engine.device), limits)
 
     def provider_names(self) -> tuple[str, ...]:
@@ -109,7 +110,7 @@ class TorchBackend(Backend):
         return {"cpu": "", "cuda": gpu}
 
 
-def _certify(source: nn.Module, twin: nn.Module, call: ArgsKwargs, outcome: Any, options: Options) -> Certificate:
+def _certify(source: nn.Module, twin: nn.Module, call: ArgsKwargs, outcome: PyObject, options: Options) -> Certificate:
     end: EndToEnd | None = None
     if options.verify != "off" and outcome.rewrites:
         options.say("comparing the whole model end to end")

@@ -27,6 +27,7 @@ from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.lower.signature import size_conditions
 from moeopt.report import Report
+from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
 
 GRAPH, WEIGHTS, CERTIFICATE = "graph.json", "weights.safetensors", "certificate.json"
@@ -37,7 +38,7 @@ def save_torch_bundle(
     directory: str | os.PathLike[str],
     *,
     report: Report,
-    certificate: Any,
+    certificate: PyObject,
     golden_inputs: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]] = (),
     golden_outputs: Sequence[Any] = (),
     golden_distance: float | None = None,
@@ -101,10 +102,10 @@ class LoadedEngine(Engine):
     def __init__(self, manifest: Manifest, runner: GraphRunner, device: torch.device) -> None:
         self.manifest, self.device, self._runner = manifest, device, runner
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         return self._runner(*args, **kwargs)
 
-    def run_flat(self, leaves: Sequence[Any]) -> Any:
+    def run_flat(self, leaves: Sequence[Any]) -> PyObject:
         """Call it with the leaves of ``(args, kwargs)``, as golden runs store them."""
         if len(leaves) != len(self._runner.binding.inputs):
             raise UsageError(f"the bundle takes {len(self._runner.binding.inputs)} values, not {len(leaves)}")
@@ -121,7 +122,7 @@ class LoadedEngine(Engine):
             self._runner.deadline = float("inf")
 
     @property
-    def certificate(self) -> Any:
+    def certificate(self) -> PyObject:
         """The certificate that was saved, as JSON types."""
         return self.manifest.read_json(CERTIFICATE)
 
@@ -130,7 +131,7 @@ class LoadedEngine(Engine):
 
 
 def load_torch_bundle(
-    directory: str | os.PathLike[str], device: Any = None, limits: LoadLimits = DEFAULT
+    directory: str | os.PathLike[str], device: PyObject = None, limits: LoadLimits = DEFAULT
 ) -> LoadedEngine:
     """Check a bundle and load it on ``device``, or on the device it was saved from.
 
@@ -162,7 +163,7 @@ def load_torch_bundle(
 
 
 def verify_torch_bundle(
-    directory: str | os.PathLike[str], device: Any = None, limits: LoadLimits = DEFAULT
+    directory: str | os.PathLike[str], device: PyObject = None, limits: LoadLimits = DEFAULT
 ) -> goldens.GoldenCheck:
     """Load a bundle, run its golden inputs again and compare; damage is a ``BundleError``, not a failed check."""
     engine = load_torch_bundle(directory, device, limits)
@@ -179,17 +180,17 @@ class _opened:
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path, self.device, self._read = path, device, dict[str, torch.Tensor]()
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> PyObject:
         from safetensors import SafetensorError, safe_open
 
         try:
-            self._file = safe_open(self.path, framework="pt", device=str(self.device)).__enter__()
+            self._file = safe_open(self.path, framework="pt", device=str(self.device)).__enter__()  # type: ignore[no-untyped-call]
         except SafetensorError as err:
             raise BundleError(f"{self.path}: it is not a safetensors file ({err})") from None
         self._names = set(self._file.keys())
         return self._block
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: PyObject) -> None:
         self._file.__exit__(*exc)
 
     def _block(self, name: str) -> torch.Tensor:
@@ -209,7 +210,7 @@ def _device_of(tensors: Mapping[str, torch.Tensor], graph: Mapping[str, Any]) ->
     return accelerators[0] if accelerators else "cpu"
 
 
-def _target_device(saved: str, wanted: Any) -> torch.device:
+def _target_device(saved: str, wanted: PyObject) -> torch.device:
     try:
         device = torch.device(saved if wanted is None else wanted)
         torch.empty(0, device=device)
@@ -219,7 +220,7 @@ def _target_device(saved: str, wanted: Any) -> torch.device:
     return device
 
 
-def _remap(saved: str, device: torch.device) -> Any:
+def _remap(saved: str, device: torch.device) -> PyObject:
     """Devices written in the graph: the saved one becomes the one that it runs on."""
 
     def to(name: str) -> torch.device:

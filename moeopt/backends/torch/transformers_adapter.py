@@ -27,19 +27,20 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from moeopt.compat import OBJECTS_ARE_CONSTANTS
 from moeopt.errors import UsageError
+from moeopt.ir.activations import ACTIVATION_TABLE
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.experts import decode, experts, flatten
+from moeopt.value_types import PyObject
 
-_PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "mish", "softplus", "identity")
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _STACKED = ExpertsSpec()
 
 Conversion = tuple[str | None, str]
 """The recognised function in ``ExpertsSpec.encode``'s words (torch.compile holds no object), or None and the reason."""
 
-_plans: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Conversion]] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Conversion]] = weakref.WeakKeyDictionary()
 _recent: dict[ExpertsSpec, None] = {}
 
 
@@ -72,14 +73,16 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         _warn_once(type(self).__name__, reason)
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        theirs: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        return theirs
     if torch.compiler.is_compiling():
         lists = flatten(_bank(self), _STACKED)
-        return torch.ops.moeopt.experts(hidden_states, top_k_index, top_k_weights, *lists, text)
+        traced: Tensor = torch.ops.moeopt.experts(hidden_states, top_k_index, top_k_weights, *lists, text)
+        return traced
     return experts(hidden_states, top_k_index, top_k_weights, _bank(self), decode(text))
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch
 def plan(module: nn.Module) -> Conversion:
     """What this experts module computes, recognised once for each state of its plain attributes."""
     key = _state(module)
@@ -91,14 +94,14 @@ def plan(module: nn.Module) -> Conversion:
     return known[1]
 
 
-def _bank(module: Any) -> StackedExpertWeights:
+def _bank(module: PyObject) -> StackedExpertWeights:
     name = "gate_up_proj" if module.has_gate else "up_proj"
     b_in = getattr(module, name + "_bias") if module.has_bias else None
     b_out = module.down_proj_bias if module.has_bias else None
     return StackedExpertWeights([getattr(module, name)], module.down_proj, [b_in], b_out)
 
 
-def _state(module: Any) -> tuple:
+def _state(module: PyObject) -> tuple[Any, ...]:
     """All that may change what the module computes, weights' values aside."""
     act = getattr(module, "act_fn", None)
     weights = [module._parameters.get(name) for name in ("gate_up_proj", "up_proj", "down_proj")]
@@ -111,7 +114,7 @@ def _state(module: Any) -> tuple:
     )
 
 
-def _recognise(module: Any) -> Conversion:
+def _recognise(module: PyObject) -> Conversion:
     name = "gate_up_proj" if module.has_gate else "up_proj"
     for weight_name in (name, "down_proj"):
         weight: Any = getattr(module, weight_name, None)
@@ -153,13 +156,15 @@ def _probe(width: int, dtype: torch.dtype) -> Tensor:
     return torch.cat([rows, rows.flip(1).roll(1, 0), torch.zeros(1, width)]).to(dtype)
 
 
-def _candidates(module: Any) -> Iterator[ExpertsSpec]:
+def _candidates(module: PyObject) -> Iterator[ExpertsSpec]:
     """Gates seen in models, with the numbers that the module itself holds as limits and slopes."""
     act = getattr(module, "act_fn", None)
     held = itertools.chain(vars(module).values(), getattr(act, "__dict__", {}).values())
     numbers = sorted({abs(float(v)) for v in held if type(v) in (int, float) and 0 < abs(v) <= 100})
-    activations: list[tuple[str, float | None]] = [(a, None) for a in _PLAIN]
-    activations += [(a, n) for a in ("swish", "leaky_relu", "elu", "softcap") for n in (*numbers, 1.702)]
+    activations: list[tuple[str, float | None]] = [(a, None) for a, e in ACTIVATION_TABLE.items() if e.alpha is None]
+    for name, entry in ACTIVATION_TABLE.items():
+        if entry.alpha is not None:
+            activations += [(name, alpha) for alpha in dict.fromkeys([*numbers, 1.702, *entry.alpha])]
     if not module.has_gate:
         for act_dtype, (activation, alpha) in itertools.product((None, "float32"), activations):
             yield ExpertsSpec(rows="plain", activation=activation, alpha=alpha, act_dtype=act_dtype)

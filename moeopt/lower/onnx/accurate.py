@@ -1,6 +1,6 @@
 """Operators whose kernels lose the digits of small results, in an exported graph, replaced by forms that keep them.
 
-    Sigmoid, Elu, Selu, Celu, Mish, HardSigmoid, HardSwish     forms of :mod:`.forms.stable`
+    Sigmoid, Elu, Selu, Celu, Mish, HardSigmoid, HardSwish     forms of :mod:`moeopt.ir.stable_nodes`
     a * Sigmoid(a), a * Sigmoid(c a)                           a / (1 + exp(-c a)): silu as PyTorch computes it
     Clip with one bound                                        Max or Min: Clip takes infinity for the largest number
     Sign                                                       0 for NaN, as in PyTorch
@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moeopt.lower.onnx.lowerings import stable
+from moeopt.ir import stable_nodes as stable
+from moeopt.value_types import OnnxAttribute, OnnxGraph, OnnxModel, OnnxNode, OnnxValue, PyObject
 
 _HALVES = ("FLOAT16", "BFLOAT16")
 _FLOATS = ("FLOAT", "DOUBLE", *_HALVES)
@@ -24,7 +25,7 @@ AccurateForm = tuple[Sequence[Any], Callable[..., Any]]
 """Values that a form reads, and what writes it: called with ``op``, ``const`` and those values."""
 
 
-def accurate_graph(model: Any) -> int:
+def accurate_graph(model: OnnxModel) -> int:
     """Replace such operators in an ``onnx_ir.Model`` in place, subgraphs included; returns how many were."""
     write, count = _Writer(model.graph), 0
     for node in list(model.graph.all_nodes()):
@@ -46,11 +47,11 @@ def accurate_graph(model: Any) -> int:
 class _Writer:
     """Writes forms into ``graph``; equal constants are one initializer."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
         self._constants: dict[tuple[float, Any], Any] = {}
 
-    def instead_of(self, node: Any, inputs: Sequence[Any], form: Callable[..., Any]) -> None:
+    def instead_of(self, node: OnnxNode, inputs: Sequence[Any], form: Callable[..., Any]) -> None:
         """``form`` of ``inputs`` in the place of ``node``; 16-bit values are float32 inside."""
         import onnx_ir as ir
 
@@ -59,7 +60,7 @@ class _Writer:
         half = _dtype(inputs[0]) in _HALVES
         dtype = ir.DataType.FLOAT if half else inputs[0].dtype
 
-        def op(op_type: str, *values: Any, **attributes: Any) -> Any:
+        def op(op_type: str, *values: OnnxValue, **attributes: OnnxAttribute) -> OnnxValue:
             made = ir.node(op_type, values, attributes, name=f"{node.name or old.name}/{op_type}.{len(nodes)}")
             made.outputs[0].name = made.name
             made.metadata_props.update(node.metadata_props)
@@ -76,7 +77,7 @@ class _Writer:
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         node.graph.remove(node, safe=True)
 
-    def _constant(self, number: float, dtype: Any) -> Any:
+    def _constant(self, number: float, dtype: PyObject) -> OnnxValue:
         import onnx_ir as ir
 
         key = (number, dtype)
@@ -89,7 +90,7 @@ class _Writer:
         return self._constants[key]
 
 
-def _products(node: Any) -> list[tuple[Any, AccurateForm]]:
+def _products(node: OnnxNode) -> list[tuple[Any, AccurateForm]]:
     """Each product of an activation with ``node``, its sigmoid, and the quotient that it is."""
     t = node.inputs[0]
     found: list[tuple[Any, AccurateForm]] = []
@@ -103,11 +104,11 @@ def _products(node: Any) -> list[tuple[Any, AccurateForm]]:
     return found
 
 
-def _quotient(op: stable.Op, const: stable.Const, t: Any, a: Any) -> Any:
+def _quotient(op: stable.Op, const: stable.Const, t: OnnxValue, a: OnnxValue) -> OnnxValue:
     return op("Div", a, stable.one_plus_exp_of_minus(op, const, t))
 
 
-def _float(node: Any, name: str, default: float) -> float:
+def _float(node: OnnxNode, name: str, default: float) -> float:
     return float(node.attributes[name].value) if name in node.attributes else default
 
 
@@ -115,26 +116,26 @@ def _of_x(form: Callable[..., Any], **numbers: float) -> Callable[[Any], Accurat
     return lambda node: (node.inputs[:1], lambda op, const, x: form(op, const, x, **numbers))
 
 
-def _elu(node: Any) -> AccurateForm:
+def _elu(node: OnnxNode) -> AccurateForm:
     return _of_x(stable.elu, alpha=_float(node, "alpha", 1.0))(node)
 
 
-def _celu(node: Any) -> AccurateForm:
+def _celu(node: OnnxNode) -> AccurateForm:
     alpha = _float(node, "alpha", 1.0)
     return _of_x(stable.elu, alpha=alpha, per=alpha)(node)
 
 
-def _selu(node: Any) -> AccurateForm:
+def _selu(node: OnnxNode) -> AccurateForm:
     alpha, gamma = _float(node, "alpha", stable.SELU_ALPHA), _float(node, "gamma", stable.SELU_SCALE)
     return _of_x(stable.elu, alpha=alpha, scale=gamma)(node)
 
 
-def _hardsigmoid(node: Any) -> AccurateForm | None:
+def _hardsigmoid(node: OnnxNode) -> AccurateForm | None:
     pytorchs = abs(_float(node, "alpha", 0.2) - 1 / 6) < 1e-7 and _float(node, "beta", 0.5) == 0.5
     return _of_x(stable.hardsigmoid)(node) if pytorchs else None
 
 
-def _clip(node: Any) -> AccurateForm | None:
+def _clip(node: OnnxNode) -> AccurateForm | None:
     x, low, high = [*node.inputs, None, None][:3]
     if (low is None) == (high is None):
         return None
@@ -142,11 +143,11 @@ def _clip(node: Any) -> AccurateForm | None:
     return [x, bound], lambda op, const, x, bound: op(name, x, bound)
 
 
-def _tanh(node: Any) -> AccurateForm | None:
+def _tanh(node: OnnxNode) -> AccurateForm | None:
     return _of_x(stable.tanh)(node) if any(_cancels(user) for user, _ in node.outputs[0].uses()) else None
 
 
-def _cancels(user: Any, depth: int = 3) -> bool:
+def _cancels(user: OnnxValue, depth: int = 3) -> bool:
     """Whether ``user`` or what only scales its result adds a constant, and the sum's small values matter."""
     constant = any(v is not None and v.const_value is not None for v in user.inputs)
     if user.op_type in ("Add", "Sub") and constant:
@@ -155,14 +156,14 @@ def _cancels(user: Any, depth: int = 3) -> bool:
     return scales and depth > 0 and any(_cancels(next_, depth - 1) for next_, _ in user.outputs[0].uses())
 
 
-def _gelu(node: Any) -> AccurateForm | None:
+def _gelu(node: OnnxNode) -> AccurateForm | None:
     approximate = node.attributes.get_string("approximate", "none")
     if approximate != "tanh" or _into_products(node.outputs[0]):
         return None
     return _of_x(stable.gelu_tanh)(node)
 
 
-def _into_products(value: Any, depth: int = 6) -> bool:
+def _into_products(value: OnnxValue, depth: int = 6) -> bool:
     """Whether ``value``, perhaps multiplied and moved about, is only ever summed in products of matrices."""
     users = [user for user, _ in value.uses()]
     if value.is_graph_output() or not users or depth == 0:
@@ -191,5 +192,5 @@ FORMS: dict[str, Callable[[Any], AccurateForm | None]] = {
 """The form of a node of each operator; None where the node is right as it stands."""
 
 
-def _dtype(value: Any) -> str:
+def _dtype(value: OnnxValue) -> str:
     return "" if value is None or value.dtype is None else str(value.dtype.name)

@@ -9,9 +9,12 @@ from moeopt.errors import NotSaveableError
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.value_types import OnnxModel, OnnxValue, PyObject
 
 
-def replace_sites(model: Any, sites: Sequence[ExpertsNode], choose: Callable[[ExpertsNode], Lowering]) -> list[str]:
+def replace_sites(
+    model: OnnxModel, sites: Sequence[ExpertsNode], choose: Callable[[ExpertsNode], Lowering]
+) -> list[str]:
     """Lower every site of an ``onnx_ir.Model`` in place; returns the name of each site's lowering.
 
     A site that stands in the graph twice (prefill and decode in one) is lowered at each place; weights are
@@ -41,7 +44,7 @@ def replace_sites(model: Any, sites: Sequence[ExpertsNode], choose: Callable[[Ex
     return [lowering.name for lowering in chosen]
 
 
-def one_op(site: ExpertsNode, lowering: Lowering) -> Any:
+def one_op(site: ExpertsNode, lowering: Lowering) -> OnnxValue:
     """A model of one site alone: inputs ``x`` (T, H), ``ids`` (T, K), ``weights`` (T, K), output ``y`` (T, H_out)."""
     import onnx_ir as ir
     from onnx_ir.tensor_adapters import from_torch_dtype
@@ -64,12 +67,12 @@ def one_op(site: ExpertsNode, lowering: Lowering) -> Any:
     return ir.Model(graph, ir_version=10, producer_name="moeopt")
 
 
-def out_dtype(site: ExpertsNode) -> Any:
+def out_dtype(site: ExpertsNode) -> OnnxValue:
     """The torch dtype of a site's result."""
     import torch
 
     return getattr(torch, site.spec.out_dtype) if site.spec.out_dtype else site.dtype
 
 
-def _input(ir: Any, name: str, dtype: Any, shape: list[Any]) -> Any:
+def _input(ir: OnnxValue, name: str, dtype: PyObject, shape: list[Any]) -> OnnxValue:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))

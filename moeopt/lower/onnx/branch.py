@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from moeopt.lower.onnx.names import prefixed
+from moeopt.value_types import OnnxModel, OnnxValue
 
 
-def one_or_many(one: Any, many: Any, name: str, mask: Any, values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def one_or_many(
+    one: OnnxValue, many: OnnxValue, name: str, mask: OnnxValue, values: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
     """Nodes that run ``one`` where S = 1 and P > 0, and ``many`` elsewhere.
 
     Args:
@@ -52,7 +55,7 @@ def one_or_many(one: Any, many: Any, name: str, mask: Any, values: Sequence[Any]
     return [*before, chosen], list(chosen.outputs)
 
 
-def _branch(model: Any, name: str, values: Sequence[Any], skip: set[int] | None = None) -> Any:
+def _branch(model: OnnxModel, name: str, values: Sequence[Any], skip: set[int] | None = None) -> OnnxValue:
     import onnx_ir as ir
 
     graph = model.graph

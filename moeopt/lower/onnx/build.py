@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeopt.value_types import OnnxAttribute, OnnxValue, PyObject
+
 
 class Builder:
     """Collects the nodes and initializers of one site; every name begins with the site's.
@@ -35,8 +37,8 @@ class Builder:
         outputs: int = 1,
         domain: str = "",
         version: int = 1,
-        **attributes: Any,
-    ) -> Any:
+        **attributes: OnnxAttribute,
+    ) -> OnnxValue:
         """Add a node; returns its value, or a tuple of ``outputs`` values."""
         import onnx_ir as ir
 
@@ -49,7 +51,7 @@ class Builder:
         self.nodes.append(node)
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 
-    def const(self, value: Any, dtype: Any = None, name: str = "const") -> Any:
+    def const(self, value: OnnxValue, dtype: PyObject = None, name: str = "const") -> OnnxValue:
         """A small constant, made once for equal values."""
         import onnx_ir as ir
 
@@ -59,7 +61,9 @@ class Builder:
             self._constants[key] = self._initializer(self._name(name), ir.tensor(array))
         return self._constants[key]
 
-    def weight(self, name: str, read: Callable[[], torch.Tensor], dtype: torch.dtype, shape: Sequence[int]) -> Any:
+    def weight(
+        self, name: str, read: Callable[[], torch.Tensor], dtype: torch.dtype, shape: Sequence[int]
+    ) -> OnnxValue:
         """A weight whose tensor is made by ``read`` when it is needed, and not kept."""
         import onnx_ir as ir
         from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
@@ -73,11 +77,11 @@ class Builder:
         )
         return self._initializer(label, lazy)
 
-    def initializer(self, name: str, tensor: Any) -> Any:
+    def initializer(self, name: str, tensor: OnnxValue) -> OnnxValue:
         """A value that holds ``tensor``, an ``onnx_ir`` one, under a name of the site's own."""
         return self._initializer(self._name(name), tensor)
 
-    def _initializer(self, name: str, tensor: Any) -> Any:
+    def _initializer(self, name: str, tensor: OnnxValue) -> OnnxValue:
         import onnx_ir as ir
 
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)

@@ -8,9 +8,10 @@ Seen in the rotary embedding of Llama 4.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
+
+from moeopt.value_types import FxTarget, PyObject
 
 aten = torch.ops.aten
 
@@ -42,7 +43,7 @@ def _is_one(node: torch.fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_complex()
 
 
-def _call(graph: torch.fx.Graph, target: Any, value: torch.fx.Node, *rest: Any) -> torch.fx.Node:
+def _call(graph: torch.fx.Graph, target: FxTarget, value: torch.fx.Node, *rest: PyObject) -> torch.fx.Node:
     node = graph.call_function(target, (value, *rest))
     node.meta["val"] = target(value.meta["val"], *rest)
     return node

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from moeopt.patches import InForce, Patch, Undo, replace
+from moeopt.value_types import OnnxNode, OnnxValue
 
 _CHANGING = ("_min_max_to_clip", "_fuse_relus_clips", "_fuse_pad_into_conv", "_fuse_batchnorm")
 """Modules of default rules after which a number may differ."""
@@ -63,8 +64,8 @@ def _install() -> Undo:
 
     changing = _changing_rules()
 
-    def match_constant(match: Any, in_force: InForce) -> Any:
-        def exactly(self: Any, pattern: Any, value: Any) -> bool:
+    def match_constant(match: OnnxValue, in_force: InForce) -> OnnxValue:
+        def exactly(self: OnnxValue, pattern: OnnxValue, value: OnnxValue) -> bool:
             if not match(self, pattern, value):
                 return False
             same: bool = not in_force.yes or _equal(pattern.value, value.const_value.numpy(), self._current_node)
@@ -85,14 +86,14 @@ def _install() -> Undo:
     return undo
 
 
-def _isclose(a: Any, b: Any, **tolerances: float) -> bool:
+def _isclose(a: OnnxValue, b: OnnxValue, **tolerances: float) -> bool:
     return bool(a == b)
 
 
 _exact = Patch(_install)
 
 
-def _equal(wanted: Any, found: np.ndarray, node: Any) -> bool:
+def _equal(wanted: OnnxValue, found: np.ndarray, node: OnnxNode) -> bool:
     """Whether ``found`` is ``wanted`` rounded to its dtype; a zero of a float Add or Sub must add nothing, too."""
     same = bool(np.all(found == np.asarray(wanted).astype(found.dtype)))
     if wanted == 0 and node is not None and found.dtype.kind not in "iub":

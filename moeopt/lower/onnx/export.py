@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +29,10 @@ from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
 from moeopt.ops.reference import dtypes, out_features
 from moeopt.patches import no_idle_decomposition, one_registry, one_trace, quiet, rules_by_their_last_op
-from moeopt.rewrite.install import exported, rewritten_forward
+from moeopt.rewrite.install import rewritten_forward
 from moeopt.rewrite.site_names import site_names
+from moeopt.rewrite.whole_model import exported
+from moeopt.value_types import OnnxGraph, OnnxValue
 
 OPSET = 20
 
@@ -69,7 +70,7 @@ def emitting(model: nn.Module) -> Iterator[list[ExpertsNode]]:
         yield sites
 
 
-def to_onnx(program: torch.export.ExportedProgram) -> Any:
+def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
     """The graph of an exported program as an ``onnx_ir.Model``, with ``input_0...`` and ``output_0...`` at its ends.
 
     Raises:
@@ -103,7 +104,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
     return exported.model
 
 
-def _own_dtypes(graph: Any, program: torch.export.ExportedProgram) -> None:
+def _own_dtypes(graph: OnnxGraph, program: torch.export.ExportedProgram) -> None:
     """Results of the dtype that the model gives them, where a translation says another: ``any`` of uint8 is uint8."""
     import onnx_ir as ir
 
@@ -165,7 +166,7 @@ def _tensors_only(program: torch.export.ExportedProgram) -> torch.export.Exporte
     return program
 
 
-def _cast_before_transpose(graph: Any) -> None:
+def _cast_before_transpose(graph: OnnxGraph) -> None:
     """MatMul(Cast(Transpose(x))) becomes MatMul(Transpose(Cast(x))).
 
     ONNX Runtime 1.31 fuses the first form (MatmulTransposeFusion) and reads a null pointer where x is boolean.
@@ -206,7 +207,7 @@ def _chain(err: BaseException | None) -> Iterator[BaseException]:
         err = err.__cause__
 
 
-def own_outputs(graph: Any) -> None:
+def own_outputs(graph: OnnxGraph) -> None:
     """Give each output a value of its own: one that is an input, a weight or another output goes through Identity."""
     import onnx_ir as ir
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeopt.value_types import PyObject
+
 aten = torch.ops.aten
 
 
@@ -25,10 +27,11 @@ def attributes_written_out(program: torch.export.ExportedProgram) -> torch.expor
     }
     if not any(node.target in table and _is_float64(node.meta.get("val")) for node in program.graph.nodes):
         return program
-    return program.run_decompositions(table)
+    decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
+    return decomposed
 
 
-def _is_float64(value: Any) -> bool:
+def _is_float64(value: PyObject) -> bool:
     first = value[0] if isinstance(value, (tuple, list)) and value else value
     return isinstance(first, Tensor) and first.dtype == torch.float64
 
@@ -37,7 +40,7 @@ def _of_float64(form: Callable[..., Any]) -> Callable[..., Any]:
     """``form`` for float64 tensors, and the op itself for others."""
 
     @functools.wraps(form)
-    def chosen(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def chosen(x: Tensor, *args: PyObject, **kwargs: PyObject) -> PyObject:
         return form(x, *args, **kwargs) if x.dtype == torch.float64 else NotImplemented
 
     return chosen
@@ -64,18 +67,20 @@ def _forms() -> dict[Any, Callable[..., Any]]:
 
 
 def _times_alpha(op: Callable[..., Tensor]) -> Callable[..., Any]:
-    def form(x: Tensor, other: Any, *, alpha: float = 1) -> Any:
+    def form(x: Tensor, other: PyObject, *, alpha: float = 1) -> PyObject:
         return NotImplemented if alpha == 1 else op(x, other * alpha)
 
     return form
 
 
-def full(size: list[int], value: float, *, dtype: torch.dtype | None = None, **options: Any) -> Any:
+def full(size: list[int], value: float, *, dtype: torch.dtype | None = None, **options: PyObject) -> PyObject:
     """``torch.full``, as a product: the exporter makes a float32 constant of its number."""
     return torch.ones(size, dtype=dtype, **options) * value if dtype == torch.float64 else NotImplemented
 
 
-def arange(start: float, end: float, step: float = 1, *, dtype: torch.dtype | None = None, **options: Any) -> Any:
+def arange(
+    start: float, end: float, step: float = 1, *, dtype: torch.dtype | None = None, **options: PyObject
+) -> PyObject:
     """``torch.arange`` of numbers with fractions: the exporter adds float32 steps."""
     if dtype != torch.float64 or all(float(n).is_integer() for n in (start, end, step)):
         return NotImplemented
@@ -84,7 +89,12 @@ def arange(start: float, end: float, step: float = 1, *, dtype: torch.dtype | No
 
 
 def layer_norm(
-    x: Tensor, shape: list[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+    x: Tensor,
+    shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: PyObject,
 ) -> Tensor:
     """``torch.nn.functional.layer_norm`` over the last axes, which ``shape`` counts."""
     dims = list(range(x.dim() - len(shape), x.dim()))

@@ -7,7 +7,7 @@ same result: of flags, a sum is an "or" and a product an "and", as in PyTorch.
 
 from __future__ import annotations
 
-from typing import Any
+from moeopt.value_types import OnnxModel, OnnxNode, OnnxValue
 
 _BOOL, _INT32, _INT64, _FLOAT, _DOUBLE = 9, 6, 7, 1, 11
 _SMALL = (_BOOL, 2, 3, 4, 5)
@@ -38,7 +38,7 @@ _SAME: dict[str, tuple[tuple[int, ...] | None, bool]] = {
 """Which inputs have the numbers' dtype (``_ALL``: every one), and whether the first output has it too."""
 
 
-def cast_narrow(model: Any) -> None:
+def cast_narrow(model: OnnxModel) -> None:
     """Put casts around the nodes of an ``onnx_ir.Model`` that the CPU provider has no kernel for, in place."""
     for node in list(model.graph.all_nodes()):
         if node.domain:
@@ -58,7 +58,7 @@ def cast_narrow(model: Any) -> None:
                 _cast(node, places, (_INT32,), _INT64, result=result)
 
 
-def _cast(node: Any, places: Any, narrow: tuple[int, ...], wide: int, *, result: bool) -> None:
+def _cast(node: OnnxNode, places: OnnxValue, narrow: tuple[int, ...], wide: int, *, result: bool) -> None:
     """Inputs of ``node`` at ``places`` as ``wide`` where they are ``narrow``; with ``result``, its output as it was."""
     import onnx_ir as ir
 

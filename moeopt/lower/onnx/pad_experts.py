@@ -9,8 +9,6 @@ filled by itself. Shape legend: E experts, I intermediate.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +16,7 @@ from torch import Tensor
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.value_types import OnnxValue
 
 
 class PaddedExperts:
@@ -61,7 +60,7 @@ def pad_experts(bank: ExpertWeights, spec: ExpertsSpec) -> ExpertWeights:
     return PaddedExperts(bank, spec, max(sizes)) if len(sizes) > 1 else bank
 
 
-def bank_of(bank: Any, spec: ExpertsSpec | RowFunction) -> Any:
+def bank_of(bank: OnnxValue, spec: ExpertsSpec | RowFunction) -> OnnxValue:
     """What a site reads: the bank of equal experts; of a function of a row the slots, which are alike already."""
     return bank if isinstance(spec, RowFunction) else pad_experts(bank, spec)
 

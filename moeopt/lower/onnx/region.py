@@ -11,6 +11,7 @@ from typing import Any
 
 from moeopt.errors import Declined
 from moeopt.lower.onnx.stages import ROWS, SIZES, StagePosition, Stages
+from moeopt.value_types import OnnxAttribute, OnnxNode, OnnxValue
 
 
 class Region:
@@ -23,7 +24,7 @@ class Region:
         self.nodes: list[Any] = []
         self.values: dict[int, Any] = {}
 
-    def copy(self, node: Any) -> None:
+    def copy(self, node: OnnxNode) -> None:
         """The same node, reading what its inputs are here."""
         import onnx_ir as ir
 
@@ -42,7 +43,7 @@ class Region:
             self.values[id(old)] = new
         self.nodes.append(again)
 
-    def here(self, value: Any) -> Any:
+    def here(self, value: OnnxValue) -> OnnxValue:
         """What ``value`` of the step is here."""
         home = self.stages.homes.get(id(value))
         if home is None:
@@ -54,15 +55,22 @@ class Region:
                 self.values[id(value)] = self.fetch(value, home)
         return self.values[id(value)]
 
-    def fetch(self, value: Any, home: StagePosition) -> Any:
+    def fetch(self, value: OnnxValue, home: StagePosition) -> OnnxValue:
         """A value that is made elsewhere, at ``home``."""
         raise NotImplementedError
 
-    def shaped(self, value: Any) -> Any:
+    def shaped(self, value: OnnxValue) -> OnnxValue:
         """The shape here of a value of the step."""
         return value.shape
 
-    def op(self, op_type: str, inputs: list[Any], like: Any = None, shape: Any = None, **attributes: Any) -> Any:
+    def op(
+        self,
+        op_type: str,
+        inputs: list[Any],
+        like: OnnxValue = None,
+        shape: OnnxValue = None,
+        **attributes: OnnxAttribute,
+    ) -> OnnxValue:
         """The value of a node that the step has not; int64 unless it is ``like`` another."""
         import onnx_ir as ir
 
@@ -73,7 +81,7 @@ class Region:
         value.type = ir.TensorType(ir.DataType.INT64) if like is None else like.type
         return value
 
-    def _say_sizes(self, node: Any) -> None:
+    def _say_sizes(self, node: OnnxNode) -> None:
         if node.op_type != "Shape":  # computed from sizes
             self.copy(node)
             return
@@ -89,7 +97,9 @@ class Region:
 class OutsideRegion(Region):
     """All tokens at once. ``tokens`` are the step's, ``given`` (B, S, ...) what stands for them, ``state`` (B, ...)."""
 
-    def __init__(self, name: str, stages: Stages, tokens: Sequence[Any], given: Sequence[Any], state: Any) -> None:
+    def __init__(
+        self, name: str, stages: Stages, tokens: Sequence[Any], given: Sequence[Any], state: OnnxValue
+    ) -> None:
         super().__init__(name, stages, (ROWS, -1))
         self.scanned: dict[int, Any] = {}
         self.first = tokens[0]
@@ -99,26 +109,26 @@ class OutsideRegion(Region):
             self.values[id(token)] = self._reshaped(value, token, [-1])
         self.rows = self.values[id(tokens[0])]
 
-    def fetch(self, value: Any, home: StagePosition) -> Any:
+    def fetch(self, value: OnnxValue, home: StagePosition) -> OnnxValue:
         return self._reshaped(self.scanned[id(value)], value, [-1])
 
-    def shaped(self, value: Any) -> Any:
+    def shaped(self, value: OnnxValue) -> OnnxValue:
         import onnx_ir as ir
 
         return value.shape if value.shape is None or not len(value.shape) else ir.Shape([None, *value.shape[1:]])
 
-    def stacked(self, value: Any) -> Any:
+    def stacked(self, value: OnnxValue) -> OnnxValue:
         """(B, S, ...) of a value (B, ...) of the step, as loops take it and give it."""
         if id(value) not in self.scanned:
             self.scanned[id(value)] = self._reshaped(self.here(value), value, None)
         return self.scanned[id(value)]
 
-    def result(self, value: Any) -> Any:
+    def result(self, value: OnnxValue) -> OnnxValue:
         """(B, S, ...) of a result (B, 1, ...) of the step."""
         found = self.scanned.get(id(value))
         return self._reshaped(self.here(value) if found is None else found, value, None, skip=2)
 
-    def _reshaped(self, value: Any, like: Any, leading: list[int] | None, skip: int = 1) -> Any:
+    def _reshaped(self, value: OnnxValue, like: OnnxValue, leading: list[int] | None, skip: int = 1) -> OnnxValue:
         """``value`` with the sizes of ``like`` after ``leading``, or after (B, S)."""
         rest = list(like.shape[skip:])
         if leading is not None:
@@ -141,7 +151,7 @@ class LoopRegion(Region):
         self.values.update(zip(map(id, states), self._held, strict=True))
         self.rows = self._held[0]
 
-    def fetch(self, value: Any, home: StagePosition) -> Any:
+    def fetch(self, value: OnnxValue, home: StagePosition) -> OnnxValue:
         if home[0] not in (ROWS, "loop"):
             return self._outside.here(value)  # a constant: loops see what is outside them
         door = self._input(value, "token")
@@ -176,7 +186,7 @@ class LoopRegion(Region):
                 self._outside.scanned[id(old)] = new
         return list(scan.outputs[: len(nexts)])
 
-    def _input(self, value: Any, word: str) -> Any:
+    def _input(self, value: OnnxValue, word: str) -> OnnxValue:
         import onnx_ir as ir
 
         return ir.Value(name=f"{self.name}/{word}.{value.name}", type=value.type, shape=value.shape)

@@ -11,9 +11,10 @@ Added numbers need neither: what is lost of them is lost in the sum.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
+
+from moeopt.value_types import FxTarget, PyObject
 
 aten = torch.ops.aten
 _COMPARED = (aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar, aten.eq.Scalar, aten.ne.Scalar)
@@ -35,8 +36,10 @@ def numbers_as_read(program: torch.export.ExportedProgram) -> torch.export.Expor
             wide = _call(graph, aten._to_copy.default, x, dtype=torch.float32)
             product = _call(graph, node.target, wide, number)
             whole = _call(graph, aten._to_copy.default, product, dtype=x.meta["val"].dtype)
+        name = node.name
         node.replace_all_uses_with(whole)
         graph.erase_node(node)
+        whole.name = name  # the signature knows results by their names
     program._graph_module = torch.fx.GraphModule(program.graph_module, graph)
     return program
 
@@ -61,7 +64,9 @@ def _in(dtype: torch.dtype, number: float) -> float:
     return float(torch.tensor(number, dtype=torch.float32).to(dtype))
 
 
-def _call(graph: torch.fx.Graph, target: Any, value: torch.fx.Node, *rest: Any, **options: Any) -> torch.fx.Node:
+def _call(
+    graph: torch.fx.Graph, target: FxTarget, value: torch.fx.Node, *rest: PyObject, **options: PyObject
+) -> torch.fx.Node:
     node = graph.call_function(target, (value, *rest), options)
     node.meta["val"] = target(value.meta["val"], *rest, **options)
     return node

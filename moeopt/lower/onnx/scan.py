@@ -14,9 +14,12 @@ from typing import Any
 from moeopt.lower.onnx.names import prefixed
 from moeopt.lower.onnx.region import LoopRegion, OutsideRegion
 from moeopt.lower.onnx.stages import CONSTANT, ROWS, SIZES, Stages, plan_stages
+from moeopt.value_types import OnnxGraph, OnnxValue
 
 
-def scan_tokens(step: Any, name: str, tokens: Sequence[Any], states: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def scan_tokens(
+    step: OnnxValue, name: str, tokens: Sequence[Any], states: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
     """Nodes that run ``step`` for each token of ``tokens`` in turn, and their values.
 
     Args:
@@ -53,7 +56,7 @@ def scan_tokens(step: Any, name: str, tokens: Sequence[Any], states: Sequence[An
     return outside.nodes, [*finals, *(ends[n] for n in range(len(held)))]
 
 
-def _away(graph: Any, stages: Stages, k: int, results: Sequence[Any]) -> list[Any]:
+def _away(graph: OnnxGraph, stages: Stages, k: int, results: Sequence[Any]) -> list[Any]:
     """The values of loop ``k`` that are read elsewhere."""
     inside, wanted = ("loop", k), {id(value) for value in results}
     values = [value for node in graph for value in node.outputs]

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from moeopt.value_types import OnnxGraph, OnnxNode, OnnxValue
+
 ROWS, CONSTANT, SIZES = "rows", ("constant", 0), ("sizes", 0)
 WIDEST = 4
 """What goes in or out of a loop is at most so many times as wide as the widest product. States are wider: one of them
@@ -40,19 +42,11 @@ class Stages:
     homes: dict[int, StagePosition] = field(default_factory=dict)
 
 
-def plan_stages(graph: Any, tokens: Sequence[Any], states: Sequence[Any], results: Sequence[Any]) -> Stages:
+def plan_stages(graph: OnnxGraph, tokens: Sequence[Any], states: Sequence[Any], results: Sequence[Any]) -> Stages:
     """Stages of an ``onnx_ir.Graph`` whose inputs are ``tokens`` and ``states`` and whose next states are last."""
     nexts = list(graph.outputs)[-len(states) :]
     reads = _reads(graph, {id(value): 1 << n for n, value in enumerate(states)})
-    closure = [reads.get(id(value), 0) | 1 << n for n, value in enumerate(nexts)]
-    for _ in states:
-        closure = [_union(c, closure) for c in closure]
-    loops: list[list[int]] = []
-    for n in sorted(range(len(states)), key=lambda n: (closure[n].bit_count(), closure[n])):
-        if loops and closure[loops[-1][0]] == closure[n]:
-            loops[-1].append(n)
-        else:
-            loops.append([n])
+    loops = _loops([reads.get(id(value), 0) | 1 << n for n, value in enumerate(nexts)])
     loop_of = {n: k for k, members in enumerate(loops) for n in members}
     feeds = _feeds(graph, [(value, loop_of[n]) for n, value in enumerate(nexts)])
     stages = Stages(loops)
@@ -76,7 +70,21 @@ def plan_stages(graph: Any, tokens: Sequence[Any], states: Sequence[Any], result
     return stages if _settle(graph, stages, results, doors) else one_loop(graph, tokens, states)
 
 
-def one_loop(graph: Any, tokens: Sequence[Any], states: Sequence[Any]) -> Stages:
+def _loops(reads: list[int]) -> list[list[int]]:
+    """States that depend on one another go through one loop: ``reads[n]`` has a bit for each state that n reads."""
+    closure = reads
+    for _ in reads:
+        closure = [_union(c, closure) for c in closure]
+    loops: list[list[int]] = []
+    for n in sorted(range(len(reads)), key=lambda n: (closure[n].bit_count(), closure[n])):
+        if loops and closure[loops[-1][0]] == closure[n]:
+            loops[-1].append(n)
+        else:
+            loops.append([n])
+    return loops
+
+
+def one_loop(graph: OnnxGraph, tokens: Sequence[Any], states: Sequence[Any]) -> Stages:
     """Everything token by token."""
     stages = Stages([list(range(len(states)))])
     stages.homes = {id(value): (ROWS, -1) for value in tokens} | {id(value): ("loop", 0) for value in states}
@@ -89,28 +97,28 @@ def one_loop(graph: Any, tokens: Sequence[Any], states: Sequence[Any]) -> Stages
 class _Doors:
     """What can go in or out of a loop: values whose first size is the number of rows, fixed otherwise, and narrow."""
 
-    def __init__(self, graph: Any, rows: Any, tokens: Sequence[Any], results: Sequence[Any]) -> None:
+    def __init__(self, graph: OnnxGraph, rows: OnnxValue, tokens: Sequence[Any], results: Sequence[Any]) -> None:
         self.rows = str(rows)
         products = [node.outputs[0] for node in graph if node.op_type in ("MatMul", "Gemm")]
         sized = [width(value) for value in (*tokens, *results, *products) if self.sized(value)]
         self.widest = WIDEST * max(sized, default=0)
 
-    def sized(self, value: Any) -> bool:
+    def sized(self, value: OnnxValue) -> bool:
         if value.shape is None or not len(value.shape) or value.dtype is None:
             return False
         first, *rest = value.shape
         return str(first) == self.rows and all(isinstance(size, int) for size in rest)
 
-    def let(self, value: Any) -> bool:
+    def let(self, value: OnnxValue) -> bool:
         return self.sized(value) and width(value) <= self.widest
 
 
-def width(value: Any) -> int:
+def width(value: OnnxValue) -> int:
     """How many numbers a value has for each row."""
     return prod(value.shape[1:])
 
 
-def _reads(graph: Any, begin: dict[int, int]) -> dict[int, int]:
+def _reads(graph: OnnxGraph, begin: dict[int, int]) -> dict[int, int]:
     """Of each value, the states that it depends on, as bits."""
     found = dict(begin)
     for node in graph:
@@ -128,7 +136,7 @@ def _union(bits: int, closure: list[int]) -> int:
     return bits
 
 
-def _feeds(graph: Any, nexts: Sequence[tuple[Any, int]]) -> dict[int, int]:
+def _feeds(graph: OnnxGraph, nexts: Sequence[tuple[Any, int]]) -> dict[int, int]:
     """Of each value, the loops whose next states depend on it, as bits; ``nexts`` are those states and their loops."""
     found: dict[int, int] = {}
     for value, loop in nexts:
@@ -143,7 +151,7 @@ def _feeds(graph: Any, nexts: Sequence[tuple[Any, int]]) -> dict[int, int]:
     return found
 
 
-def _settle(graph: Any, stages: Stages, results: Sequence[Any], doors: _Doors) -> bool:
+def _settle(graph: OnnxGraph, stages: Stages, results: Sequence[Any], doors: _Doors) -> bool:
     """Put into a loop what cannot stand outside; whether every value then gets where it is read.
 
     What is too wide to go in is made inside, in the one loop that reads it; what cannot come out stays in.
@@ -167,7 +175,7 @@ def _settle(graph: Any, stages: Stages, results: Sequence[Any], doors: _Doors) -
     )
 
 
-def _may_leave(node: Any, after: int, stages: Stages, wanted: set[int], doors: _Doors) -> bool:
+def _may_leave(node: OnnxNode, after: int, stages: Stages, wanted: set[int], doors: _Doors) -> bool:
     """Whether ``node`` can run for all tokens once loop ``after`` has ended."""
     for value in node.inputs:
         home = stages.homes.get(id(value), CONSTANT)
@@ -181,7 +189,7 @@ def _may_leave(node: Any, after: int, stages: Stages, wanted: set[int], doors: _
     return True
 
 
-def _carried(value: Any, stages: Stages, wanted: set[int]) -> bool:
+def _carried(value: OnnxValue, stages: Stages, wanted: set[int]) -> bool:
     """Whether a value goes through the door of a loop."""
     home = stages.homes[id(value)]
     places = [stages.places[id(user)] for user, _ in value.uses()]

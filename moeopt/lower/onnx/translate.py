@@ -19,150 +19,173 @@ from typing import Any
 
 import torch
 
+from moeopt.lower.onnx.opset import OPSET as op
 from moeopt.lower.onnx.translate_numbers import numbers
+from moeopt.value_types import OnnxValue, PyObject
 
 aten = torch.ops.aten
 _CENTERS = 128
 """Rows of which distances are written out one after the other: together, their differences are many times the rows."""
 
 
-def table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The ``custom_translation_table`` of ``torch.onnx.export``."""
+def is_float(x: OnnxValue) -> bool:
+    return x.dtype is None or x.dtype.is_floating_point()
+
+
+def number(value: float, x: OnnxValue) -> OnnxValue:
+    """``value`` in the dtype of ``x``."""
     import onnx_ir as ir
-    from onnxscript import opset20 as op
 
-    def is_float(x: Any) -> bool:
-        return x.dtype is None or x.dtype.is_floating_point()
+    if x.dtype is None:
+        return op.CastLike(op.Constant(value_float=value), x)
+    return op.Constant(value=ir.tensor(value, dtype=x.dtype))
 
-    def number(value: float, x: Any) -> Any:
-        """``value`` in the dtype of ``x``."""
-        if x.dtype is None:
-            return op.CastLike(op.Constant(value_float=value), x)
-        return op.Constant(value=ir.tensor(value, dtype=x.dtype))
 
-    def ordered(x: Any, nan: float = float("inf")) -> Any:
-        """``x`` with every NaN at ``nan``."""
-        if not is_float(x):
-            return x
-        return op.Where(op.IsNaN(x), number(nan, x), x)
+def ordered(x: OnnxValue, nan: float = float("inf")) -> OnnxValue:
+    """``x`` with every NaN at ``nan``."""
+    if not is_float(x):
+        return x
+    return op.Where(op.IsNaN(x), number(nan, x), x)
 
-    def sized(x: Any) -> Any:
-        return op.Cast(x, to=6) if x.dtype is not None and int(x.dtype) in (2, 3, 4, 5, 9) else x
 
-    def first(key: Any, k: Any, dim: int, largest: bool) -> Any:
-        """Indices of the ``k`` largest or smallest, equal ones in their order."""
-        _, indices = op.TopK(sized(key), k, axis=dim, largest=int(largest), sorted=1)
-        return indices
+def sized(x: OnnxValue) -> OnnxValue:
+    return op.Cast(x, to=6) if x.dtype is not None and int(x.dtype) in (2, 3, 4, 5, 9) else x
 
-    def one(value: int) -> Any:
-        return op.Constant(value_ints=[value])
 
-    def topk(self: Any, k: Any, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-        if not self.shape:
-            self = op.Reshape(self, one(1))
-        many = one(k) if isinstance(k, int) else op.Reshape(op.Cast(k, to=7), one(1))
-        indices = first(ordered(self), many, dim, largest)
-        return op.GatherElements(self, indices, axis=dim), indices
+def first(key: OnnxValue, k: OnnxValue, dim: int, largest: bool) -> OnnxValue:
+    """Indices of the ``k`` largest or smallest, equal ones in their order."""
+    _, indices = op.TopK(sized(key), k, axis=dim, largest=int(largest), sorted=1)
+    return indices
 
-    def sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
+
+def one(value: int) -> OnnxValue:
+    return op.Constant(value_ints=[value])
+
+
+def topk(self: OnnxValue, k: OnnxValue, dim: int = -1, largest: bool = True, sorted: bool = True) -> OnnxValue:
+    if not self.shape:
+        self = op.Reshape(self, one(1))
+    many = one(k) if isinstance(k, int) else op.Reshape(op.Cast(k, to=7), one(1))
+    indices = first(ordered(self), many, dim, largest)
+    return op.GatherElements(self, indices, axis=dim), indices
+
+
+def sort(self: OnnxValue, dim: int = -1, descending: bool = False) -> OnnxValue:
+    if len(self.shape) == 0:
+        return op.Identity(self), op.Constant(value_int=0)
+    axis = dim % len(self.shape)
+    indices = first(ordered(self), op.Shape(self, start=axis, end=axis + 1), axis, descending)
+    return op.GatherElements(self, indices, axis=axis), indices
+
+
+def sort_stable(self: OnnxValue, stable: bool = True, dim: int = -1, descending: bool = False) -> OnnxValue:
+    return sort(self, dim, descending)
+
+
+def extreme(largest: bool) -> Callable[..., Any]:
+    def of_dim(self: OnnxValue, dim: int, keepdim: bool = False) -> OnnxValue:
         if len(self.shape) == 0:
             return op.Identity(self), op.Constant(value_int=0)
-        axis = dim % len(self.shape)
-        indices = first(ordered(self), op.Shape(self, start=axis, end=axis + 1), axis, descending)
-        return op.GatherElements(self, indices, axis=axis), indices
+        arg = op.ArgMax if largest else op.ArgMin
+        key = sized(ordered(self, float("inf") if largest else float("-inf")))
+        indices = arg(key, axis=dim, keepdims=1)
+        values = op.GatherElements(self, indices, axis=dim)
+        if keepdim:
+            return values, indices
+        return op.Squeeze(values, one(dim)), op.Squeeze(indices, one(dim))
 
-    def sort_stable(self: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-        return sort(self, dim, descending)
+    return of_dim
 
-    def extreme(largest: bool) -> Callable[..., Any]:
-        def of_dim(self: Any, dim: int, keepdim: bool = False) -> Any:
-            if len(self.shape) == 0:
-                return op.Identity(self), op.Constant(value_int=0)
-            arg = op.ArgMax if largest else op.ArgMin
-            key = sized(ordered(self, float("inf") if largest else float("-inf")))
-            indices = arg(key, axis=dim, keepdims=1)
-            values = op.GatherElements(self, indices, axis=dim)
-            if keepdim:
-                return values, indices
-            return op.Squeeze(values, one(dim)), op.Squeeze(indices, one(dim))
 
-        return of_dim
+def argument(largest: bool) -> Callable[..., Any]:
+    def of(self: OnnxValue, dim: int | None = None, keepdim: bool = False) -> OnnxValue:
+        arg = op.ArgMax if largest else op.ArgMin
+        key = sized(ordered(self, float("inf") if largest else float("-inf")))
+        if dim is None:
+            index = op.Squeeze(arg(op.Reshape(key, one(-1)), axis=0, keepdims=0))
+            return op.Reshape(index, op.Constant(value_ints=[1] * len(self.shape))) if keepdim else index
+        if len(self.shape) == 0:
+            return op.Constant(value_int=0)
+        return arg(key, axis=dim, keepdims=int(keepdim))
 
-    def argument(largest: bool) -> Callable[..., Any]:
-        def of(self: Any, dim: int | None = None, keepdim: bool = False) -> Any:
-            arg = op.ArgMax if largest else op.ArgMin
-            key = sized(ordered(self, float("inf") if largest else float("-inf")))
-            if dim is None:
-                index = op.Squeeze(arg(op.Reshape(key, one(-1)), axis=0, keepdims=0))
-                return op.Reshape(index, op.Constant(value_ints=[1] * len(self.shape))) if keepdim else index
-            if len(self.shape) == 0:
-                return op.Constant(value_int=0)
-            return arg(key, axis=dim, keepdims=int(keepdim))
+    return of
 
-        return of
 
-    def reduced(largest: bool) -> Callable[..., Any]:
-        def over(self: Any, dim: Any = (), keepdim: bool = False) -> Any:
-            reduce = op.ReduceMax if largest else op.ReduceMin
-            dims = [dim] if isinstance(dim, int) else list(dim)
-            if not dims and not self.shape:
-                return op.Identity(self)
-            axes = op.Constant(value_ints=dims or list(range(len(self.shape))))
-            if self.dtype is not None and int(self.dtype) == 9:
-                return op.Cast(reduce(op.Cast(self, to=6), axes, keepdims=int(keepdim)), to=9)
-            value = reduce(self, axes, keepdims=int(keepdim))
-            if not is_float(self):
-                return value
-            lost = op.ReduceMax(op.Cast(op.IsNaN(self), to=6), axes, keepdims=int(keepdim))
-            return op.Where(op.Cast(lost, to=9), number(float("nan"), self), value)
+def reduced(largest: bool) -> Callable[..., Any]:
+    def over(self: OnnxValue, dim: PyObject = (), keepdim: bool = False) -> OnnxValue:
+        reduce = op.ReduceMax if largest else op.ReduceMin
+        dims = [dim] if isinstance(dim, int) else list(dim)
+        if not dims and not self.shape:
+            return op.Identity(self)
+        axes = op.Constant(value_ints=dims or list(range(len(self.shape))))
+        if self.dtype is not None and int(self.dtype) == 9:
+            return op.Cast(reduce(op.Cast(self, to=6), axes, keepdims=int(keepdim)), to=9)
+        value = reduce(self, axes, keepdims=int(keepdim))
+        if not is_float(self):
+            return value
+        lost = op.ReduceMax(op.Cast(op.IsNaN(self), to=6), axes, keepdims=int(keepdim))
+        return op.Where(op.Cast(lost, to=9), number(float("nan"), self), value)
 
-        return over
+    return over
 
-    def vector_norm(self: Any, ord: float = 2.0, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
-        x = self if dtype in (None, -1) else op.Cast(self, to=dtype)
-        if not self.shape:
-            return op.Abs(x)
-        dims = [dim] if isinstance(dim, int) else list(dim or range(len(self.shape)))
-        axes = op.Constant(value_ints=dims)
-        if abs(ord) == float("inf"):
-            return reduced(ord > 0)(op.Abs(x), dims, keepdim)
-        if ord in (1, 2):
-            return (op.ReduceL1 if ord == 1 else op.ReduceL2)(x, axes, keepdims=int(keepdim))
-        if ord == 0:
-            apart = op.Not(op.Equal(x, op.CastLike(op.Constant(value_float=0.0), x)))
-            return op.ReduceSum(op.CastLike(apart, x), axes, keepdims=int(keepdim))
-        power = op.Constant(value=ir.tensor(float(ord), dtype=x.dtype or ir.DataType.FLOAT))
-        total = op.ReduceSum(op.Pow(op.Abs(x), power), axes, keepdims=int(keepdim))
-        return op.Pow(total, op.Reciprocal(power))
 
-    def distances(x1: Any, x2: Any, p: float = 2.0, compute_mode: int | None = None) -> Any:
-        count, rank = x2.shape[-2], len(x2.shape)
-        if not isinstance(count, int) or not 0 < count <= _CENTERS:
-            apart = op.Sub(op.Unsqueeze(x1, one(len(x1.shape) - 1)), op.Unsqueeze(x2, one(rank - 2)))
-            return norm_of(apart, p, 0)
-        columns = [norm_of(op.Sub(x1, op.Gather(x2, one(n), axis=rank - 2)), p, 1) for n in range(count)]
-        return op.Concat(*columns, axis=-1) if count > 1 else columns[0]
+def vector_norm(
+    self: OnnxValue, ord: float = 2.0, dim: PyObject = None, keepdim: bool = False, dtype: PyObject = None
+) -> OnnxValue:
+    import onnx_ir as ir
 
-    def norm_of(x: Any, p: float, keepdims: int) -> Any:
-        axes, size = one(-1), op.Abs(x)
-        if p == 2:
-            return op.ReduceL2(x, axes, keepdims=keepdims)
-        if p == 1:
-            return op.ReduceL1(x, axes, keepdims=keepdims)
-        if p == float("inf"):
-            return op.ReduceMax(size, axes, keepdims=keepdims)
-        if p == 0:
-            apart = op.Not(op.Equal(x, op.CastLike(op.Constant(value_float=0.0), x)))
-            return op.ReduceSum(op.CastLike(apart, x), axes, keepdims=keepdims)
-        power = op.CastLike(op.Constant(value=ir.tensor(float(p), dtype=ir.DataType.DOUBLE)), x)
-        return op.Pow(op.ReduceSum(op.Pow(size, power), axes, keepdims=keepdims), op.Reciprocal(power))
+    x = self if dtype in (None, -1) else op.Cast(self, to=dtype)
+    if not self.shape:
+        return op.Abs(x)
+    dims = [dim] if isinstance(dim, int) else list(dim or range(len(self.shape)))
+    axes = op.Constant(value_ints=dims)
+    if abs(ord) == float("inf"):
+        return reduced(ord > 0)(op.Abs(x), dims, keepdim)
+    if ord in (1, 2):
+        return (op.ReduceL1 if ord == 1 else op.ReduceL2)(x, axes, keepdims=int(keepdim))
+    if ord == 0:
+        apart = op.Not(op.Equal(x, op.CastLike(op.Constant(value_float=0.0), x)))
+        return op.ReduceSum(op.CastLike(apart, x), axes, keepdims=int(keepdim))
+    power = op.Constant(value=ir.tensor(float(ord), dtype=x.dtype or ir.DataType.FLOAT))
+    total = op.ReduceSum(op.Pow(op.Abs(x), power), axes, keepdims=int(keepdim))
+    return op.Pow(total, op.Reciprocal(power))
 
-    def squeeze(self: Any, dim: Any = None) -> Any:
-        rank = len(self.shape)
-        named = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
-        axes = [d % rank for d in named if rank and self.shape[d] == 1]
-        return op.Squeeze(self, op.Constant(value_ints=axes)) if axes else op.Identity(self)
 
+def distances(x1: OnnxValue, x2: OnnxValue, p: float = 2.0, compute_mode: int | None = None) -> OnnxValue:
+    count, rank = x2.shape[-2], len(x2.shape)
+    if not isinstance(count, int) or not 0 < count <= _CENTERS:
+        apart = op.Sub(op.Unsqueeze(x1, one(len(x1.shape) - 1)), op.Unsqueeze(x2, one(rank - 2)))
+        return norm_of(apart, p, 0)
+    columns = [norm_of(op.Sub(x1, op.Gather(x2, one(n), axis=rank - 2)), p, 1) for n in range(count)]
+    return op.Concat(*columns, axis=-1) if count > 1 else columns[0]
+
+
+def norm_of(x: OnnxValue, p: float, keepdims: int) -> OnnxValue:
+    import onnx_ir as ir
+
+    axes, size = one(-1), op.Abs(x)
+    if p == 2:
+        return op.ReduceL2(x, axes, keepdims=keepdims)
+    if p == 1:
+        return op.ReduceL1(x, axes, keepdims=keepdims)
+    if p == float("inf"):
+        return op.ReduceMax(size, axes, keepdims=keepdims)
+    if p == 0:
+        apart = op.Not(op.Equal(x, op.CastLike(op.Constant(value_float=0.0), x)))
+        return op.ReduceSum(op.CastLike(apart, x), axes, keepdims=keepdims)
+    power = op.CastLike(op.Constant(value=ir.tensor(float(p), dtype=ir.DataType.DOUBLE)), x)
+    return op.Pow(op.ReduceSum(op.Pow(size, power), axes, keepdims=keepdims), op.Reciprocal(power))
+
+
+def squeeze(self: OnnxValue, dim: PyObject = None) -> OnnxValue:
+    rank = len(self.shape)
+    named = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
+    axes = [d % rank for d in named if rank and self.shape[d] == 1]
+    return op.Squeeze(self, op.Constant(value_ints=axes)) if axes else op.Identity(self)
+
+
+def table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The ``custom_translation_table`` of ``torch.onnx.export``."""
     return numbers() | {
         aten.linalg_vector_norm.default: vector_norm,
         aten._cdist_forward.default: distances,

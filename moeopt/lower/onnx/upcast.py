@@ -17,6 +17,7 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.row_graph import widened
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
+from moeopt.value_types import OnnxModel, OnnxNode, OnnxValue
 
 NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -69,7 +70,7 @@ def upcast_node(site: ExpertsNode) -> ExpertsNode:
     )
 
 
-def upcast_graph(model: Any) -> bool:
+def upcast_graph(model: OnnxModel) -> bool:
     """Widen an ``onnx_ir.Model`` in place; returns whether anything was narrow. Raises nothing."""
     import onnx_ir as ir
 
@@ -108,7 +109,7 @@ def upcast_graph(model: Any) -> bool:
     return touched
 
 
-def _widen_attributes(node: Any, narrow: set[Any]) -> bool:
+def _widen_attributes(node: OnnxNode, narrow: set[Any]) -> bool:
     import onnx_ir as ir
 
     touched = False
@@ -126,7 +127,7 @@ def _widen_attributes(node: Any, narrow: set[Any]) -> bool:
     return touched
 
 
-def _wide_tensor(tensor: Any) -> Any:
+def _wide_tensor(tensor: OnnxValue) -> OnnxValue:
     import numpy as np
     import onnx_ir as ir
 

@@ -76,7 +76,7 @@ def _one_token(x_1H: Tensor, ids_1K: Tensor, weights_1K: Tensor, bank: ExpertWei
         ids, w_K1 = [ids[k] for k in slots], w_K1[slots]
     groups = [(e, i, i + 1) for i, e in enumerate(ids)]
     terms = _terms(x_1H.expand(len(ids), -1), w_K1, groups, bank, spec).split(1)
-    y_1H = terms[0]
+    y_1H: Tensor = terms[0]
     for term_1H in terms[1:]:
         y_1H += term_1H
     return y_1H.to(dtypes(x_1H, spec)[2], copy=True)

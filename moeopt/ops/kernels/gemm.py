@@ -101,7 +101,8 @@ def _mv(x_1I: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
 
 
 def _onednn(x_MI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x_MI, w_OI, b_O, "none", [], "")
+    y_MO: Tensor = torch.ops.mkldnn._linear_pointwise(x_MI, w_OI, b_O, "none", [], "")
+    return y_MO
 
 
 @functools.cache

@@ -9,12 +9,13 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
+from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.reference import dtypes
 from moeopt.ops.unfit import Unfit
@@ -23,11 +24,16 @@ ABI = 1
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INTEGERS = {torch.int32: 3, torch.int64: 4}
 _ROWS = ("gate|up", "up|gate", "interleaved", "interleaved_up", "separate", "plain")
+NATIVE_ACTIVATIONS = (
+    "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "swish", "softcap", "identity", "leaky_relu",
+    "elu", "mish", "softplus",
+)  # fmt: skip
+"""The activations of the kernel, in the order of ``moeopt_activation`` in its header."""
 _LIMITS = ("gate_min", "gate_max", "up_min", "up_max", "act_min", "act_max")
 _ABSENT = (0, 0, 0)
 _NO_MATRIX = (0, 0, 0, 0, 0, 0)
 
-NativeRun = Callable[[ctypes.Array], int]
+NativeRun = Callable[["ctypes.Array[ctypes.c_int64]"], int]
 CallWords = tuple[list[int], "array[int] | None", tuple[int, ...], int]
 """Of ``moeopt_expert``: the entries, which expert has which, the steps between stacked ones, and D."""
 
@@ -51,13 +57,15 @@ def encode_spec(spec: ExpertsSpec, x: torch.dtype, weights: torch.dtype) -> _Spe
                         ("accumulator", accum), ("output", out)):  # fmt: skip
         if dtype not in FLOATS:
             raise Unfit(f"the {name} dtype is {str(dtype).removeprefix('torch.')}; the kernel has 16 and 32 bits")
+    if spec.activation not in NATIVE_ACTIVATIONS:
+        raise Unfit(f"the kernel has no activation {spec.activation}; it has {', '.join(NATIVE_ACTIVATIONS)}")
     limits = [getattr(spec, name) for name in _LIMITS]
     bits = sum(1 << i for i, limit in enumerate(limits) if limit is not None)
     # torch converts a limit to the dtype that it clamps in
     as_act = functools.partial(torch.tensor, dtype=act, device="cpu")
     rounded = [0.0 if limit is None else as_act(limit).item() for limit in limits]
     whole = (
-        _ROWS.index(spec.rows), ACTIVATIONS.index(spec.activation), bits, spec.weight_on == "input",
+        _ROWS.index(spec.rows), NATIVE_ACTIVATIONS.index(spec.activation), bits, spec.weight_on == "input",
         spec.out_of_range == "identity", spec.combine == "expert", spec.out_norm_eps is not None,
         FLOATS[compute], FLOATS[act], FLOATS[accum], FLOATS[torch.promote_types(compute, weights)],
     )  # fmt: skip
@@ -116,7 +124,7 @@ def _experts(bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Ten
         known = stacked.known
         now = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in held]
         if known is not None and known[0] is spec and known[1] == now:
-            return known[2]
+            return cast(CallWords, known[2])
         found = _stack(whole, spec)
         stacked.known = spec, now, found
         return found

@@ -70,12 +70,6 @@ def describe() -> str:
     return missing() or "off (MOEOPT_NATIVE)"
 
 
-def forget() -> None:
-    """Make it ready anew at the next call; for tests."""
-    global _found
-    _found = None
-
-
 def _make_ready() -> Library | NoLibrary:
     global _found
     with _lock:

@@ -9,9 +9,9 @@ import itertools
 
 import torch
 
-from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec, Layout, Rows
+from moeopt.ir.specs import ExpertsSpec, Layout, Rows
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
-from moeopt.ops.native.call import NativeRun, call
+from moeopt.ops.native.call import NATIVE_ACTIVATIONS, NativeRun, call
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.unfit import Unfit
 
@@ -27,7 +27,7 @@ def specs() -> list[ExpertsSpec]:
         ExpertsSpec(rows=rows, w_in_layout=first, w_out_layout=second)
         for rows, (first, second) in zip(_ROWS, itertools.cycle(layouts))
     ]
-    found += [ExpertsSpec(activation=name, alpha=ALPHA.get(name)) for name in ACTIVATIONS]
+    found += [ExpertsSpec(activation=name, alpha=ALPHA.get(name)) for name in NATIVE_ACTIVATIONS]
     return [
         *found,
         ExpertsSpec(rows="interleaved", w_in_layout="io", gate_max=0.5, up_min=-0.4, up_max=0.4, up_offset=1.0),
@@ -66,7 +66,7 @@ def first_difference(run: NativeRun, isa: int) -> str:
 
 def _bank(spec: ExpertsSpec, dtype: torch.dtype, rng: torch.Generator, stacked: bool) -> tuple[ExpertWeights, int]:
     def matrix(out: int, into: int, layout: str) -> torch.Tensor:
-        w = (torch.randn(E, out, into, generator=rng) / into**0.5).to(dtype)
+        w: torch.Tensor = (torch.randn(E, out, into, generator=rng) / into**0.5).to(dtype)
         return w if layout == "oi" else w.transpose(1, 2).contiguous()
 
     widths = {"plain": [I], "separate": [I, I]}.get(spec.rows, [2 * I])

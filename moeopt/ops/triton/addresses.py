@@ -44,44 +44,28 @@ def weights_of(bank: ExpertWeights, spec: ExpertsSpec, H: int, device: torch.dev
     E, (w_in, w_in2, w_out, b_in, b_in2, b_out, norm) = bank.num_experts, parts
     matrices = [p for p in (w_in, w_in2, w_out) if p is not None]
     vectors = [p for p in (b_in, b_in2, b_out, norm) if p is not None]
-    dtypes = {p.geometry[2] for p in matrices}
-    bias_dtypes = {p.geometry[2] for p in vectors} or dtypes
-    if len(dtypes) > 1 or len(bias_dtypes) > 1:
-        raise Unfit(f"the experts' weights have different dtypes: {sorted(map(str, dtypes | bias_dtypes))}")
-    if any(p.device != device for p in (*matrices, *vectors)):
-        raise Unfit(f"some of the experts' weights are not on {device}")
+    bias_dtype = _bias_dtype(matrices, vectors, device)
     assert w_in is not None and w_out is not None
     out_axis, into_axis = (0, 1) if spec.w_in_layout == "oi" else (1, 0)
     shape, stride, dtype = w_in.geometry
     I, step, first_gate, first_up = _halves(spec, shape[out_axis])
     in_steps = (stride[out_axis] * step, stride[into_axis])
-    if w_in2 is not None and w_in2.geometry != w_in.geometry:
-        raise Unfit("the experts' gate and up matrices differ in shape or strides")
-    if b_in2 is not None and b_in is not None and b_in2.geometry != b_in.geometry:
-        raise Unfit("the experts' gate and up biases differ in strides")
-    if (b_in is None) != (b_in2 is None) and spec.rows == "separate":
-        raise Unfit("one of the gate and up matmuls has a bias and the other none")
+    _check_pairs(spec, w_in, w_in2, b_in, b_in2)
     size = dtype.itemsize
-    bias_size = next(iter(bias_dtypes)).itemsize
+    bias_size = bias_dtype.itemsize
     bias_in_step = b_in.geometry[1][0] if b_in is not None else 0
     joined = spec.gated and w_in2 is None
 
-    def moved(addresses: Sequence[int], by: int) -> list[int]:
-        return [a + by if a else 0 for a in addresses]
-
-    nothing = [0] * E
+    w_in_up = _moved(w_in, first_up * stride[out_axis] * size, E) if joined else (w_in2 or w_in).addresses
+    b_in_up = _moved(b_in, first_up * bias_in_step * bias_size, E) if joined else _moved(b_in2 or b_in, 0, E)
     rows = [
-        moved(w_in.addresses, first_gate * stride[out_axis] * size),
-        moved(w_in.addresses, first_up * stride[out_axis] * size) if joined else (w_in2 or w_in).addresses,
+        _moved(w_in, first_gate * stride[out_axis] * size, E),
+        w_in_up,
         w_out.addresses,
-        nothing if b_in is None else moved(b_in.addresses, first_gate * bias_in_step * bias_size),
-        nothing
-        if b_in is None
-        else moved(b_in.addresses, first_up * bias_in_step * bias_size)
-        if joined
-        else (b_in2 or b_in).addresses,
-        nothing if b_out is None else b_out.addresses,
-        nothing if norm is None else norm.addresses,
+        _moved(b_in, first_gate * bias_in_step * bias_size, E),
+        b_in_up,
+        _moved(b_out, 0, E),
+        _moved(norm, 0, E),
     ]
     if norm is not None and 0 in norm.addresses:
         raise Unfit("some experts have a norm weight and some have none")
@@ -94,7 +78,7 @@ def weights_of(bank: ExpertWeights, spec: ExpertsSpec, H: int, device: torch.dev
         raise Unfit(
             f"the weights' shapes {tuple(shape)} and {tuple(o_shape)} do not fit one another and x of width {H}"
         )
-    held = WeightTypes(dtype, next(iter(bias_dtypes)), b_in is not None, b_out is not None, norm is not None, aligned)
+    held = WeightTypes(dtype, bias_dtype, b_in is not None, b_out is not None, norm is not None, aligned)
     bias_steps = (bias_in_step * step, b_out.geometry[1][0] if b_out else 0, norm.geometry[1][0] if norm else 0)
     return Weights(_table(tuple(map(tuple, rows)), device), held, I, D, in_steps, out_steps, bias_steps)
 
@@ -103,6 +87,34 @@ class _Part(NamedTuple):
     geometry: Geometry
     device: torch.device
     addresses: Sequence[int]
+
+
+def _bias_dtype(matrices: Sequence[_Part], vectors: Sequence[_Part], device: torch.device) -> torch.dtype:
+    """The dtype of the biases, that of the matrices where there is none; ``Unfit`` where either has several."""
+    dtypes = {p.geometry[2] for p in matrices}
+    bias_dtypes = {p.geometry[2] for p in vectors} or dtypes
+    if len(dtypes) > 1 or len(bias_dtypes) > 1:
+        raise Unfit(f"the experts' weights have different dtypes: {sorted(map(str, dtypes | bias_dtypes))}")
+    if any(p.device != device for p in (*matrices, *vectors)):
+        raise Unfit(f"some of the experts' weights are not on {device}")
+    return next(iter(bias_dtypes))
+
+
+def _check_pairs(spec: ExpertsSpec, w_in: _Part, w_in2: _Part | None, b_in: _Part | None, b_in2: _Part | None) -> None:
+    """``Unfit`` where gate and up of separate matrices do not lie alike."""
+    if w_in2 is not None and w_in2.geometry != w_in.geometry:
+        raise Unfit("the experts' gate and up matrices differ in shape or strides")
+    if b_in2 is not None and b_in is not None and b_in2.geometry != b_in.geometry:
+        raise Unfit("the experts' gate and up biases differ in strides")
+    if (b_in is None) != (b_in2 is None) and spec.rows == "separate":
+        raise Unfit("one of the gate and up matmuls has a bias and the other none")
+
+
+def _moved(part: _Part | None, by: int, experts: int) -> Sequence[int]:
+    """The addresses of a part, ``by`` bytes further on; 0 where an expert has none."""
+    if part is None:
+        return [0] * experts
+    return [a + by if a else 0 for a in part.addresses]
 
 
 def _halves(spec: ExpertsSpec, rows: int) -> tuple[int, int, int, int]:

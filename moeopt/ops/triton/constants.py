@@ -12,6 +12,12 @@ from moeopt.ops.unfit import Unfit
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
+TRITON_ACTIVATIONS = (
+    "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "mish", "softplus", "swish", "softcap",
+    "leaky_relu", "elu", "identity",
+)  # fmt: skip
+"""The activations that ``pointwise.activate`` has, in the order of its branches."""
+
 
 class Function(NamedTuple):
     """The constants of the kernels. Dtypes are Triton's; ``x_weight`` is the dtype of x times a routing weight."""
@@ -63,8 +69,10 @@ def function(
     """The constants for inputs of these dtypes.
 
     Raises:
-        Unfit: a dtype that the kernels do not have.
+        Unfit: an activation or a dtype that the kernels do not have.
     """
+    if spec.activation not in TRITON_ACTIVATIONS:
+        raise Unfit(f"the kernels have no activation {spec.activation}; they have {', '.join(TRITON_ACTIVATIONS)}")
     from triton import language as tl
 
     known = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -91,7 +91,7 @@ def test_widths_that_the_kernel_refuses_are_reported():
 def test_cuda_prefers_one_kernel_to_many_nodes():
     site = site_of("qwen3-moe", torch.bfloat16)
     for tokens in (1, 16, 512):
-        kernel, unrolled = (estimate(site, n, tokens, "cuda") for n in ("moe-masked-log", "unrolled"))
+        kernel, unrolled = (estimate(site, by_name(n), tokens, "cuda") for n in ("moe-masked-log", "unrolled"))
         assert kernel < unrolled
     assert OrtPlan("cuda").choice(site).name == "moe-masked-log"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moeopt
-from moeopt.backends.onnxrt.session import runtime
+from moeopt.backends.onnxrt.providers import runtime
 from moeopt.errors import UsageError
 from tests.families import FAMILIES
 

@@ -35,6 +35,6 @@ def test_a_runtime_that_is_not_installed_is_an_error_and_not_a_skip(onnx_pristin
     def missing():
         raise UsageError("backend 'onnxruntime' needs onnxruntime")
 
-    monkeypatch.setattr("moeopt.backends.onnxrt.session.available", missing)
+    monkeypatch.setattr("moeopt.backends.onnxrt.providers.available", missing)
     with pytest.raises(UsageError, match="needs onnxruntime"):
         providers(onnx_pristine)

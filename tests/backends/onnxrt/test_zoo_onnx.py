@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moeopt
-from moeopt.backends.onnxrt.session import runtime
+from moeopt.backends.onnxrt.providers import runtime
 from moeopt.errors import NotEquivalentError, NotSaveableError, UsageError
 from tests.helpers import assert_same, run
 from tests.zoo import CASES

@@ -8,7 +8,6 @@ import os
 import pytest
 import torch
 
-from moeopt.backends.tensorrt.cost import work
 from moeopt.backends.tensorrt.layers import in_block
 from moeopt.backends.tensorrt.lowerings import PORTABLE, by_name
 from moeopt.backends.tensorrt.target import RTX_BUILDS
@@ -74,7 +73,7 @@ def test_the_builder_takes_it_and_plans_what_the_model_says(name, sm, dtype):
     site = make_site(E=9, H=256, I=512, dtype=dtype, bias=True)
     built = taken(site, by_name(name), f"sm_{sm}")
     low, high = NEAR_ON_TURING if sm == 75 else NEAR
-    assert low <= work(name, site, 64).memory / built.activation_bytes <= high
+    assert low <= by_name(name).cost(site, 64, f"sm_{sm}").memory / built.activation_bytes <= high
     products = [layer for layer in built.layers if layer.type in ("gemm", "runtime_fusion")]
     assert len(products) == 2, "a loop has one turn in the engine, and not eight beside each other"
 
@@ -86,7 +85,7 @@ def test_matrix(name, sm, dtype, kind):
     max_tokens = 32 if name == "gather" else 2048
     planned = taken(site, by_name(name), f"sm_{sm}", max_tokens).activation_bytes
     low, high = NEAR_ON_TURING if sm == 75 else NEAR
-    assert low <= work(name, site, max_tokens).memory / planned <= high
+    assert low <= by_name(name).cost(site, max_tokens, f"sm_{sm}").memory / planned <= high
 
 
 @pytest.mark.nightly

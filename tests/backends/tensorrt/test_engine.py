@@ -305,7 +305,7 @@ class Plays(Session):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(trt_engine, "this_machine", lambda name: Machine(89, "1.7.1.116", 13))
-    monkeypatch.setattr(trt_engine, "Runner", Plays)
+    monkeypatch.setattr(trt_engine, "EngineRunner", Plays)
     monkeypatch.setattr(trt_engine, "DEVICE", "cpu")
     monkeypatch.setattr(trt_bundle, "_PASSED", set())
 

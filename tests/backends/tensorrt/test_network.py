@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from moeopt.backends.tensorrt.lowerings.trt_moe import TrtMoE
-from moeopt.backends.tensorrt.network import check_networks, moe_layers
 from moeopt.errors import EngineBuildError
 from moeopt.ir.specs import RouterSpec
 from moeopt.lower.onnx.assemble import one_op
 from tests.backends.onnxrt.lowerings.one_site import make_site, renamed
 from tests.backends.tensorrt.built import build_site
+from tests.backends.tensorrt.network import check_networks, moe_layers
 
 trt = pytest.importorskip("tensorrt_rtx")
 ROUTER = RouterSpec("softmax_topk", 2, 5)

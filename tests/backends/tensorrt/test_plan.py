@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeopt.backends.onnxrt.plan import session_of
-from moeopt.backends.tensorrt.cost import work
+from moeopt.backends.tensorrt.lowerings import by_name
 from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.target import GPU_BUILDS, RTX_BUILDS, parse_target
 from moeopt.errors import Declined
@@ -136,6 +136,6 @@ def test_forms_that_all_differ_decline_the_block():
 
 @pytest.mark.parametrize("form", ["dense", "loop", "gather", "sort", "trt-moe"])
 def test_work_grows_with_the_tokens(form):
-    few, many = (work(form, sized("qwen3"), T) for T in (16, 2048))
+    few, many = (by_name(form).cost(sized("qwen3"), T, "sm_89") for T in (16, 2048))
     assert few.memory < many.memory and few.flops < many.flops and few.moved < many.moved
-    assert work(form, sized("qwen3"), 0) == work(form, sized("qwen3"), 1)
+    assert by_name(form).cost(sized("qwen3"), 0, "sm_89") == by_name(form).cost(sized("qwen3"), 1, "sm_89")

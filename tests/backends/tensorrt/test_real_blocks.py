@@ -16,7 +16,6 @@ from moeopt.backends.onnxrt.plan import session_of
 from moeopt.backends.tensorrt.graph_check import check_graph
 from moeopt.backends.tensorrt.lowerings import PORTABLE
 from moeopt.backends.tensorrt.lowerings.trt_moe import TrtMoE
-from moeopt.backends.tensorrt.network import check_networks
 from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.target import parse_target
 from moeopt.errors import MoeoptError
@@ -27,6 +26,7 @@ from moeopt.lower.onnx.upcast import upcast_node
 from moeopt.ops.override import override_experts_impl
 from tests.backends.onnxrt.lowerings.one_site import eps_off, exact
 from tests.backends.tensorrt.built import build_site
+from tests.backends.tensorrt.network import check_networks
 from tests.families import FAMILIES
 from tests.zoo import CASES
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moeopt.backends.onnxrt.session import Session, runtime
+from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.session import Session
 from moeopt.errors import UsageError
 
 try:

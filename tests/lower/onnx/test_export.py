@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moeopt.backends.onnxrt.session import Session, runtime
+from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.session import Session
 from moeopt.bundle.binding import Binding
 from moeopt.bundle.tree import build
 from moeopt.errors import NotSaveableError, UsageError

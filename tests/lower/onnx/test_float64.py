@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moeopt.backends.onnxrt.session import runtime
+from moeopt.backends.onnxrt.providers import runtime
 from moeopt.errors import UsageError
 from moeopt.lower.export import export_program
 from moeopt.lower.onnx.export import to_onnx

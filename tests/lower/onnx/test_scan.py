@@ -6,7 +6,8 @@ import functools
 import pytest
 import torch
 
-from moeopt.backends.onnxrt.session import Session, runtime
+from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.session import Session
 from moeopt.errors import Declined, UsageError
 
 try:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moeopt.backends.onnxrt.session import runtime
+from moeopt.backends.onnxrt.providers import runtime
 from moeopt.errors import UsageError
 
 try:

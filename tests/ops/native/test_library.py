@@ -53,13 +53,13 @@ def works_without(text):
         experts(*some.args)
         opt = moeopt.optimize(toy(), X, verify="fast")
     (note,) = [n for n in opt.report.notes if "native kernel" in n]
-    assert note.startswith("the experts run on torch's products, not on the faster native kernel: ")
+    assert note.startswith("the experts run on torch's matmuls, not on the faster native kernel: ")
     assert library.missing() in note and library.missing() in library.describe()
 
 
 def test_without_a_compiler(fresh, monkeypatch):
     monkeypatch.setattr(build, "find_compiler", lambda: None)
-    works_without("the native CPU kernel is not used, torch's products are: no C.* compiler was found; install one")
+    works_without("the native CPU kernel is not used, torch's matmuls are: no C.* compiler was found; install one")
 
 
 def test_a_compiler_that_is_named_and_not_there(fresh, monkeypatch):

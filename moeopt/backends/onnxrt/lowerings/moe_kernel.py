@@ -26,7 +26,10 @@ from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, table
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
+from moeopt.lower.onnx.lowerings.weight_reads import experts_hit, weights_cost
+from moeopt.value_types import OnnxValue
 
 NOT_CHOSEN, FAINTEST = -1000.0, -200.0
 """Logits of experts that are not chosen, and the lowest of chosen ones: both give a softmax of exactly 0."""
@@ -53,7 +56,10 @@ class MaskedLog:
             return f"the sum runs in {types.accum} and the kernel's in float32; moe-expand carries this"
         return refuses_kernel(site, provider)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        return kernel_cost(site, tokens, provider)
+
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         types = types_of(site)
         inner = wide(types.weights)
         experts = graph.const([1], "int64")  # not -1: over no tokens, ONNX Runtime 1.31 reduces nothing along axis -1
@@ -87,10 +93,13 @@ class Expand:
     def refuses(self, site: ExpertsNode, provider: str) -> str:
         return refuses_kernel(site, provider)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        return kernel_cost(site, tokens, provider)
+
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         spec, types, size = site.spec, types_of(site), banks.sizes_of(site)
 
-        def int64(value: Any) -> Any:
+        def int64(value: OnnxValue) -> OnnxValue:
             return graph.const(value, "int64")
 
         w_TK1 = graph.op("Unsqueeze", [weights, int64([-1])])
@@ -133,7 +142,7 @@ class Expand:
         return cast(graph, y_TH, types.accum, types.out)
 
 
-def kernel(graph: Builder, site: ExpertsNode, x: Any, logits: Any, k: int | None = None) -> Any:
+def kernel(graph: Builder, site: ExpertsNode, x: OnnxValue, logits: OnnxValue, k: int | None = None) -> OnnxValue:
     """The MoE node with its weights; ``x`` and ``logits`` in the compute dtype."""
     inputs = [x, logits, *_weights(graph, site)]
     while inputs[-1] is None:
@@ -167,6 +176,14 @@ def kernel_activation(spec: ExpertsSpec) -> dict[str, Any] | None:
     if high is None or high <= 0 or limits != (None, high, -high, high):
         return None
     return {**found, "swiglu_limit": float(high)}
+
+
+def kernel_cost(site: ExpertsNode, tokens: int, provider: str) -> Cost:
+    """What the MoE kernel and the small nodes around the kernel do."""
+    hit, rows = experts_hit(site, tokens), float(tokens * site.top_k)
+    # on CPU the kernel lays weights out anew at each call, once an expert has more than one row
+    slowdown = 1.5 if rows > hit and provider == "cpu" else 1.0
+    return weights_cost(site, hit, rows, kernels=30, slowdown=slowdown)
 
 
 def refuses_kernel(site: ExpertsNode, provider: str) -> str:
@@ -233,17 +250,17 @@ def _rows(columns: Tensor, spec: ExpertsSpec) -> Tensor:
     return torch.stack([g, u], dim=-1).flatten(-2)
 
 
-def _named(graph: Builder, site: ExpertsNode, ids: Any) -> Any:
+def _named(graph: Builder, site: ExpertsNode, ids: OnnxValue) -> OnnxValue:
     """True where an id names an expert."""
     E = site.bank.num_experts
     above = graph.op("GreaterOrEqual", [ids, graph.const(0, "int64")])
     return graph.op("And", [above, graph.op("Less", [ids, graph.const(E, "int64")])])
 
 
-def _row_of(graph: Builder, site: ExpertsNode, ids: Any) -> Any:
+def _row_of(graph: Builder, site: ExpertsNode, ids: OnnxValue) -> OnnxValue:
     """The id where it names an expert, else E: the last row of a table of E + 1."""
     return graph.op("Where", [_named(graph, site, ids), ids, graph.const(site.bank.num_experts, "int64")])
 
 
-def _last(graph: Builder, value: Any) -> Any:
+def _last(graph: Builder, value: OnnxValue) -> OnnxValue:
     return graph.op("Unsqueeze", [value, graph.const([-1], "int64")])

@@ -20,8 +20,11 @@ import torch
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
-from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.lowerings.base import Cost, Lowering
 from moeopt.lower.onnx.lowerings.types import types_of
+from moeopt.lower.onnx.lowerings.weight_reads import experts_hit, weights_cost
+from moeopt.ops.native.call import NATIVE_ACTIVATIONS
+from moeopt.value_types import OnnxValue
 
 Look = Callable[[str], Any]
 """The graph's value for the constant of a name that follows the block's."""
@@ -70,6 +73,8 @@ class Native:
             return f"the native kernel runs on a CPU, not on {provider}"
         if self.base.name not in STORAGES:
             return f"the native kernel does not read weights as {self.base.name} stores them"
+        if spec.activation not in NATIVE_ACTIVATIONS:
+            return f"the native kernel has no activation {spec.activation}"
         wide = sorted({str(d).removeprefix("torch.") for d in vars(types).values() if d != torch.float32})
         if wide:
             return f"the native kernel computes an ONNX graph in float32, and here is {wide[0]}"
@@ -80,7 +85,10 @@ class Native:
             return f"ids beyond the experts add the token itself, and {size.H} is not the output's width {size.D}"
         return self.base.refuses(site, provider)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        return weights_cost(site, experts_hit(site, tokens), tokens * site.top_k, kernels=1)
+
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         spec, E, stored = site.spec, site.bank.num_experts, STORAGES[self.base.name]
         look = self._look or _written(graph, site, self.base, x, ids, weights)
 
@@ -117,13 +125,15 @@ def _function(site: ExpertsNode, stored: Storage) -> dict[str, Any]:
     return found | {name: 1 for name, on in flags.items() if on}
 
 
-def _written(graph: Builder, site: ExpertsNode, base: Lowering, x: Any, ids: Any, weights: Any) -> Look:
+def _written(
+    graph: Builder, site: ExpertsNode, base: Lowering, x: OnnxValue, ids: OnnxValue, weights: OnnxValue
+) -> Look:
     """The constants that ``base`` would write, each put into ``graph`` when it is looked for."""
     scratch = Builder(site.name)
     base.emit(scratch, site, x, ids, weights)
     there: Mapping[str, Any] = {value.name: value for value in scratch.initializers}
 
-    def look(name: str) -> Any:
+    def look(name: str) -> OnnxValue:
         value = there[f"{site.name}/{name}"]
         graph.initializers.append(value)
         return value

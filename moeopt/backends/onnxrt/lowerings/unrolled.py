@@ -14,14 +14,15 @@ W_in (gate, up), I intermediate, D output width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, weights
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
+from moeopt.lower.onnx.lowerings.weight_reads import experts_hit, weights_cost
+from moeopt.value_types import OnnxValue
 
 
 class Unrolled:
@@ -34,7 +35,11 @@ class Unrolled:
             return "TensorRT does not split a tensor into parts whose sizes are known only at run time"
         return refuses_types(site, provider) or weights.refuses_sizes(site)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        nodes = 30 + 2 * site.bank.num_experts
+        return weights_cost(site, experts_hit(site, tokens), tokens * site.top_k, nodes, syncs=2)  # two Splits
+
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         rows = Sorted(graph, site, ids)
         x_NH = rows.rows(x, weights, types_of(site).compute)
         o_ND = _experts(graph, site, rows, x_NH)
@@ -44,11 +49,11 @@ class Unrolled:
 class Sorted:
     """The order of the N pairs by expert, and the way back."""
 
-    def __init__(self, graph: Builder, site: ExpertsNode, ids_TK: Any) -> None:
+    def __init__(self, graph: Builder, site: ExpertsNode, ids_TK: OnnxValue) -> None:
         E = site.bank.num_experts
         self.graph, self.site, self.ids_TK = graph, site, ids_TK
 
-        def int64(value: Any) -> Any:
+        def int64(value: OnnxValue) -> OnnxValue:
             return graph.const(value, "int64")
 
         self.named_TK = graph.op(
@@ -70,7 +75,7 @@ class Sorted:
         place_N = graph.op("ScatterElements", [self.order_N, self.order_N, iota_N], axis=0)
         self.place_TK = graph.op("Reshape", [place_N, int64([-1, site.top_k])], name="place_of_pair")
 
-    def rows(self, x: Any, weights: Any, dtype: torch.dtype) -> Any:
+    def rows(self, x: OnnxValue, weights: OnnxValue, dtype: torch.dtype) -> OnnxValue:
         """The rows that the experts read (N, H), in ``dtype``."""
         graph, site, types = self.graph, self.site, types_of(self.site)
         token_N = graph.op("Div", [self.order_N, graph.const(site.top_k, "int64")], name="token_of_row")
@@ -83,11 +88,11 @@ class Sorted:
         return cast(graph, x_NH, types.input_term, dtype)
 
 
-def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: Any) -> Any:
+def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: OnnxValue) -> OnnxValue:
     """Every expert on its rows: (N, D) in the compute dtype; zeros for pairs that name no expert."""
     size, compute = weights.sizes_of(site), types_of(site).compute
 
-    def products(value: Any, which: str, width: int) -> tuple[Any, Any]:
+    def products(value: OnnxValue, which: str, width: int) -> OnnxValue:
         parts = graph.op("Split", [value, rows.counts], outputs=size.E + 1, axis=0, name=f"{which}_parts")
         done = [
             graph.op("MatMul", [part, weights.expert_weight(graph, site, e, which)], name=f"expert.{e}/{which}")
@@ -98,7 +103,7 @@ def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: Any) -> Any:
         nothing = graph.op("Expand", [scalar(graph, 0.0, compute), shape], name=f"{which}_of_none")
         return graph.op("Concat", [*done, nothing], axis=0, name=which)
 
-    def added(value: Any, table: Any) -> Any:
+    def added(value: OnnxValue, table: OnnxValue) -> OnnxValue:
         if table is None:
             return value
         return graph.op("Add", [value, graph.op("Gather", [table, rows.key_N], axis=0)])
@@ -113,11 +118,13 @@ def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: Any) -> Any:
     return middle.rms_norm(graph, site, o_ND, gathered, axis=1)
 
 
-def combine(graph: Builder, site: ExpertsNode, rows: Sorted, o_ND: Any, x: Any, weights_TK: Any) -> Any:
+def combine(
+    graph: Builder, site: ExpertsNode, rows: Sorted, o_ND: OnnxValue, x: OnnxValue, weights_TK: OnnxValue
+) -> OnnxValue:
     """Back to the tokens' order, times the routing weights, summed over K."""
     spec, types = site.spec, types_of(site)
 
-    def int64(value: Any) -> Any:
+    def int64(value: OnnxValue) -> OnnxValue:
         return graph.const(value, "int64")
 
     o_TKD = graph.op("Gather", [o_ND, rows.place_TK], axis=0, name="rows_by_token")

@@ -12,15 +12,16 @@ H hidden, D output width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from moeopt.backends.onnxrt.lowerings.unrolled import Sorted, combine
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import row_graph
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import scalar, types_of
+from moeopt.lower.onnx.lowerings.weight_reads import experts_hit, weights_cost
+from moeopt.value_types import OnnxValue
 
 
 class UnrolledFunction:
@@ -35,7 +36,11 @@ class UnrolledFunction:
             return "ONNX Runtime's CPU provider has no bfloat16 kernels; export a float32 copy of the model"
         return row_graph.refuses(site)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        nodes = 30 + len(site.spec.body.nodes) * site.bank.num_experts
+        return weights_cost(site, experts_hit(site, tokens), tokens * site.top_k, nodes, syncs=1)  # one Split
+
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         function, types, E = row_graph.RowGraph(graph, site), types_of(site), site.bank.num_experts
         rows = Sorted(graph, site, ids)
         x_NH = rows.rows(x, weights, site.spec.body.dtype)

@@ -5,9 +5,11 @@ On a GPU the price of many experts is memory and FLOPs, which the planner counts
 
 from __future__ import annotations
 
+from moeopt.backends.tensorrt.cost import GEMM_ROOM, sizes_for
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import dense
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 
 
 class Dense(dense.Dense):
@@ -17,3 +19,9 @@ class Dense(dense.Dense):
         if site.spec.weight_on == "input" and site.top_k > 1:
             return "weights on the input differ for each of a token's slots; dense carries that for top_k 1 only"
         return banks.refuses_sizes(site)
+
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        s = sizes_for(site, tokens)
+        memory = s.E * s.T * (s.compute * (s.I + max(s.O, s.D)) + s.wider) + s.input_rows
+        moved = s.E * s.expert + 2 * s.E * s.T * s.row
+        return Cost(moved, 2.0 * s.weights * s.E * s.T, kernels=8, memory=memory + GEMM_ROOM)

@@ -11,13 +11,14 @@ expert's. Shape legend: T tokens, K chosen per token, N = T K pairs, H hidden, O
 
 from __future__ import annotations
 
-from typing import Any
-
+from moeopt.backends.tensorrt.cost import COPIED, GEMM_ROOM, routed_flops, sizes_for
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.backends.tensorrt.lowerings.stacked import Stacked
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
+from moeopt.value_types import OnnxValue
 
 
 class Gather:
@@ -28,10 +29,16 @@ class Gather:
     def refuses(self, site: ExpertsNode, provider: str) -> str:
         return banks.refuses_sizes(site)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        s = sizes_for(site, tokens)
+        memory = s.N * (s.expert + s.compute * (s.H + s.O))
+        moved = COPIED * s.N * s.expert + 2 * s.N * s.row
+        return Cost(moved, routed_flops(s), kernels=12, memory=memory + GEMM_ROOM)
+
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         size, K = banks.sizes_of(site), site.top_k
 
-        def reshaped(value: Any, *shape: int) -> Any:
+        def reshaped(value: OnnxValue, *shape: int) -> OnnxValue:
             return graph.op("Reshape", [value, graph.const(shape, "int64")])
 
         named_TK = pairs.named(graph, site, ids)

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeopt.backends.tensorrt.cost import COPIED, GEMM_ROOM, sizes_for
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.backends.tensorrt.lowerings.looped import looped
 from moeopt.backends.tensorrt.lowerings.stacked import Stacked
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
+from moeopt.value_types import OnnxValue
 
 
 class Loop:
@@ -31,12 +34,20 @@ class Loop:
     def refuses(self, site: ExpertsNode, provider: str) -> str:
         return banks.refuses_sizes(site)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        s = sizes_for(site, tokens)
+        # with weights on the input, the output cannot take the room of the first product
+        middle = s.O + s.I + s.D if site.spec.weight_on == "input" else s.I + max(s.O, s.D)
+        memory = s.expert + s.R * (s.compute * middle + s.accum * s.D + s.wider) + s.input_rows
+        moved = COPIED * s.E * s.expert + 2 * s.E * s.R * s.row
+        return Cost(moved, 2.0 * s.weights * s.E * s.R, kernels=6 + 6 * s.E, memory=memory + GEMM_ROOM)
+
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         from onnx_ir.tensor_adapters import from_torch_dtype
 
         spec, types, size = site.spec, types_of(site), banks.sizes_of(site)
 
-        def int64(value: Any) -> Any:
+        def int64(value: OnnxValue) -> OnnxValue:
             return graph.const(value, "int64")
 
         slots = ids
@@ -48,7 +59,7 @@ class Loop:
         stacked = Stacked(graph, site)
         zero_w, zero = scalar(graph, 0.0, types.weights), scalar(graph, 0.0, types.accum)
 
-        def one_expert(e: Any, y_RD: Any) -> tuple[list[Any], list[Any]]:
+        def one_expert(e: OnnxValue, y_RD: OnnxValue) -> tuple[list[Any], list[Any]]:
             chosen = graph.op("Equal", [slots, e], name="chosen")
             o_RD = stacked.experts(x_RH, e, rank=2)
             if spec.weight_on == "output":
@@ -71,7 +82,7 @@ class Loop:
         return cast(graph, y, types.accum, types.out)
 
 
-def _any(graph: Builder, chosen_RK: Any) -> Any:
+def _any(graph: Builder, chosen_RK: OnnxValue) -> OnnxValue:
     """True where some slot of a row is true (R, 1)."""
     import onnx_ir as ir
 

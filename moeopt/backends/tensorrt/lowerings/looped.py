@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moeopt.lower.onnx.build import Builder
+from moeopt.value_types import OnnxValue
 
 Body = Callable[..., tuple[list[Any], list[Any]]]
 
 
-def looped(graph: Builder, name: str, trips: Any, carried: Sequence[Any], types: Sequence[Any], body: Body) -> Any:
+def looped(
+    graph: Builder, name: str, trips: OnnxValue, carried: Sequence[Any], types: Sequence[Any], body: Body
+) -> OnnxValue:
     """``body(i, *carried)`` ``trips`` times.
 
     Args:
@@ -29,7 +32,7 @@ def looped(graph: Builder, name: str, trips: Any, carried: Sequence[Any], types:
     """
     import onnx_ir as ir
 
-    def value(label: str, dtype: Any, shape: Sequence[Any]) -> Any:
+    def value(label: str, dtype: OnnxValue, shape: Sequence[Any]) -> OnnxValue:
         return ir.Value(name=f"{graph.prefix}/{name}/{label}", type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
     turn, going = value("turn", ir.DataType.INT64, []), value("going", ir.DataType.BOOL, [])

@@ -6,21 +6,20 @@ not multiplied by zero. Shape legend: T tokens, K chosen per token, N = T K pair
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
+from moeopt.value_types import OnnxValue
 
 
-def named(graph: Builder, site: ExpertsNode, ids_TK: Any) -> Any:
+def named(graph: Builder, site: ExpertsNode, ids_TK: OnnxValue) -> OnnxValue:
     """True where an id is within 0..E-1."""
     at_least = graph.op("GreaterOrEqual", [ids_TK, graph.const(0, "int64")])
     below = graph.op("Less", [ids_TK, graph.const(site.bank.num_experts, "int64")])
     return graph.op("And", [at_least, below], name="names_an_expert")
 
 
-def weighted_input(graph: Builder, site: ExpertsNode, x_TH: Any, weights_TK: Any) -> Any:
+def weighted_input(graph: Builder, site: ExpertsNode, x_TH: OnnxValue, weights_TK: OnnxValue) -> OnnxValue:
     """Each token times each of its weights (T, K, H), in the dtype of that product."""
     types = types_of(site)
     x_T1H = graph.op("Unsqueeze", [cast(graph, x_TH, types.x, types.input_term), graph.const([1], "int64")])
@@ -28,7 +27,7 @@ def weighted_input(graph: Builder, site: ExpertsNode, x_TH: Any, weights_TK: Any
     return graph.op("Mul", [x_T1H, w_TK1], name="weighted_input")
 
 
-def rows(graph: Builder, site: ExpertsNode, x_TH: Any, weights_TK: Any) -> Any:
+def rows(graph: Builder, site: ExpertsNode, x_TH: OnnxValue, weights_TK: OnnxValue) -> OnnxValue:
     """What each pair's expert reads (T, K, H), in the compute dtype."""
     types = types_of(site)
     if site.spec.weight_on == "input":
@@ -37,7 +36,15 @@ def rows(graph: Builder, site: ExpertsNode, x_TH: Any, weights_TK: Any) -> Any:
     return graph.op("Expand", [x_T1H, graph.const([1, site.top_k, 1], "int64")])
 
 
-def combine(graph: Builder, site: ExpertsNode, named_TK: Any, ids: Any, o_TKD: Any, x: Any, weights_TK: Any) -> Any:
+def combine(
+    graph: Builder,
+    site: ExpertsNode,
+    named_TK: OnnxValue,
+    ids: OnnxValue,
+    o_TKD: OnnxValue,
+    x: OnnxValue,
+    weights_TK: OnnxValue,
+) -> OnnxValue:
     """The pairs' outputs (T, K, D), in the compute dtype, weighed and summed over K in the accumulator's dtype."""
     spec, types = site.spec, types_of(site)
     if spec.weight_on == "output":
@@ -51,7 +58,7 @@ def combine(graph: Builder, site: ExpertsNode, named_TK: Any, ids: Any, o_TKD: A
     return cast(graph, y_TD, types.accum, types.out)
 
 
-def identity(graph: Builder, site: ExpertsNode, ids: Any, x: Any, weights_TK: Any) -> Any:
+def identity(graph: Builder, site: ExpertsNode, ids: OnnxValue, x: OnnxValue, weights_TK: OnnxValue) -> OnnxValue:
     """What ids beyond the experts add: the token times its weight (T, D), in the accumulator's dtype."""
     types = types_of(site)
     beyond_TK = graph.op("GreaterOrEqual", [ids, graph.const(site.bank.num_experts, "int64")])
@@ -60,6 +67,6 @@ def identity(graph: Builder, site: ExpertsNode, ids: Any, x: Any, weights_TK: An
     return graph.op("ReduceSum", [same, graph.const([1], "int64")], keepdims=0)
 
 
-def last(graph: Builder, value: Any) -> Any:
+def last(graph: Builder, value: OnnxValue) -> OnnxValue:
     """``value`` with a last dimension of 1."""
     return graph.op("Unsqueeze", [value, graph.const([-1], "int64")])

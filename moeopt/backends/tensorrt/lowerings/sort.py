@@ -18,13 +18,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeopt.backends.tensorrt.cost import COPIED, GEMM_ROOM, sizes_for
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.backends.tensorrt.lowerings.looped import looped
 from moeopt.backends.tensorrt.lowerings.stacked import Stacked
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
+from moeopt.value_types import OnnxValue
 
 STEP = 64
 """A block's rows are a multiple of this: so many rows of a product take a GPU no longer than reading its weight."""
@@ -45,7 +48,16 @@ class Sort:
     def refuses(self, site: ExpertsNode, provider: str) -> str:
         return banks.refuses_sizes(site)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        s = sizes_for(site, tokens)
+        L, B = blocks_of(s.N, s.E)
+        # the pairs' rows by token are fused away where the profile is made for more than 8 tokens: a third less then
+        memory = s.expert + s.compute * (L * B * s.D + (s.R + 1) * s.H + B * (s.H + s.O + s.I))
+        memory += max(s.compute * s.N * s.D, 16 * s.N * s.E)
+        moved = COPIED * L * s.expert + 2 * L * B * s.row + 32 * s.N * s.E
+        return Cost(moved, 2.0 * s.weights * L * B, kernels=20 + 6 * L, memory=memory + GEMM_ROOM)
+
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         types, size, K = types_of(site), banks.sizes_of(site), site.top_k
         named_TK = pairs.named(graph, site, ids)
         order = _Order(graph, site, named_TK, ids)
@@ -59,7 +71,7 @@ class Sort:
         rows = graph.op("Concat", [rows, none_1H], axis=0, name="rows_and_none")
         stacked = Stacked(graph, site)
 
-        def one_block(b: Any) -> tuple[list[Any], list[Any]]:
+        def one_block(b: OnnxValue) -> tuple[list[Any], list[Any]]:
             x_BH = graph.op("Gather", [rows, graph.op("Gather", [row_LB, b], axis=0)], axis=0, name="rows_of_block")
             e = graph.op("Gather", [order.expert_L, b], axis=0, name="expert_of_block")
             return [], [stacked.experts(x_BH, e, rank=2)]
@@ -80,7 +92,7 @@ class _Order:
         place_TK: the place of each pair; 0 for pairs that name no expert.
     """
 
-    def __init__(self, graph: Builder, site: ExpertsNode, named_TK: Any, ids_TK: Any) -> None:
+    def __init__(self, graph: Builder, site: ExpertsNode, named_TK: OnnxValue, ids_TK: OnnxValue) -> None:
         self.graph, E = graph, site.bank.num_experts
         zero, int64 = graph.const(0, "int64"), self._int64
         named_N = graph.op("Reshape", [named_TK, int64([-1])])
@@ -108,7 +120,7 @@ class _Order:
         passed_L = graph.op("ReduceSum", [over_LE, int64([1])], keepdims=0)
         self.expert_L = graph.op("Min", [passed_L, int64(E - 1)], name="expert_of_blocks")
 
-    def _pairs(self, place_N: Any, named_N: Any, N: Any) -> Any:
+    def _pairs(self, place_N: OnnxValue, named_N: OnnxValue, N: OnnxValue) -> OnnxValue:
         """The inverse of ``place_N``: pairs without an expert are sent behind the last place, each to its own."""
         graph, int64 = self.graph, self._int64
         P = graph.op("Mul", [self.blocks, self.B], name="places")
@@ -122,5 +134,5 @@ class _Order:
         shape = graph.op("Concat", [int64([-1]), graph.op("Unsqueeze", [self.B, int64([0])])], axis=0)
         return graph.op("Reshape", [pair_P, shape])
 
-    def _int64(self, value: Any) -> Any:
+    def _int64(self, value: OnnxValue) -> OnnxValue:
         return self.graph.const(value, "int64")

@@ -8,8 +8,6 @@ of one expert, H hidden, O columns of W_in (gate, then up), I intermediate, D ou
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.types import types_of, wide
+from moeopt.value_types import OnnxValue
 
 
 class Stacked:
@@ -41,7 +40,7 @@ class Stacked:
                 "norm.weight", lambda e: default_if_none(bank.norm(e), one).to(compute), 1, size.D, dtype=wide(compute)
             )
 
-    def experts(self, x: Any, index: Any, *, rank: int) -> Any:
+    def experts(self, x: OnnxValue, index: OnnxValue, *, rank: int) -> OnnxValue:
         """The experts that ``index`` names on ``x``, in the compute dtype.
 
         Args:
@@ -58,13 +57,13 @@ class Stacked:
         norm = None if self.norm is None else self._of(self.norm, index)
         return middle.rms_norm(graph, site, o, norm, axis=rank - 1)
 
-    def _of(self, stack: Any, index: Any) -> Any:
+    def _of(self, stack: OnnxValue, index: OnnxValue) -> OnnxValue:
         return self.graph.op("Gather", [stack, index], axis=0)
 
-    def _added(self, value: Any, stack: Any, index: Any) -> Any:
+    def _added(self, value: OnnxValue, stack: OnnxValue, index: OnnxValue) -> OnnxValue:
         return value if stack is None else self.graph.op("Add", [value, self._of(stack, index)])
 
-    def _whole(self, name: str, read: Any, *shape: int, dtype: torch.dtype | None = None) -> Any:
+    def _whole(self, name: str, read: OnnxValue, *shape: int, dtype: torch.dtype | None = None) -> OnnxValue:
         kept, E = dtype or types_of(self.site).compute, self.size.E
 
         def whole() -> Tensor:

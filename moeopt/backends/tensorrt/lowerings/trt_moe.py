@@ -14,18 +14,20 @@ Shape legend: B = 1 batch, S = T tokens or N = T K pairs, E experts, K chosen, H
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moeopt.backends.tensorrt.capability import MOE_TARGETS
+from moeopt.backends.tensorrt.cost import GEMM_ROOM, routed_flops, sizes_for
 from moeopt.backends.tensorrt.lowerings import pairs
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of, wide
+from moeopt.lower.onnx.lowerings.weight_reads import experts_hit
+from moeopt.value_types import OnnxValue
 
 DOMAIN, OP = "trt", "TRT_MoE"
 ACTIVATIONS = {"identity": 0, "silu": 1}
@@ -62,7 +64,12 @@ class TrtMoE:
             return f"IMoELayer's output is as wide as its input, {size.H}; these experts give {size.D}"
         return ""
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        s = sizes_for(site, tokens)
+        moved = experts_hit(site, s.T) * s.expert + 2 * s.N * s.row
+        return Cost(moved, routed_flops(s), kernels=6, memory=s.N * s.row + GEMM_ROOM)
+
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         return _together(graph, site, x, ids, weights) if together(site) else _by_pairs(graph, site, x, ids, weights)
 
 
@@ -75,17 +82,17 @@ def together(site: ExpertsNode) -> bool:
     return within and plain and same
 
 
-def _together(graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+def _together(graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
     types = types_of(site)
     ends = [cast(graph, x, types.x, types.compute), ids, weights]
     y_TH = _layer(graph, site, *[graph.op("Unsqueeze", [end, graph.const([0], "int64")]) for end in ends])
     return cast(graph, y_TH, types.compute, types.out)
 
 
-def _by_pairs(graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+def _by_pairs(graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
     types, size, K = types_of(site), banks.sizes_of(site), site.top_k
 
-    def reshaped(value: Any, *shape: int) -> Any:
+    def reshaped(value: OnnxValue, *shape: int) -> OnnxValue:
         return graph.op("Reshape", [value, graph.const(shape, "int64")])
 
     named_TK = pairs.named(graph, site, ids)
@@ -102,20 +109,20 @@ def _by_pairs(graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any)
     return pairs.combine(graph, site, named_TK, ids, o_TKH, x, weights)
 
 
-def _layer(graph: Builder, site: ExpertsNode, x_1SH: Any, ids_1SK: Any, scores_1SK: Any) -> Any:
+def _layer(graph: Builder, site: ExpertsNode, x_1SH: OnnxValue, ids_1SK: OnnxValue, scores_1SK: OnnxValue) -> OnnxValue:
     """The node on rank-3 inputs, and its output as (S, H)."""
     import onnx_ir as ir
 
     ids_1SK = graph.op("Cast", [ids_1SK], to=int(ir.DataType.INT32))
     bank, spec, size, compute = site.bank, site.spec, banks.sizes_of(site), types_of(site).compute
 
-    def whole(name: str, read: Any, *shape: int) -> Any:
+    def whole(name: str, read: OnnxValue, *shape: int) -> OnnxValue:
         def stacked() -> Tensor:
             return torch.stack([read(e).detach().to(compute).cpu() for e in range(size.E)])
 
         return graph.weight(name, stacked, compute, (size.E, *shape))
 
-    def half(read: Any, which: int) -> Any:
+    def half(read: OnnxValue, which: int) -> OnnxValue:
         return lambda e: read(e).chunk(2, dim=-1)[which]
 
     def w_in(e: int) -> Tensor:

@@ -12,8 +12,6 @@ token, E experts, H hidden, O columns of W_in, I intermediate, D output width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,10 @@ from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import middle, table
 from moeopt.lower.onnx.lowerings import weights as banks
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.types import cast, refuses_types, scalar, types_of, wide
+from moeopt.lower.onnx.lowerings.weight_reads import weights_cost
+from moeopt.value_types import OnnxValue
 
 MOST_EXPERTS = 16
 """Beyond this many, computing all of them is never the choice."""
@@ -39,13 +40,17 @@ class Dense:
             return "weights on the input differ for each of a token's slots; dense carries that for top_k 1 only"
         return refuses_types(site, provider) or banks.refuses_sizes(site)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        E = site.bank.num_experts
+        return weights_cost(site, experts=E, rows=tokens * E, kernels=30)
+
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         spec, types = site.spec, types_of(site)
 
-        def last(value: Any) -> Any:
+        def last(value: OnnxValue) -> OnnxValue:
             return graph.op("Unsqueeze", [value, graph.const([-1], "int64")])
 
-        def scaled() -> Any:
+        def scaled() -> OnnxValue:
             pair = (cast(graph, x, types.x, types.input_term), cast(graph, weights, types.weights, types.input_term))
             x_T1H = graph.op("Unsqueeze", [pair[0], graph.const([1], "int64")])
             return graph.op("Mul", [x_T1H, last(pair[1])], name="weighted_input")
@@ -74,18 +79,18 @@ class Dense:
         return cast(graph, y_TD, types.accum, types.out)
 
 
-def _all_experts(graph: Builder, site: ExpertsNode, x_TH: Any) -> Any:
+def _all_experts(graph: Builder, site: ExpertsNode, x_TH: OnnxValue) -> OnnxValue:
     """Every expert's output on every token (E, T, D), in the compute dtype."""
     bank, spec, size, types = site.bank, site.spec, banks.sizes_of(site), types_of(site)
     compute = types.compute
 
-    def stacked(name: str, read: Any, *shape: int, dtype: torch.dtype = compute) -> Any:
+    def stacked(name: str, read: OnnxValue, *shape: int, dtype: torch.dtype = compute) -> OnnxValue:
         def whole() -> Tensor:
             return torch.stack([read(e).to(dtype) for e in range(size.E)]).reshape(size.E, *shape)
 
         return graph.weight(name, whole, dtype, (size.E, *shape))
 
-    def add(value: Any, name: str, read: Any, width: int) -> Any:
+    def add(value: OnnxValue, name: str, read: OnnxValue, width: int) -> OnnxValue:
         return graph.op("Add", [value, stacked(name, read, 1, width)])
 
     w_in = stacked("gate_up.weight", lambda e: banks.w_in_HO(bank, e, spec), size.H, size.O)

@@ -12,13 +12,14 @@ hidden, D output width.
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import row_graph, table
+from moeopt.lower.onnx.lowerings.base import Cost
 from moeopt.lower.onnx.lowerings.dense import MOST_EXPERTS
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of
+from moeopt.lower.onnx.lowerings.weight_reads import weights_cost
+from moeopt.value_types import OnnxValue
 
 
 class DenseFunction:
@@ -39,7 +40,11 @@ class DenseFunction:
             return "dense_function has no form for ids that mean the identity"
         return row_graph.refuses(site)
 
-    def emit(self, graph: Builder, site: ExpertsNode, x: Any, ids: Any, weights: Any) -> Any:
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        E = site.bank.num_experts
+        return weights_cost(site, experts=E, rows=tokens * E, kernels=10 + (len(site.spec.body.nodes) + 5) * E)
+
+    def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         spec, types = site.spec, types_of(site)
         function = row_graph.RowGraph(graph, site)
         chosen_TKE = table.chosen_TKE(graph, site, ids)

@@ -6,20 +6,16 @@ What PyTorch does in one kernel in float32 inside, for float16 and bfloat16, is 
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 
+from moeopt.ir.activations import activation_of
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
-from moeopt.lower.onnx.lowerings import stable
 from moeopt.lower.onnx.lowerings.types import cast, scalar, types_of, wide
+from moeopt.value_types import OnnxAttribute, OnnxValue
 
-_ONE_KERNEL = ("silu", "gelu", "gelu_tanh", "mish", "softplus", "elu", "leaky_relu")
 
-
-def gate(graph: Builder, site: ExpertsNode, h: Any, columns: int) -> Any:
+def gate(graph: Builder, site: ExpertsNode, h: OnnxValue, columns: int) -> OnnxValue:
     """``apply_gate`` of ``h`` (..., O), gate columns then up columns, in the compute dtype; returns (..., I)."""
     spec, types = site.spec, types_of(site)
     h = cast(graph, h, types.compute, types.act)
@@ -39,14 +35,22 @@ def gate(graph: Builder, site: ExpertsNode, h: Any, columns: int) -> Any:
     return cast(graph, a, types.act, types.compute)
 
 
-def activation(graph: Builder, g: Any, name: str, alpha: float | None, dtype: torch.dtype) -> Any:
-    """``name`` of ``moeopt.ir.specs.ACTIVATIONS`` on ``g``, in ``dtype``."""
-    inner = wide(dtype) if name in _ONE_KERNEL else dtype
-    value = _activation(graph, cast(graph, g, dtype, inner), name, alpha, inner)
+def activation(graph: Builder, g: OnnxValue, name: str, alpha: float | None, dtype: torch.dtype) -> OnnxValue:
+    """``name`` of ``moeopt.ir.activations.ACTIVATION_TABLE`` on ``g``, in ``dtype``."""
+    entry = activation_of(name)
+    inner = wide(dtype) if entry.one_kernel else dtype
+
+    def op(op_type: str, *values: OnnxValue, **attributes: OnnxAttribute) -> OnnxValue:
+        return graph.op(op_type, values, **attributes)
+
+    def const(value: float) -> OnnxValue:
+        return scalar(graph, value, inner)
+
+    value = entry.onnx(op, const, cast(graph, g, dtype, inner), *entry.parameters(alpha))
     return cast(graph, value, inner, dtype)
 
 
-def rms_norm(graph: Builder, site: ExpertsNode, o: Any, weight: Any, *, axis: int) -> Any:
+def rms_norm(graph: Builder, site: ExpertsNode, o: OnnxValue, weight: OnnxValue, *, axis: int) -> OnnxValue:
     """RMSNorm over the last dimension of ``o``, which is ``axis``: over no rows, ONNX Runtime ignores an axis of -1.
 
     ``weight`` broadcasts against ``o`` and is in ``wide(compute)``; None means no weight.
@@ -63,7 +67,7 @@ def rms_norm(graph: Builder, site: ExpertsNode, o: Any, weight: Any, *, axis: in
     return cast(graph, o, inner, compute)
 
 
-def _clamp(graph: Builder, value: Any, low: float | None, high: float | None, dtype: torch.dtype) -> Any:
+def _clamp(graph: Builder, value: OnnxValue, low: float | None, high: float | None, dtype: torch.dtype) -> OnnxValue:
     if low is None and high is None:
         return value
     limits = [None if limit is None else scalar(graph, limit, dtype) for limit in (low, high)]
@@ -71,50 +75,3 @@ def _clamp(graph: Builder, value: Any, low: float | None, high: float | None, dt
         bound = limits[low is None]
         return graph.op("Min" if low is None else "Max", [value, bound])
     return graph.op("Clip", [value, *(limits if high is not None else limits[:1])])
-
-
-def _activation(graph: Builder, g: Any, name: str, alpha: float | None, dtype: torch.dtype) -> Any:
-    def const(value: float) -> Any:
-        return scalar(graph, value, dtype)
-
-    def mul(a: Any, b: Any) -> Any:
-        return graph.op("Mul", [a, b])
-
-    def op(op_type: str, *values: Any) -> Any:
-        return graph.op(op_type, values)
-
-    if name == "identity":
-        return g
-    if name in ("silu", "swish"):
-        inner = g if name == "silu" else mul(g, const(_required(alpha)))
-        return op("Div", g, stable.one_plus_exp_of_minus(op, const, inner))
-    if name == "sigmoid":
-        return stable.sigmoid(op, const, g)
-    if name == "gelu":
-        one_plus = graph.op("Add", [graph.op("Erf", [graph.op("Div", [g, const(math.sqrt(2))])]), const(1)])
-        return mul(mul(g, one_plus), const(0.5))
-    if name == "gelu_tanh":
-        cube = mul(mul(mul(g, g), g), const(0.044715))
-        inner = mul(graph.op("Add", [g, cube]), const(math.sqrt(2 / math.pi)))
-        return mul(mul(g, const(0.5)), graph.op("Add", [graph.op("Tanh", [inner]), const(1)]))
-    if name in ("relu", "tanh"):
-        return graph.op(name.capitalize(), [g])
-    if name == "relu2":
-        r = graph.op("Relu", [g])
-        return mul(r, r)
-    if name == "softcap":
-        return mul(graph.op("Tanh", [graph.op("Div", [g, const(_required(alpha))])]), const(_required(alpha)))
-    if name == "softplus":
-        linear = graph.op("Greater", [g, const(20)])  # F.softplus's threshold
-        return graph.op("Where", [linear, g, stable.softplus(op, const, g)])
-    if name == "mish":
-        return stable.mish(op, const, g)
-    if name == "elu":
-        return stable.elu(op, const, g, _required(alpha))
-    assert name == "leaky_relu", name
-    return graph.op("Where", [graph.op("Greater", [g, const(0)]), g, mul(g, const(_required(alpha)))])
-
-
-def _required(alpha: float | None) -> float:
-    assert alpha is not None, "ExpertsSpec checks that alpha is given"
-    return alpha

@@ -20,6 +20,7 @@ from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.ops.row_function import SlotBank, function_of
+from moeopt.value_types import OnnxValue
 
 ROWS = 7
 """Rows of the call that is traced; their number is free."""
@@ -39,7 +40,7 @@ class RowGraph:
         for value in self._model.graph.initializers.values():
             self._constants[id(value)] = graph.initializer(f"function/{value.name}", value.const_value)
 
-    def expert(self, e: int, rows: Any) -> Any:
+    def expert(self, e: int, rows: OnnxValue) -> OnnxValue:
         """The value (M, D) of expert ``e`` on ``rows`` (M, H), which have the function's own dtype."""
         import onnx_ir as ir
 
@@ -73,7 +74,7 @@ def _slot(bank: SlotBank, e: int, p: int) -> Tensor:
     return bank.slots(e)[p]
 
 
-def _unnamed(shape: Any) -> Any:
+def _unnamed(shape: OnnxValue) -> OnnxValue:
     """``shape`` with no name for the number of rows: each expert has its own, and one name would promise the same."""
     import onnx_ir as ir
 
@@ -115,6 +116,8 @@ def widened(site: ExpertsNode) -> ExpertsNode:
 
 def refuses(site: ExpertsNode) -> str:
     """Why the function of ``site`` has no ONNX form; "" where it has one."""
+    if not isinstance(site.spec, RowFunction):
+        return "experts of two matmuls have forms of their own"
     try:
         _converted(site.spec)
     except Declined as err:
@@ -125,7 +128,7 @@ def refuses(site: ExpertsNode) -> str:
 _KNOWN: dict[str, Any] = {}
 
 
-def _converted(spec: RowFunction) -> Any:
+def _converted(spec: RowFunction) -> OnnxValue:
     """An ``onnx_ir.Model`` with the inputs rows, slot 0, slot 1, ... and one output; converted once."""
     from moeopt.lower.onnx.export import to_onnx
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from moeopt.ir.activations import activation_of
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.value_types import OnnxValue
 
 _HALF = (torch.float16, torch.bfloat16)
-_NO_FLOAT64 = ("gelu",)
-"""Activations whose float64 form needs an operator that ONNX Runtime has for float32 only (Erf)."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,12 @@ def refuses_types(site: ExpertsNode, provider: str) -> str:
             "ONNX Runtime's CPU provider has no bfloat16 MatMul, Mul or Add (NOT_IMPLEMENTED); "
             "export a float32 copy of the model, or run on CUDA"
         )
-    if types.act == torch.float64 and site.spec.activation in _NO_FLOAT64:
+    if types.act == torch.float64 and not activation_of(site.spec.activation).onnx_float64:
         return f"ONNX Runtime has no float64 kernel for {site.spec.activation}; export a float32 copy of the model"
     return ""
 
 
-def cast(graph: Builder, value: Any, have: torch.dtype, want: torch.dtype) -> Any:
+def cast(graph: Builder, value: OnnxValue, have: torch.dtype, want: torch.dtype) -> OnnxValue:
     """``value`` in dtype ``want``; no node when it has it."""
     if have == want:
         return value
@@ -83,7 +82,7 @@ def cast(graph: Builder, value: Any, have: torch.dtype, want: torch.dtype) -> An
     return graph.op("Cast", [value], to=int(from_torch_dtype(want)))
 
 
-def scalar(graph: Builder, value: float, dtype: torch.dtype) -> Any:
+def scalar(graph: Builder, value: float, dtype: torch.dtype) -> OnnxValue:
     """A rank-0 constant in ``dtype``; bfloat16 ones are cast from float32."""
     if dtype == torch.bfloat16:
         return cast(graph, graph.const(value, "float32"), torch.float32, dtype)

@@ -7,7 +7,6 @@ O columns (2I gated, I plain), H hidden, I intermediate, D = W_out's output widt
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.ops.activations import split_rows
 from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.value_types import OnnxValue
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def has_b_out(bank: ExpertWeights) -> bool:
     return any(bank.b_out(e) is not None for e in range(bank.num_experts))
 
 
-def expert_weight(graph: Builder, site: ExpertsNode, e: int, which: str) -> Any:
+def expert_weight(graph: Builder, site: ExpertsNode, e: int, which: str) -> OnnxValue:
     """A graph value for one expert's ``"gate_up"`` (H, O) or ``"down"`` (I, D) weight, in the compute dtype."""
     size, compute = sizes_of(site), types_of(site).compute
     read = w_in_HO if which == "gate_up" else w_out_ID
@@ -82,7 +82,7 @@ def expert_weight(graph: Builder, site: ExpertsNode, e: int, which: str) -> Any:
     return graph.weight(name, lambda: read(site.bank, e, site.spec).to(compute), compute, shape)
 
 
-def b_in_table(graph: Builder, site: ExpertsNode) -> Any:
+def b_in_table(graph: Builder, site: ExpertsNode) -> OnnxValue:
     """The input biases as one value (E + 1, O), the last row zero; None when no expert has one."""
     if not has_b_in(site.bank):
         return None
@@ -95,7 +95,7 @@ def b_in_table(graph: Builder, site: ExpertsNode) -> Any:
     return graph.weight("gate_up.bias", read, compute, (size.E + 1, size.O))
 
 
-def b_out_table(graph: Builder, site: ExpertsNode) -> Any:
+def b_out_table(graph: Builder, site: ExpertsNode) -> OnnxValue:
     """The output biases (E + 1, D), the last row zero; None when no expert has one."""
     if not has_b_out(site.bank):
         return None
@@ -108,7 +108,7 @@ def b_out_table(graph: Builder, site: ExpertsNode) -> Any:
     return graph.weight("down.bias", read, compute, (size.E + 1, size.D))
 
 
-def norm_table(graph: Builder, site: ExpertsNode, dtype: torch.dtype) -> Any:
+def norm_table(graph: Builder, site: ExpertsNode, dtype: torch.dtype) -> OnnxValue:
     """The norm weights (E + 1, D) in ``dtype``, the last row one; None when no expert has one."""
     bank, size, compute = site.bank, sizes_of(site), types_of(site).compute
     if all(bank.norm(e) is None for e in range(size.E)):

@@ -18,26 +18,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
-Op = Callable[..., Any]
-Const = Callable[[float], Any]
+from moeopt.value_types import OnnxValue
+
+Op: TypeAlias = Callable[..., OnnxValue]
+Const: TypeAlias = Callable[[float], OnnxValue]
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 _SATURATED = 20.0
 """From here on mish(x) is x to the last digit."""
 
 
-def one_plus_exp_of_minus(op: Op, const: Const, x: Any) -> Any:
+def one_plus_exp_of_minus(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
     """The denominator of sigmoid(x): ``a * sigmoid(x)`` is ``a`` over it, which is how PyTorch computes silu."""
     return op("Add", op("Exp", op("Neg", x)), const(1.0))
 
 
-def sigmoid(op: Op, const: Const, x: Any) -> Any:
+def sigmoid(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
     """1 / (1 + exp(-x)); 0 where exp(-x) overflows, as in PyTorch."""
     return op("Reciprocal", one_plus_exp_of_minus(op, const, x))
 
 
-def log1p(op: Op, const: Const, u: Any) -> Any:
+def log1p(op: Op, const: Const, u: OnnxValue) -> OnnxValue:
     """log(1 + u)."""
     w = op("Add", u, const(1.0))
     d, log = op("Sub", w, const(1.0)), op("Log", w)
@@ -45,7 +47,7 @@ def log1p(op: Op, const: Const, u: Any) -> Any:
     return op("Where", op("Equal", d, u), log, near)  # exact sums, and infinity, where u / d is NaN
 
 
-def expm1(op: Op, const: Const, x: Any) -> Any:
+def expm1(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
     """exp(x) - 1; -1 from log(eps / 2) down, so that ``expm1(x) + 1`` is 0 where it is in PyTorch."""
     w, one = op("Exp", x), const(1.0)
     d = op("Where", op("Equal", op("Add", w, one), one), const(-1.0), op("Sub", w, one))
@@ -53,18 +55,18 @@ def expm1(op: Op, const: Const, x: Any) -> Any:
     return op("Where", op("Greater", op("Abs", x), one), d, near)
 
 
-def log_sigmoid(op: Op, const: Const, x: Any) -> Any:
+def log_sigmoid(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
     """log(sigmoid(x))."""
     tail = log1p(op, const, op("Exp", op("Neg", op("Abs", x))))
     return op("Sub", op("Min", x, const(0.0)), tail)
 
 
-def softplus(op: Op, const: Const, x: Any) -> Any:
+def softplus(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
     """log(1 + exp(x))."""
     return op("Add", op("Relu", x), log1p(op, const, op("Exp", op("Neg", op("Abs", x)))))
 
 
-def elu(op: Op, const: Const, x: Any, alpha: float = 1.0, scale: float = 1.0, per: float = 1.0) -> Any:
+def elu(op: Op, const: Const, x: OnnxValue, alpha: float = 1.0, scale: float = 1.0, per: float = 1.0) -> OnnxValue:
     """``scale * x`` above 0, ``scale * alpha * expm1(x / per)`` below; selu and celu are among them."""
     low = op("Min", x, const(0.0))  # where x is large and not chosen, exp would overflow
     below = expm1(op, const, low if per == 1 else op("Div", low, const(per)))
@@ -73,7 +75,7 @@ def elu(op: Op, const: Const, x: Any, alpha: float = 1.0, scale: float = 1.0, pe
     return op("Where", op("Greater", x, const(0.0)), above, below)
 
 
-def tanh(op: Op, const: Const, x: Any) -> Any:
+def tanh(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
     """tanh(x), rounded once where it is near 1, so that ``1 - tanh(x)`` is PyTorch's."""
     a = op("Abs", x)
     below = op("Div", const(2.0), op("Add", op("Exp", op("Mul", a, const(2.0))), const(1.0)))
@@ -81,42 +83,42 @@ def tanh(op: Op, const: Const, x: Any) -> Any:
     return op("Where", op("Greater", a, const(1.0)), far, op("Tanh", x))
 
 
-def gelu_tanh(op: Op, const: Const, x: Any) -> Any:
+def gelu_tanh(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
     """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     cube = op("Mul", op("Mul", op("Mul", x, x), x), const(0.044715))
     inner = op("Mul", op("Add", x, cube), const(math.sqrt(2 / math.pi)))
     return op("Mul", op("Mul", x, const(0.5)), op("Add", const(1.0), tanh(op, const, inner)))
 
 
-def mish(op: Op, const: Const, x: Any) -> Any:
+def mish(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
     """x tanh(softplus(x))."""
     e = op("Exp", op("Min", x, const(_SATURATED)))
     n = op("Mul", e, op("Add", e, const(2.0)))
     return op("Mul", x, op("Div", n, op("Add", n, const(2.0))))
 
 
-def hardsigmoid(op: Op, const: Const, x: Any) -> Any:
+def hardsigmoid(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
     """relu6(x + 3) / 6, not x / 6 + 1/2: the sum is exact near -3, where the result is 0."""
     return op("Div", op("Clip", op("Add", x, const(3.0)), const(0.0), const(6.0)), const(6.0))
 
 
-def hardswish(op: Op, const: Const, x: Any) -> Any:
+def hardswish(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
     """x relu6(x + 3) / 6, multiplied before it is divided as PyTorch does."""
     return op("Div", op("Mul", x, op("Clip", op("Add", x, const(3.0)), const(0.0), const(6.0))), const(6.0))
 
 
-def sign(op: Op, const: Const, x: Any) -> Any:
+def sign(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
     """-1, 0 or 1; 0 for NaN, as in PyTorch."""
     return op("Where", op("IsNaN", x), const(0.0), op("Sign", x))
 
 
-def floor_mod(op: Op, const: Const, a: Any, b: Any) -> Any:
+def floor_mod(op: Op, const: Const, a: OnnxValue, b: OnnxValue) -> OnnxValue:
     """a - b floor(a / b), of floats: through fmod, which is exact at every magnitude."""
     mod = op("Mod", a, b, fmod=1)
     return op("Where", _crosses(op, const, mod, b), op("Add", mod, b), mod)
 
 
-def floor_div(op: Op, const: Const, a: Any, b: Any) -> Any:
+def floor_div(op: Op, const: Const, a: OnnxValue, b: OnnxValue) -> OnnxValue:
     """floor(a / b), of floats; NaN for an infinite a, as in Python and PyTorch."""
     mod = op("Mod", a, b, fmod=1)
     quotient = op("Div", op("Sub", a, mod), b)
@@ -126,7 +128,7 @@ def floor_div(op: Op, const: Const, a: Any, b: Any) -> Any:
     return op("Where", op("Equal", b, const(0.0)), op("Div", a, b), low)
 
 
-def _crosses(op: Op, const: Const, mod: Any, b: Any) -> Any:
+def _crosses(op: Op, const: Const, mod: OnnxValue, b: OnnxValue) -> OnnxValue:
     """Where a remainder is not 0 and has another sign than ``b``."""
     zero = const(0.0)
     differ = op("Xor", op("Less", b, zero), op("Less", mod, zero))

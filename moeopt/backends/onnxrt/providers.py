@@ -1,0 +1,91 @@
+"""Which ONNX Runtime this process has, and its execution providers by name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+
+import torch
+
+from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "nv_tensorrt_rtx": "NvTensorRTRTXExecutionProvider",
+}
+
+
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+
+
+def runtime() -> PyObject:
+    """The ``onnxruntime`` module.
+
+    Raises:
+        UsageError: none is installed, or two that overwrite each other's files.
+    """
+    found = [name for name in _PACKAGES if _installed(name)]
+    if len(found) > 1:
+        raise UsageError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            "pip uninstall both, then install one of moeopt[onnxruntime] or moeopt[onnxruntime-gpu]"
+        )
+    try:
+        import onnx_ir  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as err:
+        raise UsageError(
+            f"backend 'onnxruntime' needs {err.name}: pip install 'moeopt[onnxruntime]' (CPU) "
+            "or 'moeopt[onnxruntime-gpu]'"
+        ) from None
+    return onnxruntime
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def provider_named(name: str | None) -> str:
+    """``cpu``, ``cuda``, ... from any spelling (``CUDAExecutionProvider`` too); ``UsageError`` for an unknown one."""
+    if name is None:
+        return "cpu"
+    short = str(name).split(":")[0].lower().removesuffix("executionprovider").replace("-", "_")
+    short = {"nvtensorrtrtx": "nv_tensorrt_rtx", "trt": "tensorrt", "tensorrt_rtx": "nv_tensorrt_rtx"}.get(short, short)
+    if short not in PROVIDERS:
+        raise UsageError(f"provider {name!r} is unknown; the providers are {', '.join(PROVIDERS)}")
+    return short
+
+
+def available() -> list[str]:
+    """The providers that can run on this machine: a GPU build lists its providers with no GPU there, too."""
+    built = runtime().get_available_providers()
+    gpu = torch.cuda.is_available()
+    return [short for short, name in PROVIDERS.items() if name in built and (short == "cpu" or gpu)]
+
+
+def why_absent(names: Sequence[str], alone: bool = True) -> dict[str, str]:
+    """Each of the providers ``names``, and why it is not on this machine ("" where it is).
+
+    Args:
+        alone: whether nothing but these could run what is asked about.
+
+    Raises:
+        UsageError: ONNX Runtime is not installed, and ``alone``: nothing would be checked, which must not look like
+            success.
+    """
+    try:
+        there, missing = available(), ""
+    except UsageError as err:
+        if alone:
+            raise
+        there, missing = [], str(err)
+    absent = {n: missing or f"ONNX Runtime has no {PROVIDERS[n]} on this machine, or no GPU for it" for n in names}
+    return {name: "" if name in there else why for name, why in absent.items()}

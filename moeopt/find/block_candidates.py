@@ -1,0 +1,93 @@
+"""A place in a model where a block may be, and which of several places for one block is kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moeopt.capture.tape import Call
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.gemm_sites import weight_and_operand
+
+
+@dataclass
+class BlockCandidate:
+    """One module call that holds a block. ``levels`` are the call and its ancestors, innermost first.
+
+    ``alone`` has each FFN candidate of an MoE block that is a dense FFN where it turns out to be no expert: a shared
+    expert of the experts' own size. ``own`` is how many of the levels are the block's own: up to the innermost in
+    which something is chosen. ``reason`` is why nothing of it can be rewritten, where that is known already;
+    ``steered`` whether its Python depends on the values of tensors.
+    """
+
+    kind: str
+    call: Call
+    levels: list[Call]
+    order: int
+    source: str
+    candidates: list[FFNCandidate] = field(default_factory=list)
+    experts: int | None = None
+    weights: set[int] = field(default_factory=set)
+    alone: list[BlockCandidate] = field(default_factory=list)
+    own: int = 0
+    reason: str = ""
+    steered: bool = False
+
+    def own_levels(self) -> set[str]:
+        """Paths of the levels that are the block's own."""
+        return {level.path for level in self.levels[: self.own]}
+
+
+def numbered_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Size]]:
+    """For each part of a tensor's name that holds a number: the part's place, the name without the number, the shape.
+    Tensors that have one in common are twins."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if re.search(r"\d", part):
+            yield i, ".".join([*parts[:i], re.sub(r"\d+", "#", part), *parts[i + 1 :]]), tensor.shape
+
+
+def layers_of(module: nn.Module) -> int:
+    return sum(p.dim() > 1 for p in module.parameters())
+
+
+def closest(places: list[BlockCandidate]) -> list[BlockCandidate]:
+    """The places without those whose experts were found closer too, in a call inside theirs."""
+    readers: dict[int, list[BlockCandidate]] = {}
+    for place in places:
+        for weight in place.weights if place.kind == "moe" else ():
+            readers.setdefault(weight, []).append(place)
+
+    def closer(place: BlockCandidate) -> bool:
+        others = {id(o): o for w in place.weights for o in readers[w] if o.call is not place.call}
+        return any(place.call is level for o in others.values() for level in o.levels)
+
+    return [p for p in places if p.kind != "moe" or not closer(p)]
+
+
+def each_once(places: list[BlockCandidate]) -> list[BlockCandidate]:
+    """The places without second readings of one call that share weights (three matmuls in a row are two candidates)."""
+    seen: dict[int, set[int]] = {}
+    found = []
+    for place in places:
+        weights = seen.setdefault(place.call.index, set()) if place.kind == "moe" else set()
+        if weights.isdisjoint(place.weights):
+            found.append(place)
+        weights |= place.weights
+    return found
+
+
+def identity_of(product: fx.Node) -> tuple[Any, ...]:
+    """Which part of which Parameter a matmul multiplies by: its name and the slicing that leads to it."""
+    found = weight_and_operand(product, {})
+    steps: list[Any] = []
+    node = found[0] if found is not None else product
+    while node.op == "call_function" and node.all_input_nodes:
+        steps.append((str(node.target), repr([a for a in node.args if not isinstance(a, fx.Node)])))
+        node = node.all_input_nodes[0]
+    return (str(node.target), *steps)

@@ -1,0 +1,57 @@
+"""Children of a module that are alike, and lists of feed-forward networks."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from moeopt.capture.op_kinds import is_factory, is_pointwise, moves_rows
+
+
+def alike_children(module: nn.Module) -> set[nn.Module]:
+    """Children of the module's lists that hold matrices of the same shapes."""
+    found: set[nn.Module] = set()
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1:
+            shapes = [
+                sorted(str(t.shape) for t in (*m.parameters(), *m.buffers()) if t.dim() > 1) for m in child.children()
+            ]
+            if shapes[0] and all(s == shapes[0] for s in shapes):
+                found.update(child.children())
+    return found
+
+
+def feed_forward_lists(module: nn.Module) -> set[nn.Module]:
+    """Children of the module's lists that look alike and hold a pair of matrices (a, b) and (b, a)."""
+    found: set[nn.Module] = set()
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1:
+            shapes = [sorted(tuple(p.shape) for p in m.parameters() if p.dim() == 2) for m in child.children()]
+            pair = shapes and any(s[::-1] in shapes[0] for s in shapes[0])
+            if pair and 2 <= len(shapes[0]) <= 3 and all(s == shapes[0] for s in shapes):
+                found.update(child.children())
+    return found
+
+
+def gate_width(node: fx.Node) -> int:
+    """Over how many things a softmax, sigmoid or top-k is."""
+    shape = node.args[0].meta.get("shape") if isinstance(node.args[0], fx.Node) else None
+    return int(shape[-1]) if shape else 0
+
+
+def row_sources(start: fx.Node, steps: int = 40) -> set[fx.Node]:
+    """Tensors that the rows of ``start`` were moved from, through movement and a few other ops."""
+    seen: set[fx.Node] = set()
+    stack = [(start, 3)]
+    while stack and len(seen) < steps:
+        node, budget = stack.pop()
+        if node in seen or node.op == "get_attr" or is_factory(node):
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            continue
+        spent = 0 if moves_rows(node) else 1
+        if budget - spent < 0:
+            continue
+        inputs = node.all_input_nodes if is_pointwise(node) or spent else node.all_input_nodes[:1]
+        stack.extend((a, budget - spent) for a in inputs)
+    return seen

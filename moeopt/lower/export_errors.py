@@ -1,0 +1,107 @@
+"""Why torch.export refused a model, in words that name the model's line and the way out."""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+
+def hidden_child(model: nn.Module, err: Exception) -> str:
+    """In words, the submodule that stopped ``torch.export`` because its owner has a method of that name; or ""."""
+    if "is not an instance of torch.nn.Module" not in str(err):
+        return ""
+    for path, module in model.named_modules():
+        for name, child in module.named_children():
+            if hasattr(type(module), name):  # Python looks there first
+                return (
+                    f"the submodule {f'{path}.{name}'.lstrip('.')} ({type(child).__name__}) has the name of an "
+                    f"attribute of the class {type(module).__name__}, which self.{name} gives in its place, and "
+                    "torch.export stops at it: give it another name, or use backend='torch'"
+                )
+    return ""
+
+
+def made_for_inference(model: nn.Module) -> str:
+    """In words, the weight that torch cannot trace outside inference mode, for it was made inside; or ""."""
+    name = next((name for name, weight in model.named_parameters() if weight.is_inference()), None)
+    if name is None or torch.is_inference_mode_enabled():
+        return ""
+    return (
+        f"{name} was made under torch.inference_mode(), and torch traces such weights there only: make the model "
+        "outside it, or call moeopt inside it too"
+    )
+
+
+def odd_argument(bound: dict[str, Any], err: Exception) -> str:
+    """In words, the argument that stopped ``torch.export`` because it is neither a tensor nor a plain value; or ""."""
+    if "Unsupported input type" not in str(err) and "Unfamiliar meta val" not in str(err):
+        return ""
+    for path, leaf in pytree.tree_flatten_with_path(bound)[0]:
+        if not isinstance(leaf, (torch.Tensor, bool, int, float, complex, str, type(None))):
+            name = pytree.keystr(path).replace("'", "").lstrip("[").replace("]", "", 1)
+            return (
+                f"its argument {name} is a {type(leaf).__qualname__} ({leaf!r:.60}), and a graph takes tensors, "
+                "numbers and text: leave it out so that its default holds, set it in the model, or use backend='torch'"
+            )
+    return ""
+
+
+def obstacle_of(err: Exception) -> str:
+    """Where ``torch.export`` stopped, and the way out."""
+    text = str(err).strip()
+    head = text.splitlines()[0] if text else type(err).__name__
+    if unknown := re.match(r"Found <class '(transformers\.cache_utils\.[^']*)'> in output", head):
+        return (
+            f"its result holds a {unknown[1].rpartition('.')[2]}, and an engine returns caches of plain keys and "
+            "values only: add use_cache=False to the example inputs, and to the calls of the engine"
+        )
+    if unknown := re.match(r"Found (<class '[^']*'>) in output", head):
+        return (
+            f"its result holds a {unknown[1]}, which torch.export does not know: call "
+            "torch.export.register_dataclass on it, or return a tuple or a dict"
+        )
+    if "ata-dependent" not in head:
+        if own := _raised_by_the_model(err):
+            return own
+        return f"torch.export stops at: {head}. Remove what it names, or save a rewritten block alone"
+    lines = [
+        line.strip() for line in text.splitlines() if line.strip().startswith("File ") and "site-packages" not in line
+    ]
+    every = traceback.extract_tb(err.__traceback__)
+    frames = [f for f in every if not _is_library(f.filename)] or [f for f in every if _is_models(f.filename)]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else f" ({lines[-1]})" if lines else ""
+    return (
+        f"torch.export stops at: {head}{where}. Its Python there depends on the values of tensors, which no graph "
+        "repeats. In a block that moeopt declined, the report of backend='torch' says why; elsewhere (rotary "
+        "embeddings that grow with the positions) set the model to another form. What can be saved: a "
+        "rewritten block alone, moeopt.optimize(model.get_submodule(name), its inputs).save(folder), or the whole "
+        "model with its code, torch.save(optimized.model, file)"
+    )
+
+
+def _raised_by_the_model(err: Exception) -> str:
+    """In words, an error of the model's own code, which runs otherwise and not while it is traced; or ""."""
+    frames = traceback.extract_tb(err.__traceback__)
+    last = frames[-1] if frames else None
+    if last is None or f"{os.sep}torch{os.sep}" in last.filename or f"{os.sep}moeopt{os.sep}" in last.filename:
+        return ""
+    return (
+        f"while torch.export traced it, its own code raised {type(err).__name__}: {err} "
+        f"({last.filename}:{last.lineno}: {last.line}). Code may ask whether it is traced and take another way: give "
+        "the arguments that this line reads, a mask for one, as example inputs, or use backend='torch'"
+    )
+
+
+def _is_models(path: str) -> bool:
+    """Of a library of models: neither torch's nor ours."""
+    return not any(f"{os.sep}{name}{os.sep}" in path for name in ("torch", "moeopt")) and not path.startswith("<")
+
+
+def _is_library(path: str) -> bool:
+    return "site-packages" in path or path.startswith("<") or f"{os.sep}moeopt{os.sep}" in path

@@ -1,0 +1,120 @@
+"""What becomes of one model's blocks, and what the report says of each, rewritten or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from moeopt.capture.tree import ArgsKwargs
+from moeopt.find.block_candidates import BlockCandidate
+from moeopt.ir.weight_refs import expert_paths, tensor_at
+from moeopt.obstacles import Obstacle, Rank
+from moeopt.passes.base import PassRecord
+from moeopt.pipeline.block import Rewrite
+from moeopt.pipeline.dense import DenseResult as DenseResult
+from moeopt.pipeline.dense import function_of
+from moeopt.pipeline.describe import dense_reason, describe_router, read_router
+from moeopt.pipeline.lowering_text import lowering_text
+from moeopt.recognise.recognition import Recognition
+from moeopt.report import BlockReport
+from moeopt.verification.results import BlockCheck
+
+
+@dataclass
+class PipelineResult:
+    """What became of a model's blocks; ``rewrites`` maps module paths to what was installed.
+
+    ``passes`` has what each pass did to each block, those that were left as they are included; ``notes`` what the
+    report's reader should know besides; ``steered`` names declined blocks whose Python depends on values of tensors.
+    """
+
+    blocks: list[BlockReport]
+    checks: list[BlockCheck]
+    rewrites: dict[str, Rewrite]
+    calls: dict[str, ArgsKwargs]
+    seconds: float = 0.0
+    passes: list[PassRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    steered: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Attempt:
+    rewrite: Rewrite | None = None
+    path: str = ""
+    reason: str = ""
+    where: str = ""
+    seconds: float = 0.0
+    read: set[int] = field(default_factory=set)
+    others: tuple[Obstacle, ...] = ()
+
+
+def shared_blocks(model: nn.Module, attempts: list[tuple[BlockCandidate, Attempt]]) -> Iterator[BlockCandidate]:
+    """What looked like one more expert of a rewritten block and is not: a shared expert."""
+    for place, attempt in attempts:
+        if attempt.rewrite is not None:
+            experts = expert_parameters(model, attempt.path, attempt.rewrite.found)
+            yield from (p for p in place.alone if not p.weights & experts)
+
+
+def expert_parameters(model: nn.Module, path: str, recognitions: list[Recognition]) -> set[int]:
+    """Identities of the Parameters that the experts of a rewritten module read."""
+    module = model.get_submodule(path)
+    return {id(tensor_at(module, p)) for f in recognitions for p in expert_paths(f.experts)}
+
+
+def report_of_block(
+    model: nn.Module,
+    places: list[BlockCandidate],
+    attempts: list[tuple[BlockCandidate, Attempt]],
+    denses: dict[int, DenseResult],
+    outcome: PipelineResult,
+    seed: int,
+) -> Iterator[BlockReport]:
+    by_place = {id(p): a for p, a in attempts}
+    for place in places:
+        attempt = by_place.get(id(place))
+        path = place.call.path
+        if attempt is None:
+            yield _report_dense(model, place, denses.get(id(place)), outcome.calls.get(path), seed)
+            continue
+        read = attempt.rewrite is not None or bool(attempt.read)
+        name = attempt.path or (path if not read else "") or type(model).__name__
+        if attempt.rewrite is None:
+            name = attempt.path or type(model).__name__
+            outcome.steered += [name] if place.steered else []
+            yield BlockReport(
+                name, "moe", "declined", attempt.reason, place.experts or None,
+                source=attempt.where or place.source, seconds=attempt.seconds,
+                nearest=next((o.reason for o in attempt.others if o.rank >= Rank.FOUND), ""), obstacles=attempt.others,
+            )  # fmt: skip
+            continue
+        found = next(f for f in attempt.rewrite.found if expert_parameters(model, attempt.path, [f]) & place.weights)
+        inside = next(r for f, r in zip(attempt.rewrite.found, attempt.rewrite.routers, strict=True) if f is found)
+        router = read_router(model, attempt.path, outcome.calls, found, inside)
+        yield BlockReport(
+            name, "moe", "rewritten", "", len(found.experts), describe_router(found, router),
+            lowering_text(model.get_submodule(attempt.path), found),
+            attempt.rewrite.check.distance_rewritten if attempt.rewrite.check.passed is not None else None,
+            found.source, seconds=attempt.seconds,
+            top_k=found.routing.per_token, spec=str(found.spec),
+            router_spec=router.encode(),
+        )  # fmt: skip
+
+
+def _report_dense(
+    model: nn.Module, place: BlockCandidate, done: DenseResult | None, call: ArgsKwargs | None, seed: int
+) -> BlockReport:
+    name = place.call.path or type(model).__name__
+    if done is None or done.rewrite is None:
+        spec = "" if call is None else function_of(model.get_submodule(place.call.path), call, place, seed)
+        reason, where = (place.reason or dense_reason(place), "") if done is None else (done.reason, done.where)
+        return BlockReport(name, "dense_ffn", "declined", reason, source=where or place.source, spec=spec)
+    found = next(f for f in done.rewrite.found if expert_parameters(model, done.path, [f]) >= place.weights)
+    return BlockReport(
+        name, "dense_ffn", "rewritten", "", len(found.experts), "", done.lowering,
+        done.rewrite.check.distance_rewritten if done.rewrite.check.passed is not None else None,
+        found.source, seconds=done.seconds, top_k=len(found.experts), spec=str(found.spec),
+    )  # fmt: skip

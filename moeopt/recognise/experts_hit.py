@@ -1,0 +1,124 @@
+"""Whether every expert of a block was hit by the probe call: Parameters like the experts' own that nothing used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moeopt.capture.tape import Tape
+from moeopt.errors import Declined
+from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef, tensor_at
+from moeopt.obstacles import Rank, Stage
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.ffn_groups import source_of
+from moeopt.recognise.gemm_sites import GemmSite, find_sites
+
+
+class ExpertsNotHit(Declined):
+    """Some experts were never chosen on this probe call: try another before deciding.
+
+    ``num_named`` is how many experts there seem to be.
+    """
+
+    rank = Rank.PROBE
+    stage = Stage.EXPERTS
+    num_named = 0
+
+
+def check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidate]) -> None:
+    """Raise ``ExpertsNotHit`` if Parameters that are like the experts' own were not used by any of them.
+
+    One that multiplied rows elsewhere is something else than an idle expert.
+    """
+    sites = find_sites(tape)
+    active = {m.path for s in sites if s.matrix.numel() for m in s.matrices}
+    own = {s.node for c in group for s in (*c.ins, *c.outs)}
+    named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
+    for refs in ([e.w_in[0] for e in experts], [e.w_out for e in experts]):
+        used = {r.path for r in refs}
+        names = set() if len(used) == 1 and len(experts) > 1 else siblings(used, named)
+        held = {id(tensor_at(tape.root, p)) for p in used}
+        shapes = {tensor_at(tape.root, p).shape for p in used}
+        missing = sorted(
+            name
+            for name in names
+            if id(named[name]) not in held and _like(named[name].shape, shapes, len(used)) and name not in active
+        )
+        for path in used:
+            whole = tensor_at(tape.root, path)
+            here = {r.origin[0] for r in refs if r.path == path}
+            if whole.dim() > 2 and len(here) < whole.shape[0] and all(r.dk[0] == r.dm[0] == 0 for r in refs):
+                missing += [f"{path}[{i}]" for i in range(whole.shape[0]) if i not in here]
+            else:
+                missing += _rest_of(path, whole, experts, [s for s in sites if s.node not in own])
+        if missing:
+            raise _not_hit(missing, experts, group)
+
+
+def _not_hit(missing: list[str], experts: list[ExpertRef], group: list[FFNCandidate]) -> ExpertsNotHit:
+    shown = list(dict.fromkeys(missing))
+    some = ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+    error = ExpertsNotHit(
+        f"no probe token reached the expert weights {some}, so what they compute could not be checked; "
+        "pass example inputs that reach every expert",
+        source_of(group[0]),
+    )
+    error.num_named = len(experts) + len(missing)
+    return error
+
+
+def _like(shape: torch.Size, shapes: set[torch.Size], known: int) -> bool:
+    """Whether a Parameter of ``shape`` may be another expert's; of several experts each may have neurons of its own."""
+    if shape in shapes or known < 2:
+        return shape in shapes
+    return any(len(shape) == len(s) and sum(a != b for a, b in zip(shape, s, strict=True)) == 1 for s in shapes)
+
+
+def _rest_of(path: str, whole: torch.Tensor, experts: list[ExpertRef], others: list[GemmSite]) -> list[str]:
+    """A name for each expert that fits into those numbers of ``whole`` which neither experts nor ``others`` read."""
+    read: dict[MatrixRef | VectorRef, int] = {}
+    holders = 0
+    for expert in experts:
+        here = [r for r in (*expert.w_in, *expert.b_in, expert.w_out, expert.b_out) if r is not None and r.path == path]
+        holders += bool(here)
+        read |= {r: r.m * (r.k if isinstance(r, MatrixRef) else 1) for r in here}
+    each = sum(read.values()) // holders
+    for site in others:
+        used = [site.matrices[i] for i in site.matrix.unique().tolist() if i >= 0]
+        read |= {r: r.k * r.m for r in used if r.path == path}
+    held = sum(read.values())
+    return [f"{path} beyond {held:,} of its {whole.numel():,} numbers"] * ((whole.numel() - held) // each)
+
+
+def universe_of(tape: Tape, experts: list[ExpertRef]) -> int:
+    """How many experts the module's names count, those that share Parameters with another included."""
+    named = dict(tape.root.named_parameters(remove_duplicate=False))
+    used = {e.w_in[0].path for e in experts}
+    return len(siblings(used, named)) if len(used) > 1 else len(experts)
+
+
+def siblings(used: set[str], named: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names that differ from a used one in just the number that the used ones differ in (or any, for one)."""
+    patterns: dict[Any, list[str]] = {}
+    for path in used:
+        parts = path.split(".")
+        for i, part in enumerate(parts):
+            if re.search(r"\d", part):
+                patterns.setdefault((i, tuple(parts[:i]), re.sub(r"\d+", "#", part), tuple(parts[i + 1 :])), []).append(
+                    path
+                )
+    if not patterns:
+        return set()
+    (i, head, middle, tail), members = max(patterns.items(), key=lambda p: (len(p[1]), p[0][0]))
+    del members
+    return {
+        name
+        for name in named
+        if len(parts := name.split(".")) == len(head) + 1 + len(tail)
+        and tuple(parts[:i]) == head
+        and re.sub(r"\d+", "#", parts[i]) == middle
+        and tuple(parts[i + 1 :]) == tail
+    }

@@ -1,0 +1,39 @@
+"""Ids (T, K) from masks and tables over the experts, as ops that run in a rewritten block."""
+
+from __future__ import annotations
+
+import torch
+
+
+def mask_to_ids(onehot_TKE: torch.Tensor) -> torch.Tensor:
+    """(T, K) index of the one in each row; E where a row has none."""
+    hit = onehot_TKE != 0
+    return torch.where(hit.any(-1), hit.to(torch.uint8).argmax(-1), hit.shape[-1])
+
+
+def mask_to_slots(mask_TKE: torch.Tensor) -> torch.Tensor:
+    """(T, K * E) the expert of each entry that is set, E where it is not: right for any number of them."""
+    experts = mask_TKE.shape[-1]
+    return torch.where(mask_TKE != 0, torch.arange(experts, device=mask_TKE.device), experts).flatten(1)
+
+
+def for_each_slot(weights_TK: torch.Tensor, experts: int) -> torch.Tensor:
+    """(T, K * E) the weight of each entry that :func:`mask_to_slots` made."""
+    return weights_TK.unsqueeze(-1).expand(-1, -1, experts).flatten(1)
+
+
+def one_beyond(weights_TK: torch.Tensor, ids_TK: torch.Tensor, experts: int) -> torch.Tensor:
+    """The weights, with one for an id that names no expert: a dropped token passes through as it is."""
+    return torch.where(ids_TK >= experts, 1.0, weights_TK)
+
+
+def positive_to_ids(table_TE: torch.Tensor) -> torch.Tensor:
+    """(T, E) expert e in column e where its weight is above zero, E (which adds nothing) elsewhere."""
+    experts = table_TE.shape[-1]
+    return torch.where(table_TE > 0, torch.arange(experts, device=table_TE.device), experts)
+
+
+def table_to_ids(table_TE: torch.Tensor) -> torch.Tensor:
+    """(T, E) expert e in column e where its weight is not zero, E (which adds nothing) elsewhere."""
+    experts = table_TE.shape[-1]
+    return torch.where(table_TE != 0, torch.arange(experts, device=table_TE.device), experts)

@@ -1,0 +1,32 @@
+"""What was recognised of a block on one probe call: its experts, their function, the sum and the routing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.recognise.combine import Combine
+from moeopt.recognise.routing_types import Routing
+from moeopt.recognise.token_rows import Tokens
+
+
+@dataclass
+class Recognition:
+    """Everything needed to replace ``combine.node`` by the op; ``experts[v]`` is what id v runs.
+
+    ``experts`` are ``ExpertRef`` and ``spec`` an ``ExpertsSpec``; or ``SlotRefs`` and a ``RowFunction``.
+    """
+
+    tokens: Tokens
+    routing: Routing
+    combine: Combine
+    base: fx.Node | None
+    experts: list[Any]
+    spec: Any
+    interior: set[fx.Node]
+    source: str
+    functions: dict[object, tuple[ExpertsSpec, bool]]
+    unmatched_reason: str = ""

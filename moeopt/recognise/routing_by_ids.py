@@ -1,0 +1,190 @@
+"""Routing that the model holds as ids (T, K), with weights or a table of scores beside the ids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from moeopt.capture.op_kinds import moves_rows, op_name
+from moeopt.capture.replay import descendants
+from moeopt.capture.tape import Tape
+from moeopt.recognise.readings import (
+    axis_orders,
+    constant_weight,
+    constant_weights,
+    exactly_rebuilt,
+    possible_sources,
+    rebuilt,
+    reread_nodes,
+    table_readings,
+)
+from moeopt.recognise.routing_types import INTEGERS, Extraction, Routing, RoutingForm, Table, fits_table
+
+aten = torch.ops.aten
+
+
+def id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tuple[Extraction, torch.Tensor, list[int]]]:
+    """(extraction, ids (T, K), candidate of each id) for every integer tensor that names the chosen experts."""
+    tokens, candidates = table.visits.shape
+    possible = list(possible_sources(before, floating=False))
+    reread = reread_nodes(possible)
+    counted = _as_many_as_chosen(tape)
+    for node in sorted(reversed(possible), key=lambda n: n in counted):
+        numel = math.prod(node.meta["shape"])
+        if node in reread or not tokens or numel % tokens or not numel:
+            continue
+        k = numel // tokens
+        if k > max(candidates, 64):
+            continue
+        low, high = (int(v) for v in torch.aminmax(tape.value(node)))
+        # too few values to name every expert, or noise
+        if low < 0 or not table.reached - 1 <= high < 4 * candidates + 64:
+            continue
+        for steps in axis_orders(node.meta["shape"], tokens, k):
+            extraction = Extraction(node, steps)
+            ids = extraction.run(tape).long()
+            mapping = _mapping(ids, table)
+            if mapping is not None:
+                extraction = _rooted_ids(tape, extraction, ids)
+                if extraction.source is not None and extraction.source.meta["dtype"] != torch.int64:
+                    extraction.steps.append((aten.to.dtype, (torch.int64,)))
+                yield extraction, ids, mapping
+
+
+def _as_many_as_chosen(tape: Tape) -> set[fx.Node]:
+    """Tensors whose size is data (the places that are not zero): K entries a token on this probe call alone."""
+    starts = [n for n in tape.nodes if op_name(n) in ("nonzero", "masked_select")]
+    return {*starts, *descendants(tape, starts)} if starts else set()
+
+
+def _mapping(ids: torch.Tensor, table: Table) -> list[int] | None:
+    """candidate of each id value, such that every visit is named by an id, and every id in range is a visit."""
+    experts = table.visits.shape[1]
+    seen = table.visits > 0
+    values = torch.unique(ids)
+    if values.numel() < table.reached:
+        return None
+    named = torch.zeros(ids.shape[0], max(int(values.max()) + 1, experts), dtype=torch.bool)
+    named.scatter_(1, ids, True)
+    natural = torch.tensor(table.natural)
+    if torch.equal(named[:, :experts], seen[:, natural]) or _covers(
+        named[:, :experts], seen[:, natural], table, natural
+    ):
+        return table.natural
+    return _learnt(named, seen, table)
+
+
+def _learnt(named: torch.Tensor, seen: torch.Tensor, table: Table) -> list[int] | None:
+    """The candidate whose tokens include those of each id; every id must have one, every visit an id."""
+    both = named.t().float() @ seen.float()
+    size = named.sum(0).float()[:, None]
+    fits = (both == size) & (size > 0)
+    exact = fits & (both == seen.sum(0).float())
+    choice = torch.where(exact.sum(1, keepdim=True) == 1, exact, fits)
+    if not bool((choice.sum(1) == 1).all()):
+        return None
+    mapping: list[int] = choice.to(torch.uint8).argmax(1).tolist()
+    if len(mapping) != max(table.num_named, seen.shape[1]) or set(mapping) != set(range(seen.shape[1])):
+        return None
+    union = torch.zeros_like(seen)
+    for v, c in enumerate(mapping):
+        union[:, c] |= named[:, v]
+    return mapping if torch.equal(union, seen) else None
+
+
+def _covers(named: torch.Tensor, seen: torch.Tensor, table: Table, natural: torch.Tensor) -> bool:
+    """Dense forms let every expert see every token: there the chosen ones (weight not 0) must be named.
+
+    Capacity drops: a named expert may not have seen the token; then nothing else may have.
+    """
+    chosen = table.chosen[:, natural]
+    if bool(seen.all()):
+        return torch.equal(named & chosen, chosen) and int(named.sum(1).max()) < seen.shape[1]
+    extra = named & ~seen
+    return bool((~(seen & ~named)).all()) and bool(seen.any()) and int(extra.sum()) * 2 < int(named.sum())
+
+
+def by_ids(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
+    tokens, candidates = table.visits.shape
+    possible = list(possible_sources(before, floating=True))
+    reread = reread_nodes(possible)
+    for extraction, ids, mapping in id_recipes(tape, before, table):
+        k = ids.shape[1]
+        best: list[tuple[tuple[bool, bool, bool, int], Extraction]] = []
+        for node in possible:
+            numel = math.prod(node.meta["shape"])
+            preferred = dtype is None or node.meta["dtype"] == dtype
+            if numel == tokens * k and node not in reread:
+                for steps in axis_orders(node.meta["shape"], tokens, k):
+                    weights = Extraction(node, steps)
+                    made = rebuilt(ids, weights.run(tape), mapping, candidates)
+                    if fits_table(made, table):
+                        best.append(((preferred, True, exactly_rebuilt(made, table), node.meta["index"]), weights))
+                        break
+            if numel == tokens * candidates and int(ids.max()) < candidates:
+                for steps, _ in table_readings(node.meta["shape"], tokens, candidates):
+                    weights = Extraction(node, [*steps, (aten.gather.default, (1, "@ids"))])
+                    made = rebuilt(ids, weights.run(tape, ids), mapping, candidates)
+                    if fits_table(made, table):
+                        best.append(((preferred, False, exactly_rebuilt(made, table), node.meta["index"]), weights))
+                        break
+            elif numel == tokens and k > 1:
+                weights = Extraction(node, [(aten.reshape.default, ([-1, 1],)), (aten.expand.default, ([-1, k],))])
+                made = rebuilt(ids, weights.run(tape), mapping, candidates)
+                if fits_table(made, table):
+                    best.append(((preferred, False, exactly_rebuilt(made, table), node.meta["index"]), weights))
+        constant = constant_weight(ids, mapping, table)
+        best.sort(key=lambda b: b[0], reverse=True)
+        for _, weights in best if constant is not None else best[:1]:  # equal constants are many: each is asked
+            yield Routing(k, extraction, _rooted(tape, weights, ids, mapping, table), mapping, RoutingForm.IDS)
+        if constant is not None and not table.weighed:
+            yield Routing(k, extraction, constant_weights(constant, table), mapping, RoutingForm.IDS_ALONE)
+
+
+def _rooted_ids(tape: Tape, extraction: Extraction, ids: torch.Tensor) -> Extraction:
+    """The same ids where they are first written down; see :func:`_rooted`."""
+    node = extraction.source
+    while node is not None and moves_rows(node) and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+        shape = node.meta.get("shape")
+        if shape is None:
+            continue
+        if math.prod(shape) != ids.numel() or node.op == "get_attr" or node.meta["dtype"] not in INTEGERS:
+            break
+        for steps in axis_orders(shape, *ids.shape):
+            attempt = Extraction(node, steps)
+            if torch.equal(attempt.run(tape).long(), ids):
+                extraction = attempt
+                break
+    return extraction
+
+
+def _rooted(tape: Tape, extraction: Extraction, ids: torch.Tensor, mapping: list[int], table: Table) -> Extraction:
+    """The same weights where they are first written down: copies and reshapes of them are dispatch.
+
+    Only pure movement is undone: an earlier tensor that merely is equal on this probe call may not be on
+    another.
+    """
+    node, best = extraction.source, extraction
+
+    def exact(weights: Extraction) -> bool:
+        return exactly_rebuilt(rebuilt(ids, weights.run(tape), mapping, table.visits.shape[1]), table)
+
+    if any(op in (aten.gather.default, aten.expand.default) for op, _ in extraction.steps):
+        return extraction
+    while node is not None and moves_rows(node) and len(node.all_input_nodes) == 1:
+        parent = node.all_input_nodes[0]
+        same = parent.meta.get("dtype") == node.meta.get("dtype") and parent.op != "get_attr"
+        if not same or math.prod(parent.meta.get("shape") or (0,)) != math.prod(node.meta["shape"]):
+            break
+        node = parent
+        tokens = table.visits.shape[0]
+        for steps in axis_orders(node.meta["shape"], tokens, math.prod(node.meta["shape"]) // max(tokens, 1)):
+            attempt = Extraction(node, steps)
+            if exact(attempt) or not exact(best):
+                best = attempt
+                break
+    return best

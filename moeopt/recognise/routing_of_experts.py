@@ -1,0 +1,224 @@
+"""The routing of recognised experts: what decides it, what it multiplies, and what else depends on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeopt.capture.op_kinds import op_name
+from moeopt.capture.replay import ancestors
+from moeopt.capture.tape import Tape
+from moeopt.errors import Declined
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.weight_refs import ExpertRef
+from moeopt.obstacles import Rank
+from moeopt.recognise.combine import Combine, Labels
+from moeopt.recognise.expert_refs import accumulation, layout_of, natural_order, same_layout
+from moeopt.recognise.expert_rows import sites_in
+from moeopt.recognise.experts_hit import ExpertsNotHit, siblings, universe_of
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.ffn_groups import source_of
+from moeopt.recognise.gemm_sites import GemmSite
+from moeopt.recognise.ids_of_masks import one_beyond
+from moeopt.recognise.limits import check_limits
+from moeopt.recognise.recognition import Recognition
+from moeopt.recognise.routing import find_routing
+from moeopt.recognise.routing_types import FixedShares, Routing, Table
+from moeopt.recognise.routing_weights import (
+    factors,
+    hidden_weights,
+    input_weights,
+    is_identity,
+    passes_through,
+    weighed,
+    weight_dtype,
+)
+from moeopt.recognise.slot_vectors import by_slots
+from moeopt.recognise.token_rows import Tokens
+from moeopt.recognise.weight_position import WeightPosition, weight_position
+from moeopt.value_types import PyObject
+
+
+def with_frontier(
+    tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, experts: list[Any],
+    spec: PyObject, combine: Combine,
+    functions: dict[object, tuple[ExpertsSpec, bool]], known: list[Recognition] | None, missing: int,
+    progress: list[int],
+) -> Recognition:  # fmt: skip
+    ins = sites_in(group)
+    inside = _inside(tape, ins, combine)
+    last = max(s.node.meta["index"] for s in labels.token)
+    before = [n for n in tape.nodes[: last + 1] if n not in inside and n.meta.get("shape") is not None]
+    if len(experts) == 1:
+        raise Declined(
+            "only one of its experts could be read; all of a block's experts or none are rewritten",
+            source_of(group[0]),
+            rank=Rank.READING,
+        )
+    flow = _flow(tape, combine, ins, inside)
+    weights, visits = combine.weights, labels.visits()
+    if tokens.weighted:
+        weights = input_weights(group, tokens, labels, combine)
+    elif labels.hidden:
+        weights = hidden_weights(labels, combine)
+    natural = list(range(len(experts))) if known else natural_order(experts)
+    table = Table(weights, visits, natural, universe_of(tape, experts), weighed(combine, list(labels.token)),
+                  factors(tape, combine, list(labels.token)))  # fmt: skip
+    tables = _routing_tables(tape, flow, table)
+    prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
+    again = None if prior is None else (prior.routing, [experts.index(e) for e in prior.experts])
+    dispatch = [n for n in tape.nodes[: combine.node.meta["index"]] if n in flow and n.meta.get("shape") is not None]
+
+    place: WeightPosition = "output"
+
+    def accept(reading: Routing) -> None:
+        nonlocal place
+        _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
+        if not labels.hidden:
+            place = weight_position(tape, reading, table, tokens, labels, combine, group)
+
+    try:
+        routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, (by_slots,))
+    except FixedShares as err:
+        if tokens.node.op == "placeholder":  # the slots are filled outside: what fills them may dispatch by ids
+            err.rank = Rank.READING
+        raise
+    progress[0] = 4
+    ids = routing.ids.run(tape) if routing.ids is not None else None
+    if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):
+        raise ExpertsNotHit(
+            "some of the weights that look like experts were never reached by a probe", source_of(group[0])
+        )
+    if passes_through(tape, combine, tokens, routing, ids, len(experts)):
+        routing.weights.steps = [*routing.weights.steps, (one_beyond, ("@ids", len(experts)))]
+    identity = is_identity(tape, combine, tokens, routing, ids, len(experts))
+    if prior is not None and (ids is None or not bool((ids >= len(experts)).any())):
+        identity = prior.spec.out_of_range == "identity"  # no such id on this probe call: nothing speaks against it
+    base = None if identity else _base(tape, combine, before, experts)
+    sources = [tokens.node, base, *routing.weights.nodes, *([] if routing.ids is None else routing.ids.nodes)]
+    fitted = {n for c in group for n in c.mid}
+    check_limits(tape, combine.node, [n for n in sources if n is not None], fitted, source_of(group[0]))
+    ordered = [experts[c] for c in routing.experts]
+    layouts: dict[str, Any] = {}
+    if isinstance(spec, ExpertsSpec):
+        same_layout(ordered, group)
+        first = ordered[0]
+        layouts = {"w_in_layout": layout_of(tape, first.w_in[0]), "w_out_layout": layout_of(tape, first.w_out)}
+    spec = dataclasses.replace(
+        spec, weight_on=place, out_of_range="identity" if identity else "nothing", **layouts, **accumulation(combine)
+    )
+    return Recognition(
+        tokens, routing, combine, base, ordered, spec, inside, min(source_of(c) or "~" for c in group), functions
+    )
+
+
+def _inside(tape: Tape, ins: list[GemmSite], combine: Combine) -> set[fx.Node]:
+    """What depends on single experts, but not on their sum alone: that is what the rewrite leaves out."""
+    inside = {s.matmul for s in ins}
+    passed_on = set(inside)
+    for node in tape.nodes[min(n.meta["index"] for n in inside) :]:
+        if any(a in passed_on for a in node.all_input_nodes):
+            inside.add(node)
+            if node is not combine.node:
+                passed_on.add(node)
+    return inside
+
+
+_CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
+
+
+def _routing_tables(tape: Tape, flow: set[fx.Node], table: Table) -> set[fx.Node]:
+    """Dense (T, E) forms of the routing among the nodes that dispatch reads."""
+    want = table.weights[:, torch.tensor(table.natural)].double()
+    found = set()
+    for node in flow:
+        shape = node.meta.get("shape") or ()
+        if math.prod(shape) == want.numel() and shape[-1:] == want.shape[-1:] and node.op == "call_function":
+            value = tape.value(node).reshape(want.shape).double()
+            if torch.equal(value, want) or torch.equal(value, (want != 0).double()):
+                found.add(node)
+    return found
+
+
+def _only_the_router_steers(
+    tape: Tape, routing: Routing, tables: set[fx.Node], dispatch: set[fx.Node], tokens: fx.Node
+) -> None:
+    """Values that Python reads, and which rows dispatch picks, may depend on the input through the routing alone.
+
+    Raises:
+        Declined: the forward turns another value into a Python number, so it may branch on it.
+    """
+    cut = {node for r in (routing.ids, routing.weights) if r is not None for node in r.nodes} | tables
+    steered: dict[fx.Node, bool] = {}
+    for node in tape.nodes:
+        chosen = op_name(node) in _CHOICES or (node.target is operator.getitem and op_name(node.args[0]) in _CHOICES)  # type: ignore[arg-type]
+        integer = not getattr(node.meta.get("dtype"), "is_floating_point", True)
+        if node in cut or (chosen and integer):
+            steered[node] = False
+        else:
+            steered[node] = node.op == "placeholder" or any(steered.get(a, False) for a in node.all_input_nodes)
+    for node, line, _ in tape.reads:
+        dtype = node.meta.get("dtype")
+        if steered.get(node, False) or (dtype is not None and dtype.is_floating_point and _varies(tape, node)):
+            raise Declined(
+                f"its forward turns a value computed from the input into a Python number ({op_name(node)}) and may "
+                "branch on it, which a graph cannot repeat; keep it in a tensor (torch.where)",
+                line or None,
+            )
+
+    before = ancestors([tokens, *cut])
+    for node in dispatch - before:
+        if op_name(node) in ("nonzero", "masked_select", "unique_consecutive", "_unique2") and steered.get(node, False):
+            raise Declined(
+                f"which rows its experts see depends on more than the tensors that hold the routing ({op_name(node)})",
+                node.meta.get("source"),
+            )
+
+
+def _varies(tape: Tape, node: fx.Node) -> bool:
+    return any(n.op == "placeholder" for n in ancestors([node]))
+
+
+def _flow(tape: Tape, combine: Combine, ins: list[GemmSite], inside: set[fx.Node]) -> set[fx.Node]:
+    """What dispatch and combine read: ancestors of the sum and of the experts' inputs, and what left the tape."""
+    stack = [combine.node, *(s.operand for s in ins), *(r.node for r in tape.reads)]
+    seen: set[fx.Node] = set()
+    matmuls = {s.matmul for s in ins}
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            if node not in matmuls:
+                stack.extend(node.all_input_nodes)
+    return seen - inside
+
+
+def _base(tape: Tape, combine: Combine, before: list[fx.Node], experts: list[ExpertRef]) -> fx.Node | None:
+    """The tensor that the experts' sum is added onto, when there is one."""
+    if combine.base is None:
+        return None
+    want = combine.base
+    names = dict(tape.root.named_parameters(remove_duplicate=False))
+    others = siblings({e.w_in[0].path for e in experts}, names) | siblings({e.w_out.path for e in experts}, names)
+    for node in reversed(before):
+        shape = node.meta["shape"]
+        if node.op != "get_attr" and node.meta["dtype"] == want.dtype and shape == combine.node.meta["shape"]:
+            value = tape.value(node).movedim(combine.axis, -1).reshape(want.shape)
+            if torch.equal(value, want):
+                if others & {str(a.target) for a in ancestors([node]) if a.op == "get_attr"}:
+                    raise Declined(
+                        "other experts of the same block are computed in another way and added to these; all of a "
+                        "block's experts or none are rewritten",
+                        combine.node.meta.get("source"),
+                    )
+                return node
+    raise Declined(
+        "tokens that no expert serves keep another value (a pass-through of dropped tokens, or a sum that starts "
+        "from something computed on the way), which the op does not carry",
+        combine.node.meta.get("source"),
+    )

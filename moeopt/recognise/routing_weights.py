@@ -1,0 +1,118 @@
+"""The routing weights that the rows of the experts show: on input, hidden neurons or output; and their dtype."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from moeopt.capture.op_kinds import is_factory, moves_rows, op_name
+from moeopt.capture.replay import ancestors, descendants
+from moeopt.capture.tape import Tape
+from moeopt.errors import Declined
+from moeopt.recognise.combine import Combine, Labels
+from moeopt.recognise.ffn_candidates import FFNCandidate
+from moeopt.recognise.ffn_groups import source_of
+from moeopt.recognise.gemm_sites import GemmSite
+from moeopt.recognise.ids_of_masks import one_beyond
+from moeopt.recognise.routing_types import Routing
+from moeopt.recognise.token_rows import Tokens, rows_of
+
+
+def input_weights(group: list[FFNCandidate], tokens: Tokens, labels: Labels, combine: Combine) -> torch.Tensor:
+    """(T, C) factor on each expert's input row; the outputs must then be summed as they are."""
+    visits = labels.visits()
+    if not bool((combine.weights[visits > 0] == 1).all()):
+        raise Declined("routing weights act on both the experts' inputs and their outputs", source_of(group[0]))
+    weights = torch.zeros(visits.shape, dtype=torch.float64)
+    for candidate in group:
+        scale, token = tokens.scale[candidate.ins[0]], tokens.token[candidate.ins[0]]
+        out_token, out_chain = labels.token[candidate.out], labels.candidate[candidate.out]
+        if out_token.shape == token.shape and torch.equal(out_token, token):
+            keep = token >= 0
+            weights[token[keep], out_chain[keep]] = scale[keep]
+        else:
+            raise Declined("weighted input rows are reordered inside the experts", source_of(group[0]))
+    return weights.to(candidate.ins[0].operand.meta["dtype"])
+
+
+def hidden_weights(labels: Labels, combine: Combine) -> torch.Tensor:
+    """(T, C) factor on each expert's activated row, times that on its output."""
+    weights = torch.zeros(combine.weights.shape, dtype=torch.float64)
+    for site, token in labels.token.items():
+        keep = token >= 0
+        factor = labels.hidden[site][keep] if site in labels.hidden else torch.ones(int(keep.sum()))
+        weights[token[keep], labels.candidate[site][keep]] = factor.double()
+    values = weights[labels.visits() > 0]
+    if bool((values == values[:1]).all()) or not bool((combine.weights[labels.visits() > 0] == 1).all()):
+        raise Declined(
+            "a factor on the rows between an expert's matmuls is not its routing weight, or not the only one"
+        )
+    return (weights * combine.weights).to(combine.node.meta["dtype"])
+
+
+def weight_dtype(tape: Tape, group: list[FFNCandidate]) -> torch.dtype | None:
+    """dtype of whatever first multiplies an expert's output on its way to the sum."""
+    node, steps = group[0].out.node, 0
+    while steps < 8:
+        users = [u for u in node.users if "index" in u.meta]
+        if not users:
+            return None
+        node, steps = users[0], steps + 1
+        if op_name(node) == "mul":
+            others = [a for a in node.all_input_nodes if a is not node.args[0]] or node.all_input_nodes
+            return others[-1].meta.get("dtype")
+        if not moves_rows(node):
+            return None
+    return None
+
+
+def passes_through(
+    tape: Tape, combine: Combine, tokens: Tokens, routing: Routing, ids: torch.Tensor | None, experts: int
+) -> bool:
+    """True where a token that no expert serves (capacity) keeps its own value, unweighted."""
+    if combine.base is None or ids is None or ids.shape[1] != 1 or not bool((ids >= experts).any()):
+        return False
+    x = rows_of(tape.value(tokens.node), tokens.axis)
+    known = any(op is one_beyond for op, _ in routing.weights.steps)
+    return not known and torch.equal(torch.where(ids >= experts, x, 0.0).to(combine.base.dtype), combine.base)
+
+
+def is_identity(
+    tape: Tape, combine: Combine, tokens: Tokens, routing: Routing, ids: torch.Tensor | None, experts: int
+) -> bool:
+    """True where the sum starts from each token times its weights for ids beyond the experts (LongCat)."""
+    if combine.base is None or ids is None or not bool((ids >= experts).any()):
+        return False
+    weights = torch.where(ids >= experts, routing.weights.run(tape, ids).double(), 0.0).sum(-1, keepdim=True)
+    x = rows_of(tape.value(tokens.node), tokens.axis).double()
+    want, eps = weights * x, torch.finfo(combine.base.dtype).eps
+    return want.shape == combine.base.shape and bool(
+        ((combine.base.double() - want).abs() <= 8 * eps * want.abs().amax(-1, keepdim=True)).all()
+    )
+
+
+def factors(tape: Tape, combine: Combine, sites: list[GemmSite]) -> tuple[float, ...]:
+    """Constants by which the experts' outputs are multiplied on the way to their sum, and their matmul."""
+    between = set(descendants(tape, [s.node for s in sites])) & ancestors([combine.node])
+    found: dict[float, None] = {}
+    for node in between:
+        scalar = node.args[1] if op_name(node) in ("mul", "div") and len(node.args) > 1 else None
+        if isinstance(scalar, (int, float)) and scalar not in (0, 1) and math.isfinite(scalar):
+            found[float(scalar) if op_name(node) == "mul" else 1 / scalar] = None
+    return tuple(dict.fromkeys([*sorted(found), *([math.prod(found)] if len(found) > 1 else [])]))
+
+
+def weighed(combine: Combine, outs: list[GemmSite]) -> bool:
+    """True where a float that depends on the input enters the sum by another way than the experts."""
+    stack, seen = [combine.node], {s.node for s in outs}
+    while stack:
+        node = stack.pop()
+        dtype = node.meta.get("dtype")
+        if node in seen or is_factory(node) or (dtype is not None and not dtype.is_floating_point):
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            return True
+        stack.extend(node.all_input_nodes)
+    return False

@@ -1,0 +1,210 @@
+"""Which nodes of a call depend on which rows, and the parallel branches that may be experts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeopt.capture.op_kinds import moves_rows, op_name
+from moeopt.capture.tape import Tape
+from moeopt.recognise.weight_source import element_source
+from moeopt.value_types import PyObject
+
+_VIEWS = (
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "transpose",
+    "permute",
+    "_to_copy",
+    "clone",
+)
+"""Movement that picks no rows."""
+
+
+_SPLITS = ("split", "split_with_sizes", "chunk", "unbind")
+
+
+_SIZES_VARY = (
+    "view", "reshape", "_unsafe_view", "expand", "slice", "select", "as_strided", "repeat", "split_with_sizes", "empty",
+    "zeros", "new_zeros", "full", "new_empty", "constant_pad_nd", "split", "native_group_norm",
+)  # fmt: skip
+
+
+class Flow:
+    """Of each node: whether it depends on the input, the regions it was computed with (bits), and how (a hash).
+
+    ``consumed``: paths of Parameters that some rows met.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.data: set[fx.Node] = set()
+        self.touched: dict[fx.Node, int] = {}
+        self.how: dict[fx.Node, int] = {}
+        self.consumed: set[str] = set()
+        self._bit: dict[Any, int] = {}
+        self._keys: dict[fx.Node, frozenset[Any]] = {}
+        for node in tape.nodes:
+            self._enter(node)
+
+    def _enter(self, node: fx.Node) -> None:
+        inputs = node.all_input_nodes
+        if node.op != "placeholder" and not any(a in self.data for a in inputs):
+            self.how[node] = self._weight(node)
+            return
+        self.data.add(node)
+        dtype = node.meta.get("dtype")
+        integer = dtype is not None and not dtype.is_floating_point and dtype != torch.bool
+        if node.op == "placeholder" or integer:
+            self.touched[node], self.how[node] = 0, hash((node.op == "placeholder", str(dtype)))
+            return
+        bits = 0
+        for a in inputs:
+            if a in self.data:
+                bits |= self.touched[a]
+                continue
+            keys = self._regions(a)
+            if 0 not in (node.meta.get("shape") or ()):
+                self.consumed.update(path for path, _ in keys)
+            for key in keys:
+                bits |= 1 << self._bit.setdefault(key, len(self._bit))
+        self.touched[node] = bits
+        self.how[node] = self._hash(node)
+
+    def _weight(self, node: fx.Node) -> int:
+        """A weight is its dtype and shape, whichever place of a bank it comes from."""
+        return hash(("weight", str(node.meta.get("dtype")), node.meta.get("shape")))
+
+    def _regions(self, node: fx.Node) -> frozenset[Any]:
+        """(path, origin) of each region of a Parameter that a value is made of, the input aside."""
+        if node not in self._keys:
+            shape = node.meta.get("shape") or ()
+            source = element_source(self.tape, node, (0,) * len(shape)) if 0 not in shape and len(shape) else None
+            single = len(node.all_input_nodes) < 2
+            if source is not None and single and source[0].op == "get_attr" and "constant" not in source[0].meta:
+                self._keys[node] = frozenset([(str(source[0].target), source[1])])
+            elif node.op == "get_attr":
+                self._keys[node] = frozenset() if "constant" in node.meta else frozenset([(str(node.target), ())])
+            else:
+                self._keys[node] = frozenset().union(*(self._regions(a) for a in node.all_input_nodes))
+        return self._keys[node]
+
+    def _hash(self, node: fx.Node) -> int:
+        name = op_name(node)
+
+        def word(a: PyObject) -> PyObject:
+            if isinstance(a, fx.Node):
+                return self.how[a]
+            return tuple(word(x) for x in a) if isinstance(a, (list, tuple)) else repr(a)
+
+        of_split = name == "getitem" and op_name(node.args[0]) in _SPLITS  # type: ignore[arg-type]
+        args = node.all_input_nodes if name in _SIZES_VARY or of_split else node.args
+        return hash((name, word(args), repr(sorted(node.kwargs, key=str))))
+
+
+@dataclass
+class Branch:
+    """One expert on some rows: from ``start``, a rows tensor, to ``end``, through the calls ``inside``."""
+
+    start: fx.Node
+    end: fx.Node
+    inside: set[fx.Node]
+    readers: list[fx.Node] = field(default_factory=list)
+
+
+def parallel(flow: Flow) -> Iterator[list[Branch]]:
+    """Sets of values computed alike from Parameters of their own, the largest and latest first."""
+    alike: dict[int, list[fx.Node]] = defaultdict(list)
+    for node, bits in flow.touched.items():
+        dtype = node.meta.get("dtype")
+        if bits and dtype is not None and dtype.is_floating_point:
+            alike[flow.how[node]].append(node)
+    sets = []
+    for nodes in alike.values():
+        common = -1
+        for node in nodes:
+            common &= flow.touched[node]
+        own = {flow.touched[n] & ~common for n in nodes}
+        if len(own) > 1 and 0 not in own and sum(own) == _union(own):
+            sets.append((len(own), max(n.meta["index"] for n in nodes), common, nodes))
+    seen: set[tuple[fx.Node, ...]] = set()
+    for _, _, common, nodes in sorted(sets, key=lambda s: (-s[0], -s[1])):
+        for strip in (True, False):
+            branches = [_branch(flow, n, common, strip) for n in nodes]
+            ends = tuple(b.end for b in branches if b is not None)
+            if len(ends) == len(nodes) and ends not in seen:
+                seen.add(ends)
+                yield [b for b in branches if b is not None]
+
+
+def _union(masks: set[int]) -> int:
+    """Their union; equal to their sum where no two share a bit."""
+    whole = 0
+    for mask in masks:
+        whole |= mask
+    return whole
+
+
+def _branch(flow: Flow, end: fx.Node, common: int, strip: bool) -> Branch | None:
+    """The calls over this expert's own Parameters that lead to ``end``; None where they start from several tensors."""
+    own = flow.touched[end] & ~common
+    while strip and moves_rows(end):
+        inputs = [a for a in end.all_input_nodes if a in flow.data]
+        if len(inputs) != 1 or flow.touched[inputs[0]] & own != own or inputs[0].meta.get("dtype") is None:
+            break
+        end = inputs[0]
+    inside, stack = {end}, [end]
+    cuts: dict[fx.Node, None] = {}
+    while stack:
+        for a in stack.pop().all_input_nodes:
+            if a in inside or a not in flow.data:
+                continue
+            if flow.touched[a] & own:
+                inside.add(a)
+                stack.append(a)
+            else:
+                cuts[a] = None
+    return closed(inside, cuts) or closed(
+        *widened(flow, inside, cuts),
+    )
+
+
+def closed(inside: set[fx.Node], cuts: dict[fx.Node, None], end: fx.Node | None = None) -> Branch | None:
+    if len(cuts) != 1:
+        return None
+    (start,) = cuts
+    end = end or max(inside, key=lambda n: n.meta["index"])
+    if any(len(n.meta.get("shape") or ()) < 2 for n in (start, end)):
+        return None
+    readers = sorted((n for n in inside if start in n.all_input_nodes), key=lambda n: n.meta["index"])
+    return Branch(start, end, inside, readers)
+
+
+def widened(flow: Flow, inside: set[fx.Node], cuts: dict[fx.Node, None]) -> tuple[set[fx.Node], dict[fx.Node, None]]:
+    """With the calls before them that serve this expert alone (a norm without weights of its own)."""
+    inside, cuts = set(inside), dict(cuts)
+    while True:
+        more = next((c for c in cuts if _alone(c, inside)), None)
+        if more is None:
+            return inside, cuts
+        del cuts[more]
+        inside.add(more)
+        cuts.update(dict.fromkeys(a for a in more.all_input_nodes if a in flow.data and a not in inside))
+
+
+def _alone(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether ``node`` computes something, or only views it, for these calls and no others."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    result = op_name(node) == "getitem" and source is not None and not moves_rows(source)
+    moved = moves_rows(node) and op_name(node) not in _VIEWS and not result
+    users = [u for u in node.users if "index" in u.meta]
+    return node.op == "call_function" and not moved and all(u in inside for u in users)

@@ -1,0 +1,73 @@
+"""A block graph with all that it takes to stand in for a module's forward, apart from the module."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moeopt.ir.specs import RouterSpec
+from moeopt.ir.weight_refs import expert_paths
+from moeopt.rewrite.block_graph import BlockGraph
+from moeopt.rewrite.call_guard import CallGuard
+from moeopt.rewrite.module_guard import Fact, Watch, take_facts
+from moeopt.rewrite.reads import Reads
+
+
+@dataclass
+class BlockProgram:
+    """A block graph as it is installed: with the signature of the forward that it stands for.
+
+    ``facts`` is what was verified of the module's own code, taken from the first module that asks; ``reads`` what the
+    block's code read outside its modules.
+    """
+
+    block: BlockGraph
+    signature: inspect.Signature
+    facts: list[Fact] | None = None
+    reads: Reads | None = None
+
+    @property
+    def guard(self) -> CallGuard:
+        """Which calls the graph holds for."""
+        guard = self.block.guard
+        assert guard is not None
+        return guard
+
+    @property
+    def routers(self) -> list[RouterSpec | None]:
+        """The router of each op where it was recognised, for runtimes that want to know its weights' signs."""
+        return self.block.routers
+
+    @property
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """By path in the block, the values of tensors that decided what the graph is and that it does not read."""
+        return self.block.frozen
+
+    def watch(self, module: nn.Module) -> Watch:
+        """What was verified of ``module``'s own code, bound to it; the first module to ask is the verified one."""
+        block = self.block
+        if self.facts is None:
+            self.facts = take_facts(module, block.kept_modules, block.attributes, self.guard.training is not None)
+        return Watch(
+            module,
+            self.facts,
+            {(b, e): expert_paths([ref]) for b, (refs, _) in enumerate(block.weights) for e, ref in enumerate(refs)},
+            block.frozen,
+            self.reads,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The signature without annotations, which cannot be pickled."""
+        plain = [p.replace(annotation=inspect.Parameter.empty) for p in self.signature.parameters.values()]
+        return self.__dict__ | {"signature": inspect.Signature(plain)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockProgram:
+        return self
+
+    def graph(self) -> fx.Graph:
+        """What runs: placeholders are the tensor inputs, ``self`` is the user's module."""
+        return self.block.graph

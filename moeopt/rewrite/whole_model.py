@@ -1,0 +1,60 @@
+"""The rewritten blocks of one model: while an exporter traces the model, and beside the original of a copy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from moeopt.errors import NotSaveableError
+from moeopt.rewrite.install import rewritten_forward
+from moeopt.rewrite.source import Source
+
+
+@contextlib.contextmanager
+def exported(model: nn.Module) -> Iterator[None]:
+    """While open, an exporter traces ``model``: its rewritten blocks are what they were when this was entered.
+
+    An exporter may set a configuration for its own trace (transformers' takes ``batched_mm`` experts). A rewritten
+    block computes what was verified whatever is set, and must not give way to the original code, whose experts the
+    graph would then hold in an unverified form.
+
+    Raises:
+        NotSaveableError: a block had changed before, or refused the exporter's call; the message has the reason.
+    """
+    blocks = {p: f for p, m in model.named_modules() if (f := rewritten_forward(m)) is not None}
+    for path, forward in blocks.items():
+        if reason := forward.watch.everything():
+            raise NotSaveableError(
+                f"{path or type(model).__name__} is no longer what was verified ({reason}), and an engine would hold "
+                "the old code: optimise the model again"
+            )
+    before = {path: forward.fallbacks for path, forward in blocks.items()}
+    for forward in blocks.values():
+        forward.watch.paused = True
+    try:
+        yield
+    finally:
+        for forward in blocks.values():
+            forward.watch.paused = False
+    for path, forward in blocks.items():
+        if forward.fallbacks != before[path]:
+            raise NotSaveableError(
+                f"while it was exported, {path or type(model).__name__} ran its original code instead of what was "
+                f"verified: {forward.last_refusal}"
+            )
+
+
+def watch_source(model: nn.Module, twin: nn.Module, values: bool) -> None:
+    """Let the rewritten blocks of ``twin`` tell what changes in ``model``, of which it is a copy.
+
+    Args:
+        values: whether the twin has tensors of its own, so that writes to the model's do not show in it.
+    """
+    forwards = {p: f for p, m in twin.named_modules() if (f := rewritten_forward(m)) is not None}
+    blocks = {path: f.program.reads for path, f in forwards.items() if f.program.reads is not None}
+    if forwards:
+        source = Source(model, twin, blocks, values, max(f.watch.cost for f in forwards.values()))
+        for forward in forwards.values():
+            forward.source = source

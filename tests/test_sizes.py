@@ -1,0 +1,81 @@
+"""A file holds one idea and a function can be read at once: the limits, and what still exceeds them."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1] / "moeopt"
+LONGEST_FILE, LONGEST_FUNCTION, MOST_COMPLEX = 300, 60, 25
+
+# what still exceeds them; an entry that no longer does must go, and nothing is added
+TOO_LONG_FILES = {
+    "find/finder.py",
+    "ops/triton/kernels.py",
+    "options.py",
+    "patches.py",  # every patch of a library lives in this one file
+    "recognise/row_graph.py",
+}
+TOO_LONG_FUNCTIONS = {
+    "causal_lm/generate.py:shell",
+    "causal_lm/lm.py:export_causal_lm",
+    "cli/commands.py:optimize",  # its parameters are the command's options
+    "pipeline/run.py:_attempt",
+    "pipeline/run.py:run",
+    "recognise/routing.py:find_routing",
+    "recognise/routing_of_experts.py:with_frontier",
+}
+TOO_COMPLEX_FUNCTIONS = {
+    "find/finder.py:_by_gate",
+    "find/finder.py:_by_structure",
+    "pipeline/run.py:run",
+    "recognise/experts_hit.py:check_all_hit",
+    "recognise/routing_by_tables.py:by_mask",
+    "recognise/routing_of_experts.py:with_frontier",
+    "recognise/row_function.py:_read",
+    "recognise/token_rows.py:token_readings",
+}
+
+_DECISIONS = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.comprehension, ast.Assert)
+
+
+def complexity(function: ast.AST) -> int:
+    """Decision points of a function and of the functions inside it, plus 1 (McCabe)."""
+    total = 1
+    for node in ast.walk(function):
+        total += isinstance(node, _DECISIONS)
+        total += len(node.values) - 1 if isinstance(node, ast.BoolOp) else 0
+        total += len(node.ifs) if isinstance(node, ast.comprehension) else 0
+        total += len(node.cases) if isinstance(node, ast.Match) else 0
+    return total
+
+
+def measured():
+    """[(``file:function``, lines, complexity)] of every function, and [(file, lines)] of every file."""
+    functions, files = [], []
+    for path in sorted(ROOT.rglob("*.py")):
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text()
+        files.append((name, len(text.splitlines())))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = node.end_lineno - node.lineno + 1
+                functions.append((f"{name}:{node.name}", lines, complexity(node)))
+    return functions, files
+
+
+FUNCTIONS, FILES = measured()
+
+
+def test_complexity_counts_each_decision():
+    (function,) = ast.parse("def f(a):\n    if a and a > 1:\n        return [b for b in a if b]\n    return 0").body
+    assert complexity(function) == 1 + 1 + 1 + 1 + 1  # if, and, for, if
+
+
+def test_files_fit():
+    assert {name for name, lines in FILES if lines > LONGEST_FILE} == TOO_LONG_FILES
+
+
+def test_functions_fit():
+    assert {name for name, lines, _ in FUNCTIONS if lines > LONGEST_FUNCTION} == TOO_LONG_FUNCTIONS
+
+
+def test_functions_are_simple():
+    assert {name for name, _, decisions in FUNCTIONS if decisions > MOST_COMPLEX} == TOO_COMPLEX_FUNCTIONS

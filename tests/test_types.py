@@ -1,0 +1,37 @@
+"""A bare ``Any`` says nothing: parameters and results are named by what stands there."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1] / "moeopt"
+NAMES = ROOT / "value_types.py"
+"""The only file that may say ``Any`` without a word of what stands there."""
+
+
+def bare(source: str):
+    """``line: function(parameter)`` of each parameter and result of a function that is a bare ``Any``."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        args = node.args
+        given = (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg)
+        annotations = {a.arg: a.annotation for a in given if a is not None and a.annotation is not None}
+        for name, annotation in {**annotations, "return": node.returns}.items():
+            if annotation is not None and ast.unparse(annotation).strip("'\"") in ("Any", "typing.Any"):
+                yield f"{node.lineno}: {node.name}({name})"
+
+
+def test_the_check_sees_each_place():
+    source = "def f(a: Any, *b: 'Any', c: int = 0, **d: typing.Any) -> Any: ...\nasync def g(e: list[Any]) -> None: ..."
+    assert [found.split(": ")[1] for found in bare(source)] == ["f(a)", "f(b)", "f(d)", "f(return)"]
+
+
+def test_no_parameter_or_result_is_a_bare_any():
+    found = [f"{path}:{place}" for path in ROOT.rglob("*.py") if path != NAMES for place in bare(path.read_text())]
+    assert not found, "name the type in moeopt/value_types.py or take one from there: " + ", ".join(sorted(found))
+
+
+def test_every_name_is_used():
+    names = [n.target.id for n in ast.parse(NAMES.read_text()).body if isinstance(n, ast.AnnAssign)]
+    sources = " ".join(path.read_text() for path in ROOT.rglob("*.py") if path != NAMES)
+    assert names and not [name for name in names if name not in sources]
