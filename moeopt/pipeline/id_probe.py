@@ -30,6 +30,7 @@ from moeopt.rewrite.id_range import IdRange
 from moeopt.rewrite.install import live_bank
 from moeopt.rewrite.keep import kept_steps
 from moeopt.rewrite.replace_experts import experts_rewrite
+from moeopt.value_types import FxTarget, PyObject
 
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2**-7, torch.bfloat16: 2**-5}
 """Of the largest value: what two runs of one function on the same ids may differ by."""
@@ -138,7 +139,7 @@ class _Probe:
             hits = 1
         else:
 
-            def steer(func: Any, args: tuple[Any, ...], out: Any) -> Any:
+            def steer(func: FxTarget, args: tuple[Any, ...], out: PyObject) -> PyObject:
                 nonlocal hits
                 alike = isinstance(out, Tensor) and func is self.source.target and out.dtype == value.dtype
                 if alike and not hits and torch.equal(out, self.value):
@@ -186,7 +187,7 @@ class _Bank:
         return experts(x, self.ids if index == self.index else ids, weights, bank, found.spec)
 
 
-def _floats(tree: Any) -> list[Tensor]:
+def _floats(tree: PyObject) -> list[Tensor]:
     return [t.detach().clone() for t in tree_leaves([tree]) if isinstance(t, Tensor) and t.is_floating_point()]
 
 

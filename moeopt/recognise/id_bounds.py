@@ -10,7 +10,6 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import fx
@@ -20,6 +19,7 @@ from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.recognise.ids_of_masks import mask_to_ids
 from moeopt.recognise.routing_types import Routing
+from moeopt.value_types import PyObject
 
 IdBounds = tuple[int, int] | None
 """The least and the greatest value; None where any may come."""
@@ -78,25 +78,11 @@ def bounds(node: fx.Node, depth: int = 24, given: Mapping[fx.Node, IdBounds] = M
         return _positions(args[0])  # type: ignore[arg-type]
     if name in _INDICES:
         return _positions(node)
-    if name in _FILLS and len(args) > _FILLS[name]:
-        return _of(args[_FILLS[name]], depth, given)
-    if name in ("zeros", "zeros_like", "new_zeros"):
-        return 0, 0
-    if name in ("ones", "ones_like", "new_ones"):
-        return 1, 1
-    if name in ("remainder", "fmod") and isinstance(args[1], int) and args[1] > 0:
-        return (0 if name == "remainder" else 1 - args[1]), args[1] - 1
-    if name == "clamp":
-        low, high = (args[1] if len(args) > 1 else None), (args[2] if len(args) > 2 else None)
-        return (low, high) if isinstance(low, int) and isinstance(high, int) else None
-    if name == "where":
-        return _union([_of(a, depth, given) for a in args[1:]])
-    if name == "masked_fill":
-        return _union([_of(args[0], depth, given), _of(args[2], depth, given)])
-    if name in ("cat", "stack"):
-        return _union([_of(a, depth, given) for a in args[0]])  # type: ignore[union-attr]
-    if name in ("scatter", "index_put"):
-        return _union([_of(args[0], depth, given), _of(args[3 if name == "scatter" else 2], depth, given)])
+    parts = _parts(name, args)
+    if parts is not None:
+        return _union([_of(part, depth, given) for part in parts])
+    if name in ("remainder", "fmod", "clamp"):
+        return _limited(name, args)
     if name in ("slice_scatter", "masked_scatter", "copy", "constant_pad_nd", "repeat_interleave"):
         return None
     if name in _CASTS or moves_rows(node):
@@ -105,12 +91,37 @@ def bounds(node: fx.Node, depth: int = 24, given: Mapping[fx.Node, IdBounds] = M
     return None
 
 
+def _limited(name: str, args: Sequence[PyObject]) -> IdBounds:
+    """Of an op that limits its values by its own numbers."""
+    if name != "clamp":
+        n = args[1]
+        return ((0 if name == "remainder" else 1 - n), n - 1) if isinstance(n, int) and n > 0 else None
+    low, high = (args[1] if len(args) > 1 else None), (args[2] if len(args) > 2 else None)
+    return (low, high) if isinstance(low, int) and isinstance(high, int) else None
+
+
+def _parts(name: str, args: Sequence[PyObject]) -> Sequence[PyObject] | None:
+    """The arguments of which each entry of an op's result is one; None for an op that computes its entries."""
+    if name in _FILLS and len(args) > _FILLS[name]:
+        return [args[_FILLS[name]]]
+    if name in ("zeros", "zeros_like", "new_zeros"):
+        return [0]
+    if name in ("ones", "ones_like", "new_ones"):
+        return [1]
+    if name == "where":
+        return args[1:]
+    if name in ("cat", "stack"):
+        return list(args[0])
+    places = {"masked_fill": 2, "scatter": 3, "index_put": 2}
+    return [args[0], args[places[name]]] if name in places else None
+
+
 def _float(node: fx.Node) -> bool:
     dtype = node.meta.get("dtype")
     return dtype is not None and dtype.is_floating_point
 
 
-def _of(value: Any, depth: int, given: Mapping[fx.Node, IdBounds]) -> IdBounds:
+def _of(value: PyObject, depth: int, given: Mapping[fx.Node, IdBounds]) -> IdBounds:
     if isinstance(value, fx.Node):
         return None if _float(value) else bounds(value, depth - 1, given)
     return (int(value), int(value)) if isinstance(value, (int, float)) and math.isfinite(value) else None

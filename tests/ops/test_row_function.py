@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeopt.errors import UsageError
-from moeopt.ir.row_function import RowFunction, RowCount, Value, write_body
+from moeopt.ir.row_function import RowCount, RowFunction, Value, write_body
 from moeopt.ops import experts
 from moeopt.ops.row_function import FlatSlots, expert_by_expert, function_of
 

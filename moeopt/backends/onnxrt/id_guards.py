@@ -6,12 +6,12 @@ shows the name of the node.
 
 from __future__ import annotations
 
-from typing import Any
+from moeopt.value_types import PyObject
 
 OUTSIDE = "the expert ids of this call are outside the range that was verified"
 
 
-def name_id_guards(model: Any) -> int:
+def name_id_guards(model: PyObject) -> int:
     """Name each such lookup of an ``onnx_ir.Model``; how many there are."""
     found = 0
     for node in model.graph:
