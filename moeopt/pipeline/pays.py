@@ -57,8 +57,11 @@ def _reason(recognition: Recognition, spec: RowFunction) -> str:
     saved = (len(own) - calls_new) * CALL + (rows_own - rows_new) * per_row / FLOPS
     if saved > 0:
         return ""
+    what = words(body)
+    if what == _COUNTS[2] and recognition.unmatched_reason:  # what the grouped op has: what kept it from that decides
+        return recognition.unmatched_reason
     return (
-        f"its experts are {words(body)}, a function of a row that no grouped kernel has; PyTorch would run it expert "
+        f"its experts are {what}, a function of a row that no grouped kernel has; PyTorch would run it expert "
         "by expert, which would not pay here: the block's own code makes as few calls on as few rows; "
         "backend='onnxruntime' takes it"
     )

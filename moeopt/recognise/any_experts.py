@@ -31,8 +31,11 @@ def recognize(
             raise
         reason = err.with_traceback(None)
     try:
-        return recognize_functions(tape, known, idle=idle)
+        found = recognize_functions(tape, known, idle=idle)
     except ExpertsNotHit:
         raise
     except Declined:
         raise reason from None
+    for recognition in found:
+        recognition.unmatched_reason = recognition.unmatched_reason or reason.reason
+    return found
