@@ -239,7 +239,8 @@ def test_two_runtimes_at_once(monkeypatch):
         def locate_file(self, path):
             return homes[self.name]
 
-    monkeypatch.setattr(importlib.metadata, "distribution", Installed)
+    real = importlib.metadata.distribution
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda n: Installed(n) if n in homes else real(n))
     with pytest.raises(UsageError, match="are both installed in /a/site-packages and overwrite each other's files"):
         engine_for("cpu")
     homes["onnxruntime-gpu"] = "/b"  # first on the path: the other one's files are not touched
