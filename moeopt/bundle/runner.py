@@ -185,10 +185,17 @@ class GraphRunner:
 _LONGER = "if you trust the bundle, give it longer: limits=moeopt.LoadLimits(seconds=...)"
 
 
+_NAMES_NOTHING = (
+    "an index of this call (an id, a position) is outside the table that it is looked up in, or outside the range of "
+    "expert ids that was verified: compare with the example inputs, or run the original model on this call"
+)
+
+
 def _stopped(step: OpCall, err: BaseException) -> str:
     """What stopped, where and why."""
     what = step.op if step.op is not None else getattr(step.function, "__name__", step.function)
-    return f"the graph stops at {shown(step.out, 60)!r} ({what}): {shown(err, 500)}"
+    why = f"; {_NAMES_NOTHING}" if isinstance(err, IndexError) else ""
+    return f"the graph stops at {shown(step.out, 60)!r} ({what}): {shown(err, 500)}{why}"
 
 
 def _check_kinds(op: FxTarget, args: list[Any], kwargs: dict[str, Any]) -> None:

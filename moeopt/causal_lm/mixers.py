@@ -72,7 +72,7 @@ class Mixer:
         return pytree.tree_unflatten(ends, self.result)
 
 
-class _Watched(dict[int, Tensor]):
+class _WatchedState(dict[int, Tensor]):
     """The states of one kind of one layer, by number; ``read`` hears of each that is read."""
 
     layer: int
@@ -89,7 +89,7 @@ def _watch_states(cache: PyObject, read: Callable[[int, str], None]) -> None:
     for number, layer in enumerate(cache.layers):
         for kind in STATES:
             if hasattr(layer, kind):
-                watched = _Watched(getattr(layer, kind))
+                watched = _WatchedState(getattr(layer, kind))
                 watched.layer, watched.kind, watched.read = number, kind, read
                 setattr(layer, kind, watched)
 

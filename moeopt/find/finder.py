@@ -280,6 +280,7 @@ class Finder:
             if not members:
                 continue
             merged = members[0].merged or any(self.leaves[s][1] for c in members for s in (*c.ins, c.out))
+            merged = merged or any(self._rest_is_idle(c) for c in members)
             alone = len({identity_of(c.out.matmul) for c in members}) < 2
             if not merged and alone and not (self._dense(members[0]) and self._idle_twins(call, members[0])):
                 continue
@@ -309,6 +310,15 @@ class Finder:
         if module not in self._tensors_of:
             self._tensors_of[module] = {id(t) for t in (*module.parameters(), *module.buffers())}
         return self._tensors_of[module]
+
+    def _rest_is_idle(self, candidate: FFNCandidate) -> bool:
+        """Whether it reads rows picked by an index, and the numbers that nothing used of the Parameter that holds its
+        matrix would hold another: experts in one flat Parameter, of which the example names this one."""
+        path, matrix = self.leaves[candidate.out][0], candidate.out.matrices[0]
+        if path not in self.named or not picks_rows(candidate.ins[0].operand):
+            return False
+        pieces = {identity_of(s.matmul): s.matrices[0] for s, (where, _) in self.leaves.items() if where == path}
+        return self.named[path].numel() - sum(p.k * p.m for p in pieces.values()) >= matrix.k * matrix.m
 
     def _same_rows(self, members: list[FFNCandidate]) -> bool:
         """Their operands lead back to one tensor within a few steps: branches of one place, not of two towers."""

@@ -22,10 +22,13 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Rank
 from moeopt.options import Options
+from moeopt.passes.group_experts import GroupExperts
 from moeopt.pipeline.coverage import Reader
+from moeopt.pipeline.id_probe import id_ranges
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeightRefs
+from moeopt.rewrite.id_range import IdRange
 from moeopt.rewrite.install import OPAQUE, TENSOR, BlockProgram, CallGuard, RewrittenForward, bind
 from moeopt.rewrite.keep import kept_steps
 from moeopt.rewrite.kept_steps import KeptSteps
@@ -60,9 +63,12 @@ class Capture:
             _same_experts(self.found, found_there)
             refuse_random(tape, module.training)
         check_experts(module, self.tapes[0], self.found)
+        self.id_ranges = [IdRange() for _ in self.found]
+        if reader.kind == GroupExperts.kind:
+            self.id_ranges = id_ranges(module, self.calls, self.tapes, self.founds, getattr(reader, "given", ()))
         other = probe_call(call_spec, 14, options.seed + 3, experts=len(self.found[0].experts), variant=1)
         self.scratch = scratch_attributes(module, self.calls[1], self.tapes[1], other)
-        self.plans = [_plan(t, f, self.scratch) for t, f in zip(self.tapes, self.founds, strict=True)]
+        self.plans = [_plan(t, f, self.id_ranges, self.scratch) for t, f in zip(self.tapes, self.founds, strict=True)]
         for plan in self.plans:  # a call that stores what was there already shows no change
             plan.attributes = {**plan.attributes, **{k: UNSET for k in self.plans[1].attributes if k in self.scratch}}
         self.neutral = neutral_reason(module, self.tapes[0], self.found, self.plans[0])
@@ -96,8 +102,9 @@ class Capture:
         bound = self.bounds[0]
         _check_order(self.calls[0], bound.tensors())
         both = _same_in_other_mode(
-            self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader, self.scratch
-        )
+            self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader, self.id_ranges,
+            self.scratch,
+        )  # fmt: skip
         guard = CallGuard(
             [_template(leaf) for leaf in tree_leaves(list(bound.values))],
             _fixed([[tuple(t.shape) for t in b.tensors()] for b in self.bounds]),
@@ -159,8 +166,10 @@ def original_forward(module: nn.Module) -> Callable[..., Any]:
     return bound
 
 
-def _plan(tape: Tape, recognitions: list[Recognition], scratch: Collection[tuple[str, str]]) -> KeptSteps:
-    return kept_steps(tape, [experts_rewrite(f, i) for i, f in enumerate(recognitions)], scratch)
+def _plan(
+    tape: Tape, recognitions: list[Recognition], ranges: list[IdRange], scratch: Collection[tuple[str, str]]
+) -> KeptSteps:
+    return kept_steps(tape, [experts_rewrite(f, i, ranges[i]) for i, f in enumerate(recognitions)], scratch)
 
 
 def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
@@ -175,7 +184,7 @@ def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
 
 def _same_in_other_mode(
     module: nn.Module, call: ArgsKwargs, here: Tape, plan: KeptSteps, recognitions: list[Recognition], reader: Reader,
-    scratch: Collection[tuple[str, str]],
+    ranges: list[IdRange], scratch: Collection[tuple[str, str]],
 ) -> bool:  # fmt: skip
     """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
     flags = [(m, m.training) for m in module.modules()]
@@ -187,7 +196,7 @@ def _same_in_other_mode(
         if same_computation(here, light):
             return True
         tape = record(module, *call)
-        other = _plan(tape, reader.again(tape, recognitions), scratch)
+        other = _plan(tape, reader.again(tape, recognitions), ranges, scratch)
         generalize([plan, other], [[tuple(t.shape) for t in _tensors(call)]] * 2)
         return True
     except Declined:

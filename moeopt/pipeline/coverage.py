@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import nn
@@ -20,6 +21,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.recognise.any_experts import recognize
 from moeopt.recognise.experts_hit import ExpertsNotHit
+from moeopt.recognise.id_bounds import IdBounds
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading, recognize_router, same_reading
 
@@ -48,10 +50,15 @@ class Reader(Protocol):
 
 
 class Mixture:
-    """The :class:`Reader` of mixtures of experts; ``assume`` is a user's hint on what each expert computes."""
+    """The :class:`Reader` of mixtures of experts.
 
-    def __init__(self, assume: ExpertsSpec | None = None) -> None:
-        self.assume = assume
+    Args:
+        assume: a user's hint on what each expert computes.
+        given: between which values the integers of each of the block's tensor arguments lie, as its caller made them.
+    """
+
+    def __init__(self, assume: ExpertsSpec | None = None, given: Sequence[IdBounds] = ()) -> None:
+        self.assume, self.given = assume, tuple(given)
 
     kind = GroupExperts.kind
 

@@ -45,6 +45,7 @@ from moeopt.pipeline.obstacles_met import ObstaclesMet
 from moeopt.pipeline.pays import WouldNotPay
 from moeopt.pipeline.real_calls import real_calls
 from moeopt.recognise.hints import hint_for
+from moeopt.recognise.id_bounds import argument_bounds, takes_open_integers
 from moeopt.recognise.recognition import Recognition
 from moeopt.report import BlockReport
 from moeopt.rewrite.install import install
@@ -164,10 +165,10 @@ def _attempt(
         module = model.get_submodule(level.path)
         try:
             name = level.path or type(model).__name__
-            reader = Mixture(assume=hint_for(options.hints, name))
+            reader = Mixture(hint_for(options.hints, name), argument_bounds(level))
             if level.path in changed:
                 raise Declined(changed[level.path])
-            known = None if reader.assume is not None else alike
+            known = None if reader.assume is not None or takes_open_integers(level) else alike
             module_call = outcome.calls[level.path]
             rewrite = rewrite_block(name, module, module_call, options, runtime, reader, manager, known)
             if not expert_parameters(model, level.path, rewrite.found) & place.weights:

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from moeopt.capture.op_kinds import picks_rows
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.weight_refs import ExpertRef
+from moeopt.ir.weight_refs import ExpertRef, tensor_at
 from moeopt.obstacles import Obstacle, Rank, Stage
 from moeopt.recognise.combine import Labels, read_combine
 from moeopt.recognise.expert_rows import label_chain, seed_rows, sites_in
@@ -71,7 +72,7 @@ def recognize(
                 found.append(_recognize_group(tape, members, known, idle, assume, progress))
                 break
             except ExpertsNotHit as reason:
-                if len(members) > 1 or members[0].merged:
+                if len(members) > 1 or members[0].merged or _in_a_flat_parameter(tape, members[0]):
                     met.append(reason.obstacle)
                     best, best_progress = reason.with_traceback(None), 10
                 break
@@ -94,6 +95,13 @@ def recognize(
         finally:
             del best  # an error that its own frame holds would keep the tape until the next collection
     return sorted(found, key=lambda r: r.combine.node.meta["index"])
+
+
+def _in_a_flat_parameter(tape: Tape, lone: FFNCandidate) -> bool:
+    """Whether it reads picked rows, and its second matrix is a part of a Parameter that would hold another like it."""
+    matrix = lone.out.matrices[0]
+    whole = tensor_at(tape.root, matrix.path)
+    return picks_rows(lone.ins[0].operand) and whole.dim() <= 2 and whole.numel() >= 2 * matrix.k * matrix.m
 
 
 def _several_times(reason: Declined, members: list[FFNCandidate], candidates: list[FFNCandidate]) -> Declined:

@@ -118,7 +118,10 @@ def find_routing(
 
 
 def _left_out(tape: Tape, before: list[fx.Node], table: Table) -> fx.Node | None:
-    """The tensor of a choice that names every visit, and pairs of token and expert that were none."""
+    """The tensor of a choice that names every visit, and pairs of token and expert that were none.
+
+    Experts that leave tokens out then all serve the same number of tokens, their capacity, and no expert serves more.
+    """
     tokens, candidates = table.visits.shape
     seen = (table.visits > 0)[:, torch.tensor(table.natural)]
     for node in before:
@@ -131,8 +134,11 @@ def _left_out(tape: Tape, before: list[fx.Node], table: Table) -> fx.Node | None
             ids = Extraction(node, steps).run(tape)
             if int(ids.max()) < candidates:
                 named = torch.zeros(tokens, candidates, dtype=torch.bool).scatter_(1, ids, True)
-                if bool((named | ~seen).all()) and bool((named & ~seen).any()):
-                    return node
+                cut = (named & ~seen).any(0)
+                if bool((named | ~seen).all()) and bool(cut.any()):
+                    served = seen.sum(0)
+                    if 0 < int(served[cut].min()) == int(served.max()):
+                        return node
     return None
 
 

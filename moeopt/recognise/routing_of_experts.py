@@ -38,6 +38,7 @@ from moeopt.recognise.routing_weights import (
     weighed,
     weight_dtype,
 )
+from moeopt.recognise.rows_carried import check_rows_carried
 from moeopt.recognise.slot_vectors import by_slots
 from moeopt.recognise.token_rows import Tokens
 from moeopt.recognise.weight_position import WeightPosition, weight_position
@@ -102,7 +103,10 @@ def with_frontier(
     base = None if identity else _base(tape, combine, before, experts)
     sources = [tokens.node, base, *routing.weights.nodes, *([] if routing.ids is None else routing.ids.nodes)]
     fitted = {n for c in group for n in c.mid}
-    check_limits(tape, combine.node, [n for n in sources if n is not None], fitted, source_of(group[0]))
+    kept = [n for n in sources if n is not None]
+    check_limits(tape, combine.node, kept, fitted, source_of(group[0]))
+    outs = [s.node for s in labels.token]
+    check_rows_carried(tape, tokens.node, [s.operand for s in ins], outs, combine.node, kept, source_of(group[0]))
     ordered = [experts[c] for c in routing.experts]
     layouts: dict[str, Any] = {}
     if isinstance(spec, ExpertsSpec):

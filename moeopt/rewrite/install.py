@@ -26,6 +26,7 @@ from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, by_position, overlap
+from moeopt.rewrite.id_range import IdOutOfRange
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
 from moeopt.rewrite.module_guard import Watch
@@ -60,7 +61,10 @@ def _check(watch: Watch, bank: int, expert: int) -> None:
         raise Stale(reason)
 
 
-def _live(module: nn.Module, refs: PyObject, spec: PyObject, check: Callable[[int], None]) -> PyObject:
+def live_bank(
+    module: nn.Module, refs: PyObject, spec: PyObject, check: Callable[[int], None] = lambda e: None
+) -> PyObject:
+    """The weights at ``refs`` of ``module``, as the op takes them; ``check`` is asked before each expert is read."""
     if isinstance(spec, RowFunction):
         return LiveSlots(module, refs, check)
     return LiveExpertWeights(module, refs, (spec.w_in_layout, spec.w_out_layout), check)
@@ -90,7 +94,7 @@ class RewrittenForward:
             raise Stale(watch.gone)
         block = program.block
         self.banks = [
-            (_live(self.module, refs, spec, functools.partial(_check, watch, b)), spec)
+            (live_bank(self.module, refs, spec, functools.partial(_check, watch, b)), spec)
             for b, (refs, spec) in enumerate(block.weights)
         ]
         self.constants = block.constants
@@ -137,6 +141,8 @@ class RewrittenForward:
                         self._changed, self.last_refusal = False, ""
                     return self._forward(bound)
                 self._changed = True
+            except IdOutOfRange as outside:
+                refusal = str(outside)
             except Stale as stale:
                 self._stale, refusal = True, str(stale)
         return self._fall_back(refusal, args, kwargs)

@@ -19,14 +19,15 @@ from torch import fx
 from moeopt.recognise.ids_of_masks import table_to_ids
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_types import Extraction
+from moeopt.rewrite.id_range import ALL_IDS, IdRange, ids_within, weights_within
 from moeopt.rewrite.keep import NodeRewrite
 from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 
 aten = torch.ops.aten
 
 
-def experts_rewrite(recognition: Recognition, bank: int) -> NodeRewrite:
-    """The rewrite of ``recognition``; ``bank`` is the number of its weights in the program."""
+def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_IDS) -> NodeRewrite:
+    """The rewrite of ``recognition``, for ids ``within`` a range; ``bank`` is the number of its weights."""
     sources = [
         recognition.tokens.node,
         *recognition.routing.weights.nodes,
@@ -47,8 +48,13 @@ def experts_rewrite(recognition: Recognition, bank: int) -> NodeRewrite:
             weights = _apply(plan, recognition.routing.weights, ref, None)
             ids = plan.call(table_to_ids, weights)
         else:
-            ids = _apply(plan, recognition.routing.ids, ref, None)
+            ids = given = _apply(plan, recognition.routing.ids, ref, None)
+            if not within.free:
+                ends = (within.lowest, within.highest)
+                ids = plan.call(ids_within, given, len(recognition.experts), *ends, within.wraps)
             weights = _apply(plan, recognition.routing.weights, ref, ids)
+            if within.lowest is not None or within.highest is not None:
+                weights = plan.call(weights_within, weights, given, within.lowest, within.highest)
         y = plan.add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
         plan.note(
             y,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import moeopt
 from moeopt.errors import CaptureError
 from moeopt.find.discover import discover
 from tests.capture.tiny import rand
@@ -213,3 +214,42 @@ class NestedRows(StackLoop):
 def test_nested_tensors_do_not_stop_the_search():
     (place,) = discover(seeded(NestedRows), (rand(24, H, seed=7),), {})
     assert place.kind == "moe" and place.experts == 4
+
+
+class FlatExperts(nn.Module):
+    """Experts in the rows of two flat matrices; expert ids are an argument, (T, K) or (T,)."""
+
+    def __init__(self, experts=4):
+        super().__init__()
+        self.w_in, self.w_out = nn.Parameter(torch.randn(experts * I, H)), nn.Parameter(torch.randn(experts * H, I))
+
+    def forward(self, x, ids):
+        y = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t = torch.where(ids == e)[0]
+            hidden = F.silu(x[t] @ self.w_in[e * I : (e + 1) * I].t())
+            y.index_add_(0, t, hidden @ self.w_out[e * H : (e + 1) * H].t())
+        return y
+
+
+@pytest.mark.parametrize("named", [0, 2])
+def test_experts_in_a_flat_matrix_of_which_the_example_names_one_are_a_place(named):
+    (place,) = discover(seeded(FlatExperts), (rand(6, H), torch.full((6, 1), named)), {})
+    assert place.kind == "moe"
+
+
+def test_rows_of_a_whole_matrix_that_are_picked_are_no_experts():
+    assert [p.kind for p in discover(seeded(lambda: FlatExperts(1)), (rand(6, H), torch.zeros(6, 1).long()), {})] != [
+        "moe"
+    ]
+
+
+@pytest.mark.parametrize("named", [0, 2])
+def test_such_experts_are_in_the_report_with_the_true_reason_where_ids_cannot_be_made(named):
+    x = rand(6, H)
+    (block,) = moeopt.optimize(seeded(FlatExperts), (x, torch.full((6, 1), named))).report.blocks
+    assert block.status == "rewritten"
+    (block,) = moeopt.optimize(seeded(FlatExperts), (x, torch.full((6,), named))).report.blocks
+    assert block.status == "declined"
+    assert "no probe token reached the expert weights w_in beyond" in block.reason
+    assert "pass example inputs that reach every expert" in block.reason

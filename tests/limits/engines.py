@@ -208,3 +208,7 @@ def time_and_memory(folder):
     for limits in (moeopt.LoadLimits(bytes=16), moeopt.LoadLimits(seconds=1e-9)):
         with pytest.raises(moeopt.BundleError, match="LoadLimits"):
             moeopt.verify(path, limits=limits)
+
+
+tested_in("A branch on weights or buffers", "test_a_question_about_constants_is_answered_with_their_values")
+tested_in("A branch on weights or buffers", "test_what_a_call_writes_cannot_be_asked")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import moeopt
-from tests.limits import limit, told
+from tests.limits import limit, tested_in, told
 from tests.limits.declined import Placed
 from tests.toy_moe import Block, Expert, H, X, build, close, optimized
 
@@ -244,3 +244,9 @@ def second_derivatives(_):
     opt, x = optimized(build()), X.clone().requires_grad_()
     with pytest.raises(RuntimeError, match=r"no second derivative \(create_graph=True\); take it of the original"):
         torch.autograd.grad(opt(x).square().sum(), x, create_graph=True)
+
+
+tested_in(
+    "Expert ids beyond the verified",
+    "test_the_warning_names_the_id_and_the_range_and_the_block_stays_rewritten",
+)

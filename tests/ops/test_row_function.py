@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeopt.errors import UsageError
-from moeopt.ir.row_function import RowFunction, Rows, Value, write_body
+from moeopt.ir.row_function import RowCount, RowFunction, Value, write_body
 from moeopt.ops import experts
 from moeopt.ops.row_function import FlatSlots, expert_by_expert, function_of
 
@@ -150,7 +150,7 @@ def test_spec_survives_its_text():
 
 def test_rows_and_infinities_in_a_graph():
     graph = write_body(
-        H, torch.float32, [], [(aten.new_full.default, (Value(0), [Rows(), 2], float("-inf")), {})], 1, 2,
+        H, torch.float32, [], [(aten.new_full.default, (Value(0), [RowCount(), 2], float("-inf")), {})], 1, 2,
     )  # fmt: skip
     out = function_of(graph)(torch.zeros(3, H))
     assert out.shape == (3, 2) and bool((out == float("-inf")).all())

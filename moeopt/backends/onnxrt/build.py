@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from moeopt.backends.onnxrt.accuracy import coarse
+from moeopt.backends.onnxrt.id_guards import name_id_guards
 from moeopt.backends.onnxrt.label_nodes import deduplicate, describe_sites, label_nodes
 from moeopt.backends.onnxrt.native_graph import write_native
 from moeopt.backends.onnxrt.plan import OrtPlan
@@ -223,6 +224,7 @@ def write_graph(
             f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
             "with exp and log"
         )
+    name_id_guards(model)
     guard_sizes(model, signature, doubles="tensorrt" not in plan.provider)
     legalized = [plan.legalize(site) for site in sites]
     calls = {
