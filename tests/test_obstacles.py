@@ -135,3 +135,38 @@ def test_an_error_of_moeopt_stands_only_where_there_is_nothing_else(monkeypatch,
 def test_a_report_with_obstacles_goes_through_json():
     report = moeopt.explain(build(NoisySlots), X)
     assert report.blocks[0].obstacles and Report.from_json(report.to_json()).blocks == report.blocks
+
+
+class FirstSix(Block):
+    """Each expert keeps its first six tokens."""
+
+    def loop(self, x, ids, w):
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = (part[:6] for part in torch.where(ids == e))
+            y.index_add_(0, token, expert(x[token]) * w[token, slot, None])
+        return y
+
+
+@pytest.mark.parametrize(
+    "expert",
+    [
+        lambda: nn.Linear(H, H),
+        lambda: nn.Sequential(nn.Linear(H, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, H)),
+        lambda: nn.Sequential(nn.Linear(H, 12), nn.GELU(), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, H)),
+    ],
+    ids=["one matrix", "a norm inside", "three layers"],
+)
+def test_a_capacity_around_any_function_of_a_row_is_named(expert):
+    model = build(FirstSix)
+    model.experts = nn.ModuleList(expert() for _ in range(E))
+    (block,) = [b for b in moeopt.explain(model.eval(), X.repeat(4, 1)).blocks if b.kind == "moe"]
+    assert block.reason.startswith("its experts leave out tokens that the router gave them (a capacity"), block.reason
+
+
+def test_weights_that_a_hook_computes_name_the_function_that_removes_it():
+    model = build()
+    for expert in model.experts:
+        nn.utils.spectral_norm(expert.w1)
+    (block,) = [b for b in moeopt.explain(model, X).blocks if b.kind == "moe"]
+    assert "(SpectralNorm on experts.0.w1)" in block.reason and "torch.nn.utils.remove_spectral_norm" in block.reason

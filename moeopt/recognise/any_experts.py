@@ -19,7 +19,8 @@ def recognize(
     """As :func:`moeopt.recognise.experts.recognize`; experts that fit no ``ExpertsSpec`` as a ``RowFunction``.
 
     Raises:
-        Declined: neither reads them; the reason is that of the first, whose questions are the narrower ones.
+        Declined: neither reads them. The reason is that of the first, whose questions are the narrower ones; but where
+            the second found functions and names a cause while the first does not, that of the second.
     """
     if any(isinstance(k.spec, RowFunction) for k in known or []):
         return recognize_functions(tape, known, idle=idle)
@@ -35,7 +36,10 @@ def recognize(
         found = recognize_functions(tape, known, idle=idle)
     except ExpertsNotHit:
         raise
-    except Declined:
+    except Declined as err:
+        if err.rank > reason.rank and err.progress >= 0:  # type: ignore[attr-defined]
+            err.others = reason.others
+            raise
         raise reason from None
     for recognition in found:
         recognition.unmatched_reason = recognition.unmatched_reason or reason.reason

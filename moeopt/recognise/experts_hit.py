@@ -80,12 +80,13 @@ def _like(shape: torch.Size, shapes: set[torch.Size], known: int) -> bool:
 def _rest_of(path: str, whole: torch.Tensor, experts: list[ExpertRef], others: list[GemmSite]) -> list[str]:
     """A name for each expert that fits into those numbers of ``whole`` which neither experts nor ``others`` read."""
     read: dict[MatrixRef | VectorRef, int] = {}
-    holders = 0
+    shares, holders = 0, 0
     for expert in experts:
         here = [r for r in (*expert.w_in, *expert.b_in, expert.w_out, expert.b_out) if r is not None and r.path == path]
-        holders += bool(here)
-        read |= {r: r.m * (r.k if isinstance(r, MatrixRef) else 1) for r in here}
-    each = sum(read.values()) // holders
+        own = {r: r.m * (r.k if isinstance(r, MatrixRef) else 1) for r in here}
+        shares, holders = shares + sum(own.values()), holders + bool(own)
+        read |= own
+    each = shares // holders
     for site in others:
         used = [site.matrices[i] for i in site.matrix.unique().tolist() if i >= 0]
         read |= {r: r.k * r.m for r in used if r.path == path}

@@ -18,6 +18,7 @@ from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import weight_and_operand
 
 _REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
@@ -73,22 +74,25 @@ def _computed_weights(tape: Tape) -> Declined | None:
         stacked = any(p.dim() > 2 for p in module.parameters())
         if module not in experts and not stacked:
             continue
-        hooks = [type(h).__name__ for h in module._forward_pre_hooks.values() if _makes_weights(h)]
-        what, way_out = "", ""
-        if hooks:
-            what = hooks[0]
-            way_out = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}.get(
-                what, "prune.remove"
-            )
-        elif parametrize.is_parametrized(module):
-            held = next(iter(module.parametrizations.values()))
-            what, way_out = type(held[0]).__name__, "parametrize.remove_parametrizations"
-        if what:
-            return Declined(
-                f"its experts' weights are computed at each call ({what} on {path or 'the block'}), and the op reads "
-                f"weights as they are stored; make them plain with torch.nn.utils.{way_out} and optimise again"
-            )
+        if reason := computed_weight(path, module):
+            return Declined(reason)
     return None
+
+
+def computed_weight(path: str, module: nn.Module) -> str:
+    """The reason for a module with a weight that ``torch.nn.utils`` makes at each call, and its way out; else ""."""
+    hooks = [type(h).__name__ for h in module._forward_pre_hooks.values() if _makes_weights(h)]
+    if hooks:
+        what, way_out = hooks[0], _REMOVERS.get(hooks[0], "prune.remove")
+    elif parametrize.is_parametrized(module):
+        held = next(iter(module.parametrizations.values()))  # type: ignore[operator, union-attr]
+        what, way_out = type(held[0]).__name__, "parametrize.remove_parametrizations"
+    else:
+        return ""
+    return (
+        f"its experts' weights are computed at each call ({what} on {path or 'the block'}), and the op reads "
+        f"weights as they are stored; make them plain with torch.nn.utils.{way_out} and optimise again"
+    )
 
 
 def _makes_weights(hook: object) -> bool:
@@ -137,7 +141,7 @@ def branches(tape: Tape) -> Declined | None:
 
 
 def between_products(tape: Tape) -> Declined | None:
-    """What stands between the matmuls with the experts' weights, or that there is but one."""
+    """What stands between the matmuls with the experts' weights."""
     recurrent = next((c for c in tape.calls if isinstance(c.module, nn.RNNBase)), None)
     if recurrent is not None:
         return Declined(
@@ -166,26 +170,15 @@ def between_products(tape: Tape) -> Declined | None:
             "norm over the features",
             batch.meta.get("source"),
         )
-    if len(_roots(sites)) == len(sites):
-        return Declined(
-            "each of its experts is one matrix, with no second matmul after it; the op groups experts of two matmuls "
-            "with a function between, so this block stays as it is",
-            line,
-        )
     if odd:
         return Declined(
             "between its experts' matmuls stands something that is not element-wise on each token's row "
             f"({', '.join(dict.fromkeys(names))}: it mixes rows, depends on the whole batch, or weighs the hidden "
             "neurons), which the op does not carry",
             line,
+            rank=Rank.READING,
         )
     return None
-
-
-def _roots(sites: list[fx.Node]) -> set[fx.Node]:
-    """Products that read no other of them."""
-    held = set(sites)
-    return {s for s in sites if not (ancestors([s]) - {s}) & held}
 
 
 def _plain(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.obstacles import Rank
+from moeopt.recognise.named_obstacles import computed_weight
 from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.kept_steps import KeptSteps
 from moeopt.value_types import PyObject
@@ -93,6 +94,8 @@ def check_skipped(path: str, module: nn.Module) -> None:
     Raises:
         Declined: it has one.
     """
+    if module._forward_pre_hooks and (reason := computed_weight(path, module)):
+        raise Declined(reason)
     for kind in _HOOKS:
         if getattr(module, kind, None):
             raise Declined(

@@ -26,7 +26,7 @@ ZOO = {
         "strange_int8": "its experts' weights are computed at each call",
     },
     "Experts whose rows depend on one another": {
-        "declined_attention_experts": "mixes rows",
+        "declined_attention_experts": "or mix their tokens by it",
         "strange_batch_statistics": "depends on the whole batch",
     },
     "Functions of a row that PyTorch would run no quicker": {

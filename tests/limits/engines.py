@@ -109,6 +109,8 @@ def branching(_):
     no_engine(After(block=Branching), "Its Python there depends on the values of tensors, which no graph repeats")
 
 
+tested_in("A branch on weights or buffers", "test_a_question_about_constants_is_answered_with_their_values")
+tested_in("A branch on weights or buffers", "test_what_a_call_writes_cannot_be_asked")
 tested_in("Encoder-decoders", "test_a_mask_that_tracing_needs_is_asked_for")
 tested_in(
     "Jamba",
