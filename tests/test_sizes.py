@@ -9,7 +9,6 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_COMPLEX = 300, 60, 25
 # what still exceeds them; an entry that no longer does must go, and nothing is added
 TOO_LONG_FILES = {
     "find/finder.py",
-    "recognise/row_graph.py",
 }
 TOO_LONG_FUNCTIONS = {
     "causal_lm/generate.py:shell",
