@@ -15,16 +15,9 @@ TOO_LONG_FUNCTIONS = {
     "cli/commands.py:optimize",  # its parameters are the command's options
     "pipeline/run.py:_attempt",
     "pipeline/run.py:run",
-    "recognise/routing.py:find_routing",
-    "recognise/routing_of_experts.py:with_frontier",
 }
 TOO_COMPLEX_FUNCTIONS = {
     "pipeline/run.py:run",
-    "recognise/experts_hit.py:check_all_hit",
-    "recognise/routing_by_tables.py:by_mask",
-    "recognise/routing_of_experts.py:with_frontier",
-    "recognise/row_function.py:_read",
-    "recognise/token_rows.py:token_readings",
 }
 
 _DECISIONS = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.comprehension, ast.Assert)
