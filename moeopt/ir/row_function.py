@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -60,8 +61,30 @@ class RowBody:
 
     def products(self) -> int:
         """How many matmuls there are."""
-        of = ("mm", "addmm", "linear", "mv", "bmm")
-        return sum(op != GETITEM and op._schema.name.split("::")[1] in of for op, _, _ in self.nodes)
+        return sum(map(_is_product, self.nodes))
+
+    def layers(self) -> int:
+        """The most matmuls that stand one after another on the way from the rows to the result."""
+        depth = [0] * (1 + len(self.slots))
+        for node in self.nodes:
+            read = [depth[v] for v in _values(node[1]) + _values(list(node[2].values()))]
+            depth.append(max(read, default=0) + _is_product(node))
+        return depth[self.out]
+
+
+def _is_product(node: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> bool:
+    return node[0] != GETITEM and node[0]._schema.name.split("::")[1] in ("mm", "addmm", "linear", "mv", "bmm")
+
+
+def _values(parts: Sequence[Any]) -> list[int]:
+    """The numbers of the values that a node's arguments name, those in lists among them."""
+    found = []
+    for part in parts:
+        if isinstance(part, Value):
+            found.append(int(part))
+        elif isinstance(part, (list, tuple)):
+            found += _values(part)
+    return found
 
 
 @dataclass(frozen=True)

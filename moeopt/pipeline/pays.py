@@ -57,6 +57,8 @@ def _reason(recognition: Recognition, spec: RowFunction) -> str:
     saved = (len(own) - calls_new) * CALL + (rows_own - rows_new) * per_row / FLOPS
     if saved > 0:
         return ""
+    if recognition.kept_from_grouped:
+        return recognition.kept_from_grouped
     what = words(body)
     if what == _COUNTS[2] and recognition.unmatched_reason:  # what the grouped op has: what kept it from that decides
         return recognition.unmatched_reason
@@ -69,7 +71,8 @@ def _reason(recognition: Recognition, spec: RowFunction) -> str:
 
 def words(body: RowBody) -> str:
     """What stands in a function of a row: "three matmuls (three layers) with native_layer_norm"."""
-    what = _COUNTS.get(body.products(), f"{body.products()} matmuls")
+    products, layers = body.products(), body.layers()
+    what = "a gated pair of matmuls" if (products, layers) == (3, 2) else _COUNTS.get(products, f"{products} matmuls")
     others = [n for n in body.names() if n not in _USUAL]
     return what + (f" with {', '.join(others)}" if others else "")
 

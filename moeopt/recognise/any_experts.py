@@ -8,6 +8,7 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.recognise.experts import recognize as recognize_matrices
 from moeopt.recognise.experts_hit import ExpertsNotHit
+from moeopt.recognise.limits import UnreachedLimit
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.row_function import recognize_functions
 
@@ -38,4 +39,5 @@ def recognize(
         raise reason from None
     for recognition in found:
         recognition.unmatched_reason = recognition.unmatched_reason or reason.reason
+        recognition.kept_from_grouped = reason.reason if isinstance(reason, UnreachedLimit) else ""
     return found

@@ -35,10 +35,14 @@ def limits_values(tape: Tape, node: fx.Node) -> bool:
     return name in _CLAMPS and _is_float(node) and _bounds(tape, node) != []
 
 
+class UnreachedLimit(Declined):
+    """A limit that no probe reaches, which the op would leave out."""
+
+
 def check_limits(
     tape: Tape, end: fx.Node, kept: Iterable[fx.Node], fitted: set[fx.Node], source: str | None = None
 ) -> None:
-    """Raise ``Declined`` for a limit that ``end`` is computed through and the rewrite leaves out.
+    """Raise :class:`UnreachedLimit` for a limit that ``end`` is computed through and the rewrite leaves out.
 
     Args:
         end: the experts' sum.
@@ -58,7 +62,7 @@ def check_limits(
             stack.extend(node.all_input_nodes)
     for node in sorted(limits & seen, key=lambda n: n.meta["index"]):
         bounds = ", ".join(f"{bound:g}" for bound in _bounds(tape, node))
-        raise Declined(
+        raise UnreachedLimit(
             f"its forward limits values with {op_name(node)}{f' ({bounds})' if bounds else ''} between the tokens and "
             "the sum of its experts, where no probe reaches the limit, so the op would leave it out: limit the tokens "
             "before they are dispatched, the block's result, or values between an expert's two matmuls",
@@ -91,6 +95,6 @@ def _constants(tape: Tape, node: fx.Node, but: set[fx.Node]) -> Iterator[float]:
         elif isinstance(a, fx.Node) and a not in but and _is_float(a):
             if not any(n.op == "placeholder" for n in ancestors([a])):
                 value = tape.value(a)
-                yield float(value.abs().nan_to_num(0, 0, 0).max()) if value.numel() else 0.0
+                yield float(value.detach().abs().nan_to_num(0, 0, 0).max()) if value.numel() else 0.0
             elif op_name(node) in _CLAMPS:
                 yield torch.inf

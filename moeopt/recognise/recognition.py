@@ -18,6 +18,7 @@ class Recognition:
     """Everything needed to replace ``combine.node`` by the op; ``experts[v]`` is what id v runs.
 
     ``experts`` are ``ExpertRef`` and ``spec`` an ``ExpertsSpec``; or ``SlotRefs`` and a ``RowFunction``.
+    ``kept_from_grouped``: of a ``RowFunction``, the limit for which the experts did not get an ``ExpertsSpec``.
     """
 
     tokens: Tokens
@@ -30,3 +31,4 @@ class Recognition:
     source: str
     functions: dict[object, tuple[ExpertsSpec, bool]]
     unmatched_reason: str = ""
+    kept_from_grouped: str = ""

@@ -61,7 +61,7 @@ CASES = {
     "gate": "rewritten",
     "activation": "rewritten",
     "up": "rewritten",
-    "product": "the function between the expert's two matmuls",
+    "product": "a gated pair of matmuls with clamp, a function of a row that no grouped kernel has",
     "output": "between the tokens and the sum",
     "weighted output": "between the tokens and the sum",
     "sum": "rewritten",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Sequence
 
 import torch
@@ -27,10 +28,10 @@ def runtime() -> PyObject:
     Raises:
         UsageError: none is installed, or two that overwrite each other's files.
     """
-    found = [name for name in _PACKAGES if _installed(name)]
-    if len(found) > 1:
+    homes = [home for home in map(_home, _PACKAGES) if home is not None]
+    if len(homes) > len(set(homes)):  # in folders of their own, the first on the path is whole
         raise UsageError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            f"onnxruntime and onnxruntime-gpu are both installed in {homes[0]} and overwrite each other's files: "
             "pip uninstall both, then install one of moeopt[onnxruntime] or moeopt[onnxruntime-gpu]"
         )
     try:
@@ -45,12 +46,12 @@ def runtime() -> PyObject:
     return onnxruntime
 
 
-def _installed(name: str) -> bool:
+def _home(name: str) -> str | None:
+    """The folder that a package's files were installed into; None where the package is not installed."""
     try:
-        importlib.metadata.distribution(name)
+        return os.path.realpath(str(importlib.metadata.distribution(name).locate_file("")))
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def provider_named(name: str | None) -> str:

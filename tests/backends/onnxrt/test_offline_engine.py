@@ -1,6 +1,7 @@
 """Without a GPU an engine for one is built, checked and replayed; it says so wherever it is asked for more."""
 
 import copy
+import importlib.metadata
 import json
 import pickle
 import shutil
@@ -229,9 +230,21 @@ def test_where_nodes_may_run():
 
 
 def test_two_runtimes_at_once(monkeypatch):
-    monkeypatch.setattr(sessions.importlib.metadata, "distribution", lambda name: object())
-    with pytest.raises(UsageError, match="onnxruntime and onnxruntime-gpu are both installed and overwrite each other"):
+    homes = {"onnxruntime": "/a/site-packages", "onnxruntime-gpu": "/a/site-packages"}
+
+    class Installed:
+        def __init__(self, name):
+            self.name = name
+
+        def locate_file(self, path):
+            return homes[self.name]
+
+    real = importlib.metadata.distribution
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda n: Installed(n) if n in homes else real(n))
+    with pytest.raises(UsageError, match="are both installed in /a/site-packages and overwrite each other's files"):
         engine_for("cpu")
+    homes["onnxruntime-gpu"] = "/b"  # first on the path: the other one's files are not touched
+    assert sessions.runtime().__name__ == "onnxruntime"
 
 
 def test_a_gpu_build_without_a_gpu_claims_only_the_cpu(monkeypatch):
