@@ -4,7 +4,7 @@ A model may ask a table of its own, ``if self.cos[0, 0] == 0: fill it``. ``torch
 stops there, as at a branch on the data. But weights and buffers are what they are, and so is all that is computed from
 them alone; an engine holds them as constants. While :func:`answered` is open each op on such tensors is noted, and a
 question of Python's (``bool``, ``int``, ``.item()``) about one of them is answered with its value. A model that also
-writes to what it asked is refused: what it asks would change from call to call.
+writes to what it asked, or asks about random numbers, is refused: what it asks would change from call to call.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Answers(TorchFunctionMode):
     def __init__(self, model: nn.Module, values: dict[str, Tensor]) -> None:
         """The traced weights and buffers of ``model`` stand for ``values``."""
         super().__init__()
+        self._named = type(model).__name__
         self._known: dict[int, _ConstantRead] = {}
         self.asked: set[str] = set()
         self.written: set[str] = set()
@@ -81,8 +82,15 @@ class Answers(TorchFunctionMode):
         roots = frozenset(root for k in held for root in k.roots)
         constant = len(held) == len(tensors) and all(k.untouched for k in held)
         if func in _QUESTIONS and tensors and constant:
+            before = _random_states()
+            answer = _computed(func, args, kwargs, held)
+            if not all(map(torch.equal, before, _random_states())):
+                raise NotSaveableError(
+                    f"{self._named} cannot be saved: its Python branches on random numbers, and a graph keeps the "
+                    "branch of this one call: switch the noise off for inference"
+                )
             self.asked |= roots
-            return _computed(func, args, kwargs, held)
+            return answer
         result = func(*args, **kwargs)
         if _writes(func, kwargs) or any(not k.untouched for k in held):
             self.written |= roots
@@ -127,6 +135,12 @@ def _computed(func: FxTarget, args: PyObject, kwargs: PyObject, held: Sequence[_
 def _untraced() -> Iterator[None]:
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
         yield
+
+
+def _random_states() -> list[Tensor]:
+    """Of the generators that ops without one of their own draw from."""
+    with _untraced():
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
 def _writes(func: FxTarget, kwargs: dict[str, Any]) -> bool:

@@ -38,6 +38,7 @@ from moeopt.recognise.routing_weights import (
     weighed,
     weight_dtype,
 )
+from moeopt.recognise.rows_carried import check_rows_carried
 from moeopt.recognise.slot_vectors import by_slots
 from moeopt.recognise.token_rows import Tokens
 from moeopt.recognise.weight_position import WeightPosition, weight_position
@@ -87,7 +88,7 @@ def with_frontier(
         _check_named(ids, len(experts), missing, group)
     identity = _adds_own_row(tape, tokens, combine, routing, ids, len(experts), prior)
     base = None if identity else _base(tape, combine, before, experts)
-    _check_limits(tape, group, tokens, combine, routing, base)
+    _check_what_is_left_out(tape, group, tokens, labels, combine, routing, base)
     ordered = [experts[c] for c in routing.experts]
     if isinstance(spec, ExpertsSpec):
         same_layout(ordered, group)
@@ -108,13 +109,18 @@ def _check_named(ids: torch.Tensor | None, count: int, missing: int, group: list
         )
 
 
-def _check_limits(
-    tape: Tape, group: list[FFNCandidate], tokens: Tokens, combine: Combine, routing: Routing, base: fx.Node | None
-) -> None:
-    """``Declined`` where a clamp, cap or threshold stands in what the rewrite leaves out."""
+def _check_what_is_left_out(
+    tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, combine: Combine, routing: Routing,
+    base: fx.Node | None,
+) -> None:  # fmt: skip
+    """``Declined`` where what the rewrite leaves out holds a limit, or does more to rows than carry them."""
     sources = [tokens.node, base, *routing.weights.nodes, *([] if routing.ids is None else routing.ids.nodes)]
     fitted = {n for c in group for n in c.mid}
-    check_limits(tape, combine.node, [n for n in sources if n is not None], fitted, source_of(group[0]))
+    kept = [n for n in sources if n is not None]
+    check_limits(tape, combine.node, kept, fitted, source_of(group[0]))
+    operands = [s.operand for s in sites_in(group)]
+    outs = [s.node for s in labels.token]
+    check_rows_carried(tape, tokens.node, operands, outs, combine.node, kept, source_of(group[0]))
 
 
 def _table(

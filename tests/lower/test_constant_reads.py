@@ -50,7 +50,14 @@ class ConstantOfNumbers(Base):
         return self.linear(x) * steps.sum().item() if torch.equal(steps, steps.abs()) else x
 
 
-@pytest.mark.parametrize("make", [FilledTable, LargestOfAWeight, NamesOfExperts, ConstantOfNumbers])
+class AttendsToATable(Base):
+    def forward(self, x):
+        """The op is marked as random, and draws nothing without dropout."""
+        seen = torch.nn.functional.scaled_dot_product_attention(*[self.table[None, None, :4]] * 3)
+        return self.linear(x) * (2 if seen.sum() > 0 else 1)
+
+
+@pytest.mark.parametrize("make", [FilledTable, LargestOfAWeight, NamesOfExperts, ConstantOfNumbers, AttendsToATable])
 def test_a_question_about_constants_is_answered_with_their_values(make):
     torch.manual_seed(0)
     model = make().eval()
@@ -107,6 +114,30 @@ class AsksTheData(Base):
 class AsksRandomNumbers(Base):
     def forward(self, x):
         return self.linear(x) * (100 if torch.rand(()) > 0.5 else 1)
+
+
+class AsksNoiseOnATable(Base):
+    def forward(self, x):
+        return self.linear(x) * (100 if self.noisy().sum() > 80 else 1)
+
+    def noisy(self):
+        return torch.nn.functional.dropout(self.table, 0.5, training=True)
+
+
+class AsksDrawsOfATable(AsksNoiseOnATable):
+    def noisy(self):
+        return torch.bernoulli(self.table / 4)
+
+
+class AsksNoiseLikeATable(AsksNoiseOnATable):
+    def noisy(self):
+        return self.table + torch.randn_like(self.table)
+
+
+@pytest.mark.parametrize("make", [AsksNoiseOnATable, AsksDrawsOfATable, AsksNoiseLikeATable])
+def test_random_numbers_on_constants_are_no_constants(make):
+    with pytest.raises(NotSaveableError, match="branches on random numbers.*switch the noise off"):
+        export_program(make().eval(), (torch.randn(5, 6),), {})
 
 
 @pytest.mark.parametrize("make", [CountsItsCalls, FillsItself])

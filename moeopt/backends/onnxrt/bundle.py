@@ -38,7 +38,6 @@ from moeopt.errors import (
     EngineFallbackWarning,
     EngineNotExecutableError,
     LimitError,
-    MoeoptError,
     NotEquivalentError,
     UsageError,
 )
@@ -214,7 +213,7 @@ def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.
     def run(leaves: PyObject) -> PyObject:
         try:
             result = engine.run_flat(leaves)
-        except MoeoptError:
+        except (LimitError, BundleError):
             raise
         except Exception as err:  # the runtime's own, of many classes
             raise RuntimeError(str(err).strip().partition("\n")[0][:300]) from None

@@ -11,7 +11,8 @@
     pow(x, -2)                    1 / (x x) in PyTorch: 0 where x x overflows
     std                           squares of rows beyond 1e19 overflow; the row is scaled first
     erfc, erfcx, log_ndtr         no form keeps their tails: a call names the op and the line that wrote it
-    prod of int64                 ONNX Runtime multiplies in float64: written out, up to 64 factors
+    prod of integers              ONNX Runtime multiplies in float64: written out, up to 64 factors
+    pow of integers               ONNX Runtime raises in float64, wrong from 2^53 on; PyTorch wraps around
 
 16-bit floats are computed in float32, as PyTorch does inside one op. :mod:`moeopt.ir.stable_nodes` has the functions.
 """
@@ -28,7 +29,7 @@ from moeopt.lower.onnx.opset import OPSET as opset20
 from moeopt.value_types import OnnxAttribute, OnnxValue, PyObject
 
 aten = torch.ops.aten
-_FLOAT, _INT64, _BOOL = 1, 7, 9
+_FLOAT, _DOUBLE, _INT32, _INT64, _BOOL = 1, 11, 6, 7, 9
 _HALF = (10, 16)
 _COMPLEX = {14: 1, 15: 11}
 """Complex dtypes, as pairs of float32 and float64."""
@@ -172,9 +173,44 @@ def power(self: OnnxValue, exponent: PyObject) -> OnnxValue:
         return root if exponent > 0 else opset20.Reciprocal(root)
     if is_float(self) and exponent == -2:
         return opset20.Reciprocal(opset20.Mul(self, self))
-    if is_float(self) or isinstance(exponent, int):
+    if is_float(self):
         return opset20.Pow(self, like(exponent, self))
-    return power(opset20.Cast(self, to=_FLOAT), float(exponent))
+    if not isinstance(exponent, int):
+        return power(opset20.Cast(self, to=_FLOAT), float(exponent))
+    return whole_power(opset20.Cast(self, to=_INT64) if code(self) == _BOOL else self, exponent)
+
+
+def whole_power(self: OnnxValue, exponent: int) -> OnnxValue:
+    """Integers to a power of 0 or more, by squares: each product wraps around as PyTorch's."""
+    if exponent < 2:
+        return opset20.Identity(self) if exponent == 1 else opset20.Pow(self, like(exponent, self))
+    found = None
+    square = self
+    for at in range(exponent.bit_length()):
+        square = opset20.Mul(square, square) if at else self
+        if exponent >> at & 1:
+            found = square if found is None else opset20.Mul(found, square)
+    return found
+
+
+def power_tensor(self: OnnxValue, exponent: OnnxValue) -> OnnxValue:
+    """Tensors of one dtype. A negative power of an integer is 0 in PyTorch, but for those of 1 and -1."""
+    if is_float(self) or is_float(exponent):
+        return opset20.Pow(self, exponent)
+    dtype = code(self)
+    wide = _INT64 if dtype == _INT64 else _INT32
+    square, rest = (opset20.Cast(v, to=wide) for v in (self, exponent))
+    zero, one, two = (constant(n, wide) for n in (0, 1, 2))
+    is_unit = opset20.Equal(opset20.Mul(square, square), one)
+    is_unit = opset20.And(is_unit, opset20.LessOrEqual(opset20.Abs(square), one))
+    rest = opset20.Where(opset20.And(is_unit, opset20.Less(rest, zero)), opset20.Mod(rest, two), rest)
+    negative = opset20.Less(rest, zero)
+    found = one
+    for _ in range(self.dtype.bitwidth):
+        odd = opset20.Equal(opset20.Mod(rest, two), one)
+        found = opset20.Mul(found, opset20.Where(odd, square, one))
+        square, rest = opset20.Mul(square, square), opset20.Div(rest, two)
+    return opset20.Cast(opset20.Where(negative, zero, found), to=dtype)
 
 
 def deviation(
@@ -225,10 +261,11 @@ def refuse(name: str, why: str) -> Callable[..., Any]:
 
 def product(self: OnnxValue, dim: int, keepdim: bool = False, dtype: int | None = None) -> OnnxValue:
     wanted = dtype if dtype not in (None, -1) else _INT64 if not is_float(self) else code(self)
-    x = self if code(self) == wanted else opset20.Cast(self, to=wanted)
     axis = opset20.Constant(value_ints=[dim])
-    if wanted != _INT64:
+    if wanted in (_FLOAT, _DOUBLE, *_HALF):
+        x = self if code(self) == wanted else opset20.Cast(self, to=wanted)
         return opset20.ReduceProd(x, axis, keepdims=int(keepdim))
+    x = self if code(self) == _INT64 else opset20.Cast(self, to=_INT64)
     size = self.shape[dim]
     if not isinstance(size, int) or not 0 < size <= _FACTORS:
         many = size if isinstance(size, int) else "an unknown number of"
@@ -236,6 +273,7 @@ def product(self: OnnxValue, dim: int, keepdim: bool = False, dtype: int | None 
     whole, *rest = [opset20.Gather(x, constant([n], _INT64), axis=dim) for n in range(size)]
     for part in rest:
         whole = opset20.Mul(whole, part)
+    whole = whole if wanted == _INT64 else opset20.Cast(whole, to=wanted)
     return whole if keepdim else opset20.Squeeze(whole, axis)
 
 
@@ -262,6 +300,7 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.clamp_max.default: clamp_max,
         aten.relu.default: relu,
         aten.pow.Tensor_Scalar: power,
+        aten.pow.Tensor_Tensor: power_tensor,
         aten.scalar_tensor.default: scalar_tensor,
         aten.std.correction: deviation,
         aten.pow.Scalar: power_of,

@@ -326,3 +326,14 @@ def test_a_bundle_of_another_machine_s_operator_is_tested_before_it_runs(bundle)
             moeopt.load(bundle)
     assert not any("where it is absent" in str(w.message) for w in caught)
     custom_op.forget()
+
+
+def test_a_graph_that_stops_in_a_run_falls_back_with_a_warning(bundle):
+    def change(proto, nodes):
+        nodes[0].input[3] = nodes[0].input[4]
+
+    edit_native(bundle, change)
+    with pytest.warns(EngineFallbackWarning, match="model.onnx runs, not model.native.onnx"):
+        engine = moeopt.load(bundle)
+    assert engine.graph == "model.onnx"
+    right(engine)

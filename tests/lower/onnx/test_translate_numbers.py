@@ -39,6 +39,32 @@ def test_integers_of_every_size():
             assert got.dtype == want.dtype and torch.equal(got, want), name
 
 
+POWERS = {
+    "0": lambda i: i**0,
+    "1": lambda i: i**1,
+    "2": lambda i: i**2,
+    "5": lambda i: i**5,
+    "8": lambda i: i**8,
+    "13": lambda i: i**13,
+    "of a tensor": lambda i: i ** (i.flip(-1) % 100),
+    "of any tensor": lambda i: i ** i.flip(-1),
+    "product": lambda i: i.reshape(-1, 4).prod(-1, dtype=i.dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_powers_of_integers_wrap_around(dtype):
+    info = torch.iinfo(dtype)
+    g = torch.Generator().manual_seed(0)
+    i = torch.randint(info.min, info.max, (9, 4), generator=g, dtype=dtype)
+    ends = torch.tensor([[info.max, info.min, 1, 0], [info.max // 2 + 1, -1 if info.min else 3, 7, 2]], dtype=dtype)
+    i = torch.cat([i, ends, i % 7])
+    session = session_of(together(POWERS.values()), i[:5])
+    for (name, f), got in zip(POWERS.items(), session.run({"x": i}), strict=True):
+        want = f(i)
+        assert got.dtype == want.dtype and torch.equal(got, want), name
+
+
 def test_a_product_of_too_many_integers_is_refused():
     with pytest.raises(NotSaveableError, match="a product of 70 integers has no form in ONNX that is exact"):
         graph_of(lambda i: i.reshape(-1, 70).prod(-1), torch.ones(3, 70, dtype=torch.int64))
