@@ -161,4 +161,4 @@ def test_importing_every_module_loads_no_optional_package():
 def test_the_environment_is_read_in_options_only():
     for path in FILES:
         if "environ" in path.read_text() or "getenv" in path.read_text():
-            assert room(path) == "options", f"{path.relative_to(ROOT)} reads the environment: do it in options.py"
+            assert room(path) == "options", f"{path.relative_to(ROOT)} reads the environment: do it in options"

@@ -78,14 +78,17 @@ class CallSpec:
         return [*self.indices("ids"), *self.indices("choices")]
 
     def slots(self, n: int) -> int:
-        """K of such an argument; one more for a mask, in whose rows any number of experts may be named."""
+        """K, the experts per token, of an argument that names experts (leaf ``n``).
+
+        For a mask K is one more than the slots it has, since a row of a mask may name any number of experts.
+        """
         own = self.rows(n)
         if self.leaves[n].role == "ids":
             return own.shape[-1]
         return 1 + (own.shape[-2] if own.dim() > 2 else 1)
 
     def naming(self, n: int, ids: Tensor) -> Tensor:
-        """Rows of such an argument that name ``ids`` (tokens, K)."""
+        """The rows that leaf ``n``, an argument that names experts, has where it names ``ids`` (tokens, K)."""
         own = self.rows(n)
         if self.leaves[n].role == "ids":
             return ids.reshape(len(ids), *own.shape[1:]).to(own)

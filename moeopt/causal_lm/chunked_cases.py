@@ -1,7 +1,7 @@
-"""Calls by which a causal language model's engine is compared beside the given one: other lengths, and in pieces.
+"""Further calls on which a causal language model's engine is compared: other lengths, and a sequence in chunks.
 
-In pieces means through the cache: a prompt, then one token, then the rest. What the model itself gives for the whole
-sequence is what the pieces must give together.
+A sequence in chunks goes through the cache: a prompt, then one token, then the rest. The logits of the chunks together
+must be the logits that the model computes for the whole sequence in one call.
 
 Shape legend: B rows, S tokens.
 """
@@ -22,7 +22,7 @@ Checked = tuple[str, dict[str, Any], Callable[..., Any]]
 
 
 def causal_calls(engine: PyObject, kwargs: dict[str, Any], ids_BS: Tensor) -> Iterator[Checked]:
-    """Calls with a single token, with four times the tokens, and the given one in pieces.
+    """Calls with a single token, with four times the tokens, and the given call in chunks.
 
     Args:
         engine: a ``CausalLM``. Calls of sizes that it says it does not hold for are left out.
@@ -37,9 +37,9 @@ def causal_calls(engine: PyObject, kwargs: dict[str, Any], ids_BS: Tensor) -> It
         if number != length and _holds(engine, call):
             yield f"{number} token{'s' * (number > 1)} a row", call, engine
     whole = {**plain, "input_ids": ids_BS.repeat(1, 5)[:, : max(length, 5)]}
-    pieces = _Chunks(engine)
-    if _holds(pieces, whole):
-        yield "through its cache", whole, pieces
+    chunks = _Chunks(engine)
+    if _holds(chunks, whole):
+        yield "through its cache", whole, chunks
 
 
 def _holds(engine: Callable[..., Any], call: dict[str, Any]) -> bool:

@@ -44,6 +44,19 @@ def shell(engine: PyObject) -> PyObject:
         self.generation_config = GenerationConfig.from_dict(_decoded(signature["generation_config"]))
         self.eval()
 
+    body = {
+        "__init__": init,
+        "forward": _forward_of(engine),
+        "__module__": __name__,
+        "device": property(lambda self: engine.device),
+        "dtype": property(lambda self: engine.dtype),
+    }
+    return type(signature["architecture"], bases, body)()
+
+
+def _forward_of(engine: PyObject) -> PyObject:
+    """The ``forward`` of a model whose results are the engine's; ``generate`` reads its parameters' names."""
+
     def forward(
         self: PyObject,
         input_ids: torch.Tensor | None = None,
@@ -68,14 +81,7 @@ def shell(engine: PyObject) -> PyObject:
             **kwargs,
         )
 
-    body = {
-        "__init__": init,
-        "forward": forward,
-        "__module__": __name__,
-        "device": property(lambda self: engine.device),
-        "dtype": property(lambda self: engine.dtype),
-    }
-    return type(signature["architecture"], bases, body)()
+    return forward
 
 
 def _decoded(value: PyObject) -> PyObject:

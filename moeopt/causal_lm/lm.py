@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from moeopt.causal_lm.attention import cache_left_in_place
 from moeopt.causal_lm.layers import ATTENTION, parts_of, sample_cache
 from moeopt.causal_lm.lm_graph import PAST, drop_idle_squeezes, signature_of_lm, turn_batches_back
-from moeopt.causal_lm.mixers import find_mixers, stepping
+from moeopt.causal_lm.mixers import Mixer, find_mixers, stepping
 from moeopt.causal_lm.steps import replace_mixers
 from moeopt.causal_lm.translations import own_translations
 from moeopt.compat import known_fields
@@ -102,12 +102,7 @@ def export_causal_lm(
     sample, shapes, result = _sample(model)
     wide = any(t.dtype == torch.float64 for t in model.parameters())  # of which fused ops have no kernel
     in_place = cache_left_in_place() if provider == "cpu" else contextlib.nullcontext()
-    mixers = []
-    if any(name.startswith("recurrent") for layer in sample[PAST].layers for name in parts_of(layer)):
-        with quiet(), _sdpa_or_eager(model):
-            mixers = find_mixers(model, lambda cache: model(**{**sample, PAST: cache}), sample[PAST], (B, S))
-    if mixers and provider == "tensorrt":
-        raise Declined(f"{mixers[0].name} keeps a recurrent state, for which a TensorRT engine has no form here")
+    mixers = _mixers(model, sample, provider)
     with (
         one_trace,
         emitting(model) as sites,
@@ -131,23 +126,7 @@ def export_causal_lm(
             )
         )
         traced = _real_views(exporter)()
-
-        def export(reads: ConstantReads | None) -> PyObject:
-            fresh = copy.copy(model)  # the exporter leaves a forward on the instance it is given
-            with answered(fresh, reads):
-                return traced.export_program(fresh, sample, config)[0]
-
-        try:
-            try:
-                graph = export(None)
-            except Exception as err:
-                if not asks_values(err):
-                    raise
-                sites.clear()
-                graph = export(reads := ConstantReads(model))
-                reads.refuse(written_by(traced.program))
-        except Exception as err:
-            raise Declined(f"transformers' exporter stops at {_first_line(err)}") from err
+        graph = _traced_graph(model, traced, sample, config, sites)
     goes_on = replace_mixers(graph, mixers)
     drop_idle_squeezes(graph.graph)
     turn_batches_back(graph.graph)
@@ -155,6 +134,41 @@ def export_causal_lm(
     if not goes_on:
         signature["one_at_a_time"] = True
     return CausalLMExport(graph, sites, signature, traced.program)
+
+
+def _mixers(model: nn.Module, sample: dict[str, Any], provider: str) -> list[Mixer]:
+    """The layers that keep a recurrent state; ``Declined`` where the provider's engine has no form for them."""
+    if not any(name.startswith("recurrent") for layer in sample[PAST].layers for name in parts_of(layer)):
+        return []
+    with quiet(), _sdpa_or_eager(model):
+        mixers = find_mixers(model, lambda cache: model(**{**sample, PAST: cache}), sample[PAST], (B, S))
+    if mixers and provider == "tensorrt":
+        raise Declined(f"{mixers[0].name} keeps a recurrent state, for which a TensorRT engine has no form here")
+    return mixers
+
+
+def _traced_graph(
+    model: nn.Module, traced: PyObject, sample: dict[str, Any], config: PyObject, sites: list[ExpertsNode]
+) -> PyObject:
+    """``onnx_ir.Model`` of the model; traced again with constants answered where its Python asks a tensor's value."""
+
+    def export(reads: ConstantReads | None) -> PyObject:
+        fresh = copy.copy(model)  # the exporter leaves a forward on the instance it is given
+        with answered(fresh, reads):
+            return traced.export_program(fresh, sample, config)[0]
+
+    try:
+        try:
+            return export(None)
+        except Exception as err:
+            if not asks_values(err):
+                raise
+            sites.clear()
+            graph = export(reads := ConstantReads(model))
+            reads.refuse(written_by(traced.program))
+            return graph
+    except Exception as err:
+        raise Declined(f"transformers' exporter stops at {_first_line(err)}") from err
 
 
 def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -117,29 +117,34 @@ def optimize(
         from moeopt.cli.measured import figures
 
         optimized.report.to_html(html, **(figures(model, optimized) if measure else {}))
-    saved: str | None = None
     stopped: Exception | None = None
     if out is not None:
         try:
             optimized.save(out, **({"overwrite": True} if overwrite else {}))
-            saved = str(out)
         except (MoeoptError, OSError) as err:
             stopped = err
-    if as_json:
-        certificate = json.loads(optimized.certificate.to_json())
-        body = {"report": optimized.report.to_dict(), "certificate": certificate, "saved": saved}
-        _print_json(body if stopped is None else {**body, "not_saved": str(stopped)})
-    else:
-        _show(optimized.report)
-        print()
-        _show(optimized.certificate)
-        if saved:
-            print(f"\nsaved: {saved}")
-        if html is not None:
-            print(f"\nhtml: {html}")
+    _print_optimized(optimized, out if stopped is None else None, html, stopped, as_json)
     if stopped is not None:
         raise stopped
     _exit(optimized.certificate.passed)
+
+
+def _print_optimized(
+    optimized: PyObject, saved: Path | None, html: Path | None, stopped: Exception | None, as_json: bool
+) -> None:
+    """Report and certificate, where they were saved, and what stopped the bundle."""
+    if as_json:
+        certificate = json.loads(optimized.certificate.to_json())
+        body = {"report": optimized.report.to_dict(), "certificate": certificate, "saved": saved and str(saved)}
+        _print_json(body if stopped is None else {**body, "not_saved": str(stopped)})
+        return
+    _show(optimized.report)
+    print()
+    _show(optimized.certificate)
+    if saved:
+        print(f"\nsaved: {saved}")
+    if html is not None:
+        print(f"\nhtml: {html}")
 
 
 @app.command()

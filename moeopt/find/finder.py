@@ -1,4 +1,4 @@
-"""Places of blocks among the feed-forward candidates of a model: by structure, by a gate or by a table."""
+"""Places of blocks: groups of the model's feed-forward candidates, and what ``unread_blocks`` finds without any."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from typing import Any
 from torch import fx, nn
 
 from moeopt.capture.op_kinds import op_name, picks_rows
-from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call, Tape
-from moeopt.capture.tree import leaves_of
-from moeopt.find.block_candidates import BlockCandidate, closest, each_once, identity_of, layers_of, numbered_tensors
-from moeopt.find.light_sites import leaf_of
-from moeopt.find.module_lists import alike_children, feed_forward_lists, gate_width, row_sources
-from moeopt.find.row_branches import weighed_branches
+from moeopt.find.block_candidates import BlockCandidate, closest, each_once, identity_of, numbered_tensors
+from moeopt.find.module_lists import row_sources
+from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import group_candidates
 from moeopt.recognise.gemm_sites import GemmSite
@@ -37,9 +34,6 @@ _ROUTES = (
 
 
 _SHAPED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "_local_scalar_dense")
-
-
-_GATES = ("_softmax", "softmax", "sigmoid", "topk")
 
 
 class Finder:
@@ -92,10 +86,9 @@ class Finder:
                     if self._feed_forward(c, blocks)
                 ]
         places = closest(places)
-        places += self._by_structure(places)
-        places += self._by_stacks(places)
-        places += self._by_gate(places)
-        places += self._by_tables(places)
+        unread = UnreadBlocks(self.tape, self.named)
+        for search in (unread.by_structure, unread.by_stacks, unread.by_gate, unread.by_tables):
+            places += search(places)
         places = each_once(places)
         self._mark_own_levels(places)
         return sorted(places, key=lambda p: p.order)
@@ -129,134 +122,6 @@ class Finder:
                 found.append(members)
                 taken.update(members)
         return found
-
-    def _children(self) -> dict[int, list[Call]]:
-        """The calls that each call makes itself, by its index."""
-        children: dict[int, list[Call]] = {}
-        for call in self.tape.calls:
-            if call.parent is not None:
-                children.setdefault(call.parent, []).append(call)
-        return children
-
-    def _gates_and_convolutions(self) -> tuple[dict[int, list[fx.Node]], dict[int, list[fx.Node]]]:
-        """Gates by the call that they stand in, and convolutions with groups by the call around their module's."""
-        convolutions: dict[int, list[fx.Node]] = {}
-        gates: dict[int, list[fx.Node]] = {}
-        for node in self.tape.nodes:
-            if op_name(node) in _GATES:
-                gates.setdefault(node.meta["call"], []).append(node)
-            elif op_name(node) == "convolution" and node.args[8] != 1 and node.args[1].meta["shape"][1] > 1:  # type: ignore[union-attr]
-                home = self.tape.call_of(node)
-                convolutions.setdefault(home.index if home.parent is None else home.parent, []).append(node)
-        return gates, convolutions
-
-    def _by_structure(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
-        """Calls that run alike feed-forward children side by side where no FFN candidate was found inside any; or that
-        ran some of them, on rows picked for them, and others not at all."""
-        found = []
-        children = self._children()
-        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
-        for call in self.tape.calls:
-            ran = children.get(call.index, [])
-            if not ran or call.index in taken:
-                continue
-            alike, pairs = alike_children(call.module), feed_forward_lists(call.module)
-            ran = [c for c in ran if c.module in alike]
-            idle = len(alike) - len({id(c.module) for c in ran})
-            picked = sum(any(picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran)
-            routed = picked > 1 or (picked == 1 and idle > 0)
-            weighed = not routed and not pairs and len(ran) > 1 and weighed_branches(self.tape, ran)
-            ran = [c for c in ran if routed or weighed or c.module in pairs]
-            if not ran or (len(ran) < 2 and not routed) or (len(ran) > 1 and self._sequential(ran)):
-                continue
-            weights = {id(p) for c in ran for p in c.module.parameters()}
-            experts = len({id(c.module) for c in ran}) + (idle if routed else 0)
-            found.append(self._unread(call, ran[0].first, experts, weights))
-        return found
-
-    def _by_stacks(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
-        """Calls of modules that own stacks of experts, and a router's weight beside them, without an FFN candidate.
-
-        A router's weight has the number of experts and a size of theirs; stacks of an attention's heads have none.
-        """
-        found: list[BlockCandidate] = []
-        known = {i for p in places for i in p.weights}
-        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
-        for call in self.tape.calls:
-            stacks = [p for p in call.module._parameters.values() if p is not None and p.dim() == 3 and len(p) > 1]
-            stacks = [p for p in stacks if id(p) not in known and len(p) == len(stacks[0])]
-            if len(stacks) < 2 or call.index in taken:
-                continue
-            experts, sizes = len(stacks[0]), set(stacks[0].shape[1:]) & set(stacks[1].shape[1:])
-            near = call.module if call.parent is None else self.tape.calls[call.parent].module
-            routers = {frozenset((experts, size)) for size in sizes}
-            if not any(p.dim() == 2 and set(p.shape) in routers for p in near.parameters()):
-                continue
-            known |= set(map(id, stacks))
-            found.append(self._unread(call, call.first, experts, set(map(id, stacks))))
-        return found
-
-    def _by_gate(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
-        """Calls that choose among, or weigh, as many things as they run alike modules side by side that are more than
-        one matrix each, or as convolutions have groups: mixtures of other layers than matmuls."""
-        found: list[BlockCandidate] = []
-        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
-        gates, convolutions = self._gates_and_convolutions()
-        children = self._children()
-        for call in reversed(self.tape.calls) if gates else ():
-            own = children.get(call.index, [])
-            near = [n for c in (call, *own) for n in gates.get(c.index, [])]
-            if call.index in taken or not near:
-                continue
-            alike, groups = alike_children(call.module), convolutions.get(call.index, [])
-            ran = [c for c in own if c.module in alike and layers_of(c.module) > 1]
-            widths = {gate_width(n) for n in near if self.tape.call_of(n).module not in alike}
-            choices = {gate_width(n) for n in near if op_name(n) != "sigmoid"}
-            if len({id(c.module) for c in ran}) in widths - {0, 1} and not self._sequential(ran):
-                weights = {id(p) for c in ran for p in c.module.parameters()}
-                found.append(self._unread(call, ran[0].first, len(ran), weights))
-            elif len(groups) > 1 and groups[0].args[8] in choices:
-                weights = {id(self.named[p]) for p in map(self._path, groups) if p in self.named}
-                found.append(self._unread(call, groups[0].meta["index"], int(groups[0].args[8]), weights))  # type: ignore[arg-type]
-            else:
-                continue
-            taken |= set(self.tape.stack(call.index))
-        return found
-
-    def _by_tables(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
-        """Calls that look up the same top-k ids in two tables: experts of one neuron each."""
-        lookups: dict[Any, list[fx.Node]] = {}
-        for node in self.tape.nodes:
-            if op_name(node) == "embedding" and len(node.meta["shape"]) > 2 and node.args[0].op == "get_attr":  # type: ignore[union-attr]
-                lookups.setdefault(node.args[1], []).append(node)
-        found = []
-        taken = {c.index for p in places if p.kind == "moe" for c in p.levels}
-        for ids, nodes in lookups.items():
-            if len({n.args[0] for n in nodes}) < 2 or not any(op_name(n) == "topk" for n in ancestors([ids])):
-                continue
-            home = self.tape.call_of(nodes[0])
-            call = home if home.parent is None else self.tape.calls[home.parent]
-            if call.index not in taken:
-                paths = [leaf_of(self.tape, n)[0] for n in nodes]
-                weights = {id(self.named[p]) for p in paths if p in self.named}
-                found.append(self._unread(call, nodes[0].meta["index"], nodes[0].args[0].meta["shape"][0], weights))  # type: ignore[union-attr]
-        return found
-
-    def _path(self, convolution: fx.Node) -> str:
-        weight = convolution.args[1]
-        return leaf_of(self.tape, weight)[0] if isinstance(weight, fx.Node) else ""
-
-    def _unread(self, call: Call, first: int, experts: int, weights: set[int]) -> BlockCandidate:
-        """A place without candidates, whose experts run from node ``first`` on."""
-        levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
-        source = next((n.meta["source"] for n in self.tape.nodes[first:] if n.meta.get("source")), "")
-        return BlockCandidate("moe", call, levels, first, source, [], experts, weights)
-
-    def _sequential(self, ran: list[Call]) -> bool:
-        """True where one of the calls reads, by any way, what an earlier one returned."""
-        first = set(leaves_of(fx.Node, ran[0].output))
-        wanted = set(leaves_of(fx.Node, [ran[-1].args, ran[-1].kwargs]))
-        return bool(first & ancestors(wanted))
 
     def _place(self, kind: str, call: Call, group: list[FFNCandidate]) -> BlockCandidate:
         levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]

@@ -201,9 +201,12 @@ def _rebind(
 
 
 def _versions(call: ArgsKwargs) -> Iterator[CallSpec]:
-    """Readings of the call; those with marks that are all alike first with both values in them: what a mask of ones
-    does shows only where it is not one. As they are they come second, for code that takes no other values. For code
-    that runs on none of these, columns of whole numbers may be ids, and keep the values that they have."""
+    """Readings of the call, in the order in which a capture tries them.
+
+    A reading with a constant mask comes twice: first with both values in the mask, since a mask of ones does not show
+    what the model does where the mask is 0; then with the mask as given, for code that accepts no other mask. Last come
+    the readings whose columns of whole numbers keep their values, for code in which such columns are ids.
+    """
     readings = list(call_specs(*call))
     for call_spec in readings:
         if call_spec.constant_masks():

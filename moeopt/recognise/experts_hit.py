@@ -37,25 +37,38 @@ def check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidate
     active = {m.path for s in sites if s.matrix.numel() for m in s.matrices}
     own = {s.node for c in group for s in (*c.ins, *c.outs)}
     named = {**dict(tape.root.named_parameters(remove_duplicate=False)), **dict(tape.root.named_buffers())}
+    others = [s for s in sites if s.node not in own]
     for refs in ([e.w_in[0] for e in experts], [e.w_out for e in experts]):
-        used = {r.path for r in refs}
-        names = set() if len(used) == 1 and len(experts) > 1 else siblings(used, named)
-        held = {id(tensor_at(tape.root, p)) for p in used}
-        shapes = {tensor_at(tape.root, p).shape for p in used}
-        missing = sorted(
-            name
-            for name in names
-            if id(named[name]) not in held and _like(named[name].shape, shapes, len(used)) and name not in active
-        )
-        for path in used:
-            whole = tensor_at(tape.root, path)
-            here = {r.origin[0] for r in refs if r.path == path}
-            if whole.dim() > 2 and len(here) < whole.shape[0] and all(r.dk[0] == r.dm[0] == 0 for r in refs):
-                missing += [f"{path}[{i}]" for i in range(whole.shape[0]) if i not in here]
-            else:
-                missing += _rest_of(path, whole, experts, [s for s in sites if s.node not in own])
+        missing = _idle_parameters(tape, refs, named, active)
+        for path in {r.path for r in refs}:
+            missing += _idle_parts(path, tensor_at(tape.root, path), refs, experts, others)
         if missing:
             raise _not_hit(missing, experts, group)
+
+
+def _idle_parameters(
+    tape: Tape, refs: list[MatrixRef], named: Mapping[str, torch.Tensor], active: set[str]
+) -> list[str]:
+    """Names of Parameters like those of ``refs``, a matrix of each expert, that multiplied no rows."""
+    used = {r.path for r in refs}
+    names = set() if len(used) == 1 and len(refs) > 1 else siblings(used, named)
+    held = {id(tensor_at(tape.root, p)) for p in used}
+    shapes = {tensor_at(tape.root, p).shape for p in used}
+    return sorted(
+        name
+        for name in names
+        if id(named[name]) not in held and _like(named[name].shape, shapes, len(used)) and name not in active
+    )
+
+
+def _idle_parts(
+    path: str, whole: torch.Tensor, refs: list[MatrixRef], experts: list[ExpertRef], others: list[GemmSite]
+) -> list[str]:
+    """A name for each further expert that the Parameter ``path`` holds: entries of a stack, or the rest of a matrix."""
+    here = {r.origin[0] for r in refs if r.path == path}
+    if whole.dim() > 2 and len(here) < whole.shape[0] and all(r.dk[0] == r.dm[0] == 0 for r in refs):
+        return [f"{path}[{i}]" for i in range(whole.shape[0]) if i not in here]
+    return _rest_of(path, whole, experts, others)
 
 
 def _not_hit(missing: list[str], experts: list[ExpertRef], group: list[FFNCandidate]) -> ExpertsNotHit:

@@ -79,8 +79,13 @@ def find_routing(
             raise refused
         finally:
             del refused
+    raise _why_none(tape, before, table)
+
+
+def _why_none(tape: Tape, before: list[fx.Node], table: Table) -> Declined:
+    """The reason why no reading of ``before`` is the routing, for the user."""
     if (chosen := _left_out(tape, before, table)) is not None:
-        raise Declined(
+        return Declined(
             "its experts leave out tokens that the router gave them (a capacity that keeps the first so many), so that "
             "a token's result depends on the tokens before it; set the weights of such tokens to 0 in the tensor of "
             "all tokens' weights, or raise the capacity until no token is left out",
@@ -88,32 +93,37 @@ def find_routing(
         )
     ids = next(id_recipes(tape, before, table), None)
     if ids is None:
-        seen, taken = table.visits.sum(1), table.visits.sum(0)
-        if bool((taken == taken[0]).all()) and bool((seen != seen[0]).any()):
-            raise Declined(
-                "each of its experts takes the same number of tokens while tokens get different numbers of experts: "
-                "that is expert choice routing, where a token's experts depend on the other tokens; the op routes each "
-                "token by itself"
-            )
-        order = table.visits[:, table.natural].argmax(1)
-        turns = int((order.diff() < 0).sum()) + 1  # once through the experts for each sequence of the batch
-        in_blocks = len(order) % turns == 0 and bool((order.view(turns, -1) == order.view(turns, -1)[0]).all())
-        if in_blocks and bool((seen == 1).all()) and bool((taken == taken[0]).all()):
-            raise FixedShares(
-                "every expert reads its own fixed share of the rows (slots that mix tokens, as in soft MoE, or a "
-                "slice of the batch), so no tensor before the experts holds the expert ids of each token: the op "
-                "dispatches whole tokens by id"
-            )
-        raise NoIds(
-            "no tensor before the experts holds the expert ids of each token (as integers, a one-hot mask or a "
-            "dense table of weights); return the router's top-k as tensors that the dispatch reads"
-        )
-    raise Declined(
+        return _why_no_ids(table)
+    return Declined(
         "the expert ids were found, but no tensor holds the routing weights that the experts are multiplied by "
         "(a later expert may replace the result of an earlier one); compute the weights of all tokens in one tensor "
         "before the loop, and add up the results",
         "" if ids[0].source is None else ids[0].source.meta.get("source", ""),
         rank=Rank.READING,
+    )
+
+
+def _why_no_ids(table: Table) -> Declined:
+    """The reason why no tensor before the experts names them, by how many tokens each expert saw."""
+    seen, taken = table.visits.sum(1), table.visits.sum(0)
+    if bool((taken == taken[0]).all()) and bool((seen != seen[0]).any()):
+        return Declined(
+            "each of its experts takes the same number of tokens while tokens get different numbers of experts: "
+            "that is expert choice routing, where a token's experts depend on the other tokens; the op routes each "
+            "token by itself"
+        )
+    order = table.visits[:, table.natural].argmax(1)
+    turns = int((order.diff() < 0).sum()) + 1  # once through the experts for each sequence of the batch
+    in_blocks = len(order) % turns == 0 and bool((order.view(turns, -1) == order.view(turns, -1)[0]).all())
+    if in_blocks and bool((seen == 1).all()) and bool((taken == taken[0]).all()):
+        return FixedShares(
+            "every expert reads its own fixed share of the rows (slots that mix tokens, as in soft MoE, or a "
+            "slice of the batch), so no tensor before the experts holds the expert ids of each token: the op "
+            "dispatches whole tokens by id"
+        )
+    return NoIds(
+        "no tensor before the experts holds the expert ids of each token (as integers, a one-hot mask or a "
+        "dense table of weights); return the router's top-k as tensors that the dispatch reads"
     )
 
 

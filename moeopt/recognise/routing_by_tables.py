@@ -78,18 +78,10 @@ def by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype 
     """One-hot choices (T, K, E) with weights (T, K); an all-zero row names the id E, which adds nothing."""
     tokens, candidates = table.visits.shape
     for node in before:
-        dtype, shape = node.meta.get("dtype"), node.meta.get("shape")
-        if dtype is None or node.op == "get_attr" or not shape or candidates not in shape:
+        k = _mask_slots(tape, node, tokens, candidates)
+        if not k:
             continue
-        if dtype.is_floating_point and dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            continue
-        numel = math.prod(shape)
-        if not tokens or numel % (tokens * candidates) or not numel or numel // (tokens * candidates) > candidates:
-            continue
-        value = tape.value(node)
-        if not bool(((value == 0) | (value == 1)).all()):
-            continue
-        k = numel // (tokens * candidates)
+        shape = node.meta["shape"]
         for axis in (d for d, s in enumerate(shape) if s == candidates):
             steps: Steps = []
             if axis != len(shape) - 1:
@@ -115,6 +107,20 @@ def by_mask(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype 
             if constant is not None and not table.weighed:
                 weights = constant_weights(constant, table)
                 yield Routing(ids.shape[1], extraction, weights, table.natural, form.without_weights)
+
+
+def _mask_slots(tape: Tape, node: fx.Node, tokens: int, candidates: int) -> int:
+    """K of a tensor of zeros and ones that may be a mask (T, K, E), in any order of axes; 0 where it is none."""
+    dtype, shape = node.meta.get("dtype"), node.meta.get("shape")
+    if dtype is None or node.op == "get_attr" or not shape or candidates not in shape:
+        return 0
+    if dtype.is_floating_point and dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return 0
+    numel = math.prod(shape)
+    if not tokens or numel % (tokens * candidates) or not numel or numel // (tokens * candidates) > candidates:
+        return 0
+    value = tape.value(node)
+    return numel // (tokens * candidates) if bool(((value == 0) | (value == 1)).all()) else 0
 
 
 def _beside_mask(before: list[fx.Node], table: Table, k: int, given: bool, spread: Steps) -> Iterator[Extraction]:

@@ -62,14 +62,7 @@ def with_frontier(
             rank=Rank.READING,
         )
     flow = _flow(tape, combine, ins, inside)
-    weights, visits = combine.weights, labels.visits()
-    if tokens.weighted:
-        weights = input_weights(group, tokens, labels, combine)
-    elif labels.hidden:
-        weights = hidden_weights(labels, combine)
-    natural = list(range(len(experts))) if known else natural_order(experts)
-    table = Table(weights, visits, natural, universe_of(tape, experts), weighed(combine, list(labels.token)),
-                  factors(tape, combine, list(labels.token)))  # fmt: skip
+    table = _table(tape, group, tokens, labels, experts, combine, bool(known))
     tables = _routing_tables(tape, flow, table)
     prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
     again = None if prior is None else (prior.routing, [experts.index(e) for e in prior.experts])
@@ -91,33 +84,77 @@ def with_frontier(
         raise
     progress[0] = 4
     ids = routing.ids.run(tape) if routing.ids is not None else None
-    if missing and (ids is None or not set(range(len(experts), len(experts) + missing)) <= set(ids.unique().tolist())):
+    if missing:
+        _check_named(ids, len(experts), missing, group)
+    identity = _adds_own_row(tape, tokens, combine, routing, ids, len(experts), prior)
+    base = None if identity else _base(tape, combine, before, experts)
+    _check_what_is_left_out(tape, group, tokens, labels, combine, routing, base)
+    ordered = [experts[c] for c in routing.experts]
+    if isinstance(spec, ExpertsSpec):
+        same_layout(ordered, group)
+        spec = _with_layouts(tape, spec, ordered[0])
+    spec = dataclasses.replace(
+        spec, weight_on=place, out_of_range="identity" if identity else "nothing", **accumulation(combine)
+    )
+    return Recognition(
+        tokens, routing, combine, base, ordered, spec, inside, min(source_of(c) or "~" for c in group), functions
+    )
+
+
+def _check_named(ids: torch.Tensor | None, count: int, missing: int, group: list[FFNCandidate]) -> None:
+    """``ExpertsNotHit`` unless the ids name each of the ``missing`` experts that follow ``count`` known ones."""
+    if ids is None or not set(range(count, count + missing)) <= set(ids.unique().tolist()):
         raise ExpertsNotHit(
             "some of the weights that look like experts were never reached by a probe", source_of(group[0])
         )
-    if passes_through(tape, combine, tokens, routing, ids, len(experts)):
-        routing.weights.steps = [*routing.weights.steps, (one_beyond, ("@ids", len(experts)))]
-    identity = is_identity(tape, combine, tokens, routing, ids, len(experts))
-    if prior is not None and (ids is None or not bool((ids >= len(experts)).any())):
-        identity = prior.spec.out_of_range == "identity"  # no such id on this probe call: nothing speaks against it
-    base = None if identity else _base(tape, combine, before, experts)
+
+
+def _check_what_is_left_out(
+    tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, combine: Combine, routing: Routing,
+    base: fx.Node | None,
+) -> None:  # fmt: skip
+    """``Declined`` where what the rewrite leaves out holds a limit, or does more to rows than carry them."""
     sources = [tokens.node, base, *routing.weights.nodes, *([] if routing.ids is None else routing.ids.nodes)]
     fitted = {n for c in group for n in c.mid}
     kept = [n for n in sources if n is not None]
     check_limits(tape, combine.node, kept, fitted, source_of(group[0]))
+    operands = [s.operand for s in sites_in(group)]
     outs = [s.node for s in labels.token]
-    check_rows_carried(tape, tokens.node, [s.operand for s in ins], outs, combine.node, kept, source_of(group[0]))
-    ordered = [experts[c] for c in routing.experts]
-    layouts: dict[str, Any] = {}
-    if isinstance(spec, ExpertsSpec):
-        same_layout(ordered, group)
-        first = ordered[0]
-        layouts = {"w_in_layout": layout_of(tape, first.w_in[0]), "w_out_layout": layout_of(tape, first.w_out)}
-    spec = dataclasses.replace(
-        spec, weight_on=place, out_of_range="identity" if identity else "nothing", **layouts, **accumulation(combine)
-    )
-    return Recognition(
-        tokens, routing, combine, base, ordered, spec, inside, min(source_of(c) or "~" for c in group), functions
+    check_rows_carried(tape, tokens.node, operands, outs, combine.node, kept, source_of(group[0]))
+
+
+def _table(
+    tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, experts: list[Any], combine: Combine,
+    known: bool,
+) -> Table:  # fmt: skip
+    """What this probe call showed of the routing: which expert saw which token, and with what weight."""
+    weights = combine.weights
+    if tokens.weighted:
+        weights = input_weights(group, tokens, labels, combine)
+    elif labels.hidden:
+        weights = hidden_weights(labels, combine)
+    natural = list(range(len(experts))) if known else natural_order(experts)
+    sites = list(labels.token)
+    return Table(weights, labels.visits(), natural, universe_of(tape, experts), weighed(combine, sites),
+                 factors(tape, combine, sites))  # fmt: skip
+
+
+def _adds_own_row(
+    tape: Tape, tokens: Tokens, combine: Combine, routing: Routing, ids: torch.Tensor | None, count: int,
+    prior: Recognition | None,
+) -> bool:  # fmt: skip
+    """Whether an id of ``count`` or more adds the token's own row; a row passed through as it is gets the weight 1."""
+    if passes_through(tape, combine, tokens, routing, ids, count):
+        routing.weights.steps = [*routing.weights.steps, (one_beyond, ("@ids", count))]
+    identity = is_identity(tape, combine, tokens, routing, ids, count)
+    if prior is not None and (ids is None or not bool((ids >= count).any())):
+        return bool(prior.spec.out_of_range == "identity")  # no such id on this probe call: nothing speaks against it
+    return identity
+
+
+def _with_layouts(tape: Tape, spec: ExpertsSpec, expert: ExpertRef) -> ExpertsSpec:
+    return dataclasses.replace(
+        spec, w_in_layout=layout_of(tape, expert.w_in[0]), w_out_layout=layout_of(tape, expert.w_out)
     )
 
 

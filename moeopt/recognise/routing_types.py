@@ -131,8 +131,8 @@ class Table:
     ``natural``: candidates in the order of their Parameters, the numbering that is tried first.
     ``num_named``: how many experts the model names, those that share Parameters counted apart.
     ``factors``: constants that stand between the experts and their sum, by which weights may be multiplied.
-    ``weighed``: a float computed from the input reaches the sum beside the experts, so weights that are
-    constant on this probe call may not be constant elsewhere.
+    ``weighed``: whether the experts' outputs may be multiplied by a float tensor that is computed from the input.
+    Weights that are constant on this probe call may then differ on another call.
     """
 
     weights: torch.Tensor

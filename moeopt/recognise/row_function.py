@@ -22,7 +22,7 @@ from torch import fx
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
-from moeopt.ir.weight_refs import MatrixRef, SlotRefs, tensor_at
+from moeopt.ir.weight_refs import MatrixRef, PartRef, SlotRefs, tensor_at
 from moeopt.recognise.combine import Labels, read_combine
 from moeopt.recognise.experts_hit import ExpertsNotHit, siblings
 from moeopt.recognise.ffn_candidates import FFNCandidate
@@ -86,40 +86,27 @@ def _readings(flow: Flow, branches: list[Branch]) -> Iterator[list[Branch]]:
 def _read(
     tape: Tape, flow: Flow, branches: list[Branch], known: list[Recognition] | None, idle: bool, progress: list[int]
 ) -> Recognition:
-    graphs, group = [], [_chain(b) for b in branches]
-    for branch in branches:  # one without rows is an expert that no token chose, called all the same
-        idle_here = 0 in branch.end.meta["shape"] or 0 in branch.start.meta["shape"]
-        graphs.append(None if idle_here else RowGraphReader(tape, branch.start, branch.end, branch.inside))
+    graphs, group = _graphs(tape, branches), [_chain(b) for b in branches]
+    source = group[0].out.node.meta.get("source")
     met = [g for g in graphs if g is not None]
     if not met:
         raise Declined("no token reached its experts")
     texts = {g.text for g in met}
     if len(texts) > 1:
-        raise Declined("its experts do not all compute the same function", group[0].out.node.meta.get("source"))
+        raise Declined("its experts do not all compute the same function", source)
     spec = RowFunction(texts.pop(), str(group[0].out.node.meta["dtype"]).removeprefix("torch."))
     progress[0] = 1
-    keys: dict[Any, SlotRefs] = {r.slots: r for k in known or [] for r in k.experts if isinstance(r, SlotRefs)}
-    slots = list(dict.fromkeys(tuple(g.slots) for g in met))
-    if known is not None and not set(slots) & set(keys):
-        raise Declined("these are no experts of the first probe")
-    own = next((p for p, refs in enumerate(zip(*slots, strict=True)) if len(set(refs)) > 1), 0)
-    experts = list(keys.values()) if known is not None else [SlotRefs(s, own) for s in slots]
+    experts = _experts(list(dict.fromkeys(tuple(g.slots) for g in met)), known, source)
     number = {ref.slots: e for e, ref in enumerate(experts)}
-    if any(s not in number for s in slots):
-        raise ExpertsNotHit(
-            "a probe reached an expert that the first probe did not", group[0].out.node.meta.get("source")
+    missing = 0 if known is not None else _missing(tape, flow, experts)
+    if missing and not idle:
+        error = ExpertsNotHit(
+            f"no probe token reached {missing} of its experts, so what they compute could not be checked; pass "
+            "example inputs that reach every expert",
+            source,
         )
-    missing = 0
-    if known is None:
-        missing = _missing(tape, flow, experts)
-        if missing and not idle:
-            error = ExpertsNotHit(
-                f"no probe token reached {missing} of its experts, so what they compute could not be checked; pass "
-                "example inputs that reach every expert",
-                group[0].out.node.meta.get("source"),
-            )
-            error.num_named = len(experts) + missing
-            raise error
+        error.num_named = len(experts) + missing
+        raise error
     sites = list(dict.fromkeys(s for c in group for s in c.ins))
     numbers = [-1 if g is None else number[tuple(g.slots)] for g in graphs]
     nearest = Declined("the experts' input rows are not rows of any one tensor")
@@ -139,6 +126,28 @@ def _read(
         raise nearest
     finally:
         del nearest
+
+
+def _graphs(tape: Tape, branches: list[Branch]) -> list[RowGraphReader | None]:
+    """The graph of each branch; None for one without rows: an expert that no token chose, called all the same."""
+    graphs: list[RowGraphReader | None] = []
+    for branch in branches:
+        idle = 0 in branch.end.meta["shape"] or 0 in branch.start.meta["shape"]
+        graphs.append(None if idle else RowGraphReader(tape, branch.start, branch.end, branch.inside))
+    return graphs
+
+
+def _experts(slots: list[tuple[PartRef, ...]], known: list[Recognition] | None, source: str | None) -> list[SlotRefs]:
+    """The experts that ``slots`` belong to: those of the first probe where it was made, else one for each."""
+    if known is None:
+        own = next((p for p, refs in enumerate(zip(*slots, strict=True)) if len(set(refs)) > 1), 0)
+        return [SlotRefs(s, own) for s in slots]
+    keys: dict[Any, SlotRefs] = {r.slots: r for k in known for r in k.experts if isinstance(r, SlotRefs)}
+    if not set(slots) & set(keys):
+        raise Declined("these are no experts of the first probe")
+    if any(s not in keys for s in slots):
+        raise ExpertsNotHit("a probe reached an expert that the first probe did not", source)
+    return list(keys.values())
 
 
 def _chain(branch: Branch) -> FFNCandidate:

@@ -9,7 +9,7 @@ Legend: T tokens, H hidden, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -76,17 +76,9 @@ def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
         )
     sources = ancestors([sites[0].operand])
     limits = [n for n in sources if limits_values(tape, n)]
-    filled = [w for w in wanted.values() if w.bool().any()]
-    if not filled:
-        raise Declined("no token reached its experts", sites[0].matmul.meta.get("source"), rank=Rank.PROBE)
-    probe = filled[0][filled[0].bool().any(-1)][0]
+    probe = _row_that_is_not_zero(wanted.values(), sites[0].matmul.meta.get("source"))
     for node in (n for n in tape.nodes[:first] if n in sources):
-        shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
-        if shape is None or dtype is None or not dtype.is_floating_point or k not in shape or len(shape) < 2:
-            continue
-        if node.op == "get_attr":
-            continue
-        for axis in sorted((d for d, s in enumerate(shape) if s == k), reverse=True):
+        for axis in _feature_axes(node, k):
             rows = rows_of(tape.value(node), axis)
             near = _near(rows, probe)
             if near == "no":
@@ -112,6 +104,22 @@ def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
         sites[0].matmul.meta.get("source"),
         rank=Rank.READING,
     )
+
+
+def _row_that_is_not_zero(operands: Iterable[torch.Tensor], source: str | None) -> torch.Tensor:
+    """(H,) the first row of the experts' operands (R, H) that is not all zeros; ``Declined`` where there is none."""
+    filled = next((w for w in operands if w.bool().any()), None)
+    if filled is None:
+        raise Declined("no token reached its experts", source, rank=Rank.PROBE)
+    return filled[filled.bool().any(-1)][0]
+
+
+def _feature_axes(node: fx.Node, width: int) -> list[int]:
+    """Axes along which a computed float tensor may hold rows of ``width`` features, the last first."""
+    shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
+    if shape is None or dtype is None or not dtype.is_floating_point or len(shape) < 2 or node.op == "get_attr":
+        return []
+    return sorted((d for d, s in enumerate(shape) if s == width), reverse=True)
 
 
 def _near(rows: torch.Tensor, probe: torch.Tensor) -> str:

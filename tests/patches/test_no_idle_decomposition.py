@@ -73,7 +73,7 @@ def test_a_functional_program_of_translated_ops_is_not_traced_again_and_is_the_s
     traced.clear()
     quick = to_onnx(program)
     assert traced == [] and program.graph_module.code == before
-    monkeypatch.setattr("moeopt.patches._translated", lambda *given: False)
+    monkeypatch.setattr("moeopt.patches.onnx_export._translated", lambda *given: False)
     full = to_onnx(program)
     assert len(traced) == 1
     for args in ((x,), (torch.randn(5, 2, 6),)):

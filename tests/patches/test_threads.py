@@ -13,6 +13,7 @@ from torch.fx.experimental.sym_node import SymNode
 
 import moeopt
 from moeopt import patches
+from moeopt.patches import output
 
 
 def state():
@@ -24,7 +25,7 @@ def state():
         "bool_": vars(SymNode)["bool_"],
         "stdout": sys.stdout,
         "filters": list(warnings.filters),
-        "levels": [logging.getLogger(name).level for name in (*patches._LOUD, "torch._subclasses.fake_tensor")],
+        "levels": [logging.getLogger(name).level for name in (*output._LOUD, "torch._subclasses.fake_tensor")],
     }
     if "onnxscript.rewriter._matcher" in sys.modules:
         found["match"] = vars(sys.modules["onnxscript.rewriter._matcher"].SimplePatternMatcher)["match"]

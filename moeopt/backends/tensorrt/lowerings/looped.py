@@ -1,6 +1,6 @@
 """An ONNX ``Loop`` whose body is written with the same builder as the graph around it.
 
-The body reads values of the graph around it by name, so weights and constants stay outside and are there once.
+The body reads values of the surrounding graph by name: weights and constants belong to that graph and are stored once.
 The loop has a condition that is always true: without one, TensorRT for RTX 1.7.1 runs eight turns at a time, each
 with its own copy of an expert's weights, and plans five times the memory (measured: 102 MB against 20 MB).
 """

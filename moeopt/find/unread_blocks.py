@@ -1,0 +1,179 @@
+"""Places of blocks without FFN candidates: found by modules that ran side by side, by stacks, gates or tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeopt.capture.op_kinds import op_name, picks_rows
+from moeopt.capture.replay import ancestors
+from moeopt.capture.tape import Call, Tape
+from moeopt.capture.tree import leaves_of
+from moeopt.find.block_candidates import BlockCandidate, layers_of
+from moeopt.find.light_sites import leaf_of
+from moeopt.find.module_lists import alike_children, feed_forward_lists, gate_width
+from moeopt.find.row_branches import weighed_branches
+
+_GATES = ("_softmax", "softmax", "sigmoid", "topk")
+
+
+class UnreadBlocks:
+    """Searches for blocks whose experts no FFN candidate shows; each leaves out the calls of the places given to it.
+
+    Args:
+        named: Parameters and buffers of the model by name.
+    """
+
+    def __init__(self, tape: Tape, named: Mapping[str, torch.Tensor]) -> None:
+        self.tape, self.named = tape, named
+        self._children: dict[int, list[Call]] = {}  # the calls that each call makes itself, by its index
+        for call in tape.calls:
+            if call.parent is not None:
+                self._children.setdefault(call.parent, []).append(call)
+
+    def by_structure(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls that run alike feed-forward children side by side where no FFN candidate was found inside any; or that
+        ran some of them, on rows picked for them, and others not at all."""
+        found = []
+        taken = _calls_of_blocks(places)
+        for call in self.tape.calls:
+            children = self._children.get(call.index, [])
+            if not children or call.index in taken:
+                continue
+            ran, idle = self._experts_among(call, children)
+            if ran:
+                experts = len({id(c.module) for c in ran}) + idle
+                found.append(self._unread(call, ran[0].first, experts, _weights_of(ran)))
+        return found
+
+    def _experts_among(self, call: Call, children: list[Call]) -> tuple[list[Call], int]:
+        """Those of the ``children`` of ``call`` that are experts, and how many more of them did not run."""
+        alike, pairs = alike_children(call.module), feed_forward_lists(call.module)
+        ran = [c for c in children if c.module in alike]
+        idle = len(alike) - len({id(c.module) for c in ran})
+        picked = sum(any(picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran)
+        routed = picked > 1 or (picked == 1 and idle > 0)
+        weighed = not routed and not pairs and len(ran) > 1 and weighed_branches(self.tape, ran)
+        ran = [c for c in ran if routed or weighed or c.module in pairs]
+        if (len(ran) < 2 and not routed) or (len(ran) > 1 and self._sequential(ran)):
+            return [], 0
+        return ran, idle if routed else 0
+
+    def by_stacks(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls of modules that own stacks of experts, and a router's weight beside them, without an FFN candidate.
+
+        A router's weight has the number of experts and a size of theirs; stacks of an attention's heads have none.
+        """
+        found: list[BlockCandidate] = []
+        known = {i for p in places for i in p.weights}
+        taken = _calls_of_blocks(places)
+        for call in self.tape.calls:
+            stacks = [p for p in call.module._parameters.values() if p is not None and p.dim() == 3 and len(p) > 1]
+            stacks = [p for p in stacks if id(p) not in known and len(p) == len(stacks[0])]
+            if len(stacks) < 2 or call.index in taken:
+                continue
+            experts, sizes = len(stacks[0]), set(stacks[0].shape[1:]) & set(stacks[1].shape[1:])
+            near = call.module if call.parent is None else self.tape.calls[call.parent].module
+            routers = {frozenset((experts, size)) for size in sizes}
+            if not any(p.dim() == 2 and set(p.shape) in routers for p in near.parameters()):
+                continue
+            known |= set(map(id, stacks))
+            found.append(self._unread(call, call.first, experts, set(map(id, stacks))))
+        return found
+
+    def by_gate(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls that choose among, or weigh, as many things as they run alike modules side by side that are more than
+        one matrix each, or as convolutions have groups: mixtures of other layers than matmuls."""
+        found: list[BlockCandidate] = []
+        taken = _calls_of_blocks(places)
+        gates, convolutions = self._gates_and_convolutions()
+        for call in reversed(self.tape.calls) if gates else ():
+            children = self._children.get(call.index, [])
+            near = [n for c in (call, *children) for n in gates.get(c.index, [])]
+            if call.index in taken or not near:
+                continue
+            block = self._gated_modules(call, children, near) or self._gated_groups(
+                call, convolutions.get(call.index, []), near
+            )
+            if block is not None:
+                found.append(block)
+                taken |= set(self.tape.stack(call.index))
+        return found
+
+    def _gated_modules(self, call: Call, children: list[Call], gates: list[fx.Node]) -> BlockCandidate | None:
+        """Alike ``children`` side by side, as many as one of the ``gates`` outside them is wide."""
+        alike = alike_children(call.module)
+        ran = [c for c in children if c.module in alike and layers_of(c.module) > 1]
+        widths = {gate_width(n) for n in gates if self.tape.call_of(n).module not in alike}
+        if len({id(c.module) for c in ran}) not in widths - {0, 1} or self._sequential(ran):
+            return None
+        return self._unread(call, ran[0].first, len(ran), _weights_of(ran))
+
+    def _gated_groups(self, call: Call, convolutions: list[fx.Node], gates: list[fx.Node]) -> BlockCandidate | None:
+        """Several convolutions with as many groups as one of the ``gates`` chooses among."""
+        if len(convolutions) < 2 or convolutions[0].args[8] not in {
+            gate_width(n) for n in gates if op_name(n) != "sigmoid"
+        }:
+            return None
+        weights = {id(self.named[p]) for p in map(self._path, convolutions) if p in self.named}
+        return self._unread(call, convolutions[0].meta["index"], int(convolutions[0].args[8]), weights)  # type: ignore[arg-type]
+
+    def _gates_and_convolutions(self) -> tuple[dict[int, list[fx.Node]], dict[int, list[fx.Node]]]:
+        """Gates by the call that they stand in, and convolutions with groups by the call around their module's."""
+        convolutions: dict[int, list[fx.Node]] = {}
+        gates: dict[int, list[fx.Node]] = {}
+        for node in self.tape.nodes:
+            if op_name(node) in _GATES:
+                gates.setdefault(node.meta["call"], []).append(node)
+            elif op_name(node) == "convolution" and node.args[8] != 1 and node.args[1].meta["shape"][1] > 1:  # type: ignore[union-attr]
+                home = self.tape.call_of(node)
+                convolutions.setdefault(home.index if home.parent is None else home.parent, []).append(node)
+        return gates, convolutions
+
+    def by_tables(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls that look up the same top-k ids in two tables: experts of one neuron each."""
+        lookups: dict[Any, list[fx.Node]] = {}
+        for node in self.tape.nodes:
+            if op_name(node) == "embedding" and len(node.meta["shape"]) > 2 and node.args[0].op == "get_attr":  # type: ignore[union-attr]
+                lookups.setdefault(node.args[1], []).append(node)
+        found = []
+        taken = _calls_of_blocks(places)
+        for ids, nodes in lookups.items():
+            if len({n.args[0] for n in nodes}) < 2 or not any(op_name(n) == "topk" for n in ancestors([ids])):
+                continue
+            home = self.tape.call_of(nodes[0])
+            call = home if home.parent is None else self.tape.calls[home.parent]
+            if call.index not in taken:
+                paths = [leaf_of(self.tape, n)[0] for n in nodes]
+                weights = {id(self.named[p]) for p in paths if p in self.named}
+                found.append(self._unread(call, nodes[0].meta["index"], nodes[0].args[0].meta["shape"][0], weights))  # type: ignore[union-attr]
+        return found
+
+    def _path(self, convolution: fx.Node) -> str:
+        weight = convolution.args[1]
+        return leaf_of(self.tape, weight)[0] if isinstance(weight, fx.Node) else ""
+
+    def _unread(self, call: Call, first: int, experts: int, weights: set[int]) -> BlockCandidate:
+        """A place without candidates, whose experts run from node ``first`` on."""
+        levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
+        source = next((n.meta["source"] for n in self.tape.nodes[first:] if n.meta.get("source")), "")
+        return BlockCandidate("moe", call, levels, first, source, [], experts, weights)
+
+    def _sequential(self, ran: list[Call]) -> bool:
+        """True where one of the calls reads, by any way, what an earlier one returned."""
+        first = set(leaves_of(fx.Node, ran[0].output))
+        wanted = set(leaves_of(fx.Node, [ran[-1].args, ran[-1].kwargs]))
+        return bool(first & ancestors(wanted))
+
+
+def _calls_of_blocks(places: list[BlockCandidate]) -> set[int]:
+    """Indices of the calls around the experts of ``places``."""
+    return {c.index for p in places if p.kind == "moe" for c in p.levels}
+
+
+def _weights_of(calls: list[Call]) -> set[int]:
+    """Identities of the Parameters of the modules that were called."""
+    return {id(p) for c in calls for p in c.module.parameters()}

@@ -1,0 +1,97 @@
+"""What the process's environment variables choose; nothing else in moeopt reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moeopt.errors import UsageError
+
+_Value = TypeVar("_Value")
+
+
+def from_variable(name: str, default: _Value, convert: Callable[[str], _Value], wanted: str) -> _Value:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        return convert(text)
+    except (ValueError, KeyError):
+        raise UsageError(f"the environment variable {name} is {text!r}; it must be {wanted}, or unset") from None
+
+
+def in_ci() -> bool:
+    """Whether this runs in continuous integration, where nobody watches a bar: ``CI`` is set there."""
+    return os.environ.get("CI", "").strip().lower() not in ("", "0", "false")
+
+
+def inherited(*names: str) -> dict[str, str]:
+    """Those of the named environment variables that are set, for a process that shall have no others."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def cache_directory() -> Path | None:
+    """Where this user's measurements and built kernels are kept; None where the user has no home. It may not exist."""
+    given = os.environ.get("MOEOPT_CACHE", "").strip()
+    if given:
+        return Path(given)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        if os.environ.get(name, "").strip():
+            return Path(os.environ[name]) / "moeopt"
+    try:
+        return Path.home() / ".cache" / "moeopt"
+    except RuntimeError:
+        return None
+
+
+def measuring() -> bool:
+    """Whether moeopt may time this machine, for milliseconds, to choose between equal kernels."""
+    return from_variable("MOEOPT_MEASURE", True, {"on": True, "off": False}.__getitem__, "on or off")
+
+
+def native_wanted() -> bool:
+    """Whether the kernel in C++ may be built and used."""
+    return from_variable("MOEOPT_NATIVE", True, {"on": True, "off": False}.__getitem__, "on or off")
+
+
+def native_isa(known: Mapping[str, int]) -> str | None:
+    """The instruction set that the user wants the native kernel to play, one of ``known``; None: the best there is."""
+
+    def checked(text: str) -> str | None:
+        if text not in known:
+            raise ValueError(text)
+        return text
+
+    return from_variable("MOEOPT_NATIVE_ISA", None, checked, f"one of {', '.join(known)}")
+
+
+def compiler_wanted() -> str | None:
+    """The C++ compiler that the user names, or None."""
+    return next((os.environ[n].strip() for n in ("MOEOPT_CXX", "CXX") if os.environ.get(n, "").strip()), None)
+
+
+def cpu_limits() -> dict[str, str]:
+    """The variables by which a user lets torch's libraries play a lesser CPU."""
+    return inherited("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
+def variables(names: Collection[str]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """For code that uses ``names``: the process's table of variables, and the keys of those that it may read.
+
+    Both are empty where it reads none.
+    """
+    if not {"environ", "getenv"}.intersection(names):
+        return {}, {}
+    table: dict[Any, Any] = getattr(os.environ, "_data", {})  # encoded; os.environ decodes at each access
+    keys = {name: os.environ.encodekey(name) for name in sorted(names)}
+    return table, {name: key for name, key in keys.items() if key in table}
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def flag(text: str) -> bool:
+    return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]

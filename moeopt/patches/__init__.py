@@ -1,0 +1,40 @@
+"""Every change that moeopt makes to the process: patches of torch, onnxscript, transformers, gc, warnings and loggers.
+
+A patch is counted and locked: in force while a caller is inside, taken back by the last caller out (:mod:`.patch`).
+
+    file          patch                    what is changed, and for whom
+    collector     fewer_collections        the collector's threshold, all threads
+    tracing       module_calls             nn.Module.__call__, one thread at a time
+    tracing       size_questions           SymNode.bool_, the caller's thread
+    tracing       idle_moves               nn.Module.to, the caller's thread
+    tracing       no_export_dump           the print of torch.export, all threads
+    onnx_export   rules_by_their_last_op   onnxscript's pattern matcher, all threads (the same matches, sooner)
+    onnx_export   one_registry             torch's table of ONNX translations, all threads (the same table, made once)
+    onnx_export   no_idle_decomposition    torch's pass before ONNX, all threads (left out where every op has a
+                                           translation)
+    attention     sdpa_of                  transformers' attention function "sdpa", the caller's thread
+    output        no_fake_tensor_errors    the logger of fake tensors, all threads
+    output        quiet                    standard output and warnings, the caller's thread; loggers, all threads
+
+Two more are built on :class:`Patch` beside the reasons for them: ``lower``'s exact rules of onnxscript, and the
+translations that transformers' exporter is given.
+
+Here a reader sees which private names of torch, onnxscript and transformers moeopt leans on.
+"""
+
+from moeopt.patches.attention import sdpa_of as sdpa_of
+from moeopt.patches.collector import fewer_collections as fewer_collections
+from moeopt.patches.onnx_export import no_idle_decomposition as no_idle_decomposition
+from moeopt.patches.onnx_export import one_registry as one_registry
+from moeopt.patches.onnx_export import rules_by_their_last_op as rules_by_their_last_op
+from moeopt.patches.output import no_fake_tensor_errors as no_fake_tensor_errors
+from moeopt.patches.output import quiet as quiet
+from moeopt.patches.patch import InForce as InForce
+from moeopt.patches.patch import Patch as Patch
+from moeopt.patches.patch import Undo as Undo
+from moeopt.patches.patch import replace as replace
+from moeopt.patches.tracing import idle_moves as idle_moves
+from moeopt.patches.tracing import module_calls as module_calls
+from moeopt.patches.tracing import no_export_dump as no_export_dump
+from moeopt.patches.tracing import one_trace as one_trace
+from moeopt.patches.tracing import size_questions as size_questions

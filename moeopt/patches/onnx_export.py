@@ -1,0 +1,136 @@
+"""Patches of onnxscript and torch.onnx that make an export of many layers quicker, with the same result."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from moeopt.patches.patch import InForce, Patch, Undo, nothing, replace
+from moeopt.value_types import FxArg, PyObject
+
+
+def _match_last_op_first() -> Undo:
+    try:
+        from onnxscript.rewriter._basics import MatchResult
+        from onnxscript.rewriter._matcher import SimplePatternMatcher
+    except ImportError:  # private names of another version: slower, with the same result
+        return nothing
+
+    def make(slow: PyObject, in_force: InForce) -> PyObject:
+        def match(self: PyObject, model: PyObject, graph: PyObject, node: FxArg, **options: PyObject) -> PyObject:
+            last = self.pattern.output_nodes[0]
+            named = last.op.matches(node.op_type) and last.domain.matches(node.domain)
+            if in_force.yes and options.get("tracer") is None and not named:
+                return MatchResult().fail(f"no {last.op}")
+            return slow(self, model, graph, node, **options)
+
+        return match
+
+    return replace(SimplePatternMatcher, "match", make)
+
+
+rules_by_their_last_op = Patch(_match_last_op_first)
+"""onnxscript's rewrite rules, tried only at nodes that they can end in.
+
+For a rule with two outputs, ``SimplePatternMatcher.match`` lists all nodes of the graph before it looks at the
+one it was given: at every node, for every such rule, so a graph of twice the layers takes four times as long. The
+look at the given node comes first here; what is matched stays the same, since that look is also the matcher's own
+first. (onnxscript 0.7.2: 48 layers of 128 experts export in 3 minutes instead of more than 10.)
+"""
+
+_tables: dict[Any, Any] = {}
+
+
+def _copy_one_table() -> Undo:
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        fits = "from_torchlib" in vars(ONNXRegistry) and isinstance(ONNXRegistry().functions, dict)
+    except (ImportError, AttributeError):  # private names of another version: slower, with the same result
+        fits = False
+    if not fits:
+        return nothing
+
+    def make(theirs: PyObject, in_force: InForce) -> PyObject:
+        def from_torchlib(cls: PyObject, *args: PyObject, **kwargs: PyObject) -> PyObject:
+            import torch
+
+            if not in_force.yes:
+                return theirs.__func__(cls, *args, **kwargs)
+            known = len(torch._C._dispatch_get_all_op_names())
+            key = (cls, args, tuple(sorted(kwargs.items())), known)
+            if key not in _tables:
+                _tables[key] = theirs.__func__(cls, *args, **kwargs)
+            table = copy.copy(_tables[key])
+            table.functions = {target: list(found) for target, found in table.functions.items()}
+            return table
+
+        return classmethod(from_torchlib)
+
+    return replace(ONNXRegistry, "from_torchlib", make)
+
+
+one_registry = Patch(_copy_one_table)
+"""torch's table of ONNX translations, made once in a process instead of for every export.
+
+Making it reads the signatures of some thousand functions, which takes about a second; each export gets a copy, because
+an export adds its own translations to it. Ops that were registered meanwhile make it anew: only known ones are in it.
+"""
+
+
+def _decompose_where_needed() -> Undo:
+    try:
+        from torch.onnx._internal.exporter import _decomp, _fx_passes
+
+        fits = {"get_onnx_implemented_overloads", "create_onnx_friendly_decomposition_table"} <= vars(_decomp).keys()
+        fits = fits and "decompose_with_registry" in vars(_fx_passes)
+    except ImportError:  # private names of another version: slower, with the same result
+        fits = False
+    if not fits:
+        return nothing
+
+    def make(theirs: PyObject, in_force: InForce) -> PyObject:
+        def decompose_with_registry(program: PyObject, registry: PyObject) -> PyObject:
+            if not in_force.yes or not _translated(program.graph, registry, _decomp):
+                return theirs(program, registry)
+            import torch
+
+            graph = copy.deepcopy(program.graph)  # torch writes into what it takes for its own
+            for node, own in zip(program.graph.nodes, graph.nodes, strict=True):
+                own.name = node.name  # the signature knows inputs and outputs by name, "input" among them
+            program = copy.copy(program)
+            program._graph_module = torch.fx.GraphModule(program.graph_module, graph)
+            return program
+
+        return decompose_with_registry
+
+    return replace(_fx_passes, "decompose_with_registry", make)
+
+
+def _translated(graph: PyObject, registry: PyObject, decomp: PyObject) -> bool:
+    """Whether each op of a graph has a translation, writes to none of its arguments and is in no decomposition."""
+    import torch
+
+    known = set(decomp.get_onnx_implemented_overloads(registry))
+    table = decomp.create_onnx_friendly_decomposition_table(known)
+    ops = {n.target for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OperatorBase)}
+    if any(n.op not in ("placeholder", "call_function", "output") for n in graph.nodes):
+        return False
+    dropped = (
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_scalar.default,
+    )  # by torch's next pass
+    return all(
+        isinstance(op, torch._ops.OpOverload)
+        and op not in table
+        and not op._schema.is_mutable
+        and (op in known or op.namespace == "onnx_symbolic" or op in dropped)
+        for op in ops
+    )
+
+
+no_idle_decomposition = Patch(_decompose_where_needed)
+"""torch.onnx traces each program once more to decompose ops that ONNX has no form for. A program that was made
+functional before, whose ops all have one, comes out as it went in (but for ``reshape``, which becomes ``view``): the
+trace is left out, a third of the time of exporting a deep model. One op without a translation, and it is done.
+"""

@@ -1,0 +1,113 @@
+"""Patches of torch that captures and exports run under: module calls, symbolic sizes, moves, the dump of a graph."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from moeopt.patches.patch import InForce, Mine, Patch, Undo, replace
+from moeopt.value_types import PyObject
+
+_routes = Mine()
+one_trace = threading.RLock()
+"""Held by whoever traces or exports: torch.export puts ``nn.Module.__call__`` back as it found it, and a trace the
+random state, so that two at once would undo each other's."""
+
+
+def _route_calls() -> Undo:
+    from torch import nn
+
+    def make(call: PyObject, in_force: InForce) -> PyObject:
+        def routed_call(module: PyObject, *args: PyObject, **kwargs: PyObject) -> PyObject:
+            route = _routes.top if in_force.yes else None
+            return call(module, *args, **kwargs) if route is None else route(call, module, args, kwargs)
+
+        return routed_call
+
+    return replace(nn.Module, "__call__", make)
+
+
+_routed = Patch(_route_calls)
+
+
+@contextlib.contextmanager
+def module_calls(route: Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """While open, each ``nn.Module`` call of this thread is ``route(original call, module, args, kwargs)``."""
+    with one_trace, _routed(), _routes.holding(route):
+        yield
+
+
+_notes = Mine()
+
+
+def _note_questions() -> Undo:
+    from torch.fx.experimental.sym_node import SymNode
+
+    def make(original: PyObject, in_force: InForce) -> PyObject:
+        def bool_(self: PyObject) -> bool:
+            answer: bool = original(self)
+            if in_force.yes and _notes.top is not None:
+                _notes.top(self, answer, sys._getframe(1))
+            return answer
+
+        return bool_
+
+    return replace(SymNode, "bool_", make)
+
+
+_noted = Patch(_note_questions)
+
+
+@contextlib.contextmanager
+def size_questions(note: Callable[[Any, bool, types.FrameType], None]) -> Iterator[None]:
+    """While open, ``note(sym_node, answer, asking frame)`` hears of each symbolic size that this thread asks about."""
+    with _noted(), _notes.holding(note):
+        yield
+
+
+_idle = Mine()
+
+
+def _keep_idle_moves() -> Undo:
+    import torch
+    from torch import nn
+
+    def make(original: PyObject, in_force: InForce) -> PyObject:
+        def to(self: PyObject, *args: PyObject, **kwargs: PyObject) -> PyObject:
+            if _idle.top is None or not in_force.yes:
+                return original(self, *args, **kwargs)
+            device, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
+            held = [*self.parameters(), *self.buffers()]
+            same = all(
+                device in (None, t.device) and (dtype in (None, t.dtype) or not t.is_floating_point()) for t in held
+            )
+            return self if same and form is None else original(self, *args, **kwargs)
+
+        return to
+
+    return replace(nn.Module, "to", make)
+
+
+_kept = Patch(_keep_idle_moves)
+
+
+@contextlib.contextmanager
+def idle_moves() -> Iterator[None]:
+    """While open, ``module.to(dtype)`` does nothing where the module has that dtype: export cannot trace it."""
+    with _kept(), _idle.holding(True):
+        yield
+
+
+def _drop_dumps() -> Undo:
+    from torch.export import _trace
+
+    _trace.__dict__["print"] = lambda *args, **kwargs: None
+    return lambda: _trace.__dict__.pop("print", None)
+
+
+no_export_dump = Patch(_drop_dumps)
+"""Where export fails, torch prints the whole graph so far; the error says in a sentence what stood in the way."""

@@ -1,0 +1,163 @@
+"""The attempt on one block: its modules are tried from the innermost outwards until one can be rewritten."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from torch import nn
+
+from moeopt.capture.tape import Call
+from moeopt.capture.tree import ArgsKwargs
+from moeopt.errors import Declined
+from moeopt.find.block_candidates import BlockCandidate
+from moeopt.ir.row_function import RowFunction
+from moeopt.obstacles import Rank
+from moeopt.options import Options
+from moeopt.passes.group_experts import GroupExperts
+from moeopt.passes.manager import PassManager
+from moeopt.pipeline.alike_blocks import AlikeBlocks
+from moeopt.pipeline.block import Rewrite, Runtime, rewrite_block
+from moeopt.pipeline.block_capture import original_forward
+from moeopt.pipeline.block_reports import Attempt, PipelineResult, expert_parameters
+from moeopt.pipeline.coverage import Mixture
+from moeopt.pipeline.obstacles_met import ObstaclesMet
+from moeopt.pipeline.pays import WouldNotPay
+from moeopt.recognise.hints import hint_for
+from moeopt.recognise.id_bounds import argument_bounds, takes_open_integers
+from moeopt.recognise.recognition import Recognition
+from moeopt.rewrite.install import install
+from moeopt.rewrite.scratch import UNSET, read_outside
+
+LEVELS = 4
+"""How far up from the innermost module a block is looked for: the router and the sum may be outside it."""
+
+
+class BlockAttempts:
+    """Attempts on the blocks of ``model``; a rewrite that succeeds is installed and written into ``outcome``.
+
+    Args:
+        call: the example call of the model.
+        changed: why a module's call is not what its caller gave it, by path; such a module is declined.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        call: ArgsKwargs,
+        outcome: PipelineResult,
+        changed: dict[str, str],
+        options: Options,
+        runtime: Runtime | None,
+        manager: PassManager,
+    ) -> None:
+        self.model, self.call, self.outcome, self.changed = model, call, outcome, changed
+        self.options, self.runtime, self.manager = options, runtime, manager
+        self.alike = _alike_blocks(options)
+
+    def attempt(self, place: BlockCandidate) -> Attempt:
+        """What became of the block at ``place``."""
+        if place.reason:
+            return Attempt(path=place.call.path, reason=place.reason, where=place.source)
+        met, read = ObstaclesMet(place), set[int]()
+        spent = 0.0
+        for level in levels_of(place):
+            done = self.outcome.rewrites.get(level.path)
+            if done is not None:
+                if expert_parameters(self.model, level.path, done.found) & place.weights:
+                    return Attempt(done, level.path)
+                unmatched_reason = next((f.unmatched_reason for f in done.found if f.unmatched_reason), "")
+                if unmatched_reason:
+                    met.add(level.path, Declined(unmatched_reason, rank=Rank.READING))
+                continue
+            if reason := self._no_more():
+                return Attempt(reason=reason, path=level.path)
+            started = time.perf_counter()
+            try:
+                rewrite = self._rewrite(place, level)
+            except WouldNotPay as err:
+                spent += time.perf_counter() - started
+                found = expert_parameters(self.model, level.path, err.found)
+                where = err.where or place.source
+                return Attempt(None, level.path, err.reason, where, spent, found, met.others())
+            except Declined as err:
+                functions = [f for f in getattr(err, "found", []) if _is_function(f)]
+                if functions:  # experts read whole: what stands in their way decides, and the pieces are not listed
+                    err.rank = Rank.FORBIDS
+                    read |= expert_parameters(self.model, level.path, functions)
+                met.add(level.path, err)
+                spent += time.perf_counter() - started
+                continue
+            self.manager.stands(rewrite.passes)
+            self.outcome.rewrites[level.path] = rewrite
+            self.outcome.checks.append(rewrite.check)
+            return Attempt(rewrite, level.path, seconds=rewrite.seconds)
+        obstacle = met.decide()
+        if obstacle is None:
+            return Attempt(reason="no module around it could be probed", path=place.call.path, seconds=spent)
+        return Attempt(None, obstacle.module, obstacle.reason, obstacle.where, spent, read, met.others())
+
+    def _no_more(self) -> str:
+        """Why no further block is rewritten; "" where one may be."""
+        if left_out := self.manager.leaves_out(GroupExperts.name):
+            return f"{left_out}; without {GroupExperts.name} no other pass applies"
+        return f"MOEOPT_FUEL={self.manager.fuel}: no more blocks are rewritten" if self.manager.exhausted else ""
+
+    def _rewrite(self, place: BlockCandidate, level: Call) -> Rewrite:
+        """The rewrite of the module called at ``level``, verified and installed; ``Declined`` where there is none."""
+        path = level.path
+        name, module = path or type(self.model).__name__, self.model.get_submodule(path)
+        reader = Mixture(hint_for(self.options.hints, name), argument_bounds(level))
+        if path in self.changed:
+            raise Declined(self.changed[path])
+        known = None if reader.assume is not None or takes_open_integers(level) else self.alike
+        module_call = self.outcome.calls[path]
+        rewrite = rewrite_block(name, module, module_call, self.options, self.runtime, reader, self.manager, known)
+        if not expert_parameters(self.model, path, rewrite.found) & place.weights:
+            raise Declined("other experts of this module were recognised, these were not", rank=Rank.READING)
+        _refuse_outside_readers(self.model, self.call, path, rewrite)
+        install(module, rewrite.program)
+        return rewrite
+
+
+def levels_of(place: BlockCandidate) -> Iterator[Call]:
+    """The calls around a block that are tried, innermost first, one for each module."""
+    seen: set[str] = set()
+    for level in place.levels:
+        if level.path not in seen and not level.path.startswith("<"):
+            seen.add(level.path)
+            yield level
+        if len(seen) == LEVELS:
+            return
+
+
+def part_of_another(model: nn.Module, place: BlockCandidate, attempts: list[tuple[BlockCandidate, Attempt]]) -> bool:
+    """Whether ``place`` is a piece of experts that were read whole at another one (an adapter, a second layer)."""
+    for other, done in attempts:
+        home = next((level for level in other.levels if level.path == done.path), None)
+        if home is None or not any(level is home for level in place.levels) or not place.weights:
+            continue
+        functions = [] if done.rewrite is None else [f for f in done.rewrite.found if _is_function(f)]
+        if place.weights <= (done.read | expert_parameters(model, done.path, functions)):
+            return True
+    return False
+
+
+def _is_function(recognition: Recognition) -> bool:
+    return isinstance(recognition.spec, RowFunction)
+
+
+def _refuse_outside_readers(model: nn.Module, call: ArgsKwargs, path: str, rewrite: Rewrite) -> None:
+    keys = [key for key, value in rewrite.program.block.attributes.items() if value is UNSET]
+    if keys and path and read_outside(model, call, path, keys):
+        names = ", ".join(".".join(filter(None, key)) for key in keys)
+        raise Declined(
+            f"its forward stores Python values ({names}) that code outside reads, and a graph computes tensors only; "
+            "store a tensor, or return the value"
+        )
+
+
+def _alike_blocks(options: Options) -> AlikeBlocks | None:
+    """Where kinds of blocks are remembered; None where a block is not verified, or each pass on it is asked for."""
+    told = options.verify == "off" or options.dump is not None or options.fuel is not None
+    return None if told else AlikeBlocks(original_forward)
