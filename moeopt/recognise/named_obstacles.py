@@ -85,7 +85,7 @@ def computed_weight(path: str, module: nn.Module) -> str:
     if hooks:
         what, way_out = hooks[0], _REMOVERS.get(hooks[0], "prune.remove")
     elif parametrize.is_parametrized(module):
-        held = next(iter(module.parametrizations.values()))  # type: ignore[operator, union-attr]
+        held = next(iter(module.parametrizations.values()))  # type: ignore[operator]
         what, way_out = type(held[0]).__name__, "parametrize.remove_parametrizations"
     else:
         return ""
