@@ -160,7 +160,7 @@ class FirstSix(Block):
 def test_a_capacity_around_any_function_of_a_row_is_named(expert):
     model = build(FirstSix)
     model.experts = nn.ModuleList(expert() for _ in range(E))
-    (block,) = [b for b in moeopt.explain(model.eval(), X.repeat(4, 1)).blocks if b.kind == "moe"]
+    (block,) = [b for b in moeopt.explain(model.eval(), X.repeat(4, 1, 1)).blocks if b.kind == "moe"]
     assert block.reason.startswith("its experts leave out tokens that the router gave them (a capacity"), block.reason
 
 

@@ -82,13 +82,7 @@ class Answers(TorchFunctionMode):
         roots = frozenset(root for k in held for root in k.roots)
         constant = len(held) == len(tensors) and all(k.untouched for k in held)
         if func in _QUESTIONS and tensors and constant:
-            before = _random_states()
-            answer = _computed(func, args, kwargs, held)
-            if not all(map(torch.equal, before, _random_states())):
-                raise NotSaveableError(
-                    f"{self._named} cannot be saved: its Python branches on random numbers, and a graph keeps the "
-                    "branch of this one call: switch the noise off for inference"
-                )
+            answer = self._answer(func, args, kwargs, held)
             self.asked |= roots
             return answer
         result = func(*args, **kwargs)
@@ -103,6 +97,17 @@ class Answers(TorchFunctionMode):
         compute = functools.cache(functools.partial(_computed, func, call[0], call[1], held))
         self._remember(result, compute, roots or frozenset([f"<{id(result)}>"]))
         return result
+
+    def _answer(self, func: FxTarget, args: PyObject, kwargs: PyObject, held: PyObject) -> PyObject:
+        """The value that Python asks for; ``NotSaveableError`` where random numbers decide it."""
+        before = _random_states()
+        answer = _computed(func, args, kwargs, held)
+        if not all(map(torch.equal, before, _random_states())):
+            raise NotSaveableError(
+                f"{self._named} cannot be saved: its Python branches on random numbers, and a graph keeps the "
+                "branch of this one call: switch the noise off for inference"
+            )
+        return answer
 
     def _remember(self, result: PyObject, compute: Callable[[], Any], roots: frozenset[str]) -> None:
         """The tensors of ``result`` are what ``compute`` gives."""

@@ -41,18 +41,10 @@ def check_rows_carried(
         end: their sum.
         kept: what the rewrite computes from other values, the routing above all; all that leads there is as recorded.
     """
-    kept, outs, entries = list(kept), list(outs), list(dict.fromkeys(entries))
-    fixed = ancestors(kept)
+    outs, entries = list(outs), list(dict.fromkeys(entries))
     again = [n for n in tape.nodes if n is not tokens and n.op == "call_function" and same_call(n, tokens)]
     moved = {tokens, *again, *outs}
-    nodes = []
-    for node in tape.nodes[: end.meta["index"] + 1]:
-        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if node in moved or node in fixed or random or not any(a in moved for a in node.all_input_nodes):
-            continue
-        if not any(same_call(node, other) for other in kept):  # the routing, computed anew for each expert
-            moved.add(node)
-            nodes.append(node)
+    nodes = _moved_by(tape.nodes[: end.meta["index"] + 1], moved, list(kept))
     nodes = _needed(nodes, [end, *entries])
     if not nodes:
         return
@@ -77,6 +69,19 @@ def check_rows_carried(
     for one, broken in zip(want, at(torch.inf), strict=True):
         if bool(((one != 0) & broken.isfinite()).any()):
             raise _declined(nodes, "infinite rows", source)
+
+
+def _moved_by(nodes: list[fx.Node], moved: set[fx.Node], kept: list[fx.Node]) -> list[fx.Node]:
+    """Those of ``nodes`` that are computed from ``moved``, to which they are added, and not for ``kept``."""
+    fixed, found = ancestors(kept), []
+    for node in nodes:
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node in moved or node in fixed or random or not any(a in moved for a in node.all_input_nodes):
+            continue
+        if not any(same_call(node, other) for other in kept):  # the routing, computed anew for each expert
+            moved.add(node)
+            found.append(node)
+    return found
 
 
 def _needed(nodes: list[fx.Node], targets: list[fx.Node]) -> list[fx.Node]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from moeopt.lower.onnx.opset import OPSET as op
-from moeopt.lower.onnx.translate_numbers import numbers
+from moeopt.lower.onnx.translate_number_table import numbers
 from moeopt.value_types import OnnxValue, PyObject
 
 aten = torch.ops.aten

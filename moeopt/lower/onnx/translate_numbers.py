@@ -22,18 +22,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from moeopt.ir import stable_nodes as stable
 from moeopt.lower.onnx.opset import OPSET as opset20
 from moeopt.value_types import OnnxAttribute, OnnxValue, PyObject
 
-aten = torch.ops.aten
 _FLOAT, _DOUBLE, _INT32, _INT64, _BOOL = 1, 11, 6, 7, 9
+
+
 _HALF = (10, 16)
+
+
 _COMPLEX = {14: 1, 15: 11}
 """Complex dtypes, as pairs of float32 and float64."""
+
+
 _HIGH = 2**32
+
+
 _FACTORS = 64
 """Integers of which a product is written out."""
 
@@ -275,41 +280,6 @@ def product(self: OnnxValue, dim: int, keepdim: bool = False, dtype: int | None 
         whole = opset20.Mul(whole, part)
     whole = whole if wanted == _INT64 else opset20.Cast(whole, to=wanted)
     return whole if keepdim else opset20.Squeeze(whole, axis)
-
-
-def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Translations for ``torch.onnx.export``."""
-    tail = "has no form in ONNX that keeps its small results"
-    return {
-        aten.log1p.default: of_x(stable.log1p),
-        aten.expm1.default: of_x(stable.expm1),
-        aten.special_expm1.default: of_x(stable.expm1),
-        aten.log_sigmoid.default: of_x(stable.log_sigmoid),
-        aten.log_sigmoid_forward.default: log_sigmoid_forward,
-        aten.logaddexp.default: logaddexp,
-        aten.div.Tensor_mode: divided,
-        aten.div.Scalar_mode: divided,
-        aten.floor_divide.default: floor_divided,
-        aten.floor_divide.Scalar: floor_divided,
-        aten.remainder.Tensor: remainder,
-        aten.remainder.Scalar: remainder,
-        aten.sum.default: total_of_all,
-        aten.sum.dim_IntList: total,
-        aten.clamp.default: clamp,
-        aten.clamp_min.default: clamp_min,
-        aten.clamp_max.default: clamp_max,
-        aten.relu.default: relu,
-        aten.pow.Tensor_Scalar: power,
-        aten.pow.Tensor_Tensor: power_tensor,
-        aten.scalar_tensor.default: scalar_tensor,
-        aten.std.correction: deviation,
-        aten.pow.Scalar: power_of,
-        aten.prod.dim_int: product,
-        aten.erfc.default: refuse("erfc", tail),
-        aten.special_erfc.default: refuse("erfc", tail),
-        aten.special_erfcx.default: refuse("erfcx", tail),
-        aten.special_log_ndtr.default: refuse("log_ndtr", tail),
-    }
 
 
 def _is_flags(x: OnnxValue) -> bool:
