@@ -23,6 +23,7 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.weight_refs import MatrixRef, PartRef, SlotRefs, tensor_at
+from moeopt.obstacles import Rank
 from moeopt.recognise.combine import Labels, read_combine
 from moeopt.recognise.experts_hit import ExpertsNotHit, siblings
 from moeopt.recognise.ffn_candidates import FFNCandidate
@@ -144,7 +145,7 @@ def _experts(slots: list[tuple[PartRef, ...]], known: list[Recognition] | None, 
         return [SlotRefs(s, own) for s in slots]
     keys: dict[Any, SlotRefs] = {r.slots: r for k in known for r in k.experts if isinstance(r, SlotRefs)}
     if not set(slots) & set(keys):
-        raise Declined("these are no experts of the first probe")
+        raise Declined("these are no experts of the first probe", rank=Rank.READING)
     if any(s not in keys for s in slots):
         raise ExpertsNotHit("a probe reached an expert that the first probe did not", source)
     return list(keys.values())
