@@ -84,14 +84,6 @@ def built(folder, **variables):
     return made.name, zipfile.ZipFile(made).namelist()
 
 
-def test_the_kernel_of_the_wheel_runs_without_a_compiler(project, environment):
-    if not compiler_named(None):
-        pytest.skip("no C++ compiler is here")
-    run = "cd / && python -c 'from moeopt.ops.native.library import describe; print(describe())'"
-    done = shell(run, project, environment, MOEOPT_CXX="no-compiler", MOEOPT_CACHE=str(project / "cache"))
-    assert "/site-packages/moeopt/ops/native/prebuilt/" in done.stdout, done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("variables", [{"MOEOPT_NATIVE": "off"}, {"MOEOPT_CXX": "false"}, {"MOEOPT_CXX": "absent"}])
 def test_no_compiler_and_a_failing_one_give_a_wheel_without_the_kernel(tmp_path, variables):
     name, names = built(tmp_path, **variables)
@@ -124,3 +116,11 @@ def test_the_hook_runs_as_it_is_written(project, environment):
     (hook,) = repository["hooks"]
     done = shell(hook["entry"], project, environment)
     assert done.returncode == 0 and "nothing is worse" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_kernel_of_the_wheel_runs_without_a_compiler(project, environment):
+    if not compiler_named(None):
+        pytest.skip("no C++ compiler is here")
+    run = "cd / && python -c 'from moeopt.ops.native.library import describe; print(describe())'"
+    done = shell(run, project, environment, MOEOPT_CXX="no-compiler", MOEOPT_CACHE=str(project / "cache"))
+    assert "/site-packages/moeopt/ops/native/prebuilt/" in done.stdout, done.stdout + done.stderr
