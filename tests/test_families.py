@@ -67,7 +67,8 @@ def test_family(name, implementation):
             got = opt(**inputs)
         with torch.no_grad():
             want = original(**inputs)
-        assert len(seen) >= len(rewritten)
+        if name not in MAY_DECLINE:  # where what is added depends on the data, a call may run the original code
+            assert len(seen) >= len(rewritten)
         assert type(got) is type(want) and got.keys() == want.keys()
         # float32: three GEMMs and a sum over K per block, two or so blocks, norms and attention after them
         assert relative(got.logits, want.logits) <= 64 * torch.finfo(torch.float32).eps
