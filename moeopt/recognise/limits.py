@@ -6,6 +6,7 @@ are the same before and after, and the rewrite would leave the clamp out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -95,6 +96,16 @@ def _constants(tape: Tape, node: fx.Node, but: set[fx.Node]) -> Iterator[float]:
         elif isinstance(a, fx.Node) and a not in but and _is_float(a):
             if not any(n.op == "placeholder" for n in ancestors([a])):
                 value = tape.value(a)
-                yield float(value.detach().abs().nan_to_num(0, 0, 0).max()) if value.numel() else 0.0
+                yield _largest(value.detach())
             elif op_name(node) in _CLAMPS:
                 yield torch.inf
+
+
+def _largest(value: torch.Tensor) -> float:
+    """The largest finite size in a tensor, which may be a stack of weights: no copy where all of it is finite."""
+    if not value.numel():
+        return 0.0
+    low, high = (float(end) for end in value.aminmax())
+    if math.isfinite(low) and math.isfinite(high):
+        return max(-low, high)
+    return float(value.abs().nan_to_num(0, 0, 0).max())
