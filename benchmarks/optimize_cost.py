@@ -135,6 +135,16 @@ def build(point: dict[str, Any]) -> tuple[Any, Any]:
     return stack_of([block(E, K, H, I) for _ in range(layers)], H), x
 
 
+def import_all() -> None:
+    """Optimise a tiny block, so that the modules which that imports count as the process and not as the model."""
+    import torch
+
+    import moeopt
+
+    block = stack_of([loop_block(E=4, K=2, H=16, I=16)], 16).eval()
+    moeopt.optimize(block, torch.randn(2, 4, 16), verify="fast", progress=False)
+
+
 def measure(point: dict[str, Any]) -> dict[str, Any]:
     """Optimise one model in this process."""
     import torch
@@ -146,6 +156,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     model.eval()
     with torch.no_grad():
         model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    import_all()
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     opt = moeopt.optimize(model, inputs, verify=point["verify"])
     seconds = time.process_time() - started
