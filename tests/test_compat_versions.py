@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from moeopt import compat
 from moeopt.errors import UntestedVersionWarning
@@ -38,6 +39,16 @@ def test_options_that_a_version_lacks_are_left_out():
         dynamic: bool = False
 
     assert compat.known_fields(Old, dynamic=True, ort_fusions="cpu") == {"dynamic": True}
+
+
+def test_a_constant_is_marked_as_torch_marks_it():
+    def one():
+        return 1
+
+    def other():
+        return 1
+
+    assert vars(compat.constant_when_compiled(one)) == vars(torch.compiler.assume_constant_result(other)) != {}
 
 
 def test_what_is_said_to_be_tested_was_run():

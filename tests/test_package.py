@@ -24,3 +24,9 @@ def test_importing_it_does_not_load_torch():
     code = "import sys, moeopt; moeopt.errors.UsageError; assert not {'torch', 'moeopt.api'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert moeopt.ops.__name__ == "moeopt.ops", "submodules are found"
+
+
+def test_what_optimises_and_loads_does_not_load_torch_s_compiler():
+    rooms = "moeopt.api, moeopt.ops.experts, moeopt.rewrite.install, moeopt.backends.torch.backend"
+    code = f"import sys, {rooms}; assert not {{'torch._dynamo', 'triton'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

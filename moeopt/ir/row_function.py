@@ -15,12 +15,13 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 
-from moeopt.errors import UsageError
+from moeopt.errors import BundleError, UsageError
 from moeopt.ir.specs import DTYPE_NAMES
+from moeopt.untrusted import parse_json
 from moeopt.value_types import PyObject
 
 GETITEM = "getitem"
@@ -107,12 +108,16 @@ class RowFunction:
     act_dtype: ClassVar[None] = None  # what the graph rounds, it says itself
     activation: ClassVar[str] = ""
 
+    text = ""
+    """:meth:`encode`'s, of each instance; not annotated, so no field: torch.compile reads a plain attribute only."""
+
     def __post_init__(self) -> None:
         for field in ("compute_dtype", "accum_dtype", "out_dtype"):
             if getattr(self, field) not in DTYPE_NAMES:
                 raise UsageError(
                     f"RowFunction.{field} is {getattr(self, field)!r}; it must be None or one of {DTYPE_NAMES[1:]}"
                 )
+        object.__setattr__(self, "text", self.encode())
 
     @property
     def body(self) -> RowBody:
@@ -127,9 +132,9 @@ class RowFunction:
     def decode(cls, text: str) -> RowFunction:
         """The inverse of :meth:`encode`; anything else is a ``UsageError``."""
         try:
-            spec = cls(**json.loads(text))
+            spec = cls(**cast("dict[str, Any]", parse_json(text, "the spec")))
             spec.body  # noqa: B018  reads the graph, so that a bad one is told here
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as err:
+        except (BundleError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
             raise UsageError(f"not a RowFunction: {text!r:.200} ({err})") from err
         return spec
 
@@ -145,15 +150,33 @@ class RowFunction:
 
 @functools.lru_cache(maxsize=256)
 def read_body(graph: str) -> RowBody:
-    """``graph`` with its ops looked up."""
-    data = json.loads(graph)
+    """``graph`` with its ops looked up; ``ValueError`` and the like for one that :func:`write_body` did not write."""
+    data = cast("dict[str, Any]", parse_json(graph, "the graph of a row function"))
     features, dtype, out_features = data["in"]
-    slots = tuple((getattr(torch, d), tuple(shape)) for d, shape in data["slots"])
-    nodes = []
+    slots = tuple((_dtype(d), tuple(shape)) for d, shape in data["slots"])
+    nodes: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     for op, args, kwargs in data["nodes"]:
         target = GETITEM if op == GETITEM else _op(op)
-        nodes.append((target, tuple(_read(a) for a in args), {k: _read(v) for k, v in kwargs.items()}))
-    return RowBody(features, getattr(torch, dtype), slots, tuple(nodes), data["out"], out_features)
+        node = target, tuple(_read(a) for a in args), {k: _read(v) for k, v in kwargs.items()}
+        _check_known(_values([node[1], list(node[2].values())]), 1 + len(slots) + len(nodes))
+        nodes.append(node)
+    _check_known([data["out"]], 1 + len(slots) + len(nodes))
+    if any(type(size) is not int or size < 1 for size in (features, out_features)):
+        raise ValueError(f"rows of {features} and of {out_features} features")
+    return RowBody(features, _dtype(dtype), slots, tuple(nodes), data["out"], out_features)
+
+
+def _check_known(values: Sequence[int], count: int) -> None:
+    for value in values:
+        if not 0 <= value < count:
+            raise ValueError(f"value {value} of {count}")
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name} is no dtype")
+    return found
 
 
 def write_body(
@@ -192,7 +215,7 @@ def _read(word: PyObject) -> PyObject:
             return Value(value)
         if kind == "rows":
             return RowCount()
-        return float(value) if kind == "float" else getattr(torch, value)
+        return float(value) if kind == "float" else _dtype(value)
     return word
 
 

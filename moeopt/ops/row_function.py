@@ -105,7 +105,7 @@ def row_function(
     """
     if traced:
         flat = [t for e in range(bank.num_experts) for t in bank.slots(e)]
-        traced_TH: Tensor = torch.ops.moeopt.row_function(x_TH, ids_TK, weights_TK, flat, encode(spec))
+        traced_TH: Tensor = torch.ops.moeopt.row_function(x_TH, ids_TK, weights_TK, flat, spec.text)
         return traced_TH
     if torch.is_autocast_enabled(x_TH.device.type):  # the graph names its dtypes
         with torch.autocast(x_TH.device.type, enabled=False):
@@ -190,12 +190,6 @@ def _dtype(name: str | None, otherwise: torch.dtype) -> torch.dtype:
 
 
 decode = functools.lru_cache(RowFunction.decode)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch
-def encode(spec: RowFunction) -> str:
-    """``spec.encode()``, a constant to torch.compile, which cannot trace ``json``."""
-    return spec.encode()
 
 
 _ARGS = "Tensor x, Tensor ids, Tensor weights, Tensor[] slots, str spec"

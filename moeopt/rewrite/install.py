@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from moeopt.capture.tree import tree_map
+from moeopt.compat import constant_when_compiled
 from moeopt.errors import Declined, StaleModelWarning
 from moeopt.ir.row_function import RowFunction
 from moeopt.ops.experts import experts
@@ -45,14 +46,14 @@ def _change_of(forward: RewrittenForward) -> Callable[[], str]:
     A constant to torch.compile. It takes no argument, since torch before 2.13 takes an object for no constant.
     """
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch
+    @constant_when_compiled
     def change() -> str:
         reason = forward.watch.everything() if forward._stale else forward.watch.shared()
         if forward.source is not None and not reason:
             forward.source.look()
         return reason
 
-    return cast(Callable[[], str], change)
+    return change
 
 
 def _check(watch: Watch, bank: int, expert: int) -> None:

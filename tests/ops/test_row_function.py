@@ -1,6 +1,7 @@
 """``moeopt::row_function`` as every consumer meets it, against a loop over tokens."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -164,6 +165,12 @@ def test_rows_and_infinities_in_a_graph():
         (SPECS[0].encode().replace("aten.sin.default", "aten.sin_.default"), "writes to its arguments"),
         (SPECS[0].encode().replace("aten.sin.default", "moeopt.route.default"), "is no ATen op"),
         (SPECS[0].encode().replace('"compute_dtype":"float64"', '"compute_dtype":"int8"'), "must be None or one of"),
+        ("[" * 100_000, "not a RowFunction"),
+        (json.dumps({"graph": "[" * 100_000}), "not a RowFunction"),
+        (SPECS[0].encode().replace('\\"out\\":7', '\\"out\\":8'), "value 8 of 8"),
+        (SPECS[0].encode().replace('{\\"v\\":0}', '{\\"v\\":9}'), "value 9 of 4"),
+        (SPECS[0].encode().replace(f'[{H},\\"float64\\"', f'[{H},\\"load\\"'), "load is no dtype"),
+        (SPECS[0].encode().replace(f'[{H},\\"float64\\"', '[-1,\\"float64\\"'), "rows of -1"),
     ],
 )
 def test_bad_text_is_refused(text, why):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moeopt.compat import OBJECTS_ARE_CONSTANTS
+from moeopt.compat import OBJECTS_ARE_CONSTANTS, constant_when_compiled
 from moeopt.errors import UsageError
 from moeopt.ir.activations import ACTIVATION_TABLE
 from moeopt.ir.specs import ExpertsSpec
@@ -82,7 +82,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     return experts(hidden_states, top_k_index, top_k_weights, _bank(self), decode(text))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch
+@constant_when_compiled
 def plan(module: nn.Module) -> Conversion:
     """What this experts module computes, recognised once for each state of its plain attributes."""
     key = _state(module)
