@@ -144,6 +144,15 @@ def test_the_loop_launches_no_more_than_the_model_s_own(E, K, T, combine):
     assert ours.started <= own.started and ours.waits <= own.waits
 
 
+@pytest.mark.parametrize("path", (experts_grouped, experts_loop))
+def test_as_many_experts_as_the_dtype_of_ids_has_numbers(path):
+    case = make(ExpertsSpec(), T=40, E=128, K=2, dtype=torch.float64)
+    case.ids[0], case.ids[1] = torch.tensor([127, -1]), torch.tensor([0, 127])
+    more = {"grouped_mm": grouped_mm_leaving_garbage} if path is experts_grouped else {}
+    got = path(case.x, case.ids.to(torch.int8), case.weights, case.bank, case.spec, **more)
+    torch.testing.assert_close(got, experts_reference(*case.args))
+
+
 def test_torch_s_own_grouped_mm():
     case = make(ExpertsSpec(), T=9, E=4, K=2, dtype=torch.float32, biases=False, strange_ids=True)
     # K = 6 is no multiple of 16 bytes, so pad the widths as a real model has them

@@ -9,7 +9,7 @@ and of the loop, which run on any device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -159,30 +159,23 @@ def experts_grouped(
     """
     check(x_TH, ids_TK, weights_TK, bank, spec)
     grouped_mm = grouped_mm or F.grouped_mm
-    compute, accum, out = dtypes(x_TH, spec)
-    (T, K), E = ids_TK.shape, bank.num_experts
-    if not T * K:
-        return x_TH.new_zeros(T, out_features(bank, spec), dtype=out)
-    ids_R = ids_TK.reshape(-1)
-    held_R = torch.where(ids_R < 0, E, ids_R).clamp(max=E)
-    held_R, order_R = held_R.sort(stable=True)
-    ends_E = torch.searchsorted(held_R, torch.arange(E, device=x_TH.device), right=True).to(torch.int32)
-    inside_R1, expert_R = (held_R < E).unsqueeze(1), held_R.clamp(max=E - 1)
-    x_RH = x_TH[order_R // K]
-    w_R1 = weights_TK.reshape(-1)[order_R].unsqueeze(1)
-    r_RH = (x_RH * w_R1 if spec.weight_on == "input" else x_RH).to(compute)
+    if not ids_TK.numel():
+        return x_TH.new_zeros(len(ids_TK), out_features(bank, spec), dtype=dtypes(x_TH, spec)[2])
+    compute, E = dtypes(x_TH, spec)[0], bank.num_experts
+    rows = _by_expert(x_TH, ids_TK, weights_TK, E, spec)
+    ends_E, expert_R = rows.ends_E.to(torch.int32), rows.held_R.clamp(max=E - 1)
 
     def product(a: Tensor, w: Tensor, b: Tensor | None, layout: str) -> Tensor:
         y = grouped_mm(a, w.transpose(-2, -1) if layout == "oi" else w, offs=ends_E)
         return y if b is None else y + b.to(compute)[expert_R]
 
-    h = tuple([product(r_RH, w, b, spec.w_in_layout) for w, b in zip(bank.w_in_s, bank.b_in_s, strict=True)])
-    a_RI = torch.where(inside_R1, apply_gate(h, spec), 0)
+    h = tuple([product(rows.r_RH, w, b, spec.w_in_layout) for w, b in zip(bank.w_in_s, bank.b_in_s, strict=True)])
+    a_RI = torch.where(rows.inside_R1, apply_gate(h, spec), 0)
     o_RH = product(a_RI, bank.w_out_s, bank.b_out_s, spec.w_out_layout)
     if spec.out_norm_eps is not None:
         o_RH = rms_norm(o_RH, None, spec)
         o_RH = o_RH if bank.norm_s is None else o_RH * bank.norm_s.to(compute)[expert_R]
-    return _summed(x_RH, w_R1, o_RH, ids_R, order_R, inside_R1, K, spec, accum).to(out)
+    return _summed(rows, o_RH, spec)
 
 
 def experts_loop(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
@@ -192,38 +185,58 @@ def experts_loop(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertW
     is hit, whatever the order of the sum.
     """
     check(x_TH, ids_TK, weights_TK, bank, spec)
-    compute, accum, out = dtypes(x_TH, spec)
-    (T, K), E = ids_TK.shape, bank.num_experts
-    if not T * K:
-        return x_TH.new_zeros(T, out_features(bank, spec), dtype=out)
-    ids_R = ids_TK.reshape(-1)
-    held_R = torch.where(ids_R < 0, E, ids_R).clamp(max=E)
-    held_R, order_R = held_R.sort(stable=True)
-    ends = torch.searchsorted(held_R, torch.arange(E, device=x_TH.device), right=True).tolist()
-    x_RH = x_TH[order_R // K]
-    w_R1 = weights_TK.reshape(-1)[order_R].unsqueeze(1)
-    r_RH = (x_RH * w_R1 if spec.weight_on == "input" else x_RH).to(compute)
+    if not ids_TK.numel():
+        return x_TH.new_zeros(len(ids_TK), out_features(bank, spec), dtype=dtypes(x_TH, spec)[2])
+    rows = _by_expert(x_TH, ids_TK, weights_TK, bank.num_experts, spec)
+    ends = rows.ends_E.tolist()
     begins = [0, *ends[:-1]]
     outputs = [
-        one_expert(r_RH[begin:end], bank, e, spec)
+        one_expert(rows.r_RH[begin:end], bank, e, spec)
         for e, (begin, end) in enumerate(zip(begins, ends, strict=True))
         if begin < end
     ]
-    if ends[-1] < T * K:
-        outputs.append(r_RH.new_zeros(T * K - ends[-1], out_features(bank, spec)))
-    inside_R1 = (held_R < E).unsqueeze(1)
-    return _summed(x_RH, w_R1, torch.cat(outputs), ids_R, order_R, inside_R1, K, spec, accum).to(out)
+    if ends[-1] < ids_TK.numel():
+        outputs.append(rows.r_RH.new_zeros(ids_TK.numel() - ends[-1], out_features(bank, spec)))
+    return _summed(rows, torch.cat(outputs), spec)
 
 
-def _summed(
-    x_RH: Tensor, w_R1: Tensor, o_RD: Tensor, ids_R: Tensor, order_R: Tensor, inside_R1: Tensor, K: int,
-    spec: ExpertsSpec, accum: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Each token's weighted terms added in the spec's order: (T, D) in ``accum``."""
-    term_RD = (o_RD if spec.weight_on == "input" else o_RD * w_R1).to(accum)
+class _Rows(NamedTuple):
+    """The R pairs (token, expert) sorted by expert; those that name none last.
+
+    ``held_R`` is each one's expert, E for none; ``ends_E`` where an expert's rows end; ``r_RH`` what the first matmul
+    takes; ``inside_R1`` whether the id is an expert's; ``accum`` and ``out`` are dtypes.
+    """
+
+    x_RH: Tensor
+    w_R1: Tensor
+    r_RH: Tensor
+    held_R: Tensor
+    ends_E: Tensor
+    order_R: Tensor
+    inside_R1: Tensor
+    ids_TK: Tensor
+    accum: torch.dtype
+    out: torch.dtype
+
+
+def _by_expert(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, E: int, spec: ExpertsSpec) -> _Rows:
+    compute, accum, out = dtypes(x_TH, spec)
+    ids_R = ids_TK.reshape(-1).long()  # E need not fit into the dtype of ids: 128 experts named by int8
+    held_R, order_R = torch.where(ids_R < 0, E, ids_R).clamp(max=E).sort(stable=True)
+    ends_E = torch.searchsorted(held_R, torch.arange(E, device=x_TH.device), right=True)
+    x_RH = x_TH[order_R // ids_TK.shape[1]]
+    w_R1 = weights_TK.reshape(-1)[order_R].unsqueeze(1)
+    r_RH = (x_RH * w_R1 if spec.weight_on == "input" else x_RH).to(compute)
+    return _Rows(x_RH, w_R1, r_RH, held_R, ends_E, order_R, (held_R < E).unsqueeze(1), ids_TK, accum, out)
+
+
+def _summed(rows: _Rows, o_RD: Tensor, spec: ExpertsSpec) -> Tensor:
+    """Each token's weighted terms added in the spec's order: (T, D)."""
+    K, order_R, inside_R1 = rows.ids_TK.shape[1], rows.order_R, rows.inside_R1
+    term_RD = (o_RD if spec.weight_on == "input" else o_RD * rows.w_R1).to(rows.accum)
     if spec.out_of_range == "identity":
-        beyond_R1 = ~inside_R1 & (ids_R[order_R] >= 0).unsqueeze(1)
-        term_RD = torch.where(beyond_R1, (x_RH * w_R1).to(accum), term_RD)
+        beyond_R1 = ~inside_R1 & (rows.ids_TK.reshape(-1)[order_R] >= 0).unsqueeze(1)
+        term_RD = torch.where(beyond_R1, (rows.x_RH * rows.w_R1).to(rows.accum), term_RD)
         inside_R1 = inside_R1 | beyond_R1
     term_RD = torch.where(inside_R1, term_RD, 0)
     where_R = torch.empty_like(order_R)
@@ -234,4 +247,4 @@ def _summed(
     y_TD = term_RD[where_TK[:, 0]]
     for k in range(1, K):
         y_TD = y_TD + term_RD[where_TK[:, k]]
-    return y_TD
+    return y_TD.to(rows.out)
