@@ -7,13 +7,14 @@ from torch import fx, nn
 from moeopt.capture.op_kinds import is_factory, is_pointwise, moves_rows
 
 
-def alike_children(module: nn.Module) -> set[nn.Module]:
-    """Children of the module's lists that hold matrices of the same shapes."""
+def alike_children(module: nn.Module, *, same_sizes: bool = True) -> set[nn.Module]:
+    """Children of the module's lists that hold matrices of the same shapes, or only as many of as many dimensions."""
     found: set[nn.Module] = set()
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1:
             shapes = [
-                sorted(str(t.shape) for t in (*m.parameters(), *m.buffers()) if t.dim() > 1) for m in child.children()
+                sorted(str(t.shape if same_sizes else t.dim()) for t in (*m.parameters(), *m.buffers()) if t.dim() > 1)
+                for m in child.children()
             ]
             if shapes[0] and all(s == shapes[0] for s in shapes):
                 found.update(child.children())

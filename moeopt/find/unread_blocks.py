@@ -52,11 +52,14 @@ class UnreadBlocks:
     def _experts_among(self, call: Call, children: list[Call]) -> tuple[list[Call], int]:
         """Those of the ``children`` of ``call`` that are experts, and how many more of them did not run."""
         alike, pairs = alike_children(call.module), feed_forward_lists(call.module)
+        unequal = not alike
+        if unequal:  # of several sizes: rows that are picked for each must tell
+            alike = alike_children(call.module, same_sizes=False)
         ran = [c for c in children if c.module in alike]
         idle = len(alike) - len({id(c.module) for c in ran})
         picked = sum(any(picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran)
         routed = picked > 1 or (picked == 1 and idle > 0)
-        weighed = not routed and not pairs and len(ran) > 1 and weighed_branches(self.tape, ran)
+        weighed = not unequal and not routed and not pairs and len(ran) > 1 and weighed_branches(self.tape, ran)
         ran = [c for c in ran if routed or weighed or c.module in pairs]
         if (len(ran) < 2 and not routed) or (len(ran) > 1 and self._sequential(ran)):
             return [], 0

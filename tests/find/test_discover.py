@@ -253,3 +253,30 @@ def test_such_experts_are_in_the_report_with_the_true_reason_where_ids_cannot_be
     assert block.status == "declined"
     assert "no probe token reached the expert weights w_in beyond" in block.reason
     assert "pass example inputs that reach every expert" in block.reason
+
+
+class Unequal(nn.Module):
+    """Experts with a norm inside, one of another width, on rows that are picked for them; or on all rows."""
+
+    def __init__(self, picked):
+        super().__init__()
+        self.picked, self.gate = picked, nn.Linear(H, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(H, w), nn.LayerNorm(w), nn.GELU(), nn.Linear(w, H)) for w in (20, 20, 24)
+        )
+
+    def forward(self, x):
+        if not self.picked:  # a plain chain of layers
+            for expert in self.experts:
+                x = expert(x)
+            return x
+        ids, y = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            y[ids == e] = expert(x[ids == e])
+        return y
+
+
+def test_experts_of_unequal_sizes_are_listed_and_a_chain_of_layers_is_not():
+    (place,) = discover(seeded(lambda: Unequal(True)), (rand(24, H, seed=7),), {})
+    assert (place.kind, place.experts) == ("moe", 3)
+    assert not [p for p in discover(seeded(lambda: Unequal(False)), (rand(24, H, seed=7),), {}) if p.kind == "moe"]
