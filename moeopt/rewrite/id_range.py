@@ -55,7 +55,7 @@ def ids_within(
     Raises:
         IdOutOfRange: one is outside; in a compiled or exported graph an index out of bounds.
     """
-    named_TK = torch.where(ids_TK < 0, ids_TK + experts, ids_TK) if wraps else ids_TK
+    named_TK = torch.where(ids_TK < 0, ids_TK.long() + experts, ids_TK) if wraps else ids_TK
     if _has_values(ids_TK):
         _refuse(ids_TK, lowest, highest)
         return named_TK

@@ -137,3 +137,9 @@ def test_ids_that_the_model_around_a_block_bounds_are_not_held_back(passes_on):
     optimized = moeopt.optimize(model, call())
     assert guards(optimized) == ([(E, -E, E - 1, True)] if passes_on else [])
     torch.testing.assert_close(optimized(*call(-1)), model(*call(-1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64], ids=str)
+def test_an_id_that_wraps_may_be_beyond_the_numbers_of_its_dtype(dtype):
+    ids = torch.tensor([[-1, -120], [3, 127]], dtype=dtype)
+    assert ids_within(ids, 200, -200, 199, True).tolist() == [[199, 80], [3, 127]]
