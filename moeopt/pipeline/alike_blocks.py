@@ -103,9 +103,9 @@ def bound_result(bound: Bound, verify: Callable[[BlockGraph], BlockCheck]) -> tu
     return bound.program(block), Result(block, verdict, records)
 
 
-def _installed(module: nn.Module, name: str) -> bool:
+def _installed(path: str, module: nn.Module, name: str) -> bool:
     """Whether an attribute is the rewritten forward that this run put on a known block."""
-    return name == "forward" and isinstance(module.__dict__[name], RewrittenForward)
+    return not path and name == "forward" and isinstance(module.__dict__[name], RewrittenForward)
 
 
 def _same_call(a: CallSpec, b: CallSpec) -> bool:
