@@ -20,7 +20,7 @@ from moeopt.options.checks import (
     check_dense,
     check_numbers,
 )
-from moeopt.options.environment import flag, from_variable, names_in
+from moeopt.options.environment import check_environment, flag, from_variable, names_in
 from moeopt.value_types import PyObject
 
 Verify = Literal["strict", "fast", "off"]
@@ -111,6 +111,7 @@ class Options:
         return self
 
     def __post_init__(self) -> None:
+        check_environment()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name}={getattr(self, name)!r}: it must be one of {', '.join(choices)}")
