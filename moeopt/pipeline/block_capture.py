@@ -73,7 +73,7 @@ class Capture:
         other = probe_call(call_spec, 14, options.seed + 3, experts=len(self.found[0].experts), variant=1)
         self.scratch = scratch_attributes(module, self.calls[1], self.tapes[1], other)
         self.plans = [_plan(t, f, self.id_ranges, self.scratch) for t, f in zip(self.tapes, self.founds, strict=True)]
-        for plan in self.plans:  # a call that stores what was there already shows no change
+        for plan in self.plans:  # a call that stores an equal value shows no change on the tape
             plan.attributes = {**plan.attributes, **{k: UNSET for k in self.plans[1].attributes if k in self.scratch}}
         self.neutral = neutral_reason(module, self.tapes[0], self.found, self.plans[0])
         self.frozen = frozen_values(module, self.tapes[0], self.found, self.plans[0])

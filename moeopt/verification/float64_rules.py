@@ -181,7 +181,7 @@ class NoteEpsilons(TorchFunctionMode):
 
 def lacks_epsilon(func: FxTarget, args: PyObject, kwargs: PyObject) -> bool:
     """Whether a call is one of ``rms_norm`` whose epsilon is that of a dtype."""
-    if func is not torch.rms_norm:
+    if func not in (torch.rms_norm, torch.nn.functional.rms_norm):
         return False
     return (args[3] if len(args) > 3 else (kwargs or {}).get("eps")) is None
 
