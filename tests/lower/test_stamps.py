@@ -362,3 +362,22 @@ def test_deep_copies_of_the_model_know_nothing_of_it():
     model, x = made(Tower())
     export_functional(model, (x,), {})
     assert_same(copy.deepcopy(model)(x), model(x), exact=True)
+
+
+def test_a_model_that_is_one_block_and_a_list_of_blocks_as_engines():
+    """A rewritten forward of the model itself, or of a layer, stands aside while the model is traced."""
+    pytest.importorskip("onnxruntime")
+
+    def block():
+        experts = nn.ModuleList(nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, H)) for _ in range(4))
+        return Loop(nn.Linear(H, 4, bias=False), experts)
+
+    torch.manual_seed(0)
+    for model, names in ((block(), [""]), (nn.Sequential(block(), block(), block()), ["0", "1", "2"])):
+        x = torch.randn(2, 3, H)
+        engine = moeopt.optimize(model.eval(), x, verify="fast", backend="onnxruntime")
+        found = [b for b in engine.report.blocks if b.kind == "moe"]
+        assert [b.status for b in found] == ["rewritten"] * len(names)
+        for size in ((2, 3), (4, 5)):
+            x = torch.randn(*size, H)
+            torch.testing.assert_close(engine(x), model(x), rtol=1e-4, atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -11,7 +13,6 @@ from moeopt.lower.onnx.pad_experts import bank_of
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.reference import dtypes, out_features
 from moeopt.rewrite.install import rewritten_forward
-from moeopt.rewrite.site_names import site_names
 from moeopt.value_types import FxArg
 
 
@@ -20,11 +21,11 @@ class Sites(list[ExpertsNode]):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._model = model
+        found = ((path, rewritten_forward(module)) for path, module in model.named_modules())
+        self._forwards = {path: forward for path, forward in found if forward is not None}
         self._places = {
             id(bank): (path, number)
-            for path, module in model.named_modules()
-            if (forward := rewritten_forward(module)) is not None
+            for path, forward in self._forwards.items()
             for number, (bank, _) in enumerate(forward.banks)
         }
         self.start()
@@ -32,7 +33,7 @@ class Sites(list[ExpertsNode]):
     def start(self) -> None:
         """Forget the sites of a trace that begins again."""
         self.clear()
-        self._name_of = site_names(self._model)
+        self._taken: Counter[str] = Counter()
         self._place_of_site: list[tuple[str, int]] = []
 
     def emit(self, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor | None:
@@ -53,11 +54,10 @@ class Sites(list[ExpertsNode]):
 
     def _add(self, place: tuple[str, int], dtype: torch.dtype, top_k: int, weights_dtype: torch.dtype) -> int:
         path, number = place
-        forward = rewritten_forward(self._model.get_submodule(path))
-        assert forward is not None
+        forward = self._forwards[path]
         (bank, spec), router = forward.banks[number], forward.program.routers[number]
-        name = self._name_of(bank)
-        assert name is not None
+        self._taken[path] += 1
+        name = (path or "experts") + (f"#{self._taken[path]}" if self._taken[path] > 1 else "")
         self.append(ExpertsNode(name, bank_of(bank, spec), spec, dtype, top_k, weights_dtype, router))
         self._place_of_site.append(place)
         return len(self) - 1
