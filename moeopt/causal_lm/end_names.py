@@ -79,4 +79,3 @@ def free_sizes(graph: OnnxGraph, past: Iterable[str]) -> dict[str, str]:
             if word and isinstance(size, str) and size.isidentifier():
                 found.setdefault(size, word)
     return found
-

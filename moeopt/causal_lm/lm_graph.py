@@ -16,7 +16,6 @@ from moeopt.value_types import OnnxGraph, PyObject
 PAST = "past_key_values"
 
 
-
 def drop_idle_squeezes(graph: PyObject) -> None:
     """``squeeze(dim)`` of a size that is not 1 does nothing in PyTorch, and ONNX refuses it."""
     import onnx_ir as ir
@@ -102,7 +101,9 @@ def _name_ends(graph: OnnxGraph, past: PyObject) -> None:
     """From the exporter's names (``input.past_key_values.layers.0.keys``) to those that other runtimes look for."""
     names = {}
     for ends, prefix, named in ((graph.inputs, "input.", past_name), (graph.outputs, "output.", present_name)):
-        cache = {f"{PAST}.layers.{n}.{part}": named(n, part) for n, at in enumerate(past.layers) for part in parts_of(at)}
+        cache = {
+            f"{PAST}.layers.{n}.{part}": named(n, part) for n, at in enumerate(past.layers) for part in parts_of(at)
+        }
         for value in ends:
             own = value.name.removeprefix(prefix)
             names[value.name] = cache.get(own, own)
