@@ -25,6 +25,7 @@ from moeopt.cli.preflight import check_choice, check_out
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.schema_command import schema_command
 from moeopt.cli.target import FORMS, find_target, load_target
+from moeopt.cli.triton_command import triton_command
 from moeopt.errors import MoeoptError, UsageError
 from moeopt.html import check_target
 from moeopt.limits import LoadLimits
@@ -57,6 +58,7 @@ app.command("profile")(profile_command)
 app.command("passes")(passes_command)
 app.command("plan")(plan_command)
 app.command("schema")(schema_command)
+app.command("triton")(triton_command)
 
 TargetArgument = Annotated[str, typer.Argument(help=FORMS)]
 BundleArgument = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
@@ -80,6 +82,7 @@ def optimize(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="cast the model first, like bfloat16")] = None,
     tune: Annotated[bool, typer.Option(help="measure the lowerings on this machine")] = False,
+    portable: Annotated[bool, typer.Option("--portable", help="an engine of ONNX's own operators only")] = False,
     html: Html = None,
     measure: Annotated[bool, typer.Option("--measure", help="with --html: time a call before and after")] = False,
     skip_passes: Annotated[str | None, typer.Option(help="passes that do not run, with commas between")] = None,
@@ -104,7 +107,7 @@ def optimize(
     given: dict[str, Any] = {
         "verify": verify, "device": device, "target": built_for, "dtype": dtype, "tune": tune, "seed": seed,
         "skip_passes": skip_passes and _names(skip_passes), "only_passes": only_passes and _names(only_passes),
-        "print_passes": print_passes or None,
+        "print_passes": print_passes or None, "portable": portable or None,
     }  # fmt: skip
     fields = {name: value for name, value in given.items() if value is not None}
     check_choice(backend, fields)
@@ -119,16 +122,20 @@ def optimize(
         from moeopt.cli.measured import figures
 
         optimized.report.to_html(html, **(figures(model, optimized) if measure else {}))
-    stopped: Exception | None = None
-    if out is not None:
-        try:
-            optimized.save(out, **({"overwrite": True} if overwrite else {}))
-        except (MoeoptError, OSError) as err:
-            stopped = err
+    stopped = None if out is None else _save(optimized, out, overwrite)
     _print_optimized(optimized, out if stopped is None else None, html, stopped, as_json)
     if stopped is not None:
         raise stopped
     _exit(optimized.certificate.passed)
+
+
+def _save(optimized: PyObject, out: Path, overwrite: bool) -> Exception | None:
+    """Write the bundle; what stopped it is raised once the report is printed."""
+    try:
+        optimized.save(out, **({"overwrite": True} if overwrite else {}))
+    except (MoeoptError, OSError) as err:
+        return err
+    return None
 
 
 def _print_optimized(

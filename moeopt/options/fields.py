@@ -50,6 +50,8 @@ class Options:
         target: the device an engine is built for when it is not this machine's, as the backend names it.
         profile: the sizes that a TensorRT engine is built for: a mapping of an input's name to its least, best and
             largest shape, or several such mappings; None means from 1 to four times the example's.
+        portable: an ONNX Runtime engine of operators that ONNX itself defines, for other runtimes that read ONNX files
+            (OpenVINO, a browser); those of ONNX Runtime's own, which may be quicker, are left out.
         tf32: let a TensorRT engine round the inputs of float32 matmuls to TF32.
         timing_cache: a file in which TensorRT keeps what it measured, for the next build.
         build_seconds: after which a TensorRT builder is stopped.
@@ -82,6 +84,7 @@ class Options:
     groups: Any = field(default=None, hash=False)
     target: str | None = None
     profile: Any = field(default=None, hash=False)
+    portable: bool = False
     tf32: bool = False
     timing_cache: str | None = None
     build_seconds: float = 3600.0

@@ -38,8 +38,8 @@ class TorchBackend(Backend):
     name = "torch"
 
     def _plan_impl(self, options: Options) -> None:
-        for name in ("target", "profile", "timing_cache", "session_options"):
-            if (given := getattr(options, name)) is not None:
+        for name in ("target", "profile", "timing_cache", "session_options", "portable"):
+            if (given := getattr(options, name)) not in (None, False):
                 raise UsageError(
                     f"{name}={given!r:.80} is for an engine, and backend='torch' builds none: give "
                     "backend='onnxruntime' or backend='tensorrt' as well, or leave it out"
