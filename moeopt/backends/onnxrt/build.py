@@ -38,6 +38,7 @@ from moeopt.lower.onnx.export import emitting, own_outputs, to_onnx
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.narrow_numbers import cast_narrow
 from moeopt.lower.onnx.plan import BlockPlan
+from moeopt.lower.onnx.simplify import simplify
 from moeopt.lower.onnx.upcast import upcast_graph
 from moeopt.lower.signature import describe_call, functional
 from moeopt.lower.unexpected_errors import unexpected_errors_as
@@ -225,6 +226,8 @@ def write_graph(
             f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
             "with exp and log"
         )
+    if plan.provider == "cpu":
+        simplify(model)  # before guards: their Reshape to a tensor's own sizes is meant to fail
     name_id_guards(model)
     guard_sizes(model, signature, doubles="tensorrt" not in plan.provider)
     legalized = [plan.legalize(site) for site in sites]
