@@ -60,7 +60,7 @@ def _exact(numbers: list[int], like: Tensor) -> Tensor:
 def _digest(ids_TK: Tensor) -> int:
     """A number below 2^50, which float64 holds, that other ids do not have."""
     flat = ids_TK.reshape(-1).long()
-    odd = torch.arange(1, 2 * len(flat), 2, device=flat.device) * 0x9E3779B1
+    odd = (torch.arange(len(flat), device=flat.device) * 2 + 1) * 0x9E3779B1
     return int(((flat + 2) * odd).sum()) & (1 << 50) - 1
 
 

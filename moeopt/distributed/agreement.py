@@ -28,7 +28,7 @@ CHUNK = 1 << 22
 
 
 def agree(
-    channel: Channel, opt: Optimized, model: nn.Module, ops: list[ExpertOp], placed: Mapping[str, Placement],
+    channel: Channel, opt: Optimized, model: nn.Module, ops: list[ExpertOp], placed: list[Placement],
     asked: Mapping[str, PyObject],
 ) -> None:  # fmt: skip
     """Compare this rank with the others.
@@ -40,10 +40,13 @@ def agree(
     facts |= {f"{name}=": value for name, value in asked.items()}
     facts["the class of the model"] = type(model).__qualname__
     facts["the blocks that are divided"] = ", ".join(op.name for op in ops)
-    for op in ops:
-        facts[f"the program of {op.name}"] = digest_of_text(str(op.forward.program.block.graph))
-        facts[f"the experts' function of {op.name}"] = digest_of_text(op.spec.text)
-        facts[f"placement of {op.name}"] = placed[op.name]
+    for op, placement in zip(ops, placed, strict=True):
+        of = op.name if op.index == 0 else f"{op.name}, its op {op.index}"
+        facts[f"the program of {of}"] = digest_of_text(str(op.forward.program.block.graph))
+        facts[f"the experts' function of {of}"] = digest_of_text(op.spec.text)
+        facts[f"placement of {of}"] = placement
+    example = [t for t in torch.utils._pytree.tree_leaves(opt._call) if isinstance(t, Tensor)]
+    facts["the example that the model was optimised with"] = digest_of_text(str([digest(t) for t in example]))
     weights = {f"the weights {name}": digest(t) for name, t in tensors_of(model)}
     facts["the weights"] = digest_of_text(json.dumps(weights))
     told = channel.hear("agreeing on program, placement and weights", json.dumps(facts))

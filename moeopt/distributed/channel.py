@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ FACTS = ("the number of its call", "the block", "the step", "the dtypes", "the w
          "whether gradients are recorded")  # fmt: skip
 """What every process must have in common when it meets the others, in this order."""
 
-_models = itertools.count()
+_models: Counter[tuple[int, ...]] = Counter()
+"""How many models each set of ranks has shared; on all of them alike."""
 
 
 @dataclass
@@ -62,7 +62,9 @@ class Channel:
         self.error: tuple[int, str, str, str] | None = None
         self._call = 0
         c10d: PyObject = dist.distributed_c10d
-        store = c10d.PrefixStore(f"moeopt/{next(_models)}", c10d._get_default_store())
+        name = "-".join(map(str, self.ranks))
+        store = c10d.PrefixStore(f"moeopt/{name}/{_models[tuple(self.ranks)]}", c10d._get_default_store())
+        _models[tuple(self.ranks)] += 1
         self.lifeline = Lifeline(store, self.ranks, dist.get_rank(), timeout)
         limit = datetime.timedelta(seconds=self.lifeline.collectives)
         with self.step("forming a process group"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -80,7 +80,7 @@ def expert_ops(model: nn.Module, notes: list[str]) -> Iterator[ExpertOp]:
 
 
 def divide(
-    model: nn.Module, ops: list[ExpertOp], placements: Mapping[str, Placement], channel: Channel, mesh: PyObject,
+    model: nn.Module, ops: list[ExpertOp], placements: Sequence[Placement], channel: Channel, mesh: PyObject,
     form: Form, replicated: bool,
 ) -> list[tuple[ExpertOp, RankExperts]]:  # fmt: skip
     """Drop the experts of other ranks from ``model`` and install what reaches them."""
@@ -94,7 +94,7 @@ def divide(
         before = set(dict(first.module.named_parameters()))
         sharded, shards = {}, []
         for number, op in found:
-            homes = ExpertHomes(placements[op.name], channel.size)
+            homes = ExpertHomes(placements[number], channel.size)
             refs, spec = first.forward.program.block.weights[op.index]
             paths = {part.path for ref in refs for part in parts_of(ref)}
             trained = any(tensor_at(op.module, path).requires_grad for path in paths)

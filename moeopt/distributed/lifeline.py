@@ -104,7 +104,9 @@ class Lifeline:
                 if now != before[rank]:
                     alive[rank] = int(now.split()[1])
         if silent := [rank for rank in self.others if rank not in alive]:
-            return self.agree(silent[0], "exited or stopped: nothing is heard of it")
+            came = before[silent[0]]
+            why = "exited or stopped: nothing is heard of it" if came else "did not come to moeopt.distribute in time"
+            return self.agree(silent[0], why)
         behind = min(self.others, key=lambda rank: alive[rank])
         return self.agree(
             behind, "lives, and did not take part in time: it waits elsewhere, or computes something else"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,38 @@ FORMS = (
 )
 
 
-def placements_of(given: PyObject, blocks: Mapping[str, int], ranks: int) -> tuple[dict[str, Placement], list[str]]:
-    """A placement for each of ``blocks`` (name: number of experts), and notes.
+def placements_of(given: PyObject, ops: Sequence[tuple[str, int]], ranks: int) -> tuple[list[Placement], list[str]]:
+    """A placement for each of ``ops`` (block, number of experts), and notes.
 
     Raises:
         UsageError: ``given`` is of another form, for another number of devices, or of another model.
     """
-    notes: list[str] = []
+    even = [contiguous(E, ranks) for _, E in ops]
     if given is None:
-        return {name: contiguous(E, ranks) for name, E in blocks.items()}, notes
+        return even, []
     found = _by_name(given, ranks)
+    blocks = list(dict.fromkeys(name for name, _ in ops))
     if isinstance(found, list):
-        found = dict.fromkeys(blocks, found)
+        found = dict.fromkeys(blocks, [found])
     if unknown := sorted(set(found) - set(blocks)):
         raise UsageError(
             f"placement names {unknown[0]!r}, which is no block with experts on several ranks: those are "
             f"{', '.join(blocks)}"
         )
-    for name, placement in found.items():
-        _check(name, placement, blocks[name], ranks)
-    if left := [name for name in blocks if name not in found]:
-        notes.append(f"placement says nothing of {', '.join(left)}: neighbouring experts lie on one rank there")
-    return {name: found.get(name) or contiguous(E, ranks) for name, E in blocks.items()}, notes
+    placed, turns = [], dict.fromkeys(blocks, 0)
+    for (name, E), default in zip(ops, even, strict=True):
+        given_here = found.get(name, [default])
+        placement = given_here[min(turns[name], len(given_here) - 1)]  # a block with several ops has them in turn
+        turns[name] += 1
+        _check(name, placement, E, ranks)
+        placed.append(placement)
+    left = [name for name in blocks if name not in found]
+    more = f"placement says nothing of {', '.join(left)}: neighbouring experts lie on one rank there"
+    return placed, [more] if left else []
 
 
-def _by_name(given: PyObject, ranks: int) -> dict[str, Placement] | Placement:
+def _by_name(given: PyObject, ranks: int) -> dict[str, list[Placement]] | Placement:
+    """By block, one for each of its ops or one for all; or one for all blocks."""
     if isinstance(given, (str, os.PathLike)):
         path = Path(given)
         if not path.is_file():
@@ -55,16 +62,16 @@ def _by_name(given: PyObject, ranks: int) -> dict[str, Placement] | Placement:
     if isinstance(fields, Mapping) and isinstance(fields.get("placements"), Sequence) and "devices" in fields:
         return _planned(fields, ranks)
     if isinstance(fields, Mapping) and isinstance(fields.get("layers"), Sequence):
-        return {str(layer["name"]): balanced(layer["fired"], ranks) for layer in fields["layers"]}
+        return _listed((str(layer["name"]), balanced(layer["fired"], ranks)) for layer in fields["layers"])
     if isinstance(fields, Mapping):
-        return {str(name): _plain(placement) for name, placement in fields.items()}
+        return {str(name): [_plain(placement)] for name, placement in fields.items()}
     if isinstance(fields, Sequence) and not isinstance(fields, (str, bytes)):
         plain: Placement = _plain(fields)
         return plain
     raise UsageError(f"placement is a {type(given).__name__}; {FORMS}")
 
 
-def _planned(plan: Mapping[str, Any], ranks: int) -> dict[str, Placement]:
+def _planned(plan: Mapping[str, Any], ranks: int) -> dict[str, list[Placement]]:
     if plan["devices"] != ranks:
         raise UsageError(
             f"placement is a plan for {plan['devices']} devices, and the mesh has {ranks} ranks: plan with "
@@ -76,7 +83,16 @@ def _planned(plan: Mapping[str, Any], ranks: int) -> dict[str, Placement]:
             "or leave placement out"
         )
     # a plan may put two copies on one device, where there are more copies than devices
-    return {str(p["layer"]): [list(dict.fromkeys(ranks)) for ranks in _plain(p["ranks"])] for p in plan["placements"]}
+    return _listed(
+        (str(p["layer"]), [list(dict.fromkeys(ranks)) for ranks in _plain(p["ranks"])]) for p in plan["placements"]
+    )
+
+
+def _listed(pairs: Iterable[tuple[str, Placement]]) -> dict[str, list[Placement]]:
+    found: dict[str, list[Placement]] = {}
+    for name, placement in pairs:
+        found.setdefault(name, []).append(placement)
+    return found
 
 
 def _plain(placement: PyObject) -> PyObject:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from moeopt.distributed.agreed_ids import flips
 from moeopt.distributed.agreement import digest_of_expert
@@ -36,7 +37,10 @@ from moeopt.verification.results import BlockCheck, CaseResult
 
 @dataclass
 class OpProof:
-    """What was shown of one op; ``bitwise`` counts the cases that had the bits of one process, on all ranks."""
+    """What was shown of one op; ``bitwise`` counts the cases that had the bits of one process, on all ranks.
+
+    ``looks_around``: tokens that the router sends elsewhere when it is given a part of them: it looks at others too.
+    """
 
     block: str
     form: str
@@ -45,6 +49,7 @@ class OpProof:
     bitwise: int = 0
     ids: int = 0
     ties: int = 0
+    looks_around: int = 0
 
 
 @dataclass
@@ -73,6 +78,13 @@ class Proofs:
             f"budget of the float64 oracle, {sum(p.bitwise for p in self.ops)} of them with the bits of one process",
             f"across {self.ranks} ranks: {sum(p.ids for p in self.ops)} expert choices of the example compared between "
             f"ranks and with a part of the tokens at a time, {sum(p.ties for p in self.ops)} of them near ties",
+        ]
+        made.notes += [
+            f"across {self.ranks} ranks: {proof.block} sends {proof.looks_around} tokens to other experts when it gets "
+            "a part of the tokens, so its router looks at more than one: each rank computes what the model computes of "
+            "that rank's own tokens"
+            for proof in self.ops
+            if proof.looks_around
         ]
         return made
 
@@ -177,17 +189,22 @@ def _ids(channel: Channel, op: ExpertOp, sample: Sample, replicated: bool, proof
     eps = torch.finfo(sample.weights_TK.dtype).eps
     ids_PTK = channel.everyones("comparing the routers' choices", sample.ids_TK.long())
     weights_PTK = channel.everyones("comparing the routers' choices", sample.weights_TK.double())
-    pairs = [(ids_PTK[r], weights_PTK[r]) for r in range(1, channel.size)]
-    if sample.split is not None and not replicated:
-        pairs.append((sample.split[0].long(), sample.split[1].double()))
     wrong = ""
-    for ids, weights in pairs:
-        flipped = flips(ids_PTK[0], ids, weights_PTK[0], weights, eps)
-        other = (ids_PTK[0].sort(1).values != ids.sort(1).values).any(1)
-        proof.ids += ids.numel()
-        proof.ties += int(other.sum())
+    for ids, weights in zip(ids_PTK[1:], weights_PTK[1:], strict=True):
+        flipped = _compared(proof, (ids_PTK[0], weights_PTK[0]), (ids, weights), eps)
         if flipped.any():
             wrong = f"token {int(flipped.nonzero()[0])} goes to other experts, and no near tie explains that"
     _all_or_none(channel, op, "the routers' choices", wrong)
-    case = dataclasses.replace(proof.cases[0], ids_compared=proof.ids, ties=proof.ties)
-    proof.cases[0] = case
+    if sample.split is not None and not replicated:
+        proof.looks_around = int(_compared(proof, *sample.split, eps).sum())
+    proof.cases[0] = dataclasses.replace(proof.cases[0], ids_compared=proof.ids, ties=proof.ties)
+
+
+def _compared(proof: OpProof, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    """Which tokens (T,) chose otherwise beyond a near tie; ids and ties are counted."""
+    (ids_TK, weights_TK), (others_TK, other_weights_TK) = one, other
+    flipped_T = flips(ids_TK, others_TK, weights_TK, other_weights_TK, eps)
+    differ_T = (ids_TK.sort(1).values != others_TK.sort(1).values).any(1)
+    proof.ids += others_TK.numel()
+    proof.ties += int((differ_T & ~flipped_T).sum())
+    return flipped_T

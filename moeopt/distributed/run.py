@@ -20,6 +20,7 @@ from moeopt.distributed.proof import prove
 from moeopt.distributed.samples import sampled
 from moeopt.errors import UsageError
 from moeopt.optimized import Optimized
+from moeopt.planning.placement import Placement
 from moeopt.report import BlockReport
 from moeopt.value_types import PyObject
 
@@ -46,7 +47,8 @@ def distribute(
             on the same tokens ("replicated").
         exact: sum each token's terms in the order of one process: the same bits, and more bytes. Otherwise partial sums
             travel: the fewest bytes, and sums in another order.
-        timeout: seconds after which a rank that does not answer is lost.
+        timeout: seconds after which a rank that does not answer is lost, one that comes later to this call included:
+            call ``torch.distributed.barrier()`` before it where ranks load or optimise for different times.
 
     Returns:
         an :class:`Optimized`: called like the model, on every rank, the same number of times.
@@ -67,7 +69,7 @@ def distribute(
             "there is nothing to distribute: no rewritten block has experts that can be divided"
             + (f" ({why or notes[0]})" if why or notes else "")
         )
-    placed, more = placements_of(placement, {op.name: op.experts for op in ops}, len(where.ranks))
+    placed, more = placements_of(placement, [(op.name, op.experts) for op in ops], len(where.ranks))
     notes += more
     form: Form = "rows" if exact else "reduce" if tokens == "replicated" else "ranks"
     channel = Channel(where.ranks, where.backend, timeout)
@@ -109,12 +111,14 @@ def _model_of(opt: PyObject, tokens: PyObject, exact: PyObject, timeout: PyObjec
     return model
 
 
-def _told(block: BlockReport, ops: list[ExpertOp], placed: PyObject, channel: Channel, form: Form) -> BlockReport:
+def _told(
+    block: BlockReport, ops: list[ExpertOp], placed: list[Placement], channel: Channel, form: Form
+) -> BlockReport:  # fmt: skip
     """The block's report with where its experts went."""
-    if block.status != "rewritten" or block.name not in {op.name for op in ops} or block.kind != "moe":
+    homes = [p for op, p in zip(ops, placed, strict=True) if (op.name, op.experts) == (block.name, block.experts)]
+    if block.status != "rewritten" or block.kind != "moe" or not homes:
         return block
-    homes = placed[block.name]
-    counts = [sum(rank in ranks for ranks in homes) for rank in range(channel.size)]
+    counts = [sum(rank in ranks for ranks in homes[0]) for rank in range(channel.size)]
     held = ", ".join(map(str, counts)) if len(counts) <= 8 else f"{min(counts)} to {max(counts)}"
     how = f"experts on {channel.size} ranks ({held}), reached by {form}; here: "
     return dataclasses.replace(block, lowering=how + block.lowering)

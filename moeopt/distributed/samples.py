@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +44,15 @@ class SampledCase:
 class Sample:
     """Of one op: cases, a digest of each expert's weights, and the ids that the router gave.
 
-    ``ids_TK`` and ``weights_TK`` are of the whole example; ``split`` those of the same tokens in two calls, None where
-    the block does not take a part of its tokens.
+    ``ids_TK`` and ``weights_TK`` are of the whole example; ``split`` has them of the same tokens in one call and in
+    two, None where the block does not take a part of its tokens.
     """
 
     cases: list[SampledCase]
     digests: list[int]
     ids_TK: Tensor
     weights_TK: Tensor
-    split: tuple[Tensor, Tensor] | None = None
-    width: int = field(default=0)
+    split: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def sampled(model: nn.Module, call: ArgsKwargs, ops: list[ExpertOp]) -> list[Sample]:
@@ -116,7 +115,7 @@ def _sample(op: ExpertOp, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bloc
     digests = [digest_of_expert(op.bank, e, op.spec) for e in range(op.experts)]
     width = cases[0].y_TD.shape[1]
     split = None if block_input is None else _split(op, block_input, width)
-    return Sample(cases, digests, ids_TK, weights_TK, split, width)
+    return Sample(cases, digests, ids_TK, weights_TK, split)
 
 
 def _routes(E: int, ids_TK: Tensor) -> list[tuple[str, Tensor]]:
@@ -143,13 +142,13 @@ def _repeated(t: Tensor, rows: int) -> Tensor:
     return t[torch.arange(rows, device=t.device) % len(t)]
 
 
-def _split(op: ExpertOp, x: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
-    """(ids, weights) of the block's router on the tokens of ``x``, in two calls."""
+def _split(op: ExpertOp, x: Tensor, width: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """(ids, weights) of the block's router on the tokens of ``x``, in one call and in two."""
     if x.dim() < 2:
         return None
     flat = x.reshape(-1, x.shape[-1])
     half = len(flat) // 2
-    parts = [part.view(*([1] * (x.dim() - 2)), *part.shape) for part in (flat[:half], flat[half:]) if len(part)]
+    parts = [part.view(*([1] * (x.dim() - 2)), *part.shape) for part in (flat, flat[:half], flat[half:]) if len(part)]
     found: list[tuple[Tensor, Tensor]] = []
 
     def only_route(x: Tensor, ids: Tensor, weights: Tensor, bank: PyObject, spec: PyObject) -> Tensor:
@@ -167,4 +166,5 @@ def _split(op: ExpertOp, x: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
                 return None
     if len(found) != len(parts):
         return None
-    return torch.cat([ids for ids, _ in found]), torch.cat([w for _, w in found])
+    ids_TK, weights_TK = (torch.cat(parts) for parts in zip(*found[1:], strict=True))
+    return (found[0], (ids_TK, weights_TK)) if ids_TK.shape == found[0][0].shape else None

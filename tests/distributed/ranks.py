@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-DEADLINE = 900.0
+DEADLINE = 300.0
 """Seconds after which ranks are killed: only a hang takes so long, also on a machine with much else to do."""
 
 
@@ -33,6 +33,7 @@ class Lost:
 
 def _rank(function: Callable[..., Any], rank: int, size: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    os.environ["MOEOPT_MEASURE"] = "off"  # the same kernel for any number of rows: bits are compared
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     try:
@@ -42,14 +43,7 @@ def _rank(function: Callable[..., Any], rank: int, size: int, port: int, folder:
     aside = Path(folder) / f"{rank}.part"
     aside.write_bytes(pickle.dumps(result))
     aside.rename(Path(folder) / f"{rank}")
-    _until(lambda: len([p for p in os.listdir(folder) if p.isdigit() or p.startswith("lost")]) >= size, 20.0)
     dist.destroy_process_group()
-
-
-def _until(done: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not done() and time.monotonic() < end:
-        time.sleep(0.05)
 
 
 @contextmanager
@@ -72,10 +66,12 @@ def started(function: Callable[..., Any], size: int, *args: Any):
                 one.join()
 
 
-def collected(ranks: list[Any], folder: Path) -> list[Any]:
-    """What each rank gave, once all have ended; ``Lost`` for one that gave nothing. A hang fails the test."""
+def collected(ranks: list[Any], folder: Path, but: tuple[int, ...] = ()) -> list[Any]:
+    """What each rank gave, once all ``but`` some have ended; ``Lost`` for none. A hang fails the test."""
     end = time.monotonic() + DEADLINE
     for rank, one in enumerate(ranks):
+        if rank in but:
+            continue
         one.join(max(0.0, end - time.monotonic()))
         assert not one.is_alive(), f"rank {rank} hangs"
     files = [folder / str(rank) for rank in range(len(ranks))]
@@ -86,8 +82,8 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
     """What ``function(rank, size, *args)`` gives on each rank; an error of one is that of the test."""
     with started(function, size, *args) as (ranks, folder):
         results = collected(ranks, folder)
+    wrong = [str(result) for result in results if isinstance(result, AssertionError)]
+    assert not wrong, "\n".join(wrong)
     for rank, result in enumerate(results):
-        if isinstance(result, AssertionError):
-            raise result
         assert not isinstance(result, Lost), f"rank {rank} ended with {result.exitcode}"
     return results
