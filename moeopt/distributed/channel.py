@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeopt.distributed.lifeline import Lifeline
-from moeopt.errors import RankLostError
+from moeopt.errors import RankLostError, UsageError
 from moeopt.value_types import PyObject
 
 FACTS = ("the number of its call", "the block", "the step", "the dtypes", "the width of a token", "experts per token",
          "whether gradients are recorded")  # fmt: skip
 """What every process must have in common when it meets the others, in this order."""
+
+NO_COPY = (
+    "a distributed model can be neither copied nor pickled, for it holds a part of the experts and a process group: "
+    "copy the optimised model before moeopt.distribute; torch.distributed.checkpoint saves and loads its state_dict"
+)
 
 _models: Counter[tuple[int, ...]] = Counter()
 """How many models each set of ranks has shared; on all of them alike."""
@@ -44,6 +50,7 @@ class Channel:
     Args:
         ranks: of the job, those that share the model, in the order of its own ranks.
         backend: of the group: ``gloo``, ``nccl``, ...
+        device: where what ranks tell each other lies.
         timeout: seconds after which a process that does not answer is lost.
 
     Attributes:
@@ -55,8 +62,8 @@ class Channel:
         RankLostError: a process does not come to form the group.
     """
 
-    def __init__(self, ranks: Sequence[int], backend: str | None, timeout: float) -> None:
-        self.ranks, self.size, self.timeout = list(ranks), len(ranks), timeout
+    def __init__(self, ranks: Sequence[int], backend: str, timeout: float, device: str = "cpu") -> None:
+        self.ranks, self.size, self.timeout, self.device = list(ranks), len(ranks), timeout, device
         self.rank = self.ranks.index(dist.get_rank())
         self.block, self.phase, self.traffic = "", "", Traffic()
         self.error: tuple[int, str, str, str] | None = None
@@ -68,11 +75,14 @@ class Channel:
         self.lifeline = Lifeline(store, self.ranks, dist.get_rank(), timeout)
         limit = datetime.timedelta(seconds=self.lifeline.collectives)
         with self.step("forming a process group"):
-            # never destroyed before the job's own: torch would give its name, and what is stored under it, to the next
-            self.group: PyObject = dist.new_group(
-                self.ranks, timeout=limit, backend=backend, use_local_synchronization=True
-            )
-            dist.barrier(self.group)
+            self.group = _own_group(backend, store, self.ranks, self.rank, limit)
+            self.group.barrier().wait()
+
+    def __deepcopy__(self, memo: PyObject) -> Channel:
+        raise UsageError(NO_COPY)
+
+    def __reduce_ex__(self, protocol: PyObject) -> PyObject:
+        raise UsageError(NO_COPY)
 
     @contextlib.contextmanager
     def step(self, phase: str) -> Iterator[None]:
@@ -109,7 +119,7 @@ class Channel:
         told_PF = torch.cat([counts_P.unsqueeze(1), own.expand(self.size, -1)], 1).contiguous()
         heard_PF = torch.empty_like(told_PF)
         with self.step(f"meeting the others before {phase}"):
-            dist.all_to_all_single(heard_PF, told_PF, group=self.group)
+            self.group.alltoall_base(heard_PF, told_PF, [], []).wait()
             self.traffic.described += told_PF.nbytes // self.size * (self.size - 1)
             heard = heard_PF.tolist()
         self.compare([tuple(line[1:]) for line in heard], FACTS)
@@ -139,7 +149,7 @@ class Channel:
         row = x[:1].numel() * x.element_size() if len(x) else 0
         with self.step(phase):
             # a dtype that gloo does not know, float8 say, is sent as bytes
-            dist.all_to_all_single(_as_bytes(y), _as_bytes(x.contiguous()), of, to, group=self.group)
+            self.group.alltoall_base(_as_bytes(y), _as_bytes(x.contiguous()), of, to).wait()
         sent = (sum(to) - to[self.rank]) * row
         if described:
             self.traffic.described += sent
@@ -151,7 +161,7 @@ class Channel:
         """The sum of ``x`` over the ranks, in the order that the backend takes."""
         y = x.clone(memory_format=torch.contiguous_format)
         with self.step(phase):
-            dist.all_reduce(y, group=self.group)
+            self.group.allreduce(y).wait()
         self.traffic.rows += 2 * (self.size - 1) * y.nbytes // self.size  # of a ring
         return y
 
@@ -159,16 +169,29 @@ class Channel:
         """(P, ...): the tensor that each rank gives, all of one shape and dtype."""
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
         with self.step(phase):
-            dist.all_gather(parts, x.contiguous(), group=self.group)
+            self.group.allgather(parts, x.contiguous()).wait()
         self.traffic.described += x.nbytes * (self.size - 1)
         return torch.stack(parts)
 
     def hear(self, phase: str, value: PyObject) -> list[PyObject]:
-        """The plain value that each rank gives."""
-        heard: list[PyObject] = [None] * self.size
-        with self.step(phase):
-            dist.all_gather_object(heard, value, group=self.group)
-        return heard
+        """The value that each rank gives, of JSON's types."""
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
+        sizes = self.everyones(phase, torch.tensor([len(text)], device=self.device)).view(-1).tolist()
+        padded = text.new_zeros(max(sizes))
+        padded[: len(text)] = text
+        heard = self.everyones(phase, padded)
+        return [json.loads(bytes(line[:size].tolist())) for line, size in zip(heard, sizes, strict=True)]
+
+
+def _own_group(backend: str, store: PyObject, ranks: list[int], rank: int, timeout: datetime.timedelta) -> PyObject:
+    """A group whose collectives take ``timeout`` at most.
+
+    gloo's is made directly: ``new_group`` of a part of the job gives it a name that counts the groups of each process,
+    and processes that have made different numbers of groups would wait for each other under different names.
+    """
+    if backend == "gloo":
+        return dist.ProcessGroupGloo(store, rank, len(ranks), timeout)
+    return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
 
 
 def _as_bytes(x: Tensor) -> Tensor:

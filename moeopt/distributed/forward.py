@@ -101,15 +101,3 @@ class DistributedForward(RewrittenForward):
             f"{name} cannot run its original code, for its experts lie on several ranks, and it would have to: "
             f"{refusal}. Call the model as it was optimised, or optimise and distribute the changed model again"
         )
-
-    def __deepcopy__(self, memo: PyObject) -> RewrittenForward:
-        raise UsageError(NO_COPY)
-
-    def __getstate__(self) -> PyObject:
-        raise UsageError(NO_COPY)
-
-
-NO_COPY = (
-    "a distributed model can be neither copied nor pickled, for it holds a part of the experts and a process group: "
-    "copy the optimised model before moeopt.distribute; torch.distributed.checkpoint saves and loads its state_dict"
-)

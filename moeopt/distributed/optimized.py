@@ -7,8 +7,7 @@ from pathlib import Path
 
 from moeopt.backends.base import Made
 from moeopt.capture.tree import ArgsKwargs
-from moeopt.distributed.channel import Channel, Traffic
-from moeopt.distributed.forward import NO_COPY
+from moeopt.distributed.channel import NO_COPY, Channel, Traffic
 from moeopt.errors import NotSaveableError, RankLostError, UsageError
 from moeopt.optimized import Optimized
 from moeopt.value_types import PyObject
@@ -21,6 +20,11 @@ class DistributedOptimized(Optimized):
         traffic: what this rank has sent since the model was distributed and verified: ``rows`` and ``described`` (ids,
             weights, counts) in bytes, ``exchanges`` in collectives.
     """
+
+    _why_not_verified = (
+        "a distributed model is verified when it is made: its certificate says what was shown across the ranks; verify "
+        "the optimised model with moeopt.verify before moeopt.distribute"
+    )
 
     def __init__(self, made: Made, call: ArgsKwargs, channel: Channel) -> None:
         super().__init__(made, call)

@@ -72,7 +72,7 @@ def distribute(
     placed, more = placements_of(placement, [(op.name, op.experts) for op in ops], len(where.ranks))
     notes += more
     form: Form = "rows" if exact else "reduce" if tokens == "replicated" else "ranks"
-    channel = Channel(where.ranks, where.backend, timeout)
+    channel = Channel(where.ranks, where.backend, timeout, where.mesh.device_type)
     try:
         asked = {"tokens": tokens, "exact": exact, "timeout": timeout}
         agree(channel, opt, twin, ops, placed, asked)
