@@ -145,6 +145,8 @@ def verify(
     if not isinstance(subject, Optimized):
         call = None if original is None or inputs is None else without_cache(original, as_call(inputs))
         return registry.of_bundle(subject).verify(subject, provider, original, call, limits or DEFAULT)
+    if subject._why_not_verified:
+        raise UsageError(subject._why_not_verified)
     if original is None:
         raise UsageError("verify(optimized) needs original=, the model to compare with")
     backend = registry.get(subject.report.backend)

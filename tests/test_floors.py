@@ -27,6 +27,7 @@ FLOORS = [
     {"backends"},
     {"optimized"},
     {"api"},
+    {"distributed"},
     {"frontends"},
     {"profiling"},
     {"testing"},
