@@ -118,6 +118,26 @@ class Backend(ABC):
             raise AssertionError(f"the backend {self.name!r} returned a report of {made.report.backend!r}")
         return made
 
+    def optimize_file(
+        self, model: PyObject, inputs: PyObject, options: Options, plan: PyObject
+    ) -> tuple[Made, ArgsKwargs]:
+        """Find, rewrite, verify and replace the blocks of an ONNX file; the rest of its graph stays as it is.
+
+        Args:
+            model: a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
+            inputs: of the graph, in the forms of ``moeopt.optimize``; None: some are made up.
+
+        Returns:
+            what was made, and the call that it was made with.
+
+        Raises:
+            UsageError: this backend takes no such files; the file is damaged, hostile or does not run.
+            NotEquivalentError: as ``moeopt.optimize``.
+        """
+        raise UsageError(
+            f"an ONNX file is optimised for ONNX Runtime: leave out backend={self.name!r}, or give the PyTorch model"
+        )
+
     # bundles
 
     def save(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:

@@ -24,6 +24,7 @@ from moeopt.backends.onnxrt.session import GRAPH, NATIVE
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.limits import LoadLimits
+from moeopt.onnx_in.read import read_onnx
 from moeopt.options import Options
 from moeopt.value_types import JsonValue, PyObject
 
@@ -38,6 +39,15 @@ class OnnxRuntimeBackend(GraphBackend):
 
     def runs_on_gpu(self, plan: OrtPlan) -> bool:
         return plan.provider != "cpu"
+
+    def optimize_file(
+        self, model: PyObject, inputs: PyObject, options: Options, plan: PyObject
+    ) -> tuple[Made, ArgsKwargs]:
+        from moeopt.backends.onnxrt.onnx_file.optimize import (
+            optimize_file,  # it needs onnx, which models may do without
+        )
+
+        return optimize_file(read_onnx(model), inputs, options, plan, type(self))
 
     def _build_impl(self, twin: nn.Module, call: ArgsKwargs, plan: OrtPlan, options: Options) -> BuiltGraph:
         return build_onnx(twin, *call, plan, options.say)
