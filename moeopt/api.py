@@ -136,7 +136,7 @@ def load(
 def verify(
     subject: Optimized | str | os.PathLike[str],
     *,
-    original: nn.Module | None = None,
+    original: PyObject = None,
     inputs: PyObject = None,
     provider: str | None = None,
     limits: LoadLimits | None = None,
@@ -145,7 +145,8 @@ def verify(
 
     Args:
         subject: what :func:`optimize` returned, or a bundle's directory.
-        original: the model to compare with; a bundle without one is compared with its golden outputs.
+        original: the model to compare with, or the ONNX model that it was made of; a bundle without one is compared
+            with its golden outputs.
         inputs: other inputs to compare on, in the forms of ``optimize``.
         provider: what to run a bundle on, "cpu", "cuda", ...; None means where it was saved, or, for an ONNX
             Runtime bundle, "cpu". One that was built for another provider and not executed runs there where that
@@ -156,6 +157,11 @@ def verify(
         UsageError: an Optimized without ``original``; an absent provider.
         BundleError: the bundle is damaged.
     """
+    if is_onnx(original):
+        if not isinstance(subject, Optimized):
+            return registry.of_bundle(subject).verify(subject, provider, original, inputs, limits or DEFAULT)
+        backend = registry.get(subject.report.backend)
+        return backend.verify_file(original, inputs, backend.runner(subject.model)[0], subject.certificate)
     if not isinstance(subject, Optimized):
         call = None if original is None or inputs is None else without_cache(original, as_call(inputs))
         return registry.of_bundle(subject).verify(subject, provider, original, call, limits or DEFAULT)

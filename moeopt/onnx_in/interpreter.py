@@ -5,10 +5,8 @@ The module runs node after node as ATen calls, so that what reads modules (captu
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,123 +17,61 @@ from moeopt.onnx_in.dtypes import FLOATS, torch_dtype
 from moeopt.onnx_in.operators.call import NodeCall
 from moeopt.onnx_in.operators.sizes import on_sizes
 from moeopt.onnx_in.operators.table import OPERATORS, shown
-from moeopt.onnx_in.values import GraphValue, SizeValue, all_known, tensor
+from moeopt.onnx_in.program import GraphProgram, NodeStep
+from moeopt.onnx_in.values import SizeValue, all_known, tensor
 from moeopt.value_types import OnnxNode, OnnxValue, PyObject
-
-MOST_NUMBERS = 64
-"""Of a constant of whole numbers that may be a shape: longer ones are data."""
-
-
-@dataclass(frozen=True)
-class NodeStep:
-    """One node: operator, names of what it reads and makes ("" for none), and its attributes as Python values."""
-
-    domain: str
-    op_type: str
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def described(self) -> str:
-        """For messages."""
-        return f"the node {self.name!r} ({shown(self.domain, self.op_type)})"
-
-
-@dataclass(frozen=True)
-class SizeTerm:
-    """A size as a product: a number times sizes of inputs, each given as (number of the input, dimension)."""
-
-    factor: int
-    dims: tuple[tuple[int, int], ...] = ()
-
-    def of(self, inputs: Sequence[Tensor]) -> PyObject:
-        """Its value for these inputs."""
-        product: Any = self.factor
-        for number, dim in self.dims:
-            product = (
-                inputs[number].shape[dim]
-                if product == 1 and isinstance(product, int)
-                else product * inputs[number].shape[dim]
-            )
-        return product
 
 
 class InterpretedGraph(nn.Module):
     """A part of an ONNX graph. Call it with its inputs in order; it returns its outputs, one alone or a tuple.
 
     Args:
-        steps: its nodes in topological order.
-        inputs, outputs: names of values.
-        constants: tensors by the names of the values that they are; floating ones of a rank become parameters.
-        opset: the version of ONNX's own operators.
-        sizes: values that are sizes of the inputs.
+        program: its steps; one object for all parts that are the same but for their weights.
+        tensors: the constants that are no plain numbers, by attribute; floating ones become parameters.
     """
 
-    def __init__(
-        self,
-        steps: Sequence[NodeStep],
-        inputs: Sequence[str],
-        outputs: Sequence[str],
-        constants: Mapping[str, Tensor],
-        opset: int,
-        sizes: Mapping[str, tuple[SizeTerm, ...] | SizeTerm] | None = None,
-    ) -> None:
+    def __init__(self, program: GraphProgram, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._steps, self._inputs, self._outputs, self._opset = tuple(steps), tuple(inputs), tuple(outputs), opset
-        self._sizes = dict(sizes or {})
-        self._constants: dict[str, str] = {}
-        self._numbers: dict[str, SizeValue] = {}
-        for name, value in constants.items():
-            self._hold(name, value)
-        last = {name: number for number, step in enumerate(self._steps) for name in step.inputs}
-        self._frees = tuple(
-            tuple(n for n in {*step.inputs, *step.outputs} if n not in self._outputs and last.get(n, number) == number)
-            for number, step in enumerate(self._steps)
-        )
-
-    def _hold(self, name: str, value: Tensor) -> None:
-        whole = value.dtype in (torch.int64, torch.int32, torch.bool) and value.numel() <= MOST_NUMBERS
-        if whole or (value.numel() == 1 and value.dtype in FLOATS):
-            self._numbers[name] = SizeValue(value.tolist(), value.dtype, value.clone())
-            return
-        attribute = re.sub(r"\W", "_", name) or "constant"
-        attribute = f"c_{attribute}" if not attribute[0].isalpha() or hasattr(self, attribute) else attribute
-        while hasattr(self, attribute):
-            attribute += "_"
-        if value.dtype in FLOATS and value.numel() > 1:
-            setattr(self, attribute, nn.Parameter(value, requires_grad=False))
-        else:
-            self.register_buffer(attribute, value)
-        self._constants[name] = attribute
+        self.program = program
+        for attribute, value in tensors.items():
+            if value.dtype in FLOATS:
+                setattr(self, attribute, nn.Parameter(value, requires_grad=False))
+            else:
+                self.register_buffer(attribute, value)
 
     def forward(self, *values: Tensor) -> PyObject:
-        env: dict[str, Any] = dict(zip(self._inputs, values, strict=True))
-        for name, terms in self._sizes.items():
+        env = self.run(values)
+        results = [tensor(self._value(name, env)) for name in self.program.outputs]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def run(self, values: Sequence[Tensor], keep: Sequence[str] = ()) -> dict[str, Any]:
+        """The values called ``keep``, and the outputs, for these inputs."""
+        program = self.program
+        env: dict[str, Any] = dict(zip(program.inputs, values, strict=True))
+        for name, terms in program.sizes.items():
             found = [t.of(values) for t in terms] if isinstance(terms, tuple) else terms.of(values)
             env[name] = SizeValue(found)
-        for step, frees in zip(self._steps, self._frees, strict=True):
-            results = self._run(step, [self._value(name, env) for name in step.inputs])
+        for step, frees in zip(program.steps, program.frees, strict=True):
+            results = self._run_step(step, [self._value(name, env) for name in step.inputs])
             env.update(zip(step.outputs, results, strict=False))
             for name in frees:
-                env.pop(name, None)
-        results = [tensor(self._value(name, env)) for name in self._outputs]
-        return results[0] if len(results) == 1 else tuple(results)
+                if name not in keep:
+                    env.pop(name, None)
+        return env
 
     def _value(self, name: str, env: Mapping[str, Any]) -> PyObject:
         if not name:
             return None
         if name in env:
             return env[name]
-        if name in self._numbers:
-            return self._numbers[name]
-        return getattr(self, self._constants[name])
+        if name in self.program.numbers:
+            return self.program.numbers[name]
+        return getattr(self, self.program.constants[name])
 
-    def _run(self, step: NodeStep, inputs: Sequence[Any]) -> Sequence[Any]:
+    def _run_step(self, step: NodeStep, inputs: Sequence[Any]) -> Sequence[Any]:
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
-        call = NodeCall(step.described, inputs, step.attributes, len(step.outputs), self._opset)
+        call = NodeCall(step.described, inputs, step.attributes, len(step.outputs), self.program.opset)
         made = on_sizes(step.op_type, call) if not step.domain and all_known(inputs) else None
         if made is None:
             made = OPERATORS[step.domain, step.op_type](call)
@@ -217,6 +153,3 @@ def tensor_of(value: OnnxValue, where: str) -> Tensor:
         warnings.simplefilter("ignore")  # mapped bytes are read-only, and nothing writes to a constant
         found = torch.from_numpy(array)
     return found if found.dtype == dtype else found.view(dtype)
-
-
-__all__ = ["GraphValue", "InterpretedGraph", "NodeStep", "steps_of", "tensor_of"]

@@ -24,6 +24,7 @@ PRODUCTS = {
     ("com.microsoft", "FusedGemm"): (0, 1), ("com.microsoft", "FusedConv"): (0, 1),
 }  # fmt: skip
 """Which inputs of an operator are multiplied."""
+CONVOLUTIONS = frozenset(("Conv", "ConvInteger", "QLinearConv", "FusedConv"))
 WHOLE = {("com.microsoft", "MoE"), ("com.microsoft", "QMoE")}
 """Operators that are all experts of a block at once."""
 MOVING = frozenset(
@@ -63,10 +64,7 @@ class WeightProduct:
     @property
     def stacked(self) -> int:
         """How many matrices the weight holds, 1 for a plain one."""
-        if (
-            self.node.op_type in ("Conv", "ConvInteger", "QLinearConv", "FusedConv")
-            or self.node.op_type == "MatMulNBits"
-        ):
+        if self.node.op_type in CONVOLUTIONS or self.node.op_type == "MatMulNBits":
             return 1
         return self.shape[0] if len(self.shape) >= 3 else 1
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from moeopt.errors import Declined
 from moeopt.onnx_in.cuts import GraphRegion
-from moeopt.onnx_in.interpreter import InterpretedGraph, SizeTerm, steps_of, tensor_of
+from moeopt.onnx_in.interpreter import InterpretedGraph, steps_of, tensor_of
+from moeopt.onnx_in.program import SizeTerm, SizeTerms, program_of
 from moeopt.value_types import OnnxValue, PyObject
 
 
@@ -25,7 +27,7 @@ class RegionEnds:
     """The entries of a region that are tensors for it, and those that are sizes, as products of the former's sizes."""
 
     tensors: tuple[str, ...]
-    sizes: Mapping[str, tuple[SizeTerm, ...] | SizeTerm]
+    sizes: SizeTerms
 
 
 def region_ends(region: GraphRegion, runs: Sequence[Mapping[str, Tensor]]) -> RegionEnds:
@@ -82,8 +84,11 @@ def _term(
     return SizeTerm(numbers[0], ()) if len(set(numbers)) == 1 and (len(runs) > 1 or not free) else None
 
 
-def region_module(region: GraphRegion, ends: RegionEnds, opset: int) -> InterpretedGraph:
+def region_module(region: GraphRegion, ends: RegionEnds, opset: int, name: str) -> InterpretedGraph:
     """A region as a module that takes ``ends.tensors`` in order and returns its exit.
+
+    Its steps are called by their numbers, so that regions of several layers have one program; ``named`` turns these
+    into the names of nodes in a sentence.
 
     Raises:
         Declined: it holds an operator that the interpreter does not run; the message names the node.
@@ -96,7 +101,13 @@ def region_module(region: GraphRegion, ends: RegionEnds, opset: int) -> Interpre
             if value is not None and value.name not in known:
                 constants[value.name] = tensor_of(_held(value), value.name)
                 known.add(value.name)
-    return InterpretedGraph(steps, ends.tensors, [region.exit.name], constants, opset, ends.sizes)
+    return InterpretedGraph(*program_of(steps, ends.tensors, [region.exit.name], constants, opset, ends.sizes, name))
+
+
+def named(reason: str, region: GraphRegion) -> str:
+    """A sentence about a region's module with the names of the file's nodes."""
+    nodes = [node for node in region.nodes if node.op_type != "Constant"]
+    return re.sub(r"'#(\d+)'", lambda match: repr(nodes[int(match[1])].name), reason)
 
 
 def _held(value: OnnxValue) -> OnnxValue:

@@ -31,11 +31,6 @@ class CandidateRegion:
     chains: ExpertChains
     regions: tuple[GraphRegion, ...]
 
-    @property
-    def out_features(self) -> tuple[int, ...]:
-        """The sizes that the width of the experts' result may have: those of the second weight's matrix."""
-        return self.chains.pairs[0][1].shape[-2:]
-
 
 def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
     """Every region of a graph whose chains are two functions or more, in the order of the graph."""

@@ -27,6 +27,7 @@ from moeopt.limits import LoadLimits
 from moeopt.onnx_in.read import read_onnx
 from moeopt.options import Options
 from moeopt.value_types import JsonValue, PyObject
+from moeopt.verification.certificate import Certificate
 
 
 class OnnxRuntimeBackend(GraphBackend):
@@ -48,6 +49,11 @@ class OnnxRuntimeBackend(GraphBackend):
         )
 
         return optimize_file(read_onnx(model), inputs, options, plan, type(self))
+
+    def verify_file(self, original: PyObject, inputs: PyObject, engine: PyObject, before: Certificate) -> Certificate:
+        from moeopt.backends.onnxrt.onnx_file.optimize import verify_file  # it needs onnx, which models may do without
+
+        return verify_file(read_onnx(original), inputs, engine, before)
 
     def _build_impl(self, twin: nn.Module, call: ArgsKwargs, plan: OrtPlan, options: Options) -> BuiltGraph:
         return build_onnx(twin, *call, plan, options.say)

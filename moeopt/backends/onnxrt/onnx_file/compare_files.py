@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.engine import OnnxEngine
+from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.onnx_file.feeds import GraphFeeds
-from moeopt.backends.onnxrt.onnx_file.original import InnerValues, ShakenOriginal
+from moeopt.backends.onnxrt.onnx_file.original import InnerValues, ShakenOriginal, session_on
 from moeopt.errors import MoeoptError, NotEquivalentError
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.value_types import PyObject
+from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.model import DRAWS, EndToEnd, compare_outputs
 
 
@@ -57,6 +58,40 @@ def compare_files(
     if equal:
         first.notes.append(f"equal in {equal} other size{'s' if equal > 1 else ''} too")
     return first
+
+
+def against_file(file: OnnxFile, engine: GraphEngine, calls: Sequence[GraphFeeds], budget: float) -> EndToEnd:
+    """The verdict on an engine that was made of ``file`` before: its outputs within ``budget`` of the file's own.
+
+    Args:
+        budget: the relative L2 distance per token that the engine was verified with.
+    """
+    session = session_on(file.proto, file.directory, file.name)
+    result = EndToEnd(True, outputs=len(file.proto.graph.output), budget=budget)
+    for feeds in calls:
+        for name, want, got in zip(session.outputs, session.run(feeds), _tuple(engine(**feeds)), strict=True):
+            result.reason = result.reason or _differs(name, want, got, budget, result)
+    result.passed = not result.reason
+    return result
+
+
+def _differs(name: str, want: Tensor, got: Tensor, budget: float, result: EndToEnd) -> str:
+    if (want.shape, want.dtype) != (got.shape, got.dtype):
+        return f"output {name!r} is {got.dtype} {tuple(got.shape)} instead of {want.dtype} {tuple(want.shape)}"
+    if not want.is_floating_point():
+        count = int((want != got).sum())
+        return f"output {name!r} differs in {count} elements" if count else ""
+    pattern = finiteness(want, got)
+    if pattern.leaked:
+        return f"output {name!r} is not finite at token {pattern.leaked[0]}, where the file's is"
+    far = token_distance(got, want)[pattern.both]
+    result.tokens += len(far)
+    result.distance = max(result.distance, float(far.max()) if len(far) else 0.0)
+    return (
+        f"output {name!r} moves by {result.distance:.3g}, and {budget:.3g} is allowed"
+        if result.distance > budget
+        else ""
+    )
 
 
 def _tuple(value: PyObject) -> tuple[Tensor, ...]:

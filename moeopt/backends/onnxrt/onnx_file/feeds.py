@@ -56,12 +56,16 @@ def _checked(file: OnnxFile, value: PyObject, given: PyObject) -> Tensor:
 
 def made_up_feeds(file: OnnxFile, seed: int) -> Iterator[GraphFeeds]:
     """Guesses, the likeliest first: each in sizes of its own, so that two of them tell sizes from constants."""
-    symbols = {d for v in graph_inputs(file.proto.graph) for d in tensor_type(file, v)[1] if isinstance(d, str)}
+    shapes = [tensor_type(file, v)[1] for v in graph_inputs(file.proto.graph)]
+    first = {shape[0] for shape in shapes if len(shape) > 1 and isinstance(shape[0], str)}
+    symbols = {d for shape in shapes for d in shape if isinstance(d, str)}
     for batch, tokens, past in ((2, 5, 3), (3, 7, 4), (1, 6, 0), (1, 1, 5), (1, 9, 0)):
-        yield _feeds(file, {s: _size(s, batch, tokens, past) for s in symbols}, (batch, tokens), seed)
+        sizes = {s: _size(s, batch, batch if s in first else tokens, past) for s in symbols}
+        yield _feeds(file, sizes, (batch, tokens), seed)
 
 
 def _size(symbol: str, batch: int, tokens: int, past: int) -> int:
+    """The size that a dimension's name stands for; ``tokens`` where the name says nothing."""
     word = symbol.lower()
     if "+" in word:
         return sum(_size(part.strip(), batch, tokens, past) for part in word.split("+"))

@@ -37,8 +37,8 @@ def fit_opset(file: OnnxFile, rewritten: OnnxModel) -> int:
                 return version
             raise Declined(
                 f"the file is of opset {have}, in which {misfit.op_type} cannot be written as the experts need "
-                f"it, and its node {changed.name!r} ({changed.op_type}) means something else in opset {version}: export the model "
-                f"again with opset_version={wanted}"
+                f"it, and its node {changed.name!r} ({changed.op_type}) means something else in opset {version}: "
+                f"export the model again with opset_version={wanted}"
             )
     raise Declined(f"the file is of opset {have}, and {misfit.op_type} has no form there that the experts need")
 

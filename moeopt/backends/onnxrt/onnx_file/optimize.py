@@ -7,14 +7,15 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from moeopt.backends.base import Made
 from moeopt.backends.onnxrt.build import BuiltGraph
-from moeopt.backends.onnxrt.engine import OnnxEngine
+from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import ids_of_engine, ids_of_model
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
-from moeopt.backends.onnxrt.onnx_file.compare_files import compare_files
+from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files
 from moeopt.backends.onnxrt.onnx_file.feeds import GraphFeeds, given_feeds, made_up_feeds, resized
 from moeopt.backends.onnxrt.onnx_file.original import session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts
@@ -33,6 +34,7 @@ from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.report import BlockReport, Report
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
+from moeopt.verification.judge import EPS_ALLOWANCE
 
 
 class NothingRewrittenError(Exception):
@@ -104,6 +106,29 @@ def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeed
             f"moeopt.optimize(path, {{...}}) with {takes}"
         )
     return found
+
+
+def verify_file(
+    original: OnnxFile, inputs: PyObject, engine: GraphEngine, before: Certificate, executed: bool = True
+) -> Certificate:
+    """Whether an engine still computes what the file that it was made of computes.
+
+    Args:
+        before: the certificate that the engine was made with; its budget holds here too.
+
+    Raises:
+        UsageError: the file takes other inputs than the engine.
+    """
+    wanted = [value.name for value in graph_inputs(original.proto.graph)]
+    if wanted != list(engine.signature["parameters"]):
+        raise UsageError(
+            f"{original.name} takes {', '.join(wanted)}, and the engine takes "
+            f"{', '.join(engine.signature['parameters'])}: it was made of another file"
+        )
+    end = before.end_to_end
+    budget = end.budget if end is not None and end.budget > 0 else EPS_ALLOWANCE * torch.finfo(torch.float32).eps
+    found = against_file(original, engine, example_feeds(original, inputs, 0), budget)
+    return Certificate(end_to_end=found, executed=executed, dtype=before.dtype, device=engine.described)
 
 
 def _runs(session: PyObject, feeds: GraphFeeds) -> str | None:

@@ -16,8 +16,9 @@ from moeopt.backends.onnxrt.onnx_file.original import InnerValues
 from moeopt.errors import Declined, MoeoptError
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.interpreter import InterpretedGraph
+from moeopt.onnx_in.products import CONVOLUTIONS, shape_of
 from moeopt.onnx_in.read import OnnxFile
-from moeopt.onnx_in.region_module import region_ends, region_module
+from moeopt.onnx_in.region_module import named, region_ends, region_module
 from moeopt.onnx_in.regions import CandidateRegion
 from moeopt.value_types import OnnxValue
 from moeopt.verification.distance import finiteness, token_distance
@@ -111,18 +112,35 @@ def _first(candidate: CandidateRegion) -> str:
 
 
 def _combined(candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Values]) -> bool:
+    """Whether an exit holds one row for each row of the root."""
     rows, result = runs[0][region.entries[0].name], runs[0][region.exit.name]
-    wide = [n for n in candidate.out_features if n in result.shape]
-    tokens = {rows.numel() // n for n in rows.shape if n}
-    return bool(wide) and result.is_floating_point() and any(result.numel() == n * t for n in wide for t in tokens)
+    axis = 1 if candidate.chains.products[0].node.op_type in CONVOLUTIONS else -1
+    if not result.is_floating_point() or rows.dim() < 2 or result.dim() <= max(axis, 0):
+        return False
+    return result.numel() * rows.shape[axis] == rows.numel() * result.shape[axis] and _is_width(
+        result.shape[axis], region
+    )
+
+
+def _is_width(size: int, region: GraphRegion) -> bool:
+    """Whether a weight of the region has that size."""
+    return any(
+        size in (shape_of(v) or ())
+        for n in region.nodes
+        for v in n.inputs
+        if v is not None and v.const_value is not None
+    )
 
 
 def _checked(file: OnnxFile, candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Values]) -> FilePart:
     ends = region_ends(region, runs)
-    module = region_module(region, ends, file.opset).eval()
+    module = region_module(region, ends, file.opset, candidate.name).eval()
     distance = 0.0
-    for run in runs:
-        distance = max(distance, _distance(module, [run[name] for name in ends.tensors], run[region.exit.name]))
+    try:
+        for run in runs:
+            distance = max(distance, _distance(module, [run[name] for name in ends.tensors], run[region.exit.name]))
+    except Declined as err:
+        raise Declined(named(err.reason, region)) from None
     return FilePart(candidate, region, module, ends.tensors, list(runs), distance)
 
 

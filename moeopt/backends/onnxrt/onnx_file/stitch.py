@@ -116,17 +116,17 @@ def new_names(file: OnnxFile, rewritten: Sequence[OnnxModel], replaced: Sequence
     """A name in the file for every value of the rewritten graphs: its own where that is free."""
     ends = {inner: outer for part in replaced for inner, outer in part.inputs.items()}
     ends |= {part.output: part.exit for part in replaced}
-    taken = set(all_names(file.proto.graph))
+    taken = {*all_names(file.proto.graph), *(node_key(node) for node in file.proto.graph.node)}
     renamed = dict(ends)
     for proto in rewritten:
-        for name in all_names(proto.graph):
+        for name in (*all_names(proto.graph), *(node_key(node) for node in proto.graph.node)):
             if name and name not in renamed:
                 made, number = name, 0
                 while made in taken:
                     number += 1
                     made = f"{name}/moeopt" + (f"_{number}" if number > 1 else "")
                 taken.add(made)
-                renamed[name] = made
+                renamed[name] = made.removeprefix("node:")
     return renamed
 
 
@@ -191,8 +191,15 @@ def _renamed_node(node: OnnxNode, renamed: Mapping[str, str]) -> OnnxNode:
 
     made = onnx.NodeProto()
     made.CopyFrom(node)
-    _rename(made, renamed)
+    if renamed:
+        made.name = renamed.get(node_key(node), node.name)
+        _rename(made, renamed)
     return made
+
+
+def node_key(node: OnnxNode) -> str:
+    """What a node's name is looked up under: names of nodes and of values are apart."""
+    return f"node:{node.name}"
 
 
 def _rename(node: OnnxNode, renamed: Mapping[str, str]) -> None:
