@@ -94,7 +94,7 @@ def region_name(products: Sequence[WeightProduct]) -> str:
     ):
         paths = [_scope(name).split(".") for name in names]
         common = os.path.commonprefix([path[:-1] for path in paths])
-        while common and (common[-1] in ("experts", "") or common[-1].isdigit() and len(products) == 1):
+        while len(common) > 1 and (common[-1] in ("experts", "") or common[-1].isdigit() and len(products) == 1):
             common = common[:-1]
         if common and not re.match(r"(onnx|val|_)", common[0]):
             return re.sub(r"[^\w.]", "_", ".".join(common))

@@ -25,6 +25,7 @@ from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, MoeoptError, UsageError
+from moeopt.onnx_in.frozen_routing import BROKEN
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.region_module import GraphRegions
@@ -68,6 +69,9 @@ def optimize_file(
     made = _rewritten(file, parts, calls, options, plan, backend) if parts.parts else None
     if made is None:
         made = _left_alone(file, parts, options)
+    broken = [f"{name}: {reason}" for name, (_, reason) in parts.declined.items() if reason.startswith(BROKEN)]
+    made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *broken))
+    made.certificate.notes += broken
     blocks = _in_order(file, made.report.blocks, parts, [c.name for c in candidates])
     made.report = dataclasses.replace(
         made.report, blocks=tuple(blocks), model=file.name, seconds=time.perf_counter() - started

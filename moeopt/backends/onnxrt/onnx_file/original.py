@@ -25,7 +25,7 @@ def session_on(
         UsageError: ONNX Runtime does not load it; the message says why.
     """
     options = runtime().SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails here is told by an error
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.add_session_config_entry("session.disable_prepacking", "1")
     if directory is not None:

@@ -15,6 +15,7 @@ from moeopt.backends.onnxrt.onnx_file.feeds import GraphFeeds
 from moeopt.backends.onnxrt.onnx_file.original import InnerValues
 from moeopt.errors import Declined, MoeoptError
 from moeopt.onnx_in.cuts import GraphRegion
+from moeopt.onnx_in.frozen_routing import frozen_routing
 from moeopt.onnx_in.interpreter import InterpretedGraph
 from moeopt.onnx_in.products import CONVOLUTIONS, shape_of
 from moeopt.onnx_in.read import OnnxFile
@@ -88,6 +89,8 @@ def _outer(value: OnnxValue) -> bool:
 
 def _part(file: OnnxFile, candidate: CandidateRegion, runs: Sequence[Values]) -> FilePart:
     """The candidate up to its nearest exit that is one row for each row of its root, as wide as the experts' result."""
+    if frozen := frozen_routing(candidate):
+        raise Declined(frozen)
     if not candidate.regions:
         raise Declined(
             f"the results of its {candidate.chains.experts} experts do not come together in one value near them: "
