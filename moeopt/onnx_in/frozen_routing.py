@@ -69,7 +69,8 @@ def _constant_rows(index: GraphIndex, product: WeightProduct) -> OnnxNode | None
 
 def _is_several(index: GraphIndex, value: OnnxValue) -> bool:
     """Whether a constant that may be computed of others is more than one number."""
-    todo, seen = [value], set()
+    todo = [value]
+    seen: set[int] = set()
     while todo and len(seen) < _FAR:
         here = todo.pop()
         shape = shape_of(here)

@@ -78,9 +78,13 @@ class ExpertChains:
 
     @property
     def experts(self) -> int:
-        """How many functions there are, as far as the shapes of their weights say."""
-        ends = {id(second.weight): second.stacked for _, second in self.pairs}
-        return sum(ends.values())
+        """How many functions there are, as far as the shapes of their weights say.
+
+        A product that all of them follow, or that follows all of them, is none of theirs: the fewer count.
+        """
+        counts = [sum({id(p.weight): p.stacked for p in side}.values()) for side in zip(*self.pairs, strict=True)]
+        fewest: int = min(counts)
+        return fewest
 
     @property
     def products(self) -> list[WeightProduct]:

@@ -71,15 +71,32 @@ def _cast_like(call: NodeCall) -> Tensor:
 
 
 def _clip(call: NodeCall) -> Tensor:
-    x, low, high = call.tensor(0), call.optional(1), call.optional(2)
-    low = low if low is not None else _of(x, call.attribute("min"))
-    high = high if high is not None else _of(x, call.attribute("max"))
-    x = x if low is None else torch.maximum(x, low)
-    return x if high is None else torch.minimum(x, high)
+    x, low, high = call.tensor(0), _bound(call, 1), _bound(call, 2)
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor):
+        return x if low is None and high is None else x.clamp(low, high)
+    x = x if low is None else torch.maximum(x, x.new_full((), low) if not isinstance(low, Tensor) else low)
+    return x if high is None else torch.minimum(x, x.new_full((), high) if not isinstance(high, Tensor) else high)
 
 
-def _of(x: Tensor, number: PyObject) -> Tensor | None:
-    return None if number is None else x.new_full((), number)
+def _bound(call: NodeCall, number: int) -> PyObject:
+    """A bound of ``Clip``: a number where it is constant, None where there is none."""
+    value = call.get(number)
+    alone = value.number if isinstance(value, SizeValue) else None
+    return value if alone is None and value is None else tensor(value) if alone is None else alone
+
+
+def _extreme(function: Callable[..., Tensor], clamp: str) -> Callable[[NodeCall], Tensor]:
+    """``Min`` or ``Max`` of two, of which one may be a number: a clamp."""
+
+    def run(call: NodeCall) -> Tensor:
+        if len(call) == 2:
+            for one, other in ((0, 1), (1, 0)):
+                number = call.operand(one)
+                if not isinstance(number, Tensor) and isinstance(call.inputs[other], Tensor):
+                    return torch.clamp(call.tensor(other), **{clamp: number})
+        return _folded(function)(call)
+
+    return run
 
 
 def _gelu(call: NodeCall) -> Tensor:
@@ -144,7 +161,8 @@ POINTWISE: dict[str, Callable[[NodeCall], Tensor]] = {
     }.items()},
     "Softplus": _plain(F.softplus), "Softsign": _plain(F.softsign), "Mish": _plain(F.mish),
     "HardSwish": _plain(F.hardswish),
-    "Sum": _folded(torch.add), "Min": _folded(torch.minimum), "Max": _folded(torch.maximum),
+    "Sum": _folded(torch.add), "Min": _extreme(torch.minimum, "max"),
+    "Max": _extreme(torch.maximum, "min"),
     "Div": _div, "Mod": _mod, "Pow": _pow, "Cast": _cast, "CastLike": _cast_like, "Clip": _clip, "Gelu": _gelu,
     "HardSigmoid": _hard_sigmoid, "PRelu": _prelu, "IsInf": _isinf, "Swish": _swish,
     "LeakyRelu": _attribute_of(F.leaky_relu, negative_slope=("alpha", 0.01)),

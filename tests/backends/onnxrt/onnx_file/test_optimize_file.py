@@ -55,8 +55,6 @@ def test_every_message_outside_of_the_blocks_is_as_it_was(optimized, path, tmp_p
     gone = [n for n in old.graph.node if n.SerializeToString() not in after]
     assert len(before) == len(old.graph.node) and {"TopK", "ScatterElements"} <= {n.op_type for n in gone}
     assert all("mlp" in str(n.metadata_props) for n in gone if n.op_type != "Split")
-    assert all(
-        "moe" in n.name or "mlp" in n.name or n.name.endswith("/moeopt") or "layers" in n.name or True for n in came
     )
     assert [v.SerializeToString() for v in new.graph.input] == [v.SerializeToString() for v in old.graph.input]
     assert [v.SerializeToString() for v in new.graph.output] == [v.SerializeToString() for v in old.graph.output]
@@ -140,7 +138,5 @@ def test_a_rewrite_that_is_wrong_is_not_kept(path, monkeypatch):
 
     real = write._stitched_proto
     monkeypatch.setattr(write, "_stitched_proto", damaged)
-    with pytest.raises(
-        NotEquivalentError, match="the new graph is not equivalent and was not kept: output 0 moves"
-    ):
+    with pytest.raises(NotEquivalentError, match="the new graph is not equivalent and was not kept: output 0 moves"):
         moeopt.optimize(path)
