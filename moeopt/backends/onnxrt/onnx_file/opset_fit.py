@@ -27,12 +27,12 @@ def fit_opset(file: OnnxFile, rewritten: OnnxModel) -> int:
     wanted = next((int(o.version) for o in rewritten.opset_import if o.domain in ("", "ai.onnx")), NEWEST_WRITTEN)
     have = file.opset
     _older_forms(rewritten.graph, have)
-    misfit = next((n for n in _nodes(rewritten.graph) if not same_operator(n, wanted, have)), None)
+    misfit = next((n for n in all_nodes(rewritten.graph) if not same_operator(n, wanted, have)), None)
     if misfit is None:
         return have
     for version in range(have + 1, wanted + 1):
-        if all(same_operator(n, wanted, version) for n in _nodes(rewritten.graph)):
-            changed = next((n for n in _nodes(file.proto.graph) if not _same_version(n, have, version)), None)
+        if all(same_operator(n, wanted, version) for n in all_nodes(rewritten.graph)):
+            changed = next((n for n in all_nodes(file.proto.graph) if not _same_version(n, have, version)), None)
             if changed is None:
                 return version
             raise Declined(
@@ -97,12 +97,13 @@ _TYPES_ONLY = frozenset(
 """Operators that, from opset 13 to 20, were given more element types and nothing else."""
 
 
-def _nodes(graph: OnnxGraph) -> Iterator[Any]:
+def all_nodes(graph: OnnxGraph) -> Iterator[Any]:
+    """The nodes of a protobuf graph and of its bodies."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
             for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from _nodes(body)
+                yield from all_nodes(body)
 
 
 def _older_forms(graph: OnnxGraph, have: int) -> None:
@@ -110,7 +111,7 @@ def _older_forms(graph: OnnxGraph, have: int) -> None:
     constants = {t.name: t for t in graph.initializer} | {
         n.output[0]: a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"
     }
-    for node in _nodes(graph):
+    for node in all_nodes(graph):
         if have < 18 and node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
             _axes_as_attribute(node, constants)
         if have < 18 and node.op_type == "Split" and len(node.input) < 2:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.backends.onnxrt.build import BuiltGraph
-from moeopt.backends.onnxrt.onnx_file.opset_fit import fit_opset
+from moeopt.backends.onnxrt.onnx_file.opset_fit import all_nodes, fit_opset
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart
 from moeopt.backends.onnxrt.onnx_file.signature import file_signature
 from moeopt.backends.onnxrt.onnx_file.stitch import DataFile, Replaced, new_names, stitch
@@ -71,7 +71,16 @@ def _stitched_proto(
         if entry.domain in ("", "ai.onnx"):
             entry.version = opset
     made.metadata_props.add(key="moeopt.version", value=version())
-    return made
+    return without_unused_domains(made)
+
+
+def without_unused_domains(proto: OnnxModel) -> OnnxModel:
+    """A graph without the names of domains that none of its nodes is of: exporters leave many, and a bundle names each."""
+    used = {node.domain for node in all_nodes(proto.graph)}
+    for number in reversed(range(len(proto.opset_import))):
+        if proto.opset_import[number].domain not in ("", "ai.onnx", *used):
+            del proto.opset_import[number]
+    return proto
 
 
 def untouched(file: OnnxFile) -> BuiltGraph:
@@ -82,7 +91,7 @@ def untouched(file: OnnxFile) -> BuiltGraph:
     proto.CopyFrom(file.proto)
     folder = TemporaryFolder()
     DataFile(Path(folder.name) / data_of(GRAPH)).take(proto, file)
-    (Path(folder.name) / GRAPH).write_bytes(proto.SerializeToString())
+    (Path(folder.name) / GRAPH).write_bytes(without_unused_domains(proto).SerializeToString())
     built = BuiltGraph(folder, file_signature(file))
     built.facts = _facts(built, len(proto.graph.node))
     return built

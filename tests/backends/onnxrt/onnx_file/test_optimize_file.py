@@ -55,7 +55,6 @@ def test_every_message_outside_of_the_blocks_is_as_it_was(optimized, path, tmp_p
     gone = [n for n in old.graph.node if n.SerializeToString() not in after]
     assert len(before) == len(old.graph.node) and {"TopK", "ScatterElements"} <= {n.op_type for n in gone}
     assert all("mlp" in str(n.metadata_props) for n in gone if n.op_type != "Split")
-    )
     assert [v.SerializeToString() for v in new.graph.input] == [v.SerializeToString() for v in old.graph.input]
     assert [v.SerializeToString() for v in new.graph.output] == [v.SerializeToString() for v in old.graph.output]
     kept = {p.key: p.value for p in new.metadata_props}
