@@ -31,6 +31,7 @@ class GraphIndex:
         self.position = {id(node): number for number, node in enumerate(self.nodes)}
         self.visited = len(self.nodes)
         self._reads: dict[int, list[Any]] = {}
+        self._readers: dict[int, list[int]] = {}
         self._given = {id(v) for v in graph.inputs}
         self._fixed: set[int] = set()
         self.ends = {id(v) for v in graph.outputs}
@@ -41,6 +42,8 @@ class GraphIndex:
                 for value in captured(attribute):
                     reads, bodies = [*reads, value], True
             self._reads[id(node)] = reads
+            for key in {id(v) for v in reads}:
+                self._readers.setdefault(key, []).append(self.position[id(node)])
             if not bodies and node.op_type not in RANDOM and all(self.is_constant(v) for v in reads):
                 self._fixed |= {id(v) for v in node.outputs}
 
@@ -61,13 +64,7 @@ class GraphIndex:
 
     def readers(self, value: OnnxValue) -> list[int]:
         """The positions of this graph's nodes that read a value, in order; for a body's, of what holds it."""
-        found = set()
-        for node, _ in value.uses():
-            while node is not None and id(node) not in self.position:
-                node = node.graph.parent_node if node.graph is not None else None
-            if node is not None:
-                found.add(self.position[id(node)])
-        return sorted(found)
+        return self._readers.get(id(value), [])
 
 
 def captured(attribute: OnnxValue) -> Iterator[Any]:

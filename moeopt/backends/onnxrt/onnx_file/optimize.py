@@ -27,6 +27,7 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, MoeoptError, UsageError
 from moeopt.onnx_in.frozen_routing import BROKEN
 from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.left_alone import left_alone
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.region_module import GraphRegions
 from moeopt.onnx_in.regions import candidate_regions
@@ -63,18 +64,22 @@ def optimize_file(
     options.say("looking for blocks of experts in the graph")
     index = GraphIndex(file.model.graph)
     candidates = list(candidate_regions(index))
+    others = list(left_alone(file.model.graph))
     calls = example_feeds(file, inputs, options.seed)
     call: ArgsKwargs = ((), dict(calls[0]))
     parts = file_parts(file, candidates, calls, options.say)
     made = _rewritten(file, parts, calls, options, plan, backend) if parts.parts else None
     if made is None:
-        made = _left_alone(file, parts, options)
+        made = _left_alone(file, parts, bool(others), options)
     broken = [f"{name}: {reason}" for name, (_, reason) in parts.declined.items() if reason.startswith(BROKEN)]
     made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *broken))
     made.certificate.notes += broken
     blocks = _in_order(file, made.report.blocks, parts, [c.name for c in candidates])
     made.report = dataclasses.replace(
-        made.report, blocks=tuple(blocks), model=file.name, seconds=time.perf_counter() - started
+        made.report,
+        blocks=(*blocks, *(BlockReport(o.name, "moe", "declined", o.reason, o.experts) for o in others)),
+        model=file.name,
+        seconds=time.perf_counter() - started,
     )
     made.source = _fingerprint(file)
     return made, call
@@ -217,11 +222,11 @@ def _count_ids(
     return total, differ, first
 
 
-def _left_alone(file: OnnxFile, parts: FileParts, options: Options) -> Made:
+def _left_alone(file: OnnxFile, parts: FileParts, others: bool, options: Options) -> Made:
     """The file as it is, as an engine."""
     built = untouched(file)
     engine = OnnxEngine(built.directory, built.signature, "cpu", options.session_options, built.folder)
-    if parts.parts or parts.declined:
+    if parts.parts or parts.declined or others:
         note = "no block of experts in the file was rewritten: it is left as it is, and each block says why"
     else:
         note = "there is no block of experts in the file: it is left as it is"

@@ -21,7 +21,6 @@ from moeopt.onnx_in.products import CONVOLUTIONS, shape_of
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.region_module import named, region_ends, region_module
 from moeopt.onnx_in.regions import CandidateRegion
-from moeopt.value_types import OnnxValue
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.verification.oracle import record_selections, run_oracle
@@ -66,7 +65,7 @@ def file_parts(
 ) -> FileParts:
     """Each candidate as a part, or why not."""
     found = FileParts()
-    wanted = {v.name for c in candidates for r in c.regions for v in (*r.entries, r.exit) if _outer(v)}
+    wanted = {v.name for c in candidates for r in c.regions for v in (*r.entries, r.exit)}
     runs: list[Values] = []
     if wanted:
         say("running the file on the example inputs")
@@ -79,12 +78,6 @@ def file_parts(
         except Declined as err:
             found.declined[candidate.name] = candidate, err.reason
     return found
-
-
-def _outer(value: OnnxValue) -> bool:
-    """Whether a value is the graph's own and not a body's."""
-    graph = value.graph
-    return graph is None or getattr(graph, "parent_node", None) is None
 
 
 def _part(file: OnnxFile, candidate: CandidateRegion, runs: Sequence[Values]) -> FilePart:

@@ -75,7 +75,7 @@ def _stitched_proto(
 
 
 def without_unused_domains(proto: OnnxModel) -> OnnxModel:
-    """A graph without the names of domains that none of its nodes is of: exporters leave many, and a bundle names each."""
+    """A graph without the names of domains that no node of it is of: exporters leave many, and a bundle names each."""
     used = {node.domain for node in all_nodes(proto.graph)}
     for number in reversed(range(len(proto.opset_import))):
         if proto.opset_import[number].domain not in ("", "ai.onnx", *used):
