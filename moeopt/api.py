@@ -14,6 +14,7 @@ from moeopt.backends.choice import checked_choice
 from moeopt.errors import CaptureError, UsageError
 from moeopt.find.example_inputs import NO_CACHE, as_call, in_order, made_up, without_cache
 from moeopt.limits import DEFAULT, LoadLimits
+from moeopt.onnx_in.read import is_onnx
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.pipeline.accept import as_model, moved, without_rewrites
@@ -29,18 +30,20 @@ def optimize(
     model: PyObject,
     example_inputs: PyObject = None,
     *,
-    backend: str = "torch",
+    backend: str | None = None,
     options: Options | None = None,
     **fields: PyObject,
 ) -> Optimized:
     """Find every MoE block of ``model``, rewrite it into grouped-expert ops, and verify it.
 
     Args:
-        model: an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It keeps working, unchanged.
+        model: an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It keeps working, unchanged. Or an ONNX
+            model: the path of a ``.onnx`` file, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; its blocks are
+            replaced in its own graph, and what is returned is called with the graph's inputs, by name or in order.
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments;
-            None where they can be inferred (a Hugging Face model, a block with one argument).
+            None where they can be inferred (a Hugging Face model, a block with one argument, an ONNX model).
         backend: "torch", "onnxruntime" or "tensorrt", or one that an installed package brings. TensorRT's builds for
-            ``target``, like "sm_89", on any machine.
+            ``target``, like "sm_89", on any machine. None means "torch", and "onnxruntime" for an ONNX model.
         options: a frozen :class:`moeopt.Options`; any of its fields may be a keyword here instead.
 
     Returns:
@@ -52,8 +55,10 @@ def optimize(
         NotSaveableError: the model has no form as an engine of that backend; the message names what is in the way.
         EngineBuildError: TensorRT's builder refused the graph, crashed, hung or took too much memory.
     """
+    if is_onnx(model):
+        return _optimize_file(model, example_inputs, backend or "onnxruntime", Options.from_fields(options, fields))
     started = time.perf_counter()
-    chosen, runtime, plan = checked_choice(backend, Options.from_fields(options, fields))
+    chosen, runtime, plan = checked_choice(backend or "torch", Options.from_fields(options, fields))
     if isinstance(model, Optimized):
         raise UsageError("this model is optimised already; pass the original, or its .model after a change")
     given = as_model(model)
@@ -72,6 +77,15 @@ def optimize(
     made.report = dataclasses.replace(made.report, notes=notes, seconds=time.perf_counter() - started)
     if isinstance(made.model, nn.Module) and made.model is not given:
         watch_source(given, made.model, values=source is not given and (chosen.device, chosen.dtype) != (None, None))
+    return Optimized(made, call)
+
+
+def _optimize_file(model: PyObject, inputs: PyObject, backend: str, options: Options) -> Optimized:
+    chosen, runtime, plan = checked_choice(backend, options)
+    if chosen.dtype is not None or chosen.inplace:
+        raise UsageError("an ONNX file keeps its dtype and is not written to: leave out dtype= and inplace=")
+    with shown(chosen.progress) as say:
+        made, call = runtime.optimize_file(model, inputs, dataclasses.replace(chosen, progress=say), plan)
     return Optimized(made, call)
 
 
@@ -122,7 +136,7 @@ def load(
 def verify(
     subject: Optimized | str | os.PathLike[str],
     *,
-    original: nn.Module | None = None,
+    original: PyObject = None,
     inputs: PyObject = None,
     provider: str | None = None,
     limits: LoadLimits | None = None,
@@ -131,7 +145,8 @@ def verify(
 
     Args:
         subject: what :func:`optimize` returned, or a bundle's directory.
-        original: the model to compare with; a bundle without one is compared with its golden outputs.
+        original: the model to compare with, or the ONNX model that it was made of; a bundle without one is compared
+            with its golden outputs.
         inputs: other inputs to compare on, in the forms of ``optimize``.
         provider: what to run a bundle on, "cpu", "cuda", ...; None means where it was saved, or, for an ONNX
             Runtime bundle, "cpu". One that was built for another provider and not executed runs there where that
@@ -142,6 +157,11 @@ def verify(
         UsageError: an Optimized without ``original``; an absent provider.
         BundleError: the bundle is damaged.
     """
+    if is_onnx(original):
+        if not isinstance(subject, Optimized):
+            return registry.of_bundle(subject).verify(subject, provider, original, inputs, limits or DEFAULT)
+        backend = registry.get(subject.report.backend)
+        return backend.verify_file(original, inputs, backend.runner(subject.model)[0], subject.certificate)
     if not isinstance(subject, Optimized):
         call = None if original is None or inputs is None else without_cache(original, as_call(inputs))
         return registry.of_bundle(subject).verify(subject, provider, original, call, limits or DEFAULT)

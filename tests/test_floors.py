@@ -13,7 +13,7 @@ FLOORS = [
     {"obstacles"},
     {"errors", "value_types"},
     {"options", "limits", "untrusted", "patches", "compat", "html"},  # html draws plain values
-    {"ir", "progress"},
+    {"ir", "progress", "onnx_in"},
     {"ops"},
     {"capture"},
     {"recognise"},

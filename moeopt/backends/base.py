@@ -27,6 +27,7 @@ from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.lower.plain import open_dataclasses
 from moeopt.lower.unexpected_errors import unexpected_errors_as
+from moeopt.onnx_in.read import is_onnx
 from moeopt.options import Options
 from moeopt.report import Report
 from moeopt.value_types import JsonValue, PyObject
@@ -118,6 +119,34 @@ class Backend(ABC):
             raise AssertionError(f"the backend {self.name!r} returned a report of {made.report.backend!r}")
         return made
 
+    def optimize_file(
+        self, model: PyObject, inputs: PyObject, options: Options, plan: PyObject
+    ) -> tuple[Made, ArgsKwargs]:
+        """Find, rewrite, verify and replace the blocks of an ONNX file; the rest of its graph stays as it is.
+
+        Args:
+            model: a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
+            inputs: of the graph, in the forms of ``moeopt.optimize``; None: some are made up.
+
+        Returns:
+            what was made, and the call that it was made with.
+
+        Raises:
+            UsageError: this backend takes no such files; the file is damaged, hostile or does not run.
+            NotEquivalentError: as ``moeopt.optimize``.
+        """
+        raise UsageError(
+            f"an ONNX file is optimised for ONNX Runtime: leave out backend={self.name!r}, or give the PyTorch model"
+        )
+
+    def verify_file(self, original: PyObject, inputs: PyObject, engine: PyObject, before: Certificate) -> Certificate:
+        """Compare an engine with the ONNX file that it was made of, within the budget of its certificate ``before``.
+
+        Raises:
+            UsageError: engines of this backend are not made of files; another file.
+        """
+        raise UsageError(f"an engine of backend {self.name!r} is not made of an ONNX file: give original= the model")
+
     # bundles
 
     def save(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -155,11 +184,14 @@ class Backend(ABC):
         self,
         directory: str | os.PathLike[str],
         provider: str | None = None,
-        original: nn.Module | None = None,
-        call: ArgsKwargs | None = None,
+        original: PyObject = None,
+        call: PyObject = None,
         limits: LoadLimits = DEFAULT,
     ) -> Certificate:
         """Check a bundle again: against its golden runs, or against ``original`` on ``call``.
+
+        Args:
+            original: a module; or an ONNX model, of which ``call`` is the inputs, None for such as are made up.
 
         Raises:
             BundleError: it is damaged, hostile, or another backend's.
@@ -168,7 +200,7 @@ class Backend(ABC):
         manifest = read_manifest(directory)
         if manifest.backend != self.name:
             raise BundleError(f"{manifest.directory}: it is a bundle for {manifest.backend}: use moeopt.verify")
-        if (original is None) != (call is None):
+        if not is_onnx(original) and (original is None) != (call is None):
             raise UsageError("verify(bundle, original=...) needs inputs= to run both on")
         try:
             saved = Certificate.from_json(manifest.read_text("certificate.json"))
@@ -176,6 +208,10 @@ class Backend(ABC):
             raise BundleError(f"{manifest.directory}: {err}") from None
         opened = self._open_to_verify_impl(manifest, provider, limits)
         notes = list(opened.notes)
+        if is_onnx(original):
+            found = self.verify_file(original, call, opened.engine, saved)
+            found.executed, found.device, found.notes = opened.executed, opened.device, notes
+            return found
         if original is not None and call is not None:
             args, kwargs = self.comparable(opened.engine, call)
             noise = self.noisy(original, [block["name"] for block in manifest.data["blocks"]])

@@ -73,7 +73,9 @@ Seed = Annotated[int, typer.Option(help="of every random input, and of random we
 @app.command()
 def optimize(
     target: TargetArgument,
-    backend: Annotated[str, typer.Option(help="torch, onnxruntime or tensorrt")] = "torch",
+    backend: Annotated[
+        str | None, typer.Option(help="torch, onnxruntime or tensorrt; without it torch, for an ONNX file onnxruntime")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="write a bundle to this directory")] = None,
     verify: Annotated[str | None, typer.Option(help="strict, fast or off")] = None,
     device: Annotated[str | None, typer.Option(help="where it shall run, like cpu or cuda:0")] = None,
@@ -102,8 +104,10 @@ def optimize(
         check_target(html)
     if measure and (html is None or device is not None or dtype is not None):
         raise UsageError("--measure adds to the page of --html, and compares like with like: without --device, --dtype")
-    check_backend(backend)
+    if backend is not None:
+        check_backend(backend)
     found = find_target(target, task)
+    backend = backend or ("torch" if found.onnx is None else "onnxruntime")
     given: dict[str, Any] = {
         "verify": verify, "device": device, "target": built_for, "dtype": dtype, "tune": tune, "seed": seed,
         "skip_passes": skip_passes and _names(skip_passes), "only_passes": only_passes and _names(only_passes),

@@ -24,8 +24,10 @@ from moeopt.backends.onnxrt.session import GRAPH, NATIVE
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.limits import LoadLimits
+from moeopt.onnx_in.read import read_onnx
 from moeopt.options import Options
 from moeopt.value_types import JsonValue, PyObject
+from moeopt.verification.certificate import Certificate
 
 
 class OnnxRuntimeBackend(GraphBackend):
@@ -38,6 +40,20 @@ class OnnxRuntimeBackend(GraphBackend):
 
     def runs_on_gpu(self, plan: OrtPlan) -> bool:
         return plan.provider != "cpu"
+
+    def optimize_file(
+        self, model: PyObject, inputs: PyObject, options: Options, plan: PyObject
+    ) -> tuple[Made, ArgsKwargs]:
+        from moeopt.backends.onnxrt.onnx_file.optimize import (
+            optimize_file,  # it needs onnx, which models may do without
+        )
+
+        return optimize_file(read_onnx(model), inputs, options, plan, type(self))
+
+    def verify_file(self, original: PyObject, inputs: PyObject, engine: PyObject, before: Certificate) -> Certificate:
+        from moeopt.backends.onnxrt.onnx_file.optimize import verify_file  # it needs onnx, which models may do without
+
+        return verify_file(read_onnx(original), inputs, engine, before)
 
     def _build_impl(self, twin: nn.Module, call: ArgsKwargs, plan: OrtPlan, options: Options) -> BuiltGraph:
         return build_onnx(twin, *call, plan, options.say)
