@@ -11,6 +11,8 @@ from torch import nn
 
 from moeopt.backends import registry
 from moeopt.backends.choice import checked_choice
+from moeopt.bundle.destination import check_destination
+from moeopt.checkpoint.stream import is_directory, streamed
 from moeopt.errors import CaptureError, UsageError
 from moeopt.find.example_inputs import NO_CACHE, as_call, in_order, made_up, without_cache
 from moeopt.limits import DEFAULT, LoadLimits
@@ -31,17 +33,27 @@ def optimize(
     *,
     backend: str = "torch",
     options: Options | None = None,
+    out: str | os.PathLike[str] | None = None,
+    task: str | None = None,
+    trust_remote_code: bool = False,
     **fields: PyObject,
 ) -> Optimized:
     """Find every MoE block of ``model``, rewrite it into grouped-expert ops, and verify it.
 
     Args:
-        model: an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It keeps working, unchanged.
+        model: an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It keeps working, unchanged. Or the path of
+            a Hugging Face directory with safetensors files, which is streamed: no more than two of its layers are in
+            memory at a time.
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments;
             None where they can be inferred (a Hugging Face model, a block with one argument).
         backend: "torch", "onnxruntime" or "tensorrt", or one that an installed package brings. TensorRT's builds for
             ``target``, like "sm_89", on any machine.
         options: a frozen :class:`moeopt.Options`; any of its fields may be a keyword here instead.
+        out: a directory that gets the bundle, as :meth:`Optimized.save` writes it. A directory is streamed into it, and
+            a run that was killed goes on where it stopped when it is started again.
+        task: what the model of a directory is for, in transformers' words ("text-generation"); None means what its
+            config says.
+        trust_remote_code: run the Python code that a directory brings.
 
     Returns:
         :class:`Optimized`. A block that was not rewritten is in its report with the reason.
@@ -51,9 +63,56 @@ def optimize(
         CaptureError: the model does not run on the inputs.
         NotSaveableError: the model has no form as an engine of that backend; the message names what is in the way.
         EngineBuildError: TensorRT's builder refused the graph, crashed, hung or took too much memory.
+        CheckpointError: files of a directory are missing, damaged, or of another model.
     """
+    chosen = Options.from_fields(options, fields)
+    if isinstance(model, (str, os.PathLike)):
+        return _optimize_directory(model, example_inputs, backend, chosen, out, task, trust_remote_code)
+    if task is not None or trust_remote_code:
+        raise UsageError(
+            f"task= and trust_remote_code= say how a directory is opened, and model is a {type(model).__name__}: leave "
+            "them out"
+        )
+    if out is not None:
+        check_destination(out, chosen.verify != "off")
+    made = _optimize(model, example_inputs, backend, chosen)
+    if out is not None:
+        made.save(out)
+    return made
+
+
+def _optimize_directory(
+    path: str | os.PathLike[str],
+    example_inputs: PyObject,
+    backend: str,
+    chosen: Options,
+    out: str | os.PathLike[str] | None,
+    task: str | None,
+    trust_remote_code: bool,
+) -> Optimized:
+    if not is_directory(path):
+        raise UsageError(
+            f"{path} is no directory with a config.json: give a model, or the directory of a Hugging Face checkpoint"
+        )
+    checked_choice(backend, chosen)
+    with (
+        shown(chosen.progress) as say,
+        streamed(
+            path, dataclasses.replace(chosen, progress=say), backend=backend, out=out, task=task,
+            trust_remote_code=trust_remote_code,
+        ) as source,
+    ):  # fmt: skip
+        inner = dataclasses.replace(chosen, progress=say, dtype=None)
+        made = _optimize(source.model, example_inputs, backend, inner)
+        source.check(made, inner)
+        if out is not None:
+            source.save(made, out)
+    return made
+
+
+def _optimize(model: PyObject, example_inputs: PyObject, backend: str, options: Options) -> Optimized:
     started = time.perf_counter()
-    chosen, runtime, plan = checked_choice(backend, Options.from_fields(options, fields))
+    chosen, runtime, plan = checked_choice(backend, options)
     if isinstance(model, Optimized):
         raise UsageError("this model is optimised already; pass the original, or its .model after a change")
     given = as_model(model)

@@ -22,6 +22,7 @@ from torch import nn
 
 from moeopt.bundle.destination import check_destination
 from moeopt.bundle.manifest import Manifest, read_manifest
+from moeopt.bundle.weights_file import is_becoming_one
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
@@ -128,7 +129,8 @@ class Backend(ABC):
             UsageError: the directory cannot be written to, holds something else, or holds a verified bundle that an
                 unverified one would replace without ``overwrite``.
         """
-        old = check_destination(directory, made.certificate.passed is True, overwrite, _bytes_of(made.model))
+        size = 0 if is_becoming_one() else _bytes_of(made.model)
+        old = check_destination(directory, made.certificate.passed is True, overwrite, size)
         what = "the model" if made.built is None else "the engine"
         with open_dataclasses(call), unexpected_errors_as(f"saving {what}", REPORT_IT, NotSaveableError):
             saved = self._save_impl(made, call, directory)

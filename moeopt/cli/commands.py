@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import typer
 
 import moeopt
+from moeopt.checkpoint.tasks import TASKS
 from moeopt.cli.early import check_backend, check_bundle, check_certificate
-from moeopt.cli.hugging_face import TASKS
 from moeopt.cli.inspect_command import inspect_command
 from moeopt.cli.passes_command import passes_command
 from moeopt.cli.plan_command import plan_command

@@ -23,6 +23,7 @@ from moeopt.bundle.manifest import Manifest, read_manifest, write_bundle
 from moeopt.bundle.runner import GraphRunner
 from moeopt.bundle.tree import build
 from moeopt.bundle.weights import pack, unpack
+from moeopt.bundle.weights_file import save_weights
 from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.lower.signature import size_conditions
@@ -81,10 +82,8 @@ def save_torch_bundle(
     }
 
     def write(aside: Path) -> None:
-        from safetensors.torch import save_file
-
         (aside / GRAPH).write_text(json.dumps(graph, allow_nan=False, separators=(",", ":")))
-        save_file(blocks, aside / WEIGHTS)
+        save_weights(blocks, aside / WEIGHTS)
         (aside / CERTIFICATE).write_text(certificate.to_json())
         goldens.save_golden(runs, aside / goldens.FILE)
 
