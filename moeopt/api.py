@@ -12,7 +12,7 @@ from torch import nn
 from moeopt.backends import registry
 from moeopt.backends.choice import checked_choice
 from moeopt.bundle.destination import check_destination
-from moeopt.checkpoint.stream import is_directory, streamed
+from moeopt.checkpoint.stream import check_directory, streamed
 from moeopt.errors import CaptureError, UsageError
 from moeopt.find.example_inputs import NO_CACHE, as_call, in_order, made_up, without_cache
 from moeopt.limits import DEFAULT, LoadLimits
@@ -90,10 +90,7 @@ def _optimize_directory(
     task: str | None,
     trust_remote_code: bool,
 ) -> Optimized:
-    if not is_directory(path):
-        raise UsageError(
-            f"{path} is no directory with a config.json: give a model, or the directory of a Hugging Face checkpoint"
-        )
+    check_directory(path)
     checked_choice(backend, chosen)
     with (
         shown(chosen.progress) as say,
@@ -104,7 +101,7 @@ def _optimize_directory(
     ):  # fmt: skip
         inner = dataclasses.replace(chosen, progress=say, dtype=None)
         made = _optimize(source.model, example_inputs, backend, inner)
-        source.check(made, inner)
+        source.check(made)
         if out is not None:
             source.save(made, out)
     return made
@@ -135,11 +132,26 @@ def _optimize(model: PyObject, example_inputs: PyObject, backend: str, options: 
 
 
 def explain(
-    model: PyObject, example_inputs: PyObject = None, *, options: Options | None = None, **fields: PyObject
+    model: PyObject,
+    example_inputs: PyObject = None,
+    *,
+    options: Options | None = None,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+    **fields: PyObject,
 ) -> Report:
-    """A dry run of :func:`optimize`: what would be rewritten, what not, and why. Nothing is kept."""
+    """A dry run of :func:`optimize`: what would be rewritten, what not, and why. Nothing is kept.
+
+    Of a directory, one layer of each kind is read; the report says for which layers it stands. ``task`` and
+    ``trust_remote_code`` are as in :func:`optimize`.
+    """
     chosen = dataclasses.replace(Options.from_fields(options, fields), inplace=False)
-    return optimize(model, example_inputs, options=chosen).report
+    if not isinstance(model, (str, os.PathLike)):
+        return optimize(model, example_inputs, options=chosen, task=task, trust_remote_code=trust_remote_code).report
+    check_directory(model)
+    with streamed(model, chosen, task=task, trust_remote_code=trust_remote_code, alike=True) as source:
+        inner = dataclasses.replace(chosen, dtype=None)
+        return source.noted(_optimize(source.model, example_inputs, "torch", inner).report)
 
 
 def load(

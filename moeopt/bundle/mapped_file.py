@@ -1,4 +1,4 @@
-"""A file in memory without a copy of it: tensors that are views of its pages, which the kernel reads when they are used.
+"""A file in memory without a copy of it: tensors that are views of its pages, which are read when they are used.
 
 Pages of a file that nobody wrote to are the kernel's to drop; only what is copied is a process's own ("anonymous")
 memory. The mapping is private: a write to such a tensor changes this process's copy of that page and never the file.
@@ -7,6 +7,7 @@ memory. The mapping is private: a write to such a tensor changes this process's 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import warnings
@@ -102,3 +103,9 @@ def _room_for(size: int) -> bool:
         lines = Path("/proc/self/status").read_text().splitlines()
         used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
     return used + size < limit // 2
+
+
+def give_back() -> None:
+    """Return memory that was freed to the system: the C library keeps freed blocks of up to 32 MB for later."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)

@@ -36,7 +36,7 @@ def check_layers(
         after: called when a layer is done.
     """
     verdicts: dict[str, EndToEnd] = {}
-    inside = {path: [b for b in blocks if b.startswith(path + ".")] for path in layers}
+    inside = {path: [b for b in blocks if b == path or b.startswith(path + ".")] for path in layers}
     handles = []
 
     def hook_for(path: str, rewritten: nn.Module) -> Callable[..., None]:
@@ -49,7 +49,7 @@ def check_layers(
             running = True  # the comparison calls this module again
             found = known.get(path)
             if found is None:
-                names = [name.removeprefix(path + ".") for name in inside[path]]
+                names = [name.removeprefix(path).removeprefix(".") for name in inside[path]]
                 found = end_to_end(module, rewritten, args, kwargs, noise_blocks=names, greedy_steps=0)
                 note(path, found)
             verdicts[path] = found
@@ -77,8 +77,9 @@ def in_words(verdicts: Mapping[str, EndToEnd]) -> str:
     """One sentence on all layers."""
     worst = max(verdicts.items(), key=lambda item: _share(item[1]))
     return (
-        f"{len(verdicts)} layers with rewritten blocks were compared one by one on the activations that reach them; the "
-        f"nearest to its budget is {worst[0]}: distance at most {worst[1].distance:.2e} (budget {worst[1].budget:.2e})"
+        f"{len(verdicts)} layers with rewritten blocks were compared one by one on the activations that reach them; "
+        f"the nearest to its budget is {worst[0]}: distance at most {worst[1].distance:.2e} "
+        f"(budget {worst[1].budget:.2e})"
     )
 
 

@@ -8,7 +8,6 @@ made of them is handed to ``keep`` before the next one is made, so that no more 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.errors import CheckpointError, UsageError
+from moeopt.options.environment import variable_set
 from moeopt.value_types import PyObject
 
 Keep = Callable[[str, torch.Tensor, list[str]], torch.Tensor | None]
@@ -119,7 +119,7 @@ class _ParametersGoTo:
 
         self.handles = [
             module.register_module_module_registration_hook(self._child),
-            module.register_module_parameter_registration_hook(self._parameter),
+            module.register_module_parameter_registration_hook(self._parameter),  # type: ignore[arg-type]  # torch
         ]
 
     def __exit__(self, *exc: object) -> None:
@@ -152,17 +152,17 @@ class _ParametersGoTo:
 
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """While open, transformers reads a tensor when it needs it, and not all of them ahead in threads."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    """While open, transformers reads a tensor when it needs it, not all of them ahead in threads, and draws no bar."""
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        yield
+        with variable_set("HF_DEACTIVATE_ASYNC_LOAD", "1"):
+            yield
     finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _refuse_missing(directory: CheckpointDirectory, model: nn.Module, info: Mapping[str, Any]) -> None:

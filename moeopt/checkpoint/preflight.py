@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeopt.checkpoint.alike_layers import AlikeLayers
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.checkpoint.structure import Structure
 from moeopt.errors import UsageError
@@ -31,27 +32,34 @@ class Preflight:
     disk_free: int | None
 
     def __str__(self) -> str:
-        free = "unknown" if self.memory_free is None else _gigabytes(self.memory_free)
-        disk = f", disk needed {_gigabytes(self.disk_needed)}" if self.disk_needed else ""
-        disk += f", free {_gigabytes(self.disk_free)}" if self.disk_free is not None else ""
+        free = "unknown" if self.memory_free is None else _words(self.memory_free)
+        disk = f", disk needed {_words(self.disk_needed)}" if self.disk_needed else ""
+        disk += f", free {_words(self.disk_free)}" if self.disk_free is not None else ""
         return (
-            f"streaming {_gigabytes(self.weights)} of weights in {self.layers} layers of at most "
-            f"{_gigabytes(self.layer)}: memory needed {_gigabytes(self.memory_needed)}, free {free}{disk}"
+            f"streaming {_words(self.weights)} of weights in {self.layers} layers of at most "
+            f"{_words(self.layer)}: memory needed {_words(self.memory_needed)}, free {free}{disk}"
         )
 
 
-def preflight(directory: CheckpointDirectory, structure: Structure, out: Path | None, begun: int = 0) -> Preflight:
+def preflight(
+    directory: CheckpointDirectory,
+    structure: Structure,
+    out: Path | None,
+    begun: int = 0,
+    kinds: AlikeLayers | None = None,
+) -> Preflight:
     """The figures for a run that writes its weights to ``out``, or keeps what is made anew in memory.
 
     Args:
         begun: bytes that an earlier run wrote there.
+        kinds: given, only the first layer of each kind is held.
 
     Raises:
         UsageError: memory or disk do not suffice; the message says what is needed, what is free and the way out.
     """
     largest = max(structure.layer_bytes, structure.rest_bytes)
     anew = made_anew(directory, structure)
-    held = 0 if out is not None else anew
+    held = 0 if out is not None else anew if kinds is None else min(anew, kinds.bytes)
     disk = 0 if out is None else max(int(structure.bytes * 1.01) + (1 << 20) - begun, 0)
     found = Preflight(
         structure.bytes, structure.layer_bytes, len(structure.layers), anew, 2 * largest + held + LIBRARIES,
@@ -60,18 +68,18 @@ def preflight(directory: CheckpointDirectory, structure: Structure, out: Path | 
     if found.memory_free is not None and found.memory_needed > found.memory_free:
         wide = 2 * largest + LIBRARIES
         way = (
-            f"give out= (--out) with a directory that has {_gigabytes(structure.bytes)} free: then "
-            f"{_gigabytes(wide)} of memory are enough"
+            f"give out= (--out) with a directory that has {_words(structure.bytes)} free: then "
+            f"{_words(wide)} of memory are enough"
             if held and wide <= found.memory_free
-            else f"end other programs, or use a machine with {_gigabytes(found.memory_needed)} free"
+            else f"end other programs, or use a machine with {_words(found.memory_needed)} free"
         )
         raise UsageError(
-            f"{directory.path} needs about {_gigabytes(found.memory_needed)} of memory, and "
-            f"{_gigabytes(found.memory_free)} are free ({found}): {way}"
+            f"{directory.path} needs about {_words(found.memory_needed)} of memory, and "
+            f"{_words(found.memory_free)} are free ({found}): {way}"
         )
     if found.disk_free is not None and disk > found.disk_free:
         raise UsageError(
-            f"{out} needs about {_gigabytes(disk)}, and {_gigabytes(found.disk_free)} are free there: free some space, "
+            f"{out} needs about {_words(disk)}, and {_words(found.disk_free)} are free there: free some space, "
             "or give a directory on another disk"
         )
     return found
@@ -153,5 +161,5 @@ def _free_disk(out: Path) -> int:
     return shutil.disk_usage(parent).free
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _words(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -1,4 +1,4 @@
-"""The model of a directory without its weights: every module and shape, on the meta device, and where its layers are."""
+"""The model of a directory without its weights: modules and shapes, on the meta device, and where its layers are."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def structure_of(path: Path, task: str | None, trust_remote_code: bool, dtype: t
                 config, trust_remote_code=trust_remote_code, **({} if stored is None else {"dtype": stored})
             )
     except Exception as err:
-        hint = "" if trust_remote_code or "trust_remote_code" not in str(err) else ": add --trust-remote-code"
+        hint = ""
+        if not trust_remote_code and "trust_remote_code" in str(err):
+            hint = ": add --trust-remote-code (trust_remote_code=True), if the Python code that it brings is to be run"
         raise UsageError(f"{path}: transformers cannot load it{hint} ({type(err).__name__}: {str(err)[:300]})") from err
     return measured(model)
 

@@ -19,6 +19,7 @@ import moeopt
 from moeopt.checkpoint.tasks import TASKS
 from moeopt.cli.early import check_backend, check_bundle, check_certificate
 from moeopt.cli.inspect_command import inspect_command
+from moeopt.cli.opened_target import opened_target
 from moeopt.cli.passes_command import passes_command
 from moeopt.cli.plan_command import plan_command
 from moeopt.cli.preflight import check_choice, check_out
@@ -108,25 +109,39 @@ def optimize(
     check_choice(backend, fields)
     if out is not None:
         check_out(out, found, verify, overwrite)
-    model, inputs = load_target(found, trust_remote_code=trust_remote_code, seed=seed, task=task)
-    from moeopt.progress import never_by_itself  # needs torch, which the target has brought by now
-
-    with never_by_itself() if quiet else contextlib.nullcontext():
-        optimized = _api().optimize(model, inputs, backend=backend, progress=_progress(quiet), **fields)
-    if html is not None:  # before it is saved: a model that has no bundle form still has a report
-        from moeopt.cli.measured import figures
-
-        optimized.report.to_html(html, **(figures(model, optimized) if measure else {}))
     stopped: Exception | None = None
-    if out is not None:
-        try:
-            optimized.save(out, **({"overwrite": True} if overwrite else {}))
-        except (MoeoptError, OSError) as err:
-            stopped = err
+    with opened_target(
+        found, fields, loaded=measure, backend=backend, out=out, overwrite=overwrite, seed=seed, task=task,
+        trust_remote_code=trust_remote_code, progress=_progress(quiet),
+    ) as opened:  # fmt: skip
+        from moeopt.progress import never_by_itself  # needs torch, which the target has brought by now
+
+        with never_by_itself() if quiet else contextlib.nullcontext():
+            optimized = _api().optimize(
+                opened.model, opened.inputs, backend=backend, progress=_progress(quiet), **opened.fields
+            )
+            if opened.streamed is not None:
+                opened.streamed.check(optimized)
+        if html is not None:  # before it is saved: a model that has no bundle form still has a report
+            from moeopt.cli.measured import figures
+
+            optimized.report.to_html(html, **(figures(opened.model, optimized) if measure else {}))
+        if out is not None:
+            stopped = _saved(optimized, opened.streamed, out, overwrite)
     _print_optimized(optimized, out if stopped is None else None, html, stopped, as_json)
     if stopped is not None:
         raise stopped
     _exit(optimized.certificate.passed)
+
+
+def _saved(optimized: PyObject, streamed: PyObject, out: Path, overwrite: bool) -> Exception | None:
+    """What stopped the bundle from being written to ``out``; None where it is there."""
+    more = {"overwrite": True} if overwrite else {}
+    try:
+        optimized.save(out, **more) if streamed is None else streamed.save(optimized, out, **more)
+    except (MoeoptError, OSError) as err:
+        return err
+    return None
 
 
 def _print_optimized(
@@ -160,9 +175,14 @@ def explain(
     """Say which blocks would be rewritten, and why the others would not; changes nothing."""
     if html is not None:
         check_target(html)
-    model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed, task=task)
-    _say_unless(quiet, f"explain: {target}")
-    report = _api().explain(model, inputs)
+    with opened_target(
+        find_target(target, task), {}, trust_remote_code=trust_remote_code, seed=seed, task=task, alike=True,
+        progress=False,
+    ) as opened:  # fmt: skip
+        _say_unless(quiet, f"explain: {target}")
+        report = _api().explain(opened.model, opened.inputs)
+        if opened.streamed is not None:
+            report = opened.streamed.noted(report)
     if html is not None:
         report.to_html(html)
     if as_json:

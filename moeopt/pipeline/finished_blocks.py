@@ -1,8 +1,8 @@
 """Verdicts that outlive a process: blocks that an earlier run of the same work verified are not verified again.
 
-The work of hours may be cut off. Whoever keeps a journal of it opens :func:`remembered`; each verdict is written down as
-it is reached, and one that was reached before is taken instead of a new one where a block is only bound to the graph of
-another (``pipeline.alike_blocks``). The first block of each kind is always read and verified anew.
+The work of hours may be cut off. Whoever keeps a journal of it opens :func:`remembered`; each verdict is written down
+as it is reached, and one that was reached before is taken instead of a new one where a block is only bound to the graph
+of another (``pipeline.alike_blocks``). The first block of each kind is always read and verified anew.
 """
 
 from __future__ import annotations
