@@ -15,7 +15,7 @@ from moeopt.bundle.destination import check_destination
 from moeopt.checkpoint.stream import check_directory, streamed
 from moeopt.errors import CaptureError, UsageError
 from moeopt.find.example_inputs import NO_CACHE, as_call, in_order, made_up, without_cache
-from moeopt.limits import DEFAULT, LoadLimits
+from moeopt.limits import DEFAULT, LoadLimits, as_bytes
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.pipeline.accept import as_model, moved, without_rewrites
@@ -99,7 +99,7 @@ def _optimize_directory(
             trust_remote_code=trust_remote_code,
         ) as source,
     ):  # fmt: skip
-        inner = dataclasses.replace(chosen, progress=say, dtype=None)
+        inner = dataclasses.replace(chosen, progress=say, dtype=None, mapped=True)
         made = _optimize(source.model, example_inputs, backend, inner)
         source.check(made)
         if out is not None:
@@ -160,6 +160,8 @@ def load(
     *,
     session_options: JsonValue = None,
     limits: LoadLimits | None = None,
+    mapped: bool = False,
+    resident: str | float | None = None,
 ) -> PyObject:
     """An engine from a bundle; call it as the model was called.
 
@@ -170,6 +172,11 @@ def load(
         session_options: an ``onnxruntime.SessionOptions`` (threads, arenas, profiling) for an ONNX Runtime bundle.
         limits: the time and memory that a bundle may take; None means ``LoadLimits()``, whose defaults grow with the
             bundle's files.
+        mapped: on a CPU, weights stay pages of the bundle's file, which the kernel reads when they are used and drops
+            when memory is wanted; never a second copy of them. An engine of PyTorch does so in any case.
+        resident: how much of the experts' weights may be in memory, like ``"8GB"`` or a number of bytes, for a bundle
+            of PyTorch on a CPU: those that tokens choose most stay, others are read when the router chose them, before
+            the experts run. ``engine.residency`` tells the hit rate, the bytes read and the seconds that it took.
 
     An ONNX Runtime bundle that was built for a provider which this machine lacks (``target=``) loads, and raises
     ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its CPU fallback graph. A TensorRT bundle does
@@ -187,7 +194,8 @@ def load(
         EngineNotExecutableError: this machine's runtime cannot run it rightly.
         NotEquivalentError: its golden inputs come back otherwise than they were verified to.
     """
-    return registry.open_bundle(directory, device, session_options, limits or DEFAULT)
+    most = None if resident is None else as_bytes("resident", resident)
+    return registry.open_bundle(directory, device, session_options, limits or DEFAULT, mapped, most)
 
 
 def verify(

@@ -144,13 +144,19 @@ class Backend(ABC):
         device: PyObject = None,
         session_options: JsonValue = None,
         limits: LoadLimits = DEFAULT,
+        mapped: bool = False,
+        resident: int | None = None,
     ) -> PyObject:
         """The engine of a bundle of this backend, checked, on ``device`` or where it was saved.
+
+        ``mapped``, ``resident``: as ``moeopt.load``; bytes.
 
         Raises:
             BundleError: it is damaged, hostile, from a newer moeopt, or another backend's.
             UsageError, EngineNotExecutableError, NotEquivalentError: as ``moeopt.load``.
         """
+        if mapped or resident is not None:
+            return self._open_mapped_impl(directory, device, session_options, limits, resident)
         return self._open_impl(directory, device, session_options, limits)
 
     def verify(
@@ -256,6 +262,15 @@ class Backend(ABC):
         self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits
     ) -> PyObject:
         raise BundleError(f"{directory}: backend {self.name!r} opens no bundles")
+
+    def _open_mapped_impl(
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits,
+        resident: int | None,
+    ) -> PyObject:  # fmt: skip
+        raise UsageError(
+            f"mapped= and resident= are for engines on the CPU, and {directory} is a bundle of backend {self.name!r}: "
+            "leave them out"
+        )
 
     def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
         raise BundleError(f"{manifest.directory}: backend {self.name!r} opens no bundles")

@@ -99,5 +99,5 @@ def _named_alike(prefix: str, path: str) -> bool:
     return bool(ours) and ours[-1] == theirs[-1]
 
 
-def _kind(layer: nn.Module) -> Any:
+def _kind(layer: nn.Module) -> tuple[object, ...]:
     return type(layer), tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters())

@@ -18,7 +18,7 @@ from torch import nn
 
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.errors import CheckpointError, UsageError
-from moeopt.options.environment import variable_set
+from moeopt.options import variable_set
 from moeopt.value_types import PyObject
 
 Keep = Callable[[str, torch.Tensor, list[str]], torch.Tensor | None]

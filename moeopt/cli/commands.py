@@ -26,7 +26,7 @@ from moeopt.cli.preflight import check_choice, check_out
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.schema_command import schema_command
 from moeopt.cli.target import FORMS, find_target, load_target
-from moeopt.errors import MoeoptError, UsageError
+from moeopt.errors import UsageError
 from moeopt.html import check_target
 from moeopt.limits import LoadLimits
 from moeopt.value_types import PyObject
@@ -122,28 +122,17 @@ def optimize(
             optimized = _api().optimize(
                 opened.model, opened.inputs, backend=backend, progress=_progress(quiet), **opened.fields
             )
-            if opened.streamed is not None:
-                opened.streamed.check(optimized)
+            opened.check(optimized)
         if html is not None:  # before it is saved: a model that has no bundle form still has a report
             from moeopt.cli.measured import figures
 
             optimized.report.to_html(html, **(figures(opened.model, optimized) if measure else {}))
         if out is not None:
-            stopped = _saved(optimized, opened.streamed, out, overwrite)
+            stopped = opened.save(optimized, out, overwrite)
     _print_optimized(optimized, out if stopped is None else None, html, stopped, as_json)
     if stopped is not None:
         raise stopped
     _exit(optimized.certificate.passed)
-
-
-def _saved(optimized: PyObject, streamed: PyObject, out: Path, overwrite: bool) -> Exception | None:
-    """What stopped the bundle from being written to ``out``; None where it is there."""
-    more = {"overwrite": True} if overwrite else {}
-    try:
-        optimized.save(out, **more) if streamed is None else streamed.save(optimized, out, **more)
-    except (MoeoptError, OSError) as err:
-        return err
-    return None
 
 
 def _print_optimized(
@@ -183,8 +172,7 @@ def explain(
     ) as opened:  # fmt: skip
         _say_unless(quiet, f"explain: {target}")
         report = _api().explain(opened.model, opened.inputs)
-        if opened.streamed is not None:
-            report = opened.streamed.noted(report)
+        report = report if opened.streamed is None else opened.streamed.noted(report)
     if html is not None:
         report.to_html(html)
     if as_json:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.cli.target import CommandTarget, load_target
-from moeopt.errors import UsageError
+from moeopt.errors import MoeoptError, UsageError
 from moeopt.value_types import PyObject
 
 
@@ -25,6 +25,23 @@ class OpenedTarget:
     inputs: Any
     fields: dict[str, Any]
     streamed: PyObject = None
+
+    def check(self, optimized: PyObject) -> None:
+        """Compare what was streamed layer by layer too."""
+        if self.streamed is not None:
+            self.streamed.check(optimized)
+
+    def save(self, optimized: PyObject, out: Path, overwrite: bool) -> Exception | None:
+        """What stopped the bundle from being written to ``out``; None where it is there."""
+        more = {"overwrite": True} if overwrite else {}
+        try:
+            if self.streamed is None:
+                optimized.save(out, **more)
+            else:
+                self.streamed.save(optimized, out, **more)
+        except (MoeoptError, OSError) as err:
+            return err
+        return None
 
 
 @contextlib.contextmanager
@@ -59,7 +76,7 @@ def opened_target(
     from moeopt.progress import shown
 
     assert found.directory is not None
-    rest = {name: value for name, value in fields.items() if name != "dtype"}
+    rest = {**{name: value for name, value in fields.items() if name != "dtype"}, "mapped": True}
     with (
         shown(progress) as say,
         streamed(
