@@ -26,6 +26,7 @@ FLOORS = [
     {"causal_lm"},
     {"backends"},
     {"optimized"},
+    {"checkpoint"},  # a directory is a model to optimise, and becomes a bundle
     {"api"},
     {"distributed"},
     {"frontends"},

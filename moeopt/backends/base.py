@@ -22,6 +22,7 @@ from torch import nn
 
 from moeopt.bundle.destination import check_destination
 from moeopt.bundle.manifest import Manifest, read_manifest
+from moeopt.bundle.weights_file import is_becoming_one
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
@@ -157,7 +158,8 @@ class Backend(ABC):
             UsageError: the directory cannot be written to, holds something else, or holds a verified bundle that an
                 unverified one would replace without ``overwrite``.
         """
-        old = check_destination(directory, made.certificate.passed is True, overwrite, _bytes_of(made.model))
+        size = 0 if is_becoming_one() else _bytes_of(made.model)
+        old = check_destination(directory, made.certificate.passed is True, overwrite, size)
         what = "the model" if made.built is None else "the engine"
         with open_dataclasses(call), unexpected_errors_as(f"saving {what}", REPORT_IT, NotSaveableError):
             saved = self._save_impl(made, call, directory)
@@ -171,13 +173,19 @@ class Backend(ABC):
         device: PyObject = None,
         session_options: JsonValue = None,
         limits: LoadLimits = DEFAULT,
+        mapped: bool = False,
+        resident: int | None = None,
     ) -> PyObject:
         """The engine of a bundle of this backend, checked, on ``device`` or where it was saved.
+
+        ``mapped``, ``resident``: as ``moeopt.load``; bytes.
 
         Raises:
             BundleError: it is damaged, hostile, from a newer moeopt, or another backend's.
             UsageError, EngineNotExecutableError, NotEquivalentError: as ``moeopt.load``.
         """
+        if mapped or resident is not None:
+            return self._open_mapped_impl(directory, device, session_options, limits, resident)
         return self._open_impl(directory, device, session_options, limits)
 
     def verify(
@@ -290,6 +298,15 @@ class Backend(ABC):
         self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits
     ) -> PyObject:
         raise BundleError(f"{directory}: backend {self.name!r} opens no bundles")
+
+    def _open_mapped_impl(
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits,
+        resident: int | None,
+    ) -> PyObject:  # fmt: skip
+        raise UsageError(
+            f"mapped= and resident= are for engines on the CPU, and {directory} is a bundle of backend {self.name!r}: "
+            "leave them out"
+        )
 
     def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
         raise BundleError(f"{manifest.directory}: backend {self.name!r} opens no bundles")

@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import typer
 
 import moeopt
+from moeopt.checkpoint.tasks import TASKS
 from moeopt.cli.early import check_backend, check_bundle, check_certificate
-from moeopt.cli.hugging_face import TASKS
 from moeopt.cli.inspect_command import inspect_command
+from moeopt.cli.opened_target import opened_target
 from moeopt.cli.passes_command import passes_command
 from moeopt.cli.plan_command import plan_command
 from moeopt.cli.preflight import check_choice, check_out
@@ -26,7 +27,7 @@ from moeopt.cli.profile_command import profile_command
 from moeopt.cli.schema_command import schema_command
 from moeopt.cli.target import FORMS, find_target, load_target
 from moeopt.cli.triton_command import triton_command
-from moeopt.errors import MoeoptError, UsageError
+from moeopt.errors import UsageError
 from moeopt.html import check_target
 from moeopt.limits import LoadLimits
 from moeopt.value_types import PyObject
@@ -117,29 +118,28 @@ def optimize(
     check_choice(backend, fields)
     if out is not None:
         check_out(out, found, verify, overwrite)
-    model, inputs = load_target(found, trust_remote_code=trust_remote_code, seed=seed, task=task)
-    from moeopt.progress import never_by_itself  # needs torch, which the target has brought by now
+    stopped: Exception | None = None
+    with opened_target(
+        found, fields, loaded=measure, backend=backend, out=out, overwrite=overwrite, seed=seed, task=task,
+        trust_remote_code=trust_remote_code, progress=_progress(quiet),
+    ) as opened:  # fmt: skip
+        from moeopt.progress import never_by_itself  # needs torch, which the target has brought by now
 
-    with never_by_itself() if quiet else contextlib.nullcontext():
-        optimized = _api().optimize(model, inputs, backend=backend, progress=_progress(quiet), **fields)
-    if html is not None:  # before it is saved: a model that has no bundle form still has a report
-        from moeopt.cli.measured import figures
+        with never_by_itself() if quiet else contextlib.nullcontext():
+            optimized = _api().optimize(
+                opened.model, opened.inputs, backend=backend, progress=_progress(quiet), **opened.fields
+            )
+            opened.check(optimized)
+        if html is not None:  # before it is saved: a model that has no bundle form still has a report
+            from moeopt.cli.measured import figures
 
-        optimized.report.to_html(html, **(figures(model, optimized) if measure else {}))
-    stopped = None if out is None else _save(optimized, out, overwrite)
+            optimized.report.to_html(html, **(figures(opened.model, optimized) if measure else {}))
+        if out is not None:
+            stopped = opened.save(optimized, out, overwrite)
     _print_optimized(optimized, out if stopped is None else None, html, stopped, as_json)
     if stopped is not None:
         raise stopped
     _exit(optimized.certificate.passed)
-
-
-def _save(optimized: PyObject, out: Path, overwrite: bool) -> Exception | None:
-    """Write the bundle; what stopped it is raised once the report is printed."""
-    try:
-        optimized.save(out, **({"overwrite": True} if overwrite else {}))
-    except (MoeoptError, OSError) as err:
-        return err
-    return None
 
 
 def _print_optimized(
@@ -173,9 +173,13 @@ def explain(
     """Say which blocks would be rewritten, and why the others would not; changes nothing."""
     if html is not None:
         check_target(html)
-    model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed, task=task)
-    _say_unless(quiet, f"explain: {target}")
-    report = _api().explain(model, inputs)
+    with opened_target(
+        find_target(target, task), {}, trust_remote_code=trust_remote_code, seed=seed, task=task, alike=True,
+        progress=False,
+    ) as opened:  # fmt: skip
+        _say_unless(quiet, f"explain: {target}")
+        report = _api().explain(opened.model, opened.inputs)
+        report = report if opened.streamed is None else opened.streamed.noted(report)
     if html is not None:
         report.to_html(html)
     if as_json:

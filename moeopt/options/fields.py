@@ -57,6 +57,8 @@ class Options:
         build_seconds: after which a TensorRT builder is stopped.
         build_gigabytes: of memory after which it is stopped; None means what is free on this machine.
         session_options: an ``onnxruntime.SessionOptions`` for the engine's session: threads, arenas, profiling.
+        mapped: keep an ONNX Runtime engine's weights in the pages of its file: no kernel gets a copy of them in a
+            layout of its own, which may cost speed. Engines of PyTorch always do.
         inplace: rewrite the model that was given instead of a copy that shares its weights.
         hints: name pattern -> ``ExpertsSpec`` or callable, for blocks that recognition declines.
         progress: called with one line of text as each long step begins; None shows a bar on a terminal and in a
@@ -90,6 +92,7 @@ class Options:
     build_seconds: float = 3600.0
     build_gigabytes: float | None = None
     session_options: Any = field(default=None, hash=False)
+    mapped: bool = False
     inplace: bool = False
     hints: Mapping[str, Any] = field(default_factory=dict, hash=False)
     progress: Callable[[str], None] | bool | None = None

@@ -21,6 +21,7 @@ from moeopt.pipeline.block import Rewrite, Runtime, rewrite_block
 from moeopt.pipeline.block_capture import original_forward
 from moeopt.pipeline.block_reports import Attempt, PipelineResult, expert_parameters
 from moeopt.pipeline.coverage import Mixture
+from moeopt.pipeline.finished_blocks import note
 from moeopt.pipeline.obstacles_met import ObstaclesMet
 from moeopt.pipeline.pays import WouldNotPay
 from moeopt.recognise.hints import hint_for
@@ -93,6 +94,7 @@ class BlockAttempts:
             self.manager.stands(rewrite.passes)
             self.outcome.rewrites[level.path] = rewrite
             self.outcome.checks.append(rewrite.check)
+            note(rewrite.check)
             return Attempt(rewrite, level.path, seconds=rewrite.seconds)
         obstacle = met.decide()
         if obstacle is None:

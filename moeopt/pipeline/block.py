@@ -25,6 +25,7 @@ from moeopt.passes.pipeline import PIPELINE
 from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.coverage import Mixture, Reader
+from moeopt.pipeline.finished_blocks import recall
 from moeopt.pipeline.pays import check_pays
 from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.recognition import Recognition
@@ -189,7 +190,7 @@ def _rebind(
         return None
 
     def verify(block: BlockGraph) -> BlockCheck:
-        return _verify(bound, call, options, runtime, block, False)
+        return recall(name) or _verify(bound, call, options, runtime, block, False)
 
     done = bound_result(bound, verify)
     if done is None:

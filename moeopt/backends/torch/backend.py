@@ -94,6 +94,15 @@ class TorchBackend(Backend):
             )
         return load_torch_bundle(directory, device, limits)
 
+    def _open_mapped_impl(
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits,
+        resident: int | None,
+    ) -> PyObject:  # fmt: skip
+        engine = self._open_impl(directory, device, session_options, limits)
+        if resident is not None:
+            engine.keep_resident(resident)
+        return engine
+
     def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
         device = None if provider is None else _provider_device(provider)
         engine = load_torch_bundle(manifest.directory, device, limits)
