@@ -69,20 +69,19 @@ class QuantizedWeight:
         Raises:
             UsageError: a scale is NaN or infinite, or its block's largest code is beyond float32; ``name`` is told.
         """
-        if self.scales is None:
+        if self.scales is None or not self.scales.numel():
             return
-        scales = scale_values(self.scales, self.format, torch.float64)
-        bad = ~torch.isfinite(scales)
-        if bool(bad.any()):
-            row, column = bad.nonzero()[0].tolist()
+        ends = torch.stack(torch.aminmax(self.scales))[None]  # of many scales, so that nothing of their size is made
+        largest = scale_values(ends, self.format, torch.float64).abs().max().item()
+        if not math.isfinite(largest):
+            scales = scale_values(self.scales, self.format, torch.float64)
+            row, column = (~torch.isfinite(scales)).nonzero()[0].tolist()
             raise UsageError(
                 f"{name}: the scale of block ({row}, {column}) is {scales[row, column].item()}, so its weights are "
                 "no numbers; the checkpoint is damaged or was quantised from broken weights: quantise it again"
             )
-        if bool((scales.abs() * self.format.largest > torch.finfo(torch.float32).max).any()):
-            raise UsageError(
-                f"{name}: a scale of {scales.abs().max().item():.3g} puts weights beyond float32; quantise it again"
-            )
+        if largest * self.format.largest > torch.finfo(torch.float32).max:
+            raise UsageError(f"{name}: a scale of {largest:.3g} puts weights beyond float32; quantise it again")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The (N, K) float weight: the exact product in float64, else that of float32, rounded once to ``dtype``.
