@@ -46,7 +46,8 @@ def awq_numbers(packed: Tensor) -> Tensor:
     numbers = numbers_of_int32(packed, 4).unflatten(1, (-1, 8))
     where = torch.empty(8, dtype=torch.long)
     where[list(_AWQ)] = torch.arange(8)
-    return numbers.index_select(2, where).flatten(1)
+    columns: Tensor = numbers.index_select(2, where)
+    return columns.flatten(1)
 
 
 def numbers_of_int32(packed: Tensor, bits: int) -> Tensor:

@@ -1,14 +1,15 @@
 """Which tensors of a checkpoint are quantised matrices, told by their names and the config's ``quantization_config``.
 
-    X.weight f8e4m3 + X.weight_scale_inv         FP8 in blocks (DeepSeek-V3, Qwen3-FP8, MiniMax-M2); partial at the edges
+    X.weight f8e4m3 + X.weight_scale_inv         FP8 in blocks (DeepSeek-V3, Qwen3-FP8, MiniMax-M2)
     X.weight f8e4m3 or i8 + X.weight_scale       compressed-tensors float-quantized, int-quantized
     X.weight_packed i32 + X.weight_scale         compressed-tensors pack-quantized, 4 and 8 bits
     X_blocks u8 + X_scales u8                    MXFP4 as GPT-OSS has it, (E, N, K / 32, 16)
     X.qweight i32 + X.qzeros + X.scales          GPTQ, or AWQ, whichever ``quant_method`` says
 
-Sizes are read here, and zero points of GPTQ and AWQ; a matrix is read when it is asked for. Sources: ``Fp8Dequantize`` and ``mxfp4`` of transformers
-5.23 for the first and fourth, ``compressors`` of compressed-tensors 0.20 for the second and third, ``unpack_awq`` and
-the torch kernels of AutoAWQ and GPTQModel for the last.
+Sizes are read here, and zero points of GPTQ and AWQ; a matrix is read when it is asked for. Blocks at the edges may be
+partial, and have whole scales. Sources: ``Fp8Dequantize`` and ``mxfp4`` of transformers 5.23 for the first and fourth,
+``compressors`` of compressed-tensors 0.20 for the second and third, ``unpack_awq`` of AutoAWQ and the torch kernels of
+GPTQModel for the last.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tensors of a directory's safetensors files by name; each is mapped when it is asked for, and nothing is copied."""
+"""The tensors of a directory's safetensors files by name: each is mapped when it is asked for, and none is copied."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SafetensorsDirectory:
         self._known: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
         for file in sorted(path.glob("*.safetensors")):
             try:
-                opened = safe_open(file, framework="pt")  # type: ignore[no-untyped-call]
+                opened: Any = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as err:
                 raise CheckpointError(f"{file} is damaged ({err}): fetch the file again") from err
             for name in opened.keys():  # noqa: SIM118  it is no mapping
