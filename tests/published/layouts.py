@@ -25,15 +25,15 @@ def fp8_value(byte):
 def _fp8_codes(rng, N, K):
     codes = rng.integers(0, 256, (N, K)).astype(np.uint8)
     codes[(codes & 127) == 127] = 0x38  # NaN is no weight
-    return codes, np.vectorize(fp8_value)(codes)
+    return codes, np.array([fp8_value(byte) for byte in range(256)])[codes]
 
 
 def fp8_block(name, N, K, seed=0, block=(128, 128)):
     """X.weight and X.weight_scale_inv, with whole scales for partial blocks at the edges."""
     rng = _rng(seed)
     codes, values = _fp8_codes(rng, N, K)
-    scales = (rng.random((-(-N // block[0]), -(-K // block[1]))) / 100 + 1e-3).astype(np.float32)
-    exact = np.array([[values[n, k] * float(scales[n // block[0], k // block[1]]) for k in range(K)] for n in range(N)])
+    scales = (rng.random((-(-N // block[0]), -(-K // block[1]))) / 1000 + 1e-4).astype(np.float32)
+    exact = values * scales.astype(np.float64)[np.arange(N)[:, None] // block[0], np.arange(K)[None] // block[1]]
     weight = torch.from_numpy(codes).view(torch.float8_e4m3fn)
     return {f"{name}.weight": weight, f"{name}.weight_scale_inv": torch.from_numpy(scales)}, exact
 
@@ -75,15 +75,10 @@ def pack_quantized(name, N, K, bits, group, seed=0, zeros=False, dtype=torch.bfl
     scales = torch.from_numpy((rng.random((N, G)) / 100 + 1e-3).astype(np.float32)).to(dtype)
     z = rng.integers(-offset, offset, (N, G)) if zeros else np.zeros((N, G), dtype=np.int64)
     words = np.zeros((N, -(-K // each)), dtype=np.uint64)
-    for n in range(N):
-        for k in range(K):
-            words[n, k // each] |= np.uint64(int(q[n, k] + offset) << (bits * (k % each)))
-    exact = np.array(
-        [
-            [(q[n, k] - z[n, k // (group or K)]) * scales[n, k // (group or K)].item() for k in range(K)]
-            for n in range(N)
-        ]
-    )
+    for k in range(K):
+        words[:, k // each] |= (q[:, k] + offset).astype(np.uint64) << np.uint64(bits * (k % each))
+    of_column = np.arange(K) // (group or K)
+    exact = (q - z[:, of_column]) * scales.double().numpy()[:, of_column]
     tensors = {
         f"{name}.weight_packed": _int32(words), f"{name}.weight_scale": scales,
         f"{name}.weight_shape": torch.tensor([N, K]),
@@ -91,8 +86,7 @@ def pack_quantized(name, N, K, bits, group, seed=0, zeros=False, dtype=torch.bfl
     if zeros:
         packed = np.zeros((-(-N // each), G), dtype=np.uint64)
         for n in range(N):
-            for g in range(G):
-                packed[n // each, g] |= np.uint64(int(z[n, g] + offset) << (bits * (n % each)))
+            packed[n // each] |= (z[n] + offset).astype(np.uint64) << np.uint64(bits * (n % each))
         tensors[f"{name}.weight_zero_point"] = _int32(packed)
     return tensors, exact
 
@@ -106,14 +100,11 @@ def gptq(name, N, K, bits, group, seed=0, symmetric=False, v2=False, order=None)
     scales = torch.from_numpy((rng.random((G, N)) / 100 + 1e-3).astype(np.float16))
     of_column = np.arange(K) // (group or K) if order is None else order
     words, points = np.zeros((K // each, N), dtype=np.uint64), np.zeros((G, N // each), dtype=np.uint64)
+    for k in range(K):
+        words[k // each] |= q[k].astype(np.uint64) << np.uint64(bits * (k % each))
     for n in range(N):
-        for k in range(K):
-            words[k // each, n] |= np.uint64(int(q[k, n]) << (bits * (k % each)))
-        for g in range(G):
-            points[g, n // each] |= np.uint64((int(z[g, n]) - (0 if v2 else 1)) << (bits * (n % each)))
-    exact = np.array(
-        [[(q[k, n] - z[of_column[k], n]) * scales[of_column[k], n].item() for k in range(K)] for n in range(N)]
-    )
+        points[:, n // each] |= (z[:, n] - (0 if v2 else 1)).astype(np.uint64) << np.uint64(bits * (n % each))
+    exact = ((q - z[of_column]) * scales.double().numpy()[of_column]).T
     tensors = {
         f"{name}.qweight": _int32(words), f"{name}.qzeros": _int32(points), f"{name}.scales": scales,
         f"{name}.g_idx": torch.from_numpy(of_column.astype(np.int32)),
@@ -130,13 +121,11 @@ def awq(name, N, K, group, seed=0):
 
     def packed(numbers):
         words = np.zeros((numbers.shape[0], N // 8), dtype=np.uint64)
-        for r in range(numbers.shape[0]):
-            for c in range(N // 8):
-                for i in range(8):
-                    words[r, c] |= np.uint64(int(numbers[r, 8 * c + order[i]]) << (4 * i))
+        for c in range(N // 8):
+            for i in range(8):
+                words[:, c] |= numbers[:, 8 * c + order[i]].astype(np.uint64) << np.uint64(4 * i)
         return _int32(words)
 
-    exact = np.array(
-        [[(q[k, n] - z[k // group, n]) * scales[k // group, n].item() for k in range(K)] for n in range(N)]
-    )
+    of_row = np.arange(K) // group
+    exact = ((q - z[of_row]) * scales.double().numpy()[of_row]).T
     return {f"{name}.qweight": packed(q), f"{name}.qzeros": packed(z), f"{name}.scales": scales}, exact
