@@ -1,4 +1,4 @@
-"""A model that was loaded from a quantised checkpoint: what its files hold, what is held here, and whether they agree."""
+"""A model from a quantised checkpoint: what its files hold, what is held here, and whether the two agree."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def _without_files(model: nn.Module, places: list[BlockCandidate]) -> Iterator[s
         return
     dtypes = ", ".join(sorted({_name(t.dtype) for t in experts.values()}))
     yield (
-        f"checkpoint {method}, experts held as {dtypes}: they were expanded, or the quantiser skipped them; its files are "
-        "not on this machine, so neither can be told, and the weights were not compared with them"
+        f"checkpoint {method}, experts held as {dtypes}: they were expanded, or the quantiser skipped them; its "
+        "files are not on this machine, so neither can be told, and the weights were not compared with them"
     )
 
 
@@ -100,8 +100,8 @@ def _skipped(method: str, experts: dict[str, torch.Tensor], model: nn.Module) ->
     whole = sum(t.numel() * t.element_size() for t in model.parameters())
     dtypes = ", ".join(sorted({_name(t.dtype) for t in experts.values()}))
     return (
-        f"the quantiser skipped the experts (they were never quantised): checkpoint {method}, experts held as {dtypes}, "
-        f"{_megabytes(size)} of the model's {_megabytes(whole)}; quantize='int8' or 'int4' quantises them"
+        f"the quantiser skipped the experts (they were never quantised): checkpoint {method}, experts held as "
+        f"{dtypes}, {_megabytes(size)} of the model's {_megabytes(whole)}; quantize='int8' or 'int4' quantises them"
     )
 
 

@@ -1,6 +1,6 @@
 """Where a loaded model holds a matrix of its checkpoint: told by the numbers in names, by sizes, and by values.
 
-    experts.3.up_proj (I, H)                in experts.gate_up_proj (E, 2I, H): [3], one of the halves, or every second row
+    experts.3.up_proj (I, H)                in experts.gate_up_proj (E, 2I, H): [3], a half, or every second row
     experts.gate_up_proj[3] (2I, H)         in experts.gate_up_proj (E, H, 2I): [3], transposed
     self_attn.q_proj (N, K)                 in self_attn.q_proj.weight
 
@@ -44,7 +44,7 @@ class LoadedMatrix:
 
 
 def same_weights(values: Tensor, exact: Tensor) -> bool:
-    """Whether ``values`` are ``exact`` (float64) in their own dtype: a scale and its product may each have been rounded."""
+    """Whether ``values`` are ``exact`` (float64) in their own dtype; a scale and its product may each be rounded."""
     info = torch.finfo(values.dtype)
     apart = (values.double() - exact).abs()
     return bool((apart <= 2 * info.eps * exact.abs() + info.smallest_normal * info.eps).all())
