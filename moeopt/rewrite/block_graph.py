@@ -29,6 +29,7 @@ from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
+from moeopt.ir.weight_format import WeightFormat
 from moeopt.ir.weight_refs import ExpertRef
 from moeopt.rewrite.call_guard import CallGuard
 from moeopt.rewrite.graph_words import graph_from_words, graph_to_words
@@ -90,6 +91,7 @@ class BlockGraph:
         frozen: see :class:`Captured`.
         per_token: how many experts a token has in each op, None where that differs: the code between the ops may have
             turned that number into constants.
+        formats: by the number of a bank of weights, what it is quantised to; a bank that is not there keeps its floats.
         captured: the block's own code; None once there is a graph.
         root: the user's module while passes run, for those that look at weights; None afterwards.
         made: the graph that passes change, empty while the block is its own code.
@@ -105,6 +107,7 @@ class BlockGraph:
     attributes: dict[tuple[str, str], Any] = field(default_factory=dict)
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     per_token: list[int | None] = field(default_factory=list)
+    formats: dict[int, WeightFormat] = field(default_factory=dict)
     captured: Captured | None = None
     root: nn.Module | None = None
     made: fx.Graph = field(default_factory=fx.Graph, repr=False)
@@ -145,7 +148,7 @@ class BlockGraph:
         twin = dataclasses.replace(
             self, weights=list(self.weights), routers=list(self.routers), constants=list(self.constants),
             frozen=dict(self.frozen),
-            per_token=list(self.per_token),
+            per_token=list(self.per_token), formats=dict(self.formats),
         )  # fmt: skip
         if self.captured is None:
             twin.set_graph(self.made)

@@ -28,6 +28,7 @@ from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, by_position, overlap
 from moeopt.rewrite.id_range import IdOutOfRange
+from moeopt.rewrite.live_codes import LiveCodes, dequantized
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
 from moeopt.rewrite.module_guard import Watch
@@ -96,6 +97,8 @@ class RewrittenForward:
         block = program.block
         self.banks = [
             (live_bank(self.module, refs, spec, functools.partial(_check, watch, b)), spec)
+            if b not in block.formats
+            else (LiveCodes(self.module, b, refs, spec, block.formats[b]), spec)
             for b, (refs, spec) in enumerate(block.weights)
         ]
         self.constants = block.constants
@@ -203,9 +206,10 @@ class RewrittenForward:
                 stacklevel=3,
             )
         self.fallbacks += 1
-        if self.original is not None:
-            return self.original(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        with dequantized(self.module, [bank for bank, _ in self.banks]):
+            if self.original is not None:
+                return self.original(*args, **kwargs)
+            return type(self.module).forward(self.module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenForward:
         module = memo.get(id(self.module))
