@@ -109,9 +109,9 @@ def _what_is_wrong(matrix: StoredMatrix, weight: QuantizedWeight, here: LoadedMa
     why = _other_blocks(weight, here) or "the loader computed other weights, or they were changed since"
     return (
         f"its weights are not those of its checkpoint: {here.parameter}{here.place} differs by {here.distance:.2g} of "
-        f"its size from {matrix.label} of {N} x {K} in {directory}, {matrix.format}: {why}. All like it were left alone. "
-        "Load the checkpoint with another version or on another device, or, where the weights were changed on purpose, say "
-        'so with model.config._name_or_path = ""'
+        f"its size from {matrix.label} of {N} x {K} in {directory}, {matrix.format}: {why}. All like it were left "
+        "alone. Load the checkpoint with another version or on another device, or, where the weights were changed on "
+        'purpose, say so with model.config._name_or_path = ""'
     )
 
 
