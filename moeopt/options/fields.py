@@ -72,7 +72,8 @@ class Options:
         print_passes: print a line on stderr for each pass that ran on a block, and a list of them in the report.
         quantize: round the experts' weights to a format: ``"int8"`` (a scale a channel), ``"int4"`` (blocks of 32),
             ``"fp8"``, ``"mxfp4"``, or a :class:`moeopt.QuantPlan`; None leaves them. This changes the function: the
-            certificate says what was lost, beside that the optimised model computes the quantised one.
+            certificate says what was lost, beside that the optimised model computes the quantised one. ``"checkpoint"``
+            rounds nothing: experts get the codes of the quantised checkpoint that the model was loaded from.
         limit: the most that may be lost, by figure, like ``{"kl_mean": 0.01, "top1": 0.97}``. A missed limit is told:
             ``certificate.passed`` is False.
         data: the calls on which the loss is measured: one call's inputs, or an iterable of such; None means the

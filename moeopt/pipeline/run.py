@@ -52,7 +52,7 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
         UsageError: a hint that matches no block, a pass that is none.
     """
     started = time.perf_counter()
-    manager = pass_manager(options, runtime)
+    manager = pass_manager(options, runtime, model)
     options.say("looking for feed-forward and mixture-of-experts blocks")
     dump = Dump(options.dump) if options.dump is not None else None
     absent = absent_reason(model)

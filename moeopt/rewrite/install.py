@@ -98,7 +98,7 @@ class RewrittenForward:
         self.banks = [
             (live_bank(self.module, refs, spec, functools.partial(_check, watch, b)), spec)
             if b not in block.formats
-            else (LiveCodes(self.module, b, refs, spec, block.formats[b]), spec)
+            else (LiveCodes(self.module, b, refs, spec, block.formats[b], block.codes.get(b)), spec)
             for b, (refs, spec) in enumerate(block.weights)
         ]
         self.constants = block.constants

@@ -29,7 +29,6 @@ from moeopt.pipeline.quantized_model import (
     check_patterns,
     formats_of,
     notes_of,
-    quantized_blocks,
     quantized_original,
     routed_banks,
 )
@@ -70,7 +69,7 @@ class TorchBackend(Backend):
             certificate = _certify(source, twin, call, outcome, options)
             certificate.notes.append(why)
         outcome.notes += notes_of(outcome, twin, options)
-        if quantized_blocks(twin) and options.verify != "off":
+        if formats_of(twin) and options.verify != "off":
             certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options)
         if options.inplace and outcome.rewrites:
             for path, rewrite in outcome.rewrites.items():
