@@ -20,11 +20,13 @@ from moeopt.onnx_in.read import is_onnx
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.pipeline.accept import as_model, moved, without_rewrites
+from moeopt.pipeline.measure_loss import whole_loss
 from moeopt.progress import shown
 from moeopt.report import Report
 from moeopt.rewrite.whole_model import watch_source
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
+from moeopt.verification.loss import Loss
 from moeopt.verification.model import end_to_end
 
 
@@ -133,7 +135,8 @@ def _optimize(model: PyObject, example_inputs: PyObject, backend: str, options: 
         notes = (*notes, NO_CACHE)
     made.report = dataclasses.replace(made.report, notes=notes, seconds=time.perf_counter() - started)
     if isinstance(made.model, nn.Module) and made.model is not given:
-        watch_source(given, made.model, values=source is not given and (chosen.device, chosen.dtype) != (None, None))
+        cast = source is not given and (chosen.device, chosen.dtype) != (None, None)
+        watch_source(given, made.model, values=cast or bool(made.certificate.quantized))
     return Optimized(made, call)
 
 
@@ -254,9 +257,20 @@ def verify(
     args, kwargs = backend.comparable(runner, subject._call if inputs is None else as_call(inputs))
     noise = backend.noisy(original, [block.name for block in subject.report.rewritten])
     ties = backend.tie_comparison(original, runner, (args, kwargs), noise, subject._built)
-    end = end_to_end(original, runner, args, kwargs, noise_blocks=noise, otherwise=ties)
     before = subject.certificate
-    return Certificate(end_to_end=end, executed=executed, dtype=before.dtype, device=before.device)
+    judge = backend.judge(original, subject._made, (args, kwargs))
+    end = end_to_end(judge, runner, args, kwargs, noise_blocks=noise, otherwise=ties)
+    loss = (
+        Loss() if not before.quantized else whole_loss(original, runner, (args, kwargs), before.loss.get("limit", {}))
+    )
+    return Certificate(
+        end_to_end=end,
+        executed=executed,
+        dtype=before.dtype,
+        device=before.device,
+        quantized=before.quantized,
+        loss=loss,
+    )
 
 
 __all__ = ["CaptureError", "Optimized", "explain", "load", "optimize", "verify"]

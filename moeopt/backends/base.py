@@ -30,6 +30,8 @@ from moeopt.lower.plain import open_dataclasses
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.onnx_in.read import is_onnx
 from moeopt.options import Options
+from moeopt.pipeline.measure_loss import whole_loss
+from moeopt.pipeline.quantized_model import quantized_original
 from moeopt.report import Report
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
@@ -220,20 +222,30 @@ class Backend(ABC):
             found = self.verify_file(original, call, opened.engine, saved)
             found.executed, found.device, found.notes = opened.executed, opened.device, notes
             return found
-        if original is not None and call is not None:
+        if original is not None and call is not None and not saved.quantized:
             args, kwargs = self.comparable(opened.engine, call)
             noise = self.noisy(original, [block["name"] for block in manifest.data["blocks"]])
             ties = self.tie_comparison(original, opened.engine, (args, kwargs), noise)
             end = end_to_end(original, opened.engine, args, kwargs, noise_blocks=noise, otherwise=ties)
             return Certificate([], end, executed=opened.executed, device=opened.device, dtype=saved.dtype, notes=notes)
+        loss = saved.loss
+        if original is not None and call is not None:  # golden runs say what it computes, the original what that lost
+            loss = whole_loss(original, opened.engine, self.comparable(opened.engine, call), loss.get("limit", {}))
+        end = self._golden(manifest, opened, notes, limits)
+        return Certificate(
+            saved.blocks, end, saved.level, opened.executed, opened.device, saved.dtype, notes=notes,
+            quantized=saved.quantized, loss=loss,
+        )  # fmt: skip
+
+    def _golden(self, manifest: Manifest, opened: Opened, notes: list[str], limits: LoadLimits) -> EndToEnd:
+        """The verdict of the golden runs; ``notes`` gets a sentence on them."""
         check = self._replay_impl(manifest, opened.engine, limits)
-        end = EndToEnd(
-            check.passed, check.reason, outputs=check.runs, distance=float(check.required), budget=float(check.budget)
-        )
         notes.append(
             f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}"
         )
-        return Certificate(saved.blocks, end, saved.level, opened.executed, opened.device, saved.dtype, notes=notes)
+        return EndToEnd(
+            check.passed, check.reason, outputs=check.runs, distance=float(check.required), budget=float(check.budget)
+        )
 
     def provider_names(self) -> tuple[str, ...]:
         """What a bundle of this backend may be verified on, here or elsewhere."""
@@ -259,6 +271,12 @@ class Backend(ABC):
         """``call`` in the form in which the original and ``engine`` can be compared."""
         del engine
         return call
+
+    def judge(self, original: nn.Module, made: Made, call: ArgsKwargs) -> nn.Module:
+        """What the numbers of ``made`` are compared with: ``original``, its experts quantised as those of ``made``."""
+        del call
+        model = made.model
+        return quantized_original(original, model) if isinstance(model, nn.Module) else original
 
     def noisy(self, original: nn.Module, blocks: Sequence[str]) -> list[str]:
         """The modules of ``original`` whose rounding explains a difference: those that were rewritten."""

@@ -21,6 +21,7 @@ from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.providers import PROVIDERS, why_absent
 from moeopt.backends.onnxrt.save_bundle import save_onnx_bundle
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, mapped_options
+from moeopt.backends.refuse_quantize import refuse_quantize
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
@@ -37,6 +38,7 @@ class OnnxRuntimeBackend(GraphBackend):
     name = "onnxruntime"
 
     def _plan_impl(self, options: Options) -> OrtPlan:
+        refuse_quantize(self.name, options)
         return onnx_plan(options)
 
     def runs_on_gpu(self, plan: OrtPlan) -> bool:
