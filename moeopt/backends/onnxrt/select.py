@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
-from moeopt.backends.onnxrt.lowerings import FUNCTION_LOWERINGS, LOWERINGS
+from moeopt.backends.onnxrt.lowerings import FUNCTION_LOWERINGS, LOWERINGS, QUANTIZED_LOWERINGS
 from moeopt.backends.onnxrt.session import Session
 from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.lowerings.codes import is_quantized
 from moeopt.lower.onnx.plan import LoweringChoice
 
 TOKENS = (1, 4, 16, 128)
@@ -70,7 +71,7 @@ def ranked(
     if isinstance(site.spec, RowFunction):
         return [_only(form, site, provider) for form in FUNCTION_LOWERINGS]
     choices = []
-    for lowering in LOWERINGS:
+    for lowering in QUANTIZED_LOWERINGS if is_quantized(site) else LOWERINGS:
         refusal = lowering.refuses(site, provider)
         if refusal:
             choices.append(LoweringChoice(lowering.name, None, refusal))

@@ -14,6 +14,8 @@ W_in (gate, up), I intermediate, D output width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from moeopt.lower.onnx.build import Builder
@@ -42,8 +44,12 @@ class Unrolled:
     def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         rows = Sorted(graph, site, ids)
         x_NH = rows.rows(x, weights, types_of(site).compute)
-        o_ND = _experts(graph, site, rows, x_NH)
+        o_ND = _experts(graph, site, rows, x_NH, self.product)
         return combine(graph, site, rows, o_ND, x, weights)
+
+    def product(self, graph: Builder, site: ExpertsNode, e: int, which: str, rows: OnnxValue) -> OnnxValue:
+        """``rows`` times expert ``e``'s ``"gate_up"`` or ``"down"`` weight."""
+        return graph.op("MatMul", [rows, weights.expert_weight(graph, site, e, which)], name=f"expert.{e}/{which}")
 
 
 class Sorted:
@@ -88,16 +94,16 @@ class Sorted:
         return cast(graph, x_NH, types.input_term, dtype)
 
 
-def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: OnnxValue) -> OnnxValue:
+Product = Callable[[Builder, ExpertsNode, int, str, OnnxValue], OnnxValue]
+
+
+def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: OnnxValue, product: Product) -> OnnxValue:
     """Every expert on its rows: (N, D) in the compute dtype; zeros for pairs that name no expert."""
     size, compute = weights.sizes_of(site), types_of(site).compute
 
     def products(value: OnnxValue, which: str, width: int) -> OnnxValue:
         parts = graph.op("Split", [value, rows.counts], outputs=size.E + 1, axis=0, name=f"{which}_parts")
-        done = [
-            graph.op("MatMul", [part, weights.expert_weight(graph, site, e, which)], name=f"expert.{e}/{which}")
-            for e, part in enumerate(parts[:-1])
-        ]
+        done = [product(graph, site, e, which, part) for e, part in enumerate(parts[:-1])]
         rest = graph.op("Slice", [rows.counts, *[graph.const([n], "int64") for n in (size.E, size.E + 1)]])
         shape = graph.op("Concat", [rest, graph.const([width], "int64")], axis=0)
         nothing = graph.op("Expand", [scalar(graph, 0.0, compute), shape], name=f"{which}_of_none")
