@@ -8,13 +8,13 @@ node that does it does not compute the quantised model. Run on 1.31.1 and 1.32.0
     MatMulNBits   8     16 and more   0 to 3           float32, by making the whole matrix float at each call: at one
                                                        token 12 times the time of a float32 product
     MatMulNBits   any   16 and more   4                int8
-    QMoE          4     any           0                float32, unless the environment has ORT_QMOE_CPU_QNBIT_GEMM=int8
+    QMoE          4     any           0                float32, unless ORT_QMOE_CPU_QNBIT_GEMM=int8 is set
     QMoE          4     16 and more   4                int8
     QMoE          8     none          any              float32
     QMoE          8     16 and more   any              int8, unless ORT_QMOE_CPU_QNBIT_GEMM=fp32
     QMoE          2     32 and more   any              int8
 
-A variable of the environment would change a QMoE's numbers after an engine was verified, so moeopt emits none for
+Such a variable of the process would change a QMoE's numbers after an engine was verified, so moeopt emits none for
 quantised experts. Mixed bits in one QMoE (fc1 and fc2) are refused when it runs, not when it is loaded.
 """
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from moeopt.value_types import OnnxNode
 
-ENVIRONMENT = "ORT_QMOE_CPU_QNBIT_GEMM"
+VARIABLE = "ORT_QMOE_CPU_QNBIT_GEMM"
 """Chooses the product that a QMoE node runs on a CPU."""
 
 
@@ -40,7 +40,7 @@ def rounds_activations(op: str, bits: int, block: int, level: int) -> str:
     if level == 4 and block:
         return "at accuracy_level 4 its activations are rounded to int8"
     if op == "QMoE" and bits == 4:
-        return f"the environment variable {ENVIRONMENT} changes its numbers after they were verified"
+        return f"the variable {VARIABLE} of the process changes its numbers after they were verified"
     return ""
 
 

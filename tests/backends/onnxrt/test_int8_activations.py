@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moeopt.backends.onnxrt.capability import check_graph
 from moeopt.backends.onnxrt.check_quantized import refuses_node
-from moeopt.backends.onnxrt.int8_activations import ENVIRONMENT, rounds_activations
+from moeopt.backends.onnxrt.int8_activations import VARIABLE, rounds_activations
 from tests.backends.onnxrt.lowerings.one_site import session_of
 
 N, K = 64, 128
@@ -111,7 +111,7 @@ def test_qmoe_rounds_activations_with_blocks_of_8_bits(block):
 
 
 def test_a_qmoe_of_4_bits_depends_on_the_environment():
-    assert ENVIRONMENT in rounds_activations("QMoE", 4, 32, 0)
+    assert VARIABLE in rounds_activations("QMoE", 4, 32, 0)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_an_engine_answers_alike_whatever_the_environment_says(tmp_path):
     folder = moeopt.optimize(build(), x, backend="onnxruntime", quantize="int4", verify="fast").save(tmp_path / "b")
     assert {n.op_type for n in onnx.load(folder / "model.onnx").graph.node} >= {"MatMulNBits"}
     answers = []
-    for value in ({}, {ENVIRONMENT: "int8"}):
+    for value in ({}, {VARIABLE: "int8"}):
         words = [sys.executable, "-c", CHILD, str(folder), str(tmp_path / "y.pt")]
         subprocess.run(words, check=True, env=os.environ | value, timeout=120)
         answers.append(torch.load(tmp_path / "y.pt"))

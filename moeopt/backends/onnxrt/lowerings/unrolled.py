@@ -94,10 +94,10 @@ class Sorted:
         return cast(graph, x_NH, types.input_term, dtype)
 
 
-Product = Callable[[Builder, ExpertsNode, int, str, OnnxValue], OnnxValue]
+ExpertProduct = Callable[[Builder, ExpertsNode, int, str, OnnxValue], OnnxValue]
 
 
-def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: OnnxValue, product: Product) -> OnnxValue:
+def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: OnnxValue, product: ExpertProduct) -> OnnxValue:
     """Every expert on its rows: (N, D) in the compute dtype; zeros for pairs that name no expert."""
     size, compute = weights.sizes_of(site), types_of(site).compute
 
