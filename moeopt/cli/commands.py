@@ -24,6 +24,7 @@ from moeopt.cli.passes_command import passes_command
 from moeopt.cli.plan_command import plan_command
 from moeopt.cli.preflight import check_choice, check_out
 from moeopt.cli.profile_command import profile_command
+from moeopt.cli.schema_command import schema_command
 from moeopt.cli.target import FORMS, find_target, load_target
 from moeopt.errors import MoeoptError, UsageError
 from moeopt.html import check_target
@@ -56,6 +57,7 @@ app.command("inspect")(inspect_command)
 app.command("profile")(profile_command)
 app.command("passes")(passes_command)
 app.command("plan")(plan_command)
+app.command("schema")(schema_command)
 
 TargetArgument = Annotated[str, typer.Argument(help=FORMS)]
 BundleArgument = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
