@@ -15,13 +15,13 @@ from moeopt.backends.onnxrt.bundle import holds_native, load_onnx_bundle, native
 from moeopt.backends.onnxrt.custom_op import why_not
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
+from moeopt.backends.onnxrt.lowerings.quantized import UnrolledFloats
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine, built_for
 from moeopt.backends.onnxrt.open_engine import open_onnx
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.providers import PROVIDERS, why_absent
 from moeopt.backends.onnxrt.save_bundle import save_onnx_bundle
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, mapped_options
-from moeopt.backends.refuse_quantize import refuse_quantize
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
@@ -38,7 +38,6 @@ class OnnxRuntimeBackend(GraphBackend):
     name = "onnxruntime"
 
     def _plan_impl(self, options: Options) -> OrtPlan:
-        refuse_quantize(self.name, options)
         return onnx_plan(options)
 
     def runs_on_gpu(self, plan: OrtPlan) -> bool:
@@ -68,6 +67,17 @@ class OnnxRuntimeBackend(GraphBackend):
         engine = open_onnx(built, plan, _session_options(options), NATIVE)
         assert isinstance(engine, OnnxEngine), "a plan with native blocks runs on this machine"
         return engine
+
+    def _notes_impl(self, built: BuiltGraph) -> list[str]:
+        """What of quantised experts is codes in the file only."""
+        floats = [site for site, name in built.lowerings.items() if name == UnrolledFloats.name]
+        if not floats:
+            return []
+        return [
+            f"{floats[0]}{f' and {len(floats) - 1} more' if floats[1:] else ''}: ONNX Runtime has no kernel that "
+            "computes on these codes with float32 activations, so the file holds codes, and a session makes floats of "
+            "them when it is loaded; quantize='int4' stays codes in memory too"
+        ]
 
     def _lowering_impl(self, path: str, built: BuiltGraph) -> str:
         found = {why for site, why in built.reasons.items() if site.split("#")[0] == path}

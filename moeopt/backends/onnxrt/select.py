@@ -20,11 +20,12 @@ from types import MappingProxyType
 
 import torch
 
-from moeopt.backends.onnxrt.lowerings import FUNCTION_LOWERINGS, LOWERINGS
+from moeopt.backends.onnxrt.lowerings import FUNCTION_LOWERINGS, LOWERINGS, QUANTIZED_LOWERINGS
 from moeopt.backends.onnxrt.session import Session
 from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.lowerings.codes import is_quantized
 from moeopt.lower.onnx.plan import LoweringChoice
 
 TOKENS = (1, 4, 16, 128)
@@ -73,7 +74,7 @@ def ranked(
     if isinstance(site.spec, RowFunction):
         return [_only(form, site, provider) for form in FUNCTION_LOWERINGS]
     choices = []
-    for lowering in LOWERINGS:
+    for lowering in QUANTIZED_LOWERINGS if is_quantized(site) else LOWERINGS:
         refusal = lowering.refuses(site, provider)
         if lowering.name in without:
             refusal = f"portable=True: {without[lowering.name]}"

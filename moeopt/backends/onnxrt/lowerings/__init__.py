@@ -1,6 +1,7 @@
 """Lowerings: each replaces the grouped-expert op by nodes that ONNX Runtime runs; the order here breaks ties."""
 
 from moeopt.backends.onnxrt.lowerings.moe_kernel import Expand, MaskedLog
+from moeopt.backends.onnxrt.lowerings.quantized import UnrolledCodes, UnrolledFloats
 from moeopt.backends.onnxrt.lowerings.unrolled import Unrolled
 from moeopt.backends.onnxrt.lowerings.unrolled_function import UnrolledFunction
 from moeopt.errors import UsageError
@@ -9,6 +10,8 @@ from moeopt.lower.onnx.lowerings.dense import Dense
 from moeopt.lower.onnx.lowerings.dense_function import DenseFunction
 
 LOWERINGS: tuple[Lowering, ...] = (Unrolled(), MaskedLog(), Expand(), Dense())
+QUANTIZED_LOWERINGS: tuple[Lowering, ...] = (UnrolledCodes(), UnrolledFloats())
+"""Those of experts that are codes and scales."""
 FUNCTION_LOWERINGS: tuple[Lowering, ...] = (UnrolledFunction(), DenseFunction())
 """Those of experts that are a function of a row."""
 NOT_PORTABLE = {
@@ -20,7 +23,7 @@ NOT_PORTABLE = {
 
 def by_name(name: str) -> Lowering:
     """The lowering called ``name``; a ``UsageError`` that lists the names if there is none."""
-    for lowering in (*LOWERINGS, *FUNCTION_LOWERINGS):
+    for lowering in (*LOWERINGS, *QUANTIZED_LOWERINGS, *FUNCTION_LOWERINGS):
         if lowering.name == name:
             return lowering
     names = ", ".join(lowering.name for lowering in LOWERINGS)
