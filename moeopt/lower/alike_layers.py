@@ -68,13 +68,17 @@ def _program(forward: RewrittenForward) -> tuple[Any, ...]:
     """What a rewritten forward computes, as values that can be compared."""
     block = forward.program.block
     words = [word[:-1] for word in graph_to_words(block.graph)]  # without the nodes' notes
-    fields = (block.weights, block.routers, block.output, block.mutations, block.attributes, block.per_token)
+    fields = (
+        block.weights, block.routers, block.output, block.mutations, block.attributes, block.per_token, block.formats,
+    )  # fmt: skip
     return words, fields, forward.program.guard
 
 
 def _frozen(a: RewrittenForward, b: RewrittenForward) -> bool:
     """Whether the constants of two forwards are the same, bit by bit."""
     one, other = a.program.block, b.program.block
+    if one.codes or other.codes:  # of each layer's own weights
+        return False
     return equal_values((one.constants, one.frozen), (other.constants, other.frozen))
 
 

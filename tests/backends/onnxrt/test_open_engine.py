@@ -9,6 +9,8 @@ from moeopt.backends.onnxrt.missing_kernels import missing_kernel
 from moeopt.errors import NotSaveableError
 from tests.backends.onnxrt.toys import H, Mixture
 
+pytestmark = pytest.mark.one_isa  # what is said of a graph
+
 pytest.importorskip("onnxruntime")
 
 
