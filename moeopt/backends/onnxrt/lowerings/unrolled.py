@@ -15,7 +15,7 @@ W_in (gate, up), I intermediate, D output width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,8 +45,12 @@ class Unrolled:
     def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
         rows = Sorted(graph, site, ids)
         x_NH = rows.rows(x, weights, types_of(site).compute)
-        o_ND = _experts(graph, site, rows, x_NH)
+        o_ND = _experts(graph, site, rows, x_NH, self.product)
         return combine(graph, site, rows, o_ND, x, weights)
+
+    def product(self, graph: Builder, site: ExpertsNode, e: int, which: str, rows: OnnxValue) -> OnnxValue:
+        """``rows`` times expert ``e``'s ``"gate_up"`` or ``"down"`` weight."""
+        return graph.op("MatMul", [rows, weights.expert_weight(graph, site, e, which)], name=f"expert.{e}/{which}")
 
 
 class Sorted:
@@ -107,15 +111,16 @@ class Sorted:
         return cast(graph, x_NH, types.input_term, dtype)
 
 
-def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: OnnxValue) -> OnnxValue:
+ExpertProduct = Callable[[Builder, ExpertsNode, int, str, OnnxValue], OnnxValue]
+
+
+def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: OnnxValue, product: ExpertProduct) -> OnnxValue:
     """Every expert on its rows: (N, D) in the compute dtype; zeros for pairs that name no expert."""
     size, compute = weights.sizes_of(site), types_of(site).compute
 
     def products(value: OnnxValue, which: str, width: int) -> OnnxValue:
-        done = [
-            graph.op("MatMul", [part, weights.expert_weight(graph, site, e, which)], name=f"expert.{e}/{which}")
-            for e, part in enumerate(rows.parts(value, f"{which}_parts"))
-        ]
+        parts = rows.parts(value, f"{which}_parts")
+        done = [product(graph, site, e, which, part) for e, part in enumerate(parts)]
         return rows.together(done, width, compute, which, f"{which}_of_none")
 
     def added(value: OnnxValue, table: OnnxValue) -> OnnxValue:
