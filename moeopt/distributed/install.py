@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from moeopt.distributed.channel import Channel
-from moeopt.distributed.dispatch import Dispatch, Form
+from moeopt.distributed.dispatch import Dispatch, DispatchForm
 from moeopt.distributed.forward import DistributedForward, RankExperts
 from moeopt.distributed.homes import ExpertHomes
 from moeopt.distributed.parts import Weight, WholeWeight, weights_of
@@ -81,7 +81,7 @@ def expert_ops(model: nn.Module, notes: list[str]) -> Iterator[ExpertOp]:
 
 def divide(
     model: nn.Module, ops: list[ExpertOp], placements: Sequence[Placement], channel: Channel, mesh: PyObject,
-    form: Form, replicated: bool,
+    form: DispatchForm, replicated: bool,
 ) -> list[tuple[ExpertOp, RankExperts]]:  # fmt: skip
     """Drop the experts of other ranks from ``model`` and install what reaches them."""
     rank = channel.rank
