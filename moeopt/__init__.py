@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moeopt.inspection import Inspection, inspect
     from moeopt.ir.specs import ExpertsSpec, RouterSpec
     from moeopt.limits import LoadLimits
-    from moeopt.options import Options
+    from moeopt.options import Options, QuantPlan
     from moeopt.planning import ClusterPlan, plan
     from moeopt.profiling import LoadProfile, profile
 
@@ -40,7 +40,7 @@ _HOMES = {
     "moeopt.inspection": "Inspection inspect",
     "moeopt.ir.specs": "ExpertsSpec RouterSpec",
     "moeopt.limits": "LoadLimits",
-    "moeopt.options": "Options",
+    "moeopt.options": "Options QuantPlan",
     "moeopt.planning": "ClusterPlan plan",
     "moeopt.profiling": "LoadProfile profile",
 }
@@ -60,6 +60,7 @@ __all__ = [
     "NotSaveableError",
     "Optimized",
     "Options",
+    "QuantPlan",
     "RankLostError",
     "RouterSpec",
     "UsageError",

@@ -28,6 +28,7 @@ from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, by_position, overlap
 from moeopt.rewrite.id_range import IdOutOfRange
+from moeopt.rewrite.live_codes import LiveCodes, dequantized
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place, Stale
 from moeopt.rewrite.module_guard import Watch
@@ -102,7 +103,10 @@ class RewrittenForward:
         self._names = by_position(program.signature)
 
     def _bank(self, index: int, refs: PyObject, spec: PyObject) -> PyObject:
-        """The live weights of the op number ``index``."""
+        """The live weights of the op number ``index``, or their codes."""
+        block = self.program.block
+        if index in block.formats:
+            return LiveCodes(self.module, index, refs, spec, block.formats[index], block.codes.get(index))
         return live_bank(self.module, refs, spec, functools.partial(_check, self.watch, index))
 
     def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -205,9 +209,10 @@ class RewrittenForward:
                 stacklevel=3,
             )
         self.fallbacks += 1
-        if self.original is not None:
-            return self.original(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        with dequantized(self.module, [bank for bank, _ in self.banks]):
+            if self.original is not None:
+                return self.original(*args, **kwargs)
+            return type(self.module).forward(self.module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenForward:
         module = memo.get(id(self.module))

@@ -141,9 +141,7 @@ class LiveExpertWeights:
         if index is not _IRREGULAR:
             part = tensor if index.whole else tensor[index.at]
             return part.t() if index.transposed else part
-        _, dk, dm = ref.offset_and_strides(tensor.stride())
-        shape, stride = ((ref.m, ref.k), (dm, dk)) if layout == "oi" else ((ref.k, ref.m), (dk, dm))
-        return _from(tensor, ref.origin).as_strided(shape, stride)
+        return region(tensor, ref) if layout == "oi" else region(tensor, ref).t()
 
     def _vector(self, ref: VectorRef) -> Tensor:
         tensor = self._places[ref.path].read()
@@ -214,6 +212,12 @@ class _Region:
 
 
 _IRREGULAR = object()
+
+
+def region(tensor: Tensor, ref: MatrixRef) -> Tensor:
+    """The (M, K) region of ``tensor`` at ``ref``, as a view."""
+    _, dk, dm = ref.offset_and_strides(tensor.stride())
+    return _from(tensor, ref.origin).as_strided((ref.m, ref.k), (dm, dk))
 
 
 def _region(ref: MatrixRef, layout: str, shape: tuple[int, ...]) -> PyObject:
