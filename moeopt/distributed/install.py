@@ -67,6 +67,11 @@ def expert_ops(model: nn.Module, notes: list[str]) -> Iterator[ExpertOp]:
             if len(refs) < 2:
                 continue
             name = path or type(model).__name__
+            if index in forward.program.block.formats:
+                notes.append(
+                    f"{name} is not divided: its experts are quantised; optimise without quantize= to divide it"
+                )
+                continue
             weights = weights_of(module, forward.program, index, several)
             whole = [w for w in weights if isinstance(w, WholeWeight)]
             if len(whole) == len(weights):

@@ -264,6 +264,12 @@ def test_wrong_subjects_are_refused(alone):
             moeopt.distribute(subject, mesh)
 
 
+def test_quantised_experts_are_not_divided(alone):
+    opt = moeopt.optimize(optimised().model, tokens(10), quantize="int8", verify="off")
+    with pytest.raises(moeopt.UsageError, match=r"nothing to distribute.*its experts are quantised; optimise without"):
+        moeopt.distribute(opt, alone)
+
+
 def _dense():
     torch.manual_seed(0)
     return moeopt.optimize(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.randn(2, 4), verify="off")
