@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moeopt.inspection import Inspection, inspect
     from moeopt.ir.specs import ExpertsSpec, RouterSpec
     from moeopt.limits import LoadLimits
+    from moeopt.onnx_in.whole_file import from_onnx
     from moeopt.options import Options
     from moeopt.planning import ClusterPlan, plan
     from moeopt.profiling import LoadProfile, profile
@@ -36,6 +37,7 @@ _HOMES = {
     "moeopt.inspection": "Inspection inspect",
     "moeopt.ir.specs": "ExpertsSpec RouterSpec",
     "moeopt.limits": "LoadLimits",
+    "moeopt.onnx_in.whole_file": "from_onnx",
     "moeopt.options": "Options",
     "moeopt.planning": "ClusterPlan plan",
     "moeopt.profiling": "LoadProfile profile",
@@ -60,6 +62,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "explain",
+    "from_onnx",
     "inspect",
     "load",
     "optimize",

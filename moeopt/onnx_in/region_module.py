@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from moeopt.errors import Declined
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.interpreter import InterpretedGraph, steps_of, tensor_of
+from moeopt.onnx_in.products import CONVOLUTIONS, shape_of
 from moeopt.onnx_in.program import SizeTerm, SizeTerms, program_of
+from moeopt.onnx_in.regions import CandidateRegion
 from moeopt.value_types import OnnxValue, PyObject
 
 
@@ -116,6 +118,27 @@ def _held(value: OnnxValue) -> OnnxValue:
     return value.const_value
 
 
+def is_combined(candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Mapping[str, Tensor]]) -> bool:
+    """Whether an exit holds one row for each row of the root, as wide as a weight of the region says."""
+    rows, result = runs[0][region.entries[0].name], runs[0][region.exit.name]
+    axis = 1 if candidate.chains.products[0].node.op_type in CONVOLUTIONS else -1
+    if not result.is_floating_point() or rows.dim() < 2 or result.dim() <= max(axis, 0):
+        return False
+    return result.numel() * rows.shape[axis] == rows.numel() * result.shape[axis] and _is_width(
+        result.shape[axis], region
+    )
+
+
+def _is_width(size: int, region: GraphRegion) -> bool:
+    """Whether a weight of the region has that size."""
+    return any(
+        size in (shape_of(v) or ())
+        for n in region.nodes
+        for v in n.inputs
+        if v is not None and v.const_value is not None
+    )
+
+
 class GraphRegions(nn.Module):
     """The regions of one file, side by side.
 
@@ -127,13 +150,7 @@ class GraphRegions(nn.Module):
         super().__init__()
         self.parts = tuple((path, tuple(slots)) for path, _, slots in parts)
         for path, module, _ in parts:
-            home: nn.Module = self
-            *above, last = path.split(".")
-            for name in above:
-                if name not in home._modules:
-                    home.add_module(name, nn.Module())
-                home = home.get_submodule(name)
-            home.add_module(last, module)
+            add_at(self, path, module)
 
     def keep(self, paths: Sequence[str]) -> None:
         """Call only the regions at ``paths`` from here on."""
@@ -141,3 +158,13 @@ class GraphRegions(nn.Module):
 
     def forward(self, *values: Tensor) -> tuple[PyObject, ...]:
         return tuple(self.get_submodule(path)(*(values[n] for n in slots)) for path, slots in self.parts)
+
+
+def add_at(home: nn.Module, path: str, module: nn.Module) -> None:
+    """Make ``module`` the submodule of ``home`` at ``path``, with empty modules on the way."""
+    *above, last = path.split(".")
+    for name in above:
+        if name not in home._modules:
+            home.add_module(name, nn.Module())
+        home = home.get_submodule(name)
+    home.add_module(last, module)

@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.onnx_file.feeds import GraphFeeds
 from moeopt.backends.onnxrt.onnx_file.original import InnerValues
 from moeopt.errors import Declined, MoeoptError
 from moeopt.onnx_in.cuts import GraphRegion
+from moeopt.onnx_in.feeds import GraphFeeds
 from moeopt.onnx_in.frozen_routing import frozen_routing
 from moeopt.onnx_in.interpreter import InterpretedGraph
-from moeopt.onnx_in.products import CONVOLUTIONS, shape_of
 from moeopt.onnx_in.read import OnnxFile
-from moeopt.onnx_in.region_module import named, region_ends, region_module
+from moeopt.onnx_in.region_module import is_combined, named, region_ends, region_module
 from moeopt.onnx_in.regions import CandidateRegion
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
@@ -91,7 +90,7 @@ def _part(file: OnnxFile, candidate: CandidateRegion, runs: Sequence[Values]) ->
         )
     last: Declined | None = None
     for region in candidate.regions:
-        if not _combined(candidate, region, runs):
+        if not is_combined(candidate, region, runs):
             continue
         try:
             return _checked(file, candidate, region, runs)
@@ -105,27 +104,6 @@ def _part(file: OnnxFile, candidate: CandidateRegion, runs: Sequence[Values]) ->
 def _first(candidate: CandidateRegion) -> str:
     node = candidate.chains.products[0].node
     return f"the node {node.name!r} ({node.op_type})"
-
-
-def _combined(candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Values]) -> bool:
-    """Whether an exit holds one row for each row of the root."""
-    rows, result = runs[0][region.entries[0].name], runs[0][region.exit.name]
-    axis = 1 if candidate.chains.products[0].node.op_type in CONVOLUTIONS else -1
-    if not result.is_floating_point() or rows.dim() < 2 or result.dim() <= max(axis, 0):
-        return False
-    return result.numel() * rows.shape[axis] == rows.numel() * result.shape[axis] and _is_width(
-        result.shape[axis], region
-    )
-
-
-def _is_width(size: int, region: GraphRegion) -> bool:
-    """Whether a weight of the region has that size."""
-    return any(
-        size in (shape_of(v) or ())
-        for n in region.nodes
-        for v in n.inputs
-        if v is not None and v.const_value is not None
-    )
 
 
 def _checked(file: OnnxFile, candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Values]) -> FilePart:
