@@ -12,6 +12,8 @@ from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import ExpertChains, WeightProduct, expert_chains, weight_products
 from moeopt.value_types import OnnxNode, OnnxValue
 
+_MOST_REGIONS = 4
+"""Of one candidate: the nearest exits behind its router."""
 _FEWER = 64
 """Nodes by which a region may grow for one entry instead of several."""
 
@@ -46,6 +48,8 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
             region = _rooted(index, chains, end)
             if region is not None and _has_router(region, chains):
                 found.append(region)
+            if len(found) == _MOST_REGIONS:
+                break
         taken |= set(positions)
         name = _unique(region_name(chains.products) or f"region_{len(names)}", names)
         yield CandidateRegion(name, index, chains, tuple(found))
