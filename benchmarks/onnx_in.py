@@ -2,10 +2,11 @@
 
     python -m benchmarks.onnx_in --threads 1 --save
 
-The file: a Qwen3-MoE-like model (``--layers 6``, ``--experts 32`` of which 4 are chosen, hidden 512, inner 256), its experts
-in the dense form that exporters can hold (every expert on every token), written by torch's exporter with free sizes. Decode
-is one token a call, prefill 256; the two sessions take turns on the same ids, and a ratio is the median of paired calls.
-``search`` is the seconds of CPU that finding the regions of a graph of 100 000 nodes takes, and how often it looks at a node.
+The file: a Qwen3-MoE-like model (``--layers 6``, ``--experts 32`` of which 4 are chosen, hidden 512, inner 256), its
+experts in the dense form that exporters can hold (every expert on every token), written by torch's exporter with free
+sizes. Decode is one token a call, prefill 256; the two sessions take turns on the same ids, and a ratio is the median
+of paired calls. ``search`` is the seconds of CPU that finding the regions of a graph of 100 000 nodes takes, and how
+often it looks at a node.
 
 Targets: decode 3, prefill 2, search 60 s.
 """
@@ -171,7 +172,9 @@ def main() -> int:
     body = {
         "command": "python -m benchmarks.onnx_in " + " ".join(sys.argv[1:]),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s)",
-        "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "python": platform.python_version(),
+        },
         "model": {"layers": options.layers, "experts": options.experts},
         "facts": facts, "cells": cells, "search": looked,
     }  # fmt: skip

@@ -148,16 +148,16 @@ class GraphRegions(nn.Module):
 
     def __init__(self, parts: Sequence[tuple[str, nn.Module, Sequence[int]]]) -> None:
         super().__init__()
-        self.parts = tuple((path, tuple(slots)) for path, _, slots in parts)
+        self.region_slots = tuple((path, tuple(slots)) for path, _, slots in parts)
         for path, module, _ in parts:
             add_at(self, path, module)
 
     def keep(self, paths: Sequence[str]) -> None:
         """Call only the regions at ``paths`` from here on."""
-        self.parts = tuple((path, slots) for path, slots in self.parts if path in paths)
+        self.region_slots = tuple((path, slots) for path, slots in self.region_slots if path in paths)
 
     def forward(self, *values: Tensor) -> tuple[PyObject, ...]:
-        return tuple(self.get_submodule(path)(*(values[n] for n in slots)) for path, slots in self.parts)
+        return tuple(self.get_submodule(path)(*(values[n] for n in slots)) for path, slots in self.region_slots)
 
 
 def add_at(home: nn.Module, path: str, module: nn.Module) -> None:

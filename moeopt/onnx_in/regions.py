@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, region_between, room_for
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import ExpertChains, WeightProduct, expert_chains, weight_products
@@ -14,6 +16,8 @@ from moeopt.value_types import OnnxNode, OnnxValue
 
 _MOST_REGIONS = 4
 """Of one candidate: the nearest exits behind its router."""
+_TAKEN = frozenset((*dir(nn.Module), *dir(nn.Module()), "program", "names", "example", "region_slots"))
+"""What a submodule cannot be called: attributes that the modules of regions have."""
 _FEWER = 64
 """Nodes by which a region may grow for one entry instead of several."""
 
@@ -112,8 +116,7 @@ def _scope(name: str) -> str:
 
 
 def _unique(name: str, taken: set[str]) -> str:
-    parts = [part if not part.isidentifier() and not part.isdigit() and part else part for part in name.split(".")]
-    name = ".".join(part or "_" for part in parts)
+    name = ".".join(f"{part}_" if not part or part in _TAKEN else part for part in name.split("."))
     number, made = 1, name
     while made in taken or any(other.startswith(f"{made}.") or made.startswith(f"{other}.") for other in taken):
         number += 1

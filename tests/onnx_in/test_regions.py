@@ -30,3 +30,17 @@ def test_the_search_grows_as_the_graph_does(experts):
         assert len(found) == layers
         looked.append(index.visited / len(index.nodes))
     assert max(looked) < 80 and looked[-1] < 1.3 * looked[1]
+
+
+def test_a_name_that_a_module_has_already_is_not_taken_twice():
+    graph = model(1)
+    for tensor in graph.graph.initializer:
+        tensor.name = tensor.name.replace("layers.0", "training.program.forward")
+    for node in graph.graph.node:
+        for number, name in enumerate(node.input):
+            node.input[number] = name.replace("layers.0", "training.program.forward") if "experts" in name else name
+        for number, name in enumerate(node.input):
+            node.input[number] = name.replace("layers.0.gate", "training.program.forward.gate")
+            node.input[number] = node.input[number].replace("layers.0.column", "training.program.forward.column")
+    (found,) = candidate_regions(GraphIndex(read_onnx(graph).model.graph))
+    assert found.name == "training_.program_.forward_"

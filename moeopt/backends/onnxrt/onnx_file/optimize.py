@@ -166,7 +166,7 @@ def _rewritten(
         seen.append((twin, outcome))
         for one in (twin, regions):
             one.keep(list(outcome.rewrites))
-        if not twin.parts:
+        if not twin.region_slots:
             raise NothingRewrittenError
 
     try:
