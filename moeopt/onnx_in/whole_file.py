@@ -129,7 +129,7 @@ def _children(
         for region in candidate.regions:
             if not is_combined(candidate, region, runs):
                 continue
-            ends = region_ends(region, runs)
+            ends = region_ends(candidate, region, runs)
             chosen[candidate.name] = region, ends, region_module(region, ends, file.opset, candidate.name).eval()
             break
     exits = {region.exit.name: path for path, (region, _, _) in chosen.items()}

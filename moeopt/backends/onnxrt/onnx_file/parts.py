@@ -108,14 +108,14 @@ def _first(candidate: CandidateRegion) -> str:
 
 
 def _checked(file: OnnxFile, candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Values]) -> FilePart:
-    ends = region_ends(region, runs)
+    ends = region_ends(candidate, region, runs)
     module = region_module(region, ends, file.opset, candidate.name).eval()
     distance = 0.0
     try:
         for run in runs:
             distance = max(distance, _distance(module, [run[name] for name in ends.tensors], run[region.exit.name]))
     except Declined as err:
-        raise Declined(named(err.reason, region)) from None
+        raise Declined(named(err.reason, module)) from None
     return FilePart(candidate, region, module, ends.tensors, list(runs), distance)
 
 
