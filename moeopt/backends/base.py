@@ -14,14 +14,17 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
+from moeopt.backends.made import Made as Made
+from moeopt.backends.made import Opened as Opened
+from moeopt.backends.made import bytes_of
 from moeopt.bundle.destination import check_destination
 from moeopt.bundle.manifest import Manifest, read_manifest
+from moeopt.bundle.weights_file import is_becoming_one
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
@@ -29,7 +32,8 @@ from moeopt.lower.plain import open_dataclasses
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.onnx_in.read import is_onnx
 from moeopt.options import Options
-from moeopt.report import Report
+from moeopt.pipeline.measure_loss import whole_loss
+from moeopt.pipeline.quantized_model import quantized_original
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd, OriginalRuns, end_to_end
@@ -40,41 +44,6 @@ LOG = logging.getLogger("moeopt")
 
 Otherwise = Callable[[OriginalRuns, Any], EndToEnd | None]
 """A second look at outputs that differ: the original's runs, the engine's outputs -> another verdict, or None."""
-
-
-@dataclass
-class Made:
-    """What a backend makes of a model.
-
-    Attributes:
-        model: what is called: the rewritten model, or an engine.
-        report, certificate: as in :class:`moeopt.Optimized`.
-        source: the original's fingerprint, for a bundle's manifest.
-        built: the backend's own record of an engine; None where ``model`` is the user's own module.
-    """
-
-    model: Any
-    report: Report
-    certificate: Certificate
-    source: dict[str, str] | None = None
-    built: Any = None
-
-
-@dataclass
-class Opened:
-    """A bundle that was opened to be verified.
-
-    Attributes:
-        engine: what runs here.
-        executed: whether that is the engine that was built, and not a replay of it.
-        device: the certificate's ``device``.
-        notes: sentences for the certificate.
-    """
-
-    engine: Any
-    executed: bool
-    device: str
-    notes: Sequence[str] = ()
 
 
 class Backend(ABC):
@@ -157,7 +126,8 @@ class Backend(ABC):
             UsageError: the directory cannot be written to, holds something else, or holds a verified bundle that an
                 unverified one would replace without ``overwrite``.
         """
-        old = check_destination(directory, made.certificate.passed is True, overwrite, _bytes_of(made.model))
+        size = 0 if is_becoming_one() else bytes_of(made.model)
+        old = check_destination(directory, made.certificate.passed is True, overwrite, size)
         what = "the model" if made.built is None else "the engine"
         with open_dataclasses(call), unexpected_errors_as(f"saving {what}", REPORT_IT, NotSaveableError):
             saved = self._save_impl(made, call, directory)
@@ -171,13 +141,19 @@ class Backend(ABC):
         device: PyObject = None,
         session_options: JsonValue = None,
         limits: LoadLimits = DEFAULT,
+        mapped: bool = False,
+        resident: int | None = None,
     ) -> PyObject:
         """The engine of a bundle of this backend, checked, on ``device`` or where it was saved.
+
+        ``mapped``, ``resident``: as ``moeopt.load``; bytes.
 
         Raises:
             BundleError: it is damaged, hostile, from a newer moeopt, or another backend's.
             UsageError, EngineNotExecutableError, NotEquivalentError: as ``moeopt.load``.
         """
+        if mapped or resident is not None:
+            return self._open_mapped_impl(directory, device, session_options, limits, resident)
         return self._open_impl(directory, device, session_options, limits)
 
     def verify(
@@ -212,20 +188,30 @@ class Backend(ABC):
             found = self.verify_file(original, call, opened.engine, saved)
             found.executed, found.device, found.notes = opened.executed, opened.device, notes
             return found
-        if original is not None and call is not None:
+        if original is not None and call is not None and not saved.quantized:
             args, kwargs = self.comparable(opened.engine, call)
             noise = self.noisy(original, [block["name"] for block in manifest.data["blocks"]])
             ties = self.tie_comparison(original, opened.engine, (args, kwargs), noise)
             end = end_to_end(original, opened.engine, args, kwargs, noise_blocks=noise, otherwise=ties)
             return Certificate([], end, executed=opened.executed, device=opened.device, dtype=saved.dtype, notes=notes)
+        loss = saved.loss
+        if original is not None and call is not None:  # golden runs say what it computes, the original what that lost
+            loss = whole_loss(original, opened.engine, self.comparable(opened.engine, call), loss.get("limit", {}))
+        end = self._golden(manifest, opened, notes, limits)
+        return Certificate(
+            saved.blocks, end, saved.level, opened.executed, opened.device, saved.dtype, notes=notes,
+            quantized=saved.quantized, loss=loss,
+        )  # fmt: skip
+
+    def _golden(self, manifest: Manifest, opened: Opened, notes: list[str], limits: LoadLimits) -> EndToEnd:
+        """The verdict of the golden runs; ``notes`` gets a sentence on them."""
         check = self._replay_impl(manifest, opened.engine, limits)
-        end = EndToEnd(
-            check.passed, check.reason, outputs=check.runs, distance=float(check.required), budget=float(check.budget)
-        )
         notes.append(
             f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}"
         )
-        return Certificate(saved.blocks, end, saved.level, opened.executed, opened.device, saved.dtype, notes=notes)
+        return EndToEnd(
+            check.passed, check.reason, outputs=check.runs, distance=float(check.required), budget=float(check.budget)
+        )
 
     def provider_names(self) -> tuple[str, ...]:
         """What a bundle of this backend may be verified on, here or elsewhere."""
@@ -251,6 +237,12 @@ class Backend(ABC):
         """``call`` in the form in which the original and ``engine`` can be compared."""
         del engine
         return call
+
+    def judge(self, original: nn.Module, made: Made, call: ArgsKwargs) -> nn.Module:
+        """What the numbers of ``made`` are compared with: ``original``, its experts quantised as those of ``made``."""
+        del call
+        model = made.model
+        return quantized_original(original, model) if isinstance(model, nn.Module) else original
 
     def noisy(self, original: nn.Module, blocks: Sequence[str]) -> list[str]:
         """The modules of ``original`` whose rounding explains a difference: those that were rewritten."""
@@ -291,20 +283,18 @@ class Backend(ABC):
     ) -> PyObject:
         raise BundleError(f"{directory}: backend {self.name!r} opens no bundles")
 
+    def _open_mapped_impl(
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits,
+        resident: int | None,
+    ) -> PyObject:  # fmt: skip
+        raise UsageError(
+            f"mapped= and resident= are for engines on the CPU, and {directory} is a bundle of backend {self.name!r}: "
+            "leave them out"
+        )
+
     def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
         raise BundleError(f"{manifest.directory}: backend {self.name!r} opens no bundles")
 
     def _replay_impl(self, manifest: Manifest, engine: PyObject, limits: LoadLimits) -> PyObject:
         """The golden runs of a bundle on ``engine``, as a :class:`moeopt.bundle.golden.GoldenCheck`."""
         raise BundleError(f"{manifest.directory}: backend {self.name!r} opens no bundles")
-
-
-def _bytes_of(model: PyObject) -> int:
-    """About how large a bundle of ``model`` is: its weights, or the files of its engine."""
-    if isinstance(model, nn.Module):
-        weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
-        return sum(weights.values())
-    folder = getattr(model, "directory", None)
-    if folder is None:
-        return 0
-    return sum(f.stat().st_size for f in Path(folder).glob("*") if f.is_file())

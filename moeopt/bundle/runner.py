@@ -17,6 +17,7 @@ from moeopt.bundle.memory import Meter, hangs_on_values, tensors_of
 from moeopt.bundle.schemas import GraphFile
 from moeopt.bundle.tree import build, check_tree
 from moeopt.errors import BundleError, LimitError, UsageError
+from moeopt.ir.bank_format import BankFormat
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.untrusted import shown
@@ -71,6 +72,8 @@ class GraphRunner:
     ) -> None:
         self.limits, self.files = limits, files
         self.deadline = float("inf")
+        self.before_experts: Callable[[int, torch.Tensor], None] | None = None
+        self.experts: dict[str, int] = {}
         self._measured: set[Any] = set()
         try:
             self._read(graph, weight, device)
@@ -111,6 +114,23 @@ class GraphRunner:
         self._steady = not any(s.op is not None and hangs_on_values(s.op, s.args) for s in self.steps)
         self._plan_drops()
 
+    def expert_layers(self) -> list[tuple[list[torch.Tensor], int]]:
+        """The matrices of each call of the experts' op that reads weights as they are in the file, and E; numbers those
+        calls in :attr:`experts`."""
+        layers: list[tuple[list[torch.Tensor], int]] = []
+        for step in self.steps:
+            if step.op is not torch.ops.moeopt.experts.default or len(step.args) < 5:
+                continue
+            w_in, w_out = ([self.weights.get(ref.name) for ref in _refs(step.args[at])] for at in (3, 4))
+            matrices = [weight for weight in (*w_in, *w_out) if weight is not None]
+            if not w_out or len(matrices) < len(w_in) + len(w_out):
+                continue
+            first = w_out[0]
+            stacked = len(w_out) == 1 and first is not None and first.dim() == 3
+            self.experts[step.out] = len(layers)
+            layers.append((matrices, first.shape[0] if stacked and first is not None else len(w_out)))
+        return layers
+
     @staticmethod
     def _step(node: FxArg, ref: PyObject, device: PyObject) -> OpCall:
         function, op = allow.guarded(node["op"]), allow.op_named(node["op"])
@@ -118,8 +138,7 @@ class GraphRunner:
         kwargs = {str(k): values.decode(v, ref, device) for k, v in node.get("kwargs", {}).items()}
         if op is not None:
             _check_kinds(op, args, kwargs)
-        if node["op"] == "moeopt.experts.default":
-            ExpertsSpec.decode(args[-1] if args and isinstance(args[-1], str) else kwargs["spec"])
+            _check_texts(op, args, kwargs)
         return OpCall(op, function, args, kwargs, str(node["out"]))
 
     def _plan_drops(self) -> None:
@@ -163,6 +182,8 @@ class GraphRunner:
                 if (check := getattr(step.function, "check", None)) is not None:
                     check(*args, **kwargs)  # asking an op for its sizes calls it too
                 meter.check(step.op, args, kwargs)
+        if self.before_experts is not None and step.out in self.experts:
+            self.before_experts(self.experts[step.out], args[1])
         env[step.out] = result = step.function(*args, **kwargs)
         if meter is not None:
             meter.add(result)
@@ -205,6 +226,18 @@ def _check_kinds(op: FxTarget, args: list[Any], kwargs: dict[str, Any]) -> None:
         value = kwargs.get(parameter.name) if at >= len(args) else args[at]
         if kind is not None and value is not None and not isinstance(value, kind):
             raise BundleError(f"{op} is given {value!r:.60} for {parameter.name}, which is no {kind.__name__}")
+
+
+_TEXTS = {"spec": ExpertsSpec.decode, "formats": BankFormat.decode}
+"""What reads the words that moeopt's own ops take."""
+
+
+def _check_texts(op: FxTarget, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """``UsageError`` for a spec, or formats, that no op of moeopt takes: told when a graph is read."""
+    for at, parameter in enumerate(op._schema.arguments):
+        if op.namespace == "moeopt" and parameter.name in _TEXTS:
+            text = kwargs.get(parameter.name, "") if at >= len(args) else args[at]
+            _TEXTS[parameter.name](text if isinstance(text, str) else "")
 
 
 def _refs(value: PyObject) -> list[ValueRef]:

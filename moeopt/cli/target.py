@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.bundle.manifest import is_bundle
+from moeopt.checkpoint.tasks import TASKS
 from moeopt.cli.early import check_code
-from moeopt.cli.hugging_face import TASKS, cached_directory, load, weight_files
+from moeopt.cli.hugging_face import cached_directory, load, weight_files
 from moeopt.errors import UsageError
 from moeopt.onnx_in.read import SUFFIXES
 from moeopt.value_types import PyObject

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from moeopt.backends.onnxrt.check_quantized import OP as OF_CODES
+from moeopt.backends.onnxrt.check_quantized import refuses_node
 from moeopt.backends.onnxrt.session import NATIVE, data_of
 from moeopt.bundle.values import DTYPES, MAX_NUMEL
 from moeopt.errors import BundleError
@@ -27,7 +29,7 @@ ANY = ("*",)
 MAX_GRAPH = 1 << 31
 """Bytes: no protobuf message is longer."""
 MICROSOFT = (
-    *("MoE", "QMoE"),
+    *("MoE", "QMoE", OF_CODES),
     *("Attention", "MultiHeadAttention", "GroupQueryAttention", "RotaryEmbedding"),
     *("SkipLayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "GroupNorm"),
     *("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "FusedMatMul", "BiasSplitGelu"),
@@ -81,6 +83,7 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> OnnxValu
     """
     proto = parse(path)
     allowed = _NATIVE if path.name == NATIVE else _OWN
+    sizes = {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
     constants = {tensor.name for tensor in proto.graph.initializer} - {value.name for value in proto.graph.input}
     for opset in proto.opset_import:
         if opset.domain not in ("", "ai.onnx", *allowed):
@@ -95,6 +98,8 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> OnnxValu
             raise BundleError(f"{path}: it holds sparse weights, and moeopt writes none")
         for node in graph.node:
             _check_node(path, node, allowed, constants)
+            if node.op_type == OF_CODES and (reason := refuses_node(node, sizes)):
+                raise BundleError(f"{path}: node {node.name!r} {reason}")
         for tensor in _tensors(graph):
             _check_tensor(path, tensor, size)
     _check_ends(path, proto.graph, signature)
