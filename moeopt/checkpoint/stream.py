@@ -26,6 +26,7 @@ from torch import nn
 from moeopt.bundle.destination import check_destination
 from moeopt.bundle.manifest import check_target, version
 from moeopt.bundle.mapped_file import MappedFile, give_back
+from moeopt.bundle.temp_folder import folders_in
 from moeopt.bundle.weights_file import becomes_the_bundles
 from moeopt.checkpoint.alike_layers import AlikeLayers
 from moeopt.checkpoint.directory import CheckpointDirectory
@@ -149,7 +150,7 @@ def streamed(
     structure = structure_of(source, task, trust_remote_code, options.dtype)
     refuse_quantised(source, structure.model.config)
     kinds = AlikeLayers(structure) if alike else None
-    found = preflight(directory, structure, target, 0 if target is None else bytes_begun(target), kinds)
+    found = preflight(directory, structure, target, 0 if target is None else bytes_begun(target), kinds, backend)
     options.say(str(found))
     journal = None
     if target is not None:
@@ -166,7 +167,7 @@ def streamed(
         else:
             _load(held, directory, structure, options)
             finished = _noting(held)
-        with remembered(finished):
+        with remembered(finished), folders_in(None if target is None else target.absolute().parent):
             yield held
     finally:
         if journal is not None and target is not None:
