@@ -45,6 +45,8 @@ from moeopt.verification.results import BlockCheck
 
 LOG = logging.getLogger("moeopt")
 STREAMED = "streamed: each block and each layer verified; end to end composed from layers"
+STREAMED_ENGINE = "streamed: each block verified as the engine computes it, and the engine end to end"
+"""An engine has no layers that could be called one by one."""
 
 
 def check_directory(path: str | os.PathLike[str]) -> None:
@@ -104,7 +106,8 @@ class StreamedModel:
                 )
         if certificate.end_to_end is not None:
             end = certificate.end_to_end
-            notes.insert(0, f"{STREAMED}: distance at most {end.distance:.2e} (budget {end.budget:.2e})")
+            said = STREAMED if same_form else STREAMED_ENGINE
+            notes.insert(0, f"{said}: distance at most {end.distance:.2e} (budget {end.budget:.2e})")
         certificate.notes += notes
         optimized.report = dataclasses.replace(optimized.report, notes=(*optimized.report.notes, *notes))
 
