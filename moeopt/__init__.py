@@ -12,6 +12,7 @@ from moeopt.value_types import PyObject
 
 if TYPE_CHECKING:
     from moeopt.api import Optimized, explain, load, optimize, verify
+    from moeopt.distributed import distribute
     from moeopt.errors import (
         BundleError,
         CaptureError,
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
         Declined,
         MoeoptError,
         NotSaveableError,
+        RankLostError,
         UsageError,
     )
     from moeopt.inspection import Inspection, inspect
     from moeopt.ir.specs import ExpertsSpec, RouterSpec
     from moeopt.limits import LoadLimits
-    from moeopt.options import Options
+    from moeopt.options import Options, QuantPlan
     from moeopt.planning import ClusterPlan, plan
     from moeopt.profiling import LoadProfile, profile
 
@@ -32,11 +34,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "moeopt.api": "Optimized explain load optimize verify",
-    "moeopt.errors": "BundleError CaptureError CheckpointError Declined MoeoptError NotSaveableError UsageError",
+    "moeopt.distributed": "distribute",
+    "moeopt.errors": "BundleError CaptureError CheckpointError Declined MoeoptError NotSaveableError "
+    "RankLostError UsageError",
     "moeopt.inspection": "Inspection inspect",
     "moeopt.ir.specs": "ExpertsSpec RouterSpec",
     "moeopt.limits": "LoadLimits",
-    "moeopt.options": "Options",
+    "moeopt.options": "Options QuantPlan",
     "moeopt.planning": "ClusterPlan plan",
     "moeopt.profiling": "LoadProfile profile",
 }
@@ -56,9 +60,12 @@ __all__ = [
     "NotSaveableError",
     "Optimized",
     "Options",
+    "QuantPlan",
+    "RankLostError",
     "RouterSpec",
     "UsageError",
     "__version__",
+    "distribute",
     "explain",
     "inspect",
     "load",

@@ -16,14 +16,17 @@ from moeopt.checkpoint.stream import check_directory, streamed
 from moeopt.errors import CaptureError, UsageError
 from moeopt.find.example_inputs import NO_CACHE, as_call, in_order, made_up, without_cache
 from moeopt.limits import DEFAULT, LoadLimits, as_bytes
+from moeopt.onnx_in.read import is_onnx
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.pipeline.accept import as_model, moved, without_rewrites
+from moeopt.pipeline.measure_loss import whole_loss
 from moeopt.progress import shown
 from moeopt.report import Report
 from moeopt.rewrite.whole_model import watch_source
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
+from moeopt.verification.loss import Loss
 from moeopt.verification.model import end_to_end
 
 
@@ -31,7 +34,7 @@ def optimize(
     model: PyObject,
     example_inputs: PyObject = None,
     *,
-    backend: str = "torch",
+    backend: str | None = None,
     options: Options | None = None,
     out: str | os.PathLike[str] | None = None,
     task: str | None = None,
@@ -41,13 +44,15 @@ def optimize(
     """Find every MoE block of ``model``, rewrite it into grouped-expert ops, and verify it.
 
     Args:
-        model: an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It keeps working, unchanged. Or the path of
-            a Hugging Face directory with safetensors files, which is streamed: no more than two of its layers are in
-            memory at a time.
+        model: an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It keeps working, unchanged. Or an ONNX
+            model: the path of a ``.onnx`` file, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; its blocks are
+            replaced in its own graph, and what is returned is called with the graph's inputs, by name or in order.
+            Or the path of a Hugging Face directory with safetensors files, which is streamed: no more than two of its
+            layers are in memory at a time.
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments;
-            None where they can be inferred (a Hugging Face model, a block with one argument).
+            None where they can be inferred (a Hugging Face model, a block with one argument, an ONNX model).
         backend: "torch", "onnxruntime" or "tensorrt", or one that an installed package brings. TensorRT's builds for
-            ``target``, like "sm_89", on any machine.
+            ``target``, like "sm_89", on any machine. None means "torch", and "onnxruntime" for an ONNX model.
         options: a frozen :class:`moeopt.Options`; any of its fields may be a keyword here instead.
         out: a directory that gets the bundle, as :meth:`Optimized.save` writes it. A directory is streamed into it, and
             a run that was killed goes on where it stopped when it is started again.
@@ -66,8 +71,8 @@ def optimize(
         CheckpointError: files of a directory are missing, damaged, or of another model.
     """
     chosen = Options.from_fields(options, fields)
-    if isinstance(model, (str, os.PathLike)):
-        return _optimize_directory(model, example_inputs, backend, chosen, out, task, trust_remote_code)
+    if isinstance(model, (str, os.PathLike)) and not is_onnx(model):
+        return _optimize_directory(model, example_inputs, backend or "torch", chosen, out, task, trust_remote_code)
     if task is not None or trust_remote_code:
         raise UsageError(
             f"task= and trust_remote_code= say how a directory is opened, and model is a {type(model).__name__}: leave "
@@ -75,7 +80,10 @@ def optimize(
         )
     if out is not None:
         check_destination(out, chosen.verify != "off")
-    made = _optimize(model, example_inputs, backend, chosen)
+    if is_onnx(model):
+        made = _optimize_file(model, example_inputs, backend or "onnxruntime", chosen)
+    else:
+        made = _optimize(model, example_inputs, backend or "torch", chosen)
     if out is not None:
         made.save(out)
     return made
@@ -127,7 +135,17 @@ def _optimize(model: PyObject, example_inputs: PyObject, backend: str, options: 
         notes = (*notes, NO_CACHE)
     made.report = dataclasses.replace(made.report, notes=notes, seconds=time.perf_counter() - started)
     if isinstance(made.model, nn.Module) and made.model is not given:
-        watch_source(given, made.model, values=source is not given and (chosen.device, chosen.dtype) != (None, None))
+        cast = source is not given and (chosen.device, chosen.dtype) != (None, None)
+        watch_source(given, made.model, values=cast or bool(made.certificate.quantized))
+    return Optimized(made, call)
+
+
+def _optimize_file(model: PyObject, inputs: PyObject, backend: str, options: Options) -> Optimized:
+    chosen, runtime, plan = checked_choice(backend, options)
+    if chosen.dtype is not None or chosen.inplace:
+        raise UsageError("an ONNX file keeps its dtype and is not written to: leave out dtype= and inplace=")
+    with shown(chosen.progress) as say:
+        made, call = runtime.optimize_file(model, inputs, dataclasses.replace(chosen, progress=say), plan)
     return Optimized(made, call)
 
 
@@ -146,7 +164,7 @@ def explain(
     ``trust_remote_code`` are as in :func:`optimize`.
     """
     chosen = dataclasses.replace(Options.from_fields(options, fields), inplace=False)
-    if not isinstance(model, (str, os.PathLike)):
+    if not isinstance(model, (str, os.PathLike)) or is_onnx(model):
         return optimize(model, example_inputs, options=chosen, task=task, trust_remote_code=trust_remote_code).report
     check_directory(model)
     with streamed(model, chosen, task=task, trust_remote_code=trust_remote_code, alike=True) as source:
@@ -201,7 +219,7 @@ def load(
 def verify(
     subject: Optimized | str | os.PathLike[str],
     *,
-    original: nn.Module | None = None,
+    original: PyObject = None,
     inputs: PyObject = None,
     provider: str | None = None,
     limits: LoadLimits | None = None,
@@ -210,7 +228,8 @@ def verify(
 
     Args:
         subject: what :func:`optimize` returned, or a bundle's directory.
-        original: the model to compare with; a bundle without one is compared with its golden outputs.
+        original: the model to compare with, or the ONNX model that it was made of; a bundle without one is compared
+            with its golden outputs.
         inputs: other inputs to compare on, in the forms of ``optimize``.
         provider: what to run a bundle on, "cpu", "cuda", ...; None means where it was saved, or, for an ONNX
             Runtime bundle, "cpu". One that was built for another provider and not executed runs there where that
@@ -221,19 +240,39 @@ def verify(
         UsageError: an Optimized without ``original``; an absent provider.
         BundleError: the bundle is damaged.
     """
+    if is_onnx(original):
+        if not isinstance(subject, Optimized):
+            return registry.of_bundle(subject).verify(subject, provider, original, inputs, limits or DEFAULT)
+        backend = registry.get(subject.report.backend)
+        return backend.verify_file(original, inputs, backend.runner(subject.model)[0], subject.certificate)
     if not isinstance(subject, Optimized):
         call = None if original is None or inputs is None else without_cache(original, as_call(inputs))
         return registry.of_bundle(subject).verify(subject, provider, original, call, limits or DEFAULT)
+    if subject._why_not_verified:
+        raise UsageError(subject._why_not_verified)
     if original is None:
         raise UsageError("verify(optimized) needs original=, the model to compare with")
     backend = registry.get(subject.report.backend)
     runner, executed = backend.runner(subject.model)
     args, kwargs = backend.comparable(runner, subject._call if inputs is None else as_call(inputs))
     noise = backend.noisy(original, [block.name for block in subject.report.rewritten])
-    ties = backend.tie_comparison(original, runner, (args, kwargs), noise, subject._built)
-    end = end_to_end(original, runner, args, kwargs, noise_blocks=noise, otherwise=ties)
     before = subject.certificate
-    return Certificate(end_to_end=end, executed=executed, dtype=before.dtype, device=before.device)
+    ties = None
+    if not before.quantized:  # other floats choose other experts
+        ties = backend.tie_comparison(original, runner, (args, kwargs), noise, subject._built)
+    judge = backend.judge(original, subject._made, (args, kwargs))
+    end = end_to_end(judge, runner, args, kwargs, noise_blocks=noise, otherwise=ties)
+    loss = (
+        Loss() if not before.quantized else whole_loss(original, runner, (args, kwargs), before.loss.get("limit", {}))
+    )
+    return Certificate(
+        end_to_end=end,
+        executed=executed,
+        dtype=before.dtype,
+        device=before.device,
+        quantized=before.quantized,
+        loss=loss,
+    )
 
 
 __all__ = ["CaptureError", "Optimized", "explain", "load", "optimize", "verify"]

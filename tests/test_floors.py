@@ -13,8 +13,9 @@ FLOORS = [
     {"obstacles"},
     {"errors", "value_types"},
     {"options", "limits", "untrusted", "patches", "compat", "html"},  # html draws plain values
-    {"ir", "progress"},
+    {"ir", "progress", "onnx_in"},
     {"ops"},
+    {"published"},  # quantised checkpoints, read into what ops take
     {"capture"},
     {"recognise"},
     {"find", "rewrite"},
@@ -28,6 +29,7 @@ FLOORS = [
     {"optimized"},
     {"checkpoint"},  # a directory is a model to optimise, and becomes a bundle
     {"api"},
+    {"distributed"},
     {"frontends"},
     {"profiling"},
     {"testing"},

@@ -28,7 +28,10 @@ from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.lower.plain import open_dataclasses
 from moeopt.lower.unexpected_errors import unexpected_errors_as
+from moeopt.onnx_in.read import is_onnx
 from moeopt.options import Options
+from moeopt.pipeline.measure_loss import whole_loss
+from moeopt.pipeline.quantized_model import quantized_original
 from moeopt.report import Report
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
@@ -119,6 +122,34 @@ class Backend(ABC):
             raise AssertionError(f"the backend {self.name!r} returned a report of {made.report.backend!r}")
         return made
 
+    def optimize_file(
+        self, model: PyObject, inputs: PyObject, options: Options, plan: PyObject
+    ) -> tuple[Made, ArgsKwargs]:
+        """Find, rewrite, verify and replace the blocks of an ONNX file; the rest of its graph stays as it is.
+
+        Args:
+            model: a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
+            inputs: of the graph, in the forms of ``moeopt.optimize``; None: some are made up.
+
+        Returns:
+            what was made, and the call that it was made with.
+
+        Raises:
+            UsageError: this backend takes no such files; the file is damaged, hostile or does not run.
+            NotEquivalentError: as ``moeopt.optimize``.
+        """
+        raise UsageError(
+            f"an ONNX file is optimised for ONNX Runtime: leave out backend={self.name!r}, or give the PyTorch model"
+        )
+
+    def verify_file(self, original: PyObject, inputs: PyObject, engine: PyObject, before: Certificate) -> Certificate:
+        """Compare an engine with the ONNX file that it was made of, within the budget of its certificate ``before``.
+
+        Raises:
+            UsageError: engines of this backend are not made of files; another file.
+        """
+        raise UsageError(f"an engine of backend {self.name!r} is not made of an ONNX file: give original= the model")
+
     # bundles
 
     def save(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -163,11 +194,14 @@ class Backend(ABC):
         self,
         directory: str | os.PathLike[str],
         provider: str | None = None,
-        original: nn.Module | None = None,
-        call: ArgsKwargs | None = None,
+        original: PyObject = None,
+        call: PyObject = None,
         limits: LoadLimits = DEFAULT,
     ) -> Certificate:
         """Check a bundle again: against its golden runs, or against ``original`` on ``call``.
+
+        Args:
+            original: a module; or an ONNX model, of which ``call`` is the inputs, None for such as are made up.
 
         Raises:
             BundleError: it is damaged, hostile, or another backend's.
@@ -176,7 +210,7 @@ class Backend(ABC):
         manifest = read_manifest(directory)
         if manifest.backend != self.name:
             raise BundleError(f"{manifest.directory}: it is a bundle for {manifest.backend}: use moeopt.verify")
-        if (original is None) != (call is None):
+        if not is_onnx(original) and (original is None) != (call is None):
             raise UsageError("verify(bundle, original=...) needs inputs= to run both on")
         try:
             saved = Certificate.from_json(manifest.read_text("certificate.json"))
@@ -184,20 +218,34 @@ class Backend(ABC):
             raise BundleError(f"{manifest.directory}: {err}") from None
         opened = self._open_to_verify_impl(manifest, provider, limits)
         notes = list(opened.notes)
-        if original is not None and call is not None:
+        if is_onnx(original):
+            found = self.verify_file(original, call, opened.engine, saved)
+            found.executed, found.device, found.notes = opened.executed, opened.device, notes
+            return found
+        if original is not None and call is not None and not saved.quantized:
             args, kwargs = self.comparable(opened.engine, call)
             noise = self.noisy(original, [block["name"] for block in manifest.data["blocks"]])
             ties = self.tie_comparison(original, opened.engine, (args, kwargs), noise)
             end = end_to_end(original, opened.engine, args, kwargs, noise_blocks=noise, otherwise=ties)
             return Certificate([], end, executed=opened.executed, device=opened.device, dtype=saved.dtype, notes=notes)
+        loss = saved.loss
+        if original is not None and call is not None:  # golden runs say what it computes, the original what that lost
+            loss = whole_loss(original, opened.engine, self.comparable(opened.engine, call), loss.get("limit", {}))
+        end = self._golden(manifest, opened, notes, limits)
+        return Certificate(
+            saved.blocks, end, saved.level, opened.executed, opened.device, saved.dtype, notes=notes,
+            quantized=saved.quantized, loss=loss,
+        )  # fmt: skip
+
+    def _golden(self, manifest: Manifest, opened: Opened, notes: list[str], limits: LoadLimits) -> EndToEnd:
+        """The verdict of the golden runs; ``notes`` gets a sentence on them."""
         check = self._replay_impl(manifest, opened.engine, limits)
-        end = EndToEnd(
-            check.passed, check.reason, outputs=check.runs, distance=float(check.required), budget=float(check.budget)
-        )
         notes.append(
             f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}"
         )
-        return Certificate(saved.blocks, end, saved.level, opened.executed, opened.device, saved.dtype, notes=notes)
+        return EndToEnd(
+            check.passed, check.reason, outputs=check.runs, distance=float(check.required), budget=float(check.budget)
+        )
 
     def provider_names(self) -> tuple[str, ...]:
         """What a bundle of this backend may be verified on, here or elsewhere."""
@@ -223,6 +271,12 @@ class Backend(ABC):
         """``call`` in the form in which the original and ``engine`` can be compared."""
         del engine
         return call
+
+    def judge(self, original: nn.Module, made: Made, call: ArgsKwargs) -> nn.Module:
+        """What the numbers of ``made`` are compared with: ``original``, its experts quantised as those of ``made``."""
+        del call
+        model = made.model
+        return quantized_original(original, model) if isinstance(model, nn.Module) else original
 
     def noisy(self, original: nn.Module, blocks: Sequence[str]) -> list[str]:
         """The modules of ``original`` whose rounding explains a difference: those that were rewritten."""

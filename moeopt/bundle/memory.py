@@ -128,6 +128,8 @@ def needed(op: FxTarget, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         return int(math.prod(_PRODUCTS[name](args)) * args[0].element_size()) if _ranked(name, args) else 0
     if name in _ATTENTION:
         return 2 * sum(t.numel() * t.element_size() for t in given[:3])
+    if name == "moeopt.quantized_experts.default":
+        return _dequantized(args)
     if name.startswith("moeopt."):
         return int(16 * args[0].numel() * max(args[0].element_size(), 4))
     if _is_view(op):
@@ -145,6 +147,12 @@ def needed(op: FxTarget, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     if torch.Tag.pointwise in op.tags and given:
         return _broadcast(given) * max(4, max(t.element_size() for t in given))
     return _on_meta(op, args, kwargs)
+
+
+def _dequantized(args: Sequence[Any]) -> int:
+    """Of quantised experts: rows as wide as the matrices, and the float weights of one expert in two dtypes."""
+    sizes = [t.numel() // max(t.shape[0], 1) if t.dim() == 3 else t.numel() for t in tensors_of(list(args[3:5]))]
+    return int(16 * (2 * args[0].numel() + 2 * sum(sorted(sizes)[-3:])))
 
 
 def check_call(op: FxTarget, args: Sequence[Any], kwargs: dict[str, Any], budget: float) -> None:

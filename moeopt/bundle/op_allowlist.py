@@ -1,4 +1,4 @@
-"""Which functions a bundle's graph may name: the ATen ops of a list, moeopt's own two, and arithmetic on numbers.
+"""Which functions a bundle's graph may name: the ATen ops of a list, moeopt's own three, and arithmetic on numbers.
 
 A graph is data that came from elsewhere, so the question is not what it is likely to say but what it could say. The
 list, ``torch_ops.txt``, holds ops that change none of their arguments, take plain values only, and refuse sizes,
@@ -19,7 +19,7 @@ from moeopt.bundle.checked_ops import CHECKED
 from moeopt.errors import BundleError
 from moeopt.value_types import FxTarget, PyObject
 
-OWN_OPS = ("moeopt.experts.default", "moeopt.route.default")
+OWN_OPS = ("moeopt.experts.default", "moeopt.quantized_experts.default", "moeopt.route.default")
 
 SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "operator.getitem": operator.getitem,

@@ -17,6 +17,7 @@ from moeopt.bundle.memory import Meter, hangs_on_values, tensors_of
 from moeopt.bundle.schemas import GraphFile
 from moeopt.bundle.tree import build, check_tree
 from moeopt.errors import BundleError, LimitError, UsageError
+from moeopt.ir.bank_format import BankFormat
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.untrusted import shown
@@ -137,8 +138,7 @@ class GraphRunner:
         kwargs = {str(k): values.decode(v, ref, device) for k, v in node.get("kwargs", {}).items()}
         if op is not None:
             _check_kinds(op, args, kwargs)
-        if node["op"] == "moeopt.experts.default":
-            ExpertsSpec.decode(args[-1] if args and isinstance(args[-1], str) else kwargs["spec"])
+            _check_texts(op, args, kwargs)
         return OpCall(op, function, args, kwargs, str(node["out"]))
 
     def _plan_drops(self) -> None:
@@ -226,6 +226,18 @@ def _check_kinds(op: FxTarget, args: list[Any], kwargs: dict[str, Any]) -> None:
         value = kwargs.get(parameter.name) if at >= len(args) else args[at]
         if kind is not None and value is not None and not isinstance(value, kind):
             raise BundleError(f"{op} is given {value!r:.60} for {parameter.name}, which is no {kind.__name__}")
+
+
+_TEXTS = {"spec": ExpertsSpec.decode, "formats": BankFormat.decode}
+"""What reads the words that moeopt's own ops take."""
+
+
+def _check_texts(op: FxTarget, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """``UsageError`` for a spec, or formats, that no op of moeopt takes: told when a graph is read."""
+    for at, parameter in enumerate(op._schema.arguments):
+        if op.namespace == "moeopt" and parameter.name in _TEXTS:
+            text = kwargs.get(parameter.name, "") if at >= len(args) else args[at]
+            _TEXTS[parameter.name](text if isinstance(text, str) else "")
 
 
 def _refs(value: PyObject) -> list[ValueRef]:

@@ -19,6 +19,7 @@ import moeopt
 from moeopt.checkpoint.tasks import TASKS
 from moeopt.cli.early import check_backend, check_bundle, check_certificate
 from moeopt.cli.inspect_command import inspect_command
+from moeopt.cli.limits import as_limits, missed_words
 from moeopt.cli.opened_target import opened_target
 from moeopt.cli.passes_command import passes_command
 from moeopt.cli.plan_command import plan_command
@@ -26,6 +27,7 @@ from moeopt.cli.preflight import check_choice, check_out
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.schema_command import schema_command
 from moeopt.cli.target import FORMS, find_target, load_target
+from moeopt.cli.triton_command import triton_command
 from moeopt.errors import UsageError
 from moeopt.html import check_target
 from moeopt.limits import LoadLimits
@@ -58,6 +60,7 @@ app.command("profile")(profile_command)
 app.command("passes")(passes_command)
 app.command("plan")(plan_command)
 app.command("schema")(schema_command)
+app.command("triton")(triton_command)
 
 TargetArgument = Annotated[str, typer.Argument(help=FORMS)]
 BundleArgument = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
@@ -66,26 +69,36 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stder
 Trust = Annotated[bool, typer.Option(help="run the Python code that a Hugging Face directory brings")]
 Html = Annotated[Path | None, typer.Option(help="write the report to this file as one HTML page")]
 Task = Annotated[str | None, typer.Option(help="what a Hugging Face model is loaded for: " + ", ".join(TASKS))]
+BuiltFor = Annotated[
+    str | None, typer.Option("--target", help="what an engine is built for: a provider, or sm_89 for tensorrt")
+]
+QuantizeTo = Annotated[str | None, typer.Option(help="round the experts' weights: int8, int4, fp8 or mxfp4")]
+LimitTo = Annotated[
+    list[str] | None, typer.Option(help="the most that quantising may lose, like kl_mean=0.01; may be given again")
+]
 Seed = Annotated[int, typer.Option(help="of every random input, and of random weights")]
 
 
 @app.command()
 def optimize(
     target: TargetArgument,
-    backend: Annotated[str, typer.Option(help="torch, onnxruntime or tensorrt")] = "torch",
+    backend: Annotated[
+        str | None, typer.Option(help="torch, onnxruntime or tensorrt; without it torch, for an ONNX file onnxruntime")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="write a bundle to this directory")] = None,
     verify: Annotated[str | None, typer.Option(help="strict, fast or off")] = None,
     device: Annotated[str | None, typer.Option(help="where it shall run, like cpu or cuda:0")] = None,
-    built_for: Annotated[
-        str | None, typer.Option("--target", help="what an engine is built for: a provider, or sm_89 for tensorrt")
-    ] = None,
+    built_for: BuiltFor = None,
     dtype: Annotated[str | None, typer.Option(help="cast the model first, like bfloat16")] = None,
     tune: Annotated[bool, typer.Option(help="measure the lowerings on this machine")] = False,
+    portable: Annotated[bool, typer.Option("--portable", help="an engine of ONNX's own operators only")] = False,
     html: Html = None,
     measure: Annotated[bool, typer.Option("--measure", help="with --html: time a call before and after")] = False,
     skip_passes: Annotated[str | None, typer.Option(help="passes that do not run, with commas between")] = None,
     only_passes: Annotated[str | None, typer.Option(help="the only passes that run, with commas between")] = None,
     print_passes: Annotated[bool, typer.Option("--print-passes", help="list what each pass did")] = False,
+    quantize: QuantizeTo = None,
+    limit: LimitTo = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="let --out replace a verified bundle unverified")
     ] = False,
@@ -100,12 +113,15 @@ def optimize(
         check_target(html)
     if measure and (html is None or device is not None or dtype is not None):
         raise UsageError("--measure adds to the page of --html, and compares like with like: without --device, --dtype")
-    check_backend(backend)
+    if backend is not None:
+        check_backend(backend)
     found = find_target(target, task)
+    backend = backend or ("torch" if found.onnx is None else "onnxruntime")
     given: dict[str, Any] = {
         "verify": verify, "device": device, "target": built_for, "dtype": dtype, "tune": tune, "seed": seed,
         "skip_passes": skip_passes and _names(skip_passes), "only_passes": only_passes and _names(only_passes),
-        "print_passes": print_passes or None,
+        "print_passes": print_passes or None, "portable": portable or None, "quantize": quantize,
+        "limit": as_limits(limit or ()) or None,
     }  # fmt: skip
     fields = {name: value for name, value in given.items() if value is not None}
     check_choice(backend, fields)
@@ -132,7 +148,7 @@ def optimize(
     _print_optimized(optimized, out if stopped is None else None, html, stopped, as_json)
     if stopped is not None:
         raise stopped
-    _exit(optimized.certificate.passed)
+    _exit(optimized.certificate.passed, missed_words(optimized.certificate) or "not equivalent")
 
 
 def _print_optimized(
@@ -218,7 +234,7 @@ def verify(
         _print_json(json.loads(certificate.to_json()))
     else:
         _show(certificate)
-    _exit(certificate.passed)
+    _exit(certificate.passed, missed_words(certificate) or "not equivalent")
 
 
 @app.command()

@@ -77,10 +77,14 @@ def _subject(kind: str) -> tuple[type, dict[str, Any]]:
         fields = [(name, types[name]) for name in types if name != "certificate"]  # which has a JSON of its own
         return msgspec.defstruct("Report", fields), {"schema": {"const": SCHEMA}}
     passed = {"anyOf": [{"type": "boolean"}, {"type": "null"}]}
-    return certificate.Certificate, {"schema": {"const": certificate.SCHEMA}, "passed": passed}
+    return certificate.Certificate, {
+        "schema": {"const": certificate.SCHEMA},
+        "passed": passed,
+        "equivalent": passed,
+    }
 
 
-def _with_not_finite(value: JsonValue) -> Any:
+def _with_not_finite(value: JsonValue) -> JsonValue:
     """``value``, with "inf" and "nan" allowed wherever it has a number."""
     if isinstance(value, dict):
         if value.get("type") == "number":

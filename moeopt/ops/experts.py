@@ -22,6 +22,8 @@ from moeopt.ops import override
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
 from moeopt.ops.kernels.cuda import experts_cuda
 from moeopt.ops.native.dispatch import experts_on_cpu
+from moeopt.ops.quantized_bank import QuantizedExpertWeights
+from moeopt.ops.quantized_experts import quantized_experts
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.row_function import row_function
 from moeopt.value_types import PyObject
@@ -52,7 +54,9 @@ def experts(
         x_TH: tokens (T, H), any float dtype; T may be 0.
         ids_TK: chosen experts (T, K), integers; < 0 adds nothing, >= E is ``spec.out_of_range``.
         weights_TK: routing weights (T, K), any float dtype.
-        bank: the E experts' weights: a ``ExpertWeights``, or a ``SlotBank`` where ``spec`` is a ``RowFunction``.
+        bank: the E experts' weights: a ``ExpertWeights`` (of floats, or of codes and scales), or a ``SlotBank`` where
+            ``spec`` is a ``RowFunction``. One that has a ``run(x, ids, weights, spec, skip_idle)`` answers itself:
+            experts that lie on several machines.
         spec: the function, with the dtypes and the order of the sum.
         skip_idle: whether separate weights of experts that no token reaches get no gradient (``grad`` stays None,
             and optimizers leave them alone), as in a loop over the experts that are hit; else it is zeros, as in a
@@ -68,9 +72,15 @@ def experts(
         y_TH = impl(x_TH, ids_TK, weights_TK, bank, spec)  # type: ignore[arg-type]
         if y_TH is not None:
             return y_TH
+    if (run := getattr(bank, "run", None)) is not None:  # its experts are not all here
+        elsewhere_TH: Tensor = run(x_TH, ids_TK, weights_TK, spec, skip_idle)
+        return elsewhere_TH
     traced = _traced(x_TH)
     if isinstance(spec, RowFunction):
         return row_function(x_TH, ids_TK, weights_TK, bank, spec, traced, skip_idle)
+    if isinstance(bank, QuantizedExpertWeights):
+        as_op = traced or _quantized_needs_grad(x_TH, weights_TK, bank)
+        return quantized_experts(x_TH, ids_TK, weights_TK, bank, spec, as_op)
     if traced or _needs_grad(x_TH, weights_TK, bank):
         lists = flatten(bank, spec)
         if skip_idle and not traced:
@@ -146,6 +156,14 @@ def _needs_grad(x: Tensor, weights: Tensor, bank: ExpertWeights) -> bool:
         if any(t is not None and t.requires_grad for t in held):
             return True
     return False
+
+
+def _quantized_needs_grad(x: Tensor, weights: Tensor, bank: QuantizedExpertWeights) -> bool:
+    """Whether x, the routing weights, or what of the bank is floats, wants a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    floats = [t for part in (*bank.b_in_l, bank.b_out_l, bank.norm_l) for t in part or ()]
+    return any(t is not None and t.requires_grad for t in (x, weights, *floats, *bank.tensors().values()))
 
 
 def _run(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:

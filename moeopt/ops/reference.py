@@ -16,6 +16,7 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.value_types import PyObject
 
 
@@ -79,6 +80,8 @@ def out_features(bank: PyObject, spec: ExpertsSpec | RowFunction) -> int:
     """The width of the result: W_out's output dimension."""
     if isinstance(spec, RowFunction):
         return spec.body.out_features
+    if isinstance(bank, QuantizedExpertWeights):
+        return bank.out_features
     return int(bank.w_out(0).shape[0 if spec.w_out_layout == "oi" else 1])
 
 

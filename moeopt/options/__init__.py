@@ -17,7 +17,8 @@ Choices of the whole process, which are no fields, for a call of the op has no `
     MOEOPT_NATIVE_ISA  the instruction set that it plays: generic, avx2, avx512 or avx512_bf16
     MOEOPT_CXX      the compiler that builds it
 
-``fields`` has the dataclass, ``checks`` what a field can take, ``environment`` every variable that is read.
+``fields`` has the dataclass, ``checks`` what a field can take, ``quant_plan`` and ``loss_limits`` what ``quantize`` and
+``limit`` can, ``environment`` every variable that is read.
 """
 
 from moeopt.options.checks import check_device as check_device
@@ -34,3 +35,4 @@ from moeopt.options.environment import variables as variables
 from moeopt.options.fields import DenseMode as DenseMode
 from moeopt.options.fields import Options as Options
 from moeopt.options.fields import Verify as Verify
+from moeopt.options.quant_plan import QuantPlan as QuantPlan

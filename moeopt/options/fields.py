@@ -21,6 +21,8 @@ from moeopt.options.checks import (
     check_numbers,
 )
 from moeopt.options.environment import flag, from_variable, names_in
+from moeopt.options.loss_limits import as_limit, check_quantize
+from moeopt.options.quant_plan import as_quantize
 from moeopt.value_types import PyObject
 
 Verify = Literal["strict", "fast", "off"]
@@ -50,6 +52,8 @@ class Options:
         target: the device an engine is built for when it is not this machine's, as the backend names it.
         profile: the sizes that a TensorRT engine is built for: a mapping of an input's name to its least, best and
             largest shape, or several such mappings; None means from 1 to four times the example's.
+        portable: an ONNX Runtime engine of operators that ONNX itself defines, for other runtimes that read ONNX files
+            (OpenVINO, a browser); those of ONNX Runtime's own, which may be quicker, are left out.
         tf32: let a TensorRT engine round the inputs of float32 matmuls to TF32.
         timing_cache: a file in which TensorRT keeps what it measured, for the next build.
         build_seconds: after which a TensorRT builder is stopped.
@@ -70,6 +74,14 @@ class Options:
         skip_passes: names of passes that do not run (``moeopt passes`` lists them); one name or several.
         only_passes: names of the only passes that run; () means all that are on. Naming a pass that is off turns it on.
         print_passes: print a line on stderr for each pass that ran on a block, and a list of them in the report.
+        quantize: round the experts' weights to a format: ``"int8"`` (a scale a channel), ``"int4"`` (blocks of 32),
+            ``"fp8"``, ``"mxfp4"``, or a :class:`moeopt.QuantPlan`; None leaves them. This changes the function: the
+            certificate says what was lost, beside that the optimised model computes the quantised one. ``"checkpoint"``
+            rounds nothing: experts get the codes of the quantised checkpoint that the model was loaded from.
+        limit: the most that may be lost, by figure, like ``{"kl_mean": 0.01, "top1": 0.97}``. A missed limit is told:
+            ``certificate.passed`` is False.
+        data: the calls on which the loss is measured: one call's inputs, or an iterable of such; None means the
+            example inputs.
     """
 
     device: Any = None
@@ -84,6 +96,7 @@ class Options:
     groups: Any = field(default=None, hash=False)
     target: str | None = None
     profile: Any = field(default=None, hash=False)
+    portable: bool = False
     tf32: bool = False
     timing_cache: str | None = None
     build_seconds: float = 3600.0
@@ -106,6 +119,9 @@ class Options:
     )
     only_passes: tuple[str, ...] = ()
     print_passes: bool = field(default_factory=lambda: from_variable("MOEOPT_PRINT_PASSES", False, flag, "1 or 0"))
+    quantize: Any = None
+    limit: Mapping[str, float] | None = field(default=None, hash=False)
+    data: Any = field(default=None, hash=False, compare=False, repr=False)
 
     def __new__(cls, **given: PyObject) -> Options:
         """Remember which fields were given, so that ``from_fields`` can tell one that is given twice."""
@@ -124,6 +140,9 @@ class Options:
         check_numbers(self)
         object.__setattr__(self, "tokens", as_tokens(self.tokens))
         check_dense(self)
+        object.__setattr__(self, "quantize", as_quantize(self.quantize))
+        object.__setattr__(self, "limit", as_limit(self.limit))
+        check_quantize(self)
         object.__setattr__(self, "groups", as_groups(self.groups, self.dense, self.experts))
         if not isinstance(self.hints, Mapping):
             raise UsageError(f"hints={self.hints!r}: it must map name patterns to an ExpertsSpec or a callable")

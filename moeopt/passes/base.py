@@ -29,7 +29,8 @@ class Pass(Protocol):
     """One rewrite of a block graph. The pass manager copies the block before, and checks and verifies it after.
 
     A pass may also have two attributes, each a sentence: ``engines_only``, why a block that PyTorch runs is left
-    alone, and ``off``, why it does not run unless named in ``only_passes``.
+    alone, and ``off``, why it does not run unless named in ``only_passes``. A lossy pass that was asked for in another
+    way has ``asked``, which is then True.
     """
 
     name: str

@@ -201,7 +201,8 @@ def check_names(names: Iterable[str], passes: Sequence[Pass], option: str) -> No
 
 def _off(one: Pass) -> str:
     """Why ``one`` does not run unless it is named."""
-    return str(getattr(one, "off", "")) or ("it changes the function" if one.level is Level.LOSSY else "")
+    lossy = one.level is Level.LOSSY and not getattr(one, "asked", False)
+    return str(getattr(one, "off", "")) or ("it changes the function" if lossy else "")
 
 
 def _keep_the_law(one: Pass, before: BlockGraph, after: BlockGraph, differ: Differ | None) -> None:

@@ -8,6 +8,7 @@ from moeopt.passes.fold_expert_scale import FoldExpertScale
 from moeopt.passes.fuse_dense_ffn import FuseDenseFFN
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.merge_shared_expert import MergeSharedExpert
+from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.passes.shrink_router_softmax import ShrinkRouterSoftmax
 from moeopt.passes.split_dense_ffn import SplitDenseFFN
 
@@ -18,5 +19,6 @@ PIPELINE: tuple[Pass, ...] = (
     DropCopies(),  # before patterns are looked for: a copy or an idle view may stand in the middle of one
     MergeSharedExpert(),  # before a factor on the routed sum alone is folded away
     FoldExpertScale(),  # after copies are gone that would stand between the sum and its factor
-    ShrinkRouterSoftmax(),  # last: nothing else looks at routers
+    ShrinkRouterSoftmax(),  # after the experts are one op: nothing else looks at routers
+    QuantizeExperts(),  # last: another function from here on; off unless quantize= gives it a plan
 )

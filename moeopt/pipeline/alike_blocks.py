@@ -20,7 +20,10 @@ from torch.utils import _pytree as pytree
 
 from moeopt.capture.alike import unlike
 from moeopt.capture.call_roles import CallSpec
+from moeopt.errors import Declined
+from moeopt.passes.base import PassRecord
 from moeopt.passes.manager import Result
+from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
@@ -92,15 +95,37 @@ class AlikeBlocks:
         return None
 
 
-def bound_result(bound: Bound, verify: Callable[[BlockGraph], BlockCheck]) -> tuple[BlockProgram, Result] | None:
-    """The known graph as a block of its own, verified; None where it is not equivalent here."""
+def bound_result(
+    bound: Bound, verify: Callable[[BlockGraph], BlockCheck], quantize: QuantizeExperts | None = None
+) -> tuple[BlockProgram, Result] | None:
+    """The known graph as a block of its own, verified; None where it is not equivalent here.
+
+    ``quantize``: the pass that gave the known block its formats: a plan may say otherwise of this block.
+    """
     block = bound.known.program.block.copy()
     block.name = bound.name
+    records = [dataclasses.replace(r, block=bound.name, seconds=0.0) for r in bound.known.passes.records]
+    if quantize is not None:
+        records = [
+            _quantized_again(r, quantize, block, bound.module) if r.name == quantize.name else r for r in records
+        ]
     verdict = verify(block)
     if verdict.passed is not True:
         return None
-    records = [dataclasses.replace(r, block=bound.name, seconds=0.0) for r in bound.known.passes.records]
     return bound.program(block), Result(block, verdict, records)
+
+
+def _quantized_again(record: PassRecord, quantize: QuantizeExperts, block: BlockGraph, root: nn.Module) -> PassRecord:
+    """Give ``block`` the formats that the plan has for it; the record of that."""
+    if not record.fired and record.reason.startswith("reverted"):
+        return record  # its kernel was wrong on the known block, and would be here
+    block.formats, block.codes, block.root = {}, {}, root
+    try:
+        return dataclasses.replace(record, fired=quantize.apply(block), reason="")
+    except Declined as err:
+        return dataclasses.replace(record, fired=0, reason=str(err), verified=False)
+    finally:
+        block.root = None
 
 
 def _installed(module: nn.Module, name: str) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,20 +19,24 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Obstacle, Rank
-from moeopt.options import Options
+from moeopt.options import Options, QuantPlan
+from moeopt.passes.base import Pass
 from moeopt.passes.manager import PassManager, Result, check_names
 from moeopt.passes.pipeline import PIPELINE
+from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.pipeline.finished_blocks import recall
 from moeopt.pipeline.pays import check_pays
+from moeopt.published.experts import PublishedExperts
 from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.install import BlockProgram, RewrittenForward
 from moeopt.rewrite.legality import check_module
+from moeopt.rewrite.live_codes import dequantized
 from moeopt.value_types import PyObject
 from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
@@ -89,7 +93,7 @@ def rewrite_block(
     try:
         manager = manager or pass_manager(options, runtime)
         check_module(module)
-        bound = None if alike is None else _rebind(name, module, call, options, runtime, alike)
+        bound = None if alike is None else _rebind(name, module, call, options, runtime, alike, manager)
         return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
     except (Declined, UsageError):
         raise
@@ -102,13 +106,15 @@ def rewrite_block(
         ) from err
 
 
-def pass_manager(options: Options, runtime: Runtime | None) -> PassManager:
-    """The manager that ``options`` ask for.
+def pass_manager(options: Options, runtime: Runtime | None, model: nn.Module | None = None) -> PassManager:
+    """The manager that ``options`` ask for; ``model``: what they are for, where a plan takes codes of its checkpoint.
 
     Raises:
-        UsageError: they name a pass that is not there.
+        UsageError: they name a pass that is not there, or codes of a checkpoint and the model is from none.
     """
-    passes = PIPELINE if options.passes is None else options.passes
+    plan = options.quantize
+    published = PublishedExperts(model) if model is not None and plan is not None and plan.takes_checkpoint else None
+    passes = with_plan(PIPELINE if options.passes is None else options.passes, plan, published)
     check_names(options.skip_passes, (*passes, *PIPELINE), "skip_passes")
     here = {one.name for one in passes}
     return PassManager(
@@ -119,6 +125,18 @@ def pass_manager(options: Options, runtime: Runtime | None) -> PassManager:
         runtime is not None,
         options.dump is not None,
     )
+
+
+def with_plan(
+    passes: Sequence[Pass], plan: QuantPlan | None, published: PublishedExperts | None = None
+) -> tuple[Pass, ...]:
+    """``passes`` with the one that quantises as ``plan`` says, if there is one; at the end where it is missing."""
+    if plan is None:
+        return tuple(passes)
+    asked = QuantizeExperts(plan, published)
+    if not any(one.name == asked.name for one in passes):
+        return (*passes, asked)
+    return tuple([asked if one.name == asked.name else one for one in passes])
 
 
 def _rewrite(
@@ -180,8 +198,9 @@ def _rewrite(
 
 
 def _rebind(
-    name: str, module: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime | None, alike: AlikeBlocks
-) -> Rewrite | None:
+    name: str, module: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime | None, alike: AlikeBlocks,
+    manager: PassManager,
+) -> Rewrite | None:  # fmt: skip
     """The graph of an alike block that was verified before, bound to ``module`` and verified there; None where there
     is none, or where it is not equivalent here."""
     started = time.perf_counter()
@@ -192,7 +211,8 @@ def _rebind(
     def verify(block: BlockGraph) -> BlockCheck:
         return recall(name) or _verify(bound, call, options, runtime, block, False)
 
-    done = bound_result(bound, verify)
+    asked = [one for one in manager.passes if isinstance(one, QuantizeExperts) and not manager.leaves_out(one.name)]
+    done = bound_result(bound, verify, asked[0] if asked else None)
     if done is None:
         return None
     program, result = done
@@ -249,6 +269,7 @@ def _verify(
         with (
             runtime.run_through_backend(known) if runtime is not None else contextlib.nullcontext(),
             statistics_kept(module),
+            dequantized(module, [bank for bank, _ in rewritten.banks]),  # the quantised model's own code is the judge
         ):
             check = verify_block(name, original, rewritten, cases, level=options.verify)
         if check.passed is not False or runtime is None or not settle or not runtime.demote(check.reason):

@@ -9,6 +9,7 @@ from torch import nn
 
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.find.block_candidates import BlockCandidate
+from moeopt.ir.bank_format import BankFormat
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.obstacles import Obstacle, Rank
 from moeopt.passes.base import PassRecord
@@ -96,12 +97,21 @@ def report_of_block(
         router = read_router(model, attempt.path, outcome.calls, found, inside)
         yield BlockReport(
             name, "moe", "rewritten", "", len(found.experts), describe_router(found, router),
-            lowering_text(model.get_submodule(attempt.path), found),
+            lowering_text(model.get_submodule(attempt.path), found) + _in_codes(attempt.rewrite, found),
             attempt.rewrite.check.distance_rewritten if attempt.rewrite.check.passed is not None else None,
             found.source, seconds=attempt.seconds,
             top_k=found.routing.per_token, spec=str(found.spec),
             router_spec=router.encode(),
         )  # fmt: skip
+
+
+def _in_codes(rewrite: Rewrite, found: Recognition) -> str:
+    """The format of quantised experts, to stand behind a lowering."""
+    number = next(n for n, one in enumerate(rewrite.found) if one is found)
+    format = rewrite.program.block.formats.get(number)
+    if isinstance(format, BankFormat):  # codes of a checkpoint
+        format = format.w_out.format
+    return "" if format is None else f", weights in {format}"
 
 
 def _report_dense(
@@ -114,7 +124,7 @@ def _report_dense(
         return BlockReport(name, "dense_ffn", "declined", reason, source=where or place.source, spec=spec)
     found = next(f for f in done.rewrite.found if expert_parameters(model, done.path, [f]) >= place.weights)
     return BlockReport(
-        name, "dense_ffn", "rewritten", "", len(found.experts), "", done.lowering,
+        name, "dense_ffn", "rewritten", "", len(found.experts), "", done.lowering + _in_codes(done.rewrite, found),
         done.rewrite.check.distance_rewritten if done.rewrite.check.passed is not None else None,
         found.source, seconds=done.seconds, top_k=len(found.experts), spec=str(found.spec),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from moeopt.capture.probe_inputs import call_specs
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.pipeline.block import Rewrite
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
+from moeopt.rewrite.live_codes import DequantizedForward, LiveCodes
 from moeopt.value_types import PyObject
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.gradients import STOPPED, gradients_differ, skips_idle
@@ -34,6 +35,10 @@ def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Map
         original = forward.original or type(module).forward.__get__(module)
         args, kwargs = calls[path]
         guard = rewrite.program.guard
+        banks = [bank for bank, _ in forward.banks]
+        codes = [bank for bank in banks if isinstance(bank, LiveCodes)]
+        if codes:  # the quantised model's own code is the judge; what codes stand for has no gradient in either
+            original = DequantizedForward(module, original, codes)
         guard.gradients = _differ(module, original, forward, args, kwargs)
         if (reason := guard.gradients) and reason != STOPPED and (before := forward.let_gradients_through()):
             guard.gradients = ""  # so that the rewritten code runs
@@ -44,7 +49,7 @@ def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Map
             guard.gradients, guard.no_grad = "", True
             continue
         experts = max(len(found.experts) for found in rewrite.found)
-        if guard.gradients or experts == 1 or all(bank.stacked() is not None for bank, _ in forward.banks):
+        if guard.gradients or experts == 1 or codes or all(bank.stacked() is not None for bank in banks):
             continue
 
         def rewritten(skip: bool, forward: PyObject = forward, guard: PyObject = guard) -> PyObject:

@@ -1,6 +1,7 @@
 """THE order: what happens to a model, top to bottom.
 
 discover        places that may hold experts or a dense FFN         (find/discover)
+compare         with the quantised checkpoint that was loaded, if any   (pipeline/beside_checkpoint)
 for each place, innermost module first:
     probe       traces of the block                         (capture/tape, capture/probe_inputs)
     recognise   rows, function, combine, routing                   (recognise/experts)
@@ -31,6 +32,7 @@ from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.manager import PassManager
 from moeopt.patches import fewer_collections
 from moeopt.pipeline.attempts import LEVELS, BlockAttempts, levels_of, part_of_another
+from moeopt.pipeline.beside_checkpoint import beside_checkpoint
 from moeopt.pipeline.block import Runtime, pass_manager
 from moeopt.pipeline.block_reports import Attempt, PipelineResult, report_of_block, shared_blocks
 from moeopt.pipeline.dense import DenseResult as DenseResult
@@ -50,21 +52,24 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
         UsageError: a hint that matches no block, a pass that is none.
     """
     started = time.perf_counter()
-    manager = pass_manager(options, runtime)
+    manager = pass_manager(options, runtime, model)
     options.say("looking for feed-forward and mixture-of-experts blocks")
     dump = Dump(options.dump) if options.dump is not None else None
     absent = absent_reason(model)
     if absent:
         return PipelineResult(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
     places = discover(model, *call)
+    beside = beside_checkpoint(model, [q for p in places for q in (p, *p.alone)])
     moe = [p for p in places if p.kind == "moe"]
     if options.dense == "split":
         check_groups([*_dense(places), *(a for p in moe for a in p.alone)], options)
     calls, changed = _calls_of(model, call, places)
-    outcome = PipelineResult([], [], {}, calls)
+    outcome = PipelineResult([], [], {}, calls, notes=beside)
     blocks = BlockAttempts(model, call, outcome, changed, options, runtime, manager)
     attempts = _rewrite_blocks(blocks, moe, dump)
     _check_hints(model, moe, options)
+    experts = {weight for place, _ in attempts for weight in place.weights}
+    places = [p for p in places if p.kind == "moe" or experts.isdisjoint(p.weights)]  # one that looked like a dense FFN
     places = sorted([*places, *shared_blocks(model, attempts)], key=lambda p: p.order)
     denses: dict[int, DenseResult] = {}
     if options.dense != "leave":

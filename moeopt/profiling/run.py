@@ -12,8 +12,8 @@ from moeopt.api import Optimized, optimize
 from moeopt.bundle.engine import Engine
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
+from moeopt.find.batches import batches
 from moeopt.options import Options
-from moeopt.profiling.batches import batches
 from moeopt.profiling.observe import observe
 from moeopt.profiling.result import LoadProfile, Unread, layer_load
 from moeopt.report import Report

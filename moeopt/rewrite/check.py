@@ -46,6 +46,8 @@ def check_block(block: BlockGraph, before: BlockGraph | None = None) -> None:
     for node in block.graph.nodes:
         if reason := _broken(block, node):
             raise LawBroken(f"{node} ({op_name(node)}): {reason}")
+    if missing := [number for number in block.formats if not 0 <= number < len(block.weights)]:
+        raise LawBroken(f"there are no experts {missing[0]} to quantise among the block's {len(block.weights)}")
     for number, weights in enumerate(block.weights):
         for reason in _weight_faults(weights, block.root):
             raise LawBroken(f"the weights of experts {number}: {reason}")

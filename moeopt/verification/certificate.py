@@ -2,6 +2,10 @@
 
 ``passed`` is True, False, or None when nothing was verified (verify="off"). ``executed`` is False when
 the engine itself did not run and ``passed`` speaks of a replay of it.
+
+Where experts were quantised there are two statements. ``blocks`` and ``end_to_end`` say that what runs computes the
+*quantised* model; ``loss`` says how far that is from the original, ``equivalent`` is False, and ``passed`` also needs
+each limit that was set to hold.
 """
 
 from __future__ import annotations
@@ -19,9 +23,12 @@ import torch
 from msgspec import UNSET
 
 from moeopt.errors import BundleError
+from moeopt.options.loss_limits import FIGURES
 from moeopt.untrusted import checked, cleaned, parse_json, shown
 from moeopt.value_types import PyObject
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
+from moeopt.verification.loss import Loss
+from moeopt.verification.loss_text import judged, loss_lines, revived_loss
 from moeopt.verification.model import EndToEnd
 from moeopt.verification.results import BlockCheck, CaseResult
 
@@ -40,7 +47,11 @@ def current_versions() -> dict[str, str]:
 
 @dataclass
 class Certificate:
-    """See the module's docstring. ``notes`` are sentences for the reader, ``level`` the Options.verify value."""
+    """See the module's docstring. ``notes`` are sentences for the reader, ``level`` the Options.verify value.
+
+    ``quantized``: the format of each block whose experts were quantised; ``loss``: what that lost, empty where nothing
+    was quantised or measured.
+    """
 
     blocks: list[BlockCheck] = field(default_factory=list)
     end_to_end: EndToEnd | None = None
@@ -50,6 +61,13 @@ class Certificate:
     dtype: str = ""
     versions: dict[str, str] = field(default_factory=current_versions)
     notes: list[str] = field(default_factory=list)
+    quantized: dict[str, str] = field(default_factory=dict)
+    loss: Loss = field(default_factory=Loss)
+
+    @property
+    def equivalent(self) -> bool | None:
+        """Whether the original's function is computed: False where experts were quantised, else as ``passed``."""
+        return False if self.quantized else self.passed
 
     @property
     def passed(self) -> bool | None:
@@ -57,7 +75,7 @@ class Certificate:
         verdicts = [block.passed for block in self.blocks]
         if self.end_to_end is not None:
             verdicts.append(self.end_to_end.passed)
-        if False in verdicts:
+        if False in verdicts or judged(self.loss, self.loss.get("limit", {})):
             return False
         if self.level == "off" or None in verdicts:
             return None
@@ -72,22 +90,31 @@ class Certificate:
             return "NOT VERIFIED: something was left out"
         if not self.blocks and self.end_to_end is None:
             return "PASSED: nothing was rewritten, nothing to verify"
-        return "PASSED" if self.passed else "FAILED"
+        if not self.quantized:
+            return "PASSED" if self.passed else "FAILED"
+        if judged(self.loss, self.loss.get("limit", {})):
+            return "LIMIT MISSED: what quantising lost is more than was allowed"
+        kept = ", within its limits" if self.loss.get("limit") else ""
+        return f"PASSED as the quantised model, not equivalent{kept}" if self.passed else "FAILED"
 
     def to_json(self) -> str:
         """The certificate as JSON text; :meth:`from_json` is the inverse."""
         body = dataclasses.asdict(self)
-        return json.dumps({"schema": SCHEMA, "passed": self.passed, **_plain(body)}, indent=1, allow_nan=False)
+        verdicts = {"passed": self.passed, "equivalent": self.equivalent}
+        return json.dumps({"schema": SCHEMA, **verdicts, **_plain(body)}, indent=1, allow_nan=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a reader: :meth:`to_json`'s, the verdict in words, and what a block may need."""
-        limits = {"verdict": self.verdict, "factor": FACTOR, "eps_allowance": EPS_ALLOWANCE}
+        limits: dict[str, Any] = {"verdict": self.verdict, "factor": FACTOR, "eps_allowance": EPS_ALLOWANCE}
+        if self.quantized:
+            misses = [key for key, most in self.loss.get("limit", {}).items() if judged(self.loss, {key: most})]
+            limits |= {"figures": FIGURES, "limits_missed": misses}
         return {**json.loads(self.to_json()), **limits}
 
     def _repr_html_(self) -> str:
-        from moeopt.html import certificate_table
+        from moeopt.html import certificate_table, loss_table
 
-        return certificate_table(self.blocks, self.verdict)
+        return certificate_table(self.blocks, self.verdict) + (loss_table(self.to_dict()) if self.loss else "")
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
@@ -98,6 +125,9 @@ class Certificate:
         if body.pop("schema") != SCHEMA:
             raise BundleError("the certificate has another schema version: written by another moeopt")
         stated, end = body.pop("passed", UNSET), body.get("end_to_end")
+        equivalent = body.pop("equivalent", UNSET)  # none in a certificate of an older moeopt
+        if isinstance(body.get("loss"), dict):
+            body["loss"] = revived_loss(body["loss"])
         if isinstance(end, dict):
             body["end_to_end"] = _revived(EndToEnd, end)
         for block in body["blocks"] if isinstance(body.get("blocks"), list) else ():
@@ -108,6 +138,10 @@ class Certificate:
         if certificate.passed is not stated:
             said = "nothing of passed" if stated is UNSET else f"passed={shown(stated, 40)}"
             raise BundleError(f"the certificate says {said}, and its parts say passed={certificate.passed}")
+        if equivalent is not UNSET and certificate.equivalent is not equivalent:
+            raise BundleError(
+                f"the certificate says equivalent={shown(equivalent, 40)}, and its parts say {certificate.equivalent}"
+            )
         _check_budget(certificate.end_to_end)
         return certificate
 
@@ -120,7 +154,8 @@ class Certificate:
         if self.passed and self.blocks:
             count = f"{len(self.blocks)} rewritten block{'s' * (len(self.blocks) > 1)}"
             whole = "" if self.end_to_end is None else ", and the whole model end to end"
-            lines += _wrap(f"what passed: {count}{whole}", "  ")
+            what = " against the model with quantised experts" if self.quantized else ""
+            lines += _wrap(f"what passed: {count}{whole}{what}", "  ")
         if not self.executed:
             lines.append("engine: not executed; the verdict is that of a replay")
         lines += _wrap(versions, "  ")
@@ -138,6 +173,8 @@ class Certificate:
             lines += self._reasons()
         if self.end_to_end is not None:
             lines += ["", *(part for line in self.end_to_end.lines() for part in _wrap(line, ""))]
+        if self.quantized:
+            lines += ["", *(part for line in loss_lines(self.quantized, self.loss) for part in _wrap(line, ""))]
         for note in self.notes:
             lines += _wrap(f"note: {note}", "")
         return lines

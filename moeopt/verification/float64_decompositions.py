@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.experts import decode, unflatten
+from moeopt.ops.quantized_experts import in_float64 as quantized_in_float64
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.row_function import in_float64
 from moeopt.value_types import PyObject
@@ -117,14 +119,25 @@ def efficient_cuda(q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_cau
 
 def experts(x, ids, weights, w_in, w_out, b_in, b_out, norm, spec):  # type: ignore[no-untyped-def]
     """``moeopt::experts``: its definition with every dtype float64; a weight is widened when it is used."""
-    wide = dataclasses.replace(
+    wide = _wide(spec)
+    return experts_reference(x.to(F64), ids, weights.to(F64), unflatten((w_in, w_out, b_in, b_out, norm), wide), wide)
+
+
+def quantized_experts(x, ids, weights, w_in, w_out, b_in, b_out, norm, spec, formats):  # type: ignore[no-untyped-def]
+    """``moeopt::quantized_experts``: the definition on the exact products of codes and scales."""
+    return quantized_in_float64(x, ids, weights, w_in, w_out, b_in, b_out, norm, _wide(spec), formats)
+
+
+def _wide(spec: str) -> ExpertsSpec:
+    """The spec with every dtype float64."""
+    return dataclasses.replace(
         decode(spec), compute_dtype="float64", act_dtype=None, accum_dtype="float64", out_dtype="float64"
     )
-    return experts_reference(x.to(F64), ids, weights.to(F64), unflatten((w_in, w_out, b_in, b_out, norm), wide), wide)
 
 
 STAND_INS: dict[str, Callable[..., Any]] = {
     "moeopt::experts": experts,
+    "moeopt::quantized_experts": quantized_experts,
     "moeopt::row_function": in_float64,
     "aten::_grouped_mm": grouped_mm,
     "transformers::grouped_mm_fallback": grouped_mm,

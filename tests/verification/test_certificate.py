@@ -113,3 +113,49 @@ def test_a_certificate_writes_nothing_to_the_terminal():
     data["notes"] = ["\x1b]0;owned\x07a note\x1b[2J"]
     assert "a note" in str(Certificate.from_json(json.dumps(data)))
     assert "\x1b" not in str(Certificate.from_json(json.dumps(data)))
+
+
+def lossy(**loss):
+    body = {"kl_mean": 0.02, "top1": 0.9, "tokens": 9, "data": "the example inputs", "limit": {}, "missed": [], **loss}
+    return Certificate([block()], EndToEnd(True), quantized={"model.layers.0.mlp": "int4"}, loss=body)
+
+
+def test_a_loss_is_no_equivalence():
+    certificate = lossy()
+    assert certificate.passed is True and certificate.equivalent is False
+    assert certificate.verdict == "PASSED as the quantised model, not equivalent"
+    assert json.loads(certificate.to_json())["equivalent"] is False
+    assert Certificate([block()], EndToEnd(True)).equivalent is True
+    assert Certificate([block(False)]).equivalent is False and Certificate([], level="off").equivalent is None
+
+
+def test_a_limit_is_a_gate():
+    assert lossy(limit={"kl_mean": 0.02}).verdict == "PASSED as the quantised model, not equivalent, within its limits"
+    certificate = lossy(limit={"kl_mean": 0.01}, missed=["kl_mean is 0.02"])
+    assert certificate.passed is False and certificate.verdict.startswith("LIMIT MISSED: what quantising lost")
+    assert "  LIMIT MISSED: kl_mean is 0.02" in str(certificate)
+
+
+def test_a_loss_goes_through_json():
+    certificate = lossy(kl_max=math.inf, reference={"kl_mean": 1e-4}, standard_errors={"kl_mean": 1e-3})
+    again = Certificate.from_json(certificate.to_json())
+    assert again == certificate and str(again) == str(certificate)
+    assert "kl_mean: 0.02 +- 0.001; int8 per channel 0.0001" in str(again)
+    assert max(map(len, str(again).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: d["loss"].update(kl_mean=0.5), "says passed=True, and its parts say passed=False"),
+        (lambda d: d["loss"].update(limit={"kl_mean": 0.001}), "says passed=True, and its parts say passed=False"),
+        (lambda d: d.update(equivalent=True), "says equivalent=True, and its parts say False"),
+        (lambda d: d["loss"].update(good=True), "a loss has no 'good'"),
+        (lambda d: d["loss"].update(top1="much"), "lacks or mistypes a part"),
+    ],
+)
+def test_an_edited_loss_is_refused(change, reason):
+    data = json.loads(lossy(limit={"kl_mean": 0.02}).to_json())
+    change(data)
+    with pytest.raises(BundleError, match=reason):
+        Certificate.from_json(json.dumps(data))

@@ -15,6 +15,7 @@ from moeopt.backends.onnxrt.bundle import holds_native, load_onnx_bundle, native
 from moeopt.backends.onnxrt.custom_op import why_not
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
+from moeopt.backends.onnxrt.lowerings.quantized import UnrolledFloats
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine, built_for
 from moeopt.backends.onnxrt.open_engine import open_onnx
 from moeopt.backends.onnxrt.plan import OrtPlan
@@ -25,8 +26,10 @@ from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.limits import LoadLimits
+from moeopt.onnx_in.read import read_onnx
 from moeopt.options import Options
 from moeopt.value_types import JsonValue, PyObject
+from moeopt.verification.certificate import Certificate
 
 
 class OnnxRuntimeBackend(GraphBackend):
@@ -40,6 +43,20 @@ class OnnxRuntimeBackend(GraphBackend):
     def runs_on_gpu(self, plan: OrtPlan) -> bool:
         return plan.provider != "cpu"
 
+    def optimize_file(
+        self, model: PyObject, inputs: PyObject, options: Options, plan: PyObject
+    ) -> tuple[Made, ArgsKwargs]:
+        from moeopt.backends.onnxrt.onnx_file.optimize import (
+            optimize_file,  # it needs onnx, which models may do without
+        )
+
+        return optimize_file(read_onnx(model), inputs, options, plan, type(self))
+
+    def verify_file(self, original: PyObject, inputs: PyObject, engine: PyObject, before: Certificate) -> Certificate:
+        from moeopt.backends.onnxrt.onnx_file.optimize import verify_file  # it needs onnx, which models may do without
+
+        return verify_file(read_onnx(original), inputs, engine, before)
+
     def _build_impl(self, twin: nn.Module, call: ArgsKwargs, plan: OrtPlan, options: Options) -> BuiltGraph:
         return build_onnx(twin, *call, plan, options.say)
 
@@ -50,6 +67,17 @@ class OnnxRuntimeBackend(GraphBackend):
         engine = open_onnx(built, plan, _session_options(options), NATIVE)
         assert isinstance(engine, OnnxEngine), "a plan with native blocks runs on this machine"
         return engine
+
+    def _notes_impl(self, built: BuiltGraph) -> list[str]:
+        """What of quantised experts is codes in the file only."""
+        floats = [site for site, name in built.lowerings.items() if name == UnrolledFloats.name]
+        if not floats:
+            return []
+        return [
+            f"{floats[0]}{f' and {len(floats) - 1} more' if floats[1:] else ''}: ONNX Runtime has no kernel that "
+            "computes on these codes with float32 activations, so the file holds codes, and a session makes floats of "
+            "them when it is loaded; quantize='int4' stays codes in memory too"
+        ]
 
     def _lowering_impl(self, path: str, built: BuiltGraph) -> str:
         found = {why for site, why in built.reasons.items() if site.split("#")[0] == path}

@@ -15,6 +15,7 @@ from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.providers import why_absent
+from moeopt.backends.refuse_quantize import refuse_quantize
 from moeopt.backends.tensorrt.build_engine import BuiltEngine, build_trt
 from moeopt.backends.tensorrt.bundle import THROUGH_ONNX, load_trt_bundle, needs_of, save_trt_bundle
 from moeopt.backends.tensorrt.engine import TensorRTEngine, built_not_executed, here
@@ -38,6 +39,7 @@ class TensorRTBackend(GraphBackend):
     name = "tensorrt"
 
     def _plan_impl(self, options: Options) -> EnginePlan:
+        refuse_quantize(self.name, options)
         return trt_plan(options)
 
     def runs_on_gpu(self, plan: EnginePlan) -> bool:

@@ -24,9 +24,18 @@ from moeopt.ops.native.library import missing
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.check_gradients import check_gradients
+from moeopt.pipeline.measure_loss import data_of, measure_loss
+from moeopt.pipeline.quantized_model import (
+    check_patterns,
+    formats_of,
+    notes_of,
+    quantized_original,
+    routed_banks,
+)
 from moeopt.pipeline.report_of import how_to_save, report_of
 from moeopt.pipeline.run import run
 from moeopt.rewrite.install import install, uninstall
+from moeopt.rewrite.store_codes import store_codes
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd, end_to_end
@@ -38,8 +47,8 @@ class TorchBackend(Backend):
     name = "torch"
 
     def _plan_impl(self, options: Options) -> None:
-        for name in ("target", "profile", "timing_cache", "session_options"):
-            if (given := getattr(options, name)) is not None:
+        for name in ("target", "profile", "timing_cache", "session_options", "portable"):
+            if (given := getattr(options, name)) not in (None, False):
                 raise UsageError(
                     f"{name}={given!r:.80} is for an engine, and backend='torch' builds none: give "
                     "backend='onnxruntime' or backend='tensorrt' as well, or leave it out"
@@ -47,9 +56,11 @@ class TorchBackend(Backend):
 
     def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: None) -> Made:
         shared: list[str] = []
+        data = data_of(source, call, options)
         twin = shared_copy(source, shared)
         outcome = run(twin, call, options)
         outcome.notes += [*shared, *how_to_save(outcome)]
+        check_patterns(outcome, options)
         if options.verify != "off":
             check_gradients(twin, outcome.rewrites, outcome.calls)
         certificate = _certify(source, twin, call, outcome, options)
@@ -57,10 +68,15 @@ class TorchBackend(Backend):
             why = _revert(twin, outcome, certificate)
             certificate = _certify(source, twin, call, outcome, options)
             certificate.notes.append(why)
-        elif options.inplace:
+        outcome.notes += notes_of(outcome, twin, options)
+        if formats_of(twin) and options.verify != "off":
+            certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options)
+        if options.inplace and outcome.rewrites:
             for path, rewrite in outcome.rewrites.items():
                 install(source.get_submodule(path), rewrite.program)
             twin = source
+        outcome.notes += [f"{name} also holds other numbers than experts' weights, or is held elsewhere: its floats "
+                          "stay beside the codes" for name in store_codes(twin)]  # fmt: skip
         report = report_of(source, outcome.blocks, self.name, outcome, certificate, options)
         first = next(source.parameters(), None)
         grouped = any(b.status == "rewritten" and b.kind == "moe" for b in outcome.blocks)
@@ -123,7 +139,9 @@ def _certify(source: nn.Module, twin: nn.Module, call: ArgsKwargs, outcome: PyOb
     end: EndToEnd | None = None
     if options.verify != "off" and outcome.rewrites:
         options.say("comparing the whole model end to end")
-        end = end_to_end(source, twin, *call, noise_blocks=list(outcome.rewrites), seed=options.seed)
+        end = end_to_end(
+            quantized_original(source, twin), twin, *call, noise_blocks=list(outcome.rewrites), seed=options.seed
+        )
     first = next(source.parameters(), None)
     return Certificate(
         blocks=outcome.checks,
@@ -131,6 +149,7 @@ def _certify(source: nn.Module, twin: nn.Module, call: ArgsKwargs, outcome: PyOb
         level=options.verify,
         device=str(first.device) if first is not None else "cpu",
         dtype=str(first.dtype).removeprefix("torch.") if first is not None else "",
+        quantized=formats_of(twin),
     )
 
 

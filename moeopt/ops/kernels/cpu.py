@@ -20,6 +20,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.kernels.gemm import linear, linear_into, pays_to_fill
+from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.reference import check, dtypes, out_features, rms_norm
 
 Group = tuple[int, int, int]
@@ -89,7 +90,8 @@ def _terms(x_RH: Tensor, w_R1: Tensor, groups: list[Group], bank: ExpertWeights,
     term_RH = x_RH.new_empty(x_RH.shape[0], out_features(bank, spec), dtype=accum)
     r_RH = (x_RH * w_R1 if spec.weight_on == "input" else x_RH).to(compute)
     if inside:
-        kernel = _together if x_RH.shape[0] <= FEW_ROWS * len(inside) else _one_by_one
+        few = x_RH.shape[0] <= FEW_ROWS * len(inside) and not isinstance(bank, QuantizedExpertWeights)
+        kernel = _together if few else _one_by_one  # of quantised experts one at a time is held in floats
         kernel(r_RH, None if spec.weight_on == "input" else w_R1, inside, bank, spec, term_RH)
     if len(inside) < len(groups):
         for e, begin, end in groups:

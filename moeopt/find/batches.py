@@ -1,4 +1,4 @@
-"""The data that is profiled: one call's inputs, or any iterable of such."""
+"""The data that something is measured on: one call's inputs, or any iterable of such."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from moeopt.find.example_inputs import as_call
 from moeopt.value_types import PyObject
 
 
-def batches(data: PyObject) -> Iterator[ArgsKwargs]:
+def batches(data: PyObject, purpose: str = "profile") -> Iterator[ArgsKwargs]:
     """Calls, one after the other; nothing is read ahead.
 
     A tensor, a tuple and a mapping are one call, as ``optimize`` takes them. Anything else that can be iterated (a
     list, a generator, a DataLoader) yields calls in these forms; there a list is one call's positional arguments.
+    ``purpose``: what is done with them, for the message about none.
 
     Raises:
         UsageError: ``data`` is none of these, an item is no call, or there is none.
@@ -36,4 +37,4 @@ def batches(data: PyObject) -> Iterator[ArgsKwargs]:
         except UsageError as err:
             raise UsageError(f"batch {number} of the data: {err}") from None
     if number < 0:
-        raise UsageError("data yields no batch: there is nothing to profile")
+        raise UsageError(f"data yields no batch: there is nothing to {purpose}")

@@ -1,0 +1,219 @@
+"""``moeopt::quantized_experts``: the experts op on codes and scales, entered through ``moeopt.ops.experts``.
+
+    y = experts(x, ids, weights, dequantize(W_in), dequantize(W_out), ...)
+
+One expert at a time becomes floats, when it is hit; the float weights of the others never exist. The op computes what
+``moeopt::experts`` does on the dequantised weights, in the compute dtype of the spec.
+
+Schema: as ``moeopt::experts``, but ``w_in`` and ``w_out`` are codes, then scales, then zero points, each one stacked
+tensor or E tensors (gate's before up's where there are two), and ``formats`` is a ``BankFormat``. Gradients go to x,
+the routing weights, biases and norms; codes and scales have none.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moeopt.errors import UsageError
+from moeopt.ir.bank_format import BankFormat, MatrixFormat
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.expert_weights import Biases
+from moeopt.ops.kernels.cpu import experts_cpu
+from moeopt.ops.native.call import transformed
+from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
+from moeopt.ops.reference import dtypes, experts_reference
+from moeopt.value_types import PyObject
+
+decode_spec = functools.lru_cache(ExpertsSpec.decode)
+decode_formats = functools.lru_cache(BankFormat.decode)
+
+
+def quantized_experts(
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: QuantizedExpertWeights, spec: ExpertsSpec, as_op: bool
+) -> Tensor:
+    """As :func:`moeopt.ops.experts.experts`, of which this is the part for quantised experts.
+
+    Args:
+        as_op: whether the call is one ``torch.ops.moeopt.quantized_experts``: a tracer looks on, or gradients are
+            recorded.
+
+    Raises:
+        UsageError: shapes or formats that do not fit; the message names them.
+    """
+    if as_op:
+        op = torch.ops.moeopt.quantized_experts
+        y_TH: Tensor = op(x_TH, ids_TK, weights_TK, *flatten(bank), spec.text, bank.format.text)
+        return y_TH
+    return run(x_TH, ids_TK, weights_TK, bank, spec)
+
+
+def run(x: Tensor, ids: Tensor, weights: Tensor, bank: QuantizedExpertWeights, spec: ExpertsSpec) -> Tensor:
+    """The kernel for the device of ``x``, or the definition where there is none."""
+    check_bank(bank, spec)
+    with torch.autocast(x.device.type, enabled=False):
+        bank = in_spec(bank, spec, dtypes(x, spec)[0])
+        if x.device.type == "cpu" and not transformed():
+            return experts_cpu(x, ids, weights, bank, spec)
+        return experts_reference(x, ids, weights, bank, spec)
+
+
+def in_spec(bank: QuantizedExpertWeights, spec: ExpertsSpec, dtype: torch.dtype) -> QuantizedExpertWeights:
+    """``bank``, handing out matrices as ``spec`` has them, in ``dtype``."""
+    return bank.handed_out((spec.w_in_layout, spec.w_out_layout), dtype)
+
+
+def check_bank(bank: QuantizedExpertWeights, spec: ExpertsSpec) -> None:
+    """Raise a ``UsageError`` where the sizes of the matrices are not those of an expert of ``spec``."""
+    pairs, (_, I) = 2 if spec.rows == "separate" else 1, bank.w_out_q.matrix.shape
+    rows = 2 * I if spec.gated and pairs == 1 else I
+    shapes = [m.matrix.shape for m in bank.w_in_q]
+    for matrices in (*bank.w_in_q, bank.w_out_q):
+        matrices[0]  # its tensors have the sizes that its format says
+    if len(shapes) != pairs or any(shape != (rows, shapes[0][1]) for shape in shapes):
+        raise UsageError(
+            f"quantised experts with W_in {', '.join(map(str, shapes))} and W_out {bank.w_out_q.matrix.shape} do not "
+            f"compute {spec}: rows {spec.rows!r} need {pairs} W_in of {rows} rows, (out, in) whatever the layout is"
+        )
+
+
+def flatten(bank: QuantizedExpertWeights) -> tuple[list[Tensor], ...]:
+    """The bank as the op's five lists."""
+    return (
+        [t for matrices in bank.w_in_q for t in matrices.flat()],
+        bank.w_out_q.flat(),
+        _vectors([b for part in bank.b_in_l for b in (part if part is not None else [None] * bank.num_experts)]),
+        _vectors(bank.b_out_l),
+        _vectors(bank.norm_l),
+    )
+
+
+def unflatten(lists: Sequence[Sequence[Tensor]], formats: BankFormat) -> QuantizedExpertWeights:
+    """The inverse of :func:`flatten`, on the same tensors; ``UsageError`` where they are not as ``formats`` says."""
+    w_in, w_out, b_in, b_out, norm = lists
+    E, rest = formats.experts, list(w_in)
+    ins = [_taken(rest, matrix, E) for matrix in formats.w_in]
+    out_rest = list(w_out)
+    w_out_q = _taken(out_rest, formats.w_out, E)
+    if rest or out_rest:
+        raise UsageError(f"quantised experts: {len(rest) + len(out_rest)} more tensors than their formats have")
+    if len(b_in) not in (0, E * len(ins)):
+        raise UsageError(f"quantised experts: {len(b_in)} first biases for {E} experts with {len(ins)} matrices each")
+    ins_b = [_present(b_in[i * E : (i + 1) * E]) for i in range(len(ins))] if b_in else None
+    return QuantizedExpertWeights(ins, w_out_q, ins_b, _present(b_out), _present(norm))
+
+
+def _taken(rest: list[Tensor], matrix: MatrixFormat, experts: int) -> QuantizedMatrices:
+    """The tensors of one matrix of all experts, taken from the front of ``rest``."""
+    each = 1 if matrix.stacked else experts
+    parts = []
+    for _ in matrix.parts:
+        parts.append(rest[:each])
+        del rest[:each]
+    return QuantizedMatrices(matrix, experts, parts)
+
+
+def _vectors(parts: Biases | None) -> list[Tensor]:
+    """Biases as a list of tensors, of which an empty one is absent."""
+    some = next((p for p in parts or () if p is not None), None)
+    return [] if some is None else [some.new_empty(0) if p is None else p for p in parts or ()]
+
+
+def _present(parts: Sequence[Tensor]) -> list[Tensor | None] | None:
+    return [t if t.numel() else None for t in parts] or None
+
+
+_WEIGHTS = "Tensor[] w_in, Tensor[] w_out, Tensor[] b_in, Tensor[] b_out, Tensor[] norm, str spec, str formats"
+_ARGS = f"Tensor x, Tensor ids, Tensor weights, {_WEIGHTS}"
+_LIB = torch.library.Library("moeopt", "FRAGMENT")
+_LIB.define(f"quantized_experts({_ARGS}) -> Tensor")
+_LIB.define(f"quantized_experts_backward(Tensor grad, {_ARGS}, int[] needs) -> Tensor[]")
+
+
+def _op(
+    x: Tensor, ids: Tensor, weights: Tensor, w_in: list[Tensor], w_out: list[Tensor], b_in: list[Tensor],
+    b_out: list[Tensor], norm: list[Tensor], spec: str, formats: str,
+) -> Tensor:  # fmt: skip
+    with torch.no_grad():
+        bank = unflatten((w_in, w_out, b_in, b_out, norm), decode_formats(formats))
+        return run(x, ids, weights, bank, decode_spec(spec))
+
+
+def _fake(
+    x: Tensor, ids: Tensor, weights: Tensor, w_in: list[Tensor], w_out: list[Tensor], b_in: list[Tensor],
+    b_out: list[Tensor], norm: list[Tensor], spec: str, formats: str,
+) -> Tensor:  # fmt: skip
+    known, name = decode_formats(formats), decode_spec(spec).out_dtype
+    return x.new_empty(x.shape[0], known.w_out.shape[0], dtype=getattr(torch, name) if name else x.dtype)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, w_in: list[Tensor], w_out: list[Tensor],
+    b_in: list[Tensor], b_out: list[Tensor], norm: list[Tensor], spec: str, formats: str, needs: list[int],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of those of [x, weights, *b_in, *b_out, *norm] that ``needs`` indexes: the definition, recorded."""
+    known = decode_spec(spec)
+    leaves = [t.detach() for t in (x, weights, *b_in, *b_out, *norm)]
+    wanted = [leaves[i].requires_grad_() for i in needs]
+    rest = iter(leaves[2:])
+    floats = [[next(rest) for _ in part] for part in (b_in, b_out, norm)]
+    bank = in_spec(unflatten((w_in, w_out, *floats), decode_formats(formats)), known, dtypes(x, known)[0])
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        y = experts_reference(leaves[0], ids, leaves[1], bank, known)
+        found = torch.autograd.grad(y, wanted, grad, allow_unused=True) if y.requires_grad else [None] * len(wanted)
+    return [torch.zeros_like(w) if g is None else g.clone() for w, g in zip(wanted, found, strict=True)]
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, w_in: list[Tensor], w_out: list[Tensor],
+    b_in: list[Tensor], b_out: list[Tensor], norm: list[Tensor], spec: str, formats: str, needs: list[int],
+) -> list[Tensor]:  # fmt: skip
+    whole = [x, weights, *b_in, *b_out, *norm]
+    return [torch.empty_like(whole[i]) for i in needs]
+
+
+def _setup_context(ctx: PyObject, inputs: tuple[PyObject, ...], output: Tensor) -> None:
+    x, ids, weights, *lists, spec, formats = inputs
+    ctx.save_for_backward(x, ids, weights, *(t for part in lists for t in part))
+    ctx.sizes, ctx.texts = [len(part) for part in lists], (spec, formats)
+
+
+def _gradients(ctx: PyObject, grad: Tensor) -> tuple[PyObject, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("moeopt::quantized_experts has no second derivative (create_graph=True)")
+    x, ids, weights, *flat = ctx.saved_tensors
+    rest = iter(flat)
+    lists = [[next(rest) for _ in range(size)] for size in ctx.sizes]
+    wants_x, _, wants_weights, wants_in, wants_out, *wants_floats = ctx.needs_input_grad[:8]
+    if any((*wants_in, *wants_out)):
+        raise RuntimeError(
+            "moeopt::quantized_experts gives codes and scales no gradient; train the float model, and quantise it then"
+        )
+    wants = [wants_x, wants_weights, *(w for part in wants_floats for w in part)]
+    needs = [i for i, wanted in enumerate(wants) if wanted]
+    found = iter(torch.ops.moeopt.quantized_experts_backward(grad, x, ids, weights, *lists, *ctx.texts, needs))
+    grads = iter([next(found) if wanted else None for wanted in wants])
+    grad_x, grad_weights = next(grads), next(grads)
+    floats = [[next(grads) for _ in range(size)] for size in ctx.sizes[2:]]
+    return grad_x, None, grad_weights, *([None] * size for size in ctx.sizes[:2]), *floats, None, None
+
+
+for _key in ("CPU", "CUDA"):
+    _LIB.impl("quantized_experts", _op, _key)
+    _LIB.impl("quantized_experts_backward", _backward, _key)
+torch.library.register_fake("moeopt::quantized_experts", _fake, lib=_LIB)
+torch.library.register_fake("moeopt::quantized_experts_backward", _backward_fake, lib=_LIB)
+torch.library.register_autograd("moeopt::quantized_experts", _gradients, setup_context=_setup_context, lib=_LIB)
+
+
+def in_float64(
+    x: Tensor, ids: Tensor, weights: Tensor, w_in: Sequence[Tensor], w_out: Sequence[Tensor], b_in: Sequence[Tensor],
+    b_out: Sequence[Tensor], norm: Sequence[Tensor], spec: ExpertsSpec, formats: str,
+) -> Tensor:  # fmt: skip
+    """The definition on the exact weights, of which one expert's are widened at a time; ``spec`` says float64."""
+    bank = unflatten((w_in, w_out, b_in, b_out, norm), decode_formats(formats))
+    check_bank(bank, spec)
+    return experts_reference(x.double(), ids, weights.double(), in_spec(bank, spec, torch.float64), spec)

@@ -1,0 +1,131 @@
+"""Which format the experts of each block get: one name for all, or a plan by module pattern."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
+
+FORMATS = {
+    "int8": "int8, a scale for each output channel",
+    "int4": "int4, symmetric, blocks of 32 along the inputs",
+    "fp8": "FP8 e4m3, blocks of 128 by 128",
+    "mxfp4": "MXFP4, blocks of 32 along the inputs",
+    "checkpoint": "the codes of the quantised checkpoint that the model was loaded from",
+}
+"""What ``quantize=`` may name, and what each is in words."""
+CHECKPOINT = "checkpoint"
+"""The name of "as in the files": no weight is rounded, the codes are those that were published."""
+FLOAT = "float"
+"""The name of "leave these experts as they are" in a plan."""
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """A format for the experts of each block.
+
+    Args:
+        blocks: module name pattern (as in ``fnmatch``) -> a name of ``FORMATS``, or ``"float"``; the first pattern
+            that matches a block's module path decides.
+        default: for blocks that no pattern matches.
+        costs: of a plan that was searched, what each block alone lost in each format: mean KL, or mean relative
+            distance of the outputs of a model without next-token logits.
+
+    Raises:
+        UsageError: a format that is none.
+    """
+
+    blocks: Mapping[str, str] = field(default_factory=dict, hash=False)
+    default: str = FLOAT
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.blocks, Mapping) or not all(isinstance(p, str) and p for p in self.blocks):
+            raise UsageError(
+                f"QuantPlan(blocks={self.blocks!r}): it must map module name patterns to formats, like "
+                "{'model.layers.0.*': 'int8'}"
+            )
+        for name in (*self.blocks.values(), self.default):
+            check_format(name, "QuantPlan", (*FORMATS, FLOAT))
+        object.__setattr__(self, "blocks", dict(self.blocks))
+
+    def format_of(self, block: str) -> str:
+        """The name of the format that the block at this module path gets; ``"float"`` where it is left alone."""
+        for pattern, name in self.blocks.items():
+            if fnmatch.fnmatchcase(block, pattern):
+                return name
+        return self.default
+
+    @property
+    def takes_checkpoint(self) -> bool:
+        """Whether some block gets the codes of the checkpoint."""
+        return CHECKPOINT in (*self.blocks.values(), self.default)
+
+    def unmatched(self, blocks: Iterable[str]) -> list[str]:
+        """The patterns that match none of ``blocks``."""
+        names = list(blocks)
+        return [p for p in self.blocks if not any(fnmatch.fnmatchcase(name, p) for name in names)]
+
+    def __str__(self) -> str:
+        told = [f"{pattern}: {name}" for pattern, name in self.blocks.items()]
+        return ", ".join([*told, f"{'others' if told else 'all blocks'}: {self.default}"])
+
+    @classmethod
+    def search(
+        cls,
+        model: PyObject,
+        data: PyObject = None,
+        *,
+        budget: Mapping[str, float],
+        formats: Sequence[str] = ("int8", "int4"),
+        **fields: PyObject,
+    ) -> QuantPlan:
+        """The plan that meets ``budget``, chosen block by block from what each block's quantisation loses on ``data``.
+
+        Args:
+            model: what ``moeopt.optimize`` takes.
+            data: the calls on which the loss is measured, as ``data=`` of ``moeopt.optimize``; None means inputs made
+                up for the model.
+            budget: a limit of a loss, like ``{"kl_mean": 0.01}`` (the fewest bytes that keep it are chosen), or
+                ``{"bytes": n}`` of the experts' weights (the least loss that fits into them).
+            formats: the names to choose among, beside ``"float"``.
+            fields: of :class:`moeopt.Options`; ``verify`` is ``"off"`` here, for ``optimize`` verifies what it makes of
+                the plan.
+
+        Returns:
+            a plan that names every block that can be quantised; its ``costs`` say what each lost alone. A limit of a
+            loss that no format keeps for a block leaves that block's floats.
+
+        Raises:
+            UsageError: a budget that is none, or bytes that no plan fits into; the message says how many are needed.
+        """
+        found: QuantPlan = importlib.import_module("moeopt.frontends.search_plan").search(
+            model, data, budget, formats, fields
+        )
+        return found
+
+
+def check_format(name: PyObject, option: str, known: Iterable[str] = tuple(FORMATS)) -> None:
+    """``UsageError`` where ``name`` is no format that experts can be quantised to."""
+    names = list(known)
+    if isinstance(name, str) and name in names:
+        return
+    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5) if isinstance(name, str) else []
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    what = ", ".join(f"{n} ({FORMATS[n]})" if n in FORMATS else n for n in names)
+    raise UsageError(f"{option}={name!r} is no format: {meant}the formats are {what}")
+
+
+def as_quantize(value: PyObject) -> QuantPlan | None:
+    """``quantize=`` as a :class:`QuantPlan`; None stays None."""
+    if value is None or isinstance(value, QuantPlan):
+        return value
+    if isinstance(value, Mapping):
+        raise UsageError("quantize is a mapping: give quantize=QuantPlan({pattern: format, ...}, default=...)")
+    check_format(value, "quantize")
+    return QuantPlan(default=value)

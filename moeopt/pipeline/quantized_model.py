@@ -1,0 +1,102 @@
+"""A model with quantised experts, seen from the original: its own code on the rounded floats, and what it holds."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+
+from torch import nn
+
+from moeopt.capture.shared_copy import shared_copy
+from moeopt.errors import UsageError
+from moeopt.options import Options, QuantPlan
+from moeopt.passes.quantize_experts import QuantizeExperts
+from moeopt.pipeline.block_capture import original_forward
+from moeopt.pipeline.block_reports import PipelineResult
+from moeopt.recognise.routing_types import RoutingForm
+from moeopt.rewrite.install import RewrittenForward, rewritten_forward
+from moeopt.rewrite.live_codes import DequantizedForward, LiveCodes
+from moeopt.rewrite.store_codes import codes_of
+from moeopt.verification.loss_text import published_note, quantized_note
+
+
+def quantized_blocks(twin: nn.Module) -> dict[str, tuple[RewrittenForward, list[LiveCodes]]]:
+    """By module path, the rewritten blocks with quantised experts, and their codes."""
+    found = {}
+    for path, module in twin.named_modules():
+        forward, codes = rewritten_forward(module), codes_of(module)
+        if forward is not None and codes:
+            found[path] = forward, codes
+    return found
+
+
+def quantized_original(source: nn.Module, twin: nn.Module) -> nn.Module:
+    """The quantised model in the original's own code: what the rewritten ``twin`` is compared with.
+
+    ``source`` itself where nothing is quantised. One block at a time has its experts as floats.
+    """
+    blocks = quantized_blocks(twin)
+    if not blocks:
+        return source
+    judge = shared_copy(source)
+    for path, (_, codes) in blocks.items():
+        module = judge.get_submodule(path)
+        key = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+        module.__dict__[key] = DequantizedForward(module, original_forward(module), codes)
+    return judge
+
+
+def formats_of(twin: nn.Module) -> dict[str, str]:
+    """``certificate.quantized``: the format of each quantised block, by its name."""
+    return {
+        path or type(twin).__name__: str(codes[0].format.w_out.format)
+        for path, (_, codes) in quantized_blocks(twin).items()
+        if not all(one.exact for one in codes)
+    }
+
+
+def plan_of(quantized: Mapping[str, str]) -> QuantPlan:
+    """The plan that gives each block the format that a certificate says it has."""
+    return QuantPlan({glob.escape(name): format.partition(" ")[0] for name, format in quantized.items()})
+
+
+def routed_banks(outcome: PipelineResult, twin: nn.Module) -> dict[str, list[bool]]:
+    """Of each bank of a quantised block, whether a router chooses its experts; groups of a dense FFN are all active."""
+    told: dict[str, list[bool]] = {}
+    for path, (forward, _) in quantized_blocks(twin).items():
+        rewrite = outcome.rewrites.get(path)
+        found = [] if rewrite is None else [f.routing.form is not RoutingForm.EVERY_GROUP for f in rewrite.found]
+        told[path] = (found + [True] * len(forward.banks))[: len(forward.banks)]
+    return told
+
+
+def check_patterns(outcome: PipelineResult, options: Options) -> None:
+    """``UsageError`` where a pattern of the plan names no block that was found."""
+    names = [block.name for block in outcome.blocks]
+    unused = [] if options.quantize is None else options.quantize.unmatched(names)
+    if unused:
+        raise UsageError(
+            f"quantize names {unused[0]!r}, which matches no block; the blocks are {', '.join(names) or 'none'}"
+        )
+
+
+def notes_of(outcome: PipelineResult, twin: nn.Module, options: Options) -> list[str]:
+    """Sentences for the report: the memory, and each block that was to be quantised and was not."""
+    if options.quantize is None:
+        return []
+    done = quantized_blocks(twin)
+    left = [
+        f"{r.block}: {r.reason}" for r in outcome.passes if r.name == QuantizeExperts.name and not r.fired and r.reason
+    ]
+    declined = [
+        b.name for b in outcome.blocks if b.status == "declined" and options.quantize.format_of(b.name) != "float"
+    ]
+    if declined:
+        shown = ", ".join(declined[:3]) + (f" and {len(declined) - 3} more" if len(declined) > 3 else "")
+        left.append(f"{shown}: only experts that were rewritten into one op can be")
+    lossy, sizes = formats_of(twin), dict[bool, list[tuple[int, int]]]()
+    for path, (_, codes) in done.items():
+        size = sum(c.nbytes for c in codes), sum(c.float_bytes for c in codes)
+        sizes.setdefault((path or type(twin).__name__) in lossy, []).append(size)
+    kept = [published_note(sizes[False])] if False in sizes else []
+    return kept + quantized_note(lossy, sizes.get(True, []), left)

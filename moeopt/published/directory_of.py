@@ -1,0 +1,64 @@
+"""Where a loaded model came from, as transformers remembers it, and what its config says of quantisation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moeopt.value_types import PyObject
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def directory_of(model: PyObject) -> Path | None:
+    """The directory of safetensors files that ``model`` was loaded from; None where it is not on this machine.
+
+    A name as on the hub is looked up in the local cache, in the version that was loaded; nothing is downloaded.
+    """
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None
+    path = Path(name).expanduser()
+    if not path.is_dir() and _HUB_NAME.fullmatch(name):
+        path = _cached(name, getattr(config, "_commit_hash", None)) or path
+    return path if path.is_dir() and any(path.glob("*.safetensors")) else None
+
+
+def _cached(name: str, revision: PyObject) -> Path | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    found = try_to_load_from_cache(name, "config.json", revision=revision if isinstance(revision, str) else None)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def stated_by(directory: Path) -> Mapping[str, Any]:
+    """``quantization_config`` of a directory's ``config.json``, or of its text model's; {} where there is none."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return _quantization(config) if isinstance(config, dict) else {}
+
+
+def stated_of(model: PyObject) -> Mapping[str, Any]:
+    """The same of the config that a loaded model holds: of a quantiser that ran while it was loaded."""
+    held = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(held, Mapping):
+        return held
+    told = getattr(held, "to_dict", None)
+    found = told() if callable(told) else {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for part in (config, *(config.get(key) for key in ("text_config", "llm_config", "language_config"))):
+        if isinstance(part, dict) and isinstance(part.get("quantization_config"), dict):
+            found: Mapping[str, Any] = part["quantization_config"]
+            return found
+    return {}

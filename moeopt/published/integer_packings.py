@@ -1,0 +1,189 @@
+"""Integers that are packed into int32: compressed-tensors, GPTQ and AWQ.
+
+Shape legend: N out, K in, G groups along K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeopt.errors import CheckpointError
+from moeopt.ir.weight_format import WeightFormat
+from moeopt.published.packings import awq_codes, awq_numbers, columns_of_int32, numbers_of_int32, rows_of_int32
+from moeopt.published.stored_matrix import CodeTensors, StoredMatrix
+from moeopt.published.tensor_files import TensorFiles
+
+_SCALES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+class UnreadLayout(Exception):
+    """A matrix in a form that is not read; the message says which."""
+
+
+def weights_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The ``weights`` entries of a compressed-tensors config's groups."""
+    groups = config.get("config_groups")
+    found = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+    return [w for w in found if isinstance(w, dict)]
+
+
+def pack_quantized(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMatrix:
+    """compressed-tensors "pack-quantized": int32 (N, K bits / 32), codes less 2^(bits - 1) are the numbers."""
+    packed, scale, size = (f"{module}.weight_{part}" for part in ("packed", "scale", "shape"))
+    dtype = files.dtype(packed)
+    if dtype != torch.int32 or len(files.shape(packed)) != 2 or scale not in files or size not in files:
+        raise UnreadLayout(
+            f"{packed} is {dtype} {files.shape(packed)}; packed weights are read as 2-D int32 with weight_scale and "
+            "weight_shape"
+        )
+    if files.shape(size) != (2,) or not files.shape(scale):
+        raise CheckpointError(f"{size} or {scale} has no sizes of a matrix: fetch the file again")
+    N, K = (int(n) for n in files.tensor(size).tolist())
+    rows, across = files.shape(packed)
+    fits = [bits for bits in (4, 8) if rows == N and across == -(-K * bits // 32)]
+    groups = files.shape(scale)[1] if len(files.shape(scale)) == 2 else 1
+    if not fits or files.shape(scale)[0] != N:
+        raise CheckpointError(
+            f"{packed} of {rows} x {across} and {scale} of {files.shape(scale)} do not hold a {N} x {K} matrix of 4 or "
+            "8 bits: fetch the file again"
+        )
+    wanted = {w.get("num_bits") for w in weights_of(config)}
+    bits = next((b for b in fits if b in wanted), fits[0])
+    width = _width(K, groups, [w.get("group_size") for w in weights_of(config)], scale)
+    order, zero = f"{module}.weight_g_idx", f"{module}.weight_zero_point"
+    if order in files:
+        _in_order(files.tensor(order), width or K, order)
+    symmetric = zero not in files
+    format = WeightFormat(
+        f"int{bits}{'' if width is None else f'-group{width}'}",
+        f"uint{bits}",
+        (1, width),
+        _scale(files, scale),
+        symmetric,
+    )
+
+    def zeros() -> Tensor:
+        held = files.tensor(zero)
+        if held.dtype == torch.int32:  # packed along N
+            return numbers_of_int32(held.t(), bits).t()[:N]
+        return (held.reshape(N, -1).to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+
+    def load() -> CodeTensors:
+        codes = rows_of_int32(files.tensor(packed), K, bits)
+        return codes, files.tensor(scale).reshape(N, groups), None if symmetric else zeros()
+
+    tensors = (packed, scale, size) if symmetric else (packed, scale, size, zero)
+    return StoredMatrix(module, None, (N, K), format, load, tensors)
+
+
+def gptq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMatrix:
+    """GPTQ: int32 (K bits / 32, N); zero points are stored less 1, but in "gptq_v2"."""
+    names, (down, N), bits, groups = _parts(files, module, config)
+    K = down * 32 // bits
+    width = _width(K, groups, [config.get("group_size")], names[1])
+    order = f"{module}.g_idx"
+    if order in files:
+        _in_order(files.tensor(order), width or K, order)
+    less = 0 if "v2" in str(config.get("checkpoint_format") or config.get("format") or "") else 1
+
+    def zeros() -> Tensor:
+        stored = numbers_of_int32(files.tensor(names[2]), bits)[:, :N]
+        if less and bool((stored == (1 << bits) - 1).any()):
+            raise CheckpointError(
+                f"{names[2]} holds a zero point of {(1 << bits) - 1}, which stands for {1 << bits} or for 0, as the "
+                "reader has it: save the checkpoint in the format gptq_v2"
+            )
+        return (stored + less).t()
+
+    def codes() -> Tensor:
+        return columns_of_int32(files.tensor(names[0]))
+
+    return _with_zeros(files, module, names, (N, K), bits, width, codes, zeros)
+
+
+def awq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMatrix:
+    """AWQ in its "gemm" version: int32 (K, N / 8), columns interleaved."""
+    version = str(config.get("version") or "gemm").lower()
+    if version != "gemm":
+        raise UnreadLayout(f"AWQ of version {version!r}; the version gemm is read")
+    names, (K, across), bits, groups = _parts(files, module, config)
+    if bits != 4:
+        raise UnreadLayout(f"AWQ of {bits} bits; 4 are read")
+    width = _width(K, groups, [config.get("group_size")], names[1])
+
+    def codes() -> Tensor:
+        return awq_codes(files.tensor(names[0]))
+
+    def zeros() -> Tensor:
+        return awq_numbers(files.tensor(names[2])).t()
+
+    return _with_zeros(files, module, names, (across * 8, K), bits, width, codes, zeros)
+
+
+def _parts(
+    files: TensorFiles, module: str, config: Mapping[str, Any]
+) -> tuple[tuple[str, str, str], tuple[int, int], int, int]:
+    """The names of codes, scales and zero points, the sizes of the packed codes, bits and groups."""
+    names = (f"{module}.qweight", f"{module}.scales", f"{module}.qzeros")
+    missing = [n for n in names if n not in files]
+    bits = config.get("bits", config.get("w_bit", 4))
+    flat = not missing and all(len(files.shape(n)) == 2 for n in names)
+    if not flat or files.dtype(names[0]) != torch.int32 or bits not in (4, 8):
+        raise UnreadLayout(
+            f"{names[0]} is {files.dtype(names[0])} of {bits} bits, without {missing}; 2-D int32 of 4 or 8 bits is read"
+        )
+    down, across = files.shape(names[0])
+    return names, (down, across), bits, files.shape(names[1])[0]
+
+
+def _with_zeros(
+    files: TensorFiles, module: str, names: tuple[str, str, str], shape: tuple[int, int], bits: int, width: int | None,
+    codes: Any, zeros: Any,
+) -> StoredMatrix:  # fmt: skip
+    """A matrix with scales (G, N); zero points in the middle are no zero points at all."""
+    points = zeros().contiguous()
+    symmetric = bool((points == 1 << (bits - 1)).all())
+    scale = _scale(files, names[1])
+    format = WeightFormat(
+        f"int{bits}{'' if width is None else f'-group{width}'}", f"uint{bits}", (1, width), scale, symmetric
+    )
+
+    def load() -> CodeTensors:
+        return codes(), files.tensor(names[1]).t(), None if symmetric else points
+
+    return StoredMatrix(module, None, shape, format, load, names)
+
+
+def _format(bits: int, width: int | None, scale: str, symmetric: bool) -> WeightFormat:
+    name = f"int{bits}" if width is None else f"int{bits}-group{width}"
+    return WeightFormat(name, f"uint{bits}", (1, width), scale, symmetric)
+
+
+def _scale(files: TensorFiles, name: str) -> str:
+    found = _SCALES.get(files.dtype(name))  # type: ignore[arg-type]
+    if found is None:
+        raise UnreadLayout(f"{name} is {files.dtype(name)}; scales are read as floats")
+    return found
+
+
+def _width(columns: int, groups: int, stated: list[Any], name: str) -> int | None:
+    """Columns of a group, None where there is one group."""
+    if groups == 1:
+        return None
+    for width in [*stated, columns // groups]:
+        if isinstance(width, int) and width > 0 and -(-columns // width) == groups:
+            return width
+    raise CheckpointError(f"{name} has {groups} groups for {columns} columns, and config.json groups of {stated}")
+
+
+def _in_order(groups: Tensor, width: int, name: str) -> None:
+    """``UnreadLayout`` where columns are not grouped in their order: their scales are no blocks."""
+    if not torch.equal(groups.long(), torch.arange(len(groups)) // width):
+        raise UnreadLayout(
+            f"{name} groups columns by their activations (desc_act), and scales are read for columns in order; "
+            "quantise it without desc_act"
+        )

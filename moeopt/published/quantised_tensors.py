@@ -1,0 +1,155 @@
+"""Which tensors of a checkpoint are quantised matrices, told by their names and the config's ``quantization_config``.
+
+    X.weight f8e4m3 + X.weight_scale_inv         FP8 in blocks (DeepSeek-V3, Qwen3-FP8, MiniMax-M2)
+    X.weight f8e4m3 or i8 + X.weight_scale       compressed-tensors float-quantized, int-quantized
+    X.weight_packed i32 + X.weight_scale         compressed-tensors pack-quantized, 4 and 8 bits
+    X_blocks u8 + X_scales u8                    MXFP4 as GPT-OSS has it, (E, N, K / 32, 16)
+    X.qweight i32 + X.qzeros + X.scales          GPTQ, or AWQ, whichever ``quant_method`` says
+
+Sizes are read here, and zero points of GPTQ and AWQ; a matrix is read when it is asked for. Blocks at the edges may be
+partial, and have whole scales. Sources: ``Fp8Dequantize`` and ``mxfp4`` of transformers 5.23 for the first and fourth,
+``compressors`` of compressed-tensors 0.20 for the second and third, ``unpack_awq`` of AutoAWQ and the torch kernels of
+GPTQModel for the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moeopt.errors import CheckpointError
+from moeopt.ir.weight_format import Block, WeightFormat
+from moeopt.published.integer_packings import UnreadLayout, awq, gptq, pack_quantized, weights_of
+from moeopt.published.stored_matrix import CodeTensors, StoredMatrix
+from moeopt.published.tensor_files import TensorFiles
+
+_FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+_E8M0 = (torch.uint8, torch.float8_e8m0fnu)
+
+
+@dataclass
+class QuantisedTensors:
+    """What of a checkpoint is quantised.
+
+    Attributes:
+        matrices: by :attr:`StoredMatrix.label`.
+        unread: matrices in a format that is not read, and why, by name.
+        method: ``quant_method`` of the config; "" where it names none.
+    """
+
+    matrices: dict[str, StoredMatrix] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+    method: str = ""
+
+
+def quantised_tensors(files: TensorFiles, config: Mapping[str, Any]) -> QuantisedTensors:
+    """The quantised matrices of ``files``.
+
+    Args:
+        files: the tensors, of which only names and sizes are read.
+        config: the ``quantization_config`` of ``config.json``; {} where there is none.
+
+    Raises:
+        CheckpointError: scales that are not of the sizes that their weights need; the message names both.
+    """
+    found = QuantisedTensors(method=str(config.get("quant_method") or ""))
+    for name in files:
+        module, _, last = name.rpartition(".")
+        try:
+            if last == "weight" and f"{name}_scale_inv" in files:
+                made = _scaled(files, module, name, f"{name}_scale_inv", config)
+            elif last == "weight" and f"{name}_scale" in files:
+                made = _scaled(files, module, name, f"{name}_scale", config)
+            elif last == "weight_packed":
+                made = [pack_quantized(files, module, config)]
+            elif last == "qweight":
+                made = [(awq if found.method == "awq" else gptq)(files, module, config)]
+            elif name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in files:
+                made = _mxfp4(files, name.removesuffix("_blocks"))
+            else:
+                continue
+        except UnreadLayout as err:
+            found.unread[module or name] = str(err)
+            continue
+        found.matrices |= {m.label: m for m in made}
+    return found
+
+
+def _scaled(files: TensorFiles, module: str, weight: str, scale: str, config: Mapping[str, Any]) -> list[StoredMatrix]:
+    """8-bit codes as they are, and scales: of the whole tensor, of each row, or of blocks."""
+    kind = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}.get(files.dtype(weight))  # type: ignore[arg-type]
+    if kind is None:
+        raise UnreadLayout(f"{weight} is {files.dtype(weight)}; 8-bit weights are read as float8_e4m3fn and int8")
+    shape, dtype = files.shape(weight), files.dtype(scale)
+    held = "e8m0" if dtype in _E8M0 else _FLOATS.get(dtype)  # type: ignore[arg-type]
+    zeros = f"{weight}_zero_point" if f"{weight}_zero_point" in files else None
+    if held is None or len(shape) not in (2, 3):
+        raise UnreadLayout(f"{weight} is {len(shape)}-D with scales of {dtype}")
+    N, K = shape[-2:]
+    block = _block_of(files, weight, scale, (N, K), config)
+    name = {(None, None): "tensor", (1, None): "channel"}.get(block, f"{block[0]}x{block[1]}")  # type: ignore[arg-type]
+    format = WeightFormat(f"{'fp8' if kind == 'e4m3' else 'int8'}-{name}", kind, block, held, symmetric=zeros is None)
+    grid = format.scale_shape((N, K))
+
+    def load(expert: int | None) -> CodeTensors:
+        def one(name: str) -> torch.Tensor:
+            tensor = files.tensor(name)
+            return tensor if expert is None or tensor.dim() < 3 else tensor[expert]
+
+        scales = one(scale)
+        scales = (scales.view(torch.uint8) if held == "e8m0" else scales).reshape(grid)
+        return one(weight), scales, None if zeros is None else one(zeros).reshape(grid)
+
+    tensors = (weight, scale) if zeros is None else (weight, scale, zeros)
+    stack: list[int | None] = list(range(shape[0])) if len(shape) == 3 else [None]
+    return [StoredMatrix(module, e, (N, K), format, lambda e=e: load(e), tensors) for e in stack]  # type: ignore[misc]
+
+
+def _block_of(files: TensorFiles, weight: str, scale: str, shape: tuple[int, int], config: Mapping[str, Any]) -> Block:
+    """Which weights share a scale, from the config's block where it gives the grid that the scales have."""
+    N, K = shape
+    sizes = files.shape(scale)
+    grid = sizes[-2:] if len(sizes) >= 2 else (sizes[0] if sizes else 1, 1)
+    if grid == (1, 1) and not scale.endswith("_inv"):
+        return None, None
+    if grid == (N, 1) and not scale.endswith("_inv"):
+        return 1, None
+    blocks = [config.get("weight_block_size"), *(w.get("block_structure") for w in weights_of(config))]
+    blocks += [[1, w["group_size"]] for w in weights_of(config) if w.get("group_size")]
+    for rows, columns in [*(b for b in blocks if isinstance(b, list) and len(b) == 2), [128, 128]]:
+        if isinstance(rows, int) and isinstance(columns, int) and rows > 0 < columns:
+            if (-(-N // rows), -(-K // columns)) == grid:
+                return rows, columns
+    stated = next((f"{b[0]} x {b[1]}" for b in blocks if b), "128 x 128")
+    raise CheckpointError(
+        f"{scale} has scales for {grid[0]} x {grid[1]} blocks, and {weight} of {N} x {K} in blocks of {stated} has "
+        "another number of them: the files and config.json are of two versions; fetch both again"
+    )
+
+
+def _mxfp4(files: TensorFiles, name: str) -> list[StoredMatrix]:
+    blocks, scales = f"{name}_blocks", f"{name}_scales"
+    shape = files.shape(blocks)
+    if files.dtype(blocks) != torch.uint8 or len(shape) != 4 or shape[-1] != 16:
+        raise UnreadLayout(
+            f"{blocks} is {files.dtype(blocks)} {shape}; MXFP4 is read as uint8 (experts, out, in / 32, 16)"
+        )
+    if files.dtype(scales) not in _E8M0 or files.shape(scales) != shape[:3]:
+        raise CheckpointError(
+            f"{scales} is {files.dtype(scales)} {files.shape(scales)}, and {blocks} of {shape} has a uint8 scale for "
+            "each 16 bytes: fetch the file again"
+        )
+    E, N, G, _ = shape
+    format = WeightFormat("mxfp4", "e2m1", (1, 32), "e8m0")
+
+    def load(expert: int) -> CodeTensors:
+        codes = files.tensor(blocks)[expert].reshape(N, G * 16)
+        return codes, files.tensor(scales)[expert].view(torch.uint8), None
+
+    return [
+        StoredMatrix(name, e, (N, 32 * G), format, lambda e=e: load(e), (blocks, scales))  # type: ignore[misc]
+        for e in range(E)
+    ]

@@ -1,0 +1,81 @@
+"""The tensors of a directory's safetensors files by name: each is mapped when it is asked for, and none is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moeopt.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+
+
+class TensorFiles(Protocol):
+    """Tensors by name, of which sizes are known without a read."""
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of that name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its sizes."""
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Its dtype; None for one that this torch does not have."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Its values, as mapped memory."""
+
+
+class SafetensorsDirectory:
+    """:class:`TensorFiles` of all ``*.safetensors`` in a directory.
+
+    Raises:
+        CheckpointError: a file is damaged; the message names it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        self._places: dict[str, Any] = {}
+        self._known: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            try:
+                opened: Any = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as err:
+                raise CheckpointError(f"{file} is damaged ({err}): fetch the file again") from err
+            for name in opened.keys():  # noqa: SIM118  it is no mapping
+                self._places[name] = opened
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name)[0]
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        return self._entry(name)[1]
+
+    def tensor(self, name: str) -> Tensor:
+        found: Tensor = self._places[name].get_tensor(name)
+        return found
+
+    def _entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
+        if name not in self._known:
+            part = self._places[name].get_slice(name)
+            self._known[name] = tuple(part.get_shape()), DTYPES.get(part.get_dtype())
+        return self._known[name]

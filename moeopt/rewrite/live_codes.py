@@ -1,0 +1,257 @@
+"""The weights of a block's experts as codes and scales, in place of its floats.
+
+While a block is verified its :class:`LiveCodes` hold what the module's floats are rounded to. ``store_codes`` then
+makes them buffers of the module and takes the floats away, so that ``state_dict``, ``.to(device)`` and copies carry the
+codes, and nothing holds a weight twice. The block's own code, which knows of no codes, runs in :func:`dequantized`.
+
+Shape legend: E experts, N out, K in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeopt.errors import UsageError
+from moeopt.ir.bank_format import BankFormat, MatrixFormat
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.weight_format import WeightFormat
+from moeopt.ir.weight_refs import ExpertRef, tensor_at
+from moeopt.ops.expert_weights import Biases
+from moeopt.ops.quantize import quantize
+from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices, from_tensors
+from moeopt.rewrite.block_graph import GivenCodes
+from moeopt.rewrite.live_weights import LiveExpertWeights, Place, region
+from moeopt.value_types import PyObject
+
+PREFIX = "moeopt_experts"
+"""Of the buffers' names: ``moeopt_experts_0_w_in_0_codes`` on the module of the block."""
+
+
+class LiveCodes(QuantizedExpertWeights):
+    """One bank of quantised experts of ``module``: its parts are looked up at each read.
+
+    Args:
+        module: the block.
+        index: the bank's number in the block.
+        experts, spec: where the floats are, or were, and what they compute.
+        format: what each matrix is rounded to, where the module does not hold codes already; or those of ``given``.
+        given: codes that are not rounded here.
+    """
+
+    def __init__(
+        self, module: nn.Module, index: int, experts: list[ExpertRef], spec: ExpertsSpec,
+        format: WeightFormat | BankFormat, given: GivenCodes | None = None,
+    ) -> None:  # fmt: skip
+        self.module, self.experts, self.spec = module, experts, spec
+        self.layouts, self.dtype, self.num_experts = ("oi", "oi"), torch.float32, len(experts)
+        self.prefix = f"{PREFIX}_{index}_"
+        self.exact = given is not None and given.exact
+        if isinstance(format, WeightFormat):
+            *ins, out = [MatrixFormat(format, shape, True) for shape in shapes_of(experts[0])]
+            format = BankFormat(len(experts), tuple(ins), out)
+        self.format = format
+        matrices = [*((f"w_in_{i}", m) for i, m in enumerate(format.w_in)), ("w_out", format.w_out)]
+        self.names = [f"{self.prefix}{words}_{part}" for words, m in matrices for part in m.parts]
+        self._biases = _Biases(module, experts)
+        self._bank: tuple[tuple[int, ...], QuantizedExpertWeights] | None = None
+        stored = all(name in module._buffers for name in self.names)
+        self.held: dict[str, Any] = module._buffers
+        if not stored and given is not None:
+            self.held = {self.prefix + name: tensor for name, tensor in given.tensors.items()}
+        elif not stored:
+            self.held = self._rounded(matrices)
+
+    def _rounded(self, matrices: list[tuple[str, MatrixFormat]]) -> dict[str, Any]:
+        """The codes of the module's floats, one stacked tensor for each part of each matrix."""
+        floats, found = LiveExpertWeights(self.module, self.experts, ("oi", "oi")), dict[str, Any]()
+        for number, (words, matrix) in enumerate(matrices):
+            parts: list[Tensor] = []
+            for e in range(len(self.experts)):
+                w_NK = floats.w_out(e) if words == "w_out" else floats.w_in(e)[number]
+                one = quantize(w_NK.detach(), matrix.format, f"{words} of expert {e}")
+                if not parts:
+                    parts = [
+                        getattr(one, p).new_empty((len(self.experts), *getattr(one, p).shape)) for p in matrix.parts
+                    ]
+                for part, name in zip(parts, matrix.parts, strict=True):
+                    part[e].copy_(getattr(one, name))
+            found |= {f"{self.prefix}{words}_{n}": part for n, part in zip(matrix.parts, parts, strict=True)}
+        return found
+
+    @property
+    def w_in_q(self) -> tuple[QuantizedMatrices, ...]:  # type: ignore[override]  # read live
+        """As the base class has it."""
+        return self.now().w_in_q
+
+    @property
+    def w_out_q(self) -> QuantizedMatrices:  # type: ignore[override]
+        """As the base class has it."""
+        return self.now().w_out_q
+
+    @property
+    def b_in_l(self) -> tuple[Biases | None, ...]:  # type: ignore[override]
+        """As the base class has it."""
+        return self.now().b_in_l
+
+    @property
+    def b_out_l(self) -> Biases | None:  # type: ignore[override]
+        """As the base class has it."""
+        return self.now().b_out_l
+
+    @property
+    def norm_l(self) -> Biases | None:  # type: ignore[override]
+        """No norm is recognised after W_out."""
+        return None
+
+    def now(self) -> QuantizedExpertWeights:
+        """The bank as it is now, for one call.
+
+        Raises:
+            UsageError: the codes were cast to another dtype or taken away.
+        """
+        tensors = [self.held.get(name) for name in self.names]
+        biases = self._biases.read()
+        key = tuple(map(id, (*tensors, *biases)))
+        if self._bank is None or self._bank[0] != key or torch.compiler.is_compiling():
+            self._bank = key, self._checked(tensors)
+        return self._bank[1]
+
+    def _checked(self, tensors: list[Any]) -> QuantizedExpertWeights:
+        by_name = dict(zip(self.names, tensors, strict=True))
+        try:
+            bank = from_tensors(self.format, lambda name: by_name[self.prefix + name], *self._biases.lists())
+            for matrices in (*bank.w_in_q, bank.w_out_q):
+                matrices[0]  # its dtypes and shapes
+        except (UsageError, AttributeError) as err:
+            raise UsageError(
+                f"the codes of {type(self.module).__name__}'s quantised experts are no longer what they were ({err}): "
+                "codes and scales keep their own dtypes, so cast the model before it is optimised, with dtype="
+            ) from err
+        return bank
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of the floats that they stand for, in the module's dtype."""
+        sizes = sum(math.prod(m.shape) for m in (*self.format.w_in, self.format.w_out))
+        return int(self.num_experts * sizes * self._itemsize())
+
+    def _itemsize(self) -> int:
+        path = self.experts[0].w_out.path
+        held = tensor_at(self.module, path)
+        return held.dtype.itemsize if isinstance(held, Tensor) else _floats_of(self.module)[path][1].itemsize
+
+    def paths(self) -> set[str]:
+        """Of the tensors that hold, or held, the floats of the matrices."""
+        return {w.path for ref in self.experts for w in (*ref.w_in, ref.w_out)}
+
+    def fill(self, module: nn.Module) -> None:
+        """Write the floats that the codes stand for to where ``module``, a copy of the block or itself, has its own."""
+        bank = self.now()
+        for e, ref in enumerate(self.experts):
+            inside = [matrices[e] for matrices in bank.w_in_q]
+            for one, quantized, axis in (
+                *((w, q, 0) for w, q in zip(ref.w_in, inside, strict=True)), (ref.w_out, bank.w_out_q[e], 1)
+            ):  # fmt: skip
+                floats = region(tensor_at(module, one.path), one)
+                values = quantized.dequantize(floats.dtype)
+                if ref.neurons is None:
+                    floats.copy_(values)
+                else:
+                    floats.index_copy_(axis, torch.tensor(ref.neurons, device=floats.device), values)
+
+
+def shapes_of(ref: ExpertRef) -> list[tuple[int, int]]:
+    """(N, K) of an expert's matrices, W_out last."""
+    if ref.neurons is None:
+        return [(w.m, w.k) for w in (*ref.w_in, ref.w_out)]
+    return [*((len(ref.neurons), w.k) for w in ref.w_in), (ref.w_out.m, len(ref.neurons))]
+
+
+class _Biases:
+    """The float vectors of a bank, read where they live."""
+
+    def __init__(self, module: nn.Module, experts: list[ExpertRef]) -> None:
+        self.live = LiveExpertWeights(module, experts, ("oi", "oi")) if _has_biases(experts) else None
+        self.experts = experts
+        paths = {b.path for ref in experts for b in (*ref.b_in, ref.b_out) if b is not None}
+        self.places = [Place(module, path) for path in sorted(paths)]
+
+    def read(self) -> list[Tensor]:
+        return [place.read() for place in self.places]
+
+    def lists(self) -> tuple[Any, Any]:
+        """``b_in`` and ``b_out`` of a bank."""
+        if self.live is None:
+            return None, None
+        every = [self.live.b_in(e) for e in range(len(self.experts))]
+        b_in = [[one[i] for one in every] for i in range(len(every[0]))]
+        return b_in, [self.live.b_out(e) for e in range(len(self.experts))]
+
+
+def _has_biases(experts: list[ExpertRef]) -> bool:
+    return any(b is not None for ref in experts for b in (*ref.b_in, ref.b_out))
+
+
+FLOATS = "_moeopt_floats"
+"""The attribute of a block that remembers the floats that were taken away: by path, (shape, dtype)."""
+
+
+def _floats_of(module: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = module.__dict__.get(FLOATS, {})
+    return found
+
+
+@contextlib.contextmanager
+def dequantized(module: nn.Module, banks: Iterable[object]) -> Iterator[None]:
+    """While open, the experts' weights of ``module`` are the floats that the codes among ``banks`` stand for.
+
+    They take the memory of the block's floats for as long.
+    """
+    codes = [bank for bank in banks if isinstance(bank, LiveCodes)]
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    with torch.no_grad():
+        for path in sorted({path for one in codes for path in one.paths()}):
+            owner, _, key = path.rpartition(".")
+            home = module.get_submodule(owner)
+            registry = next(r for r in (home._parameters, home._buffers, home.__dict__) if key in r)
+            old = registry[key]
+            before.append((registry, key, old))
+            if isinstance(old, Tensor):
+                new = old.detach().clone()
+            else:
+                shape, dtype = _floats_of(codes[0].module)[path]
+                new = torch.zeros(shape, dtype=dtype, device=codes[0].tensors()["w_out_codes"].device)
+            place: dict[str, Any] = registry
+            place[key] = nn.Parameter(new, requires_grad=False) if registry is home._parameters else new
+        try:
+            for one in codes:
+                one.fill(module)
+        except BaseException:
+            _restore(before)
+            raise
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def _restore(before: list[tuple[dict[str, Any], str, Any]]) -> None:
+    for registry, key, old in before:
+        registry[key] = old
+
+
+class DequantizedForward:
+    """A block's own forward on the floats that the codes of a rewritten twin of it stand for."""
+
+    def __init__(self, module: nn.Module, original: Callable[..., Any], codes: list[LiveCodes]) -> None:
+        self.module, self.original, self.codes = module, original, codes
+
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
+        with dequantized(self.module, self.codes):
+            return self.original(*args, **kwargs)

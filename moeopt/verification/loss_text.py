@@ -1,0 +1,117 @@
+"""A loss in plain lines, its limits judged, and its JSON read back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from moeopt.errors import BundleError
+from moeopt.options.loss_limits import AT_LEAST, FIGURES, missed
+from moeopt.value_types import JsonValue
+from moeopt.verification.loss import BlockLoss, Loss
+
+COSTLIEST = 3
+"""How many blocks a missed limit names."""
+
+
+def judged(loss: Loss, limit: Mapping[str, float]) -> list[str]:
+    """A sentence for each limit that the loss does not keep, with the blocks that cost most."""
+    told = []
+    for key, most in limit.items():
+        value = float(loss.get(key, math.nan))  # type: ignore[arg-type]
+        if missed(key, value, most):
+            word = "at least" if key in AT_LEAST else "at most"
+            told.append(f"{key} is {value:.4g}, and limit allows {word} {most:.4g}{_costliest(loss, key)}")
+    return told
+
+
+def cost_of(block: BlockLoss) -> float:
+    """What quantising this block alone loses: mean KL, or mean relative distance where there are no logits."""
+    figures = block["figures"]
+    return figures.get("kl_mean", figures.get("error_mean", 0.0))
+
+
+def quantized_note(quantized: Mapping[str, str], sizes: Sequence[tuple[int, int]], left: Sequence[str]) -> list[str]:
+    """Sentences for a report: the memory that codes take and floats took, by (codes, floats) bytes of each block, and
+    what stayed float."""
+    told = []
+    if quantized:
+        codes, floats = (sum(size[i] for size in sizes) / 1e6 for i in (0, 1))
+        count = f"{len(quantized)} block{'s' * (len(quantized) > 1)}"
+        told.append(
+            f"the experts of {count} are quantised, {floats:.3g} MB of floats to {codes:.3g} MB: this is another "
+            "function near the original's; certificate.loss says how near"
+        )
+    return told + [f"not quantised: {sentence}" for sentence in left]
+
+
+def published_note(sizes: Sequence[tuple[int, int]]) -> str:
+    """A sentence on experts that have the codes of their checkpoint, by (codes, floats) bytes of each block."""
+    codes, floats = (sum(size[i] for size in sizes) / 1e6 for i in (0, 1))
+    count = f"{len(sizes)} block{'s' * (len(sizes) > 1)}"
+    return (
+        f"the experts of {count} have the codes of the checkpoint, {codes:.3g} MB in place of {floats:.3g} MB of "
+        "floats: the weights are the same to the bit, so nothing is lost"
+    )
+
+
+def _costliest(loss: Loss, key: str) -> str:
+    blocks = sorted(loss.get("blocks", ()), key=cost_of, reverse=True)[:COSTLIEST]
+    if not blocks:
+        return ""
+    word = "kl_mean" if "kl_mean" in blocks[0]["figures"] else "error_mean"
+    named = ", ".join(f"{b['name']} ({b['format']}, alone {word} {cost_of(b):.2g})" for b in blocks)
+    return f"; the blocks that cost most: {named}"
+
+
+def loss_lines(quantized: Mapping[str, str], loss: Loss) -> Iterator[str]:
+    """The loss as text, one statement a line."""
+    schemes = ", ".join(dict.fromkeys(quantized.values()))
+    count = f"{len(quantized)} block{'s' * (len(quantized) > 1)}"
+    if not loss:
+        yield f"quantised: {count} to {schemes}; what that lost was not measured"
+        return
+    yield f"quantised: {count} to {schemes}; what that lost, on {loss['data']} ({loss['tokens']} tokens):"
+    errors, reference, limit = loss.get("standard_errors", {}), loss.get("reference", {}), loss.get("limit", {})
+    for key in FIGURES:
+        if key not in loss:
+            continue
+        value = f"{loss[key]:.4g}" + (f" +- {errors[key]:.1g}" if key in errors else "")  # type: ignore[literal-required]
+        beside = f"; int8 per channel {reference[key]:.4g}" if key in reference else ""
+        bound = f"; limit {limit[key]:.4g}" if key in limit else ""
+        yield f"  {key}: {value}{beside}{bound}"
+    for block in sorted(loss.get("blocks", ()), key=cost_of, reverse=True):
+        figures = ", ".join(
+            f"{k} {v:.2g}" for k, v in block["figures"].items() if k in ("kl_mean", "error_mean", "top1")
+        )
+        ids = f"; ids changed {block['ids_differ']} of {block['ids_compared']}" if block.get("ids_compared") else ""
+        size = f"; {block['bytes'] / 1e6:.3g} MB, as floats {block['float_bytes'] / 1e6:.3g} MB"
+        yield f"  {block['name']}: {block['format']}; alone {figures}{ids}{size}"
+    for sentence in loss.get("missed", ()):
+        yield f"  LIMIT MISSED: {sentence}"
+
+
+_WORDS = ("inf", "-inf", "nan")
+
+
+def revived_loss(body: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """A loss from JSON, its numbers numbers again: strict JSON has "inf" and "nan" as text.
+
+    Raises:
+        BundleError: a key that no loss has.
+    """
+    unknown = sorted(set(body) - set(Loss.__annotations__))
+    if unknown:
+        raise BundleError(f"the certificate cannot be read: a loss has no {unknown[0]!r:.60}")
+
+    def number(value: JsonValue) -> JsonValue:
+        if isinstance(value, dict):
+            return {key: number(one) for key, one in value.items()}
+        return float(value) if isinstance(value, str) and value in _WORDS else value
+
+    tables = ("standard_errors", "reference", "reference_errors", "limit")
+    out = {key: number(value) if key in FIGURES or key in tables else value for key, value in body.items()}
+    for block in out["blocks"] if isinstance(out.get("blocks"), list) else ():
+        if isinstance(block, dict) and isinstance(block.get("figures"), dict):
+            block["figures"] = number(block["figures"])
+    return out
