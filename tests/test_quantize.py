@@ -328,6 +328,46 @@ def toy(tmp_path):
     return f"{tmp_path / 'toy.py'}:model"
 
 
+@pytest.mark.parametrize(("name", "form"), [("int4", "unrolled-codes"), ("fp8", "unrolled-floats")])
+def test_an_onnx_runtime_engine_computes_the_quantised_model(name, form, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = build()
+    opt = moeopt.optimize(model, X, quantize=name, backend="onnxruntime", limit={"error_mean": 0.5})
+    certificate, same = opt.certificate, moeopt.optimize(model, X, quantize=name)
+    assert certificate.passed is True and certificate.equivalent is False
+    assert certificate.loss["error_mean"] == pytest.approx(same.certificate.loss["error_mean"])
+    torch.testing.assert_close(opt(X), same(X), rtol=1e-5, atol=1e-6)  # float32 sums in another order
+    assert opt.report.rewritten[0].lowering.startswith(f"onnxruntime {form}")
+    told = any("the file holds codes, and a session makes floats of them" in note for note in opt.report.notes)
+    assert told == (form == "unrolled-floats")
+    folder = opt.save(tmp_path / "bundle")
+    assert torch.equal(moeopt.load(folder)(X), opt(X))
+    again = moeopt.verify(folder)
+    assert again.passed is True and again.equivalent is False and again.loss == certificate.loss
+    if name == "int4":
+        checked = moeopt.verify(opt, original=model)
+        assert checked.passed is True and checked.loss["error_mean"] == pytest.approx(certificate.loss["error_mean"])
+
+
+def test_a_trained_model_on_onnx_runtime():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("transformers")
+    model = load("moe")
+    opt = moeopt.optimize(
+        model, {"input_ids": text(4)}, quantize="int4", data={"input_ids": text()}, verify="fast", backend="onnxruntime"
+    )
+    loss = opt.certificate.loss
+    assert opt.certificate.passed is True and BANDS["int4"][0][0] < loss["kl_mean"] < BANDS["int4"][0][1]
+    assert opt.certificate.end_to_end.ids_differ == 0 < opt.certificate.end_to_end.ids
+    assert perplexity(opt) / perplexity(model) == pytest.approx(loss["perplexity_ratio"], rel=1e-4)
+    assert opt.generate(text(1)[:, :8], max_new_tokens=4, do_sample=False).shape == (1, 12)
+
+
+def test_tensorrt_says_what_takes_quantised_experts():
+    with pytest.raises(UsageError, match="quantize is for the backends torch and onnxruntime, and backend='tensorrt'"):
+        moeopt.optimize(build(), X, quantize="int8", backend="tensorrt", target="sm_89")
+
+
 def exit_code(*words):
     with pytest.raises(SystemExit) as end:
         main(list(words))

@@ -10,6 +10,6 @@ def refuse_quantize(name: str, options: Options) -> None:
     """``UsageError`` where an engine of quantised experts is asked for."""
     if options.quantize is not None:
         raise UsageError(
-            f"quantize is for backend='torch', and backend={name!r} builds engines of float experts: leave one of them "
-            "out"
+            f"quantize is for the backends torch and onnxruntime, and backend={name!r} builds engines of float "
+            "experts: leave one of the two out"
         )

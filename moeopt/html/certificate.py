@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeopt.html import errors
+from moeopt.value_types import PyObject
 
 
 def certificate_view(certificate: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,12 +20,46 @@ def certificate_view(certificate: Mapping[str, Any]) -> dict[str, Any]:
     cases = [c for r in rows for c in r["cases"] if c["status"] != "skipped"]
     return {
         **certificate,
+        **loss_view(certificate),
         "rows": rows,
         "distances": errors.distances(checked) if checked else "",
         "spread": errors.spread(
             [float(c["distance_original"]) for c in cases], [float(c["distance_rewritten"]) for c in cases]
         ),
     }
+
+
+def loss_view(certificate: Mapping[str, Any]) -> dict[str, Any]:
+    """``figures`` and ``costs`` of a certificate's loss: words and numbers as text; empty where nothing was lost."""
+    loss = certificate.get("loss") or {}
+    errors, reference, limit = (loss.get(part, {}) for part in ("standard_errors", "reference", "limit"))
+    figures = [
+        {
+            "words": words,
+            "value": _number(loss[key]),
+            "error": _number(errors.get(key)),
+            "reference": _number(reference.get(key)),
+            "limit": _number(limit.get(key)),
+            "missed": key in certificate["limits_missed"],
+        }
+        for key, words in certificate.get("figures", {}).items()
+        if key in loss
+    ]
+    blocks = sorted(loss.get("blocks", ()), key=lambda b: -float(next(iter(b["figures"].values()), 0.0)))
+    costs = [
+        {
+            **{key: b[key] for key in ("name", "format", "bytes", "float_bytes")},
+            "alone": _number(next(iter(b["figures"].values()), None)),
+            "ids": f"{b['ids_differ']} of {b['ids_compared']}" if b["ids_compared"] else "–",
+        }
+        for b in blocks
+    ]
+    return {"figures": figures, "costs": costs}
+
+
+def _number(value: PyObject) -> str:
+    """Four figures; a dash where there is none."""
+    return "–" if value is None else f"{float(value):.4g}"
 
 
 def _row(block: Mapping[str, Any], certificate: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from moeopt.html.certificate import loss_view
 from moeopt.html.numbers import ratio, size
 from moeopt.value_types import PyObject
 
@@ -45,6 +46,15 @@ def certificate_table(blocks: Iterable[Any], verdict: str) -> str:
     ]  # fmt: skip
     heads = ("block", "verdict", "original", "rewritten", "factor", "ids", "ties", "flips", "reason")
     return table(f"moeopt certificate: {verdict}", heads, rows)
+
+
+def loss_table(certificate: Mapping[str, Any]) -> str:
+    """``Certificate.to_dict()`` of quantised experts: one row a figure."""
+    rows = [
+        (f["words"], f["value"] + (" (limit missed)" if f["missed"] else ""), f["error"], f["reference"], f["limit"])
+        for f in loss_view(certificate)["figures"]
+    ]
+    return table("what quantising lost", ("figure", "value", "standard error", "int8 per channel", "limit"), rows)
 
 
 def load_table(profile: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moeopt.errors import UsageError
@@ -32,6 +33,8 @@ class QuantPlan:
         blocks: module name pattern (as in ``fnmatch``) -> a name of ``FORMATS``, or ``"float"``; the first pattern
             that matches a block's module path decides.
         default: for blocks that no pattern matches.
+        costs: of a plan that was searched, what each block alone lost in each format: mean KL, or mean relative
+            distance of the outputs of a model without next-token logits.
 
     Raises:
         UsageError: a format that is none.
@@ -39,6 +42,7 @@ class QuantPlan:
 
     blocks: Mapping[str, str] = field(default_factory=dict, hash=False)
     default: str = FLOAT
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, Mapping) or not all(isinstance(p, str) and p for p in self.blocks):
@@ -70,6 +74,40 @@ class QuantPlan:
     def __str__(self) -> str:
         told = [f"{pattern}: {name}" for pattern, name in self.blocks.items()]
         return ", ".join([*told, f"{'others' if told else 'all blocks'}: {self.default}"])
+
+    @classmethod
+    def search(
+        cls,
+        model: PyObject,
+        data: PyObject = None,
+        *,
+        budget: Mapping[str, float],
+        formats: Sequence[str] = ("int8", "int4"),
+        **fields: PyObject,
+    ) -> QuantPlan:
+        """The plan that meets ``budget``, chosen block by block from what each block's quantisation loses on ``data``.
+
+        Args:
+            model: what ``moeopt.optimize`` takes.
+            data: the calls on which the loss is measured, as ``data=`` of ``moeopt.optimize``; None means inputs made
+                up for the model.
+            budget: a limit of a loss, like ``{"kl_mean": 0.01}`` (the fewest bytes that keep it are chosen), or
+                ``{"bytes": n}`` of the experts' weights (the least loss that fits into them).
+            formats: the names to choose among, beside ``"float"``.
+            fields: of :class:`moeopt.Options`; ``verify`` is ``"off"`` here, for ``optimize`` verifies what it makes of
+                the plan.
+
+        Returns:
+            a plan that names every block that can be quantised; its ``costs`` say what each lost alone. A limit of a
+            loss that no format keeps for a block leaves that block's floats.
+
+        Raises:
+            UsageError: a budget that is none, or bytes that no plan fits into; the message says how many are needed.
+        """
+        found: QuantPlan = importlib.import_module("moeopt.frontends.search_plan").search(
+            model, data, budget, formats, fields
+        )
+        return found
 
 
 def check_format(name: PyObject, option: str, known: Iterable[str] = tuple(FORMATS)) -> None:

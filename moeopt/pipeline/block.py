@@ -27,6 +27,7 @@ from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.coverage import Mixture, Reader
+from moeopt.pipeline.finished_blocks import recall
 from moeopt.pipeline.pays import check_pays
 from moeopt.published.experts import PublishedExperts
 from moeopt.recognise.experts_hit import ExpertsNotHit
@@ -208,7 +209,7 @@ def _rebind(
         return None
 
     def verify(block: BlockGraph) -> BlockCheck:
-        return _verify(bound, call, options, runtime, block, False)
+        return recall(name) or _verify(bound, call, options, runtime, block, False)
 
     asked = [one for one in manager.passes if isinstance(one, QuantizeExperts) and not manager.leaves_out(one.name)]
     done = bound_result(bound, verify, asked[0] if asked else None)

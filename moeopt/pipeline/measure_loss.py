@@ -11,33 +11,26 @@ One call of the data at a time: the outputs of one call are all that is held.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.find.batches import batches
 from moeopt.find.example_inputs import in_order, without_cache
 from moeopt.ir.weight_format import INT8_CHANNEL
-from moeopt.ops.override import override_experts_impl
 from moeopt.options import Options
 from moeopt.options.loss_limits import LANGUAGE, OUTPUTS
-from moeopt.recognise.routing_types import RoutingForm
-from moeopt.rewrite.install import RewrittenForward, live_bank, rewritten_forward
+from moeopt.pipeline.loss_meter import ALL, Bank, Ids, LossMeter
+from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.live_codes import LiveCodes
 from moeopt.value_types import PyObject
 from moeopt.verification.loss import BlockLoss, Loss, LossFigures, is_language
 from moeopt.verification.loss_text import judged
 from moeopt.verification.model import run_plain
 
-_ALL, _REFERENCE = "all of them", "all of them in int8 per channel"  # no module path has spaces
-Bank = tuple[Any, Any]
-Ids = dict[tuple[str, int], list[Tensor]]
-"""By block and bank, the experts that each call chose, (T, K)."""
+_REFERENCE = "all of them in int8 per channel"  # no module path has spaces
 
 
 def data_of(model: nn.Module, call: ArgsKwargs, options: Options) -> list[ArgsKwargs]:
@@ -92,13 +85,13 @@ def measure_loss(
     """
     blocks = {p: f for p, m in twin.named_modules() if (f := rewritten_forward(m)) is not None and _codes(f)}
     variants = {path: {path: list(f.banks)} for path, f in blocks.items()}
-    variants[_ALL] = {path: list(f.banks) for path, f in blocks.items()}
+    variants[ALL] = {path: list(f.banks) for path, f in blocks.items()}
     variants[_REFERENCE] = {path: _in_int8(f) for path, f in blocks.items()}
-    meter = _Meter(source, twin, blocks, routed, variants, check_limit(source, calls, None))
+    meter = LossMeter(source, twin, blocks, routed, variants, check_limit(source, calls, None))
     for number, call in enumerate(calls):
         options.say(f"measuring what quantising loses, call {number + 1} of {len(calls)}")
         meter.run(call)
-    whole, reference, ids = meter.figures[_ALL], meter.figures[_REFERENCE], meter.ids
+    whole, reference, ids = meter.figures[ALL], meter.figures[_REFERENCE], meter.ids
     loss: Loss = Loss(
         **whole.figures(),  # type: ignore[typeddict-item]
         standard_errors=whole.standard_errors(options.seed), tokens=whole.tokens, sequences=len(whole.distances),
@@ -106,28 +99,14 @@ def measure_loss(
         reference=reference.figures(), reference_errors=reference.standard_errors(options.seed),
         blocks=[_block_loss(path, f, meter.figures[path], ids, meter.base_ids) for path, f in blocks.items()],
     )  # fmt: skip
-    compared, differ = (sum(b[key] for b in loss["blocks"]) for key in ("ids_compared", "ids_differ"))
-    loss["ids_changed"] = differ / compared if compared else 0.0
+    loss["ids_changed"] = changed_share(ids, meter.base_ids)
     loss["limit"] = dict(options.limit or {})
     loss["missed"] = judged(loss, loss["limit"])
     return loss
 
 
-def is_routed(found: PyObject) -> bool:
-    """Whether a router chooses the experts of a recognised sum; groups of a dense FFN are all active."""
-    return found.routing.form is not RoutingForm.EVERY_GROUP
-
-
 def _codes(forward: RewrittenForward) -> list[LiveCodes]:
     return [bank for bank, _ in forward.banks if isinstance(bank, LiveCodes)]
-
-
-def _floats(forward: RewrittenForward) -> list[Bank]:
-    module = forward.module
-    return [
-        (live_bank(module, bank.experts, spec), spec) if isinstance(bank, LiveCodes) else (bank, spec)
-        for bank, spec in forward.banks
-    ]
 
 
 def _in_int8(forward: RewrittenForward) -> list[Bank]:
@@ -155,65 +134,25 @@ def whole_loss(original: nn.Module, lossy: PyObject, call: ArgsKwargs, limit: Ma
     return loss
 
 
-class _Meter:
-    """Runs the twin with some of its banks in codes and compares with the original."""
+def changed_share(ids: Ids, base: Ids) -> float:
+    """The share of choices of experts that came out otherwise; 0 where there are none."""
+    compared, differ = _changed(ids, base)
+    return differ / compared if compared else 0.0
 
-    def __init__(
-        self, source: nn.Module, twin: nn.Module, blocks: dict[str, RewrittenForward],
-        routed: Mapping[str, Sequence[bool]], variants: Mapping[str, Mapping[str, list[Bank]]], language: bool,
-    ) -> None:  # fmt: skip
-        self.source, self.twin, self.blocks, self.routed, self.variants = source, twin, blocks, routed, variants
-        self.floats = {path: _floats(forward) for path, forward in blocks.items()}
-        self.figures = {name: LossFigures(language) for name in variants}
-        self.base_ids: Ids = {}
-        self.ids: Ids = {}
 
-    def run(self, call: ArgsKwargs) -> None:
-        """Add one call to the figures of each variant, and to the experts chosen with no codes and with all."""
-        want = run_plain(self.source, *call)
-        with self._banks({}), self._noted(self.base_ids):
-            run_plain(self.twin, *call)
-        for name, quantized in self.variants.items():
-            with self._banks(quantized), self._noted(self.ids) if name == _ALL else contextlib.nullcontext():
-                got = run_plain(self.twin, *call)
-            self.figures[name].add(want, got, call)
-
-    @contextlib.contextmanager
-    def _banks(self, quantized: Mapping[str, list[Bank]]) -> Iterator[None]:
-        before = {path: forward.banks for path, forward in self.blocks.items()}
-        for path, forward in self.blocks.items():
-            forward.banks = quantized.get(path, self.floats[path])
-        try:
-            yield
-        finally:
-            for path, forward in self.blocks.items():
-                forward.banks = before[path]
-
-    @contextlib.contextmanager
-    def _noted(self, into: Ids) -> Iterator[None]:
-        """While open, the ids that reach each bank of a quantised block are written down."""
-        places = {}
-        for path, forward in self.blocks.items():
-            for number, (bank, _) in enumerate(forward.banks):
-                if self.routed[path][number]:
-                    places[id(bank)] = path, number
-
-        def note(x: Tensor, ids: Tensor, weights: Tensor, bank: PyObject, spec: PyObject) -> None:
-            if id(bank) in places:
-                into.setdefault(places[id(bank)], []).append(ids.detach().to(torch.int64).cpu())
-
-        with override_experts_impl(note):
-            yield
+def _changed(ids: Ids, base: Ids) -> tuple[int, int]:
+    """How many choices there are, and how many of them are not among those of the same token."""
+    compared = differ = 0
+    for key, before in base.items():
+        for a, b in zip(before, ids.get(key, []), strict=False):
+            compared += a.numel()
+            differ += int((~(a[:, :, None] == b[:, None, :]).any(-1)).sum())
+    return compared, differ
 
 
 def _block_loss(path: str, forward: RewrittenForward, alone: LossFigures, ids: Ids, base: Ids) -> BlockLoss:
     codes = _codes(forward)
-    compared = differ = 0
-    for key, before in base.items():
-        if key[0] == path and key in ids:
-            for a, b in zip(before, ids[key], strict=True):
-                compared += a.numel()
-                differ += int((~(a[:, :, None] == b[:, None, :]).any(-1)).sum())
+    compared, differ = _changed(ids, {key: before for key, before in base.items() if key[0] == path})
     return BlockLoss(
         name=path or type(forward.module).__name__,
         format=str(codes[0].format.w_out.format),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Mapping
+
 from torch import nn
 
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.errors import UsageError
-from moeopt.options import Options
+from moeopt.options import Options, QuantPlan
 from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.block_capture import original_forward
 from moeopt.pipeline.block_reports import PipelineResult
@@ -50,6 +53,11 @@ def formats_of(twin: nn.Module) -> dict[str, str]:
         for path, (_, codes) in quantized_blocks(twin).items()
         if not all(one.exact for one in codes)
     }
+
+
+def plan_of(quantized: Mapping[str, str]) -> QuantPlan:
+    """The plan that gives each block the format that a certificate says it has."""
+    return QuantPlan({glob.escape(name): format.partition(" ")[0] for name, format in quantized.items()})
 
 
 def routed_banks(outcome: PipelineResult, twin: nn.Module) -> dict[str, list[bool]]:

@@ -218,6 +218,7 @@ def single_neurons(tape: Tape) -> Declined | None:
     """Rows of a table, picked by the router for each token, that are multiplied with it: experts of one neuron."""
     picked = [n for n in tape.nodes if op_name(n) == "embedding" and _is_table(n.args[0])]
     picked = [n for n in picked if any(op_name(a) in _CHOICES for a in ancestors([n.args[1]]))]  # type: ignore[list-item]
+    picked = [n for n in picked if not _holds_matrices(n)]
     if len(picked) < 2:
         return None
     return Declined(
@@ -225,6 +226,15 @@ def single_neurons(tape: Tape) -> Declined | None:
         "matrix; the op groups experts of two matrices, so this block stays as it is",
         picked[0].meta.get("source"),
     )
+
+
+def _holds_matrices(lookup: fx.Node) -> bool:
+    """Whether each row that is looked up is laid out as a matrix."""
+    width = lookup.meta["shape"][-1]
+    shapes = [
+        user.meta.get("shape", ()) for user in lookup.users if op_name(user) in ("view", "reshape", "_unsafe_view")
+    ]
+    return any(len(s) > 1 and s[-1] != width and s[-2] > 1 and s[-1] > 1 and s[-2] * s[-1] == width for s in shapes)
 
 
 def _path(node: fx.Node) -> str:

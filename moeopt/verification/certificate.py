@@ -23,6 +23,7 @@ import torch
 from msgspec import UNSET
 
 from moeopt.errors import BundleError
+from moeopt.options.loss_limits import FIGURES
 from moeopt.untrusted import checked, cleaned, parse_json, shown
 from moeopt.value_types import PyObject
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
@@ -99,20 +100,21 @@ class Certificate:
     def to_json(self) -> str:
         """The certificate as JSON text; :meth:`from_json` is the inverse."""
         body = dataclasses.asdict(self)
-        if not self.quantized:  # as certificates were before there was a loss to tell of
-            del body["quantized"], body["loss"]
         verdicts = {"passed": self.passed, "equivalent": self.equivalent}
         return json.dumps({"schema": SCHEMA, **verdicts, **_plain(body)}, indent=1, allow_nan=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a reader: :meth:`to_json`'s, the verdict in words, and what a block may need."""
-        limits = {"verdict": self.verdict, "factor": FACTOR, "eps_allowance": EPS_ALLOWANCE}
+        limits: dict[str, Any] = {"verdict": self.verdict, "factor": FACTOR, "eps_allowance": EPS_ALLOWANCE}
+        if self.quantized:
+            misses = [key for key, most in self.loss.get("limit", {}).items() if judged(self.loss, {key: most})]
+            limits |= {"figures": FIGURES, "limits_missed": misses}
         return {**json.loads(self.to_json()), **limits}
 
     def _repr_html_(self) -> str:
-        from moeopt.html import certificate_table
+        from moeopt.html import certificate_table, loss_table
 
-        return certificate_table(self.blocks, self.verdict)
+        return certificate_table(self.blocks, self.verdict) + (loss_table(self.to_dict()) if self.loss else "")
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:

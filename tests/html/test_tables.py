@@ -6,6 +6,7 @@ import torch
 import moeopt
 from moeopt.html.names import short_names
 from moeopt.report import BlockReport, Report
+from moeopt.verification.certificate import Certificate
 from tests.html import pages
 from tests.html.test_page import Page
 
@@ -25,6 +26,37 @@ def test_a_notebook_shows_the_facts(thing, texts):
     assert {tag for tag, _, _ in page.tags} == {"table", "caption", "thead", "tbody", "tr", "th", "td"}
     for text in texts:
         assert text in "".join(page.words)
+
+
+LOSS = {
+    "kl_mean": 0.02, "top1": 0.9, "tokens": 9, "sequences": 3, "data": "the example inputs", "limit": {"kl_mean": 0.01},
+    "missed": [f"kl_mean is 0.02 {pages.HOSTILE}"], "standard_errors": {"kl_mean": 0.004},
+    "reference": {"kl_mean": 1e-4},
+    "blocks": [
+        {"name": pages.HOSTILE, "format": "int4", "bytes": 20, "float_bytes": 160, "figures": {"kl_mean": 0.015},
+         "ids_compared": 64, "ids_differ": 3},
+    ],
+}  # fmt: skip
+
+
+def test_a_loss_is_a_table_of_its_own_and_a_section_of_the_page(tmp_path):
+    checks = pages.certificate().blocks[1:2]
+    certificate = Certificate(checks, quantized={"layers.1.mlp": "int4"}, loss=LOSS)
+    report = Report((BlockReport("layers.1.mlp", "moe", "rewritten"),), "Toy", certificate=certificate)
+    shown = "".join(Page(certificate._repr_html_()).words)
+    written = report.to_html(tmp_path / "page.html").read_text()
+    page = "".join(Page(written).words)
+    for text in ("0.02", "0.004", "0.0001", "0.01", "KL divergence of the next-token distributions, mean"):
+        assert text in shown and text in page, text
+    for text in (
+        pages.HOSTILE,
+        "3 of 64",
+        "160",
+        "Limit missed: kl_mean is 0.02",
+        "LIMIT MISSED: what quantising lost",
+    ):
+        assert text in page, text
+    assert pages.HOSTILE not in written
 
 
 def test_long_tables_end_with_what_is_left_out():

@@ -107,6 +107,12 @@ def _at(proto: OnnxModel, shapes: Mapping[str, tuple[int, ...]]) -> OnnxValue:
             stand_in = graph.initializer.add(name=f"moeopt/stand-in/{number}", data_type=onnx.TensorProto.FLOAT)
             stand_in.dims.extend((w_in[0], w_out[-1]))
             node.CopyFrom(onnx.helper.make_node("MatMul", [x, stand_in.name], [y], node.name))
+        elif node.op_type == "MatMulNBits":
+            attributes = {a.name: a.i for a in node.attribute}
+            stand_in = graph.initializer.add(name=f"moeopt/stand-in/{number}", data_type=onnx.TensorProto.FLOAT)
+            stand_in.dims.extend((attributes.get("K", 0), attributes.get("N", 0)))
+            made = onnx.helper.make_node("MatMul", [node.input[0], stand_in.name], list(node.output), node.name)
+            node.CopyFrom(made)
         elif node.domain not in ("", "ai.onnx") and node.op_type in _SAME_AS_FIRST:
             del node.attribute[:], node.input[1:], node.output[1:]
             node.op_type, node.domain = "Identity", ""

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeopt.backends.onnxrt.int8_activations import node_problems
 from moeopt.value_types import OnnxModel, OnnxNode, OnnxValue
 
 DOMAIN = "com.microsoft"
@@ -139,6 +140,8 @@ def check_graph(model: OnnxModel, provider: str) -> list[str]:
         found: list[str] = []
         if node.domain == DOMAIN and node.op_type in ("MoE", "QMoE"):
             found = _moe_problems(node, provider)
+        elif provider == "cpu" and node.domain == DOMAIN:
+            found = node_problems(node)
         elif provider == "cpu" and node.domain == "" and node.op_type in _NO_BFLOAT16_ON_CPU:
             if any(_dtype(value) == "BFLOAT16" for value in node.inputs):
                 found = [f"the CPU provider has no bfloat16 {node.op_type} (NOT_IMPLEMENTED)"]
@@ -162,7 +165,7 @@ def _moe_problems(node: OnnxNode, provider: str) -> list[str]:
     if node.op_type == "MoE":
         problems += _layout_problems(node, values, row) + _dtype_problems(node)
     else:
-        problems += _router_weight_problems(node, row)
+        problems += _router_weight_problems(node, row) + (node_problems(node) if provider == "cpu" else [])
     return problems
 
 

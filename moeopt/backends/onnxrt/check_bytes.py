@@ -16,22 +16,50 @@ from typing import Any
 
 import torch
 
+from moeopt.backends.onnxrt.check_quantized import OP as OF_CODES
+from moeopt.backends.onnxrt.check_quantized import refuses_node
 from moeopt.backends.onnxrt.session import NATIVE, data_of
 from moeopt.bundle.values import DTYPES, MAX_NUMEL
 from moeopt.errors import BundleError
 from moeopt.lower.onnx.experts_node import DOMAIN, OP
 from moeopt.value_types import OnnxGraph, OnnxNode, OnnxValue
 
+ANY = ("*",)
+"""Stands for every operator of a domain."""
 MAX_GRAPH = 1 << 31
 """Bytes: no protobuf message is longer."""
 MICROSOFT = (
-    *("MoE", "QMoE"),
+    *("MoE", "QMoE", OF_CODES),
     *("Attention", "MultiHeadAttention", "GroupQueryAttention", "RotaryEmbedding"),
     *("SkipLayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "GroupNorm"),
     *("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "FusedMatMul", "BiasSplitGelu"),
 )
 """Operators of com.microsoft that a lowering, or a fusion of transformers' exporter, writes."""
-_OWN = {"com.microsoft": MICROSOFT, "trt": ("TRT_MoE",)}
+GIVEN = (
+    *("MatMulNBits", "MatMulBnb4", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger16", "QGemm"),
+    *("QuantizeLinear", "DequantizeLinear", "QAttention", "QEmbedLayerNormalization", "DynamicQuantizeLSTM"),
+    *("QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearSoftmax", "QLinearConcat", "QLinearLeakyRelu"),
+    *("QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearReduceMean", "QLinearWhere", "GatherBlockQuantized"),
+    *("EmbedLayerNormalization", "FusedGemm", "FusedConv", "TransposeMatMul", "BiasAdd", "BiasSoftmax", "BiasDropout"),
+    *(
+        "GatherND",
+        "Trilu",
+        "Unique",
+        "ExpandDims",
+        "Range",
+        "Inverse",
+        "CDist",
+        "GridSample",
+        "CropAndResize",
+        "Tokenizer",
+    ),
+    *("NGramRepeatBlock", "BifurcationDetector", "ComplexMul", "ComplexMulConj", "Rfft", "Irfft", "NhwcMaxPool"),
+    *("PackedAttention", "PackedMultiHeadAttention", "RemovePadding", "RestorePadding", "RelativePositionBias"),
+    *("GatedRelativePositionBias", "SparseAttention", "PagedAttention", "LongformerAttention", "DecoderAttention"),
+    *("DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention", "CausalConvWithState", "LinearAttention"),
+)
+"""Operators of com.microsoft that files hold which moeopt is given; each computes its results of its inputs alone."""
+_OWN = {"com.microsoft": (*MICROSOFT, *GIVEN), "ai.onnx.ml": ANY, "trt": ("TRT_MoE",)}
 """Operators by domain; TensorRT's parser takes the second, which no other runtime knows."""
 _NATIVE = {**_OWN, DOMAIN: (OP,)}
 """Those of the graph whose experts moeopt's own kernel computes."""
@@ -55,6 +83,7 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> OnnxValu
     """
     proto = parse(path)
     allowed = _NATIVE if path.name == NATIVE else _OWN
+    sizes = {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
     constants = {tensor.name for tensor in proto.graph.initializer} - {value.name for value in proto.graph.input}
     for opset in proto.opset_import:
         if opset.domain not in ("", "ai.onnx", *allowed):
@@ -69,6 +98,8 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> OnnxValu
             raise BundleError(f"{path}: it holds sparse weights, and moeopt writes none")
         for node in graph.node:
             _check_node(path, node, allowed, constants)
+            if node.op_type == OF_CODES and (reason := refuses_node(node, sizes)):
+                raise BundleError(f"{path}: node {node.name!r} {reason}")
         for tensor in _tensors(graph):
             _check_tensor(path, tensor, size)
     _check_ends(path, proto.graph, signature)
@@ -122,7 +153,8 @@ def _tensors(graph: OnnxGraph) -> Iterator[Any]:
 
 
 def _check_node(path: Path, node: OnnxNode, allowed: Mapping[str, tuple[str, ...]], constants: set[str]) -> None:
-    if node.domain not in ("", "ai.onnx") and node.op_type not in allowed.get(node.domain, ()):
+    here = allowed.get(node.domain, ())
+    if node.domain not in ("", "ai.onnx") and here is not ANY and node.op_type not in here:
         raise BundleError(
             f"{path}: node {node.name!r} is {node.domain or 'ai.onnx'}.{node.op_type}, which moeopt does not write"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,15 @@ from moeopt.patches import fewer_collections
 from moeopt.pipeline.block import OwnForward
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.enclosing import with_router
+from moeopt.pipeline.measure_loss import data_of, measure_loss
+from moeopt.pipeline.quantized_model import (
+    check_patterns,
+    formats_of,
+    notes_of,
+    plan_of,
+    quantized_original,
+    routed_banks,
+)
 from moeopt.pipeline.report_of import report_of
 from moeopt.pipeline.run import run
 from moeopt.report import BlockReport
@@ -46,18 +55,32 @@ class GraphBackend(Backend):
     """An engine of the rewritten model, each block verified as its lowering computes it, then the whole.
 
     Where the engine cannot run here, both verdicts are those of its CPU fallback graph.
+
+    Args:
+        settle: called with the rewritten copy and the pipeline's result before the engine is built; None: nothing is.
     """
+
+    def __init__(self, settle: Callable[[nn.Module, PipelineResult], None] | None = None) -> None:
+        self._settle = settle
 
     def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> Made:
         shared: list[str] = []
+        data = data_of(source, call, options)
         twin = shared_copy(source, shared)
         with open_dataclasses(call):
-            made = self._engine(source, twin, call, options, plan)
+            made = self._engine(source, twin, call, options, plan, data)
         made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *shared))
         return made
 
-    def _engine(self, source: nn.Module, twin: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> Made:
+    def _engine(
+        self, source: nn.Module, twin: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject,
+        data: list[ArgsKwargs],
+    ) -> Made:  # fmt: skip
         outcome = self._run_impl(twin, call, options, plan)
+        check_patterns(outcome, options)
+        if self._settle is not None:
+            self._settle(twin, outcome)
+        judge = quantized_original(source, twin)
         with fewer_collections():
             built = self._build_impl(twin, call, plan, options)
             engine = self._opened_impl(built, plan, options)
@@ -70,18 +93,18 @@ class GraphBackend(Backend):
                 return 0, 0, ""
             return count_ids(twin, runner, runner.graph, _form_of(runner, form).sites, one)
 
-        notes = self._check_routers(source, twin, runner, form, outcome, plan, options)
+        notes = self._check_routers(judge, twin, runner, form, outcome, plan, options)
 
         def ties_from(noise: list[str]) -> Ties | None:
             return ties_of(twin, runner, form, noise, options.seed)
 
-        end = compare_engine(source, runner, call, outcome, options, count, ties_from)
+        end = compare_engine(judge, runner, call, outcome, options, count, ties_from)
         if form.native:  # what was compared is what runs where moeopt's own operator is not
             plain_end = end
             del engine, runner  # two sessions would hold the weights twice
             engine = runner = self._native_impl(built, plan, options)
             try:
-                end = compare_engine(source, runner, call, outcome, options, count, ties_from)
+                end = compare_engine(judge, runner, call, outcome, options, count, ties_from)
                 notes.append(native_note(form.native))
             except NotEquivalentError as err:
                 form.reasons |= {name: f"{form.lowerings[name]}, native was given up" for name in form.native["blocks"]}
@@ -102,10 +125,14 @@ class GraphBackend(Backend):
             device=engine.described if executed else engine.built_for,
             dtype=str(first.dtype).removeprefix("torch.") if first is not None else "",
             notes=[*plan.notes, *notes],
+            quantized=formats_of(twin),
         )
+        if judge is not source and options.verify != "off":
+            certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options)
         blocks = [self._with_lowering(block, built) for block in outcome.blocks]
         report = report_of(source, blocks, self.name, outcome, certificate, options)
-        report = dataclasses.replace(report, notes=(*report.notes, *self._notes_impl(built), *notes))
+        told = notes_of(outcome, twin, options)
+        report = dataclasses.replace(report, notes=(*report.notes, *told, *self._notes_impl(built), *notes))
         return Made(engine, report, certificate, fingerprint(source), built)
 
     def keeps_cache(self, made: Made) -> bool:
@@ -155,6 +182,14 @@ class GraphBackend(Backend):
             return None if ties is None else ties.compare(call, runs, got)
 
         return otherwise
+
+    def judge(self, original: nn.Module, made: Made, call: ArgsKwargs) -> nn.Module:
+        """``original`` is rewritten and quantised again: an engine has no modules to read codes from."""
+        if not made.certificate.quantized:
+            return original
+        twin = shared_copy(original)
+        run(twin, call, Options(verify="off", quantize=plan_of(made.certificate.quantized)))
+        return quantized_original(original, twin)
 
     def runner(self, model: PyObject) -> tuple[GraphEngine, bool]:
         return (model.replay(), False) if isinstance(model, OfflineEngine) else (model, True)

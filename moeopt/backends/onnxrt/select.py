@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
-from moeopt.backends.onnxrt.lowerings import FUNCTION_LOWERINGS, LOWERINGS
+from moeopt.backends.onnxrt.lowerings import FUNCTION_LOWERINGS, LOWERINGS, QUANTIZED_LOWERINGS
 from moeopt.backends.onnxrt.session import Session
 from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.lowerings.codes import is_quantized
 from moeopt.lower.onnx.plan import LoweringChoice
 
 TOKENS = (1, 4, 16, 128)
@@ -59,19 +61,23 @@ def ranked(
     provider: str,
     tokens: tuple[int, ...] | None = None,
     open_session: Callable[[ExpertsNode, Lowering], Session] | None = None,
+    without: Mapping[str, str] = MappingProxyType({}),
 ) -> list[LoweringChoice]:
     """Every lowering: those that fit first, the quickest ahead.
 
     Args:
         tokens: the token counts that the engine will see; None means ``TOKENS``.
         open_session: given, each lowering is measured in a session that it opens, load time included.
+        without: names of lowerings that the engine leaves out -> why.
     """
     counts = tokens or TOKENS
     if isinstance(site.spec, RowFunction):
         return [_only(form, site, provider) for form in FUNCTION_LOWERINGS]
     choices = []
-    for lowering in LOWERINGS:
+    for lowering in QUANTIZED_LOWERINGS if is_quantized(site) else LOWERINGS:
         refusal = lowering.refuses(site, provider)
+        if lowering.name in without:
+            refusal = f"portable=True: {without[lowering.name]}"
         if refusal:
             choices.append(LoweringChoice(lowering.name, None, refusal))
         elif open_session is None:

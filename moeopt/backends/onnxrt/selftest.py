@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moeopt.backends.onnxrt.known_answer import BLOCK, cut_out, feeds_of, known_answer_test, session_of
-from moeopt.backends.onnxrt.lowerings import LOWERINGS
+from moeopt.backends.onnxrt.lowerings import LOWERINGS, QUANTIZED_LOWERINGS
 from moeopt.backends.onnxrt.select import ranked
 from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, Prepare, Session, no_change
 from moeopt.backends.onnxrt.site_records import ENDS, read_back, tensor_of
@@ -148,7 +148,12 @@ def _replace(
         before = next(low for low in LOWERINGS if low.name == first["lowering"])
         sites = [_site_back(model, record, before) for record in records]
     except StopIteration:
-        refused.append(f"this moeopt has no lowering {first['lowering']!r} to read its weights back with")
+        codes = any(low.name == first["lowering"] for low in QUANTIZED_LOWERINGS)
+        refused.append(
+            "its experts are codes, which are not read back"
+            if codes
+            else f"this moeopt has no lowering {first['lowering']!r} to read its weights back with"
+        )
     except Declined as err:
         refused.append(err.reason)
     else:

@@ -25,6 +25,7 @@ from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.lowerings.codes import is_quantized
 from moeopt.ops.expert_weights import ListExpertWeights
 from moeopt.value_types import PyObject
 
@@ -39,11 +40,12 @@ def describe(site: ExpertsNode, lowering: str, why: str) -> dict[str, Any] | Non
         sizes: dict[str, Any] = {"w_in": [], "w_out": [], "b_in": [], "b_out": False, "norm": False}
         return _common(site, lowering, why) | {"bank_dtype": _name(site.spec.body.dtype)} | sizes
     bank, every = site.bank, range(site.bank.num_experts)
-    shapes = [[list(w.shape) for w in (*bank.w_in(e), bank.w_out(e))] for e in every]
+    shown = range(1) if is_quantized(site) else every  # quantised ones are of one size, and are not made for that
+    shapes = [[list(w.shape) for w in (*bank.w_in(e), bank.w_out(e))] for e in shown]
     if any(s != shapes[0] for s in shapes):
         return None
     return _common(site, lowering, why) | {
-        "bank_dtype": _name(bank.w_out(0).dtype),
+        "bank_dtype": _name(bank.dtype if is_quantized(site) else bank.w_out(0).dtype),
         "w_in": shapes[0][:-1],
         "w_out": shapes[0][-1],
         "b_in": [_which([bank.b_in(e)[i] for e in every]) for i in range(len(shapes[0]) - 1)],

@@ -47,8 +47,8 @@ class TorchBackend(Backend):
     name = "torch"
 
     def _plan_impl(self, options: Options) -> None:
-        for name in ("target", "profile", "timing_cache", "session_options"):
-            if (given := getattr(options, name)) is not None:
+        for name in ("target", "profile", "timing_cache", "session_options", "portable"):
+            if (given := getattr(options, name)) not in (None, False):
                 raise UsageError(
                     f"{name}={given!r:.80} is for an engine, and backend='torch' builds none: give "
                     "backend='onnxruntime' or backend='tensorrt' as well, or leave it out"
@@ -109,6 +109,15 @@ class TorchBackend(Backend):
                 f"session_options are ONNX Runtime's, and {directory} is a bundle for PyTorch: leave them out"
             )
         return load_torch_bundle(directory, device, limits)
+
+    def _open_mapped_impl(
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits,
+        resident: int | None,
+    ) -> PyObject:  # fmt: skip
+        engine = self._open_impl(directory, device, session_options, limits)
+        if resident is not None:
+            engine.keep_resident(resident)
+        return engine
 
     def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
         device = None if provider is None else _provider_device(provider)

@@ -16,6 +16,7 @@ from torch import Tensor
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.value_types import OnnxValue
 
 
@@ -53,7 +54,7 @@ class PaddedExperts:
 
 def pad_experts(bank: ExpertWeights, spec: ExpertsSpec) -> ExpertWeights:
     """``bank``, filled up where its experts differ in size."""
-    if bank.stacked() is not None:
+    if bank.stacked() is not None or isinstance(bank, QuantizedExpertWeights):  # codes are of equal size
         return bank
     axis = int(spec.w_out_layout == "oi")
     sizes = {bank.w_out(e).shape[axis] for e in range(bank.num_experts)}
@@ -62,7 +63,11 @@ def pad_experts(bank: ExpertWeights, spec: ExpertsSpec) -> ExpertWeights:
 
 def bank_of(bank: OnnxValue, spec: ExpertsSpec | RowFunction) -> OnnxValue:
     """What a site reads: the bank of equal experts; of a function of a row the slots, which are alike already."""
-    return bank if isinstance(spec, RowFunction) else pad_experts(bank, spec)
+    if isinstance(spec, RowFunction):
+        return bank
+    if isinstance(bank, QuantizedExpertWeights):
+        return bank.handed_out((spec.w_in_layout, spec.w_out_layout), bank.dtype)
+    return pad_experts(bank, spec)
 
 
 def _fill(part: Tensor, axis: int, size: int) -> Tensor:

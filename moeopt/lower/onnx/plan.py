@@ -60,10 +60,12 @@ class BlockPlan(abc.ABC):
 
     Attributes:
         runtime: the runtime's name, for reasons.
+        portable: whether the graph holds ONNX's own operators only.
         remarks: sentences for the certificate.
     """
 
     runtime = "ONNX Runtime"
+    portable = False
 
     def __init__(self, provider: str, tokens: tuple[int, ...] | None = None) -> None:
         self.provider, self.tokens = provider, tokens
@@ -180,7 +182,9 @@ def kind(site: ExpertsNode) -> NodeKind:
     bank = site.bank
     if isinstance(site.spec, RowFunction):
         return (site.spec, bank.num_experts, site.top_k, site.dtype, site.weights_dtype, site.router)
-    shapes = tuple(tuple(w.shape) for w in (*bank.w_in(0), bank.w_out(0)))
+    shapes: object = getattr(bank, "format", None)  # of quantised experts, with the formats
+    if shapes is None:
+        shapes = tuple(tuple(w.shape) for w in (*bank.w_in(0), bank.w_out(0)))
     return (
         dataclasses.astuple(site.spec),
         bank.num_experts,

@@ -17,6 +17,7 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.row_graph import widened
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
+from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.value_types import OnnxModel, OnnxNode, OnnxValue
 
 NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -57,7 +58,7 @@ def upcast_node(site: ExpertsNode) -> ExpertsNode:
         return widened(site)
     fields = ("compute_dtype", "act_dtype", "accum_dtype", "out_dtype")
     narrow: dict[str, Any] = {f: "float32" for f in fields if getattr(spec, f) in NARROW.values()}
-    bank_dtype = site.bank.w_out(0).dtype
+    bank_dtype = site.bank.dtype if isinstance(site.bank, QuantizedExpertWeights) else site.bank.w_out(0).dtype
     if not narrow and site.dtype not in NARROW and site.weights_dtype not in NARROW and bank_dtype not in NARROW:
         return site
     wide = {d: torch.float32 for d in NARROW}

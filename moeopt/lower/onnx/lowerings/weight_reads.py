@@ -8,9 +8,12 @@ Weights count as float32, in which the CPU's products run. Shape legend: T token
 
 from __future__ import annotations
 
+import math
+
 from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Cost
+from moeopt.ops.quantized_bank import QuantizedExpertWeights
 
 
 def experts_hit(site: ExpertsNode, tokens: int) -> float:
@@ -24,6 +27,9 @@ def weights_cost(
 ) -> Cost:
     """The cost of reading the weights of ``experts`` experts and multiplying ``rows`` rows by one expert's each."""
     function = isinstance(site.spec, RowFunction)
-    of_one = site.bank.slots(0) if function else (*site.bank.w_in(0), site.bank.w_out(0))
-    elements = sum(w.numel() for w in of_one)
+    if isinstance(site.bank, QuantizedExpertWeights):
+        elements = sum(math.prod(m.shape) for m in (*site.bank.format.w_in, site.bank.format.w_out))
+    else:
+        of_one = site.bank.slots(0) if function else (*site.bank.w_in(0), site.bank.w_out(0))
+        elements = sum(w.numel() for w in of_one)
     return Cost(4.0 * elements * experts, 2.0 * elements * rows, kernels, syncs=syncs, slowdown=slowdown)

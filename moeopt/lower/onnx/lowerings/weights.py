@@ -17,6 +17,7 @@ from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.ops.activations import split_rows
 from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.value_types import OnnxValue
 
 
@@ -136,6 +137,10 @@ def _or_zeros(b: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
 
 def _sizes(site: ExpertsNode, e: int) -> ExpertSizes:
     bank, spec = site.bank, site.spec
+    if isinstance(bank, QuantizedExpertWeights):  # told by the format: no weight is made
+        shapes = [m.shape for m in (*bank.format.w_in, bank.format.w_out)]
+        columns = sum(shape[0] for shape in shapes[:-1])
+        return ExpertSizes(bank.num_experts, shapes[0][1], shapes[-1][1], columns, shapes[-1][0])
     out, inner = (0, 1) if spec.w_in_layout == "oi" else (1, 0)
     parts, w_out = bank.w_in(e), bank.w_out(e)
     last, middle = (0, 1) if spec.w_out_layout == "oi" else (1, 0)

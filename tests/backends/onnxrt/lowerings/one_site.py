@@ -62,7 +62,7 @@ def tokens(site: ExpertsNode, T: int, *, seed=1, beyond=0.0, negative=0.0):
     return x, ids, (0.1 + torch.rand(T, K, generator=rng)).to(site.weights_dtype)
 
 
-def model_of(site: ExpertsNode, lowering: str | object) -> ir.Model:
+def model_of(site: ExpertsNode, lowering: str | object, opset: int = 18) -> ir.Model:
     """The model x, ids, weights -> y with a token count that is open."""
     lowering = by_name(lowering) if isinstance(lowering, str) else lowering
     spec, kinds = site.spec, {"x": site.dtype, "ids": torch.int64, "weights": site.weights_dtype}
@@ -81,7 +81,7 @@ def model_of(site: ExpertsNode, lowering: str | object) -> ir.Model:
         [y],
         nodes=builder.nodes,
         initializers=builder.initializers,
-        opset_imports={"": 18, **builder.domains},
+        opset_imports={"": opset, **builder.domains},
         name="one_site",
     )
     return ir.Model(graph, ir_version=10)

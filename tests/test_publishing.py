@@ -1,0 +1,97 @@
+"""What a release is made of: metadata, a README that holds outside the repository, archives, and what GitHub reads."""
+
+import re
+import subprocess
+import sys
+import tarfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+builds = pytest.mark.skipif(find_spec("hatchling") is None, reason="hatchling builds it: pip install '.[dev]'")
+
+
+def yaml_of(name):
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+@builds
+def test_the_readme_outside_the_repository_has_no_link_into_it():
+    run = [sys.executable, "-m", "hatchling", "metadata", "readme"]
+    readme = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    links = re.findall(r"\]\(([^)]+)\)", readme)
+    assert len(links) > 20 and all(link.startswith("https://") for link in links)
+    own = (ROOT / "README.md").read_text()
+    for before, after in zip(re.findall(r"\]\(([^)]+)\)", own), links, strict=True):
+        assert after.endswith(before)
+        assert before.startswith("https://") or (ROOT / before.split("#")[0]).exists(), f"README.md: no {before}"
+
+
+@builds
+def test_the_source_archive_holds_what_its_pages_tell_to_run(tmp_path):
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path], cwd=ROOT, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    wanted = {"benchmarks/onnx_models.py", "examples/demo.py", "tests/test_publishing.py", ".ci/run", "CITATION.cff"}
+    assert wanted <= names
+    assert not [n for n in names if n.endswith((".whl", ".so", ".pyc")) or n.startswith((".venv", "build/"))]
+
+
+def test_nothing_built_or_downloaded_is_in_the_repository():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git repository")
+    assert not [n for n in listed.stdout.split("\n") if n.endswith((".whl", ".so", ".pyc", ".tar.gz"))]
+
+
+def test_the_metadata_says_who_where_and_for_whom():
+    toml = pytest.importorskip("tomllib", reason="it is part of Python from 3.11 on")
+    project = toml.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"Homepage", "Documentation", "Changelog", "Issues", "Security"} <= set(project["urls"])
+    assert project["authors"] and project["maintainers"]
+    kinds = {line.split(" :: ")[0] for line in project["classifiers"]}
+    assert {"Development Status", "Intended Audience", "Operating System", "Programming Language", "Topic"} <= kinds
+    assert yaml_of("CITATION.cff")["version"] == project["version"]
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["ci", "release"])
+def test_workflows_pin_their_actions_and_may_do_no_more_than_they_must(name):
+    workflow = yaml_of(f".github/workflows/{name}.yml")
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        for step in job["steps"]:
+            if "uses" in step:
+                assert re.fullmatch(r"[\w./-]+@v\d+\.\d+\.\d+", step["uses"]), f"{step['uses']}: pin a full version"
+
+
+def test_the_workflow_runs_targets_that_there_are():
+    jobs = yaml_of(".github/workflows/ci.yml")["jobs"]
+    scripts = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert ".ci/run" in scripts and (ROOT / ".ci" / "run").exists()
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for script in scripts:
+        assert script == ".ci/run" or script.removeprefix("make ") in targets, script
+
+
+def test_issue_forms_ask_for_the_facts_and_the_dump():
+    for name in ("wrong-number", "declined", "crash-or-slow"):
+        body = yaml_of(f".github/ISSUE_TEMPLATE/{name}.yml")["body"]
+        fields = {part["id"]: part for part in body if "id" in part}
+        assert fields["info"]["validations"]["required"] and "moeopt info" in fields["info"]["attributes"]["label"]
+        assert name == "crash-or-slow" or "dump=" in fields["dump"]["attributes"]["description"]
+
+
+def test_the_hook_names_a_command_that_there_is():
+    (hook,) = yaml_of(".pre-commit-hooks.yaml")
+    words = hook["entry"].split()
+    from typer.main import get_command
+
+    from moeopt.cli.commands import app
+
+    options = [name for p in get_command(app).commands[words[1]].params for name in p.opts]
+    assert words[0] == "moeopt" and {*words[2:], "--against"} <= set(options)
