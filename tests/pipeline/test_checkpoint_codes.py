@@ -62,6 +62,17 @@ def test_the_same_weights_in_the_bytes_of_the_file(tmp_path, kind):
     assert model.layers[0].mlp.experts.down_proj is not None  # the original is as it was
 
 
+def test_an_engine_of_onnx_runtime_holds_the_codes(tmp_path):
+    model, x = made(tmp_path, "int4"), torch.randn(5, 64)
+    opt = moeopt.optimize(model, x, backend="onnxruntime", quantize="checkpoint", verify="fast")
+    assert [b.reason for b in opt.report.blocks] == ["", ""] and opt.certificate.equivalent
+    opt.save(tmp_path / "bundle")
+    with torch.no_grad():
+        torch.testing.assert_close(moeopt.load(tmp_path / "bundle")(x), model(x), rtol=1e-4, atol=1e-4)
+    size = sum(f.stat().st_size for f in (tmp_path / "bundle").rglob("*") if f.is_file())
+    assert size < sum(p.nbytes for p in model.parameters()) / 3
+
+
 def test_matrices_that_are_not_found(tmp_path):
     model, x = made(tmp_path, "int4"), torch.randn(5, 64)
     model.layers[0].mlp, model.layers[1].mlp = model.layers[1].mlp, model.layers[0].mlp
