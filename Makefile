@@ -28,14 +28,18 @@ endif
 
 # one torch thread in each test worker: workers share the cores
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-PYTEST := -m pytest -q -p no:cacheprovider -n $(JOBS) --durations=10
+# worksteal: each worker goes through a half of the suite, so that what a module shares is made once, not in each worker
+PYTEST := -m pytest -q -p no:cacheprovider -n $(JOBS) --dist worksteal --durations=10
 
 # A lesser CPU, played by this one: sums run in another order, kernels are absent. ISA=default plays the least of all.
 ISA ?= avx2
 LESSER_CPU := ATEN_CPU_CAPABILITY=$(ISA) ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
-# what such a CPU may change: kernels, verdicts with budgets, bit-for-bit claims, bundles, engines
-ISA_TESTS := tests/ops tests/verification tests/rewrite tests/backends tests/bundle \
+# What such a CPU may change: kernels, verdicts with budgets, bit-for-bit claims, bundles, engines. Of these, a test that
+# asks nothing of the CPU, or is one more of a kind, is marked one_isa. ALL=1 runs the whole suite, marked or not.
+ISA_TESTS := $(wildcard tests/ops/test_*.py) tests/ops/native tests/verification tests/rewrite tests/bundle \
+	$(wildcard tests/backends/test_*.py) tests/backends/torch tests/backends/onnxrt \
 	tests/test_zoo.py tests/test_sabotage.py tests/test_trained_lm.py
+ISA_MARKS := not gpu and not wheel and not nightly
 
 .PHONY: help setup demo examples test test-isa test-nightly test-compat test-matrix test-gpu gpu-day test-wheel lint format types docs bench clean
 help:
@@ -67,7 +71,7 @@ test: $(READY)  ## the whole suite, without a GPU
 	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu and not wheel and not nightly' $(ARGS)
 
 test-isa: $(READY)  ## what depends on the instruction set, as on a CPU with AVX2 only
-	$(ONE_THREAD) $(LESSER_CPU) $(PY) $(PYTEST) -m 'not gpu and not nightly' $(ISA_TESTS) $(ARGS)
+	$(ONE_THREAD) $(LESSER_CPU) $(PY) $(PYTEST) -m '$(ISA_MARKS)$(if $(ALL),, and not one_isa)' $(if $(ALL),,$(ISA_TESTS)) $(ARGS)
 
 test-nightly: $(READY)  ## the suite with everything that `make test` takes a sample of
 	$(ONE_THREAD) MOEOPT_NIGHTLY=1 $(PY) $(PYTEST) -m 'not gpu and not wheel' $(ARGS)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import timeit
 import types
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 import moeopt
-from moeopt.rewrite.install import RewrittenForward, _changed, rewritten_forward
+from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 
 LIMIT = 3.0
 """Microseconds a block call."""
@@ -105,10 +104,8 @@ def main() -> int:
     for name, make in BLOCKS.items():
         forward = forward_of(make)
         source = forward.source
-        assert source is not None and not _changed(forward)
-        own, other, both = (
-            microseconds(c) for c in (forward.watch.shared, source.look, functools.partial(_changed, forward))
-        )
+        assert source is not None and not forward.change()
+        own, other, both = (microseconds(c) for c in (forward.watch.shared, source.look, forward.change))
         print(f"{name:24} {own:9.2f} {other:9.2f} {both:9.2f}")
         slowest = max(slowest, both)
     if asked.check:

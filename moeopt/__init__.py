@@ -12,6 +12,7 @@ from moeopt.value_types import PyObject
 
 if TYPE_CHECKING:
     from moeopt.api import Optimized, explain, load, optimize, verify
+    from moeopt.distributed import distribute
     from moeopt.errors import (
         BundleError,
         CaptureError,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         Declined,
         MoeoptError,
         NotSaveableError,
+        RankLostError,
         UsageError,
     )
     from moeopt.inspection import Inspection, inspect
@@ -32,7 +34,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "moeopt.api": "Optimized explain load optimize verify",
-    "moeopt.errors": "BundleError CaptureError CheckpointError Declined MoeoptError NotSaveableError UsageError",
+    "moeopt.distributed": "distribute",
+    "moeopt.errors": "BundleError CaptureError CheckpointError Declined MoeoptError NotSaveableError "
+    "RankLostError UsageError",
     "moeopt.inspection": "Inspection inspect",
     "moeopt.ir.specs": "ExpertsSpec RouterSpec",
     "moeopt.limits": "LoadLimits",
@@ -57,9 +61,11 @@ __all__ = [
     "Optimized",
     "Options",
     "QuantPlan",
+    "RankLostError",
     "RouterSpec",
     "UsageError",
     "__version__",
+    "distribute",
     "explain",
     "inspect",
     "load",

@@ -11,9 +11,12 @@ from torch import nn
 
 from moeopt.backends import registry
 from moeopt.backends.choice import checked_choice
+from moeopt.bundle.destination import check_destination
+from moeopt.checkpoint.stream import check_directory, streamed
 from moeopt.errors import CaptureError, UsageError
 from moeopt.find.example_inputs import NO_CACHE, as_call, in_order, made_up, without_cache
-from moeopt.limits import DEFAULT, LoadLimits
+from moeopt.limits import DEFAULT, LoadLimits, as_bytes
+from moeopt.onnx_in.read import is_onnx
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.pipeline.accept import as_model, moved, without_rewrites
@@ -31,19 +34,31 @@ def optimize(
     model: PyObject,
     example_inputs: PyObject = None,
     *,
-    backend: str = "torch",
+    backend: str | None = None,
     options: Options | None = None,
+    out: str | os.PathLike[str] | None = None,
+    task: str | None = None,
+    trust_remote_code: bool = False,
     **fields: PyObject,
 ) -> Optimized:
     """Find every MoE block of ``model``, rewrite it into grouped-expert ops, and verify it.
 
     Args:
-        model: an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It keeps working, unchanged.
+        model: an ``nn.Module``, ``fx.GraphModule`` or ``ExportedProgram``. It keeps working, unchanged. Or an ONNX
+            model: the path of a ``.onnx`` file, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; its blocks are
+            replaced in its own graph, and what is returned is called with the graph's inputs, by name or in order.
+            Or the path of a Hugging Face directory with safetensors files, which is streamed: no more than two of its
+            layers are in memory at a time.
         example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments;
-            None where they can be inferred (a Hugging Face model, a block with one argument).
+            None where they can be inferred (a Hugging Face model, a block with one argument, an ONNX model).
         backend: "torch", "onnxruntime" or "tensorrt", or one that an installed package brings. TensorRT's builds for
-            ``target``, like "sm_89", on any machine.
+            ``target``, like "sm_89", on any machine. None means "torch", and "onnxruntime" for an ONNX model.
         options: a frozen :class:`moeopt.Options`; any of its fields may be a keyword here instead.
+        out: a directory that gets the bundle, as :meth:`Optimized.save` writes it. A directory is streamed into it, and
+            a run that was killed goes on where it stopped when it is started again.
+        task: what the model of a directory is for, in transformers' words ("text-generation"); None means what its
+            config says.
+        trust_remote_code: run the Python code that a directory brings.
 
     Returns:
         :class:`Optimized`. A block that was not rewritten is in its report with the reason.
@@ -53,9 +68,56 @@ def optimize(
         CaptureError: the model does not run on the inputs.
         NotSaveableError: the model has no form as an engine of that backend; the message names what is in the way.
         EngineBuildError: TensorRT's builder refused the graph, crashed, hung or took too much memory.
+        CheckpointError: files of a directory are missing, damaged, or of another model.
     """
+    chosen = Options.from_fields(options, fields)
+    if isinstance(model, (str, os.PathLike)) and not is_onnx(model):
+        return _optimize_directory(model, example_inputs, backend or "torch", chosen, out, task, trust_remote_code)
+    if task is not None or trust_remote_code:
+        raise UsageError(
+            f"task= and trust_remote_code= say how a directory is opened, and model is a {type(model).__name__}: leave "
+            "them out"
+        )
+    if out is not None:
+        check_destination(out, chosen.verify != "off")
+    if is_onnx(model):
+        made = _optimize_file(model, example_inputs, backend or "onnxruntime", chosen)
+    else:
+        made = _optimize(model, example_inputs, backend or "torch", chosen)
+    if out is not None:
+        made.save(out)
+    return made
+
+
+def _optimize_directory(
+    path: str | os.PathLike[str],
+    example_inputs: PyObject,
+    backend: str,
+    chosen: Options,
+    out: str | os.PathLike[str] | None,
+    task: str | None,
+    trust_remote_code: bool,
+) -> Optimized:
+    check_directory(path)
+    checked_choice(backend, chosen)
+    with (
+        shown(chosen.progress) as say,
+        streamed(
+            path, dataclasses.replace(chosen, progress=say), backend=backend, out=out, task=task,
+            trust_remote_code=trust_remote_code,
+        ) as source,
+    ):  # fmt: skip
+        inner = dataclasses.replace(chosen, progress=say, dtype=None, mapped=True)
+        made = _optimize(source.model, example_inputs, backend, inner)
+        source.check(made)
+        if out is not None:
+            source.save(made, out)
+    return made
+
+
+def _optimize(model: PyObject, example_inputs: PyObject, backend: str, options: Options) -> Optimized:
     started = time.perf_counter()
-    chosen, runtime, plan = checked_choice(backend, Options.from_fields(options, fields))
+    chosen, runtime, plan = checked_choice(backend, options)
     if isinstance(model, Optimized):
         raise UsageError("this model is optimised already; pass the original, or its .model after a change")
     given = as_model(model)
@@ -78,12 +140,36 @@ def optimize(
     return Optimized(made, call)
 
 
+def _optimize_file(model: PyObject, inputs: PyObject, backend: str, options: Options) -> Optimized:
+    chosen, runtime, plan = checked_choice(backend, options)
+    if chosen.dtype is not None or chosen.inplace:
+        raise UsageError("an ONNX file keeps its dtype and is not written to: leave out dtype= and inplace=")
+    with shown(chosen.progress) as say:
+        made, call = runtime.optimize_file(model, inputs, dataclasses.replace(chosen, progress=say), plan)
+    return Optimized(made, call)
+
+
 def explain(
-    model: PyObject, example_inputs: PyObject = None, *, options: Options | None = None, **fields: PyObject
+    model: PyObject,
+    example_inputs: PyObject = None,
+    *,
+    options: Options | None = None,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+    **fields: PyObject,
 ) -> Report:
-    """A dry run of :func:`optimize`: what would be rewritten, what not, and why. Nothing is kept."""
+    """A dry run of :func:`optimize`: what would be rewritten, what not, and why. Nothing is kept.
+
+    Of a directory, one layer of each kind is read; the report says for which layers it stands. ``task`` and
+    ``trust_remote_code`` are as in :func:`optimize`.
+    """
     chosen = dataclasses.replace(Options.from_fields(options, fields), inplace=False)
-    return optimize(model, example_inputs, options=chosen).report
+    if not isinstance(model, (str, os.PathLike)) or is_onnx(model):
+        return optimize(model, example_inputs, options=chosen, task=task, trust_remote_code=trust_remote_code).report
+    check_directory(model)
+    with streamed(model, chosen, task=task, trust_remote_code=trust_remote_code, alike=True) as source:
+        inner = dataclasses.replace(chosen, dtype=None)
+        return source.noted(_optimize(source.model, example_inputs, "torch", inner).report)
 
 
 def load(
@@ -92,6 +178,8 @@ def load(
     *,
     session_options: JsonValue = None,
     limits: LoadLimits | None = None,
+    mapped: bool = False,
+    resident: str | float | None = None,
 ) -> PyObject:
     """An engine from a bundle; call it as the model was called.
 
@@ -102,6 +190,11 @@ def load(
         session_options: an ``onnxruntime.SessionOptions`` (threads, arenas, profiling) for an ONNX Runtime bundle.
         limits: the time and memory that a bundle may take; None means ``LoadLimits()``, whose defaults grow with the
             bundle's files.
+        mapped: on a CPU, weights stay pages of the bundle's file, which the kernel reads when they are used and drops
+            when memory is wanted; never a second copy of them. An engine of PyTorch does so in any case.
+        resident: how much of the experts' weights may be in memory, like ``"8GB"`` or a number of bytes, for a bundle
+            of PyTorch on a CPU: those that tokens choose most stay, others are read when the router chose them, before
+            the experts run. ``engine.residency`` tells the hit rate, the bytes read and the seconds that it took.
 
     An ONNX Runtime bundle that was built for a provider which this machine lacks (``target=``) loads, and raises
     ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its CPU fallback graph. A TensorRT bundle does
@@ -119,13 +212,14 @@ def load(
         EngineNotExecutableError: this machine's runtime cannot run it rightly.
         NotEquivalentError: its golden inputs come back otherwise than they were verified to.
     """
-    return registry.open_bundle(directory, device, session_options, limits or DEFAULT)
+    most = None if resident is None else as_bytes("resident", resident)
+    return registry.open_bundle(directory, device, session_options, limits or DEFAULT, mapped, most)
 
 
 def verify(
     subject: Optimized | str | os.PathLike[str],
     *,
-    original: nn.Module | None = None,
+    original: PyObject = None,
     inputs: PyObject = None,
     provider: str | None = None,
     limits: LoadLimits | None = None,
@@ -134,7 +228,8 @@ def verify(
 
     Args:
         subject: what :func:`optimize` returned, or a bundle's directory.
-        original: the model to compare with; a bundle without one is compared with its golden outputs.
+        original: the model to compare with, or the ONNX model that it was made of; a bundle without one is compared
+            with its golden outputs.
         inputs: other inputs to compare on, in the forms of ``optimize``.
         provider: what to run a bundle on, "cpu", "cuda", ...; None means where it was saved, or, for an ONNX
             Runtime bundle, "cpu". One that was built for another provider and not executed runs there where that
@@ -145,9 +240,16 @@ def verify(
         UsageError: an Optimized without ``original``; an absent provider.
         BundleError: the bundle is damaged.
     """
+    if is_onnx(original):
+        if not isinstance(subject, Optimized):
+            return registry.of_bundle(subject).verify(subject, provider, original, inputs, limits or DEFAULT)
+        backend = registry.get(subject.report.backend)
+        return backend.verify_file(original, inputs, backend.runner(subject.model)[0], subject.certificate)
     if not isinstance(subject, Optimized):
         call = None if original is None or inputs is None else without_cache(original, as_call(inputs))
         return registry.of_bundle(subject).verify(subject, provider, original, call, limits or DEFAULT)
+    if subject._why_not_verified:
+        raise UsageError(subject._why_not_verified)
     if original is None:
         raise UsageError("verify(optimized) needs original=, the model to compare with")
     backend = registry.get(subject.report.backend)

@@ -85,6 +85,24 @@ class EngineBuildError(MoeoptError):
         super().__init__(message)
 
 
+class RankLostError(MoeoptError):
+    """Another process of a distributed model exited, stopped, raised or disagreed; nothing was computed.
+
+    ``rank`` is that process's rank in the whole job, ``block`` the module path of the block at which this process stood
+    ("" outside of all), ``phase`` what this process did there, ``reason`` what is known of the other one.
+    """
+
+    def __init__(self, rank: int, block: str, phase: str, reason: str) -> None:
+        self.rank, self.block, self.phase, self.reason = rank, block, phase, reason
+        super().__init__(
+            f"rank {rank} {reason}; this process was at {block or 'the whole model'}, {phase}. The model computes no "
+            "longer on any rank: end every process and start all of them again"
+        )
+
+    def __reduce__(self) -> tuple[type[RankLostError], tuple[int, str, str, str]]:
+        return RankLostError, (self.rank, self.block, self.phase, self.reason)
+
+
 class StaleModelWarning(UserWarning):
     """A rewritten block met a change it was not verified for, and ran the original code."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from moeopt.errors import UsageError
@@ -48,3 +49,18 @@ class LoadLimits:
 
 
 DEFAULT = LoadLimits()
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20,
+          "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
+
+
+def as_bytes(name: str, value: str | float) -> int:
+    """A size like ``"8GB"``, ``"512 MiB"`` or a number of bytes; ``UsageError`` names the argument ``name``."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", str(value).lower())
+    size = 0.0
+    if found is not None and found[2] in _UNITS and not isinstance(value, bool):
+        size = float(found[1]) * _UNITS[found[2]]
+    if size < 1:
+        raise UsageError(f"{name}={value!r} is no size: give one like '8GB', '512MB', or a number of bytes")
+    return int(size)

@@ -27,6 +27,9 @@ class Optimized:
     Any other attribute is the model's own.
     """
 
+    _why_not_verified = ""
+    """Why ``moeopt.verify`` cannot check it again; "" where it can."""
+
     def __init__(self, made: Made, call: ArgsKwargs) -> None:
         self.model, self.report, self.certificate = made.model, made.report, made.certificate
         self._call, self._source, self._built = call, made.source, made.built

@@ -85,3 +85,15 @@ def test_a_graph_goes_through_the_passes_and_back(capsys):
     assert "aten.matmul.default" in before and "aten.matmul.default" not in after
     for line in [line for line in told.splitlines() if " tokens: at most " in line]:
         assert float(line.split()[4]) < 1e-5  # float32: sums in another order
+
+
+@pytest.mark.parametrize(("path", "said"), [
+    ("hugging_face_directory", "21 tokens of model and of its engine: the same"),
+    ("bundle_only", "one bit of the weights was turned, and the bundle was refused by name"),
+    ("odd_block", "the whole model is an engine, the declined block in its own operators"),
+])  # fmt: skip
+def test_a_way_in_is_walked(path, said):
+    if path == "hugging_face_directory":
+        pytest.importorskip("transformers.exporters", reason="the engine with a cache needs transformers 5.23")
+    told = run("-m", f"examples.paths.{path}")
+    assert said in told and "Traceback" not in told

@@ -13,7 +13,7 @@ FLOORS = [
     {"obstacles"},
     {"errors", "value_types"},
     {"options", "limits", "untrusted", "patches", "compat", "html"},  # html draws plain values
-    {"ir", "progress"},
+    {"ir", "progress", "onnx_in"},
     {"ops"},
     {"published"},  # quantised checkpoints, read into what ops take
     {"capture"},
@@ -27,7 +27,9 @@ FLOORS = [
     {"causal_lm"},
     {"backends"},
     {"optimized"},
+    {"checkpoint"},  # a directory is a model to optimise, and becomes a bundle
     {"api"},
+    {"distributed"},
     {"frontends"},
     {"profiling"},
     {"testing"},

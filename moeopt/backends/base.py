@@ -22,11 +22,13 @@ from torch import nn
 
 from moeopt.bundle.destination import check_destination
 from moeopt.bundle.manifest import Manifest, read_manifest
+from moeopt.bundle.weights_file import is_becoming_one
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.lower.plain import open_dataclasses
 from moeopt.lower.unexpected_errors import unexpected_errors_as
+from moeopt.onnx_in.read import is_onnx
 from moeopt.options import Options
 from moeopt.pipeline.measure_loss import whole_loss
 from moeopt.pipeline.quantized_model import quantized_original
@@ -120,6 +122,34 @@ class Backend(ABC):
             raise AssertionError(f"the backend {self.name!r} returned a report of {made.report.backend!r}")
         return made
 
+    def optimize_file(
+        self, model: PyObject, inputs: PyObject, options: Options, plan: PyObject
+    ) -> tuple[Made, ArgsKwargs]:
+        """Find, rewrite, verify and replace the blocks of an ONNX file; the rest of its graph stays as it is.
+
+        Args:
+            model: a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
+            inputs: of the graph, in the forms of ``moeopt.optimize``; None: some are made up.
+
+        Returns:
+            what was made, and the call that it was made with.
+
+        Raises:
+            UsageError: this backend takes no such files; the file is damaged, hostile or does not run.
+            NotEquivalentError: as ``moeopt.optimize``.
+        """
+        raise UsageError(
+            f"an ONNX file is optimised for ONNX Runtime: leave out backend={self.name!r}, or give the PyTorch model"
+        )
+
+    def verify_file(self, original: PyObject, inputs: PyObject, engine: PyObject, before: Certificate) -> Certificate:
+        """Compare an engine with the ONNX file that it was made of, within the budget of its certificate ``before``.
+
+        Raises:
+            UsageError: engines of this backend are not made of files; another file.
+        """
+        raise UsageError(f"an engine of backend {self.name!r} is not made of an ONNX file: give original= the model")
+
     # bundles
 
     def save(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -130,7 +160,8 @@ class Backend(ABC):
             UsageError: the directory cannot be written to, holds something else, or holds a verified bundle that an
                 unverified one would replace without ``overwrite``.
         """
-        old = check_destination(directory, made.certificate.passed is True, overwrite, _bytes_of(made.model))
+        size = 0 if is_becoming_one() else _bytes_of(made.model)
+        old = check_destination(directory, made.certificate.passed is True, overwrite, size)
         what = "the model" if made.built is None else "the engine"
         with open_dataclasses(call), unexpected_errors_as(f"saving {what}", REPORT_IT, NotSaveableError):
             saved = self._save_impl(made, call, directory)
@@ -144,24 +175,33 @@ class Backend(ABC):
         device: PyObject = None,
         session_options: JsonValue = None,
         limits: LoadLimits = DEFAULT,
+        mapped: bool = False,
+        resident: int | None = None,
     ) -> PyObject:
         """The engine of a bundle of this backend, checked, on ``device`` or where it was saved.
+
+        ``mapped``, ``resident``: as ``moeopt.load``; bytes.
 
         Raises:
             BundleError: it is damaged, hostile, from a newer moeopt, or another backend's.
             UsageError, EngineNotExecutableError, NotEquivalentError: as ``moeopt.load``.
         """
+        if mapped or resident is not None:
+            return self._open_mapped_impl(directory, device, session_options, limits, resident)
         return self._open_impl(directory, device, session_options, limits)
 
     def verify(
         self,
         directory: str | os.PathLike[str],
         provider: str | None = None,
-        original: nn.Module | None = None,
-        call: ArgsKwargs | None = None,
+        original: PyObject = None,
+        call: PyObject = None,
         limits: LoadLimits = DEFAULT,
     ) -> Certificate:
         """Check a bundle again: against its golden runs, or against ``original`` on ``call``.
+
+        Args:
+            original: a module; or an ONNX model, of which ``call`` is the inputs, None for such as are made up.
 
         Raises:
             BundleError: it is damaged, hostile, or another backend's.
@@ -170,7 +210,7 @@ class Backend(ABC):
         manifest = read_manifest(directory)
         if manifest.backend != self.name:
             raise BundleError(f"{manifest.directory}: it is a bundle for {manifest.backend}: use moeopt.verify")
-        if (original is None) != (call is None):
+        if not is_onnx(original) and (original is None) != (call is None):
             raise UsageError("verify(bundle, original=...) needs inputs= to run both on")
         try:
             saved = Certificate.from_json(manifest.read_text("certificate.json"))
@@ -178,6 +218,10 @@ class Backend(ABC):
             raise BundleError(f"{manifest.directory}: {err}") from None
         opened = self._open_to_verify_impl(manifest, provider, limits)
         notes = list(opened.notes)
+        if is_onnx(original):
+            found = self.verify_file(original, call, opened.engine, saved)
+            found.executed, found.device, found.notes = opened.executed, opened.device, notes
+            return found
         if original is not None and call is not None and not saved.quantized:
             args, kwargs = self.comparable(opened.engine, call)
             noise = self.noisy(original, [block["name"] for block in manifest.data["blocks"]])
@@ -272,6 +316,15 @@ class Backend(ABC):
         self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits
     ) -> PyObject:
         raise BundleError(f"{directory}: backend {self.name!r} opens no bundles")
+
+    def _open_mapped_impl(
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits,
+        resident: int | None,
+    ) -> PyObject:  # fmt: skip
+        raise UsageError(
+            f"mapped= and resident= are for engines on the CPU, and {directory} is a bundle of backend {self.name!r}: "
+            "leave them out"
+        )
 
     def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
         raise BundleError(f"{manifest.directory}: backend {self.name!r} opens no bundles")

@@ -73,6 +73,8 @@ def open_bundle(
     device: PyObject = None,
     session_options: JsonValue = None,
     limits: LoadLimits = DEFAULT,
+    mapped: bool = False,
+    resident: int | None = None,
 ) -> PyObject:
     """The engine of a bundle, whatever its backend; arguments and errors as those of ``moeopt.load``."""
-    return of_bundle(directory).open(directory, device, session_options, limits)
+    return of_bundle(directory).open(directory, device, session_options, limits, mapped, resident)

@@ -72,6 +72,8 @@ class GraphRunner:
     ) -> None:
         self.limits, self.files = limits, files
         self.deadline = float("inf")
+        self.before_experts: Callable[[int, torch.Tensor], None] | None = None
+        self.experts: dict[str, int] = {}
         self._measured: set[Any] = set()
         try:
             self._read(graph, weight, device)
@@ -111,6 +113,23 @@ class GraphRunner:
         self.write_back = [(ref(w["from"]).name, ref(w["into"]).name) for w in graph["write_back"]]
         self._steady = not any(s.op is not None and hangs_on_values(s.op, s.args) for s in self.steps)
         self._plan_drops()
+
+    def expert_layers(self) -> list[tuple[list[torch.Tensor], int]]:
+        """The matrices of each call of the experts' op that reads weights as they are in the file, and E; numbers those
+        calls in :attr:`experts`."""
+        layers: list[tuple[list[torch.Tensor], int]] = []
+        for step in self.steps:
+            if step.op is not torch.ops.moeopt.experts.default or len(step.args) < 5:
+                continue
+            w_in, w_out = ([self.weights.get(ref.name) for ref in _refs(step.args[at])] for at in (3, 4))
+            matrices = [weight for weight in (*w_in, *w_out) if weight is not None]
+            if not w_out or len(matrices) < len(w_in) + len(w_out):
+                continue
+            first = w_out[0]
+            stacked = len(w_out) == 1 and first is not None and first.dim() == 3
+            self.experts[step.out] = len(layers)
+            layers.append((matrices, first.shape[0] if stacked and first is not None else len(w_out)))
+        return layers
 
     @staticmethod
     def _step(node: FxArg, ref: PyObject, device: PyObject) -> OpCall:
@@ -163,6 +182,8 @@ class GraphRunner:
                 if (check := getattr(step.function, "check", None)) is not None:
                     check(*args, **kwargs)  # asking an op for its sizes calls it too
                 meter.check(step.op, args, kwargs)
+        if self.before_experts is not None and step.out in self.experts:
+            self.before_experts(self.experts[step.out], args[1])
         env[step.out] = result = step.function(*args, **kwargs)
         if meter is not None:
             meter.add(result)

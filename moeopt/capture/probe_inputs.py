@@ -208,6 +208,12 @@ def _ids(count: int, slots: int, experts: int, generator: torch.Generator) -> to
     return ids
 
 
+def aimed_at_router(module: nn.Module, call_spec: CallSpec) -> torch.Tensor | None:
+    """:func:`aimed_rows` for a block that is called with rows of tokens (T, H); None where there are none."""
+    first = call_spec.rows(call_spec.indices("tokens")[0]) if call_spec.indices("tokens") else None
+    return aimed_rows(module, first.shape[-1]) if first is not None and first.dim() == 2 else None
+
+
 def aimed_rows(module: nn.Module, width: int, limit: int = 4096) -> torch.Tensor | None:
     """Rows of the block's small matrices with ``width`` columns: likely router rows."""
     found = []

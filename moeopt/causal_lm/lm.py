@@ -85,6 +85,7 @@ def export_causal_lm(
     kwargs: dict[str, Any],
     say: Callable[[str], None],
     provider: str = "cpu",
+    fuse: bool = True,
 ) -> CausalLMExport:
     """Export ``model``, for which :func:`is_causal_lm` holds and whose blocks were rewritten.
 
@@ -92,6 +93,7 @@ def export_causal_lm(
         args, kwargs: the user's example call; it says only which arguments are used.
         say: told what is being done.
         provider: "cpu" and "cuda" fuse norms and rotary embeddings into that provider's own ops.
+        fuse: False leaves these as ONNX's operators.
 
     Raises:
         Declined: the model's cache, arguments or results do not fit this form, or the exporter fails on it.
@@ -122,7 +124,7 @@ def export_causal_lm(
                 dynamic=True,
                 dynamic_shapes=shapes,
                 optimize=exact,
-                ort_fusions=provider if exact and provider in ("cpu", "cuda") and not wide else None,
+                ort_fusions=provider if fuse and exact and provider in ("cpu", "cuda") and not wide else None,
             )
         )
         traced = _real_views(exporter)()

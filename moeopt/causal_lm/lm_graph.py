@@ -8,14 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from moeopt.causal_lm.end_names import free_sizes, name_sizes, past_name, present_name, rename_ends
 from moeopt.causal_lm.layers import ATTENTION, parts_of
 from moeopt.errors import Declined
-from moeopt.value_types import PyObject
+from moeopt.value_types import OnnxGraph, PyObject
 
 PAST = "past_key_values"
-
-
-CACHE = f"{PAST}.layers"
 
 
 def drop_idle_squeezes(graph: PyObject) -> None:
@@ -58,13 +56,14 @@ def turn_batches_back(graph: PyObject) -> None:
 
 def signature_of_lm(model: PyObject, graph: PyObject, past: PyObject, result: type) -> dict[str, Any]:
     """What calls of the graph need to know; ``Declined`` where the graph is not of the module's form."""
-    ends_in = {value.name.removeprefix("input."): value for value in graph.graph.inputs}
-    ends_out = {value.name.removeprefix("output."): value for value in graph.graph.outputs}
-    cache = [{part: f"{CACHE}.{n}.{part}" for part in parts_of(layer)} for n, layer in enumerate(past.layers)]
-    leaves = {name for layer in cache for name in layer.values()}
+    _name_ends(graph.graph, past)
+    ends_in = {value.name: value for value in graph.graph.inputs}
+    ends_out = {value.name: value for value in graph.graph.outputs}
+    leaves = {past_name(n, part) for n, layer in enumerate(past.layers) for part in parts_of(layer)}
+    present = {present_name(n, part) for n, layer in enumerate(past.layers) for part in parts_of(layer)}
     if unread := sorted(leaves - ends_in.keys()):
         raise Declined(f"the traced model does not read {unread[0]}")
-    if missing := sorted(leaves - ends_out.keys()) + ["logits"] * ("logits" not in ends_out):
+    if missing := sorted(present - ends_out.keys()) + ["logits"] * ("logits" not in ends_out):
         raise Declined(f"the traced model does not return {missing[0]}")
     mask = ends_in.get("attention_mask")
     if mask is None or not mask.uses():
@@ -73,8 +72,8 @@ def signature_of_lm(model: PyObject, graph: PyObject, past: PyObject, result: ty
         if value.dtype is None or value.shape is None:
             raise Declined(f"{value.name} has no known dtype and shape in the graph")
 
-    def described(layer: dict[str, str], part: str) -> dict[str, Any]:
-        value, out = ends_in[layer[part]], ends_out[layer[part]]
+    def described(layer: int, part: str) -> dict[str, Any]:
+        value, out = ends_in[past_name(layer, part)], ends_out[present_name(layer, part)]
         about = {"input": value.name, "output": out.name, "dtype": _dtype(value)}
         sizes = [int(str(size)) for at, size in enumerate(value.shape) if at and not (part in ATTENTION and at == 2)]
         return about | ({"heads": sizes[0], "size": sizes[1]} if part in ATTENTION else {"shape": sizes})
@@ -89,13 +88,28 @@ def signature_of_lm(model: PyObject, graph: PyObject, past: PyObject, result: ty
         "parameters": [name for name in inspect.signature(type(model).forward).parameters if name != "self"],
         "inputs": {name: {"input": v.name, "dtype": _dtype(v)} for name, v in ends_in.items() if name not in leaves},
         "logits": {"output": ends_out["logits"].name, "dtype": _dtype(ends_out["logits"])},
-        "cache": [{part: described(layer, part) for part in layer} for layer in cache],
+        "cache": [{part: described(n, part) for part in parts_of(layer)} for n, layer in enumerate(past.layers)],
         "output_class": [result.__module__, result.__qualname__],
         "own_class": not type(model).__module__.startswith("transformers."),
         "own_generation": own_generation(type(model)),
         "use_cache": bool(getattr(config.get_text_config(), "use_cache", True)),
         "vocab_size": config.get_text_config().vocab_size,
     }
+
+
+def _name_ends(graph: OnnxGraph, past: PyObject) -> None:
+    """From the exporter's names (``input.past_key_values.layers.0.keys``) to those that other runtimes look for."""
+    names = {}
+    for ends, prefix, named in ((graph.inputs, "input.", past_name), (graph.outputs, "output.", present_name)):
+        cache = {
+            f"{PAST}.layers.{n}.{part}": named(n, part) for n, at in enumerate(past.layers) for part in parts_of(at)
+        }
+        for value in ends:
+            own = value.name.removeprefix(prefix)
+            names[value.name] = cache.get(own, own)
+    rename_ends(graph, names)
+    parts = [(n, part) for n, layer in enumerate(past.layers) for part in parts_of(layer) if part in ATTENTION]
+    name_sizes(graph, free_sizes(graph, [past_name(n, part) for n, part in parts]))
 
 
 def own_generation(cls: type) -> list[str]:

@@ -16,17 +16,19 @@ from typing import Annotated, Any
 import typer
 
 import moeopt
+from moeopt.checkpoint.tasks import TASKS
 from moeopt.cli.early import check_backend, check_bundle, check_certificate
-from moeopt.cli.hugging_face import TASKS
 from moeopt.cli.inspect_command import inspect_command
 from moeopt.cli.limits import as_limits, missed_words
+from moeopt.cli.opened_target import opened_target
 from moeopt.cli.passes_command import passes_command
 from moeopt.cli.plan_command import plan_command
 from moeopt.cli.preflight import check_choice, check_out
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.schema_command import schema_command
 from moeopt.cli.target import FORMS, find_target, load_target
-from moeopt.errors import MoeoptError, UsageError
+from moeopt.cli.triton_command import triton_command
+from moeopt.errors import UsageError
 from moeopt.html import check_target
 from moeopt.limits import LoadLimits
 from moeopt.value_types import PyObject
@@ -58,6 +60,7 @@ app.command("profile")(profile_command)
 app.command("passes")(passes_command)
 app.command("plan")(plan_command)
 app.command("schema")(schema_command)
+app.command("triton")(triton_command)
 
 TargetArgument = Annotated[str, typer.Argument(help=FORMS)]
 BundleArgument = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
@@ -79,13 +82,16 @@ Seed = Annotated[int, typer.Option(help="of every random input, and of random we
 @app.command()
 def optimize(
     target: TargetArgument,
-    backend: Annotated[str, typer.Option(help="torch, onnxruntime or tensorrt")] = "torch",
+    backend: Annotated[
+        str | None, typer.Option(help="torch, onnxruntime or tensorrt; without it torch, for an ONNX file onnxruntime")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="write a bundle to this directory")] = None,
     verify: Annotated[str | None, typer.Option(help="strict, fast or off")] = None,
     device: Annotated[str | None, typer.Option(help="where it shall run, like cpu or cuda:0")] = None,
     built_for: BuiltFor = None,
     dtype: Annotated[str | None, typer.Option(help="cast the model first, like bfloat16")] = None,
     tune: Annotated[bool, typer.Option(help="measure the lowerings on this machine")] = False,
+    portable: Annotated[bool, typer.Option("--portable", help="an engine of ONNX's own operators only")] = False,
     html: Html = None,
     measure: Annotated[bool, typer.Option("--measure", help="with --html: time a call before and after")] = False,
     skip_passes: Annotated[str | None, typer.Option(help="passes that do not run, with commas between")] = None,
@@ -107,32 +113,38 @@ def optimize(
         check_target(html)
     if measure and (html is None or device is not None or dtype is not None):
         raise UsageError("--measure adds to the page of --html, and compares like with like: without --device, --dtype")
-    check_backend(backend)
+    if backend is not None:
+        check_backend(backend)
     found = find_target(target, task)
+    backend = backend or ("torch" if found.onnx is None else "onnxruntime")
     given: dict[str, Any] = {
         "verify": verify, "device": device, "target": built_for, "dtype": dtype, "tune": tune, "seed": seed,
         "skip_passes": skip_passes and _names(skip_passes), "only_passes": only_passes and _names(only_passes),
-        "print_passes": print_passes or None, "quantize": quantize, "limit": as_limits(limit or ()) or None,
+        "print_passes": print_passes or None, "portable": portable or None, "quantize": quantize,
+        "limit": as_limits(limit or ()) or None,
     }  # fmt: skip
     fields = {name: value for name, value in given.items() if value is not None}
     check_choice(backend, fields)
     if out is not None:
         check_out(out, found, verify, overwrite)
-    model, inputs = load_target(found, trust_remote_code=trust_remote_code, seed=seed, task=task)
-    from moeopt.progress import never_by_itself  # needs torch, which the target has brought by now
-
-    with never_by_itself() if quiet else contextlib.nullcontext():
-        optimized = _api().optimize(model, inputs, backend=backend, progress=_progress(quiet), **fields)
-    if html is not None:  # before it is saved: a model that has no bundle form still has a report
-        from moeopt.cli.measured import figures
-
-        optimized.report.to_html(html, **(figures(model, optimized) if measure else {}))
     stopped: Exception | None = None
-    if out is not None:
-        try:
-            optimized.save(out, **({"overwrite": True} if overwrite else {}))
-        except (MoeoptError, OSError) as err:
-            stopped = err
+    with opened_target(
+        found, fields, loaded=measure, backend=backend, out=out, overwrite=overwrite, seed=seed, task=task,
+        trust_remote_code=trust_remote_code, progress=_progress(quiet),
+    ) as opened:  # fmt: skip
+        from moeopt.progress import never_by_itself  # needs torch, which the target has brought by now
+
+        with never_by_itself() if quiet else contextlib.nullcontext():
+            optimized = _api().optimize(
+                opened.model, opened.inputs, backend=backend, progress=_progress(quiet), **opened.fields
+            )
+            opened.check(optimized)
+        if html is not None:  # before it is saved: a model that has no bundle form still has a report
+            from moeopt.cli.measured import figures
+
+            optimized.report.to_html(html, **(figures(opened.model, optimized) if measure else {}))
+        if out is not None:
+            stopped = opened.save(optimized, out, overwrite)
     _print_optimized(optimized, out if stopped is None else None, html, stopped, as_json)
     if stopped is not None:
         raise stopped
@@ -170,9 +182,13 @@ def explain(
     """Say which blocks would be rewritten, and why the others would not; changes nothing."""
     if html is not None:
         check_target(html)
-    model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed, task=task)
-    _say_unless(quiet, f"explain: {target}")
-    report = _api().explain(model, inputs)
+    with opened_target(
+        find_target(target, task), {}, trust_remote_code=trust_remote_code, seed=seed, task=task, alike=True,
+        progress=False,
+    ) as opened:  # fmt: skip
+        _say_unless(quiet, f"explain: {target}")
+        report = _api().explain(opened.model, opened.inputs)
+        report = report if opened.streamed is None else opened.streamed.noted(report)
     if html is not None:
         report.to_html(html)
     if as_json:

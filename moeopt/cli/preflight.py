@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeopt.cli.opened_target import streams
 from moeopt.cli.target import CommandTarget
 from moeopt.errors import UsageError
 
@@ -24,4 +25,5 @@ def check_out(out: Path, target: CommandTarget, verify: str | None, overwrite: b
 
     if target.directory is not None and out.resolve() == target.directory.resolve():
         raise UsageError(f"--out {out} is the model's own directory: give a new one")
-    check_destination(out, verify != "off", overwrite, target.bytes)
+    size = 0 if streams(target) else target.bytes  # what is streamed compares what it has written already, too
+    check_destination(out, verify != "off", overwrite, size)

@@ -84,7 +84,7 @@ def _subject(kind: str) -> tuple[type, dict[str, Any]]:
     }
 
 
-def _with_not_finite(value: JsonValue) -> Any:
+def _with_not_finite(value: JsonValue) -> JsonValue:
     """``value``, with "inf" and "nan" allowed wherever it has a number."""
     if isinstance(value, dict):
         if value.get("type") == "number":

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.bundle.manifest import is_bundle
+from moeopt.checkpoint.tasks import TASKS
 from moeopt.cli.early import check_code
-from moeopt.cli.hugging_face import TASKS, cached_directory, load, weight_files
+from moeopt.cli.hugging_face import cached_directory, load, weight_files
 from moeopt.errors import UsageError
+from moeopt.onnx_in.read import SUFFIXES
 from moeopt.value_types import PyObject
 
 FORMS = (
-    "give module:factory, file.py:factory, a Hugging Face model directory or the name of a cached model, or a "
-    "config.json (a factory returns the model, or the model and its example inputs)"
+    "give module:factory, file.py:factory, a Hugging Face model directory or the name of a cached model, a "
+    "config.json, or an .onnx file (a factory returns the model, or the model and its example inputs)"
 )
 
 
@@ -34,15 +36,20 @@ class CommandTarget:
         words: as the user wrote them.
         directory: of a Hugging Face model; None for a factory.
         weights: its weight files; () where the model gets random weights.
+        onnx: the file of an ONNX model; None for any other.
     """
 
     words: str
     directory: Path | None = None
     weights: tuple[Path, ...] = ()
+    onnx: Path | None = None
 
     @property
     def bytes(self) -> int:
         """The size of the weight files; 0 where there are none."""
+        if self.onnx is not None:
+            beside = [self.onnx, *self.onnx.parent.glob(f"{self.onnx.name}*data*")]
+            return sum(file.stat().st_size for file in {f.resolve() for f in beside} if file.is_file())
         return sum(file.stat().st_size for file in self.weights)
 
 
@@ -58,6 +65,12 @@ def find_target(target: str, task: str | None = None) -> CommandTarget:
     path = Path(target)
     if is_bundle(path):
         raise UsageError(f"{target} is a bundle, optimised already: `moeopt verify {target}` checks it")
+    if path.name.endswith(SUFFIXES) and path.is_file():
+        if task is not None:
+            raise UsageError(
+                f"--task says how a Hugging Face model is loaded, and {target} is an ONNX file: leave it out"
+            )
+        return CommandTarget(target, onnx=path)
     if path.name == "config.json" and path.is_file():
         return CommandTarget(target, path.parent)
     directory = path if (path / "config.json").is_file() else cached_directory(target)
@@ -72,8 +85,6 @@ def find_target(target: str, task: str | None = None) -> CommandTarget:
     what = "a directory without config.json" if path.is_dir() else "neither a file nor module:factory"
     if path.is_file():
         what = "a file of none of the forms that moeopt reads"
-    if path.suffix == ".onnx" and path.is_file():
-        what = "an ONNX file, which the command does not read"
     if path.suffix == ".py" and path.is_file():
         what = f"a file of code without the name of a factory in it, as in {target}:build"
     raise UsageError(f"{target} is {what}: {FORMS}")
@@ -84,9 +95,13 @@ def load_target(
 ) -> tuple[Any, Any]:
     """``(model, example_inputs)``, the model in eval mode; the inputs are None when the factory gives none.
 
+    Of an ONNX file, the model is its path.
+
     ``UsageError`` says what is wrong with the target, the file and line in the user's code included.
     """
     found = target if isinstance(target, CommandTarget) else find_target(target, task)
+    if found.onnx is not None:
+        return os.fspath(found.onnx), None
     if found.directory is not None:
         return load(found.directory, bool(found.weights), task, trust_remote_code, seed)
     target = found.words

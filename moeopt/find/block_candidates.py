@@ -21,8 +21,8 @@ class BlockCandidate:
 
     ``alone`` has each FFN candidate of an MoE block that is a dense FFN where it turns out to be no expert: a shared
     expert of the experts' own size. ``own`` is how many of the levels are the block's own: up to the innermost in
-    which something is chosen. ``reason`` is why nothing of it can be rewritten, where that is known already;
-    ``steered`` whether its Python depends on the values of tensors.
+    which something is chosen; ``apart`` how many hold no other block. ``reason`` is why nothing of it can be rewritten,
+    where that is known already; ``steered`` whether its Python depends on the values of tensors.
     """
 
     kind: str
@@ -35,12 +35,13 @@ class BlockCandidate:
     weights: set[int] = field(default_factory=set)
     alone: list[BlockCandidate] = field(default_factory=list)
     own: int = 0
+    apart: int = 0
     reason: str = ""
     steered: bool = False
 
-    def own_levels(self) -> set[str]:
-        """Paths of the levels that are the block's own."""
-        return {level.path for level in self.levels[: self.own]}
+    def own_levels(self) -> list[str]:
+        """Paths of the levels that are the block's own, innermost first."""
+        return [level.path for level in self.levels[: self.own]]
 
 
 def numbered_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Size]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -87,19 +88,29 @@ class Finder:
                 ]
         places = closest(places)
         unread = UnreadBlocks(self.tape, self.named)
-        for search in (unread.by_structure, unread.by_stacks, unread.by_gate, unread.by_tables):
+        searches = (
+            unread.by_structure, unread.by_stacks, unread.by_gate, unread.by_tables, unread.by_computed_weights,
+        )  # fmt: skip
+        for search in searches:
             places += search(places)
         places = each_once(places)
         self._mark_own_levels(places)
         return sorted(places, key=lambda p: p.order)
 
     def _mark_own_levels(self, places: list[BlockCandidate]) -> None:
-        """Up to the innermost call that holds a router: a choice, or a softmax; all where none does."""
+        """Up to the innermost call that holds a router: a choice, or a softmax; all where none does. A call that holds
+        other experts too is no part of the block."""
+        starts = sorted(p.call.first for p in places if p.kind == "moe")
+        reading = Counter(w for p in places if p.kind == "moe" for w in p.weights)
         chosen = [n.meta["index"] for n in self.tape.nodes if op_name(n) in _ROUTES]
         for place in places:
             holds = (bisect(chosen, c.last - 1) > bisect(chosen, c.first - 1) for c in place.levels)
             place.own = next((i + 1 for i, found in enumerate(holds) if found), len(place.levels))
-            whole = place.levels[max(place.own, 1) - 1]
+            same = max((reading[w] for w in place.weights), default=1)  # the block itself, and where it stands twice
+            wide = (bisect(starts, c.last - 1) - bisect(starts, c.first - 1) > same for c in place.levels)
+            place.apart = max(1, next((i for i, found in enumerate(wide) if found), len(place.levels)))
+            place.own = min(place.own, place.apart)
+            whole = place.levels[place.own - 1]
             inside = self.tape.nodes[whole.first : whole.last]
             reads = (whole.index in self.tape.stack(r.call) for r in self.tape.reads)
             place.steered = any(op_name(n) in _SHAPED_BY_VALUES for n in inside) or any(reads)

@@ -7,9 +7,15 @@ from torch import fx, nn
 from moeopt.capture.op_kinds import is_factory, is_pointwise, moves_rows
 
 
-def alike_children(module: nn.Module, *, same_sizes: bool = True) -> set[nn.Module]:
-    """Children of the module's lists that hold matrices of the same shapes, or only as many of as many dimensions."""
-    found: set[nn.Module] = set()
+def alike_children(module: nn.Module) -> set[nn.Module]:
+    """Children of the module's lists that hold matrices of the same shapes."""
+    return {one for alike in alike_lists(module) for one in alike}
+
+
+def alike_lists(module: nn.Module, *, same_sizes: bool = True) -> list[set[nn.Module]]:
+    """Of each list of the module its children, if they hold matrices of the same shapes, or only as many of as many
+    dimensions. Experts may lie in several lists: one of first layers, one of second layers."""
+    found: list[set[nn.Module]] = []
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1:
             shapes = [
@@ -17,7 +23,7 @@ def alike_children(module: nn.Module, *, same_sizes: bool = True) -> set[nn.Modu
                 for m in child.children()
             ]
             if shapes[0] and all(s == shapes[0] for s in shapes):
-                found.update(child.children())
+                found.append(set(child.children()))
     return found
 
 

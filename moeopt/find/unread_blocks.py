@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from moeopt.capture.op_kinds import op_name, picks_rows
+from moeopt.capture.op_kinds import is_matmul, op_name, picks_rows
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.find.block_candidates import BlockCandidate, layers_of
 from moeopt.find.light_sites import leaf_of
-from moeopt.find.module_lists import alike_children, feed_forward_lists, gate_width
+from moeopt.find.module_lists import alike_children, alike_lists, feed_forward_lists, gate_width
 from moeopt.find.row_branches import weighed_branches
+from moeopt.recognise.gemm_site import is_weight
 
 _GATES = ("_softmax", "softmax", "sigmoid", "topk")
 
@@ -43,27 +44,38 @@ class UnreadBlocks:
             children = self._children.get(call.index, [])
             if not children or call.index in taken:
                 continue
-            ran, idle = self._experts_among(call, children)
+            ran, experts = self._experts_among(call, children)
             if ran:
-                experts = len({id(c.module) for c in ran}) + idle
                 found.append(self._unread(call, ran[0].first, experts, _weights_of(ran)))
         return found
 
     def _experts_among(self, call: Call, children: list[Call]) -> tuple[list[Call], int]:
-        """Those of the ``children`` of ``call`` that are experts, and how many more of them did not run."""
-        alike, pairs = alike_children(call.module), feed_forward_lists(call.module)
-        unequal = not alike
+        """Those of the ``children`` of ``call`` that are experts or layers of experts, and how many experts there are,
+        those that did not run included."""
+        lists, pairs = alike_lists(call.module), feed_forward_lists(call.module)
+        unequal = not lists
         if unequal:  # of several sizes: rows that are picked for each must tell
-            alike = alike_children(call.module, same_sizes=False)
-        ran = [c for c in children if c.module in alike]
-        idle = len(alike) - len({id(c.module) for c in ran})
+            lists = alike_lists(call.module, same_sizes=False)
+        ran = [c for c in children if any(c.module in one for one in lists)]
+        idle = sum(map(len, lists)) - len({id(c.module) for c in ran})
         picked = sum(any(picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran)
         routed = picked > 1 or (picked == 1 and idle > 0)
         weighed = not unequal and not routed and not pairs and len(ran) > 1 and weighed_branches(self.tape, ran)
-        ran = [c for c in ran if routed or weighed or c.module in pairs]
-        if (len(ran) < 2 and not routed) or (len(ran) > 1 and self._sequential(ran)):
-            return [], 0
-        return ran, idle if routed else 0
+        if not routed and not weighed:
+            lists = [one & pairs for one in lists]
+        return self._side_by_side(ran, lists, routed)
+
+    def _side_by_side(self, ran: list[Call], lists: list[set[nn.Module]], routed: bool) -> tuple[list[Call], int]:
+        """The calls of the lists that do not run one behind the other, and how many experts the longest list has."""
+        found: list[Call] = []
+        experts = 0
+        for one in lists:
+            own = [c for c in ran if c.module in one]
+            if not own or (len(own) == 1 and not routed) or (len(own) > 1 and self._sequential(own)):
+                continue
+            found += own
+            experts = max(experts, len(one) if routed else len({id(c.module) for c in own}))
+        return sorted(found, key=lambda c: c.first), experts
 
     def by_stacks(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
         """Calls of modules that own stacks of experts, and a router's weight beside them, without an FFN candidate.
@@ -153,6 +165,30 @@ class UnreadBlocks:
                 paths = [leaf_of(self.tape, n)[0] for n in nodes]
                 weights = {id(self.named[p]) for p in paths if p in self.named}
                 found.append(self._unread(call, nodes[0].meta["index"], nodes[0].args[0].meta["shape"][0], weights))  # type: ignore[union-attr]
+        return found
+
+    def by_computed_weights(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls that multiply rows picked for them by matrices computed of Parameters alone, in a way that no reading
+        follows: experts that a parametrisation, a table or another library's op expands at each call."""
+        products: dict[int, list[fx.Node]] = {}
+        data, memo = set[fx.Node](), dict[fx.Node, bool]()
+        for node in self.tape.nodes:
+            if node.op == "placeholder" or any(a in data for a in node.all_input_nodes):
+                data.add(node)
+            if is_matmul(node):
+                weights = [a for a in node.all_input_nodes if a not in data and not is_weight(a, memo)]
+                rows = [a for a in node.all_input_nodes if a in data]
+                if weights and len(rows) == 1 and picks_rows(rows[0]):
+                    products.setdefault(node.meta["call"], []).append(weights[-1])
+        found, taken = [], _calls_of_blocks(places)
+        for index, weights in products.items():
+            before = sorted(ancestors(weights), key=lambda n: n.meta["index"])
+            stacks = [n.meta["shape"][0] for n in before if len(n.meta.get("shape") or ()) == 3]
+            if index in taken or len(weights) < 2 or not stacks:
+                continue
+            held = {id(self.named[str(n.target)]) for n in before if n.op == "get_attr" and str(n.target) in self.named}
+            experts = max(set(stacks), key=stacks.count)
+            found.append(self._unread(self.tape.calls[index], before[0].meta["index"], experts, held))
         return found
 
     def _path(self, convolution: fx.Node) -> str:

@@ -21,6 +21,16 @@ LARGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file: its dtype as safetensors names it, and the bytes [start, stop) of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Stored:
     """The weights of a directory as they are stored: bytes of data, and how many elements of each dtype."""
 
@@ -42,17 +52,19 @@ def stored_weights(directory: Path) -> Stored | None:
     elements: Counter[str] = Counter()
     tensors = total = 0
     for path in files:
-        for name, entry in _header(path).items():
-            if name == "__metadata__":
-                continue
-            dtype, shape, size = _entry(path, name, entry)
-            elements[dtype] += math.prod(shape)
-            total += size
+        for entry in read_header(path).values():
+            elements[entry.dtype] += math.prod(entry.shape)
+            total += entry.stop - entry.start
             tensors += 1
     return Stored(len(files), tensors, total, dict(elements))
 
 
-def _header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name; no weight is read.
+
+    Raises:
+        CheckpointError: the header is damaged, or the file is shorter than its header says.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -68,17 +80,18 @@ def _header(path: Path) -> dict[str, Any]:
     ends = [e["data_offsets"][1] for e in header.values() if isinstance(e, dict) and _offsets(e)]
     if ends and 8 + length + max(ends) > size:
         raise _damaged(path, f"the data should end at byte {8 + length + max(ends)}, and the file has {size}")
-    return header
+    entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
+    return {name: _entry(path, name, entry, 8 + length) for name, entry in entries}
 
 
-def _entry(path: Path, name: str, entry: PyObject) -> tuple[str, list[int], int]:
+def _entry(path: Path, name: str, entry: PyObject, data: int) -> StoredTensor:
     shape = entry.get("shape") if isinstance(entry, dict) else None
     if not isinstance(shape, list) or not all(isinstance(s, int) and s >= 0 for s in shape):
         raise _damaged(path, f"the entry of tensor {name!r} has no shape")
     if not isinstance(entry.get("dtype"), str) or not _offsets(entry):
         raise _damaged(path, f"the entry of tensor {name!r} lacks a dtype or data_offsets")
     begin, end = entry["data_offsets"]
-    return entry["dtype"], shape, end - begin
+    return StoredTensor(entry["dtype"], tuple(shape), data + begin, data + end)
 
 
 def _offsets(entry: dict[str, Any]) -> bool:

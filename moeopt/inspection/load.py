@@ -62,6 +62,10 @@ def _from_path(path: Path, trust: bool) -> Loaded:
     if path.is_file() and path.suffix == ".json":
         return _from_dict(_json(path), str(path), path.parent, trust)
     if path.is_dir():
+        if (path / "moeopt.json").is_file():  # its golden runs are no weights, and its config is the original's
+            raise UsageError(
+                f"{path} is a bundle: `moeopt info {path}` says what it holds; inspect the model that it was made of"
+            )
         config = path / "config.json"
         stored = stored_weights(path)
         if config.is_file():

@@ -55,7 +55,8 @@ def experts(
         ids_TK: chosen experts (T, K), integers; < 0 adds nothing, >= E is ``spec.out_of_range``.
         weights_TK: routing weights (T, K), any float dtype.
         bank: the E experts' weights: a ``ExpertWeights`` (of floats, or of codes and scales), or a ``SlotBank`` where
-            ``spec`` is a ``RowFunction``.
+            ``spec`` is a ``RowFunction``. One that has a ``run(x, ids, weights, spec, skip_idle)`` answers itself:
+            experts that lie on several machines.
         spec: the function, with the dtypes and the order of the sum.
         skip_idle: whether separate weights of experts that no token reaches get no gradient (``grad`` stays None,
             and optimizers leave them alone), as in a loop over the experts that are hit; else it is zeros, as in a
@@ -71,6 +72,9 @@ def experts(
         y_TH = impl(x_TH, ids_TK, weights_TK, bank, spec)  # type: ignore[arg-type]
         if y_TH is not None:
             return y_TH
+    if (run := getattr(bank, "run", None)) is not None:  # its experts are not all here
+        elsewhere_TH: Tensor = run(x_TH, ids_TK, weights_TK, spec, skip_idle)
+        return elsewhere_TH
     traced = _traced(x_TH)
     if isinstance(spec, RowFunction):
         return row_function(x_TH, ids_TK, weights_TK, bank, spec, traced, skip_idle)

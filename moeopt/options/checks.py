@@ -21,7 +21,7 @@ _SHORT_DTYPES = {
 
 
 def check_numbers(options: Options) -> None:
-    for name in ("tune", "inplace", "tf32", "print_passes"):
+    for name in ("tune", "inplace", "portable", "tf32", "print_passes"):
         if not isinstance(getattr(options, name), bool):
             raise UsageError(f"{name}={getattr(options, name)!r}: it must be True or False")
     for name, least in (("experts", 1), ("seed", 0), ("fuel", 0)):

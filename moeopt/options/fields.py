@@ -52,11 +52,15 @@ class Options:
         target: the device an engine is built for when it is not this machine's, as the backend names it.
         profile: the sizes that a TensorRT engine is built for: a mapping of an input's name to its least, best and
             largest shape, or several such mappings; None means from 1 to four times the example's.
+        portable: an ONNX Runtime engine of operators that ONNX itself defines, for other runtimes that read ONNX files
+            (OpenVINO, a browser); those of ONNX Runtime's own, which may be quicker, are left out.
         tf32: let a TensorRT engine round the inputs of float32 matmuls to TF32.
         timing_cache: a file in which TensorRT keeps what it measured, for the next build.
         build_seconds: after which a TensorRT builder is stopped.
         build_gigabytes: of memory after which it is stopped; None means what is free on this machine.
         session_options: an ``onnxruntime.SessionOptions`` for the engine's session: threads, arenas, profiling.
+        mapped: keep an ONNX Runtime engine's weights in the pages of its file: no kernel gets a copy of them in a
+            layout of its own, which may cost speed. Engines of PyTorch always do.
         inplace: rewrite the model that was given instead of a copy that shares its weights.
         hints: name pattern -> ``ExpertsSpec`` or callable, for blocks that recognition declines.
         progress: called with one line of text as each long step begins; None shows a bar on a terminal and in a
@@ -72,7 +76,8 @@ class Options:
         print_passes: print a line on stderr for each pass that ran on a block, and a list of them in the report.
         quantize: round the experts' weights to a format: ``"int8"`` (a scale a channel), ``"int4"`` (blocks of 32),
             ``"fp8"``, ``"mxfp4"``, or a :class:`moeopt.QuantPlan`; None leaves them. This changes the function: the
-            certificate says what was lost, beside that the optimised model computes the quantised one.
+            certificate says what was lost, beside that the optimised model computes the quantised one. ``"checkpoint"``
+            rounds nothing: experts get the codes of the quantised checkpoint that the model was loaded from.
         limit: the most that may be lost, by figure, like ``{"kl_mean": 0.01, "top1": 0.97}``. A missed limit is told:
             ``certificate.passed`` is False.
         data: the calls on which the loss is measured: one call's inputs, or an iterable of such; None means the
@@ -91,11 +96,13 @@ class Options:
     groups: Any = field(default=None, hash=False)
     target: str | None = None
     profile: Any = field(default=None, hash=False)
+    portable: bool = False
     tf32: bool = False
     timing_cache: str | None = None
     build_seconds: float = 3600.0
     build_gigabytes: float | None = None
     session_options: Any = field(default=None, hash=False)
+    mapped: bool = False
     inplace: bool = False
     hints: Mapping[str, Any] = field(default_factory=dict, hash=False)
     progress: Callable[[str], None] | bool | None = None

@@ -16,8 +16,11 @@ FORMATS = {
     "int4": "int4, symmetric, blocks of 32 along the inputs",
     "fp8": "FP8 e4m3, blocks of 128 by 128",
     "mxfp4": "MXFP4, blocks of 32 along the inputs",
+    "checkpoint": "the codes of the quantised checkpoint that the model was loaded from",
 }
 """What ``quantize=`` may name, and what each is in words."""
+CHECKPOINT = "checkpoint"
+"""The name of "as in the files": no weight is rounded, the codes are those that were published."""
 FLOAT = "float"
 """The name of "leave these experts as they are" in a plan."""
 
@@ -57,6 +60,11 @@ class QuantPlan:
             if fnmatch.fnmatchcase(block, pattern):
                 return name
         return self.default
+
+    @property
+    def takes_checkpoint(self) -> bool:
+        """Whether some block gets the codes of the checkpoint."""
+        return CHECKPOINT in (*self.blocks.values(), self.default)
 
     def unmatched(self, blocks: Iterable[str]) -> list[str]:
         """The patterns that match none of ``blocks``."""

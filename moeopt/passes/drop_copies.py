@@ -2,13 +2,15 @@
 
     clone(a)               ==  a        where nothing else can see that it was another tensor
     reshape(a, shape of a) ==  a        and view, expand, permute, slice that give back all of a in its order
+    views(y)               ==  y        the experts' sum y in its own shape and order, after several views
 
-A view stays where it is itself a result of the block. A copy stays where its result, or a view of it, leaves the block
-or enters a kept module, which might hand it on: then writing to one would change the other. A copy also stays where its
-operand may be strided and a product follows, since another layout may take another kernel, and other bits.
+A view stays where it is itself a result of the block, but where nothing else holds the experts' sum under it. A copy
+stays where its result, or a view of it, leaves the block or enters a kept module, which might hand it on: then writing
+to one would change the other. A copy also stays where its operand may be strided and a product follows, since another
+layout may take another kernel, and other bits.
 
 Shapes     any
-Seen in    blocks that keep ``residual = x.clone()`` for a later sum
+Seen in    blocks that keep ``residual = x.clone()`` for a later sum; the views that an einsum leaves
 Saves      the time and memory of one tensor for each copy; a view saves its call
 Numerics   EXACT: the same bits
 """
@@ -22,6 +24,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import op_name
 from moeopt.passes.base import Level
+from moeopt.passes.view_chains import read_once, unchanged_source
 from moeopt.rewrite.block_graph import EXPERTS, BlockGraph
 from moeopt.rewrite.check import viewed
 
@@ -41,7 +44,12 @@ class DropCopies:
         """How many calls are gone."""
         fired = 0
         for node in list(block.graph.nodes):
-            if node.op != "call_function" or node in block.leaves:
+            if node.op != "call_function":
+                continue
+            if (whole := _whole_sum(block, node)) is not None:
+                fired += _drop_chain(block, node, whole)
+                continue
+            if node in block.leaves:
                 continue
             if _is_idle_view(node) or (_is_idle_copy(node) and not _leaves(node)):
                 node.replace_all_uses_with(node.args[0])
@@ -51,6 +59,25 @@ class DropCopies:
             if node.target in _SIZES and not node.users:
                 block.graph.erase_node(node)
         return fired
+
+
+def _whole_sum(block: BlockGraph, node: fx.Node) -> fx.Node | None:
+    """The experts' sum (a fresh tensor, its rows one after the other) that views up to ``node`` give back as it is."""
+    source = unchanged_source(node)
+    if source is None or source.target is not EXPERTS:
+        return None
+    return source if node not in block.leaves or read_once(node, source) else None
+
+
+def _drop_chain(block: BlockGraph, node: fx.Node, source: fx.Node) -> int:
+    """Let ``source`` stand for ``node``; how many views are gone."""
+    node.replace_all_uses_with(source)
+    gone = 0
+    while node is not source and not node.users:
+        before: fx.Node = node.args[0]  # type: ignore[assignment]
+        block.graph.erase_node(node)
+        node, gone = before, gone + 1
+    return gone
 
 
 def _is_idle_view(node: fx.Node) -> bool:

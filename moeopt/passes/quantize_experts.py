@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import torch
 
-from moeopt.errors import Declined
+from moeopt.errors import CheckpointError, Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.weight_format import FORMATS
-from moeopt.options.quant_plan import FLOAT, QuantPlan
+from moeopt.options.quant_plan import CHECKPOINT, FLOAT, QuantPlan
 from moeopt.passes.base import Level
-from moeopt.rewrite.block_graph import BlockGraph, ExpertWeightRefs
+from moeopt.published.experts import PublishedExperts, Unbound
+from moeopt.rewrite.block_graph import BlockGraph, ExpertWeightRefs, GivenCodes
 from moeopt.rewrite.live_codes import shapes_of
 from moeopt.rewrite.live_weights import LiveExpertWeights
 
@@ -32,8 +33,8 @@ class QuantizeExperts:
     name = "quantize_experts"
     level = Level.LOSSY
 
-    def __init__(self, plan: QuantPlan | None = None) -> None:
-        self.plan = plan
+    def __init__(self, plan: QuantPlan | None = None, published: PublishedExperts | None = None) -> None:
+        self.plan, self.published = plan, published
         self.asked = plan is not None
 
     def apply(self, block: BlockGraph) -> int:
@@ -50,13 +51,32 @@ class QuantizeExperts:
         reasons = []
         for index, held in enumerate(block.weights):
             reason = why_not(block, held)
+            if not reason and name == CHECKPOINT:
+                reason = self._take_published(block, index)
             if reason:
                 reasons.append(reason)
-            else:
+            elif name != CHECKPOINT:
                 block.formats[index] = FORMATS[name]
         if reasons and not block.formats:
             raise Declined(reasons[0])
         return len(block.formats)
+
+    def _take_published(self, block: BlockGraph, index: int) -> str:
+        """Give a bank the checkpoint's codes; why not, or ""."""
+        refs, _ = block.weights[index]
+        if self.published is None or block.root is None:
+            return "there is no checkpoint to take codes of"
+        if any(ref.neurons is not None for ref in refs):
+            return "its experts are groups of one FFN's neurons, which no checkpoint stores as experts"
+        floats = LiveExpertWeights(block.root, refs, ("oi", "oi"))
+        try:
+            bank, exact = self.published.bank(
+                block.name, len(refs), lambda e: [w.detach() for w in (*floats.w_in(e), floats.w_out(e))]
+            )
+        except (Unbound, CheckpointError) as err:
+            return str(err)
+        block.formats[index], block.codes[index] = bank.format, GivenCodes(bank.tensors(), exact)
+        return ""
 
 
 LARGEST = 1e36

@@ -31,7 +31,22 @@ def as_model(model: PyObject) -> nn.Module:
             f"{scripted or 'model'} is a TorchScript module, which can be neither watched nor copied with shared "
             "weights; give the Python modules, or optimise the submodule with the experts"
         )
+    if part := _sharded(model):
+        raise UsageError(
+            f"{part} of {type(model).__name__} is divided over processes already (a DTensor of its own expert or "
+            "tensor parallelism, FSDP, or moeopt.distribute), and an expert's code is read from whole weights: load the "
+            "model whole (no tp_plan, no device_mesh, no DistributedConfig, before fully_shard), optimise it, and divide "
+            "its experts with moeopt.distribute(optimized, mesh)"
+        )
     return model
+
+
+def _sharded(model: nn.Module) -> str:
+    """The name of a Parameter of which this process has a part only; "" where there is none."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh") or getattr(parameter, "_is_flat_param", False):
+            return name
+    return ""
 
 
 def without_rewrites(model: nn.Module, inplace: bool) -> nn.Module:

@@ -119,7 +119,7 @@ def _quantized_again(record: PassRecord, quantize: QuantizeExperts, block: Block
     """Give ``block`` the formats that the plan has for it; the record of that."""
     if not record.fired and record.reason.startswith("reverted"):
         return record  # its kernel was wrong on the known block, and would be here
-    block.formats, block.root = {}, root
+    block.formats, block.codes, block.root = {}, {}, root
     try:
         return dataclasses.replace(record, fired=quantize.apply(block), reason="")
     except Declined as err:

@@ -21,6 +21,7 @@ from moeopt.pipeline.block import Rewrite, Runtime, rewrite_block
 from moeopt.pipeline.block_capture import original_forward
 from moeopt.pipeline.block_reports import Attempt, PipelineResult, expert_parameters
 from moeopt.pipeline.coverage import Mixture
+from moeopt.pipeline.finished_blocks import note
 from moeopt.pipeline.obstacles_met import ObstaclesMet
 from moeopt.pipeline.pays import WouldNotPay
 from moeopt.recognise.hints import hint_for
@@ -78,6 +79,8 @@ class BlockAttempts:
             except WouldNotPay as err:
                 spent += time.perf_counter() - started
                 found = expert_parameters(self.model, level.path, err.found)
+                if place.weights and not found & place.weights:  # this module holds another block, which would not pay
+                    continue
                 where = err.where or place.source
                 return Attempt(None, level.path, err.reason, where, spent, found, met.others())
             except Declined as err:
@@ -91,11 +94,14 @@ class BlockAttempts:
             self.manager.stands(rewrite.passes)
             self.outcome.rewrites[level.path] = rewrite
             self.outcome.checks.append(rewrite.check)
+            note(rewrite.check)
             return Attempt(rewrite, level.path, seconds=rewrite.seconds)
         obstacle = met.decide()
         if obstacle is None:
             return Attempt(reason="no module around it could be probed", path=place.call.path, seconds=spent)
-        return Attempt(None, obstacle.module, obstacle.reason, obstacle.where, spent, read, met.others())
+        own = place.own_levels()
+        home = obstacle.module if obstacle.module in own or not own else own[-1]
+        return Attempt(None, home, obstacle.reason, obstacle.where, spent, read, met.others())
 
     def _no_more(self) -> str:
         """Why no further block is rewritten; "" where one may be."""

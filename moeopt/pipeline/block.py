@@ -27,7 +27,9 @@ from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.coverage import Mixture, Reader
+from moeopt.pipeline.finished_blocks import recall
 from moeopt.pipeline.pays import check_pays
+from moeopt.published.experts import PublishedExperts
 from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
@@ -104,13 +106,15 @@ def rewrite_block(
         ) from err
 
 
-def pass_manager(options: Options, runtime: Runtime | None) -> PassManager:
-    """The manager that ``options`` ask for.
+def pass_manager(options: Options, runtime: Runtime | None, model: nn.Module | None = None) -> PassManager:
+    """The manager that ``options`` ask for; ``model``: what they are for, where a plan takes codes of its checkpoint.
 
     Raises:
-        UsageError: they name a pass that is not there.
+        UsageError: they name a pass that is not there, or codes of a checkpoint and the model is from none.
     """
-    passes = with_plan(PIPELINE if options.passes is None else options.passes, options.quantize)
+    plan = options.quantize
+    published = PublishedExperts(model) if model is not None and plan is not None and plan.takes_checkpoint else None
+    passes = with_plan(PIPELINE if options.passes is None else options.passes, plan, published)
     check_names(options.skip_passes, (*passes, *PIPELINE), "skip_passes")
     here = {one.name for one in passes}
     return PassManager(
@@ -123,11 +127,13 @@ def pass_manager(options: Options, runtime: Runtime | None) -> PassManager:
     )
 
 
-def with_plan(passes: Sequence[Pass], plan: QuantPlan | None) -> tuple[Pass, ...]:
+def with_plan(
+    passes: Sequence[Pass], plan: QuantPlan | None, published: PublishedExperts | None = None
+) -> tuple[Pass, ...]:
     """``passes`` with the one that quantises as ``plan`` says, if there is one; at the end where it is missing."""
     if plan is None:
         return tuple(passes)
-    asked = QuantizeExperts(plan)
+    asked = QuantizeExperts(plan, published)
     if not any(one.name == asked.name for one in passes):
         return (*passes, asked)
     return tuple([asked if one.name == asked.name else one for one in passes])
@@ -203,7 +209,7 @@ def _rebind(
         return None
 
     def verify(block: BlockGraph) -> BlockCheck:
-        return _verify(bound, call, options, runtime, block, False)
+        return recall(name) or _verify(bound, call, options, runtime, block, False)
 
     asked = [one for one in manager.passes if isinstance(one, QuantizeExperts) and not manager.leaves_out(one.name)]
     done = bound_result(bound, verify, asked[0] if asked else None)

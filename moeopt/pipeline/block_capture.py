@@ -13,7 +13,7 @@ from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.isolated_run import run_quietly, undone
-from moeopt.capture.probe_inputs import probe_call
+from moeopt.capture.probe_inputs import aimed_at_router, probe_call
 from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.same_graph import same_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
@@ -53,12 +53,8 @@ class Capture:
         self.name, self.module, self.call_spec, self.reader = name, module, call_spec, reader
         call, tape, self.found = reader.first(module, call_spec, options.seed)
         self.tapes, self.founds, self.calls = [tape], [self.found], [call]
-        for tokens, seed in ((14, 1), (20, 2)):
-            call = probe_call(call_spec, tokens, options.seed + seed, experts=len(self.found[0].experts), variant=seed)
-            again = self.tapes[0].attributes and seed == 2
-            self.tapes.append(_later_call(module, call) if again else record(module, *call))
-            self.founds.append(reader.again(self.tapes[-1], self.found))
-            self.calls.append(call)
+        for tokens, variant in ((14, 1), (20, 2)):
+            self._watch(tokens, options.seed + variant, variant)
         for tape, found_there in zip(self.tapes, self.founds, strict=True):
             _same_experts(self.found, found_there)
             refuse_random(tape, module.training)
@@ -79,6 +75,26 @@ class Capture:
         self.routers: list[RouterReading] = []
         self._reads: dict[Any, Reads] = {}
         _stateless(self.tapes[0], self.plans, self.shapes)
+
+    def _watch(self, tokens: int, seed: int, variant: int) -> None:
+        """Record another call; with rows aimed at the router where those at random reach too few experts to be read."""
+        later = bool(self.tapes[0].attributes) and variant == 2
+        for aimed in (None, aimed_at_router(self.module, self.call_spec)):
+            experts = len(self.found[0].experts)
+            call = probe_call(self.call_spec, tokens, seed, experts=experts, aimed=aimed, variant=variant)
+            tape = _later_call(self.module, call) if later else record(self.module, *call)
+            try:
+                found = self.reader.again(tape, self.found)
+            except Declined as err:
+                if aimed is not None:
+                    raise
+                unread = err.with_traceback(None)
+                continue
+            self.tapes.append(tape)
+            self.founds.append(found)
+            self.calls.append(call)
+            return
+        raise unread
 
     def block(self) -> BlockGraph:
         """The block's own code, for the passes."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.find.block_candidates import BlockCandidate
+from moeopt.ir.bank_format import BankFormat
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.obstacles import Obstacle, Rank
 from moeopt.passes.base import PassRecord
@@ -108,6 +109,8 @@ def _in_codes(rewrite: Rewrite, found: Recognition) -> str:
     """The format of quantised experts, to stand behind a lowering."""
     number = next(n for n, one in enumerate(rewrite.found) if one is found)
     format = rewrite.program.block.formats.get(number)
+    if isinstance(format, BankFormat):  # codes of a checkpoint
+        format = format.w_out.format
     return "" if format is None else f", weights in {format}"
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.collectives import refuse_collectives
 from moeopt.capture.force_routing import ForceAllExperts
-from moeopt.capture.probe_inputs import aimed_rows, probe_call
+from moeopt.capture.probe_inputs import aimed_at_router, probe_call
 from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.tape import Tape, record
 from moeopt.capture.tree import ArgsKwargs
@@ -79,10 +79,10 @@ def covering(
     module: nn.Module, call_spec: CallSpec, seed: int, assume: ExpertsSpec | None = None
 ) -> tuple[ArgsKwargs, Tape, list[Recognition]]:
     """A probe call that reaches every expert, with its tape and reading; more tokens each time one is missed."""
-    first = call_spec.rows(call_spec.indices("tokens")[0]) if call_spec.indices("tokens") else None
-    aimed = aimed_rows(module, first.shape[-1]) if first is not None and first.dim() == 2 else None
+    aimed = aimed_at_router(module, call_spec)
     experts = _likely_experts(module, call_spec)
     last: ExpertsNotHit | None = None
+    unread: Declined | None = None
     likely = _longest_list(module)
     for tokens, aim, forced, flat in _ATTEMPTS:
         ids = call_spec.routed()
@@ -108,14 +108,25 @@ def covering(
                 with contextlib.suppress(Declined):
                     return call, tape, recognize(tape, idle=True, assume=assume)
         except Declined as err:
-            if last is None:
+            if last is not None:
+                last.others = (*last.others, err.obstacle, *err.others)
+            elif not _left_idle(module, tape):
                 raise
-            last.others = (*last.others, err.obstacle, *err.others)
-    assert last is not None
+            elif unread is None:  # of experts that no token chose nothing is on the tape, not even that they are missed
+                unread = err.with_traceback(None)
+    failed = last or unread
+    assert failed is not None
     try:
-        raise last
+        raise failed
     finally:
-        del last
+        del last, unread, failed
+
+
+def _left_idle(module: nn.Module, tape: Tape) -> bool:
+    """Whether the module has a list of which some children ran and others did not."""
+    ran = {call.module for call in tape.calls}
+    lists = [m for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
+    return any(0 < sum(child in ran for child in one.children()) < len(one) for one in lists)
 
 
 def _longest_list(module: nn.Module) -> int:

@@ -28,7 +28,9 @@ class ObstaclesMet:
         own = [met for path, met in self._levels.items() if path in self.place.own_levels()]
         found = decisive(own)
         if found is None or found.rank <= Rank.PROBE:  # the block could not be watched alone: what holds it may tell
-            found = decisive(self._levels.values()) or found
+            apart = {level.path for level in self.place.levels[: self.place.apart]}
+            near = [met for path, met in self._levels.items() if path in apart]
+            found = decisive(near) or decisive(self._levels.values()) or found
         return found
 
     def others(self) -> tuple[Obstacle, ...]:

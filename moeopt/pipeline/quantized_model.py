@@ -17,7 +17,7 @@ from moeopt.recognise.routing_types import RoutingForm
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.live_codes import DequantizedForward, LiveCodes
 from moeopt.rewrite.store_codes import codes_of
-from moeopt.verification.loss_text import quantized_note
+from moeopt.verification.loss_text import published_note, quantized_note
 
 
 def quantized_blocks(twin: nn.Module) -> dict[str, tuple[RewrittenForward, list[LiveCodes]]]:
@@ -51,6 +51,7 @@ def formats_of(twin: nn.Module) -> dict[str, str]:
     return {
         path or type(twin).__name__: str(codes[0].format.w_out.format)
         for path, (_, codes) in quantized_blocks(twin).items()
+        if not all(one.exact for one in codes)
     }
 
 
@@ -93,5 +94,9 @@ def notes_of(outcome: PipelineResult, twin: nn.Module, options: Options) -> list
     if declined:
         shown = ", ".join(declined[:3]) + (f" and {len(declined) - 3} more" if len(declined) > 3 else "")
         left.append(f"{shown}: only experts that were rewritten into one op can be")
-    sizes = [(sum(c.nbytes for c in codes), sum(c.float_bytes for c in codes)) for _, codes in done.values()]
-    return quantized_note(formats_of(twin), sizes, left)
+    lossy, sizes = formats_of(twin), dict[bool, list[tuple[int, int]]]()
+    for path, (_, codes) in done.items():
+        size = sum(c.nbytes for c in codes), sum(c.float_bytes for c in codes)
+        sizes.setdefault((path or type(twin).__name__) in lossy, []).append(size)
+    kept = [published_note(sizes[False])] if False in sizes else []
+    return kept + quantized_note(lossy, sizes.get(True, []), left)

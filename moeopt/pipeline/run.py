@@ -52,7 +52,7 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
         UsageError: a hint that matches no block, a pass that is none.
     """
     started = time.perf_counter()
-    manager = pass_manager(options, runtime)
+    manager = pass_manager(options, runtime, model)
     options.say("looking for feed-forward and mixture-of-experts blocks")
     dump = Dump(options.dump) if options.dump is not None else None
     absent = absent_reason(model)
@@ -68,6 +68,8 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
     blocks = BlockAttempts(model, call, outcome, changed, options, runtime, manager)
     attempts = _rewrite_blocks(blocks, moe, dump)
     _check_hints(model, moe, options)
+    experts = {weight for place, _ in attempts for weight in place.weights}
+    places = [p for p in places if p.kind == "moe" or experts.isdisjoint(p.weights)]  # one that looked like a dense FFN
     places = sorted([*places, *shared_blocks(model, attempts)], key=lambda p: p.order)
     denses: dict[int, DenseResult] = {}
     if options.dense != "leave":

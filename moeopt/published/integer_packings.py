@@ -14,13 +14,13 @@ from torch import Tensor
 from moeopt.errors import CheckpointError
 from moeopt.ir.weight_format import WeightFormat
 from moeopt.published.packings import awq_codes, awq_numbers, columns_of_int32, numbers_of_int32, rows_of_int32
-from moeopt.published.stored_matrix import Parts, StoredMatrix
+from moeopt.published.stored_matrix import CodeTensors, StoredMatrix
 from moeopt.published.tensor_files import TensorFiles
 
 _SCALES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-class Unread(Exception):
+class UnreadLayout(Exception):
     """A matrix in a form that is not read; the message says which."""
 
 
@@ -36,7 +36,7 @@ def pack_quantized(files: TensorFiles, module: str, config: Mapping[str, Any]) -
     packed, scale, size = (f"{module}.weight_{part}" for part in ("packed", "scale", "shape"))
     dtype = files.dtype(packed)
     if dtype != torch.int32 or len(files.shape(packed)) != 2 or scale not in files or size not in files:
-        raise Unread(
+        raise UnreadLayout(
             f"{packed} is {dtype} {files.shape(packed)}; packed weights are read as 2-D int32 with weight_scale and "
             "weight_shape"
         )
@@ -72,7 +72,7 @@ def pack_quantized(files: TensorFiles, module: str, config: Mapping[str, Any]) -
             return numbers_of_int32(held.t(), bits).t()[:N]
         return (held.reshape(N, -1).to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
 
-    def load() -> Parts:
+    def load() -> CodeTensors:
         codes = rows_of_int32(files.tensor(packed), K, bits)
         return codes, files.tensor(scale).reshape(N, groups), None if symmetric else zeros()
 
@@ -109,10 +109,10 @@ def awq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMat
     """AWQ in its "gemm" version: int32 (K, N / 8), columns interleaved."""
     version = str(config.get("version") or "gemm").lower()
     if version != "gemm":
-        raise Unread(f"AWQ of version {version!r}; the version gemm is read")
+        raise UnreadLayout(f"AWQ of version {version!r}; the version gemm is read")
     names, (K, across), bits, groups = _parts(files, module, config)
     if bits != 4:
-        raise Unread(f"AWQ of {bits} bits; 4 are read")
+        raise UnreadLayout(f"AWQ of {bits} bits; 4 are read")
     width = _width(K, groups, [config.get("group_size")], names[1])
 
     def codes() -> Tensor:
@@ -133,7 +133,7 @@ def _parts(
     bits = config.get("bits", config.get("w_bit", 4))
     flat = not missing and all(len(files.shape(n)) == 2 for n in names)
     if not flat or files.dtype(names[0]) != torch.int32 or bits not in (4, 8):
-        raise Unread(
+        raise UnreadLayout(
             f"{names[0]} is {files.dtype(names[0])} of {bits} bits, without {missing}; 2-D int32 of 4 or 8 bits is read"
         )
     down, across = files.shape(names[0])
@@ -152,7 +152,7 @@ def _with_zeros(
         f"int{bits}{'' if width is None else f'-group{width}'}", f"uint{bits}", (1, width), scale, symmetric
     )
 
-    def load() -> Parts:
+    def load() -> CodeTensors:
         return codes(), files.tensor(names[1]).t(), None if symmetric else points
 
     return StoredMatrix(module, None, shape, format, load, names)
@@ -166,7 +166,7 @@ def _format(bits: int, width: int | None, scale: str, symmetric: bool) -> Weight
 def _scale(files: TensorFiles, name: str) -> str:
     found = _SCALES.get(files.dtype(name))  # type: ignore[arg-type]
     if found is None:
-        raise Unread(f"{name} is {files.dtype(name)}; scales are read as floats")
+        raise UnreadLayout(f"{name} is {files.dtype(name)}; scales are read as floats")
     return found
 
 
@@ -181,9 +181,9 @@ def _width(columns: int, groups: int, stated: list[Any], name: str) -> int | Non
 
 
 def _in_order(groups: Tensor, width: int, name: str) -> None:
-    """``Unread`` where columns are not grouped in their order: their scales are no blocks."""
+    """``UnreadLayout`` where columns are not grouped in their order: their scales are no blocks."""
     if not torch.equal(groups.long(), torch.arange(len(groups)) // width):
-        raise Unread(
+        raise UnreadLayout(
             f"{name} groups columns by their activations (desc_act), and scales are read for columns in order; "
             "quantise it without desc_act"
         )

@@ -22,8 +22,8 @@ import torch
 
 from moeopt.errors import CheckpointError
 from moeopt.ir.weight_format import Block, WeightFormat
-from moeopt.published.integer_packings import Unread, awq, gptq, pack_quantized, weights_of
-from moeopt.published.stored_matrix import Parts, StoredMatrix
+from moeopt.published.integer_packings import UnreadLayout, awq, gptq, pack_quantized, weights_of
+from moeopt.published.stored_matrix import CodeTensors, StoredMatrix
 from moeopt.published.tensor_files import TensorFiles
 
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
@@ -71,7 +71,7 @@ def quantised_tensors(files: TensorFiles, config: Mapping[str, Any]) -> Quantise
                 made = _mxfp4(files, name.removesuffix("_blocks"))
             else:
                 continue
-        except Unread as err:
+        except UnreadLayout as err:
             found.unread[module or name] = str(err)
             continue
         found.matrices |= {m.label: m for m in made}
@@ -82,19 +82,19 @@ def _scaled(files: TensorFiles, module: str, weight: str, scale: str, config: Ma
     """8-bit codes as they are, and scales: of the whole tensor, of each row, or of blocks."""
     kind = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}.get(files.dtype(weight))  # type: ignore[arg-type]
     if kind is None:
-        raise Unread(f"{weight} is {files.dtype(weight)}; 8-bit weights are read as float8_e4m3fn and int8")
+        raise UnreadLayout(f"{weight} is {files.dtype(weight)}; 8-bit weights are read as float8_e4m3fn and int8")
     shape, dtype = files.shape(weight), files.dtype(scale)
     held = "e8m0" if dtype in _E8M0 else _FLOATS.get(dtype)  # type: ignore[arg-type]
     zeros = f"{weight}_zero_point" if f"{weight}_zero_point" in files else None
     if held is None or len(shape) not in (2, 3):
-        raise Unread(f"{weight} is {len(shape)}-D with scales of {dtype}")
+        raise UnreadLayout(f"{weight} is {len(shape)}-D with scales of {dtype}")
     N, K = shape[-2:]
     block = _block_of(files, weight, scale, (N, K), config)
     name = {(None, None): "tensor", (1, None): "channel"}.get(block, f"{block[0]}x{block[1]}")  # type: ignore[arg-type]
     format = WeightFormat(f"{'fp8' if kind == 'e4m3' else 'int8'}-{name}", kind, block, held, symmetric=zeros is None)
     grid = format.scale_shape((N, K))
 
-    def load(expert: int | None) -> Parts:
+    def load(expert: int | None) -> CodeTensors:
         def one(name: str) -> torch.Tensor:
             tensor = files.tensor(name)
             return tensor if expert is None or tensor.dim() < 3 else tensor[expert]
@@ -134,7 +134,9 @@ def _mxfp4(files: TensorFiles, name: str) -> list[StoredMatrix]:
     blocks, scales = f"{name}_blocks", f"{name}_scales"
     shape = files.shape(blocks)
     if files.dtype(blocks) != torch.uint8 or len(shape) != 4 or shape[-1] != 16:
-        raise Unread(f"{blocks} is {files.dtype(blocks)} {shape}; MXFP4 is read as uint8 (experts, out, in / 32, 16)")
+        raise UnreadLayout(
+            f"{blocks} is {files.dtype(blocks)} {shape}; MXFP4 is read as uint8 (experts, out, in / 32, 16)"
+        )
     if files.dtype(scales) not in _E8M0 or files.shape(scales) != shape[:3]:
         raise CheckpointError(
             f"{scales} is {files.dtype(scales)} {files.shape(scales)}, and {blocks} of {shape} has a uint8 scale for "
@@ -143,7 +145,7 @@ def _mxfp4(files: TensorFiles, name: str) -> list[StoredMatrix]:
     E, N, G, _ = shape
     format = WeightFormat("mxfp4", "e2m1", (1, 32), "e8m0")
 
-    def load(expert: int) -> Parts:
+    def load(expert: int) -> CodeTensors:
         codes = files.tensor(blocks)[expert].reshape(N, G * 16)
         return codes, files.tensor(scales)[expert].view(torch.uint8), None
 

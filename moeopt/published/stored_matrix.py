@@ -11,7 +11,7 @@ from moeopt.errors import CheckpointError, UsageError
 from moeopt.ir.weight_format import WeightFormat
 from moeopt.ops.quantized_weight import QuantizedWeight
 
-Parts = tuple[Tensor, Tensor, "Tensor | None"]
+CodeTensors = tuple[Tensor, Tensor, "Tensor | None"]
 """Codes, scales, zero points."""
 
 
@@ -32,7 +32,7 @@ class StoredMatrix:
     expert: int | None
     shape: tuple[int, int]
     format: WeightFormat
-    load: Callable[[], Parts]
+    load: Callable[[], CodeTensors]
     tensors: tuple[str, ...]
 
     @property

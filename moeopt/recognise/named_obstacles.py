@@ -71,7 +71,7 @@ def _computed_weights(tape: Tape) -> Declined | None:
     """A weight that a hook or a parametrization of ``torch.nn.utils`` makes at each call."""
     experts = {m for child in _alike(tape.root) for m in child.modules()}
     for path, module in tape.root.named_modules():
-        stacked = any(p.dim() > 2 for p in module.parameters())
+        stacked = any(p.dim() > 2 for p in module.parameters()) or _holds_codes(module)
         if module not in experts and not stacked:
             continue
         if reason := computed_weight(path, module):
@@ -87,12 +87,27 @@ def computed_weight(path: str, module: nn.Module) -> str:
     elif parametrize.is_parametrized(module):
         held = next(iter(module.parametrizations.values()))  # type: ignore[operator]
         what, way_out = type(held[0]).__name__, "parametrize.remove_parametrizations"
+        if _holds_codes(module):
+            return (
+                f"its experts' weights are codes that a parametrisation ({what} on {path or 'the block'}) makes floats "
+                "of, all experts at each call, and the op reads weights as they are stored; load the model without "
+                f"that quantiser, or make them floats once with torch.nn.utils.{way_out}, and give quantize='int4' or "
+                "'int8' to moeopt.optimize: it holds codes, and makes one expert floats at a time"
+            )
     else:
         return ""
     return (
         f"its experts' weights are computed at each call ({what} on {path or 'the block'}), and the op reads "
         f"weights as they are stored; make them plain with torch.nn.utils.{way_out} and optimise again"
     )
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    """Whether a parametrisation of ``module`` computes a weight from integers."""
+    if not parametrize.is_parametrized(module):
+        return False
+    lists = module.parametrizations.values()  # type: ignore[operator]
+    return any(not t.is_floating_point() for held in lists for t in held.parameters(recurse=False))
 
 
 def _makes_weights(hook: object) -> bool:
@@ -203,6 +218,7 @@ def single_neurons(tape: Tape) -> Declined | None:
     """Rows of a table, picked by the router for each token, that are multiplied with it: experts of one neuron."""
     picked = [n for n in tape.nodes if op_name(n) == "embedding" and _is_table(n.args[0])]
     picked = [n for n in picked if any(op_name(a) in _CHOICES for a in ancestors([n.args[1]]))]  # type: ignore[list-item]
+    picked = [n for n in picked if not _holds_matrices(n)]
     if len(picked) < 2:
         return None
     return Declined(
@@ -210,6 +226,15 @@ def single_neurons(tape: Tape) -> Declined | None:
         "matrix; the op groups experts of two matrices, so this block stays as it is",
         picked[0].meta.get("source"),
     )
+
+
+def _holds_matrices(lookup: fx.Node) -> bool:
+    """Whether each row that is looked up is laid out as a matrix."""
+    width = lookup.meta["shape"][-1]
+    shapes = [
+        user.meta.get("shape", ()) for user in lookup.users if op_name(user) in ("view", "reshape", "_unsafe_view")
+    ]
+    return any(len(s) > 1 and s[-1] != width and s[-2] > 1 and s[-1] > 1 and s[-2] * s[-1] == width for s in shapes)
 
 
 def _path(node: fx.Node) -> str:

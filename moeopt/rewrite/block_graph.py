@@ -28,6 +28,7 @@ from torch import fx, nn
 from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
+from moeopt.ir.bank_format import BankFormat
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.ir.weight_format import WeightFormat
 from moeopt.ir.weight_refs import ExpertRef
@@ -76,6 +77,17 @@ class Captured:
     finish: Callable[[], tuple[CallGuard, list[RouterSpec | None]]]
 
 
+@dataclass(frozen=True, eq=False)
+class GivenCodes:
+    """Codes, scales and zero points of a bank, by the names of :meth:`QuantizedExpertWeights.tensors`.
+
+    ``exact``: whether they stand for the floats that the module holds, to the bit.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    exact: bool
+
+
 @dataclass
 class BlockGraph:
     """One block between two passes; see the module's docstring.
@@ -92,6 +104,7 @@ class BlockGraph:
         per_token: how many experts a token has in each op, None where that differs: the code between the ops may have
             turned that number into constants.
         formats: by the number of a bank of weights, what it is quantised to; a bank that is not there keeps its floats.
+        codes: by the number of a bank, codes that are not rounded from its floats but given, until they are stored.
         captured: the block's own code; None once there is a graph.
         root: the user's module while passes run, for those that look at weights; None afterwards.
         made: the graph that passes change, empty while the block is its own code.
@@ -107,7 +120,8 @@ class BlockGraph:
     attributes: dict[tuple[str, str], Any] = field(default_factory=dict)
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     per_token: list[int | None] = field(default_factory=list)
-    formats: dict[int, WeightFormat] = field(default_factory=dict)
+    formats: dict[int, WeightFormat | BankFormat] = field(default_factory=dict)
+    codes: dict[int, GivenCodes] = field(default_factory=dict)
     captured: Captured | None = None
     root: nn.Module | None = None
     made: fx.Graph = field(default_factory=fx.Graph, repr=False)
@@ -148,7 +162,7 @@ class BlockGraph:
         twin = dataclasses.replace(
             self, weights=list(self.weights), routers=list(self.routers), constants=list(self.constants),
             frozen=dict(self.frozen),
-            per_token=list(self.per_token), formats=dict(self.formats),
+            per_token=list(self.per_token), formats=dict(self.formats), codes=dict(self.codes),
         )  # fmt: skip
         if self.captured is None:
             twin.set_graph(self.made)

@@ -30,7 +30,7 @@ from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard,
 from moeopt.rewrite.id_range import IdOutOfRange
 from moeopt.rewrite.live_codes import LiveCodes, dequantized
 from moeopt.rewrite.live_slots import LiveSlots
-from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
+from moeopt.rewrite.live_weights import LiveExpertWeights, Place, Stale
 from moeopt.rewrite.module_guard import Watch
 from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
@@ -64,12 +64,13 @@ def _check(watch: Watch, bank: int, expert: int) -> None:
 
 
 def live_bank(
-    module: nn.Module, refs: PyObject, spec: PyObject, check: Callable[[int], None] = lambda e: None
-) -> PyObject:
+    module: nn.Module, refs: PyObject, spec: PyObject, check: Callable[[int], None] = lambda e: None,
+    place: type[Place] = Place,
+) -> PyObject:  # fmt: skip
     """The weights at ``refs`` of ``module``, as the op takes them; ``check`` is asked before each expert is read."""
     if isinstance(spec, RowFunction):
-        return LiveSlots(module, refs, check)
-    return LiveExpertWeights(module, refs, (spec.w_in_layout, spec.w_out_layout), check)
+        return LiveSlots(module, refs, check, place)
+    return LiveExpertWeights(module, refs, (spec.w_in_layout, spec.w_out_layout), check, place)
 
 
 class RewrittenForward:
@@ -95,16 +96,18 @@ class RewrittenForward:
         if watch.gone:
             raise Stale(watch.gone)
         block = program.block
-        self.banks = [
-            (live_bank(self.module, refs, spec, functools.partial(_check, watch, b)), spec)
-            if b not in block.formats
-            else (LiveCodes(self.module, b, refs, spec, block.formats[b]), spec)
-            for b, (refs, spec) in enumerate(block.weights)
-        ]
+        self.banks = [(self._bank(b, refs, spec), spec) for b, (refs, spec) in enumerate(block.weights)]
         self.constants = block.constants
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
         self._run = compiled(block.graph)
         self._names = by_position(program.signature)
+
+    def _bank(self, index: int, refs: PyObject, spec: PyObject) -> PyObject:
+        """The live weights of the op number ``index``, or their codes."""
+        block = self.program.block
+        if index in block.formats:
+            return LiveCodes(self.module, index, refs, spec, block.formats[index], block.codes.get(index))
+        return live_bank(self.module, refs, spec, functools.partial(_check, self.watch, index))
 
     def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The op on the live weights number ``index``: what a ``moeopt::experts`` node of the graph calls."""

@@ -25,6 +25,7 @@ from moeopt.ir.weight_refs import ExpertRef, tensor_at
 from moeopt.ops.expert_weights import Biases
 from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices, from_tensors
+from moeopt.rewrite.block_graph import GivenCodes
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place, region
 from moeopt.value_types import PyObject
 
@@ -39,23 +40,32 @@ class LiveCodes(QuantizedExpertWeights):
         module: the block.
         index: the bank's number in the block.
         experts, spec: where the floats are, or were, and what they compute.
-        format: what each matrix is rounded to, where the module does not hold codes already.
+        format: what each matrix is rounded to, where the module does not hold codes already; or those of ``given``.
+        given: codes that are not rounded here.
     """
 
     def __init__(
-        self, module: nn.Module, index: int, experts: list[ExpertRef], spec: ExpertsSpec, format: WeightFormat
-    ) -> None:
+        self, module: nn.Module, index: int, experts: list[ExpertRef], spec: ExpertsSpec,
+        format: WeightFormat | BankFormat, given: GivenCodes | None = None,
+    ) -> None:  # fmt: skip
         self.module, self.experts, self.spec = module, experts, spec
         self.layouts, self.dtype, self.num_experts = ("oi", "oi"), torch.float32, len(experts)
         self.prefix = f"{PREFIX}_{index}_"
-        *ins, out = [MatrixFormat(format, shape, True) for shape in shapes_of(experts[0])]
-        self.format = BankFormat(len(experts), tuple(ins), out)
-        matrices = [*((f"w_in_{i}", m) for i, m in enumerate(ins)), ("w_out", out)]
+        self.exact = given is not None and given.exact
+        if isinstance(format, WeightFormat):
+            *ins, out = [MatrixFormat(format, shape, True) for shape in shapes_of(experts[0])]
+            format = BankFormat(len(experts), tuple(ins), out)
+        self.format = format
+        matrices = [*((f"w_in_{i}", m) for i, m in enumerate(format.w_in)), ("w_out", format.w_out)]
         self.names = [f"{self.prefix}{words}_{part}" for words, m in matrices for part in m.parts]
         self._biases = _Biases(module, experts)
         self._bank: tuple[tuple[int, ...], QuantizedExpertWeights] | None = None
         stored = all(name in module._buffers for name in self.names)
-        self.held: dict[str, Any] = module._buffers if stored else self._rounded(matrices)
+        self.held: dict[str, Any] = module._buffers
+        if not stored and given is not None:
+            self.held = {self.prefix + name: tensor for name, tensor in given.tensors.items()}
+        elif not stored:
+            self.held = self._rounded(matrices)
 
     def _rounded(self, matrices: list[tuple[str, MatrixFormat]]) -> dict[str, Any]:
         """The codes of the module's floats, one stacked tensor for each part of each matrix."""
@@ -108,7 +118,8 @@ class LiveCodes(QuantizedExpertWeights):
         tensors = [self.held.get(name) for name in self.names]
         biases = self._biases.read()
         key = tuple(map(id, (*tensors, *biases)))
-        if self._bank is None or self._bank[0] != key or torch.compiler.is_compiling():
+        recorded = bool(biases) and torch.is_grad_enabled()  # a view that was taken without gradients passes none on
+        if self._bank is None or self._bank[0] != key or recorded or torch.compiler.is_compiling():
             self._bank = key, self._checked(tensors)
         return self._bank[1]
 

@@ -18,16 +18,23 @@ class LiveSlots:
         root: the block.
         experts: where each expert's slots are, in the order of their ids.
         check: called with the number of each expert that is read; may raise :class:`~.live_weights.Stale`.
+        place: what finds and reads each Parameter.
     """
 
-    def __init__(self, root: nn.Module, experts: list[SlotRefs], check: Callable[[int], None] = lambda e: None) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        experts: list[SlotRefs],
+        check: Callable[[int], None] = lambda e: None,
+        place: type[Place] = Place,
+    ) -> None:
         self.num_experts, self._check = len(experts), check
         places: dict[str, Place] = {}
         for part in dict.fromkeys(p for ref in experts for p in ref.slots):
             if part.path not in places:
-                places[part.path] = Place(root, part.path)
+                places[part.path] = place(root, part.path)
         self._parts = [
-            [(p.read, *part.steps_from(tuple(p.shape))) for part in ref.slots for p in [places[part.path]]]
+            [(p.read, *part.steps_from(tuple(p.part_shape))) for part in ref.slots for p in [places[part.path]]]
             for ref in experts
         ]
 

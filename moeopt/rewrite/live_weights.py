@@ -28,9 +28,9 @@ class Stale(Exception):
 
 
 class Place:
-    """One Parameter or buffer of a module tree, found again at each read."""
+    """One Parameter or buffer of a module tree, found again at each read, which gives a tensor of ``part_shape``."""
 
-    __slots__ = ("dtype", "hooked", "key", "links", "owner", "path", "registry", "shape")
+    __slots__ = ("dtype", "hooked", "key", "links", "owner", "part_shape", "path", "registry", "shape")
 
     def __init__(self, root: nn.Module, path: str) -> None:
         *parents, self.key = path.split(".")
@@ -50,6 +50,7 @@ class Place:
         if not isinstance(tensor, Tensor):
             raise Stale(f"{path} is no longer a plain Parameter (quantised, parametrised or removed)")
         self.dtype, self.shape = tensor.dtype, tensor.shape
+        self.part_shape = tensor.shape
 
     def read(self) -> Tensor:
         for registry, name, child in self.links:
@@ -77,6 +78,7 @@ class LiveExpertWeights:
         experts: where each expert's matrices are, in the order of their ids.
         layouts: (W_in, W_out), each ``oi`` or ``io``: how the 2-D tensors are handed out.
         check: called with the number of each expert that is read; may raise :class:`Stale`.
+        place: what finds and reads each Parameter.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class LiveExpertWeights:
         experts: list[ExpertRef],
         layouts: tuple[str, str],
         check: Callable[[int], None] = lambda e: None,
+        place: type[Place] = Place,
     ) -> None:
         self.num_experts, self._check = len(experts), check
         self._experts, self._layouts = experts, layouts
@@ -92,7 +95,7 @@ class LiveExpertWeights:
         for ref in experts:
             for part in (*ref.w_in, *ref.b_in, ref.w_out, ref.b_out):
                 if part is not None and part.path not in self._places:
-                    self._places[part.path] = Place(root, part.path)
+                    self._places[part.path] = place(root, part.path)
         self._regions: dict[tuple[int, str], Any] = {}
         self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
         self._steps = _steps(experts)

@@ -38,6 +38,8 @@ def store_codes(model: nn.Module) -> list[str]:
             for name in bank.names:
                 module.register_buffer(name, bank.held[name])
             bank.held = module._buffers
+        if (forward := rewritten_forward(module)) is not None:
+            forward.program.block.codes.clear()
         gone: dict[str, Any] = {}
         for one in sorted({p for bank in codes for p in bank.paths()}):
             registry, key = _place(module, one)

@@ -108,7 +108,7 @@ def test_the_graph_multiplies_the_cache_as_it_is(pair, folder):
     config = pair[0].config
     assert config.num_attention_heads > config.num_key_value_heads
     outputs = onnx_ir.load(folder / "model.onnx").graph.outputs
-    caches = [value for value in outputs if "past_key_values" in value.name]
+    caches = [value for value in outputs if value.name.startswith("present.")]
     readers = {use.node.op_type for value in caches for use in value.uses()}
     assert readers == {"MatMul", "FusedMatMul"}  # the second reads keys transposed
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward

@@ -21,6 +21,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch._dynamo  # imported by the first call on meta tensors: a second here, or a second in each child
 
 from moeopt.bundle.memory import check_call
 from moeopt.bundle.op_allowlist import guarded, op_named

@@ -7,6 +7,7 @@ the command, -1 for a traceback, -2 for one that was ended by a signal or its ti
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ import moeopt
 import moeopt.api
 from moeopt.cli import main as command
 from moeopt.errors import MoeoptError
+from tests.hostile.edits import GOOD
 
 MEMORY = 3 << 30
 """Bytes beyond what is mapped already: no bundle here may take more than two."""
@@ -95,12 +97,29 @@ def _waited(child: int) -> int | None:
     return None
 
 
+def import_what_they_import(whats: set[str]) -> None:
+    """The modules that a command imports for a sound bundle, so that no child pays for them again."""
+    for base, what in itertools.product(("torch", "onnxruntime"), sorted(whats)):
+        with tempfile.TemporaryDirectory() as folder:
+            said = Path(folder) / "modules"
+            child = os.fork()
+            if child == 0:
+                _become(Path(folder) / "out", Path(folder) / "err")
+                run(str(GOOD / base), what)
+                said.write_text(json.dumps(list(sys.modules)))
+                os._exit(0)
+            os.waitpid(child, 0)
+            names = json.loads(said.read_text())
+        for name in names:
+            with contextlib.suppress(Exception):
+                __import__(name)
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
-    for module in ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors.torch"):
-        with contextlib.suppress(ImportError):
-            __import__(module)
-    for name, directory, what in json.load(sys.stdin):
+    jobs = json.load(sys.stdin)
+    import_what_they_import({what for _, _, what in jobs})
+    for name, directory, what in jobs:
         print(json.dumps(in_a_child(name, directory, what)), flush=True)
 
 

@@ -21,12 +21,15 @@ from moeopt.backends.onnxrt.open_engine import open_onnx
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.providers import PROVIDERS, why_absent
 from moeopt.backends.onnxrt.save_bundle import save_onnx_bundle
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, mapped_options
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.errors import UsageError
 from moeopt.limits import LoadLimits
+from moeopt.onnx_in.read import read_onnx
 from moeopt.options import Options
 from moeopt.value_types import JsonValue, PyObject
+from moeopt.verification.certificate import Certificate
 
 
 class OnnxRuntimeBackend(GraphBackend):
@@ -40,14 +43,28 @@ class OnnxRuntimeBackend(GraphBackend):
     def runs_on_gpu(self, plan: OrtPlan) -> bool:
         return plan.provider != "cpu"
 
+    def optimize_file(
+        self, model: PyObject, inputs: PyObject, options: Options, plan: PyObject
+    ) -> tuple[Made, ArgsKwargs]:
+        from moeopt.backends.onnxrt.onnx_file.optimize import (
+            optimize_file,  # it needs onnx, which models may do without
+        )
+
+        return optimize_file(read_onnx(model), inputs, options, plan, type(self))
+
+    def verify_file(self, original: PyObject, inputs: PyObject, engine: PyObject, before: Certificate) -> Certificate:
+        from moeopt.backends.onnxrt.onnx_file.optimize import verify_file  # it needs onnx, which models may do without
+
+        return verify_file(read_onnx(original), inputs, engine, before)
+
     def _build_impl(self, twin: nn.Module, call: ArgsKwargs, plan: OrtPlan, options: Options) -> BuiltGraph:
         return build_onnx(twin, *call, plan, options.say)
 
     def _opened_impl(self, built: BuiltGraph, plan: OrtPlan, options: Options) -> GraphEngine | OfflineEngine:
-        return open_onnx(built, plan, options.session_options)
+        return open_onnx(built, plan, _session_options(options))
 
     def _native_impl(self, built: BuiltGraph, plan: OrtPlan, options: Options) -> OnnxEngine:
-        engine = open_onnx(built, plan, options.session_options, NATIVE)
+        engine = open_onnx(built, plan, _session_options(options), NATIVE)
         assert isinstance(engine, OnnxEngine), "a plan with native blocks runs on this machine"
         return engine
 
@@ -86,6 +103,18 @@ class OnnxRuntimeBackend(GraphBackend):
         device = engine.described if executed else built_for(str(manifest.data["provider"]))
         return Opened(engine, executed, device, engine.notes)
 
+    def _open_mapped_impl(
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue,
+        limits: LoadLimits, resident: int | None,
+    ) -> PyObject:  # fmt: skip
+        if resident is not None:
+            raise UsageError(
+                f"resident= is for bundles of PyTorch, and {directory} is one for ONNX Runtime, which does not tell "
+                "which experts it reads: mapped=True keeps its weights in their file, and the kernel decides what of "
+                "it is in memory"
+            )
+        return self._open_impl(directory, device, mapped_options(session_options), limits)
+
     def facts(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Also where its experts run on this machine."""
         found = super().facts(data)
@@ -99,3 +128,7 @@ class OnnxRuntimeBackend(GraphBackend):
 
     def providers(self, directory: str | os.PathLike[str]) -> dict[str, str]:
         return why_absent(self.provider_names())
+
+
+def _session_options(options: Options) -> JsonValue:
+    return mapped_options(options.session_options) if options.mapped else options.session_options

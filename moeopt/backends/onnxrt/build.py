@@ -18,6 +18,7 @@ from moeopt.backends.onnxrt.id_guards import name_id_guards
 from moeopt.backends.onnxrt.label_nodes import deduplicate, describe_sites, label_nodes
 from moeopt.backends.onnxrt.native_graph import write_native
 from moeopt.backends.onnxrt.plan import OrtPlan
+from moeopt.backends.onnxrt.portable import check_portable
 from moeopt.backends.onnxrt.providers import available, provider_named, runtime
 from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, data_of
@@ -37,6 +38,7 @@ from moeopt.lower.onnx.export import emitting, own_outputs, to_onnx
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.narrow_numbers import cast_narrow
 from moeopt.lower.onnx.plan import BlockPlan
+from moeopt.lower.onnx.simplify import simplify
 from moeopt.lower.onnx.upcast import upcast_graph
 from moeopt.lower.signature import describe_call, functional
 from moeopt.lower.unexpected_errors import unexpected_errors_as
@@ -88,12 +90,12 @@ def onnx_plan(options: Options) -> OrtPlan:
             f"target={provider!r} instead of device builds the engine here, to be run where the provider is"
         )
     if provider in available():
-        return OrtPlan(provider, options.tokens, options.tune)
+        return OrtPlan(provider, options.tokens, options.tune, options.portable)
     if options.tune:
         raise UsageError(
             f"tune=True measures on this machine, which has: {there}; build for target={provider!r} without it"
         )
-    return ReplayPlan(OrtPlan(provider, options.tokens))
+    return ReplayPlan(OrtPlan(provider, options.tokens, portable=options.portable))
 
 
 def build_onnx(
@@ -114,11 +116,11 @@ def _build(
     started = time.perf_counter()
     if is_causal_lm(model):
         try:
-            found = export_causal_lm(model, args, kwargs, say, plan.provider)
+            found = export_causal_lm(model, args, kwargs, say, plan.provider, fuse=not plan.portable)
             add_conditions(found.program, found.signature)
             target = None
             if isinstance(plan, ReplayPlan):  # fused for its own provider
-                target = export_causal_lm(model, args, kwargs, say, plan.target.provider)
+                target = export_causal_lm(model, args, kwargs, say, plan.target.provider, fuse=not plan.portable)
                 add_conditions(target.program, target.signature)
         except Declined as err:
             plan.remarks.append(without_cache(model, kwargs, err.reason))
@@ -224,6 +226,8 @@ def write_graph(
             f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
             "with exp and log"
         )
+    if plan.provider == "cpu":
+        simplify(model)  # before guards: their Reshape to a tensor's own sizes is meant to fail
     name_id_guards(model)
     guard_sizes(model, signature, doubles="tensorrt" not in plan.provider)
     legalized = [plan.legalize(site) for site in sites]
@@ -239,6 +243,8 @@ def write_graph(
     made = label_nodes(model, [site.name for site in legalized])
     records, probes = describe_sites(legalized, names, plan, calls, made)
     adapt(model)
+    if plan.portable:
+        check_portable(model)
     folder, graph = (TemporaryFolder(), GRAPH) if beside is None else (beside, PORTABLE)
     say("writing the engine")
     ir.save(model, f"{folder.name}/{graph}", external_data=data_of(graph))

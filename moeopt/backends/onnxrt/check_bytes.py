@@ -24,6 +24,8 @@ from moeopt.errors import BundleError
 from moeopt.lower.onnx.experts_node import DOMAIN, OP
 from moeopt.value_types import OnnxGraph, OnnxNode, OnnxValue
 
+ANY = ("*",)
+"""Stands for every operator of a domain."""
 MAX_GRAPH = 1 << 31
 """Bytes: no protobuf message is longer."""
 MICROSOFT = (
@@ -33,7 +35,31 @@ MICROSOFT = (
     *("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "FusedMatMul", "BiasSplitGelu"),
 )
 """Operators of com.microsoft that a lowering, or a fusion of transformers' exporter, writes."""
-_OWN = {"com.microsoft": MICROSOFT, "trt": ("TRT_MoE",)}
+GIVEN = (
+    *("MatMulNBits", "MatMulBnb4", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger16", "QGemm"),
+    *("QuantizeLinear", "DequantizeLinear", "QAttention", "QEmbedLayerNormalization", "DynamicQuantizeLSTM"),
+    *("QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearSoftmax", "QLinearConcat", "QLinearLeakyRelu"),
+    *("QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearReduceMean", "QLinearWhere", "GatherBlockQuantized"),
+    *("EmbedLayerNormalization", "FusedGemm", "FusedConv", "TransposeMatMul", "BiasAdd", "BiasSoftmax", "BiasDropout"),
+    *(
+        "GatherND",
+        "Trilu",
+        "Unique",
+        "ExpandDims",
+        "Range",
+        "Inverse",
+        "CDist",
+        "GridSample",
+        "CropAndResize",
+        "Tokenizer",
+    ),
+    *("NGramRepeatBlock", "BifurcationDetector", "ComplexMul", "ComplexMulConj", "Rfft", "Irfft", "NhwcMaxPool"),
+    *("PackedAttention", "PackedMultiHeadAttention", "RemovePadding", "RestorePadding", "RelativePositionBias"),
+    *("GatedRelativePositionBias", "SparseAttention", "PagedAttention", "LongformerAttention", "DecoderAttention"),
+    *("DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention", "CausalConvWithState", "LinearAttention"),
+)
+"""Operators of com.microsoft that files hold which moeopt is given; each computes its results of its inputs alone."""
+_OWN = {"com.microsoft": (*MICROSOFT, *GIVEN), "ai.onnx.ml": ANY, "trt": ("TRT_MoE",)}
 """Operators by domain; TensorRT's parser takes the second, which no other runtime knows."""
 _NATIVE = {**_OWN, DOMAIN: (OP,)}
 """Those of the graph whose experts moeopt's own kernel computes."""
@@ -127,7 +153,8 @@ def _tensors(graph: OnnxGraph) -> Iterator[Any]:
 
 
 def _check_node(path: Path, node: OnnxNode, allowed: Mapping[str, tuple[str, ...]], constants: set[str]) -> None:
-    if node.domain not in ("", "ai.onnx") and node.op_type not in allowed.get(node.domain, ()):
+    here = allowed.get(node.domain, ())
+    if node.domain not in ("", "ai.onnx") and here is not ANY and node.op_type not in here:
         raise BundleError(
             f"{path}: node {node.name!r} is {node.domain or 'ai.onnx'}.{node.op_type}, which moeopt does not write"
         )

@@ -38,7 +38,7 @@ def count_ids(
         engine: runs the file ``graph`` in ``engine.directory``.
         records: of :mod:`moeopt.backends.onnxrt.site_records`, for the sites of that graph.
     """
-    chosen = _of_model(model, call)
+    chosen = ids_of_model(model, call)
     total, differ, first = 0, 0, ""
     for name, ids_TK in ids_of_engine(engine, graph, [r for r in records if r["name"] in chosen], call).items():
         own_TK = chosen[name]
@@ -54,7 +54,7 @@ def count_ids(
     return total, differ, first
 
 
-def _of_model(model: nn.Module, call: CallArguments) -> dict[str, Tensor]:
+def ids_of_model(model: nn.Module, call: CallArguments) -> dict[str, Tensor]:
     """The ids (T, K) of each site, by its name."""
     name_of = site_names(model)
     chosen: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -55,7 +55,13 @@ class GraphBackend(Backend):
     """An engine of the rewritten model, each block verified as its lowering computes it, then the whole.
 
     Where the engine cannot run here, both verdicts are those of its CPU fallback graph.
+
+    Args:
+        settle: called with the rewritten copy and the pipeline's result before the engine is built; None: nothing is.
     """
+
+    def __init__(self, settle: Callable[[nn.Module, PipelineResult], None] | None = None) -> None:
+        self._settle = settle
 
     def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> Made:
         shared: list[str] = []
@@ -72,6 +78,8 @@ class GraphBackend(Backend):
     ) -> Made:  # fmt: skip
         outcome = self._run_impl(twin, call, options, plan)
         check_patterns(outcome, options)
+        if self._settle is not None:
+            self._settle(twin, outcome)
         judge = quantized_original(source, twin)
         with fewer_collections():
             built = self._build_impl(twin, call, plan, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from moeopt.backends.onnxrt.custom_op import register
+from moeopt.backends.onnxrt.lowerings import NOT_PORTABLE
 from moeopt.backends.onnxrt.lowerings.native import Native
 from moeopt.backends.onnxrt.native_choice import BothForms, native_choice
 from moeopt.backends.onnxrt.select import TOKENS, ranked
@@ -23,6 +24,7 @@ class OrtPlan(BlockPlan):
         provider: what the engine runs on.
         tokens: the token counts that it will see, for the cost model; None means a decode and a prefill.
         tune: measure the lowerings on this machine, on the first block of each kind, instead of estimating.
+        portable: leave out lowerings with operators that only ONNX Runtime has.
 
     Attributes:
         native: whether moeopt's own operator may take the place of ONNX Runtime's nodes, on the CPU of this machine.
@@ -30,14 +32,16 @@ class OrtPlan(BlockPlan):
 
     native = True
 
-    def __init__(self, provider: str, tokens: tuple[int, ...] | None = None, tune: bool = False) -> None:
+    def __init__(
+        self, provider: str, tokens: tuple[int, ...] | None = None, tune: bool = False, portable: bool = False
+    ) -> None:
         super().__init__(provider, tokens)
-        self.tune = tune
+        self.tune, self.portable = tune, portable
 
     def rank(self, site: ExpertsNode) -> list[LoweringChoice]:
         measured = functools.partial(session_of, provider=self.provider) if self.tune else None
-        choices = ranked(site, self.provider, self.tokens, measured)
-        if not self.native or self.provider != "cpu":
+        choices = ranked(site, self.provider, self.tokens, measured, without=NOT_PORTABLE if self.portable else {})
+        if not self.native or self.portable or self.provider != "cpu":
             return choices
         own = native_choice(site, choices[0], self.tokens or TOKENS, session_of)
         return choices if own is None else [own, *choices]

@@ -25,7 +25,7 @@ class ReplayPlan(OrtPlan):
     native = False
 
     def __init__(self, target: OrtPlan) -> None:
-        super().__init__("cpu", target.tokens)
+        super().__init__("cpu", target.tokens, portable=target.portable)
         self.target = target
 
     def check(self, site: ExpertsNode) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from moeopt.backends.onnxrt.build import BuiltGraph
@@ -18,10 +19,11 @@ from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PORTABLE, data_of
 from moeopt.bundle import golden as goldens
 from moeopt.bundle.holds import sentences
+from moeopt.bundle.io_names import KEY
 from moeopt.bundle.manifest import write_bundle
-from moeopt.errors import (
-    UsageError,
-)
+from moeopt.causal_lm.companions import write_companions
+from moeopt.causal_lm.genai import why_not_genai, write_genai
+from moeopt.errors import UsageError
 from moeopt.report import Report
 from moeopt.value_types import PyObject
 
@@ -59,7 +61,8 @@ def save_onnx_bundle(
             _write_form(built.cpu_fallback, PORTABLE, aside)
         if built.native:
             shutil.copyfile(built.directory / NATIVE, aside / NATIVE)
-        write_evidence(aside, built.signature, certificate, runs)
+        runs_in = _for_other_runtimes(built.signature, engine.provider, aside)
+        write_evidence(aside, built.signature, certificate, runs, runs_in)
 
     return write_bundle(directory, "onnxruntime", write, fields)
 
@@ -75,11 +78,33 @@ def stated(signature: Mapping[str, Any], report: Report, source: Mapping[str, st
     }
 
 
-def write_evidence(aside: Path, signature: Mapping[str, Any], certificate: PyObject, runs: PyObject) -> None:
-    """The files that every engine's bundle has beside its graphs."""
+def write_evidence(
+    aside: Path,
+    signature: Mapping[str, Any],
+    certificate: PyObject,
+    runs: PyObject,
+    runs_in: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """The files that every engine's bundle has beside its graphs.
+
+    Args:
+        runs_in: other runtimes that a language model's engine may run in -> "", or why it does not.
+    """
+    if KEY in signature:
+        write_companions(aside, signature[KEY], runs_in)
     (aside / SIGNATURE).write_text(json.dumps(signature, allow_nan=False))
     (aside / CERTIFICATE).write_text(certificate.to_json())
     goldens.save_golden(runs, aside / goldens.FILE)
+
+
+def _for_other_runtimes(signature: Mapping[str, Any], provider: str, aside: Path) -> dict[str, str]:
+    """Write what other runtimes need to drive a language model's engine; "" for each that can, else why not."""
+    if KEY not in signature:
+        return {}
+    why_not = why_not_genai(signature[KEY])
+    if not why_not:
+        write_genai(aside, GRAPH, signature[KEY], provider)
+    return {"ONNX Runtime GenAI": why_not}
 
 
 def _form(built: BuiltGraph) -> dict[str, Any]:

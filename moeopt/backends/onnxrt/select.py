@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -60,12 +61,14 @@ def ranked(
     provider: str,
     tokens: tuple[int, ...] | None = None,
     open_session: Callable[[ExpertsNode, Lowering], Session] | None = None,
+    without: Mapping[str, str] = MappingProxyType({}),
 ) -> list[LoweringChoice]:
     """Every lowering: those that fit first, the quickest ahead.
 
     Args:
         tokens: the token counts that the engine will see; None means ``TOKENS``.
         open_session: given, each lowering is measured in a session that it opens, load time included.
+        without: names of lowerings that the engine leaves out -> why.
     """
     counts = tokens or TOKENS
     if isinstance(site.spec, RowFunction):
@@ -73,6 +76,8 @@ def ranked(
     choices = []
     for lowering in QUANTIZED_LOWERINGS if is_quantized(site) else LOWERINGS:
         refusal = lowering.refuses(site, provider)
+        if lowering.name in without:
+            refusal = f"portable=True: {without[lowering.name]}"
         if refusal:
             choices.append(LoweringChoice(lowering.name, None, refusal))
         elif open_session is None:

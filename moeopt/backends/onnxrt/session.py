@@ -56,6 +56,10 @@ NATIVE = "model.native.onnx"
 """The same graph with moeopt's own operator for its experts, over the weights of ``GRAPH``."""
 
 
+_NO_COPIES = "session.disable_prepacking"
+"""The entry with which kernels read weights where they are, and make no copy in a layout of their own."""
+
+
 ISA_ENTRY = "moeopt.isa"
 """The entry of a session's configuration that names the operator's instruction set, by its bit."""
 
@@ -71,6 +75,28 @@ Prepare = Callable[[Any], None]
 
 def no_change(options: PyObject) -> None:
     """Leaves a session's options as they are."""
+
+
+def mapped_options(given: JsonValue = None) -> OrtObject:
+    """``given``, or the default options, for a session whose weights stay pages of the graph's data file.
+
+    Raises:
+        UsageError: ``given`` says the opposite.
+    """
+    options = given
+    if options is None:
+        options = runtime().SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        said = options.get_session_config_entry(_NO_COPIES)
+    except Exception:  # ONNX Runtime's own, where the entry was not set
+        said = None
+    if said not in (None, "1"):
+        raise UsageError(f"mapped=True keeps weights in their file, and session_options set {_NO_COPIES}={said}")
+    if said is None:
+        options.add_session_config_entry(_NO_COPIES, "1")
+    return options
 
 
 class Session:

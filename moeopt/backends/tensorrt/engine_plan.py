@@ -71,6 +71,8 @@ def trt_plan(options: Options) -> EnginePlan:
         )
     if options.session_options is not None:
         raise UsageError("session_options are ONNX Runtime's, and the backend is 'tensorrt': leave them out")
+    if options.portable:
+        raise UsageError("portable=True is for backend 'onnxruntime': a plan runs in TensorRT only; leave it out")
     if options.device is not None and options.device.type != "cuda":
         raise UsageError(f"device={str(options.device)!r}: an engine of TensorRT runs on CUDA; leave device out")
     return EnginePlan(target, options.tokens)

@@ -29,12 +29,12 @@ from moeopt.pipeline.quantized_model import (
     check_patterns,
     formats_of,
     notes_of,
-    quantized_blocks,
     quantized_original,
     routed_banks,
 )
 from moeopt.pipeline.report_of import how_to_save, report_of
 from moeopt.pipeline.run import run
+from moeopt.pipeline.weights_in_memory import weights_note
 from moeopt.rewrite.install import install, uninstall
 from moeopt.rewrite.store_codes import store_codes
 from moeopt.value_types import JsonValue, PyObject
@@ -48,8 +48,8 @@ class TorchBackend(Backend):
     name = "torch"
 
     def _plan_impl(self, options: Options) -> None:
-        for name in ("target", "profile", "timing_cache", "session_options"):
-            if (given := getattr(options, name)) is not None:
+        for name in ("target", "profile", "timing_cache", "session_options", "portable"):
+            if (given := getattr(options, name)) not in (None, False):
                 raise UsageError(
                     f"{name}={given!r:.80} is for an engine, and backend='torch' builds none: give "
                     "backend='onnxruntime' or backend='tensorrt' as well, or leave it out"
@@ -70,7 +70,7 @@ class TorchBackend(Backend):
             certificate = _certify(source, twin, call, outcome, options)
             certificate.notes.append(why)
         outcome.notes += notes_of(outcome, twin, options)
-        if quantized_blocks(twin) and options.verify != "off":
+        if formats_of(twin) and options.verify != "off":
             certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options)
         if options.inplace and outcome.rewrites:
             for path, rewrite in outcome.rewrites.items():
@@ -78,6 +78,8 @@ class TorchBackend(Backend):
             twin = source
         outcome.notes += [f"{name} also holds other numbers than experts' weights, or is held elsewhere: its floats "
                           "stay beside the codes" for name in store_codes(twin)]  # fmt: skip
+        if options.quantize is not None:
+            outcome.notes.append(weights_note(twin, outcome))
         report = report_of(source, outcome.blocks, self.name, outcome, certificate, options)
         first = next(source.parameters(), None)
         grouped = any(b.status == "rewritten" and b.kind == "moe" for b in outcome.blocks)
@@ -110,6 +112,15 @@ class TorchBackend(Backend):
                 f"session_options are ONNX Runtime's, and {directory} is a bundle for PyTorch: leave them out"
             )
         return load_torch_bundle(directory, device, limits)
+
+    def _open_mapped_impl(
+        self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits,
+        resident: int | None,
+    ) -> PyObject:  # fmt: skip
+        engine = self._open_impl(directory, device, session_options, limits)
+        if resident is not None:
+            engine.keep_resident(resident)
+        return engine
 
     def _open_to_verify_impl(self, manifest: Manifest, provider: str | None, limits: LoadLimits) -> Opened:
         device = None if provider is None else _provider_device(provider)

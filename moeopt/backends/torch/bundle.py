@@ -20,9 +20,11 @@ from moeopt.bundle.engine import Engine
 from moeopt.bundle.graph import write_graph
 from moeopt.bundle.holds import notes_on_sizes, sentences
 from moeopt.bundle.manifest import Manifest, read_manifest, write_bundle
+from moeopt.bundle.resident import Residency, ResidentExperts
 from moeopt.bundle.runner import GraphRunner
 from moeopt.bundle.tree import build
 from moeopt.bundle.weights import pack, unpack
+from moeopt.bundle.weights_file import save_weights
 from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
 from moeopt.lower.signature import size_conditions
@@ -81,10 +83,8 @@ def save_torch_bundle(
     }
 
     def write(aside: Path) -> None:
-        from safetensors.torch import save_file
-
         (aside / GRAPH).write_text(json.dumps(graph, allow_nan=False, separators=(",", ":")))
-        save_file(blocks, aside / WEIGHTS)
+        save_weights(blocks, aside / WEIGHTS)
         (aside / CERTIFICATE).write_text(certificate.to_json())
         goldens.save_golden(runs, aside / goldens.FILE)
 
@@ -101,6 +101,7 @@ class LoadedEngine(Engine):
 
     def __init__(self, manifest: Manifest, runner: GraphRunner, device: torch.device) -> None:
         self.manifest, self.device, self._runner = manifest, device, runner
+        self._resident: ResidentExperts | None = None
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         return self._runner(*args, **kwargs)
@@ -120,6 +121,24 @@ class LoadedEngine(Engine):
             yield
         finally:
             self._runner.deadline = float("inf")
+
+    def keep_resident(self, budget: int) -> None:
+        """Hold at most ``budget`` bytes of experts in memory, as ``moeopt.load(resident=)`` says."""
+        layers = self._runner.expert_layers()
+        if not layers:
+            raise UsageError(
+                f"resident= keeps experts on disk, and {self.manifest.directory} has none that its graph reads as they "
+                "are in the file: leave it out"
+            )
+        if self.device.type != "cpu":
+            raise UsageError(f"resident= keeps experts in the pages of a file, and the engine runs on {self.device}")
+        self._resident = ResidentExperts(budget, self.manifest.path(WEIGHTS), layers)
+        self._runner.before_experts = self._resident.before
+
+    @property
+    def residency(self) -> Residency | None:
+        """What keeping experts on disk did so far; None where ``resident`` was not given."""
+        return None if self._resident is None else self._resident.residency
 
     @property
     def certificate(self) -> PyObject:

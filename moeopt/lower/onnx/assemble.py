@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from moeopt.errors import NotSaveableError
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.named_ids import always_named
 from moeopt.value_types import OnnxModel, OnnxValue, PyObject
 
 
@@ -30,6 +32,8 @@ def replace_sites(
             raise NotSaveableError(f"{sites[number].name} stands twice in one graph")
         seen.add(number)
         site = sites[number]
+        if site.spec.out_of_range != "identity" and always_named(node.inputs[1], site.bank.num_experts):
+            site = dataclasses.replace(site, named=True)
         builder = Builder(site.name)
         y = chosen[number].emit(builder, site, *node.inputs)
         old = node.outputs[0]

@@ -27,6 +27,7 @@ class ExpertsNode:
         top_k: K, the number of columns of ``ids`` (int64) and ``weights``.
         weights_dtype: of the routing weights.
         router: what computes ids and weights, where that is known.
+        named: whether every id is known to name an expert; nothing need then be written for ids that do not.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ExpertsNode:
     top_k: int
     weights_dtype: torch.dtype
     router: RouterSpec | None = field(default=None)
+    named: bool = False
 
     @property
     def features(self) -> int:

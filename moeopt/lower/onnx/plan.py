@@ -60,10 +60,12 @@ class BlockPlan(abc.ABC):
 
     Attributes:
         runtime: the runtime's name, for reasons.
+        portable: whether the graph holds ONNX's own operators only.
         remarks: sentences for the certificate.
     """
 
     runtime = "ONNX Runtime"
+    portable = False
 
     def __init__(self, provider: str, tokens: tuple[int, ...] | None = None) -> None:
         self.provider, self.tokens = provider, tokens

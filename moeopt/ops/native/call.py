@@ -39,7 +39,8 @@ _ABSENT = (0, 0, 0)
 _NO_MATRIX = (0,) * 10
 _NO_SCALES = (0, 0, 0, 0)
 
-NativeRun = Callable[["ctypes.Array[ctypes.c_int64]"], int]
+NativeRun = Callable[[ctypes.c_void_p], int]
+"""Takes the address of a ``moeopt_call``, and gives its status."""
 Weight = Tensor | QuantizedWeight
 CallWords = tuple[list[int], "array[int] | None", tuple[int, ...], int]
 """Of ``moeopt_expert``: the entries, which expert has which, the steps between stacked ones, and D."""
@@ -105,7 +106,7 @@ def call(
     entries, index, steps, D = _experts(bank, ids, spec, held)
     y = x.new_empty(T, D, dtype=dtypes(x, spec)[2])
     table = array("q", entries)
-    words = (
+    words = array("q", (
         ABI, ctypes.addressof(encoded), T, K, E, H, D,
         x.data_ptr(), FLOATS[x.dtype], *x.stride(),
         ids.data_ptr(), INTEGERS[ids.dtype], *ids.stride(),
@@ -113,8 +114,8 @@ def call(
         y.data_ptr(), FLOATS[y.dtype],
         table.buffer_info()[0], index.buffer_info()[0] if index else 0, *steps,
         torch.get_num_threads(), isa,
-    )  # fmt: skip
-    status = run((ctypes.c_int64 * len(words))(*words))
+    ))  # fmt: skip
+    status = run(ctypes.c_void_p(words.buffer_info()[0]))
     if status == 2:
         raise MemoryError(f"experts: no memory for {T * K} rows of {H} and {D} numbers")
     if status:

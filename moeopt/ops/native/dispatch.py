@@ -55,11 +55,17 @@ def quantized_on_cpu(
 
 
 def _is_faster(native: Library, x: Tensor, ids: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
-    N, E = ids.numel(), bank.num_experts
-    hit = E * (1 - (1 - 1 / E) ** N)  # as many as chance hits
-    rows = power_of_two(max(1, round(N / hit)))
+    E = bank.num_experts
+    rows = _rows(ids.numel(), E)
     w, count = (bank.w_out_s, E) if isinstance(bank, StackedExpertWeights) else (bank.w_out(0), 1)
     return _native(native, rows, spec, x.dtype, w.dtype, w.numel() // count >= LARGE // 4, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows(N: int, E: int) -> int:
+    """How many rows an expert has of N pairs, where chance chooses: a power of two."""
+    hit = E * (1 - (1 - 1 / E) ** N)
+    return power_of_two(max(1, round(N / hit)))
 
 
 @functools.cache

@@ -20,6 +20,8 @@ from moeopt.errors import BundleError, UsageError
 from tests.backends.onnxrt.toys import H, call, net, optimized
 from tests.backends.torch.toys import save as save_torch
 
+pytestmark = pytest.mark.one_isa  # files, copies and processes
+
 ROOT = Path(__file__).parents[3]
 
 

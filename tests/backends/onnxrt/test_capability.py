@@ -18,6 +18,8 @@ from moeopt.backends.onnxrt.lowerings import LOWERINGS
 from moeopt.ir.specs import RouterSpec
 from tests.backends.onnxrt.lowerings.one_site import make_site, model_of, session_of
 
+pytestmark = pytest.mark.one_isa  # ONNX Runtime's own kernels, which torch's settings do not reach
+
 VERSION = tuple(int(n) for n in ort.__version__.split(".")[:2])
 T, E, H, I, K = 6, 4, 16, 16, 2
 RNG = np.random.default_rng(0)

@@ -20,6 +20,8 @@ from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.lower.onnx.assemble import one_op
 from tests.backends.onnxrt.lowerings.one_site import make_site
 
+pytestmark = pytest.mark.one_isa  # what is emitted for CUDA
+
 H, I = 32, 48
 GPT_OSS = ExpertsSpec(
     rows="interleaved", w_in_layout="io", w_out_layout="io", activation="swish", alpha=1.702,

@@ -10,6 +10,8 @@ from moeopt.errors import UsageError
 from moeopt.ops.native import build, library
 from tests.backends.onnxrt.native import needs_operator
 
+pytestmark = pytest.mark.one_isa  # a library is loaded in a child
+
 
 @pytest.fixture(autouse=True)
 def operator():

@@ -10,6 +10,8 @@ import moeopt
 from moeopt.errors import BundleError, EngineNotExecutableError, NotEquivalentError, UsageError
 from tests.backends.onnxrt.toys import edit, edit_graph, optimized, reseal
 
+pytestmark = pytest.mark.one_isa  # files that are refused
+
 FILES = [
     "model.onnx",
     "model.onnx.data",

@@ -24,7 +24,10 @@ H = 16
 CALL = seeded(3, 8, H)
 DEVICE = "onnxruntime cuda (built, not executed; replayed on cpu)"
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here: tests/gpu runs these engines")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here: tests/gpu runs these engines"),
+    pytest.mark.one_isa,  # engines for a GPU
+]
 
 
 def engine_for(target, block=Block, **options):

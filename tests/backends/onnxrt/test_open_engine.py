@@ -8,6 +8,8 @@ from moeopt.backends.onnxrt import session as sessions
 from moeopt.errors import NotSaveableError
 from tests.backends.onnxrt.toys import H, Mixture
 
+pytestmark = pytest.mark.one_isa  # what is said of a graph
+
 pytest.importorskip("onnxruntime")
 
 

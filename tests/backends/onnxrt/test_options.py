@@ -7,6 +7,8 @@ import moeopt
 from examples.quickstart import TwoOfEight
 from moeopt.errors import UsageError
 
+pytestmark = pytest.mark.one_isa  # options of sessions
+
 ort = pytest.importorskip("onnxruntime")
 
 

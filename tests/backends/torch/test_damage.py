@@ -13,6 +13,8 @@ from moeopt.bundle.op_allowlist import function_named, name_of
 from moeopt.errors import BundleError
 from tests.backends.torch.toys import H, rows, save
 
+pytestmark = pytest.mark.one_isa  # files that are refused
+
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):

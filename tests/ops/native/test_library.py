@@ -16,6 +16,8 @@ from tests.ops.cases import make
 from tests.toy_moe import X
 from tests.toy_moe import build as toy
 
+pytestmark = pytest.mark.one_isa  # how the kernel is built
+
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):

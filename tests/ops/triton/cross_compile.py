@@ -1,6 +1,6 @@
 """Compile the kernels for GPUs that are not here, with Triton's compiler and NVIDIA's ptxas: one JSON line a kernel.
 
-    python -m tests.ops.triton.cross_compile 80 90
+    python -m tests.ops.triton.cross_compile 90 fp16 bf16
 
 A process of its own: Triton must not be in its interpreter here. The signature is what its launcher would make of
 tensors that start at multiples of 16 bytes and of widths that are multiples of 16.
@@ -70,23 +70,22 @@ def _ptxas(ptx: str, capability: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def main(capabilities: list[int]) -> None:
-    for capability in capabilities:
-        for dtype, torch_dtype in DTYPES.items():
-            tiles = {tiles_for(rows, torch_dtype.itemsize, capability) for rows in ROWS_PER_EXPERT}
-            for tile in sorted(tiles):
-                shape = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "EP": 128}
-                how = {"num_warps": tile.warps, "num_stages": tile.stages}
-                for kernel in ("tile_in", "tile_out"):
-                    print(json.dumps(compiled(kernel, dtype, capability, shape, how)), flush=True)
-            for kernel in ("gemv_in", "gemv_out", "gemv_pair"):
-                shape = {"BN": COLUMNS, "BK": DEPTH, "KP": 8}
-                print(json.dumps(compiled(kernel, dtype, capability, shape, {"num_warps": 4})), flush=True)
-            for kernel, shape in (
-                ("sort_pairs", {"BLOCK": 1024}), ("norm_terms", {"BN": 2048}), ("combine", {"BN": 512, "KP": 8}),
-            ):  # fmt: skip
-                print(json.dumps(compiled(kernel, dtype, capability, shape, {"num_warps": 4})), flush=True)
+def main(capability: int, dtypes: list[str]) -> None:
+    for dtype in dtypes:
+        tiles = {tiles_for(rows, DTYPES[dtype].itemsize, capability) for rows in ROWS_PER_EXPERT}
+        for tile in sorted(tiles):
+            shape = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "EP": 128}
+            how = {"num_warps": tile.warps, "num_stages": tile.stages}
+            for kernel in ("tile_in", "tile_out"):
+                print(json.dumps(compiled(kernel, dtype, capability, shape, how)), flush=True)
+        for kernel in ("gemv_in", "gemv_out", "gemv_pair"):
+            shape = {"BN": COLUMNS, "BK": DEPTH, "KP": 8}
+            print(json.dumps(compiled(kernel, dtype, capability, shape, {"num_warps": 4})), flush=True)
+        for kernel, shape in (
+            ("sort_pairs", {"BLOCK": 1024}), ("norm_terms", {"BN": 2048}), ("combine", {"BN": 512, "KP": 8}),
+        ):  # fmt: skip
+            print(json.dumps(compiled(kernel, dtype, capability, shape, {"num_warps": 4})), flush=True)
 
 
 if __name__ == "__main__":
-    main([int(capability) for capability in sys.argv[1:]])
+    main(int(sys.argv[1]), sys.argv[2:] or list(DTYPES))

@@ -17,19 +17,30 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB that one block may use, from the CUDA programming guide's table of compute capabilities."""
 
 MATRIX = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
-ELSEWHERE = [pytest.param(c, marks=pytest.mark.nightly) for c in (86, 89, 100)]
+DTYPES = ("fp32", "fp16", "bf16")
 
 
-@pytest.mark.parametrize("capability", [80, 90, 120, *ELSEWHERE])
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16"), (120, "fp16")])
+def test_tiles_of_one_dtype(capability, dtype, tmp_path):
+    check(capability, [dtype], tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("capability", MATRIX)
 def test_every_tile_in_use(capability, tmp_path):
+    check(capability, DTYPES, tmp_path)
+
+
+def check(capability, dtypes, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.triton.cross_compile", str(capability)],
+        [sys.executable, "-m", "tests.ops.triton.cross_compile", str(capability), *dtypes],
         capture_output=True, text=True, env=env, cwd=Path(__file__).parents[3], timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) >= 3 * (2 * 2 + 6)
+    assert {kernel["dtype"] for kernel in kernels} == set(dtypes)
+    assert len(kernels) >= len(dtypes) * (2 * 2 + 6)
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= SHARED_MEMORY[capability] * 1024, kernel

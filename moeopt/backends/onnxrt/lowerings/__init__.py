@@ -14,6 +14,11 @@ QUANTIZED_LOWERINGS: tuple[Lowering, ...] = (UnrolledCodes(), UnrolledFloats())
 """Those of experts that are codes and scales."""
 FUNCTION_LOWERINGS: tuple[Lowering, ...] = (UnrolledFunction(), DenseFunction())
 """Those of experts that are a function of a row."""
+NOT_PORTABLE = {
+    **dict.fromkeys((MaskedLog.name, Expand.name), "its operator is of ONNX Runtime's own"),
+    Dense.name: "OpenVINO 2026.4 does not compile a product with a constant stack of matrices",
+}
+"""Lowering -> why a portable engine leaves the lowering out."""
 
 
 def by_name(name: str) -> Lowering:

@@ -8,13 +8,14 @@ ONNX Runtime packs each constant weight once, when the session loads, and a part
 and nothing more. Shape legend: T tokens, K chosen per token, N = T K pairs, E experts, H hidden, O columns of
 W_in (gate, up), I intermediate, D output width.
 
-    Nodes      2E + about 35; on CPU quicker than com.microsoft::MoE, which packs weights at every call
+    Nodes      2E and about 35, 25 where every id is known to name an expert; on CPU quicker than
+               com.microsoft::MoE, which packs weights at every call
     Numerics   each pair's row is the reference's row; the K terms are summed in slot order
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -58,21 +59,21 @@ class Sorted:
     def __init__(self, graph: Builder, site: ExpertsNode, ids_TK: OnnxValue) -> None:
         E = site.bank.num_experts
         self.graph, self.site, self.ids_TK = graph, site, ids_TK
+        self._rest: OnnxValue = None
 
         def int64(value: OnnxValue) -> OnnxValue:
             return graph.const(value, "int64")
 
-        self.named_TK = graph.op(
-            "And",
-            [graph.op("GreaterOrEqual", [ids_TK, int64(0)]), graph.op("Less", [ids_TK, int64(E)])],
-            name="names_an_expert",
-        )
-        key_TK = graph.op("Where", [self.named_TK, ids_TK, int64(E)], name="expert_or_none")
+        self.named_TK, key_TK, self.groups = None, ids_TK, E
+        if not site.named:
+            above, below = graph.op("GreaterOrEqual", [ids_TK, int64(0)]), graph.op("Less", [ids_TK, int64(E)])
+            self.named_TK, self.groups = graph.op("And", [above, below], name="names_an_expert"), E + 1
+            key_TK = graph.op("Where", [self.named_TK, ids_TK, int64(E)], name="expert_or_none")
         key_N = graph.op("Reshape", [key_TK, int64([-1])])
         pairs = graph.op("Shape", [key_N])
         self.key_N, self.order_N = graph.op("TopK", [key_N, pairs], outputs=2, largest=0, name="sort_by_expert")
         # not a sum over a one-hot table: ONNX Runtime's int64 ReduceSum takes 14 ms for 4096 pairs and 128 experts
-        none_E = graph.const([0] * (E + 1), "int64")
+        none_E = graph.const([0] * self.groups, "int64")
         ones_N = graph.op("Expand", [int64([1]), pairs])
         self.counts = graph.op(
             "ScatterElements", [none_E, key_N, ones_N], axis=0, reduction="add", name="rows_per_expert"
@@ -80,6 +81,22 @@ class Sorted:
         iota_N = graph.op("Range", [int64(0), graph.op("Squeeze", [pairs]), int64(1)])
         place_N = graph.op("ScatterElements", [self.order_N, self.order_N, iota_N], axis=0)
         self.place_TK = graph.op("Reshape", [place_N, int64([-1, site.top_k])], name="place_of_pair")
+
+    def parts(self, rows: OnnxValue, name: str) -> Sequence[OnnxValue]:
+        """``rows`` (N, ·), sorted, as the rows of each expert."""
+        found = self.graph.op("Split", [rows, self.counts], outputs=self.groups, axis=0, name=name)
+        parts: Sequence[OnnxValue] = [found] if self.groups == 1 else found
+        return parts[: self.site.bank.num_experts]
+
+    def together(self, parts: list[OnnxValue], width: int, dtype: torch.dtype, name: str, none: str) -> OnnxValue:
+        """The experts' results (N, width) in sorted order; zeros, named ``none``, for pairs that name no expert."""
+        graph, E = self.graph, self.site.bank.num_experts
+        if not self.site.named:
+            if self._rest is None:
+                self._rest = graph.op("Slice", [self.counts, *[graph.const([n], "int64") for n in (E, E + 1)]])
+            shape = graph.op("Concat", [self._rest, graph.const([width], "int64")], axis=0)
+            parts = [*parts, graph.op("Expand", [scalar(graph, 0.0, dtype), shape], name=none)]
+        return graph.op("Concat", parts, axis=0, name=name)
 
     def rows(self, x: OnnxValue, weights: OnnxValue, dtype: torch.dtype) -> OnnxValue:
         """The rows that the experts read (N, H), in ``dtype``."""
@@ -102,12 +119,9 @@ def _experts(graph: Builder, site: ExpertsNode, rows: Sorted, x_NH: OnnxValue, p
     size, compute = weights.sizes_of(site), types_of(site).compute
 
     def products(value: OnnxValue, which: str, width: int) -> OnnxValue:
-        parts = graph.op("Split", [value, rows.counts], outputs=size.E + 1, axis=0, name=f"{which}_parts")
-        done = [product(graph, site, e, which, part) for e, part in enumerate(parts[:-1])]
-        rest = graph.op("Slice", [rows.counts, *[graph.const([n], "int64") for n in (size.E, size.E + 1)]])
-        shape = graph.op("Concat", [rest, graph.const([width], "int64")], axis=0)
-        nothing = graph.op("Expand", [scalar(graph, 0.0, compute), shape], name=f"{which}_of_none")
-        return graph.op("Concat", [*done, nothing], axis=0, name=which)
+        parts = rows.parts(value, f"{which}_parts")
+        done = [product(graph, site, e, which, part) for e, part in enumerate(parts)]
+        return rows.together(done, width, compute, which, f"{which}_of_none")
 
     def added(value: OnnxValue, table: OnnxValue) -> OnnxValue:
         if table is None:
@@ -135,8 +149,10 @@ def combine(
 
     o_TKD = graph.op("Gather", [o_ND, rows.place_TK], axis=0, name="rows_by_token")
     if spec.weight_on == "output":
-        zero = scalar(graph, 0.0, types.weights)
-        w_TK = graph.op("Where", [rows.named_TK, weights_TK, zero], name="weight_or_none")
+        w_TK = weights_TK
+        if rows.named_TK is not None:
+            zero = scalar(graph, 0.0, types.weights)
+            w_TK = graph.op("Where", [rows.named_TK, weights_TK, zero], name="weight_or_none")
         w_TK1 = graph.op("Unsqueeze", [cast(graph, w_TK, types.weights, types.term), int64([-1])])
         o_TKD = graph.op("Mul", [cast(graph, o_TKD, types.compute, types.term), w_TK1], name="weighted")
     o_TKD = cast(graph, o_TKD, types.term, types.accum)

@@ -19,7 +19,7 @@ from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings import row_graph
 from moeopt.lower.onnx.lowerings.base import Cost
-from moeopt.lower.onnx.lowerings.types import scalar, types_of
+from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.lower.onnx.lowerings.weight_reads import experts_hit, weights_cost
 from moeopt.value_types import OnnxValue
 
@@ -41,13 +41,9 @@ class UnrolledFunction:
         return weights_cost(site, experts_hit(site, tokens), tokens * site.top_k, nodes, syncs=1)  # one Split
 
     def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
-        function, types, E = row_graph.RowGraph(graph, site), types_of(site), site.bank.num_experts
+        function, types = row_graph.RowGraph(graph, site), types_of(site)
         rows = Sorted(graph, site, ids)
         x_NH = rows.rows(x, weights, site.spec.body.dtype)
-        parts = graph.op("Split", [x_NH, rows.counts], outputs=E + 1, axis=0, name="rows_of_experts")
-        done = [function.expert(e, part) for e, part in enumerate(parts[:-1])]
-        rest = graph.op("Slice", [rows.counts, *[graph.const([n], "int64") for n in (E, E + 1)]])
-        shape = graph.op("Concat", [rest, graph.const([site.spec.body.out_features], "int64")], axis=0)
-        nothing = graph.op("Expand", [scalar(graph, 0.0, types.compute), shape], name="rows_of_none")
-        o_ND = graph.op("Concat", [*done, nothing], axis=0, name="outputs")
+        done = [function.expert(e, part) for e, part in enumerate(rows.parts(x_NH, "rows_of_experts"))]
+        o_ND = rows.together(done, site.spec.body.out_features, types.compute, "outputs", "rows_of_none")
         return combine(graph, site, rows, o_ND, x, weights)

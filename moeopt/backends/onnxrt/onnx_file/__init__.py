@@ -1,0 +1,1 @@
+"""An ONNX file optimised: its regions rewritten as modules are, lowered, and stitched into the same graph."""

@@ -1,0 +1,277 @@
+"""One file through the steps of a model: find, read as modules, rewrite, verify, lower, stitch, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moeopt.backends.base import Made
+from moeopt.backends.onnxrt.build import BuiltGraph
+from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
+from moeopt.backends.onnxrt.expert_ids import ids_of_engine, ids_of_model
+from moeopt.backends.onnxrt.graph_backend import GraphBackend
+from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files
+from moeopt.backends.onnxrt.onnx_file.feeds import GraphFeeds, given_feeds, made_up_feeds, resized
+from moeopt.backends.onnxrt.onnx_file.original import session_on
+from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts
+from moeopt.backends.onnxrt.onnx_file.signature import graph_inputs, tensor_type
+from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
+from moeopt.backends.onnxrt.plan import OrtPlan
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE
+from moeopt.capture.tree import ArgsKwargs
+from moeopt.errors import Declined, MoeoptError, UsageError
+from moeopt.onnx_in.frozen_routing import BROKEN
+from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.left_alone import left_alone
+from moeopt.onnx_in.read import OnnxFile
+from moeopt.onnx_in.region_module import GraphRegions
+from moeopt.onnx_in.regions import candidate_regions
+from moeopt.options import Options
+from moeopt.pipeline.block_reports import PipelineResult
+from moeopt.report import BlockReport, Report
+from moeopt.value_types import PyObject
+from moeopt.verification.certificate import Certificate
+from moeopt.verification.judge import EPS_ALLOWANCE
+
+
+class NothingRewrittenError(Exception):
+    """Every region of a file was declined; never leaves this module."""
+
+
+def optimize_file(
+    file: OnnxFile, inputs: PyObject, options: Options, plan: PyObject, backend: type[GraphBackend]
+) -> tuple[Made, ArgsKwargs]:
+    """The file with its blocks of experts rewritten, as an engine; and the example call that it was made with.
+
+    Args:
+        backend: what makes an engine of the regions.
+
+    Raises:
+        UsageError: ONNX Runtime does not load or run it; inputs that it does not take.
+        NotEquivalentError: the new file differs from the one that was given.
+    """
+    started = time.perf_counter()
+    if not isinstance(plan, OrtPlan) or plan.provider != "cpu":
+        raise UsageError(
+            f"{file.name}: an ONNX file is optimised for the CPU of this machine, where both files are compared; leave "
+            "out device= and target=, or optimise the PyTorch model for the other device"
+        )
+    options.say("looking for blocks of experts in the graph")
+    index = GraphIndex(file.model.graph)
+    candidates = list(candidate_regions(index))
+    others = list(left_alone(file.model.graph))
+    calls = example_feeds(file, inputs, options.seed)
+    call: ArgsKwargs = ((), dict(calls[0]))
+    parts = file_parts(file, candidates, calls, options.say)
+    made = _rewritten(file, parts, calls, options, plan, backend) if parts.parts else None
+    if made is None:
+        made = _left_alone(file, parts, bool(others), options)
+    broken = [f"{name}: {reason}" for name, (_, reason) in parts.declined.items() if reason.startswith(BROKEN)]
+    made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *broken))
+    made.certificate.notes += broken
+    blocks = _in_order(file, made.report.blocks, parts, [c.name for c in candidates])
+    made.report = dataclasses.replace(
+        made.report,
+        blocks=(*blocks, *(BlockReport(o.name, "moe", "declined", o.reason, o.experts) for o in others)),
+        model=file.name,
+        seconds=time.perf_counter() - started,
+    )
+    made.source = _fingerprint(file)
+    return made, call
+
+
+def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeeds]:
+    """Two calls, the second in other sizes where the file takes some: the user's, or made up.
+
+    Raises:
+        UsageError: the file takes none of the inputs that were made up; or not those that were given.
+    """
+    session = session_on(file.proto, file.directory, file.name)
+    dims = {v.name: tensor_type(file, v)[1] for v in graph_inputs(file.proto.graph)}
+    if inputs is not None:
+        given = given_feeds(file, inputs)
+        session.run(given)
+        other = resized(given, dims)
+        return [given, other] if other is not None and _runs(session, other) is None else [given]
+    found: list[GraphFeeds] = []
+    said = ""
+    for feeds in made_up_feeds(file, seed):
+        why = _runs(session, feeds)
+        said = said or (why or "")
+        sizes = {tuple(t.shape) for t in feeds.values()}
+        if why is None and sizes not in [{tuple(t.shape) for t in one.values()} for one in found]:
+            found.append(feeds)
+        if len(found) == 2 or (found and all(isinstance(d, int) for shape in dims.values() for d in shape)):
+            return found
+    if not found:
+        takes = ", ".join(f"{name} {dims[name]}" for name in dims)
+        raise UsageError(
+            f"{file.name} does not run on inputs that were made up for it: {said}; give example inputs: "
+            f"moeopt.optimize(path, {{...}}) with {takes}"
+        )
+    return found
+
+
+def verify_file(
+    original: OnnxFile, inputs: PyObject, engine: GraphEngine, before: Certificate, executed: bool = True
+) -> Certificate:
+    """Whether an engine still computes what the file that it was made of computes.
+
+    Args:
+        before: the certificate that the engine was made with; its budget holds here too.
+
+    Raises:
+        UsageError: the file takes other inputs than the engine.
+    """
+    wanted = [value.name for value in graph_inputs(original.proto.graph)]
+    if wanted != list(engine.signature["parameters"]):
+        raise UsageError(
+            f"{original.name} takes {', '.join(wanted)}, and the engine takes "
+            f"{', '.join(engine.signature['parameters'])}: it was made of another file"
+        )
+    end = before.end_to_end
+    budget = end.budget if end is not None and end.budget > 0 else EPS_ALLOWANCE * torch.finfo(torch.float32).eps
+    found = against_file(original, engine, example_feeds(original, inputs, 0), budget)
+    return Certificate(end_to_end=found, executed=executed, dtype=before.dtype, device=engine.described)
+
+
+def _runs(session: PyObject, feeds: GraphFeeds) -> str | None:
+    """Why a session does not run, or None."""
+    try:
+        session.run(feeds)
+    except MoeoptError as err:
+        return str(err)
+    return None
+
+
+def _rewritten(
+    file: OnnxFile, parts: FileParts, calls: Sequence[GraphFeeds], options: Options, plan: OrtPlan,
+    backend: type[GraphBackend],
+) -> Made | None:  # fmt: skip
+    """The file with what could be rewritten of its parts; None where that is nothing."""
+    slots = list(dict.fromkeys(name for part in parts.parts for name in part.entries))
+    regions = GraphRegions([(p.name, p.module, [slots.index(n) for n in p.entries]) for p in parts.parts]).eval()
+    values = {name: value for part in parts.parts for name, value in part.runs[0].items()}
+    call: ArgsKwargs = (tuple(values[name] for name in slots), {})
+    seen: list[tuple[GraphRegions, PipelineResult]] = []
+
+    def settle(twin: nn.Module, outcome: PipelineResult) -> None:
+        """Leave out of the engine what was declined."""
+        assert isinstance(twin, GraphRegions), "the pipeline copies the regions as what they are"
+        seen.append((twin, outcome))
+        for one in (twin, regions):
+            one.keep(list(outcome.rewrites))
+        if not twin.parts:
+            raise NothingRewrittenError
+
+    try:
+        made = backend(settle).optimize(regions, call, options, plan)
+    except NothingRewrittenError:
+        for block in seen[0][1].blocks:
+            _decline(parts, block)
+        return None
+    ((twin, outcome),) = seen
+    kept = [part for part in parts.parts if part.name in outcome.rewrites]
+    try:
+        built = write_stitched(file, made.built, kept, slots)
+    except Declined as err:
+        for part in kept:
+            parts.declined[part.name] = part.candidate, err.reason
+        return None
+    graph = NATIVE if built.native else GRAPH
+    engine = OnnxEngine(built.directory, built.signature, "cpu", options.session_options, built.folder, graph=graph)
+    certificate = made.certificate
+    if options.verify != "off":
+        options.say("comparing the new file with the one that was given")
+        end = compare_files(file, engine, calls, _scales(kept), options.seed)
+        own = ids_of_model(twin, call)
+        end.ids, end.ids_differ, first = _count_ids(engine, built, own, calls[0])
+        if first:
+            end.notes.append(f"the result stays within its budget although some experts differ; the first is {first}")
+        certificate = dataclasses.replace(certificate, end_to_end=end, device=engine.described)
+    report = dataclasses.replace(made.report, certificate=certificate)
+    return Made(engine, report, certificate, None, built)
+
+
+def _scales(parts: Sequence[FilePart]) -> dict[str, float]:
+    from moeopt.backends.onnxrt.onnx_file.compare_files import eps_of
+
+    return {p.region.exit.name: max(p.distance, eps_of(p.runs[0][p.region.exit.name])) for p in parts}
+
+
+def _count_ids(
+    engine: OnnxEngine, built: BuiltGraph, own: Mapping[str, Tensor], feeds: GraphFeeds
+) -> tuple[int, int, str]:
+    """How many expert ids the new file chooses on ``feeds``, how many are not the given file's, and the first."""
+    total, differ, first = 0, 0, ""
+    records = [record for record in built.sites if record["name"] in own]
+    for name, ids_TK in ids_of_engine(engine, engine.graph, records, ((), feeds)).items():
+        own_TK = own[name]
+        if own_TK.shape != ids_TK.shape:
+            continue
+        one, two = own_TK.sort(-1).values, ids_TK.sort(-1).values
+        rows = (one != two).any(-1).nonzero().flatten().tolist()
+        total, differ = total + own_TK.numel(), differ + int((one != two).sum())
+        if rows and not first:
+            first = f"{name}, token {rows[0]}: {ids_TK[rows[0]].tolist()} instead of {own_TK[rows[0]].tolist()}"
+    return total, differ, first
+
+
+def _left_alone(file: OnnxFile, parts: FileParts, others: bool, options: Options) -> Made:
+    """The file as it is, as an engine."""
+    built = untouched(file)
+    engine = OnnxEngine(built.directory, built.signature, "cpu", options.session_options, built.folder)
+    if parts.parts or parts.declined or others:
+        note = "no block of experts in the file was rewritten: it is left as it is, and each block says why"
+    else:
+        note = "there is no block of experts in the file: it is left as it is"
+    certificate = Certificate(level=options.verify, device=engine.described, notes=[note])
+    report = Report((), file.name, "onnxruntime", notes=(note,), certificate=certificate)
+    return Made(engine, report, certificate, None, built)
+
+
+def _decline(parts: FileParts, block: BlockReport) -> None:
+    for part in parts.parts:
+        if part.name == block.name or block.name.startswith(f"{part.name}."):
+            parts.declined.setdefault(part.name, (part.candidate, block.reason or "it was not rewritten"))
+
+
+def _in_order(
+    file: OnnxFile, blocks: Sequence[BlockReport], parts: FileParts, names: Sequence[str]
+) -> list[BlockReport]:
+    """The report's blocks in the graph's order, declined candidates among them, each with its place in the file."""
+    found: dict[str, list[BlockReport]] = {name: [] for name in names}
+    for block in blocks:
+        found.setdefault(
+            next((n for n in names if block.name == n or block.name.startswith(f"{n}.")), block.name), []
+        ).append(block)
+    for name, (candidate, reason) in parts.declined.items():
+        if not any(b.kind == "moe" for b in found[name]):
+            found[name].append(BlockReport(name, "moe", "declined", reason, candidate.chains.experts))
+    where = {part.name: _place(file, part) for part in parts.parts}
+    return [
+        dataclasses.replace(block, source=where.get(name, "")) for name, several in found.items() for block in several
+    ]
+
+
+def _place(file: OnnxFile, part: FilePart) -> str:
+    nodes = part.region.nodes
+    return f"{Path(file.name).name}, {len(nodes)} nodes up to {nodes[-1].name or nodes[-1].op_type!r}"
+
+
+def _fingerprint(file: OnnxFile) -> dict[str, str]:
+    import hashlib
+
+    digest = hashlib.sha256()
+    if file.path is None:
+        digest.update(file.proto.SerializeToString(deterministic=True))
+    else:
+        with file.path.open("rb") as source:
+            while piece := source.read(1 << 22):
+                digest.update(piece)
+    return {"class": file.name, "sha256": digest.hexdigest()}

@@ -1,0 +1,139 @@
+"""The file as it was given, run by ONNX Runtime: to see what flows into its regions, and to be compared with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.session import Prepare, Session, no_change
+from moeopt.errors import MoeoptError, UsageError
+from moeopt.onnx_in.read import OnnxFile
+from moeopt.value_types import JsonValue, OnnxModel, PyObject
+
+
+def session_on(
+    proto: OnnxModel, directory: str | os.PathLike[str] | None, name: str, threads: int | None = None,
+    prepare: Prepare = no_change,
+) -> Session:  # fmt: skip
+    """A session of a graph whose data files lie in ``directory``; weights stay there, unpacked.
+
+    Raises:
+        UsageError: ONNX Runtime does not load it; the message says why.
+    """
+    options = runtime().SessionOptions()
+    options.log_severity_level = 4  # what fails here is told by an error
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    if directory is not None:
+        folder = os.path.realpath(directory)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    try:
+        return Session(proto.SerializeToString(), "cpu", options, prepare=prepare)
+    except MoeoptError:
+        raise
+    except Exception as err:  # ONNX Runtime's own, of many classes
+        lines = str(err).strip().splitlines()
+        raise UsageError(
+            f"{name}: ONNX Runtime {runtime().__version__} does not load it: {lines[0][:300] if lines else err}"
+        ) from None
+
+
+def with_outputs(proto: OnnxModel, names: Sequence[str]) -> OnnxModel:
+    """A copy of a graph that also gives the values called ``names``, those left out that it gives already."""
+    import onnx
+
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    there = {value.name for value in (*made.graph.output, *made.graph.input)}
+    made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in there)
+    return made
+
+
+class InnerValues:
+    """Runs of a file that also give values inside of it.
+
+    Args:
+        names: of the values.
+    """
+
+    def __init__(self, file: OnnxFile, names: Sequence[str]) -> None:
+        self._names = list(dict.fromkeys(names))
+        self._session = session_on(with_outputs(file.proto, self._names), file.directory, file.name)
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values by name. ``UsageError`` where the graph stops on these inputs."""
+        results = dict(zip(self._session.outputs, self._session.run(feeds), strict=True))
+        return {name: results[name] if name in results else feeds[name] for name in self._names}
+
+
+class ShakenOriginal:
+    """The file with a factor behind each region's exit, which is 1 or 1 plus noise of the size of rounding.
+
+    Args:
+        exits: names of the values; ``scales``: the standard deviation of each one's noise, relative.
+    """
+
+    def __init__(self, file: OnnxFile, scales: Mapping[str, float], session_options: JsonValue = None) -> None:
+        del session_options
+        import onnx
+
+        self._outputs = [value.name for value in file.proto.graph.output]
+        self._scales = dict(scales)
+        proto = onnx.ModelProto()
+        proto.CopyFrom(file.proto)
+        self._factors = {name: f"moeopt.factor.{n}" for n, name in enumerate(scales)}
+        kinds = _element_types(file, list(scales))
+        for name, factor in self._factors.items():
+            _multiply(proto.graph, name, factor)
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(factor, kinds[name], None))
+        self._kinds = kinds
+        self._session = session_on(proto, file.directory, file.name)
+
+    def run(self, feeds: Mapping[str, Tensor], seed: int | None, shapes: Mapping[str, Sequence[int]]) -> list[Tensor]:
+        """The outputs; with a seed, under noise. ``shapes``: of the exits on these inputs."""
+        generator = torch.Generator().manual_seed(seed or 0)
+        given = dict(feeds)
+        for name, factor in self._factors.items():
+            noise = torch.zeros(1) if seed is None else torch.randn(list(shapes[name]), generator=generator)
+            dtype = _torch_dtype(self._kinds[name])
+            given[factor] = (1 + self._scales[name] * noise.double()).to(dtype)
+        results = dict(zip(self._session.outputs, self._session.run(given), strict=True))
+        return [results[name] for name in self._outputs]
+
+
+def _multiply(graph: PyObject, name: str, factor: str) -> None:
+    """Put ``name`` * ``factor`` where a value is read; what makes the value makes it under another name."""
+    import onnx
+
+    inner = f"{name}.moeopt.still"
+    for number, node in enumerate(graph.node):
+        if name in node.output:
+            node.output[list(node.output).index(name)] = inner
+            graph.node.insert(
+                number + 1, onnx.helper.make_node("Mul", [inner, factor], [name], name=f"moeopt.{factor}")
+            )
+            return
+
+
+def _element_types(file: OnnxFile, names: list[str]) -> dict[str, int]:
+    import onnx
+
+    if not names:
+        return {}
+    inner = InnerValues(file, names)
+    types = {spec.name: spec.type for spec in inner._session.session.get_outputs()}
+    words = {"tensor(float)": "FLOAT", "tensor(float16)": "FLOAT16", "tensor(bfloat16)": "BFLOAT16"}
+    return {name: getattr(onnx.TensorProto, words.get(types[name], "DOUBLE")) for name in names}
+
+
+def _torch_dtype(kind: int) -> torch.dtype:
+    from moeopt.onnx_in.dtypes import torch_dtype
+
+    return torch_dtype(kind, "a factor")
+
+
+__all__ = ["InnerValues", "ShakenOriginal", "session_on", "with_outputs"]

@@ -1,0 +1,175 @@
+"""What of a file becomes a module: its candidate regions, cut, interpreted, and held against ONNX Runtime.
+
+A region that cannot be had as a module is declined with the reason and, where one is in the way, the name of the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moeopt.backends.onnxrt.onnx_file.feeds import GraphFeeds
+from moeopt.backends.onnxrt.onnx_file.original import InnerValues
+from moeopt.errors import Declined, MoeoptError
+from moeopt.onnx_in.cuts import GraphRegion
+from moeopt.onnx_in.frozen_routing import frozen_routing
+from moeopt.onnx_in.interpreter import InterpretedGraph
+from moeopt.onnx_in.products import CONVOLUTIONS, shape_of
+from moeopt.onnx_in.read import OnnxFile
+from moeopt.onnx_in.region_module import named, region_ends, region_module
+from moeopt.onnx_in.regions import CandidateRegion
+from moeopt.verification.distance import finiteness, token_distance
+from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
+from moeopt.verification.oracle import record_selections, run_oracle
+from moeopt.verification.selections import OracleError
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass
+class FilePart:
+    """A region as a module that computes what ONNX Runtime computes there.
+
+    Attributes:
+        candidate: where it comes from; ``region``: its nodes and ends.
+        module: takes the values called ``entries`` in order.
+        runs: the values at its entries and its exit, on each example call.
+        distance: how far the file's own result is from the float64 oracle, its worst token on the examples.
+    """
+
+    candidate: CandidateRegion
+    region: GraphRegion
+    module: InterpretedGraph
+    entries: tuple[str, ...]
+    runs: list[Values]
+    distance: float
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
+
+
+@dataclass
+class FileParts:
+    """The parts of a file, and why other regions are none, by their names."""
+
+    parts: list[FilePart] = field(default_factory=list)
+    declined: dict[str, tuple[CandidateRegion, str]] = field(default_factory=dict)
+
+
+def file_parts(
+    file: OnnxFile, candidates: Sequence[CandidateRegion], calls: Sequence[GraphFeeds], say: Callable[[str], None]
+) -> FileParts:
+    """Each candidate as a part, or why not."""
+    found = FileParts()
+    wanted = {v.name for c in candidates for r in c.regions for v in (*r.entries, r.exit)}
+    runs: list[Values] = []
+    if wanted:
+        say("running the file on the example inputs")
+        inner = InnerValues(file, sorted(wanted))
+        runs = [inner.run(feeds) for feeds in calls]
+    for candidate in candidates:
+        say(f"reading {candidate.name} as a module")
+        try:
+            found.parts.append(_part(file, candidate, runs))
+        except Declined as err:
+            found.declined[candidate.name] = candidate, err.reason
+    return found
+
+
+def _part(file: OnnxFile, candidate: CandidateRegion, runs: Sequence[Values]) -> FilePart:
+    """The candidate up to its nearest exit that is one row for each row of its root, as wide as the experts' result."""
+    if frozen := frozen_routing(candidate):
+        raise Declined(frozen)
+    if not candidate.regions:
+        raise Declined(
+            f"the results of its {candidate.chains.experts} experts do not come together in one value near them: "
+            f"{_first(candidate)} and its like feed several places"
+        )
+    last: Declined | None = None
+    for region in candidate.regions:
+        if not _combined(candidate, region, runs):
+            continue
+        try:
+            return _checked(file, candidate, region, runs)
+        except Declined as err:
+            last = last or err
+    raise last or Declined(
+        f"the results of its experts ({_first(candidate)} and its like) are not summed into one row for each token"
+    )
+
+
+def _first(candidate: CandidateRegion) -> str:
+    node = candidate.chains.products[0].node
+    return f"the node {node.name!r} ({node.op_type})"
+
+
+def _combined(candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Values]) -> bool:
+    """Whether an exit holds one row for each row of the root."""
+    rows, result = runs[0][region.entries[0].name], runs[0][region.exit.name]
+    axis = 1 if candidate.chains.products[0].node.op_type in CONVOLUTIONS else -1
+    if not result.is_floating_point() or rows.dim() < 2 or result.dim() <= max(axis, 0):
+        return False
+    return result.numel() * rows.shape[axis] == rows.numel() * result.shape[axis] and _is_width(
+        result.shape[axis], region
+    )
+
+
+def _is_width(size: int, region: GraphRegion) -> bool:
+    """Whether a weight of the region has that size."""
+    return any(
+        size in (shape_of(v) or ())
+        for n in region.nodes
+        for v in n.inputs
+        if v is not None and v.const_value is not None
+    )
+
+
+def _checked(file: OnnxFile, candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Values]) -> FilePart:
+    ends = region_ends(region, runs)
+    module = region_module(region, ends, file.opset, candidate.name).eval()
+    distance = 0.0
+    try:
+        for run in runs:
+            distance = max(distance, _distance(module, [run[name] for name in ends.tensors], run[region.exit.name]))
+    except Declined as err:
+        raise Declined(named(err.reason, region)) from None
+    return FilePart(candidate, region, module, ends.tensors, list(runs), distance)
+
+
+def _distance(module: InterpretedGraph, values: Sequence[Tensor], theirs: Tensor) -> float:
+    """The distance of ONNX Runtime's result from the float64 oracle, which the interpreter must share the reading of.
+
+    Raises:
+        Declined: the interpreter stops, or ONNX Runtime is further from its oracle than rounding explains.
+    """
+    try:
+        ours, choices = record_selections(module, tuple(values), {})
+        oracle = run_oracle(module, tuple(values), {}, choices)
+    except (MoeoptError, OracleError) as err:
+        raise err if isinstance(err, Declined) else Declined(f"moeopt cannot run its nodes: {err}") from None
+    except Exception as err:  # torch's own, of many classes
+        raise Declined(
+            f"moeopt cannot run its nodes ({type(err).__name__}: {str(err).splitlines()[0][:200]}); please report this "
+            "with the file"
+        ) from None
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        raise Declined(
+            f"moeopt reads its nodes as giving {ours.dtype} {tuple(ours.shape)}, and ONNX Runtime gives {theirs.dtype} "
+            f"{tuple(theirs.shape)}; please report this with the file"
+        )
+    eps = torch.finfo(theirs.dtype).eps
+    both = finiteness(theirs, ours).both
+    far = [
+        float(token_distance(y, oracle, eps=eps)[both].nan_to_num(0).max()) if both.any() else 0.0
+        for y in (theirs, ours)
+    ]
+    if far[0] > FACTOR * far[1] + EPS_ALLOWANCE * eps:
+        raise Declined(
+            f"ONNX Runtime's result is {far[0]:.2g} from what moeopt reads its nodes as, and rounding explains "
+            f"{FACTOR * far[1] + EPS_ALLOWANCE * eps:.2g}; please report this with the file"
+        )
+    return far[0]

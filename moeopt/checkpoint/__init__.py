@@ -1,0 +1,1 @@
+"""A model's checkpoint directory, opened without being loaded, and optimised layer by layer."""

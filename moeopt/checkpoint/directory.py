@@ -1,0 +1,154 @@
+"""A directory of safetensors files: what tensors it holds, and each of them as mapped memory when it is asked for.
+
+Everything that can be wrong with the files is found from the index and the headers, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moeopt.bundle.mapped_file import MappedFile
+from moeopt.bundle.weights_file import DTYPE_NAMES
+from moeopt.errors import CheckpointError
+from moeopt.inspection.headers import StoredTensor, read_header
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_FETCH = "fetch the file again"
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """Where a tensor lies, and what it is."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+
+class CheckpointDirectory(Mapping[str, CheckpointTensor]):
+    """The tensors of a directory by name; :meth:`tensor` reads one.
+
+    Args:
+        path: a directory with ``model.safetensors``, with ``model.safetensors.index.json`` and the files that the index
+            names, or with other ``*.safetensors`` files, of which then all are read.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or shorter than its header says, the index and the files disagree,
+            or a tensor has a dtype that PyTorch does not have. The message names the file and the way out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._mapped: dict[Path, MappedFile] = {}
+        self._entries: dict[str, CheckpointTensor] = {}
+        index = path / INDEX
+        where = _read_index(index) if index.is_file() and not (path / SINGLE).is_file() else None
+        for file in self._files(where):
+            for name, stored in read_header(file).items():
+                if where is None or where.get(name) == file.name:
+                    self._add(name, file, stored)
+        absent = [name for name in where or () if name not in self._entries]
+        if absent:
+            raise CheckpointError(
+                f"{index} says that {absent[0]!r} is in {(where or {})[absent[0]]}, and that file has no such tensor "
+                f"({len(absent)} of {len(where or {})} are missing so): the index and the files are of two versions; "
+                "fetch both again"
+            )
+
+    def __getitem__(self, name: str) -> CheckpointTensor:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold its tensors."""
+        return sorted({entry.file for entry in self._entries.values()})
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.bytes for entry in self._entries.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor as a view of its file: nothing is read before it is used, and nothing is copied."""
+        entry = self._entries[name]
+        if entry.file not in self._mapped:
+            self._mapped[entry.file] = MappedFile(entry.file)
+        return self._mapped[entry.file].tensor(entry.dtype, entry.shape, entry.start)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor is a view of one of its files."""
+        return any(mapped.holds(tensor) for mapped in self._mapped.values())
+
+    def release(self) -> None:
+        """Take the pages of its files out of this process's memory; the next use reads them again."""
+        for mapped in self._mapped.values():
+            mapped.release()
+
+    def identity(self) -> str:
+        """A digest of what the directory holds: names, places, and the size and time of change of each file."""
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        rows = [(e.name, e.file.name, str(e.dtype), e.shape, e.start) for e in self._entries.values()]
+        return hashlib.sha256(repr((stats, sorted(rows))).encode()).hexdigest()
+
+    def _files(self, where: Mapping[str, str] | None) -> list[Path]:
+        if where is None:
+            single = self.path / SINGLE
+            files = [single] if single.is_file() else sorted(self.path.glob("*.safetensors"))
+            if not files:
+                raise CheckpointError(f"{self.path} has no *.safetensors file: give the directory of the weights")
+            return files
+        files = [self.path / name for name in sorted(set(where.values()))]
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise CheckpointError(
+                f"{self.path} lacks {absent[0]}{more} of the {len(files)} files that {INDEX} names: {_FETCH}"
+            )
+        return files
+
+    def _add(self, name: str, file: Path, stored: StoredTensor) -> None:
+        dtype, size = DTYPES.get(stored.dtype), stored.stop - stored.start
+        if dtype is None:
+            raise CheckpointError(
+                f"{file}: the tensor {name!r} is of dtype {stored.dtype}, which is not one that is read here "
+                f"({', '.join(DTYPES)}): convert the checkpoint first"
+            )
+        if math.prod(stored.shape) * dtype.itemsize != size:
+            raise CheckpointError(
+                f"{file} is damaged: the tensor {name!r} has {size} bytes, and {stored.dtype} {list(stored.shape)} "
+                f"takes {math.prod(stored.shape) * dtype.itemsize}; {_FETCH}"
+            )
+        if name in self._entries:
+            raise CheckpointError(
+                f"the tensor {name!r} is in {self._entries[name].file.name} and in {file.name} of {self.path}: keep "
+                f"one of the two, or add {INDEX}, which says which holds"
+            )
+        self._entries[name] = CheckpointTensor(name, file, dtype, stored.shape, stored.start, size)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        good = all(isinstance(k, str) and isinstance(v, str) and Path(v).name == v for k, v in where.items())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as err:
+        raise CheckpointError(f"{path} is damaged ({type(err).__name__}: {str(err)[:200]}); {_FETCH}") from err
+    if not good:
+        raise CheckpointError(f"{path} names files outside the directory, or something that is no file; {_FETCH}")
+    return dict(where)

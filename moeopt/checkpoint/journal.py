@@ -1,0 +1,182 @@
+"""What a streamed run has done so far, in a folder beside its bundle: a killed run goes on where it stopped.
+
+    .NAME.streaming/weights.safetensors    the bundle's weights file, as far as it is written
+    .NAME.streaming/journal.jsonl          a line for each Parameter, block and layer that is done
+
+The first line says what is done to what: the checkpoint's files, options and versions. A run that is another one begins
+anew. Each weight has its sha256 in the journal and is checked against it before it is used again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeopt.bundle.values import DTYPES
+from moeopt.bundle.weights_file import WeightsFile
+from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
+from moeopt.verification.certificate import Certificate
+from moeopt.verification.model import EndToEnd
+from moeopt.verification.results import BlockCheck
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
+
+WEIGHTS, JOURNAL = "weights.safetensors", "journal.jsonl"
+
+
+class Journal:
+    """The folder of one streamed run to ``out``, held by this process while it is open.
+
+    Args:
+        key: what is done to what, as JSON types; a journal with another one is thrown away.
+        capacity, header: as in :class:`WeightsFile`.
+
+    Attributes:
+        weights: the weights that are done, by Parameter: the value, and the checkpoint's tensors it was made of.
+        blocks, layers: verdicts that are done.
+        file: where weights are written.
+
+    Raises:
+        UsageError: another process is writing to ``out``.
+    """
+
+    def __init__(self, out: Path, key: dict[str, Any], capacity: int, header: int) -> None:
+        self.folder = folder_of(out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.folder, out)
+        self.weights: dict[str, tuple[torch.Tensor, list[str]]] = {}
+        self.blocks: dict[str, BlockCheck] = {}
+        self.layers: dict[str, EndToEnd] = {}
+        lines = list(_lines(self.folder / JOURNAL))
+        if not lines or lines[0].get("key") != key or not (self.folder / WEIGHTS).is_file():
+            for name in (JOURNAL, WEIGHTS):
+                (self.folder / name).unlink(missing_ok=True)
+            lines = []
+        self.file = WeightsFile(self.folder / WEIGHTS, capacity, header)
+        self._begin([{"key": key}, *self._restored(lines[1:])])
+
+    @property
+    def begun(self) -> bool:
+        """Whether an earlier run left something."""
+        return bool(self.weights or self.blocks)
+
+    def keep(self, path: str, value: torch.Tensor, sources: list[str]) -> torch.Tensor | None:
+        """Write a Parameter, and give the tensor that takes its place; None for one that lies in the file."""
+        if self.file.mapped.holds(value):
+            return None
+        written = self.file.add(value)
+        if path in self.weights and not sources:  # a Parameter that transformers sets twice
+            sources = self.weights[path][1]
+        self.weights[path] = written, sources
+        self._write({
+            "weight": path, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape),
+            "offset": self.file.mapped.offset_of(written) if written.numel() else 0, "sha256": _digest(written),
+            "sources": sources,
+        })  # fmt: skip
+        return written
+
+    def note_block(self, check: BlockCheck) -> None:
+        self.blocks[check.name] = check
+        self._write({"block": check.name, "certificate": Certificate([check]).to_json()})
+
+    def note_layer(self, path: str, verdict: EndToEnd) -> None:
+        self.layers[path] = verdict
+        self._write({"layer": path, "certificate": Certificate([], verdict).to_json()})
+
+    def forget(self) -> None:
+        """Throw away what was restored; the file is written anew."""
+        self.weights, self.blocks, self.layers = {}, {}, {}
+        self.file.end = self.file.begin
+        self._journal.close()
+        self._begin(list(_lines(self.folder / JOURNAL))[:1])
+
+    def close(self, done: bool) -> None:
+        """Let go of the folder; with ``done``, remove it."""
+        self._journal.close()
+        self.file.close()
+        if done or not (self.weights or self.blocks):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def _begin(self, lines: list[dict[str, Any]]) -> None:
+        """The journal with these lines, and nothing that was cut off or is no longer so."""
+        aside = self.folder / f"{JOURNAL}.new"
+        aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(aside, self.folder / JOURNAL)
+        self._journal = (self.folder / JOURNAL).open("a", encoding="utf-8")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._journal.write(json.dumps(line) + "\n")
+        self._journal.flush()
+
+    def _restored(self, lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Take what the lines say, as far as it is still so; those lines."""
+        for line in lines:
+            if "weight" in line:
+                value = self.file.restore(DTYPES[line["dtype"]], line["shape"], line["offset"])
+                if _digest(value) != line["sha256"]:
+                    return  # what was written later lies behind it: all of it is done again
+                self.weights[line["weight"]] = value, line["sources"]
+            else:
+                with contextlib.suppress(Exception):  # a verdict of another form is reached again
+                    found = Certificate.from_json(line["certificate"])
+                    if "block" in line:
+                        self.blocks[line["block"]] = found.blocks[0]
+                    elif found.end_to_end is not None:
+                        self.layers[line["layer"]] = found.end_to_end
+            yield line
+
+
+def folder_of(out: Path) -> Path:
+    """Where a run to ``out`` keeps what it has done."""
+    return out.absolute().parent / f".{out.name}.streaming"
+
+
+def bytes_begun(out: Path) -> int:
+    """Bytes on the disk that an earlier run to ``out`` has written."""
+    with contextlib.suppress(OSError, AttributeError):
+        return (folder_of(out) / WEIGHTS).stat().st_blocks * 512
+    return 0
+
+
+def _locked(folder: Path, out: Path) -> int | None:
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UsageError(
+            f"another process is streaming to {out} (it holds {folder}): wait for it, or give another directory"
+        ) from None
+    return descriptor
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a journal; the last one may have been cut off."""
+    with contextlib.suppress(OSError, ValueError):
+        for text in path.read_text(encoding="utf-8").splitlines():
+            line: PyObject = json.loads(text)
+            if not isinstance(line, dict):
+                return
+            yield line
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    if not tensor.numel():
+        return hashlib.sha256().hexdigest()
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()

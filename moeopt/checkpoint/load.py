@@ -1,0 +1,210 @@
+"""transformers loads a model as it always does, and its weights stay on disk: mapped from the checkpoint, or kept.
+
+The class's own ``from_pretrained`` runs, with its renamings, converters (experts that are apart in the files and one
+Parameter in the model), casts and ties. It is given views of the files instead of tensors, and each Parameter that it
+made of them is handed to ``keep`` before the next one is made, so that no more than one is in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeopt.checkpoint.directory import CheckpointDirectory
+from moeopt.errors import CheckpointError, UsageError
+from moeopt.options import variable_set
+from moeopt.value_types import PyObject
+
+Keep = Callable[[str, torch.Tensor, list[str]], torch.Tensor | None]
+"""The Parameter's path in the model, its value, and the tensors of the checkpoint that it was made of -> the tensor
+that takes its place, or None."""
+_SHOWN = 3
+
+
+def load_mapped(
+    directory: CheckpointDirectory,
+    structure: PyObject,
+    dtype: torch.dtype | None,
+    keep: Keep,
+    instead: Mapping[str, tuple[torch.Tensor, list[str]]],
+) -> tuple[Any, list[str]]:
+    """``(model, notes)``: the model in eval mode on the CPU, its weights mapped or as ``keep`` gave them.
+
+    Args:
+        structure: the same model on the meta device: its class and config.
+        dtype: what floating-point weights are cast to; None means what the checkpoint or its config says.
+        instead: Parameters that were made before, by path: the value, and the tensors that are not read for it.
+
+    Raises:
+        CheckpointError: weights are missing or of other shapes, or a conversion failed; the message names them.
+    """
+    spared = {name for _, sources in instead.values() for name in sources}
+    read = _Reads()
+    state: dict[str, Any] = {name: read.slice(directory, name) for name in directory if name not in spared}
+    state |= {name: value for name, (value, _) in instead.items()}
+    try:
+        with _one_at_a_time(), _ParametersGoTo(keep, read):
+            model, info = type(structure).from_pretrained(
+                None, config=structure.config, state_dict=state, dtype=dtype or "auto", output_loading_info=True
+            )
+    except (RuntimeError, ValueError, KeyError) as err:
+        raise CheckpointError(
+            f"{directory.path}: its tensors do not become a {type(structure).__name__} ({type(err).__name__}: "
+            f"{_words(err)}): config.json and the weights may be of two versions; fetch both again"
+        ) from err
+    _refuse_missing(directory, model, info)
+    _restore_files(directory.path, model)
+    unexpected = sorted(info.get("unexpected_keys") or ())
+    notes = [f"{_list(unexpected)} of the checkpoint belong to nothing in the model"] if unexpected else []
+    return model.eval(), notes
+
+
+class _Reads:
+    """Which tensors of the checkpoint were read since a Parameter was last made of some."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.taken = True
+
+    def slice(self, directory: CheckpointDirectory, name: str) -> PyObject:
+        import transformers
+
+        if int(transformers.__version__.split(".")[0]) < 5:  # has no converters, and takes tensors
+            return directory.tensor(name)
+        return _Slice(self, directory, name)
+
+    def note(self, name: str) -> None:
+        if self.taken:
+            self.names, self.taken = [], False
+        self.names.append(name)
+
+    def take(self) -> list[str]:
+        self.taken = True
+        return self.names
+
+
+class _Slice:
+    """What transformers takes for a tensor of a file that it did not read yet."""
+
+    def __init__(self, read: _Reads, directory: CheckpointDirectory, name: str) -> None:
+        self._read, self._directory, self._name = read, directory, name
+        self.shape, self.dtype = directory[name].shape, directory[name].dtype
+
+    def __getitem__(self, index: PyObject) -> torch.Tensor:
+        self._read.note(self._name)
+        return self._directory.tensor(self._name)[index]
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+
+class _ParametersGoTo:
+    """While open, each Parameter that transformers has filled passes through ``keep`` as it is registered."""
+
+    def __init__(self, keep: Keep, read: _Reads) -> None:
+        self.keep, self.read, self.thread = keep, read, threading.get_ident()
+        self.parents: dict[nn.Module, tuple[nn.Module, str]] = {}
+
+    def __enter__(self) -> None:
+        from torch.nn.modules import module
+
+        self.handles = [
+            module.register_module_module_registration_hook(self._child),
+            module.register_module_parameter_registration_hook(self._parameter),  # type: ignore[arg-type]  # torch
+        ]
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.parents.clear()
+
+    def _child(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if child is not None and threading.get_ident() == self.thread:
+            self.parents[child] = parent, name
+
+    def _parameter(self, module: nn.Module, name: str, value: nn.Parameter | None) -> nn.Parameter | None:
+        made = value is not None and not value.is_meta and getattr(value, "_is_hf_initialized", False)
+        if value is None or not made or threading.get_ident() != self.thread:
+            return None
+        kept = self.keep(self._path(module, name), value.detach(), self.read.take())
+        if kept is None:
+            return None
+        instead = nn.Parameter(kept, requires_grad=value.requires_grad)
+        instead.__dict__.update(value.__dict__)  # transformers marks what it has filled
+        return instead
+
+    def _path(self, module: nn.Module, name: str) -> str:
+        parts = [name]
+        while module in self.parents:
+            module, own = self.parents[module]
+            parts.append(own)
+        return ".".join(reversed(parts))
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """While open, transformers reads a tensor when it needs it, not all of them ahead in threads, and draws no bar."""
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with variable_set("HF_DEACTIVATE_ASYNC_LOAD", "1"):
+            yield
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _refuse_missing(directory: CheckpointDirectory, model: nn.Module, info: Mapping[str, Any]) -> None:
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise CheckpointError(
+            f"{directory.path} holds no values for {_list(missing)} of {type(model).__name__}, and random numbers are "
+            f"no model: a file may be missing ({len(directory.files)} are there), or --task (task=) may be another one"
+        )
+    other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys") or ())
+    if other:
+        raise CheckpointError(
+            f"{directory.path}: {_list(other)} are of other shapes than config.json says: config and weights are of "
+            "two models; fetch both again"
+        )
+
+
+def _restore_files(path: Path, model: PyObject) -> None:
+    """What ``from_pretrained`` reads of the directory beside config and weights."""
+    model.config.name_or_path = str(path)
+    if hasattr(model, "generation_config") and (path / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+
+
+def refuse_quantised(path: Path, config: PyObject) -> None:
+    """``UsageError`` for a checkpoint whose tensors are packed numbers and scales, which transformers unpacks whole."""
+    found = getattr(config, "quantization_config", None)
+    if found:
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        raise UsageError(
+            f"{path} is quantised ({getattr(method, 'value', method) or 'some way'}), and such a checkpoint is not "
+            "streamed: load it with transformers, dequantised, and give the model, or save that model and give its "
+            "directory"
+        )
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _words(err: Exception) -> str:
+    return " ".join(str(err).split())[:300]

@@ -1,0 +1,165 @@
+"""What streaming a checkpoint will take, compared with what this machine has, before anything is read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeopt.checkpoint.alike_layers import AlikeLayers
+from moeopt.checkpoint.directory import CheckpointDirectory
+from moeopt.checkpoint.structure import Structure
+from moeopt.errors import UsageError
+
+LIBRARIES = 400_000_000
+"""Bytes that Python, torch and transformers take themselves."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Bytes that are needed, and those that are free; ``memory_free`` is None where the system does not tell."""
+
+    weights: int
+    layer: int
+    layers: int
+    made_anew: int
+    memory_needed: int
+    memory_free: int | None
+    disk_needed: int
+    disk_free: int | None
+
+    def __str__(self) -> str:
+        free = "unknown" if self.memory_free is None else _words(self.memory_free)
+        disk = f", disk needed {_words(self.disk_needed)}" if self.disk_needed else ""
+        disk += f", free {_words(self.disk_free)}" if self.disk_free is not None else ""
+        return (
+            f"streaming {_words(self.weights)} of weights in {self.layers} layers of at most "
+            f"{_words(self.layer)}: memory needed {_words(self.memory_needed)}, free {free}{disk}"
+        )
+
+
+def preflight(
+    directory: CheckpointDirectory,
+    structure: Structure,
+    out: Path | None,
+    begun: int = 0,
+    kinds: AlikeLayers | None = None,
+) -> Preflight:
+    """The figures for a run that writes its weights to ``out``, or keeps what is made anew in memory.
+
+    Args:
+        begun: bytes that an earlier run wrote there.
+        kinds: given, only the first layer of each kind is held.
+
+    Raises:
+        UsageError: memory or disk do not suffice; the message says what is needed, what is free and the way out.
+    """
+    largest = max(structure.layer_bytes, structure.rest_bytes)
+    anew = made_anew(directory, structure)
+    held = 0 if out is not None else anew if kinds is None else min(anew, kinds.bytes)
+    disk = 0 if out is None else max(int(structure.bytes * 1.01) + (1 << 20) - begun, 0)
+    found = Preflight(
+        structure.bytes, structure.layer_bytes, len(structure.layers), anew, 2 * largest + held + LIBRARIES,
+        free_memory(), disk, None if out is None else _free_disk(out),
+    )  # fmt: skip
+    if found.memory_free is not None and found.memory_needed > found.memory_free:
+        wide = 2 * largest + LIBRARIES
+        way = (
+            f"give out= (--out) with a directory that has {_words(structure.bytes)} free: then "
+            f"{_words(wide)} of memory are enough"
+            if held and wide <= found.memory_free
+            else f"end other programs, or use a machine with {_words(found.memory_needed)} free"
+        )
+        raise UsageError(
+            f"{directory.path} needs about {_words(found.memory_needed)} of memory, and "
+            f"{_words(found.memory_free)} are free ({found}): {way}"
+        )
+    if found.disk_free is not None and disk > found.disk_free:
+        raise UsageError(
+            f"{out} needs about {_words(disk)}, and {_words(found.disk_free)} are free there: free some space, "
+            "or give a directory on another disk"
+        )
+    return found
+
+
+def made_anew(directory: CheckpointDirectory, structure: Structure) -> int:
+    """About how many bytes of Parameters are not in the files as they are: experts that are put together, casts."""
+    stored = Counter((e.shape, e.dtype) for e in directory.values())
+    total = 0
+    for parameter in structure.model.parameters():
+        key = tuple(parameter.shape), parameter.dtype
+        if stored[key] > 0:
+            stored[key] -= 1
+        else:
+            total += parameter.numel() * parameter.element_size()
+    return total
+
+
+def free_memory() -> int | None:
+    """Bytes that this process may still take: of the machine, its control group and its own limits; None: not told."""
+    bounds = [_available(), *_group_room(), *_limit_room()]
+    known = [b for b in bounds if b is not None]
+    return min(known) if known else None
+
+
+def _available() -> int | None:
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _group_room() -> list[int | None]:
+    """What is left of the limits of the control groups that this process is in (versions 1 and 2)."""
+    found: list[int | None] = []
+    groups: list[str] = []
+    with contextlib.suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    for line in groups:
+        number, controllers, name = [*line.split(":", 2), "", ""][:3]
+        if number == "0":
+            home, limit, used = Path("/sys/fs/cgroup") / name.lstrip("/"), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            home = Path("/sys/fs/cgroup/memory") / name.lstrip("/")
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            most = int((home / limit).read_text())
+            cached = sum(
+                int(row.split()[1])
+                for row in (home / "memory.stat").read_text().splitlines()
+                if row.split()[0] in ("file", "cache")  # pages of files, which the kernel drops when it needs to
+            )
+            found.append(max(most - int((home / used).read_text()) + cached, 0))
+    return found
+
+
+def _limit_room() -> list[int | None]:
+    try:
+        import resource
+    except ImportError:
+        return []
+    rooms: list[int | None] = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
+        for limit, used in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+            most = resource.getrlimit(limit)[0]
+            if most != resource.RLIM_INFINITY:
+                rooms.append(max(most - sizes[used], 0))
+    return rooms
+
+
+def _free_disk(out: Path) -> int:
+    parent = next(p for p in out.absolute().parents if p.exists())
+    return shutil.disk_usage(parent).free
+
+
+def _words(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -1,0 +1,247 @@
+"""A checkpoint directory as a model to optimise, of which no more than two layers are ever in memory.
+
+files      index and headers checked                                          (checkpoint/directory)
+structure  every module on the meta device; what it takes against what is free  (checkpoint/structure, preflight)
+weights    made by transformers one Parameter at a time; each is written to the bundle's weights file and mapped
+           from there, or, with no bundle asked for, mapped from the checkpoint   (checkpoint/load, journal)
+optimise   as any model: the weights are pages of files, which the kernel drops    (pipeline/run)
+layers     each compared with its original on what really arrives there            (checkpoint/layer_checks)
+save       the weights file is complete already; graph and certificate join it      (bundle/weights_file)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeopt.bundle.destination import check_destination
+from moeopt.bundle.manifest import check_target, version
+from moeopt.bundle.mapped_file import MappedFile, give_back
+from moeopt.bundle.weights_file import becomes_the_bundles
+from moeopt.checkpoint.alike_layers import AlikeLayers
+from moeopt.checkpoint.directory import CheckpointDirectory
+from moeopt.checkpoint.journal import Journal, bytes_begun, folder_of
+from moeopt.checkpoint.layer_checks import check_layers, failure, in_words
+from moeopt.checkpoint.load import load_mapped, refuse_quantised
+from moeopt.checkpoint.preflight import preflight
+from moeopt.checkpoint.structure import Structure, structure_of
+from moeopt.errors import UsageError
+from moeopt.optimized import Optimized
+from moeopt.options import Options
+from moeopt.pipeline.finished_blocks import FinishedBlocks, remembered
+from moeopt.report import Report
+from moeopt.verification.model import EndToEnd
+from moeopt.verification.results import BlockCheck
+
+LOG = logging.getLogger("moeopt")
+STREAMED = "streamed: each block and each layer verified; end to end composed from layers"
+
+
+def check_directory(path: str | os.PathLike[str]) -> None:
+    """``UsageError`` where ``path`` is no directory of a Hugging Face checkpoint."""
+    if not (Path(path) / "config.json").is_file():
+        what = "a directory without config.json" if Path(path).is_dir() else "no directory"
+        raise UsageError(
+            f"{path} is {what}: give a model, or the directory of a Hugging Face checkpoint (config.json and "
+            "*.safetensors)"
+        )
+
+
+@dataclass
+class StreamedModel:
+    """A model whose weights are on disk, and what is known of how it came here.
+
+    Attributes:
+        model: in eval mode on the CPU; its Parameters are mapped.
+        layers: the paths of its layers.
+        notes: sentences for the report.
+    """
+
+    model: Any
+    layers: tuple[str, ...]
+    notes: list[str]
+    options: Options
+    journal: Journal | None = None
+    file: CheckpointDirectory | MappedFile | None = None
+    saved: bool = False
+
+    def release(self) -> None:
+        """Give back what the layer that is done has taken: pages of its file, and freed memory."""
+        if self.file is not None:
+            self.file.release()
+        give_back()
+
+    def noted(self, report: Report) -> Report:
+        """``report`` with what is to say of the directory."""
+        return dataclasses.replace(report, notes=(*report.notes, *self.notes))
+
+    def check(self, optimized: Optimized) -> None:
+        """Compare layer by layer, and say in report and certificate that the model was streamed."""
+        certificate, notes = optimized.certificate, [*self.notes]
+        same_form = isinstance(optimized.model, nn.Module)
+        if certificate.level != "off" and same_form and optimized.report.rewritten:
+            self.options.say("comparing layer by layer")
+            blocks = [b.name for b in optimized.report.rewritten]
+            known, note = ({}, _nothing) if self.journal is None else (self.journal.layers, self.journal.note_layer)
+            layers = check_layers(
+                self.model, optimized.model, optimized._call, self.layers, blocks, known, note, self.release
+            )
+            if layers:
+                notes.append(in_words(layers))
+            if why := failure(layers):
+                certificate.end_to_end = dataclasses.replace(
+                    certificate.end_to_end or EndToEnd(False), passed=False, reason=why
+                )
+        if certificate.end_to_end is not None:
+            end = certificate.end_to_end
+            notes.insert(0, f"{STREAMED}: distance at most {end.distance:.2e} (budget {end.budget:.2e})")
+        certificate.notes += notes
+        optimized.report = dataclasses.replace(optimized.report, notes=(*optimized.report.notes, *notes))
+
+    def save(self, optimized: Optimized, out: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write the bundle; its weights are on the disk already where they were streamed to ``out``."""
+        file = None if self.journal is None else self.journal.file
+        with becomes_the_bundles(file):
+            done = optimized.save(out, overwrite=overwrite)
+        self.saved = True
+        return done
+
+
+@contextlib.contextmanager
+def streamed(
+    path: str | os.PathLike[str],
+    options: Options,
+    *,
+    backend: str = "torch",
+    out: str | os.PathLike[str] | None = None,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    alike: bool = False,
+) -> Iterator[StreamedModel]:
+    """The model of a directory, its weights on disk, while it is optimised and saved to ``out``.
+
+    Args:
+        options: of the run; ``dtype`` is applied to each weight as it is read.
+        alike: give every layer the weights of the first one that is like it, and read no other; without ``out``.
+
+    Raises:
+        UsageError: memory or disk do not suffice, the destination cannot be written to, or transformers cannot build
+            the model; nothing was read.
+        CheckpointError: files are missing or damaged, or do not fit the model.
+    """
+    source, target = Path(path), None if out is None else Path(out)
+    if target is not None:
+        if target.resolve() == source.resolve():
+            raise UsageError(f"{target} is the model's own directory: give a new one")
+        check_target(target)
+        check_destination(target, options.verify != "off", overwrite)
+    directory = CheckpointDirectory(source)
+    structure = structure_of(source, task, trust_remote_code, options.dtype)
+    refuse_quantised(source, structure.model.config)
+    kinds = AlikeLayers(structure) if alike else None
+    found = preflight(directory, structure, target, 0 if target is None else bytes_begun(target), kinds)
+    options.say(str(found))
+    journal = None
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        names = sum(len(name) + 160 for name in structure.model.state_dict())
+        capacity = structure.bytes + 64 * (len(list(structure.model.parameters())) + 1)
+        key = _key(directory, structure, options, backend)
+        journal = Journal(target, key, capacity + capacity // 8, 2 * names + (1 << 16))
+    held = StreamedModel(None, structure.layers, [], options, journal)
+    try:
+        if kinds is not None:
+            kinds.load(held, directory, options.dtype)
+            finished: FinishedBlocks | None = kinds.finished
+        else:
+            _load(held, directory, structure, options)
+            finished = _noting(held)
+        with remembered(finished):
+            yield held
+    finally:
+        if journal is not None and target is not None:
+            journal.close(held.saved)
+            if not held.saved and folder_of(target).is_dir():
+                LOG.warning("%s keeps what is done: the same call goes on from there", folder_of(target))
+
+
+def _noting(held: StreamedModel) -> FinishedBlocks:
+    """Verdicts go to the journal, if there is one, and what verifying a block has taken is given back."""
+
+    def note(check: BlockCheck) -> None:
+        if held.journal is not None:
+            held.journal.note_block(check)
+        held.release()
+
+    return FinishedBlocks({} if held.journal is None else held.journal.blocks, note)
+
+
+def _load(held: StreamedModel, directory: CheckpointDirectory, structure: Structure, options: Options) -> None:
+    journal = held.journal
+    if journal is None:
+        held.model, held.notes = load_mapped(directory, structure.model, options.dtype, lambda *_: None, {})
+        held.file = directory
+        return
+
+    held.file = journal.file.mapped
+    done: set[str] = set()
+
+    def keep(path: str, value: torch.Tensor, sources: list[str]) -> torch.Tensor | None:
+        if journal.file.mapped.holds(value):
+            return None
+        unit = next((layer for layer in held.layers if path.startswith(layer + ".")), "")
+        if unit and unit not in done:
+            done.add(unit)
+            options.say(f"layer {len(done)} of {len(held.layers)}: {unit}")
+            directory.release()
+            held.release()
+        return journal.keep(path, value, sources)
+
+    if journal.begun:
+        options.say(f"going on: {len(journal.weights)} weights and {len(journal.blocks)} blocks are done")
+    restored = dict(journal.weights)
+    held.model, held.notes = load_mapped(directory, structure.model, options.dtype, keep, restored)
+    if not _in_place(held.model, restored):  # transformers gave a restored Parameter another meaning
+        journal.forget()
+        held.model, held.notes = load_mapped(directory, structure.model, options.dtype, keep, {})
+
+
+def _in_place(model: nn.Module, restored: dict[str, tuple[torch.Tensor, list[str]]]) -> bool:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return all(
+        name in named and named[name].data_ptr() == value.data_ptr() and named[name].stride() == value.stride()
+        for name, (value, _) in restored.items()
+        if value.numel()
+    )
+
+
+def _key(directory: CheckpointDirectory, structure: Structure, options: Options, backend: str) -> dict[str, Any]:
+    """What makes two runs the same work."""
+    import transformers
+
+    asked = {
+        f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in ("progress", "dump")
+    }
+    return {
+        "checkpoint": directory.identity(),
+        "config": structure.model.config.to_json_string(use_diff=False),
+        "class": f"{type(structure.model).__module__}.{type(structure.model).__qualname__}",
+        "options": {name: repr(value) for name, value in asked.items()},
+        "backend": backend,
+        "versions": {"moeopt": version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _nothing(*given: object) -> None:
+    del given

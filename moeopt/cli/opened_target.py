@@ -1,0 +1,109 @@
+"""A target of a command as a model: a directory's weights stay on disk, anything else is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeopt.cli.target import CommandTarget, load_target
+from moeopt.errors import MoeoptError, UsageError
+from moeopt.value_types import PyObject
+
+
+@dataclass
+class OpenedTarget:
+    """``streamed`` is a :class:`moeopt.checkpoint.stream.StreamedModel`, or None where the model was loaded.
+
+    ``fields`` are the options that are left for ``moeopt.optimize``.
+    """
+
+    model: Any
+    inputs: Any
+    fields: dict[str, Any]
+    streamed: PyObject = None
+
+    def check(self, optimized: PyObject) -> None:
+        """Compare what was streamed layer by layer too."""
+        if self.streamed is not None:
+            self.streamed.check(optimized)
+
+    def save(self, optimized: PyObject, out: Path, overwrite: bool) -> Exception | None:
+        """What stopped the bundle from being written to ``out``; None where it is there."""
+        more = {"overwrite": True} if overwrite else {}
+        try:
+            if self.streamed is None:
+                optimized.save(out, **more)
+            else:
+                self.streamed.save(optimized, out, **more)
+        except (MoeoptError, OSError) as err:
+            return err
+        return None
+
+
+@contextlib.contextmanager
+def opened_target(
+    found: CommandTarget,
+    fields: Mapping[str, Any],
+    *,
+    loaded: bool = False,
+    backend: str = "torch",
+    out: Path | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    task: str | None = None,
+    progress: PyObject = None,
+    alike: bool = False,
+) -> Iterator[OpenedTarget]:
+    """The model of a command's target, and its inputs.
+
+    Args:
+        fields: options of the command.
+        loaded: load it whole, also where it could be streamed.
+        alike: of the layers that are alike, read one.
+    """
+    if loaded or not streams(found):
+        yield OpenedTarget(
+            *load_target(found, trust_remote_code=trust_remote_code, seed=seed, task=task), fields=dict(fields)
+        )
+        return
+    from moeopt.checkpoint.stream import streamed
+    from moeopt.options import Options
+    from moeopt.progress import shown
+
+    assert found.directory is not None
+    rest = {**{name: value for name, value in fields.items() if name != "dtype"}, "mapped": True}
+    with (
+        shown(progress) as say,
+        streamed(
+            found.directory, Options.from_fields(None, {**fields, "progress": say}), backend=backend, out=out,
+            task=task, trust_remote_code=trust_remote_code, overwrite=overwrite, alike=alike,
+        ) as source,
+    ):  # fmt: skip
+        yield OpenedTarget(source.model, _inputs(found.directory, source.model, seed), rest, source)
+
+
+def streams(found: CommandTarget) -> bool:
+    """Whether the target is a directory of safetensors files that hold plain numbers."""
+    if found.directory is None or not any(file.suffix == ".safetensors" for file in found.weights):
+        return False
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        config = json.loads((found.directory / "config.json").read_text(encoding="utf-8"))
+        return not config.get("quantization_config")
+    return True
+
+
+def _inputs(directory: Path, model: PyObject, seed: int) -> dict[str, Any]:
+    from moeopt.find.example_inputs import made_up
+
+    try:
+        return made_up(model, seed)[1]
+    except UsageError as err:
+        raise UsageError(
+            f"{directory}: no inputs could be made up for it ({err}): write a factory that returns the model and its "
+            "example inputs, and give file.py:factory"
+        ) from None

@@ -1,0 +1,92 @@
+"""``moeopt triton``: an ONNX bundle as a model of Triton Inference Server.
+
+A model is ``NAME/config.pbtxt`` and ``NAME/1/model.onnx`` with its weights beside it.
+
+The configuration's fields: https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeopt.cli.early import check_bundle
+from moeopt.errors import UsageError
+from moeopt.value_types import OnnxValue
+
+_TYPES = {
+    "BOOL": "TYPE_BOOL", "INT8": "TYPE_INT8", "INT16": "TYPE_INT16", "INT32": "TYPE_INT32", "INT64": "TYPE_INT64",
+    "UINT8": "TYPE_UINT8", "UINT16": "TYPE_UINT16", "UINT32": "TYPE_UINT32", "UINT64": "TYPE_UINT64",
+    "FLOAT16": "TYPE_FP16", "FLOAT": "TYPE_FP32", "DOUBLE": "TYPE_FP64", "BFLOAT16": "TYPE_BF16",
+}  # fmt: skip
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def triton_command(
+    bundle: Annotated[Path, typer.Argument(help="a bundle of backend onnxruntime")],
+    repository: Annotated[Path, typer.Argument(help="the server's model repository; made where it is not there")],
+    name: Annotated[str | None, typer.Option(help="of the model; else that of the bundle's directory")] = None,
+) -> None:
+    """Write a bundle's engine into a model repository of Triton Inference Server."""
+    check_bundle(bundle)
+    print(f"saved: {write_triton_model(bundle, repository, name)}")
+
+
+def write_triton_model(bundle: Path, repository: Path, name: str | None = None) -> Path:
+    """``repository/name`` with ``config.pbtxt`` and ``1/model.onnx``; weights are hard links where the disk allows.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        UsageError: it is a bundle of another backend; the name is none; the model is there already.
+    """
+    from moeopt.bundle.manifest import read_manifest
+
+    manifest = read_manifest(bundle)
+    if manifest.backend != "onnxruntime":
+        raise UsageError(
+            f"{bundle} is a bundle for {manifest.backend}, and Triton's backend here is onnxruntime: "
+            "optimise the model with backend='onnxruntime'"
+        )
+    name = bundle.resolve().name if name is None else name
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no name for a model (letters, digits, '_', '-', '.'): give another with --name")
+    target = repository / name
+    if target.exists():
+        raise UsageError(f"{target} is there already: remove it, or give another name with --name")
+    import onnx_ir as ir
+
+    files = [n for n in manifest.data["files"] if n in ("model.onnx", "model.onnx.data")]
+    graph = ir.load(manifest.path("model.onnx")).graph
+    config = _config(name, graph.inputs, graph.outputs, str(manifest.data.get("provider", "cpu")))
+    (target / "1").mkdir(parents=True)
+    for file in files:
+        try:
+            os.link(manifest.path(file), target / "1" / file)
+        except OSError:  # another disk
+            shutil.copyfile(manifest.path(file), target / "1" / file)
+    (target / "config.pbtxt").write_text(config)
+    return target
+
+
+def _config(name: str, inputs: list[OnnxValue], outputs: list[OnnxValue], provider: str) -> str:
+    """In protobuf's text format; ``max_batch_size`` 0 means that shapes are whole, their first size included."""
+    ends = [_end("input", value) for value in inputs] + [_end("output", value) for value in outputs]
+    kind = "KIND_CPU" if provider == "cpu" else "KIND_GPU"
+    head = [f"name: {json.dumps(name)}", 'backend: "onnxruntime"', "max_batch_size: 0"]
+    return "\n".join([*head, *ends, f"instance_group {{ kind: {kind} count: 1 }}"]) + "\n"
+
+
+def _end(kind: str, value: OnnxValue) -> str:
+    dtype = _TYPES.get(value.dtype.name)
+    if dtype is None:
+        raise UsageError(f"{value.name} is {value.dtype.name}, which Triton Inference Server has no type for")
+    sizes: list[Any] = [getattr(dim, "value", dim) for dim in value.shape]
+    dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in sizes)
+    scalar = " reshape { shape: [] }" if not sizes else ""
+    return f"{kind} {{ name: {json.dumps(value.name)} data_type: {dtype} dims: [ {dims or 1} ]{scalar} }}"

@@ -1,0 +1,1 @@
+"""ONNX files read: checked, searched for regions that may be experts, and run as ATen by an interpreter."""

@@ -1,0 +1,116 @@
+"""Routing that an export froze: a file that runs the experts which one sample chose, whatever its inputs are.
+
+A tracer records what a loop over the experts that are hit did on its sample. Two things tell such a file:
+
+    rows that are a constant    an expert is given the rows of the sample, by their numbers, for ever
+    experts that are missing    the router scores more experts than there are functions; what goes to the others is lost
+
+Such a file is broken. It computes what it computes, and nothing that moeopt could compare it with is right either: the
+block is left alone, and its owner is told.
+"""
+
+from __future__ import annotations
+
+import math
+
+from moeopt.onnx_in.cuts import GraphRegion
+from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.products import MOVING, WeightProduct, shape_of, weight_products
+from moeopt.onnx_in.regions import CandidateRegion
+from moeopt.value_types import OnnxNode, OnnxValue
+
+WAY_OUT = (
+    "export it again with a form of the experts that does not depend on the sample (all experts on all tokens; "
+    "transformers: experts_implementation='batched_mm'), or optimise the PyTorch model with moeopt and export that"
+)
+BROKEN = "the file is broken"
+"""How the reasons begin."""
+_FAR = 16
+"""Nodes between a choice and the scores that it is made by, and between an expert and its rows."""
+
+
+def frozen_routing(candidate: CandidateRegion) -> str:
+    """Why the routing of a candidate looks frozen, a sentence for the file's owner; "" where it does not."""
+    index = candidate.index
+    for product in candidate.chains.products:
+        node = _constant_rows(index, product)
+        if node is not None:
+            return (
+                f"{BROKEN}: the node {node.name!r} ({node.op_type}) gives an expert the rows of the sample "
+                f"that the model was traced with, as constants, whatever the input is; {WAY_OUT}"
+            )
+    for region in candidate.regions[:1]:
+        scored = _scored(index, region)
+        count = candidate.chains.experts
+        if scored > count:
+            return (
+                f"{BROKEN}, by all that can be seen: its router scores {scored} experts, and the file holds "
+                f"{count}. An export that traces a loop over the experts that are hit keeps those of its sample only, "
+                f"and tokens that choose another get nothing; {WAY_OUT}"
+            )
+    return ""
+
+
+def _constant_rows(index: GraphIndex, product: WeightProduct) -> OnnxNode | None:
+    """The node that picks constant rows of a value that is none, for a product."""
+    value = product.rows
+    for _ in range(_FAR):
+        node = value.producer()
+        if node is None or index.at(value) < 0 or node.op_type not in MOVING or index.is_constant(value):
+            return None
+        if node.op_type in ("Gather", "GatherND", "GatherElements") and index.is_constant(node.inputs[1]):
+            if _is_several(index, node.inputs[1]):
+                return node
+        value = node.inputs[0]
+        if value is None:
+            return None
+    return None
+
+
+def _is_several(index: GraphIndex, value: OnnxValue) -> bool:
+    """Whether a constant that may be computed of others is more than one number."""
+    todo = [value]
+    seen: set[int] = set()
+    while todo and len(seen) < _FAR:
+        here = todo.pop()
+        shape = shape_of(here)
+        if shape is not None and math.prod(shape) > 1:
+            return True
+        node = here.producer()
+        if node is not None and id(here) not in seen:
+            seen.add(id(here))
+            todo += [v for v in node.inputs[:1] if v is not None]
+    return False
+
+
+def _scored(index: GraphIndex, region: GraphRegion) -> int:
+    """How many experts the router of a region scores, as far as its choice tells; 0 where that is not to be seen."""
+    products = weight_products(index)
+    inside = {id(node) for node in region.nodes}
+    for node in region.nodes:
+        if node.op_type not in ("TopK", "ArgMax"):
+            continue
+        value = node.inputs[0]
+        for _ in range(_FAR):
+            made = value.producer() if value is not None else None
+            if made is None or id(made) not in inside:
+                break
+            product = products.get(index.at(value))
+            if product is not None:
+                return _outputs(product)
+            value = _data_input(index, made)
+    return 0
+
+
+def _data_input(index: GraphIndex, node: OnnxNode) -> OnnxValue:
+    """The input that a node's result is a function of, constants left out."""
+    return next((v for v in node.inputs if v is not None and not index.is_constant(v)), None)
+
+
+def _outputs(product: WeightProduct) -> int:
+    """How many columns a plain product gives; 0 for a stack."""
+    if len(product.shape) != 2:
+        return 0
+    flag = product.node.attributes.get("transB")
+    turned = product.node.op_type == "Gemm" and flag is not None and bool(flag.as_int())
+    return product.shape[0 if turned else 1]

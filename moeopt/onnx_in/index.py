@@ -1,0 +1,103 @@
+"""A graph's nodes by position, and what each value is made of and read by; every question takes constant time.
+
+Values of an outer graph, which a body reads, have no producer here and count as inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from moeopt.value_types import OnnxGraph, OnnxNode, OnnxValue
+
+RANDOM = frozenset(
+    ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
+)
+"""Operators whose result is no constant, whatever they read."""
+
+
+class GraphIndex:
+    """One graph, or one body, read once.
+
+    Attributes:
+        nodes: in topological order.
+        position: of a node, by its identity.
+        visited: how many nodes all questions so far have looked at, for tests of how the search grows.
+    """
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        self.graph = graph
+        self.nodes: list[Any] = list(graph)
+        self.position = {id(node): number for number, node in enumerate(self.nodes)}
+        self.visited = len(self.nodes)
+        self._reads: dict[int, list[Any]] = {}
+        self._readers: dict[int, list[int]] = {}
+        self._given = {id(v) for v in graph.inputs}
+        self._fixed: set[int] = set()
+        self.ends = {id(v) for v in graph.outputs}
+        for node in self.nodes:
+            reads = [v for v in node.inputs if v is not None]
+            bodies = False
+            for attribute in node.attributes.values():
+                for value in captured(attribute):
+                    reads, bodies = [*reads, value], True
+            self._reads[id(node)] = reads
+            for key in {id(v) for v in reads}:
+                self._readers.setdefault(key, []).append(self.position[id(node)])
+            if not bodies and node.op_type not in RANDOM and all(self.is_constant(v) for v in reads):
+                self._fixed |= {id(v) for v in node.outputs}
+
+    def is_constant(self, value: OnnxValue) -> bool:
+        """Whether a value is an initializer that no caller can replace, or computed of such alone."""
+        if id(value) in self._fixed:
+            return True
+        return value.const_value is not None and id(value) not in self._given and not value.is_graph_input()
+
+    def reads(self, node: OnnxNode) -> list[Any]:
+        """The values that a node or one of its bodies reads."""
+        return self._reads[id(node)]
+
+    def at(self, value: OnnxValue) -> int:
+        """The position of the node of this graph that makes a value; -1 where none does."""
+        node = value.producer()
+        return -1 if node is None else self.position.get(id(node), -1)
+
+    def readers(self, value: OnnxValue) -> list[int]:
+        """The positions of this graph's nodes that read a value, in order; for a body's, of what holds it."""
+        return self._readers.get(id(value), [])
+
+
+def captured(attribute: OnnxValue) -> Iterator[Any]:
+    """The values of outer graphs that an attribute's graphs read."""
+    import onnx_ir as ir
+
+    if attribute.type == ir.AttributeType.GRAPH:
+        graphs = [attribute.value]
+    elif attribute.type == ir.AttributeType.GRAPHS:
+        graphs = list(attribute.value)
+    else:
+        return
+    for graph in graphs:
+        own: set[int] = {id(v) for v in graph.inputs} | {id(v) for v in graph.initializers.values()}
+        for node in graph:
+            for value in (*node.inputs, *(v for a in node.attributes.values() for v in captured(a))):
+                if value is not None and id(value) not in own:
+                    yield value
+            own |= {id(v) for v in node.outputs}
+        yield from (v for v in graph.outputs if id(v) not in own)
+
+
+def graphs_of(graph: OnnxGraph) -> Iterator[Any]:
+    """A graph and the bodies of its nodes, outer ones first."""
+    import onnx_ir as ir
+
+    todo = [graph]
+    while todo:
+        here = todo.pop()
+        yield here
+        for node in here:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.GRAPH:
+                    todo.append(attribute.value)
+                elif attribute.type == ir.AttributeType.GRAPHS:
+                    todo += attribute.value

@@ -1,0 +1,177 @@
+"""Matrix products with constant weights, and the chains of two that are feed-forward functions.
+
+A chain is read by values: two products in a row, with whatever is computed element by element between them. Chains
+that begin at the same rows and whose weights have the same shapes are experts, be they written one after another or as
+one product of a stack. A lone pair of plain matrices is a dense feed-forward network.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeopt.onnx_in.index import GraphIndex
+from moeopt.value_types import OnnxNode, OnnxValue
+
+PRODUCTS = {
+    ("", "MatMul"): (0, 1), ("", "Gemm"): (0, 1), ("", "Conv"): (0, 1), ("", "Einsum"): (0, 1),
+    ("", "MatMulInteger"): (0, 1), ("", "QLinearMatMul"): (0, 3), ("", "ConvInteger"): (0, 1),
+    ("", "QLinearConv"): (0, 3),
+    ("com.microsoft", "MatMulNBits"): (0, 1), ("com.microsoft", "FusedMatMul"): (0, 1),
+    ("com.microsoft", "MatMulIntegerToFloat"): (0, 1), ("com.microsoft", "DynamicQuantizeMatMul"): (0, 1),
+    ("com.microsoft", "FusedGemm"): (0, 1), ("com.microsoft", "FusedConv"): (0, 1),
+}  # fmt: skip
+"""Which inputs of an operator are multiplied."""
+CONVOLUTIONS = frozenset(("Conv", "ConvInteger", "QLinearConv", "FusedConv"))
+WHOLE = {("com.microsoft", "MoE"), ("com.microsoft", "QMoE")}
+"""Operators that are all experts of a block at once."""
+MOVING = frozenset(
+    (
+        "Reshape",
+        "Flatten",
+        "Squeeze",
+        "Unsqueeze",
+        "Expand",
+        "Tile",
+        "Transpose",
+        "Gather",
+        "GatherND",
+        "GatherElements",
+    )
+    + ("Slice", "Split", "Cast", "Identity", "Concat", "Compress", "DequantizeLinear", "QuantizeLinear", "ScatterND")
+    + ("ScatterElements", "Pad", "Dropout", "DynamicQuantizeLinear")
+)
+"""Operators whose result has the values of their first input in other places, or rounded."""
+_MOST_VIEWS = 12
+"""Of a weight between its initializer and its product."""
+_ENDS_CHAIN = frozenset(("Softmax", "LogSoftmax", "TopK", "ArgMax", "ArgMin", "OneHot", "NonZero", "Shape", "Size"))
+"""Operators behind which nothing is a value of the product before them any more."""
+
+
+@dataclass(frozen=True)
+class WeightProduct:
+    """A product with constant weights: its node's position, the rows it reads, the constant and its shape."""
+
+    at: int
+    node: OnnxNode
+    rows: OnnxValue
+    weight: OnnxValue
+    shape: tuple[int, ...]
+    picked: bool
+
+    @property
+    def stacked(self) -> int:
+        """How many matrices the weight holds, 1 for a plain one."""
+        if self.node.op_type in CONVOLUTIONS or self.node.op_type == "MatMulNBits":
+            return 1
+        return self.shape[0] if len(self.shape) >= 3 else 1
+
+
+@dataclass
+class ExpertChains:
+    """First and second products of feed-forward functions that begin at the same rows."""
+
+    root: OnnxValue
+    pairs: list[tuple[WeightProduct, WeightProduct]] = field(default_factory=list)
+
+    @property
+    def experts(self) -> int:
+        """How many functions there are, as far as the shapes of their weights say.
+
+        A product that all of them follow, or that follows all of them, is none of theirs: the fewer count.
+        """
+        counts = [sum({id(p.weight): p.stacked for p in side}.values()) for side in zip(*self.pairs, strict=True)]
+        fewest: int = min(counts)
+        return fewest
+
+    @property
+    def products(self) -> list[WeightProduct]:
+        return list({p.at: p for pair in self.pairs for p in pair}.values())
+
+
+def weight_products(index: GraphIndex) -> dict[int, WeightProduct]:
+    """Every product with constant weights, by its position."""
+    found = {}
+    for at, node in enumerate(index.nodes):
+        sides = PRODUCTS.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
+        if sides is None or max(sides) >= len(node.inputs):
+            continue
+        for rows, weight in (sides, sides[::-1]):
+            constant, picked = constant_behind(index, node.inputs[weight])
+            value = node.inputs[rows]
+            if constant is not None and value is not None and not index.is_constant(value):
+                shape = shape_of(constant)
+                if shape is not None and len(shape) >= 2:
+                    found[at] = WeightProduct(at, node, value, constant, shape, picked)
+                break
+    return found
+
+
+def constant_behind(index: GraphIndex, value: OnnxValue) -> tuple[Any, bool]:
+    """The initializer that a weight comes of by moving data, and whether data choose a part of it; (None, False)."""
+    picked = False
+    for _ in range(_MOST_VIEWS):
+        if value is None:
+            return None, False
+        node = value.producer()
+        if index.is_constant(value) and (node is None or node.op_type == "Constant"):
+            return (value, picked) if shape_of(value) is not None else (None, False)
+        if node is None:
+            return None, False
+        if node.op_type not in MOVING:
+            return None, False
+        picked |= not index.is_constant(value)
+        value = node.inputs[0]
+    return None, False
+
+
+def shape_of(value: OnnxValue) -> tuple[int, ...] | None:
+    """The shape of an initializer or of what a ``Constant`` node holds; None of any other value."""
+    if value.const_value is not None:
+        return tuple(int(n) for n in value.const_value.shape)
+    node = value.producer()
+    held = node.attributes.get("value") if node is not None and node.op_type == "Constant" else None
+    return None if held is None else tuple(int(n) for n in held.value.shape)
+
+
+def expert_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list[ExpertChains]:
+    """The chains of a graph, grouped by where they begin, in the order of their first products."""
+    last: dict[int, int] = {}
+    root: dict[int, Any] = {}
+    groups: dict[Any, ExpertChains] = {}
+    by_shape: defaultdict[Any, set[int]] = defaultdict(set)
+    for at, node in enumerate(index.nodes):
+        if at in products:
+            one = products[at]
+            before = last.get(id(one.rows))
+            if before is not None:
+                first = products[before]
+                start = root.get(id(first.rows), first.rows)
+                key = (id(start), first.shape, one.shape, first.node.op_type, one.node.op_type)
+                group = groups.setdefault(key, ExpertChains(start))
+                if one.at not in by_shape[key]:
+                    by_shape[key].add(one.at)
+                    group.pairs.append((first, one))
+            value = at
+        else:
+            recent = [last[id(v)] for v in index.reads(node) if id(v) in last]
+            value = max(recent) if recent and node.op_type not in _ENDS_CHAIN and node.op_type not in _MERGING else -1
+        for result in node.outputs:
+            if value >= 0:
+                last[id(result)] = value
+            if node.op_type in MOVING and node.inputs and node.inputs[0] is not None:
+                root[id(result)] = root.get(id(node.inputs[0]), node.inputs[0])
+    return list(groups.values())
+
+
+_MERGING = frozenset(
+    ("MatMul", "Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention", "Loop", "If", "Scan")
+)
+"""Operators that mix rows: a product behind them begins another chain."""
+
+
+def dense(chains: Sequence[ExpertChains]) -> list[ExpertChains]:
+    """Those of ``chains`` that are one function alone."""
+    return [group for group in chains if group.experts < 2]

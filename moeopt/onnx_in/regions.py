@@ -1,0 +1,118 @@
+"""The regions of a graph that may be a block of experts, each with a name, the chains in it and where it may end."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, region_between, room_for
+from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.products import ExpertChains, WeightProduct, expert_chains, weight_products
+from moeopt.value_types import OnnxNode, OnnxValue
+
+_FEWER = 64
+"""Nodes by which a region may grow for one entry instead of several."""
+
+
+@dataclass
+class CandidateRegion:
+    """Chains that may be experts.
+
+    Attributes:
+        name: like ``model.layers.0.mlp``, from the names of its weights or nodes.
+        chains: its expert functions.
+        regions: the same region up to each of its possible exits, the nearest first.
+    """
+
+    name: str
+    index: GraphIndex
+    chains: ExpertChains
+    regions: tuple[GraphRegion, ...]
+
+
+def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
+    """Every region of a graph whose chains are two functions or more, in the order of the graph."""
+    products = weight_products(index)
+    taken: set[int] = set()
+    names: set[str] = set()
+    for chains in expert_chains(index, products):
+        if chains.experts < 2 or any(p.at in taken for p in chains.products):
+            continue
+        positions = [p.at for p in chains.products]
+        found = []
+        for end in exits(index, positions, room_for(positions)):
+            region = _rooted(index, chains, end)
+            if region is not None and _has_router(region, chains):
+                found.append(region)
+        taken |= set(positions)
+        name = _unique(region_name(chains.products) or f"region_{len(names)}", names)
+        yield CandidateRegion(name, index, chains, tuple(found))
+
+
+def _rooted(index: GraphIndex, chains: ExpertChains, end: OnnxValue) -> GraphRegion | None:
+    """The region up to ``end``, from as few entries as there can be."""
+    region = region_between(index, chains.root, end)
+    inner = [v for v in region.entries if index.at(v) >= 0]
+    if len(inner) > 1:
+        shared = common_entry(index, inner, _FEWER)
+        if shared is not None:
+            wider = region_between(index, shared, end)
+            if len(wider.entries) < len(region.entries) and len(wider.nodes) <= len(region.nodes) + _FEWER:
+                return wider
+    return region
+
+
+def _has_router(region: GraphRegion, chains: ExpertChains) -> bool:
+    """Whether anything but the experts' own products chooses or weighs among them, or an entry does."""
+    if len(region.entries) > 1:
+        return True
+    own = {id(p.node) for p in chains.products}
+    products = ("MatMul", "Gemm", "Conv", "Einsum", "MatMulNBits", "FusedMatMul")
+    return any(
+        node.op_type in ("TopK", "Softmax", "ArgMax", "Sigmoid")
+        and not _feeds_a_product(node, own)
+        or (node.op_type in products and id(node) not in own)
+        for node in region.nodes
+    )
+
+
+def _feeds_a_product(node: OnnxNode, own: set[int]) -> bool:
+    """Whether a node is an activation: what it gives is multiplied with its own input."""
+    del own
+    source = node.inputs[0]
+    return any(source in user.inputs and user.op_type == "Mul" for v in node.outputs for user, _ in v.uses())
+
+
+def region_name(products: Sequence[WeightProduct]) -> str:
+    """The longest path that the names of the weights, or of the nodes, have in common; "" where they have none."""
+    for names in (
+        [p.weight.name or "" for p in products],
+        [str(p.node.metadata_props.get("pkg.torch.onnx.name_scopes", "")) for p in products],
+        [(p.node.name or "").strip("/").replace("/", ".") for p in products],
+    ):
+        paths = [_scope(name).split(".") for name in names]
+        common = os.path.commonprefix([path[:-1] for path in paths])
+        while len(common) > 1 and (common[-1] in ("experts", "") or common[-1].isdigit() and len(products) == 1):
+            common = common[:-1]
+        if common and not re.match(r"(onnx|val|_)", common[0]):
+            return re.sub(r"[^\w.]", "_", ".".join(common))
+    return ""
+
+
+def _scope(name: str) -> str:
+    """The innermost of torch's name scopes, or the name itself."""
+    inner = re.findall(r"'([^']*)'", name)
+    return inner[-2] + "." if len(inner) > 1 else name
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    parts = [part if not part.isidentifier() and not part.isdigit() and part else part for part in name.split(".")]
+    name = ".".join(part or "_" for part in parts)
+    number, made = 1, name
+    while made in taken or any(other.startswith(f"{made}.") or made.startswith(f"{other}.") for other in taken):
+        number += 1
+        made = f"{name}_{number}"
+    taken.add(made)
+    return made

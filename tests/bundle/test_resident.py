@@ -1,0 +1,170 @@
+"""Experts on disk: the results are those of an engine in memory, and the kernel confirms what is in memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moeopt
+from moeopt.bundle.resident import ResidentExperts
+from moeopt.errors import UsageError
+from moeopt.limits import as_bytes
+
+if not hasattr(os, "posix_fadvise") or not Path("/proc/self/maps").exists():
+    pytest.skip("this system is not asked to drop pages of files", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+E, H, I = 16, 128, 256  # noqa: E741  an expert has 384 kB, its pages are its own
+EXPERT = 3 * H * I * 4
+
+
+class Mixture(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(H, E, bias=False)
+        self.w_in = torch.nn.Parameter(torch.randn(E, 2 * I, H) * 0.05)
+        self.w_out = torch.nn.Parameter(torch.randn(E, H, I) * 0.05)
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(ids == e)
+            if token.numel():
+                gate, up = (x[token] @ self.w_in[e].t()).chunk(2, -1)
+                y = (torch.nn.functional.silu(gate) * up) @ self.w_out[e].t()
+                out.index_add_(0, token, y * weights[token, slot, None])
+        return out
+
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Mixture() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def rows(number, count):
+    return torch.randn(count, H, generator=torch.Generator().manual_seed(number))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    torch.manual_seed(0)
+    made = moeopt.optimize(Layers().eval(), rows(0, 16), verify="fast")
+    assert len(made.report.rewritten) == 2
+    return made.save(tmp_path_factory.mktemp("resident") / "b")
+
+
+CHILD = """
+import gc, json, sys, torch
+import moeopt
+from tests.bundle.test_resident import rows
+
+calls = [rows(n, 8 if n == 0 else 1) for n in range(12)]
+engine = moeopt.load(sys.argv[1])
+want = [engine(x) for x in calls]
+del engine
+gc.collect()
+engine = moeopt.load(sys.argv[1], resident=int(sys.argv[2]))
+import resource
+limit = int(sys.argv[3])
+used = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (used + limit, used + limit))
+measured = [engine._resident.measured()]
+for x, expected in zip(calls, want):
+    assert torch.equal(engine(x), expected)
+    measured.append(engine._resident.measured())
+found = engine.residency
+print(json.dumps({"measured": measured, "said": str(found), "hit": found.hit_rate, "calls": found.calls,
+                  "tokens": found.tokens, "read": found.bytes_read, "over": found.over, "resident": found.resident}))
+"""
+
+
+def test_with_half_of_the_experts_in_memory_the_results_are_the_same_bits(bundle):
+    """In a process of its own: RLIMIT_DATA bounds its anonymous memory, mincore tells which pages are in memory."""
+    half = E * EXPERT  # of two layers
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(bundle), str(half), str(200_000_000)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    edges = 2 * E * 3 * 4096  # a page that two experts share stays
+    assert found["measured"][0] <= edges
+    assert max(found["measured"]) <= half + edges and max(found["measured"]) > half // 2
+    assert (found["calls"], found["tokens"], found["over"]) == (12, 8 + 11, 0)
+    assert 0 < found["hit"] < 1 and found["read"] >= found["resident"] > 0
+    assert "MADV_PAGEOUT, POSIX_FADV_DONTNEED" in found["said"] and "MB read a token" in found["said"]
+
+
+def test_the_experts_that_tokens_choose_most_stay(tmp_path):
+    file = tmp_path / "w"
+    file.write_bytes(b"\0" * 4096)
+    experts = ResidentExperts(2 * 4096, file, [([torch.ones(4, 32, 32)], 4)])
+    for ids in ([[0, 1]], [[0, 1]], [[0, 2]], [[0, 2]], [[0, 3]]):
+        experts.before(0, torch.tensor(ids))
+    assert [e.here for e in experts._layers[0]] == [True, False, False, True]
+    assert experts.residency.hit_rate == 6 / 10 and experts.residency.bytes_read == 4 * 4096
+
+
+def test_ids_that_name_no_expert_read_nothing(tmp_path):
+    file = tmp_path / "w"
+    file.write_bytes(b"\0" * 4096)
+    experts = ResidentExperts(3 * 4096, file, [([torch.ones(2, 32, 32), *torch.ones(2, 32, 32)], 2)])
+    experts.before(0, torch.tensor([[-1, 2], [7, -5]]))
+    assert experts.residency.bytes_read == 0 and experts.residency.tokens == 2
+    experts.before(0, torch.tensor([[1, -1]]))
+    assert experts.residency.bytes_read == 2 * 4096
+
+
+def test_a_choice_that_exceeds_the_budget_runs_and_is_told(tmp_path):
+    file = tmp_path / "w"
+    file.write_bytes(b"\0" * 4096)
+    experts = ResidentExperts(4096, file, [([torch.ones(4, 32, 32)], 4)])
+    experts.before(0, torch.tensor([[0, 1], [2, 3]]))
+    assert experts.residency.over == 3 * 4096
+    experts.before(0, torch.tensor([[3]]))
+    experts.before(0, torch.tensor([[3]]))
+    assert experts.residency.resident <= 4 * 4096
+
+
+def test_a_budget_below_one_expert_is_refused(bundle):
+    with pytest.raises(UsageError, match=rf"resident=1000 is less than the {EXPERT} bytes of one expert: give that"):
+        moeopt.load(bundle, resident=1000)
+
+
+def test_a_bundle_without_experts_is_refused(tmp_path):
+    moeopt.optimize(torch.nn.Linear(4, 4), torch.ones(2, 4), verify="off").save(tmp_path / "b")
+    with pytest.raises(UsageError, match="has none that its graph reads as they are in the file: leave it out"):
+        moeopt.load(tmp_path / "b", resident="1GB")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GB", 8 * 10**9), ("512 MiB", 512 << 20), (4096, 4096), ("1.5kb", 1500), ("2e", None), ("", None), (-1, None),
+     (True, None), ("0", None), ("many", None)],
+)  # fmt: skip
+def test_sizes(text, size):
+    if size is None:
+        with pytest.raises(UsageError, match=r"resident=.* is no size: give one like '8GB', '512MB', or a number of"):
+            as_bytes("resident", text)
+    else:
+        assert as_bytes("resident", text) == size
+
+
+def test_weights_of_a_loaded_bundle_are_pages_of_its_file(bundle):
+    engine = moeopt.load(bundle, mapped=True)
+    mapped = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "weights.safe" in line]
+    spans = [tuple(int(part, 16) for part in span.split("-")) for span in mapped]
+    large = [w for w in engine._runner.weights.values() if w.numel() > 1000]
+    assert large and all(any(a <= w.data_ptr() < b for a, b in spans) for w in large)
+    assert engine.residency is None

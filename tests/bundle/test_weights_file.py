@@ -1,0 +1,92 @@
+"""Weights written one by one: a safetensors file that safetensors reads, every tensor of it aligned and mapped."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from moeopt.bundle.aligned import ALIGNMENT
+from moeopt.bundle.weights_file import DTYPE_NAMES, WeightsFile, becomes_the_bundles, is_becoming_one, save_weights
+
+
+def sample(dtype, shape=(5, 3)):
+    return torch.arange(1, 16).reshape(shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPE_NAMES), ids=str)
+def test_every_dtype_comes_back_aligned(tmp_path, dtype):
+    blocks = {"a": sample(dtype), "odd": sample(dtype)[0], "none": torch.empty(0, 4, dtype=dtype), "b": sample(dtype)}
+    save_weights(blocks, tmp_path / "w")
+    found = load_file(tmp_path / "w")
+    assert {n for n in found if not n.startswith("moeopt.fill.")} == set(blocks)
+    for name, tensor in blocks.items():
+        assert found[name].dtype == dtype and torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
+    with safe_open(tmp_path / "w", "pt") as file:
+        assert all(file.get_tensor(name).data_ptr() % ALIGNMENT == 0 for name in blocks)
+
+
+def test_scalars_and_strides_and_dtypes_that_safetensors_has_no_name_for(tmp_path):
+    wide = torch.complex(torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    save_weights({"one": torch.tensor(3.5), "turned": sample(torch.float32).t(), "wide": wide}, tmp_path / "w")
+    found = load_file(tmp_path / "w")
+    assert found["one"] == 3.5 and torch.equal(found["turned"], sample(torch.float32).t())
+    assert found["wide"].dtype == torch.uint8 and torch.equal(found["wide"].view(torch.complex128), wide)
+
+
+def test_what_is_written_as_it_is_made_is_not_written_again(tmp_path):
+    file = WeightsFile(tmp_path / "begun", 4096, 4096)
+    first, second = file.add(sample(torch.bfloat16)), file.add(sample(torch.int64))
+    end = file.end
+    with becomes_the_bundles(file):
+        assert is_becoming_one()
+        save_weights({"second": second, "first": first, "late": torch.ones(4)}, tmp_path / "w")
+    assert not is_becoming_one()
+    assert file.end == end + ALIGNMENT  # of late alone
+    found = load_file(tmp_path / "w")
+    assert torch.equal(found["first"], sample(torch.bfloat16)) and torch.equal(found["second"], sample(torch.int64))
+    assert torch.equal(found["late"], torch.ones(4))
+    assert torch.equal(first, sample(torch.bfloat16))  # the mapping stays
+    file.close()
+
+
+def test_two_blocks_of_the_same_bytes_are_both_there(tmp_path):
+    file = WeightsFile(tmp_path / "begun", 4096, 4096)
+    first = file.add(sample(torch.float32))
+    file.finish({"a": first, "b": first[1:]})
+    found = load_file(tmp_path / "begun")
+    assert torch.equal(found["a"], first) and torch.equal(found["b"], first[1:])
+
+
+def test_a_header_that_outgrows_its_room_moves_the_data(tmp_path):
+    file = WeightsFile(tmp_path / "begun", 4096, 8)
+    first = file.add(sample(torch.float32))
+    file.finish({f"a rather long name {n}": first + n for n in range(20)} | {"first": first})
+    found = load_file(tmp_path / "begun")
+    assert torch.equal(found["first"], sample(torch.float32)) and torch.equal(first, found["first"])
+    assert torch.equal(found["a rather long name 7"], first + 7) and found["first"].data_ptr() % ALIGNMENT == 0
+
+
+def test_a_write_to_a_mapped_tensor_leaves_the_file_alone(tmp_path):
+    file = WeightsFile(tmp_path / "begun", 4096, 4096)
+    first = file.add(sample(torch.float32))
+    first.zero_()
+    assert torch.equal(file.restore(torch.float32, [5, 3], file.mapped.offset_of(first)), torch.zeros(5, 3))
+    file.mapped.release()  # what was written in place is gone
+    assert torch.equal(first, sample(torch.float32))
+
+
+def test_more_than_the_room_is_refused(tmp_path):
+    file = WeightsFile(tmp_path / "begun", 64, 64)
+    with pytest.raises(ValueError, match="has room for .* bytes, and .* are needed"):
+        file.add(torch.zeros(1000))
+
+
+def test_the_header_is_json_without_gaps(tmp_path):
+    save_weights({"a": torch.ones(3), "b": torch.ones(5, dtype=torch.int8)}, tmp_path / "w")
+    blob = (tmp_path / "w").read_bytes()
+    length = int.from_bytes(blob[:8], "little")
+    spans = sorted(entry["data_offsets"] for entry in json.loads(blob[8 : 8 + length]).values())
+    assert spans[0][0] == 0 and spans[-1][1] == len(blob) - 8 - length
+    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)) and (8 + length) % ALIGNMENT == 0

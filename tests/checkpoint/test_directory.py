@@ -1,0 +1,122 @@
+"""Whatever is wrong with a directory's files is said before a weight is read: what, where and the way out."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moeopt.checkpoint.directory import CheckpointDirectory
+from moeopt.errors import CheckpointError
+
+NAME = "model-0000{}-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    parts = {
+        1: {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)},
+        2: {"c": torch.ones(2, dtype=torch.bfloat16)},
+    }
+    for number, tensors in parts.items():
+        save_file(tensors, tmp_path / NAME.format(number))
+    where = {name: NAME.format(number) for number, tensors in parts.items() for name in tensors}
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return tmp_path
+
+
+def test_tensors_are_listed_without_being_read_and_mapped_when_asked_for(sharded):
+    found = CheckpointDirectory(sharded)
+    assert list(found) == ["a", "b", "c"] and len(found.files) == 2 and found.bytes == 24 + 16 + 4
+    assert (found["c"].dtype, found["c"].shape) == (torch.bfloat16, (2,))
+    a = found.tensor("a")
+    assert torch.equal(a, torch.arange(6.0).reshape(2, 3)) and found.holds(a) and not found.holds(torch.ones(2))
+    found.release()
+    assert torch.equal(a, torch.arange(6.0).reshape(2, 3))
+
+
+def test_the_identity_follows_the_files(sharded):
+    before = CheckpointDirectory(sharded).identity()
+    assert CheckpointDirectory(sharded).identity() == before
+    save_file({"c": torch.zeros(2, dtype=torch.bfloat16)}, sharded / NAME.format(2))
+    assert CheckpointDirectory(sharded).identity() != before
+
+
+def test_files_without_an_index_are_all_read(sharded):
+    (sharded / INDEX).unlink()
+    assert sorted(CheckpointDirectory(sharded)) == ["a", "b", "c"]
+    save_file({"a": torch.ones(1)}, sharded / "again.safetensors")
+    with pytest.raises(CheckpointError, match=r"'a' is in again.safetensors and in model-00001.*keep one of the two"):
+        CheckpointDirectory(sharded)
+
+
+def test_a_file_beside_the_index_is_left_alone(sharded):
+    save_file({"a": torch.ones(1), "z": torch.ones(1)}, sharded / "consolidated.safetensors")
+    assert sorted(CheckpointDirectory(sharded)) == ["a", "b", "c"]
+
+
+def test_a_missing_file(sharded):
+    (sharded / NAME.format(2)).unlink()
+    with pytest.raises(CheckpointError, match=rf"lacks {NAME.format(2)} of the 2 files .* fetch the file again"):
+        CheckpointDirectory(sharded)
+
+
+def test_a_file_that_was_cut_off(sharded):
+    file = sharded / NAME.format(1)
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors is damaged: the data should end at byte"):
+        CheckpointDirectory(sharded)
+
+
+def test_a_header_that_was_overwritten(sharded):
+    file = sharded / NAME.format(1)
+    file.write_bytes(file.read_bytes()[:8] + b"\0" * (file.stat().st_size - 8))
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors is damaged: its header is not JSON"):
+        CheckpointDirectory(sharded)
+
+
+def test_an_index_of_another_version(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["d"] = NAME.format(2)
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"says that 'd' is in .*00002.* of two versions; fetch both again"):
+        CheckpointDirectory(sharded)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": 3}}'])
+def test_an_index_that_is_none(sharded, text):
+    (sharded / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{INDEX} (is damaged|names files outside)"):
+        CheckpointDirectory(sharded)
+
+
+def test_an_empty_directory(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no \*.safetensors file: give the directory of the weights"):
+        CheckpointDirectory(tmp_path)
+
+
+def header(path, entry, data=b"\0" * 8):
+    text = json.dumps({"a": entry}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def test_a_dtype_that_pytorch_lacks(tmp_path):
+    header(tmp_path / "model.safetensors", {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]})
+    with pytest.raises(CheckpointError, match=r"the tensor 'a' is of dtype F4, .* convert the checkpoint first"):
+        CheckpointDirectory(tmp_path)
+
+
+def test_a_shape_that_is_not_that_of_the_bytes(tmp_path):
+    header(tmp_path / "model.safetensors", {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]})
+    with pytest.raises(CheckpointError, match=r"'a' has 8 bytes, and F32 \[3\] takes 12; fetch the file again"):
+        CheckpointDirectory(tmp_path)
+
+
+def test_numbers_at_odd_addresses_are_read_right(tmp_path):
+    text = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    text += b" " * (3 - len(text) % 4)  # its data begin at an odd byte
+    values = torch.tensor([1.5, -2.5])
+    data = values.numpy().tobytes()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    assert torch.equal(CheckpointDirectory(tmp_path).tensor("a"), values)

@@ -1,0 +1,161 @@
+"""A run that is killed goes on where it stopped, in a new process, and what it then writes is the same bundle."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import moeopt
+from moeopt.checkpoint.journal import JOURNAL, WEIGHTS, Journal, folder_of
+from moeopt.checkpoint.load import _Slice
+from moeopt.checkpoint.stream import streamed
+from moeopt.errors import UsageError
+from moeopt.options import Options
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+if int(transformers.__version__.split(".")[0]) < 5:
+    pytest.skip("transformers 4 writes other checkpoints of these models", allow_module_level=True)
+
+from tests.checkpoint.families import write  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+CHILD = """
+import os, signal, sys
+import moeopt
+
+def say(line):
+    if line.startswith(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+moeopt.optimize(sys.argv[1], out=sys.argv[2], verify="fast", progress=say)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write("qwen3", tmp_path_factory.mktemp("resume") / "model", shards=3, num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def stopped(model):
+    """What a run that was killed left, by the line of progress at which it was killed."""
+    made = {}
+
+    def at(line, out):
+        if line not in made:
+            first = model.parent / f"killed at {line}"
+            done = subprocess.run(
+                [sys.executable, "-c", CHILD, str(model), str(first), line],
+                env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            assert not first.exists() and (folder_of(first) / JOURNAL).is_file()
+            made[line] = folder_of(first)
+        shutil.copytree(made[line], folder_of(out))
+
+    return at
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The checkpoint's tensors that are read."""
+    names, real = set(), _Slice.__getitem__
+    monkeypatch.setattr(_Slice, "__getitem__", lambda self, index: names.add(self._name) or real(self, index))
+    return names
+
+
+def opened(model, out, **fields):
+    """The model as a run opens it; it is the one that transformers loads. Lines of progress."""
+    lines = []
+    with streamed(model, Options(verify="fast", progress=lines.append, **fields), out=out) as source:
+        want = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="auto").state_dict()
+        assert all(torch.equal(value, want[name]) for name, value in source.model.state_dict().items())
+        assert all(source.journal.file.mapped.holds(p) for p in source.model.parameters())
+    return lines
+
+
+def layers(names):
+    return {int(name.split(".")[2]) for name in names if name.startswith("model.layers.")}
+
+
+def test_killed_between_blocks(model, stopped, read, tmp_path, monkeypatch):
+    from moeopt.pipeline import block
+
+    stopped("block 3 of 3", tmp_path / "b")
+    verified, lines, judge = [], [], block.verify_block
+    monkeypatch.setattr(block, "verify_block", lambda name, *a, **f: verified.append(name) or judge(name, *a, **f))
+    made = moeopt.optimize(model, out=tmp_path / "b", verify="fast", progress=lines.append)
+    assert layers(read) == set()  # every weight was made
+    assert layers(verified) == {0, 2}  # the first of its kind is read anew; the second was verified before
+    assert [c.name for c in made.certificate.blocks] == [f"model.layers.{n}.mlp.experts" for n in range(3)]
+    assert made.certificate.passed and all(c.passed and c.cases for c in made.certificate.blocks)
+    assert any(line.endswith(" weights and 2 blocks are done") for line in lines)
+    assert not folder_of(tmp_path / "b").exists()
+    monkeypatch.undo()
+    moeopt.optimize(model, out=tmp_path / "whole", verify="fast")
+    graphs = [json.loads((tmp_path / x / "graph.json").read_text()) for x in ("b", "whole")]
+    assert graphs[0] == graphs[1]
+    weights = [load_file(tmp_path / x / "weights.safetensors") for x in ("b", "whole")]
+    for name in {view["block"] for view in graphs[0]["views"].values()}:
+        assert torch.equal(weights[0][name], weights[1][name])
+    assert moeopt.verify(tmp_path / "b").passed
+
+
+def test_killed_between_layers_of_weights(model, stopped, read, tmp_path):
+    stopped("layer 3 of 3", tmp_path / "b")
+    lines = opened(model, tmp_path / "b")
+    assert layers(read) == {2}
+    assert any(line.startswith("going on: ") and line.endswith(" weights and 0 blocks are done") for line in lines)
+    assert [line for line in lines if line.startswith("layer ")] == ["layer 1 of 3: model.layers.2"]
+
+
+def test_a_weight_that_was_damaged_meanwhile_is_made_again(model, stopped, read, tmp_path):
+    stopped("layer 3 of 3", tmp_path / "b")
+    entries = [json.loads(line) for line in (folder_of(tmp_path / "b") / JOURNAL).read_text().splitlines()]
+    second = next(e for e in entries if e.get("weight", "").startswith("model.layers.1.mlp.experts"))
+    with (folder_of(tmp_path / "b") / WEIGHTS).open("r+b") as file:
+        file.seek(second["offset"])
+        file.write(b"\x55")
+    opened(model, tmp_path / "b")
+    assert layers(read) == {1, 2}
+
+
+def test_another_checkpoint_or_other_options_begin_anew(model, stopped, read, tmp_path):
+    stopped("layer 3 of 3", tmp_path / "b")
+    lines = opened(model, tmp_path / "b", seed=3)
+    assert layers(read) == {0, 1, 2} and not any(line.startswith("going on") for line in lines)
+
+
+def test_a_journal_that_was_cut_off_in_a_line(model, stopped, read, tmp_path):
+    stopped("layer 3 of 3", tmp_path / "b")
+    journal = folder_of(tmp_path / "b") / JOURNAL
+    journal.write_text(journal.read_text()[:-20])
+    opened(model, tmp_path / "b")
+    assert layers(read) == {1, 2}
+    read.clear()
+    opened(model, tmp_path / "b")  # what the second run wrote behind the cut is whole
+    assert layers(read) == set()
+
+
+def test_two_processes_do_not_write_to_one_place(tmp_path):
+    journal = Journal(tmp_path / "b", {}, 4096, 4096)
+    with pytest.raises(UsageError, match=r"another process is streaming to .*: wait for it, or give another directory"):
+        Journal(tmp_path / "b", {}, 4096, 4096)
+    journal.close(done=True)
+    assert not folder_of(tmp_path / "b").exists()
+
+
+def test_a_restored_parameter_that_would_be_converted_again_is_made_anew(model, stopped, read, tmp_path, monkeypatch):
+    from moeopt.checkpoint import stream
+
+    stopped("layer 3 of 3", tmp_path / "b")
+    monkeypatch.setattr(stream, "_in_place", lambda model, restored: False)
+    opened(model, tmp_path / "b")
+    assert layers(read) == {0, 1, 2}

@@ -1,0 +1,47 @@
+"""Models that another library has divided over processes: refused, with the way to the same end."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import moeopt
+from tests.distributed.models import Stacked, tokens
+from tests.toy_moe import Block, build
+
+WAY_OUT = r"is divided over processes already .* load the model whole .* moeopt.distribute\(optimized, mesh\)"
+
+
+@pytest.fixture
+def alone(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield DeviceMesh("cpu", [0])
+    dist.destroy_process_group()
+
+
+def test_a_model_under_fsdp(alone):
+    with pytest.raises(moeopt.UsageError, match=WAY_OUT):
+        moeopt.optimize(fully_shard(build(Block), mesh=alone), tokens(4))
+
+
+def test_a_model_whose_experts_are_dtensors(alone):
+    """As transformers loads a model with an expert plan: a stack of experts, sharded along the first dimension."""
+    model = Stacked()
+    model.w_in = torch.nn.Parameter(distribute_tensor(model.w_in.detach(), alone, [Shard(0)]))
+    for call in (moeopt.optimize, moeopt.explain, lambda m, x: moeopt.profile(m, [x])):
+        with pytest.raises(moeopt.UsageError, match="w_in of Stacked " + WAY_OUT):
+            call(model, tokens(4))
+
+
+def test_a_language_model_under_fsdp(alone):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    fully_shard(model.model.layers[0], mesh=alone)
+    with pytest.raises(moeopt.UsageError, match=WAY_OUT):
+        moeopt.optimize(fully_shard(model, mesh=alone), {"input_ids": torch.ones(1, 4, dtype=torch.long)})

@@ -1,0 +1,36 @@
+"""A file whose export froze the experts of one sample is told as broken, and not made quicker."""
+
+import pytest
+import torch
+
+import moeopt
+from tests.onnx_in.hit_loops import E, H, hit_loop
+from tests.onnx_in.toys import run
+
+
+def test_a_loop_over_all_experts_is_no_frozen_one(tmp_path):
+    path = hit_loop("all", tmp_path / "all.onnx", 3)
+    found = moeopt.optimize(path, verify="fast")
+    (block,) = found.report.blocks
+    assert (block.name, block.status, block.experts) == ("experts", "rewritten", E)
+    x = torch.randn(9, H)
+    assert torch.allclose(found(x), run(path, x=x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_experts_that_the_sample_did_not_hit_are_missed(tmp_path):
+    found = moeopt.optimize(hit_loop("hit", tmp_path / "some.onnx", 3))
+    (block,) = found.report.blocks
+    assert block.status == "declined" and not found.report.rewritten
+    assert f"its router scores {E} experts, and the file holds {block.experts}" in block.reason
+    assert "export it again with a form of the experts that does not depend on the sample" in block.reason
+    assert any(note.startswith("experts: the file is broken") for note in found.certificate.notes)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_rows_that_are_constants_are_told_also_where_every_expert_is_there(tokens, tmp_path):
+    path = hit_loop("rows", tmp_path / "rows.onnx", tokens)
+    found = moeopt.optimize(path, torch.randn(40, H))
+    (block,) = found.report.blocks
+    assert block.status == "declined" and (block.experts == E) is (tokens == 40)
+    assert "gives an expert the rows of the sample that the model was traced with, as constants" in block.reason
+    assert "(Gather)" in block.reason

@@ -1,0 +1,135 @@
+"""What strangers' files may not hold, each refused with the file, the place and the way out."""
+
+import os
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import moeopt
+from moeopt.errors import UsageError
+from moeopt.onnx_in.read import is_onnx, read_onnx
+
+
+def model(nodes=None, weights=(), inputs=("x",), outputs=("y",), opset=17, domains=(), **graph):
+    nodes = [helper.make_node("Relu", ["x"], ["y"], name="relu")] if nodes is None else nodes
+    ends = [
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["t", 4]) for n in names] for names in (inputs, outputs)
+    ]
+    made = helper.make_graph(nodes, "g", *ends, initializer=list(weights), **graph)
+    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+    return helper.make_model(made, opset_imports=opsets, ir_version=9)
+
+
+def weight(name="w", dims=(4, 4), **external):
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=dims)
+    if external:
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in external.items():
+            tensor.external_data.add(key=key, value=str(value))
+    else:
+        tensor.raw_data = b"\0" * 64
+    return tensor
+
+
+def product(**external):
+    return model([helper.make_node("MatMul", ["x", "w"], ["y"], name="mm")], [weight(**external)])
+
+
+def node(op, reads, makes, name="n", **more):
+    return helper.make_node(op, reads, makes, name=name, **more)
+
+
+HOSTILE = {
+    "parent": (lambda: product(location="../secret.bin", length=64), "outside of the model's folder"),
+    "absolute": (lambda: product(location="/etc/passwd", length=64), "outside of the model's folder"),
+    "no file": (lambda: product(location="gone.bin", length=64), "lies in 'gone.bin', which is not there"),
+    "link": (lambda: product(location="link.bin", length=64), "outside of the model's folder"),
+    "beyond": (lambda: product(location="data.bin", offset=32), "ends at byte 96, and data.bin has 64"),
+    "offset": (lambda: product(location="data.bin", offset="-8"), "does not say where it begins and ends"),
+    "length": (lambda: product(location="data.bin", length=60), "has 60 bytes, and its shape says 64"),
+    "huge": (
+        lambda: product(dims=(1 << 40, 1 << 40), location="data.bin"),
+        "has the shape [1099511627776, 1099511627776]",
+    ),
+    "negative": (lambda: product(dims=(-4, 4), location="data.bin"), "has the shape [-4, 4]"),
+    "short": (lambda: model(weights=[weight(dims=(8, 8))]), "has 64 bytes, and its shape says 256"),
+    "cycle": (
+        lambda: model(
+            [node("Add", ["x", "b"], ["a"], "first"), node("Relu", ["a"], ["b"]), node("Relu", ["b"], ["y"])]
+        ),
+        "the node 'first' in the graph 'g' reads 'b', which no node before it makes: the graph holds a cycle",
+    ),
+    "twice": (
+        lambda: model([node("Relu", ["x"], ["y"]), node("Abs", ["x"], ["y"], "again")]),
+        "made twice, the second time by",
+    ),
+    "weights": (lambda: model(weights=[weight(), weight()]), "'w' names two values"),
+    "output": (lambda: model(outputs=("z",)), "nothing makes the output 'z'"),
+    "old": (
+        lambda: model(opset=9),
+        "it is of opset 9, and moeopt reads 13 and newer: convert it with onnx.version_converter",
+    ),
+    "empty": (onnx.ModelProto, "it is not an ONNX graph"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_or_damaged_file_is_refused(name, tmp_path):
+    make, said = HOSTILE[name]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "data.bin").write_bytes(b"\0" * 64)
+    (tmp_path / "secret.bin").write_bytes(b"\0" * 64)
+    os.symlink(tmp_path / "secret.bin", folder / "link.bin")
+    (folder / "m.onnx").write_bytes(make().SerializeToString())
+    with pytest.raises(UsageError) as caught:
+        moeopt.optimize(folder / "m.onnx")
+    assert said in str(caught.value) and str(folder / "m.onnx") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "domains"),
+    [
+        ([node("Evil", ["x"], ["y"], domain="custom.ops")], ["custom.ops"]),
+        ([node("NoSuchOperator", ["x"], ["y"])], []),
+        ([node("PythonOp", ["x"], ["y"], domain="com.microsoft")], ["com.microsoft"]),
+    ],
+)
+def test_operators_that_onnx_runtime_does_not_know_are_told(nodes, domains, tmp_path):
+    (tmp_path / "m.onnx").write_bytes(model(nodes, domains=domains).SerializeToString())
+    with pytest.raises(UsageError, match=r"m\.onnx: ONNX Runtime \S+ does not load it"):
+        moeopt.optimize(tmp_path / "m.onnx")
+
+
+def test_what_is_no_file_is_told(tmp_path):
+    (tmp_path / "text.onnx").write_text("not a graph")
+    (tmp_path / "folder.onnx").mkdir()
+    for name, said in (
+        ("gone.onnx", "there is no such file"),
+        ("text.onnx", "it is not an ONNX graph"),
+        ("folder.onnx", "is a directory: give the .onnx file in it"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            moeopt.optimize(tmp_path / name)
+
+
+def test_a_value_with_weights_elsewhere_is_refused():
+    with pytest.raises(UsageError, match="a ModelProto does not say where that is: give the path"):
+        read_onnx(product(location="data.bin", length=64))
+
+
+def test_functions_are_inlined_on_a_copy(tmp_path):
+    body = helper.make_function(
+        "own", "Twice", ["a"], ["b"], [node("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 17)]
+    )
+    made = model([node("Twice", ["x"], ["y"], domain="own")], domains=["own"])
+    made.functions.append(body)
+    before = made.SerializeToString()
+    assert [n.op_type for n in read_onnx(made).proto.graph.node] == ["Add"]
+    assert made.SerializeToString() == before
+
+
+def test_only_onnx_models_are_taken_for_such():
+    assert is_onnx("a/b.onnx") and is_onnx(onnx.ModelProto())
+    assert not is_onnx("a/b.pt") and not is_onnx(3) and not is_onnx(None)

@@ -1,0 +1,46 @@
+"""The scripts of docs/run-it-in.md, each run where its runtime is installed, on one engine."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.doc_snippets import fences
+
+PAGE = Path(__file__).parents[1] / "docs" / "run-it-in.md"
+SCRIPTS = {title: text for language, title, text in fences(PAGE) if language == "python"}
+RUNTIMES = {"run_onnxruntime.py": "onnxruntime", "run_genai.py": "onnxruntime_genai", "run_openvino.py": "openvino"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("transformers.exporters")
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "make_engine.py").write_text(SCRIPTS["make_engine.py"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        import make_engine  # noqa: F401  # once: the scripts import it
+
+        yield folder
+        sys.modules.pop("make_engine")
+
+
+def test_the_page_has_these_scripts():
+    assert set(SCRIPTS) == {"make_engine.py", *RUNTIMES}
+
+
+@pytest.mark.parametrize("script", RUNTIMES)
+def test_a_script_of_the_page_runs(folder, script):
+    pytest.importorskip(RUNTIMES[script])
+    exec(compile(SCRIPTS[script], script, "exec"), {"__name__": "__main__"})
+
+
+def test_the_page_s_command_runs(folder, capsys):
+    from moeopt.cli import main
+
+    (command,) = [text.split() for language, _, text in fences(PAGE) if language == "sh"]
+    with pytest.raises(SystemExit) as stop:
+        main(command[1:])
+    assert not stop.value.code and (folder / "repository" / "moe" / "config.pbtxt").is_file()
