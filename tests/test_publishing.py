@@ -75,7 +75,7 @@ def test_the_workflow_runs_targets_that_there_are():
     assert ".ci/run" in scripts and (ROOT / ".ci" / "run").exists()
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for script in scripts:
-        assert script == ".ci/run" or script.removeprefix("make ") in targets, script
+        assert script == ".ci/run" or script.split()[:1] == ["make"] and script.split()[1] in targets, script
 
 
 def test_issue_forms_ask_for_the_facts_and_the_dump():

@@ -14,12 +14,14 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
+from moeopt.backends.made import Made as Made
+from moeopt.backends.made import Opened as Opened
+from moeopt.backends.made import bytes_of
 from moeopt.bundle.destination import check_destination
 from moeopt.bundle.manifest import Manifest, read_manifest
 from moeopt.bundle.weights_file import is_becoming_one
@@ -32,7 +34,6 @@ from moeopt.onnx_in.read import is_onnx
 from moeopt.options import Options
 from moeopt.pipeline.measure_loss import whole_loss
 from moeopt.pipeline.quantized_model import quantized_original
-from moeopt.report import Report
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd, OriginalRuns, end_to_end
@@ -43,41 +44,6 @@ LOG = logging.getLogger("moeopt")
 
 Otherwise = Callable[[OriginalRuns, Any], EndToEnd | None]
 """A second look at outputs that differ: the original's runs, the engine's outputs -> another verdict, or None."""
-
-
-@dataclass
-class Made:
-    """What a backend makes of a model.
-
-    Attributes:
-        model: what is called: the rewritten model, or an engine.
-        report, certificate: as in :class:`moeopt.Optimized`.
-        source: the original's fingerprint, for a bundle's manifest.
-        built: the backend's own record of an engine; None where ``model`` is the user's own module.
-    """
-
-    model: Any
-    report: Report
-    certificate: Certificate
-    source: dict[str, str] | None = None
-    built: Any = None
-
-
-@dataclass
-class Opened:
-    """A bundle that was opened to be verified.
-
-    Attributes:
-        engine: what runs here.
-        executed: whether that is the engine that was built, and not a replay of it.
-        device: the certificate's ``device``.
-        notes: sentences for the certificate.
-    """
-
-    engine: Any
-    executed: bool
-    device: str
-    notes: Sequence[str] = ()
 
 
 class Backend(ABC):
@@ -160,7 +126,7 @@ class Backend(ABC):
             UsageError: the directory cannot be written to, holds something else, or holds a verified bundle that an
                 unverified one would replace without ``overwrite``.
         """
-        size = 0 if is_becoming_one() else _bytes_of(made.model)
+        size = 0 if is_becoming_one() else bytes_of(made.model)
         old = check_destination(directory, made.certificate.passed is True, overwrite, size)
         what = "the model" if made.built is None else "the engine"
         with open_dataclasses(call), unexpected_errors_as(f"saving {what}", REPORT_IT, NotSaveableError):
@@ -332,14 +298,3 @@ class Backend(ABC):
     def _replay_impl(self, manifest: Manifest, engine: PyObject, limits: LoadLimits) -> PyObject:
         """The golden runs of a bundle on ``engine``, as a :class:`moeopt.bundle.golden.GoldenCheck`."""
         raise BundleError(f"{manifest.directory}: backend {self.name!r} opens no bundles")
-
-
-def _bytes_of(model: PyObject) -> int:
-    """About how large a bundle of ``model`` is: its weights, or the files of its engine."""
-    if isinstance(model, nn.Module):
-        weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
-        return sum(weights.values())
-    folder = getattr(model, "directory", None)
-    if folder is None:
-        return 0
-    return sum(f.stat().st_size for f in Path(folder).glob("*") if f.is_file())
