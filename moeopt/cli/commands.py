@@ -76,15 +76,14 @@ QuantizeTo = Annotated[str | None, typer.Option(help="round the experts' weights
 LimitTo = Annotated[
     list[str] | None, typer.Option(help="the most that quantising may lose, like kl_mean=0.01; may be given again")
 ]
+BackendName = Annotated[str | None, typer.Option(help="torch, onnxruntime (an ONNX file's without it) or tensorrt")]
 Seed = Annotated[int, typer.Option(help="of every random input, and of random weights")]
 
 
 @app.command()
 def optimize(
     target: TargetArgument,
-    backend: Annotated[
-        str | None, typer.Option(help="torch, onnxruntime or tensorrt; without it torch, for an ONNX file onnxruntime")
-    ] = None,
+    backend: BackendName = None,
     out: Annotated[Path | None, typer.Option(help="write a bundle to this directory")] = None,
     verify: Annotated[str | None, typer.Option(help="strict, fast or off")] = None,
     device: Annotated[str | None, typer.Option(help="where it shall run, like cpu or cuda:0")] = None,
