@@ -17,13 +17,13 @@ import typer
 
 import moeopt
 from moeopt.checkpoint.tasks import TASKS
-from moeopt.cli.early import check_backend, check_bundle, check_certificate
+from moeopt.cli.early import check_bundle, check_certificate
 from moeopt.cli.inspect_command import inspect_command
 from moeopt.cli.limits import as_limits, missed_words
 from moeopt.cli.opened_target import opened_target
 from moeopt.cli.passes_command import passes_command
 from moeopt.cli.plan_command import plan_command
-from moeopt.cli.preflight import check_choice, check_out
+from moeopt.cli.preflight import check_choice, check_out, chosen_backend
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.schema_command import schema_command
 from moeopt.cli.target import FORMS, find_target, load_target
@@ -112,10 +112,8 @@ def optimize(
         check_target(html)
     if measure and (html is None or device is not None or dtype is not None):
         raise UsageError("--measure adds to the page of --html, and compares like with like: without --device, --dtype")
-    if backend is not None:
-        check_backend(backend)
     found = find_target(target, task)
-    backend = backend or ("torch" if found.onnx is None else "onnxruntime")
+    backend = chosen_backend(backend, found)
     given: dict[str, Any] = {
         "verify": verify, "device": device, "target": built_for, "dtype": dtype, "tune": tune, "seed": seed,
         "skip_passes": skip_passes and _names(skip_passes), "only_passes": only_passes and _names(only_passes),

@@ -189,7 +189,7 @@ def test_a_quantised_directory_is_refused(tmp_path):
 def test_too_little_memory_is_said_before_anything_is_read(tmp_path, monkeypatch):
     write("qwen3", tmp_path / "model")
     monkeypatch.setattr(preflights, "free_memory", lambda: 1000)
-    with pytest.raises(UsageError, match=r"needs about 0.40 GB of memory, and 0.00 MB are free .*: end other programs"):
+    with pytest.raises(UsageError, match=r"needs about 0.20 GB of memory, and 0.00 MB are free .*: end other programs"):
         moeopt.optimize(tmp_path / "model", out=tmp_path / "b")
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
 
