@@ -9,13 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
-from moeopt.cli.early import check_backend
 from moeopt.cli.limits import as_limits, missed_words
 from moeopt.cli.opened_target import OpenedTarget, opened_target
-from moeopt.cli.preflight import check_choice, check_out
+from moeopt.cli.preflight import check_choice, check_out, chosen_backend
 from moeopt.cli.printing import api, exit_unless, names_in, print_json, progress, show
 from moeopt.cli.target import find_target
-from moeopt.cli.words import AsJson, BuiltFor, Html, LimitTo, QuantizeTo, Quiet, Seed, TargetArgument, Task, Trust
+from moeopt.cli.words import (
+    AsJson,
+    BackendName,
+    BuiltFor,
+    Html,
+    LimitTo,
+    QuantizeTo,
+    Quiet,
+    Seed,
+    TargetArgument,
+    Task,
+    Trust,
+)
 from moeopt.errors import UsageError
 from moeopt.html import check_target
 from moeopt.value_types import PyObject
@@ -23,9 +34,7 @@ from moeopt.value_types import PyObject
 
 def optimize_command(
     target: TargetArgument,
-    backend: Annotated[
-        str | None, typer.Option(help="torch, onnxruntime or tensorrt; without it torch, for an ONNX file onnxruntime")
-    ] = None,
+    backend: BackendName = None,
     out: Annotated[Path | None, typer.Option(help="write a bundle to this directory")] = None,
     verify: Annotated[str | None, typer.Option(help="strict, fast or off")] = None,
     device: Annotated[str | None, typer.Option(help="where it shall run, like cpu or cuda:0")] = None,
@@ -54,10 +63,8 @@ def optimize_command(
         check_target(html)
     if measure and (html is None or device is not None or dtype is not None):
         raise UsageError("--measure adds to the page of --html, and compares like with like: without --device, --dtype")
-    if backend is not None:
-        check_backend(backend)
     found = find_target(target, task)
-    backend = backend or ("torch" if found.onnx is None else "onnxruntime")
+    backend = chosen_backend(backend, found)
     given: dict[str, Any] = {
         "verify": verify, "device": device, "target": built_for, "dtype": dtype, "tune": tune, "seed": seed,
         "skip_passes": skip_passes and names_in(skip_passes), "only_passes": only_passes and names_in(only_passes),

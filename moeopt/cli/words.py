@@ -22,4 +22,5 @@ QuantizeTo = Annotated[str | None, typer.Option(help="round the experts' weights
 LimitTo = Annotated[
     list[str] | None, typer.Option(help="the most that quantising may lose, like kl_mean=0.01; may be given again")
 ]
+BackendName = Annotated[str | None, typer.Option(help="torch, onnxruntime (an ONNX file's without it) or tensorrt")]
 Seed = Annotated[int, typer.Option(help="of every random input, and of random weights")]
