@@ -6,7 +6,6 @@ mistyped path shall not wait for seconds.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import sys
@@ -20,7 +19,7 @@ from moeopt.checkpoint.tasks import TASKS
 from moeopt.cli.early import check_backend, check_bundle, check_certificate
 from moeopt.cli.inspect_command import inspect_command
 from moeopt.cli.limits import as_limits, missed_words
-from moeopt.cli.opened_target import opened_target
+from moeopt.cli.opened_target import check_page, opened_target
 from moeopt.cli.passes_command import passes_command
 from moeopt.cli.plan_command import plan_command
 from moeopt.cli.preflight import check_choice, check_out
@@ -109,10 +108,7 @@ def optimize(
     as_json: AsJson = False,
 ) -> None:
     """Rewrite a model's MoE blocks, verify them, and save the result with --out."""
-    if html is not None:
-        check_target(html)
-    if measure and (html is None or device is not None or dtype is not None):
-        raise UsageError("--measure adds to the page of --html, and compares like with like: without --device, --dtype")
+    check_page(html, measure, device is not None or dtype is not None)
     if backend is not None:
         check_backend(backend)
     found = find_target(target, task)
@@ -127,24 +123,17 @@ def optimize(
     check_choice(backend, fields)
     if out is not None:
         check_out(out, found, verify, overwrite)
-    stopped: Exception | None = None
     with opened_target(
         found, fields, loaded=measure, backend=backend, out=out, overwrite=overwrite, seed=seed, task=task,
         trust_remote_code=trust_remote_code, progress=_progress(quiet),
     ) as opened:  # fmt: skip
-        from moeopt.progress import never_by_itself  # needs torch, which the target has brought by now
-
-        with never_by_itself() if quiet else contextlib.nullcontext():
+        with opened.bar(quiet):
             optimized = _api().optimize(
                 opened.model, opened.inputs, backend=backend, progress=_progress(quiet), **opened.fields
             )
             opened.check(optimized)
-        if html is not None:  # before it is saved: a model that has no bundle form still has a report
-            from moeopt.cli.measured import figures
-
-            optimized.report.to_html(html, **(figures(opened.model, optimized) if measure else {}))
-        if out is not None:
-            stopped = opened.save(optimized, out, overwrite)
+        opened.write_page(optimized, html, measure)  # a model that has no bundle form still has a report
+        stopped = None if out is None else opened.save(optimized, out, overwrite)
     _print_optimized(optimized, out if stopped is None else None, html, stopped, as_json)
     if stopped is not None:
         raise stopped
