@@ -10,6 +10,7 @@ from moeopt.inspection.devices import find_device
 from moeopt.inspection.load import load
 from moeopt.inspection.memory import BITS, fits
 from moeopt.inspection.probe import Selection, selection
+from moeopt.inspection.quantized import format_named, quantized_sizes
 from moeopt.inspection.result import BlockKind, Inspection
 from moeopt.inspection.roles import Roles, assign
 from moeopt.inspection.roofline import ForwardPass, bound, expected_hit, parts_of
@@ -27,6 +28,7 @@ def inspect(
     device: str | None = None,
     top_k: int | None = None,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> Inspection:
     """Experts, parameters, memory and work of a model, before anything is done to it.
 
@@ -39,6 +41,8 @@ def inspect(
         device: a GPU by name, such as "H100-SXM"; None or "cpu" measures this machine, in about a second.
         top_k: experts per token, where the model does not show it.
         trust_remote_code: run the Python code that a directory brings, where its model needs that.
+        quantize: a format of experts, such as "int8", "int4", "fp8" or "mxfp4": the bytes, and the bound of a decoding
+            step, that the model would have with its experts so; nothing is quantised.
 
     Returns:
         :class:`Inspection`; ``print`` it, or take ``to_dict()``. A model without experts is no error.
@@ -48,6 +52,7 @@ def inspect(
         CheckpointError: a safetensors header is damaged.
     """
     _check_numbers(bits, batch=batch, prompt=prompt, top_k=top_k)
+    format = None if quantize is None else format_named(quantize)
     loaded = load(model_or_config_or_dir, trust_remote_code)
     tree = Tree(loaded.model)
     if not tree.tensors:
@@ -71,9 +76,13 @@ def inspect(
         hit = expected_hit(main.experts, main.top_k, tokens) if main and main.top_k else None
         return ForwardPass(tokens, [bound(p, tokens, bits / 8, on) for p in parts], hit)
 
+    decode = run(batch)
+    coded = None
+    if format is not None:
+        coded = quantized_sizes(tree, blocks, format, bits, counts.all, parts, decode, on)
     return Inspection(
         loaded.name, loaded.source, len(roles.layers), _layers(tree, blocks), kinds, counts, on, fits(counts.all, on),
-        bits, batch, run(batch * prompt), run(batch), loaded.stored, loaded.notes + notes,
+        bits, batch, run(batch * prompt), decode, loaded.stored, loaded.notes + notes, coded,
     )  # fmt: skip
 
 

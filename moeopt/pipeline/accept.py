@@ -33,10 +33,10 @@ def as_model(model: PyObject) -> nn.Module:
         )
     if part := _sharded(model):
         raise UsageError(
-            f"{part} of {type(model).__name__} is divided over processes already (a DTensor of its own expert or "
-            "tensor parallelism, FSDP, or moeopt.distribute), and an expert's code is read from whole weights: load "
-            "the model whole (no tp_plan, no device_mesh, no DistributedConfig, before fully_shard), optimise it, and "
-            "divide its experts with moeopt.distribute(optimized, mesh)"
+            f"{part} of {type(model).__name__} is divided over processes already (a DTensor of its own expert "
+            "or tensor parallelism, FSDP, or moeopt.distribute), and an expert's code is read from whole weights: "
+            "load the model whole (no tp_plan, no device_mesh, no DistributedConfig, before fully_shard), "
+            "optimise it, and divide its experts with moeopt.distribute(optimized, mesh)"
         )
     return model
 

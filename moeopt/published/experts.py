@@ -89,7 +89,7 @@ class PublishedExperts:
         for e in range(experts):
             for recipe, stack, w in zip(recipes, stacks, floats(e), strict=True):
                 weight = self._made(block, (*layer, e), recipe)
-                if weight.shape != w.shape or not same_weights(w, weight.dequantize(torch.float64)):
+                if weight.shape != w.shape or not same_weights(w, weight.dequantize(torch.float64), weight.format):
                     raise Unbound(
                         f"expert {e} holds other weights than {_names(recipe)} of the checkpoint {self.directory} for "
                         "it: load the checkpoint anew, or give quantize= another format"
@@ -104,11 +104,11 @@ class PublishedExperts:
         stored = self._by_numbers.get(numbers, [])
         N, K = held.shape
         for m in stored:
-            if m.shape == (N, K) and same_weights(held, m.read().dequantize(torch.float64)):
+            if m.shape == (N, K) and same_weights(held, m.read().dequantize(torch.float64), m.format):
                 return _Recipe((kind_of(m.name),))
         halves = [(m, m.read().dequantize(torch.float64)) for m in stored if m.shape == (N // 2, K) and N % 2 == 0]
         for in_turn, parts in ((False, held.chunk(2)), (True, (held[::2], held[1::2]))):
-            found = [next((m for m, w in halves if same_weights(part, w)), None) for part in parts]
+            found = [next((m for m, w in halves if same_weights(part, w, m.format)), None) for part in parts]
             if all(found):
                 return _Recipe(tuple([kind_of(m.name) for m in found if m is not None]), in_turn)
         unread = next((f": {n} is not read, {why}" for n, why in self.found.unread.items()), "")
