@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moeopt.cli.limits import as_limits, missed_words
-from moeopt.cli.opened_target import OpenedTarget, opened_target
+from moeopt.cli.opened_target import check_page, opened_target
 from moeopt.cli.preflight import check_choice, check_out, chosen_backend
 from moeopt.cli.printing import api, exit_unless, names_in, print_json, progress, show
 from moeopt.cli.target import find_target
@@ -27,8 +26,6 @@ from moeopt.cli.words import (
     Task,
     Trust,
 )
-from moeopt.errors import UsageError
-from moeopt.html import check_target
 from moeopt.value_types import PyObject
 
 
@@ -59,10 +56,7 @@ def optimize_command(
     as_json: AsJson = False,
 ) -> None:
     """Rewrite a model's MoE blocks, verify them, and save the result with --out."""
-    if html is not None:
-        check_target(html)
-    if measure and (html is None or device is not None or dtype is not None):
-        raise UsageError("--measure adds to the page of --html, and compares like with like: without --device, --dtype")
+    check_page(html, measure, device is not None or dtype is not None)
     found = find_target(target, task)
     backend = chosen_backend(backend, found)
     given: dict[str, Any] = {
@@ -79,28 +73,17 @@ def optimize_command(
         found, fields, loaded=measure, backend=backend, out=out, overwrite=overwrite, seed=seed, task=task,
         trust_remote_code=trust_remote_code, progress=progress(quiet),
     ) as opened:  # fmt: skip
-        optimized = _optimized(opened, backend, html, measure, quiet)
+        with opened.bar(quiet):
+            optimized = api().optimize(
+                opened.model, opened.inputs, backend=backend, progress=progress(quiet), **opened.fields
+            )
+            opened.check(optimized)
+        opened.write_page(optimized, html, measure)  # a model that has no bundle form still has a report
         stopped = None if out is None else opened.save(optimized, out, overwrite)
     _print_optimized(optimized, out if stopped is None else None, html, stopped, as_json)
     if stopped is not None:
         raise stopped
     exit_unless(optimized.certificate.passed, missed_words(optimized.certificate) or "not equivalent")
-
-
-def _optimized(opened: OpenedTarget, backend: str, html: Path | None, measure: bool, quiet: bool) -> PyObject:
-    """What became of the model, and the page of ``html``."""
-    from moeopt.progress import never_by_itself  # needs torch, which the target has brought by now
-
-    with never_by_itself() if quiet else contextlib.nullcontext():
-        optimized = api().optimize(
-            opened.model, opened.inputs, backend=backend, progress=progress(quiet), **opened.fields
-        )
-        opened.check(optimized)
-    if html is not None:  # before it is saved: a model that has no bundle form still has a report
-        from moeopt.cli.measured import figures
-
-        optimized.report.to_html(html, **(figures(opened.model, optimized) if measure else {}))
-    return optimized
 
 
 def _print_optimized(
