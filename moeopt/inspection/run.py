@@ -71,7 +71,7 @@ def inspect(
         return ForwardPass(tokens, [bound(p, tokens, bits / 8, on) for p in parts], hit)
 
     decode = run(batch)
-    coded = format and quantized_sizes(tree, blocks, format, bits, counts.all, parts, decode, on)
+    coded = None if format is None else quantized_sizes(tree, blocks, format, bits, counts.all, parts, decode, on)
     return Inspection(
         loaded.name, loaded.source, len(roles.layers), _layers(tree, blocks), kinds, counts, on, fits(counts.all, on),
         bits, batch, run(batch * prompt), decode, loaded.stored, loaded.notes + notes, coded,
