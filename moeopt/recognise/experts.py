@@ -59,7 +59,7 @@ def recognize(
     """
     candidates = find_candidates(tape, find_sites(tape))
     found: list[Recognition] = []
-    best = no_experts(tape, candidates)
+    best: Declined | None = None
     best_progress = -1
     met: list[Obstacle] = []
     for group in group_candidates(tape, candidates):
@@ -85,8 +85,9 @@ def recognize(
                         best, best_progress = said, progress[0]
                     del said
     for recognition in found:
-        recognition.unmatched_reason = best.reason if best_progress >= 0 else ""
+        recognition.unmatched_reason = best.reason if best is not None else ""
     if not found or isinstance(best, ExpertsNotHit):
+        best = best or no_experts(tape, candidates)
         named = single_neurons(tape) or (certain_obstacle(tape) if best.rank == Rank.READING else None)
         best, named = named or best, None
         best.others = tuple(met)
