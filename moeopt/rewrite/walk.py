@@ -220,9 +220,8 @@ class Walk:
             self._classes[place] = owner
             self._named(place, owner.__dict__)
             if not installed(getattr(sys.modules.get(owner.__module__), "__file__", "")):
-                self.probe.add(
-                    f"{{0}}({{1}}) == {len(owner.__dict__)}", len, owner.__dict__
-                )  # a new attribute may hide one of a base class
+                # a new attribute may hide one of a base class
+                self.probe.add(f"{{0}}({{1}}) == {len(owner.__dict__)}", len, owner.__dict__)
 
     def _named(self, place: str, table: PyObject, every: bool = False) -> None:
         """The entries of a namespace that the code names."""
