@@ -238,7 +238,7 @@ def test_an_rms_norm_without_an_epsilon_has_the_one_of_the_recorded_dtype(dtype)
     weight = torch.linspace(0.5, 2, 8, dtype=dtype)
 
     def fn(x):
-        return F.rms_norm(x, (8,), weight) + torch.rms_norm(x * 2, (8,), None, None) + F.rms_norm(x, (8,), eps=1e-3)
+        return F.rms_norm(x, (8,), weight) + torch.rms_norm(x * 2, (8,), None, None) + F.rms_norm(x, (8,), eps=2**-10)
 
     x = (torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) * 2e-4).to(dtype)
     _, selections = record_selections(fn, (x,), {})
@@ -246,4 +246,4 @@ def test_an_rms_norm_without_an_epsilon_has_the_one_of_the_recorded_dtype(dtype)
     assert selections.epsilons == [eps, eps]
     got, wide = run_oracle(fn, (x,), {}, selections), x.double()
     want = F.rms_norm(wide, (8,), weight.double(), eps) + F.rms_norm(wide * 2, (8,), None, eps)
-    torch.testing.assert_close(got, want + F.rms_norm(wide, (8,), eps=1e-3), rtol=1e-12, atol=0)
+    torch.testing.assert_close(got, want + F.rms_norm(wide, (8,), eps=2**-10), rtol=1e-12, atol=0)
