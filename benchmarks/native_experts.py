@@ -9,8 +9,8 @@ machine's other tenants (not what they take of its caches and memory bandwidth).
 ratio is the median, over the turns, of the peer's time divided by that of ``moeopt`` in the same turn: above 1, moeopt
 is faster.
 ``moeopt`` is the op as a model calls it; ``torch kernel`` is its path without native code; ``ORT native`` is the same
-kernel as an operator of ONNX Runtime, on the weights as ``ORT unrolled`` stores them; ``difference`` is the
-worst relative distance from ``eager``.
+kernel as an operator of ONNX Runtime, on the weights as ``ORT unrolled`` stores them; ``OpenVINO`` is there where its
+package is; ``difference`` is the worst relative distance from ``eager``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -37,11 +39,13 @@ FLUSH = 64 << 20
 """Bytes written before each call: twice the last-level cache of the machines that this ran on."""
 
 
-def peers(module: torch.nn.Module, K: int, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
+def peers(
+    module: torch.nn.Module, K: int, dtype: torch.dtype, only: list[str] | None
+) -> dict[str, Callable[..., Tensor]]:
     found = peers_of(module, compiled=False)
     bank = StackedExpertWeights([module.gate_up_proj.detach()], module.down_proj.detach())
     found["torch kernel"] = lambda x, ids, weights: experts_cpu(x, ids, weights, bank, ExpertsSpec())
-    if dtype == torch.float32:
+    if dtype == torch.float32 and (only is None or "ORT unrolled" in only or "ORT native" in only):
         try:
             from benchmarks.block_peers import _lowering
 
@@ -49,12 +53,19 @@ def peers(module: torch.nn.Module, K: int, dtype: torch.dtype) -> dict[str, Call
             found["ORT native"] = _lowering("native", module, K)
         except ImportError as err:
             print(f"ONNX Runtime: left out, {err}", flush=True)
+    if dtype == torch.float32 and (only is None or "OpenVINO" in only):
+        try:
+            from benchmarks.block_peers import _openvino
+
+            found["OpenVINO"] = _openvino(module)
+        except ImportError as err:
+            print(f"OpenVINO: left out, {err}", flush=True)
     return found
 
 
 def measure(block: str, dtype: torch.dtype, tokens: list[int], turns: int, only: list[str] | None) -> dict[str, dict]:
     E, K, H, I = BLOCKS[block]
-    calls = peers(transformers_experts(E, K, H, I, dtype), K, dtype)
+    calls = peers(transformers_experts(E, K, H, I, dtype), K, dtype, only)
     calls = {n: c for n, c in calls.items() if only is None or n in only or n == "moeopt"}
     flush, rng = torch.ones(FLUSH, dtype=torch.uint8), torch.Generator().manual_seed(0)
     rows: dict[str, dict] = {}
@@ -91,6 +102,10 @@ def measure(block: str, dtype: torch.dtype, tokens: list[int], turns: int, only:
     return rows
 
 
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("transformers", "onnxruntime", "openvino") if find_spec(name)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--block", choices=BLOCKS, default="mixtral-small")
@@ -102,8 +117,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    import transformers
-
     E, K, H, I = BLOCKS[args.block]
     limits = (
         "ATEN_CPU_CAPABILITY",
@@ -118,8 +131,7 @@ def main() -> None:
         "cpu": cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "clock": "CPU time of the process, one thread",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
-                     "python": platform.python_version()},
+        "versions": {"torch": torch.__version__, "python": platform.python_version(), **_versions()},
         "block": {"name": args.block, "E": E, "K": K, "H": H, "I": I, "dtype": args.dtype},
         "turns": args.turns,
     }  # fmt: skip
