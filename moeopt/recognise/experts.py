@@ -50,7 +50,7 @@ def recognize(
 
     Args:
         known: what an earlier probe call with every expert showed; then some may be missing on this one.
-        idle: accept weights that no token reached, if ids did name them: they are no experts.
+        idle: accept weights that no token reached although ids named them: such weights are no experts.
         assume: a user's hint, taken for the function of every expert, unfitted; verification judges it.
 
     Raises:
@@ -94,7 +94,7 @@ def recognize(
         try:
             raise best
         finally:
-            del best  # an error that its own frame holds would keep the tape until the next collection
+            del best  # the error's traceback holds this frame, and with it the tape, until the garbage collector runs
     return sorted(found, key=lambda r: r.combine.node.meta["index"])
 
 
