@@ -66,9 +66,9 @@ def started(function: Callable[..., Any], size: int, *args: Any):
                 one.join()
 
 
-def collected(ranks: list[Any], folder: Path, but: tuple[int, ...] = ()) -> list[Any]:
+def collected(ranks: list[Any], folder: Path, but: tuple[int, ...] = (), deadline: float = DEADLINE) -> list[Any]:
     """What each rank gave, once all ``but`` some have ended; ``Lost`` for none. A hang fails the test."""
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + deadline
     for rank, one in enumerate(ranks):
         if rank in but:
             continue
@@ -78,10 +78,10 @@ def collected(ranks: list[Any], folder: Path, but: tuple[int, ...] = ()) -> list
     return [pickle.loads(f.read_bytes()) if f.exists() else Lost(r.exitcode) for f, r in zip(files, ranks, strict=True)]
 
 
-def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, deadline: float = DEADLINE) -> list[Any]:
     """What ``function(rank, size, *args)`` gives on each rank; an error of one is that of the test."""
     with started(function, size, *args) as (ranks, folder):
-        results = collected(ranks, folder)
+        results = collected(ranks, folder, deadline=deadline)
     wrong = [str(result) for result in results if isinstance(result, AssertionError)]
     assert not wrong, "\n".join(wrong)
     for rank, result in enumerate(results):
