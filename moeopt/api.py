@@ -19,7 +19,7 @@ from moeopt.limits import DEFAULT, LoadLimits, as_bytes
 from moeopt.onnx_in.read import is_onnx
 from moeopt.optimized import Optimized
 from moeopt.options import Options
-from moeopt.pipeline.accept import as_model, moved, without_rewrites
+from moeopt.pipeline.accept import as_model, moved, moves, without_rewrites
 from moeopt.pipeline.measure_loss import whole_loss
 from moeopt.progress import shown
 from moeopt.report import Report
@@ -124,10 +124,10 @@ def _optimize(model: PyObject, example_inputs: PyObject, backend: str, options: 
     source = without_rewrites(given, chosen.inplace)
     asked = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
     call = in_order(source, without_cache(source, asked))
-    if chosen.device is not None or chosen.dtype is not None:
+    if moves(source, chosen):
         source = source if chosen.inplace else copy.deepcopy(source)
         source = source.to(device=chosen.device, dtype=chosen.dtype)
-        call = moved(call, chosen)
+    call = moved(call, chosen)
     with shown(chosen.progress) as say:
         made = runtime.optimize(source, call, dataclasses.replace(chosen, progress=say), plan)
     notes = made.report.notes

@@ -20,6 +20,9 @@ def inspect_command(
     bits: Annotated[int, typer.Option(help="width of a weight for FLOPs and bytes: 32, 16, 8 or 4")] = 16,
     device: Annotated[str | None, typer.Option(help="a GPU by name, like H100; without it, this CPU, measured")] = None,
     top_k: Annotated[int | None, typer.Option(help="experts per token, where the model does not show it")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="bytes and bounds with the experts in a format: int8, int4, fp8, mxfp4, ...")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="run the Python code that a directory brings")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
 ) -> None:
@@ -32,6 +35,7 @@ def inspect_command(
     from moeopt.inspection import inspect
 
     found = inspect(
-        subject, batch=batch, prompt=prompt, bits=bits, device=device, top_k=top_k, trust_remote_code=trust_remote_code
-    )
+        subject, batch=batch, prompt=prompt, bits=bits, device=device, top_k=top_k,
+        trust_remote_code=trust_remote_code, quantize=quantize,
+    )  # fmt: skip
     print(found.to_json() if as_json else found)

@@ -88,7 +88,10 @@ class Finder:
                 ]
         places = closest(places)
         unread = UnreadBlocks(self.tape, self.named)
-        for search in (unread.by_structure, unread.by_stacks, unread.by_gate, unread.by_tables):
+        searches = (
+            unread.by_structure, unread.by_stacks, unread.by_gate, unread.by_tables, unread.by_computed_weights,
+        )  # fmt: skip
+        for search in searches:
             places += search(places)
         places = each_once(places)
         self._mark_own_levels(places)

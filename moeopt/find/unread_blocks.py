@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moeopt.capture.op_kinds import op_name, picks_rows
+from moeopt.capture.op_kinds import is_matmul, op_name, picks_rows
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
@@ -16,6 +16,7 @@ from moeopt.find.block_candidates import BlockCandidate, layers_of
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.module_lists import alike_children, alike_lists, feed_forward_lists, gate_width
 from moeopt.find.row_branches import weighed_branches
+from moeopt.recognise.gemm_site import is_weight
 
 _GATES = ("_softmax", "softmax", "sigmoid", "topk")
 
@@ -164,6 +165,30 @@ class UnreadBlocks:
                 paths = [leaf_of(self.tape, n)[0] for n in nodes]
                 weights = {id(self.named[p]) for p in paths if p in self.named}
                 found.append(self._unread(call, nodes[0].meta["index"], nodes[0].args[0].meta["shape"][0], weights))  # type: ignore[union-attr]
+        return found
+
+    def by_computed_weights(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls that multiply rows picked for them by matrices computed of Parameters alone, in a way that no reading
+        follows: experts that a parametrisation, a table or another library's op expands at each call."""
+        products: dict[int, list[fx.Node]] = {}
+        data, memo = set[fx.Node](), dict[fx.Node, bool]()
+        for node in self.tape.nodes:
+            if node.op == "placeholder" or any(a in data for a in node.all_input_nodes):
+                data.add(node)
+            if is_matmul(node):
+                weights = [a for a in node.all_input_nodes if a not in data and not is_weight(a, memo)]
+                rows = [a for a in node.all_input_nodes if a in data]
+                if weights and len(rows) == 1 and picks_rows(rows[0]):
+                    products.setdefault(node.meta["call"], []).append(weights[-1])
+        found, taken = [], _calls_of_blocks(places)
+        for index, weights in products.items():
+            before = sorted(ancestors(weights), key=lambda n: n.meta["index"])
+            stacks = [n.meta["shape"][0] for n in before if len(n.meta.get("shape") or ()) == 3]
+            if index in taken or len(weights) < 2 or not stacks:
+                continue
+            held = {id(self.named[str(n.target)]) for n in before if n.op == "get_attr" and str(n.target) in self.named}
+            experts = max(set(stacks), key=stacks.count)
+            found.append(self._unread(self.tape.calls[index], before[0].meta["index"], experts, held))
         return found
 
     def _path(self, convolution: fx.Node) -> str:

@@ -35,8 +35,9 @@ class Fit:
 
 def fits(parameters: int, device: Device) -> list[Fit]:
     """One row for each width. ``devices`` is how many would hold the weights if they were split evenly."""
-    rows = []
-    for bits in BITS:
-        size = math.ceil(parameters * bits / 8)
-        rows.append(Fit(bits, size, size - device.memory, max(math.ceil(size / device.memory), 1)))
-    return rows
+    return [fit(bits, math.ceil(parameters * bits / 8), device) for bits in BITS]
+
+
+def fit(bits: int, size: int, device: Device) -> Fit:
+    """``size`` bytes on ``device``."""
+    return Fit(bits, size, size - device.memory, max(math.ceil(size / device.memory), 1))

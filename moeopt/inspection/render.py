@@ -43,6 +43,7 @@ def table(inspection: Inspection) -> str:
         _parameters(inspection),
         _memory(inspection),
         _work(inspection),
+        _quantized(inspection),
         _notes(inspection),
     ]
     return "\n\n".join("\n".join(lines) for lines in map(list, sections) if lines)
@@ -112,6 +113,30 @@ def _work(inspection: Inspection) -> Iterator[str]:
             "  ",
         )
     yield from _wrapped("weights, and rows in and out of each product; attention scores and KV cache not counted", "  ")
+
+
+def _quantized(inspection: Inspection) -> Iterator[str]:
+    found = inspection.quantized
+    if found is None:
+        return
+    yield from _wrapped(f"with the experts in {found.format}, the rest at {inspection.bits} bits", "")
+    each = f"{found.bits_per_weight:.2f} bits a weight"
+    yield f"  experts     {amount(found.experts, 'B'):>10}   {each}, {amount(found.before, 'B')} before"
+    verdict = (
+        f"fits {inspection.device.name}, {amount(-found.memory.short_by, 'B')} free"
+        if found.memory.fits
+        else f"does not fit: {amount(found.memory.short_by, 'B')} short; {found.memory.devices} devices would hold it"
+    )
+    yield f"  whole model {amount(found.memory.bytes, 'B'):>10}   {verdict}"
+    before, after = inspection.decode.seconds, found.decode.seconds
+    if after and before:
+        moved = sum(p.bytes for p in found.decode.parts)
+        yield from _wrapped(
+            f"a decoding step reads {amount(moved, 'B')}: at best {_time(after)}, "
+            f"{found.decode.tokens / after:,.0f} tokens/s, {before / after:.2f} times what {inspection.bits} bits "
+            "allow",
+            "  ",
+        )
 
 
 def _short(tokens: int) -> str:

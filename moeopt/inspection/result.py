@@ -10,6 +10,7 @@ from moeopt.inspection.counting import CONVENTIONS, Counts
 from moeopt.inspection.devices import Device
 from moeopt.inspection.headers import Stored
 from moeopt.inspection.memory import Fit
+from moeopt.inspection.quantized import QuantizedSizes
 from moeopt.inspection.roofline import ForwardPass
 
 
@@ -53,6 +54,7 @@ class Inspection:
     decode: ForwardPass
     stored: Stored | None = None
     notes: list[str] = field(default_factory=list)
+    quantized: QuantizedSizes | None = None
 
     @property
     def main(self) -> BlockKind | None:
@@ -92,6 +94,7 @@ class Inspection:
                 "decode": self.decode.to_dict(),
             },
             "stored": asdict(self.stored) if self.stored else None,
+            "quantized": self.quantized.to_dict() if self.quantized else None,
             "notes": self.notes,
         }
 

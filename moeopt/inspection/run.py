@@ -10,6 +10,7 @@ from moeopt.inspection.devices import find_device
 from moeopt.inspection.load import load
 from moeopt.inspection.memory import BITS, fits
 from moeopt.inspection.probe import Selection, selection
+from moeopt.inspection.quantized import format_named, quantized_sizes
 from moeopt.inspection.result import BlockKind, Inspection
 from moeopt.inspection.roles import Roles, assign
 from moeopt.inspection.roofline import ForwardPass, bound, expected_hit, parts_of
@@ -27,6 +28,7 @@ def inspect(
     device: str | None = None,
     top_k: int | None = None,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> Inspection:
     """Experts, parameters, memory and work of a model, before anything is done to it.
 
@@ -39,6 +41,8 @@ def inspect(
         device: a GPU by name, such as "H100-SXM"; None or "cpu" measures this machine, in about a second.
         top_k: experts per token, where the model does not show it.
         trust_remote_code: run the Python code that a directory brings, where its model needs that.
+        quantize: a format of experts, such as "int8", "int4", "fp8" or "mxfp4": the bytes, and the bound of a decoding
+            step, that the model would have with its experts so; nothing is quantised.
 
     Returns:
         :class:`Inspection`; ``print`` it, or take ``to_dict()``. A model without experts is no error.
@@ -48,17 +52,12 @@ def inspect(
         CheckpointError: a safetensors header is damaged.
     """
     _check_numbers(bits, batch=batch, prompt=prompt, top_k=top_k)
+    format = None if quantize is None else format_named(quantize)
     loaded = load(model_or_config_or_dir, trust_remote_code)
     tree = Tree(loaded.model)
     if not tree.tensors:
         raise UsageError(f"{loaded.name} has no parameters, so there is nothing to inspect")
-    found, lone = find_blocks(tree)
-    chosen, notes = _choose(tree, found, top_k)
-    lone = [b for b in lone if b.stacked]
-    if top_k is None and lone:
-        notes.append(_unrouted(lone[0]))
-    notes += _loose_stacks(tree, [*(b.bank for b in chosen), *lone])
-    chosen |= {_without_router(b): Selection(top_k, "not recognised", False) for b in lone if top_k is not None}
+    chosen, notes = _chosen_blocks(tree, top_k)
     blocks, roles = list(chosen), assign(tree, list(chosen))
     ks = {b.path: s.top_k for b, s in chosen.items()}
     counts = count(tree, blocks, roles, ks)
@@ -71,10 +70,24 @@ def inspect(
         hit = expected_hit(main.experts, main.top_k, tokens) if main and main.top_k else None
         return ForwardPass(tokens, [bound(p, tokens, bits / 8, on) for p in parts], hit)
 
+    decode = run(batch)
+    coded = None if format is None else quantized_sizes(tree, blocks, format, bits, counts.all, parts, decode, on)
     return Inspection(
         loaded.name, loaded.source, len(roles.layers), _layers(tree, blocks), kinds, counts, on, fits(counts.all, on),
-        bits, batch, run(batch * prompt), run(batch), loaded.stored, loaded.notes + notes,
+        bits, batch, run(batch * prompt), decode, loaded.stored, loaded.notes + notes, coded,
     )  # fmt: skip
+
+
+def _chosen_blocks(tree: Tree, top_k: int | None) -> tuple[dict[MoEBlock, Selection], list[str]]:
+    """Every block and how it chooses; banks without a router too where ``top_k`` says how many a token uses."""
+    found, lone = find_blocks(tree)
+    chosen, notes = _choose(tree, found, top_k)
+    lone = [b for b in lone if b.stacked]
+    if top_k is None and lone:
+        notes.append(_unrouted(lone[0]))
+    notes += _loose_stacks(tree, [*(b.bank for b in chosen), *lone])
+    chosen |= {_without_router(b): Selection(top_k, "not recognised", False) for b in lone if top_k is not None}
+    return chosen, notes
 
 
 def _check_numbers(bits: int, **counts: int | None) -> None:

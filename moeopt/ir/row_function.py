@@ -24,6 +24,8 @@ from moeopt.ir.specs import DTYPE_NAMES
 from moeopt.untrusted import parse_json
 from moeopt.value_types import PyObject
 
+CODES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Dtypes of slots whose numbers are codes, from which the function computes weights; 64 bits and flags are indices."""
 GETITEM = "getitem"
 """The op of a node that takes one of several results."""
 

@@ -126,6 +126,10 @@ class QuantizedExpertWeights:
         floats = [matrices[e].dequantize(self.dtype) for matrices in self.w_in_q]
         return tuple(floats if self.layouts[0] == "oi" else [w.t() for w in floats])
 
+    def codes(self, e: int) -> tuple[tuple[QuantizedWeight, ...], QuantizedWeight]:
+        """Expert e's first matrices, and its second, as they are stored: (out, in) whatever the layouts are."""
+        return tuple([matrices[e] for matrices in self.w_in_q]), self.w_out_q[e]
+
     def b_in(self, e: int) -> tuple[Tensor | None, ...]:
         """Expert e's first biases."""
         return tuple([None if bs is None else bs[e] for bs in self.b_in_l])

@@ -22,8 +22,8 @@ from moeopt.errors import UsageError
 from moeopt.ir.bank_format import BankFormat, MatrixFormat
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import Biases
-from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.native.call import transformed
+from moeopt.ops.native.dispatch import quantized_on_cpu
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
 from moeopt.ops.reference import dtypes, experts_reference
 from moeopt.value_types import PyObject
@@ -57,7 +57,7 @@ def run(x: Tensor, ids: Tensor, weights: Tensor, bank: QuantizedExpertWeights, s
     with torch.autocast(x.device.type, enabled=False):
         bank = in_spec(bank, spec, dtypes(x, spec)[0])
         if x.device.type == "cpu" and not transformed():
-            return experts_cpu(x, ids, weights, bank, spec)
+            return quantized_on_cpu(x, ids, weights, bank, spec)
         return experts_reference(x, ids, weights, bank, spec)
 
 

@@ -59,6 +59,16 @@ def without_rewrites(model: nn.Module, inplace: bool) -> nn.Module:
     return twin
 
 
+def moves(model: nn.Module, options: Options) -> bool:
+    """Whether the device and dtype that ``options`` ask for are not those of the model: then it is copied first."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if options.device is not None and tensor.device != options.device:
+            return True
+        if options.dtype is not None and tensor.is_floating_point() and tensor.dtype != options.dtype:
+            return True
+    return False
+
+
 def moved(call: ArgsKwargs, options: Options) -> ArgsKwargs:
     """The call on the device, and its floating-point tensors in the dtype, that ``options`` ask for."""
 

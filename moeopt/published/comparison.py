@@ -125,7 +125,7 @@ def _other_blocks(weight: QuantizedWeight, here: LoadedMatrix) -> str:
     if (rows, columns) == weight.format.block or other.packed:
         return ""
     guess = QuantizedWeight(weight.codes, scales, None, other, weight.shape).dequantize(torch.float64)
-    if not same_weights(here.values, guess):
+    if not same_weights(here.values, guess, weight.format):
         return ""
     stated = f"{weight.format.block[0]} x {weight.format.block[1]}"
     return (

@@ -89,12 +89,13 @@ class PublishedExperts:
         for e in range(experts):
             for recipe, stack, w in zip(recipes, stacks, floats(e), strict=True):
                 weight = self._made(block, (*layer, e), recipe)
-                if weight.shape != w.shape or not same_weights(w, weight.dequantize(torch.float64)):
+                bits = weight.shape == w.shape and torch.equal(weight.dequantize(w.dtype), w)
+                if not bits and not _near(weight, w):
                     raise Unbound(
                         f"expert {e} holds other weights than {_names(recipe)} of the checkpoint {self.directory} for "
                         "it: load the checkpoint anew, or give quantize= another format"
                     )
-                exact = exact and torch.equal(weight.dequantize(w.dtype), w)
+                exact = exact and bits
                 stack.put(e, weight)
         *ins, out = [stack.matrices() for stack in stacks]
         return QuantizedExpertWeights(ins, out), exact
@@ -104,11 +105,11 @@ class PublishedExperts:
         stored = self._by_numbers.get(numbers, [])
         N, K = held.shape
         for m in stored:
-            if m.shape == (N, K) and same_weights(held, m.read().dequantize(torch.float64)):
+            if m.shape == (N, K) and same_weights(held, m.read().dequantize(torch.float64), m.format):
                 return _Recipe((kind_of(m.name),))
         halves = [(m, m.read().dequantize(torch.float64)) for m in stored if m.shape == (N // 2, K) and N % 2 == 0]
         for in_turn, parts in ((False, held.chunk(2)), (True, (held[::2], held[1::2]))):
-            found = [next((m for m, w in halves if same_weights(part, w)), None) for part in parts]
+            found = [next((m for m, w in halves if same_weights(part, w, m.format)), None) for part in parts]
             if all(found):
                 return _Recipe(tuple([kind_of(m.name) for m in found if m is not None]), in_turn)
         unread = next((f": {n} is not read, {why}" for n, why in self.found.unread.items()), "")
@@ -174,6 +175,11 @@ class _Stack:
     def matrices(self) -> QuantizedMatrices:
         assert self.matrix is not None
         return QuantizedMatrices(self.matrix, self.experts, [[t] for t in self.tensors])
+
+
+def _near(weight: QuantizedWeight, held: Tensor) -> bool:
+    """Whether ``held`` is what the codes stand for, but for roundings."""
+    return weight.shape == held.shape and same_weights(held, weight.dequantize(torch.float64), weight.format)
 
 
 def _held(weight: QuantizedWeight) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moeopt.ir.weight_format import WeightFormat
 from moeopt.ops.quantized_weight import QuantizedWeight
 from moeopt.published.stored_matrix import StoredMatrix
 
@@ -43,11 +44,15 @@ class LoadedMatrix:
     same: bool
 
 
-def same_weights(values: Tensor, exact: Tensor) -> bool:
-    """Whether ``values`` are ``exact`` (float64) in their own dtype; a scale and its product may each be rounded."""
-    info = torch.finfo(values.dtype)
+def same_weights(values: Tensor, exact: Tensor, format: WeightFormat) -> bool:
+    """Whether ``values`` are ``exact`` (float64), but for two roundings to their own dtype or to that of the scales.
+
+    A loader may round a scale and a product, and do so in the dtype of the scales before it casts.
+    """
+    infos = [torch.finfo(d) for d in (values.dtype, format.scale_dtype) if d.is_floating_point]
+    eps, tiny = (max(getattr(i, name) for i in infos) for name in ("eps", "smallest_normal"))
     apart = (values.double() - exact).abs()
-    return bool((apart <= 2 * info.eps * exact.abs() + info.smallest_normal * info.eps).all())
+    return bool((apart <= 2 * eps * exact.abs() + tiny * eps).all())
 
 
 class LoadedParameters:
@@ -69,7 +74,7 @@ class LoadedParameters:
             apart = sum(float((values[a:b].double() - rows).square().sum()) for (a, b), rows in samples) ** 0.5
             distance = apart / size if size else float(apart > 0)
             if best is None or distance < best.distance:
-                same = all(same_weights(values[a:b], rows) for (a, b), rows in samples)
+                same = all(same_weights(values[a:b], rows, matrix.format) for (a, b), rows in samples)
                 best = LoadedMatrix(name, place, values, distance, same)
         return best
 

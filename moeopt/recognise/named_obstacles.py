@@ -85,7 +85,7 @@ def _computed_weights(tape: Tape) -> Declined | None:
     """A weight that a hook or a parametrization of ``torch.nn.utils`` makes at each call."""
     experts = {m for child in _alike(tape.root) for m in child.modules()}
     for path, module in tape.root.named_modules():
-        stacked = any(p.dim() > 2 for p in module.parameters())
+        stacked = any(p.dim() > 2 for p in module.parameters()) or _holds_codes(module)
         if module not in experts and not stacked:
             continue
         if reason := computed_weight(path, module):
@@ -101,12 +101,27 @@ def computed_weight(path: str, module: nn.Module) -> str:
     elif parametrize.is_parametrized(module):
         held = next(iter(module.parametrizations.values()))  # type: ignore[operator]
         what, way_out = type(held[0]).__name__, "parametrize.remove_parametrizations"
+        if _holds_codes(module):
+            return (
+                f"its experts' weights are codes that a parametrisation ({what} on {path or 'the block'}) makes floats "
+                "of, all experts at each call, and the op reads weights as they are stored; load the model without "
+                f"that quantiser, or make them floats once with torch.nn.utils.{way_out}, and give quantize='int4' or "
+                "'int8' to moeopt.optimize: it holds codes, and makes one expert floats at a time"
+            )
     else:
         return ""
     return (
         f"its experts' weights are computed at each call ({what} on {path or 'the block'}), and the op reads "
         f"weights as they are stored; make them plain with torch.nn.utils.{way_out} and optimise again"
     )
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    """Whether a parametrisation of ``module`` computes a weight from integers."""
+    if not parametrize.is_parametrized(module):
+        return False
+    lists = module.parametrizations.values()  # type: ignore[operator]
+    return any(not t.is_floating_point() for held in lists for t in held.parameters(recurse=False))
 
 
 def _makes_weights(hook: object) -> bool:

@@ -18,7 +18,7 @@ from torch import fx
 from moeopt.capture.op_kinds import is_factory, is_pointwise, op_name
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
-from moeopt.ir.row_function import GETITEM, Value, write_body
+from moeopt.ir.row_function import CODES, GETITEM, Value, write_body
 from moeopt.ir.weight_refs import PartRef
 from moeopt.recognise.row_graph_rules import RULES
 from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
@@ -53,7 +53,7 @@ class RowGraphReader(RowGraphWriter):
         order = self._order(end)
         for node in order:  # slots come first, so their numbers are known only now
             if (ref := self.weight_of(node)) is not None and ref not in self._slot_of:
-                if not node.meta["dtype"].is_floating_point:
+                if not node.meta["dtype"].is_floating_point and node.meta["dtype"] not in CODES:
                     raise self.refused(node, "is computed from a weight of integers")
                 self._slot_of[ref] = HeldSlots(len(self.slots) + 1, None, ref.shape)
                 self.slots.append(ref)

@@ -213,7 +213,14 @@ def _holds(tape: Tape, node: fx.Node, prefix: Index, swap: bool, start: int, lea
     region = whole.as_strided((ref.k, ref.m), (dk, dm), whole.storage_offset() + offset)
     matrix = tape.value(node)[prefix]
     matrix = (matrix.t() if swap else matrix)[:, start : start + ref.m]
-    return torch.equal(matrix.to(region.dtype), region)
+    return _equal(matrix.to(region.dtype), region)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """``torch.equal``, which 8-bit floats have not."""
+    if a.is_floating_point() and a.dtype.itemsize == 1:
+        a, b = a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    return torch.equal(a, b)
 
 
 def _picked(node: fx.Node) -> bool:
@@ -278,4 +285,4 @@ def part_ref(tape: Tape, node: fx.Node, values: bool = True) -> PartRef | None:
     if last != found[-1][1] or not _along_axes(steps, shape):
         return None
     ref = PartRef(str(leaf.target), origin, steps, tuple(shape))
-    return ref if not values or torch.equal(ref.read(tape.value(leaf)), tape.value(node)) else None
+    return ref if not values or _equal(ref.read(tape.value(leaf)), tape.value(node)) else None

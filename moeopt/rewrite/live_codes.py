@@ -118,7 +118,8 @@ class LiveCodes(QuantizedExpertWeights):
         tensors = [self.held.get(name) for name in self.names]
         biases = self._biases.read()
         key = tuple(map(id, (*tensors, *biases)))
-        if self._bank is None or self._bank[0] != key or torch.compiler.is_compiling():
+        recorded = bool(biases) and torch.is_grad_enabled()  # a view that was taken without gradients passes none on
+        if self._bank is None or self._bank[0] != key or recorded or torch.compiler.is_compiling():
             self._bank = key, self._checked(tensors)
         return self._bank[1]
 

@@ -230,6 +230,14 @@ def test_out_of_a_model_saves_it(tmp_path):
     assert moeopt.verify(tmp_path / "b").passed
 
 
+def test_a_device_that_it_is_on_already_copies_no_weight(tmp_path):
+    write("mixtral", tmp_path / "model")
+    with streamed(tmp_path / "model", OFF, out=tmp_path / "b") as source:
+        made = moeopt.optimize(source.model, device="cpu", dtype="float32", verify="off")
+        assert len(made.report.rewritten) == 2
+        assert all(source.journal.file.mapped.holds(p) for p in made.model.parameters())
+
+
 def test_the_models_own_directory_is_no_place(tmp_path):
     write("qwen3", tmp_path / "model")
     with pytest.raises(UsageError, match="is the model's own directory: give a new one"):

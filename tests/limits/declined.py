@@ -23,7 +23,7 @@ ZOO = {
     },
     "Weights other than plain float tensors as they are stored": {
         "strange_weight_norm": "experts.0.0 is parametrised",
-        "strange_int8": "its experts' weights are computed at each call",
+        "branch_weights_computed_in_forward": "its experts' weights are computed at each call",
     },
     "Experts whose rows depend on one another": {
         "declined_attention_experts": "or mix their tokens by it",

@@ -163,6 +163,16 @@ def test_the_rows_of_a_projection_outside_the_experts(tmp_path):
         assert "no block of this model is certified, for another part of it is wrong" in block.reason
 
 
+def test_a_loader_that_computes_in_the_dtype_of_the_scales(tmp_path):
+    """Products rounded to bfloat16, the scales' dtype, and cast to float32: the checkpoint's weights all the same."""
+    exact = written(tmp_path, int4, INT4)
+    rounded = {n: torch.from_numpy(w).bfloat16().double().numpy() for n, w in exact.items()}
+    opt = optimised(fill(Model(tmp_path), rounded))
+    assert [b.reason for b in opt.report.blocks] == ["", ""]
+    again = moeopt.optimize(fill(Model(tmp_path), rounded), torch.randn(5, H), quantize="checkpoint", verify="fast")
+    assert again.certificate.quantized and again.certificate.equivalent is False  # the codes are no longer those floats
+
+
 def test_weights_that_were_changed_or_never_loaded(tmp_path):
     exact = written(tmp_path, int4, INT4)
     model = fill(Model(tmp_path), exact)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import moeopt
-from moeopt.errors import UsageError
+from moeopt.errors import StaleModelWarning, UsageError
 from moeopt.ops.quantized_weight import QuantizedWeight
 from moeopt.published.experts import joined
 from moeopt.published.quantised_tensors import quantised_tensors
@@ -60,6 +61,17 @@ def test_the_same_weights_in_the_bytes_of_the_file(tmp_path, kind):
         assert torch.equal(moeopt.load(tmp_path / "bundle")(x), opt(x))
     assert moeopt.verify(tmp_path / "bundle").passed
     assert model.layers[0].mlp.experts.down_proj is not None  # the original is as it was
+
+
+def test_an_engine_of_onnx_runtime_holds_the_codes(tmp_path):
+    model, x = made(tmp_path, "int4"), torch.randn(5, 64)
+    opt = moeopt.optimize(model, x, backend="onnxruntime", quantize="checkpoint", verify="fast")
+    assert [b.reason for b in opt.report.blocks] == ["", ""] and opt.certificate.equivalent
+    opt.save(tmp_path / "bundle")
+    with torch.no_grad():
+        torch.testing.assert_close(moeopt.load(tmp_path / "bundle")(x), model(x), rtol=1e-4, atol=1e-4)
+    size = sum(f.stat().st_size for f in (tmp_path / "bundle").rglob("*") if f.is_file())
+    assert size < sum(p.nbytes for p in model.parameters()) / 3
 
 
 def test_matrices_that_are_not_found(tmp_path):
@@ -142,7 +154,11 @@ def test_gpt_oss_as_it_lies(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "mxfp4"}}))
     torch.manual_seed(0)
     x = torch.randn(6, H)
-    opt = moeopt.optimize(GptOss().eval(), x, quantize="checkpoint", verify="fast")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StaleModelWarning)  # gradients of biases are the original's
+        opt = moeopt.optimize(GptOss().eval(), x, quantize="checkpoint", verify="fast")
+        opt(x).sum().backward()
+    assert opt.model.layers[0].mlp.experts.gate_up_proj_bias.grad.abs().sum() > 0
     assert [b.reason for b in opt.report.blocks] == [""] and opt.certificate.equivalent
     assert any("checkpoint mxfp4, experts held as float32, 7.5 times the file" in n for n in opt.report.notes)
     held = codes(opt.model)

@@ -110,13 +110,7 @@ register("strange_residual_inside", lambda i: Residual(two(nn.Linear(16, 24), nn
 register("strange_weight_norm", lambda i: two(weight_norm(nn.Linear(16, 24)), nn.Linear(24, 16)), moe=1)
 register("strange_pruning_mask", lambda i: two(Masked(16, 24), Masked(24, 16)), moe=1)
 register("strange_lora", lambda i: two(Lora(16, 24), Lora(24, 16)))  # base and low-rank pairs: four readings
-register(
-    "strange_int8",
-    lambda i: two(Int8(16, 24), Int8(24, 16)),
-    expect="declined",
-    moe=1,
-    reason="weights are computed at each call",
-)
+register("strange_int8", lambda i: two(Int8(16, 24), Int8(24, 16)), moe=1)
 register(
     "strange_batch_statistics", lambda i: DynamicScale(), expect="declined", moe=1, reason="row|token|depend|batch|mix"
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import OnnxEngine
 from moeopt.backends.onnxrt.missing_kernels import missing_kernel
@@ -30,9 +32,26 @@ def open_onnx(
     except MoeoptError:
         raise
     except Exception as err:  # ONNX Runtime's own, of many classes
+        if held := _float8(built.directory):
+            raise NotSaveableError(
+                f"the model's own code reads 8-bit floats with {', '.join(held)}, for which ONNX Runtime "
+                f"{runtime().__version__} has no kernel: experts that are rewritten read such codes as they lie, and "
+                "moeopt.explain says why others are not. Hold the codes as int8, make them floats once with .float(), "
+                "or use backend='torch'"
+            ) from err
         if why := missing_kernel(str(err), built.float64, f"ONNX Runtime {runtime().__version__} on {plan.provider}"):
             raise NotSaveableError(why) from err
         raise NotSaveableError(
             f"ONNX Runtime {runtime().__version__} does not load the graph that was written for {plan.provider}: "
             f"{str(err).strip().splitlines()[0][:300]}; use backend='torch', or report this with the model's code"
         ) from err
+
+
+def _float8(directory: Path) -> list[str]:
+    """The ops of a graph, but for casts, that read weights of 8-bit floats."""
+    import onnx
+
+    model = onnx.load(directory / GRAPH, load_external_data=False)
+    kinds = [k for k in onnx.TensorProto.DataType.values() if onnx.TensorProto.DataType.Name(k).startswith("FLOAT8")]
+    held = {w.name for w in model.graph.initializer if w.data_type in kinds}
+    return sorted({n.op_type for n in model.graph.node if held & set(n.input) and n.op_type != "Cast"})

@@ -34,6 +34,7 @@ from moeopt.pipeline.quantized_model import (
 )
 from moeopt.pipeline.report_of import how_to_save, report_of
 from moeopt.pipeline.run import run
+from moeopt.pipeline.weights_in_memory import weights_note
 from moeopt.rewrite.install import install, uninstall
 from moeopt.rewrite.store_codes import store_codes
 from moeopt.value_types import JsonValue, PyObject
@@ -77,6 +78,8 @@ class TorchBackend(Backend):
             twin = source
         outcome.notes += [f"{name} also holds other numbers than experts' weights, or is held elsewhere: its floats "
                           "stay beside the codes" for name in store_codes(twin)]  # fmt: skip
+        if options.quantize is not None:
+            outcome.notes.append(weights_note(twin, outcome))
         report = report_of(source, outcome.blocks, self.name, outcome, certificate, options)
         first = next(source.parameters(), None)
         grouped = any(b.status == "rewritten" and b.kind == "moe" for b in outcome.blocks)

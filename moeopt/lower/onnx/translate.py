@@ -21,6 +21,7 @@ import torch
 
 from moeopt.lower.onnx.opset import OPSET as op
 from moeopt.lower.onnx.translate_number_table import numbers
+from moeopt.lower.onnx.translate_shifts import shifts
 from moeopt.value_types import OnnxValue, PyObject
 
 aten = torch.ops.aten
@@ -186,22 +187,26 @@ def squeeze(self: OnnxValue, dim: PyObject = None) -> OnnxValue:
 
 def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The ``custom_translation_table`` of ``torch.onnx.export``."""
-    return numbers() | {
-        aten.linalg_vector_norm.default: vector_norm,
-        aten._cdist_forward.default: distances,
-        aten._euclidean_dist.default: distances,
-        aten.squeeze.default: squeeze,
-        aten.squeeze.dim: squeeze,
-        aten.squeeze.dims: squeeze,
-        aten.topk.default: topk,
-        aten.sort.default: sort,
-        aten.sort.stable: sort_stable,
-        aten.max.dim: extreme(True),
-        aten.min.dim: extreme(False),
-        aten.argmax.default: argument(True),
-        aten.argmin.default: argument(False),
-        aten.amax.default: reduced(True),
-        aten.max.default: reduced(True),
-        aten.min.default: reduced(False),
-        aten.amin.default: reduced(False),
-    }
+    return (
+        numbers()
+        | shifts()
+        | {
+            aten.linalg_vector_norm.default: vector_norm,
+            aten._cdist_forward.default: distances,
+            aten._euclidean_dist.default: distances,
+            aten.squeeze.default: squeeze,
+            aten.squeeze.dim: squeeze,
+            aten.squeeze.dims: squeeze,
+            aten.topk.default: topk,
+            aten.sort.default: sort,
+            aten.sort.stable: sort_stable,
+            aten.max.dim: extreme(True),
+            aten.min.dim: extreme(False),
+            aten.argmax.default: argument(True),
+            aten.argmin.default: argument(False),
+            aten.amax.default: reduced(True),
+            aten.max.default: reduced(True),
+            aten.min.default: reduced(False),
+            aten.amin.default: reduced(False),
+        }
+    )

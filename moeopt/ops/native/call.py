@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -17,11 +17,16 @@ from torch.autograd import forward_ad
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.ops.quantized_bank import QuantizedExpertWeights
+from moeopt.ops.quantized_weight import QuantizedWeight
 from moeopt.ops.reference import dtypes
 from moeopt.ops.unfit import Unfit
 
-ABI = 1
+ABI = 2
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LOW = "low nibble first"
+CODES = {("int8", True, _LOW): 5, ("uint4", True, _LOW): 6}
+"""What the kernel reads of quantised weights: (codes, symmetric, packing), with the dtype's number in its header."""
 INTEGERS = {torch.int32: 3, torch.int64: 4}
 _ROWS = ("gate|up", "up|gate", "interleaved", "interleaved_up", "separate", "plain")
 NATIVE_ACTIVATIONS = (
@@ -31,10 +36,12 @@ NATIVE_ACTIVATIONS = (
 """The activations of the kernel, in the order of ``moeopt_activation`` in its header."""
 _LIMITS = ("gate_min", "gate_max", "up_min", "up_max", "act_min", "act_max")
 _ABSENT = (0, 0, 0)
-_NO_MATRIX = (0, 0, 0, 0, 0, 0)
+_NO_MATRIX = (0,) * 10
+_NO_SCALES = (0, 0, 0, 0)
 
 NativeRun = Callable[[ctypes.c_void_p], int]
 """Takes the address of a ``moeopt_call``, and gives its status."""
+Weight = Tensor | QuantizedWeight
 CallWords = tuple[list[int], "array[int] | None", tuple[int, ...], int]
 """Of ``moeopt_expert``: the entries, which expert has which, the steps between stacked ones, and D."""
 
@@ -135,7 +142,10 @@ def _experts(bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Ten
     for e in hit:
         if not 0 <= e < E:
             continue
-        parts = [*bank.w_in(e), bank.w_out(e), *bank.b_in(e), bank.b_out(e), bank.norm(e)]
+        ins: tuple[Weight, ...]
+        out: Weight
+        ins, out = bank.codes(e) if isinstance(bank, QuantizedExpertWeights) else (bank.w_in(e), bank.w_out(e))
+        parts: list[Weight | None] = [*ins, out, *bank.b_in(e), bank.b_out(e), bank.norm(e)]
         entry, width = _entry(parts, spec, held)
         if D and width != D:
             raise Unfit("the experts' outputs differ in width")
@@ -156,7 +166,7 @@ def _stack(whole: list[Tensor | None], spec: ExpertsSpec) -> CallWords:
     return entry, None, tuple(steps), D
 
 
-def _entry(parts: list[Tensor | None], spec: ExpertsSpec, held: list[Tensor]) -> tuple[list[int], int]:
+def _entry(parts: Sequence[Weight | None], spec: ExpertsSpec, held: list[Tensor]) -> tuple[list[int], int]:
     """One ``moeopt_expert`` as its words, and its D; ``parts``: w_in, w_out, b_in, b_out, norm; one or two ins."""
     pair = len(parts) == 7
     if pair != (spec.rows == "separate"):
@@ -172,13 +182,15 @@ def _entry(parts: list[Tensor | None], spec: ExpertsSpec, held: list[Tensor]) ->
             words += _NO_MATRIX
     for b, width in (*zip(b_in, widths, strict=False), (b_out, widths[-1]), (norm, widths[-1])):
         words += _vector(b, width)
-        if not pair and b is b_in[0] and len(words) == 21:
+        if not pair and b is b_in[0] and len(words) == 33:
             words += _ABSENT
-    held += [t for t in parts if t is not None]
+    held += [t for t in parts if isinstance(t, Tensor)]  # codes live as long as their bank
     return words, widths[-1]
 
 
-def _matrix(w: Tensor | None, layout: str) -> tuple[int, ...]:
+def _matrix(w: Weight | None, layout: str) -> tuple[int, ...]:
+    if isinstance(w, QuantizedWeight):
+        return _codes(w)
     assert w is not None
     _plain(w)
     if w.dim() != 2 or w.dtype not in FLOATS:
@@ -186,12 +198,28 @@ def _matrix(w: Tensor | None, layout: str) -> tuple[int, ...]:
     (out, into), (so, si) = w.shape, w.stride()
     if layout == "io":
         out, into, so, si = into, out, si, so
-    return w.data_ptr(), FLOATS[w.dtype], out, into, so, si
+    return w.data_ptr(), FLOATS[w.dtype], out, into, so, si, *_NO_SCALES
 
 
-def _vector(b: Tensor | None, width: int) -> tuple[int, ...]:
+def _codes(w: QuantizedWeight) -> tuple[int, ...]:
+    """``moeopt_matrix`` of quantised weights."""
+    format, (N, K) = w.format, w.shape
+    if (format.codes, format.symmetric, format.packing) not in CODES or format.block[0] != 1 or w.scales is None:
+        raise Unfit(f"the kernel reads int8 and symmetric int4 with scales for each row, not {format}")
+    for t in (w.codes, w.scales):
+        _plain(t)
+    if w.scales.dtype not in FLOATS or w.codes.stride(1) != 1 or w.scales.stride(1) != 1:
+        raise Unfit(f"codes of strides {w.codes.stride()} and scales of {w.scales.dtype} {w.scales.stride()}")
+    dtype, per_byte = CODES[format.codes, format.symmetric, format.packing], 2 if format.packed else 1
+    block = min(format.block[1] or K, K)
+    scales = w.scales.data_ptr(), FLOATS[w.scales.dtype], w.scales.stride(0), block
+    return w.codes.data_ptr(), dtype, N, K, w.codes.stride(0) * per_byte, 1, *scales
+
+
+def _vector(b: Weight | None, width: int) -> tuple[int, ...]:
     if b is None:
         return _ABSENT
+    assert isinstance(b, Tensor)
     _plain(b)
     if tuple(b.shape) != (width,) or b.dtype not in FLOATS:
         raise Unfit(f"a bias or norm is {str(b.dtype).removeprefix('torch.')} of shape {tuple(b.shape)}")

@@ -15,6 +15,7 @@ from moeopt.ops.kernels.gemm import LARGE, power_of_two
 from moeopt.ops.measured import Way, fastest
 from moeopt.ops.native.call import call, transformed
 from moeopt.ops.native.library import Library, library
+from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.reference import check, experts_reference
 from moeopt.ops.unfit import Unfit
 
@@ -34,6 +35,22 @@ def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Exper
                 return call(native.run, x_TH, ids_TK, weights_TK, bank, spec, native.bit)
         except Unfit:
             pass  # what the kernel does not take, torch's matmuls do
+    return experts_cpu(x_TH, ids_TK, weights_TK, bank, spec)
+
+
+def quantized_on_cpu(
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: QuantizedExpertWeights, spec: ExpertsSpec
+) -> Tensor:
+    """``experts_reference`` on quantised weights: by the kernel that reads codes, where there is one and it takes them.
+
+    That is not measured first: torch's matmuls would make every expert that is hit float at each call.
+    """
+    if ids_TK.numel() and (native := library()) is not None:
+        check(x_TH, ids_TK, weights_TK, bank, spec)
+        try:
+            return call(native.run, x_TH, ids_TK, weights_TK, bank, spec, native.bit)
+        except Unfit:
+            pass
     return experts_cpu(x_TH, ids_TK, weights_TK, bank, spec)
 
 

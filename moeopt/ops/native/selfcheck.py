@@ -10,8 +10,11 @@ import itertools
 import torch
 
 from moeopt.ir.specs import ExpertsSpec, Layout, Rows
+from moeopt.ir.weight_format import INT4_BLOCK32, INT8_CHANNEL, WeightFormat
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
 from moeopt.ops.native.call import NATIVE_ACTIVATIONS, NativeRun, call
+from moeopt.ops.quantize import quantize
+from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.unfit import Unfit
 
@@ -47,10 +50,7 @@ def first_difference(run: NativeRun, isa: int) -> str:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 bank, D = _bank(spec, dtype, rng, stacked=number % 2 == 0)
                 T = 1 + number % 11
-                x = torch.randn(T, H, generator=rng).to(dtype)
-                ids = torch.randint(-1, E + 1, (T, K), generator=rng)
-                ids[0] = 0
-                weights = torch.rand(T, K, generator=rng).to(dtype)
+                x, ids, weights = _call(T, dtype, rng)
                 want = experts_reference(x, ids, weights, bank, spec)
                 try:
                     got = call(run, x, ids, weights, bank, spec, isa)
@@ -61,7 +61,33 @@ def first_difference(run: NativeRun, isa: int) -> str:
                 far = (got.double() - want.double()).abs().max().item()
                 if got.dtype != want.dtype or not far <= 16 * eps * (want.double().abs().max().item() + 1):
                     return f"{spec}, {str(dtype).removeprefix('torch.')}: {far:.1e} apart"
+        return next(filter(None, (_codes_differ(run, isa, format, rng) for format in (INT8_CHANNEL, INT4_BLOCK32))), "")
+
+
+def _codes_differ(run: NativeRun, isa: int, format: WeightFormat, rng: torch.Generator) -> str:
+    """What the kernel computes otherwise on codes: of one row, and of many."""
+    spec = ExpertsSpec()
+    floats, _ = _bank(spec, torch.float32, rng, stacked=False)
+    every = range(E)
+    w_in = QuantizedMatrices.of([quantize(floats.w_in(e)[0], format) for e in every])
+    w_out = QuantizedMatrices.of([quantize(floats.w_out(e), format) for e in every])
+    b_in = [[floats.b_in(e)[0] for e in every]]
+    bank = QuantizedExpertWeights([w_in], w_out, b_in, [floats.b_out(e) for e in every])
+    for T in (1, 11):
+        x, ids, weights = _call(T, torch.float32, rng)
+        want = experts_reference(x, ids, weights, bank, spec)
+        far = (call(run, x, ids, weights, bank, spec, isa) - want).abs().max().item()
+        if not far <= 16 * torch.finfo(torch.float32).eps * (want.abs().max().item() + 1):
+            return f"{format}, {T} rows: {far:.1e} apart"
     return ""
+
+
+def _call(T: int, dtype: torch.dtype, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, ids and routing weights of T tokens."""
+    x = torch.randn(T, H, generator=rng).to(dtype)
+    ids = torch.randint(-1, E + 1, (T, K), generator=rng)
+    ids[0] = 0
+    return x, ids, torch.rand(T, K, generator=rng).to(dtype)
 
 
 def _bank(spec: ExpertsSpec, dtype: torch.dtype, rng: torch.Generator, stacked: bool) -> tuple[ExpertWeights, int]:

@@ -35,6 +35,13 @@ int64_t padded(int64_t n, int64_t size) {  // rows that do not fall on the same 
 
 bool is_float(int64_t d) { return d == MOEOPT_F32 || d == MOEOPT_BF16 || d == MOEOPT_F16; }
 
+bool is_weight(const moeopt_matrix &m) {
+  if (is_float(m.dtype)) return true;
+  if (m.dtype != MOEOPT_I8 && m.dtype != MOEOPT_U4) return false;
+  const bool even = m.dtype == MOEOPT_I8 || (m.stride_out % 2 == 0 && (m.block % 2 == 0 || m.block >= m.in));
+  return m.scales && is_float(m.scale_dtype) && m.block > 0 && m.stride_in == 1 && even;
+}
+
 int64_t read_id(const moeopt_call &c, int64_t t, int64_t k) {
   const int64_t at = t * c.ids_stride[0] + k * c.ids_stride[1];
   return c.ids_dtype == MOEOPT_I32 ? ((const int32_t *)c.ids)[at] : ((const int64_t *)c.ids)[at];
@@ -58,8 +65,8 @@ void check(const moeopt_expert &x, const moeopt_call &c) {
   const bool separate = s.rows == SEPARATE;
   if (x.w_in[0].in != c.H || x.w_out.out != c.D) throw Wrong();
   if (x.w_in[0].out != x.w_out.in * (separate || s.rows == PLAIN ? 1 : 2)) throw Wrong();
-  if (separate && (x.w_in[1].in != c.H || x.w_in[1].out != x.w_out.in || !is_float(x.w_in[1].dtype))) throw Wrong();
-  if (!is_float(x.w_in[0].dtype) || !is_float(x.w_out.dtype)) throw Wrong();
+  if (separate && (x.w_in[1].in != c.H || x.w_in[1].out != x.w_out.in || !is_weight(x.w_in[1]))) throw Wrong();
+  if (!is_weight(x.w_in[0]) || !is_weight(x.w_out)) throw Wrong();
 }
 
 struct Plan {

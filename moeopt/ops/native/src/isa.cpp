@@ -23,12 +23,15 @@ inline float weight_of(const moeopt_call &c, int64_t t, int64_t k) {
 }
 
 inline View view(const moeopt_matrix &m, const moeopt_spec &s) {
-  return {m.data, m.dtype, m.stride_out, m.stride_in, m.dtype == s.compute || s.compute == MOEOPT_F32};
+  const bool exact = m.dtype == s.compute || s.compute == MOEOPT_F32;
+  return {m.data, m.dtype, m.stride_out, m.stride_in, exact, m.scales, m.scale_dtype, m.scale_stride, m.block};
 }
 
 inline View rows_of(View v, int64_t first, int64_t step) {
-  v.data = (const char *)v.data + first * v.so * (v.dtype == MOEOPT_F32 ? 4 : 2);
-  v.so *= step;
+  const int64_t halves = v.dtype == MOEOPT_U4 ? 1 : v.dtype == MOEOPT_I8 ? 2 : v.dtype == MOEOPT_F32 ? 8 : 4;  // of bytes
+  v.data = (const char *)v.data + first * v.so * halves / 2;
+  if (v.scales) v.scales = (const char *)v.scales + first * v.ss * (v.scale_dtype == MOEOPT_F32 ? 4 : 2);
+  v.so *= step, v.ss *= step;
   return v;
 }
 

@@ -9,9 +9,12 @@
 #define MOEOPT_EXPERTS_H
 #include <stdint.h>
 
-#define MOEOPT_ABI 1
+#define MOEOPT_ABI 2
 
-enum moeopt_dtype { MOEOPT_F32 = 0, MOEOPT_BF16 = 1, MOEOPT_F16 = 2, MOEOPT_I32 = 3, MOEOPT_I64 = 4 };
+/* I8 and U4 are codes of quantised weights; U4: two in a byte, the first in the low half, less 8 */
+enum moeopt_dtype {
+  MOEOPT_F32 = 0, MOEOPT_BF16 = 1, MOEOPT_F16 = 2, MOEOPT_I32 = 3, MOEOPT_I64 = 4, MOEOPT_I8 = 5, MOEOPT_U4 = 6
+};
 enum moeopt_rows { GATE_UP, UP_GATE, INTERLEAVED, INTERLEAVED_UP, SEPARATE, PLAIN };
 enum moeopt_activation {
   SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, TANH, SWISH, SOFTCAP, IDENTITY, LEAKY_RELU, ELU, MISH, SOFTPLUS
@@ -25,9 +28,11 @@ typedef struct {
   double alpha, limits[6], up_offset, norm_eps; /* limits in the order of moeopt_clamp */
 } moeopt_spec;
 
-typedef struct { /* W[o][i] is data + o * stride_out + i * stride_in */
+typedef struct { /* W[o][i] is data + o * stride_out + i * stride_in; of codes times scales[o * scale_stride + i / block] */
   const void *data;
-  int64_t dtype, out, in, stride_out, stride_in;
+  int64_t dtype, out, in, stride_out, stride_in; /* of codes: stride_in is 1, and stride_out even where two share a byte */
+  const void *scales; /* of float32, bfloat16 or float16; NULL where W is of floats */
+  int64_t scale_dtype, scale_stride, block;
 } moeopt_matrix;
 
 typedef struct { /* data NULL: absent */

@@ -1,5 +1,6 @@
 // The product of a block of W with some rows of x, by the tile that W's dtype and strides ask for, whatever the number of rows.
 #pragma once
+#include "codes.h"
 #include "pairs.h"
 #include "tile.h"
 
@@ -10,6 +11,7 @@ constexpr int64_t FEW = 6;  // rows of x up to which 16-bit weights are widened 
 // x: rows of float32, or of bfloat16 where `paired` (then W is bfloat16, and k or its rows are contiguous)
 void product(const View &v, int64_t compute, bool paired, int64_t first, int64_t n, const void *x, int64_t ldx, int64_t K,
              int64_t M, float *to, int64_t ldt, float *panel) {
+  if (is_code(v.dtype)) return dot_codes(v, compute, first, n, (const float *)x, ldx, K, M, to, ldt, panel);
 #if defined(__AVX512BF16__)
   if (paired && v.si == 1) return pairs_direct(v, first, n, (const uint16_t *)x, ldx, K, M, to, ldt);
   if (paired) return outer_pairs_direct(v, first, n, (const uint16_t *)x, ldx, K, M, to, ldt);

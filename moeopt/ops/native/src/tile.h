@@ -13,6 +13,8 @@ struct View {  // W[o][i] = data + o * so + i * si; exact: its values are of the
   const void *data;
   int64_t dtype, so, si;
   bool exact;
+  const void *scales;  // of codes: see codes.h
+  int64_t scale_dtype, ss, block;
 };
 
 constexpr int64_t DOT_CHUNK = 1024, OUTER_CHUNK = 128, PAIR_CHUNK = 2048;

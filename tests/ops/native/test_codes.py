@@ -1,0 +1,91 @@
+"""The native kernel on codes: the reference on the dequantised weights, whatever the format, the sizes and the rows."""
+
+import pytest
+import torch
+
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.weight_format import FORMATS
+from moeopt.ops import experts_reference
+from moeopt.ops.kernels import cpu
+from moeopt.ops.native import dispatch
+from moeopt.ops.native.selfcheck import specs as all_fields
+from moeopt.ops.quantize import quantize
+from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
+from moeopt.ops.unfit import Unfit
+
+E, K = 3, 2
+TAKEN = ("int8", "int4", "int4-block16", "int4-block128", "int4-channel", "int8-block32")
+BUDGET = 16  # eps, as for floats: sums in another order, one rounding of each stage
+
+
+def bank_of(spec, format, H, I, dtype, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    widths = {"plain": [I], "separate": [I, I]}.get(spec.rows, [2 * I])
+
+    def matrices(out, into):
+        return QuantizedMatrices.of(
+            [quantize(torch.randn(out, into, generator=rng) / into**0.5, format) for _ in range(E)]
+        )
+
+    b_in = [[torch.randn(n, generator=rng) for _ in range(E)] for n in widths]
+    b_out = [torch.randn(H, generator=rng) for _ in range(E)]
+    norm = [1 + torch.randn(H, generator=rng) / 4 for _ in range(E)] if spec.out_norm_eps is not None else None
+    bank = QuantizedExpertWeights([matrices(n, H) for n in widths], matrices(H, I), b_in, b_out, norm)
+    compute = getattr(torch, spec.compute_dtype) if spec.compute_dtype else dtype
+    return bank.handed_out((spec.w_in_layout, spec.w_out_layout), compute)
+
+
+def call_of(bank, spec, T, H, dtype, seed=1):
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, E + 1, (T, K), generator=rng)
+    ids[0] = 0
+    return (
+        torch.randn(T, H, generator=rng).to(dtype), ids, torch.rand(T, K, generator=rng).to(dtype), bank, spec
+    )  # fmt: skip
+
+
+def eps_off(got, want, spec, dtype):
+    names = [spec.compute_dtype, spec.act_dtype, spec.accum_dtype, spec.out_dtype]
+    eps = max(torch.finfo(d).eps for d in [dtype, *(getattr(torch, n) for n in names if n)])
+    assert got.dtype == want.dtype and got.shape == want.shape
+    return float((got.double() - want.double()).abs().max() / (eps * (want.double().abs().max() + 1)))
+
+
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize(("H", "I"), [(33, 24), (80, 37), (1100, 136)])
+def test_equals_the_reference(kernel, name, H, I):
+    """One row, a few (codes become floats in registers), many (in a panel); K of one, two and several chunks."""
+    bank = bank_of(ExpertsSpec(), FORMATS[name], H, I, torch.float32)
+    for T in (1, 2, 5, 40):
+        args = call_of(bank, ExpertsSpec(), T, H, torch.float32)
+        assert eps_off(kernel(*args), experts_reference(*args), ExpertsSpec(), torch.float32) <= BUDGET
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_each_field_of_the_spec(kernel, name):
+    for number, spec in enumerate(all_fields()):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            args = call_of(bank_of(spec, FORMATS[name], 40, 24, dtype), spec, 1 + number % 11, 40, dtype)
+            assert eps_off(kernel(*args), experts_reference(*args), spec, dtype) <= BUDGET, spec
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-block16"])
+def test_a_token_s_bits_do_not_depend_on_the_others(kernel, name):
+    spec = ExpertsSpec()
+    x, ids, weights, bank, _ = call_of(
+        bank_of(spec, FORMATS[name], 1100, 136, torch.float32), spec, 33, 1100, torch.float32
+    )
+    ids = ids.clamp(0, E - 1)
+    whole = kernel(x, ids, weights, bank, spec)
+    for t in (0, 7, 32):
+        row = slice(t, t + 1)
+        assert torch.equal(kernel(x[row], ids[row], weights[row], bank, spec), whole[row])
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "int4-asymmetric32", "nf4"])
+def test_what_it_does_not_read_is_left_to_torch(kernel, name):
+    spec = ExpertsSpec()
+    args = call_of(bank_of(spec, FORMATS[name], 64, 32, torch.float32), spec, 5, 64, torch.float32)
+    with pytest.raises(Unfit, match="the kernel reads int8 and symmetric int4 with scales for each row, not"):
+        kernel(*args)
+    torch.testing.assert_close(dispatch.quantized_on_cpu(*args), cpu.experts_cpu(*args), rtol=0, atol=0)
