@@ -19,8 +19,8 @@ from torch import nn
 
 from moeopt.errors import UsageError
 from moeopt.inspection.headers import Stored, stored_weights
-from moeopt.onnx_in.read import is_onnx
-from moeopt.onnx_in.whole_file import from_onnx
+from moeopt.onnx_in.read import is_onnx, read_onnx
+from moeopt.onnx_in.whole_file import interpreted
 from moeopt.value_types import PyObject
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM",
@@ -53,7 +53,9 @@ def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
         return Loaded(target.module(), "ExportedProgram", "model")
     if is_onnx(target):
         return Loaded(
-            from_onnx(target), str(target) if isinstance(target, (str, os.PathLike)) else "ONNX model", "model"
+            interpreted(read_onnx(target)),
+            str(target) if isinstance(target, (str, os.PathLike)) else "ONNX model",
+            "model",
         )
     if isinstance(target, (str, os.PathLike)):
         return _from_path(Path(target), trust_remote_code)

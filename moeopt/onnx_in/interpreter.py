@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -134,6 +135,14 @@ def attribute_value(attribute: OnnxValue, where: str) -> PyObject:
     raise Declined(f"the node {where!r} has the attribute {attribute.name!r} of a kind that moeopt does not read")
 
 
+def _mapped(value: OnnxValue) -> PyObject:
+    """The bytes of a tensor in its file, mapped; onnx_ir itself reads no file that has two names (a hard link)."""
+    shape = tuple(int(n) for n in value.shape)
+    if 0 in shape:
+        return np.empty(shape, value.dtype.numpy())
+    return np.memmap(value.path, value.dtype.numpy(), "r", value.offset or 0, shape)
+
+
 def tensor_of(value: OnnxValue, where: str) -> Tensor:
     """A tensor of ``onnx_ir`` as torch's, in the same bytes where they are mapped from a file.
 
@@ -143,7 +152,7 @@ def tensor_of(value: OnnxValue, where: str) -> Tensor:
     import onnx_ir as ir
 
     dtype = torch_dtype(value.dtype, f"the tensor {value.name or where!r}")
-    array = value.numpy()
+    array = _mapped(value) if isinstance(value, ir.ExternalTensor) and value.dtype.bitwidth >= 8 else value.numpy()
     if value.dtype in (ir.DataType.INT4, ir.DataType.UINT4):
         array = array.astype("int8" if value.dtype == ir.DataType.INT4 else "uint8")
         return torch.from_numpy(array)

@@ -1,4 +1,4 @@
-"""``moeopt.from_onnx``: a whole file as an ``nn.Module``, each region that may be experts a child of its own.
+"""A whole file as an ``nn.Module``, each region that may be experts a child of its own.
 
 Limits: opset 13 or newer; every operator one that the interpreter runs; no ``If``, ``Loop`` or ``Scan``; tensors at the
 ends. Weights are the file's own mapped bytes. The module runs node after node, which is no quick way to run a graph: it
@@ -19,7 +19,7 @@ from moeopt.onnx_in.feeds import given_feeds, made_up_feeds
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.interpreter import InterpretedGraph, steps_of, tensor_of
 from moeopt.onnx_in.program import GraphProgram, NodeStep, program_of
-from moeopt.onnx_in.read import OnnxFile, read_onnx
+from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.region_module import RegionEnds, add_at, is_combined, region_ends, region_module
 from moeopt.onnx_in.regions import CandidateRegion, candidate_regions
 from moeopt.onnx_in.values import tensor
@@ -59,22 +59,15 @@ class InterpretedFile(InterpretedGraph):
         return (self.get_submodule(step.op_type)(*(tensor(value) for value in inputs)),)
 
 
-def from_onnx(model: PyObject, inputs: PyObject = None) -> InterpretedFile:
-    """An ONNX model as an ``nn.Module`` in eval mode that computes what its graph computes.
-
-    Blocks that may be experts are children, at paths like ``model.layers.0.mlp``, so that ``moeopt.optimize``,
-    ``inspect`` and ``profile`` take the module as any other. Its parameters are the file's mapped bytes, which nothing
-    may write to.
+def interpreted(file: OnnxFile, inputs: PyObject = None) -> InterpretedFile:
+    """A file as a module in eval mode, its regions as children.
 
     Args:
-        model: the path of a ``.onnx`` file, an ``onnx.ModelProto`` or an ``onnx_ir.Model``, of opset 13 or newer.
         inputs: of the graph, in the forms of ``moeopt.optimize``; None: some are made up, to tell sizes from constants.
 
     Raises:
-        UsageError: the file is damaged, or holds an operator or a body that the interpreter does not run; the message
-            names the node.
+        UsageError: it holds an operator or a body that the interpreter does not run; the message names the node.
     """
-    file = read_onnx(model)
     names = [value.name for value in graph_inputs(file.proto.graph)]
     nodes = list(file.model.graph)
     try:

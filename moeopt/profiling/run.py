@@ -13,8 +13,8 @@ from moeopt.bundle.engine import Engine
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.find.batches import batches
+from moeopt.frontends.onnx_files import from_onnx
 from moeopt.onnx_in.read import is_onnx
-from moeopt.onnx_in.whole_file import from_onnx
 from moeopt.options import Options
 from moeopt.profiling.observe import observe
 from moeopt.profiling.result import LoadProfile, Unread, layer_load

@@ -4,10 +4,12 @@ import os
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 import moeopt
 from moeopt.errors import UsageError
+from moeopt.onnx_in.interpreter import tensor_of
 from moeopt.onnx_in.read import is_onnx, read_onnx
 
 
@@ -117,6 +119,14 @@ def test_what_is_no_file_is_told(tmp_path):
 def test_a_value_with_weights_elsewhere_is_refused():
     with pytest.raises(UsageError, match="a ModelProto does not say where that is: give the path"):
         read_onnx(product(location="data.bin", length=64))
+
+
+def test_data_that_have_two_names_on_the_disk_are_mapped(tmp_path):
+    (tmp_path / "data.bin").write_bytes(b"\0\0\x80?" * 16)
+    os.link(tmp_path / "data.bin", tmp_path / "other.bin")
+    (tmp_path / "m.onnx").write_bytes(product(location="data.bin", length=64).SerializeToString())
+    held = read_onnx(tmp_path / "m.onnx").model.graph.initializers["w"].const_value
+    assert torch.equal(tensor_of(held, "w"), torch.ones(4, 4))
 
 
 def test_functions_are_inlined_on_a_copy(tmp_path):

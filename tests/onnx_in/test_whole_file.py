@@ -42,6 +42,19 @@ def test_inspect_and_profile_take_a_file(path, monkeypatch):
     assert [layer.name for layer in found.layers] == ["layers.0.mlp", "layers.1.mlp"]
 
 
+def test_an_operator_that_is_read_wrongly_is_caught(path, monkeypatch):
+    from moeopt.onnx_in.operators.table import OPERATORS
+
+    monkeypatch.setitem(OPERATORS, ("", "Sigmoid"), lambda call: torch.sigmoid(1.01 * call.tensor(0)))
+    with pytest.raises(
+        UsageError, match=r"home\.onnx has no form as a module: ONNX Runtime's result is .* from what moeopt"
+    ):
+        moeopt.from_onnx(path)
+    found = moeopt.optimize(path, verify="fast")
+    assert [b.status for b in found.report.blocks] == ["declined", "declined"]
+    assert "from what moeopt reads its nodes as, and rounding explains" in found.report.blocks[0].reason
+
+
 def test_the_wrong_inputs_are_told(path):
     with pytest.raises(UsageError, match="the graph takes input_ids; it was given 2 and"):
         moeopt.from_onnx(path)(ids(), ids())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeopt.backends.onnxrt.onnx_file.original import InnerValues
 from moeopt.errors import Declined, MoeoptError
@@ -113,42 +113,56 @@ def _checked(file: OnnxFile, candidate: CandidateRegion, region: GraphRegion, ru
     distance = 0.0
     try:
         for run in runs:
-            distance = max(distance, _distance(module, [run[name] for name in ends.tensors], run[region.exit.name]))
+            entries = [run[name] for name in ends.tensors]
+            distance = max(distance, explained_distance(module, entries, [run[region.exit.name]]))
     except Declined as err:
         raise Declined(named(err.reason, module)) from None
     return FilePart(candidate, region, module, ends.tensors, list(runs), distance)
 
 
-def _distance(module: InterpretedGraph, values: Sequence[Tensor], theirs: Tensor) -> float:
-    """The distance of ONNX Runtime's result from the float64 oracle, which the interpreter must share the reading of.
+def explained_distance(module: nn.Module, values: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """The distance of ONNX Runtime's results from the float64 oracle, which the interpreter must share the reading of.
 
     Raises:
         Declined: the interpreter stops, or ONNX Runtime is further from its oracle than rounding explains.
     """
+    oracle: list[Tensor] | None
     try:
-        ours, choices = record_selections(module, tuple(values), {})
+        found, choices = record_selections(module, tuple(values), {})
+        ours = list(found) if isinstance(found, tuple) else [found]
         try:
-            oracle = run_oracle(module, tuple(values), {}, choices)
+            exact = run_oracle(module, tuple(values), {}, choices)
+            oracle = list(exact) if isinstance(exact, tuple) else [exact]
         except OracleError:  # scores so close that float64 chooses otherwise
-            return _without_oracle(module, values, ours, theirs)
-    except (MoeoptError, OracleError) as err:
+            oracle = None
+    except MoeoptError as err:
         raise err if isinstance(err, Declined) else Declined(f"moeopt cannot run its nodes: {err}") from None
     except Exception as err:  # torch's own, of many classes
         raise Declined(
             f"moeopt cannot run its nodes ({type(err).__name__}: {str(err).splitlines()[0][:200]}); please report this "
             "with the file"
         ) from None
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        raise Declined(
-            f"moeopt reads its nodes as giving {ours.dtype} {tuple(ours.shape)}, and ONNX Runtime gives {theirs.dtype} "
-            f"{tuple(theirs.shape)}; please report this with the file"
-        )
+    far = 0.0
+    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        if mine.shape != other.shape or mine.dtype != other.dtype:
+            raise Declined(
+                f"moeopt reads its nodes as giving {mine.dtype} {tuple(mine.shape)}, and ONNX Runtime gives "
+                f"{other.dtype} {tuple(other.shape)}; please report this with the file"
+            )
+        if not other.is_floating_point():
+            if not torch.equal(mine, other):
+                raise Declined("moeopt reads its nodes as giving other whole numbers than ONNX Runtime gives")
+        elif oracle is None:
+            far = max(far, _without_oracle(module, values, number, mine, other))
+        else:
+            far = max(far, _from_oracle(oracle[number], mine, other))
+    return far
+
+
+def _from_oracle(oracle: Tensor, ours: Tensor, theirs: Tensor) -> float:
     eps = torch.finfo(theirs.dtype).eps
     both = finiteness(theirs, ours).both
-    far = [
-        float(token_distance(y, oracle, eps=eps)[both].nan_to_num(0).max()) if both.any() else 0.0
-        for y in (theirs, ours)
-    ]
+    far = [_worst(token_distance(y, oracle, eps=eps)[both]) for y in (theirs, ours)]
     if far[0] > FACTOR * far[1] + EPS_ALLOWANCE * eps:
         raise Declined(
             f"ONNX Runtime's result is {far[0]:.2g} from what moeopt reads its nodes as, and rounding explains "
@@ -157,7 +171,11 @@ def _distance(module: InterpretedGraph, values: Sequence[Tensor], theirs: Tensor
     return far[0]
 
 
-def _without_oracle(module: InterpretedGraph, values: Sequence[Tensor], ours: Tensor, theirs: Tensor) -> float:
+def _worst(distances: Tensor) -> float:
+    return float(distances.nan_to_num(0).max()) if distances.numel() else 0.0
+
+
+def _without_oracle(module: nn.Module, values: Sequence[Tensor], number: int, ours: Tensor, theirs: Tensor) -> float:
     """How far one rounding error of the inputs moves the interpreter's result, which must explain ONNX Runtime's.
 
     Raises:
@@ -170,8 +188,9 @@ def _without_oracle(module: InterpretedGraph, values: Sequence[Tensor], ours: Te
             (v * (1 + eps * torch.randn(v.shape, generator=generator))).to(v.dtype) if v.is_floating_point() else v
             for v in values
         ]
-        moved = max(moved, float(token_distance(module(*shaken), ours).nan_to_num(0).max()))
-    far = float(token_distance(theirs, ours).nan_to_num(0).max()) if ours.shape == theirs.shape else torch.inf
+        again = module(*shaken)
+        moved = max(moved, _worst(token_distance(again[number] if isinstance(again, tuple) else again, ours)))
+    far = _worst(token_distance(theirs, ours))
     if moved * FACTOR > CEILING or far > FACTOR * moved + EPS_ALLOWANCE * eps:
         raise Declined(
             f"ONNX Runtime's result is {far:.2g} from moeopt's, which one rounding error of the inputs moves by "
