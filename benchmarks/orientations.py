@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.orientations --save
 
 Plain ONNX Runtime multiplies by (in, out) with ``MatMul`` and by (out, in) with ``Gemm(transB=1)``; both pack a copy
-when the session loads. The kernel reads either where it lies. All take turns on the same rows in one process, the caches
+when the session loads. The kernel reads either where it lies. All take turns on the same rows in one process, caches
 written over before each call; the clock is the CPU time of the process. Cells are medians in milliseconds; ``ratio`` is
 the median, over the turns, of (in, out) divided by (out, in): above 1, (out, in) is faster. ``same bits`` says whether
 the two graphs of ONNX Runtime agree.

@@ -144,6 +144,11 @@ def _optimize_file(model: PyObject, inputs: PyObject, backend: str, options: Opt
     chosen, runtime, plan = checked_choice(backend, options)
     if chosen.dtype is not None or chosen.inplace:
         raise UsageError("an ONNX file keeps its dtype and is not written to: leave out dtype= and inplace=")
+    if chosen.quantize is not None:
+        raise UsageError(
+            "the experts of an ONNX file keep their format: leave out quantize=, or quantise the PyTorch model, or "
+            "moeopt.from_onnx(path), with backend='onnxruntime'"
+        )
     with shown(chosen.progress) as say:
         made, call = runtime.optimize_file(model, inputs, dataclasses.replace(chosen, progress=say), plan)
     return Optimized(made, call)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
@@ -25,7 +26,7 @@ def described(args: PyObject, kwargs: PyObject) -> tuple[Any, list[Tensor]] | No
     first: dict[int, int] = {}
     for leaf in leaves:
         if isinstance(leaf, Tensor):
-            if leaf.layout != torch.strided or leaf.requires_grad or _unbacked([leaf]):
+            if not is_fake(leaf) or leaf.layout != torch.strided or leaf.requires_grad or _unbacked([leaf]):
                 return None
             memory = leaf.untyped_storage()._cdata
             words.append((_kind_of(leaf), first.setdefault(memory, len(first))))

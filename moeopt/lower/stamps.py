@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,7 @@ class Stamps:
         self._classes = {p: type(m) for p, m in self._candidates.items()}
         self._like = _Likeness(self._candidates)
         self._inside = False
+        self._thread = 0
 
     def forget(self) -> None:
         """Forget what was traced: a trace begins."""
@@ -105,6 +107,7 @@ class Stamps:
     def during(self) -> Iterator[Stamps]:
         """While open, calls of alike layers run as marked or stamped."""
         self.forget()
+        self._thread = threading.get_ident()
         with contextlib.ExitStack() as undo:
             for path, layer in self._candidates.items():
                 if self._like.has_like(path):
@@ -128,13 +131,14 @@ class Stamps:
                 del layer.__dict__["forward"]
 
     def _note(self, path: str, name: str) -> None:
-        if self._inside:
+        if self._inside and self._thread == threading.get_ident():
             self._reads.add((path, name))
 
     def _call(
         self, path: str, layer: nn.Module, forward: Callable[..., Any], args: PyObject, kwargs: PyObject
     ) -> PyObject:
-        found = None if self._inside else described(args, kwargs)
+        traced = self._thread == threading.get_ident() and not self._inside  # others may call the model meanwhile
+        found = described(args, kwargs) if traced else None
         if found is None:
             return forward(*args, **kwargs)
         call, tensors = found
@@ -222,6 +226,7 @@ def _held(layer: nn.Module, path: str, name: str) -> PyObject:
 @contextlib.contextmanager
 def _watched(layer: nn.Module, names: frozenset[tuple[str, str]], note: Callable[[str, str], None]) -> Iterator[None]:
     """While open, reads of these plain attributes are noted: each module has a class that asks before it answers."""
+    of_layer = type(layer)
     by_path: dict[str, list[str]] = {}
     for path, name in names:
         by_path.setdefault(path, []).append(name)
@@ -229,11 +234,13 @@ def _watched(layer: nn.Module, names: frozenset[tuple[str, str]], note: Callable
     try:
         for path, own in by_path.items():
             module = layer.get_submodule(path)
-            kind = classes[module] = type(module)
-            asked = {name: _noting(path, name, note) for name in own}
-            module.__class__ = type(kind.__name__, (kind,), asked | {
-                "__module__": kind.__module__, "__qualname__": kind.__qualname__,
-            })  # fmt: skip
+            kind = type(module)
+            if type(kind) is not type or any("__init_subclass__" in vars(c) for c in kind.__mro__[:-1]):
+                raise NotStampable(of_layer, "its class would notice a class that is made of it")
+            asked: dict[str, Any] = {name: _noting(path, name, note) for name in own}
+            asked |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            module.__class__ = type(kind.__name__, (kind,), asked)
+            classes[module] = kind
         yield
     finally:
         for module, kind in classes.items():

@@ -22,12 +22,12 @@ from moeopt.onnx_in.program import NodeStep, SizeTerm
 _SHAPES = {("Reshape", 1), ("Expand", 1), ("ConstantOfShape", 0), ("Tile", 1), ("Slice", 2), ("Range", 1)}
 """Which input of an operator is a shape, an end or a count."""
 
-Sizes = dict[str, tuple[SizeTerm, ...] | SizeTerm]
+FreeSizes = dict[str, tuple[SizeTerm, ...] | SizeTerm]
 
 
 def free_sizes(
     steps: Sequence[NodeStep], constants: Mapping[str, Tensor], root: Sequence[int], feature: int
-) -> tuple[list[NodeStep], Sizes]:
+) -> tuple[list[NodeStep], FreeSizes]:
     """The steps with free sizes, and the sizes by name.
 
     Args:
@@ -35,7 +35,7 @@ def free_sizes(
     """
     terms = _terms(root, feature % len(root))
     made: list[NodeStep] = []
-    sizes: Sizes = {}
+    sizes: FreeSizes = {}
     filled: dict[str, str] = {}
     for step in steps:
         inputs = list(step.inputs)
@@ -54,7 +54,7 @@ def free_sizes(
 
 
 def _terms(root: Sequence[int], feature: int) -> dict[int, SizeTerm]:
-    """Sizes of the root's rows and products of these, by their values; 1 says nothing."""
+    """FreeSizes of the root's rows and products of these, by their values; 1 says nothing."""
     free = [d for d in range(len(root)) if d != feature]
     found: dict[int, SizeTerm] = {}
     for count in range(1, len(free) + 1):
@@ -65,7 +65,7 @@ def _terms(root: Sequence[int], feature: int) -> dict[int, SizeTerm]:
     return found
 
 
-def _as_size(name: str, value: Tensor, terms: Mapping[int, SizeTerm], sizes: Sizes) -> str:
+def _as_size(name: str, value: Tensor, terms: Mapping[int, SizeTerm], sizes: FreeSizes) -> str:
     """The name of a constant shape with the sizes in it; its own where there is none."""
     numbers = value.reshape(-1).tolist()
     if not any(n in terms for n in numbers):
@@ -75,7 +75,7 @@ def _as_size(name: str, value: Tensor, terms: Mapping[int, SizeTerm], sizes: Siz
     return f"{name}.size"
 
 
-def _unfolded(name: str, value: Tensor, terms: Mapping[int, SizeTerm], sizes: Sizes, steps: list[NodeStep]) -> str:
+def _unfolded(name: str, value: Tensor, terms: Mapping[int, SizeTerm], sizes: FreeSizes, steps: list[NodeStep]) -> str:
     """The name of a fill or a count as it was before it was folded; the constant's own for any other."""
     flat = value.reshape(-1)
     shape = tuple(terms.get(n, SizeTerm(n)) for n in value.shape)

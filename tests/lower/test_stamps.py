@@ -1,6 +1,7 @@
 """Of alike layers one is traced; what the graph holds for the others is what tracing them would have given."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -381,3 +382,33 @@ def test_a_model_that_is_one_block_and_a_list_of_blocks_as_engines():
         for size in ((2, 3), (4, 5)):
             x = torch.randn(*size, H)
             torch.testing.assert_close(engine(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_another_thread_may_call_the_model_while_it_is_traced():
+    model, x = made(Tower())
+    want, results = model(x), []
+
+    class Meanwhile(Layer):
+        def forward(self, rows):
+            if isinstance(rows, FakeTensor):
+                thread = threading.Thread(target=lambda: results.append(model.layers[1](x)))
+                thread.start()
+                thread.join()
+            return super().forward(rows)
+
+    model.layers[0].__class__ = Meanwhile
+    program = export_functional(model, (x,), {})
+    assert results and all(torch.equal(r, model.layers[1](x)) for r in results)
+    assert_same(program.module()(x), want, exact=True)
+
+
+def test_layers_of_a_class_that_would_notice_a_subclass_are_traced_each():
+    class Final(Layer):
+        def __init_subclass__(cls):
+            made_of_it.append(cls)
+
+    made_of_it = []
+    model, x = made(tower(Final)())
+    program = export_functional(model, (x,), {})
+    assert TRACED == [0, 1, 2, 3] and made_of_it == []
+    assert_same(program.module()(x), model(x), exact=True)
