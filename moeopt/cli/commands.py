@@ -19,14 +19,14 @@ import moeopt
 from moeopt.checkpoint.tasks import TASKS
 from moeopt.cli.early import check_backend, check_bundle, check_certificate
 from moeopt.cli.inspect_command import inspect_command
-from moeopt.cli.limits import as_limits, missed_words
+from moeopt.cli.limits import LimitTo, QuantizeTo, as_limits, missed_words
 from moeopt.cli.opened_target import opened_target
 from moeopt.cli.passes_command import passes_command
 from moeopt.cli.plan_command import plan_command
 from moeopt.cli.preflight import check_choice, check_out
 from moeopt.cli.profile_command import profile_command
 from moeopt.cli.schema_command import schema_command
-from moeopt.cli.target import FORMS, find_target, load_target
+from moeopt.cli.target import FORMS, BuiltFor, find_target, load_target
 from moeopt.cli.triton_command import triton_command
 from moeopt.errors import UsageError
 from moeopt.html import check_target
@@ -69,13 +69,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stder
 Trust = Annotated[bool, typer.Option(help="run the Python code that a Hugging Face directory brings")]
 Html = Annotated[Path | None, typer.Option(help="write the report to this file as one HTML page")]
 Task = Annotated[str | None, typer.Option(help="what a Hugging Face model is loaded for: " + ", ".join(TASKS))]
-BuiltFor = Annotated[
-    str | None, typer.Option("--target", help="what an engine is built for: a provider, or sm_89 for tensorrt")
-]
-QuantizeTo = Annotated[str | None, typer.Option(help="round the experts' weights: int8, int4, fp8 or mxfp4")]
-LimitTo = Annotated[
-    list[str] | None, typer.Option(help="the most that quantising may lose, like kl_mean=0.01; may be given again")
-]
 Seed = Annotated[int, typer.Option(help="of every random input, and of random weights")]
 
 
