@@ -80,7 +80,7 @@ test-wheel: $(READY)  ## the wheel in a clean environment, and the example workf
 	$(ONE_THREAD) $(PY) -m pytest -q -p no:cacheprovider -m wheel tests/wheel $(ARGS)
 
 test-compat: $(READY_COMPAT)  ## what depends on transformers, on the oldest version promised
-	$(ONE_THREAD) $(PY_COMPAT) $(PYTEST) -m 'not gpu and not nightly' $(wildcard tests/compat tests/families tests/test_families.py tests/zoo) $(ARGS)
+	$(ONE_THREAD) $(PY_COMPAT) $(PYTEST) -m 'not gpu and not nightly' $(wildcard tests/compat tests/families tests/test_families.py) $(ARGS)
 
 test-matrix: $(READY)  ## the core of the suite on the oldest and newest torch and transformers: gigabytes, an hour
 	$(PY) tests/matrix/run.py $(ARGS)

@@ -2,7 +2,7 @@
 ``moeopt.inspect`` costs on published shapes.
 
     python benchmarks/optimize_cost.py                 every table
-    python benchmarks/optimize_cost.py layers          one table: layers, experts, memory or inspect
+    python benchmarks/optimize_cost.py layers          one table: layers, save, experts, memory or inspect
     python benchmarks/optimize_cost.py --check         exit code 1 when a limit below is missed
 
 Each point is a fresh process. Seconds are CPU time of one torch thread, which leaves out the turns of a
@@ -12,20 +12,24 @@ machine's other tenants; memory is what the operating system saw (``ru_maxrss``)
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-LAYERS, EXPERTS = (6, 12, 24), (16, 64, 256, 512)
+LAYERS, SAVED, EXPERTS = (6, 12, 24), (6, 24, 60), (16, 64, 256, 512)
 LIMITS = {
     "a model of 24 layers and 64 experts, strict": 60.0,  # seconds
     "a block of 512 experts, strict": 20.0,  # seconds
+    "saving, for each further layer": 0.15,  # seconds
+    "building an engine, for each further layer": 0.6,  # seconds
     "the rewrite's memory beside the model": 1.0,  # layers
     "strict verification's memory beside the model": 5.0,  # layers in float32
     "a published shape inspected": 20.0,  # seconds, with the imports and the probe of this CPU
@@ -33,14 +37,15 @@ LIMITS = {
 }
 
 
-def loop_block(E: int, K: int, H: int, I: int) -> Any:
-    """Separate experts and a loop over those that were hit, as transformers 4.57 writes it."""
+@functools.cache
+def classes() -> dict[str, Any]:
+    """The home-made classes, each made once; torch is imported only by a process that builds a model."""
     import torch
     import torch.nn.functional as F
     from torch import nn
 
     class Expert(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, H: int, I: int) -> None:
             super().__init__()
             self.gate, self.up, self.down = (nn.Linear(a, b, bias=False) for a, b in ((H, I), (H, I), (I, H)))
 
@@ -48,14 +53,18 @@ def loop_block(E: int, K: int, H: int, I: int) -> Any:
             return self.down(F.silu(self.gate(x)) * self.up(x))
 
     class Loop(nn.Module):
-        def __init__(self) -> None:
+        """Separate experts and a loop over those that were hit, as transformers 4.57 writes it."""
+
+        def __init__(self, E: int, K: int, H: int, I: int) -> None:
             super().__init__()
             self.router = nn.Linear(H, E, bias=False)
-            self.experts = nn.ModuleList(Expert() for _ in range(E))
+            self.experts = nn.ModuleList(Expert(H, I) for _ in range(E))
+            self.K = K
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            E, H = self.router.weight.shape
             rows = x.reshape(-1, H)
-            weights, ids = self.router(rows).softmax(-1, dtype=torch.float).topk(K)
+            weights, ids = self.router(rows).softmax(-1, dtype=torch.float).topk(self.K)
             weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
             y, mask = torch.zeros_like(rows), F.one_hot(ids, E).permute(2, 1, 0)
             for e in (mask.sum((-1, -2)) > 0).nonzero():
@@ -63,39 +72,28 @@ def loop_block(E: int, K: int, H: int, I: int) -> Any:
                 y.index_add_(0, token, self.experts[e](rows[token]) * weights[token, slot, None])
             return y.view_as(x)
 
-    return Loop()
-
-
-def stacked_block(E: int, K: int, H: int, I: int) -> Any:
-    """Stacked experts, every one on every token, as a batched matmul."""
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-
     class Stacked(nn.Module):
-        def __init__(self) -> None:
+        """Stacked experts, every one on every token, as a batched matmul."""
+
+        def __init__(self, E: int, K: int, H: int, I: int) -> None:
             super().__init__()
             self.router = nn.Linear(H, E, bias=False)
             self.w_in = nn.Parameter(torch.randn(E, H, 2 * I) * H**-0.5)
             self.w_out = nn.Parameter(torch.randn(E, I, H) * I**-0.5)
+            self.K = K
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            E, H = self.router.weight.shape
             rows = x.reshape(-1, H)
-            weights, ids = self.router(rows).topk(K)
+            weights, ids = self.router(rows).topk(self.K)
             dense = torch.zeros(len(rows), E, dtype=x.dtype).scatter(1, ids, weights.softmax(-1))
             gate, up = (rows.expand(E, -1, -1) @ self.w_in).chunk(2, -1)
             return (F.silu(gate) * up @ self.w_out * dense.t()[..., None]).sum(0).view_as(x)
 
-    return Stacked()
-
-
-def stack_of(blocks: list[Any], H: int) -> Any:
-    """A residual tower with an attention before each block."""
-    import torch
-    from torch import nn
-
     class Layer(nn.Module):
-        def __init__(self, mlp: nn.Module) -> None:
+        """An attention before a block, each with a norm and a residual."""
+
+        def __init__(self, mlp: nn.Module, H: int) -> None:
             super().__init__()
             self.norms = nn.ModuleList(nn.LayerNorm(H) for _ in range(2))
             self.attention, self.mlp = nn.MultiheadAttention(H, 4, batch_first=True), mlp
@@ -105,7 +103,14 @@ def stack_of(blocks: list[Any], H: int) -> Any:
             x = x + self.attention(h, h, h, need_weights=False)[0]
             return x + self.mlp(self.norms[1](x))
 
-    return nn.Sequential(*(Layer(block) for block in blocks))
+    return {"loop": Loop, "stacked": Stacked, "layer": Layer}
+
+
+def stack_of(blocks: list[Any], H: int) -> Any:
+    """A tower of layers."""
+    from torch import nn
+
+    return nn.Sequential(*(classes()["layer"](block, H) for block in blocks))
 
 
 def library_model(layers: int, E: int, K: int, H: int, I: int) -> Any:
@@ -127,8 +132,8 @@ def build(point: dict[str, Any]) -> tuple[Any, Any]:
     torch.manual_seed(0)
     E, K, H, I, layers = (point[name] for name in "E K H I layers".split())
     if point["style"] == "library":
-        return library_model(layers, E, K, H, I), {"input_ids": torch.randint(0, 128, (2, 12))}
-    block = {"loop": loop_block, "stacked": stacked_block}[point["style"]]
+        return library_model(layers, E, K, H, I), {"input_ids": torch.randint(0, 128, (2, 12)), "use_cache": False}
+    block = classes()[point["style"]]
     x = torch.randn(2, 12, H)
     if layers == 1:
         return block(E, K, H, I), x
@@ -141,7 +146,7 @@ def import_all() -> None:
 
     import moeopt
 
-    block = stack_of([loop_block(E=4, K=2, H=16, I=16)], 16).eval()
+    block = stack_of([classes()["loop"](E=4, K=2, H=16, I=16)], 16).eval()
     moeopt.optimize(block, torch.randn(2, 4, 16), verify="fast", progress=False)
 
 
@@ -158,12 +163,18 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         model(**inputs) if isinstance(inputs, dict) else model(inputs)
     import_all()
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    opt = moeopt.optimize(model, inputs, verify=point["verify"])
+    opt = moeopt.optimize(model, inputs, verify=point["verify"], backend=point["backend"], progress=False)
     seconds = time.process_time() - started
+    started = time.process_time()
+    if point["save"]:
+        with tempfile.TemporaryDirectory() as folder:
+            opt.save(Path(folder) / "bundle")
+    saved = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     blocks = [b for b in opt.report.blocks if b.kind == "moe"]
     return {
         "seconds": seconds,
+        "saved": saved,
         "extra_bytes": (peak - before) * 1024,
         "layer_bytes": point["E"] * 3 * point["H"] * point["I"] * 4,
         "rewritten": sum(b.status == "rewritten" for b in blocks),
@@ -183,10 +194,22 @@ def in_fresh_process(kind: str, what: str) -> dict[str, Any]:
 
 
 def run(
-    style: str, layers: int, E: int, *, K: int = 4, H: int = 32, I: int = 16, verify: str = "strict"
+    style: str,
+    layers: int,
+    E: int,
+    *,
+    K: int = 4,
+    H: int = 32,
+    I: int = 16,
+    verify: str = "strict",
+    backend: str = "torch",
+    save: bool = False,
 ) -> dict[str, Any]:
     """``measure`` in a fresh process; the parent stays light, since a child's ``ru_maxrss`` starts at its parent's."""
-    point = {"style": style, "layers": layers, "E": E, "K": K, "H": H, "I": I, "verify": verify}
+    point = {
+        "style": style, "layers": layers, "E": E, "K": K, "H": H, "I": I, "verify": verify, "backend": backend,
+        "save": save,
+    }  # fmt: skip
     result = in_fresh_process("--point", json.dumps(point))
     if result["rewritten"] != layers:
         why = "; ".join(result["reasons"])
@@ -212,6 +235,24 @@ def by_layers() -> dict[str, float]:
         rows.append((name, *(f"{s:.1f}" for s in spent), f"{spent[0] / LAYERS[0]:.2f} to {spent[-1] / LAYERS[-1]:.2f}"))
     table(rows)
     return {"a model of 24 layers and 64 experts, strict": worst}
+
+
+def by_saving() -> dict[str, float]:
+    print("Seconds to save by layers: 4 experts, top 2, hidden 32; an engine: with optimising and verifying it")
+    rows: list[tuple[Any, ...]] = [("layers", *SAVED, "for each further layer")]
+    slopes: dict[str, float] = {}
+    for name, style, backend, what in (
+        ("saved, home-made loop", "loop", "torch", "saving, for each further layer"),
+        ("saved, Qwen3-MoE (transformers)", "library", "torch", "saving, for each further layer"),
+        ("engine, home-made loop", "loop", "onnxruntime", "building an engine, for each further layer"),
+    ):
+        points = [run(style, n, 4, K=2, verify="fast", backend=backend, save=backend == "torch") for n in SAVED]
+        spent = [point["saved" if backend == "torch" else "seconds"] for point in points]
+        slope = (spent[-1] - spent[0]) / (SAVED[-1] - SAVED[0])
+        slopes[what] = max(slope, slopes.get(what, 0.0))
+        rows.append((name, *(f"{s:.1f}" for s in spent), f"{slope:.3f}"))
+    table(rows)
+    return slopes
 
 
 def by_experts() -> dict[str, float]:
@@ -267,7 +308,7 @@ def by_shape() -> dict[str, float]:
     }
 
 
-TABLES = {"layers": by_layers, "experts": by_experts, "memory": by_memory, "inspect": by_shape}
+TABLES = {"layers": by_layers, "save": by_saving, "experts": by_experts, "memory": by_memory, "inspect": by_shape}
 
 
 def main() -> int:
@@ -285,7 +326,7 @@ def main() -> int:
         measured |= TABLES[name]()
     for name, value in measured.items():
         verdict = "within" if value <= LIMITS[name] else "OVER"
-        print(f"{name}: {value:.1f}, {verdict} the limit of {LIMITS[name]:.0f}")
+        print(f"{name}: {value:.2f}, {verdict} the limit of {LIMITS[name]:g}")
     return int(args.check and any(value > LIMITS[name] for name, value in measured.items()))
 
 

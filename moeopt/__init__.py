@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moeopt.inspection import Inspection, inspect
     from moeopt.ir.specs import ExpertsSpec, RouterSpec
     from moeopt.limits import LoadLimits
+    from moeopt.onnx_in.whole_file import from_onnx
     from moeopt.options import Options, QuantPlan
     from moeopt.planning import ClusterPlan, plan
     from moeopt.profiling import LoadProfile, profile
@@ -40,6 +41,7 @@ _HOMES = {
     "moeopt.inspection": "Inspection inspect",
     "moeopt.ir.specs": "ExpertsSpec RouterSpec",
     "moeopt.limits": "LoadLimits",
+    "moeopt.onnx_in.whole_file": "from_onnx",
     "moeopt.options": "Options QuantPlan",
     "moeopt.planning": "ClusterPlan plan",
     "moeopt.profiling": "LoadProfile profile",
@@ -67,6 +69,7 @@ __all__ = [
     "__version__",
     "distribute",
     "explain",
+    "from_onnx",
     "inspect",
     "load",
     "optimize",

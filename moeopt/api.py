@@ -19,7 +19,7 @@ from moeopt.limits import DEFAULT, LoadLimits, as_bytes
 from moeopt.onnx_in.read import is_onnx
 from moeopt.optimized import Optimized
 from moeopt.options import Options
-from moeopt.pipeline.accept import as_model, moved, without_rewrites
+from moeopt.pipeline.accept import as_model, moved, moves, without_rewrites
 from moeopt.pipeline.measure_loss import whole_loss
 from moeopt.progress import shown
 from moeopt.report import Report
@@ -124,10 +124,10 @@ def _optimize(model: PyObject, example_inputs: PyObject, backend: str, options: 
     source = without_rewrites(given, chosen.inplace)
     asked = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
     call = in_order(source, without_cache(source, asked))
-    if chosen.device is not None or chosen.dtype is not None:
+    if moves(source, chosen):
         source = source if chosen.inplace else copy.deepcopy(source)
         source = source.to(device=chosen.device, dtype=chosen.dtype)
-        call = moved(call, chosen)
+    call = moved(call, chosen)
     with shown(chosen.progress) as say:
         made = runtime.optimize(source, call, dataclasses.replace(chosen, progress=say), plan)
     notes = made.report.notes
@@ -144,6 +144,11 @@ def _optimize_file(model: PyObject, inputs: PyObject, backend: str, options: Opt
     chosen, runtime, plan = checked_choice(backend, options)
     if chosen.dtype is not None or chosen.inplace:
         raise UsageError("an ONNX file keeps its dtype and is not written to: leave out dtype= and inplace=")
+    if chosen.quantize is not None:
+        raise UsageError(
+            "the experts of an ONNX file keep their format: leave out quantize=, or quantise the PyTorch model, or "
+            "moeopt.from_onnx(path), with backend='onnxruntime'"
+        )
     with shown(chosen.progress) as say:
         made, call = runtime.optimize_file(model, inputs, dataclasses.replace(chosen, progress=say), plan)
     return Optimized(made, call)

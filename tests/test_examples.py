@@ -70,6 +70,12 @@ def test_expert_load_is_counted_and_shown(tmp_path, capsys):
     assert "Expert load" in (tmp_path / "load.html").read_text()
 
 
+def test_experts_run_on_two_processes():
+    told = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "examples/expert_parallel.py")
+    assert "rank 0 of 2: 132,864 weights" in told and "rank 1 of 2: 132,864 weights" in told  # half of the experts each
+    assert told.count("bytes of tokens sent, at most ") == 2 and "dispatch is exact" in told
+
+
 def test_the_equivalence_test_passes():
     assert "3 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/test_engine.py")
 

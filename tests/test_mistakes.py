@@ -5,6 +5,7 @@ The model is a few hundred numbers; what a mistake costs is told from whether th
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,8 +88,18 @@ EARLY = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory):
+    """A verified bundle that no test writes to."""
+    bundle = save(tmp_path_factory.mktemp("mistakes") / "verified")
+    (bundle / "certificate.json").write_text(json.dumps({"passed": True}))
+    manifest = json.loads((bundle / "moeopt.json").read_text())
+    (bundle / "moeopt.json").write_text(json.dumps(manifest | {"source": {"class": "MoE"}}))
+    return bundle
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, verified):
     """The working directory: a factory, a file, a directory that is no bundle, and a verified bundle."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -96,10 +107,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "afile").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    bundle = save(tmp_path / "verified")
-    (bundle / "certificate.json").write_text(json.dumps({"passed": True}))
-    manifest = json.loads((bundle / "moeopt.json").read_text())
-    (bundle / "moeopt.json").write_text(json.dumps(manifest | {"source": {"class": "MoE"}}))
+    shutil.copytree(verified, tmp_path / "verified")
     yield tmp_path
     sys.modules.pop("mine", None)
 

@@ -127,6 +127,8 @@ def test_environment_fills_fields_that_are_not_given(monkeypatch):
     [
         ("MOEOPT_SEED", "many", "MOEOPT_SEED is 'many'; it must be an integer, or unset"),
         ("MOEOPT_FUEL", "1.5", "MOEOPT_FUEL is '1.5'; it must be an integer, or unset"),
+        ("MOEOPT_MEASURE", "perhaps", "MOEOPT_MEASURE is 'perhaps'; it must be on or off, or unset"),
+        ("MOEOPT_NATIVE", "1", "MOEOPT_NATIVE is '1'; it must be on or off, or unset"),
         ("MOEOPT_VERIFY", "loose", "verify='loose': it must be one of strict, fast, off"),
     ],
 )

@@ -15,7 +15,7 @@ from tests.zoo import CASES
 from tests.zoo.case import ZooCase
 
 CALLS = 5
-ON_EACH_ISA = set(sorted(CASES)[::4])
+ON_EACH_ISA = set(sorted(CASES)[1::4])
 """A quarter of the zoo, through all of its files: sums in another order stay within the same budgets."""
 
 

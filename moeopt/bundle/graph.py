@@ -27,8 +27,9 @@ def write_graph(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], 
 
     ``NotSaveableError`` names the op, the weight or the input structure in the way.
     """
-    with one_trace, quiet():  # torch warns about its own use of tree specs
-        program = program.run_decompositions({})  # functional: no op writes to its arguments
+    if program.dialect == "TRAINING":  # its ops may write to their arguments
+        with one_trace, quiet():  # torch warns about its own use of tree specs
+            program = program.run_decompositions({})
     inputs, weights, tensors = _inputs(program)
     graph: dict[str, Any] = {
         "schema": SCHEMA,

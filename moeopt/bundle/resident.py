@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ class ResidentExperts:
     def __init__(self, budget: int, file: Path, layers: Sequence[tuple[list[Tensor], int]]) -> None:
         if not hasattr(os, "posix_fadvise"):
             raise UsageError("resident= drops pages of files, which this system is not asked for here: use Linux")
+        self._lock = threading.Lock()
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.budget = budget
         self._maps = _mappings(file)
@@ -118,7 +120,10 @@ class ResidentExperts:
 
     def before(self, number: int, ids_TK: Tensor) -> None:
         """Bring the experts of layer ``number`` that ``ids_TK`` names, before they run."""
-        layer = self._layers[number]
+        with self._lock:
+            self._before(self._layers[number], number, ids_TK)
+
+    def _before(self, layer: list[_Expert], number: int, ids_TK: Tensor) -> None:
         counts = torch.bincount(ids_TK.reshape(-1).clamp(-1, len(layer)) + 1, minlength=len(layer) + 2)[1:-1].tolist()
         if number == 0:
             self._calls += 1

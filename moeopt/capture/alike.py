@@ -27,11 +27,15 @@ _KIND: tuple[Callable[[torch.Tensor], Any], ...] = (
 )  # fmt: skip
 
 
-def unlike(a: nn.Module, b: nn.Module, ignored: Callable[[nn.Module, str], bool] = lambda module, name: False) -> str:
+def unlike(
+    a: nn.Module,
+    b: nn.Module,
+    ignored: Callable[[str, nn.Module, str], bool] = lambda path, module, name: False,
+) -> str:
     """What ``b`` has otherwise than ``a``, in words; "" where they are alike.
 
     Args:
-        ignored: of the module at the root of ``a`` or ``b``, whether an attribute is left out.
+        ignored: whether an attribute is left out: of the module at a path in ``a`` or ``b``, the attribute's name.
     """
     first, second = dict(a.named_modules(remove_duplicate=False)), dict(b.named_modules(remove_duplicate=False))
     if list(first) != list(second):
@@ -44,18 +48,18 @@ def unlike(a: nn.Module, b: nn.Module, ignored: Callable[[nn.Module, str], bool]
             return f"{named} is a {type(other).__name__}, not a {type(one).__name__}"
         if not pairs.match(one, other):
             return f"{named} is shared otherwise"
-        if why := _unlike_attributes(one, other, "" if path else "root", ignored, pairs):
+        if why := _unlike_attributes(one, other, path, ignored, pairs):
             return f"{why} of {named} differs"
     return ""
 
 
 def _unlike_attributes(
-    a: nn.Module, b: nn.Module, at: str, ignored: Callable[[nn.Module, str], bool], pairs: _Pairs
+    a: nn.Module, b: nn.Module, path: str, ignored: Callable[[str, nn.Module, str], bool], pairs: _Pairs
 ) -> str:
     """The name of an attribute in which two modules differ, or ""."""
 
     def held(module: nn.Module) -> dict[str, Any]:
-        return {n: v for n, v in module.__dict__.items() if n not in _TABLES and not (at and ignored(module, n))}
+        return {n: v for n, v in module.__dict__.items() if n not in _TABLES and not ignored(path, module, n)}
 
     mine, other = held(a), held(b)
     if mine.keys() != other.keys():
@@ -75,6 +79,28 @@ def _unlike_attributes(
             if not _same_tensor(tensor, theirs[name], pairs, values=table == "_buffers"):
                 return str(name)
     return ""
+
+
+def unequal_plain(a: nn.Module, b: nn.Module) -> frozenset[tuple[str, str]]:
+    """Which plain attributes (numbers, words, None) have other values in ``b``, as (path of the module, name)."""
+    others = dict(b.named_modules(remove_duplicate=False))
+    return frozenset(
+        (path, name)
+        for path, module in a.named_modules(remove_duplicate=False)
+        if path in others
+        for name, value in module.__dict__.items()
+        if name != "training" and name in others[path].__dict__ and type(value) in _PLAIN
+        if type(other := others[path].__dict__[name]) in _PLAIN and not _equal_plain(value, other)
+    )
+
+
+def equal_values(a: PyObject, b: PyObject) -> bool:
+    """Whether two plain values, tensors, or containers of such are equal, tensors in every bit."""
+    return _equal(a, b, _Pairs())
+
+
+def _equal_plain(a: PyObject, b: PyObject) -> bool:
+    return type(a) is type(b) and repr(a) == repr(b)  # -0.0 is not 0.0 here, and nan is nan
 
 
 class _Pairs:
@@ -111,7 +137,7 @@ def _equal(a: PyObject, b: PyObject, pairs: _Pairs) -> bool:
         )
     if type(a) in (set, frozenset):
         return all(type(x) in _PLAIN for x in (*a, *b)) and sorted(map(repr, a)) == sorted(map(repr, b))
-    return type(a) in _PLAIN and repr(a) == repr(b)  # -0.0 is not 0.0 here, and nan is nan
+    return type(a) in _PLAIN and _equal_plain(a, b)
 
 
 def _same_tensor(a: PyObject, b: PyObject, pairs: _Pairs, *, values: bool) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from moeopt.capture.op_kinds import op_name
-from moeopt.capture.tape import Tape
+from moeopt.capture.recorded import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
@@ -54,6 +55,31 @@ def reached_draws(nodes: list[fx.Node], drawn: list[fx.Node], results: list[fx.N
             wanted.add(node)
             stack.extend(node.all_input_nodes)
     return [n for n in drawn if n in wanted]
+
+
+def leave_out_idle_noise(nodes: list[fx.Node]) -> None:
+    """Add the number 0 in the place of noise that the code multiplies by the number 0: ``x + noise * self.training``.
+
+    Only where what is added has the shape and the dtype of the sum, which the other operand then has as well.
+    """
+    if not any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in nodes):
+        return
+    zero = _zero_by_code(nodes)
+    for node in nodes:
+        if op_name(node) not in ("add", "sub") or len(node.args) != 2:
+            continue
+        for own, other in ((0, 1), (1, 0)) if op_name(node) == "add" else ((0, 1),):
+            kept, noise = node.args[own], node.args[other]
+            if noise not in zero or not isinstance(kept, fx.Node) or kept in zero:
+                continue
+            if _kind(kept) == _kind(node) == _kind(noise):
+                node.args, node.kwargs = (kept, 0), {}
+                break
+
+
+def _kind(node: object) -> tuple[object, object]:
+    assert isinstance(node, fx.Node)
+    return node.meta.get("shape"), node.meta.get("dtype")
 
 
 def _zero_by_code(nodes: list[fx.Node]) -> set[fx.Node]:

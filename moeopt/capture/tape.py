@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moeopt.capture.module_state import ModuleState
+from moeopt.capture.random_ops import leave_out_idle_noise
 from moeopt.capture.recorded import Call, Read, Tape
 from moeopt.capture.recorder import Recorder, Steer
 from moeopt.capture.tree import tree_map
@@ -78,6 +79,7 @@ def record(
                 }
             in_place = state.changed_in_place()
             root = recorder.calls[0]
+        leave_out_idle_noise(recorder.nodes)
     finally:
         state.restore()
         torch.set_rng_state(rng)

@@ -13,9 +13,10 @@ from moeopt.checkpoint.alike_layers import AlikeLayers
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.checkpoint.structure import Structure
 from moeopt.errors import UsageError
+from moeopt.options import Options
 
-LIBRARIES = 400_000_000
-"""Bytes that Python, torch and transformers take themselves."""
+LIBRARIES = 200_000_000
+"""Bytes that tracing a model and verifying its blocks take beside weights."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,16 @@ def preflight(
     out: Path | None,
     begun: int = 0,
     kinds: AlikeLayers | None = None,
+    backend: str = "torch",
+    options: Options | None = None,
 ) -> Preflight:
     """The figures for a run that writes its weights to ``out``, or keeps what is made anew in memory.
 
     Args:
         begun: bytes that an earlier run wrote there.
         kinds: given, only the first layer of each kind is held.
+        backend: an engine's graph has a weights file of its own, and its blocks are built one by one in memory.
+        options: with ``quantize``, the rounded weights are held in memory, half of the model or less.
 
     Raises:
         UsageError: memory or disk do not suffice; the message says what is needed, what is free and the way out.
@@ -60,15 +65,17 @@ def preflight(
     largest = max(structure.layer_bytes, structure.rest_bytes)
     anew = made_anew(directory, structure)
     held = 0 if out is not None else anew if kinds is None else min(anew, kinds.bytes)
-    disk = 0 if out is None else max(int(structure.bytes * 1.01) + (1 << 20) - begun, 0)
+    held += structure.bytes // 2 if options is not None and options.quantize else 0
+    copies, layers = (1, 2) if backend == "torch" else (2, 5)
+    disk = 0 if out is None else max(int(copies * structure.bytes * 1.01) + (1 << 20) - begun, 0)
     found = Preflight(
-        structure.bytes, structure.layer_bytes, len(structure.layers), anew, 2 * largest + held + LIBRARIES,
+        structure.bytes, structure.layer_bytes, len(structure.layers), anew, layers * largest + held + LIBRARIES,
         free_memory(), disk, None if out is None else _free_disk(out),
     )  # fmt: skip
     if found.memory_free is not None and found.memory_needed > found.memory_free:
-        wide = 2 * largest + LIBRARIES
+        wide = layers * largest + LIBRARIES
         way = (
-            f"give out= (--out) with a directory that has {_words(structure.bytes)} free: then "
+            f"give out= (--out) with a directory that has {_words(copies * structure.bytes)} free: then "
             f"{_words(wide)} of memory are enough"
             if held and wide <= found.memory_free
             else f"end other programs, or use a machine with {_words(found.memory_needed)} free"

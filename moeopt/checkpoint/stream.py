@@ -26,6 +26,7 @@ from torch import nn
 from moeopt.bundle.destination import check_destination
 from moeopt.bundle.manifest import check_target, version
 from moeopt.bundle.mapped_file import MappedFile, give_back
+from moeopt.bundle.temp_folder import folders_in
 from moeopt.bundle.weights_file import becomes_the_bundles
 from moeopt.checkpoint.alike_layers import AlikeLayers
 from moeopt.checkpoint.directory import CheckpointDirectory
@@ -44,6 +45,9 @@ from moeopt.verification.results import BlockCheck
 
 LOG = logging.getLogger("moeopt")
 STREAMED = "streamed: each block and each layer verified; end to end composed from layers"
+STREAMED_ENGINE = "streamed: each block verified as the engine computes it, and the engine end to end"
+"""An engine has no layers that could be called one by one."""
+STREAMED_QUANTISED = "streamed: read from the files as needed, and the experts' rounded weights held in memory"
 
 
 def check_directory(path: str | os.PathLike[str]) -> None:
@@ -87,7 +91,7 @@ class StreamedModel:
     def check(self, optimized: Optimized) -> None:
         """Compare layer by layer, and say in report and certificate that the model was streamed."""
         certificate, notes = optimized.certificate, [*self.notes]
-        same_form = isinstance(optimized.model, nn.Module)
+        same_form = isinstance(optimized.model, nn.Module) and not certificate.quantized
         if certificate.level != "off" and same_form and optimized.report.rewritten:
             self.options.say("comparing layer by layer")
             blocks = [b.name for b in optimized.report.rewritten]
@@ -103,13 +107,15 @@ class StreamedModel:
                 )
         if certificate.end_to_end is not None:
             end = certificate.end_to_end
-            notes.insert(0, f"{STREAMED}: distance at most {end.distance:.2e} (budget {end.budget:.2e})")
+            said = STREAMED if same_form else STREAMED_QUANTISED if certificate.quantized else STREAMED_ENGINE
+            notes.insert(0, f"{said}: distance at most {end.distance:.2e} (budget {end.budget:.2e})")
         certificate.notes += notes
         optimized.report = dataclasses.replace(optimized.report, notes=(*optimized.report.notes, *notes))
 
     def save(self, optimized: Optimized, out: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write the bundle; its weights are on the disk already where they were streamed to ``out``."""
-        file = None if self.journal is None else self.journal.file
+        whole = self.journal is not None and not optimized.certificate.quantized  # its own weights are other numbers
+        file = self.journal.file if self.journal is not None and whole else None
         with becomes_the_bundles(file):
             done = optimized.save(out, overwrite=overwrite)
         self.saved = True
@@ -149,7 +155,9 @@ def streamed(
     structure = structure_of(source, task, trust_remote_code, options.dtype)
     refuse_quantised(source, structure.model.config)
     kinds = AlikeLayers(structure) if alike else None
-    found = preflight(directory, structure, target, 0 if target is None else bytes_begun(target), kinds)
+    found = preflight(
+        directory, structure, target, 0 if target is None else bytes_begun(target), kinds, backend, options
+    )
     options.say(str(found))
     journal = None
     if target is not None:
@@ -166,7 +174,7 @@ def streamed(
         else:
             _load(held, directory, structure, options)
             finished = _noting(held)
-        with remembered(finished):
+        with remembered(finished), folders_in(None if target is None else target.absolute().parent):
             yield held
     finally:
         if journal is not None and target is not None:

@@ -10,7 +10,7 @@ import typer
 from moeopt.cli.target import load_target
 from moeopt.errors import UsageError
 
-FORMS = "a Hugging Face directory, a config.json, module:factory or file.py:factory"
+FORMS = "a Hugging Face directory, a config.json, an .onnx file, module:factory or file.py:factory"
 
 
 def inspect_command(

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
-
-import typer
 
 from moeopt.errors import UsageError
 from moeopt.value_types import PyObject
-
-QuantizeTo = Annotated[str | None, typer.Option(help="round the experts' weights: int8, int4, fp8 or mxfp4")]
-LimitTo = Annotated[
-    list[str] | None, typer.Option(help="the most that quantising may lose, like kl_mean=0.01; may be given again")
-]
 
 
 def as_limits(words: Iterable[str]) -> dict[str, float]:

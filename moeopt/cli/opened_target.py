@@ -11,6 +11,7 @@ from typing import Any
 
 from moeopt.cli.target import CommandTarget, load_target
 from moeopt.errors import MoeoptError, UsageError
+from moeopt.html import check_target
 from moeopt.value_types import PyObject
 
 
@@ -31,6 +32,19 @@ class OpenedTarget:
         if self.streamed is not None:
             self.streamed.check(optimized)
 
+    def bar(self, quiet: bool) -> contextlib.AbstractContextManager[None]:
+        """While open, a command that was told to be quiet draws no bar of progress."""
+        from moeopt.progress import never_by_itself  # needs torch, which the target has brought by now
+
+        return never_by_itself() if quiet else contextlib.nullcontext()
+
+    def write_page(self, optimized: PyObject, html: Path | None, measure: bool) -> None:
+        """The report as a page, where one is asked for; with ``measure``, figures of calls before and after."""
+        if html is not None:
+            from moeopt.cli.measured import figures
+
+            optimized.report.to_html(html, **(figures(self.model, optimized) if measure else {}))
+
     def save(self, optimized: PyObject, out: Path, overwrite: bool) -> Exception | None:
         """What stopped the bundle from being written to ``out``; None where it is there."""
         more = {"overwrite": True} if overwrite else {}
@@ -42,6 +56,14 @@ class OpenedTarget:
         except (MoeoptError, OSError) as err:
             return err
         return None
+
+
+def check_page(html: Path | None, measure: bool, moved: bool) -> None:
+    """``UsageError`` where the page cannot be written, or ``--measure`` has no page or would compare unlike things."""
+    if html is not None:
+        check_target(html)
+    if measure and (html is None or moved):
+        raise UsageError("--measure adds to the page of --html, and compares like with like: without --device, --dtype")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeopt.cli.early import check_backend
 from moeopt.cli.opened_target import streams
 from moeopt.cli.target import CommandTarget
 from moeopt.errors import UsageError
@@ -17,6 +18,13 @@ def check_choice(backend: str, fields: Mapping[str, Any]) -> None:
     from moeopt.options import Options
 
     checked_choice(backend, Options.from_fields(None, fields))
+
+
+def chosen_backend(name: str | None, target: CommandTarget) -> str:
+    """The backend that was asked for, or what a target without such a wish gets; ``UsageError`` where there is none."""
+    if name is not None:
+        check_backend(name)
+    return name or ("torch" if target.onnx is None else "onnxruntime")
 
 
 def check_out(out: Path, target: CommandTarget, verify: str | None, overwrite: bool) -> None:

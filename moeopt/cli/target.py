@@ -12,9 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from moeopt.bundle.manifest import is_bundle
 from moeopt.checkpoint.tasks import TASKS
@@ -24,9 +22,6 @@ from moeopt.errors import UsageError
 from moeopt.onnx_in.read import SUFFIXES
 from moeopt.value_types import PyObject
 
-BuiltFor = Annotated[
-    str | None, typer.Option("--target", help="what an engine is built for: a provider, or sm_89 for tensorrt")
-]
 FORMS = (
     "give module:factory, file.py:factory, a Hugging Face model directory or the name of a cached model, a "
     "config.json, or an .onnx file (a factory returns the model, or the model and its example inputs)"

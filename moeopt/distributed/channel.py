@@ -35,7 +35,7 @@ _models: Counter[tuple[int, ...]] = Counter()
 
 
 @dataclass
-class Traffic:
+class BytesSent:
     """Bytes that one process sent to others: rows of tokens and results, and what describes them (ids, weights,
     counts). ``exchanges`` counts collectives."""
 
@@ -65,7 +65,7 @@ class Channel:
     def __init__(self, ranks: Sequence[int], backend: str, timeout: float, device: str = "cpu") -> None:
         self.ranks, self.size, self.timeout, self.device = list(ranks), len(ranks), timeout, device
         self.rank = self.ranks.index(dist.get_rank())
-        self.block, self.phase, self.traffic = "", "", Traffic()
+        self.block, self.phase, self.traffic = "", "", BytesSent()
         self.error: tuple[int, str, str, str] | None = None
         self._call = 0
         c10d: PyObject = dist.distributed_c10d

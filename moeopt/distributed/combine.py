@@ -25,6 +25,8 @@ def summed(
         E: how many experts there are; a larger id adds what ``spec.out_of_range`` says.
     """
     T, K = ids_TK.shape
+    if len(order_S) == T * K and K and not (isinstance(spec, RowFunction) and spec.combine == "slot"):
+        return _columns(term_SD, order_S, ids_TK, spec)
     term_RD = term_SD.new_zeros(T * K, term_SD.shape[1]).index_copy(0, order_S, term_SD)
     if spec.out_of_range == "identity":
         term_RD = term_RD + torch.where(ids_TK.reshape(-1, 1) >= E, _identities(x_TH, weights_TK, term_RD.dtype), 0)
@@ -37,6 +39,20 @@ def summed(
     total_TD = term_TKD.new_zeros(T, term_TKD.shape[2]) if K == 0 else term_TKD[:, 0]
     for k in range(1, K):
         total_TD = total_TD + term_TKD[:, k]
+    return total_TD
+
+
+def _columns(term_RD: Tensor, order_R: Tensor, ids_TK: Tensor, spec: ExpertsSpec | RowFunction) -> Tensor:
+    """The same where each pair has a term: read where it lies, and not laid out anew first."""
+    where_R = torch.empty_like(order_R)
+    where_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    where_TK = where_R.view(ids_TK.shape)
+    if spec.combine == "expert":
+        where_TK = where_TK.gather(1, ids_TK.argsort(dim=1, stable=True))
+    first_T, *rest = where_TK.t().contiguous()
+    total_TD = term_RD.index_select(0, first_T)
+    for where_T in rest:
+        total_TD = total_TD + term_RD.index_select(0, where_T)
     return total_TD
 
 

@@ -29,7 +29,7 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.reference import dtypes
 
-Form = Literal["rows", "ranks", "reduce"]
+DispatchForm = Literal["rows", "ranks", "reduce"]
 Compute = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
 """(x (N, H), ids (N, K) of this rank's experts or -1, weights (N, K), dtype) -> their weighted sum (N, D) in dtype."""
 
@@ -53,7 +53,7 @@ class Dispatch:
     homes: ExpertHomes
     block: str
     number: int
-    form: Form
+    form: DispatchForm
     replicated: bool
     width: int
     trained: bool

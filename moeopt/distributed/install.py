@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from moeopt.distributed.channel import Channel
-from moeopt.distributed.dispatch import Dispatch, Form
+from moeopt.distributed.dispatch import Dispatch, DispatchForm
 from moeopt.distributed.forward import DistributedForward, RankExperts
 from moeopt.distributed.homes import ExpertHomes
 from moeopt.distributed.parts import Weight, WholeWeight, weights_of
@@ -67,6 +67,11 @@ def expert_ops(model: nn.Module, notes: list[str]) -> Iterator[ExpertOp]:
             if len(refs) < 2:
                 continue
             name = path or type(model).__name__
+            if index in forward.program.block.formats:
+                notes.append(
+                    f"{name} is not divided: its experts are quantised; optimise without quantize= to divide it"
+                )
+                continue
             weights = weights_of(module, forward.program, index, several)
             whole = [w for w in weights if isinstance(w, WholeWeight)]
             if len(whole) == len(weights):
@@ -81,7 +86,7 @@ def expert_ops(model: nn.Module, notes: list[str]) -> Iterator[ExpertOp]:
 
 def divide(
     model: nn.Module, ops: list[ExpertOp], placements: Sequence[Placement], channel: Channel, mesh: PyObject,
-    form: Form, replicated: bool,
+    form: DispatchForm, replicated: bool,
 ) -> list[tuple[ExpertOp, RankExperts]]:  # fmt: skip
     """Drop the experts of other ranks from ``model`` and install what reaches them."""
     rank = channel.rank

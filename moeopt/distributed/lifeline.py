@@ -7,6 +7,7 @@ stopped tells no more, one that raised said so, and one that waits elsewhere has
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import threading
 import time
@@ -129,5 +130,6 @@ def _tell(lifeline: weakref.ref[Lifeline], done: threading.Event, interval: floa
 def _exited(lifeline: weakref.ref[Lifeline]) -> None:
     own = lifeline()
     if own is not None and not own._done.is_set():
-        own.say("exited")
+        with contextlib.suppress(RuntimeError):  # an interpreter that ends may start no thread; silence tells as well
+            own.say("exited")
         own.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moeopt.backends.base import Made
 from moeopt.capture.tree import ArgsKwargs
-from moeopt.distributed.channel import NO_COPY, Channel, Traffic
+from moeopt.distributed.channel import NO_COPY, BytesSent, Channel
 from moeopt.errors import NotSaveableError, RankLostError, UsageError
 from moeopt.optimized import Optimized
 from moeopt.value_types import PyObject
@@ -31,7 +31,7 @@ class DistributedOptimized(Optimized):
         self._channel = channel
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> BytesSent:
         return self._channel.traffic
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:

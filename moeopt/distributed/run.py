@@ -10,8 +10,8 @@ from torch import nn
 from moeopt.backends.base import Made
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.distributed.agreement import agree
-from moeopt.distributed.channel import Channel, Traffic
-from moeopt.distributed.dispatch import Form
+from moeopt.distributed.channel import BytesSent, Channel
+from moeopt.distributed.dispatch import DispatchForm
 from moeopt.distributed.install import ExpertOp, divide, expert_ops
 from moeopt.distributed.mesh import ranks_of
 from moeopt.distributed.optimized import DistributedOptimized
@@ -62,16 +62,10 @@ def distribute(
     where = ranks_of(mesh)
     notes: list[str] = []
     twin = shared_copy(model)
-    ops = list(expert_ops(twin, notes))
-    if not ops:
-        why = next((b.reason for b in opt.report.declined if b.kind == "moe"), "")
-        raise UsageError(
-            "there is nothing to distribute: no rewritten block has experts that can be divided"
-            + (f" ({why or notes[0]})" if why or notes else "")
-        )
+    ops = _ops_of(twin, opt, notes)
     placed, more = placements_of(placement, [(op.name, op.experts) for op in ops], len(where.ranks))
     notes += more
-    form: Form = "rows" if exact else "reduce" if tokens == "replicated" else "ranks"
+    form: DispatchForm = "rows" if exact else "reduce" if tokens == "replicated" else "ranks"
     channel = Channel(where.ranks, where.backend, timeout, where.mesh.device_type)
     try:
         asked = {"tokens": tokens, "exact": exact, "timeout": timeout}
@@ -82,7 +76,7 @@ def distribute(
     except BaseException as err:
         channel.lifeline.say(f"raised {type(err).__name__}: {str(err):.300}")
         raise
-    channel.traffic = Traffic()
+    channel.traffic = BytesSent()
     blocks = tuple(_told(block, ops, placed, channel, form) for block in opt.report.blocks)
     report = dataclasses.replace(opt.report, blocks=blocks, notes=(*opt.report.notes, *notes))
     made = Made(twin, report, proofs.certificate(opt.certificate), opt._source, None)
@@ -111,8 +105,19 @@ def _model_of(opt: PyObject, tokens: PyObject, exact: PyObject, timeout: PyObjec
     return model
 
 
+def _ops_of(model: nn.Module, opt: Optimized, notes: list[str]) -> list[ExpertOp]:
+    ops = list(expert_ops(model, notes))
+    if not ops:
+        why = next((b.reason for b in opt.report.declined if b.kind == "moe"), notes[0] if notes else "")
+        raise UsageError(
+            "there is nothing to distribute: no rewritten block has experts that can be divided"
+            + (f" ({why})" if why else "")
+        )
+    return ops
+
+
 def _told(
-    block: BlockReport, ops: list[ExpertOp], placed: list[Placement], channel: Channel, form: Form
+    block: BlockReport, ops: list[ExpertOp], placed: list[Placement], channel: Channel, form: DispatchForm
 ) -> BlockReport:  # fmt: skip
     """The block's report with where its experts went."""
     homes = [p for op, p in zip(ops, placed, strict=True) if (op.name, op.experts) == (block.name, block.experts)]

@@ -126,7 +126,7 @@ class ExpertState:
         where = {line: n for n, line in enumerate(at)}
         sent, got = _by_rank(moves, P, 0, own), _by_rank(moves, P, 1, own)
         picked = torch.tensor([where[line] for line in itertools.chain(*sent)], dtype=torch.int64, device=local.device)
-        facts = [-1, 2 if back else 1, 0, lines[:1].numel(), 0, 0]
+        facts = [-1, 2 if back else 1, 0, lines.shape[1:].numel(), 0, 0]
         counts = torch.tensor([len(part) for part in sent], device=local.device)
         to, of = self.channel.meet("moving experts into the order of a state_dict", counts, facts)
         arrived = self.channel.send("moving experts into the order of a state_dict", lines[picked], to, of)

@@ -19,11 +19,13 @@ from torch import nn
 
 from moeopt.errors import UsageError
 from moeopt.inspection.headers import Stored, stored_weights
+from moeopt.onnx_in.read import is_onnx
+from moeopt.onnx_in.whole_file import from_onnx
 from moeopt.value_types import PyObject
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM",
         "AutoModelForImageClassification", "AutoModel")  # fmt: skip
-FORMS = "give a model, a Hugging Face config, a config.json, a directory with one, or a dict"
+FORMS = "give a model, a Hugging Face config, a config.json, a directory with one, a dict, or an .onnx file"
 _CORE = re.compile(r"hidden_size|num_hidden_layers|vocab_size|num_attention_heads|\w*experts\w*")
 
 
@@ -49,6 +51,10 @@ def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
         return Loaded(target, type(target).__name__, "model")
     if isinstance(target, torch.export.ExportedProgram):
         return Loaded(target.module(), "ExportedProgram", "model")
+    if is_onnx(target):
+        return Loaded(
+            from_onnx(target), str(target) if isinstance(target, (str, os.PathLike)) else "ONNX model", "model"
+        )
     if isinstance(target, (str, os.PathLike)):
         return _from_path(Path(target), trust_remote_code)
     if isinstance(target, Mapping):

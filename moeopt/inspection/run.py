@@ -57,13 +57,7 @@ def inspect(
     tree = Tree(loaded.model)
     if not tree.tensors:
         raise UsageError(f"{loaded.name} has no parameters, so there is nothing to inspect")
-    found, lone = find_blocks(tree)
-    chosen, notes = _choose(tree, found, top_k)
-    lone = [b for b in lone if b.stacked]
-    if top_k is None and lone:
-        notes.append(_unrouted(lone[0]))
-    notes += _loose_stacks(tree, [*(b.bank for b in chosen), *lone])
-    chosen |= {_without_router(b): Selection(top_k, "not recognised", False) for b in lone if top_k is not None}
+    chosen, notes = _chosen_blocks(tree, top_k)
     blocks, roles = list(chosen), assign(tree, list(chosen))
     ks = {b.path: s.top_k for b, s in chosen.items()}
     counts = count(tree, blocks, roles, ks)
@@ -77,13 +71,23 @@ def inspect(
         return ForwardPass(tokens, [bound(p, tokens, bits / 8, on) for p in parts], hit)
 
     decode = run(batch)
-    coded = None
-    if format is not None:
-        coded = quantized_sizes(tree, blocks, format, bits, counts.all, parts, decode, on)
+    coded = None if format is None else quantized_sizes(tree, blocks, format, bits, counts.all, parts, decode, on)
     return Inspection(
         loaded.name, loaded.source, len(roles.layers), _layers(tree, blocks), kinds, counts, on, fits(counts.all, on),
         bits, batch, run(batch * prompt), decode, loaded.stored, loaded.notes + notes, coded,
     )  # fmt: skip
+
+
+def _chosen_blocks(tree: Tree, top_k: int | None) -> tuple[dict[MoEBlock, Selection], list[str]]:
+    """Every block and how it chooses; banks without a router too where ``top_k`` says how many a token uses."""
+    found, lone = find_blocks(tree)
+    chosen, notes = _choose(tree, found, top_k)
+    lone = [b for b in lone if b.stacked]
+    if top_k is None and lone:
+        notes.append(_unrouted(lone[0]))
+    notes += _loose_stacks(tree, [*(b.bank for b in chosen), *lone])
+    chosen |= {_without_router(b): Selection(top_k, "not recognised", False) for b in lone if top_k is not None}
+    return chosen, notes
 
 
 def _check_numbers(bits: int, **counts: int | None) -> None:

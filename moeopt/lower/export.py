@@ -22,6 +22,7 @@ from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacle_of, odd_argument
 from moeopt.lower.plain import free_sizes, plain_call
 from moeopt.lower.specialization_guards import collect_specialization_guards
+from moeopt.lower.stamps import Stamps
 from moeopt.patches import idle_moves, no_export_dump, one_trace
 from moeopt.value_types import PyObject
 from moeopt.verification.model import run_plain
@@ -79,13 +80,19 @@ def _doubled(call: ArgsKwargs, axis: int, along: bool) -> ArgsKwargs | None:
 
 
 def export_program(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, frozen: bool = True
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    frozen: bool = True,
+    stamps: Stamps | None = None,
 ) -> torch.export.ExportedProgram:
     """``torch.export`` of ``model`` on a real call.
 
     Args:
         frozen: whether weights and buffers stay what they are in what is made of the graph, so that the model's Python
             may branch on them.
+        stamps: the alike layers of ``model``, of which one is traced; the program then holds marks and stamps.
 
     Raises:
         NotSaveableError: the model cannot be exported; the message names what is in the way.
@@ -97,13 +104,15 @@ def export_program(
     reads = None
     try:
         try:
-            program = _traced(model, args, kwargs, None)
+            program = _traced(model, args, kwargs, None, stamps)
         except Exception as err:
             if not frozen or not asks_values(err):
                 raise
             _restore(model, before)
+            if stamps is not None:
+                stamps.forget()
             reads = ConstantReads(model)
-            program = _traced(model, args, kwargs, reads)
+            program = _traced(model, args, kwargs, reads, None)
     except MoeoptError:
         raise
     except Exception as err:
@@ -148,7 +157,11 @@ def _by_its_forward(model: nn.Module) -> nn.Module:
 
 
 def _traced(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reads: ConstantReads | None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    reads: ConstantReads | None,
+    stamps: Stamps | None,
 ) -> torch.export.ExportedProgram:
     """The trace with every size free; where torch cannot broadcast a free size of 1, with sizes of 1 as they are."""
     ones = any(1 in t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
@@ -164,6 +177,7 @@ def _traced(
                 _named(model, kwargs),
                 _opened_caches(model),
                 answered(model, reads),
+                contextlib.nullcontext() if stamps is None else stamps.during(),
             ):
                 shapes = free_sizes((args, kwargs), ones=free)
                 bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)

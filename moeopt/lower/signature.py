@@ -20,9 +20,9 @@ from moeopt.bundle.shape_guards import encode_conditions, only_asked
 from moeopt.bundle.tree import field_names
 from moeopt.bundle.values import encode
 from moeopt.errors import NotSaveableError
+from moeopt.lower.functional import without_writes
 from moeopt.lower.idle_draws import drop_idle_draws
 from moeopt.lower.specialization_guards import specialization_guards
-from moeopt.patches import one_trace, quiet
 from moeopt.value_types import PyObject
 
 
@@ -216,9 +216,7 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
                 f"the model draws random numbers ({node.target}{_line_of(node)}), and an engine would draw others: "
                 "call eval() first, or make the draws an argument"
             )
-    with one_trace, quiet():  # torch warns about its own use of tree specs
-        decomposed: torch.export.ExportedProgram = program.run_decompositions({})
-        return decomposed
+    return without_writes(program)
 
 
 def _line_of(node: torch.fx.Node) -> str:

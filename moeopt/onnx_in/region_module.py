@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,19 +19,26 @@ from torch import Tensor, nn
 from moeopt.errors import Declined
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.interpreter import InterpretedGraph, steps_of, tensor_of
+from moeopt.onnx_in.products import CONVOLUTIONS, shape_of
 from moeopt.onnx_in.program import SizeTerm, SizeTerms, program_of
+from moeopt.onnx_in.regions import CandidateRegion
+from moeopt.onnx_in.static_sizes import free_sizes
 from moeopt.value_types import OnnxValue, PyObject
 
 
 @dataclass(frozen=True)
 class RegionEnds:
-    """The entries of a region that are tensors for it, and those that are sizes, as products of the former's sizes."""
+    """The entries of a region that are tensors for it, and those that are sizes, as products of the former's sizes.
+
+    ``fixed``: of a file that runs in one size only, the shape of the root and its axis that is no row.
+    """
 
     tensors: tuple[str, ...]
     sizes: SizeTerms
+    fixed: tuple[tuple[int, ...], int] | None = None
 
 
-def region_ends(region: GraphRegion, runs: Sequence[Mapping[str, Tensor]]) -> RegionEnds:
+def region_ends(candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Mapping[str, Tensor]]) -> RegionEnds:
     """Which entries are sizes, told by their values on ``runs``; whole numbers that are no sizes stay tensors.
 
     Raises:
@@ -46,7 +54,10 @@ def region_ends(region: GraphRegion, runs: Sequence[Mapping[str, Tensor]]) -> Re
             tensors.append(name)
         else:
             sizes[name] = terms
-    return RegionEnds(tuple(tensors), sizes)
+    fixed = None
+    if len(runs) == 1:
+        fixed = tuple(runs[0][tensors[0]].shape), feature_axis(candidate)
+    return RegionEnds(tuple(tensors), sizes, fixed)
 
 
 def _may_be_size(value: Tensor) -> bool:
@@ -84,6 +95,10 @@ def _term(
     return SizeTerm(numbers[0], ()) if len(set(numbers)) == 1 and (len(runs) > 1 or not free) else None
 
 
+_nodes: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
+"""The nodes that the steps of a region's module were: kept apart, so that modules of alike layers are alike."""
+
+
 def region_module(region: GraphRegion, ends: RegionEnds, opset: int, name: str) -> InterpretedGraph:
     """A region as a module that takes ``ends.tensors`` in order and returns its exit.
 
@@ -101,19 +116,52 @@ def region_module(region: GraphRegion, ends: RegionEnds, opset: int, name: str) 
             if value is not None and value.name not in known:
                 constants[value.name] = tensor_of(_held(value), value.name)
                 known.add(value.name)
-    return InterpretedGraph(*program_of(steps, ends.tensors, [region.exit.name], constants, opset, ends.sizes, name))
+    sizes = dict(ends.sizes)
+    if ends.fixed is not None:
+        steps, freed = free_sizes(steps, constants, *ends.fixed)
+        sizes |= freed
+    read = {name for step in steps for name in step.inputs}
+    constants = {value: tensor for value, tensor in constants.items() if value in read}
+    module = InterpretedGraph(*program_of(steps, ends.tensors, [region.exit.name], constants, opset, sizes, name))
+    _nodes[module] = tuple(step.name for step in steps)
+    return module
 
 
-def named(reason: str, region: GraphRegion) -> str:
+def named(reason: str, module: InterpretedGraph) -> str:
     """A sentence about a region's module with the names of the file's nodes."""
-    nodes = [node for node in region.nodes if node.op_type != "Constant"]
-    return re.sub(r"'#(\d+)'", lambda match: repr(nodes[int(match[1])].name), reason)
+    return re.sub(r"'#(\d+)'", lambda match: repr(_nodes[module][int(match[1])]), reason)
 
 
 def _held(value: OnnxValue) -> OnnxValue:
     if value.const_value is None:
         raise Declined(f"the value {value.name!r} is read in it and made nowhere")
     return value.const_value
+
+
+def is_combined(candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Mapping[str, Tensor]]) -> bool:
+    """Whether an exit holds one row for each row of the root, as wide as a weight of the region says."""
+    rows, result = runs[0][region.entries[0].name], runs[0][region.exit.name]
+    axis = feature_axis(candidate)
+    if not result.is_floating_point() or rows.dim() < 2 or result.dim() <= max(axis, 0):
+        return False
+    return result.numel() * rows.shape[axis] == rows.numel() * result.shape[axis] and _is_width(
+        result.shape[axis], region
+    )
+
+
+def feature_axis(candidate: CandidateRegion) -> int:
+    """The axis of a region's rows that its products sum over."""
+    return 1 if candidate.chains.products[0].node.op_type in CONVOLUTIONS else -1
+
+
+def _is_width(size: int, region: GraphRegion) -> bool:
+    """Whether a weight of the region has that size."""
+    return any(
+        size in (shape_of(v) or ())
+        for n in region.nodes
+        for v in n.inputs
+        if v is not None and v.const_value is not None
+    )
 
 
 class GraphRegions(nn.Module):
@@ -125,19 +173,23 @@ class GraphRegions(nn.Module):
 
     def __init__(self, parts: Sequence[tuple[str, nn.Module, Sequence[int]]]) -> None:
         super().__init__()
-        self.parts = tuple((path, tuple(slots)) for path, _, slots in parts)
+        self.region_slots = tuple((path, tuple(slots)) for path, _, slots in parts)
         for path, module, _ in parts:
-            home: nn.Module = self
-            *above, last = path.split(".")
-            for name in above:
-                if name not in home._modules:
-                    home.add_module(name, nn.Module())
-                home = home.get_submodule(name)
-            home.add_module(last, module)
+            add_at(self, path, module)
 
     def keep(self, paths: Sequence[str]) -> None:
         """Call only the regions at ``paths`` from here on."""
-        self.parts = tuple((path, slots) for path, slots in self.parts if path in paths)
+        self.region_slots = tuple((path, slots) for path, slots in self.region_slots if path in paths)
 
     def forward(self, *values: Tensor) -> tuple[PyObject, ...]:
-        return tuple(self.get_submodule(path)(*(values[n] for n in slots)) for path, slots in self.parts)
+        return tuple(self.get_submodule(path)(*(values[n] for n in slots)) for path, slots in self.region_slots)
+
+
+def add_at(home: nn.Module, path: str, module: nn.Module) -> None:
+    """Make ``module`` the submodule of ``home`` at ``path``, with empty modules on the way."""
+    *above, last = path.split(".")
+    for name in above:
+        if name not in home._modules:
+            home.add_module(name, nn.Module())
+        home = home.get_submodule(name)
+    home.add_module(last, module)

@@ -7,11 +7,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, region_between, room_for
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import ExpertChains, WeightProduct, expert_chains, weight_products
 from moeopt.value_types import OnnxNode, OnnxValue
 
+_MOST_REGIONS = 4
+"""Of one candidate: the nearest exits behind its router."""
+_TAKEN = frozenset((*dir(nn.Module), *dir(nn.Module()), "program", "names", "example", "region_slots"))
+"""What a submodule cannot be called: attributes that the modules of regions have."""
 _FEWER = 64
 """Nodes by which a region may grow for one entry instead of several."""
 
@@ -46,6 +52,8 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
             region = _rooted(index, chains, end)
             if region is not None and _has_router(region, chains):
                 found.append(region)
+            if len(found) == _MOST_REGIONS:
+                break
         taken |= set(positions)
         name = _unique(region_name(chains.products) or f"region_{len(names)}", names)
         yield CandidateRegion(name, index, chains, tuple(found))
@@ -108,8 +116,7 @@ def _scope(name: str) -> str:
 
 
 def _unique(name: str, taken: set[str]) -> str:
-    parts = [part if not part.isidentifier() and not part.isdigit() and part else part for part in name.split(".")]
-    name = ".".join(part or "_" for part in parts)
+    name = ".".join(f"{part}_" if not part or part in _TAKEN else part for part in name.split("."))
     number, made = 1, name
     while made in taken or any(other.startswith(f"{made}.") or made.startswith(f"{other}.") for other in taken):
         number += 1

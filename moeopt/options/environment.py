@@ -57,6 +57,12 @@ def native_wanted() -> bool:
     return from_variable("MOEOPT_NATIVE", True, {"on": True, "off": False}.__getitem__, "on or off")
 
 
+def check_environment() -> None:
+    """``UsageError`` for a variable of no field whose value is none that it can have, before anything is done."""
+    measuring()
+    native_wanted()
+
+
 def native_isa(known: Mapping[str, int]) -> str | None:
     """The instruction set that the user wants the native kernel to play, one of ``known``; None: the best there is."""
 

@@ -8,10 +8,13 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     tracing       size_questions           SymNode.bool_, the caller's thread
     tracing       idle_moves               nn.Module.to, the caller's thread
     tracing       no_export_dump           the print of torch.export, all threads
+    tracing       tables_of_weights        torch.export's note of weights, all threads (the same notes, sooner)
     onnx_export   rules_by_their_last_op   onnxscript's pattern matcher, all threads (the same matches, sooner)
     onnx_export   one_registry             torch's table of ONNX translations, all threads (the same table, made once)
     onnx_export   no_idle_decomposition    torch's pass before ONNX, all threads (left out where every op has a
                                            translation)
+    onnx_export   promotion_from_known_values
+                                           torch's pass of type promotion, all threads (the same casts, sooner)
     attention     sdpa_of                  transformers' attention function "sdpa", the caller's thread
     output        no_fake_tensor_errors    the logger of fake tensors, all threads
     output        quiet                    standard output and warnings, the caller's thread; loggers, all threads
@@ -26,6 +29,7 @@ from moeopt.patches.attention import sdpa_of as sdpa_of
 from moeopt.patches.collector import fewer_collections as fewer_collections
 from moeopt.patches.onnx_export import no_idle_decomposition as no_idle_decomposition
 from moeopt.patches.onnx_export import one_registry as one_registry
+from moeopt.patches.onnx_export import promotion_from_known_values as promotion_from_known_values
 from moeopt.patches.onnx_export import rules_by_their_last_op as rules_by_their_last_op
 from moeopt.patches.output import no_fake_tensor_errors as no_fake_tensor_errors
 from moeopt.patches.output import quiet as quiet
@@ -38,3 +42,4 @@ from moeopt.patches.tracing import module_calls as module_calls
 from moeopt.patches.tracing import no_export_dump as no_export_dump
 from moeopt.patches.tracing import one_trace as one_trace
 from moeopt.patches.tracing import size_questions as size_questions
+from moeopt.patches.tracing import tables_of_weights as tables_of_weights

@@ -134,3 +134,34 @@ no_idle_decomposition = Patch(_decompose_where_needed)
 functional before, whose ops all have one, comes out as it went in (but for ``reshape``, which becomes ``view``): the
 trace is left out, a third of the time of exporting a deep model. One op without a translation, and it is done.
 """
+
+
+def _promote_from_known_values() -> Undo:
+    try:
+        from torch.onnx._internal.fx.passes import type_promotion
+
+        theirs = type_promotion._TypePromotionInterpreter
+        fits = {"run_node", "_maybe_promote_node", "_set_current_node"} <= vars(theirs).keys()
+    except (ImportError, AttributeError):  # private names of another version: slower, with the same result
+        return nothing
+    if not fits:
+        return nothing
+
+    def make(slow: PyObject, in_force: InForce) -> PyObject:
+        def run_node(self: PyObject, node: FxArg) -> PyObject:
+            if not in_force.yes or node.op != "call_function" or "val" not in node.meta:
+                return slow(self, node)
+            with self._set_current_node(node):
+                if rule := type_promotion.get_type_promotion_rule(node, self.type_promotion_table):
+                    self._maybe_promote_node(node, rule)
+            return node.meta["val"]
+
+        return run_node
+
+    return replace(theirs, "run_node", make)
+
+
+promotion_from_known_values = Patch(_promote_from_known_values)
+"""torch.onnx runs each program once more on fake tensors, only to see the dtypes that its nodes' values have: each
+node says so in its ``meta``. A node that gets casts is run by the pass itself, and its ``meta`` set anew.
+"""

@@ -33,10 +33,10 @@ def as_model(model: PyObject) -> nn.Module:
         )
     if part := _sharded(model):
         raise UsageError(
-            f"{part} of {type(model).__name__} is divided over processes already (a DTensor of its own expert or "
-            "tensor parallelism, FSDP, or moeopt.distribute), and an expert's code is read from whole weights: load "
-            "the model whole (no tp_plan, no device_mesh, no DistributedConfig, before fully_shard), optimise it, and "
-            "divide its experts with moeopt.distribute(optimized, mesh)"
+            f"{part} of {type(model).__name__} is divided over processes already (a DTensor of its own expert "
+            "or tensor parallelism, FSDP, or moeopt.distribute), and an expert's code is read from whole weights: "
+            "load the model whole (no tp_plan, no device_mesh, no DistributedConfig, before fully_shard), "
+            "optimise it, and divide its experts with moeopt.distribute(optimized, mesh)"
         )
     return model
 
@@ -57,6 +57,16 @@ def without_rewrites(model: nn.Module, inplace: bool) -> nn.Module:
     for module in twin.modules():
         uninstall(module)
     return twin
+
+
+def moves(model: nn.Module, options: Options) -> bool:
+    """Whether the device and dtype that ``options`` ask for are not those of the model: then it is copied first."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if options.device is not None and tensor.device != options.device:
+            return True
+        if options.dtype is not None and tensor.is_floating_point() and tensor.dtype != options.dtype:
+            return True
+    return False
 
 
 def moved(call: ArgsKwargs, options: Options) -> ArgsKwargs:

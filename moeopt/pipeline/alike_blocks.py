@@ -128,9 +128,9 @@ def _quantized_again(record: PassRecord, quantize: QuantizeExperts, block: Block
         block.root = None
 
 
-def _installed(module: nn.Module, name: str) -> bool:
+def _installed(path: str, module: nn.Module, name: str) -> bool:
     """Whether an attribute is the rewritten forward that this run put on a known block."""
-    return name == "forward" and isinstance(module.__dict__[name], RewrittenForward)
+    return not path and name == "forward" and isinstance(module.__dict__[name], RewrittenForward)
 
 
 def _same_call(a: CallSpec, b: CallSpec) -> bool:

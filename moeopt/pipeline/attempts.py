@@ -85,7 +85,7 @@ class BlockAttempts:
                 return Attempt(None, level.path, err.reason, where, spent, found, met.others())
             except Declined as err:
                 functions = [f for f in getattr(err, "found", []) if _is_function(f)]
-                if functions:  # experts read whole: what stands in their way decides, and the pieces are not listed
+                if functions:  # the experts were read: their obstacle decides, and their parts get no entries
                     err.rank = Rank.FORBIDS
                     read |= expert_parameters(self.model, level.path, functions)
                 met.add(level.path, err)

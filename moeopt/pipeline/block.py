@@ -155,15 +155,15 @@ def _rewrite(
     for call_spec in _versions(call):
         try:
             capture = Capture(name, module, call_spec, options, reader)
-            if runtime is None:  # an engine takes them always: without them it could not be written
+            if runtime is None:  # an engine always takes row functions: without them the block has no graph
                 check_pays(capture.found)
             judge = functools.partial(_verify, capture, call, options, runtime)
             result = manager.run(capture.block(), judge, capture.differ)
-        except CaptureError as err:  # this reading of the arguments' axes does not run: try the next
+        except CaptureError as err:  # the block does not run on arguments read in this way: try the next reading
             met.append(err.obstacle)
             last = last if last is not None and not isinstance(last, CaptureError) else err.with_traceback(None)
             continue
-        except ExpertsNotHit as err:  # what was read as a mask may be ids
+        except ExpertsNotHit as err:  # an argument that was taken for a mask may hold ids
             if not call_spec.indices("choices") and not call_spec.flip_masks:
                 raise
             met += [err.obstacle, *err.others]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from moeopt.options import Options
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.pipeline.coverage import Reader
 from moeopt.pipeline.id_probe import id_ranges
+from moeopt.recognise.id_bounds import IdBounds, kept_by_caller
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeightRefs
@@ -60,12 +61,15 @@ class Capture:
             refuse_random(tape, module.training)
         check_experts(module, self.tapes[0], self.found)
         self.id_ranges = [IdRange() for _ in self.found]
+        self.kept: tuple[IdBounds, ...] = ()
         if reader.kind == GroupExperts.kind:
-            self.id_ranges = id_ranges(module, self.calls, self.tapes, self.founds, getattr(reader, "given", ()))
+            given = getattr(reader, "given", ())
+            self.id_ranges = id_ranges(module, self.calls, self.tapes, self.founds, given)
+            self.kept = _kept(self.tapes[0], self.found, given)
         other = probe_call(call_spec, 14, options.seed + 3, experts=len(self.found[0].experts), variant=1)
         self.scratch = scratch_attributes(module, self.calls[1], self.tapes[1], other)
         self.plans = [_plan(t, f, self.id_ranges, self.scratch) for t, f in zip(self.tapes, self.founds, strict=True)]
-        for plan in self.plans:  # a call that stores what was there already shows no change
+        for plan in self.plans:  # a call that stores an equal value shows no change on the tape
             plan.attributes = {**plan.attributes, **{k: UNSET for k in self.plans[1].attributes if k in self.scratch}}
         self.neutral = neutral_reason(module, self.tapes[0], self.found, self.plans[0])
         self.frozen = frozen_values(module, self.tapes[0], self.found, self.plans[0])
@@ -127,6 +131,7 @@ class Capture:
             [t.dtype for t in bound.tensors()],
             None if both else self.module.training,
             False,
+            kept=self.kept,
         )
         self.routers = self.reader.routers(self.tapes[1:], self.founds[1:], self.founds[0])
         self.tapes, self.plans, self.founds = [], [], []  # the values of three calls are no longer needed
@@ -220,6 +225,13 @@ def _same_in_other_mode(
     finally:
         for m, flag in flags:
             m.training = flag
+
+
+def _kept(tape: Tape, found: list[Recognition], given: Sequence[IdBounds]) -> tuple[IdBounds, ...]:
+    """Of each tensor argument the bounds that some of the experts' ids rely on; () where none do."""
+    by_experts = [kept_by_caller(tape, f.routing, len(f.experts), given) for f in found]
+    kept = tuple(next((b for b in parts if b is not None), None) for parts in zip(*by_experts, strict=True))
+    return kept if any(kept) else ()
 
 
 def _tensors(call: ArgsKwargs) -> list[torch.Tensor]:

@@ -86,7 +86,9 @@ def covering(
     likely = _longest_list(module)
     for tokens, aim, forced, flat in _ATTEMPTS:
         ids = call_spec.routed()
-        if last is None and not forced and not ids:  # many are never all hit by chance: the next attempt steers
+        if (
+            last is None and not forced and not ids
+        ):  # chance does not reach every one of many experts: the next attempt steers
             tokens = 8 if likely > 128 else max(tokens, 2 * likely)
         if forced:
             if last is None or not last.num_named:
@@ -104,7 +106,7 @@ def covering(
         except ExpertsNotHit as err:
             last = err.with_traceback(None)
             experts = max(experts, last.num_named) if ids else experts
-            if steer is not None or ids:  # every id was named: what still was not reached may be no expert
+            if steer is not None or ids:  # the ids named every expert: weights still not reached may be none
                 with contextlib.suppress(Declined):
                     return call, tape, recognize(tape, idle=True, assume=assume)
         except Declined as err:

@@ -2,26 +2,31 @@
 
 Such experts have no grouped kernel in PyTorch: the op makes the calls of each expert that was hit, as the block does.
 What it saves is the dispatch around them, experts that nobody chose, and rows that are thrown away. Both sides are
-counted on the recorded call that reached every expert:
-
-    seconds = calls * CALL + FLOPs of the products / FLOPS
-
-Only the sign of the difference counts. The constants are round figures of one core of a server CPU.
+counted on the recorded call that reached every expert: small calls, and rows of products. Where one side has no more of
+either, the counts decide. Where it has fewer calls and more rows, or the other way round, this machine is asked which
+of the two differences takes longer (``ops.measured``: milliseconds, once, remembered). Where it may not be asked the
+calls decide: such experts see few rows each, and a call costs the same for one row as for many.
 """
 
 from __future__ import annotations
+
+import math
+
+import torch
 
 from moeopt.capture.op_kinds import op_name
 from moeopt.capture.replay import ancestors
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowBody, RowFunction, Value
+from moeopt.ops.measured import Way, fastest
 from moeopt.recognise.recognition import Recognition
 
-CALL, FLOPS = 4e-6, 1e11
-"""Seconds of one small call of the block's own code, and products' FLOPs in a second."""
 NODE, EXPERT, AROUND = 0.5, 3, 40
-"""In such calls: one call of the graph (no module and no Python around it), what is done for each expert (its rows, the
-look-up of its weights), and what is done once (the sort, the sum, the guard of the rewritten block)."""
+"""In calls of the block's own code: one call of the graph (no module and no Python around it), what is done for each
+expert (its rows, the look-up of its weights), and what is done once (the sort, the sum, the guard of the rewritten
+block)."""
+MOST = 2**26
+"""Multiply-adds of the largest product that is timed; larger ones are compared in proportion."""
 _FREE = ("detach", "getitem", "alias", "t")
 
 
@@ -48,14 +53,13 @@ def _reason(recognition: Recognition, spec: RowFunction) -> str:
     own = [
         n for n in ancestors([recognition.combine.node]) - before if n.op == "call_function" and op_name(n) not in _FREE
     ]
-    per_row = 2.0 * sum(shape[0] * shape[1] for _, shape in body.slots if len(shape) == 2)
+    per_row = sum(shape[0] * shape[1] for _, shape in body.slots if len(shape) == 2)
     hit = len(set(recognition.experts))
     readers = sum(Value(0) in args for _, args, _ in body.nodes)  # each is a site with all rows of its expert
     rows_own = sum(len(t) for t in recognition.tokens.token.values()) / max(readers, 1)
     rows_new = recognition.tokens.count * (recognition.routing.per_token or hit)
     calls_new = AROUND + hit * (NODE * len(body.nodes) + EXPERT)
-    saved = (len(own) - calls_new) * CALL + (rows_own - rows_new) * per_row / FLOPS
-    if saved > 0:
+    if _quicker(len(own) - calls_new, rows_own - rows_new, body.features, per_row):
         return ""
     if recognition.kept_from_grouped:
         return recognition.kept_from_grouped
@@ -67,6 +71,35 @@ def _reason(recognition: Recognition, spec: RowFunction) -> str:
         "by expert, which would not pay here: the block's own code makes as few calls on as few rows; "
         "backend='onnxruntime' takes it"
     )
+
+
+def _quicker(calls: float, rows: float, features: int, per_row: int) -> bool:
+    """Whether saving ``calls`` small calls and ``rows`` rows of products, of which one may be negative, saves time.
+
+    Args:
+        features: the length of a row.
+        per_row: multiply-adds of the products of one row.
+    """
+    if calls * rows >= 0:
+        return calls + rows > 0
+    parts = max(1.0, abs(rows) * per_row / MOST)
+    many, long, width = (
+        2 ** round(math.log2(max(1.0, n))) for n in (abs(calls) / parts, abs(rows) / parts, per_row / features)
+    )
+    question = f"{many} small calls, or {long} rows of {features} x {width}"
+    lost = "rows" if calls > 0 else "calls"
+    return fastest(question, lambda: _ways(many, long, width, features), default="rows", advantage=1.0) == lost
+
+
+def _ways(calls: int, rows: int, width: int, features: int) -> dict[str, Way]:
+    """So many calls of an op on one row, and one product of so many rows."""
+    row, x, w = torch.zeros(1, features), torch.zeros(rows, features), torch.zeros(features, width)
+
+    def small() -> None:
+        for _ in range(calls):
+            row.add(row)
+
+    return {"calls": small, "rows": lambda: x @ w}
 
 
 def words(body: RowBody) -> str:

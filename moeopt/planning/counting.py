@@ -26,6 +26,10 @@ def remote_owners(E: int, K: int, P: int) -> float:
     return owners_reached(E, K, P) * (P - 1) / P
 
 
-def busiest(mean: float) -> float:
-    """The largest of many counts of that mean: 2.5 standard deviations above it, as for Poisson counts."""
-    return mean + 2.5 * math.sqrt(mean)
+def busiest(mean: float, chance: float = 0.0) -> float:
+    """The largest of many counts of that mean: 2.5 standard deviations above it.
+
+    Args:
+        chance: of each thing that is counted; 0 for counts of many unlikely things, as Poisson's are.
+    """
+    return mean + 2.5 * math.sqrt(mean * (1 - chance))

@@ -131,7 +131,7 @@ def _step(
     reduced = 2 * batch * H * 2 * (node - 1) / node / links.node
     if nodes > 1:
         reduced += 2 * batch * H * 2 / node * (nodes - 1) / nodes / links.network
-    own = min(E / devices, busiest(hit / devices) if hit < E else E / devices)
+    own = min(E / devices, busiest(hit / devices, hit / E))
     expert = max(own * one * form.experts / gpu.bandwidth, 2 * busiest(batch * K / devices) * one / flops)
     traffic = _traffic(E, K, H, layers, form, devices, node)
     sent = batch / devices * (traffic.ranks / links.node + traffic.nodes / links.network)

@@ -13,6 +13,8 @@ from moeopt.bundle.engine import Engine
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.find.batches import batches
+from moeopt.onnx_in.read import is_onnx
+from moeopt.onnx_in.whole_file import from_onnx
 from moeopt.options import Options
 from moeopt.profiling.observe import observe
 from moeopt.profiling.result import LoadProfile, Unread, layer_load
@@ -36,7 +38,8 @@ def profile(
     would call it, under ``no_grad``. Only counts are kept.
 
     Args:
-        model: an ``nn.Module`` (or what else ``optimize`` takes), or what ``optimize`` returned.
+        model: an ``nn.Module`` (or what else ``optimize`` takes), or what ``optimize`` returned. An ONNX model is
+            run by an interpreter (:func:`moeopt.from_onnx`).
         data: one call's inputs as ``optimize`` takes them (a tensor, a tuple, a mapping), or an iterable of such (a
             list, a generator, a DataLoader); batches may differ in size. None: made-up inputs, where the model
             says what it takes; their routing is that of random tokens.
@@ -52,6 +55,9 @@ def profile(
         UsageError: the model has no MoE block, or is an engine; the data are of no known form, or empty.
         CaptureError: the model does not run on a batch.
     """
+    if is_onnx(model):
+        model = from_onnx(model)
+        data = model.example if data is None else data
     _refuse_engines(model)
     started = time.perf_counter()
     say = progress or (lambda line: None)

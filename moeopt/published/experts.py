@@ -89,12 +89,13 @@ class PublishedExperts:
         for e in range(experts):
             for recipe, stack, w in zip(recipes, stacks, floats(e), strict=True):
                 weight = self._made(block, (*layer, e), recipe)
-                if weight.shape != w.shape or not same_weights(w, weight.dequantize(torch.float64), weight.format):
+                bits = weight.shape == w.shape and torch.equal(weight.dequantize(w.dtype), w)
+                if not bits and not _near(weight, w):
                     raise Unbound(
                         f"expert {e} holds other weights than {_names(recipe)} of the checkpoint {self.directory} for "
                         "it: load the checkpoint anew, or give quantize= another format"
                     )
-                exact = exact and torch.equal(weight.dequantize(w.dtype), w)
+                exact = exact and bits
                 stack.put(e, weight)
         *ins, out = [stack.matrices() for stack in stacks]
         return QuantizedExpertWeights(ins, out), exact
@@ -174,6 +175,11 @@ class _Stack:
     def matrices(self) -> QuantizedMatrices:
         assert self.matrix is not None
         return QuantizedMatrices(self.matrix, self.experts, [[t] for t in self.tensors])
+
+
+def _near(weight: QuantizedWeight, held: Tensor) -> bool:
+    """Whether ``held`` is what the codes stand for, but for roundings."""
+    return weight.shape == held.shape and same_weights(held, weight.dequantize(torch.float64), weight.format)
 
 
 def _held(weight: QuantizedWeight) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ Shape legend: N out, K in, G groups along K.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ def _parts(
 
 def _with_zeros(
     files: TensorFiles, module: str, names: tuple[str, str, str], shape: tuple[int, int], bits: int, width: int | None,
-    codes: Any, zeros: Any,
+    codes: Callable[[], Tensor], zeros: Callable[[], Tensor],
 ) -> StoredMatrix:  # fmt: skip
     """A matrix with scales (G, N); zero points in the middle are no zero points at all."""
     points = zeros().contiguous()

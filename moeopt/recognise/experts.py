@@ -50,7 +50,7 @@ def recognize(
 
     Args:
         known: what an earlier probe call with every expert showed; then some may be missing on this one.
-        idle: accept weights that no token reached, if ids did name them: they are no experts.
+        idle: accept weights that no token reached although ids named them: such weights are no experts.
         assume: a user's hint, taken for the function of every expert, unfitted; verification judges it.
 
     Raises:
@@ -59,7 +59,7 @@ def recognize(
     """
     candidates = find_candidates(tape, find_sites(tape))
     found: list[Recognition] = []
-    best = no_experts(tape, candidates)
+    best: Declined | None = None
     best_progress = -1
     met: list[Obstacle] = []
     for group in group_candidates(tape, candidates):
@@ -85,15 +85,16 @@ def recognize(
                         best, best_progress = said, progress[0]
                     del said
     for recognition in found:
-        recognition.unmatched_reason = best.reason if best_progress >= 0 else ""
+        recognition.unmatched_reason = best.reason if best is not None else ""
     if not found or isinstance(best, ExpertsNotHit):
+        best = best or no_experts(tape, candidates)
         named = single_neurons(tape) or (certain_obstacle(tape) if best.rank == Rank.READING else None)
         best, named = named or best, None
         best.others = tuple(met)
         try:
             raise best
         finally:
-            del best  # an error that its own frame holds would keep the tape until the next collection
+            del best  # the error's traceback holds this frame, and with it the tape, until the garbage collector runs
     return sorted(found, key=lambda r: r.combine.node.meta["index"])
 
 

@@ -66,6 +66,15 @@ def open_ids(tape: Tape, routing: Routing, experts: int, given: Sequence[IdBound
     return ids
 
 
+def kept_by_caller(tape: Tape, routing: Routing, experts: int, given: Sequence[IdBounds]) -> list[IdBounds]:
+    """Of each tensor argument of the tape's call: its bounds, where only they say that each id names an expert."""
+    without = [[None if i == n else b for i, b in enumerate(given)] for n in range(len(given))]
+    return [
+        known if known is not None and open_ids(tape, routing, experts, others) is not None else None
+        for known, others in zip(given, without, strict=True)
+    ]
+
+
 def bounds(node: fx.Node, depth: int = 24, given: Mapping[fx.Node, IdBounds] = MappingProxyType({})) -> IdBounds:
     """Between which values the integers of ``node`` lie on every call; ``given`` knows some placeholders."""
     if depth == 0 or node.op == "placeholder":

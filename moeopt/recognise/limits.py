@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import op_name
+from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.replay import ancestors
 from moeopt.capture.same_graph import same_call
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
-from moeopt.value_types import FxArg
+from moeopt.value_types import FxArg, FxTarget
 
 _CLAMPS = ("clamp", "clamp_min", "clamp_max", "hardtanh", "minimum", "maximum", "fmin", "fmax", "threshold")
 _COMPARES = ("gt", "lt", "ge", "le")
@@ -89,16 +90,31 @@ def _bounds(tape: Tape, node: fx.Node) -> list[float]:
 
 
 def _constants(tape: Tape, node: fx.Node, but: set[fx.Node]) -> Iterator[float]:
-    """Numbers among the operands of ``node``, and the largest of each float tensor that does not come from tokens."""
-    for a in (*node.args, *node.kwargs.values()):
+    """Numbers among the operands of ``node``, and the largest of each float tensor that does not come from tokens.
+
+    Of what an op that moves rows is given, a value to fill with is such a number; a place, a size or a dimension is
+    none. A loop over tokens picks each by its place, and each number costs the caller one more run of that loop.
+    """
+    kinds = _kinds(node.target) if moves_rows(node) else None
+    operands: Iterable[tuple[int | str, FxArg]] = (*enumerate(node.args), *node.kwargs.items())
+    for at, a in operands:
         if isinstance(a, (int, float)) and not isinstance(a, bool):
-            yield float(a)
+            if kinds is None or "number" in kinds.get(at, ""):
+                yield float(a)
         elif isinstance(a, fx.Node) and a not in but and _is_float(a):
             if not any(n.op == "placeholder" for n in ancestors([a])):
                 value = tape.value(a)
                 yield _largest(value.detach())
             elif op_name(node) in _CLAMPS:
                 yield torch.inf
+
+
+@cache
+def _kinds(target: FxTarget) -> dict[int | str, str]:
+    """The type of each argument of an op, by its position and by its name; none where it has no schema."""
+    schema = getattr(target, "_schema", None)
+    arguments = schema.arguments if schema is not None else ()
+    return {key: str(a.type) for i, a in enumerate(arguments) for key in (i, a.name)}
 
 
 def _largest(value: torch.Tensor) -> float:

@@ -23,6 +23,7 @@ from moeopt.recognise.gemm_sites import weight_and_operand
 
 _REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 _ATTENTION = ("_scaled_dot_product", "_softmax", "softmax")
+_NORMS = ("native_layer_norm", "_fused_rms_norm", "native_group_norm", "rsqrt")
 _CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
 
 
@@ -41,18 +42,31 @@ def certain_obstacle(tape: Tape) -> Declined | None:
 
 
 def _unequal_experts(tape: Tape) -> Declined | None:
-    """Modules of one list that ran on rows picked for them, of one structure and several sizes."""
+    """Modules of one list that ran on rows picked for them, of one structure and several sizes or of several depths."""
     for home in tape.root.modules():
         if not isinstance(home, (nn.ModuleList, nn.ModuleDict)) or len(home) < 2:
             continue
         own = set(home.children())
         ran = [c for c in tape.calls if c.module in own and any(picks_rows(a) for a in leaves_of(fx.Node, c.args))]
         sizes = {tuple(tuple(p.shape) for p in c.module.parameters()) for c in ran}
+        line = tape.nodes[ran[0].first].meta.get("source", "") if ran else ""
         if len(sizes) > 1 and len({tuple(len(shape) for shape in one) for one in sizes}) == 1:
+            normed = any(op_name(n) in _NORMS for c in ran for n in tape.nodes[c.first : c.last + 1])
+            zeros = (
+                "zeros would change what its norm computes" if normed else "a smaller one can be filled up with zeros"
+            )
             return Declined(
                 f"its experts have different shapes ({' and '.join(sorted(map(str, sizes))[:2])}); give all the same "
-                "sizes (a smaller one can be filled up with zeros)",
-                tape.nodes[ran[0].first].meta.get("source", ""),
+                f"sizes ({zeros})",
+                line,
+            )
+        depths = sorted({sum(len(shape) == 2 for shape in one) for one in sizes})
+        if len(depths) > 1 and depths[0] > 1:
+            return Declined(
+                f"its experts differ in depth ({' and '.join(map(str, depths))} matrices), and the op runs one "
+                "function on all of them; give all the same layers, or route to each group of alike experts by a "
+                "block of its own",
+                line,
             )
     return None
 
@@ -184,6 +198,15 @@ def between_products(tape: Tape) -> Declined | None:
             "token's result depends on the other tokens; call model.eval() on a norm with running statistics, or use a "
             "norm over the features",
             batch.meta.get("source"),
+        )
+    together = any(op_name(s) in ("bmm", "baddbmm", "_grouped_mm") for s in sites)
+    if odd and together and all(n in (*_NORMS, "getitem", "mean", "var_mean") for n in names):
+        return Declined(
+            f"its experts are computed together, in products of all of them, with a norm between ({names[0]}), and "
+            "such experts are carried one by one only; call each expert on its own rows (a loop over modules), or move "
+            "the norm before the experts",
+            line,
+            rank=Rank.READING,
         )
     if odd:
         return Declined(

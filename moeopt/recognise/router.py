@@ -97,7 +97,9 @@ def _given(recognition: Recognition) -> RouterReading:
 def same_reading(readings: list[RouterReading], recognition: Recognition) -> RouterReading:
     """The reading that every probe call gave; words without a claim where they differ."""
     if all((r.text, r.spec) == (readings[0].text, readings[0].spec) for r in readings):
-        return dataclasses.replace(readings[0], logits=None)  # the node of one tape, which goes
+        return dataclasses.replace(
+            readings[0], logits=None
+        )  # a node would keep its tape alive, and the tape is dropped
     reason = next((r.reason for r in readings if r.reason), "two probe calls read it differently")
     return RouterReading(_plain_words(recognition), None, reason)
 

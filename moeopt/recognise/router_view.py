@@ -68,7 +68,7 @@ class RouterView:
 
     @cached_property
     def path(self) -> list[fx.Node]:
-        """Those of ``nodes`` by which the weights' values (not just their places) are computed."""
+        """The nodes among ``nodes`` by which the weights' values (not just their places) are computed."""
         inside, stack, seen = set(self.nodes), list(self.routing.weights.nodes), set[Any]()
         while stack:
             node = stack.pop()
@@ -170,7 +170,7 @@ class RouterView:
         """Whether it gives ids and weights to rounding, and without rounding by less than rounding can hide."""
         logits_TE, _, ids, weights = self.plain
         if not bool(torch.stack(compare_routing((logits_TE, ids, weights), spec, self.eps, 8)).any(0).all()):
-            return False  # most guesses end here
+            return False  # most readings already differ here
         exact, tied = compare_routing(self.rounded, spec, self.eps, 8)
         if not bool((exact | tied).all()) or 2 * int(exact.sum()) <= len(exact):
             return False
@@ -239,7 +239,9 @@ class RouterView:
         if self.beside:
             words.append("with parameters of its own")
         claimable = name == "softmax" and not dense and words[2:] in ([], ["renormalised"])
-        return ("nearly " if claimable else "") + ", ".join(words)  # it was not claimed: extreme logits, an epsilon
+        return ("nearly " if claimable else "") + ", ".join(
+            words
+        )  # the reading held for ordinary logits only: extreme ones, or an epsilon, make a difference
 
 
 _SCORES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (

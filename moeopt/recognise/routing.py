@@ -113,7 +113,7 @@ def _why_no_ids(table: Table) -> Declined:
             "token by itself"
         )
     order = table.visits[:, table.natural].argmax(1)
-    turns = int((order.diff() < 0).sum()) + 1  # once through the experts for each sequence of the batch
+    turns = int((order.diff() < 0).sum()) + 1  # the code runs the experts once for each sequence of the batch
     in_blocks = len(order) % turns == 0 and bool((order.view(turns, -1) == order.view(turns, -1)[0]).all())
     if in_blocks and bool((seen == 1).all()) and bool((taken == taken[0]).all()):
         return FixedShares(
@@ -228,7 +228,7 @@ def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Routing, mapp
         weights = weights_extraction.run(tape, ids)
         same_form = weights.shape == ids.shape and ids.shape[0] == table.visits.shape[0]
         fits = same_form and fits_table(rebuilt(ids, weights, mapping, table.visits.shape[1]), table)
-    except (RuntimeError, IndexError):  # the extraction does not apply to what stands on those lines here
+    except (RuntimeError, IndexError):  # on this tape the same lines hold values of another form
         return None
     return Routing(prior.top_k, ids_extraction, weights_extraction, mapping, prior.form) if fits else None
 

@@ -79,7 +79,9 @@ def with_frontier(
     try:
         routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, (by_slots,))
     except FixedShares as err:
-        if tokens.node.op == "placeholder":  # the slots are filled outside: what fills them may dispatch by ids
+        if (
+            tokens.node.op == "placeholder"
+        ):  # the block gets slots as an argument, and the code that fills them may dispatch by ids
             err.rank = Rank.READING
         raise
     progress[0] = 4
@@ -148,7 +150,9 @@ def _adds_own_row(
         routing.weights.steps = [*routing.weights.steps, (one_beyond, ("@ids", count))]
     identity = is_identity(tape, combine, tokens, routing, ids, count)
     if prior is not None and (ids is None or not bool((ids >= count).any())):
-        return bool(prior.spec.out_of_range == "identity")  # no such id on this probe call: nothing speaks against it
+        return bool(
+            prior.spec.out_of_range == "identity"
+        )  # this probe call has no such id, so that it does not contradict the reading
     return identity
 
 

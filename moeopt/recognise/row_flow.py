@@ -147,7 +147,7 @@ def parallel(flow: Flow) -> Iterator[list[Branch]]:
 
 
 def _union(masks: set[int]) -> int:
-    """Their union; equal to their sum where no two share a bit."""
+    """The union of sets of bits; it equals their sum where no two share a bit."""
     whole = 0
     for mask in masks:
         whole |= mask

@@ -160,6 +160,16 @@ def _like(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     return graph.add(node, node.target, held.lead, *graph.words(node.args), **graph.kwargs(node))
 
 
+def _pick(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    """gather and scatter along a dimension of the features: each row is read and written by its own indices."""
+    operands = [graph.known[a] for a in node.all_input_nodes]
+    if any(o.lead != held.lead or len(o.shape) != len(held.shape) for o in operands):
+        raise graph.refused(node, "picks by indices of other rows, or of all rows")
+    args = list(graph.words(node.args))
+    args[1] = graph.feature_dim(node, held, node.args[1])
+    return graph.add(node, node.target, held.lead, *args, **graph.kwargs(node))
+
+
 def _flip(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     dims = [graph.feature_dim(node, held, d) for d in node.args[1]]  # type: ignore[union-attr]
     return graph.add(node, node.target, held.lead, held.number, dims)
@@ -172,6 +182,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_ALONG, _one_dim(1, default=-1)),
     **dict.fromkeys(("select", "slice", "unbind"), _one_dim(1, default=0)),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _one_dim(2, default=0)),
+    **dict.fromkeys(("sort", "argsort"), _one_dim(1, default=-1)),
+    "topk": _one_dim(2, default=-1),
+    **dict.fromkeys(("gather", "scatter", "scatter_add"), _pick),
     "squeeze": _one_dim(1),
     "unsqueeze": _one_dim(1, extra=1),
     "flip": _flip,

@@ -126,7 +126,7 @@ def _copies_of(tape: Tape, tokens: Tokens) -> Callable[[fx.Node], bool | None]:
         if same_call(node, tokens.node):
             return None
         value, dtype = tape.value(node), node.meta.get("dtype")
-        if dtype is None:  # several results: each of them is looked at
+        if dtype is None:  # an op with several results: each result is looked at
             return True
         held = known.setdefault(dtype, set(rows_as_bytes(tokens_TH.to(dtype))))
         axes = [d for d, size in enumerate(value.shape) if size == tokens_TH.shape[-1]]
@@ -155,7 +155,7 @@ def _check_with_others(
     """Run the tape again with other weights: they must enter at ``place``, and there alone, as they are.
 
     Raises:
-        Declined: they enter in another way (their square, say, which is 1 where they are).
+        Declined: the weights enter in another way (as their square, say, which is 1 where the weight is 1).
     """
     source = reading.weights.source
     assert source is not None

@@ -224,7 +224,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _picked(node: fx.Node) -> bool:
-    """True where an index by tensor along a row or column axis may lie on the way."""
+    """Whether an index by tensor may have picked the matrix's rows or columns one by one."""
     for _ in range(12):
         if node.op != "call_function" or not node.all_input_nodes:
             return False

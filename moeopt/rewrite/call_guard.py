@@ -111,6 +111,8 @@ class CallGuard:
         autocast: always False: nothing is verified under autocast.
         gradients: why the original runs where a gradient is needed; "" where gradients were found equal.
         no_grad: whether it runs without gradients, as the original lets none through in any mode.
+        kept: of each tensor, between which values its integers lie as the model around the block makes them; None where
+            the program does not rely on that. () where it relies on none.
         skip_idle: whether experts that no token reaches get no gradient, as in the original, or zeros.
     """
 
@@ -122,6 +124,7 @@ class CallGuard:
     gradients: str = ""
     skip_idle: bool = False
     no_grad: bool = False
+    kept: tuple[tuple[int, int] | None, ...] = ()
 
     def refuses(self, module: torch.nn.Module, bound: BoundArguments) -> str:
         """Why this call is unlike the verified ones; "" when it is like them."""
@@ -160,12 +163,32 @@ class CallGuard:
                 for size, fixed in zip(leaf.shape, shape, strict=True):
                     if fixed is not None and size != fixed:
                         return f"it was called with size {size} where only {fixed} was verified"
+                if self.kept and (outside := _outside(leaf, self.kept[index])):
+                    return outside
                 index += 1
             elif known is OPAQUE:
                 return f"an argument is a {type(leaf).__name__}, whose contents are not compared"
             elif isinstance(leaf, torch.Tensor) or type(leaf) is not type(known) or leaf != known:
                 return f"it was called with {leaf!r} where {known!r} was verified"
         return ""
+
+
+def _outside(ids: torch.Tensor, kept: tuple[int, int] | None) -> str:
+    """Why integers are none that the model around a block gives it; "" where they are, or cannot be looked at.
+
+    On a GPU a look would wait for it at each call; an index out of bounds stops the original there.
+    """
+    if kept is None or type(ids) is not torch.Tensor or ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return ""
+    if not ids.numel():
+        return ""
+    least, greatest = (int(v) for v in torch.aminmax(ids))
+    if least >= kept[0] and greatest <= kept[1]:
+        return ""
+    return (
+        f"it was called with ids from {least} to {greatest}, and the model around it gives it {kept[0]} to {kept[1]} "
+        "only: what its own code does with others is not in the rewritten code"
+    )
 
 
 def overlap(tensors: list[torch.Tensor]) -> bool:

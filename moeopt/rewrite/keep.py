@@ -1,9 +1,9 @@
 """What stays of one recorded call once a block's experts are one op: a list of steps, read back from the outputs.
 
 ``kept_steps`` walks a tape from the block's outputs towards its inputs and stops at each
-replaced tensor. What it meets is kept: ATen calls, and whole calls of submodules wherever nothing
+replaced tensor. The nodes on the way are kept: ATen calls, and whole calls of submodules wherever nothing
 inside them was replaced (routers, shared experts and norms keep their own Python, hooks and dtype
-rules). What it does not meet (dispatch, the expert loop) is gone. The plans of several calls become one graph for
+rules). Nodes off the way (dispatch, the expert loop) are gone. The plans of several calls become one graph for
 every size in ``generalize`` and ``build``; a plan itself never runs.
 """
 
@@ -259,7 +259,9 @@ class _Planner:
             refs[unit] = plan.add(KeptStep(kind, unit.target if constant is None else constant))
         else:
             source = unit.meta.get("source", "")
-            target = aten.reshape.default if unit.target in _VIEWS else unit.target  # inputs may be strided
+            target = (
+                aten.reshape.default if unit.target in _VIEWS else unit.target
+            )  # another call's inputs may have strides that a view refuses
             step = KeptStep("call", target, _tree(unit.args, refs), _tree(dict(unit.kwargs), refs), source)
             refs[unit] = plan.add(step)
 

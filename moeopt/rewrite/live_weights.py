@@ -99,7 +99,7 @@ class LiveExpertWeights:
         self._regions: dict[tuple[int, str], Any] = {}
         self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
         self._steps = _steps(experts)
-        # what stacked() gave: the memory of its views cannot be another's while they are kept, so addresses tell
+        # the last result of stacked(): while its views are kept nobody else gets their memory, so addresses identify it
         self._stack: tuple[Any, StackedExpertWeights, list[Any]] | None = None
         self._backwards = any(s < 0 for part in self._steps or () for step in _flat(part) for s in step)
 

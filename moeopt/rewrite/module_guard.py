@@ -139,7 +139,7 @@ class _Watched:
                     probe.equal(table[name], table[name].copy())
 
     def changed(self) -> str:
-        """What is another than it was; "" when nothing is."""
+        """What differs from what was verified; "" where nothing does."""
         fact, module = self.fact, self.module
         d, name = module.__dict__, fact.path or "the block"
         if module.__class__ is not fact.cls or fingerprint(fact.cls.forward) != fact.forward:
@@ -255,7 +255,7 @@ class Watch:
         try:
             if self._same() and self._sound:
                 return ""
-        except Exception:  # as ``holds``, which would take longer
+        except Exception:  # the same as in ``holds``, without the cost of a call
             pass
         if not holds(self._same):
             self._look()

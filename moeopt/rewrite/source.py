@@ -228,7 +228,7 @@ class Source:
         self._structure = self._code = _NOTHING
 
     def look(self) -> None:
-        """Compare some of it; warn of what is another than before, once."""
+        """Compare the next part of the source; warn once of each change found there."""
         if self._hooks != RemovableHandle.next_id:  # somewhere in this process a hook was registered
             self._hooks = RemovableHandle.next_id
             one = self._structure
@@ -236,7 +236,7 @@ class Source:
         try:
             if self._structure.next()() and self._code.next()():
                 return
-        except Exception:  # as ``holds``, which would take longer
+        except Exception:  # the same as in ``holds``, without the cost of a call
             pass
         self._tell([*self._structure.differing(), *self._code.differing()])
 

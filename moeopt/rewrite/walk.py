@@ -220,7 +220,9 @@ class Walk:
             self._classes[place] = owner
             self._named(place, owner.__dict__)
             if not installed(getattr(sys.modules.get(owner.__module__), "__file__", "")):
-                self.probe.add(f"{{0}}({{1}}) == {len(owner.__dict__)}", len, owner.__dict__)  # a base may get hidden
+                self.probe.add(
+                    f"{{0}}({{1}}) == {len(owner.__dict__)}", len, owner.__dict__
+                )  # a new attribute may hide one of a base class
 
     def _named(self, place: str, table: PyObject, every: bool = False) -> None:
         """The entries of a namespace that the code names."""
@@ -239,7 +241,7 @@ class Walk:
             self.link(self.probe, table, key, table[key], f"the variable {name}")
 
     def _object(self, place: str, value: PyObject, parts: dict[str, Any], alone: bool = False) -> None:
-        for name, part in parts.items():  # none of them can be assigned to
+        for name, part in parts.items():  # only the parts are watched: the table itself cannot be replaced
             self.visit(f"{place}.{name}" if not alone else place, part)
 
     def instance(self, place: str, value: PyObject, note: bool = True) -> None:

@@ -9,7 +9,7 @@ all others        floating arguments widened, floating dtype arguments become fl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -138,19 +138,52 @@ class Float64Rule:
 
 
 class UpcastArguments(TorchFunctionMode):
-    """Widens the arguments of functions that refuse mixed dtypes before any op is dispatched."""
+    """Widens the arguments of functions that refuse mixed dtypes before any op is dispatched.
+
+    Args:
+        epsilons: what each ``rms_norm`` without an epsilon takes, in order: that of the dtype it ran in before.
+    """
 
     _picky = frozenset(
         "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d prelu lstm gru rnn_tanh rnn_relu "
         "batch_norm instance_norm bilinear lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split()
     )
 
+    def __init__(self, epsilons: Iterable[float] = ()) -> None:
+        super().__init__()
+        self._epsilons = iter(epsilons)
+
     def __torch_function__(
         self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
     ) -> PyObject:
+        if lacks_epsilon(func, args, kwargs) and (eps := next(self._epsilons, None)) is not None:
+            return func(*args[:3], **{**(kwargs or {}), "eps": eps})
         if getattr(func, "__name__", "") in self._picky:
             return func(*map(up, args), **{name: up(value) for name, value in (kwargs or {}).items()})
         return func(*args, **(kwargs or {}))
+
+
+class NoteEpsilons(TorchFunctionMode):
+    """Notes the epsilon of each ``rms_norm`` that is given none: PyTorch takes that of the dtype it computes in."""
+
+    def __init__(self, epsilons: list[float]) -> None:
+        super().__init__()
+        self._epsilons = epsilons
+
+    def __torch_function__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
+        if lacks_epsilon(func, args, kwargs):
+            x = args[0] if args else (kwargs or {})["input"]
+            self._epsilons.append(torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps)
+        return func(*args, **(kwargs or {}))
+
+
+def lacks_epsilon(func: FxTarget, args: PyObject, kwargs: PyObject) -> bool:
+    """Whether a call is one of ``rms_norm`` whose epsilon is that of a dtype."""
+    if func not in (torch.rms_norm, torch.nn.functional.rms_norm):
+        return False
+    return (args[3] if len(args) > 3 else (kwargs or {}).get("eps")) is None
 
 
 FLOAT64_RULES: dict[OpOverload, Float64Rule] = {}

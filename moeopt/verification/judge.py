@@ -57,7 +57,7 @@ class Judge:
         tied: bool,
     ) -> None:
         self.result, self.call, self.oracle, self.eps, self.tied = result, call, oracle, eps, tied
-        self.too_far = ""  # what the first token that cancels would have failed with
+        self.too_far = ""  # the reason to give for the first ill-conditioned token, should the float64 run differ
         self._measured: list[Tensor | None] | None = None
 
     def tensor(self, leaf: int, where: str, a: Tensor, b: Tensor, o: Tensor) -> None:
@@ -123,7 +123,7 @@ class Judge:
         if self._measured is None:
             try:
                 self._measured = rerounded_distances(*self.call, self.oracle, self.eps)
-            except OracleError:  # it chooses otherwise then: nothing was measured, nothing is loosened
+            except OracleError:  # other rounding led to other choices: no distance was measured, so the bound stays
                 self._measured = [None] * len(self.oracle)
         found = self._measured[leaf]
         if found is None:

@@ -27,6 +27,7 @@ from moeopt.value_types import PyObject
 from moeopt.verification.float64_rules import (
     FLOAT64_RULES,
     Float64Rule,
+    NoteEpsilons,
     UpcastArguments,
     chooses,
     float64_rule_of,
@@ -54,7 +55,7 @@ def record_selections(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     with torch.inference_mode(False), torch.no_grad(), RestoreState(fn) as guard:
         mode = _ChoiceRecorder(guard)
         own_args, own_kwargs = clone_inputs_and_objects(args), clone_inputs_and_objects(dict(kwargs))
-        with mode:
+        with mode, NoteEpsilons(mode.selections.epsilons):
             outputs = fn(*own_args, **own_kwargs)
         mode.selections.state = guard.after()
         leaves = pytree.tree_leaves((own_args, own_kwargs))
@@ -142,6 +143,7 @@ class Pinned(TorchDispatchMode):
         self._events = selections.events
         self._cursor = 0
         self._ops = {event.op for event in selections.events}
+        self._epsilons = selections.epsilons
 
     def __torch_dispatch__(
         self, func: OpOverload, types: PyObject, args: PyObject = (), kwargs: PyObject = None
@@ -224,7 +226,7 @@ class _Oracle(Pinned):
             raise OracleError(f"the float64 oracle cannot run {func}: {_short(err)}") from err
 
     def around(self) -> AbstractContextManager[Any]:
-        return UpcastArguments()
+        return UpcastArguments(self._epsilons)
 
     def widened(self, outputs: PyObject) -> PyObject:
         return pytree.tree_map_only(Tensor, widen, outputs)

@@ -180,7 +180,7 @@ def _numbers(
         kinds, left_out = rows.kinds, named if y.shape[-1] == block.experts else elsewhere
         if len(y) != len(kinds):
             if named.any():
-                continue  # made of all tokens, those that went elsewhere among them
+                continue  # an output that all tokens enter, also those that other experts served
             kinds, left_out = ["these rows"] * len(y), torch.zeros(len(y), dtype=torch.bool)
         judged = finiteness(a, b).both.cpu() & ~left_out & true.isfinite().all(-1).cpu()
         eps = torch.finfo(a.dtype).eps

@@ -137,6 +137,19 @@ def test_a_choice_that_exceeds_the_budget_runs_and_is_told(tmp_path):
     assert experts.residency.resident <= 4 * 4096
 
 
+def test_threads_share_one_budget(bundle):
+    from concurrent.futures import ThreadPoolExecutor
+
+    engine, budget = moeopt.load(bundle, resident=6 * EXPERT), 6 * EXPERT
+    calls = [rows(n, 1) for n in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(engine, calls))
+    want = moeopt.load(bundle)
+    assert all(torch.equal(y, want(x)) for x, y in zip(calls, got, strict=True))
+    found = engine.residency
+    assert found.tokens == 24 and found.resident <= budget and found.over == 0
+
+
 def test_a_budget_below_one_expert_is_refused(bundle):
     with pytest.raises(UsageError, match=rf"resident=1000 is less than the {EXPERT} bytes of one expert: give that"):
         moeopt.load(bundle, resident=1000)

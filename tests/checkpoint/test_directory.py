@@ -96,6 +96,12 @@ def test_an_empty_directory(tmp_path):
         CheckpointDirectory(tmp_path)
 
 
+def test_a_directory_of_pickles(tmp_path):
+    (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"holds its weights as pickles .* save it once with save_pretrained\(\)"):
+        CheckpointDirectory(tmp_path)
+
+
 def header(path, entry, data=b"\0" * 8):
     text = json.dumps({"a": entry}).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)

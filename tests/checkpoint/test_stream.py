@@ -189,7 +189,7 @@ def test_a_quantised_directory_is_refused(tmp_path):
 def test_too_little_memory_is_said_before_anything_is_read(tmp_path, monkeypatch):
     write("qwen3", tmp_path / "model")
     monkeypatch.setattr(preflights, "free_memory", lambda: 1000)
-    with pytest.raises(UsageError, match=r"needs about 0.40 GB of memory, and 0.00 MB are free .*: end other programs"):
+    with pytest.raises(UsageError, match=r"needs about 0.20 GB of memory, and 0.00 MB are free .*: end other programs"):
         moeopt.optimize(tmp_path / "model", out=tmp_path / "b")
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
 
@@ -228,6 +228,14 @@ def test_out_of_a_model_saves_it(tmp_path):
 
     moeopt.optimize(build(), X, out=tmp_path / "b", verify="fast")
     assert moeopt.verify(tmp_path / "b").passed
+
+
+def test_a_device_that_it_is_on_already_copies_no_weight(tmp_path):
+    write("mixtral", tmp_path / "model")
+    with streamed(tmp_path / "model", OFF, out=tmp_path / "b") as source:
+        made = moeopt.optimize(source.model, device="cpu", dtype="float32", verify="off")
+        assert len(made.report.rewritten) == 2
+        assert all(source.journal.file.mapped.holds(p) for p in made.model.parameters())
 
 
 def test_the_models_own_directory_is_no_place(tmp_path):

@@ -209,14 +209,6 @@ def test_what_is_sent_is_counted(four):
         assert traffic["described"] > 0
 
 
-@pytest.fixture
-def alone(tmp_path):
-    """This process as the only rank."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield DeviceMesh("cpu", [0])
-    dist.destroy_process_group()
-
-
 def test_without_torch_distributed_it_says_how_to_start():
     with pytest.raises(moeopt.UsageError, match="start the script with torchrun and call .*init_process_group"):
         moeopt.distribute(optimised(), None)
@@ -262,6 +254,12 @@ def test_wrong_subjects_are_refused(alone):
     ):
         with pytest.raises(moeopt.UsageError, match=words):
             moeopt.distribute(subject, mesh)
+
+
+def test_quantised_experts_are_not_divided(alone):
+    opt = moeopt.optimize(optimised().model, tokens(10), quantize="int8", verify="off")
+    with pytest.raises(moeopt.UsageError, match=r"nothing to distribute.*its experts are quantised; optimise without"):
+        moeopt.distribute(opt, alone)
 
 
 def _dense():

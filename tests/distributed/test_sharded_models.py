@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -12,13 +10,6 @@ from tests.distributed.models import Stacked, tokens
 from tests.toy_moe import Block, build
 
 WAY_OUT = r"is divided over processes already .* load the model whole .* moeopt.distribute\(optimized, mesh\)"
-
-
-@pytest.fixture
-def alone(tmp_path):
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield DeviceMesh("cpu", [0])
-    dist.destroy_process_group()
 
 
 def test_a_model_under_fsdp(alone):

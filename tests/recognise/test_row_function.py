@@ -185,3 +185,28 @@ def test_an_expert_that_no_token_reached_is_counted():
         read(module)
     assert caught.value.num_named == N
     assert re.search(r"no probe token reached 1 of its experts", caught.value.reason)
+
+
+def within(self, x):
+    """A sort, and the largest of a row put back in their places."""
+    h = self.up(x)
+    values, places = h.topk(5, -1)
+    kept = torch.zeros_like(h).scatter(-1, places, values.sin())
+    return self.down(kept + h.sort(-1, descending=True).values)
+
+
+def test_sorts_and_picks_within_a_row():
+    module = of(within)
+    (found,), _, _ = read(module)
+    assert isinstance(found.spec, RowFunction) and len(found.experts) == N
+    assert {"sort", "topk", "scatter"} <= set(found.spec.body.names())
+    rows, expert = torch.randn(9, D), module.experts[0]
+    slots = {tuple(p.shape): p.detach() for p in (*expert.up.parameters(), *expert.down.parameters())}
+    with torch.no_grad():
+        got = function_of(found.spec.graph)(rows, *(slots[tuple(shape)] for _, shape in found.spec.body.slots))
+        torch.testing.assert_close(got, expert(rows))
+
+
+def test_a_sort_across_rows_is_refused():
+    with pytest.raises(Declined):
+        read(of(lambda self, x: self.down(self.up(x).sort(0).values)))

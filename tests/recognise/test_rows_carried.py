@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
+from moeopt.capture.tape import record
 from moeopt.recognise import routing_of_experts
+from moeopt.recognise.limits import magnitudes
 
 FAR, H, E = 1e3, 8, 4
 OUTPUT = {
@@ -91,3 +93,19 @@ def test_the_reason_says_what_and_the_way_out(monkeypatch):
 def test_scales_of_rows_are_carried():
     _, _, block = optimised(after=lambda o, h: (o * 2).clone())
     assert block.status == "rewritten", block.reason
+
+
+class Picks(nn.Module):
+    """Rows picked by their places, one of them twice as large, and a column of a number beside each."""
+
+    def forward(self, x):
+        rows = torch.stack([x[17], x[11:40:13][1] * 50.0])
+        return torch.cat(
+            [F.pad(rows, (12, 0), value=300), rows.scatter(1, torch.zeros(2, 1, dtype=torch.long), 400)], -1
+        )
+
+
+def test_places_are_no_sizes_of_values():
+    """Rows go through the code once for each such number: a loop over tokens has the place of each."""
+    tape = record(Picks(), (torch.randn(48, H),), {})
+    assert magnitudes(tape, tape.nodes) == [50.0, 300.0, 400.0]

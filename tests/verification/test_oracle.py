@@ -230,3 +230,20 @@ def test_inputs_in_containers_are_cloned():
     y, chosen = record_selections(writes, ({"x": [x]},), {"scale": torch.ones(3)})
     run_oracle(writes, ({"x": [x]},), {"scale": torch.ones(3)}, chosen)
     assert torch.equal(x, torch.zeros(2, 3)) and torch.equal(y, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_rms_norm_without_an_epsilon_has_the_one_of_the_recorded_dtype(dtype):
+    """Small rows, in which the epsilon decides; float64's own would be 5e8 times smaller."""
+    weight = torch.linspace(0.5, 2, 8, dtype=dtype)
+
+    def fn(x):
+        return F.rms_norm(x, (8,), weight) + torch.rms_norm(x * 2, (8,), None, None) + F.rms_norm(x, (8,), eps=1e-3)
+
+    x = (torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) * 2e-4).to(dtype)
+    _, selections = record_selections(fn, (x,), {})
+    eps = torch.finfo(torch.float32).eps  # PyTorch computes 16 bits in float32
+    assert selections.epsilons == [eps, eps]
+    got, wide = run_oracle(fn, (x,), {}, selections), x.double()
+    want = F.rms_norm(wide, (8,), weight.double(), eps) + F.rms_norm(wide * 2, (8,), None, eps)
+    torch.testing.assert_close(got, want + F.rms_norm(wide, (8,), eps=1e-3), rtol=1e-12, atol=0)

@@ -16,6 +16,7 @@ from torch import nn
 from moeopt.backends.onnxrt.accuracy import coarse
 from moeopt.backends.onnxrt.id_guards import name_id_guards
 from moeopt.backends.onnxrt.label_nodes import deduplicate, describe_sites, label_nodes
+from moeopt.backends.onnxrt.missing_kernels import lines_of_float64
 from moeopt.backends.onnxrt.native_graph import write_native
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.portable import check_portable
@@ -30,17 +31,17 @@ from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
 from moeopt.errors import Declined, NotSaveableError, UsageError
 from moeopt.lower.distances import DirectDistances
-from moeopt.lower.export import avoid_size_one, export_program
+from moeopt.lower.export import avoid_size_one
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.assemble import replace_sites
 from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
-from moeopt.lower.onnx.export import emitting, own_outputs, to_onnx
+from moeopt.lower.onnx.export import emitting, export_with_sites, own_outputs, to_onnx
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.narrow_numbers import cast_narrow
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.onnx.simplify import simplify
 from moeopt.lower.onnx.upcast import upcast_graph
-from moeopt.lower.signature import describe_call, functional
+from moeopt.lower.signature import describe_call
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet
@@ -56,7 +57,7 @@ class BuiltGraph:
     ``sites`` are records of :mod:`moeopt.backends.onnxrt.site_records`, ``probes`` one of
     :mod:`moeopt.backends.onnxrt.known_answer` for each kind of site. ``cpu_fallback`` is the same graph lowered
     for CPU where the graph itself cannot run here. ``native`` is what a manifest says of the graph with moeopt's own
-    operator, {} where there is none.
+    operator, {} where there is none. ``float64``: by op, the model's line of a node that reads float64.
     """
 
     folder: TemporaryFolder
@@ -68,6 +69,7 @@ class BuiltGraph:
     probes: list[tuple[dict[str, torch.Tensor], float]] = field(default_factory=list)
     cpu_fallback: BuiltGraph | None = None
     native: dict[str, Any] = field(default_factory=dict)
+    float64: dict[str, str] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:
@@ -148,8 +150,7 @@ def trace(
     say("tracing the whole model")
     args, kwargs = avoid_size_one(model, args, kwargs)
     with emitting(model) as sites, quiet(), _attention(plan), DirectDistances():
-        program = export_program(model, args, kwargs)
-    program = functional(program)
+        program = export_with_sites(model, args, kwargs, sites)
     signature = describe_call(program)
     say("converting it to ONNX")
     return to_onnx(program), sites, signature
@@ -226,6 +227,7 @@ def write_graph(
             f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
             "with exp and log"
         )
+    float64 = lines_of_float64(model)
     if plan.provider == "cpu":
         simplify(model)  # before guards: their Reshape to a tensor's own sizes is meant to fail
     name_id_guards(model)
@@ -249,7 +251,7 @@ def write_graph(
     say("writing the engine")
     ir.save(model, f"{folder.name}/{graph}", external_data=data_of(graph))
     built = BuiltGraph(folder, signature, dict(zip([s.name for s in sites], names, strict=True)))
-    built.sites, built.probes = records, probes
+    built.sites, built.probes, built.float64 = records, probes, float64
     built.reasons = {site.name: plan.why(site) for site in sites}
     size = sum(p.stat().st_size for p in built.directory.glob(f"{graph}*"))
     built.facts = {

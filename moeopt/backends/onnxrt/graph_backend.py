@@ -76,10 +76,8 @@ class GraphBackend(Backend):
         self, source: nn.Module, twin: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject,
         data: list[ArgsKwargs],
     ) -> Made:  # fmt: skip
-        outcome = self._run_impl(twin, call, options, plan)
+        outcome = self._settled(twin, self._run_impl(twin, call, options, plan))
         check_patterns(outcome, options)
-        if self._settle is not None:
-            self._settle(twin, outcome)
         judge = quantized_original(source, twin)
         with fewer_collections():
             built = self._build_impl(twin, call, plan, options)
@@ -130,6 +128,11 @@ class GraphBackend(Backend):
         told = notes_of(outcome, twin, options)
         report = dataclasses.replace(report, notes=(*report.notes, *told, *self._notes_impl(built), *notes))
         return Made(engine, report, certificate, fingerprint(source), built)
+
+    def _settled(self, twin: nn.Module, outcome: PipelineResult) -> PipelineResult:
+        if self._settle is not None:
+            self._settle(twin, outcome)
+        return outcome
 
     def keeps_cache(self, made: Made) -> bool:
         return getattr(made.model, "causal_lm", None) is not None

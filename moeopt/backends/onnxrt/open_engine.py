@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import OnnxEngine
+from moeopt.backends.onnxrt.missing_kernels import missing_kernel
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.providers import runtime
@@ -38,6 +39,8 @@ def open_onnx(
                 "moeopt.explain says why others are not. Hold the codes as int8, make them floats once with .float(), "
                 "or use backend='torch'"
             ) from err
+        if why := missing_kernel(str(err), built.float64, f"ONNX Runtime {runtime().__version__} on {plan.provider}"):
+            raise NotSaveableError(why) from err
         raise NotSaveableError(
             f"ONNX Runtime {runtime().__version__} does not load the graph that was written for {plan.provider}: "
             f"{str(err).strip().splitlines()[0][:300]}; use backend='torch', or report this with the model's code"

@@ -19,7 +19,7 @@ from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.limits import LoadLimits
-from moeopt.lower.export import export_program
+from moeopt.lower.functional import export_functional
 from moeopt.ops.native.library import missing
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
@@ -90,7 +90,7 @@ class TorchBackend(Backend):
 
     def _save_impl(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str]) -> Path:
         args, kwargs = call
-        program = export_program(made.model, args, kwargs)
+        program = export_functional(made.model, args, kwargs)
         copied = clone_inputs(call)  # a forward may write into its arguments
         with torch.no_grad():
             golden = made.model(*copied[0], **copied[1])

@@ -1,7 +1,7 @@
 """A traced model as an ONNX graph in which each grouped-expert op is still one ``moeopt::Experts`` node.
 
-The experts' weights never enter the trace: the node names its :class:`~.site.ExpertsNode`, which reads them from
-the model when a lowering is written. So exporting costs no copy of them, and no node per expert.
+The experts' weights never enter the trace: the node names its :class:`~.experts_node.ExpertsNode`, which reads them
+from the model when a lowering is written. So exporting costs no copy of them, and no node per expert.
 """
 
 from __future__ import annotations
@@ -11,26 +11,30 @@ import copy
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from moeopt.errors import NotSaveableError
-from moeopt.ir.specs import ExpertsSpec
+from moeopt.lower.functional import export_functional
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
-from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.float64 import attributes_written_out
-from moeopt.lower.onnx.pad_experts import bank_of
 from moeopt.lower.onnx.scalars import numbers_as_read
-from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.lower.onnx.sites import Sites
+from moeopt.lower.signature import functional
 from moeopt.ops.override import override_experts_impl
-from moeopt.ops.reference import dtypes, out_features
-from moeopt.patches import no_idle_decomposition, one_registry, one_trace, quiet, rules_by_their_last_op
-from moeopt.rewrite.install import rewritten_forward
-from moeopt.rewrite.site_names import site_names
+from moeopt.patches import (
+    no_idle_decomposition,
+    one_registry,
+    one_trace,
+    promotion_from_known_values,
+    quiet,
+    rules_by_their_last_op,
+)
 from moeopt.rewrite.whole_model import exported
 from moeopt.value_types import OnnxGraph, OnnxValue
 
@@ -38,36 +42,26 @@ OPSET = 20
 
 
 @contextlib.contextmanager
-def emitting(model: nn.Module) -> Iterator[list[ExpertsNode]]:
+def emitting(model: nn.Module) -> Iterator[Sites]:
     """While open, ``experts`` calls of ``model``'s rewritten blocks trace as nodes; the list collects their sites."""
-    routers = {
-        id(bank): router
-        for module in model.modules()
-        if (forward := rewritten_forward(module)) is not None
-        for (bank, _), router in zip(forward.banks, forward.program.routers, strict=True)
-    }
-    name_of = site_names(model)
-    sites: list[ExpertsNode] = []
-
-    def emit(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor | None:
-        name = name_of(bank)
-        if name is None:
-            return None
-        torch._check(ids.shape[0] == x.shape[0])  # a runtime would broadcast the choices of a single row
-        router = routers[id(bank)]
-        sites.append(ExpertsNode(name, bank_of(bank, spec), spec, x.dtype, int(ids.shape[1]), weights.dtype, router))
-        y: Tensor = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{OP}",
-            (x, ids.to(torch.int64), weights),
-            {"site": len(sites) - 1},
-            dtype=dtypes(x, spec)[2],
-            shape=(x.shape[0], out_features(bank, spec)),
-            version=1,
-        )
-        return y
-
-    with exported(model), override_experts_impl(emit):
+    sites = Sites(model)
+    with exported(model), override_experts_impl(sites.emit):
         yield sites
+
+
+def export_with_sites(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sites: Sites
+) -> torch.export.ExportedProgram:
+    """A model that is :func:`emitting` as a functional program, its ``sites`` in the order of their nodes.
+
+    Raises:
+        NotSaveableError: torch.export cannot hold the model, or it draws random numbers.
+    """
+    program = export_functional(
+        model, args, kwargs, functional=functional, on_copy=sites.copied, fresh=sites.start, runs=False
+    )
+    sites.in_order(program.graph)
+    return program
 
 
 def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
@@ -82,7 +76,10 @@ def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
 
     program = attributes_written_out(numbers_as_read(through_real_views(_tensors_only(program))))
     _settle_layouts(program.graph)
-    with one_trace, quiet(), rules_by_their_last_op(), exact_rules() as exact, one_registry(), no_idle_decomposition():
+    quicker = (rules_by_their_last_op(), one_registry(), no_idle_decomposition(), promotion_from_known_values())
+    with one_trace, quiet(), contextlib.ExitStack() as patches, exact_rules() as exact:
+        for patch in quicker:
+            patches.enter_context(patch)
         try:
             exported = torch.onnx.export(
                 program,

@@ -29,6 +29,7 @@ from moeopt.lower.onnx.translate_numbers import (
     total,
     total_of_all,
 )
+from moeopt.lower.onnx.translate_signs import atan2, copysign, signbit
 
 aten = torch.ops.aten
 
@@ -61,6 +62,10 @@ def numbers() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.std.correction: deviation,
         aten.pow.Scalar: power_of,
         aten.prod.dim_int: product,
+        aten.signbit.default: signbit,
+        aten.copysign.Tensor: copysign,
+        aten.copysign.Scalar: copysign,
+        aten.atan2.default: atan2,
         aten.erfc.default: refuse("erfc", tail),
         aten.special_erfc.default: refuse("erfc", tail),
         aten.special_erfcx.default: refuse("erfcx", tail),

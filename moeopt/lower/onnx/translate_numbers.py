@@ -12,7 +12,8 @@
     std                           squares of rows beyond 1e19 overflow; the row is scaled first
     erfc, erfcx, log_ndtr         no form keeps their tails: a call names the op and the line that wrote it
     prod of integers              ONNX Runtime multiplies in float64: written out, up to 64 factors
-    pow of integers               ONNX Runtime raises in float64, wrong from 2^53 on; PyTorch wraps around
+    pow of integers               ONNX Runtime raises in float64, wrong from 2^53 on; PyTorch wraps around, also for
+                                  a number to the power of a tensor
 
 16-bit floats are computed in float32, as PyTorch does inside one op. :mod:`moeopt.ir.stable_nodes` has the functions.
 """
@@ -202,7 +203,11 @@ def power_tensor(self: OnnxValue, exponent: OnnxValue) -> OnnxValue:
     """Tensors of one dtype. A negative power of an integer is 0 in PyTorch, but for those of 1 and -1."""
     if is_float(self) or is_float(exponent):
         return opset20.Pow(self, exponent)
-    dtype = code(self)
+    return whole_powers(self, exponent, code(self), self.dtype.bitwidth)
+
+
+def whole_powers(self: OnnxValue, exponent: OnnxValue, dtype: int, bits: int) -> OnnxValue:
+    """Integers to powers that are tensors; the result has ``dtype``, of so many bits."""
     wide = _INT64 if dtype == _INT64 else _INT32
     square, rest = (opset20.Cast(v, to=wide) for v in (self, exponent))
     zero, one, two = (constant(n, wide) for n in (0, 1, 2))
@@ -211,7 +216,7 @@ def power_tensor(self: OnnxValue, exponent: OnnxValue) -> OnnxValue:
     rest = opset20.Where(opset20.And(is_unit, opset20.Less(rest, zero)), opset20.Mod(rest, two), rest)
     negative = opset20.Less(rest, zero)
     found = one
-    for _ in range(self.dtype.bitwidth):
+    for _ in range(bits):
         odd = opset20.Equal(opset20.Mod(rest, two), one)
         found = opset20.Mul(found, opset20.Where(odd, square, one))
         square, rest = opset20.Mul(square, square), opset20.Div(rest, two)
@@ -244,7 +249,11 @@ def power_of(self: OnnxValue, exponent: PyObject) -> OnnxValue:
     if is_float(exponent):
         return opset20.Pow(constant(float(self), code(exponent)), exponent)
     if isinstance(self, int):
-        return opset20.Pow(constant(self, _INT64), opset20.Cast(exponent, to=_INT64))
+        flags = code(exponent) == _BOOL
+        dtype, bits = (_INT64, 64) if flags else (code(exponent), exponent.dtype.bitwidth)
+        return whole_powers(
+            constant(self, _INT64), opset20.Cast(exponent, to=dtype) if flags else exponent, dtype, bits
+        )
     return opset20.Pow(constant(self, _FLOAT), opset20.Cast(exponent, to=_FLOAT))
 
 

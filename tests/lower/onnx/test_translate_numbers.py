@@ -48,6 +48,11 @@ POWERS = {
     "13": lambda i: i**13,
     "of a tensor": lambda i: i ** (i.flip(-1) % 100),
     "of any tensor": lambda i: i ** i.flip(-1),
+    "of a number": lambda i: 3 ** (i % 100),
+    "of a number, any": lambda i: 3**i,
+    "of a negative": lambda i: (-3) ** (i % 41),
+    "of one": lambda i: 1**i,
+    "of two by flags": lambda i: 2 ** (i > 0),
     "product": lambda i: i.reshape(-1, 4).prod(-1, dtype=i.dtype),
 }
 
@@ -129,3 +134,34 @@ def test_numbers_beside_16_bits_are_read_as_pytorch_reads_them(dtype):
             assert torch.equal(got, want)
         else:
             assert torch.allclose(got.float(), want.float(), rtol=2e-2, atol=1e-7)
+
+
+SIGNS = {
+    "signbit": torch.signbit,
+    "signbit of integers": lambda x: torch.signbit(x.clamp(-9, 9).nan_to_num().to(torch.int64)),
+    "signbit of flags": lambda x: torch.signbit(x > 0),
+    "copysign": lambda x: torch.copysign(x, x.flip(-1)),
+    "copysign of a number": lambda x: torch.copysign(x, -0.0),
+    "atan2": lambda x: torch.atan2(x, x.flip(-1)),
+    "atan2 of what is 0 or more": lambda x: torch.atan2(x.relu(), x),
+    "angle of a real": lambda x: torch.atan2(torch.zeros_like(x), x),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_ops_that_look_at_the_sign_of_a_zero(dtype):
+    inf, least = float("inf"), torch.finfo(dtype).tiny
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, inf, -inf, least, -least, 3e4, -3e4, 0.3, math.nan], dtype=dtype)
+    x = torch.cartesian_prod(values, values)
+    without = ("atan2", "angle") if dtype == torch.float64 else ()  # ONNX Runtime has no Atan of float64
+    functions = {name: f for name, f in SIGNS.items() if not without or not name.startswith(without)}
+    session = session_of(together(functions.values()), x[:5])
+    for (name, f), got in zip(functions.items(), session.run({"x": x}), strict=True):
+        want = f(x)
+        assert got.dtype == want.dtype, name
+        if want.is_floating_point():
+            torch.testing.assert_close(got, want, rtol=2e-7 if dtype != torch.float16 else 1e-3, atol=0, equal_nan=True)
+            real = ~want.isnan()
+            assert torch.equal(got[real].signbit(), want[real].signbit()), name
+        else:
+            assert torch.equal(got, want), name

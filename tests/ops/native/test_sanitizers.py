@@ -1,4 +1,4 @@
-"""The kernel's own tests once more, on builds that stop at memory errors and undefined behaviour; run nightly."""
+"""All C++ once more, on builds that stop at memory errors and undefined behaviour: the kernel and the operator."""
 
 import os
 import subprocess
@@ -12,36 +12,66 @@ from moeopt.ops.native import build
 ROOT = Path(__file__).parents[3]
 RUN = """
 import sys
-from moeopt.ops.native import build
+from moeopt.ops.native import build, compile
 sanitize = "-fsanitize=address,undefined"
-build._FLAGS = (*build._FLAGS, "-O1", "-g", sanitize, "-fno-sanitize=vptr", "-fno-sanitize-recover=all")
+build._FLAGS = (*build._FLAGS, "-O1", "-g1", sanitize, "-fno-sanitize=vptr", "-fno-sanitize-recover=all")
 here = build.isas_here()
-kept = [isa for isa in here if isa in ("avx2", here[-1])]  # two kinds of tiles; each takes a minute to compile so
+compile.SECONDS = 1800  # of one compiler, which others may slow down
+kept = [isa for isa in here if isa in ("avx2", here[-1])]  # two kinds of tiles; each takes 20 s to compile so
 build.isas_here, build.all_isas = (lambda: kept), (lambda: tuple(kept))
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
+KERNEL = ["tests/ops/native/test_kernel.py", "tests/ops/native/test_isolation.py", "-k", "not fork"]
+OPERATOR = ["tests/backends/onnxrt/lowerings/test_native.py", "tests/backends/onnxrt/test_custom_op.py", "-k",
+            "lowerings or this_machine or two_sessions"]  # fmt: skip
 
 
-@pytest.mark.nightly
-@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' library is preloaded, as on Linux")
-def test_under_address_and_undefined_sanitizers(tmp_path):
+def _preloaded(compiler):
+    """The sanitizers' library, and C++'s own: without the second, the first finds no ``throw`` to watch."""
+    for name in ("libasan.so", "libstdc++.so"):
+        found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        if not Path(found).is_file():
+            pytest.skip(f"{compiler} has no {name}: install the sanitizers' libraries")
+        yield os.path.realpath(found)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """``sanitized(tests)`` runs them in a process whose kernel is built so."""
     compiler = build.find_compiler()
     if compiler is None:
         pytest.skip(build.how_to_get_one())
-    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not Path(found).is_file():
-        pytest.skip(f"{compiler} has no libasan.so: install the sanitizers' libraries")
     env = {
         **os.environ,
-        "MOEOPT_CACHE": str(tmp_path),
+        "MOEOPT_CACHE": str(tmp_path_factory.mktemp("sanitized")),
         # Python's own allocations outlive it; the kernel's buffers are freed at each call
-        "LD_PRELOAD": os.path.realpath(found),
+        "LD_PRELOAD": " ".join(_preloaded(compiler)),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
         "PYTHONMALLOC": "malloc",
     }
-    # the exact roundings, all tiles and strides, isolation and threads; fork and the compilers' tests add nothing here
-    tests = ["tests/ops/native/test_kernel.py", "tests/ops/native/test_isolation.py"]
-    words = [sys.executable, "-c", RUN, "-q", "-x", "-p", "no:cacheprovider", *tests, "-k", "not fork"]
-    out = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, timeout=3000)
-    assert out.returncode == 0, (out.stdout + out.stderr)[-4000:]
+
+    def run(tests):
+        words = [sys.executable, "-c", RUN, "-q", "-x", "-p", "no:cacheprovider", *tests]
+        out = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, timeout=3000)
+        return out.returncode, (out.stdout + out.stderr)[-4000:]
+
+    return run
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' library is preloaded, as on Linux"),
+]
+
+
+def test_the_kernel_under_address_and_undefined_sanitizers(sanitized):
+    """The exact roundings, all tiles and strides, isolation and threads; fork and the compilers' tests add nothing."""
+    status, said = sanitized(KERNEL)
+    assert status == 0, said
+
+
+def test_the_operator_under_address_and_undefined_sanitizers(sanitized):
+    """Right and wrong nodes, calls, ids and weights in ONNX Runtime, and its proof in a child process."""
+    status, said = sanitized(OPERATOR)
+    assert status == 0, said

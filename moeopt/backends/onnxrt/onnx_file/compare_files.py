@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
-from moeopt.backends.onnxrt.onnx_file.feeds import GraphFeeds
 from moeopt.backends.onnxrt.onnx_file.original import InnerValues, ShakenOriginal, session_on
 from moeopt.errors import MoeoptError, NotEquivalentError
+from moeopt.onnx_in.feeds import GraphFeeds
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.value_types import PyObject
 from moeopt.verification.distance import finiteness, token_distance

@@ -81,20 +81,11 @@ def _same_version(node: OnnxNode, have: int, version: int) -> bool:
 
 _TYPES_ONLY = frozenset(
     ("Cast", "CastLike", "Constant", "ConstantOfShape", "Equal", "Flatten", "Identity", "If", "Loop", "Scan", "Reshape")
-    + (
-        "Shape",
-        "Size",
-        "Squeeze",
-        "Transpose",
-        "Unsqueeze",
-        "Pad",
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "IsNaN",
-        "IsInf",
-    )
+    + ("Shape", "Size", "Squeeze", "Transpose", "Unsqueeze", "Pad", "QuantizeLinear", "DequantizeLinear", "IsNaN")
+    + ("IsInf", "Add", "Sub", "Mul", "Div", "Relu", "CumSum", "Pow", "Where", "LeakyRelu", "PRelu", "GreaterOrEqual")
+    + ("LessOrEqual", "ScatterElements", "ScatterND", "Trilu", "Min", "Max")
 )
-"""Operators that, from opset 13 to 20, were given more element types and nothing else."""
+"""Operators that, from opset 13 to 20, were given element types, or attributes that change nothing unless given."""
 
 
 def all_nodes(graph: OnnxGraph) -> Iterator[Any]:
@@ -108,12 +99,17 @@ def all_nodes(graph: OnnxGraph) -> Iterator[Any]:
 
 def _older_forms(graph: OnnxGraph, have: int) -> None:
     """Write axes that are an input as an attribute, and equal parts of a split without their count, for old opsets."""
+    import onnx
+
     constants = {t.name: t for t in graph.initializer} | {
         n.output[0]: a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"
     }
     for node in all_nodes(graph):
         if have < 18 and node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
             _axes_as_attribute(node, constants)
+        if have < 14 and node.op_type == "Reshape" and node.input[1] in constants:
+            if 0 not in onnx.numpy_helper.to_array(constants[node.input[1]]):
+                _drop_attribute(node, "allowzero")
         if have < 18 and node.op_type == "Split" and len(node.input) < 2:
             _drop_attribute(node, "num_outputs")
 

@@ -16,15 +16,15 @@ from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import ids_of_engine, ids_of_model
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files
-from moeopt.backends.onnxrt.onnx_file.feeds import GraphFeeds, given_feeds, made_up_feeds, resized
 from moeopt.backends.onnxrt.onnx_file.original import session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts
-from moeopt.backends.onnxrt.onnx_file.signature import graph_inputs, tensor_type
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, MoeoptError, UsageError
+from moeopt.onnx_in.ends import graph_inputs, tensor_type
+from moeopt.onnx_in.feeds import GraphFeeds, given_feeds, made_up_feeds, resized
 from moeopt.onnx_in.frozen_routing import BROKEN
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.left_alone import left_alone
@@ -166,7 +166,7 @@ def _rewritten(
         seen.append((twin, outcome))
         for one in (twin, regions):
             one.keep(list(outcome.rewrites))
-        if not twin.parts:
+        if not twin.region_slots:
             raise NothingRewrittenError
 
     try:

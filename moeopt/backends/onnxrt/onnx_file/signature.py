@@ -4,40 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from moeopt.errors import UsageError
+from moeopt.onnx_in.ends import graph_inputs, tensor_type
 from moeopt.onnx_in.read import OnnxFile
-from moeopt.untrusted import shown_line
-from moeopt.value_types import OnnxGraph, OnnxValue
-
-
-def graph_inputs(graph: OnnxGraph) -> list[Any]:
-    """The inputs of a protobuf graph that a caller gives: those that no initializer stands for."""
-    held = {tensor.name for tensor in graph.initializer}
-    return [value for value in graph.input if value.name not in held]
-
-
-def tensor_type(file: OnnxFile, value: OnnxValue) -> tuple[torch.dtype, list[Any]]:
-    """The dtype and the sizes of an end of a graph: numbers, names, or None where nothing is said.
-
-    Raises:
-        UsageError: it is a sequence, an optional value, text, or of no rank.
-    """
-    import onnx_ir as ir
-    from onnx_ir.tensor_adapters import to_torch_dtype
-
-    name = shown_line(value.name)
-    kind = value.type.WhichOneof("value")
-    if kind != "tensor_type":
-        raise UsageError(f"{file.name}: {name!r} is a {kind or 'value of no type'}, and moeopt takes tensors only")
-    tensor = value.type.tensor_type
-    try:
-        dtype = to_torch_dtype(ir.DataType(tensor.elem_type))
-    except (TypeError, ValueError):
-        raise UsageError(f"{file.name}: {name!r} holds {tensor.elem_type}, an element type that torch lacks") from None
-    dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
-    return dtype, dims
 
 
 def file_signature(file: OnnxFile) -> dict[str, Any]:

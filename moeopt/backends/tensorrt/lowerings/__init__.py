@@ -3,6 +3,7 @@
 from moeopt.backends.tensorrt.lowerings.dense import Dense
 from moeopt.backends.tensorrt.lowerings.gather import Gather
 from moeopt.backends.tensorrt.lowerings.loop import Loop
+from moeopt.backends.tensorrt.lowerings.loop_function import LoopFunction
 from moeopt.backends.tensorrt.lowerings.sort import Sort
 from moeopt.backends.tensorrt.lowerings.trt_moe import TrtMoE
 from moeopt.errors import UsageError
@@ -10,8 +11,8 @@ from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.lowerings.dense_function import DenseFunction
 
 FORMS: tuple[Lowering, ...] = (TrtMoE(), Dense(), Sort(), Gather(), Loop())
-FUNCTION_FORMS: tuple[Lowering, ...] = (DenseFunction(),)
-"""Those of experts that are a function of a row."""
+FUNCTION_FORMS: tuple[Lowering, ...] = (DenseFunction(), LoopFunction())
+"""Those of experts that are a function of a row: written out for up to 16 experts, in a loop for more."""
 PORTABLE: tuple[Lowering, ...] = (*FORMS[1:], *FUNCTION_FORMS)
 """The forms of standard operators, which ONNX Runtime runs too."""
 

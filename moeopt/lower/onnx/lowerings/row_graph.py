@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,8 +43,6 @@ class RowGraph:
 
     def expert(self, e: int, rows: OnnxValue) -> OnnxValue:
         """The value (M, D) of expert ``e`` on ``rows`` (M, H), which have the function's own dtype."""
-        import onnx_ir as ir
-
         slots = list(self.site.bank.slots(e))
         named = [
             self.graph.weight(
@@ -51,8 +50,15 @@ class RowGraph:
             )
             for p, t in enumerate(slots)
         ]
+        return self.on(f"expert.{e}", rows, named)
+
+    def on(self, name: str, rows: OnnxValue, slots: Sequence[OnnxValue]) -> OnnxValue:
+        """The value (M, D) of the function on ``rows`` (M, H) and the tensors in its slots; ``name`` begins its
+        nodes' names and is used once."""
+        import onnx_ir as ir
+
         inside = dict(self._constants)
-        for value, given in zip(self._model.graph.inputs, [rows, *named], strict=True):
+        for value, given in zip(self._model.graph.inputs, [rows, *slots], strict=True):
             inside[id(value)] = given
         for number, node in enumerate(self._model.graph):
             again = ir.Node(
@@ -61,7 +67,7 @@ class RowGraph:
                 [None if v is None else inside[id(v)] for v in node.inputs],
                 list(node.attributes.values()),
                 num_outputs=len(node.outputs),
-                name=f"{self.graph.prefix}/expert.{e}/{node.op_type}.{number}",
+                name=f"{self.graph.prefix}/{name}/{node.op_type}.{number}",
             )
             for new, old in zip(again.outputs, node.outputs, strict=True):
                 new.name, new.type, new.shape = f"{again.name}/{old.name}", old.type, _unnamed(old.shape)

@@ -120,6 +120,11 @@ def test_options_that_a_file_does_not_have_are_refused(path, fields):
         moeopt.optimize(path, **fields)
 
 
+def test_a_file_is_not_quantised(path):
+    with pytest.raises(UsageError, match="keep their format: leave out quantize=, or quantise the PyTorch model"):
+        moeopt.optimize(path, quantize="int8")
+
+
 def test_another_backend_than_onnx_runtime_is_refused(path):
     with pytest.raises(UsageError, match="an ONNX file is optimised for ONNX Runtime: leave out backend='torch'"):
         moeopt.optimize(path, backend="torch")

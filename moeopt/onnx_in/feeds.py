@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.onnx_file.signature import graph_inputs, tensor_type
 from moeopt.errors import UsageError
+from moeopt.onnx_in.ends import graph_inputs, tensor_type
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.value_types import OnnxGraph, OnnxNode, PyObject
 

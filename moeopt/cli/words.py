@@ -1,0 +1,26 @@
+"""The arguments and options that several commands take, as typer reads them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moeopt.checkpoint.tasks import TASKS
+from moeopt.cli.target import FORMS
+
+TargetArgument = Annotated[str, typer.Argument(help=FORMS)]
+BundleArgument = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
+Trust = Annotated[bool, typer.Option(help="run the Python code that a Hugging Face directory brings")]
+Html = Annotated[Path | None, typer.Option(help="write the report to this file as one HTML page")]
+Task = Annotated[str | None, typer.Option(help="what a Hugging Face model is loaded for: " + ", ".join(TASKS))]
+BuiltFor = Annotated[
+    str | None, typer.Option("--target", help="what an engine is built for: a provider, or sm_89 for tensorrt")
+]
+QuantizeTo = Annotated[str | None, typer.Option(help="round the experts' weights: int8, int4, fp8 or mxfp4")]
+LimitTo = Annotated[
+    list[str] | None, typer.Option(help="the most that quantising may lose, like kl_mean=0.01; may be given again")
+]
+BackendName = Annotated[str | None, typer.Option(help="torch, onnxruntime (an ONNX file's without it) or tensorrt")]
+Seed = Annotated[int, typer.Option(help="of every random input, and of random weights")]

@@ -1,0 +1,85 @@
+"""One call of a layer while a model is traced: is it like another, and did it do more than make tensors?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
+
+from moeopt.value_types import PyObject
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def described(args: PyObject, kwargs: PyObject) -> tuple[Any, list[Tensor]] | None:
+    """A call as values that are equal for alike calls, and its tensors; None where an argument is of another kind."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    if not tensors:
+        return None
+    words: list[Any] = []
+    first: dict[int, int] = {}
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            if not is_fake(leaf) or leaf.layout != torch.strided or leaf.requires_grad or _unbacked([leaf]):
+                return None
+            memory = leaf.untyped_storage()._cdata
+            words.append((_kind_of(leaf), first.setdefault(memory, len(first))))
+        elif isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            words.append(str(leaf.node.expr))
+        elif isinstance(leaf, _PLAIN):
+            words.append((type(leaf).__name__, repr(leaf)))
+        else:
+            return None
+    autocast = [(torch.is_autocast_enabled(d), str(torch.get_autocast_dtype(d))) for d in ("cpu", "cuda")]
+    modes = (torch.is_grad_enabled(), torch.get_default_dtype(), *autocast)
+    return (str(spec), words, modes), tensors
+
+
+def _kind_of(t: Tensor) -> tuple[Any, ...]:
+    """All that a trace knows of a tensor; sizes as the expressions that they are."""
+    sizes = [
+        str(n.node.expr) if isinstance(n, torch.SymInt) else n for n in (*t.shape, *t.stride(), t.storage_offset())
+    ]
+    return t.dtype, t.device, t.dim(), tuple(sizes), t.is_conj(), t.is_neg()
+
+
+def _unbacked(tensors: Sequence[Tensor]) -> bool:
+    """Whether a size depends on data."""
+    return any(free_unbacked_symbols(t) for t in tensors)
+
+
+def more_than_tensors(leaves: Sequence[Any], made: Sequence[Tensor], held: Sequence[Tensor]) -> str:
+    """Why a result cannot be given by a stamp; "" where it can."""
+    if not made or not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
+        return "it returns something else than tensors"
+    if any(t.layout != torch.strided for t in made) or _unbacked(made):
+        return "it returns a tensor whose size depends on the data"
+    memory = [t.untyped_storage()._cdata for t in (*made, *held) if t.layout == torch.strided]
+    if len({*memory[: len(made)]}) < len(made) or {*memory[: len(made)]} & {*memory[len(made) :]}:
+        return "it returns a view"
+    return ""
+
+
+def attributes(layer: nn.Module) -> list[tuple[Any, ...]]:
+    """Every attribute of a layer's modules, and the length of those that are containers."""
+    tables = ("_parameters", "_buffers", "_modules")
+    return [
+        (at, name, value, len(value) if isinstance(value, (list, dict, set)) else 0)
+        for at, module in enumerate(layer.modules())
+        for name, value in (
+            *((n, v) for n, v in module.__dict__.items() if n not in tables),
+            *((n, v) for table in tables for n, v in module.__dict__[table].items()),
+        )
+    ]
+
+
+def same_attributes(before: list[tuple[Any, ...]], after: list[tuple[Any, ...]]) -> bool:
+    return len(before) == len(after) and all(
+        a[:2] == b[:2] and a[2] is b[2] and a[3] == b[3] for a, b in zip(before, after, strict=True)
+    )

@@ -1,0 +1,46 @@
+"""Regions are found by what reads what; the search looks at each node a fixed number of times, of how many ever."""
+
+import pytest
+
+from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.read import read_onnx
+from moeopt.onnx_in.regions import candidate_regions
+from tests.onnx_in.long_graph import model
+
+
+def searched(layers, experts=4):
+    index = GraphIndex(read_onnx(model(layers, experts)).model.graph)
+    return index, list(candidate_regions(index))
+
+
+def test_each_layer_is_a_region_from_its_rows_to_the_sum_of_its_experts():
+    _, found = searched(3)
+    assert [(c.name, c.chains.experts) for c in found] == [(f"layers.{n}", 4) for n in range(3)]
+    first = [c.regions[0] for c in found]
+    assert [[v.name for v in r.entries] for r in first] == [[f"layers.{n}.norm"] for n in range(3)]
+    assert [r.exit.name for r in first] == [f"layers.{n}.sum3" for n in range(3)]
+    assert {node.op_type for node in first[0].nodes} == {"MatMul", "Softmax", "Relu", "Gather", "Mul", "Add"}
+
+
+@pytest.mark.parametrize("experts", [4, 32])
+def test_the_search_grows_as_the_graph_does(experts):
+    looked = []
+    for layers in (8, 32, 128 if experts == 4 else 64):
+        index, found = searched(layers, experts)
+        assert len(found) == layers
+        looked.append(index.visited / len(index.nodes))
+    assert max(looked) < 80 and looked[-1] < 1.3 * looked[1]
+
+
+def test_a_name_that_a_module_has_already_is_not_taken_twice():
+    graph = model(1)
+    for tensor in graph.graph.initializer:
+        tensor.name = tensor.name.replace("layers.0", "training.program.forward")
+    for node in graph.graph.node:
+        for number, name in enumerate(node.input):
+            node.input[number] = name.replace("layers.0", "training.program.forward") if "experts" in name else name
+        for number, name in enumerate(node.input):
+            node.input[number] = name.replace("layers.0.gate", "training.program.forward.gate")
+            node.input[number] = node.input[number].replace("layers.0.column", "training.program.forward.column")
+    (found,) = candidate_regions(GraphIndex(read_onnx(graph).model.graph))
+    assert found.name == "training_.program_.forward_"

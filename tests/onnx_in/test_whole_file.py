@@ -1,0 +1,63 @@
+"""``moeopt.from_onnx``: a file as a module that computes the same, and that inspect, profile and optimize take."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import moeopt
+from moeopt.errors import UsageError
+from tests.onnx_in.hit_loops import hit_loop
+from tests.onnx_in.toys import E, export, ids, run, toy_lm
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return export(toy_lm(), tmp_path_factory.mktemp("whole") / "home.onnx")
+
+
+def test_it_computes_what_the_file_computes(path):
+    model = moeopt.from_onnx(path)
+    more = ids(3, 9, seed=4)
+    want = run(path, input_ids=more)[0]
+    assert torch.allclose(model(more), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(input_ids=more), model(more)) and not model.training
+    blocks = [name for name, module in model.named_modules() if name.endswith("mlp")]
+    assert blocks == ["layers.0.mlp", "layers.1.mlp"]
+    assert [n for n, _ in model.named_parameters() if ".mlp." in n] == [
+        f"layers.{n}.mlp.{w}" for n in range(2) for w in ("gate_weight", "up", "down")
+    ]
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_it_is_optimised_as_any_module(path):
+    found = moeopt.optimize(moeopt.from_onnx(path), {"input_ids": ids()}, verify="fast")
+    assert [b.name for b in found.report.rewritten] == ["layers.0.mlp", "layers.1.mlp"] and found.certificate.passed
+
+
+def test_inspect_and_profile_take_a_file(path, monkeypatch):
+    assert [kind.experts for kind in moeopt.inspect(path).kinds] == [E]
+    found = moeopt.profile(path, measure=False)
+    assert [layer.name for layer in found.layers] == ["layers.0.mlp", "layers.1.mlp"]
+
+
+def test_the_wrong_inputs_are_told(path):
+    with pytest.raises(UsageError, match="the graph takes input_ids; it was given 2 and"):
+        moeopt.from_onnx(path)(ids(), ids())
+
+
+def test_an_operator_that_no_module_has_is_told_by_the_node(tmp_path):
+    draw = numpy_helper.from_array(np.zeros((1, 4, 4), np.float32), "w")
+    nodes = [helper.make_node("LSTM", ["x", "w", "w"], ["y"], name="/rnn/lstm", hidden_size=1)]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [draw])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match=r"m\.onnx has no form as a module: the node '/rnn/lstm' is LSTM"):
+        moeopt.from_onnx(tmp_path / "m.onnx")
+
+
+def test_an_unrolled_loop_runs_as_a_module(tmp_path):
+    path = hit_loop("all", tmp_path / "all.onnx", 5)
+    x = torch.randn(7, 16)
+    assert torch.allclose(moeopt.from_onnx(path)(x), run(path, x=x)[0], rtol=1e-5, atol=1e-5)
