@@ -210,7 +210,7 @@ def test_a_verified_bundle_is_not_replaced_by_an_unverified_one(here, caplog):
 X = torch.randn(3, H)
 API = [
     (lambda: moeopt.optimize(build(), X, backend="ort"), "did you mean 'onnxruntime'?"),
-    (lambda: moeopt.optimize(build(), X, backend=None), "backend None is not available; use one of 'torch'"),
+    (lambda: moeopt.optimize(build(), X, backend=3), "backend 3 is not available; use one of 'torch'"),
     (lambda: moeopt.optimize(build(), X, device="cuda:99"), "device='cuda:99': this machine has"),
     (lambda: moeopt.optimize(build(), X, device="meta"), "device='meta' keeps no values"),
     (lambda: moeopt.optimize(build(), X, dtype="int4"), "dtype='int4' is not a floating-point dtype"),
@@ -220,7 +220,7 @@ API = [
     (lambda: moeopt.optimize(build(), "hello"), "example_inputs is a str; give a tensor"),
     (lambda: moeopt.optimize(build(), {"y": X}), "unexpected keyword argument 'y'; check that it runs on these inputs"),
     (lambda: moeopt.optimize(build(), (X, X)), "only supports boolean masks"),
-    (lambda: moeopt.optimize("mistral", X), "model is a str; give an nn.Module"),
+    (lambda: moeopt.optimize("mistral", X), "mistral is no directory: give a model, or the directory of a Hugging Face"),
     (lambda: moeopt.optimize(nn.Linear, X), "model is a type; give an nn.Module"),
     (lambda: moeopt.optimize(build(), X.long()), "mat1 and mat2 must have the same dtype"),
     (lambda: moeopt.optimize(build(), X, hints={"nope*": lambda m: None}), "hints['nope*'] matches no block"),

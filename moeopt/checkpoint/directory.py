@@ -113,9 +113,9 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
             files = [single] if single.is_file() else sorted(self.path.glob("*.safetensors"))
             if not files and any(self.path.glob("pytorch_model*.bin")):
                 raise CheckpointError(
-                    f"{self.path} holds its weights as pickles (pytorch_model.bin), which are read whole and not streamed: "
-                    "load the model with transformers and give it, or save it once with save_pretrained(), which writes "
-                    "safetensors"
+                    f"{self.path} holds its weights as pickles (pytorch_model.bin), which are read whole and not "
+                    "streamed: load the model with transformers and give it, or save it once with save_pretrained(), "
+                    "which writes safetensors"
                 )
             if not files:
                 raise CheckpointError(f"{self.path} has no *.safetensors file: give the directory of the weights")

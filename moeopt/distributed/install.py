@@ -12,7 +12,7 @@ from moeopt.distributed.channel import Channel
 from moeopt.distributed.dispatch import Dispatch, DispatchForm
 from moeopt.distributed.forward import DistributedForward, RankExperts
 from moeopt.distributed.homes import ExpertHomes
-from moeopt.distributed.parts import Weight, WholeWeight, weights_of
+from moeopt.distributed.parts import DividedWeight, WholeWeight, weights_of
 from moeopt.distributed.shards import drop, local_refs
 from moeopt.distributed.state import ExpertState
 from moeopt.ir.weight_refs import parts_of, tensor_at
@@ -33,7 +33,7 @@ class ExpertOp:
     module: nn.Module
     forward: RewrittenForward
     index: int
-    weights: list[Weight]
+    weights: list[DividedWeight]
 
     @property
     def key(self) -> str:

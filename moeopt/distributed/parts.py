@@ -41,10 +41,10 @@ class WholeWeight:
     reason: str
 
 
-Weight = OwnWeight | StackedWeight | WholeWeight
+DividedWeight = OwnWeight | StackedWeight | WholeWeight
 
 
-def weights_of(module: nn.Module, program: BlockProgram, index: int, elsewhere: Iterable[int]) -> list[Weight]:
+def weights_of(module: nn.Module, program: BlockProgram, index: int, elsewhere: Iterable[int]) -> list[DividedWeight]:
     """How the Parameters of the op number ``index`` of a block are divided.
 
     Args:
@@ -66,7 +66,7 @@ def weights_of(module: nn.Module, program: BlockProgram, index: int, elsewhere: 
 def _divided(
     module: nn.Module, path: str, of: dict[int, list[MatrixRef | VectorRef | PartRef]],
     refs: Sequence[ExpertRef | SlotRefs], shared: set[int], kept: Sequence[str], others: set[str],
-) -> Weight:  # fmt: skip
+) -> DividedWeight:  # fmt: skip
     parent, _, key = path.rpartition(".")
     parameter = module.get_submodule(parent)._parameters.get(key)
     if parameter is None:

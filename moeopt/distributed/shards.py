@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.distributed.homes import ExpertHomes
-from moeopt.distributed.parts import OwnWeight, StackedWeight, Weight
+from moeopt.distributed.parts import DividedWeight, OwnWeight, StackedWeight
 from moeopt.ir.weight_refs import ExpertRef, SlotRefs
 from moeopt.rewrite.live_weights import Place
 from moeopt.value_types import PyObject
@@ -74,7 +74,9 @@ def as_parameter(shard: Shard, rank: int, whole: nn.Parameter, mesh: PyObject) -
     return nn.Parameter(held, requires_grad=whole.requires_grad)
 
 
-def drop(module: nn.Module, weights: Sequence[Weight], homes: ExpertHomes, rank: int, mesh: PyObject) -> list[Shard]:
+def drop(
+    module: nn.Module, weights: Sequence[DividedWeight], homes: ExpertHomes, rank: int, mesh: PyObject
+) -> list[Shard]:
     """Keep of ``weights`` what ``rank`` holds; gives the stacks. The whole tensors are freed with their last owner."""
     own, shards = set(homes.experts_of(rank)), []
     for weight in weights:
@@ -90,7 +92,7 @@ def drop(module: nn.Module, weights: Sequence[Weight], homes: ExpertHomes, rank:
 
 
 def local_refs(
-    refs: Sequence[ExpertRef | SlotRefs], weights: Sequence[Weight], own: Sequence[int]
+    refs: Sequence[ExpertRef | SlotRefs], weights: Sequence[DividedWeight], own: Sequence[int]
 ) -> list[ExpertRef | SlotRefs]:
     """Where the experts ``own`` lie in what :func:`drop` left, in their order."""
     stacks = {w.path: w for w in weights if isinstance(w, StackedWeight)}

@@ -34,11 +34,8 @@ MOST = 4096
 
 _MODULE = frozenset(nn.Module().__dict__)
 _BUILTIN = (
-    types.BuiltinFunctionType,
-    types.MethodDescriptorType,
-    types.WrapperDescriptorType,
-    types.GetSetDescriptorType,
-)
+    types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType,
+)  # fmt: skip
 
 
 class Bounds(Protocol):

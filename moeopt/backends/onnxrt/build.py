@@ -253,12 +253,9 @@ def write_graph(
     built = BuiltGraph(folder, signature, dict(zip([s.name for s in sites], names, strict=True)))
     built.sites, built.probes, built.float64 = records, probes, float64
     built.reasons = {site.name: plan.why(site) for site in sites}
-    size = sum(p.stat().st_size for p in built.directory.glob(f"{graph}*"))
-    built.facts = {
-        "nodes": float(len(model.graph)),
-        "bytes": float(size),
-        "export_seconds": time.perf_counter() - started,
-    }
+    size = float(sum(p.stat().st_size for p in built.directory.glob(f"{graph}*")))
+    seconds = time.perf_counter() - started
+    built.facts = {"nodes": float(len(model.graph)), "bytes": size, "export_seconds": seconds}
     return built
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moeopt.value_types import OnnxNode, OnnxValue
+from moeopt.value_types import OnnxNode, OnnxValue, PyObject
 
 
 def is_op(node: OnnxNode, op: str, domain: str = "") -> bool:
@@ -24,7 +24,7 @@ def numbers_of(value: OnnxValue) -> list[int] | None:
     return [int(n) for n in tensor.numpy()]
 
 
-def same_size(one: Any, two: Any) -> bool:
+def same_size(one: PyObject, two: PyObject) -> bool:
     """Whether two sizes are one number, or of one name."""
     if isinstance(one, int) or isinstance(two, int):
         return bool(one == two)
