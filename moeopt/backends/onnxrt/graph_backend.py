@@ -115,16 +115,12 @@ class GraphBackend(Backend):
             notes.append(ties)
         notes = [*notes_on_sizes(form.signature), *notes]
         first = next(source.parameters(), None)
+        device = engine.described if executed else engine.built_for
+        dtype = str(first.dtype).removeprefix("torch.") if first is not None else ""
         certificate = Certificate(
-            blocks=outcome.checks,
-            end_to_end=end,
-            level=options.verify,
-            executed=executed,
-            device=engine.described if executed else engine.built_for,
-            dtype=str(first.dtype).removeprefix("torch.") if first is not None else "",
-            notes=[*plan.notes, *notes],
+            outcome.checks, end, options.verify, executed, device, dtype, notes=[*plan.notes, *notes],
             quantized=formats_of(twin),
-        )
+        )  # fmt: skip
         if judge is not source and options.verify != "off":
             certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options)
         blocks = [self._with_lowering(block, built) for block in outcome.blocks]

@@ -41,7 +41,7 @@ _NO_SCALES = (0, 0, 0, 0)
 
 NativeRun = Callable[[ctypes.c_void_p], int]
 """Takes the address of a ``moeopt_call``, and gives its status."""
-Weight = Tensor | QuantizedWeight
+KernelWeight = Tensor | QuantizedWeight
 CallWords = tuple[list[int], "array[int] | None", tuple[int, ...], int]
 """Of ``moeopt_expert``: the entries, which expert has which, the steps between stacked ones, and D."""
 
@@ -142,10 +142,10 @@ def _experts(bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Ten
     for e in hit:
         if not 0 <= e < E:
             continue
-        ins: tuple[Weight, ...]
-        out: Weight
+        ins: tuple[KernelWeight, ...]
+        out: KernelWeight
         ins, out = bank.codes(e) if isinstance(bank, QuantizedExpertWeights) else (bank.w_in(e), bank.w_out(e))
-        parts: list[Weight | None] = [*ins, out, *bank.b_in(e), bank.b_out(e), bank.norm(e)]
+        parts: list[KernelWeight | None] = [*ins, out, *bank.b_in(e), bank.b_out(e), bank.norm(e)]
         entry, width = _entry(parts, spec, held)
         if D and width != D:
             raise Unfit("the experts' outputs differ in width")
@@ -166,7 +166,7 @@ def _stack(whole: list[Tensor | None], spec: ExpertsSpec) -> CallWords:
     return entry, None, tuple(steps), D
 
 
-def _entry(parts: Sequence[Weight | None], spec: ExpertsSpec, held: list[Tensor]) -> tuple[list[int], int]:
+def _entry(parts: Sequence[KernelWeight | None], spec: ExpertsSpec, held: list[Tensor]) -> tuple[list[int], int]:
     """One ``moeopt_expert`` as its words, and its D; ``parts``: w_in, w_out, b_in, b_out, norm; one or two ins."""
     pair = len(parts) == 7
     if pair != (spec.rows == "separate"):
@@ -188,7 +188,7 @@ def _entry(parts: Sequence[Weight | None], spec: ExpertsSpec, held: list[Tensor]
     return words, widths[-1]
 
 
-def _matrix(w: Weight | None, layout: str) -> tuple[int, ...]:
+def _matrix(w: KernelWeight | None, layout: str) -> tuple[int, ...]:
     if isinstance(w, QuantizedWeight):
         return _codes(w)
     assert w is not None
@@ -216,7 +216,7 @@ def _codes(w: QuantizedWeight) -> tuple[int, ...]:
     return w.codes.data_ptr(), dtype, N, K, w.codes.stride(0) * per_byte, 1, *scales
 
 
-def _vector(b: Weight | None, width: int) -> tuple[int, ...]:
+def _vector(b: KernelWeight | None, width: int) -> tuple[int, ...]:
     if b is None:
         return _ABSENT
     assert isinstance(b, Tensor)

@@ -16,12 +16,13 @@ ROWS, ACTIVATION, CLAMPS, ON_INPUT, IDENTITY, BY_EXPERT, NORM, COMPUTE, ACT, ACC
 def damaged(kernel, damage):
     """The kernel behind a damage of its ``moeopt_spec``."""
 
-    def run(words):
+    def run(address):
+        words = (ctypes.c_int64 * 2).from_address(address.value)  # abi, and where the spec is
         given = calls._Spec.from_address(words[1])
         copy = calls._Spec.from_buffer_copy(given)
         damage(copy)
         words[1] = ctypes.addressof(copy)
-        return kernel.library.run(words)
+        return kernel.library.run(address)
 
     return run
 
