@@ -220,7 +220,10 @@ API = [
     (lambda: moeopt.optimize(build(), "hello"), "example_inputs is a str; give a tensor"),
     (lambda: moeopt.optimize(build(), {"y": X}), "unexpected keyword argument 'y'; check that it runs on these inputs"),
     (lambda: moeopt.optimize(build(), (X, X)), "only supports boolean masks"),
-    (lambda: moeopt.optimize("mistral", X), "mistral is no directory: give a model, or the directory of a Hugging Face"),
+    (
+        lambda: moeopt.optimize("mistral", X),
+        "mistral is no directory: give a model, or the directory of",
+    ),
     (lambda: moeopt.optimize(nn.Linear, X), "model is a type; give an nn.Module"),
     (lambda: moeopt.optimize(build(), X.long()), "mat1 and mat2 must have the same dtype"),
     (lambda: moeopt.optimize(build(), X, hints={"nope*": lambda m: None}), "hints['nope*'] matches no block"),

@@ -33,14 +33,6 @@ def folders_in(parent: Path | None) -> Iterator[None]:
         _parent.reset(token)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the two places are on different disks."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def _remove(name: str, owner: int) -> None:
     if os.getpid() == owner:
         shutil.rmtree(name, ignore_errors=True)

@@ -56,7 +56,8 @@ def preflight(
     Args:
         begun: bytes that an earlier run wrote there.
         kinds: given, only the first layer of each kind is held.
-        backend: an engine's graph has a weights file of its own, and its blocks are built one by one in memory.
+        backend: an engine's graph has a weights file of its own, of which the bundle has a copy (onnx reads no file of
+            two names), and its blocks are built one by one in memory.
         options: with ``quantize``, the rounded weights are held in memory, half of the model or less.
 
     Raises:
@@ -66,7 +67,7 @@ def preflight(
     anew = made_anew(directory, structure)
     held = 0 if out is not None else anew if kinds is None else min(anew, kinds.bytes)
     held += structure.bytes // 2 if options is not None and options.quantize else 0
-    copies, layers = (1, 2) if backend == "torch" else (2, 5)
+    copies, layers = (1, 2) if backend == "torch" else (3, 5)
     disk = 0 if out is None else max(int(copies * structure.bytes * 1.01) + (1 << 20) - begun, 0)
     found = Preflight(
         structure.bytes, structure.layer_bytes, len(structure.layers), anew, layers * largest + held + LIBRARIES,

@@ -8,7 +8,6 @@ The configuration's fields: https://github.com/triton-inference-server/common/bl
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -39,7 +38,7 @@ def triton_command(
 
 
 def write_triton_model(bundle: Path, repository: Path, name: str | None = None) -> Path:
-    """``repository/name`` with ``config.pbtxt`` and ``1/model.onnx``; weights are hard links where the disk allows.
+    """``repository/name`` with ``config.pbtxt`` and ``1/model.onnx``.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -66,10 +65,7 @@ def write_triton_model(bundle: Path, repository: Path, name: str | None = None) 
     config = _config(name, graph.inputs, graph.outputs, str(manifest.data.get("provider", "cpu")))
     (target / "1").mkdir(parents=True)
     for file in files:
-        try:
-            os.link(manifest.path(file), target / "1" / file)
-        except OSError:  # another disk
-            shutil.copyfile(manifest.path(file), target / "1" / file)
+        shutil.copyfile(manifest.path(file), target / "1" / file)
     (target / "config.pbtxt").write_text(config)
     return target
 

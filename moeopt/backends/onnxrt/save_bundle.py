@@ -21,7 +21,6 @@ from moeopt.bundle import golden as goldens
 from moeopt.bundle.holds import sentences
 from moeopt.bundle.io_names import KEY
 from moeopt.bundle.manifest import write_bundle
-from moeopt.bundle.temp_folder import link_or_copy
 from moeopt.causal_lm.companions import write_companions
 from moeopt.causal_lm.genai import why_not_genai, write_genai
 from moeopt.errors import UsageError
@@ -123,7 +122,7 @@ def _write_form(built: BuiltGraph, graph: str, aside: Path) -> None:
 
     for name in (graph, data_of(graph)):
         if (built.directory / name).exists():
-            link_or_copy(built.directory / name, aside / name)
+            shutil.copyfile(built.directory / name, aside / name)  # a second name would keep onnx from reading it
     tensors = {f"{n}.{part}": t.contiguous() for n, (probe, _) in enumerate(built.probes) for part, t in probe.items()}
     save_file(tensors, aside / probes_of(graph))
 

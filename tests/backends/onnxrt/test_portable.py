@@ -40,6 +40,10 @@ def portable_lm(tmp_path_factory):
     return model, engine.save(tmp_path_factory.mktemp("portable") / "bundle")
 
 
+def test_onnx_reads_a_bundle_while_the_process_that_saved_it_lives(portable_lm):
+    onnx.load(portable_lm[1] / "model.onnx")  # with its weights: it refuses a file of two names
+
+
 def test_a_language_model_is_not_fused(portable_lm, tmp_path):
     assert foreign(portable_lm[1]) == (set(), "")
     assert not (portable_lm[1] / "model.native.onnx").exists()
