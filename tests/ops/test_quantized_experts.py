@@ -25,9 +25,10 @@ from moeopt.ir.weight_format import (
     NF4_BLOCK64,
 )
 from moeopt.ops import ListExpertWeights, experts, experts_reference
+from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices, from_tensors
-from moeopt.ops.quantized_experts import flatten, in_float64, unflatten
+from moeopt.ops.quantized_experts import flatten, in_float64, in_spec, unflatten
 from moeopt.ops.quantized_weight import QuantizedWeight
 from tests.backends.torch.toys import REPORT, Certificate
 from tests.ops.cases import make, specs
@@ -172,10 +173,12 @@ def test_one_expert_at_a_time_is_held_in_floats():
 
     QuantizedWeight.dequantize = counted
     try:
-        got = experts(x, ids, w, bank, SPEC)
+        by_entry, at_entry = experts(x, ids, w, bank, SPEC), most  # 0 where the native kernel reads codes
+        got = experts_cpu(x, ids, w, in_spec(bank, SPEC, torch.float32), SPEC)
     finally:
         QuantizedWeight.dequantize = original
-    assert 1 <= most <= 3
+    assert at_entry <= 3 and 1 <= most <= 3
+    torch.testing.assert_close(by_entry, got, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got, experts_reference(x, ids, w, floats(bank), SPEC), rtol=1e-4, atol=1e-4)
     assert experts(x[:0], ids[:0], w[:0], bank, SPEC).shape == (0, 32)
 
