@@ -1,7 +1,8 @@
 """Whether the routing weights multiply the experts' inputs or their outputs, also where no value seen can tell.
 
 Renormalised over one expert, a weight ``s / (s + 1e-9)`` is exactly 1 on every likely row: the experts' inputs are
-exact copies of tokens and their outputs are added as they are, wherever the weight stands. A tensor that is constant
+exact copies of tokens and their outputs are added as they are, wherever the weight stands; scaled, it is exactly 0.5,
+and so is its copy in the experts' order. A tensor that is constant
 on the probes says nothing by its values. So its place is read off the dataflow, and what the rewrite makes of it is
 checked by running the tape again with other values in it; no other float may enter where all factors seen are equal.
 
@@ -74,6 +75,8 @@ def weight_position(
             other.meta.get("source"),
         )
     if settled is not None:
+        if _constant(tape.value(source).reshape(-1)):  # any tensor of that number, in any order, would be as good
+            _check_with_others(tape, reading, table, tokens, labels, combine, candidates, settled)
         return settled
     if into == onto:
         where = "act on both the experts' inputs and their outputs" if into else "never reach the experts"
@@ -160,6 +163,7 @@ def _check_with_others(
     source = reading.weights.source
     assert source is not None
     value = tape.value(source)
+    scale = float(value.reshape(-1)[0]) if place == "input" and tokens.weighted else 1.0  # of the rows as they were seen
     factor = 0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     changed = (value.double() * factor.to(value.device)).to(value.dtype)
     later = descendants(tape, [source], combine.node.meta["index"])
@@ -186,7 +190,7 @@ def _check_with_others(
             tokens,
             labels,
             values,
-            want if place == "input" else torch.ones_like(want),
+            want / scale if place == "input" else torch.ones_like(want),
             combine.weights != 0,
         )
         for candidate in candidates

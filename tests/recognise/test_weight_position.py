@@ -7,6 +7,8 @@ import moeopt
 from moeopt.errors import Declined
 from moeopt.recognise.experts import recognize
 from tests.capture.tiny import rand
+from tests.property.check_wide import check_wide
+from tests.property.spec import Around, Expert, Program, Router
 from tests.recognise.tiny import H, MoE, seeded, tape_of
 
 
@@ -73,6 +75,46 @@ class Sorted(Scored):
         counts = ids.flatten().bincount(minlength=len(self.experts)).tolist()
         rows = torch.cat([f(part) for f, part in zip(self.experts, x[order].split(counts), strict=True)])
         return torch.zeros_like(x).index_add(0, order, rows * w.flatten()[order, None])
+
+
+class SortedOnInput(Scored):
+    """The same, and they meet before the experts: the sorted weights are as good by value as those of the tokens."""
+
+    def mix(self, x, w, ids):
+        order = ids.flatten().sort().indices
+        counts = ids.flatten().bincount(minlength=len(self.experts)).tolist()
+        rows = x[order] * w.flatten()[order, None]
+        done = torch.cat([f(part) for f, part in zip(self.experts, rows.split(counts), strict=True)])
+        back = torch.empty_like(done)
+        back[order] = done
+        return back.view(*ids.shape, -1).sum(1)
+
+
+class Halved:
+    """Weights that are one half on every probe."""
+
+    def route(self, x):
+        w, ids = super().route(x)
+        return 0.5 * w, ids
+
+
+class HalvedOnOutput(Halved, OnOutput):
+    pass
+
+
+class HalvedOnInput(Halved, OnInput):
+    pass
+
+
+class HalvedSorted(Halved, Sorted):
+    pass
+
+
+class HalvedSortedOnInput(Halved, SortedOnInput):
+    pass
+
+
+HALVED = [HalvedOnOutput, HalvedOnInput, HalvedSorted, HalvedSortedOnInput]
 
 
 class Both(Scored):
@@ -144,7 +186,17 @@ def test_weights_that_nothing_reads_are_a_constant():
     assert found.routing.form == "ids, constant weight"
 
 
-@pytest.mark.parametrize("make", [OnOutput, OnInput, Sorted, Squared, InLoop, GateOnInput, GateBefore])
+@pytest.mark.parametrize("make", [HalvedOnOutput, HalvedOnInput, HalvedSorted])
+def test_weights_that_are_one_half_are_those_of_the_tokens(make):
+    (found,) = recognize(tape_of(make))
+    assert found.spec.weight_on == ("input" if "OnInput" in make.__name__ else "output")
+    assert found.routing.form == "ids and weights"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [OnOutput, OnInput, Sorted, SortedOnInput, *HALVED, Squared, InLoop, GateOnInput, GateBefore],
+)
 def test_numbers_where_the_factors_are_no_longer_one(make):
     model = seeded(make)
     opt = moeopt.optimize(model, rand(24, H, seed=7), verify="fast")
@@ -153,3 +205,28 @@ def test_numbers_where_the_factors_are_no_longer_one(make):
         x = rand(24, H, seed=8) + logit * step
         with torch.no_grad():
             torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [OnOutput, OnInput, Sorted, SortedOnInput, *HALVED])
+def test_a_weight_that_vanishes_is_that_of_its_token(make):
+    model = seeded(make)
+    opt = moeopt.optimize(model, rand(24, H, seed=7), verify="fast")
+    far = torch.arange(24) % 3 == 0
+    x = rand(24, H, seed=8) - 45.0 * torch.linalg.pinv(model.router.weight.detach()).sum(1) * far[:, None]
+    with torch.no_grad():
+        weights = model.route(x)[0]
+        assert bool((weights[far] < 1e-3).all()) and bool((weights[~far] > 0.4).all())
+        torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_sorted_weights_are_not_taken_for_those_of_the_tokens():
+    """Renormalised and scaled to one half, sorted by expert before they multiply the rows: a NaN told them apart."""
+    check_wide(
+        Program(
+            form="sort_slice", experts=6, hidden=16, inner=8, weight_on="input", dtype="bfloat16", seed=343,
+            router=Router(kind="topk_score", score="softmax", renormalize="sum+1e-20", scale=0.5),
+            expert=Expert(activation="elu", bias_out=True),
+            around=Around(shared="gated", softcap=30.0, rank=3), example="expanded",
+        ),
+        "torch",
+    )  # fmt: skip
