@@ -45,7 +45,7 @@ def patched():
         ),
         (
             lambda: moeopt.optimize("model", X),
-            "model is a str; give an nn.Module, an fx.GraphModule or an ExportedProgram",
+            "model is no directory: give a model, or the directory of a Hugging Face checkpoint",
         ),
         (
             lambda: moeopt.optimize(nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2))), X),

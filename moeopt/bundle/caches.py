@@ -52,6 +52,14 @@ def result_leaves(result: PyObject) -> list[Any]:
     return pytree.tree_leaves(opened(result))
 
 
+def cache_reason(name: str) -> str:
+    """Why a result with a cache of the class ``name`` has no form in an engine, and the way out."""
+    return (
+        f"its result holds a {name}, and an engine returns caches of plain keys and values only: add use_cache=False "
+        "to the example inputs, and to the calls of the engine"
+    )
+
+
 def rebuilt(layers: PyObject) -> PyObject:
     """The ``DynamicCache`` that holds ``layers``; a :class:`KeyValues` where transformers is not installed.
 

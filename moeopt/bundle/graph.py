@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from moeopt.bundle import op_allowlist as allow
 from moeopt.bundle import simplify
 from moeopt.bundle import symbols as sizes
+from moeopt.bundle.caches import cache_reason
 from moeopt.bundle.tree import encode_tree
 from moeopt.bundle.unrolled import is_row_function, unrolled
 from moeopt.bundle.values import encode
@@ -86,6 +88,8 @@ def tree_of(spec: PyObject, what: str) -> PyObject:
     try:
         return encode_tree(spec)
     except TypeError as err:
+        if cache := re.search(r"\btransformers\.cache_utils\.(\w+)", str(err)):  # once some export has registered it
+            raise NotSaveableError(cache_reason(cache[1])) from None
         raise NotSaveableError(f"{what} {err}: a bundle cannot rebuild it; wrap the model to pass plain ones") from None
 
 

@@ -24,6 +24,7 @@ _TYPES = {
     "UINT8": "TYPE_UINT8", "UINT16": "TYPE_UINT16", "UINT32": "TYPE_UINT32", "UINT64": "TYPE_UINT64",
     "FLOAT16": "TYPE_FP16", "FLOAT": "TYPE_FP32", "DOUBLE": "TYPE_FP64", "BFLOAT16": "TYPE_BF16",
 }  # fmt: skip
+_GRAPH = "model.onnx"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -47,9 +48,10 @@ def write_triton_model(bundle: Path, repository: Path, name: str | None = None) 
     from moeopt.bundle.manifest import read_manifest
 
     manifest = read_manifest(bundle)
-    if manifest.backend != "onnxruntime":
+    names = list(manifest.data["files"])
+    if _GRAPH not in names or any(n.endswith(".plan") for n in names):
         raise UsageError(
-            f"{bundle} is a bundle for {manifest.backend}, and Triton's backend here is onnxruntime: "
+            f"{bundle} is a bundle for {manifest.backend}, and the server's backend onnxruntime reads an ONNX graph: "
             "optimise the model with backend='onnxruntime'"
         )
     name = bundle.resolve().name if name is None else name
@@ -60,8 +62,8 @@ def write_triton_model(bundle: Path, repository: Path, name: str | None = None) 
         raise UsageError(f"{target} is there already: remove it, or give another name with --name")
     import onnx_ir as ir
 
-    files = [n for n in manifest.data["files"] if n in ("model.onnx", "model.onnx.data")]
-    graph = ir.load(manifest.path("model.onnx")).graph
+    files = [n for n in names if n in (_GRAPH, f"{_GRAPH}.data")]
+    graph = ir.load(manifest.path(_GRAPH)).graph
     config = _config(name, graph.inputs, graph.outputs, str(manifest.data.get("provider", "cpu")))
     (target / "1").mkdir(parents=True)
     for file in files:

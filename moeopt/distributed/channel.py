@@ -183,15 +183,15 @@ class Channel:
         return [json.loads(bytes(line[:size].tolist())) for line, size in zip(heard, sizes, strict=True)]
 
 
-def _own_group(backend: str, store: PyObject, ranks: list[int], rank: int, timeout: datetime.timedelta) -> PyObject:
+def _own_group(kind: str, store: PyObject, ranks: list[int], rank: int, timeout: datetime.timedelta) -> PyObject:
     """A group whose collectives take ``timeout`` at most.
 
     gloo's is made directly: ``new_group`` of a part of the job gives it a name that counts the groups of each process,
     and processes that have made different numbers of groups would wait for each other under different names.
     """
-    if backend == "gloo":
+    if kind == "gloo":
         return dist.ProcessGroupGloo(store, rank, len(ranks), timeout)
-    return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+    return dist.new_group(ranks, timeout=timeout, backend=kind, use_local_synchronization=True)
 
 
 def _as_bytes(x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from moeopt.bundle.caches import cache_reason
+
 
 def hidden_child(model: nn.Module, err: Exception) -> str:
     """In words, the submodule that stopped ``torch.export`` because its owner has a method of that name; or ""."""
@@ -57,10 +59,7 @@ def obstacle_of(err: Exception) -> str:
     text = str(err).strip()
     head = text.splitlines()[0] if text else type(err).__name__
     if unknown := re.match(r"Found <class '(transformers\.cache_utils\.[^']*)'> in output", head):
-        return (
-            f"its result holds a {unknown[1].rpartition('.')[2]}, and an engine returns caches of plain keys and "
-            "values only: add use_cache=False to the example inputs, and to the calls of the engine"
-        )
+        return cache_reason(unknown[1].rpartition(".")[2])
     if unknown := re.match(r"Found (<class '[^']*'>) in output", head):
         return (
             f"its result holds a {unknown[1]}, which torch.export does not know: call "

@@ -82,7 +82,8 @@ class BlockAttempts:
                 if place.weights and not found & place.weights:  # this module holds another block, which would not pay
                     continue
                 where = err.where or place.source
-                return Attempt(None, level.path, err.reason, where, spent, found, met.others())
+                count = len(err.found[0].experts)
+                return Attempt(None, level.path, err.reason, where, spent, found, met.others(), count)
             except Declined as err:
                 functions = [f for f in getattr(err, "found", []) if _is_function(f)]
                 if functions:  # the experts were read: their obstacle decides, and their parts get no entries
@@ -90,6 +91,9 @@ class BlockAttempts:
                     read |= expert_parameters(self.model, level.path, functions)
                 met.add(level.path, err)
                 spent += time.perf_counter() - started
+                if functions and place.weights and place.weights <= read:  # this place is a piece of these experts
+                    count, where = len(functions[0].experts), err.where or place.source
+                    return Attempt(None, level.path, err.reason, where, spent, read, met.others(), count)
                 continue
             self.manager.stands(rewrite.passes)
             self.outcome.rewrites[level.path] = rewrite

@@ -50,6 +50,8 @@ class Attempt:
     seconds: float = 0.0
     read: set[int] = field(default_factory=set)
     others: tuple[Obstacle, ...] = ()
+    experts: int | None = None
+    """How many experts were read; None where none were."""
 
 
 def shared_blocks(model: nn.Module, attempts: list[tuple[BlockCandidate, Attempt]]) -> Iterator[BlockCandidate]:
@@ -87,7 +89,7 @@ def report_of_block(
             name = attempt.path or type(model).__name__
             outcome.steered += [name] if place.steered else []
             yield BlockReport(
-                name, "moe", "declined", attempt.reason, place.experts or None,
+                name, "moe", "declined", attempt.reason, attempt.experts or place.experts or None,
                 source=attempt.where or place.source, seconds=attempt.seconds,
                 nearest=next((o.reason for o in attempt.others if o.rank >= Rank.FOUND), ""), obstacles=attempt.others,
             )  # fmt: skip

@@ -322,10 +322,19 @@ def test_a_scale_below_the_rounding_of_bfloat16_weights_is_seen():
 def test_noise_is_not_claimed():
     class Noisy(Softmax):
         def before(self, l):
-            return l + torch.randn_like(l) * 0.0
+            return l + torch.randn_like(l) * 0.1
 
     reading, _, _ = read(Noisy)
     assert reading.spec is None and "random" in reading.reason
+
+
+def test_noise_that_is_multiplied_by_zero_is_none():
+    class Idle(Softmax):
+        def before(self, l):
+            return l + torch.randn_like(l) * 0.0
+
+    reading, _, _ = read(Idle)
+    assert reading.spec is not None and reading.text == "softmax, top-2 of 4"
 
 
 def test_a_wrong_meaning_of_the_spec_would_be_caught(monkeypatch):
