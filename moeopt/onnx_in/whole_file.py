@@ -27,7 +27,7 @@ from moeopt.value_types import PyObject
 
 REGION = "moeopt.region"
 """The domain of a step that calls a child."""
-_TRIES = (RuntimeError, ValueError, IndexError, TypeError, Declined)
+_TRIES = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 class InterpretedFile(InterpretedGraph):
@@ -101,6 +101,8 @@ def _runs(
     for feeds in made_up_feeds(file, 0) if inputs is None else [given_feeds(file, inputs)]:
         try:
             env = flat.run([feeds[name] for name in flat.program.inputs], sorted(wanted))
+        except Declined as err:  # an attribute that the interpreter does not read: no other sizes change that
+            raise UsageError(f"{file.name} has no form as a module: {err.reason}") from None
         except _TRIES:
             if inputs is not None:
                 raise
