@@ -210,12 +210,12 @@ def _floats_of(module: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtyp
 
 
 def check_dtypes(module: nn.Module, call: PyObject, error: RuntimeError) -> None:
-    """``UsageError`` from ``error`` where quantised experts of ``module`` meet floats that a cast gave another dtype."""
+    """``UsageError`` from ``error`` where a cast gave the inputs of quantised experts another dtype than theirs."""
     held = {dtype for _, dtype in _floats_of(module).values()}
     given = {t.dtype for t in tree_leaves(call) if isinstance(t, Tensor) and t.is_floating_point()}
     if held and given and not held & given:
         raise UsageError(
-            f"{type(module).__name__} was called with {_shown(given)}, and the codes of its quantised experts stand for "
+            f"{type(module).__name__} was called with {_shown(given)}, and its quantised experts stand for "
             f"{_shown(held)} ({error}): codes and scales keep their own dtypes, so cast the model before it is "
             "optimised, with dtype="
         ) from error
