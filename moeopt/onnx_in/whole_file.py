@@ -38,12 +38,14 @@ class InterpretedFile(InterpretedGraph):
 
     Attributes:
         example: inputs by name that the graph was run on, {} where none was found.
+        chains_of_regions: how many chains of products each has, by its path.
     """
 
     def __init__(self, program: GraphProgram, tensors: Mapping[str, Tensor], children: Mapping[str, nn.Module]) -> None:
         super().__init__(program, tensors)
         self.names = program.inputs
         self.example: dict[str, Tensor] = {}
+        self.chains_of_regions: dict[str, int] = {}
         for path, child in children.items():
             add_at(self, path, child)
 
@@ -88,6 +90,7 @@ def interpreted(file: OnnxFile, inputs: PyObject = None) -> InterpretedFile:
     rest = {name: value for name, value in constants.items() if name in read}
     made = InterpretedFile(*program_of(kept, names, outputs, rest, file.opset), children).eval()
     made.example = examples[0] if examples else {}
+    made.chains_of_regions = {c.name: c.chains.experts for c in candidates if c.name in children}
     return made
 
 
