@@ -203,6 +203,15 @@ def test_codes_that_were_cast_are_refused():
         opt(X.half())
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("int4", torch.bfloat16), ("mxfp4", torch.float16)])
+def test_a_cast_that_leaves_codes_and_scales_as_they_are_is_told(name, dtype):
+    """The scales are bfloat16 or bytes: only the rest of the block has another dtype then."""
+    opt = moeopt.optimize(build(), X, quantize=name, verify="fast")
+    opt.model.to(dtype)
+    with pytest.warns(StaleModelWarning), pytest.raises(UsageError, match=f"called with {dtype}, .* with dtype="):
+        opt(X.to(dtype))
+
+
 def test_writes_to_the_original_are_told():
     model = build()
     opt = moeopt.optimize(model, X, quantize="int8")

@@ -31,13 +31,15 @@ _CORE = re.compile(r"hidden_size|num_hidden_layers|vocab_size|num_attention_head
 
 @dataclass
 class Loaded:
-    """``stored`` is what the checkpoint's headers say, where there is a checkpoint."""
+    """``stored`` is what the checkpoint's headers say, where there is a checkpoint; ``experts`` is how many experts the
+    chains of products in an ONNX graph are, by block."""
 
     model: nn.Module
     name: str
     source: str
     stored: Stored | None = None
     notes: list[str] = field(default_factory=list)
+    experts: dict[str, int] = field(default_factory=dict)
 
 
 def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
@@ -52,11 +54,9 @@ def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
     if isinstance(target, torch.export.ExportedProgram):
         return Loaded(target.module(), "ExportedProgram", "model")
     if is_onnx(target):
-        return Loaded(
-            interpreted(read_onnx(target)),
-            str(target) if isinstance(target, (str, os.PathLike)) else "ONNX model",
-            "model",
-        )
+        made = interpreted(read_onnx(target))
+        name = str(target) if isinstance(target, (str, os.PathLike)) else "ONNX model"
+        return Loaded(made, name, "model", experts=made.chains_of_regions)
     if isinstance(target, (str, os.PathLike)):
         return _from_path(Path(target), trust_remote_code)
     if isinstance(target, Mapping):

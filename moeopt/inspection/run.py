@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from moeopt.errors import UsageError
@@ -58,6 +59,7 @@ def inspect(
     if not tree.tensors:
         raise UsageError(f"{loaded.name} has no parameters, so there is nothing to inspect")
     chosen, notes = _chosen_blocks(tree, top_k)
+    notes += _unseen(loaded.experts, {b.path for b in chosen})
     blocks, roles = list(chosen), assign(tree, list(chosen))
     ks = {b.path: s.top_k for b, s in chosen.items()}
     counts = count(tree, blocks, roles, ks)
@@ -184,3 +186,15 @@ def _in_experts(width: int, expert: int) -> int:
 def _few(notes: list[str], limit: int = 3) -> list[str]:
     more = len(notes) - limit
     return notes if more < 1 else [*notes[:limit], f"and {more} more of this kind"]
+
+
+def _unseen(chains: Mapping[str, int], seen: set[str]) -> list[str]:
+    """A note on the regions of an ONNX graph that the tree of parameters does not show as experts."""
+    rest = [(path, n) for path, n in chains.items() if path not in seen]
+    if not rest:
+        return []
+    return [
+        f"{len(rest)} of the graph's blocks may be experts ({rest[0][0]}: {rest[0][1]} chains of products) whose "
+        "weights the file holds one by one, without a place of their own: they are counted as dense; moeopt.explain "
+        "says what they are"
+    ]

@@ -29,8 +29,13 @@ def tensor_type(file: OnnxFile, value: OnnxValue) -> tuple[torch.dtype, list[Any
 
     name = shown_line(value.name)
     kind = value.type.WhichOneof("value")
+    if kind is None:
+        raise UsageError(
+            f"{file.name}: {name!r} has no type, and the ends of a graph need one: save what "
+            "onnx.shape_inference.infer_shapes makes of the model, or name the element type where the value is declared"
+        )
     if kind != "tensor_type":
-        raise UsageError(f"{file.name}: {name!r} is a {kind or 'value of no type'}, and moeopt takes tensors only")
+        raise UsageError(f"{file.name}: {name!r} is a {kind}, and moeopt takes tensors only")
     tensor = value.type.tensor_type
     try:
         dtype = to_torch_dtype(ir.DataType(tensor.elem_type))

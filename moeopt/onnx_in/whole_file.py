@@ -27,7 +27,7 @@ from moeopt.value_types import PyObject
 
 REGION = "moeopt.region"
 """The domain of a step that calls a child."""
-_TRIES = (RuntimeError, ValueError, IndexError, TypeError, Declined)
+_TRIES = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 class InterpretedFile(InterpretedGraph):
@@ -38,12 +38,14 @@ class InterpretedFile(InterpretedGraph):
 
     Attributes:
         example: inputs by name that the graph was run on, {} where none was found.
+        chains_of_regions: how many chains of products each has, by its path.
     """
 
     def __init__(self, program: GraphProgram, tensors: Mapping[str, Tensor], children: Mapping[str, nn.Module]) -> None:
         super().__init__(program, tensors)
         self.names = program.inputs
         self.example: dict[str, Tensor] = {}
+        self.chains_of_regions: dict[str, int] = {}
         for path, child in children.items():
             add_at(self, path, child)
 
@@ -88,6 +90,7 @@ def interpreted(file: OnnxFile, inputs: PyObject = None) -> InterpretedFile:
     rest = {name: value for name, value in constants.items() if name in read}
     made = InterpretedFile(*program_of(kept, names, outputs, rest, file.opset), children).eval()
     made.example = examples[0] if examples else {}
+    made.chains_of_regions = {c.name: c.chains.experts for c in candidates if c.name in children}
     return made
 
 
@@ -101,6 +104,8 @@ def _runs(
     for feeds in made_up_feeds(file, 0) if inputs is None else [given_feeds(file, inputs)]:
         try:
             env = flat.run([feeds[name] for name in flat.program.inputs], sorted(wanted))
+        except Declined as err:  # an attribute that the interpreter does not read: no other sizes change that
+            raise UsageError(f"{file.name} has no form as a module: {err.reason}") from None
         except _TRIES:
             if inputs is not None:
                 raise

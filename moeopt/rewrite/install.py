@@ -28,7 +28,7 @@ from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, by_position, overlap
 from moeopt.rewrite.id_range import IdOutOfRange
-from moeopt.rewrite.live_codes import LiveCodes, dequantized
+from moeopt.rewrite.live_codes import LiveCodes, check_dtypes, dequantized
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place, Stale
 from moeopt.rewrite.module_guard import Watch
@@ -209,10 +209,13 @@ class RewrittenForward:
                 stacklevel=3,
             )
         self.fallbacks += 1
+        own = self.original if self.original is not None else functools.partial(type(self.module).forward, self.module)
         with dequantized(self.module, [bank for bank, _ in self.banks]):
-            if self.original is not None:
-                return self.original(*args, **kwargs)
-            return type(self.module).forward(self.module, *args, **kwargs)
+            try:
+                return own(*args, **kwargs)
+            except RuntimeError as err:  # torch's, of two dtypes that meet
+                check_dtypes(self.module, (args, kwargs), err)
+                raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenForward:
         module = memo.get(id(self.module))

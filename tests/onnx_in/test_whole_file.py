@@ -74,3 +74,28 @@ def test_an_unrolled_loop_runs_as_a_module(tmp_path):
     path = hit_loop("all", tmp_path / "all.onnx", 5)
     x = torch.randn(7, 16)
     assert torch.allclose(moeopt.from_onnx(path)(x), run(path, x=x)[0], rtol=1e-5, atol=1e-5)
+
+
+class Unrolled(torch.nn.Module):
+    """Every expert on every token, without biases: the exporter stores transposed weights under names of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(8, 4)
+        self.up, self.down = (torch.nn.ModuleList(torch.nn.Linear(8, 8, False) for _ in range(4)) for _ in range(2))
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        experts = enumerate(zip(self.up, self.down, strict=True))
+        return sum(((ids == e) * weights).sum(-1, True) * down(up(x).relu()) for e, (up, down) in experts)
+
+
+def test_inspect_tells_experts_whose_weights_have_no_place_of_their_own(tmp_path):
+    torch.manual_seed(0)
+    x, path = torch.randn(2, 5, 8), tmp_path / "unrolled.onnx"
+    torch.onnx.export(
+        Unrolled().eval(), (x,), path, dynamo=False, dynamic_axes={"x": {0: "b", 1: "t"}}, input_names=["x"]
+    )
+    found = moeopt.inspect(path)
+    (note,) = [n for n in found.notes if "may be experts" in n]
+    assert "4 chains of products" in note and "counted as dense" in note and not found.kinds

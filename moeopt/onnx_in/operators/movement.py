@@ -34,9 +34,8 @@ def _reshape(call: NodeCall) -> Tensor:
 
 def _flatten(call: NodeCall) -> Tensor:
     x = call.tensor(0)
-    axis = (
-        call.attribute("axis", 1) % max(1, x.dim() + 1) if call.attribute("axis", 1) < 0 else call.attribute("axis", 1)
-    )
+    axis = call.attribute("axis", 1)
+    axis = axis + x.dim() if axis < 0 else axis
     return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
@@ -117,7 +116,7 @@ def _gather(call: NodeCall) -> Tensor:
     index = tensor(at)
     axis = axis % x.dim()
     if index.dim() == 0:
-        return x.index_select(axis, index.reshape(1)).squeeze(axis)
+        return x.index_select(axis, _wrapped(index.reshape(1), x.shape[axis])).squeeze(axis)
     flat = x.index_select(axis, _wrapped(index.reshape(-1), x.shape[axis]))
     return flat.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
 
@@ -210,7 +209,11 @@ def _eye_like(call: NodeCall) -> Tensor:
     x = call.tensor(0)
     if call.attribute("k", 0):
         raise Declined(f"{call.node} makes another diagonal than the main one")
-    return torch.eye(x.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
+    from moeopt.onnx_in.dtypes import torch_dtype
+
+    wanted = call.attribute("dtype")
+    dtype = x.dtype if wanted is None else torch_dtype(wanted, call.node)
+    return torch.eye(x.shape[0], x.shape[1], dtype=dtype, device=x.device)
 
 
 def _identity(call: NodeCall) -> PyObject:

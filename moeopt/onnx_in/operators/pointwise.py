@@ -113,6 +113,15 @@ def _hard_sigmoid(call: NodeCall) -> Tensor:
     return x.clamp(0, 1)
 
 
+def _selu(call: NodeCall) -> Tensor:
+    alpha, gamma = (
+        call.attribute("alpha", 1.67326319217681884765625),
+        call.attribute("gamma", 1.05070102214813232421875),
+    )
+    raised: Tensor = F.elu(call.tensor(0), alpha=alpha) * gamma
+    return raised
+
+
 def _prelu(call: NodeCall) -> Tensor:
     x, slope = call.tensor(0), call.tensor(1)
     return torch.where(x < 0, x * slope, x)
@@ -168,7 +177,7 @@ POINTWISE: dict[str, Callable[[NodeCall], Tensor]] = {
     "LeakyRelu": _attribute_of(F.leaky_relu, negative_slope=("alpha", 0.01)),
     "Elu": _attribute_of(F.elu, alpha=("alpha", 1.0)),
     "Celu": _attribute_of(F.celu, alpha=("alpha", 1.0)),
-    "Selu": _plain(F.selu),
+    "Selu": _selu,
 }  # fmt: skip
 """Of ONNX's own domain."""
 

@@ -23,7 +23,7 @@ def _gemm(call: NodeCall) -> Tensor:
     alpha, beta = call.attribute("alpha", 1.0), call.attribute("beta", 1.0)
     y = a @ b
     y = y if alpha == 1 else y * alpha
-    if c is None:
+    if c is None or beta == 0:  # ONNX Runtime does not read C then, whatever it holds
         return y
     return y + (c if beta == 1 else c * beta)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,22 @@ def _reduce(function: Callable[..., Any]) -> Callable[[NodeCall], Tensor]:
     return run
 
 
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _in_float(x: Tensor) -> Tensor:
+    """What ONNX Runtime squares: halves as float32, in which the square of none is infinite."""
+    return x.float() if x.dtype in _HALVES else x
+
+
+def _mean(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
+    """The mean; of whole numbers the quotient without its fraction."""
+    if x.is_floating_point():
+        return x.mean(axes, keepdim)
+    count = math.prod(x.shape[axis] for axis in axes)
+    return torch.div(x.sum(axes, keepdim), count, rounding_mode="trunc")
+
+
 def _prod(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
     for axis in sorted((a % x.dim() for a in axes), reverse=True):
         x = x.prod(axis, keepdim=keepdim)
@@ -45,14 +62,9 @@ def _arg(function: Callable[..., Tensor]) -> Callable[[NodeCall], Tensor]:
 
 def _top_k(call: NodeCall) -> tuple[Tensor, Tensor]:
     (k,) = call.numbers(1, "k")
-    values, ids = torch.topk(
-        call.tensor(0),
-        k,
-        call.attribute("axis", -1),
-        bool(call.attribute("largest", 1)),
-        bool(call.attribute("sorted", 1)),
-    )
-    return values, ids
+    axis = call.attribute("axis", -1)
+    values, ids = call.tensor(0).sort(dim=axis, descending=bool(call.attribute("largest", 1)), stable=True)
+    return values.narrow(axis, 0, k), ids.narrow(axis, 0, k)
 
 
 def _softmax(function: Callable[..., Tensor]) -> Callable[[NodeCall], Tensor]:
@@ -65,10 +77,12 @@ def _softmax(function: Callable[..., Tensor]) -> Callable[[NodeCall], Tensor]:
 def _cumsum(call: NodeCall) -> Tensor:
     (axis,) = call.numbers(1, "the axis")
     x = call.tensor(0)
-    if call.attribute("reverse", 0):
-        raise Declined(f"{call.node} sums backwards, which the interpreter does not read")
+    x = x.flip(axis) if call.attribute("reverse", 0) else x
+    if call.attribute("exclusive", 0):  # shifted: a sum less its last term would round, and be NaN at infinities
+        size = x.shape[axis]
+        x = torch.cat([torch.zeros_like(x.narrow(axis, 0, 1)), x.narrow(axis, 0, size - 1)], axis) if size else x
     summed = x.cumsum(axis).to(x.dtype)
-    return summed - x if call.attribute("exclusive", 0) else summed
+    return summed.flip(axis) if call.attribute("reverse", 0) else summed
 
 
 def _layer_norm(call: NodeCall) -> Tensor:
@@ -76,7 +90,11 @@ def _layer_norm(call: NodeCall) -> Tensor:
         raise Declined(f"{call.node} also gives its mean, which the interpreter does not")
     x, axis = call.tensor(0), call.attribute("axis", -1)
     shape = x.shape[axis % x.dim() :]
-    return F.layer_norm(x, shape, call.tensor(1), call.optional(2), call.attribute("epsilon", 1e-5))
+    weight, bias = call.tensor(1), call.optional(2)
+    if weight.shape == shape and (bias is None or bias.shape == shape):
+        return F.layer_norm(x, shape, weight, bias, call.attribute("epsilon", 1e-5))
+    scaled = F.layer_norm(x, shape, eps=call.attribute("epsilon", 1e-5)) * weight
+    return scaled if bias is None else scaled + bias
 
 
 def _rms_norm(call: NodeCall) -> Tensor:
@@ -84,8 +102,9 @@ def _rms_norm(call: NodeCall) -> Tensor:
         raise Declined(f"{call.node} also gives its inverse deviation, which the interpreter does not")
     x, axis = call.tensor(0), call.attribute("axis", -1)
     dims = list(range(axis % x.dim(), x.dim()))
-    scaled = x * torch.rsqrt((x * x).mean(dims, keepdim=True) + call.attribute("epsilon", 1e-5))
-    return scaled * call.tensor(1)
+    wide = _in_float(x)
+    scaled = wide * torch.rsqrt((wide * wide).mean(dims, keepdim=True) + call.attribute("epsilon", 1e-5))
+    return scaled.to(x.dtype) * call.tensor(1)
 
 
 def _logsumexp(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
@@ -93,11 +112,11 @@ def _logsumexp(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
 
 
 REDUCTIONS: dict[str, Callable[[NodeCall], PyObject]] = {
-    "ReduceSum": _reduce(torch.sum), "ReduceMean": _reduce(torch.mean), "ReduceMax": _reduce(torch.amax),
+    "ReduceSum": _reduce(torch.sum), "ReduceMean": _reduce(_mean), "ReduceMax": _reduce(torch.amax),
     "ReduceMin": _reduce(torch.amin), "ReduceProd": _reduce(_prod), "ReduceLogSumExp": _reduce(_logsumexp),
-    "ReduceL2": _reduce(lambda x, axes, keep: (x * x).sum(axes, keep).sqrt()),
+    "ReduceL2": _reduce(lambda x, axes, keep: _in_float(x).square().sum(axes, keep).sqrt()),
     "ReduceL1": _reduce(lambda x, axes, keep: x.abs().sum(axes, keep)),
-    "ReduceSumSquare": _reduce(lambda x, axes, keep: (x * x).sum(axes, keep)),
+    "ReduceSumSquare": _reduce(lambda x, axes, keep: _in_float(x).square().sum(axes, keep)),
     "ArgMax": _arg(torch.argmax), "ArgMin": _arg(torch.argmin), "TopK": _top_k,
     "Softmax": _softmax(F.softmax), "LogSoftmax": _softmax(F.log_softmax), "CumSum": _cumsum,
     "LayerNormalization": _layer_norm, "RMSNormalization": _rms_norm, "SimplifiedLayerNormalization": _rms_norm,

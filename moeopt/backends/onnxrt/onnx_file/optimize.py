@@ -34,6 +34,7 @@ from moeopt.onnx_in.regions import candidate_regions
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.report import BlockReport, Report
+from moeopt.untrusted import shown_line
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.judge import EPS_ALLOWANCE
@@ -230,9 +231,23 @@ def _left_alone(file: OnnxFile, parts: FileParts, others: bool, options: Options
         note = "no block of experts in the file was rewritten: it is left as it is, and each block says why"
     else:
         note = "there is no block of experts in the file: it is left as it is"
-    certificate = Certificate(level=options.verify, device=engine.described, notes=[note])
-    report = Report((), file.name, "onnxruntime", notes=(note,), certificate=certificate)
+    notes = [note, *_replaceable(file)]
+    certificate = Certificate(level=options.verify, device=engine.described, notes=list(notes))
+    report = Report((), file.name, "onnxruntime", notes=tuple(notes), certificate=certificate)
     return Made(engine, report, certificate, None, built)
+
+
+def _replaceable(file: OnnxFile) -> list[str]:
+    """A note where weights are inputs too: what a caller may replace is no constant, and no expert is sought in it."""
+    inputs = {value.name for value in file.proto.graph.input}
+    names = [tensor.name for tensor in file.proto.graph.initializer if tensor.name in inputs]
+    if not names:
+        return []
+    return [
+        f"weights that are inputs of the graph too ({len(names)}, {shown_line(names[0])!r} first) may be replaced at a "
+        "call, so no experts are sought among them: export with keep_initializers_as_inputs=False, or take them out of "
+        "graph.input"
+    ]
 
 
 def _decline(parts: FileParts, block: BlockReport) -> None:

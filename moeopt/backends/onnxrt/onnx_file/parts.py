@@ -160,6 +160,8 @@ def explained_distance(module: nn.Module, values: Sequence[Tensor], theirs: Sequ
 
 
 def _from_oracle(oracle: Tensor, ours: Tensor, theirs: Tensor) -> float:
+    if not theirs.numel():
+        return 0.0
     eps = torch.finfo(theirs.dtype).eps
     both = finiteness(theirs, ours).both
     far = [_worst(token_distance(y, oracle, eps=eps)[both]) for y in (theirs, ours)]

@@ -86,6 +86,24 @@ def test_a_model_given_as_a_value_needs_no_file(path):
     assert proto.SerializeToString() == before
 
 
+def test_weights_that_are_inputs_too_are_told(path):
+    model = onnx.load(path)
+    for held in model.graph.initializer:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(held.name, held.data_type, list(held.dims)))
+    found = moeopt.optimize(model, verify="fast")
+    assert not found.report.blocks and torch.equal(found(ids()), run(path, input_ids=ids())[0])
+    (note,) = [n for n in found.report.notes if n.startswith("weights that are inputs of the graph too (")]
+    assert note in found.certificate.notes and "export with keep_initializers_as_inputs=False" in note
+
+
+def test_an_output_without_a_type_is_told(path):
+    model = onnx.load(path)
+    score = next(node for node in model.graph.node if node.op_type == "TopK").output[0]
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(score))
+    with pytest.raises(UsageError, match=r"has no type, .* onnx\.shape_inference\.infer_shapes"):
+        moeopt.optimize(model)
+
+
 def test_a_file_without_experts_is_left_as_it_is(tmp_path):
     path = export(toy_lm("plain", layers=1), tmp_path / "plain.onnx")
     found = moeopt.optimize(path)
