@@ -36,7 +36,6 @@ from moeopt.checkpoint.layer_checks import check_layers, failure, in_words
 from moeopt.checkpoint.load import load_mapped, refuse_quantised
 from moeopt.checkpoint.preflight import preflight
 from moeopt.checkpoint.structure import Structure, structure_of
-from moeopt.checkpoint.tasks import check_task
 from moeopt.errors import UsageError
 from moeopt.optimized import Optimized
 from moeopt.options import Options
@@ -159,7 +158,6 @@ def streamed(
             the model; nothing was read.
         CheckpointError: files are missing or damaged, or do not fit the model.
     """
-    check_task(task, f"task={task!r}")
     source, target = Path(path), None if out is None else Path(out)
     if target is not None:
         if target.resolve() == source.resolve():
@@ -177,10 +175,9 @@ def streamed(
     journal = None
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        names = sum(len(name) + 160 for name in structure.model.state_dict())
+        header = 2 * sum(len(name) + 160 for name in structure.model.state_dict()) + (1 << 16)
         capacity = structure.bytes + 64 * (len(list(structure.model.parameters())) + 1)
-        key = {**_key(directory, structure, options, backend), "inputs": digest_of_call(inputs)}
-        journal = Journal(target, key, capacity + capacity // 8, 2 * names + (1 << 16))
+        journal = Journal(target, _key(directory, structure, options, backend, inputs), capacity * 9 // 8, header)
     held = StreamedModel(None, structure.layers, [], options, journal)
     try:
         if kinds is not None:
@@ -249,7 +246,9 @@ def _in_place(model: nn.Module, restored: dict[str, tuple[torch.Tensor, list[str
     )
 
 
-def _key(directory: CheckpointDirectory, structure: Structure, options: Options, backend: str) -> dict[str, Any]:
+def _key(
+    directory: CheckpointDirectory, structure: Structure, options: Options, backend: str, inputs: PyObject
+) -> dict[str, Any]:
     """What makes two runs the same work."""
     import transformers
 
@@ -262,6 +261,7 @@ def _key(directory: CheckpointDirectory, structure: Structure, options: Options,
         "class": f"{type(structure.model).__module__}.{type(structure.model).__qualname__}",
         "options": {name: repr(value) for name, value in asked.items()},
         "backend": backend,
+        "inputs": digest_of_call(inputs),
         "versions": {"moeopt": version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
