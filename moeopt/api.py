@@ -104,7 +104,7 @@ def _optimize_directory(
         shown(chosen.progress) as say,
         streamed(
             path, dataclasses.replace(chosen, progress=say), backend=backend, out=out, task=task,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, inputs=example_inputs,
         ) as source,
     ):  # fmt: skip
         inner = dataclasses.replace(chosen, progress=say, dtype=None, mapped=True)

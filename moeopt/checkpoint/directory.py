@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +52,12 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._mapped: dict[Path, MappedFile] = {}
+        self._stats: dict[Path, os.stat_result] = {}
         self._entries: dict[str, CheckpointTensor] = {}
         index = path / INDEX
         where = _read_index(index) if index.is_file() and not (path / SINGLE).is_file() else None
         for file in self._files(where):
+            self._stats[file] = file.stat()  # before its header: a file that changes after this is refused
             for name, stored in read_header(file).items():
                 if where is None or where.get(name) == file.name:
                     self._add(name, file, stored)
@@ -90,6 +93,7 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
         entry = self._entries[name]
         if entry.file not in self._mapped:
             self._mapped[entry.file] = MappedFile(entry.file)
+            self.check_unchanged([entry.file])
         return self._mapped[entry.file].tensor(entry.dtype, entry.shape, entry.start)
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -101,9 +105,19 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
         for mapped in self._mapped.values():
             mapped.release()
 
+    def check_unchanged(self, files: list[Path] | None = None) -> None:
+        """``CheckpointError`` where one of the files (None: of all) is not as it was when its header was read."""
+        for file in self.files if files is None else files:
+            now = file.stat() if file.is_file() else None
+            if now is None or _version(now) != _version(self._stats[file]):
+                raise CheckpointError(
+                    f"{file} {'was removed' if now is None else 'was written to'} while the model was read, so that "
+                    "its weights may be of two versions: wait until nothing writes to the directory, and start again"
+                )
+
     def identity(self) -> str:
         """A digest of what the directory holds: names, places, and the size and time of change of each file."""
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        stats = [(file.name, self._stats[file].st_size, self._stats[file].st_mtime_ns) for file in self.files]
         rows = [(e.name, e.file.name, str(e.dtype), e.shape, e.start) for e in self._entries.values()]
         return hashlib.sha256(repr((stats, sorted(rows))).encode()).hexdigest()
 
@@ -147,6 +161,10 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
                 f"one of the two, or add {INDEX}, which says which holds"
             )
         self._entries[name] = CheckpointTensor(name, file, dtype, stored.shape, stored.start, size)
+
+
+def _version(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read_index(path: Path) -> dict[str, str]:

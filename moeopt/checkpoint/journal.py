@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from moeopt.bundle.values import DTYPES
 from moeopt.bundle.weights_file import WeightsFile
 from moeopt.errors import UsageError
+from moeopt.find.example_inputs import as_call
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd
@@ -150,6 +152,20 @@ def bytes_begun(out: Path) -> int:
     with contextlib.suppress(OSError, AttributeError):
         return (folder_of(out) / WEIGHTS).stat().st_blocks * 512
     return 0
+
+
+def digest_of_call(inputs: PyObject) -> str:
+    """What tells example inputs from others, by value: verdicts that were reached on some say nothing of others."""
+    if inputs is None:
+        return ""
+    leaves, structure = pytree.tree_flatten(as_call(inputs))
+    words = [
+        [str(leaf.dtype), list(leaf.shape), _digest(leaf.detach().cpu())]
+        if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided and not leaf.is_meta
+        else repr(leaf)
+        for leaf in leaves
+    ]
+    return hashlib.sha256(repr((str(structure), words)).encode()).hexdigest()
 
 
 def _locked(folder: Path, out: Path) -> int | None:

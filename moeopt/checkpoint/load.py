@@ -44,6 +44,7 @@ def load_mapped(
     Raises:
         CheckpointError: weights are missing or of other shapes, or a conversion failed; the message names them.
     """
+    generation = _generation_config(directory.path)  # before the hours of weights
     spared = {name for _, sources in instead.values() for name in sources}
     read = _Reads()
     state: dict[str, Any] = {name: read.slice(directory, name) for name in directory if name not in spared}
@@ -59,7 +60,9 @@ def load_mapped(
             f"{_words(err)}): config.json and the weights may be of two versions; fetch both again"
         ) from err
     _refuse_missing(directory, model, info)
-    _restore_files(directory.path, model)
+    model.config.name_or_path = str(directory.path)
+    if hasattr(model, "generation_config") and generation is not None:
+        model.generation_config = generation
     unexpected = sorted(info.get("unexpected_keys") or ())
     notes = [f"{_list(unexpected)} of the checkpoint belong to nothing in the model"] if unexpected else []
     return model.eval(), notes
@@ -180,13 +183,20 @@ def _refuse_missing(directory: CheckpointDirectory, model: nn.Module, info: Mapp
         )
 
 
-def _restore_files(path: Path, model: PyObject) -> None:
-    """What ``from_pretrained`` reads of the directory beside config and weights."""
-    model.config.name_or_path = str(path)
-    if hasattr(model, "generation_config") and (path / "generation_config.json").is_file():
-        from transformers import GenerationConfig
+def _generation_config(path: Path) -> PyObject:
+    """What ``from_pretrained`` reads of the directory beside config and weights; None where it has no such file."""
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return None
+    from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    try:
+        return GenerationConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError) as err:
+        raise CheckpointError(
+            f"{file} is damaged ({type(err).__name__}: {_words(err)}): fetch it again, or remove it, and the model "
+            "generates as its config says"
+        ) from err
 
 
 def refuse_quantised(path: Path, config: PyObject) -> None:

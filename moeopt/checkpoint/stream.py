@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from moeopt.bundle.temp_folder import folders_in
 from moeopt.bundle.weights_file import becomes_the_bundles
 from moeopt.checkpoint.alike_layers import AlikeLayers
 from moeopt.checkpoint.directory import CheckpointDirectory
-from moeopt.checkpoint.journal import Journal, bytes_begun, folder_of
+from moeopt.checkpoint.journal import Journal, bytes_begun, digest_of_call, folder_of
 from moeopt.checkpoint.layer_checks import check_layers, failure, in_words
 from moeopt.checkpoint.load import load_mapped, refuse_quantised
 from moeopt.checkpoint.preflight import preflight
@@ -40,6 +41,7 @@ from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.pipeline.finished_blocks import FinishedBlocks, remembered
 from moeopt.report import Report
+from moeopt.value_types import PyObject
 from moeopt.verification.model import EndToEnd
 from moeopt.verification.results import BlockCheck
 
@@ -54,9 +56,16 @@ def check_directory(path: str | os.PathLike[str]) -> None:
     """``UsageError`` where ``path`` is no directory of a Hugging Face checkpoint."""
     if not (Path(path) / "config.json").is_file():
         what = "a directory without config.json" if Path(path).is_dir() else "no directory"
+        name = str(path)
+        hub = (
+            f"; if {name} is a name of the Hugging Face hub, huggingface_hub.snapshot_download({name!r}) fetches it "
+            "and returns its directory"
+            if not Path(path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+            else ""
+        )
         raise UsageError(
             f"{path} is {what}: give a model, or the directory of a Hugging Face checkpoint (config.json and "
-            "*.safetensors)"
+            f"*.safetensors){hub}"
         )
 
 
@@ -90,6 +99,8 @@ class StreamedModel:
 
     def check(self, optimized: Optimized) -> None:
         """Compare layer by layer, and say in report and certificate that the model was streamed."""
+        if isinstance(self.file, CheckpointDirectory):  # its weights are still read from there
+            self.file.check_unchanged()
         certificate, notes = optimized.certificate, [*self.notes]
         same_form = isinstance(optimized.model, nn.Module) and not certificate.quantized
         if certificate.level != "off" and same_form and optimized.report.rewritten:
@@ -133,12 +144,14 @@ def streamed(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     alike: bool = False,
+    inputs: PyObject = None,
 ) -> Iterator[StreamedModel]:
     """The model of a directory, its weights on disk, while it is optimised and saved to ``out``.
 
     Args:
         options: of the run; ``dtype`` is applied to each weight as it is read.
         alike: give every layer the weights of the first one that is like it, and read no other; without ``out``.
+        inputs: the example inputs that blocks will be verified on; None where they are made up for ``options.seed``.
 
     Raises:
         UsageError: memory or disk do not suffice, the destination cannot be written to, or transformers cannot build
@@ -162,10 +175,9 @@ def streamed(
     journal = None
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        names = sum(len(name) + 160 for name in structure.model.state_dict())
+        header = 2 * sum(len(name) + 160 for name in structure.model.state_dict()) + (1 << 16)
         capacity = structure.bytes + 64 * (len(list(structure.model.parameters())) + 1)
-        key = _key(directory, structure, options, backend)
-        journal = Journal(target, key, capacity + capacity // 8, 2 * names + (1 << 16))
+        journal = Journal(target, _key(directory, structure, options, backend, inputs), capacity * 9 // 8, header)
     held = StreamedModel(None, structure.layers, [], options, journal)
     try:
         if kinds is not None:
@@ -174,6 +186,7 @@ def streamed(
         else:
             _load(held, directory, structure, options)
             finished = _noting(held)
+        directory.check_unchanged()
         with remembered(finished), folders_in(None if target is None else target.absolute().parent):
             yield held
     finally:
@@ -233,7 +246,9 @@ def _in_place(model: nn.Module, restored: dict[str, tuple[torch.Tensor, list[str
     )
 
 
-def _key(directory: CheckpointDirectory, structure: Structure, options: Options, backend: str) -> dict[str, Any]:
+def _key(
+    directory: CheckpointDirectory, structure: Structure, options: Options, backend: str, inputs: PyObject
+) -> dict[str, Any]:
     """What makes two runs the same work."""
     import transformers
 
@@ -246,6 +261,7 @@ def _key(directory: CheckpointDirectory, structure: Structure, options: Options,
         "class": f"{type(structure.model).__module__}.{type(structure.model).__qualname__}",
         "options": {name: repr(value) for name, value in asked.items()},
         "backend": backend,
+        "inputs": digest_of_call(inputs),
         "versions": {"moeopt": version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }

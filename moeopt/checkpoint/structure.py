@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeopt.checkpoint.tasks import auto_class
+from moeopt.checkpoint.tasks import auto_class, check_task
 from moeopt.errors import UsageError
 
 
@@ -36,8 +36,10 @@ def structure_of(path: Path, task: str | None, trust_remote_code: bool, dtype: t
     """What the ``config.json`` of a directory describes.
 
     Raises:
-        UsageError: transformers is missing or cannot build it; code of the directory's own was not allowed to run.
+        UsageError: transformers is missing or cannot build it; code of the directory's own was not allowed to run;
+            a task that is none.
     """
+    check_task(task, f"task={task!r}")
     try:
         import transformers
     except ImportError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 
+from moeopt.errors import UsageError
 from moeopt.value_types import PyObject
 
 TASKS = {
@@ -18,6 +20,14 @@ TASKS = {
     "feature-extraction": "AutoModel",
 }
 """What ``--task`` takes, transformers' own words for its pipelines, and the class that loads a model for each."""
+
+
+def check_task(task: str | None, named: str) -> None:
+    """``UsageError`` for a task that is none; ``named`` is how it was given, like "--task chat"."""
+    if task is not None and task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"{named} is none: {meant}it may be {', '.join(TASKS)}")
 
 
 def auto_class(path: Path, task: str | None) -> str:

@@ -3,7 +3,6 @@ config.json."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.bundle.manifest import is_bundle
-from moeopt.checkpoint.tasks import TASKS
+from moeopt.checkpoint.tasks import check_task
 from moeopt.cli.early import check_code
 from moeopt.cli.hugging_face import cached_directory, load, weight_files
 from moeopt.errors import UsageError
@@ -58,10 +57,7 @@ def find_target(target: str, task: str | None = None) -> CommandTarget:
 
     ``UsageError`` says what is wrong with the target or the task.
     """
-    if task is not None and task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"--task {task} is none: {meant}it may be {', '.join(TASKS)}")
+    check_task(task, f"--task {task}")
     path = Path(target)
     if is_bundle(path):
         raise UsageError(f"{target} is a bundle, optimised already: `moeopt verify {target}` checks it")

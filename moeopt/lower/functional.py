@@ -6,7 +6,10 @@ not the same is made again with every layer traced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +36,33 @@ def without_writes(program: torch.export.ExportedProgram) -> torch.export.Export
         return decomposed
 
 
+@dataclass
+class Traces:
+    """How models are traced while :func:`traces_with` is open.
+
+    Attributes:
+        each_layer: no layer stands for its like.
+        unproved: some did, in a graph that its maker has yet to compare with the model.
+    """
+
+    each_layer: bool = False
+    unproved: bool = False
+
+
+_traces: ContextVar[Traces | None] = ContextVar("moeopt_traces", default=None)
+
+
+@contextlib.contextmanager
+def traces_with(each_layer: bool) -> Iterator[Traces]:
+    """While open, models are traced so; what is given tells how that went."""
+    traces = Traces(each_layer)
+    token = _traces.set(traces)
+    try:
+        yield traces
+    finally:
+        _traces.reset(token)
+
+
 def export_functional(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -56,7 +86,8 @@ def export_functional(
     Raises:
         NotSaveableError: the model cannot be exported, or ``functional`` refused it.
     """
-    left_alone: frozenset[type] = frozenset()
+    traces = _traces.get() or Traces()
+    left_alone = frozenset(type(m) for m in model.modules()) if traces.each_layer else frozenset()
     while True:
         stamps = Stamps(model, left_alone, fresh)
         try:
@@ -66,6 +97,7 @@ def export_functional(
             left_alone |= {err.kind}
             continue
         if not runs or not stamps.layers or _same(program, model, (args, kwargs)):
+            traces.unproved |= bool(stamps.layers) and not runs
             return program
         left_alone |= {kind.cls for kind in stamps.kinds.values()}
 

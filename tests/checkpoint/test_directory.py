@@ -43,6 +43,19 @@ def test_the_identity_follows_the_files(sharded):
     assert CheckpointDirectory(sharded).identity() != before
 
 
+def test_a_file_that_changes_after_its_header_was_read(sharded):
+    found = CheckpointDirectory(sharded)
+    found.check_unchanged()
+    save_file({"c": torch.zeros(2, dtype=torch.bfloat16)}, sharded / NAME.format(2))
+    assert torch.equal(found.tensor("b"), found.tensor("b"))
+    for fails in (found.check_unchanged, lambda: found.tensor("c")):
+        with pytest.raises(CheckpointError, match=r"model-00002.* was written to while .*wait until nothing writes"):
+            fails()
+    (sharded / NAME.format(2)).unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002.* was removed while the model was read"):
+        found.check_unchanged()
+
+
 def test_files_without_an_index_are_all_read(sharded):
     (sharded / INDEX).unlink()
     assert sorted(CheckpointDirectory(sharded)) == ["a", "b", "c"]

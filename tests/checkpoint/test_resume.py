@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import moeopt
-from moeopt.checkpoint.journal import JOURNAL, WEIGHTS, Journal, folder_of
+from moeopt.checkpoint.journal import JOURNAL, WEIGHTS, Journal, digest_of_call, folder_of
 from moeopt.checkpoint.load import _Slice
 from moeopt.checkpoint.stream import streamed
 from moeopt.errors import UsageError
@@ -131,6 +131,15 @@ def test_another_checkpoint_or_other_options_begin_anew(model, stopped, read, tm
     stopped("layer 3 of 3", tmp_path / "b")
     lines = opened(model, tmp_path / "b", seed=3)
     assert layers(read) == {0, 1, 2} and not any(line.startswith("going on") for line in lines)
+
+
+def test_verdicts_on_other_example_inputs_are_not_taken(model, tmp_path):
+    ids = torch.arange(6).reshape(1, 6)
+    for inputs, known in ((ids, False), ({"input_ids": ids}, False), ((ids,), False), ((ids.clone(),), True)):
+        lines = []
+        with streamed(model, Options(verify="off", progress=lines.append), out=tmp_path / "b", inputs=inputs):
+            assert any(line.startswith("going on: ") for line in lines) is known, inputs
+    assert len({digest_of_call(x) for x in (None, ids, ids + 1, ids.float(), ids.reshape(2, 3), {"x": ids})}) == 6
 
 
 def test_a_journal_that_was_cut_off_in_a_line(model, stopped, read, tmp_path):

@@ -213,6 +213,10 @@ def test_too_little_disk_is_said_before_anything_is_read(tmp_path, monkeypatch):
     ("fields", "words"),
     [
         (dict(model="nowhere"), "nowhere is no directory: give a model, or the directory of a Hugging Face checkpoint"),
+        (
+            dict(model="some/Model-8x7B"),
+            r"if some/Model-8x7B is a name of the Hugging Face hub, huggingface_hub.snapshot_download\('some/Mod",
+        ),
         (dict(model="."), "is a directory without config.json: give a model, or the directory"),
         (dict(model=torch.nn.Linear(2, 2), task="text-generation"), "model is a Linear: leave them out"),
         (dict(model=torch.nn.Linear(2, 2), trust_remote_code=True), "model is a Linear: leave them out"),
@@ -221,6 +225,44 @@ def test_too_little_disk_is_said_before_anything_is_read(tmp_path, monkeypatch):
 def test_what_is_no_directory(fields, words):
     with pytest.raises(UsageError, match=words):
         moeopt.optimize(**fields)
+
+
+def test_a_task_that_is_none(tmp_path):
+    write("dense", tmp_path / "model")
+    for call in (moeopt.optimize, moeopt.explain):
+        with pytest.raises(UsageError, match="^task='text-clasification' is none: did you mean text-classification"):
+            call(tmp_path / "model", task="text-clasification")
+
+
+def test_a_damaged_generation_config_is_found_before_a_weight_is_read(tmp_path, monkeypatch):
+    from moeopt.checkpoint.directory import CheckpointDirectory
+
+    write("dense", tmp_path / "model")
+    monkeypatch.setattr(CheckpointDirectory, "tensor", lambda self, name: pytest.fail(f"{name} was read"))
+    for text in ('{"temperature":', "[]"):
+        (tmp_path / "model" / "generation_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="generation_config.json is damaged .*: fetch it again, or remove it"):
+            moeopt.optimize(tmp_path / "model", out=tmp_path / "b")
+
+
+@pytest.mark.parametrize("out", [None, "b"])
+def test_a_file_that_is_written_to_while_the_model_is_read(tmp_path, out, monkeypatch):
+    from moeopt.checkpoint import stream
+
+    write("dense", tmp_path / "model")
+    file, real = tmp_path / "model" / "model.safetensors", stream.load_mapped
+
+    def then_written(*args):
+        made = real(*args)
+        tensors = load_file(file)
+        save_file({name: value + 1 for name, value in tensors.items()}, tmp_path / "new", metadata={"format": "pt"})
+        (tmp_path / "new").replace(file)
+        return made
+
+    monkeypatch.setattr(stream, "load_mapped", then_written)
+    with pytest.raises(CheckpointError, match=r"model.safetensors was written to while the model was .*start again"):
+        moeopt.optimize(tmp_path / "model", out=out and tmp_path / out, verify="off")
+    assert not (tmp_path / "b").exists()
 
 
 def test_out_of_a_model_saves_it(tmp_path):

@@ -343,6 +343,33 @@ def test_a_stamp_with_other_weights_is_caught_by_the_comparison_of_the_whole(mon
     assert not torch.allclose(wrong.module()(x), model(x)), "the sabotage does nothing"
 
 
+@pytest.mark.parametrize("verify", ["fast", "off"])
+def test_an_engine_of_layers_that_differ_in_what_nobody_watches(verify):
+    pytest.importorskip("onnxruntime")
+    turn = []
+
+    class Counted(Layer):
+        def forward(self, x):
+            return super().forward(x) * (1.0 + len(turn))
+
+    class Turns(Tower):
+        kind = Counted
+
+        def forward(self, x):
+            turn.clear()
+            for layer in self.layers:
+                x = layer(x)
+                turn.append(1)
+            return x
+
+    model, x = made(Turns(3))
+    engine = moeopt.optimize(model, x, verify=verify, backend="onnxruntime")
+    for size in ((2, 3), (4, 5)):
+        x = torch.randn(*size, H)
+        torch.testing.assert_close(engine(x), model(x), rtol=1e-4, atol=1e-5)
+    assert set(TRACED) == {0, 1, 2}
+
+
 def test_what_is_put_on_layers_is_taken_back_after_an_error():
     class Stops(Layer):
         def forward(self, x):

@@ -27,6 +27,7 @@ from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotEquivalentError
 from moeopt.limits import LoadLimits
+from moeopt.lower.functional import traces_with
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.plain import open_dataclasses
 from moeopt.options import Options
@@ -64,8 +65,21 @@ class GraphBackend(Backend):
         self._settle = settle
 
     def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> Made:
-        shared: list[str] = []
         data = data_of(source, call, options)
+        try:
+            with traces_with(each_layer=options.verify == "off") as traces:  # where nothing would tell a wrong one
+                return self._of_copy(source, call, options, plan, data)
+        except NotEquivalentError:
+            if not traces.unproved:
+                raise
+        options.say("tracing every layer: one that was traced for its like may not be like them")
+        with traces_with(each_layer=True):
+            return self._of_copy(source, call, options, plan, data)
+
+    def _of_copy(
+        self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject, data: list[ArgsKwargs]
+    ) -> Made:
+        shared: list[str] = []
         twin = shared_copy(source, shared)
         with open_dataclasses(call):
             made = self._engine(source, twin, call, options, plan, data)

@@ -23,6 +23,7 @@ from moeopt.lower.functional import export_functional
 from moeopt.ops.native.library import missing
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
+from moeopt.pipeline.check_copy import check_copy
 from moeopt.pipeline.check_gradients import check_gradients
 from moeopt.pipeline.measure_loss import data_of, measure_loss
 from moeopt.pipeline.quantized_model import (
@@ -69,6 +70,8 @@ class TorchBackend(Backend):
             why = _revert(twin, outcome, certificate)
             certificate = _certify(source, twin, call, outcome, options)
             certificate.notes.append(why)
+        if options.verify != "off" and not outcome.rewrites:
+            check_copy(source, twin, call)
         outcome.notes += notes_of(outcome, twin, options)
         if formats_of(twin) and options.verify != "off":
             certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options)
