@@ -51,8 +51,8 @@ class Backend(ABC):
 
     name: ClassVar[str] = ""
     """What ``backend=`` and a bundle's manifest call it."""
-
-    # optimise
+    streamed_takes: ClassVar[tuple[int, int]] = (1, 2)
+    """What a streamed model takes: its weights so many times on disk, and memory of so many layers."""
 
     def plan(self, options: Options) -> PyObject:
         """What ``options`` ask of this runtime; the plan is handed on to the other methods as it is.

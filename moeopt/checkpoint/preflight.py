@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeopt.backends import registry
 from moeopt.checkpoint.alike_layers import AlikeLayers
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.checkpoint.structure import Structure
@@ -67,7 +68,7 @@ def preflight(
     anew = made_anew(directory, structure)
     held = 0 if out is not None else anew if kinds is None else min(anew, kinds.bytes)
     held += structure.bytes // 2 if options is not None and options.quantize else 0
-    copies, layers = (1, 2) if backend == "torch" else (3, 5)
+    copies, layers = registry.get(backend).streamed_takes
     disk = 0 if out is None else max(int(copies * structure.bytes * 1.01) + (1 << 20) - begun, 0)
     found = Preflight(
         structure.bytes, structure.layer_bytes, len(structure.layers), anew, layers * largest + held + LIBRARIES,

@@ -90,7 +90,7 @@ def _model_of(opt: PyObject, tokens: PyObject, exact: PyObject, timeout: PyObjec
         raise UsageError(
             f"moeopt.distribute takes what moeopt.optimize returned, not a {type(opt).__name__}: optimise it first"
         )
-    if opt.report.backend != "torch":
+    if not isinstance(opt.model, nn.Module):
         raise UsageError(
             f"this model is an engine of backend {opt.report.backend!r}, which runs in one process; optimise with "
             "backend='torch' to distribute it"

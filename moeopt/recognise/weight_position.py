@@ -163,9 +163,8 @@ def _check_with_others(
     source = reading.weights.source
     assert source is not None
     value = tape.value(source)
-    scale = (
-        float(value.reshape(-1)[0]) if place == "input" and tokens.weighted else 1.0
-    )  # of the rows as they were seen
+    # of the rows as they were seen
+    seen_with = float(value.reshape(-1)[0]) if place == "input" and tokens.weighted else 1.0
     factor = 0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     changed = (value.double() * factor.to(value.device)).to(value.dtype)
     later = descendants(tape, [source], combine.node.meta["index"])

@@ -61,6 +61,8 @@ class GraphBackend(Backend):
         settle: called with the rewritten copy and the pipeline's result before the engine is built; None: nothing is.
     """
 
+    streamed_takes = (3, 5)  # the graph's own weights file and the bundle's copy; blocks are built one by one
+
     def __init__(self, settle: Callable[[nn.Module, PipelineResult], None] | None = None) -> None:
         self._settle = settle
 

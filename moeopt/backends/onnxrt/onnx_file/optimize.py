@@ -22,7 +22,7 @@ from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE
 from moeopt.capture.tree import ArgsKwargs
-from moeopt.errors import Declined, MoeoptError, UsageError
+from moeopt.errors import Declined, MoeoptError, NotEquivalentError, UsageError
 from moeopt.onnx_in.ends import graph_inputs, tensor_type
 from moeopt.onnx_in.feeds import GraphFeeds, given_feeds, made_up_feeds, resized
 from moeopt.onnx_in.frozen_routing import BROKEN
@@ -54,7 +54,6 @@ def optimize_file(
 
     Raises:
         UsageError: ONNX Runtime does not load or run it; inputs that it does not take.
-        NotEquivalentError: the new file differs from the one that was given.
     """
     started = time.perf_counter()
     if not isinstance(plan, OrtPlan) or plan.provider != "cpu":
@@ -69,7 +68,12 @@ def optimize_file(
     calls = example_feeds(file, inputs, options.seed)
     call: ArgsKwargs = ((), dict(calls[0]))
     parts = file_parts(file, candidates, calls, options.say)
-    made = _rewritten(file, parts, calls, options, plan, backend) if parts.parts else None
+    made = None
+    try:
+        made = _rewritten(file, parts, calls, options, plan, backend) if parts.parts else None
+    except NotEquivalentError as err:  # the file that was given stays
+        for part in parts.parts:
+            parts.declined.setdefault(part.name, (part.candidate, f"it was rewritten, compared and reverted: {err}"))
     if made is None:
         made = _left_alone(file, parts, bool(others), options)
     broken = [f"{name}: {reason}" for name, (_, reason) in parts.declined.items() if reason.startswith(BROKEN)]
