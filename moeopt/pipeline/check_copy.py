@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 from torch import nn
 
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.verification.model import end_to_end
 
-_TORCH = frozenset(vars(nn.Module()))
 _TRIES = 2
 """Kernels that add in another order each time may let one comparison fail by chance, and not the next."""
 
@@ -23,14 +19,13 @@ def check_copy(source: nn.Module, twin: nn.Module, call: ArgsKwargs) -> None:
     closure or a global too then changes one and reads the other. A model whose own results differ from call to call,
     or that does not run on the call, is not judged.
     """
-    with _lists_kept(source):
-        for _ in range(_TRIES):
-            try:
-                found = end_to_end(source, twin, *call, greedy_steps=0)
-                if found.passed is not False or not end_to_end(source, source, *call, greedy_steps=0).passed:
-                    return
-            except Exception:  # of the model itself, which does not run without what capture puts in its place (meta)
+    for _ in range(_TRIES):
+        try:
+            found = end_to_end(source, twin, *call, greedy_steps=0)
+            if found.passed is not False or not end_to_end(source, source, *call, greedy_steps=0).passed:
                 return
+        except Exception:  # of the model itself, which does not run without what capture puts in its place (meta)
+            return
     name = type(source).__name__
     raise UsageError(
         f"a copy of {name}, with nothing rewritten, computes something else than {name}: {found.reason}. moeopt works "
@@ -38,19 +33,3 @@ def check_copy(source: nn.Module, twin: nn.Module, call: ArgsKwargs) -> None:
         "attribute and by a closure or a global, which in a copy are two objects: let the code reach that object by "
         "one way, by attributes of the model, or give the object a __deepcopy__ that returns itself"
     )
-
-
-@contextlib.contextmanager
-def _lists_kept(model: nn.Module) -> Iterator[None]:
-    """Lists, dicts and sets that the model's modules hold have what they had before: the model is the user's own."""
-    own = [v for m in model.modules() for n, v in vars(m).items() if n not in _TORCH and type(v) in (list, dict, set)]
-    before = [(value, value.copy()) for value in own]
-    try:
-        yield
-    finally:
-        for value, kept in before:
-            if isinstance(value, list):
-                value[:] = kept
-            else:
-                value.clear()
-                value.update(kept)

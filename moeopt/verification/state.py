@@ -2,8 +2,8 @@
 
 A verification run is many runs of somebody's code, some of them in another precision. Inputs are
 cloned before each run. What a forward keeps on itself (a counter buffer, ``self.last_logits = ...``,
-a classifier swapped for its cast copy) is put back after each run, and so is the RNG state, so that
-every run of a case starts from the same place.
+a classifier swapped for its cast copy, what it appends to a list of its own) is put back after each run,
+and so is the RNG state, so that every run of a case starts from the same place.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 
 from moeopt.value_types import PyObject
 
+_TORCH = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, dict, set)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module, type)
 
 
@@ -91,12 +93,15 @@ class RestoreState:
         self._attributes = [(m, dict(m.__dict__)) for _, m in self._modules]
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._bare: list[dict[str, Any]] = []
+        self._containers: list[tuple[Any, Any]] = []
         for _, attributes in self._attributes:
             for table in (attributes["_parameters"], attributes["_buffers"], attributes["_modules"]):
                 if table:
                     self._tables.append((table, dict(table)))
                 else:
                     self._bare.append(table)
+            held = (value for name, value in attributes.items() if name not in _TORCH and type(value) in _CONTAINERS)
+            self._containers += [(value, value.copy()) for value in held]
         self._owners: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
         for path, module in self._modules:
             for table in (module._parameters, module._buffers):
@@ -133,6 +138,12 @@ class RestoreState:
             if not _same(module.__dict__, attributes):
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
+        for container, held in self._containers:
+            if isinstance(container, list):
+                container[:] = held
+            else:
+                container.clear()
+                container.update(held)
         for key, entries in self._owners.items():
             for _, owner, data in entries:
                 if key in self._saved:

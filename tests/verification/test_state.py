@@ -65,3 +65,16 @@ def test_what_a_run_registers_on_a_bare_module_goes_away():
         act.register_parameter("scale", torch.nn.Parameter(torch.ones(2)))
         act.add_module("inner", torch.nn.Identity())
     assert not (act._buffers or act._parameters or act._modules)
+
+
+def test_what_a_run_puts_into_containers_comes_out_again():
+    lin = nn.Linear(2, 2)
+    lin.seen, lin.counts, lin.names = [1], {"calls": 0}, {"a"}
+    held = lin.seen, lin.counts, lin.names
+    with RestoreState(lin):
+        lin.seen.append(2)
+        lin.counts["calls"] += 1
+        lin.names.discard("a")
+        lin.seen = []
+    assert (lin.seen, lin.counts, lin.names) == ([1], {"calls": 0}, {"a"})
+    assert all(now is before for now, before in zip((lin.seen, lin.counts, lin.names), held, strict=True))
