@@ -451,6 +451,25 @@ def test_other_dtypes_and_ranks_fall_back():
         assert torch.equal(opt(X[..., :3]), model(X[..., :3]))
 
 
+class CastRouter(Block):
+    """Its router runs in bfloat16, whatever the model's dtype is."""
+
+    def route(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.gate(x)
+        w, ids = logits.float().softmax(-1).topk(2)
+        return ids, w
+
+
+@pytest.mark.parametrize("verify", ["fast", "strict"])
+def test_autocast_inside_the_forward_is_part_of_what_is_computed(verify):
+    model = build(CastRouter)
+    opt = optimized(build(CastRouter), verify=verify)
+    x = seeded(2, 40, 16)
+    with torch.no_grad():
+        close(opt(x), model(x))
+
+
 def test_autocast_falls_back():
     model = build()
     opt = optimized(model)
