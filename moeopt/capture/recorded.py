@@ -15,7 +15,7 @@ from moeopt.value_types import PyObject
 class Call:
     """One call of a submodule: which nodes it recorded, and what went in and came out.
 
-    ``autocast``: whether it was made in a ``with torch.autocast(...)`` of the code around it.
+    ``autocast``: whether it was made under ``torch.autocast``, which the code around it began.
     """
 
     index: int
