@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
-from moeopt.ir.row_function import CODES, RowFunction
+from moeopt.ir.row_function import CODES, PLACES, RowFunction
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.obstacles import Rank
 from moeopt.recognise.named_obstacles import computed_weight
@@ -72,7 +72,7 @@ def check_experts(module: nn.Module, tape: Tape, recognitions: list[Recognition]
     for recognition in recognitions:
         for path in sorted(expert_paths(recognition.experts)):
             tensor = tensor_at(module, path)
-            if tensor.dtype not in (_FLOATS + CODES if isinstance(recognition.spec, RowFunction) else _FLOATS):
+            if tensor.dtype not in (_FLOATS + CODES + PLACES if isinstance(recognition.spec, RowFunction) else _FLOATS):
                 raise Declined(f"{path} is {tensor.dtype}; only float32, float64, bfloat16 and float16 are carried")
         end = recognition.combine.node.meta["index"]
         inner = {n.meta["call"] for n in recognition.interior if n.meta["index"] < end}
