@@ -149,7 +149,7 @@ class CallSpec:
         return args, kwargs
 
     def has_whole_columns(self) -> bool:
-        """Whether some column of its tokens holds whole numbers alone, so that it may hold ids, or integers have gaps."""
+        """Whether a column of its tokens holds whole numbers alone, so that it may hold ids, or integers have gaps."""
         columns = any(bool(_whole_columns(self.rows(n)).any()) for n in self.indices("tokens"))
         return columns or any(_has_gaps(self.rows(n)) for n in self.indices("static"))
 
