@@ -61,7 +61,7 @@ def _arg(function: Callable[..., Tensor]) -> Callable[[NodeCall], Tensor]:
 
 
 def _top_k(call: NodeCall) -> tuple[Tensor, Tensor]:
-    (k,) = call.numbers(1, "k")
+    (k,) = call.numbers(1)
     axis = call.attribute("axis", -1)
     values, ids = call.tensor(0).sort(dim=axis, descending=bool(call.attribute("largest", 1)), stable=True)
     return values.narrow(axis, 0, k), ids.narrow(axis, 0, k)
@@ -75,7 +75,7 @@ def _softmax(function: Callable[..., Tensor]) -> Callable[[NodeCall], Tensor]:
 
 
 def _cumsum(call: NodeCall) -> Tensor:
-    (axis,) = call.numbers(1, "the axis")
+    (axis,) = call.numbers(1)
     x = call.tensor(0)
     x = x.flip(axis) if call.attribute("reverse", 0) else x
     if call.attribute("exclusive", 0):  # shifted: a sum less its last term would round, and be NaN at infinities

@@ -15,7 +15,7 @@ from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import ids_of_engine, ids_of_model
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
-from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files
+from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files, written_out
 from moeopt.backends.onnxrt.onnx_file.original import session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
@@ -62,10 +62,12 @@ def optimize_file(
             "out device= and target=, or optimise the PyTorch model for the other device"
         )
     options.say("looking for blocks of experts in the graph")
+    given = file
+    calls = example_feeds(given, inputs, options.seed)
+    file = written_out(given, calls)
     index = GraphIndex(file.model.graph)
     candidates = list(candidate_regions(index))
     others = list(left_alone(file.model.graph))
-    calls = example_feeds(file, inputs, options.seed)
     call: ArgsKwargs = ((), dict(calls[0]))
     parts = file_parts(file, candidates, calls, options.say)
     made = None
@@ -75,7 +77,7 @@ def optimize_file(
         for part in parts.parts:
             parts.declined.setdefault(part.name, (part.candidate, f"it was rewritten, compared and reverted: {err}"))
     if made is None:
-        made = _left_alone(file, parts, bool(others), options)
+        made = _left_alone(given, parts, bool(others), options)
     broken = [f"{name}: {reason}" for name, (_, reason) in parts.declined.items() if reason.startswith(BROKEN)]
     made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *broken))
     made.certificate.notes += broken
