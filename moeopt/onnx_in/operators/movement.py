@@ -81,8 +81,9 @@ def _concat(call: NodeCall) -> Tensor:
 def _split(call: NodeCall) -> tuple[Tensor, ...]:
     x, axis = call.tensor(0), call.attribute("axis", 0)
     sizes = call.numbers(1) if call.get(1) is not None else call.attribute("split")
-    if sizes is None:
-        return tuple(x.split(-(-x.shape[axis] // call.outputs), axis))
+    if sizes is None:  # equal parts, the last of what is left
+        part = -(-x.shape[axis] // call.outputs)
+        sizes = [part] * (call.outputs - 1) + [x.shape[axis] - part * (call.outputs - 1)]
     return tuple(x.split(sizes, axis))
 
 
@@ -93,15 +94,21 @@ def _slice(call: NodeCall) -> Tensor:
     steps = call.numbers(4) if call.get(4) is not None else [1] * len(starts)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step < 0:
-            whole = isinstance(end, int) and isinstance(start, int) and (start == -1 or start >= x.shape[axis] - 1)
-            if step != -1 or not whole or end > -(1 << 31):
-                raise Declined(
-                    f"{call.node} slices backwards by {step}, which the interpreter reads of whole axes only"
-                )
-            x = x.flip(axis)
+            x = _backwards(call, x, axis, start, end, step)
             continue
         x = _sliced(x, axis, start, end, step)
     return x
+
+
+def _backwards(call: NodeCall, x: Tensor, axis: int, start: PyObject, end: PyObject, step: int) -> Tensor:
+    size = x.shape[axis]
+    if step == -1 and isinstance(start, int) and isinstance(end, int) and start == -1 and end <= -(1 << 31):
+        return x.flip(axis)
+    if not all(isinstance(n, int) for n in (size, start, end)):
+        raise Declined(f"{call.node} slices backwards by {step} to an end that is no constant")
+    last = end + size if -size <= end < 0 else end  # an end before the first element takes that too
+    chosen = range(*slice(start, None if last < 0 else last, step).indices(size))
+    return x.index_select(axis, torch.tensor(list(chosen), dtype=torch.int64, device=x.device))
 
 
 def _sliced(x: Tensor, axis: int, start: PyObject, end: PyObject, step: int) -> Tensor:
@@ -133,9 +140,11 @@ def _gather_elements(call: NodeCall) -> Tensor:
 
 def _gather_nd(call: NodeCall) -> Tensor:
     x, at, lead = call.tensor(0), call.tensor(1), call.attribute("batch_dims", 0)
-    if lead:
-        raise Declined(f"{call.node} gathers by batches (batch_dims={lead}), which the interpreter does not read")
-    return x[tuple(at.unbind(-1))]
+    rows = [
+        torch.arange(x.shape[d], device=x.device).reshape([-1 if d == axis else 1 for axis in range(at.dim() - 1)])
+        for d in range(lead)
+    ]
+    return x[tuple([*rows, *at.unbind(-1)])]
 
 
 def _scatter_elements(call: NodeCall) -> Tensor:
@@ -158,7 +167,8 @@ def _scatter_nd(call: NodeCall) -> Tensor:
 
 
 def _nonzero(call: NodeCall) -> Tensor:
-    return call.tensor(0).nonzero().t()
+    x = call.tensor(0)
+    return (x if x.dim() else x.reshape(1)).nonzero().t()
 
 
 def _one_hot(call: NodeCall) -> Tensor:
@@ -185,6 +195,8 @@ def _constant_of_shape(call: NodeCall) -> PyObject:
 
 def _range(call: NodeCall) -> Tensor:
     start, limit, step = (v for n in range(3) for v in call.numbers(n))
+    if not isinstance(limit, torch.SymInt) and not isinstance(start, torch.SymInt) and (limit - start) * step < 0:
+        limit = start
     return torch.arange(start, limit, step, dtype=call.inputs[0].dtype)
 
 
