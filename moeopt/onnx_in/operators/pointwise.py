@@ -81,9 +81,12 @@ def _cast_like(call: NodeCall) -> Tensor:
 
 
 def _clip(call: NodeCall) -> Tensor:
-    """A bound that is left out is the largest finite number, and one that is NaN is none."""
+    """A bound that is left out is the largest finite number, and one that is NaN is none.
+
+    The attribute ``unbounded``, of steps and not of ONNX, takes what is left out for no bound.
+    """
     x, low, high = call.tensor(0), _bound(call, 1), _bound(call, 2)
-    if x.is_floating_point():
+    if x.is_floating_point() and not call.attribute("unbounded", 0):
         low = torch.finfo(x.dtype).min if low is None else low
         high = torch.finfo(x.dtype).max if high is None else high
     low, high = _not_nan(low, -torch.inf), _not_nan(high, torch.inf)

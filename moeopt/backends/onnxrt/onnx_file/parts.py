@@ -112,7 +112,7 @@ def _first(candidate: CandidateRegion) -> str:
 
 def _checked(file: OnnxFile, candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Values]) -> FilePart:
     ends = region_ends(candidate, region, runs)
-    module = region_module(region, ends, file.opset, candidate.name).eval()
+    module = region_module(region, ends, file.opset, candidate.name, to_lower=True).eval()
     distance = 0.0
     try:
         for run in runs:
