@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import ids_of_engine, ids_of_model
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files, written_out
+from moeopt.backends.onnxrt.onnx_file.file_reports import decline, in_order
 from moeopt.backends.onnxrt.onnx_file.original import session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
@@ -56,7 +56,7 @@ def optimize_file(
         UsageError: ONNX Runtime does not load or run it; inputs that it does not take.
     """
     started = time.perf_counter()
-    if not isinstance(plan, OrtPlan) or plan.provider != "cpu":
+    if options.target not in (None, "cpu") or not isinstance(plan, OrtPlan) or plan.provider != "cpu":
         raise UsageError(
             f"{file.name}: an ONNX file is optimised for the CPU of this machine, where both files are compared; leave "
             "out device= and target=, or optimise the PyTorch model for the other device"
@@ -81,7 +81,7 @@ def optimize_file(
     broken = [f"{name}: {reason}" for name, (_, reason) in parts.declined.items() if reason.startswith(BROKEN)]
     made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *broken))
     made.certificate.notes += broken
-    blocks = _in_order(file, made.report.blocks, parts, [c.name for c in candidates])
+    blocks = in_order(file, made.report.blocks, parts, [c.name for c in candidates])
     made.report = dataclasses.replace(
         made.report,
         blocks=(*blocks, *(BlockReport(o.name, "moe", "declined", o.reason, o.experts) for o in others)),
@@ -177,10 +177,10 @@ def _rewritten(
             raise NothingRewrittenError
 
     try:
-        made = backend(settle).optimize(regions, call, options, plan)
+        made = backend(settle, "the file").optimize(regions, call, options, plan)
     except NothingRewrittenError:
         for block in seen[0][1].blocks:
-            _decline(parts, block)
+            decline(parts, block)
         return None
     ((twin, outcome),) = seen
     kept = [part for part in parts.parts if part.name in outcome.rewrites]
@@ -254,35 +254,6 @@ def _replaceable(file: OnnxFile) -> list[str]:
         "call, so no experts are sought among them: export with keep_initializers_as_inputs=False, or take them out of "
         "graph.input"
     ]
-
-
-def _decline(parts: FileParts, block: BlockReport) -> None:
-    for part in parts.parts:
-        if part.name == block.name or block.name.startswith(f"{part.name}."):
-            parts.declined.setdefault(part.name, (part.candidate, block.reason or "it was not rewritten"))
-
-
-def _in_order(
-    file: OnnxFile, blocks: Sequence[BlockReport], parts: FileParts, names: Sequence[str]
-) -> list[BlockReport]:
-    """The report's blocks in the graph's order, declined candidates among them, each with its place in the file."""
-    found: dict[str, list[BlockReport]] = {name: [] for name in names}
-    for block in blocks:
-        found.setdefault(
-            next((n for n in names if block.name == n or block.name.startswith(f"{n}.")), block.name), []
-        ).append(block)
-    for name, (candidate, reason) in parts.declined.items():
-        if not any(b.kind == "moe" for b in found[name]):
-            found[name].append(BlockReport(name, "moe", "declined", reason, candidate.chains.experts))
-    where = {part.name: _place(file, part) for part in parts.parts}
-    return [
-        dataclasses.replace(block, source=where.get(name, "")) for name, several in found.items() for block in several
-    ]
-
-
-def _place(file: OnnxFile, part: FilePart) -> str:
-    nodes = part.region.nodes
-    return f"{Path(file.name).name}, {len(nodes)} nodes up to {nodes[-1].name or nodes[-1].op_type!r}"
 
 
 def _fingerprint(file: OnnxFile) -> dict[str, str]:
