@@ -25,7 +25,7 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, MoeoptError, NotEquivalentError, UsageError
 from moeopt.onnx_in.ends import graph_inputs, tensor_type
 from moeopt.onnx_in.feeds import GraphFeeds, given_feeds, made_up_feeds, resized
-from moeopt.onnx_in.frozen_routing import BROKEN
+from moeopt.onnx_in.frozen_routing import BROKEN, frozen_routing
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.left_alone import left_alone
 from moeopt.onnx_in.read import OnnxFile
@@ -102,7 +102,9 @@ def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeed
     dims = {v.name: tensor_type(file, v)[1] for v in graph_inputs(file.proto.graph)}
     if inputs is not None:
         given = given_feeds(file, inputs)
-        session.run(given)
+        stops = _runs(session, given)
+        if stops is not None:
+            raise UsageError(f"{file.name}: {stops}{_may_be_broken(file)}")
         other = resized(given, dims)
         return [given, other] if other is not None and _runs(session, other) is None else [given]
     found: list[GraphFeeds] = []
@@ -119,7 +121,7 @@ def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeed
         takes = ", ".join(f"{name} {dims[name]}" for name in dims)
         raise UsageError(
             f"{file.name} does not run on inputs that were made up for it: {said}; give example inputs: "
-            f"moeopt.optimize(path, {{...}}) with {takes}"
+            f"moeopt.optimize(path, {{...}}) with {takes}{_may_be_broken(file)}"
         )
     return found
 
@@ -145,6 +147,12 @@ def verify_file(
     budget = end.budget if end is not None and end.budget > 0 else EPS_ALLOWANCE * torch.finfo(torch.float32).eps
     found = against_file(original, engine, example_feeds(original, inputs, 0), budget)
     return Certificate(end_to_end=found, executed=executed, dtype=before.dtype, device=engine.described)
+
+
+def _may_be_broken(file: OnnxFile) -> str:
+    """The end of a message on a file that does not run, where an export that froze its routing explains that."""
+    found = ((c.name, frozen_routing(c)) for c in candidate_regions(GraphIndex(file.model.graph)))
+    return next((f". In {name} {reason}" for name, reason in found if reason), "")
 
 
 def _runs(session: PyObject, feeds: GraphFeeds) -> str | None:
