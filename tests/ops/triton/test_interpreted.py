@@ -136,6 +136,23 @@ def test_a_weight_that_moved_is_found_where_it_is_now():
     agree(case, MANY)
 
 
+class MadeAtEachRead(ListExpertWeights):
+    """Weights that nobody holds but who reads them, as where neurons are picked from a wider matrix."""
+
+    def w_in(self, e):
+        return tuple(w.clone() for w in super().w_in(e))
+
+    def w_out(self, e):
+        return super().w_out(e).clone()
+
+
+@pytest.mark.parametrize("few", (FEW, MANY))
+def test_weights_that_are_made_at_each_read_live_until_the_kernels_have_run(few):
+    case = make(ExpertsSpec(rows="separate"), T=9, E=4, K=2, dtype=torch.float32, stacked=False)
+    case.bank = MadeAtEachRead(case.bank.w_in_l, case.bank.w_out_l, case.bank.b_in_l, case.bank.b_out_l)
+    agree(case, few)
+
+
 def _changed(bank, change):
     lists = [list(ws) for ws in bank.w_in_l]
     lists[0][1] = change(lists[0][1])
