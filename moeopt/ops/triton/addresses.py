@@ -16,6 +16,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.triton.constants import WeightTypes
 from moeopt.ops.unfit import Unfit
+from moeopt.value_types import PyObject
 
 Geometry = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
@@ -36,12 +37,30 @@ class Weights(NamedTuple):
 
 
 def weights_of(bank: ExpertWeights, spec: ExpertsSpec, H: int, device: torch.device) -> Weights:
-    """The live addresses of ``bank``; read anew at each call, so a weight that moved is found where it is now.
+    """The live addresses of ``bank``; looked at anew at each call, so a weight that moved is found where it is now.
+
+    A bank that tells at once that all its weights lie where they lay (``lies``) is not read one by one again.
 
     Raises:
         Unfit: weights that differ between experts in shape, strides or dtype, or lie on another device.
     """
     stacked = bank.stacked()
+    lies = None if stacked is not None else getattr(bank, "lies", None)
+    now = None if lies is None else lies()
+    if now is None:
+        return _weights_of(bank, stacked, spec, H, device)
+    held: PyObject = bank
+    known = held.known
+    if known is None or known[0] is not spec or known[1:4] != (H, device, now):
+        found = _weights_of(bank, None, spec, H, device)
+        known = held.known = spec, H, device, now, found._replace(alive=())  # the module holds them; this must not
+    answer: Weights = known[4]
+    return answer
+
+
+def _weights_of(
+    bank: ExpertWeights, stacked: StackedExpertWeights | None, spec: ExpertsSpec, H: int, device: torch.device
+) -> Weights:
     parts = _stacked_parts(stacked) if stacked is not None else _listed_parts(bank)
     E, (w_in, w_in2, w_out, b_in, b_in2, b_out, norm) = bank.num_experts, parts
     matrices = [p for p in (w_in, w_in2, w_out) if p is not None]
@@ -82,8 +101,7 @@ def weights_of(bank: ExpertWeights, spec: ExpertsSpec, H: int, device: torch.dev
         )
     held = WeightTypes(dtype, bias_dtype, b_in is not None, b_out is not None, norm is not None, aligned)
     bias_steps = (bias_in_step * step, b_out.geometry[1][0] if b_out else 0, norm.geometry[1][0] if norm else 0)
-    alive = tuple(t for p in parts if p is not None for t in p.alive)
-    return Weights(_table(tuple(map(tuple, rows)), device), held, I, D, in_steps, out_steps, bias_steps, alive)
+    return Weights(_table(tuple(map(tuple, rows)), device), held, I, D, in_steps, out_steps, bias_steps, _alive(parts))
 
 
 class _Part(NamedTuple):
@@ -91,6 +109,10 @@ class _Part(NamedTuple):
     device: torch.device
     addresses: Sequence[int]
     alive: tuple[Tensor, ...]
+
+
+def _alive(parts: Sequence[_Part | None]) -> tuple[Tensor, ...]:
+    return tuple([t for p in parts if p is not None for t in p.alive])
 
 
 def _bias_dtype(matrices: Sequence[_Part], vectors: Sequence[_Part], device: torch.device) -> torch.dtype:
