@@ -19,6 +19,11 @@ COLUMNS, DEPTH = 16, 128
 """Columns and depth of the tile of a matrix-vector product: 16-byte loads, one row of 256 bytes of 16-bit weights."""
 
 
+def launches(spec: ExpertsSpec) -> tuple[int, int]:
+    """Kernels of one call with up to ``FEW_PAIRS`` pairs of token and expert, and with more."""
+    return (2, 4) if spec.out_norm_eps is None else (4, 5)
+
+
 def experts_triton(
     x_TH: Tensor,
     ids_TK: Tensor,
@@ -29,7 +34,7 @@ def experts_triton(
     few: int = FEW_PAIRS,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """``experts_reference`` in 2 to 5 launches; the same arguments and result, but not differentiable.
+    """``experts_reference`` in the launches that :func:`launches` counts; same arguments and result, no gradient.
 
     Args:
         few: pairs up to which nothing is sorted.

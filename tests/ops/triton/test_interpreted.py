@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
 from moeopt.ops import ListExpertWeights, experts_reference
 from moeopt.ops.activations import activate
-from moeopt.ops.triton.launch import experts_triton
+from moeopt.ops.triton.launch import experts_triton, launches
 from moeopt.ops.triton.tiles import Tiles
 from moeopt.ops.unfit import Unfit
 from tests.ops.cases import cases, coarsest_eps, make, naive
@@ -134,6 +134,33 @@ def test_a_weight_that_moved_is_found_where_it_is_now():
     experts_triton(*case.args)
     case.bank.w_out_l[1].data = case.bank.w_out_l[1].clone() * 3
     agree(case, MANY)
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel, log):
+        self.kernel, self.log = kernel, log
+
+    def __getitem__(self, grid):
+        self.log.append(self.kernel)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("norm", (None, 1e-6))
+def test_as_many_launches_as_the_report_says(norm, monkeypatch):
+    from moeopt.ops.triton import kernels
+
+    log = []
+    for name in ("gemv_in", "gemv_out", "gemv_pair", "sort_pairs", "tile_in", "tile_out", "norm_terms", "combine"):
+        monkeypatch.setattr(kernels, name, Counted(getattr(kernels, name), log))
+    case = make(ExpertsSpec(out_norm_eps=norm), T=3, E=2, K=1, dtype=torch.float32, biases=False)
+    counts = []
+    for few in (FEW, MANY):
+        log.clear()
+        agree(case, few)
+        counts.append(len(log))
+    assert tuple(counts) == launches(case.spec)
 
 
 class MadeAtEachRead(ListExpertWeights):
