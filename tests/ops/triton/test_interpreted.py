@@ -5,6 +5,7 @@ since the interpreter truncates where a GPU rounds to nearest (twice the error a
 operands is wrong, so the kernels widen those operands there.
 """
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
 from moeopt.ops import ListExpertWeights, experts_reference
 from moeopt.ops.activations import activate
+from moeopt.ops.triton import launch
 from moeopt.ops.triton.launch import experts_triton, launches
 from moeopt.ops.triton.tiles import Tiles
 from moeopt.ops.unfit import Unfit
@@ -147,19 +149,52 @@ class Counted:
         return self.kernel[grid]
 
 
-@pytest.mark.parametrize("norm", (None, 1e-6))
-def test_as_many_launches_as_the_report_says(norm, monkeypatch):
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels that were launched since it was last emptied."""
     from moeopt.ops.triton import kernels
 
     log = []
     for name in ("gemv_in", "gemv_out", "gemv_pair", "sort_pairs", "tile_in", "tile_out", "norm_terms", "combine"):
         monkeypatch.setattr(kernels, name, Counted(getattr(kernels, name), log))
+    return log
+
+
+@pytest.mark.parametrize("few", (FEW, MANY))
+def test_kernels_are_launched_while_the_device_of_x_is_the_current_one(few, launched, monkeypatch):
+    current, at_exit = [], []
+
+    @contextlib.contextmanager
+    def recorded(device):
+        current.append(device)
+        assert not launched
+        yield
+        at_exit.append(len(launched))
+
+    monkeypatch.setattr(launch, "_current", recorded)
+    agree(make(ExpertsSpec(), T=3, E=2, K=1, dtype=torch.float32), few)
+    assert current == [torch.device("cpu")] and at_exit == [len(launched)] and launched
+
+
+def test_the_current_device_is_that_of_the_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: f"with {device}")
+    assert launch._current(torch.device("cuda", 1)) == "with cuda:1"
+
+
+def test_ids_on_another_device_are_declined():
+    case = make(ExpertsSpec(), T=3, E=2, K=1, dtype=torch.float32)
+    with pytest.raises(Unfit, match="x is on cpu, ids on meta and routing weights on cpu"):
+        experts_triton(case.x, case.ids.to("meta"), case.weights, case.bank, case.spec)
+
+
+@pytest.mark.parametrize("norm", (None, 1e-6))
+def test_as_many_launches_as_the_report_says(norm, launched):
     case = make(ExpertsSpec(out_norm_eps=norm), T=3, E=2, K=1, dtype=torch.float32, biases=False)
     counts = []
     for few in (FEW, MANY):
-        log.clear()
+        launched.clear()
         agree(case, few)
-        counts.append(len(log))
+        counts.append(len(launched))
     assert tuple(counts) == launches(case.spec)
 
 
