@@ -15,7 +15,10 @@ PAGE = ROOT / "docs" / "run-it-in.md"
 SCRIPTS = {title: text for language, title, text in fences(PAGE) if language == "python"}
 JAVASCRIPT = {title: text for language, title, text in fences(PAGE) if language == "js"}
 PACKAGES = ROOT / "build" / "npm" / "node_modules"
-RUNTIMES = {"run_onnxruntime.py": "onnxruntime", "run_genai.py": "onnxruntime_genai", "run_openvino.py": "openvino"}
+RUNTIMES = {
+    "run_onnxruntime.py": "onnxruntime", "run_genai.py": "onnxruntime_genai", "run_openvino.py": "openvino",
+    "run_aotinductor.py": "torch",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
