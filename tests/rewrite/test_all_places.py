@@ -48,9 +48,9 @@ def new_parameter(root):
 
 def deleted_and_new(root):
     held = root.experts[2][0]
-    shape = held.weight.shape
+    new = nn.Parameter(torch.ones_like(held.weight))  # while the old one lives, so at another address
     del held.weight
-    held.weight = nn.Parameter(torch.ones(shape))
+    held.weight = new
 
 
 @pytest.mark.parametrize("change", [swapped_data, new_parameter, deleted_and_new])
