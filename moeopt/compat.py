@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -75,3 +76,9 @@ def known_fields(config: type, **fields: PyObject) -> dict[str, Any]:
     """
     names = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set(fields)
     return {name: value for name, value in fields.items() if name in names}
+
+
+def begin_cache_layer(layer: PyObject, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """A layer of transformers' ``DynamicCache`` made ready for such keys and values; in 4.57 it asks for keys only."""
+    begin = layer.lazy_initialization
+    begin(*(keys, values)[: len(inspect.signature(begin).parameters)])

@@ -17,6 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from moeopt.capture.tree import tree_map
+from moeopt.compat import begin_cache_layer
 from moeopt.errors import BundleError
 from moeopt.value_types import PyObject
 
@@ -77,7 +78,7 @@ def rebuilt(layers: PyObject) -> PyObject:
     cache.layer_class_to_replicate = None  # as in the cache that a model makes: for just these layers
     for keys, values in pairs:
         layer = transformers.DynamicLayer()
-        layer.lazy_initialization(keys, values)
+        begin_cache_layer(layer, keys, values)
         layer.keys, layer.values = keys, values
         cache.layers.append(layer)
     return cache

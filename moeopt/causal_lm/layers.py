@@ -16,6 +16,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from moeopt.compat import begin_cache_layer
 from moeopt.errors import Declined
 from moeopt.value_types import PyObject
 
@@ -79,7 +80,7 @@ def fill_layer(layer: PyObject, parts: dict[str, Tensor]) -> None:
     """Put ``parts`` in the place of what ``layer``, of the kind that :func:`make_layer` gives for them, holds."""
     if "keys" in parts:
         if not layer.is_initialized:
-            layer.lazy_initialization(parts["keys"], parts["values"])
+            begin_cache_layer(layer, parts["keys"], parts["values"])
         layer.keys, layer.values = parts["keys"], parts["values"]
     for name, tensor in parts.items():
         kind, _, number = name.rpartition(".")
