@@ -7,7 +7,8 @@ A prototype is one real call of a block with a role for each flattened leaf of `
     choices   the same as a mask of zeros and ones, (tokens, E) or (tokens, K, E)
     weights   floating routing weights, (tokens, K) or (tokens, E)
     static    anything else; with ``lead`` > 0 its rows go with the tokens (a mask, input ids)
-    pairs     (B or 1, heads or 1, S or 1, S) beside (B, S, H): what attention adds to, or allows, for pairs of tokens
+    pairs     (B or 1, heads or 1, S or 1, S) beside (B, S, H): what attention adds to, or allows, for pairs of tokens;
+              (B, ...) beside it: what holds for each sequence (a language, a task, a condition)
 
 ``lead`` counts the token dims in front: 2 for (B, S, H), 1 for (T, H). A map (N, C, H, W) has its
 features on axis 1 (``feature_axis=1``) and lead 3. The *grid* is the token dims of the first leaf that

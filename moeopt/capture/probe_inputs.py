@@ -37,7 +37,7 @@ def call_specs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[CallSp
     for axis, lead in readings:
         grid = tuple(first.movedim(axis, -1).shape[:lead])
         roles = tuple(_leaf(t, first, grid, axis, lead) for t in leaves)
-        for reading in _readings(roles, leaves):
+        for reading in (*_readings(roles, leaves), *_of_sequences(roles, leaves, grid)):
             try:
                 yield CallSpec(tuple(args), dict(kwargs), reading)
             except UsageError:  # the arguments' sizes do not fit this reading
@@ -94,6 +94,23 @@ def _readings(roles: tuple[ArgRole, ...], leaves: list[Any]) -> Iterator[tuple[A
     )
     if other != roles:
         yield other
+
+
+def _of_sequences(
+    roles: tuple[ArgRole, ...], leaves: list[Any], grid: tuple[int, ...]
+) -> Iterator[tuple[ArgRole, ...]]:
+    """``roles``, with tensors of as many entries as there are sequences (a language, a task, a condition of each) as
+    what follows the number of sequences."""
+    if len(grid) < 2 or grid[0] < 2:
+        return
+    found = tuple(
+        ArgRole("pairs", dims=(0, *([None] * (t.dim() - 1))))
+        if isinstance(t, torch.Tensor) and leaf == ArgRole() and t.dim() and t.shape[0] == grid[0]
+        else leaf
+        for leaf, t in zip(roles, leaves, strict=True)
+    )
+    if found != roles:
+        yield found
 
 
 def _may_be_ids(leaf: ArgRole, t: PyObject) -> bool:

@@ -54,6 +54,7 @@ def record(
     keep_values: bool = True,
     steer: Steer | None = None,
     lenient: bool = False,
+    made: bool = False,
 ) -> Tape:
     """Run ``module(*args, **kwargs)`` once and return its :class:`Tape`.
 
@@ -63,6 +64,7 @@ def record(
         keep_values: keep every node's value (a block), or only the graph (a whole model).
         lenient: go on after a call that the tape cannot carry; its result then comes from nowhere in particular. For
             a whole model, of which the tape only tells where to look.
+        made: whether the inputs are not the caller's own, which an error says then.
         steer: may answer another output than the one an op computed; see ``moeopt.capture.force_routing``.
 
     Raises:
@@ -79,7 +81,7 @@ def record(
                 torch.Tensor, lambda t: recorder.add_input(t, f"input_{next(counter)}"), (args, kwargs)
             )
             with module_calls(recorder.through_call), WatchCalls(recorder), recorder:
-                _run(module, args, kwargs, _GIVEN if lenient else _MADE)
+                _run(module, args, kwargs, _MADE if made else _GIVEN)
                 attributes = {
                     key: tree_map(torch.Tensor, recorder.node_of, value)
                     for key, value in state.changed_attributes().items()

@@ -92,3 +92,9 @@ def identity_of(product: fx.Node) -> tuple[Any, ...]:
         steps.append((str(node.target), repr([a for a in node.args if not isinstance(a, fx.Node)])))
         node = node.all_input_nodes[0]
     return (str(node.target), *steps)
+
+
+def len_of_stack(product: fx.Node) -> int:
+    """How many matrices a matmul multiplies by."""
+    found = weight_and_operand(product, {})
+    return int(found[0].meta["shape"][0]) if found is not None and len(found[0].meta["shape"]) == 3 else 1

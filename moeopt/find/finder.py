@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from moeopt.capture.op_kinds import op_name, picks_rows
 from moeopt.capture.tape import Call, Tape
-from moeopt.find.block_candidates import BlockCandidate, closest, each_once, identity_of, numbered_tensors
+from moeopt.find.block_candidates import BlockCandidate, closest, each_once, identity_of, len_of_stack, numbered_tensors
 from moeopt.find.module_lists import row_sources
 from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.ffn_candidates import FFNCandidate
@@ -144,6 +144,8 @@ class Finder:
             levels = levels[owner:]
             call = levels[0]
         experts = len({identity_of(c.out.matmul) for c in group})  # a loop over the batch visits each several times
+        if kind == "moe" and experts == 1:  # one product of all
+            experts = max([1, *(len_of_stack(c.out.matmul) for c in group)])
         return BlockCandidate(
             kind, call, levels, first.meta["index"], first.meta.get("source", ""), group, experts, weights
         )

@@ -96,7 +96,8 @@ def rewrite_block(
         bound = None if alike is None else _rebind(name, module, call, options, runtime, alike, manager)
         return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
     except Declined as err:
-        if err.rank < Rank.FORBIDS and (reason := non_finite_reason(module)):
+        reason = non_finite_reason(module, not isinstance(err, ExpertsNotHit)) if err.rank < Rank.FORBIDS else ""
+        if reason:
             raise Declined(reason, rank=Rank.FORBIDS, others=(err.obstacle, *err.others)) from None
         raise
     except UsageError:

@@ -86,7 +86,7 @@ class Capture:
         for aimed in (None, aimed_at_router(self.module, self.call_spec)):
             experts = len(self.found[0].experts)
             call = probe_call(self.call_spec, tokens, seed, experts=experts, aimed=aimed, variant=variant)
-            tape = _later_call(self.module, call) if later else record(self.module, *call)
+            tape = _later_call(self.module, call) if later else record(self.module, *call, made=True)
             try:
                 found = self.reader.again(tape, self.found)
             except Declined as err:
@@ -178,7 +178,7 @@ def _later_call(module: nn.Module, call: ArgsKwargs) -> Tape:
         with watched:
             args, kwargs = clone_inputs(call)
             module(*args, **kwargs)
-        return record(module, *call)
+        return record(module, *call, made=True)
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:

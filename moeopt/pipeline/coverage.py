@@ -99,13 +99,14 @@ def covering(
             tokens = max(tokens, 2 * math.ceil(experts / call_spec.slots(ids[0])))
         call = probe_call(call_spec, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
         steer = ForceAllExperts(last.num_named, seed) if forced and last is not None else None
-        tape = record(module, *call, steer=steer)
+        tape = record(module, *call, steer=steer, made=True)
         refuse_random(tape, module.training)
         refuse_collectives(tape)
         refuse_sparse(tape)
         try:
             return call, tape, recognize(tape, assume=assume)
         except ExpertsNotHit as err:
+            err.others = (*err.others, *(last.others if last is not None else ()))
             last = err.with_traceback(None)
             experts = max(experts, last.num_named) if ids else experts
             if steer is not None or ids:  # the ids named every expert: weights still not reached may be none

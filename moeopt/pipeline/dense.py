@@ -72,7 +72,7 @@ def function_of(module: nn.Module, call: ArgsKwargs, place: BlockCandidate, seed
     """The function of a dense FFN in words; "" where a few made-up tokens do not show it."""
     for call_spec in call_specs(*call):
         try:
-            tape = record(module, *probe_call(call_spec, 10, seed))
+            tape = record(module, *probe_call(call_spec, 10, seed), made=True)
             return str(read_dense(tape, [frozenset(place.weights)])[0].spec)
         except Exception:  # the report's words must not fail a model that is left as it is
             continue

@@ -47,7 +47,7 @@ class DenseReader:
 
     def first(self, module: nn.Module, call_spec: CallSpec, seed: int) -> tuple[ArgsKwargs, Tape, list[Recognition]]:
         call = probe_call(call_spec, 24, seed)
-        tape = record(module, *call)
+        tape = record(module, *call, made=True)
         found = self.again(tape, [])
         for recognition in found:
             inner = {index for n in recognition.interior for index in tape.stack(n.meta["call"])[1:]}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from moeopt.capture.replay import descendants, replay
+from moeopt.capture.replay import ancestors, descendants, replay
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
@@ -68,7 +68,7 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
     sites = list(labels.token)
     out = sites[0].matrices[0].m
     nodes = descendants(tape, [s.node for s in sites])
-    nearest = "their outputs never meet in one tensor with a row per token"
+    nearest = "their outputs never meet in one tensor with a row per token" + _apart(tape, sites)
     for target in _meeting_points(sites, nodes):
         if _leaks(tape, target, sites):
             nearest = "beside their sum something else (another gate, another layer) reads the result of single experts"
@@ -100,6 +100,18 @@ def _meeting_points(sites: list[GemmSite], nodes: list[fx.Node]) -> Iterator[fx.
         dtype = node.meta.get("dtype")
         if reach == full and dtype is not None and dtype.is_floating_point:
             yield node
+
+
+def _apart(tape: Tape, sites: list[GemmSite]) -> str:
+    """What more there is to say of experts that do not all meet."""
+    own = {s.node for s in sites}
+    parts = {frozenset(own & ancestors([result])) for result in tape.results()} - {frozenset()}
+    if len(parts) < 2 or frozenset(own) in parts:
+        return ""
+    return (
+        ", but in several, each with some of the experts (a gate for each task, over experts of its own and shared "
+        "ones); give each gate experts of its own, or mix all of them by every gate"
+    )
 
 
 def _leaks(tape: Tape, target: fx.Node, sites: list[GemmSite]) -> bool:

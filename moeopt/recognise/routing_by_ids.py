@@ -11,6 +11,7 @@ from torch import fx
 from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
+from moeopt.errors import Declined
 from moeopt.recognise.named_ids import places_of
 from moeopt.recognise.readings import (
     axis_orders,
@@ -79,6 +80,23 @@ def _named_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[
             ids = extraction.run(tape)
             if (mapping := _mapping(ids, table)) is not None:
                 yield extraction, ids, mapping
+
+
+def ids_of_sequences(tape: Tape, before: list[fx.Node], table: Table) -> Declined | None:
+    """The reason where integers name the expert of each sequence (B of them), and none that of each token."""
+    tokens = len(table.visits)
+    for node in possible_sources(before, floating=False):
+        count = math.prod(node.meta["shape"])
+        if not 1 < count < tokens or tokens % count or int(tape.value(node).min()) < 0:
+            continue
+        ids = tape.value(node).reshape(-1).long().repeat_interleave(tokens // count)[:, None]
+        if int(ids.max()) < 4 * table.visits.shape[1] and _mapping(ids, table) is not None:
+            return Declined(
+                "its experts are chosen for whole sequences, by one id each, and the op takes the ids of each token; "
+                "flatten the sequences to rows, and repeat each id for its tokens (ids.repeat_interleave(x.shape[1]))",
+                node.meta.get("source", ""),
+            )
+    return None
 
 
 def _as_many_as_chosen(tape: Tape) -> set[fx.Node]:

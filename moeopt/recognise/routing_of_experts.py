@@ -233,7 +233,8 @@ def _only_the_router_steers(
 
     before = ancestors([tokens, *cut])
     for node in dispatch - before:
-        if op_name(node) in ("nonzero", "masked_select", "unique_consecutive", "_unique2") and steered.get(node, False):
+        by = node.args[1] if op_name(node) == "masked_select" else node  # what it selects from is no choice
+        if op_name(node) in ("nonzero", "masked_select", "unique_consecutive", "_unique2") and steered.get(by, False):  # type: ignore[arg-type]
             raise Declined(
                 f"which rows its experts see depends on more than the tensors that hold the routing ({op_name(node)})",
                 node.meta.get("source"),

@@ -82,7 +82,8 @@ class Flow:
             for key in keys:
                 bits |= 1 << self._bit.setdefault(key, len(self._bit))
         self.touched[node] = bits
-        self.how[node] = hash((False, str(dtype))) if integer else self._hash(node)
+        chosen = integer or dtype == torch.bool  # which expert it is about is no part of how it is computed
+        self.how[node] = hash((False, str(dtype))) if chosen else self._hash(node)
 
     def _weight(self, node: fx.Node) -> int:
         """A weight is its dtype and shape, whichever place of a bank it comes from; expanded to rows, what it was."""
@@ -216,6 +217,18 @@ def _alone(node: fx.Node, inside: set[fx.Node]) -> bool:
     """Whether ``node`` computes something, or only views it, for these calls and no others."""
     source = node.all_input_nodes[0] if node.all_input_nodes else None
     result = op_name(node) == "getitem" and source is not None and not moves_rows(source)
-    moved = moves_rows(node) and op_name(node) not in _VIEWS and not result
+    moved = moves_rows(node) and op_name(node) not in _VIEWS and not result and not _parts_features(node)
     users = [u for u in node.users if "index" in u.meta]
     return node.op == "call_function" and not moved and all(u in inside for u in users)
+
+
+def _parts_features(node: fx.Node) -> bool:
+    """Whether ``node`` takes some of the last dimension of its operand, so that every row stays where it is."""
+    if op_name(node) == "getitem" and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    name, source = op_name(node), node.all_input_nodes[0] if node.all_input_nodes else None
+    rank = len((source.meta.get("shape") if source is not None else None) or ())
+    place = 1 if name in ("slice", "select", "unbind") else 2
+    if name not in ("slice", "select", *_SPLITS) or len(node.args) <= place or rank < 2:
+        return False
+    return int(node.args[place]) % rank == rank - 1  # type: ignore[arg-type]

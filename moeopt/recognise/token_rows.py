@@ -69,9 +69,12 @@ def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
     k = sites[0].matrices[0].k
     weighted: Tokens | None = None
     orders: list[tuple[list[bytes], int]] = []
-    if len({w.shape[-1] for w in wanted.values()}) > 1:
+    widths = list(dict.fromkeys(w.shape[-1] for w in wanted.values()))
+    if len(widths) > 1:
         raise Declined(
-            "the experts' first matmuls take rows of different widths",
+            f"the experts' first matmuls take rows of different widths ({' and '.join(map(str, widths))}), as of a "
+            "condition beside each token, and the op hands an expert one row of one tensor; join them before the "
+            "experts (torch.cat([x, condition], -1)), and take the row apart inside each",
             sites[0].matmul.meta.get("source"),
             rank=Rank.READING,
         )

@@ -41,8 +41,9 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
         elif is_matmul(node) and (read := weight_and_operand(node, memo)) is not None and picks_rows(read[1]):
             if weight_and_operand(node, {}) is None:
                 return Declined(
-                    "its experts' weights are computed at each call (from integers and scales, or from low-rank "
-                    "factors), and the op reads weights as they are stored; compute them once, and keep the results",
+                    "its experts' weights are computed at each call (from integers and scales, from low-rank factors, "
+                    "or from shared weights and own ones), and the op reads weights as they are stored; compute them "
+                    "once, and keep the results",
                     node.meta.get("source", ""),
                 )
     if (reason := _one_of_many(tape) or between_products(tape)) is not None:

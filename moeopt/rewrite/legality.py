@@ -46,10 +46,14 @@ def check_module(module: nn.Module) -> None:
             )
 
 
-def non_finite_reason(module: nn.Module) -> str:
+def non_finite_reason(module: nn.Module, infinite_too: bool = True) -> str:
     """Why a block with a Parameter that is not finite everywhere cannot be judged, and the way out; "" without one.
 
-    Asked where a block was declined: an infinite bias that shuts an expert off on purpose may be no obstacle.
+    Asked where a block was declined, since such a Parameter may be no obstacle.
+
+    Args:
+        infinite_too: whether infinity counts, or NaN alone, beside which an infinite bias may be meant: it shuts an
+            expert off.
     """
     for path, weight in module.named_parameters():
         if not weight.is_floating_point() or weight.is_meta:
@@ -57,7 +61,7 @@ def non_finite_reason(module: nn.Module) -> str:
         values = weight.detach()
         if bool(values.sum(dtype=torch.float32 if values.element_size() < 4 else None).isfinite()):
             continue
-        nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
+        nan, infinite = int(values.isnan().sum()), int(values.isinf().sum()) if infinite_too else 0
         if nan or infinite:
             kinds = " and ".join(f"{n:,} {word}" for n, word in ((nan, "NaN"), (infinite, "infinite")) if n)
             return (

@@ -201,7 +201,8 @@ def _merge_integers(versions: list[int], sizes: InputSizes, where: str | None) -
     if size is None:
         raise Declined(
             f"the integer {' or '.join(str(v) for v in versions)} in its forward changes with the input and is "
-            "no simple function of the input's shape (was it read from a tensor with .item()?)",
+            "no simple function of the input's shape (was it read from a tensor with .item(), or rounded, as a "
+            "capacity of n // 2?)",
             where,
         )
     return size

@@ -29,3 +29,20 @@ def test_every_probe_and_every_case_keeps_the_values_of_each_column():
 def test_without_need_columns_are_like_any_other():
     (x,), _ = probe_call(PLAIN, 40, 0)
     assert not (x[:, 0] == x[:, 0].round()).all()
+
+
+IDS = torch.tensor([4, 9, 9, 30])
+
+
+def test_integers_with_gaps_keep_values_of_the_example():
+    spec = CallSpec((torch.randn(4, 3), IDS), {}, (ArgRole("tokens", 1), ArgRole("static", 1)))
+    assert spec.has_whole_columns()
+    (_, free), _ = probe_call(spec, 200, 0)
+    assert set(free.tolist()) == set(range(4, 31))
+    kept = dataclasses.replace(spec, kept_columns=True)
+    cases = [c.args for c in adversarial_cases(kept, 4) if "turned" not in c.name]
+    for _, ids in [probe_call(kept, 200, 0)[0], *cases]:
+        assert set(ids.tolist()) <= {4, 9, 30} and ids.dtype == IDS.dtype
+    assert set(probe_call(kept, 40, 0)[0][1].tolist()) == {4, 9, 30}
+    near = CallSpec((torch.randn(3, 3), torch.arange(3)), {}, (ArgRole("tokens", 1), ArgRole("static", 1)))
+    assert not near.has_whole_columns()

@@ -94,7 +94,7 @@ def test_a_nan_is_a_constant_like_any_other():
     ("args", "text"),
     [
         ((7, 9, 1), "the integer 7 or 9 or 1 in its forward changes with the input and is no simple function of the input's "  # noqa: E501
-         "shape (was it read from a tensor with .item()?)"),
+         "shape (was it read from a tensor with .item(), or rounded, as a capacity of n // 2?)"),
         ((0.5, 0.5, 0.25), "the value 0.5 in its forward changes with the input (read from a tensor?); keep it in a tensor"),  # noqa: E501
         (("mean", "sum", "sum"), "the value 'mean' in its forward changes with the input"),
         ((True, False, True), "the value True in its forward changes with the input"),
