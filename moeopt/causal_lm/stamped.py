@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from moeopt.lower.carried import Carrier
+from moeopt.lower.export import asks_values
 from moeopt.lower.functional import traces_now
 from moeopt.lower.layer_calls import NotStampable
 from moeopt.lower.onnx.sites import Sites
@@ -44,8 +45,8 @@ def stamped(
             left_alone |= {err.kind}
             say(f"tracing each {err.kind.__name__}: {err}")
             continue
-        except Exception:
-            if not stamps.kinds:
+        except Exception as err:
+            if not stamps.kinds or asks_values(err):
                 raise
             break  # a model may refuse the number of a layer that is no int
         traces.unproved |= bool(stamps.layers)
