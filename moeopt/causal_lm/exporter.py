@@ -9,6 +9,7 @@ from moeopt.errors import Declined
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.float64 import attributes_written_out
 from moeopt.lower.onnx.scalars import numbers_as_read
+from moeopt.lower.stamps import Stamps
 from moeopt.value_types import PyObject
 
 
@@ -38,13 +39,15 @@ def with_real_views(exporter: PyObject) -> PyObject:
     class Traced(DynamoExporter):  # type: ignore[misc]
         """Its ``super()`` has the first method since transformers 5.23, the second before."""
 
+        stamps: Stamps | None = None
+
         def export_program(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
-            with _own_dtypes():
+            with _own_dtypes(), contextlib.nullcontext() if self.stamps is None else self.stamps.during():
                 self.program, metadata = super().export_program(*args, **kwargs)
             return ready(self.program), metadata
 
         def export(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
-            with _own_dtypes():
+            with _own_dtypes(), contextlib.nullcontext() if self.stamps is None else self.stamps.during():
                 self.program = super().export(*args, **kwargs)
             return ready(self.program)
 

@@ -27,10 +27,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from moeopt.causal_lm.attention import cache_left_in_place
+from moeopt.causal_lm.carried_cache import CarriedCache
 from moeopt.causal_lm.exporter import onnx_exporter, with_real_views
 from moeopt.causal_lm.layers import ATTENTION, parts_of, sample_cache
 from moeopt.causal_lm.lm_graph import PAST, drop_idle_squeezes, signature_of_lm, turn_batches_back
 from moeopt.causal_lm.mixers import Mixer, find_mixers, stepping
+from moeopt.causal_lm.stamped import stamped, written_out
 from moeopt.causal_lm.steps import replace_mixers
 from moeopt.causal_lm.translations import own_translations
 from moeopt.compat import known_fields
@@ -41,6 +43,8 @@ from moeopt.lower.export import answered, asks_values, written_by
 from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.export import emitting
+from moeopt.lower.onnx.sites import Sites
+from moeopt.lower.stamps import Stamps
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.value_types import PyObject
 
@@ -126,7 +130,7 @@ def export_causal_lm(
             )
         )
         traced = with_real_views(exporter)()
-        graph = _traced_graph(model, traced, sample, config, sites)
+        graph = _traced_graph(model, traced, sample, config, sites, say)
     goes_on = replace_mixers(graph, mixers)
     drop_idle_squeezes(graph.graph)
     turn_batches_back(graph.graph)
@@ -148,23 +152,32 @@ def _mixers(model: nn.Module, sample: dict[str, Any], provider: str) -> list[Mix
 
 
 def _traced_graph(
-    model: nn.Module, traced: PyObject, sample: dict[str, Any], config: PyObject, sites: list[ExpertsNode]
+    model: nn.Module,
+    traced: PyObject,
+    sample: dict[str, Any],
+    config: PyObject,
+    sites: Sites,
+    say: Callable[[str], None],
 ) -> PyObject:
-    """``onnx_ir.Model`` of the model; traced again with constants answered where its Python asks a tensor's value."""
+    """``onnx_ir.Model`` of the model; of alike layers one is traced.
 
-    def export(reads: ConstantReads | None) -> PyObject:
+    It is traced again with constants answered where its Python asks a tensor's value.
+    """
+
+    def export(reads: ConstantReads | None, stamps: Stamps | None) -> PyObject:
         fresh = copy.copy(model)  # the exporter leaves a forward on the instance it is given
-        with answered(fresh, reads):
+        traced.stamps = stamps
+        with answered(fresh, reads), written_out(stamps, sites):
             return traced.export_program(fresh, sample, config)[0]
 
     try:
         try:
-            return export(None)
+            return stamped(model, sites, CarriedCache(), lambda stamps: export(None, stamps), say)
         except Exception as err:
             if not asks_values(err):
                 raise
-            sites.clear()
-            graph = export(reads := ConstantReads(model))
+            sites.start()
+            graph = export(reads := ConstantReads(model), None)
             reads.refuse(written_by(traced.program))
             return graph
     except Exception as err:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from moeopt.errors import UsageError
+from moeopt.planning.given import plain_values
 from moeopt.planning.placement import Placement, balanced, contiguous
 from moeopt.value_types import PyObject
 
@@ -50,15 +48,7 @@ def placements_of(given: PyObject, ops: Sequence[tuple[str, int]], ranks: int) -
 
 def _by_name(given: PyObject, ranks: int) -> dict[str, list[Placement]] | Placement:
     """By block, one for each of its ops or one for all; or one for all blocks."""
-    if isinstance(given, (str, os.PathLike)):
-        path = Path(given)
-        if not path.is_file():
-            raise UsageError(f"placement={str(given)!r} is no file; {FORMS}")
-        try:
-            given = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as err:
-            raise UsageError(f"{path} cannot be read as JSON ({err}); {FORMS}") from err
-    fields: PyObject = given.to_dict() if hasattr(given, "to_dict") else given
+    fields = plain_values(given, "placement", f"; {FORMS}")
     if isinstance(fields, Mapping) and isinstance(fields.get("placements"), Sequence) and "devices" in fields:
         return _planned(fields, ranks)
     if isinstance(fields, Mapping) and isinstance(fields.get("layers"), Sequence):
@@ -68,7 +58,7 @@ def _by_name(given: PyObject, ranks: int) -> dict[str, list[Placement]] | Placem
     if isinstance(fields, Sequence) and not isinstance(fields, (str, bytes)):
         plain: Placement = _plain(fields)
         return plain
-    raise UsageError(f"placement is a {type(given).__name__}; {FORMS}")
+    raise UsageError(f"placement is a {type(fields).__name__}; {FORMS}")
 
 
 def _planned(plan: Mapping[str, Any], ranks: int) -> dict[str, list[Placement]]:

@@ -16,8 +16,10 @@ from typing import Any
 from torch import nn
 
 from moeopt.capture.alike import equal_values, unequal_plain, unlike
+from moeopt.lower.plain_attributes import AttributePlace, held_at
 from moeopt.rewrite.graph_words import graph_to_words
 from moeopt.rewrite.install import RewrittenForward
+from moeopt.value_types import PyObject
 
 
 def repeated_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -85,3 +87,47 @@ def _frozen(a: RewrittenForward, b: RewrittenForward) -> bool:
 def weights_by_name(module: nn.Module) -> dict[str, Any]:
     """The parameters and buffers of a layer, one that stands at two places under both names."""
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+
+
+class Likeness:
+    """Which candidates are alike, looked at once."""
+
+    def __init__(self, candidates: dict[str, nn.Module]) -> None:
+        self._group: dict[str, str] = {}
+        self._differing: dict[str, frozenset[tuple[str, str]]] = {}
+        self._candidates = candidates
+        firsts: list[str] = []
+        for path, layer in candidates.items():
+            for first in firsts:
+                plain = differences(candidates[first], layer)
+                if plain is not None:
+                    self._group[path], self._differing[path] = first, plain
+                    break
+            else:
+                firsts.append(path)
+                self._group[path], self._differing[path] = path, frozenset()
+
+    def has_like(self, path: str) -> bool:
+        return sum(first == self._group[path] for first in self._group.values()) > 1
+
+    def differing(self, path: str) -> frozenset[tuple[str, str]]:
+        """The plain attributes in which some layer of the group of ``path`` differs from the first."""
+        group = [p for p, first in self._group.items() if first == self._group[path]]
+        return frozenset().union(*(self._differing[p] for p in group))
+
+    def are_numbers(self, path: str, at: AttributePlace) -> bool:
+        """Whether an attribute is an int in each layer of the group of ``path``."""
+        group = [p for p, first in self._group.items() if first == self._group[path]]
+        return all(type(held_at(self._candidates[p], at)) is int for p in group)
+
+    def __call__(self, traced: str, path: str, read: set[tuple[str, str]]) -> bool:
+        """Whether a layer is like a traced one in all that the traced one has ``read``."""
+        if self._group[traced] != self._group[path]:
+            return False
+        one, other = self._candidates[traced], self._candidates[path]
+        return all(repr(_kept(one, at)) == repr(_kept(other, at)) for at in read)
+
+
+def _kept(layer: nn.Module, at: AttributePlace) -> PyObject:
+    value = held_at(layer, at)
+    return type(value), value

@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 from moeopt.bundle.golden import check_golden, golden_run
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.lower.export import export_program
+from moeopt.lower.layer_calls import NotStampable
 from moeopt.lower.plain import plain_call
 from moeopt.lower.stamp_graph import OnCopy, write_out
-from moeopt.lower.stamps import NotStampable, Stamps
+from moeopt.lower.stamps import Stamps
 from moeopt.patches import one_trace, quiet, tables_of_weights
 
 ONE_SEED = 0
@@ -63,6 +64,11 @@ def traces_with(each_layer: bool) -> Iterator[Traces]:
         _traces.reset(token)
 
 
+def traces_now() -> Traces:
+    """How models are traced here; a note of it where no :func:`traces_with` is open tells nobody."""
+    return _traces.get() or Traces()
+
+
 def export_functional(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -86,7 +92,7 @@ def export_functional(
     Raises:
         NotSaveableError: the model cannot be exported, or ``functional`` refused it.
     """
-    traces = _traces.get() or Traces()
+    traces = traces_now()
     left_alone = frozenset(type(m) for m in model.modules()) if traces.each_layer else frozenset()
     while True:
         stamps = Stamps(model, left_alone, fresh)

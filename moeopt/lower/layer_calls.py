@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from moeopt.value_types import PyObject
 
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+class NotStampable(BaseException):  # no ``except Exception`` of a model's own catches it
+    """A layer's call did more than make tensors of its arguments and weights; ``kind`` is the layer's class."""
+
+    def __init__(self, kind: type, why: str) -> None:
+        super().__init__(why)
+        self.kind = kind
 
 
 def described(args: PyObject, kwargs: PyObject) -> tuple[Any, list[Tensor]] | None:
@@ -32,7 +40,7 @@ def described(args: PyObject, kwargs: PyObject) -> tuple[Any, list[Tensor]] | No
             words.append((_kind_of(leaf), first.setdefault(memory, len(first))))
         elif isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             words.append(str(leaf.node.expr))
-        elif isinstance(leaf, _PLAIN):
+        elif isinstance(leaf, PLAIN):
             words.append((type(leaf).__name__, repr(leaf)))
         else:
             return None
@@ -49,6 +57,15 @@ def _kind_of(t: Tensor) -> tuple[Any, ...]:
     return t.dtype, t.device, t.dim(), tuple(sizes), t.is_conj(), t.is_neg()
 
 
+def open_sizes(leaves: PyObject) -> set[str]:
+    """The free sizes in the shapes and strides of tensors, and among numbers, by name."""
+    found: set[Any] = set()
+    for leaf in pytree.tree_leaves(leaves):
+        sizes = (*leaf.shape, *leaf.stride(), leaf.storage_offset()) if isinstance(leaf, Tensor) else (leaf,)
+        found |= {symbol for n in sizes if isinstance(n, torch.SymInt) for symbol in free_symbols(n)}
+    return {str(symbol) for symbol in found}
+
+
 def _unbacked(tensors: Sequence[Tensor]) -> bool:
     """Whether a size depends on data."""
     return any(free_unbacked_symbols(t) for t in tensors)
@@ -56,7 +73,7 @@ def _unbacked(tensors: Sequence[Tensor]) -> bool:
 
 def more_than_tensors(leaves: Sequence[Any], made: Sequence[Tensor], held: Sequence[Tensor]) -> str:
     """Why a result cannot be given by a stamp; "" where it can."""
-    if not made or not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
+    if not made or not all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
         return "it returns something else than tensors"
     if any(t.layout != torch.strided for t in made) or _unbacked(made):
         return "it returns a tensor whose size depends on the data"

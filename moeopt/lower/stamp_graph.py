@@ -16,7 +16,8 @@ from torch import fx
 from torch.export.graph_signature import InputKind
 
 from moeopt.lower.alike_layers import weights_by_name
-from moeopt.lower.stamps import Kind, NotStampable, Stamps
+from moeopt.lower.layer_calls import NotStampable
+from moeopt.lower.stamps import Kind, Stamps
 
 MARK, STAMP = torch.ops.moeopt.mark.default, torch.ops.moeopt.stamp.default
 OnCopy = Callable[[fx.Node, fx.Node, str, str], None]
@@ -69,13 +70,16 @@ def write_out(
 
 
 def _body(graph: fx.Graph, kind: Kind) -> _Body:
-    marks = [n for n in graph.nodes if n.target is MARK and n.args[1] == kind.number]
-    begin, end = marks
+    *begins, end = [n for n in graph.nodes if n.target is MARK and n.args[1] == kind.number]
     nodes: list[fx.Node] = []
-    given = {user: user.args[1] for user in begin.users}
-    node = begin.next
+    given: dict[fx.Node, int] = {}
+    count = 0
+    for begin in begins:  # of the arguments, and of the tensors in its slot of a cache
+        given |= {user: count + user.args[1] for user in begin.users}
+        count += len(begin.args[0])
+    node = begins[0].next
     while node is not end:
-        if not _is_size(node):
+        if not _is_size(node) and node not in begins:
             nodes.append(node)
         node = node.next
     inside = {*nodes, *given, end}

@@ -11,6 +11,9 @@ again with layers of its class left as they are:
     the calls are alike    plain arguments are equal, tensors agree in dtype, symbolic sizes, strides and aliasing
     nothing else is read   plain attributes in which the layers differ were not read by the first
     nothing else happens   it returned fresh tensors, wrote to no argument, weight or attribute, and no value leaks
+
+A key/value cache among the arguments is a :mod:`carried` object: what a layer reads and puts into its own slot of it,
+which it finds by its own number, are arguments and results more (the slot is marked where the layer reaches for it).
 """
 
 from __future__ import annotations
@@ -27,19 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moeopt.lower.alike_layers import differences, repeated_modules, weights_by_name
-from moeopt.lower.layer_calls import attributes, described, more_than_tensors, same_attributes
+from moeopt.lower.alike_layers import Likeness, repeated_modules, weights_by_name
+from moeopt.lower.carried import Carrier, SlotCall, one_carried, put_back
+from moeopt.lower.layer_calls import NotStampable, attributes, described, more_than_tensors, open_sizes, same_attributes
+from moeopt.lower.plain_attributes import AttributePlace, LayerNumber, watched
 from moeopt.value_types import PyObject
 
 _numbers = itertools.count()
-
-
-class NotStampable(BaseException):  # no ``except Exception`` of a model's own catches it
-    """A layer's call did more than make tensors of its arguments and weights; ``kind`` is the layer's class."""
-
-    def __init__(self, kind: type, why: str) -> None:
-        super().__init__(why)
-        self.kind = kind
 
 
 @dataclass
@@ -48,19 +45,35 @@ class Kind:
 
     Attributes:
         cls: the layer's own class; while it is traced it may have one that notes reads.
-        outputs: the tensors that it returned, as ``moeopt::stamp`` gives their like.
+        call: its arguments, with a word in the place of a cache.
+        sizes: how many free sizes these had as the call began.
+        outputs: the tensors that it returned, then those that it put into its slot: ``moeopt::stamp`` gives their like.
+        returned: how many it returned.
         result: what it returned, a number of ``outputs`` in the place of each tensor.
         read: its plain attributes that were read, as (path of the module, name).
+        slot: what it did with a cache among its arguments.
     """
 
     path: str
     layer: nn.Module
     cls: type
     call: Any
+    sizes: int
     number: int = field(default_factory=_numbers.__next__)
     outputs: list[Tensor] = field(default_factory=list)
+    returned: int = 0
     result: Any = None
-    read: set[tuple[str, str]] = field(default_factory=set)
+    read: set[AttributePlace] = field(default_factory=set)
+    slot: SlotCall | None = None
+
+    def called_like(self, call: PyObject) -> bool:
+        """Whether a call, as :func:`described`, is like this one.
+
+        Both are told in the sizes of now: a trace renames a size that it finds equal to another (the past of a mask and
+        of each layer's cache). A call that made two sizes of its arguments equal is like no later one.
+        """
+        now = described(*self.call)
+        return now is not None and now[0] == call and len(open_sizes(self.call)) == self.sizes
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,9 @@ _KINDS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 class Stamps:
     """The alike layers of ``model``, while :meth:`during` is open.
 
+    Args:
+        carrier: knows the caches that layers are given; None: a layer that is given one is traced.
+
     Attributes:
         left_alone: classes whose layers are traced each.
         fresh: called when a trace begins.
@@ -88,14 +104,15 @@ class Stamps:
         model: nn.Module,
         left_alone: frozenset[type] = frozenset(),
         fresh: Callable[[], None] = lambda: None,
+        carrier: Carrier | None = None,
     ) -> None:
-        self.model, self.left_alone, self._fresh = model, left_alone, fresh
+        self.model, self.left_alone, self._fresh, self._carrier = model, left_alone, fresh, carrier
         self.kinds: dict[int, Kind] = {}
         self.layers: list[str] = []
         self._candidates = {p: m for p, m in repeated_modules(model).items() if type(m) not in left_alone}
         self._classes = {p: type(m) for p, m in self._candidates.items()}
-        self._like = _Likeness(self._candidates)
-        self._inside = False
+        self._like = Likeness(self._candidates)
+        self._inside: Kind | None = None
         self._thread = 0
 
     def forget(self) -> None:
@@ -112,7 +129,7 @@ class Stamps:
             for path, layer in self._candidates.items():
                 if self._like.has_like(path):
                     undo.enter_context(self._instead(path, layer))
-                    undo.enter_context(_watched(layer, self._like.differing(path), self._note))
+                    undo.enter_context(watched(layer, self._like.differing(path), self._read))
             yield self
 
     @contextlib.contextmanager
@@ -130,45 +147,72 @@ class Stamps:
             if held is None:
                 del layer.__dict__["forward"]
 
-    def _note(self, path: str, name: str) -> None:
-        if self._inside and self._thread == threading.get_ident():
-            self._reads.add((path, name))
+    def _read(self, at: AttributePlace, value: PyObject) -> PyObject:
+        kind = self._inside
+        if kind is None or self._thread != threading.get_ident():
+            return value
+        if kind.slot is not None and self._like.are_numbers(kind.path, at):
+            return LayerNumber(value, at, kind.read.add)
+        kind.read.add(at)
+        return value
 
     def _call(
         self, path: str, layer: nn.Module, forward: Callable[..., Any], args: PyObject, kwargs: PyObject
     ) -> PyObject:
-        traced = self._thread == threading.get_ident() and not self._inside  # others may call the model meanwhile
-        found = described(args, kwargs) if traced else None
+        traced = self._thread == threading.get_ident() and self._inside is None  # others may call the model meanwhile
+        if not traced:
+            return forward(*args, **kwargs)
+        (plain, options), cache = one_carried((args, kwargs), self._carrier)
+        found = described(plain, options)
         if found is None:
             return forward(*args, **kwargs)
         call, tensors = found
         for kind in self.kinds.values():
-            if kind.call == call and self._like(kind.path, path, kind.read):
-                self.layers.append(path)
-                return _filled(kind.result, torch.ops.moeopt.stamp(tensors, kind.number, len(self.layers) - 1))
-        kind = Kind(path, layer, self._classes[path], call)
+            if not kind.called_like(call) or not self._like(kind.path, path, kind.read):
+                continue
+            slot = None if kind.slot is None else kind.slot.like_it(layer, cache, (plain, options))
+            if kind.slot is not None and slot is None:
+                continue
+            self.layers.append(path)
+            given = tensors if slot is None else [*tensors, *slot.parts]
+            made = torch.ops.moeopt.stamp(given, kind.number, len(self.layers) - 1)
+            if slot is not None:
+                slot.put(made[kind.returned :])
+            return _filled(kind.result, made)
+        kind = Kind(path, layer, self._classes[path], (plain, options), len(open_sizes((plain, options))))
         _KINDS[kind.number] = kind
-        result = self._marked(kind, forward, (args, kwargs), tensors)
+        result = self._marked(kind, forward, tensors, cache)
         self.kinds[kind.number] = kind
         return result
 
-    def _marked(self, kind: Kind, forward: Callable[..., Any], call: PyObject, tensors: list[Tensor]) -> PyObject:
+    def _marked(self, kind: Kind, forward: Callable[..., Any], tensors: list[Tensor], cache: PyObject) -> PyObject:
         """The first call of a kind, between two marks."""
         before = attributes(kind.layer)
         inputs = iter(torch.ops.moeopt.mark(tensors, kind.number, False))
-        args, kwargs = pytree.tree_map_only(Tensor, lambda _: next(inputs), call)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda _: next(inputs), kind.call)
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if cache is not None and self._carrier is not None:
+            kind.slot = SlotCall(
+                self._carrier,
+                cache,
+                kind.cls,
+                kind.call,
+                lambda parts: torch.ops.moeopt.mark(parts, kind.number, False),
+            )
+            args, kwargs = put_back((args, kwargs), cache)
         held = [*given, *weights_by_name(kind.layer).values()]
-        versions, structure = [t._version for t in held], pytree.tree_structure((args, kwargs))
-        self._inside, self._reads = True, kind.read
+        versions, structure = [t._version for t in held], self._structure((args, kwargs))
+        self._inside = kind
         try:
-            result = forward(*args, **kwargs)
+            with contextlib.nullcontext() if kind.slot is None else kind.slot.during():
+                result = forward(*args, **kwargs)
         finally:
-            self._inside = False
+            self._inside = None
         leaves, spec = pytree.tree_flatten(result)
         made = [t for t in leaves if isinstance(t, Tensor)]
-        why = more_than_tensors(leaves, made, held)
-        if [t._version for t in held] != versions or pytree.tree_structure((args, kwargs)) != structure:
+        read, put = ([], []) if kind.slot is None else kind.slot.results()
+        why = more_than_tensors([*leaves, *put], [*made, *put], [*held, *read])
+        if [t._version for t in held] != versions or self._structure((args, kwargs)) != structure:
             why = "it writes to its arguments or weights"
         if not same_attributes(before, attributes(kind.layer)):
             why = "it writes to its attributes"
@@ -176,86 +220,18 @@ class Stamps:
             raise NotStampable(kind.cls, why)
         number = itertools.count()
         places = [Leaf(next(number)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        kind.outputs, kind.result = made, pytree.tree_unflatten(places, spec)
-        return _filled(kind.result, torch.ops.moeopt.mark(made, kind.number, True))
+        kind.outputs, kind.returned, kind.result = [*made, *put], len(made), pytree.tree_unflatten(places, spec)
+        ends = torch.ops.moeopt.mark(kind.outputs, kind.number, True)
+        if kind.slot is not None:
+            kind.slot.put(ends[len(made) :])
+        return _filled(kind.result, ends)
+
+    def _structure(self, call: PyObject) -> PyObject:
+        return pytree.tree_structure(call, is_leaf=None if self._carrier is None else self._carrier.is_one)
 
 
 def _filled(result: PyObject, tensors: Sequence[Tensor]) -> PyObject:
     return pytree.tree_map_only(Leaf, lambda leaf: tensors[leaf.number], result)
-
-
-class _Likeness:
-    """Which candidates are alike, looked at once."""
-
-    def __init__(self, candidates: dict[str, nn.Module]) -> None:
-        self._group: dict[str, str] = {}
-        self._differing: dict[str, frozenset[tuple[str, str]]] = {}
-        self._candidates = candidates
-        firsts: list[str] = []
-        for path, layer in candidates.items():
-            for first in firsts:
-                plain = differences(candidates[first], layer)
-                if plain is not None:
-                    self._group[path], self._differing[path] = first, plain
-                    break
-            else:
-                firsts.append(path)
-                self._group[path], self._differing[path] = path, frozenset()
-
-    def has_like(self, path: str) -> bool:
-        return sum(first == self._group[path] for first in self._group.values()) > 1
-
-    def differing(self, path: str) -> frozenset[tuple[str, str]]:
-        """The plain attributes in which some layer of the group of ``path`` differs from the first."""
-        group = [p for p, first in self._group.items() if first == self._group[path]]
-        return frozenset().union(*(self._differing[p] for p in group))
-
-    def __call__(self, traced: str, path: str, read: set[tuple[str, str]]) -> bool:
-        """Whether a layer is like a traced one in all that the traced one has ``read``."""
-        if self._group[traced] != self._group[path]:
-            return False
-        one, other = self._candidates[traced], self._candidates[path]
-        return all(repr(_held(one, *at)) == repr(_held(other, *at)) for at in read)
-
-
-def _held(layer: nn.Module, path: str, name: str) -> PyObject:
-    value = layer.get_submodule(path).__dict__[name]
-    return type(value), value
-
-
-@contextlib.contextmanager
-def _watched(layer: nn.Module, names: frozenset[tuple[str, str]], note: Callable[[str, str], None]) -> Iterator[None]:
-    """While open, reads of these plain attributes are noted: each module has a class that asks before it answers."""
-    of_layer = type(layer)
-    by_path: dict[str, list[str]] = {}
-    for path, name in names:
-        by_path.setdefault(path, []).append(name)
-    classes: dict[nn.Module, type] = {}
-    try:
-        for path, own in by_path.items():
-            module = layer.get_submodule(path)
-            kind = type(module)
-            if type(kind) is not type or any("__init_subclass__" in vars(c) for c in kind.__mro__[:-1]):
-                raise NotStampable(of_layer, "its class would notice a class that is made of it")
-            asked: dict[str, Any] = {name: _noting(path, name, note) for name in own}
-            asked |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-            module.__class__ = type(kind.__name__, (kind,), asked)
-            classes[module] = kind
-        yield
-    finally:
-        for module, kind in classes.items():
-            module.__class__ = kind
-
-
-def _noting(path: str, name: str, note: Callable[[str, str], None]) -> property:
-    def get(module: nn.Module) -> PyObject:
-        note(path, name)
-        return module.__dict__[name]
-
-    def put(module: nn.Module, value: PyObject) -> None:
-        module.__dict__[name] = value
-
-    return property(get, put)
 
 
 def _mark_fake(xs: Sequence[Tensor], kind: int, end: bool) -> list[Tensor]:

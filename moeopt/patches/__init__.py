@@ -15,6 +15,7 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
                                            translation)
     onnx_export   promotion_from_known_values
                                            torch's pass of type promotion, all threads (the same casts, sooner)
+    onnx_export   after_decomposition      torch's preparation before ONNX, the caller's thread
     attention     sdpa_of                  transformers' attention function "sdpa", the caller's thread
     output        no_fake_tensor_errors    the logger of fake tensors, all threads
     output        quiet                    standard output and warnings, the caller's thread; loggers, all threads
@@ -27,6 +28,7 @@ Here a reader sees which private names of torch, onnxscript and transformers moe
 
 from moeopt.patches.attention import sdpa_of as sdpa_of
 from moeopt.patches.collector import fewer_collections as fewer_collections
+from moeopt.patches.onnx_export import after_decomposition as after_decomposition
 from moeopt.patches.onnx_export import no_idle_decomposition as no_idle_decomposition
 from moeopt.patches.onnx_export import one_registry as one_registry
 from moeopt.patches.onnx_export import promotion_from_known_values as promotion_from_known_values

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from moeopt.patches.patch import InForce, Patch, Undo, nothing, replace
+from moeopt.patches.patch import InForce, Mine, Patch, Undo, nothing, replace
 from moeopt.value_types import FxArg, PyObject
 
 
@@ -165,3 +167,38 @@ promotion_from_known_values = Patch(_promote_from_known_values)
 """torch.onnx runs each program once more on fake tensors, only to see the dtypes that its nodes' values have: each
 node says so in its ``meta``. A node that gets casts is run by the pass itself, and its ``meta`` set anew.
 """
+
+_finish = Mine()
+
+
+def _finish_decomposed() -> Undo:
+    try:
+        from torch.onnx._internal.exporter import _core
+    except ImportError:
+        return nothing
+    if "_prepare_exported_program_for_export" not in vars(_core):
+        return nothing
+
+    def make(theirs: PyObject, in_force: InForce) -> PyObject:
+        def prepare(program: PyObject, **options: PyObject) -> PyObject:
+            prepared = theirs(program, **options)
+            if in_force.yes and _finish.top is not None:
+                _finish.top(prepared)
+            return prepared
+
+        return prepare
+
+    return replace(_core, "_prepare_exported_program_for_export", make)
+
+
+_finished = Patch(_finish_decomposed)
+
+
+@contextlib.contextmanager
+def after_decomposition(finish: Callable[[Any], None]) -> Iterator[None]:
+    """While open, ``finish`` may change a program of this thread that torch.onnx has decomposed and not translated yet.
+
+    A version of torch with other private names does not call ``finish``.
+    """
+    with _finished(), _finish.holding(finish):
+        yield

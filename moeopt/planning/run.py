@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from moeopt.inspection.result import Inspection
 from moeopt.planning.cache import numbers_of_a_token
 from moeopt.planning.counting import busiest, experts_hit, owners_reached, remote_owners
 from moeopt.planning.formats import Format, find_format
+from moeopt.planning.given import plain_values
 from moeopt.planning.links import START, START_ACROSS, Links, links_of
 from moeopt.planning.placement import Placement, balanced, busiest_rank, contiguous, together, with_copies
 from moeopt.planning.result import ClusterPlan, DecodeStep, LayerPlacement, RankMemory, Traffic
@@ -143,19 +141,9 @@ def _layers(load: PyObject) -> list[Mapping[str, Any]]:
     """The layers of a profile, as the plain values of its JSON."""
     if load is None:
         return []
-    if isinstance(load, (str, os.PathLike)):
-        path = Path(load)
-        if not path.is_file():
-            raise UsageError(f"load={str(load)!r} is no file: give what `moeopt profile --json` printed")
-        try:
-            load = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as err:
-            raise UsageError(
-                f"{path} cannot be read as JSON ({err}): give what `moeopt profile --json` printed"
-            ) from err
-    fields = load.to_dict() if hasattr(load, "to_dict") else load
+    fields = plain_values(load, "load", ": give what `moeopt profile --json` printed")
     if not isinstance(fields, Mapping) or not isinstance(fields.get("layers"), list):
-        raise UsageError(f"load is a {type(load).__name__} without layers: give what moeopt.profile returned")
+        raise UsageError(f"load is a {type(fields).__name__} without layers: give what moeopt.profile returned")
     return list(fields["layers"])
 
 

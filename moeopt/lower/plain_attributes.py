@@ -1,0 +1,109 @@
+"""The plain attributes in which alike layers differ: what the traced layer reads of them is noted.
+
+A layer's number in its model (``layer_idx``) differs in all layers and tells each its own slot of a key/value cache. A
+traced layer with a cache therefore gets a :class:`LayerNumber` for it, and the cache may ask which number that is; any
+other use of it is noted, as a read of any other attribute is. An attribute that is an int in one layer and None in
+another is none: ``is None`` could not be noted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from moeopt.lower.layer_calls import NotStampable
+from moeopt.value_types import PyObject
+
+AttributePlace = tuple[str, str]
+"""(path of a module in a layer, name of its attribute)."""
+
+
+class LayerNumber:
+    """An int attribute that knows where it was read; all but ``held`` tells ``use`` first, then is the int's own.
+
+    ``isinstance(number, int)`` holds, so that a model's checks of its arguments go the way that they go for an int.
+    """
+
+    def __init__(self, held: int, at: AttributePlace, use: Callable[[AttributePlace], None]) -> None:
+        self.held, self.at, self._use = held, at, use
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return int
+
+    def __getattr__(self, name: str) -> PyObject:
+        self._use(self.at)
+        return getattr(self.held, name)
+
+
+def _used(name: str) -> Callable[..., Any]:
+    """A special method of int; with an operand of another type (``1.0 + number``) the operator asks that type too."""
+    forward, reflected = getattr(operator, name, None), getattr(operator, f"__{name[3:]}", None)
+
+    def method(self: LayerNumber, *args: PyObject) -> PyObject:
+        self._use(self.at)
+        found = getattr(self.held, name)(*args)
+        if found is not NotImplemented or len(args) != 1:
+            return found
+        if forward is not None:
+            return forward(self.held, args[0])
+        return found if reflected is None else reflected(args[0], self.held)
+
+    return method
+
+
+_ITS_OWN = ("__new__", "__init__", "__class__", "__getattribute__", "__getattr__", "__setattr__", "__delattr__")
+for _name in dir(int):
+    if _name.startswith("__") and callable(getattr(int, _name)) and _name not in _ITS_OWN:
+        setattr(LayerNumber, _name, _used(_name))
+
+
+def held_at(layer: nn.Module, at: AttributePlace) -> PyObject:
+    """What the attribute of a layer is."""
+    return layer.get_submodule(at[0]).__dict__[at[1]]
+
+
+@contextlib.contextmanager
+def watched(
+    layer: nn.Module, places: frozenset[AttributePlace], read: Callable[[AttributePlace, Any], Any]
+) -> Iterator[None]:
+    """While open, these attributes of ``layer`` are what ``read(place, value)`` gives.
+
+    Each module that holds one has a class of its own meanwhile.
+
+    Raises:
+        NotStampable: a module's class would notice.
+    """
+    of_layer = type(layer)
+    by_path: dict[str, list[str]] = {}
+    for path, name in places:
+        by_path.setdefault(path, []).append(name)
+    classes: dict[nn.Module, type] = {}
+    try:
+        for path, own in by_path.items():
+            module = layer.get_submodule(path)
+            kind = type(module)
+            if type(kind) is not type or any("__init_subclass__" in vars(c) for c in kind.__mro__[:-1]):
+                raise NotStampable(of_layer, "its class would notice a class that is made of it")
+            asked: dict[str, Any] = {name: _asking((path, name), read) for name in own}
+            asked |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            module.__class__ = type(kind.__name__, (kind,), asked)
+            classes[module] = kind
+        yield
+    finally:
+        for module, kind in classes.items():
+            module.__class__ = kind
+
+
+def _asking(at: AttributePlace, read: Callable[[AttributePlace, Any], Any]) -> property:
+    def get(module: nn.Module) -> PyObject:
+        return read(at, module.__dict__[at[1]])
+
+    def put(module: nn.Module, value: PyObject) -> None:
+        module.__dict__[at[1]] = value
+
+    return property(get, put)
