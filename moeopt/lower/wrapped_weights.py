@@ -34,8 +34,8 @@ def wrapped_weights_named(model: nn.Module) -> Iterator[None]:
         more = f" (and {len(wrapped) - 1} more)" if wrapped[1:] else ""
         of = f" of {package_of(held)}" if package_of(held) else ""
         raise NotSaveableError(
-            f"{type(model).__name__} cannot become an engine: {name}{more} is a {type(held).__name__}{of}, which no graph "
-            "holds. Make plain tensors of them, for instance module.weight = torch.nn.Parameter("
+            f"{type(model).__name__} cannot become an engine: {name}{more} is a {type(held).__name__}{of}, which no "
+            "graph holds. Make plain tensors of them, for instance module.weight = torch.nn.Parameter("
             "module.weight.dequantize(), requires_grad=False), and optimise again; quantize='int8' then keeps experts "
             "as small as they are here"
         ) from err

@@ -12,32 +12,32 @@ namespace {
 
 inline bool is_code(int64_t dtype) { return dtype == MOEOPT_I8 || dtype == MOEOPT_U4; }
 
-// The L weights from some code of a row on, under one scale, each (code - zero) * scale rounded once. Intrinsics: compilers take
+// Weights i .. i + L of a row under one scale, each (code - zero) * scale rounded once. Intrinsics: compilers take
 // conversions from 8 bits apart. Decoding one token is bound by these few instructions, not by the memory that they read.
 struct I8 {
   typedef V Scale;
   static Scale scale(float s) { return splat(s); }
-  static V weights(const char *at, Scale scale) {
+  static V weights(const char *row, int64_t i, Scale scale) {
 #if defined(__AVX512F__)
-    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at))) * scale;
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(row + i)))) * scale;
 #elif defined(__AVX2__)
-    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at))) * scale;
+    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + i)))) * scale;
 #else
     V v;
-    for (int j = 0; j < L; j++) v[j] = (float)((const int8_t *)at)[j];
+    for (int j = 0; j < L; j++) v[j] = (float)((const int8_t *)row)[i + j];
     return v * scale;
 #endif
   }
   static int64_t bytes(int64_t codes) { return codes; }
 };
-struct U4 {  // the first code is the low half of a byte; a lane shifts its own down, from a word that lanes share
+struct U4 {  // i is a multiple of 8, of L on AVX-512: a lane shifts its code down, from a word that lanes share
 #if defined(__AVX512F__)
   typedef __m512 Scale;  // the 16 weights that a code can stand for
   static Scale scale(float s) {
     return _mm512_mul_ps(_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_ps(s));
   }
-  static V weights(const char *at, Scale scale) {
-    int64_t eight; memcpy(&eight, at, 8);
+  static V weights(const char *row, int64_t i, Scale scale) {
+    int64_t eight; memcpy(&eight, row + i / 2, 8);
     const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     const __m512i down = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
     const __m512i words = (__m512i)_mm512_permutevar_ps((__m512)_mm512_set1_epi64(eight), halves);
@@ -46,24 +46,24 @@ struct U4 {  // the first code is the low half of a byte; a lane shifts its own 
 #elif defined(__AVX2__)
   struct Scale { __m256 one, eight; };
   static Scale scale(float s) { return {_mm256_set1_ps(s), _mm256_set1_ps(-8 * s)}; }
-  static V weights(const char *at, Scale scale) {  // code * scale - 8 * scale: exact, and rounded once
-    int32_t four; memcpy(&four, at, 4);
+  static V weights(const char *row, int64_t i, Scale scale) {  // code * scale - 8 * scale: exact, and rounded once
+    int32_t four; memcpy(&four, row + i / 2, 4);
     const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(four), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
     return (V)_mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15))), scale.one, scale.eight);
   }
 #else
   typedef V Scale;
   static Scale scale(float s) { return splat(s); }
-  static V weights(const char *at, Scale scale) {
+  static V weights(const char *row, int64_t i, Scale scale) {
     V v;
     for (int j = 0; j < L; j += 2) {
-      const uint8_t byte = (uint8_t)at[j / 2];
+      const uint8_t byte = (uint8_t)row[(i + j) / 2];
       v[j] = (float)((byte & 15) - 8), v[j + 1] = (float)((byte >> 4) - 8);
     }
     return v * scale;
   }
 #endif
-  static int64_t bytes(int64_t codes) { return codes >> 1; }
+  static int64_t bytes(int64_t codes) { return codes / 2; }
 };
 
 inline float scale_at(const View &v, int64_t o, int64_t block) {
@@ -88,8 +88,8 @@ inline void row_of_codes(float *to, const View &v, int64_t o, int64_t k, int64_t
     const int64_t block = (k + i) / v.block, end = smaller(n, (block + 1) * v.block - k);
     const float scale = scale_at(v, o, block);
     const typename C::Scale held = C::scale(scale);
-    for (; i + L <= end && !((k + i) & 1); i += L) {
-      const V w = C::weights(row + C::bytes(k + i), held);
+    for (; i + L <= end && !((k + i) & 7); i += L) {
+      const V w = C::weights(row, k + i, held);
       store(to + i, compute == MOEOPT_F32 ? w : round_to(w, compute));
     }
     for (; i < end; i++) to[i] = round_one(load_code(row, v.dtype, k + i) * scale, compute);
@@ -102,8 +102,6 @@ inline void scales_of_row(float *to, const View &v, int64_t o, int64_t first, in
   for (; b + L <= count; b += L) store(to + b, load_as(v.scales, v.scale_dtype, o * v.ss + first + b));
   for (; b < count; b++) to[b] = scale_at(v, o, first + b);
 }
-
-constexpr int STEP = 32;  // codes of a row that are read before those of the next: their scale stays in a register
 
 // NW rows of codes times NX rows of x, each code made float in a register: no panel is written. Blocks are whole vectors.
 // The NW rows behind these are fetched meanwhile, a cache line at a time.
@@ -119,26 +117,21 @@ inline void codes_tile(const View &v, const int64_t *row, int64_t k, int64_t n, 
   UNROLL for (int j = 0; j < NW; j++) scales_of_row(scales[j], v, row[j], block, (k + n - 1) / v.block - block + 1);
   int64_t fetched = 0, end = (block + 1) * v.block - k;
   for (int64_t i = 0, b = 0; i < n; b++, end += v.block) {
+    typename C::Scale scale[NW];
+    UNROLL for (int j = 0; j < NW; j++) scale[j] = C::scale(scales[j][b]);
     const int64_t stop = smaller(n, end);
-    for (; i + STEP <= stop; i += STEP) {
-      const int64_t at = C::bytes(k + i);
+    for (; i + L <= stop; i += L) {
       if (C::bytes(i) >= fetched) {
-        UNROLL for (int j = 0; j < NW; j++) __builtin_prefetch(w[j] + ahead + at, 0, 2);
+        UNROLL for (int j = 0; j < NW; j++) __builtin_prefetch(w[j] + ahead + C::bytes(k + i), 0, 2);
         fetched += 64;
       }
+      V values[NX];
+      UNROLL for (int m = 0; m < NX; m++) values[m] = load(x + m * ldx + i);
       UNROLL for (int j = 0; j < NW; j++) {
-        const typename C::Scale scale = C::scale(scales[j][b]);
-        UNROLL for (int q = 0; q < STEP; q += L) {
-          const V a = C::weights(w[j] + at + C::bytes(q), scale);
-          UNROLL for (int m = 0; m < NX; m++) acc[m][j] += a * load(x + m * ldx + i + q);
-        }
+        const V a = C::weights(w[j], k + i, scale[j]);
+        UNROLL for (int m = 0; m < NX; m++) acc[m][j] += a * values[m];
       }
     }
-    for (; i + L <= stop; i += L)
-      UNROLL for (int j = 0; j < NW; j++) {
-        const V a = C::weights(w[j] + C::bytes(k + i), C::scale(scales[j][b]));
-        UNROLL for (int m = 0; m < NX; m++) acc[m][j] += a * load(x + m * ldx + i);
-      }
     if (i < stop) {  // the last of a row
       UNROLL for (int j = 0; j < NW; j++) {
         V a{};
