@@ -41,7 +41,7 @@ def check_module(module: nn.Module) -> None:
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
             raise Declined(
                 f"{path} is a {type(tensor).__name__}, which the op cannot read; convert it to a plain tensor "
-                "(for example dequantize() or full_tensor()) and optimise again",
+                f"(for example dequantize() or full_tensor()) and optimise again{_maker(tensor)}",
                 rank=Rank.FORBIDS,
             )
 
@@ -214,3 +214,14 @@ def _values(tensor: torch.Tensor) -> str:
     first = tensor.reshape(-1)[:1]
     alike = bool(first.numel()) and bool((tensor == first).all())
     return f"all {first.item():g}" if alike else f"{tensor.numel()} numbers"
+
+
+def package_of(tensor: torch.Tensor) -> str:
+    """The package that brings a tensor's class; "" for torch itself and a script's own."""
+    package = type(tensor).__module__.partition(".")[0]
+    return "" if package in ("torch", "__main__") else package
+
+
+def _maker(tensor: torch.Tensor) -> str:
+    package = package_of(tensor)
+    return f"; its class is one of {package}, and quantize='int8' keeps experts as small" if package else ""

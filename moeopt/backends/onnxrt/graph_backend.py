@@ -30,6 +30,7 @@ from moeopt.limits import LoadLimits
 from moeopt.lower.functional import traces_with
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.plain import open_dataclasses
+from moeopt.lower.wrapped_weights import wrapped_weights_named
 from moeopt.options import Options
 from moeopt.patches import fewer_collections
 from moeopt.pipeline.block import OwnForward
@@ -86,7 +87,7 @@ class GraphBackend(Backend):
     ) -> Made:
         shared: list[str] = []
         twin = shared_copy(source, shared)
-        with open_dataclasses(call):
+        with open_dataclasses(call), wrapped_weights_named(twin):
             made = self._engine(source, twin, call, options, plan, data)
         made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *shared))
         return made

@@ -1,0 +1,41 @@
+"""Weights that a quantiser holds as a class of its own (torchao's ``Int8Tensor``): what they mean for a graph.
+
+Exporters fail on such a tensor in many ways, deep in their own code, or in the quantiser's, and name neither the weight
+nor the quantiser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from moeopt.errors import NotSaveableError
+from moeopt.rewrite.legality import package_of
+
+
+@contextlib.contextmanager
+def wrapped_weights_named(model: nn.Module) -> Iterator[None]:
+    """While open, a graph that cannot be written of a model with such weights is refused with their name.
+
+    Raises:
+        NotSaveableError: the message names a weight, its class and package, and the way out.
+    """
+    try:
+        yield
+    except (NotSaveableError, RuntimeError, TypeError, NotImplementedError, AssertionError) as err:
+        weights = (*model.named_parameters(), *model.named_buffers())
+        wrapped = [(name, held) for name, held in weights if is_traceable_wrapper_subclass(held)]
+        if not wrapped:
+            raise
+        name, held = wrapped[0]
+        more = f" (and {len(wrapped) - 1} more)" if wrapped[1:] else ""
+        of = f" of {package_of(held)}" if package_of(held) else ""
+        raise NotSaveableError(
+            f"{type(model).__name__} cannot become an engine: {name}{more} is a {type(held).__name__}{of}, which no "
+            "graph holds. Make plain tensors of them, for instance module.weight = torch.nn.Parameter("
+            "module.weight.dequantize(), requires_grad=False), and optimise again; quantize='int8' then keeps experts "
+            "as small as they are here"
+        ) from err
