@@ -58,7 +58,7 @@ def native_wanted() -> bool:
     return from_variable("MOEOPT_NATIVE", True, {"on": True, "off": False}.__getitem__, "on or off")
 
 
-def check_environment() -> None:
+def check_variables() -> None:
     """``UsageError`` for a variable of no field whose value is none that it can have, before anything is done."""
     measuring()
     native_wanted()
