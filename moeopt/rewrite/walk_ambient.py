@@ -51,7 +51,7 @@ def read_modes(walk: Walk) -> None:
 
 
 def read_variables(walk: Walk) -> None:
-    """The variables of the environment that the code names, and that no other was added."""
+    """The variables of the process that the code names, and that no other was added."""
     table, keys = variables(walk.names)
     if table:
         walk.probe.keys(table)
