@@ -18,7 +18,7 @@ from moeopt.find.example_inputs import NO_CACHE, as_call, in_order, made_up, wit
 from moeopt.limits import DEFAULT, LoadLimits, as_bytes
 from moeopt.onnx_in.read import is_onnx
 from moeopt.optimized import Optimized
-from moeopt.options import Options
+from moeopt.options import Options, check_variables
 from moeopt.pipeline.accept import as_model, moved, moves, without_rewrites
 from moeopt.pipeline.measure_loss import whole_loss
 from moeopt.progress import shown
@@ -217,6 +217,7 @@ def load(
         EngineNotExecutableError: this machine's runtime cannot run it rightly.
         NotEquivalentError: its golden inputs come back otherwise than they were verified to.
     """
+    check_variables()
     most = None if resident is None else as_bytes("resident", resident)
     return registry.open_bundle(directory, device, session_options, limits or DEFAULT, mapped, most)
 
@@ -245,6 +246,7 @@ def verify(
         UsageError: an Optimized without ``original``; an absent provider.
         BundleError: the bundle is damaged.
     """
+    check_variables()
     if is_onnx(original):
         if not isinstance(subject, Optimized):
             return registry.of_bundle(subject).verify(subject, provider, original, inputs, limits or DEFAULT)

@@ -7,8 +7,11 @@ import pickle
 import pytest
 import torch
 
+import moeopt
 from moeopt.errors import UsageError
-from moeopt.options import Options
+from moeopt.ops.native.compile import ISAS
+from moeopt.options import Options, environment
+from moeopt.options.instruction_sets import INSTRUCTION_SETS
 
 SPLIT = {"dense": "split", "experts": 2}
 
@@ -144,3 +147,29 @@ def test_say_reaches_progress():
     Options(progress=lines.append).say("capture: layers.0")
     Options().say("nobody listens")
     assert lines == ["capture: layers.0"]
+
+
+@pytest.mark.parametrize("start", ["options", "load", "verify"])
+def test_an_instruction_set_is_checked_before_anything_is_done(monkeypatch, tmp_path, start):
+    begin = {
+        "options": Options,
+        "load": lambda: moeopt.load(tmp_path / "none"),
+        "verify": lambda: moeopt.verify(tmp_path / "none"),
+    }[start]
+    monkeypatch.setenv("MOEOPT_NATIVE_ISA", "avx1024")
+    with pytest.raises(
+        UsageError, match="MOEOPT_NATIVE_ISA is 'avx1024'; it must be one of generic, avx2, avx512, .*or unset"
+    ):
+        begin()
+    monkeypatch.setattr(environment, "isas_here", lambda: ["generic", "avx2"])
+    monkeypatch.setenv("MOEOPT_NATIVE_ISA", "avx512")
+    with pytest.raises(
+        UsageError, match="is 'avx512', which this CPU does not run: it must be one of generic, avx2, or unset"
+    ):
+        begin()
+    monkeypatch.setenv("MOEOPT_NATIVE_ISA", "avx2")
+    assert Options().verify == "strict"
+
+
+def test_the_names_of_instruction_sets_are_those_that_are_compiled():
+    assert tuple(ISAS) == INSTRUCTION_SETS

@@ -23,6 +23,7 @@ Choices of the whole process, which are no fields, for a call of the op has no `
 
 from moeopt.options.checks import check_device as check_device
 from moeopt.options.environment import cache_directory as cache_directory
+from moeopt.options.environment import check_variables as check_variables
 from moeopt.options.environment import compiler_wanted as compiler_wanted
 from moeopt.options.environment import cpu_limits as cpu_limits
 from moeopt.options.environment import in_ci as in_ci

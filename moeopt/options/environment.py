@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from moeopt.errors import UsageError
+from moeopt.options.instruction_sets import INSTRUCTION_SETS, isas_here
 
 _Value = TypeVar("_Value")
 
@@ -57,21 +58,22 @@ def native_wanted() -> bool:
     return from_variable("MOEOPT_NATIVE", True, {"on": True, "off": False}.__getitem__, "on or off")
 
 
-def check_environment() -> None:
+def check_variables() -> None:
     """``UsageError`` for a variable of no field whose value is none that it can have, before anything is done."""
     measuring()
     native_wanted()
+    wanted, here = native_isa(), isas_here()
+    if wanted is not None and wanted not in here:
+        raise UsageError(
+            f"the environment variable MOEOPT_NATIVE_ISA is {wanted!r}, which this CPU does not run: it must be one of "
+            f"{', '.join(here)}, or unset"
+        )
 
 
-def native_isa(known: Mapping[str, int]) -> str | None:
-    """The instruction set that the user wants the native kernel to play, one of ``known``; None: the best there is."""
-
-    def checked(text: str) -> str | None:
-        if text not in known:
-            raise ValueError(text)
-        return text
-
-    return from_variable("MOEOPT_NATIVE_ISA", None, checked, f"one of {', '.join(known)}")
+def native_isa() -> str | None:
+    """The instruction set that the user wants the native kernel to play; None: the best there is."""
+    known: dict[str, str | None] = {isa: isa for isa in INSTRUCTION_SETS}
+    return from_variable("MOEOPT_NATIVE_ISA", None, known.__getitem__, f"one of {', '.join(known)}")
 
 
 def compiler_wanted() -> str | None:

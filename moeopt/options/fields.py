@@ -20,7 +20,7 @@ from moeopt.options.checks import (
     check_dense,
     check_numbers,
 )
-from moeopt.options.environment import check_environment, flag, from_variable, names_in
+from moeopt.options.environment import check_variables, flag, from_variable, names_in
 from moeopt.options.loss_limits import as_limit, check_quantize
 from moeopt.options.quant_plan import as_quantize
 from moeopt.value_types import PyObject
@@ -130,7 +130,7 @@ class Options:
         return self
 
     def __post_init__(self) -> None:
-        check_environment()
+        check_variables()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name}={getattr(self, name)!r}: it must be one of {', '.join(choices)}")

@@ -17,8 +17,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from moeopt.errors import MoeoptError
 from moeopt.ops.native.compile import (
     FLAGS,
@@ -30,10 +28,10 @@ from moeopt.ops.native.compile import (
     compile_library,
     compiler_named,
     prebuilt,
-    x86,
 )
 from moeopt.ops.native.compile import ISAS as ISAS
 from moeopt.options import cache_directory, compiler_wanted
+from moeopt.options.instruction_sets import isas_here as isas_here
 
 _FLAGS = FLAGS
 
@@ -46,18 +44,6 @@ class BuildError(MoeoptError):
 
 class CompileError(BuildError):
     """The compiler refused: it may be too old for an instruction set."""
-
-
-def isas_here() -> list[str]:
-    """The instruction sets that this CPU runs, weakest first."""
-    if not x86():
-        return ["generic"]
-    found = ["generic"]
-    for isa in ("avx2", "avx512", "avx512_bf16"):  # each has what those before it have
-        if not getattr(torch.cpu, f"_is_{isa}_supported", lambda: False)():
-            break
-        found.append(isa)
-    return found
 
 
 @functools.cache

@@ -91,7 +91,7 @@ def load() -> Library:
     """Build or find, load and check the kernel for the best instruction set; :class:`NoLibrary` says why it is not."""
     if not native_wanted():
         raise NoLibrary("MOEOPT_NATIVE is off")
-    wanted = native_isa(ISAS)
+    wanted = native_isa()
     here = isas_here()
     if wanted is not None and wanted not in here:
         raise NoLibrary(f"MOEOPT_NATIVE_ISA is {wanted}, and this CPU runs {', '.join(here)}")

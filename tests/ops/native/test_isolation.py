@@ -32,9 +32,23 @@ def test_a_token_s_bits_depend_on_no_neighbour(kernel, layouts, dtype):
     assert torch.equal(kernel(x[order], ids[order], weights[order], bank, spec), whole[order])
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_many_columns_and_rows_of_weights_in_out(kernel, dtype):
+    """(in, out) weights are read a group of rows and a task's columns at a time, and how many depends on the tokens."""
+    spec = ExpertsSpec(w_in_layout="io", w_out_layout="io")
+    x, ids, weights, bank, _ = random_block(spec, Sizes(T=40, K=1, E=1, H=150, I=1300, D=1100), dtype, seed=15)
+    whole = kernel(x, ids, weights, bank, spec)
+    want = experts_reference(x, ids, weights, bank, spec).double()
+    assert ((whole.double() - want).abs().max() / (16 * torch.finfo(dtype).eps * (want.abs().max() + 1))) <= 1
+    for count in (1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 33):
+        assert torch.equal(kernel(x[:count], ids[:count], weights[:count], bank, spec), whole[:count]), count
+    assert torch.equal(kernel(x, ids, weights, bank, spec, threads=8), whole)
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS[:2], ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_bits_depend_on_no_thread(best, dtype):
-    args = block(dtype, LAYOUTS[0])
+def test_bits_depend_on_no_thread(best, dtype, layouts):
+    args = block(dtype, layouts)
     want = best(*args)
     for threads in range(1, 9):
         for _ in range(3):

@@ -181,6 +181,7 @@ struct Work {
 
   explicit Work(const Plan &p, int64_t threads) : plan(p) {
     const moeopt_call &c = p.c;
+    for (int64_t i = 0; i < threads; i++) scratch.emplace_back((float *)allocate(4 * std::max(p.k.scratch, c.K)));
     stages.push_back({Stage::GATHER, (p.job.rows + GATHERED - 1) / GATHERED, 0, 0, {}});
     for (size_t b = 0; b + 1 < p.batches.size(); b++)
       for (Stage::Kind kind : {Stage::HIDDEN, Stage::OUTPUT}) {
@@ -193,14 +194,17 @@ struct Work {
       }
     stages.push_back({Stage::COMBINE, (c.T + COMBINED - 1) / COMBINED, 0, 0, {}});
     next.reset(new std::atomic<int64_t>[stages.size()]());
-    for (int64_t i = 0; i < threads; i++) scratch.emplace_back((float *)allocate(4 * std::max(p.k.scratch, c.K)));
   }
 
   static bool across(const moeopt_matrix &m) { return m.stride_out == 1 && m.stride_in != 1; }
 
-  // contiguous k: 16 rows of W; contiguous rows: 256, so that each k is some whole cache lines
   int64_t columns(Stage::Kind kind, const Segment &s) const {
-    return across(kind == Stage::HIDDEN ? s.weights->w_in[0] : s.weights->w_out) ? 256 : 16;
+    const moeopt_matrix &w = kind == Stage::HIDDEN ? s.weights->w_in[0] : s.weights->w_out;
+    if (!across(w)) return 16;
+    int64_t block = columns_across(s.count, w.dtype);
+    const int64_t all = (int64_t)plan.segments.size() * (kind == Stage::HIDDEN ? s.I : plan.c.D);
+    while (block > 256 && all < 2 * block * (int64_t)scratch.size()) block /= 2;  // work for each thread
+    return block;
   }
 
   void task(const Stage &stage, int64_t t, float *mine) const {

@@ -12,9 +12,12 @@
 
 namespace {
 
-constexpr int64_t WIDEST = 512;  // columns of scratch: two halves of 256
-constexpr int64_t PANEL = WIDEST * (OUTER_CHUNK + 64);  // chunks are whole lines
+constexpr int64_t WIDEST = outer_vectors(1) * L;  // columns of a tile: a product may write so many, whatever is asked for
+static_assert(WIDEST <= 256, "columns of a task are whole tiles");
+constexpr int64_t PANEL = GROUP * 256;
 static_assert(PANEL >= 4 * (DOT_CHUNK + 80), "four rows of W fit too");
+constexpr int64_t BIAS = 2 * MOST_COLUMNS;
+constexpr int64_t APART = 16;  // rows of sums do not fall on the same cache sets
 
 inline int64_t product_dtype(int64_t a, int64_t b) { return a == b ? a : (int64_t)MOEOPT_F32; }
 
@@ -68,8 +71,8 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   const int64_t n = end - first, x_size = job.short_x ? 2 : 4, kept = job.short_h ? MOEOPT_BF16 : MOEOPT_F32;
   const bool mixed = s.rows == INTERLEAVED || s.rows == INTERLEAVED_UP, gated = s.rows != PLAIN;
   View one = view(e.w_in[0], s), g = one, u = one;
-  float *panel = scratch, *hg = panel + PANEL, *bias = hg + ROWS * WIDEST, *bg = bias, *bu = bias + WIDEST / 2;
-  float *hu = hg + WIDEST / 2;
+  const int64_t half = up_to(n, 256), ldt = 2 * half + APART;  // a row of sums: gates, then ups, or in turns
+  float *bg = scratch, *bu = bg + MOST_COLUMNS, *panel = scratch + BIAS, *hg = panel + PANEL, *hu = hg + half;
   int64_t step = 1;  // from one gate to the next in a row of scratch
   const int64_t gate_at = s.rows == UP_GATE ? seg.I : s.rows == INTERLEAVED_UP ? 1 : 0;
   const int64_t up_at = s.rows == GATE_UP ? seg.I : s.rows == INTERLEAVED ? 1 : 0;
@@ -92,21 +95,21 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
     const int64_t M = smaller(ROWS, seg.count - m0);
     const char *x = (const char *)job.r + (seg.row + m0) * job.ldx * x_size;
     if (together) {
-      product(one, s.compute, job.short_x, 2 * first, 2 * n, x, job.ldx, c.H, M, panel + PANEL, WIDEST, panel);
+      product(one, s.compute, job.short_x, 2 * first, 2 * n, x, job.ldx, c.H, M, panel + PANEL, ldt, panel);
     } else {
-      product(g, s.compute, job.short_x, first, n, x, job.ldx, c.H, M, hg, WIDEST, panel);
-      if (gated) product(u, s.compute, job.short_x, first, n, x, job.ldx, c.H, M, hu, WIDEST, panel);
+      product(g, s.compute, job.short_x, first, n, x, job.ldx, c.H, M, hg, ldt, panel);
+      if (gated) product(u, s.compute, job.short_x, first, n, x, job.ldx, c.H, M, hu, ldt, panel);
     }
     for (int64_t m = 0; m < M; m++) {
       char *h = (char *)job.h + (seg.h + (m0 + m) * seg.ldh) * (job.short_h ? 2 : 4);
       for (int64_t j = 0; j < n; j += L) {
         V gate, up{};
         if (step == 1) {
-          gate = load(hg + m * WIDEST + j);
-          if (gated) up = load(hu + m * WIDEST + j);
+          gate = load(hg + m * ldt + j);
+          if (gated) up = load(hu + m * ldt + j);
         } else {
           for (int i = 0; i < L; i++) {
-            const int64_t at = m * WIDEST + smaller(j + i, n - 1) * 2;
+            const int64_t at = m * ldt + smaller(j + i, n - 1) * 2;
             gate[i] = hg[at], up[i] = hu[at];
           }
         }
@@ -124,17 +127,18 @@ void output(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   const moeopt_call &c = *job.call;
   const moeopt_spec &s = *c.spec;
   const int64_t n = end - first, size = job.short_h ? 2 : 4;
-  float *panel = scratch, *to = panel + PANEL, *bias = to + ROWS * WIDEST;
+  const int64_t ldt = up_to(n, 256) + APART;
+  float *bias = scratch, *panel = scratch + BIAS, *to = panel + PANEL;
   const View v = view(seg.weights->w_out, s);
   load_bias(bias, seg.weights->b_out, first, 1, n, s.compute);
   for (int64_t m0 = 0; m0 < seg.count; m0 += ROWS) {
     const int64_t M = smaller(ROWS, seg.count - m0);
     const char *h = (const char *)job.h + (seg.h + m0 * seg.ldh) * size;
-    product(v, s.compute, job.short_h, first, n, h, seg.ldh, seg.I, M, to, WIDEST, panel);
+    product(v, s.compute, job.short_h, first, n, h, seg.ldh, seg.I, M, to, ldt, panel);
     for (int64_t m = 0; m < M; m++) {
       float *o = job.o + (seg.row + m0 + m) * job.ldo + first;
       for (int64_t j = 0; j < n; j += L) {
-        const V out = round_to(load(to + m * WIDEST + j) + load(bias + j), s.compute);
+        const V out = round_to(load(to + m * ldt + j) + load(bias + j), s.compute);
         if (j + L <= n) store(o + j, out);
         else store_some(o, MOEOPT_F32, j, out, n - j);
       }
@@ -208,7 +212,7 @@ const Kernels *MOEOPT_KERNELS() {
   constexpr bool paired = false;
 #endif
   static const Kernels table = {
-      MOEOPT_ISA, L, paired, PANEL + ROWS * WIDEST + 2 * WIDEST, gather, hidden, output, combine,
+      MOEOPT_ISA, L, paired, BIAS + PANEL + 2 * MOST_SUMS + ROWS * APART, gather, hidden, output, combine,
   };
   return &table;
 }

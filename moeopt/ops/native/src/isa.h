@@ -6,6 +6,15 @@
 
 enum { ISA_GENERIC = 1, ISA_AVX2 = 2, ISA_AVX512 = 4, ISA_AVX512_BF16 = 8 };
 
+constexpr int64_t ROWS = 64;  // rows of x of one turn: with their k they stay in the second-level cache
+constexpr int64_t MOST_SUMS = 256 * ROWS, MOST_COLUMNS = 1024;
+
+// Columns of a task on W with contiguous rows: the more, the longer are the runs in which W is read, and the fewer, the nearer are
+// the sums of all rows of x.
+inline int64_t columns_across(int64_t rows, int64_t dtype) {
+  return rows <= 8 && dtype != MOEOPT_F32 ? 1024 : rows <= 16 ? 512 : 256;
+}
+
 struct Segment {  // rows row .. row + count of the sorted rows belong to expert e
   int64_t e, row, count, I, h, ldh;  // h: where its hidden rows begin (elements), ldh: from one to the next
   const moeopt_expert *weights;      // resolved: pointers are those of e

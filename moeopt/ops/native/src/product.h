@@ -1,6 +1,7 @@
 // The product of a block of W with some rows of x, by the tile that W's dtype and strides ask for, whatever the number of rows.
 #pragma once
 #include "codes.h"
+#include "outer.h"
 #include "pairs.h"
 #include "tile.h"
 
@@ -14,7 +15,7 @@ void product(const View &v, int64_t compute, bool paired, int64_t first, int64_t
   if (is_code(v.dtype)) return dot_codes(v, compute, first, n, (const float *)x, ldx, K, M, to, ldt, panel);
 #if defined(__AVX512BF16__)
   if (paired && v.si == 1) return pairs_direct(v, first, n, (const uint16_t *)x, ldx, K, M, to, ldt);
-  if (paired) return outer_pairs_direct(v, first, n, (const uint16_t *)x, ldx, K, M, to, ldt);
+  if (paired) return outer_direct<OuterPairs>(v, first, n, (const uint16_t *)x, ldx, K, M, to, ldt, panel);
 #endif
   (void)paired;
   const float *xf = (const float *)x;
@@ -23,9 +24,9 @@ void product(const View &v, int64_t compute, bool paired, int64_t first, int64_t
     else if (v.dtype == MOEOPT_BF16) dot_direct<BF16>(v, first, n, xf, ldx, K, M, to, ldt);
     else dot_direct<F16>(v, first, n, xf, ldx, K, M, to, ldt);
   } else if (v.exact && v.so == 1 && v.si != 1) {
-    if (v.dtype == MOEOPT_F32) outer_direct<F32>(v, first, n, xf, ldx, K, M, to, ldt, panel);
-    else if (v.dtype == MOEOPT_BF16) outer_direct<BF16>(v, first, n, xf, ldx, K, M, to, ldt, panel);
-    else outer_direct<F16>(v, first, n, xf, ldx, K, M, to, ldt, panel);
+    if (v.dtype == MOEOPT_F32) outer_direct<Outer<F32>>(v, first, n, xf, ldx, K, M, to, ldt, panel);
+    else if (v.dtype == MOEOPT_BF16) outer_direct<Outer<BF16>>(v, first, n, xf, ldx, K, M, to, ldt, panel);
+    else outer_direct<Outer<F16>>(v, first, n, xf, ldx, K, M, to, ldt, panel);
   } else {
     dot_panel(v, compute, first, n, xf, ldx, K, M, to, ldt, panel);
   }

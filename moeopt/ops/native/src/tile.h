@@ -17,10 +17,8 @@ struct View {  // W[o][i] = data + o * so + i * si; exact: its values are of the
   int64_t scale_dtype, ss, block;
 };
 
-constexpr int64_t DOT_CHUNK = 1024, OUTER_CHUNK = 128, PAIR_CHUNK = 2048;
-constexpr int64_t AHEAD = 16;  // rows of W that are fetched before they are read
-constexpr int64_t ROWS = 64;  // rows of x of one turn: with their k they stay in the second-level cache
-constexpr int NX_DOT = VBYTES == 64 ? 6 : 3, NX_OUTER = VBYTES == 64 ? 12 : 6;
+constexpr int64_t DOT_CHUNK = 1024, PAIR_CHUNK = 2048;
+constexpr int NX_DOT = VBYTES == 64 ? 6 : 3;
 
 template <int N>
 struct Number { static constexpr int value = N; };
@@ -170,95 +168,6 @@ void dot_panel(const View &v, int64_t compute, int64_t first, int64_t n, const f
           for (int64_t c = 0; c < kc; c += L) store(to_row + c, round_to(load(to_row + c), compute));
       }
       dot_rows<F32, 4>(w, 0, x + k, ldx, kc, M, to + j, ldt, k > 0);
-    }
-  }
-}
-
-// W with contiguous rows: NV vectors of outputs of NX rows of x, k by k
-template <class W, int NV, int NX>
-inline void outer(const typename W::T *w, int64_t si, int64_t last, const float *x, int64_t ldx, int64_t n, float *to,
-                  int64_t ldt, bool add, const char *next, int64_t step) {
-  V acc[NX][NV];
-  UNROLL for (int i = 0; i < NX; i++)
-    UNROLL for (int j = 0; j < NV; j++) acc[i][j] = V{};
-  for (int64_t k = 0; k < n; k++) {
-    V a[NV];
-    UNROLL for (int j = 0; j < NV; j++) a[j] = last && j == NV - 1 ? load_some(w + j * L, W::dtype, 0, last) : W::ld(w + j * L);
-    UNROLL for (int j = 0; j < NV; j++) __builtin_prefetch(next + j * VBYTES, 0, 2);
-    w += si, next += step;
-    UNROLL for (int i = 0; i < NX; i++) {
-      const V b = splat(x[i * ldx + k]);
-      UNROLL for (int j = 0; j < NV; j++) acc[i][j] += a[j] * b;
-    }
-  }
-  UNROLL for (int i = 0; i < NX; i++)
-    UNROLL for (int j = 0; j < NV; j++) {
-      float *at = to + i * ldt + j * L;
-      store(at, add ? load(at) + acc[i][j] : acc[i][j]);
-    }
-}
-
-template <class W, int NV>
-void outer_rows(const typename W::T *w, int64_t si, int64_t last, const float *x, int64_t ldx, int64_t n, int64_t M, float *to,
-                int64_t ldt, bool add, const void *ahead, int64_t step) {
-  int64_t m = 0;
-  const char *next = (const char *)ahead;
-  const auto tile = [&](auto rows) {
-    constexpr int NX = decltype(rows)::value;
-    outer<W, NV, NX>(w, si, last, x + m * ldx, ldx, n, to + m * ldt, ldt, add, next, step);
-    m += NX, next = (const char *)w, step = 0;
-  };
-  if constexpr (NV <= 2) {
-    while (m + NX_OUTER <= M) tile(Number<NX_OUTER>());
-    while (m + 4 <= M) tile(Number<4>());
-  }
-  if constexpr (NV <= 4)
-    while (m + 3 <= M) tile(Number<3>());
-  if constexpr (NV <= 8)
-    while (m + 2 <= M) tile(Number<2>());
-  while (m < M) tile(Number<1>());
-}
-
-// As the tiles will read it: for each two vectors of outputs, k by k. In W a column's elements are a power of two apart
-// more often than not, and fall on a few sets of the caches.
-template <class W>
-void outer_panel(const typename W::T *w, int64_t si, int64_t n, int64_t kc, float *panel) {
-  const int64_t pairs = n / (2 * L);
-  for (int64_t k = 0; k < kc; k++, w += si) {
-    for (int64_t p = 0; p < pairs; p++) {
-      const typename W::T *at = w + p * 2 * L;
-      __builtin_prefetch(at + AHEAD * si, 0, 2);
-      if (sizeof *w == 4) __builtin_prefetch(at + AHEAD * si + L, 0, 2);
-      float *to = panel + (p * kc + k) * 2 * L;
-      store(to, W::ld(at)), store(to + L, W::ld(at + L));
-    }
-  }
-}
-
-template <class W>
-void outer_direct(const View &v, int64_t first, int64_t n, const float *x, int64_t ldx, int64_t K, int64_t M, float *to, int64_t ldt,
-                  float *panel) {
-  const int64_t chunk = chunk_of(K, OUTER_CHUNK), size = sizeof(typename W::T);
-  for (int64_t k = 0; k < K; k += chunk) {
-    const int64_t kc = smaller(chunk, K - k);
-    const typename W::T *w = (const typename W::T *)v.data + k * v.si + first;
-    int64_t j = 0;  // few rows of x: many columns at a time, for what lies together is read together
-    const auto rows = [&](auto vectors) {
-      constexpr int NV = decltype(vectors)::value;
-      for (; j + NV * L <= n; j += NV * L)
-        outer_rows<W, NV>(w + j, v.si, 0, x + k, ldx, kc, M, to + j, ldt, k > 0, w + j + AHEAD * v.si, v.si * size);
-    };
-    if (M == 1 && VBYTES == 64) rows(Number<16>());
-    if (M <= 2) rows(Number<8>());
-    if (M > 2) {
-      outer_panel<W>(w, v.si, n, kc, panel);
-      for (; j + 2 * L <= n; j += 2 * L)  // and the next chunk is fetched meanwhile
-        outer_rows<F32, 2>(panel + j * kc, 2 * L, 0, x + k, ldx, kc, M, to + j, ldt, k > 0, w + j + chunk * v.si, v.si * size);
-    }
-    rows(Number<2>());
-    for (; j < n; j += L) {
-      const int64_t last = n - j < L ? n - j : 0;
-      outer_rows<W, 1>(w + j, v.si, last, x + k, ldx, kc, M, to + j, ldt, k > 0, w + j + AHEAD * v.si, v.si * size);
     }
   }
 }

@@ -27,7 +27,17 @@ typedef int32_t VI __attribute__((vector_size(VBYTES)));
 typedef uint32_t VU __attribute__((vector_size(VBYTES)));
 typedef uint16_t VH __attribute__((vector_size(VBYTES / 2)));
 
-inline V splat(float a) { return V{} + a; }
+inline V splat(float a) {  // not V{} + a, which costs an addition: 0 + a is not a where a is -0
+#if defined(__AVX512F__)
+  return (V)_mm512_set1_ps(a);
+#elif defined(__AVX2__)
+  return (V)_mm256_set1_ps(a);
+#else
+  V v;
+  for (int i = 0; i < L; i++) v[i] = a;
+  return v;
+#endif
+}
 inline V load(const float *p) { V v; memcpy(&v, p, sizeof v); return v; }
 inline void store(float *p, V v) { memcpy(p, &v, sizeof v); }
 inline VU bits(V v) { VU u; memcpy(&u, &v, sizeof u); return u; }
