@@ -28,6 +28,7 @@ from moeopt.recognise.ids_of_masks import one_beyond
 from moeopt.recognise.limits import check_limits
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing import find_routing
+from moeopt.recognise.routing_by_ids import by_names
 from moeopt.recognise.routing_types import FixedShares, NoIds, Routing, Table
 from moeopt.recognise.routing_weights import (
     factors,
@@ -77,7 +78,7 @@ def with_frontier(
             place = weight_position(tape, reading, table, tokens, labels, combine, group)
 
     try:
-        routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, (by_slots,))
+        routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, (by_slots, by_names))
     except (FixedShares, NoIds) as err:
         _say_more(err, group, tokens, labels, combine)
         raise

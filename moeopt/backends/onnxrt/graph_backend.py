@@ -146,7 +146,9 @@ class GraphBackend(Backend):
         blocks = [self._with_lowering(block, built) for block in outcome.blocks]
         report = report_of(source, blocks, self.name, outcome, certificate, options)
         told = notes_of(outcome, twin, options)
-        report = dataclasses.replace(report, notes=(*report.notes, *told, *self._notes_impl(built), *notes))
+        report = dataclasses.replace(
+            report, notes=(*report.notes, *told, *plan.notes, *self._notes_impl(built), *notes)
+        )
         return Made(engine, report, certificate, fingerprint(source), built)
 
     def _settled(self, twin: nn.Module, outcome: PipelineResult) -> PipelineResult:
