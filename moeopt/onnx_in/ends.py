@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from moeopt.errors import UsageError
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.untrusted import shown_line
 from moeopt.value_types import OnnxGraph, OnnxValue
+
+MOST_ELEMENTS = 1 << 30
+"""Of an input of fixed sizes."""
 
 
 def graph_inputs(graph: OnnxGraph) -> list[Any]:
@@ -42,4 +46,10 @@ def tensor_type(file: OnnxFile, value: OnnxValue) -> tuple[torch.dtype, list[Any
     except (TypeError, ValueError):
         raise UsageError(f"{file.name}: {name!r} holds {tensor.elem_type}, an element type that torch lacks") from None
     dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
+    fixed = [d for d in dims if isinstance(d, int)]
+    if any(d < 0 for d in fixed) or math.prod(fixed) > MOST_ELEMENTS:
+        raise UsageError(
+            f"{file.name}: {name!r} has the shape {[shown_line(str(d)) for d in dims][:8]}, and no tensor of more than "
+            f"{MOST_ELEMENTS} elements is run: it was damaged, or export the model for smaller inputs"
+        )
     return dtype, dims

@@ -19,6 +19,8 @@ from moeopt.value_types import OnnxGraph, OnnxModel, OnnxNode, OnnxValue, PyObje
 
 MOST_BYTES = 1 << 31
 """Of a protobuf message."""
+MOST_INLINED = 1 << 18
+"""Nodes of all functions, each as often as it is called."""
 OLDEST = 13
 """The opset since which softmax, squeeze and reductions are what the interpreter takes them for."""
 SUFFIXES = (".onnx", ".onnx.pb", ".ort")
@@ -126,8 +128,43 @@ def _check(file: OnnxFile) -> None:
     if proto.training_info:
         raise UsageError(f"{where}: it holds training information: export the model for inference")
     _check_graph(file, proto.graph, set())
+    _check_functions(where, proto)
     for function in proto.functions:
         _check_order(where, function.node, set(function.input), set(function.input), f"the function {function.name}")
+
+
+def _check_functions(where: str, proto: OnnxModel) -> None:
+    """``UsageError`` for functions that call themselves, or that are more nodes than a graph has when written out."""
+    bodies = {(f.domain, f.name): f for f in proto.functions}
+    sizes: dict[tuple[str, str], int] = {}
+    for first in bodies:
+        path = [first]
+        while path:
+            key = path[-1]
+            calls = [(n.domain, n.op_type) for n in bodies[key].node if (n.domain, n.op_type) in bodies]
+            again = next((c for c in calls if c in path), None)
+            if again is not None:
+                raise UsageError(
+                    f"{where}: the function {shown_line(again[1])!r} calls itself: it was damaged, or made to hang who "
+                    "reads it"
+                )
+            todo = [c for c in calls if c not in sizes]
+            if todo:
+                path.append(todo[0])
+                continue
+            sizes[key] = len(bodies[key].node) - len(calls) + sum(sizes[c] for c in calls)
+            path.pop()
+    total = sum(sizes.get((n.domain, n.op_type), 0) for n in proto.graph.node)
+    if total > MOST_INLINED:
+        raise UsageError(
+            f"{where}: its functions are {_shown_count(total)} nodes when they are written out, and moeopt reads "
+            f"{MOST_INLINED}: export the model without functions of functions"
+        )
+
+
+def _shown_count(count: int) -> str:
+    """A number that a file decides on, short."""
+    return str(count) if count < 1 << 40 else "over 2^40"
 
 
 def _check_graph(file: OnnxFile, graph: OnnxGraph, outer: set[str]) -> None:
@@ -210,6 +247,8 @@ def external_place(file: OnnxFile, tensor: OnnxValue) -> tuple[Path, int, int | 
             f"{file.name}: the weight {name!r} lies in the file {shown_line(place)!r}, and a ModelProto does not say "
             "where that is: give the path of the .onnx file, or load the model with its external data"
         )
+    if "\0" in place or any(len(part) > 255 for part in place.split("/")) or len(place) > 1024:
+        raise UsageError(f"{file.name}: the weight {name!r} lies in {shown_line(place)!r}, which names no file")
     path = file.directory / place
     real = path.resolve()
     homes = {file.directory.resolve(), (file.path or file.directory).resolve().parent}

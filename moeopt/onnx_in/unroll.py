@@ -24,7 +24,7 @@ from moeopt.onnx_in.regions import candidate_regions
 from moeopt.value_types import OnnxGraph, OnnxNode, OnnxValue, PyObject
 
 BODIES = ("Loop", "Scan", "If")
-MOST_NODES = 100_000
+MOST_NODES = 20_000
 """Of one loop, written out."""
 _ROUNDS = 4
 """Of bodies within bodies."""

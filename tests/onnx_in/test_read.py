@@ -13,10 +13,10 @@ from moeopt.onnx_in.interpreter import tensor_of
 from moeopt.onnx_in.read import is_onnx, read_onnx
 
 
-def model(nodes=None, weights=(), inputs=("x",), outputs=("y",), opset=17, domains=(), **graph):
+def model(nodes=None, weights=(), inputs=("x",), outputs=("y",), opset=17, domains=(), dims=("t", 4), **graph):
     nodes = [helper.make_node("Relu", ["x"], ["y"], name="relu")] if nodes is None else nodes
     ends = [
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["t", 4]) for n in names] for names in (inputs, outputs)
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(dims)) for n in names] for names in (inputs, outputs)
     ]
     made = helper.make_graph(nodes, "g", *ends, initializer=list(weights), **graph)
     opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
@@ -40,6 +40,18 @@ def product(**external):
 
 def node(op, reads, makes, name="n", **more):
     return helper.make_node(op, reads, makes, name=name, **more)
+
+
+def called(first, **bodies):
+    """A model of one function, with what each function calls, one after the other."""
+    made = model([node(first, ["x"], ["y"], domain="own")], domains=["own"])
+    for name, calls in bodies.items():
+        chain = ["a", *(f"t{n}" for n in range(len(calls)))]
+        nodes = [node(c, [r], [m], domain="own") for c, r, m in zip(calls, chain, chain[1:], strict=False)]
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+        nodes.append(node("Add", [chain[-1], "a"], ["b"]))
+        made.functions.append(helper.make_function("own", name, ["a"], ["b"], nodes, opsets))
+    return made
 
 
 HOSTILE = {
@@ -73,6 +85,16 @@ HOSTILE = {
         "it is of opset 9, and moeopt reads 13 and newer: convert it with onnx.version_converter",
     ),
     "empty": (onnx.ModelProto, "it is not an ONNX graph"),
+    "no name": (lambda: product(location="da\0ta.bin", length=64), "which names no file"),
+    "long name": (lambda: product(location="a" * 5000, length=64), "which names no file"),
+    "wide input": (lambda: model(dims=(1 << 40, 1 << 20)), "and no tensor of more than 1073741824 elements is run"),
+    "negative input": (lambda: model(dims=(-3, 4)), "'x' has the shape ['-3', '4']"),
+    "itself": (lambda: called("F", F=["F"]), "the function 'F' calls itself"),
+    "each other": (lambda: called("F", F=["G"], G=["F"]), "calls itself: it was damaged, or made to hang who reads it"),
+    "doubling": (
+        lambda: called("F60", F0=[], **{f"F{n}": [f"F{n - 1}"] * 2 for n in range(1, 61)}),
+        "its functions are over 2^40 nodes when they are written out, and moeopt reads 262144",
+    ),
 }
 
 

@@ -19,6 +19,7 @@ _OF_NO_CODE = ("skipped:", "left as it is", "it was rewritten, compared and reve
 
 
 def decline(parts: FileParts, block: BlockReport) -> None:
+    """Enter the reason of a block that was not rewritten for the part of the file that it is in."""
     block = _for_the_owner_of_a_file(block)
     for part in parts.parts:
         if part.name == block.name or block.name.startswith(f"{part.name}."):
