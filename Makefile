@@ -20,6 +20,7 @@ ARGS ?=
 ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+NPM := build/npm/.ready
 endif
 ifeq ($(origin PY_COMPAT),undefined)
 PY_COMPAT := $(VENV_COMPAT)/bin/python
@@ -60,6 +61,13 @@ $(VENV_COMPAT)/.ready: pyproject.toml
 	$(VENV_COMPAT)/bin/python -m pip install -q '$(TRANSFORMERS_COMPAT)' -e '.[test]'
 	touch $@
 
+# Two runtimes of docs/run-it-in.md; without npm, or without its registry, their tests skip and say so.
+build/npm/.ready: tests/npm/package.json
+	@mkdir -p $(@D) && cp $< $(@D)
+	@! command -v npm >/dev/null || ONNXRUNTIME_NODE_INSTALL=skip npm install --prefix $(@D) --silent --no-audit --no-fund \
+		|| echo 'npm could not install what runs engines in Node.js: its tests are skipped'
+	@touch $@
+
 demo: $(READY)  ## two models, for PyTorch and as engines, and a table of what it gained: a few minutes
 	PYTHONPATH=. $(PY) examples/demo.py $(ARGS)
 
@@ -67,7 +75,7 @@ examples: $(READY)  ## the shorter examples: a home-made block, and a dense FFN 
 	PYTHONPATH=. $(PY) examples/quickstart.py
 	PYTHONPATH=. $(PY) examples/dense_split.py
 
-test: $(READY)  ## the whole suite, without a GPU
+test: $(READY) $(NPM)  ## the whole suite, without a GPU
 	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu and not wheel and not nightly' $(ARGS)
 
 test-isa: $(READY)  ## what depends on the instruction set, as on a CPU with AVX2 only

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def main() -> int:
         print(f"{step}: {'done' if code == 0 else code}, {time.time() - started:.0f} s", flush=True)
     failed = [r for r in results if not r.get("ok", True)]
     for result in failed:
-        print(json.dumps(result)[:500])
+        print(json.dumps(result)[:800])
     return 1 if failed else 0
 
 
@@ -58,15 +59,21 @@ def _run(step: str, device: str, results: list[dict[str, object]]) -> int | str:
     """Run one step; its results are added as they were printed, also those before a failure or the time limit."""
     command = [sys.executable, str(ROOT / "benchmarks/gpu_day.py"), step, "--device", device]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
+    if device == "cpu":  # threads of tiny ops wait for one another, for seconds where other programs run too
+        env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     code: int | str
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMITS[step], env=env)
         text, errors, code = done.stdout, done.stderr, done.returncode
     except subprocess.TimeoutExpired as err:
-        text, errors, code = (err.stdout or b"").decode(), "", f"stopped after {LIMITS[step]} s"
-    results += [json.loads(line[len(MARK) :]) for line in text.splitlines() if line.startswith(MARK)]
+        text, errors = ((out or b"").decode() for out in (err.stdout, err.stderr))
+        code = f"stopped after {LIMITS[step]} s"
+    found = [json.loads(line[len(MARK) :]) for line in text.splitlines() if line.startswith(MARK)]
+    results += found
     if code != 0:
-        results.append({"step": step, "name": "errors", "ok": False, "error": errors[-1500:]})
+        last = f"after its result {found[-1]['name']!r}" if found else "before its first result"
+        told = f"the step ended {last} ({code}); alone: {shlex.join(command[1:])}. {errors[-1200:].strip()}"
+        results.append({"step": step, "name": "errors", "ok": False, "error": told})
     return code
 
 

@@ -16,7 +16,7 @@ import torch
 from moeopt.errors import UntestedVersionWarning
 from moeopt.value_types import PyObject
 
-TESTED = {"torch": ((2, 11), (2, 13))}
+TESTED = {"torch": ((2, 11), (2, 14))}
 """The oldest and the newest (major, minor) of each library on which ``make test-matrix`` ran the suite's core."""
 
 

@@ -4,6 +4,7 @@
     ```python title="x.py"   written to x.py
     ```console               lines that begin with $ are run; those below must be printed, "..." left aside
     ```sh                    installation: `make test-wheel` does it
+    ```js title="x.mjs"      run by a test of its page, where Node.js has the package
     ```text                  a sample for the reader
 
 Numbers are not compared: timings, versions and rounding differ between machines.
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 
 FENCE = re.compile(r"^```(\w+)(?: title=\"([\w.]+)\")?\n(.*?)^```", re.M | re.S)
-KINDS = {"python", "console", "sh", "text"}
+KINDS = {"python", "console", "sh", "js", "text"}
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)*(?:e[+-]?[0-9]+)?")
 
 

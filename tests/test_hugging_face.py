@@ -103,6 +103,18 @@ def test_an_engine_in_a_pipeline_and_with_stop_strings(caplog):
         engine(ids=one["input_ids"])
 
 
+def test_an_engine_without_a_cache_says_why_in_the_report():
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    call = {**encoded(), "output_hidden_states": True}
+    engine = moeopt.optimize(make(), call, backend="onnxruntime", verify="fast")
+    (note,) = [note for note in engine.report.notes if note.startswith("the engine has no key/value cache: ")]
+    if hasattr(transformers, "exporters"):
+        assert note.endswith("the example call gives output_hidden_states, which an engine with a cache does not take; "
+                             "leave it out for one")  # fmt: skip
+    else:
+        assert note.endswith("pip install 'transformers>=5.15'")
+
+
 def test_made_up_inputs_of_classifiers_and_image_models():
     one = make("ForSequenceClassification", pad_token_id=None)
     assert made_up(one, 0)[1]["input_ids"].shape[0] == 1  # it takes the last token, and knows no padding

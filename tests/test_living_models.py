@@ -451,6 +451,50 @@ def test_other_dtypes_and_ranks_fall_back():
         assert torch.equal(opt(X[..., :3]), model(X[..., :3]))
 
 
+class CastRouter(Block):
+    """Its router runs in bfloat16, whatever the model's dtype is."""
+
+    def route(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.gate(x)
+        w, ids = logits.float().softmax(-1).topk(2)
+        return ids, w
+
+
+@pytest.mark.parametrize("verify", ["fast", "strict"])
+def test_autocast_inside_the_forward_is_part_of_what_is_computed(verify):
+    model = build(CastRouter)
+    opt = optimized(build(CastRouter), verify=verify)
+    x = seeded(2, 40, 16)
+    with torch.no_grad():
+        close(opt(x), model(x))
+
+
+class CastAround(nn.Module):
+    """Its first block is called under autocast: alone, it would compute in another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(H), Block(), Block()
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.first(self.norm(x))
+        return self.second(x + y.float())
+
+
+def test_a_block_that_the_model_calls_under_autocast_is_declined():
+    model, x = build(CastAround), seeded(2, 20, H)
+    opt = moeopt.optimize(build(CastAround), X, verify="fast")
+    first, second = (b for b in opt.report.blocks if b.kind == "moe")
+    assert (first.status, second.status) == ("declined", "rewritten")
+    assert first.reason.startswith("the model calls it under autocast, which decides dtypes at each call")
+    assert "convert the model with .to(dtype) instead, or begin autocast in the block's own forward" in first.reason
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", StaleModelWarning)
+        close(opt(x), model(x))
+
+
 def test_autocast_falls_back():
     model = build()
     opt = optimized(model)

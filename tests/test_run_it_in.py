@@ -1,5 +1,8 @@
 """The scripts of docs/run-it-in.md, each run where its runtime is installed, on one engine."""
 
+import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,9 +10,15 @@ import pytest
 
 from tests.doc_snippets import fences
 
-PAGE = Path(__file__).parents[1] / "docs" / "run-it-in.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "run-it-in.md"
 SCRIPTS = {title: text for language, title, text in fences(PAGE) if language == "python"}
-RUNTIMES = {"run_onnxruntime.py": "onnxruntime", "run_genai.py": "onnxruntime_genai", "run_openvino.py": "openvino"}
+JAVASCRIPT = {title: text for language, title, text in fences(PAGE) if language == "js"}
+PACKAGES = ROOT / "build" / "npm" / "node_modules"
+RUNTIMES = {
+    "run_onnxruntime.py": "onnxruntime", "run_genai.py": "onnxruntime_genai", "run_openvino.py": "openvino",
+    "run_aotinductor.py": "torch",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +44,22 @@ def test_the_page_has_these_scripts():
 def test_a_script_of_the_page_runs(folder, script):
     pytest.importorskip(RUNTIMES[script])
     exec(compile(SCRIPTS[script], script, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("package", ["onnxruntime-node", "onnxruntime-web"])
+def test_the_page_s_javascript_gives_the_same_tokens(folder, package):
+    if not shutil.which("node") or not (PACKAGES / package).is_dir():
+        pytest.skip(f"Node.js or {package} is not there: make build/npm/.ready")
+    from make_engine import tokens
+
+    began, rest = JAVASCRIPT["run_node.mjs"].split("\nconst int64", 1)
+    began = {"onnxruntime-node": began, "onnxruntime-web": JAVASCRIPT["run_web.mjs"]}[package]
+    (folder / "run.mjs").write_text(f"{began}\nconst int64{rest}")
+    if not (folder / "node_modules").exists():
+        (folder / "node_modules").symlink_to(PACKAGES)
+    done = subprocess.run(["node", "run.mjs"], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == tokens
 
 
 def test_the_page_s_command_runs(folder, capsys):

@@ -7,7 +7,7 @@ import pytest
 from msgspec import Struct
 
 from moeopt.errors import BundleError
-from moeopt.untrusted import MAX_DEPTH, checked, cleaned, parse_json, read_bytes, read_json, shown, shown_line
+from moeopt.untrusted import MAX_DEPTH, MAX_JSON, checked, cleaned, parse_json, read_bytes, read_json, shown, shown_line
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,10 @@ def test_a_file_is_a_regular_file(tmp_path):
             read_bytes(tmp_path / name)
     with pytest.raises(BundleError, match="it has more than 1 bytes"):
         read_bytes(tmp_path / "good", max_size=1)
+    with open(tmp_path / "holes", "wb") as file:
+        file.truncate(1 << 40)  # read, it would be more than this process may have
+    with pytest.raises(BundleError, match=f"it has more than {MAX_JSON} bytes, more than any bundle's"):
+        read_bytes(tmp_path / "holes")
 
 
 @pytest.mark.parametrize("text", ["NaN", "[1", "1e999", b"\xff", "[" * 100_000, '"\\ud800"'])

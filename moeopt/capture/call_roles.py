@@ -51,7 +51,8 @@ class CallSpec:
     flip_masks: bool = False
     """Whether probe calls give marks that are all alike here (a mask of ones) other values too."""
     kept_columns: bool = False
-    """Whether columns of whole numbers among the tokens (ids in a table of floats) keep values that they have here."""
+    """Whether integers, and columns of whole numbers among the tokens (ids in a table of floats), keep values that they
+    have here."""
 
     def __post_init__(self) -> None:
         self._values, self._spec = pytree.tree_flatten((tuple(self.args), dict(self.kwargs)))
@@ -134,7 +135,8 @@ class CallSpec:
             new = rows[n] if rows is not None and n in rows else own[torch.arange(count) % max(len(own), 1)]
             if len(new) != count:
                 raise UsageError(f"argument {n} is given {len(new)} rows for {count} tokens")
-            new = self._with_columns(own, new) if self.kept_columns and self.leaves[n].role == "tokens" else new
+            if self.kept_columns:
+                new = self._with_columns(own, new) if self.leaves[n].role == "tokens" else _values_of(own, new)
             shaped = new.reshape(*((count,) if self._flat[n] else grid), *own.shape[1:])
             axis = self.leaves[n].feature_axis
             values[n] = shaped if axis == -1 else shaped.movedim(-1, axis).contiguous()
@@ -147,8 +149,9 @@ class CallSpec:
         return args, kwargs
 
     def has_whole_columns(self) -> bool:
-        """Whether some column of its tokens holds whole numbers alone, so that it may hold ids."""
-        return any(bool(_whole_columns(self.rows(n)).any()) for n in self.indices("tokens"))
+        """Whether a column of its tokens holds whole numbers alone, so that it may hold ids, or integers have gaps."""
+        columns = any(bool(_whole_columns(self.rows(n)).any()) for n in self.indices("tokens"))
+        return columns or any(_has_gaps(self.rows(n)) for n in self.indices("static"))
 
     def _with_columns(self, original: Tensor, new: Tensor) -> Tensor:
         """``new`` rows whose columns of whole numbers hold values of ``original``, each column by itself."""
@@ -166,6 +169,21 @@ class CallSpec:
 def _whole_columns(original: Tensor) -> Tensor:
     """For each of the features of (tokens, ...features), whether every token has a whole number there."""
     return (original.isfinite() & (original == original.round())).all(0)
+
+
+def _has_gaps(original: Tensor) -> bool:
+    """Whether some integer between the least and the largest is none of them."""
+    if original.dtype not in (torch.int64, torch.int32) or not original.numel():
+        return False
+    return int(original.max() - original.min()) + 1 > len(original.unique())
+
+
+def _values_of(original: Tensor, new: Tensor) -> Tensor:
+    """``new`` with each integer that ``original`` lacks replaced by one that it has."""
+    if original.dtype not in (torch.int64, torch.int32) or not original.numel():
+        return new
+    known = original.unique()
+    return torch.where(torch.isin(new, known), new, known[(new - known[0]).abs() % len(known)])
 
 
 def _alike(original: Tensor) -> bool:

@@ -44,8 +44,8 @@ class _Entry:
 
 
 def storage_key(t: torch.Tensor) -> int:
-    """The identity of the memory that ``t`` lies in."""
-    return int(t.untyped_storage()._cdata)
+    """The identity of the memory that ``t`` lies in; a tensor without one block of memory (sparse) has its own."""
+    return int(t.untyped_storage()._cdata) if t.layout == torch.strided else -id(t)
 
 
 class MemoryNodes(TorchDispatchMode):
@@ -89,6 +89,8 @@ class MemoryNodes(TorchDispatchMode):
         if isinstance(value, torch.Tensor):
             node.meta["shape"] = tuple(value.shape)
             node.meta["dtype"] = value.dtype
+            if value.layout != torch.strided:
+                node.meta["layout"] = value.layout
         self.nodes.append(node)
         if self.keep_values:
             self.values[node] = value

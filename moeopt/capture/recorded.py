@@ -13,7 +13,10 @@ from moeopt.value_types import PyObject
 
 @dataclass(eq=False)
 class Call:
-    """One call of a submodule: which nodes it recorded, and what went in and came out."""
+    """One call of a submodule: which nodes it recorded, and what went in and came out.
+
+    ``autocast``: whether it was made under ``torch.autocast``, which the code around it began.
+    """
 
     index: int
     path: str
@@ -24,6 +27,7 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
+    autocast: bool = False
 
 
 class Read(NamedTuple):

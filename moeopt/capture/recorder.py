@@ -227,6 +227,7 @@ class Recorder(MemoryNodes):
         call.args = tree_map(torch.Tensor, self._boundary, tuple(args))
         call.kwargs = tree_map(torch.Tensor, self._boundary, dict(kwargs))
         call.first = len(self.nodes)
+        call.autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         self.calls.append(call)
         self.current = call.index
         return call

@@ -1,9 +1,11 @@
-"""The line of the user's code that runs now."""
+"""The line of the user's code that runs now, or that raised an error."""
 
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,7 +18,17 @@ def user_line() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_NOT_THE_USERS) and not name.startswith("<"):
+        if not name.startswith(_NOT_THE_USERS) and not name.startswith("<"):  # for every call on a tape: no call here
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+def raising_line(where: TracebackType | None) -> str:
+    """As :func:`user_line`, of the frame in which an error was raised."""
+    found = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(where) if _is_the_users(f.filename)]
+    return found[-1] if found else ""
+
+
+def _is_the_users(file: str) -> bool:
+    return not file.startswith(_NOT_THE_USERS) and not file.startswith("<")

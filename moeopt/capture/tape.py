@@ -18,6 +18,7 @@ from moeopt.capture.module_state import ModuleState
 from moeopt.capture.random_ops import leave_out_idle_noise
 from moeopt.capture.recorded import Call, Read, Tape
 from moeopt.capture.recorder import Recorder, Steer
+from moeopt.capture.source_line import raising_line
 from moeopt.capture.tree import tree_map
 from moeopt.capture.watch_calls import WatchCalls
 from moeopt.errors import CaptureError
@@ -27,16 +28,22 @@ from moeopt.value_types import PyObject
 __all__ = ["Call", "Read", "Steer", "Tape", "clone_inputs", "record"]
 
 
-def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], way_out: str) -> None:
     try:
         module(*args, **kwargs)
     except CaptureError:
         raise
     except Exception as err:
         raise CaptureError(
-            f"{type(module).__name__} raised {type(err).__name__}: {err}; "
-            "check that it runs on these inputs in eager mode"
+            f"{type(module).__name__} raised {type(err).__name__}: {err}{way_out}", raising_line(err.__traceback__)
         ) from err
+
+
+_GIVEN = "; check that it runs on these inputs in eager mode"
+_MADE = (
+    ", on inputs that moeopt made like the example's (other sizes and values, integers that the example has), without "
+    "which nothing can be checked; let its forward take them"
+)
 
 
 def record(
@@ -72,7 +79,7 @@ def record(
                 torch.Tensor, lambda t: recorder.add_input(t, f"input_{next(counter)}"), (args, kwargs)
             )
             with module_calls(recorder.through_call), WatchCalls(recorder), recorder:
-                _run(module, args, kwargs)
+                _run(module, args, kwargs, _GIVEN if lenient else _MADE)
                 attributes = {
                     key: tree_map(torch.Tensor, recorder.node_of, value)
                     for key, value in state.changed_attributes().items()

@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from moeopt.causal_lm.attention import cache_left_in_place
+from moeopt.causal_lm.exporter import onnx_exporter, with_real_views
 from moeopt.causal_lm.layers import ATTENTION, parts_of, sample_cache
 from moeopt.causal_lm.lm_graph import PAST, drop_idle_squeezes, signature_of_lm, turn_batches_back
 from moeopt.causal_lm.mixers import Mixer, find_mixers, stepping
@@ -37,12 +38,9 @@ from moeopt.errors import Declined
 from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.distances import DirectDistances
 from moeopt.lower.export import answered, asks_values, written_by
-from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.export import emitting
-from moeopt.lower.onnx.float64 import attributes_written_out
-from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.value_types import PyObject
 
@@ -99,7 +97,7 @@ def export_causal_lm(
         Declined: the model's cache, arguments or results do not fit this form, or the exporter fails on it.
     """
     _check_call(model, args, kwargs)
-    exporter = _exporter()
+    exporter = onnx_exporter()
     say("tracing the model with its cache")
     sample, shapes, result = _sample(model)
     wide = any(t.dtype == torch.float64 for t in model.parameters())  # of which fused ops have no kernel
@@ -127,7 +125,7 @@ def export_causal_lm(
                 ort_fusions=provider if fuse and exact and provider in ("cpu", "cuda") and not wide else None,
             )
         )
-        traced = _real_views(exporter)()
+        traced = with_real_views(exporter)()
         graph = _traced_graph(model, traced, sample, config, sites)
     goes_on = replace_mixers(graph, mixers)
     drop_idle_squeezes(graph.graph)
@@ -186,46 +184,6 @@ def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         raise Declined(
             f"the example's attention_mask has {mask.dim()} sizes; an engine with a cache takes one of (rows, tokens)"
         )
-
-
-def _exporter() -> PyObject:
-    try:
-        from transformers.exporters import exporter_onnx
-    except ImportError as err:
-        raise Declined(
-            "this version of transformers has no ONNX exporter; for an engine with a cache: "
-            "pip install 'transformers>=5.23'"
-        ) from err
-    return exporter_onnx
-
-
-def _real_views(exporter: PyObject) -> PyObject:
-    """transformers' ONNX exporter, with complex numbers (Llama 4's rotary) in the form that it can translate."""
-    from transformers.exporters.exporter_dynamo import DynamoExporter
-
-    class Traced(DynamoExporter):  # type: ignore[misc]
-        def export_program(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
-            with _own_dtypes():
-                self.program, metadata = super().export_program(*args, **kwargs)
-            return attributes_written_out(numbers_as_read(through_real_views(self.program))), metadata
-
-    class Exporter(exporter.OnnxExporter, Traced):  # type: ignore[misc]
-        """Its ``super().export_program`` is the one above."""
-
-    return Exporter
-
-
-@contextlib.contextmanager
-def _own_dtypes() -> Iterator[None]:
-    """The sample as it is: the exporter casts every tensor to the model's dtype, and a model may keep states wider."""
-    from transformers.exporters import utils
-
-    theirs = utils.cast_leaf_tensors
-    utils.cast_leaf_tensors = lambda sample, dtype, device: sample
-    try:
-        yield
-    finally:
-        utils.cast_leaf_tensors = theirs
 
 
 def _sample(model: PyObject) -> tuple[dict[str, Any], dict[str, Any], type]:

@@ -61,6 +61,10 @@ class AlikeLayers:
                 "seen of the one like it"
             )
 
+    def read_for(self, directory: CheckpointDirectory) -> dict[str, str]:
+        """By the name of a tensor of ``directory``, the one that is read for it."""
+        return {name: entry.name for name, entry in _FirstLayers(directory, self).items()}
+
     def _layer_of(self, path: str) -> str | None:
         return next((layer for layer in self.first if path.startswith(layer + ".")), None)
 
@@ -77,7 +81,11 @@ class _FirstLayers(CheckpointDirectory):
 
     def __init__(self, directory: CheckpointDirectory, layers: AlikeLayers) -> None:
         self.__dict__.update(directory.__dict__)
+        self._whole = directory
         self._entries = {name: self._first(name, directory, layers) for name in directory}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._whole.tensor(self._entries[name].name)
 
     @staticmethod
     def _first(name: str, directory: CheckpointDirectory, layers: AlikeLayers) -> CheckpointTensor:

@@ -16,7 +16,8 @@ from moeopt.bundle.manifest import version
 from moeopt.bundle.mapped_file import MappedFile
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.checkpoint.journal import Journal, Workspace, digest_of_call
-from moeopt.checkpoint.load import load_mapped
+from moeopt.checkpoint.load import Keep, load_mapped
+from moeopt.checkpoint.scratch import Scratch
 from moeopt.checkpoint.structure import Structure
 from moeopt.options import Options
 from moeopt.value_types import PyObject
@@ -36,15 +37,19 @@ def journal_of(
 
 def load_kept(
     journal: Journal | None, directory: CheckpointDirectory, structure: Structure, options: Options,
-    release: Callable[[], None],
+    release: Callable[[], None], scratch: Scratch | None = None,
 ) -> tuple[Any, list[str], CheckpointDirectory | MappedFile]:  # fmt: skip
     """``(model, notes, the files that its weights are mapped from)``.
 
     Args:
         release: gives back what the layer that is done has taken.
+        scratch: with no journal, where Parameters go that no file holds as numbers.
     """
     if journal is None:
-        model, notes = load_mapped(directory, structure.model, options.dtype, lambda *_: None, {})
+        aside: Keep = (lambda *_: None) if scratch is None else scratch.keep
+        model, notes = load_mapped(directory, structure.model, options.dtype, aside, {})
+        if scratch is not None:
+            scratch.close()
         return model, notes, directory
     done: set[str] = set()
 

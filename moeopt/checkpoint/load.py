@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from moeopt.checkpoint.directory import CheckpointDirectory
-from moeopt.errors import CheckpointError, UsageError
+from moeopt.errors import CheckpointError
 from moeopt.options import variable_set
 from moeopt.value_types import PyObject
 
@@ -197,18 +197,6 @@ def generation_config(path: Path) -> PyObject:
             f"{file} is damaged ({type(err).__name__}: {_words(err)}): fetch it again, or remove it, and the model "
             "generates as its config says"
         ) from err
-
-
-def refuse_quantised(path: Path, config: PyObject) -> None:
-    """``UsageError`` for a checkpoint whose tensors are packed numbers and scales, which transformers unpacks whole."""
-    found = getattr(config, "quantization_config", None)
-    if found:
-        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-        raise UsageError(
-            f"{path} is quantised ({getattr(method, 'value', method) or 'some way'}), and such a checkpoint is not "
-            "streamed: load it with transformers, dequantised, and give the model, or save that model and give its "
-            "directory"
-        )
 
 
 def _list(names: list[str]) -> str:

@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeopt.backends import registry
+from moeopt.bundle.destination import check_destination
+from moeopt.bundle.manifest import check_target
 from moeopt.checkpoint.alike_layers import AlikeLayers
 from moeopt.checkpoint.directory import CheckpointDirectory
+from moeopt.checkpoint.expanded import ExpandedDirectory
+from moeopt.checkpoint.scratch import scratch_place
 from moeopt.checkpoint.structure import Structure
 from moeopt.errors import UsageError
 from moeopt.options import Options
+from moeopt.options.quant_plan import CHECKPOINT, QuantPlan
 
 LIBRARIES = 200_000_000
 """Bytes that tracing a model and verifying its blocks take beside weights."""
@@ -43,6 +48,14 @@ class Preflight:
         )
 
 
+def check_out(source: Path, target: Path, options: Options, overwrite: bool) -> None:
+    """``UsageError`` where no bundle of the directory ``source`` can be written to ``target``."""
+    if target.resolve() == source.resolve():
+        raise UsageError(f"{target} is the model's own directory: give a new one")
+    check_target(target)
+    check_destination(target, options.verify != "off", overwrite)
+
+
 def preflight(
     directory: CheckpointDirectory,
     structure: Structure,
@@ -59,20 +72,27 @@ def preflight(
         kinds: given, only the first layer of each kind is held.
         backend: an engine's graph has a weights file of its own, of which the bundle has a copy (onnx reads no file of
             two names), and its blocks are built one by one in memory.
-        options: with ``quantize``, the rounded weights are held in memory, half of the model or less.
+        options: with ``quantize``, the rounded weights are held in memory, half of the model or less; the codes of the
+            checkpoint itself, and the floats that they stand for, are pages of scratch files.
 
     Raises:
         UsageError: memory or disk do not suffice; the message says what is needed, what is free and the way out.
     """
     largest = max(structure.layer_bytes, structure.rest_bytes)
     anew = made_anew(directory, structure)
-    held = 0 if out is not None else anew if kinds is None else min(anew, kinds.bytes)
-    held += structure.bytes // 2 if options is not None and options.quantize else 0
+    scratch = out is None and kinds is None and isinstance(directory, ExpandedDirectory)
+    held = 0 if out is not None or scratch else anew if kinds is None else min(anew, kinds.bytes)
+    held += (
+        structure.bytes // 2
+        if options is not None and options.quantize not in (None, QuantPlan(default=CHECKPOINT))
+        else 0
+    )
     copies, layers = registry.get(backend).streamed_takes
     disk = 0 if out is None else max(int(copies * structure.bytes * 1.01) + (1 << 20) - begun, 0)
+    place = scratch_place() / "moeopt" if scratch else out
     found = Preflight(
         structure.bytes, structure.layer_bytes, len(structure.layers), anew, layers * largest + held + LIBRARIES,
-        free_memory(), disk, None if out is None else _free_disk(out),
+        free_memory(), anew if scratch else disk, None if place is None else _free_disk(place),
     )  # fmt: skip
     if found.memory_free is not None and found.memory_needed > found.memory_free:
         wide = layers * largest + LIBRARIES
@@ -86,7 +106,9 @@ def preflight(
             f"{directory.path} needs about {_words(found.memory_needed)} of memory, and "
             f"{_words(found.memory_free)} are free ({found}): {way}"
         )
-    if found.disk_free is not None and disk > found.disk_free:
+    if scratch:
+        _check_scratch(directory.path, anew, found.disk_free)
+    elif found.disk_free is not None and disk > found.disk_free:
         raise UsageError(
             f"{out} needs about {_words(disk)}, and {_words(found.disk_free)} are free there: free some space, "
             "or give a directory on another disk"
@@ -94,9 +116,18 @@ def preflight(
     return found
 
 
+def _check_scratch(path: Path, needed: int, free: int | None) -> None:
+    if free is not None and needed > free:
+        raise UsageError(
+            f"{path} stands for {_words(needed)} of floats, which are kept on the disk while blocks are verified, and "
+            f"{_words(free)} are free in {scratch_place()}: set TMPDIR to a folder on a disk that has room, or give "
+            "out= (--out)"
+        )
+
+
 def made_anew(directory: CheckpointDirectory, structure: Structure) -> int:
     """About how many bytes of Parameters are not in the files as they are: experts that are put together, casts."""
-    stored = Counter((e.shape, e.dtype) for e in directory.values())
+    stored = Counter((e.shape, e.dtype) for name, e in directory.items() if directory.lies_there(name))
     total = 0
     for parameter in structure.model.parameters():
         key = tuple(parameter.shape), parameter.dtype

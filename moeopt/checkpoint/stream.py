@@ -4,6 +4,7 @@ files      index and headers checked                                          (c
 structure  every module on the meta device; what it takes against what is free  (checkpoint/structure, preflight)
 weights    made by transformers one Parameter at a time; each is written to the bundle's weights file and mapped
            from there, or, with no bundle asked for, mapped from the checkpoint   (checkpoint/load, journal)
+           quantised ones are made floats one matrix at a time, in that file or a scratch file  (checkpoint/expanded)
 optimise   as any model: the weights are pages of files, which the kernel drops    (pipeline/run)
 layers     each compared with its original on what really arrives there            (checkpoint/layer_checks)
 save       the weights file is complete already; graph and certificate join it      (bundle/weights_file)
@@ -23,23 +24,25 @@ from typing import Any
 
 from torch import nn
 
-from moeopt.bundle.destination import check_destination
-from moeopt.bundle.manifest import check_target
 from moeopt.bundle.mapped_file import MappedFile, give_back
 from moeopt.bundle.temp_folder import folders_in
 from moeopt.bundle.weights_file import becomes_the_bundles
 from moeopt.checkpoint.alike_layers import AlikeLayers
 from moeopt.checkpoint.directory import CheckpointDirectory
+from moeopt.checkpoint.expanded import ExpandedDirectory, as_its_floats, expanded
 from moeopt.checkpoint.journal import Journal, Workspace, bytes_begun
 from moeopt.checkpoint.kept_weights import journal_of, load_kept
 from moeopt.checkpoint.layer_checks import check_layers, failure, in_words
-from moeopt.checkpoint.load import generation_config, refuse_quantised
-from moeopt.checkpoint.preflight import preflight
+from moeopt.checkpoint.load import generation_config
+from moeopt.checkpoint.preflight import check_out, preflight
+from moeopt.checkpoint.scratch import Scratch
 from moeopt.checkpoint.structure import structure_of
 from moeopt.errors import CaptureError, CheckpointError, NotSaveableError, UsageError
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.pipeline.finished_blocks import FinishedBlocks, remembered
+from moeopt.published.codes_in_files import codes_in
+from moeopt.published.tensor_files import read_instead
 from moeopt.report import Report
 from moeopt.value_types import PyObject
 from moeopt.verification.model import EndToEnd
@@ -77,6 +80,7 @@ class StreamedModel:
         model: in eval mode on the CPU; its Parameters are mapped.
         layers: the paths of its layers.
         notes: sentences for the report.
+        scratch: the floats of a quantised checkpoint, where no bundle was asked for.
     """
 
     model: Any
@@ -85,12 +89,20 @@ class StreamedModel:
     options: Options
     journal: Journal | None = None
     file: CheckpointDirectory | MappedFile | None = None
+    scratch: Scratch | None = None
     saved: bool = False
+
+    @property
+    def folder(self) -> Path | None:
+        """Where files may be written that go with the run; None where memory is to be used."""
+        held = self.scratch or self.journal
+        return None if held is None else held.folder
 
     def release(self) -> None:
         """Give back what the layer that is done has taken: pages of its file, and freed memory."""
-        if self.file is not None:
-            self.file.release()
+        for file in (self.file, self.scratch):
+            if file is not None:
+                file.release()
         give_back()
 
     def noted(self, report: Report) -> Report:
@@ -125,7 +137,7 @@ class StreamedModel:
 
     def save(self, optimized: Optimized, out: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write the bundle; its weights are on the disk already where they were streamed to ``out``."""
-        whole = self.journal is not None and not optimized.certificate.quantized  # its own weights are other numbers
+        whole = self.options.quantize is None  # else the bundle holds codes, and the file floats
         file = self.journal.file if self.journal is not None and whole else None
         with becomes_the_bundles(file):
             done = optimized.save(out, overwrite=overwrite)
@@ -163,13 +175,11 @@ def streamed(
     """
     source, target = Path(path), None if out is None else Path(out)
     if target is not None:
-        if target.resolve() == source.resolve():
-            raise UsageError(f"{target} is the model's own directory: give a new one")
-        check_target(target)
-        check_destination(target, options.verify != "off", overwrite)
-    directory = CheckpointDirectory(source)
+        check_out(source, target, options, overwrite)
+    stored = CheckpointDirectory(source)
     structure = structure_of(source, task, trust_remote_code, options.dtype)
-    refuse_quantised(source, structure.model.config)
+    directory = expanded(stored, structure.model, options.dtype)
+    as_its_floats(structure.model.config)
     generation_config(source)
     kinds = AlikeLayers(structure) if alike else None
     kept = target if workspace is None else workspace
@@ -184,10 +194,19 @@ def streamed(
             kinds.load(held, directory, options.dtype)
             finished: FinishedBlocks | None = kinds.finished
         else:
-            held.model, held.notes, held.file = load_kept(journal, directory, structure, options, held.release)
+            if journal is None and isinstance(directory, ExpandedDirectory):
+                held.scratch = Scratch(directory, structure)
+            held.model, held.notes, held.file = load_kept(
+                journal, directory, structure, options, held.release, held.scratch
+            )
             finished = _noting(held)
         directory.check_unchanged()
-        with remembered(finished), folders_in(None if target is None else target.absolute().parent):
+        with (
+            remembered(finished),
+            codes_in(held.folder),
+            read_instead({} if kinds is None else kinds.read_for(stored)),
+            folders_in(None if target is None else target.absolute().parent),
+        ):
             yield held
         if workspace is not None and journal is not None:
             journal.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -110,13 +111,26 @@ def opened_target(
 
 
 def streams(found: CommandTarget) -> bool:
-    """Whether the target is a directory of safetensors files that hold plain numbers."""
+    """Whether the target is a directory of safetensors files that hold plain numbers, or codes that moeopt reads."""
     if found.directory is None or not any(file.suffix == ".safetensors" for file in found.weights):
         return False
     with contextlib.suppress(ValueError, OSError, AttributeError):
         config = json.loads((found.directory / "config.json").read_text(encoding="utf-8"))
-        return not config.get("quantization_config")
+        return not config.get("quantization_config") or _codes_are_read(found.directory)
     return True
+
+
+@functools.lru_cache(maxsize=1)
+def _codes_are_read(directory: Path) -> bool:
+    from moeopt.published.directory_of import stated_by  # needs torch, as only a quantised directory does so early
+    from moeopt.published.quantised_tensors import quantised_tensors
+    from moeopt.published.tensor_files import SafetensorsDirectory
+
+    try:
+        stored = quantised_tensors(SafetensorsDirectory(directory), stated_by(directory))
+    except MoeoptError:  # said when it is opened
+        return True
+    return bool(stored.matrices) and not stored.unread
 
 
 def _inputs(directory: Path, model: PyObject, seed: int) -> dict[str, Any]:

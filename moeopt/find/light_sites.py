@@ -25,6 +25,8 @@ def light_sites(tape: Tape) -> tuple[list[GemmSite], dict[GemmSite, tuple[str, b
             continue
         weight, operand, left = found
         shape = weight.meta["shape"]
+        if len(shape) < 2:  # a product with one vector
+            continue
         if op_name(node) == "convolution":
             if any(s != 1 for s in shape[2:]):
                 continue

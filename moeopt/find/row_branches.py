@@ -17,9 +17,12 @@ from moeopt.recognise.row_graph import RowGraphReader
 _WEIGH = ("mul", "bmm", "mm", "baddbmm", "addcmul")
 
 
-def weighed_branches(tape: Tape, ran: Sequence[Call]) -> bool:
+def weighed_branches(tape: Tape, ran: Sequence[Call], same_sizes: bool = True) -> bool:
     """Whether the calls ``ran`` are one function of a row with two matmuls or more, over weights of their own, and
-    their results are multiplied by something else that is computed from the input. Heads of an attention mix rows."""
+    their results are multiplied by something else that is computed from the input. Heads of an attention mix rows.
+
+    Unless ``same_sizes``, functions of several widths are one where they make the same calls.
+    """
     texts, ends = set(), []
     for call in ran:
         starts, results = (
@@ -31,9 +34,10 @@ def weighed_branches(tape: Tape, ran: Sequence[Call]) -> bool:
             graph = RowGraphReader(tape, starts[0], results[0], set(between(tape, starts, results[0])), values=False)
         except Declined:
             return False
-        texts.add(graph.text)
+        texts.add(graph.text if same_sizes else str([str(op) for op, _, _ in graph.nodes]))
+        body = RowFunction(graph.text).body
         ends += results
-    if len(texts) != 1 or RowFunction(texts.pop()).body.products() < 2:
+    if len(texts) != 1 or body.products() < 2:
         return False
     after = descendants(tape, ends)
     inside = {*after, *ends}

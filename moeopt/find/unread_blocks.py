@@ -15,6 +15,7 @@ from moeopt.capture.tree import leaves_of
 from moeopt.find.block_candidates import BlockCandidate, layers_of
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.module_lists import alike_children, alike_lists, feed_forward_lists, gate_width
+from moeopt.find.parallel_lists import are_layers, one_mixture
 from moeopt.find.row_branches import weighed_branches
 from moeopt.recognise.gemm_site import is_weight
 
@@ -44,38 +45,47 @@ class UnreadBlocks:
             children = self._children.get(call.index, [])
             if not children or call.index in taken:
                 continue
-            ran, experts = self._experts_among(call, children)
-            if ran:
+            for ran, experts in self._experts_among(call, children):
                 found.append(self._unread(call, ran[0].first, experts, _weights_of(ran)))
         return found
 
-    def _experts_among(self, call: Call, children: list[Call]) -> tuple[list[Call], int]:
-        """Those of the ``children`` of ``call`` that are experts or layers of experts, and how many experts there are,
-        those that did not run included."""
+    def _experts_among(self, call: Call, children: list[Call]) -> list[tuple[list[Call], int]]:
+        """For each mixture among the ``children`` of ``call`` its experts' calls, or those of their layers, and how
+        many experts there are, those that did not run included."""
         lists, pairs = alike_lists(call.module), feed_forward_lists(call.module)
         unequal = not lists
-        if unequal:  # of several sizes: rows that are picked for each must tell
+        if unequal:  # of several sizes: rows that are picked for each, or a weight on each, must tell
             lists = alike_lists(call.module, same_sizes=False)
         ran = [c for c in children if any(c.module in one for one in lists)]
         idle = sum(map(len, lists)) - len({id(c.module) for c in ran})
         picked = sum(any(picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran)
         routed = picked > 1 or (picked == 1 and idle > 0)
-        weighed = not unequal and not routed and not pairs and len(ran) > 1 and weighed_branches(self.tape, ran)
+        weighed = not routed and not pairs and len(ran) > 1 and weighed_branches(self.tape, ran, same_sizes=not unequal)
         if not routed and not weighed:
             lists = [one & pairs for one in lists]
         return self._side_by_side(ran, lists, routed)
 
-    def _side_by_side(self, ran: list[Call], lists: list[set[nn.Module]], routed: bool) -> tuple[list[Call], int]:
-        """The calls of the lists that do not run one behind the other, and how many experts the longest list has."""
-        found: list[Call] = []
-        experts = 0
+    def _side_by_side(self, ran: list[Call], lists: list[set[nn.Module]], routed: bool) -> list[tuple[list[Call], int]]:
+        """The calls of the lists that do not run one behind the other, lists of one mixture together, and how many
+        experts each has."""
+        found: list[list[list[Call]]] = []
         for one in lists:
             own = [c for c in ran if c.module in one]
             if not own or (len(own) == 1 and not routed) or (len(own) > 1 and self._sequential(own)):
                 continue
-            found += own
-            experts = max(experts, len(one) if routed else len({id(c.module) for c in own}))
-        return sorted(found, key=lambda c: c.first), experts
+            mixture = next((m for m in found if one_mixture(m[0], own)), None)
+            if mixture is None:
+                found.append([own])
+            else:
+                mixture.append(own)
+        sizes = {id(c.module): len(one) for one in lists for c in ran if c.module in one}
+        counted = []
+        for mixture in found:
+            each = [sizes[id(own[0].module)] if routed else len({id(c.module) for c in own}) for own in mixture]
+            layers = len(mixture) > 1 and are_layers(mixture[0], mixture[1])
+            calls = sorted((c for own in mixture for c in own), key=lambda c: c.first)
+            counted.append((calls, max(each) if layers else sum(each)))
+        return sorted(counted, key=lambda m: m[0][0].first)
 
     def by_stacks(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
         """Calls of modules that own stacks of experts, and a router's weight beside them, without an FFN candidate.

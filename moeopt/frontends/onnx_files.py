@@ -6,6 +6,7 @@ import importlib.util
 
 from moeopt.errors import Declined, UsageError
 from moeopt.onnx_in.read import OnnxFile, read_onnx
+from moeopt.onnx_in.unroll import unrolled
 from moeopt.onnx_in.whole_file import InterpretedFile, interpreted
 from moeopt.value_types import PyObject
 
@@ -26,7 +27,7 @@ def from_onnx(model: PyObject, inputs: PyObject = None) -> InterpretedFile:
             names the node); or ONNX Runtime gives other numbers than rounding explains.
     """
     file = read_onnx(model)
-    made = interpreted(file, inputs)
+    made = interpreted(unrolled(file), inputs)
     if made.example and importlib.util.find_spec("onnxruntime") is not None:
         _compare(file, made)
     return made

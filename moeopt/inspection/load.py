@@ -20,6 +20,7 @@ from torch import nn
 from moeopt.errors import UsageError
 from moeopt.inspection.headers import Stored, stored_weights
 from moeopt.onnx_in.read import is_onnx, read_onnx
+from moeopt.onnx_in.unroll import unrolled
 from moeopt.onnx_in.whole_file import interpreted
 from moeopt.value_types import PyObject
 
@@ -54,7 +55,7 @@ def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
     if isinstance(target, torch.export.ExportedProgram):
         return Loaded(target.module(), "ExportedProgram", "model")
     if is_onnx(target):
-        made = interpreted(read_onnx(target))
+        made = interpreted(unrolled(read_onnx(target)))
         name = str(target) if isinstance(target, (str, os.PathLike)) else "ONNX model"
         return Loaded(made, name, "model", experts=made.chains_of_regions)
     if isinstance(target, (str, os.PathLike)):

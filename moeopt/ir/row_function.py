@@ -25,7 +25,9 @@ from moeopt.untrusted import parse_json
 from moeopt.value_types import PyObject
 
 CODES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
-"""Dtypes of slots whose numbers are codes, from which the function computes weights; 64 bits and flags are indices."""
+"""Dtypes of slots whose numbers are codes, from which the function computes weights."""
+PLACES = (torch.int64, torch.bool)
+"""Dtypes of slots that say which features of a row are read: indices and masks."""
 GETITEM = "getitem"
 """The op of a node that takes one of several results."""
 

@@ -26,7 +26,7 @@ class GraphRegion:
     """Nodes between entries and one exit.
 
     Attributes:
-        nodes: in topological order, those included that make a weight of constants.
+        nodes: in topological order, those included that make a weight of constants, or zeros of a size.
         entries: the values that it reads and does not make, the root first; constants are not among them.
         exit: the value that it is there for.
     """
@@ -86,7 +86,7 @@ def region_between(index: GraphIndex, root: OnnxValue, exit_: OnnxValue) -> Grap
                 chosen.add(at)
                 todo += index.reads(index.nodes[at])
             continue
-        if id(value) not in behind or at < 0:
+        if (id(value) not in behind and not index.is_fill(value)) or at < 0:
             entries[id(value)] = value
             continue
         if at not in chosen:

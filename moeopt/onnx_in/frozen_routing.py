@@ -1,8 +1,9 @@
 """Routing that an export froze: a file that runs the experts which one sample chose, whatever its inputs are.
 
-A tracer records what a loop over the experts that are hit did on its sample. Two things tell such a file:
+A tracer records what a loop over the experts that are hit did on its sample. Three things tell such a file:
 
     rows that are a constant    an expert is given the rows of the sample, by their numbers, for ever
+    counts that are constants   an expert is given as many of the sorted rows as it had of the sample
     experts that are missing    the router scores more experts than there are functions; what goes to the others is lost
 
 Such a file is broken. It computes what it computes, and nothing that moeopt could compare it with is right either: the
@@ -12,6 +13,7 @@ block is left alone, and its owner is told.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.index import GraphIndex
@@ -39,6 +41,15 @@ def frozen_routing(candidate: CandidateRegion) -> str:
                 f"{BROKEN}: the node {node.name!r} ({node.op_type}) gives an expert the rows of the sample "
                 f"that the model was traced with, as constants, whatever the input is; {WAY_OUT}"
             )
+    shares = _shares(candidate)
+    if len(set(shares.values())) > 1:
+        node = next(iter(shares))[0]
+        counts = ", ".join(str(n) for n in [*shares.values()][:4])
+        return (
+            f"{BROKEN}: the node {node.name!r} ({node.op_type}) gives its experts as many rows as they had in the "
+            f"sample that the model was traced with ({counts}{', ...' if len(shares) > 4 else ''}), whatever the "
+            f"router chooses; {WAY_OUT}"
+        )
     for region in candidate.regions[:1]:
         scored = _scored(index, region)
         count = candidate.chains.experts
@@ -65,6 +76,47 @@ def _constant_rows(index: GraphIndex, product: WeightProduct) -> OnnxNode | None
         if value is None:
             return None
     return None
+
+
+def _shares(candidate: CandidateRegion) -> dict[tuple[Any, int], int]:
+    """How many rows each expert is given, where rows that data choose are cut by constants; by node and output."""
+    index = candidate.index
+    found: dict[tuple[Any, int], int] = {}
+    for product in candidate.chains.products:
+        value, cut = product.rows, None
+        for _ in range(_FAR):
+            node = None if value is None else value.producer()
+            if node is None or node.op_type not in MOVING or index.is_constant(value):
+                break
+            if node.op_type in ("Split", "Slice"):
+                cut = cut or (node, list(node.outputs).index(value))
+            elif node.op_type in ("Gather", "GatherND") and cut and not index.is_constant(node.inputs[1]):
+                count = _rows_cut(*cut)
+                if count is not None:
+                    found[cut] = count
+                break
+            value = node.inputs[0]
+    return found
+
+
+def _rows_cut(node: OnnxNode, output: int) -> int | None:
+    """How many rows a ``Split`` or a ``Slice`` of the first axis gives, by its constants; None where it has none."""
+    if node.op_type == "Split":
+        axis, held = node.attributes.get("axis"), _whole_numbers(node, 1)
+        return held[output] if held and len(held) > output and (axis is None or axis.as_int() == 0) else None
+    starts, ends, axes = (_whole_numbers(node, n) for n in (1, 2, 3))
+    plain = starts and ends and len(starts) == len(ends) == 1 and axes in (None, [0])
+    return ends[0] - starts[0] if plain and starts and ends and 0 <= starts[0] <= ends[0] < 1 << 31 else None
+
+
+def _whole_numbers(node: OnnxNode, number: int) -> list[int] | None:
+    """An input that is a constant, as numbers."""
+    value = node.inputs[number] if len(node.inputs) > number else None
+    made = None if value is None else value.producer()
+    held = None if value is None else value.const_value
+    if made is not None and made.op_type == "Constant" and "value" in made.attributes:
+        held = made.attributes["value"].value
+    return None if held is None else [int(n) for n in held.numpy().reshape(-1)[:1024]]
 
 
 def _is_several(index: GraphIndex, value: OnnxValue) -> bool:

@@ -15,6 +15,13 @@ RANDOM = frozenset(
 )
 """Operators whose result is no constant, whatever they read."""
 
+MEASURES = ("Shape", "Size")
+ON_SIZES = frozenset(
+    ("Add", "Sub", "Mul", "Div", "Mod", "Neg", "Min", "Max", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze")
+    + ("Reshape", "ReduceProd", "Split", "Cast", "Identity")
+)
+"""Operators that an exporter computes shapes with."""
+
 
 class GraphIndex:
     """One graph, or one body, read once.
@@ -34,6 +41,8 @@ class GraphIndex:
         self._readers: dict[int, list[int]] = {}
         self._given = {id(v) for v in graph.inputs}
         self._fixed: set[int] = set()
+        self._sizes: set[int] = set()
+        self._fills: set[int] = set()
         self.ends = {id(v) for v in graph.outputs}
         for node in self.nodes:
             reads = [v for v in node.inputs if v is not None]
@@ -46,12 +55,30 @@ class GraphIndex:
                 self._readers.setdefault(key, []).append(self.position[id(node)])
             if not bodies and node.op_type not in RANDOM and all(self.is_constant(v) for v in reads):
                 self._fixed |= {id(v) for v in node.outputs}
+            elif not bodies and node.op_type not in RANDOM:
+                self._made_of_sizes(node, reads)
 
     def is_constant(self, value: OnnxValue) -> bool:
         """Whether a value is an initializer that no caller can replace, or computed of such alone."""
         if id(value) in self._fixed:
             return True
         return value.const_value is not None and id(value) not in self._given and not value.is_graph_input()
+
+    def _made_of_sizes(self, node: OnnxNode, reads: list[Any]) -> None:
+        results = {id(v) for v in node.outputs}
+        on_sizes = node.op_type in ON_SIZES and all(self.is_constant(v) or id(v) in self._sizes for v in reads)
+        if on_sizes or node.op_type in MEASURES:
+            self._sizes |= results
+        elif all(self.is_constant(v) or id(v) in self._sizes or id(v) in self._fills for v in reads):
+            self._fills |= results
+
+    def is_size(self, value: OnnxValue) -> bool:
+        """Whether a value is whole numbers that are computed of the sizes of others alone, and of constants."""
+        return id(value) in self._sizes
+
+    def is_fill(self, value: OnnxValue) -> bool:
+        """Whether a value is data that are made of sizes alone: zeros to add to, positions to count with."""
+        return id(value) in self._fills
 
     def reads(self, node: OnnxNode) -> list[Any]:
         """The values that a node or one of its bodies reads."""

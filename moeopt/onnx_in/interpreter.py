@@ -22,6 +22,13 @@ from moeopt.onnx_in.program import GraphProgram, NodeStep
 from moeopt.onnx_in.values import SizeValue, all_known, tensor
 from moeopt.value_types import OnnxNode, OnnxValue, PyObject
 
+QUANTISED = frozenset(
+    ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "ConvInteger")
+    + ("QLinearConv", "MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "DequantizeBFP", "MatMulIntegerToFloat", "QGemm")
+    + ("DynamicQuantizeMatMul", "GatherBlockQuantized", "QLinearSigmoid", "QLinearMul", "QLinearAdd")
+)
+"""Operators that make floats of a quantised model's codes, or compute with codes."""
+
 
 class InterpretedGraph(nn.Module):
     """A part of an ONNX graph. Call it with its inputs in order; it returns its outputs, one alone or a tuple.
@@ -93,10 +100,7 @@ def steps_of(nodes: Sequence[OnnxNode]) -> tuple[list[NodeStep], dict[str, Tenso
             constants[node.outputs[0].name] = constant_of(node)
             continue
         if (domain, node.op_type) not in OPERATORS:
-            raise Declined(
-                f"the node {node.name!r} is {shown(domain, node.op_type)}, which moeopt does not read inside experts: "
-                "export the model with plain operators there, or optimise the PyTorch model itself"
-            )
+            raise Declined(unread(node))
         steps.append(
             NodeStep(
                 domain,
@@ -108,6 +112,20 @@ def steps_of(nodes: Sequence[OnnxNode]) -> tuple[list[NodeStep], dict[str, Tenso
             )
         )
     return steps, constants
+
+
+def unread(node: OnnxNode) -> str:
+    """The reason for an operator that the interpreter does not run: the node's name and the way out."""
+    name = f"the node {node.name!r} is {shown('' if node.domain == 'ai.onnx' else node.domain, node.op_type)}"
+    if node.op_type in QUANTISED:
+        return (
+            f"{name}: the block is quantised, and moeopt reads experts of plain floats; optimise the file from before "
+            "it was quantised, or the PyTorch model with quantize='int8' or 'int4'"
+        )
+    return (
+        f"{name}, which moeopt does not read inside experts: export the model with plain operators there, or optimise "
+        "the PyTorch model itself"
+    )
 
 
 def constant_of(node: OnnxNode) -> Tensor:

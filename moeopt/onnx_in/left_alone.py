@@ -33,7 +33,9 @@ def left_alone(graph: OnnxGraph) -> Iterator[LeftAlone]:
             yield LeftAlone(
                 f"{node.name or node.op_type}.{candidate.name}",
                 f"it stands in a body of the node {node.name!r} ({node.op_type}), and moeopt replaces blocks of the "
-                "main graph: export the model without that loop or branch, or optimise the PyTorch model first",
+                "main graph: export the model without that loop or branch, or optimise the PyTorch model first "
+                "(a loop is written out where its number of rounds is a constant and its condition stays true, a "
+                "branch where its condition is a constant)",
                 candidate.chains.experts,
             )
 

@@ -21,7 +21,7 @@ PRODUCTS = {
     ("", "QLinearConv"): (0, 3),
     ("com.microsoft", "MatMulNBits"): (0, 1), ("com.microsoft", "FusedMatMul"): (0, 1),
     ("com.microsoft", "MatMulIntegerToFloat"): (0, 1), ("com.microsoft", "DynamicQuantizeMatMul"): (0, 1),
-    ("com.microsoft", "FusedGemm"): (0, 1), ("com.microsoft", "FusedConv"): (0, 1),
+    ("com.microsoft", "QGemm"): (0, 3), ("com.microsoft", "FusedGemm"): (0, 1), ("com.microsoft", "FusedConv"): (0, 1),
 }  # fmt: skip
 """Which inputs of an operator are multiplied."""
 CONVOLUTIONS = frozenset(("Conv", "ConvInteger", "QLinearConv", "FusedConv"))

@@ -11,7 +11,7 @@ import math
 import re
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +99,14 @@ _nodes: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyD
 """The nodes that the steps of a region's module were: kept apart, so that modules of alike layers are alike."""
 
 
-def region_module(region: GraphRegion, ends: RegionEnds, opset: int, name: str) -> InterpretedGraph:
+def region_module(
+    region: GraphRegion, ends: RegionEnds, opset: int, name: str, *, to_lower: bool = False
+) -> InterpretedGraph:
     """A region as a module that takes ``ends.tensors`` in order and returns its exit.
+
+    Args:
+        to_lower: it becomes ONNX nodes again. A ``Clip`` of one bound is then a clamp of one, which is lowered to a
+            ``Clip`` of one; else it is what ONNX Runtime makes of it, a clamp of two that no kernel is written for.
 
     Its steps are called by their numbers, so that regions of several layers have one program; ``named`` turns these
     into the names of nodes in a sentence.
@@ -109,6 +115,8 @@ def region_module(region: GraphRegion, ends: RegionEnds, opset: int, name: str) 
         Declined: it holds an operator that the interpreter does not run; the message names the node.
     """
     steps, constants = steps_of(region.nodes)
+    if to_lower:
+        steps = [replace(s, attributes={**s.attributes, "unbounded": 1}) if s.op_type == "Clip" else s for s in steps]
     made = {name for step in steps for name in step.outputs}
     known = {*made, *constants, *ends.tensors, *ends.sizes}
     for node in region.nodes:

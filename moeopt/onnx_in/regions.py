@@ -60,9 +60,9 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
 
 
 def _rooted(index: GraphIndex, chains: ExpertChains, end: OnnxValue) -> GraphRegion | None:
-    """The region up to ``end``, from as few entries as there can be."""
+    """The region up to ``end``, from as few entries as there can be; sizes are read off the others."""
     region = region_between(index, chains.root, end)
-    inner = [v for v in region.entries if index.at(v) >= 0]
+    inner = [v for v in region.entries if index.at(v) >= 0 and not index.is_size(v)]
     if len(inner) > 1:
         shared = common_entry(index, inner, _FEWER)
         if shared is not None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeopt.errors import Declined
 from moeopt.value_types import PyObject
 
 
@@ -59,15 +58,13 @@ def tensor(value: PyObject) -> Tensor:
     return made
 
 
-def numbers(value: PyObject, what: str) -> list[Any]:
-    """The whole numbers of a value in one dimension, known without looking at a tensor.
+def numbers(value: GraphValue) -> list[Any]:
+    """The whole numbers of a value in one dimension.
 
-    Raises:
-        Declined: they are computed from data; ``what`` names them.
+    Of a tensor they are read: a shape may depend on how many rows a mask has chosen, and a reader of modules sees what
+    leaves tensors for Python.
     """
-    if not isinstance(value, SizeValue):
-        raise Declined(f"{what} is computed from data, and an interpreter of a graph needs it as a constant or a size")
-    return list(value.array.reshape(-1))
+    return list(value.array.reshape(-1)) if isinstance(value, SizeValue) else value.reshape(-1).tolist()
 
 
 def all_known(values: Sequence[Any]) -> bool:

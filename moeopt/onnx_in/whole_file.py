@@ -1,8 +1,8 @@
 """A whole file as an ``nn.Module``, each region that may be experts a child of its own.
 
-Limits: opset 13 or newer; every operator one that the interpreter runs; no ``If``, ``Loop`` or ``Scan``; tensors at the
-ends. Weights are the file's own mapped bytes. The module runs node after node, which is no quick way to run a graph: it
-is there to be read, counted, profiled, changed and optimised.
+Limits: opset 13 or newer; every operator one that the interpreter runs; no ``If``, ``Loop`` or ``Scan`` that ``unroll``
+does not write out; tensors at the ends. Weights are the file's own mapped bytes. The module runs node after node, which
+is no quick way to run a graph: it is there to be read, counted, profiled, changed and optimised.
 """
 
 from __future__ import annotations

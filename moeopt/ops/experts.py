@@ -110,7 +110,7 @@ def flatten(bank: ExpertWeights, spec: ExpertsSpec) -> Lists:
 
 def unflatten(lists: Sequence[Sequence[Tensor]], spec: ExpertsSpec) -> ExpertWeights:
     """The inverse of :func:`flatten`, on the same tensors."""
-    w_in, w_out, b_in, b_out, norm = ([t if t.dim() > 1 or t.numel() else None for t in part] for part in lists)
+    w_in, w_out, b_in, b_out, norm = ([t if t.dim() > 1 or t.numel() else None for t in part or ()] for part in lists)
     if lists[1][0].dim() == 3:
         return StackedExpertWeights(lists[0], lists[1][0], b_in, b_out[0] if b_out else None, norm[0] if norm else None)
     E, pairs = len(w_out), 2 if spec.rows == "separate" else 1
@@ -174,7 +174,8 @@ def _run(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: Exp
     return kernel(x, ids, weights, bank, spec)
 
 
-_WEIGHTS = "Tensor[] w_in, Tensor[] w_out, Tensor[] b_in, Tensor[] b_out, Tensor[] norm"
+_WEIGHTS = "Tensor[] w_in, Tensor[] w_out, Tensor[]? b_in, Tensor[]? b_out, Tensor[]? norm"
+# optional, though an absent part is an empty list here: AOTInductor hands an empty list over as None
 _ARGS = f"Tensor x, Tensor ids, Tensor weights, {_WEIGHTS}"
 _LIB = torch.library.Library("moeopt", "FRAGMENT")
 _LIB.define(f"experts({_ARGS}, str spec) -> Tensor")

@@ -93,7 +93,7 @@ def flatten(bank: QuantizedExpertWeights) -> tuple[list[Tensor], ...]:
 
 def unflatten(lists: Sequence[Sequence[Tensor]], formats: BankFormat) -> QuantizedExpertWeights:
     """The inverse of :func:`flatten`, on the same tensors; ``UsageError`` where they are not as ``formats`` says."""
-    w_in, w_out, b_in, b_out, norm = lists
+    w_in, w_out, b_in, b_out, norm = (part or [] for part in lists)
     E, rest = formats.experts, list(w_in)
     ins = [_taken(rest, matrix, E) for matrix in formats.w_in]
     out_rest = list(w_out)
@@ -126,7 +126,7 @@ def _present(parts: Sequence[Tensor]) -> list[Tensor | None] | None:
     return [t if t.numel() else None for t in parts] or None
 
 
-_WEIGHTS = "Tensor[] w_in, Tensor[] w_out, Tensor[] b_in, Tensor[] b_out, Tensor[] norm, str spec, str formats"
+_WEIGHTS = "Tensor[] w_in, Tensor[] w_out, Tensor[]? b_in, Tensor[]? b_out, Tensor[]? norm, str spec, str formats"
 _ARGS = f"Tensor x, Tensor ids, Tensor weights, {_WEIGHTS}"
 _LIB = torch.library.Library("moeopt", "FRAGMENT")
 _LIB.define(f"quantized_experts({_ARGS}) -> Tensor")

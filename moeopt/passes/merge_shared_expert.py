@@ -52,8 +52,8 @@ class MergeSharedExpert:
     name = "merge_shared_expert"
     level = Level.ROUNDING
     off = (
-        "stacked weights cannot gain an expert without a copy, and as separate ones they run slower; it waits for "
-        "kernels that take addresses"
+        "stacked weights cannot gain an expert without a copy; with separate ones, which are taken by their addresses, "
+        "it starts as many kernels as it saves (6) and changes times on a CPU by -1 to +9 %"
     )
 
     def apply(self, block: BlockGraph) -> int:

@@ -120,6 +120,11 @@ class BlockAttempts:
         reader = Mixture(hint_for(self.options.hints, name), argument_bounds(level))
         if path in self.changed:
             raise Declined(self.changed[path])
+        if level.autocast:
+            raise Declined(
+                "the model calls it under autocast, which decides dtypes at each call that the rewritten code must "
+                "name; convert the model with .to(dtype) instead, or begin autocast in the block's own forward"
+            )
         known = None if reader.assume is not None or takes_open_integers(level) else self.alike
         module_call = self.outcome.calls[path]
         rewrite = rewrite_block(name, module, module_call, self.options, self.runtime, reader, self.manager, known)

@@ -35,7 +35,7 @@ from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.install import BlockProgram, RewrittenForward
-from moeopt.rewrite.legality import check_module
+from moeopt.rewrite.legality import check_module, non_finite_reason
 from moeopt.rewrite.live_codes import dequantized
 from moeopt.value_types import PyObject
 from moeopt.verification.block import verify_block
@@ -95,7 +95,11 @@ def rewrite_block(
         check_module(module)
         bound = None if alike is None else _rebind(name, module, call, options, runtime, alike, manager)
         return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
-    except (Declined, UsageError):
+    except Declined as err:
+        if err.rank < Rank.FORBIDS and (reason := non_finite_reason(module)):
+            raise Declined(reason, rank=Rank.FORBIDS, others=(err.obstacle, *err.others)) from None
+        raise
+    except UsageError:
         raise
     except Exception as err:
         where = traceback.extract_tb(err.__traceback__)[-1]

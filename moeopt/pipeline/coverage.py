@@ -14,6 +14,7 @@ from moeopt.capture.collectives import refuse_collectives
 from moeopt.capture.force_routing import ForceAllExperts
 from moeopt.capture.probe_inputs import aimed_at_router, probe_call
 from moeopt.capture.random_ops import refuse_random
+from moeopt.capture.sparse_tensors import refuse_sparse
 from moeopt.capture.tape import Tape, record
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined
@@ -101,6 +102,7 @@ def covering(
         tape = record(module, *call, steer=steer)
         refuse_random(tape, module.training)
         refuse_collectives(tape)
+        refuse_sparse(tape)
         try:
             return call, tape, recognize(tape, assume=assume)
         except ExpertsNotHit as err:

@@ -23,6 +23,7 @@ from moeopt.capture.tree import ArgsKwargs, tree_leaves, tree_map
 from moeopt.errors import CaptureError, Declined
 from moeopt.ops.experts import experts
 from moeopt.recognise.id_bounds import IdBounds, open_ids
+from moeopt.recognise.named_ids import are_named
 from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.build import build
@@ -55,6 +56,9 @@ def id_ranges(
     ranges = []
     for index, found in enumerate(founds[0]):
         E = len(found.experts)
+        if are_named(found.routing.ids):  # what a number that names none does, only the block's own code knows
+            ranges.append(IdRange(0, E - 1))
+            continue
         opened = [open_ids(t, f[index].routing, E, given) for t, f in zip(tapes, founds, strict=True)]
         ids = [i for i in opened if i is not None]
         if not ids:

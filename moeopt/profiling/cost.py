@@ -7,6 +7,7 @@ fewer weights, so "balanced" can be the slower one: then the ratio is below 1.
 
 from __future__ import annotations
 
+import functools
 import time
 
 import torch
@@ -16,11 +17,14 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.experts import experts
 from moeopt.ops.override import default_impl
+from moeopt.ops.stopwatch import Stopwatch
 
 REPEATS, MOST, ENOUGH = 8, 64, 0.06
 """Pairs of timings of one call: at least, at most, and after how many seconds there are enough."""
 CALLS = 3
 """Calls of a block that are timed, at most."""
+COLD = 1 << 40
+"""Bytes to write before a call on a GPU: as many as its L2 cache asks for."""
 SECONDS = 0.25
 """Once a block's timings took as long, no further call is timed."""
 
@@ -41,24 +45,22 @@ class RoutingCost:
 
     def measure(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> None:
         """Time the op on this call's tokens: once to warm up, then in turns; the quickest counts."""
-        began = time.perf_counter()
         even_TK = balanced(ids_TK, bank.num_experts)
+        watch = Stopwatch(x_TH.device, COLD if x_TH.is_cuda else 0)
+        calls = [functools.partial(experts, x_TH, ids, weights_TK, bank, spec) for ids in (ids_TK, even_TK)]
         times: tuple[list[float], list[float]] = ([], [])
-        # one thread's own time leaves out the turns of a machine's other tenants
-        clock = time.thread_time if x_TH.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
         with torch.no_grad(), default_impl():
-            while len(times[0]) <= REPEATS or (len(times[0]) <= MOST and time.perf_counter() - began < ENOUGH):
-                for ids, kept in zip((ids_TK, even_TK), times, strict=True):
-                    _wait(x_TH)
-                    started = clock()
-                    experts(x_TH, ids, weights_TK, bank, spec)
-                    _wait(x_TH)
-                    kept.append(clock() - started)
+            for call in calls:
+                call()  # a kernel may be compiled here, which is no cost of a routing
+            began = time.perf_counter()
+            while len(times[0]) < REPEATS or (len(times[0]) < MOST and time.perf_counter() - began < ENOUGH):
+                for call, kept in zip(calls, times, strict=True):
+                    kept.append(watch.seconds(call))
         self.calls += 1
         self.tokens += ids_TK.shape[0]
-        self.observed += min(times[0][1:])
-        self.balanced += min(times[1][1:])
-        self.noise = max(self.noise, *(_noise(kept[1:]) for kept in times))
+        self.observed += min(times[0])
+        self.balanced += min(times[1])
+        self.noise = max(self.noise, *map(_noise, times))
         self.hit_observed += _hit(ids_TK, bank.num_experts)
         self.hit_balanced += _hit(even_TK, bank.num_experts)
         self._spent += time.perf_counter() - began
@@ -94,8 +96,3 @@ def _noise(seconds: list[float]) -> float:
 
 def _hit(ids: Tensor, experts: int) -> int:
     return int(ids[(ids >= 0) & (ids < experts)].unique().numel())
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)

@@ -22,6 +22,7 @@ from moeopt.errors import CheckpointError, UsageError
 from moeopt.ir.bank_format import MatrixFormat
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
 from moeopt.ops.quantized_weight import QuantizedWeight
+from moeopt.published.codes_in_files import room_for
 from moeopt.published.directory_of import directory_of, stated_by
 from moeopt.published.loaded_matrix import kind_of, numbers_of, same_weights
 from moeopt.published.quantised_tensors import quantised_tensors
@@ -166,7 +167,7 @@ class _Stack:
         matrix = MatrixFormat(weight.format, weight.shape, stacked=True)
         if self.matrix is None:
             self.matrix = matrix
-            self.tensors = [t.new_empty((self.experts, *t.shape)) for t in _held(weight)]
+            self.tensors = [room_for((self.experts, *t.shape), t.dtype) for t in _held(weight)]
         elif matrix != self.matrix:
             raise Unbound(f"expert {e} is stored in {weight.format}, and expert 0 in {self.matrix.format}")
         for stack, tensor in zip(self.tensors, _held(weight), strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +39,19 @@ class TensorFiles(Protocol):
         """Its values, as mapped memory."""
 
 
+_instead: ContextVar[Mapping[str, str]] = ContextVar("moeopt_read_instead", default={})  # noqa: B039  not written to
+
+
+@contextlib.contextmanager
+def read_instead(names: Mapping[str, str]) -> Iterator[None]:
+    """While open, directories are made in which a tensor of ``names`` has the values of the one that it gives."""
+    token = _instead.set(names)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
+
+
 class SafetensorsDirectory:
     """:class:`TensorFiles` of all ``*.safetensors`` in a directory.
 
@@ -57,6 +72,7 @@ class SafetensorsDirectory:
                 raise CheckpointError(f"{file} is damaged ({err}): fetch the file again") from err
             for name in opened.keys():  # noqa: SIM118  it is no mapping
                 self._places[name] = opened
+        self._instead = {name: other for name, other in _instead.get().items() if other in self._places}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -71,7 +87,8 @@ class SafetensorsDirectory:
         return self._entry(name)[1]
 
     def tensor(self, name: str) -> Tensor:
-        found: Tensor = self._places[name].get_tensor(name)
+        stored = self._instead.get(name, name)
+        found: Tensor = self._places[stored].get_tensor(stored)
         return found
 
     def _entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype | None]:

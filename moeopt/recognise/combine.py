@@ -147,8 +147,22 @@ def entry_weights(
             rows[hot, candidate[hot] - start] = 1
             codes[site.node] = site.from_rows(rows, like)
         width = min(out, labels.candidates - start)
-        weights[:, start : start + width] = (run(codes) - base)[:, :width]
+        found = run(codes) - base
+        if bool(base.any()):
+            found = _without_rounding(found, base, run({n: v * _LARGE[v.dtype] for n, v in codes.items()}))
+        weights[:, start : start + width] = found[:, :width]
     return base, weights
+
+
+_LARGE = {torch.float16: 2.0**8, torch.bfloat16: 2.0**20, torch.float32: 2.0**20, torch.float64: 2.0**20}
+
+
+def _without_rounding(found: torch.Tensor, base: torch.Tensor, large: torch.Tensor) -> torch.Tensor:
+    """``found`` weights, which lost bits where they were added onto a larger ``base``, from codes as ``large`` as they
+    may be; as they are where the code does more to large values than to multiply them."""
+    better = (large - base) / _LARGE[base.dtype]
+    lost = 4 * torch.finfo(base.dtype).eps * (base.abs() + found.abs())
+    return torch.where((better - found).abs() <= lost, better, found)
 
 
 def _read(tape: Tape, labels: Labels, target: fx.Node, axis: int) -> Combine | str:

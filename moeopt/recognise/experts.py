@@ -11,6 +11,7 @@ and where in the model do those choices and weights stand (``routing``).
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -77,6 +78,9 @@ def recognize(
                     best, best_progress = reason.with_traceback(None), 10
                 break
             except Declined as reason:
+                if isinstance(reason, NoIds) and 1 < len(reason.routed) < len(members):
+                    subsets = itertools.chain([list(reason.routed)], subsets)
+                    reason.routed = ()  # an error outlives the tape
                 if len(members) > 1 or members[0].merged:
                     said = _several_times(reason, members, candidates).with_traceback(None)
                     said.stage = _STAGES[progress[0]]

@@ -42,16 +42,19 @@ def certain_obstacle(tape: Tape) -> Declined | None:
 
 
 def _unequal_experts(tape: Tape) -> Declined | None:
-    """Modules of one list that ran on rows picked for them, of one structure and several sizes or of several depths."""
+    """Modules of one list that ran on rows picked for them, or all on the same rows, of one structure and several sizes
+    or of several depths."""
     for home in tape.root.modules():
         if not isinstance(home, (nn.ModuleList, nn.ModuleDict)) or len(home) < 2:
             continue
         own = set(home.children())
-        ran = [c for c in tape.calls if c.module in own and any(picks_rows(a) for a in leaves_of(fx.Node, c.args))]
+        ran = [c for c in tape.calls if c.module in own]
+        if len({tuple(leaves_of(fx.Node, c.args)) for c in ran}) > 1:  # not all on the same rows
+            ran = [c for c in ran if any(picks_rows(a) for a in leaves_of(fx.Node, c.args))]
         sizes = {tuple(tuple(p.shape) for p in c.module.parameters()) for c in ran}
         line = tape.nodes[ran[0].first].meta.get("source", "") if ran else ""
         if len(sizes) > 1 and len({tuple(len(shape) for shape in one) for one in sizes}) == 1:
-            normed = any(op_name(n) in _NORMS for c in ran for n in tape.nodes[c.first : c.last + 1])
+            normed = any(op_name(n) in _NORMS for n in tape.nodes[ran[0].first : ran[-1].last + 1])
             zeros = (
                 "zeros would change what its norm computes" if normed else "a smaller one can be filled up with zeros"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import fx
@@ -11,6 +11,7 @@ from torch import fx
 from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
+from moeopt.recognise.named_ids import places_of
 from moeopt.recognise.readings import (
     axis_orders,
     constant_weight,
@@ -26,7 +27,12 @@ from moeopt.recognise.routing_types import INTEGERS, Extraction, Routing, Routin
 aten = torch.ops.aten
 
 
-def id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tuple[Extraction, torch.Tensor, list[int]]]:
+IdRecipe = tuple[Extraction, torch.Tensor, list[int]]
+MOST_NAMES = 64
+"""Experts that are told apart by names, each of which is compared with every id."""
+
+
+def id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[IdRecipe]:
     """(extraction, ids (T, K), candidate of each id) for every integer tensor that names the chosen experts."""
     tokens, candidates = table.visits.shape
     possible = list(possible_sources(before, floating=False))
@@ -51,6 +57,27 @@ def id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[tupl
                 extraction = _rooted_ids(tape, extraction, ids)
                 if extraction.source is not None and extraction.source.meta["dtype"] != torch.int64:
                     extraction.steps.append((aten.to.dtype, (torch.int64,)))
+                yield extraction, ids, mapping
+
+
+def by_names(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
+    """As :func:`by_ids`, of integers that name the experts by other numbers than 0, 1, 2 (the keys of a dict)."""
+    return by_ids(tape, before, table, dtype, _named_recipes)
+
+
+def _named_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[IdRecipe]:
+    tokens = len(table.visits)
+    for node in possible_sources(before, floating=False):
+        size = math.prod(node.meta["shape"])
+        if not tokens or not size or size % tokens or size // tokens > min(table.visits.shape[1], MOST_NAMES):
+            continue
+        names = tape.value(node).unique().tolist()
+        if not 2 <= len(names) <= MOST_NAMES or len(names) != table.reached or names == list(range(len(names))):
+            continue
+        for steps in axis_orders(node.meta["shape"], tokens, size // tokens):
+            extraction = Extraction(node, [*steps, (places_of, (names,))])
+            ids = extraction.run(tape)
+            if (mapping := _mapping(ids, table)) is not None:
                 yield extraction, ids, mapping
 
 
@@ -107,11 +134,14 @@ def _covers(named: torch.Tensor, seen: torch.Tensor, table: Table, natural: torc
     return bool((~(seen & ~named)).all()) and bool(seen.any()) and int(extra.sum()) * 2 < int(named.sum())
 
 
-def by_ids(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
+def by_ids(
+    tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None,
+    recipes: Callable[[Tape, list[fx.Node], Table], Iterator[IdRecipe]] = id_recipes,
+) -> Iterator[Routing]:  # fmt: skip
     tokens, candidates = table.visits.shape
     possible = list(possible_sources(before, floating=True))
     reread = reread_nodes(possible)
-    for extraction, ids, mapping in id_recipes(tape, before, table):
+    for extraction, ids, mapping in recipes(tape, before, table):
         k = ids.shape[1]
         best: list[tuple[tuple[bool, bool, bool, int], Extraction]] = []
         for node in possible:

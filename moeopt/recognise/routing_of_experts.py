@@ -28,7 +28,8 @@ from moeopt.recognise.ids_of_masks import one_beyond
 from moeopt.recognise.limits import check_limits
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing import find_routing
-from moeopt.recognise.routing_types import FixedShares, Routing, Table
+from moeopt.recognise.routing_by_ids import by_names
+from moeopt.recognise.routing_types import FixedShares, NoIds, Routing, Table
 from moeopt.recognise.routing_weights import (
     factors,
     hidden_weights,
@@ -77,12 +78,9 @@ def with_frontier(
             place = weight_position(tape, reading, table, tokens, labels, combine, group)
 
     try:
-        routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, (by_slots,))
-    except FixedShares as err:
-        if (
-            tokens.node.op == "placeholder"
-        ):  # the block gets slots as an argument, and the code that fills them may dispatch by ids
-            err.rank = Rank.READING
+        routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, (by_slots, by_names))
+    except (FixedShares, NoIds) as err:
+        _say_more(err, group, tokens, labels, combine)
         raise
     progress[0] = 4
     ids = routing.ids.run(tape) if routing.ids is not None else None
@@ -101,6 +99,23 @@ def with_frontier(
     return Recognition(
         tokens, routing, combine, base, ordered, spec, inside, min(source_of(c) or "~" for c in group), functions
     )
+
+
+def _say_more(
+    err: FixedShares | NoIds, group: list[FFNCandidate], tokens: Tokens, labels: Labels, combine: Combine
+) -> None:
+    """Add to a refusal what this reading shows of it."""
+    if isinstance(err, NoIds):
+        err.routed = _not_for_all(group, labels, combine.weights)
+    elif tokens.node.op == "placeholder":
+        # the block gets slots as an argument, and the code that fills them may dispatch by ids
+        err.rank = Rank.READING
+
+
+def _not_for_all(group: list[FFNCandidate], labels: Labels, weights_TC: torch.Tensor) -> tuple[FFNCandidate, ...]:
+    """The candidates of ``group`` whose weight is 0 for some token; the others, in no router's table, serve all."""
+    for_all = (weights_TC != 0).all(0)
+    return tuple(c for c in group if not all(bool(for_all[labels.candidate[out]].all()) for out in c.outs))
 
 
 def _check_named(ids: torch.Tensor | None, count: int, missing: int, group: list[FFNCandidate]) -> None:

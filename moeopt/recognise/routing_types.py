@@ -14,6 +14,7 @@ from torch import fx
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
+from moeopt.recognise.ffn_candidates import FFNCandidate
 
 Search = Callable[[Tape, "list[fx.Node]", "Table", "torch.dtype | None"], "Iterator[Routing]"]
 
@@ -52,9 +53,14 @@ class RoutingForm(str, Enum):
 
 
 class NoIds(Declined):
-    """No tensor says which experts a token has."""
+    """No tensor says which experts a token has.
+
+    Attributes:
+        routed: the candidates that do not serve every token, where others of their shapes do (shared experts).
+    """
 
     rank = Rank.READING
+    routed: tuple[FFNCandidate, ...] = ()
 
 
 class FixedShares(Declined):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import moves_rows, op_name
+from moeopt.capture.op_kinds import is_pointwise, moves_rows, op_name
 from moeopt.capture.tape import Tape
 from moeopt.recognise.weight_source import element_source
 from moeopt.value_types import PyObject
@@ -31,6 +31,10 @@ _VIEWS = (
 
 
 _SPLITS = ("split", "split_with_sizes", "chunk", "unbind")
+
+
+_PLACES = ("argmax", "argmin", "argsort", "sort", "topk", "bucketize", "searchsorted", "sum", "cumsum")
+"""Calls that make integers of a row's features."""
 
 
 _SIZES_VARY = (
@@ -64,7 +68,7 @@ class Flow:
         self.data.add(node)
         dtype = node.meta.get("dtype")
         integer = dtype is not None and not dtype.is_floating_point and dtype != torch.bool
-        if node.op == "placeholder" or integer:
+        if node.op == "placeholder" or (integer and not _of_features(node)):
             self.touched[node], self.how[node] = 0, hash((node.op == "placeholder", str(dtype)))
             return
         bits = 0
@@ -78,10 +82,12 @@ class Flow:
             for key in keys:
                 bits |= 1 << self._bit.setdefault(key, len(self._bit))
         self.touched[node] = bits
-        self.how[node] = self._hash(node)
+        self.how[node] = hash((False, str(dtype))) if integer else self._hash(node)
 
     def _weight(self, node: fx.Node) -> int:
-        """A weight is its dtype and shape, whichever place of a bank it comes from."""
+        """A weight is its dtype and shape, whichever place of a bank it comes from; expanded to rows, what it was."""
+        if op_name(node) == "expand":
+            return self.how[node.all_input_nodes[0]]
         return hash(("weight", str(node.meta.get("dtype")), node.meta.get("shape")))
 
     def _regions(self, node: fx.Node) -> frozenset[Any]:
@@ -109,6 +115,11 @@ class Flow:
         of_split = name == "getitem" and op_name(node.args[0]) in _SPLITS  # type: ignore[arg-type]
         args = node.all_input_nodes if name in _SIZES_VARY or of_split else node.args
         return hash((name, word(args), repr(sorted(node.kwargs, key=str))))
+
+
+def _of_features(node: fx.Node) -> bool:
+    """Whether integers may be places among a row's own features (a rank, a code), not places among the rows."""
+    return op_name(node) in _PLACES or moves_rows(node) or is_pointwise(node)
 
 
 @dataclass

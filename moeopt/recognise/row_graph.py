@@ -18,7 +18,7 @@ from torch import fx
 from moeopt.capture.op_kinds import is_factory, is_pointwise, op_name
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
-from moeopt.ir.row_function import CODES, GETITEM, Value, write_body
+from moeopt.ir.row_function import CODES, GETITEM, PLACES, Value, write_body
 from moeopt.ir.weight_refs import PartRef
 from moeopt.recognise.row_graph_rules import RULES
 from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
@@ -53,7 +53,7 @@ class RowGraphReader(RowGraphWriter):
         order = self._order(end)
         for node in order:  # slots come first, so their numbers are known only now
             if (ref := self.weight_of(node)) is not None and ref not in self._slot_of:
-                if not node.meta["dtype"].is_floating_point and node.meta["dtype"] not in CODES:
+                if not node.meta["dtype"].is_floating_point and node.meta["dtype"] not in CODES + PLACES:
                     raise self.refused(node, "is computed from a weight of integers")
                 self._slot_of[ref] = HeldSlots(len(self.slots) + 1, None, ref.shape)
                 self.slots.append(ref)
@@ -134,6 +134,9 @@ class RowGraphReader(RowGraphWriter):
             held = self.add(node, node.target, None, *self.words(node.args), **self.kwargs(node))
             held.items = []
             return held
+        if (linear := self.as_linear(node)) is not None:
+            given = [self.known[a].number for a in linear if a is not None]
+            return self.add(node, aten.linear.default, None, *given)
         if name == "getitem":
             return self.add(node, GETITEM, None, *self.words(node.args))
         return self.add(node, node.target, None, *self.words(node.args), **self.kwargs(node))

@@ -162,12 +162,55 @@ def _like(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
 
 def _pick(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     """gather and scatter along a dimension of the features: each row is read and written by its own indices."""
+    if op_name(node) == "gather" and len(held.features) == 1:
+        places = graph.known[node.args[2]]  # type: ignore[index]
+        if places.lead is None and math.prod(places.shape[:-1]) == 1:  # the same for every row
+            return _select(graph, node, held, -1, places)
     operands = [graph.known[a] for a in node.all_input_nodes]
     if any(o.lead != held.lead or len(o.shape) != len(held.shape) for o in operands):
         raise graph.refused(node, "picks by indices of other rows, or of all rows")
     args = list(graph.words(node.args))
     args[1] = graph.feature_dim(node, held, node.args[1])
     return graph.add(node, node.target, held.lead, *args, **graph.kwargs(node))
+
+
+def _select(graph: RowGraphWriter, node: fx.Node, held: HeldSlots, dim: int, places: HeldSlots) -> HeldSlots:
+    """The features of each row at ``places``, integers of the weights."""
+    flat = graph.add(node, aten.reshape.default, None, places.number, [-1])
+    return graph.add(node, aten.index_select.default, held.lead, held.number, dim, flat.number)
+
+
+def _index(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    """index, index_select, embedding: features at fixed places, or the rows of a table at integers of each row."""
+    name, args = op_name(node), list[Any](node.args)
+    if name == "index":
+        given = [(d, a) for d, a in enumerate(args[1]) if a is not None]
+    else:
+        given = [(0, args[1])] if name == "embedding" else [(int(args[1]), args[2])]
+    if len(given) != 1:
+        raise graph.refused(node, "picks by several indices at once")
+    ((dim, at),) = given
+    source, places = graph.known[args[0]], graph.known[at]
+    if source.lead is None and places.lead is not None and dim == 0 and not places.features:
+        return graph.add(node, aten.index.Tensor, places.lead, source.number, [places.number])
+    if source.lead is None or places.lead is not None or len(places.shape) != 1:
+        raise graph.refused(node, "picks by indices of other rows, or of all rows")
+    return _select(graph, node, source, graph.feature_dim(node, source, dim), places)
+
+
+def _trilinear(graph: RowGraphWriter, node: fx.Node, _: HeldSlots) -> HeldSlots:
+    """x^T W_o y of ``torch.nn.Bilinear``: the rows x times all W_o at once, then each row's own y."""
+    x, weight, y = (graph.known[a] for a in node.args[:3])  # type: ignore[index]
+    if list(node.args[3:7]) != [[1, 3], [0], [1, 2], [2, 3]] or x.lead is None or y.lead != x.lead or weight.lead:
+        raise graph.refused(node, "multiplies rows with one another")
+    o, i, j = weight.shape
+    turned = graph.add(node, aten.permute.default, None, weight.number, [1, 0, 2])
+    matrix = graph.add(node, aten.reshape.default, None, turned.number, [i, o * j])
+    product = graph.add(node, aten.mm.default, x.lead, x.number, matrix.number)
+    apart = graph.add(node, aten.reshape.default, x.lead, product.number, [-1, o, j])
+    other = graph.add(node, aten.unsqueeze.default, x.lead, y.number, -2)
+    weighed = graph.add(node, aten.mul.Tensor, x.lead, apart.number, other.number)
+    return graph.add(node, aten.sum.dim_IntList, x.lead, weighed.number, [-1])
 
 
 def _flip(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
@@ -183,7 +226,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("select", "slice", "unbind"), _one_dim(1, default=0)),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _one_dim(2, default=0)),
     **dict.fromkeys(("sort", "argsort"), _one_dim(1, default=-1)),
-    "topk": _one_dim(2, default=-1),
+    **dict.fromkeys(("topk", "kthvalue"), _one_dim(2, default=-1)),
+    **dict.fromkeys(("max", "min", "median", "nanmedian", "mode", "cummax", "cummin", "argmax", "argmin"), _one_dim(1)),
+    **dict.fromkeys(("index", "index_select", "embedding"), _index),
+    "_trilinear": _trilinear,
     **dict.fromkeys(("gather", "scatter", "scatter_add"), _pick),
     "squeeze": _one_dim(1),
     "unsqueeze": _one_dim(1, extra=1),

@@ -58,7 +58,8 @@ def match_tokens(tape: Tape, sites: list[GemmSite]) -> Tokens:
 
 
 def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
-    """Tensors whose rows the ``sites`` multiply, earliest first, one for each order of rows and number of limits.
+    """Tensors whose rows the ``sites`` multiply, earliest first, one for each order of rows and number of limits; then
+    the tensor whose rows they multiply times a factor each.
 
     Raises:
         Declined: no tensor before the experts holds their rows.
@@ -94,7 +95,7 @@ def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
                 continue
             if weighted is None and len(rows) <= _MOST_SCALED:
                 weighted = _scaled(node, axis, rows, wanted)
-    if weighted is not None and not orders:
+    if weighted is not None:  # last: where rows lie sorted by expert, and weighted, no other tensor has them by token
         yield weighted
     if orders or weighted is not None:
         return

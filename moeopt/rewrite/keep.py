@@ -88,9 +88,9 @@ class _Planner:
         return node
 
     def _callable(self, call: Call) -> bool:
-        """A call can be repeated as a module call when its arguments can be written down and it writes
-        to nothing that others see."""
-        if call.path.startswith("<") or call.last < 0:
+        """A call can be repeated as a module call when its arguments can be written down, it writes
+        to nothing that others see, and no ``with`` of the code around it decides its dtypes."""
+        if call.path.startswith("<") or call.last < 0 or call.autocast:
             return False
         for leaf in tree_leaves((call.args, call.kwargs)):
             if not isinstance(leaf, (fx.Node, int, float, str, bool, type(None), torch.dtype, torch.device)):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
-from moeopt.ir.row_function import CODES, RowFunction
+from moeopt.ir.row_function import CODES, PLACES, RowFunction
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.obstacles import Rank
 from moeopt.recognise.named_obstacles import computed_weight
@@ -46,6 +46,28 @@ def check_module(module: nn.Module) -> None:
             )
 
 
+def non_finite_reason(module: nn.Module) -> str:
+    """Why a block with a Parameter that is not finite everywhere cannot be judged, and the way out; "" without one.
+
+    Asked where a block was declined: an infinite bias that shuts an expert off on purpose may be no obstacle.
+    """
+    for path, weight in module.named_parameters():
+        if not weight.is_floating_point() or weight.is_meta:
+            continue
+        values = weight.detach()
+        if bool(values.sum(dtype=torch.float32 if values.element_size() < 4 else None).isfinite()):
+            continue
+        nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
+        if nan or infinite:
+            kinds = " and ".join(f"{n:,} {word}" for n, word in ((nan, "NaN"), (infinite, "infinite")) if n)
+            return (
+                f"{path} has {kinds} of its {values.numel():,} entries, so that what the experts compute cannot be "
+                "compared; load the weights again (a damaged checkpoint, an overflow in float16 training), or set such "
+                "entries with torch.nan_to_num_, and optimise again"
+            )
+    return ""
+
+
 def absent_reason(model: nn.Module) -> str:
     """Why a model without all of its values is left alone, and the way out; "" when every Parameter has its values."""
     absent = next((n for n, p in model.named_parameters() if p.is_meta), "")
@@ -72,7 +94,7 @@ def check_experts(module: nn.Module, tape: Tape, recognitions: list[Recognition]
     for recognition in recognitions:
         for path in sorted(expert_paths(recognition.experts)):
             tensor = tensor_at(module, path)
-            if tensor.dtype not in (_FLOATS + CODES if isinstance(recognition.spec, RowFunction) else _FLOATS):
+            if tensor.dtype not in (_FLOATS + CODES + PLACES if isinstance(recognition.spec, RowFunction) else _FLOATS):
                 raise Declined(f"{path} is {tensor.dtype}; only float32, float64, bfloat16 and float16 are carried")
         end = recognition.combine.node.meta["index"]
         inner = {n.meta["call"] for n in recognition.interior if n.meta["index"] < end}

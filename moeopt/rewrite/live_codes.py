@@ -10,6 +10,7 @@ Shape legend: E experts, N out, K in.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -109,6 +110,14 @@ class LiveCodes(QuantizedExpertWeights):
     def norm_l(self) -> Biases | None:  # type: ignore[override]
         """No norm is recognised after W_out."""
         return None
+
+    def handed_out(self, layouts: tuple[str, str], dtype: torch.dtype) -> QuantizedExpertWeights:
+        """As the base class has it, and read live as well: an export asks while tensors have no values."""
+        if (layouts, dtype) == (self.layouts, self.dtype):
+            return self
+        other = copy.copy(self)
+        other.layouts, other.dtype, other._bank = layouts, dtype, None
+        return other
 
     def now(self) -> QuantizedExpertWeights:
         """The bank as it is now, for one call.

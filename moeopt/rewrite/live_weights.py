@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
 from moeopt.ops.expert_weights import StackedExpertWeights
+from moeopt.rewrite.all_places import AllPlaces
 from moeopt.value_types import PyObject
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -99,6 +100,9 @@ class LiveExpertWeights:
         self._regions: dict[tuple[int, str], Any] = {}
         self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
         self._steps = _steps(experts)
+        made_anew = place is not Place or any(ref.neurons is not None for ref in experts)
+        self._all = None if made_anew else AllPlaces(self._places.values())
+        self.known: Any = None  # what a kernel worked out of these tensors, and how they lay then
         # the last result of stacked(): while its views are kept nobody else gets their memory, so addresses identify it
         self._stack: tuple[Any, StackedExpertWeights, list[Any]] | None = None
         self._backwards = any(s < 0 for part in self._steps or () for step in _flat(part) for s in step)
@@ -127,6 +131,17 @@ class LiveExpertWeights:
         """No norm is recognised after W_out."""
         del e
         return None
+
+    def lies(self) -> object:
+        """Where every weight lies: equal to an earlier answer while none was moved, replaced or hooked.
+
+        None where that can't be told of all at once; then each is read by itself.
+        """
+        if self._all is None:
+            return None
+        for e in range(self.num_experts):
+            self._check(e)
+        return self._all.lie()
 
     def _pick(self, e: int, part: Tensor, axis: int) -> Tensor:
         """Expert ``e``'s neurons of ``part``, which lie along ``axis``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import threading
 import types
 
 import torch
@@ -20,7 +21,7 @@ HASHED = 1 << 22
 _LEAVES = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice)
 _TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 _BY_TEXT = ("decimal", "fractions", "datetime", "re", "pathlib", "uuid", "numpy")
-INERT = ("logging", "functools", "threading", "_thread", "contextlib", "abc")
+_INERT = ("logging", "functools", "threading", "_thread", "contextlib", "abc")
 """Modules whose objects hold nothing that decides a number."""
 
 
@@ -65,7 +66,12 @@ def array_text(value: PyObject) -> str:
 def inert(value: PyObject) -> bool:
     """A library's own modules and tools, which an installed package does not exchange."""
     module = isinstance(value, types.ModuleType) and value.__name__ != "os" and foreign(value.__name__)
-    return module or type(value).__module__ in INERT
+    return module or tells_nothing(type(value))
+
+
+def tells_nothing(cls: type) -> bool:
+    """Whether an object of ``cls`` holds nothing that decides a number: loggers, locks, context managers."""
+    return cls.__module__ in _INERT and not issubclass(cls, threading.local)
 
 
 def key_text(key: PyObject) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import collections
+import contextvars
 import functools
 import importlib.util
 import sys
@@ -20,11 +21,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from moeopt.options import variables
 from moeopt.rewrite.code import digest, filled, fingerprint, foreign, installed, words
 from moeopt.rewrite.guard_expression import GuardExpression
 from moeopt.rewrite.ran import Ran
-from moeopt.rewrite.spell import INERT, Spelled, inert, is_array, plain
+from moeopt.rewrite.spell import Spelled, inert, is_array, plain, tells_nothing
+from moeopt.rewrite.walk_ambient import bare_lookup, read_context, read_modes, read_variables
 from moeopt.rewrite.walk_containers import SMALL, read_array, read_dict, read_sequence, read_set, read_tensor
 from moeopt.value_types import PyObject
 
@@ -91,7 +92,8 @@ class Walk:
             probe.keys(held)
 
     def functions(self) -> None:
-        """The globals and imports of the code that ran."""
+        """The globals and imports of the code that ran, and the modes of PyTorch under which it ran."""
+        read_modes(self)
         for module, names in self.ran.globals:
             table = self.tables.get(module) or getattr(sys.modules.get(module), "__dict__", None)
             if table is not None:
@@ -171,7 +173,9 @@ class Walk:
             if not foreign(value.__name__):
                 self._named(place, value.__dict__)
             elif value.__name__ == "os":
-                self._variables()
+                read_variables(self)
+        elif isinstance(value, contextvars.ContextVar):
+            read_context(self, place, value)
         elif isinstance(value, weakref.ref):
             self.note(place, "reference", "")
             self.visit(f"{place}()", value())
@@ -229,13 +233,6 @@ class Walk:
     def _mentioned(self, table: PyObject) -> list[str]:
         return [n for n in table if n in self.names]
 
-    def _variables(self) -> None:
-        table, keys = variables(self.names)
-        if table:
-            self.probe.keys(table)
-        for name, key in keys.items():
-            self.link(self.probe, table, key, table[key], f"the variable {name}")
-
     def _object(self, place: str, value: PyObject, parts: dict[str, Any], alone: bool = False) -> None:
         for name, part in parts.items():  # only the parts are watched: the table itself cannot be replaced
             self.visit(f"{place}.{name}" if not alone else place, part)
@@ -248,19 +245,20 @@ class Walk:
         if not foreign(cls.__module__):
             self.klass(cls)
             self.probe.add("{0}({1}) is {2}", type, value, cls)
+        bare = bare_lookup(cls)
         try:
-            held = object.__getattribute__(value, "__dict__")
+            held = bare(value, "__dict__")
         except AttributeError:
             held = None
         if isinstance(value, nn.Module) and (id(value) in self._called or place in self.whole):
             self.whole.add(place)
             self._outside(place, value)
-        elif isinstance(held, dict) and cls.__module__ not in INERT:
+        elif isinstance(held, dict) and not tells_nothing(cls):
             lookup: object = cls.__getattribute__
             if lookup is object.__getattribute__:
                 self.probe.attribute(value, "__dict__", held)
             else:
-                self.probe.add("{0}({1}, {2}) is {3}", object.__getattribute__, value, "__dict__", held)
+                self.probe.add("{0}({1}, {2}) is {3}", bare, value, "__dict__", held)
             self.probe.keys(held)
             self._named(place, held, self.ran.open)
             for registry in ("_parameters", "_buffers", "_modules") if isinstance(value, nn.Module) else ():

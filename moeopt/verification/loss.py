@@ -115,12 +115,13 @@ class LossFigures:
         self.surprise.append((float(ratio.sum()), int(both.sum())))
 
     def figures(self) -> dict[str, float]:
-        """Each figure by its key."""
-        return self._figures(range(len(self.distances)))
+        """Each figure by its key; none where no token counts."""
+        return self._figures(range(len(self.distances))) if self.tokens else {}
 
     def standard_errors(self, seed: int) -> dict[str, float]:
-        """Of each figure but the maximum, of which no resample says anything."""
-        units = self if len(self.distances) > 1 else self._by_token()
+        """Of each figure but the maximum, of which no resample says anything; over sequences with tokens."""
+        units = self._with_tokens()
+        units = units if len(units.distances) > 1 else units._by_token()
         count = len(units.distances)
         if count < 2:
             return {}
@@ -133,6 +134,12 @@ class LossFigures:
     @property
     def tokens(self) -> int:
         return sum(len(d) for d in self.distances)
+
+    def _with_tokens(self) -> LossFigures:
+        """The same without sequences of which no token counts."""
+        keep = [i for i, d in enumerate(self.distances) if len(d)]
+        parts = (self.distances, self.equal, self.surprise)
+        return LossFigures(self.language, *([part[i] for i in keep] if part else [] for part in parts))  # type: ignore[arg-type]
 
     def _by_token(self) -> LossFigures:
         """The same with each token as a sequence of its own; the perplexity, of which it has one figure, left out."""

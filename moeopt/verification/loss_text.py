@@ -19,10 +19,19 @@ def judged(loss: Loss, limit: Mapping[str, float]) -> list[str]:
     told = []
     for key, most in limit.items():
         value = float(loss.get(key, math.nan))  # type: ignore[arg-type]
-        if missed(key, value, most):
+        if not loss.get("tokens", 1):
+            told.append(f"{key} was not measured: {_no_token(loss)}")
+        elif missed(key, value, most):
             word = "at least" if key in AT_LEAST else "at most"
             told.append(f"{key} is {value:.4g}, and limit allows {word} {most:.4g}{_costliest(loss, key)}")
     return told
+
+
+def _no_token(loss: Loss) -> str:
+    return (
+        f"no token of {loss.get('data', 'the data')} counts (there is none, or attention_mask hides all, or the "
+        "original's outputs are no numbers); give data= with tokens"
+    )
 
 
 def cost_of(block: BlockLoss) -> float:
@@ -72,6 +81,8 @@ def loss_lines(quantized: Mapping[str, str], loss: Loss) -> Iterator[str]:
         yield f"quantised: {count} to {schemes}; what that lost was not measured"
         return
     yield f"quantised: {count} to {schemes}; what that lost, on {loss['data']} ({loss['tokens']} tokens):"
+    if not loss["tokens"]:
+        yield f"  not measured: {_no_token(loss)}"
     errors, reference, limit = loss.get("standard_errors", {}), loss.get("reference", {}), loss.get("limit", {})
     for key in FIGURES:
         if key not in loss:
@@ -81,9 +92,8 @@ def loss_lines(quantized: Mapping[str, str], loss: Loss) -> Iterator[str]:
         bound = f"; limit {limit[key]:.4g}" if key in limit else ""
         yield f"  {key}: {value}{beside}{bound}"
     for block in sorted(loss.get("blocks", ()), key=cost_of, reverse=True):
-        figures = ", ".join(
-            f"{k} {v:.2g}" for k, v in block["figures"].items() if k in ("kl_mean", "error_mean", "top1")
-        )
+        told = [f"{k} {v:.2g}" for k, v in block["figures"].items() if k in ("kl_mean", "error_mean", "top1")]
+        figures = ", ".join(told) or "not measured"
         ids = f"; ids changed {block['ids_differ']} of {block['ids_compared']}" if block.get("ids_compared") else ""
         size = f"; {block['bytes'] / 1e6:.3g} MB, as floats {block['float_bytes'] / 1e6:.3g} MB"
         yield f"  {block['name']}: {block['format']}; alone {figures}{ids}{size}"

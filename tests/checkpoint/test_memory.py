@@ -14,6 +14,11 @@ if int(transformers.__version__.split(".")[0]) < 5:
 if not Path("/proc/self/status").exists():
     pytest.skip("this system does not tell what memory is a process's own", allow_module_level=True)
 
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from moeopt.ir.weight_format import INT4_BLOCK32  # noqa: E402
+from moeopt.ops import quantize  # noqa: E402
 from tests.checkpoint.families import write  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +40,8 @@ def watch():
         peak[0] = max(peak[0], anonymous())
         time.sleep(0.002)
 
-moeopt.optimize(sys.argv[3], verify="off")  # every library is imported and has its buffers
+fields = {"verify": "fast", **json.loads(sys.argv[5])}
+moeopt.optimize(sys.argv[3], **{**fields, "verify": "off"})  # every library is imported and has its buffers
 before = anonymous()
 threading.Thread(target=watch, daemon=True).start()
 limit = int(sys.argv[4])
@@ -44,9 +50,10 @@ if limit:
     with open("/proc/self/status") as file:
         used = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (used + limit, used + limit))
-made = moeopt.optimize(sys.argv[1], out=sys.argv[2] or None, verify="fast")
+made = moeopt.optimize(sys.argv[1], out=sys.argv[2] or None, **fields)
 time.sleep(0.01)
-print(json.dumps({"peak": peak[0] - before, "passed": made.certificate.passed}))
+found = {"peak": peak[0] - before, "left": anonymous() - before, "passed": made.certificate.passed}
+print(json.dumps({**found, "notes": made.report.notes}))
 """
 LAYERS = dict(hidden_size=512, moe_intermediate_size=1024, num_experts=16, intermediate_size=256)
 LAYER = 16 * 3 * 512 * 1024 * 4
@@ -58,22 +65,56 @@ def tiny(tmp_path_factory):
     return write("qwen3", tmp_path_factory.mktemp("tiny") / "model", num_hidden_layers=1)
 
 
-def peak(model, out, tiny, limit=0):
+def watched(model, out, tiny, limit=0, **fields):
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(model), str(out), str(tiny), str(limit)],
+        [sys.executable, "-c", CHILD, str(model), str(out), str(tiny), str(limit), json.dumps(fields)],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["passed"]
-    return found["peak"]
+    return found
 
 
 def test_streamed_into_a_bundle_a_model_takes_less_than_three_layers(tmp_path, tiny):
     """Its limit of data is below its weights: that counts private mappings, too, unless they cannot be written to."""
     model = write("qwen3", tmp_path / "model", shards=4, num_hidden_layers=5, **LAYERS)
-    taken = peak(model, tmp_path / "b", tiny, limit=9 * LAYER // 2)
-    assert taken < 3 * LAYER  # two of weights, and what tracing and verifying take
+    taken = watched(model, tmp_path / "b", tiny, limit=9 * LAYER // 2)
+    assert taken["peak"] < 3 * LAYER  # two of weights, and what tracing and verifying take
+
+
+def in_int4(path):
+    """The experts of a directory in groups of 32, as compressed-tensors packs them."""
+    tensors = {}
+    for file in path.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            if ".experts." not in name:
+                tensors[name] = tensor
+                continue
+            held, name = quantize(tensor, INT4_BLOCK32), name.removesuffix(".weight")
+            tensors[f"{name}.weight_packed"] = held.codes.contiguous().view(torch.int32)
+            tensors |= {f"{name}.weight_scale": held.scales, f"{name}.weight_shape": torch.tensor(tensor.shape)}
+        file.unlink()
+    (path / "model.safetensors.index.json").unlink(missing_ok=True)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    words = json.loads((path / "config.json").read_text())
+    weights = {"num_bits": 4, "group_size": 32}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+    (path / "config.json").write_text(json.dumps(words | {"quantization_config": config}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    return in_int4(write("qwen3", tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=5, **LAYERS))
+
+
+def test_a_quantised_checkpoint_is_never_expanded_in_memory(deep, tmp_path):
+    """Five layers of floats are pages of a scratch file while they are verified; what stays are pages of codes."""
+    small = in_int4(write("qwen3", tmp_path / "small", num_hidden_layers=1, hidden_size=64, moe_intermediate_size=64))
+    found = watched(deep, "", small, quantize="checkpoint")
+    assert found["peak"] < 3 * LAYER and found["left"] < LAYER // 4
+    assert any("have the codes of the checkpoint" in note for note in found["notes"])
 
 
 SPARSE = """

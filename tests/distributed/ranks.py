@@ -1,6 +1,6 @@
 """Ranks on this machine: processes that share a store held by the test, and that are killed when they take too long.
 
-Importing torch is the dear part of a rank, so a test gives one spawn many cases.
+Importing torch is the dear part of a rank, so one server has imported what ranks need, and each rank is its child.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_RANKS = multiprocessing.get_context("forkserver")
+_RANKS.set_forkserver_preload(
+    ["torch.distributed.checkpoint", "torch.distributed.tensor", "moeopt.distributed", "tests.distributed.models"]
+)  # the children of a server that could not import one of them import it themselves
 DEADLINE = 300.0
 """Seconds after which ranks are killed: only a hang takes so long, also on a machine with much else to do."""
 
@@ -50,10 +54,9 @@ def _rank(function: Callable[..., Any], rank: int, size: int, port: int, folder:
 def started(function: Callable[..., Any], size: int, *args: Any):
     """(processes, folder of results) of ``function(rank, size, *args)`` on ``size`` ranks; none outlives the block."""
     own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_rank, args=(function, rank, size, own.port, folder, args)) for rank in range(size)
+            _RANKS.Process(target=_rank, args=(function, rank, size, own.port, folder, args)) for rank in range(size)
         ]
         try:
             for one in ranks:

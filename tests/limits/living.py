@@ -1,5 +1,6 @@
 """Lines of docs/limits.md on calls and changes after which a block runs its original code."""
 
+import contextvars
 import os
 import types
 
@@ -137,6 +138,9 @@ def scaled(w, by=1.5):
 INNER = closed(1.125)
 
 
+CONTEXT = contextvars.ContextVar("CONTEXT", default=1.25)
+
+
 class Reads(Block):
     gain = 1.5
 
@@ -146,7 +150,7 @@ class Reads(Block):
 
     def loop(self, x, ids, w):
         w = TABLE["plain"](scaled(INNER(w))) * FACTOR * TABLE["parts"][1] * self.gain * self.cfg.scale
-        return super().loop(x, ids, w * float(os.environ.get("MOEOPT_TESTS_SCALE", "1")))
+        return super().loop(x, ids, w * CONTEXT.get() * float(os.environ.get("MOEOPT_TESTS_SCALE", "1")))
 
 
 class Computed(Reads):
@@ -163,6 +167,7 @@ READS = {
     "a default": (lambda m, patch: patch.setattr(scaled, "__defaults__", (9.0,)), "scaled"),
     "a class attribute": (lambda m, patch: patch.setattr(Reads, "gain", 9.0), "gain"),
     "the environment": (lambda m, patch: patch.setenv("MOEOPT_TESTS_SCALE", "9"), "MOEOPT_TESTS_SCALE"),
+    "a context": (lambda m, patch: CONTEXT.set(9.0), "CONTEXT"),
 }
 
 
@@ -170,7 +175,8 @@ READS = {
 def read_values(_):
     for change, text in READS.values():
         with pytest.MonkeyPatch.context() as patch:
-            runs_the_original(Reads, lambda m, change=change, patch=patch: change(m, patch), text)
+            own_context = contextvars.copy_context()
+            own_context.run(runs_the_original, Reads, lambda m, change=change, patch=patch: change(m, patch), text)
 
 
 @limit("Attributes with computed names")

@@ -1,6 +1,5 @@
 """Lines of docs/limits.md on changes that are not seen, on the model that was given, and on what verification tries."""
 
-import contextvars
 import copy
 import math
 import pickle
@@ -32,7 +31,6 @@ def after_compiling(_):
         assert torch.equal(after, before) and not warned and far(want, before)
 
 
-NOISE = contextvars.ContextVar("NOISE", default=1.0)
 LIBRARY: dict = {}
 exec(compile("def library(v, by=1.0):\n    return v * by", "/lib/site-packages/library.py", "exec"), LIBRARY)
 library = LIBRARY["library"]
@@ -49,7 +47,7 @@ class Far(Block):
 
     def loop(self, x, ids, w):
         w = w * math.sqrt(2.0) * library(self.cfg.long[1500]) * float(self.array[500])
-        w = w * self.large[f"key {self.chosen}"] * torch.sigmoid(torch.tensor(1.0)) * NOISE.get()
+        w = w * self.large[f"key {self.chosen}"] * torch.sigmoid(torch.tensor(1.0))
         return super().loop(x, ids, w)
 
 
@@ -65,16 +63,15 @@ def unseen(*changes):
                     change(m, patch)
                 return told(lambda: (model(X), opt(X)))
 
-            (want, got), warned = contextvars.copy_context().run(both)
+            (want, got), warned = both()
         assert far(want, before) and torch.equal(got, before) and not warned
 
 
-@limit("Replaced functions of PyTorch and Python, and context variables")
+@limit("Replaced functions of PyTorch and Python")
 def replaced_functions(_):
     unseen(
         lambda m, patch: patch.setattr(math, "sqrt", lambda v: 9.0),
         lambda m, patch: patch.setattr(torch, "sigmoid", torch.tan),
-        lambda m, patch: NOISE.set(3.0),
     )
 
 

@@ -21,13 +21,15 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results.json"
 CORE = [
     "tests/test_api.py", "tests/test_hugging_face.py", "tests/backends/torch/test_transformers_adapter.py",
-    "tests/rewrite/test_frozen_values.py", "tests/ops/test_experts.py",
+    "tests/rewrite/test_frozen_values.py", "tests/ops/test_experts.py", "tests/causal_lm/test_constant_reads.py",
 ]  # fmt: skip
 CORNERS = {
     "oldest-torch": ("torch==2.11.*", "transformers==5.23.*"),
     "oldest-transformers": ("torch==2.13.*", "transformers==4.57.*"),
+    "transformers-5.15": ("torch==2.13.*", "transformers==5.15.*"),
     "transformers-5.17": ("torch==2.13.*", "transformers==5.17.*"),
     "transformers-5.21": ("torch==2.13.*", "transformers==5.21.*"),
+    "torch-2.14": ("torch==2.14.*", "transformers==5.19.*"),
     "main": ("torch==2.13.*", "transformers==5.23.*"),
     "newest-transformers": ("torch==2.13.*", "transformers"),
 }

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import moeopt
+from moeopt.errors import UsageError
 from tests.onnx_in.hit_loops import E, H, hit_loop
 from tests.onnx_in.toys import run
 
@@ -34,3 +35,28 @@ def test_rows_that_are_constants_are_told_also_where_every_expert_is_there(token
     assert block.status == "declined" and (block.experts == E) is (tokens == 40)
     assert "gives an expert the rows of the sample that the model was traced with, as constants" in block.reason
     assert "(Gather)" in block.reason
+
+
+@pytest.mark.parametrize("over", ["slices", "splits"])
+def test_counts_that_are_constants_are_told_also_where_every_expert_is_there(over, tmp_path):
+    path = hit_loop(over, tmp_path / "counts.onnx", 40)
+    found = moeopt.optimize(path, torch.randn(40, H))
+    (block,) = found.report.blocks
+    assert (block.status, block.experts) == ("declined", E)
+    assert block.reason.startswith("the file is broken: the node '/S") and f"(S{over[1:-1]}) gives its" in block.reason
+    assert "as many rows as they had in the sample that the model was traced with (" in block.reason
+
+
+@pytest.mark.parametrize("inputs", [None, torch.zeros(2, H)])
+def test_a_frozen_file_that_does_not_run_on_other_tokens_is_told_as_broken(inputs, tmp_path):
+    path = hit_loop("any", tmp_path / "any.onnx", 1)
+    with pytest.raises(UsageError, match=f"In experts the file is broken, .* its router scores {E} experts, and"):
+        moeopt.optimize(path, inputs)
+
+
+def test_masks_that_are_asked_hold_for_other_tokens_where_every_expert_is_there(tmp_path):
+    path = hit_loop("any", tmp_path / "any.onnx", 40)
+    found = moeopt.optimize(path, verify="fast")
+    x = torch.randn(9, H, generator=torch.Generator().manual_seed(1))
+    assert [b.status for b in found.report.blocks] == ["rewritten"]
+    assert torch.allclose(found(x), run(path, x=x)[0], rtol=1e-5, atol=1e-5)

@@ -4,8 +4,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import moeopt
+from tests.onnx_in.long_graph import model
 
 E, H, I = 4, 8, 16
 
@@ -27,7 +30,7 @@ def moe_file(path):
 
 
 def loop_file(path):
-    """Two dense experts, summed, in the body of an If."""
+    """Two dense experts, summed, in the body of an If that its caller decides on."""
     draw = np.random.default_rng(0)
     arrays = {f"{w}{e}": draw.normal(size=s) for e in range(2) for w, s in (("up", (H, I)), ("down", (I, H)))}
     body = []
@@ -42,15 +45,14 @@ def loop_file(path):
     other = helper.make_graph(
         [helper.make_node("Identity", ["x"], ["z2"])], "else", [], [helper.make_tensor_value_info("z2", 1, None)]
     )
-    flag = numpy_helper.from_array(np.array(True), "flag")
     branch = helper.make_node("If", ["flag"], ["y"], name="choose", then_branch=then, else_branch=other)
-    return saved(path, [branch], arrays, [], [flag])
+    return saved(path, [branch], arrays, [], [helper.make_tensor_value_info("flag", TensorProto.BOOL, [])])
 
 
-def saved(path, nodes, arrays, opsets, more=()):
+def saved(path, nodes, arrays, opsets, takes=()):
     weights = [numpy_helper.from_array(a.astype(np.float32), name) for name, a in arrays.items()]
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["t", H]) for n in "xy"]
-    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [*weights, *more])
+    graph = helper.make_graph(nodes, "g", [*ends[:1], *takes], ends[1:], weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), *opsets], ir_version=9), path)
     return path
 
@@ -75,3 +77,71 @@ def test_it_is_listed_with_the_reason(make, name, experts, said, tmp_path):
     assert any("is left as it is" in note for note in found.report.notes)
     bundle = found.save(tmp_path / "out")
     assert moeopt.verify(bundle).passed
+
+
+def qmoe_file(path):
+    """A com.microsoft.QMoE: 4-bit codes of all experts in one operator."""
+    draw = np.random.default_rng(0)
+    size = 32
+    codes = {"w1": (E, 2 * size, size // 2), "w2": (E, size, size // 2)}
+    held = [numpy_helper.from_array(draw.integers(0, 255, shape).astype(np.uint8), n) for n, shape in codes.items()]
+    scales = {"gate": (size, E), "s1": (E, 2 * size), "s2": (E, size)}
+    held += [numpy_helper.from_array(draw.uniform(0, 0.1, shape).astype(np.float32), n) for n, shape in scales.items()]
+    nodes = [
+        helper.make_node("MatMul", ["x", "gate"], ["logits"], name="gate_mm"),
+        helper.make_node(
+            "QMoE", ["x", "logits", "w1", "s1", "", "w2", "s2"], ["y"], name="/layer/qmoe", domain="com.microsoft",
+            k=2, activation_type="swiglu", swiglu_fusion=1, expert_weight_bits=4,
+        ),
+    ]  # fmt: skip
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["t", size]) for n in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], held)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    return path
+
+
+def test_a_quantised_operator_of_all_experts_is_listed_too(tmp_path):
+    (block,) = moeopt.optimize(qmoe_file(tmp_path / "q.onnx")).report.blocks
+    assert (block.name, block.status, block.experts) == ("layer.qmoe", "declined", E)
+    assert "the node '/layer/qmoe' is com.microsoft.QMoE: one operator for all experts" in block.reason
+
+
+class Rows(CalibrationDataReader):
+    def __init__(self):
+        self.left = [{"x": np.ones((3, 2), np.float32)}]
+
+    def get_next(self):
+        return self.left.pop() if self.left else None
+
+
+def by_the_quantiser(kind, path):
+    """A layer of dense experts, quantised by ONNX Runtime's own tools."""
+    source = str(path.with_name("float.onnx"))
+    onnx.save(model(1), source)
+    if kind == "MatMulNBits":
+        tool = MatMulNBitsQuantizer(onnx.load(source), bits=4, block_size=16, is_symmetric=True)
+        tool.process()
+        tool.model.save_model_to_file(str(path))
+    elif kind == "dynamic":
+        quantize_dynamic(source, path, weight_type=QuantType.QInt8)
+    else:
+        quantize_static(source, path, Rows(), quant_format=QuantFormat[kind], weight_type=QuantType.QInt8)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("QDQ", "the node 'layers.0.experts.0.down_DequantizeLinear' is DequantizeLinear"),
+        ("QOperator", "the node 'layers.0.up0_quant' is QLinearMatMul"),
+        ("dynamic", "the node 'layers.0.up0_quant' is MatMulInteger"),
+        ("MatMulNBits", "the node 'layers.0.up0_Q4' is com.microsoft.MatMulNBits"),
+    ],
+)
+def test_quantised_experts_are_declined_by_the_node_that_is_quantised(kind, named, tmp_path):
+    found = moeopt.optimize(by_the_quantiser(kind, tmp_path / "q.onnx"))
+    (block,) = found.report.blocks
+    assert (block.name, block.status, block.experts) == ("layers.0", "declined", E)
+    assert block.reason.startswith(f"{named}: the block is quantised, and moeopt reads experts of plain floats")
+    assert "optimise the file from before it was quantised, or the PyTorch model with quantize=" in block.reason

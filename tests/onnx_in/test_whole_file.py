@@ -8,7 +8,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 import moeopt
 from moeopt.errors import UsageError
+from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.read import read_onnx
+from moeopt.onnx_in.region_module import RegionEnds, region_module
+from moeopt.onnx_in.regions import candidate_regions
 from tests.onnx_in.hit_loops import hit_loop
+from tests.onnx_in.long_graph import model
 from tests.onnx_in.toys import E, export, ids, run, toy_lm
 
 
@@ -99,3 +104,19 @@ def test_inspect_tells_experts_whose_weights_have_no_place_of_their_own(tmp_path
     found = moeopt.inspect(path)
     (note,) = [n for n in found.notes if "may be experts" in n]
     assert "4 chains of products" in note and "counted as dense" in note and not found.kinds
+
+
+def test_a_bound_that_is_left_out_is_one_for_the_module_and_none_for_a_block_that_is_lowered_again():
+    proto = model(1)
+    for node in proto.graph.node:
+        if node.op_type == "Relu":
+            node.op_type = "Clip"
+            node.input.append("one")
+    (candidate,) = candidate_regions(GraphIndex(read_onnx(proto).model.graph))
+    region = candidate.regions[0]
+    ends = RegionEnds((region.entries[0].name,), {})
+    for to_lower, high in ((False, torch.finfo(torch.float32).max), (True, None)):
+        made = region_module(region, ends, 17, "x", to_lower=to_lower)
+        tape = torch.fx.experimental.proxy_tensor.make_fx(made)(torch.randn(3, 2))
+        bounds = [(*n.args[1:], None)[:2] for n in tape.graph.nodes if "clamp" in str(n.target)]
+        assert bounds == [(1.0, high)] * 4

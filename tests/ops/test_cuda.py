@@ -28,6 +28,8 @@ GOOD = dict(
     ("change", "path", "reason"),
     [
         ({"no_triton": ""}, "triton", "no wait for the host"),
+        ({"no_triton": "", "kernels": (4, 5)}, "triton", "4 launches for up to 32 pairs of token and expert, 5 for"),
+        ({"dtype": torch.float16}, "loop", "a loop over the experts that are hit, which no CUDA graph can hold"),
         ({}, "grouped", "grouped_mm, no wait for the host; triton is not installed"),
         ({"capability": (10, 0)}, "grouped", "grouped_mm"),
         ({"dtype": torch.float16}, "loop", "this is float16 on 9.0"),

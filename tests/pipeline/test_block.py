@@ -122,7 +122,10 @@ class Noise(MoE):
         ),
         (Changing, "what its forward computes outside the experts changes with the data or with the number of tokens "),
         (Item, "its forward turns a value computed from the input into a Python number (sum"),
-        (Broken, "Broken raised ValueError: six tokens only; check that it runs on these inputs in eager mode"),
+        (
+            Broken,
+            "Broken raised ValueError: six tokens only, on inputs that moeopt made like the example's (other sizes ",
+        ),
         (Noise, "its forward is random at inference (rand_like at "),
         (lambda: ffn(), ""),
     ],

@@ -219,3 +219,5 @@ ANY_RANK = ("dense_loop", "stack_dense", "stack_einsum")
 """Forms that take (batch, length, H) as it is."""
 ALL_ROWS = ("slot_where", "dense_loop", "stack_dense", "stack_einsum", "bmm_dense", "einsum_dense", "take_outputs")
 """Forms that run every expert on every token."""
+MULTIPLIES_BY_ZERO = ("dense_loop", "stack_dense", "stack_einsum", "bmm_dense", "einsum_dense", "bool_mask")
+"""Forms in which a token meets zero times the weight or the output of an expert that it did not choose."""

@@ -4,6 +4,7 @@ Nothing is compiled here: ``moeopt.optimize`` is replaced by one that hands out 
 """
 
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests.property.build import build
 from tests.property.check_wide import check_wide
 from tests.property.configs import KINDS, change, make_config, read
 from tests.property.faults import FAULTS, LastOfEqual
-from tests.property.law import ties
+from tests.property.law import Reference, moved_ties, ties
 from tests.property.run import drawn_one, main, outcome
 from tests.property.spec import Around, Program, Router
 from tests.property.unlike import MEMORY, calls, example
@@ -96,6 +97,41 @@ def test_a_nan_stays_where_it_is(monkeypatch, spoil, tokens):
     hand_out(monkeypatch, lambda: spoil(build(Program())))
     with pytest.raises(AssertionError, match=f"a NaN row: output 0: {tokens} tokens are wrong"):
         check_wide(Program(), "onnxruntime")
+
+
+INFINITE_WEIGHTS = Program(
+    form="bool_mask", experts=2, top_k=2, router=Router("score_topk", score="expm1"), around=Around(softcap=2.0)
+)
+"""On large rows a weight is infinite, and the form multiplies it by zero for the other expert."""
+
+
+def test_zero_times_infinity_need_not_be_kept_and_may_not_come_in(monkeypatch):
+    plain = replace(INFINITE_WEIGHTS, form="all_where")
+    hand_out(monkeypatch, lambda: build(plain))
+    assert check_wide(INFINITE_WEIGHTS, "torch") == "rewritten"
+    hand_out(monkeypatch, lambda: build(INFINITE_WEIGHTS))
+    with pytest.raises(AssertionError, match=r"rows of 1e4: output 0: \d of 14 tokens are wrong"):
+        check_wide(plain, "torch")
+
+
+def test_a_nan_of_any_other_making_must_be_kept(monkeypatch):
+    hand_out(monkeypatch, lambda: HidesNaN(build(INFINITE_WEIGHTS)))
+    with pytest.raises(AssertionError, match="a NaN row: output 0: 1 of 14") as wrong:
+        check_wide(INFINITE_WEIGHTS, "torch")
+    assert "rows of 1e4" not in str(wrong.value)
+    plain = replace(INFINITE_WEIGHTS, form="all_where")
+    hand_out(monkeypatch, lambda: HidesNaN(build(plain)))
+    with pytest.raises(AssertionError, match=r"rows of 1e4: output 0: \d of 14 tokens are wrong"):
+        check_wide(plain, "torch")
+
+
+def test_a_tied_token_that_overflowed_shows_no_choice():
+    own = torch.tensor([[torch.inf, 1.0], [1.0, 1.0], [1.0, 1.0]], dtype=torch.float16)
+    got = torch.tensor([[1000.0, 1.0], [1.0, 1.0], [2.0, 1.0]], dtype=torch.float16)
+    all_tied, none = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
+    ref = Reference(own, own.double(), all_tied, none, none, by_zero=False)
+    assert moved_ties(got, ref) == 1
+    assert moved_ties(torch.full_like(got, torch.inf), ref) == 2
 
 
 def test_counts_of_tokens_must_be_equal(monkeypatch):

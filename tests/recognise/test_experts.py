@@ -123,6 +123,16 @@ class Shared(MoE):
         return super().forward(x) + self.shared(x)
 
 
+class SharedAndAllOnAll(Dense):
+    """The same where every expert runs on every token, so that rows alone do not tell them apart."""
+
+    def __init__(self):
+        super().__init__(shared=ffn())
+
+    def mix(self, x, w, ids):
+        return super().mix(x, w, ids) + torch.sigmoid(x[:, :1]) * self.shared(x)
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "words"),
     [
@@ -147,8 +157,9 @@ def test_a_mixture_is_one_op(make, kind, words):
     assert (found.base is not None) == (make is Added)
 
 
-def test_a_shared_expert_of_the_same_shape_is_no_fifth_expert():
-    tape = tape_of(Shared)
+@pytest.mark.parametrize("make", [Shared, SharedAndAllOnAll])
+def test_a_shared_expert_of_the_same_shape_is_no_fifth_expert(make):
+    tape = tape_of(make)
     (found,) = recognize(tape)
     assert [e.w_out.path for e in found.experts] == [f"experts.{e}.2.weight" for e in range(4)]
     assert_is_the_sum(tape, found)

@@ -136,7 +136,7 @@ def test_a_function_of_several_rows_is_refused(what):
 WHY = {
     "statistics of the batch": "mean works across rows",
     "attention among an expert's tokens": "t turns rows into features",
-    "the largest of all rows": "max is not known to work on each row by itself",
+    "the largest of all rows": "max works across rows",
     "a running sum over rows": "cumsum works across rows",
     "the order of its rows": "flip works across rows",
     "features of two rows joined": "constant_pad_nd is not known to work on each row by itself",
@@ -207,6 +207,38 @@ def test_sorts_and_picks_within_a_row():
         torch.testing.assert_close(got, expert(rows))
 
 
-def test_a_sort_across_rows_is_refused():
+ACROSS = {
+    "sort": lambda h: h.sort(0).values,
+    "kthvalue": lambda h: h.kthvalue(1, 0, keepdim=True).values + h,
+    "median": lambda h: h - h.median(0).values,
+    "median of all": lambda h: h - h.median(),
+    "argmax": lambda h: h + h.argmax(0),
+    "index": lambda h: h[h[:, 0].argsort()],
+    "index by a buffer": lambda h: h[torch.zeros(len(h), dtype=torch.long)],
+    "a code of all rows": lambda h: h + h.flatten().argmax() / 9,
+}
+
+
+@pytest.mark.parametrize("what", ACROSS)
+def test_a_choice_among_rows_is_refused(what):
     with pytest.raises(Declined):
-        read(of(lambda self, x: self.down(self.up(x).sort(0).values)))
+        read(of(lambda self, x: self.down(ACROSS[what](self.up(x)))))
+
+
+@pytest.mark.parametrize("places", [torch.tensor([3, 1, 1, 0, 11, 5, 7, 2, 2, 9, 4, 6]), torch.arange(HID) % 3 == 1])
+def test_a_buffer_of_places_is_a_slot(places):
+    """Integers and flags that an expert holds are read like its weights, each expert's own."""
+
+    def body(self, x):
+        kept = self.up(x).sin()
+        return self.down(kept[:, self.places] if self.places.dtype == torch.long else kept * self.places)
+
+    module = of(body)
+    for number, expert in enumerate(module.experts):
+        expert.register_buffer("places", places.roll(number))
+    (found,), _, x = read(module)
+    for expert, ref in zip(module.experts, found.experts, strict=True):
+        held = dict(expert.named_parameters()) | dict(expert.named_buffers())
+        slots = [p.read(held[p.path.split(".", 2)[2]]) for p in ref.slots]
+        assert any(s is expert.places or torch.equal(s, expert.places) for s in slots if s.dtype == places.dtype)
+        torch.testing.assert_close(function_of(found.spec.graph)(x, *slots), expert(x), rtol=1e-5, atol=1e-6)

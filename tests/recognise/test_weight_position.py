@@ -130,6 +130,13 @@ class Squared(Scored):
         return rows * w.square()
 
 
+class LargestSortedOnInput(SortedOnInput):
+    """Switch: the largest softmax score multiplies rows that lie sorted by expert."""
+
+    def route(self, x):
+        return self.router(x).softmax(-1).topk(self.top_k)
+
+
 class InLoop(OnInput):
     """No tensor holds the weights of all tokens: each expert renormalises its own."""
 
@@ -186,7 +193,13 @@ def test_weights_that_nothing_reads_are_a_constant():
     assert found.routing.form == "ids, constant weight"
 
 
-@pytest.mark.parametrize("make", [HalvedOnOutput, HalvedOnInput, HalvedSorted])
+def test_weighted_rows_that_lie_sorted_are_rows_of_the_tokens():
+    (found,) = recognize(tape_of(LargestSortedOnInput))
+    assert (found.spec.weight_on, found.routing.form) == ("input", "ids and weights")
+    assert found.tokens.node.op == "placeholder"
+
+
+@pytest.mark.parametrize("make", HALVED)
 def test_weights_that_are_one_half_are_those_of_the_tokens(make):
     (found,) = recognize(tape_of(make))
     assert found.spec.weight_on == ("input" if "OnInput" in make.__name__ else "output")
@@ -195,7 +208,7 @@ def test_weights_that_are_one_half_are_those_of_the_tokens(make):
 
 @pytest.mark.parametrize(
     "make",
-    [OnOutput, OnInput, Sorted, SortedOnInput, *HALVED, Squared, InLoop, GateOnInput, GateBefore],
+    [OnOutput, OnInput, Sorted, SortedOnInput, LargestSortedOnInput, *HALVED, Squared, InLoop, GateOnInput, GateBefore],
 )
 def test_numbers_where_the_factors_are_no_longer_one(make):
     model = seeded(make)

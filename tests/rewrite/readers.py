@@ -1,10 +1,12 @@
 """A block whose forward reads Python state in every way that home-made and remote code does."""
 
 import collections
+import contextvars
 import dataclasses
 import enum
 import functools
 import os
+import threading
 import types
 
 import numpy as np
@@ -22,6 +24,19 @@ TABLE = {"plain": lambda w: w, "sharp": lambda w: w.square()}
 WEIGHTS = torch.tensor([1.5, 0.5])
 SHARED = types.SimpleNamespace(scale=0.75, step=0)
 ARRAY = np.array([1.0, 2.0])
+CONTEXT = contextvars.ContextVar("CONTEXT", default=1.25)
+THREAD = threading.local()
+THREAD.scale = 1.5
+
+
+class Request(threading.local):
+    """Each thread begins with the same number."""
+
+    def __init__(self):
+        self.scale = 0.75
+
+
+REQUEST = Request()
 
 
 class Norm(enum.Enum):
@@ -165,6 +180,8 @@ class Reader(Base):
         w = w * self.queue[0] * len(self.queue) * (2.0 if "a" in self.chosen else 1.0)
         w = self.act(w) * getattr(self.data, self.names[0]) * self.pair[1].scale * float(self.number)
         w = w * WEIGHTS.to(self.cfg.moe.dtype).sum() * settings.SCALE * float(ARRAY[1]) * self.gain
+        w = w * CONTEXT.get() * THREAD.scale * REQUEST.scale
+        w = w * (2.0 if torch.is_inference_mode_enabled() else 1.0) * torch.get_default_dtype().itemsize
         from reader_settings import inner
 
         if getattr(self.slots, "spare", None):

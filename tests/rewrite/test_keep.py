@@ -267,3 +267,17 @@ def test_a_container_that_is_written_into_is_declined_and_a_new_one_is_stored():
     ):
         planned(Handed())
     assert set(planned(Fresh()).attributes) == {("", "bag")}
+
+
+class Cast(Block):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            gate = self.gate(x)
+        with torch.autocast("cpu", enabled=False):
+            return self.norm(self.inner(x) + gate.float().sigmoid())
+
+
+def test_a_submodule_called_under_autocast_is_kept_as_its_calls():
+    plan = planned(Cast())
+    assert plan.kept_modules == ["norm"]
+    assert sum(kind == ("call", "_to_copy") for kind in kinds(plan)) >= 3  # the input, the weight, and back

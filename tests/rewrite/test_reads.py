@@ -1,6 +1,5 @@
 """State that a block's Python reads: a change of it is followed, or told and answered with the original's numbers."""
 
-import contextvars
 import copy
 import cProfile
 import functools
@@ -10,6 +9,7 @@ import pstats
 import sys
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -68,6 +68,14 @@ def in_place(path, call, undo):
 def elsewhere(owner, name, value):
     """A change outside the model: it is one for all copies."""
     return lambda m, patch: patch.once(owner, name, value)
+
+
+def in_context(value):
+    def change(m, patch):
+        token = readers.CONTEXT.set(value)
+        patch.callback(lambda: readers.CONTEXT.reset(token))
+
+    return change
 
 
 def defined_again(function):
@@ -157,6 +165,13 @@ OUTSIDE = {
     "global array": elsewhere(readers.ARRAY, 1, 9.0),
     "builtin hidden by a global": elsewhere(readers, "sum", lambda values: 9.0),
     "environment": lambda m, patch: patch.setenv("READER_SCALE", "9"),
+    "context variable": in_context(9.0),
+    "value of this thread": elsewhere(readers.THREAD, "scale", 9.0),
+    "value of this thread, of a class": elsewhere(readers.REQUEST, "scale", 9.0),
+    "default dtype": lambda m, patch: (
+        torch.set_default_dtype(torch.float64),
+        patch.callback(lambda: torch.set_default_dtype(torch.float32)),
+    ),
 }
 
 
@@ -275,6 +290,36 @@ def test_equal_values_and_unread_ones_are_no_change(both, patch, change):
     change(opt.model, patch)
     again, told = warned(lambda: opt(X))
     assert not told and opt.model.forward.fallbacks == fallbacks and torch.equal(before, again)
+
+
+def test_a_mode_that_the_code_asks_for(both):
+    model, opt = both
+    with torch.inference_mode():
+        want, _ = warned(lambda: model(X))
+        got, told = warned(lambda: opt(X))
+    assert torch.equal(got, want)
+    assert "torch.is_inference_mode_enabled(), which its code reads, is True and was False" in told[0]
+
+
+def test_each_thread_and_each_context_has_its_own_values(both):
+    """What another thread sets is nobody's business here, and the same values there are no change."""
+    model, opt = both
+    before, _ = warned(lambda: opt(X))
+
+    def elsewhere():
+        readers.THREAD.scale = 1.5
+        same = opt(X)
+        readers.THREAD.scale = readers.REQUEST.scale = 9.0
+        readers.CONTEXT.set(9.0)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return same, opt(X), model(X)
+
+    with ThreadPoolExecutor(1) as pool:
+        same, got, want = pool.submit(elsewhere).result()
+    assert torch.equal(same, before) and torch.equal(got, want) and not torch.allclose(got, before)
+    after, told = warned(lambda: opt(X))
+    assert torch.equal(after, before) and not told
 
 
 def test_the_message_names_the_field_and_both_values(both, patch):
@@ -419,10 +464,9 @@ class Far(Block):
             * float(self.array[500])
             * self.large[f"key {self.chosen}"]
         )
-        return super().loop(x, ids, w * torch.sigmoid(torch.tensor(1.0)) * NOISE.get())
+        return super().loop(x, ids, w * torch.sigmoid(torch.tensor(1.0)))
 
 
-NOISE = contextvars.ContextVar("NOISE", default=1.0)
 LIBRARY = {}
 exec(compile("def library(v):\n    return v", "/lib/site-packages/library.py", "exec"), LIBRARY)
 library = LIBRARY["library"]
@@ -433,7 +477,6 @@ UNSEEN = {
     "write into a large array": lambda m: m.array.__setitem__(500, 3.0),
     "computed key of a large dict": lambda m: m.large.__setitem__("key 7", 3.0),
     "PyTorch's own function": lambda m: setattr(torch, "sigmoid", torch.tanh),
-    "context variable": lambda m: NOISE.set(3.0),
 }
 
 
@@ -451,6 +494,6 @@ def test_what_limits_say_is_not_seen(name, monkeypatch):
         UNSEEN[name](model), UNSEEN[name](opt.model)
         return warned(lambda: (model(x), opt(x)))
 
-    (want, got), told = contextvars.copy_context().run(changed)
+    (want, got), told = changed()
     library.__code__ = code
     assert not torch.allclose(want, before) and torch.equal(got, before) and not told

@@ -139,3 +139,24 @@ def test_json_words_become_numbers_again():
     found = revived_loss(body)
     assert found["kl_mean"] == math.inf and math.isnan(found["top1"]) and found["reference"]["kl_max"] == -math.inf
     assert found["data"] == "nan"
+
+
+def test_data_in_which_no_token_counts_measures_nothing_and_says_so():
+    a, b = logits(0), logits(1)
+    hidden = measured(a, b, IDS, attention_mask=torch.zeros_like(IDS))
+    assert hidden.tokens == 0 and hidden.figures() == {} and hidden.standard_errors(0) == {}
+    loss = {"tokens": 0, "data": "1 call of data=", "blocks": [{**BLOCKS[0], "figures": {}}]}
+    (told,) = judged(loss, {"kl_mean": 5.0})
+    assert told.startswith("kl_mean was not measured: no token of 1 call of data= counts") and "give data=" in told
+    text = "\n".join(loss_lines({"layer.0": "int4"}, loss))
+    assert "not measured: no token of 1 call of data= counts" in text and "nan" not in text
+    one = torch.ones_like(IDS)
+    one[1] = 0
+    errors = measured(a, b, IDS, attention_mask=one).standard_errors(0)
+    assert errors and all(math.isfinite(e) for e in errors.values())
+
+
+def test_empty_rows_of_another_model():
+    empty = LossFigures(False)
+    empty.add(torch.zeros(0, 4), torch.zeros(0, 4), ((), {}))
+    assert empty.figures() == {} and empty.standard_errors(0) == {}

@@ -59,12 +59,15 @@ class GraphBackend(Backend):
 
     Args:
         settle: called with the rewritten copy and the pipeline's result before the engine is built; None: nothing is.
+        origin: what notes call the thing that the engine stands for.
     """
 
     streamed_takes = (3, 5)  # the graph's own weights file and the bundle's copy; blocks are built one by one
 
-    def __init__(self, settle: Callable[[nn.Module, PipelineResult], None] | None = None) -> None:
-        self._settle = settle
+    def __init__(
+        self, settle: Callable[[nn.Module, PipelineResult], None] | None = None, origin: str = "PyTorch"
+    ) -> None:
+        self._settle, self._origin = settle, origin
 
     def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> Made:
         data = data_of(source, call, options)
@@ -127,7 +130,8 @@ class GraphBackend(Backend):
                 engine = self._opened_impl(built, plan, options)
                 runner, executed = self.runner(engine)
         moved = sum(case.ties for check in outcome.checks for case in check.cases if case.name.endswith(runner.runtime))
-        if ties := tie_note(twin, call, runner.runtime, None if end is None else moved, 0 if end is None else end.ties):
+        counted, own = (None, 0) if end is None else (moved, end.ties)
+        if ties := tie_note(twin, call, runner.runtime, counted, own, self._origin):
             notes.append(ties)
         notes = [*notes_on_sizes(form.signature), *notes]
         first = next(source.parameters(), None)
@@ -142,7 +146,9 @@ class GraphBackend(Backend):
         blocks = [self._with_lowering(block, built) for block in outcome.blocks]
         report = report_of(source, blocks, self.name, outcome, certificate, options)
         told = notes_of(outcome, twin, options)
-        report = dataclasses.replace(report, notes=(*report.notes, *told, *self._notes_impl(built), *notes))
+        report = dataclasses.replace(
+            report, notes=(*report.notes, *told, *plan.notes, *self._notes_impl(built), *notes)
+        )
         return Made(engine, report, certificate, fingerprint(source), built)
 
     def _settled(self, twin: nn.Module, outcome: PipelineResult) -> PipelineResult:

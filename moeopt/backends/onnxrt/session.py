@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from moeopt.backends.onnxrt.bound import BoundTensors, placed
+from moeopt.backends.onnxrt.cuda_graph import CUDA_GRAPH, GraphRuns, asks_for_graphs
 from moeopt.backends.onnxrt.providers import PROVIDERS, available, runtime
+from moeopt.backends.onnxrt.stream import SessionStream
 from moeopt.errors import EngineNotExecutableError, LimitError, UsageError
 from moeopt.value_types import JsonValue, OrtObject, PyObject
 
@@ -107,7 +110,8 @@ class Session:
         provider: as :func:`provider_named` spells it. With one other than ``cpu``, a node that only the CPU could
             run is an error, not a silent fallback; arithmetic on sizes may stay there. (The runtime's own
             ``session.disable_cpu_ep_fallback`` would refuse that too, and so nearly every graph with free sizes.)
-        session_options: an ``onnxruntime.SessionOptions`` of the user's own; None means the default.
+        session_options: an ``onnxruntime.SessionOptions`` of the user's own; None means the default. With the
+            configuration entry ``moeopt.cuda_graph`` = "1", runs are replayed from CUDA graphs.
         threads: intra-op threads; None means as many as torch uses here.
         prepare: changes the options before a session is made of them.
 
@@ -141,17 +145,33 @@ class Session:
         if provider != "cpu":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         source = model if isinstance(model, bytes) else os.fspath(model)
-        wanted = (PROVIDERS[provider], _OPTIONS.get(provider, {}))
-        self.session = ort.InferenceSession(source, options, providers=[wanted])
+        captures = asks_for_graphs(options, provider)
+        self._stream: SessionStream | None = None
+        given = {}
+        if provider != "cpu":
+            self._stream = SessionStream(torch.device("cuda", torch.cuda.current_device()))
+            given = _OPTIONS.get(provider, {}) | self._stream.options | ({"enable_cuda_graph": "1"} if captures else {})
+        try:
+            self.session = ort.InferenceSession(source, options, providers=[(PROVIDERS[provider], given)])
+        except Exception as err:  # ONNX Runtime's own, of many classes
+            if not captures:
+                raise
+            raise EngineNotExecutableError(
+                f"ONNX Runtime opens no session with {CUDA_GRAPH}: {err}. Leave it out"
+            ) from None
         real = self.session.get_providers()[0]
         self.provider = next((short for short, name in PROVIDERS.items() if name == real), real)
         if provider != "cpu":
             check_placement(self.session, provider)
-        self.device = torch.device("cpu" if self.provider == "cpu" else "cuda")
+        self.device = torch.device("cpu") if self._stream is None else self._stream.device
         self.inputs = [spec.name for spec in self.session.get_inputs()]
         self.outputs = [spec.name for spec in self.session.get_outputs()]
         self._is_bool = [spec.type == "tensor(bool)" for spec in self.session.get_outputs()]
         self._until: float | None = None
+        self._threads = threading.local()
+        self._graphs: GraphRuns | None = None
+        if captures and self._stream is not None:
+            self._graphs = GraphRuns(self.session, self._stream, self.outputs, self._is_bool, ort.RunOptions)
 
     @contextlib.contextmanager
     def within(self, seconds: float) -> Iterator[None]:
@@ -165,34 +185,39 @@ class Session:
     def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The outputs in the graph's order, on memory that ONNX Runtime made for them. Inputs are read in place.
 
+        On a GPU the run comes after what the caller's stream has queued, and before what it queues next.
+
         Raises:
             UsageError: ONNX Runtime stops in the graph; the message names the node.
         """
-        binding = self.session.io_binding()
-        held = []
-        for name in self.inputs:
-            tensor = inputs[name].detach()
-            tensor = tensor.to(self.device).contiguous() if tensor.is_floating_point() else tensor.cpu().contiguous()
-            tensor = tensor.resolve_conj().resolve_neg()
-            buffer = tensor if tensor.numel() else torch.empty(1, dtype=tensor.dtype, device=tensor.device)
-            held.append(buffer)  # ONNX Runtime refuses the null pointer of an empty tensor
-            binding.bind_input(
-                name,
-                tensor.device.type,
-                tensor.device.index or 0,
-                _element_type(tensor.dtype),
-                list(tensor.shape),
-                buffer.data_ptr(),
-            )
-        for name in self.outputs:
-            binding.bind_output(name, self.device.type, self.device.index or 0)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        tensors = {name: placed(inputs[name], self.device) for name in self.inputs}
+
+        def start(binding: OrtObject, options: OrtObject = None) -> None:
+            self._start(binding, options, tensors)
+
+        if self._graphs is not None:
+            return self._graphs.run(tensors, self.device, start)
+        bound = self._bound_here()
+        held = [bound.bind_input(name, tensor) for name, tensor in tensors.items()]
+        bound.free_outputs(self.outputs, self.device)
+        with contextlib.nullcontext() if self._stream is None else self._stream.ordered():
+            start(bound.binding)
+        del held
+        return bound.outputs(self._is_bool)
+
+    def _bound_here(self) -> BoundTensors:
+        """This thread's binding: a run of another thread may be under way."""
+        found: BoundTensors | None = getattr(self._threads, "bound", None)
+        if found is None:
+            found = self._threads.bound = BoundTensors(self.session)
+        return found
+
+    def _start(self, binding: OrtObject, options: OrtObject, inputs: Mapping[str, torch.Tensor]) -> None:
         try:
             if self._until is None:
-                self.session.run_with_iobinding(binding)
+                self.session.run_with_iobinding(binding, options)
             else:
-                self._run_until(binding, self._until)
+                self._run_until(binding, options or runtime().RunOptions(), self._until)
         except LimitError:
             raise
         except Exception as err:  # ONNX Runtime's own, of many classes
@@ -200,15 +225,10 @@ class Session:
             raise UsageError(
                 f"ONNX Runtime stops {_where(err)}, with {given}: sizes or values that the graph does not take. "
                 "Compare with the example inputs, or run the original model on this call"
+                + ("" if self._graphs is None else f"; or leave out {CUDA_GRAPH}: not every graph can be captured")
             ) from err
-        if self.device.type == "cuda":
-            binding.synchronize_outputs()
-        del held
-        values = [torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
-        return [v.view(torch.bool) if b else v for v, b in zip(values, self._is_bool, strict=True)]
 
-    def _run_until(self, binding: OrtObject, until: float) -> None:
-        options = runtime().RunOptions()
+    def _run_until(self, binding: OrtObject, options: OrtObject, until: float) -> None:
         options.log_severity_level = 4
         left = until - time.monotonic()
         watch = threading.Timer(min(max(left, 0.0), threading.TIMEOUT_MAX), setattr, (options, "terminate", True))
@@ -262,9 +282,3 @@ def check_placement(session: OrtObject, provider: str) -> None:
             + (f" and {len(left) - 1} more nodes" if left[1:] else "")
             + ", and the CPU would run it: use device='cpu', or another version of onnxruntime-gpu"
         )
-
-
-def _element_type(dtype: torch.dtype) -> int:
-    from onnx_ir.tensor_adapters import from_torch_dtype
-
-    return int(from_torch_dtype(dtype))

@@ -84,12 +84,15 @@ class Ties:
         return result
 
 
-def tie_note(twin: nn.Module, call: ArgsKwargs, runtime: str, moved: int | None, own: int = 0) -> str:
+def tie_note(
+    twin: nn.Module, call: ArgsKwargs, runtime: str, moved: int | None, own: int = 0, origin: str = "PyTorch"
+) -> str:
     """What a user must know of ties, and how many the example inputs have; "" for a model that chooses no experts.
 
     Args:
         moved: tied rows that the engine sent to other experts when its blocks were verified; None where nothing was
             run. own: those of the example inputs.
+        origin: what the model was given as: "PyTorch", "the file".
     """
     try:
         with RoutingLog() as log:
@@ -99,7 +102,7 @@ def tie_note(twin: nn.Module, call: ArgsKwargs, runtime: str, moved: int | None,
     if not choices and log.events:  # no block that was rewritten makes them
         return (
             f"a block that is left as it is chooses by the largest of some scores: tied rows, whose scores are exactly "
-            f"equal, may be treated otherwise on {runtime} than in PyTorch; they were not counted"
+            f"equal, may be treated otherwise on {runtime} than in {origin}; they were not counted"
         )
     if not choices:
         return ""
@@ -109,7 +112,7 @@ def tie_note(twin: nn.Module, call: ArgsKwargs, runtime: str, moved: int | None,
     went = f", of which {own} went to other experts" if own else ""
     return (
         f"tied rows, whose router scores are exactly equal (rows of zeros, a gate of zeros), may go to other experts "
-        f"on {runtime} than in PyTorch{seen}, and have other results then; of the {total} choices of experts that the "
+        f"on {runtime} than in {origin}{seen}, and have other results then; of the {total} choices of experts that the "
         f"example inputs make, {exact} are such ties{went}"
     )
 

@@ -16,7 +16,11 @@ from moeopt.errors import UsageError
 
 RTX, REGULAR = "tensorrt_rtx", "tensorrt"
 LABELS = {RTX: "TensorRT for RTX", REGULAR: "TensorRT"}
-_INSTALL = {RTX: "pip install 'moeopt[tensorrt]'", REGULAR: "pip install tensorrt-cu13"}
+_INSTALL = {
+    RTX: "pip install 'moeopt[tensorrt]'",
+    REGULAR: "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com "
+    "(what PyPI alone has under that name is a source stub whose libraries are not there)",
+}
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def _recognise(module: PyObject) -> Conversion:
         if type(weight) not in (Tensor, nn.Parameter) or weight.dim() != 3 or weight.dtype not in _DTYPES:
             what = f"{type(weight).__name__}, dtype {getattr(weight, 'dtype', None)}"
             return None, f"its {weight_name} is not a plain stacked float tensor ({what})"
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # since transformers 5.20
         return None, "it has a norm after each expert, a module of its own whose form is not recognised here"
     weight = getattr(module, name)
     layout = "io" if module.is_transposed else "oi"

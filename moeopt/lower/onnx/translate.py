@@ -4,6 +4,7 @@
     argmax, amax, amin       place open, and a reduction drops it. Here the order is taken of the values with NaN at
                              +inf, and values are gathered from the originals, so a NaN stays one.
     sort.stable              TopK of all values; it keeps the order of equal ones
+    kthvalue, median         no form in the exporter: the place k, or the lower middle one, of the sorted values
     cummax, cummin           no form: a call names the op and the line that wrote it
     max, min, largest norm   alike
     cdist                    no form: norms of differences, one center after the other where there are few
@@ -81,6 +82,37 @@ def sort(self: OnnxValue, dim: int = -1, descending: bool = False) -> OnnxValue:
 
 def sort_stable(self: OnnxValue, stable: bool = True, dim: int = -1, descending: bool = False) -> OnnxValue:
     return sort(self, dim, descending)
+
+
+def kthvalue(self: OnnxValue, k: int, dim: int = -1, keepdim: bool = False) -> OnnxValue:
+    if len(self.shape) == 0:
+        return op.Identity(self), op.Constant(value_int=0)
+    return _at(self, one(k), dim, keepdim)
+
+
+def _at(self: OnnxValue, k: OnnxValue, dim: int, keepdim: bool, marked: OnnxValue = None) -> OnnxValue:
+    """(values, indices) of the ``k``-th smallest along ``dim``; the first that is ``marked`` where one is."""
+    indices = op.Gather(first(ordered(self), k, dim, False), op.Sub(k, one(1)), axis=dim)
+    if marked is not None:
+        flags = op.Cast(marked, to=6)
+        lost = op.Cast(op.ReduceMax(flags, one(dim), keepdims=1), to=9)
+        indices = op.Where(lost, op.ArgMax(flags, axis=dim, keepdims=1), indices)
+    values = op.GatherElements(self, indices, axis=dim)
+    return (values, indices) if keepdim else (op.Squeeze(values, one(dim)), op.Squeeze(indices, one(dim)))
+
+
+def median(self: OnnxValue, dim: int, keepdim: bool = False) -> OnnxValue:
+    if len(self.shape) == 0:
+        return op.Identity(self), op.Constant(value_int=0)
+    axis = dim % len(self.shape)
+    middle = op.Div(op.Add(op.Shape(self, start=axis, end=axis + 1), one(1)), one(2))
+    return _at(self, middle, axis, keepdim, op.IsNaN(self) if is_float(self) else None)
+
+
+def median_of_all(self: OnnxValue) -> OnnxValue:
+    flat = op.Reshape(self, one(-1))
+    middle = op.Div(op.Add(op.Shape(flat), one(1)), one(2))
+    return _at(flat, middle, 0, False, op.IsNaN(flat) if is_float(self) else None)[0]
 
 
 def extreme(largest: bool) -> Callable[..., Any]:
@@ -200,6 +232,9 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
             aten.topk.default: topk,
             aten.sort.default: sort,
             aten.sort.stable: sort_stable,
+            aten.kthvalue.default: kthvalue,
+            aten.median.dim: median,
+            aten.median.default: median_of_all,
             aten.max.dim: extreme(True),
             aten.min.dim: extreme(False),
             aten.argmax.default: argument(True),

@@ -57,14 +57,14 @@ class NodeCall:
         value = self.get(number)
         return None if value is None else tensor(value)
 
-    def numbers(self, number: int, what: str) -> list[Any]:
+    def numbers(self, number: int) -> list[Any]:
         """An input that is a list of sizes or axes."""
-        return numbers(self.inputs[number], f"{what} of {self.node}")
+        return numbers(self.inputs[number])
 
     def axes(self, number: int, default: PyObject = None) -> PyObject:
         """Axes, which are an input in newer opsets and an attribute in older ones."""
         if self.get(number) is not None:
-            return [int(n) for n in self.numbers(number, "the axes")]
+            return [int(n) for n in self.numbers(number)]
         return self.attributes.get("axes", default)
 
     def attribute(self, name: str, default: PyObject = None) -> PyObject:

@@ -26,7 +26,7 @@ def _size(call: NodeCall) -> SizeValue:
 
 
 def _reshape(call: NodeCall) -> Tensor:
-    x, shape = call.tensor(0), call.numbers(1, "the shape")
+    x, shape = call.tensor(0), call.numbers(1)
     if not call.attribute("allowzero", 0):
         shape = [x.shape[i] if isinstance(n, int) and n == 0 else n for i, n in enumerate(shape)]
     return x.reshape(shape)
@@ -60,7 +60,7 @@ def _unsqueeze(call: NodeCall) -> Tensor:
 
 
 def _expand(call: NodeCall) -> Tensor:
-    shape, alone = call.numbers(1, "the shape"), call.inputs[0]
+    shape, alone = call.numbers(1), call.inputs[0]
     if isinstance(alone, SizeValue) and alone.number is not None and len(shape) >= alone.array.ndim:
         return torch.full(shape, alone.number, dtype=alone.dtype)
     x = call.tensor(0)
@@ -71,7 +71,7 @@ def _expand(call: NodeCall) -> Tensor:
 
 
 def _tile(call: NodeCall) -> Tensor:
-    return call.tensor(0).repeat(call.numbers(1, "the repeats"))
+    return call.tensor(0).repeat(call.numbers(1))
 
 
 def _concat(call: NodeCall) -> Tensor:
@@ -80,28 +80,35 @@ def _concat(call: NodeCall) -> Tensor:
 
 def _split(call: NodeCall) -> tuple[Tensor, ...]:
     x, axis = call.tensor(0), call.attribute("axis", 0)
-    sizes = call.numbers(1, "the sizes") if call.get(1) is not None else call.attribute("split")
-    if sizes is None:
-        return tuple(x.split(-(-x.shape[axis] // call.outputs), axis))
+    sizes = call.numbers(1) if call.get(1) is not None else call.attribute("split")
+    if sizes is None:  # equal parts, the last of what is left
+        part = -(-x.shape[axis] // call.outputs)
+        sizes = [part] * (call.outputs - 1) + [x.shape[axis] - part * (call.outputs - 1)]
     return tuple(x.split(sizes, axis))
 
 
 def _slice(call: NodeCall) -> Tensor:
     x = call.tensor(0)
-    starts, ends = call.numbers(1, "the starts"), call.numbers(2, "the ends")
-    axes = call.numbers(3, "the axes") if call.get(3) is not None else range(len(starts))
-    steps = call.numbers(4, "the steps") if call.get(4) is not None else [1] * len(starts)
+    starts, ends = call.numbers(1), call.numbers(2)
+    axes = call.numbers(3) if call.get(3) is not None else range(len(starts))
+    steps = call.numbers(4) if call.get(4) is not None else [1] * len(starts)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step < 0:
-            whole = isinstance(end, int) and isinstance(start, int) and (start == -1 or start >= x.shape[axis] - 1)
-            if step != -1 or not whole or end > -(1 << 31):
-                raise Declined(
-                    f"{call.node} slices backwards by {step}, which the interpreter reads of whole axes only"
-                )
-            x = x.flip(axis)
+            x = _backwards(call, x, axis, start, end, step)
             continue
         x = _sliced(x, axis, start, end, step)
     return x
+
+
+def _backwards(call: NodeCall, x: Tensor, axis: int, start: PyObject, end: PyObject, step: int) -> Tensor:
+    size = x.shape[axis]
+    if step == -1 and isinstance(start, int) and isinstance(end, int) and start == -1 and end <= -(1 << 31):
+        return x.flip(axis)
+    if not all(isinstance(n, int) for n in (size, start, end)):
+        raise Declined(f"{call.node} slices backwards by {step} to an end that is no constant")
+    last = end + size if -size <= end < 0 else end  # an end before the first element takes that too
+    chosen = range(*slice(start, None if last < 0 else last, step).indices(size))
+    return x.index_select(axis, torch.tensor(list(chosen), dtype=torch.int64, device=x.device))
 
 
 def _sliced(x: Tensor, axis: int, start: PyObject, end: PyObject, step: int) -> Tensor:
@@ -133,9 +140,11 @@ def _gather_elements(call: NodeCall) -> Tensor:
 
 def _gather_nd(call: NodeCall) -> Tensor:
     x, at, lead = call.tensor(0), call.tensor(1), call.attribute("batch_dims", 0)
-    if lead:
-        raise Declined(f"{call.node} gathers by batches (batch_dims={lead}), which the interpreter does not read")
-    return x[tuple(at.unbind(-1))]
+    rows = [
+        torch.arange(x.shape[d], device=x.device).reshape([-1 if d == axis else 1 for axis in range(at.dim() - 1)])
+        for d in range(lead)
+    ]
+    return x[tuple([*rows, *at.unbind(-1)])]
 
 
 def _scatter_elements(call: NodeCall) -> Tensor:
@@ -158,12 +167,13 @@ def _scatter_nd(call: NodeCall) -> Tensor:
 
 
 def _nonzero(call: NodeCall) -> Tensor:
-    return call.tensor(0).nonzero().t()
+    x = call.tensor(0)
+    return (x if x.dim() else x.reshape(1)).nonzero().t()
 
 
 def _one_hot(call: NodeCall) -> Tensor:
     at, values = call.tensor(0), call.tensor(2)
-    (depth,) = call.numbers(1, "the depth")
+    (depth,) = call.numbers(1)
     axis = call.attribute("axis", -1)
     axis = axis % (at.dim() + 1)
     shape = [1] * (at.dim() + 1)
@@ -175,7 +185,7 @@ def _one_hot(call: NodeCall) -> Tensor:
 
 def _constant_of_shape(call: NodeCall) -> PyObject:
     value = call.attribute("value")
-    shape = call.numbers(0, "the shape")
+    shape = call.numbers(0)
     number, dtype = (0.0, torch.float32) if value is None else (value.reshape(-1)[0].item(), value.dtype)
     if dtype == torch.int64 and len(shape) <= 1 and all(isinstance(n, int) and n <= 64 for n in shape):
         filled: list[Any] = [number] * (shape[0] if shape else 1)
@@ -184,19 +194,19 @@ def _constant_of_shape(call: NodeCall) -> PyObject:
 
 
 def _range(call: NodeCall) -> Tensor:
-    if all(isinstance(call.get(n), SizeValue) for n in range(3)):
-        start, limit, step = (v for n in range(3) for v in call.numbers(n, "the bounds"))
-        return torch.arange(start, limit, step, dtype=call.inputs[0].dtype)
-    raise Declined(f"{call.node} counts up to a number that is computed from data")
+    start, limit, step = (v for n in range(3) for v in call.numbers(n))
+    if not isinstance(limit, torch.SymInt) and not isinstance(start, torch.SymInt) and (limit - start) * step < 0:
+        limit = start
+    return torch.arange(start, limit, step, dtype=call.inputs[0].dtype)
 
 
 def _trilu(call: NodeCall) -> Tensor:
-    k = call.numbers(1, "the diagonal")[0] if call.get(1) is not None else 0
+    k = call.numbers(1)[0] if call.get(1) is not None else 0
     return (torch.triu if call.attribute("upper", 1) else torch.tril)(call.tensor(0), k)
 
 
 def _pad(call: NodeCall) -> Tensor:
-    x, pads = call.tensor(0), call.numbers(1, "the pads")
+    x, pads = call.tensor(0), call.numbers(1)
     if call.attribute("mode", "constant") != "constant" or call.get(3) is not None:
         raise Declined(f"{call.node} pads otherwise than with a constant at every axis")
     fill = call.optional(2)

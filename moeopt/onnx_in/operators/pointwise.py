@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from moeopt.onnx_in.operators.call import NodeCall
 from moeopt.onnx_in.values import SizeValue, tensor
 from moeopt.value_types import PyObject
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def _plain(function: Callable[..., Tensor]) -> Callable[[NodeCall], Tensor]:
@@ -56,8 +59,15 @@ def _mod(call: NodeCall) -> Tensor:
 def _pow(call: NodeCall) -> Tensor:
     power = call.inputs[1]
     alone = power.number if isinstance(power, SizeValue) and power.array.ndim == 0 else None
+    if alone == 0.5:  # torch takes the root, which minus infinity does not have
+        alone = None
     raised = torch.pow(call.tensor(0), tensor(power) if alone is None else alone)
     return raised.to(call.tensor(0).dtype)
+
+
+def _sign(call: NodeCall) -> Tensor:
+    x = call.tensor(0)
+    return torch.where(x == x, x.sign(), x) if x.dtype in _WIDE else x.sign()
 
 
 def _cast(call: NodeCall) -> Tensor:
@@ -71,11 +81,25 @@ def _cast_like(call: NodeCall) -> Tensor:
 
 
 def _clip(call: NodeCall) -> Tensor:
+    """A bound that is left out is the largest finite number, and one that is NaN is none.
+
+    The attribute ``unbounded``, of steps and not of ONNX, takes what is left out for no bound.
+    """
     x, low, high = call.tensor(0), _bound(call, 1), _bound(call, 2)
+    if x.is_floating_point() and not call.attribute("unbounded", 0):
+        low = torch.finfo(x.dtype).min if low is None else low
+        high = torch.finfo(x.dtype).max if high is None else high
+    low, high = _not_nan(low, -torch.inf), _not_nan(high, torch.inf)
     if not isinstance(low, Tensor) and not isinstance(high, Tensor):
         return x if low is None and high is None else x.clamp(low, high)
     x = x if low is None else torch.maximum(x, x.new_full((), low) if not isinstance(low, Tensor) else low)
     return x if high is None else torch.minimum(x, x.new_full((), high) if not isinstance(high, Tensor) else high)
+
+
+def _not_nan(bound: PyObject, instead: float) -> PyObject:
+    if isinstance(bound, Tensor):
+        return torch.where(bound == bound, bound, instead) if bound.is_floating_point() else bound
+    return instead if bound is not None and bound != bound else bound
 
 
 def _bound(call: NodeCall, number: int) -> PyObject:
@@ -99,8 +123,21 @@ def _extreme(function: Callable[..., Tensor], clamp: str) -> Callable[[NodeCall]
     return run
 
 
+def _erf_gelu(x: Tensor) -> Tensor:
+    """Written out: torch's own kernel gives NaN for infinity, and infinity for large numbers."""
+    if x.dtype not in _WIDE:
+        return F.gelu(x)
+    return x * 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
 def _gelu(call: NodeCall) -> Tensor:
-    return F.gelu(call.tensor(0), approximate=call.attribute("approximate", "none"))
+    how = call.attribute("approximate", "none")
+    return _erf_gelu(call.tensor(0)) if how == "none" else F.gelu(call.tensor(0), approximate=how)
+
+
+def _hard_swish(call: NodeCall) -> Tensor:
+    x = call.tensor(0)
+    return x * (x * (1 / 6) + 0.5).clamp(0, 1)
 
 
 def _quick_gelu(call: NodeCall) -> Tensor:
@@ -160,7 +197,7 @@ POINTWISE: dict[str, Callable[[NodeCall], Tensor]] = {
         "And": "logical_and", "Or": "logical_or", "Xor": "logical_xor",
         "Not": "logical_not", "Where": "where", "Neg": "neg", "Abs": "abs", "Sqrt": "sqrt", "Exp": "exp", "Log": "log",
         "Erf": "erf", "Sigmoid": "sigmoid", "Tanh": "tanh", "Relu": "relu", "Reciprocal": "reciprocal",
-        "Floor": "floor", "Ceil": "ceil", "Round": "round", "Sign": "sign", "Sin": "sin", "Cos": "cos", "Tan": "tan",
+        "Floor": "floor", "Ceil": "ceil", "Round": "round", "Sin": "sin", "Cos": "cos", "Tan": "tan",
         "IsNaN": "isnan", "BitwiseAnd": "bitwise_and", "BitwiseOr": "bitwise_or", "BitwiseNot": "bitwise_not",
         "BitwiseXor": "bitwise_xor",
     }.items()},
@@ -169,7 +206,7 @@ POINTWISE: dict[str, Callable[[NodeCall], Tensor]] = {
         "LessOrEqual": "le",
     }.items()},
     "Softplus": _plain(F.softplus), "Softsign": _plain(F.softsign), "Mish": _plain(F.mish),
-    "HardSwish": _plain(F.hardswish),
+    "HardSwish": _hard_swish, "Sign": _sign,
     "Sum": _folded(torch.add), "Min": _extreme(torch.minimum, "max"),
     "Max": _extreme(torch.maximum, "min"),
     "Div": _div, "Mod": _mod, "Pow": _pow, "Cast": _cast, "CastLike": _cast_like, "Clip": _clip, "Gelu": _gelu,
@@ -182,9 +219,9 @@ POINTWISE: dict[str, Callable[[NodeCall], Tensor]] = {
 """Of ONNX's own domain."""
 
 CONTRIB_POINTWISE: dict[str, Callable[[NodeCall], Tensor]] = {
-    "Gelu": _plain(F.gelu),
+    "Gelu": _plain(_erf_gelu),
     "QuickGelu": _quick_gelu,
-    "BiasGelu": _with_bias(F.gelu),
+    "BiasGelu": _with_bias(_erf_gelu),
     "FastGelu": _with_bias(functools.partial(F.gelu, approximate="tanh")),
 }
 """Of ``com.microsoft``."""

@@ -20,8 +20,9 @@ def _reduce(function: Callable[..., Any]) -> Callable[[NodeCall], Tensor]:
 
     def run(call: NodeCall) -> Tensor:
         x, axes = call.tensor(0), call.axes(1)
-        if not axes and call.attribute("noop_with_empty_axes", 0):
-            return x
+        if not axes and call.attribute("noop_with_empty_axes", 0):  # each element by itself
+            alone: Tensor = function(x.unsqueeze(-1), [-1], False)
+            return alone.to(x.dtype)
         axes = list(axes) if axes else list(range(x.dim()))
         reduced: Tensor = function(x, axes, bool(call.attribute("keepdims", 1)))
         return reduced.to(x.dtype)
@@ -45,6 +46,17 @@ def _mean(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
     return torch.div(x.sum(axes, keepdim), count, rounding_mode="trunc")
 
 
+def _extreme(function: Callable[..., Tensor], of_none: float) -> Callable[..., Tensor]:
+    """``amax`` or ``amin``; of no elements the infinity that any element is beyond."""
+
+    def run(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
+        if x.is_floating_point() and any(isinstance(x.shape[a], int) and x.shape[a] == 0 for a in axes):
+            return torch.full_like(x.sum(axes, keepdim), of_none)
+        return function(x, axes, keepdim)
+
+    return run
+
+
 def _prod(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
     for axis in sorted((a % x.dim() for a in axes), reverse=True):
         x = x.prod(axis, keepdim=keepdim)
@@ -61,7 +73,7 @@ def _arg(function: Callable[..., Tensor]) -> Callable[[NodeCall], Tensor]:
 
 
 def _top_k(call: NodeCall) -> tuple[Tensor, Tensor]:
-    (k,) = call.numbers(1, "k")
+    (k,) = call.numbers(1)
     axis = call.attribute("axis", -1)
     values, ids = call.tensor(0).sort(dim=axis, descending=bool(call.attribute("largest", 1)), stable=True)
     return values.narrow(axis, 0, k), ids.narrow(axis, 0, k)
@@ -75,7 +87,7 @@ def _softmax(function: Callable[..., Tensor]) -> Callable[[NodeCall], Tensor]:
 
 
 def _cumsum(call: NodeCall) -> Tensor:
-    (axis,) = call.numbers(1, "the axis")
+    (axis,) = call.numbers(1)
     x = call.tensor(0)
     x = x.flip(axis) if call.attribute("reverse", 0) else x
     if call.attribute("exclusive", 0):  # shifted: a sum less its last term would round, and be NaN at infinities
@@ -112,8 +124,9 @@ def _logsumexp(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
 
 
 REDUCTIONS: dict[str, Callable[[NodeCall], PyObject]] = {
-    "ReduceSum": _reduce(torch.sum), "ReduceMean": _reduce(_mean), "ReduceMax": _reduce(torch.amax),
-    "ReduceMin": _reduce(torch.amin), "ReduceProd": _reduce(_prod), "ReduceLogSumExp": _reduce(_logsumexp),
+    "ReduceSum": _reduce(torch.sum), "ReduceMean": _reduce(_mean), "ReduceProd": _reduce(_prod),
+    "ReduceMax": _reduce(_extreme(torch.amax, -torch.inf)), "ReduceMin": _reduce(_extreme(torch.amin, torch.inf)),
+    "ReduceLogSumExp": _reduce(_logsumexp),
     "ReduceL2": _reduce(lambda x, axes, keep: _in_float(x).square().sum(axes, keep).sqrt()),
     "ReduceL1": _reduce(lambda x, axes, keep: x.abs().sum(axes, keep)),
     "ReduceSumSquare": _reduce(lambda x, axes, keep: _in_float(x).square().sum(axes, keep)),

@@ -62,7 +62,7 @@ def _unsqueeze(call: NodeCall) -> PyObject:
 
 
 def _reshape(call: NodeCall) -> PyObject:
-    return call.inputs[0].array.reshape([int(n) for n in call.numbers(1, "the shape")])
+    return call.inputs[0].array.reshape([int(n) for n in call.numbers(1)])
 
 
 def _reduce_prod(call: NodeCall) -> PyObject:
@@ -72,7 +72,7 @@ def _reduce_prod(call: NodeCall) -> PyObject:
 
 
 def _split(call: NodeCall) -> PyObject:
-    sizes = call.numbers(1, "the sizes") if call.get(1) is not None else call.attribute("split")
+    sizes = call.numbers(1) if call.get(1) is not None else call.attribute("split")
     x = call.inputs[0].array
     sizes = sizes or [x.shape[0] // call.outputs] * call.outputs
     return tuple(np.split(x, np.cumsum(sizes)[:-1]))

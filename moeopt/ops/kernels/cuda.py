@@ -22,14 +22,13 @@ from moeopt.ops.native.call import transformed
 from moeopt.ops.reference import check, dtypes, experts_reference, one_expert, out_features, rms_norm
 from moeopt.ops.triton.addresses import weights_of
 from moeopt.ops.triton.constants import function
-from moeopt.ops.triton.launch import experts_triton
+from moeopt.ops.triton.launch import experts_triton, launches
 from moeopt.ops.triton.library import why_not
+from moeopt.ops.triton.tiles import FEW_PAIRS
 from moeopt.ops.unfit import Unfit
 
 Path = Literal["triton", "grouped", "loop"]
 GroupedMM = Callable[..., Tensor]
-
-CHOSEN = "2 to 5 launches, no wait for the host"
 
 ONE_LAUNCH = ((9, 0), (10, 0))
 """Compute capabilities on which torch's ``grouped_mm`` of bfloat16 is one kernel.
@@ -46,8 +45,9 @@ def choose_cuda_path(
     strides: Sequence[tuple[int, ...]],
     has_grouped_mm: bool,
     no_triton: str = "",
+    kernels: tuple[int, int] = (2, 4),
 ) -> tuple[Path, str]:
-    """Which path this call takes, and why no better one.
+    """Which path this call takes, what it starts and waits for, and why no better one.
 
     Args:
         capability: the device's compute capability.
@@ -55,13 +55,21 @@ def choose_cuda_path(
         shapes, strides: of each stacked (E, ., .) weight; empty when the weights are not stacked.
         has_grouped_mm: whether this torch has ``torch.nn.functional.grouped_mm``.
         no_triton: why the Triton kernels can't take the call; "" where they can.
+        kernels: how many of them there are for few pairs of token and expert, and for more.
     """
     if not no_triton:
-        return "triton", CHOSEN
+        few, many = kernels
+        return "triton", (
+            f"{few} launches for up to {FEW_PAIRS} pairs of token and expert, {many} for more, no wait for the host, "
+            "fit for a CUDA graph"
+        )
     no_grouped = _no_grouped(capability, dtype, shapes, strides, has_grouped_mm)
     if not no_grouped:
         return "grouped", f"grouped_mm, no wait for the host; {no_triton}"
-    return "loop", f"a loop over the experts that are hit, with one wait for the host: {no_triton}; {no_grouped}"
+    return "loop", (
+        "a loop over the experts that are hit, which no CUDA graph can hold, with one wait for the host: "
+        f"{no_triton}; {no_grouped}"
+    )
 
 
 def _no_grouped(
@@ -118,15 +126,17 @@ def describe_path(bank: ExpertWeights, spec: ExpertsSpec) -> tuple[Path, str]:
             function(spec, w_in.dtype, w_in.dtype, held, tf32=False, widen=False)
         except Unfit as err:
             no_triton = str(err)
-    if not no_triton:
-        return "triton", CHOSEN
     compute = getattr(torch, spec.compute_dtype) if spec.compute_dtype else w_in.dtype
-    path, why, _ = path_of(device, compute, bank, no_triton)
+    path, why, _ = path_of(device, compute, bank, no_triton, launches(spec))
     return path, why
 
 
 def path_of(
-    device: torch.device, compute: torch.dtype, bank: ExpertWeights, no_triton: str
+    device: torch.device,
+    compute: torch.dtype,
+    bank: ExpertWeights,
+    no_triton: str,
+    kernels: tuple[int, int] = (2, 4),
 ) -> tuple[Path, str, StackedExpertWeights | None]:
     """:func:`choose_cuda_path` of these weights; and the stack, where there is one."""
     stacked = bank.stacked()
@@ -140,6 +150,7 @@ def path_of(
         [w.stride() for w in weights],
         hasattr(F, "grouped_mm"),
         no_triton,
+        kernels,
     )
     return path, why, stacked
 

@@ -16,13 +16,15 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.triton.constants import WeightTypes
 from moeopt.ops.unfit import Unfit
+from moeopt.value_types import PyObject
 
 Geometry = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
 class Weights(NamedTuple):
     """E experts' weights as the kernels take them. Steps are in elements: from one output to the next, one input to
-    the next; ``table`` is (7, E) int64 addresses on the device of the weights."""
+    the next; ``table`` is (7, E) int64 addresses on the device of the weights. ``alive`` are the tensors that lie
+    there, to be held until the kernels are launched: a bank may make a tensor at each read."""
 
     table: Tensor
     held: WeightTypes
@@ -31,15 +33,34 @@ class Weights(NamedTuple):
     in_steps: tuple[int, int]
     out_steps: tuple[int, int]
     bias_steps: tuple[int, int, int]
+    alive: tuple[Tensor, ...]
 
 
 def weights_of(bank: ExpertWeights, spec: ExpertsSpec, H: int, device: torch.device) -> Weights:
-    """The live addresses of ``bank``; read anew at each call, so a weight that moved is found where it is now.
+    """The live addresses of ``bank``; looked at anew at each call, so a weight that moved is found where it is now.
+
+    A bank that tells at once that all its weights lie where they lay (``lies``) is not read one by one again.
 
     Raises:
         Unfit: weights that differ between experts in shape, strides or dtype, or lie on another device.
     """
     stacked = bank.stacked()
+    lies = None if stacked is not None else getattr(bank, "lies", None)
+    now = None if lies is None else lies()
+    if now is None:
+        return _weights_of(bank, stacked, spec, H, device)
+    held: PyObject = bank
+    known = held.known
+    if known is None or known[0] is not spec or known[1:4] != (H, device, now):
+        found = _weights_of(bank, None, spec, H, device)
+        known = held.known = spec, H, device, now, found._replace(alive=())  # the module holds them; this must not
+    answer: Weights = known[4]
+    return answer
+
+
+def _weights_of(
+    bank: ExpertWeights, stacked: StackedExpertWeights | None, spec: ExpertsSpec, H: int, device: torch.device
+) -> Weights:
     parts = _stacked_parts(stacked) if stacked is not None else _listed_parts(bank)
     E, (w_in, w_in2, w_out, b_in, b_in2, b_out, norm) = bank.num_experts, parts
     matrices = [p for p in (w_in, w_in2, w_out) if p is not None]
@@ -80,13 +101,18 @@ def weights_of(bank: ExpertWeights, spec: ExpertsSpec, H: int, device: torch.dev
         )
     held = WeightTypes(dtype, bias_dtype, b_in is not None, b_out is not None, norm is not None, aligned)
     bias_steps = (bias_in_step * step, b_out.geometry[1][0] if b_out else 0, norm.geometry[1][0] if norm else 0)
-    return Weights(_table(tuple(map(tuple, rows)), device), held, I, D, in_steps, out_steps, bias_steps)
+    return Weights(_table(tuple(map(tuple, rows)), device), held, I, D, in_steps, out_steps, bias_steps, _alive(parts))
 
 
 class _Part(NamedTuple):
     geometry: Geometry
     device: torch.device
     addresses: Sequence[int]
+    alive: tuple[Tensor, ...]
+
+
+def _alive(parts: Sequence[_Part | None]) -> tuple[Tensor, ...]:
+    return tuple([t for p in parts if p is not None for t in p.alive])
 
 
 def _bias_dtype(matrices: Sequence[_Part], vectors: Sequence[_Part], device: torch.device) -> torch.dtype:
@@ -135,7 +161,8 @@ def _stacked_parts(bank: StackedExpertWeights) -> list[_Part | None]:
         if t is None:
             return None
         start, step = t.data_ptr(), t.stride(0) * t.itemsize
-        return _Part((t.shape[1:], t.stride()[1:], t.dtype), t.device, [start + step * e for e in range(t.shape[0])])
+        addresses = [start + step * e for e in range(t.shape[0])]
+        return _Part((t.shape[1:], t.stride()[1:], t.dtype), t.device, addresses, (t,))
 
     pair = [*bank.w_in_s, None][:2], [*bank.b_in_s, None][:2]
     return [part(t) for t in (*pair[0], bank.w_out_s, *pair[1], bank.b_out_s, bank.norm_s)]
@@ -168,7 +195,8 @@ def _listed(what: str, tensors: Sequence[Tensor | None]) -> _Part | None:
                 f"the {what} of expert {e} is {tuple(t.shape)} {t.dtype} with strides {t.stride()}, and that of "
                 f"another expert {tuple(first.shape)} {first.dtype} with strides {first.stride()}"
             )
-    return _Part(geometry, first.device, [0 if t is None else t.data_ptr() for t in tensors])
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    return _Part(geometry, first.device, addresses, tuple(present))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,6 +5,8 @@ Shape legend: T tokens, E experts, K chosen per token, R = T*K pairs, H hidden, 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,15 @@ from moeopt.ops.reference import check, dtypes, out_features
 from moeopt.ops.triton.addresses import Weights, weights_of
 from moeopt.ops.triton.constants import Function, function
 from moeopt.ops.triton.tiles import FEW_PAIRS, Tiles, tiles_for
+from moeopt.ops.unfit import Unfit
 
 COLUMNS, DEPTH = 16, 128
 """Columns and depth of the tile of a matrix-vector product: 16-byte loads, one row of 256 bytes of 16-bit weights."""
+
+
+def launches(spec: ExpertsSpec) -> tuple[int, int]:
+    """Kernels of one call with up to ``FEW_PAIRS`` pairs of token and expert, and with more."""
+    return (2, 4) if spec.out_norm_eps is None else (4, 5)
 
 
 def experts_triton(
@@ -29,7 +37,7 @@ def experts_triton(
     few: int = FEW_PAIRS,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """``experts_reference`` in 2 to 5 launches; the same arguments and result, but not differentiable.
+    """``experts_reference`` in the launches that :func:`launches` counts; same arguments and result, no gradient.
 
     Args:
         few: pairs up to which nothing is sorted.
@@ -40,6 +48,8 @@ def experts_triton(
     """
     check(x_TH, ids_TK, weights_TK, bank, spec)
     (T, K), device = ids_TK.shape, x_TH.device
+    if ids_TK.device != device or weights_TK.device != device:
+        raise Unfit(f"x is on {device}, ids on {ids_TK.device} and routing weights on {weights_TK.device}")
     compute, accum, out = dtypes(x_TH, spec)
     if not T * K:
         return x_TH.new_zeros(T, out_features(bank, spec), dtype=out)
@@ -49,13 +59,19 @@ def experts_triton(
     y_TD = x_TH.new_empty(T, weights.D, dtype=out)
     a_RI = x_TH.new_empty(T * K, weights.I, dtype=compute)
     pairs = T * K
-    if pairs <= few:
-        _few_pairs(x_TH, ids_TK, weights_TK, weights, F, a_RI, y_TD, accum)
-    else:
-        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-        tiles = tiles or tiles_for(T * K / bank.num_experts, compute.itemsize, 10 * major + minor)
-        _many_pairs(x_TH, ids_TK, weights_TK, weights, F, tiles, a_RI, y_TD, accum)
+    with _current(device):
+        if pairs <= few:
+            _few_pairs(x_TH, ids_TK, weights_TK, weights, F, a_RI, y_TD, accum)
+        else:
+            major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+            tiles = tiles or tiles_for(pairs / bank.num_experts, compute.itemsize, 10 * major + minor)
+            _many_pairs(x_TH, ids_TK, weights_TK, weights, F, tiles, a_RI, y_TD, accum)
     return y_TD
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes ``device`` the current one: Triton launches on the current device and its stream, wherever x is."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _few_pairs(x: Tensor, ids: Tensor, w: Tensor, weights: Weights, F: Function, a: Tensor, y: Tensor,

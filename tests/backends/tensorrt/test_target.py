@@ -62,7 +62,10 @@ def test_what_needs_its_own_gpu(monkeypatch):
     ("name", "words"),
     [
         ("tensorrt_rtx", r"needs TensorRT for RTX, which is not installed: pip install 'moeopt\[tensorrt\]'"),
-        ("tensorrt", "needs TensorRT, which is not installed: pip install tensorrt-cu13"),
+        (
+            "tensorrt",
+            "needs TensorRT, which is not installed: pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com",
+        ),
     ],
 )
 def test_a_package_that_is_not_installed(name, words, monkeypatch):

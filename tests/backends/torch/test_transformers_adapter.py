@@ -82,6 +82,8 @@ RECOGNISED = [
 @pytest.mark.parametrize(("name", "config", "spec"), RECOGNISED)
 def test_recognised_and_equal(name, config, spec, dtype):
     module = experts_module(name, dtype, **config)
+    if name == "aria" and not hasattr(module, "_apply_gate"):
+        pytest.skip("Aria takes part in the experts interface of newer transformers only")
     text, reason = adapter.plan(module)
     assert text is not None, reason
     got = ExpertsSpec.decode(text)

@@ -68,6 +68,11 @@ SELECTIONS = {
     "argmax of all": lambda x: x.argmax(),
     "amax": lambda x: x.amax(-1),
     "amin": lambda x: x.amin((0, 1)),
+    "kthvalue": lambda x: x.kthvalue(3, -1)[0],
+    "kthvalue kept": lambda x: x.kthvalue(1, 0, keepdim=True)[0],
+    "median": lambda x: x.median(-1)[0],
+    "median over rows, kept": lambda x: x.median(0, keepdim=True)[0],
+    "median of all": lambda x: x.median(),
 }
 
 

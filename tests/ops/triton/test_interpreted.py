@@ -5,6 +5,7 @@ since the interpreter truncates where a GPU rounds to nearest (twice the error a
 operands is wrong, so the kernels widen those operands there.
 """
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from moeopt.ir.specs import ACTIVATIONS, ExpertsSpec
 from moeopt.ops import ListExpertWeights, experts_reference
 from moeopt.ops.activations import activate
-from moeopt.ops.triton.launch import experts_triton
+from moeopt.ops.triton import launch
+from moeopt.ops.triton.launch import experts_triton, launches
 from moeopt.ops.triton.tiles import Tiles
 from moeopt.ops.unfit import Unfit
 from tests.ops.cases import cases, coarsest_eps, make, naive
@@ -134,6 +136,83 @@ def test_a_weight_that_moved_is_found_where_it_is_now():
     experts_triton(*case.args)
     case.bank.w_out_l[1].data = case.bank.w_out_l[1].clone() * 3
     agree(case, MANY)
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel, log):
+        self.kernel, self.log = kernel, log
+
+    def __getitem__(self, grid):
+        self.log.append(self.kernel)
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels that were launched since it was last emptied."""
+    from moeopt.ops.triton import kernels
+
+    log = []
+    for name in ("gemv_in", "gemv_out", "gemv_pair", "sort_pairs", "tile_in", "tile_out", "norm_terms", "combine"):
+        monkeypatch.setattr(kernels, name, Counted(getattr(kernels, name), log))
+    return log
+
+
+@pytest.mark.parametrize("few", (FEW, MANY))
+def test_kernels_are_launched_while_the_device_of_x_is_the_current_one(few, launched, monkeypatch):
+    current, at_exit = [], []
+
+    @contextlib.contextmanager
+    def recorded(device):
+        current.append(device)
+        assert not launched
+        yield
+        at_exit.append(len(launched))
+
+    monkeypatch.setattr(launch, "_current", recorded)
+    agree(make(ExpertsSpec(), T=3, E=2, K=1, dtype=torch.float32), few)
+    assert current == [torch.device("cpu")] and at_exit == [len(launched)] and launched
+
+
+def test_the_current_device_is_that_of_the_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: f"with {device}")
+    assert launch._current(torch.device("cuda", 1)) == "with cuda:1"
+
+
+def test_ids_on_another_device_are_declined():
+    case = make(ExpertsSpec(), T=3, E=2, K=1, dtype=torch.float32)
+    with pytest.raises(Unfit, match="x is on cpu, ids on meta and routing weights on cpu"):
+        experts_triton(case.x, case.ids.to("meta"), case.weights, case.bank, case.spec)
+
+
+@pytest.mark.parametrize("norm", (None, 1e-6))
+def test_as_many_launches_as_the_report_says(norm, launched):
+    case = make(ExpertsSpec(out_norm_eps=norm), T=3, E=2, K=1, dtype=torch.float32, biases=False)
+    counts = []
+    for few in (FEW, MANY):
+        launched.clear()
+        agree(case, few)
+        counts.append(len(launched))
+    assert tuple(counts) == launches(case.spec)
+
+
+class MadeAtEachRead(ListExpertWeights):
+    """Weights that nobody holds but who reads them, as where neurons are picked from a wider matrix."""
+
+    def w_in(self, e):
+        return tuple(w.clone() for w in super().w_in(e))
+
+    def w_out(self, e):
+        return super().w_out(e).clone()
+
+
+@pytest.mark.parametrize("few", (FEW, MANY))
+def test_weights_that_are_made_at_each_read_live_until_the_kernels_have_run(few):
+    case = make(ExpertsSpec(rows="separate"), T=9, E=4, K=2, dtype=torch.float32, stacked=False)
+    case.bank = MadeAtEachRead(case.bank.w_in_l, case.bank.w_out_l, case.bank.b_in_l, case.bank.b_out_l)
+    agree(case, few)
 
 
 def _changed(bank, change):

@@ -16,8 +16,10 @@ from moeopt.backends.onnxrt.onnx_file.original import InnerValues, ShakenOrigina
 from moeopt.errors import MoeoptError, NotEquivalentError
 from moeopt.onnx_in.feeds import GraphFeeds
 from moeopt.onnx_in.read import OnnxFile
+from moeopt.onnx_in.unroll import unrolled
 from moeopt.value_types import PyObject
 from moeopt.verification.distance import finiteness, token_distance
+from moeopt.verification.judge import EPS_ALLOWANCE
 from moeopt.verification.model import DRAWS, EndToEnd, compare_outputs
 
 
@@ -73,6 +75,24 @@ def against_file(file: OnnxFile, engine: GraphEngine, calls: Sequence[GraphFeeds
             result.reason = result.reason or _differs(name, want, got, budget, result)
     result.passed = not result.reason
     return result
+
+
+def written_out(file: OnnxFile, calls: Sequence[GraphFeeds]) -> OnnxFile:
+    """The file with its loops over experts written out, held against the file as it is; the same object if none is."""
+    made = unrolled(file)
+    if made is file:
+        return file
+    try:
+        old, new = (session_on(one.proto, one.directory, one.name) for one in (file, made))
+    except MoeoptError:
+        return file
+    result = EndToEnd(True)
+    for feeds in calls:
+        for name, want, got in zip(old.outputs, old.run(feeds), new.run(feeds), strict=True):
+            allowed = EPS_ALLOWANCE * eps_of(want) if want.is_floating_point() else 0.0
+            if _differs(name, want, got, allowed, result):
+                return file
+    return made
 
 
 def _differs(name: str, want: Tensor, got: Tensor, budget: float, result: EndToEnd) -> str:

@@ -98,7 +98,7 @@ def all_nodes(graph: OnnxGraph) -> Iterator[Any]:
 
 
 def _older_forms(graph: OnnxGraph, have: int) -> None:
-    """Write axes that are an input as an attribute, and equal parts of a split without their count, for old opsets."""
+    """Write axes that are an input as an attribute, equal parts of a split without their count, and no defaults."""
     import onnx
 
     constants = {t.name: t for t in graph.initializer} | {
@@ -112,6 +112,7 @@ def _older_forms(graph: OnnxGraph, have: int) -> None:
                 _drop_attribute(node, "allowzero")
         if have < 18 and node.op_type == "Split" and len(node.input) < 2:
             _drop_attribute(node, "num_outputs")
+        _drop_new_defaults(node, have)
 
 
 def _axes_as_attribute(node: OnnxNode, constants: dict[str, OnnxValue]) -> None:
@@ -121,9 +122,22 @@ def _axes_as_attribute(node: OnnxNode, constants: dict[str, OnnxValue]) -> None:
         axes = onnx.numpy_helper.to_array(constants[node.input[1]]).reshape(-1).tolist()
         del node.input[1:]
         node.attribute.append(onnx.helper.make_attribute("axes", axes))
-    flag = next((a for a in node.attribute if a.name == "noop_with_empty_axes"), None)
-    if flag is not None and not flag.i:
-        _drop_attribute(node, "noop_with_empty_axes")
+
+
+def _drop_new_defaults(node: OnnxNode, have: int) -> None:
+    """Leave out attributes at their defaults that an older opset does not have: a new default is the old meaning."""
+    import onnx.defs
+
+    if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
+        return
+    try:
+        old = onnx.defs.get_schema(node.op_type, have, "")
+    except onnx.defs.SchemaError:
+        return
+    new = onnx.defs.get_schema(node.op_type, NEWEST_WRITTEN, "").attributes
+    for attribute in [a for a in node.attribute if a.name in new and a.name not in old.attributes]:
+        if attribute == new[attribute.name].default_value:
+            _drop_attribute(node, attribute.name)
 
 
 def _drop_attribute(node: OnnxNode, name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,8 @@ from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import ids_of_engine, ids_of_model
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
-from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files
+from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files, written_out
+from moeopt.backends.onnxrt.onnx_file.file_reports import decline, in_order
 from moeopt.backends.onnxrt.onnx_file.original import session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
@@ -25,7 +25,7 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, MoeoptError, NotEquivalentError, UsageError
 from moeopt.onnx_in.ends import graph_inputs, tensor_type
 from moeopt.onnx_in.feeds import GraphFeeds, given_feeds, made_up_feeds, resized
-from moeopt.onnx_in.frozen_routing import BROKEN
+from moeopt.onnx_in.frozen_routing import BROKEN, frozen_routing
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.left_alone import left_alone
 from moeopt.onnx_in.read import OnnxFile
@@ -56,16 +56,18 @@ def optimize_file(
         UsageError: ONNX Runtime does not load or run it; inputs that it does not take.
     """
     started = time.perf_counter()
-    if not isinstance(plan, OrtPlan) or plan.provider != "cpu":
+    if options.target not in (None, "cpu") or not isinstance(plan, OrtPlan) or plan.provider != "cpu":
         raise UsageError(
             f"{file.name}: an ONNX file is optimised for the CPU of this machine, where both files are compared; leave "
             "out device= and target=, or optimise the PyTorch model for the other device"
         )
     options.say("looking for blocks of experts in the graph")
+    given = file
+    calls = example_feeds(given, inputs, options.seed)
+    file = written_out(given, calls)
     index = GraphIndex(file.model.graph)
     candidates = list(candidate_regions(index))
     others = list(left_alone(file.model.graph))
-    calls = example_feeds(file, inputs, options.seed)
     call: ArgsKwargs = ((), dict(calls[0]))
     parts = file_parts(file, candidates, calls, options.say)
     made = None
@@ -75,11 +77,11 @@ def optimize_file(
         for part in parts.parts:
             parts.declined.setdefault(part.name, (part.candidate, f"it was rewritten, compared and reverted: {err}"))
     if made is None:
-        made = _left_alone(file, parts, bool(others), options)
+        made = _left_alone(given, parts, bool(others), options)
     broken = [f"{name}: {reason}" for name, (_, reason) in parts.declined.items() if reason.startswith(BROKEN)]
     made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *broken))
     made.certificate.notes += broken
-    blocks = _in_order(file, made.report.blocks, parts, [c.name for c in candidates])
+    blocks = in_order(file, made.report.blocks, parts, [c.name for c in candidates])
     made.report = dataclasses.replace(
         made.report,
         blocks=(*blocks, *(BlockReport(o.name, "moe", "declined", o.reason, o.experts) for o in others)),
@@ -100,7 +102,9 @@ def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeed
     dims = {v.name: tensor_type(file, v)[1] for v in graph_inputs(file.proto.graph)}
     if inputs is not None:
         given = given_feeds(file, inputs)
-        session.run(given)
+        stops = _runs(session, given)
+        if stops is not None:
+            raise UsageError(f"{file.name}: {stops}{_may_be_broken(file)}")
         other = resized(given, dims)
         return [given, other] if other is not None and _runs(session, other) is None else [given]
     found: list[GraphFeeds] = []
@@ -117,7 +121,7 @@ def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeed
         takes = ", ".join(f"{name} {dims[name]}" for name in dims)
         raise UsageError(
             f"{file.name} does not run on inputs that were made up for it: {said}; give example inputs: "
-            f"moeopt.optimize(path, {{...}}) with {takes}"
+            f"moeopt.optimize(path, {{...}}) with {takes}{_may_be_broken(file)}"
         )
     return found
 
@@ -143,6 +147,12 @@ def verify_file(
     budget = end.budget if end is not None and end.budget > 0 else EPS_ALLOWANCE * torch.finfo(torch.float32).eps
     found = against_file(original, engine, example_feeds(original, inputs, 0), budget)
     return Certificate(end_to_end=found, executed=executed, dtype=before.dtype, device=engine.described)
+
+
+def _may_be_broken(file: OnnxFile) -> str:
+    """The end of a message on a file that does not run, where an export that froze its routing explains that."""
+    found = ((c.name, frozen_routing(c)) for c in candidate_regions(GraphIndex(file.model.graph)))
+    return next((f". In {name} {reason}" for name, reason in found if reason), "")
 
 
 def _runs(session: PyObject, feeds: GraphFeeds) -> str | None:
@@ -175,10 +185,10 @@ def _rewritten(
             raise NothingRewrittenError
 
     try:
-        made = backend(settle).optimize(regions, call, options, plan)
+        made = backend(settle, "the file").optimize(regions, call, options, plan)
     except NothingRewrittenError:
         for block in seen[0][1].blocks:
-            _decline(parts, block)
+            decline(parts, block)
         return None
     ((twin, outcome),) = seen
     kept = [part for part in parts.parts if part.name in outcome.rewrites]
@@ -252,35 +262,6 @@ def _replaceable(file: OnnxFile) -> list[str]:
         "call, so no experts are sought among them: export with keep_initializers_as_inputs=False, or take them out of "
         "graph.input"
     ]
-
-
-def _decline(parts: FileParts, block: BlockReport) -> None:
-    for part in parts.parts:
-        if part.name == block.name or block.name.startswith(f"{part.name}."):
-            parts.declined.setdefault(part.name, (part.candidate, block.reason or "it was not rewritten"))
-
-
-def _in_order(
-    file: OnnxFile, blocks: Sequence[BlockReport], parts: FileParts, names: Sequence[str]
-) -> list[BlockReport]:
-    """The report's blocks in the graph's order, declined candidates among them, each with its place in the file."""
-    found: dict[str, list[BlockReport]] = {name: [] for name in names}
-    for block in blocks:
-        found.setdefault(
-            next((n for n in names if block.name == n or block.name.startswith(f"{n}.")), block.name), []
-        ).append(block)
-    for name, (candidate, reason) in parts.declined.items():
-        if not any(b.kind == "moe" for b in found[name]):
-            found[name].append(BlockReport(name, "moe", "declined", reason, candidate.chains.experts))
-    where = {part.name: _place(file, part) for part in parts.parts}
-    return [
-        dataclasses.replace(block, source=where.get(name, "")) for name, several in found.items() for block in several
-    ]
-
-
-def _place(file: OnnxFile, part: FilePart) -> str:
-    nodes = part.region.nodes
-    return f"{Path(file.name).name}, {len(nodes)} nodes up to {nodes[-1].name or nodes[-1].op_type!r}"
 
 
 def _fingerprint(file: OnnxFile) -> dict[str, str]:

@@ -16,7 +16,7 @@ from moeopt.errors import Declined, MoeoptError
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.feeds import GraphFeeds
 from moeopt.onnx_in.frozen_routing import frozen_routing
-from moeopt.onnx_in.interpreter import InterpretedGraph
+from moeopt.onnx_in.interpreter import QUANTISED, InterpretedGraph, unread
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.region_module import is_combined, named, region_ends, region_module
 from moeopt.onnx_in.regions import CandidateRegion
@@ -84,6 +84,9 @@ def _part(file: OnnxFile, candidate: CandidateRegion, runs: Sequence[Values]) ->
     """The candidate up to its nearest exit that is one row for each row of its root, as wide as the experts' result."""
     if frozen := frozen_routing(candidate):
         raise Declined(frozen)
+    for product in candidate.chains.products:
+        if product.node.op_type in QUANTISED:
+            raise Declined(unread(product.node))
     if not candidate.regions:
         raise Declined(
             f"the results of its {candidate.chains.experts} experts do not come together in one value near them: "
@@ -109,7 +112,7 @@ def _first(candidate: CandidateRegion) -> str:
 
 def _checked(file: OnnxFile, candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Values]) -> FilePart:
     ends = region_ends(candidate, region, runs)
-    module = region_module(region, ends, file.opset, candidate.name).eval()
+    module = region_module(region, ends, file.opset, candidate.name, to_lower=True).eval()
     distance = 0.0
     try:
         for run in runs:

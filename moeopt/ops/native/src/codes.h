@@ -12,46 +12,59 @@ namespace {
 
 inline bool is_code(int64_t dtype) { return dtype == MOEOPT_I8 || dtype == MOEOPT_U4; }
 
-// Codes i .. i + L of a row, less the zero point. Intrinsics: compilers take conversions from 8 bits apart.
+// Weights i .. i + L of a row under one scale, each (code - zero) * scale rounded once. Intrinsics: compilers take
+// conversions from 8 bits apart. Decoding one token is bound by these few instructions, not by the memory that they read.
 struct I8 {
-  static V ld(const char *row, int64_t i) {
+  typedef V Scale;
+  static Scale scale(float s) { return splat(s); }
+  static V weights(const char *row, int64_t i, Scale scale) {
 #if defined(__AVX512F__)
-    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(row + i))));
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(row + i)))) * scale;
 #elif defined(__AVX2__)
-    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + i))));
+    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + i)))) * scale;
 #else
     V v;
     for (int j = 0; j < L; j++) v[j] = (float)((const int8_t *)row)[i + j];
-    return v;
+    return v * scale;
 #endif
   }
   static int64_t bytes(int64_t codes) { return codes; }
 };
-struct U4 {  // i is even; a byte becomes two lanes of 32 bits
-  static V ld(const char *row, int64_t i) {
-    const char *at = row + i / 2;
+struct U4 {  // i is a multiple of 8, of L on AVX-512: a lane shifts its code down, from a word that lanes share
 #if defined(__AVX512F__)
-    const __m512i q = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)at));
-    const __m512i both = _mm512_or_si512(_mm512_and_si512(q, _mm512_set1_epi64(15)), _mm512_slli_epi64(_mm512_srli_epi64(q, 4), 32));
-    return (V)_mm512_cvtepi32_ps(_mm512_sub_epi32(both, _mm512_set1_epi32(8)));
+  typedef __m512 Scale;  // the 16 weights that a code can stand for
+  static Scale scale(float s) {
+    return _mm512_mul_ps(_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_ps(s));
+  }
+  static V weights(const char *row, int64_t i, Scale scale) {
+    int64_t eight; memcpy(&eight, row + i / 2, 8);
+    const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i down = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i words = (__m512i)_mm512_permutevar_ps((__m512)_mm512_set1_epi64(eight), halves);
+    return (V)_mm512_permutexvar_ps(_mm512_srlv_epi32(words, down), scale);  // which looks at four bits of an index
+  }
 #elif defined(__AVX2__)
-    int32_t four; memcpy(&four, at, 4);
-    const __m256i q = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
-    const __m256i both = _mm256_or_si256(_mm256_and_si256(q, _mm256_set1_epi64x(15)), _mm256_slli_epi64(_mm256_srli_epi64(q, 4), 32));
-    return (V)_mm256_cvtepi32_ps(_mm256_sub_epi32(both, _mm256_set1_epi32(8)));
+  struct Scale { __m256 one, eight; };
+  static Scale scale(float s) { return {_mm256_set1_ps(s), _mm256_set1_ps(-8 * s)}; }
+  static V weights(const char *row, int64_t i, Scale scale) {  // code * scale - 8 * scale: exact, and rounded once
+    int32_t four; memcpy(&four, row + i / 2, 4);
+    const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(four), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return (V)_mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15))), scale.one, scale.eight);
+  }
 #else
+  typedef V Scale;
+  static Scale scale(float s) { return splat(s); }
+  static V weights(const char *row, int64_t i, Scale scale) {
     V v;
     for (int j = 0; j < L; j += 2) {
-      const uint8_t byte = (uint8_t)at[j / 2];
+      const uint8_t byte = (uint8_t)row[(i + j) / 2];
       v[j] = (float)((byte & 15) - 8), v[j + 1] = (float)((byte >> 4) - 8);
     }
-    return v;
-#endif
+    return v * scale;
   }
+#endif
   static int64_t bytes(int64_t codes) { return codes / 2; }
 };
-
-inline V load_codes(const char *row, int64_t dtype, int64_t i) { return dtype == MOEOPT_I8 ? I8::ld(row, i) : U4::ld(row, i); }
 
 inline float scale_at(const View &v, int64_t o, int64_t block) {
   const int64_t at = o * v.ss + block;
@@ -68,20 +81,30 @@ inline float load_code(const void *row, int64_t dtype, int64_t i) {
 }
 
 // weights k .. k + n of row o as floats
-inline void dequantized_row(float *to, const View &v, int64_t o, int64_t k, int64_t n, int64_t compute) {
-  const char *row = (const char *)v.data + (v.dtype == MOEOPT_I8 ? o * v.so : o * v.so / 2);
+template <class C>
+inline void row_of_codes(float *to, const View &v, int64_t o, int64_t k, int64_t n, int64_t compute) {
+  const char *row = (const char *)v.data + C::bytes(o * v.so);
   for (int64_t i = 0; i < n;) {
     const int64_t block = (k + i) / v.block, end = smaller(n, (block + 1) * v.block - k);
     const float scale = scale_at(v, o, block);
-    for (; i + L <= end && !((k + i) & 1); i += L) {
-      const V w = load_codes(row, v.dtype, k + i) * scale;
+    const typename C::Scale held = C::scale(scale);
+    for (; i + L <= end && !((k + i) & 7); i += L) {
+      const V w = C::weights(row, k + i, held);
       store(to + i, compute == MOEOPT_F32 ? w : round_to(w, compute));
     }
     for (; i < end; i++) to[i] = round_one(load_code(row, v.dtype, k + i) * scale, compute);
   }
 }
 
+// the scales of row o from block `first` on, as floats
+inline void scales_of_row(float *to, const View &v, int64_t o, int64_t first, int64_t count) {
+  int64_t b = 0;
+  for (; b + L <= count; b += L) store(to + b, load_as(v.scales, v.scale_dtype, o * v.ss + first + b));
+  for (; b < count; b++) to[b] = scale_at(v, o, first + b);
+}
+
 // NW rows of codes times NX rows of x, each code made float in a register: no panel is written. Blocks are whole vectors.
+// The NW rows behind these are fetched meanwhile, a cache line at a time.
 template <class C, int NW, int NX>
 inline void codes_tile(const View &v, const int64_t *row, int64_t k, int64_t n, const float *x, int64_t ldx, float *to, int64_t ldt, bool add) {
   V acc[NX][NW];
@@ -89,25 +112,33 @@ inline void codes_tile(const View &v, const int64_t *row, int64_t k, int64_t n, 
     UNROLL for (int j = 0; j < NW; j++) acc[i][j] = V{};
   const char *w[NW];
   UNROLL for (int j = 0; j < NW; j++) w[j] = (const char *)v.data + C::bytes(row[j] * v.so);
-  for (int64_t i = 0; i < n;) {
-    const int64_t block = (k + i) / v.block, end = smaller(n, (block + 1) * v.block - k);
-    V scale[NW];
-    UNROLL for (int j = 0; j < NW; j++) scale[j] = splat(scale_at(v, row[j], block));
-    for (; i + L <= end; i += L) {
-      V b[NX];
-      UNROLL for (int m = 0; m < NX; m++) b[m] = load(x + m * ldx + i);
+  const int64_t ahead = C::bytes(NW * v.so), block = k / v.block;
+  float scales[NW][DOT_CHUNK / L + 1];  // a block is L codes or more, and may begin before k
+  UNROLL for (int j = 0; j < NW; j++) scales_of_row(scales[j], v, row[j], block, (k + n - 1) / v.block - block + 1);
+  int64_t fetched = 0, end = (block + 1) * v.block - k;
+  for (int64_t i = 0, b = 0; i < n; b++, end += v.block) {
+    typename C::Scale scale[NW];
+    UNROLL for (int j = 0; j < NW; j++) scale[j] = C::scale(scales[j][b]);
+    const int64_t stop = smaller(n, end);
+    for (; i + L <= stop; i += L) {
+      if (C::bytes(i) >= fetched) {
+        UNROLL for (int j = 0; j < NW; j++) __builtin_prefetch(w[j] + ahead + C::bytes(k + i), 0, 2);
+        fetched += 64;
+      }
+      V values[NX];
+      UNROLL for (int m = 0; m < NX; m++) values[m] = load(x + m * ldx + i);
       UNROLL for (int j = 0; j < NW; j++) {
-        const V a = C::ld(w[j], k + i) * scale[j];
-        UNROLL for (int m = 0; m < NX; m++) acc[m][j] += a * b[m];
+        const V a = C::weights(w[j], k + i, scale[j]);
+        UNROLL for (int m = 0; m < NX; m++) acc[m][j] += a * values[m];
       }
     }
-    if (i < end) {  // the last of a row
+    if (i < stop) {  // the last of a row
       UNROLL for (int j = 0; j < NW; j++) {
         V a{};
-        for (int64_t c = i; c < end; c++) a[c - i] = load_code(w[j], v.dtype, k + c) * scale[j][0];
+        for (int64_t c = i; c < stop; c++) a[c - i] = load_code(w[j], v.dtype, k + c) * scales[j][b];
         UNROLL for (int m = 0; m < NX; m++) acc[m][j] += a * load(x + m * ldx + i);  // x has zeros behind its end
       }
-      i = end;
+      i = stop;
     }
   }
   UNROLL for (int m = 0; m < NX; m++) finish(acc[m], to + m * ldt, add);
@@ -150,7 +181,11 @@ void dot_codes(const View &v, int64_t compute, int64_t first, int64_t n, const f
   for (int64_t k = 0; k < K; k += chunk) {
     const int64_t kc = smaller(chunk, K - k);
     for (int64_t j = 0; j < n; j += 4) {
-      for (int i = 0; i < 4; i++) dequantized_row(panel + i * ld, v, first + smaller(j + i, n - 1), k, kc, compute);
+      for (int i = 0; i < 4; i++) {
+        const int64_t row = first + smaller(j + i, n - 1);
+        if (v.dtype == MOEOPT_I8) row_of_codes<I8>(panel + i * ld, v, row, k, kc, compute);
+        else row_of_codes<U4>(panel + i * ld, v, row, k, kc, compute);
+      }
       dot_rows<F32, 4>(w, 0, x + k, ldx, kc, M, to + j, ldt, k > 0);
     }
   }

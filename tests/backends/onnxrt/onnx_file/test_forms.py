@@ -101,5 +101,5 @@ def test_quantised_experts_are_declined_by_the_node(tmp_path):
     found, blocks = blocks_of(tmp_path / "int8.onnx")
     assert blocks == [("declined", 4)]
     said = found.report.blocks[0].reason
-    assert "the node 'layers.0.experts.0.up.dq' is DequantizeLinear, which moeopt does not read inside experts" in said
-    assert "or optimise the PyTorch model itself" in said
+    assert "the node 'layers.0.experts.0.up.dq' is DequantizeLinear: the block is quantised, and" in said
+    assert "optimise the file from before it was quantised, or the PyTorch model with quantize=" in said

@@ -8,6 +8,7 @@ import moeopt
 from moeopt.errors import UsageError
 from moeopt.onnx_in.interpreter import tensor_of
 from moeopt.onnx_in.read import read_onnx
+from tests.onnx_in.bodies import LOOP, model
 from tests.onnx_in.toys import E, H, V, export, ids, run, toy_lm
 
 FORMS = [("bmm", "dynamo"), ("loop", "torchscript"), pytest.param("loop", "dynamo", marks=pytest.mark.nightly)]
@@ -138,6 +139,27 @@ def test_inputs_that_the_graph_does_not_take_are_told(path, inputs, said):
 def test_options_that_a_file_does_not_have_are_refused(path, fields):
     with pytest.raises(UsageError, match="keeps its dtype and is not written to: leave out dtype= and inplace="):
         moeopt.optimize(path, **fields)
+
+
+@pytest.mark.parametrize("target", ["cuda", "nv_tensorrt_rtx"])
+def test_another_target_than_the_cpu_is_refused_before_anything_is_read(target):
+    with pytest.raises(UsageError, match=r"an ONNX file is optimised for the CPU .* leave out device= and target="):
+        moeopt.optimize(model(LOOP), target=target)
+
+
+def test_notes_speak_of_the_file_and_not_of_pytorch(optimized):
+    notes = [*optimized.report.notes, *optimized.certificate.notes]
+    assert any("may go to other experts on ONNX Runtime than in the file" in note for note in notes)
+    assert not any("PyTorch" in note for note in notes)
+
+
+def test_a_reason_that_speaks_of_code_says_what_the_owner_of_a_file_can_do():
+    inside = LOOP.replace(
+        "part = Mul(c, w)", "mean = ReduceMean <axes = [-1]> (b)\n v = Mul(w, mean)\n part = Mul(c, v)"
+    )
+    (block,) = moeopt.optimize(model(inside)).report.blocks
+    assert block.status == "declined"
+    assert "; who has only the file: export the model with another form of its experts" in block.reason
 
 
 def test_a_file_is_not_quantised(path):

@@ -1,0 +1,79 @@
+"""Lists of modules that ran in one forward: layers of one mixture, more experts of it, or mixtures of their own."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from torch import fx
+
+from moeopt.capture.op_kinds import op_name
+from moeopt.capture.replay import ancestors
+from moeopt.capture.tape import Call
+from moeopt.capture.tree import leaves_of
+
+CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
+
+
+def one_mixture(first: Sequence[Call], other: Sequence[Call]) -> bool:
+    """Whether the calls of two lists belong together: one reads single results of the other, or one choice picked the
+    rows of both, or one gate weighs the results of both."""
+    if are_layers(first, other) or are_layers(other, first):
+        return True
+    if _reads(first, other[0]) or _reads(other, first[0]):
+        return False
+    ends = {id(n) for c in (*first, *other) for n in leaves_of(fx.Node, c.output)}
+    own, theirs = _choices(first, ends), _choices(other, ends)
+    if not own and not theirs:
+        own, theirs = _gates(first), _gates(other)
+    return not own.isdisjoint(theirs) or not (own and theirs)
+
+
+def are_layers(first: Sequence[Call], second: Sequence[Call]) -> bool:
+    """Whether the first of the ``second`` calls reads the results of some of the ``first``, and not of several all."""
+    read = _reads(first, second[0])
+    return bool(read) and (len(read) < len(first) or len(first) == 1)
+
+
+def _reads(calls: Sequence[Call], reader: Call) -> list[Call]:
+    """Those of ``calls`` whose results ``reader`` reads, by any way that passes no other of the results."""
+    ends = {id(n): c for c in calls for n in leaves_of(fx.Node, c.output)}
+    return list({ends[n].index: ends[n] for n in map(id, _before(reader, set(ends))) if n in ends}.values())
+
+
+def _choices(calls: Sequence[Call], ends: set[int]) -> set[fx.Node]:
+    """The router's choices by which the rows of ``calls`` were picked."""
+    found = set()
+    for node in _before(calls[0], ends):
+        source = node.args[0] if node.target is operator.getitem else node
+        if isinstance(source, fx.Node) and op_name(source) in CHOICES and id(node) not in ends:
+            found.add(source)
+    return found
+
+
+def _gates(calls: Sequence[Call]) -> set[fx.Node]:
+    """What the first of ``calls`` has its result multiplied by, as the softmax or sigmoid that it comes from."""
+    after, stack = set[fx.Node](), leaves_of(fx.Node, calls[0].output)
+    while stack:
+        node = stack.pop()
+        if node in after:
+            continue
+        after.add(node)
+        for user in node.users:
+            others = [a for a in user.all_input_nodes if a not in after]
+            if op_name(user) in ("mul", "bmm", "mm", "baddbmm", "addcmul") and others:
+                return {n for n in ancestors(others) if op_name(n) in ("_softmax", "softmax", "sigmoid")}
+            stack.append(user)
+    return set()
+
+
+def _before(call: Call, ends: set[int]) -> set[fx.Node]:
+    """What the arguments of ``call`` depend on, up to the nodes with the identities ``ends``."""
+    seen: set[fx.Node] = set()
+    stack = leaves_of(fx.Node, [call.args, call.kwargs])
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend([] if id(node) in ends else node.all_input_nodes)
+    return seen

@@ -1,0 +1,263 @@
+"""Loops over experts that run a fixed number of times, and branches that are always taken, as plain nodes.
+
+    Loop(M = 4, true, y0)      ->  body(0, y0), body(1, y1), body(2, y2), body(3, y3)
+    Scan(stacked weights, y0)  ->  the same, with Gather(weights, e) for each expert
+    If(true)                   ->  the nodes of its branch
+
+Scripted loops are exported so. Blocks are replaced in a file's main graph, so what holds experts is written out there,
+on a copy of the file. Loops that hold none, run until a value says stop, or are long, stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.products import PRODUCTS
+from moeopt.onnx_in.read import OnnxFile
+from moeopt.onnx_in.regions import candidate_regions
+from moeopt.value_types import OnnxGraph, OnnxNode, OnnxValue, PyObject
+
+BODIES = ("Loop", "Scan", "If")
+MOST_NODES = 100_000
+"""Of one loop, written out."""
+_ROUNDS = 4
+"""Of bodies within bodies."""
+
+
+def unrolled(file: OnnxFile) -> OnnxFile:
+    """The file with such loops written out, on a copy; the same object where it holds none."""
+    for _ in range(_ROUNDS):
+        holders = {
+            number for number, node in enumerate(file.model.graph) if node.op_type in BODIES and _holds_experts(node)
+        }
+        if not holders:
+            return file
+        made = LoopUnroller(file).run(holders)
+        if made is None:
+            return file
+        file = dataclasses.replace(file, proto=made, _model=None)
+    return file
+
+
+def _holds_experts(node: OnnxNode) -> bool:
+    """Whether a body of a node has chains of experts, or products with matrices that a scan gives it one by one."""
+    import onnx_ir as ir
+
+    for attribute in node.attributes.values():
+        bodies = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else []
+        for body in bodies:
+            given = {id(v) for v in body.inputs}
+            if node.op_type == "Scan" and _products_with(body, given) > 1:
+                return True
+            if any(True for _ in candidate_regions(GraphIndex(body))) or any(
+                inner.op_type in BODIES and _holds_experts(inner) for inner in body
+            ):
+                return True
+    return False
+
+
+def _products_with(body: OnnxGraph, values: set[int]) -> int:
+    return sum(any(id(v) in values for v in node.inputs) for node in body if (node.domain, node.op_type) in PRODUCTS)
+
+
+class LoopUnroller:
+    """One pass over the main graph of a copy."""
+
+    def __init__(self, file: OnnxFile) -> None:
+        import onnx
+
+        self.proto = onnx.ModelProto()
+        self.proto.CopyFrom(file.proto)
+        graph = self.proto.graph
+        inputs = {v.name for v in graph.input}
+        self.constants: dict[str, Any] = {t.name: t for t in graph.initializer if t.name not in inputs}
+        self.constants |= {
+            n.output[0]: a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"
+        }
+        self.nodes: list[Any] = []
+        self.taken = set(_names(graph))
+
+    def run(self, holders: set[int]) -> OnnxValue | None:
+        """The copy with the nodes at ``holders`` written out; None where none of them can be."""
+        changed = False
+        for number, node in enumerate(list(self.proto.graph.node)):
+            write = (
+                {"Loop": self._loop, "Scan": self._scan, "If": self._if}[node.op_type] if number in holders else None
+            )
+            if write is not None and write(node):
+                changed = True
+            else:
+                self.nodes.append(node)
+        if not changed:
+            return None
+        del self.proto.graph.node[:]
+        self.proto.graph.node.extend(self.nodes)
+        return self.proto
+
+    def _loop(self, node: OnnxNode) -> bool:
+        body = _body(node, "body")
+        if body is None or len(body.input) != len(node.input) or len(body.output) != len(node.output) + 1:
+            return False
+        trips = self._number(node.input[0])
+        goes_on = not node.input[1] or self._number(node.input[1]) == 1
+        if trips is None or not goes_on or not self._fits(trips, body) or not self._never_stops(body):
+            return False
+        state = list(node.input[2:])
+        self._rounds(node, body, trips, state, 1, lambda n: [self._constant(n), self._constant(True)])
+        return True
+
+    def _scan(self, node: OnnxNode) -> bool:
+        body = _body(node, "body")
+        turned = [a for a in node.attribute if any(a.ints)]  # other axes than the first, or from the last on
+        count = next((int(a.i) for a in node.attribute if a.name == "num_scan_inputs"), 0)
+        if (
+            body is None
+            or turned
+            or count < 1
+            or [len(body.input), len(body.output)] != [len(node.input), len(node.output)]
+        ):
+            return False
+        state, over = list(node.input[:-count]), list(node.input[-count:])
+        held = [self.constants[name] for name in over if name in self.constants]
+        if not held or not held[0].dims or not self._fits(int(held[0].dims[0]), body):
+            return False
+
+        def given(n: int) -> list[str]:
+            return [self._add("Gather", [name, self._constant(n)], f"{node.name}.{n}.{name}", axis=0) for name in over]
+
+        self._rounds(node, body, int(held[0].dims[0]), state, 0, given)
+        return True
+
+    def _if(self, node: OnnxNode) -> bool:
+        way = self._number(node.input[0])
+        body = None if way is None else _body(node, "then_branch" if way else "else_branch")
+        if body is None or body.input or len(body.output) != len(node.output):
+            return False
+        for name, made in zip(node.output, self._inline(body, {}, node.name or "If"), strict=True):
+            self._add("Identity", [made], name)
+        return True
+
+    def _rounds(
+        self, node: OnnxNode, body: OnnxGraph, trips: int, state: list[str], lead: int,
+        given: Callable[[int], list[str]],
+    ) -> None:  # fmt: skip
+        """The body ``trips`` times. ``lead``: its outputs before the state; ``given``: the other inputs of a round."""
+        label = node.name or node.op_type
+        parts: list[list[str]] = []
+        for n in range(trips):
+            values = [*given(n), *state] if lead else [*state, *given(n)]
+            names = dict(zip((v.name for v in body.input), values, strict=True))
+            made = self._inline(body, names, f"{label}.{n}")[lead:]
+            state = made[: len(state)]
+            parts.append(
+                [
+                    self._add("Unsqueeze", [part, self._constant([0])], f"{label}.{n}.part{k}")
+                    for k, part in enumerate(made[len(state) :])
+                ]
+            )
+        for name, value in zip(node.output, state, strict=False):
+            if name:
+                self._add("Identity", [value], name)
+        for k, name in enumerate(node.output[len(state) :]):
+            if name:
+                self._add("Concat", [row[k] for row in parts], name, axis=0)
+
+    def _inline(self, body: OnnxGraph, names: Mapping[str, str], label: str) -> list[str]:
+        """Add a body's nodes under names of their own; returns those of its outputs."""
+        here = dict(names)
+        for tensor in body.initializer:
+            here[tensor.name] = self._unique(f"{label}.{tensor.name}")
+            copy = self.proto.graph.initializer.add()
+            copy.CopyFrom(tensor)
+            copy.name = here[tensor.name]
+            self.constants[copy.name] = copy
+        for node in body.node:
+            here |= {name: self._unique(f"{label}.{name}") for name in node.output if name}
+        for node in body.node:
+            made = type(node)()
+            made.CopyFrom(node)
+            made.name = self._unique(f"{label}.{node.name or node.op_type}")
+            _rename(made, here)
+            self.nodes.append(made)
+            if made.op_type == "Constant" and made.attribute and made.attribute[0].name == "value":
+                self.constants[made.output[0]] = made.attribute[0].t
+        return [here.get(v.name, v.name) for v in body.output]
+
+    def _never_stops(self, body: OnnxGraph) -> bool:
+        """Whether a loop's condition is true after every round: what it was given, or a constant."""
+        made = {name: node for node in body.node for name in node.output}
+        value = body.output[0].name
+        while value in made and made[value].op_type == "Identity":
+            value = made[value].input[0]
+        if value == body.input[1].name:
+            return True
+        held = {t.name: t for t in body.initializer}
+        if value in made and made[value].op_type == "Constant":
+            held[value] = next((a.t for a in made[value].attribute if a.name == "value"), None)
+        return self._number(value, held) == 1
+
+    def _number(self, name: str, held: Mapping[str, Any] | None = None) -> int | None:
+        """A constant that is one whole number or flag."""
+        import onnx
+
+        tensor = {**self.constants, **(held or {})}.get(name)
+        if tensor is None or math.prod(tensor.dims) != 1 or tensor.data_type not in (6, 7, 9):
+            return None
+        return None if tensor.data_location else int(onnx.numpy_helper.to_array(tensor).item())
+
+    def _fits(self, trips: int, body: OnnxGraph) -> bool:
+        return trips > 0 and trips * len(body.node) <= MOST_NODES
+
+    def _constant(self, value: PyObject) -> str:
+        import onnx
+
+        tensor = onnx.numpy_helper.from_array(np.asarray(value), self._unique("unrolled.number"))
+        self.constants[tensor.name] = self.proto.graph.initializer.add()
+        self.constants[tensor.name].CopyFrom(tensor)
+        return str(tensor.name)
+
+    def _add(self, op_type: str, inputs: list[str], output: str, **attributes: int) -> str:
+        import onnx
+
+        name = output if op_type in ("Identity", "Concat") else self._unique(output)
+        self.nodes.append(onnx.helper.make_node(op_type, inputs, [name], name=f"{name}.{op_type}", **attributes))
+        return name
+
+    def _unique(self, name: str) -> str:
+        made, number = name, 1
+        while made in self.taken:
+            made, number = f"{name}_{number}", number + 1
+        self.taken.add(made)
+        return made
+
+
+def _body(node: OnnxNode, name: str) -> OnnxGraph:
+    return next((a.g for a in node.attribute if a.name == name and a.HasField("g")), None)
+
+
+def _names(graph: OnnxGraph) -> Iterator[str]:
+    """Every name of a value or a node in a graph and its bodies."""
+    yield from (v.name for v in (*graph.input, *graph.output, *graph.initializer))
+    for node in graph.node:
+        yield from (node.name, *node.input, *node.output)
+        for attribute in node.attribute:
+            for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                yield from _names(body)
+
+
+def _rename(node: OnnxNode, names: Mapping[str, str]) -> None:
+    """Give a node, and the bodies in it, the new names of values of the body that it was in."""
+    for ends in (node.input, node.output):
+        ends[:] = [names.get(name, name) for name in ends]
+    for attribute in node.attribute:
+        for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+            for inner in body.node:
+                _rename(inner, names)
+            for value in body.output:
+                value.name = names.get(value.name, value.name)

@@ -1,0 +1,60 @@
+"""All Parameters of a bank looked at together: where each lies, or that one of them is to be looked at alone.
+
+A bank of E experts reads some 3 E tensors at each call of a GPU kernel, since only the GPU knows which experts are hit.
+Reading them one by one costs milliseconds of Python; the same questions asked of all at once, in C, a third of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from operator import attrgetter, is_
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+_PLAIN = {Tensor, nn.Parameter}
+_HOOKS = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks")
+_GEOMETRY: tuple[Callable[[Any], object], ...] = (
+    Tensor.data_ptr,
+    Tensor.stride,
+    attrgetter("shape"),
+    attrgetter("dtype"),
+    attrgetter("device"),
+)
+
+
+class OnePlace(Protocol):
+    """Where one tensor of a module tree is: see ``live_weights.Place``."""
+
+    links: list[tuple[dict[str, Any], str, nn.Module]]
+    owner: nn.Module
+    registry: dict[str, Any]
+    key: str
+
+
+class AllPlaces:
+    """The places of one bank, each of which was read once: what is said of them is what each said then."""
+
+    def __init__(self, places: Iterable[OnePlace]) -> None:
+        places = list(places)
+        links = {(id(registry), name): (registry, name, child) for p in places for registry, name, child in p.links}
+        self._modules = [registry for registry, _, _ in links.values()]
+        self._names = [name for _, name, _ in links.values()]
+        self._children = [child for _, _, child in links.values()]
+        self._owners = list({id(p.owner): p.owner for p in places}.values())
+        self._registries, self._keys = [p.registry for p in places], [p.key for p in places]
+
+    def lie(self) -> tuple[tuple[object, ...], ...] | None:
+        """Address, strides, shape, dtype and device of every tensor.
+
+        None where a module on the way to one was replaced, its owner has hooks, or it is no plain tensor: each place
+        read by itself then tells the reason.
+        """
+        if not all(map(is_, map(dict.get, self._modules, self._names), self._children)):
+            return None
+        if any(any(map(hooks, self._owners)) for hooks in _HOOKS):
+            return None
+        tensors = list(map(dict.get, self._registries, self._keys))
+        if not _PLAIN.issuperset(map(type, tensors)):
+            return None
+        return tuple([tuple(map(what, tensors)) for what in _GEOMETRY])

@@ -1,0 +1,64 @@
+"""State that belongs to the thread, the context or the process, and that a block's code reads by a call.
+
+A context variable has a value in each context, a ``threading.local`` a table in each thread; PyTorch has a default
+dtype and a few modes. Each is noted with its value where the walk runs, and its term asks for the value at each call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import torch
+
+from moeopt.options import variables
+from moeopt.value_types import PyObject
+
+if TYPE_CHECKING:
+    from moeopt.rewrite.walk import Walk
+
+_DTYPE = "get_default_dtype"
+_MODES = (
+    "is_inference_mode_enabled", "are_deterministic_algorithms_enabled", "get_float32_matmul_precision",
+    "get_default_device",
+)  # fmt: skip
+"""Functions of ``torch`` by which code asks for a mode. Gradient mode and autocast are the call guard's."""
+_UNSET = object()
+
+
+def read_context(walk: Walk, place: str, value: ContextVar[PyObject]) -> None:
+    """A context variable: the value that it has here, its own default included."""
+    walk.note(place, "context variable", value.name)
+    held = value.get(_UNSET)
+    walk.probe.add("{0}.get({1}) is {2}", value, _UNSET, held)
+    if held is _UNSET:
+        try:
+            held = value.get()
+        except LookupError:  # neither set nor with a default
+            return
+    walk.visit(f"{place}.get()", held)
+
+
+def read_modes(walk: Walk) -> None:
+    """PyTorch's default dtype, which tensors made without a dtype have, and the modes that the code asks for."""
+    for name in (_DTYPE, *(mode for mode in _MODES if mode in walk.names)):
+        ask = getattr(torch, name)
+        value = ask()
+        walk.probe.add("{0}() == {1}", ask, value)
+        walk.visit(f"torch.{name}()", value)
+
+
+def read_variables(walk: Walk) -> None:
+    """The variables of the process that the code names, and that no other was added."""
+    table, keys = variables(walk.names)
+    if table:
+        walk.probe.keys(table)
+    for name, key in keys.items():
+        walk.link(walk.probe, table, key, table[key], f"the variable {name}")
+
+
+def bare_lookup(cls: type) -> Callable[[PyObject, str], PyObject]:
+    """The lookup that runs no code of the user's; that of a ``threading.local`` gives the table of this thread."""
+    return threading.local.__getattribute__ if issubclass(cls, threading.local) else object.__getattribute__

@@ -1,0 +1,80 @@
+"""Loops over experts that run a fixed number of times are written out; other bodies stay, each with a reason."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import moeopt
+from moeopt.onnx_in.read import read_onnx
+from moeopt.onnx_in.unroll import unrolled
+from tests.onnx_in.bodies import BRANCH, GATHERED, LOOP, SCAN, E, H, model
+
+FORMS = {"Loop": LOOP, "Loop, its results gathered": GATHERED, "Scan": SCAN, "Loop in an If": BRANCH}
+
+
+def run(proto, x):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return torch.from_numpy(onnxruntime.InferenceSession(proto.SerializeToString(), options).run(None, x)[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_computes_what_it_did_in_the_main_graph_alone(form):
+    given = model(FORMS[form])
+    before = given.SerializeToString()
+    made = unrolled(read_onnx(given)).proto
+    assert given.SerializeToString() == before
+    assert not {"Loop", "Scan", "If"} & {node.op_type for node in made.graph.node}
+    x = {"x": np.random.default_rng(1).normal(size=(5, H)).astype(np.float32)}
+    assert torch.equal(run(made, x), run(given, x))
+
+
+@pytest.mark.parametrize("form", ["Scan", "Loop in an If"])
+def test_its_experts_are_rewritten(form):
+    given = model(FORMS[form])
+    found = moeopt.optimize(given, verify="fast")
+    assert [(b.status, b.experts, b.top_k) for b in found.report.blocks] == [("rewritten", E, 2)]
+    x = torch.randn(7, H, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(found(x), run(given, {"x": x.numpy()}), rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_whose_loop_is_written_out_is_a_module():
+    given, x = model(LOOP), torch.randn(6, H, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(moeopt.from_onnx(given)(x), run(given, {"x": x.numpy()}), rtol=1e-5, atol=1e-6)
+
+
+STAYS = {
+    "how often is not known": (LOOP, {"takes": "float[t, 8] x, int64 trips"}),
+    "it may stop": (LOOP.replace("again = Identity(go)", "most = ReduceMax(w)\n again = Cast <to = 9> (most)"), {}),
+    "it is long": (LOOP, {"trips": np.array(1 << 40)}),
+    "the caller decides": (BRANCH, {"takes": "float[t, 8] x, bool yes"}),
+    "it does not run": (LOOP, {"trips": np.array(0)}),
+}
+
+
+@pytest.mark.parametrize("why", STAYS)
+def test_what_is_not_fixed_stays_a_body(why):
+    text, fields = STAYS[why]
+    file = read_onnx(model(text, **fields))
+    assert unrolled(file) is file
+
+
+def test_a_block_in_a_body_that_stays_is_told_by_the_node():
+    text, fields = STAYS["it may stop"]
+    found = moeopt.optimize(model(text, **fields))
+    (block,) = found.report.blocks
+    assert block.status == "declined" and block.experts == E
+    assert "it stands in a body of the node 'loop_4' (Loop)" in block.reason
+    assert "a loop is written out where its number of rounds is a constant and its condition stays true" in block.reason
+
+
+def test_a_loop_without_experts_stays_as_it_is():
+    text = """
+    y = Loop (trips, yes, x) <body = body (int64 e, bool go, float[t, 8] y_in) => (bool again, float[t, 8] y_out) {
+        y_out = Add(y_in, y_in)
+        again = Identity(go)
+    }>
+"""
+    file = read_onnx(model(text))
+    assert unrolled(file) is file
