@@ -36,7 +36,7 @@ from moeopt.checkpoint.layer_checks import check_layers, failure, in_words
 from moeopt.checkpoint.load import generation_config
 from moeopt.checkpoint.preflight import check_out, preflight
 from moeopt.checkpoint.scratch import Scratch
-from moeopt.checkpoint.structure import structure_of
+from moeopt.checkpoint.structure import Structure, structure_of
 from moeopt.errors import CaptureError, CheckpointError, NotSaveableError, UsageError
 from moeopt.optimized import Optimized
 from moeopt.options import Options
@@ -104,6 +104,12 @@ class StreamedModel:
             if file is not None:
                 file.release()
         give_back()
+
+    def finish(self, shared: bool) -> None:
+        """All is done: others may read what is ``shared``."""
+        if shared and self.journal is not None:
+            self.journal.finish()
+            self.saved = True
 
     def noted(self, report: Report) -> Report:
         """``report`` with what is to say of the directory."""
@@ -190,16 +196,7 @@ def streamed(
     held = StreamedModel(None, structure.layers, [], options, journal, None if journal is None else journal.file.mapped)
     refused = False
     try:
-        if kinds is not None:
-            kinds.load(held, directory, options.dtype)
-            finished: FinishedBlocks | None = kinds.finished
-        else:
-            if journal is None and isinstance(directory, ExpandedDirectory):
-                held.scratch = Scratch(directory, structure)
-            held.model, held.notes, held.file = load_kept(
-                journal, directory, structure, options, held.release, held.scratch
-            )
-            finished = _noting(held)
+        finished = _load(held, kinds, directory, structure)
         directory.check_unchanged()
         with (
             remembered(finished),
@@ -208,15 +205,28 @@ def streamed(
             folders_in(None if target is None else target.absolute().parent),
         ):
             yield held
-        if workspace is not None and journal is not None:
-            journal.finish()
-            held.saved = True
+        held.finish(workspace is not None)
     except (CheckpointError, NotSaveableError, CaptureError):
         refused = True
         raise
     finally:
         if journal is not None:
             _close(journal, held.saved, refused, kept is workspace)
+
+
+def _load(
+    held: StreamedModel, kinds: AlikeLayers | None, directory: CheckpointDirectory, structure: Structure
+) -> FinishedBlocks | None:
+    """Give ``held`` its model; verdicts that are known."""
+    if kinds is not None:
+        kinds.load(held, directory, held.options.dtype)
+        return kinds.finished
+    if held.journal is None and isinstance(directory, ExpandedDirectory):
+        held.scratch = Scratch(directory, structure)
+    held.model, held.notes, held.file = load_kept(
+        held.journal, directory, structure, held.options, held.release, held.scratch
+    )
+    return _noting(held)
 
 
 def _close(journal: Journal, saved: bool, refused: bool, shared: bool) -> None:

@@ -18,7 +18,7 @@ from moeopt.distributed.channel import BytesSent, Channel
 from moeopt.distributed.dispatch import DispatchForm
 from moeopt.distributed.from_directory import DirectoryCall, optimized_directory
 from moeopt.distributed.install import ExpertOp, divide, expert_ops
-from moeopt.distributed.mesh import ranks_of
+from moeopt.distributed.mesh import Ranks, ranks_of
 from moeopt.distributed.optimized import DistributedOptimized
 from moeopt.distributed.placements import placements_of
 from moeopt.distributed.proof import prove
@@ -83,7 +83,14 @@ def distribute(
     path = opt if isinstance(opt, (str, os.PathLike)) else None
     if path is None:
         _check_optimized(opt, call)
-    where = ranks_of(mesh)
+    return _distributed(opt, path, call, ranks_of(mesh), placement, tokens, exact, timeout)
+
+
+def _distributed(
+    opt: Optimized | str | os.PathLike[str], path: str | os.PathLike[str] | None, call: DirectoryCall, where: Ranks,
+    placement: PyObject, tokens: str, exact: bool, timeout: float,
+) -> DistributedOptimized:  # fmt: skip
+    """:func:`distribute` with arguments that were checked; ``path`` is that of a directory."""
     form: DispatchForm = "rows" if exact else "reduce" if tokens == "replicated" else "ranks"
     with contextlib.ExitStack() as told:
         if path is not None:  # ranks that read for hours see each other
