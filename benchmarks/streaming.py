@@ -4,10 +4,12 @@ bundle with a part of its experts in memory gives.
     python benchmarks/streaming.py --gigabytes 3 --folder /var/tmp/streaming            stream and load, both measured
     python benchmarks/streaming.py --gigabytes 12 --folder /var/tmp/streaming --only streamed
     python benchmarks/streaming.py --gigabytes 3 --folder ... --resident 0.5            then decode with half resident
+    python benchmarks/streaming.py --gigabytes 2 --folder ... --hidden 2048 --backend onnxruntime     real layer widths
 
-The checkpoint is synthetic: Qwen3-MoE in bfloat16 with 128 experts of 1024 x 768, as many layers as fill the size, a
-tensor for each expert, a file for each layer. Each measurement is a fresh process; memory is RssAnon, sampled each
-10 ms: what a process has for itself, pages of files not counted. The result is written to ``benchmarks/results``.
+The checkpoint is synthetic: Qwen3-MoE in bfloat16 with 128 experts of ``--hidden`` x 768, as many layers as fill the
+size, a tensor for each expert, a file for each layer. ``--hidden 2048`` gives the layers of Qwen3-30B-A3B. Each
+measurement is a fresh process; memory is RssAnon, sampled each 10 ms: what a process has for itself, pages of files not
+counted; bytes are those that left and reached the disk. The result is written to ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-H, I, E, K, VOCABULARY = 1024, 768, 128, 8, 32000
-LAYER = 3 * E * H * I * 2
-"""Bytes of one layer's experts."""
+I, E, K, VOCABULARY = 768, 128, 8, 32000
 
 
-def write_checkpoint(folder: Path, layers: int) -> None:
-    """A checkpoint of ``layers`` layers; what is there already is kept."""
+def layer_bytes(H: int) -> int:
+    """Bytes of one layer's experts."""
+    return 3 * E * H * I * 2
+
+
+def write_checkpoint(folder: Path, layers: int, H: int = 1024) -> None:
+    """A checkpoint of ``layers`` layers of hidden size ``H``; what is there already is kept."""
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -80,7 +85,7 @@ class Watch:
     def __init__(self) -> None:
         self.steps: dict[str, dict[str, float]] = {}
         self.started, self.step, self.done = time.perf_counter(), "start", False
-        self.before = anonymous()
+        self.before, self.io = anonymous(), disk_bytes()
         threading.Thread(target=self._look, daemon=True).start()
 
     def say(self, line: str) -> None:
@@ -97,9 +102,12 @@ class Watch:
 
     def result(self) -> dict[str, Any]:
         self.done = True
+        read, written = (now - then for now, then in zip(disk_bytes(), self.io, strict=True))
         return {
             "seconds": time.perf_counter() - self.started,
             "cpu_seconds": time.process_time(),
+            "disk_read_gb": read / 1e9,
+            "disk_written_gb": written / 1e9,
             "anonymous_before_gb": self.before / 1e9,
             "anonymous_peak_gb": max(step["anonymous_gb"] for step in self.steps.values()),
             "steps": self.steps,
@@ -110,6 +118,12 @@ def anonymous() -> int:
     """Bytes of this process's own memory."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+def disk_bytes() -> tuple[int, int]:
+    """Bytes that this process made the disk read and write so far."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"]), int(lines["write_bytes"])
 
 
 def streamed(source: Path, out: Path, backend: str, verify: str) -> dict[str, Any]:
@@ -203,14 +217,16 @@ def main() -> None:
     words.add_argument("--gigabytes", type=float, default=3.0)
     words.add_argument("--folder", type=Path, required=True, help="where checkpoint and bundles go")
     words.add_argument("--backend", default="torch")
+    words.add_argument("--hidden", type=int, default=1024)
     words.add_argument("--verify", default="fast")
     words.add_argument("--only", choices=["streamed", "loaded"])
     words.add_argument("--resident", type=float, help="share of the experts that may be in memory, when decoding")
     words.add_argument("--tokens", type=int, default=32)
     words.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     given = words.parse_args()
-    layers = max(round(given.gigabytes * 1e9 / LAYER), 1)
-    source, bundle = given.folder / f"qwen3-like-{layers}", given.folder / f"bundle-{given.backend}"
+    layer = layer_bytes(given.hidden)
+    layers = max(round(given.gigabytes * 1e9 / layer), 1)
+    source, bundle = given.folder / f"qwen3-like-{layers}x{given.hidden}", given.folder / f"bundle-{given.backend}"
     if given.run is not None:
         what, out = given.run
         if what == "decoded":
@@ -222,13 +238,13 @@ def main() -> None:
                 )
             )
         return
-    print(f"writing {layers} layers of {LAYER / 1e9:.2f} GB", file=sys.stderr)
-    write_checkpoint(source, layers)
+    print(f"writing {layers} layers of {layer / 1e9:.2f} GB", file=sys.stderr)
+    write_checkpoint(source, layers, given.hidden)
     options = [f"--gigabytes={given.gigabytes}", f"--folder={given.folder}", f"--backend={given.backend}",
-               f"--verify={given.verify}", f"--tokens={given.tokens}"]  # fmt: skip
+               f"--verify={given.verify}", f"--tokens={given.tokens}", f"--hidden={given.hidden}"]  # fmt: skip
     found: dict[str, Any] = {
         "what": "streaming", "command": " ".join(["python", "benchmarks/streaming.py", *sys.argv[1:]]), **machine(),
-        "layers": layers, "layer_gb": LAYER / 1e9,
+        "layers": layers, "layer_gb": layer / 1e9, "hidden": given.hidden,
         "checkpoint_gb": sum(file.stat().st_size for file in source.iterdir()) / 1e9,
     }  # fmt: skip
     for what in ("streamed", "loaded"):
@@ -240,7 +256,8 @@ def main() -> None:
     if {"streamed", "loaded"} <= found.keys() and not {"failed"} & (found["streamed"].keys() | found["loaded"].keys()):
         for figure in ("anonymous_peak_gb", "seconds", "cpu_seconds"):
             found[f"{figure}_ratio"] = found["streamed"][figure] / found["loaded"][figure]
-    target = RESULTS / f"streaming-{given.backend}-{round(found['checkpoint_gb'])}gb.json"
+    wide = "" if given.hidden == 1024 else f"-hidden-{given.hidden}"
+    target = RESULTS / f"streaming-{given.backend}-{round(found['checkpoint_gb'])}gb{wide}.json"
     target.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({k: v for k, v in found.items() if k not in ("streamed", "loaded")}, indent=1))
     print(f"written: {target}", file=sys.stderr)

@@ -12,6 +12,7 @@ from torch import nn
 from moeopt.backends import registry
 from moeopt.backends.choice import checked_choice
 from moeopt.bundle.destination import check_destination
+from moeopt.checkpoint.journal import Workspace
 from moeopt.checkpoint.stream import check_directory, streamed
 from moeopt.errors import CaptureError, UsageError
 from moeopt.find.example_inputs import NO_CACHE, as_call, in_order, made_up, without_cache
@@ -72,7 +73,7 @@ def optimize(
     """
     chosen = Options.from_fields(options, fields)
     if isinstance(model, (str, os.PathLike)) and not is_onnx(model):
-        return _optimize_directory(model, example_inputs, backend or "torch", chosen, out, task, trust_remote_code)
+        return optimize_directory(model, example_inputs, backend or "torch", chosen, out, task, trust_remote_code)
     if task is not None or trust_remote_code:
         raise UsageError(
             f"task= and trust_remote_code= say how a directory is opened, and model is a {type(model).__name__}: leave "
@@ -89,7 +90,7 @@ def optimize(
     return made
 
 
-def _optimize_directory(
+def optimize_directory(
     path: str | os.PathLike[str],
     example_inputs: PyObject,
     backend: str,
@@ -97,14 +98,16 @@ def _optimize_directory(
     out: str | os.PathLike[str] | None,
     task: str | None,
     trust_remote_code: bool,
+    workspace: Workspace | None = None,
 ) -> Optimized:
+    """:func:`optimize` of a Hugging Face directory; other processes share ``workspace``, given instead of ``out``."""
     check_directory(path)
     checked_choice(backend, chosen)
     with (
         shown(chosen.progress) as say,
         streamed(
             path, dataclasses.replace(chosen, progress=say), backend=backend, out=out, task=task,
-            trust_remote_code=trust_remote_code, inputs=example_inputs,
+            trust_remote_code=trust_remote_code, inputs=example_inputs, workspace=workspace,
         ) as source,
     ):  # fmt: skip
         inner = dataclasses.replace(chosen, progress=say, dtype=None, mapped=True)

@@ -23,37 +23,42 @@ except ImportError:  # Windows: nothing is locked there, and so nothing is clear
 @contextlib.contextmanager
 def folder(target: Path, kind: str = "") -> Iterator[Path]:
     """A new folder beside ``target``, locked while it is used; what is left of it then is removed."""
-    made, lock = _made(target, kind)
+    found, lock = made(target.parent, f".{target.name}.{kind}")
     try:
-        yield made
+        yield found
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(found, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
 
 def clear_abandoned(target: Path) -> None:
     """Remove the folders that killed saves to ``target`` left beside it; those of living ones stay."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.(old\.)?[a-z0-9_]{{8}}")
-    for path in target.parent.iterdir():
-        if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            lock = _lock(path)
+    remove_unheld(target.parent, rf"\.{re.escape(target.name)}\.(old\.)?[a-z0-9_]{{8}}")
+
+
+def remove_unheld(parent: Path, name: str) -> None:
+    """Remove the folders in ``parent`` whose whole name the pattern ``name`` matches, and whose lock nobody holds."""
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if re.fullmatch(name, path.name) and path.is_dir() and not path.is_symlink():
+            lock = locked(path)
             if lock is not None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
 
 
-def _made(target: Path, kind: str) -> tuple[Path, int | None]:
+def made(parent: Path, prefix: str) -> tuple[Path, int | None]:
+    """A new folder in ``parent``, and the descriptor that holds its lock, None where the system has none."""
     while True:
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}.{kind}", dir=target.parent))
-        lock = _lock(made)
-        if made.is_dir():  # else another save took it for abandoned in the moment before it was locked
-            return made, lock
+        found = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = locked(found)
+        if found.is_dir():  # else another process took it for abandoned in the moment before it was locked
+            return found, lock
         if lock is not None:
             os.close(lock)
 
 
-def _lock(path: Path) -> int | None:
+def locked(path: Path) -> int | None:
     """A descriptor that holds the lock of a folder; None where another process has it, or the file system has none."""
     if fcntl is None:
         return None

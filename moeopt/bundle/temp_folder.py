@@ -1,9 +1,13 @@
-"""A temporary folder that goes when nobody holds it, or with the process that made it."""
+"""A temporary folder that goes when nobody holds it, or with the process that made it.
+
+One beside a bundle may hold all of its weights: it is locked, so that what a killed process left there is known.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -11,6 +15,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
+from moeopt.bundle import aside
+
+_BESIDE = ".moeopt-engine-"
 _parent: ContextVar[Path | None] = ContextVar("moeopt_temp_parent", default=None)
 
 
@@ -19,13 +26,23 @@ class TemporaryFolder:
 
     def __init__(self) -> None:
         parent = _parent.get()
-        self.name = tempfile.mkdtemp(prefix="moeopt-" if parent is None else ".moeopt-", dir=parent)
-        weakref.finalize(self, _remove, self.name, os.getpid())
+        held = None
+        if parent is None:
+            self.name = tempfile.mkdtemp(prefix="moeopt-")
+        else:
+            path, held = aside.made(parent, _BESIDE)
+            self.name = str(path)
+        weakref.finalize(self, _remove, self.name, os.getpid(), held)
 
 
 @contextlib.contextmanager
 def folders_in(parent: Path | None) -> Iterator[None]:
-    """While open, temporary folders are made in ``parent``: on the disk that has room for what they will hold."""
+    """While open, temporary folders are made in ``parent``: on the disk that has room for what they will hold.
+
+    Those that killed processes left there are removed.
+    """
+    if parent is not None:
+        aside.remove_unheld(parent, re.escape(_BESIDE) + "[a-z0-9_]{8}")
     token = _parent.set(parent)
     try:
         yield
@@ -33,6 +50,8 @@ def folders_in(parent: Path | None) -> Iterator[None]:
         _parent.reset(token)
 
 
-def _remove(name: str, owner: int) -> None:
+def _remove(name: str, owner: int, held: int | None) -> None:
     if os.getpid() == owner:
         shutil.rmtree(name, ignore_errors=True)
+    if held is not None:
+        os.close(held)

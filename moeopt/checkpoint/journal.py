@@ -5,6 +5,8 @@
 
 The first line says what is done to what: the checkpoint's files, options and versions. A run that is another one begins
 anew. Each weight has its sha256 in the journal and is checked against it before it is used again.
+
+A :class:`Workspace` is such a folder that several processes share: one of them works, the others wait for it and read.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +26,31 @@ from torch.utils import _pytree as pytree
 
 from moeopt.bundle.values import DTYPES
 from moeopt.bundle.weights_file import WeightsFile
-from moeopt.errors import UsageError
+from moeopt.checkpoint.folder_lock import take
+from moeopt.errors import CheckpointError, UsageError
 from moeopt.find.example_inputs import as_call
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd
 from moeopt.verification.results import BlockCheck
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there
-    fcntl = None  # type: ignore[assignment]
-
 WEIGHTS, JOURNAL = "weights.safetensors", "journal.jsonl"
+_SUFFIX, _COMPLETE = ".streaming", {"complete": True}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder in which several processes share one run; it stays. ``wait`` is called while another one works there."""
+
+    folder: Path
+    wait: Callable[[], None]
 
 
 class Journal:
     """The folder of one streamed run to ``out``, held by this process while it is open.
 
     Args:
+        out: where the bundle goes, which the folder lies beside; or the folder that processes share.
         key: what is done to what, as JSON types; a journal with another one is thrown away.
         capacity, header: as in :class:`WeightsFile`.
 
@@ -49,15 +58,17 @@ class Journal:
         weights: the weights that are done, by Parameter: the value, and the checkpoint's tensors it was made of.
         blocks, layers: verdicts that are done.
         file: where weights are written.
+        writes: whether this process works here; else all is done, and it reads.
 
     Raises:
         UsageError: another process is writing to ``out``.
+        CheckpointError: what another process has done was damaged since.
     """
 
-    def __init__(self, out: Path, key: dict[str, Any], capacity: int, header: int) -> None:
+    def __init__(self, out: Path | Workspace, key: dict[str, Any], capacity: int, header: int) -> None:
         self.folder = folder_of(out)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder, out)
+        busy, shared = (out.wait, True) if isinstance(out, Workspace) else (self._refuse, False)
+        self._lock, self.writes = take(self.folder, busy, lambda: shared and self._complete(key))
         self.weights: dict[str, tuple[torch.Tensor, list[str]]] = {}
         self.blocks: dict[str, BlockCheck] = {}
         self.layers: dict[str, EndToEnd] = {}
@@ -67,7 +78,12 @@ class Journal:
                 (self.folder / name).unlink(missing_ok=True)
             lines = []
         self.file = WeightsFile(self.folder / WEIGHTS, capacity, header)
-        self._begin([{"key": key}, *self._restored(lines[1:])])
+        restored = list(self._restored(lines[1:]))
+        if self.writes:
+            self._begin([{"key": key}, *restored])
+        elif len(restored) < len(lines) - 2:
+            self.close(done=False)
+            raise CheckpointError(f"{self.folder} was damaged since it was written: delete it, and start again")
 
     @property
     def begun(self) -> bool:
@@ -76,7 +92,7 @@ class Journal:
 
     def keep(self, path: str, value: torch.Tensor, sources: list[str]) -> torch.Tensor | None:
         """Write a Parameter, and give the tensor that takes its place; None for one that lies in the file."""
-        if self.file.mapped.holds(value):
+        if self.file.mapped.holds(value) or not self.writes:
             return None
         written = self.file.add(value)
         if path in self.weights and not sources:  # a Parameter that transformers sets twice
@@ -98,17 +114,24 @@ class Journal:
         self._write({"layer": path, "certificate": Certificate([], verdict).to_json()})
 
     def forget(self) -> None:
-        """Throw away what was restored; the file is written anew."""
+        """Take nothing of what was restored; the file is written anew by the process that works here."""
         self.weights, self.blocks, self.layers = {}, {}, {}
-        self.file.end = self.file.begin
-        self._journal.close()
-        self._begin(list(_lines(self.folder / JOURNAL))[:1])
+        if self.writes:
+            self.file.end = self.file.begin
+            self._journal.close()
+            self._begin(list(_lines(self.folder / JOURNAL))[:1])
+
+    def finish(self) -> None:
+        """All is done: who shares the folder may read it."""
+        self._write(_COMPLETE)
 
     def close(self, done: bool) -> None:
-        """Let go of the folder; with ``done``, remove it."""
-        self._journal.close()
+        """Let go of the folder; where it is of no more use (``done``), or nothing is done yet, it goes."""
         self.file.close()
-        if done or not (self.weights or self.blocks):
+        if self.writes:
+            self._journal.close()
+        if self.writes and (done or not self.begun):
+            # still locked: a process that waits for the lock must not have begun to write here
             shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
@@ -121,12 +144,16 @@ class Journal:
         self._journal = (self.folder / JOURNAL).open("a", encoding="utf-8")
 
     def _write(self, line: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         self._journal.write(json.dumps(line) + "\n")
         self._journal.flush()
 
     def _restored(self, lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Take what the lines say, as far as it is still so; those lines."""
         for line in lines:
+            if line == _COMPLETE:
+                return
             if "weight" in line:
                 value = self.file.restore(DTYPES[line["dtype"]], line["shape"], line["offset"])
                 if _digest(value) != line["sha256"]:
@@ -141,13 +168,26 @@ class Journal:
                         self.layers[line["layer"]] = found.end_to_end
             yield line
 
+    def _complete(self, key: dict[str, Any]) -> bool:
+        lines = list(_lines(self.folder / JOURNAL))
+        there = bool(lines) and (self.folder / WEIGHTS).is_file()
+        return there and lines[0].get("key") == key and lines[-1] == _COMPLETE
 
-def folder_of(out: Path) -> Path:
+    def _refuse(self) -> None:
+        raise UsageError(
+            f"another process is streaming to {self.folder.parent / self.folder.name[1:].removesuffix(_SUFFIX)} (it "
+            f"holds {self.folder}): wait for it, or give another directory"
+        )
+
+
+def folder_of(out: Path | Workspace) -> Path:
     """Where a run to ``out`` keeps what it has done."""
-    return out.absolute().parent / f".{out.name}.streaming"
+    if isinstance(out, Workspace):
+        return out.folder
+    return out.absolute().parent / f".{out.name}{_SUFFIX}"
 
 
-def bytes_begun(out: Path) -> int:
+def bytes_begun(out: Path | Workspace) -> int:
     """Bytes on the disk that an earlier run to ``out`` has written."""
     with contextlib.suppress(OSError, AttributeError):
         return (folder_of(out) / WEIGHTS).stat().st_blocks * 512
@@ -166,20 +206,6 @@ def digest_of_call(inputs: PyObject) -> str:
         for leaf in leaves
     ]
     return hashlib.sha256(repr((str(structure), words)).encode()).hexdigest()
-
-
-def _locked(folder: Path, out: Path) -> int | None:
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise UsageError(
-            f"another process is streaming to {out} (it holds {folder}): wait for it, or give another directory"
-        ) from None
-    return descriptor
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -44,7 +44,7 @@ def load_mapped(
     Raises:
         CheckpointError: weights are missing or of other shapes, or a conversion failed; the message names them.
     """
-    generation = _generation_config(directory.path)  # before the hours of weights
+    generation = generation_config(directory.path)  # before the hours of weights
     spared = {name for _, sources in instead.values() for name in sources}
     read = _Reads()
     state: dict[str, Any] = {name: read.slice(directory, name) for name in directory if name not in spared}
@@ -183,7 +183,7 @@ def _refuse_missing(directory: CheckpointDirectory, model: nn.Module, info: Mapp
         )
 
 
-def _generation_config(path: Path) -> PyObject:
+def generation_config(path: Path) -> PyObject:
     """What ``from_pretrained`` reads of the directory beside config and weights; None where it has no such file."""
     file = path / "generation_config.json"
     if not file.is_file():

@@ -22,23 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from moeopt.bundle.manifest import version
 from moeopt.bundle.mapped_file import MappedFile, give_back
 from moeopt.bundle.temp_folder import folders_in
 from moeopt.bundle.weights_file import becomes_the_bundles
 from moeopt.checkpoint.alike_layers import AlikeLayers
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.checkpoint.expanded import ExpandedDirectory, as_its_floats, expanded
-from moeopt.checkpoint.journal import Journal, bytes_begun, digest_of_call, folder_of
+from moeopt.checkpoint.journal import Journal, Workspace, bytes_begun
+from moeopt.checkpoint.kept_weights import journal_of, load_kept
 from moeopt.checkpoint.layer_checks import check_layers, failure, in_words
-from moeopt.checkpoint.load import load_mapped
+from moeopt.checkpoint.load import generation_config
 from moeopt.checkpoint.preflight import check_out, preflight
 from moeopt.checkpoint.scratch import Scratch
 from moeopt.checkpoint.structure import Structure, structure_of
-from moeopt.errors import UsageError
+from moeopt.errors import CaptureError, CheckpointError, NotSaveableError, UsageError
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.pipeline.finished_blocks import FinishedBlocks, remembered
@@ -106,6 +105,12 @@ class StreamedModel:
                 file.release()
         give_back()
 
+    def finish(self, shared: bool) -> None:
+        """All is done: others may read what is ``shared``."""
+        if shared and self.journal is not None:
+            self.journal.finish()
+            self.saved = True
+
     def noted(self, report: Report) -> Report:
         """``report`` with what is to say of the directory."""
         return dataclasses.replace(report, notes=(*report.notes, *self.notes))
@@ -158,6 +163,7 @@ def streamed(
     overwrite: bool = False,
     alike: bool = False,
     inputs: PyObject = None,
+    workspace: Workspace | None = None,
 ) -> Iterator[StreamedModel]:
     """The model of a directory, its weights on disk, while it is optimised and saved to ``out``.
 
@@ -165,6 +171,8 @@ def streamed(
         options: of the run; ``dtype`` is applied to each weight as it is read.
         alike: give every layer the weights of the first one that is like it, and read no other; without ``out``.
         inputs: the example inputs that blocks will be verified on; None where they are made up for ``options.seed``.
+        workspace: what several processes share instead of ``out``: one makes the weights and verifies, the others map
+            what it has written.
 
     Raises:
         UsageError: memory or disk do not suffice, the destination cannot be written to, or transformers cannot build
@@ -178,22 +186,17 @@ def streamed(
     structure = structure_of(source, task, trust_remote_code, options.dtype)
     directory = expanded(stored, structure.model, options.dtype)
     as_its_floats(structure.model.config)
+    generation_config(source)
     kinds = AlikeLayers(structure) if alike else None
-    found = preflight(
-        directory, structure, target, 0 if target is None else bytes_begun(target), kinds, backend, options
-    )
+    kept = target if workspace is None else workspace
+    folder = target if workspace is None else workspace.folder
+    found = preflight(directory, structure, folder, 0 if kept is None else bytes_begun(kept), kinds, backend, options)
     options.say(str(found))
-    journal = None
-    if target is not None:
-        journal = _journal(target, structure, _key(directory, structure, options, backend, inputs))
-    held = StreamedModel(None, structure.layers, [], options, journal)
+    journal = None if kept is None else journal_of(kept, directory, structure, options, backend, inputs)
+    held = StreamedModel(None, structure.layers, [], options, journal, None if journal is None else journal.file.mapped)
+    refused = False
     try:
-        if kinds is not None:
-            kinds.load(held, directory, options.dtype)
-            finished: FinishedBlocks | None = kinds.finished
-        else:
-            _load(held, directory, structure, options)
-            finished = _noting(held)
+        finished = _load(held, kinds, directory, structure)
         directory.check_unchanged()
         with (
             remembered(finished),
@@ -202,18 +205,43 @@ def streamed(
             folders_in(None if target is None else target.absolute().parent),
         ):
             yield held
+        held.finish(workspace is not None)
+    except (CheckpointError, NotSaveableError, CaptureError):
+        refused = True
+        raise
     finally:
-        if journal is not None and target is not None:
-            journal.close(held.saved)
-            if not held.saved and folder_of(target).is_dir():
-                LOG.warning("%s keeps what is done: the same call goes on from there", folder_of(target))
+        if journal is not None:
+            _close(journal, held.saved, refused, kept is workspace)
 
 
-def _journal(target: Path, structure: Structure, key: dict[str, Any]) -> Journal:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    header = 2 * sum(len(name) + 160 for name in structure.model.state_dict()) + (1 << 16)
-    capacity = structure.bytes + 64 * (len(list(structure.model.parameters())) + 1)
-    return Journal(target, key, capacity * 9 // 8, header)
+def _load(
+    held: StreamedModel, kinds: AlikeLayers | None, directory: CheckpointDirectory, structure: Structure
+) -> FinishedBlocks | None:
+    """Give ``held`` its model; verdicts that are known."""
+    if kinds is not None:
+        kinds.load(held, directory, held.options.dtype)
+        return kinds.finished
+    if held.journal is None and isinstance(directory, ExpandedDirectory):
+        held.scratch = Scratch(directory, structure)
+    held.model, held.notes, held.file = load_kept(
+        held.journal, directory, structure, held.options, held.release, held.scratch
+    )
+    return _noting(held)
+
+
+def _close(journal: Journal, saved: bool, refused: bool, shared: bool) -> None:
+    """Keep what is done only where a later call, or another process, can go on from there."""
+    begun = journal.begun and journal.writes and not saved
+    journal.close((saved and not shared) or refused)
+    if begun and refused:
+        LOG.warning(
+            "%s is removed: what was done there belongs to files, options and inputs that end in this error, and a "
+            "call with others begins anew", journal.folder,
+        )  # fmt: skip
+    elif begun:
+        LOG.warning(
+            "%s keeps what is done: the same call goes on from there; delete it to give the work up", journal.folder
+        )
 
 
 def _noting(held: StreamedModel) -> FinishedBlocks:
@@ -225,71 +253,6 @@ def _noting(held: StreamedModel) -> FinishedBlocks:
         held.release()
 
     return FinishedBlocks({} if held.journal is None else held.journal.blocks, note)
-
-
-def _load(held: StreamedModel, directory: CheckpointDirectory, structure: Structure, options: Options) -> None:
-    journal = held.journal
-    if journal is None:
-        held.file = directory
-        if not isinstance(directory, ExpandedDirectory):
-            held.model, held.notes = load_mapped(directory, structure.model, options.dtype, lambda *_: None, {})
-            return
-        held.scratch = Scratch(directory, structure)
-        held.model, held.notes = load_mapped(directory, structure.model, options.dtype, held.scratch.keep, {})
-        held.scratch.close()
-        return
-
-    held.file = journal.file.mapped
-    done: set[str] = set()
-
-    def keep(path: str, value: torch.Tensor, sources: list[str]) -> torch.Tensor | None:
-        if journal.file.mapped.holds(value):
-            return None
-        unit = next((layer for layer in held.layers if path.startswith(layer + ".")), "")
-        if unit and unit not in done:
-            done.add(unit)
-            options.say(f"layer {len(done)} of {len(held.layers)}: {unit}")
-            directory.release()
-            held.release()
-        return journal.keep(path, value, sources)
-
-    if journal.begun:
-        options.say(f"going on: {len(journal.weights)} weights and {len(journal.blocks)} blocks are done")
-    restored = dict(journal.weights)
-    held.model, held.notes = load_mapped(directory, structure.model, options.dtype, keep, restored)
-    if not _in_place(held.model, restored):  # transformers gave a restored Parameter another meaning
-        journal.forget()
-        held.model, held.notes = load_mapped(directory, structure.model, options.dtype, keep, {})
-
-
-def _in_place(model: nn.Module, restored: dict[str, tuple[torch.Tensor, list[str]]]) -> bool:
-    named = dict(model.named_parameters(remove_duplicate=False))
-    return all(
-        name in named and named[name].data_ptr() == value.data_ptr() and named[name].stride() == value.stride()
-        for name, (value, _) in restored.items()
-        if value.numel()
-    )
-
-
-def _key(
-    directory: CheckpointDirectory, structure: Structure, options: Options, backend: str, inputs: PyObject
-) -> dict[str, Any]:
-    """What makes two runs the same work."""
-    import transformers
-
-    asked = {
-        f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in ("progress", "dump")
-    }
-    return {
-        "checkpoint": directory.identity(),
-        "config": structure.model.config.to_json_string(use_diff=False),
-        "class": f"{type(structure.model).__module__}.{type(structure.model).__qualname__}",
-        "options": {name: repr(value) for name, value in asked.items()},
-        "backend": backend,
-        "inputs": digest_of_call(inputs),
-        "versions": {"moeopt": version(), "torch": torch.__version__, "transformers": transformers.__version__},
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }
 
 
 def _nothing(*given: object) -> None:

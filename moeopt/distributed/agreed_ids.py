@@ -66,8 +66,8 @@ def _digest(ids_TK: Tensor) -> int:
 
 def _sums(x_TH: Tensor) -> Tensor:
     """The norm, and ``PATTERNS`` sums."""
-    x_TH = x_TH.detach().float().nan_to_num(0.0, 0.0, 0.0)  # NaN is nowhere alike
-    n_P1 = torch.arange(1, PATTERNS + 1, device=x_TH.device).unsqueeze(1)
+    x_TH = x_TH.detach().double().nan_to_num(0.0, 0.0, 0.0)  # NaN is nowhere alike; float32's sums may overflow
+    n_P1 = torch.arange(1, PATTERNS + 1, dtype=torch.float64, device=x_TH.device).unsqueeze(1)
     by_T = torch.cos(torch.arange(x_TH.shape[0], device=x_TH.device) * n_P1 * 0.7 + n_P1)
     by_H = torch.cos(torch.arange(x_TH.shape[1], device=x_TH.device) * n_P1 * 1.1 + n_P1)
-    return torch.cat([x_TH.norm().view(1), ((by_T @ x_TH) * by_H).sum(1)]).double()
+    return torch.cat([x_TH.norm().view(1), ((by_T @ x_TH) * by_H).sum(1)]).nan_to_num()

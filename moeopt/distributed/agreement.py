@@ -23,7 +23,7 @@ from moeopt.planning.placement import Placement
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import current_versions
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Numbers whose digest is taken at a time."""
 
 

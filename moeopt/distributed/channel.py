@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +96,21 @@ class Channel:
             yield
         except RuntimeError as err:  # of gloo, NCCL, the store
             raise self.lose(*self.lifeline.lost()) from err
+
+    def look(self, phase: str) -> None:
+        """``RankLostError`` where another process is lost while this one works alone."""
+        self._alone(phase, self.lifeline.heard)
+
+    def wait_for_all(self, phase: str) -> None:
+        """Until every process has come here, however long one of them works before."""
+        self._alone(phase, lambda: self.lifeline.come(phase))
+
+    def _alone(self, phase: str, ask: Callable[[], tuple[int, str] | None]) -> None:
+        if self.error is not None:
+            raise RankLostError(*self.error)
+        self.phase = phase
+        if (lost := ask()) is not None:
+            raise self.lose(*lost)
 
     def lose(self, rank: int, reason: str) -> RankLostError:
         """The error for a lost process; the group is given up."""

@@ -62,7 +62,7 @@ class RankExperts:
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         if not self.own:  # the result hangs on x all the same: gradients are exchanged by every rank
-            nothing_N1 = (x_NH.sum(1, keepdim=True) * 0).to(dtype)
+            nothing_N1 = x_NH[:, :0].sum(1, keepdim=True).to(dtype)  # zeros, whatever x is
             return nothing_N1.expand(-1, self.dispatch.width)
         return experts(x_NH, ids_NK, weights_NK, self.local, partial_sums(spec, dtype), skip_idle)
 

@@ -21,6 +21,9 @@ GRACE = 4
 """Intervals in which a living process tells at least once that it lives."""
 
 
+_SILENT = "exited or stopped: nothing is heard of it"
+
+
 class Lifeline:
     """The part of one process; it tells from its making on until :meth:`close`.
 
@@ -40,6 +43,7 @@ class Lifeline:
         self.collectives = timeout - (GRACE + 2) * self.interval
         self._tells, self._asks = store.clone(), store.clone()  # a connection each: one may wait, the other not
         self._done = threading.Event()
+        self._seen: dict[int, tuple[str, float]] = {}
         self._tells.set(f"lives/{me}", "0 0")
         threading.Thread(target=_tell, args=(weakref.ref(self), self._done, self.interval), daemon=True).start()
         atexit.register(_exited, weakref.ref(self))
@@ -60,9 +64,50 @@ class Lifeline:
 
     def lost(self) -> tuple[int, str]:
         """The rank that a failed collective waited for, and what is known of it; takes a few intervals."""
-        found = self._with_store(self._look, 2 * GRACE * self.interval + 2.0)
+        found: tuple[int, str] | None = self._with_store(self._look, 2 * GRACE * self.interval + 2.0)
+        return found or self._without_store()
+
+    def heard(self) -> tuple[int, str] | None:
+        """A rank that is lost by now while this process works alone, and why; None where all are well."""
+        found = self._with_store(lambda: (self._fallen(self.others),), self.collectives)
+        return self._without_store() if found is None else found[0]
+
+    def come(self, place: str) -> tuple[int, str] | None:
+        """Wait until all ranks have come to ``place``, however long one of them works; the lost rank where one is."""
+
+        def ask() -> PyObject:
+            away = [rank for rank in self.others if not self._asks.check([f"at/{place}/{rank}"])]
+            return away, self._fallen(away)
+
+        self._with_store(lambda: self._asks.set(f"at/{place}/{self.me}", ""), self.collectives)
+        while True:
+            found = self._with_store(ask, self.collectives)
+            if found is None:
+                return self._without_store()
+            away, lost = found
+            if lost or not away:
+                return None if lost is None else (int(lost[0]), str(lost[1]))
+            time.sleep(self.interval)
+
+    def _fallen(self, ranks: Sequence[int]) -> tuple[int, str] | None:
+        """One of ``ranks`` that said what became of it, or whose life nothing was heard of for the timeout."""
+        if told := self._read("verdict"):
+            rank, reason = json.loads(told)
+            return int(rank), str(reason)
+        now = time.monotonic()
+        for rank in ranks:
+            if said := self._read(f"said/{rank}"):
+                return self.agree(rank, json.loads(said)[1])
+            told = self._read(f"lives/{rank}")
+            if rank not in self._seen or self._seen[rank][0] != told:
+                self._seen[rank] = told, now
+            elif now - self._seen[rank][1] > self.collectives:
+                return self.agree(rank, _SILENT)
+        return None
+
+    def _without_store(self) -> tuple[int, str]:
         host = 0 if 0 in self.others else self.others[0]
-        return found or (host, "exited or stopped, and with it the store of the job, which does not answer any more")
+        return host, "exited or stopped, and with it the store of the job, which does not answer any more"
 
     def close(self) -> None:
         """Tell no more."""
@@ -106,7 +151,7 @@ class Lifeline:
                     alive[rank] = int(now.split()[1])
         if silent := [rank for rank in self.others if rank not in alive]:
             came = before[silent[0]]
-            why = "exited or stopped: nothing is heard of it" if came else "did not come to moeopt.distribute in time"
+            why = _SILENT if came else "did not come to moeopt.distribute in time"
             return self.agree(silent[0], why)
         behind = min(self.others, key=lambda rank: alive[rank])
         return self.agree(

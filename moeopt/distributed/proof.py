@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moeopt.bundle.mapped_file import give_back
 from moeopt.distributed.agreed_ids import flips
 from moeopt.distributed.agreement import digest_of_expert
 from moeopt.distributed.channel import Channel
@@ -109,6 +110,7 @@ def prove(
                 _numbers(channel, bank, op, case, number, replicated, proof)
             _ids(channel, op, sample, replicated, proof)
             proofs.append(proof)
+            give_back()
     return Proofs(proofs, channel.size)
 
 

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
 from typing import Literal
 
 from torch import nn
 
 from moeopt.backends.base import Made
+from moeopt.bundle.mapped_file import give_back
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.distributed.agreement import agree
 from moeopt.distributed.channel import BytesSent, Channel
 from moeopt.distributed.dispatch import DispatchForm
+from moeopt.distributed.from_directory import DirectoryCall, optimized_directory
 from moeopt.distributed.install import ExpertOp, divide, expert_ops
-from moeopt.distributed.mesh import ranks_of
+from moeopt.distributed.mesh import Ranks, ranks_of
 from moeopt.distributed.optimized import DistributedOptimized
 from moeopt.distributed.placements import placements_of
 from moeopt.distributed.proof import prove
 from moeopt.distributed.samples import sampled
 from moeopt.errors import UsageError
 from moeopt.optimized import Optimized
+from moeopt.options import Options
 from moeopt.planning.placement import Placement
 from moeopt.report import BlockReport
 from moeopt.value_types import PyObject
 
 
 def distribute(
-    opt: Optimized,
+    opt: Optimized | str | os.PathLike[str],
     mesh: PyObject,
     *,
     placement: PyObject = None,
     tokens: Literal["split", "replicated"] = "split",
     exact: bool = True,
     timeout: float = 60.0,
+    example_inputs: PyObject = None,
+    workspace: str | os.PathLike[str] | None = None,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+    options: Options | None = None,
+    **fields: PyObject,
 ) -> DistributedOptimized:
     """Divide the experts of every rewritten MoE block over the ranks of ``mesh``. Call it on each of them alike.
 
     Args:
         opt: what :func:`moeopt.optimize` returned for backend "torch". It keeps working, with all its weights: drop it
-            and the original model to free them.
+            and the original model to free them. Or a Hugging Face directory with safetensors files, of which each rank
+            holds in memory its own experts and, while it reads, two layers.
         mesh: a ``DeviceMesh`` of one dimension, or a process group.
         placement: which ranks hold each expert: None (neighbours on one rank), a :class:`moeopt.ClusterPlan` with a
             measured load, a :class:`moeopt.LoadProfile` (balanced by it), their JSON, one list for all blocks, or
@@ -48,34 +61,56 @@ def distribute(
         exact: sum each token's terms in the order of one process: the same bits, and more bytes. Otherwise partial sums
             travel: the fewest bytes, and sums in another order.
         timeout: seconds after which a rank that does not answer is lost, one that comes later to this call included:
-            call ``torch.distributed.barrier()`` before it where ranks load or optimise for different times.
+            call ``torch.distributed.barrier()`` before it where ranks load or optimise for different times. Ranks that
+            read a directory wait for each other, however long that takes, as long as all of them live.
+        example_inputs, task, trust_remote_code, options, fields: of a directory, as in :func:`moeopt.optimize`.
+        workspace: of a directory, a folder on each machine that its ranks share: there the first of them writes the
+            weights in the model's form (experts that are apart in the files become one Parameter) and what it has
+            verified, and the others map them. It stays, and the next start goes on from it. None where the files have
+            all weights as the model has them.
 
     Returns:
         an :class:`Optimized`: called like the model, on every rank, the same number of times.
 
     Raises:
         UsageError: a wrong argument; no block with experts that can be divided.
+        CheckpointError: files of a directory are missing, damaged, or of another model.
         RankLostError: a rank exited, stopped, raised, did not come, or has another model or other arguments.
         NotEquivalentError: across the ranks the experts do not compute what they do in one process.
     """
-    model = _model_of(opt, tokens, exact, timeout)
-    where = ranks_of(mesh)
-    notes: list[str] = []
-    twin = shared_copy(model)
-    ops = _ops_of(twin, opt, notes)
-    placed, more = placements_of(placement, [(op.name, op.experts) for op in ops], len(where.ranks))
-    notes += more
+    _check(tokens, exact, timeout)
+    call = DirectoryCall(example_inputs, workspace, task, trust_remote_code, options, fields)
+    path = opt if isinstance(opt, (str, os.PathLike)) else None
+    if path is None:
+        _check_optimized(opt, call)
+    return _distributed(opt, path, call, ranks_of(mesh), placement, tokens, exact, timeout)
+
+
+def _distributed(
+    opt: Optimized | str | os.PathLike[str], path: str | os.PathLike[str] | None, call: DirectoryCall, where: Ranks,
+    placement: PyObject, tokens: str, exact: bool, timeout: float,
+) -> DistributedOptimized:  # fmt: skip
+    """:func:`distribute` with arguments that were checked; ``path`` is that of a directory."""
     form: DispatchForm = "rows" if exact else "reduce" if tokens == "replicated" else "ranks"
-    channel = Channel(where.ranks, where.backend, timeout, where.mesh.device_type)
-    try:
-        asked = {"tokens": tokens, "exact": exact, "timeout": timeout}
-        agree(channel, opt, twin, ops, placed, asked)
+    with contextlib.ExitStack() as told:
+        if path is not None:  # ranks that read for hours see each other
+            channel = Channel(where.ranks, where.backend, timeout, where.mesh.device_type)
+            told.enter_context(_told_to_others(channel))
+            opt = optimized_directory(path, channel, call)
+        assert isinstance(opt, Optimized)
+        notes: list[str] = []
+        twin = shared_copy(opt.model)
+        ops = _ops_of(twin, opt, notes)
+        placed, more = placements_of(placement, [(op.name, op.experts) for op in ops], len(where.ranks))
+        notes += more
+        if path is None:
+            channel = Channel(where.ranks, where.backend, timeout, where.mesh.device_type)
+            told.enter_context(_told_to_others(channel))
+        agree(channel, opt, twin, ops, placed, {"tokens": tokens, "exact": exact, "timeout": timeout})
+        give_back()  # what comparing weights took, before this rank's own are laid beside it
         samples = sampled(twin, opt._call, ops)
         divided = divide(twin, ops, placed, channel, where.mesh, form, tokens == "replicated")
         proofs = prove(channel, divided, samples, tokens == "replicated")
-    except BaseException as err:
-        channel.lifeline.say(f"raised {type(err).__name__}: {str(err):.300}")
-        raise
     channel.traffic = BytesSent()
     blocks = tuple(_told(block, ops, placed, channel, form) for block in opt.report.blocks)
     report = dataclasses.replace(opt.report, blocks=blocks, notes=(*opt.report.notes, *notes))
@@ -83,26 +118,43 @@ def distribute(
     return DistributedOptimized(made, opt._call, channel)
 
 
-def _model_of(opt: PyObject, tokens: PyObject, exact: PyObject, timeout: PyObject) -> nn.Module:
-    if isinstance(opt, DistributedOptimized):
-        raise UsageError("this model is distributed already; distribute what moeopt.optimize returned")
-    if not isinstance(opt, Optimized):
-        raise UsageError(
-            f"moeopt.distribute takes what moeopt.optimize returned, not a {type(opt).__name__}: optimise it first"
-        )
-    if not isinstance(opt.model, nn.Module):
-        raise UsageError(
-            f"this model is an engine of backend {opt.report.backend!r}, which runs in one process; optimise with "
-            "backend='torch' to distribute it"
-        )
+@contextlib.contextmanager
+def _told_to_others(channel: Channel) -> Iterator[None]:
+    """What is raised inside is told to the other ranks."""
+    try:
+        yield
+    except BaseException as err:
+        channel.lifeline.say(f"raised {type(err).__name__}: {str(err):.300}")
+        raise
+
+
+def _check(tokens: PyObject, exact: PyObject, timeout: PyObject) -> None:
     if tokens not in ("split", "replicated"):
         raise UsageError(f"tokens={tokens!r} must be 'split' or 'replicated'")
     if not isinstance(exact, bool):
         raise UsageError(f"exact={exact!r} must be True or False")
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 1 <= timeout < float("inf"):
         raise UsageError(f"timeout={timeout!r} must be a number of seconds, 1 or more")
-    model: nn.Module = opt.model
-    return model
+
+
+def _check_optimized(opt: PyObject, call: DirectoryCall) -> None:
+    if isinstance(opt, DistributedOptimized):
+        raise UsageError("this model is distributed already; distribute what moeopt.optimize returned")
+    if not isinstance(opt, Optimized):
+        raise UsageError(
+            f"moeopt.distribute takes what moeopt.optimize returned, not a {type(opt).__name__}: optimise it first, or "
+            "give the directory of a Hugging Face checkpoint"
+        )
+    if not isinstance(opt.model, nn.Module):
+        raise UsageError(
+            f"this model is an engine of backend {opt.report.backend!r}, which runs in one process; optimise with "
+            "backend='torch' to distribute it"
+        )
+    if call.given:
+        raise UsageError(
+            f"{call.given[0]}= is for a directory, and this model is optimised already: give it to moeopt.optimize, or "
+            "leave it out"
+        )
 
 
 def _ops_of(model: nn.Module, opt: Optimized, notes: list[str]) -> list[ExpertOp]:

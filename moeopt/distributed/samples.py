@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moeopt.bundle.mapped_file import give_back
 from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.distributed.agreement import digest_of_expert
@@ -80,6 +81,7 @@ def sampled(model: nn.Module, call: ArgsKwargs, ops: list[ExpertOp]) -> list[Sam
                 f"({op.forward.last_refusal or 'its experts were not reached'}); optimise the model again"
             )
         samples.append(_sample(op, *seen[n], inputs.get(id(op.module))))
+        give_back()
     return samples
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import moeopt
 from moeopt.checkpoint.journal import JOURNAL, WEIGHTS, Journal, digest_of_call, folder_of
 from moeopt.checkpoint.load import _Slice
 from moeopt.checkpoint.stream import streamed
-from moeopt.errors import UsageError
+from moeopt.errors import CheckpointError, UsageError
 from moeopt.options import Options
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -162,9 +162,69 @@ def test_two_processes_do_not_write_to_one_place(tmp_path):
 
 
 def test_a_restored_parameter_that_would_be_converted_again_is_made_anew(model, stopped, read, tmp_path, monkeypatch):
-    from moeopt.checkpoint import stream
+    from moeopt.checkpoint import kept_weights
 
     stopped("layer 3 of 3", tmp_path / "b")
-    monkeypatch.setattr(stream, "_in_place", lambda model, restored: False)
+    monkeypatch.setattr(kept_weights, "_in_place", lambda model, restored: False)
     opened(model, tmp_path / "b")
     assert layers(read) == {0, 1, 2}
+
+
+def test_a_folder_that_its_owner_removes_while_another_process_locks_it(tmp_path, monkeypatch):
+    """The lock of a removed folder holds nothing: a third process would make the folder anew and lock that one."""
+    from moeopt.checkpoint import folder_lock
+
+    first, real, calls = Journal(tmp_path / "b", {}, 4096, 4096), folder_lock.fcntl.flock, []
+
+    def flock(descriptor, how):
+        calls.append(how)
+        if len(calls) == 1:
+            first.close(done=True)
+        real(descriptor, how)
+
+    monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
+    second = Journal(tmp_path / "b", {}, 4096, 4096)
+    assert len(calls) == 2 and (folder_of(tmp_path / "b") / WEIGHTS).is_file()
+    with pytest.raises(UsageError, match="another process is streaming"):
+        Journal(tmp_path / "b", {}, 4096, 4096)
+    second.close(done=True)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_work_that_no_later_call_can_go_on_from_is_removed(tmp_path, caplog, begun):
+    """The files lack a weight: mended ones are others, and begin anew."""
+    write("qwen3", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    gone = next(name for name in tensors if "norm" in name)
+    save_file({n: t for n, t in tensors.items() if n != gone}, file, metadata={"format": "pt"})
+    for _ in range(1 + begun):
+        caplog.clear()
+        with caplog.at_level("WARNING", "moeopt"), pytest.raises(CheckpointError, match=f"no values for {gone}"):
+            moeopt.optimize(tmp_path / "model", out=tmp_path / "b", verify="off")
+        assert not folder_of(tmp_path / "b").exists()
+        removed = "is removed: what was done there belongs to files, options and inputs that end in this error, and a"
+        assert f"{folder_of(tmp_path / 'b')} {removed} call with others begins anew" in caplog.text
+        assert "goes on from there" not in caplog.text
+
+
+def test_work_that_was_interrupted_is_kept_when_a_file_beside_the_weights_is_damaged_meanwhile(tmp_path, caplog, read):
+    write("qwen3", tmp_path / "model", num_hidden_layers=3)
+
+    def interrupt(line):
+        if line.startswith("layer 3 of 3"):
+            raise KeyboardInterrupt
+
+    with caplog.at_level("WARNING", "moeopt"), pytest.raises(KeyboardInterrupt):
+        moeopt.optimize(tmp_path / "model", out=tmp_path / "b", verify="fast", progress=interrupt)
+    kept = "keeps what is done: the same call goes on from there; delete it to give the work up"
+    assert f"{folder_of(tmp_path / 'b')} {kept}" in caplog.text
+    generation = tmp_path / "model" / "generation_config.json"
+    good = generation.read_text()
+    generation.write_text("[]")
+    with pytest.raises(CheckpointError, match="generation_config.json is damaged"):
+        moeopt.optimize(tmp_path / "model", out=tmp_path / "b", verify="fast")
+    generation.write_text(good)
+    read.clear()
+    lines = opened(tmp_path / "model", tmp_path / "b")
+    assert layers(read) == {2} and any(line.startswith("going on: ") for line in lines)

@@ -247,10 +247,10 @@ def test_a_damaged_generation_config_is_found_before_a_weight_is_read(tmp_path, 
 
 @pytest.mark.parametrize("out", [None, "b"])
 def test_a_file_that_is_written_to_while_the_model_is_read(tmp_path, out, monkeypatch):
-    from moeopt.checkpoint import stream
+    from moeopt.checkpoint import kept_weights
 
     write("dense", tmp_path / "model")
-    file, real = tmp_path / "model" / "model.safetensors", stream.load_mapped
+    file, real = tmp_path / "model" / "model.safetensors", kept_weights.load_mapped
 
     def then_written(*args):
         made = real(*args)
@@ -259,7 +259,7 @@ def test_a_file_that_is_written_to_while_the_model_is_read(tmp_path, out, monkey
         (tmp_path / "new").replace(file)
         return made
 
-    monkeypatch.setattr(stream, "load_mapped", then_written)
+    monkeypatch.setattr(kept_weights, "load_mapped", then_written)
     with pytest.raises(CheckpointError, match=r"model.safetensors was written to while the model was .*start again"):
         moeopt.optimize(tmp_path / "model", out=out and tmp_path / out, verify="off")
     assert not (tmp_path / "b").exists()

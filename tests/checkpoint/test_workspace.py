@@ -1,0 +1,95 @@
+"""A folder that several processes share: one works, the others wait for it, and then read at the same time."""
+
+import pytest
+import torch
+
+from moeopt.checkpoint.folder_lock import CAN_LOCK
+from moeopt.checkpoint.journal import JOURNAL, WEIGHTS, Journal, Workspace
+from moeopt.errors import CheckpointError
+
+pytestmark = pytest.mark.skipif(not CAN_LOCK, reason="nothing is locked here")
+
+KEY = {"checkpoint": "a"}
+
+
+def opened(folder, wait=lambda: pytest.fail("nobody works there"), key=KEY):
+    return Journal(Workspace(folder, wait), key, 1 << 16, 4096)
+
+
+def worked(folder, key=KEY):
+    journal = opened(folder, key=key)
+    assert journal.writes and not journal.begun
+    journal.keep("a.weight", torch.arange(6.0).view(2, 3), ["stored.a"])
+    return journal
+
+
+def test_others_wait_for_the_one_that_works_and_then_read_at_once(tmp_path):
+    worker, waits = worked(tmp_path / "w"), []
+
+    def wait():
+        waits.append(1)
+        if len(waits) == 3:
+            worker.finish()
+            worker.close(done=False)
+
+    first = opened(tmp_path / "w", wait)
+    second = opened(tmp_path / "w")
+    assert len(waits) == 3
+    for reader in (first, second):
+        value, sources = reader.weights["a.weight"]
+        assert not reader.writes and torch.equal(value, torch.arange(6.0).view(2, 3)) and sources == ["stored.a"]
+        assert reader.keep("b.weight", torch.ones(2), []) is None  # nothing is written by a reader
+    before = (tmp_path / "w" / JOURNAL).read_bytes()
+    for reader in (first, second):
+        reader.finish()
+        reader.close(done=True)
+    assert (tmp_path / "w" / JOURNAL).read_bytes() == before and (tmp_path / "w" / WEIGHTS).is_file()
+
+
+def test_work_that_was_broken_off_is_gone_on_with_by_the_next(tmp_path):
+    worked(tmp_path / "w").close(done=False)
+    journal = opened(tmp_path / "w")
+    assert journal.writes and set(journal.weights) == {"a.weight"}
+    journal.keep("b.weight", torch.ones(2), ["stored.b"])
+    journal.finish()
+    journal.close(done=False)
+    reader = opened(tmp_path / "w")
+    assert not reader.writes and set(reader.weights) == {"a.weight", "b.weight"}
+    reader.close(done=False)
+
+
+def test_other_work_begins_anew_once_nobody_reads(tmp_path):
+    journal = worked(tmp_path / "w")
+    journal.finish()
+    journal.close(done=False)
+    reader, waits = opened(tmp_path / "w"), []
+
+    def wait():
+        waits.append(1)
+        reader.close(done=False)
+
+    other = opened(tmp_path / "w", wait, {"checkpoint": "b"})
+    assert other.writes and not other.begun and waits == [1]
+    assert torch.equal(reader.weights["a.weight"][0], torch.arange(6.0).view(2, 3))  # mapped from the old file
+    other.close(done=True)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_file_that_was_damaged_after_it_was_done(tmp_path):
+    journal = worked(tmp_path / "w")
+    offset = journal.file.mapped.offset_of(journal.weights["a.weight"][0])
+    journal.finish()
+    journal.close(done=False)
+    with (tmp_path / "w" / WEIGHTS).open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\x55")
+    with pytest.raises(CheckpointError, match=r"was damaged since it was written: delete it, and start again"):
+        opened(tmp_path / "w")
+
+
+def test_a_file_that_somebody_removed_is_written_anew(tmp_path):
+    journal = worked(tmp_path / "w")
+    journal.finish()
+    journal.close(done=False)
+    (tmp_path / "w" / WEIGHTS).unlink()
+    worked(tmp_path / "w").close(done=True)
