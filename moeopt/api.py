@@ -102,7 +102,7 @@ def optimize_directory(
 ) -> Optimized:
     """:func:`optimize` of a Hugging Face directory; other processes share ``workspace``, given instead of ``out``."""
     check_directory(path)
-    checked_choice(backend, chosen)
+    _, _, plan = checked_choice(backend, chosen)
     with (
         shown(chosen.progress) as say,
         streamed(
@@ -111,16 +111,20 @@ def optimize_directory(
         ) as source,
     ):  # fmt: skip
         inner = dataclasses.replace(chosen, progress=say, dtype=None, mapped=True)
-        made = _optimize(source.model, example_inputs, backend, inner)
+        made = _optimize(source.model, example_inputs, backend, inner, plan)  # of lowerings for the user's own mapped=
         source.check(made)
         if out is not None:
             source.save(made, out)
     return made
 
 
-def _optimize(model: PyObject, example_inputs: PyObject, backend: str, options: Options) -> Optimized:
+def _optimize(
+    model: PyObject, example_inputs: PyObject, backend: str, options: Options, plan: PyObject = None
+) -> Optimized:
+    """:func:`optimize` of a module; ``plan`` is the backend's, where it is not the one that ``options`` ask for."""
     started = time.perf_counter()
-    chosen, runtime, plan = checked_choice(backend, options)
+    chosen, runtime, asked_for = checked_choice(backend, options)
+    plan = asked_for if plan is None else plan
     if isinstance(model, Optimized):
         raise UsageError("this model is optimised already; pass the original, or its .model after a change")
     given = as_model(model)

@@ -358,6 +358,21 @@ def test_an_onnx_runtime_engine_computes_the_quantised_model(name, form, tmp_pat
         assert checked.passed is True and checked.loss["error_mean"] == pytest.approx(certificate.loss["error_mean"])
 
 
+def test_a_mapped_onnx_runtime_engine_holds_8_bit_codes(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model = build()
+    opt = moeopt.optimize(model, X, quantize="int8", backend="onnxruntime", mapped=True, verify="fast")
+    assert opt.certificate.passed is True
+    assert opt.report.rewritten[0].lowering.startswith("onnxruntime unrolled-bytes")
+    assert any("a session holds the codes of these experts and no floats" in note for note in opt.report.notes)
+    torch.testing.assert_close(opt(X), moeopt.optimize(model, X, quantize="int8")(X), rtol=1e-5, atol=1e-6)
+    folder = opt.save(tmp_path / "bundle")
+    kinds = [n.op_type for n in onnx.load(folder / "model.onnx", load_external_data=False).graph.node]
+    assert "MatMulNBits" in kinds
+    assert torch.equal(moeopt.load(folder, mapped=True)(X), opt(X)) and moeopt.verify(folder).passed is True
+
+
 def test_a_trained_model_on_onnx_runtime():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("transformers")

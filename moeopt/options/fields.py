@@ -60,7 +60,8 @@ class Options:
         build_gigabytes: of memory after which it is stopped; None means what is free on this machine.
         session_options: an ``onnxruntime.SessionOptions`` for the engine's session: threads, arenas, profiling.
         mapped: keep an ONNX Runtime engine's weights in the pages of its file: no kernel gets a copy of them in a
-            layout of its own, which may cost speed. Engines of PyTorch always do.
+            layout of its own, which may cost speed. Quantised experts in 8-bit integers then stay codes in memory too.
+            Engines of PyTorch always do.
         inplace: rewrite the model that was given instead of a copy that shares its weights.
         hints: name pattern -> ``ExpertsSpec`` or callable, for blocks that recognition declines.
         progress: called with one line of text as each long step begins; None shows a bar on a terminal and in a

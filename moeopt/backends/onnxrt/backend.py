@@ -15,7 +15,7 @@ from moeopt.backends.onnxrt.bundle import holds_native, load_onnx_bundle, native
 from moeopt.backends.onnxrt.custom_op import why_not
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
-from moeopt.backends.onnxrt.lowerings.quantized import UnrolledFloats
+from moeopt.backends.onnxrt.lowerings.quantized import UnrolledBytes, UnrolledFloats
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine, built_for
 from moeopt.backends.onnxrt.open_engine import open_onnx
 from moeopt.backends.onnxrt.plan import OrtPlan
@@ -30,6 +30,20 @@ from moeopt.onnx_in.read import read_onnx
 from moeopt.options import Options
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
+
+_NOTES = {
+    UnrolledFloats: (
+        "ONNX Runtime has no quick kernel that computes on these codes with float32 activations, so the file holds "
+        "codes, and a session makes floats of them when it is loaded; quantize='int4' stays codes in memory too, and "
+        "so does quantize='int8' with mapped=True, more slowly"
+    ),
+    UnrolledBytes: (
+        "as mapped=True asks, a session holds the codes of these experts and no floats; ONNX Runtime's product of "
+        "8-bit codes with float32 activations makes one matrix float at each call, which takes about 10 times as long for "
+        "one token"
+    ),
+}
+"""What reports say of experts in these forms."""
 
 
 class OnnxRuntimeBackend(GraphBackend):
@@ -69,14 +83,12 @@ class OnnxRuntimeBackend(GraphBackend):
         return engine
 
     def _notes_impl(self, built: BuiltGraph) -> list[str]:
-        """What of quantised experts is codes in the file only."""
-        floats = [site for site, name in built.lowerings.items() if name == UnrolledFloats.name]
-        if not floats:
-            return []
+        """What of quantised experts is codes in the file only, and what is codes in memory at the price of time."""
+        found = {form: [s for s, name in built.lowerings.items() if name == form.name] for form in _NOTES}
         return [
-            f"{floats[0]}{f' and {len(floats) - 1} more' if floats[1:] else ''}: ONNX Runtime has no kernel that "
-            "computes on these codes with float32 activations, so the file holds codes, and a session makes floats of "
-            "them when it is loaded; quantize='int4' stays codes in memory too"
+            f"{sites[0]}{f' and {len(sites) - 1} more' if sites[1:] else ''}: {_NOTES[form]}"
+            for form, sites in found.items()
+            if sites
         ]
 
     def _lowering_impl(self, path: str, built: BuiltGraph) -> str:

@@ -92,7 +92,7 @@ def onnx_plan(options: Options) -> OrtPlan:
             f"target={provider!r} instead of device builds the engine here, to be run where the provider is"
         )
     if provider in available():
-        return OrtPlan(provider, options.tokens, options.tune, options.portable)
+        return OrtPlan(provider, options.tokens, options.tune, options.portable, options.mapped)
     if options.tune:
         raise UsageError(
             f"tune=True measures on this machine, which has: {there}; build for target={provider!r} without it"

@@ -1,10 +1,10 @@
-"""What a ``MatMulNBits`` node of a bundle may say: what ``unrolled-codes`` writes, whose activations stay floats."""
+"""What a ``MatMulNBits`` node of a bundle may say: what our lowerings of codes write, whose activations stay floats."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from moeopt.backends.onnxrt.lowerings.quantized import ACCURACY_LEVEL
+from moeopt.backends.onnxrt.lowerings.quantized import ACCURACY_LEVELS
 from moeopt.value_types import OnnxNode
 
 OP = "MatMulNBits"
@@ -22,10 +22,11 @@ def refuses_node(node: OnnxNode, sizes: Mapping[str, Sequence[int]]) -> str:
     values = {a.name: a.i for a in node.attribute if a.type == _INT}
     if len(values) != len(node.attribute) or set(values) != {"K", "N", "bits", "block_size", "accuracy_level"}:
         return f"has attributes other than the {OP} that moeopt writes"
-    if (values["bits"], values["accuracy_level"]) != (4, ACCURACY_LEVEL):
+    if ACCURACY_LEVELS.get(values["bits"]) != values["accuracy_level"]:
+        written = " and ".join(f"{bits} bits at level {level}" for bits, level in ACCURACY_LEVELS.items())
         return (
             f"has {values['bits']} bits at accuracy level {values['accuracy_level']}, with which activations may be "
-            f"rounded to int8; moeopt writes 4 bits at level {ACCURACY_LEVEL}"
+            f"rounded to int8; moeopt writes {written}"
         )
     K, N, block = values["K"], values["N"], values["block_size"]
     if not (0 < K < _MAX and 0 < N < _MAX and 16 <= block <= 1 << 16) or block & (block - 1):
@@ -33,6 +34,7 @@ def refuses_node(node: OnnxNode, sizes: Mapping[str, Sequence[int]]) -> str:
     if len(node.input) != 3 or len(node.output) != 1:
         return "has other inputs and outputs than it may"
     codes = list(sizes.get(node.input[1], ()))
-    if codes != [N, -(-K // block), block // 2]:
-        return f"reads codes of the shape {codes}, and its sizes say {[N, -(-K // block), block // 2]}"
+    told = [N, -(-K // block), block * values["bits"] // 8]
+    if codes != told:
+        return f"reads codes of the shape {codes}, and its sizes say {told}"
     return ""

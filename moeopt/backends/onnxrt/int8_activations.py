@@ -6,7 +6,8 @@ node that does it does not compute the quantised model. Run on 1.31.1 and 1.32.0
     op            bits  blocks        accuracy level   activations
     MatMulNBits   4     16 and more   0 to 3           float32: what moeopt emits
     MatMulNBits   8     16 and more   0 to 3           float32, by making the whole matrix float at each call: at one
-                                                       token 12 times the time of a float32 product
+                                                       token 12 to 30 times the time of a float32 product, so moeopt
+                                                       emits it where memory was asked for (``mapped=True``)
     MatMulNBits   any   16 and more   4                int8
     QMoE          4     any           0                float32, unless ORT_QMOE_CPU_QNBIT_GEMM=int8 is set
     QMoE          4     16 and more   4                int8

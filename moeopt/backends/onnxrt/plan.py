@@ -25,6 +25,7 @@ class OrtPlan(BlockPlan):
         tokens: the token counts that it will see, for the cost model; None means a decode and a prefill.
         tune: measure the lowerings on this machine, on the first block of each kind, instead of estimating.
         portable: leave out lowerings with operators that only ONNX Runtime has.
+        mapped: take forms of quantised experts whose codes stay as they lie in the file, quicker ones or not.
 
     Attributes:
         native: whether moeopt's own operator may take the place of ONNX Runtime's nodes, on the CPU of this machine.
@@ -33,14 +34,20 @@ class OrtPlan(BlockPlan):
     native = True
 
     def __init__(
-        self, provider: str, tokens: tuple[int, ...] | None = None, tune: bool = False, portable: bool = False
+        self,
+        provider: str,
+        tokens: tuple[int, ...] | None = None,
+        tune: bool = False,
+        portable: bool = False,
+        mapped: bool = False,
     ) -> None:
         super().__init__(provider, tokens)
-        self.tune, self.portable = tune, portable
+        self.tune, self.portable, self.mapped = tune, portable, mapped
 
     def rank(self, site: ExpertsNode) -> list[LoweringChoice]:
         measured = functools.partial(session_of, provider=self.provider) if self.tune else None
-        choices = ranked(site, self.provider, self.tokens, measured, without=NOT_PORTABLE if self.portable else {})
+        without = NOT_PORTABLE if self.portable else {}
+        choices = ranked(site, self.provider, self.tokens, measured, without, self.mapped)
         if not self.native or self.portable or self.provider != "cpu":
             return choices
         own = native_choice(site, choices[0], self.tokens or TOKENS, session_of)

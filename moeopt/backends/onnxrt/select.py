@@ -20,7 +20,7 @@ from types import MappingProxyType
 
 import torch
 
-from moeopt.backends.onnxrt.lowerings import FUNCTION_LOWERINGS, LOWERINGS, QUANTIZED_LOWERINGS
+from moeopt.backends.onnxrt.lowerings import FUNCTION_LOWERINGS, LOWERINGS, MAPPED_LOWERINGS, QUANTIZED_LOWERINGS
 from moeopt.backends.onnxrt.session import Session
 from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
@@ -62,6 +62,7 @@ def ranked(
     tokens: tuple[int, ...] | None = None,
     open_session: Callable[[ExpertsNode, Lowering], Session] | None = None,
     without: Mapping[str, str] = MappingProxyType({}),
+    mapped: bool = False,
 ) -> list[LoweringChoice]:
     """Every lowering: those that fit first, the quickest ahead.
 
@@ -69,12 +70,14 @@ def ranked(
         tokens: the token counts that the engine will see; None means ``TOKENS``.
         open_session: given, each lowering is measured in a session that it opens, load time included.
         without: names of lowerings that the engine leaves out -> why.
+        mapped: forms of quantised experts with which a session makes no floats of the file's codes come first.
     """
     counts = tokens or TOKENS
     if isinstance(site.spec, RowFunction):
         return [_only(form, site, provider) for form in FUNCTION_LOWERINGS]
-    choices = []
-    for lowering in QUANTIZED_LOWERINGS if is_quantized(site) else LOWERINGS:
+    choices, kept = [], {low.name: low for low in MAPPED_LOWERINGS} if mapped and is_quantized(site) else {}
+    forms = {low.name: low for low in (QUANTIZED_LOWERINGS if is_quantized(site) else LOWERINGS)}
+    for lowering in (kept | forms).values():
         refusal = lowering.refuses(site, provider)
         if lowering.name in without:
             refusal = f"portable=True: {without[lowering.name]}"
@@ -86,7 +89,7 @@ def ranked(
         else:
             seconds = measure(site, lowering, counts, open_session)
             choices.append(LoweringChoice(lowering.name, lowering, f"measured {_ms(seconds)}", seconds))
-    return sorted(choices, key=lambda c: (c.lowering is None, c.seconds))
+    return sorted(choices, key=lambda c: (c.lowering is None, bool(kept) and c.name not in kept, c.seconds))
 
 
 def _only(lowering: Lowering, site: ExpertsNode, provider: str) -> LoweringChoice:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moeopt.backends.onnxrt.known_answer import BLOCK, cut_out, feeds_of, known_answer_test, session_of
-from moeopt.backends.onnxrt.lowerings import LOWERINGS, QUANTIZED_LOWERINGS
+from moeopt.backends.onnxrt.lowerings import LOWERINGS, MAPPED_LOWERINGS, QUANTIZED_LOWERINGS
 from moeopt.backends.onnxrt.select import ranked
 from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, Prepare, Session, no_change
 from moeopt.backends.onnxrt.site_records import ENDS, read_back, tensor_of
@@ -148,7 +148,7 @@ def _replace(
         before = next(low for low in LOWERINGS if low.name == first["lowering"])
         sites = [_site_back(model, record, before) for record in records]
     except StopIteration:
-        codes = any(low.name == first["lowering"] for low in QUANTIZED_LOWERINGS)
+        codes = any(low.name == first["lowering"] for low in (*QUANTIZED_LOWERINGS, *MAPPED_LOWERINGS))
         refused.append(
             "its experts are codes, which are not read back"
             if codes

@@ -60,6 +60,15 @@ def test_four_bits_keep_float32_activations(block, level):
     assert not check_graph(ir.from_proto(model), "cpu")
 
 
+@pytest.mark.parametrize("level", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_eight_bits_keep_float32_activations_below_level_4(block, level):
+    model, w = product(8, block, level)
+    assert error(model, w) < EXACT
+    assert rounds_activations("MatMulNBits", 8, block, level or 0) == ""
+    assert not check_graph(ir.from_proto(model), "cpu")
+
+
 @pytest.mark.parametrize(("bits", "block"), [(4, 32), (8, 32), (8, 128)])
 def test_a_product_at_level_4_rounds_activations_and_is_told(bits, block):
     model, w = product(bits, block, 4)
@@ -132,6 +141,11 @@ def test_an_edited_node_of_a_bundle_is_refused(change, words):
     assert refuses_node(good, sizes) == ""
     edited = helper.make_node("MatMulNBits", ["x", "c", "s"], ["y"], domain="com.microsoft", **attributes | change)
     assert refuses_node(edited, sizes).startswith(words)
+    eight = helper.make_node(
+        "MatMulNBits", ["x", "c8", "s"], ["y"], domain="com.microsoft", **attributes | dict(bits=8, accuracy_level=0)
+    )
+    assert refuses_node(eight, {"c8": [N, 4, 32]}) == ""
+    assert refuses_node(eight, {"c8": [N, 4, 16]}).startswith("reads codes of the shape [64, 4, 16], and its sizes")
     good.input.append("zero_points")
     assert refuses_node(good, sizes) == "has other inputs and outputs than it may"
 

@@ -1,7 +1,7 @@
 """Lowerings: each replaces the grouped-expert op by nodes that ONNX Runtime runs; the order here breaks ties."""
 
 from moeopt.backends.onnxrt.lowerings.moe_kernel import Expand, MaskedLog
-from moeopt.backends.onnxrt.lowerings.quantized import UnrolledCodes, UnrolledFloats
+from moeopt.backends.onnxrt.lowerings.quantized import UnrolledBytes, UnrolledCodes, UnrolledFloats
 from moeopt.backends.onnxrt.lowerings.unrolled import Unrolled
 from moeopt.backends.onnxrt.lowerings.unrolled_function import UnrolledFunction
 from moeopt.errors import UsageError
@@ -12,10 +12,14 @@ from moeopt.lower.onnx.lowerings.dense_function import DenseFunction
 LOWERINGS: tuple[Lowering, ...] = (Unrolled(), MaskedLog(), Expand(), Dense())
 QUANTIZED_LOWERINGS: tuple[Lowering, ...] = (UnrolledCodes(), UnrolledFloats())
 """Those of experts that are codes and scales."""
+MAPPED_LOWERINGS: tuple[Lowering, ...] = (UnrolledCodes(), UnrolledBytes())
+"""Those of them with which a session holds the codes as they lie in the file; ``mapped=True`` takes them first."""
 FUNCTION_LOWERINGS: tuple[Lowering, ...] = (UnrolledFunction(), DenseFunction())
 """Those of experts that are a function of a row."""
 NOT_PORTABLE = {
-    **dict.fromkeys((MaskedLog.name, Expand.name), "its operator is of ONNX Runtime's own"),
+    **dict.fromkeys(
+        (MaskedLog.name, Expand.name, *(low.name for low in MAPPED_LOWERINGS)), "its operator is of ONNX Runtime's own"
+    ),
     Dense.name: "OpenVINO 2026.4 does not compile a product with a constant stack of matrices",
 }
 """Lowering -> why a portable engine leaves the lowering out."""
@@ -23,7 +27,7 @@ NOT_PORTABLE = {
 
 def by_name(name: str) -> Lowering:
     """The lowering called ``name``; a ``UsageError`` that lists the names if there is none."""
-    for lowering in (*LOWERINGS, *QUANTIZED_LOWERINGS, *FUNCTION_LOWERINGS):
+    for lowering in (*LOWERINGS, *QUANTIZED_LOWERINGS, *MAPPED_LOWERINGS, *FUNCTION_LOWERINGS):
         if lowering.name == name:
             return lowering
     names = ", ".join(lowering.name for lowering in LOWERINGS)

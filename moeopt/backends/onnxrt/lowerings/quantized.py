@@ -1,15 +1,19 @@
 """Quantised experts, one product per expert as in ``unrolled``: on codes where a kernel reads them, else on floats.
 
     unrolled-codes   com.microsoft::MatMulNBits(part, codes, scales): int4 in blocks; a session holds the codes
+    unrolled-bytes   the same with 8 bits: a session holds the codes, and makes one matrix float at each call
     unrolled-floats  MatMul(part, dequantised in the graph): any format; the file holds codes, a session holds floats
 
 MatMulNBits computes in float32 at accuracy levels 0 to 3. At level 4 it rounds the activations to int8, which is as
-large an error as the weights' own, and with 8 bits it makes the matrix float at each call (``int8_activations`` has the
-table): neither is emitted.
+large an error as the weights' own (``int8_activations`` has the table): that is never emitted. With 8 bits the matrix
+that is made float costs more than the product of a few rows, so ``unrolled-bytes`` is for those who ask for memory
+(``mapped=True``) and not for speed.
 Shape legend: E experts, N out, K in; b weights share a scale.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from moeopt.backends.onnxrt.capability import DOMAIN
 from moeopt.backends.onnxrt.lowerings.unrolled import Unrolled
+from moeopt.ir.weight_format import WeightFormat
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Cost
@@ -26,8 +31,10 @@ from moeopt.lower.onnx.lowerings.weight_reads import experts_hit, weights_cost
 from moeopt.ops.quantized_weight import QuantizedWeight
 from moeopt.value_types import OnnxValue
 
-ACCURACY_LEVEL = 1
-"""Of MatMulNBits: float32 activations."""
+ACCURACY_LEVELS = {4: 1, 8: 0}
+"""Bits -> of MatMulNBits: activations are float32. By the operator's schema 0 means that they are not quantised."""
+WIDEST = 2048
+"""Inputs of the longest block that is written for a format with one scale a row."""
 
 
 class UnrolledFloats(Unrolled):
@@ -56,13 +63,15 @@ class UnrolledCodes(Unrolled):
         if types_of(site).compute != torch.float32:
             return f"MatMulNBits computes in float32 here, and the experts in {types_of(site).compute}"
         for matrix in (*site.bank.w_in_q, site.bank.w_out_q):
-            format = matrix.matrix.format
-            if format.codes != "uint4" or not format.symmetric or format.packing != "low nibble first":
-                return f"MatMulNBits is quick with float32 activations for symmetric 4-bit codes only, not for {format}"
-            rows, columns = format.block
-            if rows != 1 or columns is None or columns < 16 or columns & (columns - 1):
-                return f"MatMulNBits takes blocks of 16, 32, 64, ... inputs of one output, not {format}"
+            if reason := self._refuses_format(matrix.matrix.format):
+                return reason
         return super().refuses(site, provider)
+
+    def _refuses_format(self, format: WeightFormat) -> str:
+        if format.codes != "uint4" or not format.symmetric or format.packing != "low nibble first":
+            return f"MatMulNBits is quick with float32 activations for symmetric 4-bit codes only, not for {format}"
+        rows, columns = format.block
+        return "" if rows == 1 and _is_block(columns) else _OTHER_BLOCKS.format(format)
 
     def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
         nodes = 30 + 2 * site.bank.num_experts
@@ -78,23 +87,62 @@ class UnrolledCodes(Unrolled):
         return done[0] if len(done) == 1 else graph.op("Concat", done, axis=1, name=f"expert.{e}/{which}")
 
 
+class UnrolledBytes(UnrolledCodes):
+    """The lowering ``"unrolled-bytes"``: 8 bits, in blocks along the inputs or with a scale for each row, on a CPU."""
+
+    name = "unrolled-bytes"
+
+    def _refuses_format(self, format: WeightFormat) -> str:
+        if format.codes not in ("int8", "uint8") or not format.symmetric:
+            return f"it is for symmetric 8-bit integers, not for {format}"
+        rows, columns = format.block
+        return "" if rows == 1 and (columns is None or _is_block(columns)) else _OTHER_BLOCKS.format(format)
+
+    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
+        nodes = 30 + 2 * site.bank.num_experts
+        cost = weights_cost(site, experts_hit(site, tokens), tokens * site.top_k, nodes, syncs=2)
+        # beside the product, each matrix is written as floats and read again, at the speed of one code after the other
+        return dataclasses.replace(cost, moved=TO_FLOATS * cost.moved)
+
+
+TO_FLOATS = 8.0
+"""Times that making a matrix float and multiplying one row takes as long as reading it as floats: 8 to 40 measured."""
+_OTHER_BLOCKS = "MatMulNBits takes blocks of 16, 32, 64, ... inputs of one output, not {}"
+
+
+def _is_block(columns: int | None) -> bool:
+    return columns is not None and columns >= 16 and not columns & (columns - 1)
+
+
 def _product(graph: Builder, weight: QuantizedWeight, order: Tensor | None, name: str, rows: OnnxValue) -> OnnxValue:
     """``rows`` times the transpose of ``weight``, whose rows are taken in ``order``."""
-    (N, K), b = weight.shape, weight.format.block[1]
-    assert b is not None
-    blob = graph.weight(f"{name}.codes", lambda: _blob(weight.codes, order, K, b), torch.uint8, (N, -(-K // b), b // 2))
+    (N, K), bits = weight.shape, weight.format.bits
+    b = weight.format.block[1] or _row_block(K)
+    blocks = -(-K // b)
+    blob = graph.weight(
+        f"{name}.codes", lambda: _blob(weight, order, blocks, b), torch.uint8, (N, blocks, b * bits // 8)
+    )
     scales = scales_of(graph, weight, name)
     if order is not None:
         scales = graph.op("Gather", [scales, graph.const(order.tolist(), "int64")], axis=0)
+    if weight.format.block[1] is None and blocks > 1:
+        scales = graph.op("Expand", [scales, graph.const([N, blocks], "int64")])
     return graph.op(
         "MatMulNBits", [rows, blob, scales], domain=DOMAIN, name=name,
-        K=K, N=N, bits=4, block_size=b, accuracy_level=ACCURACY_LEVEL,
+        K=K, N=N, bits=bits, block_size=b, accuracy_level=ACCURACY_LEVELS[bits],
     )  # fmt: skip
 
 
-def _blob(codes: Tensor, order: Tensor | None, columns: int, block: int) -> Tensor:
-    """Codes (N, ceil(K / 2)) as whole blocks (N, blocks, block / 2): bytes at the end stand for zeros, twice 8."""
-    width = -(-columns // block) * block // 2
-    full = F.pad(codes, (0, width - codes.shape[1]), value=0x88)
+def _row_block(columns: int) -> int:
+    """The block with which a row of ``columns`` codes takes the fewest bytes, zeros at its end and scales included."""
+    sizes = [1 << n for n in range(4, WIDEST.bit_length())]
+    return min(sizes, key=lambda b: -(-columns // b) * (b + 4))
+
+
+def _blob(weight: QuantizedWeight, order: Tensor | None, blocks: int, block: int) -> Tensor:
+    """Codes as whole blocks (N, blocks, bytes), unsigned about a zero point of 8 or 128: what is added means zero."""
+    held, bits = weight.codes, weight.format.bits
+    codes = held.view(torch.uint8) ^ 0x80 if held.dtype == torch.int8 else held
+    full = F.pad(codes, (0, blocks * block * bits // 8 - codes.shape[1]), value=0x88 if bits == 4 else 0x80)
     full = full if order is None else full[order.to(full.device)]
-    return full.reshape(full.shape[0], -1, block // 2)
+    return full.reshape(full.shape[0], blocks, -1)

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 
-from moeopt.backends.onnxrt.lowerings import LOWERINGS, QUANTIZED_LOWERINGS, by_name
+from moeopt.backends.onnxrt.lowerings import LOWERINGS, MAPPED_LOWERINGS, NOT_PORTABLE, QUANTIZED_LOWERINGS, by_name
 from moeopt.backends.onnxrt.select import ranked
-from moeopt.ir.weight_format import FORMATS, INT4_BLOCK16, INT4_BLOCK32
+from moeopt.ir.weight_format import FORMATS, INT4_BLOCK16, INT4_BLOCK32, INT8_BLOCK16, INT8_CHANNEL, WeightFormat
 from moeopt.lower.onnx.pad_experts import bank_of
 from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
@@ -78,6 +80,65 @@ def test_four_bits_stay_codes_and_other_formats_become_floats():
         choices = ranked(quantized(make_site(), FORMATS[name]), "cpu")
         assert [c.name for c in choices if c.lowering is not None] == ["unrolled-floats"]
         assert "MatMulNBits is quick with float32 activations for symmetric 4-bit codes only" in choices[1].reason
+
+
+BYTES = {
+    **{name: FORMATS[name] for name in ("int8", "int8-block16", "int8-block32", "int8-block128")},
+    "uint8": WeightFormat("uint8", "uint8", (1, 16)),
+}
+
+
+@pytest.mark.parametrize("size", [*SIZES, dict(H=300, I=130)], ids=["odd", "whole", "wide"])
+@pytest.mark.parametrize("name", BYTES)
+def test_eight_bits_as_codes_agree_with_the_dequantised_weights(name, size):
+    site = quantized(make_site(**size), BYTES[name])
+    session = session_of(model_of(site, "unrolled-bytes", opset=20))
+    for T in (0, 1, 33):
+        args = tokens(site, T, beyond=0.2, negative=0.2)
+        assert eps_off(run(session, *args), exact(site, *args)) <= BUDGET
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("format", [INT8_CHANNEL, INT8_BLOCK16], ids=str)
+def test_eight_bits_as_codes_agree_for_each_layout(format, spec):
+    site = quantized(make_site(H=48, I=40, **spec), format)
+    args = tokens(site, 21)
+    assert eps_off(run(session_of(model_of(site, "unrolled-bytes", opset=20)), *args), exact(site, *args)) <= BUDGET
+
+
+@pytest.mark.parametrize(("name", "form"), [("int8", "unrolled-bytes"), ("int4", "unrolled-codes")])
+def test_mapped_takes_the_form_whose_codes_stay_in_the_file(name, form, tmp_path):
+    site = quantized(make_site(E=4, H=512, I=384, bias=False), FORMATS[name])
+    best = ranked(site, "cpu", mapped=True)[0]
+    assert best.name == form
+    model = model_of(site, best.lowering)
+    ir.save(model, tmp_path / "m.onnx", external_data="m.data")
+    size = sum(f.stat().st_size for f in tmp_path.iterdir())
+    assert size == pytest.approx(site.bank.format.nbytes(), rel=0.05)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    ort.InferenceSession(tmp_path / "m.onnx", options, providers=["CPUExecutionProvider"])
+    held = sum(len(t.raw_data) for t in onnx.load(tmp_path / "loaded.onnx").graph.initializer)
+    floats = 4 * 4 * 3 * 512 * 384
+    assert 0 < held < 0.3 * floats, "the session made floats of the codes"
+
+
+def test_mapped_falls_back_to_floats_and_says_why():
+    choices = ranked(quantized(make_site(), FORMATS["fp8"]), "cpu", mapped=True)
+    assert [c.name for c in choices if c.lowering is not None] == ["unrolled-floats"]
+    assert any("it is for symmetric 8-bit integers, not for fp8" in c.reason for c in choices)
+    tiles = quantized(make_site(), WeightFormat("tiles", "int8", (128, 128)))
+    why = by_name("unrolled-bytes").refuses(tiles, "cpu")
+    assert why.startswith("MatMulNBits takes blocks of 16, 32, 64, ... inputs of one output, not tiles")
+    assert ranked(make_site(), "cpu", mapped=True)[0].lowering in LOWERINGS
+
+
+def test_a_portable_engine_has_no_product_of_codes():
+    for low in MAPPED_LOWERINGS:
+        assert low.name in NOT_PORTABLE
+    choices = ranked(quantized(make_site(), INT4_BLOCK32), "cpu", without=NOT_PORTABLE, mapped=True)
+    assert [c.name for c in choices if c.lowering is not None] == ["unrolled-floats"]
+    assert "portable=True: its operator is of ONNX Runtime's own" in {c.reason for c in choices}
 
 
 def test_a_node_for_each_expert_and_matrix():
