@@ -39,8 +39,8 @@ _NOTES = {
     ),
     UnrolledBytes: (
         "as mapped=True asks, a session holds the codes of these experts and no floats; ONNX Runtime's product of "
-        "8-bit codes with float32 activations makes one matrix float at each call, which takes about 10 times as long for "
-        "one token"
+        "8-bit codes with float32 activations makes one matrix float at each call, which takes about 10 times as long "
+        "for one token"
     ),
 }
 """What reports say of experts in these forms."""

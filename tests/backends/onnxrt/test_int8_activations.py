@@ -119,6 +119,15 @@ def test_qmoe_rounds_activations_with_blocks_of_8_bits(block):
     assert found > ROUNDED
 
 
+def test_a_qmoe_of_mixed_bits_is_refused_only_when_it_runs():
+    model, _ = experts_of_8_bits(0)
+    packed = numpy_helper.from_array(np.zeros((1, K, K // 2), np.uint8), "input5")  # the second matrix has 4 bits
+    next(t for t in model.graph.initializer if t.name == "input5").CopyFrom(packed)
+    session = session_of(model)
+    with pytest.raises(Exception, match="expected to have shape"):
+        session.run(None, {"x": X, "logits": np.zeros((len(X), 1), np.float32)})
+
+
 def test_a_qmoe_of_4_bits_depends_on_the_environment():
     assert VARIABLE in rounds_activations("QMoE", 4, 32, 0)
 
