@@ -119,6 +119,23 @@ def test_qmoe_rounds_activations_with_blocks_of_8_bits(block):
     assert found > ROUNDED
 
 
+def test_gelu_of_a_qmoe_is_the_tanh_form_and_not_erf():
+    import torch
+    import torch.nn.functional as F
+
+    model, _ = experts_of_8_bits(0)
+    next(a for a in model.graph.node[0].attribute if a.name == "activation_type").s = b"gelu"
+    codes, scales = ([numpy_helper.to_array(t) for t in model.graph.initializer][n::2] for n in (0, 1))
+    w_in, w_out = (torch.tensor((c[0].astype(float) - 128) * s[0][:, None]) for c, s in zip(codes, scales, strict=True))
+    got = session_of(model).run(None, {"x": X, "logits": np.zeros((len(X), 1), np.float32)})[0]
+
+    def error_of(form):
+        want = F.gelu(torch.tensor(X).double() @ w_in.T, approximate=form) @ w_out.T
+        return float((torch.tensor(got) - want).abs().max() / want.abs().max())
+
+    assert error_of("tanh") < EXACT < 5 * EXACT < error_of("none")
+
+
 def test_a_qmoe_of_mixed_bits_is_refused_only_when_it_runs():
     model, _ = experts_of_8_bits(0)
     packed = numpy_helper.from_array(np.zeros((1, K, K // 2), np.uint8), "input5")  # the second matrix has 4 bits
