@@ -2,7 +2,8 @@
 
 A model may tell its layers something beside their arguments: ``CURRENT.layer = n``, ``state.WINDOW = 8``, a context
 variable. A layer is stamped only while these values are what they were when the first of its kind ran, whether that one
-reads them or not. What lies deeper (an object in an object in a list, the closure of a function) is not looked at.
+reads them or not. A list that code has appended to since is as it was. What lies deeper (an object in an object in a
+list, the closure of a function) is not looked at.
 """
 
 from __future__ import annotations
@@ -39,8 +40,20 @@ class _Itself:
     __hash__ = None  # type: ignore[assignment]
 
 
+class _List:
+    """The first items of a list; equal to a later one that begins with them: code that appends writes a log."""
+
+    def __init__(self, words: list[Any]) -> None:
+        self._words = words
+
+    def __eq__(self, later: object) -> bool:
+        return isinstance(later, _List) and self._words == later._words[: len(self._words)]
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def module_state(layer: nn.Module) -> list[Any]:
-    """The values, as words that are equal while the values are."""
+    """The values, as words: ``earlier == later`` while the values are what they were."""
     names = {c.__module__ for module in layer.modules() for c in type(module).__mro__}
     own = [vars(sys.modules[n]) for n in sorted(names) if n in sys.modules and not foreign(n)]
     return [
@@ -58,6 +71,8 @@ def _word(value: PyObject, depth: int) -> PyObject:
     if isinstance(value, dict):
         pairs = itertools.islice(list(value.items()), MOST)
         return _Itself(value), len(value), [(_word(k, 0), _word(v, depth - 1)) for k, v in pairs]
+    if type(value) is list:
+        return _Itself(value), _List([_word(v, depth - 1) for v in value[:MOST]])
     if isinstance(value, (list, tuple, set, frozenset)):
         return _Itself(value), len(value), [_word(v, depth - 1) for v in itertools.islice(list(value), MOST)]
     return _Itself(value), [(name, _word(held, depth - 1)) for name, held in list(_table(value).items())]

@@ -15,6 +15,7 @@ NUMBER = 1
 CURRENT = types.SimpleNamespace(layer=0)
 TABLE = {"layer": 0, "of": CURRENT}
 SEEN = types.SimpleNamespace(each=[1.0, 2.0])
+LOG = [1]
 TOLD = contextvars.ContextVar("TOLD", default=0)
 THREAD = threading.local()
 THREAD.layer = 0
@@ -54,16 +55,28 @@ def test_a_change_is_seen_and_its_taking_back(change):
     before = module_state(Layer())
     with pytest.MonkeyPatch.context() as patch:
         change(patch)
-        assert module_state(Layer()) != before
-    assert module_state(Layer()) == before
+        assert before != module_state(Layer())
+    assert before == module_state(Layer())
 
 
 def test_the_value_of_a_context_variable_is_seen():
     before = module_state(Layer())
     token = TOLD.set(1)
-    assert module_state(Layer()) != before
+    assert before != module_state(Layer())
     TOLD.reset(token)
-    assert module_state(Layer()) == before
+    assert before == module_state(Layer())
+
+
+def test_a_list_that_grows_is_a_log_and_one_whose_item_is_replaced_is_not():
+    before = module_state(Layer())
+    LOG.append(2)
+    try:
+        assert before == module_state(Layer())
+        LOG[0] = 3
+        assert before != module_state(Layer())
+    finally:
+        LOG[:] = [1]
+    assert before == module_state(Layer())
 
 
 def test_what_belongs_to_pytorch_is_not_looked_at():
