@@ -82,7 +82,7 @@ def _table(value: PyObject) -> dict[str, Any]:
     """The attributes of an object of the user's, or the names of a module of the user's."""
     cls = type(value)
     if cls is types.ModuleType:
-        return {} if foreign(value.__name__) else vars(value)
+        return {} if foreign(value.__name__) else dict(vars(value))
     open_to_all = issubclass(cls, (types.SimpleNamespace, threading.local))
     if isinstance(value, (type, nn.Module)) or (foreign(cls.__module__) and not open_to_all):
         return {}
