@@ -39,6 +39,11 @@ class CarriedCache:
     def contents(self, held: PyObject) -> list[list[Any]]:
         return [_contents(layer) for layer in held.layers]
 
+    def beside(self, held: PyObject) -> list[Any]:
+        return [
+            each for name, value in vars(held).items() if name != "layers" for each in (name, value, *_inside(value))
+        ]
+
     @contextlib.contextmanager
     def by_number(self, held: PyObject, slot_of: SlotOf) -> Iterator[None]:
         layers = held.layers
@@ -83,6 +88,12 @@ class _Layers(list[Any]):
             self.slot_of(None)
         return super().__iter__()
 
+    def __reversed__(self) -> Iterator[Any]:
+        return iter([*self][::-1])
+
+    def copy(self) -> list[Any]:
+        return [*self]
+
     def __len__(self) -> int:
         if not self.open:
             self.slot_of(None)
@@ -117,6 +128,13 @@ def _contents(layer: PyObject) -> list[Any]:
     held = {id(part) for part in parts.values()}
     rest: list[Any] = list(parts)
     for name, value in vars(layer).items():
-        items = [v for pair in value.items() for v in pair] if isinstance(value, dict) else [value]
+        items = _inside(value) if isinstance(value, dict) else [value]
         rest += [name, *(v for v in items if id(v) not in held)]
     return [*parts.values(), *rest]
+
+
+def _inside(value: PyObject) -> list[Any]:
+    """The keys and values of a dict, the items of another container."""
+    if isinstance(value, dict):
+        return [v for pair in value.items() for v in pair]
+    return list(value) if isinstance(value, (list, tuple, set)) else []

@@ -37,6 +37,9 @@ class Carrier(Protocol):
     def contents(self, held: PyObject) -> list[list[Any]]:
         """All that each slot keeps: its parts, then other objects."""
 
+    def beside(self, held: PyObject) -> list[Any]:
+        """All that the object keeps beside its slots (an attribute that a model's code set on it)."""
+
     def by_number(
         self, held: PyObject, slot_of: Callable[[LayerNumber | None], int]
     ) -> contextlib.AbstractContextManager[None]:
@@ -86,6 +89,7 @@ class SlotCall:
         self, carrier: Carrier, held: PyObject, cls: type, call: PyObject, mark: Callable[[list[Tensor]], list[Tensor]]
     ) -> None:
         self._carrier, self._held, self._cls, self._call, self._mark = carrier, held, cls, call, mark
+        self._beside = carrier.beside(held)
         self._slot: int | None = None
         self._numbers: set[AttributePlace] = set()
         self._before: list[Tensor] = []
@@ -104,11 +108,13 @@ class SlotCall:
         contents = self._carrier.contents(self._held)
         with self._carrier.by_number(self._held, self._slot_of):
             yield
+        if not _all_same(self._beside, self._carrier.beside(self._held)):
+            raise NotStampable(self._cls, "it sets an attribute of its cache")
         now = self._carrier.contents(self._held)
         count = len(self._before)
         for slot, (old, new) in enumerate(itertools.zip_longest(contents, now)):
             first = count if slot == self._slot else 0
-            if old is None or new is None or len(old) != len(new) or not all(map(_same, old[first:], new[first:])):
+            if old is None or new is None or len(old) != len(new) or not _all_same(old[first:], new[first:]):
                 raise NotStampable(self._cls, "it writes to its cache otherwise than into its own slot")
         if [t._version for t in self._marked] != self._versions:
             raise NotStampable(self._cls, "it writes to the tensors of its cache")
@@ -152,6 +158,8 @@ class SlotCall:
         Sizes of the slot that the traced layer's call made equal to sizes of its arguments (the rows of the cache and
         of the hidden states) become equal for the other layer too, as its own code would have it.
         """
+        if not _all_same(self._beside, self._carrier.beside(held)):  # which the traced layer may have read
+            return None
         if self._slot is None:
             return StampedSlot([], lambda results: None)
         numbers = {held_at(layer, at) for at in self._numbers}
@@ -187,6 +195,10 @@ def _sizes_apart(t: Tensor, call: PyObject) -> set[int]:
 
 def _tensors(call: PyObject) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+
+
+def _all_same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(_same, a, b))
 
 
 def _same(a: PyObject, b: PyObject) -> bool:

@@ -9,7 +9,8 @@ one op. A layer is stamped only if all of this holds; where the first of a kind 
 again with layers of its class left as they are:
 
     the calls are alike    plain arguments are equal, tensors agree in dtype, symbolic sizes, strides and aliasing
-    nothing else is read   plain attributes in which the layers differ were not read by the first
+    nothing else is read   plain attributes in which the layers differ were not read by the first, and what the
+                           Python modules of its code hold at the top is what it was then
     nothing else happens   it returned fresh tensors, wrote to no argument, weight or attribute, and no value leaks
 
 A key/value cache among the arguments is a :mod:`carried` object: what a layer reads and puts into its own slot of it,
@@ -33,6 +34,7 @@ from torch.utils import _pytree as pytree
 from moeopt.lower.alike_layers import Likeness, repeated_modules, weights_by_name
 from moeopt.lower.carried import Carrier, SlotCall, one_carried, put_back
 from moeopt.lower.layer_calls import NotStampable, attributes, described, more_than_tensors, open_sizes, same_attributes
+from moeopt.lower.module_state import module_state
 from moeopt.lower.plain_attributes import AttributePlace, LayerNumber, watched
 from moeopt.value_types import PyObject
 
@@ -47,6 +49,7 @@ class Kind:
         cls: the layer's own class; while it is traced it may have one that notes reads.
         call: its arguments, with a word in the place of a cache.
         sizes: how many free sizes these had as the call began.
+        around: the values at the top of Python modules as the call began, as :func:`module_state` has them.
         outputs: the tensors that it returned, then those that it put into its slot: ``moeopt::stamp`` gives their like.
         returned: how many it returned.
         result: what it returned, a number of ``outputs`` in the place of each tensor.
@@ -59,6 +62,7 @@ class Kind:
     cls: type
     call: Any
     sizes: int
+    around: list[Any]
     number: int = field(default_factory=_numbers.__next__)
     outputs: list[Tensor] = field(default_factory=list)
     returned: int = 0
@@ -167,8 +171,9 @@ class Stamps:
         if found is None:
             return forward(*args, **kwargs)
         call, tensors = found
+        around = module_state(layer)
         for kind in self.kinds.values():
-            if not kind.called_like(call) or not self._like(kind.path, path, kind.read):
+            if not kind.called_like(call) or kind.around != around or not self._like(kind.path, path, kind.read):
                 continue
             slot = None if kind.slot is None else kind.slot.like_it(layer, cache, (plain, options))
             if kind.slot is not None and slot is None:
@@ -179,7 +184,7 @@ class Stamps:
             if slot is not None:
                 slot.put(made[kind.returned :])
             return _filled(kind.result, made)
-        kind = Kind(path, layer, self._classes[path], (plain, options), len(open_sizes((plain, options))))
+        kind = Kind(path, layer, self._classes[path], (plain, options), len(open_sizes((plain, options))), around)
         _KINDS[kind.number] = kind
         result = self._marked(kind, forward, tensors, cache)
         self.kinds[kind.number] = kind

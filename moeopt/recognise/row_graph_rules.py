@@ -164,7 +164,8 @@ def _pick(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     """gather and scatter along a dimension of the features: each row is read and written by its own indices."""
     if op_name(node) == "gather" and len(held.features) == 1:
         places = graph.known[node.args[2]]  # type: ignore[index]
-        if places.lead is None and math.prod(places.shape[:-1]) == 1:  # the same for every row
+        same = places.lead is None and math.prod(places.shape[:-1]) == 1
+        if same and tuple(node.meta["shape"][:-1]) == held.lead:  # the same for every row, and read for every row
             return _select(graph, node, held, -1, places)
     operands = [graph.known[a] for a in node.all_input_nodes]
     if any(o.lead != held.lead or len(o.shape) != len(held.shape) for o in operands):
@@ -190,6 +191,11 @@ def _index(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     if len(given) != 1:
         raise graph.refused(node, "picks by several indices at once")
     ((dim, at),) = given
+    if at.meta["dtype"] in (torch.bool, torch.uint8):
+        raise graph.refused(
+            node,
+            "picks by a mask, so that its values decide a size; keep the places as integers (mask.nonzero()[:, 0])",
+        )
     source, places = graph.known[args[0]], graph.known[at]
     if source.lead is None and places.lead is not None and dim == 0 and not places.features:
         return graph.add(node, aten.index.Tensor, places.lead, source.number, [places.number])

@@ -61,6 +61,8 @@ def non_finite_reason(module: nn.Module, infinite_too: bool = True) -> str:
         values = weight.detach()
         if bool(values.sum(dtype=torch.float32 if values.element_size() < 4 else None).isfinite()):
             continue
+        if values.element_size() == 1:  # of 8-bit floats PyTorch does not tell infinity
+            values = values.float()
         nan, infinite = int(values.isnan().sum()), int(values.isinf().sum()) if infinite_too else 0
         if nan or infinite:
             kinds = " and ".join(f"{n:,} {word}" for n, word in ((nan, "NaN"), (infinite, "infinite")) if n)

@@ -1,5 +1,7 @@
 """Alike layers with a cache, in a plain export: one of a kind is traced; one that does more with it is not stamped."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,9 +50,9 @@ class Decoder(nn.Module):
         return x, [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def made(kind=Layer, count=4):
+def made(kind=Layer, count=4, decoder=Decoder):
     torch.manual_seed(0)
-    model = Decoder(kind, count).eval()
+    model = decoder(kind, count).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.5)
     register_cache_pytrees_for_model(model)
@@ -216,13 +218,82 @@ class KeepsANote(Layer):
         return super().filled(cache, k, v)
 
 
+class WalksBackwards(Layer):
+    def filled(self, cache, k, v):
+        k, v = super().filled(cache, k, v)
+        return k, v + next(layer.values.mean() for layer in reversed(cache.layers))
+
+
+class WalksACopy(Layer):
+    def filled(self, cache, k, v):
+        k, v = super().filled(cache, k, v)
+        return k, v + cache.layers.copy()[0].values.mean()
+
+
+class CountsInTheCache(Layer):
+    def forward(self, x, cache, mask):
+        cache.depth = getattr(cache, "depth", 0) + 1
+        return super().forward(x, cache, mask) * cache.depth
+
+
+class ListsInTheCache(Layer):
+    """What is in the list is no number of the graph: no node of it is read where the next layer is."""
+
+    def forward(self, x, cache, mask):
+        cache.seen = getattr(cache, "seen", [])
+        cache.seen.append(self.o.bias)
+        return super().forward(x, cache, mask) + cache.seen[0]
+
+
 @pytest.mark.parametrize(
     "kind",
-    [ByNumber, ByTable, ByParity, ByName, ReadsTheFirst, ReadsTheOneBefore, WalksTheCache, AsksForTheLength,
-     WritesIntoItsSlot, KeepsANote],
+    [ByNumber, ByTable, ByParity, ByName, ReadsTheFirst, ReadsTheOneBefore, WalksTheCache, WalksBackwards, WalksACopy,
+     AsksForTheLength, WritesIntoItsSlot, KeepsANote, CountsInTheCache, ListsInTheCache],
 )  # fmt: skip
 def test_a_layer_that_does_more_than_fill_its_own_slot_is_traced_each_time(kind):
     check(made(kind), [])
+
+
+class ToldByItsDecoder(Layer):
+    def forward(self, x, cache, mask):
+        return super().forward(x, cache, mask) * cache.scale
+
+
+class Telling(Decoder):
+    def forward(self, x, mask, cache):
+        for number, layer in enumerate(self.layers):
+            cache.scale = 3.0 if number in (2, 4) else 1.0
+            x = layer(x, cache=cache, mask=mask)
+        return x, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def test_what_the_model_tells_a_layer_by_an_attribute_of_its_cache_tells_layers_apart():
+    check(made(ToldByItsDecoder, 6, Telling), [3, 4, 5])
+
+
+CURRENT = types.SimpleNamespace(window=None)
+
+
+class WindowOfTheMoment(Layer):
+    """The window is longer than any call of this test: no number tells that the wrong one was traced."""
+
+    def forward(self, x, cache, mask):
+        if CURRENT.window is not None:
+            past = torch.arange(mask.shape[-1]).flip(0) >= CURRENT.window
+            mask = mask.masked_fill(past, -1e9)
+        return super().forward(x, cache, mask)
+
+
+class SettingWindows(Decoder):
+    def forward(self, x, mask, cache):
+        for number, layer in enumerate(self.layers):
+            CURRENT.window = 50 if number in (2, 4) else None
+            x = layer(x, cache=cache, mask=mask)
+        return x, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def test_what_the_model_tells_a_layer_by_a_global_tells_layers_apart():
+    check(made(WindowOfTheMoment, 6, SettingWindows), [3, 4, 5])
 
 
 @pytest.mark.parametrize("what", ["hook", "eps", "dtype"])

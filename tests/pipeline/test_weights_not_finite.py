@@ -33,3 +33,12 @@ def test_the_parameter_and_the_count_are_named(change, words):
 
 def test_an_infinite_bias_that_shuts_an_expert_off_is_no_damage():
     assert block_of(lambda m: m.gate.bias[2].fill_(-torch.inf)).status == "rewritten"
+
+
+def test_8_bit_floats_may_be_damaged_too():
+    def change(model):
+        model.experts[2][0].weight[3, 4].fill_(torch.nan)
+        damaged = torch.tensor([1.0, torch.nan]).to(torch.float8_e4m3fn)
+        model.codes = torch.nn.Parameter(damaged, requires_grad=False)
+
+    assert re.match(r"codes has 1 NaN of its 2", block_of(change).reason)

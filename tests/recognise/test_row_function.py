@@ -41,6 +41,8 @@ class Function(nn.Module):
         super().__init__()
         self.up, self.down, self.norm = nn.Linear(D, HID), nn.Linear(HID, D), nn.LayerNorm(HID)
         nn.init.normal_(self.norm.weight)
+        self.register_buffer("turned", torch.arange(HID).flip(0)[None])
+        self.register_buffer("odd", torch.arange(HID) % 2 == 1)
         self.body = body
 
     def forward(self, x):
@@ -124,7 +126,13 @@ REFUSED = {
     "a running sum over rows": lambda s, x: s.down(s.up(x).cumsum(0)),
     "the order of its rows": lambda s, x: s.down(F.relu(s.norm(s.up(x))).flip(0)),
     "features of two rows joined": lambda s, x: s.down(F.pad(s.up(x), (0, 0, 1, 0))[:-1]),
+    "features of the first row": lambda s, x: s.down(s.up(x) + s.up(x).gather(1, s.turned)),
+    "as many features as a mask has": lambda s, x: s.down(in_halves(s.up(x), s.odd)),
 }
+
+
+def in_halves(h, mask):
+    return torch.cat([h[:, mask], h[:, ~mask]], -1)
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -140,6 +148,8 @@ WHY = {
     "a running sum over rows": "cumsum works across rows",
     "the order of its rows": "flip works across rows",
     "features of two rows joined": "constant_pad_nd is not known to work on each row by itself",
+    "features of the first row": "gather picks by indices of other rows",
+    "as many features as a mask has": "index picks by a mask, so that its values decide a size",
 }
 
 
