@@ -114,9 +114,9 @@ def inside_programs(draw: st.DrawFn, form: str) -> Program:
     # an expert runs once per slot on other rows, which no single sum says (AMBIGUOUS in test_programs.py).
     weighs_outputs = form in ("take_outputs", "stack_dense", "stack_einsum") or (form == "slot_where" and top_k > 1)
     on_input = not weighs_outputs and maybe(draw, 2)
-    # A shared expert of the routed ones' shape is told from them by the tokens it sees. Where a routed one sees every
-    # token too (all do in a dense form, some may when most are chosen), nothing tells (AMBIGUOUS again).
-    twin = form not in forms.ALL_ROWS and 2 * top_k <= num_experts
+    # A shared expert of the routed ones' shape is told from them by the tokens that it sees, or, where every expert
+    # sees every token, by its weight. Where most are chosen, some routed one may look alike (AMBIGUOUS again).
+    twin = 2 * top_k <= num_experts
     expert = draw(expert_functions(zero_at_zero=on_input and (dense or form in forms.ALL_ROWS)))
     if all_weighted:
         router = Router(one_of(draw, *routers.DENSE), bias=maybe(draw, 3), float32=dtype != "float32")
