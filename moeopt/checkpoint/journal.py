@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +131,11 @@ class Journal:
             self._journal.close()
         if self.writes and (done or not self.begun):
             # still locked: a process that waits for the lock must not have begun to write here
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a folder that holds anything else stays
+                for path in self.folder.iterdir():
+                    if is_own(path.name):
+                        path.unlink()
+                self.folder.rmdir()
         if self._lock is not None:
             os.close(self._lock)
 
@@ -185,6 +188,11 @@ def folder_of(out: Path | Workspace) -> Path:
     if isinstance(out, Workspace):
         return out.folder
     return out.absolute().parent / f".{out.name}{_SUFFIX}"
+
+
+def is_own(name: str) -> bool:
+    """Whether a file in a run's folder is one that the run keeps there; codes have names only where they must."""
+    return name in (WEIGHTS, JOURNAL, f"{JOURNAL}.new") or name.startswith("codes-")
 
 
 def bytes_begun(out: Path | Workspace) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from moeopt.api import optimize_directory
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.checkpoint.folder_lock import CAN_LOCK
-from moeopt.checkpoint.journal import Workspace
+from moeopt.checkpoint.journal import Workspace, is_own
 from moeopt.checkpoint.preflight import made_anew
 from moeopt.checkpoint.stream import check_directory
 from moeopt.checkpoint.structure import structure_of
@@ -85,6 +85,12 @@ def _checked(folder: str | os.PathLike[str]) -> Path:
         raise UsageError("workspace= is shared by locks on its folder, which this system does not have: use Linux")
     if found.is_file():
         raise UsageError(f"workspace={str(folder)!r} is a file: give a folder, which is made where there is none")
+    others = sorted(path.name for path in found.iterdir() if not is_own(path.name)) if found.is_dir() else []
+    if others:
+        raise UsageError(
+            f"workspace={str(folder)!r} holds {others[0]!r}, which is none of moeopt's files there: give a folder of "
+            "its own, where files are written over and removed"
+        )
     return found
 
 

@@ -42,7 +42,8 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
     """Every region of a graph whose chains are two functions or more, in the order of the graph."""
     products = weight_products(index)
     taken: set[int] = set()
-    names: set[str] = set()
+    names = _Paths()
+    count = 0
     for chains in expert_chains(index, products):
         if chains.experts < 2 or any(p.at in taken for p in chains.products):
             continue
@@ -55,7 +56,8 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
             if len(found) == _MOST_REGIONS:
                 break
         taken |= set(positions)
-        name = _unique(region_name(chains.products) or f"region_{len(names)}", names)
+        name = names.unique(region_name(chains.products) or f"region_{count}")
+        count += 1
         yield CandidateRegion(name, index, chains, tuple(found))
 
 
@@ -115,11 +117,29 @@ def _scope(name: str) -> str:
     return inner[-2] + "." if len(inner) > 1 else name
 
 
-def _unique(name: str, taken: set[str]) -> str:
-    name = ".".join(f"{part}_" if not part or part in _TAKEN else part for part in name.split("."))
-    number, made = 1, name
-    while made in taken or any(other.startswith(f"{made}.") or made.startswith(f"{other}.") for other in taken):
-        number += 1
-        made = f"{name}_{number}"
-    taken.add(made)
-    return made
+class _Paths:
+    """Paths of submodules: none twice, and none within another; a new one takes constant time."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._holders: set[str] = set()
+        self._next: dict[tuple[str, bool], int] = {}
+
+    def unique(self, name: str) -> str:
+        """``name``, with a number behind the part of it that is taken; taken from now on."""
+        parts = [f"{part}_" if not part or part in _TAKEN else part for part in name.split(".")]
+        made = ""
+        for depth, part in enumerate(parts, 1):
+            self._holders.add(made)
+            made = self._free(f"{made}.{part}" if made else part, depth == len(parts))
+        self._taken.add(made)
+        return made
+
+    def _free(self, path: str, last: bool) -> str:
+        number = self._next.get((path, last), 1)
+        made = path if number == 1 else f"{path}_{number}"
+        while made in self._taken or (last and made in self._holders):
+            number += 1
+            made = f"{path}_{number}"
+        self._next[path, last] = number  # those before it stay taken
+        return made

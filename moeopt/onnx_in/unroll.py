@@ -82,6 +82,7 @@ class LoopUnroller:
         }
         self.nodes: list[Any] = []
         self.taken = set(_names(graph))
+        self._next: dict[str, int] = {}
 
     def run(self, holders: set[int]) -> OnnxValue | None:
         """The copy with the nodes at ``holders`` written out; None where none of them can be."""
@@ -206,7 +207,7 @@ class LoopUnroller:
         """A constant that is one whole number or flag."""
         import onnx
 
-        tensor = {**self.constants, **(held or {})}.get(name)
+        tensor = held[name] if held and name in held else self.constants.get(name)
         if tensor is None or math.prod(tensor.dims) != 1 or tensor.data_type not in (6, 7, 9):
             return None
         return None if tensor.data_location else int(onnx.numpy_helper.to_array(tensor).item())
@@ -230,9 +231,10 @@ class LoopUnroller:
         return name
 
     def _unique(self, name: str) -> str:
-        made, number = name, 1
+        made, number = name, self._next.get(name, 1)
         while made in self.taken:
             made, number = f"{name}_{number}", number + 1
+        self._next[name] = number  # the numbers below are taken
         self.taken.add(made)
         return made
 

@@ -2,9 +2,10 @@
 
 No table of one machine decides on another. A question ("which spelling of a product with 16 rows?") is measured
 where it is first asked, the ways in turns, and its answer kept in memory and in the user's cache directory, in one
-file for each machine: its CPU model, torch's version and instruction set, and the number of threads. An answer that
-was stored is not measured again, so a process computes as the one before it did. ``MOEOPT_MEASURE=off`` measures
-and reads nothing: each question then has its safe default.
+file for each machine and version: its CPU model, torch's version and instruction set, the number of threads, and the
+hash of the CPU kernel's sources, for that kernel is one of the ways. An answer that was stored is not measured again,
+so a process computes as the one before it did. ``MOEOPT_MEASURE=off`` measures and reads nothing: each question then
+has its safe default.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from moeopt.ops.native.compile import digest_of_sources
 from moeopt.options import cache_directory, cpu_limits, measuring
 
 Way = Callable[[], object]
@@ -80,7 +82,8 @@ def machine() -> str:
 def _cpu() -> str:
     limits = ", ".join(f"{name}={value}" for name, value in cpu_limits().items())
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{cpu_model()}; torch {torch.__version__} {capability}" + (f" ({limits})" if limits else "")
+    versions = f"torch {torch.__version__} {capability}; kernel {digest_of_sources()}"
+    return f"{cpu_model()}; {versions}" + (f" ({limits})" if limits else "")
 
 
 @functools.cache

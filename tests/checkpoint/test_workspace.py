@@ -93,3 +93,12 @@ def test_a_file_that_somebody_removed_is_written_anew(tmp_path):
     journal.close(done=False)
     (tmp_path / "w" / WEIGHTS).unlink()
     worked(tmp_path / "w").close(done=True)
+
+
+def test_what_somebody_else_keeps_in_the_folder_stays(tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "thesis.tex").write_text("years of work")
+    worked(tmp_path / "w").close(done=True)
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["thesis.tex"]
+    opened(tmp_path / "w").close(done=False)  # nothing was begun
+    assert (tmp_path / "w" / "thesis.tex").read_text() == "years of work"

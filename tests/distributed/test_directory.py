@@ -196,3 +196,12 @@ def test_a_workspace_that_is_a_file(alone, tmp_path):
     (tmp_path / "w").write_text("")
     with pytest.raises(UsageError, match="is a file: give a folder, which is made where there is none"):
         moeopt.distribute(write("qwen3", tmp_path / "model"), alone, workspace=tmp_path / "w")
+
+
+def test_a_workspace_that_holds_something_else_is_left_as_it_is(alone, tmp_path):
+    """Files in it are written over and removed, so it must not be a model's or a user's own folder."""
+    model = write("qwen3", tmp_path / "model")
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with pytest.raises(UsageError, match="which is none of moeopt's files there: give a folder of its own"):
+        moeopt.distribute(model, alone, workspace=tmp_path / "model")
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before

@@ -44,3 +44,20 @@ def test_a_name_that_a_module_has_already_is_not_taken_twice():
             node.input[number] = node.input[number].replace("layers.0.column", "training.program.forward.column")
     (found,) = candidate_regions(GraphIndex(read_onnx(graph).model.graph))
     assert found.name == "training_.program_.forward_"
+
+
+def test_a_region_whose_name_lies_within_another_s_is_numbered_where_they_part():
+    """``mlp`` of one region and ``mlp.experts_of_two`` of the next cannot both be modules of these names."""
+    graph = model(3)
+    new = {"layers.0": "mlp", "layers.1": "mlp.second", "layers.2": "mlp.second.third"}
+
+    def renamed(name):
+        return next((name.replace(old, to, 1) for old, to in new.items() if name.startswith(f"{old}.")), name)
+
+    for tensor in graph.graph.initializer:
+        tensor.name = renamed(tensor.name)
+    for node in graph.graph.node:
+        node.input[:], node.output[:] = map(renamed, node.input), map(renamed, node.output)
+    graph.graph.output[0].name = renamed(graph.graph.output[0].name)
+    found = candidate_regions(GraphIndex(read_onnx(graph).model.graph))
+    assert [region.name for region in found] == ["mlp", "mlp_2.second", "mlp_2.second_2.third"]

@@ -64,6 +64,21 @@ def test_the_report_s_words_are_the_path_of_the_weights(stacked, no_triton, path
     assert got_path == path and reason in got_reason
 
 
+def test_the_report_promises_no_cuda_graph_for_weights_that_each_call_copies(monkeypatch):
+    """As where an expert's neurons are picked from an FFN."""
+    monkeypatch.setattr(cuda, "why_not", lambda device: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pytest.importorskip("triton", reason="triton is not installed here")
+    case = make(ExpertsSpec(rows="separate"), dtype=torch.float32, stacked=False)
+    _, held = cuda.describe_path(case.bank, case.spec)
+    assert "no wait for the host, fit for a CUDA graph" in held
+    w_out = type(case.bank).w_out
+    monkeypatch.setattr(type(case.bank), "w_out", lambda bank, e: w_out(bank, e).clone())
+    path, copied = cuda.describe_path(case.bank, case.spec)
+    assert path == "triton" and "copies of the experts' weights at each call, for which the host waits" in copied
+    assert "no CUDA graph can hold them" in copied and "fit for a CUDA graph" not in copied
+
+
 def test_the_report_says_why_the_better_kernel_does_not_take_the_weights(monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda device: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

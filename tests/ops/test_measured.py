@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -116,6 +117,23 @@ def test_the_machine_is_its_cpu_torch_threads_and_limits(monkeypatch):
     measured._cpu.cache_clear()
     try:
         assert "ONEDNN_MAX_CPU_ISA=AVX2" in measured.machine()
+    finally:
+        measured._cpu.cache_clear()
+
+
+def test_answers_of_another_cpu_kernel_are_not_believed(monkeypatch, tmp_path):
+    from moeopt.ops.native import compile as commands
+
+    before = measured.machine()
+    assert commands.digest_of_sources() in before
+    shutil.copytree(commands.SOURCES, tmp_path / "src")
+    (tmp_path / "src" / "tile.h").write_text("// another order of the sums")
+    other = commands.digest_of_sources(sources=tmp_path / "src")
+    monkeypatch.setattr(measured, "digest_of_sources", lambda: other)
+    measured._cpu.cache_clear()
+    try:
+        assert measured.machine() != before and other in measured.machine()
+        assert measured._file(measured.machine()) != measured._file(before)
     finally:
         measured._cpu.cache_clear()
 

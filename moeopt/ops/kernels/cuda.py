@@ -46,6 +46,7 @@ def choose_cuda_path(
     has_grouped_mm: bool,
     no_triton: str = "",
     kernels: tuple[int, int] = (2, 4),
+    copied: bool = False,
 ) -> tuple[Path, str]:
     """Which path this call takes, what it starts and waits for, and why no better one.
 
@@ -56,12 +57,14 @@ def choose_cuda_path(
         has_grouped_mm: whether this torch has ``torch.nn.functional.grouped_mm``.
         no_triton: why the Triton kernels can't take the call; "" where they can.
         kernels: how many of them there are for few pairs of token and expert, and for more.
+        copied: whether the weights are copied at each call before the kernels read them.
     """
     if not no_triton:
         few, many = kernels
-        return "triton", (
-            f"{few} launches for up to {FEW_PAIRS} pairs of token and expert, {many} for more, no wait for the host, "
-            "fit for a CUDA graph"
+        return "triton", f"{few} launches for up to {FEW_PAIRS} pairs of token and expert, {many} for more, " + (
+            "after copies of the experts' weights at each call, for which the host waits: no CUDA graph can hold them"
+            if copied
+            else "no wait for the host, fit for a CUDA graph"
         )
     no_grouped = _no_grouped(capability, dtype, shapes, strides, has_grouped_mm)
     if not no_grouped:
@@ -127,8 +130,23 @@ def describe_path(bank: ExpertWeights, spec: ExpertsSpec) -> tuple[Path, str]:
         except Unfit as err:
             no_triton = str(err)
     compute = getattr(torch, spec.compute_dtype) if spec.compute_dtype else w_in.dtype
-    path, why, _ = path_of(device, compute, bank, no_triton, launches(spec))
+    path, why, _ = path_of(device, compute, bank, no_triton, launches(spec), _copied(bank))
     return path, why
+
+
+def _copied(bank: ExpertWeights) -> bool:
+    """Whether a bank makes weights at each read, as where an expert's neurons are picked from an FFN."""
+    if bank.stacked() is not None:
+        return False
+
+    def read(e: int) -> tuple[Tensor, ...]:
+        return (*bank.w_in(e), bank.w_out(e))
+
+    for e in range(bank.num_experts):
+        first = read(e)  # held, so that a second copy lies elsewhere
+        if any(a.data_ptr() != b.data_ptr() for a, b in zip(first, read(e), strict=True)):
+            return True
+    return False
 
 
 def path_of(
@@ -137,6 +155,7 @@ def path_of(
     bank: ExpertWeights,
     no_triton: str,
     kernels: tuple[int, int] = (2, 4),
+    copied: bool = False,
 ) -> tuple[Path, str, StackedExpertWeights | None]:
     """:func:`choose_cuda_path` of these weights; and the stack, where there is one."""
     stacked = bank.stacked()
@@ -151,6 +170,7 @@ def path_of(
         hasattr(F, "grouped_mm"),
         no_triton,
         kernels,
+        copied,
     )
     return path, why, stacked
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import os
 import platform
 import subprocess
@@ -27,6 +26,7 @@ from moeopt.ops.native.compile import (
     all_isas,
     compile_library,
     compiler_named,
+    digest_of_sources,
     prebuilt,
 )
 from moeopt.ops.native.compile import ISAS as ISAS
@@ -63,11 +63,8 @@ def how_to_get_one() -> str:
 @functools.cache
 def _identity(compiler: str) -> str:
     """The hash of all that the library depends on, but for its instruction sets."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=SECONDS).stdout
-    digest = hashlib.sha256(version + " ".join(_FLAGS).encode() + platform.machine().encode())
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    said = subprocess.run([compiler, "--version"], capture_output=True, timeout=SECONDS).stdout
+    return digest_of_sources(said.decode(errors="replace"), *_FLAGS, platform.machine(), sources=SOURCES)
 
 
 def library_name(compiler: str, isas: Sequence[str]) -> str:

@@ -56,12 +56,17 @@ def compiler_named(wanted: str | None) -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
+def digest_of_sources(*about: str, sources: Path = SOURCES) -> str:
+    """The hash of the kernel's sources, and of what else a library or an answer depends on."""
+    digest = hashlib.sha256("\0".join(about).encode())
+    for path in sorted(sources.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def prebuilt_name(isas: Sequence[str]) -> str:
     """The name of a wheel's library: the hash of its sources and of the kind of machine, and its instruction sets."""
-    digest = hashlib.sha256(f"{sys.platform} {platform.machine()}".encode())
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    return "-".join(["moeopt-experts", digest.hexdigest()[:16], *isas]) + ".so"
+    return "-".join(["moeopt-experts", digest_of_sources(sys.platform, platform.machine()), *isas]) + ".so"
 
 
 def prebuilt(isa: str) -> Path | None:
