@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
-import time
-
-from torch import nn
 
 from moeopt.backends import registry
-from moeopt.backends.choice import checked_choice
 from moeopt.bundle.destination import check_destination
-from moeopt.checkpoint.journal import Workspace
-from moeopt.checkpoint.stream import check_directory, streamed
+from moeopt.calls.directory import explain_directory, optimize_directory
+from moeopt.calls.module import optimize_module
+from moeopt.calls.onnx_file import optimize_file
+from moeopt.calls.verify_again import verify_optimized
 from moeopt.errors import CaptureError, UsageError
-from moeopt.find.example_inputs import NO_CACHE, as_call, in_order, made_up, without_cache
+from moeopt.find.example_inputs import as_call, without_cache
 from moeopt.limits import DEFAULT, LoadLimits, as_bytes
 from moeopt.onnx_in.read import is_onnx
 from moeopt.optimized import Optimized
 from moeopt.options import Options, check_variables
-from moeopt.pipeline.accept import as_model, moved, moves, without_rewrites
-from moeopt.pipeline.measure_loss import whole_loss
-from moeopt.progress import shown
 from moeopt.report import Report
-from moeopt.rewrite.whole_model import watch_source
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
-from moeopt.verification.loss import Loss
-from moeopt.verification.model import end_to_end
 
 
 def optimize(
@@ -82,83 +73,12 @@ def optimize(
     if out is not None:
         check_destination(out, chosen.verify != "off")
     if is_onnx(model):
-        made = _optimize_file(model, example_inputs, backend or "onnxruntime", chosen)
+        made = optimize_file(model, example_inputs, backend or "onnxruntime", chosen)
     else:
-        made = _optimize(model, example_inputs, backend or "torch", chosen)
+        made = optimize_module(model, example_inputs, backend or "torch", chosen)
     if out is not None:
         made.save(out)
     return made
-
-
-def optimize_directory(
-    path: str | os.PathLike[str],
-    example_inputs: PyObject,
-    backend: str,
-    chosen: Options,
-    out: str | os.PathLike[str] | None,
-    task: str | None,
-    trust_remote_code: bool,
-    workspace: Workspace | None = None,
-) -> Optimized:
-    """:func:`optimize` of a Hugging Face directory; other processes share ``workspace``, given instead of ``out``."""
-    check_directory(path)
-    _, _, plan = checked_choice(backend, chosen)
-    with (
-        shown(chosen.progress) as say,
-        streamed(
-            path, dataclasses.replace(chosen, progress=say), backend=backend, out=out, task=task,
-            trust_remote_code=trust_remote_code, inputs=example_inputs, workspace=workspace,
-        ) as source,
-    ):  # fmt: skip
-        inner = dataclasses.replace(chosen, progress=say, dtype=None, mapped=True)
-        made = _optimize(source.model, example_inputs, backend, inner, plan)  # of lowerings for the user's own mapped=
-        source.check(made)
-        if out is not None:
-            source.save(made, out)
-    return made
-
-
-def _optimize(
-    model: PyObject, example_inputs: PyObject, backend: str, options: Options, plan: PyObject = None
-) -> Optimized:
-    """:func:`optimize` of a module; ``plan`` is the backend's, where it is not the one that ``options`` ask for."""
-    started = time.perf_counter()
-    chosen, runtime, asked_for = checked_choice(backend, options)
-    plan = asked_for if plan is None else plan
-    if isinstance(model, Optimized):
-        raise UsageError("this model is optimised already; pass the original, or its .model after a change")
-    given = as_model(model)
-    source = without_rewrites(given, chosen.inplace)
-    asked = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
-    call = in_order(source, without_cache(source, asked))
-    if moves(source, chosen):
-        source = source if chosen.inplace else copy.deepcopy(source)
-        source = source.to(device=chosen.device, dtype=chosen.dtype)
-    call = moved(call, chosen)
-    with shown(chosen.progress) as say:
-        made = runtime.optimize(source, call, dataclasses.replace(chosen, progress=say), plan)
-    notes = made.report.notes
-    if call[1].get("use_cache") is False and hasattr(source, "main_input_name") and not runtime.keeps_cache(made):
-        notes = (*notes, NO_CACHE)
-    made.report = dataclasses.replace(made.report, notes=notes, seconds=time.perf_counter() - started)
-    if isinstance(made.model, nn.Module) and made.model is not given:
-        cast = source is not given and (chosen.device, chosen.dtype) != (None, None)
-        watch_source(given, made.model, values=cast or bool(made.certificate.quantized))
-    return Optimized(made, call)
-
-
-def _optimize_file(model: PyObject, inputs: PyObject, backend: str, options: Options) -> Optimized:
-    chosen, runtime, plan = checked_choice(backend, options)
-    if chosen.dtype is not None or chosen.inplace:
-        raise UsageError("an ONNX file keeps its dtype and is not written to: leave out dtype= and inplace=")
-    if chosen.quantize is not None:
-        raise UsageError(
-            "the experts of an ONNX file keep their format: leave out quantize=, or quantise the PyTorch model, or "
-            "moeopt.from_onnx(path), with backend='onnxruntime'"
-        )
-    with shown(chosen.progress) as say:
-        made, call = runtime.optimize_file(model, inputs, dataclasses.replace(chosen, progress=say), plan)
-    return Optimized(made, call)
 
 
 def explain(
@@ -178,10 +98,7 @@ def explain(
     chosen = dataclasses.replace(Options.from_fields(options, fields), inplace=False)
     if not isinstance(model, (str, os.PathLike)) or is_onnx(model):
         return optimize(model, example_inputs, options=chosen, task=task, trust_remote_code=trust_remote_code).report
-    check_directory(model)
-    with streamed(model, chosen, task=task, trust_remote_code=trust_remote_code, alike=True) as source:
-        inner = dataclasses.replace(chosen, dtype=None)
-        return source.noted(_optimize(source.model, example_inputs, "torch", inner).report)
+    return explain_directory(model, example_inputs, chosen, task, trust_remote_code)
 
 
 def load(
@@ -262,31 +179,7 @@ def verify(
     if not isinstance(subject, Optimized):
         call = None if original is None or inputs is None else without_cache(original, as_call(inputs))
         return registry.of_bundle(subject).verify(subject, provider, original, call, limits or DEFAULT)
-    if subject._why_not_verified:
-        raise UsageError(subject._why_not_verified)
-    if original is None:
-        raise UsageError("verify(optimized) needs original=, the model to compare with")
-    backend = registry.get(subject.report.backend)
-    runner, executed = backend.runner(subject.model)
-    args, kwargs = backend.comparable(runner, subject._call if inputs is None else as_call(inputs))
-    noise = backend.noisy(original, [block.name for block in subject.report.rewritten])
-    before = subject.certificate
-    ties = None
-    if not before.quantized:  # other floats choose other experts
-        ties = backend.tie_comparison(original, runner, (args, kwargs), noise, subject._built)
-    judge = backend.judge(original, subject._made, (args, kwargs))
-    end = end_to_end(judge, runner, args, kwargs, noise_blocks=noise, otherwise=ties)
-    loss = (
-        Loss() if not before.quantized else whole_loss(original, runner, (args, kwargs), before.loss.get("limit", {}))
-    )
-    return Certificate(
-        end_to_end=end,
-        executed=executed,
-        dtype=before.dtype,
-        device=before.device,
-        quantized=before.quantized,
-        loss=loss,
-    )
+    return verify_optimized(subject, original, inputs)
 
 
 __all__ = ["CaptureError", "Optimized", "explain", "load", "optimize", "verify"]

@@ -28,6 +28,7 @@ FLOORS = [
     {"backends"},
     {"optimized"},
     {"checkpoint"},  # a directory is a model to optimise, and becomes a bundle
+    {"calls"},
     {"api"},
     {"distributed"},
     {"frontends"},

@@ -88,6 +88,7 @@ def export_causal_lm(
     say: Callable[[str], None],
     provider: str = "cpu",
     fuse: bool = True,
+    without_states: str = "",
 ) -> CausalLMExport:
     """Export ``model``, for which :func:`is_causal_lm` holds and whose blocks were rewritten.
 
@@ -96,6 +97,7 @@ def export_causal_lm(
         say: told what is being done.
         provider: "cpu" and "cuda" fuse norms and rotary embeddings into that provider's own ops.
         fuse: False leaves these as ONNX's operators.
+        without_states: an engine that has no form for recurrent states, in words; "" where there is one.
 
     Raises:
         Declined: the model's cache, arguments or results do not fit this form, or the exporter fails on it.
@@ -106,7 +108,7 @@ def export_causal_lm(
     sample, shapes, result = _sample(model)
     wide = any(t.dtype == torch.float64 for t in model.parameters())  # of which fused ops have no kernel
     in_place = cache_left_in_place() if provider == "cpu" else contextlib.nullcontext()
-    mixers = _mixers(model, sample, provider)
+    mixers = _mixers(model, sample, without_states)
     with (
         one_trace,
         emitting(model) as sites,
@@ -140,14 +142,14 @@ def export_causal_lm(
     return CausalLMExport(graph, sites, signature, traced.program)
 
 
-def _mixers(model: nn.Module, sample: dict[str, Any], provider: str) -> list[Mixer]:
-    """The layers that keep a recurrent state; ``Declined`` where the provider's engine has no form for them."""
+def _mixers(model: nn.Module, sample: dict[str, Any], without_states: str) -> list[Mixer]:
+    """The layers that keep a recurrent state; ``Declined`` where the engine ``without_states`` has no form for them."""
     if not any(name.startswith("recurrent") for layer in sample[PAST].layers for name in parts_of(layer)):
         return []
     with quiet(), _sdpa_or_eager(model):
         mixers = find_mixers(model, lambda cache: model(**{**sample, PAST: cache}), sample[PAST], (B, S))
-    if mixers and provider == "tensorrt":
-        raise Declined(f"{mixers[0].name} keeps a recurrent state, for which a TensorRT engine has no form here")
+    if mixers and without_states:
+        raise Declined(f"{mixers[0].name} keeps a recurrent state, for which {without_states} has no form here")
     return mixers
 
 

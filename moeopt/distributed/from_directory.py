@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from moeopt.api import optimize_directory
+from moeopt.calls.directory import optimize_directory
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.checkpoint.folder_lock import CAN_LOCK
 from moeopt.checkpoint.journal import Workspace, is_own

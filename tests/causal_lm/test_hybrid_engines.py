@@ -18,8 +18,9 @@ import onnx_ir as ir
 import moeopt
 from moeopt.backends.onnxrt.session import Session
 from moeopt.causal_lm.layers import parts_of
+from moeopt.causal_lm.lm import export_causal_lm
 from moeopt.causal_lm.runner import CausalLM
-from moeopt.errors import UsageError
+from moeopt.errors import Declined, UsageError
 from tests.causal_lm.hybrids import GRANITE, TWICE
 from tests.causal_lm.test_lm import GREEDY, apart, exported, followed, prompt
 from tests.families.build import FAMILIES
@@ -268,3 +269,16 @@ def test_the_comparison_sees_a_loop_gone_wrong(engines, tmp_path, name, harm, nu
     engine = CausalLM(Session(tmp_path / "model.onnx"), json.loads((folder / "signature.json").read_text()))
     call = prompt(3, 9, padded=True)
     assert apart(exact, engine, call, followed(call, 1)) > 20 * allowed(original, exact, 9)
+
+
+def test_an_engine_without_a_form_for_states_is_refused_by_name():
+    family = FAMILIES["qwen3_next"]
+    with pytest.raises(Declined, match=r"linear_attn keeps a recurrent state, for which a TensorRT engine has no form"):
+        export_causal_lm(
+            family.build("eager"),
+            (),
+            family.inputs(),
+            lambda line: None,
+            "tensorrt",
+            without_states="a TensorRT engine",
+        )

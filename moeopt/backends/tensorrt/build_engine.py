@@ -158,7 +158,7 @@ def _exported(
     """The whole model as an ``onnx_ir.Model``, with a key/value cache where it has one; its sites and signature."""
     if is_causal_lm(model):
         try:
-            found = export_causal_lm(model, args, kwargs, options.say, "tensorrt")
+            found = export_causal_lm(model, args, kwargs, options.say, "tensorrt", without_states="a TensorRT engine")
             add_conditions(found.program, found.signature)
         except Declined as err:
             plan.remarks.append(onnx_build.without_cache(model, kwargs, err.reason))
