@@ -75,12 +75,6 @@ class MappedFile:
         with contextlib.suppress(AttributeError, OSError):  # a system without the advice drops pages by itself
             self._memory.madvise(mmap.MADV_DONTNEED)
 
-    def read_ahead(self, offset: int, size: int) -> None:
-        """Ask the kernel to read these bytes while this process does something else."""
-        begin = offset // _PAGE * _PAGE
-        with contextlib.suppress(AttributeError, OSError):
-            self._memory.madvise(mmap.MADV_WILLNEED, begin, min(offset + size, self.length) - begin)
-
     def _tensor(self, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
         if not count:
             return torch.empty(0, dtype=dtype)

@@ -112,19 +112,3 @@ def captured(attribute: OnnxValue) -> Iterator[Any]:
                     yield value
             own |= {id(v) for v in node.outputs}
         yield from (v for v in graph.outputs if id(v) not in own)
-
-
-def graphs_of(graph: OnnxGraph) -> Iterator[Any]:
-    """A graph and the bodies of its nodes, outer ones first."""
-    import onnx_ir as ir
-
-    todo = [graph]
-    while todo:
-        here = todo.pop()
-        yield here
-        for node in here:
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.GRAPH:
-                    todo.append(attribute.value)
-                elif attribute.type == ir.AttributeType.GRAPHS:
-                    todo += attribute.value

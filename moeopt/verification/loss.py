@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from moeopt.capture.tree import ArgsKwargs
-from moeopt.options.loss_limits import LANGUAGE, OUTPUTS
 from moeopt.value_types import PyObject
 from moeopt.verification.distance import as_rows, finite_rows, token_distance
 from moeopt.verification.language import find_ids, find_logits
@@ -166,11 +165,6 @@ def is_language(output: PyObject, call: ArgsKwargs) -> bool:
     """Whether the outputs of a call hold next-token logits for its token ids."""
     ids = find_ids(*call)
     return ids is not None and find_logits(output, ids) is not None
-
-
-def figures_of(language: bool) -> tuple[str, ...]:
-    """The keys of the figures that such a model has."""
-    return tuple(LANGUAGE if language else OUTPUTS)
 
 
 def logits_of(output: PyObject, call: ArgsKwargs) -> tuple[Tensor, Tensor]:
