@@ -169,6 +169,7 @@ def _traced(
         try:
             with (
                 one_trace,
+                _own_containers(model),
                 torch.no_grad(),
                 idle_moves(),
                 shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
@@ -186,6 +187,34 @@ def _traced(
             if not ones or not free or "must match the size of tensor" not in str(err):
                 raise
     raise AssertionError("the last try returns or raises")
+
+
+@contextlib.contextmanager
+def _own_containers(model: nn.Module) -> Iterator[None]:
+    """The lists, dicts, sets and tuples that modules hold stay these objects, with what was in them.
+
+    torch.export leaves a copy in each place. Modules that share one (a configuration) would no longer see what is
+    changed in it, and a rewritten block would take the copy for a change.
+    """
+    standard = vars(nn.Module())
+    held = [
+        (vars(module), name, value, value if isinstance(value, tuple) else value.copy())
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name not in standard and isinstance(value, (list, dict, set, tuple))
+    ]
+    try:
+        yield
+    finally:
+        for attributes, name, value, content in held:
+            if attributes.get(name) is value:
+                continue
+            if isinstance(value, list):
+                value[:] = content
+            elif not isinstance(value, tuple):
+                value.clear()
+                value.update(content)
+            attributes[name] = value
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """Tracing a model: keywords beyond its signature, and errors that only tracing brings out."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
+import moeopt
 from moeopt.errors import NotSaveableError
 from moeopt.lower.export import export_program
 
@@ -61,3 +64,58 @@ def test_a_failed_trace_prints_no_graph(capfd):
         export_program(AsksForAValue(), (torch.randn(3, 4),), {})
     printed = capfd.readouterr()
     assert "def forward" not in printed.err and "def forward" not in printed.out
+
+
+class Holder(nn.Module):
+    """A root and its child read one configuration."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.seen, self.pair = {"scale": 2.0}, [], ([1], 2)
+        self.child = nn.Linear(4, 4)
+        self.child.config = self.config
+
+    def forward(self, x):
+        self.seen.append(tuple(x.shape))
+        return self.child(x) * self.child.config["scale"] + self.pair[1]
+
+
+def test_what_the_model_holds_stays_the_same_objects():
+    model = Holder().eval()
+    before = (model.config, model.seen, model.pair)
+    export_program(model, (torch.randn(3, 4),), {})
+    assert all(now is then for now, then in zip((model.config, model.seen, model.pair), before, strict=True))
+    assert model.child.config is model.config and model.config == {"scale": 2.0} and model.seen == []
+
+
+class ReadsItsConfig(nn.Module):
+    """The child that routes and the root hold one dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"top_k": 2}
+        self.router = nn.Linear(8, 4, bias=False)
+        self.router.config = self.config
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(4))
+
+    def forward(self, x):
+        weights, ids = self.router(x).softmax(-1).topk(self.router.config["top_k"])
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return y
+
+
+def test_a_saved_model_is_not_taken_for_a_changed_one(tmp_path):
+    torch.manual_seed(0)
+    model, x = ReadsItsConfig().eval(), torch.randn(12, 8)
+    fast = moeopt.optimize(model, x, verify="fast")
+    fast.save(tmp_path / "bundle")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", moeopt.errors.StaleModelWarning)
+        before = fast(x)
+        torch.testing.assert_close(before, model(x))
+    fast.model.config["top_k"] = 1  # the router sees it
+    with pytest.warns(moeopt.errors.StaleModelWarning), torch.no_grad():
+        assert not torch.allclose(fast(x), before)
