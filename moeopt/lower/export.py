@@ -20,6 +20,7 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import MoeoptError, NotSaveableError
 from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacle_of, odd_argument
+from moeopt.lower.own_containers import own_containers
 from moeopt.lower.plain import free_sizes, plain_call
 from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.lower.stamps import Stamps
@@ -169,7 +170,7 @@ def _traced(
         try:
             with (
                 one_trace,
-                _own_containers(model),
+                own_containers(model),
                 torch.no_grad(),
                 idle_moves(),
                 shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
@@ -187,34 +188,6 @@ def _traced(
             if not ones or not free or "must match the size of tensor" not in str(err):
                 raise
     raise AssertionError("the last try returns or raises")
-
-
-@contextlib.contextmanager
-def _own_containers(model: nn.Module) -> Iterator[None]:
-    """The lists, dicts, sets and tuples that modules hold stay these objects, with what was in them.
-
-    torch.export leaves a copy in each place. Modules that share one (a configuration) would no longer see what is
-    changed in it, and a rewritten block would take the copy for a change.
-    """
-    standard = vars(nn.Module())
-    held = [
-        (vars(module), name, value, value if isinstance(value, tuple) else value.copy())
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if name not in standard and isinstance(value, (list, dict, set, tuple))
-    ]
-    try:
-        yield
-    finally:
-        for attributes, name, value, content in held:
-            if attributes.get(name) is value:
-                continue
-            if isinstance(value, list):
-                value[:] = content
-            elif not isinstance(value, tuple):
-                value.clear()
-                value.update(content)
-            attributes[name] = value
 
 
 @contextlib.contextmanager
