@@ -47,6 +47,7 @@ from moeopt.lower.onnx.sites import Sites
 from moeopt.lower.stamps import Stamps
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.value_types import PyObject
+from moeopt.verification.state import RestoreState
 
 B, S, P, N = 2, 3, 5, 2
 """Sizes of the traced sample: no two that are free are equal, and none is 1, which a trace would hold to be fixed."""
@@ -111,6 +112,7 @@ def export_causal_lm(
     mixers = _mixers(model, sample, without_states)
     with (
         one_trace,
+        RestoreState(model),  # as for other exports: torch.export leaves copies of what modules hold
         emitting(model) as sites,
         quiet(),
         _sdpa_or_eager(model),

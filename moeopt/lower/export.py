@@ -20,13 +20,13 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import MoeoptError, NotSaveableError
 from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacle_of, odd_argument
-from moeopt.lower.own_containers import own_containers
 from moeopt.lower.plain import free_sizes, plain_call
 from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.lower.stamps import Stamps
 from moeopt.patches import idle_moves, no_export_dump, one_trace
 from moeopt.value_types import PyObject
 from moeopt.verification.model import run_plain
+from moeopt.verification.state import RestoreState
 
 
 def avoid_size_one(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgsKwargs:
@@ -103,27 +103,26 @@ def export_program(
     args, kwargs = plain_call(args, kwargs)
     before = _python_state(model)
     reads = None
-    try:
+    with RestoreState(model):  # torch.export leaves copies of the lists and dicts that modules hold
         try:
-            program = _traced(model, args, kwargs, None, stamps)
+            try:
+                program = _traced(model, args, kwargs, None, stamps)
+            except Exception as err:
+                if not frozen or not asks_values(err):
+                    raise
+                _restore(model, before)
+                if stamps is not None:
+                    stamps.forget()
+                reads = ConstantReads(model)
+                program = _traced(model, args, kwargs, reads, None)
+        except MoeoptError:
+            raise
         except Exception as err:
-            if not frozen or not asks_values(err):
-                raise
-            _restore(model, before)
-            if stamps is not None:
-                stamps.forget()
-            reads = ConstantReads(model)
-            program = _traced(model, args, kwargs, reads, None)
-    except MoeoptError:
-        raise
-    except Exception as err:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        raise NotSaveableError(
-            f"{type(model).__name__} cannot be saved: "
-            f"{hidden_child(model, err) or made_for_inference(model) or odd_argument(bound, err) or obstacle_of(err)}"
-        ) from err
-    finally:
-        counted = _restore(model, before)
+            bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+            why = hidden_child(model, err) or made_for_inference(model) or odd_argument(bound, err) or obstacle_of(err)
+            raise NotSaveableError(f"{type(model).__name__} cannot be saved: {why}") from err
+        finally:
+            counted = _restore(model, before)
     if counted:
         raise NotSaveableError(
             f"{type(model).__name__} cannot be saved: {counted} changes at each call, and an engine keeps no state: "
@@ -170,7 +169,6 @@ def _traced(
         try:
             with (
                 one_trace,
-                own_containers(model),
                 torch.no_grad(),
                 idle_moves(),
                 shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]

@@ -495,3 +495,11 @@ def test_float64_keeps_the_numbers_of_its_ops():
         engine = moeopt.optimize(model, {"input_ids": ids}, backend="onnxruntime", verify="fast")
         want = model(input_ids=ids).logits
         torch.testing.assert_close(engine(input_ids=ids).logits, want, rtol=1e-13, atol=1e-13 * float(want.abs().max()))
+
+
+def test_what_the_model_holds_stays_the_same_objects():
+    family = FAMILIES["mixtral"]
+    model = moeopt.optimize(family.build(), family.inputs(), verify="off").model
+    held = model.shared = model.model.shared = {"a": [1]}
+    export_causal_lm(model, (), family.inputs(), lambda line: None)
+    assert model.shared is held and model.model.shared is held and held == {"a": [1]}

@@ -9,6 +9,7 @@ from torch import nn
 import moeopt
 from moeopt.errors import NotSaveableError
 from moeopt.lower.export import export_program
+from tests.toy_moe import Block, H, build
 
 
 class Keywords(nn.Module):
@@ -88,28 +89,20 @@ def test_what_the_model_holds_stays_the_same_objects():
     assert model.child.config is model.config and model.config == {"scale": 2.0} and model.seen == []
 
 
-class ReadsItsConfig(nn.Module):
-    """The child that routes and the root hold one dict."""
+class ReadsItsConfig(Block):
+    """The gate and the root hold one dict."""
 
     def __init__(self):
         super().__init__()
-        self.config = {"top_k": 2}
-        self.router = nn.Linear(8, 4, bias=False)
-        self.router.config = self.config
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(4))
+        self.config = self.gate.config = {"top_k": 2}
 
-    def forward(self, x):
-        weights, ids = self.router(x).softmax(-1).topk(self.router.config["top_k"])
-        y = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(ids == e)
-            y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
-        return y
+    def route(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(self.gate.config["top_k"])
+        return ids, weights
 
 
 def test_a_saved_model_is_not_taken_for_a_changed_one(tmp_path):
-    torch.manual_seed(0)
-    model, x = ReadsItsConfig().eval(), torch.randn(12, 8)
+    model, x = build(ReadsItsConfig), torch.randn(12, H)
     fast = moeopt.optimize(model, x, verify="fast")
     fast.save(tmp_path / "bundle")
     with warnings.catch_warnings(), torch.no_grad():
