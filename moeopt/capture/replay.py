@@ -36,15 +36,15 @@ def descendants(tape: Tape, sources: Iterable[fx.Node], until: int | None = None
     return out
 
 
-def ancestors(targets: Iterable[fx.Node]) -> set[fx.Node]:
-    """Every node that any of ``targets`` depends on, themselves included."""
+def ancestors(targets: Iterable[fx.Node], ends: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Every node that any of ``targets`` depends on, themselves included, by ways that pass none of ``ends``."""
     seen: set[fx.Node] = set()
     stack = list(targets)
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack.extend(node.all_input_nodes)
+            stack.extend(() if node in ends else node.all_input_nodes)
     return seen
 
 

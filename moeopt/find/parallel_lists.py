@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import fx
 
@@ -22,7 +22,7 @@ def one_mixture(first: Sequence[Call], other: Sequence[Call]) -> bool:
         return True
     if _reads(first, other[0]) or _reads(other, first[0]):
         return False
-    ends = {id(n) for c in (*first, *other) for n in leaves_of(fx.Node, c.output)}
+    ends = {n for c in (*first, *other) for n in leaves_of(fx.Node, c.output)}
     own, theirs = _choices(first, ends), _choices(other, ends)
     if not own and not theirs:
         own, theirs = _gates(first), _gates(other)
@@ -37,16 +37,16 @@ def are_layers(first: Sequence[Call], second: Sequence[Call]) -> bool:
 
 def _reads(calls: Sequence[Call], reader: Call) -> list[Call]:
     """Those of ``calls`` whose results ``reader`` reads, by any way that passes no other of the results."""
-    ends = {id(n): c for c in calls for n in leaves_of(fx.Node, c.output)}
-    return list({ends[n].index: ends[n] for n in map(id, _before(reader, set(ends))) if n in ends}.values())
+    ends = {n: c for c in calls for n in leaves_of(fx.Node, c.output)}
+    return list({ends[n].index: ends[n] for n in _before(reader, ends) if n in ends}.values())
 
 
-def _choices(calls: Sequence[Call], ends: set[int]) -> set[fx.Node]:
+def _choices(calls: Sequence[Call], ends: set[fx.Node]) -> set[fx.Node]:
     """The router's choices by which the rows of ``calls`` were picked."""
     found = set()
     for node in _before(calls[0], ends):
         source = node.args[0] if node.target is operator.getitem else node
-        if isinstance(source, fx.Node) and op_name(source) in CHOICES and id(node) not in ends:
+        if isinstance(source, fx.Node) and op_name(source) in CHOICES and node not in ends:
             found.add(source)
     return found
 
@@ -67,13 +67,6 @@ def _gates(calls: Sequence[Call]) -> set[fx.Node]:
     return set()
 
 
-def _before(call: Call, ends: set[int]) -> set[fx.Node]:
-    """What the arguments of ``call`` depend on, up to the nodes with the identities ``ends``."""
-    seen: set[fx.Node] = set()
-    stack = leaves_of(fx.Node, [call.args, call.kwargs])
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend([] if id(node) in ends else node.all_input_nodes)
-    return seen
+def _before(call: Call, ends: Collection[fx.Node]) -> set[fx.Node]:
+    """What the arguments of ``call`` depend on, up to the nodes ``ends``."""
+    return ancestors(leaves_of(fx.Node, [call.args, call.kwargs]), ends)

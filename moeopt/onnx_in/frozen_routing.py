@@ -17,6 +17,7 @@ from typing import Any
 
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.interpreter import constant_of
 from moeopt.onnx_in.products import MOVING, WeightProduct, shape_of, weight_products
 from moeopt.onnx_in.regions import CandidateRegion
 from moeopt.value_types import OnnxNode, OnnxValue
@@ -113,9 +114,9 @@ def _whole_numbers(node: OnnxNode, number: int) -> list[int] | None:
     """An input that is a constant, as numbers."""
     value = node.inputs[number] if len(node.inputs) > number else None
     made = None if value is None else value.producer()
+    if made is not None and made.op_type == "Constant":
+        return [int(n) for n in constant_of(made).reshape(-1)[:1024]]
     held = None if value is None else value.const_value
-    if made is not None and made.op_type == "Constant" and "value" in made.attributes:
-        held = made.attributes["value"].value
     return None if held is None else [int(n) for n in held.numpy().reshape(-1)[:1024]]
 
 

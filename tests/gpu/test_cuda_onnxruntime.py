@@ -8,16 +8,10 @@ import torch
 pytest.importorskip("onnxruntime")
 
 import moeopt
-from moeopt.backends.onnxrt.providers import available
 from tests.gpu.blocks import language_model, mixture, tokens
+from tests.gpu.marks import ON_CUDA_PROVIDER
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or "cuda" not in available(),
-        reason="needs a CUDA GPU, a torch that sees it, and onnxruntime-gpu",
-    ),
-]
+pytestmark = ON_CUDA_PROVIDER
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

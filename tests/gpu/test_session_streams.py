@@ -6,16 +6,11 @@ import torch
 pytest.importorskip("onnxruntime")
 
 from moeopt.backends.onnxrt.cuda_graph import CUDA_GRAPH
-from moeopt.backends.onnxrt.providers import available, runtime
+from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.session import Session
+from tests.gpu.marks import ON_CUDA_PROVIDER
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or "cuda" not in available(),
-        reason="needs a CUDA GPU, a torch that sees it, and onnxruntime-gpu",
-    ),
-]
+pytestmark = ON_CUDA_PROVIDER
 H = 256
 
 

@@ -53,19 +53,11 @@ def error(model, w):
 
 @pytest.mark.parametrize("level", [None, 0, 1, 2, 3])
 @pytest.mark.parametrize("block", [16, 32, 128])
-def test_four_bits_keep_float32_activations(block, level):
-    model, w = product(4, block, level)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_few_bits_keep_float32_activations_below_level_4(bits, block, level):
+    model, w = product(bits, block, level)
     assert error(model, w) < EXACT
-    assert rounds_activations("MatMulNBits", 4, block, level or 0) == ""
-    assert not check_graph(ir.from_proto(model), "cpu")
-
-
-@pytest.mark.parametrize("level", [None, 0, 1, 2, 3])
-@pytest.mark.parametrize("block", [16, 32, 128])
-def test_eight_bits_keep_float32_activations_below_level_4(block, level):
-    model, w = product(8, block, level)
-    assert error(model, w) < EXACT
-    assert rounds_activations("MatMulNBits", 8, block, level or 0) == ""
+    assert rounds_activations("MatMulNBits", bits, block, level or 0) == ""
     assert not check_graph(ir.from_proto(model), "cpu")
 
 

@@ -54,6 +54,8 @@ class UnrolledCodes(Unrolled):
     """The lowering ``"unrolled-codes"``: 4 bits in blocks along the inputs, on a CPU."""
 
     name = "unrolled-codes"
+    reads = 1 / 7
+    """The time of reading an expert's weights, beside that of reading them as floats: 4.5 bits where 32 are counted."""
 
     def refuses(self, site: ExpertsNode, provider: str) -> str:
         if not is_quantized(site):
@@ -76,7 +78,7 @@ class UnrolledCodes(Unrolled):
     def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
         nodes = 30 + 2 * site.bank.num_experts
         cost = weights_cost(site, experts_hit(site, tokens), tokens * site.top_k, nodes, syncs=2)
-        return Cost(cost.moved / 7, cost.flops, cost.kernels, syncs=cost.syncs)  # 4.5 bits where 32 were counted
+        return dataclasses.replace(cost, moved=self.reads * cost.moved)
 
     def product(self, graph: Builder, site: ExpertsNode, e: int, which: str, rows: OnnxValue) -> OnnxValue:
         order = row_order(site.spec, site.bank.w_in_q[0].matrix.shape[0]) if which == "gate_up" else None
@@ -91,6 +93,8 @@ class UnrolledBytes(UnrolledCodes):
     """The lowering ``"unrolled-bytes"``: 8 bits, in blocks along the inputs or with a scale for each row, on a CPU."""
 
     name = "unrolled-bytes"
+    reads = 8.0
+    """Each matrix is made float, one code after the other, written, and read again: 8 to 40 were measured."""
 
     def _refuses_format(self, format: WeightFormat) -> str:
         if format.codes not in ("int8", "uint8") or not format.symmetric:
@@ -98,15 +102,7 @@ class UnrolledBytes(UnrolledCodes):
         rows, columns = format.block
         return "" if rows == 1 and (columns is None or _is_block(columns)) else _OTHER_BLOCKS.format(format)
 
-    def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
-        nodes = 30 + 2 * site.bank.num_experts
-        cost = weights_cost(site, experts_hit(site, tokens), tokens * site.top_k, nodes, syncs=2)
-        # beside the product, each matrix is written as floats and read again, at the speed of one code after the other
-        return dataclasses.replace(cost, moved=TO_FLOATS * cost.moved)
 
-
-TO_FLOATS = 8.0
-"""Times that making a matrix float and multiplying one row takes as long as reading it as floats: 8 to 40 measured."""
 _OTHER_BLOCKS = "MatMulNBits takes blocks of 16, 32, 64, ... inputs of one output, not {}"
 
 
