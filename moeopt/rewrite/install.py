@@ -112,9 +112,12 @@ class RewrittenForward:
     def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The op on the live weights number ``index``: what a ``moeopt::experts`` node of the graph calls."""
         bank, spec = self.banks[index]
-        known = self.program.block.per_token[index]
-        if known is not None and ids.shape[-1] != known and not torch.compiler.is_compiling():
-            raise Stale(f"its router chose {ids.shape[-1]} experts for a token, and {known} when it was verified")
+        if not torch.compiler.is_compiling():
+            known, chosen = self.program.block.per_token[index], weights.shape[-1]
+            if ids.shape[-1] != chosen:  # ids that name every expert follow no router
+                known = ids.shape[-1]
+            if known not in (None, chosen):
+                raise Stale(f"its router chose {chosen} experts for a token, and {known} when it was verified")
         return experts(x, ids, weights, bank, spec, self.program.guard.skip_idle)
 
     def let_gradients_through(self) -> fx.Graph | None:

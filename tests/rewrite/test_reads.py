@@ -391,6 +391,43 @@ def test_a_router_that_chooses_another_number_of_experts():
     assert "its router chose 3 experts for a token, and 2 when it was verified" in told[0]
 
 
+def test_a_router_that_no_longer_chooses_every_expert():
+    """Ids may be read from a mask, whose size is fixed: then the weights alone tell a change."""
+
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.config = nn.Linear(16, 2), types.SimpleNamespace(top_k=2)
+
+        def forward(self, x):
+            w, ids = self.linear(x).softmax(-1).topk(self.config.top_k, -1)
+            return ids, w
+
+    class ByPosition(Block):
+        def __init__(self):
+            super().__init__(experts=2)
+            self.router = Router()
+
+        def forward(self, x):
+            rows = x.reshape(-1, 16)
+            ids, w = self.router(rows)
+            mask = nn.functional.one_hot(ids, 2).permute(2, 1, 0)
+            y = torch.zeros_like(rows)
+            for e, expert in enumerate(self.experts):
+                slot, token = torch.where(mask[e])
+                y.index_add_(0, token, expert(rows[token]) * w[token, slot, None])
+            return y.view(x.shape)
+
+    model = build(ByPosition)
+    opt = optimized(model)
+    x = seeded(2, 8, 16)
+    model.router.config.top_k = opt.model.router.config.top_k = 1
+    want, _ = warned(lambda: model(x))
+    got, told = warned(lambda: opt(x))
+    assert torch.equal(got, want)
+    assert "its router chose 1 experts for a token, and 2 when it was verified" in told[0]
+
+
 def test_a_block_that_reads_too_much_is_declined():
     class Hoard(Block):
         def __init__(self):
