@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import types
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any
@@ -22,8 +23,8 @@ from torch.utils import _pytree as pytree
 
 from moeopt.value_types import PyObject
 
-_TORCH = frozenset(vars(nn.Module()))
-_CONTAINERS = (list, dict, set)
+_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, Counter, deque)
+"""Of these exact types; the tables of ``nn.Module`` (parameters, submodules, hooks) are among them."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module, type)
 
 
@@ -91,17 +92,11 @@ class RestoreState:
     def __enter__(self) -> RestoreState:
         self._modules = list(_unique_modules(self._roots))
         self._attributes = [(m, dict(m.__dict__)) for _, m in self._modules]
-        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._bare: list[dict[str, Any]] = []
-        self._containers: list[tuple[Any, Any]] = []
-        for _, attributes in self._attributes:
-            for table in (attributes["_parameters"], attributes["_buffers"], attributes["_modules"]):
-                if table:
-                    self._tables.append((table, dict(table)))
-                else:
-                    self._bare.append(table)
-            held = (value for name, value in attributes.items() if name not in _TORCH and type(value) in _CONTAINERS)
-            self._containers += [(value, value.copy()) for value in held]
+        held = (value for _, attributes in self._attributes for value in attributes.values())
+        containers = [value for value in held if type(value) in _CONTAINERS]
+        # most are a module's tables of hooks and are empty: no copy for these, a model has thousands
+        self._bare = [value for value in containers if not value]
+        self._containers = [(value, value.copy()) for value in containers if value]
         self._owners: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
         for path, module in self._modules:
             for table in (module._parameters, module._buffers):
@@ -128,22 +123,16 @@ class RestoreState:
         return {name: owner.detach().clone() for name, owner, _ in entries}
 
     def __exit__(self, *exc: object) -> None:
-        for table, before in self._tables:
-            if not _same(table, before):
-                table.clear()
-                table.update(before)
-        for table in filter(None, self._bare):
-            table.clear()
+        for container in filter(None, self._bare):
+            container.clear()
+        for container, held in self._containers:
+            if not _same(container, held):
+                container.clear()
+                (container.extend if isinstance(container, (list, deque)) else container.update)(held)
         for module, attributes in self._attributes:
             if not _same(module.__dict__, attributes):
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
-        for container, held in self._containers:
-            if isinstance(container, list):
-                container[:] = held
-            else:
-                container.clear()
-                container.update(held)
         for key, entries in self._owners.items():
             for _, owner, data in entries:
                 if key in self._saved:
@@ -155,9 +144,11 @@ class RestoreState:
             torch.cuda.set_rng_state_all(self._cuda_rng)
 
 
-def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """The same names, in the same order, for the same objects."""
-    return len(now) == len(before) and list(now) == list(before) and all(map(is_, now.values(), before.values()))
+def _same(now: Any, before: Any) -> bool:
+    """The same names or items, in the same order, for the same objects."""
+    if len(now) != len(before) or not all(map(is_, now, before)):
+        return False
+    return not isinstance(now, dict) or all(map(is_, now.values(), before.values()))
 
 
 def _unique_modules(roots: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
