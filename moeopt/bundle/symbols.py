@@ -47,7 +47,12 @@ def check_sizes(
             continue
         low, high = ranges.get(dim, [0, None])
         if size < low or (high is not None and size > high):
-            raise UsageError(f"{path} has size {size} in dimension {i}; {dim} may be {low} to {high or 'any size'}")
+            way_out = "optimise again with example inputs or dynamic dimensions that cover it"
+            if size == 0:
+                way_out = "there is nothing to compute for an empty input, so answer such a call without the bundle"
+            raise UsageError(
+                f"{path} has size {size} in dimension {i}; {dim} may be {low} to {high or 'any size'}: {way_out}"
+            )
         if seen.setdefault(dim, size) != size:
             raise UsageError(
                 f"{path} has size {size} in dimension {i}, and another input has {seen[dim]} there: both are {dim}"
