@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from operator import is_
 from typing import Any
 
@@ -144,11 +144,11 @@ class RestoreState:
             torch.cuda.set_rng_state_all(self._cuda_rng)
 
 
-def _same(now: Any, before: Any) -> bool:
+def _same(now: Collection[Any], before: Collection[Any]) -> bool:
     """The same names or items, in the same order, for the same objects."""
     if len(now) != len(before) or not all(map(is_, now, before)):
         return False
-    return not isinstance(now, dict) or all(map(is_, now.values(), before.values()))
+    return not isinstance(now, dict) or not isinstance(before, dict) or all(map(is_, now.values(), before.values()))
 
 
 def _unique_modules(roots: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
