@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
+import operator
 from typing import Any
 
 import torch
 from torch import nn
 
-from moeopt.capture.containers import CONTAINERS, HOOK_TABLES, REGISTRIES, put_back, same_items
+from moeopt.capture.held_state import CONTAINERS, TABLES, HeldState
 from moeopt.errors import UsageError
 from moeopt.value_types import PyObject
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_HOOKS = TABLES - {*_REGISTRIES, "_non_persistent_buffers_set"}
 
 
 def _tensors(modules: list[tuple[str, nn.Module]], table: str) -> list[tuple[str, torch.Tensor]]:
@@ -23,14 +26,21 @@ def _tensors(modules: list[tuple[str, nn.Module]], table: str) -> list[tuple[str
     return list(found.values())
 
 
+def _identical(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """The same names in the same order for the same objects."""
+    return len(now) == len(before) and all(map(operator.is_, now, before)) and all(
+        map(operator.is_, now.values(), before.values())
+    )  # fmt: skip
+
+
 def _same(a: PyObject, b: PyObject) -> bool:
     if a is b:
         return True
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) or type(a) is not type(b):
         return False
-    if isinstance(a, (list, tuple, deque)):
+    if type(a) in (list, tuple):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
+    if type(a) is dict:
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     try:
         return bool(a == b)
@@ -54,17 +64,19 @@ class ModuleState:
         self.buffers = _tensors(self.modules, "_buffers")
         self._before = [dict(module.__dict__) for _, module in self.modules]
         self._contents = [
-            {k: v.copy() for k, v in d.items() if type(v) in CONTAINERS and k not in HOOK_TABLES} for d in self._before
+            {k: v.copy() for k, v in d.items() if type(v) in CONTAINERS and k not in _HOOKS} for d in self._before
         ]
-        self._hooks = [(d[name], d[name].copy()) for d in self._before for name in HOOK_TABLES if name in d]
+        self._held = HeldState(self.modules)
         self._own: dict[int, torch.Tensor] = {}
-        for name, tensor in (*self.parameters, *self.buffers):
+        for name, tensor in (*self.parameters, *self.buffers, *self._held.tensors.items()):
             if nn.parameter.is_lazy(tensor):
                 raise UsageError(
                     f"{name} has no shape yet (a lazy module); run the model once on these inputs, then optimise it"
                 )
             if tensor.layout == torch.strided:
-                self._own.setdefault(tensor.untyped_storage()._cdata, tensor)
+                first = self._own.setdefault(key := tensor.untyped_storage()._cdata, tensor)
+                if first.numel() < tensor.numel():  # that was a part of it
+                    self._own[key] = tensor
         self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def about_to_write(self, target: torch.Tensor) -> None:
@@ -81,35 +93,28 @@ class ModuleState:
         for (path, module), before, contents in zip(self.modules, self._before, self._contents, strict=True):
             for name, held in contents.items():
                 value = module.__dict__.get(name)
-                if name in REGISTRIES and value is not None:
+                if name in _REGISTRIES and value is not None:
                     changed |= {(path, k): v for k, v in value.items() if held.get(k) is not v}
                 elif name in module.__dict__ and not _same(held, value):
                     changed[path, name] = value
-            if not same_items(module.__dict__, before):
+            if not _identical(module.__dict__, before):
                 for name, value in module.__dict__.items():
                     if name not in contents and (name not in before or not _same(before[name], value)):
                         changed[path, name] = value
         return changed
 
     def changed_in_place(self) -> set[tuple[str, str]]:
-        """(module path, attribute) of each list, dict or set that the run wrote into."""
+        """(module path, attribute) of each list, dict or other container that the run wrote into."""
         return {
             (path, name)
             for (path, _), before, contents in zip(self.modules, self._before, self._contents, strict=True)
             for name, held in contents.items()
-            if name not in REGISTRIES and not _same(held, before[name])
+            if name not in _REGISTRIES and not _same(held, before[name])
         }
 
     def restore(self) -> None:
         """Put every attribute and every written parameter or buffer back."""
-        for (_, module), before, contents in zip(self.modules, self._before, self._contents, strict=True):
-            if not same_items(module.__dict__, before):
-                module.__dict__.clear()
-                module.__dict__.update(before)
-            for name, held in contents.items():
-                put_back(before[name], held)
-        for table, hooks in self._hooks:
-            put_back(table, hooks)
+        self._held.restore()
         with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
             for own, value in self._saved.values():
                 own.copy_(value)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moeopt.capture.containers import CONTAINERS, put_back, same_items
+from moeopt.capture.held_state import HeldState
 from moeopt.value_types import PyObject
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module, type)
@@ -78,7 +78,8 @@ class RestoreState:
     """Context manager: snapshot of what ``fn`` may change on itself, restored on exit.
 
     Tensors are saved lazily: a dispatch mode calls :meth:`before_write` with each tensor that an op
-    is about to write, and only a storage that belongs to the model is cloned. ``written`` names them.
+    is about to write, and only a storage that belongs to the model is cloned. ``written`` names them: Parameters,
+    buffers, and tensors in attributes of any kind.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
@@ -88,22 +89,22 @@ class RestoreState:
 
     def __enter__(self) -> RestoreState:
         self._modules = list(_unique_modules(self._roots))
-        self._attributes = [(m, dict(m.__dict__)) for _, m in self._modules]
-        held = (value for _, attributes in self._attributes for value in attributes.values())
-        containers = [value for value in held if type(value) in CONTAINERS]
-        # most are a module's tables of hooks and are empty: no copy for these, a model has thousands
-        self._bare = [value for value in containers if not value]
-        self._containers = [(value, value.copy()) for value in containers if value]
+        self._held = HeldState(self._modules)
         self._owners: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
         for path, module in self._modules:
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
-                    if tensor is not None and tensor.device.type != "meta" and type(data := tensor.data) is Tensor:
-                        entry = (f"{path}.{name}" if path else name, tensor, data)
-                        self._owners.setdefault(data.untyped_storage().data_ptr(), []).append(entry)
+                    if tensor is not None:
+                        self._own(f"{path}.{name}" if path else name, tensor)
+        for place, tensor in self._held.tensors.items():
+            self._own(place, tensor)
         self._rng = torch.get_rng_state()
         self._cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         return self
+
+    def _own(self, name: str, tensor: Tensor) -> None:
+        if tensor.layout == torch.strided and tensor.device.type != "meta" and type(data := tensor.data) is Tensor:
+            self._owners.setdefault(data.untyped_storage().data_ptr(), []).append((name, tensor, data))
 
     def before_write(self, tensor: Tensor) -> None:
         """Save the model's tensors that share ``tensor``'s storage, once."""
@@ -115,19 +116,12 @@ class RestoreState:
                 self.written.append(name)
 
     def after(self) -> dict[str, Tensor]:
-        """Name -> value now, of every parameter or buffer that the run has written."""
+        """Name -> value now, of every tensor of the model that the run has written."""
         entries = (entry for key in self._saved for entry in self._owners[key])
         return {name: owner.detach().clone() for name, owner, _ in entries}
 
     def __exit__(self, *exc: object) -> None:
-        for container in filter(None, self._bare):
-            container.clear()
-        for container, held in self._containers:
-            put_back(container, held)
-        for module, attributes in self._attributes:
-            if not same_items(module.__dict__, attributes):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+        self._held.restore()
         for key, entries in self._owners.items():
             for _, owner, data in entries:
                 if key in self._saved:
