@@ -32,7 +32,7 @@ class Layer(nn.Module):
 
     def forward(self, x):
         if isinstance(x, FakeTensor):
-            TRACED.append(vars(self)["number"])  # read past what looks at reads
+            TRACED.append(vars(nn.Module)["__dict__"].__get__(self)["number"])  # read past what looks at reads
         h = self.norm(x)
         h = (h @ h.transpose(1, 2)).softmax(-1) @ h
         return x + self.down(F.silu(self.up(h.reshape(-1, H)))).view(x.shape) * self.scale
