@@ -33,13 +33,13 @@ from moeopt.lower.layer_calls import PLAIN, Same
 from moeopt.ops.override import default_impl
 from moeopt.value_types import FxTarget, PyObject
 
-Words = list[Any]
+OpWords = list[Any]
 """The ops of one call of a layer, as values: two lists are equal if the calls ran the same code."""
 
 
 def layer_runs(
     layers: dict[str, nn.Module], carrier: Carrier | None, run: Callable[[], PyObject]
-) -> list[tuple[str, Words]]:
+) -> list[tuple[str, OpWords]]:
     """The calls of ``layers`` in one run of their model, in order, as (path, words).
 
     Args:
@@ -47,7 +47,7 @@ def layer_runs(
         carrier: knows the caches that layers are given, as in :mod:`.carried`.
         run: calls the model with values, and undoes what the model changes.
     """
-    found: list[tuple[str, Words]] = []
+    found: list[tuple[str, OpWords]] = []
     thread = threading.get_ident()
     inside = False
 
@@ -60,11 +60,12 @@ def layer_runs(
                 return forward(*args, **kwargs)
             inside = True
             try:
-                with _OpWords(_known(layer, (args, kwargs), carrier)) as ops:
-                    return forward(*args, **kwargs)
+                with _OpRecorder(_known(layer, (args, kwargs), carrier)) as ops:
+                    result = forward(*args, **kwargs)
             finally:
                 inside = False
-                found.append((path, ops.words))
+            found.append((path, ops.words))
+            return result
 
         return call
 
@@ -101,14 +102,14 @@ def _known(layer: nn.Module, call: PyObject, carrier: Carrier | None) -> list[tu
     return known
 
 
-class _OpWords(TorchDispatchMode):
+class _OpRecorder(TorchDispatchMode):
     """Writes down each op that runs while the mode is open."""
 
     supports_higher_order_operators = True
 
     def __init__(self, known: Sequence[tuple[Any, Tensor]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.words: Words = []
+        self.words: OpWords = []
         self._of: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for word, tensor in known:
             self._of.setdefault(tensor, word)

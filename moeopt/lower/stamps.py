@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from moeopt.lower.alike_layers import Likeness, repeated_modules, weights_by_name
 from moeopt.lower.carried import Carrier, SlotCall, one_carried, put_back
 from moeopt.lower.layer_calls import NotStampable, attributes, described, more_than_tensors, open_sizes, same_attributes
-from moeopt.lower.layer_runs import Words, layer_runs
+from moeopt.lower.layer_runs import OpWords, layer_runs
 from moeopt.lower.module_state import module_state
 from moeopt.lower.plain_attributes import AttributePlace, LayerNumber, watched
 from moeopt.value_types import PyObject
@@ -144,15 +144,18 @@ class Stamps:
         """The classes of layers for which a stamp cannot stand: with values, one runs otherwise than its kind does.
 
         Args:
-            run: calls the model with values, as it was called for the trace.
+            run: calls the model with values, as it was called for the trace; where it cannot, nothing is stamped.
         """
         if not self.layers:
             return frozenset()
-        runs = layer_runs({path: self._candidates[path] for path, _ in self.calls}, self._carrier, run)
+        try:
+            runs = layer_runs({path: self._candidates[path] for path, _ in self.calls}, self._carrier, run)
+        except Exception:  # of the model's own code
+            runs = []
         runs *= len(self.calls) // max(len(runs), 1)  # a trace may call the model more than once
         if [path for path, _ in self.calls] != [path for path, _ in runs]:
             return frozenset(kind.cls for kind in self.kinds.values())
-        first: dict[int, Words] = {}
+        first: dict[int, OpWords] = {}
         return frozenset(
             self.kinds[number].cls
             for (_, number), (_, words) in zip(self.calls, runs, strict=True)

@@ -192,3 +192,5 @@ def test_a_run_that_calls_other_layers_than_the_trace_proves_nothing():
         torch.export.export(model, (x,), strict=False)
     assert stamps.layers == ["layers.1", "layers.2"] and stamps.unlike(lambda: model(x)) == frozenset()
     assert stamps.unlike(lambda: model.layers[0](x)) == {Layer}
+    assert stamps.unlike(lambda: model(x, "an argument too many")) == {Layer}
+    assert all("forward" not in layer.__dict__ for layer in model.layers)
