@@ -25,6 +25,18 @@ class NotStampable(BaseException):  # no ``except Exception`` of a model's own c
         self.kind = kind
 
 
+class Same:
+    """An object as a value that is equal to the same object alone."""
+
+    def __init__(self, held: PyObject) -> None:
+        self._held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self._held is other._held
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def described(args: PyObject, kwargs: PyObject) -> tuple[Any, list[Tensor]] | None:
     """A call as values that are equal for alike calls, and its tensors; None where an argument is of another kind."""
     leaves, spec = pytree.tree_flatten((args, kwargs))

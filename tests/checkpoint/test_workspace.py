@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moeopt.checkpoint.folder_lock import CAN_LOCK
 from moeopt.checkpoint.journal import JOURNAL, WEIGHTS, Journal, Workspace
 from moeopt.errors import CheckpointError
+from moeopt.file_lock import CAN_LOCK
 
 pytestmark = pytest.mark.skipif(not CAN_LOCK, reason="nothing is locked here")
 
