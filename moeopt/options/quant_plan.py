@@ -33,6 +33,9 @@ class QuantPlan:
         blocks: module name pattern (as in ``fnmatch``) -> a name of ``FORMATS``, or ``"float"``; the first pattern
             that matches a block's module path decides.
         default: for blocks that no pattern matches.
+        products: the same for products with a weight that lie outside of MoE blocks and are no part of a rewritten one,
+            of an engine: attention's projections, ``lm_head``, dense FFNs that were left alone. Patterns match the path
+            of the module that computes the product; one name of a format means all of them; {} leaves them.
         costs: of a plan that was searched, what each block alone lost in each format: mean KL, or mean relative
             distance of the outputs of a model without next-token logits.
 
@@ -43,6 +46,7 @@ class QuantPlan:
     blocks: Mapping[str, str] = field(default_factory=dict, hash=False)
     default: str = FLOAT
     costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False, compare=False, repr=False)
+    products: Mapping[str, str] | str = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, Mapping) or not all(isinstance(p, str) and p for p in self.blocks):
@@ -53,6 +57,7 @@ class QuantPlan:
         for name in (*self.blocks.values(), self.default):
             check_format(name, "QuantPlan", (*FORMATS, FLOAT))
         object.__setattr__(self, "blocks", dict(self.blocks))
+        object.__setattr__(self, "products", as_products(self.products))
 
     def format_of(self, block: str) -> str:
         """The name of the format that the block at this module path gets; ``"float"`` where it is left alone."""
@@ -60,6 +65,16 @@ class QuantPlan:
             if fnmatch.fnmatchcase(block, pattern):
                 return name
         return self.default
+
+    def product_format_of(self, path: str) -> str:
+        """The name of the format that the product of the module at ``path`` gets; ``"float"`` where it is left."""
+        assert isinstance(self.products, Mapping)
+        return next((name for p, name in self.products.items() if fnmatch.fnmatchcase(path, p)), FLOAT)
+
+    @property
+    def for_engines(self) -> str:
+        """What of the plan only engines have, in words; "" where there is nothing."""
+        return "products" if self.products else ""
 
     @property
     def takes_checkpoint(self) -> bool:
@@ -73,7 +88,10 @@ class QuantPlan:
 
     def __str__(self) -> str:
         told = [f"{pattern}: {name}" for pattern, name in self.blocks.items()]
-        return ", ".join([*told, f"{'others' if told else 'all blocks'}: {self.default}"])
+        told.append(f"{'others' if told else 'all blocks'}: {self.default}")
+        assert isinstance(self.products, Mapping)
+        told += [f"products {pattern}: {name}" for pattern, name in self.products.items()]
+        return ", ".join(told)
 
     @classmethod
     def search(
@@ -108,6 +126,19 @@ class QuantPlan:
             model, data, budget, formats, fields
         )
         return found
+
+
+def as_products(value: PyObject) -> dict[str, str]:
+    """``QuantPlan(products=)`` by pattern; ``UsageError`` where it is neither a format nor a mapping to formats."""
+    given = {"*": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping) or not all(isinstance(p, str) and p for p in given):
+        raise UsageError(
+            f"QuantPlan(products={value!r}): it must be a format, or map patterns of module paths to formats, like "
+            "{'lm_head': 'int8', '*.self_attn.*': 'int4'}"
+        )
+    for name in given.values():
+        check_format(name, "QuantPlan(products=)", [*(f for f in FORMATS if f != CHECKPOINT), FLOAT])
+    return dict(given)
 
 
 def check_format(name: PyObject, option: str, known: Iterable[str] = tuple(FORMATS)) -> None:

@@ -38,7 +38,7 @@ _NOTES = {
         "so does quantize='int8' with mapped=True, more slowly"
     ),
     UnrolledBytes: (
-        "as mapped=True asks, a session holds the codes of these experts and no floats; ONNX Runtime's product of "
+        "as mapped=True asks, a session holds these codes and no floats; ONNX Runtime's product of "
         "8-bit codes with float32 activations makes one matrix float at each call, which takes about 10 times as long "
         "for one token"
     ),
@@ -85,6 +85,8 @@ class OnnxRuntimeBackend(GraphBackend):
     def _notes_impl(self, built: BuiltGraph) -> list[str]:
         """What of quantised experts is codes in the file only, and what is codes in memory at the price of time."""
         found = {form: [s for s, name in built.lowerings.items() if name == form.name] for form in _NOTES}
+        for form, reads in ((UnrolledFloats, "floats"), (UnrolledBytes, "bytes")):
+            found[form] += [name for name, read in built.products.items() if read == reads]
         return [
             f"{sites[0]}{f' and {len(sites) - 1} more' if sites[1:] else ''}: {_NOTES[form]}"
             for form, sites in found.items()

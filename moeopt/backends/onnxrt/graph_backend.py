@@ -45,6 +45,7 @@ from moeopt.pipeline.quantized_model import (
     quantized_original,
     routed_banks,
 )
+from moeopt.pipeline.quantized_products import quantize_products
 from moeopt.pipeline.report_of import report_of
 from moeopt.pipeline.run import run
 from moeopt.report import BlockReport
@@ -98,7 +99,8 @@ class GraphBackend(Backend):
     ) -> Made:  # fmt: skip
         outcome = self._settled(twin, self._run_impl(twin, call, options, plan))
         check_patterns(outcome, options)
-        judge = quantized_original(source, twin)
+        products = quantize_products(twin, outcome, call, options)
+        judge = quantized_original(source, twin, products)
         with fewer_collections():
             built = self._build_impl(twin, call, plan, options)
             engine = self._opened_impl(built, plan, options)
@@ -140,13 +142,13 @@ class GraphBackend(Backend):
         dtype = str(first.dtype).removeprefix("torch.") if first is not None else ""
         certificate = Certificate(
             outcome.checks, end, options.verify, executed, device, dtype, notes=[*plan.notes, *notes],
-            quantized=formats_of(twin),
+            quantized=formats_of(twin), products=products.formats,
         )  # fmt: skip
         if judge is not source and options.verify != "off":
-            certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options)
+            certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options, products)
         blocks = [self._with_lowering(block, built) for block in outcome.blocks]
         report = report_of(source, blocks, self.name, outcome, certificate, options)
-        told = notes_of(outcome, twin, options)
+        told = [*notes_of(outcome, twin, options), *products.note()]
         report = dataclasses.replace(
             report, notes=(*report.notes, *told, *plan.notes, *self._notes_impl(built), *notes)
         )
@@ -207,11 +209,12 @@ class GraphBackend(Backend):
 
     def judge(self, original: nn.Module, made: Made, call: ArgsKwargs) -> nn.Module:
         """``original`` is rewritten and quantised again: an engine has no modules to read codes from."""
-        if not made.certificate.quantized:
+        certificate = made.certificate
+        if not certificate.lossy:
             return original
-        twin = shared_copy(original)
-        run(twin, call, Options(verify="off", quantize=plan_of(made.certificate.quantized)))
-        return quantized_original(original, twin)
+        twin, options = shared_copy(original), Options(verify="off", quantize=plan_of(certificate))
+        products = quantize_products(twin, run(twin, call, options), call, options)
+        return quantized_original(original, twin, products)
 
     def runner(self, model: PyObject) -> tuple[GraphEngine, bool]:
         return (model.replay(), False) if isinstance(model, OfflineEngine) else (model, True)

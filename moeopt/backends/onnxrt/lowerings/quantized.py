@@ -65,11 +65,12 @@ class UnrolledCodes(Unrolled):
         if types_of(site).compute != torch.float32:
             return f"MatMulNBits computes in float32 here, and the experts in {types_of(site).compute}"
         for matrix in (*site.bank.w_in_q, site.bank.w_out_q):
-            if reason := self._refuses_format(matrix.matrix.format):
+            if reason := self.refuses_format(matrix.matrix.format):
                 return reason
         return super().refuses(site, provider)
 
-    def _refuses_format(self, format: WeightFormat) -> str:
+    def refuses_format(self, format: WeightFormat) -> str:
+        """Why weights of ``format`` are not read as codes; "" where they are."""
         if format.codes != "uint4" or not format.symmetric or format.packing != "low nibble first":
             return f"MatMulNBits is quick with float32 activations for symmetric 4-bit codes only, not for {format}"
         rows, columns = format.block
@@ -83,7 +84,7 @@ class UnrolledCodes(Unrolled):
     def product(self, graph: Builder, site: ExpertsNode, e: int, which: str, rows: OnnxValue) -> OnnxValue:
         order = row_order(site.spec, site.bank.w_in_q[0].matrix.shape[0]) if which == "gate_up" else None
         done = [
-            _product(graph, one, order, f"expert.{e}/{which}" + (f".{n}" if n else ""), rows)
+            product_on_codes(graph, one, order, f"expert.{e}/{which}" + (f".{n}" if n else ""), rows)
             for n, one in enumerate(matrices(site, e, which))
         ]
         return done[0] if len(done) == 1 else graph.op("Concat", done, axis=1, name=f"expert.{e}/{which}")
@@ -96,7 +97,8 @@ class UnrolledBytes(UnrolledCodes):
     reads = 8.0
     """Each matrix is made float, one code after the other, written, and read again: 8 to 40 were measured."""
 
-    def _refuses_format(self, format: WeightFormat) -> str:
+    def refuses_format(self, format: WeightFormat) -> str:
+        """As the base class has it."""
         if format.codes not in ("int8", "uint8") or not format.symmetric:
             return f"it is for symmetric 8-bit integers, not for {format}"
         rows, columns = format.block
@@ -110,8 +112,10 @@ def _is_block(columns: int | None) -> bool:
     return columns is not None and columns >= 16 and not columns & (columns - 1)
 
 
-def _product(graph: Builder, weight: QuantizedWeight, order: Tensor | None, name: str, rows: OnnxValue) -> OnnxValue:
-    """``rows`` times the transpose of ``weight``, whose rows are taken in ``order``."""
+def product_on_codes(
+    graph: Builder, weight: QuantizedWeight, order: Tensor | None, name: str, rows: OnnxValue
+) -> OnnxValue:
+    """A MatMulNBits node: ``rows`` times the transpose of ``weight``, whose rows are taken in ``order``."""
     (N, K), bits = weight.shape, weight.format.bits
     b = weight.format.block[1] or _row_block(K)
     blocks = -(-K // b)
