@@ -25,6 +25,7 @@ from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, SIGNATURE, probes_o
 from moeopt.backends.onnxrt.check_bytes import check_graph, parsed
 from moeopt.backends.onnxrt.custom_op import native_library, register, why_not
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
+from moeopt.backends.onnxrt.environment import check_environment
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.providers import PROVIDERS, available, provider_named, runtime
 from moeopt.backends.onnxrt.selftest import SelfTestResult, load_probes, self_test, wrong_answers
@@ -71,7 +72,7 @@ def load_onnx_bundle(
     Raises:
         BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason. A
             ``LimitError`` where it takes more than ``limits``.
-        UsageError: the provider is not on this machine.
+        UsageError: the provider is not on this machine; a variable of this process changes what its kernels compute.
         EngineNotExecutableError: a block computes something else here, and no other lowering takes its place.
         NotEquivalentError: the golden runs come back otherwise than the engine was verified to give them.
     """
@@ -84,6 +85,7 @@ def load_onnx_bundle(
     signature = read_signature(manifest)
     graph = PORTABLE if was_replayed(manifest) and provider == "cpu" else GRAPH
     proto = _checked(manifest, graph, signature)
+    check_environment(manifest.directory, manifest.data, proto)
     if provider not in available():
         _checked(manifest, PORTABLE, signature)
         return OfflineEngine(manifest.directory, signature, provider, manifest=manifest)

@@ -93,7 +93,7 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> OnnxValu
         raise BundleError(f"{path}: it holds the function {found.domain}.{found.name}, and moeopt writes none")
     if proto.training_info:
         raise BundleError(f"{path}: it holds training information, and moeopt writes none")
-    for graph in _graphs(proto.graph):
+    for graph in graphs_of(proto.graph):
         if graph.sparse_initializer:
             raise BundleError(f"{path}: it holds sparse weights, and moeopt writes none")
         for node in graph.node:
@@ -131,7 +131,7 @@ def parse(path: Path) -> OnnxValue:
     return proto
 
 
-def _graphs(graph: OnnxGraph) -> Iterator[Any]:
+def graphs_of(graph: OnnxGraph) -> Iterator[Any]:
     """A graph and all that its control flow holds."""
     todo = [graph]
     while todo:

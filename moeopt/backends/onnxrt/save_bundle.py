@@ -12,7 +12,10 @@ from typing import Any
 
 from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, SIGNATURE, golden_calls, probes_of
+from moeopt.backends.onnxrt.check_bytes import parse
 from moeopt.backends.onnxrt.engine import OnnxEngine
+from moeopt.backends.onnxrt.environment import KEY as KEY_OF_VARIABLES
+from moeopt.backends.onnxrt.environment import operators_of, variables
 from moeopt.backends.onnxrt.golden import budget_of, golden_runs
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.providers import runtime
@@ -54,6 +57,8 @@ def save_onnx_bundle(
         fields["portable"] = _form(built.cpu_fallback)
     if built.native:
         fields["native"] = built.native
+    if changed := variables(operators_of(parse(built.directory / GRAPH))):
+        fields[KEY_OF_VARIABLES] = changed
 
     def write(aside: Path) -> None:
         _write_form(built, GRAPH, aside)
