@@ -193,6 +193,7 @@ def test_a_model_that_calls_no_module_keeps_its_floats():
     [
         (lambda: QuantPlan(products="int3"), "QuantPlan(products=)='int3' is no format"),
         (lambda: QuantPlan(products={"head": "checkpoint"}), "QuantPlan(products=)='checkpoint' is no format"),
+        (lambda: QuantPlan(activations="int4"), "it must be one of float, int8"),
         (lambda: QuantPlan(products=["int8"]), "it must be a format, or map patterns of module paths to formats"),
         (
             lambda: optimized(QuantPlan(products="int8"), backend="torch"),
@@ -230,3 +231,74 @@ def test_the_command_quantises_products(tmp_path, capsys):
     certificate = json.loads(capsys.readouterr().out)["certificate"]
     assert end.value.code == 0 and certificate["products"]["head"].startswith("int8")
     assert certificate["products"]["attention.q"].startswith("int4") and certificate["quantized"]
+
+
+@pytest.fixture(scope="module")
+def rounding():
+    plan = QuantPlan(default="int4", products={"head": "int8", "*": "int4"}, activations="int8")
+    return optimized(plan, limit={"kl_mean": 0.01})
+
+
+def test_activations_are_rounded_after_the_engine_was_verified_and_the_loss_counts_it(rounding, int4):
+    certificate, before = rounding.certificate, int4.certificate
+    assert certificate.passed is True and certificate.equivalent is False
+    assert certificate.end_to_end.distance <= certificate.end_to_end.budget  # of the form with float activations
+    told = certificate.activations
+    assert told["products"] == 17 and told["kinds"] == 2 and told["error_eps"] < 64 and before.activations == {}
+    if torch.equal(rounding(IDS), int4(IDS)):
+        pytest.skip("this CPU computes these products in float32")
+    assert 1e-4 < told["outputs"] < 0.05 and 1e-3 < told["product"] < 0.05
+    assert certificate.loss["kl_mean"] != before.loss["kl_mean"]  # of what runs, rounded activations and all
+    with torch.no_grad():
+        want, got = (torch.log_softmax(f(IDS).double(), -1) for f in (model(), rounding))
+    assert certificate.loss["kl_mean"] == pytest.approx(float((want.exp() * (want - got)).sum(-1).mean()), rel=1e-3)
+    assert "17 products of codes round what they read to int8" in " ".join(str(certificate).split())
+
+
+def test_a_bundle_with_rounded_activations(rounding, tmp_path):
+    import onnx
+
+    from moeopt.errors import BundleError
+
+    folder = rounding.save(tmp_path / "b")
+    nodes = onnx.load(folder / "model.onnx").graph.node
+    levels = {a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"}
+    assert levels == {4} and json.loads((folder / "moeopt.json").read_text())["activations"] == "int8"
+    assert torch.equal(moeopt.load(folder)(IDS), rounding(IDS))
+    again = moeopt.verify(folder)
+    assert again.passed is True and again.activations == rounding.certificate.activations
+    assert moeopt.verify(rounding, original=model()).passed is True  # in the form that was verified
+    manifest = json.loads((folder / "moeopt.json").read_text())
+    del manifest["activations"]
+    (folder / "moeopt.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="at accuracy level 4, with which activations may be rounded to int8"):
+        moeopt.load(folder)
+
+
+def test_a_limit_judges_rounded_activations(rounding):
+    plan = QuantPlan(products={"head": "int8"}, activations="int8")
+    assert optimized(plan, limit={"kl_mean": 1e-9}).certificate.passed is False
+    assert Certificate.from_json(rounding.certificate.to_json()).activations == rounding.certificate.activations
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(backend="torch"), "QuantPlan(activations=) is for engines"),
+        (dict(portable=True), "is for ONNX Runtime's own products of codes on a CPU: leave it out, or leave portable"),
+        (dict(target="cuda"), "leave it out, or leave the provider cuda out"),
+    ],
+)
+def test_where_activations_cannot_be_rounded(fields, words):
+    with pytest.raises(UsageError) as err:
+        optimized(QuantPlan(default="int8", activations="int8"), **fields)
+    assert words in str(err.value)
+
+
+def test_a_kernel_that_computes_something_else_leaves_activations_floats(monkeypatch):
+    from moeopt.backends.onnxrt import rounded_activations
+
+    monkeypatch.setattr(rounded_activations, "rounded_rows", lambda x, block: x.double() * 1.01)
+    opt = optimized(QuantPlan(default="int4", activations="int8"))
+    assert opt.certificate.activations == {} and opt.certificate.passed is True
+    assert any("activations stay floats: a product of 16 x 16 in 4 bits is" in note for note in opt.report.notes)

@@ -200,7 +200,7 @@ class Backend(ABC):
         end = self._golden(manifest, opened, notes, limits)
         return Certificate(
             saved.blocks, end, saved.level, opened.executed, opened.device, saved.dtype, notes=notes,
-            quantized=saved.quantized, products=saved.products, loss=loss,
+            quantized=saved.quantized, products=saved.products, activations=saved.activations, loss=loss,
         )  # fmt: skip
 
     def _golden(self, manifest: Manifest, opened: Opened, notes: list[str], limits: LoadLimits) -> EndToEnd:

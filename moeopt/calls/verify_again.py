@@ -28,7 +28,14 @@ def verify_optimized(subject: Optimized, original: PyObject, inputs: PyObject) -
     if not before.lossy:  # other floats choose other experts
         ties = backend.tie_comparison(original, runner, (args, kwargs), noise, subject._built)
     judge = backend.judge(original, subject._made, (args, kwargs))
-    end = end_to_end(judge, runner, args, kwargs, noise_blocks=noise, otherwise=ties)
+    end = end_to_end(
+        judge,
+        runner.verified_form() if before.activations else runner,
+        args,
+        kwargs,
+        noise_blocks=noise,
+        otherwise=ties,
+    )
     loss = Loss() if not before.lossy else whole_loss(original, runner, (args, kwargs), before.loss.get("limit", {}))
     return Certificate(
         end_to_end=end,
@@ -37,5 +44,6 @@ def verify_optimized(subject: Optimized, original: PyObject, inputs: PyObject) -
         device=before.device,
         quantized=before.quantized,
         products=before.products,
+        activations=before.activations,
         loss=loss,
     )

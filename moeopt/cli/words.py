@@ -26,6 +26,9 @@ QuantizeProducts = Annotated[
         "may be given again"
     ),
 ]
+Activations = Annotated[
+    str | None, typer.Option(help="what an engine's products of codes read: float, or int8, which is faster")
+]
 LimitTo = Annotated[
     list[str] | None, typer.Option(help="the most that quantising may lose, like kl_mean=0.01; may be given again")
 ]

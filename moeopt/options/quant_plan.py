@@ -23,6 +23,8 @@ CHECKPOINT = "checkpoint"
 """The name of "as in the files": no weight is rounded, the codes are those that were published."""
 FLOAT = "float"
 """The name of "leave these experts as they are" in a plan."""
+ACTIVATIONS = ("float", "int8")
+"""What products of codes may read: the floats that they are given, or these rounded to 8 bits at each call."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class QuantPlan:
         products: the same for products with a weight that lie outside of MoE blocks and are no part of a rewritten one,
             of an engine: attention's projections, ``lm_head``, dense FFNs that were left alone. Patterns match the path
             of the module that computes the product; one name of a format means all of them; {} leaves them.
+        activations: what products of codes read in an engine: ``"float"``, or ``"int8"``, which is faster and another
+            loss: each call rounds what they are given, block by block.
         costs: of a plan that was searched, what each block alone lost in each format: mean KL, or mean relative
             distance of the outputs of a model without next-token logits.
 
@@ -47,6 +51,7 @@ class QuantPlan:
     default: str = FLOAT
     costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False, compare=False, repr=False)
     products: Mapping[str, str] | str = field(default_factory=dict, hash=False)
+    activations: str = "float"
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, Mapping) or not all(isinstance(p, str) and p for p in self.blocks):
@@ -58,6 +63,8 @@ class QuantPlan:
             check_format(name, "QuantPlan", (*FORMATS, FLOAT))
         object.__setattr__(self, "blocks", dict(self.blocks))
         object.__setattr__(self, "products", as_products(self.products))
+        if self.activations not in ACTIVATIONS:
+            raise UsageError(f"QuantPlan(activations={self.activations!r}): it must be one of {', '.join(ACTIVATIONS)}")
 
     def format_of(self, block: str) -> str:
         """The name of the format that the block at this module path gets; ``"float"`` where it is left alone."""
@@ -74,7 +81,7 @@ class QuantPlan:
     @property
     def for_engines(self) -> str:
         """What of the plan only engines have, in words; "" where there is nothing."""
-        return "products" if self.products else ""
+        return "products" if self.products else "activations" if self.activations != "float" else ""
 
     @property
     def takes_checkpoint(self) -> bool:
@@ -91,7 +98,7 @@ class QuantPlan:
         told.append(f"{'others' if told else 'all blocks'}: {self.default}")
         assert isinstance(self.products, Mapping)
         told += [f"products {pattern}: {name}" for pattern, name in self.products.items()]
-        return ", ".join(told)
+        return ", ".join(told if self.activations == "float" else [*told, f"activations: {self.activations}"])
 
     @classmethod
     def search(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -58,8 +58,11 @@ class LossMeter:
         self.base_ids: Ids = {}
         self.ids: Ids = {}
 
-    def run(self, call: ArgsKwargs) -> None:
-        """Add one call to the figures of each variant, and to the experts chosen with no codes and with all."""
+    def run(self, call: ArgsKwargs, engine: Callable[..., Any] | None = None) -> None:
+        """Add one call to the figures of each variant, and to the experts chosen with no codes and with all.
+
+        ``engine``: gives the outputs of the variant ``ALL`` in the twin's place.
+        """
         want = run_plain(self.source, *call)
         with self._banks({}), self.products.only(self.twin, ()), self._noted(self.base_ids):
             run_plain(self.twin, *call)
@@ -68,6 +71,8 @@ class LossMeter:
             noted = self._noted(self.ids) if name == ALL else contextlib.nullcontext()
             with self._banks(quantized), chosen, noted:
                 got = run_plain(self.twin, *call)
+            if engine is not None and name == ALL:
+                got = run_plain(engine, *call)
             self.figures[name].add(want, got, call)
 
     @contextlib.contextmanager

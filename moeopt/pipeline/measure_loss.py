@@ -11,7 +11,8 @@ One call of the data at a time: the outputs of one call are all that is held.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -76,6 +77,7 @@ def measure_loss(
     routed: Mapping[str, Sequence[bool]],
     options: Options,
     products: QuantizedProducts | None = None,
+    engine: Callable[..., Any] | None = None,
 ) -> Loss:
     """``certificate.loss``.
 
@@ -85,6 +87,7 @@ def measure_loss(
         calls: the data.
         routed: by module path, of each bank of that block, whether a router chooses its experts.
         products: the twin's quantised products outside of its blocks; None means none.
+        engine: what runs, where that is another approximation than ``twin`` with all codes; None: it is not.
     """
     products = QuantizedProducts() if products is None else products
     blocks = {p: f for p, m in twin.named_modules() if (f := rewritten_forward(m)) is not None and _codes(f)}
@@ -97,7 +100,7 @@ def measure_loss(
     meter = LossMeter(source, twin, blocks, routed, variants, language, products, groups, _REFERENCE)
     for number, call in enumerate(calls):
         options.say(f"measuring what quantising loses, call {number + 1} of {len(calls)}")
-        meter.run(call)
+        meter.run(call, engine)
     whole, reference, ids = meter.figures[ALL], meter.figures[_REFERENCE], meter.ids
     loss: Loss = Loss(
         **whole.figures(),  # type: ignore[typeddict-item]

@@ -28,7 +28,7 @@ from moeopt.untrusted import checked, cleaned, parse_json, shown
 from moeopt.value_types import PyObject
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.verification.loss import Loss
-from moeopt.verification.loss_text import judged, loss_lines, revived_loss
+from moeopt.verification.loss_text import activation_lines, judged, loss_lines, revived_loss
 from moeopt.verification.model import EndToEnd
 from moeopt.verification.results import BlockCheck, CaseResult
 
@@ -51,6 +51,9 @@ class Certificate:
 
     ``quantized``: the format of each block whose experts were quantised; ``products``: that of each product outside of
     the blocks, by its module's path; ``loss``: what that lost, empty where nothing was quantised or measured.
+    ``activations``: of an engine whose products of codes round what they read to int8, after it was verified with
+    floats: how many ``products`` of how many ``kinds`` do, how many eps a kind's answer is from what rounding gives
+    (``error_eps``), and how far rounding moves a ``product`` and the ``outputs``, worst token; {} where none does.
     """
 
     blocks: list[BlockCheck] = field(default_factory=list)
@@ -64,6 +67,7 @@ class Certificate:
     quantized: dict[str, str] = field(default_factory=dict)
     loss: Loss = field(default_factory=Loss)
     products: dict[str, str] = field(default_factory=dict)
+    activations: dict[str, float] = field(default_factory=dict)
 
     @property
     def lossy(self) -> bool:
@@ -180,7 +184,7 @@ class Certificate:
         if self.end_to_end is not None:
             lines += ["", *(part for line in self.end_to_end.lines() for part in _wrap(line, ""))]
         if self.lossy:
-            told = loss_lines(self.quantized, self.loss, self.products)
+            told = [*loss_lines(self.quantized, self.loss, self.products), *activation_lines(self.activations)]
             lines += ["", *(part for line in told for part in _wrap(line, ""))]
         for note in self.notes:
             lines += _wrap(f"note: {note}", "")

@@ -107,6 +107,17 @@ def loss_lines(quantized: Mapping[str, str], loss: Loss, products: Mapping[str, 
         yield f"  LIMIT MISSED: {sentence}"
 
 
+def activation_lines(rounded: Mapping[str, float]) -> Iterator[str]:
+    """What a certificate says of rounded activations, one statement a line."""
+    if rounded:
+        yield (
+            f"activations: {rounded['products']:.0f} products of codes round what they read to int8, which the figures "
+            "above count in; all that passed was verified with float activations before. Each of the "
+            f"{rounded['kinds']:.0f} kinds of products computes just that ({rounded['error_eps']:.2g} eps off); it "
+            f"moves a product by up to {rounded['product']:.2g}, and the outputs by up to {rounded['outputs']:.2g}"
+        )
+
+
 _WORDS = ("inf", "-inf", "nan")
 
 

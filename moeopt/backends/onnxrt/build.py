@@ -89,13 +89,19 @@ def onnx_plan(options: Options) -> OrtPlan:
     device = None if options.device is None else options.device.type
     provider = provider_named(options.target or device)
     there = ", ".join(available())
+    rounds = options.quantize is not None and options.quantize.activations == "int8"
+    if rounds and (provider != "cpu" or options.portable):
+        raise UsageError(
+            "QuantPlan(activations='int8') is for ONNX Runtime's own products of codes on a CPU: leave it out, or "
+            "leave " + ("portable=True" if provider == "cpu" else f"the provider {provider}") + " out"
+        )
     if device is not None and provider_named(device) not in available():
         raise UsageError(
             f"provider {provider_named(device)!r} is not on this machine; it has: {there}. "
             f"target={provider!r} instead of device builds the engine here, to be run where the provider is"
         )
     if provider in available():
-        return OrtPlan(provider, options.tokens, options.tune, options.portable, options.mapped)
+        return OrtPlan(provider, options.tokens, options.tune, options.portable, options.mapped, rounds)
     if options.tune:
         raise UsageError(
             f"tune=True measures on this machine, which has: {there}; build for target={provider!r} without it"

@@ -28,6 +28,7 @@ from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.environment import check_environment
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.providers import PROVIDERS, available, provider_named, runtime
+from moeopt.backends.onnxrt.rounded_activations import KEY, with_float_activations
 from moeopt.backends.onnxrt.selftest import SelfTestResult, load_probes, self_test, wrong_answers
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PORTABLE, data_of
 from moeopt.backends.onnxrt.trial import check_calls, within_limits
@@ -101,6 +102,11 @@ def load_onnx_bundle(
 Load = Callable[[str, Any], OnnxEngine]
 
 
+def rounds_activations(data: Mapping[str, Any]) -> bool:
+    """Whether the manifest says that products of codes round what they read."""
+    return data.get(KEY) == "int8"
+
+
 def holds_native(data: Mapping[str, Any]) -> bool:
     """Whether the manifest speaks of a graph with moeopt's own operator."""
     return data.get("native") is not None
@@ -147,6 +153,8 @@ def _loaded(
     proto: OnnxModel,
 ) -> OnnxEngine:
     """One graph of a bundle, tested on this machine, as an engine."""
+    if rounds_activations(manifest.data):  # blocks are asked what they were verified to answer
+        proto = with_float_activations(proto)
     key = (*(str(manifest.data["files"].get(f)) for f in (graph, data_of(graph))), runtime().__version__, provider)
     outcome = SelfTestResult(manifest.directory, graph)
     if key not in _PASSED:
@@ -198,7 +206,7 @@ def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> Py
     if graph == PORTABLE:
         checked(manifest.data["portable"], Form, f"{manifest.directory}: what the manifest says of {graph}")
     size = manifest.data["files"].get(data_of(graph), {"bytes": 0})["bytes"]
-    return check_graph(manifest.path(graph), signature, size)
+    return check_graph(manifest.path(graph), signature, size, rounds_activations(manifest.data))
 
 
 def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.GoldenCheck:

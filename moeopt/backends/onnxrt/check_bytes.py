@@ -76,10 +76,11 @@ _ATTRIBUTES = {
 _KEYS = {"location", "offset", "length"}
 
 
-def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> OnnxValue:
+def check_graph(path: Path, signature: Mapping[str, Any], size: int, rounds: bool = False) -> OnnxValue:
     """The ``onnx.ModelProto`` of a file, without its weights; ``BundleError`` says what may not be in it.
 
-    ``size``: bytes of the data file, 0 where the manifest lists none.
+    ``size``: bytes of the data file, 0 where the manifest lists none. ``rounds``: whether the manifest says that
+    products of codes round their activations.
     """
     proto = parse(path)
     allowed = _NATIVE if path.name == NATIVE else _OWN
@@ -98,7 +99,7 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> OnnxValu
             raise BundleError(f"{path}: it holds sparse weights, and moeopt writes none")
         for node in graph.node:
             _check_node(path, node, allowed, constants)
-            if node.op_type == OF_CODES and (reason := refuses_node(node, sizes)):
+            if node.op_type == OF_CODES and (reason := refuses_node(node, sizes, rounds)):
                 raise BundleError(f"{path}: node {node.name!r} {reason}")
         for tensor in _tensors(graph):
             _check_tensor(path, tensor, size)

@@ -65,5 +65,6 @@ def check_environment(directory: Path, data: Mapping[str, Any], proto: OnnxModel
         way = f"start the process with {name}={then[name]:.60}" if name in then else f"unset {name} before it starts"
         raise UsageError(
             f"{directory}: the engine was verified with the variable {name} {was}, and in this process {here}: its "
-            f"QMoE nodes compute other numbers then. For this engine {way}, or optimise the model again in this environment"
+            f"QMoE nodes compute other numbers then. For this engine {way}, or optimise the model again in this "
+            "environment"
         )

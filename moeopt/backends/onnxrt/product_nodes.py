@@ -1,6 +1,7 @@
 """Products on codes outside of the experts: ``moeopt::LinearCodes`` nodes become nodes that the runtime has.
 
-    codes      com.microsoft::MatMulNBits(x, codes, scales)     4 bits on a CPU; 8 bits with ``mapped=True``
+    codes      com.microsoft::MatMulNBits(x, codes, scales)     4 bits on a CPU; 8 bits where memory or
+                                                                int8 activations were asked for
     floats     MatMul(x, dequantised in the graph)              else: the file holds codes, a session floats
 
 The reasons are those of the experts' lowerings (``lowerings/quantized``).
@@ -12,7 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from moeopt.backends.onnxrt.lowerings.quantized import UnrolledBytes, UnrolledCodes, product_on_codes
+from moeopt.backends.onnxrt.lowerings.quantized import (
+    ROUNDED_BLOCK,
+    WIDEST,
+    UnrolledBytes,
+    UnrolledCodes,
+    product_on_codes,
+)
 from moeopt.ir.weight_format import WeightFormat
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.lowerings.codes import dequantized
@@ -62,7 +69,11 @@ def lower_products(model: OnnxModel, products: list[ProductNode], plan: BlockPla
         x, old = node.inputs[0], node.outputs[0]
         form = "codes" if x.dtype == ir.DataType.FLOAT and reads_codes(one.weight.format, plan) else "floats"
         builder = Builder(one.name + (f"#{number}" if (number := list(done).count(one.name)) else ""))
-        y = product_on_codes(builder, one.weight, None, "product", x) if form == "codes" else _floats(builder, one, x)
+        widest = ROUNDED_BLOCK if getattr(plan, "rounds", False) else WIDEST
+        if form == "codes":
+            y = product_on_codes(builder, one.weight, None, "product", x, widest)
+        else:
+            y = _floats(builder, one, x)
         y.type, y.shape = old.type, old.shape
         home = node.graph
         home.insert_before(node, builder.nodes)
@@ -82,7 +93,8 @@ def reads_codes(format: WeightFormat, plan: BlockPlan) -> bool:
         return False
     if not UnrolledCodes().refuses_format(format):
         return True
-    return bool(getattr(plan, "mapped", False)) and not UnrolledBytes().refuses_format(format)
+    wanted = getattr(plan, "mapped", False) or getattr(plan, "rounds", False)
+    return bool(wanted) and not UnrolledBytes().refuses_format(format)
 
 
 def _floats(graph: Builder, one: ProductNode, x: OnnxValue) -> OnnxValue:
