@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import operator
+from collections import deque
 from typing import Any
 
 import torch
 from torch import nn
 
+from moeopt.capture.containers import CONTAINERS, HOOK_TABLES, REGISTRIES, put_back, same_items
 from moeopt.errors import UsageError
 from moeopt.value_types import PyObject
-
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
-
-
-_CONTAINERS = (list, dict, set)
 
 
 def _tensors(modules: list[tuple[str, nn.Module]], table: str) -> list[tuple[str, torch.Tensor]]:
@@ -27,21 +23,14 @@ def _tensors(modules: list[tuple[str, nn.Module]], table: str) -> list[tuple[str
     return list(found.values())
 
 
-def _identical(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """The same names in the same order for the same objects."""
-    return len(now) == len(before) and all(map(operator.is_, now, before)) and all(
-        map(operator.is_, now.values(), before.values())
-    )  # fmt: skip
-
-
 def _same(a: PyObject, b: PyObject) -> bool:
     if a is b:
         return True
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) or type(a) is not type(b):
         return False
-    if type(a) in (list, tuple):
+    if isinstance(a, (list, tuple, deque)):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if type(a) is dict:
+    if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     try:
         return bool(a == b)
@@ -64,7 +53,10 @@ class ModuleState:
         self.parameters = _tensors(self.modules, "_parameters")
         self.buffers = _tensors(self.modules, "_buffers")
         self._before = [dict(module.__dict__) for _, module in self.modules]
-        self._contents = [{k: v.copy() for k, v in d.items() if type(v) in _CONTAINERS} for d in self._before]
+        self._contents = [
+            {k: v.copy() for k, v in d.items() if type(v) in CONTAINERS and k not in HOOK_TABLES} for d in self._before
+        ]
+        self._hooks = [(d[name], d[name].copy()) for d in self._before for name in HOOK_TABLES if name in d]
         self._own: dict[int, torch.Tensor] = {}
         for name, tensor in (*self.parameters, *self.buffers):
             if nn.parameter.is_lazy(tensor):
@@ -89,11 +81,11 @@ class ModuleState:
         for (path, module), before, contents in zip(self.modules, self._before, self._contents, strict=True):
             for name, held in contents.items():
                 value = module.__dict__.get(name)
-                if name in _REGISTRIES and value is not None:
+                if name in REGISTRIES and value is not None:
                     changed |= {(path, k): v for k, v in value.items() if held.get(k) is not v}
                 elif name in module.__dict__ and not _same(held, value):
                     changed[path, name] = value
-            if not _identical(module.__dict__, before):
+            if not same_items(module.__dict__, before):
                 for name, value in module.__dict__.items():
                     if name not in contents and (name not in before or not _same(before[name], value)):
                         changed[path, name] = value
@@ -105,20 +97,19 @@ class ModuleState:
             (path, name)
             for (path, _), before, contents in zip(self.modules, self._before, self._contents, strict=True)
             for name, held in contents.items()
-            if name not in _REGISTRIES and not _same(held, before[name])
+            if name not in REGISTRIES and not _same(held, before[name])
         }
 
     def restore(self) -> None:
         """Put every attribute and every written parameter or buffer back."""
         for (_, module), before, contents in zip(self.modules, self._before, self._contents, strict=True):
-            if not _identical(module.__dict__, before):
+            if not same_items(module.__dict__, before):
                 module.__dict__.clear()
                 module.__dict__.update(before)
             for name, held in contents.items():
-                live = before[name]
-                if not _same(live, held):
-                    live.clear()
-                    live.extend(held) if type(live) is list else live.update(held)
+                put_back(before[name], held)
+        for table, hooks in self._hooks:
+            put_back(table, hooks)
         with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
             for own, value in self._saved.values():
                 own.copy_(value)

@@ -12,19 +12,16 @@ import copy
 import dataclasses
 import functools
 import types
-from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeopt.capture.containers import CONTAINERS, put_back, same_items
 from moeopt.value_types import PyObject
 
-_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, Counter, deque)
-"""Of these exact types; the tables of ``nn.Module`` (parameters, submodules, hooks) are among them."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module, type)
 
 
@@ -93,7 +90,7 @@ class RestoreState:
         self._modules = list(_unique_modules(self._roots))
         self._attributes = [(m, dict(m.__dict__)) for _, m in self._modules]
         held = (value for _, attributes in self._attributes for value in attributes.values())
-        containers = [value for value in held if type(value) in _CONTAINERS]
+        containers = [value for value in held if type(value) in CONTAINERS]
         # most are a module's tables of hooks and are empty: no copy for these, a model has thousands
         self._bare = [value for value in containers if not value]
         self._containers = [(value, value.copy()) for value in containers if value]
@@ -126,11 +123,9 @@ class RestoreState:
         for container in filter(None, self._bare):
             container.clear()
         for container, held in self._containers:
-            if not _same(container, held):
-                container.clear()
-                (container.extend if isinstance(container, (list, deque)) else container.update)(held)
+            put_back(container, held)
         for module, attributes in self._attributes:
-            if not _same(module.__dict__, attributes):
+            if not same_items(module.__dict__, attributes):
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
         for key, entries in self._owners.items():
@@ -142,13 +137,6 @@ class RestoreState:
         torch.set_rng_state(self._rng)
         if self._cuda_rng is not None:
             torch.cuda.set_rng_state_all(self._cuda_rng)
-
-
-def _same(now: Any, before: Any) -> bool:
-    """The same names or items, in the same order, for the same objects."""
-    if len(now) != len(before) or not all(map(is_, now, before)):
-        return False
-    return not isinstance(now, dict) or all(map(is_, now.values(), before.values()))
 
 
 def _unique_modules(roots: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

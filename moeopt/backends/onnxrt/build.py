@@ -32,7 +32,6 @@ from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
 from moeopt.errors import Declined, NotSaveableError, UsageError
 from moeopt.lower.distances import DirectDistances
-from moeopt.lower.export import avoid_size_one
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.assemble import replace_sites
 from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
@@ -43,6 +42,7 @@ from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.onnx.simplify import simplify
 from moeopt.lower.onnx.upcast import upcast_graph
 from moeopt.lower.signature import describe_call
+from moeopt.lower.size_one import avoid_size_one
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet
