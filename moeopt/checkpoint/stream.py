@@ -120,7 +120,7 @@ class StreamedModel:
         if isinstance(self.file, CheckpointDirectory):  # its weights are still read from there
             self.file.check_unchanged()
         certificate, notes = optimized.certificate, [*self.notes]
-        same_form = isinstance(optimized.model, nn.Module) and not certificate.quantized
+        same_form = isinstance(optimized.model, nn.Module) and not certificate.lossy
         if certificate.level != "off" and same_form and optimized.report.rewritten:
             self.options.say("comparing layer by layer")
             blocks = [b.name for b in optimized.report.rewritten]
@@ -136,7 +136,7 @@ class StreamedModel:
                 )
         if certificate.end_to_end is not None:
             end = certificate.end_to_end
-            said = STREAMED if same_form else STREAMED_QUANTISED if certificate.quantized else STREAMED_ENGINE
+            said = STREAMED if same_form else STREAMED_QUANTISED if certificate.lossy else STREAMED_ENGINE
             notes.insert(0, f"{said}: distance at most {end.distance:.2e} (budget {end.budget:.2e})")
         certificate.notes += notes
         optimized.report = dataclasses.replace(optimized.report, notes=(*optimized.report.notes, *notes))
