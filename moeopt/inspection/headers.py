@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 from moeopt.errors import CheckpointError
 from moeopt.value_types import PyObject
 
+_POINTER = b"version "
+"""How a pointer of Git LFS begins; as a length it would be 2 * 10**18 bytes."""
 LARGEST_HEADER = 100_000_000
 """The limit of the safetensors library itself."""
 
@@ -65,9 +69,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: the header is damaged, or the file is shorter than its header says.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+    size = stat_of(path).st_size
+    try:
+        file = path.open("rb")
+    except OSError as err:
+        raise _unreadable(path, err) from err
+    with file:
+        begin = file.read(8)
+        length = int.from_bytes(begin, "little")
+        if begin == _POINTER:
+            raise CheckpointError(
+                f"{path} is a pointer of Git LFS, which stands for the file: `git lfs pull` in its directory brings it"
+            )
         if size < 8 or length > min(size - 8, LARGEST_HEADER):
             raise _damaged(path, f"its header should have {length} bytes, and the whole file has {size}")
         text = file.read(length)
@@ -82,6 +95,25 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise _damaged(path, f"the data should end at byte {8 + length + max(ends)}, and the file has {size}")
     entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
     return {name: _entry(path, name, entry, 8 + length) for name, entry in entries}
+
+
+def stat_of(path: Path) -> os.stat_result:
+    """What the system says of a file of a checkpoint.
+
+    Raises:
+        CheckpointError: it is a folder, or a pipe, which to open would mean to wait; or a link that leads nowhere.
+    """
+    try:
+        found = path.stat()
+    except OSError as err:
+        raise _unreadable(path, err) from err
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is no file: put the checkpoint's file there, or remove it")
+    return found
+
+
+def _unreadable(path: Path, err: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({err.strerror or err}): fetch the file again")
 
 
 def _entry(path: Path, name: str, entry: PyObject, data: int) -> StoredTensor:

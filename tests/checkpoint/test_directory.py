@@ -1,6 +1,7 @@
 """Whatever is wrong with a directory's files is said before a weight is read: what, where and the way out."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -75,6 +76,19 @@ def test_a_missing_file(sharded):
         CheckpointDirectory(sharded)
 
 
+@pytest.mark.parametrize("place", [".", ".cache/huggingface/download", "../../blobs"])
+def test_a_download_that_was_interrupted(sharded, place):
+    folder = sharded / "snapshots" / "revision"
+    folder.mkdir(parents=True)
+    for name in (NAME.format(1), INDEX):
+        (sharded / name).rename(folder / name)
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    (folder / place / "f00.incomplete").write_bytes(b"half")
+    words = rf"lacks {NAME.format(2)} of .* a download was interrupted \(.*f00.incomplete\); `hf download`, called"
+    with pytest.raises(CheckpointError, match=words):
+        CheckpointDirectory(folder)
+
+
 def test_a_file_that_was_cut_off(sharded):
     file = sharded / NAME.format(1)
     file.write_bytes(file.read_bytes()[:-5])
@@ -139,3 +153,21 @@ def test_numbers_at_odd_addresses_are_read_right(tmp_path):
     data = values.numpy().tobytes()
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
     assert torch.equal(CheckpointDirectory(tmp_path).tensor("a"), values)
+
+
+def test_a_pointer_of_git_lfs(sharded):
+    (sharded / NAME.format(2)).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"00002.safetensors is a pointer of Git LFS, .*`git lfs pull` in its"):
+        CheckpointDirectory(sharded)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nowhere", "link to itself"])
+def test_what_is_no_file(sharded, kind):
+    """Without an index every ``*.safetensors`` is read; a pipe would be waited for."""
+    (sharded / INDEX).unlink()
+    odd = sharded / "odd.safetensors"
+    make = {"folder": odd.mkdir, "pipe": lambda: os.mkfifo(odd), "link to itself": lambda: odd.symlink_to(odd)}
+    make.get(kind, lambda: odd.symlink_to(sharded / "nowhere"))()
+    words = "is no file: put the checkpoint" if kind in ("folder", "pipe") else "cannot be read .*: fetch"
+    with pytest.raises(CheckpointError, match=rf"odd.safetensors {words}"):
+        CheckpointDirectory(sharded)
