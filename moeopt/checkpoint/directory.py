@@ -18,7 +18,7 @@ import torch
 from moeopt.bundle.mapped_file import MappedFile
 from moeopt.bundle.weights_file import DTYPE_NAMES
 from moeopt.errors import CheckpointError
-from moeopt.inspection.headers import StoredTensor, read_header, stat_of
+from moeopt.inspection.headers import StoredTensor, interrupted, read_header, stat_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"F8_E8M0": torch.float8_e8m0fnu}
@@ -169,13 +169,6 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
         self._entries[name] = CheckpointTensor(name, file, dtype, stored.shape, stored.start, size)
 
 
-def interrupted(path: Path) -> str:
-    """What to do about a download to ``path`` that did not end, as huggingface_hub leaves it; "" where none is seen."""
-    places = (path, path / ".cache" / "huggingface" / "download", path.parent.parent / "blobs")
-    left = next((file for place in places for file in sorted(place.glob("*.incomplete"))), None)
-    return "" if left is None else f"a download was interrupted ({left}); `hf download`, called again, goes on with it"
-
-
 def _version(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -184,7 +177,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         good = all(isinstance(k, str) and isinstance(v, str) and Path(v).name == v for k, v in where.items())
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as err:
         raise CheckpointError(f"{path} is damaged ({type(err).__name__}: {str(err)[:200]}); {_FETCH}") from err
     if not good:
         raise CheckpointError(f"{path} names files outside the directory, or something that is no file; {_FETCH}")

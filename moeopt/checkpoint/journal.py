@@ -23,6 +23,7 @@ from typing import Any, TextIO
 import torch
 from torch.utils import _pytree as pytree
 
+from moeopt.bundle import aside
 from moeopt.bundle.values import DTYPES
 from moeopt.bundle.weights_file import WeightsFile
 from moeopt.checkpoint.folder_lock import take
@@ -68,6 +69,7 @@ class Journal:
         self.folder = folder_of(out)
         busy, shared = (out.wait, True) if isinstance(out, Workspace) else (self._refuse, False)
         self._lock, self.writes = take(self.folder, busy, lambda: shared and self._complete(key))
+        self._bundle = None if isinstance(out, Workspace) else out
         self._journal: TextIO | None = None
         self.weights: dict[str, tuple[torch.Tensor, list[str]]] = {}
         self.blocks: dict[str, BlockCheck] = {}
@@ -85,7 +87,7 @@ class Journal:
                 f"{self.folder} holds {foreign!r}, and no {JOURNAL} says that moeopt wrote it: it stays as it is. Give "
                 f"another directory, or delete {foreign} where nobody needs it"
             )
-        if not lines or lines[0].get("key") != key or not (self.folder / WEIGHTS).is_file():
+        if not lines or lines[0].get("key") != key or not (self.folder / WEIGHTS).is_file() or self._is_a_bundles():
             lines = []
         if self.writes and len(lines) < 2:
             self._begin([{"key": key}])  # first: a kill must leave no weights that look like somebody else's
@@ -160,9 +162,9 @@ class Journal:
         """The journal with these lines, and nothing that was cut off or is no longer so."""
         if self._journal is not None:
             self._journal.close()
-        aside = self.folder / f"{JOURNAL}.new"
-        aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(aside, self.folder / JOURNAL)
+        new = self.folder / f"{JOURNAL}.new"
+        new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(new, self.folder / JOURNAL)
         self._journal = (self.folder / JOURNAL).open("a", encoding="utf-8")
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -189,6 +191,14 @@ class Journal:
                     elif found.end_to_end is not None:
                         self.layers[line["layer"]] = found.end_to_end
             yield line
+
+    def _is_a_bundles(self) -> bool:
+        """Whether the weights file has a second name, in a bundle that is whole: what is written to it damages that."""
+        if not self.writes:
+            return False
+        if self._bundle is not None:
+            aside.clear_abandoned(self._bundle)  # a bundle that a kill has left half written has it, too
+        return (self.folder / WEIGHTS).stat().st_nlink > 1
 
     def _complete(self, key: dict[str, Any]) -> bool:
         lines = list(_lines(self.folder / JOURNAL))

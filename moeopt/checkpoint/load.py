@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeopt.checkpoint.directory import CheckpointDirectory, interrupted
+from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.errors import CheckpointError
+from moeopt.inspection.headers import interrupted
 from moeopt.options import variable_set
 from moeopt.value_types import PyObject
 

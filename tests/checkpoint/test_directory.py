@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from moeopt.checkpoint.directory import CheckpointDirectory
+from moeopt.cli import main
 from moeopt.errors import CheckpointError
 
 NAME = "model-0000{}-of-00002.safetensors"
@@ -171,3 +172,29 @@ def test_what_is_no_file(sharded, kind):
     words = "is no file: put the checkpoint" if kind in ("folder", "pipe") else "cannot be read .*: fetch"
     with pytest.raises(CheckpointError, match=rf"odd.safetensors {words}"):
         CheckpointDirectory(sharded)
+
+
+def test_tensors_that_share_bytes(tmp_path):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    text = json.dumps({"a": entry, "b": {**entry, "shape": [1], "data_offsets": [4, 8]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged: the tensors 'a' and 'b' share bytes"):
+        CheckpointDirectory(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b'{"a": {}, "a": {}}', b"[" * 100_000])
+def test_a_header_that_is_none(tmp_path, text):
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match=r"its header is not JSON \(it has two entries 'a'|its .*recur"):
+        CheckpointDirectory(tmp_path)
+
+
+@pytest.mark.parametrize("left", [INDEX, "model.safetensors.incomplete"])
+def test_the_command_takes_no_random_numbers_for_weights_that_did_not_come(tmp_path, capsys, left):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / left).write_text("{}")
+    with pytest.raises(SystemExit) as stopped:
+        main(["optimize", str(tmp_path), "--out", str(tmp_path / "b")])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and "holds no weights, and random numbers are not meant here: " in said
+    assert "index.json names some; fetch them" in said or "`hf download`, called again, goes on with it" in said

@@ -1,5 +1,6 @@
 """A folder that several processes share: one works, the others wait for it, and then read at the same time."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,19 @@ def test_a_run_that_is_stopped_while_it_begins_leaves_nothing_that_seems_to_be_s
             patch.setattr(owner, name, stop)
             opened(tmp_path / "w", key=key)
         worked(tmp_path / "w", key).close(done=False)
+
+
+def test_a_weights_file_that_a_bundle_has_too_is_not_written_to(tmp_path):
+    """A run that was killed when its bundle was whole: the next one leaves the bundle as it is until it has another."""
+    folder = folder_of(tmp_path / "b")
+    journal = Journal(tmp_path / "b", KEY, 1 << 16, 4096)
+    journal.keep("a.weight", torch.arange(6.0).view(2, 3), ["stored.a"])
+    journal.file.finish({"a.weight": journal.weights["a.weight"][0]})
+    (tmp_path / "b").mkdir()
+    os.link(folder / WEIGHTS, tmp_path / "b" / WEIGHTS)
+    journal.close(done=False)
+    before = (tmp_path / "b" / WEIGHTS).read_bytes()
+    again = Journal(tmp_path / "b", KEY, 1 << 16, 4096)
+    assert not again.begun and (tmp_path / "b" / WEIGHTS).read_bytes() == before
+    again.close(done=True)
+    assert (tmp_path / "b" / WEIGHTS).read_bytes() == before
