@@ -92,7 +92,13 @@ class Journal:
         if self.writes and len(lines) < 2:
             self._begin([{"key": key}])  # first: a kill must leave no weights that look like somebody else's
             (self.folder / WEIGHTS).unlink(missing_ok=True)
-        self.file = WeightsFile(self.folder / WEIGHTS, capacity, header)
+        try:
+            self.file = WeightsFile(self.folder / WEIGHTS, capacity, header)
+        except OSError:  # there is no room, and nothing was done yet
+            if self._journal is not None:
+                self._journal.close()
+                self._remove()
+            raise
         restored = list(self._restored(lines[1:]))
         if self.writes:
             self._begin([{"key": key}, *restored])
@@ -145,13 +151,16 @@ class Journal:
         if self._journal is not None:
             self._journal.close()
         if self.writes and (done or not self.begun):
-            # still locked: a process that waits for the lock must not have begun to write here
-            with contextlib.suppress(OSError):  # a folder that holds anything else stays
-                for path in self.folder.iterdir():
-                    if is_own(path.name):
-                        path.unlink()
-                self.folder.rmdir()
+            self._remove()
         self._let_go()
+
+    def _remove(self) -> None:
+        """Still locked: a process that waits for the lock must not have begun to write here."""
+        with contextlib.suppress(OSError):  # a folder that holds anything else stays
+            for path in self.folder.iterdir():
+                if is_own(path.name):
+                    path.unlink()
+            self.folder.rmdir()
 
     def _let_go(self) -> None:
         if self._lock is not None:

@@ -1,5 +1,6 @@
 """A folder that several processes share: one works, the others wait for it, and then read at the same time."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -151,3 +152,14 @@ def test_a_weights_file_that_a_bundle_has_too_is_not_written_to(tmp_path):
     assert not again.begun and (tmp_path / "b" / WEIGHTS).read_bytes() == before
     again.close(done=True)
     assert (tmp_path / "b" / WEIGHTS).read_bytes() == before
+
+
+def test_where_there_is_no_room_to_begin_nothing_is_left(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", lambda *given: (_ for _ in ()).throw(OSError(errno.EFBIG, "File too large")))
+        with pytest.raises(
+            OSError, match=r"too large: raise the limit on the size of files \(ulimit -f\), or take"
+        ):
+            opened(tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+    worked(tmp_path / "w").close(done=True)
