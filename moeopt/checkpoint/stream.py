@@ -35,6 +35,7 @@ from moeopt.checkpoint.kept_weights import journal_of, load_kept
 from moeopt.checkpoint.layer_checks import check_layers, failure, in_words
 from moeopt.checkpoint.load import generation_config
 from moeopt.checkpoint.preflight import check_out, preflight
+from moeopt.checkpoint.rehearsal import rehearse
 from moeopt.checkpoint.scratch import Scratch
 from moeopt.checkpoint.structure import Structure, structure_of
 from moeopt.errors import CaptureError, CheckpointError, NotSaveableError, UsageError
@@ -188,10 +189,10 @@ def streamed(
     as_its_floats(structure.model.config)
     generation_config(source)
     kinds = AlikeLayers(structure) if alike else None
-    kept = target if workspace is None else workspace
-    folder = target if workspace is None else workspace.folder
+    kept, folder = (target, target) if workspace is None else (workspace, workspace.folder)
     found = preflight(directory, structure, folder, 0 if kept is None else bytes_begun(kept), kinds, backend, options)
     options.say(str(found))
+    rehearse(directory, structure.model, options.dtype)
     journal = None if kept is None else journal_of(kept, directory, structure, options, backend, inputs)
     held = StreamedModel(None, structure.layers, [], options, journal, None if journal is None else journal.file.mapped)
     refused = False
