@@ -38,7 +38,7 @@ from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason
 from moeopt.rewrite.reads import Reads, observe
 from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.scratch import UNSET, scratch_attributes
-from moeopt.rewrite.symbolic_shapes import generalize
+from moeopt.rewrite.symbolic_shapes import generalize, tied_sizes
 from moeopt.value_types import PyObject
 
 
@@ -127,13 +127,15 @@ class Capture:
             self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader, self.id_ranges,
             self.scratch,
         )  # fmt: skip
+        shapes = [[tuple(t.shape) for t in b.tensors()] for b in self.bounds]
         guard = CallGuard(
             [_template(leaf) for leaf in tree_leaves(list(bound.values))],
-            _fixed([[tuple(t.shape) for t in b.tensors()] for b in self.bounds]),
+            _fixed(shapes),
             [t.dtype for t in bound.tensors()],
             None if both else self.module.training,
             False,
             kept=self.kept,
+            tied=tied_sizes(shapes),
         )
         self.routers = self.reader.routers(self.tapes[1:], self.founds[1:], self.founds[0])
         self.tapes, self.plans, self.founds = [], [], []  # the values of three calls are no longer needed

@@ -19,6 +19,7 @@ import torch
 
 from moeopt.capture.tree import tree_leaves
 from moeopt.errors import Declined
+from moeopt.rewrite.call_guard import Tie
 from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 from moeopt.value_types import PyObject
 
@@ -97,6 +98,26 @@ class InputSizes:
                 if again == values:
                     return Ratio(dims, factor, inverse)
         return None
+
+
+def tied_sizes(shapes: list[list[tuple[int, ...]]]) -> tuple[Tie, ...]:
+    """Sizes of inputs that varied, and were in each probe call the same as another one or a product of others.
+
+    Args:
+        shapes: ``shapes[w][i]`` is the shape of tensor input i in probe call w.
+    """
+    first: dict[tuple[int, ...], tuple[int, int]] = {}
+    ties: list[Tie] = []
+    for i, per_witness in enumerate(zip(*shapes, strict=True)):
+        for d, sizes in enumerate(zip(*per_witness, strict=True)):
+            if len(set(sizes)) > 1 and first.setdefault(sizes, (i, d)) != (i, d):
+                ties.append(((i, d), (first[sizes],)))
+    for n in (2, 3):
+        for chosen in itertools.combinations(first, n):
+            product = tuple(math.prod(c) for c in zip(*chosen, strict=True))
+            if product in first and product not in chosen:
+                ties.append((first[product], tuple(first[sizes] for sizes in chosen)))
+    return tuple(ties)
 
 
 def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> KeptSteps:
