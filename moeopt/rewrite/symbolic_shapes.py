@@ -128,6 +128,7 @@ def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> K
     """
     sizes = InputSizes(shapes)
     first = plans[0]
+    _refuse_padding(plans, sizes)
     for other in plans[1:]:
         if [(s.kind, _name(s)) for s in other.steps] != [(s.kind, _name(s)) for s in first.steps]:
             raise Declined(
@@ -181,6 +182,19 @@ def _difference(a: KeptSteps, b: KeptSteps) -> str:
     return "the same steps"
 
 
+def _refuse_padding(plans: list[KeptSteps], sizes: InputSizes) -> None:
+    """Padding by amounts that are no simple function of the sizes: up to a multiple."""
+    for versions in zip(*([s for s in p.steps if "constant_pad" in _name(s)] for p in plans), strict=False):
+        for amounts in zip(*(tree_leaves(v.args[1]) for v in versions), strict=False):
+            if len(set(amounts)) > 1 and all(type(a) is int for a in amounts) and sizes.express(amounts) is None:
+                raise Declined(
+                    f"its forward pads rows by {' or '.join(map(str, amounts))}, which is no simple function of the "
+                    "input's shape (up to a multiple, as some kernels ask for?), so that no one graph holds for all "
+                    "numbers of tokens; the op takes any number of rows: leave the padding out",
+                    versions[0].source or None,
+                )
+
+
 def _where(a: KeptSteps, b: KeptSteps) -> str | None:
     for x, y in itertools.zip_longest(a.steps, b.steps):
         if x is None or y is None or (x.kind, _name(x)) != (y.kind, _name(y)):
@@ -223,7 +237,8 @@ def _merge_integers(versions: list[int], sizes: InputSizes, where: str | None) -
         raise Declined(
             f"the integer {' or '.join(str(v) for v in versions)} in its forward changes with the input and is "
             "no simple function of the input's shape (was it read from a tensor with .item(), or rounded, as a "
-            "capacity of n // 2?)",
+            "capacity of n // 2?); a capacity need not be rounded: compare each position with the product itself "
+            "(position < tokens * 1.25 / experts), which keeps the same tokens as a capacity that is rounded up",
             where,
         )
     return size
