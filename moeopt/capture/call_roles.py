@@ -141,13 +141,24 @@ class CallSpec:
             shaped = new.reshape(*((count,) if self._flat[n] else grid), *own.shape[1:])
             axis = self.leaves[n].feature_axis
             values[n] = shaped if axis == -1 else shaped.movedim(-1, axis).contiguous()
+        order = self._order_of_sequences()
         for n, leaf in enumerate(self.leaves):
             for d, follows in enumerate(leaf.dims):
                 if follows is not None:  # repeated from its start: a token still sees itself
-                    size = values[n].shape[d]
-                    values[n] = values[n].index_select(d, torch.arange(grid[follows], device=values[n].device) % size)
+                    places = torch.arange(grid[follows]) % values[n].shape[d]
+                    places = order[places] if _of_sequence(leaf) else places
+                    values[n] = values[n].index_select(d, places.to(values[n].device))
         args, kwargs = pytree.tree_unflatten(values, self._spec)
         return args, kwargs
+
+    def _order_of_sequences(self) -> Tensor:
+        """Sequences in which what holds for each (its language, say) is new come first: few then still differ."""
+        first = next((n for n, leaf in enumerate(self.leaves) if _of_sequence(leaf)), None)
+        if first is None or not self._values[first].numel():
+            return torch.arange(self.grid[0])
+        rows = self._values[first].detach().cpu().flatten(1) if self._values[first].dim() > 1 else self._values[first]
+        kinds = rows.unique(dim=0, return_inverse=True)[1].tolist()
+        return torch.tensor(sorted(range(len(kinds)), key=lambda i: kinds[i] in kinds[:i]))
 
     def has_whole_columns(self) -> bool:
         """Whether a column of its tokens holds whole numbers alone, so that it may hold ids, or integers have gaps."""
@@ -165,6 +176,11 @@ class CallSpec:
         value: Tensor = self._values[n]
         axis = self.leaves[n].feature_axis
         return value.detach() if axis == -1 else value.detach().movedim(axis, -1)
+
+
+def _of_sequence(leaf: ArgRole) -> bool:
+    """Whether the argument has one row for each sequence."""
+    return bool(leaf.dims) and leaf.dims[0] == 0 and all(follows is None for follows in leaf.dims[1:])
 
 
 def _whole_columns(original: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from moeopt.capture.op_kinds import op_name
+from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.gemm_sites import weight_and_operand
@@ -95,6 +97,10 @@ def identity_of(product: fx.Node) -> tuple[Any, ...]:
 
 
 def len_of_stack(product: fx.Node) -> int:
-    """How many matrices a matmul multiplies by."""
+    """How many matrices a matmul multiplies by; where ids pick one for each row, how many there are to pick from."""
     found = weight_and_operand(product, {})
-    return int(found[0].meta["shape"][0]) if found is not None and len(found[0].meta["shape"]) == 3 else 1
+    if found is None or len(found[0].meta["shape"]) != 3:
+        return 1
+    picked = next((n for n in ancestors([found[0]]) if op_name(n) in ("index", "index_select")), None)
+    stack = found[0] if picked is None else picked.all_input_nodes[0]
+    return int(stack.meta["shape"][0])

@@ -13,7 +13,7 @@ from torch import fx, nn
 from moeopt.capture.op_kinds import op_name, picks_rows
 from moeopt.capture.tape import Call, Tape
 from moeopt.find.block_candidates import BlockCandidate, closest, each_once, identity_of, len_of_stack, numbered_tensors
-from moeopt.find.module_lists import row_sources
+from moeopt.find.module_lists import results_meet, row_sources
 from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import group_candidates
@@ -199,14 +199,18 @@ class Finder:
         return self.named[path].numel() - sum(p.k * p.m for p in pieces.values()) >= matrix.k * matrix.m
 
     def _same_rows(self, members: list[FFNCandidate]) -> bool:
-        """Their operands lead back to one tensor within a few steps: branches of one place, not of two towers."""
+        """Their operands lead back to one tensor within a few steps: branches of one place, not of two towers. Where
+        that is by sums of its rows (a gate for each task, before a tower for each), their results must meet as well."""
         common: set[fx.Node] | None = None
+        summed: set[fx.Node] | None = None
         for candidate in members:
-            sources = row_sources(candidate.ins[0].operand)
+            sources = row_sources(candidate.ins[0].operand, through_sums=False)
             common = sources if common is None else common & sources
-            if not common:
+            sources = row_sources(candidate.ins[0].operand)
+            summed = sources if summed is None else summed & sources
+            if not summed:
                 return False
-        return True
+        return bool(common) or results_meet(self.tape, [s.node for c in members for s in c.outs])
 
     def _dense(self, candidate: FFNCandidate) -> bool:
         inner = candidate.ins[0].matrices[0]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
+
 from torch import fx, nn
 
-from moeopt.capture.op_kinds import is_factory, is_pointwise, moves_rows
-
-
-def alike_children(module: nn.Module) -> set[nn.Module]:
-    """Children of the module's lists that hold matrices of the same shapes."""
-    return {one for alike in alike_lists(module) for one in alike}
+from moeopt.capture.op_kinds import is_factory, is_pointwise, moves_rows, op_name
+from moeopt.capture.replay import descendants
+from moeopt.capture.tape import Tape
 
 
 def alike_lists(module: nn.Module, *, same_sizes: bool = True) -> list[set[nn.Module]]:
@@ -45,8 +45,26 @@ def gate_width(node: fx.Node) -> int:
     return int(shape[-1]) if shape else 0
 
 
-def row_sources(start: fx.Node, steps: int = 40) -> set[fx.Node]:
-    """Tensors that the rows of ``start`` were moved from, through movement and a few other ops."""
+def results_meet(tape: Tape, results: list[fx.Node]) -> bool:
+    """Whether two of the ``results`` enter one value, and not only lie side by side in a tensor that joins them."""
+    reach = {node: 1 << i for i, node in enumerate(results)}
+    for node in descendants(tape, results):
+        parts = {reach[a] for a in node.all_input_nodes if reach.get(a)}
+        reach[node] = reduce(operator.or_, parts, reach.get(node, 0))
+        if op_name(node) in ("cat", "stack") or node.target is operator.getitem:
+            continue
+        reduces = not (moves_rows(node) or is_pointwise(node)) and reach[node].bit_count() > 1
+        if len(parts) > 1 or reduces:
+            return True
+    return False
+
+
+def row_sources(start: fx.Node, steps: int = 40, *, through_sums: bool = True) -> set[fx.Node]:
+    """Tensors that the rows of ``start`` were moved from, through movement and a few other ops.
+
+    Args:
+        through_sums: also through ops that add up rows, or features (a product of two matrices of activations).
+    """
     seen: set[fx.Node] = set()
     stack = [(start, 3)]
     while stack and len(seen) < steps:
@@ -57,7 +75,7 @@ def row_sources(start: fx.Node, steps: int = 40) -> set[fx.Node]:
         if node.op == "placeholder":
             continue
         spent = 0 if moves_rows(node) else 1
-        if budget - spent < 0:
+        if budget - spent < 0 or (spent and not through_sums and not is_pointwise(node)):
             continue
         inputs = node.all_input_nodes if is_pointwise(node) or spent else node.all_input_nodes[:1]
         stack.extend((a, budget - spent) for a in inputs)

@@ -14,7 +14,7 @@ from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.find.block_candidates import BlockCandidate, layers_of
 from moeopt.find.light_sites import leaf_of
-from moeopt.find.module_lists import alike_children, alike_lists, feed_forward_lists, gate_width
+from moeopt.find.module_lists import alike_lists, feed_forward_lists, gate_width
 from moeopt.find.parallel_lists import are_layers, one_mixture
 from moeopt.find.row_branches import weighed_branches
 from moeopt.recognise.gemm_site import is_weight
@@ -117,7 +117,8 @@ class UnreadBlocks:
         gates, convolutions = self._gates_and_convolutions()
         for call in reversed(self.tape.calls) if gates else ():
             children = self._children.get(call.index, [])
-            near = [n for c in (call, *children) for n in gates.get(c.index, [])]
+            inner = [c for child in children for c in self._children.get(child.index, [])]
+            near = [n for c in (call, *children, *inner) for n in gates.get(c.index, [])]
             if call.index in taken or not near:
                 continue
             block = self._gated_modules(call, children, near) or self._gated_groups(
@@ -130,12 +131,14 @@ class UnreadBlocks:
 
     def _gated_modules(self, call: Call, children: list[Call], gates: list[fx.Node]) -> BlockCandidate | None:
         """Alike ``children`` side by side, as many as one of the ``gates`` outside them is wide."""
-        alike = alike_children(call.module)
-        ran = [c for c in children if c.module in alike and layers_of(c.module) > 1]
-        widths = {gate_width(n) for n in gates if self.tape.call_of(n).module not in alike}
-        if len({id(c.module) for c in ran}) not in widths - {0, 1} or self._sequential(ran):
-            return None
-        return self._unread(call, ran[0].first, len(ran), _weights_of(ran))
+        lists = alike_lists(call.module)
+        for alike in (set().union(*lists), *lists) if len(lists) > 1 else lists:
+            ran = [c for c in children if c.module in alike and layers_of(c.module) > 1]
+            inside = {i for c in ran for i in range(c.first, c.last)}
+            widths = {gate_width(n) for n in gates if n.meta["index"] not in inside}
+            if len({id(c.module) for c in ran}) in widths - {0, 1} and not self._sequential(ran):
+                return self._unread(call, ran[0].first, len(ran), _weights_of(ran))
+        return None
 
     def _gated_groups(self, call: Call, convolutions: list[fx.Node], gates: list[fx.Node]) -> BlockCandidate | None:
         """Several convolutions with as many groups as one of the ``gates`` chooses among."""

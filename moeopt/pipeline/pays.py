@@ -17,7 +17,7 @@ import torch
 from moeopt.capture.op_kinds import op_name
 from moeopt.capture.replay import ancestors
 from moeopt.errors import Declined
-from moeopt.ir.row_function import RowBody, RowFunction, Value
+from moeopt.ir.row_function import GETITEM, RowBody, RowFunction, Value
 from moeopt.ops.measured import Way, fastest
 from moeopt.recognise.recognition import Recognition
 
@@ -107,6 +107,8 @@ def words(body: RowBody) -> str:
     products, layers = body.products(), body.layers()
     what = "a gated pair of matmuls" if (products, layers) == (3, 2) else _COUNTS.get(products, f"{products} matmuls")
     others = [n for n in body.names() if n not in _USUAL]
+    if any(op != GETITEM and op._schema.name == "aten::add" and Value(0) in args for op, args, _ in body.nodes):
+        others.append("the row itself added")
     return what + (f" with {', '.join(others)}" if others else "")
 
 

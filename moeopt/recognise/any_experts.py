@@ -11,6 +11,7 @@ from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.limits import UnreachedLimit
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.row_function import recognize_functions
+from moeopt.recognise.token_rows import NoTokens
 
 
 def recognize(
@@ -20,7 +21,8 @@ def recognize(
 
     Raises:
         Declined: neither reads them. The reason is that of the first, whose questions are the narrower ones; but where
-            the second found functions and names a cause while the first does not, that of the second.
+            the second found functions and names a cause while the first does not, or knew the tokens of its functions
+            while the first knew none, that of the second.
     """
     if any(isinstance(k.spec, RowFunction) for k in known or []):
         return recognize_functions(tape, known, idle=idle)
@@ -37,7 +39,9 @@ def recognize(
     except ExpertsNotHit:
         raise
     except Declined as err:
-        if err.rank > reason.rank and err.progress >= 0:  # type: ignore[attr-defined]
+        progress: int = err.progress  # type: ignore[attr-defined]
+        further = err.rank == reason.rank and progress >= 2 and isinstance(reason, NoTokens)
+        if (err.rank > reason.rank and progress >= 0) or further:
             err.others = reason.others
             raise
         raise reason from None

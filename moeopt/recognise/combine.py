@@ -51,12 +51,18 @@ class Labels:
 
 @dataclass
 class Combine:
-    """``node`` (feature axis ``axis``) equals ``base`` + sum over c of weights[t, c] * out[t, c]."""
+    """``node`` equals ``base`` + sum over c of weights[t, c] * out[t, c]; ``axis`` as :func:`rows_of` takes it."""
 
     node: fx.Node
     axis: int
     weights: torch.Tensor
     base: torch.Tensor | None
+
+
+class SeveralSums(Declined):
+    """The experts' outputs meet in several sums, of which each has some of the experts."""
+
+    rank = Rank.READING
 
 
 def read_combine(tape: Tape, labels: Labels) -> Combine:
@@ -68,14 +74,15 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
     sites = list(labels.token)
     out = sites[0].matrices[0].m
     nodes = descendants(tape, [s.node for s in sites])
-    nearest = "their outputs never meet in one tensor with a row per token" + _apart(tape, sites)
+    apart = _apart(tape, sites)
+    nearest = "their outputs never meet in one tensor with a row per token" + apart
     for target in _meeting_points(sites, nodes):
         if _leaks(tape, target, sites):
             nearest = "beside their sum something else (another gate, another layer) reads the result of single experts"
             continue
-        if out not in target.meta["shape"] or math.prod(target.meta["shape"]) != labels.tokens * out:
+        if math.prod(target.meta["shape"]) != labels.tokens * out:
             continue
-        axes = sorted((d for d, s in enumerate(target.meta["shape"]) if s == out), reverse=True)
+        axes = _feature_axes(target.meta["shape"], out)
         for axis in axes:
             found = _read(tape, labels, target, axis)
             if isinstance(found, Combine):
@@ -83,9 +90,17 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
             if axis == axes[0]:  # the others are sizes that happen to be the same
                 nearest = found
     source = nodes[-1].meta.get("source") if nodes else sites[0].node.meta.get("source")
-    raise Declined(
+    kind = SeveralSums if apart and nearest.endswith(apart) else Declined
+    raise kind(
         f"the experts' outputs are not combined by a weighted sum per token: {nearest}", source, rank=Rank.READING
     )
+
+
+def _feature_axes(shape: tuple[int, ...], out: int) -> list[int]:
+    """The axes of a sum that may be its ``out`` features, the last first. A single feature needs no axis of its own: it
+    then lies behind the last."""
+    axes = [d for d in reversed(range(len(shape))) if shape[d] == out]
+    return axes or ([len(shape)] if out == 1 else [])
 
 
 def _meeting_points(sites: list[GemmSite], nodes: list[fx.Node]) -> Iterator[fx.Node]:
@@ -173,8 +188,10 @@ def _without_rounding(found: torch.Tensor, base: torch.Tensor, large: torch.Tens
     """``found`` weights, which lost bits where they were added onto a larger ``base``, from codes as ``large`` as they
     may be; as they are where the code does more to large values than to multiply them."""
     better = (large - base) / _LARGE[base.dtype]
-    lost = 4 * torch.finfo(base.dtype).eps * (base.abs() + found.abs())
-    return torch.where((better - found).abs() <= lost, better, found)
+    eps = 4 * torch.finfo(base.dtype).eps
+    found = torch.where((better - found).abs() <= eps * (base.abs() + found.abs()), better, found)
+    whole = found.round()  # no weight at all, or a plain factor
+    return torch.where((found - whole).abs() <= eps * whole.abs(), whole, found)
 
 
 def _read(tape: Tape, labels: Labels, target: fx.Node, axis: int) -> Combine | str:

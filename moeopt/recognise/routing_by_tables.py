@@ -156,7 +156,11 @@ def by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtyp
     weights: Extraction | None = None
     for node in before:
         kind, shape = node.meta.get("dtype"), node.meta.get("shape")
-        if kind is None or node.op == "get_attr" or not shape or math.prod(shape) != tokens * candidates:
+        if kind is None or node.op == "get_attr" or not shape:
+            continue
+        if kind.is_floating_point and weights is None and math.prod(shape) == tokens:
+            weights = _one_for_each_token(tape, node, chosen, want)
+        if math.prod(shape) != tokens * candidates:
             continue
         for steps, _ in table_readings(shape, tokens, candidates):
             value = Extraction(node, steps).run(tape)
@@ -168,6 +172,16 @@ def by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtyp
                 weights = weights or Extraction(node, steps)
     if ids and weights:
         yield Routing(candidates, ids, weights, table.natural, RoutingForm.TABLE)
+
+
+def _one_for_each_token(tape: Tape, node: fx.Node, chosen: torch.Tensor, want: torch.Tensor) -> Extraction | None:
+    """(T, E) weights that are one number for all experts of a token: that of ``node``, or one over it (a mean)."""
+    steps: Steps = [(aten.reshape.default, ([-1, 1],)), (aten.expand.default, ([-1, chosen.shape[1]],))]
+    inverse: Steps = [*steps, (aten.reciprocal.default, ())]
+    for reading in (Extraction(node, steps), Extraction(node, inverse)):
+        if same_values(torch.where(chosen > 0, reading.run(tape).double(), 0.0), want):
+            return reading
+    return None
 
 
 def _asked_positive(node: fx.Node, depth: int = 6) -> bool:

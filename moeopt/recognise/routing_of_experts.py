@@ -29,6 +29,7 @@ from moeopt.recognise.limits import check_limits
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing import find_routing
 from moeopt.recognise.routing_by_ids import by_names
+from moeopt.recognise.routing_of_sequences import by_sequences
 from moeopt.recognise.routing_types import FixedShares, NoIds, Routing, Table
 from moeopt.recognise.routing_weights import (
     factors,
@@ -41,7 +42,7 @@ from moeopt.recognise.routing_weights import (
 )
 from moeopt.recognise.rows_carried import check_rows_carried
 from moeopt.recognise.slot_vectors import by_slots
-from moeopt.recognise.token_rows import Tokens
+from moeopt.recognise.token_rows import Tokens, rows_of
 from moeopt.recognise.weight_position import WeightPosition, weight_position
 from moeopt.value_types import PyObject
 
@@ -54,8 +55,8 @@ def with_frontier(
 ) -> Recognition:  # fmt: skip
     ins = sites_in(group)
     inside = _inside(tape, ins, combine)
-    last = max(s.node.meta["index"] for s in labels.token)
-    before = [n for n in tape.nodes[: last + 1] if n not in inside and n.meta.get("shape") is not None]
+    until = tape.nodes[: combine.node.meta["index"]]
+    before = [n for n in until if n not in inside and n.meta.get("shape") is not None]
     if len(experts) == 1:
         raise Declined(
             "only one of its experts could be read; all of a block's experts or none are rewritten",
@@ -67,7 +68,7 @@ def with_frontier(
     tables = _routing_tables(tape, flow, table)
     prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
     again = None if prior is None else (prior.routing, [experts.index(e) for e in prior.experts])
-    dispatch = [n for n in tape.nodes[: combine.node.meta["index"]] if n in flow and n.meta.get("shape") is not None]
+    dispatch = [n for n in until if n in flow and n.meta.get("shape") is not None]
 
     place: WeightPosition = "output"
 
@@ -78,7 +79,8 @@ def with_frontier(
             place = weight_position(tape, reading, table, tokens, labels, combine, group)
 
     try:
-        routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, (by_slots, by_names))
+        rarer = (by_slots, by_names, by_sequences(tokens.node.meta["shape"], tokens.axis))
+        routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, rarer)
     except (FixedShares, NoIds) as err:
         _say_more(err, group, tokens, labels, combine)
         raise
@@ -113,9 +115,11 @@ def _say_more(
 
 
 def _not_for_all(group: list[FFNCandidate], labels: Labels, weights_TC: torch.Tensor) -> tuple[FFNCandidate, ...]:
-    """The candidates of ``group`` whose weight is 0 for some token; the others, in no router's table, serve all."""
+    """The candidates of ``group`` whose weight is 0 for some token; the others, in no router's table, serve all.
+    One without rows serves none on this call."""
     for_all = (weights_TC != 0).all(0)
-    return tuple(c for c in group if not all(bool(for_all[labels.candidate[out]].all()) for out in c.outs))
+    numbers = {c: torch.cat([labels.candidate[out] for out in c.outs]) for c in group}
+    return tuple(c for c in group if not len(numbers[c]) or not bool(for_all[numbers[c]].all()))
 
 
 def _check_named(ids: torch.Tensor | None, count: int, missing: int, group: list[FFNCandidate]) -> None:
@@ -152,7 +156,7 @@ def _table(
         weights = hidden_weights(labels, combine)
     natural = list(range(len(experts))) if known else natural_order(experts)
     sites = list(labels.token)
-    return Table(weights, labels.visits(), natural, universe_of(tape, experts), weighed(combine, sites),
+    return Table(weights, labels.visits(), natural, universe_of(tape, experts), weighed(tape, combine, sites),
                  factors(tape, combine, sites))  # fmt: skip
 
 
@@ -225,9 +229,15 @@ def _only_the_router_steers(
     for node, line, _ in tape.reads:
         dtype = node.meta.get("dtype")
         if steered.get(node, False) or (dtype is not None and dtype.is_floating_point and _varies(tape, node)):
+            source = node.args[0] if node.target is operator.getitem and isinstance(node.args[0], fx.Node) else node
+            way_out = "keep it in a tensor (torch.where)"
+            if op_name(source) == "aminmax":
+                way_out = (
+                    "where that is F.one_hot(ids, n), which looks at its ids, write ids[..., None] == torch.arange(n)"
+                )
             raise Declined(
-                f"its forward turns a value computed from the input into a Python number ({op_name(node)}) and may "
-                "branch on it, which a graph cannot repeat; keep it in a tensor (torch.where)",
+                f"its forward turns a value computed from the input into a Python number ({op_name(source)}) and may "
+                f"branch on it, which a graph cannot repeat; {way_out}",
                 line or None,
             )
 
@@ -269,7 +279,7 @@ def _base(tape: Tape, combine: Combine, before: list[fx.Node], experts: list[Exp
     for node in reversed(before):
         shape = node.meta["shape"]
         if node.op != "get_attr" and node.meta["dtype"] == want.dtype and shape == combine.node.meta["shape"]:
-            value = tape.value(node).movedim(combine.axis, -1).reshape(want.shape)
+            value = rows_of(tape.value(node), combine.axis)
             if torch.equal(value, want):
                 if others & {str(a.target) for a in ancestors([node]) if a.op == "get_attr"}:
                     raise Declined(

@@ -103,9 +103,11 @@ def factors(tape: Tape, combine: Combine, sites: list[GemmSite]) -> tuple[float,
     return tuple(dict.fromkeys([*sorted(found), *([math.prod(found)] if len(found) > 1 else [])]))
 
 
-def weighed(combine: Combine, outs: list[GemmSite]) -> bool:
-    """True where a float that depends on the input enters the sum by another way than the experts."""
+def weighed(tape: Tape, combine: Combine, outs: list[GemmSite]) -> bool:
+    """True where a float that depends on the input enters the sum by another way than the experts, and is not what the
+    experts are added onto."""
     stack, seen = [combine.node], {s.node for s in outs}
+    below = {combine.node, *seen, *descendants(tape, list(seen), combine.node.meta["index"])}
     while stack:
         node = stack.pop()
         dtype = node.meta.get("dtype")
@@ -114,5 +116,6 @@ def weighed(combine: Combine, outs: list[GemmSite]) -> bool:
         seen.add(node)
         if node.op == "placeholder":
             return True
-        stack.extend(node.all_input_nodes)
+        onto = combine.base is not None and node in below and op_name(node) == "add"
+        stack.extend(a for a in node.all_input_nodes if not onto or a in below)
     return False

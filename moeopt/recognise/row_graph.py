@@ -27,6 +27,11 @@ from moeopt.value_types import PyObject
 aten = torch.ops.aten
 MOST = 400
 """Calls of one expert that are looked at."""
+_WAY_OUT = {
+    "convolution": " together with what is around it; put channels last, and write 1x1 convolutions as nn.Linear",
+    "bmm": ", as its weights are computed from the rows (a sum of all experts' weights for each row)",
+}
+"""What more there is to say of ops without a rule."""
 _SAME = ("clone", "detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy")
 
 
@@ -112,7 +117,7 @@ class RowGraphReader(RowGraphWriter):
             return self._pointwise(node)
         rule = RULES.get(name)
         if rule is None:
-            raise self.refused(node, "is not known to work on each row by itself")
+            raise self.refused(node, "is not known to work on each row by itself" + _WAY_OUT.get(name, ""))
         return rule(self, node, self.known[node.all_input_nodes[0]])
 
     def _constant(self, node: fx.Node) -> HeldSlots:

@@ -23,6 +23,12 @@ from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.limits import limits_values
 
 
+class NoTokens(Declined):
+    """What look like experts read rows that are of no one tensor; other functions of the block may be its experts."""
+
+    rank = Rank.READING
+
+
 @dataclass
 class Tokens:
     """The dispatched tensor ``node`` (feature axis ``axis``), T rows, and what each site's rows are.
@@ -44,7 +50,9 @@ class Tokens:
 
 
 def rows_of(value: torch.Tensor, axis: int) -> torch.Tensor:
-    """``value`` as (T, H) rows with ``axis`` as the feature axis."""
+    """``value`` as (T, H) rows with ``axis`` as the feature axis; (T, 1) where it is the one after the last."""
+    if axis == value.dim():
+        return value.reshape(-1, 1)
     return value.movedim(axis, -1).reshape(-1, value.shape[axis])
 
 
@@ -102,11 +110,10 @@ def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
         yield weighted
     if orders or weighted is not None:
         return
-    raise Declined(
+    raise NoTokens(
         "the experts' input rows are not rows of any one tensor (slots that mix tokens, or a transformation "
         "per expert before its first matmul); only whole tokens can be dispatched",
         sites[0].matmul.meta.get("source"),
-        rank=Rank.READING,
     )
 
 

@@ -56,12 +56,9 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
             if within.lowest is not None or within.highest is not None:
                 weights = plan.call(weights_within, weights, given, within.lowest, within.highest)
         y = plan.add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
-        plan.note(
-            y,
-            (count, recognition.combine.node.meta["shape"][recognition.combine.axis]),
-            recognition.combine.node.meta.get("dtype"),
-        )
-        y = _restore(plan, y, recognition.combine.node.meta["shape"], recognition.combine.axis)
+        summed, axis = recognition.combine.node.meta["shape"], recognition.combine.axis
+        plan.note(y, (count, summed[axis] if axis < len(summed) else 1), recognition.combine.node.meta.get("dtype"))
+        y = _restore(plan, y, summed, axis)
         return y if recognition.base is None else plan.call(aten.add.Tensor, ref(recognition.base), y)
 
     return NodeRewrite(recognition.combine.node, needs, recognition.interior, apply)
@@ -80,8 +77,8 @@ def _apply(plan: KeptSteps, extraction: Extraction, ref: Callable[[fx.Node], Ste
 
 def _restore(plan: KeptSteps, y: StepRef, shape: tuple[int, ...], axis: int) -> StepRef:
     """(T, H) rows back into the old sum's shape."""
-    if axis == len(shape) - 1:
-        return y if len(shape) == 2 else plan.call(aten.reshape.default, y, list(shape))
+    if axis >= len(shape) - 1:  # the last one, or that of a single feature without an axis of its own
+        return y if len(shape) == 2 == axis + 1 else plan.call(aten.reshape.default, y, list(shape))
     moved = [s for d, s in enumerate(shape) if d != axis] + [shape[axis]]
     y = plan.call(aten.reshape.default, y, moved)
     return plan.call(aten.movedim.int, y, -1, axis)

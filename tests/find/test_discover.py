@@ -160,6 +160,42 @@ def test_two_towers_are_not_experts():
     assert {p.kind for p in discover(seeded(Towers), (rand(3, H), rand(3, H, seed=1)), {})} == {"dense_ffn"}
 
 
+class TasksOverExperts(MoE):
+    """A gate and a tower for each task; ``result`` says whether the towers' outputs meet."""
+
+    def __init__(self, meet):
+        super().__init__()
+        self.gates, self.towers = (nn.ModuleList(make() for _ in range(2)) for make in (lambda: nn.Linear(H, 4), ffn))
+        self.meet = meet
+
+    def forward(self, x):
+        outs = torch.stack([f(x) for f in self.experts], 1)
+        mixed = [(gate(x).softmax(-1)[:, None] @ outs).squeeze(1) for gate in self.gates]
+        found = [tower(part) for tower, part in zip(self.towers, mixed, strict=True)]
+        return sum(found) if self.meet else torch.sigmoid(torch.cat(found, -1))
+
+
+def test_towers_behind_the_gates_of_tasks_are_no_experts_while_their_results_do_not_meet():
+    (moe,) = [p for p in places(seeded(lambda: TasksOverExperts(meet=False))) if p.kind == "moe"]
+    assert moe.experts == 4
+    assert [p.experts for p in places(seeded(lambda: TasksOverExperts(meet=True))) if p.kind == "moe"] == [4, 2]
+
+
+class GatheredSlots(StackLoop):
+    """For each slot of a token the matrices that it chose."""
+
+    def mix(self, x, w, ids):
+        y = 0
+        for k in range(2):
+            hidden = torch.einsum("th,thi->ti", x, self.w1.index_select(0, ids[:, k])).relu()
+            y = y + torch.einsum("ti,tih->th", hidden, self.w2[ids[:, k]]) * w[:, k, None]
+        return y
+
+
+def test_gathered_experts_are_counted_where_they_lie_and_not_by_rows():
+    assert {p.experts for p in places(seeded(GatheredSlots)) if p.kind == "moe"} == {4}
+
+
 def test_the_model_is_left_as_it_was_and_must_run():
     model = seeded(lambda: Model(MoE()))
     before = {k: v.clone() for k, v in model.state_dict().items()}

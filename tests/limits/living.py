@@ -24,7 +24,7 @@ def runs_the_original(make, change, text, call=lambda m: m(X)):
     assert text in warned[0], warned
 
 
-@limit("Another dtype, rank, fixed size or structure of arguments")
+@limit("Another dtype, rank, fixed or common size or structure of arguments")
 def other_calls(_):
     for x, text in (
         (X[0], "called with a 2-dimensional tensor, verified with 3"),
@@ -40,6 +40,10 @@ def other_calls(_):
     opt = optimized(build(Pair))
     got, warned = told(lambda: opt(X, X))
     assert len(warned) == 1 and torch.equal(got, build(Pair)(X, X))
+
+    opt = optimized(build(Pair), (X, X))
+    got, warned = told(lambda: opt(X, X[:1]))
+    assert torch.equal(got, build(Pair)(X, X[:1])) and "where one size was verified for both" in warned[0]
 
 
 @limit("Training mode")

@@ -131,7 +131,7 @@ class ByLanguage(Routed):
         return y
 
 
-@case(sequences_with(range(N)), experts=N, expect="declined", reason=r"whole sequences.*ids\.repeat_interleave")
+@case(sequences_with(range(N)), experts=N)
 def language_of_each_sequence():
     return ByLanguage(ffn)
 

@@ -1,0 +1,202 @@
+"""Mixtures whose router speaks of whole sequences, of images, or of the layer: one row of weights for many tokens."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.zoo.case import case, image, made_by, seq
+
+D, HID, N, STEPS = 16, 24, 4, 1000
+
+
+def ffn(out=D):
+    return nn.Sequential(nn.Linear(D, HID), nn.GELU(), nn.Linear(HID, out))
+
+
+def beside(make):
+    """(B, S, D) beside what ``make(B, generator)`` gives for each sequence."""
+    return made_by(lambda s, g: ((torch.randn(*s, D, generator=g), make(s[0], g)), {}))
+
+
+class Weighed(nn.Module):
+    """All experts, and one weight each for a whole sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(ffn() for _ in range(N))
+
+    def sum(self, x, weights):
+        return torch.einsum("be,besd->bsd", weights, torch.stack([f(x) for f in self.experts], 1))
+
+
+class ByTimestep(Weighed):
+    """A diffusion model's feed-forward, weighed by the embedded timestep of each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.gate = nn.Sequential(nn.Linear(8, D), nn.SiLU()), nn.Linear(D, N)
+
+    def forward(self, x, step):
+        angles = step[:, None].float() * torch.exp(-math.log(1e4) * torch.arange(4) / 4)
+        waves = torch.cat([angles.cos(), angles.sin()], -1)
+        return self.sum(x, self.gate(self.embed(waves)).softmax(-1))
+
+
+@case(beside(lambda b, g: torch.randint(STEPS, (b,), generator=g)), experts=N)
+def weights_of_a_timestep():
+    return ByTimestep()
+
+
+class BySpeaker(Weighed):
+    """Layers of an acoustic model, interpolated by an embedding of the speaker."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(10, N)
+
+    def forward(self, x, speaker):
+        weights = self.gate(speaker).softmax(-1)[:, None, :, None]
+        return (torch.stack([f(x) for f in self.experts], -1) @ weights).squeeze(-1)
+
+
+@case(beside(lambda b, g: torch.randn(b, 10, generator=g)), experts=N)
+def weights_of_a_speaker():
+    return BySpeaker()
+
+
+class ByInterval(nn.Module):
+    """One denoiser for each interval of timesteps; a batch holds samples of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.denoisers = nn.ModuleList(ffn() for _ in range(N))
+
+    def forward(self, x, step):
+        interval, y = step * N // STEPS, torch.empty_like(x)
+        for number, denoiser in enumerate(self.denoisers):
+            mine = interval == number
+            if mine.any():
+                y[mine] = denoiser(x[mine])
+        return y
+
+
+def samples_of_all_intervals(shape, generator):
+    count = shape[0] + N
+    steps = (torch.arange(count) * (STEPS // N) + 10) % STEPS
+    return (torch.randn(count, shape[1], D, generator=generator), steps), {}
+
+
+@case(made_by(samples_of_all_intervals), experts=N)
+def interval_of_a_timestep():
+    return ByInterval()
+
+
+class LowRank(nn.Module):
+    """A frozen layer, and pairs of narrow matrices onto its result."""
+
+    def __init__(self, rank=4):
+        super().__init__()
+        self.base = nn.Linear(D, HID)
+        self.down = nn.ModuleList(nn.Linear(D, rank, bias=False) for _ in range(N))
+        self.up = nn.ModuleList(nn.Linear(rank, HID, bias=False) for _ in range(N))
+
+    def pairs(self, x):
+        return [up(down(x)) for down, up in zip(self.down, self.up, strict=True)]
+
+
+class TaskAdapters(LowRank):
+    """The weight of each adapter comes from the embedding of the task."""
+
+    def __init__(self):
+        super().__init__()
+        self.tasks, self.gate = nn.Embedding(3, 6), nn.Linear(6, N, bias=False)
+
+    def forward(self, x, task):
+        weights = self.gate(self.tasks(task)).softmax(-1)
+        return self.base(x) + sum(weights[:, i, None, None] * one for i, one in enumerate(self.pairs(x)))
+
+
+@case(beside(lambda b, g: torch.randint(3, (b,), generator=g)), experts=N)
+def adapters_weighed_by_task():
+    return TaskAdapters()
+
+
+class LayerAdapters(LowRank):
+    """One learned weight for each adapter of the layer, whatever the token."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(N))
+
+    def forward(self, x):
+        weights = self.gate.softmax(0)
+        return self.base(x) + sum(weights[i] * one for i, one in enumerate(self.pairs(x)))
+
+
+@case(seq(D), experts=N)
+def adapters_weighed_by_layer():
+    return LayerAdapters()
+
+
+class HydraAdapters(LowRank):
+    """One narrow matrix down, several up, mixed for each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.scaling = nn.Linear(D, N, bias=False), 2.0
+
+    def forward(self, x):
+        y, weights = self.base(x), self.gate(x).softmax(-1, dtype=torch.float32).to(x.dtype)
+        for i, up in enumerate(self.up):
+            y = y + weights[..., i, None] * up(self.down[0](x)) * self.scaling
+        return y
+
+
+@case(seq(D), experts=N)
+def adapters_with_one_matrix_down():
+    return HydraAdapters()
+
+
+class ImageChoice(nn.Module):
+    """Two networks of 1x1 convolutions for each image, by its mean color."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(D, HID, 1), nn.ReLU(), nn.Conv2d(HID, D, 1)) for _ in range(N)
+        )
+        self.gate = nn.Linear(D, N)
+
+    def forward(self, x):
+        weights = self.gate(F.adaptive_avg_pool2d(x, 1).flatten(1)).softmax(-1)
+        return x + sum(weights[:, i].view(-1, 1, 1, 1) * f(x) for i, f in enumerate(self.experts))
+
+
+@case(image(D), experts=N)
+def weights_of_an_image():
+    return ImageChoice()
+
+
+class GatheredAdapters(nn.Module):
+    """A server's batch: each sequence brings the number of its adapter."""
+
+    def __init__(self, count=5, rank=4):
+        super().__init__()
+        self.base = nn.Linear(D, HID)
+        self.down = nn.Parameter(torch.randn(count, D, rank) * 0.2)
+        self.up = nn.Parameter(torch.randn(count, rank, HID) * 0.2)
+
+    def forward(self, x, adapter):
+        return self.base(x) + x @ self.down[adapter] @ self.up[adapter]
+
+
+def sequences_with_adapters(shape, generator):
+    count = shape[0] + 5
+    return (torch.randn(count, shape[1], D, generator=generator), torch.arange(count) % 5), {}
+
+
+@case(made_by(sequences_with_adapters), experts=5)
+def adapter_of_each_sequence():
+    return GatheredAdapters()
