@@ -34,6 +34,13 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], way_o
     except CaptureError:
         raise
     except Exception as err:
+        if "fullgraph=True" in str(err):  # torch.compile leaves code alone while its calls are written down
+            raise CaptureError(
+                f"{type(module).__name__} runs a function of its own under torch.compile(fullgraph=True), as "
+                "flex_attention does, and such code cannot be watched; take attn_implementation='sdpa', or leave "
+                "fullgraph out, while the model is optimised",
+                raising_line(err.__traceback__),
+            ) from err
         raise CaptureError(
             f"{type(module).__name__} raised {type(err).__name__}: {err}{way_out}", raising_line(err.__traceback__)
         ) from err
