@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeopt.capture.failed_call import call_hint, in_short
 from moeopt.capture.functional import mutated_args, unsaid_writes
 from moeopt.capture.module_state import ModuleState
 from moeopt.capture.tape import clone_inputs
@@ -67,6 +68,6 @@ def run_quietly(module: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str,
                 return module(*args, **kwargs)
         except Exception as err:
             raise CaptureError(
-                f"{type(module).__name__} raised {type(err).__name__}: {err}; "
-                "check that it runs on these inputs in eager mode"
+                f"{type(module).__name__} raised {in_short(err)}; "
+                f"check that it runs on these inputs in eager mode{call_hint(module, args, kwargs)}"
             ) from err

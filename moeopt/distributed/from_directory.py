@@ -57,7 +57,7 @@ def optimized_directory(path: str | os.PathLike[str], channel: Channel, call: Di
         UsageError, CheckpointError: as :func:`moeopt.optimize`; or ``workspace`` is needed and was not given.
         RankLostError: another rank is lost meanwhile.
     """
-    check_directory(path)
+    path = check_directory(path)
     asked = Options.from_fields(call.options, call.fields)
 
     def say(line: str) -> None:
