@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from operator import attrgetter, is_
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ _GEOMETRY: tuple[Callable[[Any], object], ...] = (
     attrgetter("shape"),
     attrgetter("dtype"),
     attrgetter("device"),
+    Tensor.is_neg,
 )
 
 
@@ -44,8 +45,8 @@ class AllPlaces:
         self._owners = list({id(p.owner): p.owner for p in places}.values())
         self._registries, self._keys = [p.registry for p in places], [p.key for p in places]
 
-    def lie(self) -> tuple[tuple[object, ...], ...] | None:
-        """Address, strides, shape, dtype and device of every tensor.
+    def tensors(self) -> list[Tensor] | None:
+        """Every tensor, as it is now.
 
         None where a module on the way to one was replaced, its owner has hooks, or it is no plain tensor: each place
         read by itself then tells the reason.
@@ -54,7 +55,10 @@ class AllPlaces:
             return None
         if any(any(map(hooks, self._owners)) for hooks in _HOOKS):
             return None
-        tensors = list(map(dict.get, self._registries, self._keys))
-        if not _PLAIN.issuperset(map(type, tensors)):
-            return None
+        tensors = cast(list[Tensor], list(map(dict.get, self._registries, self._keys)))
+        return tensors if _PLAIN.issuperset(map(type, tensors)) else None
+
+    @staticmethod
+    def lie(tensors: list[Tensor]) -> tuple[tuple[object, ...], ...]:
+        """Address, strides, shape, dtype, device and sign of every tensor."""
         return tuple([tuple(map(what, tensors)) for what in _GEOMETRY])

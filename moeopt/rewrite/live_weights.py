@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
 from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.rewrite.all_places import AllPlaces
+from moeopt.rewrite.regular_steps import flat, steps_between
 from moeopt.value_types import PyObject
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -99,13 +100,17 @@ class LiveExpertWeights:
                     self._places[part.path] = place(root, part.path)
         self._regions: dict[tuple[int, str], Any] = {}
         self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
-        self._steps = _steps(experts)
+        self._steps = steps_between(experts)
         made_anew = place is not Place or any(ref.neurons is not None for ref in experts)
         self._all = None if made_anew else AllPlaces(self._places.values())
+        self._each: dict[int, AllPlaces] = {}
         self.known: Any = None  # what a kernel worked out of these tensors, and how they lay then
+        self.entries: dict[int, Any] = {}  # the same of each expert alone
+        w_out = experts[0].w_out
+        self.w_out_kind = self._places[w_out.path].dtype, w_out.m * w_out.k  # a place of another dtype is stale
         # the last result of stacked(): while its views are kept nobody else gets their memory, so addresses identify it
         self._stack: tuple[Any, StackedExpertWeights, list[Any]] | None = None
-        self._backwards = any(s < 0 for part in self._steps or () for step in _flat(part) for s in step)
+        self._backwards = any(s < 0 for part in self._steps or () for step in flat(part) for s in step)
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
         """Expert e's first matrices."""
@@ -141,7 +146,20 @@ class LiveExpertWeights:
             return None
         for e in range(self.num_experts):
             self._check(e)
-        return self._all.lie()
+        return None if (tensors := self._all.tensors()) is None else self._all.lie(tensors)
+
+    def lies_alone(self, e: int) -> tuple[object, list[Tensor]] | None:
+        """As :meth:`lies`, of expert ``e`` and no other; and its tensors, for who needs them kept."""
+        if self._all is None:
+            return None
+        self._check(e)
+        places = self._each.get(e)
+        if places is None:
+            ref = self._experts[e]
+            parts = [part for part in (*ref.w_in, *ref.b_in, ref.w_out, ref.b_out) if part is not None]
+            places = self._each[e] = AllPlaces([self._places[part.path] for part in parts])
+        tensors = places.tensors()
+        return None if tensors is None else (places.lie(tensors), tensors)
 
     def _pick(self, e: int, part: Tensor, axis: int) -> Tensor:
         """Expert ``e``'s neurons of ``part``, which lie along ``axis``."""
@@ -258,36 +276,3 @@ def _from(tensor: Tensor, origin: tuple[int, ...]) -> Tensor:
     The view holds all that a stack from there reads, so gradients reach every expert.
     """
     return tensor[tuple([slice(o, None) for o in origin])] if any(origin) else tensor
-
-
-def _flat(part: PyObject) -> list[tuple[int, ...]]:
-    return [p for p in (part if isinstance(part, list) else [part]) if p is not None]
-
-
-def _step(parts: list[Any]) -> tuple[int, ...] | None | bool:
-    """The constant distance from one part to the next; None where all are absent, False where there is none."""
-    first = parts[0]
-    if first is None:
-        return None if all(p is None for p in parts) else False
-    if any(p is None or p.path != first.path or p.dm != first.dm for p in parts):
-        return False
-    if isinstance(first, MatrixRef) and any(p.dk != first.dk for p in parts):
-        return False
-    if len(parts) == 1:
-        return tuple(0 for _ in first.origin)
-    step = tuple(b - a for a, b in zip(first.origin, parts[1].origin, strict=True))
-    places = [tuple(o + e * s for o, s in zip(first.origin, step, strict=True)) for e in range(len(parts))]
-    return step if places == [p.origin for p in parts] else False
-
-
-def _steps(experts: list[ExpertRef]) -> tuple[Any, Any, Any, Any] | None:
-    """The constant distance between expert e and e+1 in each part, or None where there is none."""
-    if any(x.neurons is not None for x in experts) or len({x.w_out.k for x in experts}) > 1:
-        return None
-
-    w_in = [_step([x.w_in[i] for x in experts]) for i in range(len(experts[0].w_in))]
-    b_in = [_step([x.b_in[i] for x in experts]) for i in range(len(experts[0].b_in))]
-    w_out, b_out = _step([x.w_out for x in experts]), _step([x.b_out for x in experts])
-    if any(s is False for s in (*w_in, *b_in, w_out, b_out)):
-        return None
-    return w_in, b_in, w_out, b_out

@@ -42,7 +42,7 @@ _NO_SCALES = (0, 0, 0, 0)
 NativeRun = Callable[[ctypes.c_void_p], int]
 """Takes the address of a ``moeopt_call``, and gives its status."""
 KernelWeight = Tensor | QuantizedWeight
-CallWords = tuple[list[int], "array[int] | None", tuple[int, ...], int]
+CallWords = tuple["array[int]", "array[int] | None", tuple[int, ...], int]
 """Of ``moeopt_expert``: the entries, which expert has which, the steps between stacked ones, and D."""
 
 
@@ -105,14 +105,13 @@ def call(
     held: list[Tensor] = []
     entries, index, steps, D = _experts(bank, ids, spec, held)
     y = x.new_empty(T, D, dtype=dtypes(x, spec)[2])
-    table = array("q", entries)
     words = array("q", (
         ABI, ctypes.addressof(encoded), T, K, E, H, D,
         x.data_ptr(), FLOATS[x.dtype], *x.stride(),
         ids.data_ptr(), INTEGERS[ids.dtype], *ids.stride(),
         weights.data_ptr(), FLOATS[weights.dtype], *weights.stride(),
         y.data_ptr(), FLOATS[y.dtype],
-        table.buffer_info()[0], index.buffer_info()[0] if index else 0, *steps,
+        entries.buffer_info()[0], index.buffer_info()[0] if index else 0, *steps,
         torch.get_num_threads(), isa,
     ))  # fmt: skip
     status = run(ctypes.c_void_p(words.buffer_info()[0]))
@@ -137,16 +136,12 @@ def _experts(bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Ten
         stacked.known = spec, now, found
         return found
     E = bank.num_experts
-    index, entries, D = array("q", [-1]) * E, list[int](), 0
+    index, entries, D = array("q", [-1]) * E, array("q"), 0
     hit = sorted(set(ids.flatten().tolist())) if ids.numel() <= 4096 else ids.unique().tolist()
     for e in hit:
         if not 0 <= e < E:
             continue
-        ins: tuple[KernelWeight, ...]
-        out: KernelWeight
-        ins, out = bank.codes(e) if isinstance(bank, QuantizedExpertWeights) else (bank.w_in(e), bank.w_out(e))
-        parts: list[KernelWeight | None] = [*ins, out, *bank.b_in(e), bank.b_out(e), bank.norm(e)]
-        entry, width = _entry(parts, spec, held)
+        entry, width = _entry_of(bank, e, spec, held)
         if D and width != D:
             raise Unfit("the experts' outputs differ in width")
         index[e], D = len(entries) // len(entry), width
@@ -154,6 +149,26 @@ def _experts(bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Ten
     if not D:
         raise Unfit("no expert is named")
     return entries, index, (0,) * 7, D
+
+
+def _entry_of(bank: ExpertWeights, e: int, spec: ExpertsSpec, held: list[Tensor]) -> tuple[array[int], int]:
+    """The entry of expert ``e``, and its D; worked out anew where its weights do not lie as they lay the last time."""
+    lies_alone = getattr(bank, "lies_alone", None)
+    now = None if lies_alone is None else lies_alone(e)
+    entries: dict[int, tuple[ExpertsSpec, object, tuple[array[int], int]]] = getattr(bank, "entries", {})
+    if now is not None:
+        lie, tensors = now
+        known = entries.get(e)
+        if known is not None and known[0] is spec and known[1] == lie:
+            held += tensors  # they live until the kernel has read them
+            return known[2]
+    ins: tuple[KernelWeight, ...]
+    out: KernelWeight
+    ins, out = bank.codes(e) if isinstance(bank, QuantizedExpertWeights) else (bank.w_in(e), bank.w_out(e))
+    found = _entry([*ins, out, *bank.b_in(e), bank.b_out(e), bank.norm(e)], spec, held)
+    if now is not None:
+        entries[e] = spec, now[0], found
+    return found
 
 
 def _stack(whole: list[Tensor | None], spec: ExpertsSpec) -> CallWords:
@@ -166,7 +181,7 @@ def _stack(whole: list[Tensor | None], spec: ExpertsSpec) -> CallWords:
     return entry, None, tuple(steps), D
 
 
-def _entry(parts: Sequence[KernelWeight | None], spec: ExpertsSpec, held: list[Tensor]) -> tuple[list[int], int]:
+def _entry(parts: Sequence[KernelWeight | None], spec: ExpertsSpec, held: list[Tensor]) -> tuple[array[int], int]:
     """One ``moeopt_expert`` as its words, and its D; ``parts``: w_in, w_out, b_in, b_out, norm; one or two ins."""
     pair = len(parts) == 7
     if pair != (spec.rows == "separate"):
@@ -185,7 +200,7 @@ def _entry(parts: Sequence[KernelWeight | None], spec: ExpertsSpec, held: list[T
         if not pair and b is b_in[0] and len(words) == 33:
             words += _ABSENT
     held += [t for t in parts if isinstance(t, Tensor)]  # codes live as long as their bank
-    return words, widths[-1]
+    return array("q", words), widths[-1]
 
 
 def _matrix(w: KernelWeight | None, layout: str) -> tuple[int, ...]:

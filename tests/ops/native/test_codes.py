@@ -52,9 +52,9 @@ def eps_off(got, want, spec, dtype):
 
 
 @pytest.mark.parametrize("name", TAKEN)
-@pytest.mark.parametrize(("H", "I"), [(33, 24), (80, 37), (1100, 136)])
+@pytest.mark.parametrize(("H", "I"), [(33, 24), (80, 37), (1100, 136), (1120, 160)])
 def test_equals_the_reference(kernel, name, H, I):
-    """One row, a few (codes become floats in registers), many (in a panel); K of one, two and several chunks."""
+    """One row, a few (codes become floats in registers), many (in a panel); K of one and more chunks, whole blocks."""
     bank = bank_of(ExpertsSpec(), FORMATS[name], H, I, torch.float32)
     for T in (1, 2, 5, 40):
         args = call_of(bank, ExpertsSpec(), T, H, torch.float32)
@@ -70,11 +70,10 @@ def test_each_field_of_the_spec(kernel, name):
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-block16"])
-def test_a_token_s_bits_do_not_depend_on_the_others(kernel, name):
+@pytest.mark.parametrize(("H", "I"), [(1100, 136), (1120, 160)])
+def test_a_token_s_bits_do_not_depend_on_the_others(kernel, name, H, I):
     spec = ExpertsSpec()
-    x, ids, weights, bank, _ = call_of(
-        bank_of(spec, FORMATS[name], 1100, 136, torch.float32), spec, 33, 1100, torch.float32
-    )
+    x, ids, weights, bank, _ = call_of(bank_of(spec, FORMATS[name], H, I, torch.float32), spec, 33, H, torch.float32)
     ids = ids.clamp(0, E - 1)
     whole = kernel(x, ids, weights, bank, spec)
     for t in (0, 7, 32):

@@ -89,6 +89,21 @@ def test_what_the_kernel_does_not_take_it_names(taken, change, reason):
             dispatch.call(dispatch.library().run, *case.args, dispatch.library().bit)
 
 
+@pytest.mark.parametrize("stacked", (True, False))
+@pytest.mark.parametrize("spec", (ExpertsSpec(), ExpertsSpec(compute_dtype="float64")), ids=("x", "compute"))
+def test_what_the_kernel_does_not_take_is_asked_once(taken, monkeypatch, spec, stacked):
+    """Nothing is measured at later calls: that took ten times as long as the experts."""
+    asked, honest = [], dispatch._ways
+    monkeypatch.setattr(dispatch, "_ways", lambda *args: asked.append(args) or honest(*args))
+    monkeypatch.setattr(measured, "measuring", lambda: True)
+    dtype = torch.float32 if spec.compute_dtype else torch.float64
+    case = make(spec, T=5, dtype=dtype, stacked=stacked)
+    dispatch._native.cache_clear()
+    for _ in range(3):
+        close(experts(*case.args), case)
+    assert len(asked) <= 1 and taken == ["experts_cpu"] * 3
+
+
 def test_shapes_that_do_not_fit_fail_as_they_do_without_it(taken):
     case = make(ExpertsSpec(), dtype=torch.float32)
     for bank in (

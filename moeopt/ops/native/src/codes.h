@@ -28,7 +28,7 @@ struct I8 {
     return v * scale;
 #endif
   }
-  static int64_t bytes(int64_t codes) { return codes; }
+  static constexpr int64_t bytes(int64_t codes) { return codes; }
 };
 struct U4 {  // i is a multiple of 8, of L on AVX-512: a lane shifts its code down, from a word that lanes share
 #if defined(__AVX512F__)
@@ -63,7 +63,7 @@ struct U4 {  // i is a multiple of 8, of L on AVX-512: a lane shifts its code do
     return v * scale;
   }
 #endif
-  static int64_t bytes(int64_t codes) { return codes / 2; }
+  static constexpr int64_t bytes(int64_t codes) { return codes / 2; }
 };
 
 inline float scale_at(const View &v, int64_t o, int64_t block) {
@@ -144,7 +144,45 @@ inline void codes_tile(const View &v, const int64_t *row, int64_t k, int64_t n, 
   UNROLL for (int m = 0; m < NX; m++) finish(acc[m], to + m * ldt, add);
 }
 
-template <class C>
+// The same, to the same bits, where each row is whole blocks of BLOCK: a block is a few vectors, and takes less time than what would
+// stand around them if its size were not known here.
+template <class C, int BLOCK, int NW, int NX>
+inline void blocks_tile(const View &v, const int64_t *row, int64_t k, int64_t n, const float *x, int64_t ldx, float *to, int64_t ldt, bool add) {
+  constexpr int64_t bytes = C::bytes(BLOCK);
+  V acc[NX][NW];
+  UNROLL for (int i = 0; i < NX; i++)
+    UNROLL for (int j = 0; j < NW; j++) acc[i][j] = V{};
+  const char *w[NW];
+  UNROLL for (int j = 0; j < NW; j++) w[j] = (const char *)v.data + C::bytes(row[j] * v.so + k);
+  const int64_t ahead = C::bytes(NW * v.so), count = n / BLOCK;
+  float scales[NW][DOT_CHUNK / BLOCK];
+  UNROLL for (int j = 0; j < NW; j++) scales_of_row(scales[j], v, row[j], k / BLOCK, count);
+  for (int64_t b = 0; b < count; b++) {
+    if (b % (64 / bytes) == 0) {
+      UNROLL for (int j = 0; j < NW; j++) __builtin_prefetch(w[j] + ahead + b * bytes, 0, 2);
+    }
+    typename C::Scale scale[NW];
+    UNROLL for (int j = 0; j < NW; j++) scale[j] = C::scale(scales[j][b]);
+    UNROLL for (int q = 0; q < BLOCK; q += L) {
+      V values[NX];
+      UNROLL for (int m = 0; m < NX; m++) values[m] = load(x + m * ldx + b * BLOCK + q);
+      UNROLL for (int j = 0; j < NW; j++) {
+        const V a = C::weights(w[j] + b * bytes, q, scale[j]);
+        UNROLL for (int m = 0; m < NX; m++) acc[m][j] += a * values[m];
+      }
+    }
+  }
+  UNROLL for (int m = 0; m < NX; m++) finish(acc[m], to + m * ldt, add);
+}
+
+template <class C, int BLOCK, int NW, int NX>
+inline void some_codes(const View &v, const int64_t *row, int64_t k, int64_t n, const float *x, int64_t ldx, float *to, int64_t ldt, bool add) {
+  if constexpr (BLOCK > 0) blocks_tile<C, BLOCK, NW, NX>(v, row, k, n, x, ldx, to, ldt, add);
+  else codes_tile<C, NW, NX>(v, row, k, n, x, ldx, to, ldt, add);
+}
+
+// BLOCK: the size of v's blocks, of which K is a multiple; 0: any size
+template <class C, int BLOCK>
 void dot_codes_direct(const View &v, int64_t first, int64_t n, const float *x, int64_t ldx, int64_t K, int64_t M, float *to, int64_t ldt) {
   const int64_t chunk = chunk_of(K, DOT_CHUNK);
   for (int64_t k = 0; k < K; k += chunk) {
@@ -152,16 +190,16 @@ void dot_codes_direct(const View &v, int64_t first, int64_t n, const float *x, i
     for (int64_t j = 0; j < n;) {
       int64_t row[8];
       for (int i = 0; i < 8; i++) row[i] = first + smaller(j + i, n - 1);
-      if (M == 1 && j + 8 <= n) {
-        codes_tile<C, 8, 1>(v, row, k, kc, x + k, ldx, to + j, ldt, k > 0), j += 8;
+      if (M == 1 && j + 8 <= n && (BLOCK == 0 || VBYTES == 64)) {  // else registers are too few for eight rows and their scales
+        some_codes<C, BLOCK, 8, 1>(v, row, k, kc, x + k, ldx, to + j, ldt, k > 0), j += 8;
         continue;
       }
       for (int64_t m = 0; m < M;) {
         const float *at = x + m * ldx + k;
         float *out = to + m * ldt + j;
-        if (M - m >= 3) codes_tile<C, 4, 3>(v, row, k, kc, at, ldx, out, ldt, k > 0), m += 3;
-        else if (M - m == 2) codes_tile<C, 4, 2>(v, row, k, kc, at, ldx, out, ldt, k > 0), m += 2;
-        else codes_tile<C, 4, 1>(v, row, k, kc, at, ldx, out, ldt, k > 0), m += 1;
+        if (M - m >= 3) some_codes<C, BLOCK, 4, 3>(v, row, k, kc, at, ldx, out, ldt, k > 0), m += 3;
+        else if (M - m == 2) some_codes<C, BLOCK, 4, 2>(v, row, k, kc, at, ldx, out, ldt, k > 0), m += 2;
+        else some_codes<C, BLOCK, 4, 1>(v, row, k, kc, at, ldx, out, ldt, k > 0), m += 1;
       }
       j += 4;
     }
@@ -173,8 +211,9 @@ constexpr int64_t FEW_CODES = 3;  // rows of x up to which codes become floats i
 void dot_codes(const View &v, int64_t compute, int64_t first, int64_t n, const float *x, int64_t ldx, int64_t K, int64_t M,
                float *to, int64_t ldt, float *panel) {
   if (M <= FEW_CODES && compute == MOEOPT_F32 && (v.block % L == 0 || v.block >= K)) {
-    if (v.dtype == MOEOPT_I8) return dot_codes_direct<I8>(v, first, n, x, ldx, K, M, to, ldt);
-    return dot_codes_direct<U4>(v, first, n, x, ldx, K, M, to, ldt);
+    if (v.dtype == MOEOPT_I8) return dot_codes_direct<I8, 0>(v, first, n, x, ldx, K, M, to, ldt);
+    if (v.block == 32 && K % 32 == 0) return dot_codes_direct<U4, 32>(v, first, n, x, ldx, K, M, to, ldt);
+    return dot_codes_direct<U4, 0>(v, first, n, x, ldx, K, M, to, ldt);
   }
   const int64_t chunk = chunk_of(K, DOT_CHUNK), ld = chunk + 16;
   const float *w[4] = {panel, panel + ld, panel + 2 * ld, panel + 3 * ld};
