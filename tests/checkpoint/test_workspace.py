@@ -157,9 +157,7 @@ def test_a_weights_file_that_a_bundle_has_too_is_not_written_to(tmp_path):
 def test_where_there_is_no_room_to_begin_nothing_is_left(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "ftruncate", lambda *given: (_ for _ in ()).throw(OSError(errno.EFBIG, "File too large")))
-        with pytest.raises(
-            OSError, match=r"too large: raise the limit on the size of files \(ulimit -f\), or take"
-        ):
+        with pytest.raises(OSError, match=r"too large: raise the limit on the size of files \(ulimit -f\), or take"):
             opened(tmp_path / "w")
     assert not (tmp_path / "w").exists()
     worked(tmp_path / "w").close(done=True)
