@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from moeopt.checkpoint.tasks import auto_class
 from moeopt.errors import CheckpointError, UsageError
+from moeopt.hub_cache import cached_folder, is_hub_name
 from moeopt.inspection.headers import interrupted
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def cached_directory(target: str) -> Path | None:
@@ -19,19 +17,20 @@ def cached_directory(target: str) -> Path | None:
     Raises:
         UsageError: it is a name as on the hub, and the cache has no such model.
     """
-    if not _HUB_ID.fullmatch(target) or Path(target).exists() or Path(target).suffix in (".py", ".json", ".onnx"):
+    if not is_hub_name(target):
         return None
     try:
-        from huggingface_hub import constants, try_to_load_from_cache
+        from huggingface_hub import constants
+
+        found = cached_folder(target)
     except ImportError:
         raise UsageError(f"{target} needs transformers: pip install 'moeopt[transformers]'") from None
-    found = try_to_load_from_cache(target, "config.json")
-    if not isinstance(found, str):
+    if found is None:
         raise UsageError(
             f"{target} is neither a file nor a model in the local Hugging Face cache ({constants.HF_HUB_CACHE}); "
             f"moeopt downloads nothing: `hf download {target}` brings it, or give the model's directory"
         )
-    return Path(found).parent
+    return found
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from moeopt.errors import UsageError
+from moeopt.hub_cache import on_this_disk
 from moeopt.inspection.config_file import checked_fields, config_fields
 from moeopt.inspection.headers import Stored, absent_files, stored_weights
 from moeopt.onnx_in.read import is_onnx, read_onnx
@@ -59,7 +60,7 @@ def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
         name = str(target) if isinstance(target, (str, os.PathLike)) else "ONNX model"
         return Loaded(made, name, "model", experts=made.chains_of_regions)
     if isinstance(target, (str, os.PathLike)):
-        return _from_path(Path(target), trust_remote_code)
+        return _from_path(on_this_disk(Path(target)), trust_remote_code)
     if isinstance(target, Mapping):
         return _from_dict(dict(target), "the dict", None, trust_remote_code)
     if hasattr(target, "to_dict") and hasattr(target, "model_type"):

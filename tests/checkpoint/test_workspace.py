@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from moeopt.bundle.weights_file import WeightsFile
-from moeopt.checkpoint.folder_lock import CAN_LOCK
 from moeopt.checkpoint.journal import JOURNAL, WEIGHTS, Journal, Workspace, folder_of
 from moeopt.errors import CheckpointError, UsageError
+from moeopt.file_lock import CAN_LOCK
 
 pytestmark = pytest.mark.skipif(not CAN_LOCK, reason="nothing is locked here")
 
