@@ -174,7 +174,7 @@ class ResidentExperts:
         started = time.perf_counter()
         for expert in missing:  # all are asked for before any is waited for
             self._advise(expert, _WILLNEED)
-        for expert in missing:
+        for expert in reversed(missing):  # the one that was asked for last: to wait for it is to wait for all
             self._advise(expert, _POPULATE_READ)
             expert.here = True
             self._held += expert.bytes
