@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -36,10 +37,13 @@ def session_on(
     except MoeoptError:
         raise
     except Exception as err:  # ONNX Runtime's own, of many classes
-        lines = str(err).strip().splitlines()
-        raise UsageError(
-            f"{name}: ONNX Runtime {runtime().__version__} does not load it: {lines[0][:300] if lines else err}"
-        ) from None
+        raise UsageError(f"{name}: ONNX Runtime {runtime().__version__} does not load it: {_said(err)}") from None
+
+
+def _said(err: Exception) -> str:
+    """The first line of an error of ONNX Runtime, without the place in its own code that it names first."""
+    first = next(iter(str(err).strip().splitlines()), type(err).__name__)
+    return re.sub(r"\S+\.(?:cc|h):\d+ .*?\)(?: const)? (?=[A-Z])", "", first)[:300]
 
 
 def with_outputs(proto: OnnxModel, names: Sequence[str]) -> OnnxModel:
