@@ -31,6 +31,7 @@ from moeopt.lower.functional import traces_with
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.plain import open_dataclasses
 from moeopt.lower.wrapped_weights import wrapped_weights_named
+from moeopt.onnx_in.coded import coded_weights
 from moeopt.options import Options
 from moeopt.patches import fewer_collections
 from moeopt.pipeline.block import OwnForward
@@ -142,7 +143,7 @@ class GraphBackend(Backend):
             outcome.checks, end, options.verify, executed, device, dtype, notes=[*plan.notes, *notes],
             quantized=formats_of(twin),
         )  # fmt: skip
-        if judge is not source and options.verify != "off":
+        if judge is not source and options.verify != "off" and not coded_weights(source):  # a file loses nothing
             certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options)
         blocks = [self._with_lowering(block, built) for block in outcome.blocks]
         report = report_of(source, blocks, self.name, outcome, certificate, options)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from moeopt.backends.base import Made
 from moeopt.backends.onnxrt.build import BuiltGraph
+from moeopt.backends.onnxrt.bundle_files import ONNX_FILE
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import ids_of_engine, ids_of_model
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files, written_out
 from moeopt.backends.onnxrt.onnx_file.file_reports import decline, in_order
+from moeopt.backends.onnxrt.onnx_file.kept_codes import drop_expanded, with_codes
 from moeopt.backends.onnxrt.onnx_file.original import session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE
+from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, MoeoptError, NotEquivalentError, UsageError
 from moeopt.onnx_in.ends import graph_inputs, tensor_type
@@ -33,6 +37,7 @@ from moeopt.onnx_in.region_module import GraphRegions
 from moeopt.onnx_in.regions import candidate_regions
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
+from moeopt.published.codes_in_files import codes_in
 from moeopt.report import BlockReport, Report
 from moeopt.untrusted import shown_line
 from moeopt.value_types import PyObject
@@ -55,14 +60,21 @@ def optimize_file(
     Raises:
         UsageError: ONNX Runtime does not load or run it; inputs that it does not take.
     """
-    started = time.perf_counter()
     if options.target not in (None, "cpu") or not isinstance(plan, OrtPlan) or plan.provider != "cpu":
         raise UsageError(
             f"{file.name}: an ONNX file is optimised for the CPU of this machine, where both files are compared; leave "
             "out device= and target=, or optimise the PyTorch model for the other device"
         )
+    folder = TemporaryFolder()  # floats of codes lie there, and not in memory
+    with codes_in(Path(folder.name)):
+        return _optimized(file, inputs, options, plan, backend)
+
+
+def _optimized(
+    given: OnnxFile, inputs: PyObject, options: Options, plan: OrtPlan, backend: type[GraphBackend]
+) -> tuple[Made, ArgsKwargs]:
+    started = time.perf_counter()
     options.say("looking for blocks of experts in the graph")
-    given = file
     calls = example_feeds(given, inputs, options.seed)
     file = written_out(given, calls)
     index = GraphIndex(file.model.graph)
@@ -174,10 +186,13 @@ def _rewritten(
     values = {name: value for part in parts.parts for name, value in part.runs[0].items()}
     call: ArgsKwargs = (tuple(values[name] for name in slots), {})
     seen: list[tuple[GraphRegions, PipelineResult]] = []
+    of_codes = with_codes(options, parts.parts)
 
     def settle(twin: nn.Module, outcome: PipelineResult) -> None:
         """Leave out of the engine what was declined."""
         assert isinstance(twin, GraphRegions), "the pipeline copies the regions as what they are"
+        if of_codes is not options:
+            drop_expanded(outcome)
         seen.append((twin, outcome))
         for one in (twin, regions):
             one.keep(list(outcome.rewrites))
@@ -185,7 +200,7 @@ def _rewritten(
             raise NothingRewrittenError
 
     try:
-        made = backend(settle, "the file").optimize(regions, call, options, plan)
+        made = backend(settle, "the file").optimize(regions, call, of_codes, plan)
     except NothingRewrittenError:
         for block in seen[0][1].blocks:
             decline(parts, block)
@@ -274,4 +289,4 @@ def _fingerprint(file: OnnxFile) -> dict[str, str]:
         with file.path.open("rb") as source:
             while piece := source.read(1 << 22):
                 digest.update(piece)
-    return {"class": file.name, "sha256": digest.hexdigest()}
+    return {"class": file.name, "sha256": digest.hexdigest(), "kind": ONNX_FILE}
