@@ -134,7 +134,7 @@ def _check(file: OnnxFile) -> None:
     _check_graph(file, proto.graph, set())
     check_functions(where, proto)
     for function in proto.functions:
-        _check_order(where, function.node, set(function.input), set(function.input), f"the function {function.name}")
+        _check_order(where, function.node, set(), set(function.input), f"the function {function.name}")
 
 
 def _check_graph(file: OnnxFile, graph: OnnxGraph, outer: set[str]) -> None:
@@ -153,14 +153,17 @@ def _check_graph(file: OnnxFile, graph: OnnxGraph, outer: set[str]) -> None:
         check_tensor(file, tensor)
     _check_dense(file, graph)
     made = {*names, *weights}
-    here = _check_order(file.name, graph.node, outer | made, made, f"the graph {graph.name!r}")
+    here = _check_order(file.name, graph.node, outer, made, f"the graph {graph.name!r}")
+    fresh = here - outer  # names are entered and taken out again: a set for each body would grow with the graph
+    outer |= fresh
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 check_tensor(file, attribute.t)
             for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                _check_graph(file, body, outer | here)
-    lost = [v.name for v in graph.output if v.name not in here | outer]
+                _check_graph(file, body, outer)
+    lost = [v.name for v in graph.output if v.name not in outer]
+    outer -= fresh
     if lost:
         raise UsageError(f"{file.name}: nothing makes the output {shown_line(lost[0])!r}: it was damaged or cut off")
 
@@ -176,13 +179,13 @@ def _check_dense(file: OnnxFile, graph: OnnxGraph) -> None:
         )
 
 
-def _check_order(where: str, nodes: OnnxNode, known: set[str], own: set[str], what: str) -> set[str]:
+def _check_order(where: str, nodes: OnnxNode, outer: set[str], own: set[str], what: str) -> set[str]:
     """Every name that the graph itself makes; ``UsageError`` for one that is read before it is made, or made twice."""
-    known, made = set(known), set(own)
+    made = set(own)
     for number, node in enumerate(nodes):
         label = shown_line(node.name or f"{node.op_type} number {number}")
         for name in node.input:
-            if name and name not in known:
+            if name and name not in made and name not in outer:
                 raise UsageError(
                     f"{where}: the node {label!r} in {shown_line(what)} reads {shown_line(name)!r}, which no node "
                     "before it makes: the graph holds a cycle or is not in order"
@@ -191,7 +194,6 @@ def _check_order(where: str, nodes: OnnxNode, known: set[str], own: set[str], wh
             if name and name in made:
                 raise UsageError(f"{where}: {shown_line(name)!r} is made twice, the second time by the node {label!r}")
             if name:
-                known.add(name)
                 made.add(name)
     return made
 

@@ -196,7 +196,8 @@ class GraphRegions(nn.Module):
 
     def keep(self, paths: Sequence[str]) -> None:
         """Call only the regions at ``paths`` from here on."""
-        self.region_slots = tuple((path, slots) for path, slots in self.region_slots if path in paths)
+        kept = set(paths)
+        self.region_slots = tuple((path, slots) for path, slots in self.region_slots if path in kept)
 
     def forward(self, *values: Tensor) -> tuple[PyObject, ...]:
         return tuple(self.get_submodule(path)(*(values[n] for n in slots)) for path, slots in self.region_slots)

@@ -108,8 +108,11 @@ class Packed:
         return codes if self.bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4
 
 
-def coded_file(form, width=I, experts=E, seed=0):
-    """An ``onnx.ModelProto``: x + the weighted sum of ``experts`` gated functions of x, a router choosing two."""
+def coded_file(form, width=I, experts=E, seed=0, router=False):
+    """An ``onnx.ModelProto``: x + the weighted sum of ``experts`` gated functions of x, a router choosing two.
+
+    ``router``: whether its weight is in codes too.
+    """
     draw = np.random.default_rng(seed)
     nodes, weights = [], []
 
@@ -129,9 +132,11 @@ def coded_file(form, width=I, experts=E, seed=0):
         weights.extend(held)
         return name
 
-    weights.append(stored("gate.w", draw.normal(size=(H, experts)).astype(np.float32)))
+    if not router:
+        weights.append(stored("gate.w", draw.normal(size=(H, experts)).astype(np.float32)))
     weights += [stored("two", np.array([2])), stored("ones", np.array([1]))]
-    probs = add("Softmax", [add("MatMul", ["x", "gate.w"], "logits")], "probs", axis=-1)
+    logits = product("x", "gate", (H, experts)) if router else add("MatMul", ["x", "gate.w"], "logits")
+    probs = add("Softmax", [logits], "probs", axis=-1)
     nodes.append(helper.make_node("TopK", [probs, "two"], ["best", "ids"], name="topk"))
     add("Div", ["best", add("ReduceSum", ["best", "ones"], "total", keepdims=1)], "shares")
     add("Mul", [probs, stored_zero(weights)], "none")

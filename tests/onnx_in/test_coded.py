@@ -108,6 +108,42 @@ def test_codes_of_4_bits_stay_codes_in_memory_with_zero_points_too(tmp_path):
     assert moeopt.load(bundle) is not None
 
 
+def test_a_router_of_codes_becomes_floats_and_that_is_told():
+    proto = coded_file(FORMS["4 bits"], router=True)
+    found = moeopt.optimize(proto, verify="fast")
+    assert [(b.status, b.experts, b.top_k) for b in found.report.blocks] == [("rewritten", E, 2)]
+    assert any("MB of floats stand where blocks had other weights as codes" in note for note in found.report.notes)
+    x = np.random.default_rng(5).normal(size=(6, H)).astype(np.float32)
+    assert torch.allclose(found(torch.from_numpy(x)), torch.from_numpy(runs(proto, x)), rtol=1e-5, atol=1e-5)
+
+
+def three_layers():
+    """Experts of three products: a function of a row that has no bank of codes."""
+    proto = coded_file(FORMS["int8"])
+    draw, nodes = np.random.default_rng(6), []
+    for node in proto.graph.node:
+        if node.op_type == "MatMul" and node.output[0].endswith(".down"):
+            name = node.output[0]
+            made, held = FORMS["int8"](f"{name}.last", (draw.normal(size=(H, H)) * H**-0.5).astype(np.float32))
+            proto.graph.initializer.extend(held)
+            node.output[0] = f"{name}.inner"
+            nodes += [node, helper.make_node("Tanh", [f"{name}.inner"], [f"{name}.tanh"], name=f"{name}.tanh"), *made]
+            nodes.append(helper.make_node("MatMul", [f"{name}.tanh", f"{name}.last"], [name], name=f"{name}.mm"))
+        else:
+            nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return proto
+
+
+def test_experts_that_would_lose_their_codes_are_left_alone():
+    found = moeopt.optimize(three_layers(), verify="fast")
+    (block,) = [b for b in found.report.blocks if b.kind == "moe"]
+    assert block.status == "declined"
+    assert "the file holds its experts as codes, and they would become floats" in block.reason
+    assert "a function of a row of their own" in block.reason and "it was quantised" in block.reason
+
+
 def picked(proto):
     """Codes that data pick: those of an expert, by a number that the graph's input says."""
     nodes = [

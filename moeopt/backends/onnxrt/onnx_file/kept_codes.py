@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from torch import nn
+
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart
 from moeopt.onnx_in.coded import coded_weights
 from moeopt.options import Options, QuantPlan
 from moeopt.options.quant_plan import CHECKPOINT
 from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.block_reports import PipelineResult
+from moeopt.rewrite.store_codes import codes_of
 
 _WHY = (
     "the file holds its experts as codes, and they would become floats, several times as large: {}; the block is left "
@@ -25,8 +28,8 @@ def with_codes(options: Options, parts: Sequence[FilePart]) -> Options:
     return dataclasses.replace(options, quantize=QuantPlan(default=CHECKPOINT))
 
 
-def drop_expanded(outcome: PipelineResult) -> None:
-    """Decline the blocks whose experts could not keep the codes of the file."""
+def keep_codes(twin: nn.Module, outcome: PipelineResult) -> None:
+    """Decline the blocks whose experts could not keep the codes of the file, and note what else became floats."""
     lost = {
         record.block: record.reason
         for record in outcome.passes
@@ -41,3 +44,11 @@ def drop_expanded(outcome: PipelineResult) -> None:
         else b
         for b in outcome.blocks
     ]
+    blocks = [twin.get_submodule(name) for name in outcome.rewrites]
+    floats = sum(one.floats.nbytes for block in blocks for one in coded_weights(block))
+    floats -= sum(bank.float_bytes for block in blocks for bank in codes_of(block))
+    if floats > 0:
+        outcome.notes.append(
+            f"{floats / 1e6:.3g} MB of floats stand where blocks had other weights as codes (routers, shared experts): "
+            "only routed experts keep theirs"
+        )

@@ -18,7 +18,7 @@ from moeopt.backends.onnxrt.expert_ids import ids_of_engine, ids_of_model
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files, written_out
 from moeopt.backends.onnxrt.onnx_file.file_reports import decline, in_order
-from moeopt.backends.onnxrt.onnx_file.kept_codes import drop_expanded, with_codes
+from moeopt.backends.onnxrt.onnx_file.kept_codes import keep_codes, with_codes
 from moeopt.backends.onnxrt.onnx_file.original import session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
@@ -182,7 +182,8 @@ def _rewritten(
 ) -> Made | None:  # fmt: skip
     """The file with what could be rewritten of its parts; None where that is nothing."""
     slots = list(dict.fromkeys(name for part in parts.parts for name in part.entries))
-    regions = GraphRegions([(p.name, p.module, [slots.index(n) for n in p.entries]) for p in parts.parts]).eval()
+    place = {name: number for number, name in enumerate(slots)}
+    regions = GraphRegions([(p.name, p.module, [place[n] for n in p.entries]) for p in parts.parts]).eval()
     values = {name: value for part in parts.parts for name, value in part.runs[0].items()}
     call: ArgsKwargs = (tuple(values[name] for name in slots), {})
     seen: list[tuple[GraphRegions, PipelineResult]] = []
@@ -192,7 +193,7 @@ def _rewritten(
         """Leave out of the engine what was declined."""
         assert isinstance(twin, GraphRegions), "the pipeline copies the regions as what they are"
         if of_codes is not options:
-            drop_expanded(outcome)
+            keep_codes(twin, outcome)
         seen.append((twin, outcome))
         for one in (twin, regions):
             one.keep(list(outcome.rewrites))
@@ -202,8 +203,7 @@ def _rewritten(
     try:
         made = backend(settle, "the file").optimize(regions, call, of_codes, plan)
     except NothingRewrittenError:
-        for block in seen[0][1].blocks:
-            decline(parts, block)
+        decline(parts, seen[0][1].blocks)
         return None
     ((twin, outcome),) = seen
     kept = [part for part in parts.parts if part.name in outcome.rewrites]
