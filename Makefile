@@ -21,6 +21,7 @@ ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 NPM := build/npm/.ready
+OPTIMUM := build/optimum/.ready
 endif
 ifeq ($(origin PY_COMPAT),undefined)
 PY_COMPAT := $(VENV_COMPAT)/bin/python
@@ -68,6 +69,13 @@ build/npm/.ready: tests/npm/package.json
 		|| echo 'npm could not install what runs engines in Node.js: its tests are skipped'
 	@touch $@
 
+# One more of them, which is bound to an older transformers: a folder of its own, before the environment on the path.
+build/optimum/.ready:
+	@mkdir -p $(@D)
+	@$(PY) -m pip install -q --no-deps --target $(@D) optimum-onnx==0.1.0 optimum==2.1.0 $(TRANSFORMERS_COMPAT) \
+		'huggingface-hub<1' 'tokenizers<0.23' || echo 'optimum-onnx could not be installed: its test is skipped'
+	@touch $@
+
 demo: $(READY)  ## two models, for PyTorch and as engines, and a table of what it gained: a few minutes
 	PYTHONPATH=. $(PY) examples/demo.py $(ARGS)
 
@@ -75,7 +83,7 @@ examples: $(READY)  ## the shorter examples: a home-made block, and a dense FFN 
 	PYTHONPATH=. $(PY) examples/quickstart.py
 	PYTHONPATH=. $(PY) examples/dense_split.py
 
-test: $(READY) $(NPM)  ## the whole suite, without a GPU
+test: $(READY) $(NPM) $(OPTIMUM)  ## the whole suite, without a GPU
 	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu and not wheel and not nightly' $(ARGS)
 
 test-isa: $(READY)  ## what depends on the instruction set, as on a CPU with AVX2 only

@@ -8,7 +8,7 @@ import os
 from moeopt.backends import registry
 from moeopt.bundle.destination import check_destination
 from moeopt.calls.directory import explain_directory, optimize_directory
-from moeopt.calls.module import optimize_module
+from moeopt.calls.module import check_no_arguments, optimize_module
 from moeopt.calls.onnx_file import optimize_file
 from moeopt.calls.verify_again import verify_optimized
 from moeopt.errors import CaptureError, UsageError
@@ -62,6 +62,7 @@ def optimize(
         EngineBuildError: TensorRT's builder refused the graph, crashed, hung or took too much memory.
         CheckpointError: files of a directory are missing, damaged, or of another model.
     """
+    check_no_arguments(model, fields)
     chosen = Options.from_fields(options, fields)
     if isinstance(model, (str, os.PathLike)) and not is_onnx(model):
         return optimize_directory(model, example_inputs, backend or "torch", chosen, out, task, trust_remote_code)

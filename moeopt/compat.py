@@ -17,7 +17,7 @@ import torch
 from moeopt.errors import UntestedVersionWarning
 from moeopt.value_types import PyObject
 
-TESTED = {"torch": ((2, 11), (2, 14))}
+TESTED = {"torch": ((2, 11), (2, 15))}
 """The oldest and the newest (major, minor) of each library on which ``make test-matrix`` ran the suite's core."""
 
 

@@ -1,6 +1,7 @@
 """The scripts of docs/run-it-in.md, each run where its runtime is installed, on one engine."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "run-it-in.md"
 SCRIPTS = {title: text for language, title, text in fences(PAGE) if language == "python"}
 JAVASCRIPT = {title: text for language, title, text in fences(PAGE) if language == "js"}
+OPTIMUM = ROOT / "build" / "optimum"
 PACKAGES = ROOT / "build" / "npm" / "node_modules"
 RUNTIMES = {
     "run_onnxruntime.py": "onnxruntime", "run_genai.py": "onnxruntime_genai", "run_openvino.py": "openvino",
@@ -37,7 +39,20 @@ def folder(tmp_path_factory):
 
 
 def test_the_page_has_these_scripts():
-    assert set(SCRIPTS) == {"make_engine.py", *RUNTIMES}
+    assert set(SCRIPTS) == {"make_engine.py", "run_optimum.py", *RUNTIMES}
+
+
+def test_optimum_generates_the_same_tokens_with_the_transformers_that_it_takes(folder):
+    if not (OPTIMUM / "optimum").is_dir():
+        pytest.skip("optimum-onnx is not there: make build/optimum/.ready")
+    from make_engine import tokens
+
+    (folder / "run_optimum.py").write_text(SCRIPTS["run_optimum.py"])
+    path = os.environ | {"PYTHONPATH": str(OPTIMUM)}
+    words = [sys.executable, "run_optimum.py"]
+    done = subprocess.run(words, cwd=folder, env=path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == tokens
 
 
 @pytest.mark.parametrize("script", RUNTIMES)

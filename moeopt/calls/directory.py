@@ -27,7 +27,7 @@ def optimize_directory(
     workspace: Workspace | None = None,
 ) -> Optimized:
     """The directory's model, optimised; other processes share ``workspace``, given instead of ``out``."""
-    check_directory(path)
+    path = check_directory(path)
     _, _, plan = checked_choice(backend, chosen)
     with (
         shown(chosen.progress) as say,
@@ -50,7 +50,7 @@ def explain_directory(
     path: str | os.PathLike[str], example_inputs: PyObject, chosen: Options, task: str | None, trust_remote_code: bool
 ) -> Report:
     """The report of a dry run, which reads one layer of each kind."""
-    check_directory(path)
+    path = check_directory(path)
     with streamed(path, chosen, task=task, trust_remote_code=trust_remote_code, alike=True) as source:
         inner = dataclasses.replace(chosen, dtype=None)
         return source.noted(optimize_module(source.model, example_inputs, "torch", inner).report)

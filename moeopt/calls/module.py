@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import time
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -17,6 +19,18 @@ from moeopt.pipeline.accept import as_model, moved, moves, without_rewrites
 from moeopt.progress import shown
 from moeopt.rewrite.whole_model import watch_source
 from moeopt.value_types import PyObject
+
+
+def check_no_arguments(model: PyObject, fields: Mapping[str, PyObject]) -> None:
+    """``UsageError`` where inputs of the model's own were given as if they were options."""
+    if not isinstance(model, nn.Module):
+        return
+    own = [name for name in fields if name in inspect.signature(model.forward).parameters]
+    if own and not any(name in {f.name for f in dataclasses.fields(Options)} for name in own):
+        raise UsageError(
+            f"{', '.join(own)}: these are inputs of {type(model).__name__}, no options: give them together, "
+            f"moeopt.optimize(model, dict({own[0]}=...))"
+        )
 
 
 def optimize_module(
@@ -44,5 +58,5 @@ def optimize_module(
     made.report = dataclasses.replace(made.report, notes=notes, seconds=time.perf_counter() - started)
     if isinstance(made.model, nn.Module) and made.model is not given:
         cast = source is not given and (chosen.device, chosen.dtype) != (None, None)
-        watch_source(given, made.model, values=cast or bool(made.certificate.quantized))
+        watch_source(given, made.model, values=cast or bool(made.certificate.lossy))
     return Optimized(made, call)

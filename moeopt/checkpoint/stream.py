@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +33,13 @@ from moeopt.checkpoint.journal import Journal, Workspace, bytes_begun
 from moeopt.checkpoint.kept_weights import journal_of, load_kept
 from moeopt.checkpoint.layer_checks import check_layers, failure, in_words
 from moeopt.checkpoint.load import generation_config
+from moeopt.checkpoint.other_files import file_hint
 from moeopt.checkpoint.preflight import check_out, preflight
+from moeopt.checkpoint.rehearsal import rehearse
 from moeopt.checkpoint.scratch import Scratch
 from moeopt.checkpoint.structure import Structure, structure_of
 from moeopt.errors import CaptureError, CheckpointError, NotSaveableError, UsageError
+from moeopt.hub_cache import is_hub_name, on_this_disk
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.pipeline.finished_blocks import FinishedBlocks, remembered
@@ -55,21 +57,25 @@ STREAMED_ENGINE = "streamed: each block verified as the engine computes it, and 
 STREAMED_QUANTISED = "streamed: read from the files as needed, and the experts' rounded weights held in memory"
 
 
-def check_directory(path: str | os.PathLike[str]) -> None:
-    """``UsageError`` where ``path`` is no directory of a Hugging Face checkpoint."""
-    if not (Path(path) / "config.json").is_file():
+def check_directory(path: str | os.PathLike[str]) -> Path:
+    """The directory of a Hugging Face checkpoint, by its path or its name in the local cache; else ``UsageError``."""
+    found = on_this_disk(Path(path))
+    if not (found / "config.json").is_file():
+        if hint := file_hint(Path(path)):
+            raise UsageError(f"{path} is {hint}")
         what = "a directory without config.json" if Path(path).is_dir() else "no directory"
         name = str(path)
         hub = (
             f"; if {name} is a name of the Hugging Face hub, huggingface_hub.snapshot_download({name!r}) fetches it "
             "and returns its directory"
-            if not Path(path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+            if is_hub_name(name)
             else ""
         )
         raise UsageError(
             f"{path} is {what}: give a model, or the directory of a Hugging Face checkpoint (config.json and "
             f"*.safetensors){hub}"
         )
+    return found
 
 
 @dataclass
@@ -120,7 +126,7 @@ class StreamedModel:
         if isinstance(self.file, CheckpointDirectory):  # its weights are still read from there
             self.file.check_unchanged()
         certificate, notes = optimized.certificate, [*self.notes]
-        same_form = isinstance(optimized.model, nn.Module) and not certificate.quantized
+        same_form = isinstance(optimized.model, nn.Module) and not certificate.lossy
         if certificate.level != "off" and same_form and optimized.report.rewritten:
             self.options.say("comparing layer by layer")
             blocks = [b.name for b in optimized.report.rewritten]
@@ -136,7 +142,7 @@ class StreamedModel:
                 )
         if certificate.end_to_end is not None:
             end = certificate.end_to_end
-            said = STREAMED if same_form else STREAMED_QUANTISED if certificate.quantized else STREAMED_ENGINE
+            said = STREAMED if same_form else STREAMED_QUANTISED if certificate.lossy else STREAMED_ENGINE
             notes.insert(0, f"{said}: distance at most {end.distance:.2e} (budget {end.budget:.2e})")
         certificate.notes += notes
         optimized.report = dataclasses.replace(optimized.report, notes=(*optimized.report.notes, *notes))
@@ -188,10 +194,10 @@ def streamed(
     as_its_floats(structure.model.config)
     generation_config(source)
     kinds = AlikeLayers(structure) if alike else None
-    kept = target if workspace is None else workspace
-    folder = target if workspace is None else workspace.folder
+    kept, folder = (target, target) if workspace is None else (workspace, workspace.folder)
     found = preflight(directory, structure, folder, 0 if kept is None else bytes_begun(kept), kinds, backend, options)
     options.say(str(found))
+    rehearse(directory, structure.model, options.dtype)
     journal = None if kept is None else journal_of(kept, directory, structure, options, backend, inputs)
     held = StreamedModel(None, structure.layers, [], options, journal, None if journal is None else journal.file.mapped)
     refused = False

@@ -7,10 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from moeopt.cli.hugging_face import cached_directory
 from moeopt.cli.target import load_target
 from moeopt.errors import UsageError
 
-FORMS = "a Hugging Face directory, a config.json, an .onnx file, module:factory or file.py:factory"
+FORMS = (
+    "a Hugging Face directory, a config.json, a cached model's name, an .onnx file, module:factory or file.py:factory"
+)
 
 
 def inspect_command(
@@ -28,7 +31,7 @@ def inspect_command(
 ) -> None:
     """Count a model's experts and parameters, and say what it needs; reads no weight."""
     subject: Any = target
-    if not Path(target).exists():
+    if not Path(target).exists() and cached_directory(target) is None:
         if ":" not in target:
             raise UsageError(f"{target} does not exist: give {FORMS}")
         subject, _ = load_target(target)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.bundle.manifest import is_bundle
+from moeopt.checkpoint.other_files import file_hint
 from moeopt.checkpoint.tasks import check_task
 from moeopt.cli.early import check_code
 from moeopt.cli.hugging_face import cached_directory, load, weight_files
@@ -80,7 +81,7 @@ def find_target(target: str, task: str | None = None) -> CommandTarget:
         return CommandTarget(target)
     what = "a directory without config.json" if path.is_dir() else "neither a file nor module:factory"
     if path.is_file():
-        what = "a file of none of the forms that moeopt reads"
+        what = file_hint(path) or "a file of none of the forms that moeopt reads"
     if path.suffix == ".py" and path.is_file():
         what = f"a file of code without the name of a factory in it, as in {target}:build"
     raise UsageError(f"{target} is {what}: {FORMS}")

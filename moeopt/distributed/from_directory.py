@@ -15,13 +15,13 @@ from pathlib import Path
 
 from moeopt.calls.directory import optimize_directory
 from moeopt.checkpoint.directory import CheckpointDirectory
-from moeopt.checkpoint.folder_lock import CAN_LOCK
 from moeopt.checkpoint.journal import Workspace, is_own
 from moeopt.checkpoint.preflight import made_anew
 from moeopt.checkpoint.stream import check_directory
 from moeopt.checkpoint.structure import structure_of
 from moeopt.distributed.channel import Channel
 from moeopt.errors import UsageError
+from moeopt.file_lock import CAN_LOCK
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.value_types import PyObject
@@ -57,7 +57,7 @@ def optimized_directory(path: str | os.PathLike[str], channel: Channel, call: Di
         UsageError, CheckpointError: as :func:`moeopt.optimize`; or ``workspace`` is needed and was not given.
         RankLostError: another rank is lost meanwhile.
     """
-    check_directory(path)
+    path = check_directory(path)
     asked = Options.from_fields(call.options, call.fields)
 
     def say(line: str) -> None:

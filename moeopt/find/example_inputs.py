@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.capture.failed_call import inputs_hint
 from moeopt.capture.tape import record
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, UsageError
@@ -28,7 +29,7 @@ def as_call(example_inputs: PyObject) -> ArgsKwargs:
         return tuple(example_inputs), {}
     raise UsageError(
         f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments, "
-        "or a dict of keyword arguments"
+        f"or a dict of keyword arguments{inputs_hint(example_inputs)}"
     )
 
 

@@ -123,7 +123,8 @@ def check_device(device: torch.device | None) -> None:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as err:
         gpus = torch.cuda.device_count()
-        has = "no CUDA GPU" if not gpus else f"{gpus} CUDA GPU{'s' * (gpus > 1)}, cuda:0 to cuda:{gpus - 1}"
+        other = "" if device.type == "cuda" else f"no {device.type} device that this torch can use"
+        has = other or "no CUDA GPU" if not gpus else f"{gpus} CUDA GPU{'s' * (gpus > 1)}, cuda:0 to cuda:{gpus - 1}"
         built = (
             "" if torch.version.cuda or device.type != "cuda" else f"; torch {torch.__version__} is built without CUDA"
         )

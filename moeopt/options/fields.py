@@ -164,7 +164,7 @@ class Options:
         known = [f.name for f in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+                close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
                 meant = f"did you mean {' or '.join(close)}?" if close else f"the fields are {', '.join(known)}"
                 raise UsageError(f"there is no option {name!r}: {meant}")
         if options is None:

@@ -9,6 +9,7 @@ from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.options import Options
+from moeopt.pipeline.no_model import model_hint
 from moeopt.rewrite.install import rewritten_forward, uninstall
 from moeopt.value_types import PyObject
 
@@ -24,6 +25,7 @@ def as_model(model: PyObject) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"model is a {type(model).__name__}; give an nn.Module, an fx.GraphModule or an ExportedProgram"
+            f"{model_hint(model)}"
         )
     scripted = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     if scripted is not None:  # no hook can be set on it, and a copy of it has weights of its own

@@ -76,11 +76,14 @@ _ATTRIBUTES = {
 _KEYS = {"location", "offset", "length"}
 
 
-def check_graph(path: Path, signature: Mapping[str, Any], size: int, *, of_file: bool = False) -> OnnxValue:
+def check_graph(
+    path: Path, signature: Mapping[str, Any], size: int, rounds: bool = False, *, of_file: bool = False
+) -> OnnxValue:
     """The ``onnx.ModelProto`` of a file, without its weights; ``BundleError`` says what may not be in it.
 
-    ``size``: bytes of the data file, 0 where the manifest lists none. ``of_file``: whether it was made of an ONNX file,
-    whose own nodes it holds.
+    ``size``: bytes of the data file, 0 where the manifest lists none. ``rounds``: whether the manifest says that
+    products of codes round their activations. ``of_file``: whether it was made of an ONNX file, whose own nodes it
+    holds.
     """
     proto = parse(path)
     allowed = _NATIVE if path.name == NATIVE else _OWN
@@ -94,12 +97,12 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int, *, of_file:
         raise BundleError(f"{path}: it holds the function {found.domain}.{found.name}, and moeopt writes none")
     if proto.training_info:
         raise BundleError(f"{path}: it holds training information, and moeopt writes none")
-    for graph in _graphs(proto.graph):
+    for graph in graphs_of(proto.graph):
         if graph.sparse_initializer:
             raise BundleError(f"{path}: it holds sparse weights, and moeopt writes none")
         for node in graph.node:
             _check_node(path, node, allowed, constants)
-            if node.op_type == OF_CODES and (reason := refuses_node(node, sizes, given=of_file)):
+            if node.op_type == OF_CODES and (reason := refuses_node(node, sizes, rounds, given=of_file)):
                 raise BundleError(f"{path}: node {node.name!r} {reason}")
         for tensor in _tensors(graph):
             _check_tensor(path, tensor, size)
@@ -132,7 +135,7 @@ def parse(path: Path) -> OnnxValue:
     return proto
 
 
-def _graphs(graph: OnnxGraph) -> Iterator[Any]:
+def graphs_of(graph: OnnxGraph) -> Iterator[Any]:
     """A graph and all that its control flow holds."""
     todo = [graph]
     while todo:

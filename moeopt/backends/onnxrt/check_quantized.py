@@ -13,16 +13,21 @@ from moeopt.backends.onnxrt.lowerings.quantized import ACCURACY_LEVELS
 from moeopt.value_types import OnnxNode
 
 OP = "MatMulNBits"
+LEVEL = 4
+"""The accuracy level of a node that rounds its activations to int8."""
 _INT = 2
 """How a protobuf attribute says that it is an integer."""
 _MAX = 1 << 31
 
 
-def refuses_node(node: OnnxNode, sizes: Mapping[str, Sequence[int]], *, given: bool = False) -> str:
+def refuses_node(
+    node: OnnxNode, sizes: Mapping[str, Sequence[int]], rounds: bool = False, *, given: bool = False
+) -> str:
     """Why ``node`` is none that moeopt writes, a part of a sentence; "" where it is.
 
     Args:
         sizes: of the graph's constants, by name.
+        rounds: whether the bundle says that such nodes round their activations to int8, at level 4.
         given: whether the bundle is one of a file, which may have held the node.
     """
     values = {a.name: a.i for a in node.attribute if a.type == _INT}
@@ -30,7 +35,9 @@ def refuses_node(node: OnnxNode, sizes: Mapping[str, Sequence[int]], *, given: b
         values = {"K": 0, "N": 0, "bits": 4, "block_size": 0, "accuracy_level": 0} | values
     elif len(values) != len(node.attribute) or set(values) != {"K", "N", "bits", "block_size", "accuracy_level"}:
         return f"has attributes other than the {OP} that moeopt writes"
-    if not given and ACCURACY_LEVELS.get(values["bits"]) != values["accuracy_level"]:
+    if rounds and not given and values["bits"] in ACCURACY_LEVELS and values["accuracy_level"] != LEVEL:
+        return f"has accuracy level {values['accuracy_level']}, and the bundle says that activations become int8"
+    if not rounds and not given and ACCURACY_LEVELS.get(values["bits"]) != values["accuracy_level"]:
         written = " and ".join(f"{bits} bits at level {level}" for bits, level in ACCURACY_LEVELS.items())
         return (
             f"has {values['bits']} bits at accuracy level {values['accuracy_level']}, with which activations may be "

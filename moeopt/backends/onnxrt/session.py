@@ -59,13 +59,16 @@ NATIVE = "model.native.onnx"
 """The same graph with moeopt's own operator for its experts, over the weights of ``GRAPH``."""
 
 
+VERIFIED = "verified.onnx"
+"""Beside an engine's graph, and in no bundle: the graph with float activations, over the same weights."""
+
+
 _NO_COPIES = "session.disable_prepacking"
 """The entry with which kernels read weights where they are, and make no copy in a layout of their own."""
 
 
 FLOAT_ROWS = "session.qdq_matmulnbits_accuracy_level"
-"""The entry with which ONNX Runtime keeps rows as floats where it makes a ``MatMulNBits`` of ``DequantizeLinear`` and
-``MatMul``. It rounds them to int8 unless told not to (level 4), which is no rounding that the graph speaks of."""
+"""The entry without which rows become int8 where ONNX Runtime makes a MatMulNBits of DequantizeLinear and MatMul."""
 
 
 ISA_ENTRY = "moeopt.isa"
@@ -121,9 +124,8 @@ class Session:
         provider: as :func:`provider_named` spells it. With one other than ``cpu``, a node that only the CPU could
             run is an error, not a silent fallback; arithmetic on sizes may stay there. (The runtime's own
             ``session.disable_cpu_ep_fallback`` would refuse that too, and so nearly every graph with free sizes.)
-        session_options: an ``onnxruntime.SessionOptions`` of the user's own; None means the default. ``FLOAT_ROWS``
-            is set to 1 where they do not set it. With the
-            configuration entry ``moeopt.cuda_graph`` = "1", runs are replayed from CUDA graphs.
+        session_options: an ``onnxruntime.SessionOptions`` of the user's own, which get ``FLOAT_ROWS`` where they lack
+            it; None means the default. With the entry ``moeopt.cuda_graph`` = "1", runs are replayed from CUDA graphs.
         threads: intra-op threads; None means as many as torch uses here.
         prepare: changes the options before a session is made of them.
 
