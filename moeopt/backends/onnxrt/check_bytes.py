@@ -10,7 +10,7 @@ ends        named, typed and shaped as signature.json says
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def check_graph(
                 raise BundleError(f"{path}: node {node.name!r} {reason}")
         for tensor in _tensors(graph):
             _check_tensor(path, tensor, size)
-    _check_ends(path, proto.graph, signature, of_file)
+    _check_ends(path, proto.graph, _called(proto.graph) if of_file else list(proto.graph.input), signature)
     return proto
 
 
@@ -209,8 +209,13 @@ def _number(text: str | None) -> int | None:
     return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
-def _check_ends(path: Path, graph: OnnxGraph, signature: Mapping[str, Any], of_file: bool) -> None:
-    """The ends are those of ``signature``; weights of a file may be inputs too, which no call gives."""
+def _called(graph: OnnxGraph) -> list[Any]:
+    """The inputs that a call gives: a file's weights may be inputs too."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in weights]
+
+
+def _check_ends(path: Path, graph: OnnxGraph, given: Sequence[Any], signature: Mapping[str, Any]) -> None:
     weights = {tensor.name for tensor in graph.initializer}
     try:
         inputs = {e["onnx"]: e for e in signature["inputs"] if "onnx" in e}
@@ -218,7 +223,6 @@ def _check_ends(path: Path, graph: OnnxGraph, signature: Mapping[str, Any], of_f
         order = [e["tensor"] for e in signature["outputs"] if "tensor" in e]
     except (KeyError, TypeError, AttributeError) as err:
         raise BundleError(f"{path}: signature.json lacks or mistypes a part ({type(err).__name__}: {err})") from None
-    given = [v for v in graph.input if not (of_file and v.name in weights)]
     takes = [v.name for v in given]
     gives = [v.name for v in graph.output]
     if sorted(takes) != sorted(inputs) or set(takes) & weights:

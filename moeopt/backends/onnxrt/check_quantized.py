@@ -35,14 +35,24 @@ def refuses_node(
         values = {"K": 0, "N": 0, "bits": 4, "block_size": 0, "accuracy_level": 0} | values
     elif len(values) != len(node.attribute) or set(values) != {"K", "N", "bits", "block_size", "accuracy_level"}:
         return f"has attributes other than the {OP} that moeopt writes"
-    if rounds and not given and values["bits"] in ACCURACY_LEVELS and values["accuracy_level"] != LEVEL:
-        return f"has accuracy level {values['accuracy_level']}, and the bundle says that activations become int8"
-    if not rounds and not given and ACCURACY_LEVELS.get(values["bits"]) != values["accuracy_level"]:
-        written = " and ".join(f"{bits} bits at level {level}" for bits, level in ACCURACY_LEVELS.items())
-        return (
-            f"has {values['bits']} bits at accuracy level {values['accuracy_level']}, with which activations may be "
-            f"rounded to int8; moeopt writes {written}"
-        )
+    if not given and (reason := _refuses_level(values["bits"], values["accuracy_level"], rounds)):
+        return reason
+    return _refuses_sizes(node, values, sizes, given)
+
+
+def _refuses_level(bits: int, level: int, rounds: bool) -> str:
+    if rounds and bits in ACCURACY_LEVELS and level != LEVEL:
+        return f"has accuracy level {level}, and the bundle says that activations become int8"
+    if rounds or ACCURACY_LEVELS.get(bits) == level:
+        return ""
+    written = " and ".join(f"{bits} bits at level {level}" for bits, level in ACCURACY_LEVELS.items())
+    return (
+        f"has {bits} bits at accuracy level {level}, with which activations may be rounded to int8; moeopt writes "
+        f"{written}"
+    )
+
+
+def _refuses_sizes(node: OnnxNode, values: Mapping[str, int], sizes: Mapping[str, Sequence[int]], given: bool) -> str:
     K, N, block = values["K"], values["N"], values["block_size"]
     if not (0 < K < _MAX and 0 < N < _MAX and 16 <= block <= 1 << 16) or block & (block - 1):
         return f"has the sizes K={K}, N={N} and blocks of {block}"
