@@ -11,7 +11,7 @@ from moeopt.backends import registry
 from moeopt.backends.base import Backend
 from moeopt.compat import tell_untested_torch
 from moeopt.options import Options, check_device
-from moeopt.pipeline.block import pass_manager
+from moeopt.pipeline.chosen_passes import pass_manager
 
 
 def checked_choice(backend: str, options: Options) -> tuple[Options, Backend, Any]:

@@ -44,7 +44,10 @@ def tensor_type(file: OnnxFile, value: OnnxValue) -> tuple[torch.dtype, list[Any
     try:
         dtype = to_torch_dtype(ir.DataType(tensor.elem_type))
     except (TypeError, ValueError):
-        raise UsageError(f"{file.name}: {name!r} holds {tensor.elem_type}, an element type that torch lacks") from None
+        raise UsageError(
+            f"{file.name}: {name!r} holds {_type_name(tensor.elem_type)}, an element type that torch lacks: moeopt "
+            "takes graphs whose inputs and outputs are numbers"
+        ) from None
     dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
     fixed = [d for d in dims if isinstance(d, int)]
     if any(d < 0 for d in fixed) or math.prod(fixed) > MOST_ELEMENTS:
@@ -53,3 +56,11 @@ def tensor_type(file: OnnxFile, value: OnnxValue) -> tuple[torch.dtype, list[Any
             f"{MOST_ELEMENTS} elements is run: it was damaged, or export the model for smaller inputs"
         )
     return dtype, dims
+
+
+def _type_name(number: int) -> str:
+    """What ONNX calls an element type; its number where there is none of that number."""
+    import onnx
+
+    known: dict[int, str] = {value: name for name, value in onnx.TensorProto.DataType.items()}
+    return known.get(number, f"the element type {number}")

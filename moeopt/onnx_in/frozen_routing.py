@@ -17,9 +17,9 @@ from typing import Any
 
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.index import GraphIndex
-from moeopt.onnx_in.interpreter import constant_of
 from moeopt.onnx_in.products import MOVING, WeightProduct, shape_of, weight_products
 from moeopt.onnx_in.regions import CandidateRegion
+from moeopt.onnx_in.tensors import constant_of
 from moeopt.value_types import OnnxNode, OnnxValue
 
 WAY_OUT = (

@@ -37,6 +37,7 @@ class GraphIndex:
         self.nodes: list[Any] = list(graph)
         self.position = {id(node): number for number, node in enumerate(self.nodes)}
         self.visited = len(self.nodes)
+        self.products: dict[int, Any] | None = None  # what products.weight_products found, once
         self._reads: dict[int, list[Any]] = {}
         self._readers: dict[int, list[int]] = {}
         self._given = {id(v) for v in graph.inputs}
@@ -48,8 +49,9 @@ class GraphIndex:
             reads = [v for v in node.inputs if v is not None]
             bodies = False
             for attribute in node.attributes.values():
-                for value in captured(attribute):
-                    reads, bodies = [*reads, value], True
+                inner = list(captured(attribute))
+                reads += inner
+                bodies = bodies or bool(inner)
             self._reads[id(node)] = reads
             for key in {id(v) for v in reads}:
                 self._readers.setdefault(key, []).append(self.position[id(node)])

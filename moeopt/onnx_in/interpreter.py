@@ -5,29 +5,23 @@ The module runs node after node as ATen calls, so that what reads modules (captu
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from moeopt.errors import Declined
-from moeopt.onnx_in.dtypes import FLOATS, torch_dtype
+from moeopt.onnx_in.coded import CodedWeights
+from moeopt.onnx_in.coded_nodes import QUANTISED, CodedConstants, unread_codes
+from moeopt.onnx_in.coded_nodes import named as named_node
+from moeopt.onnx_in.dtypes import FLOATS
 from moeopt.onnx_in.operators.call import NodeCall
 from moeopt.onnx_in.operators.sizes import on_sizes
-from moeopt.onnx_in.operators.table import OPERATORS, shown
+from moeopt.onnx_in.operators.table import OPERATORS
 from moeopt.onnx_in.program import GraphProgram, NodeStep
+from moeopt.onnx_in.tensors import attribute_value, constant_of
 from moeopt.onnx_in.values import SizeValue, all_known, tensor
-from moeopt.value_types import OnnxNode, OnnxValue, PyObject
-
-QUANTISED = frozenset(
-    ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "ConvInteger")
-    + ("QLinearConv", "MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "DequantizeBFP", "MatMulIntegerToFloat", "QGemm")
-    + ("DynamicQuantizeMatMul", "GatherBlockQuantized", "QLinearSigmoid", "QLinearMul", "QLinearAdd")
-)
-"""Operators that make floats of a quantised model's codes, or compute with codes."""
+from moeopt.value_types import OnnxNode, PyObject
 
 
 class InterpretedGraph(nn.Module):
@@ -36,11 +30,15 @@ class InterpretedGraph(nn.Module):
     Args:
         program: its steps; one object for all parts that are the same but for their weights.
         tensors: the constants that are no plain numbers, by attribute; floating ones become parameters.
+
+    Attributes:
+        coded: which of these the file holds as codes.
     """
 
     def __init__(self, program: GraphProgram, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.program = program
+        self.coded = CodedWeights()
         for attribute, value in tensors.items():
             if value.dtype in FLOATS:
                 setattr(self, attribute, nn.Parameter(value, requires_grad=False))
@@ -86,8 +84,11 @@ class InterpretedGraph(nn.Module):
         return made if isinstance(made, tuple) else (made,)
 
 
-def steps_of(nodes: Sequence[OnnxNode]) -> tuple[list[NodeStep], dict[str, Tensor]]:
+def steps_of(nodes: Sequence[OnnxNode], codes: CodedConstants) -> tuple[list[NodeStep], dict[str, Tensor]]:
     """Nodes of ``onnx_ir`` as steps, and the constants that nodes among them hold, by name.
+
+    Args:
+        codes: reads the constants that are stored as codes; their floats are among the constants.
 
     Raises:
         Declined: an operator that the interpreter does not run; the message names the node.
@@ -98,6 +99,9 @@ def steps_of(nodes: Sequence[OnnxNode]) -> tuple[list[NodeStep], dict[str, Tenso
         domain = "" if node.domain == "ai.onnx" else node.domain
         if (domain, node.op_type) == ("", "Constant"):
             constants[node.outputs[0].name] = constant_of(node)
+            continue
+        if node.op_type in QUANTISED:
+            steps += codes.read(node)
             continue
         if (domain, node.op_type) not in OPERATORS:
             raise Declined(unread(node))
@@ -111,72 +115,24 @@ def steps_of(nodes: Sequence[OnnxNode]) -> tuple[list[NodeStep], dict[str, Tenso
                 {name: attribute_value(a, node.name) for name, a in node.attributes.items()},
             )
         )
-    return steps, constants
+    return steps, constants | {name: one.floats for name, one in codes.found.items()}
+
+
+def live_steps(steps: Sequence[NodeStep], outputs: Sequence[str]) -> list[NodeStep]:
+    """The steps that ``outputs`` need: those that moved codes which are constants now are not among them."""
+    needed, kept = set(outputs), list[NodeStep]()
+    for step in reversed(steps):
+        if not needed.isdisjoint(step.outputs):
+            kept.append(step)
+            needed |= set(step.inputs)
+    return kept[::-1]
 
 
 def unread(node: OnnxNode) -> str:
     """The reason for an operator that the interpreter does not run: the node's name and the way out."""
-    name = f"the node {node.name!r} is {shown('' if node.domain == 'ai.onnx' else node.domain, node.op_type)}"
     if node.op_type in QUANTISED:
-        return (
-            f"{name}: the block is quantised, and moeopt reads experts of plain floats; optimise the file from before "
-            "it was quantised, or the PyTorch model with quantize='int8' or 'int4'"
-        )
+        return unread_codes(node)
     return (
-        f"{name}, which moeopt does not read inside experts: export the model with plain operators there, or optimise "
-        "the PyTorch model itself"
+        f"{named_node(node)}, which moeopt does not read inside experts: export the model with plain operators there, "
+        "or optimise the PyTorch model itself"
     )
-
-
-def constant_of(node: OnnxNode) -> Tensor:
-    """The tensor that a ``Constant`` node holds."""
-    (attribute,) = node.attributes.values()
-    value = attribute_value(attribute, node.name)
-    if isinstance(value, Tensor):
-        return value
-    dtype = torch.float32 if "float" in attribute.name else torch.int64
-    if isinstance(value, (str, bytes)) or "string" in attribute.name:
-        raise Declined(f"the node {node.name!r} holds text, which torch does not have")
-    return torch.tensor(value, dtype=dtype)
-
-
-def attribute_value(attribute: OnnxValue, where: str) -> PyObject:
-    """An attribute of ``onnx_ir`` as a Python value or a tensor."""
-    import onnx_ir as ir
-
-    kinds = ir.AttributeType
-    if attribute.type == kinds.TENSOR:
-        return tensor_of(attribute.value, where)
-    if attribute.type in (kinds.FLOAT, kinds.INT, kinds.STRING, kinds.FLOATS, kinds.INTS, kinds.STRINGS):
-        value = attribute.value
-        return list(value) if isinstance(value, (tuple, list)) else value
-    raise Declined(f"the node {where!r} has the attribute {attribute.name!r} of a kind that moeopt does not read")
-
-
-def _mapped(value: OnnxValue) -> PyObject:
-    """The bytes of a tensor in its file, mapped; onnx_ir itself reads no file that has two names (a hard link)."""
-    shape = tuple(int(n) for n in value.shape)
-    if 0 in shape:
-        return np.empty(shape, value.dtype.numpy())
-    return np.memmap(value.path, value.dtype.numpy(), "r", value.offset or 0, shape)
-
-
-def tensor_of(value: OnnxValue, where: str) -> Tensor:
-    """A tensor of ``onnx_ir`` as torch's, in the same bytes where they are mapped from a file.
-
-    Raises:
-        Declined: torch has no such element type, or what it holds is not numbers.
-    """
-    import onnx_ir as ir
-
-    dtype = torch_dtype(value.dtype, f"the tensor {value.name or where!r}")
-    array = _mapped(value) if isinstance(value, ir.ExternalTensor) and value.dtype.bitwidth >= 8 else value.numpy()
-    if value.dtype in (ir.DataType.INT4, ir.DataType.UINT4):
-        array = array.astype("int8" if value.dtype == ir.DataType.INT4 else "uint8")
-        return torch.from_numpy(array)
-    if dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
-        array = array.view("int16" if dtype == torch.bfloat16 else "uint8")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # mapped bytes are read-only, and nothing writes to a constant
-        found = torch.from_numpy(array)
-    return found if found.dtype == dtype else found.view(dtype)

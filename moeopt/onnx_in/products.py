@@ -92,8 +92,11 @@ class ExpertChains:
 
 
 def weight_products(index: GraphIndex) -> dict[int, WeightProduct]:
-    """Every product with constant weights, by its position."""
-    found = {}
+    """Every product with constant weights, by its position; a graph is looked through once."""
+    if index.products is not None:
+        return index.products
+    index.visited += len(index.nodes)
+    found: dict[int, WeightProduct] = {}
     for at, node in enumerate(index.nodes):
         sides = PRODUCTS.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
         if sides is None or max(sides) >= len(node.inputs):
@@ -106,6 +109,7 @@ def weight_products(index: GraphIndex) -> dict[int, WeightProduct]:
                 if shape is not None and len(shape) >= 2:
                     found[at] = WeightProduct(at, node, value, constant, shape, picked)
                 break
+    index.products = found
     return found
 
 

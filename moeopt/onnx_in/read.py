@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.errors import BundleError, UsageError
+from moeopt.onnx_in.functions import check_functions
 from moeopt.untrusted import open_regular, shown_line
 from moeopt.value_types import OnnxGraph, OnnxModel, OnnxNode, OnnxValue, PyObject
 
 MOST_BYTES = 1 << 31
 """Of a protobuf message."""
-MOST_INLINED = 1 << 18
-"""Nodes of all functions, each as often as it is called."""
 OLDEST = 13
 """The opset since which softmax, squeeze and reductions are what the interpreter takes them for."""
 SUFFIXES = (".onnx", ".onnx.pb", ".ort")
@@ -120,6 +119,11 @@ def _check(file: OnnxFile) -> None:
     where, proto = file.name, file.proto
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise UsageError(f"{where}: it is not an ONNX graph: it was damaged or cut off")
+    if file.opset < 1:
+        raise UsageError(
+            f"{where}: it does not say of which opset its operators are: add opset_import "
+            "(onnx.helper.make_opsetid('', version)), or export the model again"
+        )
     if file.opset < OLDEST:
         raise UsageError(
             f"{where}: it is of opset {file.opset}, and moeopt reads {OLDEST} and newer: convert it with "
@@ -128,43 +132,9 @@ def _check(file: OnnxFile) -> None:
     if proto.training_info:
         raise UsageError(f"{where}: it holds training information: export the model for inference")
     _check_graph(file, proto.graph, set())
-    _check_functions(where, proto)
+    check_functions(where, proto)
     for function in proto.functions:
-        _check_order(where, function.node, set(function.input), set(function.input), f"the function {function.name}")
-
-
-def _check_functions(where: str, proto: OnnxModel) -> None:
-    """``UsageError`` for functions that call themselves, or that are more nodes than a graph has when written out."""
-    bodies = {(f.domain, f.name): f for f in proto.functions}
-    sizes: dict[tuple[str, str], int] = {}
-    for first in bodies:
-        path = [first]
-        while path:
-            key = path[-1]
-            calls = [(n.domain, n.op_type) for n in bodies[key].node if (n.domain, n.op_type) in bodies]
-            again = next((c for c in calls if c in path), None)
-            if again is not None:
-                raise UsageError(
-                    f"{where}: the function {shown_line(again[1])!r} calls itself: it was damaged, or made to hang who "
-                    "reads it"
-                )
-            todo = [c for c in calls if c not in sizes]
-            if todo:
-                path.append(todo[0])
-                continue
-            sizes[key] = len(bodies[key].node) - len(calls) + sum(sizes[c] for c in calls)
-            path.pop()
-    total = sum(sizes.get((n.domain, n.op_type), 0) for n in proto.graph.node)
-    if total > MOST_INLINED:
-        raise UsageError(
-            f"{where}: its functions are {_shown_count(total)} nodes when they are written out, and moeopt reads "
-            f"{MOST_INLINED}: export the model without functions of functions"
-        )
-
-
-def _shown_count(count: int) -> str:
-    """A number that a file decides on, short."""
-    return str(count) if count < 1 << 40 else "over 2^40"
+        _check_order(where, function.node, set(), set(function.input), f"the function {function.name}")
 
 
 def _check_graph(file: OnnxFile, graph: OnnxGraph, outer: set[str]) -> None:
@@ -173,28 +143,49 @@ def _check_graph(file: OnnxFile, graph: OnnxGraph, outer: set[str]) -> None:
     twice = _repeated(names) or _repeated(weights)
     if twice:
         raise UsageError(f"{file.name}: {shown_line(twice)!r} names two values: it was damaged or edited")
+    given = _repeated([v.name for v in graph.output])
+    if given:
+        raise UsageError(
+            f"{file.name}: the graph gives {shown_line(given)!r} twice, and a result is told by its name: take one of "
+            "the two out of graph.output"
+        )
     for tensor in graph.initializer:
         check_tensor(file, tensor)
+    _check_dense(file, graph)
     made = {*names, *weights}
-    here = _check_order(file.name, graph.node, outer | made, made, f"the graph {graph.name!r}")
+    here = _check_order(file.name, graph.node, outer, made, f"the graph {graph.name!r}")
+    fresh = here - outer  # names are entered and taken out again: a set for each body would grow with the graph
+    outer |= fresh
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 check_tensor(file, attribute.t)
             for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                _check_graph(file, body, outer | here)
-    lost = [v.name for v in graph.output if v.name not in here | outer]
+                _check_graph(file, body, outer)
+    lost = [v.name for v in graph.output if v.name not in outer]
+    outer -= fresh
     if lost:
         raise UsageError(f"{file.name}: nothing makes the output {shown_line(lost[0])!r}: it was damaged or cut off")
 
 
-def _check_order(where: str, nodes: OnnxNode, known: set[str], own: set[str], what: str) -> set[str]:
+def _check_dense(file: OnnxFile, graph: OnnxGraph) -> None:
+    """``UsageError`` for weights that say where their numbers are: an engine's file holds whole ones."""
+    sparse = [tensor.values.name for tensor in graph.sparse_initializer]
+    sparse += [n.name for n in graph.node for a in n.attribute if a.HasField("sparse_tensor") or a.sparse_tensors]
+    if sparse:
+        raise UsageError(
+            f"{file.name}: {shown_line(sparse[0])!r} holds a sparse tensor, and moeopt reads whole ones: store it as a "
+            "plain tensor, or export the model again"
+        )
+
+
+def _check_order(where: str, nodes: OnnxNode, outer: set[str], own: set[str], what: str) -> set[str]:
     """Every name that the graph itself makes; ``UsageError`` for one that is read before it is made, or made twice."""
-    known, made = set(known), set(own)
+    made = set(own)
     for number, node in enumerate(nodes):
         label = shown_line(node.name or f"{node.op_type} number {number}")
         for name in node.input:
-            if name and name not in known:
+            if name and name not in made and name not in outer:
                 raise UsageError(
                     f"{where}: the node {label!r} in {shown_line(what)} reads {shown_line(name)!r}, which no node "
                     "before it makes: the graph holds a cycle or is not in order"
@@ -203,7 +194,6 @@ def _check_order(where: str, nodes: OnnxNode, known: set[str], own: set[str], wh
             if name and name in made:
                 raise UsageError(f"{where}: {shown_line(name)!r} is made twice, the second time by the node {label!r}")
             if name:
-                known.add(name)
                 made.add(name)
     return made
 

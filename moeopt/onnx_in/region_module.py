@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.errors import Declined
+from moeopt.onnx_in.coded import CodedWeights, Room, coded_weights, in_memory
+from moeopt.onnx_in.coded_nodes import CodedConstants
 from moeopt.onnx_in.cuts import GraphRegion
-from moeopt.onnx_in.interpreter import InterpretedGraph, steps_of, tensor_of
+from moeopt.onnx_in.interpreter import InterpretedGraph, live_steps, steps_of
 from moeopt.onnx_in.products import CONVOLUTIONS, shape_of
 from moeopt.onnx_in.program import SizeTerm, SizeTerms, program_of
 from moeopt.onnx_in.regions import CandidateRegion
 from moeopt.onnx_in.static_sizes import free_sizes
+from moeopt.onnx_in.tensors import tensor_of
 from moeopt.value_types import OnnxValue, PyObject
 
 
@@ -100,13 +103,14 @@ _nodes: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyD
 
 
 def region_module(
-    region: GraphRegion, ends: RegionEnds, opset: int, name: str, *, to_lower: bool = False
+    region: GraphRegion, ends: RegionEnds, opset: int, name: str, *, to_lower: bool = False, room: Room = in_memory
 ) -> InterpretedGraph:
     """A region as a module that takes ``ends.tensors`` in order and returns its exit.
 
     Args:
         to_lower: it becomes ONNX nodes again. A ``Clip`` of one bound is then a clamp of one, which is lowered to a
             ``Clip`` of one; else it is what ONNX Runtime makes of it, a clamp of two that no kernel is written for.
+        room: where the floats of weights go that the file holds as codes.
 
     Its steps are called by their numbers, so that regions of several layers have one program; ``named`` turns these
     into the names of nodes in a sentence.
@@ -114,14 +118,17 @@ def region_module(
     Raises:
         Declined: it holds an operator that the interpreter does not run; the message names the node.
     """
-    steps, constants = steps_of(region.nodes)
+    codes = CodedConstants(opset, room)
+    steps, constants = steps_of(region.nodes, codes)
+    steps = live_steps(steps, [region.exit.name])
     if to_lower:
         steps = [replace(s, attributes={**s.attributes, "unbounded": 1}) if s.op_type == "Clip" else s for s in steps]
     made = {name for step in steps for name in step.outputs}
     known = {*made, *constants, *ends.tensors, *ends.sizes}
+    wanted = {name for step in steps for name in step.inputs}
     for node in region.nodes:
         for value in node.inputs:
-            if value is not None and value.name not in known:
+            if value is not None and value.name in wanted and value.name not in known:
                 constants[value.name] = tensor_of(_held(value), value.name)
                 known.add(value.name)
     sizes = dict(ends.sizes)
@@ -132,6 +139,7 @@ def region_module(
     constants = {value: tensor for value, tensor in constants.items() if value in read}
     module = InterpretedGraph(*program_of(steps, ends.tensors, [region.exit.name], constants, opset, sizes, name))
     _nodes[module] = tuple(step.name for step in steps)
+    module.coded = CodedWeights([one for value, one in codes.found.items() if value in constants])
     return module
 
 
@@ -184,10 +192,12 @@ class GraphRegions(nn.Module):
         self.region_slots = tuple((path, tuple(slots)) for path, _, slots in parts)
         for path, module, _ in parts:
             add_at(self, path, module)
+        self.coded = CodedWeights([one for _, module, _ in parts for one in coded_weights(module)])
 
     def keep(self, paths: Sequence[str]) -> None:
         """Call only the regions at ``paths`` from here on."""
-        self.region_slots = tuple((path, slots) for path, slots in self.region_slots if path in paths)
+        kept = set(paths)
+        self.region_slots = tuple((path, slots) for path, slots in self.region_slots if path in kept)
 
     def forward(self, *values: Tensor) -> tuple[PyObject, ...]:
         return tuple(self.get_submodule(path)(*(values[n] for n in slots)) for path, slots in self.region_slots)

@@ -16,7 +16,7 @@ from moeopt.value_types import OnnxNode, OnnxValue
 
 _MOST_REGIONS = 4
 """Of one candidate: the nearest exits behind its router."""
-_TAKEN = frozenset((*dir(nn.Module), *dir(nn.Module()), "program", "names", "example", "region_slots"))
+_TAKEN = frozenset((*dir(nn.Module), *dir(nn.Module()), "program", "names", "example", "region_slots", "coded"))
 """What a submodule cannot be called: attributes that the modules of regions have."""
 _FEWER = 64
 """Nodes by which a region may grow for one entry instead of several."""

@@ -13,15 +13,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeopt.errors import Declined, UsageError
+from moeopt.onnx_in.coded import in_memory
+from moeopt.onnx_in.coded_nodes import CodedConstants
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.ends import graph_inputs
 from moeopt.onnx_in.feeds import given_feeds, made_up_feeds
 from moeopt.onnx_in.index import GraphIndex
-from moeopt.onnx_in.interpreter import InterpretedGraph, steps_of, tensor_of
+from moeopt.onnx_in.interpreter import InterpretedGraph, live_steps, steps_of
 from moeopt.onnx_in.program import GraphProgram, NodeStep, program_of
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.region_module import RegionEnds, add_at, is_combined, region_ends, region_module
 from moeopt.onnx_in.regions import CandidateRegion, candidate_regions
+from moeopt.onnx_in.tensors import tensor_of
 from moeopt.onnx_in.values import tensor
 from moeopt.value_types import PyObject
 
@@ -73,7 +76,7 @@ def interpreted(file: OnnxFile, inputs: PyObject = None) -> InterpretedFile:
     names = [value.name for value in graph_inputs(file.proto.graph)]
     nodes = list(file.model.graph)
     try:
-        steps, constants = steps_of(nodes)
+        steps, constants = steps_of(nodes, CodedConstants(file.opset, in_memory))
     except Declined as err:
         raise UsageError(f"{file.name} has no form as a module: {err.reason}") from None
     constants |= {
@@ -82,8 +85,11 @@ def interpreted(file: OnnxFile, inputs: PyObject = None) -> InterpretedFile:
         if value.const_value is not None and name not in names
     }
     outputs = [value.name for value in file.model.graph.outputs]
-    flat = InterpretedGraph(*program_of(steps, names, outputs, constants, file.opset)).eval()
     candidates = list(candidate_regions(GraphIndex(file.model.graph)))
+    steps = live_steps(
+        steps, [*outputs, *(v.name for c in candidates for r in c.regions for v in (*r.entries, r.exit))]
+    )
+    flat = InterpretedGraph(*program_of(steps, names, outputs, constants, file.opset)).eval()
     examples, runs = _runs(file, flat, candidates, inputs)
     children, kept = _children(file, candidates, runs, steps, outputs)
     read = {name for step in kept for name in step.inputs} | set(outputs)

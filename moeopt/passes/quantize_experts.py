@@ -22,6 +22,7 @@ from moeopt.ir.weight_format import FORMATS
 from moeopt.options.quant_plan import CHECKPOINT, FLOAT, QuantPlan
 from moeopt.passes.base import Level
 from moeopt.published.experts import PublishedExperts, Unbound
+from moeopt.published.file_codes import FileExperts
 from moeopt.rewrite.block_graph import BlockGraph, ExpertWeightRefs, GivenCodes
 from moeopt.rewrite.live_codes import shapes_of
 from moeopt.rewrite.live_weights import LiveExpertWeights
@@ -33,7 +34,7 @@ class QuantizeExperts:
     name = "quantize_experts"
     level = Level.LOSSY
 
-    def __init__(self, plan: QuantPlan | None = None, published: PublishedExperts | None = None) -> None:
+    def __init__(self, plan: QuantPlan | None = None, published: PublishedExperts | FileExperts | None = None) -> None:
         self.plan, self.published = plan, published
         self.asked = plan is not None
 
@@ -70,11 +71,14 @@ class QuantizeExperts:
             return "its experts are groups of one FFN's neurons, which no checkpoint stores as experts"
         floats = LiveExpertWeights(block.root, refs, ("oi", "oi"))
         try:
-            bank, exact = self.published.bank(
+            found = self.published.bank(
                 block.name, len(refs), lambda e: [w.detach() for w in (*floats.w_in(e), floats.w_out(e))]
             )
         except (Unbound, CheckpointError) as err:
             return str(err)
+        if found is None:
+            return ""
+        bank, exact = found
         block.formats[index], block.codes[index] = bank.format, GivenCodes(bank.tensors(), exact)
         return ""
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,17 +19,15 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Obstacle, Rank
-from moeopt.options import Options, QuantPlan
-from moeopt.passes.base import Pass
-from moeopt.passes.manager import PassManager, Result, check_names
-from moeopt.passes.pipeline import PIPELINE
+from moeopt.options import Options
+from moeopt.passes.manager import PassManager, Result
 from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
+from moeopt.pipeline.chosen_passes import pass_manager
 from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.pipeline.finished_blocks import recall
 from moeopt.pipeline.pays import check_pays
-from moeopt.published.experts import PublishedExperts
 from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
@@ -109,39 +107,6 @@ def rewrite_block(
             "as it was; please report this with the block's code",
             rank=Rank.INTERNAL,
         ) from err
-
-
-def pass_manager(options: Options, runtime: Runtime | None, model: nn.Module | None = None) -> PassManager:
-    """The manager that ``options`` ask for; ``model``: what they are for, where a plan takes codes of its checkpoint.
-
-    Raises:
-        UsageError: they name a pass that is not there, or codes of a checkpoint and the model is from none.
-    """
-    plan = options.quantize
-    published = PublishedExperts(model) if model is not None and plan is not None and plan.takes_checkpoint else None
-    passes = with_plan(PIPELINE if options.passes is None else options.passes, plan, published)
-    check_names(options.skip_passes, (*passes, *PIPELINE), "skip_passes")
-    here = {one.name for one in passes}
-    return PassManager(
-        passes,
-        [name for name in options.skip_passes if name in here],  # MOEOPT_SKIP_PASSES holds for every run
-        options.only_passes,
-        options.fuel,
-        runtime is not None,
-        options.dump is not None,
-    )
-
-
-def with_plan(
-    passes: Sequence[Pass], plan: QuantPlan | None, published: PublishedExperts | None = None
-) -> tuple[Pass, ...]:
-    """``passes`` with the one that quantises as ``plan`` says, if there is one; at the end where it is missing."""
-    if plan is None:
-        return tuple(passes)
-    asked = QuantizeExperts(plan, published)
-    if not any(one.name == asked.name for one in passes):
-        return (*passes, asked)
-    return tuple([asked if one.name == asked.name else one for one in passes])
 
 
 def _rewrite(

@@ -9,6 +9,7 @@ from torch import nn
 
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.errors import UsageError
+from moeopt.onnx_in.coded import coded_weights
 from moeopt.options import Options, QuantPlan
 from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.block_capture import original_forward
@@ -107,5 +108,6 @@ def notes_of(outcome: PipelineResult, twin: nn.Module, options: Options) -> list
     for path, (_, codes) in done.items():
         size = sum(c.nbytes for c in codes), sum(c.float_bytes for c in codes)
         sizes.setdefault((path or type(twin).__name__) in lossy, []).append(size)
-    kept = [published_note(sizes[False])] if False in sizes else []
+    home = "file" if coded_weights(twin) else "checkpoint"
+    kept = [published_note(sizes[False], home)] if False in sizes else []
     return kept + quantized_note(lossy, sizes.get(True, []), left)

@@ -33,8 +33,9 @@ from moeopt.passes.manager import PassManager
 from moeopt.patches import fewer_collections
 from moeopt.pipeline.attempts import LEVELS, BlockAttempts, levels_of, part_of_another
 from moeopt.pipeline.beside_checkpoint import beside_checkpoint
-from moeopt.pipeline.block import Runtime, pass_manager
+from moeopt.pipeline.block import Runtime
 from moeopt.pipeline.block_reports import Attempt, PipelineResult, report_of_block, shared_blocks
+from moeopt.pipeline.chosen_passes import pass_manager
 from moeopt.pipeline.dense import DenseResult as DenseResult
 from moeopt.pipeline.dense import check_groups, rewrite_all
 from moeopt.pipeline.dump import Dump

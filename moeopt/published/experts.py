@@ -85,7 +85,7 @@ class PublishedExperts:
         """
         layer, first = numbers_of(block), floats(0)
         recipes = [self._recipe(block, (*layer, 0), w) for w in first]
-        stacks = [_Stack(experts) for _ in recipes]
+        stacks = [BankStack(experts) for _ in recipes]
         exact = True
         for e in range(experts):
             for recipe, stack, w in zip(recipes, stacks, floats(e), strict=True):
@@ -156,7 +156,7 @@ def joined(parts: Sequence[QuantizedWeight], in_turn: bool) -> QuantizedWeight:
     return QuantizedWeight(codes, scales, together(zeros) if zeros else None, format, (len(parts) * N, K))
 
 
-class _Stack:
+class BankStack:
     """One matrix of all experts, written into stacked tensors one expert at a time."""
 
     def __init__(self, experts: int) -> None:

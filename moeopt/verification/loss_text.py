@@ -56,12 +56,12 @@ def quantized_note(quantized: Mapping[str, str], sizes: Sequence[tuple[int, int]
     return told + [f"not quantised: {sentence}" for sentence in left]
 
 
-def published_note(sizes: Sequence[tuple[int, int]]) -> str:
-    """A sentence on experts that have the codes of their checkpoint, by (codes, floats) bytes of each block."""
+def published_note(sizes: Sequence[tuple[int, int]], home: str) -> str:
+    """A sentence on experts that have the codes of their ``home``, by (codes, floats) bytes of each block."""
     codes, floats = (sum(size[i] for size in sizes) / 1e6 for i in (0, 1))
     count = f"{len(sizes)} block{'s' * (len(sizes) > 1)}"
     return (
-        f"the experts of {count} have the codes of the checkpoint, {codes:.3g} MB in place of {floats:.3g} MB of "
+        f"the experts of {count} have the codes of the {home}, {codes:.3g} MB in place of {floats:.3g} MB of "
         "floats: the weights are the same to the bit, so nothing is lost"
     )
 

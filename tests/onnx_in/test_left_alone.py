@@ -133,15 +133,22 @@ def by_the_quantiser(kind, path):
 @pytest.mark.parametrize(
     ("kind", "named"),
     [
-        ("QDQ", "the node 'layers.0.experts.0.down_DequantizeLinear' is DequantizeLinear"),
+        ("QDQ", "the node 'layers.0.norm_QuantizeLinear' is QuantizeLinear"),
         ("QOperator", "the node 'layers.0.up0_quant' is QLinearMatMul"),
         ("dynamic", "the node 'layers.0.up0_quant' is MatMulInteger"),
-        ("MatMulNBits", "the node 'layers.0.up0_Q4' is com.microsoft.MatMulNBits"),
     ],
 )
-def test_quantised_experts_are_declined_by_the_node_that_is_quantised(kind, named, tmp_path):
+def test_experts_whose_activations_are_quantised_are_declined_by_the_node(kind, named, tmp_path):
     found = moeopt.optimize(by_the_quantiser(kind, tmp_path / "q.onnx"))
     (block,) = found.report.blocks
     assert (block.name, block.status, block.experts) == ("layers.0", "declined", E)
-    assert block.reason.startswith(f"{named}: the block is quantised, and moeopt reads experts of plain floats")
+    assert block.reason.startswith(f"{named}: the block is quantised, and so are its activations, which are rounded to")
+    assert "moeopt reads experts whose weights alone are codes" in block.reason
     assert "optimise the file from before it was quantised, or the PyTorch model with quantize=" in block.reason
+
+
+def test_experts_that_the_quantiser_gave_codes_alone_are_rewritten(tmp_path):
+    found = moeopt.optimize(by_the_quantiser("MatMulNBits", tmp_path / "q.onnx"), verify="fast")
+    assert [(b.name, b.status, b.experts) for b in found.report.blocks] == [("layers.0", "rewritten", E)]
+    assert found.certificate.passed and "MatMulNBits" in {n.op_type for n in onnx.load(tmp_path / "q.onnx").graph.node}
+    assert moeopt.verify(found.save(tmp_path / "bundle"), original=tmp_path / "q.onnx").passed

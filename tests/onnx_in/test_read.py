@@ -9,8 +9,8 @@ from onnx import TensorProto, helper
 
 import moeopt
 from moeopt.errors import UsageError
-from moeopt.onnx_in.interpreter import tensor_of
 from moeopt.onnx_in.read import is_onnx, read_onnx
+from moeopt.onnx_in.tensors import tensor_of
 
 
 def model(nodes=None, weights=(), inputs=("x",), outputs=("y",), opset=17, domains=(), dims=("t", 4), **graph):
@@ -40,6 +40,30 @@ def product(**external):
 
 def node(op, reads, makes, name="n", **more):
     return helper.make_node(op, reads, makes, name=name, **more)
+
+
+def sparse_tensor():
+    values = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
+    return helper.make_sparse_tensor(values, helper.make_tensor("at", TensorProto.INT64, [1], [3]), [16])
+
+
+def of_version(number):
+    made = model()
+    made.ir_version = number
+    return made
+
+
+def text_input():
+    made = model([node("Identity", ["x"], ["y"])])
+    for value in (*made.graph.input, *made.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.STRING
+    return made
+
+
+def sparse():
+    made = model()
+    made.graph.sparse_initializer.append(sparse_tensor())
+    return made
 
 
 def called(first, **bodies):
@@ -83,6 +107,21 @@ HOSTILE = {
     "old": (
         lambda: model(opset=9),
         "it is of opset 9, and moeopt reads 13 and newer: convert it with onnx.version_converter",
+    ),
+    "no opset": (
+        lambda: helper.make_model(model().graph, opset_imports=[helper.make_opsetid("other", 1)], ir_version=9),
+        "it does not say of which opset its operators are: add opset_import",
+    ),
+    "sparse": (lambda: sparse(), "'w' holds a sparse tensor, and moeopt reads whole ones"),
+    "sparse constant": (
+        lambda: model([node("Constant", [], ["s"], "held", sparse_value=sparse_tensor()), node("Relu", ["x"], ["y"])]),
+        "'held' holds a sparse tensor",
+    ),
+    "given twice": (lambda: model(outputs=("y", "y")), "the graph gives 'y' twice, and a result is told by its name"),
+    "text": (lambda: text_input(), "'x' holds STRING, an element type that torch lacks"),
+    "newer": (
+        lambda: of_version(99),
+        "does not load it: [ONNXRuntimeError] : 1 : FAIL : Unsupported model IR version: 99",
     ),
     "empty": (onnx.ModelProto, "it is not an ONNX graph"),
     "no name": (lambda: product(location="da\0ta.bin", length=64), "which names no file"),

@@ -2,6 +2,9 @@
 
 import pytest
 
+from moeopt.backends.onnxrt.onnx_file.original import _multiply
+from moeopt.backends.onnxrt.onnx_file.stitch import _drop
+from moeopt.onnx_in.frozen_routing import frozen_routing
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.read import read_onnx
 from moeopt.onnx_in.regions import candidate_regions
@@ -30,6 +33,34 @@ def test_the_search_grows_as_the_graph_does(experts):
         assert len(found) == layers
         looked.append(index.visited / len(index.nodes))
     assert max(looked) < 80 and looked[-1] < 1.3 * looked[1]
+
+
+def test_frozen_routing_is_told_without_another_look_at_the_whole_graph():
+    index, found = searched(16)
+    before = index.visited
+    assert {frozen_routing(candidate) for candidate in found} == {""}
+    assert index.visited == before
+
+
+def test_a_factor_stands_behind_each_value_and_what_reads_it_reads_the_product():
+    graph = model(3).graph
+    before = [n.name for n in graph.node]
+    _multiply(graph, {"layers.0.sum3": "f0", "layers.2.sum3": "f2"})
+    made = {n.output[0]: n for n in graph.node}
+    for layer, factor in ((0, "f0"), (2, "f2")):
+        product = made[f"layers.{layer}.sum3"]
+        assert product.op_type == "Mul" and list(product.input) == [f"layers.{layer}.sum3.moeopt.still", factor]
+        assert made[product.input[0]].name == f"layers.{layer}.sum3"
+    assert [n.name for n in graph.node if not n.name.startswith("moeopt.")] == before
+
+
+def test_entries_go_by_name_wherever_they_stand():
+    graph = model(2).graph
+    names = [t.name for t in graph.initializer]
+    for gone in ({names[0]}, {names[1], names[2], names[-1]}, set(), set(names)):
+        graph = model(2).graph
+        _drop(graph.initializer, gone)
+        assert [t.name for t in graph.initializer] == [n for n in names if n not in gone]
 
 
 def test_a_name_that_a_module_has_already_is_not_taken_twice():

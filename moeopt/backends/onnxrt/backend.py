@@ -34,8 +34,8 @@ from moeopt.verification.certificate import Certificate
 _NOTES = {
     UnrolledFloats.name: (
         "ONNX Runtime has no quick kernel that computes on these codes with float32 activations, so the file holds "
-        "codes, and a session makes floats of them when it is loaded; quantize='int4' stays codes in memory too, and "
-        "so does quantize='int8' with mapped=True, more slowly"
+        "codes, and a session makes floats of them when it is loaded; integers of 4 bits in blocks stay codes in "
+        "memory too, and so do those of 8 bits with mapped=True, more slowly"
     ),
     UnrolledBytes.name: (
         "as mapped=True asks, a session holds these codes and no floats; ONNX Runtime's product of "

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from moeopt.backends.onnxrt import known_answer as probes
-from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, SIGNATURE, probes_of
+from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, ONNX_FILE, SIGNATURE, probes_of
 from moeopt.backends.onnxrt.check_bytes import check_graph, parsed
 from moeopt.backends.onnxrt.custom_op import native_library, register, why_not
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
@@ -206,7 +206,10 @@ def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> Py
     if graph == PORTABLE:
         checked(manifest.data["portable"], Form, f"{manifest.directory}: what the manifest says of {graph}")
     size = manifest.data["files"].get(data_of(graph), {"bytes": 0})["bytes"]
-    return check_graph(manifest.path(graph), signature, size, rounds_activations(manifest.data))
+    source = manifest.data.get("source")
+    of_file = isinstance(source, dict) and source.get("kind") == ONNX_FILE
+    rounds = rounds_activations(manifest.data)
+    return check_graph(manifest.path(graph), signature, size, rounds, of_file=of_file)
 
 
 def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.GoldenCheck:

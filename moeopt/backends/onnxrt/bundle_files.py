@@ -27,3 +27,7 @@ def golden_calls(engine: GraphEngine, call: tuple[tuple[Any, ...], Mapping[str, 
     ids = find_ids(args, kwargs)
     assert ids is not None, "a causal language model was called with token ids"
     return [((), feeds) for feeds in flat_calls(engine.causal_lm, ids)]
+
+
+ONNX_FILE = "ONNX file"
+"""What a manifest says of its source where that is a file and no model: its graph holds nodes of the file."""

@@ -10,7 +10,7 @@ ends        named, typed and shaped as signature.json says
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,14 @@ _ATTRIBUTES = {
 _KEYS = {"location", "offset", "length"}
 
 
-def check_graph(path: Path, signature: Mapping[str, Any], size: int, rounds: bool = False) -> OnnxValue:
+def check_graph(
+    path: Path, signature: Mapping[str, Any], size: int, rounds: bool = False, *, of_file: bool = False
+) -> OnnxValue:
     """The ``onnx.ModelProto`` of a file, without its weights; ``BundleError`` says what may not be in it.
 
     ``size``: bytes of the data file, 0 where the manifest lists none. ``rounds``: whether the manifest says that
-    products of codes round their activations.
+    products of codes round their activations. ``of_file``: whether it was made of an ONNX file, whose own nodes it
+    holds.
     """
     proto = parse(path)
     allowed = _NATIVE if path.name == NATIVE else _OWN
@@ -99,11 +102,11 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int, rounds: boo
             raise BundleError(f"{path}: it holds sparse weights, and moeopt writes none")
         for node in graph.node:
             _check_node(path, node, allowed, constants)
-            if node.op_type == OF_CODES and (reason := refuses_node(node, sizes, rounds)):
+            if node.op_type == OF_CODES and (reason := refuses_node(node, sizes, rounds, given=of_file)):
                 raise BundleError(f"{path}: node {node.name!r} {reason}")
         for tensor in _tensors(graph):
             _check_tensor(path, tensor, size)
-    _check_ends(path, proto.graph, signature)
+    _check_ends(path, proto.graph, _called(proto.graph) if of_file else list(proto.graph.input), signature)
     return proto
 
 
@@ -195,7 +198,7 @@ def _check_tensor(path: Path, tensor: OnnxValue, size: int) -> None:
     import onnx_ir as ir
 
     try:
-        want = ir.DataType(tensor.data_type).bitwidth * count // 8
+        want = -(-ir.DataType(tensor.data_type).bitwidth * count // 8)
     except (ValueError, TypeError):
         raise BundleError(f"{path}: the weight {tensor.name!r} has the dtype {tensor.data_type}") from None
     if length != want:
@@ -206,7 +209,13 @@ def _number(text: str | None) -> int | None:
     return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
-def _check_ends(path: Path, graph: OnnxGraph, signature: Mapping[str, Any]) -> None:
+def _called(graph: OnnxGraph) -> list[Any]:
+    """The inputs that a call gives: a file's weights may be inputs too."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in weights]
+
+
+def _check_ends(path: Path, graph: OnnxGraph, given: Sequence[Any], signature: Mapping[str, Any]) -> None:
     weights = {tensor.name for tensor in graph.initializer}
     try:
         inputs = {e["onnx"]: e for e in signature["inputs"] if "onnx" in e}
@@ -214,13 +223,13 @@ def _check_ends(path: Path, graph: OnnxGraph, signature: Mapping[str, Any]) -> N
         order = [e["tensor"] for e in signature["outputs"] if "tensor" in e]
     except (KeyError, TypeError, AttributeError) as err:
         raise BundleError(f"{path}: signature.json lacks or mistypes a part ({type(err).__name__}: {err})") from None
-    takes = [v.name for v in graph.input]
+    takes = [v.name for v in given]
     gives = [v.name for v in graph.output]
     if sorted(takes) != sorted(inputs) or set(takes) & weights:
         raise BundleError(f"{path}: the graph takes {takes}, and signature.json says {list(inputs)}")
     if gives != outputs or order != list(range(len(outputs))):
         raise BundleError(f"{path}: the graph gives {gives}, and signature.json says {outputs}")
-    for value in graph.input:
+    for value in given:
         want, have = _stated(inputs[value.name]), _type(value)
         fits = have[0] == want[0] and len(have[1]) == len(want[1])
         fixed = [(a, b) for a, b in zip(have[1], want[1], strict=False) if isinstance(a, int) or isinstance(b, int)]

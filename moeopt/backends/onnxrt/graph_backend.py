@@ -32,6 +32,7 @@ from moeopt.lower.functional import traces_with
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.plain import open_dataclasses
 from moeopt.lower.wrapped_weights import wrapped_weights_named
+from moeopt.onnx_in.coded import coded_weights
 from moeopt.options import Options
 from moeopt.patches import fewer_collections
 from moeopt.pipeline.block import OwnForward
@@ -140,7 +141,7 @@ class GraphBackend(Backend):
             runner, notes = engine, notes + told
         certificate = self._certificate(source, twin, engine, runner, executed, form, call, outcome, end, plan, notes)
         certificate.products, certificate.activations, certificate.level = products.formats, activations, options.verify
-        if judge is not source and options.verify != "off":
+        if judge is not source and options.verify != "off" and not coded_weights(source):  # a file loses nothing
             runs = called_plainly(runner, self.comparable) if activations else None
             certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options, products, runs)
         blocks = [self._with_lowering(block, built) for block in outcome.blocks]

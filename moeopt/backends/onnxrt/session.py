@@ -67,6 +67,10 @@ _NO_COPIES = "session.disable_prepacking"
 """The entry with which kernels read weights where they are, and make no copy in a layout of their own."""
 
 
+FLOAT_ROWS = "session.qdq_matmulnbits_accuracy_level"
+"""The entry without which rows become int8 where ONNX Runtime makes a MatMulNBits of DequantizeLinear and MatMul."""
+
+
 ISA_ENTRY = "moeopt.isa"
 """The entry of a session's configuration that names the operator's instruction set, by its bit."""
 
@@ -95,15 +99,21 @@ def mapped_options(given: JsonValue = None) -> OrtObject:
         options = runtime().SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        said = options.get_session_config_entry(_NO_COPIES)
-    except Exception:  # ONNX Runtime's own, where the entry was not set
-        said = None
+    said = _entry(options, _NO_COPIES)
     if said not in (None, "1"):
         raise UsageError(f"mapped=True keeps weights in their file, and session_options set {_NO_COPIES}={said}")
     if said is None:
         options.add_session_config_entry(_NO_COPIES, "1")
     return options
+
+
+def _entry(options: OrtObject, name: str) -> str | None:
+    """An entry of a session's configuration; None where it was not set."""
+    try:
+        said: str = options.get_session_config_entry(name)
+    except Exception:  # ONNX Runtime's own
+        return None
+    return said
 
 
 class Session:
@@ -114,8 +124,8 @@ class Session:
         provider: as :func:`provider_named` spells it. With one other than ``cpu``, a node that only the CPU could
             run is an error, not a silent fallback; arithmetic on sizes may stay there. (The runtime's own
             ``session.disable_cpu_ep_fallback`` would refuse that too, and so nearly every graph with free sizes.)
-        session_options: an ``onnxruntime.SessionOptions`` of the user's own; None means the default. With the
-            configuration entry ``moeopt.cuda_graph`` = "1", runs are replayed from CUDA graphs.
+        session_options: an ``onnxruntime.SessionOptions`` of the user's own, which get ``FLOAT_ROWS`` where they lack
+            it; None means the default. With the entry ``moeopt.cuda_graph`` = "1", runs are replayed from CUDA graphs.
         threads: intra-op threads; None means as many as torch uses here.
         prepare: changes the options before a session is made of them.
 
@@ -146,6 +156,8 @@ class Session:
             options.log_severity_level = 3
             options.intra_op_num_threads = threads or torch.get_num_threads()
         prepare(options)
+        if _entry(options, FLOAT_ROWS) is None:
+            options.add_session_config_entry(FLOAT_ROWS, "1")
         if provider != "cpu":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         source = model if isinstance(model, bytes) else os.fspath(model)

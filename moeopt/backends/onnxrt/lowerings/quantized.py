@@ -1,6 +1,6 @@
 """Quantised experts, one product per expert as in ``unrolled``: on codes where a kernel reads them, else on floats.
 
-    unrolled-codes   com.microsoft::MatMulNBits(part, codes, scales): int4 in blocks; a session holds the codes
+    unrolled-codes   com.microsoft::MatMulNBits(part, codes, scales, zeros?): int4 in blocks; a session holds the codes
     unrolled-bytes   the same with 8 bits: a session holds the codes, and makes one matrix float at each call
     unrolled-floats  MatMul(part, dequantised in the graph): any format; the file holds codes, a session holds floats
 
@@ -75,8 +75,8 @@ class UnrolledCodes(Unrolled):
 
     def refuses_format(self, format: WeightFormat) -> str:
         """Why weights of ``format`` are not read as codes; "" where they are."""
-        if format.codes != "uint4" or not format.symmetric or format.packing != "low nibble first":
-            return f"MatMulNBits is quick with float32 activations for symmetric 4-bit codes only, not for {format}"
+        if format.codes != "uint4" or format.packing != "low nibble first":
+            return f"MatMulNBits is quick with float32 activations for 4-bit integers only, not for {format}"
         rows, columns = format.block
         return "" if rows == 1 and _is_block(columns) else _OTHER_BLOCKS.format(format)
 
@@ -110,8 +110,8 @@ class UnrolledBytes(UnrolledCodes):
 
     def refuses_format(self, format: WeightFormat) -> str:
         """As the base class has it."""
-        if format.codes not in ("int8", "uint8") or not format.symmetric:
-            return f"it is for symmetric 8-bit integers, not for {format}"
+        if format.codes not in ("int8", "uint8"):
+            return f"it is for 8-bit integers, not for {format}"
         rows, columns = format.block
         return "" if rows == 1 and (columns is None or _is_block(columns)) else _OTHER_BLOCKS.format(format)
 
@@ -143,10 +143,25 @@ def product_on_codes(
         scales = graph.op("Gather", [scales, graph.const(order.tolist(), "int64")], axis=0)
     if weight.format.block[1] is None and blocks > 1:
         scales = graph.op("Expand", [scales, graph.const([N, blocks], "int64")])
+    reads = [rows, blob, scales]
+    if weight.zeros is not None:
+        shape = (N, -(-blocks * bits // 8))
+        reads.append(graph.weight(f"{name}.zeros", lambda: _zeros(weight, order, blocks), torch.uint8, shape))
     return graph.op(
-        "MatMulNBits", [rows, blob, scales], domain=DOMAIN, name=name,
+        "MatMulNBits", reads, domain=DOMAIN, name=name,
         K=K, N=N, bits=bits, block_size=b, accuracy_level=ACCURACY_LEVELS[bits],
     )  # fmt: skip
+
+
+def _zeros(weight: QuantizedWeight, order: Tensor | None, blocks: int) -> Tensor:
+    """Zero points (N, blocks), unsigned; those of 4 bits two in a byte, the first in the low half."""
+    assert weight.zeros is not None
+    held = weight.zeros.view(torch.uint8) ^ 0x80 if weight.zeros.dtype == torch.int8 else weight.zeros
+    held = (held if order is None else held[order.to(held.device)]).expand(-1, blocks)
+    if weight.format.bits == 8:
+        return held.contiguous()
+    even = F.pad(held, (0, held.shape[1] % 2))
+    return even[:, ::2] | even[:, 1::2] << 4
 
 
 def _row_block(columns: int, widest: int) -> int:

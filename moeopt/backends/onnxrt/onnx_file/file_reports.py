@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.report import BlockReport
 
+Home = TypeVar("Home")
 IN_A_FILE = (
     "who has only the file: export the model with another form of its experts (all experts on all tokens; "
     "transformers: experts_implementation='batched_mm'), or optimise the PyTorch model"
@@ -18,12 +20,13 @@ _OF_NO_CODE = ("skipped:", "left as it is", "it was rewritten, compared and reve
 """How reasons begin that another export would not change."""
 
 
-def decline(parts: FileParts, block: BlockReport) -> None:
-    """Enter the reason of a block that was not rewritten for the part of the file that it is in."""
-    block = _for_the_owner_of_a_file(block)
-    for part in parts.parts:
-        if part.name == block.name or block.name.startswith(f"{part.name}."):
-            parts.declined.setdefault(part.name, (part.candidate, block.reason or "it was not rewritten"))
+def decline(parts: FileParts, blocks: Sequence[BlockReport]) -> None:
+    """Enter the reason of each block that was not rewritten for the part of the file that it is in."""
+    by_name = {part.name: part for part in parts.parts}
+    for block in map(_for_the_owner_of_a_file, blocks):
+        home = _home(block.name, by_name)
+        if home is not None:
+            parts.declined.setdefault(home.name, (home.candidate, block.reason or "it was not rewritten"))
 
 
 def in_order(
@@ -31,11 +34,10 @@ def in_order(
 ) -> list[BlockReport]:
     """The report's blocks in the graph's order, declined candidates among them, each with its place in the file."""
     found: dict[str, list[BlockReport]] = {name: [] for name in names}
+    own = {name: name for name in names}
     for block in blocks:
         block = _for_the_owner_of_a_file(block)
-        found.setdefault(
-            next((n for n in names if block.name == n or block.name.startswith(f"{n}.")), block.name), []
-        ).append(block)
+        found.setdefault(_home(block.name, own) or block.name, []).append(block)
     for name, (candidate, reason) in parts.declined.items():
         if not any(b.kind == "moe" for b in found[name]):
             found[name].append(BlockReport(name, "moe", "declined", reason, candidate.chains.experts))
@@ -43,6 +45,13 @@ def in_order(
     return [
         dataclasses.replace(block, source=where.get(name, "")) for name, several in found.items() for block in several
     ]
+
+
+def _home(name: str, homes: Mapping[str, Home]) -> Home | None:
+    """What stands at a module path, or at the nearest above it."""
+    while name and name not in homes:
+        name = name.rpartition(".")[0]
+    return homes.get(name)
 
 
 def _for_the_owner_of_a_file(block: BlockReport) -> BlockReport:

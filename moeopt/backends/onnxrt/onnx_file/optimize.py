@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from moeopt.backends.base import Made
 from moeopt.backends.onnxrt.build import BuiltGraph
+from moeopt.backends.onnxrt.bundle_files import ONNX_FILE
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.environment import environment_note, variables
 from moeopt.backends.onnxrt.expert_ids import ids_of_engine, ids_of_model
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files, written_out
 from moeopt.backends.onnxrt.onnx_file.file_reports import decline, in_order
+from moeopt.backends.onnxrt.onnx_file.kept_codes import keep_codes, with_codes
 from moeopt.backends.onnxrt.onnx_file.original import session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE
+from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined, MoeoptError, NotEquivalentError, UsageError
 from moeopt.onnx_in.ends import graph_inputs, tensor_type
@@ -34,6 +38,7 @@ from moeopt.onnx_in.region_module import GraphRegions
 from moeopt.onnx_in.regions import candidate_regions
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
+from moeopt.published.codes_in_files import codes_in
 from moeopt.report import BlockReport, Report
 from moeopt.untrusted import shown_line
 from moeopt.value_types import PyObject
@@ -56,14 +61,21 @@ def optimize_file(
     Raises:
         UsageError: ONNX Runtime does not load or run it; inputs that it does not take.
     """
-    started = time.perf_counter()
     if options.target not in (None, "cpu") or not isinstance(plan, OrtPlan) or plan.provider != "cpu":
         raise UsageError(
             f"{file.name}: an ONNX file is optimised for the CPU of this machine, where both files are compared; leave "
             "out device= and target=, or optimise the PyTorch model for the other device"
         )
+    folder = TemporaryFolder()  # floats of codes lie there, and not in memory
+    with codes_in(Path(folder.name)):
+        return _optimized(file, inputs, options, plan, backend)
+
+
+def _optimized(
+    given: OnnxFile, inputs: PyObject, options: Options, plan: OrtPlan, backend: type[GraphBackend]
+) -> tuple[Made, ArgsKwargs]:
+    started = time.perf_counter()
     options.say("looking for blocks of experts in the graph")
-    given = file
     calls = example_feeds(given, inputs, options.seed)
     file = written_out(given, calls)
     index = GraphIndex(file.model.graph)
@@ -172,14 +184,18 @@ def _rewritten(
 ) -> Made | None:  # fmt: skip
     """The file with what could be rewritten of its parts; None where that is nothing."""
     slots = list(dict.fromkeys(name for part in parts.parts for name in part.entries))
-    regions = GraphRegions([(p.name, p.module, [slots.index(n) for n in p.entries]) for p in parts.parts]).eval()
+    place = {name: number for number, name in enumerate(slots)}
+    regions = GraphRegions([(p.name, p.module, [place[n] for n in p.entries]) for p in parts.parts]).eval()
     values = {name: value for part in parts.parts for name, value in part.runs[0].items()}
     call: ArgsKwargs = (tuple(values[name] for name in slots), {})
     seen: list[tuple[GraphRegions, PipelineResult]] = []
+    of_codes = with_codes(options, parts.parts)
 
     def settle(twin: nn.Module, outcome: PipelineResult) -> None:
         """Leave out of the engine what was declined."""
         assert isinstance(twin, GraphRegions), "the pipeline copies the regions as what they are"
+        if of_codes is not options:
+            keep_codes(twin, outcome)
         seen.append((twin, outcome))
         for one in (twin, regions):
             one.keep(list(outcome.rewrites))
@@ -187,10 +203,9 @@ def _rewritten(
             raise NothingRewrittenError
 
     try:
-        made = backend(settle, "the file").optimize(regions, call, options, plan)
+        made = backend(settle, "the file").optimize(regions, call, of_codes, plan)
     except NothingRewrittenError:
-        for block in seen[0][1].blocks:
-            decline(parts, block)
+        decline(parts, seen[0][1].blocks)
         return None
     ((twin, outcome),) = seen
     kept = [part for part in parts.parts if part.name in outcome.rewrites]
@@ -276,4 +291,4 @@ def _fingerprint(file: OnnxFile) -> dict[str, str]:
         with file.path.open("rb") as source:
             while piece := source.read(1 << 22):
                 digest.update(piece)
-    return {"class": file.name, "sha256": digest.hexdigest()}
+    return {"class": file.name, "sha256": digest.hexdigest(), "kind": ONNX_FILE}

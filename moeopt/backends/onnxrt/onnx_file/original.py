@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,10 +38,13 @@ def session_on(
     except MoeoptError:
         raise
     except Exception as err:  # ONNX Runtime's own, of many classes
-        lines = str(err).strip().splitlines()
-        raise UsageError(
-            f"{name}: ONNX Runtime {runtime().__version__} does not load it: {lines[0][:300] if lines else err}"
-        ) from None
+        raise UsageError(f"{name}: ONNX Runtime {runtime().__version__} does not load it: {_said(err)}") from None
+
+
+def _said(err: Exception) -> str:
+    """The first line of an error of ONNX Runtime, without the place in its own code that it names first."""
+    first = next(iter(str(err).strip().splitlines()), type(err).__name__)
+    return re.sub(r"\S+\.(?:cc|h):\d+ .*?\)(?: const)? (?=[A-Z])", "", first)[:300]
 
 
 def with_outputs(proto: OnnxModel, names: Sequence[str]) -> OnnxModel:
@@ -87,8 +92,8 @@ class ShakenOriginal:
         proto.CopyFrom(file.proto)
         self._factors = {name: f"moeopt.factor.{n}" for n, name in enumerate(scales)}
         kinds = _element_types(file, list(scales))
+        _multiply(proto.graph, self._factors)
         for name, factor in self._factors.items():
-            _multiply(proto.graph, name, factor)
             proto.graph.input.append(onnx.helper.make_tensor_value_info(factor, kinds[name], None))
         self._kinds = kinds
         self._session = session_on(proto, file.directory, file.name)
@@ -105,18 +110,21 @@ class ShakenOriginal:
         return [results[name] for name in self._outputs]
 
 
-def _multiply(graph: PyObject, name: str, factor: str) -> None:
-    """Put ``name`` * ``factor`` where a value is read; what makes the value makes it under another name."""
+def _multiply(graph: PyObject, factors: Mapping[str, str]) -> None:
+    """Put a value times its factor where it is read; what makes the value makes it under another name."""
     import onnx
 
-    inner = f"{name}.moeopt.still"
-    for number, node in enumerate(graph.node):
-        if name in node.output:
-            node.output[list(node.output).index(name)] = inner
-            graph.node.insert(
-                number + 1, onnx.helper.make_node("Mul", [inner, factor], [name], name=f"moeopt.{factor}")
-            )
-            return
+    nodes: list[Any] = []
+    for node in graph.node:
+        nodes.append(node)
+        for number, name in enumerate(node.output):
+            if name in factors:
+                inner, factor = f"{name}.moeopt.still", factors[name]
+                node.output[number] = inner
+                nodes.append(onnx.helper.make_node("Mul", [inner, factor], [name], name=f"moeopt.{factor}"))
+    held = onnx.GraphProto(node=nodes)  # a copy, before the originals go
+    del graph.node[:]
+    graph.node.MergeFrom(held.node)
 
 
 def _element_types(file: OnnxFile, names: list[str]) -> dict[str, int]:

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from moeopt.backends.onnxrt.onnx_file.original import InnerValues
 from moeopt.errors import Declined, MoeoptError
+from moeopt.onnx_in.coded_nodes import ON_ACTIVATIONS
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.feeds import GraphFeeds
 from moeopt.onnx_in.frozen_routing import frozen_routing
-from moeopt.onnx_in.interpreter import QUANTISED, InterpretedGraph, unread
+from moeopt.onnx_in.interpreter import InterpretedGraph, unread
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.region_module import is_combined, named, region_ends, region_module
 from moeopt.onnx_in.regions import CandidateRegion
+from moeopt.published.codes_in_files import room_for
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.verification.model import CEILING, DRAWS
@@ -85,7 +87,7 @@ def _part(file: OnnxFile, candidate: CandidateRegion, runs: Sequence[Values]) ->
     if frozen := frozen_routing(candidate):
         raise Declined(frozen)
     for product in candidate.chains.products:
-        if product.node.op_type in QUANTISED:
+        if product.node.op_type in ON_ACTIVATIONS:
             raise Declined(unread(product.node))
     if not candidate.regions:
         raise Declined(
@@ -112,7 +114,7 @@ def _first(candidate: CandidateRegion) -> str:
 
 def _checked(file: OnnxFile, candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Values]) -> FilePart:
     ends = region_ends(candidate, region, runs)
-    module = region_module(region, ends, file.opset, candidate.name, to_lower=True).eval()
+    module = region_module(region, ends, file.opset, candidate.name, to_lower=True, room=room_for).eval()
     distance = 0.0
     try:
         for run in runs:

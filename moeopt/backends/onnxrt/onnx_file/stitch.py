@@ -215,9 +215,14 @@ def _rename(node: OnnxNode, renamed: Mapping[str, str]) -> None:
 
 
 def _drop(entries: OnnxValue, names: set[str]) -> None:
-    for number in reversed(range(len(entries))):
-        if entries[number].name in names:
-            del entries[number]
+    gone = [number for number, entry in enumerate(entries) if entry.name in names]
+    last = len(gone)
+    while last:  # neighbours go at once: what follows is moved each time
+        first = last - 1
+        while first and gone[first - 1] == gone[first] - 1:
+            first -= 1
+        del entries[gone[first] : gone[last - 1] + 1]
+        last = first
 
 
 class DataFile:

@@ -79,12 +79,14 @@ def test_four_bits_stay_codes_and_other_formats_become_floats():
     for name in ("int8", "fp8", "mxfp4"):
         choices = ranked(quantized(make_site(), FORMATS[name]), "cpu")
         assert [c.name for c in choices if c.lowering is not None] == ["unrolled-floats"]
-        assert "MatMulNBits is quick with float32 activations for symmetric 4-bit codes only" in choices[1].reason
+        assert "MatMulNBits is quick with float32 activations for 4-bit integers only" in choices[1].reason
 
 
 BYTES = {
     **{name: FORMATS[name] for name in ("int8", "int8-block16", "int8-block32", "int8-block128")},
     "uint8": WeightFormat("uint8", "uint8", (1, 16)),
+    "uint8, zero points": WeightFormat("uint8, zero points", "uint8", (1, 16), symmetric=False),
+    "int8, zero points": WeightFormat("int8, zero points", "int8", (1, None), symmetric=False),
 }
 
 
@@ -99,7 +101,15 @@ def test_eight_bits_as_codes_agree_with_the_dequantised_weights(name, size):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("format", [INT8_CHANNEL, INT8_BLOCK16], ids=str)
+def test_zero_points_of_four_bits_agree_for_each_layout(spec):
+    site = quantized(make_site(H=48, I=40, **spec), WeightFormat("own", "uint4", (1, 16), symmetric=False))
+    assert by_name("unrolled-codes").refuses(site, "cpu") == ""
+    args = tokens(site, 21)
+    assert eps_off(run(session_of(model_of(site, "unrolled-codes", opset=20)), *args), exact(site, *args)) <= BUDGET
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("format", [INT8_CHANNEL, INT8_BLOCK16, BYTES["int8, zero points"]], ids=str)
 def test_eight_bits_as_codes_agree_for_each_layout(format, spec):
     site = quantized(make_site(H=48, I=40, **spec), format)
     args = tokens(site, 21)
@@ -126,7 +136,7 @@ def test_mapped_takes_the_form_whose_codes_stay_in_the_file(name, form, tmp_path
 def test_mapped_falls_back_to_floats_and_says_why():
     choices = ranked(quantized(make_site(), FORMATS["fp8"]), "cpu", mapped=True)
     assert [c.name for c in choices if c.lowering is not None] == ["unrolled-floats"]
-    assert any("it is for symmetric 8-bit integers, not for fp8" in c.reason for c in choices)
+    assert any("it is for 8-bit integers, not for fp8" in c.reason for c in choices)
     tiles = quantized(make_site(), WeightFormat("tiles", "int8", (128, 128)))
     why = by_name("unrolled-bytes").refuses(tiles, "cpu")
     assert why.startswith("MatMulNBits takes blocks of 16, 32, 64, ... inputs of one output, not tiles")

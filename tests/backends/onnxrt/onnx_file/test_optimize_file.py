@@ -6,8 +6,8 @@ import torch
 
 import moeopt
 from moeopt.errors import UsageError
-from moeopt.onnx_in.interpreter import tensor_of
 from moeopt.onnx_in.read import read_onnx
+from moeopt.onnx_in.tensors import tensor_of
 from tests.onnx_in.bodies import LOOP, model
 from tests.onnx_in.toys import E, H, V, export, ids, run, toy_lm
 
@@ -87,7 +87,7 @@ def test_a_model_given_as_a_value_needs_no_file(path):
     assert proto.SerializeToString() == before
 
 
-def test_weights_that_are_inputs_too_are_told(path):
+def test_weights_that_are_inputs_too_are_told(path, tmp_path):
     model = onnx.load(path)
     for held in model.graph.initializer:
         model.graph.input.append(onnx.helper.make_tensor_value_info(held.name, held.data_type, list(held.dims)))
@@ -95,6 +95,8 @@ def test_weights_that_are_inputs_too_are_told(path):
     assert not found.report.blocks and torch.equal(found(ids()), run(path, input_ids=ids())[0])
     (note,) = [n for n in found.report.notes if n.startswith("weights that are inputs of the graph too (")]
     assert note in found.certificate.notes and "export with keep_initializers_as_inputs=False" in note
+    bundle = found.save(tmp_path / "bundle")
+    assert torch.equal(moeopt.load(bundle)(ids()), found(ids())) and moeopt.verify(bundle, original=path).passed
 
 
 def test_an_output_without_a_type_is_told(path):

@@ -1,0 +1,54 @@
+"""Experts that a file holds as codes keep them: what asks for that, and blocks that would lose theirs are declined."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import nn
+
+from moeopt.backends.onnxrt.onnx_file.parts import FilePart
+from moeopt.onnx_in.coded import coded_weights
+from moeopt.options import Options, QuantPlan
+from moeopt.options.quant_plan import CHECKPOINT
+from moeopt.passes.quantize_experts import QuantizeExperts
+from moeopt.pipeline.block_reports import PipelineResult
+from moeopt.rewrite.store_codes import codes_of
+
+_WHY = (
+    "the file holds its experts as codes, and they would become floats, several times as large: {}; the block is left "
+    "as it is; optimise the file from before it was quantised"
+)
+
+
+def with_codes(options: Options, parts: Sequence[FilePart]) -> Options:
+    """The options for regions some of whose weights are codes in the file."""
+    if not any(coded_weights(part.module) for part in parts):
+        return options
+    return dataclasses.replace(options, quantize=QuantPlan(default=CHECKPOINT))
+
+
+def keep_codes(twin: nn.Module, outcome: PipelineResult) -> None:
+    """Decline the blocks whose experts could not keep the codes of the file, and note what else became floats."""
+    lost = {
+        record.block: record.reason
+        for record in outcome.passes
+        if record.name == QuantizeExperts.name and record.reason and record.block in outcome.rewrites
+    }
+    for name in lost:
+        del outcome.rewrites[name]
+    outcome.checks[:] = [check for check in outcome.checks if check.name not in lost]
+    outcome.blocks = [
+        dataclasses.replace(b, status="declined", reason=_WHY.format(lost[b.name]), lowering="")
+        if b.name in lost
+        else b
+        for b in outcome.blocks
+    ]
+    blocks = [twin.get_submodule(name) for name in outcome.rewrites]
+    floats = sum(one.floats.nbytes for block in blocks for one in coded_weights(block))
+    floats -= sum(bank.float_bytes for block in blocks for bank in codes_of(block))
+    if floats > 0:
+        outcome.notes.append(
+            f"{floats / 1e6:.3g} MB of floats stand where blocks had other weights as codes (routers, shared experts): "
+            "only routed experts keep theirs"
+        )

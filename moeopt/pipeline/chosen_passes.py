@@ -1,0 +1,55 @@
+"""The passes that options ask for, and where those that keep codes find them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from moeopt.onnx_in.coded import coded_weights
+from moeopt.options import Options, QuantPlan
+from moeopt.passes.base import Pass
+from moeopt.passes.manager import PassManager, check_names
+from moeopt.passes.pipeline import PIPELINE
+from moeopt.passes.quantize_experts import QuantizeExperts
+from moeopt.published.experts import PublishedExperts
+from moeopt.published.file_codes import FileExperts
+
+
+def pass_manager(options: Options, runtime: object, model: nn.Module | None = None) -> PassManager:
+    """The manager that ``options`` ask for; ``model``: what they are for, where a plan takes codes of its checkpoint.
+
+    Raises:
+        UsageError: they name a pass that is not there, or codes of a checkpoint and the model is from none.
+    """
+    plan = options.quantize
+    published = _codes_for(model) if model is not None and plan is not None and plan.takes_checkpoint else None
+    passes = with_plan(PIPELINE if options.passes is None else options.passes, plan, published)
+    check_names(options.skip_passes, (*passes, *PIPELINE), "skip_passes")
+    here = {one.name for one in passes}
+    return PassManager(
+        passes,
+        [name for name in options.skip_passes if name in here],  # MOEOPT_SKIP_PASSES holds for every run
+        options.only_passes,
+        options.fuel,
+        runtime is not None,
+        options.dump is not None,
+    )
+
+
+def _codes_for(model: nn.Module) -> PublishedExperts | FileExperts:
+    """Where the codes of a model's experts are: in the ONNX file that it was read of, or in its checkpoint."""
+    coded = coded_weights(model)
+    return FileExperts(coded) if coded else PublishedExperts(model)
+
+
+def with_plan(
+    passes: Sequence[Pass], plan: QuantPlan | None, published: PublishedExperts | FileExperts | None = None
+) -> tuple[Pass, ...]:
+    """``passes`` with the one that quantises as ``plan`` says, if there is one; at the end where it is missing."""
+    if plan is None:
+        return tuple(passes)
+    asked = QuantizeExperts(plan, published)
+    if not any(one.name == asked.name for one in passes):
+        return (*passes, asked)
+    return tuple([asked if one.name == asked.name else one for one in passes])
