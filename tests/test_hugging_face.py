@@ -210,3 +210,30 @@ def test_the_models_own_directory_is_no_place_for_the_bundle(capsys, tmp_path):
     make().save_pretrained(tmp_path / "model")
     code, _, err = run(capsys, "optimize", tmp_path / "model", "--out", tmp_path / "model")
     assert code == 2 and "is the model's own directory: give a new one" in err
+
+
+RECORDED = ["output_hidden_states", "output_attentions", "output_router_logits"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "called_before", "extra"),
+    [
+        *(("torch", called, extra) for called in (False, True) for extra in RECORDED),
+        ("onnxruntime", False, RECORDED[2]),
+        ("onnxruntime", True, RECORDED[0]),
+    ],
+)
+def test_what_a_model_records_of_its_layers_is_returned_once(backend, called_before, extra):
+    if backend == "onnxruntime":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model, reference = make(attn_implementation="eager"), make(attn_implementation="eager")
+    reference.load_state_dict(model.state_dict())
+    call = {**encoded(), extra: True, "use_cache": False}
+    with torch.no_grad():
+        if called_before:
+            model(**call)
+        engine = moeopt.optimize(model, call, backend=backend, verify="fast")
+        wanted = reference(**call)
+        for one in (engine, model):
+            assert list(one(**call)) == list(wanted)
+            torch.testing.assert_close(tuple(one(**call)[-1]), tuple(wanted[-1]), rtol=1e-4, atol=1e-4)

@@ -495,6 +495,14 @@ def test_a_block_that_the_model_calls_under_autocast_is_declined():
         close(opt(x), model(x))
 
 
+def test_autocast_around_optimize_is_the_users_own():
+    with torch.autocast("cpu", torch.bfloat16):
+        opt = moeopt.optimize(build(CastAround), X, verify="fast")
+    reasons = {b.reason for b in opt.report.blocks if b.kind == "moe"}
+    assert any(r.startswith("moeopt.optimize is called inside a torch.autocast of your own, and") for r in reasons)
+    assert not any("the model calls it under autocast" in r for r in reasons)
+
+
 def test_autocast_falls_back():
     model = build()
     opt = optimized(model)

@@ -188,7 +188,7 @@ class Backend(ABC):
             found = self.verify_file(original, call, opened.engine, saved)
             found.executed, found.device, found.notes = opened.executed, opened.device, notes
             return found
-        if original is not None and call is not None and not saved.quantized:
+        if original is not None and call is not None and not saved.lossy:
             args, kwargs = self.comparable(opened.engine, call)
             noise = self.noisy(original, [block["name"] for block in manifest.data["blocks"]])
             ties = self.tie_comparison(original, opened.engine, (args, kwargs), noise)
@@ -200,7 +200,7 @@ class Backend(ABC):
         end = self._golden(manifest, opened, notes, limits)
         return Certificate(
             saved.blocks, end, saved.level, opened.executed, opened.device, saved.dtype, notes=notes,
-            quantized=saved.quantized, loss=loss,
+            quantized=saved.quantized, products=saved.products, activations=saved.activations, loss=loss,
         )  # fmt: skip
 
     def _golden(self, manifest: Manifest, opened: Opened, notes: list[str], limits: LoadLimits) -> EndToEnd:

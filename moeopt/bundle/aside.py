@@ -14,10 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there, and so nothing is cleared
-    fcntl = None  # type: ignore[assignment]
+from moeopt.file_lock import CAN_LOCK, try_lock
 
 
 @contextlib.contextmanager
@@ -60,15 +57,13 @@ def made(parent: Path, prefix: str) -> tuple[Path, int | None]:
 
 def locked(path: Path) -> int | None:
     """A descriptor that holds the lock of a folder; None where another process has it, or the file system has none."""
-    if fcntl is None:
+    if not CAN_LOCK:  # and so nothing is cleared
         return None
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    if try_lock(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None

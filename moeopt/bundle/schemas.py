@@ -137,6 +137,8 @@ class ManifestFile(Form):
     golden: GoldenRecord | None = None
     portable: Any = None
     native: NativeRecord | None = None
+    activations: Name | None = None
+    environment: dict[str, Text] = {}
     tensorrt: Any = None
 
 

@@ -8,6 +8,7 @@ the file, not a copy. safetensors allows no gaps; what lies between two tensors 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -43,20 +44,22 @@ class WeightsFile:
         self.path, self.begin = path, _aligned(8 + header)
         self.end = self.begin
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(self._file, self.begin + _aligned(capacity))
+        with _told(path):
+            os.ftruncate(self._file, self.begin + _aligned(capacity))
         self.mapped = MappedFile(path)
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         """Write a tensor at the end; the same tensor as a view of the file.
 
         Raises:
-            OSError: the disk is full; what was written before stays.
+            OSError: the disk is full, or files may not be as long; what was written before stays.
         """
         offset = self.end
         size = tensor.numel() * tensor.element_size()
         if offset + size > self.mapped.length:
             raise ValueError(f"{self.path} has room for {self.mapped.length} bytes, and {offset + size} are needed")
-        write_at(self._file, tensor, offset)
+        with _told(self.path):
+            write_at(self._file, tensor, offset)
         self.end = _aligned(offset + size)
         return self.mapped.tensor(tensor.dtype, tensor.shape, offset)
 
@@ -68,6 +71,10 @@ class WeightsFile:
 
     def finish(self, blocks: Mapping[str, torch.Tensor]) -> None:
         """Make it a safetensors file of ``blocks``: those that do not lie in it are written, then the header."""
+        with _told(self.path):
+            self._finish(blocks)
+
+    def _finish(self, blocks: Mapping[str, torch.Tensor]) -> None:
         places: dict[str, tuple[torch.Tensor, int]] = {}
         missing = self._missing(blocks)
         more = sum(_aligned(t.numel() * t.element_size()) for t in missing.values())
@@ -113,6 +120,17 @@ class WeightsFile:
         os.replace(aside, self.path)
         os.close(self._file)
         self._file, self.end, self.begin = file, self.end - self.begin + begin, begin
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """While open, what the system refuses to write is told with the file and the way out."""
+    try:
+        yield
+    except OSError as err:
+        ways = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space, or ask for more"}
+        way = ways.get(err.errno or 0, "raise the limit on the size of files (ulimit -f), or take another disk")
+        raise OSError(err.errno, f"{err.strerror}: {way}, and call again", str(path)) from err
 
 
 _becoming: ContextVar[WeightsFile | None] = ContextVar("moeopt_weights_file", default=None)

@@ -58,5 +58,5 @@ def optimize_module(
     made.report = dataclasses.replace(made.report, notes=notes, seconds=time.perf_counter() - started)
     if isinstance(made.model, nn.Module) and made.model is not given:
         cast = source is not given and (chosen.device, chosen.dtype) != (None, None)
-        watch_source(given, made.model, values=cast or bool(made.certificate.quantized))
+        watch_source(given, made.model, values=cast or bool(made.certificate.lossy))
     return Optimized(made, call)

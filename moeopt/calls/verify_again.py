@@ -25,18 +25,25 @@ def verify_optimized(subject: Optimized, original: PyObject, inputs: PyObject) -
     noise = backend.noisy(original, [block.name for block in subject.report.rewritten])
     before = subject.certificate
     ties = None
-    if not before.quantized:  # other floats choose other experts
+    if not before.lossy:  # other floats choose other experts
         ties = backend.tie_comparison(original, runner, (args, kwargs), noise, subject._built)
     judge = backend.judge(original, subject._made, (args, kwargs))
-    end = end_to_end(judge, runner, args, kwargs, noise_blocks=noise, otherwise=ties)
-    loss = (
-        Loss() if not before.quantized else whole_loss(original, runner, (args, kwargs), before.loss.get("limit", {}))
+    end = end_to_end(
+        judge,
+        runner.verified_form() if before.activations else runner,
+        args,
+        kwargs,
+        noise_blocks=noise,
+        otherwise=ties,
     )
+    loss = Loss() if not before.lossy else whole_loss(original, runner, (args, kwargs), before.loss.get("limit", {}))
     return Certificate(
         end_to_end=end,
         executed=executed,
         dtype=before.dtype,
         device=before.device,
         quantized=before.quantized,
+        products=before.products,
+        activations=before.activations,
         loss=loss,
     )

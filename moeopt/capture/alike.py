@@ -31,11 +31,14 @@ def unlike(
     a: nn.Module,
     b: nn.Module,
     ignored: Callable[[str, nn.Module, str], bool] = lambda path, module, name: False,
+    *,
+    buffers: bool = True,
 ) -> str:
     """What ``b`` has otherwise than ``a``, in words; "" where they are alike.
 
     Args:
         ignored: whether an attribute is left out: of the module at a path in ``a`` or ``b``, the attribute's name.
+        buffers: whether buffers must have equal values; else they may differ in what parameters may.
     """
     first, second = dict(a.named_modules(remove_duplicate=False)), dict(b.named_modules(remove_duplicate=False))
     if list(first) != list(second):
@@ -48,13 +51,13 @@ def unlike(
             return f"{named} is a {type(other).__name__}, not a {type(one).__name__}"
         if not pairs.match(one, other):
             return f"{named} is shared otherwise"
-        if why := _unlike_attributes(one, other, path, ignored, pairs):
+        if why := _unlike_attributes(one, other, path, ignored, pairs, buffers):
             return f"{why} of {named} differs"
     return ""
 
 
 def _unlike_attributes(
-    a: nn.Module, b: nn.Module, path: str, ignored: Callable[[str, nn.Module, str], bool], pairs: _Pairs
+    a: nn.Module, b: nn.Module, path: str, ignored: Callable[[str, nn.Module, str], bool], pairs: _Pairs, buffers: bool
 ) -> str:
     """The name of an attribute in which two modules differ, or ""."""
 
@@ -76,7 +79,7 @@ def _unlike_attributes(
         if list(ours) != list(theirs):
             return table
         for name, tensor in ours.items():
-            if not _same_tensor(tensor, theirs[name], pairs, values=table == "_buffers"):
+            if not _same_tensor(tensor, theirs[name], pairs, values=buffers and table == "_buffers"):
                 return str(name)
     return ""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from moeopt.errors import CaptureError
 from moeopt.value_types import FxTarget, PyObject
@@ -22,6 +23,10 @@ aten = torch.ops.aten
 
 @cache
 def _written(func: FxTarget) -> tuple[tuple[int, str], ...]:
+    if isinstance(
+        func, HigherOrderOperator
+    ):  # flex_attention, cond, scan: they have no schema, and none of them writes
+        return ()
     return tuple(
         (i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
     )

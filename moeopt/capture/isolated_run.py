@@ -7,7 +7,7 @@ what modules are called with, a first call before a second) the writes alone are
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,18 +22,21 @@ from moeopt.errors import CaptureError
 from moeopt.value_types import FxTarget, PyObject
 
 
-class _Writes(TorchDispatchMode):
-    """Announces each write to ``state``."""
+class WatchWrites(TorchDispatchMode):
+    """Calls ``about_to_write`` with each tensor that an op is about to write."""
 
-    def __init__(self, state: ModuleState) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(self, about_to_write: Callable[[torch.Tensor], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch
-        self.state = state
+        self._about_to_write = about_to_write
 
     def __torch_dispatch__(
         self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
     ) -> PyObject:
         for tensor in (*mutated_args(func, args, kwargs or {}), *unsaid_writes(func, args)):
-            self.state.about_to_write(tensor)
+            if tensor.layout == torch.strided:
+                self._about_to_write(tensor)
         return func(*args, **(kwargs or {}))
 
 
@@ -46,7 +49,7 @@ def undone(module: nn.Module) -> Iterator[TorchDispatchMode]:
     state, rng = ModuleState(module), torch.get_rng_state()
     try:
         with torch.no_grad():
-            yield _Writes(state)
+            yield WatchWrites(state.about_to_write)
     finally:
         state.restore()
         torch.set_rng_state(rng)

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.capture.held_state import CONTAINERS, TABLES, HeldState
 from moeopt.errors import UsageError
 from moeopt.value_types import PyObject
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
-
-
-_CONTAINERS = (list, dict, set)
+_HOOKS = TABLES - {*_REGISTRIES, "_non_persistent_buffers_set"}
 
 
 def _tensors(modules: list[tuple[str, nn.Module]], table: str) -> list[tuple[str, torch.Tensor]]:
@@ -64,15 +63,20 @@ class ModuleState:
         self.parameters = _tensors(self.modules, "_parameters")
         self.buffers = _tensors(self.modules, "_buffers")
         self._before = [dict(module.__dict__) for _, module in self.modules]
-        self._contents = [{k: v.copy() for k, v in d.items() if type(v) in _CONTAINERS} for d in self._before]
+        self._contents = [
+            {k: v.copy() for k, v in d.items() if type(v) in CONTAINERS and k not in _HOOKS} for d in self._before
+        ]
+        self._held = HeldState(self.modules)
         self._own: dict[int, torch.Tensor] = {}
-        for name, tensor in (*self.parameters, *self.buffers):
+        for name, tensor in (*self.parameters, *self.buffers, *self._held.tensors.items()):
             if nn.parameter.is_lazy(tensor):
                 raise UsageError(
                     f"{name} has no shape yet (a lazy module); run the model once on these inputs, then optimise it"
                 )
             if tensor.layout == torch.strided:
-                self._own.setdefault(tensor.untyped_storage()._cdata, tensor)
+                first = self._own.setdefault(key := tensor.untyped_storage()._cdata, tensor)
+                if first.numel() < tensor.numel():  # that was a part of it
+                    self._own[key] = tensor
         self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def about_to_write(self, target: torch.Tensor) -> None:
@@ -100,7 +104,7 @@ class ModuleState:
         return changed
 
     def changed_in_place(self) -> set[tuple[str, str]]:
-        """(module path, attribute) of each list, dict or set that the run wrote into."""
+        """(module path, attribute) of each list, dict or other container that the run wrote into."""
         return {
             (path, name)
             for (path, _), before, contents in zip(self.modules, self._before, self._contents, strict=True)
@@ -110,15 +114,7 @@ class ModuleState:
 
     def restore(self) -> None:
         """Put every attribute and every written parameter or buffer back."""
-        for (_, module), before, contents in zip(self.modules, self._before, self._contents, strict=True):
-            if not _identical(module.__dict__, before):
-                module.__dict__.clear()
-                module.__dict__.update(before)
-            for name, held in contents.items():
-                live = before[name]
-                if not _same(live, held):
-                    live.clear()
-                    live.extend(held) if type(live) is list else live.update(held)
+        self._held.restore()
         with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
             for own, value in self._saved.values():
                 own.copy_(value)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 
 from moeopt.capture.functional import functional_twin, mutated_args, unsaid_writes
 from moeopt.capture.memory_nodes import MemoryNodes, storage_key
@@ -43,6 +44,8 @@ _VIEW_TWINS = {
 class Recorder(MemoryNodes):
     """Writes each ATen call down as a node; see :func:`record`."""
 
+    supports_higher_order_operators = True
+
     def __init__(
         self, root: nn.Module, state: ModuleState, keep_values: bool, steer: Steer | None, lenient: bool
     ) -> None:
@@ -63,8 +66,16 @@ class Recorder(MemoryNodes):
         if self._pause:
             return func(*args, **kwargs)
         if not self.lenient:
+            if isinstance(func, HigherOrderOperator):
+                raise CaptureError(
+                    f"its forward calls {func.name()}, which runs functions of its own inside; where it stands outside "
+                    "the mixture, put the mixture into a module of its own",
+                    user_line(),
+                )
             return self._record(func, types, args, kwargs)
         self._ran = _NOT_RUN
+        if isinstance(func, HigherOrderOperator):
+            return self._unfollowed(func, args, kwargs)
         try:
             return self._record(func, types, args, kwargs)
         except CaptureError:
@@ -101,9 +112,9 @@ class Recorder(MemoryNodes):
         written = mutated_args(func, args, kwargs)
         for tensor in written:
             self.state.about_to_write(tensor)
-        node_args, node_kwargs = tuple(self._as_nodes(a) for a in args), self._as_nodes_dict(kwargs)
+        nodes = tuple(self.node_of(t) for t in leaves_of(torch.Tensor, (args, kwargs)))
         out = func(*args, **kwargs) if self._ran is _NOT_RUN else self._ran
-        node = self._finish(self.make.call(func, node_args, node_kwargs), None)
+        node = self._finish(self.make.call(func, nodes), None)
         made = {id(t): t for t in (*written, *leaves_of(torch.Tensor, out))}
         for number, tensor in enumerate(made.values()):
             self._enter(tensor, self._finish(self.make.call(operator.getitem, (node, number)), tensor))

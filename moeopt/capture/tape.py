@@ -35,6 +35,13 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], way_o
     except CaptureError:
         raise
     except Exception as err:
+        if "fullgraph=True" in str(err):  # torch.compile leaves code alone while its calls are written down
+            raise CaptureError(
+                f"{type(module).__name__} runs a function of its own under torch.compile(fullgraph=True), as "
+                "flex_attention does, and such code cannot be watched; take attn_implementation='sdpa', or leave "
+                "fullgraph out, while the model is optimised",
+                raising_line(err.__traceback__),
+            ) from err
         hint = call_hint(module, args, kwargs) if way_out is _GIVEN else ""
         raise CaptureError(
             f"{type(module).__name__} raised {in_short(err)}{way_out}{hint}", raising_line(err.__traceback__)

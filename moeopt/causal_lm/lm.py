@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ from moeopt.lower.onnx.sites import Sites
 from moeopt.lower.stamps import Stamps
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.value_types import PyObject
+from moeopt.verification.model import run_plain
 from moeopt.verification.state import RestoreState
 
 B, S, P, N = 2, 3, 5, 2
@@ -176,7 +178,8 @@ def _traced_graph(
 
     try:
         try:
-            return stamped(model, sites, CarriedCache(), lambda stamps: export(None, stamps), say)
+            run = functools.partial(run_plain, model, (), sample)
+            return stamped(model, sites, CarriedCache(), lambda stamps: export(None, stamps), run, say)
         except Exception as err:
             if not asks_values(err):
                 raise

@@ -28,11 +28,13 @@ def stamped(
     sites: Sites,
     carrier: Carrier,
     export: Callable[[Stamps | None], PyObject],
+    run: Callable[[], PyObject],
     say: Callable[[str], None],
 ) -> PyObject:
     """What ``export`` gives for the alike layers of ``model``: those that can be are stamped.
 
     Args:
+        run: calls ``model`` with values, as ``export`` calls it.
         say: told which layers cannot be, and why.
     """
     traces = traces_now()
@@ -49,6 +51,10 @@ def stamped(
             if not stamps.kinds or asks_values(err):
                 raise
             break  # a model may refuse the number of a layer that is no int
+        if odd := stamps.unlike(run):
+            left_alone |= odd
+            say(f"tracing each {', '.join(sorted(c.__name__ for c in odd))}: layers that look alike call other ops")
+            continue
         traces.unproved |= bool(stamps.layers)
         return graph
     sites.start()

@@ -18,7 +18,7 @@ import torch
 from moeopt.bundle.mapped_file import MappedFile
 from moeopt.bundle.weights_file import DTYPE_NAMES
 from moeopt.errors import CheckpointError
-from moeopt.inspection.headers import StoredTensor, read_header
+from moeopt.inspection.headers import StoredTensor, interrupted, read_header, stat_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"F8_E8M0": torch.float8_e8m0fnu}
@@ -57,7 +57,7 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
         index = path / INDEX
         where = _read_index(index) if index.is_file() and not (path / SINGLE).is_file() else None
         for file in self._files(where):
-            self._stats[file] = file.stat()  # before its header: a file that changes after this is refused
+            self._stats[file] = stat_of(file)  # before its header: a file that changes after this is refused
             for name, stored in read_header(file).items():
                 if where is None or where.get(name) == file.name:
                     self._add(name, file, stored)
@@ -144,7 +144,8 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
         if absent:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             raise CheckpointError(
-                f"{self.path} lacks {absent[0]}{more} of the {len(files)} files that {INDEX} names: {_FETCH}"
+                f"{self.path} lacks {absent[0]}{more} of the {len(files)} files that {INDEX} names: "
+                f"{interrupted(self.path) or _FETCH}"
             )
         return files
 
@@ -176,7 +177,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         good = all(isinstance(k, str) and isinstance(v, str) and Path(v).name == v for k, v in where.items())
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as err:
         raise CheckpointError(f"{path} is damaged ({type(err).__name__}: {str(err)[:200]}); {_FETCH}") from err
     if not good:
         raise CheckpointError(f"{path} names files outside the directory, or something that is no file; {_FETCH}")

@@ -7,12 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there
-    fcntl = None  # type: ignore[assignment]
-
-CAN_LOCK = fcntl is not None
+from moeopt.file_lock import CAN_LOCK, try_lock
 
 
 def take(folder: Path, busy: Callable[[], None], complete: Callable[[], bool]) -> tuple[int | None, bool]:
@@ -25,7 +20,7 @@ def take(folder: Path, busy: Callable[[], None], complete: Callable[[], bool]) -
     Returns:
         (a descriptor to close, None where nothing can be locked; whether this process is the one that works there).
     """
-    if fcntl is None:
+    if not CAN_LOCK:
         folder.mkdir(parents=True, exist_ok=True)
         return None, True
     while True:
@@ -34,10 +29,10 @@ def take(folder: Path, busy: Callable[[], None], complete: Callable[[], bool]) -
             descriptor = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:  # its last owner removed it in this moment
             continue
-        alone = _locked(descriptor, fcntl.LOCK_EX)
-        if (alone or _locked(descriptor, fcntl.LOCK_SH)) and _is(descriptor, folder):
+        alone = try_lock(descriptor)
+        if (alone or try_lock(descriptor, shared=True)) and _is(descriptor, folder):
             if complete():
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                try_lock(descriptor, shared=True)
                 return descriptor, False
             if alone:
                 return descriptor, True
@@ -45,13 +40,6 @@ def take(folder: Path, busy: Callable[[], None], complete: Callable[[], bool]) -
         os.close(descriptor)
         if not gone:
             busy()
-
-
-def _locked(descriptor: int, how: int) -> bool:
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 def _is(descriptor: int, folder: Path) -> bool:

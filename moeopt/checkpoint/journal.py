@@ -18,11 +18,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch.utils import _pytree as pytree
 
+from moeopt.bundle import aside
 from moeopt.bundle.values import DTYPES
 from moeopt.bundle.weights_file import WeightsFile
 from moeopt.checkpoint.folder_lock import take
@@ -60,7 +61,7 @@ class Journal:
         writes: whether this process works here; else all is done, and it reads.
 
     Raises:
-        UsageError: another process is writing to ``out``.
+        UsageError: another process is writing to ``out``, or its folder holds weights that moeopt did not write.
         CheckpointError: what another process has done was damaged since.
     """
 
@@ -68,20 +69,41 @@ class Journal:
         self.folder = folder_of(out)
         busy, shared = (out.wait, True) if isinstance(out, Workspace) else (self._refuse, False)
         self._lock, self.writes = take(self.folder, busy, lambda: shared and self._complete(key))
+        self._bundle = None if isinstance(out, Workspace) else out
+        self._journal: TextIO | None = None
         self.weights: dict[str, tuple[torch.Tensor, list[str]]] = {}
         self.blocks: dict[str, BlockCheck] = {}
         self.layers: dict[str, EndToEnd] = {}
+        try:
+            self._open(key, capacity, header)
+        except BaseException:
+            self._let_go()  # the same process may try again
+            raise
+
+    def _open(self, key: dict[str, Any], capacity: int, header: int) -> None:
         lines = list(_lines(self.folder / JOURNAL))
-        if not lines or lines[0].get("key") != key or not (self.folder / WEIGHTS).is_file():
-            for name in (JOURNAL, WEIGHTS):
-                (self.folder / name).unlink(missing_ok=True)
+        if (foreign := _foreign(self.folder, lines)) and self.writes:
+            raise UsageError(
+                f"{self.folder} holds {foreign!r}, and no {JOURNAL} says that moeopt wrote it: it stays as it is. Give "
+                f"another directory, or delete {foreign} where nobody needs it"
+            )
+        if not lines or lines[0].get("key") != key or not (self.folder / WEIGHTS).is_file() or self._is_a_bundles():
             lines = []
-        self.file = WeightsFile(self.folder / WEIGHTS, capacity, header)
+        if self.writes and len(lines) < 2:
+            self._begin([{"key": key}])  # first: a kill must leave no weights that look like somebody else's
+            (self.folder / WEIGHTS).unlink(missing_ok=True)
+        try:
+            self.file = WeightsFile(self.folder / WEIGHTS, capacity, header)
+        except OSError:  # there is no room, and nothing was done yet
+            if self._journal is not None:
+                self._journal.close()
+                self._remove()
+            raise
         restored = list(self._restored(lines[1:]))
         if self.writes:
             self._begin([{"key": key}, *restored])
         elif len(restored) < len(lines) - 2:
-            self.close(done=False)
+            self.file.close()
             raise CheckpointError(f"{self.folder} was damaged since it was written: delete it, and start again")
 
     @property
@@ -117,7 +139,6 @@ class Journal:
         self.weights, self.blocks, self.layers = {}, {}, {}
         if self.writes:
             self.file.end = self.file.begin
-            self._journal.close()
             self._begin(list(_lines(self.folder / JOURNAL))[:1])
 
     def finish(self) -> None:
@@ -127,27 +148,36 @@ class Journal:
     def close(self, done: bool) -> None:
         """Let go of the folder; where it is of no more use (``done``), or nothing is done yet, it goes."""
         self.file.close()
-        if self.writes:
+        if self._journal is not None:
             self._journal.close()
         if self.writes and (done or not self.begun):
-            # still locked: a process that waits for the lock must not have begun to write here
-            with contextlib.suppress(OSError):  # a folder that holds anything else stays
-                for path in self.folder.iterdir():
-                    if is_own(path.name):
-                        path.unlink()
-                self.folder.rmdir()
+            self._remove()
+        self._let_go()
+
+    def _remove(self) -> None:
+        """Still locked: a process that waits for the lock must not have begun to write here."""
+        with contextlib.suppress(OSError):  # a folder that holds anything else stays
+            for path in self.folder.iterdir():
+                if is_own(path.name):
+                    path.unlink()
+            self.folder.rmdir()
+
+    def _let_go(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
 
     def _begin(self, lines: list[dict[str, Any]]) -> None:
         """The journal with these lines, and nothing that was cut off or is no longer so."""
-        aside = self.folder / f"{JOURNAL}.new"
-        aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(aside, self.folder / JOURNAL)
+        if self._journal is not None:
+            self._journal.close()
+        new = self.folder / f"{JOURNAL}.new"
+        new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(new, self.folder / JOURNAL)
         self._journal = (self.folder / JOURNAL).open("a", encoding="utf-8")
 
     def _write(self, line: dict[str, Any]) -> None:
-        if not self.writes:
+        if not self.writes or self._journal is None:
             return
         self._journal.write(json.dumps(line) + "\n")
         self._journal.flush()
@@ -171,6 +201,14 @@ class Journal:
                         self.layers[line["layer"]] = found.end_to_end
             yield line
 
+    def _is_a_bundles(self) -> bool:
+        """Whether the weights file has a second name, in a bundle that is whole: what is written to it damages that."""
+        if not self.writes:
+            return False
+        if self._bundle is not None:
+            aside.clear_abandoned(self._bundle)  # a bundle that a kill has left half written has it, too
+        return (self.folder / WEIGHTS).stat().st_nlink > 1
+
     def _complete(self, key: dict[str, Any]) -> bool:
         lines = list(_lines(self.folder / JOURNAL))
         there = bool(lines) and (self.folder / WEIGHTS).is_file()
@@ -188,6 +226,14 @@ def folder_of(out: Path | Workspace) -> Path:
     if isinstance(out, Workspace):
         return out.folder
     return out.absolute().parent / f".{out.name}{_SUFFIX}"
+
+
+def _foreign(folder: Path, lines: list[dict[str, Any]]) -> str:
+    """The first file that has a name as a run's own, where no journal tells that a run wrote it; "" where none is."""
+    if lines and "key" in lines[0]:
+        return ""
+    names = sorted(path.name for path in folder.iterdir())
+    return next((name for name in names if is_own(name) and name != f"{JOURNAL}.new"), "")
 
 
 def is_own(name: str) -> bool:

@@ -8,6 +8,7 @@ made of them is handed to ``keep`` before the next one is made, so that no more 
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.errors import CheckpointError
+from moeopt.inspection.headers import interrupted
 from moeopt.options import variable_set
 from moeopt.value_types import PyObject
 
@@ -46,11 +48,11 @@ def load_mapped(
     """
     generation = generation_config(directory.path)  # before the hours of weights
     spared = {name for _, sources in instead.values() for name in sources}
-    read = _Reads()
+    read = TensorReads()
     state: dict[str, Any] = {name: read.slice(directory, name) for name in directory if name not in spared}
     state |= {name: value for name, (value, _) in instead.items()}
     try:
-        with _one_at_a_time(), _ParametersGoTo(keep, read):
+        with one_at_a_time(), ParametersGoTo(keep, read):
             model, info = type(structure).from_pretrained(
                 None, config=structure.config, state_dict=state, dtype=dtype or "auto", output_loading_info=True
             )
@@ -64,11 +66,11 @@ def load_mapped(
     if hasattr(model, "generation_config") and generation is not None:
         model.generation_config = generation
     unexpected = sorted(info.get("unexpected_keys") or ())
-    notes = [f"{_list(unexpected)} of the checkpoint belong to nothing in the model"] if unexpected else []
+    notes = [f"{listed(unexpected)} of the checkpoint belong to nothing in the model"] if unexpected else []
     return model.eval(), notes
 
 
-class _Reads:
+class TensorReads:
     """Which tensors of the checkpoint were read since a Parameter was last made of some."""
 
     def __init__(self) -> None:
@@ -92,16 +94,12 @@ class _Reads:
         return self.names
 
 
-class _Slice:
-    """What transformers takes for a tensor of a file that it did not read yet."""
+class Deferred:
+    """What transformers takes for a tensor of a file that it did not read yet; ``[...]`` reads."""
 
-    def __init__(self, read: _Reads, directory: CheckpointDirectory, name: str) -> None:
-        self._read, self._directory, self._name = read, directory, name
+    def __init__(self, read: TensorReads, directory: CheckpointDirectory, name: str) -> None:
+        self.read, self.directory, self._name = read, directory, name
         self.shape, self.dtype = directory[name].shape, directory[name].dtype
-
-    def __getitem__(self, index: PyObject) -> torch.Tensor:
-        self._read.note(self._name)
-        return self._directory.tensor(self._name)[index]
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
@@ -110,10 +108,18 @@ class _Slice:
         return list(self.shape)
 
 
-class _ParametersGoTo:
+class _Slice(Deferred):
+    """A tensor of the checkpoint."""
+
+    def __getitem__(self, index: PyObject) -> torch.Tensor:
+        self.read.note(self._name)
+        return self.directory.tensor(self._name)[index]
+
+
+class ParametersGoTo:
     """While open, each Parameter that transformers has filled passes through ``keep`` as it is registered."""
 
-    def __init__(self, keep: Keep, read: _Reads) -> None:
+    def __init__(self, keep: Keep, read: TensorReads) -> None:
         self.keep, self.read, self.thread = keep, read, threading.get_ident()
         self.parents: dict[nn.Module, tuple[nn.Module, str]] = {}
 
@@ -154,16 +160,30 @@ class _ParametersGoTo:
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """While open, transformers reads a tensor when it needs it, not all of them ahead in threads, and draws no bar."""
+def one_at_a_time() -> Iterator[list[str]]:
+    """While open, transformers reads a tensor when it needs it, not all of them ahead in threads, and draws no bar.
+
+    Its report of what does not fit is taken, since moeopt says it: the Parameters that it could not put together are
+    what is yielded.
+    """
     from transformers.utils import logging
 
-    bar = logging.is_progress_bar_enabled()
+    broken: list[str] = []
+
+    def taken(record: PyObject) -> bool:
+        report = "LOAD REPORT" in str(record.msg)
+        if report:
+            broken.extend(re.findall(r"^\x1b?\S*?([\w.]+)\S*\s*\| *\S*CONVERSION", str(record.msg), re.MULTILINE))
+        return not report
+
+    bar, logger = logging.is_progress_bar_enabled(), logging.get_logger("transformers.modeling_utils")
     logging.disable_progress_bar()
+    logger.addFilter(taken)
     try:
         with variable_set("HF_DEACTIVATE_ASYNC_LOAD", "1"):
-            yield
+            yield broken
     finally:
+        logger.removeFilter(taken)
         if bar:
             logging.enable_progress_bar()
 
@@ -171,14 +191,16 @@ def _one_at_a_time() -> Iterator[None]:
 def _refuse_missing(directory: CheckpointDirectory, model: nn.Module, info: Mapping[str, Any]) -> None:
     missing = sorted(info.get("missing_keys") or ())
     if missing:
+        way = interrupted(directory.path)
         raise CheckpointError(
-            f"{directory.path} holds no values for {_list(missing)} of {type(model).__name__}, and random numbers are "
+            f"{directory.path} holds no values for {listed(missing)} of {type(model).__name__}, and random numbers are "
             f"no model: a file may be missing ({len(directory.files)} are there), or --task (task=) may be another one"
+            f"{way and f'; {way}'}"
         )
     other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys") or ())
     if other:
         raise CheckpointError(
-            f"{directory.path}: {_list(other)} are of other shapes than config.json says: config and weights are of "
+            f"{directory.path}: {listed(other)} are of other shapes than config.json says: config and weights are of "
             "two models; fetch both again"
         )
 
@@ -199,7 +221,7 @@ def generation_config(path: Path) -> PyObject:
         ) from err
 
 
-def _list(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 

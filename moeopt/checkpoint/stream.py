@@ -35,6 +35,7 @@ from moeopt.checkpoint.layer_checks import check_layers, failure, in_words
 from moeopt.checkpoint.load import generation_config
 from moeopt.checkpoint.other_files import file_hint
 from moeopt.checkpoint.preflight import check_out, preflight
+from moeopt.checkpoint.rehearsal import rehearse
 from moeopt.checkpoint.scratch import Scratch
 from moeopt.checkpoint.structure import Structure, structure_of
 from moeopt.errors import CaptureError, CheckpointError, NotSaveableError, UsageError
@@ -125,7 +126,7 @@ class StreamedModel:
         if isinstance(self.file, CheckpointDirectory):  # its weights are still read from there
             self.file.check_unchanged()
         certificate, notes = optimized.certificate, [*self.notes]
-        same_form = isinstance(optimized.model, nn.Module) and not certificate.quantized
+        same_form = isinstance(optimized.model, nn.Module) and not certificate.lossy
         if certificate.level != "off" and same_form and optimized.report.rewritten:
             self.options.say("comparing layer by layer")
             blocks = [b.name for b in optimized.report.rewritten]
@@ -141,7 +142,7 @@ class StreamedModel:
                 )
         if certificate.end_to_end is not None:
             end = certificate.end_to_end
-            said = STREAMED if same_form else STREAMED_QUANTISED if certificate.quantized else STREAMED_ENGINE
+            said = STREAMED if same_form else STREAMED_QUANTISED if certificate.lossy else STREAMED_ENGINE
             notes.insert(0, f"{said}: distance at most {end.distance:.2e} (budget {end.budget:.2e})")
         certificate.notes += notes
         optimized.report = dataclasses.replace(optimized.report, notes=(*optimized.report.notes, *notes))
@@ -193,10 +194,10 @@ def streamed(
     as_its_floats(structure.model.config)
     generation_config(source)
     kinds = AlikeLayers(structure) if alike else None
-    kept = target if workspace is None else workspace
-    folder = target if workspace is None else workspace.folder
+    kept, folder = (target, target) if workspace is None else (workspace, workspace.folder)
     found = preflight(directory, structure, folder, 0 if kept is None else bytes_begun(kept), kinds, backend, options)
     options.say(str(found))
+    rehearse(directory, structure.model, options.dtype)
     journal = None if kept is None else journal_of(kept, directory, structure, options, backend, inputs)
     held = StreamedModel(None, structure.layers, [], options, journal, None if journal is None else journal.file.mapped)
     refused = False

@@ -44,12 +44,12 @@ def structure_of(path: Path, task: str | None, trust_remote_code: bool, dtype: t
         import transformers
     except ImportError:
         raise UsageError(f"{path} needs transformers: pip install 'moeopt[transformers]'") from None
+    auto = getattr(transformers, auto_class(path, task))
     try:
         config = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
         stored = dtype or getattr(config, "dtype", None)
-        auto = getattr(transformers, auto_class(path, task))
         with torch.device("meta"):
             model = auto.from_config(
                 config, trust_remote_code=trust_remote_code, **({} if stored is None else {"dtype": stored})

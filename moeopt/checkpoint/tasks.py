@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 
 from moeopt.errors import UsageError
+from moeopt.inspection.config_file import config_fields
 from moeopt.value_types import PyObject
 
 TASKS = {
@@ -34,7 +34,7 @@ def auto_class(path: Path, task: str | None) -> str:
     """The class of transformers that loads the model: for ``task``, else for the architecture that its config names."""
     if task is not None:
         return TASKS[task]
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = config_fields(path / "config.json")
     own = [name for name in config.get("auto_map") or {} if name.startswith("AutoModel")]
     if own:
         return "AutoModelForCausalLM" if "AutoModelForCausalLM" in own else own[0]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.checkpoint.tasks import auto_class
-from moeopt.errors import UsageError
+from moeopt.errors import CheckpointError, UsageError
 from moeopt.hub_cache import cached_folder, is_hub_name
+from moeopt.inspection.headers import interrupted
 
 
 def cached_directory(target: str) -> Path | None:
@@ -33,8 +34,17 @@ def cached_directory(target: str) -> Path | None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of a directory that hold weights; [] where there are none, and the model gets random ones."""
-    return [*path.glob("*.safetensors")] or [*path.glob("pytorch_model*.bin")]
+    """The files of a directory that hold weights; [] where it has a config alone, and the model gets random ones.
+
+    Raises:
+        CheckpointError: there are none, and an index or an interrupted download says that there should be.
+    """
+    found = [*path.glob("*.safetensors")] or [*path.glob("pytorch_model*.bin")]
+    index = next(path.glob("*.index.json"), None)
+    way = interrupted(path) or (index and f"{index.name} names some; fetch them")
+    if not found and way:
+        raise CheckpointError(f"{path} holds no weights, and random numbers are not meant here: {way}")
+    return found
 
 
 def load(path: Path, weights: bool, task: str | None, trust_remote_code: bool, seed: int) -> tuple[Any, Any]:
@@ -44,12 +54,12 @@ def load(path: Path, weights: bool, task: str | None, trust_remote_code: bool, s
         import transformers
     except ImportError:
         raise UsageError(f"{path} needs transformers: pip install 'moeopt[transformers]'") from None
+    auto = getattr(transformers, auto_class(path, task))
     try:
         config = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
         torch.manual_seed(seed)
-        auto = getattr(transformers, auto_class(path, task))
         if weights:
             model = auto.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True, dtype="auto")
         else:

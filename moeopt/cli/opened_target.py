@@ -114,7 +114,7 @@ def streams(found: CommandTarget) -> bool:
     """Whether the target is a directory of safetensors files that hold plain numbers, or codes that moeopt reads."""
     if found.directory is None or not any(file.suffix == ".safetensors" for file in found.weights):
         return False
-    with contextlib.suppress(ValueError, OSError, AttributeError):
+    with contextlib.suppress(ValueError, OSError, AttributeError, RecursionError):
         config = json.loads((found.directory / "config.json").read_text(encoding="utf-8"))
         return not config.get("quantization_config") or _codes_are_read(found.directory)
     return True

@@ -10,15 +10,18 @@ import typer
 
 from moeopt.cli.limits import as_limits, missed_words
 from moeopt.cli.opened_target import check_page, opened_target
+from moeopt.cli.plan import as_quantize
 from moeopt.cli.preflight import check_choice, check_out, chosen_backend
 from moeopt.cli.printing import api, exit_unless, names_in, print_json, progress, show
 from moeopt.cli.target import find_target
 from moeopt.cli.words import (
+    Activations,
     AsJson,
     BackendName,
     BuiltFor,
     Html,
     LimitTo,
+    QuantizeProducts,
     QuantizeTo,
     Quiet,
     Seed,
@@ -45,6 +48,8 @@ def optimize_command(
     only_passes: Annotated[str | None, typer.Option(help="the only passes that run, with commas between")] = None,
     print_passes: Annotated[bool, typer.Option("--print-passes", help="list what each pass did")] = False,
     quantize: QuantizeTo = None,
+    quantize_products: QuantizeProducts = None,
+    activations: Activations = None,
     limit: LimitTo = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="let --out replace a verified bundle unverified")
@@ -62,7 +67,8 @@ def optimize_command(
     given: dict[str, Any] = {
         "verify": verify, "device": device, "target": built_for, "dtype": dtype, "tune": tune, "seed": seed,
         "skip_passes": skip_passes and names_in(skip_passes), "only_passes": only_passes and names_in(only_passes),
-        "print_passes": print_passes or None, "portable": portable or None, "quantize": quantize,
+        "print_passes": print_passes or None, "portable": portable or None,
+        "quantize": as_quantize(quantize, quantize_products or (), activations),
         "limit": as_limits(limit or ()) or None,
     }  # fmt: skip
     fields = {name: value for name, value in given.items() if value is not None}

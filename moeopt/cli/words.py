@@ -21,6 +21,16 @@ BuiltFor = Annotated[
     str | None, typer.Option("--target", help="what an engine is built for: a provider, or sm_89 for tensorrt")
 ]
 QuantizeTo = Annotated[str | None, typer.Option(help="round the experts' weights: int8, int4, fp8 or mxfp4")]
+QuantizeProducts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="the same for products outside of MoE blocks, of an engine: int8 for all of them, or lm_head=int8; "
+        "may be given again"
+    ),
+]
+Activations = Annotated[
+    str | None, typer.Option(help="what an engine's products of codes read: float, or int8, which is faster")
+]
 LimitTo = Annotated[
     list[str] | None, typer.Option(help="the most that quantising may lose, like kl_mean=0.01; may be given again")
 ]

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from moeopt.calls.directory import optimize_directory
 from moeopt.checkpoint.directory import CheckpointDirectory
-from moeopt.checkpoint.folder_lock import CAN_LOCK
 from moeopt.checkpoint.journal import Workspace, is_own
 from moeopt.checkpoint.preflight import made_anew
 from moeopt.checkpoint.stream import check_directory
 from moeopt.checkpoint.structure import structure_of
 from moeopt.distributed.channel import Channel
 from moeopt.errors import UsageError
+from moeopt.file_lock import CAN_LOCK
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.value_types import PyObject

@@ -17,7 +17,8 @@ from torch import fx, nn
 from moeopt.api import optimize
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotSaveableError
-from moeopt.lower.export import avoid_size_one, export_program
+from moeopt.lower.export import export_program
+from moeopt.lower.size_one import avoid_size_one
 from moeopt.passes.base import Pass, PassRecord
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.value_types import PyObject

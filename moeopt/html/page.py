@@ -144,7 +144,8 @@ def headline(
 
 def what_passed(certificate: Mapping[str, Any], left: int) -> str:
     """What a verdict speaks of, where it is not of every block."""
-    if certificate["passed"] is not True or not certificate["blocks"] or certificate.get("quantized"):
+    lossy = certificate.get("quantized") or certificate.get("products")
+    if certificate["passed"] is not True or not certificate["blocks"] or lossy:
         return ""
     whole = " and the whole model" if certificate.get("end_to_end") else ""
     rest = f"; the other {left} run{'s' * (left == 1)} the original code" if left else ""

@@ -6,8 +6,11 @@ dtype, shape, data_offsets), and the data. https://huggingface.co/docs/safetenso
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,8 @@ from typing import Any
 from moeopt.errors import CheckpointError
 from moeopt.value_types import PyObject
 
+_POINTER = b"version "
+"""How a pointer of Git LFS begins; as a length it would be 2 * 10**18 bytes."""
 LARGEST_HEADER = 100_000_000
 """The limit of the safetensors library itself."""
 
@@ -65,23 +70,81 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: the header is damaged, or the file is shorter than its header says.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+    size = stat_of(path).st_size
+    try:
+        file = path.open("rb")
+    except OSError as err:
+        raise _unreadable(path, err) from err
+    with file:
+        begin = file.read(8)
+        length = int.from_bytes(begin, "little")
+        if begin == _POINTER:
+            raise CheckpointError(
+                f"{path} is a pointer of Git LFS, which stands for the file: `git lfs pull` in its directory brings it"
+            )
         if size < 8 or length > min(size - 8, LARGEST_HEADER):
             raise _damaged(path, f"its header should have {length} bytes, and the whole file has {size}")
         text = file.read(length)
     try:
-        header = json.loads(text)
-    except ValueError as err:
+        header = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as err:
         raise _damaged(path, f"its header is not JSON ({err})") from err
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a table of tensors")
     ends = [e["data_offsets"][1] for e in header.values() if isinstance(e, dict) and _offsets(e)]
     if ends and 8 + length + max(ends) > size:
         raise _damaged(path, f"the data should end at byte {8 + length + max(ends)}, and the file has {size}")
-    entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
-    return {name: _entry(path, name, entry, 8 + length) for name, entry in entries}
+    found = {name: _entry(path, name, e, 8 + length) for name, e in header.items() if name != "__metadata__"}
+    before, end = "", 0
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if stored.start < end and stored.stop > stored.start:
+            raise _damaged(path, f"the tensors {before!r} and {name!r} share bytes")
+        before, end = (name, stored.stop) if stored.stop > end else (before, end)
+    return found
+
+
+def interrupted(path: Path) -> str:
+    """What to do about a download to ``path`` that did not end, as huggingface_hub leaves it; "" where none is seen."""
+    places = (path, path / ".cache" / "huggingface" / "download", path.parent.parent / "blobs")
+    left = next((file for place in places for file in sorted(place.glob("*.incomplete"))), None)
+    return "" if left is None else f"a download was interrupted ({left}); `hf download`, called again, goes on with it"
+
+
+def absent_files(path: Path) -> list[str]:
+    """The files that the index of a directory names and that are not there; [] where it has no index that is whole."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        named = {str(name) for name in index["weight_map"].values()}
+        return [] if (path / "model.safetensors").is_file() else sorted(n for n in named if not (path / n).is_file())
+    return []
+
+
+def _once(pairs: list[tuple[str, PyObject]]) -> dict[str, PyObject]:
+    """A JSON object; ``ValueError`` where it says two things of one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ValueError(f"it has two entries {name!r}")
+    return found
+
+
+def stat_of(path: Path) -> os.stat_result:
+    """What the system says of a file of a checkpoint.
+
+    Raises:
+        CheckpointError: it is a folder, or a pipe, which to open would mean to wait; or a link that leads nowhere.
+    """
+    try:
+        found = path.stat()
+    except OSError as err:
+        raise _unreadable(path, err) from err
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is no file: put the checkpoint's file there, or remove it")
+    return found
+
+
+def _unreadable(path: Path, err: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({err.strerror or err}): fetch the file again")
 
 
 def _entry(path: Path, name: str, entry: PyObject, data: int) -> StoredTensor:

@@ -6,7 +6,6 @@ A config becomes a model on the meta device: every parameter has its shape and n
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,7 +18,8 @@ from torch import nn
 
 from moeopt.errors import UsageError
 from moeopt.hub_cache import on_this_disk
-from moeopt.inspection.headers import Stored, stored_weights
+from moeopt.inspection.config_file import checked_fields, config_fields
+from moeopt.inspection.headers import Stored, absent_files, stored_weights
 from moeopt.onnx_in.read import is_onnx, read_onnx
 from moeopt.onnx_in.unroll import unrolled
 from moeopt.onnx_in.whole_file import interpreted
@@ -70,7 +70,7 @@ def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
 
 def _from_path(path: Path, trust: bool) -> Loaded:
     if path.is_file() and path.suffix == ".json":
-        return _from_dict(_json(path), str(path), path.parent, trust)
+        return _from_dict(config_fields(path), str(path), path.parent, trust)
     if path.is_dir():
         if (path / "moeopt.json").is_file():  # its golden runs are no weights, and its config is the original's
             raise UsageError(
@@ -79,8 +79,13 @@ def _from_path(path: Path, trust: bool) -> Loaded:
         config = path / "config.json"
         stored = stored_weights(path)
         if config.is_file():
-            loaded = _from_dict(_json(config), str(config), path, trust)
+            loaded = _from_dict(config_fields(config), str(config), path, trust)
             loaded.stored = stored
+            if absent := absent_files(path):
+                loaded.notes.append(
+                    f"{absent[0]} is missing, and the directory's index names it ({len(absent)} such files): what is "
+                    "said of its files is not of all, and only inspecting works until they are there"
+                )
             loaded.source = "config" if stored is None else "checkpoint"
             return loaded
         if stored is not None or any(path.glob("*.bin")):
@@ -93,18 +98,9 @@ def _from_path(path: Path, trust: bool) -> Loaded:
     raise UsageError(f"{path} does not exist: {FORMS}")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as err:
-        raise UsageError(f"{path} cannot be read as JSON ({err})") from err
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} holds a {type(data).__name__}, not a table of fields; a config.json is one")
-    return data
-
-
 def _from_dict(fields: dict[str, Any], where: str, directory: Path | None, trust: bool) -> Loaded:
     transformers = _transformers(where)
+    fields = checked_fields(fields, where)
     name = str((fields.get("architectures") or [fields.get("model_type") or "?"])[0])
     kind, notes = fields.get("model_type"), []
     known = transformers.CONFIG_MAPPING

@@ -1,9 +1,10 @@
 """Which modules of a model are layers of one kind: the same code over other weights, so that one trace serves all.
 
 A candidate is a module of more than two weights that has a sibling of its class. ``capture.alike`` compares two of
-them part by part. Two things that differ between layers do not make them unlike here:
+them part by part. Three things that differ between layers do not make them unlike here:
 
     a rewritten forward    where both run the same block graph under the same guard, each on its own weights
+    a buffer's values      (the router's bias of DeepSeek-V3), which a trace sees no more of than of a parameter's
     a plain attribute      (``layer_idx``) which the traced layer did not read: ``stamps`` looks at what it reads
 """
 
@@ -53,7 +54,7 @@ def differences(a: nn.Module, b: nn.Module) -> frozenset[tuple[str, str]] | None
     def ignored(path: str, module: nn.Module, name: str) -> bool:
         return (path, name) in plain or (name == "forward" and isinstance(module.__dict__[name], RewrittenForward))
 
-    if unlike(a, b, ignored):
+    if unlike(a, b, ignored, buffers=False):
         return None
     pairs = itertools.zip_longest(a.modules(), b.modules())
     return plain if all(_same_forward(one, other) for one, other in pairs) else None

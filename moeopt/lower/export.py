@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch.fx.experimental import _config as shape_config
 from torch.utils import _pytree as pytree
 
 from moeopt.bundle.caches import opened
-from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import MoeoptError, NotSaveableError
 from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacle_of, odd_argument
@@ -24,60 +23,12 @@ from moeopt.lower.plain import free_sizes, plain_call
 from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.lower.stamps import Stamps
 from moeopt.patches import idle_moves, no_export_dump, one_trace
+from moeopt.rewrite.whole_model import tried
 from moeopt.value_types import PyObject
-from moeopt.verification.model import run_plain
 from moeopt.verification.state import RestoreState
 
-
-def avoid_size_one(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgsKwargs:
-    """The same call with two rows where it has one, if the model takes it.
-
-    ``torch.export`` holds a size of 1 to be fixed, so a call with a batch or a sequence of 1 would give an engine
-    for exactly that.
-    """
-    call: ArgsKwargs = (tuple(args), dict(kwargs))
-    for axis in (0, 1):
-        for along in (True, False):
-            wider = _doubled(call, axis, along)
-            if wider is None:
-                continue
-            try:
-                run_plain(model, *wider)
-            except Exception:  # whatever stands in the way, the given call is what is exported
-                continue
-            call = wider
-            break
-    return call
-
-
-def _doubled(call: ArgsKwargs, axis: int, along: bool) -> ArgsKwargs | None:
-    """``call`` with two rows along an axis on which all of its tensors have one; None where they do not.
-
-    Args:
-        along: tensors without that axis that have an entry for each row of the first one go along: an id or a mark
-            for each token of (1, S, H), or of (1, H).
-    """
-    leaves = [t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor)]
-    first = next((t for t in leaves if t.dim() > max(axis, 1)), None)
-    if first is None:
-        return None
-    count = math.prod(first.shape[:-1])
-
-    def has(t: torch.Tensor) -> bool:
-        return t.dim() > max(axis, 1) and not goes(t)
-
-    def goes(t: torch.Tensor) -> bool:
-        own = t.dim() > max(axis, 1) and t.shape[axis] == 1
-        return along and t.dim() > 0 and t.shape[0] == count and not own
-
-    if any(has(t) and t.shape[axis] != 1 for t in leaves) or not any(map(has, leaves)):
-        return None
-    if along and not any(map(goes, leaves)):
-        return None
-    doubled: ArgsKwargs = pytree.tree_map_only(
-        torch.Tensor, lambda t: torch.cat([t, t], axis if has(t) else 0) if has(t) or goes(t) else t, call
-    )
-    return doubled
+ALL = sys.maxsize
+"""Of dimensions: every one."""
 
 
 def export_program(
@@ -163,29 +114,49 @@ def _traced(
     reads: ConstantReads | None,
     stamps: Stamps | None,
 ) -> torch.export.ExportedProgram:
-    """The trace with every size free; where torch cannot broadcast a free size of 1, with sizes of 1 as they are."""
-    ones = any(1 in t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-    for free in (True, False) if ones else (True,):
-        try:
-            with (
-                one_trace,
-                torch.no_grad(),
-                idle_moves(),
-                shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-                collect_specialization_guards(),
-                no_export_dump(),
-                _named(model, kwargs),
-                _opened_caches(model),
-                answered(model, reads),
-                contextlib.nullcontext() if stamps is None else stamps.during(),
-            ):
-                shapes = free_sizes((args, kwargs), ones=free)
-                bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)
-                return torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
-        except RuntimeError as err:
-            if not ones or not free or "must match the size of tensor" not in str(err):
-                raise
-    raise AssertionError("the last try returns or raises")
+    """The trace with every size free.
+
+    Sizes of 1 are as they are, but in the first dimension, or in all, where torch cannot broadcast a free size of 1,
+    or where a rewritten block holds for that size alone and would run its original code.
+    """
+    has_ones = any(1 in t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+    for ones in (ALL, 1) if has_ones else ():
+        with tried(model) as refused:
+            try:
+                program = _export(model, args, kwargs, reads, stamps, ones)
+            except RuntimeError as err:
+                if "must match the size of tensor" not in str(err):
+                    raise
+            else:
+                if not refused():
+                    return program
+    return _export(model, args, kwargs, reads, stamps, 0)
+
+
+def _export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    reads: ConstantReads | None,
+    stamps: Stamps | None,
+    ones: int,
+) -> torch.export.ExportedProgram:
+    """``torch.export`` once; sizes of 1 are free in the first ``ones`` dimensions."""
+    with (
+        one_trace,
+        torch.no_grad(),
+        idle_moves(),
+        shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+        collect_specialization_guards(),
+        no_export_dump(),
+        _named(model, kwargs),
+        _opened_caches(model),
+        answered(model, reads),
+        contextlib.nullcontext() if stamps is None else stamps.during(),
+    ):
+        shapes = free_sizes((args, kwargs), ones)
+        bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """A model as one functional graph: exported with each kind of layer traced once, and its other layers stamped.
 
-What was stamped is never believed: the graph is run on the example call and held against the model, and a graph that is
-not the same is made again with every layer traced.
+What was stamped is never believed: the model runs on the example call and each stamped layer must call the ops of the
+traced one, and then the graph is run on that call and held against the model. Where either differs, the graph is made
+again with those layers traced each.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from moeopt.lower.plain import plain_call
 from moeopt.lower.stamp_graph import OnCopy, write_out
 from moeopt.lower.stamps import Stamps
 from moeopt.patches import one_trace, quiet, tables_of_weights
+from moeopt.verification.model import run_plain
 
 ONE_SEED = 0
 """Both sides of the comparison draw the same random numbers."""
@@ -101,6 +103,9 @@ def export_functional(
             write_out(program, stamps, on_copy)
         except NotStampable as err:
             left_alone |= {err.kind}
+            continue
+        if odd := stamps.unlike(lambda: run_plain(model, args, kwargs)):
+            left_alone |= odd
             continue
         if not runs or not stamps.layers or _same(program, model, (args, kwargs)):
             traces.unproved |= bool(stamps.layers) and not runs

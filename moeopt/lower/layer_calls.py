@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from moeopt.capture.held_state import CONTAINERS
 from moeopt.value_types import PyObject
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -22,6 +23,18 @@ class NotStampable(BaseException):  # no ``except Exception`` of a model's own c
     def __init__(self, kind: type, why: str) -> None:
         super().__init__(why)
         self.kind = kind
+
+
+class Same:
+    """An object as a value that is equal to the same object alone."""
+
+    def __init__(self, held: PyObject) -> None:
+        self._held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self._held is other._held
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def described(args: PyObject, kwargs: PyObject) -> tuple[Any, list[Tensor]] | None:
@@ -87,7 +100,7 @@ def attributes(layer: nn.Module) -> list[tuple[Any, ...]]:
     """Every attribute of a layer's modules, and the length of those that are containers."""
     tables = ("_parameters", "_buffers", "_modules")
     return [
-        (at, name, value, len(value) if isinstance(value, (list, dict, set)) else 0)
+        (at, name, value, len(value) if isinstance(value, CONTAINERS) else 0)
         for at, module in enumerate(layer.modules())
         for name, value in (
             *((n, v) for n, v in module.__dict__.items() if n not in tables),

@@ -68,13 +68,14 @@ def _values(tree: PyObject) -> Iterator[Any]:
         yield from _values(part)
 
 
-def free_sizes(tree: PyObject, ones: bool = True) -> PyObject:
-    """The ``dynamic_shapes`` of a call whose sizes are all free, but those of 1 unless ``ones``.
+def free_sizes(tree: PyObject, ones: int) -> PyObject:
+    """The ``dynamic_shapes`` of a call whose sizes are all free; sizes of 1 only in the first ``ones`` dimensions.
 
     torch wants the shapes of a dataclass as a list.
     """
     if isinstance(tree, torch.Tensor):
-        return {d: torch.export.Dim.AUTO for d, size in enumerate(tree.shape) if ones or size != 1}
+        free = (d for d, size in enumerate(tree.shape) if size != 1 or d < ones)
+        return dict.fromkeys(free, torch.export.Dim.AUTO)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, (type, dict)):
         fields = (getattr(tree, field.name) for field in dataclasses.fields(tree) if field.init)
         return [free_sizes(value, ones) for value in fields if value is not None]

@@ -11,6 +11,7 @@ again with layers of its class left as they are:
     the calls are alike    plain arguments are equal, tensors agree in dtype, symbolic sizes, strides and aliasing
     nothing else is read   plain attributes in which the layers differ were not read by the first, and what the
                            Python modules of its code hold at the top is what it was then
+    the same code runs     with values, its code calls the ops that the first one's calls (:mod:`layer_runs`)
     nothing else happens   it returned fresh tensors, wrote to no argument, weight or attribute, and no value leaks
 
 A key/value cache among the arguments is a :mod:`carried` object: what a layer reads and puts into its own slot of it,
@@ -34,6 +35,7 @@ from torch.utils import _pytree as pytree
 from moeopt.lower.alike_layers import Likeness, repeated_modules, weights_by_name
 from moeopt.lower.carried import Carrier, SlotCall, one_carried, put_back
 from moeopt.lower.layer_calls import NotStampable, attributes, described, more_than_tensors, open_sizes, same_attributes
+from moeopt.lower.layer_runs import OpWords, layer_runs
 from moeopt.lower.module_state import module_state
 from moeopt.lower.plain_attributes import AttributePlace, LayerNumber, watched
 from moeopt.value_types import PyObject
@@ -101,6 +103,7 @@ class Stamps:
         fresh: called when a trace begins.
         kinds: by number.
         layers: the paths of the stamped layers; ``moeopt::stamp`` holds an index of it.
+        calls: every call of an alike layer in the trace, as (path, the kind's number; None: as its code has it).
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Stamps:
         self.model, self.left_alone, self._fresh, self._carrier = model, left_alone, fresh, carrier
         self.kinds: dict[int, Kind] = {}
         self.layers: list[str] = []
+        self.calls: list[tuple[str, int | None]] = []
         self._candidates = {p: m for p, m in repeated_modules(model).items() if type(m) not in left_alone}
         self._classes = {p: type(m) for p, m in self._candidates.items()}
         self._like = Likeness(self._candidates)
@@ -121,7 +125,7 @@ class Stamps:
 
     def forget(self) -> None:
         """Forget what was traced: a trace begins."""
-        self.kinds, self.layers = {}, []
+        self.kinds, self.layers, self.calls = {}, [], []
         self._fresh()
 
     @contextlib.contextmanager
@@ -133,8 +137,30 @@ class Stamps:
             for path, layer in self._candidates.items():
                 if self._like.has_like(path):
                     undo.enter_context(self._instead(path, layer))
-                    undo.enter_context(watched(layer, self._like.differing(path), self._read))
+                    undo.enter_context(watched(layer, self._like.differing(path), self._read, self._reads))
             yield self
+
+    def unlike(self, run: Callable[[], PyObject]) -> frozenset[type]:
+        """The classes of layers for which a stamp cannot stand: with values, one runs otherwise than its kind does.
+
+        Args:
+            run: calls the model with values, as it was called for the trace; where it cannot, nothing is stamped.
+        """
+        if not self.layers:
+            return frozenset()
+        try:
+            runs = layer_runs({path: self._candidates[path] for path, _ in self.calls}, self._carrier, run)
+        except Exception:  # of the model's own code
+            runs = []
+        runs *= len(self.calls) // max(len(runs), 1)  # a trace may call the model more than once
+        if [path for path, _ in self.calls] != [path for path, _ in runs]:
+            return frozenset(kind.cls for kind in self.kinds.values())
+        first: dict[int, OpWords] = {}
+        return frozenset(
+            self.kinds[number].cls
+            for (_, number), (_, words) in zip(self.calls, runs, strict=True)
+            if number is not None and first.setdefault(number, words) != words
+        )
 
     @contextlib.contextmanager
     def _instead(self, path: str, layer: nn.Module) -> Iterator[None]:
@@ -151,9 +177,17 @@ class Stamps:
             if held is None:
                 del layer.__dict__["forward"]
 
+    def _traced_now(self) -> Kind | None:
+        """The kind whose layer runs now, on the thread of the trace."""
+        return self._inside if self._thread == threading.get_ident() else None
+
+    def _reads(self) -> set[AttributePlace] | None:
+        kind = self._traced_now()
+        return None if kind is None else kind.read
+
     def _read(self, at: AttributePlace, value: PyObject) -> PyObject:
-        kind = self._inside
-        if kind is None or self._thread != threading.get_ident():
+        kind = self._traced_now()
+        if kind is None:
             return value
         if kind.slot is not None and self._like.are_numbers(kind.path, at):
             return LayerNumber(value, at, kind.read.add)
@@ -169,6 +203,7 @@ class Stamps:
         (plain, options), cache = one_carried((args, kwargs), self._carrier)
         found = described(plain, options)
         if found is None:
+            self.calls.append((path, None))
             return forward(*args, **kwargs)
         call, tensors = found
         around = module_state(layer)
@@ -179,6 +214,7 @@ class Stamps:
             if kind.slot is not None and slot is None:
                 continue
             self.layers.append(path)
+            self.calls.append((path, kind.number))
             given = tensors if slot is None else [*tensors, *slot.parts]
             made = torch.ops.moeopt.stamp(given, kind.number, len(self.layers) - 1)
             if slot is not None:
@@ -186,6 +222,7 @@ class Stamps:
             return _filled(kind.result, made)
         kind = Kind(path, layer, self._classes[path], (plain, options), len(open_sizes((plain, options))), around)
         _KINDS[kind.number] = kind
+        self.calls.append((path, kind.number))
         result = self._marked(kind, forward, tensors, cache)
         self.kinds[kind.number] = kind
         return result

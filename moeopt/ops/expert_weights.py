@@ -92,7 +92,32 @@ class StackedExpertWeights:
         return self
 
 
-class ListExpertWeights:
+class ListedVectors:
+    """The biases and norm weights of E experts, each None or a sequence with an entry for each expert.
+
+    Attributes:
+        b_in_l: for each of the first matrices its biases.
+        b_out_l, norm_l: those of W_out, and of the norm after it.
+    """
+
+    b_in_l: tuple[Biases | None, ...]
+    b_out_l: Biases | None
+    norm_l: Biases | None
+
+    def b_in(self, e: int) -> tuple[Tensor | None, ...]:
+        """Expert e's first biases, each (O,) or (I,)."""
+        return tuple([None if bs is None else bs[e] for bs in self.b_in_l])
+
+    def b_out(self, e: int) -> Tensor | None:
+        """Expert e's second bias (H,)."""
+        return None if self.b_out_l is None else self.b_out_l[e]
+
+    def norm(self, e: int) -> Tensor | None:
+        """Expert e's norm weight (H,)."""
+        return None if self.norm_l is None else self.norm_l[e]
+
+
+class ListExpertWeights(ListedVectors):
     """A bank of E separate tensors for each weight, as most users' models store them.
 
     Args:
@@ -115,7 +140,7 @@ class ListExpertWeights:
     ) -> None:
         self.w_in_l = tuple(w_in)
         self.w_out_l = w_out
-        self.b_in_l: tuple[Biases | None, ...] = tuple(b_in) if b_in else (None,) * len(self.w_in_l)
+        self.b_in_l = tuple(b_in) if b_in else (None,) * len(self.w_in_l)
         self.b_out_l = b_out
         self.norm_l = norm
         self.num_experts: int = len(w_out)
@@ -124,17 +149,8 @@ class ListExpertWeights:
     def w_in(self, e: int) -> tuple[Tensor, ...]:
         return tuple([ws[e] for ws in self.w_in_l])
 
-    def b_in(self, e: int) -> tuple[Tensor | None, ...]:
-        return tuple([None if bs is None else bs[e] for bs in self.b_in_l])
-
     def w_out(self, e: int) -> Tensor:
         return self.w_out_l[e]
-
-    def b_out(self, e: int) -> Tensor | None:
-        return None if self.b_out_l is None else self.b_out_l[e]
-
-    def norm(self, e: int) -> Tensor | None:
-        return None if self.norm_l is None else self.norm_l[e]
 
     def stacked(self) -> None:
         return None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeopt.errors import UsageError
 from moeopt.ir.bank_format import BankFormat, MatrixFormat
-from moeopt.ops.expert_weights import Biases
+from moeopt.ops.expert_weights import Biases, ListedVectors
 from moeopt.ops.quantized_weight import QuantizedWeight
 
 
@@ -68,7 +68,7 @@ class QuantizedMatrices:
         return [t for part in self.parts for t in part]
 
 
-class QuantizedExpertWeights:
+class QuantizedExpertWeights(ListedVectors):
     """``moeopt.ops.expert_weights.ExpertWeights`` of codes and scales; biases and norms stay floats.
 
     Args:
@@ -95,7 +95,7 @@ class QuantizedExpertWeights:
         format: BankFormat | None = None,
     ) -> None:
         self.w_in_q, self.w_out_q = tuple(w_in), w_out
-        self.b_in_l: tuple[Biases | None, ...] = tuple(b_in) if b_in else (None,) * len(self.w_in_q)
+        self.b_in_l = tuple(b_in) if b_in else (None,) * len(self.w_in_q)
         self.b_out_l, self.norm_l = b_out, norm
         self.layouts, self.dtype = layouts, dtype
         self.num_experts: int = w_out.num_experts
@@ -130,22 +130,10 @@ class QuantizedExpertWeights:
         """Expert e's first matrices, and its second, as they are stored: (out, in) whatever the layouts are."""
         return tuple([matrices[e] for matrices in self.w_in_q]), self.w_out_q[e]
 
-    def b_in(self, e: int) -> tuple[Tensor | None, ...]:
-        """Expert e's first biases."""
-        return tuple([None if bs is None else bs[e] for bs in self.b_in_l])
-
     def w_out(self, e: int) -> Tensor:
         """Expert e's second matrix as floats."""
         w = self.w_out_q[e].dequantize(self.dtype)
         return w if self.layouts[1] == "oi" else w.t()
-
-    def b_out(self, e: int) -> Tensor | None:
-        """Expert e's second bias."""
-        return None if self.b_out_l is None else self.b_out_l[e]
-
-    def norm(self, e: int) -> Tensor | None:
-        """Expert e's norm weight."""
-        return None if self.norm_l is None else self.norm_l[e]
 
     def stacked(self) -> None:
         """Quantised experts have no float stack."""

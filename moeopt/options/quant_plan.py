@@ -23,6 +23,8 @@ CHECKPOINT = "checkpoint"
 """The name of "as in the files": no weight is rounded, the codes are those that were published."""
 FLOAT = "float"
 """The name of "leave these experts as they are" in a plan."""
+ACTIVATIONS = ("float", "int8")
+"""What products of codes may read: the floats that they are given, or these rounded to 8 bits at each call."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class QuantPlan:
         blocks: module name pattern (as in ``fnmatch``) -> a name of ``FORMATS``, or ``"float"``; the first pattern
             that matches a block's module path decides.
         default: for blocks that no pattern matches.
+        products: the same for products with a weight that lie outside of MoE blocks and are no part of a rewritten one,
+            of an engine: attention's projections, ``lm_head``, dense FFNs that were left alone. Patterns match the path
+            of the module that computes the product; one name of a format means all of them; {} leaves them.
+        activations: what products of codes read in an engine: ``"float"``, or ``"int8"``, which is faster and another
+            loss: each call rounds what they are given, block by block.
         costs: of a plan that was searched, what each block alone lost in each format: mean KL, or mean relative
             distance of the outputs of a model without next-token logits.
 
@@ -43,6 +50,8 @@ class QuantPlan:
     blocks: Mapping[str, str] = field(default_factory=dict, hash=False)
     default: str = FLOAT
     costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False, compare=False, repr=False)
+    products: Mapping[str, str] | str = field(default_factory=dict, hash=False)
+    activations: str = "float"
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, Mapping) or not all(isinstance(p, str) and p for p in self.blocks):
@@ -53,6 +62,9 @@ class QuantPlan:
         for name in (*self.blocks.values(), self.default):
             check_format(name, "QuantPlan", (*FORMATS, FLOAT))
         object.__setattr__(self, "blocks", dict(self.blocks))
+        object.__setattr__(self, "products", as_products(self.products))
+        if self.activations not in ACTIVATIONS:
+            raise UsageError(f"QuantPlan(activations={self.activations!r}): it must be one of {', '.join(ACTIVATIONS)}")
 
     def format_of(self, block: str) -> str:
         """The name of the format that the block at this module path gets; ``"float"`` where it is left alone."""
@@ -60,6 +72,16 @@ class QuantPlan:
             if fnmatch.fnmatchcase(block, pattern):
                 return name
         return self.default
+
+    def product_format_of(self, path: str) -> str:
+        """The name of the format that the product of the module at ``path`` gets; ``"float"`` where it is left."""
+        assert isinstance(self.products, Mapping)
+        return next((name for p, name in self.products.items() if fnmatch.fnmatchcase(path, p)), FLOAT)
+
+    @property
+    def for_engines(self) -> str:
+        """What of the plan only engines have, in words; "" where there is nothing."""
+        return "products" if self.products else "activations" if self.activations != "float" else ""
 
     @property
     def takes_checkpoint(self) -> bool:
@@ -73,7 +95,10 @@ class QuantPlan:
 
     def __str__(self) -> str:
         told = [f"{pattern}: {name}" for pattern, name in self.blocks.items()]
-        return ", ".join([*told, f"{'others' if told else 'all blocks'}: {self.default}"])
+        told.append(f"{'others' if told else 'all blocks'}: {self.default}")
+        assert isinstance(self.products, Mapping)
+        told += [f"products {pattern}: {name}" for pattern, name in self.products.items()]
+        return ", ".join(told if self.activations == "float" else [*told, f"activations: {self.activations}"])
 
     @classmethod
     def search(
@@ -108,6 +133,19 @@ class QuantPlan:
             model, data, budget, formats, fields
         )
         return found
+
+
+def as_products(value: PyObject) -> dict[str, str]:
+    """``QuantPlan(products=)`` by pattern; ``UsageError`` where it is neither a format nor a mapping to formats."""
+    given = {"*": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping) or not all(isinstance(p, str) and p for p in given):
+        raise UsageError(
+            f"QuantPlan(products={value!r}): it must be a format, or map patterns of module paths to formats, like "
+            "{'lm_head': 'int8', '*.self_attn.*': 'int4'}"
+        )
+    for name in given.values():
+        check_format(name, "QuantPlan(products=)", [*(f for f in FORMATS if f != CHECKPOINT), FLOAT])
+    return dict(given)
 
 
 def check_format(name: PyObject, option: str, known: Iterable[str] = tuple(FORMATS)) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from moeopt.capture.tape import Call
@@ -121,6 +122,12 @@ class BlockAttempts:
         if path in self.changed:
             raise Declined(self.changed[path])
         if level.autocast:
+            if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+                raise Declined(
+                    "moeopt.optimize is called inside a torch.autocast of your own, and rewritten code is verified for "
+                    "dtypes that it names; call optimize outside of that block, and convert the model with .to(dtype) "
+                    "instead of autocast: under autocast the original code runs"
+                )
             raise Declined(
                 "the model calls it under autocast, which decides dtypes at each call that the rewritten code must "
                 "name; convert the model with .to(dtype) instead, or begin autocast in the block's own forward"

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.capture.call_roles import CallSpec
-from moeopt.capture.isolated_run import run_quietly, undone
+from moeopt.capture.isolated_run import undone
 from moeopt.capture.probe_inputs import aimed_at_router, probe_call
 from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.same_graph import same_computation
@@ -37,7 +38,7 @@ from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason
 from moeopt.rewrite.reads import Reads, observe
 from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.scratch import UNSET, scratch_attributes
-from moeopt.rewrite.symbolic_shapes import generalize
+from moeopt.rewrite.symbolic_shapes import generalize, tied_sizes
 from moeopt.value_types import PyObject
 
 
@@ -114,8 +115,9 @@ class Capture:
         written = tuple(block.attributes)
         key = (*block.kept_modules, *written)
         if key not in self._reads:
-            runs = [functools.partial(run_quietly, self.module, *self.calls[i]) for i in (0, 2, 1)]
-            self._reads[key] = observe(self.module, block.kept_modules, written, runs)
+            with undone(self.module) as watched:  # after all runs: what one of them writes, the next one must show
+                runs = [functools.partial(_run_under, watched, self.module, self.calls[i]) for i in (0, 2, 1)]
+                self._reads[key] = observe(self.module, block.kept_modules, written, runs)
         return BlockProgram(block, self.signature, reads=self._reads[key])
 
     def _finish(self) -> tuple[CallGuard, list[RouterSpec | None]]:
@@ -125,13 +127,15 @@ class Capture:
             self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader, self.id_ranges,
             self.scratch,
         )  # fmt: skip
+        shapes = [[tuple(t.shape) for t in b.tensors()] for b in self.bounds]
         guard = CallGuard(
             [_template(leaf) for leaf in tree_leaves(list(bound.values))],
-            _fixed([[tuple(t.shape) for t in b.tensors()] for b in self.bounds]),
+            _fixed(shapes),
             [t.dtype for t in bound.tensors()],
             None if both else self.module.training,
             False,
             kept=self.kept,
+            tied=tied_sizes(shapes),
         )
         self.routers = self.reader.routers(self.tapes[1:], self.founds[1:], self.founds[0])
         self.tapes, self.plans, self.founds = [], [], []  # the values of three calls are no longer needed
@@ -170,6 +174,12 @@ def _stateless(tape: Tape, plans: list[KeptSteps], shapes: list[list[tuple[int, 
                 f"({names}); pass that state as an argument",
                 rank=Rank.FORBIDS,
             ) from err
+
+
+def _run_under(watched: TorchDispatchMode, module: nn.Module, call: ArgsKwargs) -> None:
+    args, kwargs = clone_inputs(call)
+    with watched:
+        module(*args, **kwargs)
 
 
 def _later_call(module: nn.Module, call: ArgsKwargs) -> Tape:

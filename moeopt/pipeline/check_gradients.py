@@ -10,6 +10,7 @@ from torch import nn
 from moeopt.capture.probe_inputs import call_specs
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.pipeline.block import Rewrite
+from moeopt.rewrite.call_guard import bind
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.live_codes import DequantizedForward, LiveCodes
 from moeopt.value_types import PyObject
@@ -56,7 +57,10 @@ def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Map
             guard.skip_idle = skip
             return forward
 
-        skips = skips_idle(module, original, rewritten, _idle_calls(args, kwargs, experts))
+        def fits(call: ArgsKwargs, forward: PyObject = forward, guard: PyObject = guard) -> bool:
+            return not guard.refuses(forward.module, bind(forward.program.signature, *call))
+
+        skips = skips_idle(module, original, rewritten, _idle_calls(args, kwargs, experts, fits))
         guard.skip_idle = skips is True
         if skips is None:
             guard.gradients = (
@@ -84,8 +88,11 @@ def _differ(
     return next((r if r != STOPPED else "in one of its modes " + r for r in reasons if r), "")
 
 
-def _idle_calls(args: PyObject, kwargs: PyObject, experts: int) -> list[ArgsKwargs]:
-    """Calls that leave most experts idle: one token, and copies of one token."""
-    fitting = (p for p in call_specs(args, kwargs) if all(p.rows(n).shape[-1] == experts for n in p.indices("choices")))
-    call_spec = next(fitting, None)
-    return [(c.args, c.kwargs) for c in adversarial_cases(call_spec, experts, level="fast")[1:]] if call_spec else []
+def _idle_calls(args: PyObject, kwargs: PyObject, experts: int, fits: Callable[[ArgsKwargs], bool]) -> list[ArgsKwargs]:
+    """Calls that leave most experts idle, and that the rewritten code takes: one token, and copies of one token."""
+    for call_spec in call_specs(args, kwargs):
+        if all(call_spec.rows(n).shape[-1] == experts for n in call_spec.indices("choices")):
+            cases = adversarial_cases(call_spec, experts, level="fast")[1:]
+            if calls := [call for case in cases if fits(call := (case.args, case.kwargs))]:
+                return calls
+    return []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.ops.override import override_experts_impl
+from moeopt.pipeline.quantized_products import QuantizedProducts
 from moeopt.rewrite.install import RewrittenForward, live_bank
 from moeopt.rewrite.live_codes import LiveCodes
 from moeopt.value_types import PyObject
@@ -20,6 +22,7 @@ from moeopt.verification.model import run_plain
 ALL = "all of them"
 """The variant whose choices of experts are compared with those of the floats; no module path has spaces."""
 Bank = tuple[Any, Any]
+_NONE: Mapping[str, Collection[str]] = MappingProxyType({})
 Ids = dict[tuple[str, int], list[Tensor]]
 """By block and bank, the experts that each call chose, (T, K)."""
 
@@ -34,26 +37,42 @@ def float_banks(forward: RewrittenForward) -> list[Bank]:
 
 
 class LossMeter:
-    """Runs the twin with some of its banks in codes and compares with the original."""
+    """Runs the twin with some of its banks and products in codes and compares with the original.
+
+    Args:
+        variants: by name, the banks that are codes in it, by block; all other banks are floats.
+        products: those of the twin outside of its blocks; ``groups`` has, by a variant's name, the groups of them that
+            are codes in it, and ``reference`` names the variant in which they are int8 per channel.
+    """
 
     def __init__(
         self, source: nn.Module, twin: nn.Module, blocks: dict[str, RewrittenForward],
         routed: Mapping[str, Sequence[bool]], variants: Mapping[str, Mapping[str, list[Bank]]], language: bool,
+        products: QuantizedProducts | None = None, groups: Mapping[str, Collection[str]] = _NONE, reference: str = "",
     ) -> None:  # fmt: skip
+        self.products = QuantizedProducts() if products is None else products
+        self.groups, self.reference = groups, reference
         self.source, self.twin, self.blocks, self.routed, self.variants = source, twin, blocks, routed, variants
         self.floats = {path: float_banks(forward) for path, forward in blocks.items()}
         self.figures = {name: LossFigures(language) for name in variants}
         self.base_ids: Ids = {}
         self.ids: Ids = {}
 
-    def run(self, call: ArgsKwargs) -> None:
-        """Add one call to the figures of each variant, and to the experts chosen with no codes and with all."""
+    def run(self, call: ArgsKwargs, engine: Callable[..., Any] | None = None) -> None:
+        """Add one call to the figures of each variant, and to the experts chosen with no codes and with all.
+
+        ``engine``: gives the outputs of the variant ``ALL`` in the twin's place.
+        """
         want = run_plain(self.source, *call)
-        with self._banks({}), self._noted(self.base_ids):
+        with self._banks({}), self.products.only(self.twin, ()), self._noted(self.base_ids):
             run_plain(self.twin, *call)
         for name, quantized in self.variants.items():
-            with self._banks(quantized), self._noted(self.ids) if name == ALL else contextlib.nullcontext():
+            chosen = self.products.only(self.twin, self.groups.get(name, ()), name == self.reference)
+            noted = self._noted(self.ids) if name == ALL else contextlib.nullcontext()
+            with self._banks(quantized), chosen, noted:
                 got = run_plain(self.twin, *call)
+            if engine is not None and name == ALL:
+                got = run_plain(engine, *call)
             self.figures[name].add(want, got, call)
 
     @contextlib.contextmanager

@@ -11,7 +11,8 @@ One call of the data at a time: the outputs of one call are all that is held.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +24,7 @@ from moeopt.ir.weight_format import INT8_CHANNEL
 from moeopt.options import Options
 from moeopt.options.loss_limits import LANGUAGE, OUTPUTS
 from moeopt.pipeline.loss_meter import ALL, Bank, Ids, LossMeter
+from moeopt.pipeline.quantized_products import QuantizedProduct, QuantizedProducts
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.live_codes import LiveCodes
 from moeopt.value_types import PyObject
@@ -74,6 +76,8 @@ def measure_loss(
     calls: Sequence[ArgsKwargs],
     routed: Mapping[str, Sequence[bool]],
     options: Options,
+    products: QuantizedProducts | None = None,
+    engine: Callable[..., Any] | None = None,
 ) -> Loss:
     """``certificate.loss``.
 
@@ -82,22 +86,31 @@ def measure_loss(
         twin: its rewritten copy, with codes beside the floats.
         calls: the data.
         routed: by module path, of each bank of that block, whether a router chooses its experts.
+        products: the twin's quantised products outside of its blocks; None means none.
+        engine: what runs, where that is another approximation than ``twin`` with all codes; None: it is not.
     """
+    products = QuantizedProducts() if products is None else products
     blocks = {p: f for p, m in twin.named_modules() if (f := rewritten_forward(m)) is not None and _codes(f)}
     variants = {path: {path: list(f.banks)} for path, f in blocks.items()}
     variants[ALL] = {path: list(f.banks) for path, f in blocks.items()}
     variants[_REFERENCE] = {path: _in_int8(f) for path, f in blocks.items()}
-    meter = LossMeter(source, twin, blocks, routed, variants, check_limit(source, calls, None))
+    groups = {name: [name] for name in products.groups} | {ALL: [*products.groups], _REFERENCE: [*products.groups]}
+    variants |= {name: {} for name in products.groups}
+    language = check_limit(source, calls, None)
+    meter = LossMeter(source, twin, blocks, routed, variants, language, products, groups, _REFERENCE)
     for number, call in enumerate(calls):
         options.say(f"measuring what quantising loses, call {number + 1} of {len(calls)}")
-        meter.run(call)
+        meter.run(call, engine)
     whole, reference, ids = meter.figures[ALL], meter.figures[_REFERENCE], meter.ids
     loss: Loss = Loss(
         **whole.figures(),  # type: ignore[typeddict-item]
         standard_errors=whole.standard_errors(options.seed), tokens=whole.tokens, sequences=len(whole.distances),
         data="the example inputs" if options.data is None else f"{len(calls)} call{'s' * (len(calls) > 1)} of data=",
         reference=reference.figures(), reference_errors=reference.standard_errors(options.seed),
-        blocks=[_block_loss(path, f, meter.figures[path], ids, meter.base_ids) for path, f in blocks.items()],
+        blocks=[
+            *(_block_loss(path, f, meter.figures[path], ids, meter.base_ids) for path, f in blocks.items()),
+            *(_products_loss(name, held, meter.figures[name]) for name, held in products.groups.items()),
+        ],
     )  # fmt: skip
     loss["ids_changed"] = changed_share(ids, meter.base_ids)
     loss["limit"] = dict(options.limit or {})
@@ -161,4 +174,15 @@ def _block_loss(path: str, forward: RewrittenForward, alone: LossFigures, ids: I
         figures=alone.figures(),
         ids_compared=compared,
         ids_differ=differ,
+    )
+
+
+def _products_loss(name: str, held: Sequence[QuantizedProduct], alone: LossFigures) -> BlockLoss:
+    """The products that one module holds, told as one."""
+    return BlockLoss(
+        name=name,
+        format=", ".join(dict.fromkeys(str(one.codes.format) for one in held)),
+        bytes=sum(one.codes.held.nbytes for one in held),
+        float_bytes=sum(one.float_bytes for one in held),
+        figures=alone.figures(),
     )

@@ -13,10 +13,12 @@ from moeopt.options import Options, QuantPlan
 from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.block_capture import original_forward
 from moeopt.pipeline.block_reports import PipelineResult
+from moeopt.pipeline.quantized_products import QuantizedProducts
 from moeopt.recognise.routing_types import RoutingForm
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.live_codes import DequantizedForward, LiveCodes
 from moeopt.rewrite.store_codes import codes_of
+from moeopt.verification.certificate import Certificate
 from moeopt.verification.loss_text import published_note, quantized_note
 
 
@@ -30,15 +32,18 @@ def quantized_blocks(twin: nn.Module) -> dict[str, tuple[RewrittenForward, list[
     return found
 
 
-def quantized_original(source: nn.Module, twin: nn.Module) -> nn.Module:
+def quantized_original(source: nn.Module, twin: nn.Module, products: QuantizedProducts | None = None) -> nn.Module:
     """The quantised model in the original's own code: what the rewritten ``twin`` is compared with.
 
-    ``source`` itself where nothing is quantised. One block at a time has its experts as floats.
+    ``source`` itself where nothing is quantised. One block at a time has its experts as floats; ``products`` have
+    theirs for as long as the model that is returned lives.
     """
     blocks = quantized_blocks(twin)
-    if not blocks:
+    if not blocks and not (products and products.found):
         return source
     judge = shared_copy(source)
+    if products is not None:
+        products.judge(judge)
     for path, (_, codes) in blocks.items():
         module = judge.get_submodule(path)
         key = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
@@ -55,9 +60,13 @@ def formats_of(twin: nn.Module) -> dict[str, str]:
     }
 
 
-def plan_of(quantized: Mapping[str, str]) -> QuantPlan:
-    """The plan that gives each block the format that a certificate says it has."""
-    return QuantPlan({glob.escape(name): format.partition(" ")[0] for name, format in quantized.items()})
+def plan_of(certificate: Certificate) -> QuantPlan:
+    """The plan that gives each block and product the format that a certificate says it has."""
+
+    def patterns(formats: Mapping[str, str]) -> dict[str, str]:
+        return {glob.escape(name): format.partition(" ")[0] for name, format in formats.items()}
+
+    return QuantPlan(patterns(certificate.quantized), products=patterns(certificate.products))
 
 
 def routed_banks(outcome: PipelineResult, twin: nn.Module) -> dict[str, list[bool]]:

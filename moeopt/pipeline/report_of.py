@@ -17,7 +17,7 @@ def report_of(
 ) -> Report:  # fmt: skip
     """The report, with a picture of the first MoE block that was rewritten and stayed so."""
     kept = {b.name for b in blocks if b.status == "rewritten" and b.kind == "moe"}
-    graph, notes = None, [*outcome.notes]
+    graph, notes = None, [*outcome.notes, *_left_out(outcome, kept, type(source).__name__)]
     for path, rewrite in outcome.rewrites.items():
         name = path or type(source).__name__
         if name in kept:
@@ -32,15 +32,32 @@ def report_of(
     )  # fmt: skip
 
 
+def _left_out(outcome: PipelineResult, kept: set[str], model: str) -> list[str]:
+    """A note for each number outside the model that code of rewritten blocks counts in."""
+    counting: dict[str, list[str]] = {}
+    for path, rewrite in outcome.rewrites.items():
+        reads = rewrite.program.reads
+        for place in reads.effects if reads is not None and (path or model) in kept else ():
+            counting.setdefault(place, []).append(path or model)
+    return [
+        f"the code of {_few(names)} changes {place} at each call, and the rewritten code does not: read such a count "
+        "elsewhere, or hook the block"
+        for place, names in counting.items()
+    ]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def how_to_save(outcome: PipelineResult) -> list[str]:
     """A note where a declined block's Python may keep the whole model from being exported: what can be saved."""
     if not outcome.steered:
         return []
     names = list(dict.fromkeys(outcome.steered))
-    which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     alone = next((f"({path!r}), {path}'s" for path in outcome.rewrites if path), "(name), its")
     return [
-        f"{which}: left with Python that depends on the values of tensors, so .save() and engines may refuse the whole "
-        "model. torch.save(optimized.model, file) keeps it with its own code; a rewritten block becomes a bundle "
+        f"{_few(names)}: left with Python that depends on the values of tensors, so .save() and engines may refuse the "
+        "whole model. torch.save(optimized.model, file) keeps it with its own code; a rewritten block becomes a bundle "
         f"alone: moeopt.optimize(model.get_submodule{alone} inputs).save(folder)"
     ]

@@ -41,7 +41,7 @@ def stated_by(directory: Path) -> Mapping[str, Any]:
     """``quantization_config`` of a directory's ``config.json``, or of its text model's; {} where there is none."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return _quantization(config) if isinstance(config, dict) else {}
 

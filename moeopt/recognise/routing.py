@@ -29,7 +29,7 @@ from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 from moeopt.recognise.ids_of_masks import table_to_ids
 from moeopt.recognise.readings import axis_orders, rebuilt
-from moeopt.recognise.routing_by_ids import by_ids, id_recipes, ids_of_sequences
+from moeopt.recognise.routing_by_ids import by_ids, id_recipes, ids_of_sequences, unserved_ids
 from moeopt.recognise.routing_by_tables import by_choice, by_dense, by_mask
 from moeopt.recognise.routing_types import Extraction, FixedShares, Key, NoIds, Routing, Search, Table, fits_table
 from moeopt.value_types import PyObject
@@ -93,7 +93,8 @@ def _why_none(tape: Tape, before: list[fx.Node], table: Table) -> Declined:
         )
     ids = next(id_recipes(tape, before, table), None)
     if ids is None:
-        return ids_of_sequences(tape, before, table) or _why_no_ids(table)
+        why = ids_of_sequences(tape, before, table) or unserved_ids(tape, before, table)
+        return why or _why_no_ids(table)
     return Declined(
         "the expert ids were found, but no tensor holds the routing weights that the experts are multiplied by "
         "(a later expert may replace the result of an earlier one); compute the weights of all tokens in one tensor "

@@ -83,19 +83,48 @@ def _named_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[
 
 
 def ids_of_sequences(tape: Tape, before: list[fx.Node], table: Table) -> Declined | None:
-    """The reason where integers name the expert of each sequence (B of them), and none that of each token."""
+    """The reason where integers name the experts of each sequence (B of them), and none those of each token."""
     tokens = len(table.visits)
     for node in possible_sources(before, floating=False):
-        count = math.prod(node.meta["shape"])
-        if not 1 < count < tokens or tokens % count or int(tape.value(node).min()) < 0:
+        shape = node.meta["shape"]
+        count = math.prod(shape)
+        for slots in dict.fromkeys((1, shape[-1] if shape else 1)):
+            sequences = count // slots if slots else 0
+            if not 1 < sequences < tokens or tokens % sequences or int(tape.value(node).min()) < 0:
+                continue
+            ids = tape.value(node).reshape(-1, slots).long().repeat_interleave(tokens // sequences, 0)
+            if int(ids.max()) < 4 * table.visits.shape[1] and _mapping(ids, table) is not None:
+                many, dim = ("one id", "") if slots == 1 else (f"{slots} ids", ", 0")
+                return Declined(
+                    f"its experts are chosen for whole sequences, by {many} each, and the op takes the ids of each "
+                    "token; flatten the sequences to rows, and repeat each id for its tokens "
+                    f"(ids.repeat_interleave(x.shape[1]{dim}))",
+                    node.meta.get("source", ""),
+                )
+    return None
+
+
+def unserved_ids(tape: Tape, before: list[fx.Node], table: Table) -> Declined | None:
+    """The reason where integers name each expert that ran, for all of its tokens, and others that no expert has."""
+    tokens = len(table.visits)
+    seen = {tuple(column) for column in (table.visits > 0).T.tolist() if any(column)}
+    for node in possible_sources(before, floating=False):
+        size = math.prod(node.meta["shape"])
+        if not tokens or not size or size % tokens or size // tokens > MOST_NAMES or len(seen) < 2:
             continue
-        ids = tape.value(node).reshape(-1).long().repeat_interleave(tokens // count)[:, None]
-        if int(ids.max()) < 4 * table.visits.shape[1] and _mapping(ids, table) is not None:
-            return Declined(
-                "its experts are chosen for whole sequences, by one id each, and the op takes the ids of each token; "
-                "flatten the sequences to rows, and repeat each id for its tokens (ids.repeat_interleave(x.shape[1]))",
-                node.meta.get("source", ""),
-            )
+        names = tape.value(node).unique().tolist()
+        if not len(seen) < len(names) <= MOST_NAMES:
+            continue
+        for steps in axis_orders(node.meta["shape"], tokens, size // tokens):
+            ids = Extraction(node, list(steps)).run(tape)
+            named = {name: tuple((ids == name).any(1).tolist()) for name in names}
+            if seen <= set(named.values()):
+                left = ", ".join(str(name) for name, rows in named.items() if rows not in seen)
+                return Declined(
+                    f"its router chooses ids that no expert serves ({left}), whose tokens get nothing for them, and "
+                    "the op needs an expert for each id: give these ids experts too, with weights of zero",
+                    node.meta.get("source", ""),
+                )
     return None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from torch.nn.modules import module as nn_module
 
 from moeopt.capture.tree import tree_leaves
 from moeopt.value_types import PyObject
+
+Tie = tuple[tuple[int, int], tuple[tuple[int, int], ...]]
+"""A size (tensor, dimension), and those whose product it is."""
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -114,6 +118,7 @@ class CallGuard:
         kept: of each tensor, between which values its integers lie as the model around the block makes them; None where
             the program does not rely on that. () where it relies on none.
         skip_idle: whether experts that no token reaches get no gradient, as in the original, or zeros.
+        tied: sizes (tensor, dimension) that were a product of others in every verified call: the program reads either.
     """
 
     template: list[Any]
@@ -125,6 +130,7 @@ class CallGuard:
     skip_idle: bool = False
     no_grad: bool = False
     kept: tuple[tuple[int, int] | None, ...] = ()
+    tied: tuple[Tie, ...] = ()
 
     def refuses(self, module: torch.nn.Module, bound: BoundArguments) -> str:
         """Why this call is unlike the verified ones; "" when it is like them."""
@@ -170,6 +176,16 @@ class CallGuard:
                 return f"an argument is a {type(leaf).__name__}, whose contents are not compared"
             elif isinstance(leaf, torch.Tensor) or type(leaf) is not type(known) or leaf != known:
                 return f"it was called with {leaf!r} where {known!r} was verified"
+        return self._sizes(bound.tensors()) if self.tied else ""
+
+    def _sizes(self, tensors: list[torch.Tensor]) -> str:
+        """Why sizes of several arguments do not fit together as in the verified calls; "" where they do."""
+        for (tensor, dim), others in self.tied:
+            size, product = tensors[tensor].shape[dim], math.prod([tensors[i].shape[d] for i, d in others])
+            if size != product:
+                if len(others) == 1:
+                    return f"two of its arguments have sizes {size} and {product} where one size was verified for both"
+                return f"one of its arguments has size {size} where a product of others, here {product}, was verified"
         return ""
 
 

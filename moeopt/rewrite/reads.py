@@ -2,7 +2,9 @@
 
 Configuration objects, tables, globals, closures, defaults, class attributes: ``observe`` finds by a few runs which
 code the forward consists of, ``Reads`` keeps the plain values that this code can reach (``moeopt.rewrite.walk``), as
-text, so that it can be pickled. A place whose value another run changed is the forward's own and is left out.
+text, so that it can be pickled. A place whose value another run changed is the forward's own and is left out. One that
+every call changes is an effect, which rewritten code has not: a log, a tensor, whatever the block's modules hold is
+declined, and a number outside of them (a count of calls) is named for the report.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ from typing import Any
 from torch import nn
 
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 from moeopt.rewrite.guard_expression import GuardExpression
 from moeopt.rewrite.ran import Ran, observing
 from moeopt.rewrite.spell import Spelled
 from moeopt.rewrite.walk import MOST, Walk
 
 _SHOWN = 60
+_NUMBERS = ("int", "float", "bool")
+Entries = dict[str, Spelled]
 
 
 @dataclass
@@ -31,6 +36,7 @@ class Reads:
         entries: (type, text) at each place.
         ignored: places that the forward itself changes.
         whole: places of modules outside the block that the forward calls.
+        effects: those of them that are numbers outside the block's modules and change at each call.
         kept: paths of submodules that are still called, whose own state is live.
         written: (path, attribute) pairs that the forward sets on its modules.
     """
@@ -41,6 +47,7 @@ class Reads:
     names: frozenset[str] = frozenset()
     entries: dict[str, Spelled] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    effects: tuple[str, ...] = ()
     whole: frozenset[str] = frozenset()
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -97,17 +104,44 @@ def _short(spelled: Spelled) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
+def _effects(changed: Iterable[str], root: nn.Module, before: Entries, after: Entries) -> tuple[str, ...]:
+    """The numbers outside the block ``root`` among ``changed`` that a call which was made before has changed again.
+
+    Args:
+        before, after: the entries before and after that call.
+
+    Raises:
+        Declined: for any other place.
+    """
+    again = sorted((p for p in changed if before.get(p) != after.get(p)), key=len)
+    own = {f"{path}.{name}" if path else name for path, m in root.named_modules() for name in m.__dict__}
+    for place in again:
+        pair = [e[place] for e in (before, after) if place in e]
+        inside = any(place.startswith(name) and place[len(name) : len(name) + 1] in ("", ".", "[") for name in own)
+        if not inside and all(kind in _NUMBERS for kind, _ in pair):
+            continue
+        told = all(kind not in ("tensor", "array") for kind, _ in pair)  # of these the text is a digest
+        then = f" ({' and then '.join(map(_short, pair))})" if told else ""
+        raise Declined(
+            f"its forward writes to {place} at each call{then}, which the rewritten code would leave out; return "
+            "the value, or store a tensor in an attribute of the module itself (self.last = ...)",
+            rank=Rank.FORBIDS,
+        )
+    return tuple(again)
+
+
 def observe(
     root: nn.Module, kept: Iterable[str], written: Iterable[tuple[str, str]], runs: Iterable[Callable[[], Any]]
 ) -> Reads:
     """Call each of ``runs``, which run ``root``'s forward, and take what that code can read.
 
     Args:
+        effects: those of them that are numbers outside the block's modules and change at each call.
         kept: paths of submodules that will be called as they are.
         written: (path, attribute) pairs that the forward sets.
 
     Raises:
-        Declined: its code reaches more than ``MOST`` places.
+        Declined: its code reaches more than ``MOST`` places, or writes to one of them at each call.
     """
     kept = tuple(kept)
     runs = list(runs)
@@ -132,6 +166,11 @@ def observe(
         run()
     later = reads.walk(root, unused, lambda path: unused).entries
     places = walk.entries.keys() | later.keys()
-    reads.ignored = frozenset(p for p in places if walk.entries.get(p) != later.get(p))
+    changed = frozenset(p for p in places if walk.entries.get(p) != later.get(p))
+    if changed:
+        runs[1]()  # fills no memo any more, and stores what the last run did not
+        again = reads.walk(root, unused, lambda path: unused).entries
+        reads.effects = _effects(changed, root, later, again)
+    reads.ignored = changed
     reads.entries = reads.walk(root, unused, lambda path: unused).entries
     return reads

@@ -19,6 +19,7 @@ import torch
 
 from moeopt.capture.tree import tree_leaves
 from moeopt.errors import Declined
+from moeopt.rewrite.call_guard import Tie
 from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 from moeopt.value_types import PyObject
 
@@ -99,6 +100,26 @@ class InputSizes:
         return None
 
 
+def tied_sizes(shapes: list[list[tuple[int, ...]]]) -> tuple[Tie, ...]:
+    """Sizes of inputs that varied, and were in each probe call the same as another one or a product of others.
+
+    Args:
+        shapes: ``shapes[w][i]`` is the shape of tensor input i in probe call w.
+    """
+    first: dict[tuple[int, ...], tuple[int, int]] = {}
+    ties: list[Tie] = []
+    for i, per_witness in enumerate(zip(*shapes, strict=True)):
+        for d, sizes in enumerate(zip(*per_witness, strict=True)):
+            if len(set(sizes)) > 1 and first.setdefault(sizes, (i, d)) != (i, d):
+                ties.append(((i, d), (first[sizes],)))
+    for n in (2, 3):
+        for chosen in itertools.combinations(first, n):
+            product = tuple(math.prod(c) for c in zip(*chosen, strict=True))
+            if product in first and product not in chosen:
+                ties.append((first[product], tuple(first[sizes] for sizes in chosen)))
+    return tuple(ties)
+
+
 def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> KeptSteps:
     """One plan whose integers hold for every shape.
 
@@ -107,6 +128,7 @@ def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> K
     """
     sizes = InputSizes(shapes)
     first = plans[0]
+    _refuse_padding(plans, sizes)
     for other in plans[1:]:
         if [(s.kind, _name(s)) for s in other.steps] != [(s.kind, _name(s)) for s in first.steps]:
             raise Declined(
@@ -160,6 +182,19 @@ def _difference(a: KeptSteps, b: KeptSteps) -> str:
     return "the same steps"
 
 
+def _refuse_padding(plans: list[KeptSteps], sizes: InputSizes) -> None:
+    """Padding by amounts that are no simple function of the sizes: up to a multiple."""
+    for versions in zip(*([s for s in p.steps if "constant_pad" in _name(s)] for p in plans), strict=False):
+        for amounts in zip(*(tree_leaves(v.args[1]) for v in versions), strict=False):
+            if len(set(amounts)) > 1 and all(type(a) is int for a in amounts) and sizes.express(amounts) is None:
+                raise Declined(
+                    f"its forward pads rows by {' or '.join(map(str, amounts))}, which is no simple function of the "
+                    "input's shape (up to a multiple, as some kernels ask for?), so that no one graph holds for all "
+                    "numbers of tokens; the op takes any number of rows: leave the padding out",
+                    versions[0].source or None,
+                )
+
+
 def _where(a: KeptSteps, b: KeptSteps) -> str | None:
     for x, y in itertools.zip_longest(a.steps, b.steps):
         if x is None or y is None or (x.kind, _name(x)) != (y.kind, _name(y)):
@@ -202,7 +237,8 @@ def _merge_integers(versions: list[int], sizes: InputSizes, where: str | None) -
         raise Declined(
             f"the integer {' or '.join(str(v) for v in versions)} in its forward changes with the input and is "
             "no simple function of the input's shape (was it read from a tensor with .item(), or rounded, as a "
-            "capacity of n // 2?)",
+            "capacity of n // 2?); a capacity need not be rounded: compare each position with the product itself "
+            "(position < tokens * 1.25 / experts), which keeps the same tokens as a capacity that is rounded up",
             where,
         )
     return size

@@ -5,9 +5,7 @@ float64 with those choices; the rewritten runs. Routing is compared first (``rou
 returned and written, then numbers (``judge``).
 
 Rounding can hide damage: in bfloat16, 8 eps are 6 %. So the rewritten code too runs in float64, with its
-own choices, and must agree with the oracle within ``EXACT_EPS`` eps of the output's dtype: two runs of
-one function in float64 agree in ten digits and more, whatever the dtype. Two eps remain because code
-may read ``torch.finfo(x.dtype).eps``, which is a constant in the rewritten and follows x in the oracle.
+own choices, and must agree with the oracle as far as :meth:`~.judge.Judge.same_function` says.
 """
 
 from __future__ import annotations
@@ -22,15 +20,12 @@ from torch.utils import _pytree as pytree
 
 from moeopt.errors import Declined
 from moeopt.value_types import PyObject
-from moeopt.verification.distance import as_rows, finite_rows, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, Judge
 from moeopt.verification.oracle import oracle_run, record_selections, run_pinned
 from moeopt.verification.results import BlockCheck, Case, CaseResult, Fail
 from moeopt.verification.routing import compare_routing, ids_seen
 from moeopt.verification.selections import Event, OracleError, Selections
 from moeopt.verification.trees import describe, equal_leaves, flatten
-
-EXACT_EPS = 2.0
 
 
 def verify_block(
@@ -127,35 +122,24 @@ def _run_case(
         elif not equal_leaves(a, b):
             raise Fail(f"{where} is {b!r} instead of {a!r}")
     if is_exact:
-        _exact(case, rewritten, chosen_new, leaves[0], leaves[2], result)
+        _exact(case, rewritten, chosen_new, leaves[0], judge)
     if result.rerounded and result.distance_exact is None:
         raise Fail(f"{judge.too_far}; and it was not run in float64, so it is not known whether only rounding differs")
 
 
-def _exact(
-    case: Case, rewritten: Callable[..., Any], chosen: Selections, y: list[Any], y_64: list[Any], result: CaseResult
-) -> None:
+def _exact(case: Case, rewritten: Callable[..., Any], chosen: Selections, y: list[Any], judge: Judge) -> None:
     """Run the rewritten in float64 and demand that it is the oracle's function; note where it cannot run."""
     try:
         y_new, is_exact = oracle_run(rewritten, case.args, case.kwargs, chosen)
     except OracleError as err:
-        result.notes.append(f"the rewritten block was not run in float64: {err.reason}")
+        judge.result.notes.append(f"the rewritten block was not run in float64: {err.reason}")
         return
     leaves = flatten(y_new)[0]
-    if not is_exact or len(leaves) != len(y_64):
+    if not is_exact or len(leaves) != len(judge.oracle):
         return
-    for number, (a, b, o) in enumerate(zip(y, leaves, y_64, strict=True)):
-        if isinstance(a, Tensor) and a.dtype.is_floating_point and a.numel() and b.shape == o.shape:
-            eps = torch.finfo(a.dtype).eps
-            d = token_distance(b, o, eps=eps)
-            far = d[~d.isnan() & finite_rows(as_rows(a))]
-            worst = float(far.max()) if len(far) else 0.0
-            result.distance_exact = max(result.distance_exact or 0.0, worst)
-            if worst > EXACT_EPS * eps:
-                raise Fail(
-                    f"run in float64, output {number} of the rewritten block lies {worst:.3g} from the original's "
-                    f"(at most {EXACT_EPS * eps:.3g}): it is another function, and rounding hides it"
-                )
+    for number, (a, b) in enumerate(zip(y, leaves, strict=True)):
+        if isinstance(a, Tensor) and a.dtype.is_floating_point and a.numel() and b.shape == judge.oracle[number].shape:
+            judge.same_function(number, a, b)
 
 
 def _samedescribe(a: PyObject, b: PyObject) -> None:

@@ -28,7 +28,7 @@ from moeopt.untrusted import checked, cleaned, parse_json, shown
 from moeopt.value_types import PyObject
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.verification.loss import Loss
-from moeopt.verification.loss_text import judged, loss_lines, revived_loss
+from moeopt.verification.loss_text import activation_lines, judged, loss_lines, revived_loss
 from moeopt.verification.model import EndToEnd
 from moeopt.verification.results import BlockCheck, CaseResult
 
@@ -49,8 +49,11 @@ def current_versions() -> dict[str, str]:
 class Certificate:
     """See the module's docstring. ``notes`` are sentences for the reader, ``level`` the Options.verify value.
 
-    ``quantized``: the format of each block whose experts were quantised; ``loss``: what that lost, empty where nothing
-    was quantised or measured.
+    ``quantized``: the format of each block whose experts were quantised; ``products``: that of each product outside of
+    the blocks, by its module's path; ``loss``: what that lost, empty where nothing was quantised or measured.
+    ``activations``: of an engine whose products of codes round what they read to int8, after it was verified with
+    floats: how many ``products`` of how many ``kinds`` do, how many eps a kind's answer is from what rounding gives
+    (``error_eps``), and how far rounding moves a ``product`` and the ``outputs``, worst token; {} where none does.
     """
 
     blocks: list[BlockCheck] = field(default_factory=list)
@@ -63,11 +66,18 @@ class Certificate:
     notes: list[str] = field(default_factory=list)
     quantized: dict[str, str] = field(default_factory=dict)
     loss: Loss = field(default_factory=Loss)
+    products: dict[str, str] = field(default_factory=dict)
+    activations: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the quantised model, not the original, is what was verified."""
+        return bool(self.quantized or self.products)
 
     @property
     def equivalent(self) -> bool | None:
-        """Whether the original's function is computed: False where experts were quantised, else as ``passed``."""
-        return False if self.quantized else self.passed
+        """Whether the original's function is computed: False where weights were quantised, else as ``passed``."""
+        return False if self.lossy else self.passed
 
     @property
     def passed(self) -> bool | None:
@@ -90,7 +100,7 @@ class Certificate:
             return "NOT VERIFIED: something was left out"
         if not self.blocks and self.end_to_end is None:
             return "PASSED: nothing was rewritten, nothing to verify"
-        if not self.quantized:
+        if not self.lossy:
             return "PASSED" if self.passed else "FAILED"
         if judged(self.loss, self.loss.get("limit", {})):
             return "LIMIT MISSED: what quantising lost is more than was allowed"
@@ -106,7 +116,7 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a reader: :meth:`to_json`'s, the verdict in words, and what a block may need."""
         limits: dict[str, Any] = {"verdict": self.verdict, "factor": FACTOR, "eps_allowance": EPS_ALLOWANCE}
-        if self.quantized:
+        if self.lossy:
             misses = [key for key, most in self.loss.get("limit", {}).items() if judged(self.loss, {key: most})]
             limits |= {"figures": FIGURES, "limits_missed": misses}
         return {**json.loads(self.to_json()), **limits}
@@ -154,7 +164,7 @@ class Certificate:
         if self.passed and self.blocks:
             count = f"{len(self.blocks)} rewritten block{'s' * (len(self.blocks) > 1)}"
             whole = "" if self.end_to_end is None else ", and the whole model end to end"
-            what = " against the model with quantised experts" if self.quantized else ""
+            what = f" against the model with quantised {self._quantised_parts()}" if self.lossy else ""
             lines += _wrap(f"what passed: {count}{whole}{what}", "  ")
         if not self.executed:
             lines.append("engine: not executed; the verdict is that of a replay")
@@ -173,11 +183,15 @@ class Certificate:
             lines += self._reasons()
         if self.end_to_end is not None:
             lines += ["", *(part for line in self.end_to_end.lines() for part in _wrap(line, ""))]
-        if self.quantized:
-            lines += ["", *(part for line in loss_lines(self.quantized, self.loss) for part in _wrap(line, ""))]
+        if self.lossy:
+            told = [*loss_lines(self.quantized, self.loss, self.products), *activation_lines(self.activations)]
+            lines += ["", *(part for line in told for part in _wrap(line, ""))]
         for note in self.notes:
             lines += _wrap(f"note: {note}", "")
         return lines
+
+    def _quantised_parts(self) -> str:
+        return " and ".join(["experts"] * bool(self.quantized) + ["products"] * bool(self.products))
 
     def _reasons(self) -> list[str]:
         lines: list[str] = []

@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeopt.verification.distance import Finiteness, finiteness, token_distance
+from moeopt.verification.distance import Finiteness, as_rows, finite_rows, finiteness, token_distance
 from moeopt.verification.rerounding import rerounded_distances
 from moeopt.verification.results import CaseResult, Fail
 from moeopt.verification.selections import OracleError, Selections
 
 FACTOR = 4.0
 EPS_ALLOWANCE = 8.0
+EXACT_EPS = 2.0
 MISTRUST = 0.125
 """FACTOR times this is half of an output's norm: no bound at all."""
 
@@ -117,6 +118,31 @@ class Judge:
         result.required = max(result.required, float(factor.max()))
         if (factor > FACTOR).any():
             raise Fail(_too_far(where, judged, mine, theirs, floor, factor))
+
+    def same_function(self, leaf: int, a: Tensor, b: Tensor) -> None:
+        """Compare an output of the rewritten's float64 run, ``b``, with the oracle; ``a`` is the original's output.
+
+        Two runs of one function in float64 agree in ten digits and more, whatever dtype ``a`` has, so that no rounding
+        hides another function. Two eps of that dtype remain because code may read ``torch.finfo(x.dtype).eps``, which
+        is a constant in the rewritten and follows x in the oracle. Where ``a`` is in float64 itself, both runs are
+        rounded as ``a`` is, and they agree as far as outputs of that dtype do.
+        """
+        eps, result = torch.finfo(a.dtype).eps, self.result
+        judged = finite_rows(as_rows(a))
+        d = token_distance(b, self.oracle[leaf], eps=eps)[judged]
+        d = torch.where(d.isnan(), 0.0, d)
+        if not len(d):
+            return
+        result.distance_exact = max(result.distance_exact or 0.0, float(d.max()))
+        allowed = torch.full_like(d, (EPS_ALLOWANCE if a.dtype == torch.float64 else EXACT_EPS) * eps)
+        if a.dtype == torch.float64 and (d > allowed).any():
+            allowed += FACTOR * self._without_luck(leaf, judged)
+        if (d > allowed).any():
+            worst = int((d - allowed).argmax())
+            raise Fail(
+                f"run in float64, output {leaf} of the rewritten block lies {float(d[worst]):.3g} from the original's "
+                f"(at most {float(allowed[worst]):.3g}): it is another function, and rounding hides it"
+            )
 
     def _without_luck(self, leaf: int, judged: Tensor) -> Tensor:
         """The original's distance when it is rounded otherwise, of ill-conditioned tokens; 0 for the others."""

@@ -34,8 +34,8 @@ _QUANTILES = {"mean": None, "p99": 0.99, "p999": 0.999, "max": 1.0}
 
 
 class BlockLoss(TypedDict, total=False):
-    """One quantised block: its format, what quantising it alone loses, and how its choices of experts change when all
-    blocks are quantised."""
+    """One quantised block, or the quantised products of one module: its format, what quantising it alone loses, and how
+    its choices of experts change when all are quantised."""
 
     name: str
     format: str

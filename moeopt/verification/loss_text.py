@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from moeopt.errors import BundleError
 from moeopt.options.loss_limits import AT_LEAST, FIGURES, missed
@@ -12,6 +13,7 @@ from moeopt.verification.loss import BlockLoss, Loss
 
 COSTLIEST = 3
 """How many blocks a missed limit names."""
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 def judged(loss: Loss, limit: Mapping[str, float]) -> list[str]:
@@ -73,14 +75,18 @@ def _costliest(loss: Loss, key: str) -> str:
     return f"; the blocks that cost most: {named}"
 
 
-def loss_lines(quantized: Mapping[str, str], loss: Loss) -> Iterator[str]:
+def loss_lines(quantized: Mapping[str, str], loss: Loss, products: Mapping[str, str] = _NONE) -> Iterator[str]:
     """The loss as text, one statement a line."""
-    schemes = ", ".join(dict.fromkeys(quantized.values()))
-    count = f"{len(quantized)} block{'s' * (len(quantized) > 1)}"
+    parts: list[str] = []
+    for word, formats in (("block", quantized), ("product", products)):
+        if formats:
+            schemes = ", ".join(dict.fromkeys(formats.values()))
+            parts.append(f"{len(formats)} {word}{'s' * (len(formats) > 1)} to {schemes}")
+    what = ", ".join(parts)
     if not loss:
-        yield f"quantised: {count} to {schemes}; what that lost was not measured"
+        yield f"quantised: {what}; what that lost was not measured"
         return
-    yield f"quantised: {count} to {schemes}; what that lost, on {loss['data']} ({loss['tokens']} tokens):"
+    yield f"quantised: {what}; what that lost, on {loss['data']} ({loss['tokens']} tokens):"
     if not loss["tokens"]:
         yield f"  not measured: {_no_token(loss)}"
     errors, reference, limit = loss.get("standard_errors", {}), loss.get("reference", {}), loss.get("limit", {})
@@ -99,6 +105,17 @@ def loss_lines(quantized: Mapping[str, str], loss: Loss) -> Iterator[str]:
         yield f"  {block['name']}: {block['format']}; alone {figures}{ids}{size}"
     for sentence in loss.get("missed", ()):
         yield f"  LIMIT MISSED: {sentence}"
+
+
+def activation_lines(rounded: Mapping[str, float]) -> Iterator[str]:
+    """What a certificate says of rounded activations, one statement a line."""
+    if rounded:
+        yield (
+            f"activations: {rounded['products']:.0f} products of codes round what they read to int8, which the figures "
+            "above count in; all that passed was verified with float activations before. Each of the "
+            f"{rounded['kinds']:.0f} kinds of products computes just that ({rounded['error_eps']:.2g} eps off); it "
+            f"moves a product by up to {rounded['product']:.2g}, and the outputs by up to {rounded['outputs']:.2g}"
+        )
 
 
 _WORDS = ("inf", "-inf", "nan")

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeopt.capture.isolated_run import WatchWrites
 from moeopt.value_types import PyObject
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR, MISTRUST
@@ -80,11 +81,13 @@ class EndToEnd:
 def run_plain(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> PyObject:
     """Outputs of ``fn`` on cloned inputs, with no gradient and no trace left on ``fn``."""
     buffers = [(b, b.detach().clone()) for module in modules_of(fn) for b in module.buffers()]
-    with torch.inference_mode(False), torch.no_grad(), RestoreState(fn):
+    with torch.inference_mode(False), torch.no_grad(), RestoreState(fn) as guard:
+        own_args, own_kwargs = clone_inputs_and_objects(tuple(args)), clone_inputs_and_objects(dict(kwargs))
         try:
-            return fn(*clone_inputs_and_objects(tuple(args)), **clone_inputs_and_objects(dict(kwargs)))
+            with WatchWrites(guard.before_write):
+                return fn(*own_args, **own_kwargs)
         finally:
-            for buffer, value in buffers:
+            for buffer, value in buffers:  # what no op announces: a write through NumPy
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
@@ -170,6 +173,8 @@ def compare_outputs(want: PyObject, got: PyObject, noisy: Sequence[Any], noisele
     (wants, spec), (gots, spec_got) = flatten(want), flatten(got)
     if spec != spec_got:
         forms = f"{describe(got)} instead of {describe(want)}"
+        if describe(got) == describe(want):  # classes that hold the same
+            forms += f", as {type(got).__qualname__} and not {type(want).__qualname__}"
         return EndToEnd(False, f"the optimised model returns another structure than the original: {forms}")
     result = EndToEnd(True, outputs=len(wants))
     others = [flatten(tree)[0] for tree in noisy]

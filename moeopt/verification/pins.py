@@ -16,7 +16,7 @@ from moeopt.verification.selections import ROUTING, Event, make_event, regather
 
 @functools.cache
 def _chooses(func: OpOverload) -> bool:
-    return func._schema.name in ROUTING
+    return isinstance(func, OpOverload) and func._schema.name in ROUTING
 
 
 class RoutingLog(TorchDispatchMode):
@@ -24,6 +24,8 @@ class RoutingLog(TorchDispatchMode):
 
     ``other``: by the number of a choice, from its own integers (..., K) to those that the run goes on with.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, other: Mapping[int, Callable[[Tensor], Tensor]] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch
@@ -48,6 +50,8 @@ class RoutingLog(TorchDispatchMode):
 
 class RoutingPins(TorchDispatchMode):
     """While open, the routing choices of a run are those of ``events``, as far as they are met in the same order."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, events: Sequence[Event]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch

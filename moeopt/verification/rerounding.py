@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.value_types import PyObject
 from moeopt.verification.distance import token_distance
-from moeopt.verification.float64_rules import LOW, MOVES, Float64Rule
+from moeopt.verification.float64_rules import MOVES, Float64Rule
 from moeopt.verification.oracle import Pinned, run_in
 from moeopt.verification.selections import Selections
 from moeopt.verification.trees import flatten
@@ -99,7 +99,7 @@ class _Rerounded(Pinned):
 
     def moved(self, y: Tensor) -> Tensor:
         """``y``, each element times 1 + u * eps, u uniform in [-1, 1]."""
-        if y.dtype not in LOW:
+        if not y.is_floating_point():
             return y
         if y.device not in self._generators:
             self._generators[y.device] = torch.Generator(y.device).manual_seed(self._seed)

@@ -12,19 +12,16 @@ import copy
 import dataclasses
 import functools
 import types
-from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeopt.capture.held_state import HeldState
 from moeopt.value_types import PyObject
 
-_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, Counter, deque)
-"""Of these exact types; the tables of ``nn.Module`` (parameters, submodules, hooks) are among them."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module, type)
 
 
@@ -81,7 +78,8 @@ class RestoreState:
     """Context manager: snapshot of what ``fn`` may change on itself, restored on exit.
 
     Tensors are saved lazily: a dispatch mode calls :meth:`before_write` with each tensor that an op
-    is about to write, and only a storage that belongs to the model is cloned. ``written`` names them.
+    is about to write, and only a storage that belongs to the model is cloned. ``written`` names them: Parameters,
+    buffers, and tensors in attributes of any kind.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
@@ -91,22 +89,22 @@ class RestoreState:
 
     def __enter__(self) -> RestoreState:
         self._modules = list(_unique_modules(self._roots))
-        self._attributes = [(m, dict(m.__dict__)) for _, m in self._modules]
-        held = (value for _, attributes in self._attributes for value in attributes.values())
-        containers = [value for value in held if type(value) in _CONTAINERS]
-        # most are a module's tables of hooks and are empty: no copy for these, a model has thousands
-        self._bare = [value for value in containers if not value]
-        self._containers = [(value, value.copy()) for value in containers if value]
+        self._held = HeldState(self._modules)
         self._owners: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
         for path, module in self._modules:
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
-                    if tensor is not None and tensor.device.type != "meta" and type(data := tensor.data) is Tensor:
-                        entry = (f"{path}.{name}" if path else name, tensor, data)
-                        self._owners.setdefault(data.untyped_storage().data_ptr(), []).append(entry)
+                    if tensor is not None:
+                        self._own(f"{path}.{name}" if path else name, tensor)
+        for place, tensor in self._held.tensors.items():
+            self._own(place, tensor)
         self._rng = torch.get_rng_state()
         self._cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         return self
+
+    def _own(self, name: str, tensor: Tensor) -> None:
+        if tensor.layout == torch.strided and tensor.device.type != "meta" and type(data := tensor.data) is Tensor:
+            self._owners.setdefault(data.untyped_storage().data_ptr(), []).append((name, tensor, data))
 
     def before_write(self, tensor: Tensor) -> None:
         """Save the model's tensors that share ``tensor``'s storage, once."""
@@ -118,21 +116,12 @@ class RestoreState:
                 self.written.append(name)
 
     def after(self) -> dict[str, Tensor]:
-        """Name -> value now, of every parameter or buffer that the run has written."""
+        """Name -> value now, of every tensor of the model that the run has written."""
         entries = (entry for key in self._saved for entry in self._owners[key])
         return {name: owner.detach().clone() for name, owner, _ in entries}
 
     def __exit__(self, *exc: object) -> None:
-        for container in filter(None, self._bare):
-            container.clear()
-        for container, held in self._containers:
-            if not _same(container, held):
-                container.clear()
-                (container.extend if isinstance(container, (list, deque)) else container.update)(held)
-        for module, attributes in self._attributes:
-            if not _same(module.__dict__, attributes):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+        self._held.restore()
         for key, entries in self._owners.items():
             for _, owner, data in entries:
                 if key in self._saved:
@@ -142,13 +131,6 @@ class RestoreState:
         torch.set_rng_state(self._rng)
         if self._cuda_rng is not None:
             torch.cuda.set_rng_state_all(self._cuda_rng)
-
-
-def _same(now: Any, before: Any) -> bool:
-    """The same names or items, in the same order, for the same objects."""
-    if len(now) != len(before) or not all(map(is_, now, before)):
-        return False
-    return not isinstance(now, dict) or all(map(is_, now.values(), before.values()))
 
 
 def _unique_modules(roots: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

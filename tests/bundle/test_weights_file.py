@@ -1,6 +1,8 @@
 """Weights written one by one: a safetensors file that safetensors reads, every tensor of it aligned and mapped."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -90,3 +92,25 @@ def test_the_header_is_json_without_gaps(tmp_path):
     spans = sorted(entry["data_offsets"] for entry in json.loads(blob[8 : 8 + length]).values())
     assert spans[0][0] == 0 and spans[-1][1] == len(blob) - 8 - length
     assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)) and (8 + length) % ALIGNMENT == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "way"),
+    [(errno.ENOSPC, "free some space, and call again"), (errno.EFBIG, r"\(ulimit -f\), or take another")],
+)
+@pytest.mark.parametrize("step", ["begin", "add", "finish"])
+def test_a_disk_that_takes_no_more_is_told_with_the_file_and_the_way_out(tmp_path, monkeypatch, step, code, way):
+    def refuse(*given):
+        raise OSError(code, os.strerror(code))
+
+    if step != "begin":
+        file = WeightsFile(tmp_path / "begun", 4096, 4096)
+    monkeypatch.setattr(os, "ftruncate" if step == "begin" else "pwrite", refuse)
+    calls = {
+        "begin": lambda: WeightsFile(tmp_path / "begun", 4096, 4096),
+        "add": lambda: file.add(torch.ones(3)),
+        "finish": lambda: file.finish({"a": torch.ones(3)}),
+    }
+    with pytest.raises(OSError, match=rf"{os.strerror(code)}: .*{way}.*begun") as told:
+        calls[step]()
+    assert told.value.errno == code and told.value.filename == str(tmp_path / "begun")

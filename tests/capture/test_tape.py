@@ -213,6 +213,26 @@ def test_an_error_of_the_model_says_which_and_what_to_do():
     assert isinstance(e.value.__cause__, KeyError)
 
 
+def conditional(_, x):
+    return torch.ops.higher_order.cond(x.sum() > 0, lambda a: a.sin(), lambda a: a.cos(), (x,))
+
+
+def test_an_operator_that_runs_functions_inside_is_one_node_of_a_whole_model_and_an_obstacle_in_a_block():
+    x = rand(3, 2)
+    tape = record(Run(conditional), (x,), lenient=True, keep_values=False)
+    assert [str(n.target) for n in tape.nodes if n.op == "call_function"][2] == "cond"
+    with pytest.raises(CaptureError, match="calls cond, which runs functions of its own inside; where it stands"):
+        record(Run(conditional), (x,))
+
+
+def test_code_that_insists_on_being_compiled_is_named():
+    def fn(_, x):
+        return torch.compile(torch.sin, backend="eager", fullgraph=True)(x)
+
+    with pytest.raises(CaptureError, match=r"under torch.compile\(fullgraph=True\), as flex_attention does, .*'sdpa'"):
+        recorded(fn, rand(2))
+
+
 def test_a_failed_run_leaves_no_trace():
     def fn(m, x):
         m.w.data.zero_()

@@ -1,12 +1,14 @@
 """Whatever is wrong with a directory's files is said before a weight is read: what, where and the way out."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from moeopt.checkpoint.directory import CheckpointDirectory
+from moeopt.cli import main
 from moeopt.errors import CheckpointError
 
 NAME = "model-0000{}-of-00002.safetensors"
@@ -75,6 +77,19 @@ def test_a_missing_file(sharded):
         CheckpointDirectory(sharded)
 
 
+@pytest.mark.parametrize("place", [".", ".cache/huggingface/download", "../../blobs"])
+def test_a_download_that_was_interrupted(sharded, place):
+    folder = sharded / "snapshots" / "revision"
+    folder.mkdir(parents=True)
+    for name in (NAME.format(1), INDEX):
+        (sharded / name).rename(folder / name)
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    (folder / place / "f00.incomplete").write_bytes(b"half")
+    words = rf"lacks {NAME.format(2)} of .* a download was interrupted \(.*f00.incomplete\); `hf download`, called"
+    with pytest.raises(CheckpointError, match=words):
+        CheckpointDirectory(folder)
+
+
 def test_a_file_that_was_cut_off(sharded):
     file = sharded / NAME.format(1)
     file.write_bytes(file.read_bytes()[:-5])
@@ -139,3 +154,47 @@ def test_numbers_at_odd_addresses_are_read_right(tmp_path):
     data = values.numpy().tobytes()
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
     assert torch.equal(CheckpointDirectory(tmp_path).tensor("a"), values)
+
+
+def test_a_pointer_of_git_lfs(sharded):
+    (sharded / NAME.format(2)).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"00002.safetensors is a pointer of Git LFS, .*`git lfs pull` in its"):
+        CheckpointDirectory(sharded)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nowhere", "link to itself"])
+def test_what_is_no_file(sharded, kind):
+    """Without an index every ``*.safetensors`` is read; a pipe would be waited for."""
+    (sharded / INDEX).unlink()
+    odd = sharded / "odd.safetensors"
+    make = {"folder": odd.mkdir, "pipe": lambda: os.mkfifo(odd), "link to itself": lambda: odd.symlink_to(odd)}
+    make.get(kind, lambda: odd.symlink_to(sharded / "nowhere"))()
+    words = "is no file: put the checkpoint" if kind in ("folder", "pipe") else "cannot be read .*: fetch"
+    with pytest.raises(CheckpointError, match=rf"odd.safetensors {words}"):
+        CheckpointDirectory(sharded)
+
+
+def test_tensors_that_share_bytes(tmp_path):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    text = json.dumps({"a": entry, "b": {**entry, "shape": [1], "data_offsets": [4, 8]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged: the tensors 'a' and 'b' share bytes"):
+        CheckpointDirectory(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b'{"a": {}, "a": {}}', b"[" * 100_000])
+def test_a_header_that_is_none(tmp_path, text):
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match=r"its header is not JSON \(it has two entries 'a'|its .*recur"):
+        CheckpointDirectory(tmp_path)
+
+
+@pytest.mark.parametrize("left", [INDEX, "model.safetensors.incomplete"])
+def test_the_command_takes_no_random_numbers_for_weights_that_did_not_come(tmp_path, capsys, left):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / left).write_text("{}")
+    with pytest.raises(SystemExit) as stopped:
+        main(["optimize", str(tmp_path), "--out", str(tmp_path / "b")])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and "holds no weights, and random numbers are not meant here: " in said
+    assert "index.json names some; fetch them" in said or "`hf download`, called again, goes on with it" in said

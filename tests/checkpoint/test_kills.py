@@ -120,7 +120,7 @@ def killed(model, backend, folder, points):
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(model), backend, str(folder), json.dumps(points)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=900,
+        timeout=300 * (1 + 2 * len(points)),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]

@@ -172,9 +172,9 @@ def test_a_restored_parameter_that_would_be_converted_again_is_made_anew(model, 
 
 def test_a_folder_that_its_owner_removes_while_another_process_locks_it(tmp_path, monkeypatch):
     """The lock of a removed folder holds nothing: a third process would make the folder anew and lock that one."""
-    from moeopt.checkpoint import folder_lock
+    from moeopt import file_lock
 
-    first, real, calls = Journal(tmp_path / "b", {}, 4096, 4096), folder_lock.fcntl.flock, []
+    first, real, calls = Journal(tmp_path / "b", {}, 4096, 4096), file_lock.fcntl.flock, []
 
     def flock(descriptor, how):
         calls.append(how)
@@ -182,7 +182,7 @@ def test_a_folder_that_its_owner_removes_while_another_process_locks_it(tmp_path
             first.close(done=True)
         real(descriptor, how)
 
-    monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
+    monkeypatch.setattr(file_lock.fcntl, "flock", flock)
     second = Journal(tmp_path / "b", {}, 4096, 4096)
     assert len(calls) == 2 and (folder_of(tmp_path / "b") / WEIGHTS).is_file()
     with pytest.raises(UsageError, match="another process is streaming"):

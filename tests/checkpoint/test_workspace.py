@@ -1,11 +1,16 @@
 """A folder that several processes share: one works, the others wait for it, and then read at the same time."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
-from moeopt.checkpoint.folder_lock import CAN_LOCK
-from moeopt.checkpoint.journal import JOURNAL, WEIGHTS, Journal, Workspace
-from moeopt.errors import CheckpointError
+from moeopt.bundle.weights_file import WeightsFile
+from moeopt.checkpoint.journal import JOURNAL, WEIGHTS, Journal, Workspace, folder_of
+from moeopt.errors import CheckpointError, UsageError
+from moeopt.file_lock import CAN_LOCK
 
 pytestmark = pytest.mark.skipif(not CAN_LOCK, reason="nothing is locked here")
 
@@ -102,3 +107,57 @@ def test_what_somebody_else_keeps_in_the_folder_stays(tmp_path):
     assert [path.name for path in (tmp_path / "w").iterdir()] == ["thesis.tex"]
     opened(tmp_path / "w").close(done=False)  # nothing was begun
     assert (tmp_path / "w" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, JOURNAL, "codes-0"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_somebody_elses_file_of_the_same_name_stays(tmp_path, name, shared):
+    """Also in the folder beside a bundle, whose name is moeopt's own."""
+    out = Workspace(tmp_path / "w", lambda: None) if shared else tmp_path / "w"
+    folder = folder_of(out)
+    folder.mkdir()
+    (folder / name).write_bytes(b"years of training")
+    with pytest.raises(UsageError, match=rf"holds '{name}', and no {JOURNAL} says that moeopt wrote it: it stays"):
+        Journal(out, KEY, 1 << 16, 4096)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {name: b"years of training"}
+    (folder / name).unlink()  # the lock was let go
+    Journal(out, KEY, 1 << 16, 4096).close(done=True)
+
+
+@pytest.mark.parametrize("owner, name", [(WeightsFile, "__init__"), (Path, "unlink")])
+def test_a_run_that_is_stopped_while_it_begins_leaves_nothing_that_seems_to_be_somebody_elses(
+    tmp_path, monkeypatch, owner, name
+):
+    def stop(*given, **fields):
+        raise KeyboardInterrupt
+
+    for key in (KEY, {"checkpoint": "b"}):  # in a new folder, and in one of other work
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, stop)
+            opened(tmp_path / "w", key=key)
+        worked(tmp_path / "w", key).close(done=False)
+
+
+def test_a_weights_file_that_a_bundle_has_too_is_not_written_to(tmp_path):
+    """A run that was killed when its bundle was whole: the next one leaves the bundle as it is until it has another."""
+    folder = folder_of(tmp_path / "b")
+    journal = Journal(tmp_path / "b", KEY, 1 << 16, 4096)
+    journal.keep("a.weight", torch.arange(6.0).view(2, 3), ["stored.a"])
+    journal.file.finish({"a.weight": journal.weights["a.weight"][0]})
+    (tmp_path / "b").mkdir()
+    os.link(folder / WEIGHTS, tmp_path / "b" / WEIGHTS)
+    journal.close(done=False)
+    before = (tmp_path / "b" / WEIGHTS).read_bytes()
+    again = Journal(tmp_path / "b", KEY, 1 << 16, 4096)
+    assert not again.begun and (tmp_path / "b" / WEIGHTS).read_bytes() == before
+    again.close(done=True)
+    assert (tmp_path / "b" / WEIGHTS).read_bytes() == before
+
+
+def test_where_there_is_no_room_to_begin_nothing_is_left(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", lambda *given: (_ for _ in ()).throw(OSError(errno.EFBIG, "File too large")))
+        with pytest.raises(OSError, match=r"too large: raise the limit on the size of files \(ulimit -f\), or take"):
+            opened(tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+    worked(tmp_path / "w").close(done=True)

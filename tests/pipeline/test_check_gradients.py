@@ -153,3 +153,39 @@ def test_asking_leaves_modes_and_buffers_as_they_were():
     for m in (original, model):
         assert (m.router.training, m.training, m.norm.training) == (True, False, False)
         assert all(torch.equal(t, before[n]) for n, t in m.state_dict().items())
+
+
+class ScaledSequences(MoE):
+    """A number for each sequence, and how many there are."""
+
+    def forward(self, x, scale):
+        return super().forward(x.reshape(-1, H)).view_as(x) * scale[:, None, None] / len(scale)
+
+
+def test_a_batch_that_the_original_broadcasts_runs_the_original():
+    """It ran with the number of one argument's rows in the place of the other's: wrong by that factor."""
+    block, x, scale = seeded(ScaledSequences), rand(4, 6, H, seed=3), rand(4, seed=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt = moeopt.optimize(block, (x, scale))
+        assert opt.report.blocks[0].status == "rewritten"
+        torch.testing.assert_close(opt(x[:2], scale[:2]), block(x[:2], scale[:2]))
+    with pytest.warns(StaleModelWarning, match="sizes 4 and 1 where one size was verified for both"):
+        assert torch.equal(opt(x[:1], scale), block(x[:1], scale))
+
+
+class MaskedWeights(MoE):
+    """Routing weights by the lengths of the sequences: one token beside two lengths broadcasts before the experts."""
+
+    def forward(self, x, lengths):
+        within = torch.arange(x.shape[1]) < lengths[:, None]
+        t = x.reshape(-1, H)
+        w, ids = self.route(t)
+        return self.mix(t, w * within.reshape(-1, 1), ids).view_as(x)
+
+
+def test_gradients_are_looked_at_on_calls_that_fit_together():
+    block, x, lengths = seeded(MaskedWeights), rand(2, 6, H, seed=3), torch.tensor([4, 6])
+    opt = moeopt.optimize(block, (x, lengths))
+    assert [b.status for b in opt.report.blocks] == ["rewritten"]
+    torch.testing.assert_close(opt(x, lengths), block(x, lengths))

@@ -124,3 +124,16 @@ def test_marks_survive_copies():
 def test_shared_memory_is_seen():
     x = rand(4)
     assert overlap([x, x[1:]]) and overlap([x, x]) and not overlap([x, x.clone()])
+
+
+def test_sizes_that_were_one_size_stay_one_size():
+    """Two arguments of one batch: with a batch of one beside four rows the original broadcasts, the program does not."""
+    pair = [TENSOR, TENSOR, "a"]
+    held = guard(pair, ((None, None, 3), (None,)), (torch.float32,) * 2, tied=(((1, 0), ((0, 0),)),))
+    assert held.refuses(nn.Module(), call(rand(4, 2, 3), rand(4))) == ""
+    said = held.refuses(nn.Module(), call(rand(1, 2, 3), rand(4)))
+    assert said == "two of its arguments have sizes 4 and 1 where one size was verified for both"
+    flat = guard(pair, ((None, None, 3), (None,)), (torch.float32,) * 2, tied=(((1, 0), ((0, 0), (0, 1))),))
+    assert flat.refuses(nn.Module(), call(rand(4, 2, 3), rand(8))) == ""
+    said = flat.refuses(nn.Module(), call(rand(4, 2, 3), rand(1)))
+    assert said == "one of its arguments has size 1 where a product of others, here 8, was verified"

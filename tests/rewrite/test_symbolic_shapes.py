@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moeopt.errors import Declined
 from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
-from moeopt.rewrite.symbolic_shapes import DeviceOf, InputSizes, Ratio, Size, generalize
+from moeopt.rewrite.symbolic_shapes import DeviceOf, InputSizes, Ratio, Size, generalize, tied_sizes
 
 aten = torch.ops.aten
 SHAPES = [[(3, 16, 8)], [(2, 7, 8)], [(5, 2, 8)]]
@@ -148,3 +148,9 @@ def test_outputs_mutations_and_attributes_are_merged():
     whole = generalize(plans, SHAPES)
     assert whole.output == {"y": StepRef(0), "n": Size((B,))} and whole.mutations == [(StepRef(0), StepRef(0))]
     assert whole.attributes == {("", "a"): StepRef(0)}
+
+
+def test_sizes_that_are_always_those_of_another_input_are_tied():
+    one = [[(3, 16, 8), (3,), (48, 2), (5,)], [(2, 7, 8), (2,), (14, 2), (5,)], [(5, 2, 8), (5,), (10, 2), (5,)]]
+    assert tied_sizes(one) == (((1, 0), (B,)), ((2, 0), (B, S)))
+    assert tied_sizes(SHAPES) == ()

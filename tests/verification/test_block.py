@@ -222,3 +222,25 @@ class _Top1(nn.Module):
         a = nn.functional.silu(torch.bmm(h, m.gate_EIH[ids].mT)) * torch.bmm(h, m.up_EIH[ids].mT)
         o = torch.bmm(a, m.down_EHI[ids].mT).squeeze(1) + m.bias_EH[ids]
         return (o * p_TE.gather(1, ids_T1).to(o.dtype)).view_as(x_BSH)
+
+
+def in_order(x, order):
+    """Sums of 64 columns of ``x`` (T, 256), one column after the other."""
+    y = x.new_zeros(len(x), 4)
+    for column in order:
+        y = y + x.view(len(x), 64, 4)[:, column]
+    return y
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+def test_float64_runs_differ_by_their_rounding_and_by_nothing_else(cancels):
+    x = torch.randn(50, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if cancels:
+        x[:, 128:] = -x[:, :128] * (1 + 1e-9)
+    cases = [Case("sums", (x,), {})]
+    forward, back = (lambda x: in_order(x, range(64))), (lambda x: in_order(x, range(63, -1, -1)))
+    result = verify_block("sums", forward, back, cases)
+    assert result.passed, result.reason
+    assert result.distance_exact > 2 * torch.finfo(torch.float64).eps
+    far = verify_block("sums", forward, lambda x: back(x) * (1 + (1e-5 if cancels else 1e-13)), cases)
+    assert far.passed is False

@@ -21,7 +21,7 @@ from moeopt.backends.onnxrt.open_engine import open_onnx
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.providers import PROVIDERS, why_absent
 from moeopt.backends.onnxrt.save_bundle import save_onnx_bundle
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE, mapped_options
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, mapped_options
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
@@ -32,13 +32,13 @@ from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
 
 _NOTES = {
-    UnrolledFloats: (
+    UnrolledFloats.name: (
         "ONNX Runtime has no quick kernel that computes on these codes with float32 activations, so the file holds "
         "codes, and a session makes floats of them when it is loaded; quantize='int4' stays codes in memory too, and "
         "so does quantize='int8' with mapped=True, more slowly"
     ),
-    UnrolledBytes: (
-        "as mapped=True asks, a session holds the codes of these experts and no floats; ONNX Runtime's product of "
+    UnrolledBytes.name: (
+        "as mapped=True asks, a session holds these codes and no floats; ONNX Runtime's product of "
         "8-bit codes with float32 activations makes one matrix float at each call, which takes about 10 times as long "
         "for one token"
     ),
@@ -84,7 +84,11 @@ class OnnxRuntimeBackend(GraphBackend):
 
     def _notes_impl(self, built: BuiltGraph) -> list[str]:
         """What of quantised experts is codes in the file only, and what is codes in memory at the price of time."""
-        found = {form: [s for s, name in built.lowerings.items() if name == form.name] for form in _NOTES}
+        found = {form: [s for s, name in built.lowerings.items() if name == form] for form in _NOTES}
+        for form, reads in ((UnrolledFloats.name, "floats"), (UnrolledBytes.name, "bytes")):
+            found[form] += [name for name, read in built.products.items() if read == reads]
+        if (built.directory / VERIFIED).exists():  # 8 bits are quick where activations are rounded
+            del found[UnrolledBytes.name]
         return [
             f"{sites[0]}{f' and {len(sites) - 1} more' if sites[1:] else ''}: {_NOTES[form]}"
             for form, sites in found.items()

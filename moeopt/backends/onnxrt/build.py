@@ -20,6 +20,7 @@ from moeopt.backends.onnxrt.missing_kernels import lines_of_float64
 from moeopt.backends.onnxrt.native_graph import write_native
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.portable import check_portable
+from moeopt.backends.onnxrt.product_nodes import lower_products, take_products
 from moeopt.backends.onnxrt.providers import available, provider_named, runtime
 from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
 from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, data_of
@@ -31,7 +32,6 @@ from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
 from moeopt.errors import Declined, NotSaveableError, UsageError
 from moeopt.lower.distances import DirectDistances
-from moeopt.lower.export import avoid_size_one
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.assemble import replace_sites
 from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
@@ -42,6 +42,7 @@ from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.onnx.simplify import simplify
 from moeopt.lower.onnx.upcast import upcast_graph
 from moeopt.lower.signature import describe_call
+from moeopt.lower.size_one import avoid_size_one
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet
@@ -58,6 +59,7 @@ class BuiltGraph:
     :mod:`moeopt.backends.onnxrt.known_answer` for each kind of site. ``cpu_fallback`` is the same graph lowered
     for CPU where the graph itself cannot run here. ``native`` is what a manifest says of the graph with moeopt's own
     operator, {} where there is none. ``float64``: by op, the model's line of a node that reads float64.
+    ``products``: whether each quantised product outside of the experts reads "codes", "bytes" or "floats".
     """
 
     folder: TemporaryFolder
@@ -70,6 +72,7 @@ class BuiltGraph:
     cpu_fallback: BuiltGraph | None = None
     native: dict[str, Any] = field(default_factory=dict)
     float64: dict[str, str] = field(default_factory=dict)
+    products: dict[str, str] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:
@@ -86,13 +89,19 @@ def onnx_plan(options: Options) -> OrtPlan:
     device = None if options.device is None else options.device.type
     provider = provider_named(options.target or device)
     there = ", ".join(available())
+    rounds = options.quantize is not None and options.quantize.activations == "int8"
+    if rounds and (provider != "cpu" or options.portable):
+        raise UsageError(
+            "QuantPlan(activations='int8') is for ONNX Runtime's own products of codes on a CPU: leave it out, or "
+            "leave " + ("portable=True" if provider == "cpu" else f"the provider {provider}") + " out"
+        )
     if device is not None and provider_named(device) not in available():
         raise UsageError(
             f"provider {provider_named(device)!r} is not on this machine; it has: {there}. "
             f"target={provider!r} instead of device builds the engine here, to be run where the provider is"
         )
     if provider in available():
-        return OrtPlan(provider, options.tokens, options.tune, options.portable, options.mapped)
+        return OrtPlan(provider, options.tokens, options.tune, options.portable, options.mapped, rounds)
     if options.tune:
         raise UsageError(
             f"tune=True measures on this machine, which has: {there}; build for target={provider!r} without it"
@@ -217,6 +226,7 @@ def write_graph(
     import onnx_ir as ir
 
     say(f"lowering {len(sites)} expert blocks")
+    products = take_products(model)
     if plan.provider == "cpu":
         upcast_graph(model)
     accurate_graph(model)
@@ -239,6 +249,7 @@ def write_graph(
         if (n.domain, n.op_type) == (DOMAIN, OP)
     }
     names = replace_sites(model, legalized, lambda site: _written(plan, site))
+    forms = lower_products(model, products, plan)
     own_outputs(model.graph)
     deduplicate(model.graph)
     name_ends(model.graph, signature)
@@ -252,7 +263,7 @@ def write_graph(
     ir.save(model, f"{folder.name}/{graph}", external_data=data_of(graph))
     built = BuiltGraph(folder, signature, dict(zip([s.name for s in sites], names, strict=True)))
     built.sites, built.probes, built.float64 = records, probes, float64
-    built.reasons = {site.name: plan.why(site) for site in sites}
+    built.reasons, built.products = {site.name: plan.why(site) for site in sites}, forms
     size = float(sum(p.stat().st_size for p in built.directory.glob(f"{graph}*")))
     seconds = time.perf_counter() - started
     built.facts = {"nodes": float(len(model.graph)), "bytes": size, "export_seconds": seconds}

@@ -25,8 +25,10 @@ from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, SIGNATURE, probes_o
 from moeopt.backends.onnxrt.check_bytes import check_graph, parsed
 from moeopt.backends.onnxrt.custom_op import native_library, register, why_not
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
+from moeopt.backends.onnxrt.environment import check_environment
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.providers import PROVIDERS, available, provider_named, runtime
+from moeopt.backends.onnxrt.rounded_activations import KEY, with_float_activations
 from moeopt.backends.onnxrt.selftest import SelfTestResult, load_probes, self_test, wrong_answers
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PORTABLE, data_of
 from moeopt.backends.onnxrt.trial import check_calls, within_limits
@@ -71,7 +73,7 @@ def load_onnx_bundle(
     Raises:
         BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason. A
             ``LimitError`` where it takes more than ``limits``.
-        UsageError: the provider is not on this machine.
+        UsageError: the provider is not on this machine; a variable of this process changes what its kernels compute.
         EngineNotExecutableError: a block computes something else here, and no other lowering takes its place.
         NotEquivalentError: the golden runs come back otherwise than the engine was verified to give them.
     """
@@ -84,6 +86,7 @@ def load_onnx_bundle(
     signature = read_signature(manifest)
     graph = PORTABLE if was_replayed(manifest) and provider == "cpu" else GRAPH
     proto = _checked(manifest, graph, signature)
+    check_environment(manifest.directory, manifest.data, proto)
     if provider not in available():
         _checked(manifest, PORTABLE, signature)
         return OfflineEngine(manifest.directory, signature, provider, manifest=manifest)
@@ -97,6 +100,11 @@ def load_onnx_bundle(
 
 
 Load = Callable[[str, Any], OnnxEngine]
+
+
+def rounds_activations(data: Mapping[str, Any]) -> bool:
+    """Whether the manifest says that products of codes round what they read."""
+    return data.get(KEY) == "int8"
 
 
 def holds_native(data: Mapping[str, Any]) -> bool:
@@ -145,6 +153,8 @@ def _loaded(
     proto: OnnxModel,
 ) -> OnnxEngine:
     """One graph of a bundle, tested on this machine, as an engine."""
+    if rounds_activations(manifest.data):  # blocks are asked what they were verified to answer
+        proto = with_float_activations(proto)
     key = (*(str(manifest.data["files"].get(f)) for f in (graph, data_of(graph))), runtime().__version__, provider)
     outcome = SelfTestResult(manifest.directory, graph)
     if key not in _PASSED:
@@ -196,7 +206,7 @@ def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> Py
     if graph == PORTABLE:
         checked(manifest.data["portable"], Form, f"{manifest.directory}: what the manifest says of {graph}")
     size = manifest.data["files"].get(data_of(graph), {"bytes": 0})["bytes"]
-    return check_graph(manifest.path(graph), signature, size)
+    return check_graph(manifest.path(graph), signature, size, rounds_activations(manifest.data))
 
 
 def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.GoldenCheck:

@@ -76,10 +76,11 @@ _ATTRIBUTES = {
 _KEYS = {"location", "offset", "length"}
 
 
-def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> OnnxValue:
+def check_graph(path: Path, signature: Mapping[str, Any], size: int, rounds: bool = False) -> OnnxValue:
     """The ``onnx.ModelProto`` of a file, without its weights; ``BundleError`` says what may not be in it.
 
-    ``size``: bytes of the data file, 0 where the manifest lists none.
+    ``size``: bytes of the data file, 0 where the manifest lists none. ``rounds``: whether the manifest says that
+    products of codes round their activations.
     """
     proto = parse(path)
     allowed = _NATIVE if path.name == NATIVE else _OWN
@@ -93,12 +94,12 @@ def check_graph(path: Path, signature: Mapping[str, Any], size: int) -> OnnxValu
         raise BundleError(f"{path}: it holds the function {found.domain}.{found.name}, and moeopt writes none")
     if proto.training_info:
         raise BundleError(f"{path}: it holds training information, and moeopt writes none")
-    for graph in _graphs(proto.graph):
+    for graph in graphs_of(proto.graph):
         if graph.sparse_initializer:
             raise BundleError(f"{path}: it holds sparse weights, and moeopt writes none")
         for node in graph.node:
             _check_node(path, node, allowed, constants)
-            if node.op_type == OF_CODES and (reason := refuses_node(node, sizes)):
+            if node.op_type == OF_CODES and (reason := refuses_node(node, sizes, rounds)):
                 raise BundleError(f"{path}: node {node.name!r} {reason}")
         for tensor in _tensors(graph):
             _check_tensor(path, tensor, size)
@@ -131,7 +132,7 @@ def parse(path: Path) -> OnnxValue:
     return proto
 
 
-def _graphs(graph: OnnxGraph) -> Iterator[Any]:
+def graphs_of(graph: OnnxGraph) -> Iterator[Any]:
     """A graph and all that its control flow holds."""
     todo = [graph]
     while todo:

@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from moeopt.backends.onnxrt.custom_op import native_library, register
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE, Session, no_change
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, Session, no_change
 from moeopt.backends.registry import open_bundle
 from moeopt.bundle import values
 from moeopt.bundle.binding import Binding
@@ -156,6 +156,10 @@ class OnnxEngine(GraphEngine):
     def described(self) -> str:
         library = native_library() if self.graph == NATIVE else None
         return super().described + ("" if library is None else f" with moeopt's native experts ({library.isa})")
+
+    def verified_form(self) -> OnnxEngine:
+        """The engine as it was verified, before its products of codes rounded their activations."""
+        return OnnxEngine(self.directory, self.signature, graph=VERIFIED)
 
     def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
         allowed: contextlib.AbstractContextManager[None] = self.session.within(seconds)

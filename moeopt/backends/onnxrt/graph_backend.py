@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,8 +19,8 @@ from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import count_ids
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.plan import OrtPlan
-from moeopt.backends.onnxrt.session import PORTABLE
-from moeopt.backends.onnxrt.ties import Ties, tie_note
+from moeopt.backends.onnxrt.rounded_activations import called_plainly, rounded_engine
+from moeopt.backends.onnxrt.ties import Ties, form_of, tie_note, ties_of
 from moeopt.bundle.fingerprint import fingerprint
 from moeopt.bundle.holds import notes_on_sizes
 from moeopt.bundle.manifest import Manifest
@@ -45,6 +46,7 @@ from moeopt.pipeline.quantized_model import (
     quantized_original,
     routed_banks,
 )
+from moeopt.pipeline.quantized_products import quantize_products
 from moeopt.pipeline.report_of import report_of
 from moeopt.pipeline.run import run
 from moeopt.report import BlockReport
@@ -98,7 +100,8 @@ class GraphBackend(Backend):
     ) -> Made:  # fmt: skip
         outcome = self._settled(twin, self._run_impl(twin, call, options, plan))
         check_patterns(outcome, options)
-        judge = quantized_original(source, twin)
+        products = quantize_products(twin, outcome, call, options)
+        judge = quantized_original(source, twin, products)
         with fewer_collections():
             built = self._build_impl(twin, call, plan, options)
             engine = self._opened_impl(built, plan, options)
@@ -109,7 +112,7 @@ class GraphBackend(Backend):
             """Expert ids inside an engine that ONNX Runtime runs; another runtime does not show them."""
             if not isinstance(runner, OnnxEngine):
                 return 0, 0, ""
-            return count_ids(twin, runner, runner.graph, _form_of(runner, form).sites, one)
+            return count_ids(twin, runner, runner.graph, form_of(runner, form).sites, one)
 
         notes = self._check_routers(judge, twin, runner, form, outcome, plan, options)
 
@@ -130,27 +133,42 @@ class GraphBackend(Backend):
                 notes.append(f"moeopt's native kernel was given up: {err}")
                 engine = self._opened_impl(built, plan, options)
                 runner, executed = self.runner(engine)
-        moved = sum(case.ties for check in outcome.checks for case in check.cases if case.name.endswith(runner.runtime))
-        counted, own = (None, 0) if end is None else (moved, end.ties)
-        if ties := tie_note(twin, call, runner.runtime, counted, own, self._origin):
-            notes.append(ties)
-        notes = [*notes_on_sizes(form.signature), *notes]
-        first = next(source.parameters(), None)
-        device = engine.described if executed else engine.built_for
-        dtype = str(first.dtype).removeprefix("torch.") if first is not None else ""
-        certificate = Certificate(
-            outcome.checks, end, options.verify, executed, device, dtype, notes=[*plan.notes, *notes],
-            quantized=formats_of(twin),
-        )  # fmt: skip
+        activations: dict[str, float] = {}
+        if isinstance(plan, OrtPlan) and plan.rounds:
+            open_again = functools.partial(self._opened_impl, built, plan, options)
+            engine, activations, told = rounded_engine(engine, form.directory, open_again, self.comparable, call)
+            runner, notes = engine, notes + told
+        certificate = self._certificate(source, twin, engine, runner, executed, form, call, outcome, end, plan, notes)
+        certificate.products, certificate.activations, certificate.level = products.formats, activations, options.verify
         if judge is not source and options.verify != "off":
-            certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options)
+            runs = called_plainly(runner, self.comparable) if activations else None
+            certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options, products, runs)
         blocks = [self._with_lowering(block, built) for block in outcome.blocks]
         report = report_of(source, blocks, self.name, outcome, certificate, options)
-        told = notes_of(outcome, twin, options)
+        told = [*notes_of(outcome, twin, options), *products.note()]
         report = dataclasses.replace(
             report, notes=(*report.notes, *told, *plan.notes, *self._notes_impl(built), *notes)
         )
         return Made(engine, report, certificate, fingerprint(source), built)
+
+    def _certificate(
+        self, source: nn.Module, twin: nn.Module, engine: PyObject, runner: GraphEngine, executed: bool,
+        form: BuiltGraph, call: ArgsKwargs, outcome: PipelineResult, end: EndToEnd | None, plan: PyObject,
+        notes: list[str],
+    ) -> Certificate:  # fmt: skip
+        """The certificate but for what was lost; ``notes`` gets those on ties and sizes."""
+        moved = sum(case.ties for check in outcome.checks for case in check.cases if case.name.endswith(runner.runtime))
+        counted, own = (None, 0) if end is None else (moved, end.ties)
+        if ties := tie_note(twin, call, runner.runtime, counted, own, self._origin):
+            notes.append(ties)
+        notes[:0] = notes_on_sizes(form.signature)
+        first = next(source.parameters(), None)
+        device = engine.described if executed else engine.built_for
+        dtype = str(first.dtype).removeprefix("torch.") if first is not None else ""
+        return Certificate(
+            outcome.checks, end, executed=executed, device=device, dtype=dtype, notes=[*plan.notes, *notes],
+            quantized=formats_of(twin),
+        )  # fmt: skip
 
     def _settled(self, twin: nn.Module, outcome: PipelineResult) -> PipelineResult:
         if self._settle is not None:
@@ -207,11 +225,12 @@ class GraphBackend(Backend):
 
     def judge(self, original: nn.Module, made: Made, call: ArgsKwargs) -> nn.Module:
         """``original`` is rewritten and quantised again: an engine has no modules to read codes from."""
-        if not made.certificate.quantized:
+        certificate = made.certificate
+        if not certificate.lossy:
             return original
-        twin = shared_copy(original)
-        run(twin, call, Options(verify="off", quantize=plan_of(made.certificate.quantized)))
-        return quantized_original(original, twin)
+        twin, options = shared_copy(original), Options(verify="off", quantize=plan_of(certificate))
+        products = quantize_products(twin, run(twin, call, options), call, options)
+        return quantized_original(original, twin, products)
 
     def runner(self, model: PyObject) -> tuple[GraphEngine, bool]:
         return (model.replay(), False) if isinstance(model, OfflineEngine) else (model, True)
@@ -271,15 +290,3 @@ class GraphBackend(Backend):
         """Sentences on the engine for the report."""
         del built
         return []
-
-
-def ties_of(twin: nn.Module, engine: GraphEngine, form: BuiltGraph, noise: list[str], seed: int) -> Ties | None:
-    """What compares once more where ``engine`` broke ties otherwise; only ONNX Runtime tells its expert ids."""
-    if not isinstance(engine, OnnxEngine):
-        return None
-    return Ties(twin, engine, engine.graph, _form_of(engine, form).sites, noise, seed)
-
-
-def _form_of(engine: OnnxEngine, form: BuiltGraph) -> BuiltGraph:
-    """The record of the graph that ``engine`` runs."""
-    return form.cpu_fallback if engine.graph == PORTABLE and form.cpu_fallback is not None else form

@@ -26,6 +26,7 @@ class OrtPlan(BlockPlan):
         tune: measure the lowerings on this machine, on the first block of each kind, instead of estimating.
         portable: leave out lowerings with operators that only ONNX Runtime has.
         mapped: take forms of quantised experts whose codes stay as they lie in the file, quicker ones or not.
+        rounds: products of codes round their activations to int8, so 8 bits are read as codes too.
 
     Attributes:
         native: whether moeopt's own operator may take the place of ONNX Runtime's nodes, on the CPU of this machine.
@@ -40,14 +41,16 @@ class OrtPlan(BlockPlan):
         tune: bool = False,
         portable: bool = False,
         mapped: bool = False,
+        rounds: bool = False,
     ) -> None:
         super().__init__(provider, tokens)
-        self.tune, self.portable, self.mapped = tune, portable, mapped
+        self.tune, self.portable, self.mapped, self.rounds = tune, portable, mapped, rounds
+        self.native = type(self).native and not rounds  # its kernel has no codes in a graph
 
     def rank(self, site: ExpertsNode) -> list[LoweringChoice]:
         measured = functools.partial(session_of, provider=self.provider) if self.tune else None
         without = NOT_PORTABLE if self.portable else {}
-        choices = ranked(site, self.provider, self.tokens, measured, without, self.mapped)
+        choices = ranked(site, self.provider, self.tokens, measured, without, self.mapped, self.rounds)
         if not self.native or self.portable or self.provider != "cpu":
             return choices
         own = native_choice(site, choices[0], self.tokens or TOKENS, session_of)

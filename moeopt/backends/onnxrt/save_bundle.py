@@ -12,10 +12,14 @@ from typing import Any
 
 from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, SIGNATURE, golden_calls, probes_of
+from moeopt.backends.onnxrt.check_bytes import parse
 from moeopt.backends.onnxrt.engine import OnnxEngine
+from moeopt.backends.onnxrt.environment import KEY as KEY_OF_VARIABLES
+from moeopt.backends.onnxrt.environment import operators_of, variables
 from moeopt.backends.onnxrt.golden import budget_of, golden_runs
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.providers import runtime
+from moeopt.backends.onnxrt.rounded_activations import KEY as ROUNDED
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PORTABLE, data_of
 from moeopt.bundle import golden as goldens
 from moeopt.bundle.holds import sentences
@@ -54,6 +58,10 @@ def save_onnx_bundle(
         fields["portable"] = _form(built.cpu_fallback)
     if built.native:
         fields["native"] = built.native
+    if certificate.activations:
+        fields[ROUNDED] = "int8"
+    if changed := variables(operators_of(parse(built.directory / GRAPH))):
+        fields[KEY_OF_VARIABLES] = changed
 
     def write(aside: Path) -> None:
         _write_form(built, GRAPH, aside)

@@ -20,7 +20,13 @@ from types import MappingProxyType
 
 import torch
 
-from moeopt.backends.onnxrt.lowerings import FUNCTION_LOWERINGS, LOWERINGS, MAPPED_LOWERINGS, QUANTIZED_LOWERINGS
+from moeopt.backends.onnxrt.lowerings import (
+    FUNCTION_LOWERINGS,
+    LOWERINGS,
+    MAPPED_LOWERINGS,
+    QUANTIZED_LOWERINGS,
+    ROUNDED_LOWERINGS,
+)
 from moeopt.backends.onnxrt.session import Session
 from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
@@ -63,6 +69,7 @@ def ranked(
     open_session: Callable[[ExpertsNode, Lowering], Session] | None = None,
     without: Mapping[str, str] = MappingProxyType({}),
     mapped: bool = False,
+    rounds: bool = False,
 ) -> list[LoweringChoice]:
     """Every lowering: those that fit first, the quickest ahead.
 
@@ -71,11 +78,13 @@ def ranked(
         open_session: given, each lowering is measured in a session that it opens, load time included.
         without: names of lowerings that the engine leaves out -> why.
         mapped: forms of quantised experts with which a session makes no floats of the file's codes come first.
+        rounds: products of codes round their activations: forms that read codes come first.
     """
     counts = tokens or TOKENS
     if isinstance(site.spec, RowFunction):
         return [_only(form, site, provider) for form in FUNCTION_LOWERINGS]
-    choices, kept = [], {low.name: low for low in MAPPED_LOWERINGS} if mapped and is_quantized(site) else {}
+    first = ROUNDED_LOWERINGS if rounds else MAPPED_LOWERINGS if mapped else ()
+    choices, kept = [], {low.name: low for low in first} if is_quantized(site) else {}
     forms = {low.name: low for low in (QUANTIZED_LOWERINGS if is_quantized(site) else LOWERINGS)}
     for lowering in (kept | forms).values():
         refusal = lowering.refuses(site, provider)

@@ -59,6 +59,10 @@ NATIVE = "model.native.onnx"
 """The same graph with moeopt's own operator for its experts, over the weights of ``GRAPH``."""
 
 
+VERIFIED = "verified.onnx"
+"""Beside an engine's graph, and in no bundle: the graph with float activations, over the same weights."""
+
+
 _NO_COPIES = "session.disable_prepacking"
 """The entry with which kernels read weights where they are, and make no copy in a layout of their own."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import Records, ids_of_engine
 from moeopt.backends.onnxrt.session import PORTABLE
@@ -121,3 +122,15 @@ def coarsest(model: nn.Module, outputs: PyObject) -> float:
     """The largest eps of the dtypes of a model's parameters and outputs."""
     tensors = [*model.parameters(), *(t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor))]
     return max((torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()), default=0.0)
+
+
+def ties_of(twin: nn.Module, engine: GraphEngine, form: BuiltGraph, noise: list[str], seed: int) -> Ties | None:
+    """What compares once more where ``engine`` broke ties otherwise; only ONNX Runtime tells its expert ids."""
+    if not isinstance(engine, OnnxEngine):
+        return None
+    return Ties(twin, engine, engine.graph, form_of(engine, form).sites, noise, seed)
+
+
+def form_of(engine: OnnxEngine, form: BuiltGraph) -> BuiltGraph:
+    """The record of the graph that ``engine`` runs."""
+    return form.cpu_fallback if engine.graph == PORTABLE and form.cpu_fallback is not None else form

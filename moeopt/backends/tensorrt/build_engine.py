@@ -36,13 +36,13 @@ from moeopt.bundle.io_names import KEY
 from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
 from moeopt.errors import Declined, EngineBuildError, NotSaveableError, UsageError
-from moeopt.lower.export import avoid_size_one
 from moeopt.lower.onnx.assemble import one_op
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.export import emitting, export_with_sites, to_onnx
 from moeopt.lower.onnx.plan import kind
 from moeopt.lower.onnx.upcast import upcast_graph, upcast_node
 from moeopt.lower.signature import describe_call
+from moeopt.lower.size_one import avoid_size_one
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moeopt.backends.base import Backend, Made, Opened
+from moeopt.backends.refuse_quantize import refuse_engine_parts
 from moeopt.backends.torch.bundle import load_torch_bundle, save_torch_bundle, verify_torch_bundle
 from moeopt.bundle.fingerprint import fingerprint
 from moeopt.bundle.manifest import Manifest
@@ -49,6 +50,7 @@ class TorchBackend(Backend):
     name = "torch"
 
     def _plan_impl(self, options: Options) -> None:
+        refuse_engine_parts(options)
         for name in ("target", "profile", "timing_cache", "session_options", "portable"):
             if (given := getattr(options, name)) not in (None, False):
                 raise UsageError(

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moeopt.errors import MoeoptError
+from moeopt.file_lock import wait_for_lock
 from moeopt.ops.native.compile import (
     FLAGS,
     SECONDS,
@@ -149,11 +150,6 @@ def _own(path: Path) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One build at a time in ``folder``, where the system has file locks: the second finds what the first built."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for_lock(file.fileno())
         yield

@@ -1,7 +1,7 @@
 """Lowerings: each replaces the grouped-expert op by nodes that ONNX Runtime runs; the order here breaks ties."""
 
 from moeopt.backends.onnxrt.lowerings.moe_kernel import Expand, MaskedLog
-from moeopt.backends.onnxrt.lowerings.quantized import UnrolledBytes, UnrolledCodes, UnrolledFloats
+from moeopt.backends.onnxrt.lowerings.quantized import ROUNDED_BLOCK, UnrolledBytes, UnrolledCodes, UnrolledFloats
 from moeopt.backends.onnxrt.lowerings.unrolled import Unrolled
 from moeopt.backends.onnxrt.lowerings.unrolled_function import UnrolledFunction
 from moeopt.errors import UsageError
@@ -14,6 +14,8 @@ QUANTIZED_LOWERINGS: tuple[Lowering, ...] = (UnrolledCodes(), UnrolledFloats())
 """Those of experts that are codes and scales."""
 MAPPED_LOWERINGS: tuple[Lowering, ...] = (UnrolledCodes(), UnrolledBytes())
 """Those of them with which a session holds the codes as they lie in the file; ``mapped=True`` takes them first."""
+ROUNDED_LOWERINGS: tuple[Lowering, ...] = (UnrolledCodes(), UnrolledBytes(widest=ROUNDED_BLOCK))
+"""Those with which a product may round its activations to int8."""
 FUNCTION_LOWERINGS: tuple[Lowering, ...] = (UnrolledFunction(), DenseFunction())
 """Those of experts that are a function of a row."""
 NOT_PORTABLE = {

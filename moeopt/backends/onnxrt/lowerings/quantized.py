@@ -5,7 +5,8 @@
     unrolled-floats  MatMul(part, dequantised in the graph): any format; the file holds codes, a session holds floats
 
 MatMulNBits computes in float32 at accuracy levels 0 to 3. At level 4 it rounds the activations to int8, which is as
-large an error as the weights' own (``int8_activations`` has the table): that is never emitted. With 8 bits the matrix
+large an error as the weights' own (``int8_activations`` has the table): a graph gets that level on request only, once
+it was verified without (``rounded_activations``). With 8 bits the matrix
 that is made float costs more than the product of a few rows, so ``unrolled-bytes`` is for those who ask for memory
 (``mapped=True``) and not for speed.
 Shape legend: E experts, N out, K in; b weights share a scale.
@@ -35,6 +36,8 @@ ACCURACY_LEVELS = {4: 1, 8: 0}
 """Bits -> of MatMulNBits: activations are float32. By the operator's schema 0 means that they are not quantised."""
 WIDEST = 2048
 """Inputs of the longest block that is written for a format with one scale a row."""
+ROUNDED_BLOCK = 128
+"""The same where activations are rounded to int8 with a scale a block: shorter blocks lose less of them."""
 
 
 class UnrolledFloats(Unrolled):
@@ -54,6 +57,7 @@ class UnrolledCodes(Unrolled):
     """The lowering ``"unrolled-codes"``: 4 bits in blocks along the inputs, on a CPU."""
 
     name = "unrolled-codes"
+    widest = WIDEST
     reads = 1 / 7
     """The time of reading an expert's weights, beside that of reading them as floats: 4.5 bits where 32 are counted."""
 
@@ -65,11 +69,12 @@ class UnrolledCodes(Unrolled):
         if types_of(site).compute != torch.float32:
             return f"MatMulNBits computes in float32 here, and the experts in {types_of(site).compute}"
         for matrix in (*site.bank.w_in_q, site.bank.w_out_q):
-            if reason := self._refuses_format(matrix.matrix.format):
+            if reason := self.refuses_format(matrix.matrix.format):
                 return reason
         return super().refuses(site, provider)
 
-    def _refuses_format(self, format: WeightFormat) -> str:
+    def refuses_format(self, format: WeightFormat) -> str:
+        """Why weights of ``format`` are not read as codes; "" where they are."""
         if format.codes != "uint4" or not format.symmetric or format.packing != "low nibble first":
             return f"MatMulNBits is quick with float32 activations for symmetric 4-bit codes only, not for {format}"
         rows, columns = format.block
@@ -83,20 +88,28 @@ class UnrolledCodes(Unrolled):
     def product(self, graph: Builder, site: ExpertsNode, e: int, which: str, rows: OnnxValue) -> OnnxValue:
         order = row_order(site.spec, site.bank.w_in_q[0].matrix.shape[0]) if which == "gate_up" else None
         done = [
-            _product(graph, one, order, f"expert.{e}/{which}" + (f".{n}" if n else ""), rows)
+            product_on_codes(graph, one, order, f"expert.{e}/{which}" + (f".{n}" if n else ""), rows, self.widest)
             for n, one in enumerate(matrices(site, e, which))
         ]
         return done[0] if len(done) == 1 else graph.op("Concat", done, axis=1, name=f"expert.{e}/{which}")
 
 
 class UnrolledBytes(UnrolledCodes):
-    """The lowering ``"unrolled-bytes"``: 8 bits, in blocks along the inputs or with a scale for each row, on a CPU."""
+    """The lowering ``"unrolled-bytes"``: 8 bits, in blocks along the inputs or with a scale for each row, on a CPU.
+
+    Args:
+        widest: inputs of the longest block that a row with one scale is written as.
+    """
 
     name = "unrolled-bytes"
     reads = 8.0
     """Each matrix is made float, one code after the other, written, and read again: 8 to 40 were measured."""
 
-    def _refuses_format(self, format: WeightFormat) -> str:
+    def __init__(self, widest: int = WIDEST) -> None:
+        self.widest = widest
+
+    def refuses_format(self, format: WeightFormat) -> str:
+        """As the base class has it."""
         if format.codes not in ("int8", "uint8") or not format.symmetric:
             return f"it is for symmetric 8-bit integers, not for {format}"
         rows, columns = format.block
@@ -110,10 +123,17 @@ def _is_block(columns: int | None) -> bool:
     return columns is not None and columns >= 16 and not columns & (columns - 1)
 
 
-def _product(graph: Builder, weight: QuantizedWeight, order: Tensor | None, name: str, rows: OnnxValue) -> OnnxValue:
-    """``rows`` times the transpose of ``weight``, whose rows are taken in ``order``."""
+def product_on_codes(
+    graph: Builder,
+    weight: QuantizedWeight,
+    order: Tensor | None,
+    name: str,
+    rows: OnnxValue,
+    widest: int = WIDEST,
+) -> OnnxValue:
+    """A MatMulNBits node: ``rows`` times the transpose of ``weight``, whose rows are taken in ``order``."""
     (N, K), bits = weight.shape, weight.format.bits
-    b = weight.format.block[1] or _row_block(K)
+    b = weight.format.block[1] or _row_block(K, widest)
     blocks = -(-K // b)
     blob = graph.weight(
         f"{name}.codes", lambda: _blob(weight, order, blocks, b), torch.uint8, (N, blocks, b * bits // 8)
@@ -129,9 +149,9 @@ def _product(graph: Builder, weight: QuantizedWeight, order: Tensor | None, name
     )  # fmt: skip
 
 
-def _row_block(columns: int) -> int:
+def _row_block(columns: int, widest: int) -> int:
     """The block with which a row of ``columns`` codes takes the fewest bytes, zeros at its end and scales included."""
-    sizes = [1 << n for n in range(4, WIDEST.bit_length())]
+    sizes = [1 << n for n in range(4, widest.bit_length())]
     return min(sizes, key=lambda b: -(-columns // b) * (b + 4))
 
 

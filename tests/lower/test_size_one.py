@@ -7,7 +7,7 @@ from torch import nn
 pytest.importorskip("onnxruntime")
 
 import moeopt
-from moeopt.lower.export import avoid_size_one
+from moeopt.lower.size_one import avoid_size_one
 from tests.toy_moe import Block, H, build
 
 
@@ -70,3 +70,34 @@ def test_an_engine_of_one_row_takes_more(lead):
     for other in (lead, tuple(size + 2 for size in lead), tuple(3 * size for size in lead)):
         with torch.no_grad():
             torch.testing.assert_close(engine(*call(name, *other)), model(*call(name, *other)), rtol=1e-4, atol=1e-4)
+
+
+class Given(nn.Module):
+    """Experts by ids and weights that are arguments, one of each for a token."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, H, 8) / 4), nn.Parameter(torch.randn(2, 8, H) / 4)
+
+    def forward(self, x, ids, weights):
+        """``x`` (T, H), ``ids`` and ``weights`` (T, K)."""
+        inner = torch.relu(torch.einsum("th,tkhi->tki", x, self.up[ids]))
+        return (torch.einsum("tki,tkih->tkh", inner, self.down[ids]) * weights[..., None]).sum(1)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_size_of_one_that_a_block_holds_fixed_is_fixed_in_the_engine(tokens, recwarn):
+    def given(rows):
+        torch.manual_seed(rows)
+        return torch.randn(rows, H), torch.arange(rows)[:, None] % 2, torch.rand(rows, 1) + 0.5
+
+    model = build(Given)
+    engine = moeopt.optimize(model, given(tokens), backend="onnxruntime", verify="fast")
+    assert engine.report.blocks[0].status == "rewritten", engine.report
+    assert not [w for w in recwarn if issubclass(w.category, moeopt.StaleModelWarning)]
+    for rows in (1, 2, 7):
+        with torch.no_grad():
+            torch.testing.assert_close(engine(*given(rows)), model(*given(rows)), rtol=1e-4, atol=1e-4)
+    x, ids, weights = given(3)
+    with pytest.raises(moeopt.errors.UsageError, match=r"this engine holds for calls where ids.shape\[1\] == 1, as in"):
+        engine(x, ids.repeat(1, 2), weights.repeat(1, 2))

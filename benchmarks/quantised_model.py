@@ -1,0 +1,113 @@
+"""A whole model's decode with quantised experts, attention and lm_head, beside its float32 engine of ONNX Runtime.
+
+One token after a prompt of 128, one thread, in CPU time of the calling thread: the forms take turns, and the medians of
+the paired ratios are told. The model is the Qwen3-MoE of ``examples/demo.py``, 4 layers of 32 experts, random weights:
+time, bytes and the engines' heap do not depend on their values, losses do.
+
+    PYTHONPATH=.:examples OMP_NUM_THREADS=1 python benchmarks/quantised_model.py \\
+        --out benchmarks/results/quantised-model-1t.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+import transformers
+from demo import qwen
+
+import moeopt
+from moeopt import QuantPlan
+
+FORMS: dict[str, QuantPlan | None] = {
+    "float32": None,
+    "int8 experts": QuantPlan(default="int8"),
+    "int4 experts": QuantPlan(default="int4"),
+    "int4 all": QuantPlan(default="int4", products="int4"),
+    "int4 all, int8 activations": QuantPlan(default="int4", products="int4", activations="int8"),
+    "int8 all, int8 activations": QuantPlan(default="int8", products="int8", activations="int8"),
+}
+PROMPT, ROUNDS = 128, 31
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--verify", default="off")
+    parser.add_argument("--bundles", type=Path, help="where engines are kept, and found again")
+    parser.add_argument("--only", help="make the bundle of this form, and time nothing")
+    chosen = parser.parse_args()
+    folder = chosen.bundles or Path(tempfile.mkdtemp())
+    ids = torch.randint(1, 4096, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    steps, sizes, lost = {}, {}, {}
+    for name in FORMS if chosen.only is None else [chosen.only]:
+        bundle = folder / name.replace(" ", "-").replace(",", "")
+        if not bundle.exists():
+            make(name, ids, bundle, chosen.verify)
+        if chosen.only is None:
+            steps[name] = step_of(moeopt.load(bundle), ids)
+            sizes[name] = sum(p.stat().st_size for p in bundle.glob("model.onnx*"))
+            loss = json.loads((bundle / "certificate.json").read_text())["loss"]
+            lost[name] = {k: v for k, v in loss.items() if isinstance(v, float)}
+    if chosen.only is not None:
+        return
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(ROUNDS + 3):  # the first three warm up
+        for name, step in steps.items():
+            start = time.thread_time()
+            step()
+            if turn > 2:
+                times[name].append(time.thread_time() - start)
+    found = {
+        name: {
+            "ms": 1e3 * statistics.median(spent),
+            "times_as_fast": statistics.median(f / s for f, s in zip(times["float32"], spent, strict=True)),
+            "file_bytes": sizes[name],
+            "loss": lost[name],
+        }
+        for name, spent in times.items()
+    }
+    for name, row in found.items():
+        print(f"{name:<30} {row['ms']:8.2f} ms  {row['times_as_fast']:5.2f}x  {row['file_bytes'] / 1e6:7.1f} MB")
+    about = {
+        "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "onnxruntime": onnxruntime.__version__, "prompt": PROMPT,
+        "threads": torch.get_num_threads(), "rounds": ROUNDS, "verify": chosen.verify,
+    }  # fmt: skip
+    if chosen.out is not None:
+        chosen.out.write_text(json.dumps({"about": about, "forms": found}, indent=1) + "\n")
+
+
+def make(name: str, ids: torch.Tensor, bundle: Path, verify: str) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = qwen()
+    inputs = {"input_ids": ids[:, :16]}
+    moeopt.optimize(model, inputs, backend="onnxruntime", quantize=FORMS[name], verify=verify).save(bundle)
+
+
+def step_of(engine: Any, ids: torch.Tensor) -> Any:
+    """A call that decodes one token after the prompt; each has the same cache."""
+    with torch.no_grad():
+        cache = engine(input_ids=ids, use_cache=True).past_key_values
+        keys = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+
+    def step() -> None:
+        for layer, (k, v) in zip(cache.layers, keys, strict=True):
+            layer.keys, layer.values = k, v
+        with torch.no_grad():
+            engine(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+
+    return step
+
+
+if __name__ == "__main__":
+    main()

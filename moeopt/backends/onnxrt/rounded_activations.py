@@ -1,0 +1,210 @@
+"""Products of codes whose activations are rounded to int8: faster, and another loss than the weights' own.
+
+    MatMulNBits(x, codes, scales) at accuracy_level 4
+      = product of q * s and the weight            s = max |x| of a block / 127      q = round(x / s)
+
+A block is the weight's block of ``block_size`` inputs. The graph is written and verified with float activations first;
+only then do its products get level 4. Each kind of them is shown to compute just the line above, on rows of its own
+with no number near the middle between two steps, where float32 decides which it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from moeopt.backends.onnxrt.check_quantized import LEVEL, OP
+from moeopt.backends.onnxrt.lowerings.quantized import ACCURACY_LEVELS
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, Session
+from moeopt.value_types import OnnxModel, OnnxNode, PyObject
+from moeopt.verification.distance import token_distance
+from moeopt.verification.model import run_plain
+
+KEY = "activations"
+"""Of the manifest: "int8" where products of codes round their activations."""
+ALLOWED = 64
+"""Roundings, in eps of a row's length, between a kernel and what it is said to compute."""
+_STEPS = 127
+_NEAR = 0.01
+"""Of a step: what is so near to the middle between two is moved."""
+
+
+@dataclass(frozen=True)
+class RoundedKernels:
+    """What was found: how many products, of how many kinds, their worst error in eps, and how far rounding moves one.
+
+    ``reason``: why activations cannot be rounded here; "" where they can.
+    """
+
+    products: int
+    kinds: int
+    error: float
+    moved: float
+    reason: str = ""
+
+    def stated(self, distance: float) -> dict[str, float]:
+        """What a certificate says, with how far rounding moves the outputs of the example inputs, worst token."""
+        return {
+            "products": self.products, "kinds": self.kinds, "error_eps": round(self.error, 2), "product": self.moved,
+            "outputs": distance,
+        }  # fmt: skip
+
+
+def distance_between(before: PyObject, after: PyObject) -> float:
+    """The largest relative distance a token between two results of one structure."""
+    pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
+    floats = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
+    return max((float(token_distance(b, a.double()).max()) for a, b in floats if a.numel()), default=0.0)
+
+
+Comparable = Callable[[Any, Any], Any]
+"""An engine and a call -> the call without what no figure is measured on, like a cache."""
+
+
+def rounded_engine(
+    engine: PyObject, directory: Path, open_again: Callable[[], PyObject], comparable: Comparable, call: PyObject
+) -> tuple[PyObject, dict[str, float], list[str]]:
+    """A verified engine whose products of codes round their activations now, and what a certificate says of that.
+
+    Args:
+        directory: of the engine's graph. open_again: gives the engine of what the graph is then.
+
+    Returns:
+        the engine that was given, {} and a note where activations cannot be rounded here.
+    """
+    before = run_plain(called_plainly(engine, comparable), *call)
+    found = round_activations(directory)
+    if found.reason:
+        return engine, {}, [f"activations stay floats: {found.reason}"]
+    rounded = open_again()
+    after = run_plain(called_plainly(rounded, comparable), *call)
+    return rounded, found.stated(distance_between(before, after)), []
+
+
+def called_plainly(engine: PyObject, comparable: Comparable) -> Callable[..., Any]:
+    """``engine`` called as the original is."""
+
+    def run(*args: PyObject, **kwargs: PyObject) -> PyObject:
+        args, kwargs = comparable(engine, (args, kwargs))
+        return engine(*args, **kwargs)
+
+    return run
+
+
+def round_activations(directory: Path) -> RoundedKernels:
+    """Let the products of codes of a written engine round their activations, where they do so rightly here.
+
+    The graph as it was lies beside it then, as ``VERIFIED``.
+    """
+    import onnx
+
+    found = _checked(directory)
+    if found.reason:
+        return found
+    (directory / VERIFIED).write_bytes((directory / GRAPH).read_bytes())
+    for name in (GRAPH, NATIVE):
+        if (directory / name).exists():
+            proto = onnx.load(directory / name, load_external_data=False)
+            for node in products(proto):
+                _level(node).i = LEVEL
+            onnx.save(proto, directory / name)
+    return found
+
+
+def with_float_activations(proto: OnnxModel) -> OnnxModel:
+    """A copy of an ``onnx.ModelProto`` whose products of codes read floats."""
+    import onnx
+
+    other = onnx.ModelProto()
+    other.CopyFrom(proto)
+    for node in products(other):
+        _level(node).i = ACCURACY_LEVELS[next(a.i for a in node.attribute if a.name == "bits")]
+    return other
+
+
+def products(proto: OnnxModel) -> Iterator[OnnxNode]:
+    """The nodes of an ``onnx.ModelProto`` that compute on codes."""
+    yield from (node for node in proto.graph.node if node.op_type == OP)
+
+
+def _level(node: OnnxNode) -> Any:
+    return next(a for a in node.attribute if a.name == "accuracy_level")
+
+
+def _checked(directory: Path) -> RoundedKernels:
+    """One product of each kind asked for a single row and for several."""
+    import onnx
+
+    proto = onnx.load(directory / GRAPH, load_external_data=False)
+    kinds: dict[tuple[int, ...], OnnxNode] = {}
+    nodes = list(products(proto))
+    for node in nodes:
+        values = {a.name: a.i for a in node.attribute}
+        kinds.setdefault(tuple(values[name] for name in ("K", "N", "bits", "block_size")), node)
+    if not nodes:
+        return RoundedKernels(0, 0, 0.0, 0.0, "the engine has no product that reads codes")
+    error = moved = 0.0
+    for K, N, bits, block in kinds:
+        rounded, floats = (_session(K, N, bits, block, level) for level in (LEVEL, ACCURACY_LEVELS[bits]))
+        for rows in (1, 5):
+            x = _rows(rows, K, block)
+            got, exact = (s.run({"x": x})[0].double() for s in (rounded, floats))
+            want = floats.run({"x": rounded_rows(x, block).float()})[0].double()
+            length = want.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+            here = float(((got - want).norm(dim=-1) / length).max()) / torch.finfo(torch.float32).eps
+            moved = max(moved, float(((got - exact).norm(dim=-1) / length).max()))
+            error = max(error, here)
+            if here > ALLOWED:
+                reason = f"a product of {K} x {N} in {bits} bits is {here:.3g} eps from what rounding to int8 gives"
+                return RoundedKernels(len(nodes), len(kinds), error, moved, reason)
+    return RoundedKernels(len(nodes), len(kinds), error, moved)
+
+
+def rounded_rows(x_TK: Tensor, block: int) -> Tensor:
+    """The activations (T, K) as a product of codes reads them, in float64: each block in 127 steps of its largest."""
+    T, K = x_TK.shape
+    wide = torch.nn.functional.pad(x_TK.double(), (0, -K % block)).view(T, -1, block)
+    step = wide.abs().amax(-1, keepdim=True) / _STEPS
+    found = torch.where(step > 0, (wide / step).round() * step, wide)
+    return found.view(T, -1)[:, :K]
+
+
+def _rows(rows: int, K: int, block: int) -> Tensor:
+    """Rows that a kernel may meet: plain, large, small, with one outlier, zero; no number is between two steps."""
+    rng = torch.Generator().manual_seed(K + rows)
+    x = torch.randn(rows, K, generator=rng)
+    if rows > 1:
+        x[1], x[2], x[4] = x[1] * 1024, x[2] / 1024, 0
+        x[3, K // 2] = 100.0
+    wide = torch.nn.functional.pad(x, (0, -K % block)).view(rows, -1, block)
+    step = wide.abs().amax(-1, keepdim=True) / _STEPS
+    off = wide / step - (wide / step).floor() - 0.5
+    wide = torch.where((off.abs() < _NEAR) & (step > 0), wide + 4 * _NEAR * step * wide.sign().neg(), wide)
+    return wide.view(rows, -1)[:, :K].contiguous()
+
+
+def _session(K: int, N: int, bits: int, block: int, level: int) -> Session:
+    """One product of a kind on codes made up here, at a level."""
+    import numpy as np
+    import onnx
+    from onnx import helper, numpy_helper
+
+    draw = np.random.default_rng(K * N + bits)
+    N, blocks = min(N, 512), -(-K // block)
+    codes = draw.integers(0, 256, (N, blocks, block * bits // 8), dtype=np.uint8)
+    scales = draw.uniform(0.01, 0.02, (N, blocks)).astype(np.float32)
+    node = helper.make_node(
+        OP, ["x", "codes", "scales"], ["y"], domain="com.microsoft", K=K, N=N, bits=bits, block_size=block,
+        accuracy_level=level,
+    )  # fmt: skip
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["T", w]) for n, w in (("x", K), ("y", N))]
+    held = [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scales, "scales")]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], held)
+    return Session(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())

@@ -1,0 +1,142 @@
+"""What alike layers run, op by op, in one call of the model: a stamped layer must run as the traced one does.
+
+In a trace with stamps no code of a stamped layer runs, and the layer may know of itself by ways that nothing watches:
+an iterator that each layer advances, a table that its caller changes. A number that the example call does not show (a
+bound that no value reaches, one of two equal masks) would then be the traced layer's own in every layer, and a
+comparison of results on the example would pass. So the model runs once more, with values, and of each call of a layer
+is written down which ops it calls, with which numbers, on which tensors::
+
+    (aten.clamp.default, [("of", 7, 0), (float, "20.0")])     the result of the layer's op 7, and a plain number
+
+Alike layers write the same words. A tensor that is no argument, no weight and no result of the layer's own is told by
+its bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from moeopt.lower.alike_layers import weights_by_name
+from moeopt.lower.carried import Carrier, one_carried
+from moeopt.lower.layer_calls import PLAIN, Same
+from moeopt.ops.override import default_impl
+from moeopt.value_types import FxTarget, PyObject
+
+OpWords = list[Any]
+"""The ops of one call of a layer, as values: two lists are equal if the calls ran the same code."""
+
+
+def layer_runs(
+    layers: dict[str, nn.Module], carrier: Carrier | None, run: Callable[[], PyObject]
+) -> list[tuple[str, OpWords]]:
+    """The calls of ``layers`` in one run of their model, in order, as (path, words).
+
+    Args:
+        layers: by path; none is inside another.
+        carrier: knows the caches that layers are given, as in :mod:`.carried`.
+        run: calls the model with values, and undoes what the model changes.
+    """
+    found: list[tuple[str, OpWords]] = []
+    thread = threading.get_ident()
+    inside = False
+
+    def instead(path: str, layer: nn.Module) -> Callable[..., Any]:
+        forward = layer.forward
+
+        def call(*args: PyObject, **kwargs: PyObject) -> PyObject:
+            nonlocal inside
+            if inside or thread != threading.get_ident():
+                return forward(*args, **kwargs)
+            inside = True
+            try:
+                with _OpRecorder(_known(layer, (args, kwargs), carrier)) as ops:
+                    result = forward(*args, **kwargs)
+            finally:
+                inside = False
+            found.append((path, ops.words))
+            return result
+
+        return call
+
+    with contextlib.ExitStack() as undo:
+        for path, layer in layers.items():
+            undo.enter_context(_forward_of(layer, instead(path, layer)))
+        with default_impl():
+            run()
+    return found
+
+
+@contextlib.contextmanager
+def _forward_of(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While open, ``forward`` is what a call of ``layer`` runs."""
+    held = layer.__dict__.get("forward")
+    layer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        layer.__dict__["forward"] = held
+        if held is None:
+            del layer.__dict__["forward"]
+
+
+def _known(layer: nn.Module, call: PyObject, carrier: Carrier | None) -> list[tuple[Any, Tensor]]:
+    """The tensors that a call of a layer has from the start, each with its word."""
+    plain, cache = one_carried(call, carrier)
+    leaves = pytree.tree_leaves(plain)
+    known: list[tuple[Any, Tensor]] = [(("argument", n), t) for n, t in enumerate(leaves) if isinstance(t, Tensor)]
+    known += [(("weight", name), t) for name, t in weights_by_name(layer).items()]
+    if cache is not None and carrier is not None:  # which slot is a layer's own is looked at as the layer is traced
+        slots = range(len(carrier.contents(cache)))
+        known += [(("slot", n), t) for slot in slots for n, t in enumerate(carrier.parts(cache, slot))]
+    return known
+
+
+class _OpRecorder(TorchDispatchMode):
+    """Writes down each op that runs while the mode is open."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, known: Sequence[tuple[Any, Tensor]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.words: OpWords = []
+        self._of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        for word, tensor in known:
+            self._of.setdefault(tensor, word)
+
+    def __torch_dispatch__(
+        self, func: FxTarget, types: PyObject, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> PyObject:
+        number = len(self.words)
+        self.words.append((func, pytree.tree_map(self._word, (args, kwargs or {}))))
+        result = func(*args, **(kwargs or {}))
+        for n, leaf in enumerate(pytree.tree_leaves(result)):
+            if isinstance(leaf, Tensor):
+                self._of.setdefault(leaf, ("of", number, n))
+        return result
+
+    def _word(self, leaf: PyObject) -> PyObject:
+        if isinstance(leaf, Tensor):
+            if leaf not in self._of:
+                self._of[leaf] = _outside(leaf)
+            return self._of[leaf]
+        return (type(leaf), repr(leaf)) if isinstance(leaf, PLAIN) else Same(leaf)
+
+
+def _outside(t: Tensor) -> PyObject:
+    """The word of a tensor that came from elsewhere: the object where its bits cannot be read."""
+    if is_fake(t) or t.is_meta or t.layout != torch.strided or type(t) not in (Tensor, nn.Parameter, nn.Buffer):
+        return ("outside", id(t))
+    with torch.no_grad():
+        flat = t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return ("outside", t.dtype, tuple(t.shape), hashlib.sha256(flat.numpy().data).digest())

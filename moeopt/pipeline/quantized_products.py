@@ -1,0 +1,249 @@
+"""The products outside of MoE blocks in fewer bits: attention's projections, ``lm_head``, dense FFNs that were left.
+
+Each is a module that computes one product with its one matrix (:func:`~moeopt.rewrite.product_codes.product_of`) and
+that a run of the model calls. A copy of the model gets the product on codes, or the module's own code on the floats
+that the codes mean: what the first is compared with. Nothing is changed where a weight is tied: the other place that
+holds it keeps its floats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moeopt.capture.tree import ArgsKwargs
+from moeopt.errors import UsageError
+from moeopt.ir.weight_format import FORMATS, INT8_CHANNEL
+from moeopt.options import Options, QuantPlan
+from moeopt.options.quant_plan import FLOAT
+from moeopt.pipeline.block_reports import PipelineResult
+from moeopt.pipeline.enclosing import with_router
+from moeopt.recognise.routing_types import RoutingForm
+from moeopt.rewrite.product_codes import CodesProduct, ModuleProduct, on_floats, product_of
+from moeopt.verification.model import run_plain
+
+
+@dataclass
+class QuantizedProduct:
+    """One product: the paths at which a model holds its module, that module, and the product on codes."""
+
+    paths: list[str]
+    module: nn.Module
+    product: ModuleProduct
+    codes: CodesProduct
+
+    @property
+    def group(self) -> str:
+        """What a report tells the loss of: the module that holds it, like an attention; itself at a model's top."""
+        return self.paths[0].rpartition(".")[0] or self.paths[0]
+
+    @property
+    def float_bytes(self) -> int:
+        """Of the weight that the codes stand for."""
+        N, K = self.codes.size
+        return int(N * K * self.codes.dtype.itemsize)
+
+
+class QuantizedProducts:
+    """The products of a model that a plan gives a format, and sentences on those that it cannot have."""
+
+    def __init__(self, found: Iterable[QuantizedProduct] = (), left: Iterable[str] = ()) -> None:
+        self.found, self.left = list(found), list(left)
+        self._int8: dict[str, CodesProduct] = {}
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """``certificate.products``: the format of each, by its path."""
+        return {one.paths[0]: str(one.codes.format) for one in self.found}
+
+    @property
+    def groups(self) -> dict[str, list[QuantizedProduct]]:
+        """By what a report tells the loss of."""
+        groups: dict[str, list[QuantizedProduct]] = {}
+        for one in self.found:
+            groups.setdefault(one.group, []).append(one)
+        return groups
+
+    def put(self, model: nn.Module, codes: Collection[str] | None = None, int8: bool = False) -> None:
+        """Give a copy of the model the products on codes, all or those of the groups ``codes``; the others floats."""
+        for one in self.found:
+            wanted = codes is None or one.group in codes
+            _place(model, one.paths, self._in_int8(one) if wanted and int8 else one.codes if wanted else one.module)
+
+    @contextlib.contextmanager
+    def only(self, model: nn.Module, codes: Collection[str], int8: bool = False) -> Iterator[None]:
+        """While open, the products of the groups ``codes`` alone are on codes."""
+        self.put(model, codes, int8)
+        try:
+            yield
+        finally:
+            self.put(model)
+
+    def judge(self, model: nn.Module) -> None:
+        """Give a copy of the original its own code on the floats that the codes mean."""
+        for one in self.found:
+            _place(model, one.paths, on_floats(model.get_submodule(one.paths[0]), one.product, one.codes))
+
+    def _in_int8(self, one: QuantizedProduct) -> CodesProduct:
+        path = one.paths[0]
+        if path not in self._int8:
+            self._int8[path] = CodesProduct(one.module, one.product, INT8_CHANNEL, path)
+        return self._int8[path]
+
+    def note(self) -> list[str]:
+        """Sentences for the report: the memory, and what stays float."""
+        told = []
+        if self.found:
+            codes, floats = (
+                sum(sizes) / 1e6
+                for sizes in zip(*((one.codes.held.nbytes, one.float_bytes) for one in self.found), strict=True)
+            )
+            count = f"{len(self.found)} product{'s' * (len(self.found) > 1)}"
+            told.append(
+                f"{count} outside of MoE blocks {'are' if self.found[1:] else 'is'} quantised, {floats:.3g} MB of "
+                f"floats to {codes:.3g} MB"
+            )
+        return told + [f"not quantised: {sentence}" for sentence in self.left]
+
+
+def quantize_products(
+    twin: nn.Module, outcome: PipelineResult, call: ArgsKwargs, options: Options
+) -> QuantizedProducts:
+    """Give the rewritten copy ``twin`` the products on codes that the plan asks for.
+
+    Raises:
+        UsageError: a pattern of the plan matches no product; a weight holds NaN or infinity.
+    """
+    plan: QuantPlan | None = options.quantize
+    if plan is None or not plan.products:
+        return QuantizedProducts()
+    options.say("quantising the products outside of MoE blocks")
+    modules, taken = _products(twin, outcome)
+    calls = _called(twin, [module for module, _, _ in modules.values()], call)
+    _check_patterns(plan, [path for _, _, paths in modules.values() for path in paths])
+    found, left = [], []
+    for module, product, paths in modules.values():
+        names = {plan.product_format_of(path) for path in paths} - {FLOAT}
+        if not names:
+            continue
+        if id(module) not in calls:
+            left.append(f"{paths[0]}: no call of it was seen, so whoever holds it reads its weight")
+        elif not bool(torch.isfinite(getattr(module, product.weight)).all()):
+            raise UsageError(
+                f"the weight of {paths[0]} holds NaN or infinity, for which there is no code: give it the format "
+                f"'float' in QuantPlan(products=), before other patterns: {{{paths[0]!r}: 'float', ...}}"
+            )
+        else:
+            name = next(iter(sorted(names)))
+            found.append(
+                QuantizedProduct(paths, module, product, CodesProduct(module, product, FORMATS[name], paths[0]))
+            )
+    products = QuantizedProducts(found, left + _tied(twin, found) + taken + _no_products(twin, outcome, modules, plan))
+    products.put(twin)
+    return products
+
+
+Modules = dict[int, tuple[nn.Module, ModuleProduct, list[str]]]
+
+
+def _products(twin: nn.Module, outcome: PipelineResult) -> tuple[Modules, list[str]]:
+    """The modules outside of MoE blocks and rewritten ones that compute a product, with all their paths."""
+    inside = _closed(twin, outcome)
+    found: Modules = {}
+    counts = _routed_at_the_top(outcome)
+    shared = []
+    for path, module in twin.named_modules(remove_duplicate=False):
+        if f"{path}.".startswith(inside):
+            if id(module) in found:
+                shared.append(f"{found.pop(id(module))[2][0]}: a MoE block holds it as well")
+        elif id(module) in found:
+            found[id(module)][2].append(path)
+        elif (product := product_of(module)) is not None and not _may_route(module, product, counts):
+            found[id(module)] = module, product, [path]
+    return found, shared
+
+
+def _closed(twin: nn.Module, outcome: PipelineResult) -> tuple[str, ...]:
+    """What begins the paths of all that MoE blocks, their routers, and rewritten blocks are in."""
+    names = [b.name for b in outcome.blocks if b.kind == "moe" or b.status == "rewritten"]
+    paths = ["" if name == type(twin).__name__ else name for name in names]
+    around = [held[0] for path in paths if (held := with_router(path, outcome.calls)) is not None and held[0]]
+    return tuple(f"{path}." if path else "" for path in (*paths, *around))
+
+
+def _routed_at_the_top(outcome: PipelineResult) -> set[int]:
+    """How many experts those blocks have whose router is in no module but the whole model."""
+    return {
+        len(found.experts)
+        for path, rewrite in outcome.rewrites.items()
+        if path and ((held := with_router(path, outcome.calls)) is None or not held[0])
+        for found in rewrite.found
+        if found.routing.form is not RoutingForm.EVERY_GROUP
+    }
+
+
+def _may_route(module: nn.Module, product: ModuleProduct, counts: set[int]) -> bool:
+    """Whether the product has as many results as such a block has experts: it may be the router."""
+    w = getattr(module, product.weight)
+    return w.shape[1 if product.turned else 0] in counts
+
+
+def _no_products(twin: nn.Module, outcome: PipelineResult, modules: Modules, plan: QuantPlan) -> list[str]:
+    """A sentence on the matrices that the plan's patterns name, of modules that compute other than one product."""
+    inside, told = _closed(twin, outcome), []
+    for path, module in twin.named_modules():
+        if id(module) in modules or f"{path}.".startswith(inside) or plan.product_format_of(path) == FLOAT:
+            continue
+        told += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
+    if not told:
+        return []
+    shown = ", ".join(told[:4]) + (f" and {len(told) - 4} more" if told[4:] else "")
+    return [f"{shown}: what computes with {'these' if told[1:] else 'this'} is no module of one product alone"]
+
+
+def _called(twin: nn.Module, modules: Iterable[nn.Module], call: ArgsKwargs) -> set[int]:
+    """The modules that a call of the model calls."""
+    seen: set[int] = set()
+    hooks = [m.register_forward_pre_hook(lambda module, _: seen.add(id(module))) for m in modules]
+    try:
+        run_plain(twin, *call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _check_patterns(plan: QuantPlan, paths: list[str]) -> None:
+    assert isinstance(plan.products, Mapping)
+    for pattern in plan.products:
+        alone = QuantPlan(products={pattern: "int8"})
+        if not any(alone.product_format_of(path) != FLOAT for path in paths):
+            shown = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
+            raise UsageError(
+                f"QuantPlan(products=) names {pattern!r}, which matches no product outside of MoE blocks and of no "
+                f"rewritten one; the products are {shown or 'none'}"
+            )
+
+
+def _tied(twin: nn.Module, found: Iterable[QuantizedProduct]) -> list[str]:
+    """A sentence for each quantised weight of which another module holds the floats."""
+    places: dict[int, list[str]] = {}
+    for name, parameter in twin.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    told = []
+    for one in found:
+        own = {f"{path}.{one.product.weight}" for path in one.paths}
+        others = [n for n in places[id(getattr(one.module, one.product.weight))] if n not in own]
+        if others:
+            told.append(f"{others[0]}, which has the floats of {one.paths[0]} and keeps them beside the codes")
+    return told
+
+
+def _place(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+    for path in paths:
+        home, _, name = path.rpartition(".")
+        model.get_submodule(home)._modules[name] = module

@@ -1,0 +1,304 @@
+"""Products outside of MoE blocks in few bits, in an engine: told apart, judged, gated, saved, and never the router."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import moeopt
+from moeopt import QuantPlan
+from moeopt.cli import main
+from moeopt.errors import UsageError
+from moeopt.verification.certificate import Certificate
+from tests.toy_moe import Block
+
+IDS = torch.arange(30).view(2, 15)
+
+
+class Turned(nn.Module):
+    """A product whose Parameter is (in, out), under names of its own, as GPT-2's are."""
+
+    def __init__(self, inside, outside):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(inside, outside) / inside**0.5)
+        self.shift = nn.Parameter(torch.randn(outside))
+
+    def forward(self, x):
+        return torch.addmm(self.shift, x.reshape(-1, x.shape[-1]), self.matrix).view(*x.shape[:-1], -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, wide):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(wide, wide, bias=b) for b in (True, False, False))
+        self.out = Turned(wide, wide)
+
+    def forward(self, x):
+        scores = self.q(x) @ self.k(x).transpose(-1, -2) / x.shape[-1] ** 0.5
+        return self.out(torch.softmax(scores, -1) @ self.v(x))
+
+
+class Capped(nn.Linear):
+    """A Linear by its class, and not by what it computes."""
+
+    def forward(self, x):
+        return 30 * torch.tanh(super().forward(x) / 30)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.attention, self.moe = nn.Embedding(50, 16), Attention(16), Block()
+        self.capped, self.head = Capped(16, 16), nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        x = x + self.attention(x)
+        x = x + self.moe(x.reshape(-1, 16)).view_as(x)
+        return self.head(x + self.capped(x))
+
+
+def model():
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+def optimized(plan, source=None, **fields):
+    fields = {"backend": "onnxruntime", "verify": "fast", **fields}
+    return moeopt.optimize(model() if source is None else source, IDS, quantize=plan, **fields)
+
+
+PRODUCTS = [f"attention.{name}" for name in ("q", "k", "v", "out")]
+
+
+@pytest.fixture(scope="module")
+def int4():
+    return optimized(QuantPlan(default="int4", products={"head": "int8", "*": "int4"}), limit={"kl_mean": 0.01})
+
+
+def test_every_product_but_the_router_is_on_codes_and_told(int4):
+    certificate = int4.certificate
+    assert certificate.passed is True and certificate.equivalent is False
+    told = {name: form.split()[0] for name, form in certificate.products.items()}
+    assert told == dict.fromkeys(PRODUCTS, "int4") | {"head": "int8"}
+    assert list(certificate.quantized) == ["moe"]  # by what it computes: the capped Linear and the router are not there
+    assert "against the model with quantised experts and products" in str(certificate).replace("\n    ", " ")
+    assert "5 products to int4" in " ".join(str(certificate).split())
+    names = [b["name"] for b in certificate.loss["blocks"]]
+    assert names == ["moe", "attention", "head"]  # what each loses, an attention told as one
+    assert all(0 < b["figures"]["kl_mean"] < 0.01 for b in certificate.loss["blocks"])
+    notes = " ".join(int4.report.notes)
+    assert "5 products outside of MoE blocks are quantised, 0.0073 MB of floats to 0.00164 MB" in notes
+    assert "embed.weight, capped.weight: what computes with these is no module of one product alone" in notes
+    assert "embed.weight, which has the floats of head and keeps them beside the codes" in notes
+
+
+def test_the_engine_computes_the_model_on_the_floats_that_the_codes_mean(int4):
+    """Independent of moeopt's judge: the original's class with rounded weights, written here."""
+    from moeopt.ir.weight_format import INT4_BLOCK32, INT8_CHANNEL
+    from moeopt.ops import quantize
+
+    rounded = model()
+    rounded.head.weight = nn.Parameter(quantize(rounded.head.weight.detach(), INT8_CHANNEL).dequantize())
+    attention = rounded.attention
+    for linear in (attention.q, attention.k, attention.v):
+        linear.weight = nn.Parameter(quantize(linear.weight.detach(), INT4_BLOCK32).dequantize())
+    matrix = attention.out.matrix
+    matrix.data = quantize(matrix.detach().t(), INT4_BLOCK32).dequantize().t().contiguous()
+    for expert in rounded.moe.experts:
+        for linear in (m for m in expert.children() if isinstance(m, nn.Linear)):
+            linear.weight = nn.Parameter(quantize(linear.weight.detach(), INT4_BLOCK32).dequantize())
+    with torch.no_grad():
+        want = rounded(IDS)
+        assert not torch.allclose(want, model()(IDS), rtol=1e-3)
+        torch.testing.assert_close(int4(IDS), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bundle_holds_the_codes_and_its_certificate_the_products(int4, tmp_path):
+    import onnx
+
+    folder = int4.save(tmp_path / "b")
+    assert torch.equal(moeopt.load(folder)(IDS), int4(IDS))
+    again = moeopt.verify(folder)
+    assert again.passed is True and again.products == int4.certificate.products and again.equivalent is False
+    assert Certificate.from_json(int4.certificate.to_json()).products == int4.certificate.products
+    graph = onnx.load(folder / "model.onnx").graph
+    assert {n.name for n in graph.node if n.op_type == "MatMulNBits"} >= {f"{name}/product" for name in PRODUCTS}
+    held = {t.name: list(t.dims) for t in graph.initializer}
+    assert held["head/weight.codes"] == [50, 16]
+    assert held[next(n for n in held if n.startswith("embed") or n == "head.weight")] == [50, 16]  # for look-ups
+    assert not [n for n in held if n.startswith("attention.") and n.endswith(("weight", "matrix"))]  # no floats stay
+    assert moeopt.verify(int4, original=model()).passed is True
+    assert moeopt.verify(folder, original=model(), inputs=IDS).loss["tokens"] == 30
+
+
+def test_a_limit_names_the_products_that_cost_most():
+    opt = optimized(QuantPlan(products="int4"), limit={"kl_mean": 1e-9})
+    assert opt.certificate.passed is False and not opt.certificate.quantized
+    assert "the blocks that cost most: " in opt.certificate.loss["missed"][0]
+    assert "head (int4" in opt.certificate.loss["missed"][0]
+
+
+class Outside(nn.Module):
+    """The router is a plain Linear beside the experts' module: at the model's top, or in a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts, self.out = nn.Linear(16, 4, bias=False), Given(), nn.Linear(16, 16)
+
+    def forward(self, x):
+        weights, ids = torch.topk(torch.softmax(self.gate(x), -1), 2)
+        return self.out(self.experts(x, ids, weights))
+
+
+class Given(Block):
+    def __init__(self):
+        super().__init__()
+        del self.gate
+
+    def forward(self, x, ids, weights):
+        return self.loop(x, ids, weights)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_router_beside_its_experts_stays_float(inside):
+    torch.manual_seed(0)
+    source = nn.Sequential(Outside(), nn.Linear(16, 8)).eval() if inside else Outside().eval()
+    plan, x = QuantPlan(products="int8"), torch.randn(9, 16)
+    opt = moeopt.optimize(source, x, backend="onnxruntime", verify="fast", quantize=plan)
+    assert opt.report.rewritten and list(opt.certificate.products) == (["1"] if inside else ["out"])
+
+
+def test_a_model_that_calls_no_module_keeps_its_floats():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.moe, self.out, self.last = Block(), nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.last(torch.nn.functional.linear(self.moe(x), self.out.weight))
+
+    torch.manual_seed(0)
+    opt = moeopt.optimize(
+        Reads().eval(), torch.randn(9, 16), backend="onnxruntime", verify="fast", quantize=QuantPlan(products="int8")
+    )
+    assert list(opt.certificate.products) == ["last"]
+    assert any("out: no call of it was seen" in note for note in opt.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: QuantPlan(products="int3"), "QuantPlan(products=)='int3' is no format"),
+        (lambda: QuantPlan(products={"head": "checkpoint"}), "QuantPlan(products=)='checkpoint' is no format"),
+        (lambda: QuantPlan(activations="int4"), "it must be one of float, int8"),
+        (lambda: QuantPlan(products=["int8"]), "it must be a format, or map patterns of module paths to formats"),
+        (
+            lambda: optimized(QuantPlan(products="int8"), backend="torch"),
+            "QuantPlan(products=) is for engines, and backend='torch' keeps a model whose own modules compute these",
+        ),
+        (
+            lambda: optimized(QuantPlan(products={"lm_head": "int8"})),
+            "names 'lm_head', which matches no product outside of MoE blocks and of no rewritten one; the products are "
+            "attention.q, attention.k",
+        ),
+        (lambda: optimized(QuantPlan(products={"moe.*": "int8"})), "names 'moe.*', which matches no product"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_for(make, words):
+    with pytest.raises(UsageError) as err:
+        make()
+    assert words in str(err.value)
+
+
+def test_a_weight_that_is_no_number_is_named():
+    broken = model()
+    with torch.no_grad():
+        broken.attention.v.weight[3, 1] = float("nan")
+    with pytest.raises(UsageError, match="the weight of attention.v holds NaN or infinity"):
+        optimized(QuantPlan(products="int4"), broken, verify="off")
+
+
+def test_the_command_quantises_products(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom tests.test_quantize_products import IDS, model\n\ndef build():\n    return model(), IDS\n"
+    )
+    words = ["optimize", f"{tmp_path}/mine.py:build", "--backend", "onnxruntime", "--verify", "fast", "--json", "-q"]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--quantize", "int4", "--quantize-products", "int4", "--quantize-products", "head=int8"])
+    certificate = json.loads(capsys.readouterr().out)["certificate"]
+    assert end.value.code == 0 and certificate["products"]["head"].startswith("int8")
+    assert certificate["products"]["attention.q"].startswith("int4") and certificate["quantized"]
+
+
+@pytest.fixture(scope="module")
+def rounding():
+    plan = QuantPlan(default="int4", products={"head": "int8", "*": "int4"}, activations="int8")
+    return optimized(plan, limit={"kl_mean": 0.01})
+
+
+def test_activations_are_rounded_after_the_engine_was_verified_and_the_loss_counts_it(rounding, int4):
+    certificate, before = rounding.certificate, int4.certificate
+    assert certificate.passed is True and certificate.equivalent is False
+    assert certificate.end_to_end.distance <= certificate.end_to_end.budget  # of the form with float activations
+    told = certificate.activations
+    assert told["products"] == 17 and told["kinds"] == 2 and told["error_eps"] < 64 and before.activations == {}
+    if torch.equal(rounding(IDS), int4(IDS)):
+        pytest.skip("this CPU computes these products in float32")
+    assert 1e-4 < told["outputs"] < 0.05 and 1e-3 < told["product"] < 0.05
+    assert certificate.loss["kl_mean"] != before.loss["kl_mean"]  # of what runs, rounded activations and all
+    with torch.no_grad():
+        want, got = (torch.log_softmax(f(IDS).double(), -1) for f in (model(), rounding))
+    assert certificate.loss["kl_mean"] == pytest.approx(float((want.exp() * (want - got)).sum(-1).mean()), rel=1e-3)
+    assert "17 products of codes round what they read to int8" in " ".join(str(certificate).split())
+
+
+def test_a_bundle_with_rounded_activations(rounding, tmp_path):
+    import onnx
+
+    from moeopt.errors import BundleError
+
+    folder = rounding.save(tmp_path / "b")
+    nodes = onnx.load(folder / "model.onnx").graph.node
+    levels = {a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"}
+    assert levels == {4} and json.loads((folder / "moeopt.json").read_text())["activations"] == "int8"
+    assert torch.equal(moeopt.load(folder)(IDS), rounding(IDS))
+    again = moeopt.verify(folder)
+    assert again.passed is True and again.activations == rounding.certificate.activations
+    assert moeopt.verify(rounding, original=model()).passed is True  # in the form that was verified
+    manifest = json.loads((folder / "moeopt.json").read_text())
+    del manifest["activations"]
+    (folder / "moeopt.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="at accuracy level 4, with which activations may be rounded to int8"):
+        moeopt.load(folder)
+
+
+def test_a_limit_judges_rounded_activations(rounding):
+    plan = QuantPlan(products={"head": "int8"}, activations="int8")
+    assert optimized(plan, limit={"kl_mean": 1e-9}).certificate.passed is False
+    assert Certificate.from_json(rounding.certificate.to_json()).activations == rounding.certificate.activations
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(backend="torch"), "QuantPlan(activations=) is for engines"),
+        (dict(portable=True), "is for ONNX Runtime's own products of codes on a CPU: leave it out, or leave portable"),
+        (dict(target="cuda"), "leave it out, or leave the provider cuda out"),
+    ],
+)
+def test_where_activations_cannot_be_rounded(fields, words):
+    with pytest.raises(UsageError) as err:
+        optimized(QuantPlan(default="int8", activations="int8"), **fields)
+    assert words in str(err.value)
+
+
+def test_a_kernel_that_computes_something_else_leaves_activations_floats(monkeypatch):
+    from moeopt.backends.onnxrt import rounded_activations
+
+    monkeypatch.setattr(rounded_activations, "rounded_rows", lambda x, block: x.double() * 1.01)
+    opt = optimized(QuantPlan(default="int4", activations="int8"))
+    assert opt.certificate.activations == {} and opt.certificate.passed is True
+    assert any("activations stay floats: a product of 16 x 16 in 4 bits is" in note for note in opt.report.notes)
