@@ -1,5 +1,6 @@
 """A Hugging Face model as its owner uses it: a tokenizer gives the inputs; ``save``, ``pipeline``, tasks, the cache."""
 
+import inspect
 import json
 import logging
 import sys
@@ -63,6 +64,39 @@ def test_what_a_tokenizer_gives_is_optimised_saved_and_loaded(tmp_path, kind):
     torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
     assert moeopt.verify(tmp_path / "b").passed
     assert moeopt.verify(tmp_path / "b", original=model, inputs=inputs).passed
+
+
+def granite():
+    """A language model whose ``forward`` takes ``use_cache`` among its ``**kwargs``."""
+    sizes = {name: value for name, value in SIZES.items() if name not in ("moe_intermediate_size", "head_dim")}
+    config = transformers.GraniteMoeConfig(**sizes, num_local_experts=4)
+    return transformers.GraniteMoeForCausalLM(config).eval(), encoded()
+
+
+def switch():
+    """The same of a model with an encoder and a decoder, which returns a cache of both."""
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=128, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1, num_heads=2, num_experts=4, expert_capacity=64, decoder_start_token_id=0,
+    )  # fmt: skip
+    inputs = encoded()
+    model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    return model, {**inputs, "decoder_input_ids": inputs["input_ids"][:, :3]}
+
+
+@pytest.mark.parametrize("made", [granite, switch])
+def test_a_cache_that_is_asked_for_among_kwargs_is_left_out_too(tmp_path, made):
+    torch.manual_seed(0)
+    model, inputs = made()
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        pytest.skip("this version of transformers names use_cache")
+    assert without_cache(model, ((), dict(inputs)))[1]["use_cache"] is False
+    fast = moeopt.optimize(model, inputs, verify="fast")
+    assert any("use_cache=False" in note for note in fast.report.notes)
+    fast.save(tmp_path / "b")
+    with torch.no_grad():
+        want, got = model(**inputs, use_cache=False), moeopt.load(tmp_path / "b")(**inputs)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_live_model_keeps_its_cache():

@@ -9,6 +9,7 @@ import typer
 
 from moeopt.cli.hugging_face import cached_directory
 from moeopt.cli.target import load_target
+from moeopt.cli.words import Trust
 from moeopt.errors import UsageError
 
 FORMS = (
@@ -26,7 +27,7 @@ def inspect_command(
     quantize: Annotated[
         str | None, typer.Option(help="bytes and bounds with the experts in a format: int8, int4, fp8, mxfp4, ...")
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="run the Python code that a directory brings")] = False,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
 ) -> None:
     """Count a model's experts and parameters, and say what it needs; reads no weight."""

@@ -40,7 +40,7 @@ def optimize_command(
     device: Annotated[str | None, typer.Option(help="where it shall run, like cpu or cuda:0")] = None,
     built_for: BuiltFor = None,
     dtype: Annotated[str | None, typer.Option(help="cast the model first, like bfloat16")] = None,
-    tune: Annotated[bool, typer.Option(help="measure the lowerings on this machine")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="measure the lowerings on this machine")] = False,
     portable: Annotated[bool, typer.Option("--portable", help="an engine of ONNX's own operators only")] = False,
     html: Html = None,
     measure: Annotated[bool, typer.Option("--measure", help="with --html: time a call before and after")] = False,

@@ -9,6 +9,7 @@ import typer
 
 from moeopt.cli.inspect_command import FORMS
 from moeopt.cli.target import load_target
+from moeopt.cli.words import Trust
 
 
 def plan_command(
@@ -18,7 +19,7 @@ def plan_command(
     device: Annotated[str, typer.Option(help="a GPU by name, like H100-SXM")] = "H100-SXM",
     dtype: Annotated[str, typer.Option(help="of the weights: float32, bfloat16, float16, fp8 or int4")] = "bfloat16",
     load: Annotated[Path | None, typer.Option(help="a file with what `moeopt profile --json` printed")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="run the Python code that a directory brings")] = False,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
 ) -> None:
     """Place a model's experts on a cluster: what fits, what is sent, where expert parallelism pays. Reads no weight."""

@@ -11,6 +11,7 @@ import typer
 
 from moeopt.bundle.manifest import is_bundle
 from moeopt.cli.target import FORMS, check_data, load_data, load_target
+from moeopt.cli.words import Trust
 from moeopt.errors import UsageError
 from moeopt.html import check_target
 
@@ -23,7 +24,7 @@ def profile_command(
     html: Annotated[Path | None, typer.Option(help="write a page with the heat map to this file")] = None,
     measure: Annotated[bool, typer.Option(help="time the experts as routed and balanced")] = True,
     seed: Annotated[int, typer.Option(help="of every random input, and of random weights")] = 0,
-    trust_remote_code: Annotated[bool, typer.Option(help="run the Python code that a directory brings")] = False,
+    trust_remote_code: Trust = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
 ) -> None:

@@ -12,7 +12,9 @@ TargetArgument = Annotated[str, typer.Argument(help=FORMS)]
 BundleArgument = Annotated[Path, typer.Argument(help="a bundle that `moeopt optimize --out` wrote")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
-Trust = Annotated[bool, typer.Option(help="run the Python code that a Hugging Face directory brings")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run the Python code that a Hugging Face directory brings")
+]
 Html = Annotated[Path | None, typer.Option(help="write the report to this file as one HTML page")]
 Task = Annotated[str | None, typer.Option(help="what a Hugging Face model is loaded for: " + ", ".join(TASKS))]
 BuiltFor = Annotated[

@@ -50,7 +50,7 @@ def without_cache(model: nn.Module, call: ArgsKwargs) -> ArgsKwargs:
     args, kwargs = call
     unwrap: Any = getattr(model, "get_base_model", None)  # of peft, whose own forward hands **kwargs on
     wrapped = model if unwrap is None else unwrap()
-    if not hasattr(model, "main_input_name") or "use_cache" not in inspect.signature(wrapped.forward).parameters:
+    if not hasattr(model, "main_input_name") or not _takes_use_cache(wrapped):
         return call
     generates = getattr(wrapped, "can_generate", None)
     if generates is not None and not generates():
@@ -59,6 +59,20 @@ def without_cache(model: nn.Module, call: ArgsKwargs) -> ArgsKwargs:
     if given & {"use_cache", "past_key_values"}:
         return call
     return args, {**kwargs, "use_cache": False}
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """Whether ``forward`` of a transformers model takes ``use_cache``.
+
+    Some (Granite MoE, Switch, Qwen3-VL MoE) take it among ``**kwargs``. A model that generates is always called with
+    it, by transformers' ``generate``; of others nobody knows what they do with a keyword that they do not name.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters:
+        return True
+    generates: Any = getattr(model, "can_generate", None)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return open_ended and generates is not None and bool(generates())
 
 
 NO_CACHE = (
@@ -116,7 +130,7 @@ def _token_ids(model: nn.Module, config: PyObject, generator: torch.Generator) -
         kwargs["input_ids"] = ids = _rows_that_run(model, ids)
     if getattr(config, "is_encoder_decoder", False):
         kwargs["decoder_input_ids"] = ids[:, :8].clone()
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if _takes_use_cache(model):
         kwargs["use_cache"] = False
     return (), kwargs
 

@@ -24,7 +24,7 @@ def hidden_child(model: nn.Module, err: Exception) -> str:
                 return (
                     f"the submodule {f'{path}.{name}'.lstrip('.')} ({type(child).__name__}) has the name of an "
                     f"attribute of the class {type(module).__name__}, which self.{name} gives in its place, and "
-                    "torch.export stops at it: give it another name, or use backend='torch'"
+                    "torch.export stops at it: give it another name, or use backend='torch' without saving"
                 )
     return ""
 
@@ -49,7 +49,8 @@ def odd_argument(bound: dict[str, Any], err: Exception) -> str:
             name = pytree.keystr(path).replace("'", "").lstrip("[").replace("]", "", 1)
             return (
                 f"its argument {name} is a {type(leaf).__qualname__} ({leaf!r:.60}), and a graph takes tensors, "
-                "numbers and text: leave it out so that its default holds, set it in the model, or use backend='torch'"
+                "numbers and text: leave it out so that its default holds, set it in the model, or use backend='torch' "
+                "without saving"
             )
     return ""
 
@@ -93,7 +94,7 @@ def _raised_by_the_model(err: Exception) -> str:
     return (
         f"while torch.export traced it, its own code raised {type(err).__name__}: {err} "
         f"({last.filename}:{last.lineno}: {last.line}). Code may ask whether it is traced and take another way: give "
-        "the arguments that this line reads, a mask for one, as example inputs, or use backend='torch'"
+        "the arguments that this line reads, a mask for one, as example inputs, or use backend='torch' without saving"
     )
 
 
