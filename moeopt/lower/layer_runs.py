@@ -137,7 +137,7 @@ class _OpRecorder(TorchDispatchMode):
         return (type(leaf), repr(leaf)) if isinstance(leaf, PLAIN) else Same(leaf)
 
     def _alias(self, t: Tensor) -> PyObject:
-        """The word of a tensor that lies in the memory of a known one and that no op made (``weight.data``), or None."""
+        """The word of a tensor that lies in the memory of a known one and that no op made (``weight.data``)."""
         found = self._memory.get(t.untyped_storage()._cdata) if _is_plain(t) else None
         if found is None:
             return None
