@@ -127,7 +127,7 @@ def test_shared_memory_is_seen():
 
 
 def test_sizes_that_were_one_size_stay_one_size():
-    """Two arguments of one batch: with a batch of one beside four rows the original broadcasts, the program does not."""
+    """Two arguments of one batch: with a batch of one beside four rows the original broadcasts, the program not."""
     pair = [TENSOR, TENSOR, "a"]
     held = guard(pair, ((None, None, 3), (None,)), (torch.float32,) * 2, tied=(((1, 0), ((0, 0),)),))
     assert held.refuses(nn.Module(), call(rand(4, 2, 3), rand(4))) == ""
