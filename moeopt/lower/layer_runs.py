@@ -111,8 +111,12 @@ class _OpRecorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.words: OpWords = []
         self._of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._alive = known  # the address of a memory is its own only while it lives
+        self._memory: dict[int, tuple[Any, Tensor]] = {}
         for word, tensor in known:
             self._of.setdefault(tensor, word)
+            if _is_plain(tensor):
+                self._memory.setdefault(tensor.untyped_storage()._cdata, (word, tensor))
 
     def __torch_dispatch__(
         self, func: FxTarget, types: PyObject, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -128,14 +132,28 @@ class _OpRecorder(TorchDispatchMode):
     def _word(self, leaf: PyObject) -> PyObject:
         if isinstance(leaf, Tensor):
             if leaf not in self._of:
-                self._of[leaf] = _outside(leaf)
+                self._of[leaf] = self._alias(leaf) or _outside(leaf)
             return self._of[leaf]
         return (type(leaf), repr(leaf)) if isinstance(leaf, PLAIN) else Same(leaf)
+
+    def _alias(self, t: Tensor) -> PyObject:
+        """The word of a tensor that lies in the memory of a known one and that no op made (``weight.data``)."""
+        found = self._memory.get(t.untyped_storage()._cdata) if _is_plain(t) else None
+        if found is None:
+            return None
+        word, known = found
+        return "alias", word, t.dtype, tuple(t.shape), t.stride(), t.storage_offset() - known.storage_offset()
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether a tensor is a window on one memory that can be read."""
+    known_type = type(t) in (Tensor, nn.Parameter, nn.Buffer)
+    return known_type and t.layout == torch.strided and not t.is_meta and not is_fake(t)
 
 
 def _outside(t: Tensor) -> PyObject:
     """The word of a tensor that came from elsewhere: the object where its bits cannot be read."""
-    if is_fake(t) or t.is_meta or t.layout != torch.strided or type(t) not in (Tensor, nn.Parameter, nn.Buffer):
+    if not _is_plain(t):
         return ("outside", id(t))
     with torch.no_grad():
         flat = t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)

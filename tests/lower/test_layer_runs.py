@@ -183,6 +183,17 @@ def test_a_tensor_from_elsewhere_is_told_by_its_bits():
     assert [runs[0][1] == words for _, words in runs] == [True, True, False, False]
 
 
+def test_an_alias_of_a_weight_is_told_by_its_place():
+    class Aliases(Layer):
+        def forward(self, x):
+            of = self.down.weight.data if self.number < 3 else self.down.weight.data[:, 1:]
+            return x + F.silu(self.up(x))[..., : of.shape[1]] @ of.t()
+
+    model, x = Tower(Aliases).eval(), torch.randn(2, 3, H)
+    runs = layer_runs({f"layers.{i}": layer for i, layer in enumerate(model.layers)}, None, lambda: model(x))
+    assert [runs[0][1] == words for _, words in runs] == [True, True, True, False]
+
+
 def test_a_run_that_calls_other_layers_than_the_trace_proves_nothing():
     model, x = Tower(Layer).eval(), torch.randn(2, 3, H)
     for layer in model.layers:
