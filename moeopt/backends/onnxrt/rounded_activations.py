@@ -133,7 +133,7 @@ def products(proto: OnnxModel) -> Iterator[OnnxNode]:
     yield from (node for node in proto.graph.node if node.op_type == OP)
 
 
-def _level(node: OnnxNode) -> Any:
+def _level(node: OnnxNode) -> PyObject:
     return next(a for a in node.attribute if a.name == "accuracy_level")
 
 
