@@ -138,7 +138,7 @@ class ManifestFile(Form):
     portable: Any = None
     native: NativeRecord | None = None
     activations: Name | None = None
-    environment: dict[str, Text] = {}
+    variables: dict[str, Text] = {}
     tensorrt: Any = None
 
 

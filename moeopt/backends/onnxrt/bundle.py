@@ -25,8 +25,8 @@ from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, ONNX_FILE, SIGNATUR
 from moeopt.backends.onnxrt.check_bytes import check_graph, parsed
 from moeopt.backends.onnxrt.custom_op import native_library, register, why_not
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
-from moeopt.backends.onnxrt.environment import check_environment
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
+from moeopt.backends.onnxrt.process_variables import check_variables_of
 from moeopt.backends.onnxrt.providers import PROVIDERS, available, provider_named, runtime
 from moeopt.backends.onnxrt.rounded_activations import KEY, with_float_activations
 from moeopt.backends.onnxrt.selftest import SelfTestResult, load_probes, self_test, wrong_answers
@@ -86,7 +86,7 @@ def load_onnx_bundle(
     signature = read_signature(manifest)
     graph = PORTABLE if was_replayed(manifest) and provider == "cpu" else GRAPH
     proto = _checked(manifest, graph, signature)
-    check_environment(manifest.directory, manifest.data, proto)
+    check_variables_of(manifest.directory, manifest.data, proto)
     if provider not in available():
         _checked(manifest, PORTABLE, signature)
         return OfflineEngine(manifest.directory, signature, provider, manifest=manifest)

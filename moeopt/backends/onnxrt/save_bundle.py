@@ -14,10 +14,10 @@ from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, SIGNATURE, golden_calls, probes_of
 from moeopt.backends.onnxrt.check_bytes import parse
 from moeopt.backends.onnxrt.engine import OnnxEngine
-from moeopt.backends.onnxrt.environment import KEY as KEY_OF_VARIABLES
-from moeopt.backends.onnxrt.environment import operators_of, variables
 from moeopt.backends.onnxrt.golden import budget_of, golden_runs
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
+from moeopt.backends.onnxrt.process_variables import KEY as KEY_OF_VARIABLES
+from moeopt.backends.onnxrt.process_variables import operators_of, variables
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.rounded_activations import KEY as ROUNDED
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PORTABLE, data_of

@@ -14,7 +14,6 @@ from moeopt.backends.base import Made
 from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.bundle_files import ONNX_FILE
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
-from moeopt.backends.onnxrt.environment import environment_note, variables
 from moeopt.backends.onnxrt.expert_ids import ids_of_engine, ids_of_model
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files, written_out
@@ -24,6 +23,7 @@ from moeopt.backends.onnxrt.onnx_file.original import session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
 from moeopt.backends.onnxrt.plan import OrtPlan
+from moeopt.backends.onnxrt.process_variables import variables, variables_note
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.capture.tree import ArgsKwargs
@@ -92,7 +92,7 @@ def _optimized(
     if made is None:
         made = _left_alone(given, parts, bool(others), options)
     broken = [f"{name}: {reason}" for name, (_, reason) in parts.declined.items() if reason.startswith(BROKEN)]
-    broken += environment_note(variables(node.op_type for node in file.model.graph.all_nodes()))
+    broken += variables_note(variables(node.op_type for node in file.model.graph.all_nodes()))
     made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *broken))
     made.certificate.notes += broken
     blocks = in_order(file, made.report.blocks, parts, [c.name for c in candidates])

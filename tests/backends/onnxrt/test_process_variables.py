@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import moeopt
-from moeopt.backends.onnxrt.environment import KEY, operators_of, variables
 from moeopt.backends.onnxrt.int8_activations import VARIABLE
+from moeopt.backends.onnxrt.process_variables import KEY, operators_of, variables
 from moeopt.errors import UsageError
 from tests.backends.onnxrt.lowerings.one_site import session_of
 from tests.onnx_in.test_left_alone import moe_file, qmoe_file
@@ -70,7 +70,7 @@ def test_an_engine_is_refused_where_a_variable_differs(tmp_path, monkeypatch):
     for name in [n for n in os.environ if n.startswith("ORT_")]:
         monkeypatch.delenv(name)
     made = moeopt.optimize(qmoe_file(tmp_path / "q.onnx"))
-    assert not any("in the environment" in note for note in made.report.notes)
+    assert not any("set in the process" in note for note in made.report.notes)
     folder = made.save(tmp_path / "out")
     assert KEY not in json.loads((folder / "moeopt.json").read_text())
     assert child(LOAD, folder).returncode == 0
@@ -89,7 +89,7 @@ def test_a_variable_that_was_set_is_remembered_and_asked_for(tmp_path, monkeypat
     monkeypatch.setenv(VARIABLE, "fp32")
     made = moeopt.optimize(qmoe_file(tmp_path / "q.onnx"))
     for notes in (made.report.notes, made.certificate.notes):
-        assert f"verified with {VARIABLE}=fp32 in the environment" in " ".join(notes)
+        assert f"verified with {VARIABLE}=fp32 set in the process" in " ".join(notes)
     folder = made.save(tmp_path / "out")
     assert json.loads((folder / "moeopt.json").read_text())[KEY] == {VARIABLE: "fp32"}
     assert moeopt.verify(folder).passed is True

@@ -11,25 +11,25 @@ others: it is not loaded there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moeopt.backends.onnxrt.check_bytes import graphs_of
 from moeopt.errors import UsageError
+from moeopt.options import set_variables
 from moeopt.value_types import OnnxModel
 
 PREFIXES = {"QMoE": ("ORT_QMOE_", "ORT_USE_MLAS_Q4_GEMM_MOE")}
 """By operator, how the names of the variables begin that change its numbers."""
-KEY = "environment"
+KEY = "variables"
 """Of the manifest: by name, the variables that were set when the engine was verified."""
 
 
 def variables(ops: Iterable[str]) -> dict[str, str]:
     """The variables set in this process that change the numbers of nodes of these operators."""
     begins = tuple(prefix for op in {*ops} & {*PREFIXES} for prefix in PREFIXES[op])
-    return {name: value for name, value in sorted(os.environ.items()) if begins and name.startswith(begins)}
+    return set_variables(begins)
 
 
 def operators_of(proto: OnnxModel) -> list[str]:
@@ -37,15 +37,15 @@ def operators_of(proto: OnnxModel) -> list[str]:
     return [node.op_type for graph in graphs_of(proto.graph) for node in graph.node]
 
 
-def environment_note(found: Mapping[str, str]) -> list[str]:
+def variables_note(found: Mapping[str, str]) -> list[str]:
     """A sentence for report and certificate where such variables are set; none else."""
     if not found:
         return []
     words = ", ".join(f"{name}={value}" for name, value in found.items())
-    return [f"verified with {words} in the environment, which changes this engine's numbers: it runs nowhere else"]
+    return [f"verified with {words} set in the process, which changes this engine's numbers: it runs nowhere else"]
 
 
-def check_environment(directory: Path, data: Mapping[str, Any], proto: OnnxModel) -> None:
+def check_variables_of(directory: Path, data: Mapping[str, Any], proto: OnnxModel) -> None:
     """Refuse an engine whose numbers the variables of this process change.
 
     Args:
@@ -66,5 +66,5 @@ def check_environment(directory: Path, data: Mapping[str, Any], proto: OnnxModel
         raise UsageError(
             f"{directory}: the engine was verified with the variable {name} {was}, and in this process {here}: its "
             f"QMoE nodes compute other numbers then. For this engine {way}, or optimise the model again in this "
-            "environment"
+            "process"
         )
