@@ -6,7 +6,6 @@ import difflib
 from pathlib import Path
 
 from moeopt.errors import UsageError
-from moeopt.inspection.config_file import config_fields
 from moeopt.value_types import PyObject
 
 TASKS = {
@@ -34,6 +33,8 @@ def auto_class(path: Path, task: str | None) -> str:
     """The class of transformers that loads the model: for ``task``, else for the architecture that its config names."""
     if task is not None:
         return TASKS[task]
+    from moeopt.inspection.config_file import config_fields
+
     config = config_fields(path / "config.json")
     own = [name for name in config.get("auto_map") or {} if name.startswith("AutoModel")]
     if own:

@@ -8,7 +8,6 @@ from typing import Any
 from moeopt.checkpoint.tasks import auto_class
 from moeopt.errors import CheckpointError, UsageError
 from moeopt.hub_cache import cached_folder, is_hub_name
-from moeopt.inspection.headers import interrupted
 
 
 def cached_directory(target: str) -> Path | None:
@@ -40,11 +39,15 @@ def weight_files(path: Path) -> list[Path]:
         CheckpointError: there are none, and an index or an interrupted download says that there should be.
     """
     found = [*path.glob("*.safetensors")] or [*path.glob("pytorch_model*.bin")]
+    if found:
+        return found
+    from moeopt.inspection.headers import interrupted
+
     index = next(path.glob("*.index.json"), None)
     way = interrupted(path) or (index and f"{index.name} names some; fetch them")
-    if not found and way:
+    if way:
         raise CheckpointError(f"{path} holds no weights, and random numbers are not meant here: {way}")
-    return found
+    return []
 
 
 def load(path: Path, weights: bool, task: str | None, trust_remote_code: bool, seed: int) -> tuple[Any, Any]:
