@@ -4,7 +4,7 @@ One token after a prompt of 128, one thread, in CPU time of the calling thread: 
 the paired ratios are told. The model is the Qwen3-MoE of ``examples/demo.py``, 4 layers of 32 experts, random weights:
 time, bytes and the engines' heap do not depend on their values, losses do.
 
-    PYTHONPATH=.:examples OMP_NUM_THREADS=1 python benchmarks/quantised_model.py \\
+    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/quantised_model.py \\
         --out benchmarks/results/quantised-model-1t.json
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,10 +23,12 @@ from typing import Any
 import onnxruntime
 import torch
 import transformers
-from demo import qwen
 
 import moeopt
 from moeopt import QuantPlan
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from demo import qwen  # noqa: E402  # of the folder just named
 
 FORMS: dict[str, QuantPlan | None] = {
     "float32": None,
