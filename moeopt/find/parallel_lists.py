@@ -15,17 +15,26 @@ from moeopt.capture.tree import leaves_of
 CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
 
 
-def one_mixture(first: Sequence[Call], other: Sequence[Call]) -> bool:
+def one_mixture(first: Sequence[Call], other: Sequence[Call], routed: bool, start: int) -> bool:
     """Whether the calls of two lists belong together: one reads single results of the other, or one choice picked the
-    rows of both, or one gate weighs the results of both."""
+    rows of both, or one gate weighs the results of both.
+
+    Args:
+        routed: whether each of them runs on rows that are picked for it, so that choices tell.
+        start: index of the first node of the module that runs them. Where both lists have choices or gates of that
+            module, those of blocks before it do not count: the rows of all that comes later depend on them.
+    """
     if are_layers(first, other) or are_layers(other, first):
         return True
     if _reads(first, other[0]) or _reads(other, first[0]):
         return False
     ends = {n for c in (*first, *other) for n in leaves_of(fx.Node, c.output)}
-    own, theirs = _choices(first, ends), _choices(other, ends)
+    own, theirs = (_choices(first, ends), _choices(other, ends)) if routed else (set[fx.Node](), set[fx.Node]())
     if not own and not theirs:
         own, theirs = _gates(first), _gates(other)
+    inside = [{n for n in nodes if n.meta["index"] >= start} for nodes in (own, theirs)]
+    if all(inside):
+        own, theirs = inside
     return not own.isdisjoint(theirs) or not (own and theirs)
 
 

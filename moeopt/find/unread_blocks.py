@@ -63,17 +63,19 @@ class UnreadBlocks:
         weighed = not routed and not pairs and len(ran) > 1 and weighed_branches(self.tape, ran, same_sizes=not unequal)
         if not routed and not weighed:
             lists = [one & pairs for one in lists]
-        return self._side_by_side(ran, lists, routed)
+        return self._side_by_side(ran, lists, routed, call.first)
 
-    def _side_by_side(self, ran: list[Call], lists: list[set[nn.Module]], routed: bool) -> list[tuple[list[Call], int]]:
+    def _side_by_side(
+        self, ran: list[Call], lists: list[set[nn.Module]], routed: bool, start: int
+    ) -> list[tuple[list[Call], int]]:
         """The calls of the lists that do not run one behind the other, lists of one mixture together, and how many
-        experts each has."""
+        experts each has. ``start``: index of the first node of the module that runs them."""
         found: list[list[list[Call]]] = []
         for one in lists:
             own = [c for c in ran if c.module in one]
             if not own or (len(own) == 1 and not routed) or (len(own) > 1 and self._sequential(own)):
                 continue
-            mixture = next((m for m in found if one_mixture(m[0], own)), None)
+            mixture = next((m for m in found if one_mixture(m[0], own, routed, start)), None)
             if mixture is None:
                 found.append([own])
             else:
@@ -82,7 +84,7 @@ class UnreadBlocks:
         counted = []
         for mixture in found:
             each = [sizes[id(own[0].module)] if routed else len({id(c.module) for c in own}) for own in mixture]
-            layers = len(mixture) > 1 and are_layers(mixture[0], mixture[1])
+            layers = len(mixture) > 1 and (are_layers(*mixture[:2]) or are_layers(*mixture[1::-1]))
             calls = sorted((c for own in mixture for c in own), key=lambda c: c.first)
             counted.append((calls, max(each) if layers else sum(each)))
         return sorted(counted, key=lambda m: m[0][0].first)

@@ -89,3 +89,25 @@ def test_mixtures_and_their_experts(make, experts):
     assert [b.experts for b in blocks] == experts
     for block in blocks:
         assert "different shapes" in block.reason and "zeros would change what its norm computes" in block.reason
+
+
+class RoutesRows(nn.Module):
+    """What stands before in a model: its choice picks rows, and all later rows depend on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(D, 3)
+
+    def forward(self, x):
+        return x + self.gate(x).softmax(-1).topk(1).values
+
+
+@pytest.mark.parametrize(
+    ("make", "experts"),
+    [(TwoGates, [3, 4]), (OneGate, [7]), (OneAfterTheOther, [3, 4]), (AllWeighed, [3, 4]), (Layers, [3])],
+)
+def test_a_choice_before_the_module_makes_no_mixture_of_its_lists(make, experts):
+    torch.manual_seed(0)
+    model = nn.Sequential(RoutesRows(), make()).eval()
+    blocks = [b for b in moeopt.explain(model, (torch.randn(40, D),), verify="fast").blocks if b.kind == "moe"]
+    assert [b.experts for b in blocks] == experts
