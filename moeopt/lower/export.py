@@ -19,6 +19,7 @@ from moeopt.bundle.caches import opened
 from moeopt.errors import MoeoptError, NotSaveableError
 from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacle_of, odd_argument
+from moeopt.lower.layer_calls import replaced_forward
 from moeopt.lower.plain import free_sizes, plain_call
 from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.lower.stamps import Stamps
@@ -201,16 +202,9 @@ def _calling(model: nn.Module, forward: Callable[..., Any], signature: inspect.S
     def instead(*args: PyObject, **kwargs: PyObject) -> PyObject:
         return forward(*args, **kwargs)
 
-    held = model.__dict__.get("forward")
     instead.__signature__ = signature  # type: ignore[attr-defined]
-    model.__dict__["forward"] = instead
-    try:
+    with replaced_forward(model, instead):
         yield
-    finally:
-        if held is None:
-            del model.__dict__["forward"]
-        else:
-            model.__dict__["forward"] = held
 
 
 def _python_state(model: nn.Module) -> dict[tuple[str, str], Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moeopt.lower.alike_layers import weights_by_name
 from moeopt.lower.carried import Carrier, one_carried
-from moeopt.lower.layer_calls import PLAIN, Same
+from moeopt.lower.layer_calls import PLAIN, Same, replaced_forward
 from moeopt.ops.override import default_impl
 from moeopt.value_types import FxTarget, PyObject
 
@@ -71,23 +71,10 @@ def layer_runs(
 
     with contextlib.ExitStack() as undo:
         for path, layer in layers.items():
-            undo.enter_context(_forward_of(layer, instead(path, layer)))
+            undo.enter_context(replaced_forward(layer, instead(path, layer)))
         with default_impl():
             run()
     return found
-
-
-@contextlib.contextmanager
-def _forward_of(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While open, ``forward`` is what a call of ``layer`` runs."""
-    held = layer.__dict__.get("forward")
-    layer.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        layer.__dict__["forward"] = held
-        if held is None:
-            del layer.__dict__["forward"]
 
 
 def _known(layer: nn.Module, call: PyObject, carrier: Carrier | None) -> list[tuple[Any, Tensor]]:

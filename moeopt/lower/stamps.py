@@ -34,7 +34,15 @@ from torch.utils import _pytree as pytree
 
 from moeopt.lower.alike_layers import Likeness, repeated_modules, weights_by_name
 from moeopt.lower.carried import Carrier, SlotCall, one_carried, put_back
-from moeopt.lower.layer_calls import NotStampable, attributes, described, more_than_tensors, open_sizes, same_attributes
+from moeopt.lower.layer_calls import (
+    NotStampable,
+    attributes,
+    described,
+    more_than_tensors,
+    open_sizes,
+    replaced_forward,
+    same_attributes,
+)
 from moeopt.lower.layer_runs import OpWords, layer_runs
 from moeopt.lower.module_state import module_state
 from moeopt.lower.plain_attributes import AttributePlace, LayerNumber, watched
@@ -136,7 +144,7 @@ class Stamps:
         with contextlib.ExitStack() as undo:
             for path, layer in self._candidates.items():
                 if self._like.has_like(path):
-                    undo.enter_context(self._instead(path, layer))
+                    undo.enter_context(replaced_forward(layer, self._instead(path, layer)))
                     undo.enter_context(watched(layer, self._like.differing(path), self._read, self._reads))
             yield self
 
@@ -162,20 +170,9 @@ class Stamps:
             if number is not None and first.setdefault(number, words) != words
         )
 
-    @contextlib.contextmanager
-    def _instead(self, path: str, layer: nn.Module) -> Iterator[None]:
-        forward, held = layer.forward, layer.__dict__.get("forward")
-
-        def instead(*args: PyObject, **kwargs: PyObject) -> PyObject:
-            return self._call(path, layer, forward, args, kwargs)
-
-        layer.__dict__["forward"] = instead
-        try:
-            yield
-        finally:
-            layer.__dict__["forward"] = held
-            if held is None:
-                del layer.__dict__["forward"]
+    def _instead(self, path: str, layer: nn.Module) -> Callable[..., Any]:
+        forward = layer.forward
+        return lambda *args, **kwargs: self._call(path, layer, forward, args, kwargs)
 
     def _traced_now(self) -> Kind | None:
         """The kind whose layer runs now, on the thread of the trace."""

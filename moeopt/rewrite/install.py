@@ -78,9 +78,11 @@ class RewrittenForward:
 
     Attributes:
         source: the model that was optimised, where ``module`` is in a twin of it. Copies and pickles have none.
+        silent: whether a refused call is no news: it is moeopt's own trial.
     """
 
     source: Source | None = None
+    silent = False
     _changed = False
 
     def __init__(self, module: nn.Module, program: BlockProgram, original: Callable[..., Any] | None = None) -> None:
@@ -205,12 +207,13 @@ class RewrittenForward:
     def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject) -> PyObject:
         if self.last_refusal != refusal:
             self.last_refusal = refusal
-            warnings.warn(
-                f"{type(self.module).__name__} runs its original code: {refusal}. "
-                "Run moeopt.optimize again on the changed model to get the fast path back.",
-                StaleModelWarning,
-                stacklevel=3,
-            )
+            if not self.silent:
+                warnings.warn(
+                    f"{type(self.module).__name__} runs its original code: {refusal}. "
+                    "Run moeopt.optimize again on the changed model to get the fast path back.",
+                    StaleModelWarning,
+                    stacklevel=3,
+                )
         self.fallbacks += 1
         own = self.original if self.original is not None else functools.partial(type(self.module).forward, self.module)
         with dequantized(self.module, [bank for bank, _ in self.banks]):

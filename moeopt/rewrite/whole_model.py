@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from moeopt.errors import NotSaveableError, StaleModelWarning
+from moeopt.errors import NotSaveableError
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.rewrite.source import Source
 
@@ -21,14 +20,14 @@ def tried(model: nn.Module) -> Iterator[Callable[[], bool]]:
         A function: whether one of them refused a call, and ran its original code.
     """
     blocks = [f for m in model.modules() if (f := rewritten_forward(m)) is not None]
-    before = [(f.calls, f.fallbacks, f.last_refusal) for f in blocks]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", StaleModelWarning)
-        try:
-            yield lambda: any(f.fallbacks != count for f, (_, count, _) in zip(blocks, before, strict=True))
-        finally:
-            for forward, (calls, fallbacks, refusal) in zip(blocks, before, strict=True):
-                forward.calls, forward.fallbacks, forward.last_refusal = calls, fallbacks, refusal
+    before = [(f.calls, f.fallbacks, f.last_refusal, f.silent) for f in blocks]
+    for forward in blocks:
+        forward.silent = True
+    try:
+        yield lambda: any(f.fallbacks != count for f, (_, count, *_) in zip(blocks, before, strict=True))
+    finally:
+        for forward, held in zip(blocks, before, strict=True):
+            forward.calls, forward.fallbacks, forward.last_refusal, forward.silent = held
 
 
 @contextlib.contextmanager

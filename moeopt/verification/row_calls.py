@@ -6,7 +6,6 @@ Shape legend: R rows, H hidden.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.tree import ArgsKwargs
-from moeopt.rewrite.install import rewritten_forward
+from moeopt.rewrite.whole_model import tried
 from moeopt.verification.model import run_plain
 from moeopt.verification.steering import ORDINARY, SteeredRows
 from moeopt.verification.ties import choices_of
@@ -99,18 +98,11 @@ class RowCalls:
     def _held(self, count: int) -> bool:
         """Whether all three forms of the block take a call of ``count`` rows."""
         args, kwargs = self.call(self._drawn(count))
-        before = _fallbacks(self.block.rewritten)
-        try:
-            run_plain(self.block.original, args, kwargs)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+        with tried(self.block.rewritten) as refused:
+            try:
+                run_plain(self.block.original, args, kwargs)
                 choices_of(self.block.rewritten, args, kwargs)
-            self.block.run(*args, **kwargs)
-        except Exception:  # sizes that one of them was not made for
-            return False
-        return _fallbacks(self.block.rewritten) == before
-
-
-def _fallbacks(module: nn.Module) -> int:
-    forwards = [rewritten_forward(child) for child in module.modules()]
-    return sum(forward.fallbacks for forward in forwards if forward is not None)
+                self.block.run(*args, **kwargs)
+            except Exception:  # sizes that one of them was not made for
+                return False
+            return not refused()

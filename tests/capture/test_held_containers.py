@@ -9,6 +9,7 @@ from torch import nn
 from moeopt.capture.held_state import CONTAINERS
 from moeopt.capture.isolated_run import run_quietly
 from moeopt.capture.tape import record
+from moeopt.verification.state import RestoreState
 
 
 class Recorder(nn.Module):
@@ -28,7 +29,15 @@ class Recorder(nn.Module):
         return self.lin(x), len(seen)
 
 
-@pytest.mark.parametrize("run", [run_quietly, record], ids=lambda f: f.__name__)
+def run_restored(module, args):
+    with RestoreState(module):
+        return module(*args), module(*args)
+
+
+RUNS = pytest.mark.parametrize("run", [run_quietly, record, run_restored], ids=lambda f: f.__name__)
+
+
+@RUNS
 def test_hooks_go_with_the_flag_that_tells_of_them(run):
     model = Recorder()
     for _ in range(3):
@@ -37,8 +46,9 @@ def test_hooks_go_with_the_flag_that_tells_of_them(run):
     assert [model(torch.ones(1, 2))[1] for _ in range(2)] == [1, 1]
 
 
+@RUNS
 @pytest.mark.parametrize("kind", CONTAINERS, ids=lambda t: t.__name__)
-def test_what_is_put_into_a_container_is_taken_out(kind):
+def test_what_is_put_into_a_container_is_taken_out(kind, run):
     class Keeps(nn.Module):
         def forward(self, x):
             for held in (self.empty, self.full):
@@ -57,6 +67,6 @@ def test_what_is_put_into_a_container_is_taken_out(kind):
     model.empty, model.full = made([]), made(items)
     before = list(made(items).items() if issubclass(kind, dict) else made(items))
     empty, full = model.empty, model.full
-    run_quietly(model, (torch.ones(1),))
+    run(model, (torch.ones(1),))
     assert model.empty is empty and not empty and model.full is full
     assert list(full.items() if isinstance(full, dict) else full) == before

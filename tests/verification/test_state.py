@@ -1,9 +1,7 @@
 """Which modules a callable reaches, and what is put back after a run."""
 
 import functools
-from collections import Counter, OrderedDict, defaultdict, deque
 
-import pytest
 import torch
 from torch import nn
 
@@ -80,42 +78,3 @@ def test_what_a_run_puts_into_containers_comes_out_again():
         lin.seen = []
     assert (lin.seen, lin.counts, lin.names) == ([1], {"calls": 0}, {"a"})
     assert all(now is before for now, before in zip((lin.seen, lin.counts, lin.names), held, strict=True))
-
-
-def test_hooks_and_the_flag_that_tells_of_them_are_put_back_together():
-    class Recorder(nn.Module):
-        """Installs its hooks at the first call that asks for them, as transformers' models do."""
-
-        def __init__(self):
-            super().__init__()
-            self.lin = nn.Linear(2, 2)
-
-        def forward(self, x):
-            seen = []
-            if not getattr(self, "_hooked", False):
-                for child in self.children():
-                    child.register_forward_hook(lambda module, args, y: self.seen.append(y))
-                self._hooked = True
-            self.seen = seen
-            return self.lin(x), len(seen)
-
-    model, x = Recorder(), torch.ones(1, 2)
-    for _ in range(3):
-        with RestoreState(model):
-            assert [model(x)[1], model(x)[1]] == [1, 1]
-        assert not model.lin._forward_hooks and not hasattr(model, "_hooked")
-
-
-@pytest.mark.parametrize("kind", [OrderedDict, defaultdict, Counter, dict])
-@pytest.mark.parametrize("before", [{}, {"a": 1, "b": 2}])
-def test_containers_of_every_kind_are_put_back(kind, before):
-    model = nn.Linear(2, 2)
-    model.counts = kind(int, before) if kind is defaultdict else kind(before)
-    model.last = deque(before, maxlen=4)
-    counts, last = model.counts, model.last
-    with RestoreState(model):
-        counts["c"] = 3
-        counts["a"] = 5
-        last.appendleft("z")
-    assert model.counts is counts and list(counts.items()) == list(before.items())
-    assert model.last is last and list(last) == list(before)
