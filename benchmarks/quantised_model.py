@@ -38,7 +38,7 @@ FORMS: dict[str, QuantPlan | None] = {
     "int4 all, int8 activations": QuantPlan(default="int4", products="int4", activations="int8"),
     "int8 all, int8 activations": QuantPlan(default="int8", products="int8", activations="int8"),
 }
-PROMPT, ROUNDS = 128, 31
+PROMPT, ROUNDS = 128, 21
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from moeopt import QuantPlan
 from moeopt.cli import main
 from moeopt.errors import UsageError
 from moeopt.verification.certificate import Certificate
-from tests.toy_moe import Block
+from tests.toy_moe import Block, H
 
 IDS = torch.arange(30).view(2, 15)
 
@@ -302,3 +302,57 @@ def test_a_kernel_that_computes_something_else_leaves_activations_floats(monkeyp
     opt = optimized(QuantPlan(default="int4", activations="int8"))
     assert opt.certificate.activations == {} and opt.certificate.passed is True
     assert any("activations stay floats: a product of 16 x 16 in 4 bits is" in note for note in opt.report.notes)
+
+
+class Twice(nn.Module):
+    """One Linear at two places, called three times, asked for its sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.moe, self.a = Block(), nn.Linear(H, H)
+        self.b = self.a
+
+    def forward(self, x):
+        for layer in (self.a, self.b, self.a):
+            x = layer(x) / layer.in_features**0.5
+        return self.moe(x)
+
+
+def test_a_module_of_several_places_is_one_product_however_often_it_is_called():
+    torch.manual_seed(0)
+    wide, x = Twice().eval(), torch.randn(6, H)
+    engine = moeopt.optimize(
+        wide, x, backend="onnxruntime", quantize=QuantPlan(products={"*": "int8"}), mapped=True, verify="fast"
+    )
+    assert engine.certificate.passed is True and list(engine.certificate.products) == ["a"]
+    with pytest.raises(UsageError, match="a and b are one module, for which QuantPlan.* several formats"):
+        moeopt.optimize(
+            wide, x, backend="onnxruntime", quantize=QuantPlan(products={"a": "float", "b": "int8"}), verify="fast"
+        )
+
+
+def test_rounded_activations_alone_are_not_equivalent():
+    rounded = {"products": 2, "kinds": 1, "error_eps": 1.0, "product": 1e-2, "outputs": 0.4}
+    certificate = Certificate(activations=rounded)
+    assert certificate.lossy and certificate.equivalent is False
+    assert "activations: 2 products of codes round what they read to int8" in " ".join(str(certificate).split())
+    assert Certificate.from_json(certificate.to_json()).activations == rounded
+
+
+def test_golden_runs_of_rounded_activations_do_not_allow_a_flipped_expert():
+    from moeopt.backends.onnxrt.golden import budget_of
+    from moeopt.verification.certificate import EndToEnd
+
+    rounded = {"products": 2, "kinds": 1, "error_eps": 1.0, "product": 1e-2, "outputs": 0.4}
+    made = Certificate(activations=rounded, end_to_end=EndToEnd(passed=True, budget=1e-5))
+    assert budget_of(made)[0] == 1e-2
+    made.activations = rounded | {"outputs": 1e-3}
+    assert budget_of(made)[0] == 1e-3
+
+
+def test_distances_are_those_of_finite_rows():
+    from moeopt.backends.onnxrt.rounded_activations import distance_between
+
+    masked = torch.tensor([[1.0, -torch.inf], [3.0, 4.0]])
+    assert distance_between(masked, masked * 1.1) == pytest.approx(0.1, rel=1e-5)
+    assert distance_between(masked[:1], masked[:1]) == 0.0

@@ -144,7 +144,7 @@ def headline(
 
 def what_passed(certificate: Mapping[str, Any], left: int) -> str:
     """What a verdict speaks of, where it is not of every block."""
-    lossy = certificate.get("quantized") or certificate.get("products")
+    lossy = certificate.get("quantized") or certificate.get("products") or certificate.get("activations")
     if certificate["passed"] is not True or not certificate["blocks"] or lossy:
         return ""
     whole = " and the whole model" if certificate.get("end_to_end") else ""

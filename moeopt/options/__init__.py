@@ -31,9 +31,9 @@ from moeopt.options.environment import inherited as inherited
 from moeopt.options.environment import measuring as measuring
 from moeopt.options.environment import native_isa as native_isa
 from moeopt.options.environment import native_wanted as native_wanted
-from moeopt.options.environment import set_variables as set_variables
 from moeopt.options.environment import variable_set as variable_set
 from moeopt.options.environment import variables as variables
+from moeopt.options.environment import variables_beginning as variables_beginning
 from moeopt.options.fields import DenseMode as DenseMode
 from moeopt.options.fields import Options as Options
 from moeopt.options.fields import Verify as Verify

@@ -120,6 +120,6 @@ def variable_set(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def set_variables(beginnings: tuple[str, ...]) -> dict[str, str]:
+def variables_beginning(beginnings: tuple[str, ...]) -> dict[str, str]:
     """The variables that are set in this process and whose names begin so, in the order of their names."""
     return {name: value for name, value in sorted(os.environ.items()) if beginnings and name.startswith(beginnings)}

@@ -75,8 +75,12 @@ class QuantPlan:
 
     def product_format_of(self, path: str) -> str:
         """The name of the format that the product of the module at ``path`` gets; ``"float"`` where it is left."""
+        return self.asked_of_product(path) or FLOAT
+
+    def asked_of_product(self, path: str) -> str | None:
+        """What the first pattern that matches ``path`` says; None where no pattern of ``products`` does."""
         assert isinstance(self.products, Mapping)
-        return next((name for p, name in self.products.items() if fnmatch.fnmatchcase(path, p)), FLOAT)
+        return next((name for p, name in self.products.items() if fnmatch.fnmatchcase(path, p)), None)
 
     @property
     def for_engines(self) -> str:

@@ -44,7 +44,7 @@ def quantized_original(source: nn.Module, twin: nn.Module, products: QuantizedPr
         return source
     judge = shared_copy(source)
     if products is not None:
-        products.judge(judge)
+        products.put_floats(judge)
     for path, (_, codes) in blocks.items():
         module = judge.get_submodule(path)
         key = "_old_forward" if "_old_forward" in module.__dict__ else "forward"

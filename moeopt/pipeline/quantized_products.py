@@ -9,7 +9,8 @@ holds it keeps its floats.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import fnmatch
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +23,9 @@ from moeopt.options import Options, QuantPlan
 from moeopt.options.quant_plan import FLOAT
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.enclosing import with_router
+from moeopt.pipeline.real_calls import real_calls
 from moeopt.recognise.routing_types import RoutingForm
 from moeopt.rewrite.product_codes import CodesProduct, ModuleProduct, on_floats, product_of
-from moeopt.verification.model import run_plain
 
 
 @dataclass
@@ -83,7 +84,7 @@ class QuantizedProducts:
         finally:
             self.put(model)
 
-    def judge(self, model: nn.Module) -> None:
+    def put_floats(self, model: nn.Module) -> None:
         """Give a copy of the original its own code on the floats that the codes mean."""
         for one in self.found:
             _place(model, one.paths, on_floats(model.get_submodule(one.paths[0]), one.product, one.codes))
@@ -122,27 +123,30 @@ def quantize_products(
     if plan is None or not plan.products:
         return QuantizedProducts()
     options.say("quantising the products outside of MoE blocks")
-    modules, taken = _products(twin, outcome)
-    calls = _called(twin, [module for module, _, _ in modules.values()], call)
+    inside = _closed(twin, outcome)
+    modules, taken = _products(twin, outcome, inside, plan)
+    calls, changed = real_calls(twin, call, {paths[0] for _, _, paths in modules.values()})
     _check_patterns(plan, [path for _, _, paths in modules.values() for path in paths])
     found, left = [], []
     for module, product, paths in modules.values():
-        names = {plan.product_format_of(path) for path in paths} - {FLOAT}
-        if not names:
+        name = _format_of(plan, paths)
+        if name == FLOAT:
             continue
-        if id(module) not in calls:
+        if paths[0] not in calls:
             left.append(f"{paths[0]}: no call of it was seen, so whoever holds it reads its weight")
+        elif paths[0] in changed:
+            left.append(f"{paths[0]}: {changed[paths[0]]}")
         elif not bool(torch.isfinite(getattr(module, product.weight)).all()):
             raise UsageError(
                 f"the weight of {paths[0]} holds NaN or infinity, for which there is no code: give it the format "
                 f"'float' in QuantPlan(products=), before other patterns: {{{paths[0]!r}: 'float', ...}}"
             )
         else:
-            name = next(iter(sorted(names)))
             found.append(
                 QuantizedProduct(paths, module, product, CodesProduct(module, product, FORMATS[name], paths[0]))
             )
-    products = QuantizedProducts(found, left + _tied(twin, found) + taken + _no_products(twin, outcome, modules, plan))
+    left += [*_tied(twin, found), *taken, *_no_products(twin, inside, modules, plan)]
+    products = QuantizedProducts(found, left)
     products.put(twin)
     return products
 
@@ -150,9 +154,26 @@ def quantize_products(
 Modules = dict[int, tuple[nn.Module, ModuleProduct, list[str]]]
 
 
-def _products(twin: nn.Module, outcome: PipelineResult) -> tuple[Modules, list[str]]:
+def _format_of(plan: QuantPlan, paths: Sequence[str]) -> str:
+    """The format that the plan asks for one module at these paths.
+
+    Raises:
+        UsageError: patterns of the plan ask for several.
+    """
+    asked = {path: name for path in paths if (name := plan.asked_of_product(path)) is not None}
+    if len({*asked.values()}) > 1:
+        words = ", ".join(f"{path}: {name}" for path, name in asked.items())
+        raise UsageError(
+            f"{' and '.join(asked)} are one module, for which QuantPlan(products=) asks several formats ({words}): "
+            "give one pattern that names all of its places"
+        )
+    return next(iter(asked.values()), FLOAT)
+
+
+def _products(
+    twin: nn.Module, outcome: PipelineResult, inside: tuple[str, ...], plan: QuantPlan
+) -> tuple[Modules, list[str]]:
     """The modules outside of MoE blocks and rewritten ones that compute a product, with all their paths."""
-    inside = _closed(twin, outcome)
     found: Modules = {}
     counts = _routed_at_the_top(outcome)
     shared = []
@@ -162,8 +183,13 @@ def _products(twin: nn.Module, outcome: PipelineResult) -> tuple[Modules, list[s
                 shared.append(f"{found.pop(id(module))[2][0]}: a MoE block holds it as well")
         elif id(module) in found:
             found[id(module)][2].append(path)
-        elif (product := product_of(module)) is not None and not _may_route(module, product, counts):
+        elif (product := product_of(module)) is not None:
             found[id(module)] = module, product, [path]
+    for key, (module, product, paths) in list(found.items()):
+        if _may_route(module, product, counts):
+            del found[key]
+            if _format_of(plan, paths) != FLOAT:
+                shared.append(f"{paths[0]}: it may be a router, it has as many results as a MoE block has experts")
     return found, shared
 
 
@@ -192,36 +218,24 @@ def _may_route(module: nn.Module, product: ModuleProduct, counts: set[int]) -> b
     return w.shape[1 if product.turned else 0] in counts
 
 
-def _no_products(twin: nn.Module, outcome: PipelineResult, modules: Modules, plan: QuantPlan) -> list[str]:
+def _no_products(twin: nn.Module, inside: tuple[str, ...], modules: Modules, plan: QuantPlan) -> list[str]:
     """A sentence on the matrices that the plan's patterns name, of modules that compute other than one product."""
-    inside, told = _closed(twin, outcome), []
+    told: list[str] = []
     for path, module in twin.named_modules():
         if id(module) in modules or f"{path}.".startswith(inside) or plan.product_format_of(path) == FLOAT:
             continue
-        told += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
+        if product_of(module) is None:
+            told += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
     if not told:
         return []
     shown = ", ".join(told[:4]) + (f" and {len(told) - 4} more" if told[4:] else "")
     return [f"{shown}: what computes with {'these' if told[1:] else 'this'} is no module of one product alone"]
 
 
-def _called(twin: nn.Module, modules: Iterable[nn.Module], call: ArgsKwargs) -> set[int]:
-    """The modules that a call of the model calls."""
-    seen: set[int] = set()
-    hooks = [m.register_forward_pre_hook(lambda module, _: seen.add(id(module))) for m in modules]
-    try:
-        run_plain(twin, *call)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
-
-
 def _check_patterns(plan: QuantPlan, paths: list[str]) -> None:
     assert isinstance(plan.products, Mapping)
     for pattern in plan.products:
-        alone = QuantPlan(products={pattern: "int8"})
-        if not any(alone.product_format_of(path) != FLOAT for path in paths):
+        if not fnmatch.filter(paths, pattern):
             shown = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
             raise UsageError(
                 f"QuantPlan(products=) names {pattern!r}, which matches no product outside of MoE blocks and of no "
@@ -229,14 +243,14 @@ def _check_patterns(plan: QuantPlan, paths: list[str]) -> None:
             )
 
 
-def _tied(twin: nn.Module, found: Iterable[QuantizedProduct]) -> list[str]:
+def _tied(twin: nn.Module, found: Sequence[QuantizedProduct]) -> list[str]:
     """A sentence for each quantised weight of which another module holds the floats."""
+    own = {f"{path}.{one.product.weight}" for one in found for path in one.paths}
     places: dict[int, list[str]] = {}
     for name, parameter in twin.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
     told = []
     for one in found:
-        own = {f"{path}.{one.product.weight}" for path in one.paths}
         others = [n for n in places[id(getattr(one.module, one.product.weight))] if n not in own]
         if others:
             told.append(f"{others[0]}, which has the floats of {one.paths[0]} and keeps them beside the codes")

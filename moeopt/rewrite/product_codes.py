@@ -144,6 +144,9 @@ class CodesProduct(nn.Module):
         self.register_parameter("bias", getattr(module, product.bias) if product.bias else None)
         self.format, self.size, self.dtype, self.turned = format, made.shape, held.dtype, product.turned
         self.training = module.training
+        for name, value in vars(module).items():  # what the code around it asks of it, like in_features
+            if not name.startswith("_") and name not in vars(self):
+                self.__dict__[name] = value
 
     @property
     def held(self) -> QuantizedWeight:

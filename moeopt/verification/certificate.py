@@ -71,12 +71,12 @@ class Certificate:
 
     @property
     def lossy(self) -> bool:
-        """Whether the quantised model, not the original, is what was verified."""
-        return bool(self.quantized or self.products)
+        """Whether another function than the original's is computed: weights or activations are rounded."""
+        return bool(self.quantized or self.products or self.activations)
 
     @property
     def equivalent(self) -> bool | None:
-        """Whether the original's function is computed: False where weights were quantised, else as ``passed``."""
+        """Whether the original's function is computed: False where it is ``lossy``, else as ``passed``."""
         return False if self.lossy else self.passed
 
     @property
@@ -164,7 +164,8 @@ class Certificate:
         if self.passed and self.blocks:
             count = f"{len(self.blocks)} rewritten block{'s' * (len(self.blocks) > 1)}"
             whole = "" if self.end_to_end is None else ", and the whole model end to end"
-            what = f" against the model with quantised {self._quantised_parts()}" if self.lossy else ""
+            parts = self._quantised_parts()
+            what = f" against the model with quantised {parts}" if parts else ""
             lines += _wrap(f"what passed: {count}{whole}{what}", "  ")
         if not self.executed:
             lines.append("engine: not executed; the verdict is that of a replay")

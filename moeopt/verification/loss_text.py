@@ -82,7 +82,7 @@ def loss_lines(quantized: Mapping[str, str], loss: Loss, products: Mapping[str, 
         if formats:
             schemes = ", ".join(dict.fromkeys(formats.values()))
             parts.append(f"{len(formats)} {word}{'s' * (len(formats) > 1)} to {schemes}")
-    what = ", ".join(parts)
+    what = ", ".join(parts) or "no weight, activations alone"
     if not loss:
         yield f"quantised: {what}; what that lost was not measured"
         return

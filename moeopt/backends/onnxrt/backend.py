@@ -38,9 +38,9 @@ _NOTES = {
         "memory too, and so do those of 8 bits with mapped=True, more slowly"
     ),
     UnrolledBytes.name: (
-        "as mapped=True asks, a session holds these codes and no floats; ONNX Runtime's product of "
-        "8-bit codes with float32 activations makes one matrix float at each call, which takes about 10 times as long "
-        "for one token"
+        "as mapped=True or activations='int8' asks, a session holds these codes and no floats; ONNX Runtime's product "
+        "of 8-bit codes with float32 activations makes one matrix float at each call, which takes about 10 times as "
+        "long for one token"
     ),
 }
 """What reports say of experts in these forms."""

@@ -60,6 +60,7 @@ class BuiltGraph:
     for CPU where the graph itself cannot run here. ``native`` is what a manifest says of the graph with moeopt's own
     operator, {} where there is none. ``float64``: by op, the model's line of a node that reads float64.
     ``products``: whether each quantised product outside of the experts reads "codes", "bytes" or "floats".
+    ``variables``: those of the process that changed its numbers as it was verified (``process_variables``).
     """
 
     folder: TemporaryFolder
@@ -73,6 +74,7 @@ class BuiltGraph:
     native: dict[str, Any] = field(default_factory=dict)
     float64: dict[str, str] = field(default_factory=dict)
     products: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:

@@ -102,7 +102,7 @@ def load_onnx_bundle(
 Load = Callable[[str, Any], OnnxEngine]
 
 
-def rounds_activations(data: Mapping[str, Any]) -> bool:
+def says_int8(data: Mapping[str, Any]) -> bool:
     """Whether the manifest says that products of codes round what they read."""
     return data.get(KEY) == "int8"
 
@@ -153,7 +153,7 @@ def _loaded(
     proto: OnnxModel,
 ) -> OnnxEngine:
     """One graph of a bundle, tested on this machine, as an engine."""
-    if rounds_activations(manifest.data):  # blocks are asked what they were verified to answer
+    if says_int8(manifest.data):  # blocks are asked what they were verified to answer
         proto = with_float_activations(proto)
     key = (*(str(manifest.data["files"].get(f)) for f in (graph, data_of(graph))), runtime().__version__, provider)
     outcome = SelfTestResult(manifest.directory, graph)
@@ -208,7 +208,7 @@ def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> Py
     size = manifest.data["files"].get(data_of(graph), {"bytes": 0})["bytes"]
     source = manifest.data.get("source")
     of_file = isinstance(source, dict) and source.get("kind") == ONNX_FILE
-    rounds = rounds_activations(manifest.data)
+    rounds = says_int8(manifest.data)
     return check_graph(manifest.path(graph), signature, size, rounds, of_file=of_file)
 
 

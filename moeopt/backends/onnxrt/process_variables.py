@@ -17,7 +17,7 @@ from typing import Any
 
 from moeopt.backends.onnxrt.check_bytes import graphs_of
 from moeopt.errors import UsageError
-from moeopt.options import set_variables
+from moeopt.options import variables_beginning
 from moeopt.value_types import OnnxModel
 
 PREFIXES = {"QMoE": ("ORT_QMOE_", "ORT_USE_MLAS_Q4_GEMM_MOE")}
@@ -29,7 +29,7 @@ KEY = "variables"
 def variables(ops: Iterable[str]) -> dict[str, str]:
     """The variables set in this process that change the numbers of nodes of these operators."""
     begins = tuple(prefix for op in {*ops} & {*PREFIXES} for prefix in PREFIXES[op])
-    return set_variables(begins)
+    return variables_beginning(begins)
 
 
 def operators_of(proto: OnnxModel) -> list[str]:
@@ -55,7 +55,11 @@ def check_variables_of(directory: Path, data: Mapping[str, Any], proto: OnnxMode
         UsageError: a variable differs; the message names it, both values, and the way out.
     """
     held = data.get(KEY)
-    then: dict[str, str] = {str(k): str(v) for k, v in held.items()} if isinstance(held, dict) else {}
+    check_variables({str(k): str(v) for k, v in held.items()} if isinstance(held, dict) else {}, proto, str(directory))
+
+
+def check_variables(then: Mapping[str, str], proto: OnnxModel, name_of: str) -> None:
+    """The same for an engine that was verified with the variables ``then``; messages call it ``name_of``."""
     now = variables(operators_of(proto))
     for name in sorted({*then, *now}):
         if then.get(name) == now.get(name):
@@ -64,7 +68,7 @@ def check_variables_of(directory: Path, data: Mapping[str, Any], proto: OnnxMode
         here = f"it is {now[name]!r:.60}" if name in now else "it is not set"
         way = f"start the process with {name}={then[name]:.60}" if name in then else f"unset {name} before it starts"
         raise UsageError(
-            f"{directory}: the engine was verified with the variable {name} {was}, and in this process {here}: its "
+            f"{name_of}: the engine was verified with the variable {name} {was}, and in this process {here}: its "
             f"QMoE nodes compute other numbers then. For this engine {way}, or optimise the model again in this "
             "process"
         )

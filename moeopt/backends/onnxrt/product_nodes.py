@@ -9,6 +9,7 @@ The reasons are those of the experts' lowerings (``lowerings/quantized``).
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -64,11 +65,13 @@ def lower_products(model: OnnxModel, products: list[ProductNode], plan: BlockPla
     import onnx_ir as ir
 
     done: dict[str, str] = {}
+    uses: Counter[str] = Counter()
     for node in [n for n in model.graph.all_nodes() if (n.domain, n.op_type) == (DOMAIN, OP)]:
         one = products[node.attributes["number"].as_int()]
         x, old = node.inputs[0], node.outputs[0]
         form = "codes" if x.dtype == ir.DataType.FLOAT and reads_codes(one.weight.format, plan) else "floats"
-        builder = Builder(one.name + (f"#{number}" if (number := list(done).count(one.name)) else ""))
+        builder = Builder(one.name + (f"#{uses[one.name]}" if uses[one.name] else ""))
+        uses[one.name] += 1
         widest = ROUNDED_BLOCK if getattr(plan, "rounds", False) else WIDEST
         if form == "codes":
             y = product_on_codes(builder, one.weight, None, "product", x, widest)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from moeopt.backends.onnxrt.check_bytes import graphs_of
 from moeopt.backends.onnxrt.check_quantized import LEVEL, OP
 from moeopt.backends.onnxrt.lowerings.quantized import ACCURACY_LEVELS
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, Session
+from moeopt.backends.onnxrt.session import GRAPH, VERIFIED, Session
 from moeopt.value_types import OnnxModel, OnnxNode, PyObject
 from moeopt.verification.distance import token_distance
 from moeopt.verification.model import run_plain
@@ -57,10 +58,11 @@ class RoundedKernels:
 
 
 def distance_between(before: PyObject, after: PyObject) -> float:
-    """The largest relative distance a token between two results of one structure."""
+    """The largest relative distance a token between two results of one structure, where both are finite."""
     pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
     floats = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
-    return max((float(token_distance(b, a.double()).max()) for a, b in floats if a.numel()), default=0.0)
+    distances = [token_distance(b, a.double()) for a, b in floats if a.numel()]
+    return max((float(d[d.isfinite()].max()) for d in distances if d.isfinite().any()), default=0.0)
 
 
 Comparable = Callable[[Any, Any], Any]
@@ -108,12 +110,10 @@ def round_activations(directory: Path) -> RoundedKernels:
     if found.reason:
         return found
     (directory / VERIFIED).write_bytes((directory / GRAPH).read_bytes())
-    for name in (GRAPH, NATIVE):
-        if (directory / name).exists():
-            proto = onnx.load(directory / name, load_external_data=False)
-            for node in products(proto):
-                _level(node).i = LEVEL
-            onnx.save(proto, directory / name)
+    proto = onnx.load(directory / GRAPH, load_external_data=False)
+    for node in products(proto):
+        _level(node).i = LEVEL
+    onnx.save(proto, directory / GRAPH)
     return found
 
 
@@ -129,8 +129,8 @@ def with_float_activations(proto: OnnxModel) -> OnnxModel:
 
 
 def products(proto: OnnxModel) -> Iterator[OnnxNode]:
-    """The nodes of an ``onnx.ModelProto`` that compute on codes."""
-    yield from (node for node in proto.graph.node if node.op_type == OP)
+    """The nodes of an ``onnx.ModelProto`` that compute on codes, subgraphs included."""
+    yield from (node for graph in graphs_of(proto.graph) for node in graph.node if node.op_type == OP)
 
 
 def _level(node: OnnxNode) -> PyObject:

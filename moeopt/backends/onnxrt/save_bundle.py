@@ -17,7 +17,7 @@ from moeopt.backends.onnxrt.engine import OnnxEngine
 from moeopt.backends.onnxrt.golden import budget_of, golden_runs
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.process_variables import KEY as KEY_OF_VARIABLES
-from moeopt.backends.onnxrt.process_variables import operators_of, variables
+from moeopt.backends.onnxrt.process_variables import check_variables
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.rounded_activations import KEY as ROUNDED
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PORTABLE, data_of
@@ -60,8 +60,9 @@ def save_onnx_bundle(
         fields["native"] = built.native
     if certificate.activations:
         fields[ROUNDED] = "int8"
-    if changed := variables(operators_of(parse(built.directory / GRAPH))):
-        fields[KEY_OF_VARIABLES] = changed
+    check_variables(built.variables, parse(built.directory / GRAPH), "this engine")
+    if built.variables:
+        fields[KEY_OF_VARIABLES] = built.variables
 
     def write(aside: Path) -> None:
         _write_form(built, GRAPH, aside)

@@ -92,7 +92,8 @@ def _optimized(
     if made is None:
         made = _left_alone(given, parts, bool(others), options)
     broken = [f"{name}: {reason}" for name, (_, reason) in parts.declined.items() if reason.startswith(BROKEN)]
-    broken += variables_note(variables(node.op_type for node in file.model.graph.all_nodes()))
+    made.built.variables = variables(node.op_type for node in file.model.graph.all_nodes())
+    broken += variables_note(made.built.variables)
     made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *broken))
     made.certificate.notes += broken
     blocks = in_order(file, made.report.blocks, parts, [c.name for c in candidates])
