@@ -94,7 +94,8 @@ def _run_case(block: Unpinned, calls: RowCalls, rows: SteeredRows, result: CaseR
                     tied, elsewhere = tied | here, elsewhere | moved
                     named |= (ids[choice.name].cpu().sort(-1).values != choice.ids.cpu().sort(-1).values).any(-1)
         own = _ordinary_rows(rows)
-        informed = ~functools.reduce(torch.logical_or, map(equal_scores, choices), torch.zeros_like(tied))
+        equal = [e for e in map(equal_scores, choices) if len(e) == len(tied)]  # of an image: one a pixel, not a row
+        informed = ~functools.reduce(torch.logical_or, equal, torch.zeros_like(tied))
         often = int((elsewhere & informed)[own].sum())
         if often > OFTEN * len(own) and len(own) > 4 and not again:
             raise Fail(
