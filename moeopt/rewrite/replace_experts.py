@@ -67,11 +67,12 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
 def _apply(plan: KeptSteps, extraction: Extraction, ref: Callable[[fx.Node], StepRef], ids: StepRef | None) -> StepRef:
     value = ref(extraction.source) if extraction.source is not None else ids
     assert value is not None
-    if extraction.beside:
+    if extraction.joined:
         columns = [plan.call(aten.reshape.default, ref(node), [-1, 1]) for node in extraction.nodes]
         value = plan.call(aten.cat.default, columns, 1)
+    named = {"@ids": ids, "@beside": ref(extraction.nodes[-1]) if extraction.beside else None}
     for op, rest in extraction.steps:
-        value = plan.call(op, value, *(ids if a == "@ids" else a for a in rest))
+        value = plan.call(op, value, *(named[a] if isinstance(a, str) else a for a in rest))
     return value
 
 
