@@ -195,3 +195,25 @@ def test_a_sum_that_does_not_cancel_gets_no_more_than_before():
     eps = torch.finfo(torch.float32).eps
     result = end_to_end(model, lambda x: model(x) * (1 + 60 * eps), (x,), noise_blocks=["head"])
     assert not result.passed and "moves by" in result.reason
+
+
+class HalfGate(nn.Module):
+    """(T, 16) -> (T, 16): weighted by a gate that is rounded to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.out = nn.Linear(16, 1), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.out(x) * self.gate(x).sigmoid().to(torch.bfloat16)
+
+
+def test_a_cast_to_a_narrower_dtype_is_judged_by_its_own_rounding():
+    model, x = HalfGate(), torch.randn(12, 16, generator=torch.Generator().manual_seed(1))
+    result = end_to_end(model, lambda x: model.out(x) * model.gate(x).sigmoid(), (x,), noise_blocks=["gate", "out"])
+    assert result.passed, result.reason
+    assert 1e-4 < result.distance < torch.finfo(torch.bfloat16).eps
+    assert any("a cast rounds to a narrower dtype" in note for note in result.notes)
+    damaged = end_to_end(model, lambda x: model(x) * 1.1, (x,), noise_blocks=["gate", "out"])
+    assert not damaged.passed and "moves by" in damaged.reason
