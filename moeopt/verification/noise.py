@@ -38,7 +38,7 @@ class Noise:
 
         if self._inside:
             self._casts = _NarrowingCasts(shake)
-            self._casts.__enter__()
+            self._casts.__enter__()  # type: ignore[no-untyped-call]
 
         def hook(module: nn.Module, inputs: PyObject, output: PyObject) -> PyObject:
             return pytree.tree_map_only(Tensor, shake, output)
@@ -54,7 +54,7 @@ class Noise:
         for handle in self._handles:
             handle.remove()
         if self._casts is not None:
-            self._casts.__exit__(*exc)
+            self._casts.__exit__(*exc)  # type: ignore[no-untyped-call]
             self._casts = None
 
 
@@ -62,7 +62,7 @@ class _NarrowingCasts(TorchDispatchMode):
     """Passes what a cast makes narrower through ``shake``."""
 
     def __init__(self, shake: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._shake = shake
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
