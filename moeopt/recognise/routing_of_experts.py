@@ -157,7 +157,7 @@ def _table(
         weights = input_weights(group, tokens, labels, combine)
     elif labels.hidden:
         weights = hidden_weights(labels, combine)
-    natural = list(range(len(experts))) if known else natural_order(experts)
+    natural = list(range(len(experts))) if known else natural_order(tape, experts)
     sites = list(labels.token)
     return Table(weights, labels.visits(), natural, universe_of(tape, experts), weighed(tape, combine, sites),
                  factors(tape, combine, sites))  # fmt: skip

@@ -120,3 +120,30 @@ class PointwiseStage(nn.Module):
 @case(image(D), experts=N)
 def pixels_with_channels_last():
     return PointwiseStage()
+
+
+class Faculties(nn.Module):
+    """Experts by name, in no alphabetical order; all of them serve every token."""
+
+    names = ("physics", "law", "music", "botany")
+
+    def __init__(self, mean=False):
+        super().__init__()
+        self.score = nn.Linear(D, len(self.names))
+        self.ffns = nn.ModuleDict({name: mlp() for name in self.names})
+        self.mean = mean
+
+    def forward(self, x):
+        share = self.score(x).softmax(-1)
+        parts = [share[..., n : n + 1] * self.ffns[name](x) for n, name in enumerate(self.names)]
+        return torch.stack(parts).mean(0) if self.mean else sum(parts) / len(parts)
+
+
+@case(seq(D), experts=4)
+def experts_by_name():
+    return Faculties()
+
+
+@case(seq(D), experts=4)
+def experts_by_name_and_a_mean():
+    return Faculties(mean=True)
