@@ -138,7 +138,7 @@ def _check_what_is_left_out(
     base: fx.Node | None,
 ) -> None:  # fmt: skip
     """``Declined`` where what the rewrite leaves out holds a limit, or does more to rows than carry them."""
-    sources = [tokens.node, base, *routing.weights.nodes, *([] if routing.ids is None else routing.ids.nodes)]
+    sources = [tokens.node, *tokens.beside, base, *routing.nodes]
     fitted = {n for c in group for n in c.mid}
     kept = [n for n in sources if n is not None]
     check_limits(tape, combine.node, kept, fitted, source_of(group[0]))

@@ -84,6 +84,11 @@ class Routing:
     keys: tuple[Key, ...] = ()
 
     @property
+    def nodes(self) -> list[fx.Node]:
+        """Every node that it reads."""
+        return [*self.weights.nodes, *([] if self.ids is None else self.ids.nodes)]
+
+    @property
     def per_token(self) -> int | None:
         """How many experts each token has; None where that differs from token to token."""
         varies = self.ids is None or self.form is RoutingForm.TABLE or self.form.given

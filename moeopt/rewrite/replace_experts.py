@@ -30,6 +30,7 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
     """The rewrite of ``recognition``, for ids ``within`` a range; ``bank`` is the number of its weights."""
     sources = [
         recognition.tokens.node,
+        *recognition.tokens.beside,
         *recognition.routing.weights.nodes,
         *(recognition.routing.ids.nodes if recognition.routing.ids else []),
     ]
@@ -41,9 +42,14 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
         if recognition.tokens.axis != len(shape) - 1:
             x = plan.call(aten.movedim.int, x, recognition.tokens.axis, -1)
         rows = x if len(shape) == 2 else plan.call(aten.reshape.default, x, [-1, shape[recognition.tokens.axis]])
-        hidden = shape[recognition.tokens.axis]
+        hidden = features = shape[recognition.tokens.axis]
+        if recognition.tokens.beside:
+            others = [(n.meta["shape"][-1], ref(n)) for n in recognition.tokens.beside]
+            parts = [plan.call(aten.reshape.default, other, [-1, width]) for width, other in others]
+            rows = plan.call(aten.cat.default, [rows, *parts], 1)
+            features += sum(width for width, _ in others)
         count = math.prod(shape) // max(hidden, 1)
-        plan.note(rows, (count, hidden), recognition.tokens.node.meta.get("dtype"))
+        plan.note(rows, (count, features), recognition.tokens.node.meta.get("dtype"))
         if recognition.routing.ids is None:
             weights = _apply(plan, recognition.routing.weights, ref, None)
             ids = plan.call(table_to_ids, weights)
