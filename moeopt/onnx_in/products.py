@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.operators.table import operator_of
 from moeopt.value_types import OnnxNode, OnnxValue
 
 PRODUCTS = {
@@ -98,7 +99,7 @@ def weight_products(index: GraphIndex) -> dict[int, WeightProduct]:
     index.visited += len(index.nodes)
     found: dict[int, WeightProduct] = {}
     for at, node in enumerate(index.nodes):
-        sides = PRODUCTS.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
+        sides = PRODUCTS.get(operator_of(node))
         if sides is None or max(sides) >= len(node.inputs):
             continue
         for rows, weight in (sides, sides[::-1]):

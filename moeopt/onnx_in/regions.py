@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, region_between, room_for
+from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, region_between, steps_for
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import ExpertChains, WeightProduct, expert_chains, weight_products
 from moeopt.value_types import OnnxNode, OnnxValue
@@ -49,7 +49,7 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
             continue
         positions = [p.at for p in chains.products]
         found = []
-        for end in exits(index, positions, room_for(positions)):
+        for end in exits(index, positions, steps_for(positions)):
             region = _rooted(index, chains, end)
             if region is not None and _has_router(region, chains):
                 found.append(region)

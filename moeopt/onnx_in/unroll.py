@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from moeopt.onnx_in.free_names import FreeNames
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import PRODUCTS
 from moeopt.onnx_in.read import OnnxFile
@@ -81,8 +82,7 @@ class LoopUnroller:
             n.output[0]: a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"
         }
         self.nodes: list[Any] = []
-        self.taken = set(_names(graph))
-        self._next: dict[str, int] = {}
+        self._unique = FreeNames(_names(graph)).new
 
     def run(self, holders: set[int]) -> OnnxValue | None:
         """The copy with the nodes at ``holders`` written out; None where none of them can be."""
@@ -229,14 +229,6 @@ class LoopUnroller:
         name = output if op_type in ("Identity", "Concat") else self._unique(output)
         self.nodes.append(onnx.helper.make_node(op_type, inputs, [name], name=f"{name}.{op_type}", **attributes))
         return name
-
-    def _unique(self, name: str) -> str:
-        made, number = name, self._next.get(name, 1)
-        while made in self.taken:
-            made, number = f"{name}_{number}", number + 1
-        self._next[name] = number  # the numbers below are taken
-        self.taken.add(made)
-        return made
 
 
 def _body(node: OnnxNode, name: str) -> OnnxGraph:

@@ -1,6 +1,7 @@
 """What strangers' files may not hold, each refused with the file, the place and the way out."""
 
 import os
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -199,6 +200,33 @@ def test_functions_are_inlined_on_a_copy(tmp_path):
     before = made.SerializeToString()
     assert [n.op_type for n in read_onnx(made).proto.graph.node] == ["Add"]
     assert made.SerializeToString() == before
+
+
+def test_functions_that_call_each_other_many_times_are_counted_once_each():
+    from moeopt.onnx_in.functions import DEEPEST, check_functions
+
+    wide = {"f0": [f"g{n}" for n in range(2000)]} | {f"g{n}": ["last"] for n in range(2000)} | {"last": []}
+    seen = []
+
+    class Counted(list):
+        def __iter__(self):
+            seen.append(self)
+            return super().__iter__()
+
+    check_functions("f", Functions(called("f0", **wide), Counted))
+    assert len(seen) == len(wide)
+    deep = {f"f{n}": [f"f{n + 1}"] for n in range(5000)} | {"f5000": []}
+    with pytest.raises(UsageError, match=f"call each other 5001 deep, and moeopt reads {DEEPEST}: export the model"):
+        read_onnx(called("f0", **deep))
+    read_onnx(called("f0", **({f"f{n}": [f"f{n + 1}"] for n in range(DEEPEST - 1)} | {f"f{DEEPEST - 1}": []})))
+
+
+class Functions:
+    """A model whose functions hold their nodes in lists of a kind."""
+
+    def __init__(self, proto, kind):
+        self.graph = proto.graph
+        self.functions = [SimpleNamespace(domain=f.domain, name=f.name, node=kind(f.node)) for f in proto.functions]
 
 
 def test_only_onnx_models_are_taken_for_such():
