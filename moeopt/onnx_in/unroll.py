@@ -19,6 +19,7 @@ import numpy as np
 
 from moeopt.onnx_in.free_names import FreeNames
 from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.order import bodies
 from moeopt.onnx_in.products import PRODUCTS
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.regions import candidate_regions
@@ -240,18 +241,16 @@ def _names(graph: OnnxGraph) -> Iterator[str]:
     yield from (v.name for v in (*graph.input, *graph.output, *graph.initializer))
     for node in graph.node:
         yield from (node.name, *node.input, *node.output)
-        for attribute in node.attribute:
-            for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from _names(body)
+        for body in bodies(node):
+            yield from _names(body)
 
 
 def _rename(node: OnnxNode, names: Mapping[str, str]) -> None:
     """Give a node, and the bodies in it, the new names of values of the body that it was in."""
     for ends in (node.input, node.output):
         ends[:] = [names.get(name, name) for name in ends]
-    for attribute in node.attribute:
-        for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-            for inner in body.node:
-                _rename(inner, names)
-            for value in body.output:
-                value.name = names.get(value.name, value.name)
+    for body in bodies(node):
+        for inner in body.node:
+            _rename(inner, names)
+        for value in body.output:
+            value.name = names.get(value.name, value.name)

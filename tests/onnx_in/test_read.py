@@ -191,6 +191,34 @@ def test_data_that_have_two_names_on_the_disk_are_mapped(tmp_path):
     assert torch.equal(tensor_of(held, "w"), torch.ones(4, 4))
 
 
+def names_of(nodes):
+    return [n.name for n in nodes]
+
+
+def test_nodes_that_stand_before_what_they_read_are_put_in_order_on_a_copy():
+    """The others keep the order that they have; bodies and functions too."""
+    late = [
+        node("Add", ["b", "c"], ["y"], "last"),
+        node("Relu", ["a"], ["b"], "middle"),
+        node("Abs", ["a"], ["c"], "other"),
+    ]
+    made = model([*late, node("Neg", ["x"], ["a"], "first")])
+    before = made.SerializeToString()
+    assert names_of(read_onnx(made).proto.graph.node) == ["first", "middle", "other", "last"]
+    assert made.SerializeToString() == before
+    body = helper.make_graph(
+        [node("Relu", ["t"], ["r"], "second"), node("Neg", ["a"], ["t"], "one")], "body",
+        [], [helper.make_tensor_value_info("r", TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    branch = helper.make_node("If", ["flag"], ["y"], "branch", then_branch=body, else_branch=body)
+    flag = helper.make_tensor("flag", TensorProto.BOOL, [], [True])
+    found = read_onnx(model([branch, node("Abs", ["x"], ["a"], "abs")], weights=[flag])).proto.graph.node
+    assert names_of(found) == ["abs", "branch"]
+    assert [names_of(a.g.node) for a in found[1].attribute] == [["one", "second"]] * 2
+    plain = model()
+    assert read_onnx(plain).proto is plain
+
+
 def test_functions_are_inlined_on_a_copy(tmp_path):
     body = helper.make_function(
         "own", "Twice", ["a"], ["b"], [node("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 17)]
