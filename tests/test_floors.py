@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
     {"obstacles"},
-    {"errors", "value_types", "file_lock"},
+    {"errors", "value_types", "file_lock", "listed"},
     {"options", "limits", "untrusted", "patches", "compat", "html", "hub_cache"},  # html draws plain values
     {"ir", "progress", "onnx_in"},
     {"ops"},

@@ -7,7 +7,7 @@ from typing import Any
 
 from moeopt.checkpoint.tasks import auto_class
 from moeopt.errors import CheckpointError, UsageError
-from moeopt.hub_cache import cached_folder, is_hub_name
+from moeopt.hub_cache import cached_folder, is_hub_name, may_be_a_name
 
 
 def cached_directory(target: str) -> Path | None:
@@ -25,6 +25,8 @@ def cached_directory(target: str) -> Path | None:
     except ImportError:
         raise UsageError(f"{target} needs transformers: pip install 'moeopt[transformers]'") from None
     if found is None:
+        if not may_be_a_name(target):
+            raise UsageError(f"{target} is no file, and no model on the Hugging Face hub can have this name: check it")
         raise UsageError(
             f"{target} is neither a file nor a model in the local Hugging Face cache ({constants.HF_HUB_CACHE}); "
             f"moeopt downloads nothing: `hf download {target}` brings it, or give the model's directory"
@@ -47,6 +49,21 @@ def weight_files(path: Path) -> list[Path]:
     way = interrupted(path) or (index and f"{index.name} names some; fetch them")
     if way:
         raise CheckpointError(f"{path} holds no weights, and random numbers are not meant here: {way}")
+    return found
+
+
+def weights_of_cached(name: str, folder: Path) -> list[Path]:
+    """The weight files of a model that was named as on the hub.
+
+    Raises:
+        CheckpointError: its cache has none: who names a published model means its weights, not random ones.
+    """
+    found = weight_files(folder)
+    if not found:
+        raise CheckpointError(
+            f"{name}: the local cache ({folder}) has its config.json and no weights: `hf download {name}` brings them; "
+            f"for a trial with random weights give {folder}/config.json"
+        )
     return found
 
 

@@ -12,7 +12,7 @@ from moeopt.cli.limits import as_limits, missed_words
 from moeopt.cli.opened_target import check_page, opened_target
 from moeopt.cli.plan import as_quantize
 from moeopt.cli.preflight import check_choice, check_out, chosen_backend
-from moeopt.cli.printing import api, exit_unless, names_in, print_json, progress, show
+from moeopt.cli.printing import api, exit_unless, names_in, print_json, progress, say_unless, show
 from moeopt.cli.target import find_target
 from moeopt.cli.words import (
     Activations,
@@ -73,6 +73,7 @@ def optimize_command(
     }  # fmt: skip
     fields = {name: value for name, value in given.items() if value is not None}
     check_choice(backend, fields)
+    say_unless(quiet, found.random_weights(seed))
     if out is not None:
         check_out(out, found, verify, overwrite)
     with opened_target(

@@ -27,7 +27,7 @@ def progress(quiet: bool) -> PyObject:
 
 
 def say_unless(quiet: bool, line: str) -> None:
-    if not quiet:
+    if line and not quiet:
         print(line, file=sys.stderr, flush=True)
 
 

@@ -41,7 +41,8 @@ def refused(model, words, monkeypatch, capfd, **fields):
     with pytest.raises(CheckpointError, match=words):
         moeopt.optimize(model, out=model.parent / "b", **fields)
     assert not read and [path.name for path in model.parent.iterdir()] == ["model"]
-    assert "LOAD REPORT" not in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "LOAD REPORT" not in told and "Traceback" not in told
 
 
 def put(name, make):
@@ -59,6 +60,32 @@ def put(name, make):
 def test_experts_that_are_not_whole_and_other_shapes(model, monkeypatch, capfd, change, words):
     changed(model, change)
     refused(model, words, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("verbosity", ["error", "info"])
+def test_what_transformers_would_log_is_heard_at_every_verbosity(model, monkeypatch, capfd, verbosity):
+    """TRANSFORMERS_VERBOSITY=error keeps its report from being logged; what stands in it is told all the same."""
+    before = transformers.logging.get_verbosity()
+    getattr(transformers.logging, f"set_verbosity_{verbosity}")()
+    try:
+        changed(model, lambda t: t.pop(EXPERT))
+        refused(model, rf"cannot be put together; {EXPERT} is not there, and 3 like", monkeypatch, capfd)
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def test_loading_ends_in_the_same_words(model, monkeypatch):
+    """Where the rehearsal says nothing, the real load does, and points at no report that is not shown."""
+    from moeopt.checkpoint import stream
+
+    monkeypatch.setattr(stream, "rehearse", lambda *given: None)
+    changed(model, lambda t: t.pop(EXPERT))
+    with pytest.raises(CheckpointError, match=rf"cannot be put together; {EXPERT} is not there, and 3") as told:
+        moeopt.optimize(model, out=model.parent / "b")
+    assert "report" not in str(told.value)
+    changed(model, put(ROUTER, lambda w: w[:3]))
+    with pytest.raises(CheckpointError, match="do not become a Qwen3MoeForCausalLM"):
+        moeopt.optimize(model, out=model.parent / "b")
 
 
 @pytest.mark.parametrize("name", [EXPERT, ROUTER])
