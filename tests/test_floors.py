@@ -12,7 +12,16 @@ ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
     {"obstacles"},
     {"errors", "value_types", "file_lock", "listed"},
-    {"options", "limits", "untrusted", "patches", "compat", "html", "hub_cache"},  # html draws plain values
+    {
+        "options",
+        "limits",
+        "untrusted",
+        "patches",
+        "compat",
+        "html",
+        "hub_cache",
+        "other_files",
+    },  # html draws plain values
     {"ir", "progress", "onnx_in"},
     {"ops"},
     {"published"},  # quantised checkpoints, read into what ops take

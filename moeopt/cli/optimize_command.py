@@ -10,9 +10,9 @@ import typer
 
 from moeopt.cli.limits import as_limits, missed_words
 from moeopt.cli.opened_target import check_page, opened_target
-from moeopt.cli.plan import as_quantize
 from moeopt.cli.preflight import check_choice, check_out, chosen_backend
 from moeopt.cli.printing import api, exit_unless, names_in, print_json, progress, say_unless, show
+from moeopt.cli.quantize_words import as_quantize
 from moeopt.cli.target import find_target
 from moeopt.cli.words import (
     Activations,

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.bundle.manifest import is_bundle
-from moeopt.checkpoint.other_files import file_hint
 from moeopt.checkpoint.tasks import check_task
 from moeopt.cli.early import check_code
 from moeopt.cli.hugging_face import cached_directory, load, weight_files, weights_of_cached
 from moeopt.errors import UsageError
 from moeopt.onnx_in.read import SUFFIXES
+from moeopt.other_files import file_hint
 from moeopt.value_types import PyObject
 
 FORMS = (

@@ -23,6 +23,7 @@ from moeopt.inspection.headers import Stored, absent_files, stored_weights
 from moeopt.onnx_in.read import is_onnx, read_onnx
 from moeopt.onnx_in.unroll import unrolled
 from moeopt.onnx_in.whole_file import interpreted
+from moeopt.other_files import file_hint
 from moeopt.value_types import PyObject
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM",
@@ -94,7 +95,7 @@ def _from_path(path: Path, trust: bool) -> Loaded:
             )
         raise UsageError(f"{path} has neither config.json nor weights: {FORMS}")
     if path.exists():
-        raise UsageError(f"{path} is no config: {FORMS}")
+        raise UsageError(f"{path} is {file_hint(path) or f'no config: {FORMS}'}")
     raise UsageError(f"{path} does not exist: {FORMS}")
 
 
