@@ -26,6 +26,7 @@ from moeopt.errors import UsageError
 from moeopt.find.block_candidates import BlockCandidate
 from moeopt.find.discover import discover
 from moeopt.find.module_lists import feed_forward_lists
+from moeopt.find.packed_weights import packed_weights
 from moeopt.options import Options
 from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
@@ -65,7 +66,8 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
     if options.dense == "split":
         check_groups([*_dense(places), *(a for p in moe for a in p.alone)], options)
     calls, changed = _calls_of(model, call, places)
-    outcome = PipelineResult([], [], {}, calls, notes=beside)
+    packed = packed_weights(model)
+    outcome = PipelineResult([], [], {}, calls, notes=[*beside, packed] if packed else beside)
     blocks = BlockAttempts(model, call, outcome, changed, options, runtime, manager)
     attempts = _rewrite_blocks(blocks, moe, dump)
     _check_hints(model, moe, options)
