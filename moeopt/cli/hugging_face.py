@@ -81,9 +81,12 @@ def load(path: Path, weights: bool, task: str | None, trust_remote_code: bool, s
         )
         torch.manual_seed(seed)
         if weights:
+            _rehearse(path, task, trust_remote_code)
             model = auto.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True, dtype="auto")
         else:
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except CheckpointError:
+        raise
     except Exception as err:
         hint = "" if trust_remote_code or "trust_remote_code" not in str(err) else ": add --trust-remote-code"
         raise UsageError(f"{path}: transformers cannot load it{hint} ({type(err).__name__}: {str(err)[:300]})") from err
@@ -96,3 +99,15 @@ def load(path: Path, weights: bool, task: str | None, trust_remote_code: bool, s
             f"{path}: no inputs could be made up for it ({err}): write a factory that returns the model and its "
             "example inputs, and give file.py:factory"
         ) from None
+
+
+def _rehearse(path: Path, task: str | None, trust_remote_code: bool) -> None:
+    """``CheckpointError`` where the safetensors files of a directory do not become its model, or hold codes that would
+    be taken for weights: transformers would cast them, and say nothing."""
+    from moeopt.checkpoint.directory import CheckpointDirectory
+    from moeopt.checkpoint.rehearsal import rehearse
+    from moeopt.checkpoint.structure import structure_of
+    from moeopt.published.directory_of import stated_by
+
+    if any(path.glob("*.safetensors")) and not stated_by(path):  # a quantiser reads its codes itself
+        rehearse(CheckpointDirectory(path), structure_of(path, task, trust_remote_code, None).model, None)

@@ -127,3 +127,15 @@ def test_whole_checkpoints_pass(tmp_path, family, monkeypatch):
     monkeypatch.setattr(stream, "_load", load)  # what comes after the rehearsal
     with pytest.raises(Read):
         moeopt.optimize(write(family, tmp_path / "model", shards=2))
+
+
+@pytest.mark.parametrize("words", [["profile", "--no-measure"], ["optimize", "--measure", "--html", "page.html"]])
+def test_a_command_that_loads_the_whole_model_is_told_the_same(model, monkeypatch, capsys, words):
+    """transformers alone would cast the codes to floats, and say nothing."""
+    from tests.test_cli import run
+
+    changed(model, put(EXPERT, lambda w: w.to(torch.int8)))
+    monkeypatch.chdir(model.parent)
+    code, out, err = run(capsys, words[0], model, *words[1:])
+    assert code == 1 and not out and not (model.parent / "page.html").exists()
+    assert f"the tensor '{EXPERT}' holds int8: no values of model.layers.1.mlp" in err and "Traceback" not in err
