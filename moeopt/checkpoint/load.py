@@ -60,7 +60,7 @@ def load_mapped(
     except (RuntimeError, ValueError, KeyError) as err:
         why = broken_words(directory, broken) if broken else f"{type(err).__name__}: {_words(err)}"
         raise unfit(directory, type(structure).__name__, why) from err
-    _refuse_missing(directory, model, info)
+    refuse_missing(directory, model, info)
     model.config.name_or_path = str(directory.path)
     if hasattr(model, "generation_config") and generation is not None:
         model.generation_config = generation
@@ -177,7 +177,8 @@ def one_at_a_time() -> Iterator[Mapping[str, str]]:
             logging.enable_progress_bar()
 
 
-def _refuse_missing(directory: CheckpointDirectory, model: nn.Module, info: Mapping[str, Any]) -> None:
+def refuse_missing(directory: CheckpointDirectory, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """``CheckpointError`` for Parameters that no tensor of the files gives, or one of another shape."""
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         way = interrupted(directory.path)

@@ -1,7 +1,7 @@
 """transformers loads a model from tensors without values: what does not fit is found before a weight is read.
 
 Every renaming, merge and cast of the real load runs (``checkpoint/load``), on shapes and dtypes alone. It takes seconds
-and no memory where the real one takes hours. Parameters that no tensor gives are left to the real load.
+and no memory where the real one takes hours.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeopt.checkpoint.directory import CheckpointDirectory
-from moeopt.checkpoint.load import Deferred, ParametersGoTo, TensorReads, one_at_a_time
-from moeopt.checkpoint.unfit import broken_words, mismatch_words, unfit
+from moeopt.checkpoint.load import Deferred, ParametersGoTo, TensorReads, one_at_a_time, refuse_missing
+from moeopt.checkpoint.unfit import broken_words, unfit
 from moeopt.errors import CheckpointError
 from moeopt.patches import no_fake_tensor_errors
 from moeopt.value_types import PyObject
@@ -32,8 +32,8 @@ def rehearse(directory: CheckpointDirectory, structure: nn.Module, dtype: torch.
         dtype: as for :func:`moeopt.checkpoint.load.load_mapped`.
 
     Raises:
-        CheckpointError: tensors of other shapes, a set of experts' tensors that is not whole, or codes of a quantised
-            model that would be taken for numbers; the message names the tensors.
+        CheckpointError: tensors that are missing or of other shapes, a set of experts' tensors that is not whole, or
+            codes of a quantised model that would be taken for numbers; the message names the tensors.
     """
     import transformers
 
@@ -47,8 +47,8 @@ def rehearse(directory: CheckpointDirectory, structure: nn.Module, dtype: torch.
         made[path] = value.dtype, sources
 
     try:
-        with no_fake_tensor_errors(), one_at_a_time() as broken, ParametersGoTo(note, read):
-            _, info = type(structure).from_pretrained(  # type: ignore[attr-defined]  # a model of transformers
+        with no_fake_tensor_errors(), one_at_a_time() as broken, _WithoutValues(note, read):
+            model, info = type(structure).from_pretrained(  # type: ignore[attr-defined]  # a model of transformers
                 None, config=structure.config, dtype=dtype or "auto", output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 state_dict={name: _Shape(read, directory, name, without_values) for name in directory},
@@ -58,8 +58,7 @@ def rehearse(directory: CheckpointDirectory, structure: nn.Module, dtype: torch.
             raise unfit(directory, kind, broken_words(directory, broken)) from err
         LOG.debug("%s could not be rehearsed: %r", directory.path, err)  # loading it will tell
         return
-    if why := mismatch_words(info.get("mismatched_keys") or ()):
-        raise unfit(directory, kind, why)
+    refuse_missing(directory, model, info)
     _refuse_codes(directory, made, set(info.get("unexpected_keys") or ()))
 
 
@@ -79,6 +78,15 @@ def _refuse_codes(
                 f"values of {path}, but codes of a quantised model, and config.json has no quantization_config that "
                 "says how they are read: fetch config.json again, or convert the checkpoint to floats"
             )
+
+
+class _WithoutValues(ParametersGoTo):
+    """A Parameter that no tensor gives stays on the meta device: drawn at random, it may take all memory."""
+
+    def _parameter(self, module: nn.Module, name: str, value: nn.Parameter | None) -> nn.Parameter | None:
+        if value is None or value.is_meta or getattr(value, "_is_hf_initialized", False):
+            return super()._parameter(module, name, value)
+        return nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
 
 
 class _Shape(Deferred):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ def cached_directory(target: str) -> Path | None:
     if found is None:
         if not may_be_a_name(target):
             raise UsageError(f"{target} is no file, and no model on the Hugging Face hub can have this name: check it")
+        folder = Path(target).parent
+        if folder.is_dir():
+            near = difflib.get_close_matches(Path(target).name, [path.name for path in folder.iterdir()], 1)
+            meant = f"; did you mean {folder / near[0]}?" if near else ""
+            raise UsageError(
+                f"{target}: {folder} has no {Path(target).name}{meant or ': give a file or directory that is there'}, "
+                "and no model of this name is in the local Hugging Face cache"
+            )
         raise UsageError(
             f"{target} is neither a file nor a model in the local Hugging Face cache ({constants.HF_HUB_CACHE}); "
             f"moeopt downloads nothing: `hf download {target}` brings it, or give the model's directory"

@@ -45,6 +45,19 @@ def refused(model, words, monkeypatch, capfd, **fields):
     assert "LOAD REPORT" not in told and "Traceback" not in told
 
 
+@pytest.mark.parametrize("name", [ROUTER, "model.embed_tokens.weight"])
+def test_a_weight_that_no_file_holds(model, monkeypatch, capfd, name):
+    """Told before anything is read, and not drawn at random meanwhile: of a large model that takes all memory."""
+    drawn = []
+    normal = torch.Tensor.normal_
+    monkeypatch.setattr(
+        torch.Tensor, "normal_", lambda t, *given, **fields: drawn.append(t.device.type) or normal(t, *given, **fields)
+    )
+    changed(model, lambda t: t.pop(name))
+    refused(model, rf"holds no values for {name} of Qwen3MoeForCausalLM, and random numbers", monkeypatch, capfd)
+    assert set(drawn) <= {"meta"}
+
+
 def put(name, make):
     return lambda tensors: tensors.__setitem__(name, make(tensors[name]))
 
