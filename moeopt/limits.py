@@ -55,6 +55,13 @@ class LoadLimits:
 DEFAULT = LoadLimits()
 
 
+def checked_limits(given: LoadLimits | None) -> LoadLimits:
+    """``given``, or the defaults for None; ``UsageError`` for what is no ``LoadLimits``."""
+    if given is not None and not isinstance(given, LoadLimits):
+        raise UsageError(f"limits={given!r:.60} is no LoadLimits: give one, like moeopt.LoadLimits(seconds=60)")
+    return given or DEFAULT
+
+
 class TimeLimit:
     """Seconds that begin now. They are over when as many have passed on the clock and as CPU time of this process, all
     its threads together; or ``STILL`` times as many on the clock, for a run that waits and computes nothing.

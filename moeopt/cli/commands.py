@@ -29,6 +29,7 @@ from moeopt.cli.words import AsJson, BundleArgument, Html, Quiet, Seed, TargetAr
 from moeopt.errors import UsageError
 from moeopt.html import check_target
 from moeopt.limits import LoadLimits
+from moeopt.untrusted import shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -90,7 +91,7 @@ def explain(
     else:
         show(report)
         if html is not None:
-            print(f"\nhtml: {html}")
+            print(f"\nhtml: {shown(html)}")
 
 
 @app.command()

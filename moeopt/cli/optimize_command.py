@@ -29,6 +29,7 @@ from moeopt.cli.words import (
     Task,
     Trust,
 )
+from moeopt.untrusted import shown
 from moeopt.value_types import PyObject
 
 
@@ -106,6 +107,6 @@ def _print_optimized(
     print()
     show(optimized.certificate)
     if saved:
-        print(f"\nsaved: {saved}")
+        print(f"\nsaved: {shown(saved)}")
     if html is not None:
-        print(f"\nhtml: {html}")
+        print(f"\nhtml: {shown(html)}")

@@ -15,6 +15,7 @@ from moeopt.cli.target import FORMS, check_data, find_target, load_data, load_ta
 from moeopt.cli.words import Trust
 from moeopt.errors import UsageError
 from moeopt.html import check_target
+from moeopt.untrusted import shown
 
 DATA = "module:function or file.py:function that returns batches (an iterable of inputs), or one call's inputs"
 
@@ -53,7 +54,7 @@ def profile_command(
         found.to_html(html)
     print(found.to_json() if as_json else found)
     if html is not None and not as_json:
-        print(f"\nhtml: {html}")
+        print(f"\nhtml: {shown(html)}")
     if not found.layers:
         print("moeopt: no block could be profiled", file=sys.stderr)
         raise typer.Exit(1)
