@@ -65,9 +65,9 @@ def model():
     return Model().eval()
 
 
-def optimized(plan, source=None, **fields):
+def optimized(plan, source=None, inputs=IDS, **fields):
     fields = {"backend": "onnxruntime", "verify": "fast", **fields}
-    return moeopt.optimize(model() if source is None else source, IDS, quantize=plan, **fields)
+    return moeopt.optimize(model() if source is None else source, inputs, quantize=plan, **fields)
 
 
 PRODUCTS = [f"attention.{name}" for name in ("q", "k", "v", "out")]
@@ -169,6 +169,28 @@ def test_a_router_beside_its_experts_stays_float(inside):
     plan, x = QuantPlan(products="int8"), torch.randn(9, 16)
     opt = moeopt.optimize(source, x, backend="onnxruntime", verify="fast", quantize=plan)
     assert opt.report.rewritten and list(opt.certificate.products) == (["1"] if inside else ["out"])
+
+
+class Threshold(nn.Module):
+    """A mixture that no report names: gates beyond a half, on experts of one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(16, 3), nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        p = torch.sigmoid(self.gate(x))
+        p = torch.where(p > 0.5, p, torch.zeros_like(p))
+        return sum(p[..., n, None] * expert(x) for n, expert in enumerate(self.experts))
+
+
+def test_the_router_of_a_mixture_that_was_not_found_stays_float_and_is_named():
+    torch.manual_seed(0)
+    source, x = nn.Sequential(Threshold(), nn.Linear(16, 8)).eval(), torch.randn(9, 16)
+    opt = optimized(QuantPlan(products="int8"), source, x)
+    assert not opt.report.blocks and sorted(opt.certificate.products) == [*(f"0.experts.{n}" for n in range(3)), "1"]
+    notes = " ".join(opt.report.notes)
+    assert "not quantised: 0.gate: it is a router, its results are chosen from (gt at " in notes
 
 
 def test_a_model_that_calls_no_module_keeps_its_floats():

@@ -16,15 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from moeopt.capture.tape import record
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
+from moeopt.find.choosing_products import choosing_products
 from moeopt.ir.weight_format import FORMATS, INT8_CHANNEL
 from moeopt.options import Options, QuantPlan
 from moeopt.options.quant_plan import FLOAT
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.enclosing import with_router
 from moeopt.pipeline.real_calls import real_calls
-from moeopt.recognise.routing_types import RoutingForm
 from moeopt.rewrite.product_codes import CodesProduct, ModuleProduct, on_floats, product_of
 
 
@@ -124,9 +125,11 @@ def quantize_products(
         return QuantizedProducts()
     options.say("quantising the products outside of MoE blocks")
     inside = _closed(twin, outcome)
-    modules, taken = _products(twin, outcome, inside, plan)
+    modules, taken = _products(twin, inside)
     calls, changed = real_calls(twin, call, {paths[0] for _, _, paths in modules.values()})
-    _check_patterns(plan, [path for _, _, paths in modules.values() for path in paths])
+    places = [path for _, _, paths in modules.values() for path in paths]
+    _check_patterns(plan, places)
+    choices = choosing_products(record(twin, *call, keep_values=False, lenient=True), places)
     found, left = [], []
     for module, product, paths in modules.values():
         name = _format_of(plan, paths)
@@ -136,6 +139,8 @@ def quantize_products(
             left.append(f"{paths[0]}: no call of it was seen, so whoever holds it reads its weight")
         elif paths[0] in changed:
             left.append(f"{paths[0]}: {changed[paths[0]]}")
+        elif chosen := next((choices[path] for path in paths if path in choices), ""):
+            left.append(f"{paths[0]}: it is a router, its results are chosen from ({chosen}), and rounding moves choices")
         elif not bool(torch.isfinite(getattr(module, product.weight)).all()):
             raise UsageError(
                 f"the weight of {paths[0]} holds NaN or infinity, for which there is no code: give it the format "
@@ -171,11 +176,10 @@ def _format_of(plan: QuantPlan, paths: Sequence[str]) -> str:
 
 
 def _products(
-    twin: nn.Module, outcome: PipelineResult, inside: tuple[str, ...], plan: QuantPlan
+    twin: nn.Module, inside: tuple[str, ...]
 ) -> tuple[Modules, list[str]]:
     """The modules outside of MoE blocks and rewritten ones that compute a product, with all their paths."""
     found: Modules = {}
-    counts = _routed_at_the_top(outcome)
     shared = []
     for path, module in twin.named_modules(remove_duplicate=False):
         if f"{path}.".startswith(inside):
@@ -185,11 +189,6 @@ def _products(
             found[id(module)][2].append(path)
         elif (product := product_of(module)) is not None:
             found[id(module)] = module, product, [path]
-    for key, (module, product, paths) in list(found.items()):
-        if _may_route(module, product, counts):
-            del found[key]
-            if _format_of(plan, paths) != FLOAT:
-                shared.append(f"{paths[0]}: it may be a router, it has as many results as a MoE block has experts")
     return found, shared
 
 
@@ -199,23 +198,6 @@ def _closed(twin: nn.Module, outcome: PipelineResult) -> tuple[str, ...]:
     paths = ["" if name == type(twin).__name__ else name for name in names]
     around = [held[0] for path in paths if (held := with_router(path, outcome.calls)) is not None and held[0]]
     return tuple(f"{path}." if path else "" for path in (*paths, *around))
-
-
-def _routed_at_the_top(outcome: PipelineResult) -> set[int]:
-    """How many experts those blocks have whose router is in no module but the whole model."""
-    return {
-        len(found.experts)
-        for path, rewrite in outcome.rewrites.items()
-        if path and ((held := with_router(path, outcome.calls)) is None or not held[0])
-        for found in rewrite.found
-        if found.routing.form is not RoutingForm.EVERY_GROUP
-    }
-
-
-def _may_route(module: nn.Module, product: ModuleProduct, counts: set[int]) -> bool:
-    """Whether the product has as many results as such a block has experts: it may be the router."""
-    w = getattr(module, product.weight)
-    return w.shape[1 if product.turned else 0] in counts
 
 
 def _no_products(twin: nn.Module, inside: tuple[str, ...], modules: Modules, plan: QuantPlan) -> list[str]:
