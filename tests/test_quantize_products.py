@@ -321,9 +321,14 @@ def test_a_kernel_that_computes_something_else_leaves_activations_floats(monkeyp
     from moeopt.backends.onnxrt import rounded_activations
 
     monkeypatch.setattr(rounded_activations, "rounded_rows", lambda x, block: x.double() * 1.01)
-    opt = optimized(QuantPlan(default="int4", activations="int8"))
+    opt = optimized(QuantPlan(default="int8", products="int8", activations="int8"))
     assert opt.certificate.activations == {} and opt.certificate.passed is True
-    assert any("activations stay floats: a product of 16 x 16 in 4 bits is" in note for note in opt.report.notes)
+    for notes in (opt.report.notes, opt.certificate.notes):
+        assert sum("activations stay floats: a product of 16 x 16 in 8 bits is" in note for note in notes) == 1
+    plain = optimized(QuantPlan(default="int8", products="int8"))  # and the engine is no other than without the plan
+    (lowering,), (same) = ([b.lowering for b in one.report.rewritten] for one in (opt, plain))
+    assert [lowering.split(",")[0]] == [same[0].split(",")[0]] and "unrolled-bytes" not in lowering.split(";")[0]
+    assert torch.equal(opt(IDS), plain(IDS)) and opt.certificate.products == plain.certificate.products
 
 
 class Twice(nn.Module):

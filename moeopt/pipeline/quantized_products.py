@@ -140,7 +140,9 @@ def quantize_products(
         elif paths[0] in changed:
             left.append(f"{paths[0]}: {changed[paths[0]]}")
         elif chosen := next((choices[path] for path in paths if path in choices), ""):
-            left.append(f"{paths[0]}: it is a router, its results are chosen from ({chosen}), and rounding moves choices")
+            left.append(
+                f"{paths[0]}: it is a router, its results are chosen from ({chosen}), and rounding moves choices"
+            )
         elif not bool(torch.isfinite(getattr(module, product.weight)).all()):
             raise UsageError(
                 f"the weight of {paths[0]} holds NaN or infinity, for which there is no code: give it the format "
@@ -175,9 +177,7 @@ def _format_of(plan: QuantPlan, paths: Sequence[str]) -> str:
     return next(iter(asked.values()), FLOAT)
 
 
-def _products(
-    twin: nn.Module, inside: tuple[str, ...]
-) -> tuple[Modules, list[str]]:
+def _products(twin: nn.Module, inside: tuple[str, ...]) -> tuple[Modules, list[str]]:
     """The modules outside of MoE blocks and rewritten ones that compute a product, with all their paths."""
     found: Modules = {}
     shared = []
