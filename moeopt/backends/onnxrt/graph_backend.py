@@ -29,6 +29,7 @@ from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotEquivalentError
 from moeopt.limits import LoadLimits
+from moeopt.lower.export_errors import declined_blocks_named
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.plain import open_dataclasses
 from moeopt.lower.wrapped_weights import wrapped_weights_named
@@ -100,7 +101,8 @@ class GraphBackend(Backend):
         products = quantize_products(twin, outcome, call, options)
         judge = quantized_original(source, twin, products)
         with fewer_collections():
-            built = self._build_impl(twin, call, plan, options)
+            with declined_blocks_named(outcome.blocks):
+                built = self._build_impl(twin, call, plan, options)
             form = self._graph_of(built)
             rounding = check_rounding(form.directory) if isinstance(plan, OrtPlan) and plan.rounds else None
             engine = self._opened_impl(built, plan, options)
