@@ -11,7 +11,7 @@ from moeopt import QuantPlan
 from moeopt.cli import main
 from moeopt.errors import UsageError
 from moeopt.verification.certificate import Certificate
-from tests.toy_moe import Block, H
+from tests.toy_moe import Block, Expert, H
 
 IDS = torch.arange(30).view(2, 15)
 
@@ -169,6 +169,34 @@ def test_a_router_beside_its_experts_stays_float(inside):
     plan, x = QuantPlan(products="int8"), torch.randn(9, 16)
     opt = moeopt.optimize(source, x, backend="onnxruntime", verify="fast", quantize=plan)
     assert opt.report.rewritten and list(opt.certificate.products) == (["1"] if inside else ["out"])
+
+
+class Shared(Block):
+    """A shared expert in the block, of which no router decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = Expert()
+
+    def forward(self, x):
+        return super().forward(x) + self.shared(x)
+
+
+def test_a_shared_expert_is_quantised_with_the_products_and_its_router_is_not(tmp_path):
+    from moeopt.ir.weight_format import INT4_BLOCK32, INT8_CHANNEL
+    from moeopt.ops import quantize
+
+    torch.manual_seed(0)
+    source, x = nn.Sequential(nn.Linear(H, H), Shared()).eval(), torch.randn(9, H)
+    opt = optimized(QuantPlan(default="int4", products={"0": "float", "*": "int8"}), source, x)
+    assert list(opt.certificate.products) == ["1.shared.w1", "1.shared.w3", "1.shared.w2"] and opt.certificate.passed
+    assert not any(note.startswith("not quantised") for note in opt.report.notes)
+    for module, format in ((source[1].shared, INT8_CHANNEL), (source[1].experts, INT4_BLOCK32)):
+        for layer in (m for m in module.modules() if isinstance(m, nn.Linear)):
+            layer.weight = nn.Parameter(quantize(layer.weight.detach(), format).dequantize())
+    with torch.no_grad():
+        torch.testing.assert_close(opt(x), source(x), rtol=1e-4, atol=1e-6)
+    assert torch.equal(moeopt.load(opt.save(tmp_path / "b"))(x), opt(x)) and moeopt.verify(tmp_path / "b").passed
 
 
 class Threshold(nn.Module):

@@ -98,7 +98,7 @@ class GraphBackend(Backend):
     ) -> Made:  # fmt: skip
         outcome = self._settled(twin, self._run_impl(twin, call, options, plan))
         check_patterns(outcome, options)
-        products = quantize_products(twin, outcome, call, options)
+        products = quantize_products(source, twin, outcome, call, options)
         judge = quantized_original(source, twin, products)
         with fewer_collections():
             with declined_blocks_named(outcome.blocks):
@@ -145,7 +145,7 @@ class GraphBackend(Backend):
             certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options, products, runs)
         blocks = [self._with_lowering(block, built) for block in outcome.blocks]
         report = report_of(source, blocks, self.name, outcome, certificate, options)
-        told = [*notes_of(outcome, twin, options), *products.note()]
+        told = [*notes_of(outcome, twin, options, products), *products.note()]
         report = dataclasses.replace(
             report, notes=(*report.notes, *told, *plan.notes, *self._notes_impl(built), *notes)
         )
@@ -229,7 +229,7 @@ class GraphBackend(Backend):
         if not certificate.lossy:
             return original
         twin, options = shared_copy(original), Options(verify="off", quantize=plan_of(certificate))
-        products = quantize_products(twin, run(twin, call, options), call, options)
+        products = quantize_products(original, twin, run(twin, call, options), call, options)
         return quantized_original(original, twin, products)
 
     def runner(self, model: PyObject) -> tuple[GraphEngine, bool]:
