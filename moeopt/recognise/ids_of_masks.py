@@ -27,6 +27,16 @@ def one_beyond(weights_TK: torch.Tensor, ids_TK: torch.Tensor, experts: int) -> 
     return torch.where(ids_TK >= experts, 1.0, weights_TK)
 
 
+def ids_not_zero(ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: int) -> torch.Tensor:
+    """The ids, E (which adds nothing) where the weight is zero: 0 times what overflowed is no zero."""
+    return torch.where(weights_TK != 0, ids_TK, experts)
+
+
+def ids_positive(ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: int) -> torch.Tensor:
+    """The same where the weight is not above zero, as that of a NaN."""
+    return torch.where(weights_TK > 0, ids_TK, experts)
+
+
 def positive_to_ids(table_TE: torch.Tensor) -> torch.Tensor:
     """(T, E) expert e in column e where its weight is above zero, E (which adds nothing) elsewhere."""
     experts = table_TE.shape[-1]

@@ -55,6 +55,8 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
             weights = _apply(plan, recognition.routing.weights, ref, ids)
             if within.lowest is not None or within.highest is not None:
                 weights = plan.call(weights_within, weights, given, within.lowest, within.highest)
+        if recognition.routing.leave_out is not None:
+            ids = plan.call(recognition.routing.leave_out, ids, weights, len(recognition.experts))
         y = plan.add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
         summed, axis = recognition.combine.node.meta["shape"], recognition.combine.axis
         plan.note(y, (count, summed[axis] if axis < len(summed) else 1), recognition.combine.node.meta.get("dtype"))
