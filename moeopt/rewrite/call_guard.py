@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from moeopt.capture.tree import tree_leaves
+from moeopt.capture.user_modes import active_user_mode
 from moeopt.value_types import PyObject
 
 Tie = tuple[tuple[int, int], tuple[tuple[int, int], ...]]
@@ -150,6 +151,9 @@ class CallGuard:
             return "it is called under a torch.func transform or forward-mode differentiation"
         if torch._C._get_tracing_state() is not None:
             return "it is being traced by torch.jit"
+        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+            if mode := active_user_mode():
+                return f"the mode {mode} is active, and would see other ops than those of the block's own code"
         return ""
 
     def _arguments(self, bound: BoundArguments) -> str:

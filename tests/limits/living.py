@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import moeopt
@@ -57,7 +58,12 @@ def training(_):
     assert not told(lambda: opt(X))[1]
 
 
-@limit("Autocast, `torch.func` transforms, global forward hooks")
+class Seeing(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@limit("Autocast, `torch.func`, global hooks, your own modes")
 def modes_of_the_call(_):
     def cast(m):
         with torch.autocast("cpu", torch.bfloat16):
@@ -76,7 +82,13 @@ def modes_of_the_call(_):
 
     runs_the_original(Block, lambda m: None, "autocast is on", cast)
     runs_the_original(Block, lambda m: None, "torch.func", gradient)
+
+    def seen(m):
+        with Seeing():
+            return m(X)
+
     runs_the_original(Block, lambda m: None, "global forward hook", hooked)
+    runs_the_original(Block, lambda m: None, "the mode Seeing is active", seen)
 
 
 @limit("A changed attribute, child, hook or class of replaced code")
