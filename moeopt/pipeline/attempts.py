@@ -137,7 +137,7 @@ class BlockAttempts:
             around = "moeopt.optimize is called" if active_user_mode() else "the model calls it"
             raise Declined(
                 f"{around} under {level.mode}, a mode of PyTorch that sees or changes every op, and rewritten code "
-                "makes other ops; leave the mode, or begin it in the block's own forward: under it the original code runs"
+                "makes other ops; leave the mode, or begin it in the block's own forward: it runs the original code"
             )
         known = None if reader.assume is not None or takes_open_integers(level) else self.alike
         module_call = self.outcome.calls[path]
