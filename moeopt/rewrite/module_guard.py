@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from moeopt.rewrite.code import fingerprint
 from moeopt.rewrite.frozen_values import Frozen
 from moeopt.rewrite.guard_expression import GuardExpression, holds
+from moeopt.rewrite.live_codes import PREFIX
 from moeopt.rewrite.module_facts import Fact, hook_count, tensors_of
 from moeopt.rewrite.reads import Reads
 from moeopt.value_types import PyObject
@@ -102,7 +103,7 @@ class _Watched:
         fact, children = self.fact, self.module._modules
         if new := children.keys() - {*fact.children, *fact.live, *fact.written}:
             return f"the module {min(new)} was added to {name}"
-        more = tensors_of(self.module).keys() - {*fact.tensors, *fact.written}
+        more = {n for n in tensors_of(self.module) if not n.startswith(PREFIX)} - {*fact.tensors, *fact.written}
         if more and not _of_pytorch(self.module):
             return f"the Parameter or buffer {min(more)} was added to {name}"
         if tuple(n for n in children if n in fact.children) != fact.children:
