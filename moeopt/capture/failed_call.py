@@ -41,10 +41,13 @@ def inputs_hint(given: PyObject) -> str:
 def call_hint(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """What is odd about the call, led in by ": ", or "" where nothing is."""
     parameters = _parameters(module)
-    for name, value in (*_positional(parameters, args), *kwargs.items()):
-        if hint := _not_a_tensor(name, value) or _unlike_the_weights(name, value, module):
-            return f": {hint}"
-    return _keywords(parameters, args, kwargs)
+    try:
+        for name, value in (*_positional(parameters, args), *kwargs.items()):
+            if hint := _not_a_tensor(name, value) or _unlike_the_weights(name, value, module):
+                return f": {hint}"
+        return _keywords(parameters, args, kwargs)
+    except Exception:  # of the module's own methods, or of a device: no hint stands in for the model's own error
+        return ""
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.export.graph_signature import OutputKind
 from torch.fx.experimental import _config as shape_config
 from torch.utils import _pytree as pytree
 
@@ -21,8 +20,10 @@ from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacle_of, odd_argument
 from moeopt.lower.layer_calls import replaced_forward
 from moeopt.lower.plain import free_sizes, plain_call
+from moeopt.lower.second_call import differs_at_second_call
 from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.lower.stamps import Stamps
+from moeopt.lower.written_state import refuse_read_state, written_by
 from moeopt.patches import idle_moves, no_export_dump, one_trace
 from moeopt.rewrite.whole_model import tried
 from moeopt.value_types import PyObject
@@ -75,10 +76,13 @@ def export_program(
             raise NotSaveableError(f"{type(model).__name__} cannot be saved: {why}") from err
         finally:
             counted = _restore(model, before)
+    if not counted and differs_at_second_call(model, args, kwargs):
+        refuse_read_state(program.run_decompositions({}))  # which has in-place writes as outputs
+        counted = "what it returns for the same inputs"
     if counted:
         raise NotSaveableError(
             f"{type(model).__name__} cannot be saved: {counted} changes at each call, and an engine keeps no state: "
-            "make it an argument, or use backend='torch'"
+            "make it an argument, or use backend='torch' without saving"
         )
     if reads is not None:
         reads.refuse(written_by(program))
@@ -88,12 +92,6 @@ def export_program(
 def asks_values(err: Exception) -> bool:
     """Whether ``torch.export`` stopped because Python asked for the values of tensors."""
     return "ata-dependent" in str(err) or isinstance(err, (DataDependentOutputException, DynamicOutputShapeException))
-
-
-def written_by(program: torch.export.ExportedProgram) -> set[str]:
-    """The paths of the weights and buffers that a call of ``program`` writes."""
-    kinds = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
-    return {s.target for s in program.graph_signature.output_specs if s.kind in kinds and s.target}
 
 
 def _by_its_forward(model: nn.Module) -> nn.Module:
