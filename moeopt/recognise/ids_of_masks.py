@@ -47,3 +47,15 @@ def table_to_ids(table_TE: torch.Tensor) -> torch.Tensor:
     """(T, E) expert e in column e where its weight is not zero, E (which adds nothing) elsewhere."""
     experts = table_TE.shape[-1]
     return torch.where(table_TE != 0, torch.arange(experts, device=table_TE.device), experts)
+
+
+def kept_ids(ids_TK: torch.Tensor, mask: torch.Tensor, experts: int, slots_first: bool = False) -> torch.Tensor:
+    """(T, K) ids with E, which adds nothing, where ``mask`` is not above zero (not set, or NaN).
+
+    Args:
+        mask: T * K entries in the order of (T, K), in that of (K, T) with ``slots_first``; or one for each token.
+    """
+    if mask.dtype == torch.bool:
+        mask = mask.to(torch.int8)
+    each = mask.reshape(ids_TK.shape[1], -1).t() if slots_first else mask.reshape(ids_TK.shape[0], -1)
+    return torch.where(each > 0, ids_TK, experts)
