@@ -17,6 +17,7 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef
 from moeopt.obstacles import Rank
+from moeopt.recognise.asked_weights import left_out
 from moeopt.recognise.combine import Combine, Labels
 from moeopt.recognise.expert_refs import accumulation, layout_of, natural_order, same_layout
 from moeopt.recognise.expert_rows import sites_in
@@ -92,6 +93,8 @@ def with_frontier(
     if missing:
         _check_named(ids, len(experts), missing, group)
     identity = _adds_own_row(tape, tokens, combine, routing, ids, len(experts), prior)
+    if ids is not None and not identity:
+        routing.leave_out = left_out(routing.weights.nodes)
     base = None if identity else _base(tape, combine, before, experts)
     _check_what_is_left_out(tape, group, tokens, labels, combine, routing, base)
     ordered = [experts[c] for c in routing.experts]

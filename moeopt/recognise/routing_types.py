@@ -74,6 +74,7 @@ class Routing:
     ``ids`` and ``weights`` are extractions: (source node, steps), each step a call whose first argument is
     the value so far (``"@ids"`` stands for the built ids). ``ids`` is None where the weights are a
     dense table: then ``table_to_ids`` makes them. ``experts[v]`` is the candidate that id ``v`` names.
+    ``leave_out``: makes ids of ids, weights and E, where the dispatch takes no row whose weight is zero.
     """
 
     top_k: int
@@ -82,6 +83,7 @@ class Routing:
     experts: list[int]
     form: RoutingForm
     keys: tuple[Key, ...] = ()
+    leave_out: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] | None = None
 
     @property
     def nodes(self) -> list[fx.Node]:

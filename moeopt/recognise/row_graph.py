@@ -147,8 +147,8 @@ class RowGraphReader(RowGraphWriter):
         name = op_name(node)
         if is_factory(node) and (node.meta.get("shape") or ()) != ():
             raise self.refused(node, "makes a tensor of a size that may be the number of rows")
-        if name == "expand" and math.prod(node.meta["shape"]) != math.prod(self.known[node.all_input_nodes[0]].shape):
-            return self.known[node.all_input_nodes[0]]  # what reads it broadcasts
+        if name == "expand" and self._only_broadcasts(node):
+            return self.known[node.all_input_nodes[0]]
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise self.refused(node, "draws random numbers")
         if node.meta.get("shape") is None:
@@ -161,6 +161,12 @@ class RowGraphReader(RowGraphWriter):
         if name == "getitem":
             return self.add(node, GETITEM, None, *self.words(node.args))
         return self.add(node, node.target, None, *self.words(node.args), **self.kwargs(node))
+
+    def _only_broadcasts(self, expand: fx.Node) -> bool:
+        """Whether all that read ``expand`` broadcast what it repeats; a view, as of repeated scales, does not."""
+        return all(
+            self._only_broadcasts(user) if op_name(user) in _SAME else is_pointwise(user) for user in expand.users
+        )
 
     def _pointwise(self, node: fx.Node) -> HeldSlots:
         """Operands broadcast from the right, so all rows must have as many features' dimensions."""

@@ -24,6 +24,7 @@ from moeopt.rewrite.keep import NodeRewrite
 from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 
 aten = torch.ops.aten
+_VIEWS = (aten.reshape.default, aten.movedim.int, aten.unsqueeze.default)
 
 
 def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_IDS) -> NodeRewrite:
@@ -61,6 +62,8 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
             weights = _apply(plan, recognition.routing.weights, ref, ids)
             if within.lowest is not None or within.highest is not None:
                 weights = plan.call(weights_within, weights, given, within.lowest, within.highest)
+        if recognition.routing.leave_out is not None:
+            ids = plan.call(recognition.routing.leave_out, ids, weights, len(recognition.experts))
         y = plan.add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
         summed, axis = recognition.combine.node.meta["shape"], recognition.combine.axis
         plan.note(y, (count, summed[axis] if axis < len(summed) else 1), recognition.combine.node.meta.get("dtype"))
@@ -77,8 +80,12 @@ def _apply(plan: KeptSteps, extraction: Extraction, ref: Callable[[fx.Node], Ste
         columns = [plan.call(aten.reshape.default, ref(node), [-1, 1]) for node in extraction.nodes]
         value = plan.call(aten.cat.default, columns, 1)
     named = {"@ids": ids, "@beside": ref(extraction.nodes[-1]) if extraction.beside else None}
+    shape = None if extraction.joined or extraction.source is None else extraction.source.meta.get("shape")
     for op, rest in extraction.steps:
         value = plan.call(op, value, *(named[a] if isinstance(a, str) else a for a in rest))
+        shape = None if shape is None or op not in _VIEWS else tuple(op(torch.empty(shape, device="meta"), *rest).shape)
+        if shape is not None and extraction.source is not None:
+            plan.note(value, shape, extraction.source.meta.get("dtype"))
     return value
 
 

@@ -236,6 +236,10 @@ def _leaf(a: PyObject, b: PyObject, shaken: list[tuple[Any, Any]], result: EndTo
     eps = torch.finfo(a.dtype).eps
     d = token_distance(b, a)[pattern.both]
     if not len(d):
+        result.notes.append(
+            f"none of the {len(pattern.both)} tokens of an output is finite in the original (NaN or infinity), so no "
+            "distance was compared: give example inputs on which the model computes numbers"
+        )
         return ""
     moved = [
         token_distance(noisy, noiseless).nan_to_num(0.0)[pattern.both]
