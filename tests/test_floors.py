@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
     {"obstacles"},
-    {"errors", "value_types", "file_lock"},
+    {"errors", "value_types", "file_lock", "listed"},
     {
         "options",
         "limits",
@@ -21,6 +21,7 @@ FLOORS = [
         "html",
         "hub_cache",
         "codes_in_files",
+        "other_files",
     },  # html draws plain values
     {"ir", "progress", "onnx_in"},
     {"ops"},
