@@ -133,6 +133,12 @@ def unread(node: OnnxNode) -> str:
     """The reason for an operator that the interpreter does not run: the node's name and the way out."""
     if is_quantised(node):
         return unread_codes(node)
+    if node.op_type in ("If", "Loop", "Scan") and not operator_of(node)[0]:
+        return (
+            f"{named(node)}, whose body is run or not as data say, or as often as they say, and moeopt reads nodes "
+            "that stand in the graph itself: export the model without that branch or loop; moeopt.optimize takes the "
+            "file, and leaves such nodes outside of its blocks as they are"
+        )
     return (
         f"{named(node)}, which moeopt does not read inside experts: export the model with plain operators there, "
         "or optimise the PyTorch model itself"

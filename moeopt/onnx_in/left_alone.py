@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.operators.table import shown
-from moeopt.onnx_in.products import WHOLE
-from moeopt.onnx_in.regions import candidate_regions
-from moeopt.value_types import OnnxGraph, OnnxNode
+from moeopt.onnx_in.products import WHOLE, WeightProduct, expert_chains, weight_products
+from moeopt.onnx_in.regions import candidate_regions, region_name
+from moeopt.value_types import OnnxGraph, OnnxNode, OnnxValue
+
+_FAR = 64
+"""Nodes between a choice and a condition that is computed of it."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,21 @@ class LeftAlone:
 
 def left_alone(graph: OnnxGraph) -> Iterator[LeftAlone]:
     """Every such block of a graph and of the bodies in it, in order."""
-    for node, body in _bodies(graph):
+    names: set[str] = set()
+    for node, place, body in _bodies(graph):
         for one in body:
             if (one.domain, one.op_type) in WHOLE:
                 yield _whole(one)
+        yield from _in_branches(body)
         if node is None:
             continue
         for candidate in candidate_regions(GraphIndex(body)):
+            name = f"{node.name or node.op_type}.{candidate.name}"
+            if name in names:  # in the other branch
+                name = f"{node.name or node.op_type}.{place}.{candidate.name}"
+            names.add(name)
             yield LeftAlone(
-                f"{node.name or node.op_type}.{candidate.name}",
+                name,
                 f"it stands in a body of the node {node.name!r} ({node.op_type}), and moeopt replaces blocks of the "
                 "main graph: export the model without that loop or branch, or optimise the PyTorch model first "
                 "(a loop is written out where its number of rounds is a constant and its condition stays true, a "
@@ -51,15 +60,62 @@ def _whole(node: OnnxNode) -> LeftAlone:
     )
 
 
-def _bodies(graph: OnnxGraph, node: OnnxNode = None) -> Iterator[tuple[OnnxNode, OnnxGraph]]:
-    """A graph with the node that it is a body of (None for the main one), and the bodies in it."""
+def _in_branches(graph: OnnxGraph) -> Iterator[LeftAlone]:
+    """Blocks each of whose experts stands in an ``If`` of its own, which asks whether a token chose it."""
+    experts: dict[Hashable, list[tuple[OnnxNode, WeightProduct]]] = {}
+    for node in graph:
+        choice = _choice_behind(node.inputs[0]) if node.op_type == "If" else None
+        found: set[Hashable] = set()
+        for _, body in _held(node) if choice is not None else ():
+            index = GraphIndex(body)
+            for chain in expert_chains(index, weight_products(index)):
+                key = id(choice), tuple((p.shape, p.node.op_type) for p in chain.pairs[0])
+                if chain.experts == 1 and key not in found:
+                    found.add(key)
+                    experts.setdefault(key, []).append((node, chain.pairs[0][0]))
+    for number, several in enumerate(experts.values()):
+        if len(several) > 1:
+            names = " and ".join(repr(node.name) for node, _ in several[:2])
+            yield LeftAlone(
+                region_name([product for _, product in several]) or f"branches_{number}",
+                f"each of its experts stands in a branch of its own, like those of the nodes {names} (If), which run "
+                "it only where a token chose it, and moeopt replaces blocks of the main graph: export the model "
+                "without those branches (all experts on all tokens, or rows that are gathered), or optimise the "
+                "PyTorch model first",
+                len(several),
+            )
+
+
+def _choice_behind(value: OnnxValue) -> OnnxNode | None:
+    """The nearest node that picks among scores and that a condition is computed of; None where none is near."""
+    todo, seen = [value], set[int]()
+    while todo and len(seen) < _FAR:
+        node = todo.pop(0).producer()
+        if node is None or id(node) in seen:
+            continue
+        if node.op_type in ("TopK", "ArgMax"):
+            return node
+        seen.add(id(node))
+        todo += [v for v in node.inputs if v is not None]
+    return None
+
+
+def _bodies(
+    graph: OnnxGraph, node: OnnxNode | None = None, place: str = ""
+) -> Iterator[tuple[OnnxNode | None, str, OnnxGraph]]:
+    """A graph with the node that it is a body of (None for the main one) and the body's name, and the bodies in it."""
+    yield node, place, graph
+    for one in graph:
+        for name, body in _held(one):
+            yield from _bodies(body, one, name)
+
+
+def _held(node: OnnxNode) -> Iterator[tuple[str, OnnxGraph]]:
+    """The bodies of a node, each with the name of the attribute that it is."""
     import onnx_ir as ir
 
-    yield node, graph
-    for one in graph:
-        for attribute in one.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                yield from _bodies(attribute.value, one)
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                for body in attribute.value:
-                    yield from _bodies(body, one)
+    for name, attribute in node.attributes.items():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield name, attribute.value
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from ((f"{name}.{number}", body) for number, body in enumerate(attribute.value))

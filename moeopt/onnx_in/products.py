@@ -54,7 +54,10 @@ _ENDS_CHAIN = frozenset(("Softmax", "LogSoftmax", "TopK", "ArgMax", "ArgMin", "O
 
 @dataclass(frozen=True)
 class WeightProduct:
-    """A product with constant weights: its node's position, the rows it reads, the constant and its shape."""
+    """A product with constant weights: its node's position, the rows it reads, the constant and its shape.
+
+    ``scales``: of codes, the constant that they are multiplied with; None of floats.
+    """
 
     at: int
     node: OnnxNode
@@ -62,6 +65,12 @@ class WeightProduct:
     weight: OnnxValue
     shape: tuple[int, ...]
     picked: bool
+    scales: OnnxValue = None
+
+    @property
+    def function(self) -> tuple[int, int]:
+        """What tells a matrix from others: two of the same codes are two matrices where their scales are two."""
+        return id(self.weight), id(self.scales)
 
     @property
     def stacked(self) -> int:
@@ -84,7 +93,7 @@ class ExpertChains:
 
         A product that all of them follow, or that follows all of them, is none of theirs: the fewer count.
         """
-        counts = [sum({id(p.weight): p.stacked for p in side}.values()) for side in zip(*self.pairs, strict=True)]
+        counts = [sum({p.function: p.stacked for p in side}.values()) for side in zip(*self.pairs, strict=True)]
         fewest: int = min(counts)
         return fewest
 
@@ -109,7 +118,8 @@ def weight_products(index: GraphIndex) -> dict[int, WeightProduct]:
             if constant is not None and value is not None and not index.is_constant(value):
                 shape = shape_of(constant)
                 if shape is not None and len(shape) >= 2:
-                    found[at] = WeightProduct(at, node, value, constant, shape, picked)
+                    scales = scales_of(node, node.inputs[weight])
+                    found[at] = WeightProduct(at, node, value, constant, shape, picked, scales)
                 break
     index.products = found
     return found
@@ -131,6 +141,20 @@ def constant_behind(index: GraphIndex, value: OnnxValue) -> tuple[Any, bool]:
         picked |= not index.is_constant(value)
         value = node.inputs[0]
     return None, False
+
+
+def scales_of(node: OnnxNode, weight: OnnxValue) -> OnnxValue | None:
+    """What the codes of a product's weight are multiplied with; None of floats."""
+    if node.op_type == "MatMulNBits":
+        return node.inputs[2] if len(node.inputs) > 2 else None
+    for _ in range(_MOST_VIEWS):
+        made = None if weight is None else weight.producer()
+        if made is None or made.op_type not in MOVING:
+            return None
+        if made.op_type == "DequantizeLinear":
+            return made.inputs[1] if len(made.inputs) > 1 else None
+        weight = made.inputs[0]
+    return None
 
 
 def shape_of(value: OnnxValue) -> tuple[int, ...] | None:

@@ -6,6 +6,7 @@ taken from the file, and a program that was made before is found again. Whoever 
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from collections.abc import Mapping, Sequence
@@ -127,7 +128,7 @@ def program_of(
     for value, tensor in constants.items():
         name = names.get(value, value)
         if is_number(tensor):
-            numbers[name] = SizeValue(tensor.tolist(), tensor.dtype, tensor.clone())
+            numbers[name] = SizeValue(_meant(tensor), tensor.dtype, tensor.clone())
             continue
         held[name] = _attribute(name, tensors)
         tensors[held[name]] = tensor
@@ -136,6 +137,20 @@ def program_of(
         {names.get(n, n): term for n, term in (sizes or {}).items()}, opset, frees,
     )  # fmt: skip
     return _made.setdefault(_key(program), program), tensors
+
+
+_ROUNDED = {torch.tensor(c).item(): c for c in (math.sqrt(2), math.sqrt(0.5), math.sqrt(2 / math.pi), 0.044715)}
+"""The numbers of GELU, by what they are rounded to in float32."""
+
+
+def _meant(tensor: Tensor) -> PyObject:
+    """The numbers of a constant; one of float32 that is a rounding of GELU's is GELU's.
+
+    In float32 that is the same number to the bit. In float64, where a rewritten block is held against this one, the
+    file's rounding of the number would else be told as another function, by rows that nearly cancel.
+    """
+    found = tensor.tolist()
+    return _ROUNDED.get(found, found) if tensor.dtype == torch.float32 and isinstance(found, float) else found
 
 
 def is_number(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ import weakref
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import helper
@@ -12,7 +13,9 @@ from onnx import helper
 import moeopt
 from moeopt.errors import Declined
 from moeopt.onnx_in.coded_nodes import CodedConstants
+from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.read import read_onnx
+from moeopt.onnx_in.regions import candidate_regions
 from moeopt.published import file_codes
 from moeopt.published.experts import Unbound
 from moeopt.published.file_codes import FileExperts, is_symmetric, matrix_of
@@ -73,16 +76,7 @@ def test_plain_floats_have_no_codes_and_half_of_them_none_that_are_kept():
         FileExperts([one]).bank("mlp", 1, lambda e: [one.floats, plain.t()])
 
 
-KEPT = [
-    "int8, a scale a column",
-    "uint8, zero points",
-    "uint4, blocks with zero points",
-    "4 bits",
-    "8 bits, zero points",
-]
-
-
-@pytest.mark.parametrize("form", KEPT)
+@pytest.mark.parametrize("form", FORMS)
 def test_experts_keep_their_codes(form, tmp_path):
     onnx.save(coded_file(FORMS[form], width=80), tmp_path / "m.onnx")
     found = moeopt.optimize(tmp_path / "m.onnx", verify="fast")
@@ -94,7 +88,8 @@ def test_experts_keep_their_codes(form, tmp_path):
     assert torch.allclose(found(torch.from_numpy(x)), want, rtol=1e-5, atol=1e-5)
     bundle = found.save(tmp_path / "bundle")
     held = sum(file.stat().st_size for file in bundle.glob("model.onnx*"))
-    assert held < 3 * E * 80 * H * (2.2 if "4" in form else 3)  # of 4 bytes a weight as floats
+    narrow = "4 bits" in form or "int4" in form
+    assert held < 3 * E * 80 * H * (2.2 if narrow else 3)  # of 4 bytes a weight as floats
     assert moeopt.verify(bundle, original=tmp_path / "m.onnx").passed
 
 
@@ -239,3 +234,57 @@ def test_codes_of_one_expert_at_a_time_are_held_unpacked(monkeypatch):
     most.clear()
     FileExperts(stacked).bank("mlp", 3, lambda e: [halves[e], halves[e].t()])
     assert len(most) == 1
+
+
+class HalfScales(Dequantised):
+    """Scales of float16, whose products a ``Cast`` widens: the weights are rounded in between."""
+
+    def __call__(self, name, w):
+        nodes, weights = super().__call__(f"{name}.half", w)
+        for tensor in weights:
+            if tensor.name.endswith(".scale"):
+                tensor.CopyFrom(stored(tensor.name, onnx.numpy_helper.to_array(tensor).astype(np.float16)))
+        return [*nodes, helper.make_node("Cast", [f"{name}.half"], [name], name=f"{name}.cast", to=1)], weights
+
+
+class TwoBits(Packed):
+    def bytes(self, codes):
+        return codes[..., ::4] | codes[..., 1::4] << 2 | codes[..., 2::4] << 4 | codes[..., 3::4] << 6
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (HalfScales("int8", axis=1), "rounds what the codes stand for to half precision, and a Cast widens it again"),
+        (TwoBits(2), "nbits' has codes of 2 bits (torch.uint8), which experts have no format for"),
+    ],
+)
+def test_codes_that_experts_cannot_have_are_told_and_are_floats_of_a_module(form, said):
+    proto = coded_file(form)
+    (block,) = moeopt.optimize(proto, verify="fast").report.blocks
+    assert (block.status, block.experts) == ("declined", E) and said in block.reason
+    assert "the file holds its experts as codes, and they would become floats" in block.reason
+    x = np.random.default_rng(4).normal(size=(6, H)).astype(np.float32)
+    want = torch.from_numpy(runs(proto, x))
+    assert torch.allclose(moeopt.from_onnx(proto)(torch.from_numpy(x)), want, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_of_the_same_codes_with_scales_of_their_own_are_experts():
+    proto, codes = coded_file(FORMS["int8, a scale a column"]), {}
+    for node in proto.graph.node:
+        if node.op_type == "DequantizeLinear":
+            node.input[0] = codes.setdefault(node.name.split(".")[2], node.input[0])
+    (found,) = candidate_regions(GraphIndex(read_onnx(proto).model.graph))
+    assert found.chains.experts == E
+    assert [b.experts for b in moeopt.optimize(proto, verify="fast").report.blocks if b.kind == "moe"] == [E]
+
+
+def test_without_moeopt_s_entry_onnx_runtime_rounds_rows_of_a_file_that_says_nothing_of_it():
+    proto = coded_file(FORMS["int4, blocks"])
+    x = np.random.default_rng(3).normal(size=(7, H)).astype(np.float32)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    plain = onnxruntime.InferenceSession(proto.SerializeToString(), options).run(None, {"x": x})[0]
+    want = moeopt.from_onnx(proto)(torch.from_numpy(x)).numpy()
+    assert np.abs(plain - want).max() > 1e-3 * np.abs(want).max()
+    assert np.abs(runs(proto, x) - want).max() < 1e-5 * np.abs(want).max()

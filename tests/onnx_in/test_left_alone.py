@@ -8,6 +8,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import moeopt
+from moeopt.errors import UsageError
 from tests.onnx_in.long_graph import model
 
 E, H, I = 4, 8, 16
@@ -152,3 +153,69 @@ def test_experts_that_the_quantiser_gave_codes_alone_are_rewritten(tmp_path):
     assert [(b.name, b.status, b.experts) for b in found.report.blocks] == [("layers.0", "rewritten", E)]
     assert found.certificate.passed and "MatMulNBits" in {n.op_type for n in onnx.load(tmp_path / "q.onnx").graph.node}
     assert moeopt.verify(found.save(tmp_path / "bundle"), original=tmp_path / "q.onnx").passed
+
+
+def branches(condition="chosen", experts=3):
+    """Experts each in an ``If`` of its own, which asks whether a token chose it (or, of the input, anything else)."""
+    draw, nodes, weights = np.random.default_rng(2), [], {"gate": draw_of((H, experts)), "zero": np.zeros(())}
+    nodes.append(helper.make_node("MatMul", ["x", "gate"], ["logits"], name="router"))
+    nodes.append(helper.make_node("ArgMax", ["logits"], ["ids"], name="pick", axis=1))
+    for e in range(experts):
+        weights |= {f"experts.{e}.up": draw.normal(size=(H, I)), f"experts.{e}.down": draw.normal(size=(I, H))}
+        number = numpy_helper.from_array(np.array([e]), f"number{e}")
+        nodes.append(helper.make_node("Constant", [], [f"number{e}"], value=number))
+        nodes.append(helper.make_node("Equal", ["ids", f"number{e}"], [f"mask{e}"], name=f"mask{e}"))
+        nodes.append(helper.make_node("Cast", [f"mask{e}"], [f"share{e}"], to=TensorProto.FLOAT))
+        source = f"share{e}" if condition == "chosen" else "x"
+        nodes.append(helper.make_node("ReduceMax", [source], [f"most{e}"], keepdims=0))
+        nodes.append(helper.make_node("Greater", [f"most{e}", "zero"], [f"is{e}"]))
+        then = [
+            helper.make_node("MatMul", ["x", f"experts.{e}.up"], ["h"], name=f"up{e}"),
+            helper.make_node("Relu", ["h"], ["a"]),
+            helper.make_node("MatMul", ["a", f"experts.{e}.down"], ["o"], name=f"down{e}"),
+            helper.make_node("Mul", ["o", f"share{e}"], ["z"]),
+        ]
+        end = [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)]
+        other = [helper.make_node("Mul", ["x", "zero"], ["z"])]
+        nodes.append(
+            helper.make_node(
+                "If", [f"is{e}"], [f"part{e}"], name=f"if{e}", then_branch=helper.make_graph(then, "t", [], end),
+                else_branch=helper.make_graph(other, "e", [], end),
+            )
+        )  # fmt: skip
+    nodes.append(helper.make_node("Sum", [f"part{e}" for e in range(experts)], ["y"], name="sum"))
+    return nodes, weights
+
+
+def draw_of(shape):
+    return np.random.default_rng(3).normal(size=shape)
+
+
+def test_experts_that_each_stand_in_a_branch_are_told_and_branches_that_ask_for_something_else_are_none(tmp_path):
+    found = moeopt.optimize(saved(tmp_path / "m.onnx", *branches(), []))
+    (block,) = found.report.blocks
+    assert (block.name, block.kind, block.status, block.experts) == ("experts", "moe", "declined", 3)
+    assert "each of its experts stands in a branch of its own, like those of the nodes 'if0' and 'if1' (If)" in (
+        block.reason
+    )
+    assert "export the model without those branches" in block.reason
+    assert not moeopt.optimize(saved(tmp_path / "n.onnx", *branches("x"), [])).report.blocks
+
+
+def test_blocks_in_both_branches_have_names_of_their_own(tmp_path):
+    path = loop_file(tmp_path / "m.onnx")
+    proto = onnx.load(path)
+    (branch,) = proto.graph.node
+    then, other = branch.attribute if branch.attribute[0].name == "then_branch" else reversed(branch.attribute)
+    other.g.CopyFrom(then.g)
+    onnx.save(proto, path)
+    names = [b.name for b in moeopt.optimize(path).report.blocks]
+    assert len(set(names)) == 2 and all(n.startswith("choose.") and n.endswith("region_0") for n in names)
+    assert any("_branch." in n for n in names)
+
+
+def test_a_branch_is_told_where_the_whole_file_should_become_a_module(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        moeopt.from_onnx(loop_file(tmp_path / "m.onnx"))
+    assert "the node 'choose' is If, whose body is run or not as data say" in str(caught.value)
+    assert "moeopt.optimize takes the file" in str(caught.value)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart
 from moeopt.onnx_in.coded import coded_weights
+from moeopt.onnx_in.program import GraphProgram
 from moeopt.options import Options, QuantPlan
 from moeopt.options.quant_plan import CHECKPOINT
 from moeopt.passes.quantize_experts import QuantizeExperts
@@ -28,6 +30,21 @@ def with_codes(options: Options, parts: Sequence[FilePart]) -> Options:
     return dataclasses.replace(options, quantize=QuantPlan(default=CHECKPOINT))
 
 
+def rounded_floats(block: nn.Module) -> str:
+    """Why codes are no weights of a block that rounds their floats to half precision and widens them; "" of others."""
+    halves = {one.node for one in coded_weights(block) if one.floats.dtype in (torch.float16, torch.bfloat16)}
+    program = getattr(block, "program", None)
+    if not halves or not isinstance(program, GraphProgram):
+        return ""
+    casts = [step for step in program.steps if step.op_type == "Cast" and step.inputs[0] in program.constants]
+    if not casts:
+        return ""
+    return (
+        f"the node {sorted(halves)[0]!r} rounds what the codes stand for to half precision, and a Cast widens it again"
+        ", which experts of codes do not do (store the scales in the precision that the file computes in)"
+    )
+
+
 def keep_codes(twin: nn.Module, outcome: PipelineResult) -> None:
     """Decline the blocks whose experts could not keep the codes of the file, and note what else became floats."""
     lost = {
@@ -36,6 +53,8 @@ def keep_codes(twin: nn.Module, outcome: PipelineResult) -> None:
         if record.name == QuantizeExperts.name and record.reason and record.block in outcome.rewrites
     }
     for name in lost:
+        if rounded := rounded_floats(twin.get_submodule(name)):
+            lost[name] = rounded
         del outcome.rewrites[name]
     outcome.checks[:] = [check for check in outcome.checks if check.name not in lost]
     outcome.blocks = [

@@ -209,16 +209,17 @@ def _rewritten(
         decline(parts, seen[0][1].blocks)
         return None
     ((twin, outcome),) = seen
+    regions_built, report, certificate = made.built, made.report, made.certificate
+    del made  # its session: two would hold the weights twice
     kept = [part for part in parts.parts if part.name in outcome.rewrites]
     try:
-        built = write_stitched(file, made.built, kept, slots)
+        built = write_stitched(file, regions_built, kept, slots)
     except Declined as err:
         for part in kept:
             parts.declined[part.name] = part.candidate, err.reason
         return None
     graph = NATIVE if built.native else GRAPH
     engine = OnnxEngine(built.directory, built.signature, "cpu", options.session_options, built.folder, graph=graph)
-    certificate = made.certificate
     if options.verify != "off":
         options.say("comparing the new file with the one that was given")
         end = compare_files(file, engine, calls, _scales(kept), options.seed)
@@ -227,7 +228,7 @@ def _rewritten(
         if first:
             end.notes.append(f"the result stays within its budget although some experts differ; the first is {first}")
         certificate = dataclasses.replace(certificate, end_to_end=end, device=engine.described)
-    report = dataclasses.replace(made.report, certificate=certificate)
+    report = dataclasses.replace(report, certificate=certificate)
     return Made(engine, report, certificate, None, built)
 
 

@@ -1,10 +1,13 @@
 """A file's blocks are replaced in its own graph: the numbers stay, and so does every message outside of the blocks."""
 
+import weakref
+
 import onnx
 import pytest
 import torch
 
 import moeopt
+from moeopt.backends.onnxrt.engine import OnnxEngine
 from moeopt.errors import UsageError
 from moeopt.onnx_in.read import read_onnx
 from moeopt.onnx_in.tensors import tensor_of
@@ -191,3 +194,21 @@ def test_a_rewrite_that_is_wrong_is_not_kept(path, monkeypatch):
     assert engine.report.rewritten == ()
     assert reasons and all(r.startswith("it was rewritten, compared and reverted: ") for r in reasons)
     assert all("the new graph is not equivalent and was not kept: output 0 moves" in r for r in reasons)
+
+
+def test_one_engine_at_a_time_holds_the_weights(path, monkeypatch):
+    """Each session of an engine has a copy of them: that of the regions is gone before the new file's is opened."""
+    from moeopt.backends.onnxrt.onnx_file import optimize
+
+    alive, others = weakref.WeakSet(), []
+    plain = OnnxEngine.__init__
+
+    def counted(self, *args, **kwargs):
+        others.append(len(alive))
+        plain(self, *args, **kwargs)
+        alive.add(self)
+
+    monkeypatch.setattr(OnnxEngine, "__init__", counted)
+    assert optimize.OnnxEngine is OnnxEngine
+    found = moeopt.optimize(path, verify="fast")
+    assert found.report.rewritten and len(others) >= 2 and others[-1] == 0
