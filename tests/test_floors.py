@@ -20,6 +20,7 @@ FLOORS = [
         "compat",
         "html",
         "hub_cache",
+        "codes_in_files",
         "other_files",
     },  # html draws plain values
     {"ir", "progress", "onnx_in"},

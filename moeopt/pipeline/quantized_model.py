@@ -91,8 +91,13 @@ def check_patterns(outcome: PipelineResult, options: Options) -> None:
         )
 
 
-def notes_of(outcome: PipelineResult, twin: nn.Module, options: Options) -> list[str]:
-    """Sentences for the report: the memory, and each block that was to be quantised and was not."""
+def notes_of(
+    outcome: PipelineResult, twin: nn.Module, options: Options, products: QuantizedProducts | None = None
+) -> list[str]:
+    """Sentences for the report: the memory, and each block that was to be quantised and was not.
+
+    ``products``: those that were quantised; a block that holds some is told with them.
+    """
     if options.quantize is None:
         return []
     done = quantized_blocks(twin)
@@ -102,6 +107,8 @@ def notes_of(outcome: PipelineResult, twin: nn.Module, options: Options) -> list
     declined = [
         b.name for b in outcome.blocks if b.status == "declined" and options.quantize.format_of(b.name) != "float"
     ]
+    held = [] if products is None else [path for one in products.found for path in one.paths]
+    declined = [name for name in declined if not any(f"{path}.".startswith(f"{name}.") for path in held)]
     if declined:
         left.append(f"{listed(declined)}: only experts that were rewritten into one op can be")
     lossy, sizes = formats_of(twin), dict[bool, list[tuple[int, int]]]()

@@ -21,7 +21,7 @@ import torch
 
 from moeopt.backends.onnxrt.budget import cost_of
 from moeopt.backends.onnxrt.custom_op import native_library
-from moeopt.backends.onnxrt.session import ISA_ENTRY
+from moeopt.backends.onnxrt.session import FLOAT_ROWS, ISA_ENTRY
 from moeopt.bundle import golden as goldens
 from moeopt.bundle.manifest import Manifest
 from moeopt.errors import BundleError, LimitError
@@ -118,6 +118,7 @@ def _in_a_child(
             "bytes": int(min(budget + files, 1 << 62)),
             "seconds": min(seconds, 1e9),
             "threads": torch.get_num_threads(),
+            "entries": {FLOAT_ROWS: "1"},
             "operator": _operator(proto),
             "calls": [_written(feeds, Path(aside), n) for n, feeds in enumerate(calls)],
         }

@@ -29,6 +29,8 @@ def main() -> None:
     options.log_severity_level = 4
     options.intra_op_num_threads = said["threads"]
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", said["folder"])
+    for key, value in said["entries"].items():
+        options.add_session_config_entry(key, value)
     if said["operator"]:
         key, value, library = said["operator"]
         options.add_session_config_entry(key, value)
