@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import pickletools
+import re
 import zipfile
 from pathlib import Path
+
+from moeopt.listed import listed
 
 _STATE = "weights without code: make the model, model.load_state_dict(torch.load({name!r}))"
 _HINTS = {
@@ -42,6 +45,42 @@ _MADE = "; in Python, give that model to moeopt.optimize, on the command line a 
 _PLAIN = {"collections", "builtins", "__builtin__", "numpy", "_codecs", "copyreg", "copy_reg", "torch"}
 """Packages whose values a file of weights may hold beside tensors."""
 _MOST = 1 << 26
+
+
+_FOLDERS = {
+    "adapter_config.json": "an adapter, which changes another model: merge the two, "
+    "PeftModel.from_pretrained(base, {path!r}).merge_and_unload().save_pretrained(new), and give new",
+    "model_index.json": "a pipeline of diffusers, of several models: load the one with the experts, and give it in "
+    "Python",
+    "params.json": "a model in its maker's own form: convert it to that of transformers, or fetch it in that form",
+}
+_OF_TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.\w+")
+"""Files that trainers leave beside a model's weights."""
+
+
+def directory_hint(path: Path) -> str:
+    """What a directory without config.json is by the files in it, and the way out; "" for others."""
+    if not path.is_dir():
+        return ""
+    for name, hint in _FOLDERS.items():
+        if (path / name).is_file():
+            return hint.format(path=str(path))
+    models = [config.parent for config in sorted([*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")])]
+    if models:
+        return f"a directory with the model's directory in it: give {listed(models)}"
+    if file := next(iter(sorted(path.glob("*.onnx"))), None):
+        return f"a directory with an ONNX model in it: give the file, {file}"
+    other = other_weights(path)
+    if any(path.glob("*.safetensors")) or (other is not None and _HINTS[other.suffix.lower()] is _STATE):
+        return "a directory that has weights and no config.json, which says how they are used: add the model's own"
+    return "" if other is None else f"a directory without config.json, and {other.name} in it is {file_hint(other)}"
+
+
+def other_weights(path: Path) -> Path | None:
+    """The first file of a directory that holds weights, and not in a form that a model's directory is read in."""
+    forms = set(_HINTS) - {".json", ".safetensors", ".plan", ".engine"}
+    files = (file for file in sorted(path.iterdir()) if file.suffix.lower() in forms and file.is_file())
+    return next((file for file in files if not _OF_TRAINING.fullmatch(file.name)), None)
 
 
 def file_hint(path: Path) -> str:

@@ -1,11 +1,17 @@
 """Example inputs that show nothing, and paths and limits of another kind, are told."""
 
+import errno
+import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 import moeopt
-from moeopt.errors import BundleError, CaptureError, UsageError
+from moeopt.bundle.destination import check_destination
+from moeopt.errors import BundleError, CaptureError, NotSaveableError, UsageError
 from tests.test_cli import run
 from tests.toy_moe import X, build
 
@@ -78,6 +84,46 @@ def test_a_name_moves_no_cursor(tmp_path, capsys, monkeypatch):
         code, out, err = run(capsys, "verify", name)
         assert code == expected and not {"\x1b", "\u202e"} & {*out, *err}
         shutil.rmtree(tmp_path / name, ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "nul\0here"])
+def test_a_name_that_no_directory_can_have(tmp_path, name):
+    with pytest.raises(UsageError, match="cannot be written: .*; give another directory"):
+        check_destination(tmp_path / name, verified=True)
+
+
+def test_sizes_that_are_no_gigabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=614_400))
+    with pytest.raises(UsageError, match="needs about 2.70 MB, and 0.61 MB are free there: free some space"):
+        check_destination(tmp_path / "b", verified=True, need_bytes=2_700_000)
+
+
+def test_a_page_where_nobody_may_write_is_told_first(tmp_path, capsys, monkeypatch):
+    def refuse(*given, **fields):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    code, out, err = run(capsys, "optimize", "nowhere.py:build", "--html", tmp_path / "x.html")
+    assert code == 2 and not out
+    assert f"x.html cannot be written: {os.strerror(errno.EROFS)} in {tmp_path}; give a file in a folder" in err
+
+
+@pytest.mark.parametrize("name", ['q"uote', "two\nlines"])
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_a_module_whose_name_no_code_can_hold(tmp_path, name, backend):
+    if backend == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+
+    class Out(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module(name, build())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self._modules[name](x)
+
+    with pytest.raises(NotSaveableError, match=r"Out cannot be saved: the name .* holds a quotation mark or a line br"):
+        moeopt.optimize(Out().eval(), X, backend=backend, verify="off").save(tmp_path / "b")
 
 
 def test_a_file_beside_the_one_that_was_meant(tmp_path, capsys, monkeypatch):

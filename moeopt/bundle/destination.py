@@ -29,6 +29,13 @@ def check_destination(
             verified bundle that an unverified one would replace.
     """
     target = Path(directory)
+    try:
+        os.lstat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as err:  # a name that is too long, or holds what no name may
+        why = getattr(err, "strerror", None) or err
+        raise UsageError(f"{str(target)[:80]!r} cannot be written: {why}; give another directory") from err
     check_target(target)
     parent = next(p for p in target.absolute().parents if p.exists())
     if not parent.is_dir():
@@ -42,8 +49,8 @@ def check_destination(
     free = shutil.disk_usage(parent).free
     if need_bytes > free:
         raise UsageError(
-            f"{target} needs about {need_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there: free some space, "
-            "or give a directory on another disk"
+            f"{target} needs about {_words(need_bytes)}, and {_words(free)} are free there: free some space, or give a "
+            "directory on another disk"
         )
     old = _old_bundle(target)
     if old is None:
@@ -55,6 +62,10 @@ def check_destination(
             "directory, verify it (verify='strict'), or say overwrite=True (--overwrite)"
         )
     return words
+
+
+def _words(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def _old_bundle(target: Path) -> tuple[bool, str] | None:

@@ -213,7 +213,8 @@ def _check_file(root: Path, name: str, entry: JsonValue) -> None:
             )
         found = _digest(file)
     if found != entry["sha256"]:
-        raise BundleError(f"{path}: its sha256 is not the one in the manifest: it was damaged or swapped")
+        why = f"{path}: its sha256 is not the one in the manifest"
+        raise BundleError(f"{why}: it was damaged or swapped, so copy the bundle again")
 
 
 def _check_name(name: PyObject, root: Path) -> None:

@@ -42,7 +42,7 @@ from moeopt.errors import CaptureError, CheckpointError, NotSaveableError, Usage
 from moeopt.hub_cache import is_hub_name, on_this_disk
 from moeopt.optimized import Optimized
 from moeopt.options import Options
-from moeopt.other_files import file_hint
+from moeopt.other_files import directory_hint, file_hint
 from moeopt.pipeline.finished_blocks import FinishedBlocks, remembered
 from moeopt.published.tensor_files import read_instead
 from moeopt.report import Report
@@ -61,7 +61,7 @@ def check_directory(path: str | os.PathLike[str]) -> Path:
     """The directory of a Hugging Face checkpoint, by its path or its name in the local cache; else ``UsageError``."""
     found = on_this_disk(Path(path))
     if not (found / "config.json").is_file():
-        if hint := file_hint(Path(path)):
+        if hint := file_hint(Path(path)) or directory_hint(Path(path)):
             raise UsageError(f"{path} is {hint}")
         what = "a directory without config.json" if Path(path).is_dir() else "no directory"
         name = str(path)

@@ -130,7 +130,8 @@ def verify(
         fields["original"], fields["inputs"] = load_target(found, trust_remote_code=trust_remote_code, seed=seed)
     say_unless(quiet, f"verify: {bundle}")
     certificate = api().verify(bundle, provider=provider, limits=limits, **fields)
-    certificate.notes += notes
+    if notes:
+        certificate.notes += notes
     if as_json:
         print_json(json.loads(certificate.to_json()))
     else:

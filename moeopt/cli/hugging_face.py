@@ -9,6 +9,7 @@ from typing import Any
 from moeopt.checkpoint.tasks import auto_class
 from moeopt.errors import CheckpointError, UsageError
 from moeopt.hub_cache import cached_folder, is_hub_name, may_be_a_name
+from moeopt.other_files import file_hint, other_weights
 
 
 def cached_directory(target: str) -> Path | None:
@@ -47,7 +48,8 @@ def weight_files(path: Path) -> list[Path]:
     """The files of a directory that hold weights; [] where it has a config alone, and the model gets random ones.
 
     Raises:
-        CheckpointError: there are none, and an index or an interrupted download says that there should be.
+        CheckpointError: there are none, and an index, an interrupted download or weights in another form say that there
+            should be.
     """
     found = [*path.glob("*.safetensors")] or [*path.glob("pytorch_model*.bin")]
     if found:
@@ -55,7 +57,9 @@ def weight_files(path: Path) -> list[Path]:
     from moeopt.inspection.headers import interrupted  # needs torch, for which a mistyped path shall not wait
 
     index = next(path.glob("*.index.json"), None)
+    other = other_weights(path)
     way = interrupted(path) or (index and f"{index.name} names some; fetch them")
+    way = way or (other and f"*.safetensors and pytorch_model*.bin are read, and {other.name} is {file_hint(other)}")
     if way:
         raise CheckpointError(f"{path} holds no weights, and random numbers are not meant here: {way}")
     return found

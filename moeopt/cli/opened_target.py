@@ -34,7 +34,7 @@ class OpenedTarget:
         """Compare what was streamed layer by layer too, and put what is to say of the target into the report."""
         if self.streamed is not None:
             self.streamed.check(optimized)
-        else:
+        elif self.notes:
             optimized.report = self.noted(optimized.report)
             optimized.certificate.notes += [*self.notes]
 
@@ -42,7 +42,7 @@ class OpenedTarget:
         """``report`` with what is to say of the target."""
         if self.streamed is not None:
             return self.streamed.noted(report)
-        return dataclasses.replace(report, notes=(*report.notes, *self.notes))
+        return dataclasses.replace(report, notes=(*report.notes, *self.notes)) if self.notes else report
 
     def bar(self, quiet: bool) -> contextlib.AbstractContextManager[None]:
         """While open, a command that was told to be quiet draws no bar of progress."""

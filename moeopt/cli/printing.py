@@ -39,7 +39,7 @@ def show(thing: PyObject) -> None:
 
         Console().print(thing)
     else:
-        print(thing)
+        print(shown(thing))
 
 
 def print_json(data: PyObject) -> None:

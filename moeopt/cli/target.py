@@ -19,7 +19,7 @@ from moeopt.cli.early import check_code
 from moeopt.cli.hugging_face import cached_directory, load, weight_files, weights_of_cached
 from moeopt.errors import UsageError
 from moeopt.onnx_in.read import SUFFIXES
-from moeopt.other_files import file_hint
+from moeopt.other_files import directory_hint, file_hint
 from moeopt.value_types import PyObject
 
 FORMS = (
@@ -90,7 +90,9 @@ def find_target(target: str, task: str | None = None) -> CommandTarget:
             raise UsageError(f"--task says how a Hugging Face model is loaded, and {target} is a factory: leave it out")
         check_code(where, target)
         return CommandTarget(target)
-    what = "a directory without config.json" if path.is_dir() else "neither a file nor module:factory"
+    what = "neither a file nor module:factory"
+    if path.is_dir():
+        what = directory_hint(path) or "a directory without config.json"
     if path.is_file():
         what = file_hint(path) or "a file of none of the forms that moeopt reads"
     if path.suffix == ".py" and path.is_file():

@@ -72,6 +72,14 @@ def check_target(path: str | os.PathLike[str]) -> Path:
         raise UsageError(f"{target} cannot be written: there is no folder {target.parent}")
     if target.is_dir():
         raise UsageError(f"{target} is a folder: give the name of a file, like {target / 'report.html'}")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as err:
+        raise UsageError(
+            f"{target} cannot be written: {err.strerror or err} in {target.parent}; give a file in a folder that you "
+            "may write to"
+        ) from err
     return target
 
 

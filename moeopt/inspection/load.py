@@ -23,7 +23,7 @@ from moeopt.inspection.headers import Stored, absent_files, stored_weights
 from moeopt.onnx_in.read import is_onnx, read_onnx
 from moeopt.onnx_in.unroll import unrolled
 from moeopt.onnx_in.whole_file import interpreted
-from moeopt.other_files import file_hint
+from moeopt.other_files import directory_hint, file_hint
 from moeopt.value_types import PyObject
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM",
@@ -89,10 +89,8 @@ def _from_path(path: Path, trust: bool) -> Loaded:
                 )
             loaded.source = "config" if stored is None else "checkpoint"
             return loaded
-        if stored is not None or any(path.glob("*.bin")):
-            raise UsageError(
-                f"{path} has weights and no config.json, which says how they are used: add the model's own"
-            )
+        if hint := directory_hint(path):
+            raise UsageError(f"{path} is {hint}")
         raise UsageError(f"{path} has neither config.json nor weights: {FORMS}")
     if path.exists():
         raise UsageError(f"{path} is {file_hint(path) or f'no config: {FORMS}'}")

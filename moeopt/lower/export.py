@@ -18,7 +18,7 @@ from moeopt.bundle.caches import opened
 from moeopt.errors import MoeoptError, NotSaveableError
 from moeopt.find.packed_weights import packed_weights
 from moeopt.lower.constant_reads import ConstantReads
-from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacle_of, odd_argument
+from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacle_of, odd_argument, unwritable_name
 from moeopt.lower.layer_calls import replaced_forward
 from moeopt.lower.plain import free_sizes, plain_call
 from moeopt.lower.second_call import differs_at_second_call
@@ -54,6 +54,8 @@ def export_program(
     """
 
     model = _by_its_forward(model)
+    if why := unwritable_name(model):
+        raise NotSaveableError(f"{type(model).__name__} cannot be saved: {why}")
     args, kwargs = plain_call(args, kwargs)
     before = _python_state(model)
     reads = None
@@ -72,15 +74,7 @@ def export_program(
         except MoeoptError:
             raise
         except Exception as err:
-            bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-            why = (
-                packed_weights(model)
-                or hidden_child(model, err)
-                or made_for_inference(model)
-                or odd_argument(bound, err)
-                or obstacle_of(err)
-            )
-            raise NotSaveableError(f"{type(model).__name__} cannot be saved: {why}") from err
+            raise NotSaveableError(f"{type(model).__name__} cannot be saved: {_why(model, err, args, kwargs)}") from err
         finally:
             counted = _restore(model, before)
     if not counted and differs_at_second_call(model, args, kwargs):
@@ -94,6 +88,13 @@ def export_program(
     if reads is not None:
         reads.refuse(written_by(program))
     return program
+
+
+def _why(model: nn.Module, err: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """In words, what stopped ``torch.export``."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    why = packed_weights(model) or hidden_child(model, err) or made_for_inference(model)
+    return why or odd_argument(bound, err) or obstacle_of(err)
 
 
 def asks_values(err: Exception) -> bool:

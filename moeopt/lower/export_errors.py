@@ -55,6 +55,18 @@ def hidden_child(model: nn.Module, err: Exception) -> str:
     return ""
 
 
+def unwritable_name(model: nn.Module) -> str:
+    """In words, the module or Parameter whose name the code that torch makes of a graph cannot hold; or ""."""
+    names = [path for path, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())]
+    name = next((name for name in names if set(name) & {'"', "\n", "\r"}), None)
+    if name is None:
+        return ""
+    return (
+        f"the name {name!r:.200} holds a quotation mark or a line break, which the code that torch makes of a graph "
+        "cannot hold: give the module another name, or use backend='torch' without saving"
+    )
+
+
 def made_for_inference(model: nn.Module) -> str:
     """In words, the weight that torch cannot trace outside inference mode, for it was made inside; or ""."""
     name = next((name for name, weight in model.named_parameters() if weight.is_inference()), None)
