@@ -5,7 +5,6 @@ from __future__ import annotations
 import dis
 import hashlib
 import re
-import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -133,9 +132,3 @@ def filled(cell: PyObject) -> bool:
 def installed(filename: object) -> bool:
     """Whether a file is an installed package's: its functions may be replaced, but nobody writes into them."""
     return "site-packages" in str(filename)
-
-
-def foreign(name: str) -> bool:
-    """Whether a module is Python's, PyTorch's or ours: what it holds is not the user's to change."""
-    top = name.partition(".")[0]
-    return top in ("torch", "moeopt", "numpy") or (top in sys.stdlib_module_names and top != "__main__")
