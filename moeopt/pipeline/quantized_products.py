@@ -21,6 +21,7 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.find.choosing_products import choosing_products
 from moeopt.ir.weight_format import FORMATS, INT8_CHANNEL
+from moeopt.listed import listed
 from moeopt.options import Options, QuantPlan
 from moeopt.options.quant_plan import FLOAT
 from moeopt.pipeline.block_reports import PipelineResult
@@ -223,18 +224,17 @@ def _no_products(twin: nn.Module, inside: Inside, modules: Modules, plan: QuantP
             told += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
     if not told:
         return []
-    shown = ", ".join(told[:4]) + (f" and {len(told) - 4} more" if told[4:] else "")
-    return [f"{shown}: what computes with {'these' if told[1:] else 'this'} is no module of one product alone"]
+    them = "these" if told[1:] else "this"
+    return [f"{listed(told, 4)}: what computes with {them} is no module of one product alone"]
 
 
 def _check_patterns(plan: QuantPlan, paths: list[str]) -> None:
     assert isinstance(plan.products, Mapping)
     for pattern in plan.products:
         if not fnmatch.filter(paths, pattern):
-            shown = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
             raise UsageError(
                 f"QuantPlan(products=) names {pattern!r}, which matches no product outside of MoE blocks and of no "
-                f"rewritten one; the products are {shown or 'none'}"
+                f"rewritten one; the products are {listed(paths, 8) or 'none'}"
             )
 
 

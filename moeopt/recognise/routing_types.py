@@ -86,6 +86,11 @@ class Routing:
     leave_out: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] | None = None
 
     @property
+    def nodes(self) -> list[fx.Node]:
+        """Every node that it reads."""
+        return [*self.weights.nodes, *([] if self.ids is None else self.ids.nodes)]
+
+    @property
     def per_token(self) -> int | None:
         """How many experts each token has; None where that differs from token to token."""
         varies = self.ids is None or self.form is RoutingForm.TABLE or self.form.given
@@ -96,7 +101,8 @@ class Routing:
 class Extraction:
     """``source`` put through ``steps``: [(op, rest of the arguments)]; source None means "made from ids".
 
-    ``beside``: where each slot of a token has a vector of its own, (T,) entries each, those of the further slots.
+    ``beside``: where each slot of a token has a vector of its own, (T,) entries each, those of the further slots; or,
+    where a step takes "@beside", the one tensor that it takes.
     """
 
     source: fx.Node | None
@@ -113,16 +119,27 @@ class Extraction:
         """The same; ``[None]`` where it reads none."""
         return [*self.nodes] or [None]
 
+    @property
+    def joined(self) -> bool:
+        """Whether it begins with its tensors side by side."""
+        return bool(self.beside) and not any("@beside" in rest for _, rest in self.steps)
+
     def run(self, tape: Tape, ids: torch.Tensor | None = None) -> torch.Tensor:
         """The extraction on the probe call's own values."""
-        values = [tape.value(node) for node in self.nodes]
-        return self.on(side_by_side(values) if self.beside else values[0] if values else ids, ids)
+        return self.of([tape.value(node) for node in self.nodes], ids)
 
-    def on(self, value: torch.Tensor | None, ids: torch.Tensor | None = None) -> torch.Tensor:
+    def of(self, values: list[torch.Tensor], ids: torch.Tensor | None) -> torch.Tensor:
+        """The extraction on a value for each of its ``nodes``."""
+        first = side_by_side(values) if self.joined else values[0] if values else ids
+        return self.on(first, ids, values[-1] if self.beside else None)
+
+    def on(
+        self, value: torch.Tensor | None, ids: torch.Tensor | None = None, beside: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The extraction on another value of its source."""
+        named = {"@ids": ids, "@beside": beside}
         for op, rest in self.steps:
-            args = [ids if a == "@ids" else a for a in rest]
-            value = op(value, *args)
+            value = op(value, *[named[a] if isinstance(a, str) else a for a in rest])
         assert value is not None
         return value
 

@@ -54,6 +54,10 @@ class Reads:
         """Without the modules' globals: they are found again by name."""
         return self.__dict__ | {"tables": {}}
 
+    def numbers(self) -> set[int]:
+        """The whole numbers that its code holds or reads."""
+        return {*self.ran.numbers, *(int(text) for kind, text in self.entries.values() if kind == "int")}
+
     def walk(
         self, root: nn.Module, probe: GuardExpression, links: Callable[[str], GuardExpression],
         called: Iterable[int] = (), *, code: bool = True,

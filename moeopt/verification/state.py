@@ -119,6 +119,11 @@ class RestoreState:
         entries = (entry for key in self._saved for entry in self._owners[key])
         return {name: owner.detach().clone() for name, owner, _ in entries}
 
+    def changed(self) -> frozenset[str]:
+        """The names in ``after`` whose values are others than before."""
+        entries = (entry for key in self._saved for entry in self._owners[key])
+        return frozenset(name for name, owner, before in entries if not _same_bits(owner.detach(), before))
+
     def __exit__(self, *exc: object) -> None:
         self._held.restore()
         for storage, held in self._saved.values():
@@ -130,6 +135,13 @@ class RestoreState:
         torch.set_rng_state(self._rng)
         if self._cuda_rng is not None:
             torch.cuda.set_rng_state_all(self._cuda_rng)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal values, NaN being equal to NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _unique_modules(roots: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
