@@ -175,6 +175,13 @@ def test_a_router_beside_its_experts_stays_float(inside):
     assert opt.report.rewritten and list(opt.certificate.products) == (["1"] if inside else ["out"])
 
 
+def test_a_model_without_such_products_is_told_so_and_its_experts_are_quantised():
+    torch.manual_seed(0)
+    opt = optimized(QuantPlan(default="int4", products="int8"), Block().eval(), torch.randn(9, H))
+    assert opt.certificate.quantized and not opt.certificate.products
+    assert "not quantised: products: the model has none outside of MoE blocks and rewritten ones" in opt.report.notes
+
+
 class Shared(Block):
     """A shared expert in the block, of which no router decides."""
 
