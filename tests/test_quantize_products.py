@@ -1,6 +1,9 @@
 """Products outside of MoE blocks in few bits, in an engine: told apart, judged, gated, saved, and never the router."""
 
 import json
+import subprocess
+import sys
+from os import environ
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from moeopt.cli import main
 from moeopt.errors import UsageError
 from moeopt.verification.certificate import Certificate
 from tests.toy_moe import Block, Expert, H
+from tests.trained_lm import load, text
 
 IDS = torch.arange(30).view(2, 15)
 
@@ -169,6 +173,13 @@ def test_a_router_beside_its_experts_stays_float(inside):
     plan, x = QuantPlan(products="int8"), torch.randn(9, 16)
     opt = moeopt.optimize(source, x, backend="onnxruntime", verify="fast", quantize=plan)
     assert opt.report.rewritten and list(opt.certificate.products) == (["1"] if inside else ["out"])
+
+
+def test_a_model_without_such_products_is_told_so_and_its_experts_are_quantised():
+    torch.manual_seed(0)
+    opt = optimized(QuantPlan(default="int4", products="int8"), Block().eval(), torch.randn(9, H))
+    assert opt.certificate.quantized and not opt.certificate.products
+    assert "not quantised: products: the model has none outside of MoE blocks and rewritten ones" in opt.report.notes
 
 
 class Shared(Block):
@@ -411,3 +422,26 @@ def test_distances_are_those_of_finite_rows():
     masked = torch.tensor([[1.0, -torch.inf], [3.0, 4.0]])
     assert distance_between(masked, masked * 1.1) == pytest.approx(0.1, rel=1e-5)
     assert distance_between(masked[:1], masked[:1]) == 0.0
+
+
+def test_a_language_model_in_few_bits_generates_from_its_bundle_in_another_process(tmp_path):
+    """Products, experts and activations in codes: the greedy tokens are those of the original on rounded weights."""
+    pytest.importorskip("transformers")
+    model, ids = load("moe"), text(2)[:, :12]
+    plan = QuantPlan(default="int8", products="int8", activations="int8")
+    opt = optimized(plan, model, {"input_ids": ids})
+    assert opt.certificate.passed and len(opt.certificate.products) > 8
+    assert not [path for path in opt.certificate.products if path.endswith("mlp.gate")]
+    folder, words = opt.save(tmp_path / "b"), dict(max_new_tokens=8, do_sample=False)
+    tokens = opt.generate(ids, **words)
+    agree = (tokens == model.generate(ids, **words)).float().mean()
+    assert tokens.shape == (2, 20) and agree > 0.8  # 8 bits move a token of a trained model now and then
+    code = (
+        "import moeopt, torch, sys, json\n"
+        f"engine, ids = moeopt.load({str(folder)!r}), torch.tensor({ids.tolist()})\n"
+        f"print(json.dumps(engine.generate(ids, **{words}).tolist()))\n"
+    )
+    environment = dict(environ) | {"ORT_QMOE_CPU_QNBIT_GEMM": "int8", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout.splitlines()[-1]) == tokens.tolist()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.ir.row_function import dtype_name
 from moeopt.value_types import PyObject
 
 _LONGEST = 400
@@ -91,15 +92,15 @@ def _unlike_the_weights(name: str, value: PyObject, module: nn.Module) -> str:
     if value.device != weight.device:
         return f"{name} is on {value.device} and the weights on {weight.device}: give {name}.to({str(weight.device)!r})"
     if value.is_floating_point() and name.endswith("ids"):
-        return f"{name} holds {_short(value.dtype)} numbers, and ids are whole: give {name}.long()"
+        return f"{name} holds {dtype_name(value.dtype)} numbers, and ids are whole: give {name}.long()"
     if value.is_floating_point() and value.dtype not in {p.dtype for p in module.parameters()}:
-        other = _short(value.dtype)
+        other = dtype_name(value.dtype)
         return (
-            f"{name} is {other} and the weights are {_short(weight.dtype)}: give {name}.to({weight.dtype}), "
+            f"{name} is {other} and the weights are {dtype_name(weight.dtype)}: give {name}.to({weight.dtype}), "
             f"or dtype={other!r}, which casts the model"
         )
     if value.dtype in (torch.int64, torch.int32) and not name.endswith("ids") and not _looks_up(module):
-        return f"{name} holds whole numbers, {_short(value.dtype)}, and the weights are floats: give {name}.float()"
+        return f"{name} holds whole numbers, {dtype_name(value.dtype)}, and the weights are floats: give {name}.float()"
     if name == "input_ids" and value.dim() == 1:
         return f"{name} has one axis: give {name}[None], a batch of one row"
     return _too_large(name, value, module)
@@ -133,7 +134,3 @@ def _keywords(parameters: Mapping[str, inspect.Parameter], args: tuple[Any, ...]
     meant = f"did you mean {near[0]!r} by {unknown[0]!r}? " if near else ""
     listed = ", ".join(named[:8]) + (", ..." if len(named) > 8 else "")
     return f": {meant}its forward takes {listed}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
+from moeopt.capture.tree import leaves_of
 from moeopt.errors import CaptureError
 from moeopt.value_types import FxTarget, PyObject
 
@@ -23,9 +24,7 @@ aten = torch.ops.aten
 
 @cache
 def _written(func: FxTarget) -> tuple[tuple[int, str], ...]:
-    if isinstance(
-        func, HigherOrderOperator
-    ):  # flex_attention, cond, scan: they have no schema, and none of them writes
+    if isinstance(func, HigherOrderOperator):  # they have no schema
         return ()
     return tuple(
         (i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
@@ -33,7 +32,12 @@ def _written(func: FxTarget) -> tuple[tuple[int, str], ...]:
 
 
 def mutated_args(func: FxTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors that ``func`` writes to, by its schema."""
+    """The tensors that ``func`` writes to, by its schema; any that a Triton kernel is given, which has none.
+
+    Of the other operators that run functions (flex_attention, cond, scan) none writes to what it is given.
+    """
+    if isinstance(func, HigherOrderOperator) and func.name().endswith("_mutation"):
+        return leaves_of(torch.Tensor, [args, kwargs])
     found: list[torch.Tensor] = []
     for index, name in _written(func):
         value = kwargs[name] if name in kwargs else args[index] if index < len(args) else None

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeopt.capture.held_state import CONTAINERS, TABLES, HeldState, same_items
+from moeopt.capture.held_contents import CONTAINERS, same_items
+from moeopt.capture.held_state import TABLES, HeldState
 from moeopt.errors import UsageError
 from moeopt.value_types import PyObject
 
@@ -54,11 +55,12 @@ class ModuleState:
         self.modules = list(root.named_modules())
         self.parameters = _tensors(self.modules, "_parameters")
         self.buffers = _tensors(self.modules, "_buffers")
-        self._before = [dict(module.__dict__) for _, module in self.modules]
-        self._contents = [
-            {k: v.copy() for k, v in d.items() if type(v) in CONTAINERS and k not in _HOOKS} for d in self._before
-        ]
         self._held = HeldState(self.modules)
+        self._before = [attributes for _, attributes, _ in self._held.attributes]
+        self._contents = [
+            {k: self._held.held(v) for k, v in d.items() if type(v) in CONTAINERS and k not in _HOOKS}
+            for d in self._before
+        ]
         self._own: dict[int, torch.Tensor] = {}
         for name, tensor in (*self.parameters, *self.buffers, *self._held.tensors.items()):
             if nn.parameter.is_lazy(tensor):

@@ -199,8 +199,8 @@ def write_body(
 ) -> str:  # fmt: skip
     """The inverse of :func:`read_body`, from its parts."""
     data = {
-        "in": [features, _short(dtype), out_features],
-        "slots": [[_short(d), list(shape)] for d, shape in slots],
+        "in": [features, dtype_name(dtype), out_features],
+        "slots": [[dtype_name(d), list(shape)] for d, shape in slots],
         "nodes": [
             [op if op == GETITEM else str(op), [_write(a) for a in args], {k: _write(v) for k, v in kwargs.items()}]
             for op, args, kwargs in nodes
@@ -241,7 +241,7 @@ def _write(value: PyObject) -> PyObject:
     if isinstance(value, (list, tuple)):
         return [_write(v) for v in value]
     if isinstance(value, torch.dtype):
-        return {"dtype": _short(value)}
+        return {"dtype": dtype_name(value)}
     if isinstance(value, float) and value - value != 0:
         return {"float": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -249,5 +249,6 @@ def _write(value: PyObject) -> PyObject:
     raise TypeError(f"a {type(value).__name__} is no argument of a row function")
 
 
-def _short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float16"`` for ``torch.float16``."""
     return str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from moeopt.capture.held_state import CONTAINERS
+from moeopt.capture.held_contents import CONTAINERS
 from moeopt.value_types import PyObject
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)

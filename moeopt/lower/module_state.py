@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.capture.held_contents import foreign
 from moeopt.lower.layer_calls import PLAIN, Same
 from moeopt.lower.plain_attributes import is_watching
-from moeopt.rewrite.code import foreign
 from moeopt.rewrite.walk_ambient import bare_lookup
 from moeopt.value_types import PyObject
 

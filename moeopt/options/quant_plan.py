@@ -23,6 +23,8 @@ CHECKPOINT = "checkpoint"
 """The name of "as in the files": no weight is rounded, the codes are those that were published."""
 FLOAT = "float"
 """The name of "leave these experts as they are" in a plan."""
+EVERY = "*"
+"""The pattern of "all products, if there are any"."""
 ACTIVATIONS = ("float", "int8")
 """What products of codes may read: the floats that they are given, or these rounded to 8 bits at each call."""
 
@@ -142,7 +144,7 @@ class QuantPlan:
 
 def as_products(value: PyObject) -> dict[str, str]:
     """``QuantPlan(products=)`` by pattern; ``UsageError`` where it is neither a format nor a mapping to formats."""
-    given = {"*": value} if isinstance(value, str) else value
+    given = {EVERY: value} if isinstance(value, str) else value
     if not isinstance(given, Mapping) or not all(isinstance(p, str) and p for p in given):
         raise UsageError(
             f"QuantPlan(products={value!r}): it must be a format, or map patterns of module paths to formats, like "

@@ -23,7 +23,7 @@ from moeopt.find.choosing_products import choosing_products
 from moeopt.ir.weight_format import FORMATS, INT8_CHANNEL
 from moeopt.listed import listed
 from moeopt.options import Options, QuantPlan
-from moeopt.options.quant_plan import FLOAT
+from moeopt.options.quant_plan import EVERY, FLOAT
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.enclosing import with_router
 from moeopt.pipeline.real_calls import real_calls
@@ -153,6 +153,8 @@ def quantize_products(
             found.append(
                 QuantizedProduct(paths, module, product, CodesProduct(module, product, FORMATS[name], paths[0]))
             )
+    if not places:
+        left.append("products: the model has none outside of MoE blocks and rewritten ones")
     left += [*_tied(twin, found), *taken, *_no_products(twin, inside, modules, plan)]
     products = QuantizedProducts(found, left)
     products.put(twin)
@@ -231,7 +233,7 @@ def _no_products(twin: nn.Module, inside: Inside, modules: Modules, plan: QuantP
 def _check_patterns(plan: QuantPlan, paths: list[str]) -> None:
     assert isinstance(plan.products, Mapping)
     for pattern in plan.products:
-        if not fnmatch.filter(paths, pattern):
+        if not fnmatch.filter(paths, pattern) and (paths or pattern != EVERY):
             raise UsageError(
                 f"QuantPlan(products=) names {pattern!r}, which matches no product outside of MoE blocks and of no "
                 f"rewritten one; the products are {listed(paths, 8) or 'none'}"

@@ -6,7 +6,6 @@ import dis
 import hashlib
 import math
 import re
-import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -145,9 +144,3 @@ def filled(cell: PyObject) -> bool:
 def installed(filename: object) -> bool:
     """Whether a file is an installed package's: its functions may be replaced, but nobody writes into them."""
     return "site-packages" in str(filename)
-
-
-def foreign(name: str) -> bool:
-    """Whether a module is Python's, PyTorch's or ours: what it holds is not the user's to change."""
-    top = name.partition(".")[0]
-    return top in ("torch", "moeopt", "numpy") or (top in sys.stdlib_module_names and top != "__main__")

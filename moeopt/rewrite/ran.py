@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from moeopt.rewrite.code import digest, foreign, words
+from moeopt.capture.held_contents import foreign
+from moeopt.rewrite.code import digest, words
 from moeopt.value_types import FxArg, PyObject
 
 _CALLS = {nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__}

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moeopt.rewrite.code import fingerprint, foreign
+from moeopt.capture.held_contents import foreign
+from moeopt.rewrite.code import fingerprint
 from moeopt.value_types import PyObject
 
 Spelled = tuple[str, str]

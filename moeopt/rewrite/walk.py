@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from moeopt.rewrite.code import digest, filled, fingerprint, foreign, installed, words
+from moeopt.capture.held_contents import foreign
+from moeopt.rewrite.code import digest, filled, fingerprint, installed, words
 from moeopt.rewrite.guard_expression import GuardExpression
 from moeopt.rewrite.ran import Ran
 from moeopt.rewrite.spell import Spelled, inert, is_array, plain, tells_nothing

@@ -6,6 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from moeopt.capture.functional import mutated_args
 from moeopt.capture.tape import record
 from moeopt.errors import CaptureError
 from tests.capture.tiny import Run, again, assert_equal, rand, recorded
@@ -338,3 +339,13 @@ def test_an_out_argument_without_a_functional_form_is_refused():
         twice = torch.ops.moeopt_test_functional.twice.out
         with pytest.raises(CaptureError, match="has no functional form that the trace can record; avoid out= there"):
             recorded(lambda _, x: twice(x, out=torch.empty_like(x)), rand(4))
+
+
+def test_a_triton_kernel_may_write_to_any_tensor_that_it_is_given():
+    from torch._higher_order_ops.flex_attention import flex_attention
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+
+    a, b = torch.zeros(2), torch.ones(3)
+    given = {"kernel_idx": 0, "grid": [(1,)], "kwargs": {"x": a, "out": b, "n": 2}}
+    assert [id(t) for t in mutated_args(triton_kernel_wrapper_mutation, (), given)] == [id(a), id(b)]
+    assert mutated_args(flex_attention, (a, b), {}) == []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moeopt.capture.held_state import CONTAINERS
+from moeopt.capture.held_contents import CONTAINERS
 from moeopt.capture.isolated_run import run_quietly
 from moeopt.capture.tape import record
 from moeopt.verification.model import run_plain

@@ -1,19 +1,62 @@
 """Contents of containers and attributes of objects come back, however deep and of whatever kind."""
 
+import dataclasses
 import types
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from moeopt.capture.held_state import HeldState, put_back
+from moeopt.capture.held_contents import put_back
+from moeopt.capture.held_state import HeldState
 
 
 class Notes:
     def __init__(self):
         self.steps, self.rows = 0, [1]
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    steps: int = 0
+    rows: list = dataclasses.field(default_factory=lambda: [1])
+    late: object = dataclasses.field(init=False, default=None)
+
+
+class Stubborn:
+    """Of a subclass, what the user wrote is not what puts its items back."""
+
+    def clear(self):
+        raise RuntimeError("not to be emptied")
+
+    update = extend = __len__ = __iter__ = values = items = clear
+
+
+class OwnList(Stubborn, list):
+    __repr__ = list.__repr__
+
+
+class OwnDict(Stubborn, dict):
+    __repr__ = dict.__repr__
+
+
+class OwnOrder(OrderedDict):
+    def __setitem__(self, name, value):
+        if name == "refused":
+            raise RuntimeError(name)
+        super().__setitem__(name, value)
+
+
+class Loud(deque):
+    def __init__(self, first, second):
+        super().__init__([first, second])
+
+
+def write_slots(held):
+    held.steps, held.late = 1, []
+    held.rows.append(2)
 
 
 def write_notes(held):
@@ -31,6 +74,15 @@ CASES = {
     "Counter": (Counter("ab"), lambda held: held.update("a")),
     "ordered": (OrderedDict(a=1, b=2), lambda held: held.move_to_end("a")),
     "defaultdict": (defaultdict(list), lambda held: held["new"].append(1)),
+    "slots": (Slotted(), write_slots),
+    "a list of the user's class": (OwnList([1]), lambda held: held.append(2)),
+    "a dict of the user's class": (OwnDict(a=[1]), lambda held: held["a"].append(2)),
+    "a dict of the user's class, other names": (OwnDict(a=1), lambda held: held.pop("a")),
+    "ordered, of the user's class": (OwnOrder(a=1, b=2), lambda held: held.move_to_end("a")),
+    "a deque with arguments of its own": (Loud(1, 2), lambda held: held.rotate()),
+    "a default of the user's": (type("Mine", (defaultdict,), {})(list), lambda held: held["new"].append(1)),
+    "UserDict": (UserDict(a=1), lambda held: held.update(b=2)),
+    "attributes of a list": (OwnList([Notes()]), lambda held: write_notes(list.__getitem__(held, 0))),
     "set in a list": ([{1}], lambda held: held[0].add(2)),
     "bytearray": (bytearray(b"ab"), lambda held: held.append(1)),
     "array in a dict": ({"a": np.zeros(2)}, lambda held: held["a"].__setitem__(0, 1)),
@@ -38,7 +90,9 @@ CASES = {
 
 
 def spelled(held):
-    return repr(vars(held) if isinstance(held, Notes) else held)
+    return repr(
+        [vars(x) if isinstance(x, Notes) else x for x in (list.__iter__(held) if isinstance(held, list) else [held])]
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -89,3 +143,30 @@ def test_an_object_is_never_without_its_names_while_it_is_put_back():
     container = Watched(a=1, b=2)
     put_back(container, {"a": 1, "b": 3})
     assert container == {"a": 1, "b": 3}
+
+
+@pytest.mark.parametrize("near_first", [False, True])
+def test_a_longer_way_to_a_thing_hides_nothing_behind_it(near_first):
+    module, notes = nn.Linear(2, 2), Notes()
+    far = [[[[[notes]]]]]  # so many steps that what the notes hold is not followed
+    for name in ("near", "far") if near_first else ("far", "near"):
+        setattr(module, name, notes if name == "near" else far)
+    state = HeldState([("", module)])
+    write_notes(notes)
+    state.restore()
+    assert vars(notes) == {"steps": 0, "rows": [1]}
+
+
+def test_a_slot_that_was_empty_is_empty_again():
+    class Lazy:
+        __slots__ = ("__hidden",)
+
+        def fill(self):
+            self.__hidden = 1
+
+    module = nn.Linear(2, 2)
+    module.lazy = Lazy()
+    state = HeldState([("", module)])
+    module.lazy.fill()
+    state.restore()
+    assert not hasattr(module.lazy, "_Lazy__hidden")

@@ -1,0 +1,126 @@
+"""What one container or object holds, kept and put back: lists, dicts and their like, of subclasses too, and slots.
+
+A class of the user's may say otherwise what its ``clear`` or ``update`` do, so those of the base class are called.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
+from collections.abc import Iterator
+from operator import is_
+from typing import Any
+
+from moeopt.value_types import PyObject
+
+CONTAINERS = (list, dict, set, OrderedDict, defaultdict, Counter, deque, bytearray)
+"""The tables of ``nn.Module`` (parameters, submodules, hooks) are among them."""
+_BASES = (OrderedDict, dict, list, set, deque, bytearray)
+"""Of subclasses; ``Counter`` and ``defaultdict`` are dicts here, whose ``update`` adds nothing up."""
+_OPEN = (types.SimpleNamespace, UserDict, UserList)
+"""Classes of Python's own whose objects hold what users put there."""
+
+
+def foreign(name: str) -> bool:
+    """Whether a module is Python's, PyTorch's or ours: what it holds is not the user's to change."""
+    top = name.partition(".")[0]
+    return top in ("torch", "moeopt", "numpy") or (top in sys.stdlib_module_names and top != "__main__")
+
+
+def is_container(value: PyObject) -> bool:
+    """Whether ``value`` is a container that a forward may write into: a plain one, or one of the user's own class."""
+    cls = type(value)
+    return cls in CONTAINERS or (isinstance(value, _BASES) and not foreign(cls.__module__))
+
+
+def is_open(value: PyObject) -> bool:
+    """Whether the attributes of ``value`` are the user's to change."""
+    return not foreign(type(value).__module__) or isinstance(value, _OPEN)
+
+
+def copied(container: PyObject) -> PyObject:
+    """Its items in a plain container that :func:`put_back` takes."""
+    base = _base(container)
+    if type(container) in CONTAINERS:
+        return container.copy()
+    return dict(base.items(container)) if issubclass(base, dict) else list(base.__iter__(container))
+
+
+def size(container: PyObject) -> int:
+    """How many items it has."""
+    return int(_base(container).__len__(container))
+
+
+def parts(container: PyObject) -> list[Any]:
+    """What it holds: the values of a dict."""
+    base = _base(container)
+    return list(base.values(container) if issubclass(base, dict) else base.__iter__(container))
+
+
+def put_back(container: PyObject, held: PyObject) -> None:
+    """Give ``container`` the items that ``held`` has, where it has others."""
+    base = _base(container)
+    if issubclass(base, dict) and size(container) == len(held) and all(map(is_, base.__iter__(container), held)):
+        for name, value in held.items():  # never without its names: other threads may read it
+            if base.__getitem__(container, name) is not value:
+                base.__setitem__(container, name, value)
+    elif not same_items(container, held):
+        base.clear(container)
+        (base.update if issubclass(base, (dict, set)) else base.extend)(container, held)
+
+
+def same_items(now: PyObject, before: PyObject) -> bool:
+    """The same names or items, in the same order, for the same objects."""
+    base = _base(now)
+    if base.__len__(now) != len(before) or not all(map(is_, base.__iter__(now), before)):
+        return False
+    return not issubclass(base, dict) or all(map(is_, base.values(now), before.values()))
+
+
+def _base(container: PyObject) -> PyObject:
+    return next(base for base in _BASES if isinstance(container, base))
+
+
+def table_of(value: PyObject) -> dict[str, Any] | None:
+    """The table of attributes of an object; None where it has none."""
+    try:
+        table = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return table if isinstance(table, dict) else None
+
+
+def slots_of(value: PyObject) -> Iterator[tuple[Any, Any]]:
+    """The slots of an object that are filled, as descriptors with what is in them; see :func:`refill`."""
+    for cls in type(value).__mro__:
+        if "__slots__" in vars(cls) and not foreign(cls.__module__):
+            for slot in vars(cls).values():
+                if isinstance(slot, types.MemberDescriptorType):
+                    try:
+                        yield slot, slot.__get__(value)
+                    except AttributeError:
+                        yield slot, EMPTY
+
+
+EMPTY = object()
+"""Stands for what is in a slot that is not filled."""
+
+
+def refill(value: PyObject, slot: PyObject, held: PyObject) -> None:
+    """Put back what was in a slot."""
+    now = slot.__get__(value) if _filled(value, slot) else EMPTY
+    if now is held:
+        return
+    if held is EMPTY:
+        slot.__delete__(value)
+    else:
+        slot.__set__(value, held)
+
+
+def _filled(value: PyObject, slot: PyObject) -> bool:
+    try:
+        slot.__get__(value)
+    except AttributeError:
+        return False
+    return True
