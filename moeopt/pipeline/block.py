@@ -33,6 +33,7 @@ from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
+from moeopt.rewrite.equal_rows import equal_rows_reason
 from moeopt.rewrite.install import BlockProgram, RewrittenForward
 from moeopt.rewrite.legality import check_module, non_finite_reason
 from moeopt.rewrite.live_codes import dequantized
@@ -95,7 +96,9 @@ def rewrite_block(
         bound = None if alike is None else _rebind(name, module, call, options, runtime, alike, manager)
         return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
     except Declined as err:
-        reason = non_finite_reason(module, not isinstance(err, ExpertsNotHit)) if err.rank < Rank.FORBIDS else ""
+        reason = ""
+        if err.rank < Rank.FORBIDS:
+            reason = non_finite_reason(module, not isinstance(err, ExpertsNotHit)) or equal_rows_reason(module)
         if reason:
             raise Declined(reason, rank=Rank.FORBIDS, others=(err.obstacle, *err.others)) from None
         raise
