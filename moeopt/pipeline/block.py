@@ -23,6 +23,7 @@ from moeopt.options import Options
 from moeopt.passes.manager import PassManager, Result
 from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
+from moeopt.pipeline.asks_requires_grad import requires_grad_decides
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.chosen_passes import pass_manager
 from moeopt.pipeline.coverage import Mixture, Reader
@@ -160,6 +161,8 @@ def _rewrite(
             raise Declined(capture.neutral)
         result.block.root = None  # a program is bound to a module when it is installed
         program = capture.program(result.block)
+        if asked := requires_grad_decides(module, OwnForward(module), call, program.reads):
+            raise Declined(asked)
         if alike is not None:
             alike.add(Known(module, call_spec, program, capture.found, capture.routers, result))
         return Rewrite(program, capture.found, check, capture.routers, time.perf_counter() - started, result)
