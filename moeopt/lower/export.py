@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.bundle.caches import opened
 from moeopt.errors import MoeoptError, NotSaveableError
+from moeopt.find.packed_weights import packed_weights
 from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacle_of, odd_argument
 from moeopt.lower.layer_calls import replaced_forward
@@ -72,7 +73,13 @@ def export_program(
             raise
         except Exception as err:
             bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-            why = hidden_child(model, err) or made_for_inference(model) or odd_argument(bound, err) or obstacle_of(err)
+            why = (
+                packed_weights(model)
+                or hidden_child(model, err)
+                or made_for_inference(model)
+                or odd_argument(bound, err)
+                or obstacle_of(err)
+            )
             raise NotSaveableError(f"{type(model).__name__} cannot be saved: {why}") from err
         finally:
             counted = _restore(model, before)
@@ -148,6 +155,7 @@ def _export(
         shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         collect_specialization_guards(),
         no_export_dump(),
+        _without_gradients(model),
         _named(model, kwargs),
         _opened_caches(model),
         answered(model, reads),
@@ -156,6 +164,16 @@ def _export(
         shapes = free_sizes((args, kwargs), ones)
         bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)
         return torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
+
+
+@contextlib.contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """A ``DistributedDataParallel`` calls its module alone: its own code is for gradients, and cannot be traced."""
+    with contextlib.ExitStack() as undo:
+        for module in model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                undo.enter_context(_calling(module, module.module, inspect.signature(module.module.forward)))
+        yield
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
     clone(a)               ==  a        where nothing else can see that it was another tensor
     reshape(a, shape of a) ==  a        and view, expand, permute, slice that give back all of a in its order
     views(y)               ==  y        the experts' sum y in its own shape and order, after several views
+    reshape(views(a))      ==  reshape(a)   views that neither copy nor change the order
 
 A view stays where it is itself a result of the block, but where nothing else holds the experts' sum under it. A copy
 stays where its result, or a view of it, leaves the block or enters a kept module, which might hand it on: then writing
@@ -24,7 +25,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import op_name
 from moeopt.passes.base import Level
-from moeopt.passes.view_chains import read_once, unchanged_source
+from moeopt.passes.view_chains import farthest_source, read_once, unchanged_source
 from moeopt.rewrite.block_graph import EXPERTS, BlockGraph
 from moeopt.rewrite.check import viewed
 
@@ -55,6 +56,7 @@ class DropCopies:
                 node.replace_all_uses_with(node.args[0])
                 block.graph.erase_node(node)
                 fired += 1
+        fired += sum(_shortened(block, node) for node in list(block.graph.nodes) if op_name(node) == "reshape")
         for node in reversed(list(block.graph.nodes)):
             if node.target in _SIZES and not node.users:
                 block.graph.erase_node(node)
@@ -77,6 +79,17 @@ def _drop_chain(block: BlockGraph, node: fx.Node, source: fx.Node) -> int:
         before: fx.Node = node.args[0]  # type: ignore[assignment]
         block.graph.erase_node(node)
         node, gone = before, gone + 1
+    return gone
+
+
+def _shortened(block: BlockGraph, node: fx.Node) -> int:
+    """Let a reshape read what stands before the views before it; how many views are gone."""
+    source, view, gone = farthest_source(node), node.args[0], 0
+    node.args = (source, *node.args[1:])
+    while view is not source and isinstance(view, fx.Node) and not view.users:
+        before = view.args[0]
+        block.graph.erase_node(view)
+        view, gone = before, gone + 1
     return gone
 
 

@@ -1,4 +1,4 @@
-"""Chains of views after which every number of a tensor lies where it lay, in a tensor of the same shape.
+"""Chains of views after which every number of a tensor lies where it lay.
 
 reshape, view, squeeze, unsqueeze      never change the order of a tensor's numbers
 permute, transpose, movedim, t         keep it where the sizes that are not 1 stay in their order
@@ -9,8 +9,10 @@ from __future__ import annotations
 from torch import fx
 
 from moeopt.capture.op_kinds import op_name
+from moeopt.rewrite.block_graph import EXPERTS
 
-_IN_ORDER = ("reshape", "view", "_unsafe_view", "squeeze", "unsqueeze")
+_RESHAPES = ("reshape", "view", "_unsafe_view")
+_IN_ORDER = (*_RESHAPES, "squeeze", "unsqueeze")
 _TURNS = ("permute", "transpose", "movedim", "t")
 
 
@@ -29,6 +31,46 @@ def unchanged_source(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def farthest_source(node: fx.Node) -> fx.Node:
+    """What ``node``, a reshape, may read in the place of its own operand, to the same numbers in the same memory.
+
+    Between the two stand views that neither copy nor change the order, and reshapes that merge the same dimensions as
+    ``node`` does: one of them copies a strided operand where ``node`` does, and nowhere else. Behind the experts' sum,
+    whose rows lie one after the other, no reshape copies.
+    """
+    shape = node.meta.get("shape")
+    farthest = source = node.args[0]
+    same, turned = shape is not None and None not in shape, list[int]()
+    while isinstance(source, fx.Node) and source.target is not EXPERTS:
+        operand = source.args[0] if source.args else None
+        if op_name(source) in _TURNS:
+            order = _order(source, len(source.meta.get("shape") or ()))
+            if order is None or not isinstance(operand, fx.Node):
+                break
+            turned = [order[place] for place in turned] if turned else order
+            turned = [] if _in_order(turned, operand.meta.get("shape")) else turned
+        elif turned or op_name(source) not in _IN_ORDER:
+            break
+        elif op_name(source) in _RESHAPES:
+            same = same and _without_ones(source.meta.get("shape")) == _without_ones(shape)
+        source = operand
+        farthest = source if same and not turned else farthest
+    if isinstance(source, fx.Node) and source.target is EXPERTS and not turned:
+        return source
+    assert isinstance(farthest, fx.Node)
+    return farthest
+
+
+def _in_order(places: list[int], shape: tuple[object, ...] | None) -> bool:
+    """Whether the dimensions of ``shape`` that are not 1 stand in their order at ``places``."""
+    kept = [place for place in places if shape is not None and shape[place] != 1]
+    return shape is not None and kept == sorted(kept)
+
+
+def _without_ones(shape: tuple[object, ...] | None) -> list[object] | None:
+    return None if shape is None or None in shape else [size for size in shape if size != 1]
+
+
 def read_once(node: fx.Node, source: fx.Node) -> bool:
     """Whether nothing but the chain from ``source`` to ``node`` reads ``source`` and what lies between."""
     while node is not source:
@@ -39,12 +81,8 @@ def read_once(node: fx.Node, source: fx.Node) -> bool:
 
 
 def _keeps_order(node: fx.Node) -> bool:
-    shape = node.meta.get("shape")
-    order = None if shape is None else _order(node, len(shape))
-    if shape is None or order is None:
-        return False
-    kept = [place for place, size in zip(order, shape, strict=True) if size != 1]
-    return kept == sorted(kept)
+    order, operand = _order(node, len(node.meta.get("shape") or ())), node.args[0]
+    return order is not None and isinstance(operand, fx.Node) and _in_order(order, operand.meta.get("shape"))
 
 
 def _order(node: fx.Node, rank: int) -> list[int] | None:

@@ -32,6 +32,7 @@ from moeopt.ir.bank_format import BankFormat
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.ir.weight_format import WeightFormat
 from moeopt.ir.weight_refs import ExpertRef
+from moeopt.rewrite.bindings import code_of
 from moeopt.rewrite.call_guard import CallGuard
 from moeopt.rewrite.graph_words import graph_from_words, graph_to_words
 from moeopt.rewrite.kept_steps import KeptSteps
@@ -184,9 +185,8 @@ class BlockGraph:
 
 def compiled(graph: fx.Graph) -> Callable[..., Any]:
     """``graph`` as a Python function of (module, block, *inputs), which gives the leaves."""
-    code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(compile(code.src, "<moeopt rewritten forward>", "exec"), scope)
+    source, scope = code_of(graph)
+    exec(compile(source, "<moeopt rewritten forward>", "exec"), scope)
     forward: Callable[..., Any] = scope["forward"]
     return forward
 

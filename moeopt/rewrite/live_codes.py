@@ -28,7 +28,8 @@ from moeopt.ops.expert_weights import Biases
 from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices, from_tensors
 from moeopt.rewrite.block_graph import GivenCodes
-from moeopt.rewrite.live_weights import LiveExpertWeights, Place, region
+from moeopt.rewrite.live_weights import LiveExpertWeights, Place
+from moeopt.rewrite.weight_regions import region
 from moeopt.value_types import PyObject
 
 PREFIX = "moeopt_experts"

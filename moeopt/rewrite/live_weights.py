@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
-from moeopt.ops.expert_weights import StackedExpertWeights
+from moeopt.ops.expert_weights import ListExpertWeights, StackedExpertWeights
 from moeopt.rewrite.all_places import AllPlaces
 from moeopt.rewrite.regular_steps import flat, steps_between
+from moeopt.rewrite.weight_regions import IRREGULAR, from_origin, region, region_of, whole_parts
 from moeopt.value_types import PyObject
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -102,10 +102,12 @@ class LiveExpertWeights:
         self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
         self._steps = steps_between(experts)
         made_anew = place is not Place or any(ref.neurons is not None for ref in experts)
+        self._wholes: Any = None  # which of them is each expert's matrix, if all are whole
         self._all = None if made_anew else AllPlaces(self._places.values())
         self._each: dict[int, AllPlaces] = {}
         self.known: Any = None  # what a kernel worked out of these tensors, and how they lay then
         self.entries: dict[int, Any] = {}  # the same of each expert alone
+        self.every: Any = None  # and of all of them together
         w_out = experts[0].w_out
         self.w_out_kind = self._places[w_out.path].dtype, w_out.m * w_out.k  # a place of another dtype is stale
         # the last result of stacked(): while its views are kept nobody else gets their memory, so addresses identify it
@@ -142,11 +144,40 @@ class LiveExpertWeights:
 
         None where that can't be told of all at once; then each is read by itself.
         """
+        together = self.lies_together()
+        return None if together is None else together[0]
+
+    def lies_together(self) -> tuple[object, list[Tensor]] | None:
+        """As :meth:`lies`; and all tensors, for who needs them kept."""
         if self._all is None:
             return None
         for e in range(self.num_experts):
             self._check(e)
-        return None if (tensors := self._all.tensors()) is None else self._all.lie(tensors)
+        return None if (tensors := self._all.tensors()) is None else (self._all.lie(tensors), tensors)
+
+    def listed(self) -> ListExpertWeights | None:
+        """The weights as lists of tensors, each expert checked; None where one is a part of its Parameter.
+
+        What is no longer as it was verified is told where it is read by itself: then too None.
+        """
+        if self._all is None:
+            return None
+        if self._wholes is None:
+            self._wholes = whole_parts(self._experts, self._layouts, {p: one.shape for p, one in self._places.items()})
+            self._kinds = [(p.dtype, p.shape, False) for p in self._places.values()]
+        if not self._wholes:
+            return None
+        for e in range(self.num_experts):
+            self._check(e)
+        tensors = self._all.tensors()
+        if tensors is None or [(t.dtype, t.shape, t.is_meta) for t in tensors] != self._kinds:
+            return None
+
+        def parts(of: list[tuple[int, bool] | None]) -> list[PyObject]:
+            return [None if at is None else tensors[at[0]].t() if at[1] else tensors[at[0]] for at in of]
+
+        w_in, w_out, b_in, b_out = self._wholes
+        return ListExpertWeights([parts(p) for p in w_in], parts(w_out), [parts(p) for p in b_in], parts(b_out))
 
     def lies_alone(self, e: int) -> tuple[object, list[Tensor]] | None:
         """As :meth:`lies`, of expert ``e`` and no other; and its tensors, for who needs them kept."""
@@ -170,8 +201,8 @@ class LiveExpertWeights:
         tensor = self._places[ref.path].read()
         index = self._regions.get((id(ref), layout))
         if index is None:
-            index = self._regions[id(ref), layout] = _region(ref, layout, tensor.shape)
-        if index is not _IRREGULAR:
+            index = self._regions[id(ref), layout] = region_of(ref, layout, tensor.shape)
+        if index is not IRREGULAR:
             part = tensor if index.whole else tensor[index.at]
             return part.t() if index.transposed else part
         return region(tensor, ref) if layout == "oi" else region(tensor, ref).t()
@@ -181,7 +212,7 @@ class LiveExpertWeights:
         if len(ref.origin) == 1 and ref.dm == (1,):
             return tensor if ref.m == tensor.shape[0] else tensor[ref.origin[0] : ref.origin[0] + ref.m]
         step = sum(o * s for o, s in zip(ref.dm, tensor.stride(), strict=True))
-        return _from(tensor, ref.origin).as_strided((ref.m,), (step,))
+        return from_origin(tensor, ref.origin).as_strided((ref.m,), (step,))
 
     def stacked(self) -> StackedExpertWeights | None:
         """The weights as stacked tensors where every part is a regular slice of one Parameter."""
@@ -214,7 +245,7 @@ class LiveExpertWeights:
             strides = tensor.stride()
             lead = 0 if step is None else sum(a * s for a, s in zip(step, strides, strict=True))
             one = self._vector(ref) if isinstance(ref, VectorRef) else self._matrix(ref, layout)
-            return _from(tensor, ref.origin).as_strided((count, *one.shape), (lead, *one.stride()))
+            return from_origin(tensor, ref.origin).as_strided((count, *one.shape), (lead, *one.stride()))
 
         return StackedExpertWeights(
             [stack(r, s, self._layouts[0]) for r, s in zip(first.w_in, w_in_step, strict=True)],
@@ -233,46 +264,3 @@ def _detached(bank: StackedExpertWeights) -> StackedExpertWeights:
     return StackedExpertWeights(
         [one(t) for t in bank.w_in_s], one(bank.w_out_s), [one(t) for t in bank.b_in_s], one(bank.b_out_s)
     )
-
-
-@dataclass(frozen=True)
-class _Region:
-    """A matrix as a basic index of its Parameter, which tracers follow better than ``as_strided``."""
-
-    at: tuple[Any, ...]
-    whole: bool
-    transposed: bool
-
-
-_IRREGULAR = object()
-
-
-def region(tensor: Tensor, ref: MatrixRef) -> Tensor:
-    """The (M, K) region of ``tensor`` at ``ref``, as a view."""
-    _, dk, dm = ref.offset_and_strides(tensor.stride())
-    return _from(tensor, ref.origin).as_strided((ref.m, ref.k), (dm, dk))
-
-
-def _region(ref: MatrixRef, layout: str, shape: tuple[int, ...]) -> PyObject:
-    """``ref`` as a :class:`_Region`; ``_IRREGULAR`` where K or M does not run along one axis."""
-    along_k = [(d, s) for d, s in enumerate(ref.dk) if s]
-    along_m = [(d, s) for d, s in enumerate(ref.dm) if s]
-    if len(along_k) != 1 or len(along_m) != 1 or along_k[0][0] == along_m[0][0]:
-        return _IRREGULAR
-    (k_axis, k_step), (m_axis, m_step) = along_k[0], along_m[0]
-    if k_step < 0 or m_step < 0:
-        return _IRREGULAR
-    at: list[Any] = list(ref.origin)
-    for axis, step, count in ((k_axis, k_step, ref.k), (m_axis, m_step, ref.m)):
-        first = ref.origin[axis]
-        at[axis] = slice(first, first + (count - 1) * step + 1, step)
-    whole = len(shape) == 2 and all(a == slice(0, n, 1) for a, n in zip(at, shape, strict=True))
-    return _Region(tuple(at), whole, (m_axis > k_axis) == (layout == "oi"))
-
-
-def _from(tensor: Tensor, origin: tuple[int, ...]) -> Tensor:
-    """A view from the element ``origin`` on, where ``as_strided`` begins: torch.compile knows no ``storage_offset()``.
-
-    The view holds all that a stack from there reads, so gradients reach every expert.
-    """
-    return tensor[tuple([slice(o, None) for o in origin])] if any(origin) else tensor

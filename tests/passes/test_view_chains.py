@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from moeopt.passes.drop_copies import DropCopies
-from moeopt.passes.view_chains import unchanged_source
+from moeopt.passes.view_chains import farthest_source, unchanged_source
 from moeopt.rewrite.install import run
 from tests.capture.tiny import rand
 from tests.passes.test_drop_copies import Views
@@ -51,6 +51,35 @@ def test_a_chain_is_found_only_where_it_changes_nothing():
                 found += 1
                 assert torch.equal(value, values), steps
     assert found > 50
+
+
+BASES = {
+    "in order": torch.arange(12).reshape(3, 4), "turned": torch.arange(12).reshape(4, 3).t(),
+    "every second": torch.arange(24).reshape(3, 8)[:, ::2], "one row": torch.arange(4).expand(3, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_reshape_reads_past_views_to_the_same_numbers_in_the_same_memory(base):
+    passed = 0
+    for length, every in (1, 1), (2, 1), (3, 17):
+        chains = itertools.product([*STEPS, (aten.permute.default, [3, 2, 0, 1])], repeat=length)
+        for steps in itertools.islice(chains, 0, None, every):
+            for last in ([12], [3, 4], [1, -1, 4], [4, 3]):
+                if (made := chain([*steps, (aten.reshape.default, last)])) is None:
+                    continue
+                node, source, values = made[0], farthest_source(made[0]), {}
+                if source is node.args[0]:
+                    continue
+                for one in node.graph.nodes:
+                    ins = [values.get(a, a) if isinstance(a, fx.Node) else a for a in one.args]
+                    values[one] = BASES[base] if one.op == "placeholder" else one.target(*ins)
+                passed += 1
+                want, got = values[node], aten.reshape.default(values[source], last)
+                assert torch.equal(want, got) and want.stride() == got.stride(), (steps, last)
+                kept = want.untyped_storage().data_ptr() == BASES[base].untyped_storage().data_ptr()
+                assert kept == (got.untyped_storage().data_ptr() == BASES[base].untyped_storage().data_ptr())
+    assert passed > 100
 
 
 class Einsum(MoE):

@@ -255,3 +255,20 @@ def test_weights_that_are_gone_are_not_kept(mode):
     assert gone() is None and storage() is None
     with mode():
         assert bank.stacked().w_in_s[0].data_ptr() == root.w1.data_ptr()
+
+
+def test_whole_parameters_are_listed_as_they_are_now():
+    root, refs = listed()
+    bank = LiveExpertWeights(root, refs, ("oi", "io"))
+    with torch.no_grad():
+        first = bank.listed().w_in(1)[0].clone()
+        root.experts[1][0].weight.data = root.experts[1][0].weight.data * 3
+        now = bank.listed()
+    for e in range(3):
+        for one, other in ((now.w_in(e)[0], bank.w_in(e)[0]), (now.w_out(e), bank.w_out(e))):
+            assert one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+    assert torch.equal(now.w_in(1)[0], first * 3)
+    root.experts[1][0].double()
+    assert bank.listed() is None  # read by itself, it says what changed
+    with pytest.raises(Stale, match=r"experts\.1\.0\.weight changed from torch\.float32"):
+        bank.w_in(1)

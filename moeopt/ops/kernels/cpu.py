@@ -8,7 +8,8 @@ Shape legend: T tokens, K chosen per token, R = T*K rows, M rows of one expert, 
 
 Weights are never copied or laid out anew (only cast, where their dtype is not the compute dtype). Few rows
 per expert: the two GEMMs of all experts with one activation between, since the calls cost more than the
-memory traffic. Many rows: one expert after the other, while its rows are in cache.
+memory traffic. Many rows: one expert after the other, while its rows are in cache. float64, and where every expert
+takes every row: ``few_calls``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights
+from moeopt.ops.kernels.few_calls import all_experts, every_expert, in_turn
 from moeopt.ops.kernels.gemm import linear, linear_into, pays_to_fill
 from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.reference import check, dtypes, out_features, rms_norm
@@ -38,6 +40,10 @@ def experts_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWe
         return x_TH.new_zeros(T, out_features(bank, spec), dtype=dtypes(x_TH, spec)[2])
     if bank.num_experts == K == 1 and (T == 1 or ids_TK.stride(0) == 0) and not ids_TK[0, 0]:
         return _one_for_all(x_TH, weights_TK, bank, spec)
+    if all_experts(ids_TK, bank.num_experts):
+        return every_expert(x_TH, weights_TK, bank, spec)
+    if dtypes(x_TH, spec)[0] is torch.float64:
+        return in_turn(x_TH, ids_TK, weights_TK, bank, spec)
     if T == 1:
         return _one_token(x_TH, ids_TK, weights_TK, bank, spec)
     ids_R = ids_TK.reshape(-1)

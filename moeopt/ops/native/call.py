@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -136,9 +136,39 @@ def _experts(bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Ten
         stacked.known = spec, now, found
         return found
     E = bank.num_experts
+    if (ids.shape[1] == E or ids.numel() >= 2 * E) and (every := _every(bank, spec, held)) is not None:
+        return every
+    return _listed(
+        bank, sorted(set(ids.flatten().tolist())) if ids.numel() <= 4096 else ids.unique().tolist(), spec, held
+    )
+
+
+def _every(bank: ExpertWeights, spec: ExpertsSpec, held: list[Tensor]) -> CallWords | None:
+    """The entries of all experts, looked up together where most of them are hit; None where they can't be.
+
+    They are worked out anew where one does not lie as it lay the last time.
+    """
+    lies_together = getattr(bank, "lies_together", None)
+    together: tuple[object, list[Tensor]] | None = None if lies_together is None else lies_together()
+    if together is None:
+        return None
+    lie, tensors = together
+    known: tuple[ExpertsSpec, object, CallWords | None] | None = bank.every  # type: ignore[attr-defined]
+    if known is None or known[0] is not spec or known[1] != lie:
+        try:
+            found = _listed(bank, range(bank.num_experts), spec, [])
+        except Unfit:  # of one that no token may reach
+            found = None
+        known = bank.every = spec, lie, found  # type: ignore[attr-defined]
+    held += tensors  # they live until the kernel has read them
+    return known[2]
+
+
+def _listed(bank: ExpertWeights, experts: Iterable[int], spec: ExpertsSpec, held: list[Tensor]) -> CallWords:
+    """The entries of those ``experts`` that the bank has."""
+    E = bank.num_experts
     index, entries, D = array("q", [-1]) * E, array("q"), 0
-    hit = sorted(set(ids.flatten().tolist())) if ids.numel() <= 4096 else ids.unique().tolist()
-    for e in hit:
+    for e in experts:
         if not 0 <= e < E:
             continue
         entry, width = _entry_of(bank, e, spec, held)
