@@ -23,7 +23,7 @@ from moeopt.ops.kernels.gemm import linear, power_of_two
 from moeopt.ops.measured import Way, fastest
 from moeopt.ops.reference import dtypes, out_features
 
-Kernel = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertsSpec], Tensor]
+GroupedKernel = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertsSpec], Tensor]
 """Arguments and result as ``experts_reference``."""
 
 WIDEST = 512
@@ -56,7 +56,7 @@ def every_expert(x_TH: Tensor, weights_TE: Tensor, bank: ExpertWeights, spec: Ex
     return y_TO
 
 
-def is_faster(grouped: Kernel, x_TH: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
+def is_faster(grouped: GroupedKernel, x_TH: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
     """Whether a call on as many rows of experts as large is quicker so than by ``grouped``, on this machine."""
     w_out = bank.w_out(0)
     O, I = w_out.shape if spec.w_out_layout == "oi" else w_out.shape[::-1]
@@ -65,7 +65,7 @@ def is_faster(grouped: Kernel, x_TH: Tensor, bank: ExpertWeights, spec: ExpertsS
 
 
 @functools.cache
-def _faster(grouped: Kernel, rows: int, sizes: tuple[int, ...], spec: ExpertsSpec, threads: int) -> bool:
+def _faster(grouped: GroupedKernel, rows: int, sizes: tuple[int, ...], spec: ExpertsSpec, threads: int) -> bool:
     del threads  # a part of the machine that the answer is for
     widths = " x ".join(map(str, sizes))
     question = (
@@ -75,7 +75,7 @@ def _faster(grouped: Kernel, rows: int, sizes: tuple[int, ...], spec: ExpertsSpe
     return fastest(question, lambda: _ways(grouped, rows, sizes, spec), "grouped", advantage=1.05) == "every"
 
 
-def _ways(grouped: Kernel, rows: int, sizes: tuple[int, ...], spec: ExpertsSpec) -> dict[str, Way]:
+def _ways(grouped: GroupedKernel, rows: int, sizes: tuple[int, ...], spec: ExpertsSpec) -> dict[str, Way]:
     """Four experts of the spec's function on ``rows`` rows."""
     H, I, O = sizes
     E = 4
