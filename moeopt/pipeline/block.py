@@ -23,6 +23,7 @@ from moeopt.options import Options
 from moeopt.passes.manager import PassManager, Result
 from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
+from moeopt.pipeline.asks_requires_grad import requires_grad_decides
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.chosen_passes import pass_manager
 from moeopt.pipeline.coverage import Mixture, Reader
@@ -33,6 +34,7 @@ from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
+from moeopt.rewrite.equal_rows import equal_rows_reason
 from moeopt.rewrite.install import BlockProgram, RewrittenForward
 from moeopt.rewrite.legality import check_module, non_finite_reason
 from moeopt.rewrite.live_codes import dequantized
@@ -95,7 +97,9 @@ def rewrite_block(
         bound = None if alike is None else _rebind(name, module, call, options, runtime, alike, manager)
         return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
     except Declined as err:
-        reason = non_finite_reason(module, not isinstance(err, ExpertsNotHit)) if err.rank < Rank.FORBIDS else ""
+        reason = ""
+        if err.rank < Rank.FORBIDS:
+            reason = non_finite_reason(module, not isinstance(err, ExpertsNotHit)) or equal_rows_reason(module)
         if reason:
             raise Declined(reason, rank=Rank.FORBIDS, others=(err.obstacle, *err.others)) from None
         raise
@@ -157,6 +161,8 @@ def _rewrite(
             raise Declined(capture.neutral)
         result.block.root = None  # a program is bound to a module when it is installed
         program = capture.program(result.block)
+        if asked := requires_grad_decides(module, OwnForward(module), call, program.reads):
+            raise Declined(asked)
         if alike is not None:
             alike.add(Known(module, call_spec, program, capture.found, capture.routers, result))
         return Rewrite(program, capture.found, check, capture.routers, time.perf_counter() - started, result)

@@ -121,8 +121,8 @@ class RestoreState:
 
     def changed(self) -> frozenset[str]:
         """The names in ``after`` whose values are others than before."""
-        entries = (entry for key in self._saved for entry in self._owners[key])
-        return frozenset(name for name, owner, before in entries if not _same_bits(owner.detach(), before))
+        entries = ((held, entry) for key, (_, held) in self._saved.items() for entry in self._owners[key])
+        return frozenset(name for held, (name, owner, data) in entries if not _same_bits(owner.data, _in(held, data)))
 
     def __exit__(self, *exc: object) -> None:
         self._held.restore()
@@ -135,6 +135,12 @@ class RestoreState:
         torch.set_rng_state(self._rng)
         if self._cuda_rng is not None:
             torch.cuda.set_rng_state_all(self._cuda_rng)
+
+
+def _in(held: torch.UntypedStorage, data: Tensor) -> Tensor:
+    """What ``data`` was when its storage was copied to ``held``."""
+    before = torch.empty(0, dtype=data.dtype, device=data.device)
+    return before.set_(held, data.storage_offset(), data.shape, data.stride())
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

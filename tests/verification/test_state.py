@@ -78,3 +78,17 @@ def test_what_a_run_puts_into_containers_comes_out_again():
         lin.seen = []
     assert (lin.seen, lin.counts, lin.names) == ([1], {"calls": 0}, {"a"})
     assert all(now is before for now, before in zip((lin.seen, lin.counts, lin.names), held, strict=True))
+
+
+def test_what_is_written_and_what_is_changed():
+    module = nn.Module()
+    module.register_buffer("whole", torch.arange(6.0))
+    module.part, module.other = module.whole[:2], module.whole[4:]
+    module.register_buffer("same", torch.tensor([1.0, torch.nan]))
+    with RestoreState(module) as state:
+        for tensor in (module.whole, module.same):
+            state.before_write(tensor)
+        module.whole[1], module.same[0] = 7.0, 1.0
+        assert {"whole", "part", "other", "same"} <= set(state.after())
+        assert state.changed() == {"whole", "part"}
+    assert module.whole.tolist() == [0, 1, 2, 3, 4, 5]
