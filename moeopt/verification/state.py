@@ -121,8 +121,13 @@ class RestoreState:
 
     def changed(self) -> frozenset[str]:
         """The names in ``after`` whose values are others than before."""
-        entries = (entry for key in self._saved for entry in self._owners[key])
-        return frozenset(name for name, owner, before in entries if not _same_bits(owner.detach(), before))
+        found = set()
+        for key, (_, held) in self._saved.items():
+            for name, owner, data in self._owners[key]:
+                before = data.new_empty(0).set_(held, data.storage_offset(), data.shape, data.stride())
+                if not _same_bits(owner.detach(), before):
+                    found.add(name)
+        return frozenset(found)
 
     def __exit__(self, *exc: object) -> None:
         self._held.restore()
