@@ -5,8 +5,7 @@
 
     ids_TK, keep_TK  ->  where(keep, ids, E)                  E adds nothing
 
-A mask may hold one entry for each token (padding) as well. Another way to keep a part is to ask the table of weights
-``> 0``, which leaves out a token whose weights are NaN; ids with their weights beside them are asked the same.
+A mask may hold one entry for each token (padding) as well.
 
 Legend: T tokens, K ids of each, E experts.
 """
@@ -22,7 +21,7 @@ from torch import fx
 
 from moeopt.capture.tape import Tape
 from moeopt.recognise.ids_of_masks import kept_ids
-from moeopt.recognise.readings import asked_positive, axis_orders, possible_sources, reread_nodes
+from moeopt.recognise.readings import axis_orders, possible_sources, reread_nodes
 from moeopt.recognise.routing_by_ids import IdRecipe, by_ids
 from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm, Table
 
@@ -76,16 +75,3 @@ def _different(tape: Tape, nodes: list[fx.Node]) -> list[fx.Node]:
         if bool(value.any()) and not bool(value.all()):
             found.setdefault(value.reshape(-1).cpu().numpy().tobytes(), node)
     return list(found.values())
-
-
-def asked_as_their_table(routing: Routing, tables: set[fx.Node], tokens: int) -> Routing:
-    """``routing`` by ids whose weights are asked ``> 0``, where the dispatch asks that of one of the ``tables``."""
-    ids, weights = routing.ids, routing.weights
-    plain = routing.form is RoutingForm.IDS and ids is not None and not ids.beside and not weights.beside
-    if not plain or ids is None or weights.source is None or not any(asked_positive(node) for node in tables):
-        return routing
-    orders = axis_orders(weights.source.meta["shape"], tokens, routing.top_k)
-    if weights.steps not in orders:
-        return routing
-    step = (kept_ids, ("@beside", len(routing.experts), len(weights.steps) > 1))
-    return dataclasses.replace(routing, ids=Extraction(ids.source, [*ids.steps, step], (weights.source,)))

@@ -30,7 +30,7 @@ from moeopt.recognise.limits import check_limits
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing import find_routing
 from moeopt.recognise.routing_by_ids import by_names
-from moeopt.recognise.routing_by_kept import asked_as_their_table, by_kept
+from moeopt.recognise.routing_by_kept import by_kept
 from moeopt.recognise.routing_of_sequences import by_sequences
 from moeopt.recognise.routing_types import FixedShares, NoIds, Routing, Table
 from moeopt.recognise.routing_weights import (
@@ -73,13 +73,11 @@ def with_frontier(
     dispatch = [n for n in until if n in flow and n.meta.get("shape") is not None]
     place: WeightPosition = "output"
 
-    def accept(reading: Routing) -> Routing:
+    def accept(reading: Routing) -> None:
         nonlocal place
-        reading = asked_as_their_table(reading, tables, tokens.count)
         _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
         if not labels.hidden:
             place = weight_position(tape, reading, table, tokens, labels, combine, group)
-        return reading
 
     try:
         rarer = (by_slots, by_kept, by_names, by_sequences(tokens.node.meta["shape"], tokens.axis))

@@ -163,9 +163,11 @@ class RowGraphReader(RowGraphWriter):
         return self.add(node, node.target, None, *self.words(node.args), **self.kwargs(node))
 
     def _only_broadcasts(self, expand: fx.Node) -> bool:
-        """Whether all that read ``expand`` broadcast what it repeats; a view, as of repeated scales, does not."""
+        """Whether all that read ``expand`` broadcast what it repeats, or gather by it, which has a rule for places that
+        are the same for every row; a view, as of repeated scales, does not."""
         return all(
-            self._only_broadcasts(user) if op_name(user) in _SAME else is_pointwise(user) for user in expand.users
+            self._only_broadcasts(user) if op_name(user) in _SAME else is_pointwise(user) or op_name(user) == "gather"
+            for user in expand.users
         )
 
     def _pointwise(self, node: fx.Node) -> HeldSlots:
