@@ -37,7 +37,7 @@ def close(got, case):
 
 
 @pytest.mark.parametrize("stacked", (True, False))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_native_where_it_is_faster(taken, dtype, stacked, monkeypatch):
     case = make(ExpertsSpec(), dtype=dtype, stacked=stacked)
     close(experts(*case.args), case)
@@ -74,9 +74,12 @@ def test_both_ways_of_the_measurement_compute_the_same(taken, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": torch.float64}, "the x dtype is float64; the kernel has 16 and 32 bits"),
-        ({"spec": ExpertsSpec(accum_dtype="float64")}, "the accumulator dtype is float64"),
-        ({"spec": ExpertsSpec(compute_dtype="float64")}, "the compute dtype is float64"),
+        (
+            {"spec": ExpertsSpec(accum_dtype="float64")},
+            "float64 stands beside another dtype; the kernel has it by itself",
+        ),
+        ({"spec": ExpertsSpec(compute_dtype="float64")}, "float64 stands beside another dtype"),
+        ({"spec": ExpertsSpec(out_dtype="float32"), "dtype": torch.float64}, "float64 stands beside another dtype"),
         ({"K": 0}, ""),
     ],
 )
@@ -90,7 +93,7 @@ def test_what_the_kernel_does_not_take_it_names(taken, change, reason):
 
 
 @pytest.mark.parametrize("stacked", (True, False))
-@pytest.mark.parametrize("spec", (ExpertsSpec(), ExpertsSpec(compute_dtype="float64")), ids=("x", "compute"))
+@pytest.mark.parametrize("spec", (ExpertsSpec(out_dtype="float32"), ExpertsSpec(compute_dtype="float64")), ids=str)
 def test_what_the_kernel_does_not_take_is_asked_once(taken, monkeypatch, spec, stacked):
     """Nothing is measured at later calls: that took ten times as long as the experts."""
     asked, honest = [], dispatch._ways

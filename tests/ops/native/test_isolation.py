@@ -21,7 +21,7 @@ def block(dtype, layouts, T=90, **fields):
     return random_block(spec, Sizes(T=T, K=2, E=3, H=160, I=300, D=72), dtype, seed=15)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
 @pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
 def test_a_token_s_bits_depend_on_no_neighbour(kernel, layouts, dtype):
     x, ids, weights, bank, spec = block(dtype, layouts)
@@ -32,7 +32,7 @@ def test_a_token_s_bits_depend_on_no_neighbour(kernel, layouts, dtype):
     assert torch.equal(kernel(x[order], ids[order], weights[order], bank, spec), whole[order])
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_many_columns_and_rows_of_weights_in_out(kernel, dtype):
     """(in, out) weights are read a group of rows and a task's columns at a time, and how many depends on the tokens."""
     spec = ExpertsSpec(w_in_layout="io", w_out_layout="io")
