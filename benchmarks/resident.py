@@ -206,6 +206,7 @@ def main() -> None:
     words.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS))
     words.add_argument("--run", help=argparse.SUPPRESS)
     given = words.parse_args()
+    told = [word.replace(str(given.folder), "FOLDER") for word in sys.argv[1:]]
     layers = max(round(given.gigabytes * 1e9 / layer_bytes(given.hidden)), 1)
     bundle, source = given.folder / "bundle-torch", given.folder / f"qwen3-like-{layers}x{given.hidden}"
     if given.run:
@@ -221,7 +222,7 @@ def main() -> None:
             found.append(json.loads(done.stdout.splitlines()[-1]) if not done.returncode else {"failed": 1})
             print(name, {k: v for k, v in found[-1].items() if k != "each_s"}, file=sys.stderr, flush=True)
     report = {
-        "what": "resident", "command": " ".join(["python", "benchmarks/resident.py", *sys.argv[1:]]), **machine(),
+        "what": "resident", "command": " ".join(["python", "benchmarks/resident.py", *told]), **machine(),
         "layers": layers, "experts_gb": layers * layer_bytes(given.hidden) / 1e9, "share": given.share, "turns": turns,
         "summary": summary(turns),
     }  # fmt: skip

@@ -224,6 +224,7 @@ def main() -> None:
     words.add_argument("--tokens", type=int, default=32)
     words.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     given = words.parse_args()
+    told = [word.replace(str(given.folder), "FOLDER") for word in sys.argv[1:]]
     layer = layer_bytes(given.hidden)
     layers = max(round(given.gigabytes * 1e9 / layer), 1)
     source, bundle = given.folder / f"qwen3-like-{layers}x{given.hidden}", given.folder / f"bundle-{given.backend}"
@@ -243,7 +244,7 @@ def main() -> None:
     options = [f"--gigabytes={given.gigabytes}", f"--folder={given.folder}", f"--backend={given.backend}",
                f"--verify={given.verify}", f"--tokens={given.tokens}", f"--hidden={given.hidden}"]  # fmt: skip
     found: dict[str, Any] = {
-        "what": "streaming", "command": " ".join(["python", "benchmarks/streaming.py", *sys.argv[1:]]), **machine(),
+        "what": "streaming", "command": " ".join(["python", "benchmarks/streaming.py", *told]), **machine(),
         "layers": layers, "layer_gb": layer / 1e9, "hidden": given.hidden,
         "checkpoint_gb": sum(file.stat().st_size for file in source.iterdir()) / 1e9,
     }  # fmt: skip

@@ -13,7 +13,7 @@ from moeopt.calls.onnx_file import optimize_file
 from moeopt.calls.verify_again import verify_optimized
 from moeopt.errors import CaptureError, UsageError
 from moeopt.find.example_inputs import as_call, without_cache
-from moeopt.limits import DEFAULT, LoadLimits, as_bytes
+from moeopt.limits import LoadLimits, as_bytes, checked_limits
 from moeopt.onnx_in.read import is_onnx
 from moeopt.optimized import Optimized
 from moeopt.options import Options, check_variables
@@ -143,8 +143,9 @@ def load(
         NotEquivalentError: its golden inputs come back otherwise than they were verified to.
     """
     check_variables()
+    limits = checked_limits(limits)
     most = None if resident is None else as_bytes("resident", resident)
-    return registry.open_bundle(directory, device, session_options, limits or DEFAULT, mapped, most)
+    return registry.open_bundle(directory, device, session_options, limits, mapped, most)
 
 
 def verify(
@@ -172,14 +173,15 @@ def verify(
         BundleError: the bundle is damaged.
     """
     check_variables()
+    limits = checked_limits(limits)
     if is_onnx(original):
         if not isinstance(subject, Optimized):
-            return registry.of_bundle(subject).verify(subject, provider, original, inputs, limits or DEFAULT)
+            return registry.of_bundle(subject).verify(subject, provider, original, inputs, limits)
         backend = registry.get(subject.report.backend)
         return backend.verify_file(original, inputs, backend.runner(subject.model)[0], subject.certificate)
     if not isinstance(subject, Optimized):
         call = None if original is None or inputs is None else without_cache(original, as_call(inputs))
-        return registry.of_bundle(subject).verify(subject, provider, original, call, limits or DEFAULT)
+        return registry.of_bundle(subject).verify(subject, provider, original, call, limits)
     return verify_optimized(subject, original, inputs)
 
 

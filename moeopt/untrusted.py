@@ -69,7 +69,9 @@ def parse_json(text: str | bytes, where: str) -> JsonValue:
     try:
         data = msgspec.json.decode(text)
     except (msgspec.MsgspecError, RecursionError, UnicodeError, ValueError) as err:
-        raise BundleError(f"{where}: it is not JSON ({str(err)[:80]}): it was damaged or cut off") from None
+        raise BundleError(
+            f"{where}: it is not JSON ({str(err)[:80]}): it was damaged or cut off, so copy it again"
+        ) from None
     if not _shallow(data):
         raise BundleError(f"{where}: it is nested deeper than {MAX_DEPTH} levels, and moeopt writes no such JSON")
     return data

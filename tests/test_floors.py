@@ -11,8 +11,18 @@ import pytest
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
     {"obstacles"},
-    {"errors", "value_types", "file_lock"},
-    {"options", "limits", "untrusted", "patches", "compat", "html", "hub_cache"},  # html draws plain values
+    {"errors", "value_types", "file_lock", "listed"},
+    {
+        "options",
+        "limits",
+        "untrusted",
+        "patches",
+        "compat",
+        "html",
+        "hub_cache",
+        "codes_in_files",
+        "other_files",
+    },  # html draws plain values
     {"ir", "progress", "onnx_in"},
     {"ops"},
     {"published"},  # quantised checkpoints, read into what ops take

@@ -11,7 +11,7 @@ from moeopt import QuantPlan
 from moeopt.cli import main
 from moeopt.errors import UsageError
 from moeopt.verification.certificate import Certificate
-from tests.toy_moe import Block, H
+from tests.toy_moe import Block, Expert, H
 
 IDS = torch.arange(30).view(2, 15)
 
@@ -65,9 +65,9 @@ def model():
     return Model().eval()
 
 
-def optimized(plan, source=None, **fields):
+def optimized(plan, source=None, inputs=IDS, **fields):
     fields = {"backend": "onnxruntime", "verify": "fast", **fields}
-    return moeopt.optimize(model() if source is None else source, IDS, quantize=plan, **fields)
+    return moeopt.optimize(model() if source is None else source, inputs, quantize=plan, **fields)
 
 
 PRODUCTS = [f"attention.{name}" for name in ("q", "k", "v", "out")]
@@ -169,6 +169,56 @@ def test_a_router_beside_its_experts_stays_float(inside):
     plan, x = QuantPlan(products="int8"), torch.randn(9, 16)
     opt = moeopt.optimize(source, x, backend="onnxruntime", verify="fast", quantize=plan)
     assert opt.report.rewritten and list(opt.certificate.products) == (["1"] if inside else ["out"])
+
+
+class Shared(Block):
+    """A shared expert in the block, of which no router decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = Expert()
+
+    def forward(self, x):
+        return super().forward(x) + self.shared(x)
+
+
+def test_a_shared_expert_is_quantised_with_the_products_and_its_router_is_not(tmp_path):
+    from moeopt.ir.weight_format import INT4_BLOCK32, INT8_CHANNEL
+    from moeopt.ops import quantize
+
+    torch.manual_seed(0)
+    source, x = nn.Sequential(nn.Linear(H, H), Shared()).eval(), torch.randn(9, H)
+    opt = optimized(QuantPlan(default="int4", products={"0": "float", "*": "int8"}), source, x)
+    assert list(opt.certificate.products) == ["1.shared.w1", "1.shared.w3", "1.shared.w2"] and opt.certificate.passed
+    assert not any(note.startswith("not quantised") for note in opt.report.notes)
+    for module, format in ((source[1].shared, INT8_CHANNEL), (source[1].experts, INT4_BLOCK32)):
+        for layer in (m for m in module.modules() if isinstance(m, nn.Linear)):
+            layer.weight = nn.Parameter(quantize(layer.weight.detach(), format).dequantize())
+    with torch.no_grad():
+        torch.testing.assert_close(opt(x), source(x), rtol=1e-4, atol=1e-6)
+    assert torch.equal(moeopt.load(opt.save(tmp_path / "b"))(x), opt(x)) and moeopt.verify(tmp_path / "b").passed
+
+
+class Threshold(nn.Module):
+    """A mixture that no report names: gates beyond a half, on experts of one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(16, 3), nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        p = torch.sigmoid(self.gate(x))
+        p = torch.where(p > 0.5, p, torch.zeros_like(p))
+        return sum(p[..., n, None] * expert(x) for n, expert in enumerate(self.experts))
+
+
+def test_the_router_of_a_mixture_that_was_not_found_stays_float_and_is_named():
+    torch.manual_seed(0)
+    source, x = nn.Sequential(Threshold(), nn.Linear(16, 8)).eval(), torch.randn(9, 16)
+    opt = optimized(QuantPlan(products="int8"), source, x)
+    assert not opt.report.blocks and sorted(opt.certificate.products) == [*(f"0.experts.{n}" for n in range(3)), "1"]
+    notes = " ".join(opt.report.notes)
+    assert "not quantised: 0.gate: it is a router, its results are chosen from (gt at " in notes
 
 
 def test_a_model_that_calls_no_module_keeps_its_floats():
@@ -299,9 +349,14 @@ def test_a_kernel_that_computes_something_else_leaves_activations_floats(monkeyp
     from moeopt.backends.onnxrt import rounded_activations
 
     monkeypatch.setattr(rounded_activations, "rounded_rows", lambda x, block: x.double() * 1.01)
-    opt = optimized(QuantPlan(default="int4", activations="int8"))
+    opt = optimized(QuantPlan(default="int8", products="int8", activations="int8"))
     assert opt.certificate.activations == {} and opt.certificate.passed is True
-    assert any("activations stay floats: a product of 16 x 16 in 4 bits is" in note for note in opt.report.notes)
+    for notes in (opt.report.notes, opt.certificate.notes):
+        assert sum("activations stay floats: a product of 16 x 16 in 8 bits is" in note for note in notes) == 1
+    plain = optimized(QuantPlan(default="int8", products="int8"))  # and the engine is no other than without the plan
+    (lowering,), (same) = ([b.lowering for b in one.report.rewritten] for one in (opt, plain))
+    assert [lowering.split(",")[0]] == [same[0].split(",")[0]] and "unrolled-bytes" not in lowering.split(";")[0]
+    assert torch.equal(opt(IDS), plain(IDS)) and opt.certificate.products == plain.certificate.products
 
 
 class Twice(nn.Module):

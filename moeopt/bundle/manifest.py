@@ -129,7 +129,7 @@ def _read_header(root: Path) -> dict[str, Any]:
     """What ``moeopt.json`` says, its format, schema and backend checked."""
     if not os.path.lexists(root / NAME):
         what = "has no moeopt.json" if root.is_dir() else "is no directory"
-        raise BundleError(f"{root} {what}: it is not a bundle, or writing it was cut off")
+        raise BundleError(f"{root} {what}: it is not a bundle, or writing it was cut off{_instead(root)}")
     data = read_json(root / NAME)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise BundleError(f"{root / NAME}: this is not a moeopt manifest")
@@ -172,6 +172,17 @@ def check_backend(name: str) -> None:
         near = near or difflib.get_close_matches(str(name).lower(), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(f"backend {name!r} is not available; {hint}use one of {', '.join(map(repr, known))}")
+
+
+def _instead(root: Path) -> str:
+    """What to give instead of a path that is no bundle's directory."""
+    if root.is_file() and os.path.lexists(root.parent / NAME):
+        return f": give the directory, {root.parent}"
+    if root.suffix == ".onnx" and root.is_file():
+        return f": an ONNX file becomes one by moeopt.optimize({root.name!r}).save(directory)"
+    if (root / "config.json").is_file():
+        return ": the directory of a model becomes one by moeopt.optimize(directory, out=bundle)"
+    return "" if root.exists() else ": there is no such path"
 
 
 def read_backend(directory: str | os.PathLike[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from moeopt.bundle.tree import build, check_tree
 from moeopt.errors import BundleError, LimitError, UsageError
 from moeopt.ir.bank_format import BankFormat
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.limits import DEFAULT, LoadLimits
+from moeopt.limits import DEFAULT, LoadLimits, TimeLimit
 from moeopt.untrusted import shown
 from moeopt.value_types import FxArg, FxTarget, PyObject
 
@@ -71,7 +70,7 @@ class GraphRunner:
         files: int = 0,
     ) -> None:
         self.limits, self.files = limits, files
-        self.deadline = float("inf")
+        self.time: TimeLimit | None = None
         self.before_experts: Callable[[int, torch.Tensor], None] | None = None
         self.experts: dict[str, int] = {}
         self._measured: set[Any] = set()
@@ -176,8 +175,8 @@ class GraphRunner:
         args = [env[a.name] if type(a) is ValueRef else _fill(a, env) if type(a) is list else a for a in step.args]
         kwargs = step.kwargs if step.fixed else _fill(step.kwargs, env)
         if meter is not None:
-            if time.monotonic() > self.deadline:
-                raise LimitError(f"it takes longer than {self.limits.seconds_for(self.files):.3g} s: {_LONGER}")
+            if self.time is not None and self.time.over:
+                raise LimitError(f"it takes longer than {self.time.seconds:.3g} s: {_LONGER}")
             if step.op is not None:
                 if (check := getattr(step.function, "check", None)) is not None:
                     check(*args, **kwargs)  # asking an op for its sizes calls it too
@@ -195,7 +194,7 @@ class GraphRunner:
     def _meter(self, inputs: dict[str, Any]) -> tuple[Meter | None, Any]:
         """What measures this call, None where a call of these sizes was measured; and the key of the sizes."""
         key = None
-        if self._steady and self.deadline == float("inf"):
+        if self._steady and self.time is None:
             key = tuple(tuple(v.shape) if isinstance(v, torch.Tensor) else repr(v) for v in inputs.values())
             if key in self._measured:
                 return None, None

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -29,6 +30,13 @@ DTYPE_NAMES = {
 """What a safetensors header calls each dtype: https://huggingface.co/docs/safetensors"""
 FILL = "moeopt.fill."
 _CHUNK = 64 << 20
+_WAYS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or ask for more",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or take another disk",
+}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES}
+"""What systems answer whose files have one name each, as on exFAT and some network disks."""
 
 
 class WeightsFile:
@@ -94,6 +102,11 @@ class WeightsFile:
         os.pwrite(self._file, room.to_bytes(8, "little") + header.ljust(room), 0)
         os.fsync(self._file)
 
+    def settle(self) -> None:
+        """What was written is on the disk."""
+        if self._file >= 0:
+            os.fsync(self._file)
+
     def close(self) -> None:
         """Nothing more is written; tensors of it stay."""
         if self._file >= 0:
@@ -128,9 +141,9 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        ways = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space, or ask for more"}
-        way = ways.get(err.errno or 0, "raise the limit on the size of files (ulimit -f), or take another disk")
-        raise OSError(err.errno, f"{err.strerror}: {way}, and call again", str(path)) from err
+        way = _WAYS.get(err.errno or 0, "")
+        said = err.strerror or str(err)
+        raise OSError(err.errno, f"{said}: {way}, and call again" if way else said, str(path)) from err
 
 
 _becoming: ContextVar[WeightsFile | None] = ContextVar("moeopt_weights_file", default=None)
@@ -156,7 +169,7 @@ def save_weights(blocks: Mapping[str, torch.Tensor], path: Path) -> None:
     begun = _becoming.get()
     if begun is not None:
         begun.finish(blocks)
-        os.link(begun.path, path)  # a second name: the first one stays until the bundle is complete
+        _second_name(begun.path, path)  # the first one stays until the bundle is complete
         return
     size = sum(_aligned(t.numel() * t.element_size()) for t in blocks.values())
     file = WeightsFile(path, size, len(header_of({n: (t, 0) for n, t in blocks.items()}, 0, 0)) + 160 * len(blocks))
@@ -164,6 +177,16 @@ def save_weights(blocks: Mapping[str, torch.Tensor], path: Path) -> None:
         file.finish(blocks)
     finally:
         file.close()
+
+
+def _second_name(path: Path, name: Path) -> None:
+    try:
+        os.link(path, name)
+    except OSError as err:
+        if err.errno not in _NO_LINKS:
+            raise
+        with _told(name):
+            shutil.copyfile(path, name)
 
 
 def header_of(places: Mapping[str, tuple[torch.Tensor, int]], begin: int, end: int) -> bytes:

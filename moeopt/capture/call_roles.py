@@ -156,9 +156,13 @@ class CallSpec:
         first = next((n for n, leaf in enumerate(self.leaves) if _of_sequence(leaf)), None)
         if first is None or not self._values[first].numel():
             return torch.arange(self.grid[0])
-        rows = self._values[first].detach().cpu().flatten(1) if self._values[first].dim() > 1 else self._values[first]
-        kinds = rows.unique(dim=0, return_inverse=True)[1].tolist()
-        return torch.tensor(sorted(range(len(kinds)), key=lambda i: kinds[i] in kinds[:i]))
+        rows = self._values[first].detach().cpu().contiguous().resolve_conj()
+        first_with: dict[bytes, int] = {}
+        repeats = [
+            first_with.setdefault(row.reshape(-1).view(torch.uint8).numpy().tobytes(), i) != i
+            for i, row in enumerate(rows)
+        ]
+        return torch.tensor(sorted(range(len(repeats)), key=repeats.__getitem__))
 
     def has_whole_columns(self) -> bool:
         """Whether a column of its tokens holds whole numbers alone, so that it may hold ids, or integers have gaps."""

@@ -41,10 +41,13 @@ def inputs_hint(given: PyObject) -> str:
 def call_hint(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """What is odd about the call, led in by ": ", or "" where nothing is."""
     parameters = _parameters(module)
-    for name, value in (*_positional(parameters, args), *kwargs.items()):
-        if hint := _not_a_tensor(name, value) or _unlike_the_weights(name, value, module):
-            return f": {hint}"
-    return _keywords(parameters, args, kwargs)
+    try:
+        for name, value in (*_positional(parameters, args), *kwargs.items()):
+            if hint := _not_a_tensor(name, value) or _unlike_the_weights(name, value, module):
+                return f": {hint}"
+        return _keywords(parameters, args, kwargs)
+    except Exception:  # of the module's own methods, or of a device: no hint stands in for the model's own error
+        return ""
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
@@ -95,9 +98,16 @@ def _unlike_the_weights(name: str, value: PyObject, module: nn.Module) -> str:
             f"{name} is {other} and the weights are {_short(weight.dtype)}: give {name}.to({weight.dtype}), "
             f"or dtype={other!r}, which casts the model"
         )
+    if value.dtype in (torch.int64, torch.int32) and not name.endswith("ids") and not _looks_up(module):
+        return f"{name} holds whole numbers, {_short(value.dtype)}, and the weights are floats: give {name}.float()"
     if name == "input_ids" and value.dim() == 1:
         return f"{name} has one axis: give {name}[None], a batch of one row"
     return _too_large(name, value, module)
+
+
+def _looks_up(module: nn.Module) -> bool:
+    """Whether some part of the model may take ids."""
+    return any(isinstance(part, (nn.Embedding, nn.EmbeddingBag)) for part in module.modules())
 
 
 def _too_large(name: str, value: torch.Tensor, module: nn.Module) -> str:

@@ -51,8 +51,11 @@ class HeldState:
         self._seen: set[int] = set()
         for _, attributes, path in self._attributes:
             for name, value in attributes.items():
-                if name in TABLES:
-                    self._contained(value)
+                if name in TABLES:  # these are nobody else's
+                    if value and type(value) in CONTAINERS:
+                        self._contents.append((value, value.copy()))
+                    elif type(value) in CONTAINERS:
+                        self._bare.append(value)
                 else:
                     self._keep(value, f"{path}.{name}" if path else name, _DEPTH)
 
@@ -103,12 +106,16 @@ class HeldState:
 
 def put_back(container: PyObject, held: PyObject) -> None:
     """Give ``container`` the items that ``held`` has, where it has others."""
-    if not _same(container, held):
+    if isinstance(container, dict) and len(container) == len(held) and all(map(is_, container, held)):
+        for name, value in held.items():  # never without its names: other threads may read it
+            if container[name] is not value:
+                container[name] = value
+    elif not same_items(container, held):
         container.clear()
         (container.update if isinstance(container, (dict, set)) else container.extend)(held)
 
 
-def _same(now: PyObject, before: PyObject) -> bool:
+def same_items(now: PyObject, before: PyObject) -> bool:
     """The same names or items, in the same order, for the same objects."""
     if len(now) != len(before) or not all(map(is_, now, before)):
         return False

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import nn
 
-from moeopt.capture.held_state import CONTAINERS, TABLES, HeldState
+from moeopt.capture.held_state import CONTAINERS, TABLES, HeldState, same_items
 from moeopt.errors import UsageError
 from moeopt.value_types import PyObject
 
@@ -24,13 +23,6 @@ def _tensors(modules: list[tuple[str, nn.Module]], table: str) -> list[tuple[str
             if tensor is not None:
                 found.setdefault(id(tensor), (f"{path}.{name}" if path else name, tensor))
     return list(found.values())
-
-
-def _identical(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """The same names in the same order for the same objects."""
-    return len(now) == len(before) and all(map(operator.is_, now, before)) and all(
-        map(operator.is_, now.values(), before.values())
-    )  # fmt: skip
 
 
 def _same(a: PyObject, b: PyObject) -> bool:
@@ -74,18 +66,17 @@ class ModuleState:
                     f"{name} has no shape yet (a lazy module); run the model once on these inputs, then optimise it"
                 )
             if tensor.layout == torch.strided:
-                first = self._own.setdefault(key := tensor.untyped_storage()._cdata, tensor)
-                if first.numel() < tensor.numel():  # that was a part of it
-                    self._own[key] = tensor
-        self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+                self._own.setdefault(tensor.untyped_storage()._cdata, tensor)
+        self._saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def about_to_write(self, target: torch.Tensor) -> None:
-        """Remember the parameter or buffer whose memory ``target`` views."""
+        """Remember the memory that ``target`` views, whole: tensors may be parts of it, or overlap in it."""
         key = target.untyped_storage()._cdata
         own = self._own.get(key)
         if own is not None and key not in self._saved:
             with torch.utils._python_dispatch._disable_current_modes():
-                self._saved[key] = (own, own.detach().clone())
+                storage = own.untyped_storage()
+                self._saved[key] = storage, storage.clone()
 
     def changed_attributes(self) -> dict[tuple[str, str], Any]:
         """(module path, attribute) -> new value, for each plain attribute that the run replaced."""
@@ -97,7 +88,7 @@ class ModuleState:
                     changed |= {(path, k): v for k, v in value.items() if held.get(k) is not v}
                 elif name in module.__dict__ and not _same(held, value):
                     changed[path, name] = value
-            if not _identical(module.__dict__, before):
+            if not same_items(module.__dict__, before):
                 for name, value in module.__dict__.items():
                     if name not in contents and (name not in before or not _same(before[name], value)):
                         changed[path, name] = value
@@ -116,5 +107,5 @@ class ModuleState:
         """Put every attribute and every written parameter or buffer back."""
         self._held.restore()
         with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
-            for own, value in self._saved.values():
-                own.copy_(value)
+            for storage, held in self._saved.values():
+                storage.copy_(held)

@@ -16,6 +16,7 @@ class Call:
     """One call of a submodule: which nodes it recorded, and what went in and came out.
 
     ``autocast``: whether it was made under ``torch.autocast``, which the code around it began.
+    ``mode``: the class name of a user's mode of PyTorch (``moeopt.capture.user_modes``) under which it was made, or "".
     """
 
     index: int
@@ -28,6 +29,7 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
     autocast: bool = False
+    mode: str = ""
 
 
 class Read(NamedTuple):

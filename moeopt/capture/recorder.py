@@ -16,6 +16,7 @@ from moeopt.capture.module_state import ModuleState
 from moeopt.capture.recorded import Call, Read
 from moeopt.capture.source_line import user_line
 from moeopt.capture.tree import leaves_of, tree_map
+from moeopt.capture.user_modes import active_user_mode
 from moeopt.errors import CaptureError
 from moeopt.value_types import FxTarget, PyObject
 
@@ -239,6 +240,7 @@ class Recorder(MemoryNodes):
         call.kwargs = tree_map(torch.Tensor, self._boundary, dict(kwargs))
         call.first = len(self.nodes)
         call.autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        call.mode = active_user_mode()
         self.calls.append(call)
         self.current = call.index
         return call

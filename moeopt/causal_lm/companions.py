@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeopt.hub_cache import cached_file
+
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,16 +52,10 @@ def _copied(source: object, name: str, folder: Path) -> bool:
         return False
     path = Path(source) / name
     if not Path(source).is_dir():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            cached = try_to_load_from_cache(source, name)
-        except HFValidationError:  # a name that no repository can have
+        cached = cached_file(source, name)
+        if cached is None:
             return False
-        if not isinstance(cached, str):
-            return False
-        path = Path(cached)
+        path = cached
     if not path.is_file():
         return False
     shutil.copyfile(path, folder / name)

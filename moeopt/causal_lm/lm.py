@@ -40,12 +40,13 @@ from moeopt.compat import known_fields
 from moeopt.errors import Declined
 from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.distances import DirectDistances
-from moeopt.lower.export import answered, asks_values, written_by
+from moeopt.lower.export import answered, asks_values
 from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.export import emitting
 from moeopt.lower.onnx.sites import Sites
 from moeopt.lower.stamps import Stamps
+from moeopt.lower.written_state import written_by
 from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.value_types import PyObject
 from moeopt.verification.model import run_plain

@@ -6,7 +6,6 @@ Everything that can be wrong with the files is found from the index and the head
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,9 +17,10 @@ import torch
 from moeopt.bundle.mapped_file import MappedFile
 from moeopt.bundle.weights_file import DTYPE_NAMES
 from moeopt.errors import CheckpointError
-from moeopt.inspection.headers import StoredTensor, interrupted, read_header, stat_of
+from moeopt.hub_cache import name_of
+from moeopt.inspection.headers import INDEX, SINGLE, StoredTensor, interrupted, read_header, read_index, stat_of
+from moeopt.listed import listed
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"F8_E8M0": torch.float8_e8m0fnu}
 _FETCH = "fetch the file again"
 
@@ -55,7 +55,7 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
         self._stats: dict[Path, os.stat_result] = {}
         self._entries: dict[str, CheckpointTensor] = {}
         index = path / INDEX
-        where = _read_index(index) if index.is_file() and not (path / SINGLE).is_file() else None
+        where = read_index(index) if index.is_file() and not (path / SINGLE).is_file() else None
         for file in self._files(where):
             self._stats[file] = stat_of(file)  # before its header: a file that changes after this is refused
             for name, stored in read_header(file).items():
@@ -137,14 +137,15 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
                     "which writes safetensors"
                 )
             if not files:
-                raise CheckpointError(f"{self.path} has no *.safetensors file: give the directory of the weights")
+                name = name_of(self.path)
+                way = f"`hf download {name}` brings the weights" if name else "give the directory of the weights"
+                raise CheckpointError(f"{self.path} has no *.safetensors file: {interrupted(self.path) or way}")
             return files
         files = [self.path / name for name in sorted(set(where.values()))]
         absent = [file.name for file in files if not file.is_file()]
         if absent:
-            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             raise CheckpointError(
-                f"{self.path} lacks {absent[0]}{more} of the {len(files)} files that {INDEX} names: "
+                f"{self.path} lacks {listed(absent, 1)} of the {len(files)} files that {INDEX} names: "
                 f"{interrupted(self.path) or _FETCH}"
             )
         return files
@@ -171,14 +172,3 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
 
 def _version(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        good = all(isinstance(k, str) and isinstance(v, str) and Path(v).name == v for k, v in where.items())
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as err:
-        raise CheckpointError(f"{path} is damaged ({type(err).__name__}: {str(err)[:200]}); {_FETCH}") from err
-    if not good:
-        raise CheckpointError(f"{path} names files outside the directory, or something that is no file; {_FETCH}")
-    return dict(where)

@@ -142,8 +142,11 @@ class Journal:
             self._begin(list(_lines(self.folder / JOURNAL))[:1])
 
     def finish(self) -> None:
-        """All is done: who shares the folder may read it."""
+        """All is done: who shares the folder may read it, and finds it so after a crash of the machine."""
+        self.file.settle()
         self._write(_COMPLETE)
+        if self._journal is not None:
+            os.fsync(self._journal.fileno())
 
     def close(self, done: bool) -> None:
         """Let go of the folder; where it is of no more use (``done``), or nothing is done yet, it goes."""
@@ -157,9 +160,9 @@ class Journal:
     def _remove(self) -> None:
         """Still locked: a process that waits for the lock must not have begun to write here."""
         with contextlib.suppress(OSError):  # a folder that holds anything else stays
-            for path in self.folder.iterdir():
-                if is_own(path.name):
-                    path.unlink()
+            own = [path for path in self.folder.iterdir() if is_own(path.name)]
+            for path in sorted(own, key=lambda path: path.name == JOURNAL):  # last: it says whose the others are
+                path.unlink()
             self.folder.rmdir()
 
     def _let_go(self) -> None:
@@ -172,8 +175,12 @@ class Journal:
         if self._journal is not None:
             self._journal.close()
         new = self.folder / f"{JOURNAL}.new"
-        new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        with new.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(new, self.folder / JOURNAL)
+        _settle(self.folder)
         self._journal = (self.folder / JOURNAL).open("a", encoding="utf-8")
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -219,6 +226,16 @@ class Journal:
             f"another process is streaming to {self.folder.parent / self.folder.name[1:].removesuffix(_SUFFIX)} (it "
             f"holds {self.folder}): wait for it, or give another directory"
         )
+
+
+def _settle(folder: Path) -> None:
+    """Names of files in ``folder`` that were given or taken are on the disk."""
+    with contextlib.suppress(OSError):  # Windows opens no folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def folder_of(out: Path | Workspace) -> Path:

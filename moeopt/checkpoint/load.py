@@ -8,7 +8,6 @@ made of them is handed to ``keep`` before the next one is made, so that no more 
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,15 +17,17 @@ import torch
 from torch import nn
 
 from moeopt.checkpoint.directory import CheckpointDirectory
+from moeopt.checkpoint.unfit import broken_words, mismatch_words, unfit
 from moeopt.errors import CheckpointError
 from moeopt.inspection.headers import interrupted
+from moeopt.listed import listed
 from moeopt.options import variable_set
+from moeopt.patches import kept_load_report
 from moeopt.value_types import PyObject
 
 Keep = Callable[[str, torch.Tensor, list[str]], torch.Tensor | None]
 """The Parameter's path in the model, its value, and the tensors of the checkpoint that it was made of -> the tensor
 that takes its place, or None."""
-_SHOWN = 3
 
 
 def load_mapped(
@@ -52,16 +53,14 @@ def load_mapped(
     state: dict[str, Any] = {name: read.slice(directory, name) for name in directory if name not in spared}
     state |= {name: value for name, (value, _) in instead.items()}
     try:
-        with one_at_a_time(), ParametersGoTo(keep, read):
+        with one_at_a_time() as broken, ParametersGoTo(keep, read):
             model, info = type(structure).from_pretrained(
                 None, config=structure.config, state_dict=state, dtype=dtype or "auto", output_loading_info=True
             )
     except (RuntimeError, ValueError, KeyError) as err:
-        raise CheckpointError(
-            f"{directory.path}: its tensors do not become a {type(structure).__name__} ({type(err).__name__}: "
-            f"{_words(err)}): config.json and the weights may be of two versions; fetch both again"
-        ) from err
-    _refuse_missing(directory, model, info)
+        why = broken_words(directory, broken) if broken else f"{type(err).__name__}: {_words(err)}"
+        raise unfit(directory, type(structure).__name__, why) from err
+    refuse_missing(directory, model, info)
     model.config.name_or_path = str(directory.path)
     if hasattr(model, "generation_config") and generation is not None:
         model.generation_config = generation
@@ -160,35 +159,26 @@ class ParametersGoTo:
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[list[str]]:
+def one_at_a_time() -> Iterator[Mapping[str, str]]:
     """While open, transformers reads a tensor when it needs it, not all of them ahead in threads, and draws no bar.
 
-    Its report of what does not fit is taken, since moeopt says it: the Parameters that it could not put together are
-    what is yielded.
+    moeopt says what does not fit, and transformers logs no report of it. Yields the Parameters that could not be put
+    together, by path, with transformers' own words.
     """
     from transformers.utils import logging
 
-    broken: list[str] = []
-
-    def taken(record: PyObject) -> bool:
-        report = "LOAD REPORT" in str(record.msg)
-        if report:
-            broken.extend(re.findall(r"^\x1b?\S*?([\w.]+)\S*\s*\| *\S*CONVERSION", str(record.msg), re.MULTILINE))
-        return not report
-
-    bar, logger = logging.is_progress_bar_enabled(), logging.get_logger("transformers.modeling_utils")
+    bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    logger.addFilter(taken)
     try:
-        with variable_set("HF_DEACTIVATE_ASYNC_LOAD", "1"):
+        with variable_set("HF_DEACTIVATE_ASYNC_LOAD", "1"), kept_load_report() as broken:
             yield broken
     finally:
-        logger.removeFilter(taken)
         if bar:
             logging.enable_progress_bar()
 
 
-def _refuse_missing(directory: CheckpointDirectory, model: nn.Module, info: Mapping[str, Any]) -> None:
+def refuse_missing(directory: CheckpointDirectory, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """``CheckpointError`` for Parameters that no tensor of the files gives, or one of another shape."""
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         way = interrupted(directory.path)
@@ -197,12 +187,8 @@ def _refuse_missing(directory: CheckpointDirectory, model: nn.Module, info: Mapp
             f"no model: a file may be missing ({len(directory.files)} are there), or --task (task=) may be another one"
             f"{way and f'; {way}'}"
         )
-    other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys") or ())
-    if other:
-        raise CheckpointError(
-            f"{directory.path}: {listed(other)} are of other shapes than config.json says: config and weights are of "
-            "two models; fetch both again"
-        )
+    if why := mismatch_words(info.get("mismatched_keys") or ()):
+        raise unfit(directory, type(model).__name__, why)
 
 
 def generation_config(path: Path) -> PyObject:
@@ -219,11 +205,6 @@ def generation_config(path: Path) -> PyObject:
             f"{file} is damaged ({type(err).__name__}: {_words(err)}): fetch it again, or remove it, and the model "
             "generates as its config says"
         ) from err
-
-
-def listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _words(err: Exception) -> str:

@@ -1,13 +1,12 @@
 """transformers loads a model from tensors without values: what does not fit is found before a weight is read.
 
 Every renaming, merge and cast of the real load runs (``checkpoint/load``), on shapes and dtypes alone. It takes seconds
-and no memory where the real one takes hours. Parameters that no tensor gives are left to the real load.
+and no memory where the real one takes hours.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +15,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeopt.checkpoint.directory import CheckpointDirectory
-from moeopt.checkpoint.load import Deferred, ParametersGoTo, TensorReads, listed, one_at_a_time
+from moeopt.checkpoint.load import Deferred, ParametersGoTo, TensorReads, one_at_a_time, refuse_missing
+from moeopt.checkpoint.unfit import broken_words, unfit
 from moeopt.errors import CheckpointError
+from moeopt.patches import no_fake_tensor_errors
 from moeopt.value_types import PyObject
 
 LOG = logging.getLogger("moeopt")
@@ -31,8 +32,8 @@ def rehearse(directory: CheckpointDirectory, structure: nn.Module, dtype: torch.
         dtype: as for :func:`moeopt.checkpoint.load.load_mapped`.
 
     Raises:
-        CheckpointError: tensors of other shapes, a set of experts' tensors that is not whole, or codes of a quantised
-            model that would be taken for numbers; the message names the tensors.
+        CheckpointError: tensors that are missing or of other shapes, a set of experts' tensors that is not whole, or
+            codes of a quantised model that would be taken for numbers; the message names the tensors.
     """
     import transformers
 
@@ -46,57 +47,19 @@ def rehearse(directory: CheckpointDirectory, structure: nn.Module, dtype: torch.
         made[path] = value.dtype, sources
 
     try:
-        with one_at_a_time() as broken, ParametersGoTo(note, read):
-            _, info = type(structure).from_pretrained(  # type: ignore[attr-defined]  # a model of transformers
+        with no_fake_tensor_errors(), one_at_a_time() as broken, _WithoutValues(note, read):
+            model, info = type(structure).from_pretrained(  # type: ignore[attr-defined]  # a model of transformers
                 None, config=structure.config, dtype=dtype or "auto", output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 state_dict={name: _Shape(read, directory, name, without_values) for name in directory},
             )  # fmt: skip
     except Exception as err:
         if broken:
-            why = "; ".join([f"{listed(broken)} cannot be put together", *odd_experts(directory)])
-            raise CheckpointError(unfit(directory, kind, why)) from err
+            raise unfit(directory, kind, broken_words(directory, broken)) from err
         LOG.debug("%s could not be rehearsed: %r", directory.path, err)  # loading it will tell
         return
-    other = sorted(info.get("mismatched_keys") or (), key=str)
-    if other:
-        name, stored, wanted = other[0]
-        more = f", and {len(other) - 1} more" if len(other) > 1 else ""
-        why = f"{name} is {list(stored)} in the files and {list(wanted)} by config.json{more}"
-        raise CheckpointError(unfit(directory, kind, why))
+    refuse_missing(directory, model, info)
     _refuse_codes(directory, made, set(info.get("unexpected_keys") or ()))
-
-
-def unfit(directory: CheckpointDirectory, kind: str, why: str) -> str:
-    """What is said of files that a model of class ``kind`` cannot be made of."""
-    return (
-        f"{directory.path}: its tensors do not become a {kind} ({why}): config.json and the weights may be of two "
-        "versions; fetch both again"
-    )
-
-
-def odd_experts(directory: CheckpointDirectory) -> list[str]:
-    """In words, the first tensor that one expert lacks and others have, or that has another shape than theirs;
-    [] where there is none."""
-    named: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
-    for name in directory:
-        parts = name.split(".")
-        numbers = [at for at, part in enumerate(parts) if part.isdigit()]
-        if len(numbers) > 1:  # of a layer, and of an expert in it
-            prefix, suffix = ".".join(parts[: numbers[-1]]), ".".join(parts[numbers[-1] + 1 :])
-            named[prefix][suffix][int(parts[numbers[-1]])] = name
-    found = []
-    for prefix, by_suffix in sorted(named.items()):
-        everyone = set().union(*by_suffix.values())
-        for suffix, there in sorted(by_suffix.items()):
-            gone = sorted(everyone - there.keys())
-            if 0 < len(gone) < len(there):
-                found.append(f"{prefix}.{gone[0]}.{suffix} is not there, and {len(there)} like it are")
-            shape, most = Counter(directory[name].shape for name in there.values()).most_common(1)[0]
-            odd = sorted(name for name in there.values() if directory[name].shape != shape)
-            if 0 < len(odd) < most:
-                found.append(f"{odd[0]} is {list(directory[odd[0]].shape)}, and {most} like it are {list(shape)}")
-    return found[:1]
 
 
 def _refuse_codes(
@@ -115,6 +78,15 @@ def _refuse_codes(
                 f"values of {path}, but codes of a quantised model, and config.json has no quantization_config that "
                 "says how they are read: fetch config.json again, or convert the checkpoint to floats"
             )
+
+
+class _WithoutValues(ParametersGoTo):
+    """A Parameter that no tensor gives stays on the meta device: drawn at random, it may take all memory."""
+
+    def _parameter(self, module: nn.Module, name: str, value: nn.Parameter | None) -> nn.Parameter | None:
+        if value is None or value.is_meta or getattr(value, "_is_hf_initialized", False):
+            return super()._parameter(module, name, value)
+        return nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
 
 
 class _Shape(Deferred):

@@ -33,17 +33,17 @@ from moeopt.checkpoint.journal import Journal, Workspace, bytes_begun
 from moeopt.checkpoint.kept_weights import journal_of, load_kept
 from moeopt.checkpoint.layer_checks import check_layers, failure, in_words
 from moeopt.checkpoint.load import generation_config
-from moeopt.checkpoint.other_files import file_hint
 from moeopt.checkpoint.preflight import check_out, preflight
 from moeopt.checkpoint.rehearsal import rehearse
 from moeopt.checkpoint.scratch import Scratch
 from moeopt.checkpoint.structure import Structure, structure_of
+from moeopt.codes_in_files import codes_in
 from moeopt.errors import CaptureError, CheckpointError, NotSaveableError, UsageError
 from moeopt.hub_cache import is_hub_name, on_this_disk
 from moeopt.optimized import Optimized
 from moeopt.options import Options
+from moeopt.other_files import file_hint
 from moeopt.pipeline.finished_blocks import FinishedBlocks, remembered
-from moeopt.published.codes_in_files import codes_in
 from moeopt.published.tensor_files import read_instead
 from moeopt.report import Report
 from moeopt.value_types import PyObject

@@ -29,6 +29,7 @@ from moeopt.cli.words import AsJson, BundleArgument, Html, Quiet, Seed, TargetAr
 from moeopt.errors import UsageError
 from moeopt.html import check_target
 from moeopt.limits import LoadLimits
+from moeopt.untrusted import shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,13 +75,15 @@ def explain(
     """Say which blocks would be rewritten, and why the others would not; changes nothing."""
     if html is not None:
         check_target(html)
+    found = find_target(target, task)
+    say_unless(quiet, found.random_weights(seed))
     with opened_target(
-        find_target(target, task), {}, trust_remote_code=trust_remote_code, seed=seed, task=task, alike=True,
+        found, {}, trust_remote_code=trust_remote_code, seed=seed, task=task, alike=True,
         progress=False,
     ) as opened:  # fmt: skip
         say_unless(quiet, f"explain: {target}")
         report = api().explain(opened.model, opened.inputs)
-        report = report if opened.streamed is None else opened.streamed.noted(report)
+        report = opened.noted(report)
     if html is not None:
         report.to_html(html)
     if as_json:
@@ -88,7 +91,7 @@ def explain(
     else:
         show(report)
         if html is not None:
-            print(f"\nhtml: {html}")
+            print(f"\nhtml: {shown(html)}")
 
 
 @app.command()
@@ -120,10 +123,14 @@ def verify(
         return
     check_bundle(bundle)
     fields: dict[str, Any] = {}
+    notes = []
     if original is not None:
-        fields["original"], fields["inputs"] = load_target(original, trust_remote_code=trust_remote_code, seed=seed)
+        found = find_target(original)
+        notes = [note] if (note := found.random_weights(seed)) else []
+        fields["original"], fields["inputs"] = load_target(found, trust_remote_code=trust_remote_code, seed=seed)
     say_unless(quiet, f"verify: {bundle}")
     certificate = api().verify(bundle, provider=provider, limits=limits, **fields)
+    certificate.notes += notes
     if as_json:
         print_json(json.loads(certificate.to_json()))
     else:

@@ -23,6 +23,8 @@ def check_bundle(directory: Path) -> None:
 
 def check_certificate(file: Path) -> None:
     """``UsageError`` where there is no such file; a bundle's own directory is not one either."""
+    if file.is_dir():
+        raise UsageError(f"{file} is a directory: give a certificate, like {file}/certificate.json")
     if not file.is_file():
         raise UsageError(f"{file}: there is no such certificate: copy a bundle's certificate.json there")
 

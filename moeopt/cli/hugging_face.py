@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 from moeopt.checkpoint.tasks import auto_class
 from moeopt.errors import CheckpointError, UsageError
-from moeopt.hub_cache import cached_folder, is_hub_name
+from moeopt.hub_cache import cached_folder, is_hub_name, may_be_a_name
 
 
 def cached_directory(target: str) -> Path | None:
@@ -25,6 +26,16 @@ def cached_directory(target: str) -> Path | None:
     except ImportError:
         raise UsageError(f"{target} needs transformers: pip install 'moeopt[transformers]'") from None
     if found is None:
+        if not may_be_a_name(target):
+            raise UsageError(f"{target} is no file, and no model on the Hugging Face hub can have this name: check it")
+        folder = Path(target).parent
+        if folder.is_dir():
+            near = difflib.get_close_matches(Path(target).name, [path.name for path in folder.iterdir()], 1)
+            meant = f"; did you mean {folder / near[0]}?" if near else ""
+            raise UsageError(
+                f"{target}: {folder} has no {Path(target).name}{meant or ': give a file or directory that is there'}, "
+                "and no model of this name is in the local Hugging Face cache"
+            )
         raise UsageError(
             f"{target} is neither a file nor a model in the local Hugging Face cache ({constants.HF_HUB_CACHE}); "
             f"moeopt downloads nothing: `hf download {target}` brings it, or give the model's directory"
@@ -50,6 +61,21 @@ def weight_files(path: Path) -> list[Path]:
     return found
 
 
+def weights_of_cached(name: str, folder: Path) -> list[Path]:
+    """The weight files of a model that was named as on the hub.
+
+    Raises:
+        CheckpointError: its cache has none: who names a published model means its weights, not random ones.
+    """
+    found = weight_files(folder)
+    if not found:
+        raise CheckpointError(
+            f"{name}: the local cache ({folder}) has its config.json and no weights: `hf download {name}` brings them; "
+            f"for a trial with random weights give {folder}/config.json"
+        )
+    return found
+
+
 def load(path: Path, weights: bool, task: str | None, trust_remote_code: bool, seed: int) -> tuple[Any, Any]:
     """The model of a directory for its task, and made-up inputs for a call; random weights where there are none."""
     try:
@@ -64,9 +90,12 @@ def load(path: Path, weights: bool, task: str | None, trust_remote_code: bool, s
         )
         torch.manual_seed(seed)
         if weights:
+            _rehearse(path, task, trust_remote_code)
             model = auto.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True, dtype="auto")
         else:
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except CheckpointError:
+        raise
     except Exception as err:
         hint = "" if trust_remote_code or "trust_remote_code" not in str(err) else ": add --trust-remote-code"
         raise UsageError(f"{path}: transformers cannot load it{hint} ({type(err).__name__}: {str(err)[:300]})") from err
@@ -79,3 +108,15 @@ def load(path: Path, weights: bool, task: str | None, trust_remote_code: bool, s
             f"{path}: no inputs could be made up for it ({err}): write a factory that returns the model and its "
             "example inputs, and give file.py:factory"
         ) from None
+
+
+def _rehearse(path: Path, task: str | None, trust_remote_code: bool) -> None:
+    """``CheckpointError`` where the safetensors files of a directory do not become its model, or hold codes that would
+    be taken for weights: transformers would cast them, and say nothing."""
+    from moeopt.checkpoint.directory import CheckpointDirectory
+    from moeopt.checkpoint.rehearsal import rehearse
+    from moeopt.checkpoint.structure import structure_of
+    from moeopt.published.directory_of import stated_by
+
+    if any(path.glob("*.safetensors")) and not stated_by(path):  # a quantiser reads its codes itself
+        rehearse(CheckpointDirectory(path), structure_of(path, task, trust_remote_code, None).model, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Mapping
@@ -20,18 +21,28 @@ from moeopt.value_types import PyObject
 class OpenedTarget:
     """``streamed`` is a :class:`moeopt.checkpoint.stream.StreamedModel`, or None where the model was loaded.
 
-    ``fields`` are the options that are left for ``moeopt.optimize``.
+    ``fields`` are the options that are left for ``moeopt.optimize``, ``notes`` sentences for the report.
     """
 
     model: Any
     inputs: Any
     fields: dict[str, Any]
     streamed: PyObject = None
+    notes: tuple[str, ...] = ()
 
     def check(self, optimized: PyObject) -> None:
-        """Compare what was streamed layer by layer too."""
+        """Compare what was streamed layer by layer too, and put what is to say of the target into the report."""
         if self.streamed is not None:
             self.streamed.check(optimized)
+        else:
+            optimized.report = self.noted(optimized.report)
+            optimized.certificate.notes += [*self.notes]
+
+    def noted(self, report: PyObject) -> PyObject:
+        """``report`` with what is to say of the target."""
+        if self.streamed is not None:
+            return self.streamed.noted(report)
+        return dataclasses.replace(report, notes=(*report.notes, *self.notes))
 
     def bar(self, quiet: bool) -> contextlib.AbstractContextManager[None]:
         """While open, a command that was told to be quiet draws no bar of progress."""
@@ -90,9 +101,9 @@ def opened_target(
         alike: of the layers that are alike, read one.
     """
     if loaded or not streams(found):
-        yield OpenedTarget(
-            *load_target(found, trust_remote_code=trust_remote_code, seed=seed, task=task), fields=dict(fields)
-        )
+        made = load_target(found, trust_remote_code=trust_remote_code, seed=seed, task=task)
+        told = found.random_weights(seed)
+        yield OpenedTarget(*made, fields=dict(fields), notes=(told,) if told else ())
         return
     from moeopt.checkpoint.stream import streamed
     from moeopt.options import Options

@@ -10,9 +10,9 @@ import typer
 
 from moeopt.cli.limits import as_limits, missed_words
 from moeopt.cli.opened_target import check_page, opened_target
-from moeopt.cli.plan import as_quantize
 from moeopt.cli.preflight import check_choice, check_out, chosen_backend
-from moeopt.cli.printing import api, exit_unless, names_in, print_json, progress, show
+from moeopt.cli.printing import api, exit_unless, names_in, print_json, progress, say_unless, show
+from moeopt.cli.quantize_words import as_quantize
 from moeopt.cli.target import find_target
 from moeopt.cli.words import (
     Activations,
@@ -29,6 +29,7 @@ from moeopt.cli.words import (
     Task,
     Trust,
 )
+from moeopt.untrusted import shown
 from moeopt.value_types import PyObject
 
 
@@ -73,6 +74,7 @@ def optimize_command(
     }  # fmt: skip
     fields = {name: value for name, value in given.items() if value is not None}
     check_choice(backend, fields)
+    say_unless(quiet, found.random_weights(seed))
     if out is not None:
         check_out(out, found, verify, overwrite)
     with opened_target(
@@ -105,6 +107,6 @@ def _print_optimized(
     print()
     show(optimized.certificate)
     if saved:
-        print(f"\nsaved: {saved}")
+        print(f"\nsaved: {shown(saved)}")
     if html is not None:
-        print(f"\nhtml: {html}")
+        print(f"\nhtml: {shown(html)}")

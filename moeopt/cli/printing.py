@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from moeopt.untrusted import shown
 from moeopt.value_types import PyObject
 
 
@@ -23,12 +24,12 @@ def progress(quiet: bool) -> PyObject:
     """None: a bar on a terminal, unless it was told to be quiet; elsewhere a line for each step."""
     if quiet or sys.stderr.isatty():
         return None
-    return lambda line: print(line, file=sys.stderr, flush=True)
+    return lambda line: print(shown(line), file=sys.stderr, flush=True)
 
 
 def say_unless(quiet: bool, line: str) -> None:
-    if not quiet:
-        print(line, file=sys.stderr, flush=True)
+    if line and not quiet:
+        print(shown(line), file=sys.stderr, flush=True)
 
 
 def show(thing: PyObject) -> None:
@@ -47,5 +48,5 @@ def print_json(data: PyObject) -> None:
 
 def exit_unless(passed: bool | None, why: str = "not equivalent") -> None:
     if passed is False:
-        print(f"moeopt: {why}", file=sys.stderr)
+        print(f"moeopt: {shown(why)}", file=sys.stderr)
         raise typer.Exit(1)

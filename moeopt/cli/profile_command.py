@@ -10,10 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from moeopt.bundle.manifest import is_bundle
-from moeopt.cli.target import FORMS, check_data, load_data, load_target
+from moeopt.cli.printing import say_unless
+from moeopt.cli.target import FORMS, check_data, find_target, load_data, load_target
 from moeopt.cli.words import Trust
 from moeopt.errors import UsageError
 from moeopt.html import check_target
+from moeopt.untrusted import shown
 
 DATA = "module:function or file.py:function that returns batches (an iterable of inputs), or one call's inputs"
 
@@ -35,19 +37,24 @@ def profile_command(
         check_target(html)
     if data is not None:
         check_data(data)
-    model, inputs = load_target(target, trust_remote_code=trust_remote_code, seed=seed)
+    source = find_target(target)
+    random = source.random_weights(seed)
+    say_unless(quiet, random)
+    model, inputs = load_target(source, trust_remote_code=trust_remote_code, seed=seed)
     from moeopt.profiling import profile  # needs torch, which the target has brought by now
 
     given: Any = inputs if data is None else load_data(data)
     say = None if quiet else lambda line: print(line, file=sys.stderr, flush=True)
     found = profile(model, given, measure=measure, seed=seed, progress=say)
-    if data is None and Path(target).exists():  # a directory or a config brings no inputs of its own
-        found = replace(found, notes=(*found.notes, "the inputs are random tokens: --data names your own"))
+    told = [random] if random else []
+    if data is None and source.directory is not None:  # it brings no inputs of its own
+        told.append("the inputs are random tokens: --data names your own")
+    found = replace(found, notes=(*found.notes, *told))
     if html is not None:
         found.to_html(html)
     print(found.to_json() if as_json else found)
     if html is not None and not as_json:
-        print(f"\nhtml: {html}")
+        print(f"\nhtml: {shown(html)}")
     if not found.layers:
         print("moeopt: no block could be profiled", file=sys.stderr)
         raise typer.Exit(1)

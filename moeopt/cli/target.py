@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.bundle.manifest import is_bundle
-from moeopt.checkpoint.other_files import file_hint
 from moeopt.checkpoint.tasks import check_task
 from moeopt.cli.early import check_code
-from moeopt.cli.hugging_face import cached_directory, load, weight_files
+from moeopt.cli.hugging_face import cached_directory, load, weight_files, weights_of_cached
 from moeopt.errors import UsageError
 from moeopt.onnx_in.read import SUFFIXES
+from moeopt.other_files import file_hint
 from moeopt.value_types import PyObject
 
 FORMS = (
@@ -43,6 +43,15 @@ class CommandTarget:
     directory: Path | None = None
     weights: tuple[Path, ...] = ()
     onnx: Path | None = None
+
+    def random_weights(self, seed: int) -> str:
+        """A sentence that the model's weights are random ones; "" where they are its own."""
+        if self.directory is None or self.weights:
+            return ""
+        return (
+            f"random weights, seed {seed}: {self.directory} holds config.json and no weights, so what is said of "
+            "values is said of another model than the published one"
+        )
 
     @property
     def bytes(self) -> int:
@@ -70,9 +79,11 @@ def find_target(target: str, task: str | None = None) -> CommandTarget:
         return CommandTarget(target, onnx=path)
     if path.name == "config.json" and path.is_file():
         return CommandTarget(target, path.parent)
-    directory = path if (path / "config.json").is_file() else cached_directory(target)
-    if directory is not None:
-        return CommandTarget(target, directory, tuple(weight_files(directory)))
+    if (path / "config.json").is_file():
+        return CommandTarget(target, path, tuple(weight_files(path)))
+    cached = cached_directory(target)
+    if cached is not None:
+        return CommandTarget(target, cached, tuple(weights_of_cached(target, cached)))
     where, colon, name = target.rpartition(":")
     if colon and name.isidentifier():
         if task is not None:

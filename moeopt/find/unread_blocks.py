@@ -229,5 +229,6 @@ def _calls_of_blocks(places: list[BlockCandidate]) -> set[int]:
 
 
 def _weights_of(calls: list[Call]) -> set[int]:
-    """Identities of the Parameters of the modules that were called."""
-    return {id(p) for c in calls for p in c.module.parameters()}
+    """Identities of the Parameters of the modules that were called; of their buffers where these are all they have."""
+    found = {id(p) for c in calls for p in c.module.parameters()}
+    return found or {id(b) for c in calls for b in c.module.buffers()}

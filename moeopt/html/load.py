@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moeopt.html.numbers import duration
+from moeopt.listed import listed
 
 FEW = 16
 """Experts that are named of a list."""
@@ -55,5 +56,4 @@ def _busiest(fired: list[int], limit: int) -> str:
 
 
 def _some(experts: list[int]) -> str:
-    rest = f" and {len(experts) - FEW} more" if len(experts) > FEW else ""
-    return (", ".join(map(str, experts[:FEW])) or "none") + rest
+    return listed(experts, FEW) or "none"

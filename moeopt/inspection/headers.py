@@ -19,6 +19,7 @@ from typing import Any
 from moeopt.errors import CheckpointError
 from moeopt.value_types import PyObject
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version "
 """How a pointer of Git LFS begins; as a length it would be 2 * 10**18 bytes."""
 LARGEST_HEADER = 100_000_000
@@ -105,18 +106,40 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def interrupted(path: Path) -> str:
     """What to do about a download to ``path`` that did not end, as huggingface_hub leaves it; "" where none is seen."""
-    places = (path, path / ".cache" / "huggingface" / "download", path.parent.parent / "blobs")
+    places = [path, path / ".cache" / "huggingface" / "download"]
+    if path.parent.name == "snapshots":  # of a cache; any other folder's neighbours are not its own
+        places.append(path.parent.parent / "blobs")
     left = next((file for place in places for file in sorted(place.glob("*.incomplete"))), None)
     return "" if left is None else f"a download was interrupted ({left}); `hf download`, called again, goes on with it"
 
 
 def absent_files(path: Path) -> list[str]:
     """The files that the index of a directory names and that are not there; [] where it has no index that is whole."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        named = {str(name) for name in index["weight_map"].values()}
-        return [] if (path / "model.safetensors").is_file() else sorted(n for n in named if not (path / n).is_file())
+    if (path / SINGLE).is_file():
+        return []
+    with contextlib.suppress(CheckpointError):
+        return sorted(name for name in {*read_index(path / INDEX).values()} if not (path / name).is_file())
     return []
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The name of the file that each tensor is in, as an index says.
+
+    Raises:
+        CheckpointError: it is not there, damaged, or names what is no file beside it.
+    """
+    try:
+        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        good = all(isinstance(k, str) and isinstance(v, str) and Path(v).name == v for k, v in where.items())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as err:
+        raise CheckpointError(
+            f"{path} is damaged ({type(err).__name__}: {str(err)[:200]}); fetch the file again"
+        ) from err
+    if not good:
+        raise CheckpointError(
+            f"{path} names files outside the directory, or something that is no file; fetch the file again"
+        )
+    return dict(where)
 
 
 def _once(pairs: list[tuple[str, PyObject]]) -> dict[str, PyObject]:

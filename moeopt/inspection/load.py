@@ -23,6 +23,7 @@ from moeopt.inspection.headers import Stored, absent_files, stored_weights
 from moeopt.onnx_in.read import is_onnx, read_onnx
 from moeopt.onnx_in.unroll import unrolled
 from moeopt.onnx_in.whole_file import interpreted
+from moeopt.other_files import file_hint
 from moeopt.value_types import PyObject
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM",
@@ -62,7 +63,7 @@ def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
     if isinstance(target, (str, os.PathLike)):
         return _from_path(on_this_disk(Path(target)), trust_remote_code)
     if isinstance(target, Mapping):
-        return _from_dict(dict(target), "the dict", None, trust_remote_code)
+        return _from_dict(checked_fields(dict(target), "the dict"), "the dict", None, trust_remote_code)
     if hasattr(target, "to_dict") and hasattr(target, "model_type"):
         return _built(target, f"{target.model_type} config", "config", [])
     raise UsageError(f"inspect cannot read a {type(target).__name__}: {FORMS}")
@@ -94,13 +95,12 @@ def _from_path(path: Path, trust: bool) -> Loaded:
             )
         raise UsageError(f"{path} has neither config.json nor weights: {FORMS}")
     if path.exists():
-        raise UsageError(f"{path} is no config: {FORMS}")
+        raise UsageError(f"{path} is {file_hint(path) or f'no config: {FORMS}'}")
     raise UsageError(f"{path} does not exist: {FORMS}")
 
 
 def _from_dict(fields: dict[str, Any], where: str, directory: Path | None, trust: bool) -> Loaded:
     transformers = _transformers(where)
-    fields = checked_fields(fields, where)
     name = str((fields.get("architectures") or [fields.get("model_type") or "?"])[0])
     kind, notes = fields.get("model_type"), []
     known = transformers.CONFIG_MAPPING

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeopt.errors import UsageError
+from moeopt.find.packed_weights import packed_weights
 from moeopt.inspection.counting import count
 from moeopt.inspection.devices import find_device
 from moeopt.inspection.load import load
@@ -57,7 +58,8 @@ def inspect(
     loaded = load(model_or_config_or_dir, trust_remote_code)
     tree = Tree(loaded.model)
     if not tree.tensors:
-        raise UsageError(f"{loaded.name} has no parameters, so there is nothing to inspect")
+        why = packed_weights(loaded.model)
+        raise UsageError(f"{loaded.name} has no parameters, so there is nothing to inspect{why and f': {why}'}")
     chosen, notes = _chosen_blocks(tree, top_k)
     notes += _unseen(loaded.experts, {b.path for b in chosen})
     blocks, roles = list(chosen), assign(tree, list(chosen))

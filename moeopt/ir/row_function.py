@@ -64,6 +64,16 @@ class RowBody:
         names = (GETITEM if op == GETITEM else op._schema.name.split("::")[1] for op, _, _ in self.nodes)
         return list(dict.fromkeys(n for n in names if n not in quiet))
 
+    @property
+    def tensors(self) -> int:
+        """Of how many tensors a row is made, side by side, which the graph takes apart first."""
+        parts = 0
+        for op, args, _ in self.nodes:  # what an expert itself takes of its row is counted from the right
+            if op is not torch.ops.aten.slice.Tensor or args[:2] != (Value(0), 1):
+                break
+            parts += 1
+        return max(parts, 1)
+
     def products(self) -> int:
         """How many matmuls there are."""
         return sum(map(_is_product, self.nodes))

@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.export.graph_signature import OutputKind
 from torch.fx.experimental import _config as shape_config
 from torch.utils import _pytree as pytree
 
 from moeopt.bundle.caches import opened
 from moeopt.errors import MoeoptError, NotSaveableError
+from moeopt.find.packed_weights import packed_weights
 from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacle_of, odd_argument
 from moeopt.lower.layer_calls import replaced_forward
 from moeopt.lower.plain import free_sizes, plain_call
+from moeopt.lower.second_call import differs_at_second_call
 from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.lower.stamps import Stamps
+from moeopt.lower.written_state import refuse_read_state, written_by
 from moeopt.patches import idle_moves, no_export_dump, one_trace
 from moeopt.rewrite.whole_model import tried
 from moeopt.value_types import PyObject
@@ -71,14 +73,23 @@ def export_program(
             raise
         except Exception as err:
             bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-            why = hidden_child(model, err) or made_for_inference(model) or odd_argument(bound, err) or obstacle_of(err)
+            why = (
+                packed_weights(model)
+                or hidden_child(model, err)
+                or made_for_inference(model)
+                or odd_argument(bound, err)
+                or obstacle_of(err)
+            )
             raise NotSaveableError(f"{type(model).__name__} cannot be saved: {why}") from err
         finally:
             counted = _restore(model, before)
+    if not counted and differs_at_second_call(model, args, kwargs):
+        refuse_read_state(program.run_decompositions({}))  # which has in-place writes as outputs
+        counted = "what it returns for the same inputs"
     if counted:
         raise NotSaveableError(
             f"{type(model).__name__} cannot be saved: {counted} changes at each call, and an engine keeps no state: "
-            "make it an argument, or use backend='torch'"
+            "make it an argument, or use backend='torch' without saving"
         )
     if reads is not None:
         reads.refuse(written_by(program))
@@ -88,12 +99,6 @@ def export_program(
 def asks_values(err: Exception) -> bool:
     """Whether ``torch.export`` stopped because Python asked for the values of tensors."""
     return "ata-dependent" in str(err) or isinstance(err, (DataDependentOutputException, DynamicOutputShapeException))
-
-
-def written_by(program: torch.export.ExportedProgram) -> set[str]:
-    """The paths of the weights and buffers that a call of ``program`` writes."""
-    kinds = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
-    return {s.target for s in program.graph_signature.output_specs if s.kind in kinds and s.target}
 
 
 def _by_its_forward(model: nn.Module) -> nn.Module:
@@ -150,6 +155,7 @@ def _export(
         shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         collect_specialization_guards(),
         no_export_dump(),
+        _without_gradients(model),
         _named(model, kwargs),
         _opened_caches(model),
         answered(model, reads),
@@ -158,6 +164,16 @@ def _export(
         shapes = free_sizes((args, kwargs), ones)
         bound = dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)
         return torch.export.export(model, args, kwargs, dynamic_shapes=bound, strict=False)
+
+
+@contextlib.contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """A ``DistributedDataParallel`` calls its module alone: its own code is for gradients, and cannot be traced."""
+    with contextlib.ExitStack() as undo:
+        for module in model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                undo.enter_context(_calling(module, module.module, inspect.signature(module.module.forward)))
+        yield
 
 
 @contextlib.contextmanager

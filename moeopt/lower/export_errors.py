@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import traceback
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,30 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from moeopt.bundle.caches import cache_reason
+from moeopt.errors import NotSaveableError
+from moeopt.report import BlockReport
+
+
+@contextlib.contextmanager
+def declined_blocks_named(blocks: Sequence[BlockReport]) -> Iterator[None]:
+    """While open, a graph that cannot be written is refused with the MoE block among ``blocks`` that was declined.
+
+    Such a block's own code would be in the graph, and is often what has no form there.
+
+    Raises:
+        NotSaveableError: with the block's name and the reason at its end.
+    """
+    try:
+        yield
+    except NotSaveableError as err:
+        declined = [block for block in blocks if block.kind == "moe" and block.status == "declined"]
+        if not declined:
+            raise
+        more = f" (and {len(declined) - 1} more)" if declined[1:] else ""
+        raise NotSaveableError(
+            f"{err}. The MoE block {declined[0].name}{more} was declined, so the graph would hold its own code: "
+            f"{declined[0].reason}"
+        ) from err
 
 
 def hidden_child(model: nn.Module, err: Exception) -> str:
@@ -78,7 +104,7 @@ def obstacle_of(err: Exception) -> str:
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else f" ({lines[-1]})" if lines else ""
     return (
         f"torch.export stops at: {head}{where}. Its Python there depends on the values of tensors, which no graph "
-        "repeats. In a block that moeopt declined, the report of backend='torch' says why; elsewhere (rotary "
+        "repeats. In a block that moeopt declined, its reason says more; elsewhere (rotary "
         "embeddings that grow with the positions) set the model to another form. What can be saved: a "
         "rewritten block alone, moeopt.optimize(model.get_submodule(name), its inputs).save(folder), or the whole "
         "model with its code, torch.save(optimized.model, file)"

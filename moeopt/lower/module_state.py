@@ -29,6 +29,8 @@ from moeopt.value_types import PyObject
 
 MOST_OBJECTS = 10_000
 """Code that can reach more has a state that is never what it was: its layers are traced each."""
+DEEPEST = 64
+"""Steps from one object to the next, beyond which it is the same."""
 MOST_ITEMS = 64
 """Of a longer container the first items are looked at, and the length."""
 _CONTAINERS = (list, tuple, set, frozenset)
@@ -84,14 +86,23 @@ class _Reached:
     """
 
     def __init__(self, names: set[str]) -> None:
-        self.count = 0
+        self.count, self._depth = 0, 0
         self._names = names
         self._seen: set[int] = set()
 
     def word(self, value: PyObject) -> PyObject:
         """A value as one that is equal to a later one's while all that can be reached from it is what it was."""
+        self._depth += 1
+        try:
+            return self._word(value)
+        finally:
+            self._depth -= 1
+
+    def _word(self, value: PyObject) -> PyObject:
         if isinstance(value, PLAIN):
             return type(value), repr(value) if isinstance(value, float) else value
+        if self._depth > DEEPEST:  # a list of objects that name the next one: too much to look at
+            self.count = MOST_OBJECTS + 1
         if id(value) in self._seen or self.count > MOST_OBJECTS:
             return Same(value)
         self._seen.add(id(value))

@@ -23,6 +23,7 @@ from moeopt.errors import NotSaveableError
 from moeopt.lower.functional import without_writes
 from moeopt.lower.idle_draws import drop_idle_draws
 from moeopt.lower.specialization_guards import specialization_guards
+from moeopt.lower.written_state import refuse_read_state
 from moeopt.value_types import PyObject
 
 
@@ -160,18 +161,13 @@ def numbered(program: torch.export.ExportedProgram) -> dict[str, Any]:
 
 
 def _outputs(program: torch.export.ExportedProgram) -> list[dict[str, Any]]:
+    refuse_read_state(program)
     (node,) = (n for n in program.graph.nodes if n.op == "output")
     found: list[dict[str, Any]] = []
     tensors = 0
     for value, spec in zip(node.args[0], program.graph_signature.output_specs, strict=True):
-        if spec.kind == OutputKind.BUFFER_MUTATION and spec.target not in read_buffers(program):
-            continue
         if spec.kind != OutputKind.USER_OUTPUT:
-            what = {OutputKind.BUFFER_MUTATION: "its buffer", OutputKind.USER_INPUT_MUTATION: "its argument"}
-            raise NotSaveableError(
-                f"the model writes to {what.get(spec.kind, spec.kind.name.lower())} {spec.target!r} as it runs, and an "
-                "engine keeps no state: return the new value instead, or use backend='torch'"
-            )
+            continue
         if isinstance(value, torch.fx.Node):
             found.append({"tensor": tensors})
             tensors += 1
@@ -180,27 +176,6 @@ def _outputs(program: torch.export.ExportedProgram) -> list[dict[str, Any]]:
         else:
             found.append({"constant": encode(value)})
     return found
-
-
-def read_buffers(program: torch.export.ExportedProgram) -> set[str]:
-    """The buffers whose value at the start of a call reaches a result; a counter that is only counted up does not."""
-    (node,) = (n for n in program.graph.nodes if n.op == "output")
-    signature = program.graph_signature
-    todo = [
-        value
-        for value, spec in zip(node.args[0], signature.output_specs, strict=True)
-        if spec.kind != OutputKind.BUFFER_MUTATION and isinstance(value, torch.fx.Node)
-    ]
-    seen: set[torch.fx.Node] = set()
-    while todo:
-        value = todo.pop()
-        if value not in seen:
-            seen.add(value)
-            todo += value.all_input_nodes
-    reached = {n.name for n in seen}
-    return {
-        s.target for s in signature.input_specs if s.kind == InputKind.BUFFER and s.arg.name in reached and s.target
-    }
 
 
 def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -1,4 +1,4 @@
-"""Weights that a quantiser holds as a class of its own (torchao's ``Int8Tensor``): what they mean for a graph.
+"""Weights that a quantiser holds as a class of its own (``Int8Tensor``, ``Params4bit``): what they mean for a graph.
 
 Exporters fail on such a tensor in many ways, deep in their own code, or in the quantiser's, and name neither the weight
 nor the quantiser.
@@ -10,10 +10,9 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moeopt.errors import NotSaveableError
-from moeopt.rewrite.legality import package_of
+from moeopt.rewrite.legality import PLAIN, package_of
 
 
 @contextlib.contextmanager
@@ -27,7 +26,7 @@ def wrapped_weights_named(model: nn.Module) -> Iterator[None]:
         yield
     except (NotSaveableError, RuntimeError, TypeError, NotImplementedError, AssertionError) as err:
         weights = (*model.named_parameters(), *model.named_buffers())
-        wrapped = [(name, held) for name, held in weights if is_traceable_wrapper_subclass(held)]
+        wrapped = [(name, held) for name, held in weights if type(held) not in PLAIN]
         if not wrapped:
             raise
         name, held = wrapped[0]
@@ -36,6 +35,6 @@ def wrapped_weights_named(model: nn.Module) -> Iterator[None]:
         raise NotSaveableError(
             f"{type(model).__name__} cannot become an engine: {name}{more} is a {type(held).__name__}{of}, which no "
             "graph holds. Make plain tensors of them, for instance module.weight = torch.nn.Parameter("
-            "module.weight.dequantize(), requires_grad=False), and optimise again; quantize='int8' then keeps experts "
-            "as small as they are here"
+            "module.weight.dequantize(), requires_grad=False), with the quantiser's own function where it has another, "
+            "and optimise again; quantize='int8' then keeps experts as small as they are here"
         ) from err

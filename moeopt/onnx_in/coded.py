@@ -17,13 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-Room = Callable[[Sequence[int], torch.dtype], Tensor]
-"""Makes a tensor to be filled: in memory, or in pages of a file."""
-
-
-def in_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The :data:`Room` of a file that is read whole."""
-    return torch.empty(tuple(shape), dtype=dtype)
+from moeopt.codes_in_files import room_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +62,11 @@ def coded_weights(module: nn.Module) -> tuple[CodedTensor, ...]:
 
 def coded(
     node: str, codes: Callable[[], Tensor], bits: int, scales: Tensor, zeros: Tensor | None, block: tuple[int, ...],
-    dtype: torch.dtype, room: Room,
+    dtype: torch.dtype,
 ) -> CodedTensor:  # fmt: skip
     """Dequantise a constant, one index of its first axis at a time where it has three or more."""
     held = codes()
-    floats = room(held.shape, dtype)
+    floats = room_for(held.shape, dtype)
     step = 1 if held.dim() > 2 else max(len(held), 1) if held.dim() else 1
     for first in range(0, len(held) if held.dim() else 1, step):
         rows = slice(first, first + step) if held.dim() else ...

@@ -96,7 +96,7 @@ def region_between(index: GraphIndex, root: OnnxValue, exit_: OnnxValue) -> Grap
     return GraphRegion(tuple(index.nodes[at] for at in sorted(chosen)), tuple(entries.values()), exit_)
 
 
-def room_for(products: Sequence[object]) -> int:
+def steps_for(products: Sequence[object]) -> int:
     """How many nodes a walk from so many products may look at."""
     return _ROOM + 64 * len(products)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from moeopt.errors import UsageError
 from moeopt.untrusted import shown_line
 from moeopt.value_types import OnnxModel
 
+DEEPEST = 64
+"""Functions within functions; onnx's inliner stops at 100."""
 MOST_INLINED = 1 << 18
 """Nodes of all functions, each as often as it is called."""
 
@@ -14,23 +18,34 @@ def check_functions(where: str, proto: OnnxModel) -> None:
     """``UsageError`` for functions that call themselves, or that are more nodes than a graph has when written out."""
     bodies = {(f.domain, f.name): f for f in proto.functions}
     sizes: dict[tuple[str, str], int] = {}
+    calls = {
+        key: Counter((n.domain, n.op_type) for n in body.node if (n.domain, n.op_type) in bodies)
+        for key, body in bodies.items()
+    }
+    depths: dict[tuple[str, str], int] = {}
     for first in bodies:
-        path = [first]
+        path = {first: iter(calls[first])}  # from the first call to the innermost, with the calls still to be seen
         while path:
-            key = path[-1]
-            calls = [(n.domain, n.op_type) for n in bodies[key].node if (n.domain, n.op_type) in bodies]
-            again = next((c for c in calls if c in path), None)
-            if again is not None:
-                raise UsageError(
-                    f"{where}: the function {shown_line(again[1])!r} calls itself: it was damaged, or made to hang who "
-                    "reads it"
-                )
-            todo = [c for c in calls if c not in sizes]
-            if todo:
-                path.append(todo[0])
+            key = next(reversed(path))
+            below = next((c for c in path[key] if c not in sizes), None)
+            if below is not None:
+                if below in path:
+                    raise UsageError(
+                        f"{where}: the function {shown_line(below[1])!r} calls itself: it was damaged, or made to hang "
+                        "who reads it"
+                    )
+                path[below] = iter(calls[below])
                 continue
-            sizes[key] = len(bodies[key].node) - len(calls) + sum(sizes[c] for c in calls)
-            path.pop()
+            own = len(bodies[key].node) - calls[key].total()
+            sizes[key] = own + sum(sizes[c] * count for c, count in calls[key].items())
+            depths[key] = 1 + max((depths[c] for c in calls[key]), default=0)
+            del path[key]
+    deepest = max(depths.values(), default=0)
+    if deepest > DEEPEST:
+        raise UsageError(
+            f"{where}: its functions call each other {deepest} deep, and moeopt reads {DEEPEST}: export the model "
+            "without functions of functions"
+        )
     total = sum(sizes.get((n.domain, n.op_type), 0) for n in proto.graph.node)
     if total > MOST_INLINED:
         raise UsageError(

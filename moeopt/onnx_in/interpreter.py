@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from moeopt.errors import Declined
 from moeopt.onnx_in.coded import CodedWeights
-from moeopt.onnx_in.coded_nodes import QUANTISED, CodedConstants, unread_codes
-from moeopt.onnx_in.coded_nodes import named as named_node
+from moeopt.onnx_in.coded_nodes import CodedConstants, is_quantised, named, unread_codes
 from moeopt.onnx_in.dtypes import FLOATS
 from moeopt.onnx_in.operators.call import NodeCall
 from moeopt.onnx_in.operators.sizes import on_sizes
-from moeopt.onnx_in.operators.table import OPERATORS
+from moeopt.onnx_in.operators.table import OPERATORS, operator_of
 from moeopt.onnx_in.program import GraphProgram, NodeStep
 from moeopt.onnx_in.tensors import attribute_value, constant_of
 from moeopt.onnx_in.values import SizeValue, all_known, tensor
@@ -96,11 +95,11 @@ def steps_of(nodes: Sequence[OnnxNode], codes: CodedConstants) -> tuple[list[Nod
     steps: list[NodeStep] = []
     constants: dict[str, Tensor] = {}
     for node in nodes:
-        domain = "" if node.domain == "ai.onnx" else node.domain
+        domain = operator_of(node)[0]
         if (domain, node.op_type) == ("", "Constant"):
             constants[node.outputs[0].name] = constant_of(node)
             continue
-        if node.op_type in QUANTISED:
+        if is_quantised(node):
             steps += codes.read(node)
             continue
         if (domain, node.op_type) not in OPERATORS:
@@ -115,7 +114,9 @@ def steps_of(nodes: Sequence[OnnxNode], codes: CodedConstants) -> tuple[list[Nod
                 {name: attribute_value(a, node.name) for name, a in node.attributes.items()},
             )
         )
-    return steps, constants | {name: one.floats for name, one in codes.found.items()}
+    names = {v.name for node in nodes for v in node.outputs} | {name for step in steps for name in step.inputs}
+    constants |= {name: codes.codes[name] for name in names & codes.codes.keys()}
+    return steps, constants | {name: codes.found[name].floats for name in names & codes.found.keys()}
 
 
 def live_steps(steps: Sequence[NodeStep], outputs: Sequence[str]) -> list[NodeStep]:
@@ -130,9 +131,9 @@ def live_steps(steps: Sequence[NodeStep], outputs: Sequence[str]) -> list[NodeSt
 
 def unread(node: OnnxNode) -> str:
     """The reason for an operator that the interpreter does not run: the node's name and the way out."""
-    if node.op_type in QUANTISED:
+    if is_quantised(node):
         return unread_codes(node)
     return (
-        f"{named_node(node)}, which moeopt does not read inside experts: export the model with plain operators there, "
+        f"{named(node)}, which moeopt does not read inside experts: export the model with plain operators there, "
         "or optimise the PyTorch model itself"
     )

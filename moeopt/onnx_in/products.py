@@ -8,11 +8,13 @@ one product of a stack. A lone pair of plain matrices is a dense feed-forward ne
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.operators.table import operator_of
+from moeopt.onnx_in.prologues import shared_beginnings
 from moeopt.value_types import OnnxNode, OnnxValue
 
 PRODUCTS = {
@@ -98,7 +100,7 @@ def weight_products(index: GraphIndex) -> dict[int, WeightProduct]:
     index.visited += len(index.nodes)
     found: dict[int, WeightProduct] = {}
     for at, node in enumerate(index.nodes):
-        sides = PRODUCTS.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
+        sides = PRODUCTS.get(operator_of(node))
         if sides is None or max(sides) >= len(node.inputs):
             continue
         for rows, weight in (sides, sides[::-1]):
@@ -167,7 +169,26 @@ def expert_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list
                 last[id(result)] = value
             if node.op_type in MOVING and node.inputs and node.inputs[0] is not None:
                 root[id(result)] = root.get(id(node.inputs[0]), node.inputs[0])
-    return list(groups.values())
+    return _with_prologues(index, list(groups.values()), products)
+
+
+def _with_prologues(index: GraphIndex, groups: list[ExpertChains], products: Collection[int]) -> list[ExpertChains]:
+    """The groups, those of one chain alone joined that begin at the same value, each behind a prologue of its own."""
+    ends = {at for at, node in enumerate(index.nodes) if at in products or node.op_type in _MERGING}
+    alone: defaultdict[Any, list[ExpertChains]] = defaultdict(list)
+    for group in groups:
+        if len(group.pairs) == 1 and group.experts < 2:
+            alone[tuple((p.shape, p.node.op_type) for p in group.pairs[0])].append(group)
+    joined: dict[int, ExpertChains] = {}
+    for several in alone.values():
+        starts = shared_beginnings(index, [g.root for g in several], ends) if len(several) > 1 else []
+        homes: dict[int, ExpertChains] = {}
+        for group, start in zip(several, starts, strict=False):
+            if start is not None:
+                home = homes.setdefault(id(start), ExpertChains(start))
+                home.pairs += group.pairs
+                joined[id(group)] = home
+    return list({id(home): home for home in (joined.get(id(g), g) for g in groups)}.values())
 
 
 _MERGING = frozenset(

@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from moeopt.onnx_in.dtypes import FLOATS
+from moeopt.onnx_in.free_names import FreeNames
 from moeopt.onnx_in.operators.table import shown
 from moeopt.onnx_in.values import SizeValue
 from moeopt.value_types import PyObject
 
 MOST_NUMBERS = 64
 """Of a constant of whole numbers that may be a shape: longer ones are data."""
+
+
+TAKEN = frozenset(
+    (*dir(torch.nn.Module), *dir(torch.nn.Module()), "program", "coded", "names", "example", "chains_of_regions")
+    + ("region_slots",)
+)
+"""Attributes that the modules of files and regions have: no weight and no submodule is called so."""
 
 
 @dataclass(frozen=True)
@@ -143,20 +151,34 @@ def _names(
     constants: Mapping[str, Tensor],
     prefix: str,
 ) -> dict[str, str]:
-    """Counted names for the values of a program, in the order in which its steps speak of them."""
-    names = {name: f"x{n}" for n, name in enumerate(inputs)}
-    for step in steps:
-        for name in (*step.inputs, *step.outputs):
-            if not name or name in names:
-                continue
-            own = name.startswith(f"{prefix}.")
-            names[name] = name.removeprefix(f"{prefix}.") if own else f"{'c' if name in constants else 'v'}{len(names)}"
-    return names | {name: names.get(name, f"y{n}") for n, name in enumerate(outputs)}
+    """Counted names for the values of a program, in the order in which its steps speak of them.
+
+    Weights of one shape are told from others by a letter: whoever reads names takes those that differ in a number for
+    weights of alike experts.
+    """
+    spoken = dict.fromkeys(name for step in steps for name in (*step.inputs, *step.outputs) if name)
+    kept = {n: n.removeprefix(f"{prefix}.") for n in spoken if n.startswith(f"{prefix}.") and n not in inputs}
+    free = FreeNames(kept.values())
+    names = {name: free.new(f"x{n}") for n, name in enumerate(inputs)} | kept
+    letters: dict[tuple[int, ...], str] = {}
+    for number, name in enumerate(spoken):
+        if name not in names:
+            kind = "v"
+            if name in constants:
+                kind = "c" + letters.setdefault(tuple(constants[name].shape), _letters(len(letters)))
+            names[name] = free.new(f"{kind}{number}")
+    return names | {name: free.new(f"y{n}") for n, name in enumerate(outputs) if name not in names}
+
+
+def _letters(number: int) -> str:
+    """A number in letters: a, b, ..., z, ba, bb, ..."""
+    rest, last = divmod(number, 26)
+    return (_letters(rest) if rest else "") + chr(ord("a") + last)
 
 
 def _attribute(name: str, taken: Mapping[str, Tensor]) -> str:
     made = re.sub(r"\W", "_", name)
-    made = made if made[:1].isalpha() and not hasattr(torch.nn.Module, made) and made != "program" else f"c_{made}"
+    made = made if made[:1].isalpha() and made not in TAKEN else f"c_{made}"
     while made in taken:
         made += "_"
     return made

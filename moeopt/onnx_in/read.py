@@ -1,7 +1,7 @@
 """An ONNX file or ``ModelProto``, read as a stranger's: weights stay in their files, and each must lie where it says.
 
 What may not be: data files outside the model's folder, tensors that are not as long as their shapes say, names that
-two values share, nodes that read what is made later (a cycle among them), operators of versions before opset 13.
+two values share, nodes that read what no node makes before them (a cycle), operators of versions before opset 13.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from moeopt.errors import BundleError, UsageError
 from moeopt.onnx_in.functions import check_functions
+from moeopt.onnx_in.order import bodies, in_order
 from moeopt.untrusted import open_regular, shown_line
 from moeopt.value_types import OnnxGraph, OnnxModel, OnnxNode, OnnxValue, PyObject
 
@@ -77,6 +78,7 @@ def read_onnx(subject: PyObject) -> OnnxFile:
         found = _from_path(Path(subject))
     else:
         found = OnnxFile("the ONNX model", _as_proto(subject))
+    found.proto = in_order(found.proto)
     _check(found)
     if found.proto.functions:
         import onnx.inliner
@@ -160,8 +162,8 @@ def _check_graph(file: OnnxFile, graph: OnnxGraph, outer: set[str]) -> None:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 check_tensor(file, attribute.t)
-            for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                _check_graph(file, body, outer)
+        for body in bodies(node):
+            _check_graph(file, body, outer)
     lost = [v.name for v in graph.output if v.name not in outer]
     outer -= fresh
     if lost:
@@ -188,7 +190,7 @@ def _check_order(where: str, nodes: OnnxNode, outer: set[str], own: set[str], wh
             if name and name not in made and name not in outer:
                 raise UsageError(
                     f"{where}: the node {label!r} in {shown_line(what)} reads {shown_line(name)!r}, which no node "
-                    "before it makes: the graph holds a cycle or is not in order"
+                    "before it makes: the graph holds a cycle, or it was damaged or cut off"
                 )
         for name in node.output:
             if name and name in made:
@@ -267,8 +269,8 @@ def external_tensors(graph: OnnxGraph) -> Iterator[Any]:
         for attribute in node.attribute:
             if attribute.HasField("t") and attribute.t.data_location == onnx.TensorProto.EXTERNAL:
                 yield attribute.t
-            for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from external_tensors(body)
+        for body in bodies(node):
+            yield from external_tensors(body)
 
 
 def _whole(text: str | None) -> int | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.errors import Declined
-from moeopt.onnx_in.coded import CodedWeights, Room, coded_weights, in_memory
+from moeopt.onnx_in.coded import CodedWeights, coded_weights
 from moeopt.onnx_in.coded_nodes import CodedConstants
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.interpreter import InterpretedGraph, live_steps, steps_of
@@ -103,22 +103,23 @@ _nodes: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyD
 
 
 def region_module(
-    region: GraphRegion, ends: RegionEnds, opset: int, name: str, *, to_lower: bool = False, room: Room = in_memory
-) -> InterpretedGraph:
+    region: GraphRegion, ends: RegionEnds, opset: int, name: str, *, to_lower: bool = False,
+    codes: CodedConstants | None = None,
+) -> InterpretedGraph:  # fmt: skip
     """A region as a module that takes ``ends.tensors`` in order and returns its exit.
 
     Args:
         to_lower: it becomes ONNX nodes again. A ``Clip`` of one bound is then a clamp of one, which is lowered to a
             ``Clip`` of one; else it is what ONNX Runtime makes of it, a clamp of two that no kernel is written for.
-        room: where the floats of weights go that the file holds as codes.
+        codes: reads what the file holds as codes; given for all regions of a file, each constant is read once.
 
-    Its steps are called by their numbers, so that regions of several layers have one program; ``named`` turns these
-    into the names of nodes in a sentence.
+    Its steps are called by their numbers, so that regions of several layers have one program; ``with_node_names``
+    turns these into the names of nodes in a sentence.
 
     Raises:
         Declined: it holds an operator that the interpreter does not run; the message names the node.
     """
-    codes = CodedConstants(opset, room)
+    codes = CodedConstants(opset, region.nodes) if codes is None else codes
     steps, constants = steps_of(region.nodes, codes)
     steps = live_steps(steps, [region.exit.name])
     if to_lower:
@@ -143,7 +144,7 @@ def region_module(
     return module
 
 
-def named(reason: str, module: InterpretedGraph) -> str:
+def with_node_names(reason: str, module: InterpretedGraph) -> str:
     """A sentence about a region's module with the names of the file's nodes."""
     return re.sub(r"'#(\d+)'", lambda match: repr(_nodes[module][int(match[1])]), reason)
 

@@ -7,17 +7,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, region_between, room_for
+from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, region_between, steps_for
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import ExpertChains, WeightProduct, expert_chains, weight_products
+from moeopt.onnx_in.program import TAKEN
 from moeopt.value_types import OnnxNode, OnnxValue
 
 _MOST_REGIONS = 4
 """Of one candidate: the nearest exits behind its router."""
-_TAKEN = frozenset((*dir(nn.Module), *dir(nn.Module()), "program", "names", "example", "region_slots", "coded"))
-"""What a submodule cannot be called: attributes that the modules of regions have."""
 _FEWER = 64
 """Nodes by which a region may grow for one entry instead of several."""
 
@@ -49,7 +46,7 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
             continue
         positions = [p.at for p in chains.products]
         found = []
-        for end in exits(index, positions, room_for(positions)):
+        for end in exits(index, positions, steps_for(positions)):
             region = _rooted(index, chains, end)
             if region is not None and _has_router(region, chains):
                 found.append(region)
@@ -127,7 +124,7 @@ class _Paths:
 
     def unique(self, name: str) -> str:
         """``name``, with a number behind the part of it that is taken; taken from now on."""
-        parts = [f"{part}_" if not part or part in _TAKEN else part for part in name.split(".")]
+        parts = [f"{part}_" if not part or part in TAKEN else part for part in name.split(".")]
         made = ""
         for depth, part in enumerate(parts, 1):
             self._holders.add(made)

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moeopt.onnx_in.free_names import FreeNames
 from moeopt.onnx_in.program import NodeStep, SizeTerm
 
 _SHAPES = {("Reshape", 1), ("Expand", 1), ("ConstantOfShape", 0), ("Tile", 1), ("Slice", 2), ("Range", 1)}
@@ -36,6 +37,8 @@ def free_sizes(
     terms = _terms(root, feature % len(root))
     made: list[NodeStep] = []
     sizes: FreeSizes = {}
+    taken = {name for step in steps for name in (*step.inputs, *step.outputs)}
+    names = FreeNames(taken | constants.keys())
     filled: dict[str, str] = {}
     for step in steps:
         inputs = list(step.inputs)
@@ -44,10 +47,10 @@ def free_sizes(
                 continue
             value = constants[name]
             if (step.op_type, number) in _SHAPES and value.dtype == torch.int64 and value.dim() <= 1:
-                inputs[number] = _as_size(name, value, terms, sizes)
+                inputs[number] = _as_size(name, value, terms, sizes, names)
             elif value.numel() > 1 and any(n in terms for n in value.shape):
                 if name not in filled:
-                    filled[name] = _unfolded(name, value, terms, sizes, made)
+                    filled[name] = _unfolded(name, value, terms, sizes, made, names)
                 inputs[number] = filled[name]
         made.append(replace(step, inputs=tuple(inputs)))
     return made, sizes
@@ -65,28 +68,34 @@ def _terms(root: Sequence[int], feature: int) -> dict[int, SizeTerm]:
     return found
 
 
-def _as_size(name: str, value: Tensor, terms: Mapping[int, SizeTerm], sizes: FreeSizes) -> str:
+def _as_size(
+    name: str, value: Tensor, terms: Mapping[int, SizeTerm], sizes: FreeSizes, names: FreeNames
+) -> str:  # fmt: skip
     """The name of a constant shape with the sizes in it; its own where there is none."""
     numbers = value.reshape(-1).tolist()
     if not any(n in terms for n in numbers):
         return name
     made = [terms.get(n, SizeTerm(n)) for n in numbers]
-    sizes[f"{name}.size"] = tuple(made) if value.dim() else made[0]
-    return f"{name}.size"
+    fresh = names.new(f"{name}.size")
+    sizes[fresh] = tuple(made) if value.dim() else made[0]
+    return fresh
 
 
-def _unfolded(name: str, value: Tensor, terms: Mapping[int, SizeTerm], sizes: FreeSizes, steps: list[NodeStep]) -> str:
+def _unfolded(
+    name: str, value: Tensor, terms: Mapping[int, SizeTerm], sizes: FreeSizes, steps: list[NodeStep], names: FreeNames
+) -> str:  # fmt: skip
     """The name of a fill or a count as it was before it was folded; the constant's own for any other."""
     flat = value.reshape(-1)
     shape = tuple(terms.get(n, SizeTerm(n)) for n in value.shape)
     if bool((flat == flat[0]).all()):
-        sizes[f"{name}.shape"] = shape
+        fill, of_shape = names.new(f"{name}.fill"), names.new(f"{name}.shape")
+        sizes[of_shape] = shape
         attributes = {"value": flat[:1].clone()}
-        steps.append(NodeStep("", "ConstantOfShape", f"{name}.fill", (f"{name}.shape",), (f"{name}.fill",), attributes))
-        return f"{name}.fill"
+        steps.append(NodeStep("", "ConstantOfShape", fill, (of_shape,), (fill,), attributes))
+        return fill
     if value.dim() == 1 and value.dtype == torch.int64 and torch.equal(value, torch.arange(len(value))):
-        sizes |= {f"{name}.zero": SizeTerm(0), f"{name}.one": SizeTerm(1), f"{name}.count": shape[0]}
-        reads = (f"{name}.zero", f"{name}.count", f"{name}.one")
-        steps.append(NodeStep("", "Range", f"{name}.range", reads, (f"{name}.range",)))
-        return f"{name}.range"
+        made, *reads = (names.new(f"{name}.{part}") for part in ("range", "zero", "count", "one"))
+        sizes |= dict(zip(reads, (SizeTerm(0), shape[0], SizeTerm(1)), strict=True))
+        steps.append(NodeStep("", "Range", made, tuple(reads), (made,)))
+        return made
     return name

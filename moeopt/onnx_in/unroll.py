@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from moeopt.onnx_in.free_names import FreeNames
 from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.order import bodies
 from moeopt.onnx_in.products import PRODUCTS
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.regions import candidate_regions
@@ -81,8 +83,7 @@ class LoopUnroller:
             n.output[0]: a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"
         }
         self.nodes: list[Any] = []
-        self.taken = set(_names(graph))
-        self._next: dict[str, int] = {}
+        self._unique = FreeNames(_names(graph)).new
 
     def run(self, holders: set[int]) -> OnnxValue | None:
         """The copy with the nodes at ``holders`` written out; None where none of them can be."""
@@ -230,14 +231,6 @@ class LoopUnroller:
         self.nodes.append(onnx.helper.make_node(op_type, inputs, [name], name=f"{name}.{op_type}", **attributes))
         return name
 
-    def _unique(self, name: str) -> str:
-        made, number = name, self._next.get(name, 1)
-        while made in self.taken:
-            made, number = f"{name}_{number}", number + 1
-        self._next[name] = number  # the numbers below are taken
-        self.taken.add(made)
-        return made
-
 
 def _body(node: OnnxNode, name: str) -> OnnxGraph:
     return next((a.g for a in node.attribute if a.name == name and a.HasField("g")), None)
@@ -248,18 +241,16 @@ def _names(graph: OnnxGraph) -> Iterator[str]:
     yield from (v.name for v in (*graph.input, *graph.output, *graph.initializer))
     for node in graph.node:
         yield from (node.name, *node.input, *node.output)
-        for attribute in node.attribute:
-            for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from _names(body)
+        for body in bodies(node):
+            yield from _names(body)
 
 
 def _rename(node: OnnxNode, names: Mapping[str, str]) -> None:
     """Give a node, and the bodies in it, the new names of values of the body that it was in."""
     for ends in (node.input, node.output):
         ends[:] = [names.get(name, name) for name in ends]
-    for attribute in node.attribute:
-        for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-            for inner in body.node:
-                _rename(inner, names)
-            for value in body.output:
-                value.name = names.get(value.name, value.name)
+    for body in bodies(node):
+        for inner in body.node:
+            _rename(inner, names)
+        for value in body.output:
+            value.name = names.get(value.name, value.name)

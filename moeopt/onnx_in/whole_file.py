@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeopt.errors import Declined, UsageError
-from moeopt.onnx_in.coded import in_memory
 from moeopt.onnx_in.coded_nodes import CodedConstants
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.ends import graph_inputs
@@ -75,8 +74,9 @@ def interpreted(file: OnnxFile, inputs: PyObject = None) -> InterpretedFile:
     """
     names = [value.name for value in graph_inputs(file.proto.graph)]
     nodes = list(file.model.graph)
+    codes = CodedConstants(file.opset, nodes)
     try:
-        steps, constants = steps_of(nodes, CodedConstants(file.opset, in_memory))
+        steps, constants = steps_of(nodes, codes)
     except Declined as err:
         raise UsageError(f"{file.name} has no form as a module: {err.reason}") from None
     constants |= {
@@ -91,7 +91,7 @@ def interpreted(file: OnnxFile, inputs: PyObject = None) -> InterpretedFile:
     )
     flat = InterpretedGraph(*program_of(steps, names, outputs, constants, file.opset)).eval()
     examples, runs = _runs(file, flat, candidates, inputs)
-    children, kept = _children(file, candidates, runs, steps, outputs)
+    children, kept = _children(codes, candidates, runs, steps, outputs)
     read = {name for step in kept for name in step.inputs} | set(outputs)
     rest = {name: value for name, value in constants.items() if name in read}
     made = InterpretedFile(*program_of(kept, names, outputs, rest, file.opset), children).eval()
@@ -124,7 +124,7 @@ def _runs(
 
 
 def _children(
-    file: OnnxFile, candidates: Sequence[CandidateRegion], runs: Sequence[Mapping[str, Tensor]],
+    codes: CodedConstants, candidates: Sequence[CandidateRegion], runs: Sequence[Mapping[str, Tensor]],
     steps: Sequence[NodeStep], outputs: Sequence[str],
 ) -> tuple[dict[str, nn.Module], list[NodeStep]]:  # fmt: skip
     """The regions as modules by their paths, and the steps with a call of each in the place of its last."""
@@ -134,7 +134,11 @@ def _children(
             if not is_combined(candidate, region, runs):
                 continue
             ends = region_ends(candidate, region, runs)
-            chosen[candidate.name] = region, ends, region_module(region, ends, file.opset, candidate.name).eval()
+            chosen[candidate.name] = (
+                region,
+                ends,
+                region_module(region, ends, codes.opset, candidate.name, codes=codes).eval(),
+            )
             break
     exits = {region.exit.name: path for path, (region, _, _) in chosen.items()}
     inside = {v.name for region, _, _ in chosen.values() for node in region.nodes for v in node.outputs}

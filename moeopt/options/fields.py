@@ -58,7 +58,8 @@ class Options:
         timing_cache: a file in which TensorRT keeps what it measured, for the next build.
         build_seconds: after which a TensorRT builder is stopped.
         build_gigabytes: of memory after which it is stopped; None means what is free on this machine.
-        session_options: an ``onnxruntime.SessionOptions`` for the engine's session: threads, arenas, profiling.
+        session_options: an ``onnxruntime.SessionOptions`` for the engine's session: threads, arenas, profiling. It
+            cannot be copied, so entries that the engine needs are added to this very object where they are not set.
         mapped: keep an ONNX Runtime engine's weights in the pages of its file: no kernel gets a copy of them in a
             layout of its own, which may cost speed. Quantised experts in 8-bit integers then stay codes in memory too.
             Engines of PyTorch always do.

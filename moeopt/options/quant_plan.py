@@ -36,8 +36,9 @@ class QuantPlan:
             that matches a block's module path decides.
         default: for blocks that no pattern matches.
         products: the same for products with a weight that lie outside of MoE blocks and are no part of a rewritten one,
-            of an engine: attention's projections, ``lm_head``, dense FFNs that were left alone. Patterns match the path
-            of the module that computes the product; one name of a format means all of them; {} leaves them.
+            of an engine: attention's projections, ``lm_head``, dense FFNs that were left alone, shared experts too.
+            Patterns match the path of the module that computes the product; one name of a format means all of them; {}
+            leaves them.
         activations: what products of codes read in an engine: ``"float"``, or ``"int8"``, which is faster and another
             loss: each call rounds what they are given, block by block.
         costs: of a plan that was searched, what each block alone lost in each format: mean KL, or mean relative

@@ -31,7 +31,7 @@ from moeopt.recognise.dense_ffn import candidate_weights, find_dense, recognize_
 from moeopt.recognise.ffn_candidates import find_candidates
 from moeopt.recognise.gemm_sites import find_sites
 from moeopt.rewrite.block_graph import EXPERTS, BlockGraph, ExpertWeightRefs
-from moeopt.rewrite.module_guard import hook_count
+from moeopt.rewrite.module_facts import hook_count
 from moeopt.value_types import FxArg, FxTarget, PyObject
 
 aten = torch.ops.aten

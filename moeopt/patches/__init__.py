@@ -17,6 +17,7 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
                                            torch's pass of type promotion, all threads (the same casts, sooner)
     onnx_export   after_decomposition      torch's preparation before ONNX, the caller's thread
     attention     sdpa_of                  transformers' attention function "sdpa", the caller's thread
+    load_report   kept_load_report         transformers' report of what it loaded, the caller's thread
     output        no_fake_tensor_errors    the logger of fake tensors, all threads
     output        quiet                    standard output and warnings, the caller's thread; loggers, all threads
 
@@ -28,6 +29,7 @@ Here a reader sees which private names of torch, onnxscript and transformers moe
 
 from moeopt.patches.attention import sdpa_of as sdpa_of
 from moeopt.patches.collector import fewer_collections as fewer_collections
+from moeopt.patches.load_report import kept_load_report as kept_load_report
 from moeopt.patches.onnx_export import after_decomposition as after_decomposition
 from moeopt.patches.onnx_export import no_idle_decomposition as no_idle_decomposition
 from moeopt.patches.onnx_export import one_registry as one_registry

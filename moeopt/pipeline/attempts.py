@@ -10,6 +10,7 @@ from torch import nn
 
 from moeopt.capture.tape import Call
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.capture.user_modes import active_user_mode
 from moeopt.errors import Declined
 from moeopt.find.block_candidates import BlockCandidate
 from moeopt.ir.row_function import RowFunction
@@ -131,6 +132,12 @@ class BlockAttempts:
             raise Declined(
                 "the model calls it under autocast, which decides dtypes at each call that the rewritten code must "
                 "name; convert the model with .to(dtype) instead, or begin autocast in the block's own forward"
+            )
+        if level.mode:
+            around = "moeopt.optimize is called" if active_user_mode() else "the model calls it"
+            raise Declined(
+                f"{around} under {level.mode}, a mode of PyTorch that sees or changes every op, and rewritten code "
+                "makes other ops; leave the mode, or begin it in the block's own forward: it runs the original code"
             )
         known = None if reader.assume is not None or takes_open_integers(level) else self.alike
         module_call = self.outcome.calls[path]

@@ -28,6 +28,7 @@ from moeopt.pipeline.chosen_passes import pass_manager
 from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.pipeline.finished_blocks import recall
 from moeopt.pipeline.pays import check_pays
+from moeopt.pipeline.size_limits import SizeCases
 from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
@@ -232,6 +233,9 @@ def _verify(
         call_spec, experts, level=options.verify, seed=options.seed, router_rows=aimed, max_tokens=max_tokens
     )
     if options.verify != "off":
+        sizes = SizeCases(module, call_spec, experts, program, max_tokens, options)
+        at = next((n for n, case in enumerate(cases) if case.name == "many tokens"), len(cases))
+        cases[at:at] = sizes.cases  # of two cases that fail, the one that names the number is told
         cases.append(Case("the given inputs", *call))
     routed = zip(rewritten.banks, program.routers, strict=True)
     known = {id(bank): router for (bank, _), router in routed if router is not None}
@@ -242,9 +246,12 @@ def _verify(
             dequantized(module, [bank for bank, _ in rewritten.banks]),  # the quantised model's own code is the judge
         ):
             check = verify_block(name, original, rewritten, cases, level=options.verify)
+            refused = rewritten.fallbacks
+            if check.passed:  # an engine refuses empty calls
+                sizes.bound(original, rewritten, empty=runtime is None)
         if check.passed is not False or runtime is None or not settle or not runtime.demote(check.reason):
             break
-    if rewritten.fallbacks and check.passed:
+    if refused and check.passed:
         check.passed, check.reason = False, f"the rewritten code refused a verification case: {rewritten.last_refusal}"
     return check
 

@@ -48,6 +48,7 @@ def check_pays(recognitions: list[Recognition]) -> None:
 def _reason(recognition: Recognition, spec: RowFunction) -> str:
     body = spec.body
     sources = [recognition.tokens.node, recognition.routing.weights.source, recognition.base]
+    sources += recognition.tokens.beside
     sources += [recognition.routing.ids.source] if recognition.routing.ids is not None else []
     before = ancestors([n for n in sources if n is not None])
     own = [
@@ -55,7 +56,8 @@ def _reason(recognition: Recognition, spec: RowFunction) -> str:
     ]
     per_row = sum(shape[0] * shape[1] for _, shape in body.slots if len(shape) == 2)
     hit = len(set(recognition.experts))
-    readers = sum(Value(0) in args for _, args, _ in body.nodes)  # each is a site with all rows of its expert
+    rows = Value(1 + len(body.slots)) if recognition.tokens.beside else Value(0)  # the first part of a row, or all
+    readers = sum(rows in args for _, args, _ in body.nodes)  # each is a site with all rows of its expert
     rows_own = sum(len(t) for t in recognition.tokens.token.values()) / max(readers, 1)
     rows_new = recognition.tokens.count * (recognition.routing.per_token or hit)
     calls_new = AROUND + hit * (NODE * len(body.nodes) + EXPERT)
@@ -107,6 +109,9 @@ def words(body: RowBody) -> str:
     products, layers = body.products(), body.layers()
     what = "a gated pair of matmuls" if (products, layers) == (3, 2) else _COUNTS.get(products, f"{products} matmuls")
     others = [n for n in body.names() if n not in _USUAL]
+    if body.tensors > 1:
+        inside = sum(op is torch.ops.aten.slice.Tensor for op, _, _ in body.nodes)
+        others = [f"rows of {body.tensors} tensors", *(n for n in others if n != "slice" or inside > body.tensors)]
     if any(op != GETITEM and op._schema.name == "aten::add" and Value(0) in args for op, args, _ in body.nodes):
         others.append("the row itself added")
     return what + (f" with {', '.join(others)}" if others else "")

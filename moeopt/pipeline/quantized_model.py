@@ -9,6 +9,7 @@ from torch import nn
 
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.errors import UsageError
+from moeopt.listed import listed
 from moeopt.onnx_in.coded import coded_weights
 from moeopt.options import Options, QuantPlan
 from moeopt.passes.quantize_experts import QuantizeExperts
@@ -90,8 +91,13 @@ def check_patterns(outcome: PipelineResult, options: Options) -> None:
         )
 
 
-def notes_of(outcome: PipelineResult, twin: nn.Module, options: Options) -> list[str]:
-    """Sentences for the report: the memory, and each block that was to be quantised and was not."""
+def notes_of(
+    outcome: PipelineResult, twin: nn.Module, options: Options, products: QuantizedProducts | None = None
+) -> list[str]:
+    """Sentences for the report: the memory, and each block that was to be quantised and was not.
+
+    ``products``: those that were quantised; a block that holds some is told with them.
+    """
     if options.quantize is None:
         return []
     done = quantized_blocks(twin)
@@ -101,9 +107,10 @@ def notes_of(outcome: PipelineResult, twin: nn.Module, options: Options) -> list
     declined = [
         b.name for b in outcome.blocks if b.status == "declined" and options.quantize.format_of(b.name) != "float"
     ]
+    held = [] if products is None else [path for one in products.found for path in one.paths]
+    declined = [name for name in declined if not any(f"{path}.".startswith(f"{name}.") for path in held)]
     if declined:
-        shown = ", ".join(declined[:3]) + (f" and {len(declined) - 3} more" if len(declined) > 3 else "")
-        left.append(f"{shown}: only experts that were rewritten into one op can be")
+        left.append(f"{listed(declined)}: only experts that were rewritten into one op can be")
     lossy, sizes = formats_of(twin), dict[bool, list[tuple[int, int]]]()
     for path, (_, codes) in done.items():
         size = sum(c.nbytes for c in codes), sum(c.float_bytes for c in codes)

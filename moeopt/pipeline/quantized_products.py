@@ -1,4 +1,4 @@
-"""The products outside of MoE blocks in fewer bits: attention's projections, ``lm_head``, dense FFNs that were left.
+"""The products outside of experts in fewer bits: attention's projections, ``lm_head``, dense FFNs that were left.
 
 Each is a module that computes one product with its one matrix (:func:`~moeopt.rewrite.product_codes.product_of`) and
 that a run of the model calls. A copy of the model gets the product on codes, or the module's own code on the floats
@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from moeopt.capture.tape import record
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
+from moeopt.find.choosing_products import choosing_products
 from moeopt.ir.weight_format import FORMATS, INT8_CHANNEL
+from moeopt.listed import listed
 from moeopt.options import Options, QuantPlan
 from moeopt.options.quant_plan import FLOAT
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.enclosing import with_router
 from moeopt.pipeline.real_calls import real_calls
-from moeopt.recognise.routing_types import RoutingForm
 from moeopt.rewrite.product_codes import CodesProduct, ModuleProduct, on_floats, product_of
 
 
@@ -112,9 +114,9 @@ class QuantizedProducts:
 
 
 def quantize_products(
-    twin: nn.Module, outcome: PipelineResult, call: ArgsKwargs, options: Options
+    source: nn.Module, twin: nn.Module, outcome: PipelineResult, call: ArgsKwargs, options: Options
 ) -> QuantizedProducts:
-    """Give the rewritten copy ``twin`` the products on codes that the plan asks for.
+    """Give the rewritten copy ``twin`` of ``source`` the products on codes that the plan asks for.
 
     Raises:
         UsageError: a pattern of the plan matches no product; a weight holds NaN or infinity.
@@ -123,10 +125,12 @@ def quantize_products(
     if plan is None or not plan.products:
         return QuantizedProducts()
     options.say("quantising the products outside of MoE blocks")
-    inside = _closed(twin, outcome)
-    modules, taken = _products(twin, outcome, inside, plan)
+    choices = _choices(source, call)
+    inside = _closed(twin, outcome, choices)
+    modules, taken = _products(twin, inside)
     calls, changed = real_calls(twin, call, {paths[0] for _, _, paths in modules.values()})
-    _check_patterns(plan, [path for _, _, paths in modules.values() for path in paths])
+    places = [path for _, _, paths in modules.values() for path in paths]
+    _check_patterns(plan, places)
     found, left = [], []
     for module, product, paths in modules.values():
         name = _format_of(plan, paths)
@@ -136,6 +140,10 @@ def quantize_products(
             left.append(f"{paths[0]}: no call of it was seen, so whoever holds it reads its weight")
         elif paths[0] in changed:
             left.append(f"{paths[0]}: {changed[paths[0]]}")
+        elif chosen := next((choices[path] for path in paths if path in choices), ""):
+            left.append(
+                f"{paths[0]}: it is a router, its results are chosen from ({chosen}), and rounding moves choices"
+            )
         elif not bool(torch.isfinite(getattr(module, product.weight)).all()):
             raise UsageError(
                 f"the weight of {paths[0]} holds NaN or infinity, for which there is no code: give it the format "
@@ -152,6 +160,7 @@ def quantize_products(
 
 
 Modules = dict[int, tuple[nn.Module, ModuleProduct, list[str]]]
+Inside = Callable[[str], bool]
 
 
 def _format_of(plan: QuantPlan, paths: Sequence[str]) -> str:
@@ -170,76 +179,62 @@ def _format_of(plan: QuantPlan, paths: Sequence[str]) -> str:
     return next(iter(asked.values()), FLOAT)
 
 
-def _products(
-    twin: nn.Module, outcome: PipelineResult, inside: tuple[str, ...], plan: QuantPlan
-) -> tuple[Modules, list[str]]:
-    """The modules outside of MoE blocks and rewritten ones that compute a product, with all their paths."""
+def _products(twin: nn.Module, inside: Inside) -> tuple[Modules, list[str]]:
+    """The modules that are not ``inside`` and compute a product, with all their paths."""
     found: Modules = {}
-    counts = _routed_at_the_top(outcome)
     shared = []
     for path, module in twin.named_modules(remove_duplicate=False):
-        if f"{path}.".startswith(inside):
+        if inside(path):
             if id(module) in found:
                 shared.append(f"{found.pop(id(module))[2][0]}: a MoE block holds it as well")
         elif id(module) in found:
             found[id(module)][2].append(path)
         elif (product := product_of(module)) is not None:
             found[id(module)] = module, product, [path]
-    for key, (module, product, paths) in list(found.items()):
-        if _may_route(module, product, counts):
-            del found[key]
-            if _format_of(plan, paths) != FLOAT:
-                shared.append(f"{paths[0]}: it may be a router, it has as many results as a MoE block has experts")
     return found, shared
 
 
-def _closed(twin: nn.Module, outcome: PipelineResult) -> tuple[str, ...]:
-    """What begins the paths of all that MoE blocks, their routers, and rewritten blocks are in."""
+def _choices(source: nn.Module, call: ArgsKwargs) -> dict[str, str]:
+    """The modules with a matrix whose results choose, by path, and what by."""
+    held = {p for p, m in source.named_modules() if any(w.dim() == 2 for w in m.parameters(recurse=False))}
+    return choosing_products(record(source, *call, keep_values=False, lenient=True), held)
+
+
+def _closed(twin: nn.Module, outcome: PipelineResult, choices: Collection[str]) -> Inside:
+    """Whether a path lies in a MoE block, the module that holds its router, or a rewritten block.
+
+    A dense FFN that was left alone, such as a shared expert, lies in none, unless it is a router.
+    """
     names = [b.name for b in outcome.blocks if b.kind == "moe" or b.status == "rewritten"]
     paths = ["" if name == type(twin).__name__ else name for name in names]
     around = [held[0] for path in paths if (held := with_router(path, outcome.calls)) is not None and held[0]]
-    return tuple(f"{path}." if path else "" for path in (*paths, *around))
+    closed = tuple(f"{path}." if path else "" for path in (*paths, *around))
+    left = [f"{b.name}." for b in outcome.blocks if b.kind == "dense_ffn" and b.status == "declined"]
+    dense = tuple(name for name in left if not any(f"{path}.".startswith(name) for path in choices))
+    return lambda path: f"{path}.".startswith(closed) and not f"{path}.".startswith(dense)
 
 
-def _routed_at_the_top(outcome: PipelineResult) -> set[int]:
-    """How many experts those blocks have whose router is in no module but the whole model."""
-    return {
-        len(found.experts)
-        for path, rewrite in outcome.rewrites.items()
-        if path and ((held := with_router(path, outcome.calls)) is None or not held[0])
-        for found in rewrite.found
-        if found.routing.form is not RoutingForm.EVERY_GROUP
-    }
-
-
-def _may_route(module: nn.Module, product: ModuleProduct, counts: set[int]) -> bool:
-    """Whether the product has as many results as such a block has experts: it may be the router."""
-    w = getattr(module, product.weight)
-    return w.shape[1 if product.turned else 0] in counts
-
-
-def _no_products(twin: nn.Module, inside: tuple[str, ...], modules: Modules, plan: QuantPlan) -> list[str]:
+def _no_products(twin: nn.Module, inside: Inside, modules: Modules, plan: QuantPlan) -> list[str]:
     """A sentence on the matrices that the plan's patterns name, of modules that compute other than one product."""
     told: list[str] = []
     for path, module in twin.named_modules():
-        if id(module) in modules or f"{path}.".startswith(inside) or plan.product_format_of(path) == FLOAT:
+        if id(module) in modules or inside(path) or plan.product_format_of(path) == FLOAT:
             continue
         if product_of(module) is None:
             told += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
     if not told:
         return []
-    shown = ", ".join(told[:4]) + (f" and {len(told) - 4} more" if told[4:] else "")
-    return [f"{shown}: what computes with {'these' if told[1:] else 'this'} is no module of one product alone"]
+    them = "these" if told[1:] else "this"
+    return [f"{listed(told, 4)}: what computes with {them} is no module of one product alone"]
 
 
 def _check_patterns(plan: QuantPlan, paths: list[str]) -> None:
     assert isinstance(plan.products, Mapping)
     for pattern in plan.products:
         if not fnmatch.filter(paths, pattern):
-            shown = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
             raise UsageError(
                 f"QuantPlan(products=) names {pattern!r}, which matches no product outside of MoE blocks and of no "
-                f"rewritten one; the products are {shown or 'none'}"
+                f"rewritten one; the products are {listed(paths, 8) or 'none'}"
             )
 
 

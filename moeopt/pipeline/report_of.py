@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from moeopt.listed import listed
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.diagram import block_diagram
@@ -40,14 +41,10 @@ def _left_out(outcome: PipelineResult, kept: set[str], model: str) -> list[str]:
         for place in reads.effects if reads is not None and (path or model) in kept else ():
             counting.setdefault(place, []).append(path or model)
     return [
-        f"the code of {_few(names)} changes {place} at each call, and the rewritten code does not: read such a count "
+        f"the code of {listed(names)} changes {place} at each call, and the rewritten code does not: read such a count "
         "elsewhere, or hook the block"
         for place, names in counting.items()
     ]
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def how_to_save(outcome: PipelineResult) -> list[str]:
@@ -57,7 +54,7 @@ def how_to_save(outcome: PipelineResult) -> list[str]:
     names = list(dict.fromkeys(outcome.steered))
     alone = next((f"({path!r}), {path}'s" for path in outcome.rewrites if path), "(name), its")
     return [
-        f"{_few(names)}: left with Python that depends on the values of tensors, so .save() and engines may refuse the "
-        "whole model. torch.save(optimized.model, file) keeps it with its own code; a rewritten block becomes a bundle "
-        f"alone: moeopt.optimize(model.get_submodule{alone} inputs).save(folder)"
+        f"{listed(names)}: left with Python that depends on the values of tensors, so .save() and engines may refuse "
+        "the whole model. torch.save(optimized.model, file) keeps it with its own code; a rewritten block becomes a "
+        f"bundle alone: moeopt.optimize(model.get_submodule{alone} inputs).save(folder)"
     ]

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 from moeopt.capture.tree import ArgsKwargs
@@ -26,6 +27,8 @@ from moeopt.errors import UsageError
 from moeopt.find.block_candidates import BlockCandidate
 from moeopt.find.discover import discover
 from moeopt.find.module_lists import feed_forward_lists
+from moeopt.find.packed_weights import packed_weights
+from moeopt.listed import listed
 from moeopt.options import Options
 from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
@@ -65,7 +68,8 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
     if options.dense == "split":
         check_groups([*_dense(places), *(a for p in moe for a in p.alone)], options)
     calls, changed = _calls_of(model, call, places)
-    outcome = PipelineResult([], [], {}, calls, notes=beside)
+    told = [note for note in (packed_weights(model), _nothing_given(call)) if note]
+    outcome = PipelineResult([], [], {}, calls, notes=[*beside, *told])
     blocks = BlockAttempts(model, call, outcome, changed, options, runtime, manager)
     attempts = _rewrite_blocks(blocks, moe, dump)
     _check_hints(model, moe, options)
@@ -80,6 +84,18 @@ def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime |
     outcome.blocks = list(report_of_block(model, places, attempts, denses, outcome, options.seed))
     outcome.seconds = time.perf_counter() - started
     return outcome
+
+
+def _nothing_given(call: ArgsKwargs) -> str:
+    """A note where no tensor of the example call has a value; "" where one has, or it has no tensors."""
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+    if not tensors or any(tensor.numel() for tensor in tensors):
+        return ""
+    shapes = listed(tuple(tensor.shape) for tensor in tensors)
+    return (
+        f"the example inputs hold no values ({shapes}): no token ran through the model, so blocks may not have been "
+        "seen, and nothing was compared: give at least one"
+    )
 
 
 def _dense(places: list[BlockCandidate]) -> list[BlockCandidate]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from moeopt.html import ratio
+from moeopt.listed import listed
 from moeopt.profiling.statistics import HOT
 
 if TYPE_CHECKING:
@@ -94,9 +95,9 @@ def facts(layer: LayerLoad, at: dict[str, Any]) -> Iterator[tuple[str, str]]:
     fired = sum(layer.fired)
     yield "busiest", ", ".join(f"{e}: {100 * layer.fired[e] / fired:.1f} %" for e in busiest)
     if at["dead"]:
-        yield "dead", _some(at["dead"])
+        yield "dead", listed(at["dead"], 12)
     if at["hot"]:
-        yield "hot", _some(at["hot"])
+        yield "hot", listed(at["hot"], 12)
     idle = {"id below 0": layer.negative, "id beyond the experts": layer.beyond, "weight 0": layer.zero_weight}
     if any(idle.values()):
         told = ", ".join(f"{n:,} with {what}" for what, n in idle.items() if n)
@@ -121,11 +122,6 @@ def facts(layer: LayerLoad, at: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _bar(count: int, limit: int) -> str:
     return "." if not count else BARS[min(len(BARS) - 1, count * len(BARS) // (limit + 1))]
-
-
-def _some(experts: list[int], limit: int = 12) -> str:
-    rest = f" and {len(experts) - limit} more" if len(experts) > limit else ""
-    return ", ".join(map(str, experts[:limit])) + rest
 
 
 def _many(n: int, word: str, plural: str = "s") -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeopt.hub_cache import cached_folder
 from moeopt.value_types import PyObject
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def directory_of(model: PyObject) -> Path | None:
@@ -23,18 +22,10 @@ def directory_of(model: PyObject) -> Path | None:
     if not isinstance(name, str) or not name:
         return None
     path = Path(name).expanduser()
-    if not path.is_dir() and _HUB_NAME.fullmatch(name):
-        path = _cached(name, getattr(config, "_commit_hash", None)) or path
+    commit = getattr(config, "_commit_hash", None)
+    with contextlib.suppress(ImportError):
+        path = cached_folder(name, commit if isinstance(commit, str) else None) or path
     return path if path.is_dir() and any(path.glob("*.safetensors")) else None
-
-
-def _cached(name: str, revision: PyObject) -> Path | None:
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
-        return None
-    found = try_to_load_from_cache(name, "config.json", revision=revision if isinstance(revision, str) else None)
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def stated_by(directory: Path) -> Mapping[str, Any]:

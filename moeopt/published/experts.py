@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moeopt.codes_in_files import room_for
 from moeopt.errors import CheckpointError, UsageError
 from moeopt.ir.bank_format import MatrixFormat
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
 from moeopt.ops.quantized_weight import QuantizedWeight
-from moeopt.published.codes_in_files import room_for
 from moeopt.published.directory_of import directory_of, stated_by
 from moeopt.published.loaded_matrix import kind_of, numbers_of, same_weights
 from moeopt.published.quantised_tensors import quantised_tensors

@@ -58,10 +58,12 @@ class FileExperts:
         every = [[_coded(one, block, e) for one in row] for e, row in enumerate(homes)]
         stacks = [BankStack(experts) for _ in every[0]]
         read: dict[int, Tensor] = {}
-        symmetric = [all(is_symmetric(row[slot]) for row in every) for slot in range(len(stacks))]
+        plain_ones = {id(one): is_symmetric(one) for one in {id(one): one for row in every for one in row}.values()}
+        symmetric = [all(plain_ones[id(row[slot])] for row in every) for slot in range(len(stacks))]
         for e in range(experts):
+            read = {id(one): read[id(one)] for one in every[e] if id(one) in read}
             for stack, one, plain, w in zip(stacks, every[e], symmetric, floats(e), strict=True):
-                if id(one) not in read:  # the codes of a stack of experts are taken apart once
+                if id(one) not in read:  # of a stack once for all of its experts, which hold no others' meanwhile
                     read[id(one)] = one.codes().contiguous()
                 weight = matrix_of(one, read[id(one)], w, plain)
                 if not torch.equal(weight.dequantize(w.dtype), w):

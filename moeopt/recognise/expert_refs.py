@@ -26,11 +26,16 @@ def expert_ref(ins: list[GemmSite], picks: list[int], out: GemmSite, out_matrix:
     )
 
 
-def natural_order(experts: list[ExpertRef]) -> list[int]:
+def natural_order(tape: Tape, experts: list[ExpertRef]) -> list[int]:
+    """By the numbers in their Parameters' names; where the names differ in words, as those of a dict's keys, in the
+    order in which they were registered."""
+    paths = [e.w_in[0].path for e in experts]
+    if len({re.sub(r"\d+", "#", path) for path in paths}) > 1:
+        places = {name: n for n, (name, _) in enumerate(tape.root.named_parameters(remove_duplicate=False))}
+        return sorted(range(len(experts)), key=lambda i: (places.get(paths[i], len(places)), experts[i].w_in[0].origin))
+
     def key(i: int) -> tuple[object, ...]:
-        ref = experts[i].w_in[0]
-        path = [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", ref.path)]
-        return ([(isinstance(p, str), p) for p in path], ref.origin)
+        return ([int(part) for part in re.findall(r"\d+", paths[i])], experts[i].w_in[0].origin)
 
     return sorted(range(len(experts)), key=key)
 

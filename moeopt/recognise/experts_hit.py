@@ -11,6 +11,7 @@ import torch
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef, tensor_at
+from moeopt.listed import listed
 from moeopt.obstacles import Rank, Stage
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import source_of
@@ -72,8 +73,7 @@ def _idle_parts(
 
 
 def _not_hit(missing: list[str], experts: list[ExpertRef], group: list[FFNCandidate]) -> ExpertsNotHit:
-    shown = list(dict.fromkeys(missing))
-    some = ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+    some = listed(dict.fromkeys(missing))
     error = ExpertsNotHit(
         f"no probe token reached the expert weights {some}, so what they compute could not be checked; "
         "pass example inputs that reach every expert",

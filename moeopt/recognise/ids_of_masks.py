@@ -27,6 +27,16 @@ def one_beyond(weights_TK: torch.Tensor, ids_TK: torch.Tensor, experts: int) -> 
     return torch.where(ids_TK >= experts, 1.0, weights_TK)
 
 
+def ids_not_zero(ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: int) -> torch.Tensor:
+    """The ids, E (which adds nothing) where the weight is zero: 0 times what overflowed is no zero."""
+    return torch.where(weights_TK != 0, ids_TK, experts)
+
+
+def ids_positive(ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: int) -> torch.Tensor:
+    """The same where the weight is not above zero, as that of a NaN."""
+    return torch.where(weights_TK > 0, ids_TK, experts)
+
+
 def positive_to_ids(table_TE: torch.Tensor) -> torch.Tensor:
     """(T, E) expert e in column e where its weight is above zero, E (which adds nothing) elsewhere."""
     experts = table_TE.shape[-1]
@@ -53,3 +63,15 @@ def _looked_at(table_TE: torch.Tensor) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
     )
+
+
+def kept_ids(ids_TK: torch.Tensor, mask: torch.Tensor, experts: int, slots_first: bool = False) -> torch.Tensor:
+    """(T, K) ids with E, which adds nothing, where ``mask`` is not above zero (not set, or NaN).
+
+    Args:
+        mask: T * K entries in the order of (T, K), in that of (K, T) with ``slots_first``; or one for each token.
+    """
+    if mask.dtype == torch.bool:
+        mask = mask.to(torch.int8)
+    each = mask.reshape(ids_TK.shape[1], -1).t() if slots_first else mask.reshape(ids_TK.shape[0], -1)
+    return torch.where(each > 0, ids_TK, experts)

@@ -241,10 +241,18 @@ def _expert_products(tape: Tape) -> Iterator[fx.Node]:
 
 
 def single_neurons(tape: Tape) -> Declined | None:
-    """Rows of a table, picked by the router for each token, that are multiplied with it: experts of one neuron."""
+    """Rows of a table, picked by the router for each token: experts of one neuron where they are multiplied with the
+    token, values of a memory where they are only added up."""
     picked = [n for n in tape.nodes if op_name(n) == "embedding" and _is_table(n.args[0])]
     picked = [n for n in picked if any(op_name(a) in _CHOICES for a in ancestors([n.args[1]]))]  # type: ignore[list-item]
     picked = [n for n in picked if not _holds_matrices(n)]
+    if len(picked) == 1 and not any(is_matmul(n) for n in descendants(tape, picked)):
+        return Declined(
+            f"it is a memory: each id that the router picks is one row of {_path(picked[0])}, which is weighed and "
+            "added as it is and is no function of the token, so there is no product to group; this block stays as it "
+            "is",
+            picked[0].meta.get("source"),
+        )
     if len(picked) < 2:
         return None
     return Declined(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import op_name
+from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.recognise.routing_types import INTEGERS, KEEP_ORDER, UNWRITTEN, Extraction, Steps, Table, fits_table
 
 aten = torch.ops.aten
@@ -91,3 +91,13 @@ def table_readings(shape: tuple[int, ...], tokens: int, experts: int) -> Iterato
 
 
 CASTS = ("_to_copy", "to", "type_as")
+
+
+def asked_positive(node: fx.Node, depth: int = 6) -> bool:
+    """True where the dispatch asks a table, or parts of it, ``> 0``: unlike ``!= 0``, that is false for a NaN."""
+    for user in node.users:
+        if op_name(user) == "gt" and user.args[0] is node and user.args[1] == 0:
+            return True
+        if depth and user.op == "call_function" and moves_rows(user) and asked_positive(user, depth - 1):
+            return True
+    return False

@@ -26,7 +26,7 @@ from moeopt.recognise.router_compare import (
     is_floating,
     widens,
 )
-from moeopt.recognise.routing_types import Extraction, side_by_side
+from moeopt.recognise.routing_types import Extraction
 
 if TYPE_CHECKING:
     from moeopt.recognise.router import RoutingReader
@@ -43,10 +43,7 @@ _ROW_OPS = (*_EXPONENTIALS, *_SELECTIONS, "amax", "sum", "logsumexp", "one_hot",
 
 def run_extraction(extraction: Extraction, tape: Tape, env: dict[fx.Node, Any], ids: Tensor | None) -> Tensor:
     values = [env[node] if node in env else tape.value(node) for node in extraction.nodes]
-    value = side_by_side(values) if extraction.beside else values[0]
-    for op, rest in extraction.steps:
-        value = op(value, *(ids if a == "@ids" else a for a in rest))
-    return value
+    return extraction.of(values, ids)
 
 
 @dataclass

@@ -43,7 +43,7 @@ def find_routing(
     table: Table,
     dtype: torch.dtype | None,
     prior: tuple[Routing, list[int]] | None = None,
-    accept: Callable[[Routing], None] = lambda routing: None,
+    accept: Callable[[Routing], Routing] = lambda routing: routing,
     rarer: Sequence[Search] = (),
 ) -> Routing:
     """Find ids and weights among ``before``, nodes that depend on no expert.
@@ -52,7 +52,8 @@ def find_routing(
         dtype: of the weights where they multiply, to prefer among equal tensors.
         prior: what another probe call showed, and the candidate of each id on this one; the same tensors are
             taken where they still hold.
-        accept: raises ``Declined`` for a reading that cannot be the router's answer; the next is tried.
+        accept: gives the reading to take; raises ``Declined`` for one that cannot be the router's answer, and the next
+            is tried.
         rarer: searches that are made where the usual ones find nothing.
 
     Raises:
@@ -67,7 +68,7 @@ def find_routing(
     )
     for found in itertools.chain([again] if again is not None else [], searches):
         try:
-            accept(found)
+            found = accept(found)
         except Declined as err:
             refused = refused or err.with_traceback(None)
             continue

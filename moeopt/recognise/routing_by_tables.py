@@ -13,6 +13,7 @@ from moeopt.capture.tape import Tape
 from moeopt.recognise.ids_of_masks import for_each_slot, mask_to_ids, mask_to_slots, positive_to_ids, table_to_ids
 from moeopt.recognise.readings import (
     CASTS,
+    asked_positive,
     axis_orders,
     constant_weight,
     constant_weights,
@@ -36,7 +37,7 @@ def by_dense(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
         if numel == tokens * candidates:
             for steps, _ in table_readings(shape, tokens, candidates):
                 value = Extraction(node, steps).run(tape)
-                if same_values(value, want) or (_asked_positive(node) and same_values(value.clamp(min=0), want)):
+                if same_values(value, want) or (asked_positive(node) and same_values(value.clamp(min=0), want)):
                     yield _dense(node, steps, table)
         elif candidates in shape and numel % (tokens * candidates) == 0 and numel and len(shape) >= 3:
             for axis in (d for d, s in enumerate(shape) if s == candidates):
@@ -65,7 +66,7 @@ def _after_sum(shape: tuple[int, ...], axis: int, slots: list[int], candidates: 
 def _dense(node: fx.Node, steps: Steps, table: Table) -> Routing:
     """Every expert of a token whose weight is not zero; the others are named E, which adds nothing."""
     candidates = table.visits.shape[1]
-    if _asked_positive(node):
+    if asked_positive(node):
         ids = Extraction(node, [*steps, (positive_to_ids, ())])
         return Routing(candidates, ids, Extraction(node, steps), table.natural, RoutingForm.TABLE)
     full = bool(table.chosen.all())
@@ -182,13 +183,3 @@ def _one_for_each_token(tape: Tape, node: fx.Node, chosen: torch.Tensor, want: t
         if same_values(torch.where(chosen > 0, reading.run(tape).double(), 0.0), want):
             return reading
     return None
-
-
-def _asked_positive(node: fx.Node, depth: int = 6) -> bool:
-    """True where the dispatch asks a table, or parts of it, ``> 0``: unlike ``!= 0``, that is false for a NaN."""
-    for user in node.users:
-        if op_name(user) == "gt" and user.args[0] is node and user.args[1] == 0:
-            return True
-        if depth and user.op == "call_function" and moves_rows(user) and _asked_positive(user, depth - 1):
-            return True
-    return False

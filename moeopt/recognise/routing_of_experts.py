@@ -17,6 +17,7 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef
 from moeopt.obstacles import Rank
+from moeopt.recognise.asked_weights import left_out
 from moeopt.recognise.combine import Combine, Labels
 from moeopt.recognise.expert_refs import accumulation, layout_of, natural_order, same_layout
 from moeopt.recognise.expert_rows import sites_in
@@ -29,6 +30,7 @@ from moeopt.recognise.limits import check_limits
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing import find_routing
 from moeopt.recognise.routing_by_ids import by_names
+from moeopt.recognise.routing_by_kept import asked_as_their_table, by_kept
 from moeopt.recognise.routing_of_sequences import by_sequences
 from moeopt.recognise.routing_types import FixedShares, NoIds, Routing, Table
 from moeopt.recognise.routing_weights import (
@@ -72,14 +74,16 @@ def with_frontier(
 
     place: WeightPosition = "output"
 
-    def accept(reading: Routing) -> None:
+    def accept(reading: Routing) -> Routing:
         nonlocal place
+        reading = asked_as_their_table(reading, tables, tokens.count)
         _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
         if not labels.hidden:
             place = weight_position(tape, reading, table, tokens, labels, combine, group)
+        return reading
 
     try:
-        rarer = (by_slots, by_names, by_sequences(tokens.node.meta["shape"], tokens.axis))
+        rarer = (by_slots, by_kept, by_names, by_sequences(tokens.node.meta["shape"], tokens.axis))
         routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, rarer)
     except (FixedShares, NoIds) as err:
         _say_more(err, group, tokens, labels, combine)
@@ -89,6 +93,8 @@ def with_frontier(
     if missing:
         _check_named(ids, len(experts), missing, group)
     identity = _adds_own_row(tape, tokens, combine, routing, ids, len(experts), prior)
+    if ids is not None and not identity:
+        routing.leave_out = left_out(routing.weights.nodes)
     base = None if identity else _base(tape, combine, before, experts)
     _check_what_is_left_out(tape, group, tokens, labels, combine, routing, base)
     ordered = [experts[c] for c in routing.experts]
@@ -135,7 +141,7 @@ def _check_what_is_left_out(
     base: fx.Node | None,
 ) -> None:  # fmt: skip
     """``Declined`` where what the rewrite leaves out holds a limit, or does more to rows than carry them."""
-    sources = [tokens.node, base, *routing.weights.nodes, *([] if routing.ids is None else routing.ids.nodes)]
+    sources = [tokens.node, *tokens.beside, base, *routing.nodes]
     fitted = {n for c in group for n in c.mid}
     kept = [n for n in sources if n is not None]
     check_limits(tape, combine.node, kept, fitted, source_of(group[0]))
@@ -154,7 +160,7 @@ def _table(
         weights = input_weights(group, tokens, labels, combine)
     elif labels.hidden:
         weights = hidden_weights(labels, combine)
-    natural = list(range(len(experts))) if known else natural_order(experts)
+    natural = list(range(len(experts))) if known else natural_order(tape, experts)
     sites = list(labels.token)
     return Table(weights, labels.visits(), natural, universe_of(tape, experts), weighed(tape, combine, sites),
                  factors(tape, combine, sites))  # fmt: skip

@@ -74,6 +74,7 @@ class Routing:
     ``ids`` and ``weights`` are extractions: (source node, steps), each step a call whose first argument is
     the value so far (``"@ids"`` stands for the built ids). ``ids`` is None where the weights are a
     dense table: then ``table_to_ids`` makes them. ``experts[v]`` is the candidate that id ``v`` names.
+    ``leave_out``: makes ids of ids, weights and E, where the dispatch takes no row whose weight is zero.
     """
 
     top_k: int
@@ -82,6 +83,12 @@ class Routing:
     experts: list[int]
     form: RoutingForm
     keys: tuple[Key, ...] = ()
+    leave_out: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] | None = None
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """Every node that it reads."""
+        return [*self.weights.nodes, *([] if self.ids is None else self.ids.nodes)]
 
     @property
     def per_token(self) -> int | None:
@@ -94,7 +101,8 @@ class Routing:
 class Extraction:
     """``source`` put through ``steps``: [(op, rest of the arguments)]; source None means "made from ids".
 
-    ``beside``: where each slot of a token has a vector of its own, (T,) entries each, those of the further slots.
+    ``beside``: where each slot of a token has a vector of its own, (T,) entries each, those of the further slots; or,
+    where a step takes "@beside", the one tensor that it takes.
     """
 
     source: fx.Node | None
@@ -111,16 +119,27 @@ class Extraction:
         """The same; ``[None]`` where it reads none."""
         return [*self.nodes] or [None]
 
+    @property
+    def joined(self) -> bool:
+        """Whether it begins with its tensors side by side."""
+        return bool(self.beside) and not any("@beside" in rest for _, rest in self.steps)
+
     def run(self, tape: Tape, ids: torch.Tensor | None = None) -> torch.Tensor:
         """The extraction on the probe call's own values."""
-        values = [tape.value(node) for node in self.nodes]
-        return self.on(side_by_side(values) if self.beside else values[0] if values else ids, ids)
+        return self.of([tape.value(node) for node in self.nodes], ids)
 
-    def on(self, value: torch.Tensor | None, ids: torch.Tensor | None = None) -> torch.Tensor:
+    def of(self, values: list[torch.Tensor], ids: torch.Tensor | None) -> torch.Tensor:
+        """The extraction on a value for each of its ``nodes``."""
+        first = side_by_side(values) if self.joined else values[0] if values else ids
+        return self.on(first, ids, values[-1] if self.beside else None)
+
+    def on(
+        self, value: torch.Tensor | None, ids: torch.Tensor | None = None, beside: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The extraction on another value of its source."""
+        named = {"@ids": ids, "@beside": beside}
         for op, rest in self.steps:
-            args = [ids if a == "@ids" else a for a in rest]
-            value = op(value, *args)
+            value = op(value, *[named[a] if isinstance(a, str) else a for a in rest])
         assert value is not None
         return value
 

@@ -98,6 +98,8 @@ def factors(tape: Tape, combine: Combine, sites: list[GemmSite]) -> tuple[float,
     found: dict[float, None] = {}
     for node in between:
         scalar = node.args[1] if op_name(node) in ("mul", "div") and len(node.args) > 1 else None
+        if op_name(node) == "mean" and (terms := math.prod(node.all_input_nodes[0].meta["shape"])):
+            found[math.prod(node.meta["shape"]) / terms] = None
         if isinstance(scalar, (int, float)) and scalar not in (0, 1) and math.isfinite(scalar):
             found[float(scalar) if op_name(node) == "mul" else 1 / scalar] = None
     return tuple(dict.fromkeys([*sorted(found), *([math.prod(found)] if len(found) > 1 else [])]))

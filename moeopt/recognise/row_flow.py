@@ -33,6 +33,9 @@ _VIEWS = (
 _SPLITS = ("split", "split_with_sizes", "chunk", "unbind")
 
 
+MOST_BESIDE = 3
+"""Tensors that an expert may read beside its rows."""
+
 _PLACES = ("argmax", "argmin", "argsort", "sort", "topk", "bucketize", "searchsorted", "sum", "cumsum")
 """Calls that make integers of a row's features."""
 
@@ -125,12 +128,16 @@ def _of_features(node: fx.Node) -> bool:
 
 @dataclass
 class Branch:
-    """One expert on some rows: from ``start``, a rows tensor, to ``end``, through the calls ``inside``."""
+    """One expert on some rows: from ``start``, a rows tensor, to ``end``, through the calls ``inside``.
+
+    ``beside``: further tensors with a row for each row of ``start`` (a condition, a product that all experts share).
+    """
 
     start: fx.Node
     end: fx.Node
     inside: set[fx.Node]
     readers: list[fx.Node] = field(default_factory=list)
+    beside: tuple[fx.Node, ...] = ()
 
 
 def parallel(flow: Flow) -> Iterator[list[Branch]]:
@@ -185,20 +192,29 @@ def _branch(flow: Flow, end: fx.Node, common: int, strip: bool) -> Branch | None
                 stack.append(a)
             else:
                 cuts[a] = None
-    return closed(inside, cuts) or closed(
-        *widened(flow, inside, cuts),
-    )
+    wider = widened(flow, inside, cuts)
+    return closed(inside, cuts) or closed(*wider) or closed(*wider, most=MOST_BESIDE)
 
 
-def closed(inside: set[fx.Node], cuts: dict[fx.Node, None], end: fx.Node | None = None) -> Branch | None:
-    if len(cuts) != 1:
+def closed(inside: set[fx.Node], cuts: dict[fx.Node, None], end: fx.Node | None = None, most: int = 0) -> Branch | None:
+    """The branch of the calls ``inside``, which read the tensors ``cuts``: one of rows, and at most ``most`` more."""
+    if not 1 <= len(cuts) <= 1 + most:
         return None
-    (start,) = cuts
+    start, *beside = sorted(cuts, key=lambda n: n.meta["index"])
     end = end or max(inside, key=lambda n: n.meta["index"])
-    if any(len(n.meta.get("shape") or ()) < 2 for n in (start, end)):
+    if any(len(n.meta.get("shape") or ()) < 2 for n in (*cuts, end)):
+        return None
+    if beside and not all(_alike_rows(start, other) for other in beside):
         return None
     readers = sorted((n for n in inside if start in n.all_input_nodes), key=lambda n: n.meta["index"])
-    return Branch(start, end, inside, readers)
+    return Branch(start, end, inside, readers, tuple(beside))
+
+
+def _alike_rows(one: fx.Node, other: fx.Node) -> bool:
+    """Whether both hold floats of one dtype and as many rows, features last."""
+    a, b = one.meta["shape"], other.meta["shape"]
+    floating = bool(one.meta["dtype"].is_floating_point)
+    return floating and bool(a[:-1] == b[:-1]) and one.meta["dtype"] == other.meta["dtype"]
 
 
 def widened(flow: Flow, inside: set[fx.Node], cuts: dict[fx.Node, None]) -> tuple[set[fx.Node], dict[fx.Node, None]]:

@@ -32,6 +32,7 @@ from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_of_experts import with_frontier
 from moeopt.recognise.row_flow import Branch, Flow, closed, parallel, widened
 from moeopt.recognise.row_graph import RowGraphReader
+from moeopt.recognise.rows_beside import check_beside, tokens_beside, with_distinct_rows_first
 from moeopt.recognise.token_rows import Tokens, token_readings
 
 MOST_TRIES = 24
@@ -87,6 +88,7 @@ def _readings(flow: Flow, branches: list[Branch]) -> Iterator[list[Branch]]:
 def _read(
     tape: Tape, flow: Flow, branches: list[Branch], known: list[Recognition] | None, idle: bool, progress: list[int]
 ) -> Recognition:
+    branches = with_distinct_rows_first(tape, branches)
     graphs, group = _graphs(tape, branches), [_chain(b) for b in branches]
     source = group[0].out.node.meta.get("source")
     met = [g for g in graphs if g is not None]
@@ -112,12 +114,17 @@ def _read(
     numbers = [-1 if g is None else number[tuple(g.slots)] for g in graphs]
     nearest = Declined("the experts' input rows are not rows of any one tensor")
     for tokens in token_readings(tape, sites):
+        if branches[0].beside:
+            progress[0] = 3  # whole experts, and the reading of a part of them would name another obstacle
+            tokens = tokens_beside(tape, branches, group, tokens)
         labels = _labels(group, numbers, tokens, len(experts))
         here = [2]
         try:
             combine = read_combine(tape, labels)
             here[0] = 3
-            return with_frontier(tape, group, tokens, labels, experts, spec, combine, {}, known, missing, here)
+            found = with_frontier(tape, group, tokens, labels, experts, spec, combine, {}, known, missing, here)
+            check_beside(tape, branches, found)
+            return found
         except ExpertsNotHit:
             raise
         except Declined as err:
@@ -134,7 +141,8 @@ def _graphs(tape: Tape, branches: list[Branch]) -> list[RowGraphReader | None]:
     graphs: list[RowGraphReader | None] = []
     for branch in branches:
         idle = 0 in branch.end.meta["shape"] or 0 in branch.start.meta["shape"]
-        graphs.append(None if idle else RowGraphReader(tape, branch.start, branch.end, branch.inside))
+        made = None if idle else RowGraphReader(tape, branch.start, branch.end, branch.inside, beside=branch.beside)
+        graphs.append(made)
     return graphs
 
 

@@ -38,6 +38,8 @@ _SAME = ("clone", "detach", "alias", "contiguous", "lift_fresh", "lift_fresh_cop
 class RowGraphReader(RowGraphWriter):
     """The graph from ``start`` (the rows, features last) to ``end``, written as it is walked.
 
+    With rows ``beside``, a row of the graph is one of each, side by side.
+
     Attributes:
         text: see :mod:`moeopt.ir.row_function`.
         slots: what this expert has in them.
@@ -46,7 +48,10 @@ class RowGraphReader(RowGraphWriter):
         Declined: a call is no function of each row by itself, or has no rule; the text names it.
     """
 
-    def __init__(self, tape: Tape, start: fx.Node, end: fx.Node, cone: set[fx.Node], values: bool = True) -> None:
+    def __init__(
+        self, tape: Tape, start: fx.Node, end: fx.Node, cone: set[fx.Node], values: bool = True,
+        beside: tuple[fx.Node, ...] = (),
+    ) -> None:  # fmt: skip
         super().__init__(tape, cone, values)
         self._dtypes: list[tuple[torch.dtype, tuple[int, ...]]] = []
         self._slot_of: dict[PartRef, HeldSlots] = {}
@@ -54,7 +59,8 @@ class RowGraphReader(RowGraphWriter):
         self.lead = tuple(shape[:-1])
         if not self.lead or math.prod(self.lead) == 0:
             raise Declined("no token reached one of its experts", start.meta.get("source"))
-        self.known[start] = HeldSlots(0, self.lead, tuple(shape))
+        for node in (start, *beside):
+            self.known[node] = HeldSlots(0, self.lead, tuple(node.meta["shape"]))
         order = self._order(end)
         for node in order:  # slots come first, so their numbers are known only now
             if (ref := self.weight_of(node)) is not None and ref not in self._slot_of:
@@ -63,6 +69,7 @@ class RowGraphReader(RowGraphWriter):
                 self._slot_of[ref] = HeldSlots(len(self.slots) + 1, None, ref.shape)
                 self.slots.append(ref)
                 self._dtypes.append((node.meta["dtype"], ref.shape))
+        features = self._apart((start, *beside)) if beside else shape[-1]
         for node in order:
             self.known[node] = self._enter(node)
         result = self.known[end]
@@ -70,8 +77,17 @@ class RowGraphReader(RowGraphWriter):
             raise Declined("an expert's output is not one vector for each of its rows", end.meta.get("source"))
         self.out_features = result.features[0]
         self.text = write_body(
-            shape[-1], start.meta["dtype"], self._dtypes, self.nodes, int(result.number), self.out_features
+            features, start.meta["dtype"], self._dtypes, self.nodes, int(result.number), self.out_features
         )
+
+    def _apart(self, starts: tuple[fx.Node, ...]) -> int:
+        """Take the rows apart that hold a row of each of ``starts`` side by side; how many features they have."""
+        at = 0
+        for node in starts:
+            width = node.meta["shape"][-1]
+            self.known[node] = self.add(node, aten.slice.Tensor, self.lead, Value(0), 1, at, at + width)
+            at += width
+        return at
 
     def _order(self, end: fx.Node) -> list[fx.Node]:
         """The nodes that ``end`` is made of, each after what it reads; the same order for every expert."""
@@ -131,8 +147,8 @@ class RowGraphReader(RowGraphWriter):
         name = op_name(node)
         if is_factory(node) and (node.meta.get("shape") or ()) != ():
             raise self.refused(node, "makes a tensor of a size that may be the number of rows")
-        if name == "expand" and math.prod(node.meta["shape"]) != math.prod(self.known[node.all_input_nodes[0]].shape):
-            return self.known[node.all_input_nodes[0]]  # what reads it broadcasts
+        if name == "expand" and self._only_broadcasts(node):
+            return self.known[node.all_input_nodes[0]]
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise self.refused(node, "draws random numbers")
         if node.meta.get("shape") is None:
@@ -145,6 +161,12 @@ class RowGraphReader(RowGraphWriter):
         if name == "getitem":
             return self.add(node, GETITEM, None, *self.words(node.args))
         return self.add(node, node.target, None, *self.words(node.args), **self.kwargs(node))
+
+    def _only_broadcasts(self, expand: fx.Node) -> bool:
+        """Whether all that read ``expand`` broadcast what it repeats; a view, as of repeated scales, does not."""
+        return all(
+            self._only_broadcasts(user) if op_name(user) in _SAME else is_pointwise(user) for user in expand.users
+        )
 
     def _pointwise(self, node: fx.Node) -> HeldSlots:
         """Operands broadcast from the right, so all rows must have as many features' dimensions."""

@@ -35,6 +35,7 @@ class Tokens:
 
     ``token[site]``: (R,) index of the token that each row is, -1 for an all-zero row.
     ``scale[site]``: (R,) factor on the row (1 for an exact copy), in float64.
+    ``beside``: further tensors, (T rows, features last), whose row of the same token each expert reads as well.
     """
 
     node: fx.Node
@@ -42,6 +43,7 @@ class Tokens:
     count: int
     token: dict[GemmSite, torch.Tensor]
     scale: dict[GemmSite, torch.Tensor]
+    beside: tuple[fx.Node, ...] = ()
 
     @property
     def weighted(self) -> bool:

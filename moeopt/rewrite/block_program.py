@@ -13,7 +13,8 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.ir.weight_refs import expert_paths
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.call_guard import CallGuard
-from moeopt.rewrite.module_guard import Fact, Watch, take_facts
+from moeopt.rewrite.module_facts import Fact, take_facts
+from moeopt.rewrite.module_guard import Watch
 from moeopt.rewrite.reads import Reads
 
 

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from moeopt.capture.tree import tree_leaves
+from moeopt.capture.user_modes import active_user_mode
 from moeopt.value_types import PyObject
 
 Tie = tuple[tuple[int, int], tuple[tuple[int, int], ...]]
@@ -118,6 +119,7 @@ class CallGuard:
         kept: of each tensor, between which values its integers lie as the model around the block makes them; None where
             the program does not rely on that. () where it relies on none.
         skip_idle: whether experts that no token reaches get no gradient, as in the original, or zeros.
+        fewest, most: tokens of a call; ``most`` is a number in the block's code, past which nothing was verified.
         tied: sizes (tensor, dimension) that were a product of others in every verified call: the program reads either.
     """
 
@@ -131,6 +133,8 @@ class CallGuard:
     no_grad: bool = False
     kept: tuple[tuple[int, int] | None, ...] = ()
     tied: tuple[Tie, ...] = ()
+    fewest: int = 0
+    most: int | None = None
 
     def refuses(self, module: torch.nn.Module, bound: BoundArguments) -> str:
         """Why this call is unlike the verified ones; "" when it is like them."""
@@ -150,6 +154,9 @@ class CallGuard:
             return "it is called under a torch.func transform or forward-mode differentiation"
         if torch._C._get_tracing_state() is not None:
             return "it is being traced by torch.jit"
+        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+            if mode := active_user_mode():
+                return f"the mode {mode} is active, and would see other ops than those of the block's own code"
         return ""
 
     def _arguments(self, bound: BoundArguments) -> str:
@@ -161,6 +168,8 @@ class CallGuard:
             if known is TENSOR:
                 if not isinstance(leaf, torch.Tensor):
                     return "it was called with a non-tensor where a tensor was verified"
+                if type(leaf) is not torch.Tensor and _has_functions_of_its_own(leaf):
+                    return f"it was called with a {type(leaf).__name__}, which has PyTorch functions of its own"
                 shape = self.shapes[index]
                 if leaf.dtype is not self.dtypes[index]:
                     return f"it was called with {leaf.dtype} where {self.dtypes[index]} was verified"
@@ -176,7 +185,26 @@ class CallGuard:
                 return f"an argument is a {type(leaf).__name__}, whose contents are not compared"
             elif isinstance(leaf, torch.Tensor) or type(leaf) is not type(known) or leaf != known:
                 return f"it was called with {leaf!r} where {known!r} was verified"
+        if (self.fewest or self.most is not None) and (outside := self._tokens(bound.tensors())):
+            return outside
         return self._sizes(bound.tensors()) if self.tied else ""
+
+    def _tokens(self, tensors: list[torch.Tensor]) -> str:
+        """Why so many tokens were not verified (free sizes of the first tensor that has some); "" where they were."""
+        for tensor, shape in zip(tensors, self.shapes, strict=True):
+            free = [size for size, fixed in zip(tensor.shape, shape, strict=True) if fixed is None]
+            if not free:
+                continue
+            count = math.prod(free)
+            if count < self.fewest:
+                return "it was called without a token, for which its code does something else"
+            if self.most is not None and count > self.most:
+                return (
+                    f"it was called with {count} tokens, and its code holds the number {self.most}, which may limit "
+                    "what it does in one way: calls of more tokens were too large to verify"
+                )
+            return ""
+        return ""
 
     def _sizes(self, tensors: list[torch.Tensor]) -> str:
         """Why sizes of several arguments do not fit together as in the verified calls; "" where they do."""
@@ -187,6 +215,14 @@ class CallGuard:
                     return f"two of its arguments have sizes {size} and {product} where one size was verified for both"
                 return f"one of its arguments has size {size} where a product of others, here {product}, was verified"
         return ""
+
+
+def _has_functions_of_its_own(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's class replaces functions of PyTorch, which then see other ops than the original's."""
+    if torch.compiler.is_compiling():
+        return False
+    own = getattr(type(tensor).__torch_function__, "__func__", None)  # None: it is told nothing, as a Parameter
+    return own is not None and own is not torch.Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
 def _outside(ids: torch.Tensor, kept: tuple[int, int] | None) -> str:

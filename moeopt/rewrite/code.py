@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import hashlib
+import math
 import re
 import sys
 import types
@@ -30,12 +31,14 @@ class CodeNames:
         imports: (level, module) of each import statement in it.
         names: every attribute, global, method and short string in it.
         open: whether it reads attributes whose names are computed.
+        numbers: the whole numbers in it.
     """
 
     globals: tuple[str, ...]
     imports: tuple[tuple[int, str], ...]
     names: frozenset[str]
     open: bool
+    numbers: frozenset[int]
 
 
 _WORDS: weakref.WeakKeyDictionary[types.CodeType, CodeNames] = weakref.WeakKeyDictionary()
@@ -71,7 +74,16 @@ def _read(code: types.CodeType) -> CodeNames:
             constant = constant or ("CONST" in name and isinstance(step.argval, str))
             computed = computed or name.startswith(_COMPUTES)
     strings = {s for s in _strings(code.co_consts) if _WORD.match(s)}
-    return CodeNames(tuple(reads), tuple(imports), frozenset({*code.co_names, code.co_name, *strings}), open_)
+    named = frozenset({*code.co_names, code.co_name, *strings})
+    return CodeNames(tuple(reads), tuple(imports), named, open_, frozenset(_numbers(code.co_consts)))
+
+
+def _numbers(value: PyObject) -> Iterator[int]:
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        yield int(value)
+    elif isinstance(value, (tuple, frozenset)):
+        for part in value:
+            yield from _numbers(part)
 
 
 def _strings(value: PyObject) -> Iterator[str]:

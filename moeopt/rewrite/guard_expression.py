@@ -70,8 +70,8 @@ class GuardExpression:
         else:
             self.add("{0}({1}, {2}) is {3}", dict.__getitem__, table, key, value)
 
-    def entries(self, table: dict[str, Any]) -> None:
-        """The same objects in ``table`` and no others; many of them in the same order too.
+    def entries(self, table: dict[str, Any], ordered: bool = False) -> None:
+        """The same objects in ``table`` and no others; in the same order too where that is asked for, or they are many.
 
         ``==`` of containers looks at identity first, and what it would then compare by value is compared alone. All
         small tables are one term, which takes half the time of a term for each entry.
@@ -80,7 +80,7 @@ class GuardExpression:
             for key, value in table.items():
                 self.item(table, key, value)
             self.keys(table)
-        elif len(table) > _MANY:
+        elif len(table) > (1 if ordered else _MANY):
             self.add("{0}({1}.values()) == {2}", list, table, list(table.values()))
             self.cost += 8 * len(table)
         elif id(table) not in self._tables:
@@ -101,6 +101,13 @@ class GuardExpression:
             self.add("{0}({1}({2})) is {3}", next, dict.__reversed__, table, next(dict.__reversed__(table)))
         else:
             self.add("not {0}", table)
+
+    def length(self, table: dict[Any, Any]) -> None:
+        """As many entries as now."""
+        if table:
+            self.add(f"{{0}}({{1}}) == {len(table)}", len, table)
+        else:
+            self.entries(table)
 
     def equal(self, value: PyObject, copy: PyObject) -> None:
         """A list, set or another container of plain values equals ``copy``."""

@@ -116,7 +116,7 @@ class RewrittenForward:
         bank, spec = self.banks[index]
         if not torch.compiler.is_compiling():
             known, chosen = self.program.block.per_token[index], weights.shape[-1]
-            if ids.shape[-1] != chosen:  # ids that name every expert follow no router
+            if ids.shape[-1] != chosen:  # ids that name every expert come of the program: as many as were verified
                 known = ids.shape[-1]
             if known not in (None, chosen):
                 raise Stale(f"its router chose {chosen} experts for a token, and {known} when it was verified")

@@ -89,8 +89,8 @@ class _Planner:
 
     def _callable(self, call: Call) -> bool:
         """A call can be repeated as a module call when its arguments can be written down, it writes
-        to nothing that others see, and no ``with`` of the code around it decides its dtypes."""
-        if call.path.startswith("<") or call.last < 0 or call.autocast:
+        to nothing that others see, and no ``with`` of the code around it decides its dtypes or its ops."""
+        if call.path.startswith("<") or call.last < 0 or call.autocast or call.mode:
             return False
         for leaf in tree_leaves((call.args, call.kwargs)):
             if not isinstance(leaf, (fx.Node, int, float, str, bool, type(None), torch.dtype, torch.device)):

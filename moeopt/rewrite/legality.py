@@ -20,6 +20,8 @@ from moeopt.rewrite.kept_steps import KeptSteps
 from moeopt.value_types import PyObject
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+"""Classes of the tensors that the ops read."""
 MOST_FROZEN = 1 << 20
 """Elements of a tensor that is copied and compared because the rewritten code holds what it decided."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -38,7 +40,7 @@ def check_module(module: nn.Module) -> None:
     for path, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.device.type == "meta":
             raise Declined(f"{path} is on the meta device and has no values; load the weights first", rank=Rank.FORBIDS)
-        if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+        if type(tensor) not in PLAIN:
             raise Declined(
                 f"{path} is a {type(tensor).__name__}, which the op cannot read; convert it to a plain tensor "
                 f"(for example dequantize() or full_tensor()) and optimise again{_maker(tensor)}",
@@ -134,7 +136,18 @@ def check_skipped(path: str, module: nn.Module) -> None:
     if "_orig_mod" in module._modules:  # without the import of torch._dynamo, which takes seconds
         raise Declined(f"{path} is compiled by torch.compile, one expert alone; optimise first and compile the result")
     if "forward" in module.__dict__:
-        raise Declined(f"forward was replaced on the instance {path}; undo the patch and optimise again")
+        forward = module.__dict__["forward"]
+        code = getattr(getattr(forward, "__func__", forward), "__globals__", {})  # of a wrapper too, unlike its module
+        package = _package(code.get("__name__"))
+        raise Declined(
+            f"forward was replaced on the instance {path}; undo the patch and optimise again"
+            + (
+                f" (it is one of {package}: if that is a quantiser, load the model with plain weights, and give "
+                "quantize='int8' or 'int4' to moeopt.optimize)"
+                if package not in ("", _package(type(module).__module__))
+                else ""
+            )
+        )
 
 
 def neutral_reason(module: nn.Module, tape: Tape, recognitions: list[Recognition], plan: KeptSteps) -> str:
@@ -220,7 +233,11 @@ def _values(tensor: torch.Tensor) -> str:
 
 def package_of(tensor: torch.Tensor) -> str:
     """The package that brings a tensor's class; "" for torch itself and a script's own."""
-    package = type(tensor).__module__.partition(".")[0]
+    return _package(type(tensor).__module__)
+
+
+def _package(module: str | None) -> str:
+    package = (module or "").partition(".")[0]
     return "" if package in ("torch", "__main__") else package
 
 

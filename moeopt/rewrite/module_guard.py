@@ -15,9 +15,7 @@ Not seen: in code compiled by ``torch.compile``, anything changed after it was c
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -26,82 +24,20 @@ from torch import Tensor, nn
 from moeopt.rewrite.code import fingerprint
 from moeopt.rewrite.frozen_values import Frozen
 from moeopt.rewrite.guard_expression import GuardExpression, holds
+from moeopt.rewrite.live_codes import PREFIX
+from moeopt.rewrite.module_facts import Fact, hook_count, tensors_of
 from moeopt.rewrite.reads import Reads
 from moeopt.value_types import PyObject
 
-_BOOKKEEPING = frozenset(nn.Module().__dict__)
-_PLAIN = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType, type)
-
-
-def hook_count(module: nn.Module) -> int:
-    """How many forward and backward hooks are registered on ``module`` itself."""
-    d = module.__dict__
-    return (
-        len(d["_forward_hooks"]) + len(d["_forward_pre_hooks"]) + len(d["_backward_hooks"])
-        + len(d["_backward_pre_hooks"])
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Fact:
-    """What was verified of one module. It holds no module, so it can be copied and pickled."""
-
-    path: str
-    cls: type
-    forward: str
-    names: tuple[str, ...]
-    values: tuple[Any, ...]
-    children: tuple[str, ...]
-    absent: tuple[str, ...]
-    hooks: int
-    patched: bool
-
-
-def take_facts(root: nn.Module, live: Iterable[str], written: Iterable[tuple[str, str]], mode: bool) -> list[Fact]:
-    """The facts of every module of ``root`` but the subtrees at the paths ``live``.
-
-    Args:
-        live: paths of submodules that are still called as modules.
-        written: (path, attribute) pairs that the forward itself sets.
-        mode: whether the training flags matter.
-    """
-    kept, own = tuple(live), set(written)
-    facts = []
-    for path, module in root.named_modules():
-        if _inside(path, kept):
-            continue
-        held = {n: v for n, v in module.__dict__.items() if n not in _BOOKKEEPING or (mode and n == "training")}
-        plain = {n: _frozen(v) for n, v in held.items() if _is_plain(v) and n != "forward" and (path, n) not in own}
-        prefix = f"{path}." if path else ""
-        facts.append(
-            Fact(
-                path,
-                type(module),
-                fingerprint(type(module).forward),
-                tuple(plain),
-                tuple(plain.values()),
-                tuple(n for n, c in module._modules.items() if c is not None and not _inside(prefix + n, kept)),
-                tuple(n for n, p in module._parameters.items() if p is None),
-                hook_count(module),
-                bool(path) and "forward" in module.__dict__,
-            )
-        )
-    return facts
-
-
-def _inside(path: str, kept: tuple[str, ...]) -> bool:
-    return any(path == k or path.startswith(f"{k}.") for k in kept)
-
-
-def _is_plain(value: PyObject) -> bool:
-    return isinstance(value, _PLAIN) or (type(value) in (list, tuple) and all(isinstance(v, _PLAIN) for v in value))
-
-
-def _frozen(value: PyObject) -> PyObject:
-    return list(value) if type(value) is list else value
-
+_ORDERED = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+"""Containers whose order counts, and whose users go through all that they hold."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _of_pytorch(module: nn.Module) -> bool:
+    """Whether its code is PyTorch's, which reads no Parameters or buffers but its own."""
+    return type(module).__module__.startswith("torch.nn.")
 
 
 class _Watched:
@@ -125,10 +61,12 @@ class _Watched:
                 probe.add(f"{{0}}({{1}}) == {count}" if count else "not {1}", len, d[kind])
             if not fact.patched and "forward" not in d:
                 probe.lacks(d, "forward")
-        every = fact.children == tuple(d["_modules"])
-        if every:
-            probe.entries(d["_modules"])
-        tables = ((d, fact.names), (d["_modules"], () if every else fact.children), (d["_parameters"], fact.absent))
+        probe.entries(d["_modules"], ordered=isinstance(module, _ORDERED))
+        tables = [(d, fact.names)]
+        for table in (d["_parameters"], d["_buffers"]):
+            tables.append((table, tuple(n for n in fact.absent if n in table)))
+            if not _of_pytorch(module):
+                probe.length(table)
         for table, names in tables:
             for name in names:
                 if name not in table:
@@ -155,9 +93,21 @@ class _Watched:
             return f"{missing} was removed from {name}"
         if not same:
             return self._which(d, name)
-        for parameter in fact.absent:
-            if d["_parameters"].get(parameter) is not None:
-                return f"{name} has a {parameter}, and had none"
+        for tensor in fact.absent:
+            if tensors_of(module).get(tensor) is not None:
+                return f"{name} has a {tensor}, and had none"
+        return self._more(name)
+
+    def _more(self, name: str) -> str:
+        """What the module holds besides what it held, or in another order; "" where it is as it was."""
+        fact, children = self.fact, self.module._modules
+        if new := children.keys() - {*fact.children, *fact.live, *fact.written}:
+            return f"the module {min(new)} was added to {name}"
+        more = {n for n in tensors_of(self.module) if not n.startswith(PREFIX)} - {*fact.tensors, *fact.written}
+        if more and not _of_pytorch(self.module):
+            return f"the Parameter or buffer {min(more)} was added to {name}"
+        if tuple(n for n in children if n in fact.children) != fact.children:
+            return f"the modules in {name} are in another order"
         return ""
 
     def _which(self, d: dict[str, Any], name: str) -> str:

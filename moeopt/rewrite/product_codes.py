@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeopt.capture.isolated_run import undone
 from moeopt.ir.weight_format import WeightFormat
 from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_weight import QuantizedWeight
@@ -75,7 +76,7 @@ def _computes(module: nn.Module, found: ModuleProduct, K: int) -> bool:
         for scale in _SCALES:
             rows = x * scale
             want = F.linear(rows, w.t() if found.turned else w, b)
-            with _Ops() as ops:
+            with undone(module) as watched, _Ops() as ops, watched:
                 try:
                     got = module(rows)
                 except Exception:  # of the module's own: it does not take a row of K numbers

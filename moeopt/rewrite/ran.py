@@ -33,6 +33,7 @@ class Ran:
         globals: (name of the module, globals that are read there).
         imports: (importing module, level, imported module) of import statements inside functions.
         open: whether attributes are read whose names are computed.
+        numbers: the whole numbers in it.
     """
 
     names: frozenset[str] = frozenset()
@@ -40,6 +41,7 @@ class Ran:
     globals: tuple[tuple[str, tuple[str, ...]], ...] = ()
     imports: tuple[tuple[str, int, str], ...] = ()
     open: bool = False
+    numbers: frozenset[int] = frozenset()
 
 
 class Observed:
@@ -81,6 +83,7 @@ class Observed:
 
 def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
     names: set[str] = set()
+    numbers: set[int] = set()
     reads: dict[str, dict[str, None]] = {}
     imports: dict[tuple[str, int, str], None] = {}
     open_ = False
@@ -92,6 +95,7 @@ def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
         names |= found.names
         open_ = open_ or found.open
         if not foreign(module):
+            numbers |= found.numbers
             reads.setdefault(module, {}).update(dict.fromkeys(found.globals))
             imports.update({(module, *one): None for one in found.imports})
     return Ran(
@@ -100,6 +104,7 @@ def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
         tuple((module, tuple(found)) for module, found in reads.items()),
         tuple(imports),
         open_,
+        frozenset(numbers),
     )
 
 

@@ -36,7 +36,6 @@ class Reads:
         entries: (type, text) at each place.
         ignored: places that the forward itself changes.
         whole: places of modules outside the block that the forward calls.
-        effects: those of them that are numbers outside the block's modules and change at each call.
         kept: paths of submodules that are still called, whose own state is live.
         written: (path, attribute) pairs that the forward sets on its modules.
     """
@@ -54,6 +53,10 @@ class Reads:
     def __getstate__(self) -> dict[str, Any]:
         """Without the modules' globals: they are found again by name."""
         return self.__dict__ | {"tables": {}}
+
+    def numbers(self) -> set[int]:
+        """The whole numbers that its code holds or reads."""
+        return {*self.ran.numbers, *(int(text) for kind, text in self.entries.values() if kind == "int")}
 
     def walk(
         self, root: nn.Module, probe: GuardExpression, links: Callable[[str], GuardExpression],
@@ -136,7 +139,6 @@ def observe(
     """Call each of ``runs``, which run ``root``'s forward, and take what that code can read.
 
     Args:
-        effects: those of them that are numbers outside the block's modules and change at each call.
         kept: paths of submodules that will be called as they are.
         written: (path, attribute) pairs that the forward sets.
 

@@ -31,6 +31,7 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
     """The rewrite of ``recognition``, for ids ``within`` a range; ``bank`` is the number of its weights."""
     sources = [
         recognition.tokens.node,
+        *recognition.tokens.beside,
         *recognition.routing.weights.nodes,
         *(recognition.routing.ids.nodes if recognition.routing.ids else []),
     ]
@@ -42,9 +43,14 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
         if recognition.tokens.axis != len(shape) - 1:
             x = plan.call(aten.movedim.int, x, recognition.tokens.axis, -1)
         rows = x if len(shape) == 2 else plan.call(aten.reshape.default, x, [-1, shape[recognition.tokens.axis]])
-        hidden = shape[recognition.tokens.axis]
+        hidden = features = shape[recognition.tokens.axis]
+        if recognition.tokens.beside:
+            others = [(n.meta["shape"][-1], ref(n)) for n in recognition.tokens.beside]
+            parts = [plan.call(aten.reshape.default, other, [-1, width]) for width, other in others]
+            rows = plan.call(aten.cat.default, [rows, *parts], 1)
+            features += sum(width for width, _ in others)
         count = math.prod(shape) // max(hidden, 1)
-        plan.note(rows, (count, hidden), recognition.tokens.node.meta.get("dtype"))
+        plan.note(rows, (count, features), recognition.tokens.node.meta.get("dtype"))
         if recognition.routing.ids is None:
             weights = _apply(plan, recognition.routing.weights, ref, None)
             ids = plan.call(table_to_ids, weights)
@@ -56,6 +62,8 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
             weights = _apply(plan, recognition.routing.weights, ref, ids)
             if within.lowest is not None or within.highest is not None:
                 weights = plan.call(weights_within, weights, given, within.lowest, within.highest)
+        if recognition.routing.leave_out is not None:
+            ids = plan.call(recognition.routing.leave_out, ids, weights, len(recognition.experts))
         y = plan.add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
         summed, axis = recognition.combine.node.meta["shape"], recognition.combine.axis
         plan.note(y, (count, summed[axis] if axis < len(summed) else 1), recognition.combine.node.meta.get("dtype"))
@@ -68,12 +76,13 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
 def _apply(plan: KeptSteps, extraction: Extraction, ref: Callable[[fx.Node], StepRef], ids: StepRef | None) -> StepRef:
     value = ref(extraction.source) if extraction.source is not None else ids
     assert value is not None
-    if extraction.beside:
+    if extraction.joined:
         columns = [plan.call(aten.reshape.default, ref(node), [-1, 1]) for node in extraction.nodes]
         value = plan.call(aten.cat.default, columns, 1)
-    shape = None if extraction.beside or extraction.source is None else extraction.source.meta.get("shape")
+    named = {"@ids": ids, "@beside": ref(extraction.nodes[-1]) if extraction.beside else None}
+    shape = None if extraction.joined or extraction.source is None else extraction.source.meta.get("shape")
     for op, rest in extraction.steps:
-        value = plan.call(op, value, *(ids if a == "@ids" else a for a in rest))
+        value = plan.call(op, value, *(named[a] if isinstance(a, str) else a for a in rest))
         shape = None if shape is None or op not in _VIEWS else tuple(op(torch.empty(shape, device="meta"), *rest).shape)
         if shape is not None and extraction.source is not None:
             plan.note(value, shape, extraction.source.meta.get("dtype"))

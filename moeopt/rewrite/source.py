@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moeopt.errors import StaleModelWarning
 from moeopt.rewrite.guard_expression import GuardExpression, holds
-from moeopt.rewrite.module_guard import hook_count
+from moeopt.rewrite.module_facts import hook_count
 from moeopt.rewrite.reads import Reads
 from moeopt.value_types import PyObject
 

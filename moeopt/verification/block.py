@@ -159,6 +159,10 @@ def _same_writes(a: Selections, b: Selections) -> None:
     for number in sorted(a.inputs.keys() ^ b.inputs.keys()):
         one, other = ("original", "rewritten block") if number in a.inputs else ("rewritten block", "original")
         raise Fail(f"the {one} writes argument {number} in place, the {other} does not")
+    mine = {(name.rpartition(".")[2], tuple(value.shape)) for name, value in a.state.items()}
+    for name in sorted(b.changed):
+        if (name.rpartition(".")[2], tuple(b.state[name].shape)) not in mine:
+            raise Fail(f"the rewritten block updates its own {name!r}, the original does not")
     theirs = {(name.rpartition(".")[2], tuple(value.shape)): value for name, value in b.state.items()}
     for name, value in a.state.items():
         twin = theirs.get((name.rpartition(".")[2], tuple(value.shape)))

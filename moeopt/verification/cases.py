@@ -53,7 +53,7 @@ def adversarial_cases(
     """
     if level == "off":
         return []
-    build = _CaseBuilder(call_spec, num_experts, seed, router_rows)
+    build = CaseBuilder(call_spec, num_experts, seed, router_rows)
     chosen = [build.every_expert(), build.one_token(), build.one_expert(), *build.turned()]
     if level == "strict":
         chosen += [build.few_experts(), build.exact_ties(), build.extreme_magnitudes(), build.non_finite()]
@@ -62,7 +62,7 @@ def adversarial_cases(
     return chosen
 
 
-class _CaseBuilder:
+class CaseBuilder:
     def __init__(self, call_spec: CallSpec, num_experts: int, seed: int, router_rows: Tensor | None) -> None:
         self.call_spec = call_spec
         self.experts = max(num_experts, 1)
@@ -121,14 +121,14 @@ class _CaseBuilder:
             rows[n][2], rows[n][6] = math.nan, math.inf
         return self.case("nan and inf rows", self.flat(9), rows, range(self.experts))
 
-    def many_tokens(self, count: int) -> Case:
+    def many_tokens(self, count: int, grid: tuple[int, ...] | None = None) -> Case:
         """Half of the tokens are one and the same, so that its experts get them all; the others are drawn."""
         rows = self.draw(count)
         alike = torch.randperm(count, generator=self.generator) < count // 2
         for n in self.tokens:
             here = alike.to(rows[n].device)
             rows[n][here] = rows[n][:1].clone()
-        return self.case("many tokens", self.flat(count), rows, range(self.experts), alike=alike)
+        return self.case("many tokens", grid or self.flat(count), rows, range(self.experts), alike=alike)
 
     def turned(self) -> list[Case]:
         """The given call, with other values in one of the arguments that may switch something on or off."""

@@ -10,6 +10,11 @@ by an amount of that kind, so
 must hold, d the relative L2 distance per token, once for the largest token and once for the root mean
 square over tokens.
 
+A product of few outputs (the head of a regression, a value) may cancel: its result is near zero and the terms of its
+sum are not, so that another order of that sum moves it by many eps. A cast to bfloat16 inside a float32 model may fall
+on either side of a step. Where a verdict fails, the noise therefore enters the inputs of products as well, each term
+by one eps, and the results of narrowing casts by the eps that they round to, and the outputs are judged once more.
+
 Noise must not choose experts: where two scores tie, it would send tokens elsewhere, move the outputs by
 all of their norm, and allow anything. So noisy runs choose as the quiet run did (``pins``), and a token
 that moves by more than ``CEILING`` even so is not judged: it is counted and told, and where only such
@@ -24,13 +29,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from moeopt.capture.isolated_run import WatchWrites
 from moeopt.value_types import PyObject
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR, MISTRUST
 from moeopt.verification.language import find_ids, find_logits, greedy_agreement, language_metrics
+from moeopt.verification.noise import Noise
 from moeopt.verification.pins import RoutingLog, RoutingPins
 from moeopt.verification.state import RestoreState, clone_inputs_and_objects, modules_of
 from moeopt.verification.trees import describe, equal_leaves, flatten
@@ -125,6 +130,14 @@ def end_to_end(
     result = compare_outputs(want, got, runs.noisy)
     if not result.passed and otherwise is not None:
         result = otherwise(runs, got) or result
+    if not result.passed and noise_blocks:
+        runs.noisy = runs.shaken(original, args, kwargs, noise_blocks, seed, inside=True)
+        again = compare_outputs(want, got, runs.noisy)
+        if not again.passed and otherwise is not None:
+            again = otherwise(runs, got) or again
+        if again.passed:
+            again.notes.append(_INSIDE)
+            result = again
     ids = find_ids(args, kwargs)
     logits, logits_new = (None, None) if ids is None else (find_logits(want, ids), find_logits(got, ids))
     if ids is not None and logits is not None and logits_new is not None and logits.shape == logits_new.shape:
@@ -137,12 +150,19 @@ def end_to_end(
     return result
 
 
+_INSIDE = (
+    "the sum of a product cancels, or a cast rounds to a narrower dtype: the result was judged by what it moves by "
+    "when the terms of the product and the result of the cast are rounded otherwise"
+)
+
+
 @dataclass
 class OriginalRuns:
     """Outputs of the original: as it is, and under rounding noise with the same choices of experts."""
 
     want: Any
     noisy: list[Any]
+    log: RoutingLog
 
     @classmethod
     def of(
@@ -156,11 +176,20 @@ class OriginalRuns:
         except Exception:  # of the model itself, or an operator that no mode can look at: then nothing is pinned
             log = RoutingLog()
             want = run_plain(original, args, kwargs)
+        runs = cls(want, [], log)
+        runs.noisy = runs.shaken(original, args, kwargs, noise_blocks, seed)
+        return runs
+
+    def shaken(
+        self, original: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], noise_blocks: Sequence[str], seed: int,
+        inside: bool = False,
+    ) -> list[Any]:  # fmt: skip
+        """``DRAWS`` runs of ``original`` under :class:`Noise`, with the choices of the quiet run."""
         noisy = []
         for draw in range(DRAWS if noise_blocks else 0):
-            with Noise(original, noise_blocks, seed + draw), RoutingPins(log.events):
+            with Noise(original, noise_blocks, seed + draw, inside), RoutingPins(self.log.events):
                 noisy.append(run_plain(original, args, kwargs))
-        return cls(want, noisy)
+        return noisy
 
 
 def compare_outputs(want: PyObject, got: PyObject, noisy: Sequence[Any], noiseless: PyObject = None) -> EndToEnd:
@@ -207,6 +236,10 @@ def _leaf(a: PyObject, b: PyObject, shaken: list[tuple[Any, Any]], result: EndTo
     eps = torch.finfo(a.dtype).eps
     d = token_distance(b, a)[pattern.both]
     if not len(d):
+        result.notes.append(
+            f"none of the {len(pattern.both)} tokens of an output is finite in the original (NaN or infinity), so no "
+            "distance was compared: give example inputs on which the model computes numbers"
+        )
         return ""
     moved = [
         token_distance(noisy, noiseless).nan_to_num(0.0)[pattern.both]
@@ -241,31 +274,3 @@ def _leaf(a: PyObject, b: PyObject, shaken: list[tuple[Any, Any]], result: EndTo
 
 def _rms(d: Tensor) -> float:
     return float(d.square().mean().sqrt())
-
-
-class Noise:
-    """Forward hooks that multiply the named submodules' floating outputs by 1 + eps * normal."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str], seed: int) -> None:
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self._modules = [modules[name] for name in names]
-        self._seed = seed
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        generator = torch.Generator().manual_seed(self._seed)
-
-        def shake(t: Tensor) -> Tensor:
-            if not t.dtype.is_floating_point or torch._C._functorch.is_functorch_wrapped_tensor(t):
-                return t  # under vmap nothing may be drawn
-            noise = torch.randn(t.shape, generator=generator).to(t.device)
-            return (t.float() * (1 + torch.finfo(t.dtype).eps * noise)).to(t.dtype)
-
-        def hook(module: nn.Module, inputs: PyObject, output: PyObject) -> PyObject:
-            return pytree.tree_map_only(Tensor, shake, output)
-
-        self._handles = [module.register_forward_hook(hook) for module in self._modules]
-
-    def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()

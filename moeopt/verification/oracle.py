@@ -57,7 +57,7 @@ def record_selections(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         own_args, own_kwargs = clone_inputs_and_objects(args), clone_inputs_and_objects(dict(kwargs))
         with mode, NoteEpsilons(mode.selections.epsilons):
             outputs = fn(*own_args, **own_kwargs)
-        mode.selections.state = guard.after()
+        mode.selections.state, mode.selections.changed = guard.after(), guard.changed()
         leaves = pytree.tree_leaves((own_args, own_kwargs))
         mode.selections.inputs = {
             n: leaf.clone() for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf._version

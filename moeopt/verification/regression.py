@@ -130,7 +130,7 @@ def read_certificate(path: str | os.PathLike[str]) -> Certificate:
         inner = json.dumps(body["certificate"]) if isinstance(body, dict) and "certificate" in body else text
         return Certificate.from_json(inner)
     except (ValueError, BundleError) as err:
-        raise BundleError(f"{file}: {err}") from None
+        raise BundleError(f"{file}: {err}: give a bundle's certificate.json, or what --json printed") from None
 
 
 def _block(old: BlockCheck, new: BlockCheck, dtype: str, fewer: bool) -> list[Regression]:

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from moeopt.value_types import PyObject
 from moeopt.verification.distance import token_distance
 from moeopt.verification.float64_rules import MOVES, Float64Rule
+from moeopt.verification.noise import narrows
 from moeopt.verification.oracle import Pinned, run_in
 from moeopt.verification.selections import Selections
 from moeopt.verification.trees import flatten
@@ -93,7 +94,7 @@ class _Rerounded(Pinned):
                     target.copy_(torch.where(target == old, target, self.moved(target)))
             return out
         out = super().compute(plan, func, args, kwargs)
-        if func is torch.ops.aten._to_copy.default and not _narrows(args[0], out):
+        if func is torch.ops.aten._to_copy.default and not narrows(args[0], out):
             return out
         return pytree.tree_map_only(Tensor, self.moved, out)
 
@@ -105,9 +106,3 @@ class _Rerounded(Pinned):
             self._generators[y.device] = torch.Generator(y.device).manual_seed(self._seed)
         u = torch.rand(y.shape, dtype=torch.float64, device=y.device, generator=self._generators[y.device])
         return (y.double() * (1 + (2 * u - 1) * torch.finfo(y.dtype).eps)).to(y.dtype)
-
-
-def _narrows(before: Tensor, after: Tensor) -> bool:
-    if not (before.is_floating_point() and after.is_floating_point()):
-        return False
-    return torch.finfo(before.dtype).eps < torch.finfo(after.dtype).eps

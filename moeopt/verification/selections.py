@@ -73,12 +73,14 @@ class Event:
 class Selections:
     """The choices of one run, and what it wrote besides its outputs.
 
-    ``state``: name -> value after, of parameters and buffers; ``inputs``: number of the flattened
-    argument -> value after; ``epsilons``: of each ``rms_norm`` without one, in order, what its dtype made of it.
+    ``state``: name -> value after, of parameters and buffers; ``changed``: those of other values than before;
+    ``inputs``: number of the flattened argument -> value after; ``epsilons``: of each ``rms_norm`` without one, in
+    order, what its dtype made of it.
     """
 
     events: list[Event] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()
     inputs: dict[int, Tensor] = field(default_factory=dict)
     epsilons: list[float] = field(default_factory=list)
 

@@ -84,7 +84,7 @@ class RestoreState:
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._roots = modules_of(fn)
-        self._saved: dict[int, Tensor] = {}
+        self._saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.written: list[str] = []
 
     def __enter__(self) -> RestoreState:
@@ -107,30 +107,41 @@ class RestoreState:
             self._owners.setdefault(data.untyped_storage().data_ptr(), []).append((name, tensor, data))
 
     def before_write(self, tensor: Tensor) -> None:
-        """Save the model's tensors that share ``tensor``'s storage, once."""
-        key = tensor.untyped_storage().data_ptr()
+        """Save ``tensor``'s storage where it is the model's, once and whole: tensors may be parts of it, or overlap."""
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
         if key and key in self._owners and key not in self._saved:
-            self._saved[key] = tensor
-            for index, (name, owner, data) in enumerate(self._owners[key]):
-                self._owners[key][index] = (name, owner, data.clone())
-                self.written.append(name)
+            self._saved[key] = storage, storage.clone()
+            self.written += [name for name, _, _ in self._owners[key]]
 
     def after(self) -> dict[str, Tensor]:
         """Name -> value now, of every tensor of the model that the run has written."""
         entries = (entry for key in self._saved for entry in self._owners[key])
         return {name: owner.detach().clone() for name, owner, _ in entries}
 
+    def changed(self) -> frozenset[str]:
+        """The names in ``after`` whose values are others than before."""
+        entries = (entry for key in self._saved for entry in self._owners[key])
+        return frozenset(name for name, owner, before in entries if not _same_bits(owner.detach(), before))
+
     def __exit__(self, *exc: object) -> None:
         self._held.restore()
-        for key, entries in self._owners.items():
+        for storage, held in self._saved.values():
+            storage.copy_(held)
+        for entries in self._owners.values():
             for _, owner, data in entries:
-                if key in self._saved:
-                    owner.data.copy_(data)
-                elif owner.data_ptr() != data.data_ptr() or owner.dtype != data.dtype:
+                if owner.data_ptr() != data.data_ptr() or owner.dtype != data.dtype:
                     owner.data = data
         torch.set_rng_state(self._rng)
         if self._cuda_rng is not None:
             torch.cuda.set_rng_state_all(self._cuda_rng)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal values, NaN being equal to NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _unique_modules(roots: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

@@ -94,8 +94,7 @@ def _run_case(block: Unpinned, calls: RowCalls, rows: SteeredRows, result: CaseR
                     tied, elsewhere = tied | here, elsewhere | moved
                     named |= (ids[choice.name].cpu().sort(-1).values != choice.ids.cpu().sort(-1).values).any(-1)
         own = _ordinary_rows(rows)
-        informed = ~functools.reduce(torch.logical_or, map(equal_scores, choices), torch.zeros_like(tied))
-        often = int((elsewhere & informed)[own].sum())
+        often = int((elsewhere & _informed(choices, len(tied)))[own].sum())
         if often > OFTEN * len(own) and len(own) > 4 and not again:
             raise Fail(
                 f"its router gives equal scores to several experts on {often} of {len(own)} ordinary rows (two rows of "
@@ -112,6 +111,12 @@ def _run_case(block: Unpinned, calls: RowCalls, rows: SteeredRows, result: CaseR
         for i in tied.nonzero().flatten().tolist():
             values[i], kinds[i] = rows.values[sound[i % len(sound)]], "an ordinary row"
         _run_case(block, calls, SteeredRows(rows.name, values, kinds), result, again=True)
+
+
+def _informed(choices: Sequence[RoutedCall], rows: int) -> Tensor:
+    """(R,) bool: rows to which no choice gives equal scores. A choice for each pixel of an image tells of no row."""
+    equal = [found for found in map(equal_scores, choices) if len(found) == rows]
+    return ~functools.reduce(torch.logical_or, equal, torch.zeros(rows, dtype=torch.bool))
 
 
 def _ordinary_rows(rows: SteeredRows) -> list[int]:

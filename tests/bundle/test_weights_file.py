@@ -85,6 +85,27 @@ def test_more_than_the_room_is_refused(tmp_path):
         file.add(torch.zeros(1000))
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS, errno.EACCES])
+def test_another_refusal_gets_no_way_out_that_is_not_one(tmp_path, monkeypatch, code):
+    file = WeightsFile(tmp_path / "begun", 4096, 4096)
+    monkeypatch.setattr(os, "pwrite", lambda *given: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    with pytest.raises(OSError, match=rf"^\[Errno {code}\] {os.strerror(code)}: '.*begun'$") as told:
+        file.add(torch.ones(3))
+    assert told.value.errno == code and told.value.filename == str(tmp_path / "begun")
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV])
+def test_a_disk_whose_files_have_one_name_gets_a_copy(tmp_path, monkeypatch, code):
+    file = WeightsFile(tmp_path / "begun", 4096, 4096)
+    first = file.add(sample(torch.float32))
+    monkeypatch.setattr(os, "link", lambda *given: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    with becomes_the_bundles(file):
+        save_weights({"first": first}, tmp_path / "w")
+    assert torch.equal(load_file(tmp_path / "w")["first"], sample(torch.float32))
+    assert (tmp_path / "begun").read_bytes() == (tmp_path / "w").read_bytes()
+    file.close()
+
+
 def test_the_header_is_json_without_gaps(tmp_path):
     save_weights({"a": torch.ones(3), "b": torch.ones(5, dtype=torch.int8)}, tmp_path / "w")
     blob = (tmp_path / "w").read_bytes()

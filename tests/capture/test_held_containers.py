@@ -9,7 +9,7 @@ from torch import nn
 from moeopt.capture.held_state import CONTAINERS
 from moeopt.capture.isolated_run import run_quietly
 from moeopt.capture.tape import record
-from moeopt.verification.state import RestoreState
+from moeopt.verification.model import run_plain
 
 
 class Recorder(nn.Module):
@@ -29,12 +29,11 @@ class Recorder(nn.Module):
         return self.lin(x), len(seen)
 
 
-def run_restored(module, args):
-    with RestoreState(module):
-        return module(*args), module(*args)
+def run_verified(module, args):
+    return run_plain(module, args, {})
 
 
-RUNS = pytest.mark.parametrize("run", [run_quietly, record, run_restored], ids=lambda f: f.__name__)
+RUNS = pytest.mark.parametrize("run", [run_quietly, record, run_verified], ids=lambda f: f.__name__)
 
 
 @RUNS
@@ -70,3 +69,28 @@ def test_what_is_put_into_a_container_is_taken_out(kind, run):
     run(model, (torch.ones(1),))
     assert model.empty is empty and not empty and model.full is full
     assert list(full.items() if isinstance(full, dict) else full) == before
+
+
+class Writes(nn.Module):
+    """Buffers that are parts of one memory, or see one number many times."""
+
+    def __init__(self):
+        super().__init__()
+        a, b = torch.zeros(2, 1).unbind()
+        self.register_buffer("a", a)
+        self.register_buffer("b", b)
+        self.register_buffer("one", torch.zeros(1, 1))
+        self.wide, self.windows = self.one.expand(6, 4), torch.zeros(6).unfold(0, 3, 1)
+
+    def forward(self, x):
+        self.b.add_(1)
+        self.one.add_(1)
+        self.windows[0].add_(1)
+        return x + self.b + self.wide
+
+
+@RUNS
+def test_memory_that_several_tensors_share_is_put_back_whole(run):
+    model = Writes()
+    run(model, (torch.zeros(6, 4),))
+    assert [t.abs().sum() for t in (model.a, model.b, model.one, model.wide, model.windows)] == [0] * 5

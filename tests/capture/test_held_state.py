@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from moeopt.capture.held_state import HeldState
+from moeopt.capture.held_state import HeldState, put_back
 
 
 class Notes:
@@ -79,3 +79,13 @@ def test_tensors_are_named_by_the_place_that_leads_to_them():
     module.load, module.held = torch.zeros(2), {"a": [torch.ones(3)]}
     tensors = HeldState([("moe", module)]).tensors
     assert {name: t.shape for name, t in tensors.items()} == {"moe.load": (2,), "moe.held[0][0]": (3,)}
+
+
+def test_an_object_is_never_without_its_names_while_it_is_put_back():
+    class Watched(dict):
+        def clear(self):
+            raise AssertionError("other threads may read it")
+
+    container = Watched(a=1, b=2)
+    put_back(container, {"a": 1, "b": 3})
+    assert container == {"a": 1, "b": 3}

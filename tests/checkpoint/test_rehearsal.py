@@ -41,7 +41,21 @@ def refused(model, words, monkeypatch, capfd, **fields):
     with pytest.raises(CheckpointError, match=words):
         moeopt.optimize(model, out=model.parent / "b", **fields)
     assert not read and [path.name for path in model.parent.iterdir()] == ["model"]
-    assert "LOAD REPORT" not in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "LOAD REPORT" not in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("name", [ROUTER, "model.embed_tokens.weight"])
+def test_a_weight_that_no_file_holds(model, monkeypatch, capfd, name):
+    """Told before anything is read, and not drawn at random meanwhile: of a large model that takes all memory."""
+    drawn = []
+    normal = torch.Tensor.normal_
+    monkeypatch.setattr(
+        torch.Tensor, "normal_", lambda t, *given, **fields: drawn.append(t.device.type) or normal(t, *given, **fields)
+    )
+    changed(model, lambda t: t.pop(name))
+    refused(model, rf"holds no values for {name} of Qwen3MoeForCausalLM, and random numbers", monkeypatch, capfd)
+    assert set(drawn) <= {"meta"}
 
 
 def put(name, make):
@@ -59,6 +73,32 @@ def put(name, make):
 def test_experts_that_are_not_whole_and_other_shapes(model, monkeypatch, capfd, change, words):
     changed(model, change)
     refused(model, words, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("verbosity", ["error", "info"])
+def test_what_transformers_would_log_is_heard_at_every_verbosity(model, monkeypatch, capfd, verbosity):
+    """TRANSFORMERS_VERBOSITY=error keeps its report from being logged; what stands in it is told all the same."""
+    before = transformers.logging.get_verbosity()
+    getattr(transformers.logging, f"set_verbosity_{verbosity}")()
+    try:
+        changed(model, lambda t: t.pop(EXPERT))
+        refused(model, rf"cannot be put together; {EXPERT} is not there, and 3 like", monkeypatch, capfd)
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def test_loading_ends_in_the_same_words(model, monkeypatch):
+    """Where the rehearsal says nothing, the real load does, and points at no report that is not shown."""
+    from moeopt.checkpoint import stream
+
+    monkeypatch.setattr(stream, "rehearse", lambda *given: None)
+    changed(model, lambda t: t.pop(EXPERT))
+    with pytest.raises(CheckpointError, match=rf"cannot be put together; {EXPERT} is not there, and 3") as told:
+        moeopt.optimize(model, out=model.parent / "b")
+    assert "report" not in str(told.value)
+    changed(model, put(ROUTER, lambda w: w[:3]))
+    with pytest.raises(CheckpointError, match="do not become a Qwen3MoeForCausalLM"):
+        moeopt.optimize(model, out=model.parent / "b")
 
 
 @pytest.mark.parametrize("name", [EXPERT, ROUTER])
@@ -100,3 +140,15 @@ def test_whole_checkpoints_pass(tmp_path, family, monkeypatch):
     monkeypatch.setattr(stream, "_load", load)  # what comes after the rehearsal
     with pytest.raises(Read):
         moeopt.optimize(write(family, tmp_path / "model", shards=2))
+
+
+@pytest.mark.parametrize("words", [["profile", "--no-measure"], ["optimize", "--measure", "--html", "page.html"]])
+def test_a_command_that_loads_the_whole_model_is_told_the_same(model, monkeypatch, capsys, words):
+    """transformers alone would cast the codes to floats, and say nothing."""
+    from tests.test_cli import run
+
+    changed(model, put(EXPERT, lambda w: w.to(torch.int8)))
+    monkeypatch.chdir(model.parent)
+    code, out, err = run(capsys, words[0], model, *words[1:])
+    assert code == 1 and not out and not (model.parent / "page.html").exists()
+    assert f"the tensor '{EXPERT}' holds int8: no values of model.layers.1.mlp" in err and "Traceback" not in err

@@ -153,6 +153,51 @@ def test_a_journal_that_was_cut_off_in_a_line(model, stopped, read, tmp_path):
     assert layers(read) == set()
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_folder_that_is_half_removed_is_still_known_as_a_runs(tmp_path, monkeypatch, steps):
+    """Killed between two files of the folder that it removes: the next run begins anew, and takes it for no other's."""
+    out, key = tmp_path / "b", {"what": "this"}
+
+    def one():
+        journal = Journal(out, key, 4096, 4096)
+        journal.keep("a", torch.ones(3), ["a"])
+        return journal
+
+    unlink, left = Path.unlink, [steps]
+
+    def stop(path, *given, **fields):
+        if not left[0]:
+            raise OSError("killed here")
+        left[0] -= 1
+        unlink(path, *given, **fields)
+
+    journal = one()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stop)
+        journal.close(done=True)
+    assert (folder_of(out) / JOURNAL).is_file()
+    assert (folder_of(out) / WEIGHTS).is_file() == (steps == 0)
+    again = Journal(out, key, 4096, 4096)
+    assert set(again.weights) == (set() if steps else {"a"})
+    again.close(done=True)
+    assert not folder_of(out).exists()
+
+
+def test_whose_the_folder_is_is_on_the_disk_before_a_weight(tmp_path, monkeypatch):
+    """After a crash of the machine, too, weights lie beside a journal that says whose they are."""
+    settled, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: settled.append(os.readlink(f"/proc/self/fd/{handle}")))
+    journal = Journal(tmp_path / "b", {"what": "this"}, 4096, 4096)
+    folder = folder_of(tmp_path / "b")
+    assert settled[:2] == [str(folder / f"{JOURNAL}.new"), str(folder)]
+    journal.keep("a", torch.ones(3), ["a"])
+    del settled[:]
+    journal.finish()
+    assert settled == [str(folder / WEIGHTS), str(folder / JOURNAL)]  # what it says is there comes first
+    monkeypatch.setattr(os, "fsync", fsync)
+    journal.close(done=True)
+
+
 def test_two_processes_do_not_write_to_one_place(tmp_path):
     journal = Journal(tmp_path / "b", {}, 4096, 4096)
     with pytest.raises(UsageError, match=r"another process is streaming to .*: wait for it, or give another directory"):

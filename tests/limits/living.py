@@ -7,12 +7,13 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import moeopt
 from tests.limits import limit, tested_in, told
 from tests.limits.declined import Placed
-from tests.toy_moe import Block, Expert, H, X, build, close, optimized
+from tests.toy_moe import Block, Expert, H, X, build, close, optimized, seeded
 
 
 def runs_the_original(make, change, text, call=lambda m: m(X)):
@@ -57,7 +58,12 @@ def training(_):
     assert not told(lambda: opt(X))[1]
 
 
-@limit("Autocast, `torch.func` transforms, global forward hooks")
+class Seeing(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@limit("Autocast, `torch.func`, global hooks, your own modes")
 def modes_of_the_call(_):
     def cast(m):
         with torch.autocast("cpu", torch.bfloat16):
@@ -76,7 +82,13 @@ def modes_of_the_call(_):
 
     runs_the_original(Block, lambda m: None, "autocast is on", cast)
     runs_the_original(Block, lambda m: None, "torch.func", gradient)
+
+    def seen(m):
+        with Seeing():
+            return m(X)
+
     runs_the_original(Block, lambda m: None, "global forward hook", hooked)
+    runs_the_original(Block, lambda m: None, "the mode Seeing is active", seen)
 
 
 @limit("A changed attribute, child, hook or class of replaced code")
@@ -260,3 +272,21 @@ tested_in(
     "Expert ids beyond the verified",
     "test_the_warning_names_the_id_and_the_range_and_the_block_stays_rewritten",
 )
+
+
+class Limited(Block):
+    most = 5000
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y[:, : self.most] * 2 if x.shape[1] > self.most else y
+
+
+@limit("More tokens than an untried number in the code")
+def untried_numbers(_):
+    runs_the_original(
+        Limited, lambda m: None, "its code holds the number 5000", lambda m: m(seeded(1, 5001, H, seed=3))
+    )
+    opt, x = optimized(build(Limited)), seeded(1, 5000, H)
+    got, warned = told(lambda: opt(x))
+    assert not warned and torch.allclose(got, build(Limited)(x), atol=1e-5)

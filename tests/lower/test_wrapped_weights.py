@@ -72,3 +72,43 @@ def test_in_pytorch_the_block_is_declined_with_the_package():
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="^of plain weights$"), wrapped_weights_named(build()):
         raise RuntimeError("of plain weights")
+
+
+class Packed(nn.Parameter):
+    """Codes of a quantiser whose class is no wrapper that PyTorch knows, as bitsandbytes' are."""
+
+    scale: torch.Tensor
+
+
+class PackedLinear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.data * self.weight.scale)
+
+
+def test_an_engine_names_a_weight_that_is_no_wrapper_of_pytorchs_either():
+    model = build()
+    for expert in model.experts:
+        layer = PackedLinear(expert.w1.in_features, expert.w1.out_features, bias=False)
+        layer.weight = Packed(expert.w1.weight.detach().round(), requires_grad=False)
+        layer.weight.scale = torch.ones(1)
+        expert.w1 = layer
+    with pytest.raises(NotSaveableError) as err:
+        moeopt.optimize(model, X, backend="onnxruntime", verify="fast")
+    assert "experts.0.w1.weight (and 3 more) is a Packed of tests, which no graph holds" in str(err.value)
+
+
+def test_a_graph_that_cannot_be_written_names_the_block_that_was_declined():
+    model = build()
+    for expert in model.experts:
+        torch.nn.utils.parametrize.register_parametrization(expert.w1, "weight", Odd())
+    with pytest.raises(NotSaveableError) as err:
+        moeopt.optimize(nn.Sequential(model), X, backend="onnxruntime", verify="fast")
+    assert "The MoE block 0 was declined, so the graph would hold its own code: " in str(err.value)
+    assert str(err.value).endswith(moeopt.optimize(nn.Sequential(model), X, verify="fast").report.declined[0].reason)
+
+
+class Odd(nn.Module):
+    """Which no graph holds: a branch on a value."""
+
+    def forward(self, w):
+        return w * 2 if w.sum().item() > 1e9 else w

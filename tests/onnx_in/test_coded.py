@@ -1,5 +1,8 @@
 """Weights that a file holds as codes: read as what ONNX Runtime makes of them, and kept by what is rewritten."""
 
+import dataclasses
+import weakref
+
 import numpy as np
 import onnx
 import pytest
@@ -8,9 +11,9 @@ from onnx import helper
 
 import moeopt
 from moeopt.errors import Declined
-from moeopt.onnx_in.coded import in_memory
 from moeopt.onnx_in.coded_nodes import CodedConstants
 from moeopt.onnx_in.read import read_onnx
+from moeopt.published import file_codes
 from moeopt.published.experts import Unbound
 from moeopt.published.file_codes import FileExperts, is_symmetric, matrix_of
 from tests.onnx_in.coded_files import FORMS, Dequantised, E, H, I, Packed, coded_file, outputs_of, runs, stored
@@ -18,7 +21,7 @@ from tests.onnx_in.coded_files import FORMS, Dequantised, E, H, I, Packed, coded
 
 def read(proto):
     """The coded constants of a file, by the names of the values that have their floats."""
-    codes = CodedConstants(21, in_memory)
+    codes = CodedConstants(21)
     for node in read_onnx(proto).model.graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear", "MatMulNBits"):
             codes.read(node)
@@ -211,3 +214,28 @@ def test_a_whole_file_of_codes_is_a_module_of_floats():
     x = np.random.default_rng(4).normal(size=(6, H)).astype(np.float32)
     made = moeopt.from_onnx(proto)
     assert torch.allclose(made(torch.from_numpy(x)), torch.from_numpy(runs(proto, x)), rtol=1e-5, atol=1e-5)
+
+
+def test_codes_of_one_expert_at_a_time_are_held_unpacked(monkeypatch):
+    """Each constant is unpacked once and its zero points are looked at once; a stack stays for all of its experts."""
+    held, most, asked = weakref.WeakSet(), [], []
+
+    def watched(one):
+        def codes():
+            made = one.codes().clone()
+            held.add(made.untyped_storage())
+            most.append(len(held))
+            return made
+
+        return dataclasses.replace(one, codes=codes)
+
+    monkeypatch.setattr(file_codes, "is_symmetric", lambda one: asked.append(one) or is_symmetric(one))
+    found = [watched(one) for one in read(coded_file(FORMS["4 bits"])).values()]
+    floats = [[one.floats for one in found[3 * e : 3 * e + 3]] for e in range(E)]
+    bank, same = FileExperts(found).bank("mlp", E, floats.__getitem__)
+    assert bank is not None and same and len(most) == len(asked) == 3 * E and max(most) <= 6
+    stacked = found[:1]
+    halves = stacked[0].floats.chunk(3)
+    most.clear()
+    FileExperts(stacked).bank("mlp", 3, lambda e: [halves[e], halves[e].t()])
+    assert len(most) == 1

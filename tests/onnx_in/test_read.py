@@ -1,6 +1,7 @@
 """What strangers' files may not hold, each refused with the file, the place and the way out."""
 
 import os
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -190,6 +191,34 @@ def test_data_that_have_two_names_on_the_disk_are_mapped(tmp_path):
     assert torch.equal(tensor_of(held, "w"), torch.ones(4, 4))
 
 
+def names_of(nodes):
+    return [n.name for n in nodes]
+
+
+def test_nodes_that_stand_before_what_they_read_are_put_in_order_on_a_copy():
+    """The others keep the order that they have; bodies and functions too."""
+    late = [
+        node("Add", ["b", "c"], ["y"], "last"),
+        node("Relu", ["a"], ["b"], "middle"),
+        node("Abs", ["a"], ["c"], "other"),
+    ]
+    made = model([*late, node("Neg", ["x"], ["a"], "first")])
+    before = made.SerializeToString()
+    assert names_of(read_onnx(made).proto.graph.node) == ["first", "middle", "other", "last"]
+    assert made.SerializeToString() == before
+    body = helper.make_graph(
+        [node("Relu", ["t"], ["r"], "second"), node("Neg", ["a"], ["t"], "one")], "body",
+        [], [helper.make_tensor_value_info("r", TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    branch = helper.make_node("If", ["flag"], ["y"], "branch", then_branch=body, else_branch=body)
+    flag = helper.make_tensor("flag", TensorProto.BOOL, [], [True])
+    found = read_onnx(model([branch, node("Abs", ["x"], ["a"], "abs")], weights=[flag])).proto.graph.node
+    assert names_of(found) == ["abs", "branch"]
+    assert [names_of(a.g.node) for a in found[1].attribute] == [["one", "second"]] * 2
+    plain = model()
+    assert read_onnx(plain).proto is plain
+
+
 def test_functions_are_inlined_on_a_copy(tmp_path):
     body = helper.make_function(
         "own", "Twice", ["a"], ["b"], [node("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 17)]
@@ -199,6 +228,33 @@ def test_functions_are_inlined_on_a_copy(tmp_path):
     before = made.SerializeToString()
     assert [n.op_type for n in read_onnx(made).proto.graph.node] == ["Add"]
     assert made.SerializeToString() == before
+
+
+def test_functions_that_call_each_other_many_times_are_counted_once_each():
+    from moeopt.onnx_in.functions import DEEPEST, check_functions
+
+    wide = {"f0": [f"g{n}" for n in range(2000)]} | {f"g{n}": ["last"] for n in range(2000)} | {"last": []}
+    seen = []
+
+    class Counted(list):
+        def __iter__(self):
+            seen.append(self)
+            return super().__iter__()
+
+    check_functions("f", Functions(called("f0", **wide), Counted))
+    assert len(seen) == len(wide)
+    deep = {f"f{n}": [f"f{n + 1}"] for n in range(5000)} | {"f5000": []}
+    with pytest.raises(UsageError, match=f"call each other 5001 deep, and moeopt reads {DEEPEST}: export the model"):
+        read_onnx(called("f0", **deep))
+    read_onnx(called("f0", **({f"f{n}": [f"f{n + 1}"] for n in range(DEEPEST - 1)} | {f"f{DEEPEST - 1}": []})))
+
+
+class Functions:
+    """A model whose functions hold their nodes in lists of a kind."""
+
+    def __init__(self, proto, kind):
+        self.graph = proto.graph
+        self.functions = [SimpleNamespace(domain=f.domain, name=f.name, node=kind(f.node)) for f in proto.functions]
 
 
 def test_only_onnx_models_are_taken_for_such():

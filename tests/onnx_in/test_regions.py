@@ -1,7 +1,10 @@
 """Regions are found by what reads what; the search looks at each node a fixed number of times, of how many ever."""
 
+import re
+
 import pytest
 
+from moeopt.backends.onnxrt.onnx_file import original
 from moeopt.backends.onnxrt.onnx_file.original import _multiply
 from moeopt.backends.onnxrt.onnx_file.stitch import _drop
 from moeopt.onnx_in.frozen_routing import frozen_routing
@@ -92,3 +95,13 @@ def test_a_region_whose_name_lies_within_another_s_is_numbered_where_they_part()
     graph.graph.output[0].name = renamed(graph.graph.output[0].name)
     found = candidate_regions(GraphIndex(read_onnx(graph).model.graph))
     assert [region.name for region in found] == ["mlp", "mlp_2.second", "mlp_2.second_2.third"]
+
+
+def test_a_message_of_onnx_runtime_s_is_cut_before_it_is_searched(monkeypatch):
+    """What precedes the message names a place in the runtime's own code; quoted names may be of any length."""
+    read = []
+    monkeypatch.setattr(original.re, "sub", lambda *args, real=re.sub: read.append(len(args[2])) or real(*args))
+    told = original._said(RuntimeError("/a/b.cc:12 void f(int) const Cannot load 'x'"))
+    assert told == "Cannot load 'x'"
+    assert original._said(RuntimeError("a.cc:1 " * 50_000)) and max(read) <= 2000
+    assert original._said(ValueError()) == "ValueError"

@@ -27,6 +27,9 @@ def state():
         "filters": list(warnings.filters),
         "levels": [logging.getLogger(name).level for name in (*output._LOUD, "torch._subclasses.fake_tensor")],
     }
+    if "transformers.utils.loading_report" in sys.modules:
+        report = getattr(sys.modules["transformers.utils.loading_report"], "LoadStateDictInfo", None)
+        found["report"] = getattr(report, "create_loading_report", None)
     if "onnxscript.rewriter._matcher" in sys.modules:
         found["match"] = vars(sys.modules["onnxscript.rewriter._matcher"].SimplePatternMatcher)["match"]
     if "torch.onnx._internal.exporter._registration" in sys.modules:
@@ -51,6 +54,7 @@ EVERY = {
     "one_registry": patches.one_registry,
     "no_idle_decomposition": patches.no_idle_decomposition,
     "sdpa_of": lambda: patches.sdpa_of(attend),
+    "kept_load_report": patches.kept_load_report,
     "no_fake_tensor_errors": patches.no_fake_tensor_errors,
     "quiet": patches.quiet,
 }
@@ -60,7 +64,7 @@ EVERY = {
 def test_the_first_to_come_may_be_the_first_to_leave(name):
     if name in ("rules_by_their_last_op", "one_registry", "no_idle_decomposition"):
         pytest.importorskip("onnxscript")
-    if name == "sdpa_of":
+    if name in ("sdpa_of", "kept_load_report"):
         pytest.importorskip("transformers")
     with EVERY[name]():  # imports what the patch imports
         pass

@@ -85,7 +85,18 @@ class Words(Nibbles):
         return (torch.stack([(q >> (4 * i)) & 15 for i in range(8)], -1).flatten(-2).float() - 8) * s
 
 
-STYLES = (Coded, Fp8, Blocks, Nibbles, Words)
+class Tiles(Fp8):
+    """A scale for each 20 x 20 weights, partial ones at both edges."""
+
+    def scales(self, shape, g):
+        return torch.rand((shape[0], -(-shape[1] // 20), -(-shape[2] // 20)), generator=g) / 500 + 1e-4
+
+    def floats(self, q, s):
+        wide = s.repeat_interleave(20, 0)[: q.shape[0]].repeat_interleave(20, 1)
+        return q.float() * wide[:, : q.shape[1]]
+
+
+STYLES = (Coded, Fp8, Blocks, Nibbles, Words, Tiles)
 
 
 def float_sizes(directory, backend):
@@ -114,6 +125,46 @@ def test_codes_stay_codes(style, backend, tmp_path):
     with torch.no_grad():
         model.up_q.view(torch.uint8)[0, 0, 0] += 1
     if backend == "torch":  # the rewritten block reads the codes where they live
+        torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Int8Linear(nn.Module):
+    """int8 by int8: the row is rounded at each call, and all that it holds are buffers."""
+
+    def __init__(self, into, out):
+        super().__init__()
+        self.register_buffer("q", torch.randint(-127, 128, (out, into), dtype=torch.int8))
+        self.register_buffer("s", torch.rand(out) / 500 + 1e-4)
+
+    def forward(self, x):
+        step = x.abs().amax(-1, keepdim=True).clamp_min(1e-8) / 127
+        return F.linear((x / step).round(), self.q.float()) * step * self.s
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(Int8Linear(H, I), nn.SiLU(), Int8Linear(I, H)) for _ in range(E)
+        )  # fmt: skip
+
+    def forward(self, x):
+        w, ids = self.gate(x).softmax(-1).topk(K, -1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out = out.index_add(0, t, expert(x[t]) * w[t, k, None])
+        return out
+
+
+def test_modules_that_round_rows_and_hold_only_buffers():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(H, H), Experts()).eval(), torch.randn(7, H)
+    opt = moeopt.optimize(model, x, backend="onnxruntime", verify="fast")
+    (block,) = opt.report.blocks
+    assert (block.name, block.status, block.reason, block.experts) == ("1", "rewritten", "", E)
+    with torch.no_grad():
         torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
 
 

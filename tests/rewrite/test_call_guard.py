@@ -110,6 +110,36 @@ def test_the_mode_of_the_call():
         assert guard(TEMPLATE, training=trained).refuses(module, bound) == text
 
 
+def test_the_number_of_tokens():
+    most = guard([TENSOR, 1.0], shapes=[(None, None, 3)], fewest=1, most=10)
+    for shape, text in (((2, 5, 3), ""), ((1, 10, 3), ""), ((11, 1, 3), "11 tokens"), ((0, 4, 3), "without a token")):
+        got = most._arguments(bind(inspect.signature(lambda x, a: None), (rand(*shape), 1.0), {}))
+        assert text in got and bool(text) == bool(got)
+    assert "its code holds the number 10, which may limit what it does in one way" in most._tokens([rand(6, 2, 3)])
+    fixed = guard([TENSOR], shapes=[(4, 3)], fewest=1, most=2)
+    assert fixed._tokens([rand(4, 3)]) == ""
+
+
+class Overriding(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Named(torch.Tensor):
+    """It replaces no function."""
+
+
+def test_a_tensor_whose_class_replaces_functions():
+    def refusal(x):
+        return guard(TEMPLATE).refuses(nn.Module(), call(x))
+
+    assert refusal(rand(5, 3).as_subclass(Named)) == refusal(nn.Parameter(rand(5, 3))) == ""
+    assert refusal(rand(5, 3).as_subclass(Overriding)) == (
+        "it was called with a Overriding, which has PyTorch functions of its own"
+    )
+
+
 def test_marks_survive_copies():
     import copy
     import pickle

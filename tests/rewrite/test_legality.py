@@ -1,5 +1,7 @@
 """What stands in the way of a rewrite is said before it is tried."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -56,6 +58,11 @@ def checked(prepare):
     check_experts(module, tape, found)
 
 
+def wrapped(forward):
+    """As a library wraps a layer's code: its module says torch, its code is elsewhere."""
+    return functools.wraps(forward)(lambda x: forward(x))
+
+
 @pytest.mark.parametrize(
     ("prepare", "text"),
     [
@@ -68,6 +75,8 @@ def checked(prepare):
          "forward was replaced on the instance experts.2.0; undo the patch and optimise again"),
         (lambda m: setattr(m.experts[2], "forward", m.experts[2].forward),
          "forward was replaced on the instance experts.2; undo the patch"),
+        (lambda m: setattr(m.experts[2][0], "forward", wrapped(m.experts[2][0].forward)),
+         "experts.2.0; undo the patch and optimise again (it is one of tests: if that is a quantiser, load the model"),
         (lambda m: m.experts.__setitem__(2, torch.compile(m.experts[2], backend="eager")),
          "experts.2 is compiled by torch.compile, one expert alone; optimise first and compile the result"),
     ],

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from moeopt.rewrite.module_guard import Watch, hook_count, take_facts
+from moeopt.rewrite.module_facts import hook_count, take_facts
+from moeopt.rewrite.module_guard import Watch
 from tests.recognise.tiny import MoE, ffn, seeded
 
 EXPERTS = {e: {f"experts.{e}.0.weight", f"experts.{e}.2.weight"} for e in range(4)}
@@ -103,3 +104,57 @@ def test_hooks_are_counted():
     module.register_forward_pre_hook(len)
     module.register_full_backward_hook(len)
     assert hook_count(module) == 3
+
+
+class Adapter(nn.Module):
+    """A home-made expert whose code looks at what it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = ffn(bias=False)
+        self.register_buffer("shift", None)
+
+    def forward(self, x):
+        y = self.body(x) if self.shift is None else self.body(x) + self.shift
+        for extra in list(self.children())[1:]:
+            y = y + extra(x)
+        return y
+
+
+IN_BODIES = {e: {f"experts.{e}.body.0.weight", f"experts.{e}.body.2.weight"} for e in range(4)}
+
+
+def to_the_end(table, name):
+    table[name] = table.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda m: m.experts[1].body.append(nn.Tanh()), "the module 3 was added to experts.1.body"),
+        (lambda m: setattr(m.experts[1], "lora", nn.Linear(8, 8)), "the module lora was added to experts.1"),
+        (lambda m: m.experts.append(Adapter()), "the module 4 was added to experts"),
+        (lambda m: setattr(m, "extra", nn.Linear(8, 8)), "the module extra was added to the block"),
+        (lambda m: to_the_end(m.experts._modules, "0"), "the modules in experts are in another order"),
+        (lambda m: to_the_end(m.experts[1].body._modules, "0"), "the modules in experts.1.body are in another order"),
+        (lambda m: setattr(m.experts[1], "shift", torch.ones(8)), "experts.1 has a shift, and had none"),
+        (lambda m: m.experts[1].register_buffer("own", torch.ones(8)), "buffer own was added to experts.1"),
+        (lambda m: setattr(m, "gain", nn.Parameter(torch.ones(8))), "the Parameter or buffer gain was added to the"),
+    ],
+)
+def test_what_is_added_or_moved_is_told(change, text):
+    module = seeded(lambda: MoE(Adapter))
+    watch = Watch(module, take_facts(module, ("router",), (), False), IN_BODIES)
+    assert watch.everything() == ""
+    change(module)
+    expert = next((e for e in range(4) if watch.expert(e)), None)
+    assert text in (watch.shared() if expert is None else watch.expert(expert))
+
+
+def test_what_pytorchs_own_code_does_not_read_and_what_the_forward_adds_is_no_change():
+    module = seeded(lambda: MoE(Adapter))
+    watch = Watch(module, take_facts(module, ("router",), [("", "last"), ("experts.1", "shift")], False), IN_BODIES)
+    module.register_buffer("last", torch.ones(3))
+    module.experts[1].shift = torch.ones(8)
+    module.experts[1].body[0].register_buffer("statistics", torch.ones(3))
+    assert watch.everything() == "" and not any(watch.expert(e) for e in range(4))

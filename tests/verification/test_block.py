@@ -244,3 +244,29 @@ def test_float64_runs_differ_by_their_rounding_and_by_nothing_else(cancels):
     assert result.distance_exact > 2 * torch.finfo(torch.float64).eps
     far = verify_block("sums", forward, lambda x: back(x) * (1 + (1e-5 if cancels else 1e-13)), cases)
     assert far.passed is False
+
+
+class Quiet(nn.Module):
+    def __init__(self, writes):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.writes = writes
+
+    def forward(self, x):
+        self.seen.add_(self.writes)
+        return x * 2
+
+
+class Silent(Quiet):
+    def forward(self, x):
+        return x * 2
+
+
+def test_a_write_of_the_rewritten_alone_is_found_and_one_that_changes_nothing_is_none():
+    case = Case("rows", (seeded(4, H),))
+    result = verify_block("block", Silent(0), Quiet(1), [case])
+    assert result.reason == "case 'rows': the rewritten block updates its own 'seen', the original does not"
+    assert verify_block("block", Silent(0), Quiet(0), [case]).passed
+    nan = Quiet(0)
+    nan.seen.fill_(torch.nan)
+    assert verify_block("block", Silent(0), nan, [case]).passed

@@ -152,3 +152,68 @@ def test_blocks_inside_vmap_are_not_shaken():
     model = Mapped()
     result = end_to_end(model, copy.deepcopy(model), (torch.ones(3, 4),), noise_blocks=["inner"])
     assert result.passed and result.tokens == 3
+
+
+class Value(nn.Module):
+    """(B, 256) -> (B, 1): one output, whose sum cancels on the rows of ``nearly_orthogonal``."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(256, 1, bias=False)
+
+    def forward(self, x):
+        return self.head(x)
+
+    def nearly_orthogonal(self):
+        x, w = torch.randn(8, 256, generator=torch.Generator().manual_seed(1)).double(), self.head.weight.double()
+        return (x - (x @ w.t()) * w / w.square().sum() + 1e-3 * w).float()
+
+
+def test_a_sum_that_cancels_is_judged_by_the_rounding_of_its_terms():
+    model = Value()
+    x, w = model.nearly_orthogonal(), model.head.weight[0].detach()
+
+    def in_another_order(x):
+        total = torch.zeros(len(x))
+        for n in reversed(range(256)):
+            total = total + x[:, n] * w[n]
+        return total[:, None]
+
+    result = end_to_end(model, in_another_order, (x,), noise_blocks=["head"])
+    eps = torch.finfo(torch.float32).eps
+    assert result.passed, result.reason
+    assert result.distance > 30 * eps  # beyond what the rounding of the result alone explains
+    assert any("the sum of a product cancels" in note for note in result.notes)
+    damaged = end_to_end(model, lambda x: in_another_order(x) * 1.01, (x,), noise_blocks=["head"])
+    assert not damaged.passed and "moves by" in damaged.reason and not damaged.notes
+
+
+def test_a_sum_that_does_not_cancel_gets_no_more_than_before():
+    model = Value()
+    x = torch.ones(8, 256) * model.head.weight.sign()
+    eps = torch.finfo(torch.float32).eps
+    result = end_to_end(model, lambda x: model(x) * (1 + 60 * eps), (x,), noise_blocks=["head"])
+    assert not result.passed and "moves by" in result.reason
+
+
+class HalfGate(nn.Module):
+    """(T, 16) -> (T, 16): weighted by a gate that is rounded to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.out = nn.Linear(16, 1), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.out(x) * self.gate(x).sigmoid().to(torch.bfloat16)
+
+
+def test_a_cast_to_a_narrower_dtype_is_judged_by_its_own_rounding():
+    model, x = HalfGate(), torch.randn(12, 16, generator=torch.Generator().manual_seed(1))
+    result = end_to_end(model, lambda x: model.out(x) * model.gate(x).sigmoid(), (x,), noise_blocks=["gate", "out"])
+    assert result.passed, result.reason
+    assert 1e-4 < result.distance < torch.finfo(torch.bfloat16).eps
+    assert any("a cast rounds to a narrower dtype" in note for note in result.notes)
+    damaged = end_to_end(model, lambda x: model(x) * 1.1, (x,), noise_blocks=["gate", "out"])
+    assert not damaged.passed and "moves by" in damaged.reason

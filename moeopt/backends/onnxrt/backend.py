@@ -84,9 +84,8 @@ class OnnxRuntimeBackend(GraphBackend):
 
     def _notes_impl(self, built: BuiltGraph) -> list[str]:
         """What of quantised experts is codes in the file only, and what is codes in memory at the price of time."""
-        found = {form: [s for s, name in built.lowerings.items() if name == form] for form in _NOTES}
-        for form, reads in ((UnrolledFloats.name, "floats"), (UnrolledBytes.name, "bytes")):
-            found[form] += [name for name, read in built.products.items() if read == reads]
+        lowered = [*built.lowerings.items(), *built.products.items()]
+        found = {form: [path for path, name in lowered if name == form] for form in _NOTES}
         if (built.directory / VERIFIED).exists():  # 8 bits are quick where activations are rounded
             del found[UnrolledBytes.name]
         return [

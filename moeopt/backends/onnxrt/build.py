@@ -59,7 +59,7 @@ class BuiltGraph:
     :mod:`moeopt.backends.onnxrt.known_answer` for each kind of site. ``cpu_fallback`` is the same graph lowered
     for CPU where the graph itself cannot run here. ``native`` is what a manifest says of the graph with moeopt's own
     operator, {} where there is none. ``float64``: by op, the model's line of a node that reads float64.
-    ``products``: whether each quantised product outside of the experts reads "codes", "bytes" or "floats".
+    ``products``: the lowering of quantised experts that each quantised product outside of them is like, by its name.
     ``variables``: those of the process that changed its numbers as it was verified (``process_variables``).
     """
 
@@ -251,7 +251,7 @@ def write_graph(
         if (n.domain, n.op_type) == (DOMAIN, OP)
     }
     names = replace_sites(model, legalized, lambda site: _written(plan, site))
-    forms = lower_products(model, products, plan)
+    lowered = lower_products(model, products, plan)
     own_outputs(model.graph)
     deduplicate(model.graph)
     name_ends(model.graph, signature)
@@ -265,7 +265,7 @@ def write_graph(
     ir.save(model, f"{folder.name}/{graph}", external_data=data_of(graph))
     built = BuiltGraph(folder, signature, dict(zip([s.name for s in sites], names, strict=True)))
     built.sites, built.probes, built.float64 = records, probes, float64
-    built.reasons, built.products = {site.name: plan.why(site) for site in sites}, forms
+    built.reasons, built.products = {site.name: plan.why(site) for site in sites}, lowered
     size = float(sum(p.stat().st_size for p in built.directory.glob(f"{graph}*")))
     seconds = time.perf_counter() - started
     built.facts = {"nodes": float(len(model.graph)), "bytes": size, "export_seconds": seconds}

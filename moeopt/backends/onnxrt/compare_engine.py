@@ -116,7 +116,8 @@ def _run_all(compared: _Comparison, ties_of: Callable[[list[str]], Ties | None])
     source, engine = compared.source, compared.engine
     noise = [*weighted(source), *compared.outcome.rewrites]  # the runtime computes every op anew, so each may round
     ties = ties_of(noise)
-    declined = any(b.kind == "moe" and b.status == "declined" for b in compared.outcome.blocks)
+    own = not any(r.found for r in compared.outcome.rewrites.values())
+    own |= any(b.kind == "moe" and b.status == "declined" for b in compared.outcome.blocks)
     for what, one, form in compared.runs:
         try:
             run_plain(source, *one)
@@ -130,7 +131,7 @@ def _run_all(compared: _Comparison, ties_of: Callable[[list[str]], Ties | None])
             source, form, *one, noise_blocks=noise, seed=compared.options.seed, greedy_steps=0 if what else 8,
             otherwise=functools.partial(ties.compare, one) if whole and ties is not None else None,
         )  # fmt: skip
-        if not verdict.passed and what in compared.unusual and declined and _ties_exactly(source, one):
+        if not verdict.passed and what in compared.unusual and own and _ties_exactly(source, one):
             compared.also_tied.append(what)
         else:
             compared.verdicts.append((what, one, verdict))
@@ -176,7 +177,7 @@ def _notes(compared: _Comparison) -> list[str]:
     if compared.narrow and compared.options.verify == "strict":
         notes.append("compared end to end in no other size: 16-bit routers tie often; blocks were, each by itself")
     for what in compared.also_tied:
-        notes.append(f"with {what} nothing can be told: a block that was declined chooses between equal scores")
+        notes.append(f"with {what} nothing can be told: code that was left as it is chooses between equal scores")
     return notes + [note for _, _, verdict in compared.verdicts[1:] for note in verdict.notes if "not judged" in note]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from moeopt.backends.base import Backend, Made, Otherwise
+from moeopt.backends.onnxrt.attempts import attempts
 from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.bundle import native_note, replay_golden
 from moeopt.backends.onnxrt.check_routers import Routed, check_blocks
@@ -19,7 +20,7 @@ from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import count_ids
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.plan import OrtPlan
-from moeopt.backends.onnxrt.rounded_activations import called_plainly, rounded_engine
+from moeopt.backends.onnxrt.rounded_activations import called_plainly, check_rounding, rounded_engine
 from moeopt.backends.onnxrt.ties import Ties, form_of, tie_note, ties_of
 from moeopt.bundle.fingerprint import fingerprint
 from moeopt.bundle.holds import notes_on_sizes
@@ -28,7 +29,7 @@ from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotEquivalentError
 from moeopt.limits import LoadLimits
-from moeopt.lower.functional import traces_with
+from moeopt.lower.export_errors import declined_blocks_named
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.plain import open_dataclasses
 from moeopt.lower.wrapped_weights import wrapped_weights_named
@@ -75,15 +76,11 @@ class GraphBackend(Backend):
 
     def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> Made:
         data = data_of(source, call, options)
-        try:
-            with traces_with(each_layer=options.verify == "off") as traces:  # where nothing would tell a wrong one
-                return self._of_copy(source, call, options, plan, data)
-        except NotEquivalentError:
-            if not traces.unproved:
-                raise
-        options.say("tracing every layer: one that was traced for its like may not be like them")
-        with traces_with(each_layer=True):
+
+        def make(options: Options, plan: PyObject) -> Made:
             return self._of_copy(source, call, options, plan, data)
+
+        return attempts(make, options, plan, self.plan)
 
     def _of_copy(
         self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject, data: list[ArgsKwargs]
@@ -101,13 +98,15 @@ class GraphBackend(Backend):
     ) -> Made:  # fmt: skip
         outcome = self._settled(twin, self._run_impl(twin, call, options, plan))
         check_patterns(outcome, options)
-        products = quantize_products(twin, outcome, call, options)
+        products = quantize_products(source, twin, outcome, call, options)
         judge = quantized_original(source, twin, products)
         with fewer_collections():
-            built = self._build_impl(twin, call, plan, options)
+            with declined_blocks_named(outcome.blocks):
+                built = self._build_impl(twin, call, plan, options)
+            form = self._graph_of(built)
+            rounding = check_rounding(form.directory) if isinstance(plan, OrtPlan) and plan.rounds else None
             engine = self._opened_impl(built, plan, options)
         runner, executed = self.runner(engine)
-        form = self._graph_of(built)
 
         def count(one: ArgsKwargs) -> tuple[int, int, str]:
             """Expert ids inside an engine that ONNX Runtime runs; another runtime does not show them."""
@@ -135,10 +134,10 @@ class GraphBackend(Backend):
                 engine = self._opened_impl(built, plan, options)
                 runner, executed = self.runner(engine)
         activations: dict[str, float] = {}
-        if isinstance(plan, OrtPlan) and plan.rounds:
+        if rounding is not None:
             open_again = functools.partial(self._opened_impl, built, plan, options)
-            engine, activations, told = rounded_engine(engine, form.directory, open_again, self.comparable, call)
-            runner, notes = engine, notes + told
+            engine, activations = rounded_engine(engine, form.directory, rounding, open_again, self.comparable, call)
+            runner = engine
         certificate = self._certificate(source, twin, engine, runner, executed, form, call, outcome, end, plan, notes)
         certificate.products, certificate.activations, certificate.level = products.formats, activations, options.verify
         if judge is not source and options.verify != "off" and not coded_weights(source):  # a file loses nothing
@@ -146,7 +145,7 @@ class GraphBackend(Backend):
             certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options, products, runs)
         blocks = [self._with_lowering(block, built) for block in outcome.blocks]
         report = report_of(source, blocks, self.name, outcome, certificate, options)
-        told = [*notes_of(outcome, twin, options), *products.note()]
+        told = [*notes_of(outcome, twin, options, products), *products.note()]
         report = dataclasses.replace(
             report, notes=(*report.notes, *told, *plan.notes, *self._notes_impl(built), *notes)
         )
@@ -230,7 +229,7 @@ class GraphBackend(Backend):
         if not certificate.lossy:
             return original
         twin, options = shared_copy(original), Options(verify="off", quantize=plan_of(certificate))
-        products = quantize_products(twin, run(twin, call, options), call, options)
+        products = quantize_products(original, twin, run(twin, call, options), call, options)
         return quantized_original(original, twin, products)
 
     def runner(self, model: PyObject) -> tuple[GraphEngine, bool]:

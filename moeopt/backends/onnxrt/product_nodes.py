@@ -19,6 +19,7 @@ from moeopt.backends.onnxrt.lowerings.quantized import (
     WIDEST,
     UnrolledBytes,
     UnrolledCodes,
+    UnrolledFloats,
     product_on_codes,
 )
 from moeopt.ir.weight_format import WeightFormat
@@ -28,6 +29,8 @@ from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.ops.quantized_weight import QuantizedWeight
 from moeopt.rewrite.product_codes import DOMAIN, OP
 from moeopt.value_types import OnnxModel, OnnxValue
+
+_ON_CODES = {4: UnrolledCodes.name, 8: UnrolledBytes.name}
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def take_products(model: OnnxModel) -> list[ProductNode]:
 
 
 def lower_products(model: OnnxModel, products: list[ProductNode], plan: BlockPlan) -> dict[str, str]:
-    """Replace the nodes of ``products`` in place; returns what each reads: "codes" (of 4 bits), "bytes" or "floats"."""
+    """Replace the nodes of ``products`` in place; returns the lowering of experts that each is like, by its name."""
     import onnx_ir as ir
 
     done: dict[str, str] = {}
@@ -69,11 +72,11 @@ def lower_products(model: OnnxModel, products: list[ProductNode], plan: BlockPla
     for node in [n for n in model.graph.all_nodes() if (n.domain, n.op_type) == (DOMAIN, OP)]:
         one = products[node.attributes["number"].as_int()]
         x, old = node.inputs[0], node.outputs[0]
-        form = "codes" if x.dtype == ir.DataType.FLOAT and reads_codes(one.weight.format, plan) else "floats"
+        on_codes = x.dtype == ir.DataType.FLOAT and reads_codes(one.weight.format, plan)
         builder = Builder(one.name + (f"#{uses[one.name]}" if uses[one.name] else ""))
         uses[one.name] += 1
-        widest = ROUNDED_BLOCK if getattr(plan, "rounds", False) else WIDEST
-        if form == "codes":
+        widest = ROUNDED_BLOCK if plan.rounds else WIDEST
+        if on_codes:
             y = product_on_codes(builder, one.weight, None, "product", x, widest)
         else:
             y = _floats(builder, one, x)
@@ -85,19 +88,18 @@ def lower_products(model: OnnxModel, products: list[ProductNode], plan: BlockPla
         ir.convenience.replace_all_uses_with(old, y, replace_graph_outputs=True)
         home.remove(node, safe=True)
         model.graph.opset_imports.update(builder.domains)
-        done[one.name] = "bytes" if form == "codes" and one.weight.format.bits == 8 else form
+        done[one.name] = UnrolledFloats.name if not on_codes else _ON_CODES[one.weight.format.bits]
     model.graph.opset_imports.pop(DOMAIN, None)
     return done
 
 
 def reads_codes(format: WeightFormat, plan: BlockPlan) -> bool:
     """Whether an engine of ``plan`` computes a product on codes of this format."""
-    if plan.provider != "cpu" or getattr(plan, "portable", False):
+    if plan.provider != "cpu" or plan.portable:
         return False
     if not UnrolledCodes().refuses_format(format):
         return True
-    wanted = getattr(plan, "mapped", False) or getattr(plan, "rounds", False)
-    return bool(wanted) and not UnrolledBytes().refuses_format(format)
+    return (plan.mapped or plan.rounds) and not UnrolledBytes().refuses_format(format)
 
 
 def _floats(graph: Builder, one: ProductNode, x: OnnxValue) -> OnnxValue:

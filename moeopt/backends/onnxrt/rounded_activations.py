@@ -38,16 +38,12 @@ _NEAR = 0.01
 
 @dataclass(frozen=True)
 class RoundedKernels:
-    """What was found: how many products, of how many kinds, their worst error in eps, and how far rounding moves one.
-
-    ``reason``: why activations cannot be rounded here; "" where they can.
-    """
+    """How many products there are, of how many kinds, their worst error in eps, and how far rounding moves one."""
 
     products: int
     kinds: int
     error: float
     moved: float
-    reason: str = ""
 
     def stated(self, distance: float) -> dict[str, float]:
         """What a certificate says, with how far rounding moves the outputs of the example inputs, worst token."""
@@ -69,24 +65,59 @@ Comparable = Callable[[Any, Any], Any]
 """An engine and a call -> the call without what no figure is measured on, like a cache."""
 
 
+class RoundingDeclined(Exception):
+    """The products of a graph that was written for rounded activations do not round rightly here; says why."""
+
+
+def check_rounding(directory: Path) -> RoundedKernels:
+    """One product of each kind of a written graph, asked for a single row and for several with rounded activations.
+
+    Raises:
+        RoundingDeclined: they compute something else, or there are none.
+    """
+    import onnx
+
+    proto = onnx.load(directory / GRAPH, load_external_data=False)
+    kinds: dict[tuple[int, ...], OnnxNode] = {}
+    nodes = list(products(proto))
+    for node in nodes:
+        values = {a.name: a.i for a in node.attribute}
+        kinds.setdefault(tuple(values[name] for name in ("K", "N", "bits", "block_size")), node)
+    if not nodes:
+        raise RoundingDeclined("the engine has no product that reads codes")
+    error = moved = 0.0
+    for K, N, bits, block in kinds:
+        rounded, floats = (_session(K, N, bits, block, level) for level in (LEVEL, ACCURACY_LEVELS[bits]))
+        for rows in (1, 5):
+            x = _rows(rows, K, block)
+            got, exact = (s.run({"x": x})[0].double() for s in (rounded, floats))
+            want = floats.run({"x": rounded_rows(x, block).float()})[0].double()
+            length = want.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+            here = float(((got - want).norm(dim=-1) / length).max()) / torch.finfo(torch.float32).eps
+            moved = max(moved, float(((got - exact).norm(dim=-1) / length).max()))
+            error = max(error, here)
+            if here > ALLOWED:
+                raise RoundingDeclined(
+                    f"a product of {K} x {N} in {bits} bits is {here:.3g} eps from what rounding to int8 gives"
+                )
+    return RoundedKernels(len(nodes), len(kinds), error, moved)
+
+
 def rounded_engine(
-    engine: PyObject, directory: Path, open_again: Callable[[], PyObject], comparable: Comparable, call: PyObject
-) -> tuple[PyObject, dict[str, float], list[str]]:
+    engine: PyObject, directory: Path, found: RoundedKernels, open_again: Callable[[], PyObject],
+    comparable: Comparable, call: PyObject,
+) -> tuple[PyObject, dict[str, float]]:  # fmt: skip
     """A verified engine whose products of codes round their activations now, and what a certificate says of that.
 
     Args:
-        directory: of the engine's graph. open_again: gives the engine of what the graph is then.
-
-    Returns:
-        the engine that was given, {} and a note where activations cannot be rounded here.
+        directory: of the engine's graph. found: of :func:`check_rounding`.
+        open_again: gives the engine of what the graph is then.
     """
     before = run_plain(called_plainly(engine, comparable), *call)
-    found = round_activations(directory)
-    if found.reason:
-        return engine, {}, [f"activations stay floats: {found.reason}"]
+    round_activations(directory)
     rounded = open_again()
     after = run_plain(called_plainly(rounded, comparable), *call)
-    return rounded, found.stated(distance_between(before, after)), []
+    return rounded, found.stated(distance_between(before, after))
 
 
 def called_plainly(engine: PyObject, comparable: Comparable) -> Callable[..., Any]:
@@ -99,22 +130,18 @@ def called_plainly(engine: PyObject, comparable: Comparable) -> Callable[..., An
     return run
 
 
-def round_activations(directory: Path) -> RoundedKernels:
-    """Let the products of codes of a written engine round their activations, where they do so rightly here.
+def round_activations(directory: Path) -> None:
+    """Let the products of codes of a written engine round their activations.
 
     The graph as it was lies beside it then, as ``VERIFIED``.
     """
     import onnx
 
-    found = _checked(directory)
-    if found.reason:
-        return found
     (directory / VERIFIED).write_bytes((directory / GRAPH).read_bytes())
     proto = onnx.load(directory / GRAPH, load_external_data=False)
     for node in products(proto):
         _level(node).i = LEVEL
     onnx.save(proto, directory / GRAPH)
-    return found
 
 
 def with_float_activations(proto: OnnxModel) -> OnnxModel:
@@ -135,35 +162,6 @@ def products(proto: OnnxModel) -> Iterator[OnnxNode]:
 
 def _level(node: OnnxNode) -> PyObject:
     return next(a for a in node.attribute if a.name == "accuracy_level")
-
-
-def _checked(directory: Path) -> RoundedKernels:
-    """One product of each kind asked for a single row and for several."""
-    import onnx
-
-    proto = onnx.load(directory / GRAPH, load_external_data=False)
-    kinds: dict[tuple[int, ...], OnnxNode] = {}
-    nodes = list(products(proto))
-    for node in nodes:
-        values = {a.name: a.i for a in node.attribute}
-        kinds.setdefault(tuple(values[name] for name in ("K", "N", "bits", "block_size")), node)
-    if not nodes:
-        return RoundedKernels(0, 0, 0.0, 0.0, "the engine has no product that reads codes")
-    error = moved = 0.0
-    for K, N, bits, block in kinds:
-        rounded, floats = (_session(K, N, bits, block, level) for level in (LEVEL, ACCURACY_LEVELS[bits]))
-        for rows in (1, 5):
-            x = _rows(rows, K, block)
-            got, exact = (s.run({"x": x})[0].double() for s in (rounded, floats))
-            want = floats.run({"x": rounded_rows(x, block).float()})[0].double()
-            length = want.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-            here = float(((got - want).norm(dim=-1) / length).max()) / torch.finfo(torch.float32).eps
-            moved = max(moved, float(((got - exact).norm(dim=-1) / length).max()))
-            error = max(error, here)
-            if here > ALLOWED:
-                reason = f"a product of {K} x {N} in {bits} bits is {here:.3g} eps from what rounding to int8 gives"
-                return RoundedKernels(len(nodes), len(kinds), error, moved, reason)
-    return RoundedKernels(len(nodes), len(kinds), error, moved)
 
 
 def rounded_rows(x_TK: Tensor, block: int) -> Tensor:

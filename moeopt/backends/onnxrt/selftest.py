@@ -26,6 +26,7 @@ from moeopt.backends.onnxrt.session import EXTERNAL_DATA, GRAPH, Prepare, Sessio
 from moeopt.backends.onnxrt.site_records import ENDS, read_back, tensor_of
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.errors import BundleError, Declined, EngineFallbackWarning, EngineNotExecutableError, UsageError
+from moeopt.listed import listed
 from moeopt.lower.onnx.assemble import one_op
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
@@ -165,7 +166,7 @@ def _replace(
         )
     for record, site in zip(records, sites, strict=True):
         splice(model, record, site, lowering)
-    names = ", ".join(str(r["name"]) for r in records[:3]) + (f" and {len(records) - 3} more" if records[3:] else "")
+    names = listed(r["name"] for r in records)
     outcome.notes.append(
         f"{names}: lowering {first['lowering']} fails its self-test on {provider} ({reason}); {lowering.name} runs "
         "instead. Optimise the model again on this machine to have the whole of it verified here"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +17,7 @@ from moeopt.backends.onnxrt.cuda_graph import CUDA_GRAPH, GraphRuns, asks_for_gr
 from moeopt.backends.onnxrt.providers import PROVIDERS, available, runtime
 from moeopt.backends.onnxrt.stream import SessionStream
 from moeopt.errors import EngineNotExecutableError, LimitError, UsageError
+from moeopt.limits import TimeLimit
 from moeopt.value_types import JsonValue, OrtObject, PyObject
 
 _OPTIONS = {"cuda": {"use_tf32": "0"}}
@@ -183,7 +184,7 @@ class Session:
         self.inputs = [spec.name for spec in self.session.get_inputs()]
         self.outputs = [spec.name for spec in self.session.get_outputs()]
         self._is_bool = [spec.type == "tensor(bool)" for spec in self.session.get_outputs()]
-        self._until: float | None = None
+        self._time: TimeLimit | None = None
         self._threads = threading.local()
         self._graphs: GraphRuns | None = None
         if captures and self._stream is not None:
@@ -192,11 +193,11 @@ class Session:
     @contextlib.contextmanager
     def within(self, seconds: float) -> Iterator[None]:
         """End a run that is not done ``seconds`` after this was entered: ``LimitError``. For one thread only."""
-        self._until = time.monotonic() + seconds
+        self._time = TimeLimit(seconds)
         try:
             yield
         finally:
-            self._until = None
+            self._time = None
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The outputs in the graph's order, on memory that ONNX Runtime made for them. Inputs are read in place.
@@ -230,10 +231,10 @@ class Session:
 
     def _start(self, binding: OrtObject, options: OrtObject, inputs: Mapping[str, torch.Tensor]) -> None:
         try:
-            if self._until is None:
+            if self._time is None:
                 self.session.run_with_iobinding(binding, options)
             else:
-                self._run_until(binding, options or runtime().RunOptions(), self._until)
+                self._run_within(binding, options or runtime().RunOptions(), self._time)
         except LimitError:
             raise
         except Exception as err:  # ONNX Runtime's own, of many classes
@@ -244,23 +245,22 @@ class Session:
                 + ("" if self._graphs is None else f"; or leave out {CUDA_GRAPH}: not every graph can be captured")
             ) from err
 
-    def _run_until(self, binding: OrtObject, options: OrtObject, until: float) -> None:
+    def _run_within(self, binding: OrtObject, options: OrtObject, time: TimeLimit) -> None:
         options.log_severity_level = 4
-        left = until - time.monotonic()
-        watch = threading.Timer(min(max(left, 0.0), threading.TIMEOUT_MAX), setattr, (options, "terminate", True))
-        watch.daemon = True
-        watch.start()
+        done = threading.Event()
+        end = functools.partial(setattr, options, "terminate", True)
+        threading.Thread(target=time.watch, args=(done, end), daemon=True).start()
         try:
             self.session.run_with_iobinding(binding, options)
         except Exception:  # ONNX Runtime's own, of many classes
             if options.terminate:
                 raise LimitError(
-                    "its runs take longer than they may: if you trust the bundle, give it longer: "
+                    f"its runs take longer than {time.seconds:.3g} s: if you trust the bundle, give it longer: "
                     "moeopt.load(directory, limits=moeopt.LoadLimits(seconds=...))"
                 ) from None
             raise
         finally:
-            watch.cancel()
+            done.set()
 
 
 def _where(err: Exception) -> str:

@@ -21,7 +21,8 @@ from moeopt.backends.onnxrt.session import PORTABLE
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.value_types import PyObject
-from moeopt.verification.model import DRAWS, EndToEnd, Noise, OriginalRuns, compare_outputs
+from moeopt.verification.model import DRAWS, EndToEnd, OriginalRuns, compare_outputs
+from moeopt.verification.noise import Noise
 from moeopt.verification.pins import RoutingLog
 from moeopt.verification.ties import choices_of, differing, tied_tokens
 

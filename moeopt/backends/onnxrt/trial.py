@@ -21,11 +21,11 @@ import torch
 
 from moeopt.backends.onnxrt.budget import cost_of
 from moeopt.backends.onnxrt.custom_op import native_library
-from moeopt.backends.onnxrt.session import ISA_ENTRY
+from moeopt.backends.onnxrt.session import FLOAT_ROWS, ISA_ENTRY
 from moeopt.bundle import golden as goldens
 from moeopt.bundle.manifest import Manifest
 from moeopt.errors import BundleError, LimitError
-from moeopt.limits import LoadLimits
+from moeopt.limits import STILL, LoadLimits
 from moeopt.lower.onnx.experts_node import DOMAIN
 from moeopt.untrusted import shown
 from moeopt.value_types import OnnxModel
@@ -116,7 +116,9 @@ def _in_a_child(
             "model": str(path),
             "folder": str(folder.resolve()),
             "bytes": int(min(budget + files, 1 << 62)),
+            "seconds": min(seconds, 1e9),
             "threads": torch.get_num_threads(),
+            "entries": {FLOAT_ROWS: "1"},
             "operator": _operator(proto),
             "calls": [_written(feeds, Path(aside), n) for n, feeds in enumerate(calls)],
         }
@@ -126,11 +128,13 @@ def _in_a_child(
             assert child.stdout is not None
             child.stdout.readline()  # it has started, which takes long where other processes have the machine
             try:
-                out, err = child.communicate(timeout=min(seconds, threading.TIMEOUT_MAX))
+                out, err = child.communicate(timeout=min(STILL * seconds, threading.TIMEOUT_MAX))
             except subprocess.TimeoutExpired:
-                raise LimitError(f"{where}: its calls take longer than {seconds:.3g} s: {_more('seconds')}") from None
+                out, err = b"time", b""
             finally:
                 child.kill()
+    if out.split()[-1:] == [b"time"]:
+        raise LimitError(f"{where}: its calls take longer than {seconds:.3g} s: {_more('seconds')}")
     if child.returncode < 0:
         raise BundleError(f"{where}: the graph ends the process that runs it (signal {-child.returncode})")
     verdict = out.split()[-1:]

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from moeopt.bundle.tree import build
 from moeopt.bundle.weights import pack, unpack
 from moeopt.bundle.weights_file import save_weights
 from moeopt.errors import BundleError, NotSaveableError, UsageError
-from moeopt.limits import DEFAULT, LoadLimits
+from moeopt.limits import DEFAULT, LoadLimits, TimeLimit
 from moeopt.lower.signature import size_conditions
 from moeopt.report import Report
 from moeopt.value_types import PyObject
@@ -116,11 +115,11 @@ class LoadedEngine(Engine):
     @contextlib.contextmanager
     def within(self, seconds: float) -> Iterator[None]:
         """While open, a call that is not done after ``seconds`` is a ``LimitError``. For one thread only."""
-        self._runner.deadline = time.monotonic() + seconds
+        self._runner.time = TimeLimit(seconds)
         try:
             yield
         finally:
-            self._runner.deadline = float("inf")
+            self._runner.time = None
 
     def keep_resident(self, budget: int) -> None:
         """Hold at most ``budget`` bytes of experts in memory, as ``moeopt.load(resident=)`` says."""

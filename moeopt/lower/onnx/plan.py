@@ -61,11 +61,13 @@ class BlockPlan(abc.ABC):
     Attributes:
         runtime: the runtime's name, for reasons.
         portable: whether the graph holds ONNX's own operators only.
+        mapped: whether quantised weights are read as they lie in the file, in quicker forms or not.
+        rounds: whether products of codes are to round their activations to int8.
         remarks: sentences for the certificate.
     """
 
     runtime = "ONNX Runtime"
-    portable = False
+    portable = mapped = rounds = False
 
     def __init__(self, provider: str, tokens: tuple[int, ...] | None = None) -> None:
         self.provider, self.tokens = provider, tokens

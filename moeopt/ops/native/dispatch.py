@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
+from moeopt.ops.kernels import every_expert
 from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.kernels.gemm import LARGE, power_of_two
 from moeopt.ops.measured import Way, fastest
@@ -29,6 +30,13 @@ def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Exper
     bank = bank.stacked() or bank  # what is read more than once is looked up once
     if transformed():
         return experts_reference(x_TH, ids_TK, weights_TK, bank, spec)  # torch's fast kernels write in place
+    if every_expert.takes(x_TH, ids_TK, weights_TK, bank, spec) and every_expert.is_faster(_grouped, x_TH, bank, spec):
+        return every_expert.every_expert(x_TH, weights_TK, bank, spec)
+    return _grouped(x_TH, ids_TK, weights_TK, bank, spec)
+
+
+def _grouped(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
+    """By the kernel in C++ or torch's matmuls, each expert on the rows that chose it."""
     if ids_TK.numel() and (native := library()) is not None:
         try:
             if _is_faster(native, x_TH, ids_TK, bank, spec):

@@ -27,6 +27,7 @@ from moeopt.backends.onnxrt.process_variables import variables, variables_note
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.codes_in_files import codes_in
 from moeopt.errors import Declined, MoeoptError, NotEquivalentError, UsageError
 from moeopt.onnx_in.ends import graph_inputs, tensor_type
 from moeopt.onnx_in.feeds import GraphFeeds, given_feeds, made_up_feeds, resized
@@ -38,7 +39,6 @@ from moeopt.onnx_in.region_module import GraphRegions
 from moeopt.onnx_in.regions import candidate_regions
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
-from moeopt.published.codes_in_files import codes_in
 from moeopt.report import BlockReport, Report
 from moeopt.untrusted import shown_line
 from moeopt.value_types import PyObject

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeopt.backends.onnxrt.onnx_file.stitch import all_names
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.session import Prepare, Session, no_change
 from moeopt.errors import MoeoptError, UsageError
+from moeopt.onnx_in.free_names import FreeNames
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.value_types import JsonValue, OnnxModel, PyObject
 
@@ -41,9 +43,13 @@ def session_on(
         raise UsageError(f"{name}: ONNX Runtime {runtime().__version__} does not load it: {_said(err)}") from None
 
 
+_MOST_READ = 2000
+"""Characters of a message, which may quote names of the file at any length."""
+
+
 def _said(err: Exception) -> str:
     """The first line of an error of ONNX Runtime, without the place in its own code that it names first."""
-    first = next(iter(str(err).strip().splitlines()), type(err).__name__)
+    first = next(iter(str(err).strip()[:_MOST_READ].splitlines()), type(err).__name__)
     return re.sub(r"\S+\.(?:cc|h):\d+ .*?\)(?: const)? (?=[A-Z])", "", first)[:300]
 
 
@@ -90,7 +96,8 @@ class ShakenOriginal:
         self._scales = dict(scales)
         proto = onnx.ModelProto()
         proto.CopyFrom(file.proto)
-        self._factors = {name: f"moeopt.factor.{n}" for n, name in enumerate(scales)}
+        names = FreeNames(all_names(file.proto.graph))
+        self._factors = {name: names.new(f"moeopt.factor.{n}") for n, name in enumerate(scales)}
         kinds = _element_types(file, list(scales))
         _multiply(proto.graph, self._factors)
         for name, factor in self._factors.items():
@@ -114,12 +121,13 @@ def _multiply(graph: PyObject, factors: Mapping[str, str]) -> None:
     """Put a value times its factor where it is read; what makes the value makes it under another name."""
     import onnx
 
+    names = FreeNames({*all_names(graph), *factors.values()})
     nodes: list[Any] = []
     for node in graph.node:
         nodes.append(node)
         for number, name in enumerate(node.output):
             if name in factors:
-                inner, factor = f"{name}.moeopt.still", factors[name]
+                inner, factor = names.new(f"{name}.moeopt.still"), factors[name]
                 node.output[number] = inner
                 nodes.append(onnx.helper.make_node("Mul", [inner, factor], [name], name=f"moeopt.{factor}"))
     held = onnx.GraphProto(node=nodes)  # a copy, before the originals go

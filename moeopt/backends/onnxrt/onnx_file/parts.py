@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from moeopt.backends.onnxrt.onnx_file.original import InnerValues
 from moeopt.errors import Declined, MoeoptError
-from moeopt.onnx_in.coded_nodes import ON_ACTIVATIONS
+from moeopt.onnx_in.coded_nodes import ON_ACTIVATIONS, CodedConstants
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.feeds import GraphFeeds
 from moeopt.onnx_in.frozen_routing import frozen_routing
 from moeopt.onnx_in.interpreter import InterpretedGraph, unread
 from moeopt.onnx_in.read import OnnxFile
-from moeopt.onnx_in.region_module import is_combined, named, region_ends, region_module
+from moeopt.onnx_in.region_module import is_combined, region_ends, region_module, with_node_names
 from moeopt.onnx_in.regions import CandidateRegion
-from moeopt.published.codes_in_files import room_for
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.verification.model import CEILING, DRAWS
@@ -73,16 +72,17 @@ def file_parts(
         say("running the file on the example inputs")
         inner = InnerValues(file, sorted(wanted))
         runs = [inner.run(feeds) for feeds in calls]
+    codes = CodedConstants(file.opset, file.model.graph)
     for candidate in candidates:
         say(f"reading {candidate.name} as a module")
         try:
-            found.parts.append(_part(file, candidate, runs))
+            found.parts.append(_part(codes, candidate, runs))
         except Declined as err:
             found.declined[candidate.name] = candidate, err.reason
     return found
 
 
-def _part(file: OnnxFile, candidate: CandidateRegion, runs: Sequence[Values]) -> FilePart:
+def _part(codes: CodedConstants, candidate: CandidateRegion, runs: Sequence[Values]) -> FilePart:
     """The candidate up to its nearest exit that is one row for each row of its root, as wide as the experts' result."""
     if frozen := frozen_routing(candidate):
         raise Declined(frozen)
@@ -99,7 +99,7 @@ def _part(file: OnnxFile, candidate: CandidateRegion, runs: Sequence[Values]) ->
         if not is_combined(candidate, region, runs):
             continue
         try:
-            return _checked(file, candidate, region, runs)
+            return _checked(codes, candidate, region, runs)
         except Declined as err:
             last = last or err
     raise last or Declined(
@@ -112,16 +112,18 @@ def _first(candidate: CandidateRegion) -> str:
     return f"the node {node.name!r} ({node.op_type})"
 
 
-def _checked(file: OnnxFile, candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Values]) -> FilePart:
+def _checked(
+    codes: CodedConstants, candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Values]
+) -> FilePart:
     ends = region_ends(candidate, region, runs)
-    module = region_module(region, ends, file.opset, candidate.name, to_lower=True, room=room_for).eval()
+    module = region_module(region, ends, codes.opset, candidate.name, to_lower=True, codes=codes).eval()
     distance = 0.0
     try:
         for run in runs:
             entries = [run[name] for name in ends.tensors]
             distance = max(distance, explained_distance(module, entries, [run[region.exit.name]]))
     except Declined as err:
-        raise Declined(named(err.reason, module)) from None
+        raise Declined(with_node_names(err.reason, module)) from None
     return FilePart(candidate, region, module, ends.tensors, list(runs), distance)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moeopt.onnx_in.order import bodies, reads
 from moeopt.onnx_in.read import OnnxFile, external_place, external_tensors
 from moeopt.value_types import OnnxGraph, OnnxModel, OnnxNode, OnnxValue
 
@@ -136,19 +137,8 @@ def all_names(graph: OnnxGraph) -> Iterator[str]:
         yield value.name
     for node in graph.node:
         yield from node.output
-        for attribute in node.attribute:
-            for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from all_names(body)
-
-
-def reads(node: OnnxNode) -> Iterator[str]:
-    """The names that a node or one of its bodies reads."""
-    yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-            own = {v.name for v in (*body.input, *body.initializer)} | {o for n in body.node for o in n.output}
-            names = {name for n in body.node for name in reads(n)} | {v.name for v in body.output}
-            yield from names - own
+        for body in bodies(node):
+            yield from all_names(body)
 
 
 def _removable(graph: OnnxGraph, replaced: Sequence[Replaced]) -> set[int]:
@@ -206,12 +196,11 @@ def _rename(node: OnnxNode, renamed: Mapping[str, str]) -> None:
     for names in (node.input, node.output):
         for number, name in enumerate(names):
             names[number] = renamed.get(name, name)
-    for attribute in node.attribute:
-        for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-            for value in (*body.input, *body.output, *body.initializer, *body.value_info):
-                value.name = renamed.get(value.name, value.name)
-            for inner in body.node:
-                _rename(inner, renamed)
+    for body in bodies(node):
+        for value in (*body.input, *body.output, *body.initializer, *body.value_info):
+            value.name = renamed.get(value.name, value.name)
+        for inner in body.node:
+            _rename(inner, renamed)
 
 
 def _drop(entries: OnnxValue, names: set[str]) -> None:

@@ -74,6 +74,61 @@ class SharedBehindASigmoid(AllOnAll):
         return super().dispatch(rows, weights, ids) + torch.sigmoid(self.shared_gate(rows)) * self.shared(rows)
 
 
+class GroupsOfExperts(Experts):
+    """A router that leaves out all experts of a group by a mask of zeros and ones, and adds a bias to choose by."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(E) * 0.1)
+
+    def forward(self, x):
+        rows = x.reshape(-1, H)
+        scores = self.gate(rows).sigmoid()
+        groups = (scores + self.bias).view(-1, 2, E // 2).topk(2, -1)[0].sum(-1)
+        best = torch.zeros_like(groups).scatter(1, groups.topk(1, -1)[1], 1.0)
+        there = best[..., None].expand(-1, 2, E // 2).reshape(-1, E)
+        ids = (scores + self.bias).masked_fill(there == 0, 0.0).topk(K, -1)[1]
+        weights = scores.gather(1, ids)
+        table = torch.zeros_like(scores).scatter(1, ids, weights / (weights.sum(-1, keepdim=True) + 1e-20) * 2.5)
+        return sum(expert(rows) * table[:, e : e + 1] for e, expert in enumerate(self.experts)).view_as(x)
+
+
+class AdaptersOfABase(AllOnAll):
+    """Experts without biases on top of a layer that is not one of them: the exporter's names of weights are numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(H, H)
+
+    def expert(self):
+        return nn.Sequential(nn.Linear(H, 4, bias=False), nn.Linear(4, H, bias=False))
+
+    def dispatch(self, rows, weights, ids):
+        return self.base(rows) + super().dispatch(rows, weights, ids)
+
+
+class NormsOfTheirOwn(AllOnAll):
+    """No two experts' products read the same rows."""
+
+    def expert(self):
+        norm = nn.LayerNorm(H)
+        nn.init.normal_(norm.weight, 1, 0.1)
+        return nn.Sequential(norm, *super().expert())
+
+
+class NormsWrittenOut(AllOnAll):
+    class Rms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(H))
+
+        def forward(self, x):
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+    def expert(self):
+        return nn.Sequential(self.Rms(), *super().expert())
+
+
 class CalledTwice(nn.Module):
     """One block at two places."""
 
@@ -107,6 +162,11 @@ def exported(model, path, exporter):
         (SlotsOfTheirOwn, "dynamo", [(E, K)]),
         (SharedBehindASigmoid, "torchscript", [(E, K)]),
         (CalledTwice, "dynamo", [(E, K), (E, K)]),
+        (GroupsOfExperts, "torchscript", [(E, K)]),
+        (AdaptersOfABase, "torchscript", [(E, K)]),
+        (AdaptersOfABase, "dynamo", [(E, K)]),
+        (NormsOfTheirOwn, "torchscript", [(E, K)]),
+        (NormsWrittenOut, "dynamo", [(E, K)]),
     ],
 )
 def test_it_is_rewritten_whole(form, exporter, blocks, tmp_path):
@@ -126,3 +186,25 @@ def test_experts_on_all_tokens_are_rewritten_in_halves_too(tmp_path):
     path = exported(AllOnAll().eval().half(), tmp_path / "half.onnx", "dynamo")
     found = moeopt.optimize(path, verify="fast")
     assert [(b.status, b.experts) for b in found.report.blocks] == [("rewritten", E)] and found.certificate.passed
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_the_converter_to_float16_makes_is_rewritten_although_its_nodes_are_out_of_order(ends, tmp_path):
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    torch.manual_seed(0)
+    plain = exported(AllOnAll().eval(), tmp_path / "plain.onnx", "torchscript")
+    half = convert_float_to_float16(onnx.load(plain), keep_io_types=ends)
+    made = {name for node in half.graph.node for name in node.output}
+    seen, late = set(), []
+    for node in half.graph.node:
+        late += [name for name in node.input if name in made - seen]
+        seen |= set(node.output)
+    assert late, "the converter appends its casts"
+    onnx.save(half, tmp_path / "half.onnx")
+    found = moeopt.optimize(tmp_path / "half.onnx", verify="fast")
+    assert [(b.status, b.experts, b.top_k) for b in found.report.blocks] == [("rewritten", E, K)]
+    assert found.certificate.passed
+    x = torch.randn(3, 5, H).to(torch.float32 if ends else torch.float16)
+    want = run(tmp_path / "half.onnx", x=x)[0]
+    assert torch.allclose(found(x).float(), want.float(), rtol=5e-3, atol=5e-3)  # float16 has 11 bits

@@ -1,4 +1,4 @@
-"""Room for the codes of experts: memory, or pages of files where a model is larger than memory."""
+"""Room for codes and for the floats that they stand for: memory, or pages of files for models larger than memory."""
 
 from __future__ import annotations
 

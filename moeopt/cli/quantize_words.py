@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moeopt.errors import UsageError
 from moeopt.value_types import PyObject
 
 
@@ -16,14 +17,28 @@ def as_quantize(experts: str | None, products: Sequence[str], activations: str |
         activations: as ``QuantPlan`` has it.
 
     Raises:
-        UsageError: there is no such format.
+        UsageError: there is no such format, or a word of ``products`` is not one of the two, or says twice what holds
+            for one pattern.
     """
     if not products and activations is None:
         return experts
     from moeopt.options import QuantPlan  # it loads torch
 
-    words = [word.partition("=") for word in products]
-    asked = dict((name, format) if equals else ("*", name) for name, equals, format in words)
+    asked: dict[str, str] = {}
+    for word in products:
+        before, equals, after = (part.strip() for part in word.partition("="))
+        name, format = (before, after) if equals else ("*", before)
+        if not name or not format or "," in word:
+            raise UsageError(
+                f"--quantize-products {word}: it must be a format, or a pattern of names and a format, like "
+                "--quantize-products lm_head=int8; give the option again for another one"
+            )
+        if name in asked:
+            raise UsageError(
+                f"--quantize-products is given twice for {'all products' if name == '*' else name}, {asked[name]} and "
+                f"{format}: give it once"
+            )
+        asked[name] = format
     everything = asked.pop("*", None)  # the first pattern that matches decides
     given = asked if everything is None else {**asked, "*": everything}
     return QuantPlan(default=experts or "float", products=given, activations=activations or "float")

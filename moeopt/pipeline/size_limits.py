@@ -1,0 +1,50 @@
+"""For how many tokens a rewrite holds: cases past the numbers in the block's code, and a bound where none can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from moeopt.capture.call_roles import CallSpec
+from moeopt.options import Options
+from moeopt.rewrite.block_program import BlockProgram
+from moeopt.rewrite.install import RewrittenForward
+from moeopt.verification.block import verify_block
+from moeopt.verification.results import Case
+from moeopt.verification.size_cases import columns_in_memory, more_tokens_than, no_token, passable
+
+
+class SizeCases:
+    """The cases of unusual sizes and layouts for one block.
+
+    Args:
+        experts: of the block.
+        program: gives the numbers in the block's code; its guard gets the bounds.
+        max_tokens: that a case may have.
+
+    Attributes:
+        cases: to be verified with the others.
+    """
+
+    def __init__(
+        self, module: nn.Module, call_spec: CallSpec, experts: int, program: BlockProgram, max_tokens: int,
+        options: Options,
+    ) -> None:  # fmt: skip
+        self._spec, self._experts, self._program, self._options = call_spec, experts, program, options
+        numbers = program.reads.numbers() if program.reads is not None else set()
+        sizes = {size for t in (*module.parameters(), *module.buffers()) for size in t.shape}
+        features = [call_spec.rows(n)[:1].numel() for n in call_spec.indices("tokens")]
+        passed, self._most = passable(numbers, sizes, max([1, *features]), max_tokens)
+        self.cases: list[Case] = [columns_in_memory(call_spec, experts, options.seed)]
+        if passed:
+            self.cases += more_tokens_than(call_spec, experts, passed, options.verify, options.seed)
+
+    def bound(self, original: Callable[..., Any], rewritten: RewrittenForward, *, empty: bool) -> None:
+        """Set the bounds: the number that no case passed, and no ``empty`` call where that is not the original's."""
+        guard = self._program.guard
+        guard.fewest, guard.most = 0, None
+        calls = [no_token(self._spec, self._experts)] if empty else []
+        check = verify_block("", original, rewritten, calls, self._options.verify)
+        guard.fewest, guard.most = int(any(case.status == "failed" for case in check.cases)), self._most

@@ -1,0 +1,92 @@
+"""Dispatch that asks the routing weights: a row whose weight is zero is left out, whatever its expert would give."""
+
+import pytest
+import torch
+from torch import nn
+
+import moeopt
+from moeopt.capture.tape import record
+from moeopt.recognise.any_experts import recognize
+from moeopt.recognise.ids_of_masks import ids_not_zero, ids_positive
+from tests.toy_moe import Block, E, H
+
+DISPATCHES = {
+    "ids": lambda table, ids, e: torch.where((ids == e).any(-1))[0],
+    "nonzero": lambda table, ids, e: table[:, e].nonzero().squeeze(-1),
+    "ne": lambda table, ids, e: torch.where(table[:, e] != 0)[0],
+    "gt": lambda table, ids, e: torch.where(table.t()[e] > 0)[0],
+    "bool": lambda table, ids, e: table.bool()[:, e].nonzero()[:, 0],
+}
+
+
+class Asks(Block):
+    """Sigmoid scores, the best two, in a table of all experts; ``dispatch`` says which rows an expert gets."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.dispatch, self.gate = DISPATCHES[how], nn.Linear(H, E)
+
+    def forward(self, x):
+        scores = torch.sigmoid(self.gate(x))
+        weights, ids = torch.topk(scores, 2, -1)
+        table = torch.zeros_like(scores).scatter(-1, ids, weights)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = self.dispatch(table, ids, e)
+            y.index_add_(0, rows, expert(x[rows]) * table[rows, e, None])
+        return y
+
+
+def made(how, dtype=torch.float32):
+    torch.manual_seed(0)
+    source = Asks(how)
+    with torch.no_grad():
+        source.gate.bias.zero_()
+    return source.to(dtype).eval(), torch.randn(12, H).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "large"),
+    [("torch", torch.float16, 3e3), ("torch", torch.float32, 1e21), ("onnxruntime", torch.float32, 1e21)],
+)
+@pytest.mark.parametrize("how", DISPATCHES)
+def test_a_weight_that_underflowed_meets_an_expert_that_overflows(how, backend, dtype, large):
+    source, x = made(how, dtype)
+    opt = moeopt.optimize(source, x, backend=backend, verify="fast")
+    assert opt.report.rewritten and opt.certificate.passed
+    away = torch.linalg.pinv(source.gate.weight.detach().float()) @ -torch.ones(E)  # every score is that of -1
+    x[3] = away.to(dtype) * large
+    with torch.no_grad():
+        assert (torch.sigmoid(source.gate(x[3])) == 0).all() and not source.experts[0](x[3]).isfinite().all()
+        want, got = source(x), opt(x)
+    assert torch.equal(want.isnan(), got.isnan())
+    assert (got[3] == 0).all() if how != "ids" else got[3].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("how", "leaves_out"),
+    [("ids", None), ("nonzero", ids_not_zero), ("ne", ids_not_zero), ("gt", ids_positive), ("bool", ids_not_zero)],
+)
+def test_what_the_dispatch_asks(how, leaves_out):
+    source, x = made(how)
+    (found,) = recognize(record(source, (x,)))
+    assert found.routing.leave_out is leaves_out
+
+
+def test_a_mask_that_only_counts_picks_no_rows():
+    class Counts(Asks):
+        def forward(self, x):
+            weights, ids = torch.topk(torch.sigmoid(self.gate(x)), 2, -1)
+            self.used = (weights > 0).float().mean()
+            return self.loop(x, ids, weights)
+
+    torch.manual_seed(0)
+    source = Counts("ids").eval()
+    (found,) = recognize(record(source, (torch.randn(12, H),)))
+    assert found.routing.leave_out is None
+
+
+def test_ids_by_weights():
+    ids, weights = torch.tensor([[0, 2], [1, 3]]), torch.tensor([[0.5, 0.0], [float("nan"), -1.0]])
+    assert ids_not_zero(ids, weights, 4).tolist() == [[0, 4], [1, 3]]
+    assert ids_positive(ids, weights, 4).tolist() == [[0, 4], [4, 4]]
