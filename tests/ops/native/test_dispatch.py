@@ -71,6 +71,34 @@ def test_both_ways_of_the_measurement_compute_the_same(taken, monkeypatch):
     assert len(asked) == 9 and "experts of 256 rows, bfloat16, W bfloat16 oi oi, gated, small, " in " ".join(asked)
 
 
+def every(T, dtype, stacked=True, E=3):
+    """A block whose tokens all go to every expert."""
+    x, _, _, bank, spec = make(ExpertsSpec(), T=T, E=E, K=1, dtype=dtype, stacked=stacked).args
+    return x, torch.arange(E).expand(T, E), torch.rand(T, E).to(dtype), bank, spec
+
+
+def test_where_every_expert_takes_every_row_that_is_asked(taken, monkeypatch):
+    asked = []
+
+    def fastest(question, ways, default, advantage):
+        found = {name: way() for name, way in ways().items()}
+        torch.testing.assert_close(found["native"], found["torch"], rtol=2e-2, atol=2e-2)
+        asked.append(question)
+        return "torch"
+
+    monkeypatch.setattr(dispatch, "fastest", fastest)
+    dispatch._native_for_every.cache_clear()
+    try:
+        for T, dtype, stacked in ((1, torch.float32, True), (9, torch.bfloat16, False), (9, torch.float64, True)):
+            args = every(T, dtype, stacked)
+            taken.clear()
+            torch.testing.assert_close(experts(*args), experts_reference(*args), rtol=2e-2, atol=2e-2)
+            assert taken[-1] == "experts_cpu"
+    finally:
+        dispatch._native_for_every.cache_clear()
+    assert len(asked) == 3 and "every expert on 16 rows of 8, " in asked[1]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -219,6 +219,7 @@ struct Work {
   int64_t columns(Stage::Kind kind, const Segment &s) const {
     const moeopt_matrix &w = kind == Stage::HIDDEN ? s.weights->w_in[0] : s.weights->w_out;
     if (plan.k.wide) return COLUMNS64;
+    if (w.stride_in == 1 && w.in <= TURNED) return TURNED_COLUMNS;
     if (!across(w)) return 16;
     int64_t block = columns_across(s.count, w.dtype);
     const int64_t all = (int64_t)plan.segments.size() * (kind == Stage::HIDDEN ? s.I : plan.c.D);

@@ -45,6 +45,7 @@ struct Kernels {  // one instruction set
 };
 
 
+constexpr int64_t TURNED = 64, TURNED_COLUMNS = 64;  // the longest k of turned.h, and columns of its tasks
 constexpr int64_t COLUMNS64 = 64;  // of a task in float64
 
 const Kernels *kernels64_generic();
