@@ -19,11 +19,12 @@ from torch import Tensor
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
+from moeopt.ops.kernels.few_calls import all_experts, listed
 from moeopt.ops.kernels.gemm import linear, power_of_two
 from moeopt.ops.measured import Way, fastest
 from moeopt.ops.reference import dtypes, out_features
 
-Kernel = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertsSpec], Tensor]
+GroupedKernel = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertsSpec], Tensor]
 """Arguments and result as ``experts_reference``."""
 
 WIDEST = 512
@@ -32,19 +33,30 @@ WIDEST = 512
 
 def takes(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
     """Whether :func:`every_expert` computes this call: each row of ids is 0, 1 ... E-1, and all is float32."""
+    return is_every(x_TH, ids_TK, weights_TK, bank, spec) and in_float32(bank)
+
+
+def is_every(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
+    """:func:`takes`, but for the weights, which take longest to look at."""
     T, K = ids_TK.shape
     if T < 2 or K < 2 or bank.num_experts != K or spec.weight_on != "output" or spec.out_norm_eps is not None:
         return False
     if {*dtypes(x_TH, spec), x_TH.dtype, weights_TK.dtype} != {torch.float32}:
         return False
-    if not bool((ids_TK == torch.arange(K, device=ids_TK.device)).all()):
-        return False
-    held = (t for e in range(K) for t in (*bank.w_in(e), bank.w_out(e), *bank.b_in(e), bank.b_out(e)))
+    if ids_TK.stride(0) == 0:  # one row for all
+        return all_experts(ids_TK, K)
+    return bool((ids_TK == torch.arange(K, device=ids_TK.device)).all())
+
+
+def in_float32(bank: ExpertWeights) -> bool:
+    """Whether every weight and bias of the bank is float32."""
+    held = (t for e in range(bank.num_experts) for t in (*bank.w_in(e), bank.w_out(e), *bank.b_in(e), bank.b_out(e)))
     return all(t is None or t.dtype == torch.float32 for t in held)
 
 
 def every_expert(x_TH: Tensor, weights_TE: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """(T, O): what ``experts_reference`` computes of a call that :func:`takes` accepts; not differentiable."""
+    bank = listed(bank)
     y_TO = x_TH.new_zeros(x_TH.shape[0], out_features(bank, spec))
     for e in range(bank.num_experts):
         pairs = zip(bank.w_in(e), bank.b_in(e), strict=True)
@@ -56,7 +68,7 @@ def every_expert(x_TH: Tensor, weights_TE: Tensor, bank: ExpertWeights, spec: Ex
     return y_TO
 
 
-def is_faster(grouped: Kernel, x_TH: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
+def is_faster(grouped: GroupedKernel, x_TH: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
     """Whether a call on as many rows of experts as large is quicker so than by ``grouped``, on this machine."""
     w_out = bank.w_out(0)
     O, I = w_out.shape if spec.w_out_layout == "oi" else w_out.shape[::-1]
@@ -65,7 +77,7 @@ def is_faster(grouped: Kernel, x_TH: Tensor, bank: ExpertWeights, spec: ExpertsS
 
 
 @functools.cache
-def _faster(grouped: Kernel, rows: int, sizes: tuple[int, ...], spec: ExpertsSpec, threads: int) -> bool:
+def _faster(grouped: GroupedKernel, rows: int, sizes: tuple[int, ...], spec: ExpertsSpec, threads: int) -> bool:
     del threads  # a part of the machine that the answer is for
     widths = " x ".join(map(str, sizes))
     question = (
@@ -75,7 +87,7 @@ def _faster(grouped: Kernel, rows: int, sizes: tuple[int, ...], spec: ExpertsSpe
     return fastest(question, lambda: _ways(grouped, rows, sizes, spec), "grouped", advantage=1.05) == "every"
 
 
-def _ways(grouped: Kernel, rows: int, sizes: tuple[int, ...], spec: ExpertsSpec) -> dict[str, Way]:
+def _ways(grouped: GroupedKernel, rows: int, sizes: tuple[int, ...], spec: ExpertsSpec) -> dict[str, Way]:
     """Four experts of the spec's function on ``rows`` rows."""
     H, I, O = sizes
     E = 4

@@ -12,7 +12,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.kernels import every_expert
 from moeopt.ops.kernels.cpu import experts_cpu
-from moeopt.ops.kernels.few_calls import all_experts
+from moeopt.ops.kernels.few_calls import all_experts, listed
 from moeopt.ops.kernels.gemm import LARGE, power_of_two
 from moeopt.ops.measured import Way, fastest
 from moeopt.ops.native.call import call, transformed
@@ -34,8 +34,11 @@ def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Exper
     bank = bank.stacked() or bank  # what is read more than once is looked up once
     if transformed():
         return experts_reference(x_TH, ids_TK, weights_TK, bank, spec)  # torch's fast kernels write in place
-    if every_expert.takes(x_TH, ids_TK, weights_TK, bank, spec) and every_expert.is_faster(_grouped, x_TH, bank, spec):
-        return every_expert.every_expert(x_TH, weights_TK, bank, spec)
+    together = every_expert.is_every(x_TH, ids_TK, weights_TK, bank, spec)
+    if together and every_expert.is_faster(_grouped, x_TH, bank, spec):
+        held = listed(bank)
+        if every_expert.in_float32(held):
+            return every_expert.every_expert(x_TH, weights_TK, held, spec)
     return _grouped(x_TH, ids_TK, weights_TK, bank, spec)
 
 
@@ -72,7 +75,7 @@ def _is_faster(native: Library, x: Tensor, ids: Tensor, bank: ExpertWeights, spe
     if kind is None:
         w, count = (bank.w_out_s, E) if isinstance(bank, StackedExpertWeights) else (bank.w_out(0), 1)
         kind = w.dtype, w.numel() // count
-    if all_experts(ids, E):
+    if x.dtype is not torch.float32 and all_experts(ids, E):  # of float32: ``every_expert``
         H = x.shape[1]
         sizes = power_of_two(len(x), MOST_TOKENS), power_of_two(H, WORK), power_of_two(max(1, kind[1] // H), WORK)
         return _native_for_every(native, sizes, spec, x.dtype, kind[0], torch.get_num_threads())
