@@ -6,6 +6,7 @@ and plain ONNX Runtime take the graph's own inputs by name; this file describes 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,6 +82,7 @@ def add_conditions(program: PyObject, caller: dict[str, Any]) -> None:
     names = dict(zip([leaves[name] for name in asked], kinds, strict=True))
     cached = [at for layer in caller["cache"] for at in layer.values()]
     names |= {leaf: at["input"] for leaf, at in zip(tree_leaves(leaves["past_key_values"]), cached, strict=True)}
+    by_input = {at["input"]: at for at in cached}
     kept: list[Any] = []
     held = set(SAMPLES)
     try:
@@ -91,8 +93,8 @@ def add_conditions(program: PyObject, caller: dict[str, Any]) -> None:
         broken = set()
         for new, past in SAMPLES:
             for rows in (1, 2, 7):
-                shapes = {leaf: _shape(name, kinds, cached, rows, new, past) for leaf, name in names.items()}
-                if not holds([condition], shapes.__getitem__):
+                shape_of = functools.partial(_shape, names, kinds, by_input, rows, new, past)
+                if not holds([condition], shape_of):
                     broken.add((new, past))
         if broken:
             kept.append(condition)
@@ -126,12 +128,20 @@ def checker(caller: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], None]
 
 
 def _shape(
-    name: str, kinds: Mapping[str, str], cached: list[dict[str, Any]], rows: int, new: int, past: int
+    names: Mapping[int, str],
+    kinds: Mapping[str, str],
+    cached: Mapping[str, dict[str, Any]],
+    rows: int,
+    new: int,
+    past: int,
+    leaf: int,
 ) -> list[int]:
+    """Of an input: a number of its own in the call; only the inputs of a condition are asked for."""
+    name = names[leaf]
     kind = kinds.get(name)
     if kind is not None:
         return {"attention_mask": [rows, past + new], "logits_to_keep": [1]}.get(kind, [rows, new])
-    (at,) = (at for at in cached if at["input"] == name)
+    at = cached[name]
     return [rows, *at["shape"]] if "shape" in at else [rows, at["heads"], past, at["size"]]
 
 

@@ -71,7 +71,6 @@ def with_frontier(
     prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
     again = None if prior is None else (prior.routing, [experts.index(e) for e in prior.experts])
     dispatch = [n for n in until if n in flow and n.meta.get("shape") is not None]
-
     place: WeightPosition = "output"
 
     def accept(reading: Routing) -> Routing:

@@ -211,10 +211,10 @@ def closed(inside: set[fx.Node], cuts: dict[fx.Node, None], end: fx.Node | None 
 
 
 def _alike_rows(one: fx.Node, other: fx.Node) -> bool:
-    """Whether both hold floats of one dtype and as many rows, features last."""
+    """Whether both hold floats of one dtype and as many rows, features last: several, as one may be a weight."""
     a, b = one.meta["shape"], other.meta["shape"]
     floating = bool(one.meta["dtype"].is_floating_point)
-    return floating and bool(a[:-1] == b[:-1]) and one.meta["dtype"] == other.meta["dtype"]
+    return floating and bool(a[:-1] == b[:-1]) and min(a[-1], b[-1]) > 1 and one.meta["dtype"] == other.meta["dtype"]
 
 
 def widened(flow: Flow, inside: set[fx.Node], cuts: dict[fx.Node, None]) -> tuple[set[fx.Node], dict[fx.Node, None]]:
