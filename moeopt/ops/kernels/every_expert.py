@@ -19,6 +19,7 @@ from torch import Tensor
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
+from moeopt.ops.kernels.few_calls import all_experts, listed
 from moeopt.ops.kernels.gemm import linear, power_of_two
 from moeopt.ops.measured import Way, fastest
 from moeopt.ops.reference import dtypes, out_features
@@ -32,19 +33,30 @@ WIDEST = 512
 
 def takes(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
     """Whether :func:`every_expert` computes this call: each row of ids is 0, 1 ... E-1, and all is float32."""
+    return is_every(x_TH, ids_TK, weights_TK, bank, spec) and in_float32(bank)
+
+
+def is_every(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
+    """:func:`takes`, but for the weights, which take longest to look at."""
     T, K = ids_TK.shape
     if T < 2 or K < 2 or bank.num_experts != K or spec.weight_on != "output" or spec.out_norm_eps is not None:
         return False
     if {*dtypes(x_TH, spec), x_TH.dtype, weights_TK.dtype} != {torch.float32}:
         return False
-    if not bool((ids_TK == torch.arange(K, device=ids_TK.device)).all()):
-        return False
-    held = (t for e in range(K) for t in (*bank.w_in(e), bank.w_out(e), *bank.b_in(e), bank.b_out(e)))
+    if ids_TK.stride(0) == 0:  # one row for all
+        return all_experts(ids_TK, K)
+    return bool((ids_TK == torch.arange(K, device=ids_TK.device)).all())
+
+
+def in_float32(bank: ExpertWeights) -> bool:
+    """Whether every weight and bias of the bank is float32."""
+    held = (t for e in range(bank.num_experts) for t in (*bank.w_in(e), bank.w_out(e), *bank.b_in(e), bank.b_out(e)))
     return all(t is None or t.dtype == torch.float32 for t in held)
 
 
 def every_expert(x_TH: Tensor, weights_TE: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """(T, O): what ``experts_reference`` computes of a call that :func:`takes` accepts; not differentiable."""
+    bank = listed(bank)
     y_TO = x_TH.new_zeros(x_TH.shape[0], out_features(bank, spec))
     for e in range(bank.num_experts):
         pairs = zip(bank.w_in(e), bank.b_in(e), strict=True)

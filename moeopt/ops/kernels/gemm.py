@@ -39,9 +39,9 @@ def choose_gemm(rows: int, dtype: torch.dtype, row_major: bool, elements: int) -
     return _choose(power_of_two(rows), dtype, row_major, elements >= LARGE, torch.get_num_threads())
 
 
-def power_of_two(rows: int) -> int:
-    """The smallest power of two that holds ``rows``, at most ``MOST_ROWS``."""
-    return min(1 << (rows - 1).bit_length(), MOST_ROWS)
+def power_of_two(rows: int, most: int = MOST_ROWS) -> int:
+    """The smallest power of two that holds ``rows``, at most ``most``."""
+    return min(1 << (rows - 1).bit_length(), most)
 
 
 def pays_to_fill(rows: int, dtype: torch.dtype) -> bool:

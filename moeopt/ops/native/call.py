@@ -23,7 +23,7 @@ from moeopt.ops.reference import dtypes
 from moeopt.ops.unfit import Unfit
 
 ABI = 2
-FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 7}
 _LOW = "low nibble first"
 CODES = {("int8", True, _LOW): 5, ("uint4", True, _LOW): 6}
 """What the kernel reads of quantised weights: (codes, symmetric, packing), with the dtype's number in its header."""
@@ -56,15 +56,18 @@ class _Spec(ctypes.Structure):
 
 @functools.lru_cache(maxsize=1024)
 def encode_spec(spec: ExpertsSpec, x: torch.dtype, weights: torch.dtype) -> _Spec:
-    """``moeopt_spec`` for inputs of these dtypes; :class:`Unfit` where one is not of 16 or 32 bits."""
+    """``moeopt_spec`` for inputs of these dtypes; :class:`Unfit` where no kernel has them together."""
     compute = getattr(torch, spec.compute_dtype) if spec.compute_dtype else x
     out = getattr(torch, spec.out_dtype) if spec.out_dtype else x
     act = getattr(torch, spec.act_dtype) if spec.act_dtype else compute
     accum = getattr(torch, spec.accum_dtype) if spec.accum_dtype else out
-    for name, dtype in (("x", x), ("routing weights", weights), ("compute", compute), ("activation", act),
-                        ("accumulator", accum), ("output", out)):  # fmt: skip
+    all_five = x, compute, act, accum, out
+    names = "x", "compute", "activation", "accumulator", "output", "routing weights"
+    for name, dtype in zip(names, (*all_five, weights), strict=True):
         if dtype not in FLOATS:
-            raise Unfit(f"the {name} dtype is {str(dtype).removeprefix('torch.')}; the kernel has 16 and 32 bits")
+            raise Unfit(f"the {name} dtype is {str(dtype).removeprefix('torch.')}; the kernel has 16, 32 and 64 bits")
+    if torch.float64 in (x, weights, *all_five) and {x, *all_five} != {torch.float64}:
+        raise Unfit("float64 stands beside another dtype; the kernel has it by itself, but for the routing weights")
     if spec.activation not in NATIVE_ACTIVATIONS:
         raise Unfit(f"the kernel has no activation {spec.activation}; it has {', '.join(NATIVE_ACTIVATIONS)}")
     limits = [getattr(spec, name) for name in _LIMITS]

@@ -27,7 +27,7 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
          "-ffp-contract=fast", "-w")  # fmt: skip
 """-w: GCC's own headers of vector intrinsics warn by the thousand; the tests compile with warnings on what is ours."""
 UNITS = ("experts.cpp", "pool.cpp", "ort_op.cpp")
-"""What is compiled once; ``isa.cpp`` is compiled for each instruction set."""
+"""What is compiled once; ``isa.cpp`` and ``isa64.cpp`` are compiled for each instruction set."""
 
 SECONDS = 300
 """After which a compiler is stopped."""
@@ -86,6 +86,8 @@ def compile_library(
     defines = [f"-DMOEOPT_HAVE_{isa.upper()}" for isa in isas] + (["-DMOEOPT_X86"] if x86() else [])
     units = [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS=kernels_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"], "isa.cpp",
               f"{isa}.o") for isa in isas]  # fmt: skip
+    units += [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS64=kernels64_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"],
+               "isa64.cpp", f"{isa}-64.o") for isa in isas]  # fmt: skip
     units += [(defines, name, f"{name}.o") for name in UNITS]
     running = [
         [compiler, *flags, *own, "-c", str(sources / source), "-o", str(aside / out)] for own, source, out in units

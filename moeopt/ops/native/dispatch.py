@@ -12,6 +12,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.kernels import every_expert
 from moeopt.ops.kernels.cpu import experts_cpu
+from moeopt.ops.kernels.few_calls import all_experts, listed
 from moeopt.ops.kernels.gemm import LARGE, power_of_two
 from moeopt.ops.measured import Way, fastest
 from moeopt.ops.native.call import call, transformed
@@ -19,6 +20,9 @@ from moeopt.ops.native.library import Library, library
 from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.reference import check, experts_reference
 from moeopt.ops.unfit import Unfit
+
+MOST_TOKENS = 1024
+"""Tokens beyond which the answer does not change any more, where every expert takes all of them."""
 
 WORK = 1 << 24
 """Multiply-adds of one product of one measured call: a few milliseconds."""
@@ -30,8 +34,11 @@ def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Exper
     bank = bank.stacked() or bank  # what is read more than once is looked up once
     if transformed():
         return experts_reference(x_TH, ids_TK, weights_TK, bank, spec)  # torch's fast kernels write in place
-    if every_expert.takes(x_TH, ids_TK, weights_TK, bank, spec) and every_expert.is_faster(_grouped, x_TH, bank, spec):
-        return every_expert.every_expert(x_TH, weights_TK, bank, spec)
+    together = every_expert.is_every(x_TH, ids_TK, weights_TK, bank, spec)
+    if together and every_expert.is_faster(_grouped, x_TH, bank, spec):
+        held = listed(bank)
+        if every_expert.in_float32(held):
+            return every_expert.every_expert(x_TH, weights_TK, held, spec)
     return _grouped(x_TH, ids_TK, weights_TK, bank, spec)
 
 
@@ -64,11 +71,15 @@ def quantized_on_cpu(
 
 def _is_faster(native: Library, x: Tensor, ids: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
     E = bank.num_experts
-    rows = _rows(ids.numel(), E)
     kind: tuple[torch.dtype, int] | None = getattr(bank, "w_out_kind", None)
     if kind is None:
         w, count = (bank.w_out_s, E) if isinstance(bank, StackedExpertWeights) else (bank.w_out(0), 1)
         kind = w.dtype, w.numel() // count
+    if x.dtype is not torch.float32 and all_experts(ids, E):  # of float32: ``every_expert``
+        H = x.shape[1]
+        sizes = power_of_two(len(x), MOST_TOKENS), power_of_two(H, WORK), power_of_two(max(1, kind[1] // H), WORK)
+        return _native_for_every(native, sizes, spec, x.dtype, kind[0], torch.get_num_threads())
+    rows = _rows(ids.numel(), E)
     return _native(native, rows, spec, x.dtype, kind[0], kind[1] >= LARGE // 4, torch.get_num_threads())
 
 
@@ -95,6 +106,49 @@ def _native(
         return False
 
 
+@functools.cache
+def _native_for_every(
+    native: Library, sizes: tuple[int, int, int], spec: ExpertsSpec, x: torch.dtype, w: torch.dtype, threads: int
+) -> bool:
+    """:func:`_native` where every expert takes every row: nothing is grouped then, and the library's products are long.
+
+    How long a row is counts here, as torch makes three calls for each expert and no more. ``sizes``: T, H and I.
+    """
+    del threads
+    T, H, I = sizes
+    compute = spec.compute_dtype or str(x).removeprefix("torch.")
+    question = (
+        f"every expert on {T} rows of {H}, {I} wide, {compute}, W {str(w).removeprefix('torch.')} {spec.w_in_layout} "
+        f"{spec.w_out_layout}, {spec.rows}, {spec.activation}, {native.isa}"
+    )
+    try:
+        return fastest(question, lambda: _every_ways(native, sizes, spec, x, w), "native", advantage=1.03) == "native"
+    except Unfit:
+        return False
+
+
+def _every_ways(
+    native: Library, sizes: tuple[int, int, int], spec: ExpertsSpec, x: torch.dtype, w: torch.dtype
+) -> dict[str, Way]:
+    """Two experts of those sizes, or of as many neurons as take a few milliseconds."""
+    T, H, I = sizes
+    bank = _bank(2, H, max(64, min(I, WORK // (T * H))), spec, w)
+    x_TH, weights_TE = torch.full((T, H), 0.5, dtype=x), torch.full((T, 2), 0.5, dtype=x)
+    ids_TE = torch.arange(2).expand(T, 2)
+    return {
+        "native": lambda: call(native.run, x_TH, ids_TE, weights_TE, bank, spec, native.bit),
+        "torch": lambda: experts_cpu(x_TH, ids_TE, weights_TE, bank, spec),
+    }
+
+
+def _bank(E: int, H: int, I: int, spec: ExpertsSpec, w: torch.dtype) -> StackedExpertWeights:
+    def matrix(out: int, into: int, layout: str) -> Tensor:
+        return torch.full((E, out, into) if layout == "oi" else (E, into, out), 0.01, dtype=w)
+
+    widths = {"plain": [I], "separate": [I, I]}.get(spec.rows, [2 * I])
+    return StackedExpertWeights([matrix(n, H, spec.w_in_layout) for n in widths], matrix(H, I, spec.w_out_layout))
+
+
 def _ways(native: Library, rows: int, spec: ExpertsSpec, x: torch.dtype, w: torch.dtype, large: bool) -> dict[str, Way]:
     """Two experts that every token goes to, of the spec's function and of weights of that size class.
 
@@ -104,12 +158,7 @@ def _ways(native: Library, rows: int, spec: ExpertsSpec, x: torch.dtype, w: torc
     H = 2048 if few else 1024 if large else 256
     I = 1536 if few else max(64, min(H, WORK // (rows * H)))
     E = 4 if few else 2
-
-    def matrix(out: int, into: int, layout: str) -> Tensor:
-        return torch.full((E, out, into) if layout == "oi" else (E, into, out), 0.01, dtype=w)
-
-    widths = {"plain": [I], "separate": [I, I]}.get(spec.rows, [2 * I])
-    bank = StackedExpertWeights([matrix(n, H, spec.w_in_layout) for n in widths], matrix(H, I, spec.w_out_layout))
+    bank = _bank(E, H, I, spec, w)
     x_TH, weights_TK = torch.full((rows, H), 0.5, dtype=x), torch.full((rows, 2), 0.5, dtype=x)
     turns = [torch.tensor([[e, e + 1]]).repeat(rows, 1) for e in range(0, E, 2)]
     by_native, by_torch = itertools.cycle(turns), itertools.cycle(turns)

@@ -47,7 +47,8 @@ def first_difference(run: NativeRun, isa: int) -> str:
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for number, spec in enumerate(specs()):
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            whole = not (spec.compute_dtype or spec.act_dtype or spec.accum_dtype or spec.out_dtype)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, *([torch.float64] if whole else [])):
                 bank, D = _bank(spec, dtype, rng, stacked=number % 2 == 0)
                 T = 1 + number % 11
                 x, ids, weights = _call(T, dtype, rng)

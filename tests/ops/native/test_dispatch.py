@@ -37,7 +37,7 @@ def close(got, case):
 
 
 @pytest.mark.parametrize("stacked", (True, False))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_native_where_it_is_faster(taken, dtype, stacked, monkeypatch):
     case = make(ExpertsSpec(), dtype=dtype, stacked=stacked)
     close(experts(*case.args), case)
@@ -71,12 +71,43 @@ def test_both_ways_of_the_measurement_compute_the_same(taken, monkeypatch):
     assert len(asked) == 9 and "experts of 256 rows, bfloat16, W bfloat16 oi oi, gated, small, " in " ".join(asked)
 
 
+def every(T, dtype, stacked=True, E=3):
+    """A block whose tokens all go to every expert."""
+    x, _, _, bank, spec = make(ExpertsSpec(), T=T, E=E, K=1, dtype=dtype, stacked=stacked).args
+    return x, torch.arange(E).expand(T, E), torch.rand(T, E).to(dtype), bank, spec
+
+
+def test_where_every_expert_takes_every_row_that_is_asked(taken, monkeypatch):
+    asked = []
+
+    def fastest(question, ways, default, advantage):
+        found = {name: way() for name, way in ways().items()}
+        torch.testing.assert_close(found["native"], found["torch"], rtol=2e-2, atol=2e-2)
+        asked.append(question)
+        return "torch"
+
+    monkeypatch.setattr(dispatch, "fastest", fastest)
+    dispatch._native_for_every.cache_clear()
+    try:
+        for T, dtype, stacked in ((1, torch.bfloat16, True), (9, torch.bfloat16, False), (9, torch.float64, True)):
+            args = every(T, dtype, stacked)
+            taken.clear()
+            torch.testing.assert_close(experts(*args), experts_reference(*args), rtol=2e-2, atol=2e-2)
+            assert taken[-1] == "experts_cpu"
+    finally:
+        dispatch._native_for_every.cache_clear()
+    assert len(asked) == 3 and "every expert on 16 rows of 8, " in asked[1]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": torch.float64}, "the x dtype is float64; the kernel has 16 and 32 bits"),
-        ({"spec": ExpertsSpec(accum_dtype="float64")}, "the accumulator dtype is float64"),
-        ({"spec": ExpertsSpec(compute_dtype="float64")}, "the compute dtype is float64"),
+        (
+            {"spec": ExpertsSpec(accum_dtype="float64")},
+            "float64 stands beside another dtype; the kernel has it by itself",
+        ),
+        ({"spec": ExpertsSpec(compute_dtype="float64")}, "float64 stands beside another dtype"),
+        ({"spec": ExpertsSpec(out_dtype="float32"), "dtype": torch.float64}, "float64 stands beside another dtype"),
         ({"K": 0}, ""),
     ],
 )
@@ -90,7 +121,7 @@ def test_what_the_kernel_does_not_take_it_names(taken, change, reason):
 
 
 @pytest.mark.parametrize("stacked", (True, False))
-@pytest.mark.parametrize("spec", (ExpertsSpec(), ExpertsSpec(compute_dtype="float64")), ids=("x", "compute"))
+@pytest.mark.parametrize("spec", (ExpertsSpec(out_dtype="float32"), ExpertsSpec(compute_dtype="float64")), ids=str)
 def test_what_the_kernel_does_not_take_is_asked_once(taken, monkeypatch, spec, stacked):
     """Nothing is measured at later calls: that took ten times as long as the experts."""
     asked, honest = [], dispatch._ways

@@ -21,7 +21,7 @@ def block(dtype, layouts, T=90, **fields):
     return random_block(spec, Sizes(T=T, K=2, E=3, H=160, I=300, D=72), dtype, seed=15)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
 @pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
 def test_a_token_s_bits_depend_on_no_neighbour(kernel, layouts, dtype):
     x, ids, weights, bank, spec = block(dtype, layouts)
@@ -32,7 +32,18 @@ def test_a_token_s_bits_depend_on_no_neighbour(kernel, layouts, dtype):
     assert torch.equal(kernel(x[order], ids[order], weights[order], bank, spec), whole[order])
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
+@pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
+def test_short_rows_depend_on_no_neighbour(kernel, layouts, dtype):
+    """Rows of few numbers are turned before they are multiplied."""
+    spec = ExpertsSpec(w_in_layout=layouts[0], w_out_layout=layouts[1])
+    x, ids, weights, bank, _ = random_block(spec, Sizes(T=90, K=2, E=3, H=64, I=50, D=37), dtype, seed=15)
+    whole = kernel(x, ids, weights, bank, spec)
+    for chosen in ([0], [7, 3], list(range(5)), list(range(13, 30)), list(range(80))):
+        assert torch.equal(kernel(x[chosen], ids[chosen], weights[chosen], bank, spec), whole[chosen]), chosen
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_many_columns_and_rows_of_weights_in_out(kernel, dtype):
     """(in, out) weights are read a group of rows and a task's columns at a time, and how many depends on the tokens."""
     spec = ExpertsSpec(w_in_layout="io", w_out_layout="io")

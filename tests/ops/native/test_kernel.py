@@ -17,6 +17,7 @@ MANY = settings(
     max_examples=80, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALL_DTYPES = (*DTYPES, torch.float64)
 
 
 def far(got, want, eps):
@@ -65,6 +66,37 @@ def test_any_size_dtype_and_strides(kernel, spec, sizes, dtype, weight_dtype, ro
     assert far(got, want, eps) <= 1
 
 
+@MANY
+@given(
+    spec=specs(),
+    sizes=st.builds(
+        Sizes, T=st.integers(1, 80), K=st.integers(1, 3), E=st.integers(1, 5), H=st.integers(1, 140),
+        I=st.integers(1, 140), D=st.integers(1, 140),
+    ),
+    routing_dtype=st.sampled_from(ALL_DTYPES), stacked=st.booleans(), biases=st.booleans(),
+    seed=st.integers(0, 999), strange_ids=st.booleans(),
+)  # fmt: skip
+def test_any_size_and_strides_in_float64(kernel, spec, sizes, routing_dtype, **rest):
+    args = random_block(spec, sizes, torch.float64, torch.float64, routing_dtype, **rest)
+    if not kernel_takes(args[1], args[3]):
+        return
+    # as for torch's kernels: one rounding of each of at most 8 stages, of sums of up to 140 numbers
+    assert far(kernel(*args), experts_reference(*args), torch.finfo(torch.float64).eps) <= 1
+
+
+@pytest.mark.parametrize("activation", [s.activation for s in all_fields()])
+def test_an_activation_in_float64_is_as_exact_as_torch_s(best, activation):
+    """From far below zero, through what underflows, to what overflows; not a number stays none."""
+    spec = ExpertsSpec(rows="plain", activation=activation, alpha=1.5, out_of_range="nothing")
+    far_out = torch.tensor([-1e300, -800.0, -745.5, -710.0, -40.0, -0.0, 5e-324, 1e-9, 709.9, 711.0, 1e300])
+    x = torch.cat([far_out.double(), torch.linspace(-30, 30, 4001).double(), torch.tensor([torch.nan])])[:, None]
+    bank = StackedExpertWeights([torch.ones(1, 1, 1).double()], torch.ones(1, 1, 1).double())
+    args = x, torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1).double(), bank, spec
+    # GELU's 1 + erf(x) is a rounded difference of two numbers near 1 where x is below zero, and is multiplied by x
+    least = 1e-15 if activation.startswith("gelu") else 1e-300
+    torch.testing.assert_close(best(*args), experts_reference(*args), rtol=2e-14, atol=least, equal_nan=True)
+
+
 EXACT = ("relu", "identity", "leaky_relu", "relu2")
 
 
@@ -86,7 +118,7 @@ def test_rounds_where_the_model_rounds(kernel, activation, dtype, act):
         torch.testing.assert_close(kernel(*args), experts_reference(*args), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ("oi", "io"))
 @pytest.mark.parametrize("T", (1, 2, 5, 12, 64, 65, 300))
 def test_row_counts_around_the_tiles(kernel, T, layout, dtype):
@@ -98,7 +130,7 @@ def test_row_counts_around_the_tiles(kernel, T, layout, dtype):
 @pytest.mark.parametrize("layout", ("oi", "io"))
 def test_long_sums_are_chunked(kernel, layout):
     spec = ExpertsSpec(w_in_layout=layout, w_out_layout=layout, rows="plain", activation="relu")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
         args = random_block(spec, Sizes(T=3, E=1, K=1, H=2500, I=4200, D=9), dtype, biases=False)
         assert far(kernel(*args), experts_reference(*args), torch.finfo(dtype).eps) <= 1
 

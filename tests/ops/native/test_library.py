@@ -207,7 +207,7 @@ def test_our_sources_compile_without_a_warning(whole_library):
         "-Wno-psabi",
         "-Wno-attributes",
     ]
-    for source in ("isa.cpp", "experts.cpp", "pool.cpp", "ort_op.cpp"):
+    for source in ("isa.cpp", "isa64.cpp", "experts.cpp", "pool.cpp", "ort_op.cpp"):
         out = subprocess.run([*words, str(build.SOURCES / source)], capture_output=True, text=True)
         assert out.returncode == 0 and not out.stderr, out.stderr
 

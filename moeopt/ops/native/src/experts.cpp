@@ -33,9 +33,24 @@ int64_t padded(int64_t n, int64_t size) {  // rows that do not fall on the same 
   return n * size % 1024 ? n : n + 64 / size;
 }
 
-bool is_float(int64_t d) { return d == MOEOPT_F32 || d == MOEOPT_BF16 || d == MOEOPT_F16; }
+bool is_float(int64_t d) { return d == MOEOPT_F32 || d == MOEOPT_F64 || d == MOEOPT_BF16 || d == MOEOPT_F16; }
 
-bool is_weight(const moeopt_matrix &m) {
+// float64 stands beside itself alone, but for the routing weights
+bool all_wide(const moeopt_call &c) {
+  const moeopt_spec &s = *c.spec;
+  for (int64_t d : {c.x_dtype, c.y_dtype, s.compute, s.act, s.accum, s.term})
+    if (d != MOEOPT_F64) return false;
+  return true;
+}
+bool none_wide(const moeopt_call &c) {
+  const moeopt_spec &s = *c.spec;
+  for (int64_t d : {c.x_dtype, c.y_dtype, c.weights_dtype, s.compute, s.act, s.accum, s.term})
+    if (d == MOEOPT_F64) return false;
+  return true;
+}
+
+bool is_weight(const moeopt_matrix &m, bool wide) {
+  if (wide || m.dtype == MOEOPT_F64) return wide && m.dtype == MOEOPT_F64;
   if (is_float(m.dtype)) return true;
   if (m.dtype != MOEOPT_I8 && m.dtype != MOEOPT_U4) return false;
   const bool even = m.dtype == MOEOPT_I8 || (m.stride_out % 2 == 0 && (m.block % 2 == 0 || m.block >= m.in));
@@ -60,13 +75,15 @@ moeopt_expert entry(const moeopt_call &c, int64_t e) {
   return x;
 }
 
-void check(const moeopt_expert &x, const moeopt_call &c) {
+void check(const moeopt_expert &x, const moeopt_call &c, bool wide) {
   const moeopt_spec &s = *c.spec;
   const bool separate = s.rows == SEPARATE;
   if (x.w_in[0].in != c.H || x.w_out.out != c.D) throw Wrong();
   if (x.w_in[0].out != x.w_out.in * (separate || s.rows == PLAIN ? 1 : 2)) throw Wrong();
-  if (separate && (x.w_in[1].in != c.H || x.w_in[1].out != x.w_out.in || !is_weight(x.w_in[1]))) throw Wrong();
-  if (!is_weight(x.w_in[0]) || !is_weight(x.w_out)) throw Wrong();
+  if (separate && (x.w_in[1].in != c.H || x.w_in[1].out != x.w_out.in || !is_weight(x.w_in[1], wide))) throw Wrong();
+  if (!is_weight(x.w_in[0], wide) || !is_weight(x.w_out, wide)) throw Wrong();
+  for (const moeopt_vector *v : {&x.b_in[0], &x.b_in[1], &x.b_out, &x.norm})
+    if (v->data && (v->dtype == MOEOPT_F64) != wide) throw Wrong();
 }
 
 struct Plan {
@@ -79,9 +96,10 @@ struct Plan {
   std::vector<int64_t> batches;  // first segment of each batch, and the number of segments
   Buffer<void> r, h;
   Buffer<float> o;
-  int64_t products = 0;
+  int64_t products = 0, size = 4;  // size: bytes of a number that is kept between
 
   Plan(const moeopt_call &call, const Kernels &kernels) : c(call), k(kernels) {
+    size = k.wide ? 8 : 4;
     sort_rows();
     cut();
     for (int64_t t = 0; t < c.T * c.K; t++) order[t] = t % c.K;
@@ -99,11 +117,11 @@ struct Plan {
     }
     job.call = &c;
     job.rows = rows;
-    job.ldx = padded(c.H, job.short_x ? 2 : 4);
-    job.ldo = padded(c.D, 4);
+    job.ldx = padded(c.H, job.short_x ? 2 : size);
+    job.ldo = padded(c.D, size);
     place_hidden();
-    r.reset(allocate(rows * job.ldx * (job.short_x ? 2 : 4)));
-    o.reset((float *)allocate(rows * job.ldo * 4));
+    r.reset(allocate(rows * job.ldx * (job.short_x ? 2 : size)));
+    o.reset((float *)allocate(rows * job.ldo * size));
     job.token = token.data(), job.slot = slot.data(), job.segment_of = segment_of.data();
     job.row_of = row_of.data(), job.order = order.data(), job.segments = segments.data();
     job.r = r.get(), job.h = h.get(), job.o = o.get();
@@ -138,7 +156,7 @@ struct Plan {
     for (int64_t e = 0; e < c.E; e++) {
       if (ends[e] == row) continue;
       experts.push_back(entry(c, e));
-      check(experts.back(), c);
+      check(experts.back(), c, k.wide);
       const int64_t I = experts.back().w_out.in, n = ends[e] - row, parts = (n + MOST_ROWS - 1) / MOST_ROWS;
       products += n * I * (c.H * (c.spec->rows == PLAIN ? 1 : 2) + c.D);
       for (int64_t p = 0; p < parts; p++) {
@@ -155,12 +173,12 @@ struct Plan {
     int64_t at = 0, most = 0;
     for (int64_t i = 0; i < (int64_t)segments.size(); i++) {
       Segment &s = segments[i];
-      s.ldh = padded(s.I, job.short_h ? 2 : 4);
+      s.ldh = padded(s.I, job.short_h ? 2 : size);
       if (i == 0 || at + s.count * s.ldh > MOST_HIDDEN) batches.push_back(i), at = 0;
       s.h = at, at += s.count * s.ldh, most = std::max(most, at);
     }
     batches.push_back((int64_t)segments.size());
-    h.reset(allocate(most * (job.short_h ? 2 : 4)));
+    h.reset(allocate(most * (job.short_h ? 2 : size)));
   }
 
   std::vector<int64_t> ends;
@@ -200,6 +218,8 @@ struct Work {
 
   int64_t columns(Stage::Kind kind, const Segment &s) const {
     const moeopt_matrix &w = kind == Stage::HIDDEN ? s.weights->w_in[0] : s.weights->w_out;
+    if (plan.k.wide) return COLUMNS64;
+    if (w.stride_in == 1 && w.in <= TURNED) return TURNED_COLUMNS;
     if (!across(w)) return 16;
     int64_t block = columns_across(s.count, w.dtype);
     const int64_t all = (int64_t)plan.segments.size() * (kind == Stage::HIDDEN ? s.I : plan.c.D);
@@ -256,19 +276,19 @@ int64_t cpu_isas() {
 int64_t cpu_isas() { return ISA_GENERIC; }
 #endif
 
-const Kernels *kernels_of(int64_t isa) {
-  (void)isa;
+const Kernels *kernels_of(int64_t isa, bool wide = false) {
+  (void)isa, (void)wide;
 #if defined(MOEOPT_HAVE_AVX2)
-  if (isa == ISA_AVX2) return kernels_avx2();
+  if (isa == ISA_AVX2) return wide ? kernels64_avx2() : kernels_avx2();
 #endif
 #if defined(MOEOPT_HAVE_AVX512)
-  if (isa == ISA_AVX512) return kernels_avx512();
+  if (isa == ISA_AVX512) return wide ? kernels64_avx512() : kernels_avx512();
 #endif
 #if defined(MOEOPT_HAVE_AVX512_BF16)
-  if (isa == ISA_AVX512_BF16) return kernels_avx512_bf16();
+  if (isa == ISA_AVX512_BF16) return wide ? kernels64_avx512_bf16() : kernels_avx512_bf16();
 #endif
 #if defined(MOEOPT_HAVE_GENERIC)
-  if (isa == ISA_GENERIC) return kernels_generic();
+  if (isa == ISA_GENERIC) return wide ? kernels64_generic() : kernels_generic();
 #endif
   return nullptr;
 }
@@ -293,9 +313,11 @@ int64_t run_experts(const moeopt_call *call, ParallelFor each, void *threads) {
   if (c.T < 0 || c.K < 1 || c.E < 1 || c.H < 1 || c.D < 1 || !is_float(c.x_dtype) || !is_float(c.weights_dtype) ||
       !is_float(c.y_dtype) || (c.ids_dtype != MOEOPT_I32 && c.ids_dtype != MOEOPT_I64))
     return 3;
+  const bool wide = c.x_dtype == MOEOPT_F64;
+  if (!(wide ? all_wide(c) : none_wide(c))) return 3;
   if (!c.T) return 0;
   try {
-    const Plan plan(c, *kernels_of(c.isa));
+    const Plan plan(c, *kernels_of(c.isa, wide));
     const int64_t most = std::max<int64_t>(1, std::min(c.threads, 1 + plan.products / FEW_PRODUCTS));
     Work work(plan, most);
     if (each && most > 1) work.rounds(each, threads);

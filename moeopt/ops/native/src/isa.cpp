@@ -212,7 +212,7 @@ const Kernels *MOEOPT_KERNELS() {
   constexpr bool paired = false;
 #endif
   static const Kernels table = {
-      MOEOPT_ISA, L, paired, BIAS + PANEL + 2 * MOST_SUMS + ROWS * APART, gather, hidden, output, combine,
+      MOEOPT_ISA, L, paired, BIAS + PANEL + 2 * MOST_SUMS + ROWS * APART, gather, hidden, output, combine, false,
   };
   return &table;
 }

@@ -41,9 +41,17 @@ struct Kernels {  // one instruction set
   void (*hidden)(const Job &, const Segment &, int64_t first, int64_t end, float *scratch);  // r -> h, columns of I
   void (*output)(const Job &, const Segment &, int64_t first, int64_t end, float *scratch);  // h -> o, columns of D
   void (*combine)(const Job &, int64_t token, int64_t end, float *scratch);                  // o -> y
+  bool wide;                                                    // of float64: what is kept between has 8 bytes
 };
 
 
+constexpr int64_t TURNED = 64, TURNED_COLUMNS = 64;  // the longest k of turned.h, and columns of its tasks
+constexpr int64_t COLUMNS64 = 64;  // of a task in float64
+
+const Kernels *kernels64_generic();
+const Kernels *kernels64_avx2();
+const Kernels *kernels64_avx512();
+const Kernels *kernels64_avx512_bf16();
 const Kernels *kernels_generic();
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx512();

@@ -11,9 +11,10 @@
 
 #define MOEOPT_ABI 2
 
-/* I8 and U4 are codes of quantised weights; U4: two in a byte, the first in the low half, less 8 */
+/* F64: all but the routing weights are of it, or nothing is. I8 and U4 are codes of quantised weights; U4: two in a byte, the first in the low half, less 8 */
 enum moeopt_dtype {
-  MOEOPT_F32 = 0, MOEOPT_BF16 = 1, MOEOPT_F16 = 2, MOEOPT_I32 = 3, MOEOPT_I64 = 4, MOEOPT_I8 = 5, MOEOPT_U4 = 6
+  MOEOPT_F32 = 0, MOEOPT_BF16 = 1, MOEOPT_F16 = 2, MOEOPT_I32 = 3, MOEOPT_I64 = 4, MOEOPT_I8 = 5, MOEOPT_U4 = 6,
+  MOEOPT_F64 = 7
 };
 enum moeopt_rows { GATE_UP, UP_GATE, INTERLEAVED, INTERLEAVED_UP, SEPARATE, PLAIN };
 enum moeopt_activation {

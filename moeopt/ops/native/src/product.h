@@ -4,6 +4,7 @@
 #include "outer.h"
 #include "pairs.h"
 #include "tile.h"
+#include "turned.h"
 
 namespace {
 
@@ -19,7 +20,9 @@ void product(const View &v, int64_t compute, bool paired, int64_t first, int64_t
 #endif
   (void)paired;
   const float *xf = (const float *)x;
-  if (v.exact && v.si == 1 && (v.dtype == MOEOPT_F32 || M <= FEW)) {
+  if (v.exact && v.si == 1 && K <= TURNED) {
+    outer_turned(v, first, n, xf, ldx, K, M, to, ldt, panel);
+  } else if (v.exact && v.si == 1 && (v.dtype == MOEOPT_F32 || M <= FEW)) {
     if (v.dtype == MOEOPT_F32) dot_direct<F32>(v, first, n, xf, ldx, K, M, to, ldt);
     else if (v.dtype == MOEOPT_BF16) dot_direct<BF16>(v, first, n, xf, ldx, K, M, to, ldt);
     else dot_direct<F16>(v, first, n, xf, ldx, K, M, to, ldt);
