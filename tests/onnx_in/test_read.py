@@ -67,6 +67,26 @@ def sparse():
     return made
 
 
+def in_branches(name):
+    """A node that calls the function ``name`` in either branch."""
+    ways = {}
+    for way in ("then", "else"):
+        end = helper.make_tensor_value_info(way, TensorProto.FLOAT, ["t", 4])
+        ways[f"{way}_branch"] = helper.make_graph([node(name, ["a"], [way], domain="own")], way, [], [end])
+    return node("If", ["c"], ["b"], **ways)
+
+
+def branching(count, last):
+    """Functions F0, F1, ... that call the one before them in two branches, and F0 the function ``last``."""
+    made = called(f"F{count}", leaf=[])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    yes = node("Constant", [], ["c"], value=helper.make_tensor("yes", TensorProto.BOOL, (), [True]))
+    for n in range(count + 1):
+        calls = in_branches(f"F{n - 1}" if n else last)
+        made.functions.append(helper.make_function("own", f"F{n}", ["a"], ["b"], [yes, calls], opsets))
+    return made
+
+
 def called(first, **bodies):
     """A model of one function, with what each function calls, one after the other."""
     made = model([node(first, ["x"], ["y"], domain="own")], domains=["own"])
@@ -133,6 +153,12 @@ HOSTILE = {
     "each other": (lambda: called("F", F=["G"], G=["F"]), "calls itself: it was damaged, or made to hang who reads it"),
     "doubling": (
         lambda: called("F60", F0=[], **{f"F{n}": [f"F{n - 1}"] * 2 for n in range(1, 61)}),
+        "its functions are over 2^40 nodes when they are written out, and moeopt reads 262144",
+    ),
+    "itself in a branch": (lambda: branching(0, "F0"), "the function 'F0' calls itself"),
+    "each other in branches": (lambda: branching(3, "F3"), "calls itself: it was damaged, or made to hang who reads"),
+    "doubling in branches": (
+        lambda: branching(50, "leaf"),
         "its functions are over 2^40 nodes when they are written out, and moeopt reads 262144",
     ),
 }
