@@ -4,61 +4,98 @@
     rows = torch.where(ids == e)[0]             a row of any weight is computed
 
 The two differ where a weight underflows, in float16 the score of an unlikely expert, and its expert overflows.
+
+    rows = torch.where((ids == e) & (w >= 0.02))[0]     a threshold that no token of the example may lie below
+
+Such a dispatch has no reading by ids and weights alone: what no probe reaches would be left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import fx
 
 from moeopt.capture.op_kinds import moves_rows, op_name
+from moeopt.capture.replay import ancestors
+from moeopt.errors import Declined
 from moeopt.recognise.ids_of_masks import ids_not_zero, ids_positive
+from moeopt.recognise.routing_types import Routing
 
 LeaveOut = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """ids (T, K), weights (T, K), E -> ids, with E for those of which the dispatch takes no row."""
 _ROWS = ("nonzero", "masked_select")
-_OF_MASKS = ("any", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "__and__", "__or__")
+_COMPARES = ("gt", "ge", "lt", "le", "eq", "ne")
+_COMPARES = ("gt", "ge", "lt", "le", "eq", "ne")
+_ANDS = ("any", "logical_and", "bitwise_and", "__and__")
+_ORS = ("logical_or", "bitwise_or", "__or__")
+_NOTS = ("logical_not", "bitwise_not", "logical_xor", "bitwise_xor")
+_OTHER = "other"
 _DEPTH = 8
 
 
-def left_out(weights: Iterable[fx.Node]) -> LeaveOut | None:
-    """What leaves out the rows that the dispatch leaves out by the values of ``weights``; None where it does not ask.
+def left_out(routing: Routing, dispatch: Collection[fx.Node]) -> LeaveOut | None:
+    """What leaves out the rows that the dispatch leaves out by the values of the weights; None where it does not ask.
 
     Args:
-        weights: the nodes of a tape that hold the routing weights. Looked at is what moves them alone, to a table of
-            all experts for instance, so that each asks the weight itself.
+        routing: a reading; looked at is what moves its weights alone, to a table of all experts for instance, so that
+            each asks the weight itself.
+        dispatch: the nodes that experts' rows and their sum are made of. Masks of others pick no expert's rows, as
+            those that count; nor do those that are a part of the reading itself.
+
+    Raises:
+        Declined: it asks them something else than whether they are zero, or are above zero.
     """
-    asked: set[str] = set()
+    weights = routing.weights.nodes
+    asks = _Asks(weights, set(dispatch) - set(routing.ids.nodes if routing.ids is not None else ()))
     for node in weights:
-        asked |= _asked(node, _DEPTH)
-    return {frozenset(["ne"]): ids_not_zero, frozenset(["gt"]): ids_positive}.get(frozenset(asked))
+        asks.of_weights(node, _DEPTH)
+    if (other := asks.found.get(_OTHER)) is not None:
+        raise Declined(
+            f"which rows its experts see depends on a comparison of the routing weights ({op_name(other)}) beside the "
+            "expert ids, which the op does not make: set the weights of the rows that are left out to 0 in the tensor "
+            "of all tokens' weights (torch.where), and dispatch by the ids",
+            other.meta.get("source"),
+        )
+    return {frozenset(["ne"]): ids_not_zero, frozenset(["gt"]): ids_positive}.get(frozenset(asks.found))
 
 
-def _asked(node: fx.Node, depth: int) -> set[str]:
-    """The comparisons with zero, of what moves ``node``, by which rows are picked; ``nonzero`` asks ``!= 0``."""
-    asked: set[str] = set()
-    for user in node.users:
-        name = op_name(user)
-        dtype = user.meta.get("dtype")
-        if name in _ROWS:
-            asked |= {"ne"} if name == "nonzero" else set()
-        elif name in ("ne", "gt") and user.args[0] is node and user.args[1] == 0:
-            asked |= {name} if _picks_rows(user, depth) else set()
-        elif name == "_to_copy" and dtype is torch.bool:
-            asked |= {"ne"} if _picks_rows(user, depth) else set()
-        elif depth and moves_rows(user) and (dtype is None or dtype.is_floating_point):
-            asked |= _asked(user, depth - 1)
-    return asked
+class _Asks:
+    """What a dispatch asks the weights: ``found`` holds a comparison for each of "ne" and "gt" zero, and other."""
 
+    def __init__(self, weights: Collection[fx.Node], dispatch: Collection[fx.Node]) -> None:
+        self.weights, self.dispatch = set(weights), dispatch
+        self.found: dict[str, fx.Node] = {}
 
-def _picks_rows(mask: fx.Node, depth: int) -> bool:
-    """Whether rows are picked where ``mask`` is set."""
-    for user in mask.users:
-        name = op_name(user)
-        if name in _ROWS or (name == "index" and mask in (user.args[1] or ())):  # type: ignore[operator]
-            return True
-        if depth and (moves_rows(user) or name in _OF_MASKS) and _picks_rows(user, depth - 1):
-            return True
-    return False
+    def of_weights(self, node: fx.Node, depth: int) -> None:
+        """Enter the comparisons of what moves ``node`` by which rows are picked; ``nonzero`` asks ``!= 0``."""
+        for user in node.users:
+            if user not in self.dispatch:
+                continue
+            name = op_name(user)
+            dtype = user.meta.get("dtype")
+            if name == "nonzero":
+                self.found.setdefault("ne", user)
+            elif name in _COMPARES:
+                zero = user.args[0] is node and user.args[1] == 0
+                if not (zero and name == "eq"):
+                    self._mask(user, name if zero and name in ("ne", "gt") else _OTHER, user, depth)
+            elif name == "_to_copy" and dtype is torch.bool:
+                self._mask(user, "ne", user, depth)
+            elif depth and moves_rows(user) and (dtype is None or dtype.is_floating_point):
+                self.of_weights(user, depth - 1)
+
+    def _mask(self, mask: fx.Node, word: str, by: fx.Node, depth: int) -> None:
+        """Enter ``word`` where rows are picked where ``mask`` is set; other where they are picked elsewhere too."""
+        for user in mask.users:
+            if user not in self.dispatch:
+                continue
+            name = op_name(user)
+            if name in _ROWS or (name == "index" and mask in (user.args[1] or ())):  # type: ignore[operator]
+                self.found.setdefault(word, by)
+            elif depth and (moves_rows(user) or name in _ANDS):
+                self._mask(user, word, by, depth - 1)
+            elif depth and name in (*_ORS, *_NOTS):
+                every = name in _ORS and all(self.weights & ancestors([a]) for a in user.all_input_nodes)
+                self._mask(user, word if every else _OTHER, by, depth - 1)

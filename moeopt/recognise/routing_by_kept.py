@@ -55,7 +55,8 @@ def _kept_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[I
                 if math.prod(mask.meta["shape"]) not in (size, tokens) or tried > MOST_PAIRS:
                     continue
                 tried += 1
-                step = (kept_ids, ("@beside", experts, len(order) > 1))
+                slots_first = len(order) > 1 and math.prod(mask.meta["shape"]) == size
+                step = (kept_ids, ("@beside", experts, slots_first))
                 extraction = Extraction(node, [(torch.ops.aten.to.dtype, (torch.int64,)), *order, step], (mask,))
                 ids = extraction.run(tape)
                 named = torch.zeros(tokens, experts + 1, dtype=torch.bool).scatter_(1, ids, True)[:, :experts]
@@ -68,10 +69,13 @@ def _is_mask(node: fx.Node) -> bool:
 
 
 def _different(tape: Tape, nodes: list[fx.Node]) -> list[fx.Node]:
-    """The first node of each value, those that are set everywhere or nowhere left out."""
+    """The last node of each value, those that are set everywhere or nowhere left out.
+
+    The dispatch reads the last: what was added to a mask (a padding that has none here) may show on other tokens.
+    """
     found: dict[bytes, fx.Node] = {}
     for node in nodes:
         value = tape.value(node)
         if bool(value.any()) and not bool(value.all()):
-            found.setdefault(value.reshape(-1).cpu().numpy().tobytes(), node)
+            found[value.reshape(-1).cpu().numpy().tobytes()] = node
     return list(found.values())

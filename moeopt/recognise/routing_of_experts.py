@@ -76,6 +76,7 @@ def with_frontier(
     def accept(reading: Routing) -> None:
         nonlocal place
         _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
+        reading.leave_out = left_out(reading, flow)
         if not labels.hidden:
             place = weight_position(tape, reading, table, tokens, labels, combine, group)
 
@@ -90,8 +91,8 @@ def with_frontier(
     if missing:
         _check_named(ids, len(experts), missing, group)
     identity = _adds_own_row(tape, tokens, combine, routing, ids, len(experts), prior)
-    if ids is not None and not identity:
-        routing.leave_out = left_out(routing.weights.nodes)
+    if ids is None or identity:
+        routing.leave_out = None
     base = None if identity else _base(tape, combine, before, experts)
     _check_what_is_left_out(tape, group, tokens, labels, combine, routing, base)
     ordered = [experts[c] for c in routing.experts]

@@ -90,3 +90,58 @@ def test_ids_by_weights():
     ids, weights = torch.tensor([[0, 2], [1, 3]]), torch.tensor([[0.5, 0.0], [float("nan"), -1.0]])
     assert ids_not_zero(ids, weights, 4).tolist() == [[0, 4], [1, 3]]
     assert ids_positive(ids, weights, 4).tolist() == [[0, 4], [4, 4]]
+
+
+class Compares(Block):
+    """The best two, weights that add up to 1 or lie in (-1, 1); ``keep`` says which of the two the dispatch takes."""
+
+    def __init__(self, keep, signed=False):
+        super().__init__()
+        self.keep, self.signed = keep, signed
+
+    def forward(self, x):
+        scores = self.gate(x)
+        shown = (torch.tanh(scores + 1.5) if self.signed else scores.softmax(-1)) * (x[:, :1] < 99)
+        weights, ids = torch.topk(shown, 2, -1)
+        weights = weights if self.signed else weights / weights.sum(-1, keepdim=True)
+        keep, y = self.keep(self, weights), torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where((ids == e) & keep)
+            y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return y
+
+
+def compares(keep, signed=False):
+    torch.manual_seed(1)
+    source, x = Compares(keep, signed).eval(), torch.randn(12, H)
+    return source, x, moeopt.optimize(source, x, verify="fast")
+
+
+@pytest.mark.parametrize(
+    ("keep", "signed", "by"),
+    [
+        (lambda self, w: ~(w < 0.02), False, "lt"),
+        (lambda self, w: ~(w <= w.new_tensor([0.02])), False, "le"),
+        (lambda self, w: (w > 0) | (torch.arange(2) == 0), True, "gt"),
+    ],
+)
+def test_a_threshold_that_no_probe_reaches_is_not_left_out(keep, signed, by):
+    source, x, opt = compares(keep, signed)
+    (block,) = opt.report.blocks
+    assert block.status == "declined", block
+    assert f"a comparison of the routing weights ({by}) beside the expert ids" in block.reason
+    assert "set the weights of the rows that are left out to 0" in block.reason
+    assert torch.equal(opt(x * 30), source(x * 30))
+
+
+def count_positive(self, weights):
+    self.used = (weights > 0).nonzero()
+    self.mean = weights[weights > 0].mean()
+    return torch.ones_like(weights, dtype=torch.bool)
+
+
+def test_a_mask_that_finds_rows_for_a_count_picks_no_rows_of_experts():
+    source, x, opt = compares(count_positive, signed=True)
+    assert opt.report.rewritten, opt.report
+    for scale in (1, 30):
+        torch.testing.assert_close(opt(x * scale), source(x * scale), rtol=1e-4, atol=1e-5)
