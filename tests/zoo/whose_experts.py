@@ -174,7 +174,7 @@ def sequences_with_condition(shape, generator):
     return (x, condition), {}
 
 
-@case(made_by(sequences_with_condition), experts=N, expect="declined", reason=r"widths \(16 and 8\).*torch\.cat")
+@case(made_by(sequences_with_condition), experts=N, expect="declined", reason="would not pay.*'onnxruntime' takes it")
 def condition_beside_the_row():
     return WithCondition(Conditioned)
 
