@@ -29,9 +29,12 @@ def foreign(name: str) -> bool:
 
 
 def is_container(value: PyObject) -> bool:
-    """Whether ``value`` is a container that a forward may write into: a plain one, or one of the user's own class."""
+    """Whether ``value`` is a container that a forward may write into: a plain one, or one of the user's own class.
+
+    A proxy says that it is of the class of what it stands for, and is none: its own class decides.
+    """
     cls = type(value)
-    return cls in CONTAINERS or (isinstance(value, _BASES) and not foreign(cls.__module__))
+    return cls in CONTAINERS or (issubclass(cls, _BASES) and not foreign(cls.__module__))
 
 
 def is_open(value: PyObject) -> bool:
@@ -79,7 +82,7 @@ def same_items(now: PyObject, before: PyObject) -> bool:
 
 
 def _base(container: PyObject) -> PyObject:
-    return next(base for base in _BASES if isinstance(container, base))
+    return next(base for base in _BASES if issubclass(type(container), base))
 
 
 def table_of(value: PyObject) -> dict[str, Any] | None:

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from moeopt.value_types import PyObject
 
-_OWN = "moeopt."
-_CHECKPOINT = "torch.utils.checkpoint"
+_NO_USERS = ("moeopt.", "torch.fx.", "torch.utils.checkpoint")
+"""How the modules begin whose modes are no user's."""
 
 
 def active_user_mode() -> str:
@@ -25,8 +25,6 @@ def active_user_mode() -> str:
 
 
 def _harmless(mode: PyObject) -> bool:
-    if isinstance(mode, DeviceContext) or type(mode).__module__ == _CHECKPOINT:
+    if isinstance(mode, DeviceContext) or (isinstance(mode, TorchDispatchMode) and mode.is_infra_mode()):
         return True
-    if isinstance(mode, TorchDispatchMode) and mode.is_infra_mode():
-        return True
-    return type(mode).__module__.startswith(_OWN)
+    return type(mode).__module__.startswith(_NO_USERS)

@@ -119,7 +119,8 @@ class CallGuard:
         kept: of each tensor, between which values its integers lie as the model around the block makes them; None where
             the program does not rely on that. () where it relies on none.
         skip_idle: whether experts that no token reaches get no gradient, as in the original, or zeros.
-        fewest, most: tokens of a call; ``most`` is a number in the block's code, past which nothing was verified.
+        fewest, most: tokens of a call; ``most`` is a number in the block's code, or as many tokens as
+            that many elements are, past which nothing was verified.
         tied: sizes (tensor, dimension) that were a product of others in every verified call: the program reads either.
     """
 
@@ -190,20 +191,22 @@ class CallGuard:
         return self._sizes(bound.tensors()) if self.tied else ""
 
     def _tokens(self, tensors: list[torch.Tensor]) -> str:
-        """Why so many tokens were not verified (free sizes of the first tensor that has some); "" where they were."""
+        """Why so many tokens were not verified; "" where they were.
+
+        They are the free sizes of the tensor that has most of them: another may have one number for each sequence.
+        """
+        counts = []
         for tensor, shape in zip(tensors, self.shapes, strict=True):
             free = [size for size, fixed in zip(tensor.shape, shape, strict=True) if fixed is None]
-            if not free:
-                continue
-            count = math.prod(free)
-            if count < self.fewest:
-                return "it was called without a token, for which its code does something else"
-            if self.most is not None and count > self.most:
-                return (
-                    f"it was called with {count} tokens, and its code holds the number {self.most}, which may limit "
-                    "what it does in one way: calls of more tokens were too large to verify"
-                )
-            return ""
+            counts += [math.prod(free)] if free else []
+        if min(counts, default=1) < self.fewest:
+            return "it was called without a token, for which its code does something else"
+        if self.most is not None and (count := max(counts, default=0)) > self.most:
+            return (
+                f"it was called with {count} tokens, and its code holds the number {self.most}, which may limit "
+                "what it does in one way: calls of more tokens were too large to verify (a number of elements counts "
+                "as that of their tokens)"
+            )
         return ""
 
     def _sizes(self, tensors: list[torch.Tensor]) -> str:

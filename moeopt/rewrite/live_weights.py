@@ -163,8 +163,8 @@ class LiveExpertWeights:
         if self._all is None:
             return None
         if self._wholes is None:
-            self._wholes = whole_parts(self._experts, self._layouts, {p: one.shape for p, one in self._places.items()})
             self._kinds = [(p.dtype, p.shape, False) for p in self._places.values()]
+            self._wholes = whole_parts(self._experts, self._layouts, {p: one.shape for p, one in self._places.items()})
         if not self._wholes:
             return None
         for e in range(self.num_experts):

@@ -30,12 +30,14 @@ def passable(
 
     Args:
         numbers: in the block's code, which may be tokens, or elements of ``features`` a token.
-        sizes: of the block's tensors: a number that is one of them, and that only a large case would pass, is none.
+        sizes: of the block's tensors: a number that is one of them, and that only a large case would pass, is none, and
+            none is a number that no case passes: a model of 128 experts names 128 for other reasons.
     """
     known, most = set(sizes), min(max(max_tokens, 64), LARGEST)
     asked = {n for n in numbers if n > 2 and (n not in known or _count(n) <= MANY)}
     passed = [n for number in asked for n in (number, number // features) if n > 2 and _count(n) <= most]
-    return max(passed, default=0), min((n for n in asked if _count(n) > most), default=None)
+    late = [n for number in asked - known for n in (number, number // features) if _count(n) > most]
+    return max(passed, default=0), min(late, default=None)
 
 
 def _count(number: int) -> int:

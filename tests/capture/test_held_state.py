@@ -118,6 +118,26 @@ def test_hooks_come_back_with_their_handle():
     assert len(module._forward_pre_hooks) == 1 and not module._forward_hooks
 
 
+class Proxy:
+    """It says that it is of the class of what it stands for, as those of wrapt and of mocks do."""
+
+    def __init__(self, target):
+        self.target = target
+
+    @property
+    def __class__(self):
+        return type(object.__getattribute__(self, "__dict__")["target"])
+
+
+def test_a_proxy_is_followed_to_the_container_that_it_stands_for():
+    module = nn.Linear(2, 2)
+    module.held = Proxy({"rows": 1})
+    state = HeldState([("", module)])
+    module.held.target["rows"] = 2
+    state.restore()
+    assert module.held.target == {"rows": 1}
+
+
 def test_objects_that_lead_to_themselves_are_followed_once():
     module = nn.Linear(2, 2)
     module.held = Notes()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -84,6 +85,7 @@ def test_modes_that_change_no_number_keep_the_rewritten_code():
             close(opt(X), build()(X))
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             assert opt(fake.from_tensor(X)).shape == X.shape
+        close(make_fx(opt.model)(X)(X), build()(X))
         checkpoint(opt.model, x, use_reentrant=False, context_fn=keep_products).sum().backward()
     again = X.clone().requires_grad_()
     build()(again).sum().backward()

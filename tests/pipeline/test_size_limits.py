@@ -117,6 +117,31 @@ def test_a_number_that_no_case_passes_bounds_the_rewritten_code():
     assert torch.equal(got, build(LateBranch)(seeded(1, 9001, H)))
 
 
+class ManyMoreElements(Block):
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 2 if x.numel() > 10_000 * H else y
+
+
+class ForEachSequence(Block):
+    """Its first argument has one number for each sequence."""
+
+    def forward(self, scale, x):
+        y = super().forward(x) * scale[:, None, None]
+        return y * 2 if x.shape[0] * x.shape[1] > 9000 else y
+
+
+def test_a_number_that_counts_elements_or_all_sequences_bounds_the_rewritten_code():
+    opt = moeopt.optimize(build(ManyMoreElements), seeded(2, 5, H), verify="fast")
+    with torch.no_grad(), pytest.warns(StaleModelWarning, match="10001 tokens, and its code holds the number 10000, "):
+        assert torch.equal(opt(seeded(1, 10_001, H)), build(ManyMoreElements)(seeded(1, 10_001, H)))
+    opt = moeopt.optimize(build(ForEachSequence), (seeded(2), seeded(2, 5, H)), verify="fast")
+    assert [b.status for b in opt.report.blocks] == ["rewritten"]
+    call = seeded(3), seeded(3, 3001, H)
+    with torch.no_grad(), pytest.warns(StaleModelWarning, match="9003 tokens"):
+        assert torch.equal(opt(*call), build(ForEachSequence)(*call))
+
+
 class Average(Block):
     """Statistics of the routing, which an empty call leaves alone."""
 

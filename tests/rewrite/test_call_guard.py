@@ -116,6 +116,9 @@ def test_the_number_of_tokens():
         got = most._arguments(bind(inspect.signature(lambda x, a: None), (rand(*shape), 1.0), {}))
         assert text in got and bool(text) == bool(got)
     assert "its code holds the number 10, which may limit what it does in one way" in most._tokens([rand(6, 2, 3)])
+    several = guard([TENSOR] * 2, shapes=[(None,), (None, None, 3)], fewest=1, most=10)
+    assert "12 tokens" in several._tokens([rand(2), rand(2, 6, 3)]), "the first has one number for each sequence"
+    assert "without a token" in several._tokens([rand(2), rand(2, 0, 3)])
     fixed = guard([TENSOR], shapes=[(4, 3)], fewest=1, most=2)
     assert fixed._tokens([rand(4, 3)]) == ""
 

@@ -1,6 +1,7 @@
 """Weights are read where they live; a place that is no longer what was verified says what changed."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -255,6 +256,24 @@ def test_weights_that_are_gone_are_not_kept(mode):
     assert gone() is None and storage() is None
     with mode():
         assert bank.stacked().w_in_s[0].data_ptr() == root.w1.data_ptr()
+
+
+class AskedAtOnce(LiveExpertWeights):
+    """Another thread lists the weights as soon as it sees that where they lie is worked out."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "_wholes" and value is not None:
+            self.answers = []
+            thread = threading.Thread(target=lambda: self.answers.append(self.listed()))
+            thread.start()
+            thread.join()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_two_threads_list_the_weights_for_the_first_time():
+    bank = AskedAtOnce(*listed(), ("oi", "io"))
+    assert bank.listed().num_experts == bank.answers[0].num_experts == 3
 
 
 def test_whole_parameters_are_listed_as_they_are_now():

@@ -19,6 +19,9 @@ def test_which_numbers_a_case_passes():
     assert passable([30], [30], H, 10**6) == (30, None), "which a small case passes all the same"
     assert passable([9000, 7000], [], 10**9, 10**9) == (0, 7000)
     assert passable([20], [], H, 1) == (20, None), "64 tokens run in every block"
+    assert passable([128], [], H, 1) == (16, 128)
+    assert passable([128], [128], H, 1) == (16, None), "a block of 128 experts, of which a case would take too long"
+    assert passable([80_000], [], H, 10**6) == (0, 10_000), "80000 elements are 10000 tokens, which no case passes"
 
 
 def test_tokens_past_a_number_and_half_of_them_alike():
