@@ -239,7 +239,8 @@ def _verify(
         call_spec, experts, level=options.verify, seed=options.seed, router_rows=aimed, max_tokens=max_tokens
     )
     if options.verify != "off":
-        sizes = SizeCases(module, call_spec, experts, program, max_tokens, options)
+        chosen = max(f.routing.per_token or len(f.experts) for f in found)
+        sizes = SizeCases(module, call_spec, experts, chosen, program, max_tokens, options)
         at = next((n for n, case in enumerate(cases) if case.name == "many tokens"), len(cases))
         cases[at:at] = sizes.cases  # of two cases that fail, the one that names the number is told
         cases.append(Case("the given inputs", *call))

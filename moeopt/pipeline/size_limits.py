@@ -13,7 +13,7 @@ from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.verification.block import verify_block
 from moeopt.verification.results import Case
-from moeopt.verification.size_cases import columns_in_memory, more_tokens_than, no_token, passable
+from moeopt.verification.size_cases import columns_in_memory, more_tokens_than, most_tokens, no_token, passable
 
 
 class SizeCases:
@@ -21,6 +21,7 @@ class SizeCases:
 
     Args:
         experts: of the block.
+        chosen: experts of a token.
         program: gives the numbers in the block's code; its guard gets the bounds.
         max_tokens: that a case may have.
 
@@ -29,17 +30,18 @@ class SizeCases:
     """
 
     def __init__(
-        self, module: nn.Module, call_spec: CallSpec, experts: int, program: BlockProgram, max_tokens: int,
-        options: Options,
+        self, module: nn.Module, call_spec: CallSpec, experts: int, chosen: int, program: BlockProgram,
+        max_tokens: int, options: Options,
     ) -> None:  # fmt: skip
         self._spec, self._experts, self._program, self._options = call_spec, experts, program, options
         numbers = program.reads.numbers() if program.reads is not None else set()
         sizes = {size for t in (*module.parameters(), *module.buffers()) for size in t.shape}
         features = [call_spec.rows(n)[:1].numel() for n in call_spec.indices("tokens")]
-        passed, self._most = passable(numbers, sizes, max([1, *features]), max_tokens)
+        passed, self._most = passable(numbers, sizes, (max([1, *features]), max(chosen, 1)), max_tokens)
         self.cases: list[Case] = [columns_in_memory(call_spec, experts, options.seed)]
         if passed:
-            self.cases += more_tokens_than(call_spec, experts, passed, options.verify, options.seed)
+            most = most_tokens(max_tokens)
+            self.cases += more_tokens_than(call_spec, experts, passed, options.verify, options.seed, most)
 
     def bound(self, original: Callable[..., Any], rewritten: RewrittenForward, *, empty: bool) -> None:
         """Set the bounds: the number that no case passed, and no ``empty`` call where that is not the original's."""

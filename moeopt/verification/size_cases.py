@@ -8,7 +8,7 @@ columns in memory       code that asks whether a tensor is contiguous, or for it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch.utils import _pytree as pytree
 
@@ -24,20 +24,30 @@ _SURE = {"fast": 7, "strict": MANY // 2}
 
 
 def passable(
-    numbers: Iterable[int], sizes: Iterable[int], features: int, max_tokens: int
+    numbers: Iterable[int], sizes: Iterable[int], widths: Sequence[int], max_tokens: int
 ) -> tuple[int, int | None]:  # fmt: skip
     """The largest number of tokens that a case of ``max_tokens`` passes (0 without one), the least that none does.
 
     Args:
-        numbers: in the block's code, which may be tokens, or elements of ``features`` a token.
+        numbers: in the block's code, which may be tokens, rows of one expert, or what a token has ``widths`` of.
         sizes: of the block's tensors: a number that is one of them, and that only a large case would pass, is none, and
             none is a number that no case passes: a model of 128 experts names 128 for other reasons.
     """
-    known, most = set(sizes), min(max(max_tokens, 64), LARGEST)
+    known, most = set(sizes), most_tokens(max_tokens)
     asked = {n for n in numbers if n > 2 and (n not in known or _count(n) <= MANY)}
-    passed = [n for number in asked for n in (number, number // features) if n > 2 and _count(n) <= most]
-    late = [n for number in asked - known for n in (number, number // features) if _count(n) > most]
+    passed = [n for n in asked if _count(n) <= most] + [n for n in _shares(asked, widths) if 2 < n < most]
+    late = [n for n in asked - known if _count(n) > most] + [n for n in _shares(asked - known, widths) if n >= most]
     return max(passed, default=0), min(late, default=None)
+
+
+def most_tokens(max_tokens: int) -> int:
+    """Tokens of the largest of these cases for a block whose cases may have ``max_tokens``."""
+    return min(max(max_tokens, 64), LARGEST)
+
+
+def _shares(numbers: Iterable[int], widths: Sequence[int]) -> list[int]:
+    """The tokens that have ``numbers`` of something, of which each has one of ``widths``."""
+    return [number // width for number in numbers for width in widths]
 
 
 def _count(number: int) -> int:
@@ -45,12 +55,15 @@ def _count(number: int) -> int:
     return 2 * number + 2
 
 
-def more_tokens_than(call_spec: CallSpec, num_experts: int, number: int, level: str, seed: int = 0) -> list[Case]:
+def more_tokens_than(
+    call_spec: CallSpec, num_experts: int, number: int, level: str, seed: int = 0, most: int = LARGEST
+) -> list[Case]:  # fmt: skip
     """Calls in which the tokens, and those of one expert, are more than ``number``, unless other cases do that.
 
+    Where one expert would need more than ``most``, only the tokens together are more than ``number``.
     Where tokens come in sequences, one call has them in one sequence, one in as many sequences.
     """
-    count, rank = _count(number), len(call_spec.grid)
+    count, rank = min(_count(number), most), len(call_spec.grid)
     grids = [(1,) * (rank - 1) + (count,)] if number > _SURE[level] else []
     grids += [(count,) + (1,) * (rank - 1)] if rank > 1 else []
     cases = []

@@ -123,6 +123,18 @@ class ManyMoreElements(Block):
         return y * 2 if x.numel() > 10_000 * H else y
 
 
+class ManyChoices(Block):
+    def loop(self, x, ids, w):
+        y = super().loop(x, ids, w)
+        return y * 2 if ids.numel() > 9000 else y
+
+
+def test_a_number_that_counts_choices_of_experts_is_passed_too():
+    opt = moeopt.optimize(build(ManyChoices), seeded(2, 5, H), verify="fast")
+    (block,) = [b for b in opt.report.blocks if b.kind == "moe"]
+    assert block.status == "declined" and f"more tokens than 4500, {NUMBER}" in block.reason, block.reason
+
+
 class ForEachSequence(Block):
     """Its first argument has one number for each sequence."""
 

@@ -12,16 +12,18 @@ SEQUENCES = CallSpec((seeded(2, 3, H), "eager"), {}, (ArgRole("tokens", 2), ArgR
 
 
 def test_which_numbers_a_case_passes():
-    assert passable([], [], H, 1000) == passable([0, 1, 2, -7], [], H, 1000) == (0, None)
-    assert passable([40, 300], [], H, 1000) == (300, None)
-    assert passable([40, 600], [], H, 1000) == (75, 600), "600 tokens are too many, 600 elements are 75"
-    assert passable([300], [300], H, 10**6) == (0, None), "300 is a size of its tensors"
-    assert passable([30], [30], H, 10**6) == (30, None), "which a small case passes all the same"
-    assert passable([9000, 7000], [], 10**9, 10**9) == (0, 7000)
-    assert passable([20], [], H, 1) == (20, None), "64 tokens run in every block"
-    assert passable([128], [], H, 1) == (16, 128)
-    assert passable([128], [128], H, 1) == (16, None), "a block of 128 experts, of which a case would take too long"
-    assert passable([80_000], [], H, 10**6) == (0, 10_000), "80000 elements are 10000 tokens, which no case passes"
+    assert passable([], [], (H,), 1000) == passable([0, 1, 2, -7], [], (H,), 1000) == (0, None)
+    assert passable([40, 300], [], (H,), 1000) == (300, None)
+    assert passable([40, 600], [], (H,), 1000) == (75, 600), "600 tokens are too many, 600 elements are 75"
+    assert passable([300], [300], (H,), 10**6) == (0, None), "300 is a size of its tensors"
+    assert passable([30], [30], (H,), 10**6) == (30, None), "which a small case passes all the same"
+    assert passable([9000, 7000], [], (10**9,), 10**9) == (0, 7000)
+    assert passable([20], [], (H,), 1) == (20, None), "64 tokens run in every block"
+    assert passable([128], [], (H,), 1) == (16, 128)
+    assert passable([128], [128], (H,), 1) == (16, None), "a block of 128 experts, of which a case would take too long"
+    assert passable([80_000], [], (H,), 10**6) == (0, 10_000), "80000 elements are 10000 tokens, which no case passes"
+    assert passable([9000], [], (H, 2), 10**9) == (4500, 9000), "a token has two choices of experts"
+    assert passable([60_000], [], (10**9, 2), 10**9) == (0, 30_000)
 
 
 def test_tokens_past_a_number_and_half_of_them_alike():
