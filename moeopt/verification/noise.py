@@ -33,8 +33,9 @@ class Noise:
         def shake(t: Tensor) -> Tensor:
             if not t.dtype.is_floating_point or torch._C._functorch.is_functorch_wrapped_tensor(t):
                 return t  # under vmap nothing may be drawn
-            noise = torch.randn(t.shape, generator=generator).to(t.device)
-            return (t.float() * (1 + torch.finfo(t.dtype).eps * noise)).to(t.dtype)
+            wide = t if t.dtype == torch.float64 else t.float()
+            noise = torch.randn(t.shape, generator=generator).to(t.device, wide.dtype)
+            return (wide * (1 + torch.finfo(t.dtype).eps * noise)).to(t.dtype)
 
         if self._inside:
             self._casts = _NarrowingCasts(shake)

@@ -275,7 +275,7 @@ tested_in(
 
 
 class Limited(Block):
-    most = 5000
+    most = 9000
 
     def forward(self, x):
         y = super().forward(x)
@@ -285,8 +285,8 @@ class Limited(Block):
 @limit("More tokens than an untried number in the code")
 def untried_numbers(_):
     runs_the_original(
-        Limited, lambda m: None, "its code holds the number 5000", lambda m: m(seeded(1, 5001, H, seed=3))
+        Limited, lambda m: None, "its code holds the number 9000", lambda m: m(seeded(1, 9001, H, seed=3))
     )
-    opt, x = optimized(build(Limited)), seeded(1, 5000, H)
+    opt, x = optimized(build(Limited)), seeded(1, 9000, H)
     got, warned = told(lambda: opt(x))
     assert not warned and torch.allclose(got, build(Limited)(x), atol=1e-5)
