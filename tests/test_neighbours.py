@@ -53,8 +53,10 @@ def said(model, x, prefix=""):
 def test_a_block_is_told_alike_before_and_behind_another(first, second):
     x = CASES[first].inputs()[0][0]
     both = nn.Sequential(CASES[first].build(), CASES[second].build())
+    with torch.no_grad():
+        rows = x, CASES[first].build()(x)  # which experts the rows reach is theirs, and no neighbour's
     for child, name in enumerate((first, second)):
-        assert said(both, x, str(child)) == said(CASES[name].build(), CASES[name].inputs()[0][0]), name
+        assert said(both, x, str(child)) == said(CASES[name].build(), rows[child]), name
     assert {b.name.split(".")[0] for b in moeopt.explain(both, x).blocks} <= {"0", "1"}, "no block of the whole model"
 
 

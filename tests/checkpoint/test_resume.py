@@ -16,7 +16,7 @@ import moeopt
 from moeopt.checkpoint.journal import JOURNAL, WEIGHTS, Journal, digest_of_call, folder_of
 from moeopt.checkpoint.load import _Slice
 from moeopt.checkpoint.stream import streamed
-from moeopt.errors import CheckpointError, UsageError
+from moeopt.errors import CaptureError, CheckpointError, UsageError
 from moeopt.options import Options
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -237,20 +237,27 @@ def test_a_folder_that_its_owner_removes_while_another_process_locks_it(tmp_path
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_work_that_no_later_call_can_go_on_from_is_removed(tmp_path, caplog, begun):
-    """The files lack a weight: mended ones are others, and begin anew."""
+    """The inputs do not fit the model: others are another run, and begin anew."""
+    write("qwen3", tmp_path / "model")
+    for _ in range(1 + begun):
+        caplog.clear()
+        with caplog.at_level("WARNING", "moeopt"), pytest.raises(CaptureError, match="the model knows the ids 0 to 95"):
+            moeopt.optimize(tmp_path / "model", torch.tensor([[1, 96]]), out=tmp_path / "b", verify="off")
+        assert not folder_of(tmp_path / "b").exists()
+        removed = "is removed: what was done there belongs to files, options and inputs that end in this error, and a"
+        assert f"{folder_of(tmp_path / 'b')} {removed} call with others begins anew" in caplog.text
+        assert "goes on from there" not in caplog.text
+
+
+def test_files_that_lack_a_weight_begin_nothing(tmp_path, caplog):
     write("qwen3", tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     gone = next(name for name in tensors if "norm" in name)
     save_file({n: t for n, t in tensors.items() if n != gone}, file, metadata={"format": "pt"})
-    for _ in range(1 + begun):
-        caplog.clear()
-        with caplog.at_level("WARNING", "moeopt"), pytest.raises(CheckpointError, match=f"no values for {gone}"):
-            moeopt.optimize(tmp_path / "model", out=tmp_path / "b", verify="off")
-        assert not folder_of(tmp_path / "b").exists()
-        removed = "is removed: what was done there belongs to files, options and inputs that end in this error, and a"
-        assert f"{folder_of(tmp_path / 'b')} {removed} call with others begins anew" in caplog.text
-        assert "goes on from there" not in caplog.text
+    with caplog.at_level("WARNING", "moeopt"), pytest.raises(CheckpointError, match=f"no values for {gone}"):
+        moeopt.optimize(tmp_path / "model", out=tmp_path / "b", verify="off")
+    assert not folder_of(tmp_path / "b").exists() and not caplog.text
 
 
 def test_work_that_was_interrupted_is_kept_when_a_file_beside_the_weights_is_damaged_meanwhile(tmp_path, caplog, read):

@@ -62,6 +62,8 @@ def test_profile_of_given_data_as_json(capsys, models):
 
 def test_random_tokens_are_said_to_be_random(capsys, monkeypatch, tmp_path):
     given = build(), seeded(2, 8, 16)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
     monkeypatch.setattr("moeopt.cli.profile_command.load_target", lambda *args, **fields: given)
     code, out, _ = run(capsys, "profile", tmp_path, "-q", "--no-measure")
     assert code == 0 and out.endswith("note: the inputs are random tokens: --data names your own\n")
