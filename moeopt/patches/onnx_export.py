@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -93,20 +94,39 @@ def _decompose_where_needed() -> Undo:
 
     def make(theirs: PyObject, in_force: InForce) -> PyObject:
         def decompose_with_registry(program: PyObject, registry: PyObject) -> PyObject:
-            if not in_force.yes or not _translated(program.graph, registry, _decomp):
+            if not in_force.yes:
                 return theirs(program, registry)
+            if not _translated(program.graph, registry, _decomp):
+                program = theirs(program, registry)
+                _drop_asserted_sizes(program.graph)
+                return program
             import torch
 
             graph = copy.deepcopy(program.graph)  # torch writes into what it takes for its own
             for node, own in zip(program.graph.nodes, graph.nodes, strict=True):
                 own.name = node.name  # the signature knows inputs and outputs by name, "input" among them
             program = copy.copy(program)
+            _drop_asserted_sizes(graph)
             program._graph_module = torch.fx.GraphModule(program.graph_module, graph)
             return program
 
         return decompose_with_registry
 
     return replace(_fx_passes, "decompose_with_registry", make)
+
+
+def _drop_asserted_sizes(graph: PyObject) -> None:
+    """Leave out what is asserted of sizes that the data decide (how many rows a mask picks).
+
+    torch.onnx drops the assertions and keeps the comparisons that they read, with bounds beyond 64 bits, which it then
+    cannot write down.
+    """
+    import torch
+
+    asserted = (torch.ops.aten._assert_scalar.default, operator.le, operator.ge, operator.lt, operator.gt)
+    for node in reversed(list(graph.nodes)):
+        if node.target in asserted and not node.users:
+            graph.erase_node(node)
 
 
 def _translated(graph: PyObject, registry: PyObject, decomp: PyObject) -> bool:

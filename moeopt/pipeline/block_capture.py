@@ -29,6 +29,7 @@ from moeopt.pipeline.id_probe import id_ranges
 from moeopt.recognise.id_bounds import IdBounds, kept_by_caller
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
+from moeopt.recognise.routing_by_sum import NO_ONE_TENSOR, ONE_TENSOR
 from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeightRefs
 from moeopt.rewrite.id_range import IdRange
 from moeopt.rewrite.install import OPAQUE, TENSOR, BlockProgram, CallGuard, RewrittenForward, bind
@@ -40,6 +41,13 @@ from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.scratch import UNSET, scratch_attributes
 from moeopt.rewrite.symbolic_shapes import generalize, tied_sizes
 from moeopt.value_types import PyObject
+
+_MORE = (4, 16)
+"""Times as many tokens for a call that must reach every expert, since the code around the experts is kept."""
+_NOT_ALL = (
+    f"{NO_ONE_TENSOR}, so the code that dispatches to every expert is kept, and {{tokens}} tokens did not reach all of "
+    f"them with two rows; {ONE_TENSOR}"
+)
 
 
 class Capture:
@@ -55,6 +63,10 @@ class Capture:
         self.name, self.module, self.call_spec, self.reader = name, module, call_spec, reader
         call, tape, self.found = reader.first(module, call_spec, options.seed)
         self.tapes, self.founds, self.calls = [tape], [self.found], [call]
+        if any(f.routing.missing for f in self.found):
+            self.tapes, self.founds, self.calls = [], [], []
+            self._watch(48, options.seed, 0)
+            self.found = self.founds[0]
         for tokens, variant in ((14, 1), (20, 2)):
             self._watch(tokens, options.seed + variant, variant)
         for tape, found_there in zip(self.tapes, self.founds, strict=True):
@@ -83,17 +95,21 @@ class Capture:
 
     def _watch(self, tokens: int, seed: int, variant: int) -> None:
         """Record another call; with rows aimed at the router where those at random reach too few experts to be read."""
-        later = bool(self.tapes[0].attributes) and variant == 2
-        for aimed in (None, aimed_at_router(self.module, self.call_spec)):
+        later = variant == 2 and bool(self.tapes[0].attributes)
+        aims = (None, aimed_at_router(self.module, self.call_spec))
+        for aimed, times in ((aims[0], 1), (aims[1], 1), *((None, times) for times in _MORE)):
             experts = len(self.found[0].experts)
-            call = probe_call(self.call_spec, tokens, seed, experts=experts, aimed=aimed, variant=variant)
+            call = probe_call(self.call_spec, times * tokens, seed, experts=experts, aimed=aimed, variant=variant)
             tape = _later_call(self.module, call) if later else record(self.module, *call, made=True)
             try:
                 found = self.reader.again(tape, self.found)
             except Declined as err:
-                if aimed is not None:
+                if aimed is not None or times > 1:
                     raise
                 unread = err.with_traceback(None)
+                continue
+            if any(f.routing.missing for f in found):
+                unread = Declined(_NOT_ALL.format(tokens=times * tokens), found[0].source or None, rank=Rank.PROBE)
                 continue
             self.tapes.append(tape)
             self.founds.append(found)

@@ -20,6 +20,7 @@ from moeopt.errors import Declined
 from moeopt.ir.row_function import GETITEM, RowBody, RowFunction, Value
 from moeopt.ops.measured import Way, fastest
 from moeopt.recognise.recognition import Recognition
+from moeopt.recognise.routing_by_sum import NO_ONE_TENSOR, ONE_TENSOR, SumOfCodes
 
 NODE, EXPERT, AROUND = 0.5, 3, 40
 """In calls of the block's own code: one call of the graph (no module and no Python around it), what is done for each
@@ -39,10 +40,21 @@ class WouldNotPay(Declined):
 def check_pays(recognitions: list[Recognition]) -> None:
     """Raise :class:`WouldNotPay` where one of the ``recognitions`` is better left alone."""
     for one in recognitions:
-        if isinstance(one.spec, RowFunction) and (reason := _reason(one, one.spec)):
+        reason = _dispatch_stays(one) or (_reason(one, one.spec) if isinstance(one.spec, RowFunction) else "")
+        if reason:
             error = WouldNotPay(reason, one.source or None)
             error.found = recognitions
             raise error
+
+
+def _dispatch_stays(recognition: Recognition) -> str:
+    """Why a block whose own dispatch would stay around the op is left alone; "" where it would not stay."""
+    if not isinstance(recognition.routing.weights, SumOfCodes):
+        return ""
+    return (
+        f"{NO_ONE_TENSOR}, so the block's own dispatch would stay around the op, which PyTorch would run no quicker; "
+        f"backend='onnxruntime' takes it as it is; for PyTorch {ONE_TENSOR}"
+    )
 
 
 def _reason(recognition: Recognition, spec: RowFunction) -> str:

@@ -153,7 +153,7 @@ def entry_weights(
         values: of nodes that depend on no expert, in the place of those that the tape holds.
     """
     out = next(iter(labels.token)).matrices[0].m
-    live = _needed(descendants(tape, [s.node for s in labels.token], target.meta["index"]), target)
+    live = needed(descendants(tape, [s.node for s in labels.token], target.meta["index"]), target)
     values = values or {}
 
     def run(codes: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
@@ -217,7 +217,8 @@ def _read(tape: Tape, labels: Labels, target: fx.Node, axis: int) -> Combine | s
     return Combine(target, axis, weights, base if bool(base.any()) else None)
 
 
-def _needed(nodes: list[fx.Node], target: fx.Node) -> list[fx.Node]:
+def needed(nodes: list[fx.Node], target: fx.Node) -> list[fx.Node]:
+    """Those of ``nodes`` that lead to ``target`` through one another."""
     wanted = {target}
     keep = []
     for node in reversed(nodes):

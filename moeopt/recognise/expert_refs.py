@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any, Literal
 
 from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, tensor_at
 from moeopt.recognise.combine import Combine
 from moeopt.recognise.ffn_candidates import FFNCandidate
@@ -61,3 +63,10 @@ def accumulation(combine: Combine) -> dict[str, Any]:
     one_by_one = name in ("index_add", "add", "index_put", "index_copy", "copy", "slice_scatter", "scatter_add")
     accum = short if one_by_one or short in ("float32", "float64") else "float32"
     return {"accum_dtype": accum, "out_dtype": short, "combine": "expert" if one_by_one else "slot"}
+
+
+def with_layouts(tape: Tape, spec: ExpertsSpec, expert: ExpertRef) -> ExpertsSpec:
+    """``spec`` with the layouts in which ``expert``'s matrices are stored."""
+    return dataclasses.replace(
+        spec, w_in_layout=layout_of(tape, expert.w_in[0]), w_out_layout=layout_of(tape, expert.w_out)
+    )

@@ -40,6 +40,7 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.recognise.ids_of_masks import table_to_ids
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router_view import RouterView, run_extraction
+from moeopt.recognise.routing_by_sum import SumOfCodes
 from moeopt.recognise.routing_types import Extraction, RoutingForm
 
 
@@ -124,7 +125,7 @@ def _read(
     tape: Tape, ids: Extraction | None, weights: Extraction, recognition: Recognition, unvetted: int | None = None
 ) -> RouterReading:
     sources = [node for r in (ids, weights) if r is not None for node in r.places]
-    if all(s is not None and s.op == "placeholder" for s in sources):
+    if sources and all(s is not None and s.op == "placeholder" for s in sources):
         return _given(recognition)
     try:
         return RoutingReader(tape, ids, weights, len(recognition.experts), unvetted).read(_plain_words(recognition))
@@ -164,6 +165,8 @@ class RoutingReader:
         return (table_to_ids(weights) if ids is None else ids), weights.double()
 
     def read(self, plain: str) -> RouterReading:
+        if isinstance(self.weights, SumOfCodes):
+            raise Declined("no tensor holds its weights")
         if self.weights.source is None:
             raise Declined("every chosen expert has the same weight")
         ids, _ = self.answer({})

@@ -30,6 +30,7 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.ids_of_masks import table_to_ids
 from moeopt.recognise.readings import axis_orders, rebuilt
 from moeopt.recognise.routing_by_ids import by_ids, id_recipes, ids_of_sequences, unserved_ids
+from moeopt.recognise.routing_by_sum import SumOfCodes
 from moeopt.recognise.routing_by_tables import by_choice, by_dense, by_mask
 from moeopt.recognise.routing_types import Extraction, FixedShares, Key, NoIds, Routing, Search, Table, fits_table
 from moeopt.value_types import PyObject
@@ -45,6 +46,7 @@ def find_routing(
     prior: tuple[Routing, list[int]] | None = None,
     accept: Callable[[Routing], None] = lambda routing: None,
     rarer: Sequence[Search] = (),
+    last: Search | None = None,
 ) -> Routing:
     """Find ids and weights among ``before``, nodes that depend on no expert.
 
@@ -54,6 +56,7 @@ def find_routing(
             taken where they still hold.
         accept: raises ``Declined`` for a reading that cannot be the router's answer; the next is tried.
         rarer: searches that are made where the usual ones find nothing.
+        last: one that is made where nothing names the experts, and nothing says why.
 
     Raises:
         Declined: no tensor holds the choice or the weights.
@@ -79,7 +82,13 @@ def find_routing(
             raise refused
         finally:
             del refused
-    raise _why_none(tape, before, table)
+    why = _why_none(tape, before, table)
+    if last is None or not isinstance(why, NoIds):
+        raise why
+    for found in last(tape, before, table, dtype):
+        accept(found)
+        return found
+    raise why
 
 
 def _why_none(tape: Tape, before: list[fx.Node], table: Table) -> Declined:
@@ -195,6 +204,8 @@ def _key(before: list[fx.Node], node: fx.Node | None) -> Key:
 
 def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Routing, mapping: list[int]) -> Routing | None:
     """``prior``'s extractions on the same lines of this tape, if they give what this probe call showed."""
+    if isinstance(prior.weights, SumOfCodes):  # the sum of another call is read anew
+        return None
     prints = _fingerprints(before)
     by_print: dict[int, list[fx.Node]] = {}
     for node in before:

@@ -19,7 +19,7 @@ from moeopt.ir.weight_refs import ExpertRef
 from moeopt.obstacles import Rank
 from moeopt.recognise.asked_weights import left_out
 from moeopt.recognise.combine import Combine, Labels
-from moeopt.recognise.expert_refs import accumulation, layout_of, natural_order, same_layout
+from moeopt.recognise.expert_refs import accumulation, natural_order, same_layout, with_layouts
 from moeopt.recognise.expert_rows import sites_in
 from moeopt.recognise.experts_hit import ExpertsNotHit, siblings, universe_of
 from moeopt.recognise.ffn_candidates import FFNCandidate
@@ -29,8 +29,10 @@ from moeopt.recognise.ids_of_masks import one_beyond
 from moeopt.recognise.limits import check_limits
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing import find_routing
+from moeopt.recognise.routing_by_columns import by_columns
 from moeopt.recognise.routing_by_ids import by_names
 from moeopt.recognise.routing_by_kept import by_kept
+from moeopt.recognise.routing_by_sum import by_sum
 from moeopt.recognise.routing_of_sequences import by_sequences
 from moeopt.recognise.routing_types import FixedShares, NoIds, Routing, Table
 from moeopt.recognise.routing_weights import (
@@ -81,8 +83,9 @@ def with_frontier(
             place = weight_position(tape, reading, table, tokens, labels, combine, group)
 
     try:
-        rarer = (by_slots, by_kept, by_names, by_sequences(tokens.node.meta["shape"], tokens.axis))
-        routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, rarer)
+        rarer = (by_slots, by_kept, by_names, by_sequences(tokens.node.meta["shape"], tokens.axis), by_columns)
+        last = by_sum(labels, combine, tokens, group)
+        routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, rarer, last)
     except (FixedShares, NoIds) as err:
         _say_more(err, group, tokens, labels, combine)
         raise
@@ -98,7 +101,7 @@ def with_frontier(
     ordered = [experts[c] for c in routing.experts]
     if isinstance(spec, ExpertsSpec):
         same_layout(ordered, group)
-        spec = _with_layouts(tape, spec, ordered[0])
+        spec = with_layouts(tape, spec, ordered[0])
     spec = dataclasses.replace(
         spec, weight_on=place, out_of_range="identity" if identity else "nothing", **accumulation(combine)
     )
@@ -179,12 +182,6 @@ def _adds_own_row(
     return identity
 
 
-def _with_layouts(tape: Tape, spec: ExpertsSpec, expert: ExpertRef) -> ExpertsSpec:
-    return dataclasses.replace(
-        spec, w_in_layout=layout_of(tape, expert.w_in[0]), w_out_layout=layout_of(tape, expert.w_out)
-    )
-
-
 def _inside(tape: Tape, ins: list[GemmSite], combine: Combine) -> set[fx.Node]:
     """What depends on single experts, but not on their sum alone: that is what the rewrite leaves out."""
     inside = {s.matmul for s in ins}
@@ -232,7 +229,7 @@ def _only_the_router_steers(
             steered[node] = node.op == "placeholder" or any(steered.get(a, False) for a in node.all_input_nodes)
     for node, line, _ in tape.reads:
         dtype = node.meta.get("dtype")
-        if steered.get(node, False) or (dtype is not None and dtype.is_floating_point and _varies(tape, node)):
+        if steered.get(node, False) or (dtype is not None and dtype.is_floating_point and _varies(node)):
             source = node.args[0] if node.target is operator.getitem and isinstance(node.args[0], fx.Node) else node
             way_out = "keep it in a tensor (torch.where)"
             if op_name(source) == "aminmax":
@@ -255,7 +252,7 @@ def _only_the_router_steers(
             )
 
 
-def _varies(tape: Tape, node: fx.Node) -> bool:
+def _varies(node: fx.Node) -> bool:
     return any(n.op == "placeholder" for n in ancestors([node]))
 
 

@@ -91,6 +91,11 @@ class Routing:
         return [*self.weights.nodes, *([] if self.ids is None else self.ids.nodes)]
 
     @property
+    def missing(self) -> int:
+        """How many experts' code the call did not show, where that code is kept for the routing."""
+        return self.weights.missing
+
+    @property
     def per_token(self) -> int | None:
         """How many experts each token has; None where that differs from token to token."""
         varies = self.ids is None or self.form is RoutingForm.TABLE or self.form.given
@@ -108,6 +113,9 @@ class Extraction:
     source: fx.Node | None
     steps: Steps = field(default_factory=list)
     beside: tuple[fx.Node, ...] = ()
+
+    missing = 0
+    """Experts without which it is not whole; see :class:`~moeopt.recognise.routing_by_sum.SumOfCodes`."""
 
     @property
     def nodes(self) -> list[fx.Node]:

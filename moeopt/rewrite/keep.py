@@ -26,7 +26,8 @@ from moeopt.rewrite.scratch import UNSET, storable
 from moeopt.value_types import PyObject
 
 aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
+VIEWS = (aten.view.default, aten._unsafe_view.default)
+"""What becomes a reshape: another call's inputs may have strides that a view refuses."""
 
 
 @dataclass
@@ -260,7 +261,7 @@ class _Planner:
         else:
             source = unit.meta.get("source", "")
             target = (
-                aten.reshape.default if unit.target in _VIEWS else unit.target
+                aten.reshape.default if unit.target in VIEWS else unit.target
             )  # another call's inputs may have strides that a view refuses
             step = KeptStep("call", target, _tree(unit.args, refs), _tree(dict(unit.kwargs), refs), source)
             refs[unit] = plan.add(step)

@@ -16,11 +16,13 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from moeopt.capture.tree import tree_map
 from moeopt.recognise.ids_of_masks import table_to_ids
 from moeopt.recognise.recognition import Recognition
+from moeopt.recognise.routing_by_sum import SumOfCodes, unit_rows
 from moeopt.recognise.routing_types import Extraction
 from moeopt.rewrite.id_range import ALL_IDS, IdRange, ids_within, weights_within
-from moeopt.rewrite.keep import NodeRewrite
+from moeopt.rewrite.keep import VIEWS, NodeRewrite
 from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
 
 aten = torch.ops.aten
@@ -74,6 +76,8 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
 
 
 def _apply(plan: KeptSteps, extraction: Extraction, ref: Callable[[fx.Node], StepRef], ids: StepRef | None) -> StepRef:
+    if isinstance(extraction, SumOfCodes):
+        return _sum_of_codes(plan, extraction, ref)
     value = ref(extraction.source) if extraction.source is not None else ids
     assert value is not None
     if extraction.joined:
@@ -87,6 +91,26 @@ def _apply(plan: KeptSteps, extraction: Extraction, ref: Callable[[fx.Node], Ste
         if shape is not None and extraction.source is not None:
             plan.note(value, shape, extraction.source.meta.get("dtype"))
     return value
+
+
+def _sum_of_codes(plan: KeptSteps, routing: SumOfCodes, ref: Callable[[fx.Node], StepRef]) -> StepRef:
+    """(T, C) of the dispatch and the sum as the block has them, on unit vectors in place of the experts' rows."""
+    made: dict[fx.Node, StepRef] = {}
+    for out, rows, number in routing.codes:
+        shape = out.meta["shape"]
+        made[out] = plan.note(plan.call(unit_rows, ref(rows), shape[-1], number), shape, out.meta["dtype"])
+
+    def word(node: fx.Node) -> StepRef:
+        return made[node] if node in made else ref(node)
+
+    for node in routing.sums:
+        target = aten.reshape.default if node.target in VIEWS else node.target
+        args, kwargs = (tree_map(fx.Node, word, tree) for tree in (node.args, dict(node.kwargs)))
+        made[node] = plan.add(KeptStep("call", target, args, kwargs, node.meta.get("source", "")))
+        plan.note(made[node], node.meta.get("shape"), node.meta.get("dtype"))
+    assert routing.target is not None
+    total = plan.call(aten.reshape.default, made[routing.target], [-1, routing.target.meta["shape"][-1]])
+    return plan.call(aten.slice.Tensor, total, 1, 0, routing.experts)
 
 
 def _restore(plan: KeptSteps, y: StepRef, shape: tuple[int, ...], axis: int) -> StepRef:

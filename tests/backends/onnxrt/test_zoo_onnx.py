@@ -30,7 +30,7 @@ SAMPLE = """
     branch_top_k_argument all_labml_switch branch_weights_computed_in_forward act_tanh row_norm_inside row_adapters
     row_stacked_bank_with_norm row_dense_mixture_of_three_layers
     gated_grouped_products_of_flat_banks winner_then_runner_up ids_in_float_columns_routed unequal_packed_experts
-    distances_to_centers flags_of_groups kept_nucleus pixels_with_channels_last
+    levels_group_then_expert distances_to_centers flags_of_groups kept_nucleus pixels_with_channels_last
 """.split()
 NIGHTLY = os.environ.get("MOEOPT_NIGHTLY") == "1"
 

@@ -1,0 +1,46 @@
+"""A router whose weights are one vector an expert: no tensor holds the table, its columns stand apart.
+
+    for g, (router, experts) in enumerate(groups):          p_TG = softmax(top(x))
+        for m, expert in enumerate(experts):                q_TM = softmax(router(x))
+            y = y + p_TG[:, g, None] * q_TM[:, m, None] * expert(x)
+
+A gate for each expert (``sigmoid(gate_e(x)) * expert_e(x)``) is the same. Each vector has an entry for every token, and
+they stand side by side in the rewritten block.
+
+Legend: T tokens, C candidates (experts), G groups of M experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from moeopt.capture.tape import Tape
+from moeopt.recognise.readings import possible_sources
+from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm, Table, same_values
+
+
+def by_columns(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
+    """The reading by which each expert's weights are a vector; for :func:`~moeopt.recognise.routing.find_routing`.
+
+    Weights that are the same for all tokens of the probe are left to others: their vector cannot be told by values.
+    """
+    tokens, candidates = table.weights.shape
+    want_TC = table.weights[:, torch.tensor(table.natural)]
+    if tokens < 2 or bool((want_TC == want_TC[:1]).all(0).any()):
+        return
+    vectors = [n for n in possible_sources(before, floating=True) if math.prod(n.meta["shape"]) == tokens]
+    if len(vectors) < candidates:
+        return
+    values = [(n, tape.value(n).reshape(-1)) for n in reversed(vectors)]
+    for wanted in dict.fromkeys([dtype, *(n.meta["dtype"] for n, _ in values)]):
+        of_dtype = [(n, v) for n, v in values if n.meta["dtype"] == wanted]
+        nodes = [next((n for n, v in of_dtype if same_values(v, column)), None) for column in want_TC.unbind(1)]
+        found = [n for n in nodes if n is not None]
+        if len(found) == len(nodes):
+            form = RoutingForm.DENSE if bool(table.chosen.all()) else RoutingForm.TABLE
+            weights = Extraction(found[0], [], tuple(found[1:]))
+            yield Routing(candidates, None, weights, table.natural, form)
