@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -96,11 +97,20 @@ def identity_of(product: fx.Node) -> tuple[Any, ...]:
     return (str(node.target), *steps)
 
 
+def laid_out_flat(weight: fx.Node) -> int:
+    """How many matrices of one stack a matrix ``weight`` holds side by side; 1 where it is no stack laid out."""
+    whole = math.prod(weight.meta["shape"])
+    leaves = [n.meta["shape"] for n in ancestors([weight]) if n.op == "get_attr"]
+    return next((int(shape[0]) for shape in leaves if len(shape) == 3 and math.prod(shape) == whole), 1)
+
+
 def len_of_stack(product: fx.Node) -> int:
     """How many matrices a matmul multiplies by; where ids pick one for each row, how many there are to pick from."""
     found = weight_and_operand(product, {})
-    if found is None or len(found[0].meta["shape"]) != 3:
+    if found is None:
         return 1
+    if len(found[0].meta["shape"]) != 3 or found[0].meta["shape"][0] == 1:
+        return laid_out_flat(found[0])
     picked = next((n for n in ancestors([found[0]]) if op_name(n) in ("index", "index_select")), None)
     stack = found[0] if picked is None else picked.all_input_nodes[0]
     return int(stack.meta["shape"][0])

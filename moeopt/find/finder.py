@@ -143,7 +143,10 @@ class Finder:
             owner = next((i for i, c in enumerate(levels) if not weights.isdisjoint(self._tensors(c.module))), 0)
             levels = levels[owner:]
             call = levels[0]
-        experts = len({identity_of(c.out.matmul) for c in group})  # a loop over the batch visits each several times
+        ends = ([c.out.matmul for c in group], [c.ins[0].matmul for c in group])
+        experts = max(
+            len(set(map(identity_of, end))) for end in ends
+        )  # a loop over the batch visits each several times
         if kind == "moe" and experts == 1:  # one product of all
             experts = max([1, *(len_of_stack(c.out.matmul) for c in group)])
         return BlockCandidate(
@@ -159,12 +162,12 @@ class Finder:
                 continue
             merged = members[0].merged or any(self.leaves[s][1] for c in members for s in (*c.ins, c.out))
             merged = merged or any(self._rest_is_idle(c) for c in members)
-            alone = len({identity_of(c.out.matmul) for c in members}) < 2
+            alone = len({identity_of(c.out.matmul) for c in members}) < 2 and not self._share_the_last(call, members)
             if not merged and alone and not (self._dense(members[0]) and self._idle_twins(call, members[0])):
                 continue
             if not merged and len(members) > 1 and not self._same_rows(members):
                 continue
-            if not self._enough(members):
+            if not self._enough(members) and not self._parts_of_one(call, members):
                 continue
             found.append(members)
             taken.update(members)
@@ -174,6 +177,20 @@ class Finder:
         """Shared in-sites are a layer before the experts, not experts of their own."""
         firsts = {c.ins[0] for c in members}
         return len(firsts) == len(members)
+
+    def _share_the_last(self, call: Call, members: list[FFNCandidate]) -> bool:
+        """Whether experts of a first matrix each share their second one, where something is chosen."""
+        firsts = {identity_of(c.ins[0].matmul) for c in members}
+        return len(firsts) == len(members) > 1 and self._chooses(call)
+
+    def _parts_of_one(self, call: Call, members: list[FFNCandidate]) -> bool:
+        """Whether one product computes the first layer of all experts, of which each takes its own part."""
+        parts = {c.out.operand for c in members}
+        cut = all(m.ins[0].matrices[0].m >= len(members) * m.out.matrices[0].k for m in members)
+        return len(parts) == len(members) > 1 and cut and self._chooses(call)
+
+    def _chooses(self, call: Call) -> bool:
+        return any(op_name(n) in _ROUTES for n in self.tape.nodes[call.first : call.last])
 
     def _idle_twins(self, call: Call, candidate: FFNCandidate) -> bool:
         """Parameters of the call's module, named like the candidate's but for a number, that nothing used."""

@@ -16,6 +16,7 @@ from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
 from moeopt.recognise.named_obstacles import between_products, named_obstacle
+from moeopt.recognise.product_of_all import one_product_of_all
 
 
 def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
@@ -46,7 +47,7 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
                     "once, and keep the results",
                     node.meta.get("source", ""),
                 )
-    if (reason := _one_of_many(tape) or between_products(tape)) is not None:
+    if (reason := _one_of_many(tape) or one_product_of_all(tape) or between_products(tape)) is not None:
         return reason
     return Declined(
         "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "

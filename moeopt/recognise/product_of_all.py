@@ -1,0 +1,83 @@
+"""Experts that share one product: a first layer of all of them that is cut into parts, or a last one that adds them up.
+
+    h_TF = gelu(x @ W1_DF)          F = E * I: expert e has the neurons e * I to (e + 1) * I
+    y = sum_e  w_te * (h_T[e] @ W2_eID)
+
+Every token meets every expert's neurons in one product, so no expert has a first matrix, or rows, of its own to group.
+Looked for only to say why a block is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from moeopt.capture.op_kinds import is_matmul, is_pointwise, moves_rows
+from moeopt.capture.replay import ancestors
+from moeopt.capture.tape import Tape
+from moeopt.errors import Declined
+from moeopt.recognise.gemm_sites import weight_and_operand
+
+
+def one_product_of_all(tape: Tape) -> Declined | None:
+    """The reason for a block whose experts are one product of all of them; None where there is no such product."""
+    memo: dict[fx.Node, bool] = {}
+    reads = {n: found for n in tape.nodes if is_matmul(n) and (found := weight_and_operand(n, memo)) is not None}
+    for last, (weight, operand, _) in reads.items():
+        first = _product_before(operand, reads)
+        if first is None:
+            continue
+        wide, own = first.meta["shape"][-1], operand.meta["shape"][-1]
+        path, experts = _path(reads[first][0]), wide // max(own, 1)
+        line = first.meta.get("source", "")
+        if wide == experts * own and experts > 1 and _matrices(reads, first) == experts:
+            return Declined(
+                f"the first layer of its experts is one product of all of them ({path}: {wide} = {experts} x {own} "
+                "neurons), cut into the experts' parts behind it, so no expert has a matrix of its own; keep those "
+                f"weights as a Parameter of shape ({experts}, {own}, {reads[first][1].meta['shape'][-1]}), and "
+                "multiply each expert's rows by its own part",
+                line,
+            )
+        stack = _stack(weight)
+        if wide == own and stack > 1 and stack == _stack(reads[first][0]):
+            return Declined(
+                "between its experts' matmuls stands something that is not element-wise on each token's row (a weight "
+                "for each expert, which weighs the hidden neurons inside one product that adds up all experts, "
+                f"{_path(weight)}: {own} = {stack} x {own // stack} neurons); multiply each expert's neurons by its "
+                "own matrix (einsum('tei,eid->ted')), then weigh and add up the results",
+                last.meta.get("source", ""),
+            )
+    return None
+
+
+def _product_before(operand: fx.Node, reads: dict[fx.Node, tuple[fx.Node, fx.Node, bool]]) -> fx.Node | None:
+    """The one product that ``operand`` is made of, by element-wise calls and movement."""
+    stack, seen = [operand], set[fx.Node]()
+    found = set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if node in reads:
+            found.add(node)
+        elif node not in seen and (is_pointwise(node) or moves_rows(node)):
+            seen.add(node)
+            widest = max((math.prod(a.meta.get("shape") or ()) for a in node.all_input_nodes), default=0)
+            stack.extend(a for a in node.all_input_nodes if math.prod(a.meta.get("shape") or ()) == widest)
+    return found.pop() if len(found) == 1 else None
+
+
+def _matrices(reads: dict[fx.Node, tuple[fx.Node, fx.Node, bool]], first: fx.Node) -> int:
+    """How many matrices the products behind ``first`` have."""
+    behind = [weight for weight, operand, _ in reads.values() if _product_before(operand, reads) is first]
+    return sum(int(w.meta["shape"][0]) if len(w.meta["shape"]) == 3 else 1 for w in behind)
+
+
+def _stack(weight: fx.Node) -> int:
+    """E of a matrix that is a whole Parameter of E matrices, laid out; else 1."""
+    shapes = [n.meta["shape"] for n in ancestors([weight]) if n.op == "get_attr"]
+    whole = math.prod(weight.meta["shape"])
+    return next((int(s[0]) for s in shapes if len(s) == 3 and math.prod(s) == whole), 1)
+
+
+def _path(weight: fx.Node) -> str:
+    return next((str(n.target) for n in ancestors([weight]) if n.op == "get_attr"), "its weights")
