@@ -79,6 +79,11 @@ class CallSpec:
         """Leaf numbers of arguments that name experts."""
         return [*self.indices("ids"), *self.indices("choices")]
 
+    def integers(self) -> list[int]:
+        """The integers that stand in arguments with token dims, sorted, each once; not those that name experts."""
+        found = [self.rows(n) for n in self.indices("static") if self.rows(n).dtype in (torch.int64, torch.int32)]
+        return sorted({int(v) for t in found for v in t.unique().tolist()})
+
     def slots(self, n: int) -> int:
         """K, the experts per token, of an argument that names experts (leaf ``n``).
 

@@ -116,7 +116,8 @@ def obstacle_of(err: Exception) -> str:
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else f" ({lines[-1]})" if lines else ""
     return (
         f"torch.export stops at: {head}{where}. Its Python there depends on the values of tensors, which no graph "
-        "repeats. In a block that moeopt declined, its reason says more; elsewhere (rotary "
+        "repeats. In a block that moeopt declined, its reason says more; an `if` that only asks whether any row is "
+        "left (mask.any()) can go, since products of no rows are no error; elsewhere (rotary "
         "embeddings that grow with the positions) set the model to another form. What can be saved: a "
         "rewritten block alone, moeopt.optimize(model.get_submodule(name), its inputs).save(folder), or the whole "
         "model with its code, torch.save(optimized.model, file)"

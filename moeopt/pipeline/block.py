@@ -145,8 +145,9 @@ def _rewrite(
             last = err.with_traceback(None)
             continue
         except Declined as err:
-            if call_spec.flip_masks:
+            if call_spec.flip_masks or _may_hold_ids(call_spec, err):
                 met += [err.obstacle, *err.others]
+                last = last if call_spec.flip_masks else last or err.with_traceback(None)
                 continue
             err.others = (*met, *err.others)
             raise
@@ -154,7 +155,7 @@ def _rewrite(
         if check.passed is False:
             if call_spec.flip_masks:
                 continue
-            error = Declined(f"it was rewritten, verified and reverted: {check.reason}")
+            error = Declined(capture.unreached or f"it was rewritten, verified and reverted: {check.reason}")
             error.found = capture.found  # type: ignore[attr-defined]
             raise error
         if capture.neutral:
@@ -172,6 +173,11 @@ def _rewrite(
         raise last
     finally:
         del last
+
+
+def _may_hold_ids(call_spec: CallSpec, err: Declined) -> bool:
+    """Whether numbers of the call may be ids, of which made-up ones are none, and that is still to be tried."""
+    return not call_spec.kept_columns and err.rank <= Rank.READING and call_spec.has_whole_columns()
 
 
 def _rebind(

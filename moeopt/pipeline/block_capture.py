@@ -35,7 +35,7 @@ from moeopt.rewrite.id_range import IdRange
 from moeopt.rewrite.install import OPAQUE, TENSOR, BlockProgram, CallGuard, RewrittenForward, bind
 from moeopt.rewrite.keep import kept_steps
 from moeopt.rewrite.kept_steps import KeptSteps
-from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason
+from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason, unreached_reason
 from moeopt.rewrite.reads import Reads, observe
 from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.scratch import UNSET, scratch_attributes
@@ -55,7 +55,8 @@ class Capture:
 
     Attributes:
         found: what becomes an op, as the first call showed it.
-        neutral: the Parameter that a rewrite would miss, in a sentence; "" if there is none.
+        unreached: the expert that no token reached, in a sentence; "" if there is none.
+        neutral: the same, or the Parameter that a rewrite would miss, in a sentence; "" if there is none.
         routers: how tokens reach each of the ``found``, once a pass has asked for the guard.
     """
 
@@ -65,8 +66,7 @@ class Capture:
         self.tapes, self.founds, self.calls = [tape], [self.found], [call]
         if any(f.routing.missing for f in self.found):
             self.tapes, self.founds, self.calls = [], [], []
-            self._watch(48, options.seed, 0)
-            self.found = self.founds[0]
+            self.found = self._watch(48, options.seed, 0)
         for tokens, variant in ((14, 1), (20, 2)):
             self._watch(tokens, options.seed + variant, variant)
         for tape, found_there in zip(self.tapes, self.founds, strict=True):
@@ -84,7 +84,8 @@ class Capture:
         self.plans = [_plan(t, f, self.id_ranges, self.scratch) for t, f in zip(self.tapes, self.founds, strict=True)]
         for plan in self.plans:  # a call that stores an equal value shows no change on the tape
             plan.attributes = {**plan.attributes, **{k: UNSET for k in self.plans[1].attributes if k in self.scratch}}
-        self.neutral = neutral_reason(module, self.tapes[0], self.found, self.plans[0])
+        self.unreached = unreached_reason(module, self.tapes[0], self.found, self.plans[0], call_spec.integers())
+        self.neutral = self.unreached or neutral_reason(module, self.tapes[0], self.found, self.plans[0])
         self.frozen = frozen_values(module, self.tapes[0], self.found, self.plans[0])
         self.signature = inspect.signature(original_forward(module))
         self.bounds = [bind(self.signature, *c) for c in self.calls]
@@ -93,7 +94,7 @@ class Capture:
         self._reads: dict[Any, Reads] = {}
         _stateless(self.tapes[0], self.plans, self.shapes)
 
-    def _watch(self, tokens: int, seed: int, variant: int) -> None:
+    def _watch(self, tokens: int, seed: int, variant: int) -> list[Recognition]:
         """Record another call; with rows aimed at the router where those at random reach too few experts to be read."""
         later = variant == 2 and bool(self.tapes[0].attributes)
         aims = (None, aimed_at_router(self.module, self.call_spec))
@@ -109,12 +110,12 @@ class Capture:
                 unread = err.with_traceback(None)
                 continue
             if any(f.routing.missing for f in found):
-                unread = Declined(_NOT_ALL.format(tokens=times * tokens), found[0].source or None, rank=Rank.PROBE)
+                unread = Declined(_NOT_ALL.format(tokens=times * tokens), found[0].source or None)
                 continue
             self.tapes.append(tape)
             self.founds.append(found)
             self.calls.append(call)
-            return
+            return found
         raise unread
 
     def block(self) -> BlockGraph:

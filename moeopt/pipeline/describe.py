@@ -7,9 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 
+from moeopt.capture.op_kinds import op_name
 from moeopt.capture.probe_inputs import call_specs, probe_call
+from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape, record
 from moeopt.errors import CaptureError
 from moeopt.find.block_candidates import BlockCandidate
@@ -24,13 +27,37 @@ SHORT = 256
 """Tokens of a real call that may be run again for it."""
 
 
+LONGEST_WAY = 12
+"""Calls between the rows that a mask picks and a product of them: views, casts, a norm."""
+
+
 def dense_reason(place: BlockCandidate) -> str:
     """Why a dense FFN was left as it is."""
     count = len(place.candidates[0].ins) + 1
+    if _picked_by_values(place.candidates[0].ins[0].operand):
+        return (
+            f"left as it is: it is {count} matmuls over the rows that a mask picks for it (as in mixture of depths, "
+            "where the others pass by), and the op would run the same ones; an engine takes it where no `if` asks "
+            "whether any row is left: products of no rows are no error"
+        )
     return (
         f"left as it is: it is {count} matmuls over all tokens, and so is the op; dense='fuse' measures "
         "whether the op is quicker here"
     )
+
+
+def _picked_by_values(rows: fx.Node) -> bool:
+    """Whether values of tensors decide how many ``rows`` there are: a boolean mask or ``nonzero`` picks them."""
+    for _ in range(LONGEST_WAY):
+        places = [a for a in rows.all_input_nodes if a.meta.get("dtype") in (torch.bool, torch.int64)]
+        if op_name(rows) == "masked_select":
+            return True
+        if op_name(rows) in ("index", "index_select") and places:
+            return any(a.meta["dtype"] == torch.bool or "nonzero" in map(op_name, ancestors([a])) for a in places)
+        if not rows.args or not isinstance(rows.args[0], fx.Node):
+            return False
+        rows = rows.args[0]
+    return False
 
 
 def read_router(

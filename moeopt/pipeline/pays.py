@@ -40,8 +40,9 @@ class WouldNotPay(Declined):
 def check_pays(recognitions: list[Recognition]) -> None:
     """Raise :class:`WouldNotPay` where one of the ``recognitions`` is better left alone."""
     for one in recognitions:
-        reason = _dispatch_stays(one) or (_reason(one, one.spec) if isinstance(one.spec, RowFunction) else "")
-        if reason:
+        if kept := _dispatch_stays(one):  # a module around this one may hold the routing
+            raise Declined(kept, one.source or None)
+        if isinstance(one.spec, RowFunction) and (reason := _reason(one, one.spec)):
             error = WouldNotPay(reason, one.source or None)
             error.found = recognitions
             raise error

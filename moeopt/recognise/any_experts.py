@@ -1,6 +1,11 @@
-"""A block's experts, as whichever of the two ops carries them: grouped matrices first, any function of a row else."""
+"""A block's experts, as whichever of the two ops carries them: grouped matrices first, any function of a row else.
+
+Last, where nothing names the experts of a token, grouped matrices again, with the routing read off the sum itself.
+"""
 
 from __future__ import annotations
+
+import contextlib
 
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
@@ -10,6 +15,8 @@ from moeopt.recognise.experts import recognize as recognize_matrices
 from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.limits import UnreachedLimit
 from moeopt.recognise.recognition import Recognition
+from moeopt.recognise.routing_by_sum import SumOfCodes
+from moeopt.recognise.routing_types import NoIds
 from moeopt.recognise.row_function import recognize_functions
 from moeopt.recognise.token_rows import NoTokens
 
@@ -26,8 +33,9 @@ def recognize(
     """
     if any(isinstance(k.spec, RowFunction) for k in known or []):
         return recognize_functions(tape, known, idle=idle)
+    levels = any(isinstance(k.routing.weights, SumOfCodes) for k in known or [])
     try:
-        return recognize_matrices(tape, known, idle=idle, assume=assume)
+        return recognize_matrices(tape, known, idle=idle, assume=assume, levels=levels)
     except ExpertsNotHit:
         raise
     except Declined as err:
@@ -39,6 +47,9 @@ def recognize(
     except ExpertsNotHit:
         raise
     except Declined as err:
+        if isinstance(reason, NoIds) and not levels:
+            with contextlib.suppress(Declined):
+                return recognize_matrices(tape, known, idle=idle, levels=True)
         progress: int = err.progress  # type: ignore[attr-defined]
         further = err.rank == reason.rank and progress >= 2 and isinstance(reason, NoTokens)
         if (err.rank > reason.rank and progress >= 0) or further:

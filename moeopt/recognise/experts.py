@@ -41,18 +41,16 @@ _STAGES = (Stage.EXPERTS, Stage.FUNCTION, Stage.SUM, Stage.ROUTING, Stage.ROUTIN
 
 
 def recognize(
-    tape: Tape,
-    known: list[Recognition] | None = None,
-    *,
-    idle: bool = False,
-    assume: ExpertsSpec | None = None,
-) -> list[Recognition]:
+    tape: Tape, known: list[Recognition] | None = None, *, idle: bool = False, assume: ExpertsSpec | None = None,
+    levels: bool = False,
+) -> list[Recognition]:  # fmt: skip
     """Every group of experts in the block, each as one op, in execution order.
 
     Args:
         known: what an earlier probe call with every expert showed; then some may be missing on this one.
         idle: accept weights that no token reached although ids named them: such weights are no experts.
         assume: a user's hint, taken for the function of every expert, unfitted; verification judges it.
+        levels: read routing that no tensor holds off the sum itself (``routing_by_sum``).
 
     Raises:
         Declined: no group was recognised; the reason is that of the attempt that came furthest, and ``others`` has
@@ -70,7 +68,7 @@ def recognize(
         while (members := next(subsets, None)) is not None:
             progress = [0]
             try:
-                found.append(_recognize_group(tape, members, known, idle, assume, progress))
+                found.append(_recognize_group(tape, members, known, idle, assume, levels, progress))
                 break
             except ExpertsNotHit as reason:
                 if len(members) > 1 or members[0].merged or _in_a_flat_parameter(tape, members[0]):
@@ -152,13 +150,14 @@ def _recognize_group(
     known: list[Recognition] | None,
     idle: bool,
     assume: ExpertsSpec | None,
+    levels: bool,
     progress: list[int],
 ) -> Recognition:
     nearest: Declined | None = None
     for tokens in token_readings(tape, sites_in(group)):
         here = [1]
         try:
-            return _recognize_rows(tape, group, tokens, known, idle, assume, here)
+            return _recognize_rows(tape, group, tokens, known, idle, assume, levels, here)
         except ExpertsNotHit:
             raise
         except Declined as err:
@@ -178,6 +177,7 @@ def _recognize_rows(
     known: list[Recognition] | None,
     idle: bool,
     assume: ExpertsSpec | None,
+    levels: bool,
     progress: list[int],
 ) -> Recognition:
     """As :func:`_recognize_group`, with the tensor of tokens chosen."""
@@ -202,7 +202,7 @@ def _recognize_rows(
     spec = _one_function(specs, group)
     combine = read_combine(tape, labels)
     progress[0] = 3
-    return with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known, missing, progress)
+    return with_frontier(tape, group, tokens, labels, experts, spec, combine, specs, known, missing, progress, levels)
 
 
 def _one_function(specs: dict[object, tuple[ExpertsSpec, bool]], group: list[FFNCandidate]) -> ExpertsSpec:

@@ -26,11 +26,12 @@ from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm, Tab
 def by_columns(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
     """The reading by which each expert's weights are a vector; for :func:`~moeopt.recognise.routing.find_routing`.
 
+    Where some tokens do not go to some expert, their choice stands in ids or in a table, which are searched before.
     Weights that are the same for all tokens of the probe are left to others: their vector cannot be told by values.
     """
     tokens, candidates = table.weights.shape
     want_TC = table.weights[:, torch.tensor(table.natural)]
-    if tokens < 2 or bool((want_TC == want_TC[:1]).all(0).any()):
+    if tokens < 2 or not bool(table.chosen.all()) or bool((want_TC == want_TC[:1]).all(0).any()):
         return
     vectors = [n for n in possible_sources(before, floating=True) if math.prod(n.meta["shape"]) == tokens]
     if len(vectors) < candidates:
@@ -41,6 +42,5 @@ def by_columns(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dty
         nodes = [next((n for n, v in of_dtype if same_values(v, column)), None) for column in want_TC.unbind(1)]
         found = [n for n in nodes if n is not None]
         if len(found) == len(nodes):
-            form = RoutingForm.DENSE if bool(table.chosen.all()) else RoutingForm.TABLE
             weights = Extraction(found[0], [], tuple(found[1:]))
-            yield Routing(candidates, None, weights, table.natural, form)
+            yield Routing(candidates, None, weights, table.natural, RoutingForm.DENSE)

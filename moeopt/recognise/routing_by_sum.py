@@ -85,8 +85,9 @@ class SumOfCodes(Extraction):
         return self.table
 
 
-def by_sum(labels: Labels, combine: Combine, tokens: Tokens, group: list[FFNCandidate]) -> Search:
-    """The search that takes the sum itself, where each expert's rows are rows of the tokens, moved and nothing else."""
+def by_sum(labels: Labels, combine: Combine, tokens: Tokens, group: list[FFNCandidate], asked: bool) -> Search | None:
+    """The search that takes the sum itself, where each expert's rows are rows of the tokens, moved and nothing else;
+    None where it is not ``asked`` for."""
 
     def search(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
         count, shape = len(table.natural), combine.node.meta["shape"]
@@ -106,7 +107,7 @@ def by_sum(labels: Labels, combine: Combine, tokens: Tokens, group: list[FFNCand
         made = SumOfCodes(None, [], (), combine.node, tuple(sums), tuple(codes), weights, rows)
         yield Routing(count, None, made, table.natural, form)
 
-    return search
+    return search if asked else None
 
 
 def _codes(labels: Labels, tokens: Tokens, candidate: FFNCandidate, table: Table) -> Iterator[Code]:

@@ -55,7 +55,7 @@ def with_frontier(
     tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, experts: list[Any],
     spec: PyObject, combine: Combine,
     functions: dict[object, tuple[ExpertsSpec, bool]], known: list[Recognition] | None, missing: int,
-    progress: list[int],
+    progress: list[int], levels: bool = False,
 ) -> Recognition:  # fmt: skip
     ins = sites_in(group)
     inside = _inside(tape, ins, combine)
@@ -84,7 +84,7 @@ def with_frontier(
 
     try:
         rarer = (by_slots, by_kept, by_names, by_sequences(tokens.node.meta["shape"], tokens.axis), by_columns)
-        last = by_sum(labels, combine, tokens, group)
+        last = by_sum(labels, combine, tokens, group, levels)
         routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, rarer, last)
     except (FixedShares, NoIds) as err:
         _say_more(err, group, tokens, labels, combine)

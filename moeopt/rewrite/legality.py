@@ -168,6 +168,39 @@ def neutral_reason(module: nn.Module, tape: Tape, recognitions: list[Recognition
     return ""
 
 
+def unreached_reason(
+    module: nn.Module, tape: Tape, recognitions: list[Recognition], plan: KeptSteps, named: list[int]
+) -> str:
+    """A Parameter that only calls on no rows read, since the integers of the call name no such expert; "" without one.
+
+    Args:
+        named: the integers among the arguments that go with the tokens, sorted.
+    """
+    held = _held(module, recognitions, plan)
+    for path in _attributes(ancestors(tape.results())) if named else ():
+        if id(tensor_at(module, path)) not in held and _read_by_no_rows(tape, path):
+            values = ", ".join(map(str, named[:8])) + (", ..." if len(named) > 8 else "")
+            return (
+                f"no probe token reached the expert weights {path}, so what they compute could not be checked: the "
+                f"integers among its arguments are {values} in the example; pass example inputs that reach every expert"
+            )
+    return ""
+
+
+def _read_by_no_rows(tape: Tape, path: str) -> bool:
+    """Whether each call that brings the Parameter together with data had no rows."""
+    data, met = set(), []
+    own = {n for n in tape.nodes if n.op == "get_attr" and str(n.target) == path}
+    for node in tape.nodes:
+        if node.op == "placeholder" or any(a in data for a in node.all_input_nodes):
+            data.add(node)
+            if any(a in own for a in node.all_input_nodes):
+                met.append(0 in (node.meta.get("shape") or ()))
+        elif any(a in own for a in node.all_input_nodes):
+            own.add(node)
+    return bool(met) and all(met)
+
+
 def frozen_values(
     module: nn.Module, tape: Tape, recognitions: list[Recognition], plan: KeptSteps
 ) -> dict[str, torch.Tensor]:

@@ -44,6 +44,25 @@ def test_a_dense_ffn_is_left_with_a_reason():
         )
 
 
+class PassedBy(torch.nn.Module):
+    """Mixture of depths by a threshold: a norm and the FFN on some rows, the others pass by."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.ffn = torch.nn.LayerNorm(H), ffn()
+
+    def forward(self, x):
+        taken = x[:, 0] > 0
+        y = x.clone()
+        y[taken] += self.ffn(self.norm(x[taken]))
+        return y
+
+
+def test_a_dense_ffn_of_picked_rows_is_not_said_to_see_all_tokens():
+    (place,) = discover(seeded(PassedBy), (rand(5, H),), {})
+    assert "2 matmuls over the rows that a mask picks" in dense_reason(place)
+
+
 class OneLength(Around):
     """Runs on nine tokens only, as a decoder layer with its positions given does."""
 
