@@ -85,8 +85,7 @@ def _special(condition: JsonValue) -> bool:
 
 
 def _upright(condition: JsonValue) -> PyObject:
-    """The sizes on the left, without their factor where the rest is whole: ``4 < 4 * a`` is ``a > 1``, ``8 < 32 * a`` is
-    ``a > 0``."""
+    """The sizes on the left, and no factor where the rest is whole: ``a > 1`` for ``4 < 4 * a`` and ``5 < 4 * a``."""
     name, *rest = condition
     if name not in _TURNED or len(rest) != 2:
         return condition
