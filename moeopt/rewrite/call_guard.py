@@ -26,6 +26,8 @@ from moeopt.value_types import PyObject
 Tie = tuple[tuple[int, int], tuple[tuple[int, int], ...]]
 """A size (tensor, dimension), and those whose product it is."""
 
+_FEW = 16
+"""Integers up to which Python finds the least and the greatest sooner than PyTorch."""
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -44,7 +46,11 @@ class BoundArguments:
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensor leaves, in order."""
-        return [leaf for leaf in self.leaves() if isinstance(leaf, torch.Tensor)]
+        return _tensors(self.leaves())
+
+
+def _tensors(leaves: Sequence[Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def by_position(signature: inspect.Signature) -> tuple[str, ...]:
@@ -186,9 +192,9 @@ class CallGuard:
                 return f"an argument is a {type(leaf).__name__}, whose contents are not compared"
             elif isinstance(leaf, torch.Tensor) or type(leaf) is not type(known) or leaf != known:
                 return f"it was called with {leaf!r} where {known!r} was verified"
-        if (self.fewest or self.most is not None) and (outside := self._tokens(bound.tensors())):
+        if (self.fewest or self.most is not None) and (outside := self._tokens(_tensors(leaves))):
             return outside
-        return self._sizes(bound.tensors()) if self.tied else ""
+        return self._sizes(_tensors(leaves)) if self.tied else ""
 
     def _tokens(self, tensors: list[torch.Tensor]) -> str:
         """Why so many tokens were not verified; "" where they were.
@@ -212,7 +218,9 @@ class CallGuard:
     def _sizes(self, tensors: list[torch.Tensor]) -> str:
         """Why sizes of several arguments do not fit together as in the verified calls; "" where they do."""
         for (tensor, dim), others in self.tied:
-            size, product = tensors[tensor].shape[dim], math.prod([tensors[i].shape[d] for i, d in others])
+            size, product = tensors[tensor].shape[dim], 1
+            for i, d in others:
+                product *= tensors[i].shape[d]
             if size != product:
                 if len(others) == 1:
                     return f"two of its arguments have sizes {size} and {product} where one size was verified for both"
@@ -235,9 +243,13 @@ def _outside(ids: torch.Tensor, kept: tuple[int, int] | None) -> str:
     """
     if kept is None or type(ids) is not torch.Tensor or ids.device.type != "cpu" or torch.compiler.is_compiling():
         return ""
-    if not ids.numel():
+    if not (numel := ids.numel()):
         return ""
-    least, greatest = (int(v) for v in torch.aminmax(ids))
+    if numel <= _FEW:
+        listed = ids.flatten().tolist()
+        least, greatest = min(listed), max(listed)
+    else:
+        least, greatest = (int(v) for v in torch.aminmax(ids))
     if least >= kept[0] and greatest <= kept[1]:
         return ""
     return (
