@@ -105,9 +105,6 @@ class ExpertsSpec:
             raise UsageError(f"ExpertsSpec.activation {self.activation!r} needs alpha")
         object.__setattr__(self, "text", self.encode())
 
-    def __hash__(self) -> int:  # of few fields, since caches ask for it at each call of a block
-        return hash((self.rows, self.activation, self.compute_dtype))
-
     @property
     def gated(self) -> bool:
         """True for GLU experts (gate and up), False for plain ones."""

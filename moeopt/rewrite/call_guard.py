@@ -46,11 +46,7 @@ class BoundArguments:
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensor leaves, in order."""
-        return _tensors(self.leaves())
-
-
-def _tensors(leaves: Sequence[Any]) -> list[torch.Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return [leaf for leaf in self.leaves() if isinstance(leaf, torch.Tensor)]
 
 
 def by_position(signature: inspect.Signature) -> tuple[str, ...]:
@@ -167,34 +163,36 @@ class CallGuard:
         return ""
 
     def _arguments(self, bound: BoundArguments) -> str:
-        index = 0
+        tensors: list[torch.Tensor] = []
         leaves = bound.leaves()
         if len(leaves) != len(self.template):
             return "it was called with another structure of arguments than the verified one"
         for leaf, known in zip(leaves, self.template, strict=True):
             if known is TENSOR:
-                if not isinstance(leaf, torch.Tensor):
-                    return "it was called with a non-tensor where a tensor was verified"
-                if type(leaf) is not torch.Tensor and _has_functions_of_its_own(leaf):
-                    return f"it was called with a {type(leaf).__name__}, which has PyTorch functions of its own"
+                if type(leaf) is not torch.Tensor:
+                    if not isinstance(leaf, torch.Tensor):
+                        return "it was called with a non-tensor where a tensor was verified"
+                    if _has_functions_of_its_own(leaf):
+                        return f"it was called with a {type(leaf).__name__}, which has PyTorch functions of its own"
+                index, sizes = len(tensors), leaf.shape
                 shape = self.shapes[index]
                 if leaf.dtype is not self.dtypes[index]:
                     return f"it was called with {leaf.dtype} where {self.dtypes[index]} was verified"
-                if len(leaf.shape) != len(shape):
-                    return f"it was called with a {len(leaf.shape)}-dimensional tensor, verified with {len(shape)}"
-                for size, fixed in zip(leaf.shape, shape, strict=True):
+                if len(sizes) != len(shape):
+                    return f"it was called with a {len(sizes)}-dimensional tensor, verified with {len(shape)}"
+                for size, fixed in zip(sizes, shape, strict=True):
                     if fixed is not None and size != fixed:
                         return f"it was called with size {size} where only {fixed} was verified"
                 if self.kept and (outside := _outside(leaf, self.kept[index])):
                     return outside
-                index += 1
+                tensors.append(leaf)
             elif known is OPAQUE:
                 return f"an argument is a {type(leaf).__name__}, whose contents are not compared"
             elif isinstance(leaf, torch.Tensor) or type(leaf) is not type(known) or leaf != known:
                 return f"it was called with {leaf!r} where {known!r} was verified"
-        if (self.fewest or self.most is not None) and (outside := self._tokens(_tensors(leaves))):
+        if (self.fewest or self.most is not None) and (outside := self._tokens(tensors)):
             return outside
-        return self._sizes(_tensors(leaves)) if self.tied else ""
+        return self._sizes(tensors) if self.tied else ""
 
     def _tokens(self, tensors: list[torch.Tensor]) -> str:
         """Why so many tokens were not verified; "" where they were.
