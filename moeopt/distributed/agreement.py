@@ -23,8 +23,8 @@ from moeopt.planning.placement import Placement
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import current_versions
 
-CHUNK = 1 << 20
-"""Numbers whose digest is taken at a time."""
+CHUNK = 1 << 16
+"""Numbers whose digest is taken at a time: half a megabyte for each of the few int64 tensors of one step."""
 
 
 def agree(
