@@ -39,9 +39,9 @@ LARGEST = 1 << 24
 """Weights of a block from which its calls are made of products and not of what is around them: it is not timed."""
 WORK = 1 << 29
 """Multiply-adds of all experts on all tokens above which a number of tokens is not timed: some milliseconds a call."""
-TURN = 3e-4
+TURN = 1e-3
 """Seconds that a turn of one way takes at least, of up to ``CALLS`` calls."""
-CALLS = 8
+CALLS = 16
 
 
 def choose_own_code(model: nn.Module, outcome: PipelineResult) -> list[str]:
@@ -74,8 +74,8 @@ def _in_words(slower: tuple[int, ...]) -> str:
 def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode) -> list[int]:
     """The numbers of tokens at which the own code of the block is the quicker."""
     block, module = forward.program.block, forward.module
-    numbers = sum(p.numel() for p in module.parameters())
-    on_cpu = all(p.is_cpu for p in module.parameters())
+    held = [*module.parameters(), *module.buffers()]
+    numbers, on_cpu = sum(t.numel() for t in held), all(t.is_cpu for t in held)
     if block.formats or block.mutations or not on_cpu or numbers > LARGEST:
         return []
     found, silent = [], forward.silent
