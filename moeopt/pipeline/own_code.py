@@ -10,6 +10,7 @@ not be timed, run the rewritten code.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable
@@ -23,7 +24,6 @@ from moeopt.listed import listed
 from moeopt.ops.measured import Way, fastest
 from moeopt.options import measuring
 from moeopt.patches import quiet
-from moeopt.pipeline.autotune import GAIN
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.dense_forms import buffers_kept, sized_calls
 from moeopt.rewrite.code import fingerprint
@@ -42,6 +42,8 @@ WORK = 1 << 29
 TURN = 1e-3
 """Seconds that a turn of one way takes at least, of up to ``CALLS`` calls."""
 CALLS = 16
+GAIN = 1.03
+"""By how much the own code must be the quicker, with what it takes to see that a call is left to it."""
 
 
 def choose_own_code(model: nn.Module, outcome: PipelineResult) -> list[str]:
@@ -85,18 +87,16 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode) -> list[i
             for tokens in (n for n in NEAR if n * numbers <= WORK):
                 try:
                     ((_, (args, kwargs)),) = sized_calls(call, (tokens,))
-                    if own.at((tokens,)).takes(args, kwargs) and _own_is_faster(forward, (args, kwargs), tokens):
+                    left = own.at((tokens,))
+                    question = f"{_kind(forward)} on {tokens} tokens"
+                    ways = functools.partial(_ways, forward, left, (args, kwargs))
+                    if left.takes(args, kwargs) and fastest(question, ways, "rewritten", advantage=GAIN) == "own":
                         found.append(tokens)
                 except Exception:  # a number of tokens that the block cannot take
                     continue
     finally:
         forward.silent = silent
     return found
-
-
-def _own_is_faster(forward: RewrittenForward, call: ArgsKwargs, tokens: int) -> bool:
-    question = f"{_kind(forward)} on {tokens} tokens"
-    return fastest(question, lambda: _ways(forward, call), "rewritten", advantage=GAIN) == "own"
 
 
 def _kind(forward: RewrittenForward) -> str:
@@ -110,14 +110,19 @@ def _kind(forward: RewrittenForward) -> str:
 
 
 @torch.no_grad()
-def _ways(forward: RewrittenForward, call: ArgsKwargs) -> dict[str, Way]:
+def _ways(forward: RewrittenForward, left: OwnCode, call: ArgsKwargs) -> dict[str, Way]:
     """Both on the same call, several times where one is short.
 
     Raises:
         Declined: the rewritten code refuses the call, so its own code runs anyway.
     """
-    own, before = forward.own(), forward.fallbacks
+    before = forward.fallbacks
     args, kwargs = call
+
+    def own(*args: PyObject, **kwargs: PyObject) -> PyObject:
+        left.takes(args, kwargs)  # as a call that is left to it is asked first
+        return forward.own()(*args, **kwargs)
+
     for _ in range(2):  # the first builds or measures what the second only calls
         started = time.perf_counter()
         forward(*args, **kwargs)
