@@ -6,6 +6,7 @@
 A cell is the median, over turns in both orders, of the original's time divided by the rewritten block's, guards, router
 and call included, in CPU time of the thread. ``--isa avx2`` keeps torch, oneDNN and the kernel to that instruction set.
 What is below ``--least`` is told again at the end, worst first. A declined block is its own original, and has no cell.
+A call that is left to the block's own code (``moeopt.pipeline.own_code``) has one: ``MOEOPT_MEASURE=off`` leaves none.
 """
 
 from __future__ import annotations

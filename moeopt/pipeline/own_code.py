@@ -80,7 +80,7 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode) -> list[i
     numbers, on_cpu = sum(t.numel() for t in held), all(t.is_cpu for t in held)
     if block.formats or block.mutations or not on_cpu or numbers > LARGEST:
         return []
-    found, silent = [], forward.silent
+    found, kind, silent = list[int](), "", forward.silent
     forward.silent = True  # a number of tokens that is refused is no news
     try:
         with torch.inference_mode(False), RestoreState(module), buffers_kept(module), quiet():
@@ -88,7 +88,8 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode) -> list[i
                 try:
                     ((_, (args, kwargs)),) = sized_calls(call, (tokens,))
                     left = own.at((tokens,))
-                    question = f"{_kind(forward)} on {tokens} tokens"
+                    kind = kind or _kind(forward)
+                    question = f"{kind} on {tokens} tokens"
                     ways = functools.partial(_ways, forward, left, (args, kwargs))
                     if left.takes(args, kwargs) and fastest(question, ways, "rewritten", advantage=GAIN) == "own":
                         found.append(tokens)
