@@ -86,7 +86,8 @@ def main() -> None:
                     print(f"{where}: {found}", flush=True)
                     continue
                 print(f"{where}: {'  '.join(f'T={T} {r:.2f}' for T, r in found.items())}", flush=True)
-                rows.append({"form": name, "dtype": dtype, "hidden": hidden, "ratios": found})
+                rounded = {T: round(r, 2) for T, r in found.items()}
+                rows.append({"form": name, "dtype": dtype, "hidden": hidden, "ratios": rounded})
                 low += [(r, f"{where} T={T}") for T, r in found.items() if r < asked.least]
     count = sum(len(row["ratios"]) for row in rows)  # type: ignore[arg-type]
     print(f"{len(low)} of {count} cells below {asked.least}")
@@ -97,7 +98,7 @@ def main() -> None:
         about = {
             "command": " ".join(["python -m benchmarks.never_slower", *sys.argv[1:]]), "cpu": cpu_model(), "isa": isa,
             "torch": torch.__version__, "moeopt": moeopt.__version__, "python": platform.python_version(),
-            "experts": asked.experts, "top": asked.top, "rows": rows,
+            "load": os.getloadavg(), "experts": asked.experts, "top": asked.top, "rows": rows,
         }  # fmt: skip
         path = RESULTS / f"never-slower-{isa.lower()}-1t.json"
         path.write_text(json.dumps(about, indent=1) + "\n")
