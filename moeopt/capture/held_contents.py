@@ -50,11 +50,6 @@ def copied(container: PyObject) -> PyObject:
     return dict(base.items(container)) if issubclass(base, dict) else list(base.__iter__(container))
 
 
-def size(container: PyObject) -> int:
-    """How many items it has."""
-    return int(_base(container).__len__(container))
-
-
 def parts(container: PyObject) -> list[Any]:
     """What it holds: the values of a dict."""
     base = _base(container)
@@ -63,12 +58,15 @@ def parts(container: PyObject) -> list[Any]:
 
 def put_back(container: PyObject, held: PyObject) -> None:
     """Give ``container`` the items that ``held`` has, where it has others."""
+    if same_items(container, held):
+        return
     base = _base(container)
-    if issubclass(base, dict) and size(container) == len(held) and all(map(is_, base.__iter__(container), held)):
+    same_size = base.__len__(container) == len(held)
+    if same_size and issubclass(base, dict) and all(map(is_, base.__iter__(container), held)):
         for name, value in held.items():  # never without its names: other threads may read it
             if base.__getitem__(container, name) is not value:
                 base.__setitem__(container, name, value)
-    elif not same_items(container, held):
+    else:
         base.clear(container)
         (base.update if issubclass(base, (dict, set)) else base.extend)(container, held)
 
@@ -82,7 +80,8 @@ def same_items(now: PyObject, before: PyObject) -> bool:
 
 
 def _base(container: PyObject) -> PyObject:
-    return next(base for base in _BASES if issubclass(type(container), base))
+    cls = type(container)
+    return cls if cls in _BASES else next(base for base in _BASES if issubclass(cls, base))
 
 
 def table_of(value: PyObject) -> dict[str, Any] | None:

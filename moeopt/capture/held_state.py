@@ -23,7 +23,6 @@ from moeopt.capture.held_contents import (
     parts,
     put_back,
     refill,
-    size,
     slots_of,
     table_of,
 )
@@ -47,7 +46,7 @@ class HeldState:
 
     Attributes:
         attributes: each module with its table of attributes as it was, and its path.
-        contents: by identity, the containers that held something and copies of them.
+        contents: by identity, containers and copies of them; of plain ones, those that held something.
         tensors: those that are no Parameter or buffer, by the place that leads to them; their values are not kept.
     """
 
@@ -65,7 +64,10 @@ class HeldState:
                 if name not in TABLES:
                     self._ahead.append((value, f"{path}.{name}" if path else name, _DEPTH))
                 elif type(value) in CONTAINERS:  # these are nobody else's
-                    self._contained(value)
+                    if value:
+                        self.contents[id(value)] = value, value.copy()
+                    else:
+                        self._bare.append(value)
         while self._ahead:  # in the order of their distance, so that a longer way to a thing hides nothing behind it
             self._keep(*self._ahead.popleft())
 
@@ -74,12 +76,12 @@ class HeldState:
         return self.contents[id(container)][1] if id(container) in self.contents else type(container)()
 
     def _contained(self, value: PyObject) -> bool:
-        """Keep the contents of the container ``value``; whether there are any."""
-        if size(value):
-            self.contents[id(value)] = value, copied(value)
-            return True
-        self._bare.append(value)
-        return False
+        """Keep the contents of the container ``value``; whether there may be any."""
+        if type(value) in CONTAINERS and not value:  # of another class, a method of the user's would answer
+            self._bare.append(value)
+            return False
+        self.contents[id(value)] = value, copied(value)
+        return True
 
     def _keep(self, value: PyObject, place: str, depth: int) -> None:
         if isinstance(value, (*_PLAIN, nn.Module)) or not depth:
@@ -91,7 +93,7 @@ class HeldState:
             return
         self._seen.add(id(value))
         items: list[Any] = list(value) if type(value) is tuple else []
-        if is_container(value) and self._contained(value) and size(value) <= _LONG:
+        if is_container(value) and self._contained(value) and len(self.contents[id(value)][1]) <= _LONG:
             items = parts(value)
         if isinstance(value, tuple) and not items:
             items = list(tuple.__iter__(value))
@@ -115,9 +117,8 @@ class HeldState:
 
     def restore(self) -> None:
         """Put everything back, the objects themselves and not copies."""
-        for container in self._bare:
-            if size(container):
-                put_back(container, ())
+        for container in filter(None, self._bare):
+            container.clear()
         for container, held in self.contents.values():
             put_back(container, held)
         for value, slot, held in self._slots:

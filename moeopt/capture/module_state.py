@@ -61,7 +61,7 @@ class ModuleState:
         self._held = HeldState(self.modules)
         self._before = [attributes for _, attributes, _ in self._held.attributes]
         self._contents = [
-            {k: self._held.held(v) for k, v in d.items() if type(v) in CONTAINERS and k not in _HOOKS}
+            {k: self._held.held(v) for k, v in d.items() if k not in _HOOKS and type(v) in CONTAINERS}
             for d in self._before
         ]
         self._own: dict[int, torch.Tensor] = {}

@@ -26,6 +26,8 @@ from moeopt.value_types import PyObject
 Tie = tuple[tuple[int, int], tuple[tuple[int, int], ...]]
 """A size (tensor, dimension), and those whose product it is."""
 
+_FEW = 16
+"""Integers up to which Python finds the least and the greatest sooner than PyTorch."""
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -161,34 +163,36 @@ class CallGuard:
         return ""
 
     def _arguments(self, bound: BoundArguments) -> str:
-        index = 0
+        tensors: list[torch.Tensor] = []
         leaves = bound.leaves()
         if len(leaves) != len(self.template):
             return "it was called with another structure of arguments than the verified one"
         for leaf, known in zip(leaves, self.template, strict=True):
             if known is TENSOR:
-                if not isinstance(leaf, torch.Tensor):
-                    return "it was called with a non-tensor where a tensor was verified"
-                if type(leaf) is not torch.Tensor and _has_functions_of_its_own(leaf):
-                    return f"it was called with a {type(leaf).__name__}, which has PyTorch functions of its own"
+                if type(leaf) is not torch.Tensor:
+                    if not isinstance(leaf, torch.Tensor):
+                        return "it was called with a non-tensor where a tensor was verified"
+                    if _has_functions_of_its_own(leaf):
+                        return f"it was called with a {type(leaf).__name__}, which has PyTorch functions of its own"
+                index, sizes = len(tensors), leaf.shape
                 shape = self.shapes[index]
                 if leaf.dtype is not self.dtypes[index]:
                     return f"it was called with {leaf.dtype} where {self.dtypes[index]} was verified"
-                if len(leaf.shape) != len(shape):
-                    return f"it was called with a {len(leaf.shape)}-dimensional tensor, verified with {len(shape)}"
-                for size, fixed in zip(leaf.shape, shape, strict=True):
+                if len(sizes) != len(shape):
+                    return f"it was called with a {len(sizes)}-dimensional tensor, verified with {len(shape)}"
+                for size, fixed in zip(sizes, shape, strict=True):
                     if fixed is not None and size != fixed:
                         return f"it was called with size {size} where only {fixed} was verified"
                 if self.kept and (outside := _outside(leaf, self.kept[index])):
                     return outside
-                index += 1
+                tensors.append(leaf)
             elif known is OPAQUE:
                 return f"an argument is a {type(leaf).__name__}, whose contents are not compared"
             elif isinstance(leaf, torch.Tensor) or type(leaf) is not type(known) or leaf != known:
                 return f"it was called with {leaf!r} where {known!r} was verified"
-        if (self.fewest or self.most is not None) and (outside := self._tokens(bound.tensors())):
+        if (self.fewest or self.most is not None) and (outside := self._tokens(tensors)):
             return outside
-        return self._sizes(bound.tensors()) if self.tied else ""
+        return self._sizes(tensors) if self.tied else ""
 
     def _tokens(self, tensors: list[torch.Tensor]) -> str:
         """Why so many tokens were not verified; "" where they were.
@@ -212,7 +216,9 @@ class CallGuard:
     def _sizes(self, tensors: list[torch.Tensor]) -> str:
         """Why sizes of several arguments do not fit together as in the verified calls; "" where they do."""
         for (tensor, dim), others in self.tied:
-            size, product = tensors[tensor].shape[dim], math.prod([tensors[i].shape[d] for i, d in others])
+            size, product = tensors[tensor].shape[dim], 1
+            for i, d in others:
+                product *= tensors[i].shape[d]
             if size != product:
                 if len(others) == 1:
                     return f"two of its arguments have sizes {size} and {product} where one size was verified for both"
@@ -235,9 +241,13 @@ def _outside(ids: torch.Tensor, kept: tuple[int, int] | None) -> str:
     """
     if kept is None or type(ids) is not torch.Tensor or ids.device.type != "cpu" or torch.compiler.is_compiling():
         return ""
-    if not ids.numel():
+    if not (numel := ids.numel()):
         return ""
-    least, greatest = (int(v) for v in torch.aminmax(ids))
+    if numel <= _FEW:
+        listed = ids.flatten().tolist()
+        least, greatest = min(listed), max(listed)
+    else:
+        least, greatest = (int(v) for v in torch.aminmax(ids))
     if least >= kept[0] and greatest <= kept[1]:
         return ""
     return (

@@ -22,7 +22,7 @@ from moeopt.rewrite.regular_steps import flat, steps_between
 from moeopt.rewrite.weight_regions import IRREGULAR, from_origin, region, region_of, whole_parts
 from moeopt.value_types import PyObject
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = {Tensor, nn.Parameter}
 
 
 class Stale(Exception):
@@ -218,10 +218,11 @@ class LiveExpertWeights:
         """The weights as stacked tensors where every part is a regular slice of one Parameter."""
         if self._steps is None or self._backwards:
             return None
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self._check(0)  # all experts lie in the same Parameters, so what is watched of one is that of all
         tensors = [place.read() for place in self._places.values()]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(type(t) not in _PLAIN for t in tensors):
+        if torch.is_grad_enabled() or compiling or not _PLAIN.issuperset(map(type, tensors)):
             return self._stacked()
         now = (torch.is_inference_mode_enabled(), [(id(t), t.data_ptr(), t.stride()) for t in tensors])
         if self._stack is None or self._stack[0] != now:

@@ -151,6 +151,13 @@ class _Block:
 _Thing = _ModuleFacts | _Code | _Block
 
 
+def _armed(things: list[_Thing]) -> GuardExpression:
+    probe = GuardExpression(classes=False)  # the twin's classes are the source's, and each block compares its own
+    for thing in things:
+        thing.arm(probe)
+    return probe
+
+
 class _Turns:
     """Things to compare, in parts of about ``max_nanoseconds`` nanoseconds, one part at a call.
 
@@ -161,10 +168,12 @@ class _Turns:
     def __init__(self, things: list[_Thing], max_nanoseconds: int) -> None:
         self.parts: list[list[_Thing]] = []
         some: list[_Thing] = []
+        probe = _armed(some)
         for thing in things:
-            if some and _armed([*some, thing]).cost > max_nanoseconds:
+            thing.arm(probe)
+            if some and probe.cost > max_nanoseconds:
                 self.parts.append(some)
-                some = []
+                some, probe = [], _armed([thing])
             some.append(thing)
         self.parts += [some] if some else []
         self.sames = [_armed(part).compiled() for part in self.parts]
@@ -190,13 +199,6 @@ _NOTHING.next = itertools.repeat(lambda: True).__next__
 
 def _hooked(thing: _Thing) -> bool:
     return isinstance(thing, _ModuleFacts) and thing.hooked()
-
-
-def _armed(things: list[_Thing]) -> GuardExpression:
-    probe = GuardExpression(classes=False)  # the twin's classes are the source's, and each block compares its own
-    for thing in things:
-        thing.arm(probe)
-    return probe
 
 
 class Source:

@@ -77,6 +77,39 @@ def test_a_rule_of_two_outputs_still_matches():
     assert SimplePatternMatcher.match is SLOW
 
 
+def test_a_rule_of_two_outputs_lists_the_nodes_only_where_its_first_fits():
+    from onnxscript.rewriter import pattern
+
+    def both(op, x):
+        return op.Sin(op.Neg(x)), op.Cos(x)
+
+    def one(op, x):
+        return op.SinCos(x, _domain="test", _outputs=2)
+
+    class Listed(ir.Graph):
+        times = 0
+
+        def __iter__(self):
+            self.times += 1
+            return super().__iter__()
+
+    def model():
+        x = ir.val("x", ir.DataType.FLOAT, [2])
+        cos, neg = ir.node("Cos", [x]), ir.node("Neg", [x])
+        sin, others = ir.node("Sin", neg.outputs), [ir.node("Sin", [x]) for _ in range(20)]
+        nodes = [neg, *others, sin, cos]
+        outputs = [node.outputs[0] for node in (*others, sin, cos)]
+        return ir.Model(Listed([x], outputs, nodes=nodes, opset_imports={"": 20, "test": 1}), ir_version=10)
+
+    slow, quick = model(), model()
+    rules = pattern.RewriteRuleSet([pattern.RewriteRule(both, one)])
+    assert rules.apply_to_model(slow) == 1
+    with rules_by_their_last_op():
+        assert rules.apply_to_model(quick) == 1
+    assert [n.op_type for n in quick.graph] == [n.op_type for n in slow.graph]
+    assert quick.graph.times < slow.graph.times - 20
+
+
 def test_another_version_of_onnxscript_is_left_as_it_is(monkeypatch):
     real = builtins.__import__
 
