@@ -6,6 +6,7 @@
 A cell is the median, over turns in both orders, of the original's time divided by the rewritten block's, guards, router
 and call included, in CPU time of the thread. ``--isa avx2`` keeps torch, oneDNN and the kernel to that instruction set.
 What is below ``--least`` is told again at the end, worst first. A declined block is its own original, and has no cell.
+A call that is left to the block's own code (``moeopt.pipeline.own_code``) has one: ``MOEOPT_MEASURE=off`` leaves none.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def main() -> None:
                     print(f"{where}: {found}", flush=True)
                     continue
                 print(f"{where}: {'  '.join(f'T={T} {r:.2f}' for T, r in found.items())}", flush=True)
-                rows.append({"form": name, "dtype": dtype, "hidden": hidden, "ratios": found})
+                rounded = {T: round(r, 2) for T, r in found.items()}
+                rows.append({"form": name, "dtype": dtype, "hidden": hidden, "ratios": rounded})
                 low += [(r, f"{where} T={T}") for T, r in found.items() if r < asked.least]
     count = sum(len(row["ratios"]) for row in rows)  # type: ignore[arg-type]
     print(f"{len(low)} of {count} cells below {asked.least}")
@@ -96,7 +98,7 @@ def main() -> None:
         about = {
             "command": " ".join(["python -m benchmarks.never_slower", *sys.argv[1:]]), "cpu": cpu_model(), "isa": isa,
             "torch": torch.__version__, "moeopt": moeopt.__version__, "python": platform.python_version(),
-            "experts": asked.experts, "top": asked.top, "rows": rows,
+            "load": os.getloadavg(), "experts": asked.experts, "top": asked.top, "rows": rows,
         }  # fmt: skip
         path = RESULTS / f"never-slower-{isa.lower()}-1t.json"
         path.write_text(json.dumps(about, indent=1) + "\n")

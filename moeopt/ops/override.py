@@ -35,6 +35,5 @@ def default_impl() -> contextlib.AbstractContextManager[None]:
     return override_experts_impl(lambda *call: None)
 
 
-def current() -> ExpertsImpl | None:
-    """What :func:`override_experts_impl` has set here, or None."""
-    return _impl.get()
+current: Callable[[], ExpertsImpl | None] = _impl.get
+"""What :func:`override_experts_impl` has set here, or None."""

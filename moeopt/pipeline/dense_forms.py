@@ -139,8 +139,8 @@ def measured(
         fused, timings = RewrittenForward(module, program), []
         others = [p for p in model.parameters() if not any(p is own for own in module.parameters())]
         flush = sum(p.numel() * p.element_size() for p in others)
-        with RestoreState(module), _buffers_kept(module), quiet():  # a refused size is timed elsewhere, not warned of
-            for tokens, one in _sized(call, options.tokens or TOKENS):
+        with RestoreState(module), buffers_kept(module), quiet():  # a refused size is timed elsewhere, not warned of
+            for tokens, one in sized_calls(call, options.tokens or TOKENS):
                 before = fused.fallbacks
                 try:
                     timing = in_turn(module, fused, one, tokens, flush)
@@ -155,7 +155,7 @@ def measured(
 
 
 @contextlib.contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
+def buffers_kept(module: nn.Module) -> Iterator[None]:
     """A module may count its calls in a buffer: those of a measurement do not count."""
     saved = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
@@ -166,7 +166,7 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _sized(call: ArgsKwargs, counts: tuple[int, ...]) -> list[tuple[int, ArgsKwargs]]:
+def sized_calls(call: ArgsKwargs, counts: tuple[int, ...]) -> list[tuple[int, ArgsKwargs]]:
     """``call`` with each number of tokens, on its own rows."""
     call_spec = next(call_specs(*call))
     lead = (1,) * (len(call_spec.grid) - 1)

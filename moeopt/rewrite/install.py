@@ -32,6 +32,7 @@ from moeopt.rewrite.live_codes import LiveCodes, check_dtypes, dequantized
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place, Stale
 from moeopt.rewrite.module_guard import Watch
+from moeopt.rewrite.own_code import OwnCode
 from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
 from moeopt.value_types import PyObject
@@ -79,11 +80,12 @@ class RewrittenForward:
     Attributes:
         source: the model that was optimised, where ``module`` is in a twin of it. Copies and pickles have none.
         silent: whether a refused call is no news: it is moeopt's own trial.
+        own_code: which calls are left to the block's own code, since that is the quicker there.
     """
 
     source: Source | None = None
-    silent = False
-    _changed = False
+    own_code: OwnCode | None = None
+    silent = _changed = False
 
     def __init__(self, module: nn.Module, program: BlockProgram, original: Callable[..., Any] | None = None) -> None:
         self.module, self.program, self.original = module, program, original
@@ -92,12 +94,11 @@ class RewrittenForward:
         self._prepare()
 
     def _prepare(self) -> None:
-        program = self.program
+        program, block = self.program, self.program.block
         self.watch = watch = program.watch(self.module)
         self.change = _change_of(self)
         if watch.gone:
             raise Stale(watch.gone)
-        block = program.block
         self.banks = [(self._bank(b, refs, spec), spec) for b, (refs, spec) in enumerate(block.weights)]
         self.constants = block.constants
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
@@ -143,6 +144,10 @@ class RewrittenForward:
         self._prepare()
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
+        if not torch.compiler.is_compiling() and self.own_code is not None and self.own_code.takes(args, kwargs):
+            if self.source is not None:  # the own code follows what changes in its module, and not what does there
+                self.source.look()
+            return self.own()(*args, **kwargs)
         bound = bind(self.program.signature, args, kwargs, self._names)
         refusal = self.program.guard.refuses(self.module, bound) or self._effects(bound)
         if not refusal:
@@ -204,6 +209,10 @@ class RewrittenForward:
                 delattr(home, name)
         return tree_map(Slot, fill, block.output)
 
+    def own(self) -> Callable[..., Any]:
+        """The block's own forward."""
+        return self.original if self.original is not None else functools.partial(type(self.module).forward, self.module)
+
     def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject) -> PyObject:
         if self.last_refusal != refusal:
             self.last_refusal = refusal
@@ -215,10 +224,9 @@ class RewrittenForward:
                     stacklevel=3,
                 )
         self.fallbacks += 1
-        own = self.original if self.original is not None else functools.partial(type(self.module).forward, self.module)
         with dequantized(self.module, [bank for bank, _ in self.banks]):
             try:
-                return own(*args, **kwargs)
+                return self.own()(*args, **kwargs)
             except RuntimeError as err:  # torch's, of two dtypes that meet
                 check_dtypes(self.module, (args, kwargs), err)
                 raise
@@ -226,26 +234,24 @@ class RewrittenForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenForward:
         module = memo.get(id(self.module))
         if module is None:
-            module = copy.deepcopy(self.module, memo)
-            return cast(RewrittenForward, module.forward)
+            return cast(RewrittenForward, copy.deepcopy(self.module, memo).forward)
         new = RewrittenForward.__new__(RewrittenForward)
         memo[id(self)] = new
         new.module, new.program, new.original = module, self.program, copy.deepcopy(self.original, memo)
-        new.calls, new.fallbacks, new.last_refusal, new._stale = 0, 0, "", False
+        new.calls, new.fallbacks, new.last_refusal, new._stale, new.own_code = 0, 0, "", False, self.own_code
         new.__signature__ = self.__signature__
         return new
 
     def __getattr__(self, name: str) -> PyObject:
         # A copy is made before its module has its children: it prepares itself at first use.
-        if name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names"):
-            if "program" in self.__dict__:
-                self._prepare()
-                return self.__dict__[name]
+        if name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names") and "program" in self.__dict__:
+            self._prepare()
+            return self.__dict__[name]
         raise AttributeError(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        keep = ("module", "program", "original", "__signature__")
-        return {k: self.__dict__[k] for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
+        keep = ("module", "program", "original", "own_code", "__signature__")
+        return {k: getattr(self, k) for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
 
 
 def run(block: BlockGraph, module: nn.Module, *args: PyObject, **kwargs: PyObject) -> PyObject:

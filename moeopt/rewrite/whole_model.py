@@ -64,6 +64,13 @@ def exported(model: nn.Module) -> Iterator[None]:
             )
 
 
+def without_own_code(model: nn.Module) -> None:
+    """Let the rewritten blocks of ``model`` run their rewritten code at every number of tokens."""
+    for module in model.modules():
+        if (forward := rewritten_forward(module)) is not None:
+            forward.own_code = None
+
+
 def watch_source(model: nn.Module, twin: nn.Module, values: bool) -> None:
     """Let the rewritten blocks of ``twin`` tell what changes in ``model``, of which it is a copy.
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from moeopt.ops import measured
 from moeopt.ops.measured import fastest
@@ -164,3 +165,16 @@ def test_a_fork_while_another_thread_measures_does_not_hang():
     if done == (0, 0):
         os.kill(child, 9)
     assert done[0] == child and done[1] == 0
+
+
+def test_ways_run_under_no_mode_that_would_slow_their_small_calls_down():
+    seen = []
+
+    def way():
+        seen.append((torch._C._len_torch_function_stack(), torch.empty(1).device.type))
+
+    fastest("modes", lambda: {"a": way}, "a")
+    with torch.device("meta"):  # another default of the caller's is another mode, and not the measurement's business
+        fastest("modes under a default device", lambda: {"a": way}, "a")
+    plain, named = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert set(plain) == {(0, "cpu")} and {device for _, device in named} == {"cpu"}

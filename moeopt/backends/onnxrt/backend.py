@@ -44,6 +44,11 @@ _NOTES = {
     ),
 }
 """What reports say of experts in these forms."""
+_READ_AS_CODES = (
+    "the file holds codes, and moeopt's native kernel computes on them as they lie there; where it is absent, a "
+    "session of model.onnx makes floats of them when it is loaded"
+)
+"""The same of those whose plain form is :class:`UnrolledFloats`, where the native kernel takes its place."""
 
 
 class OnnxRuntimeBackend(GraphBackend):
@@ -88,10 +93,12 @@ class OnnxRuntimeBackend(GraphBackend):
         found = {form: [path for path, name in lowered if name == form] for form in _NOTES}
         if (built.directory / VERIFIED).exists():  # 8 bits are quick where activations are rounded
             del found[UnrolledBytes.name]
+        native = set(built.native.get("blocks", ()))
+        said = [(_READ_AS_CODES, [site for site in found[UnrolledFloats.name] if site in native])]
+        found[UnrolledFloats.name] = [site for site in found[UnrolledFloats.name] if site not in native]
+        said += [(_NOTES[form], sites) for form, sites in found.items()]
         return [
-            f"{sites[0]}{f' and {len(sites) - 1} more' if sites[1:] else ''}: {_NOTES[form]}"
-            for form, sites in found.items()
-            if sites
+            f"{sites[0]}{f' and {len(sites) - 1} more' if sites[1:] else ''}: {words}" for words, sites in said if sites
         ]
 
     def _lowering_impl(self, path: str, built: BuiltGraph) -> str:

@@ -22,11 +22,13 @@ from moeopt.errors import UsageError
 from moeopt.limits import LoadLimits
 from moeopt.lower.functional import export_functional
 from moeopt.ops.native.library import missing
+from moeopt.ops.override import default_impl
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.check_copy import check_copy
 from moeopt.pipeline.check_gradients import check_gradients
 from moeopt.pipeline.measure_loss import data_of, measure_loss
+from moeopt.pipeline.own_code import choose_own_code
 from moeopt.pipeline.quantized_model import (
     check_patterns,
     formats_of,
@@ -85,6 +87,7 @@ class TorchBackend(Backend):
                           "stay beside the codes" for name in store_codes(twin)]  # fmt: skip
         if options.quantize is not None:
             outcome.notes.append(weights_note(twin, outcome))
+        outcome.notes += choose_own_code(twin, outcome)
         report = report_of(source, outcome.blocks, self.name, outcome, certificate, options)
         first = next(source.parameters(), None)
         grouped = any(b.status == "rewritten" and b.kind == "moe" for b in outcome.blocks)
@@ -97,7 +100,7 @@ class TorchBackend(Backend):
         args, kwargs = call
         program = export_functional(made.model, args, kwargs)
         copied = clone_inputs(call)  # a forward may write into its arguments
-        with torch.no_grad():
+        with torch.no_grad(), default_impl():  # the rewritten code, as the bundle runs it
             golden = made.model(*copied[0], **copied[1])
         return save_torch_bundle(
             program,

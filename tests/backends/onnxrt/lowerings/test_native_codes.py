@@ -129,6 +129,9 @@ def test_an_engine_runs_codes_in_the_kernel_and_its_bundle_too(format, monkeypat
     choose_native(monkeypatch)
     made = moeopt.optimize(net(), call(), backend="onnxruntime", quantize=format, verify="fast")
     assert made.certificate.passed and made.model.graph == NATIVE
+    notes = "\n".join(made.report.notes)
+    assert ("moeopt's native kernel computes on them as they lie there" in notes) == (format == "int8")
+    assert "has no quick kernel" not in notes
     bundle = made.save(tmp_path / "b")
     nodes = [node for node in onnx.load(bundle / NATIVE, load_external_data=False).graph.node if node.domain == DOMAIN]
     assert {node.op_type for node in nodes} == {"ExpertsOnCodes"}

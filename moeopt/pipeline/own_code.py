@@ -1,0 +1,142 @@
+"""At which numbers of tokens is a rewritten block slower than its own code on this machine? There its own code runs.
+
+A small block that is a few calls of PyTorch on stacked weights has nothing to group at one token, and what Python takes
+around the op is not won back; on hundreds of tokens that every expert takes, the library's one long product may be the
+quicker. The same block gains where it has other sizes. So each kind of block is timed beside its own code at a few
+numbers of tokens (``ops.measured``: milliseconds, once, remembered), and the calls near those at which its own code is
+the quicker are left to it: they were the yardstick of the verification, so they need none. Ties, and machines that may
+not be timed, run the rewritten code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from moeopt.capture.tree import ArgsKwargs
+from moeopt.errors import Declined
+from moeopt.listed import listed
+from moeopt.ops.measured import Way, fastest
+from moeopt.options import measuring
+from moeopt.patches import quiet
+from moeopt.pipeline.block_reports import PipelineResult
+from moeopt.pipeline.dense_forms import buffers_kept, sized_calls
+from moeopt.rewrite.code import fingerprint
+from moeopt.rewrite.install import RewrittenForward, rewritten_forward
+from moeopt.rewrite.own_code import OwnCode, own_code_of
+from moeopt.value_types import PyObject
+from moeopt.verification.state import RestoreState
+
+NEAR = {1: range(1, 2), 8: range(2, 17), 64: range(17, 129), 512: range(129, 513)}
+"""The numbers of tokens that are timed, and those for which each stands. Longer prompts run the rewritten code: an own
+code may hold the outputs of all experts for each token."""
+LARGEST = 1 << 24
+"""Weights of a block from which its calls are made of products and not of what is around them: it is not timed."""
+WORK = 1 << 29
+"""Multiply-adds of all experts on all tokens above which a number of tokens is not timed: some milliseconds a call."""
+TURN = 1e-3
+"""Seconds that a turn of one way takes at least, of up to ``CALLS`` calls."""
+CALLS = 16
+GAIN = 1.03
+"""By how much the own code must be the quicker, with what it takes to see that a call is left to it."""
+
+
+def choose_own_code(model: nn.Module, outcome: PipelineResult) -> list[str]:
+    """Leave calls of the rewritten blocks of ``model`` to their own code where that is the quicker; a note of each."""
+    if not measuring():
+        return []
+    mixtures = {block.name for block in outcome.blocks if block.kind == "moe" and block.status == "rewritten"}
+    left: dict[tuple[int, ...], list[str]] = {}
+    for path in outcome.rewrites:
+        name, forward = path or type(model).__name__, rewritten_forward(model.get_submodule(path))
+        if name not in mixtures or forward is None or not (own := own_code_of(forward.program)):
+            continue
+        if slower := tuple(_slower(forward, outcome.calls[path], own)):
+            forward.own_code = own.at(count for tokens in slower for count in NEAR[tokens])
+            left.setdefault(slower, []).append(name)
+    return [
+        f"calls of {_in_words(slower)} are left to the own code of {listed(names)}: timed on this machine it is the "
+        "quicker there, and computes the same; a bundle saved of this model and ranks that it is divided over run the "
+        "rewritten code at any size, and with MOEOPT_MEASURE=off so does the model itself"
+        for slower, names in left.items()
+    ]
+
+
+def _in_words(slower: tuple[int, ...]) -> str:
+    ranges = [NEAR[tokens] for tokens in slower]
+    parts = [f"{r[0]} to {r[-1]}" if len(r) > 1 else str(r[0]) for r in ranges]
+    return f"{', '.join(parts[:-1])}{' and ' if len(parts) > 1 else ''}{parts[-1]} token{'s' * (slower != (1,))}"
+
+
+def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode) -> list[int]:
+    """The numbers of tokens at which the own code of the block is the quicker."""
+    block, module = forward.program.block, forward.module
+    held = [*module.parameters(), *module.buffers()]
+    numbers, on_cpu = sum(t.numel() for t in held), all(t.is_cpu for t in held)
+    if block.formats or block.mutations or not on_cpu or numbers > LARGEST:
+        return []
+    found, kind, silent = list[int](), "", forward.silent
+    forward.silent = True  # a number of tokens that is refused is no news
+    try:
+        with torch.inference_mode(False), RestoreState(module), buffers_kept(module), quiet():
+            for tokens in (n for n in NEAR if n * numbers <= WORK):
+                try:
+                    ((_, (args, kwargs)),) = sized_calls(call, (tokens,))
+                    left = own.at((tokens,))
+                    kind = kind or _kind(forward)
+                    question = f"{kind} on {tokens} tokens"
+                    ways = functools.partial(_ways, forward, left, (args, kwargs))
+                    if left.takes(args, kwargs) and fastest(question, ways, "rewritten", advantage=GAIN) == "own":
+                        found.append(tokens)
+                except Exception:  # a number of tokens that the block cannot take
+                    continue
+    finally:
+        forward.silent = silent
+    return found
+
+
+def _kind(forward: RewrittenForward) -> str:
+    """What decides the time of both ways: the code of the modules, the graph, and the shapes of the weights."""
+    module, block = forward.module, forward.program.block
+    parts = [fingerprint(type(m).forward) for m in module.modules()]
+    parts += [f"{p.dtype} {tuple(p.shape)} {p.stride()}" for p in module.parameters()]
+    parts += [str(spec) for _, spec in block.weights]
+    parts += [block.graph.python_code("self").src, str(module.training)]
+    return f"{type(module).__qualname__} {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}, rewritten or not,"
+
+
+@torch.no_grad()
+def _ways(forward: RewrittenForward, left: OwnCode, call: ArgsKwargs) -> dict[str, Way]:
+    """Both on the same call, several times where one is short.
+
+    Raises:
+        Declined: the rewritten code refuses the call, so its own code runs anyway.
+    """
+    before = forward.fallbacks
+    args, kwargs = call
+
+    def own(*args: PyObject, **kwargs: PyObject) -> PyObject:
+        left.takes(args, kwargs)  # as a call that is left to it is asked first
+        return forward.own()(*args, **kwargs)
+
+    for _ in range(2):  # the first builds or measures what the second only calls
+        started = time.perf_counter()
+        forward(*args, **kwargs)
+        once = time.perf_counter() - started
+    if forward.fallbacks != before:
+        raise Declined(forward.last_refusal)
+    several = max(1, min(CALLS, round(TURN / max(once, 1e-6))))
+
+    def calls(way: Callable[..., PyObject]) -> Way:
+        def run() -> None:
+            for _ in range(several):
+                way(*args, **kwargs)
+
+        return run
+
+    return {"rewritten": calls(forward), "own": calls(own)}

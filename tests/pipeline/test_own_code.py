@@ -1,0 +1,187 @@
+"""Calls that are left to a block's own code where it is the quicker: which, what they compute, and when none is."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+
+import moeopt
+from moeopt.errors import StaleModelWarning
+from moeopt.ops.override import default_impl
+from moeopt.pipeline import own_code
+from moeopt.rewrite.install import rewritten_forward
+from moeopt.rewrite.own_code import OwnCode
+from moeopt.rewrite.whole_model import without_own_code
+from tests.zoo.dense_forms import EinsumAll
+
+D = 20
+
+
+def model():
+    torch.manual_seed(0)
+    return EinsumAll(d=D).eval()
+
+
+def x(tokens, seed=3):
+    return torch.randn(1, tokens, D, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def slower_at(monkeypatch):
+    """Makes a machine on which the rewritten code is slower at these numbers of tokens, and ties or wins elsewhere."""
+
+    def machine(*counts, asked=None):
+        def fastest(question, ways, default, advantage):
+            tokens = int(question.split()[-2])
+            if asked is not None:
+                asked.append(tokens)
+            return "own" if tokens in counts else default
+
+        monkeypatch.setattr(own_code, "measuring", lambda: True)
+        monkeypatch.setattr(own_code, "fastest", fastest)
+
+    return machine
+
+
+def optimized(source=None, **options):
+    return moeopt.optimize(model() if source is None else source, x(24), **{"verify": "off", **options})
+
+
+def ran(opt, call):
+    """What ``opt`` gives, and how many calls ran the rewritten code."""
+    forward = rewritten_forward(opt.model)
+    before = forward.calls, forward.fallbacks
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = opt.model(call)
+    assert forward.fallbacks == before[1], "a call that is left to the own code was not refused"
+    return y, forward.calls - before[0]
+
+
+def test_calls_of_so_many_tokens_run_the_own_code_and_the_others_the_rewritten(slower_at):
+    slower_at(8)
+    opt, original = optimized(), model()
+    for tokens, rewritten in ((1, 1), (2, 0), (8, 0), (16, 0), (17, 1), (600, 1)):
+        y, calls = ran(opt, x(tokens))
+        assert calls == rewritten, tokens
+        want = original(x(tokens))
+        assert torch.equal(y, want) if not rewritten else torch.allclose(y, want, rtol=1e-4, atol=1e-5)
+    assert opt.report.blocks[0].status == "rewritten"
+    (note,) = [n for n in opt.report.notes if "own code" in n]
+    assert "ranks that it is divided over run the rewritten code at any size" in note
+    assert note.startswith("calls of 2 to 16 tokens are left to the own code of EinsumAll: timed on this machine")
+    assert "MOEOPT_MEASURE=off" in note and "a bundle saved of this model" in note
+
+
+def test_the_note_names_every_range(slower_at):
+    slower_at(1, 8, 512)
+    assert any(n.startswith("calls of 1, 2 to 16 and 129 to 512 tokens are") for n in optimized().report.notes)
+    slower_at(1)
+    assert any(n.startswith("calls of 1 token are") for n in optimized().report.notes)
+
+
+def test_a_keyword_and_a_batch_count_as_their_tokens(slower_at):
+    slower_at(8)
+    opt, call = optimized(), x(8).reshape(4, 2, D)
+    forward = rewritten_forward(opt.model)
+    assert torch.equal(opt.model(x=call), model()(call)) and forward.calls == 0
+
+
+def test_nothing_is_left_where_nothing_may_be_measured_and_ties_are_rewritten(slower_at):
+    assert rewritten_forward(optimized().model).own_code is None  # MOEOPT_MEASURE is off in tests
+    asked = []
+    slower_at(asked=asked)
+    opt = optimized()
+    assert asked == [1, 8, 64, 512]
+    assert rewritten_forward(opt.model).own_code is None and not any("own code" in n for n in opt.report.notes)
+
+
+def test_copies_and_pickles_choose_alike(slower_at):
+    slower_at(8)
+    opt = optimized()
+    for twin in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert ran(twin, x(8))[1] == 0 and ran(twin, x(1))[1] == 1
+
+
+def test_verification_and_other_implementations_run_the_rewritten_code(slower_at):
+    slower_at(*own_code.NEAR)
+    opt, source = optimized(), model()
+    forward = rewritten_forward(opt.model)
+    assert moeopt.verify(opt, original=source, inputs=x(5)).passed and forward.calls > 0
+    before = forward.calls
+    with default_impl():  # as a profile and the example of a saved bundle have it
+        opt.model(x(5))
+    with torch.device("cpu"):
+        opt.model(x(5))
+    assert forward.calls == before + 2
+    program = torch.export.export(opt.model, (x(5),))
+    assert any("moeopt" in str(node.target) for node in program.graph.nodes)
+
+
+def test_a_model_that_is_divided_over_ranks_runs_the_rewritten_code(slower_at):
+    slower_at(*own_code.NEAR)
+    opt = optimized()
+    without_own_code(opt.model)
+    assert ran(opt, x(5))[1] == 1
+
+
+def test_a_strict_optimize_verifies_the_rewritten_code_first(slower_at):
+    slower_at(*own_code.NEAR)
+    opt = optimized(verify="strict")
+    assert opt.certificate.passed and opt.certificate.blocks[0].cases
+    assert ran(opt, x(24))[1] == 0
+
+
+def test_a_changed_source_is_told_by_calls_of_the_own_code_too(slower_at):
+    slower_at(*own_code.NEAR)
+    source = model()
+    opt = optimized(source)
+    source.wi = torch.nn.Parameter(torch.zeros_like(source.wi))
+    with pytest.warns(StaleModelWarning, match="wi"):
+        for _ in range(20):
+            opt.model(x(2))
+
+
+def test_both_ways_are_timed_on_the_same_call(monkeypatch):
+    took = {}
+
+    def fastest(question, ways, default, advantage):
+        forward = question_of[0]
+        for name, way in ways().items():
+            before = forward.calls
+            way()
+            took[question.split()[-2], name] = forward.calls - before
+        assert default == "rewritten" and advantage == own_code.GAIN
+        return default
+
+    opt = optimized()
+    question_of = [rewritten_forward(opt.model)]
+    monkeypatch.setattr(own_code, "fastest", fastest)
+    call = ((x(24),), {})
+    assert own_code._slower(question_of[0], call, OwnCode("x", D)) == []
+    for tokens in map(str, own_code.NEAR):
+        assert 1 <= took[tokens, "rewritten"] <= own_code.CALLS and took[tokens, "own"] == 0
+    assert not question_of[0].silent
+
+
+def test_large_blocks_quantised_ones_and_calls_that_are_refused_are_not_asked_about(slower_at, monkeypatch):
+    asked = []
+    slower_at(*own_code.NEAR, asked=asked)
+    assert not rewritten_forward(optimized(quantize="int8").model).own_code and asked == []
+    monkeypatch.setattr(own_code, "WORK", 10 * sum(p.numel() for p in model().parameters()))
+    optimized()
+    assert asked == [1, 8]
+    monkeypatch.setattr(own_code, "LARGEST", 10)
+    optimized()
+    assert asked == [1, 8]
+
+
+def test_a_call_that_the_rewritten_code_refuses_is_no_answer(monkeypatch):
+    opt = optimized()
+    forward = rewritten_forward(opt.model)
+    forward.program.guard.most = 10  # as many tokens as were verified
+    asked = []
+    monkeypatch.setattr(own_code, "fastest", lambda question, ways, *rest, **more: asked.append(ways()) or "own")
+    assert own_code._slower(forward, ((x(24),), {}), OwnCode("x", D)) == [1, 8] and len(asked) == 2
