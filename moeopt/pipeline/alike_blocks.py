@@ -24,6 +24,7 @@ from moeopt.errors import Declined
 from moeopt.passes.base import PassRecord
 from moeopt.passes.manager import Result
 from moeopt.passes.quantize_experts import QuantizeExperts
+from moeopt.pipeline.branches import Branches
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph
@@ -52,6 +53,7 @@ class Bound:
     module: nn.Module
     call_spec: CallSpec
     known: Known
+    branches: Branches = field(default_factory=Branches)
 
     @property
     def found(self) -> list[Recognition]:

@@ -24,6 +24,7 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Rank
 from moeopt.options import Options
 from moeopt.passes.group_experts import GroupExperts
+from moeopt.pipeline.branches import Branches
 from moeopt.pipeline.coverage import Reader
 from moeopt.pipeline.id_probe import id_ranges
 from moeopt.recognise.id_bounds import IdBounds, kept_by_caller
@@ -57,6 +58,7 @@ class Capture:
         found: what becomes an op, as the first call showed it.
         unreached: the expert that no token reached, in a sentence; "" if there is none.
         neutral: the same, or the Parameter that a rewrite would miss, in a sentence; "" if there is none.
+        branches: what its Python reads of the routing.
         routers: how tokens reach each of the ``found``, once a pass has asked for the guard.
     """
 
@@ -73,6 +75,7 @@ class Capture:
             _same_experts(self.found, found_there)
             refuse_random(tape, module.training)
         check_experts(module, self.tapes[0], self.found)
+        self.branches = Branches(self.tapes[0])
         self.id_ranges = [IdRange() for _ in self.found]
         self.kept: tuple[IdBounds, ...] = ()
         if reader.kind == GroupExperts.kind:
@@ -157,6 +160,16 @@ class Capture:
         self.routers = self.reader.routers(self.tapes[1:], self.founds[1:], self.founds[0])
         self.tapes, self.plans, self.founds = [], [], []  # the values of three calls are no longer needed
         return guard, [r.spec for r in self.routers]
+
+    def check_branches(self) -> None:
+        """``Declined`` for a branch of its Python that no call took."""
+
+        def run(mode: TorchDispatchMode) -> None:
+            with undone(self.module) as watched, mode:
+                _run_under(watched, self.module, self.calls[1])
+
+        per_token = [(f.routing.per_token, len(f.experts)) for f in self.found]
+        self.branches.check(run, any(k is None or k >= experts for k, experts in per_token))
 
     def differ(self, before: BlockGraph, after: BlockGraph) -> str:
         """How two graphs of the block differ in bits on one of the recorded calls; "" where they do not."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
 from moeopt.options import Options
+from moeopt.pipeline.computed_numbers import computed_numbers
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.verification.block import verify_block
@@ -35,6 +36,7 @@ class SizeCases:
     ) -> None:  # fmt: skip
         self._spec, self._experts, self._program, self._options = call_spec, experts, program, options
         numbers = program.reads.numbers() if program.reads is not None else set()
+        numbers |= computed_numbers(module)
         sizes = {size for t in (*module.parameters(), *module.buffers()) for size in t.shape}
         features = [call_spec.rows(n)[:1].numel() for n in call_spec.indices("tokens")]
         passed, self._most = passable(numbers, sizes, (max([1, *features]), max(chosen, 1)), max_tokens)
