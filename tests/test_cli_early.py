@@ -90,3 +90,13 @@ def test_a_module_is_found_in_the_working_directory(tmp_path):
         capture_output=True, text=True, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert ran.returncode == 2 and "mine:build returned str, not a model" in ran.stderr
+
+
+def test_an_interrupt_is_a_word_and_the_code_of_shells(tmp_path):
+    (tmp_path / "mine.py").write_text("def build():\n    raise KeyboardInterrupt\n")
+    program = "import sys; from moeopt.cli import main; main(sys.argv[1:])"
+    ran = subprocess.run(
+        [sys.executable, "-c", program, "explain", "mine:build"],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (130, "moeopt: interrupted\n")

@@ -85,16 +85,26 @@ def _special(condition: JsonValue) -> bool:
 
 
 def _upright(condition: JsonValue) -> PyObject:
-    """The sizes on the left, and without a factor that both sides have: ``4 < 4 * a`` is ``a > 1``."""
+    """The sizes on the left, and no factor where the rest is whole: ``a > 1`` for ``4 < 4 * a`` and ``5 < 4 * a``."""
     name, *rest = condition
     if name not in _TURNED or len(rest) != 2:
         return condition
     if not _sizes(rest[0]):
         name, rest = _TURNED[name], rest[::-1]
     factor, product = _factor(rest[0])
-    if factor > 1 and isinstance(rest[1], int) and rest[1] % factor == 0:
-        rest = [product, rest[1] // factor]
+    if factor > 1 and isinstance(rest[1], int):
+        if rest[1] % factor == 0 or (name in (">", "<=") and _whole(product)):
+            rest = [product, rest[1] // factor]
+        elif name in (">=", "<") and _whole(product):
+            rest = [product, -(-rest[1] // factor)]
     return [name, *rest]
+
+
+def _whole(node: FxArg) -> bool:
+    """Whether sizes make this a whole number."""
+    if not isinstance(node, list):
+        return isinstance(node, int)
+    return node[0] == "size" or (node[0] in ("+", "-", "*") and all(_whole(child) for child in node[1:]))
 
 
 def _factor(node: FxArg) -> tuple[int, Any]:

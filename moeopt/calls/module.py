@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from moeopt.backends.choice import checked_choice
+from moeopt.capture.dead_proxies import set_aside
 from moeopt.errors import UsageError
 from moeopt.find.example_inputs import NO_CACHE, as_call, in_order, made_up, without_cache
 from moeopt.optimized import Optimized
@@ -43,15 +44,16 @@ def optimize_module(
     if isinstance(model, Optimized):
         raise UsageError("this model is optimised already; pass the original, or its .model after a change")
     given = as_model(model)
-    source = without_rewrites(given, chosen.inplace)
-    asked = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
-    call = in_order(source, without_cache(source, asked))
-    if moves(source, chosen):
-        source = source if chosen.inplace else copy.deepcopy(source)
-        source = source.to(device=chosen.device, dtype=chosen.dtype)
-    call = moved(call, chosen)
-    with shown(chosen.progress) as say:
-        made = runtime.optimize(source, call, dataclasses.replace(chosen, progress=say), plan)
+    with set_aside(given, for_good=chosen.inplace):
+        source = without_rewrites(given, chosen.inplace)
+        asked = made_up(source, chosen.seed) if example_inputs is None else as_call(example_inputs)
+        call = in_order(source, without_cache(source, asked))
+        if moves(source, chosen):
+            source = source if chosen.inplace else copy.deepcopy(source)
+            source = source.to(device=chosen.device, dtype=chosen.dtype)
+        call = moved(call, chosen)
+        with shown(chosen.progress) as say:
+            made = runtime.optimize(source, call, dataclasses.replace(chosen, progress=say), plan)
     notes = made.report.notes
     if call[1].get("use_cache") is False and hasattr(source, "main_input_name") and not runtime.keeps_cache(made):
         notes = (*notes, NO_CACHE)

@@ -93,7 +93,7 @@ class HeldState:
             return
         self._seen.add(id(value))
         items: list[Any] = list(value) if type(value) is tuple else []
-        if is_container(value) and self._contained(value):
+        if is_container(value) and self._contained(value) and len(self.contents[id(value)][1]) <= _LONG:
             items = parts(value)
         if isinstance(value, tuple) and not items:
             items = list(tuple.__iter__(value))

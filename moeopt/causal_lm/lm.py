@@ -85,6 +85,15 @@ def is_causal_lm(model: nn.Module) -> bool:
     return not model.config.is_encoder_decoder and {"input_ids", "past_key_values", "attention_mask"} <= set(takes)
 
 
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The model that a ``DistributedDataParallel`` or ``DataParallel`` without hooks wraps, which computes the same."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        if model._forward_hooks or model._forward_pre_hooks:
+            break
+        model = model.module
+    return model
+
+
 def export_causal_lm(
     model: nn.Module,
     args: tuple[Any, ...],

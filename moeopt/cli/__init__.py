@@ -11,12 +11,15 @@ import sys
 from moeopt.errors import MoeoptError, UsageError
 from moeopt.untrusted import shown
 
+INTERRUPTED = 130
+"""The exit code of a command that SIGINT has ended, as shells have it."""
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit with its code."""
-    from moeopt.cli.commands import app
-
     try:
+        from moeopt.cli.commands import app
+
         app(args=argv, prog_name="moeopt")
     except MoeoptError as err:
         print(f"moeopt: {shown(err)}", file=sys.stderr)
@@ -26,5 +29,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"moeopt: {shown(err.strerror or err)}{shown(where)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("moeopt: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _say_interrupted()
+        sys.exit(INTERRUPTED)
+    except SystemExit as done:  # typer turns an interrupt into this exit, and says nothing
+        if done.code == INTERRUPTED:
+            _say_interrupted()
+        raise
+
+
+def _say_interrupted() -> None:
+    print("moeopt: interrupted", file=sys.stderr)

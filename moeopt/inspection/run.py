@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moeopt.capture.dead_proxies import set_aside
 from moeopt.errors import UsageError
 from moeopt.find.packed_weights import packed_weights
 from moeopt.inspection.counting import count
@@ -60,7 +61,8 @@ def inspect(
     if not tree.tensors:
         why = packed_weights(loaded.model)
         raise UsageError(f"{loaded.name} has no parameters, so there is nothing to inspect{why and f': {why}'}")
-    chosen, notes = _chosen_blocks(tree, top_k)
+    with set_aside(loaded.model):
+        chosen, notes = _chosen_blocks(tree, top_k)
     notes += _unseen(loaded.experts, {b.path for b in chosen})
     blocks, roles = list(chosen), assign(tree, list(chosen))
     ks = {b.path: s.top_k for b, s in chosen.items()}

@@ -13,7 +13,10 @@ from moeopt.value_types import OnnxModel, OnnxNode
 DEEPEST = 64
 """Functions within functions; onnx's inliner stops at 100."""
 MOST_INLINED = 1 << 18
-"""Nodes of all functions, each as often as it is called."""
+"""Nodes of all functions, each as often as it is called: a minute and a half of reading."""
+MOST_OF_FEW, GROWTH = 1 << 14, 512
+"""Of a file that holds few nodes itself: the first, or the second for each node. Sixty layers of a hundred experts are
+the calls of two functions."""
 
 
 def check_functions(where: str, proto: OnnxModel) -> None:
@@ -46,11 +49,15 @@ def check_functions(where: str, proto: OnnxModel) -> None:
             f"{where}: its functions call each other {deepest} deep, and moeopt reads {DEEPEST}: export the model "
             "without functions of functions"
         )
-    total = sum(sizes.get((n.domain, n.op_type), 0) for n in _every(proto.graph.node))
-    if total > MOST_INLINED:
+    graph = Counter((n.domain, n.op_type) for n in _every(proto.graph.node))
+    total = sum(sizes.get(key, 0) * count for key, count in graph.items())
+    held = graph.total() + sum(one.total() for one in nodes.values())
+    most = max(MOST_OF_FEW, GROWTH * held)
+    if total > min(MOST_INLINED, most):
+        of_few = f" of a file that holds {held}" if total <= MOST_INLINED else ""
         raise UsageError(
             f"{where}: its functions are {_shown_count(total)} nodes when they are written out, and moeopt reads "
-            f"{MOST_INLINED}: export the model without functions of functions"
+            f"{most if of_few else MOST_INLINED}{of_few}: export the model without functions of functions"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeopt.errors import Declined, UsageError
+from moeopt.errors import Declined, MoeoptError, UsageError
 from moeopt.onnx_in.coded_nodes import CodedConstants
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.ends import graph_inputs
@@ -25,10 +25,12 @@ from moeopt.onnx_in.region_module import RegionEnds, add_at, is_combined, region
 from moeopt.onnx_in.regions import CandidateRegion, candidate_regions
 from moeopt.onnx_in.tensors import tensor_of
 from moeopt.onnx_in.values import tensor
+from moeopt.untrusted import shown, shown_line
 from moeopt.value_types import PyObject
 
 REGION = "moeopt.region"
 """The domain of a step that calls a child."""
+_PLAIN = (Tensor, nn.Parameter, int, float, bool, list, tuple, type(None))
 _TRIES = (RuntimeError, ValueError, IndexError, TypeError)
 
 
@@ -58,9 +60,27 @@ class InterpretedFile(InterpretedGraph):
         return super().forward(*(given[name] for name in self.names))
 
     def _run_step(self, step: NodeStep, inputs: Sequence[Any]) -> Sequence[Any]:
-        if step.domain != REGION:
+        if step.domain == REGION:
+            return (self.get_submodule(step.op_type)(*(tensor(value) for value in inputs)),)
+        try:
             return super()._run_step(step, inputs)
-        return (self.get_submodule(step.op_type)(*(tensor(value) for value in inputs)),)
+        except _TRIES as err:
+            if isinstance(err, MoeoptError) or any(type(v) not in _PLAIN for v in inputs):  # not while it is traced
+                raise
+            raise RuntimeError(_failed(step, inputs, err)) from err
+
+
+def _failed(step: NodeStep, inputs: Sequence[Any], err: Exception) -> str:
+    """What a node that fails says: the node, what it was given, the operator's own words and the way out."""
+    given = ", ".join(
+        f"{shown(name)} {list(v.shape)} {str(v.dtype).removeprefix('torch.')}" if isinstance(v, Tensor) else shown(name)
+        for name, v in zip(step.inputs, inputs, strict=False)
+        if v is not None
+    )
+    return (
+        f"{step.described} fails on {given}: {shown_line(err)[:200]}; give inputs of the sizes and types that the file "
+        "was made for; where ONNX Runtime refuses them too, the file was damaged or edited"
+    )
 
 
 def interpreted(file: OnnxFile, inputs: PyObject = None) -> InterpretedFile:
@@ -89,7 +109,7 @@ def interpreted(file: OnnxFile, inputs: PyObject = None) -> InterpretedFile:
     steps = live_steps(
         steps, [*outputs, *(v.name for c in candidates for r in c.regions for v in (*r.entries, r.exit))]
     )
-    flat = InterpretedGraph(*program_of(steps, names, outputs, constants, file.opset)).eval()
+    flat = InterpretedFile(*program_of(steps, names, outputs, constants, file.opset), {}).eval()
     examples, runs = _runs(file, flat, candidates, inputs)
     children, kept = _children(codes, candidates, runs, steps, outputs)
     read = {name for step in kept for name in step.inputs} | set(outputs)
@@ -112,9 +132,9 @@ def _runs(
             env = flat.run([feeds[name] for name in flat.program.inputs], sorted(wanted))
         except Declined as err:  # an attribute that the interpreter does not read: no other sizes change that
             raise UsageError(f"{file.name} has no form as a module: {err.reason}") from None
-        except _TRIES:
+        except _TRIES as err:
             if inputs is not None:
-                raise
+                raise UsageError(f"{file.name} does not run on the inputs that were given: {shown_line(err)}") from err
             continue
         found.append({name: tensor(env[name]) for name in wanted})
         examples.append(feeds)

@@ -8,6 +8,11 @@ The two differ where a weight underflows, in float16 the score of an unlikely ex
     rows = torch.where((ids == e) & (w >= 0.02))[0]     a threshold that no token of the example may lie below
 
 Such a dispatch has no reading by ids and weights alone: what no probe reaches would be left out.
+
+    hit = torch.zeros(E).scatter_add(0, ids.flatten(), w.flatten()).nonzero()     which experts run at all
+
+Weights of both signs may add up to zero, those of a saturated tanh on ordinary rows, and an expert that has tokens
+does not run.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.replay import ancestors
+from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.recognise.ids_of_masks import ids_not_zero, ids_positive
 from moeopt.recognise.routing_types import Routing
@@ -27,7 +33,7 @@ LeaveOut = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """ids (T, K), weights (T, K), E -> ids, with E for those of which the dispatch takes no row."""
 _ROWS = ("nonzero", "masked_select")
 _COMPARES = ("gt", "ge", "lt", "le", "eq", "ne")
-_COMPARES = ("gt", "ge", "lt", "le", "eq", "ne")
+_SUMS = ("sum", "mean", "cumsum", "scatter_add", "scatter_reduce", "index_add", "index_put")
 _ANDS = ("any", "logical_and", "bitwise_and", "__and__")
 _ORS = ("logical_or", "bitwise_or", "__or__")
 _NOTS = ("logical_not", "bitwise_not", "logical_xor", "bitwise_xor")
@@ -35,7 +41,7 @@ _OTHER = "other"
 _DEPTH = 8
 
 
-def left_out(routing: Routing, dispatch: Collection[fx.Node]) -> LeaveOut | None:
+def left_out(routing: Routing, dispatch: Collection[fx.Node], tape: Tape) -> LeaveOut | None:
     """What leaves out the rows that the dispatch leaves out by the values of the weights; None where it does not ask.
 
     Args:
@@ -58,15 +64,27 @@ def left_out(routing: Routing, dispatch: Collection[fx.Node]) -> LeaveOut | None
             "of all tokens' weights (torch.where), and dispatch by the ids",
             other.meta.get("source"),
         )
+    if asks.sum is not None and _of_both_signs(routing.weights.run(tape)):
+        raise Declined(
+            f"which experts run depends on whether a sum of routing weights is zero ({op_name(asks.sum)}), and weights "
+            "of both signs can add up to zero where there are tokens; ask the expert ids, or the sum of weights.abs()",
+            asks.sum.meta.get("source"),
+        )
     return {frozenset(["ne"]): ids_not_zero, frozenset(["gt"]): ids_positive}.get(frozenset(asks.found))
 
 
+def _of_both_signs(weights: torch.Tensor) -> bool:
+    return bool((weights < 0).any()) and bool((weights > 0).any())
+
+
 class _Asks:
-    """What a dispatch asks the weights: ``found`` holds a comparison for each of "ne" and "gt" zero, and other."""
+    """What a dispatch asks the weights: ``found`` holds a comparison for each of "ne" and "gt" zero, and other;
+    ``sum`` asks a sum of them whether it is zero."""
 
     def __init__(self, weights: Collection[fx.Node], dispatch: Collection[fx.Node]) -> None:
         self.weights, self.dispatch = set(weights), dispatch
         self.found: dict[str, fx.Node] = {}
+        self.sum: fx.Node | None = None
 
     def of_weights(self, node: fx.Node, depth: int) -> None:
         """Enter the comparisons of what moves ``node`` by which rows are picked; ``nonzero`` asks ``!= 0``."""
@@ -85,6 +103,27 @@ class _Asks:
                 self._mask(user, "ne", user, depth)
             elif depth and moves_rows(user) and (dtype is None or dtype.is_floating_point):
                 self.of_weights(user, depth - 1)
+            elif depth and name in _SUMS:
+                self._of_sum(user, depth - 1)
+
+    def _of_sum(self, node: fx.Node, depth: int) -> None:
+        for user in node.users:
+            name = op_name(user)
+            zero = name in _COMPARES and user.args[1] == 0
+            if user in self.dispatch and (name == "nonzero" or (zero and self._picks(user, depth))):
+                self.sum = self.sum or user
+            elif depth and user in self.dispatch and moves_rows(user):
+                self._of_sum(user, depth - 1)
+
+    def _picks(self, mask: fx.Node, depth: int) -> bool:
+        """Whether rows, or experts, are picked by ``mask``."""
+        users = [u for u in mask.users if u in self.dispatch]
+        return any(
+            op_name(u) in _ROWS
+            or (op_name(u) == "index" and mask in (u.args[1] or ()))  # type: ignore[operator]
+            or (depth > 0 and (moves_rows(u) or op_name(u) in (*_ANDS, *_ORS, *_NOTS)) and self._picks(u, depth - 1))
+            for u in users
+        )
 
     def _mask(self, mask: fx.Node, word: str, by: fx.Node, depth: int) -> None:
         """Enter ``word`` where rows are picked where ``mask`` is set; other where they are picked elsewhere too."""

@@ -76,7 +76,7 @@ def with_frontier(
     def accept(reading: Routing) -> None:
         nonlocal place
         _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
-        reading.leave_out = left_out(reading, flow)
+        reading.leave_out = left_out(reading, flow, tape)
         if not labels.hidden:
             place = weight_position(tape, reading, table, tokens, labels, combine, group)
 

@@ -81,7 +81,8 @@ class Walk:
         for path, module in root.named_modules():
             self._own[id(module)] = path or "the block"
             held = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
-            self._own.update({id(t): f"a tensor of {path or 'the block'}" for t in held if isinstance(t, torch.Tensor)})
+            tensors = [t for t in held if issubclass(type(t), torch.Tensor)]  # isinstance asks a proxy's dead object
+            self._own.update({id(t): f"a tensor of {path or 'the block'}" for t in tensors})
 
     def module(self, path: str, module: nn.Module, written: set[str], probe: GuardExpression) -> None:
         """The attributes of a module of the block but those ``written`` by it; ``probe`` gets the links to them."""

@@ -47,4 +47,8 @@ def test_a_condition_is_known_in_whichever_way_it_is_written():
     kept = ["<", 1, ROWS]
     assert only_asked([kept], [[">", ROWS, 1]]) == [kept]
     assert only_asked([["<", 4, ["*", 4, ROWS]]], []) == []
+    assert only_asked([["<", 3, ["*", 4, ROWS]], [">=", ["*", 4, ROWS], 1]], []) == []  # one row or more
+    for kept in (["<", 3, ["*", 4, ["/", ROWS, 2]]], [">", ["*", 4, ROWS], 11], ["<", ["*", 4, ROWS], 3]):
+        assert only_asked([kept], []) == [kept]
+    assert only_asked([["<", 3, ["*", 4, ROWS]]], [[">", ["*", 4, ROWS], 3]]) == [["<", 3, ["*", 4, ROWS]]]  # asked
     assert only_asked([["<", 8, ["*", 4, ROWS]]], []) == [["<", 8, ["*", 4, ROWS]]]  # more than two rows

@@ -29,6 +29,7 @@ CORNERS = {
     "transformers-5.15": ("torch==2.13.*", "transformers==5.15.*"),
     "transformers-5.17": ("torch==2.13.*", "transformers==5.17.*"),
     "transformers-5.21": ("torch==2.13.*", "transformers==5.21.*"),
+    "torch-2.12": ("torch==2.12.*", "transformers==5.23.*"),
     "torch-2.14": ("torch==2.14.*", "transformers==5.19.*"),
     "newest-torch": ("torch==2.15.*", "transformers==5.23.*"),
     "main": ("torch==2.13.*", "transformers==5.23.*"),

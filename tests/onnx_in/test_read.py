@@ -155,6 +155,11 @@ HOSTILE = {
         lambda: called("F60", F0=[], **{f"F{n}": [f"F{n - 1}"] * 2 for n in range(1, 61)}),
         "its functions are over 2^40 nodes when they are written out, and moeopt reads 262144",
     ),
+    "doubling a few times": (
+        lambda: called("F15", F0=[], **{f"F{n}": [f"F{n - 1}"] * 2 for n in range(1, 16)}),
+        "its functions are 65535 nodes when they are written out, and moeopt reads 24064 of a file that holds 47: "
+        "export the model without functions of functions",
+    ),
     "itself in a branch": (lambda: branching(0, "F0"), "the function 'F0' calls itself"),
     "each other in branches": (lambda: branching(3, "F3"), "calls itself: it was damaged, or made to hang who reads"),
     "doubling in branches": (

@@ -120,3 +120,22 @@ def test_a_bound_that_is_left_out_is_one_for_the_module_and_none_for_a_block_tha
         tape = torch.fx.experimental.proxy_tensor.make_fx(made)(torch.randn(3, 2))
         bounds = [(*n.args[1:], None)[:2] for n in tape.graph.nodes if "clamp" in str(n.target)]
         assert bounds == [(1.0, high)] * 4
+
+
+def test_a_node_that_does_not_take_what_it_is_given_is_named(tmp_path):
+    """torch's own words named neither the node nor what it was given."""
+    weight = numpy_helper.from_array(np.ones((5, 7), np.float32), "w")
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name, size in (("x", 5), ("y", 7))]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="a/b")], "g", ends[:1], ends[1:], [weight]
+    )
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
+    said = (
+        r"the node 'a/b' \(MatMul\) fails on x \[2, 6\] float32, w \[5, 7\] float32: mat1 and mat2 shapes cannot be "
+        r"multiplied .*; give inputs of the sizes and types that the file was made for; where ONNX Runtime refuses them"
+    )
+    with pytest.raises(RuntimeError, match=said):
+        moeopt.from_onnx(path)(torch.ones(2, 6))
+    with pytest.raises(UsageError, match=r"m\.onnx does not run on the inputs that were given: " + said):
+        moeopt.from_onnx(path, inputs={"x": torch.ones(2, 6)})

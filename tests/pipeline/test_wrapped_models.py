@@ -48,6 +48,21 @@ def test_a_model_in_a_wrapper_of_data_parallelism_is_taken(group, tmp_path, wrap
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+def test_a_language_model_in_a_wrapper_generates_as_an_engine(group):
+    """It was an engine without a cache, and nothing said so."""
+    pytest.importorskip("onnxruntime")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    words = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_local_experts=4)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**words, **heads)).eval()
+    ids = torch.arange(3, 11).view(1, 8)
+    want = model.generate(ids, max_new_tokens=4, do_sample=False)
+    made = moeopt.optimize(PARALLEL(model), {"input_ids": ids}, backend="onnxruntime", verify="fast")
+    assert torch.equal(made.model.generate(ids, max_new_tokens=4, do_sample=False), want)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 def test_gradients_still_go_through_the_wrapper(group):
     model = PARALLEL(build())
     model(X).square().sum().backward()

@@ -145,3 +145,29 @@ def test_a_mask_that_finds_rows_for_a_count_picks_no_rows_of_experts():
     assert opt.report.rewritten, opt.report
     for scale in (1, 30):
         torch.testing.assert_close(opt(x * scale), source(x * scale), rtol=1e-4, atol=1e-5)
+
+
+class SumsAsked(Asks):
+    """Scores of both signs, and experts that run only where the weights of their tokens do not add up to zero."""
+
+    def __init__(self, score):
+        super().__init__("ids")
+        self.score = score
+
+    def forward(self, x):
+        weights, ids = torch.topk(self.score(self.gate(x)), 2, -1)
+        hit = torch.zeros(E).scatter_add(0, ids.flatten(), weights.flatten())
+        y = torch.zeros_like(x)
+        for e in (hit != 0).nonzero().flatten().tolist():
+            token, slot = torch.where(ids == e)
+            y.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+        return y
+
+
+@pytest.mark.parametrize(("score", "status"), [(torch.tanh, "declined"), (torch.sigmoid, "rewritten")])
+def test_weights_of_both_signs_can_add_up_to_zero(score, status):
+    torch.manual_seed(0)
+    (block,) = moeopt.explain(SumsAsked(score).eval(), torch.randn(12, H), verify="fast").blocks
+    assert block.status == status
+    said = "which experts run depends on whether a sum of routing weights is zero (ne), and weights of both signs can"
+    assert block.reason.startswith(said) == (status == "declined")

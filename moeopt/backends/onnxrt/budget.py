@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moeopt.lower.onnx.experts_node import DOMAIN
+from moeopt.lower.onnx.experts_node import DOMAIN, ON_CODES
 from moeopt.value_types import OnnxGraph, OnnxModel, OnnxNode, OnnxValue
 
 _SAME_AS_FIRST = frozenset(
@@ -73,12 +73,19 @@ def _experts(graph: OnnxGraph) -> dict[str, _Experts]:
 
 
 def _matrices(node: OnnxNode, sizes: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
-    """The sizes of one expert's W_in and W_out, in the order in which they are stored."""
+    """(inputs, outputs) of one expert's W_in, gate and up together, and W_out."""
     names = list(node.input[3:])
     number = {a.name: a.i for a in node.attribute}
-    first = names[0]
-    last = names[min(1 if number.get("stacked") else number.get("experts", 1), len(names) - 1)]
-    return sizes[first][-2:], sizes[last][-2:]
+    word = {a.name: a.s for a in node.attribute}
+    E = number.get("experts", 1)
+    if node.op_type == ON_CODES:
+        parts = 2 if word.get("rows") == b"separate" else 1
+        first, last = (sizes[names[min(at, len(names) - 1)]] or [0] for at in (0, 2 * parts * E))
+        return [number.get("hidden", 0), parts * first[0]], [number.get("inner", 0), last[0]]
+    last_name = names[min(1 if number.get("stacked") else E, len(names) - 1)]
+    stored = sizes[names[0]][-2:], sizes[last_name][-2:]
+    w_in, w_out = (m if word.get(w) == b"io" else m[::-1] for w, m in zip(("w_in", "w_out"), stored, strict=True))
+    return w_in, w_out
 
 
 def _at(proto: OnnxModel, shapes: Mapping[str, tuple[int, ...]]) -> OnnxValue:
@@ -98,11 +105,7 @@ def _at(proto: OnnxModel, shapes: Mapping[str, tuple[int, ...]]) -> OnnxValue:
     sizes = {t.name: list(t.dims) for t in graph.initializer}
     for number, node in enumerate(graph.node):
         if node.domain == DOMAIN:
-            layout = {a.name: a.s for a in node.attribute if a.name in ("w_in", "w_out")}
-            w_in, w_out = (
-                m if layout.get(w) == b"io" else m[::-1]
-                for w, m in zip(("w_in", "w_out"), _matrices(node, sizes), strict=True)
-            )
+            w_in, w_out = _matrices(node, sizes)
             x, y = node.input[0], node.output[0]
             stand_in = graph.initializer.add(name=f"moeopt/stand-in/{number}", data_type=onnx.TensorProto.FLOAT)
             stand_in.dims.extend((w_in[0], w_out[-1]))

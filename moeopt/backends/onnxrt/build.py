@@ -29,7 +29,7 @@ from moeopt.bundle.io_names import name_ends
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.causal_lm.attention import cache_left_in_place
 from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
-from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
+from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm, without_wrapper
 from moeopt.errors import Declined, NotSaveableError, UsageError
 from moeopt.lower.distances import DirectDistances
 from moeopt.lower.onnx.accurate import accurate_graph
@@ -127,7 +127,8 @@ def _build(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: OrtPlan, say: Callable[[str], None]
 ) -> BuiltGraph:
     started = time.perf_counter()
-    if is_causal_lm(model):
+    if is_causal_lm(without_wrapper(model)):
+        model = without_wrapper(model)
         try:
             found = export_causal_lm(model, args, kwargs, say, plan.provider, fuse=not plan.portable)
             add_conditions(found.program, found.signature)

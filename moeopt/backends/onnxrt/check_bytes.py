@@ -21,7 +21,7 @@ from moeopt.backends.onnxrt.check_quantized import refuses_node
 from moeopt.backends.onnxrt.session import NATIVE, data_of
 from moeopt.bundle.values import DTYPES, MAX_NUMEL
 from moeopt.errors import BundleError
-from moeopt.lower.onnx.experts_node import DOMAIN, OP
+from moeopt.lower.onnx.experts_node import DOMAIN, ON_CODES, OP
 from moeopt.value_types import OnnxGraph, OnnxNode, OnnxValue
 
 ANY = ("*",)
@@ -61,18 +61,19 @@ GIVEN = (
 """Operators of com.microsoft that files hold which moeopt is given; each computes its results of its inputs alone."""
 _OWN = {"com.microsoft": (*MICROSOFT, *GIVEN), "ai.onnx.ml": ANY, "trt": ("TRT_MoE",)}
 """Operators by domain; TensorRT's parser takes the second, which no other runtime knows."""
-_NATIVE = {**_OWN, DOMAIN: (OP,)}
+_NATIVE = {**_OWN, DOMAIN: (OP, ON_CODES)}
 """Those of the graph whose experts moeopt's own kernel computes."""
 _WORDS, _WHOLE, _NUMBERS = 3, 2, 1
 """How a protobuf attribute says that it is a string, an integer or a float."""
 _ATTRIBUTES = {
     **dict.fromkeys(("rows", "activation", "w_in", "w_out"), _WORDS),
     **dict.fromkeys(("experts", "stacked", "b_in", "b_out", "norm"), _WHOLE),
+    **dict.fromkeys(("codes", "block", "hidden", "inner"), _WHOLE),
     **dict.fromkeys(("weight_on_input", "identity_beyond", "by_expert"), _WHOLE),
     **dict.fromkeys(("gate_min", "gate_max", "up_min", "up_max", "act_min", "act_max"), _NUMBERS),
     **dict.fromkeys(("alpha", "up_offset", "norm_eps"), _NUMBERS),
 }
-"""Of moeopt's own operator, with their types."""
+"""Of moeopt's own operator, on floats or codes, with their types."""
 _KEYS = {"location", "offset", "length"}
 
 

@@ -24,10 +24,13 @@ from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.session import ISA_ENTRY
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.weight_format import INT4_BLOCK32, INT8_CHANNEL, WeightFormat
 from moeopt.lower.onnx.assemble import one_op
 from moeopt.lower.onnx.experts_node import ExpertsNode
-from moeopt.ops.expert_weights import ListExpertWeights
+from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights
 from moeopt.ops.native.library import Library, describe, library
+from moeopt.ops.quantize import quantize
+from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
 from moeopt.ops.reference import experts_reference
 from moeopt.options import cache_directory
 from moeopt.value_types import PyObject
@@ -101,12 +104,12 @@ def ask_child(path: Path, isa: int) -> str:
 
 
 def _write_questions(folder: Path, path: Path, isa: int) -> None:
-    """Blocks with their answers, of both ways to store weights; a block and a call that must be refused, with words."""
+    """Blocks with their answers, of each way to store weights; a block and a call that must be refused, with words."""
     import onnx_ir as ir
 
     said: dict[str, Any] = {"library": str(path), "entry": [ISA_ENTRY, str(isa)], "blocks": []}
-    for number, (base, spec) in enumerate(_QUESTIONS):
-        site, feeds, want = _block(spec, seed=number)
+    for number, (base, spec, format) in enumerate(_QUESTIONS):
+        site, feeds, want = _block(spec, format, seed=number)
         proto = ir.to_proto(one_op(site, Native(by_name(base))))
         (folder / f"{number}.onnx").write_bytes(proto.SerializeToString())
         for name, tensor in (*feeds.items(), ("y", want)):
@@ -121,13 +124,18 @@ def _write_questions(folder: Path, path: Path, isa: int) -> None:
 
 
 _QUESTIONS = (
-    ("unrolled", ExpertsSpec(gate_max=0.5, activation="swish", alpha=1.5)),
-    ("dense", ExpertsSpec(rows="plain", activation="gelu", out_norm_eps=1e-3)),
-    ("moe-expand", ExpertsSpec(out_of_range="identity")),
+    ("unrolled", ExpertsSpec(gate_max=0.5, activation="swish", alpha=1.5), None),
+    ("dense", ExpertsSpec(rows="plain", activation="gelu", out_norm_eps=1e-3), None),
+    ("moe-expand", ExpertsSpec(out_of_range="identity"), None),
+    ("unrolled-codes", ExpertsSpec(), INT4_BLOCK32),
+    ("unrolled-floats", ExpertsSpec(rows="plain", activation="relu"), INT8_CHANNEL),
 )
+"""The base lowering, the experts' function, and the format of their weights where they are codes."""
 
 
-def _block(spec: ExpertsSpec, seed: int) -> tuple[ExpertsNode, dict[str, torch.Tensor], torch.Tensor]:
+def _block(
+    spec: ExpertsSpec, format: WeightFormat | None, seed: int
+) -> tuple[ExpertsNode, dict[str, torch.Tensor], torch.Tensor]:
     """A block with enough work for a second thread, what it is asked, and the definition's answer."""
     E, K, H, I, T = 4, 2, 96, 64, 40
     rng = torch.Generator().manual_seed(seed)
@@ -137,7 +145,10 @@ def _block(spec: ExpertsSpec, seed: int) -> tuple[ExpertsNode, dict[str, torch.T
 
     O = 2 * I if spec.gated else I
     norm = some(H) if spec.out_norm_eps is not None else [None] * E
-    bank = ListExpertWeights([some(O, H)], some(H, I), [some(O)], some(H), norm)
+    bank: ExpertWeights = ListExpertWeights([some(O, H)], some(H, I), [some(O)], some(H), norm)
+    if format is not None:
+        w_in, w_out = (QuantizedMatrices.of([quantize(w, format) for w in some(*shape)]) for shape in ((O, H), (H, I)))
+        bank = QuantizedExpertWeights([w_in], w_out, [some(O)], some(H))
     site = ExpertsNode("block", bank, spec, torch.float32, K, torch.float32)
     x = torch.randn(T, H, generator=rng)
     ids = torch.randint(-1, E + 1, (T, K), generator=rng)

@@ -20,6 +20,7 @@ from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.plan import LoweringChoice, Runnable
 from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.measured import Way, fastest
+from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
 from moeopt.ops.reference import experts_reference
 from moeopt.options import measuring
 from moeopt.verification.distance import as_rows, finite_rows, token_distance
@@ -46,7 +47,9 @@ def native_choice(
     library = native_library()
     if library is None:
         return None
-    shapes = [list(w.shape) for w in (*site.bank.w_in(0), site.bank.w_out(0))]
+    shapes: list[list[object]] = [list(w.shape) for w in (*site.bank.w_in(0), site.bank.w_out(0))]
+    if isinstance(site.bank, QuantizedExpertWeights):
+        shapes.append([str(site.bank.w_out_q.matrix.format)])
     question = (
         f"experts of an ONNX graph: {site.spec.encode()}, E {site.bank.num_experts}, K {site.top_k}, {shapes}, "
         f"T {list(counts)}, {base.name} of onnxruntime {runtime().__version__}, {library.isa}"
@@ -70,11 +73,20 @@ def _runs(session: Runnable, calls: list[dict[str, Tensor]]) -> Way:
 
 def _few(site: ExpertsNode) -> ExpertsNode:
     """A block of the site's function and sizes, with as many experts as ``BYTES`` hold."""
+    if isinstance(site.bank, QuantizedExpertWeights):
+        return _few_of_codes(site, site.bank)
     one = [*site.bank.w_in(0), site.bank.w_out(0)]
     E = max(2, min(site.bank.num_experts, BYTES // max(1, sum(4 * w.numel() for w in one))))
     *w_in, w_out = (torch.full((E, *w.shape), 0.01, dtype=site.dtype) for w in one)
     bank = StackedExpertWeights(w_in, w_out)
     return dataclasses.replace(site, bank=bank, top_k=min(site.top_k, E))
+
+
+def _few_of_codes(site: ExpertsNode, bank: QuantizedExpertWeights) -> ExpertsNode:
+    E = min(bank.num_experts, max(2, BYTES * bank.num_experts // max(1, bank.nbytes)))
+    *w_in, w_out = (QuantizedMatrices.of([m[e] for e in range(E)]) for m in (*bank.w_in_q, bank.w_out_q))
+    few = QuantizedExpertWeights(w_in, w_out, layouts=bank.layouts, dtype=bank.dtype)
+    return dataclasses.replace(site, bank=few, top_k=min(site.top_k, E))
 
 
 def _feeds(site: ExpertsNode, T: int) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class OrtPlan(BlockPlan):
     ) -> None:
         super().__init__(provider, tokens)
         self.tune, self.portable, self.mapped, self.rounds = tune, portable, mapped, rounds
-        self.native = type(self).native and not rounds  # its kernel has no codes in a graph
+        self.native = type(self).native and not rounds  # its kernel does not round activations
 
     def rank(self, site: ExpertsNode) -> list[LoweringChoice]:
         measured = functools.partial(session_of, provider=self.provider) if self.tune else None

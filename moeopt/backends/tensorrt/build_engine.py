@@ -34,7 +34,7 @@ from moeopt.backends.tensorrt.sums import matmuls_as_sums, sums_for
 from moeopt.backends.tensorrt.target import Target
 from moeopt.bundle.io_names import KEY
 from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
-from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm
+from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm, without_wrapper
 from moeopt.errors import Declined, EngineBuildError, NotSaveableError, UsageError
 from moeopt.lower.onnx.assemble import one_op
 from moeopt.lower.onnx.experts_node import ExpertsNode
@@ -156,7 +156,8 @@ def _exported(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: TensorRTPlan, options: Options
 ) -> tuple[Any, list[ExpertsNode], dict[str, Any]]:
     """The whole model as an ``onnx_ir.Model``, with a key/value cache where it has one; its sites and signature."""
-    if is_causal_lm(model):
+    if is_causal_lm(without_wrapper(model)):
+        model = without_wrapper(model)
         try:
             found = export_causal_lm(model, args, kwargs, options.say, "tensorrt", without_states="a TensorRT engine")
             add_conditions(found.program, found.signature)

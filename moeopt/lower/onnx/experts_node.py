@@ -13,6 +13,8 @@ from moeopt.ir.specs import RouterSpec
 DOMAIN = "moeopt"
 OP = "Experts"
 """``moeopt::Experts(x, ids, weights) {site}`` stands in an exported graph until a lowering takes its place."""
+ON_CODES = "ExpertsOnCodes"
+"""The same operator in ONNX Runtime, on quantised weights: codes and scales in the place of each matrix."""
 
 
 @dataclass

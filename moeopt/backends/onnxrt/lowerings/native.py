@@ -1,7 +1,8 @@
 """moeopt's own CPU kernel as one node, ``moeopt::Experts``, on the very weights that another lowering stores.
 
     Nodes      1; its inputs are x, ids, weights and constants: E of W_in and E of W_out, or one stack of each, and
-               a table for each of b_in, b_out and norm
+               a table for each of b_in, b_out and norm. Of quantised experts ``moeopt::ExpertsOnCodes``, with codes and
+               scales in the place of each matrix
     Numerics   float32; each row and each sum is the reference's, product sums in the kernel's order
 
 The node reads what the other lowering lays down, in its orientation, so a graph of plain ONNX Runtime and one with
@@ -11,6 +12,7 @@ H hidden, I intermediate, D output width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +20,13 @@ from typing import Any
 import torch
 
 from moeopt.lower.onnx.build import Builder
-from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
+from moeopt.lower.onnx.experts_node import DOMAIN, ON_CODES, OP, ExpertsNode
 from moeopt.lower.onnx.lowerings import weights as banks
 from moeopt.lower.onnx.lowerings.base import Cost, Lowering
+from moeopt.lower.onnx.lowerings.codes import is_quantized
 from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.lower.onnx.lowerings.weight_reads import experts_hit, weights_cost
-from moeopt.ops.native.call import NATIVE_ACTIVATIONS
+from moeopt.ops.native.call import CODES, NATIVE_ACTIVATIONS
 from moeopt.value_types import OnnxValue
 
 Look = Callable[[str], Any]
@@ -52,6 +55,8 @@ STORAGES = {
     "moe-expand": _KERNEL,
     "dense": Storage("gate_up.weight", "down.weight", "gate_up.bias", "down.bias", "io", stacked=True),
 }
+CODED = ("unrolled-codes", "unrolled-floats")
+"""Lowerings that store codes as the kernel reads them."""
 _NORM = "norm.weight"
 
 
@@ -71,8 +76,11 @@ class Native:
         types, spec = types_of(site), site.spec
         if provider != "cpu":
             return f"the native kernel runs on a CPU, not on {provider}"
-        if self.base.name not in STORAGES:
+        quantized = is_quantized(site)
+        if self.base.name not in (CODED if quantized else STORAGES):
             return f"the native kernel does not read weights as {self.base.name} stores them"
+        if quantized and (reason := _refuses_codes(site, self.base.name)):
+            return reason
         if spec.activation not in NATIVE_ACTIVATIONS:
             return f"the native kernel has no activation {spec.activation}"
         wide = sorted({str(d).removeprefix("torch.") for d in vars(types).values() if d != torch.float32})
@@ -86,10 +94,15 @@ class Native:
         return self.base.refuses(site, provider)
 
     def cost(self, site: ExpertsNode, tokens: int, provider: str) -> Cost:
-        return weights_cost(site, experts_hit(site, tokens), tokens * site.top_k, kernels=1)
+        cost = weights_cost(site, experts_hit(site, tokens), tokens * site.top_k, kernels=1)
+        if not is_quantized(site):
+            return cost
+        return dataclasses.replace(cost, moved=cost.moved * (site.bank.w_out_q.matrix.format.bits + 0.5) / 32)
 
     def emit(self, graph: Builder, site: ExpertsNode, x: OnnxValue, ids: OnnxValue, weights: OnnxValue) -> OnnxValue:
-        spec, E, stored = site.spec, site.bank.num_experts, STORAGES[self.base.name]
+        spec, E = site.spec, site.bank.num_experts
+        coded = is_quantized(site)
+        stored = STORAGES["unrolled" if coded else self.base.name]
         look = self._look or _written(graph, site, self.base, x, ids, weights)
 
         def each(name: str) -> list[Any]:
@@ -100,18 +113,67 @@ class Native:
             "b_out": stored.b_out if banks.has_b_out(site.bank) else "",
             "norm": _NORM if spec.out_norm_eps is not None and _has_norm(site) else "",
         }
-        constants = [*each(stored.w_in), *each(stored.w_out), *(look(name) for name in tables.values() if name)]
-        attributes = {
-            "experts": E, "w_in": stored.layout, "w_out": stored.layout, **_function(site, stored),
-            **({"stacked": 1} if stored.stacked else {}), **{which: 1 for which, name in tables.items() if name},
-        }  # fmt: skip
-        return graph.op(OP, [x, ids, weights, *constants], domain=DOMAIN, **attributes)
+        attributes = {"experts": E, **{which: 1 for which, name in tables.items() if name}}
+        if coded:
+            weights_of = [look(name) for name in _coded_names(site)]
+            attributes |= _function(site, _coded_rows(site, self.base.name)) | _storage_of_codes(site)
+        else:
+            weights_of = [*each(stored.w_in), *each(stored.w_out)]
+            rows = "plain" if not spec.gated else "interleaved" if stored.interleaved else "gate|up"
+            attributes |= {"w_in": stored.layout, "w_out": stored.layout, **_function(site, rows)}
+            attributes |= {"stacked": 1} if stored.stacked else {}
+        constants = [*weights_of, *(look(name) for name in tables.values() if name)]
+        return graph.op(ON_CODES if coded else OP, [x, ids, weights, *constants], domain=DOMAIN, **attributes)
 
 
-def _function(site: ExpertsNode, stored: Storage) -> dict[str, Any]:
+def _refuses_codes(site: ExpertsNode, base: str) -> str:
+    """Why the kernel does not read the codes of ``site`` as the lowering ``base`` stores them; "" where it does."""
+    bank = site.bank
+    formats = {m.matrix.format for m in (*bank.w_in_q, bank.w_out_q)}
+    if len(formats) > 1:
+        return "the experts' two matrices are in different formats"
+    (format,) = formats
+    if (format.codes, format.symmetric, format.packing) not in CODES or format.scale not in (
+        "float32",
+        "float16",
+        "bfloat16",
+    ):
+        return f"the native kernel does not read {format} in a graph"
+    if format.block[0] != 1:
+        return "the native kernel reads scales of single rows"
+    if base == "unrolled-codes" and format.codes != "uint4":
+        return f"unrolled-codes does not store {format} as the native kernel reads it"
+    if _coded_rows(site, base) is None:
+        return "rows of gate and up lie in another order than their scales or biases"
+    return ""
+
+
+def _coded_rows(site: ExpertsNode, base: str) -> str | None:
+    """How gate and up lie in the codes that ``base`` stores; None where codes and scales lie in different orders."""
+    spec = site.spec
+    if not spec.gated:
+        return "plain"
+    as_they_lie = base == "unrolled-floats" and not banks.has_b_in(site.bank)  # biases are put in the order gate, up
+    return spec.rows if as_they_lie or spec.rows in ("separate", "gate|up") else None
+
+
+def _coded_names(site: ExpertsNode) -> list[str]:
+    """Codes and scales of each matrix, W_in of all experts first, by the names that follow the block's."""
+    parts = len(site.bank.w_in_q)
+    E = site.bank.num_experts
+    firsts = [f"expert.{e}/gate_up" + (f".{n}" if n else "") for e in range(E) for n in range(parts)]
+    matrices = [*firsts, *(f"expert.{e}/down" for e in range(E))]
+    return [f"{matrix}.{what}" for matrix in matrices for what in ("codes", "scales")]
+
+
+def _storage_of_codes(site: ExpertsNode) -> dict[str, int]:
+    size, format = banks.sizes_of(site), site.bank.w_out_q.matrix.format
+    return {"codes": format.bits, "block": format.block[1] or 0, "hidden": size.H, "inner": size.I}
+
+
+def _function(site: ExpertsNode, rows: str | None) -> dict[str, Any]:
     """The spec as attributes; what is not there has no effect."""
     spec = site.spec
-    rows = "plain" if not spec.gated else "interleaved" if stored.interleaved else "gate|up"
     limits = ("gate_min", "gate_max", "up_min", "up_max", "act_min", "act_max")
     found: dict[str, Any] = {"rows": rows, "activation": spec.activation}
     found |= {name: float(limit) for name in limits if (limit := getattr(spec, name)) is not None}

@@ -17,7 +17,7 @@ struct Shape;
 
 constexpr uint32_t VERSION = 17;
 enum Code { FAIL = 1, INVALID_ARGUMENT = 2 };
-enum Element { FLOAT = 1, INT64 = 7 };
+enum Element { UNDEFINED = 0, FLOAT = 1, UINT8 = 2, INT8 = 3, INT64 = 7, FLOAT16 = 10, BFLOAT16 = 16 };
 enum Characteristic { REQUIRED = 0, OPTIONAL = 1, VARIADIC = 2 };
 
 struct Api {  // a table of functions

@@ -3,9 +3,11 @@
 // Constants, all float32: E of W_in and E of W_out, or with `stacked` one (E, ., .) of each; then a table for each of the
 // attributes b_in, b_out and norm that is 1, of E rows or more. Their sizes and the attributes are checked when a session
 // is made, those of the other inputs at each call; ids that name no expert are left out, or add the token itself.
+//
+// moeopt::ExpertsOnCodes takes quantised weights: each matrix is two constants, codes (out, ...) of `codes` bits, whose row
+// is one of `hidden` or `inner` weights and what fills its last byte or block, and scales (out, blocks of `block` weights).
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -15,85 +17,19 @@
 #include <utility>
 #include <vector>
 
-#include "ort_api.h"
+#include "ort_read.h"
 #include "run.h"
 
 namespace {
 
-using ort::Api;
-using ort::Status;
-
-struct Bad {  // what stands in the way, in words
-  std::string text;
-};
-
 struct Op : ort::CustomOp {
   Api api;
   int64_t isa;
+};
+
+struct Ops {
+  Op floats, codes;
   ort::Domain *domain = nullptr;
-};
-
-void must(const Api &api, Status *status, const char *what) {
-  if (!status) return;
-  api.release(status);
-  throw Bad{what};
-}
-
-bool had(const Api &api, Status *status) {
-  if (status) api.release(status);
-  return !status;
-}
-
-struct Tensor {
-  const void *data;
-  std::vector<int64_t> sizes;
-};
-
-Tensor tensor(const Api &api, const ort::Value *value, int element, const char *name) {
-  ort::Shape *shape = nullptr;
-  must(api, api.shape(value, &shape), "an input is no tensor");
-  size_t rank = 0;
-  int type = 0;
-  Tensor found{};
-  const bool read = had(api, api.element(shape, &type)) && had(api, api.rank(shape, &rank));
-  if (read && rank <= 4) {
-    found.sizes.resize(rank);
-    if (!had(api, api.sizes(shape, found.sizes.data(), rank))) type = -1;
-  }
-  api.release(shape);
-  if (!read || rank > 4 || type != element) throw Bad{std::string(name) + " has another rank or element type than it may"};
-  void *data = nullptr;
-  must(api, api.data(value, &data), "an input has no memory");
-  found.data = data;
-  return found;
-}
-
-struct Reader {  // of a node's attributes
-  const Api &api;
-  const ort::KernelInfo *info;
-
-  int64_t whole(const char *name, int64_t otherwise) const {
-    int64_t value = 0;
-    return had(api, api.attribute(info, name, &value)) ? value : otherwise;
-  }
-  bool number(const char *name, double *to) const {
-    float value = 0;
-    const bool there = had(api, api.attribute(info, name, &value));
-    if (there) *to = value;
-    return there;
-  }
-  int64_t word(const char *name, std::initializer_list<const char *> words) const {
-    char text[32] = {};
-    size_t size = sizeof text;
-    if (had(api, api.attribute(info, name, text, &size)) && size <= sizeof text) {
-      int64_t i = 0;
-      for (const char *one : words) {
-        if (!strncmp(text, one, sizeof text)) return i;
-        i++;
-      }
-    }
-    throw Bad{std::string("the attribute ") + name + " is missing, or says what this kernel does not know"};
-  }
 };
 
 struct Node {
@@ -112,15 +48,35 @@ struct Node {
     must(api, api.input_count(info, &count), "its inputs cannot be counted");
     const bool stacked = read.whole("stacked", 0), norm = read.whole("norm", 0);
     const bool b_in = read.whole("b_in", 0), b_out = read.whole("b_out", 0);
-    const size_t matrices = stacked ? 2 : 2 * (size_t)E;
+    const int64_t bits = read.whole("codes", 0);
+    const bool separate = spec.rows == SEPARATE;
+    if (separate && !bits) throw Bad{"gate and up in weights of their own are not what a graph of floats holds"};
+    const size_t matrices = bits ? (separate ? 6 : 4) * (size_t)E : stacked ? 2 : 2 * (size_t)E;
     if (E < 1 || E > 1 << 20 || count != 3 + matrices + b_in + b_out + norm) throw Bad{"it has more or fewer constants than its attributes say"};
-    const bool in_io = read.word("w_in", {"oi", "io"}), out_io = read.word("w_out", {"oi", "io"});
     size_t next = 3;
     experts.resize(E), index.resize(E);
     for (int64_t e = 0; e < E; e++) index[e] = e;
+    if (bits) read_codes(read, next, bits, separate);
+    else read_floats(read, next, stacked);
+    H = experts[0].w_in[0].in, D = experts[0].w_out.out;
+    const int64_t I = experts[0].w_out.in, O = I * (spec.rows == PLAIN || separate ? 1 : 2);
+    for (const moeopt_expert &x : experts)
+      if (x.w_in[0].in != H || x.w_in[0].out != O || (separate && x.w_in[1].out != O) || x.w_out.in != I || x.w_out.out != D || H < 1 || I < 1 || D < 1)
+        throw Bad{"the sizes of its weights do not fit one another"};
+    if (b_in) table(info, next++, separate ? 2 * O : O, [](moeopt_expert &x) -> moeopt_vector & { return x.b_in[0]; });
+    if (b_in && separate)
+      for (moeopt_expert &x : experts) x.b_in[1] = {(const float *)x.b_in[0].data + O, MOEOPT_F32, 1};
+    if (b_out) table(info, next++, D, [](moeopt_expert &x) -> moeopt_vector & { return x.b_out; });
+    if (norm) table(info, next++, D, [](moeopt_expert &x) -> moeopt_vector & { return x.norm; });
+    if (spec.identity_beyond && H != D) throw Bad{"an id beyond the experts adds the token, whose width is not the output's"};
+  }
+
+  void read_floats(const Reader &read, size_t &next, bool stacked) {
+    const int64_t E = (int64_t)experts.size();
+    const bool in_io = read.word("w_in", {"oi", "io"}), out_io = read.word("w_out", {"oi", "io"});
     for (const bool out : {false, true})
       for (int64_t e = 0; e < E; e += stacked ? E : 1) {
-        const Tensor w = constant(info, next++);
+        const Tensor w = constant(read.info, next++);
         const std::vector<int64_t> &n = w.sizes;
         if (n.size() != (stacked ? 3u : 2u) || (stacked && n[0] != E)) throw Bad{"a weight has another rank or number of experts than it may"};
         const int64_t rows = n[n.size() - 2], columns = n[n.size() - 1];
@@ -133,20 +89,35 @@ struct Node {
           to.stride_out = io ? 1 : columns, to.stride_in = io ? columns : 1;
         }
       }
-    H = experts[0].w_in[0].in, D = experts[0].w_out.out;
-    const int64_t I = experts[0].w_out.in, O = I * (spec.rows == PLAIN ? 1 : 2);
-    for (const moeopt_expert &x : experts)
-      if (x.w_in[0].in != H || x.w_in[0].out != O || x.w_out.in != I || x.w_out.out != D || H < 1 || I < 1 || D < 1)
-        throw Bad{"the sizes of its weights do not fit one another"};
-    if (b_in) table(info, next++, O, [](moeopt_expert &x) -> moeopt_vector & { return x.b_in[0]; });
-    if (b_out) table(info, next++, D, [](moeopt_expert &x) -> moeopt_vector & { return x.b_out; });
-    if (norm) table(info, next++, D, [](moeopt_expert &x) -> moeopt_vector & { return x.norm; });
-    if (spec.identity_beyond && H != D) throw Bad{"an id beyond the experts adds the token, whose width is not the output's"};
+  }
+
+  void read_codes(const Reader &read, size_t &next, int64_t bits, bool separate) {
+    const int64_t hidden = read.whole("hidden", 0), inner = read.whole("inner", 0), block = read.whole("block", 0);
+    const int64_t most = int64_t(1) << 40;
+    if ((bits != 4 && bits != 8) || hidden < 1 || inner < 1 || block < 0 || hidden > most || inner > most || block > most) throw Bad{"its attributes say nothing that codes can be"};
+    for (const bool out : {false, true})
+      for (moeopt_expert &x : experts)
+        for (int part = 0; part < (separate && !out ? 2 : 1); part++)
+          matrix_of_codes(read.info, next, out ? x.w_out : x.w_in[part], bits, out ? inner : hidden, block);
+  }
+
+  void matrix_of_codes(const ort::KernelInfo *info, size_t &next, moeopt_matrix &to, int64_t bits, int64_t in, int64_t block) const {
+    const Tensor codes = constant(info, next, bits == 8 ? ort::INT8 : ort::UINT8), scales = constant(info, next + 1, ANY);
+    next += 2;
+    if (codes.sizes.size() < 2 || scales.sizes.size() < 2) throw Bad{"codes or scales are no matrix"};
+    const int64_t a_row = codes.after_first() * (8 / bits), b = block ? block : in, blocks = (in + b - 1) / b;
+    if (a_row < in || scales.sizes[0] != codes.sizes[0] || scales.after_first() != blocks) throw Bad{"codes and scales do not fit one another"};
+    to.data = codes.data, to.dtype = bits == 8 ? MOEOPT_I8 : MOEOPT_U4;
+    to.out = codes.sizes[0], to.in = in, to.stride_out = a_row, to.stride_in = 1;
+    to.scales = scales.data, to.scale_stride = blocks, to.block = b;
+    if (scales.type == ort::FLOAT) to.scale_dtype = MOEOPT_F32;
+    else if (scales.type == ort::FLOAT16) to.scale_dtype = MOEOPT_F16;
+    else if (scales.type == ort::BFLOAT16) to.scale_dtype = MOEOPT_BF16;
+    else throw Bad{"scales are no floats that this kernel reads"};
   }
 
   void read_spec(const Reader &read) {
     spec.rows = read.word("rows", {"gate|up", "up|gate", "interleaved", "interleaved_up", "separate", "plain"});
-    if (spec.rows == SEPARATE) throw Bad{"gate and up in weights of their own are not what a graph holds"};
     spec.activation = read.word("activation", {"silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "swish", "softcap",
                                                "identity", "leaky_relu", "elu", "mish", "softplus"});
     const char *limits[6] = {"gate_min", "gate_max", "up_min", "up_max", "act_min", "act_max"};
@@ -159,12 +130,12 @@ struct Node {
     spec.by_expert = read.whole("by_expert", 0) != 0;
   }
 
-  Tensor constant(const ort::KernelInfo *info, size_t number) const {
+  Tensor constant(const ort::KernelInfo *info, size_t number, int element = ort::FLOAT) const {
     int is = 0;
     const ort::Value *value = nullptr;
     must(api, api.constant(info, number, &is, &value), "a weight cannot be read");
     if (!is || !value) throw Bad{"a weight is computed in the graph, and is none of its constants"};
-    return tensor(api, value, ort::FLOAT, "a weight");
+    return tensor(api, value, element, "a weight");
   }
 
   template <class F>
@@ -222,40 +193,48 @@ Status *guarded(const Api &api, F f) {  // no exception leaves this library
   }
 }
 
-Op *made(const Api &api, int64_t isa) {
-  static std::mutex lock;
-  static std::map<std::pair<void *const *, int64_t>, std::unique_ptr<Op>> ops;  // sessions read them until the process ends
-  std::lock_guard<std::mutex> held(lock);
-  std::unique_ptr<Op> &op = ops[{api.at, isa}];
-  if (op) return op.get();
-  std::unique_ptr<Op> next(new Op{});
-  next->api = api, next->isa = isa;
-  next->version = ort::VERSION;
-  next->name = [](const ort::CustomOp *) { return "Experts"; };
-  next->provider = [](const ort::CustomOp *) { return (const char *)nullptr; };
-  next->inputs = [](const ort::CustomOp *) { return (size_t)4; };
-  next->outputs = [](const ort::CustomOp *) { return (size_t)1; };
-  next->input_type = [](const ort::CustomOp *, size_t i) { return (int)(i == 1 ? ort::INT64 : ort::FLOAT); };
-  next->output_type = [](const ort::CustomOp *, size_t) { return (int)ort::FLOAT; };
-  next->input_is = [](const ort::CustomOp *, size_t i) { return (int)(i == 3 ? ort::VARIADIC : ort::REQUIRED); };
-  next->output_is = [](const ort::CustomOp *, size_t) { return (int)ort::REQUIRED; };
-  next->input_memory = [](const ort::CustomOp *, size_t) { return 0; };
-  next->variadic_inputs = next->variadic_outputs = [](const ort::CustomOp *) { return 1; };
-  next->inputs_alike = next->outputs_alike = [](const ort::CustomOp *) { return 1; };
-  next->since = [](const ort::CustomOp *) { return 1; };
-  next->until = [](const ort::CustomOp *) { return INT32_MAX; };
-  next->destroy = [](void *node) { delete (Node *)node; };
-  next->create_checked = [](const ort::CustomOp *own, void *const *, const ort::KernelInfo *info, void **out) {
+void describe(Op &op, const Api &api, int64_t isa) {  // all that its two forms share
+  op.api = api, op.isa = isa;
+  op.version = ort::VERSION;
+  op.provider = [](const ort::CustomOp *) { return (const char *)nullptr; };
+  op.inputs = [](const ort::CustomOp *) { return (size_t)4; };
+  op.outputs = [](const ort::CustomOp *) { return (size_t)1; };
+  op.output_type = [](const ort::CustomOp *, size_t) { return (int)ort::FLOAT; };
+  op.input_is = [](const ort::CustomOp *, size_t i) { return (int)(i == 3 ? ort::VARIADIC : ort::REQUIRED); };
+  op.output_is = [](const ort::CustomOp *, size_t) { return (int)ort::REQUIRED; };
+  op.input_memory = [](const ort::CustomOp *, size_t) { return 0; };
+  op.variadic_inputs = op.variadic_outputs = [](const ort::CustomOp *) { return 1; };
+  op.outputs_alike = [](const ort::CustomOp *) { return 1; };
+  op.since = [](const ort::CustomOp *) { return 1; };
+  op.until = [](const ort::CustomOp *) { return INT32_MAX; };
+  op.destroy = [](void *node) { delete (Node *)node; };
+  op.create_checked = [](const ort::CustomOp *own, void *const *, const ort::KernelInfo *info, void **out) {
     const Op &op = *(const Op *)own;
     return guarded(op.api, [&] { *out = new Node(op, info); });
   };
-  next->compute_checked = [](void *node, ort::Context *context) {
+  op.compute_checked = [](void *node, ort::Context *context) {
     return guarded(((Node *)node)->api, [&] { ((Node *)node)->run(context); });
   };
+}
+
+Ops *made(const Api &api, int64_t isa) {
+  static std::mutex lock;
+  static std::map<std::pair<void *const *, int64_t>, std::unique_ptr<Ops>> all;  // sessions read them until the process ends
+  std::lock_guard<std::mutex> held(lock);
+  std::unique_ptr<Ops> &ops = all[{api.at, isa}];
+  if (ops) return ops.get();
+  std::unique_ptr<Ops> next(new Ops{});
+  for (Op *op : {&next->floats, &next->codes}) describe(*op, api, isa);
+  next->floats.name = [](const ort::CustomOp *) { return "Experts"; };
+  next->floats.input_type = [](const ort::CustomOp *, size_t i) { return (int)(i == 1 ? ort::INT64 : ort::FLOAT); };
+  next->floats.inputs_alike = [](const ort::CustomOp *) { return 1; };
+  next->codes.name = [](const ort::CustomOp *) { return "ExpertsOnCodes"; };
+  next->codes.input_type = [](const ort::CustomOp *, size_t i) { return (int)(i == 1 ? ort::INT64 : i == 3 ? ort::UNDEFINED : ort::FLOAT); };
+  next->codes.inputs_alike = [](const ort::CustomOp *) { return 0; };
   must(api, api.create_domain("moeopt", &next->domain), "its domain cannot be made");
-  must(api, api.add_op(next->domain, next.get()), "it cannot be added to its domain");
-  op = std::move(next);
-  return op.get();
+  for (Op *op : {&next->floats, &next->codes}) must(api, api.add_op(next->domain, op), "it cannot be added to its domain");
+  ops = std::move(next);
+  return ops.get();
 }
 
 }  // namespace
