@@ -89,7 +89,8 @@ class Finder:
         places = closest(places)
         unread = UnreadBlocks(self.tape, self.named)
         searches = (
-            unread.by_structure, unread.by_stacks, unread.by_gate, unread.by_tables, unread.by_computed_weights,
+            unread.by_structure, unread.by_stacks, unread.by_gate, unread.by_idle_lists, unread.by_tables,
+            unread.by_computed_weights,
         )  # fmt: skip
         for search in searches:
             places += search(places)

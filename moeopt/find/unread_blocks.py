@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,10 @@ from moeopt.find.parallel_lists import are_layers, one_mixture
 from moeopt.find.row_branches import weighed_branches
 from moeopt.recognise.gemm_site import is_weight
 
+_IDLE = (
+    "none of its {} experts ran on the example inputs: no row was sent to one, so what they compute was not seen; give "
+    "example inputs whose rows reach experts, real ones rather than random numbers"
+)
 _GATES = ("_softmax", "softmax", "sigmoid", "topk")
 
 
@@ -162,6 +167,31 @@ class UnreadBlocks:
                 home = self.tape.call_of(node)
                 convolutions.setdefault(home.index if home.parent is None else home.parent, []).append(node)
         return gates, convolutions
+
+    def by_idle_lists(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """Calls whose module holds alike modules that no call ran, and chooses among, or weighs, as many things: no row
+        of the example inputs reached an expert."""
+        ran = {id(c.module) for c in self.tape.calls}
+        taken = _calls_of_blocks(places)
+        gates, _ = self._gates_and_convolutions()
+        found: list[BlockCandidate] = []
+        for call in self.tape.calls:
+            idle = [one for one in alike_lists(call.module) if not any(id(m) in ran for e in one for m in e.modules())]
+            if call.index in taken or not idle:
+                continue
+            near = [call, *self._children.get(call.index, [])]
+            near += [inner for child in near[1:] for inner in self._children.get(child.index, [])]
+            widths = {gate_width(n) for c in near for n in gates.get(c.index, []) if self._weighs(n)}
+            for one in idle:
+                if len(one) in widths and all(layers_of(m) > 1 for m in one):
+                    place = self._unread(call, call.first, len(one), {id(p) for m in one for p in m.parameters()})
+                    found.append(dataclasses.replace(place, reason=_IDLE.format(len(one))))
+        return found
+
+    def _weighs(self, gate: fx.Node) -> bool:
+        """Whether a weight as wide as the ``gate`` is among what it is computed of."""
+        named = [str(n.target) for n in ancestors([gate]) if n.op == "get_attr"]
+        return any(p in self.named and gate_width(gate) in self.named[p].shape for p in named)
 
     def by_tables(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
         """Calls that look up the same top-k ids in two tables: experts of one neuron each."""
