@@ -179,9 +179,20 @@ def _place() -> ReadAt:
 
 
 def _raises(run: Callable[[TorchDispatchMode], object], line: str) -> bool:
-    """Whether the other way at ``line`` is an error, as of an assertion: it gives no numbers."""
+    """Whether the other way at ``line`` is an error, as of an assertion: it gives no numbers.
+
+    Each question is turned once: a ``while`` that is always told to go on would never end.
+    """
+    turned: set[ReadAt] = set()
+
+    def answer(place: ReadAt, own: bool) -> bool:
+        if place[0] != line or place in turned:
+            return own
+        turned.add(place)
+        return not own
+
     try:
-        run(_Reads(lambda place, answer: answer ^ (place[0] == line)))
+        run(_Reads(answer))
     except Exception:
         return True
     return False

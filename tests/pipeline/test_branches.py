@@ -73,3 +73,17 @@ ASKS = {
 def test_what_a_dispatch_asks_is_no_such_branch(name, top_k):
     block = moeopt.explain(build(Asking, asks=ASKS[name], top_k=top_k), torch.randn(12, H), verify="fast").blocks[0]
     assert block.status == "rewritten", block.reason
+
+
+class Loops(Asking):
+    """Weights are halved until none is too large: on most calls not once."""
+
+    def loop(self, x, ids, w):
+        while (w > 1.5).any():
+            w = w * 0.5
+        return super().loop(x, ids, w)
+
+
+def test_a_loop_that_runs_on_large_weights_only_is_declined_and_ends():
+    block = moeopt.explain(build(Loops, asks=ASKS["any"]), torch.randn(12, H), verify="fast").blocks[0]
+    assert block.status == "declined" and "its forward branches on a comparison of routing weights" in block.reason
