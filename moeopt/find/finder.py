@@ -94,7 +94,7 @@ class Finder:
         )  # fmt: skip
         for search in searches:
             places += search(places)
-        places = each_once(places)
+        places = each_once(closest(places))
         self._mark_own_levels(places)
         return sorted(places, key=lambda p: p.order)
 

@@ -100,7 +100,8 @@ class UnreadBlocks:
         A router's weight has the number of experts and a size of theirs; stacks of an attention's heads have none.
         """
         found: list[BlockCandidate] = []
-        known = {i for p in places for i in p.weights}
+        lone = [p for p in places if p.experts == len(p.candidates) == 1]  # from one block into the next, perhaps
+        known = {i for p in places if p not in lone for i in p.weights}
         taken = _calls_of_blocks(places)
         for call in self.tape.calls:
             stacks = [p for p in call.module._parameters.values() if p is not None and p.dim() == 3 and len(p) > 1]

@@ -25,6 +25,7 @@ from moeopt.obstacles import Rank
 from moeopt.options import Options
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.pipeline.branches import Branches
+from moeopt.pipeline.call_guards import check_order, guard_of, tensors_of
 from moeopt.pipeline.coverage import Reader
 from moeopt.pipeline.id_probe import id_ranges
 from moeopt.recognise.id_bounds import IdBounds, kept_by_caller
@@ -33,15 +34,14 @@ from moeopt.recognise.router import RouterReading
 from moeopt.recognise.routing_by_sum import NO_ONE_TENSOR, ONE_TENSOR
 from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeightRefs
 from moeopt.rewrite.id_range import IdRange
-from moeopt.rewrite.install import OPAQUE, TENSOR, BlockProgram, CallGuard, RewrittenForward, bind
+from moeopt.rewrite.install import BlockProgram, CallGuard, RewrittenForward, bind
 from moeopt.rewrite.keep import kept_steps
 from moeopt.rewrite.kept_steps import KeptSteps
 from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason, unreached_reason
 from moeopt.rewrite.reads import Reads, observe
 from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.scratch import UNSET, scratch_attributes
-from moeopt.rewrite.symbolic_shapes import generalize, tied_sizes
-from moeopt.value_types import PyObject
+from moeopt.rewrite.symbolic_shapes import generalize
 
 _MORE = (4, 16)
 """Times as many tokens for a call that must reach every expert, since the code around the experts is kept."""
@@ -92,7 +92,7 @@ class Capture:
         self.frozen = frozen_values(module, self.tapes[0], self.found, self.plans[0])
         self.signature = inspect.signature(original_forward(module))
         self.bounds = [bind(self.signature, *c) for c in self.calls]
-        self.shapes = [[tuple(t.shape) for t in _tensors(c)] for c in self.calls]
+        self.shapes = [[tuple(t.shape) for t in tensors_of(c)] for c in self.calls]
         self.routers: list[RouterReading] = []
         self._reads: dict[Any, Reads] = {}
         _stateless(self.tapes[0], self.plans, self.shapes)
@@ -141,22 +141,12 @@ class Capture:
         return BlockProgram(block, self.signature, reads=self._reads[key])
 
     def _finish(self) -> tuple[CallGuard, list[RouterSpec | None]]:
-        bound = self.bounds[0]
-        _check_order(self.calls[0], bound.tensors())
+        check_order(self.calls[0], self.bounds[0].tensors())
         both = _same_in_other_mode(
             self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader, self.id_ranges,
             self.scratch,
         )  # fmt: skip
-        shapes = [[tuple(t.shape) for t in b.tensors()] for b in self.bounds]
-        guard = CallGuard(
-            [_template(leaf) for leaf in tree_leaves(list(bound.values))],
-            _fixed(shapes),
-            [t.dtype for t in bound.tensors()],
-            None if both else self.module.training,
-            False,
-            kept=self.kept,
-            tied=tied_sizes(shapes),
-        )
+        guard = guard_of(self.bounds, None if both else self.module.training, self.kept)
         self.routers = self.reader.routers(self.tapes[1:], self.founds[1:], self.founds[0])
         self.tapes, self.plans, self.founds = [], [], []  # the values of three calls are no longer needed
         return guard, [r.spec for r in self.routers]
@@ -181,7 +171,7 @@ class Capture:
                 args, kwargs = clone_inputs(self.calls[1])
                 forward = RewrittenForward(self.module, self.program(block), original_forward(self.module))
                 with undone(self.module) as watched, watched:
-                    results.append(_tensors((args, {"result": forward(*args, **kwargs)})))
+                    results.append(tensors_of((args, {"result": forward(*args, **kwargs)})))
         for number, (a, b) in enumerate(zip(*results, strict=True)):
             if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()):
                 return f"tensor {number} of its results has other bits on a call with {len(a)} rows"
@@ -258,7 +248,7 @@ def _same_in_other_mode(
             return True
         tape = record(module, *call)
         other = _plan(tape, reader.again(tape, recognitions), ranges, scratch)
-        generalize([plan, other], [[tuple(t.shape) for t in _tensors(call)]] * 2)
+        generalize([plan, other], [[tuple(t.shape) for t in tensors_of(call)]] * 2)
         return True
     except Declined:
         return False
@@ -272,31 +262,6 @@ def _kept(tape: Tape, found: list[Recognition], given: Sequence[IdBounds]) -> tu
     by_experts = [kept_by_caller(tape, f.routing, len(f.experts), given) for f in found]
     kept = tuple(next((b for b in parts if b is not None), None) for parts in zip(*by_experts, strict=True))
     return kept if any(kept) else ()
-
-
-def _tensors(call: ArgsKwargs) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(list(call)) if isinstance(leaf, torch.Tensor)]
-
-
-def _check_order(call: ArgsKwargs, ordered: list[torch.Tensor]) -> None:
-    """Input steps were recorded in call order; the program takes tensors in signature order."""
-    at = {id(t): i for i, t in enumerate(ordered)}
-    if [at[id(t)] for t in _tensors(call)] != list(range(len(ordered))):
-        raise Declined("its tensor arguments are passed in another order than its signature names them")
-
-
-def _template(leaf: PyObject) -> PyObject:
-    if isinstance(leaf, torch.Tensor):
-        return TENSOR
-    return leaf if isinstance(leaf, (int, float, str, bool, type(None), torch.dtype, torch.device)) else OPAQUE
-
-
-def _fixed(shapes: list[list[tuple[int, ...]]]) -> list[tuple[int | None, ...]]:
-    """Each input's sizes, None where they varied between the probe calls."""
-    return [
-        tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*versions, strict=True))
-        for versions in zip(*shapes, strict=True)
-    ]
 
 
 @contextlib.contextmanager
