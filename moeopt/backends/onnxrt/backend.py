@@ -26,6 +26,7 @@ from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.limits import LoadLimits
+from moeopt.listed import listed
 from moeopt.onnx_in.read import read_onnx
 from moeopt.options import Options
 from moeopt.value_types import JsonValue, PyObject
@@ -97,9 +98,7 @@ class OnnxRuntimeBackend(GraphBackend):
         said = [(_READ_AS_CODES, [site for site in found[UnrolledFloats.name] if site in native])]
         found[UnrolledFloats.name] = [site for site in found[UnrolledFloats.name] if site not in native]
         said += [(_NOTES[form], sites) for form, sites in found.items()]
-        return [
-            f"{sites[0]}{f' and {len(sites) - 1} more' if sites[1:] else ''}: {words}" for words, sites in said if sites
-        ]
+        return [f"{listed(sites, most=1)}: {words}" for words, sites in said if sites]
 
     def _lowering_impl(self, path: str, built: BuiltGraph) -> str:
         found = {why for site, why in built.reasons.items() if site.split("#")[0] == path}

@@ -57,6 +57,7 @@ STORAGES = {
 }
 CODED = ("unrolled-codes", "unrolled-floats")
 """Lowerings that store codes as the kernel reads them."""
+_SCALES = ("float32", "float16", "bfloat16")
 _NORM = "norm.weight"
 
 
@@ -133,11 +134,7 @@ def _refuses_codes(site: ExpertsNode, base: str) -> str:
     if len(formats) > 1:
         return "the experts' two matrices are in different formats"
     (format,) = formats
-    if (format.codes, format.symmetric, format.packing) not in CODES or format.scale not in (
-        "float32",
-        "float16",
-        "bfloat16",
-    ):
+    if (format.codes, format.symmetric, format.packing) not in CODES or format.scale not in _SCALES:
         return f"the native kernel does not read {format} in a graph"
     if format.block[0] != 1:
         return "the native kernel reads scales of single rows"
