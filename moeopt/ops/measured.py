@@ -30,9 +30,9 @@ import torch
 from moeopt.ops.native.compile import digest_of_sources
 from moeopt.options import cache_directory, cpu_limits, measuring
 
-Call = Callable[[], object]
-Way = Call | Sequence[Call]
-"""What is timed. Of several calls each counts the same, however long the call takes: their geometric mean is compared."""
+TimedCall = Callable[[], object]
+Way = TimedCall | Sequence[TimedCall]
+"""What is timed. Of several calls each counts the same, however long it takes: their geometric mean is compared."""
 
 ADVANTAGE = 1.12
 """By how much a way must be faster than the default to be taken: a tie or a disturbed clock changes nothing."""
@@ -122,12 +122,14 @@ def _measure(ways: Mapping[str, Way], default: str, advantage: float) -> str:
                     continue
                 # the first turn warms up; its time is no candidate
                 took[name] = [] if turn == 0 else [*took[name], seconds]
-    middle = {name: _mean([statistics.median(call) for call in zip(*turns, strict=True)]) for name, turns in took.items()}
+    middle = {
+        name: _mean([statistics.median(call) for call in zip(*turns, strict=True)]) for name, turns in took.items()
+    }
     quickest = min(middle, key=middle.__getitem__, default=default)
     return quickest if default not in middle or middle[quickest] * advantage < middle[default] else default
 
 
-def _turn(calls: Sequence[Call], clock: Callable[[], float]) -> list[float]:
+def _turn(calls: Sequence[TimedCall], clock: Callable[[], float]) -> list[float]:
     """The seconds of each call, made once."""
     seconds = []
     for call in calls:
