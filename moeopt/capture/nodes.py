@@ -1,6 +1,7 @@
 """fx nodes for a tape, kept in the tape's own list.
 
-A tape has a node for each ATen call of a run, tens of thousands, and is read, never edited. An editable
+A tape has a node for each ATen call of a run, tens of thousands, and is read; who writes a part of it in another way
+(``moeopt.recognise.joined_biases``) keeps the list. An editable
 ``fx.Graph`` walks every argument through pytree and keeps tables of names for each node it makes, which
 was a fifth of a trace's time. What a reader needs is in ``fx.Node`` itself: arguments, users, meta.
 """

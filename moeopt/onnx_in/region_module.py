@@ -1,7 +1,8 @@
 """Regions of a graph as modules: one for each, at the path that its name says, and one that calls them all.
 
 Sizes that a region reads from elsewhere (the number of rows, computed from the shape of the model's input) are told by
-value: on two runs in different sizes, each must be a constant or a product of sizes of the region's own entries.
+value: on two runs in different sizes, each must be a constant, a product of sizes of the region's own entries, or a
+multiple of such a product.
 """
 
 from __future__ import annotations
@@ -90,12 +91,21 @@ def _term(
     runs: Sequence[Mapping[str, Tensor]],
 ) -> SizeTerm | None:
     free = [(n, d) for n, d in dims if len({run[tensors[n]].shape[d] for run in runs}) > 1]
-    for count in (1, 2, 3):
-        for chosen in itertools.combinations(free, count):
-            made = [math.prod(run[tensors[n]].shape[d] for n, d in chosen) for run in runs]
-            if made == list(numbers):
-                return SizeTerm(1, chosen)
-    return SizeTerm(numbers[0], ()) if len(set(numbers)) == 1 and (len(runs) > 1 or not free) else None
+    products = [
+        (chosen, [math.prod(run[tensors[n]].shape[d] for n, d in chosen) for run in runs])
+        for count in (1, 2, 3)
+        for chosen in itertools.combinations(free, count)
+    ]
+    for chosen, made in products:
+        if made == list(numbers):
+            return SizeTerm(1, chosen)
+    if len(set(numbers)) == 1 and (len(runs) > 1 or not free):
+        return SizeTerm(numbers[0], ())
+    for chosen, made in products if len(runs) > 1 else ():  # so many for each row: what each token chooses
+        factor = numbers[0] // max(1, made[0])
+        if factor > 1 and [factor * size for size in made] == list(numbers):
+            return SizeTerm(factor, chosen)
+    return None
 
 
 _nodes: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()

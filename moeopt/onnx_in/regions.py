@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,8 @@ from moeopt.onnx_in.products import ExpertChains, WeightProduct, expert_chains, 
 from moeopt.onnx_in.program import TAKEN
 from moeopt.value_types import OnnxNode, OnnxValue
 
-_MOST_REGIONS = 4
-"""Of one candidate: the nearest exits behind its router."""
+_MOST_REGIONS = 8
+"""Of one candidate: the nearest exits behind its router, the later half of them only before the next product."""
 _FEWER = 64
 """Nodes by which a region may grow for one entry instead of several."""
 
@@ -40,13 +41,18 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
     products = weight_products(index)
     taken: set[int] = set()
     names = _Paths()
+    places = sorted(products)
     count = 0
     for chains in expert_chains(index, products):
         if chains.experts < 2 or any(p.at in taken for p in chains.products):
             continue
         positions = [p.at for p in chains.products]
-        found = []
+        found: list[GraphRegion] = []
+        behind = bisect.bisect_right(places, max(positions))
+        following = places[behind] if behind < len(places) else len(index.nodes)
         for end in exits(index, positions, steps_for(positions)):
+            if len(found) >= _MOST_REGIONS // 2 and index.at(end) > following:
+                break
             region = _rooted(index, chains, end)
             if region is not None and _has_router(region, chains):
                 found.append(region)

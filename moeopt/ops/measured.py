@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -21,7 +22,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +30,9 @@ import torch
 from moeopt.ops.native.compile import digest_of_sources
 from moeopt.options import cache_directory, cpu_limits, measuring
 
-Way = Callable[[], object]
+TimedCall = Callable[[], object]
+Way = TimedCall | Sequence[TimedCall]
+"""What is timed. Of several calls each counts the same, however long it takes: their geometric mean is compared."""
 
 ADVANTAGE = 1.12
 """By how much a way must be faster than the default to be taken: a tie or a disturbed clock changes nothing."""
@@ -106,23 +109,39 @@ def cpu_model() -> str:
 def _measure(ways: Mapping[str, Way], default: str, advantage: float) -> str:
     """The way with the shortest median turn; a way that raises is none."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    took: dict[str, list[float]] = {}
+    took: dict[str, list[list[float]]] = {}
     with torch.no_grad():
         for turn in range(TURNS + 1):
             for name, way in ways.items():
                 if turn and name not in took:
                     continue
-                start = clock()
                 try:
-                    way()
+                    seconds = _turn([way] if callable(way) else way, clock)
                 except RuntimeError:  # a dtype or a layout that this CPU's library has no kernel for
                     took.pop(name, None)
                     continue
                 # the first turn warms up; its time is no candidate
-                took[name] = [] if turn == 0 else [*took[name], clock() - start]
-    middle = {name: statistics.median(times) for name, times in took.items()}
+                took[name] = [] if turn == 0 else [*took[name], seconds]
+    middle = {
+        name: _mean([statistics.median(call) for call in zip(*turns, strict=True)]) for name, turns in took.items()
+    }
     quickest = min(middle, key=middle.__getitem__, default=default)
     return quickest if default not in middle or middle[quickest] * advantage < middle[default] else default
+
+
+def _turn(calls: Sequence[TimedCall], clock: Callable[[], float]) -> list[float]:
+    """The seconds of each call, made once."""
+    seconds = []
+    for call in calls:
+        start = clock()
+        call()
+        seconds.append(clock() - start)
+    return seconds
+
+
+def _mean(seconds: Sequence[float]) -> float:
+    """The geometric mean: a ratio of two such means is the mean ratio. A call too short for the clock counts 1 ns."""
+    return math.exp(statistics.fmean(math.log(max(one, 1e-9)) for one in seconds))
 
 
 def _file(about: str) -> Path | None:

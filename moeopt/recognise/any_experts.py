@@ -13,6 +13,7 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.recognise.experts import recognize as recognize_matrices
 from moeopt.recognise.experts_hit import ExpertsNotHit
+from moeopt.recognise.joined_biases import split_joined_biases
 from moeopt.recognise.limits import UnreachedLimit
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_by_sum import SumOfCodes
@@ -31,6 +32,7 @@ def recognize(
             the second found functions and names a cause while the first does not, or knew the tokens of its functions
             while the first knew none, that of the second.
     """
+    split_joined_biases(tape)
     if any(isinstance(k.spec, RowFunction) for k in known or []):
         return recognize_functions(tape, known, idle=idle)
     levels = any(isinstance(k.routing.weights, SumOfCodes) for k in known or [])

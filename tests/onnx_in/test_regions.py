@@ -3,13 +3,16 @@
 import re
 
 import pytest
+import torch
 
 from moeopt.backends.onnxrt.onnx_file import original
 from moeopt.backends.onnxrt.onnx_file.original import _multiply
 from moeopt.backends.onnxrt.onnx_file.stitch import _drop
 from moeopt.onnx_in.frozen_routing import frozen_routing
 from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.program import SizeTerm
 from moeopt.onnx_in.read import read_onnx
+from moeopt.onnx_in.region_module import _term
 from moeopt.onnx_in.regions import candidate_regions
 from tests.onnx_in.long_graph import model
 
@@ -105,3 +108,20 @@ def test_a_message_of_onnx_runtime_s_is_cut_before_it_is_searched(monkeypatch):
     assert told == "Cannot load 'x'"
     assert original._said(RuntimeError("a.cc:1 " * 50_000)) and max(read) <= 2000
     assert original._said(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "size"),
+    [
+        ([10, 21], SizeTerm(1, ((0, 0), (0, 1)))),  # tokens
+        ([30, 63], SizeTerm(3, ((0, 0), (0, 1)))),  # what each of them chooses
+        ([4, 6], SizeTerm(2, ((0, 0),))),
+        ([8, 8], SizeTerm(8)),
+        ([30, 64], None),
+        ([0, 0], SizeTerm(0)),
+    ],
+)
+def test_a_size_is_a_constant_a_product_of_the_rows_sizes_or_a_multiple_of_one(numbers, size):
+    runs = [{"x": torch.zeros(shape)} for shape in ((2, 5, 32), (3, 7, 32))]
+    dims = [(0, d) for d in range(3)]
+    assert _term(numbers, dims, ["x"], runs) == size

@@ -53,6 +53,35 @@ def test_the_fastest_by_a_margin(seconds, answer, monkeypatch):
     assert len(calls) == len(seconds) * (measured.TURNS + 1)
 
 
+@pytest.mark.parametrize(
+    ("other", "answer"),
+    [
+        ((0.5, 110.0), "other"),  # the sum of the seconds would say "usual"
+        ((0.95, 96.0), "usual"),  # a gain in each call, and none that counts
+        ((0.5, 250.0), "usual"),  # half the seconds of one call, and more than twice those of the other
+    ],
+)
+def test_each_call_of_a_way_counts_the_same_however_long_it_takes(other, answer, monkeypatch):
+    seconds = {"usual": (1.0, 100.0), "other": other}
+    ways, calls = clock(monkeypatch, {(name, i): took[i] for name, took in seconds.items() for i in range(2)})
+
+    def by_name():
+        each = ways()
+        return {name: [each[name, i] for i in range(2)] for name in seconds}
+
+    assert fastest("q", by_name, "usual") == answer
+    assert calls[:4] == [("usual", 0), ("usual", 1), ("other", 0), ("other", 1)]
+
+
+def test_a_way_with_one_call_that_this_machine_has_not_is_none(monkeypatch):
+    ways, _ = clock(monkeypatch, {"usual": 1.0, "other": 0.5})
+
+    def broken():
+        raise RuntimeError("could not create a primitive descriptor")
+
+    assert fastest("q", lambda: {"other": [ways()["other"], broken], "usual": ways()["usual"]}, "usual") == "usual"
+
+
 def test_an_answer_is_asked_once_and_read_by_the_next_process(monkeypatch, folder):
     ways, calls = clock(monkeypatch, {"usual": 1.0, "other": 0.5})
     fastest("q", ways, "usual")

@@ -231,3 +231,25 @@ class FastMoELike(nn.Module):
 @case(flat(16), experts=4)
 def split_fastmoe():
     return FastMoELike()
+
+
+class BiasesOfTheJoined(FastMoELike):
+    """The products of all experts are joined, and each row gets its expert's bias from one sum after that."""
+
+    @staticmethod
+    def linear(p, inp, count, ids):
+        parts = zip(inp.split(count.tolist()), p["weight"], strict=True)
+        return torch.cat([rows @ w.t() for rows, w in parts]) + p["bias"][ids]
+
+    def forward(self, x):
+        val, idx = torch.topk(self.gate(x), k=self.k, dim=-1)
+        ids, pos = torch.sort(idx.view(-1), stable=True)
+        count = torch.bincount(ids, minlength=len(self.htoh4["weight"]))
+        h = F.gelu(self.linear(self.htoh4, x[pos // self.k], count, ids))
+        h = self.linear(self.h4toh, h, count, ids) * F.softmax(val, dim=-1).view(-1, 1)[pos]
+        return torch.zeros_like(x).index_add_(0, pos // self.k, h)
+
+
+@case(flat(16), experts=4)
+def split_biases_of_the_joined():
+    return BiasesOfTheJoined()

@@ -11,7 +11,7 @@ import torch
 
 import moeopt
 from moeopt.backends.onnxrt import bundle as bundles
-from moeopt.backends.onnxrt import custom_op, native_choice
+from moeopt.backends.onnxrt import custom_op, native_choice, select
 from moeopt.backends.onnxrt.budget import cost_of
 from moeopt.backends.onnxrt.lowerings import by_name
 from moeopt.backends.onnxrt.lowerings.native import Native
@@ -300,7 +300,7 @@ def test_nothing_is_chosen_without_a_measurement_or_a_library(monkeypatch):
     asked = []
 
     def fastest(question, ways, default, advantage):
-        asked.append((question, {name: way() for name, way in ways().items()}, default))
+        asked.append((question, {name: [call() for call in way] for name, way in ways().items()}, default))
         return default
 
     monkeypatch.setattr(native_choice, "measuring", lambda: True)
@@ -308,6 +308,7 @@ def test_nothing_is_chosen_without_a_measurement_or_a_library(monkeypatch):
     assert OrtPlan("cpu").choice(site).name != "native"
     ((question, ways, default),) = asked
     assert set(ways) == {"native", default} and "onnxruntime" in question and "K 2" in question
+    assert [[y.shape[0] for (y,) in answers] for answers in ways.values()] == [list(select.TOKENS)] * 2
     monkeypatch.setattr(native_choice, "native_library", lambda: None)
     assert (
         native_choice.native_choice(site, LoweringChoice("unrolled", by_name("unrolled"), ""), (1,), pytest.fail)

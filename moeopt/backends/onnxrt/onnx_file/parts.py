@@ -29,6 +29,9 @@ from moeopt.verification.selections import OracleError
 
 Values = Mapping[str, Tensor]
 
+_MOST_TRIED = 4
+"""Of a candidate's exits that hold one row for each token."""
+
 
 @dataclass
 class FilePart:
@@ -95,9 +98,8 @@ def _part(codes: CodedConstants, candidate: CandidateRegion, runs: Sequence[Valu
             f"{_first(candidate)} and its like feed several places"
         )
     last: Declined | None = None
-    for region in candidate.regions:
-        if not is_combined(candidate, region, runs):
-            continue
+    combined = [region for region in candidate.regions if is_combined(candidate, region, runs)]
+    for region in combined[:_MOST_TRIED]:
         try:
             return _checked(codes, candidate, region, runs)
         except Declined as err:
