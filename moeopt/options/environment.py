@@ -106,6 +106,13 @@ def flag(text: str) -> bool:
     return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
 
 
+def flag_or_names(text: str) -> bool | tuple[str, ...]:
+    try:
+        return flag(text)
+    except KeyError:
+        return names_in(text)
+
+
 @contextlib.contextmanager
 def variable_set(name: str, value: str) -> Iterator[None]:
     """While open, a variable of the environment that another library reads has ``value``."""
