@@ -21,7 +21,7 @@ from moeopt.options.checks import (
     check_dense,
     check_numbers,
 )
-from moeopt.options.environment import check_variables, flag_or_names, from_variable, names_in
+from moeopt.options.environment import check_variables, from_variable, names_in, passes_to_print
 from moeopt.options.loss_limits import as_limit, check_quantize
 from moeopt.options.quant_plan import as_quantize
 from moeopt.value_types import PyObject
@@ -122,11 +122,7 @@ class Options:
         )
     )
     only_passes: tuple[str, ...] = ()
-    print_passes: bool | tuple[str, ...] = field(
-        default_factory=lambda: from_variable(
-            "MOEOPT_PRINT_PASSES", False, flag_or_names, "1, 0, or names of passes with commas between"
-        )
-    )
+    print_passes: bool | tuple[str, ...] = field(default_factory=passes_to_print)
     quantize: Any = None
     limit: Mapping[str, float] | None = field(default=None, hash=False)
     data: Any = field(default=None, hash=False, compare=False, repr=False)

@@ -18,9 +18,6 @@ from tests.property.surroundings import NORMS, at_least_float32, softcap
 OUTSIDE = {**outside.KINDS, "capacity": Capacity}
 SHAPES = [(2, 7), (1, 1), (3, 5), (1, 19), (4, 2), (1, 64), (1, 0)]
 """(batch, length) of the calls; the first is the example that optimize is given."""
-GAIN = 1e5
-"""A float outside ``forward``. Each whole number that a forward reads may be a bound on tokens, and verification runs
-more tokens than that: of a number like this, or of the program's seed, thousands for a program that does not ask."""
 
 
 class RMSNorm(nn.Module):
@@ -55,8 +52,6 @@ class Block(nn.Module):
     def __init__(self, p: Program):
         super().__init__()
         self.p, a = p, p.around
-        # half of the blocks that read a configuration do so in their own code, not in a router module's
-        self.reads_itself = bool(p.config) and p.seed % 2 == 0
         if a.norm:
             self.norm = NORMS[a.norm](p.hidden) if a.norm in NORMS else own_norm(a.norm, p.hidden)
         if p.config:
@@ -74,7 +69,8 @@ class Block(nn.Module):
         a = self.p.around
         h = self.norm(hidden_states) if a.norm else hidden_states
         x = h.reshape(-1, h.shape[-1]) if a.flatten else h
-        route = self.router.forward if self.reads_itself else self.router
+        # half of the blocks that read a configuration do so in their own code, not in a router module's
+        route = self.router.forward if self.p.config and self.p.seed % 2 == 0 else self.router
         ids, weights, logits = route(x, *given)
         y = self.mixture(x, ids, weights)
         if a.out_scale != 1.0:
@@ -89,7 +85,7 @@ class Block(nn.Module):
             y = hidden_states + y
         if a.near_one:
             gain = hidden_states[..., :1]
-            y = y + (gain - gain * a.near_one) * GAIN
+            y = y + (gain - gain * a.near_one) * 1e5
         return self.outputs(y, ids, logits)
 
     def mixture(self, x, ids, weights):

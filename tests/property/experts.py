@@ -127,7 +127,6 @@ class TensorBank(nn.Module):
     def __init__(self, p: Program):
         super().__init__()
         self.p, f = p, p.expert
-        self.slices = p.seed % 2 == 1
         gates = 2 if f.gated and p.layout.rows == "separate" else 1
         width = p.inner * (2 if f.gated and gates == 1 else 1)
         self.ins = gates
@@ -161,7 +160,7 @@ class TensorBank(nn.Module):
         if held is None:
             return None
         if self.p.layout.kind == "flat" and held.dim() == 2 and name.startswith("w"):
-            if e is not None and self.slices:
+            if e is not None and self.p.seed % 2:
                 size = held.shape[0] // self.p.experts
                 return held[e * size : (e + 1) * size]
             held = held.view(self.p.experts, -1, held.shape[-1])
