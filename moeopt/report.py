@@ -118,7 +118,7 @@ class Report:
         graph: one rewritten block before and after, in names and counts (``moeopt.pipeline.diagram``).
         certificate: that of the same run, for :meth:`to_html`; it has a JSON of its own and is not in this one.
         passes: what each pass did to each block, in order; see :class:`moeopt.passes.base.PassRecord`.
-        print_passes: whether the text lists them.
+        print_passes: whether the text lists them, or the names of the passes that it lists.
     """
 
     blocks: tuple[BlockReport, ...] = ()
@@ -129,12 +129,14 @@ class Report:
     graph: dict[str, Any] | None = None
     certificate: Any = field(default=None, repr=False, compare=False)
     passes: tuple[PassRecord, ...] = ()
-    print_passes: bool = False
+    print_passes: bool | tuple[str, ...] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         object.__setattr__(self, "passes", tuple(self.passes))
         object.__setattr__(self, "notes", tuple(self.notes))
+        if not isinstance(self.print_passes, bool):
+            object.__setattr__(self, "print_passes", tuple(self.print_passes))
 
     @property
     def rewritten(self) -> tuple[BlockReport, ...]:
@@ -252,10 +254,10 @@ class Report:
         if any(block.spec for block in self.rewritten):
             yield "", ""
             yield from _wrap(KEY, "", "dim", label="key: ")
-        if self.print_passes and self.passes:
+        if listed := [record for record in self.passes if record.printed(self.print_passes)]:
             yield "", ""
             yield "passes", "bold"
-            for record in self.passes:
+            for record in listed:
                 yield from _wrap(str(record), "  ", "" if record.fired else "dim")
         if self.notes:
             yield "", ""

@@ -39,13 +39,13 @@ def one_mixture(first: Sequence[Call], other: Sequence[Call], routed: bool, star
 
 
 def are_layers(first: Sequence[Call], second: Sequence[Call]) -> bool:
-    """Whether the first of the ``second`` calls reads the results of some of the ``first``, and not of several all."""
+    """Whether the first call of ``second`` reads results of ``first``: one, or several but not all of them."""
     read = _reads(first, second[0])
     return bool(read) and (len(read) < len(first) or len(first) == 1)
 
 
 def _reads(calls: Sequence[Call], reader: Call) -> list[Call]:
-    """Those of ``calls`` whose results ``reader`` reads, by any way that passes no other of the results."""
+    """Those of ``calls`` whose results ``reader`` reads: directly, or through nodes that are no such results."""
     ends = {n: c for c in calls for n in leaves_of(fx.Node, c.output)}
     return list({ends[n].index: ends[n] for n in _before(reader, ends) if n in ends}.values())
 
@@ -61,7 +61,7 @@ def _choices(calls: Sequence[Call], ends: set[fx.Node]) -> set[fx.Node]:
 
 
 def _gates(calls: Sequence[Call]) -> set[fx.Node]:
-    """What the first of ``calls`` has its result multiplied by, as the softmax or sigmoid that it comes from."""
+    """The softmax and sigmoid nodes from which the factor of the first call's result is computed."""
     after, stack = set[fx.Node](), leaves_of(fx.Node, calls[0].output)
     while stack:
         node = stack.pop()

@@ -7,7 +7,7 @@ A field that is not given takes its environment variable where it has one, and i
     MOEOPT_FUEL    fuel    at most so many passes are applied, over all blocks, for bisecting
     MOEOPT_DUMP    dump    a folder for each block's graph, reading and program, before and after each pass
     MOEOPT_SKIP_PASSES     skip_passes     names of passes, with commas between
-    MOEOPT_PRINT_PASSES    print_passes    1: each pass that ran, as a line on stderr and in the report
+    MOEOPT_PRINT_PASSES    print_passes    1, or names of passes: what each did, a line on stderr and in the report
 
 Choices of the whole process, which are no fields, for a call of the op has no ``Options``:
 

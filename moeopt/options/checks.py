@@ -21,7 +21,7 @@ _SHORT_DTYPES = {
 
 
 def check_numbers(options: Options) -> None:
-    for name in ("tune", "inplace", "portable", "tf32", "print_passes"):
+    for name in ("tune", "inplace", "portable", "tf32"):
         if not isinstance(getattr(options, name), bool):
             raise UsageError(f"{name}={getattr(options, name)!r}: it must be True or False")
     for name, least in (("experts", 1), ("seed", 0), ("fuel", 0)):
@@ -74,6 +74,18 @@ def as_names(option: str, value: PyObject) -> tuple[str, ...]:
     if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(n, str) and n for n in names):
         raise UsageError(f"{option}={value!r}: it must be the name of a pass, or several; `moeopt passes` lists them")
     return tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
+
+
+def as_printed(value: PyObject) -> bool | tuple[str, ...]:
+    if isinstance(value, bool):
+        return value
+    try:
+        return as_names("print_passes", value)
+    except UsageError:
+        raise UsageError(
+            f"print_passes={value!r}: it must be True or False, or the name of a pass, or several; `moeopt passes` "
+            "lists them"
+        ) from None
 
 
 def as_groups(value: PyObject, dense: str, experts: int | None) -> PyObject:

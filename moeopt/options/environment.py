@@ -106,6 +106,15 @@ def flag(text: str) -> bool:
     return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
 
 
+def passes_to_print() -> bool | tuple[str, ...]:
+    """What ``MOEOPT_PRINT_PASSES`` asks for: all passes, none, or those of these names."""
+    text = os.environ.get("MOEOPT_PRINT_PASSES", "").strip()
+    try:
+        return flag(text or "0")
+    except KeyError:
+        return names_in(text)
+
+
 @contextlib.contextmanager
 def variable_set(name: str, value: str) -> Iterator[None]:
     """While open, a variable of the environment that another library reads has ``value``."""

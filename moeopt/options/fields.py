@@ -16,11 +16,12 @@ from moeopt.options.checks import (
     as_groups,
     as_names,
     as_passes,
+    as_printed,
     as_tokens,
     check_dense,
     check_numbers,
 )
-from moeopt.options.environment import check_variables, flag, from_variable, names_in
+from moeopt.options.environment import check_variables, from_variable, names_in, passes_to_print
 from moeopt.options.loss_limits import as_limit, check_quantize
 from moeopt.options.quant_plan import as_quantize
 from moeopt.value_types import PyObject
@@ -75,7 +76,8 @@ class Options:
             ``moeopt.passes.PIPELINE``.
         skip_passes: names of passes that do not run (``moeopt passes`` lists them); one name or several.
         only_passes: names of the only passes that run; () means all that are on. Naming a pass that is off turns it on.
-        print_passes: print a line on stderr for each pass that ran on a block, and a list of them in the report.
+        print_passes: print a line on stderr for each pass that ran on a block, and a list of them in the report; or,
+            given the name of a pass or several, for these only.
         quantize: round the experts' weights to a format: ``"int8"`` (a scale a channel), ``"int4"`` (blocks of 32),
             ``"fp8"``, ``"mxfp4"``, or a :class:`moeopt.QuantPlan`; None leaves them. This changes the function: the
             certificate says what was lost, beside that the optimised model computes the quantised one. ``"checkpoint"``
@@ -120,7 +122,7 @@ class Options:
         )
     )
     only_passes: tuple[str, ...] = ()
-    print_passes: bool = field(default_factory=lambda: from_variable("MOEOPT_PRINT_PASSES", False, flag, "1 or 0"))
+    print_passes: bool | tuple[str, ...] = field(default_factory=passes_to_print)
     quantize: Any = None
     limit: Mapping[str, float] | None = field(default=None, hash=False)
     data: Any = field(default=None, hash=False, compare=False, repr=False)
@@ -140,6 +142,7 @@ class Options:
             object.__setattr__(self, "passes", as_passes(self.passes))
         for name in ("skip_passes", "only_passes"):
             object.__setattr__(self, name, as_names(name, getattr(self, name)))
+        object.__setattr__(self, "print_passes", as_printed(self.print_passes))
         check_numbers(self)
         object.__setattr__(self, "tokens", as_tokens(self.tokens))
         check_dense(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Protocol
@@ -76,6 +76,10 @@ class PassRecord:
     def reverted(self, why: str) -> PassRecord:
         """The record of a pass that fired and did not stay."""
         return replace(self, fired=0, after=self.before, verified=False, reason=f"reverted: {why}")
+
+    def printed(self, wanted: bool | Sequence[str]) -> bool:
+        """Whether ``print_passes=wanted`` asks for it."""
+        return wanted if isinstance(wanted, bool) else self.name in wanted
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""

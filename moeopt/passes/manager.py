@@ -193,7 +193,7 @@ def check_names(names: Iterable[str], passes: Sequence[Pass], option: str) -> No
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             meant = f"did you mean {close[0]!r}? " if close else ""
-            variable = " (or MOEOPT_SKIP_PASSES)" if option == "skip_passes" else ""
+            variable = "" if option == "only_passes" else f" (or MOEOPT_{option.upper()})"
             raise UsageError(
                 f"{option}{variable} names {name!r}, which is no pass: {meant}the passes are {', '.join(known)}"
             )

@@ -26,6 +26,8 @@ def pass_manager(options: Options, runtime: object, model: nn.Module | None = No
     published = _codes_for(model) if model is not None and plan is not None and plan.takes_checkpoint else None
     passes = with_plan(PIPELINE if options.passes is None else options.passes, plan, published)
     check_names(options.skip_passes, (*passes, *PIPELINE), "skip_passes")
+    if not isinstance(options.print_passes, bool):
+        check_names(options.print_passes, (*passes, *PIPELINE), "print_passes")
     here = {one.name for one in passes}
     return PassManager(
         passes,

@@ -185,6 +185,6 @@ def _note_passes(attempt: Attempt, model: nn.Module, outcome: PipelineResult, op
 
 def _keep(outcome: PipelineResult, records: Sequence[PassRecord], options: Options) -> None:
     outcome.passes += records
-    if options.print_passes:
-        for record in records:
+    for record in records:
+        if record.printed(options.print_passes):
             print(f"moeopt: {record}", file=sys.stderr, flush=True)

@@ -20,10 +20,10 @@ from tests.causal_lm.test_lm import ROUNDING, apart, followed, prompt
 
 
 def built(kind, layers, **fields):
-    """A model of Qwen3's layers, each with weights of its own."""
+    """A model of Qwen3's layers, or of another kind's, each with weights of its own."""
     config = AutoConfig.for_model(
-        kind, vocab_size=64, hidden_size=16, intermediate_size=24, head_dim=8, num_hidden_layers=layers,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, **fields,
+        kind, vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        max_position_embeddings=64, **{"head_dim": 8, "num_key_value_heads": 1, **fields},
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -73,15 +73,31 @@ def nodes(model):
 
 def test_the_graph_is_that_of_a_trace_of_every_layer_of_two_kinds(traces):
     """Layers that look at a window between layers that look at all tokens are two kinds."""
-    model = built("qwen3", 5, use_sliding_window=True, sliding_window=4, max_window_layers=0,
-                  layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"])  # fmt: skip
+    model = built("qwen3", 4, use_sliding_window=True, sliding_window=4, max_window_layers=0,
+                  layer_types=["full_attention", "sliding_attention"] * 2)  # fmt: skip
     one = export(model)
-    assert [len(stamps.layers) for stamps in traces] == [2]
+    assert [len(stamps.layers) for stamps in traces] == [1]
     assert [kind.path for kind in traces[0].kinds.values()] == [f"model.layers.{n}" for n in (0, 1, 2)]
     with traces_with(each_layer=True):
         other = export(model)
     assert len(traces) == 1
     assert nodes(one.model) == nodes(other.model) and one.signature == other.signature
+
+
+@pytest.mark.nightly  # the home-made layers of test_carried_cache.py are a sample of the kind
+def test_latent_attention_and_routers_with_a_bias_each_are_of_one_kind(traces):
+    """DeepSeek-V3: its first layer is dense, the routers of the others have buffers with other values."""
+    model = built(
+        "deepseek_v3", 5, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+        moe_intermediate_size=16, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+        head_dim=4, num_key_value_heads=2,
+    )  # fmt: skip
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias.copy_(torch.randn(4))
+    call = prompt(2, 7)
+    engine = moeopt.optimize(model, {"input_ids": call["input_ids"]}, backend="onnxruntime", verify="fast")
+    assert [stamps.layers for stamps in traces] == [[f"model.layers.{n}" for n in (2, 3, 4)]]
+    assert apart(model, engine, call, followed(call, 1)) < ROUNDING
 
 
 TURN = []

@@ -97,7 +97,7 @@ def test_without_a_word_the_experts_are_floats_and_the_report_says_so(tmp_path):
     assert any("checkpoint fp8, experts held as float32, 4 times the file" in n for n in opt.report.notes)
 
 
-@pytest.mark.parametrize("kind", ["int4", "mxfp4"])
+@pytest.mark.parametrize("kind", [pytest.param("int4", marks=pytest.mark.nightly), "mxfp4"])
 def test_a_bundle_holds_codes_and_no_float_of_an_expert(tmp_path, kind):
     quantised(tmp_path / "model", kind)
     opt = moeopt.optimize(tmp_path / "model", quantize="checkpoint", out=tmp_path / "b", verify="fast")

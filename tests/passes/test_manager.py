@@ -228,12 +228,12 @@ def test_fuel_counts_applications_over_all_blocks():
     assert reports[1].blocks[1].reason == "MOEOPT_FUEL=1: no more blocks are rewritten"
 
 
-@pytest.mark.parametrize("option", ["skip_passes", "only_passes"])
+@pytest.mark.parametrize("option", ["skip_passes", "only_passes", "print_passes"])
 def test_an_unknown_name_is_refused_before_anything_runs(option):
     with pytest.raises(UsageError) as caught:
         moeopt.optimize(nn.Linear(2, 2), object(), **{option: ("grup_experts",)})
     names = ", ".join(p.name for p in PIPELINE)
-    variable = " (or MOEOPT_SKIP_PASSES)" if option == "skip_passes" else ""
+    variable = "" if option == "only_passes" else f" (or MOEOPT_{option.upper()})"
     assert str(caught.value) == (
         f"{option}{variable} names 'grup_experts', which is no pass: did you mean 'group_experts'? "
         f"the passes are {names}"
@@ -297,6 +297,19 @@ def test_the_report_holds_the_records_and_prints_them_when_asked(capsys):
     told = moeopt.optimize(seeded(MoE), X, print_passes=True).report
     assert "\npasses\n  group_experts (rounding) on MoE: fired 1, " in str(told)
     assert "moeopt: group_experts (rounding) on MoE: fired 1, " in capsys.readouterr().err
+
+
+def test_only_the_passes_named_are_printed(capsys, monkeypatch):
+    report = moeopt.optimize(seeded(MoE), X, print_passes="drop_copies", verify="fast").report
+    assert [r.name for r in report.passes] == [p.name for p in PIPELINE]
+    monkeypatch.setenv("MOEOPT_PRINT_PASSES", "fold_expert_scale, drop_copies")
+    moeopt.optimize(seeded(MoE), X, verify="fast")
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in told] == ["drop_copies", "drop_copies", "fold_expert_scale"]
+    assert str(report).count("(exact) on MoE") == 1 and "group_experts (rounding)" not in str(report)
+    assert Report.from_json(report.to_json()) == report
+    with pytest.raises(UsageError, match=r"^print_passes=2: it must be True or False, or the name of a pass, or sev"):
+        moeopt.Options(print_passes=2)
 
 
 def test_records_are_json_both_ways():

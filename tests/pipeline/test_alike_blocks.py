@@ -188,7 +188,7 @@ SHOWN = ["a number", "a configuration's attribute", "a function", "a buffer", "a
 def test_a_layer_that_hides_something_takes_the_full_way_and_keeps_what_it_computes(what, recorded):
     subject = model()
     HIDDEN[what](subject.layers[2])
-    opt, times = optimized(subject, recorded)
+    opt, times = optimized(subject, recorded, verify="fast")
     assert times[1] == times[3] == 0 and times[0] > 0 and times[2] > 0
     x = rand(9, H, seed=11)
     with torch.no_grad():

@@ -4,6 +4,7 @@ Shape legend: T tokens, E experts, K chosen per token, H hidden.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from tests.property.surroundings import NORMS, at_least_float32, softcap
 OUTSIDE = {**outside.KINDS, "capacity": Capacity}
 SHAPES = [(2, 7), (1, 1), (3, 5), (1, 19), (4, 2), (1, 64), (1, 0)]
 """(batch, length) of the calls; the first is the example that optimize is given."""
+GAIN = 1e5
+"""A float outside ``forward``: a whole number there may be a bound on tokens, and verification runs more than that."""
 
 
 class RMSNorm(nn.Module):
@@ -85,7 +88,7 @@ class Block(nn.Module):
             y = hidden_states + y
         if a.near_one:
             gain = hidden_states[..., :1]
-            y = y + (gain - gain * a.near_one) * 1e5
+            y = y + (gain - gain * a.near_one) * GAIN
         return self.outputs(y, ids, logits)
 
     def mixture(self, x, ids, weights):
@@ -134,6 +137,7 @@ def build(p: Program) -> nn.Module:
     """The model: the same one each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(p.seed)
+        p = replace(p, seed=p.seed % 2)  # which is all that the modules ask of it: see GAIN
         if p.outside:
             model: nn.Module = OUTSIDE[p.outside](p)
         else:

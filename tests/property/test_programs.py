@@ -16,12 +16,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import moeopt
+from moeopt.rewrite.reads import observe
 from tests.helpers import assert_same, run
-from tests.property import outside
+from tests.property import experts, outside
 from tests.property.build import SHAPES, build, inputs
 from tests.property.programs import FORMS, inside_programs, outside_programs
 from tests.property.routers import Route
-from tests.property.spec import Around, Program
+from tests.property.spec import Around, Layout, Program
 
 NIGHTLY = os.environ.get("MOEOPT_NIGHTLY") == "1"
 INSIDE_EACH, OUTSIDE_EACH = (45, 12) if NIGHTLY else (4, 2)
@@ -141,6 +142,15 @@ def test_counts(capsys):
     with capsys.disabled():
         print(f"\nrandom programs: {inside_count} inside, {outside_count} outside")
     assert inside_count + outside_count >= (1000 if NIGHTLY else 100)
+
+
+@pytest.mark.parametrize("kind", experts.KINDS)
+def test_no_program_reads_a_number_that_may_count_thousands_of_tokens(kind):
+    """Verification would run each program on more tokens than that: its seed was such a number."""
+    p = Program(layout=Layout(kind=kind), seed=7919, around=Around(near_one=0.999995), config="namespace")
+    model, call = build(p), inputs(p, 0)
+    reads = observe(model, (), (), [lambda: model(*call)] * 3)
+    assert reads.ran.codes and max(reads.numbers()) < 100
 
 
 def test_a_program_prints_as_it_is_built():

@@ -89,7 +89,7 @@ class OnnxRuntimeBackend(GraphBackend):
         return engine
 
     def _notes_impl(self, built: BuiltGraph) -> list[str]:
-        """What of quantised experts is codes in the file only, and what is codes in memory at the price of time."""
+        """Which quantised experts are codes in the file and floats in memory, and which stay codes, which is slower."""
         lowered = [*built.lowerings.items(), *built.products.items()]
         found = {form: [path for path, name in lowered if name == form] for form in _NOTES}
         if (built.directory / VERIFIED).exists():  # 8 bits are quick where activations are rounded

@@ -61,6 +61,7 @@ def sanitized(tmp_path_factory):
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.one_isa,  # the builds are the same ones: what a lesser CPU is played by changes torch, not the kernel
     pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' library is preloaded, as on Linux"),
 ]
 

@@ -1,4 +1,4 @@
-"""Experts that a file holds as codes keep them: what asks for that, and blocks that would lose theirs are declined."""
+"""Experts that an ONNX file holds as codes stay codes; a block whose experts would become floats is declined."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _WHY = (
 
 
 def with_codes(options: Options, parts: Sequence[FilePart]) -> Options:
-    """The options for regions some of whose weights are codes in the file."""
+    """``options``, with ``quantize="checkpoint"`` where the file holds the weights of some part as codes."""
     if not any(coded_weights(part.module) for part in parts):
         return options
     return dataclasses.replace(options, quantize=QuantPlan(default=CHECKPOINT))
 
 
 def rounded_floats(block: nn.Module) -> str:
-    """Why codes are no weights of a block that rounds their floats to half precision and widens them; "" of others."""
+    """Why ``block`` cannot keep codes: it dequantises them to half precision and casts the result; "" if not."""
     halves = {one.node for one in coded_weights(block) if one.floats.dtype in (torch.float16, torch.bfloat16)}
     program = getattr(block, "program", None)
     if not halves or not isinstance(program, GraphProgram):
@@ -46,7 +46,7 @@ def rounded_floats(block: nn.Module) -> str:
 
 
 def keep_codes(twin: nn.Module, outcome: PipelineResult) -> None:
-    """Decline the blocks whose experts could not keep the codes of the file, and note what else became floats."""
+    """Decline each block whose experts cannot keep their codes; note which other weights became floats."""
     lost = {
         record.block: record.reason
         for record in outcome.passes

@@ -1,4 +1,4 @@
-"""What of a file becomes a module: its candidate regions, cut, interpreted, and held against ONNX Runtime.
+"""Regions of an ONNX file as modules: each candidate is cut out, interpreted and compared with ONNX Runtime.
 
 A region that cannot be had as a module is declined with the reason and, where one is in the way, the name of the node.
 """
@@ -58,7 +58,7 @@ class FilePart:
 
 @dataclass
 class FileParts:
-    """The parts of a file, and why other regions are none, by their names."""
+    """The parts of a file; and, by name, why each other candidate region is not a part."""
 
     parts: list[FilePart] = field(default_factory=list)
     declined: dict[str, tuple[CandidateRegion, str]] = field(default_factory=dict)
@@ -130,7 +130,7 @@ def _checked(
 
 
 def explained_distance(module: nn.Module, values: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """The distance of ONNX Runtime's results from the float64 oracle, which the interpreter must share the reading of.
+    """How far ONNX Runtime's results are from those of the float64 oracle, which runs the same interpreted graph.
 
     Raises:
         Declined: the interpreter stops, or ONNX Runtime is further from its oracle than rounding explains.
