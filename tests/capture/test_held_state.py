@@ -208,5 +208,8 @@ def test_what_is_kept_of_large_containers_is_bounded_in_all(monkeypatch):
     other.restore()
     assert len(module.own) == 500  # an attribute of a module always
     assert len(module.lists[0]) == 30 and not arrays.held[0].any()  # the nearest first
-    assert sum(len(copy) for _, copy in state.contents.values() if type(copy) is list and type(copy[0]) is int) == 500 + 3 * 30
+    assert (
+        sum(len(copy) for _, copy in state.contents.values() if type(copy) is list and type(copy[0]) is int)
+        == 500 + 3 * 30
+    )
     assert sum(values.nbytes for _, values in other._arrays) == 800
