@@ -201,14 +201,14 @@ def _raises(test: _Test) -> bool:
 def _test(place: TestPlace) -> _Test | None:
     """The test at ``place``; None where its source is not to be had."""
     code, at = place
-    return _tests_of(code.co_filename).get(at) if len(at) > 1 else None
+    return _tests_of("".join(linecache.getlines(code.co_filename))).get(at) if len(at) > 1 else None
 
 
-@functools.lru_cache(maxsize=64)
-def _tests_of(file: str) -> dict[Position, _Test]:
+@functools.lru_cache(maxsize=16)
+def _tests_of(source: str) -> dict[Position, _Test]:
     """By their positions the expressions of a file."""
     try:
-        tree = ast.parse("".join(linecache.getlines(file)))
+        tree = ast.parse(source)
     except SyntaxError:
         return {}
     found: dict[Position, _Test] = {}
