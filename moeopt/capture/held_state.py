@@ -36,6 +36,10 @@ _LONG = 1024
 """Items up to which those of a container are followed; a longer one is kept as it is."""
 _BYTES = 1 << 20
 """Size up to which a NumPy array is kept."""
+_ALL_BYTES = 1 << 26
+"""Of all arrays that are kept."""
+_ALL_ITEMS = 1 << 20
+"""Items of all containers that are kept, beside those that are attributes of a module themselves."""
 
 
 class HeldState:
@@ -58,6 +62,7 @@ class HeldState:
         self._slots: list[tuple[Any, Any, Any]] = []
         self._arrays: list[tuple[Any, Any]] = []
         self._seen: set[int] = set()
+        self._items_left, self._bytes_left = _ALL_ITEMS, _ALL_BYTES
         self._ahead: deque[tuple[Any, str, int]] = deque()
         for _, attributes, path in self.attributes:
             for name, value in attributes.items():
@@ -75,16 +80,23 @@ class HeldState:
         """What a plain container held, which was an attribute of a module then."""
         return self.contents[id(container)][1] if id(container) in self.contents else type(container)()
 
-    def _contained(self, value: PyObject) -> bool:
-        """Keep the contents of the container ``value``; whether there may be any."""
+    def _contained(self, value: PyObject, depth: int) -> bool:
+        """Keep the contents of the container ``value``; whether they are to be followed."""
         if type(value) in CONTAINERS and not value:  # of another class, a method of the user's would answer
             self._bare.append(value)
             return False
-        self.contents[id(value)] = value, copied(value)
-        return True
+        held = copied(value)
+        if depth < _DEPTH:
+            self._items_left -= len(held)
+            if self._items_left < 0:
+                return False
+        self.contents[id(value)] = value, held
+        return len(held) <= _LONG
 
     def _keep(self, value: PyObject, place: str, depth: int) -> None:
         if isinstance(value, (*_PLAIN, nn.Module)) or not depth:
+            return
+        if self._items_left < 0 and depth < _DEPTH:
             return
         if isinstance(value, Tensor):
             self.tensors.setdefault(place, value)
@@ -93,14 +105,16 @@ class HeldState:
             return
         self._seen.add(id(value))
         items: list[Any] = list(value) if type(value) is tuple else []
-        if is_container(value) and self._contained(value) and len(self.contents[id(value)][1]) <= _LONG:
+        if is_container(value) and self._contained(value, depth):
             items = parts(value)
         if isinstance(value, tuple) and not items:
             items = list(tuple.__iter__(value))
         for number, part in enumerate(items if len(items) <= _LONG else ()):
-            self._ahead.append((part, f"{place}[{number}]", depth - 1))
+            if not isinstance(part, _PLAIN):
+                self._ahead.append((part, f"{place}[{number}]", depth - 1))
         if type(value).__module__ == "numpy" and hasattr(value, "nbytes") and hasattr(value, "flags"):
-            if value.nbytes <= _BYTES and value.flags.writeable:
+            if value.nbytes <= min(_BYTES, self._bytes_left) and value.flags.writeable:
+                self._bytes_left -= value.nbytes
                 self._arrays.append((value, value.copy()))
         elif is_open(value):
             self._keep_attributes(value, place, depth)

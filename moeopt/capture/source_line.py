@@ -26,9 +26,10 @@ def user_line() -> str:
 
 def raising_line(where: TracebackType | None) -> str:
     """As :func:`user_line`, of the frame in which an error was raised."""
-    found = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(where) if _is_the_users(f.filename)]
+    found = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(where) if is_the_users(f.filename)]
     return found[-1] if found else ""
 
 
-def _is_the_users(file: str) -> bool:
+def is_the_users(file: str) -> bool:
+    """Whether ``file`` holds neither torch's code nor ours."""
     return not file.startswith(_NOT_THE_USERS) and not file.startswith("<")

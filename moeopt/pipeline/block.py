@@ -160,9 +160,9 @@ def _rewrite(
             raise error
         if capture.neutral:
             raise Declined(capture.neutral)
-        capture.check_branches()
-        result.block.root = None  # a program is bound to a module when it is installed
         program = capture.program(result.block)
+        capture.check_branches(program.guard.most)
+        result.block.root = None  # a program is bound to a module when it is installed
         if asked := requires_grad_decides(module, OwnForward(module), call, program.reads):
             raise Declined(asked)
         if alike is not None:
@@ -233,7 +233,7 @@ def _verify(
     """The verdict on ``block``; with ``settle``, ``runtime`` gives up the lowerings with which it fails."""
     name, module, call_spec, found = capture.name, capture.module, capture.call_spec, capture.found
     program = capture.program(block)
-    original = capture.branches.watched(OwnForward(module))
+    original = capture.branches.watched(OwnForward(module), module)
     rewritten = RewrittenForward(module, program, original_forward(module))
     experts = max(len(f.experts) for f in found)
     rows = [call_spec.rows(n) for n in call_spec.indices("tokens")]

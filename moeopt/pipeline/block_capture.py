@@ -28,6 +28,7 @@ from moeopt.pipeline.branches import Branches
 from moeopt.pipeline.call_guards import check_order, guard_of, tensors_of
 from moeopt.pipeline.coverage import Reader
 from moeopt.pipeline.id_probe import id_ranges
+from moeopt.pipeline.untried_tests import DispatchFacts
 from moeopt.recognise.id_bounds import IdBounds, kept_by_caller
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
@@ -45,6 +46,8 @@ from moeopt.rewrite.symbolic_shapes import generalize
 
 _MORE = (4, 16)
 """Times as many tokens for a call that must reach every expert, since the code around the experts is kept."""
+_ALIKE = ((1, 16), (2, 16), (5, 8), (14, 4), (48, 4))
+"""Tokens, and how many calls of so many, to see what depends on values: one token has few experts."""
 _NOT_ALL = (
     f"{NO_ONE_TENSOR}, so the code that dispatches to every expert is kept, and {{tokens}} tokens did not reach all of "
     f"them with two rows; {ONE_TENSOR}"
@@ -151,15 +154,28 @@ class Capture:
         self.tapes, self.plans, self.founds = [], [], []  # the values of three calls are no longer needed
         return guard, [r.spec for r in self.routers]
 
-    def check_branches(self) -> None:
-        """``Declined`` for a branch of its Python that no call took."""
+    def check_branches(self, most: int | None) -> None:
+        """``Declined`` for a branch of its Python that no call took; ``most``: tokens for which the rewrite holds."""
 
         def run(mode: TorchDispatchMode) -> None:
             with undone(self.module) as watched, mode:
                 _run_under(watched, self.module, self.calls[1])
 
+        def watched_run(call: ArgsKwargs, watch: Callable[..., Any]) -> None:
+            with undone(self.module) as watched:
+                watch(_run_under, watched, self.module, call)
+
         per_token = [(f.routing.per_token, len(f.experts)) for f in self.found]
-        self.branches.check(run, any(k is None or k >= experts for k, experts in per_token))
+        every = any(k is None or k >= experts for k, experts in per_token)
+        self.branches.check(run, every)
+        experts = max(experts for _, experts in per_token)
+        alike = [[call] for call in self.calls] + [self._alike_calls(*one, experts) for one in _ALIKE]
+        groups = [[functools.partial(watched_run, call) for call in calls] for calls in alike]
+        self.branches.check_tests(groups, DispatchFacts(experts, every, most))
+
+    def _alike_calls(self, tokens: int, count: int, experts: int) -> list[ArgsKwargs]:
+        """Calls of equal shapes and other values."""
+        return [probe_call(self.call_spec, tokens, 101 + i, experts=experts, variant=1) for i in range(count)]
 
     def differ(self, before: BlockGraph, after: BlockGraph) -> str:
         """How two graphs of the block differ in bits on one of the recorded calls; "" where they do not."""

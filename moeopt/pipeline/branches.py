@@ -4,17 +4,19 @@ A rewrite leaves the branches of a dispatch out (``if mask.any():`` runs an expe
 right for what a dispatch asks, and wrong for ``if (weights > 0.9).all(): y = 2 * y``: the probe calls take one way, and
 the other is gone. Verification sees that only if one of its cases goes there. So each place where Python reads a bool
 that depends on the arguments is watched while the original runs: a place that gave one answer on every case, and could
-give the other, is a part of the code that was compared with nothing.
+give the other, is a part of the code that was compared with nothing. What Python makes of numbers that it reads, and of
+sizes that depend on values, is asked of the code's own tests (``moeopt.pipeline.untried_tests``).
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.capture.op_kinds import moves_rows, op_name
@@ -23,6 +25,8 @@ from moeopt.capture.source_line import user_line
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
+from moeopt.pipeline.tests_taken import TestsTaken
+from moeopt.pipeline.untried_tests import DispatchFacts, RunWatched, untried
 from moeopt.value_types import FxTarget, PyObject
 
 ReadAt = tuple[str, int]
@@ -33,6 +37,8 @@ _COMPARES = ("gt", "ne", "eq", "le", "ge", "lt")
 _COUNTS = ("sum", "count_nonzero", "bincount", "histc", "scatter_add", "index_add")
 _NUMBERS = ("nonzero", "_unique2", "unique_dim", "unique_consecutive")
 """They give the experts that have tokens."""
+_SIZED = (*_NUMBERS, "index", "masked_select", "repeat_interleave", "bincount", "equal")
+"""Their sizes, or what they give to Python, depend on values."""
 _WAY_OUT = "write both ways as tensors (torch.where), or leave the branch out"
 
 
@@ -44,29 +50,24 @@ class Branches:
 
     Attributes:
         seen: the answers at each place, of calls that have tokens.
+        tests: the same of tests in the code, where the call reads numbers or has sizes that depend on values.
     """
 
     def __init__(self, tape: Tape | None = None) -> None:
         self.seen: dict[ReadAt, set[bool]] = {}
+        self.tests: TestsTaken | None = None
         self._reads: dict[str, list[_Asked]] = {}
         if tape is None:
             return
+        if _reads_numbers(tape):
+            self.tests = TestsTaken()
         for node, line, _ in tape.reads:
             if node.meta.get("dtype") == torch.bool and any(n.op == "placeholder" for n in ancestors([node])):
                 self._reads.setdefault(line, []).append(_Asked(tape, node))
 
-    def watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """``original``, whose reads are entered when it is called; itself where it makes none."""
-        if not self._reads:
-            return original
-
-        def run(*args: PyObject, **kwargs: PyObject) -> PyObject:
-            if not all(t.numel() for t in leaves_of(torch.Tensor, (args, kwargs))):
-                return original(*args, **kwargs)  # of no token everything is true
-            with _Reads(self._enter):
-                return original(*args, **kwargs)
-
-        return run
+    def watched(self, original: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+        """``original``, a call of ``module``, whose reads and tests are entered; itself where there are none."""
+        return _WatchedCall(self, original, module) if self._reads or self.tests is not None else original
 
     def check(self, run: Callable[[TorchDispatchMode], object], every: bool) -> None:
         """``Declined`` for a branch that no call took, or whose limit no number of calls explores.
@@ -91,10 +92,60 @@ class Branches:
                 place[0],
             )
 
-    def _enter(self, place: ReadAt, answer: bool) -> bool:
-        if place[0] in self._reads:
-            self.seen.setdefault(place, set()).add(answer)
-        return answer
+    def check_tests(self, groups: Iterable[Iterable[Callable[[RunWatched], object]]], dispatch: DispatchFacts) -> None:
+        """``Declined`` for a test in its code that no call answered otherwise; ``groups`` as of ``untried``."""
+        if self.tests is None:
+            return
+        for one in untried(self.tests, groups, dispatch):
+            raise Declined(
+                f"its forward branches on numbers or sizes that its input decides ({one.text}), which is {one.answer} "
+                f"in every case of verification, so what it does where that is {not one.answer} was compared with "
+                f"nothing; {_WAY_OUT}",
+                one.line,
+            )
+
+    def enter(self, reads: dict[ReadAt, set[bool]], tests: TestsTaken) -> None:
+        """Enter the answers of one call."""
+        for place, answers in reads.items():
+            if place[0] in self._reads:
+                self.seen.setdefault(place, set()).update(answers)
+        for test, given in tests.answers.items():
+            if self.tests is not None:
+                self.tests.answers.setdefault(test, set()).update(given)
+
+
+class _WatchedCall:
+    """A call of ``module`` whose reads and tests are entered; verification puts back what this writes to ``module``.
+
+    Not those of calls that show nothing: of no token everything is true, and twice a NaN or a zero is what it was.
+    """
+
+    def __init__(self, into: Branches, original: Callable[..., Any], module: nn.Module) -> None:
+        self._into, self._original, self.module = into, original, module
+
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
+        if not all(t.numel() for t in leaves_of(torch.Tensor, (args, kwargs))):
+            return self._original(*args, **kwargs)
+        reads: dict[ReadAt, set[bool]] = {}
+        tests = TestsTaken()
+
+        def answer(place: ReadAt, own: bool) -> bool:
+            reads.setdefault(place, set()).add(own)
+            return own
+
+        run = self._original if self._into.tests is None else functools.partial(tests.watching, self._original)
+        with _Reads(answer):
+            out = run(*args, **kwargs)
+        if _shows_something(out, (args, kwargs)):
+            self._into.enter(reads, tests)
+        return out
+
+
+def _shows_something(out: PyObject, given: PyObject) -> bool:
+    """Whether a result holds a number that is neither zero nor NaN; of a forward that returns none, what it writes."""
+    numbers = [t for tree in (out, given) for t in leaves_of(torch.Tensor, tree) if t.dtype.is_floating_point]
+    first = [t for t in leaves_of(torch.Tensor, out) if t.dtype.is_floating_point] or numbers
+    return not first or any(bool((t.isfinite() & (t != 0)).any()) for t in first)
 
 
 class _Asked:
@@ -113,7 +164,9 @@ class _Asked:
         zero = op in _COMPARES and type(compared.args[1]) in (int, float) and compared.args[1] == 0
         source = _moved(operands[0]) if operands else compared
         self.limit = floats and op in _COMPARES and not zero
-        self._number = over is None and op in ("eq", "ne") and op_name(source) in _NUMBERS
+        self._number = (
+            over is None and op in _COMPARES and op_name(source) in _NUMBERS and _each_of(operands[0], source)
+        )
         has: bool | None = None  # the answer of the comparison that says that an expert has a token
         if zero and (floats or op_name(source) in _COUNTS or _is_mask(tape, source)):
             has = {"gt": True, "ne": True, "eq": False, "le": False}.get(op)
@@ -126,6 +179,13 @@ class _Asked:
         """Whether ``answer`` alone is no sign of an untried way: of a comparison of an expert's number with one that
         none has, which the bounds of the ids guard; that an expert has tokens, where ``every`` one has."""
         return self._number or (every and self._hit is answer)
+
+
+def _reads_numbers(tape: Tape) -> bool:
+    """Whether Python gets numbers, other than truths, that depend on the arguments: values, sizes, or an answer."""
+    reads = [r.node for r in tape.reads if r.node.meta.get("dtype") != torch.bool]
+    sized = [n for n in tape.nodes if op_name(n) in _SIZED]
+    return any(n.op == "placeholder" for n in ancestors([*reads, *sized]))
 
 
 def _comparison(node: fx.Node) -> tuple[fx.Node, bool | None, tuple[bool, bool]]:
@@ -149,6 +209,15 @@ def _moved(node: fx.Node) -> fx.Node:
     while moves_rows(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
+
+
+def _each_of(node: fx.Node, numbers: fx.Node) -> bool:
+    """Whether ``node`` is one of ``numbers`` after the other, in a loop, and not a certain one of them."""
+    while node is not numbers:
+        if op_name(node) == "unbind" or len({user.args[2:] for user in node.users if op_name(user) == "select"}) > 1:
+            return True
+        node = node.all_input_nodes[0]
+    return len({user.args[2:] for user in numbers.users if op_name(user) == "select"}) > 1
 
 
 def _is_mask(tape: Tape, node: fx.Node) -> bool:

@@ -54,7 +54,7 @@ def left_out(routing: Routing, dispatch: Collection[fx.Node], tape: Tape) -> Lea
         Declined: it asks them something else than whether they are zero, or are above zero.
     """
     weights = routing.weights.nodes
-    asks = _Asks(weights, set(dispatch) - set(routing.ids.nodes if routing.ids is not None else ()))
+    asks = _Asks(weights, set(dispatch) - set(routing.ids.nodes if routing.ids is not None else ()), tape)
     for node in weights:
         asks.of_weights(node, _DEPTH)
     if (other := asks.found.get(_OTHER)) is not None:
@@ -81,8 +81,8 @@ class _Asks:
     """What a dispatch asks the weights: ``found`` holds a comparison for each of "ne" and "gt" zero, and other;
     ``sum`` asks a sum of them whether it is zero."""
 
-    def __init__(self, weights: Collection[fx.Node], dispatch: Collection[fx.Node]) -> None:
-        self.weights, self.dispatch = set(weights), dispatch
+    def __init__(self, weights: Collection[fx.Node], dispatch: Collection[fx.Node], tape: Tape) -> None:
+        self.weights, self.dispatch, self.tape = set(weights), dispatch, tape
         self.found: dict[str, fx.Node] = {}
         self.sum: fx.Node | None = None
 
@@ -101,7 +101,7 @@ class _Asks:
                     self._mask(user, name if zero and name in ("ne", "gt") else _OTHER, user, depth)
             elif name == "_to_copy" and dtype is torch.bool:
                 self._mask(user, "ne", user, depth)
-            elif depth and moves_rows(user) and (dtype is None or dtype.is_floating_point):
+            elif depth and self._moves(user, node, dtype):
                 self.of_weights(user, depth - 1)
             elif depth and name in _SUMS:
                 self._of_sum(user, depth - 1)
@@ -112,8 +112,30 @@ class _Asks:
             zero = name in _COMPARES and user.args[1] == 0
             if user in self.dispatch and (name == "nonzero" or (zero and self._picks(user, depth))):
                 self.sum = self.sum or user
+                if name == "gt" and self._of_slots(node):
+                    self._mask(user, "gt", user, depth)
             elif depth and user in self.dispatch and moves_rows(user):
                 self._of_sum(user, depth - 1)
+
+    def _moves(self, user: fx.Node, weights: fx.Node, dtype: torch.dtype | None) -> bool:
+        """Whether ``user`` holds ``weights``, in other places or beside zeros."""
+        if moves_rows(user):
+            return dtype is None or dtype.is_floating_point
+        return op_name(user) == "mul" and self._by_one_hot(user, weights)
+
+    def _by_one_hot(self, product: fx.Node, weights: fx.Node) -> bool:
+        """Whether the weights are multiplied with zeros and ones: each is moved to the column of its expert."""
+        others = [a for a in product.all_input_nodes if a is not weights]
+        value = self.tape.value(others[0]) if len(others) == 1 else None
+        return isinstance(value, torch.Tensor) and value.dim() > 1 and bool(((value == 0) | (value == 1)).all())
+
+    def _of_slots(self, total: fx.Node) -> bool:
+        """Whether a sum is that of a token's weights at one expert: over its slots, not over the tokens."""
+        source = total
+        while moves_rows(source):
+            source = source.all_input_nodes[0]
+        summed = source.all_input_nodes[0]
+        return op_name(source) == "sum" and op_name(summed) == "mul" and source.args[1] not in ([0], [])
 
     def _picks(self, mask: fx.Node, depth: int) -> bool:
         """Whether rows, or experts, are picked by ``mask``."""

@@ -12,6 +12,7 @@ an arrangement can only ask (equal rows go to one expert); where expert ids are 
     exact ties              zero rows: all scores equal, all outputs the bias
     extreme magnitudes      clamps, epsilons, overflow
     nan and inf rows        leaks from one token into others
+    a nan row alone         experts that run for no other token
     many tokens             a capacity, a window or a branch that no smaller case reaches
     argument N turned       a mask or mark that does nothing at the values given: all ones, no padding
 """
@@ -57,6 +58,7 @@ def adversarial_cases(
     chosen = [build.every_expert(), build.one_token(), build.one_expert(), *build.turned()]
     if level == "strict":
         chosen += [build.few_experts(), build.exact_ties(), build.extreme_magnitudes(), build.non_finite()]
+        chosen.append(build.nan_alone())
         if min(max_tokens, MANY) >= FEWEST:
             chosen.append(build.many_tokens(min(max_tokens, MANY)))
     return chosen
@@ -120,6 +122,13 @@ class CaseBuilder:
         for n in self.tokens:
             rows[n][2], rows[n][6] = math.nan, math.inf
         return self.case("nan and inf rows", self.flat(9), rows, range(self.experts))
+
+    def nan_alone(self) -> Case:
+        """A dispatch that asks ``weights > 0`` runs no expert for it, and beside other tokens it may."""
+        rows = self.draw(1)
+        for n in self.tokens:
+            rows[n][:] = math.nan
+        return self.case("a nan row alone", (1,) * len(self.call_spec.grid), rows, range(self.experts))
 
     def many_tokens(self, count: int, grid: tuple[int, ...] | None = None) -> Case:
         """Half of the tokens are one and the same, so that its experts get them all; the others are drawn."""

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from moeopt.verification.distance import Finiteness, as_rows, finite_rows, finiteness, token_distance
 from moeopt.verification.rerounding import rerounded_distances
@@ -36,6 +37,12 @@ EPS_ALLOWANCE = 8.0
 EXACT_EPS = 2.0
 MISTRUST = 0.125
 """FACTOR times this is half of an output's norm: no bound at all."""
+
+
+_LEFT_OUT = (
+    "the token itself is not finite, and the original's code leaves it out (a comparison with NaN is false) or "
+    "replaces what it gives; to have it so in the rewritten code too, replace it with torch.nan_to_num or torch.where"
+)
 
 
 class Judge:
@@ -74,9 +81,10 @@ class Judge:
             raise Fail(f"the float64 oracle gave {where} shape {tuple(o.shape)}, the original {tuple(a.shape)}")
         pattern, eps = finiteness(a, b), self.eps[leaf]
         if pattern.leaked:
+            own = self._not_finite_itself(pattern.leaked[0], len(pattern.both))
             raise Fail(
                 f"{where} of token {pattern.leaked[0]} is not finite, and is finite in the original "
-                f"({len(pattern.leaked)} such tokens): NaN or Inf leaked"
+                f"({len(pattern.leaked)} such tokens): {_LEFT_OUT if own else 'NaN or Inf leaked'}"
             )
         d_orig, d_new = token_distance(a, o, eps=eps), token_distance(b, o, eps=eps)
         judged = pattern.both
@@ -87,6 +95,12 @@ class Judge:
             self._bound(leaf, where, d_orig, d_new, judged)
         allowed = FACTOR * typical(d_orig[judged]) + EPS_ALLOWANCE * eps
         _healed(pattern, d_new, allowed, where, self.result)
+
+    def _not_finite_itself(self, token: int, tokens: int) -> bool:
+        """Whether a row of an argument that has ``tokens`` rows holds NaN or infinity."""
+        given = [t for t in pytree.tree_leaves(self.call[1:3]) if isinstance(t, Tensor) and t.dtype.is_floating_point]
+        rows = [as_rows(t) for t in given]
+        return any(len(r) == tokens and not bool(torch.isfinite(r[token]).all()) for r in rows)
 
     def _bound(self, leaf: int, where: str, d_orig: Tensor, d_new: Tensor, judged: Tensor) -> None:
         mine, theirs, result = d_orig[judged], d_new[judged], self.result

@@ -190,3 +190,26 @@ def test_a_slot_that_was_empty_is_empty_again():
     module.lazy.fill()
     state.restore()
     assert not hasattr(module.lazy, "_Lazy__hidden")
+
+
+def test_what_is_kept_of_large_containers_is_bounded_in_all(monkeypatch):
+    monkeypatch.setattr("moeopt.capture.held_state._ALL_ITEMS", 100)
+    monkeypatch.setattr("moeopt.capture.held_state._ALL_BYTES", 1000)
+    module = nn.Linear(2, 2)
+    module.own = list(range(500))
+    module.lists = [list(range(30)) for _ in range(50)]
+    arrays = nn.Linear(2, 2)
+    arrays.held = [np.zeros(50), np.zeros(50), np.zeros(100)]
+    state, other = HeldState([("", module)]), HeldState([("", arrays)])
+    module.own.append(0)
+    module.lists[0].append(0)
+    arrays.held[0][:] = 1
+    state.restore()
+    other.restore()
+    assert len(module.own) == 500  # an attribute of a module always
+    assert len(module.lists[0]) == 30 and not arrays.held[0].any()  # the nearest first
+    assert (
+        sum(len(copy) for _, copy in state.contents.values() if type(copy) is list and type(copy[0]) is int)
+        == 500 + 3 * 30
+    )
+    assert sum(values.nbytes for _, values in other._arrays) == 800

@@ -87,3 +87,117 @@ class Loops(Asking):
 def test_a_loop_that_runs_on_large_weights_only_is_declined_and_ends():
     block = moeopt.explain(build(Loops, asks=ASKS["any"]), torch.randn(12, H), verify="fast").blocks[0]
     assert block.status == "declined" and "its forward branches on a comparison of routing weights" in block.reason
+
+
+def balanced(counts):
+    return all(count == counts[0] for count in counts)
+
+
+def counts(ids):
+    return torch.bincount(ids.flatten(), minlength=E).tolist()
+
+
+def none_below(ids, least):
+    return min(ids.flatten().tolist()) >= least
+
+
+NUMBERS = {
+    "an int": (lambda ids, x: int(ids.max()) < E // 2, "int(ids.max()) < E // 2", False),
+    "an item": (lambda ids, x: ids.min().item() >= E // 2, "ids.min().item() >= E // 2", False),
+    "a set": (lambda ids, x: set(ids.flatten().tolist()) == {0, 1}, "== {0, 1}", False),
+    "a list": (lambda ids, x: E - 1 not in ids.flatten().tolist(), "E - 1 not in ids", False),
+    "a NumPy number": (lambda ids, x: ids.numpy().max() < E // 2, "ids.numpy().max() < E // 2", False),
+    "a size": (lambda ids, x: ids[ids >= E // 2].numel() == 0, "ids[ids >= E // 2].numel() == 0", False),
+    "a length": (lambda ids, x: not len((ids >= E // 2).nonzero()), "len((ids >= E // 2).nonzero())", False),
+    "a generator": (lambda ids, x: len(x) > 3 and balanced(counts(ids)), "count == counts[0]", False),
+    "in a function": (lambda ids, x: none_below(ids, 3), "min(ids.flatten().tolist()) >= least", False),
+    "of equal tokens": (lambda ids, x: len(x) > 1 and torch.equal(ids[0], ids[1] + 1), "torch.equal(", False),
+}
+
+
+class DoublingByNumbers(Doubling):
+    def __init__(self, name):
+        Block.__init__(self)
+        self.holds, self.renormalise = NUMBERS[name][0], False
+
+    def forward(self, x):
+        ids, w = self.route(x)
+        y = self.loop(x, ids, w)
+        return 2 * y if self.holds(ids, x) else y
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_branch_on_numbers_and_sizes_that_no_case_took_is_declined(name):
+    block = moeopt.explain(build(DoublingByNumbers, name=name), torch.randn(12, H)).blocks[0]
+    text, answer = NUMBERS[name][1:]
+    assert block.status == "declined"
+    assert block.reason.startswith("its forward branches on numbers or sizes that its input decides (")
+    assert text in block.reason and f"which is {answer} in every case of verification" in block.reason
+    assert "write both ways as tensors (torch.where)" in block.reason and "test_branches.py" in block.source
+
+
+class AskingNumbers(Block):
+    """Asks as dispatches do: whether an expert has tokens, and whether a number names an expert."""
+
+    def __init__(self, asks, top_k=2):
+        super().__init__()
+        self.asks, self.top_k, self.limit, self.flag = asks, top_k, 1 << 30, False
+
+    def loop(self, x, ids, w):
+        y = torch.zeros_like(x)
+        assert int(ids.max()) < E, "an id that names no expert"
+        if len(ids.unique()) > E:
+            raise ValueError("more experts than there are")
+        if self.flag or x.shape[0] > 1 << 30 or isinstance(x, str):
+            return y
+        done = []
+        for e in self.asks(ids):
+            if not 0 <= e < E or e == E:
+                continue
+            token, slot = torch.where(ids == e)
+            if not token.numel():
+                continue
+            if len(token) > self.limit:
+                token, slot = token[: self.limit], slot[: self.limit]
+            done.append((token, self.experts[e](x[token]) * w[token, slot, None]))
+        rows = [token for token, _ in done]
+        if len(rows) > 0:
+            y.index_add_(0, torch.cat(rows), torch.cat([result for _, result in done]))
+        return y
+
+
+LOOPS = {
+    "all": lambda ids: range(E),
+    "unique": lambda ids: ids.unique(),
+    "list": lambda ids: ids.unique().tolist(),
+    "set": lambda ids: sorted(set(ids.flatten().tolist())),
+    "counts": lambda ids: [e for e, count in enumerate(counts(ids)) if count > 0],
+    "truths": lambda ids: [e for e, count in enumerate(counts(ids)) if count],
+    "marks": lambda ids: [e for e in range(E) if (ids == e).any().item()],
+}
+
+
+@pytest.mark.parametrize("top_k", [1, E])
+@pytest.mark.parametrize("name", LOOPS)
+def test_what_a_dispatch_asks_of_numbers_is_no_such_branch(name, top_k):
+    model = build(AskingNumbers, asks=LOOPS[name], top_k=top_k)
+    block = moeopt.explain(model, torch.randn(12, H), verify="fast").blocks[0]
+    assert block.status == "rewritten", block.reason
+
+
+class Counts(Block):
+    """Reads truths of its routing, and counts its calls in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(H)
+
+    def loop(self, x, ids, w):
+        return super().loop(self.norm(x), ids, w) if (ids >= 0).any() else x
+
+
+def test_what_a_watched_forward_writes_is_put_back():
+    model = build(Counts).train()
+    block = moeopt.explain(model, torch.randn(12, H), verify="fast").blocks[0]
+    assert "num_batches_tracked" not in block.reason
+    assert model.norm.num_batches_tracked == 0

@@ -8,7 +8,7 @@ import moeopt
 from moeopt.capture.tape import record
 from moeopt.recognise.any_experts import recognize
 from moeopt.recognise.ids_of_masks import ids_not_zero, ids_positive
-from tests.toy_moe import Block, E, H
+from tests.toy_moe import Block, E, H, build
 
 DISPATCHES = {
     "ids": lambda table, ids, e: torch.where((ids == e).any(-1))[0],
@@ -16,6 +16,10 @@ DISPATCHES = {
     "ne": lambda table, ids, e: torch.where(table[:, e] != 0)[0],
     "gt": lambda table, ids, e: torch.where(table.t()[e] > 0)[0],
     "bool": lambda table, ids, e: table.bool()[:, e].nonzero()[:, 0],
+}
+ONE_HOT = {
+    "slots": lambda one_hot, w, e: ((one_hot * w[..., None]).sum(1)[:, e] > 0).nonzero()[:, 0],
+    "ne": lambda one_hot, w, e: ((one_hot * w[..., None]).sum(1)[:, e] != 0).nonzero()[:, 0],
 }
 
 
@@ -171,3 +175,51 @@ def test_weights_of_both_signs_can_add_up_to_zero(score, status):
     assert block.status == status
     said = "which experts run depends on whether a sum of routing weights is zero (ne), and weights of both signs can"
     assert block.reason.startswith(said) == (status == "declined")
+
+
+class AsksOneHot(Block):
+    """Rows are picked where the sum of a token's one-hot weights is not zero, or above zero."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.dispatch = ONE_HOT[how]
+
+    def loop(self, x, ids, w):
+        one_hot = torch.nn.functional.one_hot(ids, E).to(x.dtype)
+        table, y = (one_hot * w[..., None]).sum(1), torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = self.dispatch(one_hot, w, e)
+            y.index_add_(0, rows, expert(x[rows]) * table[rows, e, None])
+        return y
+
+
+@pytest.mark.parametrize("how", ONE_HOT)
+def test_a_sum_of_one_hot_weights_is_asked_as_the_weights_are(how):
+    source = build(AsksOneHot, how=how)
+    opt = moeopt.optimize(source, torch.randn(12, H))
+    assert opt.report.rewritten and opt.certificate.passed, str(opt.report)
+    x = torch.randn(7, H)
+    x[2] = torch.nan
+    with torch.no_grad():
+        y, want = opt(x), source(x)
+    assert want[2].isnan().all() == (how == "ne")
+    torch.testing.assert_close(y, want, equal_nan=True)
+
+
+class AsksTwice(Block):
+    """An expert runs where some weight is above zero, and then for rows whose weight is not zero: NaN is one, and
+    runs no expert by itself."""
+
+    def loop(self, x, ids, w):
+        table, y = torch.zeros(len(x), E).scatter_(1, ids, w), torch.zeros_like(x)
+        for e in (table > 0).any(0).nonzero().flatten().tolist():
+            rows = (table[:, e] != 0).nonzero().flatten()
+            y.index_add_(0, rows, self.experts[e](x[rows]) * table[rows, e, None])
+        return y
+
+
+def test_experts_that_run_by_another_question_than_their_rows_are_picked_by():
+    block = moeopt.explain(build(AsksTwice), torch.randn(12, H)).blocks[0]
+    assert block.status == "declined" and "case 'a nan row alone'" in block.reason
+    assert "the token itself is not finite, and the original's code leaves it out" in block.reason
+    assert "torch.nan_to_num" in block.reason

@@ -31,7 +31,7 @@ def check(damage="", dtype=torch.float32, level="strict"):
 def test_equal_twin_passes(twin, dtype):
     result = check(twin, dtype)
     assert result.passed, result.reason
-    assert [case.status for case in result.cases] == ["passed"] * 8
+    assert [case.status for case in result.cases] == ["passed"] * 9
     assert result.flips == 0 and result.required <= 4
     assert result.ids_compared == K * sum(case.args[0].numel() // H for case in cases_for(dtype))
     assert result.experts_seen == E

@@ -17,6 +17,7 @@ NAMES = [
     "exact ties",
     "extreme magnitudes",
     "nan and inf rows",
+    "a nan row alone",
     "many tokens",
 ]
 
@@ -48,6 +49,7 @@ def test_arrangements_of_a_batch():
     assert torch.equal(x["few experts, ragged"].view(-1, H)[-2:], x["few experts, ragged"].view(-1, H)[:2])
     assert (x["exact ties"] == 0).all(-1).sum() == 3
     assert x["nan and inf rows"].isnan().any(-1).sum() == 1 and x["nan and inf rows"].isinf().any(-1).sum() == 1
+    assert x["a nan row alone"].shape == (1, 1, H) and x["a nan row alone"].isnan().all()
     assert x["extreme magnitudes"].abs().amax() > 100
 
 
@@ -76,7 +78,7 @@ def test_seeded():
 def test_half_types_stay_finite_where_they_should(dtype):
     for name, case in by_name(batch(dtype)).items():
         assert case.args[0].dtype == dtype
-        assert case.args[0].isfinite().all() or name == "nan and inf rows"
+        assert case.args[0].isfinite().all() or name in ("nan and inf rows", "a nan row alone")
 
 
 def experts_call():

@@ -23,6 +23,7 @@ from moeopt.lower.functional import export_functional
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.float64 import attributes_written_out
+from moeopt.lower.onnx.negative_indices import refuse_negative_indices
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.lower.onnx.sites import Sites
 from moeopt.lower.signature import functional
@@ -76,6 +77,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
 
     program = attributes_written_out(numbers_as_read(through_real_views(_tensors_only(program))))
     _settle_layouts(program.graph)
+    refuse_negative_indices(program.graph)
     quicker = (rules_by_their_last_op(), one_registry(), no_idle_decomposition(), promotion_from_known_values())
     with one_trace, quiet(), contextlib.ExitStack() as patches, exact_rules() as exact:
         for patch in quicker:
@@ -85,20 +87,31 @@ def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
                 program,
                 dynamo=True,
                 opset_version=OPSET,
-                optimize=exact,
+                optimize=False,
                 verbose=False,
                 custom_translation_table=table(),
             )
+            assert exported is not None  # torch gives None only where it wrote a file itself
+            _own_names(exported.model.graph)
+            if exact:
+                exported.optimize()
         except Exception as err:
             raise NotSaveableError(
                 f"the graph has no ONNX form: {_first_line(err)}{_where(program, err)}; use backend='torch', or write "
                 "that line with other ops"
             ) from err
-    assert exported is not None  # torch gives None only where it wrote a file itself
     RemoveUnusedNodesPass()(exported.model)
     _cast_before_transpose(exported.model.graph)
     _own_dtypes(exported.model.graph, program)
     return exported.model
+
+
+def _own_names(graph: OnnxGraph) -> None:
+    """Results under other names than Parameters: ``self.t`` beside ``x.t()``, where that is folded into a constant."""
+    for node in graph:
+        for value in node.outputs:
+            if value.name in graph.initializers:
+                value.name = f"{value.name}/result"
 
 
 def _own_dtypes(graph: OnnxGraph, program: torch.export.ExportedProgram) -> None:

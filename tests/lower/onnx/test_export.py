@@ -278,3 +278,70 @@ def test_squeezing_what_is_not_one_does_nothing():
     for x in (floats(4), floats(9)):
         for a, b in zip(session.run({"x": x}), f(x), strict=True):
             assert torch.equal(a, b)
+
+
+BELOW_ZERO = {
+    "embedding": lambda table, ids: F.embedding(ids, table),
+    "gather": lambda table, ids: table.gather(0, ids[:, None].expand(-1, 6)),
+    "index_select": lambda table, ids: table.index_select(0, ids.reshape(-1)),
+    "of a difference": lambda table, ids: table.gather(0, (ids.clamp(min=0) - (ids < 0).long())[:, None]),
+    "scatter": lambda table, ids: table.scatter(0, ids[:, None], torch.ones(3, 1)),
+    "scatter_add": lambda table, ids: table.scatter_add(0, ids[:, None], torch.ones(3, 1)),
+    "index_add": lambda table, ids: table.index_add(0, ids, torch.ones(3, 6)),
+}
+
+
+class Indexed(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.table = f, nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, ids):
+        return self.f(self.table, ids)
+
+
+@pytest.mark.parametrize("name", BELOW_ZERO)
+def test_an_index_below_zero_is_an_error_where_it_is_one_in_pytorch(name):
+    model, ids = Indexed(BELOW_ZERO[name]), torch.tensor([0, 4, 2])
+    session = session_of(model, ids)
+    with torch.no_grad():
+        assert torch.equal(session.run({"ids": ids})[0], model(ids))
+    for wrong in (torch.tensor([0, -1, 2]), torch.tensor([0, -3, 2])):
+        with pytest.raises((IndexError, RuntimeError)):
+            model(wrong)
+        with pytest.raises(UsageError, match="ONNX Runtime stops at the node"):
+            session.run({"ids": wrong})
+
+
+def test_indices_that_count_from_the_end_do_so():
+    model, ids = Indexed(lambda table, ids: table[ids]), torch.tensor([0, -1, 2])
+    with torch.no_grad():
+        assert torch.equal(session_of(model, ids).run({"ids": ids})[0], model(ids))
+
+
+def test_indices_of_a_choice_are_not_checked():
+    def chosen(x):
+        weights, ids = x.softmax(-1).topk(2)
+        order = ids.flatten().argsort(stable=True)
+        return x.gather(-1, ids) * weights, x.reshape(-1).index_select(0, order)
+
+    program = program_of(Fn(chosen), floats())
+    graph = to_onnx(program)
+    assert not [node for node in graph.graph if node.op_type == "Less"]
+
+
+class Temperature(nn.Module):
+    """``t`` is a Parameter, and the name that the exporter gives to a transposed matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.centers, self.t = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        return x @ F.normalize(self.centers, dim=-1).t() * self.t.exp()
+
+
+def test_a_parameter_named_as_an_op():
+    model, x = Temperature(), floats()
+    with torch.no_grad():
+        torch.testing.assert_close(session_of(model, x).run({"x": x})[0], model(x))

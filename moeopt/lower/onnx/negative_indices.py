@@ -1,0 +1,91 @@
+"""Indices below zero are an error in PyTorch's ``embedding``, ``gather``, ``index_select`` and scatters, and count from
+the end in ONNX: a padding id of -1 would get the last row of the table without a word.
+
+    Gather(table, ids)   ->   Gather(table, Where(ids < 0, 2^31 - 1, ids))      which the runtime refuses
+
+Left as they are: indices that a sort, a top-k or the like gave, through whatever moves or selects them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from moeopt.capture.op_kinds import is_factory, moves_rows, op_name
+
+aten = torch.ops.aten
+_INDEX = {
+    aten.embedding.default: 1,
+    aten.gather.default: 2,
+    aten.index_select.default: 2,
+    aten.scatter.src: 2,
+    aten.scatter.value: 2,
+    aten.scatter_add.default: 2,
+    aten.scatter_reduce.two: 2,
+    aten.index_add.default: 2,
+    aten.index_copy.default: 2,
+}
+"""By the op the place of its indices."""
+_NOT_NEGATIVE = (
+    "topk", "sort", "argsort", "argmax", "argmin", "max", "min", "kthvalue", "nonzero", "nonzero_numpy", "bincount",
+    "one_hot", "bitwise_not", "multinomial", "abs",
+)  # fmt: skip
+_KEEP = ("to", "_to_copy", "floor_divide", "div", "remainder", "cumsum", "sum", "add", "mul", "where", "clamp_min")
+"""Give no number below zero where their operands, tensors and numbers, have none."""
+_OF_SEVERAL = ("cat", "stack", "index_put", "scatter", "slice_scatter", "select_scatter", "index_copy", "copy")
+_BEYOND = (1 << 31) - 1
+
+
+def refuse_negative_indices(graph: fx.Graph) -> None:
+    """Give indices that may be below zero a value that no runtime takes there."""
+    known: dict[fx.Node, bool] = {}
+    checked: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        at = _INDEX.get(node.target)
+        index = node.args[at] if at is not None and len(node.args) > at else None
+        if not isinstance(index, fx.Node) or _not_negative(index, known):
+            continue
+        if index not in checked:
+            checked[index] = _checked(graph, index)
+        node.update_arg(at, checked[index])
+    graph.lint()
+
+
+def _checked(graph: fx.Graph, index: fx.Node) -> fx.Node:
+    value = index.meta["val"]
+    with graph.inserting_after(index):
+        below = graph.call_function(aten.lt.Scalar, (index, 0))
+    below.meta["val"] = value < 0
+    with graph.inserting_after(below):
+        checked = graph.call_function(aten.where.ScalarSelf, (below, _BEYOND, index))
+    checked.meta["val"] = value.clone()
+    for made in (below, checked):
+        made.meta |= {k: v for k, v in index.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    return checked
+
+
+def _not_negative(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
+    if node not in known:
+        known[node] = False
+        known[node] = _made_not_negative(node, known)
+    return known[node]
+
+
+def _made_not_negative(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
+    if node.op != "call_function":
+        return False
+    name = op_name(node)
+    if name in _NOT_NEGATIVE or _is_bool(node):
+        return True
+    below = any(isinstance(a, int | float) and a < 0 for a in node.args) and not moves_rows(node)  # not an axis
+    if is_factory(node):
+        return not below and name not in ("full", "full_like", "new_full", "empty", "empty_like", "new_empty")
+    if moves_rows(node) and name not in _OF_SEVERAL:
+        return _not_negative(node.all_input_nodes[0], known)
+    operands = [n for n in node.all_input_nodes if not _is_bool(n)]
+    return name in (*_KEEP, *_OF_SEVERAL) and not below and all(_not_negative(n, known) for n in operands)
+
+
+def _is_bool(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool

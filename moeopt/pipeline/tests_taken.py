@@ -1,0 +1,172 @@
+"""Which way each test in a model's code went: every ``if``, ``while``, ``and``, ``or`` and comprehension that ran.
+
+A tensor that Python reads leaves a node on the tape, and what becomes of the number does not: ``int(ids.max()) < 4``,
+``len(set(ids.tolist())) == 1`` and ``hit.unique().numel() > 1`` are comparisons of Python's own. So the conditional
+jumps of the bytecode are watched with ``sys.settrace``, which changes nothing in the code that runs and is seen by one
+thread alone. A function that returns a truth counts as a test, since its caller jumps on a call.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import sysconfig
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moeopt.capture.source_line import is_the_users
+from moeopt.value_types import PyObject
+
+Position = tuple[int, ...]
+"""Line, column, last line and last column of an expression; of one instruction its offset."""
+TestPlace = tuple[types.CodeType, Position]
+"""A test in a model's code."""
+LookAtTest = Callable[[TestPlace, types.FrameType, "TestsTaken"], None]
+
+_STANDARD = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib"))
+_PACKAGES = ("site-packages", "dist-packages")
+_NO_MODEL_IS_IN = ("/numpy/", "/einops/")
+_NO_VALUE = ("COPY", "TO_BOOL", "NOT_TAKEN", "CACHE")
+"""Between what makes the value of a test and the jump."""
+_RETURNS = ("RETURN_VALUE", "RETURN_CONST")
+
+
+class TestsTaken:
+    """What each test answered, on all calls made under ``watching``.
+
+    Args:
+        look: is told of each test before it is decided, with the frame that it stands in.
+        only: the tests that ``look`` is told of.
+
+    Attributes:
+        answers: of each test.
+        returned: what functions of a model gave to model's code last, by the place of the call; kept for ``look``.
+    """
+
+    __test__ = False  # not for pytest
+
+    def __init__(self, look: LookAtTest | None = None, only: frozenset[TestPlace] = frozenset()) -> None:
+        self.answers: dict[TestPlace, set[bool]] = {}
+        self.returned: dict[TestPlace, Any] = {}
+        self._look, self._only = look, only
+
+    def watching(self, run: Callable[..., Any], *args: PyObject, **kwargs: PyObject) -> PyObject:
+        """``run(*args, **kwargs)``, watched."""
+        before = sys.gettrace()
+        sys.settrace(self._enter)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            sys.settrace(before)
+
+    def _enter(self, frame: types.FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        code = frame.f_code
+        if not of_a_model(code.co_filename) or not (jumps := _jumps(code)):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return _InFrame(self, jumps)
+
+    def reached(self, place: TestPlace, frame: types.FrameType) -> None:
+        """Tell of a test that is about to be decided."""
+        if self._look is not None and place in self._only:
+            self._look(place, frame, self)
+
+    def answered(self, place: TestPlace, answer: bool) -> None:
+        """Enter the answer of one test."""
+        self.answers.setdefault(place, set()).add(answer)
+
+    def came_back(self, caller: types.FrameType | None, value: PyObject) -> None:
+        """Enter what a function returned."""
+        if self._look is not None and caller is not None and of_a_model(caller.f_code.co_filename):
+            self.returned[caller.f_code, _positions(caller.f_code).get(caller.f_lasti, ())] = value
+
+
+@dataclass(frozen=True, eq=False)
+class _Jump:
+    """A conditional jump, or a return.
+
+    Attributes:
+        place: of the test; the compiler makes several jumps of one test, as of a ``while``.
+        after: where the frame is next if it does not jump; () for a return.
+        stays: the answer with which it does not.
+    """
+
+    place: TestPlace
+    after: tuple[int, ...]
+    stays: bool
+
+
+class _InFrame:
+    """The local trace function of one frame."""
+
+    def __init__(self, into: TestsTaken, jumps: dict[int, _Jump]) -> None:
+        self._into, self._jumps = into, jumps
+        self._last: _Jump | None = None
+
+    def __call__(self, frame: types.FrameType, event: str, arg: PyObject) -> _InFrame:
+        last = self._last
+        if event == "opcode":
+            jump = self._jumps.get(frame.f_lasti)
+            if jump is not None and jump is last:  # the instruction after its prefix
+                return self
+            if last is not None and last.after:
+                self._into.answered(last.place, last.stays is (frame.f_lasti in last.after))
+            self._last = jump
+            if jump is not None:
+                self._into.reached(jump.place, frame)
+        elif event == "return":
+            self._into.came_back(frame.f_back, arg)
+            if last is not None and not last.after and isinstance(arg, (bool, np.bool_)):
+                self._into.answered(last.place, bool(arg))
+        elif event == "exception":
+            self._last = None
+        return self
+
+
+@functools.lru_cache(maxsize=4096)
+def _jumps(code: types.CodeType) -> dict[int, _Jump]:
+    """By the offsets of the instruction and of its prefixes."""
+    found: dict[int, _Jump] = {}
+    groups: list[list[dis.Instruction]] = [[]]
+    for one in dis.get_instructions(code):
+        groups[-1].append(one)
+        if one.opname != "EXTENDED_ARG":
+            groups.append([])
+    pushed = groups[0][-1]
+    for group, following in zip(groups, groups[1:], strict=False):
+        name, place = group[-1].opname, (code, _position(pushed))
+        pushed = pushed if name in _NO_VALUE else group[-1]
+        jump: _Jump | None = None
+        if name in _RETURNS:
+            jump = _Jump(place, (), True)
+        elif "JUMP" in name and ("_IF_FALSE" in name or "_IF_TRUE" in name):
+            jump = _Jump(place, tuple(one.offset for one in following), "_IF_FALSE" in name)
+        if jump is not None:
+            found.update((one.offset, jump) for one in group)
+    return found
+
+
+def _position(instruction: dis.Instruction) -> Position:
+    """Where it stands in the source; its offset alone before Python 3.11, which does not keep columns."""
+    at = getattr(instruction, "positions", None)
+    if at is None or None in at:
+        return (instruction.offset,)
+    return (at.lineno, at.col_offset, at.end_lineno, at.end_col_offset)
+
+
+@functools.lru_cache(maxsize=4096)
+def _positions(code: types.CodeType) -> dict[int, Position]:
+    return {one.offset: _position(one) for one in dis.get_instructions(code)}
+
+
+@functools.lru_cache(maxsize=4096)
+def of_a_model(file: str) -> bool:
+    """Whether a model's code may be in ``file``: neither PyTorch's, Python's nor ours."""
+    if not is_the_users(file) or any(part in file for part in _NO_MODEL_IS_IN):
+        return False
+    return not file.startswith(_STANDARD) or any(part in file for part in _PACKAGES)

@@ -1,0 +1,236 @@
+"""Tests in a model's code that gave one answer on every case, and that values of its input decide.
+
+Told apart by calls of equal shapes and other values: what decides ``len(x) > 4`` or ``self.normalise`` is the same on
+all of them, and what decides ``int(ids.max()) < 4`` is not. A dispatch's own questions are left out: whether an expert
+has tokens, and whether its number is one that none has.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import linecache
+import operator
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moeopt.pipeline.decisive_values import Results, Scope, position
+from moeopt.pipeline.tests_taken import Position, TestPlace, TestsTaken
+from moeopt.value_types import PyObject
+
+RunWatched = Callable[..., Any]
+"""Calls the function that it is given, watched."""
+_Seen = dict[tuple[TestPlace, str], set[Any]]
+"""In one call the values of each part that decides a test, by the test and the part's text."""
+_ASKS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}  # fmt: skip
+_MANY = 6
+"""Numbers below that of the experts, and none above: counts are not so."""
+
+
+@dataclass(frozen=True)
+class DispatchFacts:
+    """What is known of a block's dispatch.
+
+    Attributes:
+        experts: their number.
+        every: whether each has tokens on every call.
+        most: tokens of a call of the rewritten code; None where there is no bound.
+    """
+
+    experts: int
+    every: bool
+    most: int | None
+
+
+@dataclass(frozen=True)
+class Untried:
+    """One test: the text of its source, the answer that it gave, and its line."""
+
+    text: str
+    answer: bool
+    line: str
+
+
+@dataclass(frozen=True)
+class _Test:
+    """A test in its source.
+
+    Attributes:
+        around: what it stands in, the nearest first.
+        assigned: expressions of names that are assigned once in its function.
+    """
+
+    node: ast.expr
+    around: tuple[ast.AST, ...]
+    assigned: dict[str, ast.expr]
+
+
+def untried(
+    taken: TestsTaken, groups: Iterable[Iterable[Callable[[RunWatched], object]]], dispatch: DispatchFacts
+) -> Iterator[Untried]:
+    """The tests of ``taken`` in question.
+
+    Args:
+        groups: calls of equal shapes and other values; each runs the model by what it is given.
+    """
+    one_sided = {place: test for place, said in taken.answers.items() if len(said) == 1 and (test := _test(place))}
+    one_sided = {place: test for place, test in one_sided.items() if not _raises(test)}
+    if not one_sided:
+        return
+    watched = [[_decided_by(one_sided, call) for call in calls] for calls in groups]
+    varied = {key for calls in watched for key in _varied(calls)}
+    for place, test in one_sided.items():
+        parts = [text for at, text in varied if at == place]
+        answer = next(iter(taken.answers[place]))
+        if parts and not _asked_by_dispatch(test, place, [seen for calls in watched for seen in calls], dispatch):
+            yield Untried(ast.unparse(test.node)[:80], answer, f"{place[0].co_filename}:{test.node.lineno}")
+
+
+def _decided_by(tests: dict[TestPlace, _Test], call: Callable[[RunWatched], object]) -> _Seen:
+    """What decided each of ``tests`` in ``call``; nothing after an error of its code."""
+    seen: _Seen = defaultdict(set)
+
+    def look(place: TestPlace, frame: types.FrameType, into: TestsTaken) -> None:
+        test = tests[place]
+        scope = Scope(frame.f_locals, frame.f_globals, test.assigned, lambda at: into.returned.get((frame.f_code, at)))
+        for part, value in scope.decisive(test.node):
+            seen[place, ast.unparse(part)].add(value)
+
+    call(TestsTaken(look, frozenset(tests)).watching)
+    return seen
+
+
+def _varied(calls: list[_Seen]) -> Iterator[tuple[TestPlace, str]]:
+    """The parts whose values were not those of another call."""
+    for key in {key for seen in calls for key in seen}:
+        values = [seen[key] for seen in calls if key in seen]
+        if any(one != values[0] for one in values):
+            yield key
+
+
+def _asked_by_dispatch(test: _Test, place: TestPlace, calls: list[_Seen], dispatch: DispatchFacts) -> bool:
+    """Whether a test of numbers can have no other answer, or may have it with nothing computed otherwise."""
+    parts, ask = _question(test)
+    known = [
+        _constant(part) or {v for seen in calls for v in seen.get((place, ast.unparse(part)), ())} for part in parts
+    ]
+    varied = [n for n, values in enumerate(known) if len(values) > 1]
+    bounds = [_length(next(iter(values), None)) for values in known]
+    numbers = [_length(v) for n in varied for v in known[n]]
+    if len(varied) != 1 or not all(type(n) is int for n in (*numbers, *bounds)):
+        return False
+    at = varied[0]
+
+    def asked(number: int) -> bool:
+        return ask([*bounds[:at], number, *bounds[at + 1 :]])
+
+    if min(numbers) > 0 and all(asked(0) is not asked(n) for n in numbers):  # has it any token?
+        return dispatch.every or _passes_over(test) or all(isinstance(v, Results) for v in known[at])
+    if _names_experts(numbers, dispatch.experts):
+        return all(asked(e) is asked(max(numbers)) for e in range(dispatch.experts))
+    del bounds[at]
+    return dispatch.most is not None and all(max(numbers) <= dispatch.most <= b for b in bounds)
+
+
+def _names_experts(numbers: list[int], experts: int) -> bool:
+    """Whether they are the experts' own numbers, and no counts, for all that they show."""
+    if min(numbers) < 0 or max(numbers) >= experts:
+        return False
+    return max(numbers) == experts - 1 or len(set(numbers)) >= _MANY
+
+
+def _question(test: _Test) -> tuple[list[ast.expr], Callable[[list[int]], bool]]:
+    """Numbers, and what is asked of them: a truth asks whether it is not 0."""
+    node = test.node
+    while isinstance(node, ast.Name) and isinstance(test.assigned.get(node.id), ast.Compare):
+        node = test.assigned[node.id]
+    if not isinstance(node, ast.Compare) or any(type(op) not in _ASKS for op in node.ops):
+        return [node], lambda numbers: numbers[0] != 0
+    asks = [_ASKS[type(op)] for op in node.ops]
+    return [node.left, *node.comparators], lambda numbers: all(map(_call, asks, numbers, numbers[1:]))
+
+
+def _call(ask: Callable[[int, int], bool], a: int, b: int) -> bool:
+    return ask(a, b)
+
+
+def _constant(node: ast.expr) -> set[Any]:
+    try:
+        return {ast.literal_eval(node)}
+    except (ValueError, TypeError):
+        return set()
+
+
+def _length(value: PyObject) -> PyObject:
+    """Of a container's fingerprint the length, a number as it is."""
+    if isinstance(value, tuple) and value and type(value[0]) is int:
+        return value[0]
+    return int(value) if isinstance(value, (int, np.integer)) else value
+
+
+def _passes_over(test: _Test) -> bool:
+    """Whether all that hangs on it is whether one of many is passed over: in a loop, or in a comprehension."""
+    inner = next(one for one in test.around if not isinstance(one, (ast.BoolOp, ast.UnaryOp)))
+    if isinstance(inner, ast.comprehension):
+        return True
+    if not isinstance(inner, ast.If) or not any(isinstance(one, (ast.For, ast.While)) for one in test.around):
+        return False
+    return not inner.orelse
+
+
+def _raises(test: _Test) -> bool:
+    """Whether the other answer is an error, which gives no numbers."""
+    for one in test.around:
+        if isinstance(one, ast.Assert):
+            return True
+        if isinstance(one, ast.If):
+            return any(isinstance(suite[-1], ast.Raise) for suite in (one.body, one.orelse) if suite)
+        if isinstance(one, ast.stmt):
+            return False
+    return False
+
+
+def _test(place: TestPlace) -> _Test | None:
+    """The test at ``place``; None where its source is not to be had."""
+    code, at = place
+    return _tests_of("".join(linecache.getlines(code.co_filename))).get(at) if len(at) > 1 else None
+
+
+@functools.lru_cache(maxsize=16)
+def _tests_of(source: str) -> dict[Position, _Test]:
+    """By their positions the expressions of a file."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return {}
+    found: dict[Position, _Test] = {}
+    pending: list[tuple[ast.AST, tuple[ast.AST, ...], dict[str, ast.expr]]] = [(tree, (), {})]
+    while pending:
+        node, around, assigned = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assigned = _assigned_once(node)
+        if isinstance(node, ast.expr):
+            found.setdefault(position(node), _Test(node, around, assigned))
+        pending += [(child, (node, *around), assigned) for child in ast.iter_child_nodes(node)]
+    return found
+
+
+def _assigned_once(function: ast.AST) -> dict[str, ast.expr]:
+    """Of names that one assignment sets, what they are set to."""
+    found: dict[str, ast.expr | None] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found[node.id] = None if node.id in found else ast.Constant(None)
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            if found[node.targets[0].id] is not None:
+                found[node.targets[0].id] = node.value
+    return {name: value for name, value in found.items() if value is not None}
