@@ -224,7 +224,7 @@ class LiveExpertWeights:
         tensors = [place.read() for place in self._places.values()]
         if torch.is_grad_enabled() or compiling or not _PLAIN.issuperset(map(type, tensors)):
             return self._stacked()
-        now = (torch.is_inference_mode_enabled(), [(id(t), t.data_ptr(), t.stride()) for t in tensors])
+        now = (torch.is_inference_mode_enabled(), [(id(t), t.data_ptr(), t.stride(), t.is_neg()) for t in tensors])
         if self._stack is None or self._stack[0] != now:
             bank = _detached(self._stacked())
             self._stack = now, bank, [weakref.ref(t, self._let_go) for t in tensors]
