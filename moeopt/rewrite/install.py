@@ -154,7 +154,7 @@ class RewrittenForward:
         left, refusal, tensors = False, "", cast("Sequence[torch.Tensor] | None", None)
         if not torch.compiler.is_compiling():
             left = self.own_code is not None and self.own_code.takes(args, kwargs)
-            if left and self._unlooked:
+            if left and self._unlooked > 0:
                 self._unlooked -= 1
                 return self.own()(*args, **kwargs)
             if self._usual is not None and not kwargs:
@@ -163,7 +163,7 @@ class RewrittenForward:
             guard, bound = self.program.guard, bind(self.program.signature, args, kwargs, self._names)
             refusal = guard.refuses(self.module, bound) or self.program.forbidden(self.module, bound)
             tensors = bound.tensors()
-            if self._usual_of != guard.changes:
+            if self._usual_of != guard.changes and not torch.compiler.is_compiling():
                 self._know_usual()
         if not refusal:
             try:

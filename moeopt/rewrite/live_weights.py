@@ -262,6 +262,8 @@ def _detached(bank: StackedExpertWeights) -> StackedExpertWeights:
     def one(t: Tensor | None) -> PyObject:
         return None if t is None else t.detach()
 
-    return StackedExpertWeights(
+    detached = StackedExpertWeights(
         [one(t) for t in bank.w_in_s], one(bank.w_out_s), [one(t) for t in bank.b_in_s], one(bank.b_out_s)
     )
+    detached.again = {}
+    return detached

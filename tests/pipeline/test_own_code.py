@@ -169,6 +169,23 @@ def test_under_autocast_calls_of_the_own_code_say_so(slower_at):
             assert torch.equal(opt.model(x(2)), want)
 
 
+def test_two_threads_that_count_at_once_do_not_end_the_telling(slower_at):
+    slower_at(*own_code.NEAR)
+    opt = optimized()
+    rewritten_forward(opt.model)._unlooked = -1  # both had taken the last
+    with pytest.warns(StaleModelWarning, match="autocast is on"), torch.autocast("cpu"):
+        opt.model(x(2))
+
+
+def test_a_guard_that_was_changed_is_compiled_as_it_is(slower_at):
+    opt = optimized()
+    forward = rewritten_forward(opt.model)
+    forward.program.guard.most = 100
+    with torch.no_grad():
+        got = torch.compile(opt.model, backend="eager", fullgraph=True)(x(5))
+    assert torch.allclose(got, model()(x(5)), atol=1e-5) and forward._usual_of != forward.program.guard.changes
+
+
 def test_both_ways_are_timed_on_the_same_call(monkeypatch):
     took = {}
 

@@ -40,13 +40,15 @@ class CallDone(NamedTuple):
 def call(
     run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, isa: int
 ) -> Tensor:
-    """As ``native.call.call``; a bank of stacked weights remembers it, if it is small.
+    """As ``native.call.call``; stacked weights that a live bank gives out remember it, if it is small.
 
     Not where a token may name every expert: other kernels take a call in which each does, and that hangs on the ids.
     """
     y, prepared = prepared_call(run, x, ids, weights, bank, spec, isa)
     if ids.numel() > SMALL or ids.dtype not in INTEGERS or not isinstance(bank, StackedExpertWeights):
         return y  # ids of another dtype were converted
+    if bank.again is None:
+        return y
     every = ids.shape[1] == bank.num_experts and (ids.shape[0] > 1 or x.dtype is not torch.float32)
     if not every and _in_one_run(x) and _in_one_run(ids) and _in_one_run(weights):
         if len(bank.again) >= MOST:
@@ -63,7 +65,7 @@ def again(
     Args:
         bank: whose tensors lie where they lay when the call was remembered, as a live bank knows of those it gives out.
     """
-    known = bank.again.get(_key(x, ids, weights))
+    known = None if bank.again is None else bank.again.get(_key(x, ids, weights))
     if known is None or known.spec is not spec or known.run is not run or transformed():
         return None
     if not (_in_one_run(x) and _in_one_run(ids) and _in_one_run(weights)):

@@ -1,6 +1,7 @@
 """A small call that the kernel has done is done again by its words: where it is like that one, and nowhere else."""
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.autograd import forward_ad
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import experts, experts_reference
+from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.native import again, dispatch
 from moeopt.ops.native.library import library
 from moeopt.rewrite.live_weights import LiveExpertWeights
@@ -178,3 +180,9 @@ def test_a_bank_that_is_given_to_the_op_is_prepared_each_time(bank, prepared):
     for _ in range(2):
         assert right(given, inputs())
     assert len(prepared) == 2, "nobody else looks where its tensors lie"
+
+
+def test_weights_that_no_live_bank_gave_out_remember_nothing_and_are_pickled(bank):
+    root = bank.root
+    own = StackedExpertWeights([root.w_in[..., ::2], root.w_in[..., 1::2]], root.w_out, None, root.b)
+    assert right(own, inputs()) and right(pickle.loads(pickle.dumps(own)), inputs())
