@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.05, help="CPU time of a cell")
     parser.add_argument("--least", type=float, default=0.95)
     parser.add_argument("--isa", choices=["avx2"], help="play a lesser instruction set")
-    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--save", nargs="?", const="", metavar="SUFFIX", help="of the file's name")
     asked = parser.parse_args()
     if asked.isa and "ATEN_CPU_CAPABILITY" not in os.environ:  # read when torch is loaded: begin anew
         limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -93,14 +93,15 @@ def main() -> None:
     print(f"{len(low)} of {count} cells below {asked.least}")
     for r, where in sorted(low):
         print(f"  {r:.2f} {where}")
-    if asked.save:
+    if asked.save is not None:
         isa = torch.backends.cpu.get_cpu_capability()
         about = {
             "command": " ".join(["python -m benchmarks.never_slower", *sys.argv[1:]]), "cpu": cpu_model(), "isa": isa,
             "torch": torch.__version__, "moeopt": moeopt.__version__, "python": platform.python_version(),
             "load": os.getloadavg(), "experts": asked.experts, "top": asked.top, "rows": rows,
         }  # fmt: skip
-        path = RESULTS / f"never-slower-{isa.lower()}-1t.json"
+        suffix = f"-{asked.save}" if asked.save else ""
+        path = RESULTS / f"never-slower-{isa.lower()}-1t{suffix}.json"
         path.write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -17,7 +17,8 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef, SlotRefs
 from moeopt.ops.experts import experts
 from moeopt.rewrite.block_program import BlockProgram
-from moeopt.rewrite.install import RewrittenForward, live_bank
+from moeopt.rewrite.install import RewrittenForward
+from moeopt.rewrite.live_bank import live_bank
 from moeopt.value_types import PyObject
 
 WHY_NO_GRAPH = "experts that lie on several ranks are reached by collectives on sizes that each call decides"

@@ -167,9 +167,10 @@ def _quantized_needs_grad(x: Tensor, weights: Tensor, bank: QuantizedExpertWeigh
 
 
 def _run(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
-    kernel = _KERNELS.get(x.device.type, experts_reference)
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
+    device = "cpu" if x.is_cpu else x.device.type
+    kernel = _KERNELS.get(device, experts_reference)
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
             return kernel(x, ids, weights, bank, spec)
     return kernel(x, ids, weights, bank, spec)
 

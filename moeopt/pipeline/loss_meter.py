@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.ops.override import override_experts_impl
 from moeopt.pipeline.quantized_products import QuantizedProducts
-from moeopt.rewrite.install import RewrittenForward, live_bank
+from moeopt.rewrite.install import RewrittenForward
+from moeopt.rewrite.live_bank import live_bank
 from moeopt.rewrite.live_codes import LiveCodes
 from moeopt.value_types import PyObject
 from moeopt.verification.loss import LossFigures

@@ -107,7 +107,8 @@ def _kind(forward: RewrittenForward) -> str:
     parts += [f"{p.dtype} {tuple(p.shape)} {p.stride()}" for p in module.parameters()]
     parts += [str(spec) for _, spec in block.weights]
     parts += [block.graph.python_code("self").src, str(module.training)]
-    return f"{type(module).__qualname__} {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}, rewritten or not,"
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return f"{type(module).__qualname__} {digest}, rewritten or its own code,"
 
 
 @torch.no_grad()

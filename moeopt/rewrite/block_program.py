@@ -12,7 +12,7 @@ from torch import fx, nn
 from moeopt.ir.specs import RouterSpec
 from moeopt.ir.weight_refs import expert_paths
 from moeopt.rewrite.block_graph import BlockGraph
-from moeopt.rewrite.call_guard import CallGuard
+from moeopt.rewrite.call_guard import BoundArguments, CallGuard, overlap
 from moeopt.rewrite.module_facts import Fact, take_facts
 from moeopt.rewrite.module_guard import Watch
 from moeopt.rewrite.reads import Reads
@@ -47,6 +47,20 @@ class BlockProgram:
     def frozen(self) -> dict[str, torch.Tensor]:
         """By path in the block, the values of tensors that decided what the graph is and that it does not read."""
         return self.block.frozen
+
+    def forbidden(self, module: nn.Module, bound: BoundArguments) -> str:
+        """Why gradients or writes to its arguments forbid the rewritten code on this call; "" when they do not."""
+        if self.guard.gradients and torch.is_grad_enabled():
+            if any(t.requires_grad for t in (*bound.tensors(), *module.parameters())):
+                return self.guard.gradients
+        if not self.block.mutations:
+            return ""
+        tensors = bound.tensors()
+        if overlap(tensors):
+            return "it writes to its arguments, and two of them share memory"
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return "it writes to tensors in place, which the rewritten code does not differentiate"
+        return ""
 
     def watch(self, module: nn.Module) -> Watch:
         """What was verified of ``module``'s own code, bound to it; the first module to ask is the verified one."""

@@ -138,6 +138,12 @@ class CallGuard:
     tied: tuple[Tie, ...] = ()
     fewest: int = 0
     most: int | None = None
+    changes = 0  # no field
+
+    def __setattr__(self, name: str, value: PyObject) -> None:
+        """Set it, and count in ``changes`` how often that was done: code made of a guard holds for one count."""
+        self.__dict__["changes"] = self.changes + 1
+        super().__setattr__(name, value)
 
     def refuses(self, module: torch.nn.Module, bound: BoundArguments) -> str:
         """Why this call is unlike the verified ones; "" when it is like them."""
@@ -183,15 +189,15 @@ class CallGuard:
                 for size, fixed in zip(sizes, shape, strict=True):
                     if fixed is not None and size != fixed:
                         return f"it was called with size {size} where only {fixed} was verified"
-                if self.kept and (outside := _outside(leaf, self.kept[index])):
-                    return outside
+                if self.kept and (told := outside(leaf, self.kept[index])):
+                    return told
                 tensors.append(leaf)
             elif known is OPAQUE:
                 return f"an argument is a {type(leaf).__name__}, whose contents are not compared"
             elif isinstance(leaf, torch.Tensor) or type(leaf) is not type(known) or leaf != known:
                 return f"it was called with {leaf!r} where {known!r} was verified"
-        if (self.fewest or self.most is not None) and (outside := self._tokens(tensors)):
-            return outside
+        if (self.fewest or self.most is not None) and (told := self._tokens(tensors)):
+            return told
         return self._sizes(tensors) if self.tied else ""
 
     def _tokens(self, tensors: list[torch.Tensor]) -> str:
@@ -234,7 +240,7 @@ def _has_functions_of_its_own(tensor: torch.Tensor) -> bool:
     return own is not None and own is not torch.Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
-def _outside(ids: torch.Tensor, kept: tuple[int, int] | None) -> str:
+def outside(ids: torch.Tensor, kept: tuple[int, int] | None) -> str:
     """Why integers are none that the model around a block gives it; "" where they are, or cannot be looked at.
 
     On a GPU a look would wait for it at each call; an index out of bounds stops the original there.
@@ -244,7 +250,7 @@ def _outside(ids: torch.Tensor, kept: tuple[int, int] | None) -> str:
     if not (numel := ids.numel()):
         return ""
     if numel <= _FEW:
-        listed = ids.flatten().tolist()
+        listed = [i for row in ids.tolist() for i in row] if ids.dim() == 2 else ids.flatten().tolist()
         least, greatest = min(listed), max(listed)
     else:
         least, greatest = (int(v) for v in torch.aminmax(ids))

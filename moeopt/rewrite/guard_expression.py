@@ -127,7 +127,7 @@ class GuardExpression:
             now, before = zip(*self._tables.values(), strict=True)
             self.add("{0} == {1}", now, before)
         names = ", ".join(f"a{i}" for i in range(len(self._values)))
-        code = _compile(f"def same({names}):\n    return {' and '.join(self._terms) or 'True'}\n")
+        code = compiled_once(f"def same({names}):\n    return {' and '.join(self._terms) or 'True'}\n", "same")
         return types.FunctionType(code, {}, "same", tuple(self._values))
 
 
@@ -144,8 +144,9 @@ def _quoted(key: str) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _compile(source: str) -> types.CodeType:
+def compiled_once(source: str, name: str) -> types.CodeType:
+    """The code of the function ``name`` that ``source`` defines."""
     scope: dict[str, Any] = {}
     exec(compile(source, "<moeopt probe>", "exec"), scope)
-    code: types.CodeType = scope["same"].__code__
+    code: types.CodeType = scope[name].__code__
     return code

@@ -10,10 +10,10 @@ flag, autocast). If not, or if the module was changed since, the original forwar
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -22,24 +22,39 @@ from torch import fx, nn
 from moeopt.capture.tree import tree_map
 from moeopt.compat import constant_when_compiled
 from moeopt.errors import Declined, StaleModelWarning
-from moeopt.ir.row_function import RowFunction
 from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
-from moeopt.rewrite.call_guard import OPAQUE, TENSOR, BoundArguments, CallGuard, bind, by_position, overlap
+from moeopt.rewrite.call_guard import OPAQUE, TENSOR, CallGuard, bind, by_position
 from moeopt.rewrite.id_range import IdOutOfRange
+from moeopt.rewrite.live_bank import check_of, live_bank
 from moeopt.rewrite.live_codes import LiveCodes, check_dtypes, dequantized
-from moeopt.rewrite.live_slots import LiveSlots
-from moeopt.rewrite.live_weights import LiveExpertWeights, Place, Stale
-from moeopt.rewrite.module_guard import Watch
-from moeopt.rewrite.own_code import OwnCode
+from moeopt.rewrite.live_weights import Stale
+from moeopt.rewrite.own_code import LOOK, OwnCode
 from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
+from moeopt.rewrite.usual_call import usual_call
 from moeopt.value_types import PyObject
 
 __all__ = ["OPAQUE", "TENSOR", "CallGuard", "BlockProgram", "RewrittenForward", "bind", "install", "uninstall"]
 
 aten = torch.ops.aten
+
+
+class _Prepared:
+    """What a forward prepares at first use: a copy is made before its module has its children.
+
+    A ``__getattr__`` in its place makes every attribute of its class twice as slow to read.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, forward: RewrittenForward | None, owner: type) -> PyObject:
+        if forward is None or "program" not in forward.__dict__:
+            raise AttributeError(self.name)
+        forward._prepare()
+        return forward.__dict__[self.name]
 
 
 def _change_of(forward: RewrittenForward) -> Callable[[], str]:
@@ -58,22 +73,6 @@ def _change_of(forward: RewrittenForward) -> Callable[[], str]:
     return change
 
 
-def _check(watch: Watch, bank: int, expert: int) -> None:
-    reason = watch.expert((bank, expert))
-    if reason:
-        raise Stale(reason)
-
-
-def live_bank(
-    module: nn.Module, refs: PyObject, spec: PyObject, check: Callable[[int], None] = lambda e: None,
-    place: type[Place] = Place,
-) -> PyObject:  # fmt: skip
-    """The weights at ``refs`` of ``module``, as the op takes them; ``check`` is asked before each expert is read."""
-    if isinstance(spec, RowFunction):
-        return LiveSlots(module, refs, check, place)
-    return LiveExpertWeights(module, refs, (spec.w_in_layout, spec.w_out_layout), check, place)
-
-
 class RewrittenForward:
     """Callable that stands in for ``module.forward``; see the module's docstring.
 
@@ -86,6 +85,7 @@ class RewrittenForward:
     source: Source | None = None
     own_code: OwnCode | None = None
     silent = _changed = False
+    _unlooked = 0
 
     def __init__(self, module: nn.Module, program: BlockProgram, original: Callable[..., Any] | None = None) -> None:
         self.module, self.program, self.original = module, program, original
@@ -104,13 +104,20 @@ class RewrittenForward:
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
         self._run = compiled(block.graph)
         self._names = by_position(program.signature)
+        self._know_usual()
+
+    def _know_usual(self) -> None:
+        """Make anew what knows the usual call; it knows none of a block that writes to its arguments."""
+        guard = self.program.guard
+        self._usual = None if self.program.block.mutations else usual_call(guard, self.program.signature)
+        self._usual_of = guard.changes
 
     def _bank(self, index: int, refs: PyObject, spec: PyObject) -> PyObject:
         """The live weights of the op number ``index``, or their codes."""
         block = self.program.block
         if index in block.formats:
             return LiveCodes(self.module, index, refs, spec, block.formats[index], block.codes.get(index))
-        return live_bank(self.module, refs, spec, functools.partial(_check, self.watch, index))
+        return live_bank(self.module, refs, spec, check_of(self.watch, index))
 
     def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The op on the live weights number ``index``: what a ``moeopt::experts`` node of the graph calls."""
@@ -144,19 +151,30 @@ class RewrittenForward:
         self._prepare()
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
-        if not torch.compiler.is_compiling() and self.own_code is not None and self.own_code.takes(args, kwargs):
-            if self.source is not None:  # the own code follows what changes in its module, and not what does there
-                self.source.look()
-            return self.own()(*args, **kwargs)
-        bound = bind(self.program.signature, args, kwargs, self._names)
-        refusal = self.program.guard.refuses(self.module, bound) or self._effects(bound)
+        left, refusal, tensors = False, "", cast("Sequence[torch.Tensor] | None", None)
+        if not torch.compiler.is_compiling():
+            left = self.own_code is not None and self.own_code.takes(args, kwargs)
+            if left and self._unlooked > 0:
+                self._unlooked -= 1
+                return self.own()(*args, **kwargs)
+            if self._usual is not None and not kwargs:
+                tensors = self._usual(self.module, args)
+        if tensors is None:
+            guard, bound = self.program.guard, bind(self.program.signature, args, kwargs, self._names)
+            refusal = guard.refuses(self.module, bound) or self.program.forbidden(self.module, bound)
+            tensors = bound.tensors()
+            if self._usual_of != guard.changes and not torch.compiler.is_compiling():
+                self._know_usual()
         if not refusal:
             try:
                 refusal = self.change()
                 if not refusal:
                     if self._changed:  # it is as it was again: the next change is told again
                         self._changed, self.last_refusal = False, ""
-                    return self._forward(bound)
+                    if left:
+                        self._unlooked = LOOK - 1
+                        return self.own()(*args, **kwargs)
+                    return self._forward(tensors)
                 self._changed = True
             except IdOutOfRange as outside:
                 refusal = str(outside)
@@ -164,32 +182,17 @@ class RewrittenForward:
                 self._stale, refusal = True, str(stale)
         return self._fall_back(refusal, args, kwargs)
 
-    def _effects(self, bound: BoundArguments) -> str:
-        """Why gradients or writes to its arguments forbid the rewritten code on this call; "" when they do not."""
-        program = self.program
-        if program.guard.gradients and torch.is_grad_enabled():
-            if any(t.requires_grad for t in (*bound.tensors(), *self.module.parameters())):
-                return program.guard.gradients
-        if not program.block.mutations:
-            return ""
-        tensors = bound.tensors()
-        if overlap(tensors):
-            return "it writes to its arguments, and two of them share memory"
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return "it writes to tensors in place, which the rewritten code does not differentiate"
-        return ""
-
     @property
     def __code__(self) -> PyObject:
         """The original forward's code: torch.export reads argument names off it."""
         return type(self.module).forward.__code__
 
-    def _forward(self, bound: BoundArguments) -> PyObject:
+    def _forward(self, tensors: Sequence[torch.Tensor]) -> PyObject:
         if self.program.guard.no_grad and torch.is_grad_enabled():
             with torch.no_grad():
-                leaves = self._run(self.module, self, *bound.tensors())
+                leaves = self._run(self.module, self, *tensors)
         else:
-            leaves = self._run(self.module, self, *bound.tensors())
+            leaves = self._run(self.module, self, *tensors)
         self.calls += 1
         block = self.program.block
         if self._plain:
@@ -211,7 +214,7 @@ class RewrittenForward:
 
     def own(self) -> Callable[..., Any]:
         """The block's own forward."""
-        return self.original if self.original is not None else functools.partial(type(self.module).forward, self.module)
+        return self.original if self.original is not None else MethodType(type(self.module).forward, self.module)
 
     def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject) -> PyObject:
         if self.last_refusal != refusal:
@@ -242,16 +245,13 @@ class RewrittenForward:
         new.__signature__ = self.__signature__
         return new
 
-    def __getattr__(self, name: str) -> PyObject:
-        # A copy is made before its module has its children: it prepares itself at first use.
-        if name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names") and "program" in self.__dict__:
-            self._prepare()
-            return self.__dict__[name]
-        raise AttributeError(name)
-
     def __getstate__(self) -> dict[str, Any]:
         keep = ("module", "program", "original", "own_code", "__signature__")
         return {k: getattr(self, k) for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
+
+
+for _name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of"):
+    setattr(RewrittenForward, _name, _Prepared(_name))
 
 
 def run(block: BlockGraph, module: nn.Module, *args: PyObject, **kwargs: PyObject) -> PyObject:

@@ -224,7 +224,7 @@ class LiveExpertWeights:
         tensors = [place.read() for place in self._places.values()]
         if torch.is_grad_enabled() or compiling or not _PLAIN.issuperset(map(type, tensors)):
             return self._stacked()
-        now = (torch.is_inference_mode_enabled(), [(id(t), t.data_ptr(), t.stride()) for t in tensors])
+        now = (torch.is_inference_mode_enabled(), [(id(t), t.data_ptr(), t.stride(), t.is_neg()) for t in tensors])
         if self._stack is None or self._stack[0] != now:
             bank = _detached(self._stacked())
             self._stack = now, bank, [weakref.ref(t, self._let_go) for t in tensors]
@@ -262,6 +262,8 @@ def _detached(bank: StackedExpertWeights) -> StackedExpertWeights:
     def one(t: Tensor | None) -> PyObject:
         return None if t is None else t.detach()
 
-    return StackedExpertWeights(
+    detached = StackedExpertWeights(
         [one(t) for t in bank.w_in_s], one(bank.w_out_s), [one(t) for t in bank.b_in_s], one(bank.b_out_s)
     )
+    detached.again = {}
+    return detached

@@ -21,6 +21,8 @@ from moeopt.value_types import PyObject
 
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _traced_by_jit = torch._C._get_tracing_state
+LOOK = 8
+"""Of so many calls that are left to the own code one is guarded as others are, to tell of what has changed."""
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 

@@ -207,3 +207,22 @@ def test_ways_run_under_no_mode_that_would_slow_their_small_calls_down():
         fastest("modes under a default device", lambda: {"a": way}, "a")
     plain, named = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert set(plain) == {(0, "cpu")} and {device for _, device in named} == {"cpu"}
+
+
+def test_a_way_is_compared_turn_by_turn(monkeypatch):
+    """What else runs on a machine slows a turn as a whole: each way's median alone may be of different turns."""
+    now = [0.0]
+    monkeypatch.setattr(measured.time, "thread_time", lambda: now[0])
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: now[0])
+
+    def quickest(advantage):
+        turns = {"default": iter((1, 1.2, 2.4, 12, 9, 5)), "other": iter((1, 1, 2, 10, 20, 6))}
+
+        def way(name):
+            now[0] += next(turns[name])
+
+        ways = {name: lambda name=name: way(name) for name in turns}
+        return measured._measure(ways, "default", advantage)
+
+    assert quickest(1.15) == "other"  # in three turns of five; the medians are 5 and 6
+    assert quickest(1.25) == "default"

@@ -12,7 +12,7 @@ from moeopt.errors import StaleModelWarning
 from moeopt.ops.override import default_impl
 from moeopt.pipeline import own_code
 from moeopt.rewrite.install import rewritten_forward
-from moeopt.rewrite.own_code import OwnCode
+from moeopt.rewrite.own_code import LOOK, OwnCode
 from moeopt.rewrite.whole_model import without_own_code
 from tests.zoo.dense_forms import EinsumAll
 
@@ -140,8 +140,50 @@ def test_a_changed_source_is_told_by_calls_of_the_own_code_too(slower_at):
     opt = optimized(source)
     source.wi = torch.nn.Parameter(torch.zeros_like(source.wi))
     with pytest.warns(StaleModelWarning, match="wi"):
-        for _ in range(20):
+        for _ in range(20 * LOOK):
             opt.model(x(2))
+
+
+def test_of_what_the_rewritten_code_would_refuse_calls_of_the_own_code_tell_too(slower_at):
+    slower_at(*own_code.NEAR)
+    opt, changed = optimized(), model()
+    attribute = next(name for name, value in vars(changed).items() if type(value) is int)
+    opt.model(x(2))
+    setattr(opt.model, attribute, 1)
+    setattr(changed, attribute, 1)
+    with pytest.warns(StaleModelWarning, match=f"{attribute} of the block is 1 and was"):
+        for _ in range(LOOK):
+            assert torch.equal(opt.model(x(2)), changed(x(2)))
+    with warnings.catch_warnings():  # told once
+        warnings.simplefilter("error")
+        for _ in range(2 * LOOK):
+            assert torch.equal(opt.model(x(2)), changed(x(2)))
+
+
+def test_under_autocast_calls_of_the_own_code_say_so(slower_at):
+    slower_at(*own_code.NEAR)
+    opt = optimized()
+    with pytest.warns(StaleModelWarning, match="autocast is on"), torch.autocast("cpu"):
+        want = model()(x(2))
+        for _ in range(LOOK):
+            assert torch.equal(opt.model(x(2)), want)
+
+
+def test_two_threads_that_count_at_once_do_not_end_the_telling(slower_at):
+    slower_at(*own_code.NEAR)
+    opt = optimized()
+    rewritten_forward(opt.model)._unlooked = -1  # both had taken the last
+    with pytest.warns(StaleModelWarning, match="autocast is on"), torch.autocast("cpu"):
+        opt.model(x(2))
+
+
+def test_a_guard_that_was_changed_is_compiled_as_it_is(slower_at):
+    opt = optimized()
+    forward = rewritten_forward(opt.model)
+    forward.program.guard.most = 100
+    with torch.no_grad():
+        got = torch.compile(opt.model, backend="eager", fullgraph=True)(x(5))
+    assert torch.allclose(got, model()(x(5)), atol=1e-5) and forward._usual_of != forward.program.guard.changes
 
 
 def test_both_ways_are_timed_on_the_same_call(monkeypatch):

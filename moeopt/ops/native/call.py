@@ -9,7 +9,7 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ _LIMITS = ("gate_min", "gate_max", "up_min", "up_max", "act_min", "act_max")
 _ABSENT = (0, 0, 0)
 _NO_MATRIX = (0,) * 10
 _NO_SCALES = (0, 0, 0, 0)
+ADDRESSES = (7, 11, 15, 19)
+"""Which words of a ``moeopt_call`` are the addresses of x, ids, weights and y."""
 
 NativeRun = Callable[[ctypes.c_void_p], int]
 """Takes the address of a ``moeopt_call``, and gives its status."""
@@ -89,6 +91,13 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+class Prepared(NamedTuple):
+    """A ``moeopt_call``, and what its words point to but for x, ids, weights and y."""
+
+    words: array[int]
+    held: tuple[object, ...]
+
+
 def call(
     run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, isa: int
 ) -> Tensor:
@@ -97,6 +106,13 @@ def call(
     Raises:
         Unfit: what the kernel does not take; nothing was computed.
     """
+    return prepared_call(run, x, ids, weights, bank, spec, isa)[0]
+
+
+def prepared_call(
+    run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, isa: int
+) -> tuple[Tensor, Prepared]:
+    """As :func:`call`; and the words of the call."""
     if transformed():
         raise Unfit("a functional transform (torch.func) or forward-mode differentiation is at work")
     encoded = encode_spec(spec, x.dtype, weights.dtype)
@@ -122,7 +138,7 @@ def call(
         raise MemoryError(f"experts: no memory for {T * K} rows of {H} and {D} numbers")
     if status:
         raise Unfit("the weights' shapes do not fit one another")
-    return y
+    return y, Prepared(words, (encoded, entries, index))
 
 
 def _experts(bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Tensor]) -> CallWords:

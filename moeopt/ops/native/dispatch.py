@@ -15,7 +15,8 @@ from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.kernels.few_calls import all_experts, listed
 from moeopt.ops.kernels.gemm import LARGE, power_of_two
 from moeopt.ops.measured import Way, fastest
-from moeopt.ops.native.call import call, transformed
+from moeopt.ops.native.again import again, call
+from moeopt.ops.native.call import transformed
 from moeopt.ops.native.library import Library, library
 from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.reference import check, experts_reference
@@ -30,8 +31,13 @@ WORK = 1 << 24
 
 def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """``experts_reference``, by the fastest kernel for this call; differentiable by ``torch.func`` only."""
+    stacked = bank.stacked()
+    if stacked is not None and stacked is not bank and stacked.again and (native := library()) is not None:
+        known_TH = again(stacked, native.run, x_TH, ids_TK, weights_TK, spec)
+        if known_TH is not None:
+            return known_TH
     check(x_TH, ids_TK, weights_TK, bank, spec)
-    bank = bank.stacked() or bank  # what is read more than once is looked up once
+    bank = stacked or bank  # what is read more than once is looked up once
     if transformed():
         return experts_reference(x_TH, ids_TK, weights_TK, bank, spec)  # torch's fast kernels write in place
     together = every_expert.is_every(x_TH, ids_TK, weights_TK, bank, spec)

@@ -1,0 +1,33 @@
+"""The weights of one op of a block, as the op takes them, read from the module at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from moeopt.ir.row_function import RowFunction
+from moeopt.rewrite.live_slots import LiveSlots
+from moeopt.rewrite.live_weights import LiveExpertWeights, Place, Stale
+from moeopt.rewrite.module_guard import Watch
+from moeopt.value_types import PyObject
+
+
+def live_bank(
+    module: nn.Module, refs: PyObject, spec: PyObject, check: Callable[[int], None] = lambda e: None,
+    place: type[Place] = Place,
+) -> PyObject:  # fmt: skip
+    """The weights at ``refs`` of ``module``; ``check`` is asked before each expert is read."""
+    if isinstance(spec, RowFunction):
+        return LiveSlots(module, refs, check, place)
+    return LiveExpertWeights(module, refs, (spec.w_in_layout, spec.w_out_layout), check, place)
+
+
+def check_of(watch: Watch, bank: int) -> Callable[[int], None]:
+    """What raises :class:`Stale` where an expert of the bank number ``bank`` is not as it was verified."""
+
+    def check(expert: int) -> None:
+        if reason := watch.expert((bank, expert)):
+            raise Stale(reason)
+
+    return check
