@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from moeopt.capture.bool_reads import asked_from
 from moeopt.errors import NotSaveableError
+from moeopt.lower.settled_reads import Asked
 from moeopt.value_types import FxTarget, PyObject
 
 _QUESTIONS = frozenset({
@@ -59,9 +61,12 @@ class Answers(TorchFunctionMode):
         written: the roots of all constants that an op wrote to.
     """
 
-    def __init__(self, model: nn.Module, values: dict[str, Tensor]) -> None:
-        """The traced weights and buffers of ``model`` stand for ``values``."""
+    def __init__(
+        self, model: nn.Module, values: dict[str, Tensor], settled: Mapping[Asked, bool] | None = None
+    ) -> None:
+        """The traced weights and buffers of ``model`` stand for ``values``; ``settled`` are answers about the data."""
         super().__init__()
+        self._settled = settled or {}
         self._named = type(model).__name__
         self._known: dict[int, _ConstantRead] = {}
         self.asked: set[str] = set()
@@ -85,6 +90,9 @@ class Answers(TorchFunctionMode):
             answer = self._answer(func, args, kwargs, held)
             self.asked |= roots
             return answer
+        place = asked_from() if func is Tensor.__bool__ and self._settled else None
+        if place is not None and place in self._settled:
+            return self._settled[place]
         result = func(*args, **kwargs)
         if _writes(func, kwargs) or any(not k.untouched for k in held):
             self.written |= roots
@@ -166,10 +174,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class ConstantReads:
-    """The questions of one trace, asked about a model's own constants."""
+    """The questions of one trace, asked about a model's own constants, or about data where the answer is settled."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._values = model, _tensors(model)
+    def __init__(self, model: nn.Module, settled: Mapping[Asked, bool] | None = None) -> None:
+        self._model, self._values, self._settled = model, _tensors(model), settled
         self.asked: set[str] = set()
 
     def run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> PyObject:
@@ -178,7 +186,7 @@ class ConstantReads:
         Raises:
             NotSaveableError: the model writes to what it asked.
         """
-        answers = Answers(self._model, self._values)
+        answers = Answers(self._model, self._values, self._settled)
         before = _tensors(self._model)
         with answers:
             result = forward(*args, **kwargs)
