@@ -280,13 +280,42 @@ def _is_table(node: object) -> bool:
 
 
 def mixed_kernels(tape: Tape) -> Declined | None:
-    """A convolution whose kernel is computed from the input: a sum of the experts' kernels for each sample."""
+    """A convolution whose kernel is computed from the input: picked, or a sum of the experts' kernels, for each
+    sample."""
     for node in tape.nodes:
         if op_name(node) == "convolution" and isinstance(node.args[1], fx.Node):
-            if any(n.op == "placeholder" for n in ancestors([node.args[1]])):
+            before = ancestors([node.args[1]])
+            if not any(n.op == "placeholder" for n in before):
+                continue
+            kernel = node.args[1]
+            while moves_rows(kernel) and not picks_rows(kernel) and kernel.all_input_nodes:
+                kernel = kernel.all_input_nodes[0]
+            if picks_rows(kernel):
                 return Declined(
-                    "it adds up its experts' kernels for each sample and runs one convolution with the sum, so no "
-                    "expert runs by itself and there is nothing to group; this block stays as it is",
+                    "it picks its experts' kernels for each sample and runs one convolution with them, a group for "
+                    "each sample; the op multiplies each token's row by a matrix, so this block stays as it is",
                     node.meta.get("source"),
                 )
+            return Declined(
+                "it adds up its experts' kernels for each sample and runs one convolution with the sum, so no "
+                "expert runs by itself and there is nothing to group; this block stays as it is",
+                node.meta.get("source"),
+            )
+    return None
+
+
+def picked_matrices(tape: Tape) -> Declined | None:
+    """Products by matrices that are looked up for each row, of experts that are one matrix each."""
+    for node in tape.nodes:
+        if op_name(node) not in ("index", "index_select") or not _is_table(node.args[0]):
+            continue
+        stack: fx.Node = node.args[0]  # type: ignore[assignment]
+        chosen = any(op_name(n) in _CHOICES for n in ancestors(node.all_input_nodes[1:]))
+        if chosen and len(stack.meta["shape"]) == 3:
+            return Declined(
+                f"its experts are one matrix each, and each token multiplies by a copy of its own ({_path(node)}[ids]);"
+                " the op takes such experts, in engines, where each runs on the rows that chose it: loop over the "
+                "experts (row, slot = torch.where(ids == e); y.index_add_(0, row, x[row] @ W[e] * ...))",
+                node.meta.get("source"),
+            )
     return None

@@ -15,7 +15,7 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
-from moeopt.recognise.named_obstacles import between_products, named_obstacle
+from moeopt.recognise.named_obstacles import between_products, mixed_kernels, named_obstacle, picked_matrices
 from moeopt.recognise.product_of_all import one_product_of_all
 
 
@@ -33,7 +33,7 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
                 "after another, where the op's experts all read the same tokens; sum their results in another tensor",
                 source_of(first),
             )
-    if (reason := _wide_convolution(tape) or named_obstacle(tape)) is not None:
+    if (reason := mixed_kernels(tape) or _wide_convolution(tape) or named_obstacle(tape)) is not None:
         return reason
     memo: dict[fx.Node, bool] = {}
     for node in tape.nodes:
@@ -47,8 +47,9 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
                     "once, and keep the results",
                     node.meta.get("source", ""),
                 )
-    if (reason := _one_of_many(tape) or one_product_of_all(tape) or between_products(tape)) is not None:
-        return reason
+    for look in (_one_of_many, one_product_of_all, between_products, picked_matrices):
+        if (reason := look(tape)) is not None:
+            return reason
     return Declined(
         "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "
         "depends on the whole batch, or weighs the hidden neurons), which the op does not carry",
