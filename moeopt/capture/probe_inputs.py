@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from moeopt.capture.call_roles import ArgRole, CallSpec
+from moeopt.capture.call_roles import ArgRole, CallSpec, is_filled, packed_role
 from moeopt.errors import Declined, UsageError
 from moeopt.obstacles import Rank
 from moeopt.value_types import PyObject
@@ -74,6 +74,8 @@ def _leaf(t: PyObject, first: torch.Tensor, grid: tuple[int, ...], axis: int, le
         batch = 0 if t.shape[0] == grid[0] else None
         return ArgRole("pairs", dims=(batch, None, 1 if t.shape[2] == grid[1] else None, 1))
     total = math.prod(grid)
+    if (packed := packed_role(t, grid)) is not None:
+        return ArgRole(packed)
     for count in (len(grid), 1):
         dims = tuple(t.shape[:count])
         if t.dim() >= count and (dims == grid if count == len(grid) else dims == (total,)):
@@ -109,6 +111,12 @@ def _of_sequences(
         else leaf
         for leaf, t in zip(roles, leaves, strict=True)
     )
+    filled = tuple(
+        ArgRole("filled") if isinstance(t, torch.Tensor) and leaf.role == "pairs" and is_filled(t, grid) else leaf
+        for leaf, t in zip(found, leaves, strict=True)
+    )
+    if filled != found:  # a number of places that it has: a language of that number is tried after it
+        yield filled
     if found != roles:
         yield found
 
