@@ -8,7 +8,8 @@ A prototype is one real call of a block with a role for each flattened leaf of `
     weights   floating routing weights, (tokens, K) or (tokens, E)
     static    anything else; with ``lead`` > 0 its rows go with the tokens (a mask, input ids)
     pairs     (B or 1, heads or 1, S or 1, S) beside (B, S, H): what attention adds to, or allows, for pairs of tokens;
-              (B, ...) beside it: what holds for each sequence (a language, a task, a condition)
+              (B, ...) beside it: what holds for each sequence (a language, a task, a condition);
+              (T, T) beside (T, H): the edges of a graph
     bounds    (N + 1,) of sequences packed one behind the other: 0 = b_0 <= b_1 ... <= b_N = all tokens
     lengths   (N,) of these, which add up to all tokens
     filled    (B,) beside (B, S, H): how many of the S places of each sequence hold a token, S for one of them

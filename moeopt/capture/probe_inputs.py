@@ -67,6 +67,8 @@ def _float(t: PyObject) -> bool:
 def _leaf(t: PyObject, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: int) -> ArgRole:
     if not isinstance(t, torch.Tensor) or t.dim() == 0:
         return ArgRole()
+    if len(grid) == 1 and tuple(t.shape) == grid * 2 and first.shape[axis] != grid[0] > 1:  # edges between all tokens
+        return ArgRole("pairs", dims=(0, 0))
     if _float(t) and t.dim() == first.dim() and tuple(t.movedim(axis, -1).shape[:lead]) == grid:
         same = t.shape[axis] == first.shape[axis]
         return ArgRole("tokens" if same else "weights", lead, axis)

@@ -3,6 +3,7 @@
     weights   y = x W[ids]                 rows of a stack of matrices or kernels, picked by ids that a router chose
     rows      y[rows] += x[rows] W_e       one product for each expert, on rows that an index picked
     numbers   y[b] = experts[int(ids[b])]  one of a list or a stack for each sample, named by a number that was chosen
+    sums      y = x (sum of g_e W_e)       the matrices are weighed, and no expert runs by itself
     gates     y = sum(gate_e * f_e(x))     all run, and a top-k leaves some of them a weight
 
 Projections of an attention are experts so (SwitchHead), and kernels of a convolution. What every token passes is no
@@ -23,6 +24,7 @@ from moeopt.find.light_sites import leaf_of
 from moeopt.find.module_lists import alike_lists
 from moeopt.find.unread_blocks import UnreadBlocks, calls_of_blocks, weights_of
 from moeopt.recognise.gemm_sites import weight_and_operand
+from moeopt.recognise.weights_for_rows import summed_matrices
 
 _CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "multinomial")
 
@@ -30,7 +32,7 @@ _CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "multin
 def single_products(unread: UnreadBlocks, places: list[BlockCandidate]) -> list[BlockCandidate]:
     """The mixtures of single products in the run of ``unread``, outside the calls of ``places``."""
     found: list[BlockCandidate] = []
-    for search in (_picked_weights, _picked_rows, _named_by_python):
+    for search in (_picked_weights, _picked_rows, _named_by_python, _summed_weights):
         taken = calls_of_blocks([*places, *found])
         known = {weight for p in (*places, *found) for weight in p.weights}
         found += [p for p in search(unread) if p.call.index not in taken and known.isdisjoint(p.weights)]
@@ -118,3 +120,13 @@ def _named_by_python(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         parts = [n for n in ancestors([found[0]]) if op_name(n) == "select"] if found is not None else []
         if parts and path in unread.named and whole is not None and whole.dim() > 2:
             yield unread.place(unread.tape.calls[node.meta["call"]], node.meta["index"], len(whole), {id(whole)})
+
+
+def _summed_weights(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
+    """Calls that multiply by sums of their stacks' matrices, one sum for each sample or token."""
+    homes: dict[int, list[tuple[fx.Node, str]]] = {}
+    for node, stack in summed_matrices(unread.tape):
+        homes.setdefault(node.meta["call"], []).append((node, stack))
+    for index, products in homes.items():
+        (first, stack), weights = products[0], {id(unread.named[name]) for _, name in products}
+        yield unread.place(unread.tape.calls[index], first.meta["index"], len(unread.named[stack]), weights)

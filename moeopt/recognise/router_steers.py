@@ -17,7 +17,7 @@ from moeopt.capture.tree import tree_map
 from moeopt.errors import Declined
 from moeopt.recognise.routing_types import Routing
 
-_CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
+CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
 
 
 def only_the_router_steers(
@@ -31,7 +31,7 @@ def only_the_router_steers(
     cut = {node for r in (routing.ids, routing.weights) if r is not None for node in r.nodes} | tables
     steered: dict[fx.Node, bool] = {}
     for node in tape.nodes:
-        chosen = op_name(node) in _CHOICES or (node.target is operator.getitem and op_name(node.args[0]) in _CHOICES)  # type: ignore[arg-type]
+        chosen = op_name(node) in CHOICES or (node.target is operator.getitem and op_name(node.args[0]) in CHOICES)  # type: ignore[arg-type]
         integer = not getattr(node.meta.get("dtype"), "is_floating_point", True)
         if node in cut or (chosen and integer) or is_factory(node):  # zeros_like reads a shape
             steered[node] = False

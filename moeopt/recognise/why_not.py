@@ -15,8 +15,9 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
-from moeopt.recognise.named_obstacles import between_products, mixed_kernels, named_obstacle, picked_matrices
+from moeopt.recognise.named_obstacles import between_products, named_obstacle
 from moeopt.recognise.product_of_all import one_product_of_all
+from moeopt.recognise.weights_for_rows import mixed_kernels, mixed_matrices, picked_matrices
 
 
 def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
@@ -33,8 +34,9 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
                 "after another, where the op's experts all read the same tokens; sum their results in another tensor",
                 source_of(first),
             )
-    if (reason := mixed_kernels(tape) or _wide_convolution(tape) or named_obstacle(tape)) is not None:
-        return reason
+    for look in (mixed_kernels, mixed_matrices, _wide_convolution, named_obstacle):
+        if (reason := look(tape)) is not None:
+            return reason
     memo: dict[fx.Node, bool] = {}
     for node in tape.nodes:
         if is_computed_weight(node, memo):
