@@ -129,7 +129,7 @@ def _why_no_ids(table: Table) -> Declined:
         return Declined(
             "its experts serve fixed places of a sequence (a slice each, as of image and text tokens), so no tensor "
             "before them holds the expert id of each token; choose by such a tensor: ids = (torch.arange(length) >= "
-            "first).long().expand(batch, length), and y[ids == e] = experts[e](x[ids == e])"
+            "first).long().expand(batch, length), and y[ids == e] = expert(x[ids == e])"
         )
     if in_blocks and bool((seen == 1).all()):
         return FixedShares(
