@@ -64,11 +64,19 @@ def _float(t: PyObject) -> bool:
     return isinstance(t, torch.Tensor) and t.is_floating_point()
 
 
+def _of_all(t: torch.Tensor, first: torch.Tensor, grid: tuple[int, ...], axis: int) -> ArgRole | None:
+    """What is said of all tokens together: the edges of a graph, (T, T) beside (T, H); where packed sequences end."""
+    if len(grid) == 1 and tuple(t.shape) == grid * 2 and first.shape[axis] != grid[0] > 1:
+        return ArgRole("pairs", dims=(0, 0))
+    packed = packed_role(t, grid)
+    return None if packed is None else ArgRole(packed)
+
+
 def _leaf(t: PyObject, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: int) -> ArgRole:
     if not isinstance(t, torch.Tensor) or t.dim() == 0:
         return ArgRole()
-    if len(grid) == 1 and tuple(t.shape) == grid * 2 and first.shape[axis] != grid[0] > 1:  # edges between all tokens
-        return ArgRole("pairs", dims=(0, 0))
+    if (whole := _of_all(t, first, grid, axis)) is not None:
+        return whole
     if _float(t) and t.dim() == first.dim() and tuple(t.movedim(axis, -1).shape[:lead]) == grid:
         same = t.shape[axis] == first.shape[axis]
         return ArgRole("tokens" if same else "weights", lead, axis)
@@ -76,8 +84,6 @@ def _leaf(t: PyObject, first: torch.Tensor, grid: tuple[int, ...], axis: int, le
         batch = 0 if t.shape[0] == grid[0] else None
         return ArgRole("pairs", dims=(batch, None, 1 if t.shape[2] == grid[1] else None, 1))
     total = math.prod(grid)
-    if (packed := packed_role(t, grid)) is not None:
-        return ArgRole(packed)
     for count in (len(grid), 1):
         dims = tuple(t.shape[:count])
         if t.dim() >= count and (dims == grid if count == len(grid) else dims == (total,)):

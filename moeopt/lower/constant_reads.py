@@ -90,21 +90,23 @@ class Answers(TorchFunctionMode):
             answer = self._answer(func, args, kwargs, held)
             self.asked |= roots
             return answer
-        place = asked_from() if func is Tensor.__bool__ and self._settled else None
-        if place is not None and place in self._settled:
-            return self._settled[place]
+        if (settled := self._settled_answer(func, asked_from())) is not None:
+            return settled
         result = func(*args, **kwargs)
         if _writes(func, kwargs) or any(not k.untouched for k in held):
             self.written |= roots
             self._known = {i: k for i, k in self._known.items() if not k.roots & roots}
             return result
-        free = any(isinstance(a, (torch.SymInt, torch.SymFloat, torch.SymBool)) for a in leaves)
+        free = _has_symbols(leaves)
         if not constant or free or not (tensors or func in _MADE_OF_NUMBERS):
             return result
         call = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # the caller may change its lists
         compute = functools.cache(functools.partial(_computed, func, call[0], call[1], held))
         self._remember(result, compute, roots or frozenset([f"<{id(result)}>"]))
         return result
+
+    def _settled_answer(self, func: FxTarget, place: Asked | None) -> bool | None:
+        return None if func is not Tensor.__bool__ or place is None else self._settled.get(place)
 
     def _answer(self, func: FxTarget, args: PyObject, kwargs: PyObject, held: PyObject) -> PyObject:
         """The value that Python asks for; ``NotSaveableError`` where random numbers decide it."""
@@ -125,6 +127,10 @@ class Answers(TorchFunctionMode):
             for at, part in enumerate(result):
                 if isinstance(part, Tensor):
                     self._known[id(part)] = _ConstantRead(part, functools.partial(_part, compute, at), roots)
+
+
+def _has_symbols(leaves: Sequence[Any]) -> bool:
+    return any(isinstance(a, (torch.SymInt, torch.SymFloat, torch.SymBool)) for a in leaves)
 
 
 def _same(value: Tensor) -> Tensor:

@@ -79,8 +79,7 @@ def recognize(
                     best, best_progress = reason.with_traceback(None), 10
                 break
             except Declined as reason:
-                if members == group:
-                    groups += _by_home(group)
+                groups += _by_home(group, members)
                 if isinstance(reason, NoIds) and 1 < len(reason.routed) < len(members):
                     subsets = itertools.chain([list(reason.routed)], subsets)
                     reason.routed = ()  # an error outlives the tape
@@ -105,14 +104,14 @@ def recognize(
     return sorted(found, key=lambda r: r.combine.node.meta["index"])
 
 
-def _by_home(group: list[FFNCandidate]) -> list[list[FFNCandidate]]:
+def _by_home(group: list[FFNCandidate], tried: list[FFNCandidate]) -> list[list[FFNCandidate]]:
     """The experts of each list or stack that holds several of a ``group``, where there are several such: two mixtures
     side by side may be alike."""
     homes: dict[str, list[FFNCandidate]] = {}
     for candidate in group:
         homes.setdefault(re.sub(r"\d+", "#", candidate.out.matrices[0].path), []).append(candidate)
     several = [held for held in homes.values() if len(held) > 1]
-    return several if len(several) > 1 else []
+    return several if len(several) > 1 and tried == group else []
 
 
 def _in_a_flat_parameter(tape: Tape, lone: FFNCandidate) -> bool:

@@ -29,14 +29,7 @@ def only_the_router_steers(
         Declined: the forward turns another value into a Python number, so it may branch on it.
     """
     cut = {node for r in (routing.ids, routing.weights) if r is not None for node in r.nodes} | tables
-    steered: dict[fx.Node, bool] = {}
-    for node in tape.nodes:
-        chosen = op_name(node) in CHOICES or (node.target is operator.getitem and op_name(node.args[0]) in CHOICES)  # type: ignore[arg-type]
-        integer = not getattr(node.meta.get("dtype"), "is_floating_point", True)
-        if node in cut or (chosen and integer) or is_factory(node):  # zeros_like reads a shape
-            steered[node] = False
-        else:
-            steered[node] = node.op == "placeholder" or any(steered.get(a, False) for a in node.all_input_nodes)
+    steered = _steered(tape, cut)
     for node, line, _ in tape.reads:
         dtype = node.meta.get("dtype")
         if steered.get(node, False) or (dtype is not None and dtype.is_floating_point and _varies(node)):
@@ -62,6 +55,19 @@ def only_the_router_steers(
                 f"which rows its experts see depends on more than the tensors that hold the routing ({op_name(node)})",
                 node.meta.get("source"),
             )
+
+
+def _steered(tape: Tape, cut: set[fx.Node]) -> dict[fx.Node, bool]:
+    """Which nodes depend on the input by another way than through ``cut`` and choices."""
+    steered: dict[fx.Node, bool] = {}
+    for node in tape.nodes:
+        chosen = op_name(node) in CHOICES or (node.target is operator.getitem and op_name(node.args[0]) in CHOICES)  # type: ignore[arg-type]
+        integer = not getattr(node.meta.get("dtype"), "is_floating_point", True)
+        if node in cut or (chosen and integer) or is_factory(node):  # zeros_like reads a shape
+            steered[node] = False
+        else:
+            steered[node] = node.op == "placeholder" or any(steered.get(a, False) for a in node.all_input_nodes)
+    return steered
 
 
 def _asserted(tape: Tape, line: str) -> bool:
