@@ -8,7 +8,11 @@ A prototype is one real call of a block with a role for each flattened leaf of `
     weights   floating routing weights, (tokens, K) or (tokens, E)
     static    anything else; with ``lead`` > 0 its rows go with the tokens (a mask, input ids)
     pairs     (B or 1, heads or 1, S or 1, S) beside (B, S, H): what attention adds to, or allows, for pairs of tokens;
-              (B, ...) beside it: what holds for each sequence (a language, a task, a condition)
+              (B, ...) beside it: what holds for each sequence (a language, a task, a condition);
+              (T, T) beside (T, H): the edges of a graph
+    bounds    (N + 1,) of sequences packed one behind the other: 0 = b_0 <= b_1 ... <= b_N = all tokens
+    lengths   (N,) of these, which add up to all tokens
+    filled    (B,) beside (B, S, H): how many of the S places of each sequence hold a token, S for one of them
 
 ``lead`` counts the token dims in front: 2 for (B, S, H), 1 for (T, H). A map (N, C, H, W) has its
 features on axis 1 (``feature_axis=1``) and lead 3. The *grid* is the token dims of the first leaf that
@@ -28,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.errors import UsageError
 
-Role = Literal["tokens", "ids", "choices", "weights", "static", "pairs"]
+Role = Literal["tokens", "ids", "choices", "weights", "static", "pairs", "bounds", "lengths", "filled"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,9 @@ class CallSpec:
         if len(grid) != len(self.grid):
             raise UsageError(f"the call has {len(self.grid)} token dims, {grid} has {len(grid)}")
         count = math.prod(grid)
+        packed = any(leaf.role in ("bounds", "lengths") for leaf in self.leaves)
+        if packed and self.grid[0] == 1:  # sequences that lie one behind the other are a batch of one
+            grid = (*[1] * (len(grid) - 1), count)
         values = list(self._values)
         for n in self._moving:
             own = self.rows(n)
@@ -153,6 +160,10 @@ class CallSpec:
                     places = torch.arange(grid[follows]) % values[n].shape[d]
                     places = order[places] if _of_sequence(leaf) else places
                     values[n] = values[n].index_select(d, places.to(values[n].device))
+            if leaf.role in ("bounds", "lengths"):
+                values[n] = _packed(count, leaf.role).to(values[n])
+            elif leaf.role == "filled":
+                values[n] = (grid[1] - torch.arange(grid[0]) % 3).clamp(min=1).to(values[n])
         args, kwargs = pytree.tree_unflatten(values, self._spec)
         return args, kwargs
 
@@ -185,6 +196,35 @@ class CallSpec:
         value: Tensor = self._values[n]
         axis = self.leaves[n].feature_axis
         return value.detach() if axis == -1 else value.detach().movedim(axis, -1)
+
+
+def packed_role(value: Tensor, grid: tuple[int, ...]) -> Role | None:
+    """Whether integers (N,) say where packed sequences of as many tokens as ``grid`` has end, or how long they are;
+    else None. One length for each of several sequences side by side says how far each is filled."""
+    tokens = math.prod(grid)
+    if value.dim() != 1 or value.dtype not in (torch.int64, torch.int32) or not 1 <= len(value) <= tokens > 1:
+        return None
+    numbers = value.tolist()
+    if len(numbers) > 1 and numbers[0] == 0 and numbers[-1] == tokens and numbers == sorted(numbers):
+        return "bounds"
+    packed = min(numbers) > 0 and sum(numbers) == tokens and len(numbers) < tokens
+    return "lengths" if packed and (len(grid) == 1 or grid[0] == 1 < len(numbers)) else None
+
+
+def is_filled(value: Tensor, grid: tuple[int, ...]) -> bool:
+    """Whether integers (B,) may say how many places of each sequence of a ``grid`` (B, S) hold a token."""
+    integers = value.dtype in (torch.int64, torch.int32) and len(grid) == 2 and tuple(value.shape) == grid[:1]
+    return integers and bool(value.min() >= 1) and bool(value.max() == grid[1])
+
+
+def _packed(count: int, role: Role) -> Tensor:
+    """The same of ``count`` tokens: sequences of several lengths, as many as no other size is likely to be."""
+    rest, lengths = count, list[int]()
+    while rest > 0:
+        lengths.append(min(rest, 2 + 3 * (len(lengths) % 3)))
+        rest -= lengths[-1]
+    found = torch.tensor(lengths, dtype=torch.int64)
+    return found if role == "lengths" else torch.cat([found.new_zeros(1), found.cumsum(0)])
 
 
 def _of_sequence(leaf: ArgRole) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from moeopt.capture.call_roles import ArgRole, CallSpec
+from moeopt.capture.call_roles import ArgRole, CallSpec, is_filled, packed_role
 from moeopt.errors import Declined, UsageError
 from moeopt.obstacles import Rank
 from moeopt.value_types import PyObject
@@ -64,9 +64,19 @@ def _float(t: PyObject) -> bool:
     return isinstance(t, torch.Tensor) and t.is_floating_point()
 
 
+def _of_all(t: torch.Tensor, first: torch.Tensor, grid: tuple[int, ...], axis: int) -> ArgRole | None:
+    """What is said of all tokens together: the edges of a graph, (T, T) beside (T, H); where packed sequences end."""
+    if len(grid) == 1 and tuple(t.shape) == grid * 2 and first.shape[axis] != grid[0] > 1:
+        return ArgRole("pairs", dims=(0, 0))
+    packed = packed_role(t, grid)
+    return None if packed is None else ArgRole(packed)
+
+
 def _leaf(t: PyObject, first: torch.Tensor, grid: tuple[int, ...], axis: int, lead: int) -> ArgRole:
     if not isinstance(t, torch.Tensor) or t.dim() == 0:
         return ArgRole()
+    if (whole := _of_all(t, first, grid, axis)) is not None:
+        return whole
     if _float(t) and t.dim() == first.dim() and tuple(t.movedim(axis, -1).shape[:lead]) == grid:
         same = t.shape[axis] == first.shape[axis]
         return ArgRole("tokens" if same else "weights", lead, axis)
@@ -109,6 +119,12 @@ def _of_sequences(
         else leaf
         for leaf, t in zip(roles, leaves, strict=True)
     )
+    filled = tuple(
+        ArgRole("filled") if isinstance(t, torch.Tensor) and leaf.role == "pairs" and is_filled(t, grid) else leaf
+        for leaf, t in zip(found, leaves, strict=True)
+    )
+    if filled != found:  # a number of places that it has: a language of that number is tried after it
+        yield filled
     if found != roles:
         yield found
 

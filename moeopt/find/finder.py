@@ -14,6 +14,7 @@ from moeopt.capture.op_kinds import op_name, picks_rows
 from moeopt.capture.tape import Call, Tape
 from moeopt.find.block_candidates import BlockCandidate, closest, each_once, identity_of, len_of_stack, numbered_tensors
 from moeopt.find.module_lists import results_meet, row_sources
+from moeopt.find.single_products import single_products
 from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import group_candidates
@@ -94,6 +95,7 @@ class Finder:
         )  # fmt: skip
         for search in searches:
             places += search(places)
+        places += single_products(unread, places)
         places = each_once(closest(places))
         self._mark_own_levels(places)
         return sorted(places, key=lambda p: p.order)

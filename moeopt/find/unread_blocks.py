@@ -41,17 +41,21 @@ class UnreadBlocks:
             if call.parent is not None:
                 self._children.setdefault(call.parent, []).append(call)
 
+    def children(self, call: Call) -> list[Call]:
+        """The calls that ``call`` makes itself."""
+        return self._children.get(call.index, [])
+
     def by_structure(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
         """Calls that run alike feed-forward children side by side where no FFN candidate was found inside any; or that
         ran some of them, on rows picked for them, and others not at all."""
         found = []
-        taken = _calls_of_blocks(places)
+        taken = calls_of_blocks(places)
         for call in self.tape.calls:
-            children = self._children.get(call.index, [])
+            children = self.children(call)
             if not children or call.index in taken:
                 continue
             for ran, experts in self._experts_among(call, children):
-                found.append(self._unread(call, ran[0].first, experts, _weights_of(ran)))
+                found.append(self.place(call, ran[0].first, experts, weights_of(ran)))
         return found
 
     def _experts_among(self, call: Call, children: list[Call]) -> list[tuple[list[Call], int]]:
@@ -78,7 +82,7 @@ class UnreadBlocks:
         found: list[list[list[Call]]] = []
         for one in lists:
             own = [c for c in ran if c.module in one]
-            if not own or (len(own) == 1 and not routed) or (len(own) > 1 and self._sequential(own)):
+            if not own or (len(own) == 1 and not routed) or (len(own) > 1 and self.sequential(own)):
                 continue
             mixture = next((m for m in found if one_mixture(m[0], own, routed, start)), None)
             if mixture is None:
@@ -102,7 +106,7 @@ class UnreadBlocks:
         found: list[BlockCandidate] = []
         lone = [p for p in places if p.experts == len(p.candidates) == 1]  # from one block into the next, perhaps
         known = {i for p in places if p not in lone for i in p.weights}
-        taken = _calls_of_blocks(places)
+        taken = calls_of_blocks(places)
         for call in self.tape.calls:
             stacks = [p for p in call.module._parameters.values() if p is not None and p.dim() == 3 and len(p) > 1]
             stacks = [p for p in stacks if id(p) not in known and len(p) == len(stacks[0])]
@@ -114,22 +118,30 @@ class UnreadBlocks:
             if not any(p.dim() == 2 and set(p.shape) in routers for p in near.parameters()):
                 continue
             known |= set(map(id, stacks))
-            found.append(self._unread(call, call.first, experts, set(map(id, stacks))))
+            found.append(self.place(call, call.first, experts, set(map(id, stacks))))
         return found
 
     def by_gate(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
         """Calls that choose among, or weigh, as many things as they run alike modules side by side that are more than
         one matrix each, or as convolutions have groups: mixtures of other layers than matmuls."""
+        return self._gated(places, _GATES, 2)
+
+    def by_choice(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """The same of modules of one matrix or one kernel each, if a top-k chooses among them: heads, towers and
+        projections are only weighed."""
+        return self._gated(places, ("topk",), 1)
+
+    def _gated(self, places: list[BlockCandidate], by: tuple[str, ...], layers: int) -> list[BlockCandidate]:
         found: list[BlockCandidate] = []
-        taken = _calls_of_blocks(places)
+        taken = calls_of_blocks(places)
         gates, convolutions = self._gates_and_convolutions()
         for call in reversed(self.tape.calls) if gates else ():
-            children = self._children.get(call.index, [])
-            inner = [c for child in children for c in self._children.get(child.index, [])]
-            near = [n for c in (call, *children, *inner) for n in gates.get(c.index, [])]
+            children = self.children(call)
+            inner = [c for child in children for c in self.children(child)]
+            near = [n for c in (call, *children, *inner) for n in gates.get(c.index, []) if op_name(n) in by]
             if call.index in taken or not near:
                 continue
-            block = self._gated_modules(call, children, near) or self._gated_groups(
+            block = self._gated_modules(call, children, near, layers) or self._gated_groups(
                 call, convolutions.get(call.index, []), near
             )
             if block is not None:
@@ -137,15 +149,17 @@ class UnreadBlocks:
                 taken |= set(self.tape.stack(call.index))
         return found
 
-    def _gated_modules(self, call: Call, children: list[Call], gates: list[fx.Node]) -> BlockCandidate | None:
+    def _gated_modules(
+        self, call: Call, children: list[Call], gates: list[fx.Node], layers: int
+    ) -> BlockCandidate | None:
         """Alike ``children`` side by side, as many as one of the ``gates`` outside them is wide."""
         lists = alike_lists(call.module)
         for alike in (set().union(*lists), *lists) if len(lists) > 1 else lists:
-            ran = [c for c in children if c.module in alike and layers_of(c.module) > 1]
+            ran = [c for c in children if c.module in alike and layers_of(c.module) >= layers]
             inside = {i for c in ran for i in range(c.first, c.last)}
             widths = {gate_width(n) for n in gates if n.meta["index"] not in inside}
-            if len({id(c.module) for c in ran}) in widths - {0, 1} and not self._sequential(ran):
-                return self._unread(call, ran[0].first, len(ran), _weights_of(ran))
+            if len({id(c.module) for c in ran}) in widths - {0, 1} and not self.sequential(ran):
+                return self.place(call, ran[0].first, len(ran), weights_of(ran))
         return None
 
     def _gated_groups(self, call: Call, convolutions: list[fx.Node], gates: list[fx.Node]) -> BlockCandidate | None:
@@ -155,7 +169,7 @@ class UnreadBlocks:
         }:
             return None
         weights = {id(self.named[p]) for p in map(self._path, convolutions) if p in self.named}
-        return self._unread(call, convolutions[0].meta["index"], int(convolutions[0].args[8]), weights)  # type: ignore[arg-type]
+        return self.place(call, convolutions[0].meta["index"], int(convolutions[0].args[8]), weights)  # type: ignore[arg-type]
 
     def _gates_and_convolutions(self) -> tuple[dict[int, list[fx.Node]], dict[int, list[fx.Node]]]:
         """Gates by the call that they stand in, and convolutions with groups by the call around their module's."""
@@ -173,19 +187,19 @@ class UnreadBlocks:
         """Calls whose module holds alike modules that no call ran, and chooses among, or weighs, as many things: no row
         of the example inputs reached an expert."""
         ran = {id(c.module) for c in self.tape.calls}
-        taken = _calls_of_blocks(places)
+        taken = calls_of_blocks(places)
         gates, _ = self._gates_and_convolutions()
         found: list[BlockCandidate] = []
         for call in self.tape.calls:
             idle = [one for one in alike_lists(call.module) if not any(id(m) in ran for e in one for m in e.modules())]
             if call.index in taken or not idle:
                 continue
-            near = [call, *self._children.get(call.index, [])]
-            near += [inner for child in near[1:] for inner in self._children.get(child.index, [])]
+            near = [call, *self.children(call)]
+            near += [inner for child in near[1:] for inner in self.children(child)]
             widths = {gate_width(n) for c in near for n in gates.get(c.index, []) if self._weighs(n)}
             for one in idle:
                 if len(one) in widths and all(layers_of(m) > 1 for m in one):
-                    place = self._unread(call, call.first, len(one), {id(p) for m in one for p in m.parameters()})
+                    place = self.place(call, call.first, len(one), {id(p) for m in one for p in m.parameters()})
                     found.append(dataclasses.replace(place, reason=_IDLE.format(len(one))))
         return found
 
@@ -201,7 +215,7 @@ class UnreadBlocks:
             if op_name(node) == "embedding" and len(node.meta["shape"]) > 2 and node.args[0].op == "get_attr":  # type: ignore[union-attr]
                 lookups.setdefault(node.args[1], []).append(node)
         found = []
-        taken = _calls_of_blocks(places)
+        taken = calls_of_blocks(places)
         for ids, nodes in lookups.items():
             if len({n.args[0] for n in nodes}) < 2 or not any(op_name(n) == "topk" for n in ancestors([ids])):
                 continue
@@ -210,7 +224,7 @@ class UnreadBlocks:
             if call.index not in taken:
                 paths = [leaf_of(self.tape, n)[0] for n in nodes]
                 weights = {id(self.named[p]) for p in paths if p in self.named}
-                found.append(self._unread(call, nodes[0].meta["index"], nodes[0].args[0].meta["shape"][0], weights))  # type: ignore[union-attr]
+                found.append(self.place(call, nodes[0].meta["index"], nodes[0].args[0].meta["shape"][0], weights))  # type: ignore[union-attr]
         return found
 
     def by_computed_weights(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
@@ -226,7 +240,7 @@ class UnreadBlocks:
                 rows = [a for a in node.all_input_nodes if a in data]
                 if weights and len(rows) == 1 and picks_rows(rows[0]):
                     products.setdefault(node.meta["call"], []).append(weights[-1])
-        found, taken = [], _calls_of_blocks(places)
+        found, taken = [], calls_of_blocks(places)
         for index, weights in products.items():
             before = sorted(ancestors(weights), key=lambda n: n.meta["index"])
             stacks = [n.meta["shape"][0] for n in before if len(n.meta.get("shape") or ()) == 3]
@@ -234,32 +248,32 @@ class UnreadBlocks:
                 continue
             held = {id(self.named[str(n.target)]) for n in before if n.op == "get_attr" and str(n.target) in self.named}
             experts = max(set(stacks), key=stacks.count)
-            found.append(self._unread(self.tape.calls[index], before[0].meta["index"], experts, held))
+            found.append(self.place(self.tape.calls[index], before[0].meta["index"], experts, held))
         return found
 
     def _path(self, convolution: fx.Node) -> str:
         weight = convolution.args[1]
         return leaf_of(self.tape, weight)[0] if isinstance(weight, fx.Node) else ""
 
-    def _unread(self, call: Call, first: int, experts: int, weights: set[int]) -> BlockCandidate:
+    def place(self, call: Call, first: int, experts: int, weights: set[int]) -> BlockCandidate:
         """A place without candidates, whose experts run from node ``first`` on."""
         levels = [self.tape.calls[i] for i in reversed(self.tape.stack(call.index))]
         source = next((n.meta["source"] for n in self.tape.nodes[first:] if n.meta.get("source")), "")
         return BlockCandidate("moe", call, levels, first, source, [], experts, weights)
 
-    def _sequential(self, ran: list[Call]) -> bool:
+    def sequential(self, ran: list[Call]) -> bool:
         """True where one of the calls reads, by any way, what an earlier one returned."""
         first = set(leaves_of(fx.Node, ran[0].output))
         wanted = set(leaves_of(fx.Node, [ran[-1].args, ran[-1].kwargs]))
         return bool(first & ancestors(wanted))
 
 
-def _calls_of_blocks(places: list[BlockCandidate]) -> set[int]:
+def calls_of_blocks(places: list[BlockCandidate]) -> set[int]:
     """Indices of the calls around the experts of ``places``."""
     return {c.index for p in places if p.kind == "moe" for c in p.levels}
 
 
-def _weights_of(calls: list[Call]) -> set[int]:
+def weights_of(calls: list[Call]) -> set[int]:
     """Identities of the Parameters of the modules that were called; of their buffers where these are all they have."""
     found = {id(p) for c in calls for p in c.module.parameters()}
     return found or {id(b) for c in calls for b in c.module.buffers()}

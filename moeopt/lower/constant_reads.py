@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from moeopt.capture.bool_reads import asked_from
 from moeopt.errors import NotSaveableError
+from moeopt.lower.settled_reads import Asked
 from moeopt.value_types import FxTarget, PyObject
 
 _QUESTIONS = frozenset({
@@ -59,9 +61,12 @@ class Answers(TorchFunctionMode):
         written: the roots of all constants that an op wrote to.
     """
 
-    def __init__(self, model: nn.Module, values: dict[str, Tensor]) -> None:
-        """The traced weights and buffers of ``model`` stand for ``values``."""
+    def __init__(
+        self, model: nn.Module, values: dict[str, Tensor], settled: Mapping[Asked, bool] | None = None
+    ) -> None:
+        """The traced weights and buffers of ``model`` stand for ``values``; ``settled`` are answers about the data."""
         super().__init__()
+        self._settled = settled or {}
         self._named = type(model).__name__
         self._known: dict[int, _ConstantRead] = {}
         self.asked: set[str] = set()
@@ -85,18 +90,23 @@ class Answers(TorchFunctionMode):
             answer = self._answer(func, args, kwargs, held)
             self.asked |= roots
             return answer
+        if (settled := self._settled_answer(func, asked_from())) is not None:
+            return settled
         result = func(*args, **kwargs)
         if _writes(func, kwargs) or any(not k.untouched for k in held):
             self.written |= roots
             self._known = {i: k for i, k in self._known.items() if not k.roots & roots}
             return result
-        free = any(isinstance(a, (torch.SymInt, torch.SymFloat, torch.SymBool)) for a in leaves)
+        free = _has_symbols(leaves)
         if not constant or free or not (tensors or func in _MADE_OF_NUMBERS):
             return result
         call = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # the caller may change its lists
         compute = functools.cache(functools.partial(_computed, func, call[0], call[1], held))
         self._remember(result, compute, roots or frozenset([f"<{id(result)}>"]))
         return result
+
+    def _settled_answer(self, func: FxTarget, place: Asked | None) -> bool | None:
+        return None if func is not Tensor.__bool__ or place is None else self._settled.get(place)
 
     def _answer(self, func: FxTarget, args: PyObject, kwargs: PyObject, held: PyObject) -> PyObject:
         """The value that Python asks for; ``NotSaveableError`` where random numbers decide it."""
@@ -117,6 +127,10 @@ class Answers(TorchFunctionMode):
             for at, part in enumerate(result):
                 if isinstance(part, Tensor):
                     self._known[id(part)] = _ConstantRead(part, functools.partial(_part, compute, at), roots)
+
+
+def _has_symbols(leaves: Sequence[Any]) -> bool:
+    return any(isinstance(a, (torch.SymInt, torch.SymFloat, torch.SymBool)) for a in leaves)
 
 
 def _same(value: Tensor) -> Tensor:
@@ -166,10 +180,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class ConstantReads:
-    """The questions of one trace, asked about a model's own constants."""
+    """The questions of one trace, asked about a model's own constants, or about data where the answer is settled."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._values = model, _tensors(model)
+    def __init__(self, model: nn.Module, settled: Mapping[Asked, bool] | None = None) -> None:
+        self._model, self._values, self._settled = model, _tensors(model), settled
         self.asked: set[str] = set()
 
     def run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> PyObject:
@@ -178,7 +192,7 @@ class ConstantReads:
         Raises:
             NotSaveableError: the model writes to what it asked.
         """
-        answers = Answers(self._model, self._values)
+        answers = Answers(self._model, self._values, self._settled)
         before = _tensors(self._model)
         with answers:
             result = forward(*args, **kwargs)

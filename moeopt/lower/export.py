@@ -22,6 +22,7 @@ from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacl
 from moeopt.lower.layer_calls import replaced_forward
 from moeopt.lower.plain import free_sizes, plain_call
 from moeopt.lower.second_call import differs_at_second_call
+from moeopt.lower.settled_reads import settled_reads
 from moeopt.lower.specialization_guards import collect_specialization_guards
 from moeopt.lower.stamps import Stamps
 from moeopt.lower.written_state import refuse_read_state, written_by
@@ -69,7 +70,7 @@ def export_program(
                 _restore(model, before)
                 if stamps is not None:
                     stamps.forget()
-                reads = ConstantReads(model)
+                reads = ConstantReads(model, settled_reads(model, args, kwargs))
                 program = _traced(model, args, kwargs, reads, None)
         except MoeoptError:
             raise

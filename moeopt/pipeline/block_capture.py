@@ -103,8 +103,8 @@ class Capture:
     def _watch(self, tokens: int, seed: int, variant: int) -> list[Recognition]:
         """Record another call; with rows aimed at the router where those at random reach too few experts to be read."""
         later = variant == 2 and bool(self.tapes[0].attributes)
-        aims = (None, aimed_at_router(self.module, self.call_spec))
-        for aimed, times in ((aims[0], 1), (aims[1], 1), *((None, times) for times in _MORE)):
+        aim = aimed_at_router(self.module, self.call_spec)
+        for aimed, times in ((None, 1), *([(aim, 1)] if aim is not None else []), *((None, times) for times in _MORE)):
             experts = len(self.found[0].experts)
             call = probe_call(self.call_spec, times * tokens, seed, experts=experts, aimed=aimed, variant=variant)
             tape = _later_call(self.module, call) if later else record(self.module, *call, made=True)

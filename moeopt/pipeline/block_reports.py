@@ -19,6 +19,7 @@ from moeopt.pipeline.dense import function_of
 from moeopt.pipeline.describe import dense_reason, describe_router, read_router
 from moeopt.pipeline.lowering_text import lowering_text
 from moeopt.recognise.recognition import Recognition
+from moeopt.recognise.router import RouterReading
 from moeopt.report import BlockReport
 from moeopt.verification.results import BlockCheck
 
@@ -94,17 +95,26 @@ def report_of_block(
                 nearest=next((o.reason for o in attempt.others if o.rank >= Rank.FOUND), ""), obstacles=attempt.others,
             )  # fmt: skip
             continue
-        found = next(f for f in attempt.rewrite.found if expert_parameters(model, attempt.path, [f]) & place.weights)
-        inside = next(r for f, r in zip(attempt.rewrite.found, attempt.rewrite.routers, strict=True) if f is found)
-        router = read_router(model, attempt.path, outcome.calls, found, inside)
-        yield BlockReport(
-            name, "moe", "rewritten", "", len(found.experts), describe_router(found, router),
-            lowering_text(model.get_submodule(attempt.path), found) + _in_codes(attempt.rewrite, found),
-            attempt.rewrite.check.distance_rewritten if attempt.rewrite.check.passed is not None else None,
-            found.source, seconds=attempt.seconds,
-            top_k=found.routing.per_token, spec=str(found.spec),
-            router_spec=router.encode(),
-        )  # fmt: skip
+        seconds, told = attempt.seconds, set[int]()
+        for found, inside in zip(attempt.rewrite.found, attempt.rewrite.routers, strict=True):
+            weights = expert_parameters(model, attempt.path, [found])
+            if weights & place.weights and told.isdisjoint(weights):  # two mixtures side by side may look like one
+                yield _report_rewritten(model, name, attempt, attempt.rewrite, found, inside, outcome, seconds)
+                seconds, told = 0.0, told | weights
+
+
+def _report_rewritten(
+    model: nn.Module, name: str, attempt: Attempt, rewrite: Rewrite, found: Recognition, inside: RouterReading,
+    outcome: PipelineResult, seconds: float,
+) -> BlockReport:  # fmt: skip
+    router = read_router(model, attempt.path, outcome.calls, found, inside)
+    return BlockReport(
+        name, "moe", "rewritten", "", len(found.experts), describe_router(found, router),
+        lowering_text(model.get_submodule(attempt.path), found) + _in_codes(rewrite, found),
+        rewrite.check.distance_rewritten if rewrite.check.passed is not None else None,
+        found.source, seconds=seconds, top_k=found.routing.per_token, spec=str(found.spec),
+        router_spec=router.encode(),
+    )  # fmt: skip
 
 
 def _in_codes(rewrite: Rewrite, found: Recognition) -> str:

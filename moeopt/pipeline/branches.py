@@ -11,7 +11,6 @@ sizes that depend on values, is asked of the code's own tests (``moeopt.pipeline
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,19 +18,16 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeopt.capture.bool_reads import BoolReads, ReadAt, is_assertion
 from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.replay import ancestors
-from moeopt.capture.source_line import user_line
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.pipeline.tests_taken import TestsTaken
 from moeopt.pipeline.untried_tests import DispatchFacts, RunWatched, untried
-from moeopt.value_types import FxTarget, PyObject
+from moeopt.value_types import PyObject
 
-ReadAt = tuple[str, int]
-"""A line of the user's code, and the instruction in it."""
-_READ = torch.ops.aten._local_scalar_dense.default
 _NOTS = ("logical_not", "bitwise_not")
 _COMPARES = ("gt", "ne", "eq", "le", "ge", "lt")
 _COUNTS = ("sum", "count_nonzero", "bincount", "histc", "scatter_add", "index_add")
@@ -80,7 +76,7 @@ class Branches:
             asked, answer = self._reads[place[0]], next(iter(answers))
             limits = [one for one in asked if one.limit]
             untried = [one for one in asked if len(answers) == 1 and not one.can_only_be(answer, every)]
-            if not limits and not untried or _raises(run, place[0]):
+            if not limits and not untried or is_assertion(run, place[0]):
                 continue
             if limits:
                 why = f"its forward branches on a comparison of routing weights with a limit ({limits[0].name})"
@@ -134,7 +130,7 @@ class _WatchedCall:
             return own
 
         run = self._original if self._into.tests is None else functools.partial(tests.watching, self._original)
-        with _Reads(answer):
+        with BoolReads(answer):
             out = run(*args, **kwargs)
         if _shows_something(out, (args, kwargs)):
             self._into.enter(reads, tests)
@@ -224,44 +220,3 @@ def _is_mask(tape: Tape, node: fx.Node) -> bool:
     """Whether whole numbers are marks, zero or one."""
     value = tape.value(node)
     return isinstance(value, torch.Tensor) and bool(((value == 0) | (value == 1)).all())
-
-
-class _Reads(TorchDispatchMode):
-    """Hands each bool that Python reads, with its place, to ``answer``, and gives Python what that returns."""
-
-    def __init__(self, answer: Callable[[ReadAt, bool], bool]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch
-        self._answer = answer
-
-    def __torch_dispatch__(
-        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
-    ) -> PyObject:
-        out = func(*args, **(kwargs or {}))
-        return self._answer(_place(), out) if func is _READ and isinstance(out, bool) else out
-
-
-def _place() -> ReadAt:
-    line, frame = user_line(), sys._getframe(1)
-    while frame.f_back is not None and f"{frame.f_code.co_filename}:{frame.f_lineno}" != line:
-        frame = frame.f_back
-    return line, frame.f_lasti
-
-
-def _raises(run: Callable[[TorchDispatchMode], object], line: str) -> bool:
-    """Whether the other way at ``line`` is an error, as of an assertion: it gives no numbers.
-
-    Each question is turned once: a ``while`` that is always told to go on would never end.
-    """
-    turned: set[ReadAt] = set()
-
-    def answer(place: ReadAt, own: bool) -> bool:
-        if place[0] != line or place in turned:
-            return own
-        turned.add(place)
-        return not own
-
-    try:
-        run(_Reads(answer))
-    except Exception:
-        return True
-    return False

@@ -37,8 +37,8 @@ def dense_reason(place: BlockCandidate) -> str:
     if _picked_by_values(place.candidates[0].ins[0].operand):
         return (
             f"left as it is: it is {count} matmuls over the rows that a mask picks for it (as in mixture of depths, "
-            "where the others pass by), and the op would run the same ones; an engine takes it where no `if` asks "
-            "whether any row is left: products of no rows are no error"
+            "where the others pass by), and the op would run the same ones; an engine takes it too, and an "
+            "`if mask.any()` around it where that does nothing else"
         )
     return (
         f"left as it is: it is {count} matmuls over all tokens, and so is the op; dense='fuse' measures "

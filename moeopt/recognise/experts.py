@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -29,11 +30,12 @@ from moeopt.recognise.experts_hit import ExpertsNotHit, check_all_hit
 from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates
 from moeopt.recognise.ffn_groups import group_candidates, source_of
 from moeopt.recognise.gemm_sites import find_sites
-from moeopt.recognise.named_obstacles import certain_obstacle, single_neurons
+from moeopt.recognise.named_obstacles import certain_obstacle
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_of_experts import with_frontier
 from moeopt.recognise.routing_types import NoIds
 from moeopt.recognise.token_rows import Tokens, match_tokens, token_readings
+from moeopt.recognise.weights_for_rows import single_neurons
 from moeopt.recognise.why_not import no_experts
 
 _STAGES = (Stage.EXPERTS, Stage.FUNCTION, Stage.SUM, Stage.ROUTING, Stage.ROUTING)
@@ -61,7 +63,8 @@ def recognize(
     best: Declined | None = None
     best_progress = -1
     met: list[Obstacle] = []
-    for group in group_candidates(tape, candidates):
+    groups = list(group_candidates(tape, candidates))
+    for group in groups:  # it grows: mixtures side by side may be alike
         if any(c.out.node in r.interior or c.out.matmul in r.interior for c in group for r in found):
             continue
         subsets = _subsets(tape, group)
@@ -76,6 +79,7 @@ def recognize(
                     best, best_progress = reason.with_traceback(None), 10
                 break
             except Declined as reason:
+                groups += _by_home(group, members)
                 if isinstance(reason, NoIds) and 1 < len(reason.routed) < len(members):
                     subsets = itertools.chain([list(reason.routed)], subsets)
                     reason.routed = ()  # an error outlives the tape
@@ -98,6 +102,16 @@ def recognize(
         finally:
             del best  # the error's traceback holds this frame, and with it the tape, until the garbage collector runs
     return sorted(found, key=lambda r: r.combine.node.meta["index"])
+
+
+def _by_home(group: list[FFNCandidate], tried: list[FFNCandidate]) -> list[list[FFNCandidate]]:
+    """The experts of each list or stack that holds several of a ``group``, where there are several such: two mixtures
+    side by side may be alike."""
+    homes: dict[str, list[FFNCandidate]] = {}
+    for candidate in group:
+        homes.setdefault(re.sub(r"\d+", "#", candidate.out.matrices[0].path), []).append(candidate)
+    several = [held for held in homes.values() if len(held) > 1]
+    return several if len(several) > 1 and tried == group else []
 
 
 def _in_a_flat_parameter(tape: Tape, lone: FFNCandidate) -> bool:

@@ -20,11 +20,12 @@ from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import weight_and_operand
+from moeopt.recognise.router_steers import CHOICES
+from moeopt.recognise.weights_for_rows import mixed_kernels, single_neurons
 
 _REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 _ATTENTION = ("_scaled_dot_product", "_softmax", "softmax")
 _NORMS = ("native_layer_norm", "_fused_rms_norm", "native_group_norm", "rsqrt")
-_CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
 
 
 def named_obstacle(tape: Tape) -> Declined | None:
@@ -154,7 +155,7 @@ def branches(tape: Tape) -> Declined | None:
         dtype = node.meta.get("dtype")
         floating = dtype is not None and dtype.is_floating_point
         first = node.args[0] if node.target is operator.getitem else node
-        chosen = isinstance(first, fx.Node) and op_name(first) in _CHOICES
+        chosen = isinstance(first, fx.Node) and op_name(first) in CHOICES
         if chosen and not floating:
             steered[node] = False
         elif node.op == "placeholder":
@@ -238,55 +239,3 @@ def _expert_products(tape: Tape) -> Iterator[fx.Node]:
         paths = [str(n.target) for n in ancestors([found[0]]) if n.op == "get_attr"]
         if any(p in named and (named[p].dim() > 2 or id(named[p]) in experts) for p in paths):
             yield node
-
-
-def single_neurons(tape: Tape) -> Declined | None:
-    """Rows of a table, picked by the router for each token: experts of one neuron where they are multiplied with the
-    token, values of a memory where they are only added up."""
-    picked = [n for n in tape.nodes if op_name(n) == "embedding" and _is_table(n.args[0])]
-    picked = [n for n in picked if any(op_name(a) in _CHOICES for a in ancestors([n.args[1]]))]  # type: ignore[list-item]
-    picked = [n for n in picked if not _holds_matrices(n)]
-    if len(picked) == 1 and not any(is_matmul(n) for n in descendants(tape, picked)):
-        return Declined(
-            f"it is a memory: each id that the router picks is one row of {_path(picked[0])}, which is weighed and "
-            "added as it is and is no function of the token, so there is no product to group; this block stays as it "
-            "is",
-            picked[0].meta.get("source"),
-        )
-    if len(picked) < 2:
-        return None
-    return Declined(
-        f"its experts are single neurons: each id that the router picks is one row of {_path(picked[0])}, not a "
-        "matrix; the op groups experts of two matrices, so this block stays as it is",
-        picked[0].meta.get("source"),
-    )
-
-
-def _holds_matrices(lookup: fx.Node) -> bool:
-    """Whether each row that is looked up is laid out as a matrix."""
-    width = lookup.meta["shape"][-1]
-    shapes = [
-        user.meta.get("shape", ()) for user in lookup.users if op_name(user) in ("view", "reshape", "_unsafe_view")
-    ]
-    return any(len(s) > 1 and s[-1] != width and s[-2] > 1 and s[-1] > 1 and s[-2] * s[-1] == width for s in shapes)
-
-
-def _path(node: fx.Node) -> str:
-    return str(node.args[0].target)  # type: ignore[union-attr]
-
-
-def _is_table(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr" and "constant" not in node.meta
-
-
-def mixed_kernels(tape: Tape) -> Declined | None:
-    """A convolution whose kernel is computed from the input: a sum of the experts' kernels for each sample."""
-    for node in tape.nodes:
-        if op_name(node) == "convolution" and isinstance(node.args[1], fx.Node):
-            if any(n.op == "placeholder" for n in ancestors([node.args[1]])):
-                return Declined(
-                    "it adds up its experts' kernels for each sample and runs one convolution with the sum, so no "
-                    "expert runs by itself and there is nothing to group; this block stays as it is",
-                    node.meta.get("source"),
-                )
-    return None

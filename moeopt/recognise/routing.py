@@ -125,7 +125,13 @@ def _why_no_ids(table: Table) -> Declined:
     order = table.visits[:, table.natural].argmax(1)
     turns = int((order.diff() < 0).sum()) + 1  # the code runs the experts once for each sequence of the batch
     in_blocks = len(order) % turns == 0 and bool((order.view(turns, -1) == order.view(turns, -1)[0]).all())
-    if in_blocks and bool((seen == 1).all()) and bool((taken == taken[0]).all()):
+    if in_blocks and bool((seen == 1).all()) and not bool((taken == taken[0]).all()):
+        return Declined(
+            "its experts serve fixed places of a sequence (a slice each, as of image and text tokens), so no tensor "
+            "before them holds the expert id of each token; choose by such a tensor: ids = (torch.arange(length) >= "
+            "first).long().expand(batch, length), and y[ids == e] = expert(x[ids == e])"
+        )
+    if in_blocks and bool((seen == 1).all()):
         return FixedShares(
             "every expert reads its own fixed share of the rows (slots that mix tokens, as in soft MoE, or a "
             "slice of the batch), so no tensor before the experts holds the expert ids of each token: the op "

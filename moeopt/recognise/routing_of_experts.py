@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from typing import Any
 
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import op_name
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
@@ -28,6 +26,7 @@ from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.ids_of_masks import one_beyond
 from moeopt.recognise.limits import check_limits
 from moeopt.recognise.recognition import Recognition
+from moeopt.recognise.router_steers import only_the_router_steers
 from moeopt.recognise.routing import find_routing
 from moeopt.recognise.routing_by_columns import by_columns
 from moeopt.recognise.routing_by_ids import by_names
@@ -77,7 +76,7 @@ def with_frontier(
 
     def accept(reading: Routing) -> None:
         nonlocal place
-        _only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
+        only_the_router_steers(tape, reading, tables, set(dispatch), tokens.node)
         reading.leave_out = left_out(reading, flow, tape)
         if not labels.hidden:
             place = weight_position(tape, reading, table, tokens, labels, combine, group)
@@ -96,7 +95,7 @@ def with_frontier(
     identity = _adds_own_row(tape, tokens, combine, routing, ids, len(experts), prior)
     if ids is None or identity:
         routing.leave_out = None
-    base = None if identity else _base(tape, combine, before, experts)
+    base = None if identity else _base(tape, combine, before, experts, ids)
     _check_what_is_left_out(tape, group, tokens, labels, combine, routing, base)
     ordered = [experts[c] for c in routing.experts]
     if isinstance(spec, ExpertsSpec):
@@ -194,9 +193,6 @@ def _inside(tape: Tape, ins: list[GemmSite], combine: Combine) -> set[fx.Node]:
     return inside
 
 
-_CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
-
-
 def _routing_tables(tape: Tape, flow: set[fx.Node], table: Table) -> set[fx.Node]:
     """Dense (T, E) forms of the routing among the nodes that dispatch reads."""
     want = table.weights[:, torch.tensor(table.natural)].double()
@@ -208,52 +204,6 @@ def _routing_tables(tape: Tape, flow: set[fx.Node], table: Table) -> set[fx.Node
             if torch.equal(value, want) or torch.equal(value, (want != 0).double()):
                 found.add(node)
     return found
-
-
-def _only_the_router_steers(
-    tape: Tape, routing: Routing, tables: set[fx.Node], dispatch: set[fx.Node], tokens: fx.Node
-) -> None:
-    """Values that Python reads, and which rows dispatch picks, may depend on the input through the routing alone.
-
-    Raises:
-        Declined: the forward turns another value into a Python number, so it may branch on it.
-    """
-    cut = {node for r in (routing.ids, routing.weights) if r is not None for node in r.nodes} | tables
-    steered: dict[fx.Node, bool] = {}
-    for node in tape.nodes:
-        chosen = op_name(node) in _CHOICES or (node.target is operator.getitem and op_name(node.args[0]) in _CHOICES)  # type: ignore[arg-type]
-        integer = not getattr(node.meta.get("dtype"), "is_floating_point", True)
-        if node in cut or (chosen and integer):
-            steered[node] = False
-        else:
-            steered[node] = node.op == "placeholder" or any(steered.get(a, False) for a in node.all_input_nodes)
-    for node, line, _ in tape.reads:
-        dtype = node.meta.get("dtype")
-        if steered.get(node, False) or (dtype is not None and dtype.is_floating_point and _varies(node)):
-            source = node.args[0] if node.target is operator.getitem and isinstance(node.args[0], fx.Node) else node
-            way_out = "keep it in a tensor (torch.where)"
-            if op_name(source) == "aminmax":
-                way_out = (
-                    "where that is F.one_hot(ids, n), which looks at its ids, write ids[..., None] == torch.arange(n)"
-                )
-            raise Declined(
-                f"its forward turns a value computed from the input into a Python number ({op_name(source)}) and may "
-                f"branch on it, which a graph cannot repeat; {way_out}",
-                line or None,
-            )
-
-    before = ancestors([tokens, *cut])
-    for node in dispatch - before:
-        by = node.args[1] if op_name(node) == "masked_select" else node  # what it selects from is no choice
-        if op_name(node) in ("nonzero", "masked_select", "unique_consecutive", "_unique2") and steered.get(by, False):  # type: ignore[arg-type]
-            raise Declined(
-                f"which rows its experts see depends on more than the tensors that hold the routing ({op_name(node)})",
-                node.meta.get("source"),
-            )
-
-
-def _varies(node: fx.Node) -> bool:
-    return any(n.op == "placeholder" for n in ancestors([node]))
 
 
 def _flow(tape: Tape, combine: Combine, ins: list[GemmSite], inside: set[fx.Node]) -> set[fx.Node]:
@@ -270,8 +220,10 @@ def _flow(tape: Tape, combine: Combine, ins: list[GemmSite], inside: set[fx.Node
     return seen - inside
 
 
-def _base(tape: Tape, combine: Combine, before: list[fx.Node], experts: list[ExpertRef]) -> fx.Node | None:
-    """The tensor that the experts' sum is added onto, when there is one."""
+def _base(
+    tape: Tape, combine: Combine, before: list[fx.Node], experts: list[ExpertRef], ids: torch.Tensor | None
+) -> fx.Node | None:
+    """The tensor that the experts' sum is added onto, when there is one. ``ids``: (T, K), of the experts."""
     if combine.base is None:
         return None
     want = combine.base
@@ -289,6 +241,16 @@ def _base(tape: Tape, combine: Combine, before: list[fx.Node], experts: list[Exp
                         combine.node.meta.get("source"),
                     )
                 return node
+    beyond = torch.zeros(len(want), 0) if ids is None else (ids < 0) | (ids >= len(experts))
+    if ids is not None and not bool((want.any(-1) & ~beyond.any(-1)).any()):
+        named = ", ".join(map(str, ids[beyond].unique().tolist()))
+        raise Declined(
+            f"its router also chooses ids ({named}) whose experts are not like the other {len(experts)} (zeros, "
+            "copies of the token, constants, another function), and one tensor joins what all of them give (cat, "
+            "stack, a buffer) before it is summed; add what these give in a step of their own, "
+            "y.index_add_(0, rows, ...) for each, and the others are rewritten",
+            combine.node.meta.get("source"),
+        )
     raise Declined(
         "tokens that no expert serves keep another value (a pass-through of dropped tokens, or a sum that starts "
         "from something computed on the way), which the op does not carry",

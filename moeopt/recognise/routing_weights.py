@@ -105,6 +105,11 @@ def factors(tape: Tape, combine: Combine, sites: list[GemmSite]) -> tuple[float,
     return tuple(dict.fromkeys([*sorted(found), *([math.prod(found)] if len(found) > 1 else [])]))
 
 
+_ONTO = ("index_put", "index_put_", "index_add", "index_add_", "scatter_add", "scatter_add_", "index_copy",
+         "index_copy_", "masked_scatter", "masked_scatter_")  # fmt: skip
+"""They write rows into their first operand."""
+
+
 def weighed(tape: Tape, combine: Combine, outs: list[GemmSite]) -> bool:
     """True where a float that depends on the input enters the sum by another way than the experts, and is not what the
     experts are added onto."""
@@ -118,6 +123,7 @@ def weighed(tape: Tape, combine: Combine, outs: list[GemmSite]) -> bool:
         seen.add(node)
         if node.op == "placeholder":
             return True
-        onto = combine.base is not None and node in below and op_name(node) == "add"
-        stack.extend(a for a in node.all_input_nodes if not onto or a in below)
+        based = combine.base is not None and node in below
+        onto = node.all_input_nodes if op_name(node) == "add" else node.args[:1] if op_name(node) in _ONTO else ()
+        stack.extend(a for a in node.all_input_nodes if not based or a in below or a not in onto)
     return False

@@ -17,6 +17,7 @@ from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
 from moeopt.recognise.named_obstacles import between_products, named_obstacle
 from moeopt.recognise.product_of_all import one_product_of_all
+from moeopt.recognise.weights_for_rows import mixed_kernels, mixed_matrices, picked_matrices
 
 
 def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
@@ -33,8 +34,9 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
                 "after another, where the op's experts all read the same tokens; sum their results in another tensor",
                 source_of(first),
             )
-    if (reason := _wide_convolution(tape) or named_obstacle(tape)) is not None:
-        return reason
+    for look in (mixed_kernels, mixed_matrices, _wide_convolution, named_obstacle):
+        if (reason := look(tape)) is not None:
+            return reason
     memo: dict[fx.Node, bool] = {}
     for node in tape.nodes:
         if is_computed_weight(node, memo):
@@ -47,8 +49,9 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
                     "once, and keep the results",
                     node.meta.get("source", ""),
                 )
-    if (reason := _one_of_many(tape) or one_product_of_all(tape) or between_products(tape)) is not None:
-        return reason
+    for look in (_one_of_many, one_product_of_all, between_products, picked_matrices):
+        if (reason := look(tape)) is not None:
+            return reason
     return Declined(
         "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "
         "depends on the whole batch, or weighs the hidden neurons), which the op does not carry",

@@ -149,7 +149,7 @@ def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> K
                 )
             steps.append(dataclasses.replace(step))
             continue
-        args = _merge([v.args for v in versions], sizes, where)
+        args = _merge(_open_views([v.args for v in versions], step, sizes), sizes, where)
         kwargs = _merge([v.kwargs for v in versions], sizes, where)
         shape = _shape([v.shape for v in versions], sizes)
         steps.append(KeptStep(step.kind, step.target, args, kwargs, step.source, shape, step.dtype))
@@ -160,6 +160,21 @@ def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> K
         _merge([p.attributes for p in plans], sizes, None),
         first.kept_modules,
     )
+
+
+def _open_views(versions: list[Any], step: KeptStep, sizes: InputSizes) -> list[Any]:
+    """The arguments of a view with -1 for its one size that is no function of the inputs': the number of elements says
+    what it is (rows that ``nonzero`` gave, flattened)."""
+    if _name(step).removeprefix("aten.") not in ("view.default", "_unsafe_view.default", "reshape.default"):
+        return versions
+    asked = [v[1] for v in versions]
+    if len({len(a) for a in asked}) > 1 or any(type(n) is not int for a in asked for n in a):
+        return versions
+    each = list(zip(*asked, strict=True))
+    loose = [i for i, ns in enumerate(each) if len(set(ns)) > 1 and sizes.express(ns) is None]
+    if len(loose) != 1 or any(0 in ns for i, ns in enumerate(each) if i != loose[0]):
+        return versions
+    return [(v[0], [-1 if i == loose[0] else n for i, n in enumerate(v[1])], *v[2:]) for v in versions]
 
 
 def _shape(versions: list[tuple[int, ...] | None], sizes: InputSizes) -> tuple[int | Size | None, ...] | None:

@@ -60,25 +60,31 @@ def choices_of(
 
 
 def _pins(choices: Sequence[RoutedCall], pinned: Mapping[str, Tensor]) -> dict[int, Callable[[Tensor], Tensor]]:
-    """For the log: the choice that gave each site its ids, so that all that reads it sees the pinned ones."""
+    """For the log: the choice that gave each site its ids, alone or as the first of more (a top-k of one beyond for a
+    threshold, a whole order), so that all that reads it sees the pinned ones."""
     found: dict[int, Callable[[Tensor], Tensor]] = {}
     number = 0
     for choice in choices:
         ids = pinned.get(choice.name)
         for event in choice.events:
-            own = event.ids
-            if (
-                ids is not None
-                and own.numel() == ids.numel()
-                and torch.equal(own.reshape(choice.ids.shape), choice.ids)
-            ):
-                found[number] = functools.partial(_pinned, ids)
+            if ids is not None and event.ids.numel() >= ids.numel() > 0 and event.ids.numel() % len(ids) == 0:
+                own = event.ids.reshape(len(ids), -1)
+                if torch.equal(own[:, : ids.shape[1]], choice.ids):
+                    found[number] = functools.partial(_pinned, ids)
             number += 1
     return found
 
 
 def _pinned(ids_TK: Tensor, original: Tensor) -> Tensor:
-    return in_place_of(original.reshape(ids_TK.shape), ids_TK.to(original)).reshape(original.shape)
+    """``original`` (T, K or more, the best first) with ``ids_TK`` in front; what they displace takes their places
+    behind."""
+    own = original.reshape(len(ids_TK), -1)
+    kept = own[:, : ids_TK.shape[1]]
+    front, rest = in_place_of(kept, ids_TK.to(own)), own[:, ids_TK.shape[1] :].clone()
+    for t in (front != kept).any(-1).nonzero().flatten().tolist() if rest.numel() else ():
+        gone = [e for e in kept[t].tolist() if e not in front[t].tolist()]
+        rest[t] = torch.tensor([gone.pop(0) if e in front[t].tolist() and gone else e for e in rest[t].tolist()])
+    return torch.cat([front, rest], -1).reshape(original.shape)
 
 
 def _run(
@@ -100,7 +106,8 @@ def _run(
             return None
         own = ids.detach().long().clone()
         events = log.events[before:]
-        by_itself = [e.ids.reshape(own.shape) for n, e in enumerate(events, before) if n in pins]
+        pinned_here = [e.ids for n, e in enumerate(events, before) if n in pins]
+        by_itself = [chosen.reshape(len(own), -1)[:, : own.shape[1]] for chosen in pinned_here]
         found.append(RoutedCall(name, by_itself[-1] if by_itself else own, weights.detach().clone(), events))
         before = len(log.events)
         other = pinned.get(name)

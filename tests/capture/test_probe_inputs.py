@@ -119,5 +119,5 @@ def test_two_columns_of_zeros_and_ones_may_be_a_mask_or_ids():
 
 def test_arguments_that_are_no_tensors_have_one_reading():
     mask = torch.nn.functional.one_hot(torch.tensor([1, 0, 2]), 4)
-    for call_spec in call_specs((rand(3, H), mask), {"cache": None, "flag": True, "n": torch.tensor([1, 2])}):
+    for call_spec in call_specs((rand(3, H), mask), {"cache": None, "flag": True, "n": torch.tensor([2, 2])}):
         assert [leaf.role for leaf in call_spec.leaves[2:]] == ["static"] * 3

@@ -154,3 +154,19 @@ def test_sizes_that_are_always_those_of_another_input_are_tied():
     one = [[(3, 16, 8), (3,), (48, 2), (5,)], [(2, 7, 8), (2,), (14, 2), (5,)], [(5, 2, 8), (5,), (10, 2), (5,)]]
     assert tied_sizes(one) == (((1, 0), (B,)), ((2, 0), (B, S)))
     assert tied_sizes(SHAPES) == ()
+
+
+def viewed(*sizes):
+    return [plan(KeptStep("call", aten.view.default, (StepRef(0), list(size)), {})) for size in sizes]
+
+
+def test_a_view_leaves_open_the_one_size_that_nothing_says():
+    step = generalize(viewed((7, 8), (3, 8), (4, 8)), SHAPES).steps[-1]
+    assert step.args[1] == [-1, 8]
+    assert generalize(viewed((3, 8), (2, 8), (5, 8)), SHAPES).steps[-1].args[1] == [Size((B,)), 8]
+
+
+@pytest.mark.parametrize("sizes", [[(7, 3), (3, 9), (4, 4)], [(7, 0), (3, 0), (4, 0)], [(7, 8), (3, 8, 1), (4, 8)]])
+def test_a_view_with_two_open_sizes_or_none_of_rows_is_refused(sizes):
+    with pytest.raises(Declined, match="changes with the input"):
+        generalize(viewed(*sizes), SHAPES)

@@ -6,7 +6,7 @@ from torch import nn
 
 from moeopt.verification.model import CEILING, compare_outputs, end_to_end
 from moeopt.verification.pins import RoutingLog, RoutingPins
-from moeopt.verification.ties import RoutedCall, differing, exactly_tied, in_place_of, tied_tokens
+from moeopt.verification.ties import RoutedCall, _pins, differing, exactly_tied, in_place_of, tied_tokens
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -126,3 +126,19 @@ def test_a_run_goes_on_with_other_choices_and_tells_its_own():
         rest = scores.argmax(-1)
     assert ids.flatten().tolist() == [2, 1] and values.flatten().tolist() == pytest.approx([0.2, 0.1])
     assert log.events[0].ids.flatten().tolist() == [1, 0] and rest.tolist() == [1, 0]
+
+
+def test_the_first_of_more_choices_are_pinned_and_what_they_displace_stands_behind():
+    scores = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.1, 0.4, 0.3, 0.2]])
+    log = RoutingLog()
+    with log:
+        _, best = scores.topk(3)
+    own = RoutedCall("site", best[:, :2].clone(), torch.ones(2, 2), log.events)
+    other = torch.tensor([best[0, [2, 0]].tolist(), best[1, :2].tolist()])
+    pins = _pins([own], {"site": other})
+    with RoutingLog(pins):
+        _, pinned = scores.topk(3)
+    assert sorted(pinned[0].tolist()) == sorted(best[0].tolist()), "each expert still stands once"
+    assert set(pinned[0, :2].tolist()) == set(other[0].tolist())
+    assert torch.equal(pinned[1], best[1])
+    assert not _pins([own], {"site": other[:1]}), "ids of other tokens pin nothing"

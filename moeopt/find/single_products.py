@@ -1,0 +1,132 @@
+"""Places of mixtures whose experts are one product each, which no pair of matrices shows.
+
+    weights   y = x W[ids]                 rows of a stack of matrices or kernels, picked by ids that a router chose
+    rows      y[rows] += x[rows] W_e       one product for each expert, on rows that an index picked
+    numbers   y[b] = experts[int(ids[b])]  one of a list or a stack for each sample, named by a number that was chosen
+    sums      y = x (sum of g_e W_e)       the matrices are weighed, and no expert runs by itself
+    gates     y = sum(gate_e * f_e(x))     all run, and a top-k leaves some of them a weight
+
+Projections of an attention are experts so (SwitchHead), and kernels of a convolution. What every token passes is no
+mixture: something must choose.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import fx
+
+from moeopt.capture.op_kinds import is_matmul, moves_rows, op_name, picks_rows
+from moeopt.capture.replay import ancestors
+from moeopt.find.block_candidates import BlockCandidate, identity_of
+from moeopt.find.light_sites import leaf_of
+from moeopt.find.module_lists import alike_lists
+from moeopt.find.unread_blocks import UnreadBlocks, calls_of_blocks, weights_of
+from moeopt.recognise.gemm_sites import weight_and_operand
+from moeopt.recognise.weights_for_rows import summed_matrices
+
+_CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "multinomial")
+
+
+def single_products(unread: UnreadBlocks, places: list[BlockCandidate]) -> list[BlockCandidate]:
+    """The mixtures of single products in the run of ``unread``, outside the calls of ``places``."""
+    found: list[BlockCandidate] = []
+    for search in (_picked_weights, _picked_rows, _named_by_python, _summed_weights):
+        taken = calls_of_blocks([*places, *found])
+        known = {weight for p in (*places, *found) for weight in p.weights}
+        found += [p for p in search(unread) if p.call.index not in taken and known.isdisjoint(p.weights)]
+    return [*found, *unread.by_choice([*places, *found])]
+
+
+def _picked_weights(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
+    """Calls that pick matrices or kernels out of a stack by what was chosen, and multiply by them."""
+    homes: dict[int, list[fx.Node]] = {}
+    for node in unread.tape.nodes:
+        if op_name(node) not in ("index", "index_select", "embedding"):
+            continue
+        stack = node.args[0]
+        sizes: tuple[int, ...] = stack.meta.get("shape") or () if isinstance(stack, fx.Node) else ()
+        if len(sizes) < 3 or min(sizes[:3]) < 2 or len(node.all_input_nodes) != 2:
+            continue
+        path = leaf_of(unread.tape, node)[0]
+        if path in unread.named and unread.named[path].dim() > 2 and _is_chosen(node) and _multiplies(node):
+            homes.setdefault(node.meta["call"], []).append(node)
+    for index, nodes in homes.items():
+        weights = {id(unread.named[leaf_of(unread.tape, n)[0]]) for n in nodes}
+        count = nodes[0].args[0].meta["shape"][0]  # type: ignore[union-attr]
+        yield unread.place(unread.tape.calls[index], nodes[0].meta["index"], count, weights)
+
+
+def _is_chosen(lookup: fx.Node) -> bool:
+    ids = [n for n in lookup.all_input_nodes[1:] if not getattr(n.meta.get("dtype"), "is_floating_point", True)]
+    return any(op_name(n) in _CHOICES for n in ancestors(ids))
+
+
+def _multiplies(lookup: fx.Node) -> bool:
+    """Whether what was looked up, moved or not, is multiplied with something that is computed from the input."""
+    stack, seen = [lookup], set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            others = [a for a in user.all_input_nodes if a is not node]
+            if is_matmul(user) and any(n.op == "placeholder" for n in ancestors(others)):
+                return True
+            if moves_rows(user) and user not in seen and len(seen) < 64:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _picked_rows(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
+    """Calls that multiply rows picked for each expert by a matrix of its own: a part of a stack, or a Parameter of a
+    numbered name; several, or one of several of which the others had no rows."""
+    memo: dict[fx.Node, bool] = {}
+    homes: dict[tuple[int, str], list[tuple[fx.Node, str]]] = {}
+    stacks: set[str] = set()
+    for node in unread.tape.nodes:
+        found = weight_and_operand(node, memo) if is_matmul(node) else None
+        path = leaf_of(unread.tape, found[0])[0] if found is not None and picks_rows(found[1]) else ""
+        if found is None or path not in unread.named:
+            continue
+        if unread.named[path].dim() > len(found[0].meta["shape"]):
+            stacks.add(path)
+        if path in stacks or re.search(r"\d", path):
+            homes.setdefault((node.meta["call"], re.sub(r"\d+", "#", path)), []).append((node, path))
+    for (index, _), products in homes.items():
+        first, path = products[0]
+        hit = len({identity_of(node) for node, _ in products})
+        count = len(unread.named[path]) if path in stacks else hit
+        if count > 1:
+            weights = {id(unread.named[p]) for _, p in products}
+            yield unread.place(unread.tape.calls[index], first.meta["index"], count, weights)
+
+
+def _named_by_python(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
+    """Calls in which Python read a number that was chosen, and which ran some modules of a list, or multiplied by some
+    parts of a stack, one after another on parts of their input."""
+    numbers = [r for r in unread.tape.reads if not getattr(r.node.meta.get("dtype"), "is_floating_point", True)]
+    chosen = {r.call for r in numbers if any(op_name(n) in _CHOICES for n in ancestors([r.node]))}
+    for index in sorted(chosen):
+        call = unread.tape.calls[index]
+        for alike in alike_lists(call.module):
+            ran = [c for c in unread.children(call) if c.module in alike]
+            if ran and not unread.sequential(ran):
+                yield unread.place(call, ran[0].first, len(alike), weights_of(ran))
+    memo: dict[fx.Node, bool] = {}
+    for node in unread.tape.nodes:
+        found = weight_and_operand(node, memo) if is_matmul(node) and node.meta["call"] in chosen else None
+        path, whole = leaf_of(unread.tape, found[0]) if found is not None else ("", None)
+        parts = [n for n in ancestors([found[0]]) if op_name(n) == "select"] if found is not None else []
+        if parts and path in unread.named and whole is not None and whole.dim() > 2:
+            yield unread.place(unread.tape.calls[node.meta["call"]], node.meta["index"], len(whole), {id(whole)})
+
+
+def _summed_weights(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
+    """Calls that multiply by sums of their stacks' matrices, one sum for each sample or token."""
+    homes: dict[int, list[tuple[fx.Node, str]]] = {}
+    for node, stack in summed_matrices(unread.tape):
+        homes.setdefault(node.meta["call"], []).append((node, stack))
+    for index, products in homes.items():
+        (first, stack), weights = products[0], {id(unread.named[name]) for _, name in products}
+        yield unread.place(unread.tape.calls[index], first.meta["index"], len(unread.named[stack]), weights)

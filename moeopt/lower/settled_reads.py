@@ -1,0 +1,160 @@
+"""Questions of Python's about the data whose answer a graph may take for granted.
+
+    if mask.any(): y[mask] = f(x[mask])    "some row": with none the code inside computes nothing
+    assert x.isfinite().all()              the other answer raises, and gives no numbers
+
+``torch.export`` stops at both. The first is settled where the model says so itself: it runs with the mask emptied, once
+as it is and once with the question answered as if there were rows, and must give and leave the same bits, on the given
+inputs and on much larger ones. An assertion is one by what the other answer does, see ``moeopt.capture.bool_reads``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moeopt.capture.bool_reads import asked_from, raised_in
+from moeopt.capture.isolated_run import undone
+from moeopt.capture.tape import clone_inputs
+from moeopt.capture.tree import ArgsKwargs
+from moeopt.ops.override import default_impl
+from moeopt.value_types import FxTarget, PyObject
+
+Asked = tuple[CodeType, int]
+"""The function that asks, and the instruction in it."""
+aten = torch.ops.aten
+_READ = aten._local_scalar_dense.default
+_WHETHER = (aten.any.default, aten.sum.default, aten.count_nonzero.default)
+_COMPARED = {aten.gt.Scalar: 0, aten.ne.Scalar: 0, aten.eq.Scalar: 0, aten.le.Scalar: 0, aten.ge.Scalar: 1,
+             aten.lt.Scalar: 1}  # fmt: skip
+_NOTS = (aten.logical_not.default, aten.bitwise_not.default)
+_LARGE = 1e4
+"""Times the given floats, on which the questions are asked once more: a limit that no value reached acts there."""
+_MORE = 16
+"""Questions at one place beyond those that the model asked itself: a ``while`` that goes on for ever ends so."""
+
+
+class _Endless(Exception):
+    """A question is asked again and again."""
+
+
+class _Questions(TorchDispatchMode):
+    """What Python asks of tensors as a bool, some of it answered otherwise, some of the masks emptied before.
+
+    Args:
+        forced: answers by where they are asked.
+        emptied: where masks are asked for any row, and are set to False first.
+        most: how often each place may ask.
+
+    Attributes:
+        answers: each place's own.
+        masks: for each place that asked a mask for any row, where.
+    """
+
+    def __init__(
+        self, forced: Mapping[Asked, bool], emptied: set[Asked | None], most: Mapping[Asked, int] | None = None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
+        self.forced, self.emptied, self.most = forced, emptied, most
+        self.answers: dict[Asked, list[bool]] = {}
+        self.masks: dict[Asked, set[Asked | None]] = {}
+        self._about: dict[int, tuple[Tensor, Asked]] = {}  # results that tell of a mask; held, so that ids name them
+
+    def __torch_dispatch__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
+        place = asked_from()
+        if func in _WHETHER and len(args) == 1 and args[0].dtype == torch.bool:
+            if place in self.emptied:
+                args[0].zero_()
+            out = func(*args, **(kwargs or {}))
+            if place is not None:
+                self._about[id(out)] = (out, place)
+            return out
+        out = func(*args, **(kwargs or {}))
+        told = self._about.get(id(args[0])) if args else None
+        if told is not None and (func in _NOTS or (func in _COMPARED and args[1] == _COMPARED[func])):
+            self._about[id(out)] = (out, told[1])
+        if func is not _READ or not isinstance(out, bool) or place is None:
+            return out
+        asked = self.answers.setdefault(place, [])
+        asked.append(out)
+        self.masks.setdefault(place, set()).add(None if told is None else told[1])
+        if self.most is not None and len(asked) > self.most.get(place, 0) + _MORE:
+            raise _Endless
+        return self.forced.get(place, out)
+
+
+def settled_reads(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Asked, bool]:
+    """The answers that hold for all inputs, by where ``model`` asks on this call; see the module's docstring."""
+    first = _Questions({}, set())
+    if _run(model, args, kwargs, first) is None:
+        return {}
+    found: dict[Asked, bool] = {}
+    large = pytree.tree_map_only(Tensor, lambda t: t * _LARGE if t.is_floating_point() else t, (args, kwargs))
+    for place, answers in first.answers.items():
+        masks = first.masks[place]
+        whether = None
+        if None not in masks:
+            both = {_some_row(model, call, place, masks, found) for call in ((args, kwargs), large)}
+            whether = both.pop() if len(both) == 1 else None
+        if whether is None and len(set(answers)) == 1 and _asserts(model, args, kwargs, place, not answers[0]):
+            whether = answers[0]
+        if whether is not None:
+            found[place] = whether
+    return found
+
+
+def _some_row(
+    model: nn.Module, call: ArgsKwargs, place: Asked, masks: set[Asked | None], known: Mapping[Asked, bool]
+) -> bool | None:
+    """What ``place`` is told where some row is left, if that may be told where none is; else None."""
+    natural = _Questions({}, masks)
+    without = _run(model, *call, natural)
+    none = set(natural.answers.get(place, []))
+    if without is None or len(none) != 1:
+        return None
+    answer = not none.pop()
+    most = {at: len(asked) for at, asked in natural.answers.items()}
+    with_rows = _run(model, *call, _Questions({**known, place: answer}, masks, most))
+    return answer if with_rows is not None and _same(without, with_rows) else None
+
+
+def _asserts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], place: Asked, other: bool) -> bool:
+    raised: list[Exception] = []
+    _run(model, args, kwargs, _Questions({place: other}, set(), {}), raised.append)
+    return bool(raised) and raised_in(raised[0], place[0])
+
+
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: TorchDispatchMode,
+    failed: Callable[[Exception], object] = lambda err: None,
+) -> list[Any] | None:  # fmt: skip
+    """What the model gives, and the buffers that it leaves, on copies of the inputs; None where it raises."""
+    args, kwargs = clone_inputs((args, kwargs))
+    with undone(model) as watched:
+        try:
+            with default_impl(), watched, mode:  # an exporter counts the calls of what stands for the experts' op
+                leaves = pytree.tree_leaves(model(*args, **kwargs))
+        except Exception as err:
+            failed(err)
+            return None
+        return [*leaves, *pytree.tree_leaves((args, kwargs)), *(b.detach().clone() for b in model.buffers())]
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(_equal, a, b))
+
+
+def _equal(a: PyObject, b: PyObject) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and (a is b or bool(a == b))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or bool(a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))

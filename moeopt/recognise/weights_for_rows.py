@@ -1,0 +1,136 @@
+"""Weights that are made for each row or sample: looked up by ids, or summed over the experts.
+
+neurons    x . W1[ids] ...        an expert is one row of each table
+memory     sum of V[ids]          no product at all
+matrices   x @ W[ids]             a copy for each token, of experts of one matrix
+kernels    conv(x, K[ids])        a group for each sample
+sums       x @ (sum of g_e W_e)   no expert runs by itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from moeopt.capture.op_kinds import is_matmul, moves_rows, op_name, picks_rows
+from moeopt.capture.replay import ancestors, descendants
+from moeopt.capture.tape import Tape
+from moeopt.errors import Declined
+from moeopt.recognise.gemm_sites import weight_and_operand
+from moeopt.recognise.router_steers import CHOICES
+
+
+def single_neurons(tape: Tape) -> Declined | None:
+    """Rows of a table, picked by the router for each token: experts of one neuron where they are multiplied with the
+    token, values of a memory where they are only added up."""
+    names = ("embedding", "_embedding_bag", "_embedding_bag_forward_only")
+    picked = [n for n in tape.nodes if op_name(n) in names and _is_table(n.args[0])]
+    picked = [n for n in picked if any(op_name(a) in CHOICES for a in ancestors([n.args[1]]))]  # type: ignore[list-item]
+    picked = [n for n in picked if not _holds_matrices(n)]
+    if len(picked) == 1 and not any(is_matmul(n) for n in descendants(tape, picked)):
+        return Declined(
+            f"it is a memory: each id that the router picks is one row of {_path(picked[0])}, which is weighed and "
+            "added as it is and is no function of the token, so there is no product to group; this block stays as it "
+            "is",
+            picked[0].meta.get("source"),
+        )
+    if len(picked) < 2:
+        return None
+    return Declined(
+        f"its experts are single neurons: each id that the router picks is one row of {_path(picked[0])}, not a "
+        "matrix; the op groups experts of two matrices, so this block stays as it is",
+        picked[0].meta.get("source"),
+    )
+
+
+def _holds_matrices(lookup: fx.Node) -> bool:
+    """Whether each row that is looked up is laid out as a matrix."""
+    if lookup.meta.get("shape") is None:  # a bag of rows is a sum of them
+        return False
+    width = lookup.meta["shape"][-1]
+    shapes = [
+        user.meta.get("shape", ()) for user in lookup.users if op_name(user) in ("view", "reshape", "_unsafe_view")
+    ]
+    return any(len(s) > 1 and s[-1] != width and s[-2] > 1 and s[-1] > 1 and s[-2] * s[-1] == width for s in shapes)
+
+
+def _path(node: fx.Node) -> str:
+    return str(node.args[0].target)  # type: ignore[union-attr]
+
+
+def _is_table(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr" and "constant" not in node.meta
+
+
+def mixed_kernels(tape: Tape) -> Declined | None:
+    """A convolution whose kernel is computed from the input: picked, or a sum of the experts' kernels, for each
+    sample."""
+    for node in tape.nodes:
+        if op_name(node) == "convolution" and isinstance(node.args[1], fx.Node):
+            before = ancestors([node.args[1]])
+            if not any(n.op == "placeholder" for n in before):
+                continue
+            kernel = node.args[1]
+            while moves_rows(kernel) and not picks_rows(kernel) and kernel.all_input_nodes:
+                kernel = kernel.all_input_nodes[0]
+            if picks_rows(kernel):
+                return Declined(
+                    "it picks its experts' kernels for each sample and runs one convolution with them, a group for "
+                    "each sample; the op multiplies each token's row by a matrix, so this block stays as it is",
+                    node.meta.get("source"),
+                )
+            return Declined(
+                "it adds up its experts' kernels for each sample and runs one convolution with the sum, so no "
+                "expert runs by itself and there is nothing to group; this block stays as it is",
+                node.meta.get("source"),
+            )
+    return None
+
+
+def summed_matrices(tape: Tape) -> Iterator[tuple[fx.Node, str]]:
+    """Products of activations with a matrix that is a sum of a stack's, weighed by something that is computed from the
+    input, and the name of the stack."""
+    names = dict(tape.root.named_parameters(remove_duplicate=False))
+    for node in tape.nodes:
+        if op_name(node) not in ("bmm", "baddbmm"):
+            continue
+        for side in node.all_input_nodes:
+            while moves_rows(side) and side.all_input_nodes:
+                side = side.all_input_nodes[0]
+            found = weight_and_operand(side, {}) if is_matmul(side) else None
+            if found is None:
+                continue
+            stacks = [str(n.target) for n in ancestors([found[0]]) if n.op == "get_attr"]
+            stacks = [name for name in stacks if name in names and names[name].dim() > 2]
+            weighs = stacks and found[1].meta["shape"][-1] == len(names[stacks[0]])
+            if weighs and any(n.op == "placeholder" for n in ancestors([found[1]])):
+                yield node, stacks[0]
+
+
+def mixed_matrices(tape: Tape) -> Declined | None:
+    """The first of :func:`summed_matrices`."""
+    for node, stack in summed_matrices(tape):
+        return Declined(
+            f"it adds up its experts' matrices ({stack}) for each sample or token and multiplies by the sum, so no "
+            "expert runs by itself and there is nothing to group; this block stays as it is",
+            node.meta.get("source"),
+        )
+    return None
+
+
+def picked_matrices(tape: Tape) -> Declined | None:
+    """Products by matrices that are looked up for each row, of experts that are one matrix each."""
+    for node in tape.nodes:
+        if op_name(node) not in ("index", "index_select") or not _is_table(node.args[0]):
+            continue
+        stack: fx.Node = node.args[0]  # type: ignore[assignment]
+        chosen = any(op_name(n) in CHOICES for n in ancestors(node.all_input_nodes[1:]))
+        if chosen and len(stack.meta["shape"]) == 3:
+            return Declined(
+                f"its experts are one matrix each, and each token multiplies by a copy of its own ({_path(node)}[ids]);"
+                " the op takes such experts, in engines, where each runs on the rows that chose it: loop over the "
+                "experts (row, slot = torch.where(ids == e); y.index_add_(0, row, x[row] @ W[e] * ...))",
+                node.meta.get("source"),
+            )
+    return None

@@ -1,0 +1,87 @@
+"""Which questions of Python's about tensors are assertions."""
+
+import pytest
+import torch
+
+from moeopt.capture.bool_reads import BoolReads, is_assertion
+from moeopt.capture.source_line import user_line
+
+
+def asserts(x):
+    assert x.isfinite().all()
+    return x
+
+
+def raises(x):
+    if torch.isnan(x).any():
+        raise ValueError("NaN")
+    return x
+
+
+def raises_elsewhere(x):
+    if (x > 100).any():
+        refuse()
+    return x
+
+
+def refuse():
+    raise ValueError("too large")
+
+
+def fails(x):
+    big = x > 100
+    if big.any():
+        return x / x[big].amax()  # of no rows: an error of the operation, and none where there are some
+    return x
+
+
+def branches(x):
+    return x * 2 if (x > 0).any() else x
+
+
+def in_a_library(x):
+    return torch.distributions.Normal(x.new_zeros(()), x.new_ones(())).cdf(x)
+
+
+def goes_on(x):
+    while (x > 100).any():
+        x = x / 2
+    return x
+
+
+@pytest.mark.parametrize(
+    ("code", "is_one"),
+    [(asserts, True), (raises, True), (in_a_library, True), (raises_elsewhere, False), (fails, False),
+     (branches, False), (goes_on, False)],
+)  # fmt: skip
+def test_an_assertion_raises_by_a_statement_of_the_function_that_asks(code, is_one):
+    x, lines = torch.tensor([0.5, -1.0]), []
+
+    def note(place, answer):
+        lines.append(place[0])
+        return answer
+
+    with BoolReads(note):
+        code(x)
+    assert lines
+    assert any(is_assertion(lambda mode: under(mode, code, x), line) for line in set(lines)) is is_one
+
+
+def under(mode, code, x):
+    with mode:
+        return code(x)
+
+
+def test_modes_around_it_do_not_hide_who_asks():
+    from moeopt.capture.isolated_run import WatchWrites
+
+    lines = []
+    with BoolReads(lambda place, answer: lines.append(place[0]) or answer):
+        asserts(torch.ones(2))
+
+    def run(mode):
+        with mode, WatchWrites(lambda tensor: None):
+            asserts(torch.ones(2))
+
+    assert is_assertion(run, lines[0])
+    assert user_line().rpartition(":")[0] == lines[0].rpartition(":")[0]
