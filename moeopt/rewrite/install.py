@@ -156,6 +156,8 @@ class RewrittenForward:
             left = self.own_code is not None and self.own_code.takes(args, kwargs)
             if left and self._unlooked > 0:
                 self._unlooked -= 1
+                if self.source is not None:  # the own code follows what changes in its module, and not what does there
+                    self.source.look()
                 return self.own()(*args, **kwargs)
             if self._usual is not None and not kwargs:
                 tensors = self._usual(self.module, args)
