@@ -48,7 +48,7 @@ def tensor_type(file: OnnxFile, value: OnnxValue) -> tuple[torch.dtype, list[Any
             f"{file.name}: {name!r} holds {_type_name(tensor.elem_type)}, an element type that torch lacks: moeopt "
             "takes graphs whose inputs and outputs are numbers"
         ) from None
-    dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
+    dims = [d.dim_value if d.HasField("dim_value") else _named(d.dim_param) for d in tensor.shape.dim]
     fixed = [d for d in dims if isinstance(d, int)]
     if any(d < 0 for d in fixed) or math.prod(fixed) > MOST_ELEMENTS:
         raise UsageError(
@@ -56,6 +56,11 @@ def tensor_type(file: OnnxFile, value: OnnxValue) -> tuple[torch.dtype, list[Any
             f"{MOST_ELEMENTS} elements is run: it was damaged, or export the model for smaller inputs"
         )
     return dtype, dims
+
+
+def _named(dimension: str) -> int | str | None:
+    """What a size is called; transformers' exporter calls the fixed ones by their numbers."""
+    return int(dimension) if dimension.isascii() and dimension.isdigit() and len(dimension) < 10 else dimension or None
 
 
 def _type_name(number: int) -> str:

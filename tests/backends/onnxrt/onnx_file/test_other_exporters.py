@@ -60,6 +60,21 @@ def test_a_file_of_transformers_exporter(name, tmp_path):
     checked(tmp_path / "model.onnx", want, family.moe_blocks)
 
 
+@pytest.mark.nightly
+def test_the_files_that_transformers_exporter_makes_to_generate_with(tmp_path):
+    """A prompt's and a step's, whose caches have dimensions that are called by their numbers."""
+    exporters = pytest.importorskip("transformers.exporters.exporter_onnx")
+    family = FAMILIES["qwen3_moe"]
+    inputs = family.inputs() | {"attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    config = exporters.OnnxConfig(dynamic=True)
+    exported = exporters.OnnxExporter().export_for_generation(family.build(), inputs, config, multi_token_decode=True)
+    exported.save_pretrained(tmp_path)
+    for name in ("prefill.onnx", "decode.onnx"):
+        found = moeopt.optimize(tmp_path / name, verify="fast")
+        assert [b.status for b in found.report.blocks] == ["rewritten"] * family.moe_blocks, found.report
+        assert found.certificate.passed
+
+
 @pytest.mark.parametrize(
     "name", ["qwen3_moe", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("gpt_oss", "deepseek_v3"))]
 )
