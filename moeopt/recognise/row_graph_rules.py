@@ -75,12 +75,16 @@ def _one_dim(at: int, extra: int = 0, default: PyObject = None) -> Rule:
     def rule(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
         if op_name(node) == "slice" and node.meta["shape"] == held.shape:
             return held
-        args = list(graph.words(node.args))
-        dim = node.args[at] if len(node.args) > at else default
+        args, kwargs = list(graph.words(node.args)), graph.kwargs(node)
+        dim = node.args[at] if len(node.args) > at else node.kwargs.get("dim", default)
         if dim is None or (op_name(node) == "squeeze" and isinstance(dim, (list, tuple))):
             raise graph.refused(node, "works across rows")
-        args[at : at + 1] = [graph.feature_dim(node, held, dim, extra)]
-        found = graph.add(node, node.target, held.lead, *args, **graph.kwargs(node))
+        settled = graph.feature_dim(node, held, dim, extra)
+        if len(args) > at:
+            args[at] = settled
+        else:  # by its name: a stable sort takes it in no other way
+            kwargs["dim"] = settled
+        found = graph.add(node, node.target, held.lead, *args, **kwargs)
         if node.meta.get("shape") is None:  # several results
             found.items, found.shape = [], held.shape
         return found

@@ -205,7 +205,16 @@ def within(self, x):
     return self.down(kept + h.sort(-1, descending=True).values)
 
 
-def test_sorts_and_picks_within_a_row():
+def within_by_name(self, x):
+    """A stable sort takes its dimension by name alone."""
+    h = self.up(x)
+    values, places = torch.topk(h, k=5, dim=-1)
+    kept = torch.zeros_like(h).scatter(dim=-1, index=places, src=values.sin())
+    return self.down(kept + h.sort(dim=-1, descending=True, stable=True).values)
+
+
+@pytest.mark.parametrize("within", [within, within_by_name])
+def test_sorts_and_picks_within_a_row(within):
     module = of(within)
     (found,), _, _ = read(module)
     assert isinstance(found.spec, RowFunction) and len(found.experts) == N
@@ -219,6 +228,7 @@ def test_sorts_and_picks_within_a_row():
 
 ACROSS = {
     "sort": lambda h: h.sort(0).values,
+    "stable sort": lambda h: h.sort(dim=0, stable=True).values,
     "kthvalue": lambda h: h.kthvalue(1, 0, keepdim=True).values + h,
     "median": lambda h: h - h.median(0).values,
     "median of all": lambda h: h - h.median(),
