@@ -56,9 +56,10 @@ def frozen_routing(candidate: CandidateRegion) -> str:
         count = candidate.chains.experts
         if scored > count:
             return (
-                f"{BROKEN}, by all that can be seen: its router scores {scored} experts, and the file holds "
-                f"{count}. An export that traces a loop over the experts that are hit keeps those of its sample only, "
-                f"and tokens that choose another get nothing; {WAY_OUT}"
+                f"{BROKEN}, unless some scores are meant for no expert (null experts), which a file does not tell: "
+                f"its router scores {scored} experts, and the file holds {count}. An export that traces a loop over "
+                f"the experts that are hit keeps those of its sample only, and tokens that choose another get nothing; "
+                f"{WAY_OUT}"
             )
     return ""
 

@@ -23,6 +23,7 @@ def test_experts_that_the_sample_did_not_hit_are_missed(tmp_path):
     (block,) = found.report.blocks
     assert block.status == "declined" and not found.report.rewritten
     assert f"its router scores {E} experts, and the file holds {block.experts}" in block.reason
+    assert block.reason.startswith("the file is broken, unless some scores are meant for no expert (null experts)")
     assert "export it again with a form of the experts that does not depend on the sample" in block.reason
     assert any(note.startswith("experts: the file is broken") for note in found.certificate.notes)
 
