@@ -4,13 +4,14 @@
     assert x.isfinite().all()              the other answer raises, and gives no numbers
 
 ``torch.export`` stops at both. The first is settled where the model says so itself: it runs with the mask emptied, once
-as it is and once with the question answered as if there were rows, and must give and leave the same bits, on the given
-inputs and on much larger ones. An assertion is one by what the other answer does, see ``moeopt.capture.bool_reads``.
+as it is and once with the question answered as if there were rows, and must give and leave the same bits, by the same
+ops of the same things (``moeopt.lower.tensor_terms``): equal bits alone may be those of these inputs. An assertion is
+one by what the other answer does, see ``moeopt.capture.bool_reads``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from types import CodeType
 from typing import Any
 
@@ -23,6 +24,7 @@ from moeopt.capture.bool_reads import asked_from, raised_in
 from moeopt.capture.isolated_run import undone
 from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.lower.tensor_terms import Terms
 from moeopt.ops.override import default_impl
 from moeopt.value_types import FxTarget, PyObject
 
@@ -34,8 +36,6 @@ _WHETHER = (aten.any.default, aten.sum.default, aten.count_nonzero.default)
 _COMPARED = {aten.gt.Scalar: 0, aten.ne.Scalar: 0, aten.eq.Scalar: 0, aten.le.Scalar: 0, aten.ge.Scalar: 1,
              aten.lt.Scalar: 1}  # fmt: skip
 _NOTS = (aten.logical_not.default, aten.bitwise_not.default)
-_LARGE = 1e4
-"""Times the given floats, on which the questions are asked once more: a limit that no value reached acts there."""
 _MORE = 16
 """Questions at one place beyond those that the model asked itself: a ``while`` that goes on for ever ends so."""
 
@@ -58,26 +58,36 @@ class _Questions(TorchDispatchMode):
     """
 
     def __init__(
-        self, forced: Mapping[Asked, bool], emptied: set[Asked | None], most: Mapping[Asked, int] | None = None
-    ) -> None:
+        self, forced: Mapping[Asked, bool], emptied: set[Asked | None], most: Mapping[Asked, int] | None = None,
+        interned: dict[Hashable, int] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.forced, self.emptied, self.most = forced, emptied, most
+        self.terms: Terms | None = None
+        self._interned = interned
         self.answers: dict[Asked, list[bool]] = {}
         self.masks: dict[Asked, set[Asked | None]] = {}
         self._about: dict[int, tuple[Tensor, Asked]] = {}  # results that tell of a mask; held, so that ids name them
+
+    def starts(self, model: nn.Module, given: PyObject) -> None:
+        """A run of ``model`` on ``given`` starts."""
+        self.terms = None if self._interned is None else Terms(self._interned, model, given)
+
+    def _call(self, func: FxTarget, args: PyObject, kwargs: PyObject) -> PyObject:
+        return func(*args, **kwargs) if self.terms is None else self.terms.call(func, args, kwargs)
 
     def __torch_dispatch__(
         self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
     ) -> PyObject:
         place = asked_from()
         if func in _WHETHER and len(args) == 1 and args[0].dtype == torch.bool:
-            if place in self.emptied:
-                args[0].zero_()
-            out = func(*args, **(kwargs or {}))
+            if place in self.emptied and self.terms is not None:
+                self.terms.empty(args[0])
+            out = self._call(func, args, kwargs or {})
             if place is not None:
                 self._about[id(out)] = (out, place)
             return out
-        out = func(*args, **(kwargs or {}))
+        out = self._call(func, args, kwargs or {})
         told = self._about.get(id(args[0])) if args else None
         if told is not None and (func in _NOTS or (func in _COMPARED and args[1] == _COMPARED[func])):
             self._about[id(out)] = (out, told[1])
@@ -97,13 +107,11 @@ def settled_reads(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if _run(model, args, kwargs, first) is None:
         return {}
     found: dict[Asked, bool] = {}
-    large = pytree.tree_map_only(Tensor, lambda t: t * _LARGE if t.is_floating_point() else t, (args, kwargs))
     for place, answers in first.answers.items():
         masks = first.masks[place]
         whether = None
         if None not in masks:
-            both = {_some_row(model, call, place, masks, found) for call in ((args, kwargs), large)}
-            whether = both.pop() if len(both) == 1 else None
+            whether = _some_row(model, (args, kwargs), place, masks, found)
         if whether is None and len(set(answers)) == 1 and _asserts(model, args, kwargs, place, not answers[0]):
             whether = answers[0]
         if whether is not None:
@@ -115,14 +123,15 @@ def _some_row(
     model: nn.Module, call: ArgsKwargs, place: Asked, masks: set[Asked | None], known: Mapping[Asked, bool]
 ) -> bool | None:
     """What ``place`` is told where some row is left, if that may be told where none is; else None."""
-    natural = _Questions({}, masks)
+    interned: dict[Hashable, int] = {}
+    natural = _Questions({}, masks, None, interned)
     without = _run(model, *call, natural)
     none = set(natural.answers.get(place, []))
     if without is None or len(none) != 1:
         return None
     answer = not none.pop()
     most = {at: len(asked) for at, asked in natural.answers.items()}
-    with_rows = _run(model, *call, _Questions({**known, place: answer}, masks, most))
+    with_rows = _run(model, *call, _Questions({**known, place: answer}, masks, most, interned))
     return answer if with_rows is not None and _same(without, with_rows) else None
 
 
@@ -133,11 +142,15 @@ def _asserts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pl
 
 
 def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: TorchDispatchMode,
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: _Questions,
     failed: Callable[[Exception], object] = lambda err: None,
 ) -> list[Any] | None:  # fmt: skip
-    """What the model gives, and the buffers that it leaves, on copies of the inputs; None where it raises."""
+    """What the model gives and leaves in its inputs and buffers, with its terms; None where it raises.
+
+    It runs on copies of the inputs.
+    """
     args, kwargs = clone_inputs((args, kwargs))
+    mode.starts(model, (args, kwargs))
     with undone(model) as watched:
         try:
             with default_impl(), watched, mode:  # an exporter counts the calls of what stands for the experts' op
@@ -145,7 +158,10 @@ def _run(
         except Exception as err:
             failed(err)
             return None
-        return [*leaves, *pytree.tree_leaves((args, kwargs)), *(b.detach().clone() for b in model.buffers())]
+        left = [*leaves, *pytree.tree_leaves((args, kwargs)), *model.buffers()]
+        terms = mode.terms
+        values = [None if terms is None or not isinstance(t, Tensor) else terms.value(t) for t in left]
+        return [*values, *(t.detach().clone() if isinstance(t, Tensor) else t for t in left)]
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

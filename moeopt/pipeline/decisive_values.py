@@ -99,7 +99,7 @@ class Scope:
                 held = results if isinstance(results, Results) else held
         if held is not None:
             yield node, held
-        elif isinstance(value, (bool, np.bool_)):
+        elif isinstance(value, (bool, np.bool_, Iterator)):
             for part in self._parts(node):
                 yield from self.decisive(part, depth - 1)
 
@@ -165,7 +165,10 @@ class Scope:
             keywords = {k.arg: self.value(k.value) for k in node.keywords if k.arg is not None}
             if "out" in keywords or len(keywords) < len(node.keywords):
                 raise Unknown
-            return self._function(node.func)(*map(self.value, node.args), **keywords)
+            args = [*map(self.value, node.args)]
+            if any(isinstance(arg, Iterator) for arg in (*args, *keywords.values())):
+                raise Unknown  # it can be gone through once, by the user's code
+            return self._function(node.func)(*args, **keywords)
         raise Unknown
 
     def _named(self, name: str) -> PyObject:

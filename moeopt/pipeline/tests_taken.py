@@ -14,8 +14,8 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 
@@ -33,6 +33,9 @@ _PACKAGES = ("site-packages", "dist-packages")
 _NO_MODEL_IS_IN = ("/numpy/", "/einops/")
 _NO_VALUE = ("COPY", "TO_BOOL", "NOT_TAKEN", "CACHE")
 """Between what makes the value of a test and the jump."""
+_LINKS = ("COMPARE_OP", "IS_OP", "CONTAINS_OP")
+_GOES_ON = (["SWAP", "COPY"], ["DUP_TOP", "ROT_THREE"])
+"""Before a comparison of a chain that another follows, which reads the same number."""
 _RETURNS = ("RETURN_VALUE", "RETURN_CONST")
 
 
@@ -94,11 +97,13 @@ class _Jump:
         place: of the test; the compiler makes several jumps of one test, as of a ``while``.
         after: where the frame is next if it does not jump; () for a return.
         stays: the answer with which it does not.
+        only: the one answer that decides the test; None where both do. ``a < b`` of ``a < b < c`` decides it if False.
     """
 
     place: TestPlace
     after: tuple[int, ...]
     stays: bool
+    only: bool | None = None
 
 
 class _InFrame:
@@ -115,7 +120,9 @@ class _InFrame:
             if jump is not None and jump is last:  # the instruction after its prefix
                 return self
             if last is not None and last.after:
-                self._into.answered(last.place, last.stays is (frame.f_lasti in last.after))
+                answer = last.stays is (frame.f_lasti in last.after)
+                if last.only in (None, answer):
+                    self._into.answered(last.place, answer)
             self._last = jump
             if jump is not None:
                 self._into.reached(jump.place, frame)
@@ -137,18 +144,22 @@ def _jumps(code: types.CodeType) -> dict[int, _Jump]:
         groups[-1].append(one)
         if one.opname != "EXTENDED_ARG":
             groups.append([])
-    pushed = groups[0][-1]
+    pushed, names, only = groups[0][-1], list[str](), cast("bool | None", None)
     for group, following in zip(groups, groups[1:], strict=False):
         name, place = group[-1].opname, (code, _position(pushed))
-        pushed = pushed if name in _NO_VALUE else group[-1]
         jump: _Jump | None = None
         if name in _RETURNS:
             jump = _Jump(place, (), True)
         elif "JUMP" in name and ("_IF_FALSE" in name or "_IF_TRUE" in name):
-            jump = _Jump(place, tuple(one.offset for one in following), "_IF_FALSE" in name)
+            jump = _Jump(place, tuple(one.offset for one in following), "_IF_FALSE" in name, only)
         if jump is not None:
             found.update((one.offset, jump) for one in group)
-    return found
+        if name not in _NO_VALUE:
+            pushed, only = group[-1], False if name in _LINKS and names[-2:] in _GOES_ON else None
+        names.append(name)
+    ends = {jump.place for jump in found.values() if jump.only is None}  # a chain that is kept as a value has no such
+    told = {jump: jump if jump.place in ends else replace(jump, only=None) for jump in found.values()}
+    return {at: told[jump] for at, jump in found.items()}
 
 
 def _position(instruction: dis.Instruction) -> Position:

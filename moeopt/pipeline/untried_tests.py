@@ -122,6 +122,8 @@ def _asked_by_dispatch(test: _Test, place: TestPlace, calls: list[_Seen], dispat
     known = [
         _constant(part) or {v for seen in calls for v in seen.get((place, ast.unparse(part)), ())} for part in parts
     ]
+    if isinstance(test.around[0], ast.match_case) or (len(parts) > 1 and _compares_containers(set().union(*known))):
+        return False
     varied = [n for n, values in enumerate(known) if len(values) > 1]
     bounds = [_length(next(iter(values), None)) for values in known]
     numbers = [_length(v) for n in varied for v in known[n]]
@@ -134,10 +136,21 @@ def _asked_by_dispatch(test: _Test, place: TestPlace, calls: list[_Seen], dispat
 
     if min(numbers) > 0 and all(asked(0) is not asked(n) for n in numbers):  # has it any token?
         return dispatch.every or _passes_over(test) or all(isinstance(v, Results) for v in known[at])
+    return _cannot_differ(asked, numbers, [*bounds[:at], *bounds[at + 1 :]], dispatch)
+
+
+def _cannot_differ(
+    asked: Callable[[int], bool], numbers: list[int], bounds: list[Any], dispatch: DispatchFacts
+) -> bool:
+    """Whether each expert's number has the same answer, or each count of tokens that there may be."""
     if _names_experts(numbers, dispatch.experts):
         return all(asked(e) is asked(max(numbers)) for e in range(dispatch.experts))
-    del bounds[at]
     return dispatch.most is not None and all(max(numbers) <= dispatch.most <= b for b in bounds)
+
+
+def _compares_containers(held: set[Any]) -> bool:
+    """Whether lists are compared by what they hold, and not with an empty one."""
+    return any(_length(v) is not v for v in held if isinstance(v, tuple)) and 0 not in map(_length, held)
 
 
 def _names_experts(numbers: list[int], experts: int) -> bool:
@@ -189,6 +202,8 @@ def _passes_over(test: _Test) -> bool:
 def _raises(test: _Test) -> bool:
     """Whether the other answer is an error, which gives no numbers."""
     for one in test.around:
+        if isinstance(one, ast.match_case):
+            return isinstance(one.body[-1], ast.Raise)
         if isinstance(one, ast.Assert):
             return True
         if isinstance(one, ast.If):
@@ -217,10 +232,22 @@ def _tests_of(source: str) -> dict[Position, _Test]:
         node, around, assigned = pending.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assigned = _assigned_once(node)
+        if isinstance(node, ast.Match):
+            found.update(_of_patterns(node, around, assigned))
         if isinstance(node, ast.expr):
             found.setdefault(position(node), _Test(node, around, assigned))
         pending += [(child, (node, *around), assigned) for child in ast.iter_child_nodes(node)]
     return found
+
+
+def _of_patterns(node: ast.Match, around: tuple[ast.AST, ...], assigned: dict[str, ast.expr]) -> dict[Position, _Test]:
+    """By the positions of patterns and their parts what is matched with them."""
+    return {
+        position(part): _Test(node.subject, (case, node, *around), assigned)
+        for case in node.cases
+        for part in ast.walk(case.pattern)
+        if isinstance(part, (ast.pattern, ast.expr))
+    }
 
 
 def _assigned_once(function: ast.AST) -> dict[str, ast.expr]:

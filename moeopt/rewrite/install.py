@@ -156,8 +156,8 @@ class RewrittenForward:
             left = self.own_code is not None and self.own_code.takes(args, kwargs)
             if left and self._unlooked > 0:
                 self._unlooked -= 1
-                if self.source is not None:  # the own code follows what changes in its module, and not what does there
-                    self.source.look()
+                if self.source is not None:
+                    self.source.look()  # the own code follows what changes in its module, and not what does there
                 return self.own()(*args, **kwargs)
             if self._usual is not None and not kwargs:
                 tensors = self._usual(self.module, args)
@@ -242,9 +242,7 @@ class RewrittenForward:
             return cast(RewrittenForward, copy.deepcopy(self.module, memo).forward)
         new = RewrittenForward.__new__(RewrittenForward)
         memo[id(self)] = new
-        new.module, new.program, new.original = module, self.program, copy.deepcopy(self.original, memo)
-        new.calls, new.fallbacks, new.last_refusal, new._stale, new.own_code = 0, 0, "", False, self.own_code
-        new.__signature__ = self.__signature__
+        new.__dict__.update(self.__getstate__(), module=module, original=copy.deepcopy(self.original, memo))
         return new
 
     def __getstate__(self) -> dict[str, Any]:

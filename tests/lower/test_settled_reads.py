@@ -132,12 +132,94 @@ class Both(Depths):
         return mask.all()
 
 
-@pytest.mark.parametrize("cls", [Doubles, Limits, MostOf, Rounds, Both])
+class LimitsOfAll(Depths):
+    """The same within limits that these inputs do not reach, though the weights let others do."""
+
+    def passed(self, x, mask, score):
+        limited = F.layer_norm(x, (D,)).clamp(-4, 4)
+        return super().passed(torch.where(limited.abs() < 4, x, limited), mask, score)
+
+
+class DeadZone(Depths):
+    def passed(self, x, mask, score):
+        return super().passed(torch.where(x.abs() < 1e-7, torch.zeros_like(x), x), mask, score)
+
+
+class OtherMask(Depths):
+    """The rows that are written are not those that are asked for."""
+
+    def passed(self, x, mask, score):
+        return super().passed(x, score < -100, score)
+
+
+class PartOfMask(Depths):
+    """Whether the first rows are left is asked, and all are written."""
+
+    def forward(self, x):
+        mask = x[..., 0] > 100
+        return super().passed(x, mask, x[..., 1]) if mask[:, 0].any() else x
+
+
+@pytest.mark.parametrize("cls", [Doubles, Limits, MostOf, Rounds, Both, LimitsOfAll, DeadZone, OtherMask, PartOfMask])
 def test_a_branch_that_does_more_is_refused(cls):
     model, x = build(cls), torch.randn(2, 6, D)
     assert settled_reads(model, (x,), {}) == {}
     with pytest.raises(NotSaveableError, match="depends on the values of tensors"):
         moeopt.optimize(model, x, backend="onnxruntime")
+
+
+class Ids(Depths):
+    """Integers are given, and one of the vectors that they name is larger than those of the example."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20, D)
+        with torch.no_grad():
+            self.table.weight[19] = 300
+
+    def forward(self, ids):
+        x = self.table(ids)
+        mask = ids == 3
+        if mask.any():
+            x = self.passed(x.clamp(-50, 50), mask, x[..., 0])
+        return x
+
+
+class PadIsBlank(Ids):
+    """The same mask made twice: either is of no rows where the other is."""
+
+    def forward(self, ids):
+        x = self.table(ids)
+        if (ids == 0).any():
+            x = x.masked_fill((ids == 0)[..., None], 0.0)
+        return x
+
+
+class PadAfterStart(Ids):
+    """Two masks, neither of which has a row of the example."""
+
+    def forward(self, ids):
+        x = self.table(ids)
+        if (ids == 1).any():
+            x = x.masked_fill((ids == 0)[..., None], 0.0)
+        return x
+
+
+@pytest.mark.parametrize("cls", [Ids, PadAfterStart])
+def test_a_branch_on_integers_that_does_more_is_refused(cls):
+    model, ids = build(cls), torch.randint(4, 18, (2, 6))
+    assert settled_reads(model, (ids,), {}) == {}
+    with pytest.raises(NotSaveableError, match="depends on the values of tensors"):
+        moeopt.optimize(model, ids, backend="onnxruntime")
+
+
+@pytest.mark.parametrize("least", [0, 4])
+def test_a_mask_made_twice_is_one(least):
+    model, ids = build(PadIsBlank), torch.randint(least, 18, (2, 40))
+    engine = moeopt.optimize(model, ids, backend="onnxruntime")
+    for call in (ids, torch.tensor([[0, 5, 0]]), torch.tensor([[7, 5, 1]])):
+        with torch.no_grad():
+            torch.testing.assert_close(engine(call), model(call), rtol=1e-5, atol=1e-5)
 
 
 class Writes(Depths):

@@ -101,6 +101,26 @@ def none_below(ids, least):
     return min(ids.flatten().tolist()) >= least
 
 
+def matched(ids):
+    match counts(ids):
+        case [_, _, *rest] if not any(rest):
+            return True
+    return False
+
+
+def is_first(ids):
+    match int(ids.max()):
+        case 1:
+            return True
+    return False
+
+
+def once(ids):
+    """What can be gone through once is left to the code that does it."""
+    numbers = (2 * i for i in ids.flatten().tolist())
+    return set(numbers) == {0, 2}
+
+
 NUMBERS = {
     "an int": (lambda ids, x: int(ids.max()) < E // 2, "int(ids.max()) < E // 2", False),
     "an item": (lambda ids, x: ids.min().item() >= E // 2, "ids.min().item() >= E // 2", False),
@@ -111,6 +131,12 @@ NUMBERS = {
     "a length": (lambda ids, x: not len((ids >= E // 2).nonzero()), "len((ids >= E // 2).nonzero())", False),
     "a generator": (lambda ids, x: len(x) > 3 and balanced(counts(ids)), "count == counts[0]", False),
     "in a function": (lambda ids, x: none_below(ids, 3), "min(ids.flatten().tolist()) >= least", False),
+    "a chain": (lambda ids, x: -1 < int(ids.min()) * 0 <= int(ids.max()) < E // 2, "<= int(ids.max()) < E // 2", False),
+    "an order": (lambda ids, x: next((2 for c in [counts(ids)] if c == [12, 12, 0, 0]), 1) == 2, "c == [", False),
+    "of a loop": (lambda ids, x: any([True for c in [counts(ids)] if c[2:] == [0] * 6]), "c[2:] == [0] * 6", False),
+    "an iterator": (lambda ids, x: once(ids), "set(numbers) == {0, 2}", False),
+    "a pattern": (lambda ids, x: matched(ids), "(any(rest))", True),
+    "a pattern's numbers": (lambda ids, x: is_first(ids), "int(ids.max())", False),
     "of equal tokens": (lambda ids, x: len(x) > 1 and torch.equal(ids[0], ids[1] + 1), "torch.equal(", False),
 }
 
