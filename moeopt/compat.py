@@ -41,6 +41,13 @@ def constant_when_compiled(function: F) -> F:
     return function
 
 
+compiler_callback: Callable[[], object] = getattr(
+    torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: "not known"
+)
+"""What torch.compile does with each function that begins now: None where it is at rest. Between two compiled parts it
+is not, and takes the functions that run there for code to compile."""
+
+
 def tell_untested_torch(version: str = torch.__version__) -> None:
     """An ``UntestedVersionWarning``, once in a process, where torch is older or newer than what the suite ran on."""
     if (text := untested("torch", version)) and text not in _told:

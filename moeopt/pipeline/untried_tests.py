@@ -134,7 +134,8 @@ def _asked_by_dispatch(test: _Test, place: TestPlace, calls: list[_Seen], dispat
     def asked(number: int) -> bool:
         return ask([*bounds[:at], number, *bounds[at + 1 :]])
 
-    if min(numbers) > 0 and all(asked(0) is not asked(n) for n in numbers):  # has it any token?
+    some = [n for n in numbers if n]  # a call that shows nothing, all NaN, may have had none
+    if some and min(some) > 0 and all(asked(0) is not asked(n) for n in some):  # has it any token?
         return dispatch.every or _passes_over(test) or all(isinstance(v, Results) for v in known[at])
     return _cannot_differ(asked, numbers, [*bounds[:at], *bounds[at + 1 :]], dispatch)
 

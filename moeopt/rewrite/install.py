@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from moeopt.capture.tree import tree_map
-from moeopt.compat import constant_when_compiled
+from moeopt.compat import compiler_callback, constant_when_compiled
 from moeopt.errors import Declined, StaleModelWarning
 from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
@@ -159,7 +159,7 @@ class RewrittenForward:
                 if self.source is not None:
                     self.source.look()  # the own code follows what changes in its module, and not what does there
                 return self.own()(*args, **kwargs)
-            if self._usual is not None and not kwargs:
+            if self._usual is not None and not kwargs and compiler_callback() is None:
                 tensors = self._usual(self.module, args)
         if tensors is None:
             guard, bound = self.program.guard, bind(self.program.signature, args, kwargs, self._names)
