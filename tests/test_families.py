@@ -26,8 +26,8 @@ if importlib.util.find_spec("transformers") and importlib.metadata.version("tran
     MAY_DECLINE["longcat_flash"] = (
         "in 4 its identity experts are modules of the loop, so what it adds depends on the data"
     )
-ATTENTION_MIXTURES = {"jetmoe": 2}
-"""Mixtures of attention heads: no feed-forward, so at most a declined entry each."""
+ATTENTION_MIXTURES = {"jetmoe": 4}
+"""Routed projections of attentions: no feed-forward, so at most a declined entry each."""
 
 
 def variants():
@@ -58,7 +58,9 @@ def test_family(name, implementation):
         assert len(blocks) == family.moe_blocks, text
     else:
         assert len(rewritten) == family.moe_blocks, text
-        assert len(blocks) - len(rewritten) <= ATTENTION_MIXTURES.get(name, 0), text
+        declined = [b for b in blocks if b.status != "rewritten"]
+        assert len(declined) <= ATTENTION_MIXTURES.get(name, 0), text
+        assert all("stands attention or a softmax" in b.reason for b in declined), text
     assert all(b.experts == family.experts for b in rewritten), text
 
     for seed, (batch, length) in enumerate([(2, 9), (1, 1), (3, 14)]):
