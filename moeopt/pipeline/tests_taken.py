@@ -61,6 +61,8 @@ class TestsTaken:
     def watching(self, run: Callable[..., Any], *args: PyObject, **kwargs: PyObject) -> PyObject:
         """``run(*args, **kwargs)``, watched."""
         before = sys.gettrace()
+        # Python 3.12 traces instructions from the next ``settrace`` on after a frame first asked for them
+        sys._getframe().f_trace_opcodes = True
         sys.settrace(self._enter)
         try:
             return run(*args, **kwargs)
@@ -71,8 +73,9 @@ class TestsTaken:
         code = frame.f_code
         if not of_a_model(code.co_filename) or not (jumps := _jumps(code)):
             return None
+        inside = frame.f_trace = _InFrame(self, jumps)  # before the next line: Python 3.13 asks for it there
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return _InFrame(self, jumps)
+        return inside
 
     def reached(self, place: TestPlace, frame: types.FrameType) -> None:
         """Tell of a test that is about to be decided."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import moeopt
+from tests.pipeline.test_tests_taken import needs_columns
 from tests.toy_moe import Block, E, H, build
 
 UNTRIED = {
@@ -152,6 +153,7 @@ class DoublingByNumbers(Doubling):
         return 2 * y if self.holds(ids, x) else y
 
 
+@needs_columns
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_branch_on_numbers_and_sizes_that_no_case_took_is_declined(name):
     block = moeopt.explain(build(DoublingByNumbers, name=name), torch.randn(12, H)).blocks[0]

@@ -1,0 +1,89 @@
+"""Which way the tests of a function went, by what stands in its source."""
+
+import ast
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from moeopt.pipeline.tests_taken import TestsTaken
+
+TEXT = Path(__file__).read_text()
+needs_columns = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 keeps no columns of instructions")
+
+
+def above(x):
+    return x > 2
+
+
+def code(x):
+    y = 0
+    if x < 2:
+        y += 1
+    if x < 100 and x != 7:
+        y += 2
+    if 0 < x < 5:
+        y += 4
+    if above(x):
+        y += 8
+    z = [i for i in range(3) if i < x]
+    w = 1 if x == 3 else 2
+    while y > 1000:
+        y -= 1
+    if not z or w > 9:
+        y += 16
+    if x in (1, 2, 3) or x is None:
+        y += 32
+    return y
+
+
+WENT = {
+    "x < 2": {True, False}, "x < 100": {True}, "x != 7": {True}, "0 < x < 5": {True}, "above(x)": {True, False},
+    "i < x": {True, False}, "x == 3": {True, False}, "y > 1000": {False}, "z": {True}, "w > 9": {False},
+    "x in (1, 2, 3)": {True}, "x > 2": {True, False},
+}  # fmt: skip
+
+
+def went(taken):
+    """By the text of each test its answers."""
+    places = {
+        (n.lineno, n.col_offset, n.end_lineno, n.end_col_offset): ast.unparse(n)
+        for n in ast.walk(ast.parse(TEXT))
+        if isinstance(n, ast.expr)
+    }
+    return {places[at]: answers for (_, at), answers in taken.answers.items()}
+
+
+def anew(function):
+    """The function as it is before its first call: what an interpreter changes in code that is traced is not there."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__)
+
+
+@needs_columns
+def test_every_call_is_watched_from_the_first_on(monkeypatch):
+    monkeypatch.setitem(globals(), "above", anew(above))
+    taken, run = TestsTaken(), anew(code)
+    for x in (1, 3):
+        assert taken.watching(run, x) == code(x)
+    assert went(taken) == WENT
+
+
+@needs_columns
+def test_an_error_ends_the_watching_and_who_traced_before_goes_on():
+    def tracer(frame, event, arg):
+        return None
+
+    def fails(x):
+        if x > 0:
+            raise ValueError(x)
+
+    taken, before = TestsTaken(), sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        with pytest.raises(ValueError, match="1"):
+            taken.watching(fails, 1)
+        now = sys.gettrace()
+    finally:
+        sys.settrace(before)
+    assert now is tracer and went(taken) == {"x > 0": {True}}
