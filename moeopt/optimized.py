@@ -24,9 +24,10 @@ class Optimized:
         report: what was found, rewritten and declined, and why.
         certificate: how equal it is.
 
-    Any other attribute is the model's own.
+    Any other attribute is the model's own, read, set or deleted.
     """
 
+    _OWN = frozenset(("model", "report", "certificate", "_call", "_source", "_built"))
     _why_not_verified = ""
     """Why ``moeopt.verify`` cannot check it again; "" where it can."""
 
@@ -41,6 +42,21 @@ class Optimized:
         if name.startswith("__") or "model" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.model, name)
+
+    def _is_own(self, name: str) -> bool:
+        return name in self._OWN or hasattr(type(self), name)
+
+    def __setattr__(self, name: str, value: PyObject) -> None:
+        if self._is_own(name):
+            object.__setattr__(self, name, value)
+        else:  # on this object it would be shown to every reader, and change nothing of what runs
+            setattr(self.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            object.__delattr__(self, name)
+        else:
+            delattr(self.model, name)
 
     def __repr__(self) -> str:
         done, all_ = len(self.report.rewritten), len(self.report.blocks)

@@ -21,6 +21,7 @@ class DistributedOptimized(Optimized):
             weights, counts) in bytes, ``exchanges`` in collectives.
     """
 
+    _OWN = Optimized._OWN | {"_channel"}
     _why_not_verified = (
         "a distributed model is verified when it is made: its certificate says what was shown across the ranks; verify "
         "the optimised model with moeopt.verify before moeopt.distribute"
