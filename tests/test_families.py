@@ -58,9 +58,7 @@ def test_family(name, implementation):
         assert len(blocks) == family.moe_blocks, text
     else:
         assert len(rewritten) == family.moe_blocks, text
-        declined = [b for b in blocks if b.status != "rewritten"]
-        assert len(declined) <= ATTENTION_MIXTURES.get(name, 0), text
-        assert all("stands attention or a softmax" in b.reason for b in declined), text
+        assert len(blocks) - len(rewritten) <= ATTENTION_MIXTURES.get(name, 0), text
     assert all(b.experts == family.experts for b in rewritten), text
 
     for seed, (batch, length) in enumerate([(2, 9), (1, 1), (3, 14)]):

@@ -30,8 +30,7 @@ class ObstaclesMet:
         if found is None or found.rank <= Rank.PROBE:  # the block could not be watched alone: what holds it may tell
             apart = {level.path for level in self.place.levels[: self.place.apart]}
             near = [met for path, met in self._levels.items() if path in apart]
-            wider = [one for one in (decisive(near), decisive(self._levels.values())) if one is not None]
-            found = next((one for one in wider if one.rank > Rank.PROBE), wider[0] if wider else found)
+            found = decisive(near) or decisive(self._levels.values()) or found
         return found
 
     def others(self) -> tuple[Obstacle, ...]:
