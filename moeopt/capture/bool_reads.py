@@ -26,7 +26,8 @@ _AROUND = (
     *(f"{torch.__path__[0]}/{part}" for part in ("_dynamo/", "_compile.py", "_ops.py", "utils/_python")),
 )
 """What stands between a mode and the code that called an op: other modes, and what keeps them from being compiled."""
-_READ = torch.ops.aten._local_scalar_dense.default
+READ = torch.ops.aten._local_scalar_dense.default
+"""The op by which Python gets the number of a tensor."""
 
 
 class BoolReads(TorchDispatchMode):
@@ -45,7 +46,7 @@ class BoolReads(TorchDispatchMode):
         self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
     ) -> PyObject:
         out = func(*args, **(kwargs or {}))
-        if func is not _READ or not isinstance(out, bool):
+        if func is not READ or not isinstance(out, bool):
             return out
         asked = asked_from()
         self.asking = None if asked is None else asked[0]

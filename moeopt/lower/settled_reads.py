@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeopt.capture.bool_reads import asked_from, raised_in
+from moeopt.capture.bool_reads import READ, asked_from, raised_in
 from moeopt.capture.isolated_run import undone
 from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import ArgsKwargs
@@ -31,7 +31,6 @@ from moeopt.value_types import FxTarget, PyObject
 Asked = tuple[CodeType, int]
 """The function that asks, and the instruction in it."""
 aten = torch.ops.aten
-_READ = aten._local_scalar_dense.default
 _WHETHER = (aten.any.default, aten.sum.default, aten.count_nonzero.default)
 _COMPARED = {aten.gt.Scalar: 0, aten.ne.Scalar: 0, aten.eq.Scalar: 0, aten.le.Scalar: 0, aten.ge.Scalar: 1,
              aten.lt.Scalar: 1}  # fmt: skip
@@ -91,7 +90,7 @@ class _Questions(TorchDispatchMode):
         told = self._about.get(id(args[0])) if args else None
         if told is not None and (func in _NOTS or (func in _COMPARED and args[1] == _COMPARED[func])):
             self._about[id(out)] = (out, told[1])
-        if func is not _READ or not isinstance(out, bool) or place is None:
+        if func is not READ or not isinstance(out, bool) or place is None:
             return out
         asked = self.answers.setdefault(place, [])
         asked.append(out)
