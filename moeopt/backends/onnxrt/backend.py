@@ -21,7 +21,7 @@ from moeopt.backends.onnxrt.open_engine import open_onnx
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.providers import PROVIDERS, why_absent
 from moeopt.backends.onnxrt.save_bundle import save_onnx_bundle
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, mapped_options
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, chosen_options, mapped_options
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
@@ -81,10 +81,10 @@ class OnnxRuntimeBackend(GraphBackend):
         return build_onnx(twin, *call, plan, options.say)
 
     def _opened_impl(self, built: BuiltGraph, plan: OrtPlan, options: Options) -> GraphEngine | OfflineEngine:
-        return open_onnx(built, plan, _session_options(options))
+        return open_onnx(built, plan, chosen_options(options.mapped, options.session_options))
 
     def _native_impl(self, built: BuiltGraph, plan: OrtPlan, options: Options) -> OnnxEngine:
-        engine = open_onnx(built, plan, _session_options(options), NATIVE)
+        engine = open_onnx(built, plan, chosen_options(options.mapped, options.session_options), NATIVE)
         assert isinstance(engine, OnnxEngine), "a plan with native blocks runs on this machine"
         return engine
 
@@ -149,7 +149,3 @@ class OnnxRuntimeBackend(GraphBackend):
 
     def providers(self, directory: str | os.PathLike[str]) -> dict[str, str]:
         return why_absent(self.provider_names())
-
-
-def _session_options(options: Options) -> JsonValue:
-    return mapped_options(options.session_options) if options.mapped else options.session_options

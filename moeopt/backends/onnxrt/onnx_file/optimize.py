@@ -24,7 +24,7 @@ from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_par
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.process_variables import variables, variables_note
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, chosen_options
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.codes_in_files import codes_in
@@ -219,7 +219,8 @@ def _rewritten(
             parts.declined[part.name] = part.candidate, err.reason
         return None
     graph = NATIVE if built.native else GRAPH
-    engine = OnnxEngine(built.directory, built.signature, "cpu", options.session_options, built.folder, graph=graph)
+    how = chosen_options(options.mapped, options.session_options)
+    engine = OnnxEngine(built.directory, built.signature, "cpu", how, built.folder, graph=graph)
     if options.verify != "off":
         options.say("comparing the new file with the one that was given")
         end = compare_files(file, engine, calls, _scales(kept), options.seed)
@@ -259,7 +260,8 @@ def _count_ids(
 def _left_alone(file: OnnxFile, parts: FileParts, others: bool, options: Options) -> Made:
     """The file as it is, as an engine."""
     built = untouched(file)
-    engine = OnnxEngine(built.directory, built.signature, "cpu", options.session_options, built.folder)
+    how = chosen_options(options.mapped, options.session_options)
+    engine = OnnxEngine(built.directory, built.signature, "cpu", how, built.folder)
     if parts.parts or parts.declined or others:
         note = "no block of experts in the file was rewritten: it is left as it is, and each block says why"
     else:
