@@ -108,11 +108,6 @@ def mapped_options(given: JsonValue = None) -> OrtObject:
     return options
 
 
-def chosen_options(mapped: bool, given: JsonValue) -> OrtObject:
-    """The options of a new engine's session: the user's own, or None; with ``mapped`` as :func:`mapped_options`."""
-    return mapped_options(given) if mapped else given
-
-
 def _entry(options: OrtObject, name: str) -> str | None:
     """An entry of a session's configuration; None where it was not set."""
     try:

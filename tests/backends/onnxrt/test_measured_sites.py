@@ -1,4 +1,4 @@
-"""What is timed in a graph's place costs what the graph costs: the same rows an expert, and all experts that stay idle."""
+"""What is timed in a graph's place costs what it costs: as many rows an expert, and all experts that stay idle."""
 
 import pytest
 import torch

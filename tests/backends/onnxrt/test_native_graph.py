@@ -311,8 +311,8 @@ def test_nothing_is_chosen_without_a_measurement_or_a_library(monkeypatch):
         found = ways()
         asked.append((question, set(found), default))
         for way in found.values():
-            for call in way:
-                call()
+            for made in way:
+                made()
         return next(name for name in found if name != default)
 
     monkeypatch.setattr(native_choice, "measuring", lambda: True)
@@ -352,3 +352,62 @@ def test_a_graph_that_stops_in_a_run_falls_back_with_a_warning(bundle):
         engine = moeopt.load(bundle)
     assert engine.graph == "model.onnx"
     right(engine)
+
+
+def test_a_large_plain_graph_is_compared_without_packed_copies(monkeypatch):
+    from moeopt.backends.onnxrt import backend, open_engine
+
+    opened = []
+
+    class Seen(open_engine.OnnxEngine):
+        def __init__(self, directory, signature, provider, session_options, *, graph, **more):
+            entry = "session.disable_prepacking"
+            packs = session_options is None or session_options.get_session_config_entry(entry) != "1"
+            opened.append((graph, packs))
+            super().__init__(directory, signature, provider, session_options, graph=graph, **more)
+
+    monkeypatch.setattr(open_engine, "OnnxEngine", Seen)
+    needs_operator()
+    choose_native(monkeypatch)
+    small = optimized()
+    assert opened == [("model.onnx", True), (NATIVE, True)]
+    assert not any("compared with its weights read where they lie" in n for n in small.report.notes)
+    opened.clear()
+    monkeypatch.setattr(backend, "MOST_PACKED", 1)
+    large = optimized()
+    assert opened == [("model.onnx", False), (NATIVE, True)] and large.certificate.passed
+    (said,) = [n for n in large.report.notes if n.startswith("model.onnx was compared with its weights read where")]
+    assert "as a session that packs copies of them would take as much memory again" in said
+
+
+def test_large_weights_of_one_op_are_mapped_and_its_file_is_gone(monkeypatch, tmp_path):
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    site, feeds = make_site(), None
+    want = None
+    for held in (1 << 30, 1):
+        monkeypatch.setattr(plan, "HELD", held)
+        session = plan.session_of(site, by_name("unrolled"))
+        feeds = feeds or {
+            "x": tokens(site, 7)[0],
+            "ids": tokens(site, 7)[1],
+            "weights": tokens(site, 7)[2],
+        }
+        (y,) = session.run(feeds)
+        assert want is None or torch.equal(y, want)
+        want = y
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_room_for_a_file_they_are_held(monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    site = make_site()
+    monkeypatch.setattr(plan, "HELD", 1)
+    monkeypatch.setattr(ir, "save", full)
+    plan.session_of(site, by_name("unrolled"))
+    monkeypatch.setattr(plan, "_MOST", 1)
+    with pytest.raises(OSError, match="No space left"):
+        plan.session_of(site, by_name("unrolled"))
