@@ -17,11 +17,11 @@ from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.lowerings.quantized import UnrolledBytes, UnrolledFloats
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine, built_for
-from moeopt.backends.onnxrt.open_engine import open_onnx
+from moeopt.backends.onnxrt.open_engine import chosen_options, open_onnx
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.providers import PROVIDERS, why_absent
 from moeopt.backends.onnxrt.save_bundle import save_onnx_bundle
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, mapped_options
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, data_of, mapped_options
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
@@ -50,6 +50,13 @@ _READ_AS_CODES = (
     "session of model.onnx makes floats of them when it is loaded"
 )
 """The same of those whose plain form is :class:`UnrolledFloats`, where the native kernel takes its place."""
+
+MOST_PACKED = 1 << 30
+"""Bytes of weights from which the graph that runs where moeopt's operator is not is compared without packed copies."""
+_IN_PLACE = (
+    f"{GRAPH} was compared with its weights read where they lie in the file, as a session that packs copies of them "
+    "would take as much memory again; one that does rounds in another order"
+)
 
 
 class OnnxRuntimeBackend(GraphBackend):
@@ -81,10 +88,11 @@ class OnnxRuntimeBackend(GraphBackend):
         return build_onnx(twin, *call, plan, options.say)
 
     def _opened_impl(self, built: BuiltGraph, plan: OrtPlan, options: Options) -> GraphEngine | OfflineEngine:
-        return open_onnx(built, plan, _session_options(options))
+        mapped = options.mapped or _compared_in_place(built)
+        return open_onnx(built, plan, chosen_options(mapped, options.session_options))
 
     def _native_impl(self, built: BuiltGraph, plan: OrtPlan, options: Options) -> OnnxEngine:
-        engine = open_onnx(built, plan, _session_options(options), NATIVE)
+        engine = open_onnx(built, plan, chosen_options(options.mapped, options.session_options), NATIVE)
         assert isinstance(engine, OnnxEngine), "a plan with native blocks runs on this machine"
         return engine
 
@@ -98,7 +106,8 @@ class OnnxRuntimeBackend(GraphBackend):
         said = [(_READ_AS_CODES, [site for site in found[UnrolledFloats.name] if site in native])]
         found[UnrolledFloats.name] = [site for site in found[UnrolledFloats.name] if site not in native]
         said += [(_NOTES[form], sites) for form, sites in found.items()]
-        return [f"{listed(sites, most=1)}: {words}" for words, sites in said if sites]
+        notes = [f"{listed(sites, most=1)}: {words}" for words, sites in said if sites]
+        return [*notes, _IN_PLACE] if _compared_in_place(built) else notes
 
     def _lowering_impl(self, path: str, built: BuiltGraph) -> str:
         found = {why for site, why in built.reasons.items() if site.split("#")[0] == path}
@@ -151,5 +160,7 @@ class OnnxRuntimeBackend(GraphBackend):
         return why_absent(self.provider_names())
 
 
-def _session_options(options: Options) -> JsonValue:
-    return mapped_options(options.session_options) if options.mapped else options.session_options
+def _compared_in_place(built: BuiltGraph) -> bool:
+    """Whether the plain graph is large, and is compared only: moeopt's own operator runs here."""
+    data = built.directory / data_of(GRAPH)
+    return bool(built.native) and data.exists() and data.stat().st_size >= MOST_PACKED

@@ -25,6 +25,7 @@ from moeopt.backends.onnxrt.ties import Ties, form_of, tie_note, ties_of
 from moeopt.bundle.fingerprint import fingerprint
 from moeopt.bundle.holds import notes_on_sizes
 from moeopt.bundle.manifest import Manifest
+from moeopt.bundle.mapped_file import give_back
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotEquivalentError
@@ -123,6 +124,7 @@ class GraphBackend(Backend):
         if form.native:  # what was compared is what runs where moeopt's own operator is not
             plain_end = end
             del engine, runner  # two sessions would hold the weights twice
+            give_back()
             engine = runner = self._native_impl(built, plan, options)
             try:
                 end = compare_engine(judge, runner, call, outcome, options, count, ties_from)

@@ -14,21 +14,19 @@ from torch import Tensor
 
 from moeopt.backends.onnxrt.custom_op import native_library
 from moeopt.backends.onnxrt.lowerings.native import Native
+from moeopt.backends.onnxrt.measured_sites import MeasuredRun, measured_calls
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.plan import LoweringChoice, Runnable
-from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.measured import Way, fastest
-from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
+from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.reference import experts_reference
 from moeopt.options import measuring
 from moeopt.verification.distance import as_rows, finite_rows, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
 
-BYTES = 64 << 20
-"""Of the experts that are measured: more than a cache holds. A block of fewer bytes is measured whole."""
 ALIKE = 64
 """Rounding errors between two orders of a sum, in eps of a token's length; what is further apart is looked at again."""
 
@@ -38,7 +36,11 @@ OpenSession = Callable[[ExpertsNode, Lowering], Runnable]
 def native_choice(
     site: ExpertsNode, base: LoweringChoice, counts: tuple[int, ...], open_session: OpenSession
 ) -> LoweringChoice | None:
-    """The native lowering on the weights that ``base`` stores, if it is the faster on this machine; else None."""
+    """The native lowering on the weights that ``base`` stores, unless that is the faster on this machine; else None.
+
+    Where both are as fast the native one is taken: its weights stay where the file is mapped, and ONNX Runtime's own
+    products keep a second, packed copy of each.
+    """
     plain = base.lowering
     if plain is None or isinstance(site.spec, RowFunction) or not measuring():
         return None
@@ -53,52 +55,32 @@ def native_choice(
         shapes.append([str(site.bank.w_out_q.matrix.format)])
     question = (
         f"experts of an ONNX graph: {site.spec.encode()}, E {site.bank.num_experts}, K {site.top_k}, {shapes}, "
-        f"each of T {list(counts)}, {base.name} of onnxruntime {runtime().__version__}, {library.isa}"
+        f"whole blocks of T {list(counts)}, {base.name} of onnxruntime {runtime().__version__}, {library.isa}"
     )
 
     def ways() -> Mapping[str, Way]:
-        few = _few(site)
-        calls = [_feeds(few, T) for T in counts]
+        calls = measured_calls(site, counts)
+        blocks = list({id(run.block): run.block for call in calls for run in call}.values())
         forms: dict[str, Lowering] = {base.name: plain, native.name: native}
-        sessions = {name: open_session(few, low) for name, low in forms.items()}
-        return {name: _runs(session, calls) for name, session in sessions.items()}
+        return {name: _runs(calls, {id(b): open_session(b, low) for b in blocks}) for name, low in forms.items()}
 
-    if fastest(question, ways, base.name, advantage=1.03) != native.name:
+    if fastest(question, ways, native.name, advantage=1.03) != native.name:
         return None
-    return LoweringChoice(native.name, native, f"measured faster than {base.name} here", base.seconds)
+    return LoweringChoice(native.name, native, f"measured no slower than {base.name} here", base.seconds)
 
 
-def _runs(session: Runnable, calls: list[dict[str, Tensor]]) -> Way:
-    """A call for each number of tokens, which count the same: a prompt's seconds would hide the steps after it."""
-    return [functools.partial(session.run, feeds) for feeds in calls]
+def _runs(calls: list[list[MeasuredRun]], sessions: Mapping[int, Runnable]) -> Way:
+    """A call for each number of tokens, which count the same: a prompt's seconds would hide the steps after it.
 
+    ``sessions``: by the identity of the block that each runs.
+    """
 
-def _few(site: ExpertsNode) -> ExpertsNode:
-    """A block of the site's function and sizes, with as many experts as ``BYTES`` hold."""
-    if isinstance(site.bank, QuantizedExpertWeights):
-        return _few_of_codes(site, site.bank)
-    one = [*site.bank.w_in(0), site.bank.w_out(0)]
-    E = max(2, min(site.bank.num_experts, BYTES // max(1, sum(4 * w.numel() for w in one))))
-    *w_in, w_out = (torch.full((E, *w.shape), 0.01, dtype=site.dtype) for w in one)
-    bank = StackedExpertWeights(w_in, w_out)
-    return dataclasses.replace(site, bank=bank, top_k=min(site.top_k, E))
+    def whole(call: list[MeasuredRun]) -> None:
+        for run in call:
+            for _ in range(run.times):
+                sessions[id(run.block)].run(run.feeds)
 
-
-def _few_of_codes(site: ExpertsNode, bank: QuantizedExpertWeights) -> ExpertsNode:
-    E = min(bank.num_experts, max(2, BYTES * bank.num_experts // max(1, bank.nbytes)))
-    *w_in, w_out = (QuantizedMatrices.of([m[e] for e in range(E)]) for m in (*bank.w_in_q, bank.w_out_q))
-    few = QuantizedExpertWeights(w_in, w_out, layouts=bank.layouts, dtype=bank.dtype)
-    return dataclasses.replace(site, bank=few, top_k=min(site.top_k, E))
-
-
-def _feeds(site: ExpertsNode, T: int) -> dict[str, Tensor]:
-    E, K = site.bank.num_experts, site.top_k
-    ids = (torch.arange(T)[:, None] + torch.arange(K)) % E
-    return {
-        "x": torch.full((T, site.features), 0.5, dtype=site.dtype),
-        "ids": ids,
-        "weights": torch.full((T, K), 0.5, dtype=site.weights_dtype),
-    }
+    return [functools.partial(whole, call) for call in calls]
 
 
 class BothForms:

@@ -11,9 +11,21 @@ from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.replay import ReplayPlan
-from moeopt.backends.onnxrt.session import GRAPH
+from moeopt.backends.onnxrt.session import GRAPH, mapped_options
 from moeopt.errors import MoeoptError, NotSaveableError
-from moeopt.value_types import JsonValue
+from moeopt.options import Options
+from moeopt.value_types import JsonValue, OrtObject
+
+
+def chosen_options(mapped: bool, given: JsonValue) -> OrtObject:
+    """The options of a new engine's session: the user's own, or None; with ``mapped`` as :func:`mapped_options`."""
+    return mapped_options(given) if mapped else given
+
+
+def opened_file(built: BuiltGraph, options: Options, graph: str) -> OnnxEngine:
+    """The engine of an ONNX file's new graph, on this machine's CPU."""
+    how = chosen_options(options.mapped, options.session_options)
+    return OnnxEngine(built.directory, built.signature, "cpu", how, built.folder, graph=graph)
 
 
 def open_onnx(

@@ -70,8 +70,18 @@ class OrtPlan(BlockPlan):
         return upcast_node(site) if self.provider == "cpu" else site
 
 
+HELD = 32 << 20
+"""Bytes of weights up to which a session of one op gets a model with them inside."""
+_MOST = 1 << 30
+"""Above this a protobuf message does not hold them."""
+
+
 def session_of(site: ExpertsNode, lowering: Lowering, provider: str = "cpu") -> Session:
-    """A session of one op, its weights in the model's own bytes or, past 1 GiB, in a file that is gone at once."""
+    """A session of one op, its weights in the model's own bytes or, past ``HELD``, in a file that is gone at once.
+
+    Inside of a model they would be there four times: in the message, in its bytes, in what ONNX Runtime reads of them
+    and in what its kernels pack. Of a file only the last is memory, and moeopt's own operator packs nothing.
+    """
     import tempfile
 
     import onnx_ir as ir
@@ -79,8 +89,12 @@ def session_of(site: ExpertsNode, lowering: Lowering, provider: str = "cpu") -> 
     model = one_op(site, lowering)
     prepare = register if isinstance(lowering, Native) else no_change
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    if size < 1 << 30:
-        return Session(ir.to_proto(model).SerializeToString(), provider, prepare=prepare)
-    with tempfile.TemporaryDirectory(prefix="moeopt-") as folder:
-        ir.save(model, f"{folder}/model.onnx", external_data="model.onnx.data")
-        return Session(f"{folder}/model.onnx", provider, prepare=prepare)
+    if size >= HELD:
+        try:
+            with tempfile.TemporaryDirectory(prefix="moeopt-") as folder:
+                ir.save(model, f"{folder}/model.onnx", external_data="model.onnx.data")
+                return Session(f"{folder}/model.onnx", provider, prepare=prepare)
+        except OSError:  # no room for the file
+            if size >= _MOST:
+                raise
+    return Session(ir.to_proto(model).SerializeToString(), provider, prepare=prepare)

@@ -22,9 +22,11 @@ from moeopt.backends.onnxrt.onnx_file.kept_codes import keep_codes, with_codes
 from moeopt.backends.onnxrt.onnx_file.original import session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
+from moeopt.backends.onnxrt.open_engine import opened_file
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.process_variables import variables, variables_note
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE
+from moeopt.bundle.mapped_file import give_back
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.codes_in_files import codes_in
@@ -211,6 +213,7 @@ def _rewritten(
     ((twin, outcome),) = seen
     regions_built, report, certificate = made.built, made.report, made.certificate
     del made  # its session: two would hold the weights twice
+    give_back()
     kept = [part for part in parts.parts if part.name in outcome.rewrites]
     try:
         built = write_stitched(file, regions_built, kept, slots)
@@ -219,7 +222,7 @@ def _rewritten(
             parts.declined[part.name] = part.candidate, err.reason
         return None
     graph = NATIVE if built.native else GRAPH
-    engine = OnnxEngine(built.directory, built.signature, "cpu", options.session_options, built.folder, graph=graph)
+    engine = opened_file(built, options, graph)
     if options.verify != "off":
         options.say("comparing the new file with the one that was given")
         end = compare_files(file, engine, calls, _scales(kept), options.seed)
@@ -259,7 +262,7 @@ def _count_ids(
 def _left_alone(file: OnnxFile, parts: FileParts, others: bool, options: Options) -> Made:
     """The file as it is, as an engine."""
     built = untouched(file)
-    engine = OnnxEngine(built.directory, built.signature, "cpu", options.session_options, built.folder)
+    engine = opened_file(built, options, GRAPH)
     if parts.parts or parts.declined or others:
         note = "no block of experts in the file was rewritten: it is left as it is, and each block says why"
     else:

@@ -221,9 +221,13 @@ struct Work {
     if (plan.k.wide) return COLUMNS64;
     if (w.stride_in == 1 && w.in <= TURNED) return TURNED_COLUMNS;
     if (!across(w)) return 16;
-    int64_t block = columns_across(s.count, w.dtype);
-    const int64_t all = (int64_t)plan.segments.size() * (kind == Stage::HIDDEN ? s.I : plan.c.D);
-    while (block > 256 && all < 2 * block * (int64_t)scratch.size()) block /= 2;  // work for each thread
+    int64_t block = columns_across(s.count, w.dtype, plan.k.streams);
+    const int64_t wide = kind == Stage::HIDDEN ? s.I : plan.c.D, all = (int64_t)plan.segments.size() * wide;
+    while (scratch.size() > 1 && block > 256 && all < 2 * block * (int64_t)scratch.size()) block /= 2;  // work for each thread
+    if (wide > block && block > 256) {  // shares of a like size: a narrow one is read in short runs
+      const int64_t parts = (wide + block - 1) / block;
+      block = ((wide + parts - 1) / parts + 255) / 256 * 256;
+    }
     return block;
   }
 

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t WIDEST = outer_vectors(1) * L;  // columns of a tile: a product may write so many, whatever is asked for
 static_assert(WIDEST <= 256, "columns of a task are whole tiles");
-constexpr int64_t PANEL = GROUP * 256;
+constexpr int64_t PANEL = PANEL_SUMS;
 static_assert(PANEL >= 4 * (DOT_CHUNK + 80), "four rows of W fit too");
 constexpr int64_t BIAS = 2 * MOST_COLUMNS;
 constexpr int64_t APART = 16;  // rows of sums do not fall on the same cache sets
@@ -212,7 +212,7 @@ const Kernels *MOEOPT_KERNELS() {
   constexpr bool paired = false;
 #endif
   static const Kernels table = {
-      MOEOPT_ISA, L, paired, BIAS + PANEL + 2 * MOST_SUMS + ROWS * APART, gather, hidden, output, combine, false,
+      MOEOPT_ISA, L, paired, BIAS + PANEL + 2 * MOST_SUMS + ROWS * APART, gather, hidden, output, combine, false, Outer<F32>::streams,
   };
   return &table;
 }

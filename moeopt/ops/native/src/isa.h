@@ -7,11 +7,12 @@
 enum { ISA_GENERIC = 1, ISA_AVX2 = 2, ISA_AVX512 = 4, ISA_AVX512_BF16 = 8 };
 
 constexpr int64_t ROWS = 64;  // rows of x of one turn: with their k they stay in the second-level cache
-constexpr int64_t MOST_SUMS = 256 * ROWS, MOST_COLUMNS = 1024;
+constexpr int64_t MOST_SUMS = 256 * ROWS, MOST_COLUMNS = 2048;
 
 // Columns of a task on W with contiguous rows: the more, the longer are the runs in which W is read, and the fewer, the nearer are
 // the sums of all rows of x.
-inline int64_t columns_across(int64_t rows, int64_t dtype) {
+inline int64_t columns_across(int64_t rows, int64_t dtype, bool streams) {
+  if (rows == 1 && streams) return MOST_COLUMNS;
   return rows <= 8 && dtype != MOEOPT_F32 ? 1024 : rows <= 16 ? 512 : 256;
 }
 
@@ -42,6 +43,7 @@ struct Kernels {  // one instruction set
   void (*output)(const Job &, const Segment &, int64_t first, int64_t end, float *scratch);  // h -> o, columns of D
   void (*combine)(const Job &, int64_t token, int64_t end, float *scratch);                  // o -> y
   bool wide;                                                    // of float64: what is kept between has 8 bytes
+  bool streams;                                                 // one row of x: rows of W from end to end (outer.h)
 };
 
 

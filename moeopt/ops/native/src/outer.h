@@ -2,13 +2,17 @@
 //
 // Memory gives long runs faster than short ones far apart. So W is read GROUP rows at a time, each over all columns of the
 // task, in the order in which they lie: while one group is multiplied, out of the second-level cache, the next one is
-// fetched. A group's sum is made k by k, then added to what is there, whatever the number of rows of x.
+// fetched. One row of x is too little work to hide that: with AVX-512, SIDE rows of W are then read beside each other from
+// end to end, which the CPU fetches ahead by itself, and faster than it is told to. A group's sum is made k by k, then added
+// to what is there, whatever the number of rows of x.
 #pragma once
 #include "tile.h"
 
 namespace {
 
 constexpr int64_t GROUP = 64;
+constexpr int SIDE = 16;
+constexpr int64_t PANEL_SUMS = GROUP * 256;      // floats that a panel holds
 constexpr int NX_OUTER = VBYTES == 64 ? 12 : 6;  // rows of x of one tile, at most
 constexpr int NX_LEAST = VBYTES == 64 ? 5 : 3;   // and at least, where rows are shared out evenly
 constexpr int NV_MANY = 2;                       // vectors of outputs beside that many rows
@@ -79,6 +83,18 @@ struct Outer {
     add_sums(acc, to, ldt, add);
   }
 
+  // NR rows of W, one row of x: added to `sums`, or beginning them
+  static constexpr int LEAST = 1;
+  static constexpr bool streams = VBYTES == 64 && sizeof(T) == 4;
+  template <int NR>
+  static void stream(const T *w, int64_t si, const float *x, int64_t, int64_t columns, float *sums, bool begin) {
+    for (int64_t j = 0; j < columns; j += L) {
+      V s = begin ? V{} : load(sums + j);
+      UNROLL for (int r = 0; r < NR; r++) s += W::ld(w + r * si + j) * splat(x[r]);
+      store(sums + j, s);
+    }
+  }
+
   static void copy(float *to, const T *w) {
     UNROLL for (int j = 0; j < NV_MANY; j++) store(to + j * L, W::ld(w + j * L));
   }
@@ -86,6 +102,12 @@ struct Outer {
 };
 
 #if defined(__AVX512BF16__)
+inline __m512i pair_order(int from) {  // 0 32 1 33 ...: element `from` + c of both rows
+  alignas(64) uint16_t order[32];
+  for (int c = 0; c < 32; c++) order[c] = (uint16_t)(from + c / 2 + c % 2 * 32);
+  return _mm512_load_si512(order);
+}
+
 // both factors bfloat16: the rows of k and k + 1 become pairs in registers, whose products one instruction adds
 struct OuterPairs {
   typedef uint16_t T, X;
@@ -94,12 +116,7 @@ struct OuterPairs {
 
   template <int NX, int NV>
   static void tile(const uint16_t *w, int64_t si, const uint16_t *x, int64_t ldx, int64_t n, float *to, int64_t ldt, bool add, Fetch &fetch) {
-    alignas(64) uint16_t low[32], high[32];  // 0 32 1 33 ...: element c of both rows
-    for (int c = 0; c < 32; c++) {
-      low[c] = (uint16_t)(c / 2 + c % 2 * 32);
-      high[c] = (uint16_t)(low[c] + 16);
-    }
-    const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
+    const __m512i first = pair_order(0), second = pair_order(16);
     V acc[NX][NV];
     UNROLL for (int i = 0; i < NX; i++)
       UNROLL for (int j = 0; j < NV; j++) acc[i][j] = V{};
@@ -121,6 +138,26 @@ struct OuterPairs {
     }
     fetch = ahead;
     add_sums(acc, to, ldt, add);
+  }
+
+  static constexpr int LEAST = 2;
+  static constexpr bool streams = true;
+  template <int NR>
+  static void stream(const uint16_t *w, int64_t si, const uint16_t *x, int64_t n, int64_t columns, float *sums, bool begin) {
+    const __m512i first = pair_order(0), second = pair_order(16);
+    for (int64_t j = 0; j < columns; j += 2 * L) {
+      V s = begin ? V{} : load(sums + j), t = begin ? V{} : load(sums + j + L);
+      UNROLL for (int r = 0; r < NR; r += 2) {
+        const __m512i even = _mm512_loadu_si512(w + r * si + j);
+        const __m512i odd = r + 1 < n ? _mm512_loadu_si512(w + (r + 1) * si + j) : _mm512_setzero_si512();
+        int32_t pair;
+        memcpy(&pair, x + r, 4);
+        const __m512bh b = (__m512bh)_mm512_set1_epi32(pair);
+        s = (V)_mm512_dpbf16_ps((__m512)s, (__m512bh)_mm512_permutex2var_epi16(even, first, odd), b);
+        t = (V)_mm512_dpbf16_ps((__m512)t, (__m512bh)_mm512_permutex2var_epi16(even, second, odd), b);
+      }
+      store(sums + j, s), store(sums + j + L, t);
+    }
   }
 
   static void copy(uint16_t *to, const uint16_t *w) { memcpy(to, w, NV_MANY * L * 2); }
@@ -151,6 +188,23 @@ const typename Kind::Beside::T *beside(const typename Kind::T *w, int64_t si, in
   return (const T *)panel;
 }
 
+// One row of x: as many of the n columns as are whole vectors; returns how many. `panel` holds a group's sums.
+template <class Kind>
+int64_t outer_streamed(const View &v, int64_t first, int64_t n, const typename Kind::X *x, int64_t K, float *to, float *panel) {
+  const int64_t columns = n / (Kind::LEAST * L) * Kind::LEAST * L;
+  for (int64_t k = 0; k < K; k += GROUP) {
+    const int64_t kc = smaller(GROUP, K - k);
+    const auto *w = (const typename Kind::T *)v.data + k * v.si + first;
+    float *sums = k ? panel : to;
+    int64_t r = 0;
+    for (; r + SIDE <= kc; r += SIDE) Kind::template stream<SIDE>(w + r * v.si, v.si, x + k + r, SIDE, columns, sums, r == 0);
+    for (; r < kc; r += Kind::LEAST) Kind::template stream<Kind::LEAST>(w + r * v.si, v.si, x + k + r, kc - r, columns, sums, r == 0);
+    if (k)
+      for (int64_t j = 0; j < columns; j += L) store(to + j, load(to + j) + load(sums + j));
+  }
+  return columns;
+}
+
 // Up to `direct` rows of x, tiles are read where W lies. Beyond, a tile is copied once for all of them: to widen it, and since
 // its rows are a power of two apart more often than not, and fall on a few sets of the first-level cache (measured: of 12
 // rows and two whole lines a tile, as with AVX-512, that does not count). Shares of rows are even, so that none is small. The
@@ -160,6 +214,12 @@ void outer_direct(const View &v, int64_t first, int64_t n, const typename Kind::
                   int64_t ldt, float *panel) {
   typedef typename Kind::T T;
   typedef typename Kind::Beside Beside;
+  if constexpr (Kind::streams)
+    if (M == 1 && n <= PANEL_SUMS) {
+      const int64_t done = outer_streamed<Kind>(v, first, n, x, K, to, panel);
+      if (done == n) return;
+      first += done, n -= done, to += done;
+    }
   const int64_t row = n * sizeof(T), stride = v.si * sizeof(T), parts = (M + NX_OUTER - 1) / NX_OUTER;
   Fetch fetch((const char *)v.data + first * sizeof(T), row, stride, smaller(GROUP, K));
   while (fetch.rows > 0) fetch.some<4>();

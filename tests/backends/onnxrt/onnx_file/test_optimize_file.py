@@ -198,8 +198,6 @@ def test_a_rewrite_that_is_wrong_is_not_kept(path, monkeypatch):
 
 def test_one_engine_at_a_time_holds_the_weights(path, monkeypatch):
     """Each session of an engine has a copy of them: that of the regions is gone before the new file's is opened."""
-    from moeopt.backends.onnxrt.onnx_file import optimize
-
     alive, others = weakref.WeakSet(), []
     plain = OnnxEngine.__init__
 
@@ -209,6 +207,13 @@ def test_one_engine_at_a_time_holds_the_weights(path, monkeypatch):
         alive.add(self)
 
     monkeypatch.setattr(OnnxEngine, "__init__", counted)
-    assert optimize.OnnxEngine is OnnxEngine
     found = moeopt.optimize(path, verify="fast")
     assert found.report.rewritten and len(others) >= 2 and others[-1] == 0
+
+
+@pytest.mark.parametrize("found", [True, False], ids=["rewritten", "left_alone"])
+def test_mapped_keeps_the_weights_of_a_file_in_their_file(path, found):
+    engine = moeopt.optimize(path, mapped=True, verify="fast", **({} if found else {"skip_passes": "group_experts"}))
+    assert bool(engine.report.rewritten) == found
+    options = engine.model.session.session.get_session_options()
+    assert options.get_session_config_entry("session.disable_prepacking") == "1"
