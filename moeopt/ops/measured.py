@@ -38,7 +38,7 @@ ADVANTAGE = 1.12
 """By how much a way must be faster than the default to be taken: a tie or a disturbed clock changes nothing."""
 
 TURNS = 5
-SCHEMA = 3
+SCHEMA = 4
 
 _answers: dict[tuple[str, str], str] = {}
 _lock = threading.RLock()  # a way may itself ask which spelling it shall take
