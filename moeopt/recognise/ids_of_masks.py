@@ -56,8 +56,10 @@ def table_to_ids(table_TE: torch.Tensor) -> torch.Tensor:
     experts = table_TE.shape[-1]
     if _looked_at(table_TE) and table_TE.dim() == 2:
         tokens = table_TE.shape[0]
+        ids_TE = every_ids(tokens, experts)
         if all(map(all, table_TE.tolist())) if tokens * experts <= _FEW else table_TE.all():
-            return every_ids(tokens, experts)
+            return ids_TE
+        return ids_TE.masked_fill(table_TE == 0, experts)
     return torch.where(table_TE != 0, torch.arange(experts, device=table_TE.device), experts)
 
 

@@ -59,5 +59,7 @@ def test_a_table_without_a_zero_makes_no_ids_anew(T, monkeypatch):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
 def test_a_zero_in_any_row_names_no_expert(T, zero, dtype):
     table = torch.full((T, 3), torch.finfo(dtype).tiny, dtype=dtype)
-    table[-1, 1] = zero
-    assert table_to_ids(table).tolist() == [[0, 1, 2]] * (T - 1) + [[0, 3, 2]]
+    table[-1, 1], table[-1, 2] = zero, float("nan")
+    ids = table_to_ids(table)
+    assert ids.tolist() == [[0, 1, 2]] * (T - 1) + [[0, 3, 2]] and ids.is_contiguous()
+    assert every_ids(T, 3).tolist() == [[0, 1, 2]] * T, "what is kept was not written to"
