@@ -200,6 +200,31 @@ def test_what_has_no_memory_of_its_own_is_not_known(many):
     assert picked.remembered(E) is None and right(picked, CALLS["every"])
 
 
+class Holder(nn.Module):
+    """A model of which a functional call may replace the weights."""
+
+    def __init__(self, bank):
+        super().__init__()
+        self.experts, self.bank = bank.root.experts, bank
+
+    def forward(self, x):
+        return experts(x, CALLS["every"], torch.ones(2, E), self.bank, SPEC)
+
+
+def test_weights_that_a_functional_transform_wraps_are_read_by_the_reference(bank):
+    assert right(bank, CALLS["every"])
+    holder, x = Holder(bank), torch.randn(2, H)
+    weight = bank.root.experts[1][2].weight.detach()
+
+    def result(w):
+        return torch.func.functional_call(holder, {"experts.1.2.weight": w}, (x,))
+
+    y, slope = torch.func.jvp(result, (weight,), (torch.ones_like(weight),))
+    want = experts_reference(x, CALLS["every"], torch.ones(2, E), bank, SPEC)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(slope, result(weight + 1) - want, rtol=1e-4, atol=1e-4)
+
+
 def test_of_many_weights_few_experts_are_looked_at_alone(monkeypatch):
     monkeypatch.setattr(live_weights, "FEW", 3)
     root, refs = listed()

@@ -39,6 +39,9 @@ WORK = 1 << 24
 
 def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """``experts_reference``, by the fastest kernel for this call; differentiable by ``torch.func`` only."""
+    if transformed():
+        check(x_TH, ids_TK, weights_TK, bank, spec)
+        return experts_reference(x_TH, ids_TK, weights_TK, bank.stacked() or bank, spec)  # fast kernels write in place
     native, remembered = library(), getattr(bank, "remembered", None)
     # its second entry are the weights, which live until the kernel has read them
     held = None if native is None or remembered is None else remembered(ids_TK.numel())
@@ -49,8 +52,6 @@ def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Exper
             return known_TH
     check(x_TH, ids_TK, weights_TK, bank, spec)
     bank = bank.stacked() or bank  # what is read more than once is looked up once
-    if transformed():
-        return experts_reference(x_TH, ids_TK, weights_TK, bank, spec)  # torch's fast kernels write in place
     way, every = "torch", ids_TK.numel() > 0 and names_every(ids_TK, bank.num_experts)
     if every:
         way = _way_for_every(native, x_TH, weights_TK, bank, spec)
