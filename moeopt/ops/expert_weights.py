@@ -71,7 +71,6 @@ class StackedExpertWeights:
         self.norm_s = norm
         self.num_experts: int = w_out.shape[0]
         self.known: Any = None  # what a kernel worked out of these tensors, and how they lay then
-        self.again: dict[Any, Any] | None = None  # small calls that a kernel has done, where a live bank keeps them
         _same_length("StackedExpertWeights", self.num_experts, [*self.w_in_s, *self.b_in_s, b_out, norm])
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from torch import nn
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined
 from moeopt.listed import listed
-from moeopt.ops.measured import Way, fastest
+from moeopt.ops.measured import TimedCall, Way, fastest
 from moeopt.options import measuring
 from moeopt.patches import quiet
 from moeopt.pipeline.block_reports import PipelineResult
@@ -29,7 +28,6 @@ from moeopt.pipeline.dense_forms import buffers_kept, sized_calls
 from moeopt.rewrite.code import fingerprint
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.own_code import OwnCode, own_code_of
-from moeopt.value_types import PyObject
 from moeopt.verification.state import RestoreState
 
 NEAR = {1: range(1, 2), 8: range(2, 17), 64: range(17, 129), 512: range(129, 513)}
@@ -91,7 +89,7 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode) -> list[i
                     kind = kind or _kind(forward)
                     question = f"{kind} on {tokens} tokens"
                     ways = functools.partial(_ways, forward, left, (args, kwargs))
-                    if left.takes(args, kwargs) and fastest(question, ways, "rewritten", advantage=GAIN) == "own":
+                    if fastest(question, ways, "rewritten", advantage=GAIN) == "own":
                         found.append(tokens)
                 except Exception:  # a number of tokens that the block cannot take
                     continue
@@ -116,28 +114,30 @@ def _ways(forward: RewrittenForward, left: OwnCode, call: ArgsKwargs) -> dict[st
     """Both on the same call, several times where one is short.
 
     Raises:
-        Declined: the rewritten code refuses the call, so its own code runs anyway.
+        Declined: the rewritten code refuses the call, so its own code runs anyway; or no such call is left to it.
     """
     before = forward.fallbacks
     args, kwargs = call
 
-    def own(*args: PyObject, **kwargs: PyObject) -> PyObject:
-        left.takes(args, kwargs)  # as a call that is left to it is asked first
-        return forward.own()(*args, **kwargs)
-
-    for _ in range(2):  # the first builds or measures what the second only calls
-        started = time.perf_counter()
-        forward(*args, **kwargs)
-        once = time.perf_counter() - started
-    if forward.fallbacks != before:
-        raise Declined(forward.last_refusal)
-    several = max(1, min(CALLS, round(TURN / max(once, 1e-6))))
-
-    def calls(way: Callable[..., PyObject]) -> Way:
+    def calls(own: OwnCode | None, several: int) -> TimedCall:
         def run() -> None:
-            for _ in range(several):
-                way(*args, **kwargs)
+            forward.own_code = own
+            try:
+                for _ in range(several):
+                    forward(*args, **kwargs)
+            finally:
+                forward.own_code = None
 
         return run
 
-    return {"rewritten": calls(forward), "own": calls(own)}
+    rewritten, own = calls(None, 1), calls(left, 1)
+    for _ in range(2):  # the first builds or measures what the second only calls
+        started = time.perf_counter()
+        rewritten()
+        once = time.perf_counter() - started
+    ran = forward.calls
+    own()
+    if forward.fallbacks != before or forward.calls != ran:
+        raise Declined(forward.last_refusal or "the number of tokens is not that of its first argument")
+    several = max(1, min(CALLS, round(TURN / max(once, 1e-6))))
+    return {"rewritten": calls(None, several), "own": calls(left, several)}

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from moeopt.ops.every_ids import every_ids
+
+_FEW = 64
+"""Numbers up to which Python looks at each sooner than PyTorch is called."""
+
 
 def mask_to_ids(onehot_TKE: torch.Tensor) -> torch.Tensor:
     """(T, K) index of the one in each row; E where a row has none."""
@@ -46,13 +51,16 @@ def positive_to_ids(table_TE: torch.Tensor) -> torch.Tensor:
 def table_to_ids(table_TE: torch.Tensor) -> torch.Tensor:
     """(T, E) expert e in column e where its weight is not zero, E (which adds nothing) elsewhere.
 
-    Where no weight is zero, as of a softmax over all experts, each row is the same memory.
+    Where no weight is zero, as of a softmax over all experts, each row is the same memory: see ``every_ids``.
     """
     experts = table_TE.shape[-1]
-    every_E = torch.arange(experts, device=table_TE.device)
-    if _looked_at(table_TE) and table_TE.all():
-        return every_E.expand(table_TE.shape)
-    return torch.where(table_TE != 0, every_E, experts)
+    if _looked_at(table_TE) and table_TE.dim() == 2:
+        tokens = table_TE.shape[0]
+        ids_TE = every_ids(tokens, experts)
+        if all(map(all, table_TE.tolist())) if tokens * experts <= _FEW else table_TE.all():
+            return ids_TE
+        return ids_TE.masked_fill(table_TE == 0, experts)
+    return torch.where(table_TE != 0, torch.arange(experts, device=table_TE.device), experts)
 
 
 def _looked_at(table_TE: torch.Tensor) -> bool:

@@ -6,11 +6,13 @@ Reading them one by one costs milliseconds of Python; the same questions asked o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, is_
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
+
+from moeopt.rewrite.guard_expression import GuardExpression
 
 _PLAIN = {Tensor, nn.Parameter}
 _HOOKS = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks")
@@ -57,6 +59,15 @@ class AllPlaces:
             return None
         tensors = cast(list[Tensor], list(map(dict.get, self._registries, self._keys)))
         return tensors if _PLAIN.issuperset(map(type, tensors)) else None
+
+    def arm(self, probe: GuardExpression, tensors: Sequence[Tensor]) -> None:
+        """Add terms that hold while every place gives a tensor (``t0``, ``t1`` ...) that lies as one of ``tensors``."""
+        for registry, name, child in zip(self._modules, self._names, self._children, strict=True):
+            probe.item(registry, name, child)
+        for owner in self._owners:
+            probe.add("not {0}._forward_hooks and not {0}._forward_pre_hooks", owner)
+        for i, (registry, key, tensor) in enumerate(zip(self._registries, self._keys, tensors, strict=True)):
+            probe.lies(registry, key, tensor, f"t{i}")
 
     @staticmethod
     def lie(tensors: list[Tensor]) -> tuple[tuple[object, ...], ...]:

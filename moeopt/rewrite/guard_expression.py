@@ -121,13 +121,25 @@ class GuardExpression:
             self.add("{0}({1}, {2})", torch.equal, tensor, tensor.detach().clone())
             self.cost += 600
 
-    def compiled(self) -> Callable[[], bool]:
-        """The conjunction, which may also raise where something was removed."""
+    def lies(self, table: dict[str, Any], key: str, tensor: torch.Tensor, name: str) -> None:
+        """``table[key]``, from then on ``name``, is a tensor of the same class, and lies where ``tensor`` lies.
+
+        That is its address, shape, strides, dtype and sign; it may be another object, and hold other numbers.
+        """
+        same = f"type({name} := {{0}}[{_quoted(key)}]) is {{1}} and {name}.data_ptr() == {{2}}"
+        run = f"{name}.is_contiguous()" if tensor.is_contiguous() else f"{name}.stride() == {{5}}"
+        kind = f"{name}.dtype is {{4}} and {name}.is_cpu and not {name}.is_neg()"
+        known = type(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride()
+        self.add(f"{same} and {name}.shape == {{3}} and {run} and {kind}", table, *known)
+
+    def compiled(self, result: str = "") -> Callable[[], Any]:
+        """The conjunction, which may also raise where something was removed; if it holds it gives ``result``."""
         if self._tables:
             now, before = zip(*self._tables.values(), strict=True)
             self.add("{0} == {1}", now, before)
         names = ", ".join(f"a{i}" for i in range(len(self._values)))
-        code = compiled_once(f"def same({names}):\n    return {' and '.join(self._terms) or 'True'}\n", "same")
+        terms = " and ".join([*self._terms, result or "True"])
+        code = compiled_once(f"def same({names}):\n    return {terms}\n", "same")
         return types.FunctionType(code, {}, "same", tuple(self._values))
 
 

@@ -22,15 +22,17 @@ from torch import fx, nn
 from moeopt.capture.tree import tree_map
 from moeopt.compat import compiler_callback, constant_when_compiled
 from moeopt.errors import Declined, StaleModelWarning
+from moeopt.ops import override
 from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, CallGuard, bind, by_position
 from moeopt.rewrite.id_range import IdOutOfRange
-from moeopt.rewrite.live_bank import check_of, live_bank
+from moeopt.rewrite.live_bank import watched_bank
 from moeopt.rewrite.live_codes import LiveCodes, check_dtypes, dequantized
 from moeopt.rewrite.live_weights import Stale
-from moeopt.rewrite.own_code import LOOK, OwnCode
+from moeopt.rewrite.own_code import LOOK, SOURCE_LOOK, OwnCode
+from moeopt.rewrite.prepared_attribute import PreparedAttribute
 from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
 from moeopt.rewrite.usual_call import usual_call
@@ -39,22 +41,8 @@ from moeopt.value_types import PyObject
 __all__ = ["OPAQUE", "TENSOR", "CallGuard", "BlockProgram", "RewrittenForward", "bind", "install", "uninstall"]
 
 aten = torch.ops.aten
-
-
-class _Prepared:
-    """What a forward prepares at first use: a copy is made before its module has its children.
-
-    A ``__getattr__`` in its place makes every attribute of its class twice as slow to read.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, forward: RewrittenForward | None, owner: type) -> PyObject:
-        if forward is None or "program" not in forward.__dict__:
-            raise AttributeError(self.name)
-        forward._prepare()
-        return forward.__dict__[self.name]
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_traced_by_jit = torch._C._get_tracing_state
 
 
 def _change_of(forward: RewrittenForward) -> Callable[[], str]:
@@ -117,7 +105,7 @@ class RewrittenForward:
         block = self.program.block
         if index in block.formats:
             return LiveCodes(self.module, index, refs, spec, block.formats[index], block.codes.get(index))
-        return live_bank(self.module, refs, spec, check_of(self.watch, index))
+        return watched_bank(self.module, refs, spec, self.watch, index)
 
     def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The op on the live weights number ``index``: what a ``moeopt::experts`` node of the graph calls."""
@@ -153,20 +141,23 @@ class RewrittenForward:
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         left, refusal, tensors = False, "", cast("Sequence[torch.Tensor] | None", None)
         if not torch.compiler.is_compiling():
-            left = self.own_code is not None and self.own_code.takes(args, kwargs)
-            if left and self._unlooked > 0:
-                self._unlooked -= 1
-                if self.source is not None:
-                    self.source.look()  # the own code follows what changes in its module, and not what does there
-                return self.own()(*args, **kwargs)
+            if (own := self.own_code) is not None:
+                x = args[0] if args else kwargs.get(own.name)
+                left = (  # here and in no function: of 80 microseconds a call of one takes 1.3
+                    type(x) is torch.Tensor and x.numel() in own.sizes and x.is_cpu and not _dispatch_modes()
+                    and not _function_modes() and _traced_by_jit() is None and override.current() is None
+                )  # fmt: skip
+                if left and self._unlooked > 0:
+                    self._unlooked -= 1
+                    if self.source is not None and not self._unlooked % SOURCE_LOOK:
+                        self.source.look()  # the own code follows what changes in its module, and not what does there
+                    if self.original is None:
+                        return type(self.module).forward(self.module, *args, **kwargs)
+                    return self.original(*args, **kwargs)
             if self._usual is not None and not kwargs and compiler_callback() is None:
                 tensors = self._usual(self.module, args)
         if tensors is None:
-            guard, bound = self.program.guard, bind(self.program.signature, args, kwargs, self._names)
-            refusal = guard.refuses(self.module, bound) or self.program.forbidden(self.module, bound)
-            tensors = bound.tensors()
-            if self._usual_of != guard.changes and not torch.compiler.is_compiling():
-                self._know_usual()
+            refusal, tensors = self._asked(args, kwargs)
         if not refusal:
             try:
                 refusal = self.change()
@@ -183,6 +174,14 @@ class RewrittenForward:
             except Stale as stale:
                 self._stale, refusal = True, str(stale)
         return self._fall_back(refusal, args, kwargs)
+
+    def _asked(self, args: tuple[PyObject, ...], kwargs: dict[str, PyObject]) -> tuple[str, Sequence[torch.Tensor]]:
+        """Why a call that is not known as the usual one is refused; and its tensors."""
+        guard, bound = self.program.guard, bind(self.program.signature, args, kwargs, self._names)
+        refusal = guard.refuses(self.module, bound) or self.program.forbidden(self.module, bound)
+        if self._usual_of != guard.changes and not torch.compiler.is_compiling():
+            self._know_usual()
+        return refusal, bound.tensors()
 
     @property
     def __code__(self) -> PyObject:
@@ -251,7 +250,7 @@ class RewrittenForward:
 
 
 for _name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of"):
-    setattr(RewrittenForward, _name, _Prepared(_name))
+    setattr(RewrittenForward, _name, PreparedAttribute(_name))
 
 
 def run(block: BlockGraph, module: nn.Module, *args: PyObject, **kwargs: PyObject) -> PyObject:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import nn
 
 from moeopt.ir.row_function import RowFunction
+from moeopt.rewrite.as_it_lay import Arm
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place, Stale
 from moeopt.rewrite.module_guard import Watch
@@ -15,19 +17,19 @@ from moeopt.value_types import PyObject
 
 def live_bank(
     module: nn.Module, refs: PyObject, spec: PyObject, check: Callable[[int], None] = lambda e: None,
-    place: type[Place] = Place,
+    place: type[Place] = Place, arm: Arm | None = None,
 ) -> PyObject:  # fmt: skip
-    """The weights at ``refs`` of ``module``; ``check`` is asked before each expert is read."""
+    """The weights at ``refs`` of ``module``; ``check`` is asked before each expert is read, ``arm`` once for all."""
     if isinstance(spec, RowFunction):
         return LiveSlots(module, refs, check, place)
-    return LiveExpertWeights(module, refs, (spec.w_in_layout, spec.w_out_layout), check, place)
+    return LiveExpertWeights(module, refs, (spec.w_in_layout, spec.w_out_layout), check, place, arm)
 
 
-def check_of(watch: Watch, bank: int) -> Callable[[int], None]:
-    """What raises :class:`Stale` where an expert of the bank number ``bank`` is not as it was verified."""
+def watched_bank(module: nn.Module, refs: PyObject, spec: PyObject, watch: Watch, bank: int) -> PyObject:
+    """:func:`live_bank` of the bank number ``bank``: an expert that is not as it was verified is :class:`Stale`."""
 
     def check(expert: int) -> None:
         if reason := watch.expert((bank, expert)):
             raise Stale(reason)
 
-    return check
+    return live_bank(module, refs, spec, check, arm=functools.partial(watch.arm, bank))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
 from moeopt.ops.expert_weights import ListExpertWeights, StackedExpertWeights
 from moeopt.rewrite.all_places import AllPlaces
+from moeopt.rewrite.as_it_lay import FEW, Arm, AsItLay, Remembered
 from moeopt.rewrite.regular_steps import flat, steps_between
 from moeopt.rewrite.weight_regions import IRREGULAR, from_origin, region, region_of, whole_parts
 from moeopt.value_types import PyObject
@@ -81,6 +82,7 @@ class LiveExpertWeights:
         layouts: (W_in, W_out), each ``oi`` or ``io``: how the 2-D tensors are handed out.
         check: called with the number of each expert that is read; may raise :class:`Stale`.
         place: what finds and reads each Parameter.
+        arm: adds the terms that hold while ``check`` raises for no expert; None: it is asked of each.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class LiveExpertWeights:
         layouts: tuple[str, str],
         check: Callable[[int], None] = lambda e: None,
         place: type[Place] = Place,
+        arm: Arm | None = None,
     ) -> None:
         self.num_experts, self._check = len(experts), check
         self._experts, self._layouts = experts, layouts
@@ -104,10 +107,10 @@ class LiveExpertWeights:
         made_anew = place is not Place or any(ref.neurons is not None for ref in experts)
         self._wholes: Any = None  # which of them is each expert's matrix, if all are whole
         self._all = None if made_anew else AllPlaces(self._places.values())
+        self._lay = None if made_anew else AsItLay(list(self._places.values()), self.num_experts, check, arm)
         self._each: dict[int, AllPlaces] = {}
         self.known: Any = None  # what a kernel worked out of these tensors, and how they lay then
         self.entries: dict[int, Any] = {}  # the same of each expert alone
-        self.every: Any = None  # and of all of them together
         w_out = experts[0].w_out
         self.w_out_kind = self._places[w_out.path].dtype, w_out.m * w_out.k  # a place of another dtype is stale
         # the last result of stacked(): while its views are kept nobody else gets their memory, so addresses identify it
@@ -144,16 +147,23 @@ class LiveExpertWeights:
 
         None where that can't be told of all at once; then each is read by itself.
         """
-        together = self.lies_together()
-        return None if together is None else together[0]
-
-    def lies_together(self) -> tuple[object, list[Tensor]] | None:
-        """As :meth:`lies`; and all tensors, for who needs them kept."""
         if self._all is None:
             return None
         for e in range(self.num_experts):
             self._check(e)
-        return None if (tensors := self._all.tensors()) is None else (self._all.lie(tensors), tensors)
+        return None if (tensors := self._all.tensors()) is None else self._all.lie(tensors)
+
+    def remembered(self, rows: int) -> Remembered | None:
+        """What a kernel has worked out of the weights as they lie now, for it to fill, and all of them, to be kept.
+
+        None where that can't be told of all at once, or not sooner than of the experts that ``rows`` rows may hit.
+        """
+        if self._lay is None or (rows < self.num_experts and len(self._places) > FEW):
+            return None
+        try:
+            return self._lay.look()
+        except Stale:  # who reads that expert tells it
+            return None
 
     def listed(self) -> ListExpertWeights | None:
         """The weights as lists of tensors, each expert checked; None where one is a part of its Parameter.
@@ -262,8 +272,6 @@ def _detached(bank: StackedExpertWeights) -> StackedExpertWeights:
     def one(t: Tensor | None) -> PyObject:
         return None if t is None else t.detach()
 
-    detached = StackedExpertWeights(
+    return StackedExpertWeights(
         [one(t) for t in bank.w_in_s], one(bank.w_out_s), [one(t) for t in bank.b_in_s], one(bank.b_out_s)
     )
-    detached.again = {}
-    return detached

@@ -214,11 +214,21 @@ class Watch:
         return _first(self._frozen) if self._frozen else ""
 
     def expert(self, key: PyObject) -> str:
-        """What changed in the modules of one expert."""
+        """What changed in the modules of one expert; as often as it is asked, also once another has looked."""
         if self.paused or holds(self._sames[key]):
-            return "" if self.paused else self._reasons[key]
+            return "" if self.paused else self._reasons[key] or self._read
         self._look()
         return self._reasons[key] or self._reason or self._read
+
+    def arm(self, bank: int, probe: GuardExpression) -> None:
+        """Add the terms that hold while no module of an expert of the bank number ``bank`` changes."""
+        keys, unused = [key for key in self._of if key[0] == bank], GuardExpression()
+        own = {(key,) for key in keys}
+        for key in keys:
+            for one in self._of[key]:
+                one.compare(probe)
+        if self._reads is not None and keys:
+            self._reads.walk(self._root, unused, lambda path: probe if self._keys(path)[:1] in own else unused)
 
     def everything(self) -> str:
         """What changed anywhere, in the modules first: what they are decides what their code reads."""

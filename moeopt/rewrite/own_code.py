@@ -8,27 +8,24 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from moeopt.ops import override
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import TENSOR
-from moeopt.value_types import PyObject
 
-_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_traced_by_jit = torch._C._get_tracing_state
-LOOK = 8
+LOOK = 32
 """Of so many calls that are left to the own code one is guarded as others are, to tell of what has changed."""
+SOURCE_LOOK = 4
+"""Of so many one looks at the model that was optimised, where it lives on beside its optimised copy."""
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True)
 class OwnCode:
-    """Which calls are left to a block's own code, by their number of tokens.
+    """Which calls are left to a block's own code, by their number of tokens: see ``RewrittenForward.__call__``.
+
+    None is that a mode, a tracer or another implementation of the op watches.
 
     Args:
         name: the block's first parameter, which holds the tokens.
@@ -43,22 +40,6 @@ class OwnCode:
     def at(self, counts: Iterable[int]) -> OwnCode:
         """For calls of so many tokens."""
         return replace(self, sizes=frozenset(self.row * count for count in counts))
-
-    def takes(self, args: Sequence[PyObject], kwargs: Mapping[str, PyObject]) -> bool:
-        """Whether a call is left to the own code: none is that a mode, a tracer or another implementation watches.
-
-        This costs a microsecond or two of the few dozen that a small block takes, so it looks at little.
-        """
-        x = args[0] if args else kwargs.get(self.name)
-        return (
-            type(x) is Tensor
-            and x.numel() in self.sizes
-            and x.is_cpu
-            and not _dispatch_modes()
-            and not _function_modes()
-            and _traced_by_jit() is None
-            and override.current() is None
-        )
 
 
 def own_code_of(program: BlockProgram) -> OwnCode | None:

@@ -6,6 +6,7 @@ import torch
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ListExpertWeights
 from moeopt.ops.kernels import every_expert
+from moeopt.ops.native import dispatch
 from moeopt.ops.native.dispatch import experts_on_cpu
 from moeopt.ops.reference import experts_reference
 
@@ -46,43 +47,48 @@ SPECS = [
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 5, 3)], ids=str)
 def test_it_is_the_reference(spec, bias, sizes):
     args = call(spec, bank_of(spec, sizes, bias))
-    assert every_expert.takes(*args)
+    assert every_expert.fits(args[0], args[2], spec) and every_expert.in_float32(args[3])
     got, want = every_expert.every_expert(args[0], args[2], *args[3:]), experts_reference(*args)
     assert got.shape == want.shape == (T, O)
     # the same products, their sums in another order and the weight before the second: 8 roundings of a row's size
     assert (got - want).norm(dim=-1).le(8 * EPS * want.norm(dim=-1)).all()
 
 
-@pytest.mark.parametrize("quicker", [True, False])
+@pytest.mark.parametrize("quicker", ["neurons", "native", "torch"])
 def test_a_call_takes_it_where_it_is_the_quicker(monkeypatch, quicker):
     spec = SPECS[1]
     args, taken, honest = call(spec, bank_of(spec)), [], every_expert.every_expert
-    monkeypatch.setattr(every_expert, "fastest", lambda *a, **k: "every" if quicker else "grouped")
+    monkeypatch.setattr(dispatch, "_of_every", lambda *args: quicker)
     monkeypatch.setattr(every_expert, "every_expert", lambda *a: (taken.append(1), honest(*a))[1])
-    every_expert._faster.cache_clear()
     got, want = experts_on_cpu(*args), experts_reference(*args)
-    every_expert._faster.cache_clear()
-    assert bool(taken) is quicker
+    assert bool(taken) is (quicker == "neurons")
     torch.testing.assert_close(got, want, rtol=16 * EPS, atol=16 * EPS)  # entries that cancel lose what the row has
 
 
-def test_both_ways_of_the_measurement_compute_the_same():
-    for spec in SPECS:
-        ways = every_expert._ways(experts_reference, 4, (8, 2, 16), spec)
-        torch.testing.assert_close(ways["every"](), ways["grouped"](), rtol=8 * EPS, atol=0)
+def test_a_bias_of_another_dtype_is_seen_before_it_runs(monkeypatch):
+    spec = SPECS[1]
+    args = call(spec, bank_of(spec))
+    args[3].b_in_l[0][1] = args[3].b_in_l[0][1].bfloat16()
+    monkeypatch.setattr(dispatch, "_of_every", lambda *args: "neurons")
+    monkeypatch.setattr(every_expert, "every_expert", lambda *args: pytest.fail("it takes float32 alone"))
+    torch.testing.assert_close(experts_on_cpu(*args), experts_reference(*args), rtol=16 * EPS, atol=16 * EPS)
 
 
-def test_what_it_leaves_to_the_others():
-    spec = SPECS[0]
+def test_what_it_leaves_to_the_others(monkeypatch):
+    spec, offered = SPECS[0], []
+    monkeypatch.setattr(dispatch, "_of_every", lambda *args: offered.append(args[-2]) or "torch")
     x, ids, weights, bank, _ = call(spec, bank_of(spec))
     one_dropped, turned = ids.clone(), ids.flip(1)
     one_dropped[4, 2] = E  # a weight of zero names no expert
-    assert every_expert.takes(x, ids, weights, bank, spec)
-    assert not every_expert.takes(x, one_dropped, weights, bank, spec)
-    assert not every_expert.takes(x, turned, weights, bank, spec)
-    assert not every_expert.takes(x, ids[:, :2], weights[:, :2], bank, spec)
-    assert not every_expert.takes(x[:1], ids[:1], weights[:1], bank, spec)
-    assert not every_expert.takes(x, ids, weights.bfloat16(), bank, spec)
-    assert not every_expert.takes(x, ids, weights, bank_of(spec, dtype=torch.bfloat16), spec)
+    experts_on_cpu(x, ids, weights, bank, spec)
+    assert offered == [True]
+    for other in (one_dropped, turned):
+        experts_on_cpu(x, other, weights, bank, spec)
+    experts_on_cpu(x, ids[:, :2], weights[:, :2], bank, spec)
+    assert offered == [True], "not every row names every expert"
+    experts_on_cpu(x[:1], ids[:1], weights[:1], bank, spec)
+    experts_on_cpu(x, ids, weights.bfloat16(), bank, spec)
+    experts_on_cpu(x, ids, weights, bank_of(spec, dtype=torch.bfloat16), spec)
     on_input = ExpertsSpec(rows="plain", activation="identity", weight_on="input")
-    assert not every_expert.takes(x, ids, weights, bank_of(on_input), on_input)
+    experts_on_cpu(x, ids, weights, bank_of(on_input), on_input)
+    assert offered == [True] + [False] * 4

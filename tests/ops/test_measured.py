@@ -54,6 +54,22 @@ def test_the_fastest_by_a_margin(seconds, answer, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("default", "other", "turns"),
+    [
+        (1e-3, 1e-3, measured.MORE_TURNS),
+        (1e-3, 0.9e-3, measured.MORE_TURNS),  # it may be the quicker by the advantage, and not
+        (1e-3, 0.7e-3, 0),
+        (1e-3, 1.4e-3, 0),
+        (1.0, 1.0, 0),  # that would take long
+    ],
+)
+def test_where_it_is_close_short_ways_have_more_turns(default, other, turns, monkeypatch):
+    ways, calls = clock(monkeypatch, {"usual": default, "other": other})
+    fastest("q", ways, "usual")
+    assert len(calls) == 2 * (measured.TURNS + 1 + turns)
+
+
+@pytest.mark.parametrize(
     ("other", "answer"),
     [
         ((0.5, 110.0), "other"),  # the sum of the seconds would say "usual"

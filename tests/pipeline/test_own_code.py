@@ -12,7 +12,7 @@ from moeopt.errors import StaleModelWarning
 from moeopt.ops.override import default_impl
 from moeopt.pipeline import own_code
 from moeopt.rewrite.install import rewritten_forward
-from moeopt.rewrite.own_code import LOOK, OwnCode
+from moeopt.rewrite.own_code import LOOK, SOURCE_LOOK, OwnCode
 from moeopt.rewrite.whole_model import without_own_code
 from tests.zoo.dense_forms import EinsumAll
 
@@ -142,6 +142,26 @@ def test_a_changed_source_is_told_by_calls_of_the_own_code_too(slower_at):
     with pytest.warns(StaleModelWarning, match="wi"):
         for _ in range(20):
             opt.model(x(2))
+
+
+def test_calls_of_the_own_code_are_looked_at_once_in_a_while(slower_at, monkeypatch):
+    slower_at(*own_code.NEAR)
+    source = model()
+    opt = optimized(source)
+    forward, looks, guarded = rewritten_forward(opt.model), [], []
+    honest, change = forward.source.look, forward.change
+    monkeypatch.setattr(forward.source, "look", lambda: looks.append(1) or honest())
+    monkeypatch.setattr(forward, "change", lambda: guarded.append(1) or change())
+    for _ in range(3 * LOOK):
+        assert ran(opt, x(2))[1] == 0
+    assert len(guarded) == 3
+    assert 3 * LOOK / SOURCE_LOOK <= len(looks) <= 3 * LOOK / SOURCE_LOOK + 3  # a guard looks too
+
+
+def test_a_call_that_is_not_left_to_the_own_code_is_no_answer(monkeypatch):
+    opt = optimized()
+    monkeypatch.setattr(own_code, "fastest", lambda question, ways, *rest, **more: ways() and "own")
+    assert own_code._slower(rewritten_forward(opt.model), ((x(24),), {}), OwnCode("x", D + 1)) == []
 
 
 def test_of_what_the_rewritten_code_would_refuse_calls_of_the_own_code_tell_too(slower_at):

@@ -2,7 +2,8 @@
 
 What took the time of a call of one token was not the kernel but what is asked of its arguments, most of which has the
 same answer as the last time. The answers hold for a key of dtypes, sizes and threads; what no key holds (whether a
-tensor is a plain one, in one run, on the CPU) is asked again at each call.
+tensor is a plain one, in one run, on the CPU) is asked again at each call, and a live bank tells whether its weights
+lie as they lay.
 
 Shape legend: T tokens, E experts, K chosen per token, H hidden, D out.
 """
@@ -11,13 +12,14 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
+from moeopt.ops.every_ids import is_kept, names_every
+from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.native.call import ADDRESSES, INTEGERS, NativeRun, Prepared, prepared_call, transformed
 
 SMALL = 64
@@ -26,6 +28,8 @@ MOST = 64
 """Keys that one bank remembers."""
 
 _PLAIN = (Tensor, nn.Parameter)
+KnownCalls = dict[Any, Any]
+"""What a live bank keeps for the kernel as long as its weights lie as they lay: calls by their keys, and entries."""
 
 
 class CallDone(NamedTuple):
@@ -38,47 +42,51 @@ class CallDone(NamedTuple):
 
 
 def call(
-    run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, isa: int
-) -> Tensor:
-    """As ``native.call.call``; stacked weights that a live bank gives out remember it, if it is small.
-
-    Not where a token may name every expert: other kernels take a call in which each does, and that hangs on the ids.
-    """
-    y, prepared = prepared_call(run, x, ids, weights, bank, spec, isa)
-    if ids.numel() > SMALL or ids.dtype not in INTEGERS or not isinstance(bank, StackedExpertWeights):
+    run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, isa: int,
+    known: KnownCalls | None = None,
+) -> Tensor:  # fmt: skip
+    """As ``native.call.call``; it is kept among what is ``known`` of the bank's weights, if it is small."""
+    y, prepared = prepared_call(run, x, ids, weights, bank, spec, isa, known)
+    if known is None or ids.numel() > SMALL or ids.dtype not in INTEGERS or not prepared.whole:
         return y  # ids of another dtype were converted
-    if bank.again is None:
-        return y
-    every = ids.shape[1] == bank.num_experts and (ids.shape[0] > 1 or x.dtype is not torch.float32)
-    if not every and _in_one_run(x) and _in_one_run(ids) and _in_one_run(weights):
-        if len(bank.again) >= MOST:
-            bank.again.clear()
-        bank.again[_key(x, ids, weights)] = CallDone(spec, run, prepared, y.dtype)
+    if _in_one_run(x) and _in_one_run(weights) and (is_kept(ids) or _in_one_run(ids)):
+        if len(known) >= MOST:
+            known.clear()
+        known[_key(x, ids, weights, bank.num_experts)] = CallDone(spec, run, prepared, y.dtype)
     return y
 
 
 def again(
-    bank: StackedExpertWeights, run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, spec: ExpertsSpec
+    known: KnownCalls, run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, spec: ExpertsSpec, experts: int
 ) -> Tensor | None:
     """The answer (T, D) to a call that was remembered; None where it is another.
 
     Args:
-        bank: whose tensors lie where they lay when the call was remembered, as a live bank knows of those it gives out.
+        known: calls on the weights as they lie now; who calls keeps those alive.
+        experts: E.
     """
-    known = None if bank.again is None else bank.again.get(_key(x, ids, weights))
-    if known is None or known.spec is not spec or known.run is not run or transformed():
+    if ids.numel() > SMALL or ids.dim() != 2:
         return None
-    if not (_in_one_run(x) and _in_one_run(ids) and _in_one_run(weights)):
+    done: CallDone | None = known.get(_key(x, ids, weights, experts))
+    if done is None or done.spec is not spec or done.run is not run or transformed():
         return None
-    words = array("q", known.prepared.words)
-    y = x.new_empty(words[2], words[6], dtype=known.dtype)
+    if not (_in_one_run(x) and _in_one_run(weights) and (is_kept(ids) or _in_one_run(ids))):
+        return None
+    words = array("q", done.prepared.words)
+    y = x.new_empty(words[2], words[6], dtype=done.dtype)
     for at, t in zip(ADDRESSES, (x, ids, weights, y), strict=True):
         words[at] = t.data_ptr()
     return None if run(ctypes.c_void_p(words.buffer_info()[0])) else y
 
 
-def _key(x: Tensor, ids: Tensor, weights: Tensor) -> tuple[object, ...]:
-    return x.dtype, x.shape, ids.dtype, ids.shape, weights.dtype, weights.shape, torch.get_num_threads()
+def _key(x: Tensor, ids: Tensor, weights: Tensor, experts: int) -> tuple[object, ...]:
+    """With whether each row of the ids is kept in the same memory, and whether each names every expert.
+
+    Other kernels than this one may be the quicker where every expert takes every row.
+    """
+    every = ids.shape[1] == experts and names_every(ids, experts)
+    sizes = x.dtype, x.shape, ids.dtype, ids.shape, weights.dtype, weights.shape
+    return *sizes, torch.get_num_threads(), every, every and is_kept(ids)
 
 
 def _in_one_run(t: Tensor) -> bool:

@@ -9,7 +9,7 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -92,10 +92,11 @@ def transformed() -> bool:
 
 
 class Prepared(NamedTuple):
-    """A ``moeopt_call``, and what its words point to but for x, ids, weights and y."""
+    """A ``moeopt_call``, what its words point to but for x, ids, weights and y, and whether it has every expert."""
 
     words: array[int]
     held: tuple[object, ...]
+    whole: bool
 
 
 def call(
@@ -110,9 +111,14 @@ def call(
 
 
 def prepared_call(
-    run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, isa: int
-) -> tuple[Tensor, Prepared]:
-    """As :func:`call`; and the words of the call."""
+    run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, isa: int,
+    known: dict[Any, Any] | None = None,
+) -> tuple[Tensor, Prepared]:  # fmt: skip
+    """As :func:`call`; and the words of the call.
+
+    Args:
+        known: what was worked out before of the weights of this bank, which lie as they lay then and are kept alive.
+    """
     if transformed():
         raise Unfit("a functional transform (torch.func) or forward-mode differentiation is at work")
     encoded = encode_spec(spec, x.dtype, weights.dtype)
@@ -122,7 +128,7 @@ def prepared_call(
         _plain(t)
     (T, K), E, H = ids.shape, bank.num_experts, x.shape[1]
     held: list[Tensor] = []
-    entries, index, steps, D = _experts(bank, ids, spec, held)
+    entries, index, steps, D = _experts(bank, ids, spec, held, known)
     y = x.new_empty(T, D, dtype=dtypes(x, spec)[2])
     words = array("q", (
         ABI, ctypes.addressof(encoded), T, K, E, H, D,
@@ -138,49 +144,39 @@ def prepared_call(
         raise MemoryError(f"experts: no memory for {T * K} rows of {H} and {D} numbers")
     if status:
         raise Unfit("the weights' shapes do not fit one another")
-    return y, Prepared(words, (encoded, entries, index))
+    return y, Prepared(words, (encoded, entries, index), index is None or -1 not in index)
 
 
-def _experts(bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Tensor]) -> CallWords:
+def _experts(
+    bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Tensor], known: dict[Any, Any] | None
+) -> CallWords:
     """The entries of ``moeopt_expert``, which expert has which, the steps between stacked ones, and D."""
     stacked = bank.stacked()
     if stacked is not None:
         whole = [*stacked.w_in_s, stacked.w_out_s, *stacked.b_in_s, stacked.b_out_s, stacked.norm_s]
         held += [t for t in whole if t is not None]
-        known = stacked.known
+        last = stacked.known
         now = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in held]
-        if known is not None and known[0] is spec and known[1] == now:
-            return cast(CallWords, known[2])
+        if last is not None and last[0] is spec and last[1] == now:
+            return cast(CallWords, last[2])
         found = _stack(whole, spec)
         stacked.known = spec, now, found
         return found
-    E = bank.num_experts
-    if (ids.shape[1] == E or ids.numel() >= 2 * E) and (every := _every(bank, spec, held)) is not None:
-        return every
+    if known is not None:
+        if spec not in known:
+            known[spec] = _of_all(bank, spec)
+        if known[spec] is not None:
+            return cast(CallWords, known[spec])
     return _listed(
         bank, sorted(set(ids.flatten().tolist())) if ids.numel() <= 4096 else ids.unique().tolist(), spec, held
     )
 
 
-def _every(bank: ExpertWeights, spec: ExpertsSpec, held: list[Tensor]) -> CallWords | None:
-    """The entries of all experts, looked up together where most of them are hit; None where they can't be.
-
-    They are worked out anew where one does not lie as it lay the last time.
-    """
-    lies_together = getattr(bank, "lies_together", None)
-    together: tuple[object, list[Tensor]] | None = None if lies_together is None else lies_together()
-    if together is None:
+def _of_all(bank: ExpertWeights, spec: ExpertsSpec) -> CallWords | None:
+    try:
+        return _listed(bank, range(bank.num_experts), spec, [])
+    except Unfit:  # of one that no token may reach
         return None
-    lie, tensors = together
-    known: tuple[ExpertsSpec, object, CallWords | None] | None = bank.every  # type: ignore[attr-defined]
-    if known is None or known[0] is not spec or known[1] != lie:
-        try:
-            found = _listed(bank, range(bank.num_experts), spec, [])
-        except Unfit:  # of one that no token may reach
-            found = None
-        known = bank.every = spec, lie, found  # type: ignore[attr-defined]
-    held += tensors  # they live until the kernel has read them
-    return known[2]
 
 
 def _listed(bank: ExpertWeights, experts: Iterable[int], spec: ExpertsSpec, held: list[Tensor]) -> CallWords:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.every_ids import every_ids, names_every
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.kernels import every_expert
 from moeopt.ops.kernels.cpu import experts_cpu
-from moeopt.ops.kernels.few_calls import all_experts, listed
+from moeopt.ops.kernels.few_calls import listed
 from moeopt.ops.kernels.gemm import LARGE, power_of_two
 from moeopt.ops.measured import Way, fastest
 from moeopt.ops.native.again import again, call
@@ -25,38 +27,47 @@ from moeopt.ops.unfit import Unfit
 MOST_TOKENS = 1024
 """Tokens beyond which the answer does not change any more, where every expert takes all of them."""
 
+MOST_EXPERTS = 8
+"""Experts beyond which the answer does not change any more, where every expert takes all tokens."""
+
+EveryWay = Literal["native", "torch", "neurons"]
+"""The kernel in C++, torch's matmuls one expert after the other, or ``kernels.every_expert``."""
+
 WORK = 1 << 24
 """Multiply-adds of one product of one measured call: a few milliseconds."""
 
 
 def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
     """``experts_reference``, by the fastest kernel for this call; differentiable by ``torch.func`` only."""
-    stacked = bank.stacked()
-    if stacked is not None and stacked is not bank and stacked.again and (native := library()) is not None:
-        known_TH = again(stacked, native.run, x_TH, ids_TK, weights_TK, spec)
+    if transformed():
+        check(x_TH, ids_TK, weights_TK, bank, spec)
+        return experts_reference(x_TH, ids_TK, weights_TK, bank.stacked() or bank, spec)  # fast kernels write in place
+    native, remembered = library(), getattr(bank, "remembered", None)
+    # its second entry are the weights, which live until the kernel has read them
+    held = None if native is None or remembered is None else remembered(ids_TK.numel())
+    known = None if held is None else held[0]
+    if native is not None and known:
+        known_TH = again(known, native.run, x_TH, ids_TK, weights_TK, spec, bank.num_experts)
         if known_TH is not None:
             return known_TH
     check(x_TH, ids_TK, weights_TK, bank, spec)
-    bank = stacked or bank  # what is read more than once is looked up once
-    if transformed():
-        return experts_reference(x_TH, ids_TK, weights_TK, bank, spec)  # torch's fast kernels write in place
-    together = every_expert.is_every(x_TH, ids_TK, weights_TK, bank, spec)
-    if together and every_expert.is_faster(_grouped, x_TH, bank, spec):
-        held = listed(bank)
-        if every_expert.in_float32(held):
-            return every_expert.every_expert(x_TH, weights_TK, held, spec)
-    return _grouped(x_TH, ids_TK, weights_TK, bank, spec)
-
-
-def _grouped(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
-    """By the kernel in C++ or torch's matmuls, each expert on the rows that chose it."""
-    if ids_TK.numel() and (native := library()) is not None:
+    bank = bank.stacked() or bank  # what is read more than once is looked up once
+    way, every = "torch", ids_TK.numel() > 0 and names_every(ids_TK, bank.num_experts)
+    if every:
+        way = _way_for_every(native, x_TH, weights_TK, bank, spec)
+        if way == "neurons":
+            listed_bank = listed(bank)
+            if every_expert.in_float32(listed_bank):
+                return every_expert.every_expert(x_TH, weights_TK, listed_bank, spec)
+            way = "native"
+    elif ids_TK.numel() and native is not None and _is_faster(native, x_TH, ids_TK, bank, spec):
+        way = "native"
+    if way == "native" and native is not None:
         try:
-            if _is_faster(native, x_TH, ids_TK, bank, spec):
-                return call(native.run, x_TH, ids_TK, weights_TK, bank, spec, native.bit)
+            return call(native.run, x_TH, ids_TK, weights_TK, bank, spec, native.bit, known)
         except Unfit:
             pass  # what the kernel does not take, torch's matmuls do
-    return experts_cpu(x_TH, ids_TK, weights_TK, bank, spec)
+    return experts_cpu(x_TH, every_ids(*ids_TK.shape) if every else ids_TK, weights_TK, bank, spec)
 
 
 def quantized_on_cpu(
@@ -76,17 +87,29 @@ def quantized_on_cpu(
 
 
 def _is_faster(native: Library, x: Tensor, ids: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
-    E = bank.num_experts
+    dtype, numel = _w_out_kind(bank)
+    rows = _rows(ids.numel(), bank.num_experts)
+    return _native(native, rows, spec, x.dtype, dtype, numel >= LARGE // 4, torch.get_num_threads())
+
+
+def _w_out_kind(bank: ExpertWeights) -> tuple[torch.dtype, int]:
+    """The dtype of the second matrices, and how many numbers one has."""
     kind: tuple[torch.dtype, int] | None = getattr(bank, "w_out_kind", None)
     if kind is None:
-        w, count = (bank.w_out_s, E) if isinstance(bank, StackedExpertWeights) else (bank.w_out(0), 1)
+        w, count = (bank.w_out_s, bank.num_experts) if isinstance(bank, StackedExpertWeights) else (bank.w_out(0), 1)
         kind = w.dtype, w.numel() // count
-    if x.dtype is not torch.float32 and all_experts(ids, E):  # of float32: ``every_expert``
-        H = x.shape[1]
-        sizes = power_of_two(len(x), MOST_TOKENS), power_of_two(H, WORK), power_of_two(max(1, kind[1] // H), WORK)
-        return _native_for_every(native, sizes, spec, x.dtype, kind[0], torch.get_num_threads())
-    rows = _rows(ids.numel(), E)
-    return _native(native, rows, spec, x.dtype, kind[0], kind[1] >= LARGE // 4, torch.get_num_threads())
+    return kind
+
+
+def _way_for_every(
+    native: Library | None, x: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec
+) -> EveryWay:
+    """The quickest of all ways where every expert takes every row."""
+    (T, H), E, (dtype, numel) = x.shape, bank.num_experts, _w_out_kind(bank)
+    sizes = power_of_two(T, MOST_TOKENS), power_of_two(H, WORK), power_of_two(max(1, numel // H), WORK)
+    neurons = T > 1 and E > 1 and dtype is torch.float32 and every_expert.fits(x, weights, spec)
+    few = min(1 << (E - 1).bit_length(), MOST_EXPERTS)
+    return _of_every(native, sizes, few, spec, x.dtype, dtype, neurons, torch.get_num_threads())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -113,38 +136,47 @@ def _native(
 
 
 @functools.cache
-def _native_for_every(
-    native: Library, sizes: tuple[int, int, int], spec: ExpertsSpec, x: torch.dtype, w: torch.dtype, threads: int
-) -> bool:
-    """:func:`_native` where every expert takes every row: nothing is grouped then, and the library's products are long.
+def _of_every(
+    native: Library | None, sizes: tuple[int, int, int], experts: int, spec: ExpertsSpec, x: torch.dtype,
+    w: torch.dtype, neurons: bool, threads: int,
+) -> EveryWay:  # fmt: skip
+    """One measurement of every way that there is: nothing is grouped, and the library's products are long.
 
     How long a row is counts here, as torch makes three calls for each expert and no more. ``sizes``: T, H and I.
     """
-    del threads
+    if native is None and not neurons:
+        return "torch"
     T, H, I = sizes
     compute = spec.compute_dtype or str(x).removeprefix("torch.")
     question = (
-        f"every expert on {T} rows of {H}, {I} wide, {compute}, W {str(w).removeprefix('torch.')} {spec.w_in_layout} "
-        f"{spec.w_out_layout}, {spec.rows}, {spec.activation}, {native.isa}"
+        f"each of {experts} experts on {T} rows of {H}, {I} wide, {compute}, W {str(w).removeprefix('torch.')} "
+        f"{spec.w_in_layout} {spec.w_out_layout}, {spec.rows}, {spec.activation}, {'' if neurons else 'no '}neurons, "
+        f"{native.isa if native is not None else 'no kernel'}"
     )
+    ways = functools.partial(_every_ways, native, sizes, experts, spec, x, w, neurons)
+    default: EveryWay = "torch" if native is None else "native"
     try:
-        return fastest(question, lambda: _every_ways(native, sizes, spec, x, w), "native", advantage=1.03) == "native"
-    except Unfit:
-        return False
+        return fastest(question, ways, default, advantage=1.03)  # type: ignore[return-value]
+    except Unfit:  # the kernel does not take it: asked without it
+        return _of_every(None, sizes, experts, spec, x, w, neurons, threads)
 
 
 def _every_ways(
-    native: Library, sizes: tuple[int, int, int], spec: ExpertsSpec, x: torch.dtype, w: torch.dtype
-) -> dict[str, Way]:
-    """Two experts of those sizes, or of as many neurons as take a few milliseconds."""
+    native: Library | None, sizes: tuple[int, int, int], experts: int, spec: ExpertsSpec, x: torch.dtype,
+    w: torch.dtype, neurons: bool,
+) -> dict[str, Way]:  # fmt: skip
+    """As many experts of those sizes, or of as many neurons as take a few milliseconds."""
     T, H, I = sizes
-    bank = _bank(2, H, max(64, min(I, WORK // (T * H))), spec, w)
-    x_TH, weights_TE = torch.full((T, H), 0.5, dtype=x), torch.full((T, 2), 0.5, dtype=x)
-    ids_TE = torch.arange(2).expand(T, 2)
-    return {
-        "native": lambda: call(native.run, x_TH, ids_TE, weights_TE, bank, spec, native.bit),
-        "torch": lambda: experts_cpu(x_TH, ids_TE, weights_TE, bank, spec),
-    }
+    E = max(2, min(experts, 2 * WORK // (T * H * I))) if experts > 1 else 1
+    bank = _bank(E, H, max(64, min(I, WORK // (T * H))), spec, w)
+    x_TH, weights_TE = torch.full((T, H), 0.5, dtype=x), torch.full((T, E), 0.5, dtype=x)
+    ids_TE = every_ids(T, E)
+    ways: dict[str, Way] = {"torch": lambda: experts_cpu(x_TH, ids_TE, weights_TE, bank, spec)}
+    if neurons:
+        ways["neurons"] = lambda: every_expert.every_expert(x_TH, weights_TE, bank, spec)
+    if native is not None:
+        ways["native"] = lambda: call(native.run, x_TH, ids_TE, weights_TE, bank, spec, native.bit)
+    return ways
 
 
 def _bank(E: int, H: int, I: int, spec: ExpertsSpec, w: torch.dtype) -> StackedExpertWeights:

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import experts, experts_reference
+from moeopt.ops.every_ids import every_ids
 from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.native import again, dispatch
 from moeopt.ops.native.library import library
@@ -40,6 +41,12 @@ def prepared(monkeypatch):
     calls, honest = [], again.prepared_call
     monkeypatch.setattr(again, "prepared_call", lambda *args: calls.append(args) or honest(*args))
     return calls
+
+
+def calls_of(bank):
+    """The calls that are remembered of the weights as they lie."""
+    known, _ = bank.remembered(E)
+    return [done for done in known.values() if isinstance(done, again.CallDone)]
 
 
 def inputs(T=1, K=2, seed=0, ids=torch.int64, x=torch.float32):
@@ -110,12 +117,12 @@ class Logged(torch.Tensor):
 def test_subclasses_and_tangents_are_prepared(bank, prepared):
     x, ids, weights = inputs()
     assert right(bank, (x, ids, weights)) and len(prepared) == 1
-    spec, ran = SPEC, again.again(bank.stacked(), library().run, x, ids, weights, SPEC)
-    assert ran is not None
+    known, run = bank.remembered(2)[0], library().run
+    assert again.again(known, run, x, ids, weights, SPEC, E) is not None
     for call in ((x.as_subclass(Logged), ids, weights), (x, ids.as_subclass(Logged), weights)):
-        assert again.again(bank.stacked(), library().run, *call, spec) is None
+        assert again.again(known, run, *call, SPEC, E) is None
     with forward_ad.dual_level():
-        assert again.again(bank.stacked(), library().run, x, ids, weights, spec) is None
+        assert again.again(known, run, x, ids, weights, SPEC, E) is None
 
 
 def written(root):
@@ -150,17 +157,23 @@ def test_weights_that_changed_are_seen(bank, change):
     assert right(bank, call) and not torch.equal(experts(*call, bank, SPEC), before)
 
 
-def test_where_other_kernels_may_take_the_call_it_is_asked_each_time(bank, prepared):
-    for x in (torch.float32, torch.bfloat16):
-        assert right(bank, inputs(T=2, K=E, x=x)) and not bank.stacked().again
-    ids = torch.arange(E).expand(2, E)
-    assert right(bank, (inputs(T=2)[0], ids, torch.rand(2, E)))
-    assert right(bank, inputs(K=E)) and len(bank.stacked().again) == 1
+@pytest.mark.parametrize("T", (1, 2))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_call_of_every_expert_on_every_row_is_another_call(bank, prepared, monkeypatch, T, dtype):
+    x, _, weights = inputs(T=T, K=E, x=dtype)
+    some, copied, kept = torch.arange(E).flip(0).repeat(T, 1), torch.arange(E).repeat(T, 1), every_ids(T, E)
+    for named in (some, copied, kept):
+        for _ in range(2):
+            assert right(bank, (x, named, weights))
+    assert len(prepared) == len(calls_of(bank)) == 3
+    monkeypatch.setattr(dispatch, "_of_every", lambda *args: "torch")
+    bank.root.w_out.data = bank.root.w_out.data.clone()  # forgets them
+    assert right(bank, (x, some, weights)) and right(bank, (x, copied, weights)) and len(calls_of(bank)) == 1
 
 
 def test_without_the_kernel_nothing_is_done_by_its_words(bank, prepared, monkeypatch):
     call = inputs()
-    assert right(bank, call) and bank.stacked().again
+    assert right(bank, call) and calls_of(bank)
     ran, honest = [], dispatch.experts_cpu
     monkeypatch.setattr(dispatch, "library", lambda: None)
     monkeypatch.setattr(dispatch, "experts_cpu", lambda *args: ran.append(args) or honest(*args))
@@ -170,9 +183,9 @@ def test_without_the_kernel_nothing_is_done_by_its_words(bank, prepared, monkeyp
 def test_only_small_calls_are_kept_and_not_too_many(bank, monkeypatch):
     monkeypatch.setattr(again, "MOST", 3)
     for T in range(1, 9):
-        assert right(bank, inputs(T=T)) and 1 <= len(bank.stacked().again) <= 3
-    kept = len(bank.stacked().again)
-    assert right(bank, inputs(T=again.SMALL)) and len(bank.stacked().again) == kept
+        assert right(bank, inputs(T=T)) and 1 <= len(calls_of(bank)) <= 3
+    kept = len(calls_of(bank))
+    assert right(bank, inputs(T=again.SMALL)) and len(calls_of(bank)) == kept
 
 
 def test_a_bank_that_is_given_to_the_op_is_prepared_each_time(bank, prepared):

@@ -77,26 +77,67 @@ def every(T, dtype, stacked=True, E=3):
     return x, torch.arange(E).expand(T, E), torch.rand(T, E).to(dtype), bank, spec
 
 
-def test_where_every_expert_takes_every_row_that_is_asked(taken, monkeypatch):
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """The questions about calls of every expert on every row, each with the names of its ways, which agree."""
+    questions = []
 
     def fastest(question, ways, default, advantage):
         found = {name: way() for name, way in ways().items()}
-        torch.testing.assert_close(found["native"], found["torch"], rtol=2e-2, atol=2e-2)
-        asked.append(question)
+        for y in found.values():
+            torch.testing.assert_close(y, found["torch"], rtol=2e-2, atol=2e-2)
+        questions.append((question, tuple(sorted(found)), default))
         return "torch"
 
     monkeypatch.setattr(dispatch, "fastest", fastest)
-    dispatch._native_for_every.cache_clear()
-    try:
-        for T, dtype, stacked in ((1, torch.bfloat16, True), (9, torch.bfloat16, False), (9, torch.float64, True)):
-            args = every(T, dtype, stacked)
-            taken.clear()
-            torch.testing.assert_close(experts(*args), experts_reference(*args), rtol=2e-2, atol=2e-2)
-            assert taken[-1] == "experts_cpu"
-    finally:
-        dispatch._native_for_every.cache_clear()
-    assert len(asked) == 3 and "every expert on 16 rows of 8, " in asked[1]
+    dispatch._of_every.cache_clear()
+    yield questions
+    dispatch._of_every.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("T", "dtype", "stacked", "ways"),
+    [
+        (1, torch.float32, True, ("native", "torch")),
+        (9, torch.float32, False, ("native", "neurons", "torch")),
+        (1, torch.bfloat16, True, ("native", "torch")),
+        (9, torch.bfloat16, False, ("native", "torch")),
+        (9, torch.float64, True, ("native", "torch")),
+    ],
+    ids=str,
+)
+def test_where_every_expert_takes_every_row_all_ways_are_asked_about_at_once(taken, asked, T, dtype, stacked, ways):
+    args = every(T, dtype, stacked)
+    for _ in range(2):
+        torch.testing.assert_close(experts(*args), experts_reference(*args), rtol=2e-2, atol=2e-2)
+    ((question, found, default),) = asked
+    assert found == ways and default == "native" and taken[-2:] == ["experts_cpu", "experts_cpu"]
+    assert f"each of 4 experts on {1 if T == 1 else 16} rows of 8, " in question
+
+
+def test_without_the_kernel_or_where_it_does_not_take_the_call_the_others_are_compared(taken, asked, monkeypatch):
+    x, ids, weights, bank, _ = every(9, torch.float32)
+    spec = ExpertsSpec(accum_dtype="float64")  # beside another dtype
+    torch.testing.assert_close(experts(x, ids, weights, bank, spec), experts_reference(x, ids, weights, bank, spec))
+    monkeypatch.setattr(dispatch, "library", lambda: None)
+    args = every(9, torch.float32)
+    torch.testing.assert_close(experts(*args), experts_reference(*args))
+    ((question, ways, default),) = asked  # none of the first: torch's matmuls were all that was left
+    assert (ways, default) == (("neurons", "torch"), "torch") and "no kernel" in question
+    assert "call" not in taken
+
+
+@pytest.mark.parametrize("T", (1, 3, 40))
+def test_ids_that_name_every_expert_are_known_however_they_are_stored(taken, monkeypatch, T):
+    x, ids, weights, bank, spec = every(T, torch.float32)
+    ways = []
+    monkeypatch.setattr(dispatch, "_of_every", lambda *args: ways.append(args) or "torch")
+    other = ids.flip(1)  # each row names all, in another order
+    for named in (ids, ids.contiguous(), ids.to(torch.int32)):
+        args = x, named, weights, bank, spec
+        torch.testing.assert_close(experts(*args), experts_reference(*args))
+    experts(x, other, weights, bank, spec)
+    assert len(ways) == 3
 
 
 @pytest.mark.parametrize(
