@@ -31,7 +31,7 @@ from moeopt.rewrite.id_range import IdOutOfRange
 from moeopt.rewrite.live_bank import watched_bank
 from moeopt.rewrite.live_codes import LiveCodes, check_dtypes, dequantized
 from moeopt.rewrite.live_weights import Stale
-from moeopt.rewrite.own_code import LOOK, SOURCE_LOOK, OwnCode
+from moeopt.rewrite.own_code import LOOK, OwnCode
 from moeopt.rewrite.prepared_attribute import PreparedAttribute
 from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
@@ -149,7 +149,7 @@ class RewrittenForward:
                 )  # fmt: skip
                 if left and self._unlooked > 0:
                     self._unlooked -= 1
-                    if self.source is not None and not self._unlooked % SOURCE_LOOK:
+                    if self.source is not None:
                         self.source.look()  # the own code follows what changes in its module, and not what does there
                     if self.original is None:
                         return type(self.module).forward(self.module, *args, **kwargs)

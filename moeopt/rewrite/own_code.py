@@ -16,8 +16,6 @@ from moeopt.rewrite.call_guard import TENSOR
 
 LOOK = 32
 """Of so many calls that are left to the own code one is guarded as others are, to tell of what has changed."""
-SOURCE_LOOK = 4
-"""Of so many one looks at the model that was optimised, where it lives on beside its optimised copy."""
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
