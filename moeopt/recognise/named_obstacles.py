@@ -8,7 +8,6 @@ general words of ``moeopt.recognise.why_not``.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
@@ -52,6 +51,9 @@ def _unequal_experts(tape: Tape) -> Declined | None:
         ran = [c for c in tape.calls if c.module in own]
         if len({tuple(leaves_of(fx.Node, c.args)) for c in ran}) > 1:  # not all on the same rows
             ran = [c for c in ran if any(picks_rows(a) for a in leaves_of(fx.Node, c.args))]
+        results = [node.meta.get("shape") or () for c in ran for node in leaves_of(fx.Node, c.output)]
+        if len({shape[-1:] for shape in results}) > 1:  # gates over several numbers of experts
+            continue
         sizes = {tuple(tuple(p.shape) for p in c.module.parameters()) for c in ran}
         line = tape.nodes[ran[0].first].meta.get("source", "") if ran else ""
         if len(sizes) > 1 and len({tuple(len(shape) for shape in one) for one in sizes}) == 1:
@@ -75,13 +77,13 @@ def _unequal_experts(tape: Tape) -> Declined | None:
     return None
 
 
-def _alike(root: nn.Module) -> set[nn.Module]:
-    """Children of lists whose Parameters have the same shapes."""
-    found: set[nn.Module] = set()
+def _alike(root: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Children of lists whose Parameters have the same shapes, and their lists."""
+    found: dict[nn.Module, nn.Module] = {}
     for home in root.modules():
         if isinstance(home, (nn.ModuleList, nn.ModuleDict)) and len(home) > 1:
             if len({tuple(p.shape for p in child.parameters()) for child in home.children()}) == 1:
-                found.update(home.children())
+                found.update(dict.fromkeys(home.children(), home))
     return found
 
 
@@ -181,10 +183,11 @@ def between_products(tape: Tape) -> Declined | None:
             f"its experts are recurrent ({type(recurrent.module).__name__} at {recurrent.path}), so a token's result "
             "depends on the tokens before it; only functions of each token's own row are grouped"
         )
-    sites = list(_expert_products(tape))
-    if len(sites) < 2:
+    homes = _expert_products(tape)
+    sites = [s for own in homes.values() for s in own]
+    if not any(len(own) > 1 for own in homes.values()):
         return None
-    between = (set(descendants(tape, sites)) & ancestors(sites)) - set(sites)
+    between = {n for own in homes.values() for n in set(descendants(tape, own)) & ancestors(own)} - set(sites)
     odd = sorted((n for n in between if not _plain(n)), key=lambda n: n.meta["index"])
     line = odd[0].meta.get("source", "") if odd else sites[0].meta.get("source", "")
     names = [op_name(n) for n in odd]
@@ -227,15 +230,20 @@ def _plain(node: fx.Node) -> bool:
     return moves_rows(node) or is_pointwise(node) or is_matmul(node) or is_factory(node)
 
 
-def _expert_products(tape: Tape) -> Iterator[fx.Node]:
-    """Products with weights of alike modules, or with parts of a stack."""
-    experts = {id(p) for child in _alike(tape.root) for p in child.parameters()}
+def _expert_products(tape: Tape) -> dict[nn.Module | None, list[fx.Node]]:
+    """Products with weights of alike modules, by the list that holds these, or (None) with parts of a stack. A list of
+    gates, of experts and of towers are three: what stands between them stands in no expert."""
+    experts = {id(p): home for child, home in _alike(tape.root).items() for p in child.parameters()}
     named = dict(tape.root.named_parameters(remove_duplicate=False))
     memo: dict[fx.Node, bool] = {}
+    homes: dict[nn.Module | None, list[fx.Node]] = {}
     for node in tape.nodes:
         found = weight_and_operand(node, memo) if is_matmul(node) else None
         if found is None:
             continue
-        paths = [str(n.target) for n in ancestors([found[0]]) if n.op == "get_attr"]
-        if any(p in named and (named[p].dim() > 2 or id(named[p]) in experts) for p in paths):
-            yield node
+        held = [named[str(n.target)] for n in ancestors([found[0]]) if n.op == "get_attr" and str(n.target) in named]
+        if (in_list := next((p for p in held if id(p) in experts), None)) is not None:
+            homes.setdefault(experts[id(in_list)], []).append(node)
+        elif any(p.dim() > 2 for p in held):
+            homes.setdefault(None, []).append(node)
+    return homes

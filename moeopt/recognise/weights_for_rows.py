@@ -17,6 +17,7 @@ from moeopt.capture.op_kinds import is_matmul, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.router_steers import CHOICES
 
@@ -84,6 +85,7 @@ def mixed_kernels(tape: Tape) -> Declined | None:
                 "it adds up its experts' kernels for each sample and runs one convolution with the sum, so no "
                 "expert runs by itself and there is nothing to group; this block stays as it is",
                 node.meta.get("source"),
+                rank=Rank.FORBIDS,
             )
     return None
 
@@ -115,6 +117,7 @@ def mixed_matrices(tape: Tape) -> Declined | None:
             f"it adds up its experts' matrices ({stack}) for each sample or token and multiplies by the sum, so no "
             "expert runs by itself and there is nothing to group; this block stays as it is",
             node.meta.get("source"),
+            rank=Rank.FORBIDS,
         )
     return None
 
