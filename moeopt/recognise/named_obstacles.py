@@ -51,9 +51,9 @@ def _unequal_experts(tape: Tape) -> Declined | None:
         ran = [c for c in tape.calls if c.module in own]
         if len({tuple(leaves_of(fx.Node, c.args)) for c in ran}) > 1:  # not all on the same rows
             ran = [c for c in ran if any(picks_rows(a) for a in leaves_of(fx.Node, c.args))]
-        results = [node.meta.get("shape") or () for c in ran for node in leaves_of(fx.Node, c.output)]
-        if len({shape[-1:] for shape in results}) > 1:  # gates over several numbers of experts
-            continue
+        results = [node for c in ran for node in leaves_of(fx.Node, c.output)]
+        if any("softmax" in op_name(n) or op_name(n) == "topk" for r in results for n in (r, *r.users)):
+            continue  # gates over several numbers of experts
         sizes = {tuple(tuple(p.shape) for p in c.module.parameters()) for c in ran}
         line = tape.nodes[ran[0].first].meta.get("source", "") if ran else ""
         if len(sizes) > 1 and len({tuple(len(shape) for shape in one) for one in sizes}) == 1:
@@ -183,11 +183,10 @@ def between_products(tape: Tape) -> Declined | None:
             f"its experts are recurrent ({type(recurrent.module).__name__} at {recurrent.path}), so a token's result "
             "depends on the tokens before it; only functions of each token's own row are grouped"
         )
-    homes = _expert_products(tape)
-    sites = [s for own in homes.values() for s in own]
-    if not any(len(own) > 1 for own in homes.values()):
+    sites = _expert_products(tape)
+    if len(sites) < 2:
         return None
-    between = {n for own in homes.values() for n in set(descendants(tape, own)) & ancestors(own)} - set(sites)
+    between = (set(descendants(tape, sites)) & ancestors(sites)) - set(sites)
     odd = sorted((n for n in between if not _plain(n)), key=lambda n: n.meta["index"])
     line = odd[0].meta.get("source", "") if odd else sites[0].meta.get("source", "")
     names = [op_name(n) for n in odd]
@@ -230,9 +229,8 @@ def _plain(node: fx.Node) -> bool:
     return moves_rows(node) or is_pointwise(node) or is_matmul(node) or is_factory(node)
 
 
-def _expert_products(tape: Tape) -> dict[nn.Module | None, list[fx.Node]]:
-    """Products with weights of alike modules, by the list that holds these, or (None) with parts of a stack. A list of
-    gates, of experts and of towers are three: what stands between them stands in no expert."""
+def _expert_products(tape: Tape) -> list[fx.Node]:
+    """Products with weights of alike modules, or with parts of a stack; none of a list of gates."""
     experts = {id(p): home for child, home in _alike(tape.root).items() for p in child.parameters()}
     named = dict(tape.root.named_parameters(remove_duplicate=False))
     memo: dict[fx.Node, bool] = {}
@@ -242,8 +240,15 @@ def _expert_products(tape: Tape) -> dict[nn.Module | None, list[fx.Node]]:
         if found is None:
             continue
         held = [named[str(n.target)] for n in ancestors([found[0]]) if n.op == "get_attr" and str(n.target) in named]
-        if (in_list := next((p for p in held if id(p) in experts), None)) is not None:
-            homes.setdefault(experts[id(in_list)], []).append(node)
-        elif any(p.dim() > 2 for p in held):
-            homes.setdefault(None, []).append(node)
-    return homes
+        home = next((experts[id(p)] for p in held if id(p) in experts), None)
+        if home is not None or any(p.dim() > 2 for p in held):
+            homes.setdefault(home, []).append(node)
+    kept = {n for home, own in homes.items() if not _are_gates(home, own) for n in own}
+    return [n for n in tape.nodes if n in kept]
+
+
+def _are_gates(home: nn.Module | None, products: list[fx.Node]) -> bool:
+    """Whether the ``products`` of a list's modules, one each, are scores that a softmax reads."""
+    scores = home is not None and len(products) <= len(list(home.children()))
+    users = {u for p in products for near in (p, *p.users) for u in (near, *near.users)} if scores else set()
+    return any("softmax" in op_name(n) for n in users)
