@@ -35,6 +35,9 @@ _ROUTES = (
 )
 
 
+_CHOICES = ("topk", "argmax", "argmin", "kthvalue", "multinomial")
+
+
 _SHAPED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "_local_scalar_dense")
 
 
@@ -102,14 +105,22 @@ class Finder:
 
     def _mark_own_levels(self, places: list[BlockCandidate]) -> None:
         """Up to the innermost call that holds a router: a choice, or a softmax; all where none does. A call that holds
-        other experts too is no part of the block."""
+        other experts too is no part of the block, but for those that its only choice sends the rows to as well: the
+        projections into and out of an attention are one mixture's."""
         starts = sorted(p.call.first for p in places if p.kind == "moe")
         reading = Counter(w for p in places if p.kind == "moe" for w in p.weights)
         chosen = [n.meta["index"] for n in self.tape.nodes if op_name(n) in _ROUTES]
+        choices = [n.meta["index"] for n in self.tape.nodes if op_name(n) in _CHOICES]
         for place in places:
             holds = (bisect(chosen, c.last - 1) > bisect(chosen, c.first - 1) for c in place.levels)
             place.own = next((i + 1 for i, found in enumerate(holds) if found), len(place.levels))
+        served = Counter(p.levels[p.own - 1].index for p in places if p.kind == "moe")
+        for place in places:
             same = max((reading[w] for w in place.weights), default=1)  # the block itself, and where it stands twice
+            home = place.levels[place.own - 1]
+            if bisect(choices, home.last - 1) - bisect(choices, home.first - 1) == 1:
+                same = max(same, served[home.index])
+                place.mixture = home.path if served[home.index] > 1 and not place.candidates else None
             wide = (bisect(starts, c.last - 1) - bisect(starts, c.first - 1) > same for c in place.levels)
             place.apart = max(1, next((i for i, found in enumerate(wide) if found), len(place.levels)))
             place.own = min(place.own, place.apart)
