@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import ancestors, descendants
-from moeopt.capture.tape import Tape
+from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
@@ -51,9 +51,8 @@ def _unequal_experts(tape: Tape) -> Declined | None:
         ran = [c for c in tape.calls if c.module in own]
         if len({tuple(leaves_of(fx.Node, c.args)) for c in ran}) > 1:  # not all on the same rows
             ran = [c for c in ran if any(picks_rows(a) for a in leaves_of(fx.Node, c.args))]
-        results = [node for c in ran for node in leaves_of(fx.Node, c.output)]
-        if any("softmax" in op_name(n) or op_name(n) == "topk" for r in results for n in (r, *r.users)):
-            continue  # gates over several numbers of experts
+        if _are_choosers(ran):  # gates over several numbers of experts
+            continue
         sizes = {tuple(tuple(p.shape) for p in c.module.parameters()) for c in ran}
         line = tape.nodes[ran[0].first].meta.get("source", "") if ran else ""
         if len(sizes) > 1 and len({tuple(len(shape) for shape in one) for one in sizes}) == 1:
@@ -75,6 +74,12 @@ def _unequal_experts(tape: Tape) -> Declined | None:
                 line,
             )
     return None
+
+
+def _are_choosers(ran: list[Call]) -> bool:
+    """Whether a softmax or a top-k reads what one of the calls gave, or is what it gave."""
+    results = [node for c in ran for node in leaves_of(fx.Node, c.output)]
+    return any("softmax" in op_name(n) or op_name(n) == "topk" for r in results for n in (r, *r.users))
 
 
 def _alike(root: nn.Module) -> dict[nn.Module, nn.Module]:
