@@ -100,8 +100,8 @@ def summed_matrices(tape: Tape) -> Iterator[tuple[fx.Node, str]]:
         for side in node.all_input_nodes:
             while moves_rows(side) and side.all_input_nodes:
                 side = side.all_input_nodes[0]
-            found = weight_and_operand(side, {}) if is_matmul(side) else None
-            if found is None:
+            found = weight_and_operand(side, {}) if is_matmul(side) and op_name(side) != "convolution" else None
+            if found is None:  # a convolution adds up channels, whatever its last axis is as long as
                 continue
             stacks = [str(n.target) for n in ancestors([found[0]]) if n.op == "get_attr"]
             stacks = [name for name in stacks if name in names and names[name].dim() > 2]
